@@ -1,0 +1,1 @@
+"""The HTTP surface: PocketBase's, to the byte."""

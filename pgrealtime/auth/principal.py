@@ -1,0 +1,45 @@
+"""The three kinds of callers, as rules and records see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """Nobody in particular: no token, or one that doesn't hold."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuthRecord:
+    """A record of an auth collection. The six plain fields of ``@request.auth`` and no more."""
+
+    collection_id: str
+    collection_name: str
+    id: str
+    email: str = ""
+    email_visibility: bool = False
+    verified: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Superuser:
+    """Passes every rule, sees every field."""
+
+    id: str
+    """As the token names it; two superusers are the same caller only if it is equal."""
+
+
+Principal: TypeAlias = Guest | AuthRecord | Superuser
+
+GUEST = Guest()
+
+
+def is_same(one: Principal, other: Principal) -> bool:
+    """Whether both are the same record, whatever token or state of it they carry."""
+    match one, other:
+        case AuthRecord(), AuthRecord():
+            return (one.collection_id, one.id) == (other.collection_id, other.id)
+        case _:
+            return one == other

@@ -1,0 +1,126 @@
+"""Tables, columns, keys and types as plain frozen values. Read once; a change makes a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from pgrealtime.changes import TableName
+
+
+class ReplicaIdentity(Enum):
+    """What an UPDATE or DELETE logs of the old row (``pg_class.relreplident``)."""
+
+    DEFAULT = "d"
+    NOTHING = "n"
+    FULL = "f"
+    INDEX = "i"
+
+
+class TypeKind(Enum):
+    """``pg_type.typtype``, with arrays told apart (``typcategory`` A)."""
+
+    BASE = "b"
+    COMPOSITE = "c"
+    DOMAIN = "d"
+    ENUM = "e"
+    PSEUDO = "p"
+    RANGE = "r"
+    MULTIRANGE = "m"
+    ARRAY = "A"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Type:
+    """A data type. Domains carry what they are made of; ``base`` looks through them."""
+
+    oid: int
+    schema: str
+    name: str
+    kind: TypeKind
+    category: str
+    """``pg_type.typcategory``: S string, N numeric, B boolean, D date/time, ..."""
+    element: Type | None = None
+    """Of an array: the type of its elements."""
+    domain_of: Type | None = None
+    """Of a domain: the type it constrains."""
+    attributes: tuple[tuple[str, Type], ...] = ()
+    """Of a composite: names and types of its attributes, in order."""
+
+    @property
+    def base(self) -> Type:
+        """The type below all domains; itself if it is none."""
+        return self if self.domain_of is None else self.domain_of.base
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """A column, as the table defines it."""
+
+    name: str
+    number: int
+    """``attnum``, 1-based; dropped columns leave holes."""
+    type: Type
+    type_modifier: int = -1
+    not_null: bool = False
+    is_generated: bool = False
+    is_deterministic: bool = True
+    """False under a nondeterministic collation, where equal texts need not be the same bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignKey:
+    """A foreign key: ``columns`` here point to ``target_columns`` there, pairwise."""
+
+    name: str
+    columns: tuple[str, ...]
+    target: TableName
+    target_columns: tuple[str, ...]
+
+
+class TableKind(Enum):
+    """``pg_class.relkind``."""
+
+    TABLE = "r"
+    PARTITIONED = "p"
+    VIEW = "v"
+    MATERIALIZED_VIEW = "m"
+    FOREIGN = "f"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A table with all that rules, records and the stream need to know of it."""
+
+    oid: int
+    name: TableName
+    kind: TableKind
+    columns: tuple[Column, ...]
+    primary_key: tuple[str, ...] = ()
+    foreign_keys: tuple[ForeignKey, ...] = ()
+    unique: tuple[tuple[str, ...], ...] = ()
+    """Column sets of valid, full, non-deferrable unique indexes without expressions."""
+    indexes: tuple[tuple[str, ...], ...] = ()
+    """Leading plain columns of every valid full index, unique ones included."""
+    replica_identity: ReplicaIdentity = ReplicaIdentity.DEFAULT
+    identity_columns: tuple[str, ...] = ()
+    """The columns that DEFAULT or INDEX log; every column with FULL; none with NOTHING."""
+    is_unlogged: bool = False
+    leaves: tuple[TableName, ...] = ()
+    """Of a partitioned table: the partitions that hold rows, under whose names they stream."""
+
+    def column(self, name: str) -> Column | None:
+        """The column of that name, or None."""
+        return next((column for column in self.columns if column.name == name), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Catalog:
+    """The named tables, and whose they are."""
+
+    tables: Mapping[TableName, Table]
+    server_version: int
+    """As ``server_version_num``: 170002."""
+    encoding: str = "UTF8"
+    schemas: tuple[str, ...] = ("public",)

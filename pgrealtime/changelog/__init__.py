@@ -1,0 +1,1 @@
+"""Where a transaction is kept before Postgres may forget it."""

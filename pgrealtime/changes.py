@@ -1,0 +1,94 @@
+r"""What one committed transaction did, the same whichever decoder told it.
+
+Values are PostgreSQL's own text output under the settings pinned on the replication connection
+(``wal.slot``): booleans ``t`` and ``f``, bytea ``\x...``, dates ISO in UTC. None is SQL NULL. A
+column that the WAL didn't carry (an unchanged TOASTed value, a generated column) is *absent* from
+the row: absent and NULL are different things.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+from msgspec import Struct
+
+from pgrealtime.lsn import LSN, Xid
+
+Row: TypeAlias = dict[str, str | None]
+"""Column name to text form, in the table's column order."""
+
+
+class TableName(NamedTuple):
+    """Schema and name, exact, unquoted."""
+
+    schema: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}"
+
+
+class Key(Struct, frozen=True):
+    """The old row's replica identity columns, all that DEFAULT or INDEX log of it."""
+
+    row: Row
+
+
+class WholeRow(Struct, frozen=True):
+    """The old row with every column, as REPLICA IDENTITY FULL logs it."""
+
+    row: Row
+
+
+OldImage: TypeAlias = Key | WholeRow
+
+
+class Insert(Struct, frozen=True):
+    """A row that came to be."""
+
+    table: TableName
+    new: Row
+
+
+class Update(Struct, frozen=True):
+    """A row that changed.
+
+    With ``Key`` the old image holds the identity as it was, whether it changed or not.
+    Values that FULL still knew were filled into ``new``; what is absent there is unknown.
+    """
+
+    table: TableName
+    new: Row
+    old: OldImage
+
+
+class Delete(Struct, frozen=True):
+    """A row that went."""
+
+    table: TableName
+    old: OldImage
+
+
+class Truncate(Struct, frozen=True):
+    """A table that was emptied; no rows are told."""
+
+    table: TableName
+
+
+Change: TypeAlias = Insert | Update | Delete | Truncate
+
+
+class Transaction(Struct, frozen=True):
+    """All that one commit did to the streamed tables, in order.
+
+    The ordinal of a change is its 1-based index in ``changes``, counted before any rule is asked.
+    """
+
+    xid: Xid
+    end_lsn: LSN
+    """End of the commit record: rises strictly along the stream."""
+    commit_time: int
+    """Microseconds since the Unix epoch, by the server's clock; 0 if the decoder didn't say."""
+    changes: tuple[Change, ...]
+    size: int
+    """Bytes of decoder output that it was made from; what the changelog is bounded by."""

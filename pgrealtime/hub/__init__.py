@@ -1,0 +1,1 @@
+"""Who hears what. Has never heard of the replication slot."""

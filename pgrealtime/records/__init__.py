@@ -1,0 +1,1 @@
+"""Rows as PocketBase's JSON: field values, what is hidden from whom."""

@@ -1,0 +1,24 @@
+"""What a rule may ask of the subscriber: ``@request.*``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from pgrealtime.auth.principal import GUEST, Principal
+
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One subscription's ``@request``. Query and header values come from the topic's options."""
+
+    principal: Principal = GUEST
+    query: Mapping[str, str] = field(default=_NOTHING)
+    """``filter``, ``expand`` and ``fields`` included, as PocketBase has it."""
+    headers: Mapping[str, str] = field(default=_NOTHING)
+    """Names already in snake case."""
+    context: str = "realtime"
+    method: str = "GET"
