@@ -92,3 +92,12 @@ class Transaction(Struct, frozen=True):
     changes: tuple[Change, ...]
     size: int
     """Bytes of decoder output that it was made from; what the changelog is bounded by."""
+
+
+class Oversized(Struct, frozen=True):
+    """A transaction that was larger than the bound and so was not kept: a gap of its tables."""
+
+    xid: Xid
+    end_lsn: LSN
+    commit_time: int
+    tables: frozenset[TableName]

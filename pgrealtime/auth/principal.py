@@ -43,3 +43,12 @@ def is_same(one: Principal, other: Principal) -> bool:
             return (one.collection_id, one.id) == (other.collection_id, other.id)
         case _:
             return one == other
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who a request comes from, and until when that holds."""
+
+    principal: Principal = GUEST
+    expires_at: float | None = None
+    """Unix seconds at which the token expires; None for guests and tokens without an end."""
