@@ -1,0 +1,97 @@
+"""The PostgreSQL server that tests run against, and a fresh database for each of them.
+
+``tests/run.sh`` starts a server and tells its port in ``PGREALTIME_TEST_PG_PORT``; by hand any
+server with ``wal_level = logical`` on 127.0.0.1 will do that lets ``postgres`` in without a
+password. Without one the tests that need it skip; where that mustn't happen they fail.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+from uuid import uuid4
+
+import psycopg
+import pytest
+from psycopg import sql
+from pytest_postgresql import factories
+from pytest_postgresql.executor_noop import NoopExecutor
+
+MakeDatabase: TypeAlias = Callable[[], str]
+"""Makes one more fresh database and returns its URL."""
+
+_HOST = "127.0.0.1"
+_USER = "postgres"
+_PORT = os.environ.get("PGREALTIME_TEST_PG_PORT", "")
+
+# The database is this process's own, so that two runs can share a server.
+given_server = factories.postgresql_noproc(
+    host=_HOST, port=_PORT, user=_USER, dbname=f"pgrealtime_tests_{os.getpid()}"
+)
+
+
+@pytest.fixture(scope="session")
+def postgresql_proc(request: pytest.FixtureRequest) -> NoopExecutor:
+    """The given server, as pytest-postgresql describes it."""
+    if _PORT:
+        server: NoopExecutor = request.getfixturevalue("given_server")
+        return server
+    reason = "no PostgreSQL server: PGREALTIME_TEST_PG_PORT isn't set; sh tests/run.sh starts one"
+    if os.environ.get("CI") == "true" or os.environ.get("PGREALTIME_REQUIRE_SERVER") == "1":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def make_database(postgresql_proc: NoopExecutor) -> Iterator[MakeDatabase]:
+    """Makes empty UTF8 databases, as many as a test asks for; they go when the test ends."""
+    names: list[str] = []
+    with psycopg.connect(
+        host=postgresql_proc.host,
+        port=postgresql_proc.port,
+        user=_USER,
+        dbname="postgres",
+        autocommit=True,
+    ) as admin:
+
+        def make() -> str:
+            name = f"test_{uuid4().hex[:16]}"
+            admin.execute(
+                sql.SQL("CREATE DATABASE {} TEMPLATE template0 ENCODING 'UTF8'").format(
+                    sql.Identifier(name)
+                )
+            )
+            names.append(name)
+            return f"postgresql://{_USER}@{_HOST}:{postgresql_proc.port}/{name}"
+
+        yield make
+        for name in names:
+            _drop_database(admin, name)
+
+
+@pytest.fixture
+def database_url(make_database: MakeDatabase) -> str:
+    """The URL of a fresh database of the test's own."""
+    return make_database()
+
+
+def _drop_database(admin: psycopg.Connection, name: str) -> None:
+    """Drop the database, whatever still holds on to it.
+
+    FORCE ends sessions, but refuses while a walsender has a slot in use or a transaction is
+    prepared (``dropdb`` in PostgreSQL's dbcommands.c). Idle slots go with the database.
+    """
+    prepared = admin.execute("SELECT gid FROM pg_prepared_xacts WHERE database = %s", [name])
+    if gids := [gid for (gid,) in prepared]:
+        with psycopg.connect(
+            host=admin.info.host, port=admin.info.port, user=_USER, dbname=name, autocommit=True
+        ) as inside:
+            for gid in gids:
+                inside.execute(sql.SQL("ROLLBACK PREPARED {}").format(sql.Literal(gid)))
+    admin.execute(
+        "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots"
+        " WHERE database = %s AND active_pid IS NOT NULL",
+        [name],
+    )
+    admin.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
