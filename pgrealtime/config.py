@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
+from pgrealtime.errors import ConfigError, Problem
+from pgrealtime.sources import (
+    Document,
+    FillIn,
+    KeyPath,
+    Override,
+    dotted,
+    overrides,
+    perhaps,
+    put,
+    read_yaml,
+)
 from pgrealtime.units import parse_duration, parse_size
 
 Seconds = Annotated[float, BeforeValidator(parse_duration)]
@@ -13,6 +32,23 @@ Seconds = Annotated[float, BeforeValidator(parse_duration)]
 
 Bytes = Annotated[int, BeforeValidator(parse_size)]
 """Written ``64KiB``, ``16MiB``; held in bytes."""
+
+
+def _split_texts(value: object) -> object:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_split_texts)]
+"""A list of texts; in one text, as variables are, separated by commas."""
+
+
+class SecretKey:
+    """Marks a key that may also be given as ``KEY_file``, and that no message shows."""
+
+
+Secret = Annotated[str, Field(repr=False), SecretKey()]
 
 
 class Section(BaseModel):
@@ -24,11 +60,11 @@ class Section(BaseModel):
 class DatabaseConfig(Section):
     """The database whose changes are told."""
 
-    url: str = ""
+    url: Secret = ""
     """Direct connection with the REPLICATION right; empty takes libpq's PG* variables."""
-    query_url: str = ""
+    query_url: Secret = ""
     """Where rules are asked, if not at ``url``: same primary, may be a pooler."""
-    schemas: tuple[str, ...] = ("public",)
+    schemas: Texts = ("public",)
     pool_size: int = Field(default=8, ge=1, le=1000)
     statement_timeout: Seconds = 2.0
     """Per rule query; running out of it denies."""
@@ -67,7 +103,7 @@ class ServerConfig(Section):
 
     host: str = "0.0.0.0"  # noqa: S104 (a sidecar's port is meant to be reached)
     port: int = Field(default=8090, ge=0, le=65535)
-    cors_origins: tuple[str, ...] = ("*",)
+    cors_origins: Texts = ("*",)
     shutdown_grace: Seconds = 25.0
     """At SIGTERM connections are ended in small groups, never taking longer than this."""
 
@@ -92,7 +128,7 @@ class RealtimeConfig(Section):
 class RecordsConfig(Section):
     """How rows are shown."""
 
-    nulls: Literal["null", "zero"] = "null"
+    nulls: Annotated[Literal["null", "zero"], BeforeValidator(lambda v: v or "null")] = "null"
     """``null``, or PocketBase's zero value of the field's type."""
 
 
@@ -101,8 +137,8 @@ class IssuerConfig(Section):
 
     name: str
     algorithms: tuple[Literal["HS256"], ...] = ("HS256",)
-    secret: str
-    previous_secret: str = ""
+    secret: Secret
+    previous_secret: Secret = ""
     """Still accepted; for changing the secret without signing everybody out."""
     issuer: str = ""
     audience: str = ""
@@ -123,9 +159,9 @@ class AuthConfig(Section):
 class FieldsConfig(Section):
     """Which columns become fields, and how."""
 
-    include: tuple[str, ...] = ("*",)
+    include: Texts = ("*",)
     """What is left out here is in no record and no rule."""
-    hide: tuple[str, ...] = ()
+    hide: Texts = ()
     """PocketBase's hidden: shown to superusers only; not usable in client filters."""
     rename: dict[str, str] = Field(default_factory=dict)
     """Column to field name."""
@@ -181,3 +217,241 @@ class Config(Section):
     auth: AuthConfig = AuthConfig()
     collections: dict[str, CollectionConfig] = Field(default_factory=dict)
     logging: LoggingConfig = LoggingConfig()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a configuration's keys stand, for problems that are found later on."""
+
+    source: str
+    """The file's name as it was given."""
+    lines: Mapping[KeyPath, int] = field(default_factory=dict)
+    variables: Mapping[KeyPath, str] = field(default_factory=dict)
+    """Environment variable that set the key, where one did."""
+
+    def locate(self, error: ConfigError) -> ConfigError:
+        """Return the error with file and lines; places that it already has are kept."""
+        return ConfigError(
+            tuple(self._located(problem) for problem in error.problems), source=self.source
+        )
+
+    def _located(self, problem: Problem) -> Problem:
+        if problem.line is not None:
+            return problem
+        return self.problem(tuple(problem.path.split(".")), problem.message, problem.hint)
+
+    def problem(self, path: KeyPath, message: str, hint: str = "") -> Problem:
+        """Return the problem at a path, with the line or the variable it came from."""
+        variable = self.variables.get(path)
+        if variable is not None:
+            message = f"{message} (set by {variable})"
+        line = None if variable is not None else self._line(path)
+        return Problem(dotted(path), message, hint, line)
+
+    def _line(self, path: KeyPath) -> int | None:
+        by_text = {tuple(map(str, key)): line for key, line in self.lines.items()}
+        texts = tuple(map(str, path))
+        while texts and texts not in by_text:
+            texts = texts[:-1]
+        return by_text.get(texts)
+
+
+def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
+    """Read one file and return the configuration.
+
+    Raises:
+        ConfigError: With every problem that was found.
+    """
+    config, _ = load_with_origin(path, environ)
+    return config
+
+
+def load_with_origin(
+    path: str | Path, environ: Mapping[str, str] = os.environ
+) -> tuple[Config, Origin]:
+    """Read one file; return the configuration, and where each key of it stands.
+
+    Raises:
+        ConfigError: With every problem that was found.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8"
+        problem = Problem("(document)", f"can't read the file: {reason}")
+        raise ConfigError((problem,), source=str(path)) from error
+    return _parse(read_yaml(text), environ, _read_secret_file, str(path))
+
+
+def parse(mapping: Mapping[str, object], environ: Mapping[str, str] | None = None) -> Config:
+    """Return the configuration that plain values describe, as YAML would give them.
+
+    Args:
+        mapping: The document.
+        environ: For ``${VAR}`` and overrides; none by default.
+
+    Raises:
+        ConfigError: With every problem that was found. ``KEY_file`` is one: this reads no file.
+    """
+    document = Document(value=dict(mapping), lines={})
+    return _parse(document, environ or {}, _refuse_secret_file, "configuration")[0]
+
+
+def _read_secret_file(name: str) -> str:
+    return Path(name).read_text(encoding="utf-8").rstrip("\r\n")
+
+
+def _refuse_secret_file(_name: str) -> str:
+    raise OSError("files are not read here")
+
+
+def _parse(
+    document: Document,
+    environ: Mapping[str, str],
+    read_file: Callable[[str], str],
+    source: str,
+) -> tuple[Config, Origin]:
+    """Fill in, override, read secrets, validate: in this order, gathering problems all along."""
+    if not isinstance(document.value, dict):
+        problem = Problem("(document)", "the document must be a mapping of sections", line=1)
+        raise ConfigError((problem,), source=source)
+    fill_in = FillIn(environ)
+    tree = fill_in(document.value)
+    assert isinstance(tree, dict)
+    found = list(fill_in.problems)
+    variables = _override(tree, overrides(environ), found)
+    _replace_secret_files(tree, (), read_file, found)
+    origin = Origin(source=source, lines=document.lines, variables=variables)
+    config, invalid = _validate(tree, {path for path, _ in found})
+    problems = (
+        *document.problems,
+        *(origin.problem(path, message) for path, message in found),
+        *(origin.problem(path, message, hint) for path, message, hint in invalid),
+    )
+    if config is None or problems:
+        raise ConfigError(tuple(sorted(problems, key=_in_file_order)), source=source)
+    return config, origin
+
+
+def _in_file_order(problem: Problem) -> tuple[float, str]:
+    return (problem.line or float("inf"), problem.path)
+
+
+def _override(
+    tree: dict[str, object],
+    chosen: tuple[Override, ...],
+    found: list[tuple[KeyPath, str]],
+) -> dict[KeyPath, str]:
+    variables: dict[KeyPath, str] = {}
+    for override in chosen:
+        try:
+            path = put(tree, override, _read_override)
+        except (ValueError, yaml.YAMLError):
+            found.append((override.path, f"{override.variable} names no key, or isn't a list"))
+        else:
+            variables[path] = override.variable
+    return variables
+
+
+def _read_override(path: KeyPath, text: str) -> object:
+    """Lists and mappings are written as YAML in a variable; everything else is its text."""
+    is_structure = get_origin(_annotation_at(path)) in (tuple, dict)
+    return yaml.safe_load(text) if is_structure and text[:1] in ("[", "{") else text
+
+
+def _validate(
+    tree: Mapping[str, object], reported: set[KeyPath]
+) -> tuple[Config | None, list[tuple[KeyPath, str, str]]]:
+    try:
+        return Config.model_validate(tree), []
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False)
+    return None, [
+        (path, *_describe_invalid(path, detail))
+        for detail in details
+        if not any((path := detail["loc"])[: len(known)] == known for known in reported)
+    ]
+
+
+def _describe_invalid(path: KeyPath, detail: ErrorDetails) -> tuple[str, str]:
+    """Return message and hint; never the value, which may be a secret."""
+    match detail["type"]:
+        case "extra_forbidden":
+            return f'unknown key "{path[-1]}"', perhaps(str(path[-1]), _keys_at(path[:-1]))
+        case "missing":
+            return "is required", ""
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return "must be a mapping", ""
+        case "value_error":
+            return detail["msg"].removeprefix("Value error, "), ""
+        case _:
+            message = detail["msg"]
+            return message[:1].lower() + message[1:], ""
+
+
+def _annotation_at(path: KeyPath) -> object:
+    """Return the type of the key at a path, or None where there is none."""
+    annotation: object = Config
+    for key in path:
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            info = annotation.model_fields.get(str(key))
+            annotation = None if info is None else info.annotation
+        elif get_origin(annotation) in (tuple, dict):
+            annotation = get_args(annotation)[0 if get_origin(annotation) is tuple else 1]
+        else:
+            return None
+    return annotation
+
+
+def _keys_at(path: KeyPath) -> list[str]:
+    annotation = _annotation_at(path)
+    if not (isinstance(annotation, type) and issubclass(annotation, Section)):
+        return []
+    keys: list[str] = []
+    for name, info in annotation.model_fields.items():
+        keys += [name, f"{name}_file"] if _is_secret(info) else [name]
+    return keys
+
+
+def _is_secret(info: FieldInfo) -> bool:
+    return any(isinstance(mark, SecretKey) for mark in info.metadata)
+
+
+def _replace_secret_files(
+    tree: object, path: KeyPath, read_file: Callable[[str], str], found: list[tuple[KeyPath, str]]
+) -> None:
+    """Put the content of each ``KEY_file`` under ``KEY``, through the whole tree."""
+    match tree:
+        case dict():
+            for key in _keys_at(path):
+                if key.endswith("_file") and key in tree:
+                    _replace_secret_file(tree, (*path, key), read_file, found)
+            for key, inner in tree.items():
+                _replace_secret_files(inner, (*path, key), read_file, found)
+        case list():
+            for n, inner in enumerate(tree):
+                _replace_secret_files(inner, (*path, n), read_file, found)
+        case _:
+            pass
+
+
+def _replace_secret_file(
+    section: dict[str, object],
+    path: KeyPath,
+    read_file: Callable[[str], str],
+    found: list[tuple[KeyPath, str]],
+) -> None:
+    file_key = str(path[-1])
+    key = file_key.removesuffix("_file")
+    name = section.pop(file_key)
+    if not name:
+        return
+    if section.get(key):
+        found.append((path, f'both "{key}" and "{file_key}" are given'))
+        return
+    section[key] = ""
+    try:
+        section[key] = read_file(str(name))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "not UTF-8"
+        found.append((path, f"can't read the file: {reason}"))
