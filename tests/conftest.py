@@ -8,10 +8,12 @@ password. Without one the tests that need it skip; where that mustn't happen the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from typing import TypeAlias
+import signal
+from collections.abc import Callable, Generator, Iterator
+from typing import NoReturn, TypeAlias
 from uuid import uuid4
 
+import hypothesis
 import psycopg
 import pytest
 from psycopg import sql
@@ -24,6 +26,7 @@ MakeDatabase: TypeAlias = Callable[[], str]
 _HOST = "127.0.0.1"
 _USER = "postgres"
 _PORT = os.environ.get("PGREALTIME_TEST_PG_PORT", "")
+_NO_SERVER = "no PostgreSQL server: PGREALTIME_TEST_PG_PORT isn't set; sh tests/run.sh starts one"
 
 # The database is this process's own, so that two runs can share a server.
 given_server = factories.postgresql_noproc(
@@ -31,16 +34,42 @@ given_server = factories.postgresql_noproc(
 )
 
 
-@pytest.fixture(scope="session")
-def postgresql_proc(request: pytest.FixtureRequest) -> NoopExecutor:
-    """The given server, as pytest-postgresql describes it."""
-    if _PORT:
-        server: NoopExecutor = request.getfixturevalue("given_server")
-        return server
-    reason = "no PostgreSQL server: PGREALTIME_TEST_PG_PORT isn't set; sh tests/run.sh starts one"
+# Hypothesis' deadline measures the machine, not the code. In CI the same examples come each time,
+# so that a red run is about the submission.
+hypothesis.settings.register_profile("here", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") == "true" else "here")
+
+
+def pytest_configure() -> None:
+    """Take SIGTERM like Ctrl-C, so that fixtures end what they started."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def lacking(reason: str) -> NoReturn:
+    """Skip for want of a program that ``tests/run.sh`` installs or starts; in CI fail instead."""
     if os.environ.get("CI") == "true" or os.environ.get("PGREALTIME_REQUIRE_SERVER") == "1":
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def postgresql_proc(request: pytest.FixtureRequest) -> NoopExecutor:
+    """The given server, as pytest-postgresql describes it."""
+    if not _PORT:
+        lacking(_NO_SERVER)
+    server: NoopExecutor = request.getfixturevalue("given_server")
+    return server
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Give all skips for want of a server one place, so that the summary says it once."""
+    report = yield
+    match report.longrepr:
+        case (str(), int(), str(reason)) if _NO_SERVER in reason:
+            report.longrepr = (__file__, 1, reason)
+    return report
 
 
 @pytest.fixture
@@ -67,7 +96,7 @@ def make_database(postgresql_proc: NoopExecutor) -> Iterator[MakeDatabase]:
 
         yield make
         for name in names:
-            _drop_database(admin, name)
+            drop_database(admin, name)
 
 
 @pytest.fixture
@@ -76,7 +105,7 @@ def database_url(make_database: MakeDatabase) -> str:
     return make_database()
 
 
-def _drop_database(admin: psycopg.Connection, name: str) -> None:
+def drop_database(admin: psycopg.Connection, name: str) -> None:
     """Drop the database, whatever still holds on to it.
 
     FORCE ends sessions, but refuses while a walsender has a slot in use or a transaction is

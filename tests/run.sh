@@ -1,0 +1,212 @@
+#!/bin/sh
+# Installs what is missing, starts a PostgreSQL of its own, checks and tests everything.
+#
+#   sh tests/run.sh                      everything, as CI does
+#   sh tests/run.sh tests/unit -k lsn    only pytest, with these arguments
+#
+# PGREALTIME_TEST_PG_PORT   use the server there (127.0.0.1, user postgres, no password) instead
+# PYTHON                    the interpreter to make .venv with; python3 if not set
+set -eu
+cd "$(dirname "$0")/.."
+PATH=$PATH:/usr/sbin:/sbin
+
+SUITES="unit integration conformance e2e chaos"
+REPORTS=tests/.run
+work=$(mktemp -d "${TMPDIR:-/tmp}/pgrealtime-tests.XXXXXX")
+data=
+child=
+
+say() { printf '\n== %s\n' "$*"; }
+
+# --- ending: whatever happens, the server and the running child go -------------------------
+
+finish() {
+    status=$?
+    trap - EXIT
+    trap '' INT TERM HUP
+    if [ -n "$child" ]; then
+        kill -TERM "$child" 2>/dev/null || true
+        wait "$child" 2>/dev/null || true
+    fi
+    if [ -n "$data" ]; then
+        as_server "$pg_bin/pg_ctl" stop --silent --mode=immediate -D "$data" || true
+    fi
+    rm -rf "$work"
+    exit "$status"
+}
+trap finish EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# A shell runs its traps only between commands, but interrupts `wait`: so children are waited for.
+attend() {
+    "$@" &
+    child=$!
+    attended=0
+    wait "$child" || attended=$?
+    child=
+    return "$attended"
+}
+
+# --- installing ----------------------------------------------------------------------------
+
+# The newest server with wal2json beside it, or nothing.
+find_postgres() {
+    for library in /usr/lib/postgresql/*/lib/wal2json.so; do
+        [ -e "$library" ] && echo "${library%/lib/wal2json.so}/bin"
+    done | sort -t/ -k5n | tail -n 1
+}
+
+missing_packages() {
+    [ -n "$(find_postgres)" ] || echo postgresql-17 postgresql-17-wal2json
+    for program in chromium nginx caddy haproxy npm; do
+        command -v "$program" >/dev/null || echo "$program"
+    done
+    "${PYTHON:-python3}" -c 'import ensurepip, venv' 2>/dev/null || echo python3 python3-venv
+}
+
+install_packages() {
+    packages=$(missing_packages)
+    [ -n "$packages" ] || return 0
+    # shellcheck disable=SC2086 # one word per package
+    set -- $packages
+    if [ "$(id -u)" -ne 0 ]; then
+        echo "missing; as root: apt-get update && apt-get install --no-install-recommends $*" >&2
+        exit 1
+    fi
+    say "apt-get install $*"
+    # Nothing that is installed here is to start by itself (deb-systemd-invoke asks this file).
+    policy=/usr/sbin/policy-rc.d
+    if [ ! -e $policy ]; then
+        printf '#!/bin/sh\nexit 101\n' >$policy
+        chmod +x $policy
+    else
+        policy=
+    fi
+    installed=0
+    {
+        apt-get update -qq &&
+            DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"
+    } >"$work/apt.log" 2>&1 || installed=$?
+    [ -z "$policy" ] || rm -f $policy
+    if [ "$installed" -ne 0 ]; then
+        tail -n 30 "$work/apt.log" >&2
+        exit "$installed"
+    fi
+}
+
+# Runs the command unless the stamp says that it ran for these very files.
+unless_fresh() {
+    stamp=$1 files=$2
+    shift 2
+    # shellcheck disable=SC2086 # one word per file
+    now=$(cksum $files)
+    [ "$(cat "$stamp" 2>/dev/null)" != "$now" ] || return 0
+    "$@"
+    echo "$now" >"$stamp"
+}
+
+install_python() {
+    say "installing pgrealtime and its test requirements in .venv"
+    [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+        --constraint .ci/constraints.txt --editable '.[test]'
+}
+
+install_node() {
+    say "installing the client libraries in tests/node_modules"
+    npm install --prefix tests --no-progress --loglevel=error
+}
+
+# --- the server ----------------------------------------------------------------------------
+
+# PostgreSQL refuses to run as root. setpriv, unlike su, leaves no process in between.
+as_server() {
+    if [ "$(id -u)" -eq 0 ]; then
+        (cd / && exec setpriv --reuid=postgres --regid=postgres --init-groups -- "$@")
+    else
+        "$@"
+    fi
+}
+
+start_server() {
+    pg_bin=$(find_postgres)
+    PGREALTIME_TEST_PG_BIN=$pg_bin
+    export PGREALTIME_TEST_PG_BIN
+    [ -z "${PGREALTIME_TEST_PG_PORT:-}" ] || return 0
+    PGREALTIME_TEST_PG_PORT=$(.venv/bin/python -c \
+        'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    export PGREALTIME_TEST_PG_PORT
+    chmod 711 "$work"
+    mkdir -m 700 "$work/server"
+    [ "$(id -u)" -ne 0 ] || chown postgres: "$work/server"
+    as_server "$pg_bin/initdb" -D "$work/server/data" --username=postgres --auth=trust \
+        --encoding=UTF8 --locale=C.UTF-8 --no-sync >"$work/initdb.log" 2>&1 ||
+        { cat "$work/initdb.log" >&2 && exit 1; }
+    cat >>"$work/server/data/postgresql.conf" <<CONF
+listen_addresses = '127.0.0.1'
+port = $PGREALTIME_TEST_PG_PORT
+unix_socket_directories = '$work/server'
+wal_level = logical
+max_replication_slots = 50
+max_wal_senders = 50
+max_connections = 300
+max_prepared_transactions = 10
+fsync = off
+CONF
+    # Minor releases of 2026 refuse other decoders than those named; older ones don't know the name.
+    if "$pg_bin/postgres" --describe-config | grep -q '^output_plugin_libraries'; then
+        echo "output_plugin_libraries = 'pgoutput, test_decoding, wal2json'" \
+            >>"$work/server/data/postgresql.conf"
+    fi
+    data=$work/server/data
+    as_server "$pg_bin/pg_ctl" start --silent --wait -D "$data" -l "$work/server/log" ||
+        { cat "$work/server/log" >&2 && exit 1; }
+    say "PostgreSQL: $("$pg_bin/postgres" --version) on port $PGREALTIME_TEST_PG_PORT"
+}
+
+# --- the run -------------------------------------------------------------------------------
+
+failed=0
+step() {
+    name=$1
+    shift
+    say "$name"
+    started=$(date +%s)
+    verdict=ok
+    attend "$@" || { verdict=FAILED failed=1; }
+    took=$(($(date +%s) - started))
+    printf '%-14s %3d.%d min  %s\n' \
+        "$name" $((took / 60)) $((took % 60 / 6)) "$verdict" >>"$work/summary"
+}
+
+install_packages
+unless_fresh .venv/installed.cksum "pyproject.toml .ci/constraints.txt" install_python
+unless_fresh tests/node_modules/installed.cksum "tests/package.json tests/.npmrc" install_node
+start_server
+export PGREALTIME_REQUIRE_SERVER=1
+
+if [ $# -gt 0 ]; then
+    attend .venv/bin/pytest "$@"
+    exit
+fi
+
+rm -rf $REPORTS
+began=$(date +%s)
+step "ruff check" .venv/bin/ruff check
+step "ruff format" .venv/bin/ruff format --check
+step mypy .venv/bin/mypy
+for suite in $SUITES; do
+    [ -d "tests/$suite" ] || continue
+    step "$suite" .venv/bin/pytest "tests/$suite" --junitxml="$REPORTS/$suite.xml" \
+        -o junit_suite_name="$suite"
+done
+
+say "minutes"
+cat "$work/summary"
+took=$(($(date +%s) - began))
+printf '%-14s %3d.%d min\n\n' total $((took / 60)) $((took % 60 / 6))
+.venv/bin/python tests/total.py $REPORTS/*.xml
+exit $failed
