@@ -1,0 +1,174 @@
+"""Tokens: taken apart, checked against a key and a clock. Pure; knows no account and no server.
+
+Nothing a token says is believed before ``check_signature``. PyJWT checks the signatures; the claims
+are checked here, because its own checks read the system's clock and take ``"17"`` for a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import jwt
+import msgspec
+from jwt.algorithms import AllowedPublicKeys, HMACAlgorithm
+
+from pgrealtime.config import IssuerConfig
+from pgrealtime.errors import AuthError
+
+Algorithm: TypeAlias = Literal["HS256", "RS256", "ES256", "EdDSA"]
+Claims: TypeAlias = Mapping[str, Any]
+
+_ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
+_SCHEME = "bearer "
+_END_OF_TIME = 253_402_300_799.0
+"""The last second of the year 9999: what a later ``exp`` comes to, so that it fits a float."""
+
+
+class _AnyLengthHmac(HMACAlgorithm):
+    """HS256 without PyJWT's warning at each token: the secret's length is the configuration's."""
+
+    def check_key_length(self, key: bytes) -> None:  # noqa: ARG002 (PyJWT's signature)
+        return None
+
+
+def _signatures() -> jwt.PyJWS:
+    jws = jwt.PyJWS(algorithms=[name for name in _ALGORITHMS if name != "HS256"])
+    jws.register_algorithm("HS256", _AnyLengthHmac(HMACAlgorithm.SHA256))
+    return jws
+
+
+_JWS = _signatures()
+"""Knows the four algorithms and no other: "none" isn't refused, it doesn't exist."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key and the one algorithm it serves.
+
+    The algorithm comes with the key and never from the token, so that a public key can't be taken
+    for an HMAC secret. (RFC 8725, section 3.1.)
+    """
+
+    algorithm: Algorithm
+    material: str | AllowedPublicKeys
+    id: str | None = None
+    """``kid``, where the issuer names its keys."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """A token taken apart. Anybody can have written it."""
+
+    text: str
+    algorithm: Algorithm
+    key_id: str | None
+    claims: Claims
+
+
+def read(authorization: str | None) -> Token:
+    """Take apart the value of an ``Authorization`` header.
+
+    Args:
+        authorization: The token with or without ``Bearer `` before it, in any case and with exactly
+            one space (protocol, 3.5). None if there was no header.
+
+    Raises:
+        AuthError: Code ``token_missing`` or ``token_malformed``.
+    """
+    if not authorization:
+        raise AuthError("there is no token", code="token_missing")
+    has_scheme = authorization[: len(_SCHEME)].lower() == _SCHEME
+    text = authorization[len(_SCHEME) :] if has_scheme else authorization
+    try:
+        parts = _JWS.decode_complete(text, options={"verify_signature": False})
+        claims = msgspec.json.decode(parts["payload"])
+    except (jwt.InvalidTokenError, ValueError, RecursionError) as error:
+        raise AuthError("the token is no JSON web token", code="token_malformed") from error
+    algorithm = parts["header"].get("alg")
+    if algorithm not in _ALGORITHMS or not isinstance(claims, dict):
+        raise AuthError(
+            "the token is of a kind that is never accepted",
+            detail=f"Accepted are {', '.join(_ALGORITHMS)} over a JSON object.",
+            code="token_malformed",
+        )
+    return Token(text=text, algorithm=algorithm, key_id=parts["header"].get("kid"), claims=claims)
+
+
+def check_signature(token: Token, key: Key) -> None:
+    """Let pass what was signed with the key by the key's own algorithm.
+
+    Raises:
+        AuthError: Code ``token_signature``.
+    """
+    try:
+        _JWS.decode_complete(token.text, key.material, algorithms=[key.algorithm])
+    except jwt.PyJWTError as error:
+        raise AuthError("the token has another signature", code="token_signature") from error
+
+
+def check_times(claims: Claims, *, now: float, leeway: float = 0.0) -> float | None:
+    """Let pass what holds now; return the Unix second until which it does, None if for ever.
+
+    Args:
+        claims: ``exp``, ``nbf`` and ``iat`` count where they are present; each must be a number.
+        now: Unix seconds. An ``exp`` equal to it is past (protocol, 9.3).
+        leeway: Seconds by which clocks may differ; the returned end includes it.
+
+    Raises:
+        AuthError: Code ``token_expired``, ``token_early`` or ``token_malformed``.
+    """
+    expires, starts, issued = (_time(claims, name) for name in ("exp", "nbf", "iat"))
+    if expires is not None and not now < expires + leeway:
+        raise AuthError("the token has expired", code="token_expired")
+    if any(time is not None and time > now + leeway for time in (starts, issued)):
+        raise AuthError("the token does not hold yet", code="token_early")
+    return None if expires is None else expires + leeway
+
+
+def _time(claims: Claims, name: str) -> float | None:
+    if name not in claims:
+        return None
+    value = claims[name]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise AuthError(f'"{name}" of the token is no number', code="token_malformed")
+    return float(max(-_END_OF_TIME, min(value, _END_OF_TIME)))
+
+
+def check_purpose(claims: Claims, issuer: IssuerConfig) -> None:
+    """Let pass what the issuer made, for us.
+
+    An ``aud`` that nobody configured isn't looked at: hosted issuers put one into every token.
+
+    Raises:
+        AuthError: Code ``token_issuer`` or ``token_audience``.
+    """
+    if issuer.issuer and claims.get("iss") != issuer.issuer:
+        raise AuthError("the token is of another issuer", code="token_issuer")
+    audience = claims.get("aud")
+    audiences = audience if isinstance(audience, list) else [audience]
+    if issuer.audience and issuer.audience not in audiences:
+        raise AuthError("the token is for another audience", code="token_audience")
+
+
+def is_superuser(claims: Claims, issuer: IssuerConfig) -> bool:
+    """Whether all claims that make a superuser are there and equal, also in type."""
+    wanted = issuer.superuser_when
+    return bool(wanted) and all(
+        type(claims.get(name)) is type(value) and claims[name] == value
+        for name, value in wanted.items()
+    )
+
+
+def named_id(claims: Claims, claim: str) -> str | None:
+    """The id in the claim, as text; None if there is none. Issuers with integer keys send those."""
+    match claims.get(claim):
+        case bool():
+            return None
+        case int(number):
+            return str(number)
+        case str(text) if text:
+            return text
+        case _:
+            return None
