@@ -104,11 +104,14 @@ class Table:
     indexes: tuple[tuple[str, ...], ...] = ()
     """Leading plain columns of every valid full index, unique ones included."""
     replica_identity: ReplicaIdentity = ReplicaIdentity.DEFAULT
+    """Of a partitioned table: what all its leaves log at least; each has its own."""
     identity_columns: tuple[str, ...] = ()
     """The columns that DEFAULT or INDEX log; every column with FULL; none with NOTHING."""
     is_unlogged: bool = False
     leaves: tuple[TableName, ...] = ()
     """Of a partitioned table: the partitions that hold rows, under whose names they stream."""
+    partition_of: TableName | None = None
+    """Of a partition: the root of the tree it is in."""
 
     def column(self, name: str) -> Column | None:
         """The column of that name, or None."""

@@ -1,0 +1,340 @@
+"""Reads ``pg_catalog`` into a Catalog: five queries in one snapshot."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeAlias, TypeVar
+
+from psycopg import AsyncConnection
+from psycopg.rows import dict_row
+
+from pgrealtime.catalog.model import (
+    Catalog,
+    Column,
+    ForeignKey,
+    ReplicaIdentity,
+    Table,
+    TableKind,
+    Type,
+    TypeKind,
+)
+from pgrealtime.changes import TableName
+
+_ONE_SNAPSHOT = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
+_NO_SHADOWS = "SET LOCAL search_path = pg_catalog"
+
+_TABLES = """
+SELECT c.oid, n.nspname AS schema, c.relname AS name, c.relkind AS kind,
+       c.relreplident AS replica_identity, c.relpersistence = 'u' AS is_unlogged,
+       root.nspname AS root_schema, root.relname AS root_name,
+       leaves.oids AS leaves
+FROM pg_class c
+JOIN pg_namespace n ON n.oid = c.relnamespace
+LEFT JOIN LATERAL (
+  SELECT rn.nspname, r.relname
+  FROM pg_class r JOIN pg_namespace rn ON rn.oid = r.relnamespace
+  WHERE c.relispartition AND r.oid = pg_partition_root(c.oid)
+) root ON true
+LEFT JOIN LATERAL (
+  SELECT array_agg(t.relid::oid) AS oids
+  FROM pg_partition_tree(c.oid) t
+  WHERE c.relkind = 'p' AND t.isleaf
+) leaves ON true
+WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f')
+  AND (n.nspname = ANY (%(schemas)s)
+       OR (n.nspname, c.relname) IN
+          (SELECT * FROM unnest(%(name_schemas)s::text[], %(names)s::text[]))
+       OR c.oid = ANY (%(oids)s::oid[]))
+ORDER BY n.nspname, c.relname
+"""
+
+_COLUMNS = """
+SELECT a.attrelid AS table, a.attname AS name, a.attnum AS number, a.atttypid AS type,
+       a.atttypmod AS type_modifier, a.attnotnull AS not_null, a.attgenerated <> '' AS is_generated,
+       coalesce(l.collisdeterministic, true) AS is_deterministic
+FROM pg_attribute a
+LEFT JOIN pg_collation l ON l.oid = a.attcollation
+WHERE a.attrelid = ANY (%(oids)s::oid[]) AND a.attnum > 0 AND NOT a.attisdropped
+ORDER BY a.attrelid, a.attnum
+"""
+
+# Constraints of partitions (conparentid) repeat those of their roots.
+_FOREIGN_KEYS = """
+SELECT k.conrelid AS table, k.conname AS name, n.nspname AS schema, c.relname AS target,
+       (SELECT array_agg(a.attname ORDER BY u.place)
+        FROM unnest(k.conkey) WITH ORDINALITY u(number, place)
+        JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.number) AS columns,
+       (SELECT array_agg(a.attname ORDER BY u.place)
+        FROM unnest(k.confkey) WITH ORDINALITY u(number, place)
+        JOIN pg_attribute a ON a.attrelid = k.confrelid AND a.attnum = u.number) AS target_columns
+FROM pg_constraint k
+JOIN pg_class c ON c.oid = k.confrelid
+JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE k.contype = 'f' AND k.conparentid = 0 AND k.conrelid = ANY (%(oids)s::oid[])
+ORDER BY k.conrelid, k.conname
+"""
+
+# indkey counts from 0; a 0 in it is an expression; beyond indnkeyatts stand INCLUDEd columns.
+_INDEXES = """
+SELECT i.indrelid AS table, i.indisprimary AS is_primary, i.indisunique AS is_unique,
+       i.indimmediate AS is_immediate, i.indisreplident AS is_identity,
+       (SELECT array_agg(a.attname ORDER BY u.place)
+        FROM unnest(i.indkey::int2[]) WITH ORDINALITY u(number, place)
+        LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = u.number
+        WHERE u.place <= i.indnkeyatts) AS columns
+FROM pg_index i
+JOIN pg_class c ON c.oid = i.indexrelid
+WHERE i.indrelid = ANY (%(oids)s::oid[]) AND i.indisvalid AND i.indpred IS NULL
+ORDER BY i.indrelid, c.relname
+"""
+
+_TYPES = """
+WITH RECURSIVE used(oid) AS (
+  SELECT unnest(%(oids)s::oid[])
+  UNION
+  SELECT below.oid
+  FROM used
+  JOIN pg_type t ON t.oid = used.oid
+  CROSS JOIN LATERAL (
+    SELECT t.typelem AS oid WHERE t.typelem <> 0 AND t.typcategory = 'A'
+    UNION ALL
+    SELECT t.typbasetype WHERE t.typbasetype <> 0
+    UNION ALL
+    SELECT a.atttypid FROM pg_attribute a
+    WHERE t.typtype = 'c' AND a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
+  ) below
+)
+SELECT t.oid, n.nspname AS schema, t.typname AS name, t.typtype AS kind, t.typcategory AS category,
+       CASE WHEN t.typcategory = 'A' THEN t.typelem ELSE 0 END AS element,
+       t.typbasetype AS domain_of, a.names, a.types
+FROM used
+JOIN pg_type t USING (oid)
+JOIN pg_namespace n ON n.oid = t.typnamespace
+LEFT JOIN LATERAL (
+  SELECT array_agg(a.attname ORDER BY a.attnum) AS names,
+         array_agg(a.atttypid ORDER BY a.attnum) AS types
+  FROM pg_attribute a
+  WHERE t.typtype = 'c' AND a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
+) a ON true
+"""
+
+_Record: TypeAlias = dict[str, Any]  # a row of pg_catalog, read once and left behind here
+
+
+async def read_catalog(
+    connection: AsyncConnection[Any],
+    *,
+    schemas: Sequence[str] = (),
+    names: Iterable[TableName] = (),
+) -> Catalog:
+    """Return all tables and views of the schemas, and those named, as of one moment.
+
+    Names that don't exist are left out; partitions are read with their roots.
+
+    Args:
+        connection: Without an open transaction.
+        schemas: Read whole; what names are looked up in where none is given.
+        names: Further tables, in any schema.
+    """
+    named = tuple(names)
+    async with connection.transaction():
+        await connection.execute(_ONE_SNAPSHOT)
+        await connection.execute(_NO_SHADOWS)
+        fetch = _Fetch(connection)
+        tables = await fetch(
+            _TABLES,
+            schemas=list(schemas),
+            name_schemas=[name.schema for name in named],
+            names=[name.name for name in named],
+            oids=[],
+        )
+        oids = sorted(
+            {row["oid"] for row in tables}.union(*(row["leaves"] or () for row in tables))
+        )
+        leaves = await fetch(_TABLES, schemas=[], name_schemas=[], names=[], oids=oids)
+        columns = await fetch(_COLUMNS, oids=oids)
+        foreign_keys = await fetch(_FOREIGN_KEYS, oids=oids)
+        indexes = await fetch(_INDEXES, oids=oids)
+        types = await fetch(_TYPES, oids=sorted({row["type"] for row in columns}))
+    parts = _Parts(
+        columns=_grouped(columns, _column(_type_of(types))),
+        foreign_keys=_grouped(foreign_keys, _foreign_key),
+        indexes=_grouped(indexes, _index),
+        relations={row["oid"]: row for row in (*leaves, *tables)},
+    )
+    read = (_table(row, parts) for row in tables)
+    return Catalog(
+        tables={table.name: table for table in read},
+        server_version=connection.info.server_version,
+        encoding=connection.info.parameter_status("server_encoding") or "UTF8",
+        schemas=tuple(schemas),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetch:
+    connection: AsyncConnection[Any]
+
+    async def __call__(self, query: str, **parameters: object) -> list[_Record]:
+        async with self.connection.cursor(row_factory=dict_row) as cursor:
+            await cursor.execute(query, parameters)
+            return await cursor.fetchall()
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    columns: tuple[str | None, ...]
+    """None stands for an expression."""
+    is_primary: bool
+    is_unique: bool
+    is_immediate: bool
+    is_identity: bool
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """All columns, if none is an expression; else nothing."""
+        names = tuple(name for name in self.columns if name is not None)
+        return names if len(names) == len(self.columns) else ()
+
+    @property
+    def leading(self) -> tuple[str, ...]:
+        """The columns before the first expression."""
+        names: list[str] = []
+        for name in self.columns:
+            if name is None:
+                break
+            names.append(name)
+        return tuple(names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What belongs to tables, by the table's oid."""
+
+    columns: Mapping[int, tuple[Column, ...]]
+    foreign_keys: Mapping[int, tuple[ForeignKey, ...]]
+    indexes: Mapping[int, tuple[_Index, ...]]
+    relations: Mapping[int, _Record]
+
+
+_T = TypeVar("_T")
+
+
+def _grouped(rows: list[_Record], make: Callable[[_Record], _T]) -> Mapping[int, tuple[_T, ...]]:
+    groups: dict[int, list[_T]] = defaultdict(list)
+    for row in rows:
+        groups[row["table"]].append(make(row))
+    return {oid: tuple(members) for oid, members in groups.items()}
+
+
+def _type_of(rows: list[_Record]) -> Callable[[int], Type]:
+    """Return what looks a type up by oid, built from the types it is made of."""
+    by_oid = {row["oid"]: row for row in rows}
+
+    @cache
+    def look_up(oid: int) -> Type:
+        row = by_oid[oid]
+        is_array = row["element"] != 0
+        names, types = row["names"] or (), row["types"] or ()
+        return Type(
+            oid=oid,
+            schema=row["schema"],
+            name=row["name"],
+            kind=TypeKind.ARRAY if is_array else TypeKind(row["kind"]),
+            category=row["category"],
+            element=look_up(row["element"]) if is_array else None,
+            domain_of=look_up(row["domain_of"]) if row["domain_of"] else None,
+            attributes=tuple((name, look_up(t)) for name, t in zip(names, types, strict=True)),
+        )
+
+    return look_up
+
+
+def _column(type_of: Callable[[int], Type]) -> Callable[[_Record], Column]:
+    def make(row: _Record) -> Column:
+        return Column(
+            name=row["name"],
+            number=row["number"],
+            type=type_of(row["type"]),
+            type_modifier=row["type_modifier"],
+            not_null=row["not_null"],
+            is_generated=row["is_generated"],
+            is_deterministic=row["is_deterministic"],
+        )
+
+    return make
+
+
+def _foreign_key(row: _Record) -> ForeignKey:
+    return ForeignKey(
+        name=row["name"],
+        columns=tuple(row["columns"]),
+        target=TableName(row["schema"], row["target"]),
+        target_columns=tuple(row["target_columns"]),
+    )
+
+
+def _index(row: _Record) -> _Index:
+    return _Index(
+        columns=tuple(row["columns"]),
+        is_primary=row["is_primary"],
+        is_unique=row["is_unique"],
+        is_immediate=row["is_immediate"],
+        is_identity=row["is_identity"],
+    )
+
+
+def _table(row: _Record, parts: _Parts) -> Table:
+    oid: int = row["oid"]
+    indexes = parts.indexes.get(oid, ())
+    leaves = [parts.relations[leaf] for leaf in row["leaves"] or ()]
+    identity, identity_columns = _weakest(leaves or [row], parts)
+    return Table(
+        oid=oid,
+        name=TableName(row["schema"], row["name"]),
+        kind=TableKind(row["kind"]),
+        columns=parts.columns.get(oid, ()),
+        primary_key=next((index.plain for index in indexes if index.is_primary), ()),
+        foreign_keys=parts.foreign_keys.get(oid, ()),
+        unique=tuple(
+            index.plain
+            for index in indexes
+            if index.is_unique and index.is_immediate and index.plain
+        ),
+        indexes=tuple(index.leading for index in indexes if index.leading),
+        replica_identity=identity,
+        identity_columns=identity_columns,
+        is_unlogged=any(part["is_unlogged"] for part in leaves or [row]),
+        leaves=tuple(TableName(leaf["schema"], leaf["name"]) for leaf in leaves),
+        partition_of=TableName(row["root_schema"], row["root_name"]) if row["root_name"] else None,
+    )
+
+
+def _weakest(tables: list[_Record], parts: _Parts) -> tuple[ReplicaIdentity, tuple[str, ...]]:
+    """Return what every one of the tables logs of an old row.
+
+    Partitions have identities of their own: ALTER TABLE on the root doesn't reach them.
+    """
+    kinds = {ReplicaIdentity(table["replica_identity"]) for table in tables}
+    logged = [_logged(table, parts) for table in tables]
+    shared = tuple(name for name in logged[0] if all(name in columns for columns in logged))
+    if ReplicaIdentity.NOTHING in kinds:
+        return ReplicaIdentity.NOTHING, ()
+    return kinds.pop() if len(kinds) == 1 else ReplicaIdentity.DEFAULT, shared
+
+
+def _logged(table: _Record, parts: _Parts) -> tuple[str, ...]:
+    indexes = parts.indexes.get(table["oid"], ())
+    match ReplicaIdentity(table["replica_identity"]):
+        case ReplicaIdentity.NOTHING:
+            return ()
+        case ReplicaIdentity.FULL:
+            return tuple(column.name for column in parts.columns.get(table["oid"], ()))
+        case ReplicaIdentity.INDEX:
+            return next((index.plain for index in indexes if index.is_identity), ())
+        case ReplicaIdentity.DEFAULT:
+            keys = (index for index in indexes if index.is_primary and index.is_immediate)
+            return next((index.plain for index in keys), ())
