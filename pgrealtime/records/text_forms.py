@@ -1,0 +1,68 @@
+"""Reads PostgreSQL's text form of arrays and rows, as its output functions write it.
+
+Source: PostgreSQL docs, "Array Input and Output Syntax", "Composite Type Input and Output Syntax".
+The text comes from the server, so its syntax isn't checked.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TypeAlias
+
+Element: TypeAlias = "str | list[Element] | None"
+"""The text form of an element, the elements of a further dimension, or NULL."""
+
+_QUOTED = r'"([^"\\]*(?:\\.[^"\\]*)*)"'
+_TOKEN = {
+    delimiter: re.compile(rf'([{{}}])|{_QUOTED}|([^{{}}"{delimiter}]+)', re.DOTALL)
+    for delimiter in ",;"
+}
+_ATTRIBUTE = re.compile(r',(?:"([^"\\]*(?:(?:\\.|"")[^"\\]*)*)"|([^,]*))', re.DOTALL)
+_ESCAPED = re.compile(r"\\(.)", re.DOTALL)
+_DOUBLED = re.compile(r'\\(.)|"(")', re.DOTALL)
+
+
+def parse_array(text: str, delimiter: str = ",") -> list[Element]:
+    """Return the elements; those of several dimensions as lists of lists.
+
+    Args:
+        text: Such as ``{1,NULL,"a b"}``; lower bounds (``[0:1]={a,b}``) are stepped over.
+        delimiter: ``pg_type.typdelim``: the comma for every built-in type but ``box``.
+    """
+    if text[0] == "[":
+        text = text[text.index("=") + 1 :]
+    if '"' not in text and "{" not in text[1:]:
+        items = text[1:-1].split(delimiter) if len(text) > len("{}") else []
+        return [None if item == "NULL" else item for item in items]
+    return _parse_nested(text, _TOKEN[delimiter])
+
+
+def _parse_nested(text: str, token: re.Pattern[str]) -> list[Element]:
+    top: list[Element] = []
+    open_lists = [top]
+    for brace, quoted, plain in token.findall(text):
+        if brace == "{":
+            inner: list[Element] = []
+            open_lists[-1].append(inner)
+            open_lists.append(inner)
+        elif brace:
+            open_lists.pop()
+        elif plain:
+            open_lists[-1].append(None if plain == "NULL" else plain)
+        else:
+            open_lists[-1].append(_ESCAPED.sub(r"\1", quoted) if "\\" in quoted else quoted)
+    whole = top[0]
+    assert isinstance(whole, list)
+    return whole
+
+
+def parse_row(text: str) -> list[str | None]:
+    """Return the attributes of a composite value such as ``(1,"a b",)``, in order."""
+    return [_attribute(match) for match in _ATTRIBUTE.finditer("," + text[1:-1])]
+
+
+def _attribute(match: re.Match[str]) -> str | None:
+    quoted, plain = match.groups()
+    if quoted is None:
+        return plain or None
+    return _DOUBLED.sub(lambda pair: pair[1] or pair[2], quoted)
