@@ -84,7 +84,11 @@ class SlotConfig(Section):
 class ReplicationConfig(Section):
     """How the stream is read."""
 
+    plugin: Literal["auto", "wal2json", "pgoutput"] = "auto"
+    """``auto`` takes wal2json where the server has it and allows it, else pgoutput."""
     slot: SlotConfig = SlotConfig()
+    publication: str = Field(default="pgrealtime", min_length=1, max_length=63)
+    """pgoutput only: lists the tables; made by the operator from SQL that we print."""
     max_pause: Seconds = 2.0
     """Held-up delivery pauses reading for so long; then the connection is given up: a gap."""
 
