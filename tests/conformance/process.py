@@ -1,0 +1,106 @@
+"""A server as a child process: started, awaited and ended by its own id."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.conformance.http_client import Address, ProtocolError, Request, send
+
+START_SECONDS = 60.0
+STOP_SECONDS = 20.0
+POLL_SECONDS = 0.02
+
+
+class ServerDiedError(Exception):
+    """The server ended before it answered, or didn't answer in time; carries its output."""
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess:
+    """One child process; its output goes to a file."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+        self._process = process
+        self._log = log
+
+    @classmethod
+    async def start(
+        cls, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    ) -> ServerProcess:
+        """Start the command; its output is appended to ``log``."""
+        with log.open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, **(environment or {})},
+            )
+        return cls(process, log)
+
+    async def wait_healthy(self, address: Address) -> None:
+        """Return once ``/api/health`` answers 200.
+
+        Raises:
+            ServerDiedError: The process ended, or said nothing for too long.
+        """
+        health = Request(method="GET", path="/api/health", headers={})
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                while True:
+                    if self._process.returncode is not None:
+                        raise ServerDiedError(f"exit {self._process.returncode}\n{self.output()}")
+                    try:
+                        if (await send(health, address)).head.status == 200:
+                            return
+                    except (OSError, ProtocolError):
+                        pass
+                    await asyncio.sleep(POLL_SECONDS)  # the only sign of readiness is an answer
+        except TimeoutError as error:
+            await self.stop()
+            raise ServerDiedError(f"no answer in {START_SECONDS} s\n{self.output()}") from error
+
+    def output(self) -> str:
+        """What the process has printed so far."""
+        return self._log.read_text(errors="replace")
+
+    async def stop(self) -> None:
+        """SIGTERM, and SIGKILL if that doesn't end it in time."""
+        if self._process.returncode is not None:
+            return
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+            raise ServerDiedError(
+                f"SIGTERM ignored for {STOP_SECONDS} s\n{self.output()}"
+            ) from None
+
+
+async def run(command: Sequence[str]) -> str:
+    """Run a command to its end and return its output.
+
+    Raises:
+        ServerDiedError: It failed.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    output, _ = await process.communicate()
+    if process.returncode != 0:
+        raise ServerDiedError(output.decode(errors="replace"))
+    return output.decode(errors="replace")
