@@ -131,7 +131,7 @@ class Accounts:
                 del self._gathering[place]
             try:
                 return await self._query(batch.users, batch.ids)
-            except psycopg.DataError:
+            except (psycopg.DataError, UnicodeEncodeError):
                 # An id that the database's encoding can't hold. Alone it has no row; in company
                 # it must not spoil the others' answer.
                 return await self._query_singly(batch.users, batch.ids)
@@ -141,7 +141,7 @@ class Accounts:
         for one in ids:
             try:
                 found |= await self._query(users, [one])
-            except psycopg.DataError:
+            except (psycopg.DataError, UnicodeEncodeError):
                 continue
         return found
 

@@ -1,0 +1,362 @@
+"""Users looked up in a real database: by any key type, on its index, in one query at most."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+from uuid import UUID
+
+import jwt
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg_pool import AsyncConnectionPool
+
+from pgrealtime.auth.account import Accounts, Users, statement_by_id
+from pgrealtime.auth.authenticator import Authenticator
+from pgrealtime.auth.principal import GUEST, AuthRecord, Caller, Superuser
+from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.catalog.model import Table
+from pgrealtime.changes import TableName
+from pgrealtime.collections import Collection, Collections, Field, FieldKind
+from pgrealtime.config import AuthConfig, IssuerConfig
+from pgrealtime.errors import DatabaseUnreachableError, SetupError
+
+SECRET = "a-secret-of-thirty-two-characters"
+ISSUER = IssuerConfig(name="app", secret=SECRET)
+NAMES = {"email_visible": "emailVisibility"}
+
+
+def collection_of(table: Table) -> Collection:
+    """The collection "users" over a table; ``email_visible`` is its ``emailVisibility``."""
+    fields = tuple(
+        Field(
+            name=NAMES.get(column.name, column.name),
+            column=column,
+            kind=FieldKind.BOOL if column.type.base.name == "bool" else FieldKind.TEXT,
+            type=column.type,
+        )
+        for column in table.columns
+    )
+    key = table.column(table.primary_key[0])
+    assert key is not None
+    return Collection(
+        name="users", id="_pb_users_auth_", type="auth", table=table, key=key, fields=fields
+    )
+
+
+async def users_of(url: str, ddl: str) -> Users:
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        await connection.execute(sql.SQL(ddl))
+        name = TableName("public", "Users")
+        catalog = await read_catalog(connection, names=[name])
+    return Users(collection=collection_of(catalog.tables[name]))
+
+
+@pytest.fixture
+async def pool(database_url: str) -> AsyncIterator[AsyncConnectionPool[Any]]:
+    async with AsyncConnectionPool(
+        database_url,
+        min_size=1,
+        max_size=4,
+        timeout=5,
+        kwargs={"autocommit": True, "options": "-c search_path=pg_catalog"},
+    ) as pool:
+        yield pool
+
+
+FULL = """
+CREATE TABLE public."Users" (
+  id text PRIMARY KEY, email text, email_visible boolean, verified boolean NOT NULL, name text);
+INSERT INTO public."Users" VALUES
+  ('u1', 'ann@example.com', true, true, 'Ann'), ('u2', NULL, NULL, false, 'Bob');
+"""
+
+
+def authenticator(users: Users, accounts: Accounts, *issuers: IssuerConfig) -> Authenticator:
+    auth = AuthConfig(issuers=issuers or (ISSUER,))
+    return Authenticator(auth, Collections((users.collection,)), accounts)
+
+
+async def test_the_row_says_what_the_token_does_not(
+    database_url: str, pool: AsyncConnectionPool[Any]
+) -> None:
+    """The plain fields are the database's, whatever a token claims about them."""
+    users = await users_of(database_url, FULL)
+    door = authenticator(users, Accounts(pool))
+    claims = {"sub": "u1", "exp": 4_000_000_000, "email": "x@y", "verified": False}
+
+    assert await door.authenticate(jwt.encode(claims, SECRET)) == Caller(
+        AuthRecord(
+            collection_id="_pb_users_auth_",
+            collection_name="users",
+            id="u1",
+            email="ann@example.com",
+            email_visibility=True,
+            verified=True,
+        ),
+        expires_at=4_000_000_000,
+    )
+    assert await door.authenticate("Bearer " + jwt.encode({"sub": "u2"}, SECRET)) == Caller(
+        AuthRecord(collection_id="_pb_users_auth_", collection_name="users", id="u2")
+    )
+
+
+async def test_a_table_of_ids_alone_is_enough(
+    database_url: str, pool: AsyncConnectionPool[Any]
+) -> None:
+    users = await users_of(
+        database_url,
+        'CREATE TABLE public."Users" (id text PRIMARY KEY);'
+        """INSERT INTO public."Users" VALUES ('u1')""",
+    )
+
+    account = await Accounts(pool).load(users, "u1")
+
+    assert account is not None
+    assert account.record == AuthRecord(
+        collection_id="_pb_users_auth_", collection_name="users", id="u1"
+    )
+
+
+async def test_a_deleted_user_is_a_guest(database_url: str, pool: AsyncConnectionPool[Any]) -> None:
+    """Open connections turn guest with the row (protocol, 8); its token must not undo that."""
+    users = await users_of(database_url, FULL)
+    door = authenticator(users, Accounts(pool))
+    token = jwt.encode({"sub": "u1"}, SECRET)
+    assert (await door.authenticate(token)).principal != GUEST
+
+    async with pool.connection() as connection:
+        await connection.execute('DELETE FROM public."Users"')
+
+    assert await door.authenticate(token) == Caller()
+
+
+async def test_a_superuser_needs_no_row(database_url: str, pool: AsyncConnectionPool[Any]) -> None:
+    users = await users_of(database_url, FULL)
+    issuer = ISSUER.model_copy(update={"superuser_when": {"role": "service_role"}})
+    door = authenticator(users, Accounts(pool), issuer)
+
+    named = jwt.encode({"sub": "s1", "role": "service_role"}, SECRET)
+    nameless = jwt.encode({"role": "service_role"}, SECRET)
+
+    assert (await door.authenticate(named)).principal == Superuser("s1")
+    assert (await door.authenticate(nameless)).principal == Superuser("")
+
+
+@pytest.mark.parametrize(
+    ("key_type", "stored", "found", "absent"),
+    [
+        ("uuid", "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11",
+         ["a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11", "A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11"],
+         ["12", "", "a0eebc999c0b4ef8bb6d6bb9bd380a11", "{a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11}"]),
+        ("integer", "7", ["7"], ["07", "+7", " 7", "7.0", "0x7", "\u0667", "2147483648",
+                            "9" * 4000, "u1"]),
+        ("bigint", "-9223372036854775808", ["-9223372036854775808"],
+         ["9223372036854775808", "-9223372036854775809", "-0"]),
+        ("smallint", "0", ["0"], ["32768", "-0", "00"]),
+        ("varchar(20)", "u1", ["u1"], ["u1 ", "U1", "u1\x00", "'; --"]),
+        ("char(4)", "u1", ["u1"], ["u2"]),
+        ("public.key", "u1", ["u1"], ["u2", "\x00"]),
+        ("public.mood", "sad", ["sad"], ["glad", "u1"]),
+        ("numeric", "1.50", ["1.50"], ["1.5", "x"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+async def test_an_id_that_does_not_fit_the_key_is_nobodys(
+    database_url: str,
+    pool: AsyncConnectionPool[Any],
+    *,
+    key_type: str,
+    stored: str,
+    found: list[str],
+    absent: list[str],
+) -> None:
+    """Ids are texts (rules, section 17): the comparison is false, never an error."""
+    users = await users_of(
+        database_url,
+        "CREATE DOMAIN public.key AS text; CREATE TYPE public.mood AS ENUM ('sad');"
+        f'CREATE TABLE public."Users" (id {key_type} PRIMARY KEY);'
+        f"""INSERT INTO public."Users" VALUES ('{stored}')""",
+    )
+    accounts = Accounts(pool)
+
+    there = [await accounts.load(users, one) for one in found]
+
+    assert [account and account.record.id for account in there] == [stored] * len(found)
+    assert [await accounts.load(users, one) for one in absent] == [None] * len(absent)
+
+
+@pytest.mark.parametrize(
+    "key_type", ["uuid", "integer", "bigint", "text", "varchar(40)", "public.key"]
+)
+async def test_a_lookup_reads_the_index(
+    database_url: str, pool: AsyncConnectionPool[Any], key_type: str
+) -> None:
+    """A login must not cost a pass over all users."""
+    series = "md5(n::text)::uuid" if key_type == "uuid" else "n"
+    users = await users_of(
+        database_url,
+        "CREATE DOMAIN public.key AS text;"
+        f'CREATE TABLE public."Users" (id {key_type} PRIMARY KEY);'
+        f'INSERT INTO public."Users" SELECT {series} FROM generate_series(1, 20000) n;'
+        'ANALYZE public."Users"',
+    )
+    one = str(UUID(int=1)) if key_type == "uuid" else "17"
+    async with pool.connection() as connection:
+        cursor = await connection.execute(
+            sql.SQL("EXPLAIN ") + statement_by_id(users), {"ids": [one]}
+        )
+        plan = "\n".join(line for (line,) in await cursor.fetchall())
+
+    assert "Index" in plan
+    assert "Seq Scan" not in plan
+
+
+async def test_loads_at_the_same_time_share_a_query(
+    database_url: str, pool: AsyncConnectionPool[Any]
+) -> None:
+    """A herd coming back after a restart asks a few queries, not one each."""
+    users = await users_of(
+        database_url,
+        'CREATE TABLE public."Users" (id integer PRIMARY KEY);'
+        'INSERT INTO public."Users" SELECT generate_series(1, 900)',
+    )
+    accounts = Accounts(pool)
+    asked = pool.get_stats().get("requests_num", 0)
+
+    answers = await asyncio.gather(*(accounts.load(users, str(n)) for n in range(1, 1001)))
+
+    assert [a and a.record.id for a in answers] == [
+        str(n) if n <= 900 else None for n in range(1, 1001)
+    ]
+    assert pool.get_stats()["requests_num"] - asked == 2
+
+
+async def test_a_load_is_answered_by_a_query_sent_after_it(
+    database_url: str, pool: AsyncConnectionPool[Any]
+) -> None:
+    """Sharing a query already under way would show a user as of before the call."""
+    users = await users_of(
+        database_url,
+        'CREATE TABLE public."Users" (id text PRIMARY KEY, email text);'
+        """INSERT INTO public."Users" VALUES ('u1', 'old')""",
+    )
+    accounts = Accounts(pool)
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as writer:
+        await writer.execute('BEGIN; LOCK public."Users"')
+        early = asyncio.create_task(accounts.load(users, "u1"))
+        await asyncio.wait_for(_somebody_waits_for_a_lock(database_url), 10)
+        late = asyncio.create_task(accounts.load(users, "u1"))
+        await writer.execute("""UPDATE public."Users" SET email = 'new'""")
+        await writer.execute("COMMIT")
+
+        assert await asyncio.wait_for(early, 5) is not None
+        latest = await asyncio.wait_for(late, 5)
+
+    assert latest is not None
+    assert latest.record.email == "new"
+
+
+async def _somebody_waits_for_a_lock(url: str) -> None:
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        cursor = connection.cursor()
+        while not cursor.rownumber:
+            await cursor.execute(
+                "SELECT 1 FROM pg_stat_activity"
+                " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            )
+            await cursor.fetchone()
+
+
+async def test_one_who_gives_up_does_not_take_the_answer_from_the_others(
+    database_url: str, pool: AsyncConnectionPool[Any]
+) -> None:
+    users = await users_of(database_url, FULL)
+    accounts = Accounts(pool)
+    first = asyncio.create_task(accounts.load(users, "u1"))
+    second = asyncio.create_task(accounts.load(users, "u1"))
+    await asyncio.sleep(0)
+
+    first.cancel()
+
+    account = await asyncio.wait_for(second, 5)
+    assert account is not None
+    assert account.record.id == "u1"
+    with pytest.raises(asyncio.CancelledError):
+        await first
+
+
+@pytest.fixture
+def latin1_url(database_url: str) -> Iterator[str]:
+    """A database of the test's own in which most of Unicode can't be written."""
+    name = f"{psycopg.conninfo.conninfo_to_dict(database_url)['dbname']}_latin1"
+    with psycopg.connect(database_url, autocommit=True) as admin:
+        admin.execute(
+            sql.SQL("CREATE DATABASE {} TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'").format(
+                sql.Identifier(name)
+            )
+        )
+        yield f"{database_url}_latin1"
+        admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.mark.parametrize("client_encoding", ["UTF8", "LATIN1"])
+async def test_an_id_that_the_database_cannot_hold_spoils_nobodys_answer(
+    latin1_url: str, client_encoding: str
+) -> None:
+    """In a LATIN1 database a kanji is an error of the server or the driver, not a missing row."""
+    users = await users_of(latin1_url, FULL)
+    settings = {"autocommit": True, "client_encoding": client_encoding}
+    async with AsyncConnectionPool(latin1_url, min_size=1, kwargs=settings) as pool:
+        accounts = Accounts(pool)
+        answers = await asyncio.gather(
+            *(accounts.load(users, one) for one in ("u1", "\u65e5", "u2"))
+        )
+
+    assert [a and a.record.id for a in answers] == ["u1", None, "u2"]
+
+
+async def test_a_database_away_is_not_the_tokens_fault(
+    database_url: str, pool: AsyncConnectionPool[Any]
+) -> None:
+    """Answering "guest" would sign everybody out whenever the database restarts."""
+    users = await users_of(database_url, FULL)
+    await pool.close()
+    door = authenticator(users, Accounts(pool))
+
+    with pytest.raises(DatabaseUnreachableError):
+        await door.authenticate(jwt.encode({"sub": "u1"}, SECRET))
+    assert await door.authenticate("nonsense") == Caller()
+
+
+async def test_a_users_table_that_cannot_be_read_says_so(
+    database_url: str, pool: AsyncConnectionPool[Any]
+) -> None:
+    users = await users_of(database_url, FULL)
+    async with pool.connection() as connection:
+        await connection.execute('ALTER TABLE public."Users" RENAME email TO mail')
+
+    with pytest.raises(SetupError, match=r"public\.Users"):
+        await Accounts(pool).load(users, "u1")
+
+
+async def test_tokens_that_hold_nowhere_ask_the_database_nothing(
+    database_url: str, pool: AsyncConnectionPool[Any]
+) -> None:
+    """Strangers must not be able to make load."""
+    users = await users_of(database_url, FULL)
+    door = authenticator(users, Accounts(pool))
+    asked = pool.get_stats().get("requests_num", 0)
+
+    for token in (
+        None,
+        "nonsense",
+        jwt.encode({"sub": "u1"}, "another-secret-of-enough-characters"),
+        jwt.encode({"sub": "u1", "exp": 1}, SECRET),
+        jwt.encode({}, SECRET),
+    ):
+        assert await door.authenticate(token) == Caller()
+
+    assert pool.get_stats().get("requests_num", 0) == asked
