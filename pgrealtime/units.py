@@ -13,12 +13,14 @@ _BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 def parse_duration(value: object) -> float:
     """Return seconds for ``500ms``, ``25s``, ``5m``, ``1h``, ``5d``; 0 needs no unit.
 
+    A float is seconds already: what this function made of a text can be given to it again.
+
     Raises:
-        ValueError: Anything else, a number without a unit included.
+        ValueError: Anything else, a whole number without a unit included.
     """
-    if isinstance(value, float):
+    if isinstance(value, float) and 0.0 <= value < float("inf"):
         return value
-    if value in (0, "0"):
+    if value in (0, "0") and not isinstance(value, bool):
         return 0.0
     match = _DURATION.fullmatch(value) if isinstance(value, str) else None
     if match is None:
