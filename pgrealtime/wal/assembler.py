@@ -1,0 +1,153 @@
+"""Messages of a decoder into whole transactions, on the way from the stream to the changelog."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from itertools import takewhile
+from typing import TypeGuard
+
+from pgrealtime.catalog.model import Table
+from pgrealtime.changes import (
+    Change,
+    Delete,
+    Insert,
+    Oversized,
+    TableName,
+    Transaction,
+    Truncate,
+    Update,
+)
+from pgrealtime.errors import UnexpectedMessageError
+from pgrealtime.lsn import Xid
+from pgrealtime.wal.message import Begin, Commit, Message, RowChange, Truncated
+
+RecordKeys = Mapping[TableName, tuple[str, ...]]
+"""The columns that say which record a row is: what a move between partitions leaves alone."""
+
+_RecordKey = tuple[TableName, tuple[str | None, ...]]
+
+
+class TransactionAssembler:
+    """Collects what lies between a begin and its commit; bounded in bytes.
+
+    Args:
+        max_size: Bytes of decoder output; of a larger transaction only the tables are kept.
+        record_keys: By partitioned table. A row that goes from one partition and comes to
+            another with the same key was moved by an UPDATE.
+    """
+
+    def __init__(self, *, max_size: int, record_keys: RecordKeys) -> None:
+        self._max_size = max_size
+        self._record_keys = record_keys
+        self._xid: Xid | None = None
+        self._changes: list[Change] = []
+        self._size = 0
+        self._tables: set[TableName] | None = None
+        self._left: dict[_RecordKey, tuple[int, TableName]] = {}
+        """Deletes in partitions: where they stand in the changes, and in which leaf they were."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a transaction began and hasn't committed yet."""
+        return self._xid is not None
+
+    def feed(self, message: Message, size: int) -> Transaction | Oversized | None:
+        """Take the next message; return the transaction it completes, if that has changes.
+
+        Args:
+            message: What the decoder said.
+            size: Bytes it was made from.
+
+        Raises:
+            UnexpectedMessageError: It can't follow what came before.
+        """
+        self._size += size
+        match message:
+            case RowChange() | Truncated() if self._xid is not None:
+                self._take(message)
+                return None
+            case Commit() if self._xid is not None:
+                return self._finish(self._xid, message)
+            case Begin(xid=xid) if self._xid is None:
+                self._xid, self._size = xid, size
+                return None
+            case _:
+                raise UnexpectedMessageError(
+                    f"{type(message).__name__} came "
+                    + ("inside" if self.is_open else "outside")
+                    + " a transaction"
+                )
+
+    def _take(self, message: RowChange | Truncated) -> None:
+        if self._tables is None and self._size > self._max_size:
+            self._tables = {change.table for change in self._changes}
+            self._changes, self._left = [], {}
+        match message:
+            case _ if self._tables is not None:
+                self._tables.update(_tables(message))
+            case Truncated(tables=tables):
+                self._truncate(tables)
+            case RowChange(change=change, leaf=leaf) if leaf != change.table:
+                self._take_of_partition(change, leaf)
+            case RowChange(change=change):
+                self._changes.append(change)
+
+    def _truncate(self, tables: tuple[TableName, ...]) -> None:
+        """Add each table once per run of truncates: a partitioned one comes leaf by leaf."""
+        run = {c.table for c in takewhile(_is_truncate, reversed(self._changes))}
+        for table in tables:
+            if table not in run:
+                run.add(table)
+                self._changes.append(Truncate(table))
+
+    def _take_of_partition(self, change: Insert | Update | Delete, leaf: TableName) -> None:
+        key = self._record_key(change)
+        left = None if key is None else self._left.pop(key, None)
+        match change:
+            case Insert(table=table, new=new) if left is not None and left[1] != leaf:
+                at, _ = left
+                gone = self._changes[at]
+                assert isinstance(gone, Delete)
+                self._changes[at] = Update(table, new, gone.old)
+                return
+            case Delete() if key is not None:
+                self._left[key] = len(self._changes), leaf
+            case _:
+                pass
+        self._changes.append(change)
+
+    def _record_key(self, change: Insert | Update | Delete) -> _RecordKey | None:
+        """Return table and key of the record changed; None if it isn't told or not unique."""
+        row = change.old.row if isinstance(change, Delete) else change.new
+        values = tuple(row.get(name) for name in self._record_keys.get(change.table, ()))
+        return None if not values or None in values else (change.table, values)
+
+    def _finish(self, xid: Xid, commit: Commit) -> Transaction | Oversized | None:
+        changes, tables, size = self._changes, self._tables, self._size
+        self._xid, self._changes, self._tables, self._left = None, [], None, {}
+        if tables is not None:
+            return Oversized(xid, commit.end_lsn, commit.time, frozenset(tables))
+        if not changes:
+            return None
+        return Transaction(xid, commit.end_lsn, commit.time, tuple(changes), size)
+
+
+def _is_truncate(change: Change) -> TypeGuard[Truncate]:
+    return isinstance(change, Truncate)
+
+
+def _tables(message: RowChange | Truncated) -> tuple[TableName, ...]:
+    match message:
+        case RowChange(change=change):
+            return (change.table,)
+        case Truncated(tables=tables):
+            return tables
+
+
+def default_record_keys(tables: Collection[Table]) -> RecordKeys:
+    """Return the primary key of each table that has one.
+
+    A partitioned table's primary key holds its partition key, so few moves leave it alone: whoever
+    knows a narrower key that identifies a record should name that.
+    """
+    return {table.name: table.primary_key for table in tables if table.primary_key}

@@ -1,0 +1,101 @@
+"""What a decoder says, wal2json or pgoutput alike: the words between it and the assembler."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Protocol, TypeAlias
+
+from msgspec import Struct
+
+from pgrealtime.catalog.model import ReplicaIdentity, Table
+from pgrealtime.changes import Delete, Insert, Row, TableName, Update
+from pgrealtime.lsn import LSN, Xid
+
+
+class Begin(Struct, frozen=True, gc=False):
+    """A transaction starts. Its id is the top-level one, also for rows of a subtransaction."""
+
+    xid: Xid
+
+
+class RowChange(Struct, frozen=True):
+    """One row's change, already under the root's name, and the leaf that held the row."""
+
+    change: Insert | Update | Delete
+    leaf: TableName
+    """The same as the change's table, unless that is partitioned."""
+
+
+class Truncated(Struct, frozen=True):
+    """Tables emptied by one statement, under their roots' names."""
+
+    tables: tuple[TableName, ...]
+
+
+class Commit(Struct, frozen=True, gc=False):
+    """The transaction that began is whole."""
+
+    end_lsn: LSN
+    time: int
+    """Microseconds since the Unix epoch, by the server's clock."""
+
+
+Message: TypeAlias = Begin | RowChange | Truncated | Commit
+
+
+class Decoder(Protocol):
+    """Turns the payloads of one stream into messages; may keep what the stream told earlier."""
+
+    def decode(self, payload: memoryview) -> Message | None:
+        """Return what one payload says; None if it concerns no transaction or no table of ours.
+
+        The payload may be a view of a buffer that is reused: nothing of it is kept.
+
+        Raises:
+            UnexpectedMessageError: The payload is not of the decoder's format.
+        """
+
+
+class Source(Struct, frozen=True):
+    """A table as it appears in the stream: under its own name, or a leaf of a partitioned one."""
+
+    root: TableName
+    """The name its changes go by."""
+    leaf: TableName
+    names: tuple[str, ...]
+    """The root's columns in order."""
+    is_full: bool
+    """Whether the old row is logged whole."""
+    is_leaf: bool
+    """A leaf may order its columns differently from the root."""
+
+    def in_order(self, row: Row) -> Row:
+        """Return the row in the root's column order; columns that the catalogue lacks come last."""
+        ordered = {name: row[name] for name in self.names if name in row}
+        return ordered if len(ordered) == len(row) else ordered | row
+
+    def is_whole(self, old: Row, width: int) -> bool:
+        """Whether an old image is the whole row and not a key.
+
+        Args:
+            old: What was logged.
+            width: Columns that the row has.
+
+        The identity may have been changed since the catalogue was read, so its width counts too.
+        """
+        return self.is_full and len(old) >= width
+
+
+def sources(tables: Collection[Table]) -> Mapping[TableName, Source]:
+    """Return how each table, and each leaf of a partitioned one, appears in the stream."""
+    return {
+        leaf: Source(
+            root=table.name,
+            leaf=leaf,
+            names=tuple(column.name for column in table.columns),
+            is_full=table.replica_identity is ReplicaIdentity.FULL,
+            is_leaf=leaf != table.name,
+        )
+        for table in tables
+        for leaf in (table.name, *table.leaves)
+    }

@@ -1,0 +1,401 @@
+"""The connection and the slot that the stream is read from: checked, made, faults explained."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import psycopg
+from psycopg import errors as pg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.sql import SQL
+
+from pgrealtime.catalog.model import Table
+from pgrealtime.config import ReplicationConfig
+from pgrealtime.errors import (
+    DatabaseUnreachableError,
+    PgRealtimeError,
+    SetupError,
+    SlotBusyError,
+    WalError,
+)
+from pgrealtime.lsn import LSN, parse_lsn
+
+Connection: TypeAlias = psycopg.AsyncConnection[tuple[Any, ...]]
+Plugin: TypeAlias = Literal["wal2json", "pgoutput"]
+
+_PINNED = SQL(
+    "SET search_path = pg_catalog; SET DateStyle = ISO; SET TimeZone = UTC;"
+    " SET IntervalStyle = postgres; SET extra_float_digits = 1; SET bytea_output = hex;"
+    " SET client_encoding = UTF8"
+)
+"""How values are printed must not hang on settings of the role, the database or our environment."""
+
+_CONNECT_DEFAULTS = {
+    "fallback_application_name": "pgrealtime",
+    "connect_timeout": "10",
+    # Our status updates are the traffic that shows a dead network; the kernel's own patience is
+    # a quarter of an hour.
+    "tcp_user_timeout": "30000",
+    "keepalives_idle": "30",
+}
+
+_WAIT_SECONDS = 2.0
+"""A slot that takes longer than this to make waits for somebody: say for whom."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemIdentity:
+    """Which server, in which of its histories: positions of another are not ours."""
+
+    system_id: str
+    timeline: int
+    database: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerFacts:
+    """What of the server decides whether and how it can be read."""
+
+    version: int
+    """As ``server_version_num``."""
+    encoding: str
+    wal_level: str
+    is_standby: bool
+    wal_sender_timeout: float
+    """Seconds; 0 is never."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotWait:
+    """For whom the making of a slot waits: for each transaction that has written and is open."""
+
+    pids: tuple[int, ...]
+    """Of the backends concerned."""
+    prepared: tuple[str, ...]
+    """Prepared transactions of the cluster, if no backend is to blame."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """A temporary slot: it goes with the connection that made it."""
+
+    name: str
+    plugin: Plugin
+    start_lsn: LSN
+    """The consistent point: every transaction that commits later is sent."""
+
+
+@asynccontextmanager
+async def connect(url: str) -> AsyncIterator[Connection]:
+    """Open a replication connection to the database, and close it at the end.
+
+    Raises:
+        DatabaseUnreachableError: Nobody answers, or the login is refused.
+        SetupError: The server answers and can't be read: no REPLICATION attribute, a standby,
+            wal_level.
+        SlotBusyError: All walsenders are in use.
+    """
+    try:
+        connection = await psycopg.AsyncConnection.connect(
+            _conninfo(url, replication="database"),
+            autocommit=True,
+            cursor_factory=psycopg.AsyncClientCursor,
+        )
+    except psycopg.OperationalError as error:
+        raise await _explain_refusal(url, error) from error
+    try:
+        await connection.execute(_PINNED)
+        yield connection
+    finally:
+        # Not "async with": its commit is refused while the stream runs.
+        await connection.close()
+
+
+def _conninfo(url: str, **more: str) -> str:
+    try:
+        given = conninfo_to_dict(url)
+    except psycopg.ProgrammingError:
+        # libpq's message quotes the text, which may hold a password.
+        raise SetupError(
+            "the database URL can't be understood",
+            hint="Write postgresql://user:password@host:port/database, special characters in"
+            " percent form.",
+            code="database_url_invalid",
+        ) from None
+    settings: dict[str, Any] = {**_CONNECT_DEFAULTS, **given, **more}
+    return make_conninfo("", **settings)
+
+
+async def _explain_refusal(url: str, error: psycopg.OperationalError) -> PgRealtimeError:
+    """Return why a replication connection was refused, asking over an ordinary one.
+
+    The refusal itself has no SQLSTATE, and its text is in the server's language.
+    """
+    try:
+        async with await psycopg.AsyncConnection.connect(_conninfo(url)) as connection:
+            cursor = await connection.execute(
+                "SELECT current_user, r.rolreplication OR r.rolsuper,"
+                " current_setting('wal_level'),"
+                " (SELECT count(*) FROM pg_catalog.pg_stat_get_wal_senders(NULL)),"
+                " current_setting('max_wal_senders')::int"
+                " FROM pg_catalog.pg_roles r WHERE r.rolname = current_user"
+            )
+            row = await cursor.fetchone()
+    except psycopg.Error:
+        return _unreachable(error)
+    if row is None:
+        return _unreachable(error)
+    role, may_replicate, wal_level, senders, max_senders = row
+    if not may_replicate:
+        return SetupError(
+            f'role "{role}" may not read the replication stream',
+            detail="It lacks the REPLICATION attribute.",
+            hint=f"Run as a superuser: ALTER ROLE {_identifier(role)} REPLICATION;",
+            code="replication_attribute_missing",
+        )
+    if wal_level != "logical":
+        return wal_level_error(wal_level)
+    if senders >= max_senders:
+        return SlotBusyError(
+            "all walsenders of the server are in use",
+            detail=f"max_wal_senders is {max_senders}, {senders} are connected.",
+            hint="End a replica or reader that is not needed, or raise max_wal_senders (restart).",
+            code="walsenders_exhausted",
+        )
+    return DatabaseUnreachableError(
+        "the server refuses replication connections",
+        detail=str(error).strip(),
+        hint="An ordinary connection with the same URL succeeds. Check pg_hba.conf, and that the"
+        " URL leads to the server itself: poolers don't carry replication.",
+        code="replication_refused",
+    )
+
+
+def _unreachable(error: psycopg.OperationalError) -> DatabaseUnreachableError:
+    return DatabaseUnreachableError("the database can't be reached", detail=str(error).strip())
+
+
+def wal_level_error(wal_level: str) -> SetupError:
+    """Return the error of a server that doesn't write what decoding needs."""
+    return SetupError(
+        f'wal_level is "{wal_level}" and has to be "logical"',
+        hint="Run as a superuser: ALTER SYSTEM SET wal_level = logical; and restart the server.",
+        code="wal_level",
+    )
+
+
+def _identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+async def identify(connection: Connection) -> SystemIdentity:
+    """Return which system and timeline the connection reached."""
+    row = await (await connection.execute("IDENTIFY_SYSTEM")).fetchone()
+    assert row is not None
+    system_id, timeline, _, database = row
+    return SystemIdentity(system_id=system_id, timeline=int(timeline), database=database)
+
+
+async def read_facts(connection: Connection) -> ServerFacts:
+    """Return what of the server matters here.
+
+    Raises:
+        SetupError: The server can't be read by anybody: wal_level, or a standby.
+    """
+    row = await (
+        await connection.execute(
+            "SELECT current_setting('server_version_num')::int, current_setting('server_encoding'),"
+            " current_setting('wal_level'), pg_is_in_recovery(),"
+            " (SELECT setting::int FROM pg_settings WHERE name = 'wal_sender_timeout')"
+        )
+    ).fetchone()
+    assert row is not None
+    version, encoding, wal_level, is_standby, timeout_ms = row
+    facts = ServerFacts(
+        version=version,
+        encoding=encoding,
+        wal_level=wal_level,
+        is_standby=is_standby,
+        wal_sender_timeout=timeout_ms / 1000,
+    )
+    if facts.is_standby:
+        raise SetupError(
+            "the server is a standby",
+            detail="A standby's snapshots leave out running transactions, so that what a new"
+            " subscriber sees and what it hears can't be joined without a gap.",
+            hint="Let the URL lead to the primary, for instance by target_session_attrs="
+            "read-write over all hosts.",
+            code="standby",
+        )
+    if facts.wal_level != "logical":
+        raise wal_level_error(facts.wal_level)
+    return facts
+
+
+async def choose(
+    connection: Connection,
+    url: str,
+    config: ReplicationConfig,
+    *,
+    facts: ServerFacts,
+    tables: Collection[Table],
+    on_wait: Callable[[SlotWait], None] | None = None,
+) -> tuple[Slot, str]:
+    """Make the slot for the decoder that is asked for or can be had.
+
+    Returns:
+        The slot, and why it is this decoder's and not wal2json's; empty if there is nothing to say.
+
+    Raises:
+        SetupError: The decoder asked for, or with ``auto`` both of them, can't be used.
+        SlotBusyError: As ``create``.
+    """
+    return await create(connection, url, "wal2json", config, on_wait=on_wait), ""
+
+
+async def create(
+    connection: Connection,
+    url: str,
+    plugin: Plugin,
+    config: ReplicationConfig,
+    *,
+    on_wait: Callable[[SlotWait], None] | None = None,
+) -> Slot:
+    """Make a temporary slot for the plugin.
+
+    Waits for every transaction that has written and is open anywhere in the cluster, prepared
+    ones too.
+
+    Args:
+        connection: Of ``connect``; the slot lives as long as it does.
+        url: Where to ask whom it waits for.
+        plugin: The decoder.
+        config: The slot's base name and how long to wait.
+        on_wait: Told every few seconds for whom it waits, if it does.
+
+    Raises:
+        SetupError: The plugin is refused or missing.
+        SlotBusyError: No slot is free, or the wait took too long.
+    """
+    name = f"{config.slot.name}_{secrets.token_hex(4)}"
+    command = f'CREATE_REPLICATION_SLOT "{name}" TEMPORARY LOGICAL {plugin} NOEXPORT_SNAPSHOT'
+    async with asyncio.TaskGroup() as group:
+        watch = group.create_task(
+            _watch_wait(url, connection.info.backend_pid, on_wait), name="slot-wait"
+        )
+        outcome = await _run_create(connection, command, plugin, config.slot.create_timeout)
+        watch.cancel()
+    if isinstance(outcome, PgRealtimeError):
+        raise outcome
+    return Slot(name=name, plugin=plugin, start_lsn=outcome)
+
+
+async def _run_create(
+    connection: Connection, command: str, plugin: Plugin, seconds: float
+) -> LSN | PgRealtimeError:
+    try:
+        # Running out of time cancels the command on the server as well, which leaves no slot.
+        # statement_timeout would not end this wait.
+        async with asyncio.timeout(seconds):
+            cursor = await connection.execute(command.encode())
+            row = await cursor.fetchone()
+    except TimeoutError:
+        return SlotBusyError(
+            f"no slot could be made within {seconds:g} s",
+            detail="Making one waits for all transactions that have written and are open,"
+            " prepared ones too, in every database of the server.",
+            hint="Look for old ones in pg_stat_activity (xact_start) and pg_prepared_xacts.",
+            code="slot_create_timeout",
+        )
+    except psycopg.Error as error:
+        return _create_error(error, plugin)
+    assert row is not None
+    return parse_lsn(row[1])
+
+
+def _create_error(error: psycopg.Error, plugin: Plugin) -> PgRealtimeError:
+    detail = str(error).strip()
+    match error:
+        case pg.InsufficientPrivilege():
+            return SetupError(
+                f'the server refuses the decoder "{plugin}"',
+                detail=detail,
+                hint="Run as a superuser: ALTER SYSTEM SET output_plugin_libraries = pgoutput,"
+                " test_decoding, wal2json; SELECT pg_reload_conf();",
+                code="plugin_refused",
+            )
+        case pg.UndefinedFile():
+            return SetupError(
+                f'the decoder "{plugin}" is not installed on the server',
+                detail=detail,
+                hint="Install its package, such as postgresql-17-wal2json, or set"
+                " replication.plugin to pgoutput.",
+                code="plugin_missing",
+            )
+        case pg.ConfigurationLimitExceeded():
+            return SlotBusyError(
+                "all replication slots of the server are in use",
+                detail=detail,
+                hint="Drop a slot that nobody reads, or raise max_replication_slots (restart).",
+                code="slots_exhausted",
+            )
+        case pg.OperationalError():
+            return DatabaseUnreachableError(
+                "the server went away while the slot was made", detail=detail
+            )
+        case _:
+            return WalError("the slot can't be made", detail=detail, code="slot_create_failed")
+
+
+async def _watch_wait(
+    url: str, backend_pid: int, on_wait: Callable[[SlotWait], None] | None
+) -> None:
+    """Say from time to time for whom the backend waits."""
+    if on_wait is None:
+        return
+    while True:
+        await asyncio.sleep(_WAIT_SECONDS)
+        try:
+            async with await psycopg.AsyncConnection.connect(_conninfo(url)) as connection:
+                on_wait(await _read_wait(connection, backend_pid))
+        except psycopg.Error:
+            # It only explains. Whether the slot gets made is told by the making.
+            continue
+
+
+async def _read_wait(connection: Connection, backend_pid: int) -> SlotWait:
+    row = await (
+        await connection.execute(
+            "SELECT pg_catalog.pg_blocking_pids(%s),"
+            " ARRAY(SELECT gid FROM pg_catalog.pg_prepared_xacts ORDER BY prepared)",
+            (backend_pid,),
+        )
+    ).fetchone()
+    assert row is not None
+    # A prepared transaction blocks as pid 0.
+    pids = tuple(pid for pid in row[0] if pid)
+    return SlotWait(pids=pids, prepared=() if pids else tuple(row[1]))
+
+
+async def start(connection: Connection, slot: Slot, options: dict[str, str]) -> None:
+    """Start streaming from the slot; from here on the connection carries nothing else.
+
+    Raises:
+        WalError: The server refuses.
+    """
+    # The replication commands have a grammar of their own: no parameters, and no E'' strings as
+    # the driver would quote a backslash.
+    listed = ", ".join(
+        f"{_identifier(name)} '{value.replace(chr(39), chr(39) * 2)}'"
+        for name, value in options.items()
+    )
+    command = f"START_REPLICATION SLOT {_identifier(slot.name)} LOGICAL 0/0 ({listed})"
+    try:
+        await connection.execute(command.encode())
+    except psycopg.Error as error:
+        raise _create_error(error, slot.plugin) from error

@@ -1,0 +1,386 @@
+"""The replication stream as an async iterator of whole transactions, in batches.
+
+psycopg has no API for replication, but its ``pq`` layer is libpq's, which is enough: the loop's
+reader wakes us, what the socket holds is taken and decoded in one go, and what that completed is
+handed out as one batch. Status updates go out by a timer, whether or not anybody takes batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from enum import Enum
+
+import psycopg
+from psycopg import errors as pg
+from psycopg import pq
+
+from pgrealtime.catalog.model import Table
+from pgrealtime.changes import Oversized, Transaction
+from pgrealtime.config import ReplicationConfig
+from pgrealtime.errors import (
+    PgRealtimeError,
+    SlotLostError,
+    StreamInterruptedError,
+    UnexpectedMessageError,
+)
+from pgrealtime.lsn import LSN
+from pgrealtime.wal import slot as slots
+from pgrealtime.wal import wal2json
+from pgrealtime.wal.assembler import RecordKeys, TransactionAssembler, default_record_keys
+from pgrealtime.wal.feedback import MOVE_SECONDS, Feedback
+from pgrealtime.wal.message import Commit, Decoder
+from pgrealtime.wal.slot import Connection, Slot, SlotWait, SystemIdentity
+from pgrealtime.wal.wire import PrimaryKeepalive, StandbyStatusUpdate, format_status, parse_message
+
+Batch = list[Transaction | Oversized]
+
+_STATUS_SECONDS = 10.0
+"""Between status updates at the most, also where wal_sender_timeout is long or off."""
+
+_SLICE_SECONDS = 0.005
+"""One drain of the socket ends after this, so that a flood doesn't keep the loop to itself."""
+
+_LOAD_MESSAGES = 64
+"""A drain that brought so many is load: then waiting a little makes wake-ups fewer, on both sides.
+A lone event is far below and is never delayed."""
+
+_COOLING_SECONDS = 0.001
+
+_QUEUE_BYTES = 8 * 1024 * 1024
+"""What may wait for the consumer, in decoder bytes, before reading pauses."""
+
+
+class _Reading(Enum):
+    OPEN = "open"
+    """The loop wakes us when the socket has something."""
+    COOLING = "cooling"
+    """Under load: waits a moment so that the next read finds more."""
+    PAUSED = "paused"
+    """The consumer has enough to do."""
+    ENDED = "ended"
+
+
+class WalStream:
+    """Whole transactions in commit order, as batches; an async iterator. Made by ``open_stream``.
+
+    A batch is everything that one draining of the socket completed. Iteration ends by raising:
+    StreamInterruptedError when the connection ended or was given up, SlotLostError when the slot
+    is gone, UnexpectedMessageError when the decoder made no sense.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        slot: Slot,
+        decoder: Decoder,
+        assembler: TransactionAssembler,
+        *,
+        system: SystemIdentity,
+        reason: str,
+        max_pause: float,
+        status_interval: float,
+    ) -> None:
+        self.plugin = slot.plugin
+        self.reason = reason
+        """Why this decoder and not the other; empty if it was told."""
+        self.system = system
+        self.start_lsn = slot.start_lsn
+        self.slot_name = slot.name
+        self.wal_end = slot.start_lsn
+        """The last that is known of the end of the server's WAL."""
+        self.last_heard = time.monotonic()
+        """Monotonic seconds of the last sign of life."""
+        self._loop = asyncio.get_running_loop()
+        self._pgconn = connection.pgconn
+        # The property raises once the connection is lost, and the reader must go even then.
+        self._socket = connection.pgconn.socket
+        self._decoder = decoder
+        self._assembler = assembler
+        self._max_pause = max_pause
+        self._feedback = Feedback(slot.start_lsn, interval=status_interval, now=self._loop.time())
+        self._tick_seconds = min(status_interval, MOVE_SECONDS)
+        self._reading = _Reading.ENDED
+        self._batch: Batch = []
+        self._batch_bytes = 0
+        self._changed = asyncio.Event()
+        self._error: PgRealtimeError | None = None
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    def __aiter__(self) -> WalStream:
+        return self
+
+    async def __anext__(self) -> Batch:
+        while not self._batch:
+            if self._error is not None:
+                raise self._error
+            self._changed.clear()
+            await self._changed.wait()
+        batch, self._batch, self._batch_bytes = self._batch, [], 0
+        if self._reading is _Reading.PAUSED:
+            self._open()
+        return batch
+
+    def keep(self, end_lsn: LSN) -> None:
+        """Say that everything up to the end of that transaction is safe: the server may forget it.
+
+        Raises:
+            ValueError: No such transaction was handed out by this stream.
+        """
+        self._feedback.kept(end_lsn)
+
+    def start(self) -> None:
+        """Begin to read; called by ``open_stream``."""
+        self._pgconn.nonblocking = 1
+        self._tick()
+        self._open()
+
+    def stop(self) -> None:
+        """Say what was kept last and let go of the socket; called by ``open_stream``."""
+        if self._reading is _Reading.ENDED:
+            return
+        with suppress(psycopg.Error):
+            self._send(self._feedback.last())
+        self._end(StreamInterruptedError("the stream was closed", code="stream_closed"))
+
+    # Reading
+
+    def _open(self) -> None:
+        self._cancel("cooling")
+        self._cancel("pause")
+        self._reading = _Reading.OPEN
+        self._loop.add_reader(self._socket, self._on_readable)
+
+    def _cool(self) -> None:
+        """Come back in a moment, whether or not the socket wakes us: bytes may wait in TLS."""
+        if self._reading is _Reading.OPEN:
+            self._loop.remove_reader(self._socket)
+            self._reading = _Reading.COOLING
+            self._set("cooling", _COOLING_SECONDS, self._on_cooled)
+
+    def _on_cooled(self) -> None:
+        self._open()
+        self._on_readable()
+
+    def _pause(self) -> None:
+        self._loop.remove_reader(self._socket)
+        self._reading = _Reading.PAUSED
+        self._set("pause", self._max_pause, self._on_pause_over)
+
+    def _on_pause_over(self) -> None:
+        self._end(
+            StreamInterruptedError(
+                f"delivery was held up for {self._max_pause:g} s",
+                detail="A reader that doesn't read can hold up the server's checkpoints, so the"
+                " connection was given up.",
+                code="delivery_held_up",
+            )
+        )
+
+    def _on_readable(self) -> None:
+        with self._guarded():
+            count = self._drain()
+            self._send(self._feedback.due(self._loop.time()))
+            if self._batch:
+                self._changed.set()
+            if self._batch_bytes > _QUEUE_BYTES:
+                self._pause()
+            elif count >= _LOAD_MESSAGES:
+                self._cool()
+
+    def _drain(self) -> int:
+        """Take what the socket holds; return how many messages that were."""
+        pgconn = self._pgconn
+        until = self._loop.time() + _SLICE_SECONDS
+        count = before = 0
+        while True:
+            pgconn.consume_input()
+            before = count
+            while True:
+                length, data = pgconn.get_copy_data(1)
+                if length <= 0:
+                    break
+                count += 1
+                self._take(data)
+            if length < 0:
+                raise _end_of_stream(pgconn)
+            if count == before or self._loop.time() > until or self._batch_bytes > _QUEUE_BYTES:
+                break
+        if count:
+            self.last_heard = time.monotonic()
+        return count
+
+    def _take(self, data: memoryview) -> None:
+        received = parse_message(data)
+        if isinstance(received, PrimaryKeepalive):
+            self._take_keepalive(received)
+            return
+        message = self._decoder.decode(received.payload)
+        if message is None:
+            return
+        done = self._assembler.feed(message, len(received.payload))
+        if done is not None:
+            self._batch.append(done)
+            if isinstance(done, Transaction):
+                self._batch_bytes += done.size
+            self._feedback.handed(done.end_lsn)
+        elif isinstance(message, Commit):
+            self._feedback.quiet(message.end_lsn)
+        if isinstance(message, Commit):
+            self.wal_end = max(self.wal_end, message.end_lsn)
+
+    def _take_keepalive(self, keepalive: PrimaryKeepalive) -> None:
+        self.wal_end = max(self.wal_end, keepalive.wal_end)
+        if self._assembler.is_open:
+            self._feedback.received(keepalive.wal_end)
+        else:
+            self._feedback.quiet(keepalive.wal_end)
+        if keepalive.reply_requested:
+            self._feedback.reply_requested()
+
+    # Writing
+
+    def _tick(self) -> None:
+        self._set("tick", self._tick_seconds, self._tick)
+        with self._guarded():
+            self._send(self._feedback.due(self._loop.time()))
+
+    def _send(self, updates: tuple[StandbyStatusUpdate, ...]) -> None:
+        for update in updates:
+            self._pgconn.put_copy_data(format_status(update, time.time_ns() // 1000))
+        if updates:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pgconn.flush():
+            self._loop.add_writer(self._socket, self._on_writable)
+
+    def _on_writable(self) -> None:
+        self._loop.remove_writer(self._socket)
+        with self._guarded():
+            self._flush()
+
+    # Ending
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """End the stream on whatever goes wrong in a callback, where no caller would see it."""
+        try:
+            yield
+        except PgRealtimeError as error:
+            self._end(error)
+        except psycopg.Error as error:
+            self._end(_translate(error))
+        except BaseException:
+            self._end(UnexpectedMessageError("reading the stream failed", code="internal"))
+            raise
+
+    def _end(self, error: PgRealtimeError) -> None:
+        if self._reading is _Reading.ENDED:
+            return
+        self._reading = _Reading.ENDED
+        self._error = error
+        for timer in self._timers.values():
+            timer.cancel()
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._pgconn.finish()
+        self._changed.set()
+
+    def _set(self, name: str, seconds: float, callback: Callable[[], None]) -> None:
+        self._timers[name] = self._loop.call_later(seconds, callback)
+
+    def _cancel(self, name: str) -> None:
+        if timer := self._timers.pop(name, None):
+            timer.cancel()
+
+
+def _end_of_stream(pgconn: pq.abc.PGconn) -> PgRealtimeError:
+    """Return why the server ended the stream."""
+    result = pgconn.get_result()
+    if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
+        return _translate(pg.error_from_result(result))
+    return StreamInterruptedError(
+        "the server ended the stream", detail="It is shutting down, or was told to end us."
+    )
+
+
+def _translate(error: psycopg.Error) -> PgRealtimeError:
+    detail = str(error).strip()
+    match error:
+        case pg.UndefinedObject() | pg.ObjectNotInPrerequisiteState():
+            return SlotLostError("the slot can't be read any more", detail=detail)
+        case _ if error.sqlstate is None or error.sqlstate.startswith(("57", "08")):
+            return StreamInterruptedError("the connection to the server was lost", detail=detail)
+        case _:
+            return StreamInterruptedError(
+                "the decoder failed on the server", detail=detail, code="decoder_failed"
+            )
+
+
+@asynccontextmanager
+async def open_stream(
+    url: str,
+    config: ReplicationConfig,
+    tables: Collection[Table],
+    *,
+    max_transaction_size: int,
+    record_keys: RecordKeys | None = None,
+    on_wait: Callable[[SlotWait], None] | None = None,
+) -> AsyncIterator[WalStream]:
+    """Connect, make a temporary slot, and stream the committed changes of the tables from it.
+
+    Args:
+        url: A direct connection to the primary, with the REPLICATION right.
+        config: Names, time-outs and the choice of the decoder.
+        tables: What to stream; partitioned ones by their leaves.
+        max_transaction_size: Bytes of decoder output; a larger transaction comes as Oversized.
+        record_keys: By partitioned table the columns that say which record a row is, where that
+            isn't the primary key: a move between partitions that leaves them alone is an Update.
+        on_wait: Told for whom the making of the slot waits, if it takes long.
+
+    Raises:
+        SetupError: Server or schema aren't ready; the hint says what to run.
+        SlotBusyError: No free slot or walsender, or making the slot took too long.
+        DatabaseUnreachableError: Nobody answers, or the login is refused.
+    """
+    async with slots.connect(url) as connection:
+        facts = await slots.read_facts(connection)
+        system = await slots.identify(connection)
+        slot, reason = await slots.choose(
+            connection, url, config, facts=facts, tables=tables, on_wait=on_wait
+        )
+        match slot.plugin:
+            case "wal2json":
+                decoder: Decoder = wal2json.Wal2JsonDecoder(tables)
+                options = wal2json.options(tables)
+            case "pgoutput":
+                raise NotImplementedError
+        assembler = TransactionAssembler(
+            max_size=max_transaction_size,
+            record_keys={**default_record_keys(tables), **(record_keys or {})},
+        )
+        await slots.start(connection, slot, options)
+        stream = WalStream(
+            connection,
+            slot,
+            decoder,
+            assembler,
+            system=system,
+            reason=reason,
+            max_pause=config.max_pause,
+            status_interval=_status_interval(facts.wal_sender_timeout),
+        )
+        stream.start()
+        try:
+            yield stream
+        finally:
+            stream.stop()
+
+
+def _status_interval(wal_sender_timeout: float) -> float:
+    if wal_sender_timeout <= 0:
+        return _STATUS_SECONDS
+    return min(wal_sender_timeout / 3, _STATUS_SECONDS)
