@@ -143,6 +143,19 @@ def build(configured: Mapping[str, CollectionConfig], catalog: Catalog) -> Colle
     Raises:
         ConfigError: With every problem found, under paths such as ``collections.posts.table``.
     """
+    collections, problems = examine(configured, catalog)
+    if problems:
+        raise ConfigError(problems)
+    return collections
+
+
+def examine(
+    configured: Mapping[str, CollectionConfig], catalog: Catalog
+) -> tuple[Collections, tuple[Problem, ...]]:
+    """Return every problem, and the collections whose table and key could be made out.
+
+    With problems the collections serve further checks only.
+    """
     problems = [*check_names(configured)]
     drafts = {
         name: draft
@@ -153,9 +166,7 @@ def build(configured: Mapping[str, CollectionConfig], catalog: Catalog) -> Colle
     built = tuple(
         _Shaping(draft, drafts, catalog, problems).collection() for draft in drafts.values()
     )
-    if problems:
-        raise ConfigError(tuple(problems))
-    return Collections(built)
+    return Collections(built), tuple(problems)
 
 
 def table_names(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -30,8 +31,14 @@ from pgrealtime.units import parse_duration, parse_size
 Seconds = Annotated[float, BeforeValidator(parse_duration)]
 """Written ``500ms``, ``25s``, ``5m``, ``1h``; held in seconds."""
 
+SomeSeconds = Annotated[Seconds, Field(gt=0)]
+"""A duration that can't be nothing."""
+
 Bytes = Annotated[int, BeforeValidator(parse_size)]
 """Written ``64KiB``, ``16MiB``; held in bytes."""
+
+SomeBytes = Annotated[Bytes, Field(gt=0)]
+"""A size that can't be nothing."""
 
 
 def _split_texts(value: object) -> object:
@@ -66,7 +73,7 @@ class DatabaseConfig(Section):
     """Where rules are asked, if not at ``url``: same primary, may be a pooler."""
     schemas: Texts = ("public",)
     pool_size: int = Field(default=8, ge=1, le=1000)
-    statement_timeout: Seconds = 2.0
+    statement_timeout: SomeSeconds = 2.0
     """Per rule query; running out of it denies."""
     wait_for: Seconds = 60.0
     """How long to wait at start for a server that doesn't answer yet."""
@@ -77,7 +84,7 @@ class SlotConfig(Section):
 
     name: str = Field(default="pgrealtime", pattern=r"^[a-z0-9_]{1,48}$")
     """A random suffix is appended."""
-    create_timeout: Seconds = 300.0
+    create_timeout: SomeSeconds = 300.0
     """Creating waits for every open writing transaction of the cluster; longer than this fails."""
 
 
@@ -98,7 +105,7 @@ class ChangelogConfig(Section):
 
     max_age: Seconds = 300.0
     """0 turns resume off."""
-    max_size: Bytes = 64 * 1024 * 1024
+    max_size: SomeBytes = 64 * 1024 * 1024
     """A transaction larger than this is a gap of its tables."""
 
 
@@ -115,15 +122,15 @@ class ServerConfig(Section):
 class RealtimeConfig(Section):
     """Limits of connections."""
 
-    idle_timeout: Seconds = 300.0
+    idle_timeout: SomeSeconds = 300.0
     """Without a delivered event for so long a connection is ended, as PocketBase does."""
-    max_lifetime: Seconds = 1800.0
-    heartbeat: Seconds = 25.0
+    max_lifetime: SomeSeconds = 1800.0
+    heartbeat: SomeSeconds = 25.0
     """Keeps proxies from cutting; doesn't count as activity."""
     max_connections: int = Field(default=10_000, ge=1)
-    send_buffer: Bytes = 1024 * 1024
+    send_buffer: SomeBytes = 1024 * 1024
     """Per connection; when full it reads on from the changelog instead."""
-    stall_timeout: Seconds = 30.0
+    stall_timeout: SomeSeconds = 30.0
     """A connection that takes no byte for so long is ended."""
     same_address: bool = True
     """Whether the subscribe call must come from the connection's address."""
@@ -225,7 +232,7 @@ class Config(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Where a configuration's keys stand, for problems that are found later on."""
+    """Where a configuration's keys stand, for problems found by those who know the database."""
 
     source: str
     """The file's name as it was given."""
@@ -242,7 +249,8 @@ class Origin:
     def _located(self, problem: Problem) -> Problem:
         if problem.line is not None:
             return problem
-        return self.problem(tuple(problem.path.split(".")), problem.message, problem.hint)
+        found = self.problem(tuple(problem.path.split(".")), problem.message, problem.hint)
+        return replace(found, excerpt=problem.excerpt)
 
     def problem(self, path: KeyPath, message: str, hint: str = "") -> Problem:
         """Return the problem at a path, with the line or the variable it came from."""
@@ -260,23 +268,43 @@ class Origin:
         return by_text.get(texts)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What one file said: the problems, and the configuration as far as it could be made out."""
+
+    config: Config | None
+    """Without the keys that have problems, which then have their defaults. For further checks
+    only, never to run with; None if nothing sensible is left."""
+    origin: Origin
+    problems: tuple[Problem, ...] = ()
+    dropped: frozenset[KeyPath] = frozenset()
+    """What was left out of ``config``."""
+
+    def whole(self) -> Config:
+        """Return the configuration.
+
+        Raises:
+            ConfigError: With every problem that was found.
+        """
+        if self.problems or self.config is None:
+            raise ConfigError(self.problems, source=self.origin.source)
+        return self.config
+
+
 def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
     """Read one file and return the configuration.
 
     Raises:
         ConfigError: With every problem that was found.
     """
-    config, _ = load_with_origin(path, environ)
-    return config
+    return read(path, environ).whole()
 
 
-def load_with_origin(
-    path: str | Path, environ: Mapping[str, str] = os.environ
-) -> tuple[Config, Origin]:
-    """Read one file; return the configuration, and where each key of it stands.
+def read(path: str | Path, environ: Mapping[str, str] = os.environ) -> Reading:
+    """Read one file and return all that could be made of it.
 
     Raises:
-        ConfigError: With every problem that was found.
+        ConfigError: The file itself can't be read.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -298,7 +326,7 @@ def parse(mapping: Mapping[str, object], environ: Mapping[str, str] | None = Non
         ConfigError: With every problem that was found. ``KEY_file`` is one: this reads no file.
     """
     document = Document(value=dict(mapping), lines={})
-    return _parse(document, environ or {}, _refuse_secret_file, "configuration")[0]
+    return _parse(document, environ or {}, _refuse_secret_file, "configuration").whole()
 
 
 def _read_secret_file(name: str) -> str:
@@ -314,11 +342,11 @@ def _parse(
     environ: Mapping[str, str],
     read_file: Callable[[str], str],
     source: str,
-) -> tuple[Config, Origin]:
+) -> Reading:
     """Fill in, override, read secrets, validate: in this order, gathering problems all along."""
     if not isinstance(document.value, dict):
         problem = Problem("(document)", "the document must be a mapping of sections", line=1)
-        raise ConfigError((problem,), source=source)
+        return Reading(config=None, origin=Origin(source=source), problems=(problem,))
     fill_in = FillIn(environ)
     tree = fill_in(document.value)
     assert isinstance(tree, dict)
@@ -326,15 +354,21 @@ def _parse(
     variables = _override(tree, overrides(environ), found)
     _replace_secret_files(tree, (), read_file, found)
     origin = Origin(source=source, lines=document.lines, variables=variables)
-    config, invalid = _validate(tree, {path for path, _ in found})
+    unusable = {path for path, _ in found}
+    for path in unusable:
+        _drop(tree, path)
+    config, invalid, dropped = _validate(tree, unusable)
     problems = (
         *document.problems,
         *(origin.problem(path, message) for path, message in found),
         *(origin.problem(path, message, hint) for path, message, hint in invalid),
     )
-    if config is None or problems:
-        raise ConfigError(tuple(sorted(problems, key=_in_file_order)), source=source)
-    return config, origin
+    return Reading(
+        config=config,
+        origin=origin,
+        problems=tuple(sorted(problems, key=_in_file_order)),
+        dropped=frozenset(dropped | unusable),
+    )
 
 
 def _in_file_order(problem: Problem) -> tuple[float, str]:
@@ -364,17 +398,41 @@ def _read_override(path: KeyPath, text: str) -> object:
 
 
 def _validate(
-    tree: Mapping[str, object], reported: set[KeyPath]
-) -> tuple[Config | None, list[tuple[KeyPath, str, str]]]:
+    tree: dict[str, object], reported: set[KeyPath]
+) -> tuple[Config | None, list[tuple[KeyPath, str, str]], set[KeyPath]]:
+    """Return the configuration, what is wrong beyond the reported, and what had to be left out."""
     try:
-        return Config.model_validate(tree), []
+        return Config.model_validate(tree), [], set()
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
-    return None, [
+    invalid = [
         (path, *_describe_invalid(path, detail))
         for detail in details
         if not any((path := detail["loc"])[: len(known)] == known for known in reported)
     ]
+    dropped = {_smallest_optional(detail) for detail in details}
+    remaining = deepcopy(tree)
+    for path in dropped:
+        _drop(remaining, path)
+    try:
+        return Config.model_validate(remaining), invalid, dropped
+    except ValidationError:
+        return None, invalid, dropped
+
+
+def _smallest_optional(detail: ErrorDetails) -> KeyPath:
+    """Return the path of what can be left out to be rid of the problem; of lists, all."""
+    path = detail["loc"][:-1] if detail["type"] == "missing" else detail["loc"]
+    lists = (n for n, key in enumerate(path) if isinstance(key, int))
+    return path[: next(lists, len(path))]
+
+
+def _drop(tree: dict[str, object], path: KeyPath) -> None:
+    place: object = tree
+    for key in path[:-1]:
+        place = place.get(str(key)) if isinstance(place, dict) else None
+    if isinstance(place, dict) and path:
+        place.pop(str(path[-1]), None)
 
 
 def _describe_invalid(path: KeyPath, detail: ErrorDetails) -> tuple[str, str]:

@@ -53,6 +53,8 @@ class Problem:
     hint: str = ""
     line: int | None = None
     """1-based line in the file, where it is known."""
+    excerpt: str = ""
+    """Lines that show the place, such as a rule with carets under it."""
 
 
 class ConfigError(PgRealtimeError):
@@ -72,7 +74,9 @@ class ConfigError(PgRealtimeError):
 def _describe(source: str, problem: Problem) -> str:
     place = source if problem.line is None else f"{source}:{problem.line}"
     text = f"{place}: {problem.path}: {problem.message}"
-    return f"{text} ({problem.hint})" if problem.hint else text
+    if problem.hint:
+        text += f" ({problem.hint})"
+    return f"{text}\n{problem.excerpt}" if problem.excerpt else text
 
 
 class SetupError(PgRealtimeError):
