@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from math import isinf
 from typing import Final
 
 _SPACE: Final = re.compile(rb"[ \t\n\r]*")
-_NUMBER: Final = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+_NUMBER: Final = re.compile(
+    rb"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++|(?!\.))(?:[eE][+-]?[0-9]++|(?![eE]))"
+)
 _PLAIN: Final = re.compile(rb'"([^"\\\x00-\x1f]*+)"')
 _STRING: Final = re.compile(rb'"((?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+)"')
 _ESCAPE: Final = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))")
@@ -33,6 +36,10 @@ class JsonError(ValueError):
     """The text isn't JSON, or isn't of the shape its reader asked for."""
 
 
+class JsonRangeError(JsonError):
+    """A number so large that no double reaches it."""
+
+
 class JsonReader:
     """The tokens of one text. Every method consumes one whole value unless it says otherwise.
 
@@ -43,11 +50,15 @@ class JsonReader:
     def __init__(self, text: bytes) -> None:
         self._text = text
         self._at = 0
+        self._colon_is_due = False
         self._depth = 0
         self._tokens = 0
 
     def peek(self) -> bytes:
-        """Return the first byte of the next token, consuming nothing; empty at the end."""
+        """Return the first byte of the next value; empty at the end."""
+        if self._colon_is_due:
+            self._colon_is_due = False
+            self._punctuation(b":")
         space = _SPACE.match(self._text, self._at)
         assert space is not None  # it matches the empty text too
         self._at = space.end()
@@ -82,17 +93,11 @@ class JsonReader:
         """Return a number, as a double.
 
         Raises:
-            JsonError: Anything else, also a number no double reaches.
+            JsonError: Anything else; JsonRangeError if it is a number but no double.
         """
-        self._count()
-        self.peek()
-        number = _NUMBER.match(self._text, self._at)
-        if number is None:
-            raise JsonError("not a number")
-        self._at = number.end()
-        value = float(number[0])
-        if value in (float("inf"), float("-inf")):
-            raise JsonError("number out of range")
+        value = float(self._digits())
+        if isinf(value):
+            raise JsonRangeError("number out of range")
         return value
 
     def boolean(self) -> bool:
@@ -106,6 +111,8 @@ class JsonReader:
 
         Raises:
             JsonError: Not an object, broken, or a name that came before.
+
+        A colon that isn't there shows when the value is asked for, not before.
         """
         self._open(b"{")
         seen: set[str] = set()
@@ -114,7 +121,7 @@ class JsonReader:
             if name in seen:
                 raise JsonError("repeated name")
             seen.add(name)
-            self._punctuation(b":")
+            self._colon_is_due = True
             yield name
         self._close()
 
@@ -145,7 +152,7 @@ class JsonReader:
                 case b"t" | b"f" | b"n":
                     self._literal()
                 case _:
-                    self.number()
+                    self._digits()
             while open_ and next(open_[-1], _END) is _END:
                 open_.pop()
             if not open_:
@@ -155,6 +162,15 @@ class JsonReader:
         """Make sure that nothing but white space is left."""
         if self.peek():
             raise JsonError("something follows the value")
+
+    def _digits(self) -> bytes:
+        self._count()
+        self.peek()
+        number = _NUMBER.match(self._text, self._at)
+        if number is None:
+            raise JsonError("not a number")
+        self._at = number.end()
+        return number[0]
 
     def _literal(self) -> bytes:
         self._count()

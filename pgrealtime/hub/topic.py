@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Final
 
-from pgrealtime.json_reader import JsonError, JsonReader
+from pgrealtime.json_reader import JsonError, JsonRangeError, JsonReader
 
 _LINE_BREAK: Final = re.compile(r"[\r\n]")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
@@ -126,7 +126,11 @@ def _read_strings(reader: JsonReader, into: dict[str, str]) -> None:
         return
     for name in reader.members():
         into[name] = ""
-        into[name] = _read_as_string(reader)
+        try:
+            into[name] = _read_as_string(reader)
+        except JsonRangeError:
+            into[name] = "0"
+            raise
 
 
 def _read_as_string(reader: JsonReader) -> str:

@@ -151,7 +151,21 @@ def test_values_become_strings(written: str, value: str) -> None:
 
 @pytest.mark.parametrize(
     "written",
-    ["01", "+1", ".5", "1.", "NaN", "Infinity", "'a'", '"\\x"', '"\\ud800"', "tru", "", "1e999"],
+    [
+        "01",
+        "+1",
+        ".5",
+        "1.",
+        "1e",
+        "NaN",
+        "Infinity",
+        "'a'",
+        '"\\x"',
+        '"\\ud800"',
+        "tru",
+        "",
+        "1e999",
+    ],
 )
 def test_fault_keeps_what_came_before(written: str) -> None:
     """Protocol 5.2: bad JSON is no error, and what was read before it counts."""
