@@ -1,0 +1,224 @@
+"""One client's SSE response as the hub sees it: its state, its topics, its bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from enum import Enum
+from functools import lru_cache
+from typing import TYPE_CHECKING, Protocol
+
+from pgrealtime.auth.principal import Caller
+from pgrealtime.hub.frame import HEARTBEAT, cursor_tail
+from pgrealtime.hub.topic import Topic
+from pgrealtime.lsn import Cursor, Position, format_position
+from pgrealtime.records.encode import View
+
+if TYPE_CHECKING:
+    from pgrealtime.hub.match import Group
+    from pgrealtime.hub.snapshot import Barrier
+
+CURSOR_TOPIC = "PB_CURSOR"
+RESYNC_TOPIC = "PB_RESYNC"
+
+
+class Sink(Protocol):
+    """Where a connection's bytes go; HTTP's side of it is the API's business."""
+
+    def write(self, data: bytes) -> None:
+        """Take bytes of the event stream; never blocks."""
+        ...
+
+    def buffered(self) -> int:
+        """Bytes taken that the kernel hasn't."""
+        ...
+
+    async def drain(self) -> None:
+        """Wait until the buffer is low."""
+        ...
+
+    def end(self) -> None:
+        """End the body in an orderly way, after what was written."""
+        ...
+
+    def abort(self) -> None:
+        """Drop the connection and what is buffered."""
+        ...
+
+
+class State(Enum):
+    """Where a connection stands (the design's state machine, OPENING being ``Hub.open``)."""
+
+    CONNECTING = "connecting"
+    """The head is out, PB_CONNECT waits for the stream from the database."""
+    HELD = "held"
+    """PB_CONNECT is out, no call with topics was accepted yet: nothing is delivered."""
+    PAUSED = "paused"
+    """A subscribe call is at work: output waits at ``cursor``."""
+    REPLAY = "replay"
+    """Reads on from the changelog at ``cursor``: after a break, when slow, after a call."""
+    LIVE = "live"
+    """Gets what the hub delivers as it comes."""
+    ENDED = "ended"
+
+
+class Subscription:
+    """One topic of one connection.
+
+    Attributes:
+        own_id: Of an auth collection: the id of the subscriber's own record, whose email it sees.
+        barrier: What it must still hear although it joined late; None once everything is.
+        group: The subscriptions it is judged with; None if nothing can ever match.
+    """
+
+    __slots__ = ("barrier", "connection", "group", "name", "own_id", "topic", "view")
+
+    def __init__(self, connection: Connection, topic: Topic, view: View, own_id: str) -> None:
+        self.connection = connection
+        self.topic = topic
+        self.name = topic.text.encode()
+        self.view = view
+        self.own_id = own_id
+        self.barrier: Barrier | None = None
+        self.group: Group | None = None
+
+
+@lru_cache(maxsize=4096)
+def _position_text(epoch: str, cursor: Cursor) -> bytes:
+    return format_position(Position(epoch, cursor)).encode()
+
+
+class Connection:
+    """A client's response.
+
+    Attributes:
+        is_resumable: Whether messages carry positions; who didn't ask gets PocketBase's bytes.
+        cursor: Everything up to here was handed to it. Stale while LIVE: the hub's head is it.
+        position: What the last id said, once positions were asked for.
+        pending: Tails waiting for the end of the batch, after an empty first element.
+    """
+
+    def __init__(
+        self, client_id: str, sink: Sink, *, address: str, epoch: str, cursor: Cursor, now: float
+    ) -> None:
+        self.id = client_id
+        self.sink = sink
+        self.address = address
+        self.epoch = epoch
+        self.cursor = cursor
+        self.state = State.CONNECTING
+        self.is_live = False
+        self.is_resumable = False
+        self.asked: tuple[str | None, str | None] = (None, None)
+        """``Last-Event-ID`` and ``lastEventId`` as they came, read when PB_CONNECT goes out."""
+        self.gap: str = ""
+        """Reason to announce when the first call is accepted; empty if there is none."""
+        self.resumes = False
+        """Whether it came with a position that the changelog reaches back to."""
+        self.is_failing = False
+        """Its first call could not be answered: it is ended, so that its client comes back."""
+        self.connected_at = now
+        self.position: bytes = b""
+        self.caller = Caller()
+        self.subscriptions: dict[str, Subscription] = {}
+        self.wants_cursor = False
+        self.wants_resync = False
+        self.turn = asyncio.Lock()
+        """Held by whoever moves ``cursor`` or the subscriptions: one replay slice, one call."""
+        self.opened_at = now
+        self.answered_at: float | None = None
+        self.active_at = now
+        """When it connected or was last sent an event: the idle limit counts from here."""
+        self.written_at = now
+        self.taken_at = now
+        self.written = 0
+        self._taken = 0
+        self.events = 0
+        self.pending: list[bytes] = [b""]
+        self.pending_at: list[Cursor] = []
+        self._prefix = b"id:" + client_id.encode()
+        self._ended = asyncio.Event()
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether it is over; a method, so that type checkers don't remember the answer."""
+        return self._ended.is_set()
+
+    async def wait_ended(self) -> None:
+        """Return when the hub has ended the connection or the client has gone."""
+        await self._ended.wait()
+
+    def mark_ended(self) -> None:
+        """Make it over: nothing is written any more."""
+        self.state = State.ENDED
+        self.is_live = False
+        self._ended.set()
+
+    def say(self, tail: bytes, at: Cursor | None) -> None:
+        """Write one message of ours; ``at`` moves a resumable connection's position."""
+        if at is not None and self.is_resumable:
+            self.position = self.position_text(at)
+        self.write(self._full_id() + tail)
+
+    def say_cursor(self, at: Cursor) -> None:
+        """Write PB_CURSOR with the position."""
+        self.position = self.position_text(at)
+        full_id = self._full_id()
+        self.write(full_id + cursor_tail(full_id[3:]))
+
+    def beat(self, at: Cursor) -> None:
+        """Write what keeps the connection alive: the position if it moved, else a comment."""
+        if self.is_resumable and self.position_text(at) != self.position:
+            self.say_cursor(at)
+        else:
+            self.write(HEARTBEAT)
+
+    def position_text(self, cursor: Cursor) -> bytes:
+        """The position as ids carry it."""
+        return _position_text(self.epoch, cursor)
+
+    def _full_id(self) -> bytes:
+        return b"%b.%b" % (self._prefix, self.position) if self.is_resumable else self._prefix
+
+    def write(self, data: bytes) -> None:
+        """Hand bytes to the sink."""
+        self.sink.write(data)
+        self.written += len(data)
+
+    def queue(self, tail: bytes, cursor: Cursor) -> bool:
+        """Add a message to the batch; return whether it is the batch's first."""
+        pending = self.pending
+        pending.append(tail)
+        if self.is_resumable:
+            self.pending_at.append(cursor)
+        return len(pending) == 2  # noqa: PLR2004 (the empty one and this one)
+
+    def compose(self) -> bytes:
+        """Return the batch as bytes and start the next; moves the position."""
+        tails, self.pending = self.pending, [b""]
+        self.events += len(tails) - 1
+        if not self.is_resumable:
+            return self._prefix.join(tails)
+        cursors, self.pending_at = self.pending_at, []
+        return b"".join(self._with_positions(tails[1:], cursors))
+
+    def _with_positions(self, tails: Sequence[bytes], cursors: Sequence[Cursor]) -> list[bytes]:
+        """Put an id before each tail; of several for one change only the last moves it."""
+        prefix = self._prefix + b"."
+        parts: list[bytes] = []
+        for place, (tail, cursor) in enumerate(zip(tails, cursors, strict=True), start=1):
+            if place == len(cursors) or cursors[place] != cursor:
+                self.position = self.position_text(cursor)
+            parts += (prefix, self.position, tail)
+        return parts
+
+    def discard(self) -> None:
+        """Forget the batch; the changelog still has it."""
+        self.pending, self.pending_at = [b""], []
+
+    def note_taken(self, now: float) -> None:
+        """See whether the client took bytes since the last look."""
+        buffered = self.sink.buffered()
+        taken = self.written - buffered
+        if taken != self._taken or buffered == 0:
+            self._taken, self.taken_at = taken, now

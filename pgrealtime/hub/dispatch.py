@@ -1,0 +1,826 @@
+"""The task joining changelog, matcher, probe and connections: who is sent what, in which order.
+
+Everything here runs on one loop. The dispatch task reads the changelog in slices, has each slice
+judged and hands it to the LIVE connections; every other connection reads on from the changelog at
+its own cursor (REPLAY), be it back from a break, slow, or fresh from a subscribe call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import string
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection as Sized
+from functools import lru_cache
+from typing import Literal, Protocol, TypeAlias
+
+import structlog
+from msgspec import Struct
+
+from pgrealtime.auth.principal import GUEST, AuthRecord, Caller, Superuser, is_same
+from pgrealtime.changelog.base import Changelog, Entry, Gap
+from pgrealtime.changes import Oversized, Row, TableName, Transaction
+from pgrealtime.collections import Collections
+from pgrealtime.config import RealtimeConfig
+from pgrealtime.errors import ChangelogError, PgRealtimeError, SubscriptionError
+from pgrealtime.hub.connection import (
+    CURSOR_TOPIC,
+    RESYNC_TOPIC,
+    Connection,
+    Sink,
+    State,
+    Subscription,
+)
+from pgrealtime.hub.event import Emptied, Event, events_of
+from pgrealtime.hub.frame import connect_tail, event_tail, resync_tail
+from pgrealtime.hub.match import Group, Matcher, Question
+from pgrealtime.hub.probe import LiveRow
+from pgrealtime.hub.snapshot import Barrier, Snapshot, Snapshots
+from pgrealtime.hub.topic import Topic, parse_topic
+from pgrealtime.lsn import END, LSN, Cursor, Position, Xid, parse_position
+from pgrealtime.records.encode import View, encoder
+
+log = structlog.get_logger(__name__)
+
+_ID_LETTERS = string.ascii_letters + string.digits
+_ID_LENGTH = 40
+_POSITION_LIMIT = 128
+"""Bytes of a submitted position that are looked at; anything longer is not ours."""
+_SLICE = 250
+"""Changes judged and delivered together: large enough to join frames, small enough to share."""
+_CONNECT_SECONDS = 10.0
+"""How long PB_CONNECT is held back at most."""
+_CALL_SECONDS = 30.0
+"""How long a resumable connection waits for topics; a plain one has PocketBase's idle limit."""
+_SETTLE_SECONDS = 1.0
+"""No connection is ended sooner after its first call's answer: the JS SDK would stay dead."""
+_SHUTDOWN_SETTLE_SECONDS = 2.0
+_BARRIER_SECONDS = 10.0
+_BARRIER_RETRY_SECONDS = 0.005
+_CLOSED_PER_SECOND = 500
+_REPLAYS_AT_ONCE = 16
+_ENCODERS = 1024
+
+
+class Asking(Protocol):
+    """What the hub needs of ``hub.probe``."""
+
+    async def snapshot(self) -> tuple[str, str, bool]:
+        """Return the row of ``SNAPSHOT_QUERY``."""
+        ...
+
+    async def ask(
+        self, questions: Sequence[Question], events: Sequence[Event]
+    ) -> list[tuple[Group, list[int]]]:
+        """Return, per question, the places in ``events`` that its group's rule admits."""
+        ...
+
+    async def live_rows(self, events: Sequence[Event]) -> dict[tuple[str, str], LiveRow]:
+        """Return what the tables hold now for the events' records."""
+        ...
+
+
+class Announcement(Struct, frozen=True):
+    """A gap as clients are told of it."""
+
+    collections: frozenset[str] | None
+    """Names; None is all."""
+    reason: str
+    at: Cursor
+
+
+class Slice(Struct):
+    """A stretch of the stream: events, then perhaps a gap; everything up to ``upto``."""
+
+    events: list[Event]
+    gap: Announcement | None
+    upto: Cursor
+
+
+Judged: TypeAlias = list[list[Group]]
+
+
+class Hub:
+    """Connections on one side, the changelog on the other.
+
+    Args:
+        changelog: What the relay fills.
+        epoch: Of the stream's positions; changes with ``restarted``.
+    """
+
+    def __init__(
+        self,
+        changelog: Changelog,
+        matcher: Matcher,
+        probe: Asking,
+        *,
+        collections: Collections,
+        limits: RealtimeConfig,
+        nulls: Literal["null", "zero"] = "null",
+        epoch: str = "000000",
+        can_resume: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._changelog = changelog
+        self._matcher = matcher
+        self._probe = probe
+        self._collections = collections
+        self._limits = limits
+        self._nulls = nulls
+        self._epoch = epoch
+        self._can_resume = can_resume
+        self._clock = clock
+        self._snapshots = Snapshots(probe.snapshot)
+        self._connections: dict[str, Connection] = {}
+        # Views hold what clients wrote as fields: bounded, so that nobody can fill the memory.
+        self._encoder = lru_cache(maxsize=_ENCODERS)(self._make_encoder)
+        self._stream_is_up = False
+        self._is_closing = False
+        self._gate = False
+        self._head = self._target = changelog.head
+        self._is_deciding = False
+        self._joining: dict[Connection, None] = {}
+        self._fresh: list[Subscription] = []
+        self._unseen: deque[tuple[LSN, Xid]] = deque()
+        self._replays: dict[Connection, asyncio.Task[None]] = {}
+        self._replay_turns = asyncio.Semaphore(_REPLAYS_AT_ONCE)
+        self._appended = asyncio.Event()
+        self.progressed = asyncio.Event()
+        """Set whenever the head moved; whoever waits for that clears it first."""
+
+    # --- what the relay and the supervisor say --------------------------------------------
+
+    @property
+    def head(self) -> Cursor:
+        """Everything up to here was handed to the connections that are LIVE."""
+        return self._head
+
+    @property
+    def connections(self) -> Sized[Connection]:
+        """The open connections."""
+        return self._connections.values()
+
+    @property
+    def stream_is_up(self) -> bool:
+        """Whether the stream from the database is being read."""
+        return self._stream_is_up
+
+    def wake(self) -> None:
+        """The changelog has more."""
+        self._appended.set()
+
+    def stream_started(self, epoch: str) -> None:
+        """The stream is being read: connections that waited for it get their PB_CONNECT."""
+        if epoch != self._epoch:
+            self._restarted(epoch)
+        self._stream_is_up = True
+        for connection in list(self._connections.values()):
+            if connection.state is State.CONNECTING:
+                self._connect(connection)
+
+    def stream_lost(self) -> None:
+        """The stream is away: PB_CONNECT is held back and subscribe calls are refused."""
+        self._stream_is_up = False
+
+    def gate_on_visibility(self, *, gate: bool) -> None:
+        """Whether events wait until their transactions are visible to readers."""
+        self._gate = gate
+
+    def _restarted(self, epoch: str) -> None:
+        """Positions of before mean nothing any more: the changelog was emptied as well."""
+        self._epoch = epoch
+        self._head = self._target = self._changelog.head
+        self._unseen.clear()
+        for connection in list(self._connections.values()):
+            connection.epoch = epoch
+            connection.cursor = self._head
+            if connection.state is State.HELD and connection.is_resumable:
+                connection.gap = connection.gap or "unknown"
+            elif connection.subscriptions:
+                self._tell(connection, Announcement(None, "unknown", self._head))
+
+    # --- opening and closing --------------------------------------------------------------
+
+    def open(
+        self, sink: Sink, *, address: str, last_event_id: str | None, position: str | None
+    ) -> Connection:
+        """Take a new connection whose head is out.
+
+        Args:
+            sink: Where its bytes go.
+            address: The client's, which subscribe calls must share.
+            last_event_id: The header ``Last-Event-ID``, if any. Without a cursor it is not ours.
+            position: The query parameter ``lastEventId``, if any; ``""`` asks for positions
+                from now on.
+        """
+        now = self._clock()
+        client_id = "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH))
+        connection = Connection(
+            client_id, sink, address=address, epoch=self._epoch, cursor=self._head, now=now
+        )
+        connection.asked = (last_event_id, position)
+        self._connections[client_id] = connection
+        if len(self._connections) > self._limits.max_connections:
+            # Any status but 200 is final to an EventSource: accept, wait, end (see the tick).
+            log.warning("connection.refused", limit=self._limits.max_connections)
+        elif self._stream_is_up and not self._is_closing:
+            self._connect(connection)
+        return connection
+
+    def _read_position(self, connection: Connection) -> None:
+        last_event_id, position = connection.asked
+        asked = _position_of(last_event_id)
+        if asked is None and position is None:
+            return
+        connection.is_resumable = True
+        given = last_event_id if asked is not None else position
+        if not given:
+            connection.position = connection.position_text(self._head)
+            return
+        asked = asked or _position_of(position)
+        if asked is None or asked.epoch != self._epoch or not self._can_resume:
+            connection.gap = "unknown"
+        elif asked.cursor < self._changelog.floor:
+            connection.gap = "expired"
+        else:
+            connection.cursor = asked.cursor
+            connection.resumes = True
+        # Until something was delivered the id stays the old position, also after a gap: who
+        # breaks off now asks again and is told again.
+        text = given.rpartition(".")[2][:_POSITION_LIMIT]
+        connection.position = text.encode() if asked else connection.position_text(self._head)
+
+    def _connect(self, connection: Connection) -> None:
+        connection.state = State.HELD
+        connection.cursor, connection.epoch = self._head, self._epoch
+        self._read_position(connection)
+        now = self._clock()
+        connection.connected_at = connection.active_at = connection.written_at = now
+        connection.say(connect_tail(connection.id), None)
+
+    def close(self, connection: Connection) -> None:
+        """Forget a connection whose client has gone, or that was ended. Idempotent."""
+        connection.mark_ended()
+        self._joining.pop(connection, None)
+        replay = self._replays.pop(connection, None)
+        if replay is not None:
+            replay.cancel()
+        for subscription in connection.subscriptions.values():
+            self._matcher.remove(subscription)
+        connection.subscriptions = {}
+        if self._connections.pop(connection.id, None) is not None:
+            log.debug("connection.closed", connection=connection.id, events=connection.events)
+
+    def _end(self, connection: Connection, reason: str) -> None:
+        if connection.is_ended:
+            return
+        log.debug("connection.ended", connection=connection.id, reason=reason)
+        connection.sink.end()
+        self.close(connection)
+
+    # --- subscribing ----------------------------------------------------------------------
+
+    async def subscribe(
+        self, client_id: str, topics: Sequence[str], caller: Caller, address: str
+    ) -> None:
+        """Replace a connection's topics and authorization; on return the promise of a 204 holds.
+
+        Args:
+            client_id: As submitted, with or without a position after a dot.
+            topics: As submitted; empty strings and repetitions are skipped.
+            caller: Who calls.
+            address: From where.
+
+        Raises:
+            SubscriptionError: ``client_unknown``, ``address_mismatch``,
+                ``authorization_mismatch``, ``stream_away``. Nothing was changed then.
+        """
+        connection = self._connections.get(client_id.partition(".")[0])
+        if connection is None:
+            raise SubscriptionError("unknown client id", code="client_unknown")
+        if self._limits.same_address and connection.address != address:
+            raise SubscriptionError("another address", code="address_mismatch")
+        async with connection.turn:
+            if connection.is_ended:
+                raise SubscriptionError("unknown client id", code="client_unknown")
+            held = connection.caller.principal
+            if held != GUEST and not is_same(held, caller.principal):
+                raise SubscriptionError("another caller", code="authorization_mismatch")
+            if not self._stream_is_up:
+                if connection.answered_at is None:
+                    connection.answered_at = self._clock()
+                    connection.is_failing = True
+                raise SubscriptionError("the stream is away", code="stream_away")
+            await self._replace(connection, list(dict.fromkeys(filter(None, topics))), caller)
+            if connection.answered_at is None:
+                connection.answered_at = self._clock()
+
+    async def _replace(self, connection: Connection, names: list[str], caller: Caller) -> None:
+        is_first = connection.state in (State.CONNECTING, State.HELD)
+        if connection.is_live:
+            connection.cursor = self._head
+        connection.is_live = False
+        self._joining.pop(connection, None)
+        if not is_first:
+            connection.state = State.PAUSED
+        try:
+            barrier = await self._barrier_for(connection, names, is_first=is_first)
+            if connection.is_ended:
+                raise SubscriptionError("unknown client id", code="client_unknown")
+            self._install(connection, names, caller, barrier)
+        finally:
+            if connection.subscriptions and not connection.is_ended:
+                connection.state = State.REPLAY
+                self._replay(connection)
+            elif connection.state is State.PAUSED:
+                connection.state = State.HELD
+                connection.cursor = self._head
+
+    async def _barrier_for(
+        self, connection: Connection, names: list[str], *, is_first: bool
+    ) -> Barrier | None:
+        if all(name in connection.subscriptions for name in names):
+            return None
+        if is_first and connection.resumes:
+            return None
+        if is_first:
+            # It has heard nothing yet, so nothing can come out of order: begin at the head.
+            connection.cursor = self._head
+        return await self._barrier(connection.cursor)
+
+    async def _barrier(self, handed: Cursor) -> Barrier:
+        """Return a barrier whose snapshot sees every transaction up to ``handed``.
+
+        One that it didn't see would have to reach the new topic after later ones that the
+        connection had already, and a resume from a later id would lose it.
+        """
+        deadline = self._clock() + _BARRIER_SECONDS
+        while True:
+            try:
+                barrier = await self._snapshots.take()
+            except PgRealtimeError as error:
+                raise SubscriptionError("no snapshot", code="stream_away") from error
+            self._note_seen(barrier.snapshot)
+            if not any(end_lsn <= handed.lsn for end_lsn, _xid in self._unseen):
+                return barrier
+            if self._clock() > deadline:
+                raise SubscriptionError("a commit stays invisible", code="stream_away")
+            await asyncio.sleep(_BARRIER_RETRY_SECONDS)
+
+    def _note_seen(self, snapshot: Snapshot) -> None:
+        self._unseen = deque(
+            (end_lsn, xid) for end_lsn, xid in self._unseen if not snapshot.sees(xid)
+        )
+
+    def _install(
+        self, connection: Connection, names: list[str], caller: Caller, barrier: Barrier | None
+    ) -> None:
+        before = connection.subscriptions
+        for subscription in before.values():
+            self._matcher.remove(subscription)
+        connection.caller = caller
+        connection.subscriptions = {}
+        connection.wants_resync = RESYNC_TOPIC in names
+        connection.wants_cursor = CURSOR_TOPIC in names
+        if connection.wants_cursor and not connection.is_resumable:
+            connection.is_resumable = True
+            connection.position = connection.position_text(connection.cursor)
+        for name in names:
+            subscription = self._subscription(connection, parse_topic(name), caller)
+            kept = before.get(name)
+            subscription.barrier = kept.barrier if kept else barrier
+            if subscription.barrier is not None:
+                self._fresh.append(subscription)
+            reason = self._matcher.add(subscription, caller.principal)
+            if reason:
+                log.info("subscription.mute", connection=connection.id, reason=reason)
+            connection.subscriptions[name] = subscription
+        if names:
+            connection.resumes = False
+
+    def _subscription(self, connection: Connection, topic: Topic, caller: Caller) -> Subscription:
+        is_superuser = isinstance(caller.principal, Superuser)
+        view = View(
+            sees_hidden=is_superuser, sees_email=is_superuser, fields=topic.query.get("fields")
+        )
+        own_id = ""
+        if isinstance(caller.principal, AuthRecord):
+            collection = self._collections.find(topic.collection)
+            if collection is not None and collection.id == caller.principal.collection_id:
+                own_id = caller.principal.id
+        return Subscription(connection, topic, view, own_id)
+
+    # --- reading the changelog --------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Hand the changelog to the LIVE connections, for ever."""
+        while True:
+            await self._appended.wait()
+            self._appended.clear()
+            while self._head < self._changelog.head:
+                await self._dispatch()
+
+    async def _dispatch(self) -> None:
+        entries = self._changelog.read(self._head, self._changelog.head, _SLICE)
+        # Noted before anything is handed out: a barrier must know of all that was.
+        self._unseen.extend(
+            (entry.end_lsn, entry.xid) for entry in entries if isinstance(entry, Transaction)
+        )
+        if self._gate:
+            await self._until_visible(entries)
+        for part in self._slices(entries, self._head):
+            self._target, self._is_deciding = part.upto, True
+            judged = await self._judge(part.events) if part.events else []
+            self._deliver(part, judged)
+            self._advance(part)
+            # Others of this loop get their turn: the reader, replays, HTTP.
+            await asyncio.sleep(0)
+
+    async def _until_visible(self, entries: Sequence[Entry]) -> None:
+        xids = [entry.xid for entry in entries if isinstance(entry, Transaction)]
+        while xids:
+            try:
+                snapshot = (await self._snapshots.take()).snapshot
+            except PgRealtimeError as error:
+                log.warning("visibility.unknown", error=error.message)
+                await asyncio.sleep(_SETTLE_SECONDS)
+                continue
+            xids = [xid for xid in xids if not snapshot.sees(xid)]
+            if xids:
+                await asyncio.sleep(_BARRIER_RETRY_SECONDS)
+
+    def _advance(self, part: Slice) -> None:
+        self._head, self._is_deciding = part.upto, False
+        self.progressed.set()
+        if self._fresh:
+            self._clear_barriers()
+        joining, self._joining = self._joining, {}
+        for connection in joining:
+            self._join(connection)
+
+    def _clear_barriers(self) -> None:
+        waiting: list[Subscription] = []
+        for subscription in self._fresh:
+            barrier, connection = subscription.barrier, subscription.connection
+            if barrier is None or connection.is_ended:
+                continue
+            if connection.is_live and self._head.lsn > barrier.insert_lsn:
+                subscription.barrier = None
+            else:
+                waiting.append(subscription)
+        self._fresh = waiting
+
+    def _slices(self, entries: Sequence[Entry], after: Cursor) -> Iterator[Slice]:
+        """Cut entries into slices that begin after the cursor."""
+        events: list[Event] = []
+        upto = after
+        for entry in entries:
+            if isinstance(entry, Transaction):
+                for event in events_of(entry, self._collections):
+                    if event.cursor <= after:
+                        continue
+                    if isinstance(event, Emptied):
+                        names = frozenset({event.collection.name})
+                        gap = Announcement(names, "truncate", event.cursor)
+                        yield Slice(events, gap, event.cursor)
+                        events = []
+                    elif len(events) >= _SLICE and event.cursor != events[-1].cursor:
+                        yield Slice(events, None, events[-1].cursor)
+                        events = [event]
+                    else:
+                        events.append(event)
+                upto = Cursor(entry.end_lsn, END)
+            else:
+                upto = Cursor(entry.end_lsn, END)
+                yield Slice(events, self._announcement(entry, upto), upto)
+                events = []
+        if upto > after:
+            yield Slice(events, None, upto)
+
+    def _announcement(self, entry: Oversized | Gap, at: Cursor) -> Announcement:
+        reason = "too_large" if isinstance(entry, Oversized) else entry.reason
+        return Announcement(self._names(entry.tables), reason, at)
+
+    def _names(self, tables: frozenset[TableName] | None) -> frozenset[str] | None:
+        if tables is None:
+            return None
+        found = (self._collections.of_table(table) for table in tables)
+        return frozenset(collection.name for collection in found if collection is not None)
+
+    async def _judge(self, events: list[Event], among: Sized[Group] | None = None) -> Judged:
+        """Return, per event, the groups that may receive it; completes the rows on the way."""
+        partial = [event for event in events if event.action != "delete" and not event.is_whole]
+        live = await self._probe.live_rows(partial) if partial else {}
+        if partial:
+            _complete(partial, live, proven=True)
+        hits, questions = self._matcher.match(events, among)
+        if questions:
+            for group, places in await self._probe.ask(questions, events):
+                for place in places:
+                    hits[place].append(group)
+        if partial:
+            _complete(partial, live, proven=False)
+        return hits
+
+    def _deliver(self, part: Slice, judged: Judged) -> None:
+        touched: list[Connection] = []
+        for event, groups in zip(part.events, judged, strict=True):
+            records: dict[View, bytes] = {}
+            for group in groups:
+                for receives, audience in group.audiences.items():
+                    self._queue_all(event, receives, audience, records, touched)
+        self._flush(touched, part.upto)
+        if part.gap is not None:
+            for connection in [c for c in self._connections.values() if c.is_live]:
+                self._tell(connection, part.gap)
+
+    def _queue_all(
+        self,
+        event: Event,
+        receives: tuple[bytes, View],
+        audience: Iterable[Subscription],
+        records: dict[View, bytes],
+        touched: list[Connection],
+    ) -> None:
+        """Queue one event for all who receive the same: the frame is made once."""
+        name, view = receives
+        tail: bytes | None = None
+        for subscription in audience:
+            connection = subscription.connection
+            if not connection.is_live:
+                continue
+            barrier = subscription.barrier
+            if barrier is not None and not barrier.admits(event.xid, event.cursor.lsn):
+                continue
+            if subscription.own_id == event.record_id:
+                mine = self._tail(event, name, _with_email(view), records)
+                if connection.queue(mine, event.cursor):
+                    touched.append(connection)
+                continue
+            if tail is None:
+                tail = self._tail(event, name, view, records)
+            if connection.queue(tail, event.cursor):
+                touched.append(connection)
+
+    def _tail(self, event: Event, name: bytes, view: View, records: dict[View, bytes]) -> bytes:
+        record = records.get(view)
+        if record is None:
+            record = records[view] = self._encoder(event.collection.name, view)(event.row)
+        return event_tail(name, record, event.action)
+
+    def _make_encoder(self, name: str, view: View) -> Callable[[Row], bytes]:
+        return encoder(self._collections[name], nulls=self._nulls, view=view)
+
+    def _flush(self, touched: Sequence[Connection], upto: Cursor) -> None:
+        now = self._clock()
+        bound = self._limits.send_buffer
+        for connection in touched:
+            buffered = connection.sink.buffered()
+            if buffered and buffered + sum(map(len, connection.pending)) > bound:
+                # Slow: it reads on from the changelog, at its own pace, from before this slice.
+                connection.discard()
+                connection.is_live = False
+                connection.state = State.REPLAY
+                connection.cursor = self._head
+                self._replay(connection)
+                continue
+            connection.write(connection.compose())
+            connection.active_at = connection.written_at = now
+            if connection.wants_cursor:
+                connection.say_cursor(upto)
+
+    # --- connections at their own cursor ----------------------------------------------------
+
+    def _replay(self, connection: Connection) -> None:
+        if connection not in self._replays:
+            self._replays[connection] = asyncio.create_task(
+                self._read_on(connection), name=f"replay {connection.id[:8]}"
+            )
+
+    async def _read_on(self, connection: Connection) -> None:
+        try:
+            await connection.sink.drain()
+            while True:
+                async with connection.turn:
+                    if connection.state is not State.REPLAY or self._opens_with_gap(connection):
+                        return
+                    parts = self._parts_for(connection)
+                    if parts is None:
+                        self._join(connection)
+                        return
+                for part in parts:
+                    async with connection.turn, self._replay_turns:
+                        if connection.state is not State.REPLAY:
+                            return
+                        is_whole = await self._hand(connection, part)
+                    await connection.sink.drain()
+                    if not is_whole:
+                        break
+        finally:
+            if self._replays.get(connection) is asyncio.current_task():
+                del self._replays[connection]
+
+    def _opens_with_gap(self, connection: Connection) -> bool:
+        """Tell a gap that the submitted position lies in; return whether that ended it."""
+        if not connection.gap:
+            return False
+        reason, connection.gap = connection.gap, ""
+        self._tell(connection, Announcement(None, reason, connection.cursor))
+        return connection.is_ended
+
+    def _parts_for(self, connection: Connection) -> Iterator[Slice] | None:
+        """Return what the connection has yet to read, or None if it has caught up."""
+        if connection.cursor >= self._target:
+            return None
+        try:
+            entries = self._changelog.read(connection.cursor, self._target, _SLICE)
+        except ChangelogError:
+            floor = self._changelog.floor
+            return iter([Slice([], Announcement(None, "expired", floor), floor)])
+        return self._slices(entries, connection.cursor)
+
+    async def _hand(self, connection: Connection, part: Slice) -> bool:
+        """Deliver a slice to one connection: what its own topics may see of it.
+
+        Returns whether that was the whole slice: what lies beyond the dispatch task's own is
+        left for later, so that it is judged either here or there and never twice.
+        """
+        upto = min(part.upto, self._target)
+        events = [event for event in part.events if event.cursor <= upto]
+        by_group: dict[Group, list[Subscription]] = {}
+        for subscription in connection.subscriptions.values():
+            if subscription.group is not None:
+                by_group.setdefault(subscription.group, []).append(subscription)
+        judged = await self._judge(events, by_group.keys()) if events and by_group else []
+        if connection.is_ended:
+            return False
+        for event, groups in zip(events, judged, strict=False):
+            records: dict[View, bytes] = {}
+            for group in groups:
+                for subscription in by_group[group]:
+                    self._queue_one(subscription, event, records)
+        if len(connection.pending) > 1:
+            connection.write(connection.compose())
+            connection.active_at = connection.written_at = self._clock()
+        connection.cursor = upto
+        if connection.wants_cursor:
+            connection.say_cursor(upto)
+        if part.gap is not None and part.gap.at <= upto:
+            self._tell(connection, part.gap)
+        return upto == part.upto
+
+    def _queue_one(
+        self, subscription: Subscription, event: Event, records: dict[View, bytes]
+    ) -> None:
+        barrier = subscription.barrier
+        if barrier is not None and not barrier.admits(event.xid, event.cursor.lsn):
+            return
+        is_own = subscription.own_id == event.record_id
+        view = _with_email(subscription.view) if is_own else subscription.view
+        tail = self._tail(event, subscription.name, view, records)
+        subscription.connection.queue(tail, event.cursor)
+
+    def _join(self, connection: Connection) -> None:
+        """Make LIVE a connection that has read all there is; or let it wait, or read on."""
+        if connection.state is not State.REPLAY:
+            return
+        if self._is_deciding or connection.cursor > self._head:
+            # The slice being judged was judged without its groups; it has read that one itself.
+            self._joining[connection] = None
+        elif connection.cursor < self._head:
+            self._replays.pop(connection, None)
+            self._replay(connection)
+        else:
+            connection.state = State.LIVE
+            connection.is_live = True
+            if connection.wants_cursor:
+                connection.say_cursor(self._head)
+
+    def _tell(self, connection: Connection, gap: Announcement) -> None:
+        """Tell a connection of a gap that concerns it; a plain one is ended, so that it reloads."""
+        if gap.collections is not None:
+            topics = (s.topic.collection for s in connection.subscriptions.values())
+            found = {c.name for c in map(self._collections.find, topics) if c is not None}
+            if not found & gap.collections:
+                return
+        if connection.is_resumable or connection.wants_resync:
+            connection.say(resync_tail(gap.collections or (), gap.reason), gap.at)
+            connection.cursor = gap.at
+            connection.active_at = connection.written_at = self._clock()
+        else:
+            self._end(connection, "gap")
+
+    # --- limits and shutdown ----------------------------------------------------------------
+
+    async def watch_limits(self) -> None:
+        """Apply the time limits and send heartbeats, from one timer for all connections."""
+        limits = self._limits
+        shortest = min(
+            limits.idle_timeout, limits.max_lifetime, limits.heartbeat, limits.stall_timeout
+        )
+        pause = max(0.02, min(0.5, shortest / 20))
+        while True:
+            await asyncio.sleep(pause)
+            now = self._clock()
+            for connection in list(self._connections.values()):
+                self._apply_limits(connection, now)
+            if self._unseen:
+                await self._forget_seen()
+
+    async def _forget_seen(self) -> None:
+        try:
+            self._note_seen((await self._snapshots.take()).snapshot)
+        except PgRealtimeError:
+            return  # the next round asks again
+
+    def _apply_limits(self, connection: Connection, now: float) -> None:
+        if connection.state is State.CONNECTING:
+            if now - connection.opened_at >= _CONNECT_SECONDS:
+                self._end(connection, "no_stream")
+            return
+        connection.note_taken(now)
+        if now - connection.taken_at >= self._limits.stall_timeout:
+            connection.sink.abort()
+            log.warning("connection.dropped", connection=connection.id, reason="stalled")
+            self.close(connection)
+        elif reason := self._overdue(connection, now):
+            if self._is_settled(connection, now):
+                self._end(connection, reason)
+        elif (
+            now - connection.written_at >= self._limits.heartbeat and not connection.sink.buffered()
+        ):
+            connection.written_at = now
+            connection.beat(self._head if connection.is_live else connection.cursor)
+
+    def _overdue(self, connection: Connection, now: float) -> str:
+        limits = self._limits
+        expires_at = connection.caller.expires_at
+        if connection.is_failing:
+            return "stream_away"
+        if now - connection.active_at >= limits.idle_timeout:
+            return "idle"
+        if now - connection.connected_at >= limits.max_lifetime:
+            return "lifetime"
+        if expires_at is not None and time.time() >= expires_at:
+            return "token_expired"
+        if (
+            connection.answered_at is None
+            and connection.is_resumable
+            and now - connection.connected_at >= _CALL_SECONDS
+        ):
+            return "no_call"
+        return ""
+
+    def _is_settled(self, connection: Connection, now: float) -> bool:
+        """Whether ending it now can't fall between PB_CONNECT and the answer to its call."""
+        if connection.turn.locked():
+            return False
+        if connection.answered_at is None:
+            return now - connection.connected_at >= _SETTLE_SECONDS
+        return now - connection.answered_at >= _SETTLE_SECONDS
+
+    async def shutdown(self, grace: float) -> None:
+        """End every connection in small groups, never taking longer than ``grace`` seconds."""
+        self._is_closing = True
+        began = self._clock()
+        while self._connections and (now := self._clock()) - began < grace:
+            ready = [
+                connection
+                for connection in self._connections.values()
+                if self._is_settled(connection, now) or now - began >= _SHUTDOWN_SETTLE_SECONDS
+            ]
+            share = max(_CLOSED_PER_SECOND, len(self._connections) / max(grace, 0.1) * 2) / 20
+            for connection in ready[: int(share) + 1]:
+                self._end(connection, "shutdown")
+            await asyncio.sleep(0.05)
+        for connection in list(self._connections.values()):
+            self._end(connection, "shutdown")
+
+
+def _position_of(text: str | None) -> Position | None:
+    """Return the position in an id of ours, with or without the client id before it."""
+    if not text or len(text) > _POSITION_LIMIT:
+        return None
+    return parse_position(text.rpartition(".")[2])
+
+
+def _with_email(view: View) -> View:
+    return View(sees_hidden=view.sees_hidden, sees_email=True, fields=view.fields)
+
+
+def _complete(events: list[Event], live: dict[tuple[str, str], LiveRow], *, proven: bool) -> None:
+    """Fill in columns that the WAL left out.
+
+    Args:
+        events: Events with partial rows.
+        live: What the tables hold now.
+        proven: Only from a live row that is the very version the event tells of, so that rules
+            may be judged on it; else from any, to be shown.
+    """
+    for event in events:
+        found = live.get((event.collection.name, event.record_id))
+        if found is not None and (not proven or found.xid == event.xid):
+            event.row = {**found.row, **event.row}

@@ -1,0 +1,71 @@
+"""What a transaction means to subscribers: changes become PocketBase's create, update, delete."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, TypeAlias
+
+from msgspec import Struct
+
+from pgrealtime.changes import Delete, Insert, Row, Transaction, Truncate, Update
+from pgrealtime.collections import Collection, Collections
+from pgrealtime.lsn import Cursor, Xid
+
+Action: TypeAlias = Literal["create", "update", "delete"]
+
+
+class Event(Struct):
+    """One record's change, not yet judged.
+
+    Attributes:
+        row: The image it is judged on and shown with: new for create and update, old for delete.
+        cursor: Of the change that it belongs to; a changed key makes two events of one change.
+    """
+
+    collection: Collection
+    action: Action
+    record_id: str
+    row: Row
+    cursor: Cursor
+    xid: Xid
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the image has every column; if not, some were left out of the WAL."""
+        return len(self.row) >= len(self.collection.table.columns)
+
+
+class Emptied(Struct, frozen=True):
+    """A collection whose table was truncated: no rows are told, so it is a gap."""
+
+    collection: Collection
+    cursor: Cursor
+
+
+def events_of(transaction: Transaction, collections: Collections) -> Iterator[Event | Emptied]:
+    """Yield what the transaction did to collections, in order."""
+    for ordinal, change in enumerate(transaction.changes, start=1):
+        collection = collections.of_table(change.table)
+        if collection is None:
+            continue
+        cursor = Cursor(transaction.end_lsn, ordinal)
+        key = collection.key.name
+        match change:
+            case Insert(new=row):
+                yield _event(collection, "create", row, cursor, transaction.xid)
+            case Update(new=row, old=old):
+                before = old.row.get(key)
+                if before is not None and before != row.get(key):
+                    # PocketBase has no changed ids: to a client the one went, the other came.
+                    yield _event(collection, "delete", old.row, cursor, transaction.xid)
+                    yield _event(collection, "create", row, cursor, transaction.xid)
+                else:
+                    yield _event(collection, "update", row, cursor, transaction.xid)
+            case Delete(old=old):
+                yield _event(collection, "delete", old.row, cursor, transaction.xid)
+            case Truncate():
+                yield Emptied(collection, cursor)
+
+
+def _event(collection: Collection, action: Action, row: Row, cursor: Cursor, xid: Xid) -> Event:
+    return Event(collection, action, row.get(collection.key.name) or "", row, cursor, xid)

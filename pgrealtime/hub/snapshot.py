@@ -1,0 +1,91 @@
+"""Which transactions readers see: Postgres's snapshots, and the barrier made of one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from pgrealtime.lsn import LSN, Xid, parse_lsn
+
+_HALF = 1 << 31
+_WHOLE = 1 << 32
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """``pg_current_snapshot()``: 64-bit transaction ids, as ``xmin:xmax:xip,...`` prints them."""
+
+    xmin: int
+    xmax: int
+    xip: frozenset[int]
+
+    def sees(self, xid: Xid) -> bool:
+        """Whether the stream's 32-bit top-level transaction is visible in this snapshot.
+
+        The id is extended by its signed 32-bit distance to xmin, so no epoch need be kept. It
+        may lie at or beyond xmax: a commit can be decoded before anybody sees it.
+        """
+        distance = (xid - self.xmin) % _WHOLE
+        whole = self.xmin + (distance if distance < _HALF else distance - _WHOLE)
+        return whole < self.xmax and whole not in self.xip
+
+
+def parse_snapshot(text: str) -> Snapshot:
+    """Return the snapshot that ``pg_current_snapshot()::text`` printed."""
+    xmin, xmax, xip = text.split(":")
+    return Snapshot(
+        int(xmin), int(xmax), frozenset(map(int, xip.split(","))) if xip else frozenset()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    """What a topic that joins must still hear: whatever was not visible when it joined.
+
+    Everything that commits beyond ``insert_lsn`` was not.
+    """
+
+    snapshot: Snapshot
+    insert_lsn: LSN
+
+    def admits(self, xid: Xid, end_lsn: LSN) -> bool:
+        """Whether the transaction was still invisible, and so is to be delivered."""
+        return end_lsn > self.insert_lsn or not self.snapshot.sees(xid)
+
+
+SNAPSHOT_QUERY = (
+    "SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text, pg_is_in_recovery()"
+)
+"""One statement of its own in autocommit: its snapshot is younger than its arrival."""
+
+
+class Snapshots:
+    """Takes snapshots; who asks while one is being taken shares the next.
+
+    Args:
+        fetch: Runs ``SNAPSHOT_QUERY`` and returns its row.
+    """
+
+    def __init__(self, fetch: Callable[[], Awaitable[tuple[str, str, bool]]]) -> None:
+        self._fetch = fetch
+        self._running: asyncio.Task[Barrier] | None = None
+        self._next: asyncio.Task[Barrier] | None = None
+
+    async def take(self) -> Barrier:
+        """Return a barrier whose snapshot was taken entirely after this call.
+
+        Raises:
+            PgRealtimeError: The database didn't answer.
+        """
+        if self._next is None:
+            self._next = asyncio.create_task(self._take_after(self._running), name="snapshot")
+        # Shielded: others may be waiting for the same one.
+        return await asyncio.shield(self._next)
+
+    async def _take_after(self, running: asyncio.Task[Barrier] | None) -> Barrier:
+        if running is not None:
+            await asyncio.wait([running])
+        self._running, self._next = self._next, None
+        snapshot, insert_lsn, _in_recovery = await self._fetch()
+        return Barrier(parse_snapshot(snapshot), parse_lsn(insert_lsn))

@@ -1,0 +1,210 @@
+"""Builds the rooms from the configuration and owns what runs: start, tasks, shutdown, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import psycopg
+import structlog
+from aiohttp import web
+from psycopg.conninfo import make_conninfo
+from psycopg_pool import AsyncConnectionPool
+
+from pgrealtime import __version__
+from pgrealtime.api.app import build_app
+from pgrealtime.auth.account import Accounts
+from pgrealtime.auth.authenticator import Authenticator
+from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.catalog.model import Catalog, Table
+from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changes import TableName
+from pgrealtime.collections import Collections, build, table_names
+from pgrealtime.config import Config, DatabaseConfig
+from pgrealtime.errors import DatabaseUnreachableError, PgRealtimeError
+from pgrealtime.hub.dispatch import Hub
+from pgrealtime.hub.match import Matcher
+from pgrealtime.hub.probe import Probe
+from pgrealtime.lsn import LSN
+from pgrealtime.observe.log import configure
+from pgrealtime.relay import Relay
+from pgrealtime.wal.slot import SlotWait
+from pgrealtime.wal.stream import WalStream, open_stream
+
+log = structlog.get_logger(__name__)
+
+_RETRY_SECONDS = 0.5
+_CONNECT_SECONDS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A service that is up."""
+
+    port: int
+    hub: Hub
+
+
+async def serve(config: Config) -> None:
+    """Run the service until SIGTERM or SIGINT.
+
+    Raises:
+        PgRealtimeError: It can't start, or can't go on.
+    """
+    configure(config.logging)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running(config) as service:
+        log.info(
+            "server.started", version=__version__, url=f"http://{config.server.host}:{service.port}"
+        )
+        await stop.wait()
+        log.info("server.stopping", connections=len(service.hub.connections))
+
+
+@asynccontextmanager
+async def running(config: Config) -> AsyncIterator[Running]:
+    """Start everything; on leaving, stop it in order: accept, connections, stream, queries.
+
+    Raises:
+        PgRealtimeError: It can't start. A fault in a running part ends the block likewise.
+    """
+    async with AsyncExitStack() as stack:
+        pool = await stack.enter_async_context(_pool(config.database))
+        catalog = await _catalog(config, pool)
+        collections = build(config.collections, catalog)
+        tables = [collection.table for collection in collections.values()]
+        changelog = MemoryChangelog(
+            LSN(0), max_size=config.changelog.max_size, max_age=config.changelog.max_age
+        )
+        hub = Hub(
+            changelog,
+            Matcher(collections),
+            Probe(pool),
+            collections=collections,
+            limits=config.realtime,
+            nulls=config.records.nulls,
+            can_resume=config.changelog.max_age > 0,
+        )
+        relay = Relay(
+            lambda: _stream(config, tables),
+            changelog,
+            hub,
+            tables=[table.name for table in tables],
+            max_size=config.changelog.max_size,
+        )
+        tasks = await stack.enter_async_context(_tasks(relay, hub))
+        stack.push_async_callback(hub.shutdown, config.server.shutdown_grace)
+        authenticator = Authenticator(config.auth, collections, Accounts(pool))
+        runner = web.AppRunner(
+            build_app(hub, authenticator, config), handler_cancellation=True, access_log=None
+        )
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        site = web.TCPSite(runner, config.server.host, config.server.port, backlog=4096)
+        await site.start()
+        stack.push_async_callback(site.stop)
+        yield Running(runner.addresses[0][1], hub)
+        del tasks
+
+
+@asynccontextmanager
+async def _tasks(relay: Relay, hub: Hub) -> AsyncIterator[asyncio.TaskGroup]:
+    """Run what runs all the time, until the block is left."""
+    async with asyncio.TaskGroup() as group:
+        running = [
+            group.create_task(relay.run(), name="relay"),
+            group.create_task(relay.expire(), name="expire"),
+            group.create_task(hub.run(), name="dispatch"),
+            group.create_task(hub.watch_limits(), name="limits"),
+        ]
+        yield group
+        for task in running:
+            task.cancel()
+
+
+def _stream(config: Config, tables: list[Table]) -> AbstractAsyncContextManager[WalStream]:
+    return open_stream(
+        config.database.url,
+        config.replication,
+        tables,
+        max_transaction_size=config.changelog.max_size,
+        on_wait=_report_wait,
+    )
+
+
+def _report_wait(wait: SlotWait) -> None:
+    log.warning("slot.waiting", pids=wait.pids, prepared=wait.prepared)
+
+
+@asynccontextmanager
+async def _pool(database: DatabaseConfig) -> AsyncIterator[AsyncConnectionPool]:
+    # In the connection's options, so that no setting of a role or database comes first; with
+    # another schema before pg_catalog even "=" could be somebody else's.
+    pins = {
+        "search_path": "pg_catalog",
+        "row_security": "off",
+        "default_transaction_read_only": "on",
+        "statement_timeout": str(int(database.statement_timeout * 1000)),
+        "lock_timeout": str(int(database.statement_timeout * 1000)),
+        "DateStyle": "ISO",
+        "TimeZone": "UTC",
+        "IntervalStyle": "postgres",
+        "extra_float_digits": "1",
+        "bytea_output": "hex",
+    }
+    conninfo = make_conninfo(
+        database.query_url or database.url,
+        options=" ".join(f"-c {name}={value}" for name, value in pins.items()),
+        application_name="pgrealtime",
+        client_encoding="utf8",
+        connect_timeout=_CONNECT_SECONDS,
+    )
+    await _wait_for_server(conninfo, database.wait_for)
+    pool = AsyncConnectionPool(
+        conninfo,
+        min_size=1,
+        max_size=database.pool_size,
+        timeout=max(database.statement_timeout, 1.0),
+        kwargs={"autocommit": True},
+        open=False,
+        name="queries",
+    )
+    async with pool:
+        yield pool
+
+
+async def _wait_for_server(conninfo: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            async with await psycopg.AsyncConnection.connect(conninfo):
+                return
+        except psycopg.OperationalError as error:
+            if time.monotonic() >= deadline:
+                raise DatabaseUnreachableError(
+                    "the database can't be reached",
+                    detail=str(error).strip(),
+                    hint="Check database.url; it needs a direct connection to the primary.",
+                ) from error
+            await asyncio.sleep(_RETRY_SECONDS)
+
+
+async def _catalog(config: Config, pool: AsyncConnectionPool) -> Catalog:
+    names: tuple[TableName, ...] = table_names(config.collections, config.database.schemas)
+    try:
+        async with pool.connection() as connection:
+            return await read_catalog(connection, names=names)
+    except psycopg.Error as error:
+        raise PgRealtimeError(
+            "the catalogue can't be read", detail=str(error).strip(), code="catalog"
+        ) from error
+
+
+__all__ = ["Collections", "Running", "running", "serve"]

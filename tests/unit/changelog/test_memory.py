@@ -1,0 +1,132 @@
+"""The window that resume, slow connections and the subscribe barrier read from."""
+
+from __future__ import annotations
+
+import pytest
+
+from pgrealtime.changelog.base import Gap
+from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changes import Insert, TableName, Transaction
+from pgrealtime.errors import ChangelogError
+from pgrealtime.lsn import END, LSN, Cursor, Xid
+
+TABLE = TableName("public", "posts")
+
+
+def transaction(end_lsn: int, *, changes: int = 1, size: int = 10) -> Transaction:
+    rows = tuple(Insert(TABLE, {"id": f"{end_lsn}.{n}"}) for n in range(changes))
+    return Transaction(Xid(end_lsn), LSN(end_lsn), 0, rows, size)
+
+
+def changelog(*end_lsns: int, max_size: int = 1000, max_age: float = 60.0) -> MemoryChangelog:
+    made = MemoryChangelog(LSN(0), max_size=max_size, max_age=max_age)
+    for end_lsn in end_lsns:
+        made.append(transaction(end_lsn))
+    return made
+
+
+def read(log: MemoryChangelog, after: Cursor, *, limit: int = 1000) -> list[int]:
+    return [entry.end_lsn for entry in log.read(after, log.head, limit)]
+
+
+def test_what_was_appended_is_read_in_order() -> None:
+    log = changelog(10, 20, 30)
+
+    assert read(log, Cursor(LSN(0), END)) == [10, 20, 30]
+    assert log.head == Cursor(LSN(30), END)
+
+
+def test_reading_begins_after_the_cursor() -> None:
+    assert read(changelog(10, 20, 30), Cursor(LSN(10), END)) == [20, 30]
+    assert read(changelog(10, 20, 30), Cursor(LSN(15), 1)) == [20, 30]
+    assert read(changelog(10, 20, 30), Cursor(LSN(30), END)) == []
+
+
+def test_a_cursor_within_a_transaction_reads_that_one_again_for_its_rest() -> None:
+    """A connection that broke in the middle of a large commit loses none of it."""
+    log = MemoryChangelog(LSN(0), max_size=1000, max_age=60)
+    log.append(transaction(10, changes=3))
+    log.append(transaction(20))
+
+    assert read(log, Cursor(LSN(10), 2)) == [10, 20]
+    assert read(log, Cursor(LSN(10), 3)) == [20]
+
+
+def test_reading_stops_at_the_given_end_and_about_the_limit() -> None:
+    log = changelog(10, 20, 30, 40)
+
+    assert [e.end_lsn for e in log.read(Cursor(LSN(0), END), Cursor(LSN(30), END), 1000)] == [
+        10,
+        20,
+        30,
+    ]
+    assert read(log, Cursor(LSN(0), END), limit=2) == [10, 20]
+
+
+def test_a_transaction_larger_than_the_limit_is_read_all_the_same() -> None:
+    log = MemoryChangelog(LSN(0), max_size=1000, max_age=60)
+    log.append(transaction(10, changes=500))
+
+    assert read(log, Cursor(LSN(0), END), limit=250) == [10]
+
+
+def test_bytes_are_bounded_and_the_oldest_goes_first() -> None:
+    log = changelog(10, 20, 30, max_size=25)
+
+    assert log.size == 20
+    assert log.floor == Cursor(LSN(10), END)
+    with pytest.raises(ChangelogError) as refused:
+        log.read(Cursor(LSN(5), END), log.head, 10)
+    assert refused.value.error_code == "changelog_trimmed"
+    assert read(log, log.floor) == [20, 30]
+
+
+def test_age_is_bounded_but_nothing_undelivered_is_trimmed() -> None:
+    log = MemoryChangelog(LSN(0), max_size=1000, max_age=60)
+    for at, end_lsn in enumerate((10, 20, 30)):
+        log.append(transaction(end_lsn), now=float(at))
+
+    log.expire(now=61.5, upto=Cursor(LSN(10), END))
+    assert log.floor == Cursor(LSN(10), END)
+    log.expire(now=61.5, upto=log.head)
+    assert read(log, log.floor) == [30]
+
+
+def test_an_entry_out_of_order_is_refused() -> None:
+    with pytest.raises(ChangelogError):
+        changelog(20, 20)
+
+
+def test_bytes_after_counts_what_a_reader_has_yet_to_read() -> None:
+    log = changelog(10, 20, 30)
+
+    assert log.bytes_after(Cursor(LSN(0), END)) == 30
+    assert log.bytes_after(Cursor(LSN(20), END)) == 10
+    assert log.bytes_after(log.head) == 0
+
+
+def test_gaps_stand_in_order_between_transactions() -> None:
+    log = changelog(10)
+    log.append(Gap(LSN(15), "slot_lost"))
+    log.append(transaction(20))
+
+    assert read(log, Cursor(LSN(0), END)) == [10, 15, 20]
+
+
+def test_a_restart_forgets_everything_and_begins_at_a_lower_position() -> None:
+    log = changelog(10, 20)
+    log.restart(LSN(5))
+    log.append(transaction(8))
+
+    assert (log.floor, log.head) == (Cursor(LSN(5), END), Cursor(LSN(8), END))
+    assert read(log, log.floor) == [8]
+    assert log.size == 10
+
+
+def test_trimming_ten_thousand_entries_keeps_every_answer_right() -> None:
+    log = changelog(max_size=100)
+    for end_lsn in range(1, 10_001):
+        log.append(transaction(end_lsn))
+
+    assert len(log) == 10
+    assert read(log, log.floor) == list(range(9991, 10_001))
