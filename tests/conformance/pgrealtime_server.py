@@ -1,0 +1,253 @@
+"""pgrealtime as its users run it: a process beside a database, configured by one YAML file."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import sysconfig
+import time
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jwt
+import psycopg
+import yaml
+
+from pgrealtime.config import CollectionConfig
+from tests.conformance.fixtures import SUPERUSERS, Account, Fixtures
+from tests.conformance.http_client import Address
+from tests.conformance.natural_schema import NaturalSchema, Statement, Style, fields_of
+from tests.conformance.process import ServerProcess, free_port
+from tests.conformance.target import UnsupportedStepError
+from tests.conformance.transcript import Write
+
+TOKEN_SECONDS = 5 * 24 * 3600
+"""PocketBase's stock lifetime of a token."""
+
+IDLE_SECONDS = 300.0
+LIFE_SECONDS = 1800.0
+"""PocketBase's two limits of a connection."""
+
+SUPERUSER_ROLE = "service"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What a run needs to be different from the usual."""
+
+    time_scale: float = 1.0
+    """Factor on the two limits of a connection."""
+    heartbeat: str = "200ms"
+    """Short, so that a recording meets some: they must disturb nothing and keep nothing open."""
+
+
+def command() -> str:
+    """The installed command."""
+    return str(Path(sysconfig.get_path("scripts")) / "pgrealtime")
+
+
+class PgRealtimeServer:
+    """A running pgrealtime and a connection to write with; fulfils ``Target``."""
+
+    def __init__(
+        self,
+        *,
+        fixtures: Fixtures,
+        schema: NaturalSchema,
+        connection: psycopg.AsyncConnection[Any],
+        config: Path,
+        address: Address,
+        issuers: Mapping[str, str],
+    ) -> None:
+        """Not to be called; see ``running``.
+
+        Args:
+            fixtures: What the database was filled with.
+            schema: How.
+            connection: To the database, in autocommit.
+            config: The configuration file.
+            address: Where the server will listen.
+            issuers: Collection to the secret its tokens are signed with.
+        """
+        self._fixtures = fixtures
+        self._schema = schema
+        self._connection = connection
+        self._config = config
+        self._address = address
+        self._issuers = issuers
+        self._process: ServerProcess | None = None
+
+    @property
+    def address(self) -> Address:
+        return self._address
+
+    @property
+    def output(self) -> str:
+        """What the process has printed."""
+        return "" if self._process is None else self._process.output()
+
+    async def start(self) -> None:
+        """Start; return when it answers."""
+        arguments = [command(), "run", "-c", str(self._config)]
+        self._process = await ServerProcess.start(arguments, self._config.with_suffix(".log"))
+        await self._process.wait_healthy(self._address)
+
+    async def stop(self) -> None:
+        """Stop in an orderly way."""
+        if self._process is not None:
+            await self._process.stop()
+
+    async def restart(self) -> None:
+        await self.stop()
+        await self.start()
+
+    async def login(self, account: Account, lifetime_seconds: float | None) -> str:
+        is_superuser = account.collection == SUPERUSERS
+        record_id = "root" if is_superuser else self._fixtures.account_id(account)
+        lifetime = TOKEN_SECONDS if lifetime_seconds is None else lifetime_seconds
+        claims = {"id": record_id, "exp": time.time() + lifetime, "jti": secrets.token_hex(8)}
+        claims |= {"role": SUPERUSER_ROLE} if is_superuser else {}
+        return jwt.encode(claims, self._issuers[account.collection], algorithm="HS256")
+
+    async def write(self, write: Write) -> None:
+        await self._execute(self._schema.write(write))
+
+    async def transaction(self, writes: Sequence[Write], *, commit: bool) -> None:
+        async with self._connection.transaction(force_rollback=not commit):
+            for write in writes:
+                await self._execute(self._schema.write(write))
+
+    async def _execute(self, statement: Statement) -> None:
+        await self._connection.execute(*statement)
+
+    async def alter_collection(self, name: str, patch: Mapping[str, Any]) -> None:
+        raise UnsupportedStepError(f"rules change with the configuration: {name}, {patch}")
+
+    async def drop_collection(self, name: str) -> None:
+        raise UnsupportedStepError(f"collections change with the configuration: {name}")
+
+    async def reset_token_secret(self, name: str) -> None:
+        raise UnsupportedStepError(f"secrets change with the configuration: {name}")
+
+
+@asynccontextmanager
+async def running(
+    fixtures: Fixtures,
+    collections: Collection[str],
+    *,
+    database_url: str,
+    directory: Path,
+    style: Style,
+    setting: Setting,
+) -> AsyncIterator[PgRealtimeServer]:
+    """A server beside an empty database that is filled first.
+
+    Args:
+        fixtures: What to fill the database with.
+        collections: The names of those that are configured; the others are tables like any.
+        database_url: An empty database.
+        directory: Where the configuration and the output go.
+        style: What the tables are like.
+        setting: What differs from the usual.
+    """
+    schema = NaturalSchema(fixtures, style)
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
+        async with connection.transaction():
+            for statement, parameters in schema.create():
+                await connection.execute(statement, parameters)
+        owners = [c.name for c in fixtures.collections if c.type == "auth"]
+        issuers = {name: secrets.token_hex(32) for name in (*owners, SUPERUSERS)}
+        address = Address(host="127.0.0.1", port=free_port())
+        settings = {
+            "version": 1,
+            "database": {"url": database_url},
+            "server": {"host": address.host, "port": address.port},
+            "realtime": _limits(setting),
+            "records": {"nulls": "zero"},
+            "auth": {"issuers": [_issuer(name, secret) for name, secret in issuers.items()]},
+            "collections": {name: _collection(name, fixtures) for name in collections},
+        }
+        config = directory / "pgrealtime.yaml"
+        config.write_text(yaml.safe_dump(settings, sort_keys=False))
+        server = PgRealtimeServer(
+            fixtures=fixtures,
+            schema=schema,
+            connection=connection,
+            config=config,
+            address=address,
+            issuers=issuers,
+        )
+        try:
+            await server.start()
+            yield server
+        finally:
+            await server.stop()
+
+
+def touched(text: str, fixtures: Fixtures) -> list[str]:
+    """The collections that a text names or that those point to, in the fixtures' order.
+
+    Accounts are named as well, so that whoever logs in has a row to be looked up.
+    """
+    words = set(re.findall(r"\w+", text))
+    words |= {fixtures.accounts[word].collection for word in words & fixtures.accounts.keys()}
+    wanted = {c.name for c in fixtures.collections if {c.name, c.id} & words}
+    while True:
+        targets = {
+            fixtures.collection(field.collection_id).name
+            for name in wanted
+            for field in fixtures.collection(name).fields
+            if field.type == "relation"
+        }
+        if targets <= wanted:
+            return [c.name for c in fixtures.collections if c.name in wanted]
+        wanted |= targets
+
+
+def _limits(setting: Setting) -> dict[str, Any]:
+    return {
+        "idle_timeout": f"{IDLE_SECONDS * setting.time_scale * 1000:.0f}ms",
+        "max_lifetime": f"{LIFE_SECONDS * setting.time_scale * 1000:.0f}ms",
+        "heartbeat": setting.heartbeat,
+    }
+
+
+def _issuer(collection: str, secret: str) -> dict[str, Any]:
+    issuer: dict[str, Any] = {
+        "name": collection,
+        "algorithms": ["HS256"],
+        "secret": secret,
+        "id_claim": "id",
+        "collection": collection,
+    }
+    if collection == SUPERUSERS:
+        issuer["superuser_when"] = {"role": SUPERUSER_ROLE}
+    return issuer
+
+
+def _collection(name: str, fixtures: Fixtures) -> dict[str, Any]:
+    collection = fixtures.collection(name)
+    fields = fields_of(collection)
+    settings: dict[str, Any] = {
+        "table": f"public.{collection.name}",
+        "type": collection.type,
+        "collection_id": collection.id,
+        "list_rule": collection.list_rule,
+        "view_rule": collection.view_rule,
+        "fields": {
+            "hide": [field.name for field in fields if field.hidden],
+            "types": {field.name: "file" for field in fields if field.type == "file"},
+        },
+        # Foreign keys tell of the single relations; nothing in a schema tells of a list of ids.
+        "relations": {
+            field.name: {"collection": fixtures.collection(field.collection_id).name}
+            for field in fields
+            if field.type == "relation" and field.is_multiple
+        },
+    }
+    if "manage_rule" in CollectionConfig.model_fields and collection.manage_rule is not None:
+        settings["manage_rule"] = collection.manage_rule
+    return settings
