@@ -1,13 +1,14 @@
-"""Turns one value from PostgreSQL's text form into the JSON that PocketBase would show.
+"""Turns one value from PostgreSQL's text form into what PocketBase would show of it.
 
 The text forms are those under the pinned settings of the replication connection (see
-``pgrealtime.changes``). A converter is chosen once per field; ``records.encode`` calls it per row.
-What the forms are: protocol page 6.6 to 6.8, and for types that PocketBase doesn't know:
+``pgrealtime.changes``). A converter is chosen once per field; ``records.encode`` calls it per row
+and leaves the writing to msgspec, whose strings are escaped exactly as protocol page 6.7 wants.
+The forms are those of page 6.6 and 6.8. What PocketBase doesn't know:
 
 - integers and numerics keep all their digits, a numeric's trailing fraction zeros are dropped;
   floats print as ECMAScript prints a number with these digits; NaN and infinity are null.
 - dates beyond 9999 have a longer year (``12024-...``), dates BC the astronomical one (1 BC is
-  ``0000-...``, 44 BC ``-0043-...``): PocketBase has neither. Infinite dates are empty.
+  ``0000-...``, 44 BC ``-0043-...``). Infinite dates are empty.
 - bytea is base64, a composite an object of its attributes in order, an array an array. NULL in
   them is null, whatever a field's own NULL is shown as.
 - everything else is its text form.
@@ -15,63 +16,71 @@ What the forms are: protocol page 6.6 to 6.8, and for types that PocketBase does
 
 from __future__ import annotations
 
+import json
 import re
 from base64 import b64encode
 from collections.abc import Callable, Iterable
 from math import isfinite
-from typing import Final, TypeAlias
+from typing import Final, Never, TypeAlias
 
 import msgspec
+from msgspec import Raw
 
 from pgrealtime.catalog.model import Type, TypeKind
 from pgrealtime.collections import Field, FieldKind
 from pgrealtime.records.text_forms import Element, parse_array, parse_row
 
-Converter: TypeAlias = Callable[[str], bytes]
-"""From the text form of a value that isn't NULL to its JSON."""
+Json: TypeAlias = "str | int | bool | Raw | list[Json] | dict[str, Json] | None"
+"""What msgspec can write. Raw is JSON already: numbers in their spelling, json values."""
 
-quote: Final[Converter] = msgspec.json.Encoder().encode
-"""A JSON string, escaped exactly as protocol page 6.7 wants it (and as msgspec does it)."""
+Converter: TypeAlias = Callable[[str], Json] | None
+"""From the text form of a value that isn't NULL; None if the text itself is the value."""
 
+_NULL = Raw(b"null")
+_ZERO = Raw(b"0")
 _FLOATS = ("float4", "float8")
 _INTEGERS = ("int2", "int4", "int8")
 _DATES = ("timestamptz", "timestamp", "date")
+_NUMBERS = (*_INTEGERS, *_FLOATS, "numeric")
 
 
 def converter(field: Field) -> Converter:
     """Return what makes JSON of the field's values."""
     type_ = field.type.base
+    if field.name == "id":
+        return None
     if type_.kind is not TypeKind.ARRAY:
         return _list_of_strings if field.is_multiple else _scalar(field.kind, type_)
-    element = _leaf(type_)
-    if field.kind in (FieldKind.RELATION, FieldKind.FILE):
-        return _unique(element)
-    if element.kind is TypeKind.ENUM:
-        # An array of an enum is PocketBase's select, which holds no option twice.
-        return _unique(element)
+    element = _element(type_)
+    # An array of an enum is PocketBase's select, which holds no option twice. Another array of
+    # texts may well hold one twice, and is shown as it is.
+    if field.kind in (FieldKind.RELATION, FieldKind.FILE) or element.kind is TypeKind.ENUM:
+        return _unique
     return _array(_scalar(field.kind, element), element)
 
 
-def zero(field: Field) -> bytes:
-    """Return the JSON of a field without a value, as PocketBase has it."""
+def zero(field: Field) -> Json:
+    """Return PocketBase's value of a field without a value."""
     if field.is_multiple:
-        return b"[]"
+        return []
+    if field.name == "id":
+        return ""
     match field.kind:
         case FieldKind.NUMBER:
-            return b"0"
+            return 0
         case FieldKind.BOOL:
-            return b"false"
+            return False
         case FieldKind.JSON | FieldKind.COMPOSITE:
-            return b"null"
+            return None
         case FieldKind.GEO:
-            return b'{"lon":0,"lat":0}'
+            return {"lon": 0, "lat": 0}
         case _:
-            return b'""'
+            return ""
 
 
-def ids(values: Iterable[str | None]) -> bytes:
-    """Return the JSON array of ids or options: none empty, none twice, in order."""
-    return msgspec.json.encode(list(dict.fromkeys(value for value in values if value)))
+def ids(values: Iterable[str | None]) -> Json:
+    """Return the ids or options as a multiple field holds them: none empty, none twice."""
+    return list(dict.fromkeys(value for value in values if value))
 
 
 def _scalar(kind: FieldKind, type_: Type) -> Converter:
@@ -79,49 +88,45 @@ def _scalar(kind: FieldKind, type_: Type) -> Converter:
         case FieldKind.NUMBER:
             return _number_of(type_)
         case FieldKind.BOOL:
-            return _bool
+            return "t".__eq__ if type_.name == "bool" else _bool
         case FieldKind.DATE:
             return _timestamptz if type_.name == "timestamptz" else _date
         case FieldKind.JSON:
-            return _jsonb if type_.name == "jsonb" else _json
+            return _json_of(type_)
         case FieldKind.GEO:
-            return _point if type_.name == "point" else _geo
+            return _point if type_.name == "point" else _place
         case FieldKind.BYTES:
-            return _bytea
+            return _bytea if type_.name == "bytea" else None
         case FieldKind.COMPOSITE:
             return _composite(type_)
         case FieldKind.TEXT | FieldKind.RELATION | FieldKind.FILE:
-            return quote
+            return None
+
+
+_KINDS: Final = {
+    "bool": FieldKind.BOOL,
+    "json": FieldKind.JSON,
+    "jsonb": FieldKind.JSON,
+    "point": FieldKind.GEO,
+    "bytea": FieldKind.BYTES,
+    **dict.fromkeys(_DATES, FieldKind.DATE),
+    **dict.fromkeys(_NUMBERS, FieldKind.NUMBER),
+}
 
 
 def _of_type(type_: Type) -> Converter:
-    """What is inside arrays and composites has a type but no field."""
+    """What is inside arrays and composites has a type but is no field."""
     type_ = type_.base
     if type_.kind is TypeKind.ARRAY:
-        element = _leaf(type_)
+        element = _element(type_)
         return _array(_of_type(element), element)
-    return _scalar(_kind(type_), type_)
-
-
-def _kind(type_: Type) -> FieldKind:
     if type_.kind is TypeKind.COMPOSITE:
-        return FieldKind.COMPOSITE
-    name = type_.name
-    if name in _INTEGERS or name in _FLOATS or name == "numeric":
-        return FieldKind.NUMBER
-    if name in _DATES:
-        return FieldKind.DATE
-    by_name = {
-        "bool": FieldKind.BOOL,
-        "json": FieldKind.JSON,
-        "jsonb": FieldKind.JSON,
-        "point": FieldKind.GEO,
-        "bytea": FieldKind.BYTES,
-    }
-    return by_name.get(name, FieldKind.TEXT)
+        return _composite(type_)
+    is_builtin = type_.schema == "pg_catalog"
+    return _scalar(_KINDS.get(type_.name, FieldKind.TEXT) if is_builtin else FieldKind.TEXT, type_)
 
 
-def _leaf(array: Type) -> Type:
+def _element(array: Type) -> Type:
     assert array.element is not None
     return array.element.base
 
@@ -132,34 +137,26 @@ def _leaf(array: Type) -> Type:
 def _array(convert: Converter, element: Type) -> Converter:
     if element.kind is TypeKind.ARRAY:  # a domain over an array, as an element
         convert = _of_type(element)
-    elements = _elements(element)
-
-    def encode(items: list[Element]) -> bytes:
-        return b"[%b]" % b",".join([encode_item(item) for item in items])
-
-    def encode_item(item: Element) -> bytes:
-        match item:
-            case None:
-                return b"null"
-            case str():
-                return convert(item)
-            case _:
-                return encode(item)
-
-    return lambda text: encode(elements(text))
-
-
-def _elements(element: Type) -> Callable[[str], list[Element]]:
     delimiter = ";" if element.name == "box" else ","
-    return lambda text: parse_array(text, delimiter)
+    return lambda text: _items(parse_array(text, delimiter), convert)
 
 
-def _unique(element: Type) -> Converter:
-    elements = _elements(element)
-    return lambda text: ids(item for item in elements(text) if isinstance(item, str))
+def _items(items: list[Element], convert: Converter) -> list[Json]:
+    return [
+        _items(item, convert)
+        if isinstance(item, list)
+        else item
+        if item is None or convert is None
+        else convert(item)
+        for item in items
+    ]
 
 
-def _list_of_strings(text: str) -> bytes:
+def _unique(text: str) -> Json:
+    return ids(item for item in parse_array(text) if isinstance(item, str))
+
+
+def _list_of_strings(text: str) -> Json:
     """A multiple field in a column that isn't an array: a JSON list, or the only element."""
     if text.startswith("["):
         try:
@@ -170,17 +167,17 @@ def _list_of_strings(text: str) -> bytes:
 
 
 def _composite(type_: Type) -> Converter:
-    members = [(quote(name) + b":", _of_type(inner)) for name, inner in type_.base.attributes]
+    members = [(name, _of_type(inner)) for name, inner in type_.attributes]
 
-    def encode(text: str) -> bytes:
-        return b"{%b}" % b",".join(
-            [
-                head + (b"null" if value is None else convert(value))
-                for (head, convert), value in zip(members, parse_row(text), strict=False)
-            ]
-        )
+    def convert(text: str) -> Json:
+        # Attributes that were added since the type was read have no name here.
+        pairs = zip(members, parse_row(text), strict=False)
+        return {
+            name: value if value is None or of_member is None else of_member(value)
+            for (name, of_member), value in pairs
+        }
 
-    return encode
+    return convert
 
 
 # Numbers.
@@ -190,22 +187,22 @@ _DECIMAL = re.compile(r"\s*([+-]?)0*(\d+)(?:\.(\d+))?\s*", re.ASCII)
 
 def _number_of(type_: Type) -> Converter:
     if type_.name in _INTEGERS:
-        return str.encode
+        return int
     if type_.name in _FLOATS:
         return _float
     return _numeric if type_.name == "numeric" else _number
 
 
-def _numeric(text: str) -> bytes:
+def _numeric(text: str) -> Json:
     if "." in text:
-        return text.rstrip("0").rstrip(".").encode()
-    return b"null" if text[-1] in "Ny" else text.encode()  # NaN, Infinity
+        return Raw(text.rstrip("0").rstrip("."))
+    return None if text[-1] in "Ny" else Raw(text)  # NaN, Infinity
 
 
-def _float(text: str) -> bytes:
+def _float(text: str) -> Json:
     if "e" in text:
-        return _ecmascript(text).encode()
-    return b"null" if text[-1] in "Ny" else text.encode()
+        return Raw(_ecmascript(text))
+    return None if text[-1] in "Ny" else Raw(text)
 
 
 def _ecmascript(text: str) -> str:
@@ -225,7 +222,7 @@ def _ecmascript(text: str) -> str:
     return f"{sign}{digits[0]}{fraction}e{point - 1:+d}"
 
 
-def _number(text: str) -> bytes:
+def _number(text: str) -> Json:
     """A number in a column of another type; 0 if it can't be read, as PocketBase shows it."""
     if plain := _DECIMAL.fullmatch(text):
         sign, whole, fraction = plain.groups()
@@ -234,8 +231,8 @@ def _number(text: str) -> bytes:
     try:
         value = float(text)
     except ValueError:
-        return b"0"
-    return _float(repr(value).removesuffix(".0")) if isfinite(value) else b"null"
+        return 0
+    return _float(repr(value).removesuffix(".0")) if isfinite(value) else None
 
 
 # Booleans, dates, bytes.
@@ -244,97 +241,106 @@ _TRUE = frozenset(("t", "true", "T", "TRUE", "True", "1"))
 _DATE = re.compile(
     r"(\d{4,})(-\d\d-\d\d)(?: (\d\d:\d\d:\d\d)(?:\.(\d+))?)?(?:\+00)?( BC)?", re.ASCII
 )
-_SECONDS = slice(19)  # YYYY-MM-DD hh:mm:ss
+_WITH_MILLISECONDS = len("YYYY-MM-DD hh:mm:ss.mmm")
 
 
-def _bool(text: str) -> bytes:
-    return b"true" if text in _TRUE else b"false"
+def _bool(text: str) -> Json:
+    return text in _TRUE
 
 
-def _timestamptz(text: str) -> bytes:
-    if text[4] == "-" and text[-3:] == "+00":
-        return f'"{text[_SECONDS]}.{text[20:-3]:0<3.3}Z"'.encode()
+def _timestamptz(text: str) -> Json:
+    if len(text) >= _WITH_MILLISECONDS + len("+00") and text[4] == "-" and text[-3] == "+":
+        return text[:_WITH_MILLISECONDS] + "Z"
     return _date(text)
 
 
-def _date(text: str) -> bytes:
+def _date(text: str) -> Json:
     date = _DATE.fullmatch(text)
     if date is None:  # infinity, -infinity; or no date at all
-        return b'""'
+        return ""
     year, day, time, fraction, era = date.groups(default="")
     if era:
         year = f"{1 - int(year):05d}" if int(year) > 1 else "0000"
-    return f'"{year}{day} {time or "00:00:00"}.{fraction:0<3.3}Z"'.encode()
+    return f"{year}{day} {time or '00:00:00'}.{fraction:0<3.3}Z"
 
 
-def _bytea(text: str) -> bytes:
-    return b'"%b"' % b64encode(bytes.fromhex(text[2:]))
+def _bytea(text: str) -> Json:
+    return b64encode(bytes.fromhex(text[2:])).decode()
 
 
 # JSON and places.
 
 _STRING_OR_BLANKS = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")|[ \t\r\n]+')
-_NUMBER_TEXT = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def _jsonb(text: str) -> bytes:
+def _json_of(type_: Type) -> Converter:
+    match type_.name:
+        case "jsonb":
+            return _jsonb
+        case "json":
+            return _json
+        case _:
+            return _json_in_text
+
+
+def _jsonb(text: str) -> Json:
     """What jsonb prints only has blanks to lose: its strings are escaped as ours."""
-    if text[0] not in "{[":
-        return text.encode()
+    return Raw(_without_blanks(text))
+
+
+def _json(text: str) -> Json:
+    if "\\" in text:
+        return Raw(_STRING_OR_BLANKS.sub(_normal, text))
+    return Raw(_without_blanks(text.strip(" \t\r\n")))
+
+
+def _json_in_text(text: str) -> Json:
+    """JSON in a column of another type; what isn't JSON is a string, as PocketBase has it."""
     try:
-        return msgspec.json.format(text, indent=-1).encode()
+        json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return text
+    return _json(text)
+
+
+def _refuse(constant: str) -> Never:
+    """Python would take NaN and Infinity for JSON."""
+    raise ValueError(constant)
+
+
+def _without_blanks(text: str) -> str:
+    if text[0] not in "{[":
+        return text
+    try:
+        return msgspec.json.format(text, indent=-1)
     except RecursionError:
-        return _compact(text)
+        return _STRING_OR_BLANKS.sub(r"\1", text)
 
 
-def _json(text: str) -> bytes:
-    text = text.strip(" \t\r\n")
-    if not text:
-        return b"null"
-    if "\\" not in text and text[0] in "{[":
-        try:
-            return msgspec.json.format(text, indent=-1).encode()
-        except (RecursionError, msgspec.DecodeError):
-            pass
-    return _compact(text)
-
-
-def _compact(text: str) -> bytes:
-    return _STRING_OR_BLANKS.sub(_string, text).encode()
-
-
-def _string(match: re.Match[str]) -> str:
+def _normal(match: re.Match[str]) -> str:
     string = match[1]
     if string is None:
         return ""
     if "\\" not in string:
         return string
-    return quote(_unescape(string)).decode()
+    # Half a surrogate pair, which the type json lets through, is U+FFFD to PocketBase.
+    return msgspec.json.encode(_SURROGATE.sub("\ufffd", json.loads(string))).decode()
 
 
-def _unescape(string: str) -> str:
-    # msgspec refuses half a surrogate pair, which PostgreSQL's json type lets through.
-    value: str = msgspec.json.decode(string)
-    return value
-
-
-def _point(text: str) -> bytes:
+def _point(text: str) -> Json:
     lon, _, lat = text[1:-1].partition(",")
-    return _place(_float(lon), _float(lat))
+    return {"lon": _float(lon), "lat": _float(lat)}
 
 
-def _geo(text: str) -> bytes:
+def _place(text: str) -> Json:
     try:
         place = msgspec.json.decode(text, type=dict[str, object])
     except msgspec.DecodeError:
         place = {}
-    return _place(_coordinate(place.get("lon")), _coordinate(place.get("lat")))
+    return {"lon": _coordinate(place.get("lon")), "lat": _coordinate(place.get("lat"))}
 
 
-def _coordinate(value: object) -> bytes:
+def _coordinate(value: object) -> Json:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return _number(str(value)) if is_number else b"0"
-
-
-def _place(lon: bytes, lat: bytes) -> bytes:
-    return b'{"lon":%b,"lat":%b}' % (lon, lat)
+    return _number(str(value)) if is_number else 0
