@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Literal, Self, TypeAlias, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -143,28 +143,89 @@ class RecordsConfig(Section):
     """``null``, or PocketBase's zero value of the field's type."""
 
 
+Algorithm: TypeAlias = Literal["HS256", "RS256", "ES256", "EdDSA"]
+
+
 class IssuerConfig(Section):
-    """Who else makes tokens that count."""
+    """Who else makes tokens that count. It has one of ``secret``, ``public_key``, ``jwks_url``."""
 
     name: str
-    algorithms: tuple[Literal["HS256"], ...] = ("HS256",)
-    secret: Secret
+    algorithms: Annotated[tuple[Algorithm, ...], BeforeValidator(_split_texts)] = ()
+    """Empty takes what the key can check: HS256 for a secret, the three others for public keys."""
+    secret: Secret = ""
     previous_secret: Secret = ""
     """Still accepted; for changing the secret without signing everybody out."""
+    public_key: Secret = ""
+    """PEM. No secret, but as well kept in a file."""
+    jwks_url: str = Field(default="", pattern=r"^(https?://\S+)?$")
+    """Where the issuer publishes its keys, as a JSON Web Key Set."""
     issuer: str = ""
     audience: str = ""
     leeway: Seconds = 0.0
-    id_claim: str = "sub"
+    id_claim: str = Field(default="sub", min_length=1)
     collection: str = "users"
     """The auth collection whose record the id names."""
     superuser_when: dict[str, str | int | bool] = Field(default_factory=dict)
     """Claims, all of which must be equal, that make a superuser."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_key(self) -> Self:
+        given = [key for key in ("secret", "public_key", "jwks_url") if getattr(self, key)]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"give one of secret, public_key and jwks_url; there is {found}")
+        # A public key is known to everybody: as an HMAC secret it would let anybody in.
+        unfit = [a for a in self.algorithms if (a == "HS256") != (given == ["secret"])]
+        if unfit:
+            raise ValueError(f"{given[0]} can't check {', '.join(unfit)}")
+        if self.previous_secret and not self.secret:
+            raise ValueError("previous_secret belongs to secret")
+        return self
+
+    @property
+    def accepted_algorithms(self) -> tuple[Algorithm, ...]:
+        """What ``algorithms`` says, or what its being empty means."""
+        return self.algorithms or (("HS256",) if self.secret else ("RS256", "ES256", "EdDSA"))
+
+
+class LoginConfig(Section):
+    """PocketBase's own login endpoints, on users tables that exist already."""
+
+    enabled: bool = False
+    secret: Secret = ""
+    """Signs the tokens together with each user's token key; changing it signs everybody out."""
+    token_lifetime: Seconds = 432_000.0
+    attempts_per_minute: int = Field(default=10, ge=1)
+    """Failed ones, per address and identity."""
+
+    @model_validator(mode="after")
+    def _has_secret(self) -> Self:
+        if self.enabled and not self.secret:
+            raise ValueError("login needs a secret")
+        return self
 
 
 class AuthConfig(Section):
     """Who is asking."""
 
     issuers: tuple[IssuerConfig, ...] = ()
+    login: LoginConfig = LoginConfig()
+
+
+class CollectionLoginConfig(Section):
+    """How the people of one users table log in."""
+
+    identity: Texts = ("email",)
+    """Fields, tried in this order, an e-mail address as ``email`` first."""
+    password_hash: str = ""
+    """Column of the password hash; empty means that nobody logs in here."""
+    token_key: str = ""
+    """Column that is part of the key of the user's tokens; empty takes the password hash."""
+
+    @property
+    def secret_columns(self) -> tuple[str, ...]:
+        """The columns that are in no record."""
+        return tuple(name for name in (self.password_hash, self.token_key) if name)
 
 
 class FieldsConfig(Section):
@@ -204,6 +265,7 @@ class CollectionConfig(Section):
     """Empty derives it from type and name as PocketBase does."""
     fields: FieldsConfig = FieldsConfig()
     relations: dict[str, RelationConfig] = Field(default_factory=dict)
+    login: CollectionLoginConfig = CollectionLoginConfig()
     list_rule: str | None = None
     view_rule: str | None = None
 
