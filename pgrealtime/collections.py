@@ -518,7 +518,10 @@ class _Shaping:
     def _field(self, column: Column) -> Field:
         name = self._name(column)
         kind, is_multiple = kind_of(column.type)
-        is_secret = self.draft.config.type == "auth" and name in _SECRETS
+        config = self.draft.config
+        is_secret = column.name in config.login.secret_columns or (
+            config.type == "auth" and name in _SECRETS
+        )
         shown = Field(
             name=name,
             column=column,
