@@ -1,0 +1,111 @@
+"""What must not be read in a log is taken out here: the last step before a line is written."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+
+HIDDEN = "[hidden]"
+
+_SECRET_WORDS = frozenset(
+    ("authorization", "cookie", "jwt", "passwd", "password", "secret", "secrets", "token")
+)
+_WORDS = re.compile(r"[a-z0-9]+")
+
+_SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
+    # A JSON Web Token, wherever it stands: its header is the base64 of '{"'.
+    (re.compile(r"\beyJ[\w-]+\.[\w-]+\.[\w-]*"), HIDDEN),
+    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]+"), rf"\1 {HIDDEN}"),
+    # The password of a URL. Greedy: an unescaped "@" in it is no reason to show the rest.
+    (re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@]*:)\S*@"), rf"\1{HIDDEN}@"),
+    # libpq's keyword form, URL parameters, and what people write into messages.
+    (
+        re.compile(
+            r"(?i)\b((?:\w+_)?(?:password|passwd|secret|token))(\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&,;]+)"
+        ),
+        rf"\1\2{HIDDEN}",
+    ),
+)
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters but for tab and line feed: a terminal would obey them."""
+
+_SPEAKS_OF_VALUES = ("22", "23", "P0")
+"""SQLSTATE classes whose messages quote what is in a row: data exceptions, violated constraints,
+and what a function of the operator's raised."""
+
+
+def redact(value: object, *, key: str = "") -> object:
+    """Return the value without what looks like a token or a password.
+
+    Mappings and sequences are looked through. Everything under a key such as ``previous_secret``
+    or ``token_key`` is hidden unless it is a number, a boolean or None.
+    """
+    match value:
+        case bool() | int() | float() | None:
+            return value
+        case _ if not _SECRET_WORDS.isdisjoint(_WORDS.findall(key.lower().replace("_", " "))):
+            return HIDDEN
+        case str():
+            return redact_text(value)
+        case Mapping():
+            return {str(name): redact(inner, key=str(name)) for name, inner in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [redact(inner) for inner in value]
+        case BaseException():
+            return describe_exception(value)
+        case _:
+            return redact_text(str(value))
+
+
+def redact_text(text: str) -> str:
+    """Return the text without tokens and passwords."""
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def describe_exception(error: BaseException) -> str:
+    """Return class and message, of a database error only what can't quote a row."""
+    name = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+    sqlstate = getattr(error, "sqlstate", None)
+    if not isinstance(sqlstate, str):
+        text = str(error)
+    elif sqlstate.startswith(_SPEAKS_OF_VALUES):
+        text = f"SQLSTATE {sqlstate}"
+    else:
+        primary = getattr(getattr(error, "diag", None), "message_primary", None)
+        text = f"SQLSTATE {sqlstate}: {primary}" if primary else f"SQLSTATE {sqlstate}"
+    text = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    return redact_text(f"{name}: {text}" if text else name)
+
+
+def describe_traceback(error: BaseException) -> str:
+    """Return the traceback with causes and groups as Python prints it, messages redacted.
+
+    Python's own formatting would print a database error's message whole, and what prettier ones
+    add, the local variables, is where rows and tokens are.
+    """
+    return "".join(_lines(error, seen=set())).rstrip("\n")
+
+
+def _lines(error: BaseException, *, seen: set[int]) -> Iterator[str]:
+    seen.add(id(error))
+    cause = error.__cause__
+    context = None if error.__suppress_context__ else error.__context__
+    if cause is not None and id(cause) not in seen:
+        yield from _lines(cause, seen=seen)
+        yield "\nThe above exception was the direct cause of the following exception:\n\n"
+    elif context is not None and id(context) not in seen:
+        yield from _lines(context, seen=seen)
+        yield "\nDuring handling of the above exception, another exception occurred:\n\n"
+    if error.__traceback__ is not None:
+        yield "Traceback (most recent call last):\n"
+        yield from traceback.format_tb(error.__traceback__)
+    yield describe_exception(error) + "\n"
+    if isinstance(error, BaseExceptionGroup):
+        for number, inner in enumerate(error.exceptions, start=1):
+            yield f"  [{number}]\n"
+            for line in _lines(inner, seen=seen):
+                yield "".join(f"  {part}" for part in line.splitlines(keepends=True))
