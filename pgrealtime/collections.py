@@ -289,7 +289,8 @@ def _draft(
 
 
 def _find_table(text: str, catalog: Catalog) -> Table | Problem:
-    candidates = _candidates(text, catalog.schemas)
+    schemas = catalog.schemas or tuple(dict.fromkeys(name.schema for name in catalog.tables))
+    candidates = _candidates(text, schemas)
     found = next((catalog.tables[name] for name in candidates if name in catalog.tables), None)
     if found is not None:
         return found
@@ -324,14 +325,17 @@ def _table_faults(table: Table, path: str) -> Iterator[Problem]:
 
 def _for_rows(table: Table, action: str) -> str:
     """Return the SQL that changes every table that holds the rows."""
-    return " ".join(f"ALTER TABLE {_sql(name)} {action};" for name in table.leaves or [table.name])
+    return " ".join(
+        f"ALTER TABLE {_qualified(name)} {action};" for name in table.leaves or [table.name]
+    )
 
 
-def _sql(name: TableName) -> str:
-    return f"{_sql_name(name.schema)}.{_sql_name(name.name)}"
+def _qualified(name: TableName) -> str:
+    return f"{quoted(name.schema)}.{quoted(name.name)}"
 
 
-def _sql_name(name: str) -> str:
+def quoted(name: str) -> str:
+    """Return the name as SQL has it, for people to paste."""
     return '"' + name.replace('"', '""') + '"'
 
 
@@ -353,14 +357,14 @@ def _find_key(table: Table, config: CollectionConfig, path: str) -> Column | Pro
     return Problem(
         f"{path}.table",
         f'"{table.name}" has no primary key: its updates and deletes name no row',
-        f"ALTER TABLE {_sql(table.name)} {_key_to_add(table)};",
+        f"ALTER TABLE {_qualified(table.name)} {_key_to_add(table)};",
     )
 
 
 def _key_to_add(table: Table) -> str:
     unique = next((names[0] for names in table.unique if len(names) == 1), None)
     if unique is not None:
-        return f"ADD PRIMARY KEY ({_sql_name(unique)})"
+        return f"ADD PRIMARY KEY ({quoted(unique)})"
     if table.column("id") is not None:
         return 'ADD PRIMARY KEY ("id")'
     return 'ADD COLUMN "id" bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY'
@@ -376,12 +380,12 @@ def _no_column(path: str, table: Table, name: str) -> Problem:
 
 def _key_faults(table: Table, key: Column, path: str) -> list[Problem]:
     """Say why the key would not name one row, or not be known of a deleted one."""
-    column = _sql_name(key.name)
+    column = quoted(key.name)
     if (key.name,) not in table.unique:
-        add = f"ALTER TABLE {_sql(table.name)} ADD UNIQUE ({column});"
+        add = f"ALTER TABLE {_qualified(table.name)} ADD UNIQUE ({column});"
         return [Problem(f"{path}.id", f'column "{key.name}" is not unique by itself', add)]
     if not key.not_null:
-        add = f"ALTER TABLE {_sql(table.name)} ALTER COLUMN {column} SET NOT NULL;"
+        add = f"ALTER TABLE {_qualified(table.name)} ALTER COLUMN {column} SET NOT NULL;"
         return [Problem(f"{path}.id", f'column "{key.name}" may be NULL', add)]
     if key.name not in table.identity_columns:
         return [

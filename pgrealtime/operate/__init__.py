@@ -1,0 +1,1 @@
+"""What an operator asks before and beside running: checks of configuration and database."""

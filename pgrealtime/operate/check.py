@@ -1,0 +1,262 @@
+"""``pgrealtime check``: everything that would keep the service from running, in one go."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection
+
+from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.catalog.model import Catalog, Table
+from pgrealtime.changes import TableName
+from pgrealtime.collections import (
+    Collection,
+    Collections,
+    check_names,
+    examine,
+    quoted,
+    table_names,
+)
+from pgrealtime.config import CollectionConfig, Config, Reading, ReplicationConfig
+from pgrealtime.errors import (
+    ConfigError,
+    DatabaseUnreachableError,
+    PgRealtimeError,
+    Problem,
+    RuleError,
+    SetupError,
+)
+from pgrealtime.rules.parse import parse
+from pgrealtime.wal import slot as slots
+
+_CONNECT_SECONDS = 10
+_SLOT_SECONDS = 10.0
+"""Making a slot waits for open transactions; a check has better things to do."""
+
+_UNREADABLE = """
+SELECT n.nspname, c.relname, current_user
+FROM pg_catalog.pg_class c
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE c.oid = ANY (%(oids)s::oid[])
+  AND NOT (pg_catalog.has_schema_privilege(n.oid, 'USAGE')
+           AND pg_catalog.has_table_privilege(c.oid, 'SELECT'))
+ORDER BY n.nspname, c.relname
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What a check found: errors, or what is there to be served."""
+
+    errors: tuple[PgRealtimeError, ...]
+    facts: tuple[str, ...] = ()
+    """Lines for people."""
+
+
+async def check(reading: Reading, *, with_database: bool) -> Findings:
+    """Return everything that is wrong with the configuration, its rules and the database.
+
+    A problem in one place keeps the others from being looked at only where they hang on it.
+    """
+    config = reading.config
+    if config is None:
+        return Findings(errors=(ConfigError(reading.problems, source=reading.origin.source),))
+    is_connectable = not any(path[:1] == ("database",) for path in reading.dropped)
+    if with_database and is_connectable:
+        problems, errors, facts = await _check_database(config, reading)
+    else:
+        problems, errors, facts = _without_database(config), (), (_counted(config),)
+    if reading.problems or problems:
+        located = reading.origin.locate(ConfigError(problems)).problems
+        all_problems = _in_file_order((*reading.problems, *located))
+        errors = (ConfigError(all_problems, source=reading.origin.source), *errors)
+    return Findings(errors=errors, facts=facts)
+
+
+def _in_file_order(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    return tuple(sorted(problems, key=lambda p: (p.line is None, p.line or 0, p.path)))
+
+
+def _without_database(config: Config) -> tuple[Problem, ...]:
+    return (*check_names(config.collections), *syntax_problems(config.collections))
+
+
+async def _check_database(
+    config: Config, reading: Reading
+) -> tuple[tuple[Problem, ...], tuple[PgRealtimeError, ...], tuple[str, ...]]:
+    try:
+        async with await _connect(config.database.query_url or config.database.url) as connection:
+            catalog = await read_catalog(
+                connection,
+                schemas=config.database.schemas,
+                names=table_names(config.collections, config.database.schemas),
+            )
+            collections, problems = _collections(config, catalog, reading)
+            errors = [*await _grant_errors(connection, collections)]
+            server = _server(connection)
+    except PgRealtimeError as error:
+        return _without_database(config), (error,), ()
+    tables = [collection.table for collection in collections.values()]
+    plugin = await _preflight(config.database.url, config.replication, tables)
+    if isinstance(plugin, PgRealtimeError):
+        return problems, (*errors, plugin), ()
+    return problems, tuple(errors), (_counted_fields(collections), f"{server}, {plugin}")
+
+
+def _collections(
+    config: Config, catalog: Catalog, reading: Reading
+) -> tuple[Collections, tuple[Problem, ...]]:
+    """Return the collections, and what is wrong with them and their rules.
+
+    Where a collection could not be made out, relations and rules may name it: then only the
+    syntax of rules is judged.
+    """
+    if any(path[0] == "collections" and len(path) <= 2 for path in reading.dropped):  # noqa: PLR2004 (collections.NAME)
+        return Collections(()), tuple(syntax_problems(config.collections))
+    collections, problems = examine(config.collections, catalog)
+    if len(collections) < len(config.collections):
+        return collections, (*problems, *syntax_problems(config.collections))
+    return collections, (*problems, *rule_problems(collections))
+
+
+def rule_problems(collections: Collections) -> Iterator[Problem]:
+    """Yield each rule that can't be used, with the place in its text."""
+    for collection in collections.values():
+        for key, rule in _rules(collection):
+            try:
+                parse(rule)
+            except RuleError as error:
+                yield _rule_problem(f"collections.{collection.name}.{key}", rule, error)
+
+
+def syntax_problems(configured: Mapping[str, CollectionConfig]) -> Iterator[Problem]:
+    """Yield each rule that isn't of the language, whatever the tables are."""
+    for name, config in configured.items():
+        for key, rule in _rules(config):
+            try:
+                parse(rule)
+            except RuleError as error:
+                yield _rule_problem(f"collections.{name}.{key}", rule, error)
+
+
+def _rules(ruled: Collection | CollectionConfig) -> Iterator[tuple[str, str]]:
+    """Yield the rules that have a text: neither everyone's nor nobody's."""
+    for key in ("list_rule", "view_rule"):
+        rule = getattr(ruled, key)
+        if rule:
+            yield key, rule
+
+
+def _rule_problem(path: str, rule: str, error: RuleError) -> Problem:
+    return Problem(path, error.message, error.hint, excerpt=excerpt(rule, error.start, error.end))
+
+
+def excerpt(text: str, start: int, end: int) -> str:
+    """Return the line of the text that a span begins in, and carets under the span.
+
+    Args:
+        text: A rule, maybe of several lines.
+        start: Offset in characters.
+        end: Offset after the last one; at least one caret is drawn.
+    """
+    begin = text.rfind("\n", 0, start) + 1
+    line = text[begin:].partition("\n")[0].replace("\t", " ")
+    before, marked = line[: start - begin], line[start - begin : end - begin]
+    return f"    {line}\n    {' ' * _cells(before)}{'^' * max(1, _cells(marked))}"
+
+
+def _cells(text: str) -> int:
+    """Return how wide a terminal shows the text: ideographs take two cells."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+async def _connect(url: str) -> AsyncConnection[Any]:
+    try:
+        return await AsyncConnection.connect(
+            url, autocommit=True, connect_timeout=_CONNECT_SECONDS, application_name="pgrealtime"
+        )
+    except psycopg.OperationalError as error:
+        raise DatabaseUnreachableError(
+            "the database can't be reached",
+            detail=str(error).strip(),
+            hint="Check database.url, or the PG* variables if it is empty.",
+        ) from error
+    except psycopg.ProgrammingError:
+        # libpq's message quotes the text, which may hold a password.
+        raise SetupError(
+            "the database URL can't be understood",
+            hint="Write postgresql://user:password@host:port/database, special characters in"
+            " percent form.",
+            code="database_url_invalid",
+        ) from None
+
+
+async def _grant_errors(
+    connection: AsyncConnection[Any], collections: Collections
+) -> Iterator[SetupError]:
+    """Say which tables rules could not be asked of."""
+    oids = [table.oid for table in _read_by_rules(collections)]
+    rows = await (await connection.execute(_UNREADABLE, {"oids": oids})).fetchall()
+    return (_grant_error(TableName(schema, name), role) for schema, name, role in rows)
+
+
+def _read_by_rules(collections: Collections) -> Iterator[Table]:
+    for collection in collections.values():
+        yield collection.table
+        for field in collection.fields:
+            if field.relation is not None and field.relation.junction is not None:
+                yield field.relation.junction.table
+
+
+def _grant_error(name: TableName, role: str) -> SetupError:
+    schema, table, to = (quoted(part) for part in (name.schema, name.name, role))
+    return SetupError(
+        f'role "{role}" may not read "{name}"',
+        hint=f"GRANT USAGE ON SCHEMA {schema} TO {to}; GRANT SELECT ON {schema}.{table} TO {to};",
+        code="select_not_granted",
+    )
+
+
+async def _preflight(
+    url: str, config: ReplicationConfig, tables: Sequence[Table]
+) -> str | PgRealtimeError:
+    """Return the decoder that would be used, found by making the slot it needs."""
+    slot_config = config.slot.model_copy(update={"create_timeout": _SLOT_SECONDS})
+    config = config.model_copy(update={"slot": slot_config})
+    try:
+        async with slots.connect(url) as connection:
+            facts = await slots.read_facts(connection)
+            slot, reason = await slots.choose(connection, url, config, facts=facts, tables=tables)
+    except PgRealtimeError as error:
+        return error
+    return f"{slot.plugin} ({reason})" if reason else slot.plugin
+
+
+def _counted_fields(collections: Collections) -> str:
+    fields = sum(len(collection.fields) for collection in collections.values())
+    rules = _rule_count(collections.values())
+    counts = ((len(collections), "collection"), (fields, "field"), (rules, "rule"))
+    return ", ".join(_count(count, word) for count, word in counts)
+
+
+def _counted(config: Config) -> str:
+    rules = _rule_count(config.collections.values())
+    return f"{_count(len(config.collections), 'collection')}, {_count(rules, 'rule')}"
+
+
+def _rule_count(ruled: Iterable[Collection | CollectionConfig]) -> int:
+    return sum(1 for one in ruled for _ in _rules(one))
+
+
+def _count(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def _server(connection: AsyncConnection[Any]) -> str:
+    info = connection.info
+    major, minor = divmod(info.server_version, 10_000)
+    return f'PostgreSQL {major}.{minor}, database "{info.dbname}"'
