@@ -66,6 +66,8 @@ class Source(Struct, frozen=True):
     """The root's columns in order."""
     is_full: bool
     """Whether the old row is logged whole."""
+    identity_width: int
+    """How many columns of the old row are logged."""
     is_leaf: bool
     """A leaf may order its columns differently from the root."""
 
@@ -75,15 +77,16 @@ class Source(Struct, frozen=True):
         return ordered if len(ordered) == len(row) else ordered | row
 
     def is_whole(self, old: Row, width: int) -> bool:
-        """Whether an old image is the whole row and not a key.
+        """Whether an old image is the whole row and not a key, where the decoder doesn't say.
 
         Args:
             old: What was logged.
             width: Columns that the row has.
 
-        The identity may have been changed since the catalogue was read, so its width counts too.
+        Its width counts too: a leaf may log more than its siblings, and the identity may have been
+        changed since the catalogue was read.
         """
-        return self.is_full and len(old) >= width
+        return len(old) >= width and (self.is_full or len(old) > self.identity_width)
 
 
 def sources(tables: Collection[Table]) -> Mapping[TableName, Source]:
@@ -94,6 +97,7 @@ def sources(tables: Collection[Table]) -> Mapping[TableName, Source]:
             leaf=leaf,
             names=tuple(column.name for column in table.columns),
             is_full=table.replica_identity is ReplicaIdentity.FULL,
+            identity_width=len(table.identity_columns),
             is_leaf=leaf != table.name,
         )
         for table in tables

@@ -15,6 +15,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.sql import SQL
 
 from pgrealtime.catalog.model import Table
+from pgrealtime.changes import TableName
 from pgrealtime.config import ReplicationConfig
 from pgrealtime.errors import (
     DatabaseUnreachableError,
@@ -24,6 +25,7 @@ from pgrealtime.errors import (
     WalError,
 )
 from pgrealtime.lsn import LSN, parse_lsn
+from pgrealtime.wal.publication import Publication, check_publication, check_tables, quote
 
 Connection: TypeAlias = psycopg.AsyncConnection[tuple[Any, ...]]
 Plugin: TypeAlias = Literal["wal2json", "pgoutput"]
@@ -155,7 +157,7 @@ async def _explain_refusal(url: str, error: psycopg.OperationalError) -> PgRealt
         return SetupError(
             f'role "{role}" may not read the replication stream',
             detail="It lacks the REPLICATION attribute.",
-            hint=f"Run as a superuser: ALTER ROLE {_identifier(role)} REPLICATION;",
+            hint=f"Run as a superuser: ALTER ROLE {quote(role)} REPLICATION;",
             code="replication_attribute_missing",
         )
     if wal_level != "logical":
@@ -187,10 +189,6 @@ def wal_level_error(wal_level: str) -> SetupError:
         hint="Run as a superuser: ALTER SYSTEM SET wal_level = logical; and restart the server.",
         code="wal_level",
     )
-
-
-def _identifier(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
 
 
 async def identify(connection: Connection) -> SystemIdentity:
@@ -255,7 +253,86 @@ async def choose(
         SetupError: The decoder asked for, or with ``auto`` both of them, can't be used.
         SlotBusyError: As ``create``.
     """
-    return await create(connection, url, "wal2json", config, on_wait=on_wait), ""
+    check_tables(tables)
+    refusal: SetupError | None = None
+    if config.plugin != "pgoutput":
+        try:
+            _check_encoding("wal2json", facts)
+            return await create(connection, url, "wal2json", config, on_wait=on_wait), ""
+        except SetupError as error:
+            if config.plugin == "wal2json":
+                raise
+            refusal = error
+    try:
+        _check_encoding("pgoutput", facts)
+        # Before the slot: a change older than the publication stops the decoder for good up to
+        # PostgreSQL 17, and from 18 on a missing publication is silence.
+        found = await read_publication(connection, config.publication)
+        check_publication(config.publication, found, tables, facts.version)
+        slot = await create(connection, url, "pgoutput", config, on_wait=on_wait)
+    except SetupError as error:
+        raise (error if refusal is None else _neither(refusal, error)) from error
+    return slot, "" if refusal is None else refusal.message
+
+
+def _neither(wal2json: SetupError, pgoutput: SetupError) -> SetupError:
+    """Return the error of a server on which both decoders fail: either can be mended."""
+    return SetupError(
+        "neither wal2json nor pgoutput can be used",
+        detail="\n".join(
+            f"{name}: {error.message}. {error.detail}".rstrip()
+            for name, error in (("wal2json", wal2json), ("pgoutput", pgoutput))
+        ),
+        hint=f"Either: {wal2json.hint}\nor: {pgoutput.hint}",
+        code=wal2json.error_code,
+    )
+
+
+def _check_encoding(plugin: Plugin, facts: ServerFacts) -> None:
+    """Refuse what isn't sent as UTF-8: wal2json writes in the database's encoding."""
+    if facts.encoding == "UTF8" or (plugin == "pgoutput" and facts.encoding != "SQL_ASCII"):
+        return
+    raise SetupError(
+        f'{plugin} can\'t be used with a database in encoding "{facts.encoding}"',
+        hint="Set replication.plugin to pgoutput."
+        if plugin == "wal2json" and facts.encoding != "SQL_ASCII"
+        else "Move the data to a database with ENCODING 'UTF8'.",
+        code="encoding_unsupported",
+    )
+
+
+async def read_publication(connection: Connection, name: str) -> Publication | None:
+    """Return the publication of that name in the connection's database."""
+    row = await (
+        await connection.execute(
+            "SELECT puballtables OR EXISTS (SELECT FROM pg_publication_namespace"
+            "                               WHERE pnpubid = p.oid),"
+            " pubviaroot, pubinsert AND pubupdate AND pubdelete AND pubtruncate"
+            " FROM pg_publication p WHERE pubname = %s",
+            (name,),
+        )
+    ).fetchone()
+    if row is None:
+        return None
+    is_open, via_root, is_complete = row
+    tables = await (
+        await connection.execute(
+            "SELECT schemaname, tablename, rowfilter IS NOT NULL OR EXISTS ("
+            "   SELECT FROM pg_attribute a"
+            "   WHERE a.attrelid = format('%%I.%%I', schemaname, tablename)::regclass"
+            "   AND attnum > 0 AND NOT attisdropped AND attgenerated = ''"
+            "   AND attname <> ALL (attnames))"
+            " FROM pg_publication_tables WHERE pubname = %s",
+            (name,),
+        )
+    ).fetchall()
+    return Publication(
+        tables=frozenset(TableName(schema, table) for schema, table, _ in tables),
+        narrowed=frozenset(TableName(schema, table) for schema, table, part in tables if part),
+        is_open=is_open,
+        via_root=via_root,
+        is_complete=is_complete,
+    )
 
 
 async def create(
@@ -391,10 +468,9 @@ async def start(connection: Connection, slot: Slot, options: dict[str, str]) -> 
     # The replication commands have a grammar of their own: no parameters, and no E'' strings as
     # the driver would quote a backslash.
     listed = ", ".join(
-        f"{_identifier(name)} '{value.replace(chr(39), chr(39) * 2)}'"
-        for name, value in options.items()
+        f"{quote(name)} '{value.replace(chr(39), chr(39) * 2)}'" for name, value in options.items()
     )
-    command = f"START_REPLICATION SLOT {_identifier(slot.name)} LOGICAL 0/0 ({listed})"
+    command = f"START_REPLICATION SLOT {quote(slot.name)} LOGICAL 0/0 ({listed})"
     try:
         await connection.execute(command.encode())
     except psycopg.Error as error:

@@ -27,8 +27,8 @@ from pgrealtime.errors import (
     UnexpectedMessageError,
 )
 from pgrealtime.lsn import LSN
+from pgrealtime.wal import pgoutput, wal2json
 from pgrealtime.wal import slot as slots
-from pgrealtime.wal import wal2json
 from pgrealtime.wal.assembler import RecordKeys, TransactionAssembler, default_record_keys
 from pgrealtime.wal.feedback import MOVE_SECONDS, Feedback
 from pgrealtime.wal.message import Commit, Decoder
@@ -357,7 +357,8 @@ async def open_stream(
                 decoder: Decoder = wal2json.Wal2JsonDecoder(tables)
                 options = wal2json.options(tables)
             case "pgoutput":
-                raise NotImplementedError
+                decoder = pgoutput.PgoutputDecoder(tables)
+                options = pgoutput.options(config.publication)
         assembler = TransactionAssembler(
             max_size=max_transaction_size,
             record_keys={**default_record_keys(tables), **(record_keys or {})},

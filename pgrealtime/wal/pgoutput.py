@@ -1,0 +1,204 @@
+r"""pgoutput's messages (protocol 1, text) into ours, on the way from the stream to the assembler.
+
+Source: PostgreSQL documentation, "Logical Replication Message Formats". Values are PostgreSQL's
+text output in client_encoding, so that nothing has to be converted.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Collection
+from typing import TypeAlias
+
+from msgspec import Struct
+
+from pgrealtime.catalog.model import Table
+from pgrealtime.changes import Delete, Insert, Key, OldImage, Row, TableName, Update, WholeRow
+from pgrealtime.errors import UnexpectedMessageError
+from pgrealtime.lsn import LSN, Xid
+from pgrealtime.wal.message import Begin, Commit, Message, RowChange, Source, Truncated, sources
+from pgrealtime.wal.wire import UNIX_EPOCH_OFFSET
+
+_BEGIN = struct.Struct("!xQqI")
+_COMMIT = struct.Struct("!xBQQq")
+_RELATION_ID = struct.Struct("!xI")
+_TRUNCATE = struct.Struct("!xIB")
+_COLUMN_COUNT = struct.Struct("!H")
+_COLUMN_TYPE = struct.Struct("!Ii")
+_LENGTH = struct.Struct("!I")
+
+_AFTER_RELATION_ID = 5
+_TEXT, _NULL, _UNCHANGED = b"tnu"
+_KEY, _OLD, _NEW = b"KON"
+
+
+class _Relation(Struct, frozen=True):
+    """A table as the stream described it last."""
+
+    source: Source
+    names: tuple[str, ...]
+    """Of its columns, in the order in which values come."""
+    key: tuple[str, ...]
+    """Those of the replica identity."""
+
+
+class PgoutputDecoder:
+    """Decodes the messages about some tables; keeps the descriptions of tables that came before."""
+
+    def __init__(self, tables: Collection[Table]) -> None:
+        self._by_name = sources(tables)
+        # The publication follows the table, not its name: a renamed one goes on.
+        self._by_oid = {table.oid: self._by_name[table.name] for table in tables}
+        self._relations: dict[int, _Relation] = {}
+        self._readers: dict[int, _Reader] = {
+            ord("B"): _begin,
+            ord("C"): _commit,
+            ord("R"): self._relation,
+            ord("I"): self._insert,
+            ord("U"): self._update,
+            ord("D"): self._delete,
+            ord("T"): self._truncate,
+            # Types, origins and logical messages tell nothing of rows.
+            ord("Y"): _nothing,
+            ord("O"): _nothing,
+            ord("M"): _nothing,
+        }
+
+    def decode(self, payload: memoryview | bytes) -> Message | None:
+        """Return what one payload says, as ``wal.message.Decoder`` has it."""
+        data = bytes(payload)
+        try:
+            return self._readers[data[0]](data)
+        except (struct.error, LookupError, ValueError) as error:
+            # The payload is not quoted: it holds a row.
+            raise UnexpectedMessageError("pgoutput sent a message that can't be read") from error
+
+    def _relation(self, data: bytes) -> None:
+        (oid,) = _RELATION_ID.unpack_from(data)
+        schema, at = _string(data, _AFTER_RELATION_ID)
+        name, at = _string(data, at)
+        (count,) = _COLUMN_COUNT.unpack_from(data, at + 1)  # after the replica identity's letter
+        at += 1 + _COLUMN_COUNT.size
+        names: list[str] = []
+        key: list[str] = []
+        for _ in range(count):
+            is_key = data[at] & 1
+            column, at = _string(data, at + 1)
+            at += _COLUMN_TYPE.size
+            names.append(column)
+            if is_key:
+                key.append(column)
+        # pg_catalog is sent as an empty name; no table of ours is in it.
+        source = self._by_oid.get(oid) or self._by_name.get(TableName(schema, name))
+        if source is None:
+            self._relations.pop(oid, None)
+        else:
+            self._relations[oid] = _Relation(source, tuple(names), tuple(key))
+
+    def _insert(self, data: bytes) -> RowChange | None:
+        relation = self._described(data)
+        if relation is None:
+            return None
+        new, _ = _row(data, _AFTER_RELATION_ID + 1, relation.names)
+        source = relation.source
+        return RowChange(Insert(source.root, _ordered(new, source)), source.leaf)
+
+    def _update(self, data: bytes) -> RowChange | None:
+        relation = self._described(data)
+        if relation is None:
+            return None
+        source, at, old = relation.source, _AFTER_RELATION_ID, None
+        if data[at] != _NEW:
+            old, at = _old(data, at, relation)
+        new, _ = _row(data, at + 1, relation.names)
+        if old is None:
+            # The identity is logged only if it changed.
+            old = Key({name: new[name] for name in relation.key})
+        elif len(new) < len(relation.names):
+            # Columns are missing that the update left in TOAST: FULL logs them in the old row,
+            # the other identities do so for those of the key.
+            known = old.row | new
+            new = {name: known[name] for name in relation.names if name in known}
+        return RowChange(Update(source.root, _ordered(new, source), old), source.leaf)
+
+    def _delete(self, data: bytes) -> RowChange | None:
+        relation = self._described(data)
+        if relation is None:
+            return None
+        old, _ = _old(data, _AFTER_RELATION_ID, relation)
+        return RowChange(Delete(relation.source.root, old), relation.source.leaf)
+
+    def _truncate(self, data: bytes) -> Truncated | None:
+        count, _ = _TRUNCATE.unpack_from(data)
+        oids = struct.unpack_from(f"!{count}I", data, _TRUNCATE.size)
+        known = (self._relations.get(oid) for oid in oids)
+        tables = tuple(relation.source.root for relation in known if relation is not None)
+        return Truncated(tables) if tables else None
+
+    def _described(self, data: bytes) -> _Relation | None:
+        (oid,) = _RELATION_ID.unpack_from(data)
+        return self._relations.get(oid)
+
+
+_Reader: TypeAlias = Callable[[bytes], Message | None]
+
+
+def _begin(data: bytes) -> Begin:
+    _, _, xid = _BEGIN.unpack_from(data)
+    return Begin(Xid(xid))
+
+
+def _commit(data: bytes) -> Commit:
+    _, _, end, time = _COMMIT.unpack_from(data)
+    return Commit(LSN(end), time + UNIX_EPOCH_OFFSET)
+
+
+def _nothing(_data: bytes) -> None:
+    return None
+
+
+def _string(data: bytes, at: int) -> tuple[str, int]:
+    end = data.index(0, at)
+    return data[at:end].decode(), end + 1
+
+
+def _old(data: bytes, at: int, relation: _Relation) -> tuple[OldImage, int]:
+    row, end = _row(data, at + 1, relation.names)
+    source = relation.source
+    if data[at] == _OLD:
+        return WholeRow(_ordered(row, source)), end
+    if data[at] == _KEY:
+        # The other columns come as NULL, which they needn't be.
+        return Key(_ordered({name: row[name] for name in relation.key}, source)), end
+    raise ValueError(data[at])
+
+
+def _row(data: bytes, at: int, names: tuple[str, ...]) -> tuple[Row, int]:
+    """Return the row that starts there, without what is unchanged in TOAST, and where it ends."""
+    (count,) = _COLUMN_COUNT.unpack_from(data, at)
+    if count != len(names):
+        raise ValueError(count)
+    at += _COLUMN_COUNT.size
+    row: Row = {}
+    for name in names:
+        kind = data[at]
+        at += 1
+        if kind == _TEXT:
+            start = at + 4
+            at = start + _LENGTH.unpack_from(data, at)[0]
+            row[name] = data[start:at].decode()
+        elif kind == _NULL:
+            row[name] = None
+        elif kind != _UNCHANGED:
+            raise ValueError(kind)
+    return row, at
+
+
+def _ordered(row: Row, source: Source) -> Row:
+    return source.in_order(row) if source.is_leaf else row
+
+
+def options(publication: str) -> dict[str, str]:
+    """Return the options of START_REPLICATION that ``PgoutputDecoder`` counts on."""
+    quoted = publication.replace('"', '""')
+    return {"proto_version": "1", "publication_names": f'"{quoted}"'}

@@ -1,0 +1,159 @@
+"""Which tables can be streamed at all, and the publication that lists them for pgoutput.
+
+Publishing is dangerous for the writers, not for us: the server refuses UPDATE and DELETE on a
+published table without replica identity. So nothing is published that wasn't looked at: table by
+table, without inheritance children, never FOR ALL TABLES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Set
+from dataclasses import dataclass
+
+from pgrealtime.catalog.model import ReplicaIdentity, Table, TableKind
+from pgrealtime.changes import TableName
+from pgrealtime.errors import SetupError
+
+GENERATED_COLUMNS_VERSION = 180_000
+"""The first server that can publish generated columns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """A publication as the catalogue has it, with the tables whose rows it sends."""
+
+    tables: frozenset[TableName]
+    """Partitioned tables by their leaves."""
+    narrowed: frozenset[TableName]
+    """Those of which only some rows or columns are published."""
+    is_open: bool
+    """FOR ALL TABLES or TABLES IN SCHEMA: tables made later are in it, unlooked at."""
+    via_root: bool
+    is_complete: bool
+    """It publishes INSERT, UPDATE, DELETE and TRUNCATE."""
+
+
+def quote(name: str) -> str:
+    """Return the name as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _qualified(name: TableName) -> str:
+    return f"{quote(name.schema)}.{quote(name.name)}"
+
+
+def publication_sql(name: str, tables: Collection[Table], server_version: int) -> str:
+    """Return the SQL that makes the publication, ready to paste.
+
+    Args:
+        name: Of the publication.
+        tables: What to stream, checked by ``check_tables``.
+        server_version: As ``server_version_num``.
+    """
+    return f"CREATE PUBLICATION {quote(name)} {_for_tables(tables)}{_with(tables, server_version)};"
+
+
+def _for_tables(tables: Iterable[Table]) -> str:
+    return "FOR TABLE " + ", ".join(
+        # A partitioned table brings its partitions, those of later too. ONLY keeps out the
+        # inheritance children of any other.
+        ("" if table.kind is TableKind.PARTITIONED else "ONLY ") + _qualified(table.name)
+        for table in sorted(tables, key=lambda table: table.name)
+    )
+
+
+def _with(tables: Iterable[Table], server_version: int) -> str:
+    if server_version < GENERATED_COLUMNS_VERSION or not _any_generated(tables):
+        return ""
+    return " WITH (publish_generated_columns = stored)"
+
+
+def _any_generated(tables: Iterable[Table]) -> bool:
+    return any(column.is_generated for table in tables for column in table.columns)
+
+
+def check_tables(tables: Collection[Table]) -> None:
+    """Refuse tables that never stream, or of which updates and deletes would be lost.
+
+    Raises:
+        SetupError: Names all of them, with the SQL that mends each.
+    """
+    streamed = {table.name for table in tables}
+    problems = [(table, problem) for table in tables if (problem := _problem(table, streamed))]
+    if not problems:
+        return
+    raise SetupError(
+        "some tables can't be streamed",
+        detail="\n".join(f'"{table.name}" {problem}' for table, (problem, _) in problems),
+        hint="\n".join(sql for _, (_, statements) in problems for sql in statements)
+        or "Take them out of the configuration.",
+        code="table_not_streamable",
+    )
+
+
+def _problem(table: Table, streamed: Set[TableName]) -> tuple[str, tuple[str, ...]] | None:
+    if table.partition_of in streamed:
+        return f'is a partition of "{table.partition_of}", under whose name its rows come.', ()
+    if table.kind not in (TableKind.TABLE, TableKind.PARTITIONED):
+        return "is no ordinary or partitioned table: its rows are not in the WAL.", ()
+    parts = table.leaves or (table.name,)
+    if table.is_unlogged:
+        return (
+            "is unlogged: its rows are not in the WAL.",
+            tuple(f"ALTER TABLE {_qualified(part)} SET LOGGED;" for part in parts),
+        )
+    if table.replica_identity is ReplicaIdentity.NOTHING or not table.identity_columns:
+        return (
+            "has no replica identity: updates and deletes of it would be lost.",
+            tuple(f"ALTER TABLE {_qualified(part)} REPLICA IDENTITY FULL;" for part in parts),
+        )
+    return None
+
+
+def check_publication(
+    name: str, found: Publication | None, tables: Collection[Table], server_version: int
+) -> None:
+    """Refuse a publication that isn't exactly what is needed.
+
+    Raises:
+        SetupError: With the SQL that makes or mends it.
+    """
+    create = publication_sql(name, tables, server_version)
+    if found is None:
+        raise SetupError(
+            f'publication "{name}" does not exist',
+            hint=f"Run as the owner of the tables or a superuser: {create}",
+            code="publication_missing",
+        )
+    wanted = frozenset(leaf for table in tables for leaf in (table.leaves or (table.name,)))
+    detail = " ".join(_differences(found, wanted))
+    if detail:
+        raise SetupError(
+            f'publication "{name}" is not what is needed',
+            detail=detail,
+            hint="Run as the owner of the tables or a superuser:"
+            f" BEGIN; DROP PUBLICATION {quote(name)}; {create} COMMIT;",
+            code="publication_mismatch",
+        )
+
+
+def _differences(found: Publication, wanted: frozenset[TableName]) -> Iterable[str]:
+    if found.is_open:
+        yield (
+            "It is for all tables, or all of a schema: one without a key would have its updates"
+            " refused."
+        )
+    if missing := wanted - found.tables:
+        yield f"It lacks {_listed(missing)}."
+    if superfluous := found.tables - wanted:
+        yield f"It has {_listed(superfluous)} that nobody asked for."
+    if narrowed := found.narrowed & wanted:
+        yield f"It leaves out rows or columns of {_listed(narrowed)}."
+    if found.via_root:
+        yield "publish_via_partition_root is on, which hides moves between partitions."
+    if not found.is_complete:
+        yield "It doesn't publish all of insert, update, delete, truncate."
+
+
+def _listed(names: Iterable[TableName]) -> str:
+    return ", ".join(f'"{name}"' for name in sorted(names))
