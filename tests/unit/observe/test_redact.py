@@ -102,6 +102,9 @@ def test_an_exception_is_told_without_what_it_quotes(error: Exception, text: str
     assert describe_exception(error) == text
 
 
+_ROW = {"email": "ann@example.com"}
+
+
 def _fail(row: dict[str, str]) -> None:
     secret_local = row["email"] + "!"
     try:
@@ -113,7 +116,7 @@ def _fail(row: dict[str, str]) -> None:
 def test_a_traceback_tells_causes_and_groups_but_no_local_variables() -> None:
     """Local variables are where rows and tokens are."""
     with pytest.raises(ExceptionGroup) as raised:
-        _fail({"email": "@".join(["ann", "example.com"])})
+        _fail(_ROW)
     text = describe_traceback(raised.value)
     assert "ann@example.com" not in text
     assert "psycopg.errors.CheckViolation: SQLSTATE 23514\n" in text

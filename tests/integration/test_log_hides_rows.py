@@ -1,0 +1,45 @@
+"""What Postgres quotes of a row in its errors isn't in our log."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+
+from pgrealtime.observe.redact import describe_traceback
+
+_SETUP = """
+CREATE TABLE users (id int PRIMARY KEY, email text UNIQUE CHECK (email LIKE '%@%'));
+INSERT INTO users VALUES (1, 'ann@private');
+CREATE FUNCTION shout() RETURNS void LANGUAGE plpgsql AS
+  $$BEGIN RAISE EXCEPTION 'no such user: ann@private'; END$$;
+"""
+
+
+@pytest.mark.parametrize(
+    ("query", "sqlstate"),
+    [
+        ("INSERT INTO users VALUES (2, 'ann@private')", "23505"),
+        ("INSERT INTO users VALUES (2, 'private')", "23514"),
+        ("SELECT email::int FROM users", "22P02"),
+        ("SELECT shout()", "P0001"),
+    ],
+)
+def test_an_error_that_quotes_a_value_is_told_by_its_code(
+    database_url: str, query: str, sqlstate: str
+) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(_SETUP)
+        with pytest.raises(psycopg.Error) as raised:
+            connection.execute(query.encode())
+    assert "private" in str(raised.value)
+    text = describe_traceback(raised.value)
+    assert text.endswith(f": SQLSTATE {sqlstate}")
+    assert "private" not in text
+
+
+def test_an_error_that_quotes_none_keeps_its_message(database_url: str) -> None:
+    with psycopg.connect(database_url) as connection, pytest.raises(psycopg.Error) as raised:
+        connection.execute("SELECT * FROM nowhere")
+    assert describe_traceback(raised.value).endswith(
+        'psycopg.errors.UndefinedTable: SQLSTATE 42P01: relation "nowhere" does not exist'
+    )
