@@ -7,7 +7,8 @@ table, without inheritance children, never FOR ALL TABLES.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Collection, Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from pgrealtime.catalog.model import ReplicaIdentity, Table, TableKind
@@ -91,7 +92,7 @@ def check_tables(tables: Collection[Table]) -> None:
     )
 
 
-def _problem(table: Table, streamed: Set[TableName]) -> tuple[str, tuple[str, ...]] | None:
+def _problem(table: Table, streamed: AbstractSet[TableName]) -> tuple[str, tuple[str, ...]] | None:
     if table.partition_of in streamed:
         return f'is a partition of "{table.partition_of}", under whose name its rows come.', ()
     if table.kind not in (TableKind.TABLE, TableKind.PARTITIONED):
