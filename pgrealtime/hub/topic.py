@@ -14,11 +14,10 @@ from decimal import Decimal
 from typing import Final
 
 from pgrealtime.json_reader import JsonError, JsonRangeError, JsonReader
+from pgrealtime.query_string import has_bad_escape, parse_query_string
 
 _LINE_BREAK: Final = re.compile(r"[\r\n]")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
-_BAD_ESCAPE: Final = re.compile(rb"%(?![0-9a-fA-F]{2})")
-_ESCAPE: Final = re.compile(rb"%([0-9a-fA-F]{2})")
 _WORD: Final = re.compile(r"[A-Za-z0-9]+")
 _HUMP: Final = re.compile(r"(?<=[^A-Z])(?=[A-Z])")
 _WHOLE_COLLECTION: Final = "*"
@@ -71,35 +70,13 @@ def _options_text(text: str) -> bytes:
     path, _, query = url.partition("?")
     if not query or _CONTROL.search(url):
         return b""
-    if _BAD_ESCAPE.search(_encoded(path)) or _BAD_ESCAPE.search(_encoded(fragment)):
+    if has_bad_escape(_encoded(path)) or has_bad_escape(_encoded(fragment)):
         return b""
-    for name, value in query_pairs(query):
-        if name == b"options":
-            return value
-    return b""
-
-
-def query_pairs(query: str) -> list[tuple[bytes, bytes]]:
-    """Return the parameters of a query string in order, as Go's ``url.ParseQuery`` keeps them.
-
-    Pairs with a semicolon or a broken percent escape are left out; names and values are bytes,
-    since an escape can make anything of them.
-    """
-    pairs = []
-    for pair in _encoded(query).split(b"&"):
-        if not pair or b";" in pair or _BAD_ESCAPE.search(pair):
-            continue
-        name, _, value = pair.partition(b"=")
-        pairs.append((_unescape(name), _unescape(value)))
-    return pairs
+    return parse_query_string(_encoded(query)).first(b"options") or b""
 
 
 def _encoded(text: str) -> bytes:
     return text.encode(errors="surrogatepass")
-
-
-def _unescape(text: bytes) -> bytes:
-    return _ESCAPE.sub(lambda escape: bytes.fromhex(escape[1].decode()), text.replace(b"+", b" "))
 
 
 def _read_options(text: bytes) -> tuple[dict[str, str], dict[str, str]]:
