@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from pgrealtime.auth.principal import GUEST, Principal
-
-_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,9 +13,9 @@ class Request:
     """One subscription's ``@request``. Query and header values come from the topic's options."""
 
     principal: Principal = GUEST
-    query: Mapping[str, str] = field(default=_NOTHING)
+    query: Mapping[str, str] = field(default_factory=dict)
     """``filter``, ``expand`` and ``fields`` included, as PocketBase has it."""
-    headers: Mapping[str, str] = field(default=_NOTHING)
+    headers: Mapping[str, str] = field(default_factory=dict)
     """Names already in snake case."""
     context: str = "realtime"
     method: str = "GET"

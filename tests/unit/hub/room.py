@@ -1,0 +1,247 @@
+"""A hub with everything real but the sockets and the server: sinks in memory, given snapshots."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from pgrealtime.auth.principal import Caller
+from pgrealtime.catalog.model import Column, ReplicaIdentity, Table, TableKind, Type, TypeKind
+from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changes import Change, Delete, Insert, Row, TableName, Transaction, Update, WholeRow
+from pgrealtime.collections import Collection, Collections, Field, FieldKind
+from pgrealtime.config import RealtimeConfig
+from pgrealtime.hub.connection import Connection
+from pgrealtime.hub.dispatch import Hub
+from pgrealtime.hub.event import Event
+from pgrealtime.hub.match import Group, Matcher, Question
+from pgrealtime.hub.probe import LiveRow
+from pgrealtime.lsn import LSN, Xid
+
+TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")
+POSTS = TableName("public", "posts")
+NOTES = TableName("public", "notes")
+DEADLINE = 5.0
+
+
+def _collection(name: TableName) -> Collection:
+    columns = tuple(Column(name=n, number=i, type=TEXT) for i, n in enumerate(("id", "title"), 1))
+    table = Table(
+        oid=1,
+        name=name,
+        kind=TableKind.TABLE,
+        columns=columns,
+        primary_key=("id",),
+        replica_identity=ReplicaIdentity.FULL,
+        identity_columns=("id", "title"),
+    )
+    fields = tuple(Field(name=c.name, column=c, kind=FieldKind.TEXT, type=TEXT) for c in columns)
+    return Collection(
+        name=name.name,
+        id=f"pbc_{name.name}",
+        type="base",
+        table=table,
+        key=columns[0],
+        fields=fields,
+        list_rule="",
+        view_rule="",
+    )
+
+
+COLLECTIONS = Collections((_collection(POSTS), _collection(NOTES)))
+
+
+class MemorySink:
+    """A client that takes everything at once, or nothing while ``is_stuck``."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        self.taken = 0
+        self.is_stuck = False
+        self.state = "open"
+        self._arrived = asyncio.Event()
+        self._unstuck = asyncio.Event()
+
+    def write(self, data: bytes) -> None:
+        assert self.state == "open", "written to after its end"
+        self.data += data
+        if not self.is_stuck:
+            self.taken = len(self.data)
+        self._arrived.set()
+
+    def buffered(self) -> int:
+        return len(self.data) - self.taken
+
+    async def drain(self) -> None:
+        while self.buffered():
+            self._unstuck.clear()
+            await self._unstuck.wait()
+
+    def end(self) -> None:
+        self.state = "ended"
+        self._arrived.set()
+
+    def abort(self) -> None:
+        self.state = "aborted"
+        self._arrived.set()
+
+    def unstick(self) -> None:
+        self.is_stuck = False
+        self.taken = len(self.data)
+        self._unstuck.set()
+
+    def messages(self) -> list[str]:
+        """Every message so far, heartbeats aside."""
+        text = "\n".join(line for line in self.data.decode().split("\n") if line != ":")
+        return [message + "\n\n" for message in text.split("\n\n") if message]
+
+    def events(self) -> list[tuple[str, str, str]]:
+        """Id line's value, event name and data of every message so far."""
+        found = []
+        for message in self.messages():
+            lines = dict(line.split(":", 1) for line in message.strip().split("\n"))
+            found.append((lines["id"], lines["event"], lines["data"]))
+        return found
+
+    async def wait_for(self, count: int) -> list[tuple[str, str, str]]:
+        """The events, once there are so many."""
+        async with asyncio.timeout(DEADLINE):
+            while len(self.events()) < count:
+                self._arrived.clear()
+                await self._arrived.wait()
+        return self.events()
+
+    async def wait_until(self, state: str) -> None:
+        async with asyncio.timeout(DEADLINE):
+            while self.state != state:
+                self._arrived.clear()
+                await self._arrived.wait()
+
+
+class GivenDatabase:
+    """Answers snapshots as told; rules of these tests never need it."""
+
+    def __init__(self) -> None:
+        self.snapshot_text = "1000000:1000000:"
+        self.insert_lsn = "0/0"
+        self._asked = asyncio.Semaphore(0)
+        self.gate: asyncio.Event | None = None
+
+    async def snapshot(self) -> tuple[str, str, bool]:
+        self._asked.release()
+        if self.gate is not None:
+            await self.gate.wait()
+        return self.snapshot_text, self.insert_lsn, False
+
+    async def asked_again(self, times: int) -> None:
+        """Return when a snapshot was asked for so many times more."""
+        while self._asked.locked() is False:
+            await self._asked.acquire()
+        async with asyncio.timeout(DEADLINE):
+            for _ in range(times):
+                await self._asked.acquire()
+
+    async def ask(
+        self, questions: Sequence[Question], _events: Sequence[Event]
+    ) -> list[tuple[Group, list[int]]]:
+        raise AssertionError(f"nothing to ask: {questions}")
+
+    async def live_rows(self, _events: Sequence[Event]) -> dict[tuple[str, str], LiveRow]:
+        return {}
+
+
+@dataclass
+class Room:
+    hub: Hub
+    changelog: MemoryChangelog
+    database: GivenDatabase
+    _end: int = 100
+    sinks: list[MemorySink] = field(default_factory=list)
+
+    def connect(
+        self,
+        *,
+        last_event_id: str | None = None,
+        position: str | None = None,
+        address: str = "127.0.0.1",
+    ) -> tuple[Connection, MemorySink]:
+        sink = MemorySink()
+        self.sinks.append(sink)
+        connection = self.hub.open(
+            sink, address=address, last_event_id=last_event_id, position=position
+        )
+        return connection, sink
+
+    async def subscribe(
+        self, connection: Connection, *topics: str, caller: Caller | None = None
+    ) -> None:
+        await self.hub.subscribe(connection.id, topics, caller or Caller(), connection.address)
+
+    def commit(self, *changes: Change, xid: int | None = None, size: int = 100) -> Transaction:
+        """Append a transaction and let the hub know, as the relay would."""
+        self._end += 100
+        made = Transaction(
+            xid=Xid(self._end if xid is None else xid),
+            end_lsn=LSN(self._end),
+            commit_time=0,
+            changes=changes,
+            size=size,
+        )
+        self.changelog.append(made)
+        self.hub.wake()
+        return made
+
+    async def settled(self) -> None:
+        """Wait until the hub has delivered all there is."""
+        async with asyncio.timeout(DEADLINE):
+            while self.hub.head < self.changelog.head:
+                self.hub.progressed.clear()
+                await self.hub.progressed.wait()
+
+
+def insert(record_id: str, title: str = "t", table: TableName = POSTS) -> Insert:
+    return Insert(table, {"id": record_id, "title": title})
+
+
+def update(record_id: str, title: str, *, was: str | None = None) -> Update:
+    old: Row = {"id": was or record_id, "title": "old"}
+    return Update(POSTS, {"id": record_id, "title": title}, WholeRow(old))
+
+
+def delete(record_id: str, title: str = "t") -> Delete:
+    return Delete(POSTS, WholeRow({"id": record_id, "title": title}))
+
+
+@asynccontextmanager
+async def open_room(
+    *, is_up: bool = True, max_size: int = 1_000_000, max_age: float = 300.0, **limits: object
+) -> AsyncIterator[Room]:
+    """A hub whose tasks run; ``limits`` are RealtimeConfig's, in seconds and bytes."""
+    changelog = MemoryChangelog(LSN(100), max_size=max_size, max_age=max_age)
+    database = GivenDatabase()
+    hub = Hub(
+        changelog,
+        Matcher(COLLECTIONS),
+        database,
+        collections=COLLECTIONS,
+        limits=RealtimeConfig.model_validate(limits),
+        can_resume=max_age > 0,
+    )
+    if is_up:
+        hub.stream_started("abcdef")
+    tasks = [asyncio.create_task(hub.run()), asyncio.create_task(hub.watch_limits())]
+    try:
+        yield Room(hub, changelog, database)
+    finally:
+        for task in tasks:
+            task.cancel()
+        for connection in list(hub.connections):
+            hub.close(connection)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def at(transaction: Transaction, ordinal: int) -> str:
+    """The position after a change, as ids carry it."""
+    return f"abcdef-{transaction.end_lsn:016x}-{ordinal:08x}"
