@@ -75,6 +75,8 @@ class Field:
     """The column's type, of a junction's target column where there is no own one."""
     is_multiple: bool = False
     """An array column, or a relation through a junction table."""
+    is_select: bool = False
+    """One of a list of values: ``:length`` and ``:each`` mean something then."""
     is_hidden: bool = False
     """Shown to superusers only; not usable in client filters; rules may read it."""
     is_secret: bool = False
@@ -532,6 +534,8 @@ class _Shaping:
             kind=self._overridden(name, kind),
             type=column.type,
             is_multiple=is_multiple,
+            is_select=column.type.base.kind is TypeKind.ENUM
+            or config.fields.types.get(name) == "select",
             is_hidden=is_secret or name in self.draft.config.fields.hide,
             is_secret=is_secret,
         )

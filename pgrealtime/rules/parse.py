@@ -1,6 +1,6 @@
 """Rule or filter text to syntax that remembers its place; first step of rules/.
 
-The grammar is PocketBase's, odd corners included: see the docstrings of ``parse`` and ``_group_end``.
+The grammar is PocketBase's, odd corners included: see ``parse`` and ``_group_end``.
 Nesting is kept on a stack of our own, so no text can exhaust Python's, and every step is linear
 but for one that is budgeted.
 """
@@ -127,7 +127,7 @@ def comparisons(expression: Expression) -> Iterator[Cmp]:
 
 _BLANK = re.compile(r"(?:[ \t\n]+|//[^\n]*)*")
 _NUMBER = re.compile(r"-?[0-9]*(?:\.[0-9]*)?")
-_GOOD_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
+_GOOD_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?|-\.[0-9]+")
 _IDENTIFIER = re.compile(r"[A-Za-z@_#][A-Za-z0-9_.:]*")
 _TEXT = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _ESCAPE = re.compile(r"""\\([\\'"nrt])""")
@@ -231,7 +231,7 @@ class _Parser:
             case _Step.RIGHT, Lit() | Path() | Call():
                 level.add(_Node(self._compare(level, token), 0))
             case _Step.JOIN, _Join():
-                level.is_or, level.step = token == "||", _Step.LEFT
+                level.is_or, level.step = token == "||", _Step.LEFT  # noqa: S105 (a token of the text)
             case _:
                 self._fail(f"expected {_EXPECTED[level.step]}", begin, self._at)
 
