@@ -446,8 +446,10 @@ def _override(
     for override in chosen:
         try:
             path = put(tree, override, _read_override)
-        except (ValueError, yaml.YAMLError):
-            found.append((override.path, f"{override.variable} names no key, or isn't a list"))
+        except LookupError:
+            found.append((override.path, f"{override.variable} names no key"))
+        except yaml.YAMLError:
+            found.append((override.path, f"{override.variable} isn't YAML"))
         else:
             variables[path] = override.variable
     return variables
@@ -468,9 +470,9 @@ def _validate(
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
     invalid = [
-        (path, *_describe_invalid(path, detail))
+        (detail["loc"], *_describe_invalid(detail["loc"], detail))
         for detail in details
-        if not any((path := detail["loc"])[: len(known)] == known for known in reported)
+        if not any(_overlap(detail["loc"], known) for known in reported)
     ]
     dropped = {_smallest_optional(detail) for detail in details}
     remaining = deepcopy(tree)
@@ -480,6 +482,12 @@ def _validate(
         return Config.model_validate(remaining), invalid, dropped
     except ValidationError:
         return None, invalid, dropped
+
+
+def _overlap(one: KeyPath, other: KeyPath) -> bool:
+    """Whether one is the other or within it; what lacks a key is faulty for that key's fault."""
+    shared = min(len(one), len(other))
+    return one[:shared] == other[:shared]
 
 
 def _smallest_optional(detail: ErrorDetails) -> KeyPath:

@@ -61,22 +61,24 @@ def perhaps(name: str, known: Iterable[str]) -> str:
 
 def read_yaml(text: str) -> Document:
     """Return the document; text that isn't YAML gives an empty one and the problem."""
-    loader = yaml.SafeLoader(text)
     try:
-        node = loader.get_single_node()
-        reader = _Reader(loader)
+        reader = _Reader(yaml.SafeLoader(text))
+        node = reader.loader.get_single_node()
         value = {} if node is None else reader.read(node, ())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = None if mark is None else mark.line + 1
         problem = Problem("(document)", f"not YAML: {error.problem or error.context}", line=line)
-        return Document(value={}, lines={}, problems=(problem,))
     except yaml.YAMLError:
         problem = Problem("(document)", "not YAML: it has characters that YAML doesn't allow")
-        return Document(value={}, lines={}, problems=(problem,))
-    finally:
-        loader.dispose()
-    return Document(value=value, lines=reader.lines, problems=tuple(reader.problems))
+    except RecursionError:
+        problem = Problem("(document)", "nested too deeply, or a part of itself")
+    except ValueError as error:
+        # PyYAML takes texts for dates and numbers by their look: 2024-13-01.
+        problem = Problem("(document)", f"not YAML: {error}")
+    else:
+        return Document(value=value, lines=reader.lines, problems=tuple(reader.problems))
+    return Document(value={}, lines={}, problems=(problem,))
 
 
 @dataclass(slots=True)
@@ -214,6 +216,9 @@ def put(
         tree: Changed in place.
         override: What to set.
         read_text: What the text means at a path.
+
+    Raises:
+        LookupError: The path leads through a text, or to a list's item that isn't there.
     """
     place: object = tree
     path: KeyPath = ()
@@ -232,7 +237,7 @@ def put(
         case list(), int() if key < len(place):
             place[key] = read_text(path, override.text)
         case _:
-            raise ValueError(f"{override.variable} names no key of the configuration")
+            raise LookupError(override.variable)
     return path
 
 
