@@ -1,0 +1,172 @@
+"""Does one scenario to two servers at once and compares what their clients hear."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from tests.conformance.fixtures import Fixtures
+from tests.conformance.http_client import EventStream, Request, send
+from tests.conformance.scenarios import (
+    BEACON,
+    BEACON_ID,
+    Action,
+    Reconnect,
+    Scenario,
+    Subscribe,
+)
+from tests.conformance.target import Target
+from tests.conformance.transcript import Write
+
+EVENT_SECONDS = 10.0
+"""How long the beacon may take."""
+
+STRAY_SECONDS = 0.3
+"""PocketBase promises no order: an event may come after the beacon that was written later."""
+
+
+class DifferenceError(AssertionError):
+    """The two servers told their clients different things."""
+
+
+@dataclass(slots=True)
+class Side:
+    """One of the servers with its clients."""
+
+    name: str
+    target: Target
+    tokens: Mapping[str, str]
+    """By account; an account that isn't there has no valid token."""
+    streams: dict[str, EventStream] = field(default_factory=dict)
+    client_ids: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    async def of(cls, name: str, target: Target, fixtures: Fixtures) -> Side:
+        """Log everybody in."""
+        accounts = fixtures.accounts.items()
+        tokens = {short: await target.login(account, None) for short, account in accounts}
+        return cls(name, target, tokens)
+
+    async def open(self, conn: str) -> None:
+        """Open a connection, in place of the one of that name if there is one."""
+        if conn in self.streams:
+            await self.streams.pop(conn).close()
+        request = Request(method="GET", path="/api/realtime", headers={})
+        stream = await EventStream.open(request, self.target.address, f"{self.name} {conn}")
+        self.streams[conn] = stream
+        (connect,) = await stream.take(1, EVENT_SECONDS)
+        self.client_ids[conn] = connect.split(b"\n")[0].decode().removeprefix("id:")
+
+    async def subscribe(self, action: Subscribe) -> tuple[int, bytes]:
+        """Return the status and body of the answer."""
+        headers = {"Content-Type": "application/json"}
+        if action.account is not None:
+            headers["Authorization"] = self.tokens.get(action.account, "no.token.atall")
+        body = {"clientId": self.client_ids[action.conn], "subscriptions": list(action.topics)}
+        request = Request(
+            method="POST", path="/api/realtime", headers=headers, body=json.dumps(body).encode()
+        )
+        answer = await send(request, self.target.address)
+        return answer.head.status, answer.body
+
+    async def heard(self, beacon: int) -> dict[str, Counter[str]]:
+        """Light the beacon; return what each connection heard before it."""
+        await self.target.write(
+            Write(op="update", collection=BEACON, id=BEACON_ID, data={"count": beacon})
+        )
+        return {conn: await self._heard(conn, beacon) for conn in self.streams}
+
+    async def _heard(self, conn: str, beacon: int) -> Counter[str]:
+        events: Counter[str] = Counter()
+        while True:
+            messages = await self.streams[conn].take(1, EVENT_SECONDS)
+            if not messages:
+                raise DifferenceError(f"{self.name}: {conn} never heard beacon {beacon}")
+            event = self._comparable(conn, messages[0])
+            if event.startswith(f"event:{BEACON}/*\n"):
+                assert f'"count":{beacon},' in event, event
+                return events
+            events[event] += 1
+
+    async def strays(self, conn: str) -> Counter[str]:
+        """What comes after the beacon."""
+        await self.streams[conn].wait_messages(1_000_000, STRAY_SECONDS)
+        messages = await self.streams[conn].take(len(self.streams[conn].waiting), 0)
+        return Counter(self._comparable(conn, message) for message in messages)
+
+    def _comparable(self, conn: str, message: bytes) -> str:
+        head, event, data = message.decode().split("\n", 2)
+        assert head == f"id:{self.client_ids[conn]}", message
+        if "fields" in event:  # the order of picked members is random in PocketBase 0.40
+            picked = json.loads(data.removeprefix("data:"))
+            data = f"data:{json.dumps(picked, sort_keys=True, ensure_ascii=False)}"
+        return f"{event}\n{data.strip()}"
+
+    async def close(self) -> None:
+        """End all connections."""
+        for stream in self.streams.values():
+            await stream.close()
+        self.streams.clear()
+
+
+class Duel:
+    """Two servers with the same data."""
+
+    def __init__(self, original: Side, ours: Side) -> None:
+        self._sides = (original, ours)
+        self._beacon = 0
+
+    async def run(self, scenario: Scenario) -> int:
+        """Do everything to both; return how many events both sent, beacons apart.
+
+        Raises:
+            DifferenceError: Says what was done last, and what each connection heard where.
+        """
+        events = 0
+        try:
+            for side in self._sides:
+                for conn in scenario.connections:
+                    await side.open(conn)
+            for action in scenario.actions:
+                events += await self._do(action)
+        finally:
+            for side in self._sides:
+                await side.close()
+        return events
+
+    async def _do(self, action: Action) -> int:
+        original, ours = self._sides
+        match action:
+            case Reconnect(conn=conn):
+                await original.open(conn)
+                await ours.open(conn)
+                return 0
+            case Subscribe():
+                answers = await original.subscribe(action), await ours.subscribe(action)
+                if answers[0] != answers[1]:
+                    raise DifferenceError(f"{action}: {answers[0]}, ours: {answers[1]}")
+                return 0
+            case Write():
+                await original.target.write(action)
+                await ours.target.write(action)
+                return await self._compare(action)
+            case _:
+                assert_never(action)
+
+    async def _compare(self, action: Write) -> int:
+        self._beacon += 1
+        original, ours = self._sides
+        wanted, found = await original.heard(self._beacon), await ours.heard(self._beacon)
+        for conn in wanted:
+            if wanted[conn] != found[conn]:
+                wanted[conn] += await original.strays(conn)
+                found[conn] += await ours.strays(conn)
+            if wanted[conn] != found[conn]:
+                raise DifferenceError(
+                    f"{action}\n{conn} didn't hear: {[*(wanted[conn] - found[conn]).elements()]}"
+                    f"\n{conn} heard too much: {[*(found[conn] - wanted[conn]).elements()]}"
+                )
+        return sum(events.total() for events in wanted.values())
