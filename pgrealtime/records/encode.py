@@ -15,6 +15,7 @@ from msgspec import Raw
 
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection, Field
+from pgrealtime.records.pick import Pick, parse_fields, pick_of, whole
 from pgrealtime.records.values import Converter, Json, converter, ids, zero
 
 Nulls = Literal["null", "zero"]
@@ -35,7 +36,7 @@ class View:
     sees_email: bool = False
     """Superusers, the record itself, and whom the manage rule admits."""
     fields: str | None = None
-    """The option of that name, as the client gave it."""
+    """The option of that name, as the client gave it; one that can't be read counts as none."""
 
 
 class RecordEncoder(Protocol):
@@ -69,6 +70,16 @@ class _Member(NamedTuple):
     null: Json
     convert: Converter
 
+    def picked(self, pick: Pick) -> _Member:
+        """Show only what the pick leaves of each value."""
+        if pick is whole:
+            return self
+        convert = self.convert or whole
+        absent = self.absent if self.absent is _ABSENT else pick(self.absent)
+        return self._replace(
+            absent=absent, null=pick(self.null), convert=lambda value: pick(convert(value))
+        )
+
 
 def encoder(collection: Collection, *, nulls: Nulls, view: View) -> RecordEncoder:
     """Return the function that makes the records of the collection for that view.
@@ -78,7 +89,7 @@ def encoder(collection: Collection, *, nulls: Nulls, view: View) -> RecordEncode
         nulls: What SQL NULL is shown as: null, or PocketBase's zero value of the field.
         view: Who looks.
     """
-    members = _members(collection, nulls, view)
+    members = _picked(_members(collection, nulls, view), view.fields)
     if collection.type != "auth" or view.sees_email:
         return _writer(members)
     with_email = _writer(members)
@@ -110,6 +121,14 @@ def _members(collection: Collection, nulls: Nulls, view: View) -> list[_Member]:
         _Member("collectionName", _beside("collectionName"), collection.name, None, None),
         _Member("expand", _beside("expand"), _ABSENT, None, None),
     ]
+
+
+def _picked(members: list[_Member], text: str | None) -> list[_Member]:
+    fields = parse_fields(text or "")
+    if not fields:
+        return members
+    picks = ((member, pick_of(fields, member.name)) for member in members)
+    return [member.picked(pick) for member, pick in picks if pick is not None]
 
 
 def _of_field(field: Field, nulls: Nulls) -> _Member:
