@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
 from psycopg import sql
-from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.auth.record import auth_record
-from pgrealtime.catalog.model import Type
+from pgrealtime.catalog.model import Column, Type
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
+from pgrealtime.config import CollectionLoginConfig
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
 
 _BATCH = 500
@@ -29,30 +29,47 @@ _ANY_TEXT = frozenset({"text", "varchar", "bpchar", "name"})
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
+_NO_LOGIN = CollectionLoginConfig()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Users:
-    """An auth collection, with what of its table serves logging in and is in no record."""
+    """A collection that tokens may name, and how its people log in, if they do."""
 
     collection: Collection
-    secrets: tuple[str, ...] = ()
-    """Columns read besides the plain fields: password hash, token key."""
+    login: CollectionLoginConfig = _NO_LOGIN
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that are read, the key first, each once."""
+        """What is read of a row to know its user: the key first, each column once."""
         fields = (self.collection.by_name.get(name) for name in _PLAIN_FIELDS)
         plain = (f.column.name for f in fields if f is not None and f.column is not None)
-        return tuple(dict.fromkeys((self.collection.key.name, *plain, *self.secrets)))
+        names = (self.collection.key.name, *plain, *self.login.secret_columns)
+        return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
     """A user as the database has it."""
 
+    users: Users
     record: AuthRecord
     row: Row = field(repr=False)
-    """The columns of ``Users.columns``; the secrets among them, so never printed."""
+    """In the stream's text forms. Secrets are among the columns, so it is never printed."""
+
+    @property
+    def password_hash(self) -> str | None:
+        """The stored hash, None where there is none to log in with."""
+        return self.row.get(self.users.login.password_hash) or None
+
+    @property
+    def token_key(self) -> str | None:
+        """The user's own part of the key that signs login tokens; None: no token is the user's.
+
+        Rows that never got a token key have their password hash instead, as tables without that
+        column: an empty one would leave all those users with one and the same signing key.
+        """
+        return self.row.get(self.users.login.token_key) or self.password_hash
 
 
 def canonical_id(text: str, key: Type) -> str | None:
@@ -63,10 +80,8 @@ def canonical_id(text: str, key: Type) -> str | None:
     """
     base = key.base
     if bits := _INTEGER_BITS.get(base.name):
-        fits = (
-            _INTEGER.fullmatch(text) is not None and -(1 << bits - 1) <= int(text) < 1 << bits - 1
-        )
-        return text if fits else None
+        is_number = _INTEGER.fullmatch(text) is not None
+        return text if is_number and -(1 << bits - 1) <= int(text) < 1 << bits - 1 else None
     if base.name == "uuid":
         return text.lower() if _UUID.fullmatch(text) else None
     # Postgres has no U+0000 in texts.
@@ -83,7 +98,7 @@ class _Batch:
 
 
 class Accounts:
-    """Loads users by id.
+    """Finds users.
 
     A load is answered by a query sent *after* it was called, never by one already under way: that
     one may have read the row before a change which the caller counts on being seen. So while a
@@ -99,7 +114,7 @@ class Accounts:
         self._turns: dict[int, asyncio.Lock] = {}
 
     async def load(self, users: Users, record_id: str) -> Account | None:
-        """The user of that id, or None if the table has none.
+        """The user of that id, with ``Users.columns``; None if the table has none.
 
         Raises:
             DatabaseUnreachableError: No connection, or no answer in time.
@@ -112,6 +127,22 @@ class Accounts:
         assert batch.task is not None
         # Shielded: one caller going away must not take the answer from the others.
         return (await asyncio.shield(batch.task)).get(wanted)
+
+    async def find(self, users: Users, column: Column, value: str) -> Account | None:
+        """The one user with that value, with the whole row; None if none or several have it.
+
+        Raises:
+            DatabaseUnreachableError: No connection, or no answer in time.
+            SetupError: The table can't be read as configured.
+        """
+        columns = [column.name for column in users.collection.table.columns]
+        try:
+            rows = await self._rows(
+                users, statement_by_value(users, columns, column), {"value": value}, columns
+            )
+        except (psycopg.DataError, UnicodeEncodeError):
+            return None
+        return _account(users, rows[0]) if len(rows) == 1 else None
 
     def _join(self, users: Users, wanted: str) -> _Batch:
         # By identity: hashing a collection means hashing its whole table. The batch keeps the
@@ -130,28 +161,32 @@ class Accounts:
             if self._gathering.get(place) is batch:
                 del self._gathering[place]
             try:
-                return await self._query(batch.users, batch.ids)
+                return await self._by_id(batch.users, batch.ids)
             except (psycopg.DataError, UnicodeEncodeError):
                 # An id that the database's encoding can't hold. Alone it has no row; in company
                 # it must not spoil the others' answer.
-                return await self._query_singly(batch.users, batch.ids)
+                return await self._singly(batch.users, batch.ids)
 
-    async def _query_singly(self, users: Users, ids: Iterable[str]) -> Mapping[str, Account]:
+    async def _singly(self, users: Users, ids: Iterable[str]) -> Mapping[str, Account]:
         found: dict[str, Account] = {}
         for one in ids:
             try:
-                found |= await self._query(users, [one])
+                found |= await self._by_id(users, [one])
             except (psycopg.DataError, UnicodeEncodeError):
                 continue
         return found
 
-    async def _query(self, users: Users, ids: Iterable[str]) -> dict[str, Account]:
+    async def _by_id(self, users: Users, ids: Iterable[str]) -> dict[str, Account]:
         statement = statement_by_id(users)
+        rows = await self._rows(users, statement, {"ids": list(ids)}, users.columns)
+        return {account.record.id: account for account in (_account(users, row) for row in rows)}
+
+    async def _rows(
+        self, users: Users, statement: sql.Composed, values: Mapping[str, Any], names: Sequence[str]
+    ) -> list[Row]:
         try:
             async with self._pool.connection() as connection:
-                cursor = connection.cursor(row_factory=tuple_row)
-                await cursor.execute(statement, {"ids": list(ids)})
-                rows = await cursor.fetchall()
+                cursor = await connection.execute(statement, values)
         except psycopg.DataError:
             raise
         except (psycopg.OperationalError, PoolTimeout) as error:
@@ -161,13 +196,22 @@ class Accounts:
                 f'table "{users.collection.table.name}" can\'t be read as users',
                 detail=str(error).partition("\n")[0],
             ) from error
-        return {account.record.id: account for account in _accounts(users, rows)}
+        result = cursor.pgresult
+        assert result is not None  # an executed query has one
+        # Raw text: the forms of the stream, whatever the columns' types.
+        encoding = connection.info.encoding
+        return [
+            {
+                name: None if value is None else value.decode(encoding)
+                for n, name in enumerate(names)
+                for value in (result.get_value(place, n),)
+            }
+            for place in range(result.ntuples)
+        ]
 
 
-def _accounts(users: Users, rows: Iterable[tuple[str | None, ...]]) -> Iterable[Account]:
-    for values in rows:
-        row = dict(zip(users.columns, values, strict=True))
-        yield Account(record=auth_record(users.collection, row), row=row)
+def _account(users: Users, row: Row) -> Account:
+    return Account(users=users, record=auth_record(users.collection, row), row=row)
 
 
 def _retrieve(task: asyncio.Task[Mapping[str, Account]]) -> None:
@@ -179,9 +223,9 @@ def _retrieve(task: asyncio.Task[Mapping[str, Account]]) -> None:
 def statement_by_id(users: Users) -> sql.Composed:
     """The query for users by id; its parameter ``ids`` is a list of canonical texts.
 
-    Every value comes as text, as the stream has it. Key types that can be asked in their own type
-    use the primary key's index; a key of another type (a domain over text counts as text, citext
-    and enum don't) is compared as text, exactly but without the index.
+    Key types that can be asked in their own type use the primary key's index; a key of another
+    type (a domain over text counts as text, citext and enum don't) is compared as text, exactly
+    but without the index.
     """
     collection = users.collection
     key = sql.Identifier(collection.key.name)
@@ -190,10 +234,34 @@ def statement_by_id(users: Users) -> sql.Composed:
     return sql.SQL(
         "SELECT {columns} FROM {table} WHERE {key} OPERATOR(pg_catalog.=) ANY (%(ids)s::{type}[])"
     ).format(
-        columns=sql.SQL(", ").join(
-            sql.SQL("{}::pg_catalog.text").format(sql.Identifier(c)) for c in users.columns
-        ),
+        columns=_list(users.columns),
         table=sql.Identifier(*collection.table.name),
         key=key if is_native else sql.SQL("{}::pg_catalog.text").format(key),
         type=sql.Identifier("pg_catalog", name if is_native else "text"),
     )
+
+
+def statement_by_value(users: Users, columns: Sequence[str], column: Column) -> sql.Composed:
+    """The query for the users that have a value; its parameter ``value`` is a text.
+
+    Texts are compared by their own type's equality: citext without case, as its owner wants it.
+    Anything else is compared as text. Two rows are enough to see that there isn't just one.
+    """
+    name = sql.Identifier(column.name)
+    type_ = column.type.base
+    is_text = type_.category == "S"
+    return sql.SQL(
+        "SELECT {columns} FROM {table} WHERE {name} OPERATOR({schema}.=) %(value)s::{type} LIMIT 2"
+    ).format(
+        columns=_list(columns),
+        table=sql.Identifier(*users.collection.table.name),
+        name=name if is_text else sql.SQL("{}::pg_catalog.text").format(name),
+        schema=sql.Identifier(type_.schema if is_text else "pg_catalog"),
+        type=sql.Identifier(type_.schema, type_.name)
+        if is_text
+        else sql.Identifier("pg_catalog", "text"),
+    )
+
+
+def _list(columns: Sequence[str]) -> sql.Composed:
+    return sql.SQL(", ").join(map(sql.Identifier, columns))

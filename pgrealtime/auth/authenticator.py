@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
-from zlib import crc32
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
-from pgrealtime.auth.account import Accounts, Users
+from pgrealtime.auth.account import Account, Accounts, Users
+from pgrealtime.auth.keys import KeySource, key_source
 from pgrealtime.auth.principal import AuthRecord, Caller, Principal, Superuser
 from pgrealtime.auth.token import (
     Claims,
@@ -17,22 +20,39 @@ from pgrealtime.auth.token import (
     check_times,
     is_superuser,
     named_id,
+    own_claims,
     read,
 )
-from pgrealtime.collections import Collections
-from pgrealtime.config import AuthConfig, IssuerConfig
-from pgrealtime.errors import AuthError
+from pgrealtime.collections import Collections, collection_id
+from pgrealtime.config import AuthConfig, CollectionLoginConfig, IssuerConfig
+from pgrealtime.errors import AuthError, ConfigError, Problem
+
+_NO_LOGINS: Mapping[str, CollectionLoginConfig] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """A caller, with the token that said so."""
+
+    caller: Caller
+    token: Token
+    is_own: bool
+    """Whether it is a token of our own login, or of a PocketBase with the same secrets."""
 
 
 class Authenticator:
     """Tells who a request comes from.
 
     Args:
-        auth: The issuers whose tokens count.
+        auth: The issuers whose tokens count, and the login.
         collections: Where the records that tokens name are kept. An issuer whose collection isn't
             among them has users without rows: its tokens alone say who they are.
         accounts: Loads the rows.
+        logins: How people log in, by collection name.
         clock: Unix seconds.
+
+    Raises:
+        ConfigError: A public key that can't be used.
     """
 
     def __init__(
@@ -41,12 +61,33 @@ class Authenticator:
         collections: Collections,
         accounts: Accounts,
         *,
+        logins: Mapping[str, CollectionLoginConfig] = _NO_LOGINS,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._issuers = tuple((issuer, _keys(issuer)) for issuer in auth.issuers)
-        self._users = {c.name: Users(collection=c) for c in collections.values()}
+        self._issuers = _issuers(auth)
+        self._login = auth.login
+        self._logins = logins
         self._accounts = accounts
         self._clock = clock
+        self.use(collections)
+
+    def use(self, collections: Collections) -> None:
+        """Take the collections of a changed catalogue; keys fetched from issuers are kept."""
+        self._users = {
+            c.name: Users(collection=c, login=self._logins.get(c.name, CollectionLoginConfig()))
+            for c in collections.values()
+        }
+        self._by_id = {users.collection.id: users for users in self._users.values()}
+
+    def users(self, name_or_id: str) -> Users | None:
+        """The collection of that name or id, exactly."""
+        return self._users.get(name_or_id) or self._by_id.get(name_or_id)
+
+    async def run(self) -> None:
+        """Keep the issuers' published keys fresh. Returns at once if none publishes any."""
+        async with asyncio.TaskGroup() as tasks:
+            for issuer, source in self._issuers:
+                tasks.create_task(source.run(), name=f"auth.keys.{issuer.name}")
 
     async def authenticate(self, authorization: str | None) -> Caller:
         """The caller; a guest if there is no token or anything is wrong with it.
@@ -55,34 +96,38 @@ class Authenticator:
             authorization: The header's value, None if there was none.
 
         Raises:
-            DatabaseUnreachableError: The token holds, and its user can't be looked up now. That
+            DatabaseUnreachableError: The token may hold, but its user can't be looked up now. That
                 is not the token's fault, and answering "guest" would sign its owner out.
             SetupError: The users table can't be read as configured.
         """
         try:
-            return await self.check(authorization)
+            return (await self.identify(authorization)).caller
         except AuthError:
             return Caller()
 
-    async def check(self, authorization: str | None) -> Caller:
+    async def identify(self, authorization: str | None) -> Identity:
         """As ``authenticate``, but says why a token doesn't hold.
 
         Raises:
-            AuthError: With a code for the reason; where there are several issuers, the reason of
-                the one that came furthest.
+            AuthError: Its code is the reason; of several issuers' reasons the most telling one.
+            DatabaseUnreachableError: As above.
+            SetupError: As above.
         """
         token = read(authorization)
         refusals: list[AuthError] = []
-        for issuer, keys in self._issuers:
+        for issuer, source in self._issuers:
             try:
-                _check_keys(token, keys)
+                await _check_keys(token, source)
                 check_purpose(token.claims, issuer)
             except AuthError as refusal:
                 refusals.append(refusal)
                 continue
             expires_at = check_times(token.claims, now=self._clock(), leeway=issuer.leeway)
-            return Caller(await self._principal(token.claims, issuer), expires_at)
-        raise _best(refusals)
+            principal = await self._principal(token.claims, issuer)
+            return Identity(caller=Caller(principal, expires_at), token=token, is_own=False)
+        if self._login.enabled and not _is_by_known_issuer(refusals):
+            return await self._own(token)
+        raise _most_telling(refusals)
 
     async def _principal(self, claims: Claims, issuer: IssuerConfig) -> Principal:
         record_id = named_id(claims, issuer.id_claim)
@@ -94,43 +139,69 @@ class Authenticator:
         users = self._users.get(issuer.collection)
         if users is None:
             return _record_without_row(claims, issuer.collection, record_id)
-        account = await self._accounts.load(users, record_id)
-        if account is None:
-            # A deleted user turns guest on open connections (protocol, 8); coming back with the
-            # same token must not undo that.
-            raise AuthError("the token's user is unknown", code="account_unknown")
-        return account.record
+        # A deleted user turns guest on open connections (protocol, 8); coming back with the same
+        # token must not undo that.
+        return _known(await self._accounts.load(users, record_id)).record
+
+    async def _own(self, token: Token) -> Identity:
+        """The user of a login token. Its key has a part in the user's row, hence the order."""
+        claims = own_claims(token)
+        users = self.users(claims.collection)
+        if users is None or not users.login.password_hash:
+            raise AuthError("the token's users don't log in here", code="account_unknown")
+        expires_at = check_times(token.claims, now=self._clock())
+        account = _known(await self._accounts.load(users, claims.record_id))
+        if account.token_key is None:
+            raise AuthError("the token's user has no token key", code="token_signature")
+        check_signature(token, Key("HS256", account.token_key + self._login.secret))
+        return Identity(caller=Caller(account.record, expires_at), token=token, is_own=True)
 
 
-def _keys(issuer: IssuerConfig) -> tuple[Key, ...]:
-    secrets = (issuer.secret, issuer.previous_secret)
-    return tuple(Key("HS256", secret) for secret in secrets if secret)
+def _issuers(auth: AuthConfig) -> tuple[tuple[IssuerConfig, KeySource], ...]:
+    sources: list[tuple[IssuerConfig, KeySource]] = []
+    problems: list[Problem] = []
+    for n, issuer in enumerate(auth.issuers):
+        try:
+            sources.append((issuer, key_source(issuer)))
+        except AuthError as error:
+            problems.append(Problem(f"auth.issuers.{n}.public_key", error.message))
+    if problems:
+        raise ConfigError(tuple(problems))
+    return tuple(sources)
 
 
-def _check_keys(token: Token, keys: tuple[Key, ...]) -> None:
-    for key in keys:
+async def _check_keys(token: Token, source: KeySource) -> None:
+    for key in await source.keys_for(token):
         try:
             return check_signature(token, key)
         except AuthError:
             continue
-    raise AuthError("no key of the issuer made this signature", code="token_signature")
+    raise AuthError("no issuer made this token", code="token_signature")
 
 
-def _best(refusals: list[AuthError]) -> AuthError:
-    beyond_signature = (r for r in refusals if r.error_code != "token_signature")
-    nobody = AuthError("no issuer made this token", code="token_signature")
-    return next(beyond_signature, nobody)
+def _is_by_known_issuer(refusals: list[AuthError]) -> bool:
+    return any(refusal.error_code != "token_signature" for refusal in refusals)
+
+
+def _most_telling(refusals: list[AuthError]) -> AuthError:
+    telling = (r for r in refusals if r.error_code != "token_signature")
+    return next(telling, AuthError("no issuer made this token", code="token_signature"))
+
+
+def _known(account: Account | None) -> Account:
+    if account is None:
+        raise AuthError("the token's user is unknown", code="account_unknown")
+    return account
 
 
 def _record_without_row(claims: Claims, collection: str, record_id: str) -> AuthRecord:
     """The plain fields from the token, where users are kept elsewhere (rules, section 17).
 
-    ``@request.auth`` has these fields and no other; ``verified`` is OpenID Connect's
-    ``email_verified`` too.
+    ``verified`` is OpenID Connect's ``email_verified`` too.
     """
     email = claims.get("email")
     return AuthRecord(
-        collection_id=f"pbc_{crc32(f'auth{collection}'.encode())}",
+        collection_id=collection_id("auth", collection),
         collection_name=collection,
         id=record_id,
         email=email if isinstance(email, str) else "",

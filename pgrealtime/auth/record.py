@@ -21,6 +21,9 @@ def auth_record(collection: Collection, row: Row) -> AuthRecord:
     key = row.get(collection.key.name)
     if key is None:
         raise AuthError("the row has no id", code="account_unknown")
+    if collection.key.type.base.name == "bpchar":
+        # Padding is no part of a char(n): casts and comparisons drop it.
+        key = key.rstrip(" ")
     return AuthRecord(
         collection_id=collection.id,
         collection_name=collection.name,
@@ -39,5 +42,4 @@ def _value(collection: Collection, row: Row, name: str) -> str | None:
 def _flag(collection: Collection, row: Row, name: str) -> bool:
     field = collection.by_name.get(name)
     is_bool = field is not None and field.kind is FieldKind.BOOL
-    # "t" is boolean's output, "true" its cast to text.
-    return is_bool and _value(collection, row, name) in {"t", "true"}
+    return is_bool and _value(collection, row, name) == "t"

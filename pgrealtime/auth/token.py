@@ -7,17 +7,16 @@ are checked here, because its own checks read the system's clock and take ``"17"
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, get_args
 
 import jwt
 import msgspec
 from jwt.algorithms import AllowedPublicKeys, HMACAlgorithm
 
-from pgrealtime.config import IssuerConfig
+from pgrealtime.config import Algorithm, IssuerConfig
 from pgrealtime.errors import AuthError
 
-Algorithm: TypeAlias = Literal["HS256", "RS256", "ES256", "EdDSA"]
 Claims: TypeAlias = Mapping[str, Any]
 
 _ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
@@ -52,7 +51,7 @@ class Key:
     """
 
     algorithm: Algorithm
-    material: str | AllowedPublicKeys
+    material: str | AllowedPublicKeys = field(repr=False)
     id: str | None = None
     """``kid``, where the issuer names its keys."""
 
@@ -61,7 +60,7 @@ class Key:
 class Token:
     """A token taken apart. Anybody can have written it."""
 
-    text: str
+    text: str = field(repr=False)
     algorithm: Algorithm
     key_id: str | None
     claims: Claims
@@ -104,7 +103,7 @@ def check_signature(token: Token, key: Key) -> None:
     """
     try:
         _JWS.decode_complete(token.text, key.material, algorithms=[key.algorithm])
-    except jwt.PyJWTError as error:
+    except (jwt.PyJWTError, ValueError) as error:
         raise AuthError("the token has another signature", code="token_signature") from error
 
 
@@ -172,3 +171,45 @@ def named_id(claims: Claims, claim: str) -> str | None:
             return text
         case _:
             return None
+
+
+@dataclass(frozen=True, slots=True)
+class OwnClaims:
+    """What a token of our own login, or of a PocketBase with the same secrets, names."""
+
+    collection: str
+    """Id or name of the auth collection."""
+    record_id: str
+
+
+def own_claims(token: Token) -> OwnClaims:
+    """The claims of a token that PocketBase would take for an auth token (protocol, 9.3).
+
+    Raises:
+        AuthError: Code ``token_signature``: it is another kind of token, for whatever purpose.
+    """
+    claims = token.claims
+    match claims.get("type"), claims.get("collectionId"), claims.get("id"):
+        case "auth", str(collection), str(record_id) if token.algorithm == "HS256":
+            return OwnClaims(collection, record_id)
+        case _:
+            raise AuthError("no issuer made this token", code="token_signature")
+
+
+def make_own(*, collection_id: str, record_id: str, key: str, expires_at: int) -> str:
+    """Sign a login token, byte for byte as PocketBase writes them.
+
+    Args:
+        collection_id: Of the auth collection.
+        record_id: Of the user.
+        key: The user's token key and the login secret, one directly after the other.
+        expires_at: Unix seconds.
+    """
+    claims = {
+        "collectionId": collection_id,
+        "exp": expires_at,
+        "id": record_id,
+        "refreshable": True,
+        "type": "auth",
+    }
+    return _JWS.encode(msgspec.json.encode(claims), key, algorithm="HS256")

@@ -1,0 +1,238 @@
+"""The keys that check an issuer's tokens: those configured, and those the issuer publishes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import aiohttp
+import jwt
+import msgspec
+import structlog
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from pgrealtime.auth.token import Key, Token
+from pgrealtime.config import Algorithm, IssuerConfig
+from pgrealtime.errors import AuthError
+
+log = structlog.get_logger(__name__)
+
+_REFRESH_SECONDS = 600.0
+"""A key that the issuer withdrew counts for so long at most."""
+_RETRY_SECONDS = 15.0
+_ASK_SECONDS = 60.0
+"""Anybody can write an unknown ``kid`` into a token: it sends us to the issuer no oftener."""
+_FETCH_SECONDS = 5.0
+_MOST_BYTES = 1 << 20
+_LEAST_RSA_BITS = 2048
+"""RFC 7518, section 3.3."""
+
+
+class KeySource(Protocol):
+    """Where the keys of one issuer come from."""
+
+    async def keys_for(self, token: Token) -> Sequence[Key]:
+        """The keys that may have signed the token: of its algorithm, and of its ``kid``."""
+
+    async def run(self) -> None:
+        """Keep the keys fresh; returns if there is nothing to do."""
+
+
+def key_source(issuer: IssuerConfig) -> KeySource:
+    """The source that the configuration says.
+
+    Raises:
+        AuthError: Code ``key_invalid``: the PEM text is no key that can be used.
+    """
+    if issuer.jwks_url:
+        return PublishedKeys(issuer)
+    if issuer.public_key:
+        return GivenKeys([_accepted(read_pem(issuer.public_key), issuer)])
+    secrets = (issuer.secret, issuer.previous_secret)
+    return GivenKeys([Key("HS256", secret) for secret in secrets if secret])
+
+
+class GivenKeys:
+    """Keys of the configuration; the ``kid`` of a token means nothing to them."""
+
+    def __init__(self, keys: Iterable[Key]) -> None:
+        self._keys = tuple(keys)
+
+    async def keys_for(self, token: Token) -> Sequence[Key]:
+        """The keys of the token's algorithm."""
+        return [key for key in self._keys if key.algorithm == token.algorithm]
+
+    async def run(self) -> None:
+        """Return: these keys don't age."""
+
+
+class PublishedKeys:
+    """A JSON Web Key Set, fetched and fetched again. A failed fetch leaves the old keys in force.
+
+    Args:
+        issuer: With its ``jwks_url``.
+        refresh_seconds: From one fetch to the next.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        issuer: IssuerConfig,
+        *,
+        refresh_seconds: float = _REFRESH_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._issuer = issuer
+        self._refresh_seconds = refresh_seconds
+        self._clock = clock
+        self._keys: tuple[Key, ...] = ()
+        self._next_ask = clock()
+        self._fetching: asyncio.Task[bool] | None = None
+
+    async def keys_for(self, token: Token) -> Sequence[Key]:
+        """The keys that fit; for an unknown ``kid`` the issuer is asked, once a minute at most."""
+        found = self._fitting(token)
+        if found or token.algorithm not in self._issuer.accepted_algorithms:
+            return found
+        if self._clock() >= self._next_ask:
+            self._next_ask = self._clock() + _ASK_SECONDS
+            self._fetch()
+        if self._fetching is not None:
+            # Shielded: whoever gives up waiting must not take the keys from the others.
+            await asyncio.shield(self._fetching)
+        return self._fitting(token)
+
+    async def run(self) -> None:
+        """Fetch now and then, for ever; after a failure soon again."""
+        while True:
+            is_fresh = await asyncio.shield(self._fetch())
+            await asyncio.sleep(self._refresh_seconds if is_fresh else _RETRY_SECONDS)
+
+    def _fitting(self, token: Token) -> Sequence[Key]:
+        return [
+            key
+            for key in self._keys
+            if key.algorithm == token.algorithm
+            and (key.id is None or token.key_id is None or key.id == token.key_id)
+        ]
+
+    def _fetch(self) -> asyncio.Task[bool]:
+        """Start a fetch, or join the one under way."""
+        if self._fetching is None:
+            self._fetching = asyncio.create_task(self._replace(), name="auth.jwks")
+            self._fetching.add_done_callback(self._fetched)
+        return self._fetching
+
+    def _fetched(self, _: asyncio.Task[bool]) -> None:
+        self._fetching = None
+
+    async def _replace(self) -> bool:
+        try:
+            keys = read_jwks(await _get(self._issuer.jwks_url), self._issuer)
+        except (aiohttp.ClientError, TimeoutError, AuthError) as error:
+            reason = error.message if isinstance(error, AuthError) else type(error).__name__
+            log.warning(
+                "jwks.failed", issuer=self._issuer.name, reason=reason, kept=len(self._keys)
+            )
+            return False
+        self._keys = keys
+        log.info("jwks.refreshed", issuer=self._issuer.name, keys=len(keys))
+        return True
+
+
+async def _get(url: str) -> bytes:
+    timeout = aiohttp.ClientTimeout(total=_FETCH_SECONDS)
+    async with (
+        # One session per fetch: there is one fetch in ten minutes, and nothing to close later.
+        aiohttp.ClientSession(timeout=timeout, raise_for_status=True) as session,
+        session.get(url, headers={"Accept": "application/json"}) as response,
+    ):
+        text = b""
+        async for chunk in response.content.iter_any():
+            text += chunk
+            if len(text) > _MOST_BYTES:
+                raise AuthError("the key set is larger than 1 MiB", code="key_invalid")
+    return text
+
+
+def read_pem(text: str) -> Key:
+    """The public key in a PEM text, with the algorithm it serves.
+
+    Raises:
+        AuthError: Code ``key_invalid``.
+    """
+    try:
+        public_key = load_pem_public_key(text.encode())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise AuthError("not a public key in PEM form", code="key_invalid") from error
+    return _key_of(public_key)
+
+
+def read_jwks(text: bytes, issuer: IssuerConfig) -> tuple[Key, ...]:
+    """The keys of a JSON Web Key Set that can check this issuer's tokens; others are passed over.
+
+    Raises:
+        AuthError: Code ``key_invalid``: there is no such key, or no key set.
+    """
+    try:
+        entries = msgspec.json.decode(text)["keys"]
+        keys = [_read_jwk(entry, issuer) for entry in entries]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise AuthError("the answer is no key set", code="key_invalid") from error
+    usable = tuple(key for key in keys if key is not None)
+    if not usable:
+        raise AuthError("the key set has no key that can be used", code="key_invalid")
+    return usable
+
+
+_ALGORITHM_OF: dict[object, Algorithm] = {"RSA": "RS256", "EC": "ES256", "OKP": "EdDSA"}
+"""Not "oct": that is a shared secret, and whoever publishes one lets everybody sign."""
+
+
+def _read_jwk(entry: Any, issuer: IssuerConfig) -> Key | None:
+    if not isinstance(entry, dict) or not isinstance(entry.get("kty"), str):
+        return None
+    algorithm = _ALGORITHM_OF.get(entry["kty"])
+    if algorithm is None or entry.get("use", "sig") != "sig":
+        return None
+    key_id = entry.get("kid")
+    try:
+        key = _accepted(_key_of(jwt.PyJWK(entry, algorithm).key), issuer)
+    except (jwt.PyJWTError, AuthError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    if entry.get("alg", key.algorithm) != key.algorithm:
+        return None
+    return Key(key.algorithm, key.material, key_id if isinstance(key_id, str) else None)
+
+
+def _key_of(public_key: object) -> Key:
+    """Bind the key to its one algorithm; here an algorithm is chosen, never from a token."""
+    match public_key:
+        case RSAPublicKey(key_size=bits) if bits >= _LEAST_RSA_BITS:
+            return Key("RS256", public_key)
+        case RSAPublicKey():
+            raise AuthError("an RSA key needs 2048 bits at least", code="key_invalid")
+        case EllipticCurvePublicKey(curve=SECP256R1()):
+            return Key("ES256", public_key)
+        case Ed25519PublicKey():
+            return Key("EdDSA", public_key)
+        case _:
+            raise AuthError(
+                "not a public key for RS256, ES256 or EdDSA with Ed25519", code="key_invalid"
+            )
+
+
+def _accepted(key: Key, issuer: IssuerConfig) -> Key:
+    accepted: tuple[Algorithm, ...] = issuer.accepted_algorithms
+    if key.algorithm not in accepted:
+        raise AuthError(
+            f"a key for {key.algorithm}, where {', '.join(accepted)} is asked for",
+            code="key_invalid",
+        )
+    return key
