@@ -12,7 +12,7 @@ from enum import Enum, auto
 from typing import TypeAlias
 
 from pgrealtime.collections import Field, FieldKind
-from pgrealtime.rules.parameters import Parameter, Shape
+from pgrealtime.rules.parameters import Lifted, Literal, Parameter, Shape
 from pgrealtime.rules.parse import Op
 
 # --- where a value is found
@@ -286,17 +286,47 @@ def terms(condition: Condition) -> Iterator[Term]:
 
 def _with_arguments(term: Term) -> Iterator[Term]:
     yield term
-    match term:
-        case Strftime(time=time) if time is not None:
-            yield time
-        case GeoDistance(args):
-            yield from args
+    if isinstance(term, Strftime) and term.time is not None:
+        yield term.time
+    if isinstance(term, GeoDistance):
+        yield from term.args
 
 
 def parameters(condition: Condition) -> tuple[Parameter, ...]:
     """The distinct parameters in order of appearance: shapes and values are given in this order."""
     found = (term.parameter for term in terms(condition) if isinstance(term, Constant))
     return tuple(dict.fromkeys(found))
+
+
+def lifted(predicate: Predicate) -> tuple[Predicate, tuple[str | float, ...]]:
+    """Return the predicate without its literals, and those: equal ones share a translation."""
+    literals: list[str | float] = []
+
+    def lift(term: Term) -> Term:
+        match term:
+            case Constant(Literal(value)):
+                literals.append(value)
+                return Constant(Lifted(len(literals) - 1))
+            case Strftime(time=time) if time is not None:
+                return replace(term, time=lift(time))
+            case GeoDistance((one, two, three, four)):
+                return GeoDistance((lift(one), lift(two), lift(three), lift(four)))
+            case _:
+                return term
+
+    def walk(condition: Condition) -> Condition:
+        match condition:
+            case Comparison():
+                left = lift(condition.left)
+                return replace(condition, left=left, right=lift(condition.right))
+            case Conjunction(parts):
+                return Conjunction(tuple(walk(part) for part in parts))
+            case Disjunction(parts):
+                return Disjunction(tuple(walk(part) for part in parts))
+            case Nested(place, where):
+                return Nested(place, walk(where))
+
+    return replace(predicate, where=walk(predicate.where)), tuple(literals)
 
 
 def place_of(term: Term) -> Place | None:
@@ -307,9 +337,9 @@ def place_of(term: Term) -> Place | None:
     match term:
         case FieldValue(place=place) | Item(place) | JsonValue(place=place) | Hidden(place=place):
             return place
-        case Strftime(time=time) if time is not None:
-            return place_of(time)
-        case _:
+        case Strftime(time=time):
+            return None if time is None else place_of(time)
+        case Constant() | Keyword() | GeoDistance():
             return None
 
 

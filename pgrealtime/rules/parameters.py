@@ -48,6 +48,8 @@ class RequestValue:
     as_number: bool = False
     """It bears the name of a number field, so a text that is a number becomes one."""
     is_lower: bool = False
+    is_set: bool = False
+    """Not the value, but 1 or 0 for whether there is one."""
 
 
 class Macro(Enum):
@@ -350,6 +352,8 @@ def _text_shape(text: str) -> Shape:
 
 def _request_value(parameter: RequestValue, request: Request) -> Scalar:
     content = _looked_up(parameter.path, request)
+    if parameter.is_set:
+        return int(content is not None)
     if isinstance(content, str):
         content = _clean(content)
         if parameter.as_number and isinstance(content, str) and _GO_FLOAT.fullmatch(content):
