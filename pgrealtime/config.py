@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias, get_args, get_origin
 
@@ -49,6 +50,20 @@ def _split_texts(value: object) -> object:
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(_split_texts)]
 """A list of texts; in one text, as variables are, separated by commas."""
+
+
+def _parse_network(value: object) -> IPv4Network | IPv6Network:
+    try:
+        return ip_network(str(value))
+    except ValueError:
+        raise ValueError("not a network; write it as 10.0.0.0/8 or fd00::/8") from None
+
+
+Networks = Annotated[
+    tuple[Annotated[IPv4Network | IPv6Network, BeforeValidator(_parse_network)], ...],
+    BeforeValidator(_split_texts),
+]
+"""A list of networks; in one text separated by commas."""
 
 
 class SecretKey:
@@ -114,7 +129,13 @@ class ServerConfig(Section):
 
     host: str = "0.0.0.0"  # noqa: S104 (a sidecar's port is meant to be reached)
     port: int = Field(default=8090, ge=0, le=65535)
+    base_path: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
+    """Before every route, as in ``/realtime-service``; for proxies that don't cut it off."""
+    trusted_proxies: Networks = ()
+    """Networks, as in ``10.0.0.0/8``, whose ``X-Forwarded-For`` is believed."""
     cors_origins: Texts = ("*",)
+    locale: Literal["auto", "en", "zh"] = "auto"
+    """Language of error messages; ``auto`` follows ``Accept-Language``."""
     shutdown_grace: Seconds = 25.0
     """At SIGTERM connections are ended in small groups, never taking longer than this."""
 
