@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -13,10 +12,12 @@ from tests.conformance.http_client import EventStream, Request, send
 from tests.conformance.scenarios import (
     BEACON,
     BEACON_ID,
+    PEOPLE,
     Action,
     Reconnect,
     Scenario,
     Subscribe,
+    person_id,
 )
 from tests.conformance.target import Target
 from tests.conformance.transcript import Write
@@ -38,7 +39,8 @@ class Side:
 
     name: str
     target: Target
-    tokens: Mapping[str, str]
+    fixtures: Fixtures
+    tokens: dict[str, str] = field(default_factory=dict)
     """By account; an account that isn't there has no valid token."""
     streams: dict[str, EventStream] = field(default_factory=dict)
     client_ids: dict[str, str] = field(default_factory=dict)
@@ -46,9 +48,20 @@ class Side:
     @classmethod
     async def of(cls, name: str, target: Target, fixtures: Fixtures) -> Side:
         """Log everybody in."""
-        accounts = fixtures.accounts.items()
-        tokens = {short: await target.login(account, None) for short, account in accounts}
-        return cls(name, target, tokens)
+        side = cls(name, target, fixtures)
+        for account in fixtures.accounts:
+            await side.login(account)
+        return side
+
+    async def login(self, account: str) -> None:
+        """Get the account a new token."""
+        self.tokens[account] = await self.target.login(self.fixtures.accounts[account], None)
+
+    async def write(self, write: Write) -> None:
+        """Commit it. A new password means new tokens, whoever made the old ones."""
+        await self.target.write(write)
+        if write.op == "set_password":
+            await self.login(next(name for name in PEOPLE if person_id(name) == write.id))
 
     async def open(self, conn: str) -> None:
         """Open a connection, in place of the one of that name if there is one."""
@@ -150,8 +163,8 @@ class Duel:
                     raise DifferenceError(f"{action}: {answers[0]}, ours: {answers[1]}")
                 return 0
             case Write():
-                await original.target.write(action)
-                await ours.target.write(action)
+                await original.write(action)
+                await ours.write(action)
                 return await self._compare(action)
             case _:
                 assert_never(action)

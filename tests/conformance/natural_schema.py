@@ -39,7 +39,7 @@ _TYPES = {
 }
 """Of single values; everything else is text, and several values are an array of text."""
 
-_ZEROS: dict[str, Any] = {"number": 0, "bool": False}
+_ZEROS: dict[str, Any] = {"number": 0, "bool": False, "geoPoint": {"lon": 0, "lat": 0}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class Style:
     """What an operator's schema may be like in one way or another."""
 
     empty: Literal["null", "zero"]
-    """What stands for a value that wasn't given. Dates, relations, JSON: NULL in any case."""
+    """What stands for a value not given. Dates, single relations and JSON are NULL in any case."""
     json_type: Literal["json", "jsonb"]
     """``jsonb`` reorders members and respells numbers, ``json`` keeps the text."""
 

@@ -20,6 +20,7 @@ from pgrealtime.config import CollectionConfig
 from tests.conformance.fixtures import SUPERUSERS, Account, Fixtures
 from tests.conformance.http_client import Address
 from tests.conformance.natural_schema import NaturalSchema, Statement, Style, fields_of
+from tests.conformance.pocketbase_server import PocketBaseApi
 from tests.conformance.process import ServerProcess, free_port
 from tests.conformance.target import UnsupportedStepError
 from tests.conformance.transcript import Write
@@ -42,6 +43,8 @@ class Setting:
     """Factor on the two limits of a connection."""
     heartbeat: str = "200ms"
     """Short, so that a recording meets some: they must disturb nothing and keep nothing open."""
+    login_through_api: bool = False
+    """Whether accounts get their tokens from pgrealtime itself rather than from another issuer."""
 
 
 def command() -> str:
@@ -61,6 +64,7 @@ class PgRealtimeServer:
         config: Path,
         address: Address,
         issuers: Mapping[str, str],
+        setting: Setting,
     ) -> None:
         """Not to be called; see ``running``.
 
@@ -71,6 +75,7 @@ class PgRealtimeServer:
             config: The configuration file.
             address: Where the server will listen.
             issuers: Collection to the secret its tokens are signed with.
+            setting: What differs from the usual.
         """
         self._fixtures = fixtures
         self._schema = schema
@@ -78,6 +83,7 @@ class PgRealtimeServer:
         self._config = config
         self._address = address
         self._issuers = issuers
+        self._setting = setting
         self._process: ServerProcess | None = None
 
     @property
@@ -106,6 +112,9 @@ class PgRealtimeServer:
 
     async def login(self, account: Account, lifetime_seconds: float | None) -> str:
         is_superuser = account.collection == SUPERUSERS
+        if self._setting.login_through_api and lifetime_seconds is None and not is_superuser:
+            api = PocketBaseApi(self._address)
+            return await api.login(account.collection, account.identity, account.password)
         record_id = "root" if is_superuser else self._fixtures.account_id(account)
         lifetime = TOKEN_SECONDS if lifetime_seconds is None else lifetime_seconds
         claims = {"id": record_id, "exp": time.time() + lifetime, "jti": secrets.token_hex(8)}
@@ -167,7 +176,10 @@ async def running(
             "server": {"host": address.host, "port": address.port},
             "realtime": _limits(setting),
             "records": {"nulls": "zero"},
-            "auth": {"issuers": [_issuer(name, secret) for name, secret in issuers.items()]},
+            "auth": {
+                "issuers": [_issuer(name, secret) for name, secret in issuers.items()],
+                "login": {"enabled": True, "secret": secrets.token_hex(25)},
+            },
             "collections": {name: _collection(name, fixtures) for name in collections},
         }
         config = directory / "pgrealtime.yaml"
@@ -179,6 +191,7 @@ async def running(
             config=config,
             address=address,
             issuers=issuers,
+            setting=setting,
         )
         try:
             await server.start()
@@ -248,6 +261,8 @@ def _collection(name: str, fixtures: Fixtures) -> dict[str, Any]:
             if field.type == "relation" and field.is_multiple
         },
     }
+    if collection.type == "auth":
+        settings["login"] = {"password_hash": "password_hash", "token_key": "token_key"}
     if "manage_rule" in CollectionConfig.model_fields and collection.manage_rule is not None:
         settings["manage_rule"] = collection.manage_rule
     return settings

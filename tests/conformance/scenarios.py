@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from random import Random
 from typing import Any, Literal, TypeAlias
 from urllib.parse import quote
@@ -33,6 +34,21 @@ BOOKS = ("books0", "books1", "books2")
 """Collections of one shape, each with rules of its own."""
 
 PEOPLE = ("anna", "ben", "cleo", "dora")
+
+STRANGER = "evan"
+"""A person no record points to, so that deleting him deletes one row and no more."""
+
+
+class Ability(Enum):
+    """What a world may be made to ask for beside the plainest things."""
+
+    AUTH_PATHS = "rules read other fields of the caller's record than the six plain ones"
+    ACCOUNT_CHANGES = "records of people change, go and get new passwords while they listen"
+    EXPAND = "subscriptions ask for related records"
+    MANAGE_RULE = "a rule shows hidden e-mail addresses"
+
+
+ALL = frozenset(Ability)
 
 ROOT = SuperuserAccount(email="root@example.com", password="rootpass1234")
 
@@ -87,6 +103,7 @@ class RuleMaker:
     """Makes rules and filters that PocketBase accepts, over the fields of ``books``."""
 
     random: Random
+    abilities: frozenset[Ability] = ALL
     is_filter: bool = False
     """Filters may not name ``@request``, ``@collection`` or hidden fields."""
 
@@ -100,7 +117,10 @@ class RuleMaker:
         return f"({text})" if self.random.random() < 0.5 else text
 
     def _comparison(self) -> str:
-        makers = [*_OWN, *(() if self.is_filter else _FOREIGN)]
+        makers = list(_OWN)
+        if not self.is_filter:
+            makers += _FOREIGN
+            makers += _AUTH_PATHS if Ability.AUTH_PATHS in self.abilities else ()
         return self.random.choice(makers)(self.random)
 
 
@@ -160,11 +180,15 @@ _FOREIGN: tuple[_Maker, ...] = (
     lambda r: f"@collection.teams.members.id {_op(r, '?= ?!=')} @request.auth.id",
     lambda r: f"@collection.teams.name {_op(r, '?= ?~')} {_text(r)}",
     lambda r: f"notes_via_book.text {_op(r, '= ?= ?~ !=')} {r.choice(('', _text(r))) or _text(r)}",
+)
+"""What only a rule may say."""
+
+_AUTH_PATHS: tuple[_Maker, ...] = (
     lambda r: f"@request.auth.role {_op(r, '= != ~')} '{r.choice(_ROLES)}'",
     lambda r: f"@request.auth.role {_op(r, '= !=')} kind",
     lambda r: f"@request.auth.teams_via_members.name {_op(r, '?= ?~')} {_text(r)}",
 )
-"""What only a rule may say."""
+"""What reads the caller's record in the database."""
 
 
 # -- worlds
@@ -207,8 +231,10 @@ class World:
     """Rules and rows, and which records there are while scenarios run."""
 
     random: Random
+    abilities: frozenset[Ability] = ALL
     fixtures: Fixtures = field(init=False)
     _books: dict[str, list[str]] = field(init=False, default_factory=dict)
+    _is_stranger_there: bool = field(init=False, default=True)
     _count: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -230,7 +256,7 @@ class World:
         rows.append(FixtureRow(collection=BEACON, data={"id": BEACON_ID, "count": 0}))
         self.fixtures = Fixtures(
             superuser=ROOT,
-            accounts={name: account_of(name) for name in (*PEOPLE, "root")},
+            accounts={name: account_of(name) for name in (*PEOPLE, STRANGER, "root")},
             collections=tuple(collections),
             rows=tuple(rows),
         )
@@ -265,6 +291,7 @@ class World:
             type="auth",
             list_rule=self._simple_rule("name", "id = @request.auth.id"),
             view_rule=self._simple_rule("name", "id = @request.auth.id"),
+            manage_rule=self._manage_rule(),
             fields=(
                 _plain("name", type="text"),
                 _plain("role", type="text"),
@@ -322,12 +349,19 @@ class World:
     def _simple_rule(self, name: str, own: str) -> str | None:
         return self.random.choice(("", None, own, f"{own} || {name} = 'anna'"))
 
+    def _manage_rule(self) -> str | None:
+        if Ability.MANAGE_RULE not in self.abilities:
+            return None
+        return self.random.choice(
+            (None, "@request.auth.verified = true", "@request.auth.id != id", "score > 1")
+        )
+
     def _rule(self, collection: str) -> str | None:
         chance = self.random.random()
         if chance < 0.15:
             return "" if chance < 0.1 else None
         while True:
-            rule = RuleMaker(self.random).rule()
+            rule = RuleMaker(self.random, self.abilities).rule()
             if collection == "books0" or "notes_via_book" not in rule:
                 return rule
 
@@ -346,7 +380,7 @@ class World:
                     "password": PASSWORD,
                 },
             )
-            for name in PEOPLE
+            for name in (*PEOPLE, STRANGER)
         ]
 
     def _teams(self) -> list[FixtureRow]:
@@ -390,7 +424,7 @@ class World:
     # -- what happens
 
     def _account(self) -> str | None:
-        return self.random.choice((None, *PEOPLE, *PEOPLE, "root", "broken"))
+        return self.random.choice((None, *PEOPLE, *PEOPLE, STRANGER, "root", "broken"))
 
     def _subscribe(self, conn: str, account: str | None) -> Subscribe:
         topics = {self._topic() for _ in range(self.random.randint(2, 8))}
@@ -416,10 +450,14 @@ class World:
         if chance() < 0.3:
             query["n"] = self.random.choice(("1", "2.5", "abc", ""))
         if chance() < 0.25:
-            query["filter"] = RuleMaker(self.random, is_filter=True).rule(depth=1)
+            query["filter"] = RuleMaker(self.random, self.abilities, is_filter=True).rule(depth=1)
         if chance() < 0.15:
             query["fields"] = self.random.choice(
                 ("id", "id,title", "title,meta.a", "*", "title:excerpt(3,true)", "loc,tags,nope")
+            )
+        if Ability.EXPAND in self.abilities and chance() < 0.2:
+            query["expand"] = self.random.choice(
+                ("author", "editors", "author,team", "team.members", "nope", "notes_via_book")
             )
         if chance() < 0.3:
             headers[self.random.choice(("X-Key", "xKey", "x_key"))] = self.random.choice(
@@ -428,6 +466,38 @@ class World:
         return {name: part for name, part in (("query", query), ("headers", headers)) if part}
 
     def _write(self) -> Write:
+        chance = self.random.random()
+        if chance < 0.1:
+            return self._team_write()
+        if chance < 0.3 and Ability.ACCOUNT_CHANGES in self.abilities:
+            return self._person_write()
+        return self._book_write()
+
+    def _team_write(self) -> Write:
+        team = self.random.choice(self._teams()).data
+        key = self.random.choice(("name", "open", "members"))
+        return Write(op="update", collection="teams", id=team["id"], data={key: team[key]})
+
+    def _person_write(self) -> Write:
+        chance = self.random.random()
+        if chance < 0.1 and self._is_stranger_there:
+            self._is_stranger_there = False
+            return Write(op="delete", collection="people", id=person_id(STRANGER))
+        name = self.random.choice(PEOPLE)
+        if chance < 0.2:
+            return Write(
+                op="set_password", collection="people", id=person_id(name), password=PASSWORD
+            )
+        data = {
+            "role": self.random.choice(_ROLES),
+            "score": self.random.choice(_NUMBERS),
+            "verified": self.random.random() < 0.5,
+            "emailVisibility": self.random.random() < 0.5,
+        }
+        key = self.random.choice(sorted(data))
+        return Write(op="update", collection="people", id=person_id(name), data={key: data[key]})
+
+    def _book_write(self) -> Write:
         name = self.random.choice(BOOKS)
         there = self._books[name]
         op: Literal["create", "update", "delete"] = self.random.choice(

@@ -17,7 +17,7 @@ from tests.conformance.differential import DifferenceError, Duel, Side
 from tests.conformance.natural_schema import Style
 from tests.conformance.pgrealtime_server import Setting, running
 from tests.conformance.pocketbase_server import PocketBaseTemplate
-from tests.conformance.scenarios import Scenario, World
+from tests.conformance.scenarios import ALL, Ability, Scenario, World
 
 PER_WORLD = 12
 """Scenarios on one pair of servers, whose start costs as much as all of them."""
@@ -27,6 +27,14 @@ SCENARIOS = int(os.environ.get("PGREALTIME_SCENARIOS") or 36)
 FIRST_SEED = int(os.environ.get("PGREALTIME_SEED") or secrets.randbelow(10**9))
 
 SEEDS = [FIRST_SEED + number for number in range(-(-SCENARIOS // PER_WORLD))]
+
+NOT_YET = {
+    Ability.AUTH_PATHS: "the caller's record is known by its six plain fields",
+    Ability.ACCOUNT_CHANGES: "a changed users row doesn't reach open connections",
+    Ability.EXPAND: "records are sent without related ones",
+    Ability.MANAGE_RULE: "there is no manage rule",
+}
+"""What worlds leave out, with the reason."""
 
 STYLE = Style(empty="zero", json_type="json")
 """PocketBase has no NULLs in its columns: rules over real ones have no counterpart there."""
@@ -44,7 +52,7 @@ async def test_clients_of_both_servers_hear_the_same(
     seed: int, database_url: str, tmp_path: Path
 ) -> None:
     """Whatever the rules, options and writes: every client hears PocketBase's bytes."""
-    world = World(Random(seed))
+    world = World(Random(seed), ALL - NOT_YET.keys())
     fixtures = world.fixtures
     for directory in ("template", "ours"):
         (tmp_path / directory).mkdir()

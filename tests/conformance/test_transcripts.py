@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -73,6 +74,9 @@ TIME_SCALE = 1 / 50
 STYLE = Style(empty="null", json_type="json")
 """An existing database has NULLs; and PocketBase keeps the text of JSON as it was written."""
 
+LOGIN_PATH = re.compile(r"/auth-(with-password|refresh)")
+"""Recordings that speak to the login endpoints also get their tokens there."""
+
 NOT_YET = {
     "auth_record_deleted": "a changed or deleted users row doesn't reach open connections",
     "auth_refresh": "no login endpoints",
@@ -103,7 +107,7 @@ async def test_pgrealtime_answers_as_pocketbase_did(
         database_url=database_url,
         directory=tmp_path,
         style=STYLE,
-        setting=Setting(time_scale=scale),
+        setting=Setting(time_scale=scale, login_through_api=LOGIN_PATH.search(text) is not None),
     ) as server:
         try:
             await Replay(conversation, fixtures.accounts, server, time_scale=scale).run()
