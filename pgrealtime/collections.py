@@ -279,7 +279,8 @@ def _draft(
     path = f"collections.{name}"
     found = _find_table(config.table, catalog)
     if isinstance(found, Problem):
-        problems.append(replace(found, path=f"{path}.table"))
+        if _candidates(config.table, ("",)):  # else check_names has said it
+            problems.append(replace(found, path=f"{path}.table"))
         return None
     faults = list(_table_faults(found, f"{path}.table"))
     key = _find_key(found, config, path)
@@ -493,6 +494,7 @@ class _Shaping:
         fields = [self._field(column) for column in table.columns if self._is_included(column)]
         self._check_names_said({one.name for one in fields})
         fields += self._junction_fields({one.name for one in fields})
+        self._check_login({one.name for one in fields})
         self._check_fields(fields)
         return Collection(
             name=self.draft.name,
@@ -523,7 +525,8 @@ class _Shaping:
 
     def _field(self, column: Column) -> Field:
         name = self._name(column)
-        kind, is_multiple = kind_of(column.type)
+        spoken, is_multiple = kind_of(column.type)
+        kind = self._overridden(name, spoken)
         config = self.draft.config
         is_secret = column.name in config.login.secret_columns or (
             config.type == "auth" and name in _SECRETS
@@ -531,11 +534,13 @@ class _Shaping:
         shown = Field(
             name=name,
             column=column,
-            kind=self._overridden(name, kind),
+            kind=kind,
             type=column.type,
             is_multiple=is_multiple,
+            # PocketBase's only list of texts is a select of several values.
             is_select=column.type.base.kind is TypeKind.ENUM
-            or config.fields.types.get(name) == "select",
+            or config.fields.types.get(name) == "select"
+            or (is_multiple and kind is FieldKind.TEXT),
             is_hidden=is_secret or name in self.draft.config.fields.hide,
             is_secret=is_secret,
         )
@@ -593,9 +598,9 @@ class _Shaping:
     def _junction_fields(self, taken: set[str]) -> list[Field]:
         fields = []
         for name, relation in self.draft.config.relations.items():
-            if relation.through:
-                if name in taken:
-                    self._report(f"relations.{name}", f'a column is shown as "{name}" already')
+            if relation.through and name in taken:
+                self._report(f"relations.{name}", f'a column is shown as "{name}" already')
+            elif relation.through:
                 made = self._junction_field(name, relation)
                 fields += [made] if made is not None else []
             elif name not in taken:
@@ -679,6 +684,18 @@ class _Shaping:
                 self._report("fields.hide", "the id can't be hidden")
             elif name not in fields | junctions:
                 self._report_unknown("fields.hide", name, fields)
+
+    def _check_login(self, fields: set[str]) -> None:
+        said, table = self.draft.config.login, self.draft.table
+        if said.secret_columns and self.draft.config.type != "auth":
+            self._report("login", "nobody logs in to a base collection", "set type: auth")
+        for key in ("password_hash", "token_key"):
+            name = getattr(said, key)
+            if name and table.column(name) is None:
+                self.problems.append(_no_column(f"{self.draft.path}.login.{key}", table, name))
+        if said.password_hash:
+            for name in set(said.identity) - fields:
+                self._report_unknown("login.identity", name, fields)
 
     def _report_unknown(self, path: str, name: str, fields: Iterable[str]) -> None:
         column = self.draft.table.column(name)
