@@ -128,6 +128,16 @@ class Accounts:
         # Shielded: one caller going away must not take the answer from the others.
         return (await asyncio.shield(batch.task)).get(wanted)
 
+    async def read(self, users: Users, record_id: str) -> Account | None:
+        """As ``load``, with the whole row and a query of its own."""
+        columns = [column.name for column in users.collection.table.columns]
+        wanted = canonical_id(record_id, users.collection.key.type)
+        try:
+            found = {} if wanted is None else await self._by_id(users, [wanted], columns)
+        except (psycopg.DataError, UnicodeEncodeError):
+            return None
+        return found.get(wanted or "")
+
     async def find(self, users: Users, column: Column, value: str) -> Account | None:
         """The one user with that value, with the whole row; None if none or several have it.
 
@@ -161,7 +171,7 @@ class Accounts:
             if self._gathering.get(place) is batch:
                 del self._gathering[place]
             try:
-                return await self._by_id(batch.users, batch.ids)
+                return await self._by_id(batch.users, batch.ids, batch.users.columns)
             except (psycopg.DataError, UnicodeEncodeError):
                 # An id that the database's encoding can't hold. Alone it has no row; in company
                 # it must not spoil the others' answer.
@@ -171,14 +181,16 @@ class Accounts:
         found: dict[str, Account] = {}
         for one in ids:
             try:
-                found |= await self._by_id(users, [one])
+                found |= await self._by_id(users, [one], users.columns)
             except (psycopg.DataError, UnicodeEncodeError):
                 continue
         return found
 
-    async def _by_id(self, users: Users, ids: Iterable[str]) -> dict[str, Account]:
-        statement = statement_by_id(users)
-        rows = await self._rows(users, statement, {"ids": list(ids)}, users.columns)
+    async def _by_id(
+        self, users: Users, ids: Iterable[str], columns: Sequence[str]
+    ) -> dict[str, Account]:
+        statement = statement_by_id(users, columns)
+        rows = await self._rows(users, statement, {"ids": list(ids)}, columns)
         return {account.record.id: account for account in (_account(users, row) for row in rows)}
 
     async def _rows(
@@ -220,7 +232,7 @@ def _retrieve(task: asyncio.Task[Mapping[str, Account]]) -> None:
         task.exception()
 
 
-def statement_by_id(users: Users) -> sql.Composed:
+def statement_by_id(users: Users, columns: Sequence[str]) -> sql.Composed:
     """The query for users by id; its parameter ``ids`` is a list of canonical texts.
 
     Key types that can be asked in their own type use the primary key's index; a key of another
@@ -234,7 +246,7 @@ def statement_by_id(users: Users) -> sql.Composed:
     return sql.SQL(
         "SELECT {columns} FROM {table} WHERE {key} OPERATOR(pg_catalog.=) ANY (%(ids)s::{type}[])"
     ).format(
-        columns=_list(users.columns),
+        columns=_list(columns),
         table=sql.Identifier(*collection.table.name),
         key=key if is_native else sql.SQL("{}::pg_catalog.text").format(key),
         type=sql.Identifier("pg_catalog", name if is_native else "text"),

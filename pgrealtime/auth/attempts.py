@@ -1,0 +1,44 @@
+"""How often a password may be guessed. Keeps state, touches nothing outside."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TypeAlias
+
+Who: TypeAlias = tuple[str, str]
+"""Address and identity."""
+
+_MOST = 20_000
+"""Pairs that are remembered; the one not seen for longest is forgotten first. A few megabytes."""
+
+
+class Attempts:
+    """A bucket of attempts per address and identity, filling up steadily.
+
+    Args:
+        per_minute: What a full bucket holds, and what flows in within a minute.
+    """
+
+    def __init__(self, per_minute: int) -> None:
+        self._per_minute = per_minute
+        self._used: OrderedDict[Who, tuple[float, float]] = OrderedDict()
+
+    def admit(self, who: Who, now: float) -> bool:
+        """Take one attempt, before it is known how it ends; False if there is none left.
+
+        Args:
+            who: Who tries, and as whom.
+            now: Monotonic seconds.
+        """
+        used, since = self._used.get(who, (0.0, now))
+        used = max(0.0, used - (now - since) * self._per_minute / 60.0)
+        is_admitted = used + 1.0 <= self._per_minute
+        self._used[who] = (used + 1.0 if is_admitted else used, now)
+        self._used.move_to_end(who)
+        if len(self._used) > _MOST:
+            self._used.popitem(last=False)
+        return is_admitted
+
+    def forget(self, who: Who) -> None:
+        """Give all attempts back to one who knew the password."""
+        self._used.pop(who, None)

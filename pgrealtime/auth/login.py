@@ -1,0 +1,229 @@
+"""Logging in on an existing users table: a password against the row, a token for who knows it.
+
+The only part that needs the libraries of the "login" extra; nothing else imports it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from pgrealtime.auth.account import Account, Accounts, Users
+from pgrealtime.auth.attempts import Attempts
+from pgrealtime.auth.authenticator import Identity
+from pgrealtime.auth.passwords import StoredHash, decoy_like, first_decoy, is_correct, read_hash
+from pgrealtime.auth.token import make_own
+from pgrealtime.collections import Collections
+from pgrealtime.config import CollectionLoginConfig, LoginConfig
+from pgrealtime.errors import AuthError, Problem
+
+_WORKERS = max(1, min(4, (os.cpu_count() or 1) - 1))
+"""Threads that hash. One processor is left to delivery where there is more than one."""
+
+_MOST_WAITING = 64
+"""Passwords waiting for a thread. At 50 ms each the last one waits for a few seconds; beyond, the
+client is told to come back rather than to wait longer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """What somebody claims to be and to know."""
+
+    identity: str
+    password: str = field(repr=False)
+    identity_field: str = ""
+    """The one field to look the identity up in; empty tries those configured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """Somebody who is logged in."""
+
+    account: Account
+    """With the whole row."""
+    token: str = field(repr=False)
+
+
+class Login:
+    """Passwords to tokens, and tokens to newer ones.
+
+    Args:
+        config: ``auth.login``.
+        accounts: Finds the rows.
+        clock: Unix seconds, for the ends of tokens.
+        stopwatch: Monotonic seconds, for counting attempts.
+    """
+
+    def __init__(
+        self,
+        config: LoginConfig,
+        accounts: Accounts,
+        *,
+        clock: Callable[[], float] = time.time,
+        stopwatch: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._accounts = accounts
+        self._clock = clock
+        self._stopwatch = stopwatch
+        self._attempts = Attempts(config.attempts_per_minute)
+        self._passwords = _Passwords()
+
+    async def with_password(self, users: Users, attempt: Attempt, address: str) -> Session:
+        """Return the session of whoever knows the password.
+
+        An unknown identity, a user without a usable hash and a wrong password get the same answer
+        after the same work.
+
+        Args:
+            users: Where people log in; ``login.password_hash`` is set.
+            attempt: Checked for form already.
+            address: Of the client. Failed attempts count against it and the identity together.
+
+        Raises:
+            AuthError: Code ``login_failed``, or ``login_refused``: too many attempts, or too many
+                passwords being checked already.
+            DatabaseUnreachableError: The users can't be looked up now.
+            SetupError: The users table can't be read as configured.
+        """
+        who = (address, attempt.identity.casefold())
+        if not self._attempts.admit(who, self._stopwatch()):
+            raise AuthError("too many attempts", code="login_refused")
+        account = await self._find(users, attempt)
+        stored = None if account is None else account.password_hash
+        if not await self._passwords.check(attempt.password, stored) or account is None:
+            raise AuthError("no such user, or another password", code="login_failed")
+        self._attempts.forget(who)
+        return Session(account=account, token=self._token(account))
+
+    async def refresh(self, users: Users, record_id: str, identity: Identity) -> Session:
+        """Return the session that goes on from a token that holds.
+
+        Only a refreshable token of our own becomes a new one; any other comes back as it is.
+
+        Args:
+            users: Where the token's user is kept.
+            record_id: Whom the token names.
+            identity: What the token was found to be.
+
+        Raises:
+            AuthError: Code ``account_unknown``: the user has gone in this moment.
+            DatabaseUnreachableError: The user can't be looked up now.
+            SetupError: The users table can't be read as configured.
+        """
+        account = await self._accounts.read(users, record_id)
+        if account is None:
+            raise AuthError("the token's user is unknown", code="account_unknown")
+        is_renewed = identity.is_own and identity.token.claims.get("refreshable") is True
+        token = self._token(account) if is_renewed else identity.token.text
+        return Session(account=account, token=token)
+
+    def close(self) -> None:
+        """Let the threads go; what they are at they finish."""
+        self._passwords.close()
+
+    async def _find(self, users: Users, attempt: Attempt) -> Account | None:
+        """The user of that identity, by the first of the fields that has one.
+
+        All fields are asked even so: how many were must not be seen from outside.
+        """
+        found: Account | None = None
+        for name in _fields_to_try(users.login, attempt):
+            shown = users.collection.by_name.get(name)
+            if shown is not None and shown.column is not None:
+                account = await self._accounts.find(users, shown.column, attempt.identity)
+                found = found or account
+        return found
+
+    def _token(self, account: Account) -> str:
+        key = account.token_key
+        assert key is not None  # whoever has a password hash has a key
+        return make_own(
+            collection_id=account.record.collection_id,
+            record_id=account.record.id,
+            key=key + self._config.secret,
+            expires_at=int(self._clock() + self._config.token_lifetime),
+        )
+
+
+def _fields_to_try(login: CollectionLoginConfig, attempt: Attempt) -> tuple[str, ...]:
+    """``email`` comes first for what looks like an address, and not at all for anything else."""
+    if attempt.identity_field:
+        return (attempt.identity_field,)
+    others = tuple(name for name in login.identity if name != "email")
+    is_address = "@" in attempt.identity.strip("@")
+    return ("email", *others) if is_address and "email" in login.identity else others
+
+
+class _Passwords:
+    """Checks passwords off the event loop, a bounded number at a time."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_WORKERS, thread_name_prefix="passwords")
+        self._waiting = 0
+        self._decoy = first_decoy()
+
+    async def check(self, password: str, stored: str | None) -> bool:
+        """Whether the password makes the stored hash.
+
+        Where there is no hash that can be checked a decoy is, of the scheme and cost of the last
+        password that was right: what most users have.
+
+        Raises:
+            AuthError: Code ``login_refused``: too many wait already.
+        """
+        known = None if stored is None else read_hash(stored)
+        verdict = None if known is None else await self._run(password, known)
+        if known is None or verdict is None:
+            await self._run(password, self._decoy)
+            return False
+        if verdict:
+            self._decoy = decoy_like(known)
+        return verdict
+
+    async def _run(self, password: str, stored: StoredHash) -> bool | None:
+        if self._waiting >= _WORKERS + _MOST_WAITING:
+            raise AuthError("too many passwords are being checked", code="login_refused")
+        self._waiting += 1
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(self._threads, is_correct, password, stored)
+        work.add_done_callback(self._finished)
+        # Shielded: who hangs up doesn't make room before the thread is free.
+        return await asyncio.shield(work)
+
+    def _finished(self, _: asyncio.Future[bool | None]) -> None:
+        self._waiting -= 1
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def login_problems(
+    logins: Mapping[str, CollectionLoginConfig], collections: Collections
+) -> Iterator[Problem]:
+    """Yield what keeps people from logging in as configured.
+
+    Args:
+        logins: ``collections.X.login`` by X.
+        collections: As built.
+    """
+    for name, login in logins.items():
+        collection = collections.get(name)
+        if collection is None or not login.password_hash:
+            continue
+        path = f"collections.{name}.login"
+        if collection.type != "auth":
+            yield Problem(path, "people log in to auth collections only", "set type: auth")
+        for key in ("password_hash", "token_key"):
+            column = getattr(login, key)
+            if column and collection.table.column(column) is None:
+                table = collection.table.name
+                yield Problem(f"{path}.{key}", f'there is no column "{column}" in "{table}"')
+        for identity in login.identity:
+            shown = collection.by_name.get(identity)
+            if shown is None or shown.column is None or shown.is_secret:
+                yield Problem(f"{path}.identity", f'there is no field "{identity}" to log in by')
