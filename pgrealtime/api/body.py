@@ -66,7 +66,7 @@ class _Draft:
 def _from_json(body: bytes) -> SubscribeCall:
     """Read the first value; what follows it is nobody's business. Case doesn't matter here."""
     draft = _Draft()
-    _read_into(draft, JsonReader(body), spelled=_folded)
+    _read_into(draft, JsonReader(body), spelled=folded)
     return draft.finished()
 
 
@@ -105,7 +105,7 @@ def _read_into(draft: _Draft, reader: JsonReader, *, spelled: Callable[[str], st
         if member in seen:
             raise JsonError("repeated member")
         if member == spelled("clientId"):
-            draft.client_id = _string_or_empty(reader)
+            draft.client_id = string_or_empty(reader)
         elif member == spelled("subscriptions"):
             draft.subscriptions = _strings_or_empty(reader)
         else:
@@ -114,7 +114,7 @@ def _read_into(draft: _Draft, reader: JsonReader, *, spelled: Callable[[str], st
         seen.add(member)
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
     """Return a member's name as ``encoding/json/v2`` compares it without case.
 
     Hyphens and underscores don't count either; of the letters that fold to ASCII only the long s
@@ -123,21 +123,22 @@ def _folded(name: str) -> str:
     return name.replace("-", "").replace("_", "").replace("\u017f", "s").lower()
 
 
-def _string_or_empty(reader: JsonReader) -> str:
+def string_or_empty(reader: JsonReader) -> str:
+    """Return a string, empty for null."""
     return "" if reader.null() else reader.string()
 
 
 def _strings_or_empty(reader: JsonReader) -> list[str]:
-    return [] if reader.null() else [_string_or_empty(reader) for _ in reader.elements()]
+    return [] if reader.null() else [string_or_empty(reader) for _ in reader.elements()]
 
 
 def faults_of(call: SubscribeCall) -> Faults:
     """Return everything that is wrong with a call, empty if nothing is. Lengths are in bytes."""
     faults: dict[str, Fault | Faults] = {}
     if not call.client_id:
-        faults["clientId"] = _BLANK
+        faults["clientId"] = BLANK
     elif len(call.client_id.encode()) > _LONGEST_CLIENT_ID:
-        faults["clientId"] = _out_of_range(1, _LONGEST_CLIENT_ID)
+        faults["clientId"] = out_of_range(1, _LONGEST_CLIENT_ID)
     if len(call.subscriptions) > _MOST_SUBSCRIPTIONS:
         faults["subscriptions"] = _too_long(_MOST_SUBSCRIPTIONS)
     elif too_long := {
@@ -149,10 +150,12 @@ def faults_of(call: SubscribeCall) -> Faults:
     return faults
 
 
-_BLANK: Final = Fault("validation_required", Text("Cannot be blank.", "缺少必填值。"))
+BLANK: Final = Fault("validation_required", Text("Cannot be blank.", "缺少必填值。"))
+"""What is wrong with a member that must be there."""
 
 
-def _out_of_range(least: int, most: int) -> Fault:
+def out_of_range(least: int, most: int) -> Fault:
+    """Return what is wrong with a text that is too short or too long, in bytes."""
     return Fault(
         "validation_length_out_of_range",
         Text(
