@@ -63,6 +63,10 @@ TOO_SLOW: Final = Problem(408, Text("Request timeout.", "请求超时。"))
 TOO_LARGE: Final = Problem(413, Text("Request entity too large.", "请求体过大。"))
 INTERNAL: Final = Problem(500, _SOMETHING_WENT_WRONG)
 
+_UNAVAILABLE: Final = Problem(
+    503, Text("Realtime is temporarily unavailable.", "实时服务暂时不可用。")
+)
+
 _BY_CODE: Final[Mapping[str, Problem]] = {
     "body_unreadable": UNREADABLE,
     "client_unknown": Problem(
@@ -76,14 +80,25 @@ _BY_CODE: Final[Mapping[str, Problem]] = {
             "当前请求和之前的请求授权不匹配。",
         ),
     ),
-    "stream_away": Problem(
-        503, Text("Realtime is temporarily unavailable.", "实时服务暂时不可用。")
-    ),
+    "stream_away": _UNAVAILABLE,
+    "database_unreachable": _UNAVAILABLE,
 }
+
+
+class RefusedError(PgRealtimeError):
+    """A request that gets this answer, found out on the way."""
+
+    code = "request_refused"
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.text.en)
+        self.problem = problem
 
 
 def problem_of(error: PgRealtimeError) -> Problem:
     """Return what the client is told of this error; an unforeseen code is our own failure."""
+    if isinstance(error, RefusedError):
+        return error.problem
     return _BY_CODE.get(error.error_code, INTERNAL)
 
 

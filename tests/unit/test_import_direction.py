@@ -14,7 +14,9 @@ import pgrealtime
 
 _PACKAGE = Path(pgrealtime.__file__).parent
 
-_FLOOR = ("errors", "lsn", "units", "json_reader", "changes", "sources", "config")
+_FLOOR = (
+    *("errors", "lsn", "units", "json_reader", "query_string", "changes", "sources", "config"),
+)
 """What every room stands on."""
 
 _ALLOWED: dict[str, tuple[str, ...]] = {
@@ -23,6 +25,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "lsn": (),
     "units": (),
     "json_reader": (),
+    "query_string": (),
     "changes": ("lsn",),
     "sources": ("errors",),
     "config": ("errors", "sources", "units"),
@@ -41,7 +44,8 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
         *(*_FLOOR, "catalog.model", "collections", "rules", "records"),
         *("auth.principal", "changelog.base", "observe"),
     ),
-    "api": (*_FLOOR, "collections", "auth", "hub", "observe"),
+    # Answers are trimmed by the same "fields" as records.
+    "api": (*_FLOOR, "collections", "records", "auth", "hub", "observe"),
     "run": ("",),
     "operate": ("",),
     "demo": ("",),
@@ -55,12 +59,13 @@ _NOT_FOR_OTHERS = ("run", "operate", "demo", "cli", "__main__")
 """The top: nothing below imports it."""
 
 _PURE = (
-    *("errors", "lsn", "units", "json_reader", "changes", "collections", "catalog.model"),
+    *("errors", "lsn", "units", "json_reader", "query_string", "changes"),
+    *("collections", "catalog.model"),
     *("wal.wire", "wal.message", "wal.wal2json", "wal.pgoutput", "wal.assembler", "wal.feedback"),
     *("changelog.base", "changelog.memory", "rules", "records"),
     *("auth.principal", "auth.token", "auth.passwords"),
     *("hub.topic", "hub.registry", "hub.match", "hub.frame", "hub.send_buffer"),
-    "api.problems",
+    *("api.problems", "api.body", "api.forms", "api.cors"),
 )
 """Code without loop, socket, clock and log; what keeps state does so without touching the world."""
 

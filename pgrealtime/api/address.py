@@ -1,0 +1,58 @@
+"""Which client a request comes from, when proxies stand in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from typing import TypeAlias
+
+from aiohttp import web
+
+Network: TypeAlias = IPv4Network | IPv6Network
+Address: TypeAlias = IPv4Address | IPv6Address
+
+
+def peer_address(request: web.Request) -> str:
+    """Return the address at the other end of the TCP connection; empty over a Unix socket."""
+    name = request.transport and request.transport.get_extra_info("peername")
+    return str(name[0]) if isinstance(name, tuple) else ""
+
+
+def client_address(request: web.Request, trusted: Sequence[Network]) -> str:
+    """Return the address that subscribe calls of one client must share."""
+    forwarded_for = request.headers.getall("X-Forwarded-For", [])
+    return seen_through(peer_address(request), forwarded_for, trusted)
+
+
+def seen_through(peer: str, forwarded_for: Sequence[str], trusted: Sequence[Network]) -> str:
+    """Return the address of the client behind the proxies.
+
+    Args:
+        peer: Of the TCP connection; empty over a Unix socket.
+        forwarded_for: Values of the ``X-Forwarded-For`` headers, in order.
+        trusted: Networks of the proxies whose word counts.
+
+    Each proxy appends whom it heard from, so the list is read from its end, for as long as the
+    one who wrote the entry is trusted. The first address that isn't a proxy's is the client.
+    """
+    address = _parse(peer)
+    entries = [entry.strip() for value in forwarded_for for entry in value.split(",")]
+    while entries and address is not None and any(address in network for network in trusted):
+        before = _parse(entries.pop())
+        if before is None:
+            break
+        address = before
+    return peer if address is None else address.exploded
+
+
+def _parse(text: str) -> Address | None:
+    """Return an address that may carry a port, or None; IPv4 within IPv6 is IPv4."""
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return None
+    return (isinstance(address, IPv6Address) and address.ipv4_mapped) or address

@@ -1,0 +1,26 @@
+"""JSON answers: the query parameter ``fields`` trims every one that isn't an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+from aiohttp import web
+
+from pgrealtime.api.problems import UNREADABLE, RefusedError
+from pgrealtime.records.pick import parse_fields, pick_of
+from pgrealtime.records.values import Json
+
+
+def json_answer(request: web.Request, members: Mapping[str, Json]) -> web.Response:
+    """Return a 200 whose object has the members in this order.
+
+    Raises:
+        RefusedError: ``fields`` can't be read.
+    """
+    fields = parse_fields(request.query.get("fields", ""))
+    if fields is None:
+        raise RefusedError(UNREADABLE)
+    picks = ((name, value, pick_of(fields, name)) for name, value in members.items())
+    picked = {name: pick(value) for name, value, pick in picks if pick is not None}
+    return web.Response(body=msgspec.json.encode(picked), content_type="application/json")

@@ -1,0 +1,52 @@
+"""``/api/health`` in PocketBase's shape (protocol, 9.4): whether somebody is there to answer."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from aiohttp import web
+
+from pgrealtime.api.address import client_address
+from pgrealtime.api.answers import json_answer
+from pgrealtime.auth.authenticator import Authenticator
+from pgrealtime.auth.principal import Superuser
+from pgrealtime.config import ServerConfig
+from pgrealtime.errors import PgRealtimeError
+from pgrealtime.records.values import Json
+
+_PROXY_HEADERS: Final = ("CF-Connecting-IP", "Fly-Client-IP", "X-Forwarded-For")
+
+
+class Health:
+    """The handler.
+
+    Args:
+        authenticator: Superusers are told more.
+        server: Whose proxies are believed.
+    """
+
+    def __init__(self, authenticator: Authenticator, server: ServerConfig) -> None:
+        self._authenticator = authenticator
+        self._trusted = server.trusted_proxies
+
+    async def check(self, request: web.Request) -> web.StreamResponse:
+        """Answer."""
+        return json_answer(
+            request,
+            {"message": "API is healthy.", "code": 200, "data": await self._data(request)},
+        )
+
+    async def _data(self, request: web.Request) -> dict[str, Json]:
+        try:
+            caller = await self._authenticator.authenticate(request.headers.get("Authorization"))
+        except PgRealtimeError:
+            return {}  # who it is can't be found out now, and health isn't about that
+        if not isinstance(caller.principal, Superuser):
+            return {}
+        return {
+            "canBackup": True,
+            "realIP": client_address(request, self._trusted),
+            "possibleProxyHeader": next(
+                (name for name in _PROXY_HEADERS if request.headers.get(name)), ""
+            ),
+        }

@@ -1,0 +1,182 @@
+"""``/api/collections/COLL/auth-…``: logging in and staying so, on an existing users table."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from aiohttp import web
+from msgspec import Raw
+
+from pgrealtime.api.answers import json_answer
+from pgrealtime.api.login_body import UNREADABLE, LoginCall, check, read_login
+from pgrealtime.api.problems import TOO_LARGE, TOO_SLOW, Problem, RefusedError, Text
+from pgrealtime.auth.account import Account, Users
+from pgrealtime.auth.authenticator import Authenticator, Identity
+from pgrealtime.auth.login import Attempt, Login, Session
+from pgrealtime.auth.principal import AuthRecord
+from pgrealtime.collections import Collection
+from pgrealtime.errors import AuthError
+from pgrealtime.records.encode import Nulls, RecordEncoder, View, encoder
+
+_BODY_SECONDS: Final = 60.0
+
+_NO_COLLECTION: Final = Problem(
+    404, Text("Missing or invalid collection context.", "缺少或无效的集合上下文。")
+)
+_NO_AUTH_COLLECTION: Final = Problem(
+    404, Text("Missing or invalid auth collection context.", "缺少或无效的认证集合上下文。")
+)
+_NO_PASSWORDS: Final = Problem(
+    403,
+    Text(
+        "The collection is not configured to allow password authentication.",
+        "该集合未配置为允许密码认证。",
+    ),
+)
+_FAILED: Final = Problem(400, Text("Failed to authenticate.", "身份验证失败。"))
+_TOO_MANY: Final = Problem(429, Text("Too Many Requests.", "请求过多。"))
+_NO_TOKEN: Final = Problem(
+    401,
+    Text("The request requires valid record authorization token.", "请求需要有效的记录授权令牌。"),
+)
+
+
+class LoginRoutes:
+    """The handlers.
+
+    Args:
+        login: Checks passwords and makes tokens.
+        authenticator: Knows the collections and who a token means.
+        address_of: The client's address, proxies considered.
+        nulls: As in the records of events.
+    """
+
+    def __init__(
+        self,
+        login: Login,
+        authenticator: Authenticator,
+        *,
+        address_of: Callable[[web.Request], str],
+        nulls: Nulls,
+    ) -> None:
+        self._login = login
+        self._authenticator = authenticator
+        self._address_of = address_of
+        self._nulls = nulls
+
+    def add_to(self, router: web.UrlDispatcher, base_path: str = "") -> None:
+        """Add the routes."""
+        path = f"{base_path}/api/collections/{{collection}}"
+        router.add_get(f"{path}/auth-methods", self.methods)
+        router.add_post(f"{path}/auth-with-password", self.with_password)
+        router.add_post(f"{path}/auth-refresh", self.refresh)
+
+    async def methods(self, request: web.Request) -> web.Response:
+        """Say how people of the collection can log in."""
+        login = self._auth_users(request).login
+        is_enabled = bool(login.password_hash)
+        names = list(login.identity) if is_enabled else []
+        off = {"enabled": False, "duration": 0}
+        return json_answer(
+            request,
+            {
+                "password": {"identityFields": names, "enabled": is_enabled},
+                "oauth2": {"providers": [], "enabled": False},
+                "mfa": off,
+                "otp": off,
+                # What SDKs before 0.23 read.
+                "authProviders": [],
+                "usernamePassword": "username" in names,
+                "emailPassword": "email" in names,
+            },
+        )
+
+    async def with_password(self, request: web.Request) -> web.Response:
+        """Log in."""
+        users = self._auth_users(request)
+        if not users.login.password_hash:
+            raise RefusedError(_NO_PASSWORDS)
+        call = await _read(request)
+        check(call, users.login.identity)
+        attempt = Attempt(
+            identity=call.identity, password=call.password, identity_field=call.identity_field
+        )
+        try:
+            session = await self._login.with_password(users, attempt, self._address_of(request))
+        except AuthError as error:
+            is_busy = error.error_code == "login_refused"
+            raise RefusedError(_TOO_MANY if is_busy else _FAILED) from error
+        return self._answer(request, session)
+
+    async def refresh(self, request: web.Request) -> web.Response:
+        """Give whoever has a token that holds the record, and if possible a newer token."""
+        users = self._users(request)
+        identity = await self._identify(request)
+        match identity.caller.principal:
+            case AuthRecord(collection_id=collection, id=record_id) if (
+                collection == users.collection.id
+            ):
+                pass
+            case AuthRecord(collection_name=name):
+                raise RefusedError(_of_another_collection(name))
+            case _:
+                raise RefusedError(_of_another_collection("_superusers"))
+        try:
+            return self._answer(request, await self._login.refresh(users, record_id, identity))
+        except AuthError as error:
+            raise RefusedError(_NO_TOKEN) from error
+
+    async def _identify(self, request: web.Request) -> Identity:
+        try:
+            return await self._authenticator.identify(request.headers.get("Authorization"))
+        except AuthError as error:
+            raise RefusedError(_NO_TOKEN) from error
+
+    def _users(self, request: web.Request) -> Users:
+        users = self._authenticator.users(request.match_info["collection"])
+        if users is None:
+            raise RefusedError(_NO_COLLECTION)
+        return users
+
+    def _auth_users(self, request: web.Request) -> Users:
+        users = self._users(request)
+        if users.collection.type != "auth":
+            raise RefusedError(_NO_AUTH_COLLECTION)
+        return users
+
+    def _answer(self, request: web.Request, session: Session) -> web.Response:
+        record = Raw(self._encoder(session.account.users.collection)(session.account.row))
+        return json_answer(request, {"record": record, "token": session.token})
+
+    def _encoder(self, collection: Collection) -> RecordEncoder:
+        """The person's own record: the e-mail address is there whatever its visibility."""
+        return encoder(collection, nulls=self._nulls, view=View(sees_email=True))
+
+
+def _of_another_collection(name: str) -> Problem:
+    return Problem(
+        403,
+        Text(
+            f"The request requires auth record from {name} collection.",
+            f"请求需要来自 {name} 集合的认证记录。",
+        ),
+    )
+
+
+async def _read(request: web.Request) -> LoginCall:
+    if not request.body_exists or request.content_length == 0:
+        return LoginCall()
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            # aiohttp's own bound of 1 MiB: two texts of 255 bytes are no longer in any encoding.
+            body = await request.read()
+    except TimeoutError as error:
+        raise RefusedError(TOO_SLOW) from error
+    except web.HTTPRequestEntityTooLarge as error:
+        raise RefusedError(TOO_LARGE) from error
+    except web.RequestPayloadError as error:
+        raise RefusedError(UNREADABLE) from error
+    content_type = request.headers.get("Content-Type", "")
+    return read_login(content_type, body, request.rel_url.raw_query_string.encode())

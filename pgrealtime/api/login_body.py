@@ -1,0 +1,113 @@
+"""The body of a login: from bytes to a checked ``LoginCall``, as the subscribe call's is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from pgrealtime.api.body import BLANK, folded, out_of_range, string_or_empty
+from pgrealtime.api.forms import FormError, form_pairs
+from pgrealtime.api.problems import Fault, Faults, Problem, RefusedError, Text
+from pgrealtime.json_reader import JsonError, JsonReader
+
+_FORMS: Final = ("multipart/form-data", "application/x-www-form-urlencoded")
+_LONGEST: Final = 255
+"""Bytes of an identity and of a password."""
+
+UNREADABLE: Final = Problem(
+    400,
+    Text("An error occurred while loading the submitted data.", "加载提交的数据时出错。"),
+)
+_UNKNOWN_TYPE: Final = Problem(400, Text("Unsupported Content-Type.", "不支持的 Content-Type。"))
+_NOT_ONE_OF_THEM: Final = Fault(
+    "validation_in_invalid", Text("Must be a valid value.", "必须是有效的值。")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoginCall:
+    """What a client submitted, as it submitted it."""
+
+    identity: str = ""
+    password: str = field(default="", repr=False)
+    identity_field: str = ""
+
+
+_MEMBERS: Final = {
+    "identity": "identity",
+    "password": "password",
+    "identityField": "identity_field",
+}
+
+
+def read_login(content_type: str, body: bytes, query: bytes) -> LoginCall:
+    """Return what the body says; see ``body.read_call``, whose readers these are.
+
+    Raises:
+        RefusedError: It can't be read, or is of a type that isn't known.
+    """
+    try:
+        if content_type.startswith("application/json"):
+            return LoginCall(**_members(JsonReader(body), folded))
+        if content_type.startswith(_FORMS):
+            return LoginCall(**_from_form(form_pairs(content_type, body, query)))
+    except (JsonError, FormError) as error:
+        raise RefusedError(UNREADABLE) from error
+    raise RefusedError(_UNKNOWN_TYPE)
+
+
+def _members(reader: JsonReader, spelled: Callable[[str], str]) -> dict[str, str]:
+    if reader.null():
+        return {}
+    known = {spelled(name): attribute for name, attribute in _MEMBERS.items()}
+    found: dict[str, str] = {}
+    for name in reader.members():
+        attribute = known.get(spelled(name))
+        if attribute is None:
+            reader.skip()
+        elif attribute in found:
+            raise JsonError("repeated member")
+        else:
+            found[attribute] = string_or_empty(reader)
+    return found
+
+
+def _from_form(pairs: list[tuple[bytes, bytes]]) -> dict[str, str]:
+    """The first value of each key counts; ``@jsonPayload`` holds members that overwrite them."""
+    found: dict[str, str] = {}
+    for name, value in pairs:
+        attribute = _MEMBERS.get(name.decode(errors="replace"))
+        if attribute is not None:
+            found.setdefault(attribute, value.decode(errors="replace"))
+    for name, value in pairs:
+        if name == b"@jsonPayload":
+            reader = JsonReader(value)
+            found |= _members(reader, str)
+            reader.end()
+    return found
+
+
+def check(call: LoginCall, identity_fields: Collection[str]) -> None:
+    """Let pass what can be tried.
+
+    Args:
+        call: As read.
+        identity_fields: What people of this collection log in by.
+
+    Raises:
+        RefusedError: With everything that is wrong.
+    """
+    texts: Mapping[str, str] = {"identity": call.identity, "password": call.password}
+    faults: Faults = {
+        name: BLANK if not text else out_of_range(1, _LONGEST)
+        for name, text in texts.items()
+        if not 0 < len(text.encode()) <= _LONGEST
+    }
+    if call.identity_field and call.identity_field not in identity_fields:
+        faults = {**faults, "identityField": _NOT_ONE_OF_THEM}
+    if faults:
+        message = Text(
+            "An error occurred while validating the submitted data.", "验证提交的数据时出错。"
+        )
+        raise RefusedError(Problem(400, message, faults))
