@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final
 
 from aiohttp import web
 from msgspec import Raw
@@ -12,13 +12,14 @@ from msgspec import Raw
 from pgrealtime.api.answers import json_answer
 from pgrealtime.api.login_body import UNREADABLE, LoginCall, check, read_login
 from pgrealtime.api.problems import TOO_LARGE, TOO_SLOW, Problem, RefusedError, Text
-from pgrealtime.auth.account import Account, Users
+from pgrealtime.auth.account import Users
 from pgrealtime.auth.authenticator import Authenticator, Identity
 from pgrealtime.auth.login import Attempt, Login, Session
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.collections import Collection
 from pgrealtime.errors import AuthError
 from pgrealtime.records.encode import Nulls, RecordEncoder, View, encoder
+from pgrealtime.records.values import Json
 
 _BODY_SECONDS: Final = 60.0
 
@@ -77,8 +78,8 @@ class LoginRoutes:
         """Say how people of the collection can log in."""
         login = self._auth_users(request).login
         is_enabled = bool(login.password_hash)
-        names = list(login.identity) if is_enabled else []
-        off = {"enabled": False, "duration": 0}
+        names: list[Json] = [*login.identity] if is_enabled else []
+        off: dict[str, Json] = {"enabled": False, "duration": 0}
         return json_answer(
             request,
             {

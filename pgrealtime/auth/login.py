@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -17,9 +17,8 @@ from pgrealtime.auth.attempts import Attempts
 from pgrealtime.auth.authenticator import Identity
 from pgrealtime.auth.passwords import StoredHash, decoy_like, first_decoy, is_correct, read_hash
 from pgrealtime.auth.token import make_own
-from pgrealtime.collections import Collections
 from pgrealtime.config import CollectionLoginConfig, LoginConfig
-from pgrealtime.errors import AuthError, Problem
+from pgrealtime.errors import AuthError
 
 _WORKERS = max(1, min(4, (os.cpu_count() or 1) - 1))
 """Threads that hash. One processor is left to delivery where there is more than one."""
@@ -200,30 +199,3 @@ class _Passwords:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-def login_problems(
-    logins: Mapping[str, CollectionLoginConfig], collections: Collections
-) -> Iterator[Problem]:
-    """Yield what keeps people from logging in as configured.
-
-    Args:
-        logins: ``collections.X.login`` by X.
-        collections: As built.
-    """
-    for name, login in logins.items():
-        collection = collections.get(name)
-        if collection is None or not login.password_hash:
-            continue
-        path = f"collections.{name}.login"
-        if collection.type != "auth":
-            yield Problem(path, "people log in to auth collections only", "set type: auth")
-        for key in ("password_hash", "token_key"):
-            column = getattr(login, key)
-            if column and collection.table.column(column) is None:
-                table = collection.table.name
-                yield Problem(f"{path}.{key}", f'there is no column "{column}" in "{table}"')
-        for identity in login.identity:
-            shown = collection.by_name.get(identity)
-            if shown is None or shown.column is None or shown.is_secret:
-                yield Problem(f"{path}.identity", f'there is no field "{identity}" to log in by')
