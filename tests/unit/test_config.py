@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgrealtime.config import Config, _parse, _refuse_secret_file, load, parse, read
+from pgrealtime.config import Config, Section, _parse, _refuse_secret_file, load, parse, read
 from pgrealtime.errors import ConfigError, Problem
 from pgrealtime.sources import read_yaml
 
@@ -436,3 +437,45 @@ def test_any_text_is_a_configuration_or_a_list_of_problems(text: str) -> None:
 def test_examples_load(path: Path) -> None:
     environ = {"APP_JWT_SECRET": "x" * 32, "LOGIN_SECRET": "y" * 32}
     assert load(path, environ).collections
+
+
+def test_the_annotated_example_has_every_key_and_the_defaults_it_claims() -> None:
+    """It is the reference of the configuration."""
+    text = (Path(__file__).parents[2] / "config" / "pgrealtime.yaml").read_text(encoding="utf-8")
+    example = read_yaml(text).value
+    assert isinstance(example, dict)
+
+    assert keys_of(Config) - keys_in(Config, example) == set()
+    environ = {"APP_JWT_SECRET": "x" * 32}
+    assert parse(example, environ).model_copy(
+        update={"collections": {}, "auth": parse({}).auth}
+    ) == parse({})
+
+
+def keys_of(section: type[Section], prefix: str = "") -> set[str]:
+    """Every key there can be, ``*`` for names and places that the operator makes up."""
+    found: set[str] = set()
+    for name, info in section.model_fields.items():
+        inner, star = below(info.annotation)
+        found.add(f"{prefix}{name}")
+        found |= keys_of(inner, f"{prefix}{name}{star}.") if inner is not None else set()
+    return found
+
+
+def keys_in(section: type[Section], value: dict[str, Any], prefix: str = "") -> set[str]:
+    found: set[str] = set()
+    for name, held in value.items():
+        inner, star = below(section.model_fields[name].annotation)
+        found.add(f"{prefix}{name}")
+        if inner is not None:
+            items = held.values() if isinstance(held, dict) else held
+            for one in items if star else [held]:
+                found |= keys_in(inner, one, f"{prefix}{name}{star}.")
+    return found
+
+
+def below(annotation: object) -> tuple[type[Section] | None, str]:
+    """The section that a key holds, and ``.*`` if it holds several."""
+    candidates = [annotation, *get_args(annotation)]
+    sections = [one for one in candidates if isinstance(one, type) and issubclass(one, Section)]
+    return (sections[0] if sections else None), ("" if annotation in sections else ".*")
