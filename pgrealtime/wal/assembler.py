@@ -63,34 +63,35 @@ class TransactionAssembler:
         """
         self._size += size
         match message:
-            case RowChange() | Truncated() if self._xid is not None:
-                self._take(message)
+            case RowChange(change=change, leaf=leaf) if self._xid is not None:
+                if self._size > self._max_size:
+                    self._drop().add(change.table)
+                elif leaf is None:
+                    self._changes.append(change)
+                else:
+                    self._take_of_partition(change, leaf)
                 return None
             case Commit() if self._xid is not None:
                 return self._finish(self._xid, message)
             case Begin(xid=xid) if self._xid is None:
                 self._xid, self._size = xid, size
                 return None
+            case Truncated(tables=tables) if self._xid is not None:
+                if self._size > self._max_size:
+                    self._drop().update(tables)
+                else:
+                    self._truncate(tables)
+                return None
             case _:
-                raise UnexpectedMessageError(
-                    f"{type(message).__name__} came "
-                    + ("inside" if self.is_open else "outside")
-                    + " a transaction"
-                )
+                place = "inside" if self.is_open else "outside"
+                raise UnexpectedMessageError(f"{type(message).__name__} came {place} a transaction")
 
-    def _take(self, message: RowChange | Truncated) -> None:
-        if self._tables is None and self._size > self._max_size:
+    def _drop(self) -> set[TableName]:
+        """Let go of the rows; return the tables that changed, to be added to."""
+        if self._tables is None:
             self._tables = {change.table for change in self._changes}
             self._changes, self._left = [], {}
-        match message:
-            case _ if self._tables is not None:
-                self._tables.update(_tables(message))
-            case Truncated(tables=tables):
-                self._truncate(tables)
-            case RowChange(change=change, leaf=leaf) if leaf != change.table:
-                self._take_of_partition(change, leaf)
-            case RowChange(change=change):
-                self._changes.append(change)
+        return self._tables
 
     def _truncate(self, tables: tuple[TableName, ...]) -> None:
         """Add each table once per run of truncates: a partitioned one comes leaf by leaf."""
@@ -134,14 +135,6 @@ class TransactionAssembler:
 
 def _is_truncate(change: Change) -> TypeGuard[Truncate]:
     return isinstance(change, Truncate)
-
-
-def _tables(message: RowChange | Truncated) -> tuple[TableName, ...]:
-    match message:
-        case RowChange(change=change):
-            return (change.table,)
-        case Truncated(tables=tables):
-            return tables
 
 
 def default_record_keys(tables: Collection[Table]) -> RecordKeys:

@@ -19,11 +19,11 @@ class Begin(Struct, frozen=True, gc=False):
 
 
 class RowChange(Struct, frozen=True):
-    """One row's change, already under the root's name, and the leaf that held the row."""
+    """One row's change, already under the root's name."""
 
     change: Insert | Update | Delete
-    leaf: TableName
-    """The same as the change's table, unless that is partitioned."""
+    leaf: TableName | None
+    """The partition that holds the row, or held it; None if the table isn't partitioned."""
 
 
 class Truncated(Struct, frozen=True):
@@ -61,15 +61,14 @@ class Source(Struct, frozen=True):
 
     root: TableName
     """The name its changes go by."""
-    leaf: TableName
+    leaf: TableName | None
+    """Its own name where that is another. A leaf may order its columns differently."""
     names: tuple[str, ...]
     """The root's columns in order."""
     is_full: bool
     """Whether the old row is logged whole."""
     identity_width: int
     """How many columns of the old row are logged."""
-    is_leaf: bool
-    """A leaf may order its columns differently from the root."""
 
     def in_order(self, row: Row) -> Row:
         """Return the row in the root's column order; columns that the catalogue lacks come last."""
@@ -92,14 +91,13 @@ class Source(Struct, frozen=True):
 def sources(tables: Collection[Table]) -> Mapping[TableName, Source]:
     """Return how each table, and each leaf of a partitioned one, appears in the stream."""
     return {
-        leaf: Source(
+        name: Source(
             root=table.name,
-            leaf=leaf,
+            leaf=None if name == table.name else name,
             names=tuple(column.name for column in table.columns),
             is_full=table.replica_identity is ReplicaIdentity.FULL,
             identity_width=len(table.identity_columns),
-            is_leaf=leaf != table.name,
         )
         for table in tables
-        for leaf in (table.name, *table.leaves)
+        for name in (table.name, *table.leaves)
     }

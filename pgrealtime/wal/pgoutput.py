@@ -195,7 +195,7 @@ def _row(data: bytes, at: int, names: tuple[str, ...]) -> tuple[Row, int]:
 
 
 def _ordered(row: Row, source: Source) -> Row:
-    return source.in_order(row) if source.is_leaf else row
+    return row if source.leaf is None else source.in_order(row)
 
 
 def options(publication: str) -> dict[str, str]:

@@ -46,6 +46,9 @@ _CONNECT_DEFAULTS = {
     "keepalives_idle": "30",
 }
 
+NOWHERE = LSN(0)
+"""Where to start a slot that knows better: a lower position than its own is raised to that."""
+
 _WAIT_SECONDS = 2.0
 """A slot that takes longer than this to make waits for somebody: say for whom."""
 

@@ -32,7 +32,7 @@ from pgrealtime.wal import slot as slots
 from pgrealtime.wal.assembler import RecordKeys, TransactionAssembler, default_record_keys
 from pgrealtime.wal.feedback import MOVE_SECONDS, Feedback
 from pgrealtime.wal.message import Commit, Decoder
-from pgrealtime.wal.slot import Connection, Slot, SlotWait, SystemIdentity
+from pgrealtime.wal.slot import Connection, Plugin, ServerFacts, Slot, SlotWait, SystemIdentity
 from pgrealtime.wal.wire import PrimaryKeepalive, StandbyStatusUpdate, format_status, parse_message
 
 Batch = list[Transaction | Oversized]
@@ -76,12 +76,14 @@ class WalStream:
         connection: Connection,
         slot: Slot,
         decoder: Decoder,
-        assembler: TransactionAssembler,
         *,
+        tables: Collection[Table],
+        facts: ServerFacts,
         system: SystemIdentity,
         reason: str,
         max_pause: float,
-        status_interval: float,
+        max_transaction_size: int,
+        record_keys: RecordKeys | None = None,
     ) -> None:
         self.plugin = slot.plugin
         self.reason = reason
@@ -98,8 +100,12 @@ class WalStream:
         # The property raises once the connection is lost, and the reader must go even then.
         self._socket = connection.pgconn.socket
         self._decoder = decoder
-        self._assembler = assembler
+        self._assembler = TransactionAssembler(
+            max_size=max_transaction_size,
+            record_keys={**default_record_keys(tables), **(record_keys or {})},
+        )
         self._max_pause = max_pause
+        status_interval = _status_interval(facts.wal_sender_timeout)
         self._feedback = Feedback(slot.start_lsn, interval=status_interval, now=self._loop.time())
         self._tick_seconds = min(status_interval, MOVE_SECONDS)
         self._reading = _Reading.ENDED
@@ -153,12 +159,11 @@ class WalStream:
         self._reading = _Reading.OPEN
         self._loop.add_reader(self._socket, self._on_readable)
 
-    def _cool(self) -> None:
-        """Come back in a moment, whether or not the socket wakes us: bytes may wait in TLS."""
-        if self._reading is _Reading.OPEN:
-            self._loop.remove_reader(self._socket)
-            self._reading = _Reading.COOLING
-            self._set("cooling", _COOLING_SECONDS, self._on_cooled)
+    def _cool(self, seconds: float) -> None:
+        """Come back later, whether or not the socket wakes us: bytes may wait in TLS."""
+        self._loop.remove_reader(self._socket)
+        self._reading = _Reading.COOLING
+        self._set("cooling", seconds, self._on_cooled)
 
     def _on_cooled(self) -> None:
         self._open()
@@ -181,54 +186,55 @@ class WalStream:
 
     def _on_readable(self) -> None:
         with self._guarded():
-            count = self._drain()
+            count, is_dry = self._drain()
             self._send(self._feedback.due(self._loop.time()))
             if self._batch:
                 self._changed.set()
             if self._batch_bytes > _QUEUE_BYTES:
                 self._pause()
+            elif not is_dry:
+                self._cool(0)
             elif count >= _LOAD_MESSAGES:
-                self._cool()
+                self._cool(_COOLING_SECONDS)
 
-    def _drain(self) -> int:
-        """Take what the socket holds; return how many messages that were."""
-        pgconn = self._pgconn
+    def _drain(self) -> tuple[int, bool]:
+        """Take what the socket holds; return how many messages that were and if it was all."""
+        pgconn, take = self._pgconn, self._take
         until = self._loop.time() + _SLICE_SECONDS
-        count = before = 0
+        count = 0
         while True:
             pgconn.consume_input()
             before = count
-            while True:
-                length, data = pgconn.get_copy_data(1)
-                if length <= 0:
-                    break
+            length, data = pgconn.get_copy_data(1)
+            while length > 0:
                 count += 1
-                self._take(data)
+                take(data)
+                length, data = pgconn.get_copy_data(1)
             if length < 0:
                 raise _end_of_stream(pgconn)
-            if count == before or self._loop.time() > until or self._batch_bytes > _QUEUE_BYTES:
+            is_dry = count == before
+            if is_dry or self._loop.time() > until or self._batch_bytes > _QUEUE_BYTES:
                 break
         if count:
             self.last_heard = time.monotonic()
-        return count
+        return count, is_dry
 
     def _take(self, data: memoryview) -> None:
         received = parse_message(data)
         if isinstance(received, PrimaryKeepalive):
             self._take_keepalive(received)
             return
-        message = self._decoder.decode(received.payload)
+        message = self._decoder.decode(received)
         if message is None:
             return
-        done = self._assembler.feed(message, len(received.payload))
+        done = self._assembler.feed(message, len(received))
         if done is not None:
             self._batch.append(done)
-            if isinstance(done, Transaction):
-                self._batch_bytes += done.size
+            self._batch_bytes += done.size if isinstance(done, Transaction) else 0
             self._feedback.handed(done.end_lsn)
+            self.wal_end = max(self.wal_end, done.end_lsn)
         elif isinstance(message, Commit):
             self._feedback.quiet(message.end_lsn)
-        if isinstance(message, Commit):
             self.wal_end = max(self.wal_end, message.end_lsn)
 
     def _take_keepalive(self, keepalive: PrimaryKeepalive) -> None:
@@ -352,33 +358,36 @@ async def open_stream(
         slot, reason = await slots.choose(
             connection, url, config, facts=facts, tables=tables, on_wait=on_wait
         )
-        match slot.plugin:
-            case "wal2json":
-                decoder: Decoder = wal2json.Wal2JsonDecoder(tables)
-                options = wal2json.options(tables)
-            case "pgoutput":
-                decoder = pgoutput.PgoutputDecoder(tables)
-                options = pgoutput.options(config.publication)
-        assembler = TransactionAssembler(
-            max_size=max_transaction_size,
-            record_keys={**default_record_keys(tables), **(record_keys or {})},
-        )
+        decoder, options = decoding(slot.plugin, tables, config)
         await slots.start(connection, slot, options)
         stream = WalStream(
             connection,
             slot,
             decoder,
-            assembler,
+            tables=tables,
+            facts=facts,
             system=system,
             reason=reason,
             max_pause=config.max_pause,
-            status_interval=_status_interval(facts.wal_sender_timeout),
+            max_transaction_size=max_transaction_size,
+            record_keys=record_keys,
         )
         stream.start()
         try:
             yield stream
         finally:
             stream.stop()
+
+
+def decoding(
+    plugin: Plugin, tables: Collection[Table], config: ReplicationConfig
+) -> tuple[Decoder, dict[str, str]]:
+    """Return the decoder for a plugin and the options of START_REPLICATION it counts on."""
+    match plugin:
+        case "wal2json":
+            return wal2json.Wal2JsonDecoder(tables), wal2json.options(tables)
+        case "pgoutput":
+            return pgoutput.PgoutputDecoder(tables), pgoutput.options(config.publication)
 
 
 def _status_interval(wal_sender_timeout: float) -> float:

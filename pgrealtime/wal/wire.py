@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from pgrealtime.errors import UnexpectedMessageError
 from pgrealtime.lsn import LSN
 
-_XLOG_DATA = struct.Struct("!cQQq")
+_XLOG_DATA = ord("w")
+_XLOG_HEADER_BYTES = 25
+_PRIMARY_KEEPALIVE = ord("k")
 _KEEPALIVE = struct.Struct("!cQqB")
 _STATUS = struct.Struct("!cQQQqB")
 
 UNIX_EPOCH_OFFSET = 946_684_800_000_000
 """Microseconds from the Unix epoch to PostgreSQL's, 2000-01-01 UTC."""
-
-
-class XLogData(NamedTuple):
-    """What the decoder says, and where in the WAL it stands."""
-
-    start: LSN
-    """The change's own position; of a commit the end of its record."""
-    payload: memoryview
-    """A view into the buffer it came in: gone with the next read."""
 
 
 class PrimaryKeepalive(NamedTuple):
@@ -44,27 +37,26 @@ class StandbyStatusUpdate(NamedTuple):
     """Asks the server for a keepalive at once."""
 
 
-ServerMessage: TypeAlias = XLogData | PrimaryKeepalive
+def parse_message(data: memoryview) -> memoryview | PrimaryKeepalive:
+    """Return what one CopyData payload from the server holds: decoder output, or a keepalive.
 
-
-def parse_message(data: memoryview) -> ServerMessage:
-    """Return what one CopyData payload from the server holds.
+    XLogData's own header is passed over: its positions are those of the change, which may lie
+    before others that were sent; what counts is the end of a commit, and the decoder tells that.
+    Decoder output is a view into the same buffer.
 
     Source: PostgreSQL documentation, "Streaming Replication Protocol".
 
     Raises:
         UnexpectedMessageError: It is of neither form.
     """
-    kind = bytes(data[:1])
-    if kind == b"w" and len(data) >= _XLOG_DATA.size:
-        _, start, _, _ = _XLOG_DATA.unpack_from(data)
-        return XLogData(LSN(start), data[_XLOG_DATA.size :])
-    if kind == b"k" and len(data) >= _KEEPALIVE.size:
+    if data and data[0] == _XLOG_DATA:
+        return data[_XLOG_HEADER_BYTES:]
+    if len(data) >= _KEEPALIVE.size and data[0] == _PRIMARY_KEEPALIVE:
         _, end, _, reply = _KEEPALIVE.unpack_from(data)
         return PrimaryKeepalive(LSN(end), bool(reply))
     raise UnexpectedMessageError(
         "the server sent something that is no replication message",
-        detail=f"Its kind is {kind!r}, its length {len(data)} bytes.",
+        detail=f"It begins with {bytes(data[:1])!r} and has {len(data)} bytes.",
     )
 
 
