@@ -16,7 +16,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool
 
 from pgrealtime import __version__
-from pgrealtime.api.app import build_app
+from pgrealtime.api.app import build_app, build_runner
 from pgrealtime.auth.account import Accounts
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.catalog.introspect import read_catalog
@@ -102,9 +102,7 @@ async def running(config: Config) -> AsyncIterator[Running]:
         tasks = await stack.enter_async_context(_tasks(relay, hub))
         stack.push_async_callback(hub.shutdown, config.server.shutdown_grace)
         authenticator = Authenticator(config.auth, collections, Accounts(pool))
-        runner = web.AppRunner(
-            build_app(hub, authenticator, config), handler_cancellation=True, access_log=None
-        )
+        runner = build_runner(build_app(hub, authenticator, config))
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         site = web.TCPSite(runner, config.server.host, config.server.port, backlog=4096)
