@@ -17,8 +17,10 @@ from psycopg_pool import AsyncConnectionPool
 
 from pgrealtime import __version__
 from pgrealtime.api.app import build_app, build_runner
+from pgrealtime.api.login import LoginRoutes
 from pgrealtime.auth.account import Accounts
 from pgrealtime.auth.authenticator import Authenticator
+from pgrealtime.auth.login import Login
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Catalog, Table
 from pgrealtime.changelog.memory import MemoryChangelog
@@ -99,10 +101,18 @@ async def running(config: Config) -> AsyncIterator[Running]:
             tables=[table.name for table in tables],
             max_size=config.changelog.max_size,
         )
-        tasks = await stack.enter_async_context(_tasks(relay, hub))
+        accounts = Accounts(pool)
+        logins = {name: collection.login for name, collection in config.collections.items()}
+        authenticator = Authenticator(config.auth, collections, accounts, logins=logins)
+        tasks = await stack.enter_async_context(_tasks(relay, hub, authenticator))
         stack.push_async_callback(hub.shutdown, config.server.shutdown_grace)
-        authenticator = Authenticator(config.auth, collections, Accounts(pool))
-        runner = build_runner(build_app(hub, authenticator, config))
+        app = build_app(hub, authenticator, config)
+        if config.auth.login.enabled:
+            login = Login(config.auth.login, accounts)
+            stack.callback(login.close)
+            routes = LoginRoutes(login, authenticator, config.server, nulls=config.records.nulls)
+            routes.add_to(app.router)
+        runner = build_runner(app)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         site = web.TCPSite(runner, config.server.host, config.server.port, backlog=4096)
@@ -113,7 +123,9 @@ async def running(config: Config) -> AsyncIterator[Running]:
 
 
 @asynccontextmanager
-async def _tasks(relay: Relay, hub: Hub) -> AsyncIterator[asyncio.TaskGroup]:
+async def _tasks(
+    relay: Relay, hub: Hub, authenticator: Authenticator
+) -> AsyncIterator[asyncio.TaskGroup]:
     """Run what runs all the time, until the block is left."""
     async with asyncio.TaskGroup() as group:
         running = [
@@ -121,6 +133,7 @@ async def _tasks(relay: Relay, hub: Hub) -> AsyncIterator[asyncio.TaskGroup]:
             group.create_task(relay.expire(), name="expire"),
             group.create_task(hub.run(), name="dispatch"),
             group.create_task(hub.watch_limits(), name="limits"),
+            group.create_task(authenticator.run(), name="keys"),
         ]
         yield group
         for task in running:

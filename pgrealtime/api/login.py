@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Final
 
 from aiohttp import web
 from msgspec import Raw
 
+from pgrealtime.api.address import client_address
 from pgrealtime.api.answers import json_answer
 from pgrealtime.api.login_body import UNREADABLE, LoginCall, check, read_login
 from pgrealtime.api.problems import TOO_LARGE, TOO_SLOW, Problem, RefusedError, Text
@@ -17,6 +17,7 @@ from pgrealtime.auth.authenticator import Authenticator, Identity
 from pgrealtime.auth.login import Attempt, Login, Session
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.collections import Collection
+from pgrealtime.config import ServerConfig
 from pgrealtime.errors import AuthError
 from pgrealtime.records.encode import Nulls, RecordEncoder, View, encoder
 from pgrealtime.records.values import Json
@@ -50,7 +51,7 @@ class LoginRoutes:
     Args:
         login: Checks passwords and makes tokens.
         authenticator: Knows the collections and who a token means.
-        address_of: The client's address, proxies considered.
+        server: Where the routes begin, and whose word on addresses counts.
         nulls: As in the records of events.
     """
 
@@ -58,18 +59,18 @@ class LoginRoutes:
         self,
         login: Login,
         authenticator: Authenticator,
+        server: ServerConfig,
         *,
-        address_of: Callable[[web.Request], str],
         nulls: Nulls,
     ) -> None:
         self._login = login
         self._authenticator = authenticator
-        self._address_of = address_of
+        self._server = server
         self._nulls = nulls
 
-    def add_to(self, router: web.UrlDispatcher, base_path: str = "") -> None:
+    def add_to(self, router: web.UrlDispatcher) -> None:
         """Add the routes."""
-        path = f"{base_path}/api/collections/{{collection}}"
+        path = f"{self._server.base_path}/api/collections/{{collection}}"
         router.add_get(f"{path}/auth-methods", self.methods)
         router.add_post(f"{path}/auth-with-password", self.with_password)
         router.add_post(f"{path}/auth-refresh", self.refresh)
@@ -104,8 +105,9 @@ class LoginRoutes:
         attempt = Attempt(
             identity=call.identity, password=call.password, identity_field=call.identity_field
         )
+        address = client_address(request, self._server.trusted_proxies)
         try:
-            session = await self._login.with_password(users, attempt, self._address_of(request))
+            session = await self._login.with_password(users, attempt, address)
         except AuthError as error:
             is_busy = error.error_code == "login_refused"
             raise RefusedError(_TOO_MANY if is_busy else _FAILED) from error

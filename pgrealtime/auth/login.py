@@ -1,7 +1,4 @@
-"""Logging in on an existing users table: a password against the row, a token for who knows it.
-
-The only part that needs the libraries of the "login" extra; nothing else imports it.
-"""
+"""Logging in on an existing users table: a password against the row, a token for who knows it."""
 
 from __future__ import annotations
 
