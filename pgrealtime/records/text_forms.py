@@ -29,8 +29,10 @@ def parse_array(text: str, delimiter: str = ",") -> list[Element]:
         text: Such as ``{1,NULL,"a b"}``; lower bounds (``[0:1]={a,b}``) are stepped over.
         delimiter: ``pg_type.typdelim``: the comma for every built-in type but ``box``.
     """
-    if text[0] == "[":
+    if text.startswith("["):
         text = text[text.index("=") + 1 :]
+    if not text.startswith("{"):
+        return [*text.split()]  # int2vector, oidvector
     if '"' not in text and "{" not in text[1:]:
         items = text[1:-1].split(delimiter) if len(text) > len("{}") else []
         return [None if item == "NULL" else item for item in items]

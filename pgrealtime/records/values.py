@@ -19,15 +19,15 @@ from __future__ import annotations
 import json
 import re
 from base64 import b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from math import isfinite
-from typing import Final, Never, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 from msgspec import Raw
 
 from pgrealtime.catalog.model import Type, TypeKind
-from pgrealtime.collections import Field, FieldKind
+from pgrealtime.collections import Field, FieldKind, kind_of
 from pgrealtime.records.text_forms import Element, parse_array, parse_row
 
 Json: TypeAlias = "str | int | bool | Raw | list[Json] | dict[str, Json] | None"
@@ -36,26 +36,22 @@ Json: TypeAlias = "str | int | bool | Raw | list[Json] | dict[str, Json] | None"
 Converter: TypeAlias = Callable[[str], Json] | None
 """From the text form of a value that isn't NULL; None if the text itself is the value."""
 
-_NULL = Raw(b"null")
-_ZERO = Raw(b"0")
-_FLOATS = ("float4", "float8")
-_INTEGERS = ("int2", "int4", "int8")
-_DATES = ("timestamptz", "timestamp", "date")
-_NUMBERS = (*_INTEGERS, *_FLOATS, "numeric")
+_OPTIONS = ("S", "E")
+"""Categories of the types whose arrays can be a select: texts and enums, but not, say, uuid."""
 
 
 def converter(field: Field) -> Converter:
-    """Return what makes JSON of the field's values."""
+    """Return what makes JSON of the values of a field that has a column."""
     type_ = field.type.base
     if field.name == "id":
         return None
     if type_.kind is not TypeKind.ARRAY:
-        return _list_of_strings if field.is_multiple else _scalar(field.kind, type_)
+        return _scalar(field.kind, type_)
     element = _element(type_)
-    # An array of an enum is PocketBase's select, which holds no option twice. Another array of
-    # texts may well hold one twice, and is shown as it is.
-    if field.kind in (FieldKind.RELATION, FieldKind.FILE) or element.kind is TypeKind.ENUM:
-        return _unique
+    if field.kind in (FieldKind.RELATION, FieldKind.FILE):
+        return _ids
+    if field.is_select and element.category in _OPTIONS:
+        return _options
     return _array(_scalar(field.kind, element), element)
 
 
@@ -88,30 +84,19 @@ def _scalar(kind: FieldKind, type_: Type) -> Converter:
         case FieldKind.NUMBER:
             return _number_of(type_)
         case FieldKind.BOOL:
-            return "t".__eq__ if type_.name == "bool" else _bool
+            return "t".__eq__
         case FieldKind.DATE:
             return _timestamptz if type_.name == "timestamptz" else _date
         case FieldKind.JSON:
-            return _json_of(type_)
+            return _jsonb if type_.name == "jsonb" else _json
         case FieldKind.GEO:
             return _point if type_.name == "point" else _place
         case FieldKind.BYTES:
-            return _bytea if type_.name == "bytea" else None
+            return _bytea
         case FieldKind.COMPOSITE:
             return _composite(type_)
         case FieldKind.TEXT | FieldKind.RELATION | FieldKind.FILE:
             return None
-
-
-_KINDS: Final = {
-    "bool": FieldKind.BOOL,
-    "json": FieldKind.JSON,
-    "jsonb": FieldKind.JSON,
-    "point": FieldKind.GEO,
-    "bytea": FieldKind.BYTES,
-    **dict.fromkeys(_DATES, FieldKind.DATE),
-    **dict.fromkeys(_NUMBERS, FieldKind.NUMBER),
-}
 
 
 def _of_type(type_: Type) -> Converter:
@@ -120,10 +105,8 @@ def _of_type(type_: Type) -> Converter:
     if type_.kind is TypeKind.ARRAY:
         element = _element(type_)
         return _array(_of_type(element), element)
-    if type_.kind is TypeKind.COMPOSITE:
-        return _composite(type_)
-    is_builtin = type_.schema == "pg_catalog"
-    return _scalar(_KINDS.get(type_.name, FieldKind.TEXT) if is_builtin else FieldKind.TEXT, type_)
+    kind, _ = kind_of(type_)
+    return _scalar(kind, type_)
 
 
 def _element(array: Type) -> Type:
@@ -152,18 +135,24 @@ def _items(items: list[Element], convert: Converter) -> list[Json]:
     ]
 
 
-def _unique(text: str) -> Json:
-    return ids(item for item in parse_array(text) if isinstance(item, str))
+def _ids(text: str) -> Json:
+    return ids(_leaves(parse_array(text)))
 
 
-def _list_of_strings(text: str) -> Json:
-    """A multiple field in a column that isn't an array: a JSON list, or the only element."""
-    if text.startswith("["):
-        try:
-            return ids(msgspec.json.decode(text, type=list[str]))
-        except msgspec.DecodeError:
-            pass
-    return ids([text])
+def _options(text: str) -> Json:
+    """PocketBase's select of several values, which holds none twice. NULL isn't thrown away."""
+    items = parse_array(text)
+    if any(isinstance(item, list) for item in items):
+        return _items(items, None)
+    return list(dict.fromkeys(_leaves(items)))
+
+
+def _leaves(items: list[Element]) -> Iterator[str | None]:
+    for item in items:
+        if isinstance(item, list):
+            yield from _leaves(item)
+        else:
+            yield item
 
 
 def _composite(type_: Type) -> Converter:
@@ -182,15 +171,17 @@ def _composite(type_: Type) -> Converter:
 
 # Numbers.
 
-_DECIMAL = re.compile(r"\s*([+-]?)0*(\d+)(?:\.(\d+))?\s*", re.ASCII)
-
 
 def _number_of(type_: Type) -> Converter:
-    if type_.name in _INTEGERS:
-        return int
-    if type_.name in _FLOATS:
-        return _float
-    return _numeric if type_.name == "numeric" else _number
+    match type_.name:
+        case "int2" | "int4" | "int8":
+            return int
+        case "float4":
+            return _float4
+        case "float8":
+            return _float8
+        case _:
+            return _numeric
 
 
 def _numeric(text: str) -> Json:
@@ -199,53 +190,45 @@ def _numeric(text: str) -> Json:
     return None if text[-1] in "Ny" else Raw(text)  # NaN, Infinity
 
 
-def _float(text: str) -> Json:
+def _float4(text: str) -> Json:
     if "e" in text:
         return Raw(_ecmascript(text))
     return None if text[-1] in "Ny" else Raw(text)
 
 
-def _ecmascript(text: str) -> str:
-    """Print a number in exponent form as ECMAScript does (Number::toString), with its digits.
+def _float8(text: str) -> Json:
+    """Print the digits that ECMAScript chooses, which Python's repr does too.
 
-    PostgreSQL has written the shortest digits that read back as the same float4 or float8.
+    Where a shorter number lies exactly between two doubles and would be read as this one,
+    PostgreSQL doesn't take it: 40095404089409024 against 40095404089409020. That needs
+    53 bits before the point, so it is found among numbers in exponent form only.
     """
+    if "e" in text:
+        text = repr(float(text)).removesuffix(".0")
+    return _float4(text)
+
+
+def _ecmascript(text: str) -> str:
+    """Print a number in exponent form as ECMAScript does (Number::toString), with its digits."""
     mantissa, _, exponent = text.partition("e")
     sign = "-" if mantissa[0] == "-" else ""
     digits = mantissa.lstrip("-").replace(".", "")
     point = int(exponent) + 1  # the value is 0.DIGITS times ten to this power
-    if len(digits) <= point <= 21:  # noqa: PLR2004 (ECMAScript's own bound)
-        return sign + digits.ljust(point, "0")
+    if 0 < point <= 21:  # noqa: PLR2004 (ECMAScript's own bound)
+        whole, fraction = digits[:point].ljust(point, "0"), digits[point:]
+        return f"{sign}{whole}.{fraction}" if fraction else sign + whole
     if -6 < point <= 0:  # noqa: PLR2004 (likewise)
         return f"{sign}0.{'0' * -point}{digits}"
     fraction = f".{digits[1:]}" if len(digits) > 1 else ""
     return f"{sign}{digits[0]}{fraction}e{point - 1:+d}"
 
 
-def _number(text: str) -> Json:
-    """A number in a column of another type; 0 if it can't be read, as PocketBase shows it."""
-    if plain := _DECIMAL.fullmatch(text):
-        sign, whole, fraction = plain.groups()
-        minus = "-" if sign == "-" else ""
-        return _numeric(f"{minus}{whole}.{fraction or 0}")
-    try:
-        value = float(text)
-    except ValueError:
-        return 0
-    return _float(repr(value).removesuffix(".0")) if isfinite(value) else None
-
-
 # Booleans, dates, bytes.
 
-_TRUE = frozenset(("t", "true", "T", "TRUE", "True", "1"))
 _DATE = re.compile(
     r"(\d{4,})(-\d\d-\d\d)(?: (\d\d:\d\d:\d\d)(?:\.(\d+))?)?(?:\+00)?( BC)?", re.ASCII
 )
 _WITH_MILLISECONDS = len("YYYY-MM-DD hh:mm:ss.mmm")
-
-
-def _bool(text: str) -> Json:
-    return text in _TRUE
 
 
 def _timestamptz(text: str) -> Json:
@@ -274,16 +257,6 @@ _STRING_OR_BLANKS = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")|[ \t\r\n]+')
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def _json_of(type_: Type) -> Converter:
-    match type_.name:
-        case "jsonb":
-            return _jsonb
-        case "json":
-            return _json
-        case _:
-            return _json_in_text
-
-
 def _jsonb(text: str) -> Json:
     """What jsonb prints only has blanks to lose: its strings are escaped as ours."""
     return Raw(_without_blanks(text))
@@ -293,20 +266,6 @@ def _json(text: str) -> Json:
     if "\\" in text:
         return Raw(_STRING_OR_BLANKS.sub(_normal, text))
     return Raw(_without_blanks(text.strip(" \t\r\n")))
-
-
-def _json_in_text(text: str) -> Json:
-    """JSON in a column of another type; what isn't JSON is a string, as PocketBase has it."""
-    try:
-        json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return text
-    return _json(text)
-
-
-def _refuse(constant: str) -> Never:
-    """Python would take NaN and Infinity for JSON."""
-    raise ValueError(constant)
 
 
 def _without_blanks(text: str) -> str:
@@ -330,17 +289,20 @@ def _normal(match: re.Match[str]) -> str:
 
 def _point(text: str) -> Json:
     lon, _, lat = text[1:-1].partition(",")
-    return {"lon": _float(lon), "lat": _float(lat)}
+    return {"lon": _float8(lon), "lat": _float8(lat)}
 
 
 def _place(text: str) -> Json:
+    """A place in a json column: an object with two numbers; what isn't one counts as 0."""
     try:
-        place = msgspec.json.decode(text, type=dict[str, object])
-    except msgspec.DecodeError:
-        place = {}
+        value = json.loads(text, parse_int=float)
+    except RecursionError:
+        value = None
+    place = value if isinstance(value, dict) else {}
     return {"lon": _coordinate(place.get("lon")), "lat": _coordinate(place.get("lat"))}
 
 
 def _coordinate(value: object) -> Json:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return _number(str(value)) if is_number else 0
+    if isinstance(value, float) and isfinite(value):
+        return _float4(repr(value).removesuffix(".0"))
+    return 0
