@@ -32,6 +32,8 @@ class Publication:
     via_root: bool
     is_complete: bool
     """It publishes INSERT, UPDATE, DELETE and TRUNCATE."""
+    has_generated_columns: bool
+    """publish_generated_columns is ``stored``."""
 
 
 def quote(name: str) -> str:
@@ -127,7 +129,10 @@ def check_publication(
             code="publication_missing",
         )
     wanted = frozenset(leaf for table in tables for leaf in (table.leaves or (table.name,)))
-    detail = " ".join(_differences(found, wanted))
+    needs_generated = server_version >= GENERATED_COLUMNS_VERSION and _any_generated(
+        table for table in tables if table.replica_identity is ReplicaIdentity.FULL
+    )
+    detail = " ".join(_differences(found, wanted, needs_generated=needs_generated))
     if detail:
         raise SetupError(
             f'publication "{name}" is not what is needed',
@@ -138,7 +143,9 @@ def check_publication(
         )
 
 
-def _differences(found: Publication, wanted: frozenset[TableName]) -> Iterable[str]:
+def _differences(
+    found: Publication, wanted: frozenset[TableName], *, needs_generated: bool
+) -> Iterable[str]:
     if found.is_open:
         yield (
             "It is for all tables, or all of a schema: one without a key would have its updates"
@@ -154,6 +161,8 @@ def _differences(found: Publication, wanted: frozenset[TableName]) -> Iterable[s
         yield "publish_via_partition_root is on, which hides moves between partitions."
     if not found.is_complete:
         yield "It doesn't publish all of insert, update, delete, truncate."
+    if needs_generated and not found.has_generated_columns:
+        yield "It leaves out generated columns of whole rows: updates of them would be refused."
 
 
 def _listed(names: Iterable[TableName]) -> str:

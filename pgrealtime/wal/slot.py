@@ -146,7 +146,7 @@ async def _explain_refusal(url: str, error: psycopg.OperationalError) -> PgRealt
             cursor = await connection.execute(
                 "SELECT current_user, r.rolreplication OR r.rolsuper,"
                 " current_setting('wal_level'),"
-                " (SELECT count(*) FROM pg_catalog.pg_stat_get_wal_senders(NULL)),"
+                " (SELECT count(*) FROM pg_catalog.pg_stat_get_wal_senders()),"
                 " current_setting('max_wal_senders')::int"
                 " FROM pg_catalog.pg_roles r WHERE r.rolname = current_user"
             )
@@ -310,14 +310,15 @@ async def read_publication(connection: Connection, name: str) -> Publication | N
         await connection.execute(
             "SELECT puballtables OR EXISTS (SELECT FROM pg_publication_namespace"
             "                               WHERE pnpubid = p.oid),"
-            " pubviaroot, pubinsert AND pubupdate AND pubdelete AND pubtruncate"
+            " pubviaroot, pubinsert AND pubupdate AND pubdelete AND pubtruncate,"
+            " coalesce(to_jsonb(p) ->> 'pubgencols' = 's', false)"  # from 18 on
             " FROM pg_publication p WHERE pubname = %s",
             (name,),
         )
     ).fetchone()
     if row is None:
         return None
-    is_open, via_root, is_complete = row
+    is_open, via_root, is_complete, has_generated_columns = row
     tables = await (
         await connection.execute(
             "SELECT schemaname, tablename, rowfilter IS NOT NULL OR EXISTS ("
@@ -335,6 +336,7 @@ async def read_publication(connection: Connection, name: str) -> Publication | N
         is_open=is_open,
         via_root=via_root,
         is_complete=is_complete,
+        has_generated_columns=has_generated_columns,
     )
 
 

@@ -1,0 +1,32 @@
+"""Tables as a catalogue would describe them."""
+
+from __future__ import annotations
+
+from pgrealtime.catalog.model import Column, ReplicaIdentity, Table, TableKind, Type, TypeKind
+from pgrealtime.changes import TableName
+
+TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")
+
+
+def table(
+    name: str,
+    columns: str,
+    *,
+    key: str = "id",
+    identity: ReplicaIdentity = ReplicaIdentity.DEFAULT,
+    leaves: tuple[str, ...] = (),
+    oid: int = 1000,
+) -> Table:
+    """A table in schema public; columns and key are names apart by blanks."""
+    names = tuple(columns.split())
+    whole = identity is ReplicaIdentity.FULL
+    return Table(
+        oid=oid,
+        name=TableName("public", name),
+        kind=TableKind.PARTITIONED if leaves else TableKind.TABLE,
+        columns=tuple(Column(name=n, number=i, type=TEXT) for i, n in enumerate(names, 1)),
+        primary_key=tuple(key.split()),
+        replica_identity=identity,
+        identity_columns=names if whole else tuple(key.split()),
+        leaves=tuple(TableName("public", leaf) for leaf in leaves),
+    )

@@ -1,0 +1,188 @@
+"""Whole transactions or none, within a bound."""
+
+from __future__ import annotations
+
+import pytest
+
+from pgrealtime.changes import (
+    Delete,
+    Insert,
+    Key,
+    Oversized,
+    Row,
+    TableName,
+    Transaction,
+    Truncate,
+    Update,
+)
+from pgrealtime.errors import UnexpectedMessageError
+from pgrealtime.lsn import LSN, Xid
+from pgrealtime.wal.assembler import TransactionAssembler
+from pgrealtime.wal.message import Begin, Commit, Message, RowChange, Truncated
+
+POSTS = TableName("public", "posts")
+TAGS = TableName("public", "tags")
+PARTS = TableName("public", "parts")
+NORTH = TableName("public", "parts_north")
+SOUTH = TableName("public", "parts_south")
+
+BEGIN = Begin(Xid(7))
+COMMIT = Commit(LSN(32), 1234)
+INSERT = Insert(POSTS, {"id": "1"})
+
+
+def assembler(max_size: int = 1000) -> TransactionAssembler:
+    return TransactionAssembler(max_size=max_size, record_keys={PARTS: ("id",)})
+
+
+def whole(*changes: Insert | Update | Delete | Truncate, size: int) -> Transaction:
+    return Transaction(Xid(7), LSN(32), 1234, changes, size)
+
+
+def feed(*messages: Message) -> Transaction | Oversized | None:
+    """Feed a begin, the messages and a commit, of one byte each."""
+    target = assembler()
+    assert [target.feed(message, 1) for message in (BEGIN, *messages)] == [None] * (
+        len(messages) + 1
+    )
+    return target.feed(COMMIT, 1)
+
+
+def test_transaction_is_returned_on_commit_and_not_before() -> None:
+    """A subscriber never sees half a transaction."""
+    target = assembler()
+
+    assert target.feed(BEGIN, 3) is None
+    assert target.is_open
+    assert target.feed(RowChange(INSERT, None), 10) is None
+    assert target.feed(COMMIT, 4) == whole(INSERT, size=17)
+    assert not target.is_open
+
+
+def test_transaction_without_changes_is_dropped() -> None:
+    """wal2json reports every transaction of the database."""
+    assert feed() is None
+
+
+def test_nothing_of_one_transaction_is_in_the_next() -> None:
+    target = assembler()
+    for message in (BEGIN, RowChange(INSERT, None), COMMIT, BEGIN):
+        target.feed(message, 1)
+
+    assert target.feed(COMMIT, 1) is None
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        pytest.param((COMMIT,), id="commit without begin"),
+        pytest.param((RowChange(INSERT, None),), id="change without begin"),
+        pytest.param((Truncated((POSTS,)),), id="truncate without begin"),
+        pytest.param((BEGIN, BEGIN), id="begin twice"),
+        pytest.param((BEGIN, COMMIT, COMMIT), id="commit twice"),
+    ],
+)
+def test_impossible_order_is_refused(messages: tuple[Message, ...]) -> None:
+    target = assembler()
+
+    for message in messages[:-1]:
+        target.feed(message, 1)
+    with pytest.raises(UnexpectedMessageError):
+        target.feed(messages[-1], 1)
+
+
+def test_transaction_beyond_the_bound_leaves_only_its_tables() -> None:
+    target = assembler(max_size=25)
+    target.feed(BEGIN, 1)
+    target.feed(RowChange(INSERT, None), 20)
+    target.feed(Truncated((TAGS,)), 20)
+    assert target._changes == []
+    target.feed(RowChange(Insert(PARTS, {"id": "1"}), NORTH), 20)
+
+    assert target.feed(COMMIT, 1) == Oversized(
+        Xid(7), LSN(32), 1234, frozenset({POSTS, TAGS, PARTS})
+    )
+
+
+def test_transaction_after_an_oversized_one_is_whole_again() -> None:
+    target = assembler(max_size=25)
+    for message in (BEGIN, RowChange(INSERT, None), RowChange(INSERT, None), COMMIT):
+        target.feed(message, 20)
+    target.feed(BEGIN, 1)
+    target.feed(RowChange(INSERT, None), 1)
+
+    assert target.feed(COMMIT, 1) == whole(INSERT, size=3)
+
+
+def test_one_statement_truncates_a_partitioned_table_once() -> None:
+    """wal2json has a line for each leaf, pgoutput one message with all."""
+    assert feed(
+        Truncated((PARTS,)), Truncated((PARTS,)), Truncated((TAGS,)), Truncated((PARTS,))
+    ) == whole(Truncate(PARTS), Truncate(TAGS), size=6)
+
+
+def test_truncates_apart_are_told_apart() -> None:
+    assert feed(Truncated((POSTS,)), RowChange(INSERT, None), Truncated((POSTS, TAGS))) == whole(
+        Truncate(POSTS), INSERT, Truncate(POSTS), Truncate(TAGS), size=5
+    )
+
+
+def gone(row: Row, leaf: TableName) -> RowChange:
+    return RowChange(Delete(PARTS, Key(row)), leaf)
+
+
+def come(row: Row, leaf: TableName) -> RowChange:
+    return RowChange(Insert(PARTS, row), leaf)
+
+
+OLD: Row = {"id": "1", "place": "n"}
+NEW: Row = {"id": "1", "place": "s"}
+MOVE = Update(PARTS, NEW, Key(OLD))
+
+
+def test_move_between_partitions_is_an_update() -> None:
+    assert feed(gone(OLD, NORTH), come(NEW, SOUTH)) == whole(MOVE, size=4)
+
+
+def test_moves_of_many_rows_are_told_apart() -> None:
+    other: Row = {"id": "2", "place": "n"}
+    other_new: Row = {"id": "2", "place": "s"}
+
+    assert feed(
+        gone(OLD, NORTH), gone(other, NORTH), come(NEW, SOUTH), come(other_new, SOUTH)
+    ) == whole(MOVE, Update(PARTS, other_new, Key(other)), size=6)
+
+
+def test_what_a_trigger_writes_amid_a_move_stays() -> None:
+    assert feed(gone(OLD, NORTH), RowChange(INSERT, None), come(NEW, SOUTH)) == whole(
+        MOVE, INSERT, size=5
+    )
+
+
+def test_row_may_move_there_and_back() -> None:
+    assert feed(gone(OLD, NORTH), come(NEW, SOUTH), gone(NEW, SOUTH), come(OLD, NORTH)) == whole(
+        MOVE, Update(PARTS, OLD, Key(NEW)), size=6
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param(gone(OLD, NORTH), come(OLD, NORTH), id="same leaf"),
+        pytest.param(gone(OLD, NORTH), come(NEW | {"id": "2"}, SOUTH), id="another record"),
+        pytest.param(gone({"place": "n"}, NORTH), come(NEW, SOUTH), id="key not logged"),
+        pytest.param(gone(OLD | {"id": None}, NORTH), come(NEW, SOUTH), id="key is null"),
+        pytest.param(come(OLD, NORTH), gone(OLD, NORTH), id="insert first"),
+    ],
+)
+def test_delete_and_insert_that_are_no_move_stay_two(first: RowChange, second: RowChange) -> None:
+    assert feed(first, second) == whole(first.change, second.change, size=4)
+
+
+def test_row_deleted_after_another_use_of_its_key_has_not_moved() -> None:
+    """Only the next change of a key can complete a move."""
+    again = come(OLD, NORTH)
+
+    assert feed(gone(OLD, NORTH), again, come(NEW, SOUTH)) == whole(
+        Delete(PARTS, Key(OLD)), again.change, Insert(PARTS, NEW), size=5
+    )

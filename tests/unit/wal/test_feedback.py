@@ -1,0 +1,160 @@
+"""What the server is told: never more than is kept, and never a standing flush position."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgrealtime.lsn import LSN
+from pgrealtime.wal.feedback import MOVE_SECONDS, Feedback
+from pgrealtime.wal.wire import StandbyStatusUpdate
+
+START = LSN(100)
+NOWHERE = LSN(0)
+
+
+def machine() -> Feedback:
+    """One that has said what is due at the start."""
+    feedback = Feedback(START, interval=20.0, now=0.0)
+    assert feedback.due(0.0) == (standing(START, asks=True),)
+    return feedback
+
+
+def standing(written: LSN, *, asks: bool = False) -> StandbyStatusUpdate:
+    return StandbyStatusUpdate(written, NOWHERE, reply_requested=asks)
+
+
+def test_status_is_due_each_interval_and_asks_for_a_sign_of_life() -> None:
+    feedback = machine()
+
+    assert feedback.due(19.9) == ()
+    assert feedback.due(20.0) == (standing(START, asks=True),)
+    assert feedback.due(39.9) == ()
+
+
+def test_status_is_due_at_once_when_the_server_asks() -> None:
+    feedback = machine()
+    feedback.received(LSN(150))
+    feedback.reply_requested()
+
+    assert feedback.due(0.1) == (standing(LSN(150)),)
+    assert feedback.due(0.2) == ()
+
+
+def test_slot_moves_by_a_flush_directly_followed_by_none() -> None:
+    """A standing flush would make us a synchronous standby, or hold up the server's shutdown."""
+    feedback = machine()
+    feedback.handed(LSN(200))
+    feedback.kept(LSN(200))
+
+    assert feedback.due(MOVE_SECONDS) == (
+        StandbyStatusUpdate(LSN(200), LSN(200)),
+        standing(LSN(200)),
+    )
+    assert feedback.due(MOVE_SECONDS + 0.1) == ()
+
+
+def test_slot_does_not_move_over_what_is_only_received() -> None:
+    feedback = machine()
+    feedback.handed(LSN(200))
+    feedback.handed(LSN(300))
+    feedback.kept(LSN(200))
+
+    assert feedback.movable == LSN(200)
+
+
+def test_slot_moves_with_keepalives_while_nothing_is_ours() -> None:
+    """A quiet table in a busy cluster would hold its WAL for ever otherwise."""
+    feedback = machine()
+    feedback.quiet(LSN(500))
+
+    assert feedback.movable == LSN(500)
+
+
+def test_keepalive_counts_once_all_before_it_is_kept() -> None:
+    feedback = machine()
+    feedback.handed(LSN(200))
+    feedback.quiet(LSN(500))
+    assert feedback.movable == START
+
+    feedback.kept(LSN(200))
+    assert feedback.movable == LSN(500)
+
+
+def test_later_transaction_does_not_undo_an_earlier_keepalive() -> None:
+    feedback = machine()
+    feedback.handed(LSN(200))
+    feedback.quiet(LSN(500))
+    feedback.handed(LSN(600))
+    feedback.kept(LSN(200))
+
+    assert feedback.movable == LSN(500)
+
+
+def test_moves_are_spaced_out() -> None:
+    feedback = machine()
+    for end in (LSN(200), LSN(300)):
+        feedback.handed(end)
+        feedback.kept(end)
+        feedback.due(MOVE_SECONDS)
+
+    assert feedback.due(MOVE_SECONDS * 1.5) == ()
+    assert feedback.due(MOVE_SECONDS * 2)[0] == StandbyStatusUpdate(LSN(300), LSN(300))
+
+
+def test_last_word_moves_the_slot_to_what_is_kept() -> None:
+    feedback = machine()
+    feedback.handed(LSN(200))
+    feedback.kept(LSN(200))
+
+    assert feedback.last() == (StandbyStatusUpdate(LSN(200), LSN(200)),)
+    assert feedback.last() == ()
+
+
+def test_keeping_what_never_came_is_refused() -> None:
+    """The server would believe it and drop everything up to there, silently."""
+    feedback = machine()
+    feedback.received(LSN(400))
+
+    with pytest.raises(ValueError, match="nothing was handed out"):
+        feedback.kept(LSN(300))
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["handed", "quiet", "kept", "reply", "wait"]), st.integers(1, 50))
+    )
+)
+def test_no_order_of_events_moves_the_slot_over_something_unkept(
+    events: list[tuple[str, int]],
+) -> None:
+    feedback = Feedback(START, interval=20.0, now=0.0)
+    now, position, unkept = 0.0, int(START), [int(START)]
+    moved: list[int] = []
+    for event, step in events:
+        match event:
+            case "handed":
+                position += step
+                unkept.append(position)
+                feedback.handed(LSN(position))
+            case "quiet":
+                position += step
+                feedback.quiet(LSN(position))
+            case "kept":
+                kept = unkept[: step % len(unkept) + 1][-1]
+                unkept = [end for end in unkept if end >= kept]
+                feedback.kept(LSN(kept))
+            case "reply":
+                feedback.reply_requested()
+            case _:
+                now += step / 10
+        updates = feedback.due(now)
+        flushes = [int(update.flushed) for update in updates if update.flushed]
+        moved += flushes
+        assert len(flushes) <= 1
+        assert not updates or updates[-1].flushed == NOWHERE
+        assert all(update.written <= position for update in updates)
+        # unkept[0] is kept; the rest isn't.
+        assert all(flushed < unkept[1] for flushed in flushes if len(unkept) > 1)
+    assert moved == sorted(moved)

@@ -1,0 +1,192 @@
+"""Messages laid out as "Logical Replication Message Formats" has them, and what is made of them."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from pgrealtime.changes import Delete, Insert, Key, TableName, Update, WholeRow
+from pgrealtime.errors import UnexpectedMessageError
+from pgrealtime.lsn import LSN, Xid
+from pgrealtime.wal.message import Begin, Commit, RowChange, Truncated
+from pgrealtime.wal.pgoutput import PgoutputDecoder, options
+from tests.unit.wal.tables import table
+
+T = TableName("public", "t")
+OID = 1000
+UNCHANGED = object()
+
+
+def relation(
+    name: str = "t", *columns: str, key: tuple[str, ...] = ("id",), oid: int = OID
+) -> bytes:
+    """A description; columns are id, a, b if none are named."""
+    names = columns or ("id", "a", "b")
+    described = b"".join(
+        struct.pack("!B", column in key) + column.encode() + b"\0" + struct.pack("!Ii", 25, -1)
+        for column in names
+    )
+    head = struct.pack("!cI", b"R", oid) + b"public\0" + name.encode() + b"\0d"
+    return head + struct.pack("!H", len(names)) + described
+
+
+def row(*values: object) -> bytes:
+    return struct.pack("!H", len(values)) + b"".join(map(_value, values))
+
+
+def _value(value: object) -> bytes:
+    match value:
+        case None:
+            return b"n"
+        case str(text):
+            return b"t" + struct.pack("!I", len(text.encode())) + text.encode()
+        case _:
+            return b"u"
+
+
+def change(kind: bytes, *parts: bytes, oid: int = OID) -> bytes:
+    return kind + struct.pack("!I", oid) + b"".join(parts)
+
+
+def decoder(*first: bytes) -> PgoutputDecoder:
+    made = PgoutputDecoder([table("t", "id a b", oid=OID)])
+    for message in first or (relation(),):
+        assert made.decode(message) is None
+    return made
+
+
+def test_begin_has_the_transaction_id() -> None:
+    assert decoder().decode(struct.pack("!cQqI", b"B", 32, 0, 744)) == Begin(Xid(744))
+
+
+def test_commit_has_its_end_and_time() -> None:
+    message = struct.pack("!cBQQq", b"C", 0, 16, 32, 5)
+
+    assert decoder().decode(message) == Commit(LSN(32), 946_684_800_000_005)
+
+
+def test_insert_has_texts_and_nulls() -> None:
+    message = change(b"I", b"N", row("1", None, "é\0x"[:1]))
+
+    assert decoder().decode(message) == RowChange(Insert(T, {"id": "1", "a": None, "b": "é"}), None)
+
+
+@pytest.mark.parametrize(
+    ("old", "image"),
+    [
+        pytest.param((), Key({"id": "2"}), id="key not sent because unchanged"),
+        pytest.param((b"K", row("1", None, None)), Key({"id": "1"}), id="key changed"),
+        pytest.param(
+            (b"O", row("1", None, "z")), WholeRow({"id": "1", "a": None, "b": "z"}), id="full"
+        ),
+    ],
+)
+def test_update_has_the_old_identity(old: tuple[bytes, ...], image: Key | WholeRow) -> None:
+    message = change(b"U", *old, b"N", row("2", "x", "y"))
+
+    assert decoder().decode(message) == RowChange(
+        Update(T, {"id": "2", "a": "x", "b": "y"}, image), None
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "image"),
+    [
+        ((b"K", row("1", None, None)), Key({"id": "1"})),
+        ((b"O", row("1", None, "z")), WholeRow({"id": "1", "a": None, "b": "z"})),
+    ],
+)
+def test_delete_has_the_old_identity(old: tuple[bytes, ...], image: Key | WholeRow) -> None:
+    assert decoder().decode(change(b"D", *old)) == RowChange(Delete(T, image), None)
+
+
+def test_unchanged_toast_is_absent_and_not_null() -> None:
+    message = change(b"U", b"N", row("1", UNCHANGED, None))
+
+    assert decoder().decode(message) == RowChange(
+        Update(T, {"id": "1", "b": None}, Key({"id": "1"})), None
+    )
+
+
+def test_unchanged_toast_is_filled_from_a_whole_old_row_in_its_place() -> None:
+    message = change(b"U", b"O", row("1", "big", "old"), b"N", row("1", UNCHANGED, "new"))
+
+    match decoder().decode(message):
+        case RowChange(change=Update(new=new)):
+            assert list(new.items()) == [("id", "1"), ("a", "big"), ("b", "new")]
+        case other:
+            pytest.fail(str(other))
+
+
+def test_renamed_table_goes_on_under_the_name_we_know() -> None:
+    """The publication follows the table, and so do the rules, until the catalogue is read anew."""
+    made = decoder(relation(), relation("renamed"))
+
+    assert made.decode(change(b"I", b"N", row("1", None, None))) == RowChange(
+        Insert(T, {"id": "1", "a": None, "b": None}), None
+    )
+
+
+def test_altered_table_is_read_as_it_was_described_last() -> None:
+    made = decoder(relation(), relation("t", "id", "new"))
+
+    assert made.decode(change(b"I", b"N", row("1", "2"))) == RowChange(
+        Insert(T, {"id": "1", "new": "2"}), None
+    )
+
+
+def test_leaf_goes_by_its_root_in_the_roots_column_order() -> None:
+    parts = table("parts", "id a b", leaves=("parts_1",))
+    made = PgoutputDecoder([parts])
+    made.decode(relation("parts_1", "b", "a", "id", oid=7))
+
+    match made.decode(change(b"D", b"O", row("3", "2", "1"), oid=7)):
+        case RowChange(change=Delete(table=name, old=WholeRow(old)), leaf=leaf):
+            assert (name, leaf) == (parts.name, parts.leaves[0])
+            assert list(old.items()) == [("id", "1"), ("a", "2"), ("b", "3")]
+        case other:
+            pytest.fail(str(other))
+
+
+def test_truncate_names_the_tables_that_are_ours() -> None:
+    made = decoder(relation(), relation("other", oid=8))
+
+    assert made.decode(struct.pack("!cIBII", b"T", 2, 0, OID, 8)) == Truncated((T,))
+    assert made.decode(struct.pack("!cIBI", b"T", 1, 0, 8)) is None
+
+
+@pytest.mark.parametrize("message", [b"Yxxxx", b"Oxxxx", b"Mxxxx"])
+def test_types_origins_and_logical_messages_are_nothing(message: bytes) -> None:
+    assert decoder().decode(message) is None
+
+
+@pytest.mark.parametrize("kind", [b"I", b"U", b"D"])
+def test_changes_of_other_tables_are_nothing(kind: bytes) -> None:
+    made = decoder(relation(), relation("other", oid=8))
+
+    assert made.decode(change(kind, b"N", row("1", "2", "3"), oid=8)) is None
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"?", id="unknown kind"),
+        pytest.param(b"B\0", id="cut short"),
+        pytest.param(change(b"I", b"N", row("secret")), id="too few columns"),
+        pytest.param(change(b"I", b"N", b"\0\3b"), id="binary value"),
+        pytest.param(change(b"I", b"N", b"\0\3t\0\0\0\1\xff"), id="not UTF-8"),
+        pytest.param(change(b"D", b"X", row("secret", None, None)), id="unknown old image"),
+    ],
+)
+def test_unreadable_message_is_refused_without_being_quoted(message: bytes) -> None:
+    """An error text may end up in a log; a row may not."""
+    with pytest.raises(UnexpectedMessageError) as caught:
+        decoder().decode(message)
+
+    assert "secret" not in str(caught.value)
+
+
+def test_publication_is_named_as_an_identifier_in_the_option() -> None:
+    assert options('My "pub"') == {"proto_version": "1", "publication_names": '"My ""pub"""'}

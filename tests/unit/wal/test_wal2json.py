@@ -1,0 +1,219 @@
+"""Lines as wal2json 2.6 on PostgreSQL 17 printed them, and what is made of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from pgrealtime.catalog.model import ReplicaIdentity
+from pgrealtime.changes import Delete, Insert, Key, OldImage, TableName, Update, WholeRow
+from pgrealtime.errors import UnexpectedMessageError
+from pgrealtime.lsn import Xid, parse_lsn
+from pgrealtime.wal.message import Begin, Commit, Message, RowChange, Truncated
+from pgrealtime.wal.wal2json import Wal2JsonDecoder, options
+from tests.unit.wal.tables import table
+
+T = TableName("public", "t")
+FULL = ReplicaIdentity.FULL
+
+HEAD = '"xid":744,"timestamp":"2026-11-24 12:37:04.08778+00","lsn":"0/1945F30"'
+
+ID = ("id", "23", '"1"')
+"""A column as it is printed: name, type's oid, value."""
+
+
+def line(action: str, table: str = "t", **parts: list[tuple[str, str, str]]) -> str:
+    """A line about a table of schema public, with columns or identity or both."""
+    lists = "".join(f',"{name}":[{_printed(columns)}]' for name, columns in parts.items())
+    return (
+        f'{{"action":"{action}",{HEAD},"schema":"public","table":"{table}"{lists}'
+        ',"pk":[{"name":"id","typeoid":23}]}'
+    )
+
+
+def _printed(columns: list[tuple[str, str, str]]) -> str:
+    return ",".join(
+        f'{{"name":"{name}","typeoid":{oid},"value":{value}}}' for name, oid, value in columns
+    )
+
+
+def decode(
+    text: str, *, columns: str = "id a b", identity: ReplicaIdentity = ReplicaIdentity.DEFAULT
+) -> Message | None:
+    return Wal2JsonDecoder([table("t", columns, identity=identity)]).decode(text.encode())
+
+
+def test_begin_has_the_transaction_id() -> None:
+    assert decode(f'{{"action":"B",{HEAD},"nextlsn":"0/1945F60"}}') == Begin(Xid(744))
+
+
+@pytest.mark.parametrize(
+    ("printed", "microseconds"),
+    [
+        ("2026-11-24 12:37:04.08778+00", 1_795_523_824_087_780),
+        ("2026-11-24 12:37:04+00", 1_795_523_824_000_000),
+        ("1969-12-31 23:59:59.999999+00", -1),
+    ],
+)
+def test_commit_has_its_end_and_time(printed: str, microseconds: int) -> None:
+    text = f'{{"action":"C","xid":7,"timestamp":"{printed}","nextlsn":"16/B374D848"}}'
+
+    assert decode(text) == Commit(parse_lsn("16/B374D848"), microseconds)
+
+
+@pytest.mark.parametrize(
+    ("oid", "value", "text"),
+    [
+        ("23", '"1"', "1"),
+        ("23", "null", None),
+        ("16", "true", "t"),
+        ("16", "false", "f"),
+        ("16", "null", None),
+        ("17", '"00ff"', r"\x00ff"),
+        ("17", '""', r"\x"),
+        ("17", "null", None),
+        ("25", '"true"', "true"),
+        ("25", r'"q\"\\\n\u0001é"', 'q"\\\n\x01é'),
+        ("1700", '"12345678901234567890.10"', "12345678901234567890.10"),
+        ("701", '"NaN"', "NaN"),
+        ("16388", r'"\\xdead"', r"\xdead"),
+        ("16389", '"t"', "t"),
+        ("1000", '"{t,f}"', "{t,f}"),
+    ],
+)
+def test_values_become_postgres_text(oid: str, value: str, text: str | None) -> None:
+    """Domains over boolean and bytea (here 16388 and 16389) are printed as any other type."""
+    told = line("I", columns=[("id", oid, value)])
+
+    assert decode(told, columns="id") == RowChange(Insert(T, {"id": text}), None)
+
+
+def test_column_that_the_catalogue_lacks_is_read() -> None:
+    """The table was altered since; the row is told as it was written."""
+    told = line("I", columns=[ID, ("new", "16", "true")])
+
+    assert decode(told, columns="id") == RowChange(Insert(T, {"id": "1", "new": "t"}), None)
+
+
+WHOLE = [ID, ("a", "25", "null"), ("b", "25", '"y"')]
+
+
+@pytest.mark.parametrize(
+    ("identity", "old", "image"),
+    [
+        pytest.param(ReplicaIdentity.DEFAULT, [ID], Key({"id": "1"}), id="default"),
+        pytest.param(FULL, WHOLE, WholeRow({"id": "1", "a": None, "b": "y"}), id="full"),
+        pytest.param(
+            ReplicaIdentity.DEFAULT,
+            WHOLE,
+            WholeRow({"id": "1", "a": None, "b": "y"}),
+            id="full since the catalogue was read",
+        ),
+        pytest.param(FULL, [ID], Key({"id": "1"}), id="full until the catalogue was read"),
+    ],
+)
+def test_old_image_is_what_was_logged(
+    identity: ReplicaIdentity, old: list[tuple[str, str, str]], image: OldImage
+) -> None:
+    new = [("id", "23", '"2"'), ("a", "25", '"x"'), ("b", "25", '"y"')]
+    update = line("U", columns=new, identity=old)
+    delete = line("D", identity=old)
+
+    assert decode(update, identity=identity) == RowChange(
+        Update(T, {"id": "2", "a": "x", "b": "y"}, image), None
+    )
+    assert decode(delete, identity=identity) == RowChange(Delete(T, image), None)
+
+
+def test_unchanged_toast_is_absent_and_not_null() -> None:
+    told = line("U", columns=[ID, ("a", "25", "null")], identity=[ID])
+
+    assert decode(told) == RowChange(Update(T, {"id": "1", "a": None}, Key({"id": "1"})), None)
+
+
+def test_unchanged_toast_is_filled_from_a_whole_old_row_in_its_place() -> None:
+    told = line(
+        "U",
+        columns=[ID, ("b", "25", '"new"')],
+        identity=[ID, ("a", "25", '"big"'), ("b", "25", '"old"')],
+    )
+
+    match decode(told, identity=FULL):
+        case RowChange(change=Update(new=row)):
+            assert list(row.items()) == [("id", "1"), ("a", "big"), ("b", "new")]
+        case other:
+            pytest.fail(str(other))
+
+
+def test_leaf_goes_by_its_root_in_the_roots_column_order() -> None:
+    parts = table("parts", "id a b", leaves=("parts_1",))
+    told = line("I", "parts_1", columns=[("b", "25", '"2"'), ("new", "25", '"3"'), ID])
+
+    match Wal2JsonDecoder([parts]).decode(told.encode()):
+        case RowChange(change=Insert(table=name, new=row), leaf=leaf):
+            assert (name, leaf) == (parts.name, parts.leaves[0])
+            assert list(row.items()) == [("id", "1"), ("b", "2"), ("new", "3")]
+        case other:
+            pytest.fail(str(other))
+
+
+def test_truncate_names_the_table() -> None:
+    assert decode(line("T")) == Truncated((T,))
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        pytest.param(
+            '{"action":"M","xid":null,"lsn":"0/1","transactional":false,"prefix":"x"}',
+            id="logical message",
+        ),
+        pytest.param(line("I", "other", columns=[]), id="insert elsewhere"),
+        pytest.param(line("U", "other", columns=[], identity=[]), id="update elsewhere"),
+        pytest.param(line("D", "other", identity=[]), id="delete elsewhere"),
+        pytest.param(line("T", "other"), id="truncate elsewhere"),
+    ],
+)
+def test_what_is_not_ours_is_nothing(told: str) -> None:
+    assert decode(told) is None
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "",
+        "{",
+        '{"action":"X"}',
+        '{"action":"B"}',
+        '{"action":"C","nextlsn":"0/X","timestamp":"2026-11-24 12:37:04+00"}',
+        '{"action":"C","nextlsn":"0/1","timestamp":"soon"}',
+        '{"action":"C","nextlsn":"0/1","timestamp":"2026-11-24 12:37:04"}',
+        line("I", columns=[("secret", "25", "1")]),
+    ],
+)
+def test_unreadable_line_is_refused_without_being_quoted(told: str) -> None:
+    """An error text may end up in a log; a row may not."""
+    with pytest.raises(UnexpectedMessageError) as caught:
+        decode(told)
+
+    assert "secret" not in str(caught.value)
+
+
+def test_names_are_escaped_for_add_tables() -> None:
+    """Else a dot, a comma or an asterisk would name other tables; proved on a server elsewhere."""
+    odd = table("We.ird, \"T'\\*", "id")
+
+    assert options([odd])["add-tables"] == "public.We\\.ird\\,\\ \\\"T\\'\\\\\\*"
+
+
+def test_partitioned_table_is_added_by_its_leaves() -> None:
+    parts = table("parts", "id", leaves=("parts_2", "parts_1"))
+
+    assert options([parts, table("a", "id")])["add-tables"] == (
+        "public.a,public.parts_1,public.parts_2"
+    )
+
+
+def test_no_tables_add_none() -> None:
+    """wal2json takes an empty list as none, and a missing one as all."""
+    assert options([])["add-tables"] == ""
+    assert Wal2JsonDecoder([]).decode(b'{"action":"B","xid":1}') == Begin(Xid(1))
