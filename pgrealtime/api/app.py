@@ -39,7 +39,7 @@ _IDLE_SECONDS: Final = 300
 """How long a connection may take over its request's head, and live between two requests; as
 PocketBase, and longer than proxies keep theirs."""
 
-_LINGERING_SECONDS: Final = 5
+_LINGERING_SECONDS: Final = 1
 """How long the rest of a refused body is read and dropped, so that the client sees the answer."""
 
 _SHUTDOWN_SECONDS: Final = 5

@@ -1,0 +1,95 @@
+"""The application on a real port over a real hub; no database stands behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jwt
+import psycopg_pool
+from aiohttp import web
+
+from pgrealtime.api.app import build_app, build_runner
+from pgrealtime.auth.account import Accounts
+from pgrealtime.auth.authenticator import Authenticator
+from pgrealtime.collections import Collections
+from pgrealtime.config import Config
+from tests.conformance.http_client import Address
+from tests.unit.hub.room import DEADLINE, Room, open_room
+
+SECRET = "made up for the tests, and long enough"
+CONFIG: dict[str, Any] = {
+    "auth": {
+        "issuers": [
+            {"name": "app", "secret": SECRET, "superuser_when": {"role": "service"}},
+        ]
+    }
+}
+
+
+def token(subject: str, **claims: object) -> str:
+    """A valid token."""
+    return jwt.encode({"sub": subject, "exp": time.time() + 3600, **claims}, SECRET, "HS256")
+
+
+SUPERUSER = token("root", role="service")
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait for something that nobody announces."""
+    async with asyncio.timeout(DEADLINE):
+        while not holds():  # noqa: ASYNC110 (no event is offered)
+            await asyncio.sleep(0.001)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A service that is up."""
+
+    room: Room
+    address: Address
+
+    async def until_forgotten(self) -> None:
+        """Wait until the hub has no connection left."""
+        await until(lambda: not len(self.room.hub.connections))
+
+    async def raw(self, data: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Send bytes as they are; the caller reads and closes."""
+        reader, writer = await asyncio.open_connection(self.address.host, self.address.port)
+        writer.write(data)
+        return reader, writer
+
+    async def answer_to(self, data: bytes) -> bytes:
+        """Send bytes, then the end; return all that comes back."""
+        reader, writer = await self.raw(data)
+        try:
+            async with asyncio.timeout(DEADLINE):
+                return await reader.read()
+        except ConnectionResetError:
+            return b""
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def served(
+    server: Mapping[str, object] | None = None, *, is_up: bool = True, **limits: Any
+) -> AsyncIterator[Served]:
+    """Serve with the given keys of ``server``; the others are of ``realtime``."""
+    config = Config.model_validate({**CONFIG, "server": server or {}, "realtime": limits})
+    # Never opened: issuers whose collection isn't configured need no rows.
+    pool = psycopg_pool.AsyncConnectionPool("", open=False)
+    authenticator = Authenticator(config.auth, Collections(()), Accounts(pool))
+    async with open_room(is_up=is_up, **limits) as open_:
+        runner = build_runner(build_app(open_.hub, authenticator, config))
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        try:
+            yield Served(open_, Address(host="127.0.0.1", port=runner.addresses[0][1]))
+        finally:
+            await runner.cleanup()

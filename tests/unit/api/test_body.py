@@ -1,0 +1,207 @@
+"""Which bodies can be read, and what is wrong with those that can."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgrealtime.api.body import SubscribeCall, faults_of, read_call
+from pgrealtime.api.problems import encode, invalid
+from pgrealtime.errors import SubscriptionError
+
+JSON = "application/json"
+URLENCODED = "application/x-www-form-urlencoded"
+MULTIPART = "multipart/form-data; boundary=B"
+
+
+def part(name: str, value: str, more: str = "") -> str:
+    return f'--B\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n{value}\r\n'
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "call"),
+    [
+        (JSON, '{"clientId":"c","subscriptions":["a","b"]}', SubscribeCall("c", ("a", "b"))),
+        ("application/jsonx", '{"clientId":"c"}', SubscribeCall("c")),
+        (JSON, '{"clientId":"c"} trailing', SubscribeCall("c")),
+        (JSON, ' \n{"clientId":"c"},', SubscribeCall("c")),
+        (JSON, '{"clientId":"c","x":{"y":[1,{}]}}', SubscribeCall("c")),
+        (JSON, '{"CLIENTID":"c","Subscriptions":["a"]}', SubscribeCall("c", ("a",))),
+        (JSON, '{"client_id":"c","sub-scriptions":["a"]}', SubscribeCall("c", ("a",))),
+        (JSON, "null", SubscribeCall()),
+        (JSON, "nullx", SubscribeCall()),
+        (JSON, '{"clientId":null,"subscriptions":null}', SubscribeCall()),
+        (JSON, '{"clientId":"c","subscriptions":[null,""]}', SubscribeCall("c", ("", ""))),
+        (JSON, '{"clientId":"\\u0063\\n"}', SubscribeCall("c\n")),
+        (URLENCODED, "clientId=c&subscriptions=a%2F*&subscriptions=b+c", None),
+        (URLENCODED, "clientId=c&clientId=d", SubscribeCall("c")),
+        (URLENCODED, "clientId=c&subscriptions[]=a", SubscribeCall("c")),
+        (URLENCODED, "clientid=c", SubscribeCall()),
+        (URLENCODED, "clientId=c&subscriptions=%ff", SubscribeCall("c", ("\ufffd",))),
+        (URLENCODED + "x", "clientId=c", SubscribeCall()),
+        (URLENCODED + "; charset=utf-8", "clientId=c", SubscribeCall("c")),
+        (URLENCODED, 'a=1&@jsonPayload={"clientId":"c"}', SubscribeCall("c")),
+        (URLENCODED, 'clientId=c&@jsonPayload={"CLIENTID":"d"}', SubscribeCall("c")),
+        (URLENCODED, "clientId=c&@jsonPayload=null", SubscribeCall()),
+        (
+            URLENCODED,
+            'clientId=c&subscriptions=a&@jsonPayload={"subscriptions":["b"]}',
+            SubscribeCall("c", ("b",)),
+        ),
+        (
+            MULTIPART,
+            part("clientId", "c")
+            + part("subscriptions", "a")
+            + part("subscriptions", "b")
+            + "--B--",
+            SubscribeCall("c", ("a", "b")),
+        ),
+        (
+            MULTIPART,
+            "preamble\r\n" + part("clientId", "c") + "--B--\r\nepilogue",
+            SubscribeCall("c"),
+        ),
+        (MULTIPART, part("clientId", "a\r\n--Bx\r\nb") + "--B--", SubscribeCall("a\r\n--Bx\r\nb")),
+        (MULTIPART, part("clientId", "c").replace("\r\n", "\n") + "--B--\n", SubscribeCall("c")),
+        (MULTIPART, part("clientId", "c", '; filename="f"') + "--B--", SubscribeCall()),
+        (MULTIPART, part("clientId", "c", '; filename=""') + "--B--", SubscribeCall("c")),
+        (MULTIPART, part("@jsonPayload", '{"clientId":"c"}') + "--B--", SubscribeCall("c")),
+        ('multipart/form-data ; Boundary="B"', part("clientId", "c") + "--B--", SubscribeCall("c")),
+    ],
+)
+def test_readable_body(content_type: str, body: str, call: SubscribeCall | None) -> None:
+    """Protocol 3.1."""
+    wanted = call or SubscribeCall("c", ("a/*", "b c"))
+
+    assert read_call(content_type, body.encode(), b"") == wanted
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body"),
+    [
+        (JSON, ""),
+        (JSON, " "),
+        (JSON, '{"clientId":'),
+        (JSON, "[]"),
+        (JSON, '"x"'),
+        (JSON, "5"),
+        (JSON, '{"clientId":5}'),
+        (JSON, '{"clientId":"c","subscriptions":"a"}'),
+        (JSON, '{"clientId":"c","subscriptions":[1]}'),
+        (JSON, '{"clientId":"c","subscriptions":[["a"]]}'),
+        (JSON, '{"clientId":"c","subscriptions":{"a":1}}'),
+        (JSON, '{"clientId":"c","clientId":"c"}'),
+        (JSON, '{"clientId":"c","CLIENTID":"c"}'),
+        (JSON, '{"clientId":"c","x":1,"x":1}'),
+        (JSON, '{"clientId":"c","x":"\udcff"}'),
+        (JSON, '{"clientId":"c","x":"\\ud800"}'),
+        (JSON, '\ufeff{"clientId":"c"}'),
+        ("Application/JSON", '{"clientId":"c"}'),
+        ("text/plain", '{"clientId":"c"}'),
+        ("", '{"clientId":"c"}'),
+        ("application/xml", "<a><ClientId>c</ClientId></a>"),
+        (URLENCODED, "clientId=c&a=%zz"),
+        (URLENCODED, "clientId=c&a;b"),
+        (URLENCODED + "; x", "clientId=c"),
+        (URLENCODED, "clientId=c&@jsonPayload={}x"),
+        (URLENCODED, "clientId=c&@jsonPayload="),
+        (URLENCODED, 'clientId=c&@jsonPayload={"clientId":5}'),
+        (URLENCODED, "clientId=c" + "&a=1" * 10_000),
+        (URLENCODED, "clientId=" + "c" * (10 << 20)),
+        (MULTIPART, ""),
+        (MULTIPART, "--nonsense"),
+        (MULTIPART, part("clientId", "c")),
+        (MULTIPART, part("clientId", "c") + "--B junk\r\n--B--"),
+        (MULTIPART, "--B\r\nno header\r\n\r\nx\r\n--B--"),
+        (MULTIPART, part("a", "b") * 1001 + "--B--"),
+        ("multipart/form-data", part("clientId", "c") + "--B--"),
+        ("multipart/form-data; boundary", part("clientId", "c") + "--B--"),
+        ("multipart/form-data; boundary=B; boundary=C", part("clientId", "c") + "--B--"),
+        ("multipart/form-data; boundary=", part("clientId", "c") + "--B--"),
+    ],
+)
+def test_unreadable_body(content_type: str, body: str) -> None:
+    """Protocol 3.1: one code whatever the reason, so that nothing is told about the parser."""
+    with pytest.raises(SubscriptionError) as refusal:
+        read_call(content_type, body.encode(errors="surrogateescape"), b"")
+
+    assert refusal.value.error_code == "body_unreadable"
+
+
+def test_url_counts_for_forms_and_not_for_json() -> None:
+    query = b"clientId=u&subscriptions=q"
+    form = part("clientId", "c") + part("subscriptions", "a") + "--B--"
+
+    assert read_call(JSON, b"{}", query) == SubscribeCall()
+    assert read_call(URLENCODED, b"subscriptions=a", query) == SubscribeCall("u", ("a", "q"))
+    assert read_call(MULTIPART, form.encode(), query) == SubscribeCall("u", ("q", "a"))
+    with pytest.raises(SubscriptionError):
+        read_call(URLENCODED, b"clientId=c", b"a;b")
+
+
+@given(client=st.text(), subscriptions=st.lists(st.text()), ascii_only=st.booleans())
+def test_json_body_says_what_was_put_in(
+    client: str,
+    subscriptions: list[str],
+    ascii_only: bool,  # noqa: FBT001 (hypothesis)
+) -> None:
+    body = json.dumps({"clientId": client, "subscriptions": subscriptions}, ensure_ascii=ascii_only)
+
+    assert read_call(JSON, body.encode(), b"") == SubscribeCall(client, tuple(subscriptions))
+
+
+BLANK = '{"code":"validation_required","message":"Cannot be blank."}'
+OUT_OF_RANGE = (
+    '{"code":"validation_length_out_of_range",'
+    '"message":"The length must be between 1 and 255.","params":{"max":255,"min":1}}'
+)
+
+
+def too_long(most: int) -> str:
+    return (
+        '{"code":"validation_length_too_long",'
+        f'"message":"The length must be no more than {most}.","params":{{"max":{most},"min":0}}}}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "data"),
+    [
+        (SubscribeCall("c" * 255, ("a" * 2500,) * 1000), "{}"),
+        (SubscribeCall("   "), "{}"),
+        (SubscribeCall(), f'{{"clientId":{BLANK}}}'),
+        (SubscribeCall("c" * 256), f'{{"clientId":{OUT_OF_RANGE}}}'),
+        (SubscribeCall("é" * 128), f'{{"clientId":{OUT_OF_RANGE}}}'),
+        (SubscribeCall("c", ("a" * 2501,) * 1001), f'{{"subscriptions":{too_long(1000)}}}'),
+        (
+            SubscribeCall("", ("ok", "é" * 1300)),
+            f'{{"clientId":{BLANK},"subscriptions":{{"1":{too_long(2500)}}}}}',
+        ),
+    ],
+)
+def test_all_faults_are_reported_at_once(call: SubscribeCall, data: str) -> None:
+    """Protocol 3.2; lengths are of the UTF-8."""
+    told = encode(invalid(faults_of(call)), "en").decode()
+
+    assert told.partition(',"message":"Something')[0] == f'{{"data":{data}'
+
+
+def test_blank_client_in_chinese_is_the_documents() -> None:
+    assert encode(invalid(faults_of(SubscribeCall())), "zh").decode() == (
+        '{"data":{"clientId":{"code":"validation_required","message":"缺少必填值。"}},'
+        '"message":"处理请求时出错。","status":400}'
+    )
+
+
+@pytest.mark.parametrize("text", ["[" * 9_000_000, '{"a":' * 5_000_000, "[1," * 9_000_000])
+def test_large_nonsense_is_given_up_early(text: str) -> None:
+    """Nobody buys minutes of computation with one upload."""
+    started = time.process_time()
+    with pytest.raises(SubscriptionError):
+        read_call(JSON, text.encode(), b"")
+
+    assert time.process_time() - started < 2

@@ -1,0 +1,115 @@
+"""The sentences of refusals, to the byte, in both languages."""
+
+from __future__ import annotations
+
+import pytest
+
+from pgrealtime.api.problems import (
+    INTERNAL,
+    Fault,
+    RefusedError,
+    Text,
+    encode,
+    invalid,
+    preferred_language,
+    problem_of,
+)
+from pgrealtime.errors import DatabaseUnreachableError, SetupError, SubscriptionError
+
+
+@pytest.mark.parametrize(
+    ("code", "english", "chinese"),
+    [
+        (
+            "client_unknown",
+            '{"data":{},"message":"Missing or invalid client id.","status":404}',
+            '{"data":{},"message":"缺少或无效的客户端 ID。","status":404}',
+        ),
+        (
+            "authorization_mismatch",
+            (
+                '{"data":{},"message":"The current and the previous request authorization don\'t '
+                'match.","status":403}'
+            ),
+            '{"data":{},"message":"当前请求和之前的请求授权不匹配。","status":403}',
+        ),
+        (
+            "address_mismatch",
+            '{"data":{},"message":"Invalid realtime client.","status":400}',
+            '{"data":{},"message":"无效的实时客户端。","status":400}',
+        ),
+        (
+            "body_unreadable",
+            (
+                '{"data":{},"message":"Something went wrong while processing your request.",'
+                '"status":400}'
+            ),
+            '{"data":{},"message":"处理请求时出错。","status":400}',
+        ),
+        (
+            "stream_away",
+            '{"data":{},"message":"Realtime is temporarily unavailable.","status":503}',
+            '{"data":{},"message":"实时服务暂时不可用。","status":503}',
+        ),
+    ],
+)
+def test_refused_calls_say_why(code: str, english: str, chinese: str) -> None:
+    problem = problem_of(SubscriptionError("whatever", code=code))
+
+    assert encode(problem, "en").decode() == english
+    assert encode(problem, "zh").decode() == chinese
+
+
+def test_faults_are_nested_and_sorted() -> None:
+    """Protocol 1.4: element errors under the index as a string, all objects sorted by name."""
+    fault = Fault("some_code", Text("Wrong.", "错。"), {"min": 1, "max": 2})
+    problem = invalid({"b": fault, "a": {"10": fault, "9": Fault("other", Text("No.", "不。"))}})
+
+    assert encode(problem, "en").decode() == (
+        '{"data":{"a":{"10":{"code":"some_code","message":"Wrong.","params":{"max":2,"min":1}},'
+        '"9":{"code":"other","message":"No."}},'
+        '"b":{"code":"some_code","message":"Wrong.","params":{"max":2,"min":1}}},'
+        '"message":"Something went wrong while processing your request.","status":400}'
+    )
+
+
+def test_unforeseen_error_tells_nothing() -> None:
+    error = SetupError('permission denied for table "secrets"', detail="a row", hint="GRANT")
+
+    assert problem_of(error) is INTERNAL
+    assert b"secrets" not in encode(problem_of(error), "en")
+
+
+def test_unreachable_database_is_temporary() -> None:
+    """A 500 would say that trying again is no use."""
+    assert problem_of(DatabaseUnreachableError("gone")).status == 503
+
+
+def test_refusal_found_on_the_way_is_what_is_answered() -> None:
+    problem = invalid({})
+
+    assert problem_of(RefusedError(problem)) is problem
+
+
+@pytest.mark.parametrize(
+    ("header", "language"),
+    [
+        ("", "en"),
+        ("en-US", "en"),
+        ("zh", "zh"),
+        ("zh-CN,zh;q=0.9,en;q=0.8", "zh"),
+        ("ZH-Hant-TW", "zh"),
+        ("en-US,en;q=0.9,zh-CN;q=0.8", "en"),
+        ("en;q=0.5, zh;q=0.8", "zh"),
+        ("de,fr;q=0.9,zh;q=0.2", "zh"),
+        ("de", "en"),
+        ("*", "en"),
+        ("zh;q=0", "en"),
+        ("zh;q=0.0,en;q=0.1", "en"),
+        ("zh;q=x,en", "en"),
+        (";;;,,q=1", "en"),
+        ("zhuang", "en"),
+    ],
+)
+def test_language_is_the_one_asked_for_first(header: str, language: str) -> None:
+    assert preferred_language(header) == language

@@ -1,0 +1,269 @@
+"""The event stream on the wire, byte for byte, and what becomes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import struct
+from socket import SO_LINGER, SOL_SOCKET
+
+import pytest
+
+from tests.conformance.http_client import EventStream, Request
+from tests.unit.api.served import Served, served, until
+from tests.unit.hub.room import DEADLINE, insert
+
+GET = b"GET /api/realtime HTTP/1.1\r\nHost: x\r\n\r\n"
+HEAD_LINES = {
+    b"Content-Type: text/event-stream",
+    b"Cache-Control: no-store",
+    b"X-Accel-Buffering: no",
+    b"X-XSS-Protection: 1; mode=block",
+    b"X-Content-Type-Options: nosniff",
+    b"X-Frame-Options: SAMEORIGIN",
+    b"Cross-Origin-Opener-Policy: same-origin",
+    b"Vary: Origin",
+}
+PB_CONNECT = re.compile(
+    rb'id:([A-Za-z0-9]{40})\nevent:PB_CONNECT\ndata:\{"clientId":"\1"\}\n\n', re.DOTALL
+)
+
+
+async def read_head(reader: asyncio.StreamReader) -> tuple[bytes, set[bytes]]:
+    """Return the status line and the others, without what is free."""
+    async with asyncio.timeout(DEADLINE):
+        head = await reader.readuntil(b"\r\n\r\n")
+    status, *lines = head[:-4].split(b"\r\n")
+    return status, {line for line in lines if not line.startswith((b"Date:", b"Server:"))}
+
+
+async def read_chunk(reader: asyncio.StreamReader) -> bytes:
+    async with asyncio.timeout(DEADLINE):
+        size = int(await reader.readuntil(b"\r\n"), 16)
+        return (await reader.readexactly(size + 2))[:-2]
+
+
+async def test_head_and_first_message_are_pocketbase_s() -> None:
+    """Protocol 2.1 and 2.3: no charset, no Connection, one chunk."""
+    async with served() as service:
+        reader, writer = await service.raw(GET)
+        status, lines = await read_head(reader)
+        message = await read_chunk(reader)
+        writer.close()
+
+    assert status == b"HTTP/1.1 200 OK"
+    assert lines == HEAD_LINES | {b"Transfer-Encoding: chunked"}
+    assert PB_CONNECT.fullmatch(message)
+
+
+async def test_head_comes_at_once_although_the_first_message_is_held_back() -> None:
+    """A client that sees no head gives the connection up; nothing else is said meanwhile."""
+    async with served(is_up=False) as service:
+        reader, writer = await service.raw(GET)
+        await read_head(reader)
+        service.room.hub.stream_started("abcdef")
+
+        assert PB_CONNECT.fullmatch(await read_chunk(reader))
+        writer.close()
+
+
+async def test_nothing_in_the_request_changes_the_answer() -> None:
+    """Protocol 2.2; a Last-Event-ID of 8 KB is nothing for a native EventSource to die of."""
+    request = (
+        b"GET /api/realtime?x=%%zz&token=1 HTTP/1.1\r\nHost: x\r\nAccept: application/json\r\n"
+        b"Accept-Encoding: gzip, deflate\r\nAuthorization: garbage\r\nLast-Event-ID: %b\r\n"
+        b"Cookie: a=%b\r\n\r\n"
+    ) % (b"i" * 8192, b"c" * 8000)
+    async with served() as service:
+        reader, writer = await service.raw(request)
+        status, lines = await read_head(reader)
+        message = await read_chunk(reader)
+        writer.close()
+
+    assert status == b"HTTP/1.1 200 OK"
+    assert lines == HEAD_LINES | {b"Transfer-Encoding: chunked"}
+    assert PB_CONNECT.fullmatch(message)
+
+
+async def test_http_1_0_gets_the_body_as_it_is() -> None:
+    async with served() as service:
+        reader, writer = await service.raw(b"GET /api/realtime HTTP/1.0\r\n\r\n")
+        status, lines = await read_head(reader)
+        async with asyncio.timeout(DEADLINE):
+            message = await reader.readuntil(b"\n\n")
+        writer.close()
+
+    assert status == b"HTTP/1.0 200 OK"
+    assert lines == HEAD_LINES
+    assert PB_CONNECT.fullmatch(message)
+
+
+async def test_head_request_is_held_without_a_body() -> None:
+    """Protocol 2.10."""
+    async with served() as service:
+        reader, writer = await service.raw(GET.replace(b"GET", b"HEAD"))
+        status, lines = await read_head(reader)
+        (connection,) = service.room.hub.connections
+        connection.write(b"not for it")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await reader.read(1)
+        writer.close()
+        await service.until_forgotten()
+
+    assert status == b"HTTP/1.1 200 OK"
+    assert lines == HEAD_LINES
+
+
+async def subscribed(service: Served) -> EventStream:
+    stream = await EventStream.open(
+        Request(method="GET", path="/api/realtime", headers={}), service.address, "A"
+    )
+    await stream.take(1, DEADLINE)
+    (connection,) = service.room.hub.connections
+    await service.room.subscribe(connection, "posts/*")
+    return stream
+
+
+async def test_messages_of_one_flush_are_one_chunk() -> None:
+    """What the hub writes at once goes out at once: that is what makes fan-out cheap."""
+    async with served() as service:
+        reader, writer = await service.raw(GET)
+        await read_head(reader)
+        await read_chunk(reader)
+        (connection,) = service.room.hub.connections
+        connection.write(b"id:1\ndata:a\n\nid:1\ndata:b\n\n")
+
+        assert await read_chunk(reader) == b"id:1\ndata:a\n\nid:1\ndata:b\n\n"
+        writer.close()
+
+
+async def test_end_by_the_server_is_orderly_after_the_last_event() -> None:
+    """Protocol 2.8: the body ends, not a byte more, and the connection serves on."""
+    async with served() as service:
+        reader, writer = await service.raw(GET)
+        await read_head(reader)
+        await read_chunk(reader)
+        (connection,) = service.room.hub.connections
+        connection.write(b"last")
+        await service.room.hub.shutdown(1.0)
+
+        assert await read_chunk(reader) == b"last"
+        async with asyncio.timeout(DEADLINE):
+            assert await reader.readexactly(5) == b"0\r\n\r\n"
+        writer.write(b"GET /api/health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await read_head(reader))[0] == b"HTTP/1.1 200 OK"
+        writer.close()
+
+
+@pytest.mark.parametrize("how", ["closes", "resets", "half closes"])
+async def test_client_that_goes_away_is_forgotten_at_once(how: str) -> None:
+    """Protocol 2.9: not at the next event or heartbeat, and nothing is kept of it."""
+    async with served(heartbeat=1000.0, idle_timeout=1000.0) as service:
+        reader, writer = await service.raw(GET)
+        await read_head(reader)
+        await read_chunk(reader)
+        assert len(service.room.hub.connections) == 1
+        match how:
+            case "closes":
+                writer.close()
+            case "resets":
+                socket = writer.get_extra_info("socket")
+                socket.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+                writer.close()
+            case _:
+                writer.write_eof()
+        await service.until_forgotten()
+        writer.close()
+
+
+async def test_client_that_takes_nothing_is_dropped_and_shows_meanwhile() -> None:
+    """The hub sees what waits, waits for it to go, and drops who never takes it."""
+    async with served() as service:
+        reader, writer = await service.raw(GET)
+        await read_head(reader)
+        (connection,) = service.room.hub.connections
+        for _ in range(200):
+            connection.write(b"x" * 100_000)
+        waits = asyncio.create_task(connection.sink.drain())
+        await asyncio.sleep(0)
+
+        assert connection.sink.buffered() > 1_000_000
+        assert not waits.done()
+        connection.sink.abort()
+        async with asyncio.timeout(DEADLINE):
+            await waits
+        await service.until_forgotten()
+        connection.write(b"into the void")
+        writer.close()
+
+
+async def test_slow_client_gets_everything_once_it_reads() -> None:
+    async with served() as service:
+        reader, writer = await service.raw(GET)
+        await read_head(reader)
+        await read_chunk(reader)
+        (connection,) = service.room.hub.connections
+        for n in range(200):
+            connection.write(b"%d" % n * 10_000)
+        async with asyncio.timeout(DEADLINE):
+            drained = asyncio.create_task(connection.sink.drain())
+            for n in range(200):
+                assert await read_chunk(reader) == b"%d" % n * 10_000
+            await drained
+        assert connection.sink.buffered() == 0
+        writer.close()
+
+
+async def test_end_is_not_waited_for_by_who_never_reads() -> None:
+    """Its handler would otherwise stay for as long as the client likes."""
+    async with served(stall_timeout=0.1) as service:
+        reader, writer = await service.raw(GET)
+        await read_head(reader)
+        (connection,) = service.room.hub.connections
+        connection.write(b"x" * 20_000_000)
+        connection.sink.end()
+        connection.mark_ended()
+        assert connection.sink.buffered() > 1_000_000
+        await until(lambda: connection.sink.buffered() == 0)
+
+        with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
+            await reader.readexactly(20_000_000)
+        writer.close()
+
+
+async def test_events_reach_the_socket() -> None:
+    async with served() as service:
+        stream = await subscribed(service)
+        service.room.commit(insert("a", "x"), insert("b", "y"))
+        messages = await stream.take(2, DEADLINE)
+        await stream.close()
+
+    assert [b'"id":"a"' in messages[0], b'"id":"b"' in messages[1]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("request_text", "position"),
+    [
+        (b"GET /api/realtime?lastEventId= HTTP/1.1\r\nHost: x\r\n\r\n", True),
+        (b"GET /api/realtime?lastEventId=%zz HTTP/1.1\r\nHost: x\r\n\r\n", True),
+        (b"GET /api/realtime?lasteventid= HTTP/1.1\r\nHost: x\r\n\r\n", False),
+        (b"GET /api/realtime HTTP/1.1\r\nHost: x\r\nLast-Event-ID: abc\r\n\r\n", False),
+        (
+            b"GET /api/realtime HTTP/1.1\r\nHost: x\r\n"
+            b"Last-Event-ID: " + b"A" * 40 + b".abcdef-0000000000000064-00000000\r\n\r\n",
+            True,
+        ),
+        (b"GET /api/realtime HTTP/1.1\r\nHost: x\r\nLast-Event-ID: \xff\xfe\r\n\r\n", False),
+    ],
+)
+async def test_who_asks_for_positions_gets_them(request_text: bytes, position: bool) -> None:  # noqa: FBT001 (parametrized)
+    """Resume page, section 3: everybody else gets PocketBase's bytes."""
+    async with served() as service:
+        reader, writer = await service.raw(request_text)
+        await read_head(reader)
+        message = await read_chunk(reader)
+        writer.close()
+
+    wanted = rb"id:[A-Za-z0-9]{40}\.[0-9a-f-]{32}\n" if position else rb"id:[A-Za-z0-9]{40}\n"
+    assert re.match(wanted, message)

@@ -1,0 +1,409 @@
+"""Every route on the wire: the recordings that need no database, and what they leave open."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from tests.conformance.fixtures import Account, load_fixtures
+from tests.conformance.http_client import Address, Answer, EventStream, Request, send
+from tests.conformance.replay import Replay
+from tests.conformance.transcript import (
+    Conversation,
+    Exchange,
+    Expect,
+    ExpectSilence,
+    Login,
+    SseClose,
+    SseOpen,
+    Wait,
+    Write,
+    load_conversation,
+)
+from tests.unit.api.served import SUPERUSER, Served, served, token
+from tests.unit.hub.room import DEADLINE, insert
+
+RECORDINGS = Path(__file__).parents[2] / "transcripts"
+FIXTURES = RECORDINGS / "fixtures.json"
+UNCHANGING = (Login, SseOpen, SseClose, Exchange, Expect, ExpectSilence, Wait)
+ELSEWHERE = ("auth_", "idle_timeout")
+"""Login endpoints have a room of their own; five minutes are waited out with the whole service."""
+
+
+def unchanging() -> list[Conversation]:
+    """The recordings in which nothing is written."""
+    paths = sorted(path for path in RECORDINGS.glob("*.json") if path != FIXTURES)
+    conversations = [load_conversation(p) for p in paths if not p.name.startswith(ELSEWHERE)]
+    return [c for c in conversations if all(isinstance(step, UNCHANGING) for step in c.steps)]
+
+
+class WithoutDatabase:
+    """The target of such a recording: everybody can log in, nothing can be written."""
+
+    def __init__(self, service: Served) -> None:
+        self._service = service
+
+    @property
+    def address(self) -> Address:
+        return self._service.address
+
+    async def login(self, account: Account, lifetime_seconds: float | None) -> str:
+        assert lifetime_seconds is None
+        if account.collection == "_superusers":
+            return SUPERUSER
+        return token(account.identity)
+
+    async def write(self, write: Write) -> NoReturn:
+        raise AssertionError(write)
+
+    async def transaction(self, writes: Sequence[Write], *, commit: bool) -> NoReturn:
+        raise AssertionError(writes, commit)
+
+    async def alter_collection(self, name: str, patch: Mapping[str, Any]) -> NoReturn:
+        raise AssertionError(name, patch)
+
+    async def drop_collection(self, name: str) -> NoReturn:
+        raise AssertionError(name)
+
+    async def reset_token_secret(self, name: str) -> NoReturn:
+        raise AssertionError(name)
+
+    async def restart(self) -> NoReturn:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("conversation", [pytest.param(c, id=c.name) for c in unchanging()])
+async def test_recording_that_writes_nothing_is_met(conversation: Conversation) -> None:
+    async with served() as service:
+        accounts = load_fixtures(FIXTURES).accounts
+        await Replay(conversation, accounts, WithoutDatabase(service)).run()
+
+
+def test_recordings_were_found() -> None:
+    """An empty table of cases passes for anything."""
+    assert {"connect_basic", "cors_preflight", "subscribe_malformed_body", "ip_mismatch"} <= {
+        conversation.name for conversation in unchanging()
+    }
+
+
+async def ask(
+    service: Served, method: str, path: str, body: str = "", **headers: str
+) -> tuple[int, Answer]:
+    """Return status and answer; underscores in header names are hyphens."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = Request(method=method, path=path, headers=named, body=body.encode())
+    async with asyncio.timeout(DEADLINE):
+        answer = await send(request, service.address)
+    return answer.head.status, answer
+
+
+async def connected(service: Served) -> tuple[EventStream, str]:
+    """A stream and its client id."""
+    request = Request(method="GET", path="/api/realtime", headers={})
+    stream = await EventStream.open(request, service.address, "A")
+    (message,) = await stream.take(1, DEADLINE)
+    return stream, message.partition(b"\n")[0].removeprefix(b"id:").decode()
+
+
+def call(client_id: str, *topics: str) -> str:
+    return json.dumps({"clientId": client_id, "subscriptions": topics})
+
+
+async def test_accepted_call_has_neither_body_nor_content_type() -> None:
+    """Protocol 3.4."""
+    async with served() as service:
+        stream, client_id = await connected(service)
+        _, answer = await ask(
+            service,
+            "POST",
+            "/api/realtime",
+            call(client_id, "posts/*"),
+            Content_Type="application/json",
+        )
+        service.room.commit(insert("a"))
+        (message,) = await stream.take(1, DEADLINE)
+        await stream.close()
+
+    assert (answer.head.status, answer.body, answer.surplus) == (204, b"", b"")
+    assert answer.head.header("content-type") is None
+    assert answer.head.header("content-length") is None
+    assert message.startswith(f"id:{client_id}\nevent:posts/*\n".encode())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "message"),
+    [
+        ("GET", "/", "File not found."),
+        ("GET", "/api/realtime/", "File not found."),
+        ("HEAD", "/api/nosuch", ""),
+        ("GET", "/API/realtime", "File not found."),
+        ("POST", "/api/health", "The requested resource wasn't found."),
+        ("DELETE", "/api/health", "The requested resource wasn't found."),
+        ("POST", "/api/nosuch", "The requested resource wasn't found."),
+        ("TRACE", "/api/realtime", "The requested resource wasn't found."),
+    ],
+)
+async def test_what_isn_t_routed_is_not_found(method: str, path: str, message: str) -> None:
+    """Protocol 1.6: no 405, no Allow."""
+    async with served() as service:
+        status, answer = await ask(service, method, path)
+
+    assert status == 404
+    assert answer.head.header("allow") is None
+    assert json.loads(answer.body or '{"message":""}')["message"] == message
+
+
+@pytest.mark.parametrize(
+    ("locale", "accepted", "message"),
+    [
+        ("auto", "zh-CN,zh;q=0.9", "缺少或无效的客户端 ID。"),
+        ("auto", "en", "Missing or invalid client id."),
+        ("zh", "en", "缺少或无效的客户端 ID。"),
+        ("en", "zh", "Missing or invalid client id."),
+    ],
+)
+async def test_language_is_the_client_s_or_the_configured(
+    locale: str, accepted: str, message: str
+) -> None:
+    async with served({"locale": locale}) as service:
+        _, answer = await ask(
+            service,
+            "POST",
+            "/api/realtime",
+            call("nope"),
+            Content_Type="application/json",
+            Accept_Language=accepted,
+        )
+
+    assert answer.body.decode() == f'{{"data":{{}},"message":"{message}","status":404}}'
+
+
+async def test_base_path_is_before_every_route() -> None:
+    async with served({"base_path": "/a/b"}) as service:
+        inside, _ = await ask(service, "GET", "/a/b/api/health")
+        outside, _ = await ask(service, "GET", "/api/health")
+        refused, _ = await ask(service, "POST", "/a/b/api/realtime")
+
+    assert (inside, outside, refused) == (200, 404, 400)
+
+
+async def test_configured_origin_is_let_in_and_no_other() -> None:
+    async with served({"cors_origins": ["https://app.example"]}) as service:
+        _, known = await ask(service, "GET", "/api/health", Origin="https://app.example")
+        _, stranger = await ask(service, "GET", "/api/health", Origin="https://evil.example")
+        _, preflight = await ask(service, "OPTIONS", "/api/health", Origin="https://evil.example")
+
+    assert known.head.header("access-control-allow-origin") == "https://app.example"
+    assert stranger.head.header("access-control-allow-origin") is None
+    assert stranger.body == known.body
+    assert preflight.head.header("vary") == "Origin"
+    assert preflight.head.header("access-control-allow-methods") is None
+
+
+async def test_proxy_s_word_decides_whose_stream_it_is() -> None:
+    """Behind a proxy all clients share its address; without trust its header is anybody's."""
+    async with served({"trusted_proxies": ["127.0.0.0/8"]}) as service:
+        stream = await EventStream.open(
+            Request(method="GET", path="/api/realtime", headers={"X-Forwarded-For": "203.0.113.7"}),
+            service.address,
+            "A",
+        )
+        (connection,) = service.room.hub.connections
+        body = call(connection.id)
+        other, _ = await ask(
+            service,
+            "POST",
+            "/api/realtime",
+            body,
+            Content_Type="application/json",
+            X_Forwarded_For="203.0.113.8",
+        )
+        same, _ = await ask(
+            service,
+            "POST",
+            "/api/realtime",
+            body,
+            Content_Type="application/json",
+            X_Forwarded_For="203.0.113.7",
+        )
+        await stream.close()
+
+    assert (other, same) == (400, 204)
+
+
+async def test_stream_away_is_said_at_once() -> None:
+    """Resume page, section 4: never a wait, the JavaScript SDK dies of it."""
+    async with served() as service:
+        stream, client_id = await connected(service)
+        service.room.hub.stream_lost()
+        status, answer = await ask(
+            service,
+            "POST",
+            "/api/realtime",
+            call(client_id, "posts/*"),
+            Content_Type="application/json",
+        )
+        await stream.close()
+
+    assert status == 503
+    assert json.loads(answer.body)["message"] == "Realtime is temporarily unavailable."
+
+
+async def test_superuser_learns_more_of_health() -> None:
+    """Protocol 9.4."""
+    async with served({"trusted_proxies": ["127.0.0.1/32"]}) as service:
+        _, answer = await ask(
+            service,
+            "GET",
+            "/api/health",
+            Authorization=SUPERUSER,
+            X_Forwarded_For="203.0.113.7",
+        )
+        _, user = await ask(service, "GET", "/api/health", Authorization=token("ann"))
+
+    assert json.loads(answer.body)["data"] == {
+        "canBackup": True,
+        "realIP": "203.0.113.7",
+        "possibleProxyHeader": "X-Forwarded-For",
+    }
+    assert user.body == b'{"message":"API is healthy.","code":200,"data":{}}'
+
+
+@pytest.mark.parametrize(
+    ("fields", "body"),
+    [
+        ("code", {"code": 200}),
+        ("code,data", {"code": 200, "data": {}}),
+        ("nosuch", {}),
+        ("message:excerpt(3,true)", {"message": "API..."}),
+    ],
+)
+async def test_fields_trim_the_answer(fields: str, body: dict[str, object]) -> None:
+    """Protocol 1.5."""
+    async with served() as service:
+        _, answer = await ask(service, "GET", f"/api/health?fields={fields}")
+
+    assert json.loads(answer.body) == body
+
+
+async def test_fields_that_can_t_be_read_are_refused() -> None:
+    """As PocketBase 0.40.6 does."""
+    async with served() as service:
+        status, answer = await ask(service, "GET", "/api/health?fields=a(b")
+
+    assert status == 400
+    assert answer.head.header("content-type") == "application/json"
+
+
+async def test_chunked_body_is_a_body_and_an_empty_one_broken_json() -> None:
+    """Protocol 3.1: only a declared length of 0 is no body."""
+    async with served() as service:
+        stream, client_id = await connected(service)
+        chunked = {"Content_Type": "application/json", "Transfer_Encoding": "chunked"}
+        accepted, _ = await ask(service, "POST", "/api/realtime", call(client_id), **chunked)
+        _, empty = await ask(service, "POST", "/api/realtime", "", **chunked)
+        await stream.close()
+
+    assert accepted == 204
+    assert json.loads(empty.body)["data"] == {}
+
+
+async def test_body_stays_as_it_was_sent() -> None:
+    """PocketBase decodes no Content-Encoding, so neither can a small upload become a large one."""
+    async with served() as service:
+        _, answer = await ask(
+            service,
+            "POST",
+            "/api/realtime",
+            "{}",
+            Content_Type="application/json",
+            Content_Encoding="gzip",
+        )
+
+    assert "clientId" in json.loads(answer.body)["data"]
+
+
+async def test_large_body_is_waited_for_only_if_it_will_be_read() -> None:
+    head = (
+        "POST /api/realtime HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        "Expect: 100-continue\r\nConnection: close\r\nContent-Length: {}\r\n\r\n"
+    )
+    async with served() as service:
+        refused = await service.answer_to(head.format(32 * 1024 * 1024 + 1).encode())
+        asked = await service.answer_to((head.format(2) + "{}").encode())
+
+    assert refused.startswith(b"HTTP/1.1 413 ")
+    assert b"Connection: close" in refused
+    assert refused.endswith(b'{"data":{},"message":"Request entity too large.","status":413}')
+    assert asked.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 400 ")
+
+
+async def test_body_of_the_largest_size_is_read() -> None:
+    async with served() as service:
+        stream, client_id = await connected(service)
+        body = call(client_id, "posts/*")
+        padded = body + " " * (32 * 1024 * 1024 - len(body))
+        status, _ = await ask(
+            service, "POST", "/api/realtime", padded, Content_Type="application/json"
+        )
+        await stream.close()
+
+    assert status == 204
+
+
+async def test_undeclared_body_is_cut_at_the_same_size() -> None:
+    async with served() as service:
+        reader, writer = await service.raw(
+            b"POST /api/realtime HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n"
+        )
+        chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
+        async with asyncio.timeout(DEADLINE):
+            for _ in range(33):
+                writer.write(chunk)
+                await writer.drain()
+            answer = await reader.readuntil(b"\r\n")
+        writer.close()
+
+    assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+async def test_call_whose_client_leaves_changes_nothing_for_others() -> None:
+    """The SDK aborts the older of two calls; the stream goes on with what it had."""
+    async with served() as service:
+        stream, client_id = await connected(service)
+        await ask(
+            service,
+            "POST",
+            "/api/realtime",
+            call(client_id, "posts/*"),
+            Content_Type="application/json",
+        )
+        service.room.database.gate = asyncio.Event()
+        body = call(client_id, "posts/*", "notes/*").encode()
+        _, writer = await service.raw(
+            b"POST /api/realtime HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        await service.room.database.asked_again(1)
+        writer.transport.abort()
+        service.room.database.gate.set()
+        service.room.database.gate = None
+        status, _ = await ask(
+            service,
+            "POST",
+            "/api/realtime",
+            call(client_id, "posts/*"),
+            Content_Type="application/json",
+        )
+        service.room.commit(insert("a"))
+        (message,) = await stream.take(1, DEADLINE)
+        await stream.close()
+
+    assert status == 204
+    assert b'"id":"a"' in message
