@@ -31,19 +31,21 @@ from pgrealtime.errors import (
     SetupError,
 )
 from pgrealtime.rules.parse import parse
+from pgrealtime.rules.reference import validate
 from pgrealtime.wal import slot as slots
 
 _CONNECT_SECONDS = 10
 _SLOT_SECONDS = 10.0
 """Making a slot waits for open transactions; a check has better things to do."""
 
-_UNREADABLE = """
-SELECT n.nspname, c.relname, current_user
+_RIGHTS = """
+SELECT n.nspname, c.relname, current_user,
+       pg_catalog.has_schema_privilege(n.oid, 'USAGE')
+         AND pg_catalog.has_table_privilege(c.oid, 'SELECT'),
+       pg_catalog.row_security_active(c.oid)
 FROM pg_catalog.pg_class c
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 WHERE c.oid = ANY (%(oids)s::oid[])
-  AND NOT (pg_catalog.has_schema_privilege(n.oid, 'USAGE')
-           AND pg_catalog.has_table_privilege(c.oid, 'SELECT'))
 ORDER BY n.nspname, c.relname
 """
 
@@ -96,7 +98,7 @@ async def _check_database(
                 names=table_names(config.collections, config.database.schemas),
             )
             collections, problems = _collections(config, catalog, reading)
-            errors = [*await _grant_errors(connection, collections)]
+            errors = await _right_errors(connection, collections)
             server = _server(connection)
     except PgRealtimeError as error:
         return _without_database(config), (error,), ()
@@ -128,7 +130,7 @@ def rule_problems(collections: Collections) -> Iterator[Problem]:
     for collection in collections.values():
         for key, rule in _rules(collection):
             try:
-                parse(rule)
+                validate(collections, collection, rule)
             except RuleError as error:
                 yield _rule_problem(f"collections.{collection.name}.{key}", rule, error)
 
@@ -152,7 +154,8 @@ def _rules(ruled: Collection | CollectionConfig) -> Iterator[tuple[str, str]]:
 
 
 def _rule_problem(path: str, rule: str, error: RuleError) -> Problem:
-    return Problem(path, error.message, error.hint, excerpt=excerpt(rule, error.start, error.end))
+    hint = (error.hint[:1].lower() + error.hint[1:]).removesuffix(".")
+    return Problem(path, error.message, hint, excerpt=excerpt(rule, error.start, error.end))
 
 
 def excerpt(text: str, start: int, end: int) -> str:
@@ -195,13 +198,19 @@ async def _connect(url: str) -> AsyncConnection[Any]:
         ) from None
 
 
-async def _grant_errors(
+async def _right_errors(
     connection: AsyncConnection[Any], collections: Collections
-) -> Iterator[SetupError]:
-    """Say which tables rules could not be asked of."""
+) -> list[SetupError]:
+    """Say which tables rules could not be asked of, or only through somebody's policies."""
     oids = [table.oid for table in _read_by_rules(collections)]
-    rows = await (await connection.execute(_UNREADABLE, {"oids": oids})).fetchall()
-    return (_grant_error(TableName(schema, name), role) for schema, name, role in rows)
+    rows = await (await connection.execute(_RIGHTS, {"oids": oids})).fetchall()
+    return [
+        _policy_error(TableName(schema, name), role)
+        if is_readable
+        else _grant_error(TableName(schema, name), role)
+        for schema, name, role, is_readable, is_filtered in rows
+        if is_filtered or not is_readable
+    ]
 
 
 def _read_by_rules(collections: Collections) -> Iterator[Table]:
@@ -218,6 +227,16 @@ def _grant_error(name: TableName, role: str) -> SetupError:
         f'role "{role}" may not read "{name}"',
         hint=f"GRANT USAGE ON SCHEMA {schema} TO {to}; GRANT SELECT ON {schema}.{table} TO {to};",
         code="select_not_granted",
+    )
+
+
+def _policy_error(name: TableName, role: str) -> SetupError:
+    return SetupError(
+        f'row security hides rows of "{name}" from role "{role}"',
+        detail="Rules would be decided without the rows that its policies hide, so that queries on"
+        " the table are refused instead.",
+        hint=f"Run as a superuser: ALTER ROLE {quoted(role)} BYPASSRLS;",
+        code="row_security",
     )
 
 

@@ -1,0 +1,418 @@
+"""``pgrealtime check`` says one clear thing about each fault, and all of them at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from tests.conformance.process import free_port
+from tests.conftest import lacking
+
+_ROOT = Path(__file__).parents[2]
+
+_SCHEMA = """
+    CREATE TABLE users (
+      id uuid PRIMARY KEY, email text, email_visibility bool, verified bool, password_hash text
+    );
+    CREATE TABLE posts (
+      id bigint PRIMARY KEY, title text, published bool, author_id uuid REFERENCES users,
+      reviewers uuid[], internal_note text, place jsonb
+    );
+    CREATE TABLE likes (
+      post_id bigint REFERENCES posts, user_id uuid REFERENCES users,
+      PRIMARY KEY (post_id, user_id)
+    );
+    CREATE TABLE keyless (a int);
+"""
+
+_POSTS = """\
+collections:
+  posts:
+    table: public.posts
+    list_rule: published = true
+    view_rule: published = true
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """Someone who writes a file and runs commands."""
+
+    file: Path
+    url: str
+
+    def check(self, text: str = _POSTS, *options: str, **environ: str) -> Outcome:
+        self.file.write_text(text, encoding="utf-8")
+        return self.run("check", "-c", str(self.file), *options, **environ)
+
+    def run(self, *command: str, **environ: str) -> Outcome:
+        done = subprocess.run(
+            [sys.executable, "-m", "pgrealtime", *command],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=self.file.parent,
+            env=_clean_environ() | {"DATABASE_URL": self.url} | environ,
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def _clean_environ() -> dict[str, str]:
+    """The environment without anything that a configuration could come from."""
+    unwanted = ("PG", "PORT", "DATABASE_URL")
+    return {name: text for name, text in os.environ.items() if not name.startswith(unwanted)}
+
+
+@pytest.fixture
+def operator(database_url: str, tmp_path: Path) -> Operator:
+    with psycopg.connect(database_url) as connection:
+        connection.execute(_SCHEMA)
+    return Operator(tmp_path / "pgrealtime.yaml", database_url)
+
+
+@pytest.fixture
+def role(operator: Operator) -> Iterator[str]:
+    """A login that may do nothing in particular."""
+    name = f"role_{uuid4().hex[:12]}"
+    with psycopg.connect(operator.url, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(name)))
+        yield name
+        for command in ("DROP OWNED BY {}", "DROP ROLE {}"):
+            connection.execute(sql.SQL(command).format(sql.Identifier(name)))
+
+
+def execute(operator: Operator, command: str, **names: str) -> None:
+    identifiers = {key: sql.Identifier(name) for key, name in names.items()}
+    with psycopg.connect(operator.url, autocommit=True) as connection:
+        connection.execute(sql.SQL(command).format(**identifiers))
+
+
+def database_of(operator: Operator) -> str:
+    return operator.url.rpartition("/")[2]
+
+
+# -- what is fine
+
+
+def test_a_sound_set_up_is_ok(operator: Operator) -> None:
+    outcome = operator.check()
+    assert (outcome.code, outcome.err) == (0, "")
+    verdict, counts, server = outcome.out.splitlines()
+    assert (verdict, counts) == ("ok", "1 collection, 7 fields, 2 rules")
+    assert server.startswith("PostgreSQL ")
+    assert server.endswith(f'database "{database_of(operator)}", wal2json')
+
+
+@pytest.mark.parametrize("name", ["pgrealtime.yaml", "minimal.yaml"])
+def test_the_examples_are_ok(operator: Operator, name: str) -> None:
+    text = (_ROOT / "config" / name).read_text(encoding="utf-8")
+    outcome = operator.check(text, APP_JWT_SECRET="x" * 32)
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+def test_a_check_leaves_nothing_behind(operator: Operator) -> None:
+    """No slot that would hold WAL."""
+    operator.check()
+    with psycopg.connect(operator.url) as connection:
+        slots = connection.execute(
+            "SELECT slot_name FROM pg_replication_slots WHERE database = current_database()"
+        )
+        assert slots.fetchall() == []
+
+
+def test_without_the_database_only_the_configuration_is_looked_at(operator: Operator) -> None:
+    outcome = operator.check(
+        _POSTS, "--no-database", DATABASE_URL="postgresql://postgres@127.0.0.1:1/none"
+    )
+    assert outcome == Outcome(0, "ok\n1 collection, 2 rules\n", "")
+
+
+def test_the_file_is_looked_for_where_we_are_or_where_the_environment_says(
+    operator: Operator,
+) -> None:
+    assert operator.run("check").code == 78
+    operator.file.write_text(_POSTS)
+    assert operator.run("check").code == 0
+    elsewhere = operator.file.parent / "other.yaml"
+    operator.file.rename(elsewhere)
+    assert operator.run("check", PGREALTIME_CONFIG=str(elsewhere)).code == 0
+
+
+def test_the_version_is_printed(operator: Operator) -> None:
+    outcome = operator.run("--version")
+    assert outcome.code == 0
+    assert outcome.out.startswith("pgrealtime ")
+
+
+def test_a_wrong_command_line_is_a_usage_error(operator: Operator) -> None:
+    assert operator.run("chekc").code == 2
+    assert operator.run("check", "--no-such-option").code == 2
+
+
+# -- one fault, one error
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "server:\n  prot: 1\n" + _POSTS,
+            ':2: server.prot: unknown key "prot" (perhaps you meant "port")',
+        ),
+        (
+            _POSTS.replace("published = true", "published = && true", 1),
+            (
+                ":4: collections.posts.list_rule: expected an identifier, text, number or"
+                " function\n"
+                "    published = && true\n"
+                "                ^^"
+            ),
+        ),
+        (
+            _POSTS.replace("published = true", "publisht = true", 1),
+            (
+                ':4: collections.posts.list_rule: there is no field "publisht"'
+                ' (perhaps you meant "published")\n'
+                "    publisht = true\n"
+                "    ^^^^^^^^"
+            ),
+        ),
+        (
+            _POSTS.replace("public.posts", "public.post"),
+            (
+                ':3: collections.posts.table: there is no table "public.post"'
+                ' (perhaps you meant "public.posts")'
+            ),
+        ),
+        (
+            _POSTS + "    fields: {include: [published, titel]}\n",
+            (
+                ':6: collections.posts.fields.include: there is no column "titel" in "public.posts"'
+                ' (perhaps you meant "title")'
+            ),
+        ),
+        (
+            "collections:\n  keyless:\n    table: keyless\n",
+            (
+                ':3: collections.keyless.table: "public.keyless" has no primary key: its updates'
+                ' and deletes name no row (ALTER TABLE "public"."keyless" ADD COLUMN "id" bigint'
+                " GENERATED ALWAYS AS IDENTITY PRIMARY KEY;)"
+            ),
+        ),
+    ],
+    ids=["key", "rule syntax", "rule name", "table", "column", "primary key"],
+)
+def test_a_fault_of_the_configuration_is_told_with_its_place(
+    operator: Operator, text: str, expected: str
+) -> None:
+    assert operator.check(text) == Outcome(
+        78,
+        "",
+        f"config_invalid: {operator.file} has 1 problem\nDETAIL: {operator.file}{expected}\n",
+    )
+
+
+def test_the_sql_that_a_refusal_prints_mends_it(operator: Operator) -> None:
+    text = "collections: {keyless: {table: keyless}}\n"
+    outcome = operator.check(text)
+    execute(operator, outcome.err.partition("(ALTER")[2].join(["ALTER", ""]).rstrip(")\n"))
+    assert operator.check(text).code == 0
+
+
+def test_an_unreachable_server_is_told(operator: Operator) -> None:
+    outcome = operator.check(DATABASE_URL="postgresql://postgres@127.0.0.1:1/none")
+    assert (outcome.code, outcome.out) == (69, "")
+    assert outcome.err.startswith(
+        "database_unreachable: the database can't be reached\nDETAIL: connection failed:"
+    )
+    assert "\nHINT: Check database.url" in outcome.err
+
+
+def test_a_url_that_is_none_is_told_without_printing_it(operator: Operator) -> None:
+    outcome = operator.check(DATABASE_URL="postgresql//me:hunter2@host/app")
+    assert outcome.code == 78
+    assert outcome.err.startswith("database_url_invalid: the database URL can't be understood\n")
+    assert "hunter2" not in outcome.err
+
+
+def test_a_role_without_replication_is_told_what_to_run(operator: Operator, role: str) -> None:
+    execute(operator, "GRANT SELECT ON posts TO {role}", role=role)
+    url = make_conninfo(operator.url, user=role)
+    assert operator.check(DATABASE_URL=url) == Outcome(
+        77,
+        "",
+        f'replication_attribute_missing: role "{role}" may not read the replication stream\n'
+        "DETAIL: It lacks the REPLICATION attribute.\n"
+        f'HINT: Run as a superuser: ALTER ROLE "{role}" REPLICATION;\n',
+    )
+    execute(operator, "ALTER ROLE {role} REPLICATION", role=role)
+    assert operator.check(DATABASE_URL=url).code == 0
+
+
+def test_a_query_role_without_rights_is_told_what_to_run(operator: Operator, role: str) -> None:
+    query_url = make_conninfo(operator.url, user=role)
+    outcome = operator.check(PGREALTIME_DATABASE__QUERY_URL=query_url)
+    grant = (
+        f'GRANT USAGE ON SCHEMA "public" TO "{role}"; GRANT SELECT ON "public"."posts" TO "{role}";'
+    )
+    assert outcome == Outcome(
+        77,
+        "",
+        f'select_not_granted: role "{role}" may not read "public.posts"\nHINT: {grant}\n',
+    )
+    execute(operator, grant)
+    assert operator.check(PGREALTIME_DATABASE__QUERY_URL=query_url).code == 0
+
+
+def test_row_security_that_would_hide_rows_from_rules_is_told(
+    operator: Operator, role: str
+) -> None:
+    execute(
+        operator,
+        "GRANT SELECT ON posts TO {role}; ALTER TABLE posts ENABLE ROW LEVEL SECURITY",
+        role=role,
+    )
+    query_url = make_conninfo(operator.url, user=role)
+    outcome = operator.check(PGREALTIME_DATABASE__QUERY_URL=query_url)
+    assert outcome.code == 2
+    assert outcome.err.startswith(
+        f'row_security: row security hides rows of "public.posts" from role "{role}"\n'
+    )
+    execute(operator, "ALTER ROLE {role} BYPASSRLS", role=role)
+    assert operator.check(PGREALTIME_DATABASE__QUERY_URL=query_url).code == 0
+
+
+def test_a_server_that_refuses_wal2json_is_told(operator: Operator) -> None:
+    execute(
+        operator,
+        "ALTER DATABASE {database} SET output_plugin_libraries = 'pgoutput'",
+        database=database_of(operator),
+    )
+    outcome = operator.check("replication: {plugin: wal2json}\n" + _POSTS)
+    assert (outcome.code, outcome.out) == (77, "")
+    assert outcome.err.startswith('plugin_refused: the server refuses the decoder "wal2json"\n')
+    assert "HINT: Run as a superuser: ALTER SYSTEM SET output_plugin_libraries" in outcome.err
+
+
+def test_a_server_that_has_neither_decoder_ready_is_told_of_both(operator: Operator) -> None:
+    execute(
+        operator,
+        "ALTER DATABASE {database} SET output_plugin_libraries = 'pgoutput'",
+        database=database_of(operator),
+    )
+    outcome = operator.check()
+    assert "neither wal2json nor pgoutput can be used" in outcome.err
+    assert "publication" in outcome.err
+    assert outcome.code == 77
+
+
+@pytest.fixture(scope="module")
+def replica_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a server as it comes: with wal_level = replica."""
+    binaries = os.environ.get("PGREALTIME_TEST_PG_BIN", "")
+    if not binaries:
+        lacking("no PostgreSQL binaries: PGREALTIME_TEST_PG_BIN isn't set")
+    directory = tmp_path_factory.mktemp("server")
+    as_server: list[str] = []
+    if os.geteuid() == 0:  # initdb refuses to run as root
+        as_server = ["setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups", "--"]
+        for folder in (directory, *directory.parents[:2]):
+            folder.chmod(0o711)
+        subprocess.run(["chown", "postgres:", directory], check=True)
+    port, data = free_port(), directory / "data"
+    initdb = [f"{binaries}/initdb", "-U", "postgres", "--auth=trust", "--no-sync", f"-D{data}"]
+    control = [*as_server, f"{binaries}/pg_ctl", "--wait", "--silent", f"-D{data}"]
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
+    subprocess.run([*as_server, *initdb], check=True, cwd="/", stdout=subprocess.DEVNULL)
+    subprocess.run([*control, "start", f"-o{options}", f"-l{directory}/log"], check=True, cwd="/")
+    try:
+        yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
+    finally:
+        subprocess.run([*control, "stop", "--mode=immediate"], check=True, cwd="/")
+
+
+def test_a_server_that_does_not_write_logical_wal_is_told(
+    replica_server: str, operator: Operator
+) -> None:
+    with psycopg.connect(replica_server) as connection:
+        connection.execute(_SCHEMA)
+    assert operator.check(DATABASE_URL=replica_server) == Outcome(
+        2,
+        "",
+        'wal_level: wal_level is "replica" and has to be "logical"\n'
+        "HINT: Run as a superuser: ALTER SYSTEM SET wal_level = logical; and restart the server.\n",
+    )
+
+
+# -- all at once
+
+
+def test_all_faults_are_told_in_one_run(operator: Operator, role: str) -> None:
+    """Of the file, the tables, the rules, the rights and the server: mended in one go."""
+    text = """\
+server: {prot: 1}
+realtime: {heartbeat: 25}
+collections:
+  posts:
+    table: public.posts
+    fields: {hide: [internal_notes]}
+    list_rule: published =
+    view_rule: publisht = true
+  users: {table: public.user}
+"""
+    outcome = operator.check(text, DATABASE_URL=make_conninfo(operator.url, user=role))
+    assert outcome.code == 78
+    found = [line for line in outcome.err.splitlines() if not line.startswith("    ")]
+    file = operator.file
+    assert found[:6] == [
+        f"config_invalid: {file} has 5 problems",
+        f'DETAIL: {file}:1: server.prot: unknown key "prot" (perhaps you meant "port")',
+        f"{file}:2: realtime.heartbeat: not a duration; write it as 500ms, 25s, 5m, 1h or 5d",
+        (
+            f'{file}:6: collections.posts.fields.hide: there is no field "internal_notes"'
+            ' (perhaps you meant "internal_note")'
+        ),
+        f"{file}:7: collections.posts.list_rule: incomplete expression",
+        (
+            f'{file}:9: collections.users.table: there is no table "public.user"'
+            ' (perhaps you meant "public.users")'
+        ),
+    ]
+    codes = [line.partition(":")[0] for line in found[6:] if line[:1].islower()]
+    assert codes == ["select_not_granted", "replication_attribute_missing"]
+
+
+def test_run_refuses_what_check_refuses(operator: Operator) -> None:
+    """With the same words and codes, and without a traceback."""
+    operator.file.write_text("server: {prot: 1}\n" + _POSTS)
+    outcome = operator.run("run", "-c", str(operator.file))
+    assert outcome.code == 78
+    assert f"{operator.file}:1: server.prot" in outcome.err
+
+    operator.file.write_text(_POSTS.replace("public.posts", "public.post"))
+    outcome = operator.run("run", "-c", str(operator.file))
+    assert outcome.code == 78
+    assert f"{operator.file}:3: collections.posts.table" in outcome.err
+
+    operator.file.write_text("database: {wait_for: 0}\n" + _POSTS)
+    unreachable: Mapping[str, str] = {"DATABASE_URL": "postgresql://postgres@127.0.0.1:1/none"}
+    assert operator.run("run", "-c", str(operator.file), **unreachable).code == 69
