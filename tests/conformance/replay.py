@@ -23,7 +23,7 @@ from tests.conformance.http_client import (
     send,
     send_and_hold,
 )
-from tests.conformance.target import Target
+from tests.conformance.target import RefusedError, Target
 from tests.conformance.transcript import (
     AlterCollection,
     Conversation,
@@ -96,7 +96,7 @@ class Replay:
             for number, step in enumerate(self._conversation.steps, start=1):
                 try:
                     await self._do(step)
-                except (MismatchError, ProtocolError, TimeoutError, OSError) as error:
+                except (MismatchError, RefusedError, ProtocolError, OSError) as error:
                     self._fail(number, step, error)
         finally:
             for stream in self._streams.values():

@@ -14,6 +14,10 @@ class UnsupportedStepError(Exception):
     """The target has no way to do this; its message says why."""
 
 
+class RefusedError(Exception):
+    """The target refused a call the harness made to change it or to log in."""
+
+
 class Target(Protocol):
     """A running server with the data of the fixtures, and the hands to change them."""
 

@@ -79,8 +79,6 @@ LOGIN_PATH = re.compile(r"/auth-(with-password|refresh)")
 
 NOT_YET = {
     "auth_record_deleted": "a changed or deleted users row doesn't reach open connections",
-    "auth_refresh": "no login endpoints",
-    "auth_with_password": "no login endpoints",
     "collection_rule_change": "no reload of the configuration",
 }
 """Recordings that pgrealtime doesn't answer so, with the reason; one that passes fails here."""
