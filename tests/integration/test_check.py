@@ -13,7 +13,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from tests.conformance.process import free_port
 from tests.conftest import lacking
@@ -155,6 +155,18 @@ def test_the_file_is_looked_for_where_we_are_or_where_the_environment_says(
     elsewhere = operator.file.parent / "other.yaml"
     operator.file.rename(elsewhere)
     assert operator.run("check", PGREALTIME_CONFIG=str(elsewhere)).code == 0
+
+
+def test_libpqs_variables_are_honoured(operator: Operator) -> None:
+    given = conninfo_to_dict(operator.url)
+    variables = {
+        "PGHOST": str(given["host"]),
+        "PGPORT": str(given["port"]),
+        "PGUSER": str(given["user"]),
+        "PGDATABASE": str(given["dbname"]),
+    }
+    outcome = operator.check(_POSTS, DATABASE_URL="", **variables)
+    assert (outcome.code, outcome.err) == (0, "")
 
 
 def test_the_version_is_printed(operator: Operator) -> None:
