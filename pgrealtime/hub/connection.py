@@ -9,6 +9,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 from pgrealtime.auth.principal import Caller
+from pgrealtime.hub.batch import Batch, merged
+from pgrealtime.hub.event import Event
 from pgrealtime.hub.frame import HEARTBEAT, cursor_tail
 from pgrealtime.hub.topic import Topic
 from pgrealtime.lsn import Cursor, Position, format_position
@@ -95,7 +97,6 @@ class Connection:
         is_resumable: Whether messages carry positions; who didn't ask gets PocketBase's bytes.
         cursor: Everything up to here was handed to it. Stale while LIVE: the hub's head is it.
         position: What the last id said, once positions were asked for.
-        pending: Tails waiting for the end of the batch, after an empty first element.
     """
 
     def __init__(
@@ -134,15 +135,20 @@ class Connection:
         self.written = 0
         self._taken = 0
         self.events = 0
-        self.pending: list[bytes] = [b""]
-        self.pending_at: list[Cursor] = []
+        self._batch: Batch | None = None
+        self._more: list[Batch] = []
         self._prefix = b"id:" + client_id.encode()
         self._ended = asyncio.Event()
 
     @property
     def is_ended(self) -> bool:
-        """Whether it is over; a method, so that type checkers don't remember the answer."""
+        """Whether it is over."""
         return self._ended.is_set()
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether it reads on from the changelog."""
+        return self.state is State.REPLAY
 
     async def wait_ended(self) -> None:
         """Return when the hub has ended the connection or the client has gone."""
@@ -185,22 +191,32 @@ class Connection:
         self.sink.write(data)
         self.written += len(data)
 
-    def queue(self, tail: bytes, cursor: Cursor) -> bool:
-        """Add a message to the batch; return whether it is the batch's first."""
-        pending = self.pending
-        pending.append(tail)
-        if self.is_resumable:
-            self.pending_at.append(cursor)
-        return len(pending) == 2  # noqa: PLR2004 (the empty one and this one)
+    def take(self, batch: Batch) -> bool:
+        """Take part of a slice's messages; return whether it is the first part."""
+        if self._batch is None:
+            self._batch = batch
+            return True
+        self._more.append(batch)
+        return False
 
-    def compose(self) -> bytes:
-        """Return the batch as bytes and start the next; moves the position."""
-        tails, self.pending = self.pending, [b""]
-        self.events += len(tails) - 1
+    def compose(self, events: Sequence[Event]) -> bytes:
+        """Return what was taken of the slice as bytes; moves the position.
+
+        Args:
+            events: The slice's.
+        """
+        batch = self._batch
+        if batch is None:
+            return b""
+        if self._more:
+            batch = merged([batch, *self._more])
+            self._more = []
+        self._batch = None
+        self.events += len(batch.places)
         if not self.is_resumable:
-            return self._prefix.join(tails)
-        cursors, self.pending_at = self.pending_at, []
-        return b"".join(self._with_positions(tails[1:], cursors))
+            return self._prefix.join(batch.tails)
+        cursors = [events[place].cursor for place in batch.places]
+        return b"".join(self._with_positions(batch.tails[1:], cursors))
 
     def _with_positions(self, tails: Sequence[bytes], cursors: Sequence[Cursor]) -> list[bytes]:
         """Put an id before each tail; of several for one change only the last moves it."""
@@ -213,8 +229,8 @@ class Connection:
         return parts
 
     def discard(self) -> None:
-        """Forget the batch; the changelog still has it."""
-        self.pending, self.pending_at = [b""], []
+        """Forget what was taken; the changelog still has it."""
+        self._batch, self._more = None, []
 
     def note_taken(self, now: float) -> None:
         """See whether the client took bytes since the last look."""

@@ -12,7 +12,7 @@ import secrets
 import string
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Sized
 from functools import lru_cache
 from typing import Literal, Protocol, TypeAlias
@@ -26,6 +26,7 @@ from pgrealtime.changes import Oversized, Row, TableName, Transaction
 from pgrealtime.collections import Collections
 from pgrealtime.config import RealtimeConfig
 from pgrealtime.errors import ChangelogError, PgRealtimeError, SubscriptionError
+from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.connection import (
     CURSOR_TOPIC,
     RESYNC_TOPIC,
@@ -36,7 +37,7 @@ from pgrealtime.hub.connection import (
 )
 from pgrealtime.hub.event import Emptied, Event, events_of
 from pgrealtime.hub.frame import connect_tail, event_tail, resync_tail
-from pgrealtime.hub.match import Group, Matcher, Question
+from pgrealtime.hub.match import Audience, Group, Matcher, Question
 from pgrealtime.hub.probe import LiveRow
 from pgrealtime.hub.snapshot import Barrier, Snapshot, Snapshots
 from pgrealtime.hub.topic import Topic, parse_topic
@@ -526,43 +527,59 @@ class Hub:
         return hits
 
     def _deliver(self, part: Slice, judged: Judged) -> None:
-        touched: list[Connection] = []
-        for event, groups in zip(part.events, judged, strict=True):
+        audiences: list[Audience] = []
+        mine: dict[Subscription, Batch] = {}
+        for place, (event, groups) in enumerate(zip(part.events, judged, strict=True)):
             records: dict[View, bytes] = {}
             for group in groups:
-                for receives, audience in group.audiences.items():
-                    self._queue_all(event, receives, audience, records, touched)
-        self._flush(touched, part.upto)
+                for audience in group.audiences.values():
+                    if audience.batch is None:
+                        audience.batch = Batch()
+                        audiences.append(audience)
+                    tail = self._tail(event, audience.name, audience.view, records)
+                    audience.batch.add(place, tail)
+                    for owner in audience.owners.get(event.record_id, ()):
+                        view = _with_email(audience.view)
+                        own = self._tail(event, audience.name, view, records)
+                        mine.setdefault(owner, Batch()).add(place, own)
+        touched: list[Connection] = []
+        for audience in audiences:
+            self._hand_out(audience, part.events, mine, touched)
+        self._flush(touched, part)
         if part.gap is not None:
             for connection in [c for c in self._connections.values() if c.is_live]:
                 self._tell(connection, part.gap)
 
-    def _queue_all(
+    def _hand_out(
         self,
-        event: Event,
-        receives: tuple[bytes, View],
-        audience: Iterable[Subscription],
-        records: dict[View, bytes],
+        audience: Audience,
+        events: Sequence[Event],
+        mine: Mapping[Subscription, Batch],
         touched: list[Connection],
     ) -> None:
-        """Queue one event for all who receive the same: the frame is made once."""
-        name, view = receives
-        tail: bytes | None = None
-        for subscription in audience:
+        """Give the audience's batch to its LIVE connections, the same object wherever it fits."""
+        shared, audience.batch = audience.batch, None
+        if shared is None:
+            return
+        for subscription in audience.subscriptions:
             connection = subscription.connection
             if not connection.is_live:
                 continue
+            batch = shared
+            if subscription in mine:
+                batch = Batch(
+                    {**dict(shared.messages()), **dict(mine[subscription].messages())}.items()
+                )
             barrier = subscription.barrier
-            if barrier is not None and not barrier.admits(event.xid, event.cursor.lsn):
-                continue
-            if subscription.own_id == event.record_id:
-                mine = self._tail(event, name, _with_email(view), records)
-                if connection.queue(mine, event.cursor):
-                    touched.append(connection)
-                continue
-            if tail is None:
-                tail = self._tail(event, name, view, records)
-            if connection.queue(tail, event.cursor):
+            if barrier is not None:
+                batch = Batch(
+                    (place, tail)
+                    for place, tail in batch.messages()
+                    if barrier.admits(events[place].xid, events[place].cursor.lsn)
+                )
+                if not batch.places:
+                    continue
+            if connection.take(batch):
                 touched.append(connection)
 
     def _tail(self, event: Event, name: bytes, view: View, records: dict[View, bytes]) -> bytes:
@@ -574,12 +591,12 @@ class Hub:
     def _make_encoder(self, name: str, view: View) -> Callable[[Row], bytes]:
         return encoder(self._collections[name], nulls=self._nulls, view=view)
 
-    def _flush(self, touched: Sequence[Connection], upto: Cursor) -> None:
+    def _flush(self, touched: Sequence[Connection], part: Slice) -> None:
         now = self._clock()
         bound = self._limits.send_buffer
         for connection in touched:
             buffered = connection.sink.buffered()
-            if buffered and buffered + sum(map(len, connection.pending)) > bound:
+            if buffered >= bound:
                 # Slow: it reads on from the changelog, at its own pace, from before this slice.
                 connection.discard()
                 connection.is_live = False
@@ -587,10 +604,10 @@ class Hub:
                 connection.cursor = self._head
                 self._replay(connection)
                 continue
-            connection.write(connection.compose())
+            connection.write(connection.compose(part.events))
             connection.active_at = connection.written_at = now
             if connection.wants_cursor:
-                connection.say_cursor(upto)
+                connection.say_cursor(part.upto)
 
     # --- connections at their own cursor ----------------------------------------------------
 
@@ -605,7 +622,7 @@ class Hub:
             await connection.sink.drain()
             while True:
                 async with connection.turn:
-                    if connection.state is not State.REPLAY or self._opens_with_gap(connection):
+                    if not connection.is_replaying or self._opens_with_gap(connection):
                         return
                     parts = self._parts_for(connection)
                     if parts is None:
@@ -613,7 +630,7 @@ class Hub:
                         return
                 for part in parts:
                     async with connection.turn, self._replay_turns:
-                        if connection.state is not State.REPLAY:
+                        if not connection.is_replaying:
                             return
                         is_whole = await self._hand(connection, part)
                     await connection.sink.drain()
@@ -650,20 +667,12 @@ class Hub:
         """
         upto = min(part.upto, self._target)
         events = [event for event in part.events if event.cursor <= upto]
-        by_group: dict[Group, list[Subscription]] = {}
-        for subscription in connection.subscriptions.values():
-            if subscription.group is not None:
-                by_group.setdefault(subscription.group, []).append(subscription)
-        judged = await self._judge(events, by_group.keys()) if events and by_group else []
+        batch = await self._batch_for(connection, events)
         if connection.is_ended:
             return False
-        for event, groups in zip(events, judged, strict=False):
-            records: dict[View, bytes] = {}
-            for group in groups:
-                for subscription in by_group[group]:
-                    self._queue_one(subscription, event, records)
-        if len(connection.pending) > 1:
-            connection.write(connection.compose())
+        if batch.places:
+            connection.take(batch)
+            connection.write(connection.compose(events))
             connection.active_at = connection.written_at = self._clock()
         connection.cursor = upto
         if connection.wants_cursor:
@@ -672,16 +681,29 @@ class Hub:
             self._tell(connection, part.gap)
         return upto == part.upto
 
-    def _queue_one(
+    async def _batch_for(self, connection: Connection, events: list[Event]) -> Batch:
+        by_group: dict[Group, list[Subscription]] = {}
+        for subscription in connection.subscriptions.values():
+            if subscription.group is not None:
+                by_group.setdefault(subscription.group, []).append(subscription)
+        batch = Batch()
+        if not events or not by_group:
+            return batch
+        judged = await self._judge(events, by_group.keys())
+        for place, (event, groups) in enumerate(zip(events, judged, strict=True)):
+            records: dict[View, bytes] = {}
+            for subscription in (one for group in groups for one in by_group[group]):
+                barrier = subscription.barrier
+                if barrier is None or barrier.admits(event.xid, event.cursor.lsn):
+                    batch.add(place, self._tail_for(subscription, event, records))
+        return batch
+
+    def _tail_for(
         self, subscription: Subscription, event: Event, records: dict[View, bytes]
-    ) -> None:
-        barrier = subscription.barrier
-        if barrier is not None and not barrier.admits(event.xid, event.cursor.lsn):
-            return
+    ) -> bytes:
         is_own = subscription.own_id == event.record_id
         view = _with_email(subscription.view) if is_own else subscription.view
-        tail = self._tail(event, subscription.name, view, records)
-        subscription.connection.queue(tail, event.cursor)
+        return self._tail(event, subscription.name, view, records)
 
     def _join(self, connection: Connection) -> None:
         """Make LIVE a connection that has read all there is; or let it wait, or read on."""

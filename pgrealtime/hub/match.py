@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from pgrealtime.auth.principal import Principal
 from pgrealtime.collections import Collection, Collections
+from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.connection import Subscription
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.topic import Topic
@@ -29,11 +30,45 @@ _GroupKey: TypeAlias = tuple[
 ]
 
 
+class Audience:
+    """Subscriptions of one group that receive the same bytes.
+
+    Attributes:
+        name: The topic as submitted.
+        owners: By the id of their own record, whose email they see: the subscriptions concerned.
+        batch: What the slice being delivered has for them; None between slices.
+    """
+
+    __slots__ = ("batch", "name", "owners", "subscriptions", "view")
+
+    def __init__(self, name: bytes, view: View) -> None:
+        self.name = name
+        self.view = view
+        self.subscriptions: dict[Subscription, None] = {}
+        self.owners: dict[str, dict[Subscription, None]] = {}
+        self.batch: Batch | None = None
+
+    def add(self, subscription: Subscription) -> None:
+        """Let it receive what the others do."""
+        self.subscriptions[subscription] = None
+        if subscription.own_id:
+            self.owners.setdefault(subscription.own_id, {})[subscription] = None
+
+    def remove(self, subscription: Subscription) -> None:
+        """Take it out."""
+        del self.subscriptions[subscription]
+        if subscription.own_id:
+            owners = self.owners[subscription.own_id]
+            del owners[subscription]
+            if not owners:
+                del self.owners[subscription.own_id]
+
+
 class Group:
     """Subscriptions that are judged together.
 
     Attributes:
-        audiences: By what they receive, topic as submitted and view: the subscriptions.
+        audiences: By what they receive, topic as submitted and view.
     """
 
     __slots__ = ("audiences", "collection", "key", "place", "predicate", "size")
@@ -45,7 +80,7 @@ class Group:
         self.place = place
         self.collection = collection
         self.predicate = predicate
-        self.audiences: dict[tuple[bytes, View], dict[Subscription, None]] = {}
+        self.audiences: dict[tuple[bytes, View], Audience] = {}
         self.size = 0
 
 
@@ -79,7 +114,11 @@ class Matcher:
             place = (collection.name, topic.record_id)
             group = self._groups[key] = Group(key, place, collection, predicate)
             self._by_place[place][group] = None
-        group.audiences.setdefault((subscription.name, subscription.view), {})[subscription] = None
+        receives = (subscription.name, subscription.view)
+        audience = group.audiences.get(receives)
+        if audience is None:
+            audience = group.audiences[receives] = Audience(*receives)
+        audience.add(subscription)
         group.size += 1
         subscription.group = group
         return ""
@@ -90,8 +129,8 @@ class Matcher:
         if group is None:
             return
         audience = group.audiences[subscription.name, subscription.view]
-        del audience[subscription]
-        if not audience:
+        audience.remove(subscription)
+        if not audience.subscriptions:
             del group.audiences[subscription.name, subscription.view]
         group.size -= 1
         if not group.size:
