@@ -78,10 +78,15 @@ class Authenticator:
             for c in collections.values()
         }
         self._by_id = {users.collection.id: users for users in self._users.values()}
+        self._by_folded_name = {name.lower(): users for name, users in self._users.items()}
 
     def users(self, name_or_id: str) -> Users | None:
-        """The collection of that name or id, exactly."""
-        return self._users.get(name_or_id) or self._by_id.get(name_or_id)
+        """The collection of that name or id, as tokens and the login's addresses name it.
+
+        Unlike topics these don't mind the case of a name.
+        """
+        exact = self._users.get(name_or_id) or self._by_id.get(name_or_id)
+        return exact or self._by_folded_name.get(name_or_id.lower())
 
     async def run(self) -> None:
         """Keep the issuers' published keys fresh. Returns at once if none publishes any."""

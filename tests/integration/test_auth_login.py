@@ -1,0 +1,705 @@
+"""Logging in against the real PocketBase: the same users, the same requests, the same answers.
+
+PocketBase's rows, password hashes and token keys included, are copied into PostgreSQL, and both
+servers have the same token secret: each must then take the other's tokens for its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import re
+import sqlite3
+import statistics
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import pytest_asyncio
+from aiohttp import web
+from psycopg import sql
+from psycopg_pool import AsyncConnectionPool
+
+from pgrealtime.api.app import Surface
+from pgrealtime.api.login import LoginRoutes
+from pgrealtime.auth.account import Accounts
+from pgrealtime.auth.authenticator import Authenticator
+from pgrealtime.auth.login import Login
+from pgrealtime.auth.principal import GUEST, AuthRecord
+from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.collections import build
+from pgrealtime.config import Config
+from pgrealtime.config import parse as parse_config
+from tests.conformance.fixtures import SuperuserAccount
+from tests.conformance.http_client import Address, Answer, Request, send
+from tests.conformance.pocketbase_server import PocketBaseServer, _folders, pocketbase_binary
+from tests.conformance.process import free_port, run
+
+ROOT = SuperuserAccount(email="root@example.com", password="rootpass1234")
+SECRET = "the-same-fifty-characters-on-both-sides-0123456789"
+USERS = "_pb_users_auth_"
+JSON = {"Content-Type": "application/json"}
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+ANN = b'{"identity":"ann@example.com","password":"ann-pass-1"}'
+
+
+# -- two servers with the same people
+
+
+@dataclass(frozen=True)
+class Original:
+    """The real PocketBase, and what its database holds of its users."""
+
+    address: Address
+    superuser_token: str
+    rows: Mapping[str, list[dict[str, Any]]]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def original(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Original]:
+    directory = tmp_path_factory.mktemp("pocketbase")
+    upsert = [pocketbase_binary(), "superuser", "upsert", ROOT.email, ROOT.password]
+    await run([*upsert, *_folders(directory)])
+    server = PocketBaseServer(directory, free_port())
+    await server.start()
+    try:
+        await server.authenticate(ROOT)
+        await _fill(server)
+        rows = {name: _stored_rows(directory, name) for name in ("users", "members", "locked")}
+        yield Original(server.address, server.api.token, rows)
+    finally:
+        await server.stop()
+
+
+async def _fill(server: PocketBaseServer) -> None:
+    token = {"authToken": {"secret": SECRET, "duration": 432000}}
+    await server.api.call("PATCH", f"/api/collections/{USERS}", token)
+    members = {
+        "name": "members",
+        "type": "auth",
+        "fields": [{"name": "username", "type": "text"}],
+        "indexes": ["CREATE UNIQUE INDEX members_name ON members (username COLLATE NOCASE)"],
+        "passwordAuth": {"enabled": True, "identityFields": ["username", "email"]},
+    }
+    locked = {"name": "locked", "type": "auth", "passwordAuth": {"enabled": False}}
+    base = {"name": "projects", "type": "base", "fields": [{"name": "title", "type": "text"}]}
+    for definition in (members | token, locked | token, base):
+        await server.api.call("POST", "/api/collections", definition)
+    for collection, record in (
+        ("users", {"id": "userann00000001", "email": "ann@example.com", "name": "Ann <&> \u2028"}),
+        ("users", {"id": "userbob00000001", "email": "bob@example.com", "emailVisibility": True}),
+        ("members", {"email": "m@example.com", "username": "bob@example.com"}),
+        ("members", {"email": "bob@example.com", "username": "bob"}),
+        ("locked", {"email": "ann@example.com"}),
+    ):
+        name = str(record["email"]).partition("@")[0]
+        password = f"{name}-pass-1"
+        body = {"verified": True, "password": password, "passwordConfirm": password, **record}
+        await server.api.call("POST", f"/api/collections/{collection}/records", body)
+
+
+def _stored_rows(directory: Path, name: str) -> list[dict[str, Any]]:
+    with closing(sqlite3.connect(directory / "data" / "data.db")) as database:
+        database.row_factory = sqlite3.Row
+        return [dict(row) for row in database.execute(f'SELECT * FROM "{name}"')]
+
+
+TABLES = """
+CREATE EXTENSION citext;
+CREATE TABLE users (
+  id text PRIMARY KEY, email text UNIQUE, "emailVisibility" bool NOT NULL, verified bool NOT NULL,
+  name text, avatar text, created timestamptz, updated timestamptz,
+  password text, "tokenKey" text);
+CREATE TABLE members (
+  id text PRIMARY KEY, username citext UNIQUE, email text UNIQUE, "emailVisibility" bool NOT NULL,
+  verified bool NOT NULL, password text, "tokenKey" text);
+CREATE TABLE locked (
+  id text PRIMARY KEY, email text UNIQUE, "emailVisibility" bool NOT NULL,
+  verified bool NOT NULL, password text, "tokenKey" text);
+CREATE TABLE projects (id text PRIMARY KEY, title text);
+"""
+
+LOGIN = {"password_hash": "password", "token_key": "tokenKey"}
+COLLECTIONS: dict[str, dict[str, Any]] = {
+    "users": {"table": "users", "type": "auth", "collection_id": USERS, "login": LOGIN},
+    "members": {
+        "table": "members",
+        "type": "auth",
+        "login": LOGIN | {"identity": ["username", "email"]},
+    },
+    "locked": {"table": "locked", "type": "auth"},
+    "projects": {"table": "projects"},
+}
+
+
+def config(collections: dict[str, Any] = COLLECTIONS, **login: Any) -> Config:
+    return parse_config(
+        {
+            "auth": {"login": {"enabled": True, "secret": SECRET, **login}},
+            "collections": collections,
+            "records": {"nulls": "zero"},
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Ours:
+    """Our routes on a port, and the authenticator that the rest of the program would ask."""
+
+    address: Address
+    authenticator: Authenticator
+
+
+@asynccontextmanager
+async def serving(url: str, config: Config) -> AsyncIterator[Ours]:
+    pins = "-c search_path=pg_catalog -c TimeZone=UTC -c default_transaction_read_only=on"
+    settings = {"autocommit": True, "options": pins}
+    async with AsyncConnectionPool(url, min_size=1, max_size=4, kwargs=settings) as pool:
+        async with pool.connection() as connection:
+            collections = build(
+                config.collections, await read_catalog(connection, schemas=["public"])
+            )
+        accounts = Accounts(pool)
+        logins = {name: c.login for name, c in config.collections.items()}
+        authenticator = Authenticator(config.auth, collections, accounts, logins=logins)
+        login = Login(config.auth.login, accounts)
+        surface = Surface(config.server)
+        app = web.Application(middlewares=[surface.answer])
+        app.on_response_prepare.append(surface.add_headers)
+        routes = LoginRoutes(login, authenticator, config.server, nulls=config.records.nulls)
+        routes.add_to(app.router)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            yield Ours(Address(host="127.0.0.1", port=runner.addresses[0][1]), authenticator)
+        finally:
+            await runner.cleanup()
+            login.close()
+
+
+@pytest.fixture
+def people_url(database_url: str, original: Original) -> str:
+    """A database with PocketBase's users in it."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(sql.SQL(TABLES))
+        for table, rows in original.rows.items():
+            for row in rows:
+                connection.execute(
+                    sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
+                        sql.Identifier(table),
+                        sql.SQL(", ").join(map(sql.Identifier, row)),
+                        sql.SQL(", ").join(sql.Placeholder() * len(row)),
+                    ),
+                    [_as_bool(name, value) for name, value in row.items()],
+                )
+    return database_url
+
+
+def _as_bool(name: str, value: Any) -> Any:
+    return bool(value) if name in {"emailVisibility", "verified"} else value
+
+
+@pytest_asyncio.fixture
+async def ours(people_url: str) -> AsyncIterator[Ours]:
+    async with serving(people_url, config()) as server:
+        yield server
+
+
+async def post(
+    to: Address, path: str, body: bytes = b"", headers: Mapping[str, str] = JSON
+) -> Answer:
+    path = path if path.startswith("/") else f"/api/collections/{path}"
+    return await send(Request(method="POST", path=path, headers=headers, body=body), to)
+
+
+async def log_in(to: Address, collection: str = "users", body: bytes = ANN) -> str:
+    answer = await post(to, f"{collection}/auth-with-password", body)
+    assert answer.head.status == 200, answer.body
+    return str(json.loads(answer.body)["token"])
+
+
+def claims(token: str) -> tuple[str, dict[str, Any]]:
+    """The header as text, the claims in their order."""
+    header, payload, _ = token.split(".")
+    parts = [base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in (header, payload)]
+    return parts[0].decode(), json.loads(parts[1])
+
+
+TOKEN = re.compile(rb'"token":"([^"]+)"')
+
+
+def comparable(answer: Answer) -> tuple[int, str | None, bytes]:
+    """Status, type and body, a token in it replaced by its text without what differs by time."""
+
+    def shown(found: re.Match[bytes]) -> bytes:
+        header, payload = claims(found[1].decode())
+        expires = payload.pop("exp")
+        assert abs(expires - time.time() - 432000) < 30
+        return f"{header}{list(payload.items())}".encode()
+
+    return answer.head.status, answer.head.header("content-type"), TOKEN.sub(shown, answer.body)
+
+
+# -- the same answers
+
+
+def login(collection: str, body: bytes, headers: Mapping[str, str] = JSON, query: str = "") -> Any:
+    name = f"{collection} {body[:90].decode()} {headers.get('Content-Type')} {query}"
+    return pytest.param(f"{collection}/auth-with-password{query}", body, headers, id=name)
+
+
+BOB = b'{"identity":"bob@example.com","password":"bob-pass-1"}'
+MULTIPART = (
+    b'--b\r\nContent-Disposition: form-data; name="identity"\r\n\r\nann@example.com\r\n'
+    b'--b\r\nContent-Disposition: form-data; name="password"\r\n\r\nann-pass-1\r\n--b--\r\n'
+)
+
+SAME_BYTES = [
+    login("users", ANN),
+    login(USERS, BOB),
+    login("users", b'{"identity":"ann@example.com","password":"wrong"}'),
+    login("users", b'{"identity":"nobody@example.com","password":"ann-pass-1"}'),
+    login("users", b'{"identity":"ANN@example.com","password":"ann-pass-1"}'),
+    login("users", b'{"identity":"ann","password":"ann-pass-1"}'),
+    login("users", ANN.replace(b"}", b',"identityField":"email"}')),
+    login("users", ANN.replace(b"}", b',"identityField":null}')),
+    login("users", ANN.replace(b"}", b',"identityField":"id"}')),
+    login("users", b'{"IDENTITY":"ann@example.com","Pass_word":"ann-pass-1"}'),
+    login("users", b'{"identity":"ann@example.com","password":"ann-pass-1"} more'),
+    login("users", b'{"identity":"ann@example.com","password":"ann-pass-1","x":[{"y":1}]}'),
+    login("users", b"{}"),
+    login("users", b"null"),
+    login("users", b"[]"),
+    login("users", b"{bad"),
+    login("users", b'{"identity":1,"password":"x"}'),
+    login("users", b'{"identity":"a","identity":"b","password":"x"}'),
+    login("users", b'{"identity":"","password":"","identityField":"nope"}'),
+    login("users", b'{"identity":"  ","password":" "}'),
+    login("users", b'{"identity":"a\\u0000b@c.d","password":"x"}'),
+    login("users", json.dumps({"identity": "x" * 255, "password": "y" * 255}).encode()),
+    login("users", json.dumps({"identity": "x" * 256, "password": "y" * 256}).encode()),
+    login("users", json.dumps({"identity": "ä" * 128, "password": "ä" * 128}).encode()),
+    login("users", b"", {}),
+    login("users", b"", {"Content-Type": "text/plain"}),
+    login("users", ANN, {}),
+    login("users", ANN, {"Content-Type": "text/plain"}),
+    login("users", ANN, {"Content-Type": "Application/JSON"}),
+    login("users", ANN, {"Content-Type": "application/json; charset=utf-8"}),
+    login("users", b"", JSON | {"Transfer-Encoding": "chunked"}),
+    login("users", ANN, JSON | {"Transfer-Encoding": "chunked"}),
+    login("users", b"identity=ann%40example.com&password=ann-pass-1", FORM),
+    login("users", b"password=ann-pass-1", FORM, "?identity=ann%40example.com"),
+    login("users", b"password=ann-pass-1&password=x&identity=ann%40example.com", FORM),
+    login("users", b"identity=x&%40jsonPayload=" + ANN.replace(b'"', b"%22"), FORM),
+    login("users", MULTIPART, {"Content-Type": "multipart/form-data; boundary=b"}),
+    login("users", MULTIPART, {"Content-Type": "multipart/form-data"}),
+    login("users", ANN, JSON | {"Authorization": "nonsense"}),
+    login("members", BOB),
+    login("members", b'{"identity":"bob@example.com","password":"m-pass-1"}'),
+    login("members", BOB.replace(b'"bob-pass-1"', b'"m-pass-1","identityField":"username"')),
+    login("members", b'{"identity":"BOB","password":"bob-pass-1"}'),
+    login("members", b'{"identity":"bob","password":"bob-pass-1","identityField":"email"}'),
+    login("locked", ANN),
+    login("locked", b"{bad"),
+    login("projects", ANN),
+    login("nosuch", ANN),
+    login("Users", ANN),
+    login("us%65rs", ANN),
+    login("_PB_users_auth_", ANN),
+    login("users", ANN, query="?fields=token"),
+    login("users", ANN, query="?fields=record.id"),
+    login("users", ANN, query="?fields=nosuch"),
+    login("users", ANN, query="?fields=record.name:excerpt(3)"),
+    login("users", ANN, query="?fields=token("),
+    login("users", b"{}", query="?fields=message"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body", "headers"), SAME_BYTES)
+async def test_a_login_is_answered_as_by_pocketbase(
+    original: Original, ours: Ours, path: str, body: bytes, headers: Mapping[str, str]
+) -> None:
+    """To the byte, but for the moment a token ends."""
+    theirs = await post(original.address, path, body, headers)
+
+    answer = await post(ours.address, path, body, headers)
+
+    assert comparable(answer) == comparable(theirs)
+
+
+@pytest.mark.parametrize("query", ["?fields=*", "?fields=record.name,token", "?fields=record.*"])
+async def test_picked_members_are_those_of_pocketbase(
+    original: Original, ours: Ours, query: str
+) -> None:
+    """Their order is random there, so values are compared."""
+    path = f"users/auth-with-password{query}"
+    theirs = json.loads((await post(original.address, path, ANN)).body)
+    answer = json.loads((await post(ours.address, path, ANN)).body)
+
+    assert answer.pop("token", "").split(".")[0] == theirs.pop("token", "").split(".")[0]
+    assert answer == theirs
+
+
+@pytest.mark.parametrize("path", ["users", "members", "locked", "projects", "nosuch", USERS])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+async def test_what_can_be_used_is_told_as_by_pocketbase(
+    original: Original, ours: Ours, method: str, path: str
+) -> None:
+    request = Request(method=method, path=f"/api/collections/{path}/auth-methods", headers={})
+    theirs = await send(request, original.address)
+
+    answer = await send(request, ours.address)
+
+    assert comparable(answer) == comparable(theirs)
+
+
+@pytest.mark.parametrize("path", ["users/auth-refresh", "users/auth-with-password"])
+async def test_a_get_finds_no_file(original: Original, ours: Ours, path: str) -> None:
+    request = Request(method="GET", path=f"/api/collections/{path}", headers={})
+
+    assert comparable(await send(request, ours.address)) == comparable(
+        await send(request, original.address)
+    )
+
+
+REFRESHES = [
+    ("users", "{token}"),
+    ("users", "Bearer {token}"),
+    ("users", "Bearer  {token}"),
+    (USERS, "{token}"),
+    ("users", ""),
+    ("users", "garbage"),
+    ("users", "{token}x"),
+    ("members", "{token}"),
+    ("locked", "{token}"),
+    ("projects", "{token}"),
+    ("projects", ""),
+    ("nosuch", "{token}"),
+    ("users?fields=token", "{token}"),
+]
+
+
+@pytest.mark.parametrize(("path", "authorization"), REFRESHES)
+async def test_a_refresh_is_answered_as_by_pocketbase(
+    original: Original, ours: Ours, path: str, authorization: str
+) -> None:
+    collection, mark, query = path.partition("?")
+    path = f"{collection}/auth-refresh{mark}{query}"
+
+    async def refresh(address: Address) -> Answer:
+        value = authorization.format(token=await log_in(address))
+        return await post(address, path, headers={"Authorization": value} if value else {})
+
+    assert comparable(await refresh(ours.address)) == comparable(await refresh(original.address))
+
+
+# -- each other's tokens
+
+
+async def test_either_takes_the_others_tokens(original: Original, ours: Ours) -> None:
+    """Whoever moves from PocketBase keeps everybody signed in, and can go back."""
+    for collection, body in (("users", ANN), ("members", BOB)):
+        here = await log_in(ours.address, collection, body)
+        there = await log_in(original.address, collection, body)
+        path = f"{collection}/auth-refresh"
+
+        assert (
+            await post(original.address, path, headers={"Authorization": here})
+        ).head.status == 200
+        assert (await post(ours.address, path, headers={"Authorization": there})).head.status == 200
+
+
+async def test_the_same_second_makes_the_same_token(original: Original, ours: Ours) -> None:
+    """Byte for byte: header, order of claims, key."""
+    for _ in range(20):
+        there = await log_in(original.address)
+        here = await log_in(ours.address)
+        if claims(here)[1]["exp"] == claims(there)[1]["exp"]:
+            break
+
+    assert here == there
+
+
+async def test_a_token_that_is_not_refreshable_comes_back_as_it_is(
+    original: Original, ours: Ours
+) -> None:
+    path = "users/impersonate/userann00000001"
+    made = await post(
+        original.address,
+        path,
+        b'{"duration":600}',
+        JSON | {"Authorization": original.superuser_token},
+    )
+    token = json.loads(made.body)["token"]
+
+    for address in (original.address, ours.address):
+        answer = await post(address, "users/auth-refresh", headers={"Authorization": token})
+        assert json.loads(answer.body)["token"] == token
+
+
+async def test_a_pocketbase_token_is_its_user_everywhere(original: Original, ours: Ours) -> None:
+    token = await log_in(original.address)
+
+    caller = await ours.authenticator.authenticate(f"Bearer {token}")
+
+    assert caller.principal == AuthRecord(
+        collection_id=USERS,
+        collection_name="users",
+        id="userann00000001",
+        email="ann@example.com",
+        verified=True,
+    )
+    assert caller.expires_at == claims(token)[1]["exp"]
+
+
+async def test_other_tokens_of_pocketbase_are_guests(original: Original, ours: Ours) -> None:
+    """A superuser's and a file token have other secrets; neither means anybody here."""
+    file = await post(
+        original.address,
+        "/api/files/token",
+        headers={"Authorization": await log_in(original.address)},
+    )
+
+    for token in (original.superuser_token, json.loads(file.body)["token"]):
+        assert (await ours.authenticator.authenticate(token)).principal == GUEST
+
+
+def sign(payload: Mapping[str, Any], key: str, header: Mapping[str, Any] | None = None) -> str:
+    """A token by hand, for what PocketBase would never make."""
+    texts = [json.dumps(dict(part)) for part in (header or {"alg": "HS256"}, payload)]
+    parts = [base64.urlsafe_b64encode(text.encode()).rstrip(b"=") for text in texts]
+    signature = hmac.digest(key.encode(), b".".join(parts), hashlib.sha256)
+    return b".".join([*parts, base64.urlsafe_b64encode(signature).rstrip(b"=")]).decode()
+
+
+SOON = int(time.time()) + 3000
+HAND_MADE: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"collectionId": "users"}, {}),
+    ({"collectionId": "USERS"}, {}),
+    ({"collectionId": "_PB_users_auth_"}, {}),
+    ({"exp": None}, {}),
+    ({"exp": 1}, {}),
+    ({"exp": "4000000000"}, {}),
+    ({"exp": SOON + 0.5}, {}),
+    ({"nbf": SOON}, {}),
+    ({"iat": SOON}, {}),
+    ({"nbf": 1, "iat": 1}, {}),
+    ({"type": "file"}, {}),
+    ({"type": None}, {}),
+    ({"id": ""}, {}),
+    ({"id": 7}, {}),
+    ({"id": "nosuchuser00000"}, {}),
+    ({"collectionId": "members"}, {}),
+    ({"collectionId": "nosuch"}, {}),
+    ({"refreshable": False}, {}),
+    ({}, {"alg": "HS256", "typ": "other"}),
+    ({}, {"alg": "HS384"}),
+    ({}, {"alg": "none"}),
+]
+
+
+@pytest.mark.parametrize(("changed", "header"), HAND_MADE, ids=[f"{c} {h}" for c, h in HAND_MADE])
+async def test_a_hand_made_token_counts_where_it_counts_for_pocketbase(
+    original: Original, ours: Ours, changed: dict[str, Any], header: dict[str, Any]
+) -> None:
+    row = original.rows["users"][0]
+    given = {
+        "collectionId": USERS,
+        "exp": SOON,
+        "id": row["id"],
+        "refreshable": True,
+        "type": "auth",
+    }
+    payload = {k: v for k, v in (given | changed).items() if v is not None}
+    token = sign(payload, row["tokenKey"] + SECRET, header)
+
+    answers = [
+        await post(address, "users/auth-refresh", headers={"Authorization": token})
+        for address in (original.address, ours.address)
+    ]
+
+    theirs, answer = (a.head.status for a in answers)
+    assert answer == theirs
+    assert (await ours.authenticator.authenticate(token)).principal != GUEST or theirs != 200
+
+
+# -- what an existing table needs
+
+
+async def test_a_new_password_ends_all_tokens(people_url: str, ours: Ours) -> None:
+    """Whoever changes a password changes the token key with it, as PocketBase does."""
+    token = await log_in(ours.address)
+    with psycopg.connect(people_url, autocommit=True) as connection:
+        connection.execute("""UPDATE users SET "tokenKey" = md5('new')""")
+
+    assert (await ours.authenticator.authenticate(token)).principal == GUEST
+
+
+async def test_without_a_token_key_the_password_hash_serves(people_url: str) -> None:
+    """Then changing the password alone ends the tokens."""
+    collections = {
+        **COLLECTIONS,
+        "users": {**COLLECTIONS["users"], "login": {"password_hash": "password"}},
+    }
+    async with serving(people_url, config(collections)) as server:
+        token = await log_in(server.address)
+        assert (await server.authenticator.authenticate(token)).principal != GUEST
+
+        with psycopg.connect(people_url, autocommit=True) as connection:
+            connection.execute("UPDATE users SET password = password || 'x'")
+
+        assert (await server.authenticator.authenticate(token)).principal == GUEST
+
+
+@pytest.mark.parametrize("column", ['"tokenKey" = NULL', """"tokenKey" = ''"""])
+async def test_a_user_without_a_token_key_has_not_everybodys(
+    people_url: str, ours: Ours, column: str
+) -> None:
+    """The login secret alone would sign for every such user alike."""
+    with psycopg.connect(people_url, autocommit=True) as connection:
+        connection.execute(sql.SQL(f"UPDATE users SET {column}"))
+    claims_ = {"collectionId": USERS, "exp": SOON, "id": "userann00000001", "type": "auth"}
+
+    token = await log_in(ours.address)
+
+    assert (await ours.authenticator.authenticate(token)).principal != GUEST
+    assert (await ours.authenticator.authenticate(sign(claims_, SECRET))).principal == GUEST
+
+
+@pytest.mark.parametrize("stored", ["NULL", "''", "'ann-pass-1'", "'!'"])
+async def test_a_user_without_a_usable_hash_cannot_log_in(
+    people_url: str, ours: Ours, stored: str
+) -> None:
+    with psycopg.connect(people_url, autocommit=True) as connection:
+        connection.execute(sql.SQL(f"UPDATE users SET password = {stored}"))
+
+    answer = await post(ours.address, "users/auth-with-password", ANN)
+
+    assert answer.body == b'{"data":{},"message":"Failed to authenticate.","status":400}'
+
+
+async def test_an_identity_of_two_users_is_nobodys(people_url: str, ours: Ours) -> None:
+    """Guessing which one is meant could let one in as the other."""
+    with psycopg.connect(people_url, autocommit=True) as connection:
+        connection.execute("ALTER TABLE users DROP CONSTRAINT users_email_key")
+        connection.execute("UPDATE users SET email = 'ann@example.com'")
+
+    answer = await post(ours.address, "users/auth-with-password", ANN)
+
+    assert answer.head.status == 400
+
+
+async def test_hash_and_token_key_are_in_no_answer(ours: Ours, original: Original) -> None:
+    answer = await post(ours.address, "users/auth-with-password", ANN)
+
+    for row in original.rows["users"]:
+        assert row["tokenKey"].encode() not in answer.body
+        assert row["password"].encode() not in answer.body
+
+
+OTHER_KEYS = """
+CREATE TABLE users (id {type} PRIMARY KEY, mail text UNIQUE, hash text);
+CREATE EXTENSION pgcrypto;
+INSERT INTO users VALUES ({id}, 'ann@example.com', crypt('ann-pass-1', gen_salt('bf', 4)));
+"""
+
+
+@pytest.mark.parametrize(
+    ("key_type", "value"),
+    [("uuid", "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"), ("bigint", "7"), ("text", "ä")],
+)
+async def test_people_of_any_table_log_in_with_hashes_of_postgres(
+    database_url: str, key_type: str, value: str
+) -> None:
+    """Keys of type uuid and integer; a column that isn't called email; pgcrypto's bcrypt."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(sql.SQL(OTHER_KEYS.format(type=key_type, id=f"'{value}'")))
+    users = {
+        "table": "users",
+        "type": "auth",
+        "fields": {"rename": {"mail": "email"}},
+        "login": {"password_hash": "hash"},
+    }
+    async with serving(database_url, config({"users": users})) as server:
+        token = await log_in(server.address)
+        answer = await post(server.address, "users/auth-refresh", headers={"Authorization": token})
+        caller = await server.authenticator.authenticate(token)
+
+    assert json.loads(answer.body)["record"] == {
+        "collectionId": "pbc_1736455494",
+        "collectionName": "users",
+        "email": "ann@example.com",
+        "id": value,
+    }
+    assert isinstance(caller.principal, AuthRecord)
+    assert caller.principal.id == value
+
+
+# -- guessing
+
+
+async def test_guesses_are_counted_and_the_right_password_starts_anew(people_url: str) -> None:
+    async with serving(people_url, config(attempts_per_minute=3)) as server:
+
+        async def attempt(body: bytes) -> int:
+            return (await post(server.address, "users/auth-with-password", body)).head.status
+
+        wrong = ANN.replace(b"ann-pass-1", b"guess")
+        assert [await attempt(wrong) for _ in range(2)] == [400, 400]
+        assert await attempt(ANN) == 200
+        assert [await attempt(wrong) for _ in range(4)] == [400, 400, 400, 429]
+        assert await attempt(ANN) == 429
+        assert await attempt(ANN.replace(b"ann@", b"ANN@")) == 429
+        assert await attempt(BOB) == 200
+        answer = await post(server.address, "users/auth-with-password", ANN)
+
+    assert answer.body == b'{"data":{},"message":"Too Many Requests.","status":429}'
+
+
+async def test_an_unknown_user_takes_as_long_as_a_wrong_password(people_url: str) -> None:
+    """Otherwise anybody could ask who has an account."""
+    async with serving(people_url, config(attempts_per_minute=1000)) as server:
+
+        async def seconds(identity: bytes) -> float:
+            body = b'{"identity":"' + identity + b'","password":"guess"}'
+            started = time.perf_counter()
+            await post(server.address, "users/auth-with-password", body)
+            return time.perf_counter() - started
+
+        known = statistics.median([await seconds(b"ann@example.com") for _ in range(7)])
+        unknown = statistics.median([await seconds(b"eve@example.com") for _ in range(7)])
+        shapeless = statistics.median([await seconds(b"eve") for _ in range(7)])
+
+    assert known / 2 < unknown < known * 2
+    assert known / 2 < shapeless < known * 2
+
+
+async def test_the_decoy_has_the_scheme_of_the_last_right_password(people_url: str) -> None:
+    """A table of cheap hashes isn't given away by one dear decoy, nor the other way round."""
+    with psycopg.connect(people_url, autocommit=True) as connection:
+        connection.execute("CREATE EXTENSION pgcrypto")
+        connection.execute("UPDATE users SET password = crypt('ann-pass-1', gen_salt('bf', 4))")
+    async with serving(people_url, config(attempts_per_minute=1000)) as server:
+
+        async def unknown() -> float:
+            started = time.perf_counter()
+            await post(
+                server.address, "users/auth-with-password", b'{"identity":"eve","password":"x"}'
+            )
+            return time.perf_counter() - started
+
+        before = min([await unknown() for _ in range(5)])
+        await log_in(server.address)
+        after = min([await unknown() for _ in range(5)])
+
+    assert after < before / 2
