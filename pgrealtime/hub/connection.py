@@ -145,9 +145,8 @@ class Connection:
         """Whether it is over."""
         return self._ended.is_set()
 
-    @property
     def is_replaying(self) -> bool:
-        """Whether it reads on from the changelog."""
+        """Whether it reads on from the changelog; no property, for it changes between awaits."""
         return self.state is State.REPLAY
 
     async def wait_ended(self) -> None:

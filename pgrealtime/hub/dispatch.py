@@ -622,7 +622,7 @@ class Hub:
             await connection.sink.drain()
             while True:
                 async with connection.turn:
-                    if not connection.is_replaying or self._opens_with_gap(connection):
+                    if not connection.is_replaying() or self._opens_with_gap(connection):
                         return
                     parts = self._parts_for(connection)
                     if parts is None:
@@ -630,7 +630,7 @@ class Hub:
                         return
                 for part in parts:
                     async with connection.turn, self._replay_turns:
-                        if not connection.is_replaying:
+                        if not connection.is_replaying():
                             return
                         is_whole = await self._hand(connection, part)
                     await connection.sink.drain()
