@@ -9,6 +9,7 @@ The lists of tags were found by asking PocketBase 0.40.6 about each element of H
 from __future__ import annotations
 
 import re
+from collections import Counter
 from html import unescape
 from typing import Final
 
@@ -97,6 +98,8 @@ class _Reader:
         self._ends_blank = True
         self._open: list[tuple[str, bool]] = []
         """Names, and whether the text within is left out."""
+        self._counts: Counter[str] = Counter()
+        """How often each name is in there: nesting may be deep."""
         self._unseen = 0
         self._in_head = True
 
@@ -116,7 +119,7 @@ class _Reader:
                 at = self._start(token["name"].lower(), html, at)
 
     def _is_open(self, names: frozenset[str]) -> bool:
-        return any(name in names for name, _ in self._open)
+        return any(self._counts[name] for name in names)
 
     def _start(self, name: str, html: str, at: int) -> int:
         """Open the element; return where to read on, after its content if that is raw."""
@@ -134,6 +137,7 @@ class _Reader:
             return at
         is_unseen = name in _UNSEEN or self._bytes_left < 0
         self._open.append((name, is_unseen))
+        self._counts[name] += 1
         self._unseen += is_unseen
         if is_foreign or (name not in _RAW and name not in _RAW_WITH_REFERENCES):
             return at
@@ -158,6 +162,7 @@ class _Reader:
 
     def _close(self) -> str:
         name, is_unseen = self._open.pop()
+        self._counts[name] -= 1
         self._unseen -= is_unseen
         self._block(name)
         return name

@@ -127,7 +127,14 @@ def pick_of(fields: Fields, name: str) -> Pick | None:
         if path in (name, f"{name}."):
             return _modified(modifier)
     inner = {path[len(name) + 1 :]: modifier for path, modifier in below.items()}
-    return lambda value: _pick(value, inner)
+
+    def pick(value: Json) -> Json:
+        try:
+            return Raw(msgspec.json.encode(_pick(value, inner)))
+        except RecursionError:  # a path of hundreds of names into a value as deep
+            return value
+
+    return pick
 
 
 def _is_within(path: str, name: str) -> bool:

@@ -63,6 +63,12 @@ def test_no_element_is_entered_after_so_many_bytes() -> None:
     assert excerpt(html, 11, with_ellipsis=True) == "日 本 語 x"
 
 
+def test_deep_nesting_costs_no_more_than_length() -> None:
+    """No tag looks through all those open, or this would run into the time limit."""
+    assert excerpt("<div>" * 100_000 + "a", 10, with_ellipsis=True) == "a"
+    assert excerpt("<b>" * 100_000 + "a", 10, with_ellipsis=True) == "a"
+
+
 def test_a_long_document_is_read_no_further_than_needed() -> None:
     endless = "<p>word</p>" * 1_000_000
     assert excerpt(endless, 10, with_ellipsis=True) == "word word..."
