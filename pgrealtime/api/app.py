@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final
 
 import structlog
@@ -103,13 +104,15 @@ class Surface:
         except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
             is_file = request.method in ("GET", "HEAD")
             problem = problems.NO_SUCH_FILE if is_file else problems.NO_SUCH_ROUTE
-        except (web.HTTPException, ConnectionError):
+        except web.HTTPException:
             raise
-        except Exception as error:
+        except ConnectionError:
+            return web.Response()  # nobody is there to read it, and aiohttp drops it quietly
+        except Exception:
             # The last resort: whoever asked still gets an answer of the API's form.
             log.exception("request.failed", path=request.path)
-            if request.writer.output_size:
-                raise ConnectionResetError("the head is out, another can't follow") from error
+            if request.writer.output_size and request.transport is not None:
+                request.transport.abort()  # the head is out, another can't follow
             problem = problems.INTERNAL
         return self._refusal(request, problem)
 
@@ -143,7 +146,8 @@ async def _expect(request: web.Request) -> None:
     if request.headers["Expect"].lower() != "100-continue":
         raise web.HTTPExpectationFailed(text="")
     if (request.content_length or 0) <= LARGEST_BODY:
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        with suppress(ConnectionError):
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # as aiohttp's own: not yet the answer
 
 

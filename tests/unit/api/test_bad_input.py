@@ -1,0 +1,217 @@
+"""Input nobody meant well: it is refused, it is no error of ours, and nothing of it stays."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import structlog
+
+from pgrealtime.api import realtime
+from tests.conformance.http_client import Request, send
+from tests.unit.api.served import Served, served, until
+from tests.unit.hub.room import DEADLINE
+
+POST = b"POST /api/realtime HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+SEEDS = (
+    b"GET /api/realtime HTTP/1.1\r\nHost: x\r\nLast-Event-ID: abc\r\n\r\n",
+    b"HEAD /api/health?fields=code HTTP/1.1\r\nHost: x\r\n\r\n",
+    (
+        b"OPTIONS /api/realtime HTTP/1.1\r\nHost: x\r\nOrigin: a\r\n"
+        b"Access-Control-Request-Headers: b\r\n\r\n"
+    ),
+    POST + b"Content-Length: 17\r\n\r\n" + b'{"clientId":"ab"}',
+    POST + b"Transfer-Encoding: chunked\r\n\r\n11\r\n" + b'{"clientId":"ab"}\r\n0\r\n\r\n',
+    POST.replace(b"application/json", b"multipart/form-data; boundary=B")
+    + b"Content-Length: 72\r\n\r\n"
+    + b'--B\r\nContent-Disposition: form-data; name="clientId"\r\n\r\nabcdef\r\n--B--\r\n',
+    POST.replace(b"application/json", b"application/x-www-form-urlencoded")
+    + b"Content-Length: 23\r\n\r\nclientId=a&@jsonPayload",
+)
+STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
+
+
+@asynccontextmanager
+async def unimpressed(caplog: pytest.LogCaptureFixture) -> AsyncIterator[Served]:
+    """A service that afterwards is well, has forgotten everything and complained of nothing."""
+    caplog.set_level(logging.WARNING)
+    with structlog.testing.capture_logs() as events:
+        async with served() as service:
+            tasks = len(asyncio.all_tasks())
+            yield service
+            await service.until_forgotten()
+            await until(lambda: len(asyncio.all_tasks()) <= tasks)
+            health = Request(method="GET", path="/api/health", headers={})
+            assert (await send(health, service.address)).head.status == 200
+    assert [event for event in events if event["log_level"] in ("warning", "error")] == []
+    assert caplog.records == []
+
+
+async def talk(service: Served, data: bytes) -> bytes:
+    """Send everything and the end, as a client that gives up; return what came until then."""
+    reader, writer = await service.raw(data)
+    try:
+        writer.write_eof()
+        async with asyncio.timeout(DEADLINE):
+            return await reader.read()
+    except (ConnectionResetError, BrokenPipeError):
+        return b""
+    finally:
+        writer.close()
+
+
+def statuses(answer: bytes) -> set[int]:
+    return {int(status) for status in STATUS.findall(answer)}
+
+
+def mutated(rng: random.Random, request: bytes) -> bytes:
+    """Change, drop, repeat or cut a few bytes."""
+    text = bytearray(request)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(text) + 1)
+        match rng.randrange(5):
+            case 0:
+                text[at:at] = rng.randbytes(rng.choice((1, 1, 2, 30)))
+            case 1:
+                del text[at : at + rng.choice((1, 1, 5))]
+            case 2:
+                text[at:at] = rng.choice((b"\r\n", b"\n", b":", b"\x00", b"\xff", b";", b"%", b'"'))
+            case 3:
+                text[at:at] = text[rng.randrange(len(text) + 1) : at]
+            case _:
+                del text[at:]
+        text = text or bytearray(b"\r\n")
+    return bytes(text)
+
+
+async def test_mutated_requests_are_answered_or_refused(caplog: pytest.LogCaptureFixture) -> None:
+    rng = random.Random(20260)
+    async with unimpressed(caplog) as service:
+        for _ in range(600):
+            request = mutated(rng, rng.choice(SEEDS))
+            answer = await talk(service, request)
+            assert statuses(answer) <= {100, 200, 204, 400, 404, 413, 417}, request
+
+
+async def test_bytes_that_are_no_http_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    rng = random.Random(20261)
+    async with unimpressed(caplog) as service:
+        for size in (1, 2, 3, 10, 100, 5000, 100_000):
+            for _ in range(20):
+                assert statuses(await talk(service, rng.randbytes(size))) <= {400}
+        tls_hello = bytes.fromhex("160301020001000 1fc0303".replace(" ", "")) + rng.randbytes(500)
+        assert statuses(await talk(service, tls_hello)) <= {400}
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /api/realtime HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 200_000 + b"\r\n\r\n",
+        b"GET /api/realtime HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 100_000 + b"\r\n",
+        b"GET /api/realtime HTTP/1.1\r\n" + b"a" * 200_000,
+        POST + b"Content-Length: -1\r\n\r\n",
+        POST + b"Content-Length: 99999999999999999999999999\r\n\r\n",
+        POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
+        POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n",
+        POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: xyz\r\n\r\nabc",
+    ],
+)
+async def test_head_that_can_t_be_meant_is_refused(
+    caplog: pytest.LogCaptureFixture, head: bytes
+) -> None:
+    async with unimpressed(caplog) as service:
+        assert statuses(await talk(service, head)) <= {400, 404, 413}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 1_000_000,
+        b'{"x":' * 1_000_000,
+        b'{"clientId":"' + b"a" * 10_000_000 + b'"}',
+        b'{"clientId":"a","subscriptions":[' + b'"a",' * 500_000 + b'"a"]}',
+        b'{"x":' + b"9" * 5_000_000 + b"}",
+        b'{"x":"' + b"\\u0041" * 1_000_000 + b'"}',
+        b"\xff" * 1_000_000,
+        b" " * 5_000_000,
+    ],
+    ids=["lists", "objects", "long id", "many topics", "digits", "escapes", "no text", "blanks"],
+)
+async def test_large_nonsense_is_refused_soon(
+    caplog: pytest.LogCaptureFixture, body: bytes
+) -> None:
+    """And whoever else is served meanwhile hardly waits."""
+    async with unimpressed(caplog) as service:
+        loop = asyncio.get_running_loop()
+        request = Request(
+            method="POST",
+            path="/api/realtime",
+            headers={"Content-Type": "application/json"},
+            body=body,
+        )
+        answer = asyncio.create_task(send(request, service.address))
+        longest = 0.0
+        while not answer.done():
+            asked = loop.time()
+            await asyncio.sleep(0)  # a turn of the loop
+            longest = max(longest, loop.time() - asked)
+
+    assert answer.result().head.status == 400
+    assert longest < 1.0
+
+
+async def test_call_that_breaks_off_leaves_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """In the head, in the body, between chunks: the SDKs abort calls at any byte."""
+    async with unimpressed(caplog) as service:
+        for request in SEEDS:
+            for cut in range(0, len(request), 7):
+                _, writer = await service.raw(request[:cut])
+                await writer.drain()
+                writer.transport.abort()
+
+
+async def test_body_that_comes_too_slowly_is_given_up(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(realtime, "_BODY_SECONDS", 0.1)
+    async with unimpressed(caplog) as service:
+        reader, writer = await service.raw(POST + b"Content-Length: 1000\r\n\r\n{")
+        async with asyncio.timeout(DEADLINE):
+            answer = await reader.read()
+        writer.close()
+
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert answer.endswith(b'{"data":{},"message":"Request timeout.","status":408}')
+
+
+async def test_pipelined_requests_behind_a_stream_wait_and_are_bounded(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What a client sends after its GET isn't looked at, nor does it fill the memory."""
+    async with unimpressed(caplog) as service:
+        _reader, writer = await service.raw(SEEDS[0] + SEEDS[1] * 20)
+        await until(lambda: len(service.room.hub.connections) == 1)
+        writer.close()
+
+
+async def test_many_clients_that_come_and_go_leave_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with unimpressed(caplog) as service:
+        for _ in range(5):
+            writers = [(await service.raw(SEEDS[0]))[1] for _ in range(50)]
+            await until(lambda: len(service.room.hub.connections) == 50)
+            for number, writer in enumerate(writers):
+                if number % 2:
+                    writer.close()
+                else:
+                    writer.transport.abort()
+            await service.until_forgotten()
