@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 from psycopg import AsyncConnection
@@ -37,6 +38,8 @@ from pgrealtime.wal import slot as slots
 _CONNECT_SECONDS = 10
 _SLOT_SECONDS = 10.0
 """Making a slot waits for open transactions; a check has better things to do."""
+
+_SYSTEM = "SELECT system_identifier::text FROM pg_catalog.pg_control_system()"
 
 _RIGHTS = """
 SELECT n.nspname, c.relname, current_user,
@@ -87,26 +90,74 @@ def _without_database(config: Config) -> tuple[Problem, ...]:
     return (*check_names(config.collections), *syntax_problems(config.collections))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What the connection that rules are asked on had to say."""
+
+    collections: Collections
+    problems: tuple[Problem, ...]
+    errors: tuple[PgRealtimeError, ...]
+    server: str
+    """For people."""
+    system_id: str
+
+    @property
+    def tables(self) -> list[Table]:
+        """The tables that nothing was said against."""
+        faulty = {tuple(problem.path.split(".")[:2]) for problem in self.problems}
+        return [
+            collection.table
+            for collection in self.collections.values()
+            if ("collections", collection.name) not in faulty
+        ]
+
+
 async def _check_database(
     config: Config, reading: Reading
 ) -> tuple[tuple[Problem, ...], tuple[PgRealtimeError, ...], tuple[str, ...]]:
     try:
-        async with await _connect(config.database.query_url or config.database.url) as connection:
-            catalog = await read_catalog(
-                connection,
-                schemas=config.database.schemas,
-                names=table_names(config.collections, config.database.schemas),
-            )
-            collections, problems = _collections(config, catalog, reading)
-            errors = await _right_errors(connection, collections)
-            server = _server(connection)
+        asked = await _ask(config, reading)
     except PgRealtimeError as error:
         return _without_database(config), (error,), ()
-    tables = [collection.table for collection in collections.values()]
-    plugin = await _preflight(config.database.url, config.replication, tables)
-    if isinstance(plugin, PgRealtimeError):
-        return problems, (*errors, plugin), ()
-    return problems, tuple(errors), (_counted_fields(collections), f"{server}, {plugin}")
+    try:
+        system, decoder = await _preflight(config.database.url, config.replication, asked.tables)
+    except PgRealtimeError as error:
+        return asked.problems, (*asked.errors, error), ()
+    if system.system_id != asked.system_id:
+        return asked.problems, (*asked.errors, _other_server()), ()
+    facts = (_counted_fields(asked.collections), f"{asked.server}, {decoder}")
+    return asked.problems, asked.errors, facts
+
+
+async def _ask(config: Config, reading: Reading) -> _Asked:
+    database = config.database
+    async with _connected(database.query_url or database.url) as connection:
+        names = table_names(config.collections, database.schemas)
+        catalog = await read_catalog(connection, schemas=database.schemas, names=names)
+        collections, problems = _collections(config, catalog, reading)
+        (system_id,) = await _row(connection, _SYSTEM)
+        return _Asked(
+            collections=collections,
+            problems=problems,
+            errors=tuple(await _right_errors(connection, collections)),
+            server=_server(connection),
+            system_id=system_id,
+        )
+
+
+async def _row(connection: AsyncConnection[Any], query: LiteralString) -> tuple[Any, ...]:
+    row = await (await connection.execute(query)).fetchone()
+    assert row is not None
+    return tuple(row)
+
+
+def _other_server() -> SetupError:
+    return SetupError(
+        "database.url and database.query_url lead to different servers",
+        detail="Their system identifiers differ.",
+        hint="Both must reach the same primary; query_url may do so through a pooler.",
+        code="different_servers",
+    )
 
 
 def _collections(
@@ -177,18 +228,23 @@ def _cells(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-async def _connect(url: str) -> AsyncConnection[Any]:
+@asynccontextmanager
+async def _connected(url: str) -> AsyncIterator[AsyncConnection[Any]]:
     try:
-        return await AsyncConnection.connect(
+        connection = await AsyncConnection.connect(
             url, autocommit=True, connect_timeout=_CONNECT_SECONDS, application_name="pgrealtime"
         )
+        async with connection:
+            yield connection
     except psycopg.OperationalError as error:
         raise DatabaseUnreachableError(
             "the database can't be reached",
             detail=str(error).strip(),
             hint="Check database.url, or the PG* variables if it is empty.",
         ) from error
-    except psycopg.ProgrammingError:
+    except psycopg.ProgrammingError as error:
+        if error.sqlstate is not None:
+            raise
         # libpq's message quotes the text, which may hold a password.
         raise SetupError(
             "the database URL can't be understood",
@@ -242,17 +298,15 @@ def _policy_error(name: TableName, role: str) -> SetupError:
 
 async def _preflight(
     url: str, config: ReplicationConfig, tables: Sequence[Table]
-) -> str | PgRealtimeError:
-    """Return the decoder that would be used, found by making the slot it needs."""
+) -> tuple[slots.SystemIdentity, str]:
+    """Return the server and the decoder that would be used, found by making the slot it needs."""
     slot_config = config.slot.model_copy(update={"create_timeout": _SLOT_SECONDS})
     config = config.model_copy(update={"slot": slot_config})
-    try:
-        async with slots.connect(url) as connection:
-            facts = await slots.read_facts(connection)
-            slot, reason = await slots.choose(connection, url, config, facts=facts, tables=tables)
-    except PgRealtimeError as error:
-        return error
-    return f"{slot.plugin} ({reason})" if reason else slot.plugin
+    async with slots.connect(url) as connection:
+        facts = await slots.read_facts(connection)
+        system = await slots.identify(connection)
+        slot, reason = await slots.choose(connection, url, config, facts=facts, tables=tables)
+    return system, f"{slot.plugin} ({reason})" if reason else slot.plugin
 
 
 def _counted_fields(collections: Collections) -> str:

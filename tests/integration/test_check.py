@@ -356,8 +356,11 @@ def replica_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
     subprocess.run([*as_server, *initdb], check=True, cwd="/", stdout=subprocess.DEVNULL)
     subprocess.run([*control, "start", f"-o{options}", f"-l{directory}/log"], check=True, cwd="/")
+    url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
     try:
-        yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
+        with psycopg.connect(url) as connection:
+            connection.execute(_SCHEMA)
+        yield url
     finally:
         subprocess.run([*control, "stop", "--mode=immediate"], check=True, cwd="/")
 
@@ -365,14 +368,29 @@ def replica_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_a_server_that_does_not_write_logical_wal_is_told(
     replica_server: str, operator: Operator
 ) -> None:
-    with psycopg.connect(replica_server) as connection:
-        connection.execute(_SCHEMA)
     assert operator.check(DATABASE_URL=replica_server) == Outcome(
         2,
         "",
         'wal_level: wal_level is "replica" and has to be "logical"\n'
         "HINT: Run as a superuser: ALTER SYSTEM SET wal_level = logical; and restart the server.\n",
     )
+
+
+def test_a_query_url_to_another_server_is_told(replica_server: str, operator: Operator) -> None:
+    """Rules would be asked of rows that are not those of the stream."""
+    outcome = operator.check(PGREALTIME_DATABASE__QUERY_URL=replica_server)
+    assert outcome.code == 2
+    assert outcome.err.startswith(
+        "different_servers: database.url and database.query_url lead to different servers\n"
+    )
+
+
+def test_a_table_is_refused_once(operator: Operator) -> None:
+    """Not a second time by what makes the slot."""
+    execute(operator, "ALTER TABLE posts REPLICA IDENTITY NOTHING")
+    outcome = operator.check()
+    assert outcome.code == 78
+    assert outcome.err.count("posts REPLICA IDENTITY") + outcome.err.count("NOTHING") == 1
 
 
 # -- all at once
