@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal, TypeAlias
 
@@ -97,3 +97,14 @@ async def changes_of(connection: Connection, stream: WalStream) -> list[Change]:
     read = await read_to_finish(stream)
     assert all(isinstance(one, Transaction) for one in read)
     return [change for one in read if isinstance(one, Transaction) for change in one.changes]
+
+
+async def until_true(connection: Connection, query: str, *values: object) -> None:
+    """Ask the server until its answer is true; it has no event to wait for."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while not await _is_true(connection, query, values):  # noqa: ASYNC110 (another process)
+            await asyncio.sleep(0.01)
+
+
+async def _is_true(connection: Connection, query: str, values: Sequence[object]) -> bool:
+    return await (await connection.execute(query.encode(), values)).fetchone() == (True,)

@@ -1,0 +1,120 @@
+"""A PostgreSQL server of a test's own, for settings and stops that others mustn't feel."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tests.conftest import lacking
+
+DECODERS = "pgoutput, test_decoding, wal2json"
+
+
+@dataclass(frozen=True, slots=True)
+class OwnServer:
+    """A server in a folder; runs while its context is open, unless it is stopped before."""
+
+    binaries: Path
+    folder: Path
+    port: int
+
+    @property
+    def url(self) -> str:
+        """Of the superuser's database."""
+        return self.url_of("postgres")
+
+    def url_of(self, user: str) -> str:
+        """Of the same database, as somebody else."""
+        return f"postgresql://{user}@127.0.0.1:{self.port}/postgres"
+
+    @property
+    def allows_choosing_decoders(self) -> bool:
+        """Whether this minor release has ``output_plugin_libraries``."""
+        return "output_plugin_libraries" in self.run("postgres", "--describe-config")
+
+    def configure(self, **settings: str) -> None:
+        """Replace what the test set before, and start anew."""
+        lines = "".join(f"{name} = '{value}'\n" for name, value in settings.items())
+        (self.folder / "test.conf").write_text(lines)
+        self.control("restart", "--mode=fast", f"--log={self.folder}/log")
+
+    def control(self, *arguments: str, timeout: float = 60.0) -> None:
+        """Run pg_ctl and wait for it."""
+        self.run("pg_ctl", f"--pgdata={self.folder}/data", "--silent", *arguments, timeout=timeout)
+
+    def run(self, program: str, *arguments: str, timeout: float = 60.0) -> str:
+        """Run one of the server's programs, as somebody who may; return what it prints."""
+        # A file, not a pipe: the server that pg_ctl starts inherits it and would hold that open.
+        with (self.folder / "output").open("w+") as output:
+            done = subprocess.run(
+                [*_as_server(), str(self.binaries / program), *arguments],
+                check=False,
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+            )
+            output.seek(0)
+            told = output.read()
+        assert done.returncode == 0, f"{program}: {told}"
+        return told
+
+
+def _as_server() -> list[str]:
+    if os.geteuid() != 0:
+        return []
+    # initdb refuses to run as root.
+    return ["setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups", "--"]
+
+
+@contextmanager
+def own_server() -> Iterator[OwnServer]:
+    """Make a server that is ready for both decoders, and end it."""
+    binaries = os.environ.get("PGREALTIME_TEST_PG_BIN", "")
+    if not binaries:
+        lacking("no PostgreSQL programs: PGREALTIME_TEST_PG_BIN isn't set")
+    # Not under pytest's folders: pytest closes those to others, also while another run uses them.
+    with TemporaryDirectory(prefix="pgrealtime-server.") as folder:
+        if os.geteuid() == 0:
+            subprocess.run(["chown", "postgres:", folder], check=True)
+        with _running(Path(binaries), Path(folder)) as server:
+            yield server
+
+
+@contextmanager
+def _running(binaries: Path, folder: Path) -> Iterator[OwnServer]:
+    server = OwnServer(binaries, folder, _free_port())
+    data = folder / "data"
+    server.run(
+        *("initdb", f"--pgdata={data}", "--username=postgres", "--auth=trust", "--no-sync"),
+        *("--encoding=UTF8", "--locale=C.UTF-8"),
+    )
+    decoders = f"output_plugin_libraries = '{DECODERS}'\n"
+    with (data / "postgresql.conf").open("a") as file:
+        file.write(
+            f"port = {server.port}\nlisten_addresses = '127.0.0.1'\n"
+            "unix_socket_directories = ''\nwal_level = logical\nfsync = off\n"
+            "max_prepared_transactions = 10\n"
+            + (decoders if server.allows_choosing_decoders else "")
+            + f"include_if_exists = '{folder}/test.conf'\n"
+        )
+    server.control("start", f"--log={folder}/log")
+    try:
+        yield server
+    finally:
+        if (data / "postmaster.pid").exists():
+            server.control("stop", "--mode=immediate")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
