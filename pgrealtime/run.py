@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import psycopg
 import structlog
@@ -25,14 +26,15 @@ from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Catalog, Table
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import TableName
-from pgrealtime.collections import Collections, build, table_names
+from pgrealtime.collections import build, table_names
 from pgrealtime.config import Config, DatabaseConfig
-from pgrealtime.errors import DatabaseUnreachableError, PgRealtimeError
+from pgrealtime.errors import ConfigError, DatabaseUnreachableError, PgRealtimeError
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.match import Matcher
 from pgrealtime.hub.probe import Probe
 from pgrealtime.lsn import LSN
 from pgrealtime.observe.log import configure
+from pgrealtime.operate.check import rule_problems
 from pgrealtime.relay import Relay
 from pgrealtime.wal.slot import SlotWait
 from pgrealtime.wal.stream import WalStream, open_stream
@@ -41,6 +43,7 @@ log = structlog.get_logger(__name__)
 
 _RETRY_SECONDS = 0.5
 _CONNECT_SECONDS = 10
+_SETTINGS_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +84,17 @@ async def running(config: Config) -> AsyncIterator[Running]:
         pool = await stack.enter_async_context(_pool(config.database))
         catalog = await _catalog(config, pool)
         collections = build(config.collections, catalog)
+        if problems := tuple(rule_problems(collections)):
+            raise ConfigError(problems)
         tables = [collection.table for collection in collections.values()]
         changelog = MemoryChangelog(
             LSN(0), max_size=config.changelog.max_size, max_age=config.changelog.max_age
         )
+        probe = Probe(pool)
         hub = Hub(
             changelog,
             Matcher(collections),
-            Probe(pool),
+            probe,
             collections=collections,
             limits=config.realtime,
             nulls=config.records.nulls,
@@ -104,8 +110,15 @@ async def running(config: Config) -> AsyncIterator[Running]:
         accounts = Accounts(pool)
         logins = {name: collection.login for name, collection in config.collections.items()}
         authenticator = Authenticator(config.auth, collections, accounts, logins=logins)
-        tasks = await stack.enter_async_context(_tasks(relay, hub, authenticator))
-        stack.push_async_callback(hub.shutdown, config.server.shutdown_grace)
+        parts = (
+            relay.run(),
+            relay.expire(),
+            hub.run(),
+            hub.watch_limits(),
+            authenticator.run(),
+            _watch_standbys(probe, hub),
+        )
+        await stack.enter_async_context(_together(parts))
         app = build_app(hub, authenticator, config)
         if config.auth.login.enabled:
             login = Login(config.auth.login, accounts)
@@ -115,29 +128,28 @@ async def running(config: Config) -> AsyncIterator[Running]:
         runner = build_runner(app)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
+        stack.push_async_callback(hub.shutdown, config.server.shutdown_grace)
         site = web.TCPSite(runner, config.server.host, config.server.port, backlog=4096)
         await site.start()
         stack.push_async_callback(site.stop)
         yield Running(runner.addresses[0][1], hub)
-        del tasks
 
 
 @asynccontextmanager
-async def _tasks(
-    relay: Relay, hub: Hub, authenticator: Authenticator
-) -> AsyncIterator[asyncio.TaskGroup]:
-    """Run what runs all the time, until the block is left."""
+async def _together(parts: Iterable[Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    """Run what runs all the time, until the block is left; one that fails ends them all."""
     async with asyncio.TaskGroup() as group:
-        running = [
-            group.create_task(relay.run(), name="relay"),
-            group.create_task(relay.expire(), name="expire"),
-            group.create_task(hub.run(), name="dispatch"),
-            group.create_task(hub.watch_limits(), name="limits"),
-            group.create_task(authenticator.run(), name="keys"),
-        ]
-        yield group
-        for task in running:
+        tasks = [group.create_task(part) for part in parts]
+        yield
+        for task in tasks:
             task.cancel()
+
+
+async def _watch_standbys(probe: Probe, hub: Hub) -> None:
+    """Let events wait for visibility as long as commits may wait for a synchronous standby."""
+    while True:
+        hub.gate_on_visibility(gate=await probe.has_synchronous_standbys())
+        await asyncio.sleep(_SETTINGS_SECONDS)
 
 
 def _stream(config: Config, tables: list[Table]) -> AbstractAsyncContextManager[WalStream]:
@@ -216,6 +228,3 @@ async def _catalog(config: Config, pool: AsyncConnectionPool) -> Catalog:
         raise PgRealtimeError(
             "the catalogue can't be read", detail=str(error).strip(), code="catalog"
         ) from error
-
-
-__all__ = ["Collections", "Running", "running", "serve"]

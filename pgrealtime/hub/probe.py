@@ -27,6 +27,8 @@ _LIVE_ROWS = sql.SQL(
     "SELECT xmin::text, {key}, {columns} FROM {table} WHERE {key} = ANY(%(keys)s::text[]::{type}[])"
 )
 
+_STANDBYS = "SELECT pg_catalog.current_setting('synchronous_standby_names')"
+
 
 class LiveRow:
     """What a table holds now for a key, to fill in what the WAL left out.
@@ -66,6 +68,18 @@ class Probe:
         if row is None:  # pragma: no cover (a SELECT without FROM has one row)
             raise DatabaseUnreachableError("the database gave no snapshot")
         return row
+
+    async def has_synchronous_standbys(self) -> bool:
+        """Whether commits may wait for a standby, and so be decoded long before they are visible.
+
+        A database that doesn't answer now has the answer of before: that they may.
+        """
+        try:
+            async with self._pool.connection() as connection:
+                cursor = await connection.execute(_STANDBYS)
+                return await cursor.fetchone() != ("",)
+        except (psycopg.Error, PoolTimeout):
+            return True
 
     async def ask(
         self, questions: Sequence[Question], events: Sequence[Event]

@@ -1,0 +1,211 @@
+"""The official JavaScript SDK, unchanged, against the running program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.sdk import Sdk, SdkError, sdk
+from tests.e2e.service import service, token
+
+
+def heard(client: Sdk) -> list[tuple[str, str]]:
+    return [(event["action"], event["record"]["id"]) for event in client.events]
+
+
+async def test_everyone_hears_what_they_may_and_nothing_else(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Two users and a guest; rows written by plain SQL; a commit of a thousand rows in order."""
+    async with (
+        service(database_url, tmp_path) as running,
+        sdk(running.url) as ann,
+        sdk(running.url) as bob,
+        sdk(running.url) as guest,
+    ):
+        await ann.do("token", token=token("ann"))
+        await bob.do("token", token=token("bob"))
+        for client in (ann, bob, guest):
+            await client.do("subscribe", collection="posts", topic="*")
+        write = running.write
+        await write.execute(
+            "INSERT INTO posts (id, title, author, public) VALUES"
+            " ('p1', 'all', 'ann', true), ('p2', 'ann''s', 'ann', false),"
+            " ('p3', 'bob''s', 'bob', false), ('p4', 'nobody''s', NULL, false)"
+        )
+        await write.execute("UPDATE posts SET public = false WHERE id = 'p1'")
+        await write.execute("UPDATE posts SET title = 'seen' WHERE id = 'p2'")
+        await write.execute("DELETE FROM posts WHERE id IN ('p2', 'p3', 'p4')")
+        async with write.transaction():
+            await write.execute(
+                "INSERT INTO posts (id, title, author, n) SELECT 'n' || i, 'x',"
+                " CASE WHEN i % 2 = 0 THEN 'ann' ELSE 'bob' END, i FROM generate_series(1, 1000) i"
+            )
+        await write.execute("INSERT INTO posts (id, title, public) VALUES ('end', 'e', true)")
+        for client, count in ((ann, 505 + 1), (bob, 503 + 1), (guest, 2)):
+            await client.wait_for(count)
+
+    evens = [("create", f"n{i}") for i in range(2, 1001, 2)]
+    odds = [("create", f"n{i}") for i in range(1, 1001, 2)]
+    last = [("create", "end")]
+    assert heard(ann) == [
+        ("create", "p1"),
+        ("create", "p2"),
+        ("update", "p1"),
+        ("update", "p2"),
+        ("delete", "p2"),
+        *evens,
+        *last,
+    ]
+    assert heard(bob) == [("create", "p1"), ("create", "p3"), ("delete", "p3"), *odds, *last]
+    assert heard(guest) == [("create", "p1"), *last]
+
+
+async def test_a_rolled_back_transaction_is_never_heard(database_url: str, tmp_path: Path) -> None:
+    async with service(database_url, tmp_path) as running, sdk(running.url) as guest:
+        await guest.do("subscribe", collection="posts", topic="*")
+        insert = "INSERT INTO posts (id, title, public) VALUES (%s, 'x', true)"
+        async with running.write.transaction(force_rollback=True):
+            await running.write.execute(insert, ["gone"])
+        await running.write.execute(insert, ["kept"])
+        await guest.wait_for(1)
+
+    assert heard(guest) == [("create", "kept")]
+
+
+async def test_one_record_is_heard_by_its_id_before_it_exists_and_after_it_went(
+    database_url: str, tmp_path: Path
+) -> None:
+    async with service(database_url, tmp_path) as running, sdk(running.url) as guest:
+        await guest.do("subscribe", collection="posts", topic="one")
+        for statement in (
+            "INSERT INTO posts (id, title, public) VALUES ('one', 'a', true), ('two', 'b', true)",
+            "UPDATE posts SET title = 'c'",
+            "DELETE FROM posts",
+            "INSERT INTO posts (id, title, public) VALUES ('one', 'again', true)",
+        ):
+            await running.write.execute(statement.encode())
+        await guest.wait_for(4)
+
+    assert heard(guest) == [
+        ("create", "one"),
+        ("update", "one"),
+        ("delete", "one"),
+        ("create", "one"),
+    ]
+
+
+async def test_unsubscribing_works_in_its_three_forms(database_url: str, tmp_path: Path) -> None:
+    async with service(database_url, tmp_path) as running, sdk(running.url) as guest:
+
+        async def subscribe_to_all() -> None:
+            for topic in ("a", "b", "*"):
+                await guest.do("subscribe", collection="posts", topic=topic)
+            # Keeps the connection when nothing else is left.
+            await guest.do("subscribe", collection="users", topic="x")
+
+        async def names_of_an_update(expected: int) -> list[str]:
+            before = len(guest.events)
+            await running.write.execute("UPDATE posts SET n = n + 1 WHERE id = 'a'")
+            await running.write.execute(
+                "INSERT INTO posts (id, title, public) VALUES"
+                " (gen_random_uuid()::text, 'mark', true)"
+            )
+            found = await guest.wait_for(before + expected)
+            return sorted(event["as"] for event in found[before:])
+
+        await running.write.execute(
+            "INSERT INTO posts (id, title, public) VALUES ('a', 'x', true), ('b', 'x', true)"
+        )
+        await subscribe_to_all()
+        assert await names_of_an_update(3) == ["*", "*", "a"]
+        await guest.do("unsubscribe", collection="posts", topic="a")
+        assert await names_of_an_update(2) == ["*", "*"]
+        await guest.do("unsubscribe", collection="posts", topic="*")
+        await guest.do("subscribe", collection="posts", topic="a")
+        assert await names_of_an_update(1) == ["a"]
+        await guest.do("unsubscribe", collection="posts")
+        before = len(guest.events)
+        await running.write.execute("UPDATE posts SET n = n + 1")
+        await guest.do("subscribe", collection="posts", topic="*")
+        await running.write.execute("UPDATE posts SET n = n + 1 WHERE id = 'b'")
+        found = await guest.wait_for(before + 1)
+
+    assert [event["record"]["id"] for event in found[before:]] == ["b"]
+
+
+async def test_values_arrive_in_pocketbase_s_form(database_url: str, tmp_path: Path) -> None:
+    """Text, number, boolean, timestamp, json, uuid, enum, array; NULL as null."""
+    async with service(database_url, tmp_path) as running, sdk(running.url) as guest:
+        await guest.do("subscribe", collection="posts", topic="*")
+        await running.write.execute(
+            "INSERT INTO posts VALUES ('v', 'é \"<\"', NULL, true, 42, '{\"b\": [1, 2.50]}',"
+            " '{a,\"b c\",NULL}', 'loud', 'A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11',"
+            " '2024-02-03 04:05:06.789999+02', NULL)"
+        )
+        (event,) = await guest.wait_for(1)
+
+    record = event["record"]
+    assert record.pop("collectionId").startswith("pbc_")
+    assert record == {
+        "collectionName": "posts",
+        "id": "v",
+        "title": 'é "<"',
+        "author": None,
+        "public": True,
+        "n": 42,
+        "meta": {"b": [1, 2.5]},
+        "tags": ["a", "b c", None],
+        "mood": "loud",
+        "ref": "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11",
+        "at": "2024-02-03 02:05:06.789Z",
+        "note": None,
+    }
+
+
+async def test_options_reach_the_rule_and_the_listener(database_url: str, tmp_path: Path) -> None:
+    rule = "title = @request.query.title && note = @request.headers.x_note"
+    collections = {"posts": {"table": "posts", "list_rule": rule}}
+    async with (
+        service(database_url, tmp_path, collections=collections) as running,
+        sdk(running.url) as guest,
+    ):
+        options = {"query": {"title": "a"}, "headers": {"x-note": "n"}}
+        await guest.do("subscribe", collection="posts", topic="*", options=options)
+        await running.write.execute(
+            "INSERT INTO posts (id, title, note) VALUES ('1', 'b', 'n'), ('2', 'a', 'm'),"
+            " ('3', 'a', 'n')"
+        )
+        await guest.wait_for(1)
+
+    assert heard(guest) == [("create", "3")]
+
+
+async def test_the_sdk_comes_back_after_a_restart_of_the_program(
+    database_url: str, tmp_path: Path
+) -> None:
+    async with service(database_url, tmp_path) as running, sdk(running.url) as guest:
+        await guest.do("connects")
+        await guest.do("subscribe", collection="posts", topic="*")
+        await running.stop()
+        await running.start()
+        await guest.wait_for(2, "connect")
+        await guest.do("subscribe", collection="users", topic="x")
+        await running.write.execute("INSERT INTO posts (id, title, public) VALUES ('1', 'a', true)")
+        await guest.wait_for(1)
+
+    assert heard(guest) == [("create", "1")]
+
+
+async def test_another_user_on_the_same_connection_is_refused(
+    database_url: str, tmp_path: Path
+) -> None:
+    async with service(database_url, tmp_path) as running, sdk(running.url) as client:
+        await client.do("token", token=token("ann"))
+        await client.do("subscribe", collection="posts", topic="*")
+        await client.do("token", token=token("bob"))
+        with pytest.raises(SdkError) as refused:
+            await client.do("subscribe", collection="posts", topic="x")
+
+    assert refused.value.status == 403
