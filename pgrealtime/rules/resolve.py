@@ -45,6 +45,8 @@ from pgrealtime.sources import nearest
 
 MAX_HOPS = 6
 """PocketBase's own limit of relations in one path."""
+MAX_FILTER_BYTES = 3500
+"""PocketBase's own limit for lists; a topic can't carry more anyway."""
 MAX_STRFTIME_ARGUMENTS = 10
 """PocketBase's own limit."""
 
@@ -85,6 +87,10 @@ def resolve_filter(
     Raises:
         RuleError: As for rules; or the filter reads what its sender may not see.
     """
+    if len(text.encode("utf-8", "replace")) > MAX_FILTER_BYTES:
+        raise RuleSyntaxError(
+            f"a filter takes at most {MAX_FILTER_BYTES} bytes", start=0, end=len(text)
+        )
     if not is_superuser:
         for banned in ("@request.", "@collection."):
             if banned in text:

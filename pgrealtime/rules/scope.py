@@ -1,0 +1,295 @@
+"""One FROM clause in the making: which row stands for which place, joined on demand.
+
+All leaves of a scope share the joins of equal places: that is what makes two ``?`` comparisons
+over one path speak of one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from sqlglot import exp
+
+from pgrealtime.catalog.model import Type
+from pgrealtime.changes import TableName
+from pgrealtime.collections import Collection, Collections, Field
+from pgrealtime.rules import sql
+from pgrealtime.rules.ir import AllRows, AuthRow, Back, Here, Items, Place, Step, ToItem, ToOne
+from pgrealtime.rules.parameters import Binding, Form, Parameter, RequestValue, Shape
+from pgrealtime.rules.sql import Sql
+
+_On: TypeAlias = Callable[[str], Sql]
+"""Makes the condition of a join, given the alias of the joined row."""
+
+AUTH_ID = RequestValue(("auth", "id"))
+"""What finds the subscriber's own row."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Statement:
+    """What all scopes of one statement share."""
+
+    collections: Collections
+    shapes: Mapping[Parameter, Shape]
+    prefix: str = "p"
+    """Of the placeholders' names."""
+    bindings: dict[str, Binding] = field(default_factory=dict)
+    columns: dict[str, None] = field(default_factory=dict)
+    """Columns read of the judged row, in order of first use."""
+    tables: dict[TableName, None] = field(default_factory=dict)
+    """Tables read beside it."""
+    aliases: int = 0
+
+    def bind(self, parameter: Parameter, form: Form) -> Sql:
+        """Return the placeholder of a parameter in a form, cast to the form's type."""
+        binding = Binding(parameter, form)
+        key = next((key for key, known in self.bindings.items() if known == binding), None)
+        if key is None:
+            key = f"{self.prefix}{len(self.bindings)}"
+            self.bindings[key] = binding
+        return sql.cast(sql.placeholder(key), _TYPES[form])
+
+    def alias(self) -> str:
+        """Return a name that no other row of the statement has."""
+        self.aliases += 1
+        return f"j{self.aliases}"
+
+
+_TYPES = {
+    Form.TEXT: "text",
+    Form.NUMBER: "double precision",
+    Form.PATTERN: "text",
+    Form.UUID: "uuid",
+    Form.INTEGER: "bigint",
+    Form.JSON: "text",
+}
+
+
+class Scope:
+    """The rows that the conditions of one SELECT speak of.
+
+    Args:
+        statement: What it is part of.
+        here: Alias of the row that the rule is about; it belongs to an outer query.
+        is_judged: That row is the changed one, whose columns come from the stream.
+    """
+
+    def __init__(self, statement: Statement, here: str, *, is_judged: bool) -> None:
+        self.statement = statement
+        self.here = here
+        self.is_judged = is_judged
+        self._rows: dict[Place, str] = {}
+        self._values: dict[Place, tuple[Sql, Type]] = {}
+        self._joins: list[exp.Join] = []
+
+    @property
+    def has_joins(self) -> bool:
+        """Whether anything but the row itself is read."""
+        return bool(self._joins)
+
+    def fresh(self) -> Scope:
+        """Return a scope about the same row with no joins yet."""
+        return Scope(self.statement, self.here, is_judged=self.is_judged)
+
+    def collection(self, place: Place) -> Collection:
+        """The collection whose rows are found at the place."""
+        return self.statement.collections[place.collection]
+
+    def column(self, place: Place, column_name: str) -> Sql:
+        """Return a column of the row at the place."""
+        if place.is_here and self.is_judged:
+            self.statement.columns.setdefault(column_name)
+        return sql.column(self.row(place), column_name)
+
+    def key(self, place: Place) -> Sql:
+        """Return the id of the row at the place, NULL where there is none."""
+        return self.column(place, self.collection(place).key.name)
+
+    def item(self, place: Place) -> tuple[Sql, Type]:
+        """Return one of the values of a multiple field, and its type; the place ends with Items."""
+        self.row(place)
+        return self._values[place]
+
+    def row(self, place: Place) -> str:
+        """Return the alias of the row at the place, joining what leads there."""
+        if place.is_here:
+            return self.here
+        if place not in self._rows:
+            self._rows[place] = self._join(place)
+        return self._rows[place]
+
+    def exists(self, where: Sql) -> Sql:
+        """Return EXISTS over the joins made so far; they all are LEFT JOINs of one row."""
+        one = exp.Subquery(
+            this=exp.Select(expressions=[sql.number(1)]),
+            alias=exp.TableAlias(this=sql.name("one")),
+        )
+        select = exp.Select(
+            expressions=[sql.number(1)],
+            from_=exp.From(this=one),
+            joins=[sql.own(join) for join in self._joins],
+            where=exp.Where(this=sql.own(where)),
+        )
+        return exp.Exists(this=select)
+
+    # --- joins
+
+    def _join(self, place: Place) -> str:
+        if not place.steps:
+            return self._join_origin(place)
+        before = Place(place.origin, place.steps[:-1])
+        return self._join_step(place, before, place.steps[-1])
+
+    def _join_origin(self, place: Place) -> str:
+        collection = self.collection(place)
+        match place.origin:
+            case AuthRow():
+                return self._left_join(collection, self._is_auth_id(collection))
+            case AllRows():
+                return self._left_join(collection, lambda _: sql.truth(True))
+            case Here():
+                raise AssertionError("the row itself is no join")
+
+    def _is_auth_id(self, collection: Collection) -> _On:
+        bind, key = self.statement.bind, collection.key
+
+        def on(alias: str) -> Sql:
+            own = sql.column(alias, key.name)
+            native = native_form(key.type)
+            if native is None:
+                return sql.binary(exp.EQ, sql.plain_text(own, key.type), bind(AUTH_ID, Form.TEXT))
+            return sql.binary(exp.EQ, own, bind(AUTH_ID, native))
+
+        return on
+
+    def _join_step(self, place: Place, before: Place, step: Step) -> str:
+        match step:
+            case ToOne(field, name):
+                assert field.column is not None
+                source = self.column(before, field.column.name)
+                return self._join_by_key(name, source, field.type)
+            case Items(field):
+                return self._join_items(place, before, field)
+            case ToItem(name):
+                source, type_ = self.item(before)
+                return self._join_by_key(name, source, type_)
+            case Back(name, field):
+                return self._join_back(before, self.statement.collections[name], field)
+
+    def _join_by_key(self, name: str, source: Sql, type_: Type) -> str:
+        target = self.statement.collections[name]
+        return self._left_join(
+            target,
+            lambda alias: sql.equal_keys(
+                sql.column(alias, target.key.name), target.key.type, source, type_
+            ),
+        )
+
+    def _join_items(self, place: Place, before: Place, field: Field) -> str:
+        junction = None if field.relation is None else field.relation.junction
+        alias = self.statement.alias()
+        if junction is not None:
+            source = junction.table.column(junction.source)
+            target = junction.table.column(junction.target)
+            assert source is not None
+            assert target is not None
+            self._add(
+                self._table(junction.table.name, alias),
+                sql.equal_keys(
+                    sql.column(alias, source.name),
+                    source.type,
+                    self.key(before),
+                    self.collection(before).key.type,
+                ),
+            )
+            self._values[place] = sql.column(alias, target.name), target.type
+            return alias
+        assert field.column is not None
+        element = field.type.base.element
+        assert element is not None
+        unnest = exp.Unnest(expressions=[self.column(before, field.column.name)])
+        columns = exp.TableAlias(this=sql.name(alias), columns=[sql.name("value")])
+        self._add(exp.Lateral(this=unnest, alias=columns), sql.truth(True))
+        self._values[place] = sql.column(alias, "value"), element
+        return alias
+
+    def _join_back(self, before: Place, source: Collection, field: Field) -> str:
+        key, key_type = self.key(before), self.collection(before).key.type
+        junction = None if field.relation is None else field.relation.junction
+        if junction is not None:
+            return self._join_back_through(key, key_type, source, field)
+        assert field.column is not None
+        column = field.column
+        if not field.is_multiple:
+            return self._left_join(
+                source,
+                lambda alias: sql.equal_keys(
+                    sql.column(alias, column.name), column.type, key, key_type
+                ),
+            )
+        return self._left_join(
+            source,
+            lambda alias: _contains(sql.column(alias, column.name), column.type, key, key_type),
+        )
+
+    def _join_back_through(self, key: Sql, key_type: Type, source: Collection, field: Field) -> str:
+        assert field.relation is not None
+        junction = field.relation.junction
+        assert junction is not None
+        near = junction.table.column(junction.target)
+        far = junction.table.column(junction.source)
+        assert near is not None
+        assert far is not None
+        pairs = self.statement.alias()
+        self._add(
+            self._table(junction.table.name, pairs),
+            sql.equal_keys(sql.column(pairs, near.name), near.type, key, key_type),
+        )
+        return self._left_join(
+            source,
+            lambda alias: sql.equal_keys(
+                sql.column(alias, source.key.name),
+                source.key.type,
+                sql.column(pairs, far.name),
+                far.type,
+            ),
+        )
+
+    def _left_join(self, collection: Collection, on: _On) -> str:
+        alias = self.statement.alias()
+        condition = on(alias)
+        self._add(self._table(collection.table.name, alias), condition)
+        return alias
+
+    def _table(self, table_name: TableName, alias: str) -> exp.Table:
+        self.statement.tables.setdefault(table_name)
+        return sql.table(table_name, alias)
+
+    def _add(self, row: Sql, on: Sql) -> None:
+        self._joins.append(exp.Join(this=row, side="LEFT", on=sql.own(on)))
+
+
+def native_form(type_: Type) -> Form | None:
+    """Return the form in which a text compares with an id by the id's own operator, if any."""
+    base = type_.base
+    if base.schema != "pg_catalog":
+        return None
+    return {
+        "uuid": Form.UUID,
+        "int2": Form.INTEGER,
+        "int4": Form.INTEGER,
+        "int8": Form.INTEGER,
+    }.get(base.name)
+
+
+def _contains(array: Sql, array_type: Type, key: Sql, key_type: Type) -> Sql:
+    """Return whether the array holds the id; by ``@>``, which a GIN index serves, if it can."""
+    element = array_type.base.element
+    assert element is not None
+    if element.base.oid == key_type.base.oid and element.base.schema == "pg_catalog":
+        wanted = exp.Array(expressions=[sql.own(key)])
+        return exp.ArrayContainsAll(this=sql.own(array), expression=wanted)
+    values = exp.Any(this=exp.Paren(this=sql.cast(array, "text[]")))
+    return exp.EQ(this=sql.cast(key, sql.TEXT), expression=values)

@@ -1,0 +1,188 @@
+"""Small parts of SQL trees, quoted and typed as rules need them. Used by everything that lowers.
+
+A sqlglot node belongs to one tree. Each maker here therefore takes a copy of an argument that is
+part of a tree already, so that callers may use an expression as often as they like. ``%`` is
+doubled wherever it isn't a placeholder's: the driver reads the printed text as a format.
+
+``And``, ``Or`` and ``Not`` are made in ``lower.py`` and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from sqlglot import exp
+
+from pgrealtime.catalog.model import Type, TypeKind
+from pgrealtime.changes import TableName
+
+Sql: TypeAlias = exp.Expr
+
+TEXT = "text"
+DOUBLE = "double precision"
+INTEGER = "bigint"
+TIMESTAMP = "timestamp"
+
+_CASTS = {
+    TEXT: exp.DataType.Type.TEXT,
+    DOUBLE: exp.DataType.Type.DOUBLE,
+    INTEGER: exp.DataType.Type.BIGINT,
+    TIMESTAMP: exp.DataType.Type.TIMESTAMP,
+    "int": exp.DataType.Type.INT,
+    "boolean": exp.DataType.Type.BOOLEAN,
+    "uuid": exp.DataType.Type.UUID,
+    "jsonb": exp.DataType.Type.JSONB,
+    "interval": exp.DataType.Type.INTERVAL,
+    "numeric": exp.DataType.Type.DECIMAL,
+}
+
+
+def own(node: Sql) -> Sql:
+    """Return the node if it is free, else a copy."""
+    return node if node.parent is None else node.copy()
+
+
+def name(text: str) -> exp.Identifier:
+    """Return a quoted identifier."""
+    return exp.to_identifier(_doubled(text), quoted=True)
+
+
+def column(alias: str, column_name: str) -> Sql:
+    """Return ``"alias"."column"``."""
+    return exp.Column(this=name(column_name), table=name(alias))
+
+
+def table(table_name: TableName, alias: str) -> exp.Table:
+    """Return ``"schema"."table" AS "alias"``."""
+    return exp.Table(
+        this=name(table_name.name),
+        db=name(table_name.schema),
+        alias=exp.TableAlias(this=name(alias)),
+    )
+
+
+def placeholder(key: str) -> Sql:
+    """Return ``%(key)s``."""
+    return exp.Placeholder(this=key)
+
+
+def string(text: str) -> Sql:
+    """Return a text of the program's own; what a rule says goes through placeholders."""
+    return exp.Literal.string(_doubled(text))
+
+
+def number(value: float) -> Sql:
+    """Return a number of the program's own."""
+    return exp.Literal.number(value) if value >= 0 else exp.Neg(this=exp.Literal.number(-value))
+
+
+def null(type_: str = TEXT) -> Sql:
+    """Return NULL of a type."""
+    return cast(exp.Null(), type_)
+
+
+def truth(value: bool) -> Sql:  # noqa: FBT001 (the value is the point)
+    """Return TRUE or FALSE."""
+    return exp.Boolean(this=value)
+
+
+def cast(node: Sql, type_: str) -> Sql:
+    """Return the node as one of the built-in types; ``text[]`` and the like are arrays of them."""
+    element = type_.removesuffix("[]")
+    target = exp.DataType(this=_CASTS[element])
+    if element != type_:
+        target = exp.DataType(this=exp.DataType.Type.ARRAY, expressions=[target], nested=True)
+    return exp.Cast(this=own(node), to=target)
+
+
+def typed(node: Sql, type_: Type) -> Sql:
+    """Return the node as any type of the database, named with its schema."""
+    qualified = f"{name(type_.schema).sql('postgres')}.{name(type_.name).sql('postgres')}"
+    target = exp.DataType(this=exp.DataType.Type.USERDEFINED, kind=qualified)
+    return exp.Cast(this=own(node), to=target)
+
+
+def call(function: str, *args: Sql) -> Sql:
+    """Return a call of a function of pg_catalog."""
+    return exp.Anonymous(this=function, expressions=[own(arg) for arg in args])
+
+
+def case(*whens: tuple[Sql, Sql], default: Sql | None = None) -> Sql:
+    """Return CASE; without default NULL."""
+    ifs = [exp.If(this=own(when), true=own(then)) for when, then in whens]
+    return exp.Case(ifs=ifs, default=None if default is None else own(default))
+
+
+def is_null(node: Sql) -> Sql:
+    """Return ``node IS NULL``."""
+    return exp.Is(this=own(node), expression=exp.Null())
+
+
+def binary(kind: type[exp.Binary], left: Sql, right: Sql) -> Sql:
+    """Return an operator between two operands, each in brackets if it is an operator itself."""
+    return kind(this=_operand(left), expression=_operand(right))
+
+
+def collated(node: Sql) -> Sql:
+    """Return the text compared byte by byte."""
+    return exp.Collate(this=_operand(node), expression=name("C"))
+
+
+def matches(node: Sql, regex: str) -> Sql:
+    """Return ``node ~ 'regex'``."""
+    return exp.RegexpLike(this=_operand(node), expression=string(regex))
+
+
+def joined(*parts: Sql) -> Sql:
+    """Return texts put together; NULL if one is."""
+    first, *rest = parts
+    result = own(first)
+    for part in rest:
+        result = exp.DPipe(this=result, expression=own(part))
+    return exp.Paren(this=result)
+
+
+def coalesced(node: Sql, default: Sql) -> Sql:
+    """Return COALESCE of two."""
+    return exp.Coalesce(this=own(node), expressions=[own(default)])
+
+
+def in_utc(node: Sql) -> Sql:
+    """Return ``node AT TIME ZONE 'UTC'``."""
+    return exp.AtTimeZone(this=_operand(node), zone=string("UTC"))
+
+
+def equal_keys(left: Sql, left_type: Type, right: Sql, right_type: Type) -> Sql:
+    """Return equality of two ids by the operator that their indexes serve, or as texts.
+
+    Operators of types outside pg_catalog aren't on the search path and are named with the schema.
+    """
+    one, other = left_type.base, right_type.base
+    if one.oid == other.oid and one.schema != "pg_catalog" and one.kind is TypeKind.BASE:
+        operator = f"{name(one.schema).sql('postgres')}.="
+        return exp.Operator(this=own(left), operator=operator, expression=own(right))
+    if one.oid == other.oid or any({one.name, other.name} <= family for family in _FAMILIES):
+        return binary(exp.EQ, left, right)
+    return binary(exp.EQ, cast(left, TEXT), cast(right, TEXT))
+
+
+_FAMILIES = ({"int2", "int4", "int8"}, {"text", "varchar"})
+"""Built-in types whose values compare with one another by one operator family."""
+
+
+def plain_text(node: Sql, type_: Type) -> Sql:
+    """Return a value as text; char(n) loses its padding, citext its indifference."""
+    base = type_.base
+    if base.schema == "pg_catalog" and base.name in {"text", "varchar"}:
+        return node
+    return cast(node, TEXT)
+
+
+def _operand(node: Sql) -> Sql:
+    node = own(node)
+    needs = isinstance(node, (exp.Binary, exp.Collate, exp.Unary, exp.AtTimeZone, exp.Is))
+    return exp.Paren(this=node) if needs and not isinstance(node, exp.Paren) else node
+
+
+def _doubled(text: str) -> str:
+    return text.replace("%", "%%")

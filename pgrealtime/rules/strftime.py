@@ -1,0 +1,312 @@
+"""SQLite's ``strftime`` in PostgreSQL: a moment, what modifiers make of it, its letters.
+
+Moments are timestamps without zone, in UTC, whole milliseconds. What SQLite can't read is NULL
+there and here. What this can't do exactly is refused when the rule is compiled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from sqlglot import exp
+
+from pgrealtime.collections import FieldKind
+from pgrealtime.errors import RuleUnsupportedError
+from pgrealtime.rules import sql
+from pgrealtime.rules.ir import Constant, FieldValue, Part, Term
+from pgrealtime.rules.parameters import Form, Literal, Macro
+from pgrealtime.rules.scope import Scope
+from pgrealtime.rules.sql import Sql
+
+_DATE = r"(?!0000)[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
+_TIME = r"([01][0-9]|2[0-4]):[0-5][0-9](:[0-5][0-9](\.[0-9]+)?)?"
+_ZONE = r" *([Zz]|[+-](0[0-9]|1[0-4]):[0-5][0-9])? *"
+_READABLE = f"^({_DATE}[ T]*({_TIME}{_ZONE})?|{_TIME}{_ZONE})$"
+"""The dates that SQLite reads, but for years before 1."""
+
+_JULIAN_EPOCH = 2440587.5
+"""Julian day of 1970-01-01."""
+_LAST_JULIAN = 5373484.5
+_FIRST_UNIX, _LAST_UNIX = -210866760000, 253402300800
+_DAY_SECONDS = 86400
+_BASES = {"unixepoch", "julianday", "auto"}
+_SHIFT = re.compile(
+    r"([+-]?\d{1,9}(?:\.\d{1,6})?) *(day|hour|minute|second|month|year)s?", re.ASCII
+)
+_WEEKDAY = re.compile(r"weekday +([0-6])(?:\.0*)?", re.ASCII)
+_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": _DAY_SECONDS}
+
+
+def moment(
+    scope: Scope,
+    *,
+    time: Term | None,
+    number: Sql | None,
+    text: Sql | None,
+    modifiers: Sequence[str],
+) -> Sql:
+    """Return the moment that a time value and its modifiers mean, or NULL.
+
+    Args:
+        scope: Where the value is found.
+        time: The value; None is now.
+        number: Its number, NULL where it is none: a Julian day, or what a modifier says it is.
+        text: Its text.
+        modifiers: SQLite's, applied in order.
+
+    Raises:
+        RuleUnsupportedError: A modifier depends on the server's time zone or isn't supported.
+    """
+    rest = list(modifiers)
+    base = rest.pop(0).lower() if rest and rest[0].lower() in _BASES else ""
+    start = _start(scope, time, number, text, base)
+    for modifier in rest:
+        start = _modified(start, modifier.lower())
+    return _within_range(start)
+
+
+def _start(scope: Scope, time: Term | None, number: Sql | None, text: Sql | None, base: str) -> Sql:
+    if _is_now(time):
+        now = scope.statement.bind(Macro.NOW, Form.TEXT)
+        return sql.null(sql.TIMESTAMP) if base in {"unixepoch", "julianday"} else _read(now)
+    is_date = isinstance(time, FieldValue) and time.field.kind is FieldKind.DATE
+    if is_date and isinstance(time, FieldValue) and time.part in {Part.WHOLE, Part.EACH}:
+        assert text is not None
+        return sql.null(sql.TIMESTAMP) if base in {"unixepoch", "julianday"} else _read(text)
+    assert number is not None
+    assert text is not None
+    from_number = _of_number(number, base)
+    if base in {"unixepoch", "julianday"}:
+        return from_number
+    return sql.coalesced(from_number, _read(text))
+
+
+def _is_now(time: Term | None) -> bool:
+    match time:
+        case None:
+            return True
+        case Constant(Literal(str(text))):
+            return text.lower() == "now"
+        case _:
+            return False
+
+
+def _read(text: Sql) -> Sql:
+    """Return the moment that a text spells; days beyond the month's end run on into the next."""
+
+    def part(regex: str, default: str) -> Sql:
+        found = sql.call("substring", text, sql.string(regex))
+        return sql.coalesced(found, sql.string(default))
+
+    year = sql.cast(part(r"^([0-9]{4})-", "2000"), "int")
+    month = sql.cast(part(r"^[0-9]{4}-([0-9]{2})", "01"), "int")
+    day = sql.cast(part(r"^[0-9]{4}-[0-9]{2}-([0-9]{2})", "01"), "int")
+    hour = sql.cast(part(r"([0-9]{2}):[0-9]{2}", "00"), "int")
+    minute = sql.cast(part(r"[0-9]{2}:([0-9]{2})", "00"), "int")
+    second = sql.cast(part(r"[0-9]{2}:[0-9]{2}:([0-9]{2}(?:\.[0-9]+)?)", "00"), sql.DOUBLE)
+    zone = sql.cast(part(r"([+-][0-9]{2}:[0-9]{2}) *$", "00:00"), "interval")
+    zero = sql.number(0)
+    first = sql.call("make_timestamp", year, month, sql.number(1), zero, zero, zero)
+    since = sql.call(
+        "make_interval",
+        zero,
+        zero,
+        zero,
+        sql.binary(exp.Sub, day, sql.number(1)),
+        hour,
+        minute,
+        _milliseconds(second),
+    )
+    spelt = sql.binary(exp.Sub, sql.binary(exp.Add, first, since), zone)
+    return sql.case((sql.matches(text, _READABLE), spelt))
+
+
+def _milliseconds(seconds: Sql) -> Sql:
+    """Return seconds rounded to whole milliseconds as SQLite rounds them."""
+    scaled = sql.binary(exp.Mul, seconds, sql.number(1000))
+    whole = sql.call("floor", sql.binary(exp.Add, scaled, sql.cast(sql.string("0.5"), sql.DOUBLE)))
+    return sql.binary(exp.Div, whole, sql.cast(sql.number(1000), sql.DOUBLE))
+
+
+def _of_number(number: Sql, base: str) -> Sql:
+    """Return the moment of a Julian day, or of seconds since 1970."""
+    days = sql.binary(exp.Sub, number, sql.cast(sql.string(str(_JULIAN_EPOCH)), sql.DOUBLE))
+    julian_seconds = sql.binary(exp.Mul, days, sql.number(_DAY_SECONDS))
+    julian = _between(number, 0, _LAST_JULIAN, _since_epoch(julian_seconds))
+    unix = _between(number, _FIRST_UNIX, _LAST_UNIX, _since_epoch(number))
+    match base:
+        case "unixepoch":
+            return unix
+        case "auto":
+            return sql.coalesced(julian, unix)
+        case _:
+            return julian
+
+
+def _since_epoch(seconds: Sql) -> Sql:
+    zero = sql.number(0)
+    interval = sql.call("make_interval", zero, zero, zero, zero, zero, zero, _milliseconds(seconds))
+    return sql.binary(exp.Add, sql.cast(sql.string("1970-01-01"), sql.TIMESTAMP), interval)
+
+
+def _between(number: Sql, low: float, high: float, result: Sql) -> Sql:
+    """Return the result if the number is in the half-open range, else NULL."""
+    is_high = sql.binary(exp.LT, number, sql.cast(sql.string(str(high)), sql.DOUBLE))
+    is_low = sql.binary(exp.GTE, number, sql.number(low))
+    return sql.case((is_low, sql.case((is_high, result))))
+
+
+def _modified(start: Sql, modifier: str) -> Sql:
+    """Return the moment changed by one modifier, in lower case."""
+    if modifier in {"subsec", "subsecond", "ceiling"}:
+        return start
+    if modifier in {"start of day", "start of month", "start of year"}:
+        return sql.call("date_trunc", sql.string(modifier.removeprefix("start of ")), start)
+    if weekday := _WEEKDAY.fullmatch(modifier):
+        return _next_weekday(start, int(weekday[1]))
+    if shift := _SHIFT.fullmatch(modifier):
+        return _shifted(start, shift[1], shift[2])
+    if modifier in {"utc", "localtime"} or re.match(r"[+-]?\d+[-:]", modifier) is not None:
+        _refuse(modifier)
+    if modifier == "floor":
+        _refuse(modifier)
+    return sql.null(sql.TIMESTAMP)
+
+
+def _refuse(modifier: str) -> None:
+    raise RuleUnsupportedError(
+        f'modifier "{modifier}" of strftime is not supported', start=0, end=0
+    )
+
+
+def _next_weekday(start: Sql, weekday: int) -> Sql:
+    ahead = sql.binary(exp.Sub, sql.number(weekday + 7), _part("dow", start))
+    days = sql.call("mod", ahead, sql.number(7))
+    zero = sql.number(0)
+    return sql.binary(exp.Add, start, sql.call("make_interval", zero, zero, zero, days))
+
+
+def _shifted(start: Sql, amount: str, unit: str) -> Sql:
+    """Return the moment some units later. Months keep the day's number, beyond the end too."""
+    zero = sql.number(0)
+    if unit in _SECONDS:
+        seconds = round(float(amount) * _SECONDS[unit], 3)
+        interval = sql.call(
+            "make_interval", zero, zero, zero, zero, zero, zero, sql.string(str(seconds))
+        )
+        return sql.binary(exp.Add, start, interval)
+    if "." in amount:
+        _refuse(f"{amount} {unit}")
+    count = int(amount) * (12 if unit == "year" else 1)
+    if abs(count) > 12 * 14713:
+        return sql.null(sql.TIMESTAMP)
+    month = sql.call("date_trunc", sql.string("month"), start)
+    rest = sql.binary(exp.Sub, start, month)
+    later = sql.binary(exp.Add, month, sql.call("make_interval", zero, sql.number(count)))
+    return sql.binary(exp.Add, later, rest)
+
+
+def _within_range(start: Sql) -> Sql:
+    """Return the moment if SQLite can hold it, else NULL."""
+    first = sql.cast(sql.string("4714-11-24 12:00:00 BC"), sql.TIMESTAMP)
+    last = sql.cast(sql.string("10000-01-01"), sql.TIMESTAMP)
+    is_late = sql.binary(exp.GTE, start, first)
+    return sql.case((is_late, sql.case((sql.binary(exp.LT, start, last), start))))
+
+
+# --- letters
+
+
+def formatted(scope: Scope, start: Sql, layout: str) -> Sql:
+    """Return the moment in SQLite's format; NULL for a format that it refuses.
+
+    Raises:
+        RuleUnsupportedError: The format wants the Julian day.
+    """
+    pieces: list[Sql] = []
+    for plain, letter in re.findall(r"([^%]+)|%(.?)", layout, re.DOTALL):
+        if plain:
+            pieces.append(scope.statement.bind(Literal(plain), Form.TEXT))
+        elif letter == "%":
+            pieces.append(sql.string("%"))
+        elif letter == "J":
+            raise RuleUnsupportedError('format "%J" of strftime is not supported', start=0, end=0)
+        else:
+            made = _letter(start, letter)
+            if made is None:
+                return sql.null()
+            pieces.append(made)
+    if not pieces:
+        return sql.null()
+    return sql.case((sql.is_null(start), sql.null()), default=sql.joined(*pieces))
+
+
+_TO_CHAR = {
+    "d": "DD",
+    "f": "SS.MS",
+    "g": "IY",
+    "G": "IYYY",
+    "H": "HH24",
+    "I": "HH12",
+    "j": "DDD",
+    "m": "MM",
+    "M": "MI",
+    "p": "AM",
+    "P": "am",
+    "R": "HH24:MI",
+    "S": "SS",
+    "T": "HH24:MI:SS",
+    "u": "ID",
+    "V": "IW",
+}
+"""Letters that PostgreSQL has too."""
+_PADDED = {"e": "FMDD", "k": "FMHH24", "l": "FMHH12"}
+"""Those with a blank in front instead of a zero."""
+
+
+def _letter(start: Sql, letter: str) -> Sql | None:
+    if layout := _TO_CHAR.get(letter):
+        return sql.call("to_char", start, sql.string(layout))
+    if layout := _PADDED.get(letter):
+        return sql.call("lpad", sql.call("to_char", start, sql.string(layout)), sql.number(2))
+    match letter:
+        case "Y":
+            return _year(start)
+        case "F":
+            rest = sql.call("to_char", start, sql.string("-MM-DD"))
+            return sql.joined(_year(start), rest)
+        case "s":
+            return sql.cast(
+                sql.cast(sql.call("floor", _part("epoch", start)), sql.INTEGER), sql.TEXT
+            )
+        case "w":
+            return sql.cast(_part("dow", start), sql.TEXT)
+        case "U":
+            return _week(start, _part("dow", start))
+        case "W":
+            return _week(start, sql.binary(exp.Sub, _part("isodow", start), sql.number(1)))
+        case _:
+            return None
+
+
+def _part(field: str, start: Sql) -> Sql:
+    part = sql.call("date_part", sql.string(field), start)
+    return part if field == "epoch" else sql.cast(part, "int")
+
+
+def _year(start: Sql) -> Sql:
+    """Return the year; SQLite counts a year 0, PostgreSQL calls it 1 BC and -1."""
+    year = _part("year", start)
+    is_before = sql.binary(exp.LT, year, sql.number(0))
+    counted = sql.case((is_before, sql.binary(exp.Add, year, sql.number(1))), default=year)
+    return sql.call("to_char", counted, sql.string("FM0000"))
+
+
+def _week(start: Sql, days_since_first: Sql) -> Sql:
+    """Return the week of the year, 00 before the first day of the week in question."""
+    days = sql.binary(
+        exp.Sub, sql.binary(exp.Add, _part("doy", start), sql.number(6)), days_since_first
+    )
+    week = sql.call("div", sql.cast(days, "numeric"), sql.number(7))
+    return sql.call("to_char", week, sql.string("FM00"))

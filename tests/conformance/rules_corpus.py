@@ -1,0 +1,220 @@
+"""Asks the rules corpus of pgrealtime's reference query, on a real database.
+
+A corpus is a folder with ``cases.json``; the data is always that of ``tests/rules-corpus``. See its
+README for what a case says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import psycopg
+
+from pgrealtime import collections as building
+from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
+from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.changes import Row, TableName
+from pgrealtime.collections import Collections
+from pgrealtime.config import CollectionConfig, FieldsConfig, RelationConfig
+from pgrealtime.errors import RuleError, RuleUnsupportedError
+from pgrealtime.rules.reference import Everyone, Nobody, Reference, reference, validate
+from pgrealtime.rules.request import Request
+
+CORPUS = Path(__file__).parent.parent / "rules-corpus"
+
+Case: TypeAlias = Mapping[str, Any]
+Rows: TypeAlias = Mapping[str, list[Row]]
+"""Collection to its rows, in text form."""
+
+_TOPIC_SETTINGS = "SET search_path = pg_catalog; SET default_transaction_read_only = on"
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The rule is not accepted."""
+
+    error: RuleError
+
+
+Answer: TypeAlias = tuple[str, ...] | Refused
+"""The ids that are shown, sorted."""
+
+
+@dataclass(slots=True)
+class Corpus:
+    """The data, loaded into a database of its own."""
+
+    connection: psycopg.Connection
+    collections: Collections
+    rows: Rows
+
+    def answer(self, case: Case) -> Answer:
+        """Return what pgrealtime shows to the case's subscriber."""
+        collections = self._with_list_rules(case.get("others", {}))
+        collection = collections[case["collection"]]
+        rule = case["rule"]
+        request = self._request(case)
+        try:
+            if rule is not None:
+                validate(collections, collection, rule)
+        except RuleError as error:
+            return Refused(error)
+        rows = self.rows[collection.name]
+        ids = [row[collection.key.name] or "" for row in rows]
+        match reference(collections, collection, rule, request):
+            case Everyone():
+                return tuple(ids)
+            case Nobody():
+                return ()
+            case Reference() as asked:
+                question = asked.question(rows, datetime.now(UTC))
+                found = self.connection.execute(question.sql.encode(), question.params).fetchall()
+                return tuple(sorted(ids[index] for (index,) in found))
+
+    def _with_list_rules(self, others: Mapping[str, str | None]) -> Collections:
+        """Return the collections with these list rules; only client filters read them."""
+        if not others:
+            return self.collections
+        return Collections(
+            tuple(
+                replace(collection, list_rule=others.get(collection.name, ""))
+                for collection in self.collections.values()
+            )
+        )
+
+    def _request(self, case: Case) -> Request:
+        headers = {_snake_case(name): value for name, value in case["headers"].items()}
+        return Request(
+            principal=self._principal(case["auth"]), query=case["query"], headers=headers
+        )
+
+    def _principal(self, auth: str) -> Principal:
+        if auth == "guest":
+            return GUEST
+        if auth == "superuser":
+            return Superuser("root")
+        name, record_id = auth.split("/")
+        row = next(row for row in self.rows[name] if row["id"] == record_id)
+        return AuthRecord(
+            collection_id=self.collections[name].id,
+            collection_name=name,
+            id=record_id,
+            email=row["email"] or "",
+            email_visibility=row["emailVisibility"] == "true",
+            verified=row["verified"] == "true",
+        )
+
+
+async def load(database_url: str) -> Corpus:
+    """Return the corpus, its data loaded into the (empty) database."""
+    connection = psycopg.connect(database_url, autocommit=True)
+    connection.execute((CORPUS / "schema.sql").read_bytes())
+    schema = json.loads((CORPUS / "schema.json").read_text(encoding="utf-8"))
+    configured = {one["name"]: _configured(one) for one in schema["collections"]}
+    async with await psycopg.AsyncConnection.connect(database_url) as reading:
+        catalog = await read_catalog(reading, schemas=["public"])
+    collections = building.build(configured, catalog)
+    rows = {name: list(_rows_of(connection, name, collections)) for name in collections}
+    connection.execute(_TOPIC_SETTINGS.encode())
+    return Corpus(connection, collections, rows)
+
+
+def _configured(described: Mapping[str, Any]) -> CollectionConfig:
+    fields = described["fields"]
+    return CollectionConfig(
+        table=f"public.{described['name']}",
+        type="auth" if described["kind"] == "auth" else "base",
+        fields=FieldsConfig(
+            hide=tuple(one["name"] for one in fields if one.get("hidden")),
+            types={
+                one["name"]: one["type"]
+                for one in fields
+                if one["type"] == "geoPoint" or (one["type"] == "select" and not one["multiple"])
+            },
+        ),
+        relations={
+            one["name"]: RelationConfig(collection=one["to"])
+            for one in fields
+            if one["type"] == "relation"
+        },
+        list_rule="",
+    )
+
+
+def _rows_of(connection: psycopg.Connection, name: str, collections: Collections) -> Iterator[Row]:
+    table = collections[name].table
+    columns = [column.name for column in table.columns]
+    shown = psycopg.sql.SQL(", ").join(
+        psycopg.sql.SQL("{}::text").format(psycopg.sql.Identifier(column)) for column in columns
+    )
+    query = psycopg.sql.SQL("SELECT {} FROM {} ORDER BY id").format(
+        shown, psycopg.sql.Identifier(*_parts(table.name))
+    )
+    for values in connection.execute(query):
+        yield dict(zip(columns, values, strict=True))
+
+
+def _parts(name: TableName) -> tuple[str, str]:
+    return name.schema, name.name
+
+
+def _snake_case(name: str) -> str:
+    """Return a header's name as rules have it (rules.md 10.1)."""
+    spaced = re.sub(r"(?<=[^A-Z])(?=[A-Z])", "_", name)
+    return re.sub(r"[\W_]+", "_", spaced).lower()
+
+
+def cases(folder: Path) -> list[Case]:
+    """Return the cases of a corpus."""
+    loaded: list[Case] = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+def expected(case: Case) -> tuple[str, ...] | None:
+    """Return the ids that must arrive; None if the rule must be refused when it is set."""
+    error = case["expect"].get("error")
+    if error is not None and error["stage"] == "save":
+        return None
+    wanted = case.get("expect_realtime") or case["expect"]
+    return tuple(wanted.get("ids", ()))
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How the cases went."""
+
+    right: tuple[str, ...]
+    refused: tuple[str, ...]
+    """Refused although PocketBase decides them."""
+    wrong: tuple[str, ...]
+    """Told in a line each."""
+
+    def __str__(self) -> str:
+        counts = f"{len(self.right)} right, {len(self.refused)} refused, {len(self.wrong)} wrong"
+        return "\n".join([counts, *self.wrong])
+
+
+def judge(corpus: Corpus, asked: Iterable[Case]) -> Report:
+    """Ask every case."""
+    right: list[str] = []
+    refused: list[str] = []
+    wrong: list[str] = []
+    for case in asked:
+        wanted = expected(case)
+        got = corpus.answer(case)
+        match got, wanted:
+            case Refused(), None:
+                right.append(case["id"])
+            case Refused(error), _ if isinstance(error, RuleUnsupportedError):
+                refused.append(case["id"])
+            case _ if got == wanted:
+                right.append(case["id"])
+            case _:
+                wrong.append(f"{case['id']} {case['rule']!r} wanted {wanted}, got {got}")
+    return Report(tuple(right), tuple(refused), tuple(wrong))

@@ -1,0 +1,31 @@
+"""What PocketBase was recorded to show, shown by the reference query on real PostgreSQL."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.conformance.rules_corpus import CORPUS, cases, judge, load
+
+REFUSED: frozenset[str] = frozenset()
+"""Cases that may be refused although PocketBase decides them: none."""
+
+
+@pytest.mark.timeout(600)
+async def test_every_recorded_case_is_decided_as_recorded(database_url: str) -> None:
+    """Whoever PocketBase shows a record to sees it here too, and nobody else does.
+
+    ``PGREALTIME_RULES_CORPUS`` names another folder with a ``cases.json`` over the same data.
+    """
+    folder = os.environ.get("PGREALTIME_RULES_CORPUS")
+    corpus = await load(database_url)
+    try:
+        report = judge(corpus, cases(Path(folder) if folder else CORPUS))
+    finally:
+        corpus.connection.close()
+    print(f"\nrules corpus: {report}")  # noqa: T201 (the counts are wanted even when all is well)
+
+    assert report.wrong == ()
+    assert folder is not None or set(report.refused) == REFUSED
