@@ -13,7 +13,7 @@ from psycopg import sql
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from pgrealtime.auth.principal import AuthRecord
-from pgrealtime.auth.record import auth_record
+from pgrealtime.auth.record import auth_record, token_key
 from pgrealtime.catalog.model import Column, Type
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
@@ -64,12 +64,8 @@ class Account:
 
     @property
     def token_key(self) -> str | None:
-        """The user's own part of the key that signs login tokens; None: no token is the user's.
-
-        Rows that never got a token key have their password hash instead, as tables without that
-        column: an empty one would leave all those users with one and the same signing key.
-        """
-        return self.row.get(self.users.login.token_key) or self.password_hash
+        """The user's own part of the key that signs login tokens; None: no token is the user's."""
+        return token_key(self.users.login, self.row)
 
 
 def canonical_id(text: str, key: Type) -> str | None:
@@ -141,15 +137,19 @@ class Accounts:
     async def find(self, users: Users, column: Column, value: str) -> Account | None:
         """The one user with that value, with the whole row; None if none or several have it.
 
+        Case counts, unless the column's type or the index that keeps it unique says otherwise.
+
         Raises:
             DatabaseUnreachableError: No connection, or no answer in time.
             SetupError: The table can't be read as configured.
         """
-        columns = [column.name for column in users.collection.table.columns]
+        table = users.collection.table
+        columns = [column.name for column in table.columns]
+        place = {"table": table.oid, "column": column.name}
         try:
-            rows = await self._rows(
-                users, statement_by_value(users, columns, column), {"value": value}, columns
-            )
+            folds = await self._rows(users, _FOLDS_CASE, place, ["is_unique"])
+            statement = statement_by_value(users, columns, column, folds_case=bool(folds))
+            rows = await self._rows(users, statement, {"value": value}, columns)
         except (psycopg.DataError, UnicodeEncodeError):
             return None
         return _account(users, rows[0]) if len(rows) == 1 else None
@@ -194,7 +194,11 @@ class Accounts:
         return {account.record.id: account for account in (_account(users, row) for row in rows)}
 
     async def _rows(
-        self, users: Users, statement: sql.Composed, values: Mapping[str, Any], names: Sequence[str]
+        self,
+        users: Users,
+        statement: sql.SQL | sql.Composed,
+        values: Mapping[str, Any],
+        names: Sequence[str],
     ) -> list[Row]:
         try:
             async with self._pool.connection() as connection:
@@ -253,25 +257,45 @@ def statement_by_id(users: Users, columns: Sequence[str]) -> sql.Composed:
     )
 
 
-def statement_by_value(users: Users, columns: Sequence[str], column: Column) -> sql.Composed:
+_FOLDS_CASE = sql.SQL("""
+SELECT 't' FROM pg_catalog.pg_index i
+WHERE i.indrelid = %(table)s AND i.indisunique AND i.indisvalid AND i.indnkeyatts = 1
+  AND i.indpred IS NULL AND pg_catalog.pg_get_indexdef(i.indexrelid, 1, true)
+    IN (pg_catalog.format('lower(%%I)', %(column)s::pg_catalog.text),
+        pg_catalog.format('lower(%%I::text)', %(column)s::pg_catalog.text))
+LIMIT 1
+""")
+"""Whether a unique index on lower(column) makes values that differ in case the same."""
+
+
+def statement_by_value(
+    users: Users, columns: Sequence[str], column: Column, *, folds_case: bool = False
+) -> sql.Composed:
     """The query for the users that have a value; its parameter ``value`` is a text.
 
     Texts are compared by their own type's equality: citext without case, as its owner wants it.
     Anything else is compared as text. Two rows are enough to see that there isn't just one.
+
+    Args:
+        users: Where to look.
+        columns: To be read.
+        column: That has the value.
+        folds_case: Compare ``lower`` of both, as the index does.
     """
-    name = sql.Identifier(column.name)
-    type_ = column.type.base
-    is_text = type_.category == "S"
+    own = column.type.base
+    is_own = own.category == "S" and not folds_case
+    schema, type_ = (own.schema, own.name) if is_own else ("pg_catalog", "text")
+    shape = "pg_catalog.lower({})" if folds_case else "{}"
+    name = sql.SQL("{}" if is_own else "{}::pg_catalog.text").format(sql.Identifier(column.name))
+    value = sql.SQL("%(value)s::{}").format(sql.Identifier(schema, type_))
     return sql.SQL(
-        "SELECT {columns} FROM {table} WHERE {name} OPERATOR({schema}.=) %(value)s::{type} LIMIT 2"
+        "SELECT {columns} FROM {table} WHERE {name} OPERATOR({schema}.=) {value} LIMIT 2"
     ).format(
         columns=_list(columns),
         table=sql.Identifier(*users.collection.table.name),
-        name=name if is_text else sql.SQL("{}::pg_catalog.text").format(name),
-        schema=sql.Identifier(type_.schema if is_text else "pg_catalog"),
-        type=sql.Identifier(type_.schema, type_.name)
-        if is_text
-        else sql.Identifier("pg_catalog", "text"),
+        name=sql.SQL(shape).format(name),
+        schema=sql.Identifier(schema),
+        value=sql.SQL(shape).format(value),
     )
 
 

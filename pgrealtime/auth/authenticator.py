@@ -11,6 +11,7 @@ from types import MappingProxyType
 from pgrealtime.auth.account import Account, Accounts, Users
 from pgrealtime.auth.keys import KeySource, key_source
 from pgrealtime.auth.principal import AuthRecord, Caller, Principal, Superuser
+from pgrealtime.auth.record import digest_of
 from pgrealtime.auth.token import (
     Claims,
     Key,
@@ -159,7 +160,8 @@ class Authenticator:
         if account.token_key is None:
             raise AuthError("the token's user has no token key", code="token_signature")
         check_signature(token, Key("HS256", account.token_key + self._login.secret))
-        return Identity(caller=Caller(account.record, expires_at), token=token, is_own=True)
+        caller = Caller(account.record, expires_at, digest_of(account.token_key))
+        return Identity(caller=caller, token=token, is_own=True)
 
 
 def _issuers(auth: AuthConfig) -> tuple[tuple[IssuerConfig, KeySource], ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 
@@ -52,3 +52,6 @@ class Caller:
     principal: Principal = GUEST
     expires_at: float | None = None
     """Unix seconds at which the token expires; None for guests and tokens without an end."""
+    key_digest: bytes | None = field(default=None, repr=False)
+    """Of the user's own part of the key that signed the token; None if the key isn't the user's.
+    When the row's key has another digest, the token is nobody's."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from pgrealtime.auth.principal import AuthRecord
+from dataclasses import replace
+from hashlib import sha256
+
+from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection, FieldKind
+from pgrealtime.config import CollectionLoginConfig
 from pgrealtime.errors import AuthError
 
 
@@ -32,6 +36,53 @@ def auth_record(collection: Collection, row: Row) -> AuthRecord:
         email_visibility=_flag(collection, row, "emailVisibility"),
         verified=_flag(collection, row, "verified"),
     )
+
+
+def token_key(login: CollectionLoginConfig, row: Row) -> str | None:
+    """The user's own part of the key that signs login tokens; None: no token is the user's.
+
+    Rows that never got a token key have their password hash instead, as tables without that
+    column: an empty one would leave all those users with one and the same signing key.
+    """
+    return row.get(login.token_key) or row.get(login.password_hash) or None
+
+
+def digest_of(key: str) -> bytes:
+    """What a caller carries of a token key: enough to see it change, of no use to anybody else."""
+    return sha256(key.encode()).digest()
+
+
+def rebound(
+    caller: Caller, collection: Collection, login: CollectionLoginConfig, row: Row
+) -> Caller:
+    """The caller as the new image of its row makes it; a guest if its token lost its key with it.
+
+    Args:
+        caller: Whose principal is the record of this row.
+        collection: Of the record.
+        login: How its people log in.
+        row: The new image. Columns that the WAL left out are unchanged.
+    """
+    assert isinstance(caller.principal, AuthRecord)
+    is_key_known = all(name in row for name in login.secret_columns)
+    if caller.key_digest is not None and is_key_known:
+        key = token_key(login, row)
+        if key is None or digest_of(key) != caller.key_digest:
+            return Caller()
+    whole = {**_as_row(collection, caller.principal), **row}
+    return replace(caller, principal=auth_record(collection, whole))
+
+
+def _as_row(collection: Collection, record: AuthRecord) -> Row:
+    """The columns that the record was made of."""
+    values = {
+        "email": record.email,
+        "emailVisibility": "t" if record.email_visibility else "f",
+        "verified": "t" if record.verified else "f",
+    }
+    shown = ((collection.by_name.get(name), value) for name, value in values.items())
+    columns = {f.column.name: value for f, value in shown if f is not None and f.column is not None}
+    return {collection.key.name: record.id, **columns}
 
 
 def _value(collection: Collection, row: Row, name: str) -> str | None:

@@ -607,6 +607,38 @@ async def test_hash_and_token_key_are_in_no_answer(ours: Ours, original: Origina
         assert row["password"].encode() not in answer.body
 
 
+@pytest.mark.parametrize(
+    ("column", "unique", "status"),
+    [
+        ("text", "CREATE UNIQUE INDEX ON users (lower(email))", 200),
+        ("varchar(80)", 'CREATE UNIQUE INDEX ON users (lower("email"))', 200),
+        ("text", "CREATE UNIQUE INDEX ON users (email)", 400),
+        ("text", "CREATE INDEX ON users (lower(email))", 400),
+        ("text", "CREATE UNIQUE INDEX ON users (lower(email)) WHERE verified", 400),
+        ("text", "CREATE UNIQUE INDEX ON users (lower(email), id)", 400),
+        ("citext", "CREATE UNIQUE INDEX ON users (email)", 200),
+    ],
+)
+async def test_case_counts_unless_the_unique_index_ignores_it(
+    people_url: str, column: str, unique: str, status: int
+) -> None:
+    """As PocketBase does with an index COLLATE NOCASE (protocol, 9.1)."""
+    with psycopg.connect(people_url, autocommit=True) as connection:
+        connection.execute("ALTER TABLE users DROP CONSTRAINT users_email_key")
+        connection.execute(sql.SQL(f"ALTER TABLE users ALTER email TYPE {column}"))
+        connection.execute(sql.SQL(unique))
+        connection.execute("UPDATE users SET email = 'Ann@Example.com' WHERE name LIKE 'Ann%'")
+    collections = {"users": COLLECTIONS["users"]}
+    async with serving(people_url, config(collections)) as server:
+        exact = await post(
+            server.address, "users/auth-with-password", ANN.replace(b"ann@e", b"Ann@E")
+        )
+        other = await post(server.address, "users/auth-with-password", ANN)
+
+    assert exact.head.status == 200
+    assert other.head.status == status
+
+
 OTHER_KEYS = """
 CREATE TABLE users (id {type} PRIMARY KEY, mail text UNIQUE, hash text);
 CREATE EXTENSION pgcrypto;

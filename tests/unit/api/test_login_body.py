@@ -1,0 +1,49 @@
+"""Bodies of logins; that they are read as PocketBase reads them is proved against it elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgrealtime.api.login_body import LoginCall, check, read_login
+from pgrealtime.api.problems import RefusedError
+
+TYPES = [
+    "application/json",
+    "application/x-www-form-urlencoded",
+    "multipart/form-data; boundary=b",
+    "text/plain",
+    "",
+]
+
+
+@given(st.sampled_from(TYPES), st.binary(), st.binary())
+def test_any_body_is_a_call_or_refused(content_type: str, body: bytes, query: bytes) -> None:
+    with contextlib.suppress(RefusedError):
+        assert isinstance(read_login(content_type, body, query), LoginCall)
+
+
+@given(st.text(), st.text(), st.text())
+def test_what_passes_has_a_length_that_can_be_tried(
+    identity: str, password: str, name: str
+) -> None:
+    call = LoginCall(identity, password, name)
+    with contextlib.suppress(RefusedError):
+        check(call, ["email"])
+        assert 1 <= len(identity.encode()) <= 255
+        assert 1 <= len(password.encode()) <= 255
+        assert name in {"", "email"}
+
+
+def test_everything_wrong_is_told_at_once() -> None:
+    with pytest.raises(RefusedError) as error:
+        check(LoginCall("", "x" * 256, "name"), ["email"])
+
+    assert set(error.value.problem.faults) == {"identity", "password", "identityField"}
+
+
+def test_a_password_is_not_printed() -> None:
+    assert "hush" not in repr(LoginCall("ann", "hush"))

@@ -1,0 +1,137 @@
+"""A row as the caller it makes, and the caller again when its row changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pgrealtime.auth.principal import AuthRecord, Caller
+from pgrealtime.auth.record import auth_record, digest_of, rebound, token_key
+from pgrealtime.catalog.model import Column, Table, TableKind, Type, TypeKind
+from pgrealtime.changes import Row, TableName
+from pgrealtime.collections import Collection, Field, FieldKind
+from pgrealtime.config import CollectionLoginConfig
+from pgrealtime.errors import AuthError
+
+TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")
+BOOL = Type(oid=16, schema="pg_catalog", name="bool", kind=TypeKind.BASE, category="B")
+CHAR = Type(oid=1042, schema="pg_catalog", name="bpchar", kind=TypeKind.BASE, category="S")
+
+
+def column(name: str, number: int, type_: Type = TEXT) -> Column:
+    return Column(name=name, number=number, type=type_)
+
+
+def users(key_type: Type = TEXT, verified: Type = BOOL) -> Collection:
+    columns = (
+        column("id", 1, key_type),
+        column("mail", 2),
+        column("visible", 3, BOOL),
+        column("verified", 4, verified),
+        column("hash", 5),
+        column("key", 6),
+    )
+    names = {"mail": "email", "visible": "emailVisibility"}
+    fields = tuple(
+        Field(
+            name=names.get(c.name, c.name),
+            column=c,
+            kind=FieldKind.BOOL if c.type is BOOL else FieldKind.TEXT,
+            type=c.type,
+        )
+        for c in columns
+    )
+    table = Table(oid=1, name=TableName("public", "users"), kind=TableKind.TABLE, columns=columns)
+    return Collection(
+        name="users", id="c1", type="auth", table=table, key=columns[0], fields=fields
+    )
+
+
+ROW: Row = {"id": "u1", "mail": "a@b.c", "visible": "t", "verified": "f", "hash": "h", "key": "k"}
+ANN = AuthRecord(
+    collection_id="c1", collection_name="users", id="u1", email="a@b.c", email_visibility=True
+)
+LOGIN = CollectionLoginConfig(password_hash="hash", token_key="key")
+
+
+def test_the_plain_fields_are_found_by_their_names() -> None:
+    assert auth_record(users(), ROW) == ANN
+
+
+def test_null_is_empty_or_false() -> None:
+    row: Row = {"id": "u1", "mail": None, "visible": None, "verified": None}
+
+    assert auth_record(users(), row) == AuthRecord(
+        collection_id="c1", collection_name="users", id="u1"
+    )
+
+
+def test_only_a_boolean_verifies() -> None:
+    """A text "t" may mean anything."""
+    assert auth_record(users(verified=TEXT), {**ROW, "verified": "t"}).verified is False
+
+
+def test_padding_is_no_part_of_an_id() -> None:
+    assert auth_record(users(key_type=CHAR), {**ROW, "id": "u1  "}).id == "u1"
+
+
+def test_a_row_without_a_key_is_nobody() -> None:
+    with pytest.raises(AuthError):
+        auth_record(users(), {"id": None})
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (ROW, "k"),
+        ({**ROW, "key": None}, "h"),
+        ({**ROW, "key": ""}, "h"),
+        ({**ROW, "key": None, "hash": None}, None),
+        ({**ROW, "key": "", "hash": ""}, None),
+    ],
+)
+def test_a_user_has_a_key_of_its_own_or_none(row: Row, expected: str | None) -> None:
+    assert token_key(LOGIN, row) == expected
+
+
+SIGNED = Caller(ANN, 1000.0, digest_of("k"))
+
+
+def test_a_changed_row_changes_its_caller() -> None:
+    """Roles and addresses take effect at the next event (protocol, 8)."""
+    row = {**ROW, "mail": "new@b.c", "verified": "t", "hash": "other"}
+
+    assert rebound(SIGNED, users(), LOGIN, row) == replace(
+        SIGNED, principal=replace(ANN, email="new@b.c", verified=True)
+    )
+
+
+def test_a_changed_token_key_makes_a_guest() -> None:
+    """PocketBase changes it with every password and address; the token is worth nothing then."""
+    assert rebound(SIGNED, users(), LOGIN, {**ROW, "key": "k2"}) == Caller()
+    assert rebound(SIGNED, users(), LOGIN, {**ROW, "key": None}) == Caller()
+
+
+def test_without_a_token_key_a_changed_password_makes_a_guest() -> None:
+    login = CollectionLoginConfig(password_hash="hash")
+    caller = Caller(ANN, None, digest_of("h"))
+
+    assert rebound(caller, users(), login, ROW) == caller
+    assert rebound(caller, users(), login, {**ROW, "hash": "h2"}) == Caller()
+
+
+def test_tokens_made_elsewhere_do_not_depend_on_the_row() -> None:
+    caller = Caller(ANN, 1000.0)
+
+    assert rebound(caller, users(), LOGIN, {**ROW, "key": "k2", "hash": "h2"}) == caller
+
+
+def test_what_the_wal_left_out_is_unchanged() -> None:
+    assert rebound(SIGNED, users(), LOGIN, {"id": "u1", "verified": "t"}) == replace(
+        SIGNED, principal=replace(ANN, verified=True)
+    )
+
+
+def test_a_caller_does_not_print_its_digest() -> None:
+    assert "digest" not in repr(SIGNED)
