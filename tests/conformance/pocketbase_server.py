@@ -240,6 +240,8 @@ async def _load(server: PocketBaseServer, fixtures: Fixtures) -> None:
             await api.call("PATCH", f"/api/collections/{collection.name}", definition)
         else:
             await api.call("POST", "/api/collections", definition)
+    for collection in fixtures.collections:  # a rule may name any of them
+        await api.call("PATCH", f"/api/collections/{collection.name}", _rules(collection))
     for row in fixtures.rows:
         if not row.raw:
             write = Write(
@@ -249,17 +251,17 @@ async def _load(server: PocketBaseServer, fixtures: Fixtures) -> None:
 
 
 def _definition(collection: FixtureCollection) -> dict[str, Any]:
-    definition: dict[str, Any] = {
+    return {
         "id": collection.id,
         "name": collection.name,
         "type": collection.type,
-        "listRule": collection.list_rule,
-        "viewRule": collection.view_rule,
         "fields": [_field_definition(field) for field in collection.fields],
     }
-    if collection.type == "auth":
-        definition["manageRule"] = collection.manage_rule
-    return definition
+
+
+def _rules(collection: FixtureCollection) -> dict[str, str | None]:
+    rules = {"listRule": collection.list_rule, "viewRule": collection.view_rule}
+    return rules | ({"manageRule": collection.manage_rule} if collection.type == "auth" else {})
 
 
 def _field_definition(field: FixtureField) -> dict[str, Any]:

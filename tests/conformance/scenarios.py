@@ -46,6 +46,7 @@ class Ability(Enum):
     ACCOUNT_CHANGES = "records of people change, go and get new passwords while they listen"
     EXPAND = "subscriptions ask for related records"
     MANAGE_RULE = "a rule shows hidden e-mail addresses"
+    CASCADES = "a rule asks about the parent that goes in the same transaction"
 
 
 ALL = frozenset(Ability)
@@ -327,6 +328,8 @@ class World:
             type="base",
             list_rule=self.random.choice(
                 ("book.active = true", "book.views > 1 || text = 'Alpha'", "book.title != ''")
+                if Ability.CASCADES in self.abilities
+                else ("text = 'Alpha'", "text != ''")
             ),
             view_rule="",
             fields=(

@@ -33,6 +33,7 @@ NOT_YET = {
     Ability.ACCOUNT_CHANGES: "a changed users row doesn't reach open connections",
     Ability.EXPAND: "records are sent without related ones",
     Ability.MANAGE_RULE: "there is no manage rule",
+    Ability.CASCADES: "a deleted row is judged without the others its transaction deleted",
 }
 """What worlds leave out, with the reason."""
 
