@@ -28,7 +28,7 @@ from msgspec import Raw
 
 from pgrealtime.catalog.model import Type, TypeKind
 from pgrealtime.collections import Field, FieldKind, kind_of
-from pgrealtime.records.text_forms import Element, parse_array, parse_row
+from pgrealtime.text_forms import Element, parse_array, parse_row
 
 Json: TypeAlias = "str | int | bool | Raw | list[Json] | dict[str, Json] | None"
 """What msgspec can write. Raw is JSON already: numbers in their spelling, json values."""

@@ -16,6 +16,7 @@ _PACKAGE = Path(pgrealtime.__file__).parent
 
 _FLOOR = (
     *("errors", "lsn", "units", "json_reader", "query_string", "changes", "sources", "config"),
+    "text_forms",
 )
 """What every room stands on."""
 
@@ -26,6 +27,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "units": (),
     "json_reader": (),
     "query_string": (),
+    "text_forms": (),
     "changes": ("lsn",),
     "sources": ("errors",),
     "config": ("errors", "sources", "units"),
@@ -59,7 +61,7 @@ _NOT_FOR_OTHERS = ("run", "operate", "demo", "cli", "__main__")
 """The top: nothing below imports it."""
 
 _PURE = (
-    *("errors", "lsn", "units", "json_reader", "query_string", "changes"),
+    *("errors", "lsn", "units", "json_reader", "query_string", "changes", "text_forms"),
     *("collections", "catalog.model"),
     *("wal.wire", "wal.message", "wal.wal2json", "wal.pgoutput", "wal.assembler", "wal.feedback"),
     *("changelog.base", "changelog.memory", "rules", "records"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from pgrealtime.records.text_forms import Element, parse_array, parse_row
+from pgrealtime.text_forms import Element, parse_array, parse_row
 
 ARRAYS: dict[str, list[Element]] = {
     "{}": [],
