@@ -17,13 +17,13 @@ from pgrealtime.query_string import QueryString, parse_query_string
 
 Pair = tuple[bytes, bytes]
 
-_TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`{|}~0-9A-Za-z]+")
 _QUOTED: Final = re.compile(r'"((?:[^"\\\r\n]|\\.)*)"')
 _QUOTED_PAIR: Final = re.compile(r'\\([()<>@,;:\\"/\[\]?=])')
 _BAD_QUOTING: Final = re.compile(rb"=\r(?!\n)")
 _PARAMETER: Final = re.compile(r"\s*;\s*")
 _HEADER_NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z ]+")
-_HEADER_VALUE: Final = re.compile(rb"[^\x00-\x08\x0a-\x1f\x7f]*")
+_HEADER_TEXT: Final = re.compile(rb"[^\x00-\x08\x0a-\x1f\x7f]*")
 
 _MOST_PARTS: Final = 1000
 """Of one multipart body (Go's ``multipartmaxparts``)."""
@@ -227,11 +227,13 @@ def _read_headers(lines: _Lines) -> dict[bytes, bytes] | None:
         text = line.removesuffix(b"\r\n").removesuffix(b"\n")
         if not text:
             return headers if line else None
+        if not _HEADER_TEXT.fullmatch(text):
+            raise FormError("control character in a header of a part")
         if text[:1] in (b" ", b"\t") and name:
             headers[name] += b" " + text.strip(b" \t")
             continue
         key, colon, value = text.partition(b":")
-        if not colon or not _HEADER_NAME.fullmatch(key) or not _HEADER_VALUE.fullmatch(value):
+        if not colon or not _HEADER_NAME.fullmatch(key):
             raise FormError("broken header of a part")
         name = key.lower()
         headers.setdefault(name, value.strip(b" \t"))
