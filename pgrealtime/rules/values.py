@@ -36,7 +36,7 @@ from pgrealtime.rules.strftime import formatted, moment
 
 NUMERIC = r"^[ \t\n\v\f\r]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?[ \t\n\v\f\r]*$"
 """What SQLite would take for a number, as long as a double can hold it."""
-_LONGEST_NUMBER = 200
+LONGEST_NUMBER = 200
 _BIGGEST_INTEGER = 9223372036854774784
 """The largest double below 2^63: beyond it SQLite keeps whole numbers as floats too."""
 _HASH = "$2a$"
@@ -396,10 +396,16 @@ def to_text(operand: Value) -> Value:
 def _split(text: Sql) -> tuple[Sql, Sql]:
     """Return the number of a text that looks like one, and the text if it doesn't."""
     looks = sql.matches(text, NUMERIC)
-    is_short = sql.binary(exp.LT, sql.call("length", text), sql.number(_LONGEST_NUMBER))
+    is_short = sql.binary(exp.LT, sql.call("length", text), sql.number(LONGEST_NUMBER))
     number = sql.case((is_short, sql.case((looks, sql.cast(text, sql.DOUBLE)))))
     rest = sql.case((is_short, sql.case((looks, sql.null()), default=text)), default=text)
     return number, rest
+
+
+def leading_number(text: Sql) -> Sql:
+    """Return the number that a text begins with, NULL if it begins with none."""
+    digits = sql.string(r"^[ \t\n\v\f\r]*([+-]?(?:[0-9]{1,200}(?:\.[0-9]{0,99})?|\.[0-9]{1,99}))")
+    return sql.cast(sql.call("substring", text, digits), sql.DOUBLE)
 
 
 def _as_number(operand: Value, scope: Scope) -> Sql:
