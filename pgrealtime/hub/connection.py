@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 CURSOR_TOPIC = "PB_CURSOR"
 RESYNC_TOPIC = "PB_RESYNC"
 
+_CURSOR_EVERY = 16
+"""Messages between two PB_CURSOR within a batch: a client that has no other way to know its
+position hears no more than these again after a break."""
+
 
 class Sink(Protocol):
     """Where a connection's bytes go; HTTP's side of it is the API's business."""
@@ -225,6 +229,9 @@ class Connection:
             if place == len(cursors) or cursors[place] != cursor:
                 self.position = self.position_text(cursor)
             parts += (prefix, self.position, tail)
+            if self.wants_cursor and place % _CURSOR_EVERY == 0:
+                full_id = prefix + self.position
+                parts += (full_id, cursor_tail(full_id[3:]))
         return parts
 
     def discard(self) -> None:

@@ -537,6 +537,8 @@ class Hub:
                         audience.batch = Batch()
                         audiences.append(audience)
                     tail = self._tail(event, audience.name, audience.view, records)
+                    if not tail:
+                        continue
                     audience.batch.add(place, tail)
                     for owner in audience.owners.get(event.record_id, ()):
                         view = _with_email(audience.view)
@@ -559,7 +561,7 @@ class Hub:
     ) -> None:
         """Give the audience's batch to its LIVE connections, the same object wherever it fits."""
         shared, audience.batch = audience.batch, None
-        if shared is None:
+        if shared is None or not shared.places:
             return
         for subscription in audience.subscriptions:
             connection = subscription.connection
@@ -583,10 +585,21 @@ class Hub:
                 touched.append(connection)
 
     def _tail(self, event: Event, name: bytes, view: View, records: dict[View, bytes]) -> bytes:
+        """Return the message, or nothing if the row can't be shown: that row alone is lost."""
         record = records.get(view)
         if record is None:
-            record = records[view] = self._encoder(event.collection.name, view)(event.row)
-        return event_tail(name, record, event.action)
+            record = records[view] = self._record(event, view)
+        return event_tail(name, record, event.action) if record else b""
+
+    def _record(self, event: Event, view: View) -> bytes:
+        try:
+            return self._encoder(event.collection.name, view)(event.row)
+        except (ValueError, LookupError) as error:
+            # A value that isn't of the type that the catalogue gave the column when it was read.
+            log.error(  # noqa: TRY400 (the message may not show the row)
+                "record.failed", collection=event.collection.name, error=type(error).__name__
+            )
+            return b""
 
     def _make_encoder(self, name: str, view: View) -> Callable[[Row], bytes]:
         return encoder(self._collections[name], nulls=self._nulls, view=view)
@@ -694,8 +707,10 @@ class Hub:
             records: dict[View, bytes] = {}
             for subscription in (one for group in groups for one in by_group[group]):
                 barrier = subscription.barrier
-                if barrier is None or barrier.admits(event.xid, event.cursor.lsn):
-                    batch.add(place, self._tail_for(subscription, event, records))
+                if barrier is not None and not barrier.admits(event.xid, event.cursor.lsn):
+                    continue
+                if tail := self._tail_for(subscription, event, records):
+                    batch.add(place, tail)
         return batch
 
     def _tail_for(

@@ -18,7 +18,7 @@ class Breaker:
         self._rng = rng
         self.breaks = 0
         self.longest = 0
-        """Bytes a connection may bring at most before it is cut; 0 cuts none."""
+        """Bytes a connection may bring from now on at most before it is cut; 0 cuts none."""
         self.url = ""
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -28,10 +28,9 @@ class Breaker:
         except OSError:
             writer.transport.abort()
             return
-        limit = self._rng.randint(400, self.longest) if self.longest else 0
         up = asyncio.create_task(_copy(reader, there[1]))
         try:
-            await self._down(there[0], writer, limit)
+            await self._down(there[0], writer)
         finally:
             up.cancel()
             with suppress(asyncio.CancelledError):
@@ -39,19 +38,22 @@ class Breaker:
             there[1].transport.abort()
             writer.transport.abort()
 
-    async def _down(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limit: int
-    ) -> None:
-        passed = 0
+    async def _down(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        left: int | None = None
         with suppress(ConnectionError):
             while data := await reader.read(65536):
-                is_cut = bool(limit) and bool(self.longest) and passed + len(data) >= limit
-                writer.write(data[: max(0, limit - passed)] if is_cut else data)
-                await writer.drain()
-                passed += len(data)
-                if is_cut:
+                if not self.longest:
+                    left = None
+                elif left is None:
+                    left = self._rng.randint(1, self.longest)
+                if left is not None and len(data) >= left:
+                    writer.write(data[:left])
+                    await writer.drain()
                     self.breaks += 1
                     return
+                left = None if left is None else left - len(data)
+                writer.write(data)
+                await writer.drain()
             writer.write_eof()
 
 

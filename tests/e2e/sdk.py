@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.conftest import lacking
+
 _HERE = Path(__file__).parent
 DEADLINE = 20.0
 
@@ -82,12 +84,26 @@ class Sdk:
 @asynccontextmanager
 async def sdk(url: str) -> AsyncIterator[Sdk]:
     """Start the SDK against a server; end it by pid."""
+    async with _node("sdk_client.mjs", url) as client:
+        yield client
+
+
+@asynccontextmanager
+async def native(url: str, *topics: str) -> AsyncIterator[Sdk]:
+    """Start a plain EventSource that resumes; it takes no commands."""
+    async with _node("native_client.mjs", url, json.dumps(topics)) as client:
+        yield client
+
+
+@asynccontextmanager
+async def _node(script: str, *arguments: str) -> AsyncIterator[Sdk]:
     node = shutil.which("node")
-    assert node is not None, "Node is missing; sh tests/run.sh installs it"
+    if node is None:
+        lacking("Node is missing; sh tests/run.sh installs it")
     process = await asyncio.create_subprocess_exec(
         node,
-        str(_HERE / "sdk_client.mjs"),
-        url,
+        str(_HERE / script),
+        *arguments,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=1 << 24,

@@ -593,3 +593,16 @@ async def test_what_a_closed_connection_subscribed_to_is_forgotten() -> None:
 
         matcher = room.hub._matcher
         assert (matcher._groups, dict(matcher._by_place)) == ({}, {})
+
+
+async def test_a_long_batch_tells_the_position_every_sixteen_messages_to_who_asked_for_it() -> None:
+    """The JS SDK shows no ids: PB_CURSOR is all that it can resume from."""
+    async with open_room() as room:
+        connection, sink = room.connect()
+        await room.subscribe(connection, "posts/*", "PB_CURSOR")
+        made = room.commit(*(insert(f"n{n}") for n in range(40)))
+        events = (await sink.wait_for(2 + 40 + 3))[2:]
+
+    told = [place for place, event in enumerate(events) if event[1] == "PB_CURSOR"]
+    assert told == [16, 33, 42]
+    assert json.loads(events[16][2])["id"] == f"{connection.id}.{at(made, 16)}"

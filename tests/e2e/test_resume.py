@@ -1,0 +1,169 @@
+"""Clients that come back with their last position miss nothing, wherever their connection broke."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.breaker import breaker
+from tests.e2e.sdk import Sdk, native, sdk
+from tests.e2e.service import Service, service
+
+OPEN = {"posts": {"table": "posts", "list_rule": "", "view_rule": ""}}
+
+
+def fresh_seed() -> int:
+    """Where connections break is new each time; a failure shows the seed."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")  # noqa: T201 (pytest shows it with the failure)
+    return seed
+
+
+async def write_numbered(running: Service, count: int, pause: float) -> None:
+    """Commit rows n = 1, 2, 3, ... one by one, every tenth commit with three of them."""
+    n = 0
+    while n < count:
+        size = 3 if n % 10 == 0 else 1
+        await running.write.execute(
+            "INSERT INTO posts (id, title, n) SELECT 'r' || i, repeat('x', 40), i"
+            " FROM generate_series(%s::int, %s::int) i",
+            [n + 1, n + size],
+        )
+        n += size
+        await asyncio.sleep(pause)  # paces the writer; nothing waits for it to have passed
+
+
+async def wait_for_number(client: Sdk, last: int, seconds: float) -> None:
+    async with asyncio.timeout(seconds):
+        while not client.events or max(e["record"]["n"] for e in client.events) < last:
+            await client.wait_for(len(client.events) + 1, seconds=seconds)
+
+
+def repeats(numbers: Sequence[int]) -> int:
+    """Check that every number comes, first arrivals in order; return how many came again."""
+    firsts = list(dict.fromkeys(numbers))
+    assert firsts == list(range(1, len(firsts) + 1)), "a number is missing or out of order"
+    return len(numbers) - len(firsts)
+
+
+async def test_the_unmodified_sdk_with_five_lines_misses_nothing(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Cut at random bytes; repeats are at most what lies between two PB_CURSOR, per break."""
+    seed = fresh_seed()
+    async with (
+        service(database_url, tmp_path, collections=OPEN) as running,
+        breaker(running.address, random.Random(seed)) as proxy,
+        sdk(proxy.url) as client,
+    ):
+        await client.do("resume")
+        await client.do("subscribe", collection="posts", topic="*")
+        proxy.longest = 30_000
+        writing = asyncio.create_task(write_numbered(running, 600, 0.008))
+        await writing
+        proxy.longest = 0
+        await running.write.execute("INSERT INTO posts (id, title, n) VALUES ('last', 'x', 601)")
+        last = 601 if not _last_written(600) else _last_written(600) + 1
+        await running.write.execute("UPDATE posts SET n = %s WHERE id = 'last'", [last])
+        await wait_for_number(client, last, 60)
+        numbers = [e["record"]["n"] for e in client.events if e["record"]["id"] != "last"]
+        breaks = proxy.breaks
+
+    assert breaks >= 5
+    assert not [r for r in client.reports if r["report"] == "resync"]
+    assert repeats(numbers) <= breaks * 16
+
+
+def _last_written(count: int) -> int:
+    n = 0
+    while n < count:
+        n += 3 if n % 10 == 0 else 1
+    return n
+
+
+async def test_a_plain_event_source_misses_nothing_and_hears_no_change_twice(
+    database_url: str, tmp_path: Path
+) -> None:
+    """The id on every message says: complete up to here."""
+    seed = fresh_seed()
+    async with (
+        service(database_url, tmp_path, collections=OPEN) as running,
+        breaker(running.address, random.Random(seed)) as proxy,
+        native(proxy.url, "posts/*") as client,
+    ):
+        await client.wait_for(1, "subscribed")
+        proxy.longest = 12_000
+        await write_numbered(running, 300, 0.03)
+        proxy.longest = 0
+        last = _last_written(300)
+        await wait_for_number(client, last, 60)
+        numbers = [e["record"]["n"] for e in client.events]
+        breaks = proxy.breaks
+
+    assert breaks >= 2
+    assert numbers == list(range(1, last + 1))
+
+
+async def test_two_topics_that_match_one_change_are_both_heard_over_a_break(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Only the second of the two messages moves the position."""
+    seed = fresh_seed()
+    async with (
+        service(database_url, tmp_path, collections=OPEN) as running,
+        breaker(running.address, random.Random(seed)) as proxy,
+        native(proxy.url, "posts/*", "posts/r1") as client,
+    ):
+        await client.wait_for(1, "subscribed")
+        await running.write.execute("INSERT INTO posts (id, title, n) VALUES ('r1', 'x', 0)")
+        proxy.longest = 6_000
+        for n in range(1, 121):
+            await running.write.execute("UPDATE posts SET n = %s", [n])
+            await asyncio.sleep(0.05)  # paces the writer
+        proxy.longest = 0
+        async with asyncio.timeout(60):
+            while not all(_numbers(client.events, name)[-1:] == [120] for name in TOPICS):
+                await client.wait_for(len(client.events) + 1, seconds=60)
+        breaks = proxy.breaks
+
+    assert breaks >= 2
+    for name in TOPICS:
+        assert list(dict.fromkeys(_numbers(client.events, name))) == list(range(121))
+
+
+TOPICS = ("posts/*", "posts/r1")
+
+
+def _numbers(events: Sequence[dict[str, Any]], name: str) -> list[int]:
+    return [event["record"]["n"] for event in events if event["as"] == name]
+
+
+async def test_a_position_out_of_reach_is_answered_with_pb_resync(
+    database_url: str, tmp_path: Path
+) -> None:
+    """A small window: the client was away for longer than the changelog reaches back."""
+    async with (
+        service(
+            database_url,
+            tmp_path,
+            collections=OPEN,
+            sections={"changelog": {"max_size": "16KiB"}},
+        ) as running,
+        breaker(running.address, random.Random(1)) as proxy,
+        native(proxy.url, "posts/*") as client,
+    ):
+        await client.wait_for(1, "subscribed")
+        await running.write.execute("INSERT INTO posts (id, title, n) VALUES ('a', 'x', 1)")
+        await client.wait_for(1)
+        proxy.longest = 1000
+        for n in range(300):
+            await running.write.execute("UPDATE posts SET n = %s", [n])
+        await client.wait_for(1, "break")
+        proxy.longest = 0
+        (told,) = await client.wait_for(1, "resync", seconds=60)
+
+    assert json.loads(told["data"]) == {"collections": [], "reason": "expired"}
