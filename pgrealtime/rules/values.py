@@ -39,7 +39,7 @@ NUMERIC = r"^[ \t\n\v\f\r]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?
 LONGEST_NUMBER = 200
 _BIGGEST_INTEGER = 9223372036854774784
 """The largest double below 2^63: beyond it SQLite keeps whole numbers as floats too."""
-_HASH = "$2a$"
+HASH = "$2a$"
 """Stands for a secret that the table doesn't hold: the beginning of every password hash."""
 
 
@@ -87,7 +87,7 @@ def value(term: Term, scope: Scope, *, is_strict: bool = True) -> Value:
         case JsonValue():
             return _json_value(term, scope)
         case Hidden(place, part):
-            there = _where_found(place, scope, sql.string(_HASH))
+            there = _where_found(place, scope, sql.string(HASH))
             return _text(_lower(there) if part is Part.LOWER else there, rank)
         case Strftime(layout, time, modifiers):
             when = None if time is None else value(time, scope)
