@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import structlog
+
 from pgrealtime.auth.account import Account, Accounts, Users
 from pgrealtime.auth.keys import KeySource, key_source
 from pgrealtime.auth.principal import AuthRecord, Caller, Principal, Superuser
@@ -27,6 +29,8 @@ from pgrealtime.auth.token import (
 from pgrealtime.collections import Collections, collection_id
 from pgrealtime.config import AuthConfig, CollectionLoginConfig, IssuerConfig
 from pgrealtime.errors import AuthError, ConfigError, Problem
+
+log = structlog.get_logger(__name__)
 
 _NO_LOGINS: Mapping[str, CollectionLoginConfig] = MappingProxyType({})
 
@@ -108,7 +112,10 @@ class Authenticator:
         """
         try:
             return (await self.identify(authorization)).caller
-        except AuthError:
+        except AuthError as error:
+            if error.error_code != "token_missing":
+                # Debug: anybody can make as many of these as they like.
+                log.debug("auth.rejected", reason=error.error_code)
             return Caller()
 
     async def identify(self, authorization: str | None) -> Identity:

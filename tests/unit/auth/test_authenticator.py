@@ -10,6 +10,7 @@ from typing import Any
 
 import jwt
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from psycopg_pool import AsyncConnectionPool
@@ -122,6 +123,16 @@ async def test_whatever_is_wrong_the_caller_is_a_guest(
         await door(APP).identify(token)
     assert error.value.error_code == code
     assert token not in str(error.value)
+
+
+async def test_the_log_has_the_reason_and_never_the_token() -> None:
+    token = jwt.encode(CLAIMS | {"aud": "web"}, SECRET)
+
+    with structlog.testing.capture_logs() as logs:
+        await door(APP).authenticate(token)
+        await door(APP).authenticate(None)
+
+    assert logs == [{"event": "auth.rejected", "reason": "token_audience", "log_level": "debug"}]
 
 
 async def test_without_issuers_everybody_is_a_guest() -> None:
