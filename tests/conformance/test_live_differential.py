@@ -29,7 +29,6 @@ FIRST_SEED = int(os.environ.get("PGREALTIME_SEED") or secrets.randbelow(10**9))
 SEEDS = [FIRST_SEED + number for number in range(-(-SCENARIOS // PER_WORLD))]
 
 NOT_YET = {
-    Ability.AUTH_PATHS: "the caller's record is known by its six plain fields",
     Ability.ACCOUNT_CHANGES: "a changed users row doesn't reach open connections",
     Ability.EXPAND: "records are sent without related ones",
     Ability.MANAGE_RULE: "there is no manage rule",
