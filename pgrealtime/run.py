@@ -74,8 +74,14 @@ async def serve(config: Config) -> None:
 
 
 @asynccontextmanager
-async def running(config: Config) -> AsyncIterator[Running]:
+async def running(
+    config: Config, *, more_routes: Iterable[web.AbstractRouteDef] = ()
+) -> AsyncIterator[Running]:
     """Start everything; on leaving, stop it in order: accept, connections, stream, queries.
+
+    Args:
+        config: Of the whole.
+        more_routes: Served on the public port beside the API's.
 
     Raises:
         PgRealtimeError: It can't start. A fault in a running part ends the block likewise.
@@ -125,6 +131,7 @@ async def running(config: Config) -> AsyncIterator[Running]:
             stack.callback(login.close)
             routes = LoginRoutes(login, authenticator, config.server, nulls=config.records.nulls)
             routes.add_to(app.router)
+        app.add_routes(more_routes)
         runner = build_runner(app)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
