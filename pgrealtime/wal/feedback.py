@@ -36,6 +36,7 @@ class Feedback:
         self._next_status = now
         self._next_move = now
         self._is_reply_requested = False
+        self._bound: LSN | None = None
 
     def received(self, lsn: LSN) -> None:
         """Something up to there arrived on this connection."""
@@ -66,14 +67,19 @@ class Feedback:
         """The server wants a status update at once."""
         self._is_reply_requested = True
 
+    def bound(self, lsn: LSN) -> None:
+        """From now on the slot may move up to there and no further, until told anew."""
+        self._bound = lsn
+
     @property
     def movable(self) -> LSN:
         """Up to where the server may forget."""
+        position = self._kept
         if self._quiet is not None:
-            position, needed = self._quiet
+            quiet, needed = self._quiet
             if self._kept >= needed:
-                return max(position, self._kept)
-        return self._kept
+                position = max(quiet, position)
+        return position if self._bound is None else min(position, self._bound)
 
     def due(self, now: float) -> tuple[StandbyStatusUpdate, ...]:
         """Return the status updates to send, in this order, if any are due."""
@@ -99,4 +105,6 @@ class Feedback:
     def _move(self, now: float) -> StandbyStatusUpdate:
         self._moved = self.movable
         self._next_move = now + MOVE_SECONDS
-        return StandbyStatusUpdate(self._received, self._moved)
+        # Not as written what was received: for this one moment we may pass for a synchronous
+        # standby, and commits may be waiting for a write beyond.
+        return StandbyStatusUpdate(self._moved, self._moved)

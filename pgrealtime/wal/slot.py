@@ -22,6 +22,7 @@ from pgrealtime.errors import (
     PgRealtimeError,
     SetupError,
     SlotBusyError,
+    SlotLostError,
     WalError,
 )
 from pgrealtime.lsn import LSN, parse_lsn
@@ -73,6 +74,10 @@ class ServerFacts:
     is_standby: bool
     wal_sender_timeout: float
     """Seconds; 0 is never."""
+    standby_names: str
+    """``synchronous_standby_names``."""
+    application_name: str
+    """Ours, as the server knows it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +126,16 @@ async def connect(url: str) -> AsyncIterator[Connection]:
         await connection.close()
 
 
+async def connect_plainly(url: str) -> Connection:
+    """Open an ordinary connection in autocommit, to ask something beside the stream.
+
+    Raises:
+        psycopg.Error: As the driver has it.
+    """
+    connection: Connection = await psycopg.AsyncConnection.connect(_conninfo(url), autocommit=True)
+    return connection
+
+
 def _conninfo(url: str, **more: str) -> str:
     try:
         given = conninfo_to_dict(url)
@@ -142,7 +157,7 @@ async def _explain_refusal(url: str, error: psycopg.OperationalError) -> PgRealt
     The refusal itself has no SQLSTATE, and its text is in the server's language.
     """
     try:
-        async with await psycopg.AsyncConnection.connect(_conninfo(url)) as connection:
+        async with await connect_plainly(url) as connection:
             cursor = await connection.execute(
                 "SELECT current_user, r.rolreplication OR r.rolsuper,"
                 " current_setting('wal_level'),"
@@ -212,17 +227,20 @@ async def read_facts(connection: Connection) -> ServerFacts:
         await connection.execute(
             "SELECT current_setting('server_version_num')::int, current_setting('server_encoding'),"
             " current_setting('wal_level'), pg_is_in_recovery(),"
-            " (SELECT setting::int FROM pg_settings WHERE name = 'wal_sender_timeout')"
+            " (SELECT setting::int FROM pg_settings WHERE name = 'wal_sender_timeout'),"
+            " current_setting('synchronous_standby_names'), current_setting('application_name')"
         )
     ).fetchone()
     assert row is not None
-    version, encoding, wal_level, is_standby, timeout_ms = row
+    version, encoding, wal_level, is_standby, timeout_ms, standby_names, application_name = row
     facts = ServerFacts(
         version=version,
         encoding=encoding,
         wal_level=wal_level,
         is_standby=is_standby,
         wal_sender_timeout=timeout_ms / 1000,
+        standby_names=standby_names,
+        application_name=application_name,
     )
     if facts.is_standby:
         raise SetupError(
@@ -443,7 +461,7 @@ async def _watch_wait(
     while True:
         await asyncio.sleep(_WAIT_SECONDS)
         try:
-            async with await psycopg.AsyncConnection.connect(_conninfo(url)) as connection:
+            async with await connect_plainly(url) as connection:
                 on_wait(await _read_wait(connection, backend_pid))
         except psycopg.Error:
             # It only explains. Whether the slot gets made is told by the making.
@@ -468,7 +486,7 @@ async def start(connection: Connection, slot: Slot, options: dict[str, str]) -> 
     """Start streaming from the slot; from here on the connection carries nothing else.
 
     Raises:
-        WalError: The server refuses.
+        SlotLostError, SlotBusyError, SetupError, WalError: The server refuses.
     """
     # The replication commands have a grammar of their own: no parameters, and no E'' strings as
     # the driver would quote a backslash.
@@ -479,4 +497,17 @@ async def start(connection: Connection, slot: Slot, options: dict[str, str]) -> 
     try:
         await connection.execute(command.encode())
     except psycopg.Error as error:
-        raise _create_error(error, slot.plugin) from error
+        raise _start_error(error, slot) from error
+
+
+def _start_error(error: psycopg.Error, slot: Slot) -> PgRealtimeError:
+    detail = str(error).strip()
+    match error:
+        case pg.InsufficientPrivilege() | pg.UndefinedFile():
+            return _create_error(error, slot.plugin)
+        case pg.UndefinedObject() | pg.ObjectNotInPrerequisiteState():
+            return SlotLostError(f'slot "{slot.name}" can\'t be read any more', detail=detail)
+        case pg.ObjectInUse():
+            return SlotBusyError(f'slot "{slot.name}" is being read by another', detail=detail)
+        case _:
+            return WalError("the stream can't be started", detail=detail, code="stream_start")

@@ -33,6 +33,7 @@ from pgrealtime.wal.assembler import RecordKeys, TransactionAssembler, default_r
 from pgrealtime.wal.feedback import MOVE_SECONDS, Feedback
 from pgrealtime.wal.message import Commit, Decoder
 from pgrealtime.wal.slot import Connection, Plugin, ServerFacts, Slot, SlotWait, SystemIdentity
+from pgrealtime.wal.visibility import could_be_taken_for_standby, watch_visibility
 from pgrealtime.wal.wire import PrimaryKeepalive, StandbyStatusUpdate, format_status, parse_message
 
 Batch = list[Transaction | Oversized]
@@ -136,6 +137,10 @@ class WalStream:
             ValueError: No such transaction was handed out by this stream.
         """
         self._feedback.kept(end_lsn)
+
+    def bound(self, lsn: LSN) -> None:
+        """Move the slot up to there and no further, until told anew."""
+        self._feedback.bound(lsn)
 
     def start(self) -> None:
         """Begin to read; called by ``open_stream``."""
@@ -316,7 +321,7 @@ def _end_of_stream(pgconn: pq.abc.PGconn) -> PgRealtimeError:
 def _translate(error: psycopg.Error) -> PgRealtimeError:
     detail = str(error).strip()
     match error:
-        case pg.UndefinedObject() | pg.ObjectNotInPrerequisiteState():
+        case pg.ObjectNotInPrerequisiteState():
             return SlotLostError("the slot can't be read any more", detail=detail)
         case _ if error.sqlstate is None or error.sqlstate.startswith(("57", "08")):
             return StreamInterruptedError("the connection to the server was lost", detail=detail)
@@ -374,9 +379,26 @@ async def open_stream(
         )
         stream.start()
         try:
-            yield stream
+            async with _slot_bounded(stream, url, facts):
+                yield stream
         finally:
             stream.stop()
+
+
+@asynccontextmanager
+async def _slot_bounded(stream: WalStream, url: str, facts: ServerFacts) -> AsyncIterator[None]:
+    """Where we could pass for a synchronous standby, move the slot only over what is visible."""
+    if not could_be_taken_for_standby(facts.standby_names, facts.application_name):
+        yield
+        return
+    stream.bound(stream.start_lsn)
+    watch = asyncio.create_task(watch_visibility(url, stream.bound), name="visibility")
+    try:
+        yield
+    finally:
+        watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await watch
 
 
 def decoding(

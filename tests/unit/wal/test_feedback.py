@@ -55,6 +55,30 @@ def test_slot_moves_by_a_flush_directly_followed_by_none() -> None:
     assert feedback.due(MOVE_SECONDS + 0.1) == ()
 
 
+def test_move_claims_nothing_beyond_itself() -> None:
+    """A commit with synchronous_commit = remote_write may be waiting for what we only received."""
+    feedback = machine()
+    feedback.handed(LSN(200))
+    feedback.kept(LSN(200))
+    feedback.received(LSN(300))
+
+    assert feedback.due(MOVE_SECONDS) == (
+        StandbyStatusUpdate(LSN(200), LSN(200)),
+        standing(LSN(300)),
+    )
+
+
+def test_slot_moves_no_further_than_its_bound() -> None:
+    feedback = machine()
+    feedback.bound(LSN(150))
+    feedback.handed(LSN(200))
+    feedback.kept(LSN(200))
+    assert feedback.movable == LSN(150)
+
+    feedback.bound(LSN(500))
+    assert feedback.movable == LSN(200)
+
+
 def test_slot_does_not_move_over_what_is_only_received() -> None:
     feedback = machine()
     feedback.handed(LSN(200))
