@@ -45,10 +45,12 @@ class JsonReader:
 
     Args:
         text: UTF-8; a byte order mark is a fault.
+        most_tokens: More of them than this are a fault too.
     """
 
-    def __init__(self, text: bytes) -> None:
+    def __init__(self, text: bytes, *, most_tokens: int = MOST_TOKENS) -> None:
         self._text = text
+        self._most_tokens = most_tokens
         self._at = 0
         self._colon_is_due = False
         self._depth = 0
@@ -207,7 +209,7 @@ class JsonReader:
 
     def _count(self) -> None:
         self._tokens += 1
-        if self._tokens > MOST_TOKENS:
+        if self._tokens > self._most_tokens:
             raise JsonError("too many values")
 
 

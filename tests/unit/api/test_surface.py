@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import structlog
 
 from tests.conformance.fixtures import Account, load_fixtures
 from tests.conformance.http_client import Address, Answer, EventStream, Request, send
@@ -407,3 +408,58 @@ async def test_call_whose_client_leaves_changes_nothing_for_others() -> None:
 
     assert status == 204
     assert b'"id":"a"' in message
+
+
+@pytest.mark.parametrize("protocol", ["h2c", "websocket"])
+async def test_offer_of_another_protocol_is_passed_over(protocol: str) -> None:
+    """Java's client offers HTTP/2 with every call; the body is still the call's."""
+    async with served() as service:
+        stream, client_id = await connected(service)
+        status, _ = await ask(
+            service,
+            "POST",
+            "/api/realtime",
+            call(client_id, "posts/*"),
+            Content_Type="application/json",
+            Connection="Upgrade, HTTP2-Settings, close",
+            Upgrade=protocol,
+            HTTP2_Settings="AAMAAABkAARAAAAAAAIAAAAA",
+        )
+        await stream.close()
+
+    assert status == 204
+
+
+async def test_failure_of_our_own_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the API's form, with the reason in the log and not in the answer."""
+
+    async def fail(*_: object) -> NoReturn:
+        raise ZeroDivisionError("secret")
+
+    async with served() as service:
+        monkeypatch.setattr(service.room.hub, "subscribe", fail)
+        with structlog.testing.capture_logs() as events:
+            status, answer = await ask(
+                service, "POST", "/api/realtime", call("c"), Content_Type="application/json"
+            )
+
+    assert status == 500
+    assert answer.body == (
+        b'{"data":{},"message":"Something went wrong while processing your request.","status":500}'
+    )
+    assert [(e["event"], e["log_level"]) for e in events] == [("request.failed", "error")]
+
+
+async def test_failure_behind_a_head_cuts_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second head inside the body would be taken for an event."""
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise ZeroDivisionError
+
+    async with served() as service:
+        monkeypatch.setattr(service.room.hub, "open", fail)
+        with structlog.testing.capture_logs():
+            answer = await service.answer_to(b"GET /api/realtime HTTP/1.1\r\nHost: x\r\n\r\n")
+
+    assert answer.count(b"HTTP/1.1") <= 1
+    assert not answer.endswith(b"0\r\n\r\n")
