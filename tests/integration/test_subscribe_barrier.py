@@ -1,0 +1,165 @@
+"""Whoever subscribes and then reads has everything, also around commits nobody can see yet."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from tests.e2e.listener import Listener, listener
+from tests.e2e.service import service
+from tests.own_server import OwnServer, own_server
+
+COLLECTIONS = {
+    "posts": {"table": "posts", "list_rule": "", "view_rule": ""},
+    "notes": {"table": "notes", "list_rule": "", "view_rule": ""},
+}
+SCHEMA = "CREATE TABLE posts (id text PRIMARY KEY); CREATE TABLE notes (id text PRIMARY KEY);"
+
+
+@pytest.fixture
+def server() -> Iterator[OwnServer]:
+    with own_server() as running:
+        yield running
+
+
+async def ids(heard: Listener, count: int) -> list[str]:
+    return [message.data["record"]["id"] for message in await heard.take(count)]
+
+
+async def setting_arrives(connection: psycopg.AsyncConnection[Any], names: str) -> None:
+    """Return once the backend has heard of the reload."""
+    async with asyncio.timeout(20):
+        while True:
+            cursor = await connection.execute("SHOW synchronous_standby_names")
+            if await cursor.fetchone() == (names,):
+                return
+            await asyncio.sleep(0.01)  # a reload is a signal: nobody says when it has arrived
+
+
+async def decoded(connection: psycopg.AsyncConnection[Any], pid: int) -> None:
+    """Return once that backend's commit waits for a standby: it is in the WAL, nobody sees it."""
+    async with asyncio.timeout(20):
+        while True:
+            cursor = await connection.execute(
+                "SELECT wait_event FROM pg_stat_activity WHERE pid = %s", [pid]
+            )
+            if await cursor.fetchone() == ("SyncRep",):
+                return
+            await asyncio.sleep(0.01)  # the server tells nobody when a backend begins to wait
+
+
+async def test_a_commit_that_waits_for_a_standby_reaches_who_subscribes_meanwhile(
+    server: OwnServer, tmp_path: Path
+) -> None:
+    """Decoded before it is visible: the subscriber's read misses it, so its stream must not."""
+    async with (
+        await psycopg.AsyncConnection.connect(server.url, autocommit=True) as writer,
+        service(server.url, tmp_path, collections=COLLECTIONS, schema=SCHEMA) as running,
+        listener(running.address, "notes/*") as early,
+    ):
+        await running.write.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+        await running.write.execute("SELECT pg_reload_conf()")
+        await setting_arrives(writer, "nobody")
+        commit = asyncio.create_task(writer.execute("INSERT INTO posts VALUES ('waiting')"))
+        await decoded(running.write, writer.info.backend_pid)
+
+        # A late call either waits or is refused; whoever gets a 204 misses nothing.
+        calls = asyncio.create_task(early.subscribe("notes/*", "posts/*"))
+        async with listener(running.address) as late:
+            call = asyncio.create_task(late.subscribe("posts/*"))
+            cursor = await running.write.execute("SELECT count(*) FROM posts")
+            assert await cursor.fetchone() == (0,)
+            await running.write.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            await running.write.execute("SELECT pg_reload_conf()")
+            await commit
+            assert (await call, await calls) == (204, 204)
+            cursor = await running.write.execute("SELECT id FROM posts")
+            seen = [row[0] for row in await cursor.fetchall()]
+            await running.write.execute("INSERT INTO posts VALUES ('after')")
+
+            # Read after the 204, or delivered: everybody has both rows.
+            assert seen == ["waiting"]
+            assert (await ids(late, 1))[-1] in {"waiting", "after"}
+            assert await ids(early, 1)
+
+
+async def test_subscribers_that_join_during_writes_miss_and_repeat_nothing(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Six writers, fifty subscribers: read after the 204 plus events is every row, once."""
+    async with service(database_url, tmp_path, collections=COLLECTIONS, schema=SCHEMA) as running:
+        written: list[str] = []
+        is_over = asyncio.Event()
+
+        async def write(writer: int) -> None:
+            async with await psycopg.AsyncConnection.connect(
+                database_url, autocommit=True
+            ) as connection:
+                n = 0
+                while not is_over.is_set():
+                    name = f"{writer}.{n}"
+                    await connection.execute("INSERT INTO posts VALUES (%s)", [name])
+                    written.append(name)
+                    n += 1
+                    await asyncio.sleep(0.01)  # leaves the loop to the readers
+
+        async def join() -> tuple[set[str], list[str]]:
+            async with listener(running.address, "posts/*") as heard:
+                async with await psycopg.AsyncConnection.connect(database_url) as reader:
+                    cursor = await reader.execute("SELECT id FROM posts")
+                    read = {row[0] for row in await cursor.fetchall()}
+                told: list[str] = []
+                while "end" not in told:
+                    told += await ids(heard, 1)
+                return read, told
+
+        async with asyncio.TaskGroup() as group:
+            writers = [group.create_task(write(n)) for n in range(6)]
+            joined = []
+            for _ in range(50):
+                joined.append(group.create_task(join()))
+                await asyncio.sleep(0.02)  # spreads the calls over the writes
+            is_over.set()
+            await asyncio.wait(writers)
+            await running.write.execute("INSERT INTO posts VALUES ('end')")
+
+    for task in joined:
+        read, told = task.result()
+        assert read | set(told) == {*written, "end"}, "a row was neither read nor told"
+        assert len(told) == len(set(told)), "a row was told twice"
+
+
+async def test_a_paused_hub_loses_nothing_for_who_subscribes_meanwhile(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Rules that wait for a locked table hold delivery up; commits and calls go on."""
+    collections = {
+        "posts": {"table": "posts", "list_rule": '@collection.notes.id ?= "open"'},
+        "notes": {"table": "notes", "list_rule": "", "view_rule": ""},
+    }
+    async with (
+        service(
+            database_url,
+            tmp_path,
+            collections=collections,
+            schema=SCHEMA + "INSERT INTO notes VALUES ('open');",
+            sections={"database": {"statement_timeout": "20s"}},
+        ) as running,
+        listener(running.address, "posts/*") as early,
+        await psycopg.AsyncConnection.connect(database_url) as locker,
+    ):
+        await locker.execute("LOCK TABLE notes IN ACCESS EXCLUSIVE MODE")
+        await running.write.execute("INSERT INTO posts VALUES ('held')")
+        async with listener(running.address) as late:
+            assert await late.subscribe("posts/*", "notes/*") == 204
+            await running.write.execute("INSERT INTO posts VALUES ('next')")
+            await locker.rollback()
+            await running.write.execute("INSERT INTO notes VALUES ('last')")
+
+            assert await ids(early, 2) == ["held", "next"]
+            assert await ids(late, 2) == ["next", "last"]
