@@ -74,6 +74,19 @@ def check(path: str, *, no_database: bool) -> None:
     click.echo("\n".join(("ok", *findings.facts)))
 
 
+@main.command()
+@click.option("--port", default=8090, show_default=True, help="Of the page; 0 takes a free one.")
+@click.option("--embedded", is_flag=True, help="Leave a PostgreSQL of this machine alone.")
+@click.option("--no-browser", is_flag=True, help="Only print the page's address.")
+def demo(*, port: int, embedded: bool, no_browser: bool) -> None:
+    """Show what it does: a throwaway PostgreSQL, an application, a page to watch."""
+    from pgrealtime.demo.show import show  # noqa: PLC0415
+
+    showing = show(port=port, embedded=embedded, browse=not no_browser, say=click.echo)
+    with _reporting(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(showing)
+
+
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     try:
         import uvloop  # noqa: PLC0415 (there is none for Windows and PyPy)

@@ -1,0 +1,91 @@
+"""Whom PostgreSQL's programs run as, and with what environment: never as root, never as yours."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Somebody to change to."""
+
+    name: str
+    uid: int
+    gid: int
+
+
+def server_account() -> Account | None:
+    """Return whom to change to, as PostgreSQL refuses to run as root; None if we may stay."""
+    if os.geteuid() != 0:
+        return None
+    nobody = pwd.getpwnam("nobody")
+    return Account(nobody.pw_name, nobody.pw_uid, nobody.pw_gid)
+
+
+def hand_over(path: Path, account: Account | None) -> None:
+    """Make a file or folder the account's."""
+    if account is not None:
+        os.chown(path, account.uid, account.gid)
+
+
+def start(
+    command: list[str], account: Account | None, *, folder: Path, output: int
+) -> subprocess.Popen[bytes]:
+    """Start a program as the account.
+
+    Args:
+        command: The program's path and its arguments.
+        account: None is who we are.
+        folder: Where it works; ours may be closed to the account.
+        output: File descriptor for all that it prints.
+
+    Raises:
+        OSError: It can't be started.
+    """
+    return subprocess.Popen(  # noqa: S603 (PostgreSQL's own programs, found by us)
+        command,
+        cwd=folder,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        user=None if account is None else account.uid,
+        group=None if account is None else account.gid,
+        extra_groups=None if account is None else [],
+    )
+
+
+def run(
+    command: list[str], account: Account | None, *, folder: Path, seconds: float
+) -> tuple[int, str]:
+    """Run a program as the account to its end; return its exit status and what it printed.
+
+    Raises:
+        OSError: It can't be started.
+        subprocess.TimeoutExpired: It took too long and was ended.
+    """
+    # A file, not a pipe: one that is full would stop a program that prints much.
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as printed:
+        process = start(command, account, folder=folder, output=printed.fileno())
+        try:
+            status = process.wait(seconds)
+        finally:
+            process.kill()
+        printed.seek(0)
+        return status, printed.read()
+
+
+def environment() -> dict[str, str]:
+    """Return our environment without what tells libpq and the server of other databases."""
+    kept = {name: value for name, value in os.environ.items() if not is_libpq_variable(name)}
+    return {**kept, "LC_ALL": "C"}
+
+
+def is_libpq_variable(name: str) -> bool:
+    """Whether the variable is one of PGHOST, PGOPTIONS, PGDATA and so on."""
+    return name.startswith("PG") and not name.startswith("PGREALTIME_")

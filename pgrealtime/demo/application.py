@@ -1,0 +1,90 @@
+"""The demo's application: it reads and writes its tables by plain SQL and knows nothing of us."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, LiteralString, TypeAlias
+
+from psycopg import AsyncClientCursor, AsyncConnection
+
+Connection: TypeAlias = AsyncConnection[Any]
+
+_ROWS: LiteralString = """
+SELECT json_build_object(
+  'people', (SELECT json_agg(u ORDER BY u.id) FROM users u),
+  'projects', (SELECT coalesce(json_agg(p ORDER BY p.id), '[]') FROM (
+     SELECT id::text, name, public, owner FROM projects) p),
+  'members', (SELECT coalesce(json_agg(m ORDER BY m.id), '[]') FROM (
+     SELECT id::text, project_id::text AS project, user_id AS user FROM members) m),
+  'tasks', (SELECT coalesce(json_agg(t ORDER BY t.number), '[]') FROM (
+     SELECT id AS number, id::text, project_id::text AS project, title, assignee_id AS assignee,
+            done
+     FROM tasks) t))::text
+"""
+
+STATEMENTS: Final[Mapping[str, LiteralString]] = {
+    "finish": "UPDATE tasks SET done = %(done)s, updated = now() WHERE id = %(id)s",
+    "assign": "UPDATE tasks SET assignee_id = %(user)s, updated = now() WHERE id = %(id)s",
+    "add": "INSERT INTO tasks (project_id, title) VALUES (%(id)s, %(title)s)",
+    "drop": "DELETE FROM tasks WHERE id = %(id)s",
+    "publish": "UPDATE projects SET public = %(public)s WHERE id = %(id)s",
+    "join": "INSERT INTO members (project_id, user_id) VALUES (%(id)s, %(user)s)"
+    " ON CONFLICT DO NOTHING",
+    "leave": "DELETE FROM members WHERE project_id = %(id)s AND user_id = %(user)s",
+}
+"""What can be done, by name. Each is one statement, and so one transaction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing to do."""
+
+    name: str
+    """Of a statement."""
+    values: Mapping[str, object]
+    """What the statement needs; more than that is no harm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a step came to."""
+
+    sql: str
+    """The statement with its values, as one would type it."""
+    id: str | None
+    """Of the row that changed; None if there was none to change."""
+
+
+class Application:
+    """Reads and writes on one connection.
+
+    Args:
+        connection: In autocommit.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def rows(self) -> dict[str, Any]:
+        """Return all rows by table, the users as ``people``, named as in the records."""
+        cursor = await self._connection.execute(_ROWS)
+        row = await cursor.fetchone()
+        assert row is not None
+        rows: dict[str, Any] = json.loads(row[0])
+        return rows
+
+    async def do(self, step: Step) -> Done:
+        """Run a step's statement.
+
+        Raises:
+            KeyError: There is no such statement, or a value is missing.
+            psycopg.DataError, psycopg.IntegrityError: A value doesn't fit.
+        """
+        statement = STATEMENTS[step.name]
+        async with AsyncClientCursor(self._connection) as cursor:
+            text = cursor.mogrify(statement, step.values)
+            await cursor.execute(statement + " RETURNING id::text", step.values)
+            row = await cursor.fetchone()
+        return Done(sql=f"{text};", id=None if row is None else row[0])

@@ -1,0 +1,139 @@
+"""The folder of a throwaway server: made, locked as long as it is used, and removed with all in it.
+
+Whoever is killed can't clean up, so each start looks for folders that nobody holds a lock on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import stat
+import tempfile
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pgrealtime.demo.account import Account, hand_over
+from pgrealtime.errors import SetupError
+
+PREFIX = "pgrealtime-demo."
+_UNBORN = "pgrealtime-new."
+"""Until it is locked a folder has another name, so that nobody takes it for left behind."""
+
+_END_SECONDS = 10.0
+_POLL_SECONDS = 0.02
+
+
+@contextmanager
+def directory(account: Account | None) -> Iterator[Path]:
+    """Make a folder that is the account's; remove what others left behind, and this at the end.
+
+    Raises:
+        SetupError: There is no place to make it in.
+    """
+    parent = _parent()
+    owners = {os.geteuid()} | ({account.uid} if account else set())
+    sweep(parent, owners)
+    try:
+        unborn = Path(tempfile.mkdtemp(prefix=_UNBORN, dir=parent))
+        lock = os.open(unborn, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise _unwritable(str(error)) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        hand_over(unborn, account)
+        path = unborn.rename(parent / unborn.name.replace(_UNBORN, PREFIX))
+        try:
+            yield path
+        finally:
+            remove(path)
+    finally:
+        os.close(lock)
+
+
+def _parent() -> Path:
+    try:
+        return Path(tempfile.gettempdir()).resolve()
+    except FileNotFoundError as error:
+        raise _unwritable(str(error)) from error
+
+
+def _unwritable(detail: str) -> SetupError:
+    return SetupError(
+        "no directory can be written to",
+        detail=detail,
+        hint="Set TMPDIR to a directory with 100 MB to spare.",
+        code="directory_unwritable",
+    )
+
+
+def sweep(parent: Path, owners: Collection[int]) -> None:
+    """Remove every folder of a demo that isn't running any more, and end its server.
+
+    Args:
+        parent: Where such folders are.
+        owners: User ids whose folders are ours to remove.
+    """
+    for path in (*parent.glob(f"{PREFIX}*"), *parent.glob(f"{_UNBORN}*")):
+        with suppress(OSError):  # another's, still in use, or gone meanwhile
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(fd).st_uid in owners and _is_old_enough(path, fd):
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    remove(path)
+            finally:
+                os.close(fd)
+
+
+def _is_old_enough(path: Path, fd: int) -> bool:
+    """Whether nobody can be about to lock it."""
+    return path.name.startswith(PREFIX) or time.time() - os.fstat(fd).st_mtime > _END_SECONDS
+
+
+def remove(path: Path) -> None:
+    """End the server of a folder, if it still runs, and remove the folder, whatever is missing."""
+    _end_server(path / "data")
+    shutil.rmtree(path, ignore_errors=True)
+    # A server that was killed may have left children that still write their last.
+    deadline = time.monotonic() + _END_SECONDS
+    while path.exists() and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _end_server(data: Path) -> None:
+    pid = _server_pid(data)
+    if pid is None:
+        return
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGQUIT)  # "immediate": there is nothing to save
+        deadline = time.monotonic() + _END_SECONDS
+        while _is_server(pid, data):
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                return
+            time.sleep(_POLL_SECONDS)
+
+
+def _server_pid(data: Path) -> int | None:
+    """Return the pid of the server that runs in a data directory."""
+    try:
+        pid = int((data / "postmaster.pid").read_text().split("\n", 1)[0])
+    except (OSError, ValueError):
+        return None
+    return pid if _is_server(pid, data) else None
+
+
+def _is_server(pid: int, data: Path) -> bool:
+    """Whether that process is the data directory's server, and no other that got its pid.
+
+    A server works in its data directory. Where there is no /proc to see that, it is left alone: it
+    ends by itself within a minute when its postmaster.pid is gone (postmaster.c, ServerLoop).
+    """
+    try:
+        return stat.S_ISDIR(data.stat().st_mode) and data.samefile(f"/proc/{pid}/cwd")
+    except OSError:
+        return False

@@ -1,0 +1,200 @@
+"""The process that keeps the throwaway server, and ends and removes it when its input ends.
+
+Input ends when whoever started it closes the pipe, or dies in whatever way: so a demo that is
+killed leaves nothing behind either, and there is one way to end instead of two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from pgrealtime.demo import account as accounts
+from pgrealtime.demo.account import Account
+from pgrealtime.demo.directory import directory
+from pgrealtime.demo.programs import Programs, find
+from pgrealtime.errors import PgRealtimeError, SetupError
+
+_INITDB_SECONDS = 120.0
+_START_SECONDS = 60.0
+_POLL_SECONDS = 0.02
+_WATCH_SECONDS = 0.5
+_ATTEMPTS = 3
+"""A port that was free may be taken a moment later."""
+
+_STOP_SECONDS = 20.0
+_TOLD_LINES = 5
+_STATE_LINE = 7
+
+_USER = "demo"
+
+_SETTINGS = (
+    *("listen_addresses=127.0.0.1", "unix_socket_directories="),
+    *("wal_level=logical", "max_wal_senders=10", "max_replication_slots=10"),
+    # Small, and quick to make and to end: nobody needs it tomorrow.
+    *("shared_buffers=32MB", "max_connections=40", "fsync=off", "autovacuum=off"),
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Keep a server until the input ends; print one JSON line once it is there, or why it isn't."""
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        account = accounts.server_account()
+        with directory(account) as folder:
+            programs = find(account, folder, embedded="--embedded" in arguments)
+            with _server(programs, account, folder) as (server, url):
+                facts = {"version": programs.version, "origin": programs.origin}
+                _tell(url=url, directory=str(folder), **facts)
+                _wait(server)
+    except PgRealtimeError as error:
+        _tell(error=[error.message, error.detail, error.hint, error.error_code])
+        return 1
+    return 0
+
+
+def _end(_number: int, _frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(0)
+
+
+def _tell(**facts: object) -> None:
+    try:
+        sys.stdout.write(json.dumps(facts) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise SystemExit(1) from None  # nobody is there to be served
+
+
+def _wait(server: subprocess.Popen[bytes]) -> None:
+    """Return when the input ends, or the server."""
+    while server.poll() is None:
+        readable, _, _ = select.select([sys.stdin], [], [], _WATCH_SECONDS)
+        if readable and not os.read(sys.stdin.fileno(), 1):
+            return
+
+
+@contextmanager
+def _server(
+    programs: Programs, account: Account | None, folder: Path
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Make a cluster and start its server; end it when the block is left.
+
+    Raises:
+        SetupError: One of them failed.
+    """
+    password = secrets.token_urlsafe(12)
+    _make_cluster(programs, account, folder, password)
+    server, port = _start(programs, account, folder)
+    try:
+        yield server, f"postgresql://{_USER}:{password}@127.0.0.1:{port}/postgres"
+    finally:
+        _stop(server)
+
+
+def _make_cluster(programs: Programs, account: Account | None, folder: Path, password: str) -> None:
+    # In a file, since arguments are for all to see; and a password at all, since others on this
+    # machine reach 127.0.0.1 too, and a superuser can run programs.
+    secret = folder / "password"
+    secret.touch(mode=0o600)
+    secret.write_text(password)
+    accounts.hand_over(secret, account)
+    command = [
+        *(str(programs.folder / "initdb"), f"--pgdata={folder / 'data'}", f"--username={_USER}"),
+        *("--auth=scram-sha-256", f"--pwfile={secret}", "--encoding=UTF8", "--locale=C"),
+        "--no-sync",
+    ]
+    try:
+        status, told = accounts.run(command, account, folder=folder, seconds=_INITDB_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        status, told = 1, str(error)
+    secret.unlink()
+    if status != 0:
+        raise _failed(told)
+
+
+def _start(
+    programs: Programs, account: Account | None, folder: Path
+) -> tuple[subprocess.Popen[bytes], int]:
+    settings = [*_SETTINGS, *_decoders(programs, account, folder)]
+    for _ in range(_ATTEMPTS):
+        port = _free_port()
+        command = [str(programs.folder / "postgres"), f"-D{folder / 'data'}"]
+        command += [f"--{setting}" for setting in (f"port={port}", *settings)]
+        with (folder / "log").open("wb") as log:
+            server = accounts.start(command, account, folder=folder, output=log.fileno())
+        try:
+            if _gets_ready(server, folder / "data"):
+                return server, port
+        except BaseException:
+            _stop(server)
+            raise
+        _stop(server)
+    raise _failed((folder / "log").read_text(errors="replace"))
+
+
+def _decoders(programs: Programs, account: Account | None, folder: Path) -> tuple[str, ...]:
+    """Return the setting that allows both decoders, where the server knows it.
+
+    Minor releases of 2026 refuse other decoders than those named.
+    """
+    command = [str(programs.folder / "postgres"), f"-D{folder / 'data'}"]
+    command += ["-C", "output_plugin_libraries"]
+    status, _ = accounts.run(command, account, folder=folder, seconds=_START_SECONDS)
+    if status != 0:
+        return ()
+    return ("output_plugin_libraries=pgoutput, wal2json",)
+
+
+def _gets_ready(server: subprocess.Popen[bytes], data: Path) -> bool:
+    """Wait until the server takes connections; return False if it ended or took too long."""
+    deadline = time.monotonic() + _START_SECONDS
+    while server.poll() is None and time.monotonic() < deadline:
+        # The eighth line is the state, for pg_ctl to read (miscadmin.h, LOCK_FILE_LINE_PM_STATUS).
+        with suppress(OSError):
+            lines = (data / "postmaster.pid").read_text().split("\n")
+            if len(lines) > _STATE_LINE and lines[_STATE_LINE].strip() == "ready":
+                return True
+        time.sleep(_POLL_SECONDS)
+    return False
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    server.send_signal(signal.SIGQUIT)  # "immediate": there is nothing to save
+    try:
+        server.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+def _failed(told: str) -> SetupError:
+    lines = [line for line in told.splitlines() if line.strip()]
+    return SetupError(
+        "the demo's PostgreSQL doesn't start",
+        detail="\n".join(lines[-_TOLD_LINES:]),
+        code="server_not_started",
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

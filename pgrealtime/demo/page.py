@@ -1,0 +1,119 @@
+"""The page's routes: itself, who there is and what there is, and the buttons."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from importlib.resources import files
+from random import Random
+from typing import Any
+
+import jwt
+import psycopg
+from aiohttp import web
+
+from pgrealtime.config import CollectionConfig
+from pgrealtime.demo.application import Application, Step
+from pgrealtime.demo.writer import Writer, fresh_title
+
+_TOKEN_SECONDS = 12 * 3600.0
+
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline';"
+    " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
+)
+"""One file of our own, and nothing from anywhere else."""
+
+
+def signed(secret: str, claims: Mapping[str, object]) -> str:
+    """Return a token as the application's own login would make it."""
+    expiry = time.time() + _TOKEN_SECONDS
+    return jwt.encode({**claims, "exp": expiry}, secret, algorithm="HS256")
+
+
+class Page:
+    """The handlers.
+
+    Args:
+        application: What the buttons do something to.
+        writer: Gives way to whoever presses them.
+        collections: Whose rules are shown.
+        secret: Of the configured issuer.
+        server: For people: what database this is.
+        random: Chooses titles of tasks.
+    """
+
+    def __init__(
+        self,
+        application: Application,
+        writer: Writer,
+        *,
+        collections: Mapping[str, CollectionConfig],
+        secret: str,
+        server: str,
+        random: Random,
+    ) -> None:
+        self._application = application
+        self._writer = writer
+        self._rules = {name: one.list_rule for name, one in collections.items()}
+        self._secret = secret
+        self._server = server
+        self._random = random
+        self._html = files("pgrealtime.demo").joinpath("page.html").read_text(encoding="utf-8")
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return them; they go beside the API's, so that the page has the API's origin."""
+        return [
+            web.get("/", self.show),
+            web.get("/demo/state", self.state),
+            web.post("/demo/step", self.step),
+            web.post("/demo/writer", self.let_write),
+        ]
+
+    async def show(self, _request: web.Request) -> web.Response:
+        """Answer with the page."""
+        headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
+        return web.Response(text=self._html, content_type="text/html", headers=headers)
+
+    async def state(self, _request: web.Request) -> web.Response:
+        """Answer with all rows, everybody's token, and the rules."""
+        rows = await self._application.rows()
+        for person in rows["people"]:
+            person["token"] = signed(self._secret, {"sub": person["id"]})
+        return web.json_response(
+            {
+                **rows,
+                "watcher": signed(self._secret, {"sub": "watcher", "role": "admin"}),
+                "rules": self._rules,
+                "server": self._server,
+                "writing": self._writer.is_writing,
+            }
+        )
+
+    async def step(self, request: web.Request) -> web.Response:
+        """Do what the body says: ``{"do": NAME, ...}``; answer with the SQL and the row's id."""
+        values = await _object(request)
+        self._writer.give_way()
+        if values.get("do") == "add":
+            rows = await self._application.rows()
+            values["title"] = fresh_title(rows, str(values.get("id")), self._random)
+        try:
+            done = await self._application.do(Step(str(values.get("do")), values))
+        except (KeyError, psycopg.DataError, psycopg.IntegrityError, psycopg.ProgrammingError):
+            raise web.HTTPBadRequest(text="no such step") from None
+        return web.json_response({"sql": done.sql, "id": done.id})
+
+    async def let_write(self, request: web.Request) -> web.Response:
+        """Start or stop the writer: ``{"writing": true}``."""
+        self._writer.allow(writing=(await _object(request)).get("writing") is True)
+        return web.json_response({"writing": self._writer.is_writing})
+
+
+async def _object(request: web.Request) -> dict[str, Any]:
+    try:
+        body = await request.json()
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise web.HTTPBadRequest(text="not a JSON object")
+    return body

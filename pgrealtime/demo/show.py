@@ -1,0 +1,160 @@
+"""Puts the demo together: server, application, pgrealtime itself, writer and page."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+import webbrowser
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.resources import as_file, files
+from random import Random
+
+import psycopg
+
+from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.collections import build, table_names
+from pgrealtime.config import Config, load
+from pgrealtime.demo.account import is_libpq_variable
+from pgrealtime.demo.application import Application, Connection
+from pgrealtime.demo.page import Page
+from pgrealtime.demo.server import Server, throwaway_server
+from pgrealtime.demo.writer import Writer
+from pgrealtime.errors import PgRealtimeError, SetupError
+from pgrealtime.observe.log import configure
+from pgrealtime.run import running
+from pgrealtime.wal.publication import publication_sql
+
+_HOST = "127.0.0.1"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+async def show(*, port: int, embedded: bool, browse: bool, say: Callable[[str], object]) -> None:
+    """Run the demo until a signal ends it; then nothing of it is left.
+
+    Args:
+        port: Of the page.
+        embedded: Take the wheel's server even if this machine has one.
+        browse: Open the page in a browser.
+        say: Takes lines for people.
+
+    Raises:
+        PgRealtimeError: It can't start, or can't go on.
+    """
+    stop = asyncio.Event()
+    for number in _SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    for name in filter(is_libpq_variable, list(os.environ)):
+        del os.environ[name]  # they tell libpq of other databases
+    async with asyncio.TaskGroup() as group:
+        showing = group.create_task(_show(port, say, embedded=embedded, browse=browse))
+        await stop.wait()
+        showing.cancel()
+    say("\nStopped. Nothing is left of it.")
+
+
+async def _show(port: int, say: Callable[[str], object], *, embedded: bool, browse: bool) -> None:
+    _check_port(port)
+    started = time.monotonic()
+    say("Starting a PostgreSQL of its own ...")
+    async with throwaway_server(embedded=embedded) as server, _connected(server.url) as connection:
+        secret = secrets.token_urlsafe(32)
+        config = _configuration(server.url, port, secret)
+        configure(config.logging)
+        await _prepare(connection, config)
+        application, random = Application(connection), Random()  # noqa: S311 (jokes, no secrets)
+        writer = Writer(application, random)
+        page = Page(
+            application,
+            writer,
+            collections=config.collections,
+            secret=secret,
+            server=f"PostgreSQL {server.version}",
+            random=random,
+        )
+        async with running(config, more_routes=page.routes()) as service:
+            url = f"http://{_HOST}:{service.port}/"
+            say(_welcome(server, url, time.monotonic() - started))
+            if browse and _has_display():
+                await asyncio.to_thread(webbrowser.open, url)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(writer.run(), name="writer")
+                group.create_task(server.watch(), name="server")
+
+
+def _has_display() -> bool:
+    """Whether a browser would open a window: one for the terminal would take ours."""
+    return sys.platform == "darwin" or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+
+
+def _check_port(port: int) -> None:
+    """Find out before anything is started, not after.
+
+    Raises:
+        SetupError: Somebody listens there, or we may not.
+    """
+    try:
+        with socket.create_server((_HOST, port)):
+            pass
+    except OSError as error:
+        raise SetupError(
+            f"port {port} of {_HOST} can't be used",
+            detail=f"{error.strerror}.",
+            hint="Choose another one with --port; 0 takes any that is free.",
+            code="port_taken",
+        ) from error
+
+
+def _configuration(url: str, port: int, secret: str) -> Config:
+    """Return what ``demo.yaml`` says, for this run; nothing of the environment gets in."""
+    with as_file(files("pgrealtime.demo").joinpath("demo.yaml")) as path:
+        return load(
+            path,
+            {
+                "DATABASE_URL": url,
+                "DEMO_SECRET": secret,
+                "PGREALTIME_SERVER__HOST": _HOST,
+                "PGREALTIME_SERVER__PORT": str(port),
+                "PGREALTIME_SERVER__SHUTDOWN_GRACE": "1s",
+                "PGREALTIME_LOGGING__LEVEL": "warning",
+            },
+        )
+
+
+@asynccontextmanager
+async def _connected(url: str) -> AsyncIterator[Connection]:
+    try:
+        connection = await psycopg.AsyncConnection.connect(url, autocommit=True)
+    except psycopg.OperationalError as error:
+        raise PgRealtimeError(
+            "the demo's PostgreSQL can't be reached", detail=str(error).strip()
+        ) from error
+    async with connection:
+        yield connection
+
+
+async def _prepare(connection: Connection, config: Config) -> None:
+    """Create the application's tables, and the publication that pgoutput needs of them."""
+    tables = files("pgrealtime.demo").joinpath("demo.sql").read_bytes()
+    await connection.execute(tables)
+    names = table_names(config.collections, config.database.schemas)
+    catalog = await read_catalog(connection, names=names)
+    streamed = [one.table for one in build(config.collections, catalog).values()]
+    publication = publication_sql(config.replication.publication, streamed, catalog.server_version)
+    await connection.execute(publication.encode())
+
+
+def _welcome(server: Server, url: str, seconds: float) -> str:
+    return f"""
+  Open       {url}
+  Database   {server.url}
+
+  PostgreSQL {server.version} ({server.origin}), ready in {seconds:.1f} s.
+  It lives in {server.directory}.
+  Ctrl-C ends it and removes everything.
+"""

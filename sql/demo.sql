@@ -1,0 +1,1 @@
+../pgrealtime/demo/demo.sql
