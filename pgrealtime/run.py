@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import signal
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable
@@ -203,11 +204,24 @@ async def _pool(database: DatabaseConfig) -> AsyncIterator[AsyncConnectionPool]:
         max_size=database.pool_size,
         timeout=max(database.statement_timeout, 1.0),
         kwargs={"autocommit": True},
+        check=_check,
         open=False,
         name="queries",
     )
     async with pool:
         yield pool
+
+
+async def _check(connection: psycopg.AsyncConnection[Any]) -> None:
+    """Find out a connection that the server has closed, without a round trip for the others.
+
+    After a restart of the server every pooled connection is dead, and a subscribe call that took
+    one would be refused. A closed socket is readable; an idle one that is well isn't.
+    """
+    waiting = select.poll()
+    waiting.register(connection.fileno(), select.POLLIN)
+    if waiting.poll(0):
+        await AsyncConnectionPool.check_connection(connection)
 
 
 async def _wait_for_server(conninfo: str, seconds: float) -> None:

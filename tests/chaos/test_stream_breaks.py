@@ -1,0 +1,130 @@
+"""The stream from the database breaks: nobody is left guessing, and nothing stays broken."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from tests.conformance.http_client import Address, End
+from tests.e2e.listener import Listener, listener
+from tests.e2e.sdk import sdk
+from tests.e2e.service import service
+from tests.own_server import OwnServer, own_server
+
+OPEN = {"posts": {"table": "posts", "list_rule": "", "view_rule": ""}}
+KILL_WALSENDERS = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'walsender'"
+    " AND datname = current_database()"
+)
+
+
+@pytest.fixture
+def server() -> Iterator[OwnServer]:
+    with own_server() as running:
+        yield running
+
+
+async def numbers(heard: Listener, count: int) -> list[int]:
+    return [message.data["record"]["n"] for message in await heard.take(count)]
+
+
+async def insert(write: psycopg.AsyncConnection[tuple[object, ...]], n: int) -> None:
+    await write.execute(
+        "INSERT INTO posts (id, title, n, public) VALUES (%s, 'x', %s, true)", [f"r{n}", n]
+    )
+
+
+async def test_a_killed_walsender_is_a_gap_that_is_told_and_then_over(
+    database_url: str, tmp_path: Path
+) -> None:
+    """A temporary slot goes with its connection: what was committed meanwhile can't be known."""
+    async with (
+        service(database_url, tmp_path, collections=OPEN) as running,
+        listener(running.address, "posts/*", "PB_RESYNC") as told,
+        listener(running.address, "posts/*") as plain,
+    ):
+        await insert(running.write, 1)
+        assert await numbers(told, 1) == await numbers(plain, 1) == [1]
+        await running.write.execute(KILL_WALSENDERS)
+        (gap,) = await told.take(1)
+        assert gap.event == "PB_RESYNC"
+        assert gap.data == {"collections": [], "reason": "slot_lost"}
+        assert await plain.stream.wait_end(20) is End.ORDERLY
+        await insert(running.write, 2)
+        assert await numbers(told, 1) == [2]
+
+
+async def test_the_sdk_comes_back_by_itself_after_a_restart_of_the_database(
+    server: OwnServer, tmp_path: Path
+) -> None:
+    """Nothing dies for good: the program waits for the server, the SDK for the program."""
+    async with (
+        service(server.url, tmp_path, collections=OPEN) as running,
+        sdk(running.url) as client,
+    ):
+        await client.do("connects")
+        await client.do("subscribe", collection="posts", topic="*")
+        await insert(running.write, 1)
+        await client.wait_for(1)
+        await asyncio.to_thread(
+            server.control, "restart", "--mode=fast", f"--log={server.folder}/log"
+        )
+        await client.wait_for(2, "connect", seconds=60)
+        await client.do("subscribe", collection="posts", topic="nobody")
+        async with await psycopg.AsyncConnection.connect(server.url, autocommit=True) as write:
+            await insert(write, 2)
+            events = await client.wait_for(2)
+
+    assert [event["record"]["n"] for event in events] == [1, 2]
+
+
+async def test_while_the_stream_is_away_new_clients_wait_and_calls_are_refused(
+    server: OwnServer, tmp_path: Path
+) -> None:
+    """A 204 is a promise, and PB_CONNECT makes the SDK ask for one."""
+    async with (
+        service(server.url, tmp_path, collections=OPEN) as running,
+        listener(running.address, "posts/*", "PB_RESYNC") as early,
+    ):
+        await asyncio.to_thread(server.control, "stop", "--mode=fast")
+        async with asyncio.timeout(20):
+            while await early.subscribe("posts/*", "PB_RESYNC") != 503:  # noqa: ASYNC110 (a status is all there is)
+                await asyncio.sleep(0.05)
+        late = asyncio.create_task(status_of_a_first_call(running.address))
+        await asyncio.to_thread(server.control, "start", f"--log={server.folder}/log")
+        assert await late == 204
+        (gap,) = await early.take(1, 30)
+        assert gap.event == "PB_RESYNC"
+
+
+async def status_of_a_first_call(address: Address) -> int:
+    async with listener(address) as late:
+        return await late.subscribe("posts/*")
+
+
+async def test_a_truncated_table_and_a_transaction_too_large_are_told_as_gaps(
+    database_url: str, tmp_path: Path
+) -> None:
+    async with (
+        service(
+            database_url,
+            tmp_path,
+            collections=OPEN,
+            sections={"changelog": {"max_size": "64KiB"}},
+        ) as running,
+        listener(running.address, "posts/*", "PB_RESYNC") as told,
+    ):
+        await running.write.execute("TRUNCATE posts CASCADE")
+        await running.write.execute(
+            "INSERT INTO posts (id, title) SELECT 'b' || i, repeat('x', 200)"
+            " FROM generate_series(1, 2000) i"
+        )
+        await insert(running.write, 7)
+        gaps = await told.take(2)
+        assert [gap.data["reason"] for gap in gaps] == ["truncate", "too_large"]
+        assert [gap.data["collections"] for gap in gaps] == [["posts"], ["posts"]]
+        assert await numbers(told, 1) == [7]
