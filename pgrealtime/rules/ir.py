@@ -6,13 +6,20 @@ What a comparison means follows from the ``Traits`` of its two sides alone, so b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import TypeAlias
 
 from pgrealtime.collections import Field, FieldKind
-from pgrealtime.rules.parameters import Lifted, Literal, Parameter, Shape
+from pgrealtime.rules.parameters import (
+    Lifted,
+    Literal,
+    Parameter,
+    RequestValue,
+    Shape,
+    shape,
+)
 from pgrealtime.rules.parse import Op
 
 # --- where a value is found
@@ -146,6 +153,17 @@ class Keyword:
     value: bool | None
 
 
+@dataclass(frozen=True, slots=True)
+class NoItem:
+    """``:each`` of a field that the request's body would hold: in realtime NULL.
+
+    PocketBase takes it for something, since it comes from a parameter, and for one of many values
+    if the field is multiple.
+    """
+
+    is_multiple: bool
+
+
 class Part(Enum):
     """What of a field's value is meant."""
 
@@ -210,7 +228,7 @@ class GeoDistance:
 
 
 Term: TypeAlias = (
-    Constant | Keyword | FieldValue | Item | JsonValue | Hidden | Strftime | GeoDistance
+    Constant | Keyword | NoItem | FieldValue | Item | JsonValue | Hidden | Strftime | GeoDistance
 )
 
 
@@ -339,12 +357,14 @@ def place_of(term: Term) -> Place | None:
             return place
         case Strftime(time=time):
             return None if time is None else place_of(time)
-        case Constant() | Keyword() | GeoDistance():
+        case Constant() | Keyword() | NoItem() | GeoDistance():
             return None
 
 
 def is_multiple(term: Term) -> bool:
     """Whether a comparison of it without ``?`` must hold for all of its values."""
+    if isinstance(term, NoItem):
+        return term.is_multiple
     place = place_of(term)
     return place is not None and place.is_multiple
 
@@ -381,6 +401,20 @@ class Traits:
     """Known beforehand to be NULL or the empty text."""
     is_filled: bool = False
     """Known beforehand to be neither."""
+    is_flag: bool = False
+    """``:isset``, which SQLite sees as the word TRUE or FALSE. On the right side of ``IS`` and
+    ``IS NOT`` (``NULL_SAFE``, and ``!=`` of ``PLAIN``) that asks for the other side's truth."""
+    has_constants: bool = False
+    """A function with something in its arguments that isn't empty, whatever comes out of it."""
+
+    def opposed(self) -> Traits:
+        """Return how it counts while a counter-example is sought among the other side's values.
+
+        PocketBase takes NULL for empty then, whatever the operand, and a function with constants
+        in its arguments for something, as it does with a constant.
+        """
+        is_filled = self.is_filled or (self.nulls is not Nulls.AUTO and self.has_constants)
+        return replace(self, nulls=Nulls.AUTO, is_filled=is_filled)
 
 
 class Equality(Enum):
@@ -402,8 +436,13 @@ def traits(term: Term, shapes: Mapping[Parameter, Shape]) -> Traits:
     """Return the traits of an operand whose parameters have these classes."""
     match term:
         case Constant(parameter):
-            shape = shapes[parameter]
-            return Traits(rank=Rank.NONE, is_empty=shape.is_empty, is_filled=not shape.is_empty)
+            is_empty = shapes[parameter].is_empty
+            is_flag = isinstance(parameter, RequestValue) and parameter.is_set
+            return Traits(
+                rank=Rank.NONE, is_empty=is_empty, is_filled=not is_empty, is_flag=is_flag
+            )
+        case NoItem():
+            return Traits(rank=Rank.NONE, is_filled=True)
         case Keyword(value):
             return Traits(rank=Rank.NONE, is_empty=value is None, is_filled=value is not None)
         case FieldValue(field=field_, part=Part.WHOLE):
@@ -412,10 +451,21 @@ def traits(term: Term, shapes: Mapping[Parameter, Shape]) -> Traits:
             return Traits(rank=Rank.TEXT)
         case FieldValue() | Hidden() | Item():
             return Traits(rank=Rank.NONE)
-        case JsonValue() | GeoDistance():
+        case JsonValue():
             return Traits(rank=Rank.NONE, nulls=Nulls.OFF)
-        case Strftime():
-            return Traits(rank=Rank.NONE, nulls=Nulls.ENFORCED)
+        case GeoDistance(args):
+            given = [shapes[arg.parameter] for arg in args if isinstance(arg, Constant)]
+            return Traits(rank=Rank.NONE, nulls=Nulls.OFF, has_constants=_are_something(given))
+        case Strftime(layout, time, modifiers):
+            given = [shape(text) for text in (layout, *modifiers)]
+            given += [shapes[time.parameter]] if isinstance(time, Constant) else []
+            return Traits(rank=Rank.NONE, nulls=Nulls.ENFORCED, has_constants=_are_something(given))
+
+
+def _are_something(given: Iterable[Shape]) -> bool:
+    """Whether there are constants, none of them the empty text; missing ones are no constants."""
+    present = [one for one in given if one is not Shape.ABSENT]
+    return bool(present) and Shape.EMPTY not in present
 
 
 def _rank(field_: Field) -> Rank:

@@ -25,7 +25,7 @@ from pgrealtime.rules.ir import (
     FieldValue,
     GeoDistance,
     Nested,
-    Nulls,
+    NoItem,
     Part,
     Predicate,
     Rank,
@@ -40,7 +40,7 @@ from pgrealtime.rules.parameters import Binding, Form, Parameter, Shape, pattern
 from pgrealtime.rules.parse import Op
 from pgrealtime.rules.scope import Scope, Statement, native_form
 from pgrealtime.rules.sql import Sql
-from pgrealtime.rules.values import Value, to_number, to_text, value
+from pgrealtime.rules.values import Value, leading_number, to_number, to_text, value
 
 ROW = "r"
 """Alias of the judged row, unless the caller has another."""
@@ -176,8 +176,8 @@ def _opposed(side: _Side, others: Scope | None) -> _Side:
     whatever it is.
     """
     if others is not None:
-        return replace(side, scope=others)
-    return replace(side, traits=replace(side.traits, nulls=Nulls.AUTO))
+        return replace(side, scope=others, traits=replace(side.traits, is_filled=False))
+    return replace(side, traits=side.traits.opposed())
 
 
 def _leaf(op: Op, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
@@ -206,6 +206,10 @@ def _value(side: _Side, *, is_strict: bool = True) -> Value:
 
 def _equality(op: Op, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
     case = equality(left.traits, right.traits)
+    is_null_safe = case is Equality.NULL_SAFE or (case is Equality.PLAIN and op is Op.NE)
+    if is_null_safe and right.traits.is_flag:
+        same = _has_truth(left, right)
+        return same if op is Op.EQ else negation(same)
     match case:
         case Equality.NULL_SAFE:
             one, other = _converted(_value(left), _value(right), left.scope)
@@ -221,6 +225,29 @@ def _equality(op: Op, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
         case Equality.COALESCED:
             same = _coalesced(_value(left, is_strict=False), _value(right, is_strict=False))
             return same if op is Op.EQ else negation(same)
+
+
+def _has_truth(side: _Side, flag: _Side) -> Sql:
+    """Return ``X IS TRUE`` or ``X IS FALSE``, which asks for X's truth and not for its value.
+
+    In SQLite a number is true unless it is 0, and a text is as true as the number it begins with.
+    """
+    truth = sql.truth(False) if side.traits.is_empty else _truth(_value(side))
+    number = _value(flag).number
+    assert number is not None
+    return sql.binary(exp.NullSafeEQ, truth, sql.binary(exp.NEQ, number, sql.number(0)))
+
+
+def _truth(operand: Value) -> Sql:
+    cases: list[tuple[Sql, Sql]] = []
+    if operand.number is not None:
+        is_true = sql.binary(exp.NEQ, operand.number, sql.number(0))
+        cases.append((is_known(operand.number), is_true))
+    if operand.text is not None:
+        begins = sql.coalesced(leading_number(operand.text), sql.number(0))
+        is_true = sql.binary(exp.NEQ, begins, sql.number(0))
+        cases.append((is_known(operand.text), is_true))
+    return sql.case(*cases)
 
 
 def _plain(op: Op, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
@@ -446,6 +473,8 @@ def _pattern(side: _Side) -> Sql:
             if side.scope.statement.shapes[parameter] is Shape.ABSENT:
                 return sql.null()
             return side.scope.statement.bind(parameter, Form.PATTERN)
+        case NoItem():
+            return sql.null()
         case GeoDistance(args) if any(isinstance(arg, Constant) for arg in args):
             return sql.null()
         case Strftime(layout, time, modifiers):

@@ -71,6 +71,18 @@ class Reference:
     request: Request
     lowered: tuple[Lowered, ...]
     """The rule and the filter, each a scope of its own; at least one of the two."""
+    statement: str
+    """What ``question`` asks, printed once."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a row image that are read."""
+        return _columns_of(self.lowered)
+
+    @property
+    def tables(self) -> frozenset[TableName]:
+        """The tables that are read beside the row image."""
+        return frozenset().union(*(part.tables for part in self.lowered))
 
     def question(self, rows: Sequence[Row], now: datetime) -> Question:
         """Return the query for the admitted ones of some row images.
@@ -81,7 +93,7 @@ class Reference:
             rows: Images of rows of the collection's table, in text form.
             now: What macros mean; with its zone.
         """
-        return self._question(rows, now, self._conditions(), [])
+        return Question(self.statement, self._params(rows, now))
 
     def question_before(
         self, rows: Sequence[Row], now: datetime, overlays: Sequence[Overlay]
@@ -91,59 +103,32 @@ class Reference:
         Returns:
             None if an old image lacks a column that is read: then nothing can be admitted.
         """
-        tables = {overlay.table.name: overlay for overlay in overlays}
-        conditions = self._conditions()
+        conditions = [part.condition for part in self.lowered]
         if not all(_covers(overlay, conditions) for overlay in overlays):
             return None
-        names = {name: f"before{index}" for index, name in enumerate(tables)}
-        replaced = [_redirected(condition, names) for condition in conditions]
-        views = [
-            (names[name], overlay, _columns_read(conditions, overlay.table))
-            for name, overlay in tables.items()
-            if _columns_read(conditions, overlay.table)
-        ]
-        return self._question(rows, now, replaced, views)
+        params = self._params(rows, now)
+        names: dict[TableName, str] = {}
+        views: list[exp.CTE] = []
+        for index, overlay in enumerate(overlays):
+            if read := _columns_read(conditions, overlay.table):
+                names[overlay.table.name] = f"before{index}"
+                views.append(_view(f"before{index}", overlay, read, params))
+        redirected = [_redirected(condition, names) for condition in conditions]
+        return Question(_statement(self.collection, self.columns, redirected, views), params)
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns of a row image that are read."""
-        return tuple(dict.fromkeys(name for part in self.lowered for name in part.columns))
-
-    @property
-    def tables(self) -> frozenset[TableName]:
-        """The tables that are read beside the row image."""
-        return frozenset().union(*(part.tables for part in self.lowered))
-
-    def _conditions(self) -> list[Sql]:
-        return [part.condition for part in self.lowered]
-
-    def _question(
-        self,
-        rows: Sequence[Row],
-        now: datetime,
-        conditions: Sequence[Sql],
-        views: Sequence[tuple[str, Overlay, list[Column]]],
-    ) -> Question:
-        columns = [_column(self.collection.table, name) for name in self.columns]
+    def _params(self, rows: Sequence[Row], now: datetime) -> dict[str, object]:
+        columns = self.columns
         known = [
             (index, row)
             for index, row in enumerate(rows)
-            if all(column.name in row for column in columns)
+            if all(column in row for column in columns)
         ]
         params: dict[str, object] = {"i": [index for index, _ in known]}
         for at, column in enumerate(columns):
-            params[f"c{at}"] = [row[column.name] for _, row in known]
+            params[f"c{at}"] = [row[column] for _, row in known]
         for part in self.lowered:
             params |= _rendered(part.bindings, self.request, now)
-        ordinal = _free_name(columns)
-        select = exp.Select(
-            expressions=[sql.column(ROW, ordinal)],
-            from_=exp.From(this=_images(columns, ordinal)),
-            where=exp.Where(this=all_of(*conditions)),
-        )
-        if views:
-            select.set("with_", exp.With(expressions=[_view(*view, params) for view in views]))
-        return Question(select.sql(dialect="postgres"), params)
+        return params
 
 
 def reference(
@@ -229,7 +214,13 @@ def _translated(
             for parameter in parameters(predicate.where)
         }
         lowered.append(lower(predicate, collections, shapes, prefix=prefix))
-    return Reference(collection=collection, request=request, lowered=tuple(lowered))
+    conditions = [part.condition for part in lowered]
+    return Reference(
+        collection=collection,
+        request=request,
+        lowered=tuple(lowered),
+        statement=_statement(collection, _columns_of(lowered), conditions, []),
+    )
 
 
 def _auth_collection(collections: Collections, request: Request) -> Collection | None:
@@ -251,6 +242,29 @@ def _rendered(
 
 
 # --- rows as SQL
+
+
+def _columns_of(lowered: Sequence[Lowered]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for part in lowered for name in part.columns))
+
+
+def _statement(
+    collection: Collection,
+    names: Sequence[str],
+    conditions: Sequence[Sql],
+    views: Sequence[exp.CTE],
+) -> str:
+    """Print the query for the rows that meet all conditions."""
+    columns = [_column(collection.table, name) for name in names]
+    ordinal = _free_name(columns)
+    select = exp.Select(
+        expressions=[sql.column(ROW, ordinal)],
+        from_=exp.From(this=_images(columns, ordinal)),
+        where=exp.Where(this=all_of(*conditions)),
+    )
+    if views:
+        select.set("with_", exp.With(expressions=list(views)))
+    return select.sql(dialect="postgres", copy=False)
 
 
 def _column(table: Table, name: str) -> Column:

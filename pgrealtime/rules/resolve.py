@@ -31,6 +31,7 @@ from pgrealtime.rules.ir import (
     JsonValue,
     Keyword,
     Nested,
+    NoItem,
     Part,
     Place,
     Predicate,
@@ -290,10 +291,14 @@ class _Resolver:
         if modifier in {"each", "length"} and not _holds_values(field):
             self._refuse(f'field "{name}" has no values to count')
         match modifier:
-            case "changed" | "isset" | "length":
+            case "isset":
+                return Constant(RequestValue(("body", name), is_set=True))
+            case "changed" | "length":
                 return Keyword(False)
             case "lower":
                 return Constant(Literal(""))
+            case "each":
+                return NoItem(field.is_multiple)
             case _:
                 return Keyword(None)
 

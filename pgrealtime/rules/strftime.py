@@ -35,7 +35,19 @@ _SHIFT = re.compile(
     r"([+-]?\d{1,9}(?:\.\d{1,6})?) *(day|hour|minute|second|month|year)s?", re.ASCII
 )
 _WEEKDAY = re.compile(r"weekday +([0-6])(?:\.0*)?", re.ASCII)
-_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": _DAY_SECONDS}
+_SECONDS = {
+    "second": 1,
+    "minute": 60,
+    "hour": 3600,
+    "day": _DAY_SECONDS,
+    "month": 365.2425 * _DAY_SECONDS / 12,
+    "year": 365.2425 * _DAY_SECONDS,
+}
+_FARTHEST_SECONDS = 14713 * 365.2425 * _DAY_SECONDS
+"""A longer way than this leads out of what SQLite can hold, from wherever."""
+_CYCLES_DAYS = 300 * 146097
+"""120,000 years. The calendar repeats itself every 400, weekdays too, so that modifiers can be
+applied that much later: there no detour leaves what PostgreSQL can hold."""
 
 
 def moment(
@@ -61,9 +73,14 @@ def moment(
     rest = list(modifiers)
     base = rest.pop(0).lower() if rest and rest[0].lower() in _BASES else ""
     start = _start(scope, time, number, text, base)
+    if not rest:
+        return _within(start, "4714-11-24 12:00:00 BC", "10000-01-01")
+    cycles = sql.call("make_interval", *[sql.number(0)] * 3, sql.number(_CYCLES_DAYS))
+    start = sql.binary(exp.Add, start, cycles)
     for modifier in rest:
         start = _modified(start, modifier.lower())
-    return _within_range(start)
+    start = _within(start, "115287-11-24 12:00:00", "130000-01-01")
+    return sql.binary(exp.Sub, start, cycles)
 
 
 def _start(scope: Scope, time: Term | None, number: Sql | None, text: Sql | None, base: str) -> Sql:
@@ -189,30 +206,27 @@ def _next_weekday(start: Sql, weekday: int) -> Sql:
 
 def _shifted(start: Sql, amount: str, unit: str) -> Sql:
     """Return the moment some units later. Months keep the day's number, beyond the end too."""
+    if abs(float(amount)) * _SECONDS[unit] >= _FARTHEST_SECONDS:
+        return sql.null(sql.TIMESTAMP)
     zero = sql.number(0)
-    if unit in _SECONDS:
-        seconds = round(float(amount) * _SECONDS[unit], 3)
-        interval = sql.call(
-            "make_interval", zero, zero, zero, zero, zero, zero, sql.string(str(seconds))
-        )
-        return sql.binary(exp.Add, start, interval)
+    if unit not in {"month", "year"}:
+        seconds = sql.string(str(round(float(amount) * _SECONDS[unit], 3)))
+        later = sql.call("make_interval", *[zero] * 6, seconds)
+        return sql.binary(exp.Add, start, later)
     if "." in amount:
         _refuse(f"{amount} {unit}")
     count = int(amount) * (12 if unit == "year" else 1)
-    if abs(count) > 12 * 14713:
-        return sql.null(sql.TIMESTAMP)
     month = sql.call("date_trunc", sql.string("month"), start)
     rest = sql.binary(exp.Sub, start, month)
-    later = sql.binary(exp.Add, month, sql.call("make_interval", zero, sql.number(count)))
-    return sql.binary(exp.Add, later, rest)
+    later = sql.call("make_interval", zero, sql.number(count))
+    return sql.binary(exp.Add, sql.binary(exp.Add, month, later), rest)
 
 
-def _within_range(start: Sql) -> Sql:
+def _within(start: Sql, first: str, end: str) -> Sql:
     """Return the moment if SQLite can hold it, else NULL."""
-    first = sql.cast(sql.string("4714-11-24 12:00:00 BC"), sql.TIMESTAMP)
-    last = sql.cast(sql.string("10000-01-01"), sql.TIMESTAMP)
-    is_late = sql.binary(exp.GTE, start, first)
-    return sql.case((is_late, sql.case((sql.binary(exp.LT, start, last), start))))
+    is_late = sql.binary(exp.GTE, start, sql.cast(sql.string(first), sql.TIMESTAMP))
+    is_early = sql.binary(exp.LT, start, sql.cast(sql.string(end), sql.TIMESTAMP))
+    return sql.case((is_late, sql.case((is_early, start))))
 
 
 # --- letters
@@ -237,9 +251,8 @@ def formatted(scope: Scope, start: Sql, layout: str) -> Sql:
             if made is None:
                 return sql.null()
             pieces.append(made)
-    if not pieces:
-        return sql.null()
-    return sql.case((sql.is_null(start), sql.null()), default=sql.joined(*pieces))
+    shown = sql.joined(*pieces) if pieces else sql.string("")
+    return sql.case((sql.is_null(start), sql.null()), default=shown)
 
 
 _TO_CHAR = {

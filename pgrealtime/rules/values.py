@@ -22,6 +22,7 @@ from pgrealtime.rules.ir import (
     Item,
     JsonValue,
     Keyword,
+    NoItem,
     Part,
     Place,
     Rank,
@@ -79,6 +80,8 @@ def value(term: Term, scope: Scope, *, is_strict: bool = True) -> Value:
             return _constant(parameter, scope)
         case Keyword(flag):
             return _keyword(flag)
+        case NoItem():
+            return _keyword(None)
         case FieldValue():
             return replace(_field_part(term, scope, is_strict=is_strict), rank=rank)
         case Item(place):
@@ -458,8 +461,8 @@ def _by_size(number: Sql, *, huge: Sql, whole: Sql, limit: int) -> Sql:
 
 def _scientific(number: Sql) -> Sql:
     """Return the number with an exponent, without trailing zeros but one digit after the point."""
-    layout = sql.string("FM9.99999999999999EEEE")
-    digits = sql.call("to_char", sql.cast(number, "numeric"), layout)
+    layout = sql.string("9.99999999999999EEEE")
+    digits = sql.call("ltrim", sql.call("to_char", sql.cast(number, "numeric"), layout))
     return sql.call("regexp_replace", digits, sql.string(r"(\.[0-9]+?)0*e"), sql.string(r"\1e"))
 
 
