@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -119,11 +119,25 @@ async def connect(url: str) -> AsyncIterator[Connection]:
     except psycopg.OperationalError as error:
         raise await _explain_refusal(url, error) from error
     try:
-        await connection.execute(_PINNED)
+        with translated():
+            await connection.execute(_PINNED)
         yield connection
     finally:
         # Not "async with": its commit is refused while the stream runs.
         await connection.close()
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise what the driver raises while things are set up as our own errors."""
+    try:
+        yield
+    except psycopg.OperationalError as error:
+        raise DatabaseUnreachableError(
+            "the server went away while the stream was set up", detail=str(error).strip()
+        ) from error
+    except psycopg.Error as error:
+        raise WalError("the stream can't be set up", detail=str(error).strip()) from error
 
 
 async def connect_plainly(url: str) -> Connection:

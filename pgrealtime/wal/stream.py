@@ -358,13 +358,14 @@ async def open_stream(
         DatabaseUnreachableError: Nobody answers, or the login is refused.
     """
     async with slots.connect(url) as connection:
-        facts = await slots.read_facts(connection)
-        system = await slots.identify(connection)
-        slot, reason = await slots.choose(
-            connection, url, config, facts=facts, tables=tables, on_wait=on_wait
-        )
-        decoder, options = decoding(slot.plugin, tables, config)
-        await slots.start(connection, slot, options)
+        with slots.translated():
+            facts = await slots.read_facts(connection)
+            system = await slots.identify(connection)
+            slot, reason = await slots.choose(
+                connection, url, config, facts=facts, tables=tables, on_wait=on_wait
+            )
+            decoder, options = decoding(slot.plugin, tables, config)
+            await slots.start(connection, slot, options)
         stream = WalStream(
             connection,
             slot,
@@ -397,8 +398,7 @@ async def _slot_bounded(stream: WalStream, url: str, facts: ServerFacts) -> Asyn
         yield
     finally:
         watch.cancel()
-        with suppress(asyncio.CancelledError):
-            await watch
+        await asyncio.wait((watch,))
 
 
 def decoding(

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import psycopg
 import pytest
 
+from pgrealtime.catalog.model import Table
 from pgrealtime.config import ReplicationConfig, SlotConfig
 from pgrealtime.errors import (
     DatabaseUnreachableError,
@@ -21,6 +22,8 @@ from pgrealtime.wal.stream import WalStream, open_stream
 from tests.own_server import OwnServer, own_server
 from tests.stream_reading import (
     DEADLINE_SECONDS,
+    PLUGINS,
+    Plugin,
     changes_of,
     read_tables,
     reading,
@@ -272,6 +275,36 @@ async def test_wait_is_given_up_and_leaves_nothing(database_url: str) -> None:
         assert await left.fetchall() == []
 
 
+async def test_server_that_leaves_during_set_up_is_told_in_our_words(database_url: str) -> None:
+    """A retry has to tell it from a fault in the program."""
+    seen = asyncio.Event()
+
+    async def open_it(tables: list[Table]) -> None:
+        async with open_stream(
+            database_url,
+            ReplicationConfig(slot=SlotConfig(name="cut_off")),
+            tables,
+            max_transaction_size=1000,
+            on_wait=lambda _: seen.set(),
+        ):
+            pass
+
+    async with (
+        writer(database_url) as connection,
+        await psycopg.AsyncConnection.connect(database_url) as other,
+    ):
+        tables = await read_tables(connection)
+        await other.execute("CREATE TABLE held (id int)")
+        opening = asyncio.create_task(open_it(tables), name="opening")
+        await asyncio.wait_for(seen.wait(), DEADLINE_SECONDS)
+        await connection.execute(
+            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
+            " WHERE slot_name LIKE 'cut_off%'"
+        )
+        with pytest.raises(DatabaseUnreachableError):
+            await asyncio.wait_for(opening, DEADLINE_SECONDS)
+
+
 async def test_slot_goes_with_the_stream(database_url: str) -> None:
     """It can't hold the server's WAL when nobody is there to read it."""
     async with writer(database_url) as connection:
@@ -329,8 +362,8 @@ async def test_publication_is_mended_by_the_sql_that_is_told(
             assert len(await changes_of(connection, stream)) == 4
 
 
-@pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
-async def test_table_that_would_lose_changes_is_refused(database_url: str, plugin: str) -> None:
+@pytest.mark.parametrize("plugin", PLUGINS)
+async def test_table_that_would_lose_changes_is_refused(database_url: str, plugin: Plugin) -> None:
     config = ReplicationConfig.model_validate({"plugin": plugin})
     async with writer(database_url) as connection:
         await connection.execute("CREATE TABLE no_key (a int); CREATE UNLOGGED TABLE u (a int)")
@@ -341,7 +374,7 @@ async def test_table_that_would_lose_changes_is_refused(database_url: str, plugi
         assert caught.value.error_code == "table_not_streamable"
         await connection.execute(caught.value.hint.encode())
         await connection.execute("ALTER TABLE u REPLICA IDENTITY FULL")
-        async with reading(database_url, connection, "wal2json") as stream:
+        async with reading(database_url, connection, plugin) as stream:
             await connection.execute("INSERT INTO no_key VALUES (1); INSERT INTO u VALUES (1)")
             await connection.execute("DELETE FROM no_key; DELETE FROM u")
             assert len(await changes_of(connection, stream)) == 4
