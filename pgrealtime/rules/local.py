@@ -1,0 +1,793 @@
+"""Conditions about a row image, decided in the process where that is exact. Beside lower.py.
+
+What a comparison means comes from ``ir.traits`` and ``ir.equality``, as for SQL; what is not proved
+to come out as Postgres has it (the tests ask a server, type by type) is left to Postgres: then
+``compiled`` returns None, or a test raises ``UndecidedError`` for the odd value.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import TypeAlias
+
+from pgrealtime.catalog.model import Type, TypeKind
+from pgrealtime.changes import Row
+from pgrealtime.collections import Field, FieldKind
+from pgrealtime.rules.compare import (
+    Scalar,
+    UndecidedError,
+    equal,
+    float_text,
+    is_blank,
+    like,
+    lower,
+    number_text,
+    ordered,
+    same,
+    to_number,
+)
+from pgrealtime.rules.ir import (
+    Comparison,
+    Condition,
+    Conjunction,
+    Constant,
+    Disjunction,
+    Equality,
+    FieldValue,
+    GeoDistance,
+    Hidden,
+    Item,
+    Items,
+    JsonValue,
+    Keyword,
+    Nested,
+    Part,
+    Place,
+    Rank,
+    Strftime,
+    Term,
+    Traits,
+    equality,
+    is_multiple,
+    traits,
+)
+from pgrealtime.rules.parameters import Form, Literal, Parameter, RequestValue, Shape, render
+from pgrealtime.rules.parse import Op
+from pgrealtime.rules.values import HASH
+from pgrealtime.text_forms import Element, parse_array
+
+Args: TypeAlias = Sequence[Scalar]
+"""The values of a condition's parameters, literals of a rule aside, in the order given."""
+Test: TypeAlias = Callable[[Row, Args], bool]
+"""Whether the condition is true. A row must have the columns that are read."""
+Read: TypeAlias = Callable[[Row, Args, "_Chosen"], Scalar]
+
+_Chosen: TypeAlias = tuple[str | None, ...]
+"""The item of each list that the moment's combination is about."""
+_Leaf: TypeAlias = Callable[[Row, Args, _Chosen], bool | None]
+_List: TypeAlias = Callable[[Row], Sequence[str | None]]
+
+
+class _NotHereError(Exception):
+    """The construct is not decided in the process; ends the compiling of a condition."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ground:
+    """What the compiling of a condition may know beforehand."""
+
+    shapes: Mapping[Parameter, Shape]
+    """The class of each parameter."""
+    order: Mapping[Parameter, int]
+    """Where its value is among the arguments; literals of the text need none."""
+    is_utf8: bool = True
+    """Whether the database's bytes are in the order of code points."""
+
+
+def compiled(condition: Condition, ground: Ground) -> Test | None:
+    """Return what decides a condition about the judged row, or None if only Postgres can."""
+    lists: dict[Place, _List] = {}
+    try:
+        where = _condition(condition, _Scope(ground, lists))
+    except _NotHereError:
+        return None
+    if not lists:
+        return lambda row, args: where(row, args, ()) is True
+    readers = tuple(lists.values())
+
+    def exists(row: Row, args: Args) -> bool:
+        combinations = _combinations(readers, row)
+        return any(where(row, args, chosen) is True for chosen in combinations)
+
+    return exists
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Reads from a row what an equality compares with a parameter."""
+
+    read: Callable[[Row], Sequence[Scalar]]
+    """The values, of which one must equal the parameter's; a number is always a float."""
+    form: Form
+    """How the parameter is compared: as text or as number."""
+    never: bool
+    """The classes are such that no value can be equal."""
+
+
+def source(term: Term, parameter: Parameter, ground: Ground) -> Source | None:
+    """Return how to find the values of a term which equal a parameter, None if only Postgres can.
+
+    For equalities of the kind PLAIN or NULL_SAFE whose other side is never empty.
+    """
+    lists: dict[Place, _List] = {}
+    shape = ground.shapes[parameter]
+    try:
+        operand = _operand(term, _Scope(ground, lists))
+    except _NotHereError:
+        return None
+    is_number = shape.is_number
+    if operand.rank is Rank.NUMERIC:
+        is_number = is_number or shape is Shape.NUMERIC
+    elif operand.rank is Rank.TEXT:
+        is_number = False
+    read, show = operand.read, operand.shown
+    if operand.rank is Rank.TEXT:
+        read = show
+    never = operand.holds == (str if is_number else float)
+    form = Form.NUMBER if is_number else Form.TEXT
+    if not lists:
+        return Source(read=lambda row: (_as_key(read(row, (), ())),), form=form, never=never)
+    (items,) = lists.values()
+    return Source(
+        read=lambda row: [_as_key(read(row, (), (item,))) for item in items(row)],
+        form=form,
+        never=never,
+    )
+
+
+def _as_key(value: Scalar) -> Scalar:
+    return float(value) if isinstance(value, int) else value
+
+
+def columns_read(condition: Condition) -> frozenset[str]:
+    """Return the columns of the judged row that the condition may read, as ``Lowered`` has them."""
+    found: set[str] = set()
+    for term in _terms(condition):
+        place = _place(term)
+        field_ = getattr(term, "field", None)
+        if place is None:
+            continue
+        if place.is_here and isinstance(field_, Field) and field_.column is not None:
+            found.add(field_.column.name)
+        if place.steps and isinstance(place.steps[0], Items):
+            column = place.steps[0].field.column
+            if column is not None:
+                found.add(column.name)
+    return frozenset(found)
+
+
+def _terms(condition: Condition) -> Iterator[Term]:
+    match condition:
+        case Comparison(left, _, _, right):
+            yield from (left, right)
+        case Conjunction(parts) | Disjunction(parts):
+            for part in parts:
+                yield from _terms(part)
+        case Nested():
+            return
+
+
+def _place(term: Term) -> Place | None:
+    match term:
+        case FieldValue(place=place) | Item(place) | JsonValue(place=place) | Hidden(place=place):
+            return place
+        case _:
+            return None
+
+
+# --- conditions
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """The lists that a condition's leaves share the items of."""
+
+    ground: Ground
+    lists: dict[Place, _List]
+    offset: int = 0
+
+    def item(self, place: Place, read: _List) -> int:
+        """Return which of the chosen items is one of that place's list."""
+        self.lists.setdefault(place, read)
+        return self.offset + list(self.lists).index(place)
+
+
+def _condition(condition: Condition, scope: _Scope) -> _Leaf:
+    match condition:
+        case Comparison():
+            return _comparison(condition, scope)
+        case Conjunction(parts):
+            leaves = [_condition(part, scope) for part in parts]
+            return lambda row, args, chosen: all(leaf(row, args, chosen) is True for leaf in leaves)
+        case Disjunction(parts):
+            leaves = [_condition(part, scope) for part in parts]
+            return lambda row, args, chosen: any(leaf(row, args, chosen) is True for leaf in leaves)
+        case Nested():
+            raise _NotHereError
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    term: Term
+    scope: _Scope
+    traits: Traits
+
+
+def _comparison(comparison: Comparison, scope: _Scope) -> _Leaf:
+    shapes = scope.ground.shapes
+    left, right = (
+        _Side(term, scope, traits(term, shapes)) for term in (comparison.left, comparison.right)
+    )
+    leaf = _leaf(comparison.op, left, right)
+    if comparison.is_any or not (is_multiple(left.term) or is_multiple(right.term)):
+        return leaf
+    return _for_all(comparison.op, left, right, leaf)
+
+
+def _for_all(op: Op, left: _Side, right: _Side, leaf: _Leaf) -> _Leaf:
+    """Add to a leaf that no item, or no pair of two, makes it false.
+
+    Each side that is searched has its items to itself; the leaf before speaks of the shared ones.
+    """
+    # Far beyond the shared ones, whose number isn't known before everything is compiled.
+    fresh: list[dict[Place, _List]] = []
+    sides: list[_Side] = []
+    for side in (left, right):
+        if is_multiple(side.term):
+            lists: dict[Place, _List] = {}
+            scope = _Scope(side.scope.ground, lists, offset=_FRESH + len(fresh))
+            fresh.append(lists)
+            sides.append(replace(side, scope=scope))
+        else:
+            sides.append(replace(side, traits=side.traits.opposed()))
+    counter = _leaf(op, *sides)
+    readers = [read for lists in fresh for read in lists.values()]
+
+    def holds(row: Row, args: Args, chosen: _Chosen) -> bool:
+        if leaf(row, args, chosen) is not True:
+            return False
+        padded = chosen + (None,) * (_FRESH - len(chosen))
+        combinations = _combinations(readers, row)
+        return not any(counter(row, args, padded + items) is False for items in combinations)
+
+    return holds
+
+
+_FRESH = 8
+"""Lists that one condition may share."""
+_MANY = 10_000
+"""Combinations of items that are gone through here; more of them take Postgres less time."""
+
+
+def _combinations(readers: Sequence[_List], row: Row) -> Iterator[_Chosen]:
+    lists = [read(row) for read in readers]
+    if prod(map(len, lists)) > _MANY:
+        raise UndecidedError
+    return product(*lists)
+
+
+def _leaf(op: Op, left: _Side, right: _Side) -> _Leaf:
+    match op:
+        case Op.LIKE | Op.NOT_LIKE:
+            return _like(op, left, right)
+        case Op.EQ | Op.NE:
+            return _equality(op, left, right)
+        case _:
+            return _order(op, left, right)
+
+
+def _order(op: Op, left: _Side, right: _Side) -> _Leaf:
+    one, other = _converted(_of(left), _of(right))
+    if not left.scope.ground.is_utf8 and float not in {one.holds, other.holds}:
+        raise _NotHereError
+    a, b = one.read, other.read
+    return lambda row, args, chosen: ordered(op, a(row, args, chosen), b(row, args, chosen))
+
+
+def _equality(op: Op, left: _Side, right: _Side) -> _Leaf:
+    is_equal = op is Op.EQ
+    case = equality(left.traits, right.traits)
+    if is_flag(right.term) and case in {Equality.NULL_SAFE, Equality.PLAIN}:
+        raise _NotHereError  # SQLite asks for truth there, a meaning of its own
+    match case:
+        case Equality.CONSTANT:
+            return lambda _row, _args, _chosen: is_equal
+        case Equality.EMPTY:
+            blank = _of(right if left.traits.is_empty else left).read
+            return lambda row, args, chosen: is_blank(blank(row, args, chosen)) is is_equal
+        case Equality.COALESCED:
+            return _compared(same, is_equal, _filled(_of(left)), _filled(_of(right)))
+        case Equality.NULL_SAFE:
+            one, other = _converted(_of(left), _of(right))
+            return _compared(same, is_equal, one.read, other.read)
+        case Equality.PLAIN:
+            one, other = _converted(
+                *(_EMPTY if side.traits.is_empty else _of(side) for side in (left, right))
+            )
+            return _compared(equal if is_equal else same, is_equal, one.read, other.read)
+
+
+def is_flag(term: Term) -> bool:
+    """Whether it is ``:isset``, which SQLite sees as the word TRUE or FALSE."""
+    match term:
+        case Constant(RequestValue(is_set=is_set)):
+            return is_set
+        case _:
+            return False
+
+
+def _compared(
+    comparison: Callable[[Scalar, Scalar], bool | None],
+    is_equal: bool,  # noqa: FBT001 (an operator or its opposite)
+    a: Read,
+    b: Read,
+) -> _Leaf:
+    if is_equal:
+        return lambda row, args, chosen: comparison(a(row, args, chosen), b(row, args, chosen))
+    return lambda row, args, chosen: not comparison(a(row, args, chosen), b(row, args, chosen))
+
+
+def _filled(operand: _Operand) -> Read:
+    read = operand.read
+
+    def filled(row: Row, args: Args, chosen: _Chosen) -> Scalar:
+        value = read(row, args, chosen)
+        return "" if value is None else value
+
+    return filled
+
+
+def _like(op: Op, left: _Side, right: _Side) -> _Leaf:
+    shown = _of(left).shown
+    is_like = op is Op.LIKE
+    if _shape(right) is Shape.DANGLING:
+        return lambda row, args, chosen: None if shown(row, args, chosen) is None else not is_like
+    made = _pattern(right)
+
+    def matches(row: Row, args: Args, chosen: _Chosen) -> bool | None:
+        text, pattern = shown(row, args, chosen), made(row, args, chosen)
+        if text is None or pattern is None:
+            return None
+        assert isinstance(text, str)
+        assert isinstance(pattern, str)
+        return like(pattern)(text) is is_like
+
+    return matches
+
+
+def _shape(side: _Side) -> Shape | None:
+    match side.term:
+        case Constant(parameter):
+            return side.scope.ground.shapes[parameter]
+        case _:
+            return None
+
+
+def _pattern(side: _Side) -> Read:
+    match side.term:
+        case Constant(parameter):
+            return _argument(parameter, Form.PATTERN, side.scope.ground)
+        case _:
+            shown = _of(side).shown
+
+            def wrapped(row: Row, args: Args, chosen: _Chosen) -> Scalar:
+                text = shown(row, args, chosen)
+                return None if text is None else f"%{text}%"
+
+            return wrapped
+
+
+# --- operands
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Operand:
+    rank: Rank
+    read: Read
+    shown: Read
+    """The same as text."""
+    holds: type[str | float] | None
+    """The only class of its values beside NULL; None if there are both."""
+    parameter: Parameter | None = None
+    as_number: Read | None = None
+    """Of a constant: the number, if it is a text that looks like one."""
+
+
+def _of(side: _Side) -> _Operand:
+    return _operand(side.term, side.scope)
+
+
+def _text(rank: Rank, read: Read) -> _Operand:
+    return _Operand(rank=rank, read=read, shown=read, holds=str)
+
+
+def _fixed(value: Scalar) -> Read:
+    return lambda _row, _args, _chosen: value
+
+
+_EMPTY = _text(Rank.NONE, _fixed(""))
+
+
+def _operand(term: Term, scope: _Scope) -> _Operand:
+    match term:
+        case Constant(parameter):
+            return _constant(parameter, scope.ground)
+        case Keyword(flag):
+            if flag is None:
+                return _text(Rank.NONE, _fixed(None))
+            number, text = _fixed(int(flag)), _fixed(str(int(flag)))
+            return _Operand(rank=Rank.NONE, read=number, shown=text, holds=float)
+        case FieldValue(place, field_, part) if place.is_here:
+            return replace(_part(field_, part), rank=traits(term, {}).rank)
+        case Hidden(place, part) if place.is_here:
+            return _text(traits(term, {}).rank, _fixed(lower(HASH) if part is Part.LOWER else HASH))
+        case JsonValue(place, field_, keys, is_lower) if place.is_here:
+            return _json(field_, keys, is_lower=is_lower)
+        case Item(place):
+            at = scope.item(place, _items(place))
+            if at >= _FRESH and scope.offset == 0:
+                raise _NotHereError
+            return _text(Rank.NONE, lambda _row, _args, chosen: chosen[at])
+        case FieldValue() | Hidden() | JsonValue() | Strftime() | GeoDistance():
+            raise _NotHereError
+
+
+def _converted(one: _Operand, other: _Operand) -> tuple[_Operand, _Operand]:
+    match one.rank, other.rank:
+        case Rank.NUMERIC, Rank.NUMERIC:
+            return one, other
+        case Rank.NUMERIC, _:
+            return one, _as_number(other)
+        case _, Rank.NUMERIC:
+            return _as_number(one), other
+        case Rank.TEXT, Rank.NONE:
+            return one, _as_text(other)
+        case Rank.NONE, Rank.TEXT:
+            return _as_text(one), other
+        case _:
+            return one, other
+
+
+def _as_number(operand: _Operand) -> _Operand:
+    if operand.holds is float:
+        return operand
+    if operand.parameter is not None:
+        if operand.as_number is None:
+            return operand
+        return replace(operand, read=operand.as_number, holds=float)
+    read = operand.read
+    return replace(
+        operand, read=lambda row, args, chosen: to_number(read(row, args, chosen)), holds=None
+    )
+
+
+def _as_text(operand: _Operand) -> _Operand:
+    return replace(operand, read=operand.shown, holds=str)
+
+
+# --- constants
+
+
+def _constant(parameter: Parameter, ground: Ground) -> _Operand:
+    shape = ground.shapes[parameter]
+    if shape is Shape.ABSENT:
+        return _text(Rank.NONE, _fixed(None))
+    shown = _argument(parameter, Form.TEXT, ground)
+    number = _argument(parameter, Form.NUMBER, ground)
+    if shape.is_number:
+        return _Operand(rank=Rank.NONE, read=number, shown=shown, holds=float, parameter=parameter)
+    return replace(
+        _text(Rank.NONE, shown),
+        parameter=parameter,
+        as_number=number if shape is Shape.NUMERIC else None,
+    )
+
+
+def _argument(parameter: Parameter, form: Form, ground: Ground) -> Read:
+    if isinstance(parameter, Literal):
+        if form is Form.NUMBER and isinstance(parameter.value, str):
+            is_number = ground.shapes[parameter] is Shape.NUMERIC
+            return _fixed(render(parameter.value, form) if is_number else None)
+        return _fixed(render(parameter.value, form))
+    at = ground.order[parameter]
+    return lambda _row, args, _chosen: render(args[at], form)
+
+
+# --- fields
+
+
+_INTEGERS = frozenset({"int2", "int4", "int8"})
+_FLOATS = frozenset({"float4", "float8", "numeric"})
+_PLAIN = frozenset({"text", "varchar", "uuid", *_INTEGERS})
+"""Built-in types whose output is what a cast to text gives."""
+
+
+def _is_plain(type_: Type) -> bool:
+    base = type_.base
+    return base.kind is TypeKind.ENUM or (base.schema == "pg_catalog" and base.name in _PLAIN)
+
+
+def _part(field_: Field, part: Part) -> _Operand:
+    match part:
+        case Part.WHOLE | Part.EACH:
+            return _whole(field_)
+        case Part.LOWER:
+            return _text(Rank.NONE, _lowered(_whole(field_).shown))
+        case Part.LENGTH:
+            return _length(field_)
+
+
+def _lowered(shown: Read) -> Read:
+    def lowered(row: Row, args: Args, chosen: _Chosen) -> Scalar:
+        text = shown(row, args, chosen)
+        return lower(text) if isinstance(text, str) else None
+
+    return lowered
+
+
+def _whole(field_: Field) -> _Operand:
+    if field_.column is None:
+        raise _NotHereError
+    name, base = field_.column.name, field_.type.base
+    if field_.is_multiple:
+        return _text(Rank.NUMERIC, _on(name, _list_text(field_)))
+    match field_.kind:
+        case FieldKind.NUMBER if base.name in _INTEGERS:
+            return _number(_on(name, int), _on(name, str))
+        case FieldKind.NUMBER if base.name in _FLOATS:
+            return _number(_on(name, double), _on(name, lambda text: number_text(double(text))))
+        case FieldKind.BOOL:
+            flag = _on(name, lambda text: int(text.startswith("t")))
+            return _number(flag, _on(name, lambda text: str(int(text.startswith("t")))))
+        case FieldKind.DATE if base.name in _DATES:
+            return _text(Rank.TEXT, _on(name, _DATES[base.name], null=""))
+        case FieldKind.RELATION if _is_plain(base):
+            return _text(Rank.TEXT, _on(name, str, null=""))
+        case FieldKind.TEXT | FieldKind.FILE if _is_plain(base):
+            return _text(Rank.TEXT, _on(name, str))
+        case _:
+            raise _NotHereError
+
+
+def _number(read: Read, shown: Read) -> _Operand:
+    return _Operand(rank=Rank.NUMERIC, read=read, shown=shown, holds=float)
+
+
+def _on(name: str, convert: Callable[[str], Scalar], null: Scalar = None) -> Read:
+    """Return what reads a column: its text form converted, or what stands for NULL."""
+
+    def read(row: Row, _args: Args, _chosen: _Chosen) -> Scalar:
+        text = row[name]
+        return null if text is None else convert(text)
+
+    return read
+
+
+def double(text: str) -> float:
+    """Return the double of a number's text form.
+
+    Raises:
+        UndecidedError: There is none: Postgres reports an error.
+    """
+    number = float(text)
+    if number == 0 or number in _INFINITE:
+        digits = text.partition("e")[0]
+        if number != 0 and digits[-1].isdigit():
+            raise UndecidedError
+        if number == 0 and digits.strip("-0."):
+            raise UndecidedError
+    return number
+
+
+_INFINITE = (float("inf"), float("-inf"))
+
+
+_DAY = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
+_MOMENT = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:\.(\d{1,6}))?", re.ASCII)
+
+
+def _day(text: str) -> str:
+    if _DAY.fullmatch(text) is None:
+        raise UndecidedError
+    return f"{text} 00:00:00.000Z"
+
+
+def _timestamp(text: str) -> str:
+    found = _MOMENT.fullmatch(text)
+    if found is None:
+        raise UndecidedError
+    return f"{found[1]}.{found[2] or '':0<3.3}Z"
+
+
+def _timestamptz(text: str) -> str:
+    if not text.endswith("+00"):
+        raise UndecidedError
+    return _timestamp(text[:-3])
+
+
+_DATES: Mapping[str, Callable[[str], str]] = {
+    "date": _day,
+    "timestamp": _timestamp,
+    "timestamptz": _timestamptz,
+}
+
+
+# --- lists
+
+
+def _flat(items: Sequence[Element]) -> Iterator[str | None]:
+    for item in items:
+        if isinstance(item, list):
+            yield from _flat(item)
+        else:
+            yield item
+
+
+def _length(field_: Field) -> _Operand:
+    if not field_.is_multiple:
+        shown = _whole(field_).shown
+        length: Read = lambda row, args, chosen: int(  # noqa: E731 (one expression)
+            not is_blank(shown(row, args, chosen))
+        )
+    elif field_.column is None:
+        raise _NotHereError
+    else:
+        name = field_.column.name
+
+        def length(row: Row, _args: Args, _chosen: _Chosen) -> Scalar:
+            text = row[name]
+            return 0 if text is None else sum(1 for _ in _flat(parse_array(text)))
+
+    shown_length: Read = lambda row, args, chosen: str(length(row, args, chosen))  # noqa: E731
+    return _Operand(rank=Rank.NONE, read=length, shown=shown_length, holds=float)
+
+
+def _items(place: Place) -> _List:
+    """Return what reads the values of an own list; NULL where there are none."""
+    match place.steps:
+        case (Items(field_),) if field_.column is not None:
+            element = field_.type.base.element
+            if not Place(place.origin).is_here or element is None or not _is_plain(element):
+                raise _NotHereError
+            name = field_.column.name
+        case _:
+            raise _NotHereError
+
+    def read(row: Row) -> Sequence[str | None]:
+        text = row[name]
+        items = [] if text is None else list(_flat(parse_array(text)))
+        return items or (None,)
+
+    return read
+
+
+def _list_text(field_: Field) -> Callable[[str], Scalar]:
+    """Return what makes of an array the JSON text that ``array_to_json`` makes."""
+    element = field_.type.base.element
+    if element is None:
+        raise _NotHereError
+    show: Callable[[str], str]
+    match field_.kind, element.base.name:
+        case FieldKind.BOOL, _:
+            show = lambda text: "true" if text.startswith("t") else "false"  # noqa: E731
+        case FieldKind.NUMBER, name if name in _INTEGERS:
+            show = str
+        case ((FieldKind.TEXT | FieldKind.RELATION | FieldKind.FILE), _) if _is_plain(element):
+            show = _json_string
+        case _:
+            raise _NotHereError
+
+    def dump(items: Sequence[Element]) -> str:
+        shown = (
+            dump(item) if isinstance(item, list) else "null" if item is None else show(item)
+            for item in items
+        )
+        return f"[{','.join(shown)}]"
+
+    return lambda text: dump(parse_array(text))
+
+
+def _json_string(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+# --- json
+
+
+class _Digits(str):
+    """A number of a JSON text, as written there."""
+
+    __slots__ = ()
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> object:
+    """Several comparisons look at one document."""
+    try:
+        return json.loads(text, parse_int=_Digits, parse_float=_Digits)
+    except (ValueError, RecursionError):
+        raise UndecidedError from None
+
+
+def _json(field_: Field, keys: Sequence[str], *, is_lower: bool) -> _Operand:
+    column, base = field_.column, field_.type.base
+    if field_.kind is not FieldKind.JSON or column is None or base.name != "jsonb":
+        raise _NotHereError
+    name = column.name
+
+    def reached(row: Row) -> object:
+        text = row[name]
+        node = None if text is None else _parsed(text)
+        for key in keys:
+            node = _member(node, key)
+        return node
+
+    shown: Read = lambda row, _args, _chosen: _json_shown(reached(row))  # noqa: E731
+    if is_lower:
+        return _text(Rank.NONE, _lowered(shown))
+    read: Read = lambda row, _args, _chosen: _json_value(reached(row))  # noqa: E731
+    return _Operand(rank=Rank.NONE, read=read, shown=shown, holds=None)
+
+
+_LONGEST_INDEX = 9
+
+
+def _member(node: object, key: str) -> object:
+    if not key.isdigit():
+        return node.get(key) if isinstance(node, dict) else None
+    if not isinstance(node, list) or len(key) > _LONGEST_INDEX or int(key) >= len(node):
+        return None
+    return node[int(key)]
+
+
+def _json_value(node: object) -> Scalar:
+    match node:
+        case None:
+            return None
+        case bool():
+            return float(node)
+        case _Digits():
+            return double(node)
+        case str():
+            return node
+        case _:
+            return _compact(node)
+
+
+def _json_shown(node: object) -> Scalar:
+    match node:
+        case bool():
+            return str(int(node))
+        case _Digits():
+            return float_text(double(node)) if "." in node else number_text(double(node))
+        case _:
+            return _json_value(node)
+
+
+def _compact(node: object) -> str:
+    match node:
+        case _Digits():
+            return node
+        case dict():
+            members = (f"{_json_string(name)}:{_compact(item)}" for name, item in node.items())
+            return "{" + ",".join(members) + "}"
+        case list():
+            return "[" + ",".join(map(_compact, node)) + "]"
+        case _:
+            return json.dumps(node, ensure_ascii=False)
