@@ -4,6 +4,9 @@ Values are PostgreSQL's own text output under the settings pinned on the replica
 (``wal.slot``): booleans ``t`` and ``f``, bytea ``\x...``, dates ISO in UTC. None is SQL NULL. A
 column that the WAL didn't carry (an unchanged TOASTed value, a generated column) is *absent* from
 the row: absent and NULL are different things.
+
+None of these values can be part of a cycle, so none is the garbage collector's business
+(``gc=False``): it would walk through the whole changelog again and again.
 """
 
 from __future__ import annotations
@@ -28,13 +31,13 @@ class TableName(NamedTuple):
         return f"{self.schema}.{self.name}"
 
 
-class Key(Struct, frozen=True):
+class Key(Struct, frozen=True, gc=False):
     """The old row's replica identity columns, all that DEFAULT or INDEX log of it."""
 
     row: Row
 
 
-class WholeRow(Struct, frozen=True):
+class WholeRow(Struct, frozen=True, gc=False):
     """The old row with every column, as REPLICA IDENTITY FULL logs it."""
 
     row: Row
@@ -43,14 +46,14 @@ class WholeRow(Struct, frozen=True):
 OldImage: TypeAlias = Key | WholeRow
 
 
-class Insert(Struct, frozen=True):
+class Insert(Struct, frozen=True, gc=False):
     """A row that came to be."""
 
     table: TableName
     new: Row
 
 
-class Update(Struct, frozen=True):
+class Update(Struct, frozen=True, gc=False):
     """A row that changed.
 
     With ``Key`` the old image holds the identity as it was, whether it changed or not.
@@ -62,14 +65,14 @@ class Update(Struct, frozen=True):
     old: OldImage
 
 
-class Delete(Struct, frozen=True):
+class Delete(Struct, frozen=True, gc=False):
     """A row that went."""
 
     table: TableName
     old: OldImage
 
 
-class Truncate(Struct, frozen=True):
+class Truncate(Struct, frozen=True, gc=False):
     """A table that was emptied; no rows are told."""
 
     table: TableName
@@ -78,7 +81,7 @@ class Truncate(Struct, frozen=True):
 Change: TypeAlias = Insert | Update | Delete | Truncate
 
 
-class Transaction(Struct, frozen=True):
+class Transaction(Struct, frozen=True, gc=False):
     """All that one commit did to the streamed tables, in order.
 
     The ordinal of a change is its 1-based index in ``changes``, counted before any rule is asked.
@@ -94,7 +97,7 @@ class Transaction(Struct, frozen=True):
     """Bytes of decoder output that it was made from; what the changelog is bounded by."""
 
 
-class Oversized(Struct, frozen=True):
+class Oversized(Struct, frozen=True, gc=False):
     """A transaction that was larger than the bound and so was not kept: a gap of its tables."""
 
     xid: Xid

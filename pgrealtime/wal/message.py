@@ -18,7 +18,7 @@ class Begin(Struct, frozen=True, gc=False):
     xid: Xid
 
 
-class RowChange(Struct, frozen=True):
+class RowChange(Struct, frozen=True, gc=False):
     """One row's change, already under the root's name."""
 
     change: Insert | Update | Delete
@@ -26,7 +26,7 @@ class RowChange(Struct, frozen=True):
     """The partition that holds the row, or held it; None if the table isn't partitioned."""
 
 
-class Truncated(Struct, frozen=True):
+class Truncated(Struct, frozen=True, gc=False):
     """Tables emptied by one statement, under their roots' names."""
 
     tables: tuple[TableName, ...]

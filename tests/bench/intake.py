@@ -84,6 +84,12 @@ def copied(admin: Connection, origin: str) -> Iterator[str]:
     try:
         yield name
     finally:
+        # Its walsender may not have noticed yet that the client is gone.
+        admin.execute(
+            "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots"
+            " WHERE slot_name = %s AND active_pid IS NOT NULL",
+            (name,),
+        )
         admin.execute("SELECT pg_drop_replication_slot(%s)", (name,))
 
 
