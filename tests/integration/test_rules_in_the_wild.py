@@ -58,7 +58,8 @@ INSERT INTO app."Docs" VALUES
    '\\xff', NULL, 'MEMO'),
   (2, '00000000-0000-0000-0000-00000000000b', 'abcd', NULL, 10000000000, 2, NULL, 'infinity', NULL,
    NULL, NULL, NULL, false, NULL, 1, NULL),
-  (3, NULL, NULL, '', 'NaN', NULL, 'infinity', NULL, '-infinity', NULL, '{}', '{}', NULL, NULL, 1, NULL);
+  (3, NULL, NULL, '', 'NaN', NULL, 'infinity', NULL, '-infinity', NULL, '{}', '{}', NULL, NULL, 1,
+   NULL);
 INSERT INTO app.doc_readers VALUES
   (1, '00000000-0000-0000-0000-00000000000b'), (1, '00000000-0000-0000-0000-00000000000a'),
   (2, '00000000-0000-0000-0000-00000000000a');
