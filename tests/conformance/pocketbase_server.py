@@ -104,6 +104,11 @@ class PocketBaseServer:
         """The superuser's calls."""
         return self._api
 
+    @property
+    def process(self) -> ServerProcess:
+        assert self._process is not None, "not started"
+        return self._process
+
     async def start(self) -> None:
         """Start on the directory's data; return when it answers."""
         listen = f"--http={self._address.host}:{self._address.port}"

@@ -49,13 +49,18 @@ class ServerProcess:
             )
         return cls(process, log)
 
-    async def wait_healthy(self, address: Address) -> None:
-        """Return once ``/api/health`` answers 200.
+    @property
+    def pid(self) -> int:
+        """Of the process, for whoever measures it."""
+        return self._process.pid
+
+    async def wait_healthy(self, address: Address, base_path: str = "") -> None:
+        """Return once ``/api/health`` answers 200, under the path that everything may be under.
 
         Raises:
             ServerDiedError: The process ended, or said nothing for too long.
         """
-        health = Request(method="GET", path="/api/health", headers={})
+        health = Request(method="GET", path=f"{base_path}/api/health", headers={})
         try:
             async with asyncio.timeout(START_SECONDS):
                 while True:

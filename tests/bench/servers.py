@@ -1,0 +1,295 @@
+"""The two that are compared: pgrealtime beside PostgreSQL, and PocketBase; the same notes in both.
+
+Each has its core to itself. PocketBase's holds its database too; pgrealtime's PostgreSQL shares the
+other core with the writers and the listeners.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol
+
+import psycopg
+from psycopg import sql
+
+from tests.bench.machine import CLIENT_CORE, SERVER_CORE, pinned
+from tests.conformance.fixtures import (
+    FixtureCollection,
+    FixtureField,
+    FixtureRow,
+    Fixtures,
+    SuperuserAccount,
+)
+from tests.conformance.pocketbase_server import PocketBaseTemplate
+from tests.e2e.service import service, token
+
+TOPIC = "notes/*"
+EVERYONE = ""
+OWNER = "owner = @request.auth.id"
+MOST_IN_A_COMMIT = 100
+
+_BODY = "Some text that goes on for a little while, as people's notes do. " * 2
+_SCHEMA = """
+CREATE TABLE users (id text PRIMARY KEY);
+CREATE TABLE notes (id text PRIMARY KEY, owner text, title text, body text, n int);
+ALTER TABLE users REPLICA IDENTITY FULL;
+ALTER TABLE notes REPLICA IDENTITY FULL;
+"""
+_WRITE = """
+INSERT INTO notes (id, owner, title, body, n)
+SELECT lpad(n::text, 15, '0'), owner, 'note ' || n, %s, n
+FROM unnest(%s::int[], %s::text[]) AS written(n, owner)
+"""
+_ROOT = SuperuserAccount(email="root@example.com", password="benchmarks only")
+
+
+class Writer(Protocol):
+    """Creates notes; one call is one commit, and returns when it is done."""
+
+    def write(self, owners: Sequence[str]) -> None:
+        """Create a note per owner."""
+        ...
+
+
+class Server(Protocol):
+    """What a benchmark measures."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in the tables."""
+        ...
+
+    @property
+    def port(self) -> int:
+        """Of 127.0.0.1."""
+        ...
+
+    @property
+    def pid(self) -> int:
+        """Of its one process."""
+        ...
+
+    @property
+    def tokens(self) -> Sequence[str]:
+        """Of the users, in order."""
+        ...
+
+    def writer(self) -> Writer:
+        """One more connection to write with."""
+        ...
+
+
+def user_id(number: int) -> str:
+    """The id of one of the users, as PocketBase wants ids."""
+    return f"user{number:011d}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PgRealtime:
+    """A running pgrealtime."""
+
+    url: str
+    port: int
+    pid: int
+    tokens: Sequence[str]
+    numbers: Iterator[int]
+    name: str = "pgrealtime"
+
+    def writer(self) -> Writer:
+        """A session of its own, as any application's."""
+        connection = psycopg.connect(self.url, autocommit=True)
+        _pin(connection.info.backend_pid)
+        return _PostgresWriter(connection, self.numbers)
+
+
+class _PostgresWriter:
+    def __init__(self, connection: psycopg.Connection[Any], numbers: Iterator[int]) -> None:
+        self._cursor = connection.cursor()
+        self._numbers = numbers
+
+    def write(self, owners: Sequence[str]) -> None:
+        numbers = [next(self._numbers) for _ in owners]
+        self._cursor.execute(_WRITE.encode(), (_BODY, numbers, list(owners)), prepare=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PocketBase:
+    """A running PocketBase."""
+
+    port: int
+    pid: int
+    tokens: Sequence[str]
+    root: str
+    numbers: Iterator[int]
+    name: str = "PocketBase"
+
+    def writer(self) -> Writer:
+        """A connection that is kept open, as a client's pool would."""
+        return _PocketBaseWriter(self.port, self.root, self.numbers)
+
+
+class _PocketBaseWriter:
+    def __init__(self, port: int, root: str, numbers: Iterator[int]) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=120)
+        self._port = port
+        self._root = root
+        self._numbers = numbers
+
+    def write(self, owners: Sequence[str]) -> None:
+        notes = [_note(next(self._numbers), owner) for owner in owners]
+        path = "/api/collections/notes/records"
+        if len(notes) == 1:
+            self._post(path, notes[0])
+        else:
+            calls = [{"method": "POST", "url": path, "body": note} for note in notes]
+            self._post("/api/batch", {"requests": calls})
+
+    def _post(self, path: str, content: object) -> None:
+        body = json.dumps(content)
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\n"
+            f"Authorization: {self._root}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        self._socket.sendall((head + body).encode())
+        answer = self._socket.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 200"), answer
+        while not _is_whole(answer):
+            answer += self._socket.recv(65536)
+
+
+def _is_whole(answer: bytes) -> bool:
+    head, blank, body = answer.partition(b"\r\n\r\n")
+    if not blank:
+        return False
+    length = head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]
+    return len(body) >= int(length) if length else body.endswith(b"0\r\n\r\n")
+
+
+def _note(number: int, owner: str) -> dict[str, object]:
+    title = f"note {number}"
+    return {"id": f"{number:015d}", "owner": owner, "title": title, "body": _BODY, "n": number}
+
+
+@asynccontextmanager
+async def pgrealtime(url: str, *, rule: str, users: int = 0) -> AsyncIterator[PgRealtime]:
+    """Run it on a database of its own on the given server, dropped in the end.
+
+    Args:
+        url: Of the server, as a superuser.
+        rule: The notes' list and view rule.
+        users: How many there are.
+    """
+    async with AsyncExitStack() as stack:
+        database = stack.enter_context(_database(url))
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        rules = {"list_rule": rule, "view_rule": rule}
+        with pinned(SERVER_CORE):
+            running = await stack.enter_async_context(
+                service(
+                    database,
+                    directory,
+                    schema=_SCHEMA,
+                    sections={"realtime": {"max_connections": 20_000}},
+                    collections={
+                        "users": {"table": "users", "type": "auth"},
+                        "notes": {"table": "notes", **rules},
+                    },
+                )
+            )
+        for number in range(users):
+            await running.write.execute("INSERT INTO users VALUES (%s)", [user_id(number)])
+        _pin_sessions(database)
+        yield PgRealtime(
+            url=database,
+            port=running.address.port,
+            pid=running.process.pid,
+            tokens=[token(user_id(number)) for number in range(users)],
+            numbers=count(1),
+        )
+
+
+@asynccontextmanager
+async def pocketbase(*, rule: str, users: int = 0) -> AsyncIterator[PocketBase]:
+    """Run it on a directory of its own.
+
+    Args:
+        rule: The notes' list and view rule.
+        users: How many there are.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        template = Path(directory) / "template"
+        made = await PocketBaseTemplate.build(_fixtures(rule, users), template)
+        async with AsyncExitStack() as stack:
+            with pinned(SERVER_CORE):
+                running = await stack.enter_async_context(made.running(Path(directory) / "data"))
+            batch = {"enabled": True, "maxRequests": MOST_IN_A_COMMIT, "timeout": 600}
+            await running.api.call("PATCH", "/api/settings", {"batch": batch})
+            tokens = [
+                await running.api.impersonate("users", user_id(number), 36_000)
+                for number in range(users)
+            ]
+            yield PocketBase(
+                port=running.address.port,
+                pid=running.process.pid,
+                tokens=tokens,
+                root=running.api.token,
+                numbers=count(1),
+            )
+
+
+def _fixtures(rule: str, users: int) -> Fixtures:
+    people = FixtureCollection(
+        id="_pb_users_auth_", name="users", type="auth", list_rule=None, view_rule=None, fields=()
+    )
+    fields = tuple(FixtureField(name=name, type="text") for name in ("owner", "title", "body"))
+    notes = FixtureCollection(
+        id="pbc_notes000001",
+        name="notes",
+        type="base",
+        list_rule=rule,
+        view_rule=rule,
+        fields=(*fields, FixtureField(name="n", type="number")),
+    )
+    rows = tuple(
+        FixtureRow(
+            collection="users",
+            data={"id": user_id(number), "tokenKey": secrets.token_hex(25)},
+            raw=True,
+        )
+        for number in range(users)
+    )
+    return Fixtures(superuser=_ROOT, accounts={}, collections=(people, notes), rows=rows)
+
+
+@contextmanager
+def _database(url: str) -> Iterator[str]:
+    name = f"bench_{secrets.token_hex(4)}"
+    with psycopg.connect(url, autocommit=True) as admin:
+        admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        try:
+            yield psycopg.conninfo.make_conninfo(url, dbname=name)
+        finally:
+            admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+def _pin_sessions(database: str) -> None:
+    """Keep the sessions of this database off the server's core, where the machine lets us."""
+    with psycopg.connect(database) as connection:
+        mine = "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
+        for (pid,) in connection.execute(mine):
+            _pin(pid)
+
+
+def _pin(pid: int) -> None:
+    with suppress(OSError):
+        os.sched_setaffinity(pid, {CLIENT_CORE})

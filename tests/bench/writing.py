@@ -1,0 +1,63 @@
+"""How benchmarks write: as fast as each commit allows, or at a steady pace."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+from tests.bench.servers import Server, Writer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paced:
+    """Writes at a steady pace."""
+
+    sent: Sequence[int]
+    """When each was begun, in nanoseconds of the monotonic clock."""
+    round_trips: Sequence[float]
+    """Milliseconds until each was acknowledged, ascending."""
+
+
+def flat_out(server: Server, commits: Sequence[Sequence[str]], *, writers: int) -> int:
+    """Let some writers share the commits, each as fast as it can; return the nanosecond it began.
+
+    Args:
+        server: Where to.
+        commits: The owners of each commit's notes.
+        writers: That work at a time.
+    """
+    shares = [(server.writer(), commits[place::writers]) for place in range(writers)]
+    with ThreadPoolExecutor(writers) as pool:
+        began = time.monotonic_ns()
+        work = [pool.submit(partial(_write_all, writer, share)) for writer, share in shares]
+    for done in work:
+        done.result()
+    return began
+
+
+def _write_all(writer: Writer, commits: Sequence[Sequence[str]]) -> None:
+    for owners in commits:
+        writer.write(owners)
+
+
+def paced(server: Server, owners: Sequence[str], *, per_second: float) -> Paced:
+    """Write one note per commit, beginning each when its time has come.
+
+    One that is late because the one before took so long counts from when it began, which is kind
+    to a server that holds up its writers.
+    """
+    writer = server.writer()
+    sent: list[int] = []
+    round_trips: list[float] = []
+    start = time.monotonic_ns()
+    for place, owner in enumerate(owners):
+        due = start + int(place * 1e9 / per_second)
+        time.sleep(max(0.0, (due - time.monotonic_ns()) / 1e9))
+        begun = time.monotonic_ns()
+        writer.write([owner])
+        sent.append(begun)
+        round_trips.append((time.monotonic_ns() - begun) / 1e6)
+    return Paced(sent=sent, round_trips=sorted(round_trips))
