@@ -25,7 +25,7 @@ from pgrealtime.changelog.base import Changelog, Entry, Gap
 from pgrealtime.changes import Oversized, Row, TableName, Transaction
 from pgrealtime.collections import Collections
 from pgrealtime.config import RealtimeConfig
-from pgrealtime.errors import ChangelogError, PgRealtimeError, SubscriptionError
+from pgrealtime.errors import ChangelogError, PgRealtimeError, RuleError, SubscriptionError
 from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.connection import (
     CURSOR_TOPIC,
@@ -40,7 +40,7 @@ from pgrealtime.hub.frame import connect_tail, event_tail, resync_tail
 from pgrealtime.hub.match import Audience, Group, Matcher, Question
 from pgrealtime.hub.probe import LiveRow
 from pgrealtime.hub.snapshot import Barrier, Snapshot, Snapshots
-from pgrealtime.hub.topic import Topic, parse_topic
+from pgrealtime.hub.topic import parse_topic
 from pgrealtime.lsn import END, LSN, Cursor, Position, Xid, parse_position
 from pgrealtime.records.encode import View, encoder
 
@@ -132,6 +132,8 @@ class Hub:
         self._limits = limits
         self._nulls = nulls
         self._epoch = epoch
+        self._epochs: set[str] = set()
+        """Earlier ones whose positions the changelog goes on from."""
         self._can_resume = can_resume
         self._clock = clock
         self._snapshots = Snapshots(probe.snapshot)
@@ -143,6 +145,11 @@ class Hub:
         self._gate = False
         self._head = self._target = changelog.head
         self._is_deciding = False
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._edition = 0
+        """Counts the collections that were in use."""
+        self._reported: set[tuple[str, str]] = set()
+        self._reconsider: Callable[[Caller], Caller] = _unchanged
         self._joining: dict[Connection, None] = {}
         self._fresh: list[Subscription] = []
         self._unseen: deque[tuple[LSN, Xid]] = deque()
@@ -190,9 +197,63 @@ class Hub:
         """Whether events wait until their transactions are visible to readers."""
         self._gate = gate
 
+    def stream_continued(self, epoch: str) -> None:
+        """Another stream goes on where the last one left off: nothing was missed or repeated."""
+        self._epochs.add(self._epoch)
+        self._epoch = epoch
+        for connection in self._connections.values():
+            connection.epoch = epoch
+
+    async def use(
+        self,
+        collections: Collections,
+        matcher: Matcher,
+        reconsider: Callable[[Caller], Caller],
+    ) -> None:
+        """Judge and show by other collections from the next slice on; on return that is so.
+
+        Connections and their topics stay: each topic now means what it means by the new
+        collections, which may be nothing.
+
+        Args:
+            collections: Instead of those of now.
+            matcher: For them, without any subscription.
+            reconsider: What a caller who is known already is by the new configuration: the same,
+                changed, or a guest.
+        """
+        in_force = asyncio.get_running_loop().create_future()
+
+        def take() -> None:
+            self._take(collections, matcher, reconsider)
+            if not in_force.done():
+                in_force.set_result(None)
+
+        if self._is_deciding:
+            self._waiting.append(take)
+        else:
+            take()
+        await in_force
+
+    def _take(
+        self,
+        collections: Collections,
+        matcher: Matcher,
+        reconsider: Callable[[Caller], Caller],
+    ) -> None:
+        self._collections, self._matcher, self._reconsider = collections, matcher, reconsider
+        self._encoder = lru_cache(maxsize=_ENCODERS)(self._make_encoder)
+        self._edition += 1
+        self._reported.clear()
+        for connection in self._connections.values():
+            connection.caller = reconsider(connection.caller)
+            for subscription in connection.subscriptions.values():
+                subscription.group = None  # the other matcher's, which goes with it
+                self._mean(subscription, connection.caller)
+
     def _restarted(self, epoch: str) -> None:
         """Positions of before mean nothing any more: the changelog was emptied as well."""
         self._epoch = epoch
+        self._epochs.clear()
         self._head = self._target = self._changelog.head
         self._unseen.clear()
         for connection in list(self._connections.values()):
@@ -242,7 +303,8 @@ class Hub:
             connection.position = connection.position_text(self._head)
             return
         asked = asked or _position_of(position)
-        if asked is None or asked.epoch != self._epoch or not self._can_resume:
+        is_ours = asked is not None and asked.epoch in (self._epoch, *self._epochs)
+        if asked is None or not is_ours or not self._can_resume:
             connection.gap = "unknown"
         elif asked.cursor < self._changelog.floor:
             connection.gap = "expired"
@@ -382,7 +444,8 @@ class Hub:
         before = connection.subscriptions
         for subscription in before.values():
             self._matcher.remove(subscription)
-        connection.caller = caller
+        # The configuration may have changed since the caller was recognised.
+        connection.caller = caller = self._reconsider(caller)
         connection.subscriptions = {}
         connection.wants_resync = RESYNC_TOPIC in names
         connection.wants_cursor = CURSOR_TOPIC in names
@@ -390,29 +453,44 @@ class Hub:
             connection.is_resumable = True
             connection.position = connection.position_text(connection.cursor)
         for name in names:
-            subscription = self._subscription(connection, parse_topic(name), caller)
+            subscription = Subscription(connection, parse_topic(name), View(), "")
             kept = before.get(name)
             subscription.barrier = kept.barrier if kept else barrier
             if subscription.barrier is not None:
                 self._fresh.append(subscription)
-            reason = self._matcher.add(subscription, caller.principal)
+            reason = self._mean(subscription, caller)
             if reason:
                 log.info("subscription.mute", connection=connection.id, reason=reason)
             connection.subscriptions[name] = subscription
         if names:
             connection.resumes = False
 
-    def _subscription(self, connection: Connection, topic: Topic, caller: Caller) -> Subscription:
-        is_superuser = isinstance(caller.principal, Superuser)
-        view = View(
+    def _mean(self, subscription: Subscription, caller: Caller) -> str:
+        """Give a subscription that is in no group what its topic means to the caller now.
+
+        Returns:
+            Why nothing can match, or ``""``.
+        """
+        topic, is_superuser = subscription.topic, isinstance(caller.principal, Superuser)
+        subscription.view = View(
             sees_hidden=is_superuser, sees_email=is_superuser, fields=topic.query.get("fields")
         )
-        own_id = ""
+        subscription.own_id = ""
         if isinstance(caller.principal, AuthRecord):
             collection = self._collections.find(topic.collection)
             if collection is not None and collection.id == caller.principal.collection_id:
-                own_id = caller.principal.id
-        return Subscription(connection, topic, view, own_id)
+                subscription.own_id = caller.principal.id
+        try:
+            return self._matcher.add(subscription, caller.principal)
+        except RuleError as error:
+            self._report(topic.collection, error)
+            return error.message
+
+    def _report(self, collection: str, error: RuleError) -> None:
+        """Say once that a collection's rule denies everybody."""
+        if (collection, error.message) not in self._reported:
+            self._reported.add((collection, error.message))
+            log.error("rule.error", collection=collection, reason=error.message)
 
     # --- reading the changelog --------------------------------------------------------------
 
@@ -432,6 +510,7 @@ class Hub:
         )
         if self._gate:
             await self._until_visible(entries)
+        edition = self._edition
         for part in self._slices(entries, self._head):
             self._target, self._is_deciding = part.upto, True
             judged = await self._judge(part.events) if part.events else []
@@ -439,6 +518,8 @@ class Hub:
             self._advance(part)
             # Others of this loop get their turn: the reader, replays, HTTP.
             await asyncio.sleep(0)
+            if self._edition != edition:
+                return  # the rest was cut for other collections
 
     async def _until_visible(self, entries: Sequence[Entry]) -> None:
         xids = [entry.xid for entry in entries if isinstance(entry, Transaction)]
@@ -456,6 +537,8 @@ class Hub:
     def _advance(self, part: Slice) -> None:
         self._head, self._is_deciding = part.upto, False
         self.progressed.set()
+        while self._waiting:
+            self._waiting.popleft()()
         if self._fresh:
             self._clear_barriers()
         joining, self._joining = self._joining, {}
@@ -637,6 +720,7 @@ class Hub:
                 async with connection.turn:
                     if not connection.is_replaying() or self._opens_with_gap(connection):
                         return
+                    edition = self._edition
                     parts = self._parts_for(connection)
                     if parts is None:
                         self._join(connection)
@@ -645,7 +729,7 @@ class Hub:
                     async with connection.turn, self._replay_turns:
                         if not connection.is_replaying():
                             return
-                        is_whole = await self._hand(connection, part)
+                        is_whole = self._edition == edition and await self._hand(connection, part)
                     await connection.sink.drain()
                     if not is_whole:
                         break
@@ -676,12 +760,14 @@ class Hub:
         """Deliver a slice to one connection: what its own topics may see of it.
 
         Returns whether that was the whole slice: what lies beyond the dispatch task's own is
-        left for later, so that it is judged either here or there and never twice.
+        left for later, so that it is judged either here or there and never twice; and so is what
+        was judged by collections that are no longer those of now.
         """
+        edition = self._edition
         upto = min(part.upto, self._target)
         events = [event for event in part.events if event.cursor <= upto]
         batch = await self._batch_for(connection, events)
-        if connection.is_ended:
+        if connection.is_ended or self._edition != edition:
             return False
         if batch.places:
             connection.take(batch)
@@ -835,6 +921,10 @@ class Hub:
             await asyncio.sleep(0.05)
         for connection in list(self._connections.values()):
             self._end(connection, "shutdown")
+
+
+def _unchanged(caller: Caller) -> Caller:
+    return caller
 
 
 def _position_of(text: str | None) -> Position | None:
