@@ -58,6 +58,8 @@ def _modules(tree: ast.AST) -> Iterator[tuple[str, int]]:
                 yield from ((alias.name, node.lineno) for alias in names)
             case ast.ImportFrom(module=str(module), level=0):
                 yield module, node.lineno
+            case ast.Call(func=ast.Attribute(attr="find_spec"), args=[ast.Constant(str(module))]):
+                yield module, node.lineno  # used without being imported
             case _:
                 pass
 
