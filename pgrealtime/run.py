@@ -24,10 +24,10 @@ from pgrealtime.auth.account import Accounts
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.login import Login
 from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.catalog.model import Catalog, Table
+from pgrealtime.catalog.model import Catalog
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import TableName
-from pgrealtime.collections import build, table_names
+from pgrealtime.collections import Collections, build, table_names
 from pgrealtime.config import Config, DatabaseConfig
 from pgrealtime.errors import ConfigError, DatabaseUnreachableError, PgRealtimeError
 from pgrealtime.hub.dispatch import Hub
@@ -108,7 +108,7 @@ async def running(
             can_resume=config.changelog.max_age > 0,
         )
         relay = Relay(
-            lambda: _stream(config, tables),
+            lambda: _stream(config, collections),
             changelog,
             hub,
             tables=[table.name for table in tables],
@@ -160,11 +160,13 @@ async def _watch_standbys(probe: Probe, hub: Hub) -> None:
         await asyncio.sleep(_SETTINGS_SECONDS)
 
 
-def _stream(config: Config, tables: list[Table]) -> AbstractAsyncContextManager[WalStream]:
+def _stream(config: Config, collections: Collections) -> AbstractAsyncContextManager[WalStream]:
+    shown = collections.values()
     return open_stream(
         config.database.url,
         config.replication,
-        tables,
+        [collection.table for collection in shown],
+        record_keys={collection.table.name: (collection.key.name,) for collection in shown},
         max_transaction_size=config.changelog.max_size,
         on_wait=_report_wait,
     )
