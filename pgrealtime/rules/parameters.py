@@ -145,9 +145,9 @@ def value(
     """
     match parameter:
         case Literal(constant):
-            return _clean(constant)
+            return _cleaned(constant)
         case Lifted(index):
-            return _clean(literals[index])
+            return _cleaned(literals[index])
         case RequestValue():
             return _request_value(parameter, request)
         case Macro():
@@ -171,7 +171,7 @@ def static_shape(parameter: Parameter) -> Shape | None:
     """Return the class that the parameter has for everybody, or None if that differs."""
     match parameter:
         case Literal(constant):
-            return shape(_clean(constant))
+            return shape(_cleaned(constant))
         case Macro():
             is_text = parameter in _MOMENTS
             return Shape.TEXT if is_text else Shape.INTEGER
@@ -295,11 +295,15 @@ def _jsonb_order(member: tuple[str, object]) -> tuple[int, bytes]:
     return len(name), name
 
 
-def _clean(content: str | float) -> str | float:
+def _clean(text: str) -> str:
     """What Postgres can't hold, NUL and lone surrogates, becomes what Go makes of it or near."""
-    if isinstance(content, str) and not content.isascii():
-        content = content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return content.replace("\0", "\ufffd") if isinstance(content, str) else content
+    if not text.isascii():
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.replace("\0", "\ufffd")
+
+
+def _cleaned(content: str | float) -> str | float:
+    return _clean(content) if isinstance(content, str) else content
 
 
 def _sqlite_text(content: str | float) -> str | None:
@@ -356,11 +360,20 @@ def _request_value(parameter: RequestValue, request: Request) -> Scalar:
         return int(content is not None)
     if isinstance(content, str):
         content = _clean(content)
-        if parameter.as_number and isinstance(content, str) and _GO_FLOAT.fullmatch(content):
-            content = float(content)
+        if parameter.as_number:
+            content = _go_number(content)
     if parameter.is_lower and content is not None:
         content = _ascii_lower(_sqlite_text(content))
     return content
+
+
+def _go_number(text: str) -> str | float:
+    """Return the number that Go reads, or the text; a number that no double holds is a text."""
+    if _GO_FLOAT.fullmatch(text) is None:
+        return text
+    number = float(text)
+    is_too_large = math.isinf(number) and "n" not in text.lower()
+    return text if is_too_large else number
 
 
 def _looked_up(path: tuple[str, ...], request: Request) -> Scalar:

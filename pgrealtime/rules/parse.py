@@ -7,6 +7,7 @@ but for one that is budgeted.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ MAX_COMPARISONS = 200
 """PocketBase's own limit for one rule or filter."""
 MAX_CALL_DEPTH = 3
 """PocketBase's own limit for functions within functions."""
-MAX_DEPTH = 40
+MAX_DEPTH = 100
 """Alternations of ``&&`` and ``||``, after brackets that change nothing are gone.
 
 PocketBase has no limit; the SQL printer recurses, so there must be one.
@@ -297,7 +298,9 @@ class _Parser:
             number = self._take(_NUMBER, limit)
             if not _GOOD_NUMBER.fullmatch(number):
                 self._fail(f'invalid number "{number}"', begin, self._at)
-            return Lit(float(number), begin, self._at)
+            value = float(number)
+            # A number too large for a double is 0 to PocketBase.
+            return Lit(0.0 if math.isinf(value) else value, begin, self._at)
         name = self._take(_IDENTIFIER, limit)
         if not name:
             return None

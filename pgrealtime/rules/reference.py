@@ -147,7 +147,7 @@ def reference(
             kind, and a bad filter, admit nobody.
     """
     predicates: list[Predicate] = []
-    auth = _auth_collection(collections, request)
+    auth = auth_collection(collections, request)
     is_superuser = isinstance(request.principal, Superuser)
     if not is_superuser:
         if rule is None:
@@ -223,7 +223,8 @@ def _translated(
     )
 
 
-def _auth_collection(collections: Collections, request: Request) -> Collection | None:
+def auth_collection(collections: Collections, request: Request) -> Collection | None:
+    """Return the collection of the subscriber's record; None for others, or if there is none."""
     match request.principal:
         case AuthRecord() as record:
             found = collections.find(record.collection_name)

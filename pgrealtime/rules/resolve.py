@@ -397,7 +397,10 @@ class _Resolver:
                 return self._secret(place, name, modifier)
             if nullify:
                 return Keyword(None)
-            self._unknown("field", name, _paths(self._collections, collection))
+            known = _paths(self._collections, collection)
+            if name in known:
+                self._refuse_name(f'"{name}" needs a field', hint=f'Perhaps you meant "{name}.id".')
+            self._unknown("field", name, known)
         self._check(field)
         if modifier == "length" and _holds_values(field):
             return FieldValue(place, field, Part.LENGTH)
@@ -466,8 +469,8 @@ class _Resolver:
     def _refuse(self, message: str) -> NoReturn:
         raise RuleSyntaxError(message, start=self._at.start, end=self._at.end)
 
-    def _refuse_name(self, message: str) -> NoReturn:
-        raise RuleNameError(message, start=self._at.start, end=self._at.end)
+    def _refuse_name(self, message: str, *, hint: str = "") -> NoReturn:
+        raise RuleNameError(message, start=self._at.start, end=self._at.end, hint=hint)
 
     def _unsupported(self, message: str) -> NoReturn:
         raise RuleUnsupportedError(message, start=self._at.start, end=self._at.end)

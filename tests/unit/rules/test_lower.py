@@ -1,0 +1,159 @@
+"""The shape of the SQL: what it holds, what it depends on, who makes it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from sqlglot import exp, parse_one
+from sqlglot.optimizer.qualify import qualify
+from sqlglot.schema import MappingSchema
+
+import pgrealtime.rules
+from pgrealtime.auth.principal import AuthRecord
+from pgrealtime.rules import ir, sql
+from pgrealtime.rules.lower import ROW, lower
+from pgrealtime.rules.parameters import Shape, shape, value
+from pgrealtime.rules.reference import Reference, reference
+from pgrealtime.rules.request import Request
+from pgrealtime.rules.resolve import resolve_rule
+from tests.unit.rules.schema import COLLECTIONS, POSTS, USERS
+
+ANN = AuthRecord(collection_id="pbc_users", collection_name="users", id="uann")
+
+
+def _sql(rule: str, request: Request | None = None) -> str:
+    request = request or Request(principal=ANN)
+    asked = reference(COLLECTIONS, POSTS, rule, request)
+    assert isinstance(asked, Reference)
+    return asked.statement
+
+
+_SOURCES = sorted(Path(pgrealtime.rules.__file__).parent.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", _SOURCES, ids=lambda path: path.name)
+def test_connectives_are_made_in_one_place(path: Path) -> None:
+    """A bare ``exp.And`` prints no brackets and changes the meaning; one module makes them."""
+    made = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "exp"
+    }
+    assert not made & {"And", "Or", "Not", "Xor"}
+    assert path.name == "lower.py" or not made & {"and_", "or_", "not_", "condition"}
+
+
+def test_no_value_of_a_rule_is_in_the_text() -> None:
+    """Literals, request values and keys of json go through placeholders, always."""
+    request = Request(principal=ANN, query={"q": "quux'--", "filter": "title != 'fi%lt'"})
+    rule = "title ~ 'lit%eral' && views > 4711 && data.somekey = @request.query.q && id = @now"
+    asked = reference(COLLECTIONS, POSTS, rule, request)
+    assert isinstance(asked, Reference)
+    question = asked.question([], datetime.now(UTC))
+    for secret in ("lit", "4711", "somekey", "quux", "fi%", "uann"):
+        assert secret not in question.sql
+    given = [content for content in question.params.values() if content is not None]
+    assert {"lit%eral", 4711.0, "somekey", "quux'--", "fi%lt"} <= {
+        content for content in given if isinstance(content, str | float)
+    }
+
+
+def test_every_percent_is_a_placeholder_or_doubled() -> None:
+    """The driver reads the text as a format."""
+    rest = re.sub(r"%\(\w+\)s|%%", "", _sql("title ~ author.name && tags:each ?~ title"))
+    assert "%" not in rest
+
+
+def test_translation_depends_on_classes_only() -> None:
+    """Two subscribers whose values have the same classes share it; others needn't."""
+    rule = "title = @request.query.q || views > @request.query.q || title ~ @request.query.q"
+
+    def of(text: str) -> str:
+        return _sql(rule, Request(query={"q": text}))
+
+    assert of("a") == of("something else")
+    assert of("1") == of(" 22.5 ")
+    assert len({of("a"), of("1"), of(""), of("%\\"), _sql(rule, Request())}) == 5
+
+
+def test_leaves_over_one_path_share_its_join() -> None:
+    """Two ``?`` comparisons speak of one reviewer; other paths join on their own."""
+    shared = _sql("reviewers.name ?= 'a' && reviewers.level ?> 1 && reviewers:each ?= 'x'")
+    assert shared.count("LEFT JOIN") == 2
+    apart = _sql("@collection.users.name ?= 'a' && @collection.users:b.name ?= 'b'")
+    assert apart.count("LEFT JOIN") == 2
+
+
+def test_table_is_qualified_and_names_are_quoted() -> None:
+    """search_path is pg_catalog: nothing else would be found, and nothing can be shadowed."""
+    tree = parse_one(re.sub(r"%\(\w+\)s", "NULL", _sql("author.name = 'x'")), dialect="postgres")
+    tables = {(table.db, table.name) for table in tree.find_all(exp.Table) if table.name}
+    assert tables == {("public", "users")}
+    assert all(
+        identifier.args["quoted"]
+        for column in tree.find_all(exp.Column)
+        for identifier in column.find_all(exp.Identifier)
+    )
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "title = 'x' || views > 1 && published = true",
+        "author.name = 'x' || reviewers.level != 3 && comments_via_post.score ?> 1",
+        "@collection.teams.lead.name = @request.auth.name || data.a.0 ~ 'x'",
+    ],
+)
+def test_every_column_is_one_of_the_row_it_is_asked_of(rule: str) -> None:
+    """The resolver of sqlglot finds all columns in the schema, case and all."""
+    shapes = {
+        parameter: shape(value(parameter, Request(principal=ANN), datetime.now(UTC)))
+        for parameter in ir.parameters(resolve_rule(rule, COLLECTIONS, POSTS, USERS).where)
+    }
+    lowered = lower(resolve_rule(rule, COLLECTIONS, POSTS, USERS), COLLECTIONS, shapes)
+    row = sql.table(POSTS.table.name, ROW)
+    select = exp.Select(
+        expressions=[exp.Literal.number(1)],
+        from_=exp.From(this=row),
+        where=exp.Where(this=lowered.condition.copy()),
+    )
+    schema: dict[str, object] = {
+        "public": {
+            one.table.name.name: {column.name: column.type.name for column in one.table.columns}
+            for one in COLLECTIONS.values()
+        }
+    }
+    qualify(
+        select,
+        dialect="postgres",
+        schema=MappingSchema(schema, dialect="postgres", normalize=False),
+        validate_qualify_columns=True,
+        quote_identifiers=False,
+    )
+
+
+def test_columns_and_tables_that_are_read_are_told() -> None:
+    """A row image must have the columns, and whoever decides deletes the tables."""
+    asked = reference(
+        COLLECTIONS,
+        POSTS,
+        "author.name = 'x' || views > 1",
+        Request(query={"filter": "title ~ 'y'"}),
+    )
+    assert isinstance(asked, Reference)
+    assert asked.columns == ("author", "views", "title")
+    assert asked.tables == {USERS.table.name}
+
+
+def test_absent_parameters_are_folded_into_the_text() -> None:
+    """A guest's ``author = @request.auth.id`` asks for rows without author."""
+    guest = _sql("author = @request.auth.id", Request())
+    assert "IS NULL" in guest
+    assert "%(p0)s" not in guest
+    assert Shape.ABSENT.is_empty

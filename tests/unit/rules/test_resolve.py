@@ -1,0 +1,315 @@
+"""What paths mean, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pgrealtime.auth.principal import AuthRecord
+from pgrealtime.collections import Collection, Collections
+from pgrealtime.errors import RuleError, RuleNameError, RuleSyntaxError, RuleUnsupportedError
+from pgrealtime.rules import ir
+from pgrealtime.rules.parameters import Lifted, Literal, Macro, RequestValue
+from pgrealtime.rules.parse import Op
+from pgrealtime.rules.reference import Nobody, Reference, reference, validate
+from pgrealtime.rules.request import Request
+from pgrealtime.rules.resolve import resolve_filter, resolve_rule
+from tests.unit.rules.schema import COLLECTIONS, COMMENTS, POSTS, TEAMS, USERS
+
+HERE = ir.Place(ir.Here("posts"))
+AUTHOR = HERE.to(ir.ToOne(POSTS.by_name["author"], "users"))
+REVIEWS = HERE.to(ir.Items(POSTS.by_name["reviewers"]))
+REVIEWERS = REVIEWS.to(ir.ToItem("users"))
+SELF = ir.Place(ir.AuthRow("users"))
+
+
+def _left(path: str, auth: Collection | None = USERS) -> ir.Term:
+    where = resolve_rule(f"{path} = 'x'", COLLECTIONS, POSTS, auth).where
+    assert isinstance(where, ir.Comparison)
+    return where.left
+
+
+def _own(name: str, part: ir.Part = ir.Part.WHOLE) -> ir.FieldValue:
+    return ir.FieldValue(HERE, POSTS.by_name[name], part)
+
+
+@pytest.mark.parametrize(
+    ("path", "term"),
+    [
+        ("title", _own("title")),
+        ("title:lower", _own("title", ir.Part.LOWER)),
+        ("author", _own("author")),
+        ("author.id", _own("author")),
+        ("author.id:lower", ir.FieldValue(AUTHOR, USERS.by_name["id"], ir.Part.LOWER)),
+        ("author.name", ir.FieldValue(AUTHOR, USERS.by_name["name"])),
+        ("author.pin", ir.FieldValue(AUTHOR, USERS.by_name["pin"])),
+        ("reviewers", _own("reviewers")),
+        ("reviewers.id", ir.FieldValue(REVIEWERS, USERS.by_name["id"])),
+        ("reviewers:each", ir.Item(REVIEWS)),
+        ("reviewers:length", _own("reviewers", ir.Part.LENGTH)),
+        ("author:each", _own("author", ir.Part.EACH)),
+        ("status:length", _own("status", ir.Part.LENGTH)),
+        # modifiers that a field doesn't have are ignored
+        ("title:length", _own("title")),
+        ("title:isset", _own("title")),
+        ("views:each", _own("views")),
+        # json and points
+        ("data", ir.JsonValue(HERE, POSTS.by_name["data"], ())),
+        ("data:each", ir.JsonValue(HERE, POSTS.by_name["data"], ())),
+        ("data.a.0", ir.JsonValue(HERE, POSTS.by_name["data"], ("a", "0"))),
+        ("data.a:lower", ir.JsonValue(HERE, POSTS.by_name["data"], ("alower",))),
+        ("loc.lon", ir.JsonValue(HERE, POSTS.by_name["loc"], ("lon",))),
+        ("loc", _own("loc")),
+        # back relations
+        (
+            "comments_via_post.score",
+            ir.FieldValue(
+                HERE.to(ir.Back("comments", COMMENTS.by_name["post"], is_unique=False)),
+                COMMENTS.by_name["score"],
+            ),
+        ),
+        # other collections
+        (
+            "@collection.teams:x.name",
+            ir.FieldValue(ir.Place(ir.AllRows("teams", "x")), TEAMS.by_name["name"]),
+        ),
+        (
+            "@collection.Teams.name",
+            ir.FieldValue(ir.Place(ir.AllRows("teams", None)), TEAMS.by_name["name"]),
+        ),
+        (
+            "@collection.pbc_teams.name",
+            ir.FieldValue(ir.Place(ir.AllRows("teams", None)), TEAMS.by_name["name"]),
+        ),
+        # the subscriber
+        ("@request.auth.id", ir.Constant(RequestValue(("auth", "id")))),
+        ("@request.auth.name", ir.FieldValue(SELF, USERS.by_name["name"])),
+        ("@request.auth.id:lower", ir.FieldValue(SELF, USERS.by_name["id"], ir.Part.LOWER)),
+        ("@request.auth.nope", ir.Keyword(None)),
+        ("@request.auth.nope.deeper", ir.Keyword(None)),
+        ("@request.auth.posts_via_nope.id", ir.Keyword(None)),
+        ("@request.query.k", ir.Constant(RequestValue(("query", "k")))),
+        ("@request.query.views", ir.Constant(RequestValue(("query", "views"), as_number=True))),
+        ("@request.query.k:isset", ir.Constant(RequestValue(("query", "k"), is_set=True))),
+        ("@request.headers.k:lower", ir.Constant(RequestValue(("headers", "k"), is_lower=True))),
+        ("@request.context", ir.Constant(RequestValue(("context",)))),
+        ("@request.body.title", ir.Keyword(None)),
+        ("@request.body.title:lower", ir.Constant(Literal(""))),
+        ("@request.body.tags:length", ir.Keyword(False)),
+        ("@request.body.tags:each", ir.NoItem(is_multiple=True)),
+        # macros before fields, fields before keywords
+        ("@now", ir.Constant(Macro.NOW)),
+        ("true", _own("true")),
+        ("True", ir.Keyword(True)),
+        ("NULL", ir.Keyword(None)),
+    ],
+)
+def test_path_means(path: str, term: ir.Term) -> None:
+    """Every kind of path, as PocketBase resolves it."""
+    assert _left(path) == term
+
+
+@pytest.mark.parametrize(
+    "path", ["@request.auth.name", "@request.auth.id:isset", "@request.auth.nope.x"]
+)
+def test_paths_of_a_guest_are_null(path: str) -> None:
+    """Rules are shared by guests and several auth collections: nothing there is an error."""
+    assert _left(path, None) == ir.Keyword(None)
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "place", "hint"),
+    [
+        ("titel = 1", RuleNameError, (0, 5), 'Perhaps you meant "title".'),
+        ("id = '1' && author.nam ~ 'x'", RuleNameError, (12, 22), 'Perhaps you meant "name".'),
+        (
+            "1 = coment_via_post.id",
+            RuleNameError,
+            (4, 22),
+            'Perhaps you meant "comments_via_post".',
+        ),
+        (
+            "comment_via_post.id = 1",
+            RuleNameError,
+            (0, 19),
+            'Perhaps you meant "comments_via_post".',
+        ),
+        ("@collection.team.id = 1", RuleNameError, (0, 19), 'Perhaps you meant "teams".'),
+        ("strftim('x') = 1", RuleNameError, (0, 12), 'Perhaps you meant "strftime".'),
+        ("title:lowr = 1", RuleNameError, (0, 10), 'Perhaps you meant "lower".'),
+        ("@yesterdy = 1", RuleNameError, (0, 9), 'Perhaps you meant "@yesterday".'),
+        ("nil = 1", RuleNameError, (0, 3), ""),
+        ("Title = 1", RuleNameError, (0, 5), 'Perhaps you meant "title".'),
+        ("tags:each:lower = 1", RuleNameError, (0, 15), ""),
+        ("@request.foo = 1", RuleNameError, (0, 12), ""),
+        ("@request.auth = 1", RuleNameError, (0, 13), ""),
+        ("@request.data.x = 1", RuleNameError, (0, 15), ""),
+        ("@request.method:lower = 1", RuleNameError, (0, 21), ""),
+        ("collectionName = 1", RuleNameError, (0, 14), ""),
+        ("title.x = 1", RuleSyntaxError, (0, 7), ""),
+        ("comments_via_score.id = 1", RuleSyntaxError, (0, 21), ""),
+        ("users_via_groups.id = 1", RuleSyntaxError, (0, 19), ""),
+        (
+            "comments_via_post = 1",
+            RuleNameError,
+            (0, 17),
+            'Perhaps you meant "comments_via_post.id".',
+        ),
+        ("@request.query.k:each = 1", RuleSyntaxError, (0, 21), ""),
+        ("@request.body.nope:changed = 1", RuleSyntaxError, (0, 26), ""),
+        ("@request.body.title:length = 1", RuleSyntaxError, (0, 26), ""),
+        ("author" + ".manager" * 6 + ".name = 1", RuleSyntaxError, (0, 59), ""),
+        ("geoDistance(1,2,3) = 1", RuleSyntaxError, (0, 18), ""),
+        ("geoDistance('1',2,3,4) = 1", RuleSyntaxError, (0, 22), ""),
+        ("strftime() = 1", RuleSyntaxError, (0, 10), ""),
+        ("strftime(title) = 1", RuleSyntaxError, (0, 15), ""),
+        ("strftime('%Y', strftime('%Y')) = 1", RuleSyntaxError, (0, 30), ""),
+        ("strftime('%Y', title, views) = 1", RuleSyntaxError, (0, 28), ""),
+        ("strftime('%Y', title, 'localtime') = 1", RuleUnsupportedError, (0, 38), ""),
+        ("strftime('%J', title) = 1", RuleUnsupportedError, (0, 25), ""),
+        ("blob = 1", RuleUnsupportedError, (0, 4), ""),
+        (
+            "@collection.teams:x.id = @collection.users:x.id",
+            RuleUnsupportedError,
+            (25, 47),
+            "",
+        ),
+    ],
+)
+def test_bad_rule_is_refused_where_it_is_bad(
+    rule: str, error: type[RuleError], place: tuple[int, int], hint: str
+) -> None:
+    """At start an operator reads what is wrong, where, and what was probably meant."""
+    with pytest.raises(error) as refused:
+        validate(COLLECTIONS, POSTS, rule)
+    assert (refused.value.start, refused.value.end) == place
+    assert refused.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "",
+        "1 = 2",
+        "title > views && published = 'x'",
+        "@request.auth.nope = @request.query.whatever.x",
+        "@request.body.nope.deep = null",
+        "author" + ".manager" * 5 + ".name = 1",
+    ],
+)
+def test_nonsense_that_is_no_error_is_accepted(rule: str) -> None:
+    """Types that don't fit and requests that lack a key are no mistakes of the language."""
+    validate(COLLECTIONS, POSTS, rule)
+
+
+# --- filters
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "title = '@request.'",
+        "title = '@collection.x'",
+        "internal = 'x'",
+        "author.pin = '1'",
+        "author.password = 'x'",
+        "author.tokenKey != ''",
+        "secrets_via_post.id != ''",
+        "nope = 1",
+        "title = '" + "x" * 3500 + "'",
+    ],
+)
+def test_filter_is_held_to_what_its_sender_may_see(text: str) -> None:
+    """Hidden fields, locked collections and the words @request. and @collection. are refused."""
+    with pytest.raises(RuleError):
+        resolve_filter(text, COLLECTIONS, POSTS, USERS)
+
+
+def test_filter_joins_only_what_can_be_listed() -> None:
+    """A collection's list rule is demanded of every row of it that the filter reads."""
+    guarded = Collections((_with_rule(USERS, "level > 0"), TEAMS, POSTS, COMMENTS))
+    leaf = ir.Comparison(
+        ir.FieldValue(AUTHOR, USERS.by_name["name"]), Op.EQ, False, ir.Constant(Literal("x"))
+    )
+    missing = ir.Comparison(
+        ir.FieldValue(AUTHOR, USERS.by_name["id"]), Op.EQ, True, ir.Constant(Literal(""))
+    )
+    level = ir.FieldValue(ir.Place(ir.Here("users")), USERS.by_name["level"])
+    rule = ir.Comparison(level, Op.GT, False, ir.Constant(Literal(0.0)))
+
+    found = resolve_filter("author.name = 'x'", guarded, POSTS, None)
+
+    demanded = ir.Disjunction((missing, ir.Nested(AUTHOR, rule)))
+    assert found.where == ir.Conjunction((leaf, demanded))
+
+
+def _with_rule(collection: Collection, rule: str | None) -> Collection:
+    return replace(collection, list_rule=rule)
+
+
+def test_filter_finds_an_address_only_where_it_is_shown() -> None:
+    """Each comparison with an e-mail address asks for emailVisibility of the same row."""
+    where = resolve_filter("email != ''", COLLECTIONS, USERS, None).where
+    here = ir.Place(ir.Here("users"))
+    assert where == ir.Conjunction(
+        (
+            ir.Comparison(
+                ir.FieldValue(here, USERS.by_name["email"]), Op.NE, False, ir.Constant(Literal(""))
+            ),
+            ir.Comparison(
+                ir.FieldValue(here, USERS.by_name["emailVisibility"]),
+                Op.EQ,
+                True,
+                ir.Keyword(True),
+            ),
+        )
+    )
+
+
+def test_filters_that_differ_in_literals_share_a_predicate() -> None:
+    """What is compiled once per shape has no literal in it; a format's text stays."""
+    one = resolve_filter("title = 'a' && views > 1", COLLECTIONS, POSTS, None)
+    other = resolve_filter("title  =  'b' && views > 22", COLLECTIONS, POSTS, None)
+
+    assert one != other
+    assert ir.lifted(one)[0] == ir.lifted(other)[0]
+    assert ir.lifted(other)[1] == ("b", 22.0)
+    assert ir.parameters(ir.lifted(one)[0].where) == (Lifted(0), Lifted(1))
+
+
+# --- what comes of it
+
+
+def test_rule_that_fails_for_one_kind_of_subscriber_admits_none_of_them() -> None:
+    """At save time rules are checked as a guest; what only shows later denies and isn't raised."""
+    ann = AuthRecord(collection_id="pbc_users", collection_name="users", id="uann")
+    rule = "@request.auth.level.x = 1 || id != ''"
+
+    validate(COLLECTIONS, POSTS, rule)
+    asked = reference(COLLECTIONS, POSTS, rule, Request(principal=ann))
+    assert isinstance(asked, Nobody)
+    assert isinstance(reference(COLLECTIONS, POSTS, rule, Request()), Reference)
+
+
+_WORDS = st.sampled_from(
+    [
+        *("title", "views", "data.a.0", "loc.lon", "reviewers.name", "tags:each", "author.id"),
+        *("comments_via_post.score", "@collection.teams.name", "@request.auth.name", "@now"),
+        *("@request.query.views", "@request.body.tags:each", "null", "true", "nope", "'x'", "5"),
+        *("strftime('%Y-%q', pub_date, '+1 month')", "geoDistance(1, 2, loc.lon, title)"),
+        *("=", "?!=", "~", "!~", ">", "?<=", "&&", "||", "(", ")", ":lower", ".x", "//"),
+    ]
+)
+
+
+@given(st.one_of(st.text(), st.lists(_WORDS, max_size=14).map(" ".join)))
+@settings(max_examples=300)
+def test_any_text_is_validated_or_refused_with_a_place(text: str) -> None:
+    """Whatever stands in a configuration or comes from a client: a RuleError or a translation."""
+    try:
+        validate(COLLECTIONS, POSTS, text)
+    except RuleError as error:
+        assert 0 <= error.start <= error.end <= len(text)  # noqa: PT017 (most texts are refused)
