@@ -13,13 +13,13 @@ from datetime import UTC, datetime
 from sqlglot import exp
 
 from pgrealtime.auth.principal import AuthRecord, Superuser
-from pgrealtime.catalog.model import Column, Table
 from pgrealtime.changes import Row, TableName
 from pgrealtime.collections import Collection, Collections
 from pgrealtime.errors import RuleError, RuleUnsupportedError
 from pgrealtime.rules import sql
+from pgrealtime.rules.images import Overlay, before, columns_of, free_name, images
 from pgrealtime.rules.ir import Predicate, parameters
-from pgrealtime.rules.lower import ROW, Lowered, all_of, lower, negation
+from pgrealtime.rules.lower import ROW, Lowered, all_of, lower
 from pgrealtime.rules.parameters import Binding, render, shape, value
 from pgrealtime.rules.request import Request
 from pgrealtime.rules.resolve import resolve_filter, resolve_rule
@@ -50,17 +50,6 @@ class Question:
     """In psycopg's format style, ``%(name)s``."""
     params: dict[str, object]
     """One result row per admitted row image, of one column: its 0-based index, in no order."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Overlay:
-    """A related table as it was before a transaction: what a delete is judged against."""
-
-    table: Table
-    before: Sequence[Row]
-    """The first old image of each row that the transaction updated or deleted, whole."""
-    touched: Sequence[Row]
-    """Those rows and the inserted ones, the primary key's columns at least: not to be read live."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,17 +92,11 @@ class Reference:
         Returns:
             None if an old image lacks a column that is read: then nothing can be admitted.
         """
-        conditions = [part.condition for part in self.lowered]
-        if not all(_covers(overlay, conditions) for overlay in overlays):
-            return None
         params = self._params(rows, now)
-        names: dict[TableName, str] = {}
-        views: list[exp.CTE] = []
-        for index, overlay in enumerate(overlays):
-            if read := _columns_read(conditions, overlay.table):
-                names[overlay.table.name] = f"before{index}"
-                views.append(_view(f"before{index}", overlay, read, params))
-        redirected = [_redirected(condition, names) for condition in conditions]
+        made = before([part.condition for part in self.lowered], overlays, params)
+        if made is None:
+            return None
+        redirected, views = made
         return Question(_statement(self.collection, self.columns, redirected, views), params)
 
     def _params(self, rows: Sequence[Row], now: datetime) -> dict[str, object]:
@@ -224,6 +207,7 @@ def _translated(
 
 
 def auth_collection(collections: Collections, request: Request) -> Collection | None:
+    """Return the collection of the subscriber's record; None for guests and superusers."""
     """Return the collection of the subscriber's record; None for others, or if there is none."""
     match request.principal:
         case AuthRecord() as record:
@@ -256,149 +240,13 @@ def _statement(
     views: Sequence[exp.CTE],
 ) -> str:
     """Print the query for the rows that meet all conditions."""
-    columns = [_column(collection.table, name) for name in names]
-    ordinal = _free_name(columns)
+    columns = columns_of(collection.table, names)
+    ordinal = free_name(names)
     select = exp.Select(
         expressions=[sql.column(ROW, ordinal)],
-        from_=exp.From(this=_images(columns, ordinal)),
+        from_=exp.From(this=images(columns, ordinal)),
         where=exp.Where(this=all_of(*conditions)),
     )
     if views:
         select.set("with_", exp.With(expressions=list(views)))
     return select.sql(dialect="postgres", copy=False)
-
-
-def _column(table: Table, name: str) -> Column:
-    column = table.column(name)
-    assert column is not None
-    return column
-
-
-def _free_name(taken: Sequence[Column]) -> str:
-    """Return a name for the ordinal that no column has."""
-    name = "ordinal"
-    while any(column.name == name for column in taken):
-        name += "_"
-    return name
-
-
-def _images(columns: Sequence[Column], ordinal: str) -> Sql:
-    """Return the row images as a derived table with the names and types of the table's columns."""
-    raw = "k"
-    names = [f"c{at}" for at in range(len(columns))]
-    arrays = [sql.cast(sql.placeholder("i"), "int[]")]
-    arrays += [sql.cast(sql.placeholder(name), "text[]") for name in names]
-    select = exp.Select(
-        expressions=[sql.column(raw, ordinal), *_typed(raw, names, columns)],
-        from_=exp.From(this=_unnested(raw, [ordinal, *names], arrays)),
-    )
-    return exp.Subquery(this=select, alias=exp.TableAlias(this=sql.name(ROW)))
-
-
-def _unnested(alias: str, names: Sequence[str], arrays: Sequence[Sql]) -> Sql:
-    columns = [sql.name(name) for name in names]
-    return exp.Unnest(
-        expressions=list(arrays), alias=exp.TableAlias(this=sql.name(alias), columns=columns)
-    )
-
-
-def _typed(raw: str, names: Sequence[str], columns: Sequence[Column]) -> list[Sql]:
-    return [
-        exp.Alias(this=sql.typed(sql.column(raw, name), column.type), alias=sql.name(column.name))
-        for name, column in zip(names, columns, strict=True)
-    ]
-
-
-# --- related tables as they were
-
-
-def _rows_of(conditions: Sequence[Sql], table: TableName) -> set[str]:
-    """Return the aliases under which the conditions read the table."""
-    name, schema = sql.name(table.name).name, sql.name(table.schema).name
-    return {
-        node.alias
-        for condition in conditions
-        for node in condition.find_all(exp.Table)
-        if (node.name, node.db) == (name, schema)
-    }
-
-
-def _columns_read(conditions: Sequence[Sql], table: Table) -> list[Column]:
-    """Return the columns of the table that the conditions read."""
-    aliases = _rows_of(conditions, table.name)
-    read = {
-        node.name
-        for condition in conditions
-        for node in condition.find_all(exp.Column)
-        if node.table in aliases
-    }
-    return [column for column in table.columns if sql.name(column.name).name in read]
-
-
-def _covers(overlay: Overlay, conditions: Sequence[Sql]) -> bool:
-    """Whether the old images hold all that is read, and the keys are known."""
-    read = _columns_read(conditions, overlay.table)
-    return (bool(overlay.table.primary_key) or not _rows_of(conditions, overlay.table.name)) and (
-        all(column.name in row for row in overlay.before for column in read)
-        and all(key in row for row in overlay.touched for key in overlay.table.primary_key)
-    )
-
-
-def _redirected(condition: Sql, names: Mapping[TableName, str]) -> Sql:
-    """Return the condition reading other relations in place of some tables."""
-    copied = condition.copy()
-    wanted = {
-        (sql.name(table.name).name, sql.name(table.schema).name): name
-        for table, name in names.items()
-    }
-    for node in list(copied.find_all(exp.Table)):
-        name = wanted.get((node.name, node.db))
-        if name is not None:
-            alias = exp.TableAlias(this=sql.name(node.alias))
-            node.replace(exp.Table(this=sql.name(name), alias=alias))
-    return copied
-
-
-def _view(
-    name: str, overlay: Overlay, columns: Sequence[Column], params: dict[str, object]
-) -> exp.CTE:
-    """Return the table as it was, and put the old images into the statement's parameters."""
-    keys = [_column(overlay.table, key) for key in overlay.table.primary_key]
-    old_names = [f"{name}_c{at}" for at in range(len(columns))]
-    key_names = [f"{name}_k{at}" for at in range(len(keys))]
-    for key, column in zip(old_names, columns, strict=True):
-        params[key] = [row[column.name] for row in overlay.before]
-    for key, column in zip(key_names, keys, strict=True):
-        params[key] = [row[column.name] for row in overlay.touched]
-    old = exp.Select(
-        expressions=_typed("k", old_names, columns),
-        from_=exp.From(this=_unnested("k", old_names, _arrays(old_names))),
-    )
-    is_touched = exp.Select(
-        expressions=[sql.number(1)],
-        from_=exp.From(this=_unnested("g", key_names, _arrays(key_names))),
-        where=exp.Where(
-            this=all_of(
-                *(
-                    sql.equal_keys(
-                        sql.column("t", column.name),
-                        column.type,
-                        sql.typed(sql.column("g", key), column.type),
-                        column.type,
-                    )
-                    for key, column in zip(key_names, keys, strict=True)
-                )
-            )
-        ),
-    )
-    live = exp.Select(
-        expressions=[sql.column("t", column.name) for column in columns],
-        from_=exp.From(this=sql.table(overlay.table.name, "t")),
-        where=exp.Where(this=negation(exp.Exists(this=is_touched))),
-    )
-    union = exp.Union(this=old, expression=live, distinct=False)
-    return exp.CTE(this=union, alias=exp.TableAlias(this=sql.name(name)))
-
-
-def _arrays(names: Sequence[str]) -> list[Sql]:
-    return [sql.cast(sql.placeholder(name), "text[]") for name in names]
