@@ -24,6 +24,7 @@ from pgrealtime.rules.ir import (
     Equality,
     FieldValue,
     GeoDistance,
+    JsonValue,
     Nested,
     NoItem,
     Part,
@@ -204,6 +205,19 @@ def _value(side: _Side, *, is_strict: bool = True) -> Value:
 # --- equality
 
 
+def _spelt(left: _Side, right: _Side, *, is_strict: bool) -> tuple[Value, Value]:
+    """Return both values, a constant spelt as jsonb spells containers if it meets one."""
+    values = []
+    for side, other in ((left, right), (right, left)):
+        shown = _value(side, is_strict=is_strict)
+        if isinstance(other.term, JsonValue) and _shape(side) in {Shape.TEXT, Shape.DANGLING}:
+            assert shown.parameter is not None
+            spelt = side.scope.statement.bind(shown.parameter, Form.JSON)
+            shown = replace(shown, text=spelt)
+        values.append(shown)
+    return values[0], values[1]
+
+
 def _equality(op: Op, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
     case = equality(left.traits, right.traits)
     is_null_safe = case is Equality.NULL_SAFE or (case is Equality.PLAIN and op is Op.NE)
@@ -212,7 +226,7 @@ def _equality(op: Op, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
         return same if op is Op.EQ else negation(same)
     match case:
         case Equality.NULL_SAFE:
-            one, other = _converted(_value(left), _value(right), left.scope)
+            one, other = _converted(*_spelt(left, right, is_strict=True), left.scope)
             return _same(one, other) if op is Op.EQ else negation(_same(one, other))
         case Equality.CONSTANT:
             return sql.truth(op is Op.EQ)
@@ -256,7 +270,7 @@ def _plain(op: Op, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
         native = _native(left, right) or _native(right, left)
         if native is not None:
             return native
-    one, other = _value(left, is_strict=is_strict), _value(right, is_strict=is_strict)
+    one, other = _spelt(left, right, is_strict=is_strict)
     if left.traits.is_empty or right.traits.is_empty:
         nothing = _blank_text()
         one, other = (
