@@ -10,15 +10,16 @@ import hashlib
 import random
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import structlog
 
 from pgrealtime.changelog.base import Gap
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Oversized, TableName, Transaction
-from pgrealtime.errors import PgRealtimeError
+from pgrealtime.errors import PgRealtimeError, StreamInterruptedError
 from pgrealtime.lsn import Cursor, format_lsn
 from pgrealtime.wal.slot import SystemIdentity
 from pgrealtime.wal.stream import WalStream
@@ -28,6 +29,11 @@ log = structlog.get_logger(__name__)
 _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 10.0
 _EXPIRE_SECONDS = 1.0
+_LOOK_SECONDS = 0.02
+"""While another stream waits to go on: between two looks at how far this one has read."""
+
+OpenStream: TypeAlias = Callable[[], AbstractAsyncContextManager[WalStream]]
+"""Opens a stream with a slot of its own."""
 
 
 class Follower(Protocol):
@@ -51,9 +57,23 @@ class Follower(Protocol):
         """The stream is being read."""
         ...
 
+    def stream_continued(self, epoch: str) -> None:
+        """Another stream goes on exactly where the last one left off."""
+        ...
+
     def stream_lost(self) -> None:
         """The stream is away."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Successor:
+    """A stream that is open already, and has all that commits after its start."""
+
+    stream: WalStream
+    opened: AsyncExitStack
+    """Closes it."""
+    took_over: asyncio.Event
 
 
 class Relay:
@@ -70,7 +90,7 @@ class Relay:
 
     def __init__(
         self,
-        open_stream: Callable[[], AbstractAsyncContextManager[WalStream]],
+        open_stream: OpenStream,
         changelog: MemoryChangelog,
         follower: Follower,
         *,
@@ -83,6 +103,12 @@ class Relay:
         self._tables = tuple(tables)
         self._max_size = max_size
         self._epoch = ""
+        self._restores = 0
+        """How often the history went back without another system or timeline to tell it by."""
+        self._turn = asyncio.Lock()
+        self._is_reading = False
+        self._successor: _Successor | None = None
+        self._patience: asyncio.Timeout | None = None
         self.stream: WalStream | None = None
         """The stream being read, if any."""
 
@@ -94,11 +120,15 @@ class Relay:
         """
         pause = _FIRST_PAUSE
         while True:
+            open_stream = self._open_stream
             try:
-                async with self._open_stream() as stream:
+                async with AsyncExitStack() as opened:
+                    stream = await opened.enter_async_context(open_stream())
+                    if self._open_stream is not open_stream:
+                        continue  # other tables are wanted by now
                     self._begin(stream)
                     pause = _FIRST_PAUSE
-                    await self._read(stream)
+                    await self._read_in_turn(stream, opened)
             except PgRealtimeError as error:
                 self._lose(error)
                 if not error.retryable:
@@ -106,8 +136,71 @@ class Relay:
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
             pause = min(pause * 2, _LONGEST_PAUSE)
 
+    async def switch(self, open_stream: OpenStream, tables: Iterable[TableName]) -> None:
+        """Read other tables from now on, with nothing missed or repeated; return when that is so.
+
+        The other stream is opened beside the one of now, which is read at least up to where the
+        other begins; what both have is taken once. Only if the earlier stream breaks before that is
+        there a gap, announced like any other.
+
+        Raises:
+            PgRealtimeError: The other stream can't be opened; the one of now goes on.
+        """
+        async with self._turn, AsyncExitStack() as opened:
+            stream = await opened.enter_async_context(open_stream())
+            if self.stream is not None and self.stream.system != stream.system:
+                raise StreamInterruptedError(
+                    "the database is another by now",
+                    detail="The stream of now and one opened beside it lead to different servers"
+                    " or histories, so that neither goes on from the other.",
+                )
+            self._open_stream, self._tables = open_stream, tuple(tables)
+            if not self._is_reading:
+                return  # run() opens one of these itself
+            took_over = asyncio.Event()
+            self._successor = _Successor(
+                stream=stream, opened=opened.pop_all(), took_over=took_over
+            )
+            if self._patience is not None:
+                self._patience.reschedule(asyncio.get_running_loop().time())
+            await took_over.wait()
+
+    async def _read_in_turn(self, stream: WalStream, opened: AsyncExitStack) -> None:
+        """Read a stream and those that go on after it, until one breaks.
+
+        Args:
+            stream: The first.
+            opened: Closes the one being read.
+        """
+        self._is_reading = True
+        try:
+            while True:
+                successor = await self._read(stream)
+                stream, self._successor = successor.stream, None
+                earlier = opened.pop_all()
+                opened.push_async_exit(successor.opened)
+                self._go_on(stream)
+                successor.took_over.set()
+                await earlier.aclose()
+        finally:
+            self._is_reading = False
+            if self._successor is not None:
+                await self._successor.opened.aclose()
+                self._successor.took_over.set()
+                self._successor = None
+
+    def _go_on(self, stream: WalStream) -> None:
+        self._epoch, self.stream = self._epoch_of(stream), stream
+        log.info(
+            "replication.continued",
+            plugin=stream.plugin,
+            slot=stream.slot_name,
+            lsn=format_lsn(stream.start_lsn),
+        )
+        self._follower.stream_continued(self._epoch)
+
     def _begin(self, stream: WalStream) -> None:
-        epoch = epoch_of(stream.system, self._tables)
+        epoch = self._epoch_of(stream)
         head = self._changelog.head
         if epoch != self._epoch or stream.start_lsn < head.lsn:
             # Another history: first start, failover, restore. LSNs may be used again.
@@ -115,9 +208,9 @@ class Relay:
         elif stream.start_lsn > head.lsn:
             self._changelog.append(Gap(stream.start_lsn, "slot_lost"), time.monotonic())
             log.warning("replication.gap", reason="slot_lost", lsn=format_lsn(stream.start_lsn))
-        is_same_history = epoch == self._epoch and stream.start_lsn >= head.lsn
-        if not is_same_history and epoch == self._epoch:
-            epoch = _next(epoch)
+        if epoch == self._epoch and stream.start_lsn < head.lsn:
+            self._restores += 1
+            epoch = self._epoch_of(stream)
         self._epoch, self.stream = epoch, stream
         log.info(
             "replication.started",
@@ -129,6 +222,12 @@ class Relay:
         self._follower.stream_started(epoch)
         self._follower.wake()
 
+    def _epoch_of(self, stream: WalStream) -> str:
+        epoch = epoch_of(stream.system, self._tables)
+        for _ in range(self._restores):
+            epoch = _next(epoch)
+        return epoch
+
     def _lose(self, error: PgRealtimeError) -> None:
         if self.stream is not None:
             self.stream = None
@@ -137,12 +236,26 @@ class Relay:
             "replication.lost", code=error.error_code, reason=error.message, detail=error.detail
         )
 
-    async def _read(self, stream: WalStream) -> None:
-        async for batch in stream:
+    async def _read(self, stream: WalStream) -> _Successor:
+        """Keep what comes, until a successor has all that follows; return that."""
+        while True:
+            # Noted first: all that ends before it is in the batches of before, and in the next.
+            wal_end, successor = stream.wal_end, self._successor
+            try:
+                async with asyncio.timeout(_LOOK_SECONDS if successor else None) as self._patience:
+                    batch = await anext(stream)
+            except TimeoutError:
+                batch = []
+            finally:
+                self._patience = None
             for entry in batch:
-                await self._keep(entry)
-            stream.keep(batch[-1].end_lsn)
-            self._follower.wake()
+                if entry.end_lsn > self._changelog.head.lsn:
+                    await self._keep(entry)
+            if batch:
+                stream.keep(batch[-1].end_lsn)
+                self._follower.wake()
+            if successor is not None and wal_end >= successor.stream.start_lsn:
+                return successor
 
     async def _keep(self, entry: Transaction | Oversized) -> None:
         size = entry.size if isinstance(entry, Transaction) else 0

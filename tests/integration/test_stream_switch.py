@@ -1,0 +1,210 @@
+"""Other tables are streamed from some commit on, and not one change is missed or repeated."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+
+import psycopg
+import pytest
+
+from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.catalog.model import Table
+from pgrealtime.changelog.base import Gap
+from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changes import Insert, TableName, Transaction
+from pgrealtime.config import ReplicationConfig
+from pgrealtime.errors import SetupError
+from pgrealtime.lsn import LSN, Cursor
+from pgrealtime.relay import Relay
+from pgrealtime.wal.stream import WalStream, open_stream
+from tests.stream_reading import DEADLINE_SECONDS, Connection, writer
+
+OLD = TableName("public", "old")
+NEW = TableName("public", "new")
+SCHEMA = "CREATE TABLE old (id int PRIMARY KEY); CREATE TABLE new (id int PRIMARY KEY)"
+
+
+class Reader:
+    """Takes note of what the relay says and lets it run as far ahead as it likes."""
+
+    def __init__(self, changelog: MemoryChangelog) -> None:
+        self._changelog = changelog
+        self.progressed = asyncio.Event()
+        self.said: list[str] = []
+        self._heard = asyncio.Event()
+
+    @property
+    def head(self) -> Cursor:
+        return self._changelog.head
+
+    def wake(self) -> None:
+        self._heard.set()
+
+    def stream_started(self, epoch: str) -> None:
+        self._say(f"started {epoch}")
+
+    def stream_continued(self, epoch: str) -> None:
+        self._say(f"continued {epoch}")
+
+    def stream_lost(self) -> None:
+        self._say("lost")
+
+    def _say(self, word: str) -> None:
+        self.said.append(word)
+        self._heard.set()
+
+    async def until(self, is_so: Callable[[], bool]) -> None:
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while not is_so():
+                self._heard.clear()
+                await self._heard.wait()
+
+
+@dataclass
+class Relaying:
+    relay: Relay
+    changelog: MemoryChangelog
+    reader: Reader
+    begun: Cursor
+
+    def inserted(self, table: TableName) -> list[int]:
+        """The ids that the changelog has of a table, in its order."""
+        entries = self.changelog.read(self.begun, self.changelog.head, 1 << 30)
+        assert not any(isinstance(entry, Gap) for entry in entries)
+        return [
+            int(change.new["id"] or "")
+            for entry in entries
+            if isinstance(entry, Transaction)
+            for change in entry.changes
+            if isinstance(change, Insert) and change.table == table
+        ]
+
+
+Opening = Callable[[Sequence[Table]], Callable[[], AbstractAsyncContextManager[WalStream]]]
+
+
+@asynccontextmanager
+async def relaying(opening: Opening, tables: Sequence[Table]) -> AsyncIterator[Relaying]:
+    changelog = MemoryChangelog(LSN(0), max_size=1 << 30, max_age=1e9)
+    reader = Reader(changelog)
+    names = [table.name for table in tables]
+    relay = Relay(opening(tables), changelog, reader, tables=names, max_size=1 << 30)
+    running = asyncio.create_task(relay.run())
+    try:
+        await reader.until(lambda: bool(reader.said))
+        yield Relaying(relay, changelog, reader, changelog.head)
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+def opening_at(url: str) -> Opening:
+    config = ReplicationConfig(plugin="wal2json")
+    return lambda tables: lambda: open_stream(url, config, tables, max_transaction_size=1 << 30)
+
+
+async def _tables(connection: Connection) -> tuple[Table, Table]:
+    await connection.execute(SCHEMA)
+    catalog = await read_catalog(connection, names=[OLD, NEW])
+    return catalog.tables[OLD], catalog.tables[NEW]
+
+
+async def test_nothing_is_missed_or_repeated_over_twenty_switches_under_load(
+    database_url: str,
+) -> None:
+    """Four writers commit all along; each switch takes the second table in, or out again."""
+    wanted = asyncio.Event()
+    counts = [0, 0, 0, 0]
+
+    async def write(place: int) -> None:
+        async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as own:
+            while not wanted.is_set():
+                async with own.transaction():
+                    row = {"id": place + 4 * counts[place]}
+                    await own.execute("INSERT INTO old VALUES (%(id)s)", row)
+                    await own.execute("INSERT INTO new VALUES (%(id)s)", row)
+                counts[place] += 1
+
+    async with writer(database_url) as connection:
+        old, new = await _tables(connection)
+        opening = opening_at(database_url)
+        async with relaying(opening, [old]) as room, asyncio.TaskGroup() as group:
+            for place in range(4):
+                group.create_task(write(place))
+            for number in range(20):
+                tables = [old] if number % 2 else [old, new]
+                await room.relay.switch(opening(tables), [table.name for table in tables])
+            wanted.set()
+            total = None
+            while total is None or total != sum(counts):
+                total = sum(counts)
+                await asyncio.sleep(0.05)  # until the writers have seen that they are done
+            await room.reader.until(lambda: len(room.inserted(OLD)) >= total)
+
+        heard, of_new = room.inserted(OLD), room.inserted(NEW)
+
+    assert sorted(heard) == sorted(p + 4 * n for p in range(4) for n in range(counts[p]))
+    assert 0 < len(of_new) < len(heard)
+    assert len(of_new) == len(set(of_new))
+    assert [word.split()[0] for word in room.reader.said] == ["started"] + ["continued"] * 20
+
+
+async def test_a_commit_after_the_switch_is_told_of_the_new_table(database_url: str) -> None:
+    """On return it is so, not some time later."""
+    async with writer(database_url) as connection:
+        old, new = await _tables(connection)
+        opening = opening_at(database_url)
+        async with relaying(opening, [old]) as room:
+            await connection.execute("INSERT INTO new VALUES (1)")
+            await room.relay.switch(opening([old, new]), [OLD, NEW])
+            await connection.execute("INSERT INTO new VALUES (2)")
+            await connection.execute("INSERT INTO old VALUES (3)")
+            await room.reader.until(lambda: room.inserted(OLD) == [3])
+            assert room.inserted(NEW) == [2]
+
+
+async def test_a_quiet_database_does_not_hold_up_the_switch(database_url: str) -> None:
+    """No commit has to come for the earlier stream to have read far enough."""
+    async with writer(database_url) as connection:
+        old, new = await _tables(connection)
+        opening = opening_at(database_url)
+        async with relaying(opening, [old]) as room:
+            began = time.monotonic()
+            await room.relay.switch(opening([old, new]), [OLD, NEW])
+            assert time.monotonic() - began < 5
+
+
+async def test_a_stream_that_cannot_be_opened_leaves_the_one_of_now(database_url: str) -> None:
+    async with writer(database_url) as connection:
+        old, _ = await _tables(connection)
+        opening = opening_at(database_url)
+        await connection.execute("ALTER TABLE new REPLICA IDENTITY NOTHING")
+        catalog = await read_catalog(connection, names=[NEW])
+        async with relaying(opening, [old]) as room:
+            with pytest.raises(SetupError):
+                await room.relay.switch(opening([old, catalog.tables[NEW]]), [OLD, NEW])
+            await connection.execute("INSERT INTO old VALUES (1)")
+            await room.reader.until(lambda: room.inserted(OLD) == [1])
+            assert [word.split()[0] for word in room.reader.said] == ["started"]
+
+
+async def test_a_stream_that_breaks_during_the_switch_is_a_gap(database_url: str) -> None:
+    """The tables wanted are read in any case, and nobody waits for ever."""
+    async with writer(database_url) as connection:
+        old, new = await _tables(connection)
+        opening = opening_at(database_url)
+        async with relaying(opening, [old]) as room:
+            assert room.relay.stream is not None
+            room.relay.stream.stop()
+            await room.relay.switch(opening([old, new]), [OLD, NEW])
+            await room.reader.until(lambda: len(room.reader.said) == 3)
+            room.begun = room.changelog.head
+            await connection.execute("INSERT INTO new VALUES (1)")
+            await room.reader.until(lambda: room.inserted(NEW) == [1])
+            first, *others = room.reader.said
+            assert [word.split()[0] for word in others] == ["lost", "started"]
+            assert others[-1].split()[1] != first.split()[1]
