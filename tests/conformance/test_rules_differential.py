@@ -1,0 +1,121 @@
+"""Random rules, asked of the real PocketBase and of the reference query over the same rows.
+
+The seed is fresh in every run and told by a failure. ``PGREALTIME_SEED`` repeats a run,
+``PGREALTIME_RULES`` makes it longer.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from random import Random
+
+import pytest
+import pytest_asyncio
+
+from pgrealtime.errors import RuleUnsupportedError
+from tests.conformance import rules_pocketbase
+from tests.conformance.random_rules import RandomRules
+from tests.conformance.rules_corpus import Corpus, Refused, load
+from tests.conformance.rules_pocketbase import CorpusPocketBase
+
+SEED = int(os.environ.get("PGREALTIME_SEED") or secrets.randbelow(10**9))
+RULES = int(os.environ.get("PGREALTIME_RULES") or 150)
+
+AUTHS = ("guest", "users/uann", "users/ubob", "users/ucat", "staff/sjoe")
+
+LIST_RULES: Mapping[str, tuple[str | None, ...]] = {
+    "users": (
+        *("", "", None, "verified = true", "level > 0 || @request.auth.id = id"),
+        *("groups.name ?= 'Red'", "team.open = true", "posts_via_author.views > 0"),
+        "manager.name != 'Ann' && @collection.teams.name ?= 'Red'",
+    ),
+    "teams": ("", "", None, "open = true", "members.id ?= @request.auth.id", "lead.name = 'Ann'"),
+    "comments": ("", "", None, "approved = true", "author.name = 'Ann'", "likes.level > 0"),
+    "profiles": ("", "", None, "points > 5"),
+    "posts": ("", "published = true", "reviewers.level ?> 0"),
+}
+
+
+@pytest_asyncio.fixture
+async def pocketbase(tmp_path: Path) -> AsyncIterator[CorpusPocketBase]:
+    async with rules_pocketbase.running(tmp_path) as server:
+        yield server
+
+
+@pytest_asyncio.fixture
+async def corpus(database_url: str) -> AsyncIterator[Corpus]:
+    loaded = await load(database_url)
+    yield loaded
+    loaded.connection.close()
+
+
+def _same(corpus: Corpus, case: Mapping[str, object], shown: tuple[str, ...] | None) -> bool:
+    """Whether pgrealtime shows the same; what it refuses openly is no wrong answer."""
+    match corpus.answer(case):
+        case Refused(error):
+            return shown is None or isinstance(error, RuleUnsupportedError)
+        case ids:
+            return ids == shown
+
+
+@pytest.mark.timeout(600)
+async def test_random_rules_show_what_pocketbase_shows(
+    corpus: Corpus, pocketbase: CorpusPocketBase
+) -> None:
+    """Every construct with every other: the same rows for the same subscriber, or the same no."""
+    made = RandomRules(SEED)
+    for _ in range(RULES):
+        collection = made.pick("posts", "posts", "posts", "users", "teams", "comments")
+        rule, auth, query = made.rule(collection), made.pick(*AUTHS), made.query()
+        shown = await pocketbase.show(collection, rule, auth, query)
+        case = {
+            "collection": collection,
+            "rule": rule,
+            "auth": auth,
+            "query": query,
+            "headers": {},
+        }
+        assert _same(corpus, case, shown), (SEED, case, shown, corpus.answer(case))
+
+
+@pytest.mark.timeout(600)
+async def test_random_texts_are_rules_where_pocketbase_takes_them(
+    corpus: Corpus, pocketbase: CorpusPocketBase
+) -> None:
+    """Texts on the edge of the language are accepted or refused alike, and mean the same."""
+    made = RandomRules(SEED)
+    for _ in range(RULES):
+        text = made.near_rule()
+        shown = await pocketbase.show("posts", text, "guest", {})
+        case = {"collection": "posts", "rule": text, "auth": "guest", "query": {}, "headers": {}}
+        assert _same(corpus, case, shown), (SEED, case, shown, corpus.answer(case))
+
+
+@pytest.mark.timeout(600)
+async def test_random_filters_show_what_pocketbase_shows(
+    corpus: Corpus, pocketbase: CorpusPocketBase
+) -> None:
+    """A filter finds what its sender may list, whatever the other collections' rules are."""
+    made = RandomRules(SEED)
+    random = Random(SEED)
+    for _ in range(RULES):
+        collection = made.pick("posts", "posts", "users", "teams", "comments")
+        rules = {name: random.choice(some) for name, some in LIST_RULES.items()}
+        rules[collection] = ""
+        auth = made.pick(*AUTHS)
+        query = {"filter": made.rule(collection, 1, is_filter=True)}
+        for name, rule in rules.items():
+            await pocketbase.set_rule(name, rule)
+        shown = await pocketbase.show(collection, "", auth, query)
+        case = {
+            "collection": collection,
+            "rule": "",
+            "auth": auth,
+            "query": query,
+            "headers": {},
+            "others": rules,
+        }
+        assert _same(corpus, case, shown), (SEED, case, shown, corpus.answer(case))
