@@ -98,12 +98,14 @@ async def running(
             LSN(0), max_size=config.changelog.max_size, max_age=config.changelog.max_age
         )
         probe = Probe(pool)
+        logins = {name: collection.login for name, collection in config.collections.items()}
         hub = Hub(
             changelog,
             Matcher(collections),
             probe,
             collections=collections,
             limits=config.realtime,
+            logins=logins,
             nulls=config.records.nulls,
             can_resume=config.changelog.max_age > 0,
         )
@@ -115,7 +117,6 @@ async def running(
             max_size=config.changelog.max_size,
         )
         accounts = Accounts(pool)
-        logins = {name: collection.login for name, collection in config.collections.items()}
         authenticator = Authenticator(config.auth, collections, accounts, logins=logins)
         parts = (
             relay.run(),

@@ -12,7 +12,7 @@ import psycopg
 from psycopg import sql
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from pgrealtime.auth.principal import AuthRecord
+from pgrealtime.auth.principal import AuthRecord, Reading
 from pgrealtime.auth.record import auth_record, token_key
 from pgrealtime.catalog.model import Column, Type
 from pgrealtime.changes import Row
@@ -56,6 +56,8 @@ class Account:
     record: AuthRecord
     row: Row = field(repr=False)
     """In the stream's text forms. Secrets are among the columns, so it is never printed."""
+    reading: Reading | None = None
+    """When the row was read; None if it wasn't asked for by id."""
 
     @property
     def password_hash(self) -> str | None:
@@ -190,8 +192,10 @@ class Accounts:
         self, users: Users, ids: Iterable[str], columns: Sequence[str]
     ) -> dict[str, Account]:
         statement = statement_by_id(users, columns)
-        rows = await self._rows(users, statement, {"ids": list(ids)}, columns)
-        return {account.record.id: account for account in (_account(users, row) for row in rows)}
+        names = [*columns, _SNAPSHOT, _INSERT_LSN]
+        rows = await self._rows(users, statement, {"ids": list(ids)}, names)
+        accounts = [_account_read(users, row) for row in rows]
+        return {account.record.id: account for account in accounts}
 
     async def _rows(
         self,
@@ -226,6 +230,15 @@ class Accounts:
         ]
 
 
+_SNAPSHOT, _INSERT_LSN = "\0snapshot", "\0insert_lsn"
+"""Keys in a row for when it was read; no column has such a name."""
+
+
+def _account_read(users: Users, row: Row) -> Account:
+    reading = Reading(row.pop(_SNAPSHOT) or "", row.pop(_INSERT_LSN) or "")
+    return Account(users=users, record=auth_record(users.collection, row), row=row, reading=reading)
+
+
 def _account(users: Users, row: Row) -> Account:
     return Account(users=users, record=auth_record(users.collection, row), row=row)
 
@@ -239,6 +252,8 @@ def _retrieve(task: asyncio.Task[Mapping[str, Account]]) -> None:
 def statement_by_id(users: Users, columns: Sequence[str]) -> sql.Composed:
     """The query for users by id; its parameter ``ids`` is a list of canonical texts.
 
+    After the columns come the statement's snapshot and the end of the WAL (``Reading``).
+
     Key types that can be asked in their own type use the primary key's index; a key of another
     type (a domain over text counts as text, citext and enum don't) is compared as text, exactly
     but without the index.
@@ -248,7 +263,8 @@ def statement_by_id(users: Users, columns: Sequence[str]) -> sql.Composed:
     name = collection.key.type.base.name
     is_native = name in _INTEGER_BITS or name in _ANY_TEXT or name == "uuid"
     return sql.SQL(
-        "SELECT {columns} FROM {table} WHERE {key} OPERATOR(pg_catalog.=) ANY (%(ids)s::{type}[])"
+        "SELECT {columns}, pg_catalog.pg_current_snapshot(), pg_catalog.pg_current_wal_insert_lsn()"
+        " FROM {table} WHERE {key} OPERATOR(pg_catalog.=) ANY (%(ids)s::{type}[])"
     ).format(
         columns=_list(columns),
         table=sql.Identifier(*collection.table.name),

@@ -12,7 +12,7 @@ import structlog
 
 from pgrealtime.auth.account import Account, Accounts, Users
 from pgrealtime.auth.keys import KeySource, key_source
-from pgrealtime.auth.principal import AuthRecord, Caller, Principal, Superuser
+from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
 from pgrealtime.auth.record import digest_of
 from pgrealtime.auth.token import (
     Claims,
@@ -136,25 +136,28 @@ class Authenticator:
                 refusals.append(refusal)
                 continue
             expires_at = check_times(token.claims, now=self._clock(), leeway=issuer.leeway)
-            principal = await self._principal(token.claims, issuer)
-            return Identity(caller=Caller(principal, expires_at), token=token, is_own=False)
+            caller = await self._caller(token.claims, issuer, expires_at)
+            return Identity(caller=caller, token=token, is_own=False)
         if self._login.enabled and not _is_by_known_issuer(refusals):
             return await self._own(token)
         raise _most_telling(refusals)
 
-    async def _principal(self, claims: Claims, issuer: IssuerConfig) -> Principal:
+    async def _caller(
+        self, claims: Claims, issuer: IssuerConfig, expires_at: float | None
+    ) -> Caller:
         record_id = named_id(claims, issuer.id_claim)
         if is_superuser(claims, issuer):
             # Service keys of hosted databases name nobody.
-            return Superuser(record_id or "")
+            return Caller(Superuser(record_id or ""), expires_at)
         if record_id is None:
             raise AuthError(f'the token has no "{issuer.id_claim}"', code="token_id")
         users = self._users.get(issuer.collection)
         if users is None:
-            return _record_without_row(claims, issuer.collection, record_id)
+            record = _record_without_row(claims, issuer.collection, record_id)
+            return Caller(record, expires_at)
         # A deleted user turns guest on open connections (protocol, 8); coming back with the same
         # token must not undo that.
-        return _known(await self._accounts.load(users, record_id)).record
+        return _caller_of(_known(await self._accounts.load(users, record_id)), expires_at)
 
     async def _own(self, token: Token) -> Identity:
         """The user of a login token. Its key has a part in the user's row, hence the order."""
@@ -167,8 +170,7 @@ class Authenticator:
         if account.token_key is None:
             raise AuthError("the token's user has no token key", code="token_signature")
         check_signature(token, Key("HS256", account.token_key + self._login.secret))
-        caller = Caller(account.record, expires_at, digest_of(account.token_key))
-        return Identity(caller=caller, token=token, is_own=True)
+        return Identity(caller=_caller_of(account, expires_at), token=token, is_own=True)
 
 
 def _issuers(auth: AuthConfig) -> tuple[tuple[IssuerConfig, KeySource], ...]:
@@ -206,6 +208,16 @@ def _known(account: Account | None) -> Account:
     if account is None:
         raise AuthError("the token's user is unknown", code="account_unknown")
     return account
+
+
+def _caller_of(account: Account, expires_at: float | None) -> Caller:
+    key = account.token_key
+    return Caller(
+        account.record,
+        expires_at,
+        key_digest=None if key is None else digest_of(key),
+        reading=account.reading,
+    )
 
 
 def _record_without_row(claims: Claims, collection: str, record_id: str) -> AuthRecord:

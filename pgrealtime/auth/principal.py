@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,15 @@ def is_same(one: Principal, other: Principal) -> bool:
             return one == other
 
 
+class Reading(NamedTuple):
+    """When a row was read, in Postgres's own words: what is newer may have changed it."""
+
+    snapshot: str
+    """``pg_current_snapshot()`` of the statement that read it."""
+    insert_lsn: str
+    """``pg_current_wal_insert_lsn()`` at that time or a little later."""
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who a request comes from, and until when that holds."""
@@ -53,5 +62,7 @@ class Caller:
     expires_at: float | None = None
     """Unix seconds at which the token expires; None for guests and tokens without an end."""
     key_digest: bytes | None = field(default=None, repr=False)
-    """Of the user's own part of the key that signed the token; None if the key isn't the user's.
-    When the row's key has another digest, the token is nobody's."""
+    """Of the user's token key; None if the user has none. When the row's key has another digest,
+    connections opened with this one are nobody's."""
+    reading: Reading | None = field(default=None, repr=False, compare=False)
+    """When the principal's row was read; None if there is no row."""

@@ -25,17 +25,22 @@ def auth_record(collection: Collection, row: Row) -> AuthRecord:
     key = row.get(collection.key.name)
     if key is None:
         raise AuthError("the row has no id", code="account_unknown")
-    if collection.key.type.base.name == "bpchar":
-        # Padding is no part of a char(n): casts and comparisons drop it.
-        key = key.rstrip(" ")
     return AuthRecord(
         collection_id=collection.id,
         collection_name=collection.name,
-        id=key,
+        id=plain_id(collection, key),
         email=_value(collection, row, "email") or "",
         email_visibility=_flag(collection, row, "emailVisibility"),
         verified=_flag(collection, row, "verified"),
     )
+
+
+def plain_id(collection: Collection, key: str) -> str:
+    """The id as callers carry it, from the key's text in a row.
+
+    Padding is no part of a char(n): casts and comparisons drop it.
+    """
+    return key.rstrip(" ") if collection.key.type.base.name == "bpchar" else key
 
 
 def token_key(login: CollectionLoginConfig, row: Row) -> str | None:
@@ -55,7 +60,7 @@ def digest_of(key: str) -> bytes:
 def rebound(
     caller: Caller, collection: Collection, login: CollectionLoginConfig, row: Row
 ) -> Caller:
-    """The caller as the new image of its row makes it; a guest if its token lost its key with it.
+    """The caller as the new image of its row makes it; a guest if its token key is another.
 
     Args:
         caller: Whose principal is the record of this row.

@@ -125,6 +125,8 @@ class Connection:
         self.connected_at = now
         self.position: bytes = b""
         self.caller = Caller()
+        self.known: Barrier | None = None
+        """What was visible when the caller's row was read; None if it has no row."""
         self.subscriptions: dict[str, Subscription] = {}
         self.wants_cursor = False
         self.wants_resync = False

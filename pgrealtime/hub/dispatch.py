@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Sized
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Literal, Protocol, TypeAlias
 
 import structlog
@@ -24,7 +25,7 @@ from pgrealtime.auth.principal import GUEST, AuthRecord, Caller, Superuser, is_s
 from pgrealtime.changelog.base import Changelog, Entry, Gap
 from pgrealtime.changes import Oversized, Row, TableName, Transaction
 from pgrealtime.collections import Collections
-from pgrealtime.config import RealtimeConfig
+from pgrealtime.config import CollectionLoginConfig, RealtimeConfig
 from pgrealtime.errors import ChangelogError, PgRealtimeError, RuleError, SubscriptionError
 from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.connection import (
@@ -35,11 +36,12 @@ from pgrealtime.hub.connection import (
     State,
     Subscription,
 )
-from pgrealtime.hub.event import Emptied, Event, events_of
+from pgrealtime.hub.event import Action, Emptied, Event, events_of
 from pgrealtime.hub.frame import connect_tail, event_tail, resync_tail
+from pgrealtime.hub.identity import Identities, Person, person_in, person_of
 from pgrealtime.hub.match import Audience, Group, Matcher, Question
 from pgrealtime.hub.probe import LiveRow
-from pgrealtime.hub.snapshot import Barrier, Snapshot, Snapshots
+from pgrealtime.hub.snapshot import Barrier, Snapshot, Snapshots, barrier_of
 from pgrealtime.hub.topic import parse_topic
 from pgrealtime.lsn import END, LSN, Cursor, Position, Xid, parse_position
 from pgrealtime.records.encode import View, encoder
@@ -64,6 +66,7 @@ _BARRIER_RETRY_SECONDS = 0.005
 _CLOSED_PER_SECOND = 500
 _REPLAYS_AT_ONCE = 16
 _ENCODERS = 1024
+_NO_LOGINS: Mapping[str, CollectionLoginConfig] = MappingProxyType({})
 
 
 class Asking(Protocol):
@@ -92,6 +95,10 @@ class Announcement(Struct, frozen=True):
     reason: str
     at: Cursor
 
+    def concerns(self, collection: str) -> bool:
+        """Whether something of the collection of that name may be missing."""
+        return self.collections is None or collection in self.collections
+
 
 class Slice(Struct):
     """A stretch of the stream: events, then perhaps a gap; everything up to ``upto``."""
@@ -99,9 +106,50 @@ class Slice(Struct):
     events: list[Event]
     gap: Announcement | None
     upto: Cursor
+    people: list[Event] = []
+    """Those of the events that may change callers. One that does change a caller of the reader is
+    the first of the slice if it is an update, and part of its last change if it is a delete."""
 
 
 Judged: TypeAlias = list[list[Group]]
+
+
+class _Cut:
+    """A slice in the making.
+
+    A row that comes changes no caller: nobody could be it before. One that changes begins a slice,
+    for it is judged with its own news; one that goes ends it.
+    """
+
+    __slots__ = ("events", "limit", "people", "turned")
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.people: list[Event] = []
+        self.limit = _SLICE
+        self.turned: Person | None = None
+        """Whom the first event changes: before the slice is handed out nobody can say whether
+        another event changes that caller again."""
+
+    def may_turn(self, event: Event, turns: Callable[[Event], bool]) -> bool:
+        return self.turned == person_in(event) or turns(event)
+
+    def is_over_before(self, event: Event, *, is_full: bool) -> bool:
+        """Whether the event, a turn or not, belongs to the next slice; no change is torn apart."""
+        events = self.events
+        is_apart = bool(events) and event.cursor != events[-1].cursor
+        return is_apart and (is_full or event.action == "update")
+
+    def note(self, event: Event, *, is_turn: bool) -> None:
+        """Take note of an event about a person."""
+        self.people.append(event)
+        if is_turn and event.action == "delete":
+            self.limit = 0  # what follows is judged without this caller
+        elif is_turn:
+            self.turned = person_in(event)
+
+    def slice(self, gap: Announcement | None, upto: Cursor) -> Slice:
+        return Slice(self.events, gap, upto, self.people)
 
 
 class Hub:
@@ -109,6 +157,7 @@ class Hub:
 
     Args:
         changelog: What the relay fills.
+        logins: How people log in, by collection name.
         epoch: Of the stream's positions; changes with ``restarted``.
     """
 
@@ -120,6 +169,7 @@ class Hub:
         *,
         collections: Collections,
         limits: RealtimeConfig,
+        logins: Mapping[str, CollectionLoginConfig] = _NO_LOGINS,
         nulls: Literal["null", "zero"] = "null",
         epoch: str = "000000",
         can_resume: bool = True,
@@ -138,6 +188,7 @@ class Hub:
         self._clock = clock
         self._snapshots = Snapshots(probe.snapshot)
         self._connections: dict[str, Connection] = {}
+        self._identities = Identities(logins)
         # Views hold what clients wrote as fields: bounded, so that nobody can fill the memory.
         self._encoder = lru_cache(maxsize=_ENCODERS)(self._make_encoder)
         self._stream_is_up = False
@@ -209,6 +260,8 @@ class Hub:
         collections: Collections,
         matcher: Matcher,
         reconsider: Callable[[Caller], Caller],
+        *,
+        logins: Mapping[str, CollectionLoginConfig] = _NO_LOGINS,
     ) -> None:
         """Judge and show by other collections from the next slice on; on return that is so.
 
@@ -220,10 +273,12 @@ class Hub:
             matcher: For them, without any subscription.
             reconsider: What a caller who is known already is by the new configuration: the same,
                 changed, or a guest.
+            logins: How people log in, by collection name.
         """
         in_force = asyncio.get_running_loop().create_future()
 
         def take() -> None:
+            self._identities.use(logins)
             self._take(collections, matcher, reconsider)
             if not in_force.done():
                 in_force.set_result(None)
@@ -245,7 +300,7 @@ class Hub:
         self._edition += 1
         self._reported.clear()
         for connection in self._connections.values():
-            connection.caller = reconsider(connection.caller)
+            self._identities.become(connection, reconsider(connection.caller))
             for subscription in connection.subscriptions.values():
                 subscription.group = None  # the other matcher's, which goes with it
                 self._mean(subscription, connection.caller)
@@ -256,9 +311,11 @@ class Hub:
         self._epochs.clear()
         self._head = self._target = self._changelog.head
         self._unseen.clear()
+        self._identities.forget(self._head.lsn)
         for connection in list(self._connections.values()):
             connection.epoch = epoch
             connection.cursor = self._head
+            connection.known = None
             if connection.state is State.HELD and connection.is_resumable:
                 connection.gap = connection.gap or "unknown"
             elif connection.subscriptions:
@@ -327,6 +384,7 @@ class Hub:
     def close(self, connection: Connection) -> None:
         """Forget a connection whose client has gone, or that was ended. Idempotent."""
         connection.mark_ended()
+        self._identities.remove(connection)
         self._joining.pop(connection, None)
         replay = self._replays.pop(connection, None)
         if replay is not None:
@@ -441,11 +499,20 @@ class Hub:
     def _install(
         self, connection: Connection, names: list[str], caller: Caller, barrier: Barrier | None
     ) -> None:
+        # Configuration and row may have changed since the caller was recognised.
+        known = None if caller.reading is None else barrier_of(*caller.reading)
+        try:
+            caller = self._identities.caught_up(caller, known, connection.cursor)
+        except LookupError as error:
+            raise SubscriptionError("the caller's row may have changed", code="stream_away") from (
+                error
+            )
+        caller = self._reconsider(caller)
         before = connection.subscriptions
         for subscription in before.values():
             self._matcher.remove(subscription)
-        # The configuration may have changed since the caller was recognised.
-        connection.caller = caller = self._reconsider(caller)
+        connection.known = known
+        self._identities.become(connection, caller)
         connection.subscriptions = {}
         connection.wants_resync = RESYNC_TOPIC in names
         connection.wants_cursor = CURSOR_TOPIC in names
@@ -511,15 +578,45 @@ class Hub:
         if self._gate:
             await self._until_visible(entries)
         edition = self._edition
-        for part in self._slices(entries, self._head):
+        for part in self._slices(entries, self._head, self._identities.turns):
             self._target, self._is_deciding = part.upto, True
+            self._begin(part)
             judged = await self._judge(part.events) if part.events else []
             self._deliver(part, judged)
+            self._turn_live(part.people, "delete")
             self._advance(part)
             # Others of this loop get their turn: the reader, replays, HTTP.
             await asyncio.sleep(0)
             if self._edition != edition:
                 return  # the rest was cut for other collections
+
+    def _begin(self, part: Slice) -> None:
+        """Take note of what the slice tells of people, before it is judged."""
+        for event in part.people:
+            self._identities.tell(event)
+        self._turn_live(part.people, "update")
+        gap = part.gap
+        if gap is not None and any(
+            collection.type == "auth" and gap.concerns(name)
+            for name, collection in self._collections.items()
+        ):
+            self._identities.forget(gap.at.lsn)
+
+    def _turn_live(self, people: Sequence[Event], action: Action) -> None:
+        for event in people:
+            if event.action == action:
+                for connection in [c for c in self._identities.concerned(event) if c.is_live]:
+                    self._turn(connection, event)
+
+    def _turn(self, connection: Connection, event: Event) -> None:
+        """Make the connection's caller what the event makes of it; the client isn't told."""
+        caller = self._identities.caller_after(event, connection.caller, connection.known)
+        if caller is connection.caller:
+            return
+        self._identities.become(connection, caller)
+        for subscription in connection.subscriptions.values():
+            self._matcher.remove(subscription)
+            self._mean(subscription, caller)
 
     async def _until_visible(self, entries: Sequence[Entry]) -> None:
         xids = [entry.xid for entry in entries if isinstance(entry, Transaction)]
@@ -557,9 +654,18 @@ class Hub:
                 waiting.append(subscription)
         self._fresh = waiting
 
-    def _slices(self, entries: Sequence[Entry], after: Cursor) -> Iterator[Slice]:
-        """Cut entries into slices that begin after the cursor."""
-        events: list[Event] = []
+    def _slices(
+        self, entries: Sequence[Entry], after: Cursor, turns: Callable[[Event], bool]
+    ) -> Iterator[Slice]:
+        """Cut entries into slices that begin after the cursor.
+
+        Args:
+            entries: In the order of the stream.
+            after: What the reader has.
+            turns: Whether an event about a person changes a caller of the reader. The slice
+                before must have been handed out when the next one is asked for.
+        """
+        cut = _Cut()
         upto = after
         for entry in entries:
             if isinstance(entry, Transaction):
@@ -569,20 +675,25 @@ class Hub:
                     if isinstance(event, Emptied):
                         names = frozenset({event.collection.name})
                         gap = Announcement(names, "truncate", event.cursor)
-                        yield Slice(events, gap, event.cursor)
-                        events = []
-                    elif len(events) >= _SLICE and event.cursor != events[-1].cursor:
-                        yield Slice(events, None, events[-1].cursor)
-                        events = [event]
-                    else:
-                        events.append(event)
+                        yield cut.slice(gap, event.cursor)
+                        cut = _Cut()
+                        continue
+                    is_person = event.collection.type == "auth" and event.action != "create"
+                    is_turn = is_person and cut.may_turn(event, turns)
+                    is_full = len(cut.events) >= cut.limit
+                    if (is_turn or is_full) and cut.is_over_before(event, is_full=is_full):
+                        yield cut.slice(None, cut.events[-1].cursor)
+                        cut = _Cut()
+                    cut.events.append(event)
+                    if is_person:
+                        cut.note(event, is_turn=is_turn)
                 upto = Cursor(entry.end_lsn, END)
             else:
                 upto = Cursor(entry.end_lsn, END)
-                yield Slice(events, self._announcement(entry, upto), upto)
-                events = []
+                yield cut.slice(self._announcement(entry, upto), upto)
+                cut = _Cut()
         if upto > after:
-            yield Slice(events, None, upto)
+            yield cut.slice(None, upto)
 
     def _announcement(self, entry: Oversized | Gap, at: Cursor) -> Announcement:
         reason = "too_large" if isinstance(entry, Oversized) else entry.reason
@@ -725,14 +836,17 @@ class Hub:
                     if parts is None:
                         self._join(connection)
                         return
-                for part in parts:
+                is_whole = True
+                while is_whole:
                     async with connection.turn, self._replay_turns:
                         if not connection.is_replaying():
                             return
+                        # Cut only now: a call may have changed the caller meanwhile.
+                        part = next(parts, None)
+                        if part is None:
+                            break
                         is_whole = self._edition == edition and await self._hand(connection, part)
                     await connection.sink.drain()
-                    if not is_whole:
-                        break
         finally:
             if self._replays.get(connection) is asyncio.current_task():
                 del self._replays[connection]
@@ -754,7 +868,12 @@ class Hub:
         except ChangelogError:
             floor = self._changelog.floor
             return iter([Slice([], Announcement(None, "expired", floor), floor)])
-        return self._slices(entries, connection.cursor)
+
+        def turns(event: Event) -> bool:
+            caller = connection.caller
+            return self._identities.caller_after(event, caller, connection.known) is not caller
+
+        return self._slices(entries, connection.cursor, turns)
 
     async def _hand(self, connection: Connection, part: Slice) -> bool:
         """Deliver a slice to one connection: what its own topics may see of it.
@@ -766,6 +885,8 @@ class Hub:
         edition = self._edition
         upto = min(part.upto, self._target)
         events = [event for event in part.events if event.cursor <= upto]
+        people = [event for event in part.people if event.cursor <= upto]
+        self._turn_one(connection, people, "update")
         batch = await self._batch_for(connection, events)
         if connection.is_ended or self._edition != edition:
             return False
@@ -773,12 +894,18 @@ class Hub:
             connection.take(batch)
             connection.write(connection.compose(events))
             connection.active_at = connection.written_at = self._clock()
+        self._turn_one(connection, people, "delete")
         connection.cursor = upto
         if connection.wants_cursor:
             connection.say_cursor(upto)
         if part.gap is not None and part.gap.at <= upto:
             self._tell(connection, part.gap)
         return upto == part.upto
+
+    def _turn_one(self, connection: Connection, people: Sequence[Event], action: Action) -> None:
+        for event in people:
+            if event.action == action:
+                self._turn(connection, event)
 
     async def _batch_for(self, connection: Connection, events: list[Event]) -> Batch:
         by_group: dict[Group, list[Subscription]] = {}
@@ -823,18 +950,28 @@ class Hub:
                 connection.say_cursor(self._head)
 
     def _tell(self, connection: Connection, gap: Announcement) -> None:
-        """Tell a connection of a gap that concerns it; a plain one is ended, so that it reloads."""
-        if gap.collections is not None:
-            topics = (s.topic.collection for s in connection.subscriptions.values())
-            found = {c.name for c in map(self._collections.find, topics) if c is not None}
-            if not found & gap.collections:
-                return
-        if connection.is_resumable or connection.wants_resync:
+        """Tell a connection of a gap that concerns it; a plain one is ended, so that it reloads.
+
+        So is one whose caller's row may have changed in the gap: coming back it says anew who
+        it is.
+        """
+        topics = (s.topic.collection for s in connection.subscriptions.values())
+        found = {c.name for c in map(self._collections.find, topics) if c is not None}
+        is_concerned = gap.collections is None or bool(found & gap.collections)
+        is_told = connection.is_resumable or connection.wants_resync
+        if is_concerned and is_told:
             connection.say(resync_tail(gap.collections or (), gap.reason), gap.at)
             connection.cursor = gap.at
             connection.active_at = connection.written_at = self._clock()
-        else:
+        if (is_concerned and not is_told) or self._is_caller_lost(connection, gap):
             self._end(connection, "gap")
+
+    def _is_caller_lost(self, connection: Connection, gap: Announcement) -> bool:
+        """Whether the caller's row may have changed in the gap since it was read."""
+        name, _ = person_of(connection.caller) or ("", "")
+        if name not in self._collections or not gap.concerns(name):
+            return False
+        return connection.known is None or connection.known.insert_lsn < gap.at.lsn
 
     # --- limits and shutdown ----------------------------------------------------------------
 

@@ -54,6 +54,11 @@ class Barrier:
         return end_lsn > self.insert_lsn or not self.snapshot.sees(xid)
 
 
+def barrier_of(snapshot: str, insert_lsn: str) -> Barrier:
+    """Return the barrier from what Postgres printed."""
+    return Barrier(parse_snapshot(snapshot), parse_lsn(insert_lsn))
+
+
 SNAPSHOT_QUERY = (
     "SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text, pg_is_in_recovery()"
 )
@@ -88,4 +93,4 @@ class Snapshots:
             await asyncio.wait([running])
         self._running, self._next = self._next, None
         snapshot, insert_lsn, _in_recovery = await self._fetch()
-        return Barrier(parse_snapshot(snapshot), parse_lsn(insert_lsn))
+        return barrier_of(snapshot, insert_lsn)

@@ -83,12 +83,10 @@ LOGIN_PATH = re.compile(r"/auth-(with-password|refresh)")
 """Recordings that speak to the login endpoints also get their tokens there."""
 
 NOT_YET = {
-    "auth_record_deleted": "a changed or deleted users row doesn't reach open connections",
     "cascade_judges_before": "a deleted row is judged without the others its transaction deleted",
     "collection_rule_change": "no reload of the configuration",
     "email_visibility": "there is no manage rule",
     "options_expand": "records are sent without related ones",
-    "password_change_makes_guest": "a changed users row doesn't reach open connections",
     "role_change_takes_effect": "there is no manage rule",
     "token_secret_reset_makes_guests": "no reload of the configuration",
 }

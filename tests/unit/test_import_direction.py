@@ -35,6 +35,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "changelog": _FLOOR,
     "observe": _FLOOR,
     "auth.principal": (),
+    "auth.record": (*_FLOOR, "catalog.model", "collections", "auth.principal"),
     "collections": (*_FLOOR, "catalog.model"),
     "records": (*_FLOOR, "catalog.model", "collections"),
     "rules": (*_FLOOR, "catalog.model", "collections", "auth.principal"),
@@ -44,7 +45,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "relay": (*_FLOOR, "catalog.model", "wal", "changelog", "observe"),
     "hub": (
         *(*_FLOOR, "catalog.model", "collections", "rules", "records"),
-        *("auth.principal", "changelog.base", "observe"),
+        *("auth.principal", "auth.record", "changelog.base", "observe"),
     ),
     # Answers are trimmed by the same "fields" as records.
     "api": (*_FLOOR, "collections", "records", "auth", "hub", "observe"),
@@ -65,7 +66,7 @@ _PURE = (
     *("collections", "catalog.model"),
     *("wal.wire", "wal.message", "wal.wal2json", "wal.pgoutput", "wal.assembler", "wal.feedback"),
     *("changelog.base", "changelog.memory", "rules", "records"),
-    *("auth.principal", "auth.token", "auth.passwords"),
+    *("auth.principal", "auth.record", "auth.token", "auth.passwords"),
     *("hub.topic", "hub.registry", "hub.match", "hub.frame", "hub.send_buffer"),
     *("api.problems", "api.body", "api.forms", "api.cors"),
 )
