@@ -91,6 +91,53 @@ def lower(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoweredValues:
+    """The values of an operand for the judged row, where a condition is true."""
+
+    select: exp.Select
+    """Of one column of texts, none NULL; a value may come more than once."""
+    bindings: Mapping[str, Binding]
+    columns: tuple[str, ...]
+    tables: frozenset[TableName]
+
+
+def lower_values(
+    term: Term,
+    where: Condition | None,
+    collections: Collections,
+    shapes: Mapping[Parameter, Shape],
+    *,
+    row: str = ROW,
+) -> LoweredValues:
+    """Return the values that ``term`` has in the joins of one scope; numbers as doubles' text.
+
+    Args:
+        term: An operand that is either a text or a number, whatever the row.
+        where: What else must be true in the same joins.
+        collections: All there are.
+        shapes: The class of each parameter of ``where``.
+        row: Alias of the judged row.
+
+    Raises:
+        RuleUnsupportedError: It can't be decided exactly.
+    """
+    statement = Statement(collections=collections, shapes=shapes)
+    scope = Scope(statement, row, is_judged=True)
+    shown = value(term, scope)
+    text = shown.text
+    if text is None:
+        assert shown.number is not None
+        text = sql.cast(sql.cast(shown.number, sql.DOUBLE), sql.TEXT)
+    conditions = [is_known(text)] if where is None else [is_known(text), _condition(where, scope)]
+    return LoweredValues(
+        select=scope.select(text, all_of(*conditions)),
+        bindings=statement.bindings,
+        columns=tuple(statement.columns),
+        tables=frozenset(statement.tables),
+    )
+
+
 # --- connectives
 
 

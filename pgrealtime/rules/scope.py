@@ -122,17 +122,20 @@ class Scope:
 
     def exists(self, where: Sql) -> Sql:
         """Return EXISTS over the joins made so far; they all are LEFT JOINs of one row."""
+        return exp.Exists(this=self.select(sql.number(1), where))
+
+    def select(self, what: Sql, where: Sql) -> exp.Select:
+        """Return a SELECT over the joins made so far."""
         one = exp.Subquery(
             this=exp.Select(expressions=[sql.number(1)]),
             alias=exp.TableAlias(this=sql.name("one")),
         )
-        select = exp.Select(
-            expressions=[sql.number(1)],
+        return exp.Select(
+            expressions=[sql.own(what)],
             from_=exp.From(this=one),
             joins=[sql.own(join) for join in self._joins],
             where=exp.Where(this=sql.own(where)),
         )
-        return exp.Exists(this=select)
 
     # --- joins
 
