@@ -104,7 +104,7 @@ def _check_port(port: int) -> None:
     except OSError as error:
         raise SetupError(
             f"port {port} of {_HOST} can't be used",
-            detail=f"{error.strerror}.",
+            detail=f"{os.strerror(error.errno or 0)}.",
             hint="Choose another one with --port; 0 takes any that is free.",
             code="port_taken",
         ) from error

@@ -1,0 +1,441 @@
+"""The first minute of a stranger: one command, a page, and nothing left when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import psycopg
+import pytest
+from playwright.async_api import Browser, Page, async_playwright, expect
+
+from pgrealtime.demo.directory import PREFIX
+from tests.conftest import lacking
+from tests.e2e.demo import (
+    EMBEDDED,
+    END_SECONDS,
+    Demo,
+    copy_checkout,
+    demo,
+    eventually,
+    keeper_of,
+    processes_in,
+    run,
+    uid_of,
+)
+from tests.e2e.sdk import sdk
+
+PICTURES = Path(__file__).parents[1] / ".run" / "demo"
+"""For people to look at."""
+
+MINUTE = 60.0
+
+_PROGRAMS = (
+    *("sh", "cat", "chmod", "cksum", "dirname", "find", "id", "mkdir", "rm", "tail", "tr"),
+    "python3",
+)
+"""All that may be on the PATH of the machine with nothing."""
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user can reach; pytest's own are closed to others."""
+    with TemporaryDirectory(prefix="pgrealtime-tests.") as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        yield folder
+
+
+@pytest.fixture
+async def running() -> AsyncIterator[Demo]:
+    async with demo() as started:
+        yield started
+
+
+# --- one command
+
+
+def _python_for(user: list[str]) -> str:
+    """An interpreter that this user can start and make an environment with."""
+    probe = "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))"
+    for name in ("/usr/bin/python3", "/usr/local/bin/python3", sys.executable):
+        if Path(name).exists():
+            tried = subprocess.run([*user, name, "-c", probe], capture_output=True, check=False)
+            if tried.returncode == 0:
+                return name
+    return lacking("no Python 3.11 with venv that another user can run")
+
+
+def _bare_environment(folder: Path, python: str) -> dict[str, str]:
+    """A home, a PATH without PostgreSQL, and how this machine reaches packages."""
+    (folder / "bin").mkdir()
+    for name in _PROGRAMS:
+        target = python if name == "python3" else shutil.which(name)
+        assert target is not None, name
+        (folder / "bin" / name).symlink_to(target)
+    network = ("PIP_", "SSL_", "HTTP_", "HTTPS_", "NO_PROXY", "http_", "https_", "no_proxy")
+    kept = {name: text for name, text in os.environ.items() if name.startswith(network)}
+    return {**kept, "HOME": str(folder / "home"), "PATH": str(folder / "bin")}
+
+
+@pytest.mark.timeout(240)
+async def test_one_command_leads_from_a_clone_to_the_first_event_within_a_minute(
+    open_folder: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Python and nothing else: no PostgreSQL, nobody's settings, a home with a ruin in it."""
+    user: list[str] = []
+    if os.geteuid() == 0:
+        user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"]
+    (open_folder / "clone").mkdir()
+    clone = copy_checkout(open_folder / "clone")
+    environment = _bare_environment(open_folder, _python_for(user))
+    ruin = open_folder / "home" / ".cache" / "pgrealtime-demo" / "venv" / "bin"
+    ruin.mkdir(parents=True)
+    (ruin / "python").write_text("half removed")
+    if user:
+        for path in (open_folder / "home", *(open_folder / "home").rglob("*")):
+            os.chown(path, 65534, 65534)
+
+    began = time.monotonic()
+    script = [*user, "/bin/sh", str(clone / "config" / "demo.sh")]
+    script[0] = shutil.which(script[0]) or script[0]
+    async with demo(EMBEDDED, start=script, environment=environment) as started:
+        async with sdk(started.url) as guest:
+            await guest.do("subscribe", collection="tasks", topic="*")
+            [event, *_] = await guest.wait_for(1, seconds=MINUTE)
+        took = time.monotonic() - began
+        owners = {uid_of(pid) for pid in processes_in(started.directory)}
+    record_property("seconds to the first event", round(took, 1))
+
+    assert event["record"]["title"]
+    assert took < MINUTE
+    assert owners == {65534 if user else os.geteuid()}
+    assert started.is_gone()
+
+
+async def test_a_server_of_this_machine_is_used_if_there_is_one() -> None:
+    binaries = os.environ.get("PGREALTIME_TEST_PG_BIN", "")
+    if not binaries:
+        lacking("no PostgreSQL programs: PGREALTIME_TEST_PG_BIN isn't set")
+    async with demo(("--port", "0", "--no-browser")) as started:
+        assert f"({binaries})" in started.printed
+        async with await psycopg.AsyncConnection.connect(started.database_url) as connection:
+            cursor = await connection.execute("SELECT plugin FROM pg_replication_slots")
+            assert await cursor.fetchall() == [("wal2json",)]
+
+
+# --- the page
+
+
+@asynccontextmanager
+async def _browser() -> AsyncIterator[Browser]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        lacking("Chromium is missing; sh tests/run.sh installs it")
+    quiet = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=chromium, args=list(quiet))
+        try:
+            yield browser
+        finally:
+            await browser.close()
+
+
+async def _open(
+    browser: Browser,
+    url: str,
+    *,
+    scheme: Literal["light", "dark"] = "light",
+    size: tuple[int, int] = (1440, 900),
+) -> Page:
+    """Open the page and let nobody but us write."""
+    context = await browser.new_context(
+        color_scheme=scheme, viewport={"width": size[0], "height": size[1]}
+    )
+    page = await context.new_page()
+    await page.goto(url)
+    for who in ("Ann Chovy", "Bob Sledd", "A guest"):
+        status = page.get_by_role("status").filter(has_text=f"{who}: listening")
+        await expect(status).to_have_count(1)
+    return page
+
+
+async def _hush(page: Page) -> None:
+    switch = page.get_by_role("switch", name="Others write too")
+    if await switch.get_attribute("aria-checked") == "true":
+        await switch.click()
+    await expect(switch).to_have_attribute("aria-checked", "false")
+
+
+async def _press(page: Page, name: str) -> None:
+    """Press a button and wait for what came of it."""
+    before = await page.locator(".change.mine").count()
+    await page.get_by_role("button", name=name).click()
+    await expect(page.locator(".change.mine")).to_have_count(before + 1)
+    await expect(page.locator("#outcome")).to_contain_text("heard of it")
+
+
+async def _heard(page: Page) -> list[bool]:
+    """Whether Ann, Bob and the guest have heard of our last click."""
+    cells = page.locator(".change.mine").first.locator(".cell")
+    return ["heard" in (await cells.nth(n).get_attribute("class") or "") for n in range(3)]
+
+
+async def test_a_click_changes_a_row_and_those_who_may_hear_of_it_do(running: Demo) -> None:
+    """The party is Ann's secret until Bob takes part, and everybody's once it is public."""
+    said: list[str] = []
+    asked: set[str] = set()
+    async with _browser() as browser:
+        page = await _open(browser, f"{running.url}/")
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.add(request.url.split("/")[2]))
+        await _hush(page)
+
+        before = (await running.state())["tasks"]
+        await _press(page, "Tick off a party task")
+        assert await _heard(page) == [True, False, False]
+        after = (await running.state())["tasks"]
+        [changed] = [task for task in after if task not in before]
+        assert changed["project"] == "1"
+
+        frame = await page.locator("#frame").inner_text()
+        assert frame.startswith("id:")
+        assert f'"title":"{changed["title"]}"' in frame
+        assert "project.members_via_project.user" in await page.locator("#rule").inner_text()
+        await page.locator(".change.mine .cell.bob").first.click()
+        assert await page.locator("#frame").inner_text() == "Not a byte."
+
+        await _press(page, "Let Bob in")
+        assert await _heard(page) == [True, True, False]
+        await _press(page, "Tick off a party task")
+        assert await _heard(page) == [True, True, False]
+        await _press(page, "Make it public")
+        assert await _heard(page) == [True, True, True]
+        await _press(page, "Tick off a party task")
+        assert await _heard(page) == [True, True, True]
+        await _press(page, "Send Bob out again")
+        assert await _heard(page) == [True, True, False]  # his own membership is his to see
+        await _press(page, "Make it private again")
+        assert await _heard(page) == [True, False, False]
+
+    assert said == []
+    assert asked == {running.url.removeprefix("http://")}
+
+
+async def test_another_subscriber_can_be_chosen_and_comes_with_no_history(running: Demo) -> None:
+    async with _browser() as browser:
+        page = await _open(browser, f"{running.url}/")
+        await _hush(page)
+        await _press(page, "Tick off a party task")
+        await page.get_by_label("Subscriber 2").select_option("paige")
+        status = page.get_by_role("status").filter(has_text="Paige Turner: listening")
+        await expect(status).to_have_count(1)
+        assert await _heard(page) == [True, False, False]
+        await _press(page, "Tick off a party task")
+        assert await _heard(page) == [True, True, False]
+
+
+async def test_what_happened_while_nobody_looked_is_there_on_return(running: Demo) -> None:
+    """A hidden page holds no connection, and resumes from its last position."""
+    async with _browser() as browser:
+        page = await _open(browser, f"{running.url}/")
+        await _hush(page)
+        await _press(page, "Tick off a party task")
+        hide = """hidden => {
+          Object.defineProperty(document, "hidden", {get: () => hidden, configurable: true});
+          document.dispatchEvent(new Event("visibilitychange"));
+        }"""
+        await page.evaluate(hide, True)
+        async with await psycopg.AsyncConnection.connect(
+            running.database_url, autocommit=True
+        ) as connection:
+            await connection.execute(
+                "UPDATE tasks SET title = 'Missed it' WHERE project_id = 1 AND id = 1"
+            )
+        await page.evaluate(hide, False)
+        missed = page.locator(".change", has_text="Missed it")
+        await expect(missed.locator(".cell.ann.heard")).to_have_count(1)
+        await expect(missed.locator(".cell.bob.nothing")).to_have_count(1)
+
+
+_SCREENS: tuple[tuple[str, Literal["light", "dark"], tuple[int, int]], ...] = (
+    ("light", "light", (1440, 900)),
+    ("dark", "dark", (1440, 900)),
+    ("phone", "light", (390, 844)),
+    ("phone-dark", "dark", (390, 844)),
+)
+
+
+async def test_it_fits_every_screen_and_everything_has_a_name(running: Demo) -> None:
+    """Nothing sticks out at the side, and a screen reader knows what each control is."""
+    async with _browser() as browser:
+        for name, scheme, size in _SCREENS:
+            page = await _open(browser, f"{running.url}/", scheme=scheme, size=size)
+            await _press(page, "Tick off a party task")
+            await page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
+            assert await page.evaluate("document.documentElement.scrollWidth") == size[0], name
+            unnamed = await page.evaluate(
+                """[...document.querySelectorAll("button:enabled, select, input")]
+                   .filter(e => !(e.ariaLabel || e.labels?.length || e.textContent.trim()))
+                   .map(e => e.outerHTML)"""
+            )
+            assert unnamed == [], name
+            shade = await page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (sum(map(int, shade[4:-1].split(","))) < 200) == (scheme == "dark"), name
+            await page.close()
+
+
+# --- the configuration that people copy
+
+
+async def test_a_project_without_members_is_nobody_s_not_everybody_s(running: Demo) -> None:
+    """What the guard in demo.yaml is for: to a guest, whose id is empty, nobody is no match."""
+    people = {one["id"]: one["token"] for one in (await running.state())["people"]}
+    async with (
+        sdk(running.url) as guest,
+        sdk(running.url) as ann,
+        await psycopg.AsyncConnection.connect(running.database_url, autocommit=True) as write,
+    ):
+        await ann.do("token", token=people["ann"])
+        for client in (guest, ann):
+            await client.do("subscribe", collection="projects", topic="*")
+        await write.execute("DELETE FROM members WHERE project_id = 1")
+        await write.execute("UPDATE projects SET name = 'owned by ann' WHERE id = 1")
+        await write.execute("UPDATE projects SET name = 'public' WHERE id = 3")
+        await guest.wait_for(1)
+        await ann.wait_for(2)
+
+    assert [event["record"]["name"] for event in guest.events] == ["public"]
+    assert [event["record"]["name"] for event in ann.events] == ["owned by ann", "public"]
+
+
+# --- the end
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_ends_it_and_nothing_is_left(running: Demo, number: signal.Signals) -> None:
+    assert processes_in(running.directory)
+    assert await running.end(number) == 0
+    assert running.is_gone()
+
+
+async def test_killed_it_leaves_nothing_either(running: Demo) -> None:
+    """SIGKILL can't be handled: whoever keeps the server notices."""
+    await running.end(signal.SIGKILL)
+    await eventually(running.is_gone)
+
+
+async def test_killed_while_it_starts_it_leaves_nothing(open_folder: Path) -> None:
+    """Whatever the keeper is at when its input ends, it gets to the end."""
+    environment = {**os.environ, "TMPDIR": str(open_folder)}
+
+    async def kill(process: asyncio.subprocess.Process) -> None:
+        await eventually(lambda: any(open_folder.glob(f"{PREFIX}*/data")))
+        process.kill()
+
+    with pytest.raises(AssertionError, match="it ended"):
+        async with demo(environment=environment, started=kill):
+            pass
+    await eventually(lambda: not any(open_folder.iterdir()) and not processes_in(open_folder))
+
+
+async def test_without_its_keeper_it_ends_and_removes_the_server_itself(running: Demo) -> None:
+    os.kill(keeper_of(running.process), signal.SIGKILL)
+    async with asyncio.timeout(END_SECONDS):
+        assert await running.process.wait() != 0
+    assert running.is_gone()
+
+
+async def test_the_next_start_removes_what_two_kills_left(running: Demo) -> None:
+    keeper = keeper_of(running.process)
+    os.kill(keeper, signal.SIGKILL)
+    await running.end(signal.SIGKILL)
+    assert not running.is_gone()
+    (running.directory / "data" / "PG_VERSION").unlink()  # and half of it is removed already
+    async with demo() as second:
+        assert running.is_gone()
+        async with demo():  # a third one leaves the second alone
+            assert processes_in(second.directory)
+            await second.get("/demo/state")
+
+
+# --- what can go wrong
+
+
+async def test_a_taken_port_is_said_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        status, printed = await run(*_demo_command(), "--port", port, "--embedded")
+    assert status != 0
+    assert printed.splitlines() == [
+        f"port_taken: port {port} of 127.0.0.1 can't be used",
+        "DETAIL: Address already in use.",
+        "HINT: Choose another one with --port; 0 takes any that is free.",
+    ]
+
+
+async def test_without_a_place_to_write_it_says_so() -> None:
+    code = (
+        "import tempfile; tempfile._candidate_tempdir_list = lambda: ['/proc'];"
+        "import sys; from pgrealtime.demo.keeper import main; sys.exit(main(['--embedded']))"
+    )
+    status, printed = await run(sys.executable, "-c", code)
+    assert status == 1
+    assert "no directory can be written to" in printed
+    status, printed = await run(
+        "/bin/sh",
+        str(_SCRIPT),
+        environment={**os.environ, "PGREALTIME_DEMO_DIRECTORY": "/proc/nowhere"},
+    )
+    assert (status, printed) == (
+        1,
+        "demo.sh: can't write to /proc/nowhere; name a folder with PGREALTIME_DEMO_DIRECTORY=...\n",
+    )
+
+
+async def test_without_python_or_its_venv_it_says_what_to_install(tmp_path: Path) -> None:
+    old = tmp_path / "python-old"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    bare = tmp_path / "python-without-venv"
+    bare.write_text(
+        f'#!/bin/sh\n[ "$1" != -m ] || {{ echo "No module named venv" >&2; exit 1; }}\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    for program in (old, bare):
+        program.chmod(0o755)
+    environment = {**os.environ, "PGREALTIME_DEMO_DIRECTORY": str(tmp_path / "installed")}
+
+    status, printed = await run(
+        "/bin/sh", str(_SCRIPT), environment={**environment, "PYTHON": str(old)}
+    )
+    assert status == 1
+    assert printed == (
+        "demo.sh: no Python 3.11 or newer was found; name one with PYTHON=/path/to/python3\n"
+    )
+    status, printed = await run(
+        "/bin/sh", str(_SCRIPT), environment={**environment, "PYTHON": str(bare)}
+    )
+    assert status == 1
+    assert printed.splitlines()[-1] == (
+        f"demo.sh: {bare} can't make a virtual environment;"
+        " on Debian and Ubuntu: apt install python3-venv"
+    )
+
+
+_SCRIPT = Path(__file__).parents[2] / "config" / "demo.sh"
+
+
+def _demo_command() -> tuple[str, ...]:
+    return (sys.executable, "-m", "pgrealtime", "demo", "--no-browser")
