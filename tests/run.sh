@@ -112,7 +112,7 @@ install_python() {
     [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
     .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip
     .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-        --constraint .ci/constraints.txt --editable '.[test]'
+        --constraint .ci/constraints.txt --editable '.[test,demo]'
 }
 
 install_node() {

@@ -1,0 +1,70 @@
+"""What the busy colleague does next, without a database."""
+
+from __future__ import annotations
+
+from itertools import count
+from random import Random
+from typing import Any
+
+from pgrealtime.demo.application import STATEMENTS, Step
+from pgrealtime.demo.writer import IDEAS, fresh_title, next_step
+
+
+def _rows() -> dict[str, Any]:
+    return {
+        "projects": [{"id": "1"}, {"id": "2"}, {"id": "77"}],
+        "members": [{"project": "1", "user": "ann"}],
+        "tasks": [],
+    }
+
+
+def _do(rows: dict[str, Any], step: Step, new_id: str) -> None:
+    """Do to the rows what the statement does to the tables."""
+    tasks, values = rows["tasks"], step.values
+    match step.name:
+        case "add":
+            tasks.append({"id": new_id, "project": values["id"], "title": values["title"]})
+            tasks[-1] |= {"done": False, "assignee": None}
+        case "drop":
+            tasks[:] = [task for task in tasks if task["id"] != values["id"]]
+        case "finish" | "assign":
+            [task] = [task for task in tasks if task["id"] == values["id"]]
+            task |= {"done": values["done"]} if "done" in values else {"assignee": values["user"]}
+        case other:
+            raise AssertionError(other)
+
+
+def test_it_can_go_on_for_ever_without_filling_the_page() -> None:
+    rows, random = _rows(), Random(7)
+    done = set()
+    for number in count(1):
+        step = next_step(rows, random)
+        assert step.name in STATEMENTS
+        done.add(step.name)
+        _do(rows, step, str(number))
+        for project in rows["projects"]:
+            assert sum(task["project"] == project["id"] for task in rows["tasks"]) <= 5
+        if number == 3000:
+            break
+    assert done == {"add", "drop", "finish", "assign"}
+
+
+def test_it_never_decides_who_takes_part() -> None:
+    """What the page's three buttons are about is left to whoever presses them."""
+    rows, random = _rows(), Random(1)
+    for number in range(500):
+        step = next_step(rows, random)
+        assert step.name not in ("publish", "join", "leave")
+        if step.name == "assign":
+            assert step.values["user"] == "ann"
+        _do(rows, step, str(number))
+
+
+def test_a_title_is_not_given_twice_while_there_are_others() -> None:
+    rows, random = _rows(), Random(3)
+    for title in IDEAS["1"][1:]:
+        rows["tasks"].append({"id": title, "project": "1", "title": title})
+    assert fresh_title(rows, "1", random) == IDEAS["1"][0]
+    rows["tasks"].append({"id": "x", "project": "1", "title": IDEAS["1"][0]})
+    assert fresh_title(rows, "1", random) in IDEAS["1"]
+    assert fresh_title(rows, "no such project", random)
