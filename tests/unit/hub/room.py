@@ -12,7 +12,7 @@ from pgrealtime.catalog.model import Column, ReplicaIdentity, Table, TableKind, 
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Change, Delete, Insert, Row, TableName, Transaction, Update, WholeRow
 from pgrealtime.collections import Collection, Collections, Field, FieldKind
-from pgrealtime.config import RealtimeConfig
+from pgrealtime.config import CollectionLoginConfig, RealtimeConfig
 from pgrealtime.hub.connection import Connection
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.event import Event
@@ -23,6 +23,8 @@ from pgrealtime.lsn import LSN, Xid
 TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")
 POSTS = TableName("public", "posts")
 NOTES = TableName("public", "notes")
+PEOPLE = TableName("public", "people")
+LOGINS = {"people": CollectionLoginConfig(token_key="key")}
 DEADLINE = 5.0
 
 
@@ -50,7 +52,44 @@ def _collection(name: TableName) -> Collection:
     )
 
 
-COLLECTIONS = Collections((_collection(POSTS), _collection(NOTES)))
+def _people() -> Collection:
+    """An auth collection whose addresses only their owners see."""
+    columns = tuple(
+        Column(name=n, number=i, type=TEXT) for i, n in enumerate(("id", "email", "key"), 1)
+    )
+    table = Table(
+        oid=2,
+        name=PEOPLE,
+        kind=TableKind.TABLE,
+        columns=columns,
+        primary_key=("id",),
+        replica_identity=ReplicaIdentity.FULL,
+        identity_columns=("id", "email", "key"),
+    )
+    fields = tuple(
+        Field(
+            name=c.name,
+            column=c,
+            kind=FieldKind.TEXT,
+            type=TEXT,
+            is_hidden=c.name == "key",
+            is_secret=c.name == "key",
+        )
+        for c in columns
+    )
+    return Collection(
+        name="people",
+        id="pbc_people",
+        type="auth",
+        table=table,
+        key=columns[0],
+        fields=fields,
+        list_rule="",
+        view_rule="",
+    )
+
+
+COLLECTIONS = Collections((_collection(POSTS), _collection(NOTES), _people()))
 
 
 class MemorySink:
@@ -227,6 +266,7 @@ async def open_room(
         database,
         collections=COLLECTIONS,
         limits=RealtimeConfig.model_validate(limits),
+        logins=LOGINS,
         can_resume=max_age > 0,
     )
     if is_up:
