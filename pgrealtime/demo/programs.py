@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgrealtime.demo.account import Account, run
+from pgrealtime.demo.account import Account, hand_over, run
 from pgrealtime.errors import SetupError
 
 _OLDEST = 14
@@ -122,7 +122,11 @@ def _from_wheel(account: Account | None, directory: Path) -> Programs | None:
     found = _probe(package / "pginstall" / "bin", account, origin)
     if found is None and account is not None:
         # A wheel in root's home can't be reached by anybody else.
-        found = _probe(_copy(package, directory / "server"), account, origin)
+        target = directory / "server"
+        programs = _copy(package, target)
+        for path in (target, *target.rglob("*")):
+            hand_over(path, account)
+        found = _probe(programs, account, origin)
     return found
 
 
