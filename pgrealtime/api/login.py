@@ -138,6 +138,8 @@ class LoginRoutes:
             raise RefusedError(_NO_TOKEN) from error
 
     def _users(self, request: web.Request) -> Users:
+        if not self._login.is_enabled:
+            raise web.HTTPNotFound
         users = self._authenticator.users(request.match_info["collection"])
         if users is None:
             raise RefusedError(_NO_COLLECTION)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from types import MappingProxyType
 
+import msgspec
 import structlog
 
 from pgrealtime.auth.account import Account, Accounts, Users
@@ -27,7 +29,7 @@ from pgrealtime.auth.token import (
     read,
 )
 from pgrealtime.collections import Collections, collection_id
-from pgrealtime.config import AuthConfig, CollectionLoginConfig, IssuerConfig
+from pgrealtime.config import AuthConfig, CollectionLoginConfig, IssuerConfig, LoginConfig
 from pgrealtime.errors import AuthError, ConfigError, Problem
 
 log = structlog.get_logger(__name__)
@@ -69,21 +71,75 @@ class Authenticator:
         logins: Mapping[str, CollectionLoginConfig] = _NO_LOGINS,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._issuers = _issuers(auth)
-        self._login = auth.login
-        self._logins = logins
         self._accounts = accounts
         self._clock = clock
-        self.use(collections)
+        self._issuers: tuple[tuple[IssuerConfig, KeySource], ...] = ()
+        self._other_issuers = asyncio.Event()
+        self._known_ids: set[str] = set()
+        self.use(issuers_of(auth), auth.login, collections, logins=logins)
 
-    def use(self, collections: Collections) -> None:
-        """Take the collections of a changed catalogue; keys fetched from issuers are kept."""
+    def use(
+        self,
+        issuers: Iterable[tuple[IssuerConfig, KeySource]],
+        login: LoginConfig,
+        collections: Collections,
+        *,
+        logins: Mapping[str, CollectionLoginConfig] = _NO_LOGINS,
+    ) -> None:
+        """Take another configuration; keys fetched from issuers are kept.
+
+        Args:
+            issuers: Made by ``issuers_of``.
+            login: Our own.
+            collections: As in the constructor.
+            logins: As in the constructor.
+        """
+        fetched = {_publication(issuer): source for issuer, source in self._issuers}
+        self._issuers = tuple(
+            (issuer, fetched.get(_publication(issuer), source) if issuer.jwks_url else source)
+            for issuer, source in issuers
+        )
+        self._other_issuers.set()
+        self._vouchers = {
+            voucher: issuer for issuer, _ in self._issuers for voucher in _vouchers_of(issuer)
+        }
+        self._login = login
         self._users = {
-            c.name: Users(collection=c, login=self._logins.get(c.name, CollectionLoginConfig()))
+            c.name: Users(collection=c, login=logins.get(c.name, CollectionLoginConfig()))
             for c in collections.values()
         }
         self._by_id = {users.collection.id: users for users in self._users.values()}
         self._by_folded_name = {name.lower(): users for name, users in self._users.items()}
+        self._known_ids |= self._by_id.keys()
+
+    def reconsider(self, caller: Caller) -> Caller:
+        """The caller by the configuration of now: a guest if its token doesn't hold any more.
+
+        The database isn't asked. Users whose collection is gone are gone with it (protocol, 8).
+        """
+        issuer = self._vouchers.get(caller.voucher or b"")
+        match caller.principal:
+            case Superuser():
+                return caller if issuer is not None else Caller()
+            case AuthRecord(collection_id=collection_id) as record:
+                users = self._by_id.get(collection_id)
+                if users is None:
+                    return caller if self._is_without_row(record, issuer) else Caller()
+                if not self._is_user(caller, users, issuer):
+                    return Caller()
+                name = users.collection.name
+                return replace(caller, principal=replace(record, collection_name=name))
+            case _:
+                return caller
+
+    def _is_without_row(self, record: AuthRecord, issuer: IssuerConfig | None) -> bool:
+        is_by_issuer = issuer is not None and issuer.collection == record.collection_name
+        return is_by_issuer and record.collection_id not in self._known_ids
+
+    def _is_user(self, caller: Caller, users: Users, issuer: IssuerConfig | None) -> bool:
+        if issuer is not None:
+            return self._users.get(issuer.collection) is users
+        return self._login.enabled and caller.voucher == _own_voucher(self._login, users)
 
     def users(self, name_or_id: str) -> Users | None:
         """The collection of that name or id, as tokens and the login's addresses name it.
@@ -94,10 +150,17 @@ class Authenticator:
         return exact or self._by_folded_name.get(name_or_id.lower())
 
     async def run(self) -> None:
-        """Keep the issuers' published keys fresh. Returns at once if none publishes any."""
-        async with asyncio.TaskGroup() as tasks:
-            for issuer, source in self._issuers:
-                tasks.create_task(source.run(), name=f"auth.keys.{issuer.name}")
+        """Keep the issuers' published keys fresh, for ever."""
+        while True:
+            self._other_issuers.clear()
+            async with asyncio.TaskGroup() as tasks:
+                fetching = [
+                    tasks.create_task(source.run(), name=f"auth.keys.{issuer.name}")
+                    for issuer, source in self._issuers
+                ]
+                await self._other_issuers.wait()
+                for task in fetching:
+                    task.cancel()
 
     async def authenticate(self, authorization: str | None) -> Caller:
         """The caller; a guest if there is no token or anything is wrong with it.
@@ -130,13 +193,14 @@ class Authenticator:
         refusals: list[AuthError] = []
         for issuer, source in self._issuers:
             try:
-                await _check_keys(token, source)
+                key = await _check_keys(token, source)
                 check_purpose(token.claims, issuer)
             except AuthError as refusal:
                 refusals.append(refusal)
                 continue
             expires_at = check_times(token.claims, now=self._clock(), leeway=issuer.leeway)
             caller = await self._caller(token.claims, issuer, expires_at)
+            caller = replace(caller, voucher=_voucher(issuer, key.material))
             return Identity(caller=caller, token=token, is_own=False)
         if self._login.enabled and not _is_by_known_issuer(refusals):
             return await self._own(token)
@@ -170,10 +234,17 @@ class Authenticator:
         if account.token_key is None:
             raise AuthError("the token's user has no token key", code="token_signature")
         check_signature(token, Key("HS256", account.token_key + self._login.secret))
-        return Identity(caller=_caller_of(account, expires_at), token=token, is_own=True)
+        voucher = _own_voucher(self._login, users)
+        caller = replace(_caller_of(account, expires_at), voucher=voucher)
+        return Identity(caller=caller, token=token, is_own=True)
 
 
-def _issuers(auth: AuthConfig) -> tuple[tuple[IssuerConfig, KeySource], ...]:
+def issuers_of(auth: AuthConfig) -> tuple[tuple[IssuerConfig, KeySource], ...]:
+    """Each issuer with where its keys come from.
+
+    Raises:
+        ConfigError: A public key that can't be used.
+    """
     sources: list[tuple[IssuerConfig, KeySource]] = []
     problems: list[Problem] = []
     for n, issuer in enumerate(auth.issuers):
@@ -186,12 +257,44 @@ def _issuers(auth: AuthConfig) -> tuple[tuple[IssuerConfig, KeySource], ...]:
     return tuple(sources)
 
 
-async def _check_keys(token: Token, source: KeySource) -> None:
+def _publication(issuer: IssuerConfig) -> tuple[object, ...]:
+    """What published keys hang on."""
+    return issuer.jwks_url, issuer.accepted_algorithms
+
+
+def _vouchers_of(issuer: IssuerConfig) -> list[bytes]:
+    """The vouchers of all tokens that the issuer can make: one per secret."""
+    secrets = [secret for secret in (issuer.secret, issuer.previous_secret) if secret]
+    return [_voucher(issuer, secret) for secret in secrets] or [_voucher(issuer, None)]
+
+
+def _voucher(issuer: IssuerConfig, material: object) -> bytes:
+    """What makes a token count, as a digest: the same as long as the configuration says the same.
+
+    Args:
+        issuer: Whose token it is.
+        material: What checked it. Only secrets count, of public keys the configuration says which.
+    """
+    secret = material if isinstance(material, str) else None
+    purpose = (issuer.issuer, issuer.audience, issuer.id_claim, issuer.superuser_when)
+    return _digest(secret, issuer.public_key, *_publication(issuer), *purpose)
+
+
+def _own_voucher(login: LoginConfig, users: Users) -> bytes:
+    return _digest(login.secret, users.login.password_hash, users.login.token_key)
+
+
+def _digest(*parts: object) -> bytes:
+    return sha256(msgspec.json.encode(parts)).digest()
+
+
+async def _check_keys(token: Token, source: KeySource) -> Key:
     for key in await source.keys_for(token):
         try:
-            return check_signature(token, key)
+            check_signature(token, key)
         except AuthError:
             continue
+        return key
     raise AuthError("no issuer made this token", code="token_signature")
 
 

@@ -118,6 +118,17 @@ class Login:
         token = self._token(account) if is_renewed else identity.token.text
         return Session(account=account, token=token)
 
+    @property
+    def is_enabled(self) -> bool:
+        """Whether anybody can log in here."""
+        return self._config.enabled
+
+    def use(self, config: LoginConfig) -> None:
+        """Take another configuration; failed attempts go on counting."""
+        if config.attempts_per_minute != self._config.attempts_per_minute:
+            self._attempts = Attempts(config.attempts_per_minute)
+        self._config = config
+
     def close(self) -> None:
         """Let the threads go; what they are at they finish."""
         self._passwords.close()

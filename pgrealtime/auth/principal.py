@@ -64,5 +64,8 @@ class Caller:
     key_digest: bytes | None = field(default=None, repr=False)
     """Of the user's token key; None if the user has none. When the row's key has another digest,
     connections opened with this one are nobody's."""
+    voucher: bytes | None = field(default=None, repr=False, compare=False)
+    """Of the configured key, and of what else is asked of tokens signed with it: when no issuer has
+    this digest any more, the token is nobody's. None for guests."""
     reading: Reading | None = field(default=None, repr=False, compare=False)
     """When the principal's row was read; None if there is no row."""

@@ -1,0 +1,96 @@
+"""A caller who is known already, by a configuration that came later."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jwt
+import pytest
+from psycopg_pool import AsyncConnectionPool
+
+from pgrealtime.auth.account import Accounts
+from pgrealtime.auth.authenticator import Authenticator, issuers_of
+from pgrealtime.auth.principal import Caller
+from pgrealtime.collections import Collections
+from pgrealtime.config import AuthConfig, IssuerConfig, LoginConfig
+
+SECRET = "a-secret-of-thirty-two-characters"
+OTHER = "another-secret-of-enough-characters"
+NONE = Collections(())
+
+
+def issuer(**said: Any) -> IssuerConfig:
+    return IssuerConfig(
+        **{"name": "app", "secret": SECRET, "superuser_when": {"role": "root"}, **said}
+    )
+
+
+async def known(*issuers: IssuerConfig, **claims: str) -> tuple[Authenticator, Caller]:
+    door = Authenticator(
+        AuthConfig(issuers=issuers), NONE, Accounts(AsyncConnectionPool("", open=False))
+    )
+    caller = await door.authenticate(jwt.encode({"sub": "u1", **claims}, SECRET))
+    assert caller != Caller()
+    return door, caller
+
+
+def use(door: Authenticator, *issuers: IssuerConfig) -> None:
+    door.use(issuers_of(AuthConfig(issuers=issuers)), LoginConfig(), NONE)
+
+
+HOLDS = [
+    issuer(),
+    issuer(name="renamed"),
+    issuer(leeway="5s"),
+    issuer(secret=OTHER, previous_secret=SECRET),
+]
+FALLS = [
+    issuer(secret=OTHER),
+    issuer(issuer="https://app"),
+    issuer(audience="rt"),
+    issuer(id_claim="user"),
+    issuer(superuser_when={"role": "service_role"}),
+]
+
+
+@pytest.mark.parametrize("role", ["user", "root"])
+@pytest.mark.parametrize("after", HOLDS)
+async def test_whose_token_still_holds_stays(after: IssuerConfig, role: str) -> None:
+    """The secret may move to ``previous_secret`` without anybody being signed out."""
+    door, caller = await known(issuer(), role=role)
+
+    use(door, issuer(name="first", secret=OTHER), after)
+
+    assert door.reconsider(caller) == caller
+
+
+@pytest.mark.parametrize("role", ["user", "root"])
+@pytest.mark.parametrize("after", FALLS)
+async def test_whose_token_no_issuer_would_take_is_a_guest(after: IssuerConfig, role: str) -> None:
+    door, caller = await known(issuer(), role=role)
+
+    use(door, after)
+
+    assert door.reconsider(caller) == Caller()
+
+
+async def test_without_its_issuer_nobody_is_known() -> None:
+    door, caller = await known(issuer())
+
+    use(door)
+
+    assert door.reconsider(caller) == Caller()
+
+
+async def test_an_issuer_of_another_collection_knows_other_people() -> None:
+    door, caller = await known(issuer())
+
+    use(door, issuer(collection="staff"))
+
+    assert door.reconsider(caller) == Caller()
+
+
+async def test_a_guest_stays_one() -> None:
+    door, _ = await known(issuer())
+
+    assert door.reconsider(Caller()) == Caller()
