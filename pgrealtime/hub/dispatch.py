@@ -665,6 +665,10 @@ class Hub:
             turns: Whether an event about a person changes a caller of the reader. The slice
                 before must have been handed out when the next one is asked for.
         """
+        if not entries:
+            # All that the commit changed lies behind; to its very end there is nothing to read.
+            yield Slice([], None, Cursor(after.lsn, END))
+            return
         cut = _Cut()
         upto = after
         for entry in entries:
