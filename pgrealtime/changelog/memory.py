@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pgrealtime.changelog.base import Entry
+from pgrealtime.changelog.base import Entry, Gap
 from pgrealtime.changes import Transaction
 from pgrealtime.errors import ChangelogError
 from pgrealtime.lsn import END, LSN, Cursor, format_lsn
@@ -21,6 +21,9 @@ class _Kept(NamedTuple):
     total: int
     """Bytes appended up to and including this entry, ever."""
     appended_at: float
+
+
+_GONE = _Kept(LSN(0), Gap(LSN(0), ""), 0, 0.0)
 
 
 class MemoryChangelog:
@@ -90,6 +93,7 @@ class MemoryChangelog:
         gone = self._kept[self._first]
         self._floor = Cursor(gone.end_lsn, END)
         self._trimmed_total = gone.total
+        self._kept[self._first] = _GONE  # its place stays for a while, its rows must not
         self._first += 1
         if self._first >= _COMPACT_AT and self._first * 2 >= len(self._kept):
             del self._kept[: self._first]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from pgrealtime.changelog.base import Gap
@@ -130,3 +132,16 @@ def test_trimming_ten_thousand_entries_keeps_every_answer_right() -> None:
 
     assert len(log) == 10
     assert read(log, log.floor) == list(range(9991, 10_001))
+
+
+def test_what_was_trimmed_is_no_longer_held() -> None:
+    """The bound is on memory, not on what can be read."""
+    log = MemoryChangelog(LSN(0), max_size=100, max_age=60)
+    made = transaction(10, size=60)
+    before = sys.getrefcount(made)
+    log.append(made)
+    log.append(transaction(20, size=60))
+    log.append(transaction(30, size=60))
+
+    assert log.floor.lsn == 20
+    assert sys.getrefcount(made) == before
