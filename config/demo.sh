@@ -50,7 +50,7 @@ install_demo() {
     rm -rf "$folder/venv" "$folder/installed" || fail "can't remove what is left in $folder"
     "$python" -m venv "$folder/venv" >"$folder/log" 2>&1 ||
         fail "$python can't make a virtual environment; on Debian and Ubuntu: apt install python3-venv"
-    "$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    "$folder/venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check \
         --constraint "$checkout/.ci/constraints.txt" --editable "${checkout}[demo]" \
         >"$folder/log" 2>&1 || {
         tail -n 5 "$folder/log" >&2

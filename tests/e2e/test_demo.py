@@ -130,7 +130,11 @@ async def test_a_server_of_this_machine_is_used_if_there_is_one() -> None:
         lacking("no PostgreSQL programs: PGREALTIME_TEST_PG_BIN isn't set")
     async with demo(("--port", "0", "--no-browser")) as started:
         assert f"({binaries})" in started.printed
-        async with await psycopg.AsyncConnection.connect(started.database_url) as connection:
+        async with (
+            sdk(started.url) as guest,
+            await psycopg.AsyncConnection.connect(started.database_url) as connection,
+        ):
+            await guest.do("subscribe", collection="tasks", topic="*")  # waits for the slot
             cursor = await connection.execute("SELECT plugin FROM pg_replication_slots")
             assert await cursor.fetchall() == [("wal2json",)]
 
