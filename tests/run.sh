@@ -60,7 +60,7 @@ find_postgres() {
 
 missing_packages() {
     [ -n "$(find_postgres)" ] || echo postgresql-17 postgresql-17-wal2json
-    for program in chromium nginx caddy haproxy npm; do
+    for program in chromium curl nginx caddy haproxy npm; do
         command -v "$program" >/dev/null || echo "$program"
     done
     "${PYTHON:-python3}" -c 'import ensurepip, venv' 2>/dev/null || echo python3 python3-venv

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tests.conformance.http_client import Address, EventStream, Request, send
@@ -27,21 +27,43 @@ def parse(raw: bytes) -> Message:
     return Message(fields["id"], fields["event"], json.loads(fields["data"]))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """How somebody calls: from where, through which path, with which headers."""
+
+    base_path: str = ""
+    source_ip: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def request(self, method: str, headers: Mapping[str, str], body: bytes = b"") -> Request:
+        return Request(
+            method=method,
+            path=f"{self.base_path}/api/realtime",
+            headers={**self.headers, **headers},
+            body=body,
+            source_ip=self.source_ip,
+        )
+
+
+ANYBODY = Caller()
+
+
 class Listener:
     """One connection."""
 
-    def __init__(self, stream: EventStream, address: Address) -> None:
+    def __init__(self, stream: EventStream, address: Address, caller: Caller) -> None:
         self.stream = stream
         self._address = address
+        self._caller = caller
         self.client_id = ""
 
-    async def subscribe(self, *topics: str, token: str = "") -> int:
+    async def subscribe(self, *topics: str, token: str = "", caller: Caller | None = None) -> int:
         """Submit the topics; return the status."""
         body = json.dumps({"clientId": self.client_id, "subscriptions": topics}).encode()
         headers = {"Content-Type": "application/json"}
         if token:
             headers["Authorization"] = token
-        request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
+        request = (caller or self._caller).request("POST", headers, body)
         return (await send(request, self._address)).head.status
 
     async def take(self, count: int, seconds: float = DEADLINE) -> list[Message]:
@@ -50,12 +72,13 @@ class Listener:
 
 
 @asynccontextmanager
-async def listener(address: Address, *topics: str, token: str = "") -> AsyncIterator[Listener]:
+async def listener(
+    address: Address, *topics: str, token: str = "", caller: Caller = ANYBODY
+) -> AsyncIterator[Listener]:
     """Open a connection, and subscribe if there are topics."""
-    request = Request(method="GET", path="/api/realtime", headers={})
-    stream = await EventStream.open(request, address, "listener")
+    stream = await EventStream.open(caller.request("GET", {}), address, "listener")
     try:
-        opened = Listener(stream, address)
+        opened = Listener(stream, address, caller)
         (connect,) = await opened.take(1)
         opened.client_id = connect.data["clientId"]
         if topics:

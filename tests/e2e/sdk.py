@@ -40,6 +40,12 @@ class Sdk:
         """The events so far."""
         return [report for report in self.reports if report["report"] == "event"]
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether a plain EventSource has given up for good."""
+        closed = 2  # EventSource.CLOSED
+        return any(r["report"] == "break" and r["id"] == closed for r in self.reports)
+
     async def do(self, command: str, **arguments: Any) -> None:
         """Run a command and wait for the SDK's promise.
 

@@ -58,15 +58,22 @@ def token(user: str, *, lifetime: float = 3600.0, **claims: object) -> str:
 class Service:
     """A running pgrealtime; ``write`` is anybody else's connection to the database."""
 
-    def __init__(self, config: Path, address: Address, write: psycopg.AsyncConnection[Any]) -> None:
+    def __init__(
+        self,
+        config: Path,
+        address: Address,
+        write: psycopg.AsyncConnection[Any],
+        base_path: str,
+    ) -> None:
         self._config = config
         self.address = address
         self.write = write
+        self.base_path = base_path
         self._process: ServerProcess | None = None
 
     @property
     def url(self) -> str:
-        return f"http://{self.address.host}:{self.address.port}"
+        return f"http://{self.address.host}:{self.address.port}{self.base_path}"
 
     @property
     def process(self) -> ServerProcess:
@@ -76,7 +83,7 @@ class Service:
     async def start(self) -> None:
         arguments = [command(), "run", "-c", str(self._config)]
         self._process = await ServerProcess.start(arguments, self._config.with_suffix(".log"))
-        await self._process.wait_healthy(self.address)
+        await self._process.wait_healthy(self.address, self.base_path)
 
     async def stop(self) -> None:
         if self._process is not None:
@@ -122,7 +129,7 @@ async def service(
     address = Address(host="127.0.0.1", port=settings["server"]["port"])
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as write:
         await write.execute(schema.encode())
-        running = Service(config, address, write)
+        running = Service(config, address, write, settings["server"].get("base_path", ""))
         try:
             await running.start()
             yield running

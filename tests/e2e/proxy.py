@@ -1,0 +1,176 @@
+"""nginx, Caddy and haproxy as child processes, each with its file from ``config/proxy``."""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import shutil
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from tests.conformance.http_client import Address
+from tests.conformance.process import POLL_SECONDS, ServerDiedError, ServerProcess, free_port
+from tests.conftest import lacking
+
+Program: TypeAlias = Literal["nginx", "caddy", "haproxy"]
+PROGRAMS: tuple[Program, ...] = ("nginx", "caddy", "haproxy")
+
+PREFIX = "/realtime"
+"""The path that the files put pgrealtime under."""
+
+_FILES = Path(__file__).parents[2] / "config" / "proxy"
+_START_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Set:
+    """What a program needs: its file, what in it differs from one machine to another, the rest.
+
+    The rest is what a distribution's own files say around ours: paths, the user, the foreground.
+    """
+
+    file: str
+    listen: tuple[str, str]
+    """Text of the file, and what stands for it in a test; ``{port}`` is the proxy's."""
+    rest: str
+    """Configuration around ours; ``{file}`` is ours, ``{dir}`` a directory to write to."""
+    arguments: Sequence[str]
+
+
+_SETS: Mapping[Program, Set] = {
+    "nginx": Set(
+        file="nginx.conf",
+        listen=("listen 80;", "listen 127.0.0.1:{port};"),
+        rest="""
+user {user};
+daemon off;
+worker_processes 1;
+pid {dir}/nginx.pid;
+error_log stderr;
+events {{ worker_connections 256; }}
+http {{
+    access_log off;
+    client_body_temp_path {dir}/body;
+    proxy_temp_path {dir}/proxy;
+    fastcgi_temp_path {dir}/fastcgi;
+    uwsgi_temp_path {dir}/uwsgi;
+    scgi_temp_path {dir}/scgi;
+    include {file};
+}}
+""",
+        arguments=("-e", "stderr", "-p", "{dir}", "-c", "{rest}"),
+    ),
+    "caddy": Set(
+        file="Caddyfile",
+        listen=(":80 {", ":{port} {{\n\tbind 127.0.0.1"),
+        rest="""
+{{
+	admin off
+	grace_period 1s
+	servers {{
+		protocols h1 h2c
+	}}
+}}
+import {file}
+""",
+        arguments=("run", "--adapter", "caddyfile", "--config", "{rest}"),
+    ),
+    "haproxy": Set(
+        file="haproxy.cfg",
+        listen=("bind :80", "bind 127.0.0.1:{port}"),
+        rest="",
+        arguments=("-db", "-f", "{file}"),
+    ),
+}
+
+
+class Proxy:
+    """One proxy; it may be stopped and started again."""
+
+    def __init__(self, command: Sequence[str], log: Path, address: Address) -> None:
+        self._command = command
+        self._log = log
+        self.address = address
+        self._process: ServerProcess | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address.host}:{self.address.port}"
+
+    @property
+    def output(self) -> str:
+        """What it has printed."""
+        return "" if self._process is None else self._process.output()
+
+    async def start(self) -> None:
+        """Start it; return once it takes connections."""
+        own = str(self._log.parent)
+        home = {"XDG_DATA_HOME": own, "XDG_CONFIG_HOME": own}  # Caddy keeps something in both
+        self._process = await ServerProcess.start(self._command, self._log, home)
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                while True:
+                    with suppress(OSError):
+                        await self._connect()
+                        return
+                    await asyncio.sleep(POLL_SECONDS)  # the only sign of readiness
+        except TimeoutError as error:
+            await self.stop()
+            raise ServerDiedError(self.output) from error
+
+    async def _connect(self) -> None:
+        _, writer = await asyncio.open_connection(self.address.host, self.address.port)
+        writer.close()
+
+    async def stop(self) -> None:
+        if self._process is not None:
+            await self._process.stop()
+
+
+@asynccontextmanager
+async def proxy(
+    program: Program,
+    to: Address,
+    directory: Path,
+    *,
+    edits: Mapping[str, str] | None = None,
+) -> AsyncIterator[Proxy]:
+    """Run the program in front of a server, with its file as it stands but for the ports.
+
+    Args:
+        program: Which.
+        to: The server.
+        directory: For what it writes.
+        edits: Further texts of its file and what stands for them, such as shorter times.
+    """
+    executable = shutil.which(program, path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
+    if executable is None:
+        lacking(f"{program} is missing; sh tests/run.sh installs it")
+    parts = _SETS[program]
+    port = free_port()
+    text = (_FILES / parts.file).read_text()
+    listen, listen_here = parts.listen
+    changes = {
+        listen: listen_here.format(port=port),
+        "127.0.0.1:8090": f"{to.host}:{to.port}",
+        **(edits or {}),
+    }
+    for old, new in changes.items():
+        assert old in text, f"{old!r} isn't in {parts.file}"
+        text = text.replace(old, new)
+    own = directory / program
+    own.mkdir()
+    file, rest = own / parts.file, own / "rest"
+    file.write_text(text)
+    rest.write_text(parts.rest.format(file=file, dir=own, user=getpass.getuser()))
+    names = {"dir": own, "file": file, "rest": rest}
+    command = [executable, *(argument.format(**names) for argument in parts.arguments)]
+    running = Proxy(command, own / "log", Address(host="127.0.0.1", port=port))
+    try:
+        await running.start()
+        yield running
+    finally:
+        await running.stop()
