@@ -198,7 +198,8 @@ class Hub:
         self._is_deciding = False
         self._waiting: deque[Callable[[], None]] = deque()
         self._edition = 0
-        """Counts the collections that were in use."""
+        """Counts the collections and the histories that were in use: what was read or judged by
+        those of before counts no more."""
         self._reported: set[tuple[str, str]] = set()
         self._reconsider: Callable[[Caller], Caller] = _unchanged
         self._joining: dict[Connection, None] = {}
@@ -309,8 +310,13 @@ class Hub:
         """Positions of before mean nothing any more: the changelog was emptied as well."""
         self._epoch = epoch
         self._epochs.clear()
+        self._edition += 1
         self._head = self._target = self._changelog.head
         self._unseen.clear()
+        # A snapshot of before takes ids that are used anew for seen.
+        for subscription in self._fresh:
+            subscription.barrier = None
+        self._fresh.clear()
         self._identities.forget(self._head.lsn)
         for connection in list(self._connections.values()):
             connection.epoch = epoch
@@ -320,6 +326,7 @@ class Hub:
                 connection.gap = connection.gap or "unknown"
             elif connection.subscriptions:
                 self._tell(connection, Announcement(None, "unknown", self._head))
+        self._let_go()
 
     # --- opening and closing --------------------------------------------------------------
 
@@ -480,10 +487,13 @@ class Hub:
         """
         deadline = self._clock() + _BARRIER_SECONDS
         while True:
+            edition = self._edition
             try:
                 barrier = await self._snapshots.take()
             except PgRealtimeError as error:
                 raise SubscriptionError("no snapshot", code="stream_away") from error
+            if self._edition != edition:
+                continue  # it may be another history's
             self._note_seen(barrier.snapshot)
             if not any(end_lsn <= handed.lsn for end_lsn, _xid in self._unseen):
                 return barrier
@@ -575,20 +585,24 @@ class Hub:
         self._unseen.extend(
             (entry.end_lsn, entry.xid) for entry in entries if isinstance(entry, Transaction)
         )
+        edition = self._edition
         if self._gate:
             await self._until_visible(entries)
-        edition = self._edition
+            if self._edition != edition:
+                return
         for part in self._slices(entries, self._head, self._identities.turns):
             self._target, self._is_deciding = part.upto, True
             self._begin(part)
             judged = await self._judge(part.events) if part.events else []
+            if self._edition != edition:
+                return  # another history has begun, and this slice isn't of it
             self._deliver(part, judged)
             self._turn_live(part.people, "delete")
             self._advance(part)
             # Others of this loop get their turn: the reader, replays, HTTP.
             await asyncio.sleep(0)
             if self._edition != edition:
-                return  # the rest was cut for other collections
+                return  # the rest was cut for other collections, or is of another history
 
     def _begin(self, part: Slice) -> None:
         """Take note of what the slice tells of people, before it is judged."""
@@ -620,7 +634,8 @@ class Hub:
 
     async def _until_visible(self, entries: Sequence[Entry]) -> None:
         xids = [entry.xid for entry in entries if isinstance(entry, Transaction)]
-        while xids:
+        edition = self._edition
+        while xids and self._edition == edition:
             try:
                 snapshot = (await self._snapshots.take()).snapshot
             except PgRealtimeError as error:
@@ -632,7 +647,12 @@ class Hub:
                 await asyncio.sleep(_BARRIER_RETRY_SECONDS)
 
     def _advance(self, part: Slice) -> None:
-        self._head, self._is_deciding = part.upto, False
+        self._head = part.upto
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """On with whoever waited for a head that moved, and for nothing being judged."""
+        self._is_deciding = False
         self.progressed.set()
         while self._waiting:
             self._waiting.popleft()()

@@ -167,6 +167,9 @@ class GivenDatabase:
         self.insert_lsn = "0/0"
         self._asked = asyncio.Semaphore(0)
         self.gate: asyncio.Event | None = None
+        self.rows_gate: asyncio.Event | None = None
+        """What a row that the WAL left columns out of waits for; so a test holds up judging."""
+        self.is_holding = asyncio.Event()
 
     async def snapshot(self) -> tuple[str, str, bool]:
         self._asked.release()
@@ -188,6 +191,9 @@ class GivenDatabase:
         raise AssertionError(f"nothing to ask: {questions}")
 
     async def live_rows(self, _events: Sequence[Event]) -> dict[tuple[str, str], LiveRow]:
+        if self.rows_gate is not None:
+            self.is_holding.set()
+            await self.rows_gate.wait()
         return {}
 
 
