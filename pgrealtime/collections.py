@@ -505,6 +505,7 @@ class _Shaping:
             fields=tuple(fields),
             list_rule=config.list_rule,
             view_rule=config.view_rule,
+            manage_rule=config.manage_rule,
         )
 
     def _report(self, key: str, message: str, hint: str = "") -> None:
@@ -689,6 +690,9 @@ class _Shaping:
         said, table = self.draft.config.login, self.draft.table
         if said.secret_columns and self.draft.config.type != "auth":
             self._report("login", "nobody logs in to a base collection", "set type: auth")
+        if self.draft.config.manage_rule is not None and self.draft.config.type != "auth":
+            message = "a base collection holds nobody's address"
+            self._report("manage_rule", message, "set type: auth")
         for key in ("password_hash", "token_key"):
             name = getattr(said, key)
             if name and table.column(name) is None:

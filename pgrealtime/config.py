@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -275,6 +283,12 @@ class RelationConfig(Section):
     """In the junction table: the column naming the related record."""
 
 
+def _not_for_everyone(rule: str | None) -> str | None:
+    if rule == "":
+        raise ValueError("nobody may manage everybody; leave it out, or say who does")
+    return rule
+
+
 class CollectionConfig(Section):
     """A table, shown as a collection."""
 
@@ -289,6 +303,8 @@ class CollectionConfig(Section):
     login: CollectionLoginConfig = CollectionLoginConfig()
     list_rule: str | None = None
     view_rule: str | None = None
+    manage_rule: Annotated[str | None, AfterValidator(_not_for_everyone)] = None
+    """Of an auth collection: who sees e-mail addresses that aren't public."""
 
 
 class LoggingConfig(Section):

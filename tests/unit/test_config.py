@@ -421,6 +421,13 @@ def test_a_missing_rule_is_null_and_an_empty_one_is_not() -> None:
     assert config.collections["a"].view_rule is None
 
 
+def test_nobody_manages_everybody() -> None:
+    """PocketBase refuses an empty manage rule: it would show every address to everyone."""
+    with pytest.raises(ConfigError) as caught:
+        parse({"collections": {"a": {"table": "t", "type": "auth", "manage_rule": ""}}})
+    assert [problem.path for problem in caught.value.problems] == ["collections.a.manage_rule"]
+
+
 def test_the_configuration_can_not_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         parse({}).server.port = 1

@@ -32,11 +32,12 @@ def test_rules_for_everyone_and_for_nobody_have_no_syntax() -> None:
         {
             "collections": {
                 "a": {"table": "a", "list_rule": "", "view_rule": None},
-                "b": {"table": "b", "list_rule": "(", "view_rule": "a ="},
+                "b": {"table": "b", "list_rule": "(", "view_rule": "a =", "manage_rule": ")"},
             }
         }
     )
     assert [problem.path for problem in syntax_problems(config.collections)] == [
         "collections.b.list_rule",
         "collections.b.view_rule",
+        "collections.b.manage_rule",
     ]
