@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TypeAlias
 
+from pgrealtime.rules import parameters
 from pgrealtime.rules.parse import Op
 from pgrealtime.rules.values import LONGEST_NUMBER, NUMERIC
 
@@ -109,17 +110,16 @@ def number_text(number: float) -> str:
 
 
 def float_text(number: float) -> str:
-    """Return a float's text: 15 digits, always with a point, as ``values.float_text`` does.
+    """Return a float's text, as ``values.float_text`` does.
 
     Raises:
         UndecidedError: As above.
     """
     if number == 0:
         return "0.0"
-    text = f"{number:.15g}"
-    if not _TINY <= abs(number) < _HUGE or "e" in text:
+    if not _TINY <= abs(number) < _HUGE:
         raise UndecidedError
-    return text if "." in text else f"{text}.0"
+    return parameters.number_text(number)
 
 
 _TINY, _HUGE, _WHOLE = 1e-4, 1e15, 1e18

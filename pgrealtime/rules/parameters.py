@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
+from decimal import ROUND_HALF_EVEN, ROUND_HALF_UP, Context, Decimal
 from enum import Enum, auto
 from typing import TypeAlias
 
@@ -215,6 +215,8 @@ _GO_FLOAT = re.compile(
     r"|[+-]?inf(?:inity)?|nan",
     re.ASCII | re.IGNORECASE,
 )
+_TINY_EXPONENT, _WIDE_EXPONENT = -5, 17
+"""From these on numbers are written with an exponent."""
 _BIGINT = range(-(1 << 63), 1 << 63)
 
 
@@ -224,13 +226,33 @@ def looks_numeric(text: str) -> bool:
 
 
 def number_text(number: float) -> str:
-    """Return the float as SQLite turns it to text: 15 digits, always with a point or exponent."""
+    """Return the float as SQLite turns it to text, always with a point.
+
+    15 digits if they read back as the same number, else 17; with an exponent from 1e17 on and
+    below 1e-4. (Seen in PocketBase 0.40's SQLite, which rounds to 18 digits on the way to 17; the
+    SQLite of older ones never showed more than 15.)
+    """
     if math.isinf(number):
         return "Inf" if number > 0 else "-Inf"
-    mantissa, e, exponent = f"{number:.15g}".partition("e")
-    if "." not in mantissa:
-        mantissa += ".0"
-    return f"{mantissa}{e}{exponent}"
+    if number == 0:
+        return "0.0"
+    shown = Decimal(f"{number:.14e}")
+    if float(shown) != number:
+        shown = _TO_17_DIGITS.plus(_TO_18_DIGITS.create_decimal(number))
+    if _TINY_EXPONENT < shown.adjusted() < _WIDE_EXPONENT:
+        return _pointed(f"{shown:f}")
+    digits, exponent = f"{shown:.16e}".split("e")
+    return f"{_pointed(digits)}e{int(exponent):+03d}"
+
+
+_TO_18_DIGITS = Context(prec=18, rounding=ROUND_HALF_EVEN)
+_TO_17_DIGITS = Context(prec=17, rounding=ROUND_HALF_UP)
+
+
+def _pointed(digits: str) -> str:
+    """Return a decimal without trailing zeros, but with one digit behind its point."""
+    trimmed = digits.rstrip("0").rstrip(".") if "." in digits else digits
+    return trimmed if "." in trimmed else f"{trimmed}.0"
 
 
 def pattern(content: str | float) -> str:

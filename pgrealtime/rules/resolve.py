@@ -39,6 +39,7 @@ from pgrealtime.rules.ir import (
     Term,
     ToItem,
     ToOne,
+    comparisons,
 )
 from pgrealtime.rules.parameters import MACROS, Literal, RequestValue
 from pgrealtime.rules.parse import And, Call, Cmp, Expression, Lit, Op, Operand, Or, Path, parse
@@ -69,7 +70,7 @@ def resolve_rule(
             be decided exactly. Paths of ``@request.auth`` are checked for this ``auth`` only.
     """
     resolver = _Resolver(collections, collection, auth, is_filter=False)
-    return Predicate(collection=collection.name, where=resolver.condition(parse(text)))
+    return _predicate(collection, resolver.condition(parse(text)))
 
 
 def resolve_filter(
@@ -103,7 +104,22 @@ def resolve_filter(
     where = resolver.condition(parse(text))
     conditions = [where, *resolver.list_rules()]
     joined = where if len(conditions) == 1 else Conjunction(tuple(conditions))
-    return Predicate(collection=collection.name, where=joined)
+    return _predicate(collection, joined)
+
+
+def _predicate(collection: Collection, where: Condition) -> Predicate:
+    """Return the predicate; one that PocketBase fails to evaluate admits nothing.
+
+    A list of items that is made a pattern is no list any more, and that breaks all of its query.
+    """
+    breaks = any(
+        cmp.op in {Op.LIKE, Op.NOT_LIKE} and isinstance(cmp.right, NoItem)
+        for cmp in comparisons(where)
+    )
+    return Predicate(collection=collection.name, where=_NEVER if breaks else where)
+
+
+_NEVER = Comparison(Keyword(False), Op.EQ, True, Keyword(True))
 
 
 _ALLOWED = re.compile(

@@ -439,31 +439,53 @@ def number_text(number: Sql) -> Sql:
 
 
 def float_text(number: Sql) -> Sql:
-    """Return a float's text: 15 digits, always with a point."""
-    decimal = sql.cast(sql.cast(number, "numeric"), sql.TEXT)
-    pointed = sql.case(
-        (
-            sql.binary(exp.EQ, sql.call("strpos", decimal, sql.string(".")), sql.number(0)),
-            sql.joined(decimal, sql.string(".0")),
-        ),
-        default=decimal,
-    )
+    """Return a float's text as ``parameters.number_text`` has it."""
+    decimal = sql.cast(sql.call("trim_scale", _digits(number)), sql.TEXT)
+    has_no_point = sql.binary(exp.EQ, sql.call("strpos", decimal, sql.string(".")), sql.number(0))
+    pointed = sql.case((has_no_point, sql.joined(decimal, sql.string(".0"))), default=decimal)
     is_tiny = sql.binary(exp.LT, sql.call("abs", number), sql.string("0.0001"))
     is_zero = sql.binary(exp.EQ, number, sql.number(0))
     sized = sql.case((is_zero, sql.string("0.0")), (is_tiny, _scientific(number)), default=pointed)
-    return _by_size(number, huge=_scientific(number), whole=sized, limit=10**15)
+    return _by_size(number, huge=_scientific(number), whole=sized, limit=10**17)
+
+
+_DIGITS_17 = "9.9999999999999999EEEE"
+_DIGITS_18 = "9.99999999999999999EEEE"
+_NEARLY_INFINITE = "1e308"
+"""Beyond it a number rounded to 15 digits may be none any more."""
+
+
+def _digits(number: Sql) -> Sql:
+    """Return the number with the digits that SQLite shows, as numeric."""
+    short = sql.cast(number, "numeric")
+    reads_back = sql.binary(exp.EQ, sql.cast(short, sql.DOUBLE), number)
+    is_safe = sql.binary(exp.LT, sql.call("abs", number), sql.string(_NEARLY_INFINITE))
+    is_short = sql.case((is_safe, reads_back), default=sql.truth(False))
+    spelt = sql.call("to_char", number, sql.string(_DIGITS_18))
+    mantissa, exponent = (
+        sql.call("split_part", spelt, sql.string("e"), sql.number(part)) for part in (1, 2)
+    )
+    rounded = sql.cast(sql.call("round", sql.cast(mantissa, "numeric"), sql.number(16)), sql.TEXT)
+    long = sql.cast(sql.joined(rounded, sql.string("e"), exponent), "numeric")
+    return sql.case((is_short, short), default=long)
 
 
 def _by_size(number: Sql, *, huge: Sql, whole: Sql, limit: int) -> Sql:
-    is_small = sql.binary(exp.LT, sql.call("abs", number), sql.number(limit))
-    return sql.case((sql.is_null(number), sql.null()), (is_small, whole), default=huge)
+    size = sql.call("abs", number)
+    is_infinite = sql.binary(exp.EQ, size, sql.string("Infinity"))
+    is_negative = sql.binary(exp.LT, number, sql.number(0))
+    return sql.case(
+        (sql.is_null(number), sql.null()),
+        (sql.binary(exp.LT, size, sql.number(limit)), whole),
+        (is_infinite, sql.case((is_negative, sql.string("-Inf")), default=sql.string("Inf"))),
+        default=huge,
+    )
 
 
 def _scientific(number: Sql) -> Sql:
     """Return the number with an exponent, without trailing zeros but one digit after the point."""
-    layout = sql.string("9.99999999999999EEEE")
-    digits = sql.call("ltrim", sql.call("to_char", sql.cast(number, "numeric"), layout))
-    return sql.call("regexp_replace", digits, sql.string(r"(\.[0-9]+?)0*e"), sql.string(r"\1e"))
+    shown = sql.call("ltrim", sql.call("to_char", _digits(number), sql.string(_DIGITS_17)))
+    return sql.call("regexp_replace", shown, sql.string(r"(\.[0-9]+?)0*e"), sql.string(r"\1e"))
 
 
 # --- distance

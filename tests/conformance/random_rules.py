@@ -86,7 +86,7 @@ REQUEST = (
     *("@request.body.title:lower", "@request.body.tags:length", "@request.body.tags:each"),
     "@request.body.title:changed",
 )
-WORDS = ["null", "true", "false", "True", "@now", "@year", "@month", "@todayStart", "@weekday"]
+WORDS = ["null", "true", "false", "True", "@year", "@month", "@todayStart", "@weekday"]
 FORMATS = (
     *("%Y", "%Y-%m-%d", "%d", "%H:%M:%f", "%j", "%w", "%u", "%W-%U", "%G-%V", "x%%y", "%s", "%e"),
     *("%k|%l %p%P", "%I", "%T", "%R", "%F", "%q", "", "%Y%", "%g"),
@@ -193,7 +193,7 @@ class RandomRules:
         if self._random.random() < 0.5:
             points = (self.pick(self._path(collection, 1), *NUMBERS[:5], "null") for _ in range(4))
             return f"geoDistance({', '.join(points)})"
-        dates = ("'2024-02-30 12:00'", "'12:30'", "'2024-01-31T10:00:00.5+02:00'", "'now'", "@now")
+        dates = ("'2024-02-30 12:00'", "'12:30'", "'2024-01-31T10:00:00.5+02:00'", "@todayStart")
         time = self.pick(self._path(collection), *dates, *TEXTS[:4], *NUMBERS[:4], "2460000.5")
         shifts = (f", '{self.pick(*SHIFTS)}'" for _ in range(self._upto(3) - 1))
         return f"strftime('{self.pick(*FORMATS)}', {time}{''.join(shifts)})"

@@ -156,7 +156,7 @@ async def _store(
     """Create the row without its relations, or add them once all rows are there."""
     kinds = {one["name"]: one["type"] for one in table["fields"]}
     body = {
-        name: json.dumps(value) if kinds[name] == "json" and isinstance(value, str) else value
+        name: _json_text(value) if kinds[name] == "json" else value
         for name, value in row.items()
         if name != "id" and (kinds[name] == "relation") is with_relations
     }
@@ -167,3 +167,18 @@ async def _store(
     if table["kind"] == "auth":
         body |= {"password": "12345678", "passwordConfirm": "12345678"}
     await api.call("POST", path, {"id": row["id"], **body})
+
+
+def _json_text(value: Any) -> str:
+    """Return the JSON as Postgres keeps it, so that both have the same containers as texts.
+
+    PocketBase stores a text that is JSON as it stands; what comes as JSON it would order anew.
+    """
+    return json.dumps(_ordered(value), separators=(",", ":"), ensure_ascii=False)
+
+
+def _ordered(value: Any) -> Any:
+    if isinstance(value, dict):
+        names = sorted(value, key=lambda name: (len(name), name))
+        return {name: _ordered(value[name]) for name in names}
+    return [_ordered(item) for item in value] if isinstance(value, list) else value
