@@ -58,7 +58,7 @@ def run(path: str) -> None:
         reading = read(path, os.environ)
         config = reading.whole()
     with _reporting(reading.origin), asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(serve(config))
+        runner.run(serve(config, lambda: read(path, os.environ)))
 
 
 @main.command()

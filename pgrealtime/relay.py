@@ -20,7 +20,7 @@ from pgrealtime.changelog.base import Gap
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Oversized, TableName, Transaction
 from pgrealtime.errors import PgRealtimeError, StreamInterruptedError
-from pgrealtime.lsn import Cursor, format_lsn
+from pgrealtime.lsn import LSN, Cursor, format_lsn
 from pgrealtime.wal.slot import SystemIdentity
 from pgrealtime.wal.stream import WalStream
 
@@ -164,6 +164,14 @@ class Relay:
             if self._patience is not None:
                 self._patience.reschedule(asyncio.get_running_loop().time())
             await took_over.wait()
+
+    def tell_gap(self, reason: str, tables: frozenset[TableName]) -> None:
+        """Announce that changes of the tables may be missing up to here."""
+        # Beyond the last commit and before any to come: a commit record alone has more bytes.
+        end_lsn = LSN(self._changelog.head.lsn + 1)
+        self._changelog.append(Gap(end_lsn, reason, tables), time.monotonic())
+        log.warning("replication.gap", reason=reason, tables=sorted(map(str, tables)))
+        self._follower.wake()
 
     async def _read_in_turn(self, stream: WalStream, opened: AsyncExitStack) -> None:
         """Read a stream and those that go on after it, until one breaks.

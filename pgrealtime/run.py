@@ -6,7 +6,7 @@ import asyncio
 import select
 import signal
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ from pgrealtime.catalog.model import Catalog
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import TableName
 from pgrealtime.collections import Collections, build, table_names
-from pgrealtime.config import Config, DatabaseConfig
+from pgrealtime.config import Config, DatabaseConfig, Origin, Reading
 from pgrealtime.errors import ConfigError, DatabaseUnreachableError, PgRealtimeError
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.match import Matcher
@@ -37,6 +37,7 @@ from pgrealtime.lsn import LSN
 from pgrealtime.observe.log import configure
 from pgrealtime.operate.check import rule_problems
 from pgrealtime.relay import Relay
+from pgrealtime.reload import Reload, Rooms, World
 from pgrealtime.wal.slot import SlotWait
 from pgrealtime.wal.stream import WalStream, open_stream
 
@@ -53,20 +54,33 @@ class Running:
 
     port: int
     hub: Hub
+    reloading: Reload
+
+    async def reload(self) -> bool:
+        """Take the configuration as it stands now, without a restart; say if it was taken."""
+        return await self.reloading.reload()
 
 
-async def serve(config: Config) -> None:
-    """Run the service until SIGTERM or SIGINT.
+async def serve(config: Config, reread: Callable[[], Reading]) -> None:
+    """Run the service until SIGTERM or SIGINT; SIGHUP makes it take the configuration anew.
+
+    Args:
+        config: Of the whole.
+        reread: Reads the configuration as it stands at a later time.
 
     Raises:
         PgRealtimeError: It can't start, or can't go on.
     """
     configure(config.logging)
-    stop = asyncio.Event()
+    stop, changed = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with running(config) as service:
+    loop.add_signal_handler(signal.SIGHUP, changed.set)
+    async with (
+        running(config, reread=reread) as service,
+        _together([_reload_whenever(changed, service)]),
+    ):
         log.info(
             "server.started", version=__version__, url=f"http://{config.server.host}:{service.port}"
         )
@@ -74,14 +88,25 @@ async def serve(config: Config) -> None:
         log.info("server.stopping", connections=len(service.hub.connections))
 
 
+async def _reload_whenever(changed: asyncio.Event, service: Running) -> None:
+    while True:
+        await changed.wait()
+        changed.clear()
+        await service.reload()
+
+
 @asynccontextmanager
 async def running(
-    config: Config, *, more_routes: Iterable[web.AbstractRouteDef] = ()
+    config: Config,
+    *,
+    reread: Callable[[], Reading] | None = None,
+    more_routes: Iterable[web.AbstractRouteDef] = (),
 ) -> AsyncIterator[Running]:
     """Start everything; on leaving, stop it in order: accept, connections, stream, queries.
 
     Args:
         config: Of the whole.
+        reread: Reads the configuration anew for a reload; without it there is only this one.
         more_routes: Served on the public port beside the API's.
 
     Raises:
@@ -93,11 +118,12 @@ async def running(
         collections = build(config.collections, catalog)
         if problems := tuple(rule_problems(collections)):
             raise ConfigError(problems)
-        tables = [collection.table for collection in collections.values()]
+        world = World(config=config, collections=collections)
         changelog = MemoryChangelog(
             LSN(0), max_size=config.changelog.max_size, max_age=config.changelog.max_age
         )
-        probe = Probe(pool)
+        doubted = asyncio.Event()
+        probe = Probe(pool, on_doubt=doubted.set)
         logins = {name: collection.login for name, collection in config.collections.items()}
         hub = Hub(
             changelog,
@@ -108,31 +134,41 @@ async def running(
             logins=logins,
             nulls=config.records.nulls,
             can_resume=config.changelog.max_age > 0,
+            on_doubt=doubted.set,
         )
         relay = Relay(
-            lambda: _stream(config, collections),
+            lambda: _stream(config, world.collections),
             changelog,
             hub,
-            tables=[table.name for table in tables],
+            tables=world.streamed,
             max_size=config.changelog.max_size,
         )
         accounts = Accounts(pool)
         authenticator = Authenticator(config.auth, collections, accounts, logins=logins)
+        login = Login(config.auth.login, accounts)
+        stack.callback(login.close)
+        reloading = Reload(
+            world,
+            Rooms(relay=relay, hub=hub, authenticator=authenticator, login=login),
+            reread=reread
+            or (lambda: Reading(config=config, origin=Origin(source="configuration"))),
+            read_catalog=lambda wanted: _catalog(wanted, pool),
+            open_stream=lambda shown: _stream(config, shown),
+            doubted=doubted,
+        )
         parts = (
             relay.run(),
             relay.expire(),
             hub.run(),
             hub.watch_limits(),
             authenticator.run(),
+            reloading.watch(),
             _watch_standbys(probe, hub),
         )
         await stack.enter_async_context(_together(parts))
         app = build_app(hub, authenticator, config)
-        if config.auth.login.enabled:
-            login = Login(config.auth.login, accounts)
-            stack.callback(login.close)
-            routes = LoginRoutes(login, authenticator, config.server, nulls=config.records.nulls)
-            routes.add_to(app.router)
+        routes = LoginRoutes(login, authenticator, config.server, nulls=config.records.nulls)
+        routes.add_to(app.router)
         app.add_routes(more_routes)
         runner = build_runner(app)
         await runner.setup()
@@ -141,7 +177,7 @@ async def running(
         site = web.TCPSite(runner, config.server.host, config.server.port, backlog=4096)
         await site.start()
         stack.push_async_callback(site.stop)
-        yield Running(runner.addresses[0][1], hub)
+        yield Running(runner.addresses[0][1], hub, reloading)
 
 
 @asynccontextmanager

@@ -200,7 +200,10 @@ class Authenticator:
                 continue
             expires_at = check_times(token.claims, now=self._clock(), leeway=issuer.leeway)
             caller = await self._caller(token.claims, issuer, expires_at)
-            caller = replace(caller, voucher=_voucher(issuer, key.material))
+            voucher = _voucher(
+                issuer, key.material, is_superuser=isinstance(caller.principal, Superuser)
+            )
+            caller = replace(caller, voucher=voucher)
             return Identity(caller=caller, token=token, is_own=False)
         if self._login.enabled and not _is_by_known_issuer(refusals):
             return await self._own(token)
@@ -263,20 +266,26 @@ def _publication(issuer: IssuerConfig) -> tuple[object, ...]:
 
 
 def _vouchers_of(issuer: IssuerConfig) -> list[bytes]:
-    """The vouchers of all tokens that the issuer can make: one per secret."""
+    """The vouchers of all tokens that the issuer can make: users' and superusers', per secret."""
     secrets = [secret for secret in (issuer.secret, issuer.previous_secret) if secret]
-    return [_voucher(issuer, secret) for secret in secrets] or [_voucher(issuer, None)]
+    return [
+        _voucher(issuer, secret, is_superuser=is_superuser)
+        for secret in secrets or [""]
+        for is_superuser in (False, True)
+    ]
 
 
-def _voucher(issuer: IssuerConfig, material: object) -> bytes:
+def _voucher(issuer: IssuerConfig, material: object, *, is_superuser: bool) -> bytes:
     """What makes a token count, as a digest: the same as long as the configuration says the same.
 
     Args:
         issuer: Whose token it is.
         material: What checked it. Only secrets count, of public keys the configuration says which.
+        is_superuser: Whether what makes a superuser matters.
     """
-    secret = material if isinstance(material, str) else None
-    purpose = (issuer.issuer, issuer.audience, issuer.id_claim, issuer.superuser_when)
+    secret = material if isinstance(material, str) else ""
+    claims = issuer.superuser_when if is_superuser else None
+    purpose = (issuer.issuer, issuer.audience, issuer.id_claim, claims)
     return _digest(secret, issuer.public_key, *_publication(issuer), *purpose)
 
 

@@ -159,6 +159,7 @@ class Hub:
         changelog: What the relay fills.
         logins: How people log in, by collection name.
         epoch: Of the stream's positions; changes with ``restarted``.
+        on_doubt: Told when a row doesn't fit what the catalogue says of its table.
     """
 
     def __init__(
@@ -173,6 +174,7 @@ class Hub:
         nulls: Literal["null", "zero"] = "null",
         epoch: str = "000000",
         can_resume: bool = True,
+        on_doubt: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._changelog = changelog
@@ -185,6 +187,7 @@ class Hub:
         self._epochs: set[str] = set()
         """Earlier ones whose positions the changelog goes on from."""
         self._can_resume = can_resume
+        self._on_doubt = on_doubt or (lambda: None)
         self._clock = clock
         self._snapshots = Snapshots(probe.snapshot)
         self._connections: dict[str, Connection] = {}
@@ -817,6 +820,7 @@ class Hub:
             log.error(  # noqa: TRY400 (the message may not show the row)
                 "record.failed", collection=event.collection.name, error=type(error).__name__
             )
+            self._on_doubt()
             return b""
 
     def _make_encoder(self, name: str, view: View) -> Callable[[Row], bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 import psycopg
@@ -30,6 +30,10 @@ _LIVE_ROWS = sql.SQL(
 _STANDBYS = "SELECT pg_catalog.current_setting('synchronous_standby_names')"
 
 
+def _nobody() -> None:
+    pass
+
+
 class LiveRow:
     """What a table holds now for a key, to fill in what the WAL left out.
 
@@ -45,10 +49,18 @@ class LiveRow:
 
 
 class Probe:
-    """Asks through a pool whose connections are pinned as ``run`` says."""
+    """Asks through a pool whose connections are pinned as ``run`` says.
 
-    def __init__(self, pool: AsyncConnectionPool) -> None:
+    Args:
+        pool: Where to ask.
+        on_doubt: Told when Postgres refuses a query as if the schema were another.
+    """
+
+    def __init__(
+        self, pool: AsyncConnectionPool, *, on_doubt: Callable[[], None] = _nobody
+    ) -> None:
         self._pool = pool
+        self._on_doubt = on_doubt
 
     async def snapshot(self) -> tuple[str, str, bool]:
         """Return the row of ``SNAPSHOT_QUERY``.
@@ -101,6 +113,7 @@ class Probe:
             return await self._admitted(predicate, question.places, events)
         except (psycopg.Error, PoolTimeout) as error:
             _report(question.group, error)
+            self._doubt(error)
             if len(question.places) == 1 or isinstance(error, psycopg.errors.QueryCanceled):
                 return []
         admitted: list[int] = []
@@ -135,9 +148,14 @@ class Probe:
                 rows = await self._live_rows(collection, list(ids))
             except (psycopg.Error, PoolTimeout) as error:
                 log.warning("live_row.failed", table=str(collection.table.name), error=str(error))
+                self._doubt(error)
                 continue
             found.update({(name, record_id): row for record_id, row in rows.items()})
         return found
+
+    def _doubt(self, error: Exception) -> None:
+        if isinstance(error, (psycopg.ProgrammingError, psycopg.NotSupportedError)):
+            self._on_doubt()
 
     async def _live_rows(self, collection: Collection, ids: list[str]) -> dict[str, LiveRow]:
         columns = [column.name for column in collection.table.columns]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.conformance.http_client import Address, ProtocolError, Request, send
 
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
+LOG_SECONDS = 30.0
 POLL_SECONDS = 0.02
 
 
@@ -79,6 +82,31 @@ class ServerProcess:
     def output(self) -> str:
         """What the process has printed so far."""
         return self._log.read_text(errors="replace")
+
+    def logged(self, event: str) -> list[dict[str, Any]]:
+        """The lines of the log with that event; only a program that logs JSON has any."""
+        lines = (line for line in self.output().splitlines() if line.startswith("{"))
+        return [said for line in lines if (said := json.loads(line)).get("event") == event]
+
+    async def wait_logged(self, event: str, times: int = 1) -> dict[str, Any]:
+        """Return the line that says something for so many times, once it does."""
+        async with asyncio.timeout(LOG_SECONDS):
+            while len(said := self.logged(event)) < times:
+                await asyncio.sleep(POLL_SECONDS)  # a file tells nobody that it grew
+        return said[times - 1]
+
+    async def reload(self) -> bool:
+        """SIGHUP; return once the program has taken the configuration, or said that it doesn't."""
+
+        def answers() -> list[int]:
+            return [len(self.logged(f"config.{word}")) for word in ("reloaded", "rejected")]
+
+        before = answers()
+        self._process.send_signal(signal.SIGHUP)
+        async with asyncio.timeout(LOG_SECONDS):
+            while (now := answers()) == before:
+                await asyncio.sleep(POLL_SECONDS)  # as above
+        return now[1] == before[1]
 
     async def stop(self) -> None:
         """SIGTERM, and SIGKILL if that doesn't end it in time."""

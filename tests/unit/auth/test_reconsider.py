@@ -49,7 +49,6 @@ FALLS = [
     issuer(issuer="https://app"),
     issuer(audience="rt"),
     issuer(id_claim="user"),
-    issuer(superuser_when={"role": "service_role"}),
 ]
 
 
@@ -72,6 +71,15 @@ async def test_whose_token_no_issuer_would_take_is_a_guest(after: IssuerConfig, 
     use(door, after)
 
     assert door.reconsider(caller) == Caller()
+
+
+async def test_what_makes_a_superuser_matters_to_superusers_alone() -> None:
+    after = issuer(superuser_when={"role": "service_role"})
+    for role in ("user", "root"):
+        door, caller = await known(issuer(), role=role)
+        use(door, after)
+
+        assert door.reconsider(caller) == (caller if role == "user" else Caller())
 
 
 async def test_without_its_issuer_nobody_is_known() -> None:

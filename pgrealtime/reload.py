@@ -1,0 +1,289 @@
+"""Takes another configuration, or another schema, while the service runs: all of it or nothing.
+
+Connections stay open; what they hear from the next event on is judged by what was taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import structlog
+
+from pgrealtime.auth.authenticator import Authenticator, issuers_of
+from pgrealtime.auth.login import Login
+from pgrealtime.catalog.model import Catalog, Table
+from pgrealtime.changes import TableName
+from pgrealtime.collections import Collections, examine, table_names
+from pgrealtime.config import Config, Reading
+from pgrealtime.errors import ConfigError, PgRealtimeError, Problem
+from pgrealtime.hub.dispatch import Hub
+from pgrealtime.hub.match import Matcher
+from pgrealtime.operate.check import rule_problems
+from pgrealtime.relay import Relay
+from pgrealtime.wal.stream import WalStream
+
+log = structlog.get_logger(__name__)
+
+_LOOK_SECONDS = 30.0
+"""Between two looks at the catalogue when nothing points to a change."""
+_DOUBT_SECONDS = 1.0
+"""Between two looks at the least, however much there is to doubt."""
+
+_TAKEN = ("collections", "auth")
+"""The sections that a reload takes; the others need a restart."""
+
+ReadCatalog: TypeAlias = Callable[[Config], Awaitable[Catalog]]
+OpenStream: TypeAlias = Callable[[Collections], AbstractAsyncContextManager[WalStream]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rooms:
+    """Who is told of a reload."""
+
+    relay: Relay
+    hub: Hub
+    authenticator: Authenticator
+    login: Login
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """What is in force: what was configured, and what it makes of the schema."""
+
+    config: Config
+    collections: Collections
+    """Those that the schema doesn't fit are locked, or left out if there is nothing to show."""
+    faults: tuple[Problem, ...] = ()
+    """What doesn't fit."""
+
+    @property
+    def shown(self) -> Collections:
+        """The collections whose changes can be read."""
+        unreadable = {_name_in(fault) for fault in self.faults if _is_of_table(fault)}
+        return Collections(tuple(c for c in self.collections.values() if c.name not in unreadable))
+
+    @property
+    def streamed(self) -> Mapping[TableName, Table]:
+        """The tables whose changes are read."""
+        return {collection.table.name: collection.table for collection in self.shown.values()}
+
+
+def fitted(config: Config, catalog: Catalog) -> World:
+    """Return what a configuration that was fine makes of a schema that changed since.
+
+    A collection that the schema doesn't fit any more, or whose rules don't, is locked: whatever
+    can't be decided is denied. The others go on.
+    """
+    collections, problems = examine(config.collections, catalog)
+    faults = (*problems, *rule_problems(collections))
+    faulty = {_name_in(fault) for fault in faults}
+    locked = (
+        replace(one, list_rule=None, view_rule=None, manage_rule=None)
+        if one.name in faulty
+        else one
+        for one in collections.values()
+    )
+    return World(config=config, collections=Collections(tuple(locked)), faults=faults)
+
+
+def _name_in(problem: Problem) -> str:
+    _, _, rest = problem.path.partition(".")
+    return rest.partition(".")[0]
+
+
+def _is_of_table(problem: Problem) -> bool:
+    """Whether the table's changes would not all reach us, or not say of what record."""
+    return problem.path.endswith((".table", ".id"))
+
+
+class Reload:
+    """Brings into force what is configured and what is there.
+
+    Args:
+        world: What is in force at the start.
+        rooms: Who is told.
+        reread: Reads the configuration anew.
+        read_catalog: Reads the tables that a configuration names.
+        open_stream: Opens a stream of the collections' tables.
+        doubted: Set by whoever met something that doesn't fit the catalogue.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        rooms: Rooms,
+        *,
+        reread: Callable[[], Reading],
+        read_catalog: ReadCatalog,
+        open_stream: OpenStream,
+        doubted: asyncio.Event,
+    ) -> None:
+        self._world = world
+        self._rooms = rooms
+        self._reread = reread
+        self._read_catalog = read_catalog
+        self._open_stream = open_stream
+        self._doubted = doubted
+        self._streamed = world.streamed
+        self._turn = asyncio.Lock()
+
+    async def reload(self) -> bool:
+        """Take the configuration as it stands now; return whether it was taken.
+
+        With any problem everything stays as it was, and the log says all of them.
+        """
+        async with self._turn:
+            began = time.monotonic()
+            try:
+                reading = self._reread()
+                await self._bring_in(await self._world_of(reading))
+            except PgRealtimeError as error:
+                _report_rejected(error)
+                return False
+            if waiting := _untaken(reading.whole(), self._world.config):
+                log.warning("config.restart_needed", sections=waiting)
+            log.info(
+                "config.reloaded",
+                collections=len(self._world.collections),
+                duration_ms=round((time.monotonic() - began) * 1000),
+            )
+            return True
+
+    async def _world_of(self, reading: Reading) -> World:
+        """Return what the configuration makes of the schema of now.
+
+        Raises:
+            PgRealtimeError: With every problem that was found.
+        """
+        given = reading.whole()
+        taken = {name: getattr(given, name) for name in _TAKEN}
+        config = self._world.config.model_copy(update=taken)
+        world = fitted(config, await self._read_catalog(config))
+        if problems := (*world.faults, *_key_problems(config)):
+            raise reading.origin.locate(ConfigError(problems))
+        return world
+
+    async def watch(self) -> None:
+        """Follow the schema, for ever."""
+        while True:
+            await asyncio.sleep(_DOUBT_SECONDS)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_SECONDS - _DOUBT_SECONDS):
+                    await self._doubted.wait()
+            self._doubted.clear()
+            await self.look()
+
+    async def look(self) -> None:
+        """Read the catalogue, and bring into force what changed in it."""
+        async with self._turn:
+            before = self._world
+            try:
+                world = fitted(before.config, await self._read_catalog(before.config))
+                if world != before:
+                    await self._bring_in(world)
+                    _report_changed(before, world)
+                elif world.streamed != self._streamed:
+                    await self._stream(world)
+            except PgRealtimeError as error:
+                log.warning(
+                    "schema.unknown",
+                    code=error.error_code,
+                    reason=error.message,
+                    detail=error.detail,
+                    hint=error.hint,
+                )
+
+    async def _bring_in(self, world: World) -> None:
+        """Put a world into force.
+
+        Raises:
+            PgRealtimeError: Its tables can't be streamed; everything is as it was.
+        """
+        before = self._world
+        schemas = before.config.database.schemas
+        named = table_names(before.config.collections, schemas)
+        known = _identities(self._streamed)
+        wanted = _identities(world.streamed)
+        if wanted != known:
+            # Before anybody may subscribe to what only the other stream has.
+            await self._stream(world)
+        await self._tell(world)
+        self._world = world
+        # A table that was there already and became another: what happened to it since then, and
+        # until the stream followed, wasn't read.
+        became = {name for name in named if name in wanted and wanted[name] != known.get(name)}
+        if became:
+            self._rooms.relay.tell_gap("schema", frozenset(became))
+        if world.streamed != self._streamed:
+            await self._renew_stream(world)
+
+    async def _tell(self, world: World) -> None:
+        auth, collections, rooms = world.config.auth, world.collections, self._rooms
+        logins = {name: one.login for name, one in world.config.collections.items()}
+        rooms.login.use(auth.login)
+        rooms.authenticator.use(issuers_of(auth), auth.login, collections, logins=logins)
+        await rooms.hub.use(
+            collections, Matcher(collections), rooms.authenticator.reconsider, logins=logins
+        )
+
+    async def _stream(self, world: World) -> None:
+        await self._rooms.relay.switch(lambda: self._open_stream(world.shown), world.streamed)
+        self._streamed = world.streamed
+
+    async def _renew_stream(self, world: World) -> None:
+        """Let the decoder know the same tables' columns and identities of now.
+
+        The stream of before goes on to read them, only less exactly; ``look`` tries again.
+        """
+        try:
+            await self._stream(world)
+        except PgRealtimeError as error:
+            log.warning("replication.outdated", code=error.error_code, reason=error.message)
+
+
+def _identities(tables: Mapping[TableName, Table]) -> dict[TableName, tuple[object, ...]]:
+    """Return what makes a table the one that the stream reads, whatever its columns."""
+    return {name: (table.oid, table.leaves) for name, table in tables.items()}
+
+
+def _key_problems(config: Config) -> tuple[Problem, ...]:
+    try:
+        issuers_of(config.auth)
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+def _untaken(given: Config, running: Config) -> list[str]:
+    """Return the sections that say something else than what is in force."""
+    return [name for name in Config.model_fields if getattr(given, name) != getattr(running, name)]
+
+
+def _report_rejected(error: PgRealtimeError) -> None:
+    problems = error.detail.splitlines() if isinstance(error, ConfigError) else [str(error)]
+    log.error("config.rejected", code=error.error_code, reason=error.message, problems=problems)
+
+
+def _report_changed(before: World, world: World) -> None:
+    log.warning("schema.changed", collections=sorted(_changed(before, world)))
+    for fault in world.faults:
+        if fault not in before.faults:
+            is_rule = fault.path.endswith("_rule")
+            log.error(
+                "rule.error" if is_rule else "collection.locked",
+                collection=_name_in(fault),
+                path=fault.path,
+                reason=fault.message,
+                hint=fault.hint or None,
+            )
+
+
+def _changed(before: World, world: World) -> Iterator[str]:
+    for name in before.collections.keys() | world.collections.keys():
+        if before.collections.get(name) != world.collections.get(name):
+            yield name

@@ -1,0 +1,313 @@
+"""SIGHUP: another configuration under open connections, and what the schema does meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import yaml
+
+from tests.conformance.http_client import EventStream, Request
+from tests.e2e.listener import ANYBODY, Listener, Message, listener
+from tests.e2e.sdk import sdk
+from tests.e2e.service import SECRET, Service, service, token
+
+SCHEMA = """
+CREATE TABLE users (id text PRIMARY KEY, name text, password_hash text);
+CREATE TABLE posts (id text PRIMARY KEY, title text, n int);
+CREATE TABLE notes (id text PRIMARY KEY, title text);
+CREATE TABLE marks (id text PRIMARY KEY);
+INSERT INTO users (id) VALUES ('ann');
+"""
+
+OPEN = {"list_rule": "", "view_rule": ""}
+POSTS = {"table": "posts", **OPEN}
+NOTES = {"table": "notes", **OPEN}
+MARKS = {"table": "marks", **OPEN}
+"""What shows that everything before has arrived."""
+
+POOL_SIZE = 8
+"""Connections for queries that may be open at one time and not at another."""
+
+
+def rewrite(running: Service, collections: Mapping[str, Any], **sections: Any) -> None:
+    settings = yaml.safe_load(running._config.read_text())
+    settings |= {"collections": {**collections, "marks": MARKS}, **sections}
+    running._config.write_text(yaml.safe_dump(settings))
+
+
+async def reload(running: Service, collections: Mapping[str, Any], **sections: Any) -> None:
+    rewrite(running, collections, **sections)
+    assert await running.process.reload(), running.process.output()
+
+
+def serving(database_url: str, directory: Path, collections: Mapping[str, Any], **sections: Any):  # type: ignore[no-untyped-def]  # noqa: ANN201 (as service)
+    return service(
+        database_url,
+        directory,
+        collections={**collections, "marks": MARKS},
+        sections=sections,
+        schema=SCHEMA,
+    )
+
+
+async def heard(to: Listener, running: Service, *statements: str) -> list[str]:
+    """Run the statements; return what was heard of them, as ``action collection/id``."""
+    for statement in statements:
+        await running.write.execute(statement.encode())
+    await running.write.execute("INSERT INTO marks VALUES (gen_random_uuid()::text)")
+    messages: list[Message] = []
+    while not messages or messages[-1].event != "marks/*":
+        messages += await to.take(1)
+    records = [(one.data["action"], one.data["record"]) for one in messages[:-1]]
+    return [f"{action} {record['collectionName']}/{record['id']}" for action, record in records]
+
+
+async def test_a_rule_changes_under_an_open_connection(database_url: str, tmp_path: Path) -> None:
+    """In force from the next event on, and the official SDK notices nothing else."""
+    async with (
+        serving(database_url, tmp_path, {"posts": {"table": "posts"}}) as running,
+        sdk(running.url) as guest,
+    ):
+        await guest.do("connects")
+        for collection in ("posts", "marks"):
+            await guest.do("subscribe", collection=collection, topic="*")
+        seen = []
+        for number, rule in enumerate((None, "", "n > 3", "n > 1", None, "")):
+            await reload(running, {"posts": {"table": "posts", "list_rule": rule}})
+            await running.write.execute(f"INSERT INTO posts VALUES ('p{number}', 't', {number})")
+            await running.write.execute("INSERT INTO marks VALUES (gen_random_uuid()::text)")
+            seen += [rule] if rule in {"", "n > 1"} else []
+            await guest.wait_for(number + 1 + len(seen))
+        connects = [one for one in guest.reports if one["report"] == "connect"]
+
+    ids = [e["record"]["id"] for e in guest.events if e["record"]["collectionName"] == "posts"]
+    assert ids == ["p1", "p3", "p5"]
+    assert len(connects) == 1
+
+
+async def test_a_configuration_with_problems_changes_nothing(
+    database_url: str, tmp_path: Path
+) -> None:
+    """The log has all of them, with file and line; what was in force goes on."""
+    bad = {
+        "posts": {"table": "posts", "list_rule": "titel = 1"},
+        "notes": {"table": "nots", "list_rule": ""},
+    }
+    async with (
+        serving(database_url, tmp_path, {"posts": POSTS}) as running,
+        listener(running.address, "posts/*", "notes/*", "marks/*") as guest,
+    ):
+        rewrite(running, bad)
+        assert not await running.process.reload()
+        (rejected,) = running.process.logged("config.rejected")
+        running._config.write_text("collections: [")
+        assert not await running.process.reload()
+        running._config.unlink()
+        assert not await running.process.reload()
+        found = await heard(guest, running, "INSERT INTO posts VALUES ('1')")
+
+    text = "\n".join(rejected["problems"])
+    assert "collections.posts.list_rule" in text
+    assert "collections.notes.table" in text
+    assert f"{running._config}:" in text
+    assert found == ["create posts/1"]
+
+
+async def test_collections_come_and_go_under_submitted_topics(
+    database_url: str, tmp_path: Path
+) -> None:
+    """A new one begins, a removed one falls silent, a renamed one goes on under its id only."""
+    insert = ("INSERT INTO posts VALUES ('{}')", "INSERT INTO notes VALUES ('{}')")
+    fixed = {**NOTES, "collection_id": "pbc_fixed"}
+    topics = ("posts/*", "notes/*", "pbc_fixed/*", "letters/*", "notes/2", "marks/*")
+
+    def both(record_id: int) -> list[str]:
+        return [statement.format(record_id) for statement in insert]
+
+    async with (
+        serving(database_url, tmp_path, {"posts": POSTS}) as running,
+        listener(running.address, *topics) as guest,
+    ):
+        assert await heard(guest, running, *both(1)) == ["create posts/1"]
+        await reload(running, {"posts": POSTS, "notes": fixed})
+        assert await heard(guest, running, *both(2)) == ["create posts/2"] + 3 * ["create notes/2"]
+        await reload(running, {"letters": fixed})
+        assert await heard(guest, running, *both(3)) == 2 * ["create letters/3"]
+        await reload(running, {"posts": POSTS})
+        assert await heard(guest, running, *both(4)) == ["create posts/4"]
+
+
+async def test_a_hundred_reloads_under_load_lose_nothing_and_leave_nothing(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Every other one takes a table in or out, and with it another slot."""
+    is_over = asyncio.Event()
+    written: list[str] = []
+
+    async def write() -> None:
+        async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as own:
+            while not is_over.is_set():
+                record_id = f"{len(written):06}"
+                await own.execute("INSERT INTO posts VALUES (%s, 't', 1)", [record_id])
+                written.append(record_id)
+
+    def open_files(running: Service) -> int:
+        return len(list(Path(f"/proc/{running.process.pid}/fd").iterdir()))
+
+    rules = ("", "title = 't'", "n = 1 && title != 'x'")
+    async with (
+        serving(database_url, tmp_path, {"posts": POSTS}) as running,
+        listener(running.address, "posts/*", "notes/*", "marks/*") as guest,
+        listener(running.address, "posts/*", "marks/*", "PB_CURSOR") as resumable,
+    ):
+        await reload(running, {"posts": POSTS, "notes": NOTES})
+        before = open_files(running)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(write())
+            for number in range(100):
+                rule = {"table": "posts", "list_rule": rules[number % 3]}
+                more = {"notes": NOTES} if number % 2 else {}
+                await reload(running, {"posts": rule, **more})
+            is_over.set()
+        found = await heard(guest, running)
+        positions = [m for m in await resumable.take(len(written)) if m.event == "posts/*"]
+        while len(positions) < len(written):
+            positions += [m for m in await resumable.take(1) if m.event == "posts/*"]
+        after = open_files(running)
+        slots = await (
+            await running.write.execute(
+                "SELECT count(*) FROM pg_replication_slots WHERE database = current_database()"
+            )
+        ).fetchone()
+        assert not running.process.logged("replication.gap")
+
+    assert found == [f"create posts/{record_id}" for record_id in written]
+    assert [one.data["record"]["id"] for one in positions] == written
+    assert slots == (1,)
+    assert after <= before + POOL_SIZE
+
+
+async def test_a_position_of_before_the_reload_is_still_good(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Other tables are streamed since, and what was missed is given all the same."""
+    async with serving(database_url, tmp_path, {"posts": POSTS}) as running:
+        async with listener(running.address, "posts/*", "PB_CURSOR", "marks/*") as first:
+            await running.write.execute("INSERT INTO posts VALUES ('1')")
+            position = ""
+            while not position:
+                message = (await first.take(1))[0]
+                position = message.id if message.event == "posts/*" else ""
+        await running.write.execute("INSERT INTO posts VALUES ('2')")
+        await reload(running, {"posts": POSTS, "notes": NOTES})
+        await running.write.execute("INSERT INTO posts VALUES ('3')")
+        request = Request(method="GET", path="/api/realtime", headers={"Last-Event-ID": position})
+        stream = await EventStream.open(request, running.address, "returning")
+        try:
+            returning = Listener(stream, running.address, ANYBODY)
+            (connect,) = await returning.take(1)
+            returning.client_id = connect.data["clientId"]
+            assert await returning.subscribe("posts/*", "marks/*") == 204
+            found = await heard(returning, running)
+        finally:
+            await stream.close()
+
+    assert found == ["create posts/2", "create posts/3"]
+
+
+async def test_whoever_has_a_token_of_another_secret_is_a_guest(
+    database_url: str, tmp_path: Path
+) -> None:
+    """At once, on the open connection; the secret of before may go on to count."""
+    mine = {"users": {"table": "users", "type": "auth", "list_rule": "id = @request.auth.id"}}
+    update = "UPDATE users SET name = gen_random_uuid()::text"
+    new = {"name": "app", "secret": "another secret, also of more than thirty-two bytes"}
+    async with (
+        serving(database_url, tmp_path, mine) as running,
+        listener(running.address, "users/*", "marks/*", token=token("ann")) as ann,
+    ):
+        assert await heard(ann, running, update) == ["update users/ann"]
+        both = {"issuers": [{**new, "previous_secret": SECRET}]}
+        await reload(running, mine, auth=both)
+        assert await heard(ann, running, update) == ["update users/ann"]
+        await reload(running, mine, auth={"issuers": [new]})
+        assert await heard(ann, running, update) == []
+        assert await ann.subscribe("users/*", "marks/*", token=token("ann")) == 204
+        assert await heard(ann, running, update) == []
+
+
+async def test_sections_that_need_a_restart_are_named(database_url: str, tmp_path: Path) -> None:
+    async with serving(database_url, tmp_path, {"posts": POSTS}) as running:
+        port = running.address.port
+        server = {"host": "127.0.0.1", "port": port + 1}
+        await reload(running, {"posts": POSTS}, server=server, records={"nulls": "zero"})
+        (said,) = running.process.logged("config.restart_needed")
+
+    assert said["sections"] == ["server", "records"]
+
+
+# -- the schema
+
+
+async def test_a_dropped_column_locks_what_needs_it_and_nothing_else(
+    database_url: str, tmp_path: Path
+) -> None:
+    """The log says once why; with the column back everything is as before."""
+    ruled = {"table": "posts", "list_rule": "n > 0", "view_rule": "n > 0"}
+    create = ("INSERT INTO posts (id) VALUES ('{}')", "INSERT INTO notes VALUES ('{}')")
+    async with (
+        serving(database_url, tmp_path, {"posts": ruled, "notes": NOTES}) as running,
+        listener(running.address, "posts/*", "notes/*", "marks/*") as guest,
+    ):
+        await running.write.execute("ALTER TABLE posts DROP COLUMN n")
+        found = await heard(guest, running, *(one.format(1) for one in create))
+        assert found == ["create notes/1"]
+        await running.process.wait_logged("schema.changed")
+        found = await heard(guest, running, *(one.format(2) for one in create))
+        assert found == ["create notes/2"]
+        said = [one for one in running.process.logged("rule.error") if "path" in one]
+        await running.write.execute("ALTER TABLE posts ADD COLUMN n int DEFAULT 1")
+        assert await running.process.reload()
+        found = await heard(guest, running, *(one.format(3) for one in create))
+        assert found == ["create posts/3", "create notes/3"]
+
+    assert [(one["collection"], one["path"]) for one in said] == [
+        ("posts", "collections.posts.list_rule"),
+        ("posts", "collections.posts.view_rule"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["recreated", "partition"])
+async def test_a_table_that_became_another_is_a_gap(
+    database_url: str, tmp_path: Path, kind: str
+) -> None:
+    """What was written until the stream followed may be missing: told, never left guessing."""
+    before = {
+        "recreated": "SELECT 1",
+        "partition": "DROP TABLE notes; CREATE TABLE notes (id text PRIMARY KEY)"
+        " PARTITION BY LIST (id); CREATE TABLE notes_1 PARTITION OF notes FOR VALUES IN ('1')",
+    }
+    change = {
+        "recreated": "DROP TABLE notes; CREATE TABLE notes (id text PRIMARY KEY)",
+        "partition": "CREATE TABLE notes_2 PARTITION OF notes FOR VALUES IN ('2')",
+    }
+    async with serving(database_url, tmp_path, {"posts": POSTS}) as running:
+        await running.write.execute(before[kind].encode())
+        await reload(running, {"posts": POSTS, "notes": NOTES})
+        async with (
+            listener(running.address, "notes/*", "PB_RESYNC", "marks/*") as concerned,
+            listener(running.address, "posts/*", "PB_RESYNC", "marks/*") as other,
+        ):
+            await running.write.execute(change[kind].encode())
+            await reload(running, {"posts": POSTS, "notes": NOTES})
+            (message,) = await concerned.take(1)
+            assert message.event == "PB_RESYNC"
+            assert message.data == {"collections": ["notes"], "reason": "schema"}
+            insert = "INSERT INTO notes VALUES ('2')"
+            assert await heard(concerned, running, insert) == ["create notes/2"]
+            assert await heard(other, running) == []
