@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,8 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from pgrealtime.auth.principal import AuthRecord, Reading
 from pgrealtime.auth.record import auth_record, token_key
-from pgrealtime.catalog.model import Column, Type
+from pgrealtime.catalog.keys import canonical_id, native_name
+from pgrealtime.catalog.model import Column
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
 from pgrealtime.config import CollectionLoginConfig
@@ -24,10 +24,6 @@ _BATCH = 500
 """Ids per query. A herd of reconnecting clients makes queries of this size, not one each."""
 
 _PLAIN_FIELDS = ("email", "emailVisibility", "verified")
-_INTEGER_BITS = {"int2": 16, "int4": 32, "int8": 64}
-_ANY_TEXT = frozenset({"text", "varchar", "bpchar", "name"})
-_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
-_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 _NO_LOGIN = CollectionLoginConfig()
 
@@ -68,22 +64,6 @@ class Account:
     def token_key(self) -> str | None:
         """The user's own part of the key that signs login tokens; None: no token is the user's."""
         return token_key(self.users.login, self.row)
-
-
-def canonical_id(text: str, key: Type) -> str | None:
-    """The id as the key's type prints it, or None if no row can have it.
-
-    Ids are texts in rules and tokens (rules, section 17). Asking a uuid column for "12" would be
-    an error in Postgres; here it is an id that nobody has. So is "007" for an integer.
-    """
-    base = key.base
-    if bits := _INTEGER_BITS.get(base.name):
-        is_number = _INTEGER.fullmatch(text) is not None
-        return text if is_number and -(1 << bits - 1) <= int(text) < 1 << bits - 1 else None
-    if base.name == "uuid":
-        return text.lower() if _UUID.fullmatch(text) else None
-    # Postgres has no U+0000 in texts.
-    return None if "\x00" in text else text
 
 
 class _Batch:
@@ -260,16 +240,15 @@ def statement_by_id(users: Users, columns: Sequence[str]) -> sql.Composed:
     """
     collection = users.collection
     key = sql.Identifier(collection.key.name)
-    name = collection.key.type.base.name
-    is_native = name in _INTEGER_BITS or name in _ANY_TEXT or name == "uuid"
+    native = native_name(collection.key.type)
     return sql.SQL(
         "SELECT {columns}, pg_catalog.pg_current_snapshot(), pg_catalog.pg_current_wal_insert_lsn()"
         " FROM {table} WHERE {key} OPERATOR(pg_catalog.=) ANY (%(ids)s::{type}[])"
     ).format(
         columns=_list(columns),
         table=sql.Identifier(*collection.table.name),
-        key=key if is_native else sql.SQL("{}::pg_catalog.text").format(key),
-        type=sql.Identifier("pg_catalog", name if is_native else "text"),
+        key=key if native else sql.SQL("{}::pg_catalog.text").format(key),
+        type=sql.Identifier("pg_catalog", native or "text"),
     )
 
 

@@ -22,6 +22,8 @@ from pgrealtime.changes import TableName
 from pgrealtime.collections import Collection, Collections, Field, FieldKind
 from pgrealtime.config import AuthConfig, IssuerConfig
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
+from pgrealtime.hub.snapshot import barrier_of
+from pgrealtime.lsn import Xid, parse_lsn
 
 SECRET = "a-secret-of-thirty-two-characters"
 ISSUER = IssuerConfig(name="app", secret=SECRET)
@@ -360,3 +362,33 @@ async def test_tokens_that_hold_nowhere_ask_the_database_nothing(
         assert await door.authenticate(token) == Caller()
 
     assert pool.get_stats().get("requests_num", 0) == asked
+
+
+async def test_a_user_is_as_of_a_snapshot_that_tells_old_news_from_new(
+    database_url: str, pool: AsyncConnectionPool[Any]
+) -> None:
+    """What the stream tells of changes that the look-up saw must not undo later ones."""
+    users = await users_of(database_url, FULL)
+    change = "UPDATE public.\"Users\" SET name = %s WHERE id = 'u1' RETURNING pg_current_xact_id()"
+    async with (
+        await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection,
+        await psycopg.AsyncConnection.connect(database_url) as other,
+    ):
+        before = await (await connection.execute(change, ["Before"])).fetchone()
+        during = await (
+            await other.execute("SELECT pg_current_xact_id(), pg_current_wal_insert_lsn()::text")
+        ).fetchone()
+        account = await Accounts(pool).load(users, "u1")
+        await other.commit()
+        after = await (await connection.execute(change, ["After"])).fetchone()
+    assert before is not None
+    assert during is not None
+    assert after is not None
+    assert account is not None
+    assert account.reading is not None
+
+    known = barrier_of(*account.reading)
+    seen, unseen, lsn = Xid(int(before[0])), [Xid(int(during[0])), Xid(int(after[0]))], during[1]
+    assert known.insert_lsn >= parse_lsn(lsn)
+    assert not known.admits(seen, known.insert_lsn)
+    assert [known.admits(xid, known.insert_lsn) for xid in unseen] == [True, True]

@@ -40,11 +40,11 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "records": (*_FLOOR, "catalog.model", "collections"),
     "rules": (*_FLOOR, "catalog.model", "collections", "auth.principal"),
     # The auth record is a row of a collection.
-    "auth": (*_FLOOR, "catalog.model", "collections"),
+    "auth": (*_FLOOR, "catalog.model", "catalog.keys", "collections"),
     "wal": (*_FLOOR, "catalog.model"),
     "relay": (*_FLOOR, "catalog.model", "wal", "changelog", "observe"),
     "hub": (
-        *(*_FLOOR, "catalog.model", "collections", "rules", "records"),
+        *(*_FLOOR, "catalog.model", "catalog.keys", "collections", "rules", "records"),
         *("auth.principal", "auth.record", "changelog.base", "observe"),
     ),
     # Answers are trimmed by the same "fields" as records.
@@ -64,7 +64,7 @@ _NOT_FOR_OTHERS = ("reload", "run", "operate", "demo", "cli", "__main__")
 
 _PURE = (
     *("errors", "lsn", "units", "json_reader", "query_string", "changes", "text_forms"),
-    *("collections", "catalog.model"),
+    *("collections", "catalog.model", "catalog.keys"),
     *("wal.wire", "wal.message", "wal.wal2json", "wal.pgoutput", "wal.assembler", "wal.feedback"),
     *("changelog.base", "changelog.memory", "rules", "records"),
     *("auth.principal", "auth.record", "auth.token", "auth.passwords"),
