@@ -120,8 +120,9 @@ class Connection:
         """Reason to announce when the first call is accepted; empty if there is none."""
         self.resumes = False
         """Whether it came with a position that the changelog reaches back to."""
-        self.is_failing = False
-        """Its first call could not be answered: it is ended, so that its client comes back."""
+        self.doom = ""
+        """Why it is to be ended as soon as that can be, so that its client comes back; a call
+        that could not be answered, a gap that can't be told."""
         self.connected_at = now
         self.position: bytes = b""
         self.caller = Caller()
@@ -179,7 +180,7 @@ class Connection:
 
     def beat(self, at: Cursor) -> None:
         """Write what keeps the connection alive: the position if it moved, else a comment."""
-        if self.is_resumable and self.position_text(at) != self.position:
+        if self.is_resumable and not self.gap and self.position_text(at) != self.position:
             self.say_cursor(at)
         else:
             self.write(HEARTBEAT)
@@ -241,8 +242,12 @@ class Connection:
         self._batch, self._more = None, []
 
     def note_taken(self, now: float) -> None:
-        """See whether the client took bytes since the last look."""
+        """See whether the client took bytes since the last look.
+
+        What the sink adds to each write is in ``buffered`` and not in ``written``, so less may
+        seem to be taken than before; that is no sign of life.
+        """
         buffered = self.sink.buffered()
         taken = self.written - buffered
-        if taken != self._taken or buffered == 0:
+        if taken > self._taken or buffered == 0:
             self._taken, self.taken_at = taken, now

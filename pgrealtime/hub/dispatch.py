@@ -206,7 +206,8 @@ class Hub:
         self._reported: set[tuple[str, str]] = set()
         self._reconsider: Callable[[Caller], Caller] = _unchanged
         self._joining: dict[Connection, None] = {}
-        self._fresh: list[Subscription] = []
+        self._fresh: dict[Subscription, None] = {}
+        """Those that have a barrier."""
         self._unseen: deque[tuple[LSN, Xid]] = deque()
         self._replays: dict[Connection, asyncio.Task[None]] = {}
         self._replay_turns = asyncio.Semaphore(_REPLAYS_AT_ONCE)
@@ -240,7 +241,9 @@ class Hub:
         if epoch != self._epoch:
             self._restarted(epoch)
         self._stream_is_up = True
-        for connection in list(self._connections.values()):
+        if self._is_closing:
+            return
+        for connection in list(self._connections.values())[: self._limits.max_connections]:
             if connection.state is State.CONNECTING:
                 self._connect(connection)
 
@@ -401,6 +404,7 @@ class Hub:
             replay.cancel()
         for subscription in connection.subscriptions.values():
             self._matcher.remove(subscription)
+            self._fresh.pop(subscription, None)
         connection.subscriptions = {}
         if self._connections.pop(connection.id, None) is not None:
             log.debug("connection.closed", connection=connection.id, events=connection.events)
@@ -440,16 +444,19 @@ class Hub:
             held = connection.caller.principal
             if held != GUEST and not is_same(held, caller.principal):
                 raise SubscriptionError("another caller", code="authorization_mismatch")
-            if not self._stream_is_up:
-                if connection.answered_at is None:
+            try:
+                await self._replace(connection, list(dict.fromkeys(filter(None, topics))), caller)
+            except SubscriptionError as error:
+                if error.error_code == "stream_away" and connection.answered_at is None:
                     connection.answered_at = self._clock()
-                    connection.is_failing = True
-                raise SubscriptionError("the stream is away", code="stream_away")
-            await self._replace(connection, list(dict.fromkeys(filter(None, topics))), caller)
+                    connection.doom = "stream_away"
+                raise
             if connection.answered_at is None:
                 connection.answered_at = self._clock()
 
     async def _replace(self, connection: Connection, names: list[str], caller: Caller) -> None:
+        if not self._stream_is_up:
+            raise SubscriptionError("the stream is away", code="stream_away")
         is_first = connection.state in (State.CONNECTING, State.HELD)
         if connection.is_live:
             connection.cursor = self._head
@@ -524,6 +531,7 @@ class Hub:
         before = connection.subscriptions
         for subscription in before.values():
             self._matcher.remove(subscription)
+            self._fresh.pop(subscription, None)
         connection.known = known
         self._identities.become(connection, caller)
         connection.subscriptions = {}
@@ -537,7 +545,7 @@ class Hub:
             kept = before.get(name)
             subscription.barrier = kept.barrier if kept else barrier
             if subscription.barrier is not None:
-                self._fresh.append(subscription)
+                self._fresh[subscription] = None
             reason = self._mean(subscription, caller)
             if reason:
                 log.info("subscription.mute", connection=connection.id, reason=reason)
@@ -666,16 +674,12 @@ class Hub:
             self._join(connection)
 
     def _clear_barriers(self) -> None:
-        waiting: list[Subscription] = []
-        for subscription in self._fresh:
-            barrier, connection = subscription.barrier, subscription.connection
-            if barrier is None or connection.is_ended:
-                continue
-            if connection.is_live and self._head.lsn > barrier.insert_lsn:
+        for subscription in list(self._fresh):
+            barrier = subscription.barrier
+            is_over = barrier is None or self._head.lsn > barrier.insert_lsn
+            if is_over and subscription.connection.is_live:
                 subscription.barrier = None
-            else:
-                waiting.append(subscription)
-        self._fresh = waiting
+                del self._fresh[subscription]
 
     def _slices(
         self, entries: Sequence[Entry], after: Cursor, turns: Callable[[Event], bool]
@@ -864,7 +868,7 @@ class Hub:
                     if parts is None:
                         self._join(connection)
                         return
-                is_whole = True
+                is_whole, cursor = True, connection.cursor
                 while is_whole:
                     async with connection.turn, self._replay_turns:
                         if not connection.is_replaying():
@@ -873,7 +877,10 @@ class Hub:
                         part = next(parts, None)
                         if part is None:
                             break
-                        is_whole = self._edition == edition and await self._hand(connection, part)
+                        if self._edition != edition or connection.cursor != cursor:
+                            break  # a restart or a call has put it elsewhere
+                        is_whole = await self._hand(connection, part)
+                        cursor = connection.cursor
                     await connection.sink.drain()
         finally:
             if self._replays.get(connection) is asyncio.current_task():
@@ -992,7 +999,7 @@ class Hub:
             connection.cursor = gap.at
             connection.active_at = connection.written_at = self._clock()
         if (is_concerned and not is_told) or self._is_caller_lost(connection, gap):
-            self._end(connection, "gap")
+            self._doom(connection, "gap")
 
     def _is_caller_lost(self, connection: Connection, gap: Announcement) -> bool:
         """Whether the caller's row may have changed in the gap since it was read."""
@@ -1043,11 +1050,17 @@ class Hub:
             connection.written_at = now
             connection.beat(self._head if connection.is_live else connection.cursor)
 
+    def _doom(self, connection: Connection, reason: str) -> None:
+        """End the connection, as soon as its client can bear that."""
+        connection.doom = reason
+        if self._is_settled(connection, self._clock()):
+            self._end(connection, reason)
+
     def _overdue(self, connection: Connection, now: float) -> str:
         limits = self._limits
         expires_at = connection.caller.expires_at
-        if connection.is_failing:
-            return "stream_away"
+        if connection.doom:
+            return connection.doom
         if now - connection.active_at >= limits.idle_timeout:
             return "idle"
         if now - connection.connected_at >= limits.max_lifetime:
@@ -1064,10 +1077,9 @@ class Hub:
 
     def _is_settled(self, connection: Connection, now: float) -> bool:
         """Whether ending it now can't fall between PB_CONNECT and the answer to its call."""
-        if connection.turn.locked():
-            return False
         if connection.answered_at is None:
-            return now - connection.connected_at >= _SETTLE_SECONDS
+            is_called = connection.turn.locked()
+            return not is_called and now - connection.connected_at >= _SETTLE_SECONDS
         return now - connection.answered_at >= _SETTLE_SECONDS
 
     async def shutdown(self, grace: float) -> None:

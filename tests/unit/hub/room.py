@@ -13,6 +13,7 @@ from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Change, Delete, Insert, Row, TableName, Transaction, Update, WholeRow
 from pgrealtime.collections import Collection, Collections, Field, FieldKind
 from pgrealtime.config import CollectionLoginConfig, RealtimeConfig
+from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.connection import Connection
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.event import Event
@@ -98,7 +99,10 @@ class MemorySink:
     def __init__(self) -> None:
         self.data = b""
         self.taken = 0
+        self._added = 0
         self.is_stuck = False
+        self.overhead = 0
+        """Bytes that each write is longer than what was written."""
         self.state = "open"
         self._arrived = asyncio.Event()
         self._unstuck = asyncio.Event()
@@ -106,12 +110,16 @@ class MemorySink:
     def write(self, data: bytes) -> None:
         assert self.state == "open", "written to after its end"
         self.data += data
+        self._added += self.overhead
         if not self.is_stuck:
-            self.taken = len(self.data)
+            self._take()
         self._arrived.set()
 
+    def _take(self) -> None:
+        self.taken, self._added = len(self.data), 0
+
     def buffered(self) -> int:
-        return len(self.data) - self.taken
+        return len(self.data) - self.taken + self._added
 
     async def drain(self) -> None:
         while self.buffered():
@@ -128,7 +136,7 @@ class MemorySink:
 
     def unstick(self) -> None:
         self.is_stuck = False
-        self.taken = len(self.data)
+        self._take()
         self._unstuck.set()
 
     def messages(self) -> list[str]:
@@ -152,6 +160,12 @@ class MemorySink:
                 await self._arrived.wait()
         return self.events()
 
+    async def wait_for_bytes(self, data: bytes) -> None:
+        async with asyncio.timeout(DEADLINE):
+            while data not in self.data:
+                self._arrived.clear()
+                await self._arrived.wait()
+
     async def wait_until(self, state: str) -> None:
         async with asyncio.timeout(DEADLINE):
             while self.state != state:
@@ -167,6 +181,7 @@ class GivenDatabase:
         self.insert_lsn = "0/0"
         self._asked = asyncio.Semaphore(0)
         self.gate: asyncio.Event | None = None
+        self.is_away = False
         self.rows_gate: asyncio.Event | None = None
         """What a row that the WAL left columns out of waits for; so a test holds up judging."""
         self.is_holding = asyncio.Event()
@@ -175,6 +190,8 @@ class GivenDatabase:
         self._asked.release()
         if self.gate is not None:
             await self.gate.wait()
+        if self.is_away:
+            raise DatabaseUnreachableError("nobody answers")
         return self.snapshot_text, self.insert_lsn, False
 
     async def asked_again(self, times: int) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
-from pgrealtime.changes import Insert
+from pgrealtime.changes import Insert, Truncate
+from pgrealtime.errors import SubscriptionError
 from pgrealtime.lsn import LSN
-from tests.unit.hub.room import POSTS, Room, at, insert, open_room
+from tests.unit.hub.room import DEADLINE, NOTES, POSTS, Room, at, insert, open_room
 
 
 async def test_who_missed_nothing_comes_back_to_a_quiet_database() -> None:
@@ -140,3 +142,118 @@ async def test_a_snapshot_asked_for_in_another_history_makes_no_barrier_in_this_
         room.commit(insert("new"), xid=40)
 
         assert (await sink.wait_for(2))[1][1] == "posts/*"
+
+
+async def test_a_replay_that_waits_for_its_client_goes_on_where_a_call_has_put_it() -> None:
+    """It was in the middle of a long commit when its client dropped all topics and took others."""
+    async with open_room() as room:
+        rows = [insert(f"n{n}") for n in range(300)]
+        made = room.commit(*rows, Truncate(NOTES), *rows)
+        await room.settled()
+        connection, sink = room.connect(position=f"{'x' * 40}.{at(made, 1)}")
+        sink.is_stuck = True
+        await room.subscribe(connection, "posts/*")
+        before = len(await sink.wait_for(200))
+        await room.subscribe(connection)
+        await room.subscribe(connection, "notes/*")
+        sink.unstick()
+        room.commit(insert("n", table=NOTES))
+        events = await sink.wait_for(before + 1)
+
+    assert [event[1] for event in events[before:]] == ["notes/*"]
+
+
+# Who can't be told is ended, but not while that would leave the JS SDK dead
+
+
+async def test_a_gap_right_after_the_first_call_ends_a_connection_a_second_later() -> None:
+    """The end would overtake the 204, and the SDK take that for a call it gave up itself."""
+    async with open_room() as room:
+        connection, sink = room.connect()
+        await room.subscribe(connection, "posts/*")
+        began = time.monotonic()
+        room.commit(Truncate(POSTS))
+        await room.settled()
+        assert sink.state == "open"
+        await sink.wait_until("ended")
+
+    assert time.monotonic() - began > 0.9
+
+
+async def test_a_first_call_that_gets_no_snapshot_ends_its_connection_a_second_later() -> None:
+    """Its stream would stay open without topics: the Dart SDK asks only after an end."""
+    async with open_room() as room:
+        connection, sink = room.connect()
+        room.database.is_away = True
+        with pytest.raises(SubscriptionError) as refused:
+            await room.subscribe(connection, "posts/*")
+        await sink.wait_until("ended")
+
+    assert refused.value.error_code == "stream_away"
+
+
+async def test_a_limit_is_kept_although_calls_follow_one_another_without_a_pause() -> None:
+    """Only the first call must be answered before the end."""
+    async with open_room(max_lifetime=1.5) as room:
+        connection, sink = room.connect()
+        await room.subscribe(connection, "posts/*")
+        room.database.gate = asyncio.Event()
+        call = asyncio.create_task(room.subscribe(connection, "posts/*", "notes/*"))
+        await sink.wait_until("ended")
+        room.database.gate.set()
+        with pytest.raises(SubscriptionError):
+            await call
+
+
+# The position says what its client has, and nothing more
+
+
+async def test_a_heartbeat_does_not_move_a_position_over_a_gap_that_was_not_told() -> None:
+    """Who breaks off before its first call asks again from there, and must be told then."""
+    async with open_room(heartbeat=0.05) as room:
+        room.commit(insert("a"))
+        await room.settled()
+        old = f"123456-{100:016x}-ffffffff"
+        _connection, sink = room.connect(position=f"{'x' * 40}.{old}")
+        await sink.wait_for_bytes(b"\n:\n")
+
+    assert [id_.partition(".")[2] for id_, _, _ in sink.events()] == [old]
+
+
+# What is bounded stays so
+
+
+async def test_subscriptions_that_went_are_not_kept_for_their_barriers() -> None:
+    """Nothing is committed: barriers end with the first commit beyond them, and there is none."""
+    async with open_room() as room:
+        connection, _sink = room.connect()
+        for _ in range(50):
+            other, _ = room.connect()
+            await room.subscribe(other, "posts/*")
+            room.hub.close(other)
+            await room.subscribe(connection, "posts/*", "notes/*")
+
+        assert len(room.hub._fresh) == 2
+
+
+async def test_what_a_write_adds_to_its_message_is_not_taken_for_bytes_that_a_client_took() -> None:
+    """A chunk has a head: the transport holds more than the hub has written."""
+    async with open_room(stall_timeout=0.3) as room:
+        connection, sink = room.connect()
+        await room.subscribe(connection, "posts/*")
+        sink.is_stuck, sink.overhead = True, 8
+        async with asyncio.timeout(DEADLINE):
+            while sink.state == "open":
+                room.commit(insert("a"))
+                await asyncio.sleep(0.02)
+
+    assert sink.state == "aborted"
+
+
+async def test_the_return_of_the_stream_connects_no_more_than_the_limit() -> None:
+    async with open_room(is_up=False, max_connections=2) as room:
+        sinks = [room.connect()[1] for _ in range(4)]
+        room.hub.stream_started("abcdef")
+        await sinks[1].wait_for(1)
+
+        assert [len(sink.events()) for sink in sinks] == [1, 1, 0, 0]
