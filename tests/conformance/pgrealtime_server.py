@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jwt
+import msgspec
 import psycopg
 import yaml
 
@@ -22,7 +23,7 @@ from tests.conformance.http_client import Address
 from tests.conformance.natural_schema import NaturalSchema, Statement, Style, fields_of
 from tests.conformance.pocketbase_server import PocketBaseApi
 from tests.conformance.process import ServerProcess, free_port
-from tests.conformance.target import UnsupportedStepError
+from tests.conformance.target import RefusedError, UnsupportedStepError
 from tests.conformance.transcript import Write
 
 TOKEN_SECONDS = 5 * 24 * 3600
@@ -33,6 +34,9 @@ LIFE_SECONDS = 1800.0
 """PocketBase's two limits of a connection."""
 
 SUPERUSER_ROLE = "service"
+
+RULES = {"listRule": "list_rule", "viewRule": "view_rule", "manageRule": "manage_rule"}
+"""PocketBase's names to ours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +86,9 @@ class PgRealtimeServer:
         self._connection = connection
         self._config = config
         self._address = address
-        self._issuers = issuers
+        self._issuers = dict(issuers)
+        self._tables: dict[str, str] = {}
+        """Of collections that were renamed: what they were called in the fixtures."""
         self._setting = setting
         self._process: ServerProcess | None = None
 
@@ -122,24 +128,57 @@ class PgRealtimeServer:
         return jwt.encode(claims, self._issuers[account.collection], algorithm="HS256")
 
     async def write(self, write: Write) -> None:
-        await self._execute(self._schema.write(write))
+        await self._execute(self._written(write))
 
     async def transaction(self, writes: Sequence[Write], *, commit: bool) -> None:
         async with self._connection.transaction(force_rollback=not commit):
             for write in writes:
-                await self._execute(self._schema.write(write))
+                await self._execute(self._written(write))
+
+    def _written(self, write: Write) -> Statement:
+        name = self._tables.get(write.collection, write.collection)
+        return self._schema.write(msgspec.structs.replace(write, collection=name))
 
     async def _execute(self, statement: Statement) -> None:
         await self._connection.execute(*statement)
 
     async def alter_collection(self, name: str, patch: Mapping[str, Any]) -> None:
-        raise UnsupportedStepError(f"rules change with the configuration: {name}, {patch}")
+        unknown = patch.keys() - {"name", *RULES}
+        if unknown:
+            raise UnsupportedStepError(f"a configuration has no {', '.join(sorted(unknown))}")
+        settings = self._settings()
+        changed = settings["collections"].pop(name)
+        changed |= {RULES[key]: rule for key, rule in patch.items() if key in RULES}
+        new_name = patch.get("name", name)
+        settings["collections"][new_name] = changed
+        self._tables[new_name] = self._tables.get(name, name)
+        await self._reload(settings)
 
     async def drop_collection(self, name: str) -> None:
-        raise UnsupportedStepError(f"collections change with the configuration: {name}")
+        settings = self._settings()
+        del settings["collections"][name]
+        await self._reload(settings)
 
     async def reset_token_secret(self, name: str) -> None:
-        raise UnsupportedStepError(f"secrets change with the configuration: {name}")
+        settings = self._settings()
+        secret = self._issuers[name] = secrets.token_hex(32)
+        for issuer in settings["auth"]["issuers"]:
+            if issuer["name"] == name:
+                issuer["secret"] = secret
+        if self._setting.login_through_api:
+            settings["auth"]["login"]["secret"] = secrets.token_hex(25)
+        await self._reload(settings)
+
+    def _settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = yaml.safe_load(self._config.read_text())
+        return settings
+
+    async def _reload(self, settings: Mapping[str, Any]) -> None:
+        """Put another configuration into force without a restart."""
+        assert self._process is not None, "not started"
+        self._config.write_text(yaml.safe_dump(settings, sort_keys=False))
+        if not await self._process.reload():
+            raise RefusedError(f"the configuration is refused:\n{self.output}")
 
 
 @asynccontextmanager

@@ -84,11 +84,9 @@ LOGIN_PATH = re.compile(r"/auth-(with-password|refresh)")
 
 NOT_YET = {
     "cascade_judges_before": "a deleted row is judged without the others its transaction deleted",
-    "collection_rule_change": "no reload of the configuration",
     "email_visibility": "there is no manage rule",
     "options_expand": "records are sent without related ones",
     "role_change_takes_effect": "there is no manage rule",
-    "token_secret_reset_makes_guests": "no reload of the configuration",
 }
 """Recordings that pgrealtime doesn't answer so, with the reason; one that passes fails here."""
 
