@@ -63,11 +63,18 @@ class Sdk:
     async def wait_for(
         self, count: int, kind: str = "event", seconds: float = DEADLINE
     ) -> list[dict[str, Any]]:
-        """Return the reports of a kind, once there are so many."""
-        async with asyncio.timeout(seconds):
-            while len(found := [r for r in self.reports if r["report"] == kind]) < count:
-                self._arrived.clear()
-                await self._arrived.wait()
+        """Return the reports of a kind, once there are so many.
+
+        Raises:
+            TimeoutError: There weren't; says what came instead.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                while len(found := [r for r in self.reports if r["report"] == kind]) < count:
+                    self._arrived.clear()
+                    await self._arrived.wait()
+        except TimeoutError:
+            raise TimeoutError(f"{count} {kind}: {self.reports[-20:]}") from None
         return found
 
     async def read(self) -> None:
