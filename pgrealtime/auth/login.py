@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,7 @@ from pgrealtime.auth.token import make_own
 from pgrealtime.config import CollectionLoginConfig, LoginConfig
 from pgrealtime.errors import AuthError
 
+_NICENESS = 10
 _WORKERS = max(1, min(4, (os.cpu_count() or 1) - 1))
 """Threads that hash. One processor is left to delivery where there is more than one."""
 
@@ -166,11 +169,19 @@ def _fields_to_try(login: CollectionLoginConfig, attempt: Attempt) -> tuple[str,
     return ("email", *others) if is_address and "email" in login.identity else others
 
 
+def _give_way() -> None:
+    """Let the event loop go first where this thread shares a core with it: events can't wait."""
+    if sys.platform == "linux":  # where a priority is a thread's, not the process's
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+
+
 class _Passwords:
     """Checks passwords off the event loop, a bounded number at a time."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_WORKERS, thread_name_prefix="passwords")
+        self._threads = ThreadPoolExecutor(
+            _WORKERS, thread_name_prefix="passwords", initializer=_give_way
+        )
         self._waiting = 0
         self._decoy = first_decoy()
 
