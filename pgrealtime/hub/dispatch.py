@@ -12,8 +12,9 @@ import secrets
 import string
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Sized
+from datetime import UTC, datetime
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal, Protocol, TypeAlias
@@ -39,7 +40,7 @@ from pgrealtime.hub.connection import (
 from pgrealtime.hub.event import Action, Emptied, Event, events_of
 from pgrealtime.hub.frame import connect_tail, event_tail, resync_tail
 from pgrealtime.hub.identity import Identities, Person, person_in, person_of
-from pgrealtime.hub.match import Audience, Group, Matcher, Question
+from pgrealtime.hub.match import Audience, Group, Judging, Matcher
 from pgrealtime.hub.probe import LiveRow
 from pgrealtime.hub.snapshot import Barrier, Snapshot, Snapshots, barrier_of
 from pgrealtime.hub.topic import parse_topic
@@ -76,10 +77,8 @@ class Asking(Protocol):
         """Return the row of ``SNAPSHOT_QUERY``."""
         ...
 
-    async def ask(
-        self, questions: Sequence[Question], events: Sequence[Event]
-    ) -> list[tuple[Group, list[int]]]:
-        """Return, per question, the places in ``events`` that its group's rule admits."""
+    async def ask(self, judging: Judging) -> None:
+        """Find out what the judging wants to know, until nothing is left to ask."""
         ...
 
     async def live_rows(self, events: Sequence[Event]) -> dict[tuple[str, str], LiveRow]:
@@ -111,7 +110,7 @@ class Slice(Struct):
     the first of the slice if it is an update, and part of its last change if it is a delete."""
 
 
-Judged: TypeAlias = list[list[Group]]
+Judged: TypeAlias = list[Iterable[Group]]
 
 
 class _Cut:
@@ -742,14 +741,11 @@ class Hub:
         live = await self._probe.live_rows(partial) if partial else {}
         if partial:
             _complete(partial, live, proven=True)
-        hits, questions = self._matcher.match(events, among)
-        if questions:
-            for group, places in await self._probe.ask(questions, events):
-                for place in places:
-                    hits[place].append(group)
+        judging = self._matcher.match(events, datetime.now(UTC), among)
+        await self._probe.ask(judging)
         if partial:
             _complete(partial, live, proven=False)
-        return hits
+        return judging.hits
 
     def _deliver(self, part: Slice, judged: Judged) -> None:
         audiences: list[Audience] = []
@@ -757,7 +753,7 @@ class Hub:
         for place, (event, groups) in enumerate(zip(part.events, judged, strict=True)):
             records: dict[View, bytes] = {}
             for group in groups:
-                for audience in group.audiences.values():
+                for audience in group.audiences:
                     if audience.batch is None:
                         audience.batch = Batch()
                         audiences.append(audience)
@@ -765,7 +761,7 @@ class Hub:
                     if not tail:
                         continue
                     audience.batch.add(place, tail)
-                    for owner in audience.owners.get(event.record_id, ()):
+                    for owner in audience.owners(event.record_id):
                         view = _with_email(audience.view)
                         own = self._tail(event, audience.name, view, records)
                         mine.setdefault(owner, Batch()).add(place, own)
@@ -788,7 +784,7 @@ class Hub:
         shared, audience.batch = audience.batch, None
         if shared is None or not shared.places:
             return
-        for subscription in audience.subscriptions:
+        for subscription in audience:
             connection = subscription.connection
             if not connection.is_live:
                 continue

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 from msgspec import Struct
 
-from pgrealtime.changes import Delete, Insert, Row, Transaction, Truncate, Update
+from pgrealtime.changes import Change, Delete, Insert, Row, Transaction, Truncate, Update
 from pgrealtime.collections import Collection, Collections
 from pgrealtime.lsn import Cursor, Xid
 
@@ -20,6 +20,7 @@ class Event(Struct):
     Attributes:
         row: The image it is judged on and shown with: new for create and update, old for delete.
         cursor: Of the change that it belongs to; a changed key makes two events of one change.
+        changes: All of its transaction: a delete is judged by what was there before them.
     """
 
     collection: Collection
@@ -28,6 +29,7 @@ class Event(Struct):
     row: Row
     cursor: Cursor
     xid: Xid
+    changes: tuple[Change, ...] = ()
 
     @property
     def is_whole(self) -> bool:
@@ -52,20 +54,23 @@ def events_of(transaction: Transaction, collections: Collections) -> Iterator[Ev
         key = collection.key.name
         match change:
             case Insert(new=row):
-                yield _event(collection, "create", row, cursor, transaction.xid)
+                yield _event(collection, "create", row, cursor, transaction)
             case Update(new=row, old=old):
                 before = old.row.get(key)
                 if before is not None and before != row.get(key):
                     # PocketBase has no changed ids: to a client the one went, the other came.
-                    yield _event(collection, "delete", old.row, cursor, transaction.xid)
-                    yield _event(collection, "create", row, cursor, transaction.xid)
+                    yield _event(collection, "delete", old.row, cursor, transaction)
+                    yield _event(collection, "create", row, cursor, transaction)
                 else:
-                    yield _event(collection, "update", row, cursor, transaction.xid)
+                    yield _event(collection, "update", row, cursor, transaction)
             case Delete(old=old):
-                yield _event(collection, "delete", old.row, cursor, transaction.xid)
+                yield _event(collection, "delete", old.row, cursor, transaction)
             case Truncate():
                 yield Emptied(collection, cursor)
 
 
-def _event(collection: Collection, action: Action, row: Row, cursor: Cursor, xid: Xid) -> Event:
-    return Event(collection, action, row.get(collection.key.name) or "", row, cursor, xid)
+def _event(
+    collection: Collection, action: Action, row: Row, cursor: Cursor, of: Transaction
+) -> Event:
+    record_id = row.get(collection.key.name) or ""
+    return Event(collection, action, record_id, row, cursor, of.xid, of.changes)

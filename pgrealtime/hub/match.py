@@ -1,185 +1,360 @@
 """Which subscriptions may receive an event: those of groups whose rule admits its row.
 
-A group is all subscriptions with the same rule, filter and ``@request``: judged once.
+A group is all subscriptions that ask the same with the same values: judged once. Groups are found
+through the index of ``rules``, so an event costs what matches it and not what is there.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection as Sized
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeAlias
-
-from msgspec import Struct
+from datetime import datetime
 
 from pgrealtime.auth.principal import Principal
-from pgrealtime.collections import Collection, Collections
+from pgrealtime.changes import Row
+from pgrealtime.collections import Collections
 from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.connection import Subscription
 from pgrealtime.hub.event import Event
-from pgrealtime.hub.topic import Topic
+from pgrealtime.lsn import Xid
 from pgrealtime.records.encode import View
-from pgrealtime.rules.reference import Everyone, Nobody, Reference, reference
+from pgrealtime.rules.compare import Scalar
+from pgrealtime.rules.decide import Case, Deciding
+from pgrealtime.rules.formula import Facts, Moment
+from pgrealtime.rules.index import Index
+from pgrealtime.rules.past import Past, tables_of
+from pgrealtime.rules.plan import Bound, Planner, Variant, moment
+from pgrealtime.rules.reference import Nobody
+from pgrealtime.rules.remote import Inquiry
 from pgrealtime.rules.request import Request
 
-Place: TypeAlias = tuple[str, str | None]
-"""Collection name, and the record id of a record topic or None for the whole collection."""
-
-_GroupKey: TypeAlias = tuple[
-    str, str | None, Principal, tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]
-]
+_TRIED = 20_000
+"""Groups that no row leads to: each event tries every one of them."""
+_TRIED_PER_CONNECTION = 100
+"""Of those, how many one connection's subscriptions may be in."""
 
 
 class Audience:
-    """Subscriptions of one group that receive the same bytes.
+    """Subscriptions of one group that receive the same bytes. A single one is kept as it is.
 
     Attributes:
         name: The topic as submitted.
-        owners: By the id of their own record, whose email they see: the subscriptions concerned.
         batch: What the slice being delivered has for them; None between slices.
     """
 
-    __slots__ = ("batch", "name", "owners", "subscriptions", "view")
+    __slots__ = ("_owners", "_subscriptions", "batch", "name", "view")
 
-    def __init__(self, name: bytes, view: View) -> None:
-        self.name = name
-        self.view = view
-        self.subscriptions: dict[Subscription, None] = {}
-        self.owners: dict[str, dict[Subscription, None]] = {}
+    def __init__(self, subscription: Subscription) -> None:
+        self.name = subscription.name
+        self.view = subscription.view
         self.batch: Batch | None = None
+        self._subscriptions: Subscription | dict[Subscription, None] = subscription
+        self._owners: dict[str, dict[Subscription, None]] | None = None
+
+    def __iter__(self) -> Iterator[Subscription]:
+        if isinstance(self._subscriptions, dict):
+            return iter(self._subscriptions)
+        return iter((self._subscriptions,))
+
+    def owners(self, record_id: str) -> Iterable[Subscription]:
+        """Those whose own record it is, and who so see its email."""
+        if self._owners is not None:
+            return self._owners.get(record_id, ())
+        return [one for one in self if one.own_id == record_id]
 
     def add(self, subscription: Subscription) -> None:
         """Let it receive what the others do."""
-        self.subscriptions[subscription] = None
-        if subscription.own_id:
-            self.owners.setdefault(subscription.own_id, {})[subscription] = None
+        if not isinstance(self._subscriptions, dict):
+            first, self._subscriptions, self._owners = self._subscriptions, {}, {}
+            self.add(first)
+        self._subscriptions[subscription] = None
+        if subscription.own_id and self._owners is not None:
+            self._owners.setdefault(subscription.own_id, {})[subscription] = None
 
-    def remove(self, subscription: Subscription) -> None:
-        """Take it out."""
-        del self.subscriptions[subscription]
-        if subscription.own_id:
-            owners = self.owners[subscription.own_id]
+    def remove(self, subscription: Subscription) -> bool:
+        """Take it out; return whether it was the last one."""
+        if not isinstance(self._subscriptions, dict):
+            return True
+        del self._subscriptions[subscription]
+        if subscription.own_id and self._owners is not None:
+            owners = self._owners[subscription.own_id]
             del owners[subscription]
             if not owners:
-                del self.owners[subscription.own_id]
+                del self._owners[subscription.own_id]
+        return not self._subscriptions
 
 
 class Group:
-    """Subscriptions that are judged together.
+    """Subscriptions that are judged together; a member of the index.
 
     Attributes:
-        audiences: By what they receive, topic as submitted and view.
+        variant: What they ask.
+        values: What they ask it with.
+        record_id: Of a record topic; None for the whole collection.
     """
 
-    __slots__ = ("audiences", "collection", "key", "place", "predicate", "size")
+    __slots__ = ("_audiences", "record_id", "values", "variant")
 
-    def __init__(
-        self, key: _GroupKey, place: Place, collection: Collection, predicate: Everyone | Reference
-    ) -> None:
-        self.key = key
-        self.place = place
-        self.collection = collection
-        self.predicate = predicate
-        self.audiences: dict[tuple[bytes, View], Audience] = {}
-        self.size = 0
+    def __init__(self, bound: Bound, record_id: str | None) -> None:
+        self.variant = bound.variant
+        self.values = bound.values
+        self.record_id = record_id
+        self._audiences: Audience | dict[tuple[bytes, View], Audience] | None = None
+
+    @property
+    def audiences(self) -> Iterable[Audience]:
+        """By what they receive: topic as submitted and view."""
+        match self._audiences:
+            case None:
+                return ()
+            case Audience() as only:
+                return (only,)
+            case several:
+                return several.values()
+
+    def add(self, subscription: Subscription) -> None:
+        """Put a subscription into its audience."""
+        for audience in self.audiences:
+            if audience.name == subscription.name and audience.view == subscription.view:
+                audience.add(subscription)
+                return
+        made = Audience(subscription)
+        match self._audiences:
+            case None:
+                self._audiences = made
+            case Audience() as only:
+                self._audiences = {(one.name, one.view): one for one in (only, made)}
+            case several:
+                several[made.name, made.view] = made
+
+    def remove(self, subscription: Subscription) -> bool:
+        """Take a subscription out; return whether it was the last one."""
+        if isinstance(self._audiences, dict):
+            place = subscription.name, subscription.view
+            if self._audiences[place].remove(subscription):
+                del self._audiences[place]
+            return not self._audiences
+        assert self._audiences is not None
+        return self._audiences.remove(subscription)
+
+    def concerns(self, event: Event) -> bool:
+        """Whether the event is about what its topic points to."""
+        return self.variant.collection.name == event.collection.name and (
+            self.record_id in {None, event.record_id}
+        )
 
 
-class Question(Struct, frozen=True):
-    """A group's rule to be asked of Postgres for some events; places index the batch."""
+class _Groups:
+    """The groups of one collection."""
 
-    group: Group
-    places: tuple[int, ...]
+    __slots__ = ("by_record", "index", "lists")
+
+    def __init__(self) -> None:
+        self.index: Index[Group] = Index()
+        self.lists: dict[Variant, dict[tuple[Scalar, ...], Group]] = {}
+        self.by_record: dict[str, Group | dict[tuple[Variant, tuple[Scalar, ...]], Group]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.lists or self.by_record)
+
+    def find(self, bound: Bound, record_id: str | None) -> Group | None:
+        """Return the group of what was bound, if it is here."""
+        if record_id is None:
+            return self.lists.get(bound.variant, {}).get(bound.values)
+        there = self.by_record.get(record_id)
+        if isinstance(there, dict):
+            return there.get((bound.variant, bound.values))
+        if there is not None and (there.variant, there.values) == (bound.variant, bound.values):
+            return there
+        return None
+
+    def of_record(self, record_id: str) -> Iterable[Group]:
+        """Return the groups of a record's own topics."""
+        there = self.by_record.get(record_id)
+        if there is None:
+            return ()
+        return there.values() if isinstance(there, dict) else (there,)
+
+    def add(self, group: Group) -> None:
+        """Put a new group where events find it."""
+        if group.record_id is None:
+            self.lists.setdefault(group.variant, {})[group.values] = group
+            self.index.add(group)
+            return
+        there = self.by_record.get(group.record_id)
+        if there is None:
+            self.by_record[group.record_id] = group
+        elif isinstance(there, dict):
+            there[group.variant, group.values] = group
+        else:
+            self.by_record[group.record_id] = {
+                (one.variant, one.values): one for one in (there, group)
+            }
+
+    def remove(self, group: Group) -> None:
+        """Take a group out, and what was there for it alone."""
+        if group.record_id is None:
+            self.index.remove(group)
+            there = self.lists[group.variant]
+            del there[group.values]
+            if not there:
+                del self.lists[group.variant]
+            return
+        found = self.by_record[group.record_id]
+        if isinstance(found, dict):
+            del found[group.variant, group.values]
+        if found is group or not found:
+            del self.by_record[group.record_id]
+
+
+class Judging:
+    """A batch of events being judged: what is sure, and what Postgres must be asked."""
+
+    def __init__(self, events: Sequence[Event], cases: dict[int, Case[Group]], at: Moment) -> None:
+        self._events = events
+        self._cases = cases
+        self._deciding = Deciding(list(cases.values()), at)
+
+    @property
+    def hits(self) -> list[Iterable[Group]]:
+        """Per event, the groups that may receive it; complete when nothing is left to ask."""
+        return [
+            () if (case := self._cases.get(place)) is None else case.hits
+            for place in range(len(self._events))
+        ]
+
+    @property
+    def lacking(self) -> int:
+        """How often a group was denied because the row lacks a column that its rule reads."""
+        return sum(case.lacking for case in self._cases.values())
+
+    @property
+    def xids(self) -> frozenset[Xid]:
+        """The transactions that must be visible to whoever answers."""
+        return frozenset(self._events[place].xid for place in self._cases)
+
+    def inquiries(self) -> list[Inquiry]:
+        """Return what Postgres must be asked now; nothing if all is judged."""
+        return self._deciding.inquiries()
+
+    def resume(self) -> None:
+        """Go on when the inquiries have been put; what has no answer is denied."""
+        self._deciding.resume()
 
 
 class Matcher:
-    """The groups, by where their topics point. Synchronous, one writer."""
+    """The groups, by where their topics point. Synchronous, one writer.
 
-    def __init__(self, collections: Collections) -> None:
+    Args:
+        collections: All there are.
+        is_utf8: Whether the database is encoded so.
+    """
+
+    def __init__(self, collections: Collections, *, is_utf8: bool = True) -> None:
         self._collections = collections
-        self._groups: dict[_GroupKey, Group] = {}
-        self._by_place: defaultdict[Place, dict[Group, None]] = defaultdict(dict)
+        self._planner = Planner(collections, is_utf8=is_utf8)
+        self._tables = tables_of(collections)
+        self._groups: dict[str, _Groups] = {}
+        self._tried = 0
 
-    def add(self, subscription: Subscription, principal: Principal) -> str:
-        """Put the subscription into its group; return why nothing can match, or ``""``."""
+    def add(self, subscription: Subscription, principal: Principal, own: Row | None = None) -> str:
+        """Put the subscription into its group; return why nothing can match, or ``""``.
+
+        Args:
+            subscription: In no group.
+            principal: Whose it is.
+            own: The whole row of an auth record; None if it isn't known.
+
+        Raises:
+            RuleError: The collection's rule is bad for everybody.
+        """
         topic = subscription.topic
         collection = self._collections.find(topic.collection)
         if collection is None:
             return ""
-        key = _key(collection, topic, principal)
-        group = self._groups.get(key)
+        rule = collection.list_rule if topic.record_id is None else collection.view_rule
+        request = Request(principal=principal, query=topic.query, headers=topic.headers)
+        bound = self._planner.bind(collection, rule, request, own)
+        if isinstance(bound, Nobody):
+            return bound.reason
+        there = self._groups.get(collection.name) or _Groups()
+        group = there.find(bound, topic.record_id)
         if group is None:
-            predicate = self._predicate(collection, topic, principal)
-            if isinstance(predicate, Nobody):
-                return predicate.reason
-            place = (collection.name, topic.record_id)
-            group = self._groups[key] = Group(key, place, collection, predicate)
-            self._by_place[place][group] = None
-        receives = (subscription.name, subscription.view)
-        audience = group.audiences.get(receives)
-        if audience is None:
-            audience = group.audiences[receives] = Audience(*receives)
-        audience.add(subscription)
-        group.size += 1
+            group = Group(bound, topic.record_id)
+            if self._is_tried(group) and (reason := self._too_many(subscription)):
+                return reason
+            self._tried += self._is_tried(group)
+            there.add(group)
+            self._groups[collection.name] = there
+        group.add(subscription)
         subscription.group = group
+        return ""
+
+    def _is_tried(self, group: Group) -> bool:
+        return group.record_id is None and group.variant.is_scan
+
+    def _too_many(self, subscription: Subscription) -> str:
+        theirs = subscription.connection.subscriptions.values()
+        mine = sum(one.group is not None and self._is_tried(one.group) for one in theirs)
+        if mine >= _TRIED_PER_CONNECTION:
+            return f"a connection takes {_TRIED_PER_CONNECTION} subscriptions without an equality"
+        if self._tried >= _TRIED:
+            return f"there are {_TRIED} subscriptions without an equality"
         return ""
 
     def remove(self, subscription: Subscription) -> None:
         """Take the subscription out; its group goes with its last one."""
         group, subscription.group = subscription.group, None
-        if group is None:
+        if group is None or not group.remove(subscription):
             return
-        audience = group.audiences[subscription.name, subscription.view]
-        audience.remove(subscription)
-        if not audience.subscriptions:
-            del group.audiences[subscription.name, subscription.view]
-        group.size -= 1
-        if not group.size:
-            del self._groups[group.key]
-            there = self._by_place[group.place]
-            del there[group]
-            if not there:
-                del self._by_place[group.place]
-
-    def _predicate(
-        self, collection: Collection, topic: Topic, principal: Principal
-    ) -> Everyone | Nobody | Reference:
-        rule = collection.list_rule if topic.record_id is None else collection.view_rule
-        request = Request(principal=principal, query=topic.query, headers=topic.headers)
-        return reference(self._collections, collection, rule, request)
+        self._tried -= self._is_tried(group)
+        name = group.variant.collection.name
+        there = self._groups[name]
+        there.remove(group)
+        if not there:
+            del self._groups[name]
 
     def match(
-        self, events: Sequence[Event], among: Sized[Group] | None = None
-    ) -> tuple[list[list[Group]], list[Question]]:
-        """Return, per event, the groups that surely may receive it, and what Postgres must say.
+        self, events: Sequence[Event], now: datetime, among: Sized[Group] | None = None
+    ) -> Judging:
+        """Return what the groups make of events, as far as it can be said without Postgres.
 
         Args:
             events: A batch in stream order.
+            now: What macros mean; with its zone.
             among: The only groups to consider; None is all.
         """
-        sure: list[list[Group]] = [[] for _ in events]
-        asked: defaultdict[Group, list[int]] = defaultdict(list)
+        at = moment(now)
+        cases: dict[int, Case[Group]] = {}
+        pasts: dict[int, Past] = {}
         for place, event in enumerate(events):
-            for group in self._candidates(event, among):
-                if isinstance(group.predicate, Everyone):
-                    sure[place].append(group)
-                else:
-                    asked[group].append(place)
-        return sure, [Question(group, tuple(places)) for group, places in asked.items()]
+            there = self._groups.get(event.collection.name)
+            if there is None:
+                continue
+            facts = Facts(event.row, _missing(event), at)
+            case = cases[place] = Case(facts, there.index, self._past(event, pasts))
+            if among is None:
+                case.consider(there.of_record(event.record_id))
+                case.search()
+            else:
+                case.consider(group for group in among if group.concerns(event))
+        return Judging(events, cases, at)
 
-    def _candidates(self, event: Event, among: Iterable[Group] | None) -> Iterator[Group]:
-        whole, single = (event.collection.name, None), (event.collection.name, event.record_id)
-        if among is not None:
-            yield from (group for group in among if group.place in (whole, single))
-            return
-        yield from self._by_place.get(whole, ())
-        yield from self._by_place.get(single, ())
+    def _past(self, event: Event, pasts: dict[int, Past]) -> Past | None:
+        """Return the state that a delete is judged against; one for each transaction."""
+        if event.action != "delete":
+            return None
+        place = id(event.changes)
+        if place not in pasts:
+            pasts[place] = Past(event.changes, self._tables)
+        return pasts[place]
 
 
-def _key(collection: Collection, topic: Topic, principal: Principal) -> _GroupKey:
-    return (
-        collection.name,
-        topic.record_id,
-        principal,
-        tuple(sorted(topic.query.items())),
-        tuple(sorted(topic.headers.items())),
-    )
+_WHOLE: frozenset[str] = frozenset()
+
+
+def _missing(event: Event) -> frozenset[str]:
+    if event.is_whole:
+        return _WHOLE
+    columns = event.collection.table.columns
+    return frozenset(column.name for column in columns if column.name not in event.row)

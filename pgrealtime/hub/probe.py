@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection as Sized
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import psycopg
 import structlog
 from psycopg import sql
-from psycopg.rows import scalar_row, tuple_row
+from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
 from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.event import Event
-from pgrealtime.hub.match import Group, Question
-from pgrealtime.hub.snapshot import SNAPSHOT_QUERY
-from pgrealtime.rules.reference import Reference
+from pgrealtime.hub.match import Judging
+from pgrealtime.hub.snapshot import SNAPSHOT_QUERY, parse_snapshot
+from pgrealtime.lsn import Xid
+from pgrealtime.rules.access import RemoteSource
+from pgrealtime.rules.formula import Atom
+from pgrealtime.rules.reference import Question
+from pgrealtime.rules.remote import Inquiry
 
 log = structlog.get_logger(__name__)
 
@@ -32,6 +39,16 @@ _STANDBYS = "SELECT pg_catalog.current_setting('synchronous_standby_names')"
 
 def _nobody() -> None:
     pass
+
+
+_BEGIN = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT pg_current_snapshot()::text"
+_VISIBLE_SECONDS = 5.0
+_VISIBLE_RETRY_SECONDS = 0.005
+_PATIENCE = 3
+"""Time-outs in one batch that are borne, to find the row which is to blame."""
+_REST_SECONDS = 30.0
+_REASONS = 1000
+"""Different reasons that are logged; a text of Postgres may name a value of a row."""
 
 
 class LiveRow:
@@ -61,6 +78,11 @@ class Probe:
     ) -> None:
         self._pool = pool
         self._on_doubt = on_doubt
+        self.denied = 0
+        """Questions without an answer so far."""
+        self._told: set[tuple[str, str]] = set()
+        self._resting: WeakKeyDictionary[Atom | RemoteSource, float] = WeakKeyDictionary()
+        """What ran into the time-out again and again, and until when it isn't asked."""
 
     async def snapshot(self) -> tuple[str, str, bool]:
         """Return the row of ``SNAPSHOT_QUERY``.
@@ -93,45 +115,82 @@ class Probe:
         except (psycopg.Error, PoolTimeout):
             return True
 
-    async def ask(
-        self, questions: Sequence[Question], events: Sequence[Event]
-    ) -> list[tuple[Group, list[int]]]:
-        """Return, per question, the group and the places in ``events`` that its rule admits.
+    async def ask(self, judging: Judging) -> None:
+        """Put what the judging wants to know, until nothing is left.
 
-        Whatever can't be decided is denied and logged; it never keeps another from its answer.
+        All of it is asked of one snapshot, in which the events' transactions are visible. Whatever
+        can't be answered is denied and counted; it never keeps another from its answer.
         """
-        answers = await asyncio.gather(*(self._ask(question, events) for question in questions))
-        return [
-            (question.group, places) for question, places in zip(questions, answers, strict=True)
-        ]
-
-    async def _ask(self, question: Question, events: Sequence[Event]) -> list[int]:
-        predicate = question.group.predicate
-        if not isinstance(predicate, Reference):
-            return list(question.places)
+        inquiries = judging.inquiries()
+        if not inquiries:
+            return
         try:
-            return await self._admitted(predicate, question.places, events)
-        except (psycopg.Error, PoolTimeout) as error:
-            _report(question.group, error)
-            self._doubt(error)
-            if len(question.places) == 1 or isinstance(error, psycopg.errors.QueryCanceled):
-                return []
-        admitted: list[int] = []
-        for place in question.places:
-            try:
-                admitted += await self._admitted(predicate, (place,), events)
-            except (psycopg.Error, PoolTimeout):
-                continue  # reported above: one row of the batch, this one, is what fails
-        return admitted
+            async with self._pool.connection() as connection:
+                session = _Session(connection, judging.xids)
+                await self._put_all(session, judging, inquiries)
+                await session.end()
+        except (psycopg.Error, PoolTimeout, TimeoutError) as error:
+            self.denied += 1
+            self._tell("", _first_line(error))
+            while judging.inquiries():
+                judging.resume()
 
-    async def _admitted(
-        self, predicate: Reference, places: Sequence[int], events: Sequence[Event]
-    ) -> list[int]:
-        asked = predicate.question([events[place].row for place in places], datetime.now(UTC))
-        async with self._pool.connection() as connection:
-            cursor = connection.cursor(row_factory=scalar_row)
-            await cursor.execute(asked.sql.encode(), asked.params)
-            return [places[index] for index in await cursor.fetchall()]
+    async def _put_all(
+        self, session: _Session, judging: Judging, inquiries: Sequence[Inquiry]
+    ) -> None:
+        await session.begin()
+        while inquiries:
+            for inquiry in inquiries:
+                await self._put(session, inquiry)
+            judging.resume()
+            inquiries = judging.inquiries()
+
+    async def _put(self, session: _Session, inquiry: Inquiry) -> None:
+        """Put an inquiry; if it fails its parts, so that only what can't be answered is denied."""
+        if self._resting.get(inquiry.about, 0.0) > time.monotonic():
+            self.denied += 1
+            return
+        question = inquiry.question()
+        if question is None:
+            self._deny(inquiry, "rows it reads were touched by the transaction and aren't known")
+            return
+        if await self._take(session, inquiry, question):
+            return
+        parts: Iterator[Inquiry] = inquiry.split()
+        first = next(parts, None)
+        if first is None:
+            self.denied += 1
+            return
+        await self._put(session, first)
+        for part in parts:
+            await self._put(session, part)
+
+    async def _take(self, session: _Session, inquiry: Inquiry, question: Question) -> bool:
+        """Put one statement; return whether it was answered."""
+        try:
+            inquiry.take(await session.rows(question))
+        except psycopg.Error as error:
+            if session.is_broken:
+                raise
+            self._tell(inquiry.collection, _first_line(error))
+            self._doubt(error)
+            await session.restart()
+            if isinstance(error, psycopg.errors.QueryCanceled):
+                session.patience -= 1
+                if session.patience < 0:
+                    self._resting[inquiry.about] = time.monotonic() + _REST_SECONDS
+            return False
+        return True
+
+    def _deny(self, inquiry: Inquiry, reason: str) -> None:
+        self.denied += 1
+        self._tell(inquiry.collection, reason)
+
+    def _tell(self, collection: str, reason: str) -> None:
+        """Log a reason once; how often something was denied is counted."""
+        if (collection, reason) not in self._told and len(self._told) < _REASONS:
+            self._told.add((collection, reason))
+            log.error("rule.error", collection=collection, error=reason)
 
     async def live_rows(self, events: Sequence[Event]) -> dict[tuple[str, str], LiveRow]:
         """Return what the tables hold now for the events' records, by collection name and id.
@@ -182,10 +241,60 @@ class Probe:
             return rows
 
 
-def _report(group: Group, error: Exception) -> None:
-    log.error(
-        "rule.error",
-        collection=group.collection.name,
-        topic_kind="collection" if group.place[1] is None else "record",
-        error=str(error).splitlines()[0],
-    )
+def _first_line(error: Exception) -> str:
+    """What Postgres complains of; the lines after it may show a row."""
+    return str(error).partition("\n")[0]
+
+
+class _Session:
+    """One read-only transaction after another, each seeing the events' transactions.
+
+    Attributes:
+        patience: Statements that may still run into the time-out before their rule has to rest.
+    """
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any], xids: Sized[Xid]) -> None:
+        self._connection = connection
+        self._xids = xids
+        self.patience = _PATIENCE
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the connection is of no use any more."""
+        return self._connection.closed
+
+    async def begin(self) -> None:
+        """Take a snapshot that sees the transactions.
+
+        A commit can be in the stream before anybody sees it: then ask again.
+
+        Raises:
+            TimeoutError: One stays invisible.
+        """
+        deadline = time.monotonic() + _VISIBLE_SECONDS
+        while True:
+            cursor = await self._connection.execute(_BEGIN)
+            cursor.nextset()
+            row = await cursor.fetchone()
+            assert row is not None
+            snapshot = parse_snapshot(row[0])
+            if all(snapshot.sees(xid) for xid in self._xids):
+                return
+            await self.end()
+            if time.monotonic() > deadline:
+                raise TimeoutError("a commit stays invisible")
+            await asyncio.sleep(_VISIBLE_RETRY_SECONDS)
+
+    async def rows(self, question: Question) -> list[tuple[object, ...]]:
+        """Return the answer."""
+        cursor = await self._connection.execute(question.sql.encode(), question.params)
+        return await cursor.fetchall()
+
+    async def end(self) -> None:
+        """Leave the transaction, whatever state it is in."""
+        await self._connection.execute("ROLLBACK")
+
+    async def restart(self) -> None:
+        """Go on after an error, with a younger snapshot."""
+        await self.end()
+        await self.begin()

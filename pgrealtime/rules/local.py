@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import prod
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from pgrealtime.catalog.model import Type, TypeKind
 from pgrealtime.changes import Row
@@ -33,6 +33,7 @@ from pgrealtime.rules.compare import (
     to_number,
 )
 from pgrealtime.rules.ir import (
+    AuthRow,
     Comparison,
     Condition,
     Conjunction,
@@ -40,7 +41,7 @@ from pgrealtime.rules.ir import (
     Disjunction,
     Equality,
     FieldValue,
-    GeoDistance,
+    Here,
     Hidden,
     Item,
     Items,
@@ -50,14 +51,13 @@ from pgrealtime.rules.ir import (
     Part,
     Place,
     Rank,
-    Strftime,
     Term,
     Traits,
     equality,
     is_multiple,
     traits,
 )
-from pgrealtime.rules.parameters import Form, Literal, Parameter, RequestValue, Shape, render
+from pgrealtime.rules.parameters import Form, Literal, Macro, Parameter, RequestValue, Shape, render
 from pgrealtime.rules.parse import Op
 from pgrealtime.rules.values import HASH
 from pgrealtime.text_forms import Element, parse_array
@@ -71,11 +71,21 @@ Read: TypeAlias = Callable[[Row, Args, "_Chosen"], Scalar]
 _Chosen: TypeAlias = tuple[str | None, ...]
 """The item of each list that the moment's combination is about."""
 _Leaf: TypeAlias = Callable[[Row, Args, _Chosen], bool | None]
-_List: TypeAlias = Callable[[Row], Sequence[str | None]]
+_List: TypeAlias = Callable[[Row, Args], Sequence[str | None]]
+_Cell: TypeAlias = Callable[[Row, Args], str | None]
+"""Reads a column's text form, of the judged row or of the subscriber's own."""
 
 
 class _NotHereError(Exception):
     """The construct is not decided in the process; ends the compiling of a condition."""
+
+
+@dataclass(frozen=True, slots=True)
+class AuthColumn:
+    """A column of the subscriber's own row, handed over in text form as a parameter."""
+
+    name: str
+    """Empty: not a column, but NULL if there is no such row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +94,7 @@ class Ground:
 
     shapes: Mapping[Parameter, Shape]
     """The class of each parameter."""
-    order: Mapping[Parameter, int]
+    order: Mapping[Parameter | AuthColumn, int]
     """Where its value is among the arguments; literals of the text need none."""
     is_utf8: bool = True
     """Whether the database's bytes are in the order of code points."""
@@ -102,57 +112,118 @@ def compiled(condition: Condition, ground: Ground) -> Test | None:
     readers = tuple(lists.values())
 
     def exists(row: Row, args: Args) -> bool:
-        combinations = _combinations(readers, row)
+        combinations = _combinations(readers, row, args)
         return any(where(row, args, chosen) is True for chosen in combinations)
 
     return exists
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """Reads from a row what an equality compares with a parameter."""
+class Key:
+    """An equality or an order between what a row has and what a subscriber has.
 
-    read: Callable[[Row], Sequence[Scalar]]
-    """The values, of which one must equal the parameter's; a number is always a float."""
-    form: Form
-    """How the parameter is compared: as text or as number."""
-    never: bool
-    """The classes are such that no value can be equal."""
-
-
-def source(term: Term, parameter: Parameter, ground: Ground) -> Source | None:
-    """Return how to find the values of a term which equal a parameter, None if only Postgres can.
-
-    For equalities of the kind PLAIN or NULL_SAFE whose other side is never empty.
+    Values of both sides are hashable and stand in Python's ``==`` and ``<`` as they do in SQL.
     """
+
+    identity: Hashable
+    """Equal for keys whose ``of_row`` is the same."""
+    of_row: Callable[[Row], Sequence[Scalar]]
+    """The row's values, of which one must fit; None fits nothing."""
+    of_args: Callable[[Args], Scalar]
+    """The subscriber's."""
+    op: Op
+    """``row op args``: EQ, NE, or an order."""
+    is_exact: bool
+    """The comparison is true if and only if one fits; else it is not true if none does."""
+    columns: frozenset[str]
+
+
+def key(comparison: Comparison, ground: Ground) -> Key | None:
+    """Return how an index may serve the comparison, or None if it can't."""
+    op, left, right = comparison.op, comparison.left, comparison.right
+    if op in {Op.LIKE, Op.NOT_LIKE}:
+        return None
+    if _is_args(left, ground) and not _is_args(right, ground):
+        op, left, right = _TURNED.get(op, op), right, left
+    place = _place(left)
+    if place is None or not isinstance(place.origin, Here):
+        return None
+    if not _is_args(right, ground) or is_flag(right):
+        return None
+    multiple = is_multiple(left)
+    if op is not Op.EQ and (multiple or not isinstance(right, Constant)):
+        return None
     lists: dict[Place, _List] = {}
-    shape = ground.shapes[parameter]
+    scope = _Scope(ground, lists)
     try:
-        operand = _operand(term, _Scope(ground, lists))
+        made = _key_sides(op, *(_Side(t, scope, traits(t, ground.shapes)) for t in (left, right)))
     except _NotHereError:
         return None
-    is_number = shape.is_number
-    if operand.rank is Rank.NUMERIC:
-        is_number = is_number or shape is Shape.NUMERIC
-    elif operand.rank is Rank.TEXT:
-        is_number = False
-    read, show = operand.read, operand.shown
-    if operand.rank is Rank.TEXT:
-        read = show
-    never = operand.holds == (str if is_number else float)
-    form = Form.NUMBER if is_number else Form.TEXT
-    if not lists:
-        return Source(read=lambda row: (_as_key(read(row, (), ())),), form=form, never=never)
-    (items,) = lists.values()
-    return Source(
-        read=lambda row: [_as_key(read(row, (), (item,))) for item in items(row)],
-        form=form,
-        never=never,
+    if made is None or len(lists) > 1:
+        return None
+    row_side, args_side, conversion = made
+    return Key(
+        identity=(left, conversion),
+        of_row=_row_reader(row_side, list(lists.values())),
+        of_args=lambda args: _as_key(args_side({}, args, ())),
+        op=op,
+        is_exact=isinstance(right, Constant) and (comparison.is_any or not multiple),
+        columns=columns_read(comparison),
     )
 
 
+_TURNED = {Op.LT: Op.GT, Op.LE: Op.GE, Op.GT: Op.LT, Op.GE: Op.LE}
+
+
+def _row_reader(read: Read, lists: Sequence[_List]) -> Callable[[Row], Sequence[Scalar]]:
+    if not lists:
+        return lambda row: (_as_key(read(row, (), ())),)
+    (items,) = lists
+    return lambda row: [_as_key(read(row, (), (item,))) for item in items(row, ())]
+
+
+def _key_sides(op: Op, left: _Side, right: _Side) -> tuple[Read, Read, str] | None:
+    """Return what reads either side so that equal values are equal, and the way it does."""
+    case = equality(left.traits, right.traits)
+    if op in {Op.EQ, Op.NE} and case is Equality.COALESCED:
+        return _filled(_of(left)), _filled(_of(right)), "filled"
+    is_equality = op in {Op.EQ, Op.NE}
+    if is_equality and not right.traits.is_filled:
+        return None
+    own = _of(left)
+    one, other = _converted(own, _of(right))
+    if one.holds is not other.holds and not (is_equality and one.holds is None):
+        return None
+    if not is_equality and one.holds is str and not left.scope.ground.is_utf8:
+        return None
+    is_kept = one.read is own.read
+    return one.read, other.read, "as it is" if is_kept else "shown" if one.holds else "number"
+
+
+def _is_args(term: Term, ground: Ground) -> bool:
+    """Whether it depends on the subscriber alone."""
+    match term:
+        case Constant(parameter):
+            return parameter in ground.order and not isinstance(parameter, Macro)
+        case FieldValue(place=place) | JsonValue(place=place):
+            return _is_auth(place)
+        case _:
+            return False
+
+
+def _is_auth(place: Place) -> bool:
+    return isinstance(place.origin, AuthRow) and not place.steps
+
+
 def _as_key(value: Scalar) -> Scalar:
-    return float(value) if isinstance(value, int) else value
+    """An integer is compared as a double; where it isn't, the key is not exact."""
+    if isinstance(value, int):
+        return float(value)
+    return _NAN if value != value else value  # noqa: PLR0124 (NaN)
+
+
+_NAN = float("nan")
+"""Equal to itself in a dictionary, as in Postgres: the same object."""
 
 
 def columns_read(condition: Condition) -> frozenset[str]:
@@ -161,7 +232,7 @@ def columns_read(condition: Condition) -> frozenset[str]:
     for term in _terms(condition):
         place = _place(term)
         field_ = getattr(term, "field", None)
-        if place is None:
+        if place is None or not isinstance(place.origin, Here):
             continue
         if place.is_here and isinstance(field_, Field) and field_.column is not None:
             found.add(field_.column.name)
@@ -263,7 +334,7 @@ def _for_all(op: Op, left: _Side, right: _Side, leaf: _Leaf) -> _Leaf:
         if leaf(row, args, chosen) is not True:
             return False
         padded = chosen + (None,) * (_FRESH - len(chosen))
-        combinations = _combinations(readers, row)
+        combinations = _combinations(readers, row, args)
         return not any(counter(row, args, padded + items) is False for items in combinations)
 
     return holds
@@ -275,8 +346,8 @@ _MANY = 10_000
 """Combinations of items that are gone through here; more of them take Postgres less time."""
 
 
-def _combinations(readers: Sequence[_List], row: Row) -> Iterator[_Chosen]:
-    lists = [read(row) for read in readers]
+def _combinations(readers: Sequence[_List], row: Row, args: Args) -> Iterator[_Chosen]:
+    lists = [read(row, args) for read in readers]
     if prod(map(len, lists)) > _MANY:
         raise UndecidedError
     return product(*lists)
@@ -433,18 +504,19 @@ def _operand(term: Term, scope: _Scope) -> _Operand:
                 return _text(Rank.NONE, _fixed(None))
             number, text = _fixed(int(flag)), _fixed(str(int(flag)))
             return _Operand(rank=Rank.NONE, read=number, shown=text, holds=float)
-        case FieldValue(place, field_, part) if place.is_here:
-            return replace(_part(field_, part), rank=traits(term, {}).rank)
+        case FieldValue(place, field_, part):
+            cells = _Cells(place, scope.ground)
+            return replace(_part(cells, field_, part), rank=traits(term, {}).rank)
         case Hidden(place, part) if place.is_here:
             return _text(traits(term, {}).rank, _fixed(lower(HASH) if part is Part.LOWER else HASH))
-        case JsonValue(place, field_, keys, is_lower) if place.is_here:
-            return _json(field_, keys, is_lower=is_lower)
+        case JsonValue(place, field_, keys, is_lower):
+            return _json(_Cells(place, scope.ground), field_, keys, is_lower=is_lower)
         case Item(place):
-            at = scope.item(place, _items(place))
+            at = scope.item(place, _items(place, scope.ground))
             if at >= _FRESH and scope.offset == 0:
                 raise _NotHereError
             return _text(Rank.NONE, lambda _row, _args, chosen: chosen[at])
-        case FieldValue() | Hidden() | JsonValue() | Strftime() | GeoDistance():
+        case _:
             raise _NotHereError
 
 
@@ -523,14 +595,77 @@ def _is_plain(type_: Type) -> bool:
     return base.kind is TypeKind.ENUM or (base.schema == "pg_catalog" and base.name in _PLAIN)
 
 
-def _part(field_: Field, part: Part) -> _Operand:
+class _Cells:
+    """Reads columns of the row at a place, which needs no join.
+
+    Raises:
+        _NotHereError: It does.
+    """
+
+    def __init__(self, place: Place, ground: Ground) -> None:
+        self._is_here = place.is_here
+        self._order = ground.order
+        if not (self._is_here or (_is_auth(place) and AuthColumn("") in ground.order)):
+            raise _NotHereError
+
+    def cell(self, field_: Field) -> _Cell:
+        """Return what reads the field's column."""
+        if field_.column is None:
+            raise _NotHereError
+        name = field_.column.name
+        if self._is_here:
+            return lambda row, _args: row[name]
+        at = self._order[AuthColumn(name)]
+        return lambda _row, args: _as_text_form(args[at])
+
+    def read(
+        self, field_: Field, convert: Callable[[str], Scalar], *, is_filled: bool = False
+    ) -> Read:
+        """Return what reads a value: the text form converted, or NULL.
+
+        Args:
+            field_: Whose column is read.
+            convert: What makes a value of the text form.
+            is_filled: NULL counts as the empty text if there is a row.
+        """
+        cell = self.cell(field_)
+        present = None if self._is_here else self._order[AuthColumn("")]
+
+        def read(row: Row, args: Args, _chosen: _Chosen) -> Scalar:
+            text = cell(row, args)
+            if text is not None:
+                return _converted_text(convert, text)
+            if not is_filled or (present is not None and args[present] is None):
+                return None
+            return ""
+
+        return read
+
+
+_T = TypeVar("_T")
+
+
+def _converted_text(convert: Callable[[str], _T], text: str) -> _T:
+    """Convert a text form that may be of another type: the catalogue can be behind the stream."""
+    try:
+        return convert(text)
+    except (ValueError, IndexError, AssertionError):
+        raise UndecidedError from None
+
+
+def _as_text_form(value: Scalar) -> str | None:
+    assert value is None or isinstance(value, str)
+    return value
+
+
+def _part(cells: _Cells, field_: Field, part: Part) -> _Operand:
     match part:
         case Part.WHOLE | Part.EACH:
-            return _whole(field_)
+            return _whole(cells, field_)
         case Part.LOWER:
-            return _text(Rank.NONE, _lowered(_whole(field_).shown))
+            return _text(Rank.NONE, _lowered(_whole(cells, field_).shown))
         case Part.LENGTH:
-            return _length(field_)
+            return _length(cells, field_)
 
 
 def _lowered(shown: Read) -> Read:
@@ -541,42 +676,35 @@ def _lowered(shown: Read) -> Read:
     return lowered
 
 
-def _whole(field_: Field) -> _Operand:
-    if field_.column is None:
-        raise _NotHereError
-    name, base = field_.column.name, field_.type.base
+def _whole(cells: _Cells, field_: Field) -> _Operand:
+    base = field_.type.base
     if field_.is_multiple:
-        return _text(Rank.NUMERIC, _on(name, _list_text(field_)))
+        return _text(Rank.NUMERIC, cells.read(field_, _list_text(field_)))
     match field_.kind:
         case FieldKind.NUMBER if base.name in _INTEGERS:
-            return _number(_on(name, int), _on(name, str))
+            return _number(cells.read(field_, int), cells.read(field_, str))
         case FieldKind.NUMBER if base.name in _FLOATS:
-            return _number(_on(name, double), _on(name, lambda text: number_text(double(text))))
+            shown = cells.read(field_, lambda text: number_text(double(text)))
+            return _number(cells.read(field_, double), shown)
         case FieldKind.BOOL:
-            flag = _on(name, lambda text: int(text.startswith("t")))
-            return _number(flag, _on(name, lambda text: str(int(text.startswith("t")))))
+            shown = cells.read(field_, lambda text: str(_flag(text)))
+            return _number(cells.read(field_, _flag), shown)
         case FieldKind.DATE if base.name in _DATES:
-            return _text(Rank.TEXT, _on(name, _DATES[base.name], null=""))
+            return _text(Rank.TEXT, cells.read(field_, _DATES[base.name], is_filled=True))
         case FieldKind.RELATION if _is_plain(base):
-            return _text(Rank.TEXT, _on(name, str, null=""))
+            return _text(Rank.TEXT, cells.read(field_, str, is_filled=True))
         case FieldKind.TEXT | FieldKind.FILE if _is_plain(base):
-            return _text(Rank.TEXT, _on(name, str))
+            return _text(Rank.TEXT, cells.read(field_, str))
         case _:
             raise _NotHereError
 
 
+def _flag(text: str) -> int:
+    return int(text.startswith("t"))
+
+
 def _number(read: Read, shown: Read) -> _Operand:
     return _Operand(rank=Rank.NUMERIC, read=read, shown=shown, holds=float)
-
-
-def _on(name: str, convert: Callable[[str], Scalar], null: Scalar = None) -> Read:
-    """Return what reads a column: its text form converted, or what stands for NULL."""
-
-    def read(row: Row, _args: Args, _chosen: _Chosen) -> Scalar:
-        text = row[name]
-        return null if text is None else convert(text)
-
-    return read
 
 
 def double(text: str) -> float:
@@ -639,39 +767,38 @@ def _flat(items: Sequence[Element]) -> Iterator[str | None]:
             yield item
 
 
-def _length(field_: Field) -> _Operand:
-    if not field_.is_multiple:
-        shown = _whole(field_).shown
-        length: Read = lambda row, args, chosen: int(  # noqa: E731 (one expression)
+def _length(cells: _Cells, field_: Field) -> _Operand:
+    read: Read
+    if field_.is_multiple:
+        cell = cells.cell(field_)
+        read = lambda row, args, _chosen: _count(cell(row, args))  # noqa: E731 (one expression)
+    else:
+        shown = _whole(cells, field_).shown
+        read = lambda row, args, chosen: int(  # noqa: E731 (likewise)
             not is_blank(shown(row, args, chosen))
         )
-    elif field_.column is None:
-        raise _NotHereError
-    else:
-        name = field_.column.name
-
-        def length(row: Row, _args: Args, _chosen: _Chosen) -> Scalar:
-            text = row[name]
-            return 0 if text is None else sum(1 for _ in _flat(parse_array(text)))
-
-    shown_length: Read = lambda row, args, chosen: str(length(row, args, chosen))  # noqa: E731
-    return _Operand(rank=Rank.NONE, read=length, shown=shown_length, holds=float)
+    as_text: Read = lambda row, args, chosen: str(read(row, args, chosen))  # noqa: E731
+    return _Operand(rank=Rank.NONE, read=read, shown=as_text, holds=float)
 
 
-def _items(place: Place) -> _List:
-    """Return what reads the values of an own list; NULL where there are none."""
+def _count(text: str | None) -> int:
+    return 0 if text is None else sum(1 for _ in _flat(_converted_text(parse_array, text)))
+
+
+def _items(place: Place, ground: Ground) -> _List:
+    """Return what reads the values of a list of a row at hand; NULL where there are none."""
     match place.steps:
-        case (Items(field_),) if field_.column is not None:
+        case (Items(field_),):
             element = field_.type.base.element
-            if not Place(place.origin).is_here or element is None or not _is_plain(element):
+            if element is None or not _is_plain(element):
                 raise _NotHereError
-            name = field_.column.name
+            cell = _Cells(Place(place.origin), ground).cell(field_)
         case _:
             raise _NotHereError
 
-    def read(row: Row) -> Sequence[str | None]:
-        text = row[name]
-        items = [] if text is None else list(_flat(parse_array(text)))
+    def read(row: Row, args: Args) -> Sequence[str | None]:
+        text = cell(row, args)
+        items = [] if text is None else list(_flat(_converted_text(parse_array, text)))
         return items or (None,)
 
     return read
@@ -725,23 +852,22 @@ def _parsed(text: str) -> object:
         raise UndecidedError from None
 
 
-def _json(field_: Field, keys: Sequence[str], *, is_lower: bool) -> _Operand:
-    column, base = field_.column, field_.type.base
-    if field_.kind is not FieldKind.JSON or column is None or base.name != "jsonb":
+def _json(cells: _Cells, field_: Field, keys: Sequence[str], *, is_lower: bool) -> _Operand:
+    if field_.kind is not FieldKind.JSON or field_.type.base.name != "jsonb":
         raise _NotHereError
-    name = column.name
+    cell = cells.cell(field_)
 
-    def reached(row: Row) -> object:
-        text = row[name]
+    def reached(row: Row, args: Args) -> object:
+        text = cell(row, args)
         node = None if text is None else _parsed(text)
         for key in keys:
             node = _member(node, key)
         return node
 
-    shown: Read = lambda row, _args, _chosen: _json_shown(reached(row))  # noqa: E731
+    shown: Read = lambda row, args, _chosen: _json_shown(reached(row, args))  # noqa: E731
     if is_lower:
         return _text(Rank.NONE, _lowered(shown))
-    read: Read = lambda row, _args, _chosen: _json_value(reached(row))  # noqa: E731
+    read: Read = lambda row, args, _chosen: _json_value(reached(row, args))  # noqa: E731
     return _Operand(rank=Rank.NONE, read=read, shown=shown, holds=None)
 
 

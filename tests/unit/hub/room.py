@@ -17,7 +17,7 @@ from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.connection import Connection
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.event import Event
-from pgrealtime.hub.match import Group, Matcher, Question
+from pgrealtime.hub.match import Judging, Matcher
 from pgrealtime.hub.probe import LiveRow
 from pgrealtime.lsn import LSN, Xid
 
@@ -202,10 +202,8 @@ class GivenDatabase:
             for _ in range(times):
                 await self._asked.acquire()
 
-    async def ask(
-        self, questions: Sequence[Question], _events: Sequence[Event]
-    ) -> list[tuple[Group, list[int]]]:
-        raise AssertionError(f"nothing to ask: {questions}")
+    async def ask(self, judging: Judging) -> None:
+        assert not judging.inquiries(), "nothing to ask"
 
     async def live_rows(self, _events: Sequence[Event]) -> dict[tuple[str, str], LiveRow]:
         if self.rows_gate is not None:

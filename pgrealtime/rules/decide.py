@@ -1,0 +1,242 @@
+"""A batch of rows being decided: what the index finds, what is tested, what Postgres is asked.
+
+Pure: ``inquiries`` says what must be known, whoever has a driver finds out, ``resume`` goes on.
+After at most a few rounds there is nothing left to ask and ``hits`` is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Generic, TypeAlias, TypeVar
+
+from pgrealtime.changes import TableName
+from pgrealtime.rules.access import RemoteSource
+from pgrealtime.rules.compare import Scalar
+from pgrealtime.rules.formula import Atom, Facts, Formula, Moment
+from pgrealtime.rules.images import Overlay
+from pgrealtime.rules.index import Index, Member
+from pgrealtime.rules.local import Args
+from pgrealtime.rules.past import Past
+from pgrealtime.rules.plan import Lead
+from pgrealtime.rules.remote import Cells, Inquiry, Pairs, Values, cells_of, values_of
+
+M = TypeVar("M", bound=Member)
+
+_VALUES = 1000
+"""Values of one row that Postgres names before it is told which ones matter."""
+_PAIRS = 2000
+"""Pairs of one statement at most, so that each is short."""
+
+
+class Case(Generic[M]):
+    """One row of the batch.
+
+    Attributes:
+        hits: The members that are admitted.
+        lacking: How many members were denied for want of a column.
+        asked: What Postgres is asked for to learn whom the row concerns: all that it names, or
+            (False) only who is in the index.
+    """
+
+    __slots__ = ("_open", "_waiting", "asked", "facts", "hits", "index", "lacking", "past")
+
+    def __init__(self, facts: Facts, index: Index[M], past: Past | None) -> None:
+        self.facts = facts
+        self.index = index
+        self.past = past
+        self.hits: dict[M, None] = {}
+        self.lacking = 0
+        self.asked: dict[RemoteSource, bool] = {}
+        self._open: dict[M, None] = {}
+        self._waiting: list[tuple[_Guards, bool]] = []
+        """Members to whom nothing leads, with guards that only Postgres knows."""
+
+    def overlays(self, tables: Iterable[TableName]) -> tuple[Overlay, ...]:
+        """Return what stands in for tables that the row's transaction touched."""
+        return () if self.past is None else self.past.overlays(tables)
+
+    def consider(self, members: Iterable[M]) -> None:
+        """Ask members that were found in some other way than by the index."""
+        for member in members:
+            self._settle(member, _ANY)
+
+    def search(self) -> None:
+        """Look into the index."""
+        for lead, members in self.index.found(self.facts):
+            if lead is None:
+                self.consider(members)
+                continue
+            for member in members:
+                self._settle(member, member.variant.leads[lead])
+        for guards, is_exact in self.index.free:
+            self._meet(guards, is_exact=is_exact)
+        for source, asked in self.index.asked.items():
+            if any(self._hold(guards) is not False for guards in asked.guards):
+                self.asked[source] = True
+
+    def _hold(self, guards: _Guards) -> bool | None:
+        verdict: bool | None = True
+        for guard in guards:
+            holds = self.facts.decide(guard, ())
+            if holds is False:
+                return False
+            verdict = verdict and holds
+        return verdict
+
+    def _meet(self, guards: _Guards, *, is_exact: bool) -> None:
+        """Take the members to whom nothing leads, if what they have in common is true."""
+        holds = self._hold(guards)
+        members = self.index.free.get((guards, is_exact), {})
+        if holds is None:
+            self._waiting.append((guards, is_exact))
+        elif holds and is_exact and not self.facts.missing:
+            self.hits.update(members)
+        elif holds:
+            for member in members:
+                self._settle(member, _ANY)
+
+    def _settle(self, member: M, lead: Lead) -> None:
+        facts, variant = self.facts, member.variant
+        if facts.missing and not facts.missing.isdisjoint(variant.columns):
+            self.lacking += 1
+            return
+        verdict = self._hold(lead.guards) if lead.guards else True
+        if verdict is not False and not lead.is_exact:
+            verdict = facts.decide(variant.formula, member.values)
+        if verdict:
+            self.hits[member] = None
+        elif verdict is None:
+            self._open[member] = None
+
+    # --- what Postgres says
+
+    def name(self, source: RemoteSource, values: Iterable[Scalar]) -> None:
+        """Take the values of subscribers that Postgres named for the row."""
+        asked = self.index.asked.get(source)
+        if asked is None:  # its members have gone meanwhile
+            return
+        for value in values:
+            for member in asked.entries.get(value):
+                lead = member.variant.leads[source]
+                if lead.proves is not None:
+                    args = self.facts.args(lead.proves, member.values)
+                    self.facts.answers[lead.proves.atom, args] = True
+                self._settle(member, lead)
+
+    def wanted(self) -> Iterator[tuple[Atom, Args]]:
+        """Yield what Postgres must say of atoms."""
+        facts = self.facts
+        for guard in {guard: None for guards, _ in self._waiting for guard in guards}:
+            for leaf in facts.open_leaves(guard, ()):
+                yield leaf.atom, facts.args(leaf, ())
+        for member in self._open:
+            for leaf in facts.open_leaves(member.variant.formula, member.values):
+                yield leaf.atom, facts.args(leaf, member.values)
+
+    def reconsider(self) -> None:
+        """Settle what was open, now that Postgres has said something."""
+        waiting, self._waiting = self._waiting, []
+        for guards, is_exact in waiting:
+            self._meet(guards, is_exact=is_exact)
+        open_, self._open = self._open, {}
+        self.consider(open_)
+
+
+_Guards: TypeAlias = tuple[Formula, ...]
+
+_ANY = Lead((), is_exact=False, proves=None)
+"""Of members that no path led to, or not for certain: everything is asked."""
+
+
+class Deciding(Generic[M]):
+    """A batch of cases, and the questions that are out."""
+
+    def __init__(self, cases: Sequence[Case[M]], moment: Moment) -> None:
+        self._cases = cases
+        self._moment = moment
+        self._values: list[tuple[Values, list[list[Case[M]]]]] = []
+        self._pairs: list[tuple[Pairs, list[list[Case[M]]]]] = []
+
+    def inquiries(self) -> list[Inquiry]:
+        """Return what Postgres must be asked now; nothing if all is decided.
+
+        Once they have been put, or given up, ``resume`` goes on.
+        """
+        self._values = list(self._name_values())
+        self._pairs = list(self._name_pairs())
+        inquiries: list[Inquiry] = [values for values, _ in self._values]
+        inquiries += [pairs for pairs, _ in self._pairs]
+        return inquiries
+
+    def _name_values(self) -> Iterator[tuple[Values, list[list[Case[M]]]]]:
+        gathered: dict[_Place[tuple[RemoteSource, bool]], _Rows[M]] = {}
+        for case in self._cases:
+            for source, is_all in case.asked.items():
+                lowered = values_of(source)
+                if case.facts.missing.isdisjoint(lowered.columns):
+                    overlays = case.overlays(lowered.tables)
+                    place = (source, is_all), tuple(map(id, overlays))
+                    _, rows = gathered.setdefault(place, (overlays, {}))
+                    cells = cells_of(case.facts.row, lowered.columns)
+                    rows.setdefault(cells, []).append(case)
+        for ((source, is_all), _), (overlays, rows) in gathered.items():
+            values = Values(
+                source=source,
+                rows=list(rows),
+                moment=self._moment,
+                limit=_VALUES,
+                wanted=None if is_all else _keys(source, rows),
+                overlays=overlays,
+            )
+            yield values, list(rows.values())
+
+    def _name_pairs(self) -> Iterator[tuple[Pairs, list[list[Case[M]]]]]:
+        gathered: dict[_Place[Atom], _PairsOf[M]] = {}
+        for case in self._cases:
+            for atom, args in dict.fromkeys(case.wanted()):
+                if not case.facts.missing.isdisjoint(atom.lowered.columns):
+                    case.facts.answers[atom, args] = False
+                    continue
+                overlays = case.overlays(atom.lowered.tables)
+                _, pairs = gathered.setdefault((atom, tuple(map(id, overlays))), (overlays, {}))
+                cells = cells_of(case.facts.row, atom.lowered.columns)
+                pairs.setdefault((cells, args), []).append(case)
+        for (atom, _), (overlays, pairs) in gathered.items():
+            asked = list(pairs)
+            for start in range(0, len(asked), _PAIRS):
+                part = asked[start : start + _PAIRS]
+                yield (
+                    Pairs(atom=atom, asked=part, overlays=overlays),
+                    [pairs[pair] for pair in part],
+                )
+
+    def resume(self) -> None:
+        """Go on with the answers; what has none is denied."""
+        for pairs, places in self._pairs:
+            for place, ((_, args), cases) in enumerate(zip(pairs.asked, places, strict=True)):
+                for case in cases:
+                    case.facts.answers[pairs.atom, args] = place in pairs.admitted
+        for case in self._cases:
+            case.asked = {}
+            case.reconsider()
+        for values, rows in self._values:
+            for found, cases in zip(values.found, rows, strict=True):
+                for case in cases:
+                    if not values.is_cut(found):
+                        case.name(values.source, found)
+                    elif values.source in case.index.asked:
+                        case.asked[values.source] = False
+
+
+_T = TypeVar("_T")
+_Place: TypeAlias = tuple[_T, tuple[int, ...]]
+"""What is asked, and by which overlays, told apart by identity: a transaction has its own."""
+_Rows: TypeAlias = tuple[tuple[Overlay, ...], dict[Cells, list[Case[M]]]]
+_PairsOf: TypeAlias = tuple[tuple[Overlay, ...], dict[tuple[Cells, Args], list[Case[M]]]]
+
+
+def _keys(source: RemoteSource, rows: Mapping[Cells, Sequence[Case[M]]]) -> list[str]:
+    """Return the keys that matter: those of the index, which is the same for all rows."""
+    (first, *_), *_ = rows.values()
+    asked = first.index.asked.get(source)
+    return [] if asked is None else [str(key) for key in asked.entries]

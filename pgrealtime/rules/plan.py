@@ -1,0 +1,428 @@
+"""What a subscription asks, compiled once for all that ask the same: templates and variants.
+
+A template is a rule with a filter, for parameters of certain classes. Its *variant* is what is left
+of it for a subscriber when everything that depends on the subscriber alone has been decided: a
+formula, how to find whom a row concerns, and which values tell subscribers apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
+from weakref import WeakValueDictionary
+
+from pgrealtime.auth.principal import Superuser
+from pgrealtime.changes import Row
+from pgrealtime.collections import Collection, Collections
+from pgrealtime.errors import RuleError
+from pgrealtime.rules.access import Path, Sources, access
+from pgrealtime.rules.compare import Scalar, UndecidedError
+from pgrealtime.rules.formula import (
+    Atom,
+    Formula,
+    Leaf,
+    Moment,
+    Part,
+    all_of,
+    asks_own_row,
+    cut,
+    leaves,
+    rebuilt,
+    some_of,
+)
+from pgrealtime.rules.ir import Condition, Predicate, lifted, parameters
+from pgrealtime.rules.local import AuthColumn
+from pgrealtime.rules.parameters import (
+    Lifted,
+    Literal,
+    Parameter,
+    Shape,
+    shape,
+    static_shape,
+    value,
+)
+from pgrealtime.rules.reference import Nobody, auth_collection, validate
+from pgrealtime.rules.request import Request
+from pgrealtime.rules.resolve import resolve_filter, resolve_rule
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+"""Any moment: parameters that aren't macros are the same at all of them."""
+_TEXTS = 4096
+_TEMPLATES = 16384
+
+
+def moment(now: datetime) -> Moment:
+    """Return what macros mean at a time, which has its zone."""
+    return Moment(lambda macro: value(macro, Request(), now))
+
+
+# --- from text to parts
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A condition with joins of its own; its literals are numbered from 0."""
+
+    condition: Condition
+    offset: int
+    """Of its literals among those of the text."""
+
+
+Skeleton: TypeAlias = Component | tuple[str, tuple["Skeleton", ...]]
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Outline:
+    """A rule or a filter that was resolved and cut, without a filter's literals."""
+
+    skeleton: Skeleton
+    parameters: tuple[Parameter, ...]
+    """What classes are asked of, literals of a rule aside."""
+
+
+_NOTHING = Outline(("all", ()), ())
+"""Of an empty rule, or where there is no filter."""
+
+
+class Lead(NamedTuple):
+    """What it means to be found."""
+
+    guards: tuple[Formula, ...]
+    is_exact: bool
+    proves: Leaf | None
+
+
+class Variant:
+    """What is left of a template for subscribers that agree on everything but ``picks``.
+
+    Attributes:
+        formula: What admits a row; True is everyone.
+        picks: Which of the template's values tell subscribers apart.
+        columns: What must be known of a row.
+        paths: How a row finds its subscribers.
+        leads: By what an index keeps them: the path's guards, whether who is found by it and
+            them is admitted, and what is proved by being found.
+    """
+
+    __slots__ = ("__weakref__", "collection", "columns", "formula", "leads", "paths", "picks")
+
+    def __init__(
+        self,
+        collection: Collection,
+        formula: Formula,
+        picks: tuple[int, ...],
+        columns: frozenset[str],
+        sources: Sources,
+    ) -> None:
+        self.collection = collection
+        self.formula = formula
+        self.picks = picks
+        self.columns = columns
+        self.paths: tuple[Path, ...] = access(formula, sources)
+        self.leads: dict[Hashable, Lead] = {}
+        for path in self.paths:
+            found = Lead(path.guards, path.is_exact, path.proves)
+            if self.leads.setdefault(path.lead, found) != found:
+                self.leads[path.lead] = Lead((), False, None)
+
+    @property
+    def is_scan(self) -> bool:
+        """Whether its subscribers are tried one by one."""
+        return bool(self.picks) and any(path.is_scan for path in self.paths)
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A subscription compiled: who shares both is judged together."""
+
+    variant: Variant
+    values: tuple[Scalar, ...]
+
+
+class Template:
+    """A rule and a filter, for parameters of certain classes.
+
+    Attributes:
+        needs: The parameters whose values decide, literals of the filter among them.
+    """
+
+    def __init__(
+        self,
+        collection: Collection,
+        formula: Formula,
+        needs: Sequence[Parameter | AuthColumn],
+        sources: Sources,
+    ) -> None:
+        self.collection = collection
+        self.needs = tuple(needs)
+        self._formula = formula
+        self._columns = frozenset().union(*(leaf.atom.columns for leaf in leaves(formula)))
+        self._constants = [leaf for leaf in leaves(formula) if leaf.atom.is_constant]
+        self._sources = sources
+        self._variants: WeakValueDictionary[Hashable, Variant] = WeakValueDictionary()
+
+    def bind(self, values: Sequence[Scalar]) -> Bound | None:
+        """Return what is left for a subscriber; None if nothing can be admitted."""
+        verdicts = tuple([_constant(leaf, values) for leaf in self._constants])
+        variant = self._variants.get(verdicts)
+        if variant is None:
+            variant = self._variant(dict(zip(self._constants, verdicts, strict=True)))
+            if variant.formula is False:
+                return None
+            self._variants[verdicts] = variant
+        return Bound(variant, tuple([values[at] for at in variant.picks]))
+
+    def _variant(self, verdicts: Mapping[Leaf, bool | None]) -> Variant:
+        def folded(leaf: Leaf) -> Formula:
+            verdict = verdicts.get(leaf)
+            return leaf if verdict is None else verdict
+
+        formula = rebuilt(self._formula, folded)
+        picks = tuple(sorted({at for leaf in leaves(formula) for at in leaf.picks}))
+        places = {at: n for n, at in enumerate(picks)}
+        renumbered = rebuilt(
+            formula, lambda leaf: Leaf(leaf.atom, tuple(places[at] for at in leaf.picks))
+        )
+        return Variant(self.collection, renumbered, picks, self._columns, self._sources)
+
+
+def _constant(leaf: Leaf, values: Sequence[Scalar]) -> bool | None:
+    """Return the verdict that doesn't depend on any row; None if only Postgres knows it."""
+    test = leaf.atom.test
+    assert test is not None
+    try:
+        return test({}, [values[at] for at in leaf.picks])
+    except UndecidedError:
+        return None
+
+
+class Planner:
+    """Compiles subscriptions. Keeps what it compiled as long as it is used, and a while longer.
+
+    Args:
+        collections: All there are.
+        is_utf8: Whether the database is; in other encodings bytes have an order of their own.
+    """
+
+    def __init__(self, collections: Collections, *, is_utf8: bool = True) -> None:
+        self._collections = collections
+        self._is_utf8 = is_utf8
+        self._sources = Sources()
+        self._atoms: WeakValueDictionary[Hashable, Atom] = WeakValueDictionary()
+        self._filters: WeakValueDictionary[Hashable, Outline] = WeakValueDictionary()
+        self._rule = lru_cache(maxsize=_TEXTS)(self._make_rule)
+        self._filter = lru_cache(maxsize=_TEXTS)(self._make_filter)
+        self._template = lru_cache(maxsize=_TEMPLATES)(self._make_template)
+
+    def bind(
+        self, collection: Collection, rule: str | None, request: Request, own: Row | None = None
+    ) -> Bound | Nobody:
+        """Return what decides which rows of the collection the subscriber may see.
+
+        Args:
+            collection: Whose rows are judged.
+            rule: The collection's rule for the topic; None is for superusers only.
+            request: The subscriber; a filter is ``request.query["filter"]``.
+            own: The subscriber's row of its auth collection, whole, if it is known. Without it
+                Postgres is asked for what rules read of it.
+
+        Raises:
+            RuleError: The rule is bad for everybody.
+        """
+        is_superuser = isinstance(request.principal, Superuser)
+        if rule is None and not is_superuser:
+            return Nobody("the rule is for superusers only")
+        auth = auth_collection(self._collections, request)
+        auth_name = None if auth is None else auth.name
+        asked = "" if is_superuser or rule is None else rule
+        text = request.query.get("filter", "")
+        try:
+            made = self._rule(collection.name, asked, auth_name)
+        except RuleError as error:
+            validate(self._collections, collection, asked)
+            return Nobody(f"the rule doesn't hold for this subscriber: {error}")
+        try:
+            narrowed, literals = self._filter(collection.name, text, auth_name, is_superuser)
+            return self._bound(collection, (made, narrowed), request, literals, own)
+        except RuleError as error:
+            return Nobody(f"the filter is refused: {error}" if text else str(error))
+
+    def _bound(
+        self,
+        collection: Collection,
+        outlines: tuple[Outline, Outline],
+        request: Request,
+        literals: Sequence[str | float],
+        own: Row | None,
+    ) -> Bound | Nobody:
+        shapes = tuple(
+            [
+                static_shape(p) or shape(value(p, request, _EPOCH, literals))
+                for outline in outlines
+                for p in outline.parameters
+            ]
+        )
+        template = self._template(collection.name, outlines, shapes, own is not None)
+        values = [_value(p, request, literals, own) for p in template.needs]
+        bound = template.bind(values)
+        return Nobody("") if bound is None else bound
+
+    # --- what is kept
+
+    def _make_rule(self, name: str, text: str, auth_name: str | None) -> Outline:
+        if not text:
+            return _NOTHING
+        collection = self._collections[name]
+        auth = None if auth_name is None else self._collections[auth_name]
+        predicate = resolve_rule(text, self._collections, collection, auth)
+        skeleton = _kept(cut(predicate.where))
+        return Outline(skeleton, _parameters_of(skeleton))
+
+    def _make_filter(
+        self,
+        name: str,
+        text: str,
+        auth_name: str | None,
+        is_superuser: bool,  # noqa: FBT001 (cached)
+    ) -> tuple[Outline, tuple[str | float, ...]]:
+        if not text:
+            return _NOTHING, ()
+        collection = self._collections[name]
+        auth = None if auth_name is None else self._collections[auth_name]
+        predicate = resolve_filter(
+            text, self._collections, collection, auth, is_superuser=is_superuser
+        )
+        literals: list[str | float] = []
+        skeleton = _without_literals(cut(predicate.where), name, literals)
+        outline = self._filters.get(skeleton)
+        if outline is None:
+            outline = self._filters[skeleton] = Outline(skeleton, _parameters_of(skeleton))
+        return outline, tuple(literals)
+
+    def _make_template(
+        self,
+        name: str,
+        outlines: tuple[Outline, Outline],
+        shapes: tuple[Shape, ...],
+        is_own_known: bool,  # noqa: FBT001 (cached)
+    ) -> Template:
+        collection = self._collections[name]
+        places: dict[Parameter | AuthColumn, int] = {}
+        rest = iter(shapes)
+
+        def build(part: Skeleton, known: Mapping[Parameter, Shape]) -> Formula:
+            match part:
+                case Component():
+                    return self._leaf(collection, part, known, places, is_own_known=is_own_known)
+                case (join, parts):
+                    made = (build(one, known) for one in parts)
+                    return all_of(made) if join == "all" else some_of(made)
+
+        formula = all_of(
+            build(outline.skeleton, dict(zip(outline.parameters, rest, strict=False)))
+            for outline in outlines
+        )
+        return Template(collection, formula, tuple(places), self._sources)
+
+    def _leaf(
+        self,
+        collection: Collection,
+        part: Component,
+        known: Mapping[Parameter, Shape],
+        places: dict[Parameter | AuthColumn, int],
+        *,
+        is_own_known: bool,
+    ) -> Formula:
+        shapes = {
+            p: shape(p.value) if isinstance(p, Literal) else known[_shifted(p, part.offset)]
+            for p in parameters(part.condition)
+        }
+        atom = self._atom(collection, part.condition, shapes, is_own_known=is_own_known)
+        picks = tuple(
+            places.setdefault(
+                p if isinstance(p, AuthColumn) else _shifted(p, part.offset), len(places)
+            )
+            for p in atom.free
+        )
+        return Leaf(atom, picks)
+
+    def _atom(
+        self,
+        collection: Collection,
+        condition: Condition,
+        shapes: Mapping[Parameter, Shape],
+        *,
+        is_own_known: bool,
+    ) -> Atom:
+        is_own_known = is_own_known and asks_own_row(condition)
+        # 0.0 and -0.0 are equal, and not the same text.
+        literals = tuple(str(p.value) for p in shapes if isinstance(p, Literal))
+        identity = (collection.name, condition, tuple(shapes.values()), literals, is_own_known)
+        atom = self._atoms.get(identity)
+        if atom is None:
+            atom = self._atoms[identity] = Atom(
+                self._collections,
+                collection,
+                condition,
+                shapes,
+                is_own_known=is_own_known,
+                is_utf8=self._is_utf8,
+            )
+        return atom
+
+
+def _value(
+    parameter: Parameter | AuthColumn,
+    request: Request,
+    literals: Sequence[str | float],
+    own: Row | None,
+) -> Scalar:
+    if isinstance(parameter, AuthColumn):
+        assert own is not None
+        return own.get(parameter.name) if parameter.name else "there"
+    return value(parameter, request, _EPOCH, literals)
+
+
+def _shifted(parameter: Parameter, offset: int) -> Parameter:
+    return Lifted(parameter.index + offset) if isinstance(parameter, Lifted) else parameter
+
+
+def _kept(part: Part) -> Skeleton:
+    match part:
+        case (str(join), tuple(parts)):
+            return (join, tuple(_kept(one) for one in parts))
+        case _:
+            return Component(part, 0)
+
+
+def _without_literals(part: Part, name: str, literals: list[str | float]) -> Skeleton:
+    match part:
+        case (str(join), tuple(parts)):
+            return (join, tuple(_without_literals(one, name, literals) for one in parts))
+        case _:
+            predicate, found = lifted(Predicate(collection=name, where=part))
+            component = Component(predicate.where, len(literals))
+            literals.extend(found)
+            return component
+
+
+def _components(skeleton: Skeleton) -> Iterator[Component]:
+    match skeleton:
+        case Component():
+            yield skeleton
+        case (_, parts):
+            for part in parts:
+                yield from _components(part)
+
+
+def _parameters_of(skeleton: Skeleton) -> tuple[Parameter, ...]:
+    found = (
+        _shifted(p, part.offset)
+        for part in _components(skeleton)
+        for p in parameters(part.condition)
+        if not isinstance(p, Literal)
+    )
+    return tuple(dict.fromkeys(found))
