@@ -15,7 +15,7 @@ from pgrealtime.api import problems
 from pgrealtime.api.cors import Origins
 from pgrealtime.api.health import Health
 from pgrealtime.api.problems import Language, Problem, preferred_language, problem_of
-from pgrealtime.api.realtime import LARGEST_BODY, Realtime
+from pgrealtime.api.realtime import LARGEST_BODY, RUNNER, SHUTDOWN_SECONDS, Realtime
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.config import Config, ServerConfig
 from pgrealtime.errors import PgRealtimeError
@@ -43,9 +43,6 @@ PocketBase, and longer than proxies keep theirs."""
 _LINGERING_SECONDS: Final = 1
 """How long the rest of a refused body is read and dropped, so that the client sees the answer."""
 
-_SHUTDOWN_SECONDS: Final = 5
-"""For requests still being answered when the hub has ended its connections."""
-
 
 def build_app(hub: Hub, authenticator: Authenticator, config: Config) -> web.Application:
     """Return the application; ``build_runner`` serves it with the limits it counts on."""
@@ -55,6 +52,7 @@ def build_app(hub: Hub, authenticator: Authenticator, config: Config) -> web.App
     realtime = Realtime(hub, authenticator, config.server, config.realtime)
     health = Health(authenticator, config.server)
     path = config.server.base_path
+    app.on_shutdown.append(realtime.finish)
     app.router.add_get(f"{path}/api/realtime", realtime.connect)
     app.router.add_post(f"{path}/api/realtime", realtime.subscribe, expect_handler=_expect)
     app.router.add_get(f"{path}/api/health", health.check)
@@ -63,18 +61,20 @@ def build_app(hub: Hub, authenticator: Authenticator, config: Config) -> web.App
 
 def build_runner(app: web.Application) -> web.AppRunner:
     """Return the runner that notices at once when a client goes away, and keeps its limits."""
-    return web.AppRunner(
+    runner = web.AppRunner(
         app,
         handler_cancellation=True,
         access_log=None,
         logger=_quiet_about_clients(),
         keepalive_timeout=_IDLE_SECONDS,
         lingering_time=_LINGERING_SECONDS,
-        shutdown_timeout=_SHUTDOWN_SECONDS,
+        shutdown_timeout=SHUTDOWN_SECONDS,
         max_line_size=_LONGEST_LINE,
         max_field_size=_LONGEST_LINE,
         auto_decompress=False,
     )
+    app[RUNNER] = runner
+    return runner
 
 
 class Surface:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from aiohttp import web
@@ -10,10 +12,17 @@ from aiohttp import web
 from pgrealtime.api.address import client_address
 from pgrealtime.api.body import SubscribeCall, faults_of, read_call
 from pgrealtime.api.problems import TOO_LARGE, TOO_SLOW, UNREADABLE, RefusedError, invalid
-from pgrealtime.api.stream import EventStream, TransportSink, finish
+from pgrealtime.api.stream import ClientStream, EventStream, client_stream, hand_over
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.config import RealtimeConfig, ServerConfig
+from pgrealtime.hub.connection import Connection
 from pgrealtime.hub.dispatch import Hub
+
+RUNNER: Final = web.AppKey("runner", web.AppRunner)
+"""What serves the application: it takes connections back when their streams end."""
+
+SHUTDOWN_SECONDS: Final = 5
+"""For what is still being answered or sent when the hub has ended its connections."""
 
 LARGEST_BODY: Final = 32 * 1024 * 1024
 """Bytes; a body that declares more is refused before it is read (protocol, 1.7)."""
@@ -49,25 +58,52 @@ class Realtime:
         self._authenticator = authenticator
         self._trusted = server.trusted_proxies
         self._stall_timeout = limits.stall_timeout
+        self._streams: set[ClientStream] = set()
+        self._idle = asyncio.Event()
 
     async def connect(self, request: web.Request) -> web.StreamResponse:
-        """Stream until the hub ends it or the client goes away, which cancels this."""
+        """Send the head and let go; what follows is between the hub and the socket.
+
+        Raises:
+            CancelledError: Always: to aiohttp it is a client that has gone.
+        """
         response = EventStream(stall_timeout=self._stall_timeout)
-        writer = await response.prepare(request)
-        assert writer is not None  # only a response that was sent before has none
-        sink = TransportSink(request, writer)
+        await response.prepare(request)
+        stream = client_stream(
+            request,
+            response,
+            stall_timeout=self._stall_timeout,
+            then=request.app[RUNNER].server,
+        )
         connection = self._hub.open(
-            sink,
+            stream,
             address=client_address(request, self._trusted),
             last_event_id=_capped(request.headers.get("Last-Event-ID")),
             position=_capped(request.query.get("lastEventId")),
         )
-        try:
-            await connection.wait_ended()
-        finally:
-            self._hub.close(connection)
-        await finish(response, sink, stall_timeout=self._stall_timeout)
-        return response
+        self._streams.add(stream)
+        stream.over = partial(self._forget, stream, connection)
+        hand_over(request, stream)
+        raise asyncio.CancelledError
+
+    def _forget(self, stream: ClientStream, connection: Connection) -> None:
+        self._hub.close(connection)
+        self._streams.discard(stream)
+        if not self._streams:
+            self._idle.set()
+
+    async def finish(self, _app: web.Application) -> None:
+        """Let streams that were ended send what they have, and drop the others."""
+        for stream in list(self._streams):
+            if not stream.is_ending:
+                stream.abort()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SHUTDOWN_SECONDS):
+                while self._streams:
+                    self._idle.clear()
+                    await self._idle.wait()
+        for stream in self._streams:
+            stream.abort()
 
     async def subscribe(self, request: web.Request) -> web.StreamResponse:
         """Check in PocketBase's order: body, its members, client, address, authorization."""
