@@ -116,7 +116,7 @@ async def load(database_url: str) -> Corpus:
     connection = psycopg.connect(database_url, autocommit=True)
     connection.execute((CORPUS / "schema.sql").read_bytes())
     schema = json.loads((CORPUS / "schema.json").read_text(encoding="utf-8"))
-    configured = {one["name"]: _configured(one) for one in schema["collections"]}
+    configured = {one["name"]: configured(one) for one in schema["collections"]}
     async with await psycopg.AsyncConnection.connect(database_url) as reading:
         catalog = await read_catalog(reading, schemas=["public"])
     collections = building.build(configured, catalog)
@@ -125,7 +125,8 @@ async def load(database_url: str) -> Corpus:
     return Corpus(connection, collections, rows)
 
 
-def _configured(described: Mapping[str, Any]) -> CollectionConfig:
+def configured(described: Mapping[str, Any]) -> CollectionConfig:
+    """Return a collection of ``schema.json`` as it is configured here, for everyone."""
     fields = described["fields"]
     return CollectionConfig(
         table=f"public.{described['name']}",

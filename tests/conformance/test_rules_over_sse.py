@@ -1,0 +1,248 @@
+"""What PocketBase was recorded to send to subscribers, sent by the running service to real ones.
+
+Rules are swapped under connections that stay open. For every rule each subscriber of its cases
+listens at once, told apart by topic; then every record is updated, and a row that everyone hears of
+says that all has arrived.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, TypeAlias
+from urllib.parse import quote
+
+import jwt
+import psycopg
+import pytest
+from psycopg import sql
+
+from pgrealtime.config import Config, Origin, Reading, parse
+from pgrealtime.run import Running, running
+from tests.conformance.http_client import Address
+from tests.conformance.rules_corpus import CORPUS, Case, Report, cases, configured, expected
+from tests.e2e.listener import Listener, listener
+
+OTHER = os.environ.get("PGREALTIME_RULES_CORPUS")
+"""Another folder with a ``cases.json`` over the same data."""
+
+REFUSED: frozenset[str] = frozenset()
+"""Cases whose rules may be refused although PocketBase decides them: none."""
+
+SECRETS = {name: f"a secret of thirty-two bytes or more: {name}" for name in ("users", "staff")}
+SENTINEL = "sentinels/*"
+DEADLINE = 30.0
+
+Rules: TypeAlias = Mapping[str, str | None]
+"""Collection to its rule; the others are for everyone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Rules that are in force together, and the cases that ask about them."""
+
+    rules: Rules
+    asked: Sequence[Case]
+
+
+def rounds(asked: Sequence[Case]) -> Iterator[Round]:
+    """Put the cases together that can be asked at once: one rule per collection.
+
+    Cases that say what the rules of the other collections were have rounds of their own.
+    """
+    alone: defaultdict[str, list[Case]] = defaultdict(list)
+    by_rule: defaultdict[str, defaultdict[str | None, list[Case]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for case in asked:
+        if "others" in case:
+            alone[json.dumps([case["collection"], case["rule"], case["others"]])].append(case)
+        else:
+            by_rule[case["collection"]][case["rule"]].append(case)
+    for group in alone.values():
+        first = group[0]
+        yield Round({**first["others"], first["collection"]: first["rule"]}, group)
+    for groups in zip_longest(*(per_rule.values() for per_rule in by_rule.values())):
+        together = [group for group in groups if group is not None]
+        rules = {group[0]["collection"]: group[0]["rule"] for group in together}
+        yield Round(rules, [case for group in together for case in group])
+
+
+def topic(case: Case) -> str:
+    """The case's subscription: different ones have different options, hence different names."""
+    options = {key: case[key] for key in ("query", "headers") if case[key]}
+    text = quote(json.dumps(options, ensure_ascii=False))
+    return f"{case['collection']}/*" + (f"?options={text}" if options else "")
+
+
+@dataclass
+class Subscriber:
+    """The connection of all cases with one ``auth``."""
+
+    listener: Listener
+    token: str
+    topics: list[str] = field(default_factory=list)
+
+    async def listen(self, topics: Sequence[str]) -> None:
+        wanted = [*dict.fromkeys(topics), SENTINEL]
+        if wanted != self.topics:
+            self.topics = wanted
+            assert await self.listener.subscribe(*wanted, token=self.token) == 204
+
+    async def heard(self) -> dict[str, list[str]]:
+        """Topic to the ids of the records that came before the sentinel."""
+        found: defaultdict[str, list[str]] = defaultdict(list)
+        while True:
+            messages = await self.listener.take(1, DEADLINE)
+            assert messages, "the connection ended, or a sentinel didn't come"
+            if messages[0].event == SENTINEL:
+                return found
+            data = messages[0].data
+            assert data["action"] == "update"
+            found[messages[0].event].append(data["record"]["id"])
+
+
+class Room:
+    """The running service over the corpus's data, its rules, and everybody who listens."""
+
+    def __init__(self, database_url: str) -> None:
+        self._url = database_url
+        self._described = json.loads((CORPUS / "schema.json").read_text(encoding="utf-8"))
+        self.config = self._with_rules({})
+        self.service: Running
+        self.subscribers: dict[str, Subscriber] = {}
+
+    def reading(self) -> Reading:
+        return Reading(config=self.config, origin=Origin(source="corpus"))
+
+    def _with_rules(self, rules: Rules) -> Config:
+        collections = {one["name"]: configured(one) for one in self._described["collections"]}
+        shown = {
+            name: one.model_copy(
+                update=dict.fromkeys(("list_rule", "view_rule"), rules.get(name, ""))
+            )
+            for name, one in collections.items()
+        }
+        whole = parse(
+            {
+                "database": {"url": self._url},
+                "server": {"host": "127.0.0.1", "port": 0},
+                "realtime": {"heartbeat": "1h"},
+                "auth": {"issuers": [_issuer(name) for name in SECRETS]},
+                "collections": {"sentinels": {"table": "sentinels", "list_rule": ""}},
+            }
+        )
+        return whole.model_copy(update={"collections": {**whole.collections, **shown}})
+
+    async def use(self, rules: Rules) -> bool:
+        """Put rules into force; False if they are refused."""
+        self.config = self._with_rules(rules)
+        return await self.service.reload()
+
+
+def _issuer(name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "secret": SECRETS[name],
+        "collection": name,
+        "superuser_when": {"role": "superuser"},
+    }
+
+
+def token(auth: str) -> str:
+    if auth == "guest":
+        return ""
+    collection, _, record_id = auth.partition("/")
+    claims = {"sub": record_id, "exp": time.time() + 3600}
+    if auth == "superuser":
+        collection, claims = "users", {"role": "superuser"}
+    return jwt.encode(claims, SECRETS[collection], algorithm="HS256")
+
+
+@asynccontextmanager
+async def open_room(database_url: str, auths: Sequence[str]) -> AsyncIterator[Room]:
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as loading:
+        await loading.execute((CORPUS / "schema.sql").read_bytes())
+        await loading.execute("CREATE TABLE sentinels (id text PRIMARY KEY)")
+    room = Room(database_url)
+    async with AsyncExitStack() as stack:
+        room.service = await stack.enter_async_context(running(room.config, reread=room.reading))
+        address = Address(host="127.0.0.1", port=room.service.port)
+        for auth in auths:
+            opened = await stack.enter_async_context(listener(address))
+            room.subscribers[auth] = Subscriber(opened, token(auth))
+        yield room
+
+
+async def ask(room: Room, connection: psycopg.AsyncConnection[Any], one: Round) -> list[str]:
+    """Ask all cases of a round; return what is wrong, in a line each."""
+    asked: defaultdict[str, dict[str, list[Case]]] = defaultdict(lambda: defaultdict(list))
+    for case in one.asked:
+        asked[case["auth"]][topic(case)].append(case)
+    for auth, subscriber in room.subscribers.items():
+        await subscriber.listen(list(asked[auth]))
+    updated = {case["collection"] for case in one.asked}
+    statement = sql.SQL(";").join(
+        [
+            *(sql.SQL("UPDATE {} SET id = id").format(sql.Identifier(c)) for c in sorted(updated)),
+            sql.SQL("INSERT INTO sentinels VALUES (gen_random_uuid()::text)"),
+        ]
+    )
+    await connection.execute(statement)
+    wrong = []
+    for auth, subscriber in room.subscribers.items():
+        heard = await subscriber.heard()
+        for name, group in asked[auth].items():
+            got = tuple(sorted(heard[name]))
+            wrong += [
+                f"{case['id']} {case['rule']!r} as {auth} wanted {expected(case)}, got {got}"
+                for case in group
+                if got != expected(case)
+            ]
+        assert heard.keys() <= asked[auth].keys()
+    return wrong
+
+
+@pytest.mark.timeout(600)
+async def test_every_recorded_case_reaches_its_subscriber_over_sse(database_url: str) -> None:
+    """Every record is updated; exactly the recorded ids arrive at each subscriber."""
+    began = time.monotonic()
+    asked = [case for case in cases(Path(OTHER) if OTHER else CORPUS) if case.get("sse")]
+    auths = sorted({case["auth"] for case in asked})
+    wrong: list[str] = []
+    refused: list[str] = []
+    async with (
+        open_room(database_url, auths) as room,
+        await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection,
+    ):
+        for together in rounds(asked):
+            if await room.use(together.rules):
+                wrong += await ask(room, connection, together)
+                continue
+            for one in rounds_of_one(together):
+                if await room.use(one.rules):
+                    wrong += await ask(room, connection, one)
+                else:
+                    refused += [case["id"] for case in one.asked]
+    right = len(asked) - len(wrong) - len(refused)
+    report = Report(("",) * right, tuple(refused), tuple(wrong))
+    print(f"\nrules over SSE in {time.monotonic() - began:.0f} s: {report}")  # noqa: T201 (the counts are wanted even when all is well)
+
+    assert asked
+    assert wrong == []
+    assert OTHER is not None or set(refused) == REFUSED
+
+
+def rounds_of_one(together: Round) -> Iterator[Round]:
+    """The same cases with one rule at a time, to find out which is refused."""
+    for name in {case["collection"] for case in together.asked}:
+        own = [case for case in together.asked if case["collection"] == name]
+        others = together.rules if "others" in own[0] else {name: own[0]["rule"]}
+        yield Round(others, own)
