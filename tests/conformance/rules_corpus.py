@@ -116,10 +116,10 @@ async def load(database_url: str) -> Corpus:
     connection = psycopg.connect(database_url, autocommit=True)
     connection.execute((CORPUS / "schema.sql").read_bytes())
     schema = json.loads((CORPUS / "schema.json").read_text(encoding="utf-8"))
-    configured = {one["name"]: configured(one) for one in schema["collections"]}
+    shown = {one["name"]: configured(one) for one in schema["collections"]}
     async with await psycopg.AsyncConnection.connect(database_url) as reading:
         catalog = await read_catalog(reading, schemas=["public"])
-    collections = building.build(configured, catalog)
+    collections = building.build(shown, catalog)
     rows = {name: list(_rows_of(connection, name, collections)) for name in collections}
     connection.execute(_TOPIC_SETTINGS.encode())
     return Corpus(connection, collections, rows)
