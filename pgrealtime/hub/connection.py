@@ -103,6 +103,40 @@ class Connection:
         position: What the last id said, once positions were asked for.
     """
 
+    # Thousands of these wait for hours: 0.9 KB each with a dict.
+    __slots__ = (
+        "_batches",
+        "_prefix",
+        "_taken",
+        "active_at",
+        "address",
+        "answered_at",
+        "asked",
+        "caller",
+        "connected_at",
+        "cursor",
+        "doom",
+        "epoch",
+        "events",
+        "gap",
+        "id",
+        "is_live",
+        "is_resumable",
+        "known",
+        "opened_at",
+        "position",
+        "resumes",
+        "sink",
+        "state",
+        "subscriptions",
+        "taken_at",
+        "turn",
+        "wants_cursor",
+        "wants_resync",
+        "written",
+        "written_at",
+    )
+
     def __init__(
         self, client_id: str, sink: Sink, *, address: str, epoch: str, cursor: Cursor, now: float
     ) -> None:
@@ -142,29 +176,22 @@ class Connection:
         self.written = 0
         self._taken = 0
         self.events = 0
-        self._batch: Batch | None = None
-        self._more: list[Batch] = []
+        self._batches: tuple[Batch, ...] = ()
         self._prefix = b"id:" + client_id.encode()
-        self._ended = asyncio.Event()
 
     @property
     def is_ended(self) -> bool:
         """Whether it is over."""
-        return self._ended.is_set()
+        return self.state is State.ENDED
 
     def is_replaying(self) -> bool:
         """Whether it reads on from the changelog; no property, for it changes between awaits."""
         return self.state is State.REPLAY
 
-    async def wait_ended(self) -> None:
-        """Return when the hub has ended the connection or the client has gone."""
-        await self._ended.wait()
-
     def mark_ended(self) -> None:
         """Make it over: nothing is written any more."""
         self.state = State.ENDED
         self.is_live = False
-        self._ended.set()
 
     def say(self, tail: bytes, at: Cursor | None) -> None:
         """Write one message of ours; ``at`` moves a resumable connection's position."""
@@ -199,11 +226,9 @@ class Connection:
 
     def take(self, batch: Batch) -> bool:
         """Take part of a slice's messages; return whether it is the first part."""
-        if self._batch is None:
-            self._batch = batch
-            return True
-        self._more.append(batch)
-        return False
+        is_first = not self._batches
+        self._batches += (batch,)
+        return is_first
 
     def compose(self, events: Sequence[Event]) -> bytes:
         """Return what was taken of the slice as bytes; moves the position.
@@ -211,13 +236,10 @@ class Connection:
         Args:
             events: The slice's.
         """
-        batch = self._batch
-        if batch is None:
+        if not self._batches:
             return b""
-        if self._more:
-            batch = merged([batch, *self._more])
-            self._more = []
-        self._batch = None
+        batch = merged(self._batches)
+        self._batches = ()
         self.events += len(batch.places)
         if not self.is_resumable:
             return self._prefix.join(batch.tails)
@@ -239,7 +261,7 @@ class Connection:
 
     def discard(self) -> None:
         """Forget what was taken; the changelog still has it."""
-        self._batch, self._more = None, []
+        self._batches = ()
 
     def note_taken(self, now: float) -> None:
         """See whether the client took bytes since the last look.
