@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from enum import Enum
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from pgrealtime.auth.principal import Caller
 from pgrealtime.hub.batch import Batch, merged
@@ -17,8 +17,12 @@ from pgrealtime.lsn import Cursor, Position, format_position
 from pgrealtime.records.encode import View
 
 if TYPE_CHECKING:
+    from pgrealtime.hub.expansion import Viewer
     from pgrealtime.hub.match import Group
     from pgrealtime.hub.snapshot import Barrier
+    from pgrealtime.rules.plan import Bound
+
+Receives: TypeAlias = "tuple[bytes, View, Viewer | None, Bound | None]"
 
 CURSOR_TOPIC = "PB_CURSOR"
 RESYNC_TOPIC = "PB_RESYNC"
@@ -75,9 +79,21 @@ class Subscription:
         own_id: Of an auth collection: the id of the subscriber's own record, whose email it sees.
         barrier: What it must still hear although it joined late; None once everything is.
         group: The subscriptions it is judged with; None if nothing can ever match.
+        viewer: Who it is to related records; None if it wants none.
+        manager: What is asked of a record whose address isn't public; None if nothing helps.
     """
 
-    __slots__ = ("barrier", "connection", "group", "name", "own_id", "topic", "view")
+    __slots__ = (
+        "barrier",
+        "connection",
+        "group",
+        "manager",
+        "name",
+        "own_id",
+        "topic",
+        "view",
+        "viewer",
+    )
 
     def __init__(self, connection: Connection, topic: Topic, view: View, own_id: str) -> None:
         self.connection = connection
@@ -87,6 +103,13 @@ class Subscription:
         self.own_id = own_id
         self.barrier: Barrier | None = None
         self.group: Group | None = None
+        self.viewer: Viewer | None = None
+        self.manager: Bound | None = None
+
+    @property
+    def receives(self) -> Receives:
+        """What decides, beside its group, which bytes it is sent, its own record's aside."""
+        return self.name, self.view, self.viewer, self.manager
 
 
 @lru_cache(maxsize=4096)

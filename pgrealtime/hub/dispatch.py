@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Sized
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from functools import lru_cache
 from types import MappingProxyType
@@ -24,7 +25,7 @@ from msgspec import Struct
 
 from pgrealtime.auth.principal import GUEST, AuthRecord, Caller, Superuser, is_same
 from pgrealtime.changelog.base import Changelog, Entry, Gap
-from pgrealtime.changes import Oversized, Row, TableName, Transaction
+from pgrealtime.changes import Oversized, TableName, Transaction
 from pgrealtime.collections import Collections
 from pgrealtime.config import CollectionLoginConfig, RealtimeConfig
 from pgrealtime.errors import ChangelogError, PgRealtimeError, RuleError, SubscriptionError
@@ -33,19 +34,26 @@ from pgrealtime.hub.connection import (
     CURSOR_TOPIC,
     RESYNC_TOPIC,
     Connection,
+    Receives,
     Sink,
     State,
     Subscription,
 )
 from pgrealtime.hub.event import Action, Emptied, Event, events_of
+from pgrealtime.hub.expand import Expander, Reading, Related, Wanted
+from pgrealtime.hub.expansion import Node, Viewer, Viewers, junction_steps
 from pgrealtime.hub.frame import connect_tail, event_tail, resync_tail
 from pgrealtime.hub.identity import Identities, Person, person_in, person_of
-from pgrealtime.hub.match import Audience, Group, Judging, Matcher
-from pgrealtime.hub.probe import LiveRow
+from pgrealtime.hub.looking import Looking
+from pgrealtime.hub.match import Audience, Group, Matcher
+from pgrealtime.hub.probe import Asked, LiveRow
 from pgrealtime.hub.snapshot import Barrier, Snapshot, Snapshots, barrier_of
 from pgrealtime.hub.topic import parse_topic
 from pgrealtime.lsn import END, LSN, Cursor, Position, Xid, parse_position
-from pgrealtime.records.encode import View, encoder
+from pgrealtime.records.encode import RecordEncoder, View, encoder
+from pgrealtime.rules.past import Past, tables_of
+from pgrealtime.rules.plan import Bound, moment
+from pgrealtime.rules.request import Request
 
 log = structlog.get_logger(__name__)
 
@@ -67,6 +75,7 @@ _BARRIER_RETRY_SECONDS = 0.005
 _CLOSED_PER_SECOND = 500
 _REPLAYS_AT_ONCE = 16
 _ENCODERS = 1024
+_NO_IDS: Mapping[str, Sequence[str]] = MappingProxyType({})
 _NO_LOGINS: Mapping[str, CollectionLoginConfig] = MappingProxyType({})
 
 
@@ -77,8 +86,12 @@ class Asking(Protocol):
         """Return the row of ``SNAPSHOT_QUERY``."""
         ...
 
-    async def ask(self, judging: Judging) -> None:
+    async def ask(self, judging: Asked) -> None:
         """Find out what the judging wants to know, until nothing is left to ask."""
+        ...
+
+    def reading(self, xids: Sized[Xid]) -> AbstractAsyncContextManager[Reading]:
+        """Open a snapshot for several questions."""
         ...
 
     async def live_rows(self, events: Sequence[Event]) -> dict[tuple[str, str], LiveRow]:
@@ -111,6 +124,35 @@ class Slice(Struct):
 
 
 Judged: TypeAlias = list[Iterable[Group]]
+
+
+Sight: TypeAlias = tuple[Viewer | None, Bound | None]
+"""What a subscription's records show beside their rows: to whom, and who manages them."""
+
+
+class Beside(Struct):
+    """What was found out about a slice's events beside their rows."""
+
+    looking: Looking[int]
+    """By place, what the managers asked."""
+    related: Related
+
+
+_NOTHING_BESIDE = Beside(Looking(moment(datetime.now(UTC))), Related())
+
+
+class Showing(Struct):
+    """An event that is being shown to those who hear of it."""
+
+    event: Event
+    place: int
+    beside: Beside
+    records: dict[tuple[View, Viewer | None], bytes] = {}
+    """Its record as it was made for who sees what."""
+
+    def is_managed(self, manager: Bound) -> bool:
+        """Whether the record's address is shown to them."""
+        return manager in self.beside.looking.admitted(self.place)
 
 
 class _Cut:
@@ -190,6 +232,7 @@ class Hub:
         self._clock = clock
         self._snapshots = Snapshots(probe.snapshot)
         self._connections: dict[str, Connection] = {}
+        self._show_by(collections, matcher)
         self._identities = Identities(logins)
         # Views hold what clients wrote as fields: bounded, so that nobody can fill the memory.
         self._encoder = lru_cache(maxsize=_ENCODERS)(self._make_encoder)
@@ -302,6 +345,7 @@ class Hub:
         reconsider: Callable[[Caller], Caller],
     ) -> None:
         self._collections, self._matcher, self._reconsider = collections, matcher, reconsider
+        self._show_by(collections, matcher)
         self._encoder = lru_cache(maxsize=_ENCODERS)(self._make_encoder)
         self._edition += 1
         self._reported.clear()
@@ -310,6 +354,21 @@ class Hub:
             for subscription in connection.subscriptions.values():
                 subscription.group = None  # the other matcher's, which goes with it
                 self._mean(subscription, connection.caller)
+
+    def _show_by(self, collections: Collections, matcher: Matcher) -> None:
+        """Let records be shown as these collections say."""
+        self._planner = matcher.planner
+        self._viewers = Viewers(collections, matcher.planner)
+        self._expander = Expander(self._probe, collections, self._show)
+        self._tables = tables_of(collections)
+        self._rich = frozenset(
+            one.name
+            for one in collections.values()
+            if one.manage_rule is not None or junction_steps(collections, one)
+        )
+        """Collections whose records show more than their rows."""
+        self._expanding = 0
+        """Subscriptions that want related records."""
 
     def _restarted(self, epoch: str) -> None:
         """Positions of before mean nothing any more: the changelog was emptied as well."""
@@ -402,7 +461,7 @@ class Hub:
         if replay is not None:
             replay.cancel()
         for subscription in connection.subscriptions.values():
-            self._matcher.remove(subscription)
+            self._leave(subscription)
             self._fresh.pop(subscription, None)
         connection.subscriptions = {}
         if self._connections.pop(connection.id, None) is not None:
@@ -529,7 +588,7 @@ class Hub:
         caller = self._reconsider(caller)
         before = connection.subscriptions
         for subscription in before.values():
-            self._matcher.remove(subscription)
+            self._leave(subscription)
             self._fresh.pop(subscription, None)
         connection.known = known
         self._identities.become(connection, caller)
@@ -563,15 +622,32 @@ class Hub:
             sees_hidden=is_superuser, sees_email=is_superuser, fields=topic.query.get("fields")
         )
         subscription.own_id = ""
-        if isinstance(caller.principal, AuthRecord):
-            collection = self._collections.find(topic.collection)
-            if collection is not None and collection.id == caller.principal.collection_id:
-                subscription.own_id = caller.principal.id
+        subscription.viewer = subscription.manager = None
+        collection = self._collections.find(topic.collection)
+        if collection is None:
+            return ""
+        request = Request(principal=caller.principal, query=topic.query, headers=topic.headers)
+        principal = caller.principal
+        if isinstance(principal, AuthRecord) and principal.collection_id == collection.id:
+            subscription.own_id = principal.id
+        if "expand" in topic.query:
+            subscription.viewer = self._viewers.viewer(collection, request)
         try:
-            return self._matcher.add(subscription, caller.principal)
+            if collection.manage_rule is not None and not is_superuser:
+                bound = self._planner.bind(collection, collection.manage_rule, request)
+                subscription.manager = bound if isinstance(bound, Bound) else None
+            reason = self._matcher.add(subscription, caller.principal)
         except RuleError as error:
             self._report(topic.collection, error)
             return error.message
+        self._expanding += subscription.viewer is not None and not reason
+        return reason
+
+    def _leave(self, subscription: Subscription) -> None:
+        """Take a subscription out of the group that ``_mean`` put it in, if any."""
+        if subscription.group is not None:
+            self._expanding -= subscription.viewer is not None
+            self._matcher.remove(subscription)
 
     def _report(self, collection: str, error: RuleError) -> None:
         """Say once that a collection's rule denies everybody."""
@@ -604,9 +680,10 @@ class Hub:
             self._target, self._is_deciding = part.upto, True
             self._begin(part)
             judged = await self._judge(part.events) if part.events else []
+            beside = await self._look_beside(part.events, judged, _sights_of_audiences)
             if self._edition != edition:
                 return  # another history has begun, and this slice isn't of it
-            self._deliver(part, judged)
+            self._deliver(part, judged, beside)
             self._turn_live(part.people, "delete")
             self._advance(part)
             # Others of this loop get their turn: the reader, replays, HTTP.
@@ -639,7 +716,7 @@ class Hub:
             return
         self._identities.become(connection, caller)
         for subscription in connection.subscriptions.values():
-            self._matcher.remove(subscription)
+            self._leave(subscription)
             self._mean(subscription, caller)
 
     async def _until_visible(self, entries: Sequence[Entry]) -> None:
@@ -747,23 +824,54 @@ class Hub:
             _complete(partial, live, proven=False)
         return judging.hits
 
-    def _deliver(self, part: Slice, judged: Judged) -> None:
+    async def _look_beside(
+        self,
+        events: Sequence[Event],
+        judged: Judged,
+        sights: Callable[[Iterable[Group]], Iterable[Sight]],
+    ) -> Beside:
+        """Find out what else is shown of the events' records, and to whom.
+
+        Args:
+            events: The slice's.
+            judged: Who hears of them.
+            sights: What those of some groups want to see whom this is done for.
+        """
+        rich = self._rich
+        if not self._expanding and not any(event.collection.name in rich for event in events):
+            return _NOTHING_BESIDE
+        xids = frozenset(event.xid for event in events)
+        looking: Looking[int] = Looking(moment(datetime.now(UTC)), xids)
+        wanted: list[Wanted] = []
+        heard = [place for place, groups in enumerate(judged) if groups]
+        for place in heard:
+            event = events[place]
+            found = list(sights(judged[place]))
+            wanted += ((place, viewer) for viewer, _ in found if viewer is not None)
+            if event.collection.manage_rule is not None and event.hides_email:
+                past = Past(event.changes, self._tables) if event.action == "delete" else None
+                bounds = {manager for _, manager in found if manager is not None}
+                looking.consider(place, event.collection, event.row, bounds, past)
+        await self._probe.ask(looking)
+        related = await self._expander.related(events, heard, wanted)
+        return Beside(looking, related)
+
+    def _deliver(self, part: Slice, judged: Judged, beside: Beside) -> None:
         audiences: list[Audience] = []
         mine: dict[Subscription, Batch] = {}
         for place, (event, groups) in enumerate(zip(part.events, judged, strict=True)):
-            records: dict[View, bytes] = {}
+            showing = Showing(event, place, beside)
             for group in groups:
                 for audience in group.audiences:
                     if audience.batch is None:
                         audience.batch = Batch()
                         audiences.append(audience)
-                    tail = self._tail(event, audience.name, audience.view, records)
+                    tail = self._tail(showing, audience.receives)
                     if not tail:
                         continue
                     audience.batch.add(place, tail)
                     for owner in audience.owners(event.record_id):
-                        view = _with_email(audience.view)
-                        own = self._tail(event, audience.name, view, records)
+                        own = self._tail(showing, audience.receives, is_own=True)
                         mine.setdefault(owner, Batch()).add(place, own)
         touched: list[Connection] = []
         for audience in audiences:
@@ -805,16 +913,24 @@ class Hub:
             if connection.take(batch):
                 touched.append(connection)
 
-    def _tail(self, event: Event, name: bytes, view: View, records: dict[View, bytes]) -> bytes:
+    def _tail(self, showing: Showing, receives: Receives, *, is_own: bool = False) -> bytes:
         """Return the message, or nothing if the row can't be shown: that row alone is lost."""
-        record = records.get(view)
+        name, view, viewer, manager = receives
+        if is_own or (manager is not None and showing.is_managed(manager)):
+            view = _with_email(view)
+        record = showing.records.get((view, viewer))
         if record is None:
-            record = records[view] = self._record(event, view)
-        return event_tail(name, record, event.action) if record else b""
+            record = showing.records[view, viewer] = self._record(showing, view, viewer)
+        return event_tail(name, record, showing.event.action) if record else b""
 
-    def _record(self, event: Event, view: View) -> bytes:
+    def _record(self, showing: Showing, view: View, viewer: Viewer | None) -> bytes:
+        event, related = showing.event, showing.beside.related
         try:
-            return self._encoder(event.collection.name, view)(event.row)
+            return self._encoder(event.collection.name, view)(
+                event.row,
+                related.ids.get(showing.place, _NO_IDS),
+                None if viewer is None else related.expands.get((showing.place, viewer)),
+            )
         except (ValueError, LookupError) as error:
             # A value that isn't of the type that the catalogue gave the column when it was read.
             log.error(  # noqa: TRY400 (the message may not show the row)
@@ -823,7 +939,10 @@ class Hub:
             self._on_doubt()
             return b""
 
-    def _make_encoder(self, name: str, view: View) -> Callable[[Row], bytes]:
+    def _show(self, node: Node, view: View, expand: bytes | None) -> bytes:
+        return self._encoder(node.collection.name, view)(node.row, node.related, expand)
+
+    def _make_encoder(self, name: str, view: View) -> RecordEncoder:
         return encoder(self._collections[name], nulls=self._nulls, view=view)
 
     def _flush(self, touched: Sequence[Connection], part: Slice) -> None:
@@ -947,22 +1066,21 @@ class Hub:
         if not events or not by_group:
             return batch
         judged = await self._judge(events, by_group.keys())
+
+        def sights(groups: Iterable[Group]) -> Iterable[Sight]:
+            return ((one.viewer, one.manager) for group in groups for one in by_group[group])
+
+        beside = await self._look_beside(events, judged, sights)
         for place, (event, groups) in enumerate(zip(events, judged, strict=True)):
-            records: dict[View, bytes] = {}
+            showing = Showing(event, place, beside)
             for subscription in (one for group in groups for one in by_group[group]):
                 barrier = subscription.barrier
                 if barrier is not None and not barrier.admits(event.xid, event.cursor.lsn):
                     continue
-                if tail := self._tail_for(subscription, event, records):
+                is_own = subscription.own_id == event.record_id
+                if tail := self._tail(showing, subscription.receives, is_own=is_own):
                     batch.add(place, tail)
         return batch
-
-    def _tail_for(
-        self, subscription: Subscription, event: Event, records: dict[View, bytes]
-    ) -> bytes:
-        is_own = subscription.own_id == event.record_id
-        view = _with_email(subscription.view) if is_own else subscription.view
-        return self._tail(event, subscription.name, view, records)
 
     def _join(self, connection: Connection) -> None:
         """Make LIVE a connection that has read all there is; or let it wait, or read on."""
@@ -1105,6 +1223,13 @@ def _position_of(text: str | None) -> Position | None:
     if not text or len(text) > _POSITION_LIMIT:
         return None
     return parse_position(text.rpartition(".")[2])
+
+
+def _sights_of_audiences(groups: Iterable[Group]) -> Iterable[Sight]:
+    for group in groups:
+        for audience in group.audiences:
+            _name, _view, viewer, manager = audience.receives
+            yield viewer, manager
 
 
 def _with_email(view: View) -> View:

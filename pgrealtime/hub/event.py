@@ -36,6 +36,13 @@ class Event(Struct):
         """Whether the image has every column; if not, some were left out of the WAL."""
         return len(self.row) >= len(self.collection.table.columns)
 
+    @property
+    def hides_email(self) -> bool:
+        """Whether not everybody is shown the record's e-mail address; of auth collections."""
+        visibility = self.collection.by_name.get("emailVisibility")
+        column = visibility.column if visibility is not None else None
+        return column is None or self.row.get(column.name) != "t"
+
 
 class Emptied(Struct, frozen=True):
     """A collection whose table was truncated: no rows are told, so it is a gap."""

@@ -14,10 +14,9 @@ from pgrealtime.auth.principal import Principal
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collections
 from pgrealtime.hub.batch import Batch
-from pgrealtime.hub.connection import Subscription
+from pgrealtime.hub.connection import Receives, Subscription
 from pgrealtime.hub.event import Event
 from pgrealtime.lsn import Xid
-from pgrealtime.records.encode import View
 from pgrealtime.rules.compare import Scalar
 from pgrealtime.rules.decide import Case, Deciding
 from pgrealtime.rules.formula import Facts, Moment
@@ -38,15 +37,14 @@ class Audience:
     """Subscriptions of one group that receive the same bytes. A single one is kept as it is.
 
     Attributes:
-        name: The topic as submitted.
+        receives: What decides about the bytes: the topic as submitted, what is seen of records.
         batch: What the slice being delivered has for them; None between slices.
     """
 
-    __slots__ = ("_owners", "_subscriptions", "batch", "name", "view")
+    __slots__ = ("_owners", "_subscriptions", "batch", "receives")
 
     def __init__(self, subscription: Subscription) -> None:
-        self.name = subscription.name
-        self.view = subscription.view
+        self.receives = subscription.receives
         self.batch: Batch | None = None
         self._subscriptions: Subscription | dict[Subscription, None] = subscription
         self._owners: dict[str, dict[Subscription, None]] | None = None
@@ -99,11 +97,11 @@ class Group:
         self.variant = bound.variant
         self.values = bound.values
         self.record_id = record_id
-        self._audiences: Audience | dict[tuple[bytes, View], Audience] | None = None
+        self._audiences: Audience | dict[Receives, Audience] | None = None
 
     @property
     def audiences(self) -> Iterable[Audience]:
-        """By what they receive: topic as submitted and view."""
+        """By what they receive."""
         match self._audiences:
             case None:
                 return ()
@@ -115,7 +113,7 @@ class Group:
     def add(self, subscription: Subscription) -> None:
         """Put a subscription into its audience."""
         for audience in self.audiences:
-            if audience.name == subscription.name and audience.view == subscription.view:
+            if audience.receives == subscription.receives:
                 audience.add(subscription)
                 return
         made = Audience(subscription)
@@ -123,14 +121,14 @@ class Group:
             case None:
                 self._audiences = made
             case Audience() as only:
-                self._audiences = {(one.name, one.view): one for one in (only, made)}
+                self._audiences = {one.receives: one for one in (only, made)}
             case several:
-                several[made.name, made.view] = made
+                several[made.receives] = made
 
     def remove(self, subscription: Subscription) -> bool:
         """Take a subscription out; return whether it was the last one."""
         if isinstance(self._audiences, dict):
-            place = subscription.name, subscription.view
+            place = subscription.receives
             if self._audiences[place].remove(subscription):
                 del self._audiences[place]
             return not self._audiences
@@ -252,7 +250,7 @@ class Matcher:
 
     def __init__(self, collections: Collections, *, is_utf8: bool = True) -> None:
         self._collections = collections
-        self._planner = Planner(collections, is_utf8=is_utf8)
+        self.planner = Planner(collections, is_utf8=is_utf8)
         self._tables = tables_of(collections)
         self._groups: dict[str, _Groups] = {}
         self._tried = 0
@@ -274,7 +272,7 @@ class Matcher:
             return ""
         rule = collection.list_rule if topic.record_id is None else collection.view_rule
         request = Request(principal=principal, query=topic.query, headers=topic.headers)
-        bound = self._planner.bind(collection, rule, request, own)
+        bound = self.planner.bind(collection, rule, request, own)
         if isinstance(bound, Nobody):
             return bound.reason
         there = self._groups.get(collection.name) or _Groups()

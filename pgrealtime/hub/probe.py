@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Sized
-from typing import Any
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import psycopg
@@ -20,7 +21,6 @@ from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
 from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.event import Event
-from pgrealtime.hub.match import Judging
 from pgrealtime.hub.snapshot import SNAPSHOT_QUERY, parse_snapshot
 from pgrealtime.lsn import Xid
 from pgrealtime.rules.access import RemoteSource
@@ -63,6 +63,23 @@ class LiveRow:
     def __init__(self, xid: int, row: Row) -> None:
         self.xid = xid
         self.row = row
+
+
+class Asked(Protocol):
+    """What is found out in rounds: a ``Judging``, a ``Looking``."""
+
+    @property
+    def xids(self) -> Sized[Xid]:
+        """The transactions that must be visible to whoever answers."""
+        ...
+
+    def inquiries(self) -> list[Inquiry]:
+        """Return what must be asked now; nothing if all is known."""
+        ...
+
+    def resume(self) -> None:
+        """Go on when the inquiries have been put."""
+        ...
 
 
 class Probe:
@@ -115,7 +132,7 @@ class Probe:
         except (psycopg.Error, PoolTimeout):
             return True
 
-    async def ask(self, judging: Judging) -> None:
+    async def ask(self, judging: Asked) -> None:
         """Put what the judging wants to know, until nothing is left.
 
         All of it is asked of one snapshot, in which the events' transactions are visible. Whatever
@@ -127,7 +144,8 @@ class Probe:
         try:
             async with self._pool.connection() as connection:
                 session = _Session(connection, judging.xids)
-                await self._put_all(session, judging, inquiries)
+                await session.begin()
+                await self.put_all(session, judging, inquiries)
                 await session.end()
         except (psycopg.Error, PoolTimeout, TimeoutError) as error:
             self.denied += 1
@@ -135,15 +153,32 @@ class Probe:
             while judging.inquiries():
                 judging.resume()
 
-    async def _put_all(
-        self, session: _Session, judging: Judging, inquiries: Sequence[Inquiry]
-    ) -> None:
-        await session.begin()
+    @asynccontextmanager
+    async def reading(self, xids: Sized[Xid]) -> AsyncIterator[Reading]:
+        """Open a snapshot in which the transactions are visible, for several questions.
+
+        Raises:
+            psycopg.Error: There is none to be had; or the connection broke.
+            PoolTimeout: Every connection is in use.
+            TimeoutError: A transaction stays invisible.
+        """
+        async with self._pool.connection() as connection:
+            session = _Session(connection, xids)
+            await session.begin()
+            yield Reading(self, session)
+            await session.end()
+
+    async def put_all(self, session: _Session, asked: Asked, inquiries: Sequence[Inquiry]) -> None:
+        """Put what is to be known, in a session that has begun.
+
+        Raises:
+            psycopg.Error: The connection broke.
+        """
         while inquiries:
             for inquiry in inquiries:
                 await self._put(session, inquiry)
-            judging.resume()
-            inquiries = judging.inquiries()
+            asked.resume()
+            inquiries = asked.inquiries()
 
     async def _put(self, session: _Session, inquiry: Inquiry) -> None:
         """Put an inquiry; if it fails its parts, so that only what can't be answered is denied."""
@@ -172,8 +207,7 @@ class Probe:
         except psycopg.Error as error:
             if session.is_broken:
                 raise
-            self._tell(inquiry.collection, _first_line(error))
-            self._doubt(error)
+            self.report(inquiry.collection, error)
             await session.restart()
             if isinstance(error, psycopg.errors.QueryCanceled):
                 session.patience -= 1
@@ -181,6 +215,11 @@ class Probe:
                     self._resting[inquiry.about] = time.monotonic() + _REST_SECONDS
             return False
         return True
+
+    def report(self, collection: str, error: psycopg.Error) -> None:
+        """Say what a question failed with."""
+        self._tell(collection, _first_line(error))
+        self._doubt(error)
 
     def _deny(self, inquiry: Inquiry, reason: str) -> None:
         self.denied += 1
@@ -241,6 +280,35 @@ class Probe:
             return rows
 
 
+class Reading:
+    """One snapshot to read in; after an error a younger one."""
+
+    def __init__(self, probe: Probe, session: _Session) -> None:
+        self._probe = probe
+        self._session = session
+
+    async def texts(
+        self, statement: sql.Composed, params: Mapping[str, object]
+    ) -> list[tuple[str | None, ...]] | None:
+        """Return the rows in the stream's text forms; None if the query fails.
+
+        Raises:
+            psycopg.Error: The connection broke.
+        """
+        try:
+            return await self._session.texts(statement, params)
+        except psycopg.Error as error:
+            if self._session.is_broken:
+                raise
+            self._probe.report("", error)
+            await self._session.restart()
+            return None
+
+    async def judge(self, asked: Asked) -> None:
+        """Put what is to be known, until nothing is left; what can't be answered is denied."""
+        await self._probe.put_all(self._session, asked, asked.inquiries())
+
+
 def _first_line(error: Exception) -> str:
     """What Postgres complains of; the lines after it may show a row."""
     return str(error).partition("\n")[0]
@@ -284,6 +352,22 @@ class _Session:
             if time.monotonic() > deadline:
                 raise TimeoutError("a commit stays invisible")
             await asyncio.sleep(_VISIBLE_RETRY_SECONDS)
+
+    async def texts(
+        self, statement: sql.Composed, params: Mapping[str, object]
+    ) -> list[tuple[str | None, ...]]:
+        """Return the rows as texts, of the same form as in the stream whatever their types."""
+        result = (await self._connection.execute(statement, params)).pgresult
+        assert result is not None  # an executed query has one
+        return [
+            tuple(
+                [
+                    None if value is None else value.decode()
+                    for value in (result.get_value(place, n) for n in range(result.nfields))
+                ]
+            )
+            for place in range(result.ntuples)
+        ]
 
     async def rows(self, question: Question) -> list[tuple[object, ...]]:
         """Return the answer."""

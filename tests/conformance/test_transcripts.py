@@ -82,12 +82,7 @@ STYLE = Style(empty="null", json_type="json")
 LOGIN_PATH = re.compile(r"/auth-(with-password|refresh)")
 """Recordings that speak to the login endpoints also get their tokens there."""
 
-NOT_YET = {
-    "cascade_judges_before": "a deleted row is judged without the others its transaction deleted",
-    "email_visibility": "there is no manage rule",
-    "options_expand": "records are sent without related ones",
-    "role_change_takes_effect": "there is no manage rule",
-}
+NOT_YET = {}
 """Recordings that pgrealtime doesn't answer so, with the reason; one that passes fails here."""
 
 

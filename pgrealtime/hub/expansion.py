@@ -1,0 +1,327 @@
+"""What subscriptions want to see of related records, and how it is put together (protocol, 5.6).
+
+Between the option's text (``records.expand``) and who fetches the records (``hub.expand``). Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TypeAlias
+from weakref import WeakValueDictionary
+
+import msgspec
+from msgspec import Raw
+
+from pgrealtime.auth.principal import AuthRecord, Superuser
+from pgrealtime.changes import Row
+from pgrealtime.collections import Collection, Collections, Field
+from pgrealtime.errors import RuleError
+from pgrealtime.records.encode import View
+from pgrealtime.records.expand import Path, parse_expand
+from pgrealtime.rules.plan import Bound, Planner
+from pgrealtime.rules.reference import Nobody
+from pgrealtime.rules.request import Request
+from pgrealtime.text_forms import parse_array
+
+_BACK = re.compile(r"(\w+)_via_(\w+)", re.ASCII)
+_PLANS = 4096
+
+Link: TypeAlias = tuple[str, str, bool]
+"""A relation in one of its directions: collection that has the field, field, whether backwards."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Step:
+    """From the records of one collection to those that a relation leads to."""
+
+    name: str
+    """As the client wrote it: the field, or ``COLLECTION_via_FIELD``."""
+    field: Field
+    owner: Collection
+    """Whose field it is: of the way there the source, of the way back the target."""
+    source: Collection
+    target: Collection
+    is_back: bool = False
+
+    @property
+    def link(self) -> Link:
+        """What is the same whoever asks."""
+        return self.owner.name, self.field.name, self.is_back
+
+    @property
+    def is_in_row(self) -> bool:
+        """Whether the source's row holds the ids."""
+        return not self.is_back and self.field.column is not None
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it is shown as a list, even of one."""
+        column = self.field.column
+        if self.is_back:
+            return column is None or (column.name,) not in self.owner.table.unique
+        return self.field.is_multiple
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Branch:
+    """A step that somebody wants, with those from the records it leads to."""
+
+    step: Step
+    branches: Mapping[str, Branch]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Route:
+    """A path that was asked for, as far as there are relations of these names."""
+
+    steps: tuple[Step, ...]
+    is_broken: bool
+    """Another name follows, which nothing answers to: where a record is reached that it would be
+    looked for in, the whole path adds nothing."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """The option ``expand`` of a collection."""
+
+    routes: tuple[Route, ...]
+    branches: Mapping[str, Branch]
+    """All routes together."""
+    targets: tuple[Collection, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+class Viewer:
+    """Subscriptions that see the same related records in the same way; compared by identity."""
+
+    plan: Plan
+    sees_hidden: bool
+    own: tuple[str, str] | None
+    """Collection and id of the viewer's record, if it can be among the related ones."""
+    seen: Mapping[str, Bound | None]
+    """By collection, which records are seen, None being none. Those that aren't here may not even
+    be looked at: they are locked, or their rule can't be asked."""
+    managed: Mapping[str, Bound]
+    """By auth collection, of which records an address is seen that isn't public."""
+
+
+class Viewers:
+    """Compiles who sees what; who sees the same is the same viewer, as long as it is kept.
+
+    Args:
+        collections: All there are.
+        planner: Compiles rules.
+    """
+
+    def __init__(self, collections: Collections, planner: Planner) -> None:
+        self._collections = collections
+        self._planner = planner
+        self._plan = lru_cache(maxsize=_PLANS)(self._make_plan)
+        self._known: WeakValueDictionary[object, Viewer] = WeakValueDictionary()
+
+    def viewer(self, collection: Collection, request: Request) -> Viewer | None:
+        """Return who the subscriber is to related records; None if it wants none.
+
+        Args:
+            collection: That the topic is about.
+            request: The subscriber.
+        """
+        plan = self._plan(collection.name, request.query.get("expand", ""))
+        if plan is None:
+            return None
+        # The client's filter is about the topic's own records.
+        query = {name: value for name, value in request.query.items() if name != "filter"}
+        asked = replace(request, query=query, context="expand")
+        seen: dict[str, Bound | None] = {}
+        managed: dict[str, Bound] = {}
+        is_superuser = isinstance(request.principal, Superuser)
+        for target in plan.targets:
+            bound = self._bind(target, target.view_rule, asked)
+            if isinstance(bound, Bound):
+                seen[target.name] = bound
+            elif bound is not None and not bound.reason:
+                seen[target.name] = None
+            if target.type == "auth" and target.manage_rule is not None and not is_superuser:
+                manager = self._bind(target, target.manage_rule, asked)
+                if isinstance(manager, Bound):
+                    managed[target.name] = manager
+        own = None
+        match request.principal:
+            case AuthRecord(collection_name=name, id=record_id) if name in seen:
+                own = name, record_id
+        identity = (plan, is_superuser, own, tuple(seen.items()), tuple(managed.items()))
+        viewer = self._known.get(identity)
+        if viewer is None:
+            viewer = self._known[identity] = Viewer(
+                plan=plan, sees_hidden=is_superuser, own=own, seen=seen, managed=managed
+            )
+        return viewer
+
+    def _bind(
+        self, target: Collection, rule: str | None, request: Request
+    ) -> Bound | Nobody | None:
+        """Return what decides; Nobody without a reason if the rule is false whatever the record."""
+        try:
+            return self._planner.bind(target, rule, request)
+        except RuleError:
+            return None
+
+    def _make_plan(self, name: str, text: str) -> Plan | None:
+        routes = [self._route(self._collections[name], path) for path in parse_expand(text)]
+        # A path whose first name is unknown adds nothing to any record.
+        kept = tuple(route for route in routes if route.steps)
+        if not kept:
+            return None
+        steps = [step for route in kept for step in route.steps]
+        return Plan(
+            routes=kept,
+            branches=_branches([route.steps for route in kept]),
+            targets=tuple({step.target.name: step.target for step in steps}.values()),
+        )
+
+    def _route(self, collection: Collection, path: Path) -> Route:
+        steps: list[Step] = []
+        for name in path:
+            step = self._step(collection, name)
+            if step is None:
+                return Route(tuple(steps), is_broken=True)
+            steps.append(step)
+            collection = step.target
+        return Route(tuple(steps), is_broken=False)
+
+    def _step(self, source: Collection, name: str) -> Step | None:
+        if back := _BACK.fullmatch(name):
+            owner = self._collections.find(back[1])
+            field = None if owner is None else owner.by_name.get(back[2])
+            if owner is None or field is None or field.relation is None:
+                return None
+            if field.relation.collection != source.name:
+                return None
+            return Step(
+                name=name, field=field, owner=owner, source=source, target=owner, is_back=True
+            )
+        field = source.by_name.get(name)
+        if field is None or field.relation is None:
+            return None
+        return _forward(self._collections, source, field)
+
+
+def _forward(collections: Collections, source: Collection, field: Field) -> Step:
+    assert field.relation is not None
+    target = collections[field.relation.collection]
+    return Step(name=field.name, field=field, owner=source, source=source, target=target)
+
+
+def junction_steps(collections: Collections, collection: Collection) -> tuple[Step, ...]:
+    """Return the collection's relations through junction tables."""
+    return tuple(
+        _forward(collections, collection, field)
+        for field in collection.fields
+        if field.relation is not None and field.relation.junction is not None
+    )
+
+
+def _branches(routes: Sequence[Sequence[Step]]) -> Mapping[str, Branch]:
+    by_first: dict[str, list[Sequence[Step]]] = {}
+    for steps in routes:
+        if steps:
+            by_first.setdefault(steps[0].name, []).append(steps)
+    return {
+        name: Branch(below[0][0], _branches([steps[1:] for steps in below]))
+        for name, below in by_first.items()
+    }
+
+
+# --- records as they are found
+
+
+class Node:
+    """A record with the related ones that one viewer sees of it.
+
+    Attributes:
+        related: Ids by field name, of relations through junction tables.
+        children: By step, in order; None where they may not or could not be looked for.
+    """
+
+    __slots__ = ("children", "collection", "record_id", "related", "row", "sees_email")
+
+    def __init__(
+        self, collection: Collection, record_id: str, row: Row, *, sees_email: bool = False
+    ) -> None:
+        self.collection = collection
+        self.record_id = record_id
+        self.row = row
+        self.sees_email = sees_email
+        self.related: Mapping[str, Sequence[str]] = {}
+        self.children: dict[str, list[Node] | None] = {}
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Its collection and its id."""
+        return self.collection.name, self.record_id
+
+
+def ids_in_row(step: Step, row: Row) -> list[str]:
+    """Return the ids that a row holds, none empty, none twice."""
+    assert step.field.column is not None
+    text = row.get(step.field.column.name)
+    if not text:
+        return []
+    return ids_in_array(text) if step.field.is_multiple else [text]
+
+
+def ids_in_array(text: str) -> list[str]:
+    """Return the ids of an array in text form, none empty, none twice."""
+    return list(dict.fromkeys(item for item in parse_array(text) if isinstance(item, str) and item))
+
+
+Show: TypeAlias = Callable[[Node, View, bytes | None], bytes]
+"""Makes the record of a node, given what it shows as ``expand``."""
+
+_write = msgspec.json.Encoder().encode
+
+
+def expanded(root: Node, viewer: Viewer, show: Show) -> bytes | None:
+    """Return the JSON of the member ``expand``; None for a record without one.
+
+    Raises:
+        ValueError: A related row can't be shown.
+        LookupError: Likewise.
+    """
+    whole = [route.steps for route in viewer.plan.routes if _is_whole(root, route)]
+    branches = _branches(whole)
+    return _members(root, branches, viewer, show) if branches else None
+
+
+def _is_whole(root: Node, route: Route) -> bool:
+    """Whether nothing on the way was refused: one refusal and the path adds nothing at all."""
+    level: Iterable[Node] = [root]
+    for step in route.steps:
+        following: dict[Node, None] = {}
+        for node in level:
+            children = node.children.get(step.name)
+            if children is None:
+                return False
+            following.update(dict.fromkeys(children))
+        level = following
+    return not (route.is_broken and any(level))
+
+
+def _members(node: Node, branches: Mapping[str, Branch], viewer: Viewer, show: Show) -> bytes:
+    members: dict[str, Raw | list[Raw]] = {}
+    for name in sorted(branches, key=str.encode):
+        children = node.children.get(name)
+        if children:
+            records = list(_records(children, branches[name], viewer, show))
+            members[name] = records if branches[name].step.is_list else records[0]
+    return _write(members)
+
+
+def _records(children: Sequence[Node], branch: Branch, viewer: Viewer, show: Show) -> Iterator[Raw]:
+    for child in children:
+        below = _members(child, branch.branches, viewer, show) if branch.branches else None
+        view = View(sees_hidden=viewer.sees_hidden, sees_email=child.sees_email)
+        yield Raw(show(child, view, below))
