@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 
 from sqlglot import exp
 
@@ -188,6 +189,19 @@ def _condition(condition: Condition, scope: Scope) -> Sql:
                 ) from None
 
 
+class _Wildcards(Enum):
+    """Where LIKE with a formatted moment on its right side has its ``%`` from.
+
+    PocketBase makes patterns of the constants, which are the format and its modifiers. Where the
+    moments are searched for a counter-example it takes that back, and puts the ``%`` around each
+    of them there.
+    """
+
+    OF_CONSTANTS = auto()
+    NONE = auto()
+    AROUND = auto()
+
+
 @dataclass(frozen=True, slots=True)
 class _Side:
     """An operand, where its value is found, and how it is compared."""
@@ -195,16 +209,19 @@ class _Side:
     term: Term
     scope: Scope
     traits: Traits
+    wildcards: _Wildcards = _Wildcards.OF_CONSTANTS
 
 
 def _comparison(comparison: Comparison, scope: Scope) -> Sql:
     shapes = scope.statement.shapes
     left = _Side(comparison.left, scope, traits(comparison.left, shapes))
     right = _Side(comparison.right, scope, traits(comparison.right, shapes))
-    leaf = _leaf(comparison.op, left, right, is_strict=False)
     multiple = is_multiple(left.term), is_multiple(right.term)
     if comparison.is_any or not any(multiple):
-        return leaf
+        return _leaf(comparison.op, left, right, is_strict=False)
+    if multiple[1]:
+        right = replace(right, wildcards=_Wildcards.NONE)
+    leaf = _leaf(comparison.op, left, right, is_strict=False)
     sides = [
         _opposed(side, scope.fresh() if is_fresh else None)
         for side, is_fresh in zip((left, right), multiple, strict=True)
@@ -224,7 +241,12 @@ def _opposed(side: _Side, others: Scope | None) -> _Side:
     whatever it is.
     """
     if others is not None:
-        return replace(side, scope=others, traits=replace(side.traits, is_filled=False))
+        return replace(
+            side,
+            scope=others,
+            traits=replace(side.traits, is_filled=False),
+            wildcards=_Wildcards.AROUND,
+        )
     return replace(side, traits=side.traits.opposed())
 
 
@@ -538,7 +560,9 @@ def _pattern(side: _Side) -> Sql:
             return sql.null()
         case GeoDistance(args) if any(isinstance(arg, Constant) for arg in args):
             return sql.null()
-        case Strftime(layout, time, modifiers):
+        case Strftime() if side.wildcards is _Wildcards.NONE:
+            return _value(side).shown
+        case Strftime(layout, time, modifiers) if side.wildcards is _Wildcards.OF_CONSTANTS:
             if modifiers or isinstance(time, Constant):
                 return sql.null()
             return _value(replace(side, term=Strftime(pattern(layout), time, ()))).shown

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_EVEN, ROUND_HALF_UP, Context, Decimal
 from enum import Enum, auto
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from pgrealtime.auth.principal import AuthRecord, Guest, Superuser
 from pgrealtime.rules.request import Request
@@ -261,6 +261,8 @@ def pattern(content: str | float) -> str:
     A text with an unescaped ``%`` is one already. Any other is looked for as it stands; a number
     in its shortest decimal form.
     """
+    if isinstance(content, _LoweredNumber):
+        return content.pattern
     text = content if isinstance(content, str) else _decimal(content)
     if _has_wildcard(text):
         return text
@@ -384,9 +386,24 @@ def _request_value(parameter: RequestValue, request: Request) -> Scalar:
         content = _clean(content)
         if parameter.as_number:
             content = _go_number(content)
-    if parameter.is_lower and content is not None:
-        content = _ascii_lower(_sqlite_text(content))
-    return content
+    if not parameter.is_lower or content is None:
+        return content
+    lowered = _ascii_lower(_sqlite_text(content))
+    if isinstance(content, float) and lowered is not None:
+        return _LoweredNumber(lowered, pattern(content).lower())
+    return lowered
+
+
+class _LoweredNumber(str):
+    """A number made text by ``:lower``; as a pattern it is still the number."""
+
+    __slots__ = ("pattern",)
+    pattern: str
+
+    def __new__(cls, text: str, as_pattern: str) -> Self:
+        made = super().__new__(cls, text)
+        made.pattern = as_pattern
+        return made
 
 
 def _go_number(text: str) -> str | float:

@@ -13,6 +13,22 @@ REFUSED: frozenset[str] = frozenset()
 """Cases that may be refused although PocketBase decides them: none."""
 
 
+FOUND = CORPUS.parent / "more-rules"
+"""Cases in the corpus' form, recorded from PocketBase 0.40.6 where a difference was found."""
+
+
+@pytest.mark.timeout(600)
+async def test_what_differed_once_is_decided_as_recorded(database_url: str) -> None:
+    """Each was wrong before it was mended."""
+    corpus = await load(database_url)
+    try:
+        report = judge(corpus, cases(FOUND))
+    finally:
+        corpus.connection.close()
+
+    assert (report.wrong, report.refused) == ((), ())
+
+
 @pytest.mark.timeout(600)
 async def test_every_recorded_case_is_decided_as_recorded(database_url: str) -> None:
     """Whoever PocketBase shows a record to sees it here too, and nobody else does.

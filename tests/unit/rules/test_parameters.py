@@ -226,7 +226,15 @@ def test_value_comes_from_the_subscription(parameter: Parameter, expected: Scala
         headers={"x_token": "t"},
     )
     found = value(parameter, request, NOW, ("one", "two"))
-    assert (found, type(found)) == (expected, type(expected))
+    assert found == expected
+    assert isinstance(found, type(expected))
+
+
+def test_lowered_number_is_a_text_and_as_a_pattern_the_number() -> None:
+    """``title ~ @request.query.views:lower`` looks for 5, and ``title =`` it for 5.0."""
+    parameter = RequestValue(("query", "views"), as_number=True, is_lower=True)
+    found = value(parameter, Request(query={"views": "5"}), NOW)
+    assert (render(found, Form.TEXT), render(found, Form.PATTERN)) == ("5.0", "%5%")
 
 
 @pytest.mark.parametrize("field", ["id", "email", "verified", "collectionId"])
