@@ -120,6 +120,16 @@ install_node() {
     npm install --prefix tests --no-progress --loglevel=error
 }
 
+# Each apart, since their packages have the same name.
+install_python_clients() {
+    say "installing the clients of PyPI in tests/.python"
+    while read -r client needs; do
+        # shellcheck disable=SC2086 # one word per package
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+            --target "tests/.python/${client%%==*}" "$client" $needs
+    done <tests/python-clients.txt
+}
+
 # --- the server ----------------------------------------------------------------------------
 
 # PostgreSQL refuses to run as root. setpriv, unlike su, leaves no process in between.
@@ -185,6 +195,7 @@ step() {
 install_packages
 unless_fresh .venv/installed.cksum "pyproject.toml .ci/constraints.txt" install_python
 unless_fresh tests/node_modules/installed.cksum "tests/package.json tests/.npmrc" install_node
+unless_fresh tests/.python/installed.cksum tests/python-clients.txt install_python_clients
 start_server
 export PGREALTIME_REQUIRE_SERVER=1
 

@@ -1,19 +1,24 @@
-"""The official JavaScript SDK under Node, as a process that tests talk to."""
+"""Published clients as processes that tests talk to: the official JavaScript SDK, those of PyPI."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from tests.conftest import lacking
 
 _HERE = Path(__file__).parent
 DEADLINE = 20.0
+
+PythonSdk: TypeAlias = Literal["pocketbase", "pocketbase-async"]
+PYTHON_SDKS: tuple[PythonSdk, ...] = ("pocketbase", "pocketbase-async")
 
 
 class SdkError(Exception):
@@ -109,16 +114,35 @@ async def native(url: str, *topics: str) -> AsyncIterator[Sdk]:
 
 
 @asynccontextmanager
+async def python_sdk(name: PythonSdk, url: str) -> AsyncIterator[Sdk]:
+    """Start one of the clients of PyPI."""
+    installed = _HERE.parent / ".python" / name
+    if not installed.exists():
+        lacking(f"{name} is missing; sh tests/run.sh installs it")
+    script = _HERE / f"{name.replace('-', '_')}_client.py"
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    async with _running(sys.executable, str(script), url, environment=environment) as client:
+        yield client
+
+
+@asynccontextmanager
 async def _node(script: str, *arguments: str) -> AsyncIterator[Sdk]:
     node = shutil.which("node")
     if node is None:
         lacking("Node is missing; sh tests/run.sh installs it")
+    async with _running(node, str(_HERE / script), *arguments) as client:
+        yield client
+
+
+@asynccontextmanager
+async def _running(
+    *command: str, environment: Mapping[str, str] | None = None
+) -> AsyncIterator[Sdk]:
     process = await asyncio.create_subprocess_exec(
-        node,
-        str(_HERE / script),
-        *arguments,
+        *command,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
+        env=environment,
         limit=1 << 24,
     )
     client = Sdk(process)

@@ -16,11 +16,11 @@ import pytest
 from tests.conformance.http_client import Address, End, EventStream, Request, send
 from tests.e2e.curl import curl, post
 from tests.e2e.listener import DEADLINE, Caller, listener, parse
+from tests.e2e.numbered import OPEN
 from tests.e2e.proxy import PREFIX, PROGRAMS, Program, Proxy, proxy
 from tests.e2e.sdk import native, sdk
 from tests.e2e.service import Service, service, token
 
-OPEN = {"posts": {"table": "posts", "list_rule": "", "view_rule": ""}}
 BEHIND_A_PROXY = {"base_path": PREFIX, "trusted_proxies": ["127.0.0.1"]}
 NO_HEARTBEAT = {"realtime": {"heartbeat": "1h"}}
 AT_ONCE = 0.1

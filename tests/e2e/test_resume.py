@@ -10,44 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e.breaker import breaker
-from tests.e2e.sdk import Sdk, native, sdk
-from tests.e2e.service import Service, service
-
-OPEN = {"posts": {"table": "posts", "list_rule": "", "view_rule": ""}}
-
-
-def fresh_seed() -> int:
-    """Where connections break is new each time; a failure shows the seed."""
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")  # noqa: T201 (pytest shows it with the failure)
-    return seed
-
-
-async def write_numbered(running: Service, count: int, pause: float) -> None:
-    """Commit rows n = 1, 2, 3, ... one by one, every tenth commit with three of them."""
-    n = 0
-    while n < count:
-        size = 3 if n % 10 == 0 else 1
-        await running.write.execute(
-            "INSERT INTO posts (id, title, n) SELECT 'r' || i, repeat('x', 40), i"
-            " FROM generate_series(%s::int, %s::int) i",
-            [n + 1, n + size],
-        )
-        n += size
-        await asyncio.sleep(pause)  # paces the writer; nothing waits for it to have passed
-
-
-async def wait_for_number(client: Sdk, last: int, seconds: float) -> None:
-    async with asyncio.timeout(seconds):
-        while not client.events or max(e["record"]["n"] for e in client.events) < last:
-            await client.wait_for(len(client.events) + 1, seconds=seconds)
-
-
-def repeats(numbers: Sequence[int]) -> int:
-    """Check that every number comes, first arrivals in order; return how many came again."""
-    firsts = list(dict.fromkeys(numbers))
-    assert firsts == list(range(1, len(firsts) + 1)), "a number is missing or out of order"
-    return len(numbers) - len(firsts)
+from tests.e2e.numbered import OPEN, fresh_seed, repeats, wait_for_number, write_numbered
+from tests.e2e.sdk import native, sdk
+from tests.e2e.service import service
 
 
 async def test_the_unmodified_sdk_with_five_lines_misses_nothing(
@@ -63,26 +28,15 @@ async def test_the_unmodified_sdk_with_five_lines_misses_nothing(
         await client.do("resume")
         await client.do("subscribe", collection="posts", topic="*")
         proxy.longest = 30_000
-        writing = asyncio.create_task(write_numbered(running, 600, 0.008))
-        await writing
+        last = await write_numbered(running, 600, 0.008)
         proxy.longest = 0
-        await running.write.execute("INSERT INTO posts (id, title, n) VALUES ('last', 'x', 601)")
-        last = 601 if not _last_written(600) else _last_written(600) + 1
-        await running.write.execute("UPDATE posts SET n = %s WHERE id = 'last'", [last])
         await wait_for_number(client, last, 60)
-        numbers = [e["record"]["n"] for e in client.events if e["record"]["id"] != "last"]
+        numbers = [e["record"]["n"] for e in client.events]
         breaks = proxy.breaks
 
     assert breaks >= 5
     assert not [r for r in client.reports if r["report"] == "resync"]
     assert repeats(numbers) <= breaks * 16
-
-
-def _last_written(count: int) -> int:
-    n = 0
-    while n < count:
-        n += 3 if n % 10 == 0 else 1
-    return n
 
 
 async def test_a_plain_event_source_misses_nothing_and_hears_no_change_twice(
@@ -97,9 +51,8 @@ async def test_a_plain_event_source_misses_nothing_and_hears_no_change_twice(
     ):
         await client.wait_for(1, "subscribed")
         proxy.longest = 12_000
-        await write_numbered(running, 300, 0.03)
+        last = await write_numbered(running, 300, 0.03)
         proxy.longest = 0
-        last = _last_written(300)
         await wait_for_number(client, last, 60)
         numbers = [e["record"]["n"] for e in client.events]
         breaks = proxy.breaks

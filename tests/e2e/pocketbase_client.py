@@ -1,0 +1,75 @@
+"""Drives the PyPI client ``pocketbase``, with the commands and reports of ``sdk_client.mjs``.
+
+Runs as a program with that client on its path, which shares its package's name with
+``pocketbase-async``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pocketbase  # type: ignore[import-not-found]  # installed beside the others, not in .venv
+
+
+def report(**what: Any) -> None:
+    """Print one line."""
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
+
+
+def on_answer(response: Any, data: Any, _: Any) -> Any:
+    """Tell of subscribe calls: ``subscribe`` returns before the first is made."""
+    if response.url.path.endswith("/api/realtime"):
+        report(report="submitted", status=response.status_code)
+    return data
+
+
+class Driver:
+    """One client."""
+
+    def __init__(self, url: str) -> None:
+        self._client = pocketbase.PocketBase(url)
+        self._client.after_send = on_answer
+
+    def token(self, token: str) -> None:
+        self._client.auth_store.save(token, None)
+
+    def login(self, collection: str, identity: str, password: str) -> None:
+        self._client.collection(collection).auth_with_password(identity, password)
+
+    def subscribe(self, collection: str, topic: str) -> None:
+        def hear(message: Any) -> None:
+            record = message.record
+            report(
+                report="event",
+                action=message.action,
+                record={"id": record.id, "title": record.title, "n": record.n},
+            )
+
+        of = self._client.collection(collection)
+        if topic == "*":
+            of.subscribe(hear)
+        else:
+            of.subscribe_one(topic, hear)
+
+    def unsubscribe(self, collection: str, topic: str) -> None:
+        self._client.collection(collection).unsubscribe(topic)
+
+
+def main() -> None:
+    """Obey until standard input ends."""
+    driver = Driver(sys.argv[1])
+    for line in sys.stdin:
+        command = json.loads(line)
+        number = command.pop("number")
+        try:
+            getattr(driver, command.pop("do"))(**command)
+            report(report="done", number=number)
+        except Exception as error:  # noqa: BLE001 (whatever the client throws is the answer)
+            status = getattr(error, "status", 0)
+            report(report="failed", number=number, status=status, message=repr(error))
+
+
+main()
