@@ -16,43 +16,39 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Sized
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
-from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal, Protocol, TypeAlias
 
 import structlog
-from msgspec import Struct
 
-from pgrealtime.auth.principal import GUEST, AuthRecord, Caller, Superuser, is_same
-from pgrealtime.changelog.base import Changelog, Entry, Gap
-from pgrealtime.changes import Oversized, TableName, Transaction
+from pgrealtime.auth.principal import GUEST, AuthRecord, Caller, is_same
+from pgrealtime.changelog.base import Changelog
 from pgrealtime.collections import Collections
 from pgrealtime.config import CollectionLoginConfig, RealtimeConfig
-from pgrealtime.errors import ChangelogError, PgRealtimeError, RuleError, SubscriptionError
+from pgrealtime.errors import ChangelogError, RuleError, SubscriptionError
 from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.connection import (
     CURSOR_TOPIC,
     RESYNC_TOPIC,
     Connection,
-    Receives,
     Sink,
     State,
     Subscription,
 )
-from pgrealtime.hub.event import Action, Emptied, Event, events_of
-from pgrealtime.hub.expand import Expander, Reading, Related, Wanted
-from pgrealtime.hub.expansion import Node, Viewer, Viewers, junction_steps
-from pgrealtime.hub.frame import connect_tail, event_tail, resync_tail
-from pgrealtime.hub.identity import Identities, Person, person_in, person_of
-from pgrealtime.hub.looking import Looking
+from pgrealtime.hub.display import Beside, Display, Showing, Sight, sights_of_audiences
+from pgrealtime.hub.event import Action, Event
+from pgrealtime.hub.expand import Reading
+from pgrealtime.hub.frame import connect_tail, resync_tail
+from pgrealtime.hub.identity import Identities, person_of
+from pgrealtime.hub.limits import Limits
 from pgrealtime.hub.match import Audience, Group, Matcher
 from pgrealtime.hub.probe import Asked, LiveRow
-from pgrealtime.hub.snapshot import Barrier, Snapshot, Snapshots, barrier_of
+from pgrealtime.hub.slices import SLICE, Announcement, Slice, slices
+from pgrealtime.hub.snapshot import Barrier, barrier_of
 from pgrealtime.hub.topic import parse_topic
-from pgrealtime.lsn import END, LSN, Cursor, Position, Xid, parse_position
-from pgrealtime.records.encode import RecordEncoder, View, encoder
-from pgrealtime.rules.past import Past, tables_of
-from pgrealtime.rules.plan import Bound, moment
+from pgrealtime.hub.visibility import Visibility
+from pgrealtime.lsn import Cursor, Position, Xid, parse_position
+from pgrealtime.records.encode import View
 from pgrealtime.rules.request import Request
 
 log = structlog.get_logger(__name__)
@@ -61,21 +57,7 @@ _ID_LETTERS = string.ascii_letters + string.digits
 _ID_LENGTH = 40
 _POSITION_LIMIT = 128
 """Bytes of a submitted position that are looked at; anything longer is not ours."""
-_SLICE = 250
-"""Changes judged and delivered together: large enough to join frames, small enough to share."""
-_CONNECT_SECONDS = 10.0
-"""How long PB_CONNECT is held back at most."""
-_CALL_SECONDS = 30.0
-"""How long a resumable connection waits for topics; a plain one has PocketBase's idle limit."""
-_SETTLE_SECONDS = 1.0
-"""No connection is ended sooner after its first call's answer: the JS SDK would stay dead."""
-_SHUTDOWN_SETTLE_SECONDS = 2.0
-_BARRIER_SECONDS = 10.0
-_BARRIER_RETRY_SECONDS = 0.005
-_CLOSED_PER_SECOND = 500
 _REPLAYS_AT_ONCE = 16
-_ENCODERS = 1024
-_NO_IDS: Mapping[str, Sequence[str]] = MappingProxyType({})
 _NO_LOGINS: Mapping[str, CollectionLoginConfig] = MappingProxyType({})
 
 
@@ -99,98 +81,7 @@ class Asking(Protocol):
         ...
 
 
-class Announcement(Struct, frozen=True):
-    """A gap as clients are told of it."""
-
-    collections: frozenset[str] | None
-    """Names; None is all."""
-    reason: str
-    at: Cursor
-
-    def concerns(self, collection: str) -> bool:
-        """Whether something of the collection of that name may be missing."""
-        return self.collections is None or collection in self.collections
-
-
-class Slice(Struct):
-    """A stretch of the stream: events, then perhaps a gap; everything up to ``upto``."""
-
-    events: list[Event]
-    gap: Announcement | None
-    upto: Cursor
-    people: list[Event] = []
-    """Those of the events that may change callers. One that does change a caller of the reader is
-    the first of the slice if it is an update, and part of its last change if it is a delete."""
-
-
 Judged: TypeAlias = list[Iterable[Group]]
-
-
-Sight: TypeAlias = tuple[Viewer | None, Bound | None]
-"""What a subscription's records show beside their rows: to whom, and who manages them."""
-
-
-class Beside(Struct):
-    """What was found out about a slice's events beside their rows."""
-
-    looking: Looking[int]
-    """By place, what the managers asked."""
-    related: Related
-
-
-_NOTHING_BESIDE = Beside(Looking(moment(datetime.now(UTC))), Related())
-
-
-class Showing(Struct):
-    """An event that is being shown to those who hear of it."""
-
-    event: Event
-    place: int
-    beside: Beside
-    records: dict[tuple[View, Viewer | None], bytes] = {}
-    """Its record as it was made for who sees what."""
-
-    def is_managed(self, manager: Bound) -> bool:
-        """Whether the record's address is shown to them."""
-        return manager in self.beside.looking.admitted(self.place)
-
-
-class _Cut:
-    """A slice in the making.
-
-    A row that comes changes no caller: nobody could be it before. One that changes begins a slice,
-    for it is judged with its own news; one that goes ends it.
-    """
-
-    __slots__ = ("events", "limit", "people", "turned")
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.people: list[Event] = []
-        self.limit = _SLICE
-        self.turned: Person | None = None
-        """Whom the first event changes: before the slice is handed out nobody can say whether
-        another event changes that caller again."""
-
-    def may_turn(self, event: Event, turns: Callable[[Event], bool]) -> bool:
-        return self.turned == person_in(event) or turns(event)
-
-    def is_over_before(self, event: Event, *, is_full: bool) -> bool:
-        """Whether the event, a turn or not, belongs to the next slice; no change is torn apart."""
-        events = self.events
-        is_apart = bool(events) and event.cursor != events[-1].cursor
-        return is_apart and (is_full or event.action == "update")
-
-    def note(self, event: Event, *, is_turn: bool) -> None:
-        """Take note of an event about a person."""
-        self.people.append(event)
-        if is_turn and event.action == "delete":
-            self.limit = 0  # what follows is judged without this caller
-        elif is_turn:
-            self.turned = person_in(event)
-
-    def slice(self, gap: Announcement | None, upto: Cursor) -> Slice:
-        return Slice(self.events, gap, upto, self.people)
 
 
 class Hub:
@@ -230,12 +121,18 @@ class Hub:
         self._can_resume = can_resume
         self._on_doubt = on_doubt or (lambda: None)
         self._clock = clock
-        self._snapshots = Snapshots(probe.snapshot)
+        self._visibility = Visibility(probe.snapshot, lambda: self._edition, clock)
         self._connections: dict[str, Connection] = {}
-        self._show_by(collections, matcher)
+        self._ends = Limits(
+            self._connections,
+            limits,
+            head=lambda: self._head,
+            end=self._end,
+            drop=self._drop,
+            clock=clock,
+        )
+        self._display = self._display_of(collections, matcher)
         self._identities = Identities(logins)
-        # Views hold what clients wrote as fields: bounded, so that nobody can fill the memory.
-        self._encoder = lru_cache(maxsize=_ENCODERS)(self._make_encoder)
         self._stream_is_up = False
         self._is_closing = False
         self._gate = False
@@ -250,7 +147,6 @@ class Hub:
         self._joining: dict[Connection, None] = {}
         self._fresh: dict[Subscription, None] = {}
         """Those that have a barrier."""
-        self._unseen: deque[tuple[LSN, Xid]] = deque()
         self._replays: dict[Connection, asyncio.Task[None]] = {}
         self._replay_turns = asyncio.Semaphore(_REPLAYS_AT_ONCE)
         self._appended = asyncio.Event()
@@ -345,8 +241,7 @@ class Hub:
         reconsider: Callable[[Caller], Caller],
     ) -> None:
         self._collections, self._matcher, self._reconsider = collections, matcher, reconsider
-        self._show_by(collections, matcher)
-        self._encoder = lru_cache(maxsize=_ENCODERS)(self._make_encoder)
+        self._display = self._display_of(collections, matcher)
         self._edition += 1
         self._reported.clear()
         for connection in self._connections.values():
@@ -355,20 +250,14 @@ class Hub:
                 subscription.group = None  # the other matcher's, which goes with it
                 self._mean(subscription, connection.caller)
 
-    def _show_by(self, collections: Collections, matcher: Matcher) -> None:
-        """Let records be shown as these collections say."""
-        self._planner = matcher.planner
-        self._viewers = Viewers(collections, matcher.planner)
-        self._expander = Expander(self._probe, collections, self._show)
-        self._tables = tables_of(collections)
-        self._rich = frozenset(
-            one.name
-            for one in collections.values()
-            if one.manage_rule is not None or junction_steps(collections, one)
+    def _display_of(self, collections: Collections, matcher: Matcher) -> Display:
+        return Display(
+            self._probe,
+            collections,
+            matcher.planner,
+            nulls=self._nulls,
+            on_doubt=self._on_doubt,
         )
-        """Collections whose records show more than their rows."""
-        self._expanding = 0
-        """Subscriptions that want related records."""
 
     def _restarted(self, epoch: str) -> None:
         """Positions of before mean nothing any more: the changelog was emptied as well."""
@@ -376,7 +265,7 @@ class Hub:
         self._epochs.clear()
         self._edition += 1
         self._head = self._target = self._changelog.head
-        self._unseen.clear()
+        self._visibility.clear()
         # A snapshot of before takes ids that are used anew for seen.
         for subscription in self._fresh:
             subscription.barrier = None
@@ -467,6 +356,28 @@ class Hub:
         if self._connections.pop(connection.id, None) is not None:
             log.debug("connection.closed", connection=connection.id, events=connection.events)
 
+    def _drop(self, connection: Connection) -> None:
+        log.warning("connection.dropped", connection=connection.id, reason="stalled")
+        connection.sink.abort()
+        self.close(connection)
+
+    def _doom(self, connection: Connection, reason: str) -> None:
+        """End the connection, as soon as its client can bear that."""
+        connection.doom = reason
+        if self._ends.is_settled(connection, self._clock()):
+            self._end(connection, reason)
+
+    async def watch_limits(self) -> None:
+        """Apply the time limits, send heartbeats, let go of what has become visible; for ever."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._ends.watch(), name="limits")
+            group.create_task(self._visibility.watch(), name="visibility")
+
+    async def shutdown(self, grace: float) -> None:
+        """End every connection in small groups, never taking longer than ``grace`` seconds."""
+        self._is_closing = True
+        await self._ends.shutdown(grace)
+
     def _end(self, connection: Connection, reason: str) -> None:
         if connection.is_ended:
             return
@@ -545,34 +456,7 @@ class Hub:
         if is_first:
             # It has heard nothing yet, so nothing can come out of order: begin at the head.
             connection.cursor = self._head
-        return await self._barrier(connection.cursor)
-
-    async def _barrier(self, handed: Cursor) -> Barrier:
-        """Return a barrier whose snapshot sees every transaction up to ``handed``.
-
-        One that it didn't see would have to reach the new topic after later ones that the
-        connection had already, and a resume from a later id would lose it.
-        """
-        deadline = self._clock() + _BARRIER_SECONDS
-        while True:
-            edition = self._edition
-            try:
-                barrier = await self._snapshots.take()
-            except PgRealtimeError as error:
-                raise SubscriptionError("no snapshot", code="stream_away") from error
-            if self._edition != edition:
-                continue  # it may be another history's
-            self._note_seen(barrier.snapshot)
-            if not any(end_lsn <= handed.lsn for end_lsn, _xid in self._unseen):
-                return barrier
-            if self._clock() > deadline:
-                raise SubscriptionError("a commit stays invisible", code="stream_away")
-            await asyncio.sleep(_BARRIER_RETRY_SECONDS)
-
-    def _note_seen(self, snapshot: Snapshot) -> None:
-        self._unseen = deque(
-            (end_lsn, xid) for end_lsn, xid in self._unseen if not snapshot.sees(xid)
-        )
+        return await self._visibility.barrier(connection.cursor)
 
     def _install(
         self, connection: Connection, names: list[str], caller: Caller, barrier: Barrier | None
@@ -617,36 +501,28 @@ class Hub:
         Returns:
             Why nothing can match, or ``""``.
         """
-        topic, is_superuser = subscription.topic, isinstance(caller.principal, Superuser)
-        subscription.view = View(
-            sees_hidden=is_superuser, sees_email=is_superuser, fields=topic.query.get("fields")
-        )
+        topic = subscription.topic
         subscription.own_id = ""
-        subscription.viewer = subscription.manager = None
         collection = self._collections.find(topic.collection)
         if collection is None:
             return ""
-        request = Request(principal=caller.principal, query=topic.query, headers=topic.headers)
         principal = caller.principal
         if isinstance(principal, AuthRecord) and principal.collection_id == collection.id:
             subscription.own_id = principal.id
-        if "expand" in topic.query:
-            subscription.viewer = self._viewers.viewer(collection, request)
+        request = Request(principal=principal, query=topic.query, headers=topic.headers)
         try:
-            if collection.manage_rule is not None and not is_superuser:
-                bound = self._planner.bind(collection, collection.manage_rule, request)
-                subscription.manager = bound if isinstance(bound, Bound) else None
-            reason = self._matcher.add(subscription, caller.principal)
+            self._display.view(subscription, collection, request)
+            reason = self._matcher.add(subscription, principal)
         except RuleError as error:
             self._report(topic.collection, error)
             return error.message
-        self._expanding += subscription.viewer is not None and not reason
+        self._display.expanding += subscription.viewer is not None and not reason
         return reason
 
     def _leave(self, subscription: Subscription) -> None:
         """Take a subscription out of the group that ``_mean`` put it in, if any."""
         if subscription.group is not None:
-            self._expanding -= subscription.viewer is not None
+            self._display.expanding -= subscription.viewer is not None
             self._matcher.remove(subscription)
 
     def _report(self, collection: str, error: RuleError) -> None:
@@ -666,21 +542,18 @@ class Hub:
                 await self._dispatch()
 
     async def _dispatch(self) -> None:
-        entries = self._changelog.read(self._head, self._changelog.head, _SLICE)
-        # Noted before anything is handed out: a barrier must know of all that was.
-        self._unseen.extend(
-            (entry.end_lsn, entry.xid) for entry in entries if isinstance(entry, Transaction)
-        )
+        entries = self._changelog.read(self._head, self._changelog.head, SLICE)
+        self._visibility.told(entries)
         edition = self._edition
         if self._gate:
-            await self._until_visible(entries)
+            await self._visibility.wait_for(entries)
             if self._edition != edition:
                 return
-        for part in self._slices(entries, self._head, self._identities.turns):
+        for part in slices(entries, self._head, self._collections, self._identities.turns):
             self._target, self._is_deciding = part.upto, True
             self._begin(part)
             judged = await self._judge(part.events) if part.events else []
-            beside = await self._look_beside(part.events, judged, _sights_of_audiences)
+            beside = await self._display.look_beside(part.events, judged, sights_of_audiences)
             if self._edition != edition:
                 return  # another history has begun, and this slice isn't of it
             self._deliver(part, judged, beside)
@@ -719,20 +592,6 @@ class Hub:
             self._leave(subscription)
             self._mean(subscription, caller)
 
-    async def _until_visible(self, entries: Sequence[Entry]) -> None:
-        xids = [entry.xid for entry in entries if isinstance(entry, Transaction)]
-        edition = self._edition
-        while xids and self._edition == edition:
-            try:
-                snapshot = (await self._snapshots.take()).snapshot
-            except PgRealtimeError as error:
-                log.warning("visibility.unknown", error=error.message)
-                await asyncio.sleep(_SETTLE_SECONDS)
-                continue
-            xids = [xid for xid in xids if not snapshot.sees(xid)]
-            if xids:
-                await asyncio.sleep(_BARRIER_RETRY_SECONDS)
-
     def _advance(self, part: Slice) -> None:
         self._head = part.upto
         self._let_go()
@@ -757,61 +616,6 @@ class Hub:
                 subscription.barrier = None
                 del self._fresh[subscription]
 
-    def _slices(
-        self, entries: Sequence[Entry], after: Cursor, turns: Callable[[Event], bool]
-    ) -> Iterator[Slice]:
-        """Cut entries into slices that begin after the cursor.
-
-        Args:
-            entries: In the order of the stream.
-            after: What the reader has.
-            turns: Whether an event about a person changes a caller of the reader. The slice
-                before must have been handed out when the next one is asked for.
-        """
-        if not entries:
-            # All that the commit changed lies behind; to its very end there is nothing to read.
-            yield Slice([], None, Cursor(after.lsn, END))
-            return
-        cut = _Cut()
-        upto = after
-        for entry in entries:
-            if isinstance(entry, Transaction):
-                for event in events_of(entry, self._collections):
-                    if event.cursor <= after:
-                        continue
-                    if isinstance(event, Emptied):
-                        names = frozenset({event.collection.name})
-                        gap = Announcement(names, "truncate", event.cursor)
-                        yield cut.slice(gap, event.cursor)
-                        cut = _Cut()
-                        continue
-                    is_person = event.collection.type == "auth" and event.action != "create"
-                    is_turn = is_person and cut.may_turn(event, turns)
-                    is_full = len(cut.events) >= cut.limit
-                    if (is_turn or is_full) and cut.is_over_before(event, is_full=is_full):
-                        yield cut.slice(None, cut.events[-1].cursor)
-                        cut = _Cut()
-                    cut.events.append(event)
-                    if is_person:
-                        cut.note(event, is_turn=is_turn)
-                upto = Cursor(entry.end_lsn, END)
-            else:
-                upto = Cursor(entry.end_lsn, END)
-                yield cut.slice(self._announcement(entry, upto), upto)
-                cut = _Cut()
-        if upto > after:
-            yield cut.slice(None, upto)
-
-    def _announcement(self, entry: Oversized | Gap, at: Cursor) -> Announcement:
-        reason = "too_large" if isinstance(entry, Oversized) else entry.reason
-        return Announcement(self._names(entry.tables), reason, at)
-
-    def _names(self, tables: frozenset[TableName] | None) -> frozenset[str] | None:
-        if tables is None:
-            return None
-        found = (self._collections.of_table(table) for table in tables)
-        return frozenset(collection.name for collection in found if collection is not None)
-
     async def _judge(self, events: list[Event], among: Sized[Group] | None = None) -> Judged:
         """Return, per event, the groups that may receive it; completes the rows on the way."""
         partial = [event for event in events if event.action != "delete" and not event.is_whole]
@@ -824,38 +628,6 @@ class Hub:
             _complete(partial, live, proven=False)
         return judging.hits
 
-    async def _look_beside(
-        self,
-        events: Sequence[Event],
-        judged: Judged,
-        sights: Callable[[Iterable[Group]], Iterable[Sight]],
-    ) -> Beside:
-        """Find out what else is shown of the events' records, and to whom.
-
-        Args:
-            events: The slice's.
-            judged: Who hears of them.
-            sights: What those of some groups want to see whom this is done for.
-        """
-        rich = self._rich
-        if not self._expanding and not any(event.collection.name in rich for event in events):
-            return _NOTHING_BESIDE
-        xids = frozenset(event.xid for event in events)
-        looking: Looking[int] = Looking(moment(datetime.now(UTC)), xids)
-        wanted: list[Wanted] = []
-        heard = [place for place, groups in enumerate(judged) if groups]
-        for place in heard:
-            event = events[place]
-            found = list(sights(judged[place]))
-            wanted += ((place, viewer) for viewer, _ in found if viewer is not None)
-            if event.collection.manage_rule is not None and event.hides_email:
-                past = Past(event.changes, self._tables) if event.action == "delete" else None
-                bounds = {manager for _, manager in found if manager is not None}
-                looking.consider(place, event.collection, event.row, bounds, past)
-        await self._probe.ask(looking)
-        related = await self._expander.related(events, heard, wanted)
-        return Beside(looking, related)
-
     def _deliver(self, part: Slice, judged: Judged, beside: Beside) -> None:
         audiences: list[Audience] = []
         mine: dict[Subscription, Batch] = {}
@@ -866,12 +638,12 @@ class Hub:
                     if audience.batch is None:
                         audience.batch = Batch()
                         audiences.append(audience)
-                    tail = self._tail(showing, audience.receives)
+                    tail = self._display.tail(showing, audience.receives)
                     if not tail:
                         continue
                     audience.batch.add(place, tail)
                     for owner in audience.owners(event.record_id):
-                        own = self._tail(showing, audience.receives, is_own=True)
+                        own = self._display.tail(showing, audience.receives, is_own=True)
                         mine.setdefault(owner, Batch()).add(place, own)
         touched: list[Connection] = []
         for audience in audiences:
@@ -912,38 +684,6 @@ class Hub:
                     continue
             if connection.take(batch):
                 touched.append(connection)
-
-    def _tail(self, showing: Showing, receives: Receives, *, is_own: bool = False) -> bytes:
-        """Return the message, or nothing if the row can't be shown: that row alone is lost."""
-        name, view, viewer, manager = receives
-        if is_own or (manager is not None and showing.is_managed(manager)):
-            view = _with_email(view)
-        record = showing.records.get((view, viewer))
-        if record is None:
-            record = showing.records[view, viewer] = self._record(showing, view, viewer)
-        return event_tail(name, record, showing.event.action) if record else b""
-
-    def _record(self, showing: Showing, view: View, viewer: Viewer | None) -> bytes:
-        event, related = showing.event, showing.beside.related
-        try:
-            return self._encoder(event.collection.name, view)(
-                event.row,
-                related.ids.get(showing.place, _NO_IDS),
-                None if viewer is None else related.expands.get((showing.place, viewer)),
-            )
-        except (ValueError, LookupError) as error:
-            # A value that isn't of the type that the catalogue gave the column when it was read.
-            log.error(  # noqa: TRY400 (the message may not show the row)
-                "record.failed", collection=event.collection.name, error=type(error).__name__
-            )
-            self._on_doubt()
-            return b""
-
-    def _show(self, node: Node, view: View, expand: bytes | None) -> bytes:
-        return self._encoder(node.collection.name, view)(node.row, node.related, expand)
-
-    def _make_encoder(self, name: str, view: View) -> RecordEncoder:
-        return encoder(self._collections[name], nulls=self._nulls, view=view)
 
     def _flush(self, touched: Sequence[Connection], part: Slice) -> None:
         now = self._clock()
@@ -1014,7 +754,7 @@ class Hub:
         if connection.cursor >= self._target:
             return None
         try:
-            entries = self._changelog.read(connection.cursor, self._target, _SLICE)
+            entries = self._changelog.read(connection.cursor, self._target, SLICE)
         except ChangelogError:
             floor = self._changelog.floor
             return iter([Slice([], Announcement(None, "expired", floor), floor)])
@@ -1023,7 +763,7 @@ class Hub:
             caller = connection.caller
             return self._identities.caller_after(event, caller, connection.known) is not caller
 
-        return self._slices(entries, connection.cursor, turns)
+        return slices(entries, connection.cursor, self._collections, turns)
 
     async def _hand(self, connection: Connection, part: Slice) -> bool:
         """Deliver a slice to one connection: what its own topics may see of it.
@@ -1070,7 +810,7 @@ class Hub:
         def sights(groups: Iterable[Group]) -> Iterable[Sight]:
             return ((one.viewer, one.manager) for group in groups for one in by_group[group])
 
-        beside = await self._look_beside(events, judged, sights)
+        beside = await self._display.look_beside(events, judged, sights)
         for place, (event, groups) in enumerate(zip(events, judged, strict=True)):
             showing = Showing(event, place, beside)
             for subscription in (one for group in groups for one in by_group[group]):
@@ -1078,7 +818,7 @@ class Hub:
                 if barrier is not None and not barrier.admits(event.xid, event.cursor.lsn):
                     continue
                 is_own = subscription.own_id == event.record_id
-                if tail := self._tail(showing, subscription.receives, is_own=is_own):
+                if tail := self._display.tail(showing, subscription.receives, is_own=is_own):
                     batch.add(place, tail)
         return batch
 
@@ -1122,97 +862,6 @@ class Hub:
             return False
         return connection.known is None or connection.known.insert_lsn < gap.at.lsn
 
-    # --- limits and shutdown ----------------------------------------------------------------
-
-    async def watch_limits(self) -> None:
-        """Apply the time limits and send heartbeats, from one timer for all connections."""
-        limits = self._limits
-        shortest = min(
-            limits.idle_timeout, limits.max_lifetime, limits.heartbeat, limits.stall_timeout
-        )
-        pause = max(0.02, min(0.5, shortest / 20))
-        while True:
-            await asyncio.sleep(pause)
-            now = self._clock()
-            for connection in list(self._connections.values()):
-                self._apply_limits(connection, now)
-            if self._unseen:
-                await self._forget_seen()
-
-    async def _forget_seen(self) -> None:
-        try:
-            self._note_seen((await self._snapshots.take()).snapshot)
-        except PgRealtimeError:
-            return  # the next round asks again
-
-    def _apply_limits(self, connection: Connection, now: float) -> None:
-        if connection.state is State.CONNECTING:
-            if now - connection.opened_at >= _CONNECT_SECONDS:
-                self._end(connection, "no_stream")
-            return
-        connection.note_taken(now)
-        if now - connection.taken_at >= self._limits.stall_timeout:
-            connection.sink.abort()
-            log.warning("connection.dropped", connection=connection.id, reason="stalled")
-            self.close(connection)
-        elif reason := self._overdue(connection, now):
-            if self._is_settled(connection, now):
-                self._end(connection, reason)
-        elif (
-            now - connection.written_at >= self._limits.heartbeat and not connection.sink.buffered()
-        ):
-            connection.written_at = now
-            connection.beat(self._head if connection.is_live else connection.cursor)
-
-    def _doom(self, connection: Connection, reason: str) -> None:
-        """End the connection, as soon as its client can bear that."""
-        connection.doom = reason
-        if self._is_settled(connection, self._clock()):
-            self._end(connection, reason)
-
-    def _overdue(self, connection: Connection, now: float) -> str:
-        limits = self._limits
-        expires_at = connection.caller.expires_at
-        if connection.doom:
-            return connection.doom
-        if now - connection.active_at >= limits.idle_timeout:
-            return "idle"
-        if now - connection.connected_at >= limits.max_lifetime:
-            return "lifetime"
-        if expires_at is not None and time.time() >= expires_at:
-            return "token_expired"
-        if (
-            connection.answered_at is None
-            and connection.is_resumable
-            and now - connection.connected_at >= _CALL_SECONDS
-        ):
-            return "no_call"
-        return ""
-
-    def _is_settled(self, connection: Connection, now: float) -> bool:
-        """Whether ending it now can't fall between PB_CONNECT and the answer to its call."""
-        if connection.answered_at is None:
-            is_called = connection.turn.locked()
-            return not is_called and now - connection.connected_at >= _SETTLE_SECONDS
-        return now - connection.answered_at >= _SETTLE_SECONDS
-
-    async def shutdown(self, grace: float) -> None:
-        """End every connection in small groups, never taking longer than ``grace`` seconds."""
-        self._is_closing = True
-        began = self._clock()
-        while self._connections and (now := self._clock()) - began < grace:
-            ready = [
-                connection
-                for connection in self._connections.values()
-                if self._is_settled(connection, now) or now - began >= _SHUTDOWN_SETTLE_SECONDS
-            ]
-            share = max(_CLOSED_PER_SECOND, len(self._connections) / max(grace, 0.1) * 2) / 20
-            for connection in ready[: int(share) + 1]:
-                self._end(connection, "shutdown")
-            await asyncio.sleep(0.05)
-        for connection in list(self._connections.values()):
-            self._end(connection, "shutdown")
-
 
 def _unchanged(caller: Caller) -> Caller:
     return caller
@@ -1223,17 +872,6 @@ def _position_of(text: str | None) -> Position | None:
     if not text or len(text) > _POSITION_LIMIT:
         return None
     return parse_position(text.rpartition(".")[2])
-
-
-def _sights_of_audiences(groups: Iterable[Group]) -> Iterable[Sight]:
-    for group in groups:
-        for audience in group.audiences:
-            _name, _view, viewer, manager = audience.receives
-            yield viewer, manager
-
-
-def _with_email(view: View) -> View:
-    return View(sees_hidden=view.sees_hidden, sees_email=True, fields=view.fields)
 
 
 def _complete(events: list[Event], live: dict[tuple[str, str], LiveRow], *, proven: bool) -> None:

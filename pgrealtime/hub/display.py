@@ -1,0 +1,209 @@
+"""How events are shown: records, what stands beside their rows, and to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Literal, Protocol, TypeAlias
+
+import structlog
+from msgspec import Struct
+
+from pgrealtime.auth.principal import Superuser
+from pgrealtime.collections import Collection, Collections
+from pgrealtime.hub.connection import Receives, Subscription
+from pgrealtime.hub.event import Event
+from pgrealtime.hub.expand import Expander, Reading, Related, Wanted
+from pgrealtime.hub.expansion import Node, Viewer, Viewers, junction_steps
+from pgrealtime.hub.frame import event_tail
+from pgrealtime.hub.looking import Looking
+from pgrealtime.hub.match import Group
+from pgrealtime.hub.probe import Asked
+from pgrealtime.lsn import Xid
+from pgrealtime.records.encode import RecordEncoder, View, encoder
+from pgrealtime.rules.past import Past, tables_of
+from pgrealtime.rules.plan import Bound, Planner, moment
+from pgrealtime.rules.request import Request
+
+log = structlog.get_logger(__name__)
+
+_ENCODERS = 1024
+_NO_IDS: Mapping[str, Sequence[str]] = MappingProxyType({})
+
+Sight: TypeAlias = tuple[Viewer | None, Bound | None]
+"""What a subscription's records show beside their rows: to whom, and who manages them."""
+
+
+class Beside(Struct):
+    """What was found out about a slice's events beside their rows."""
+
+    looking: Looking[int]
+    """By place, what the managers asked."""
+    related: Related
+
+
+_NOTHING_BESIDE = Beside(Looking(moment(datetime.now(UTC))), Related())
+
+
+class Showing(Struct):
+    """An event that is being shown to those who hear of it."""
+
+    event: Event
+    place: int
+    beside: Beside
+    records: dict[tuple[View, Viewer | None], bytes] = {}
+    """Its record as it was made for who sees what."""
+
+    def is_managed(self, manager: Bound) -> bool:
+        """Whether the record's address is shown to them."""
+        return manager in self.beside.looking.admitted(self.place)
+
+
+class Asking(Protocol):
+    """What is needed of ``hub.probe`` to show more than rows."""
+
+    async def ask(self, judging: Asked) -> None:
+        """Find out what the judging wants to know, until nothing is left to ask."""
+        ...
+
+    def reading(self, xids: frozenset[Xid]) -> AbstractAsyncContextManager[Reading]:
+        """Open a snapshot for several questions."""
+        ...
+
+
+class Display:
+    """Shows events as one set of collections says; another set has another display.
+
+    Args:
+        probe: Where related records are asked for.
+        collections: What there is.
+        planner: Binds manage rules and the view rules of what is expanded.
+        nulls: How NULL is shown.
+        on_doubt: Told when a row doesn't fit what the catalogue says of its table.
+
+    Attributes:
+        expanding: Subscriptions that want related records.
+    """
+
+    def __init__(
+        self,
+        probe: Asking,
+        collections: Collections,
+        planner: Planner,
+        *,
+        nulls: Literal["null", "zero"],
+        on_doubt: Callable[[], None],
+    ) -> None:
+        self._probe = probe
+        self._collections = collections
+        self._planner = planner
+        self._nulls: Literal["null", "zero"] = nulls
+        self._on_doubt = on_doubt
+        self._viewers = Viewers(collections, planner)
+        self._expander = Expander(probe, collections, self._show)
+        self._tables = tables_of(collections)
+        self._rich = frozenset(
+            one.name
+            for one in collections.values()
+            if one.manage_rule is not None or junction_steps(collections, one)
+        )
+        """Collections whose records show more than their rows."""
+        self.expanding = 0
+        # Views hold what clients wrote as fields: bounded, so that nobody can fill the memory.
+        self._encoder = lru_cache(maxsize=_ENCODERS)(self._make_encoder)
+
+    def view(self, subscription: Subscription, collection: Collection, request: Request) -> None:
+        """Say what the subscriber sees of the collection's records.
+
+        Raises:
+            RuleError: The manage rule can't be used.
+        """
+        is_superuser = isinstance(request.principal, Superuser)
+        subscription.view = View(
+            sees_hidden=is_superuser, sees_email=is_superuser, fields=request.query.get("fields")
+        )
+        subscription.viewer = subscription.manager = None
+        if "expand" in request.query:
+            subscription.viewer = self._viewers.viewer(collection, request)
+        if collection.manage_rule is not None and not is_superuser:
+            bound = self._planner.bind(collection, collection.manage_rule, request)
+            subscription.manager = bound if isinstance(bound, Bound) else None
+
+    async def look_beside(
+        self,
+        events: Sequence[Event],
+        judged: Sequence[Iterable[Group]],
+        sights: Callable[[Iterable[Group]], Iterable[Sight]],
+    ) -> Beside:
+        """Find out what else is shown of the events' records, and to whom.
+
+        Args:
+            events: The slice's.
+            judged: Who hears of them.
+            sights: What those of some groups want to see whom this is done for.
+        """
+        rich = self._rich
+        if not self.expanding and not any(event.collection.name in rich for event in events):
+            return _NOTHING_BESIDE
+        xids = frozenset(event.xid for event in events)
+        looking: Looking[int] = Looking(moment(datetime.now(UTC)), xids)
+        wanted: list[Wanted] = []
+        heard = [place for place, groups in enumerate(judged) if groups]
+        for place in heard:
+            event = events[place]
+            found = list(sights(judged[place]))
+            wanted += ((place, viewer) for viewer, _ in found if viewer is not None)
+            if event.collection.manage_rule is not None and event.hides_email:
+                past = Past(event.changes, self._tables) if event.action == "delete" else None
+                bounds = {manager for _, manager in found if manager is not None}
+                looking.consider(place, event.collection, event.row, bounds, past)
+        await self._probe.ask(looking)
+        related = await self._expander.related(events, heard, wanted)
+        return Beside(looking, related)
+
+    def tail(self, showing: Showing, receives: Receives, *, is_own: bool = False) -> bytes:
+        """Return the message, or nothing if the row can't be shown: that row alone is lost."""
+        name, view, viewer, manager = receives
+        if is_own or (manager is not None and showing.is_managed(manager)):
+            view = _with_email(view)
+        record = showing.records.get((view, viewer))
+        if record is None:
+            record = showing.records[view, viewer] = self._record(showing, view, viewer)
+        return event_tail(name, record, showing.event.action) if record else b""
+
+    def _record(self, showing: Showing, view: View, viewer: Viewer | None) -> bytes:
+        event, related = showing.event, showing.beside.related
+        try:
+            return self._encoder(event.collection.name, view)(
+                event.row,
+                related.ids.get(showing.place, _NO_IDS),
+                None if viewer is None else related.expands.get((showing.place, viewer)),
+            )
+        except (ValueError, LookupError) as error:
+            # A value that isn't of the type that the catalogue gave the column when it was read.
+            log.error(  # noqa: TRY400 (the message may not show the row)
+                "record.failed", collection=event.collection.name, error=type(error).__name__
+            )
+            self._on_doubt()
+            return b""
+
+    def _show(self, node: Node, view: View, expand: bytes | None) -> bytes:
+        return self._encoder(node.collection.name, view)(node.row, node.related, expand)
+
+    def _make_encoder(self, name: str, view: View) -> RecordEncoder:
+        return encoder(self._collections[name], nulls=self._nulls, view=view)
+
+
+def sights_of_audiences(groups: Iterable[Group]) -> Iterable[Sight]:
+    """What all subscriptions of the groups want to see."""
+    for group in groups:
+        for audience in group.audiences:
+            _name, _view, viewer, manager = audience.receives
+            yield viewer, manager
+
+
+def _with_email(view: View) -> View:
+    return View(sees_hidden=view.sees_hidden, sees_email=True, fields=view.fields)

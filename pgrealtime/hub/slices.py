@@ -1,0 +1,141 @@
+"""Stretches of the stream that are judged and handed out together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from msgspec import Struct
+
+from pgrealtime.changelog.base import Entry, Gap
+from pgrealtime.changes import Oversized, TableName, Transaction
+from pgrealtime.collections import Collections
+from pgrealtime.hub.event import Emptied, Event, events_of
+from pgrealtime.hub.identity import Person, person_in
+from pgrealtime.lsn import END, Cursor
+
+SLICE = 250
+"""Changes judged and delivered together: large enough to join frames, small enough to share."""
+
+
+class Announcement(Struct, frozen=True):
+    """A gap as clients are told of it."""
+
+    collections: frozenset[str] | None
+    """Names; None is all."""
+    reason: str
+    at: Cursor
+
+    def concerns(self, collection: str) -> bool:
+        """Whether something of the collection of that name may be missing."""
+        return self.collections is None or collection in self.collections
+
+
+class Slice(Struct):
+    """A stretch of the stream: events, then perhaps a gap; everything up to ``upto``."""
+
+    events: list[Event]
+    gap: Announcement | None
+    upto: Cursor
+    people: list[Event] = []
+    """Those of the events that may change callers. One that does change a caller of the reader is
+    the first of the slice if it is an update, and part of its last change if it is a delete."""
+
+
+class _Cut:
+    """A slice in the making.
+
+    A row that comes changes no caller: nobody could be it before. One that changes begins a slice,
+    for it is judged with its own news; one that goes ends it.
+    """
+
+    __slots__ = ("events", "limit", "people", "turned")
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.people: list[Event] = []
+        self.limit = SLICE
+        self.turned: Person | None = None
+        """Whom the first event changes: before the slice is handed out nobody can say whether
+        another event changes that caller again."""
+
+    def may_turn(self, event: Event, turns: Callable[[Event], bool]) -> bool:
+        return self.turned == person_in(event) or turns(event)
+
+    def is_over_before(self, event: Event, *, is_full: bool) -> bool:
+        """Whether the event, a turn or not, belongs to the next slice; no change is torn apart."""
+        events = self.events
+        is_apart = bool(events) and event.cursor != events[-1].cursor
+        return is_apart and (is_full or event.action == "update")
+
+    def note(self, event: Event, *, is_turn: bool) -> None:
+        """Take note of an event about a person."""
+        self.people.append(event)
+        if is_turn and event.action == "delete":
+            self.limit = 0  # what follows is judged without this caller
+        elif is_turn:
+            self.turned = person_in(event)
+
+    def slice(self, gap: Announcement | None, upto: Cursor) -> Slice:
+        return Slice(self.events, gap, upto, self.people)
+
+
+def slices(
+    entries: Sequence[Entry],
+    after: Cursor,
+    collections: Collections,
+    turns: Callable[[Event], bool],
+) -> Iterator[Slice]:
+    """Cut entries into slices that begin after the cursor.
+
+    Args:
+        entries: In the order of the stream.
+        after: What the reader has.
+        collections: What is shown of them.
+        turns: Whether an event about a person changes a caller of the reader. The slice
+            before must have been handed out when the next one is asked for.
+    """
+    if not entries:
+        # All that the commit changed lies behind; to its very end there is nothing to read.
+        yield Slice([], None, Cursor(after.lsn, END))
+        return
+    cut = _Cut()
+    upto = after
+    for entry in entries:
+        if isinstance(entry, Transaction):
+            for event in events_of(entry, collections):
+                if event.cursor <= after:
+                    continue
+                if isinstance(event, Emptied):
+                    names = frozenset({event.collection.name})
+                    gap = Announcement(names, "truncate", event.cursor)
+                    yield cut.slice(gap, event.cursor)
+                    cut = _Cut()
+                    continue
+                is_person = event.collection.type == "auth" and event.action != "create"
+                is_turn = is_person and cut.may_turn(event, turns)
+                is_full = len(cut.events) >= cut.limit
+                if (is_turn or is_full) and cut.is_over_before(event, is_full=is_full):
+                    yield cut.slice(None, cut.events[-1].cursor)
+                    cut = _Cut()
+                cut.events.append(event)
+                if is_person:
+                    cut.note(event, is_turn=is_turn)
+            upto = Cursor(entry.end_lsn, END)
+        else:
+            upto = Cursor(entry.end_lsn, END)
+            yield cut.slice(_announcement(entry, collections, upto), upto)
+            cut = _Cut()
+    if upto > after:
+        yield cut.slice(None, upto)
+
+
+def _announcement(entry: Oversized | Gap, collections: Collections, at: Cursor) -> Announcement:
+    reason = "too_large" if isinstance(entry, Oversized) else entry.reason
+    return Announcement(_names(entry.tables, collections), reason, at)
+
+
+def _names(tables: frozenset[TableName] | None, collections: Collections) -> frozenset[str] | None:
+    if tables is None:
+        return None
+    found = (collections.of_table(table) for table in tables)
+    return frozenset(collection.name for collection in found if collection is not None)

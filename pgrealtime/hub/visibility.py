@@ -1,0 +1,106 @@
+"""Which of the commits that were handed out readers can see yet; barriers for those who join."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+import structlog
+
+from pgrealtime.changelog.base import Entry
+from pgrealtime.changes import Transaction
+from pgrealtime.errors import PgRealtimeError, SubscriptionError
+from pgrealtime.hub.snapshot import Barrier, Snapshot, Snapshots
+from pgrealtime.lsn import LSN, Cursor, Xid
+
+log = structlog.get_logger(__name__)
+
+_BARRIER_SECONDS = 10.0
+_BARRIER_RETRY_SECONDS = 0.005
+_AGAIN_SECONDS = 1.0
+_FORGET_SECONDS = 0.5
+
+
+class Visibility:
+    """The commits that were told and not yet seen to be visible.
+
+    Args:
+        fetch: Runs ``SNAPSHOT_QUERY`` and returns its row.
+        edition: Counts the histories: what was read before it changed counts no more.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        fetch: Callable[[], Awaitable[tuple[str, str, bool]]],
+        edition: Callable[[], int],
+        clock: Callable[[], float],
+    ) -> None:
+        self._snapshots = Snapshots(fetch)
+        self._edition = edition
+        self._clock = clock
+        self._unseen: deque[tuple[LSN, Xid]] = deque()
+
+    def told(self, entries: Iterable[Entry]) -> None:
+        """Take note of what is about to be handed out: a barrier must know of all that was."""
+        self._unseen.extend(
+            (entry.end_lsn, entry.xid) for entry in entries if isinstance(entry, Transaction)
+        )
+
+    def clear(self) -> None:
+        """Forget everything: another history has begun."""
+        self._unseen.clear()
+
+    async def barrier(self, handed: Cursor) -> Barrier:
+        """Return a barrier whose snapshot sees every transaction up to ``handed``.
+
+        One that it didn't see would have to reach the new topic after later ones that the
+        connection had already, and a resume from a later id would lose it.
+        """
+        deadline = self._clock() + _BARRIER_SECONDS
+        while True:
+            edition = self._edition()
+            try:
+                barrier = await self._snapshots.take()
+            except PgRealtimeError as error:
+                raise SubscriptionError("no snapshot", code="stream_away") from error
+            if self._edition() != edition:
+                continue  # it may be another history's
+            self._note(barrier.snapshot)
+            if not any(end_lsn <= handed.lsn for end_lsn, _xid in self._unseen):
+                return barrier
+            if self._clock() > deadline:
+                raise SubscriptionError("a commit stays invisible", code="stream_away")
+            await asyncio.sleep(_BARRIER_RETRY_SECONDS)
+
+    async def wait_for(self, entries: Sequence[Entry]) -> None:
+        """Return once readers see all of them; at once if another history begins meanwhile."""
+        xids = [entry.xid for entry in entries if isinstance(entry, Transaction)]
+        edition = self._edition()
+        while xids and self._edition() == edition:
+            try:
+                snapshot = (await self._snapshots.take()).snapshot
+            except PgRealtimeError as error:
+                log.warning("visibility.unknown", error=error.message)
+                await asyncio.sleep(_AGAIN_SECONDS)
+                continue
+            xids = [xid for xid in xids if not snapshot.sees(xid)]
+            if xids:
+                await asyncio.sleep(_BARRIER_RETRY_SECONDS)
+
+    async def watch(self) -> None:
+        """Let go of what has become visible, for ever."""
+        while True:
+            await asyncio.sleep(_FORGET_SECONDS)
+            if not self._unseen:
+                continue
+            try:
+                self._note((await self._snapshots.take()).snapshot)
+            except PgRealtimeError:
+                continue  # the next round asks again
+
+    def _note(self, snapshot: Snapshot) -> None:
+        self._unseen = deque(
+            (end_lsn, xid) for end_lsn, xid in self._unseen if not snapshot.sees(xid)
+        )
