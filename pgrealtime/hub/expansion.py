@@ -21,6 +21,7 @@ from pgrealtime.collections import Collection, Collections, Field
 from pgrealtime.errors import RuleError
 from pgrealtime.records.encode import View
 from pgrealtime.records.expand import Path, parse_expand
+from pgrealtime.rules.past import Past
 from pgrealtime.rules.plan import Bound, Planner
 from pgrealtime.rules.reference import Nobody
 from pgrealtime.rules.request import Request
@@ -244,24 +245,26 @@ class Node:
     Attributes:
         related: Ids by field name, of relations through junction tables.
         children: By step, in order; None where they may not or could not be looked for.
+        past: What related tables were like; None is as they are.
     """
 
-    __slots__ = ("children", "collection", "record_id", "related", "row", "sees_email")
+    __slots__ = ("children", "collection", "past", "record_id", "related", "row", "sees_email")
 
     def __init__(
-        self, collection: Collection, record_id: str, row: Row, *, sees_email: bool = False
+        self, collection: Collection, record_id: str, row: Row, *, past: Past | None = None
     ) -> None:
         self.collection = collection
         self.record_id = record_id
         self.row = row
-        self.sees_email = sees_email
+        self.past = past
+        self.sees_email = False
         self.related: Mapping[str, Sequence[str]] = {}
         self.children: dict[str, list[Node] | None] = {}
 
     @property
-    def place(self) -> tuple[str, str]:
-        """Its collection and its id."""
-        return self.collection.name, self.record_id
+    def place(self) -> tuple[str, str, int]:
+        """Its collection, its id and the state it is seen in."""
+        return self.collection.name, self.record_id, id(self.past)
 
 
 def ids_in_row(step: Step, row: Row) -> list[str]:

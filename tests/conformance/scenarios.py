@@ -63,6 +63,26 @@ _PLACES = ({"lon": 0, "lat": 0}, {"lon": 12.5, "lat": -5}, {"lon": -100, "lat": 
 _KINDS = ("", "news", "blog")
 _TAGS = ("red", "green", "blue")
 _ROLES = ("", "admin", "writer")
+_RELATIONS = {
+    "books0": (
+        ("author", "people"),
+        ("editors", "people"),
+        ("team", "teams"),
+        ("notes_via_book", "notes"),
+        ("title", ""),
+        ("nope", ""),
+    ),
+    "people": (
+        ("teams_via_members", "teams"),
+        ("books0_via_author", "books0"),
+        ("books1_via_editors", "books1"),
+        ("books2_via_title", ""),
+        ("role", ""),
+    ),
+    "teams": (("members", "people"), ("books2_via_team", "books2"), ("people_via_teams", "")),
+    "notes": (("book", "books0"), ("author", "")),
+}
+"""Names that a path may go on with, and where they lead."""
 _QUERY_VALUES = ("", "alpha", "a", "5", "100", "red")
 
 
@@ -350,7 +370,10 @@ class World:
         return [people, teams, *books, notes, beacon]
 
     def _simple_rule(self, name: str, own: str) -> str | None:
-        return self.random.choice(("", None, own, f"{own} || {name} = 'anna'"))
+        rules = ["", None, own, f"{own} || {name} = 'anna'"]
+        if Ability.EXPAND in self.abilities:
+            rules += ["", "@request.context = 'expand'", f"@request.query.q:isset = true || {own}"]
+        return self.random.choice(rules)
 
     def _manage_rule(self) -> str | None:
         if Ability.MANAGE_RULE not in self.abilities:
@@ -441,7 +464,7 @@ class World:
         if books := self._books.get(name):
             forms.append(f"{spelt}/{self.random.choice(books)}")
         topic = self.random.choice(forms)
-        options = self._options() if name in BOOKS else {}
+        options = self._options() if name in BOOKS else self._expand_options(name)
         return f"{topic}?options={quote(json.dumps(options))}" if options else topic
 
     def _options(self) -> dict[str, dict[str, str]]:
@@ -458,15 +481,37 @@ class World:
             query["fields"] = self.random.choice(
                 ("id", "id,title", "title,meta.a", "*", "title:excerpt(3,true)", "loc,tags,nope")
             )
-        if Ability.EXPAND in self.abilities and chance() < 0.2:
-            query["expand"] = self.random.choice(
-                ("author", "editors", "author,team", "team.members", "nope", "notes_via_book")
-            )
+        if Ability.EXPAND in self.abilities and chance() < 0.25:
+            query["expand"] = self._expand("books0")
+            if chance() < 0.3:
+                query["fields"] = self.random.choice(
+                    ("id,expand", "expand.author.name,id", "*,expand.team.members.id", "title")
+                )
         if chance() < 0.3:
             headers[self.random.choice(("X-Key", "xKey", "x_key"))] = self.random.choice(
                 _QUERY_VALUES
             )
         return {name: part for name, part in (("query", query), ("headers", headers)) if part}
+
+    def _expand_options(self, name: str) -> dict[str, dict[str, str]]:
+        if Ability.EXPAND not in self.abilities or self.random.random() > 0.4:
+            return {}
+        query = {"expand": self._expand(name)}
+        if self.random.random() < 0.3:
+            query["q"] = "a"
+        return {"query": query}
+
+    def _expand(self, name: str) -> str:
+        """A few paths, some of which lead nowhere."""
+        paths: list[str] = []
+        for _ in range(self.random.randint(1, 3)):
+            at = name
+            path: list[str] = []
+            while at and len(path) < 4 and (not path or self.random.random() < 0.6):
+                step, at = self.random.choice(_RELATIONS.get(at, _RELATIONS["books0"]))
+                path.append(step)
+            paths.append(".".join(path))
+        return ", ".join(paths) if self.random.random() < 0.1 else ",".join(paths)
 
     def _write(self) -> Write:
         chance = self.random.random()

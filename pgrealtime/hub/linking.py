@@ -1,0 +1,158 @@
+"""How related records are asked for, and how what a transaction did since is taken back.
+
+Statements and images of rows; ``hub.expand`` runs the one and has the other from the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from pgrealtime.auth.record import plain_id
+from pgrealtime.catalog.keys import canonical_id, native_name
+from pgrealtime.catalog.model import Column, Table
+from pgrealtime.changes import Row
+from pgrealtime.collections import Collection
+from pgrealtime.hub.expansion import Step, ids_in_array
+from pgrealtime.rules.images import Overlay
+
+_BACK_LIMIT = 1000
+"""Records that point to one record (protocol, 5.6)."""
+_FORWARD_LIMIT = 10_000
+"""Ids in a junction table for one record; a junction without bound must not fill the memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linking:
+    """How the ids are found that a relation leads to, where the row doesn't hold them."""
+
+    table: Table
+    match: Column
+    """Holds the id of the record that is asked about, perhaps in an array."""
+    result: Column
+    source: Collection
+    """Whose ids are asked about."""
+    is_of_record: bool
+    """The table is a collection's, and ``result`` its key."""
+    limit: int
+
+    def sources(self, row: Row) -> list[str]:
+        """Return the ids that a row of the table matches."""
+        text = row.get(self.match.name)
+        if not text:
+            return []
+        if self.match.type.base.element is None:
+            return [plain_id(self.source, text)]
+        return ids_in_array(text)
+
+    def usable(self, ids: Iterable[str]) -> list[str]:
+        """Return the ids that can be asked for without an error."""
+        type_ = self.match.type.base.element or self.match.type
+        return [one for one in ids if canonical_id(one, type_) is not None]
+
+    @property
+    def statement(self) -> sql.Composed:
+        """Return the query; its rows are ids that are asked about and ids they lead to."""
+        element = self.match.type.base.element
+        type_ = element or self.match.type
+        native = native_name(type_)
+        match: sql.Composable = sql.Identifier("t", self.match.name)
+        asked = sql.SQL("k.id::pg_catalog.{}").format(sql.Identifier(native or "text"))
+        if element is None:
+            shape = "{match} OPERATOR(pg_catalog.=) {asked}"
+        elif native:
+            shape = "{match} OPERATOR(pg_catalog.@>) ARRAY[{asked}]"
+        else:
+            shape = "{asked} OPERATOR(pg_catalog.=) ANY ({match})"
+        if native is None:
+            match = sql.SQL("{}::pg_catalog.text{}").format(match, sql.SQL("[]" if element else ""))
+        return sql.SQL(
+            "SELECT k.id, l.id FROM pg_catalog.unnest(%(ids)s::pg_catalog.text[]) k(id)"
+            " CROSS JOIN LATERAL"
+            " (SELECT {result} AS id FROM {table} t WHERE {condition} LIMIT {limit}) l"
+        ).format(
+            result=sql.Identifier("t", self.result.name),
+            table=sql.Identifier(*self.table.name),
+            condition=sql.SQL(shape).format(match=match, asked=asked),
+            limit=sql.Literal(self.limit),
+        )
+
+
+def linking_of(step: Step) -> Linking:
+    """Return how the ids are found that a step leads to, unless they are in the row."""
+    owner, relation = step.owner, step.field.relation
+    assert relation is not None
+    limit = _BACK_LIMIT if step.is_back else _FORWARD_LIMIT
+    junction = relation.junction
+    if junction is None:
+        assert step.field.column is not None
+        return Linking(
+            table=owner.table,
+            match=step.field.column,
+            result=owner.key,
+            source=step.source,
+            is_of_record=True,
+            limit=limit,
+        )
+    here, there = junction.source, junction.target
+    return Linking(
+        table=junction.table,
+        match=_column(junction.table, there if step.is_back else here),
+        result=_column(junction.table, here if step.is_back else there),
+        source=step.source,
+        is_of_record=False,
+        limit=limit,
+    )
+
+
+def _column(table: Table, name: str) -> Column:
+    column = table.column(name)
+    assert column is not None
+    return column
+
+
+def links_before(linking: Linking, overlay: Overlay, source: str, ids: Iterable[str]) -> set[str]:
+    """Return the ids that a record led to before the changes of an overlay of the table."""
+    found = set(ids)
+    for row in overlay.touched:
+        # A record has one row, wherever it points now; a junction table has one per pair.
+        if linking.is_of_record or source in linking.sources(row):
+            found.discard(row.get(linking.result.name) or "")
+    for row in overlay.before:
+        target = row.get(linking.result.name)
+        if target and source in linking.sources(row):
+            found.add(target)
+    return found
+
+
+def rows_before(collection: Collection, overlay: Overlay) -> dict[str, Row | None]:
+    """Return the rows that changes touched, by id, as they were before; None if they weren't."""
+    key = collection.key.name
+    found: dict[str, Row | None] = {}
+    for row in overlay.touched:
+        found[plain_id(collection, row.get(key) or "")] = None
+    for row in overlay.before:
+        found[plain_id(collection, row.get(key) or "")] = row
+    return found
+
+
+def in_order(text: str) -> tuple[bool, int, str]:
+    """Sort numbers as such, before texts: a table keeps no order of its own."""
+    is_number = text.isascii() and text.isdigit()
+    return not is_number, int(text) if is_number else 0, text
+
+
+def rows_statement(collection: Collection) -> sql.Composed:
+    """Return the query for rows by id, in the table's column order."""
+    native = native_name(collection.key.type)
+    key = sql.Identifier(collection.key.name)
+    return sql.SQL(
+        "SELECT {columns} FROM {table} WHERE {key} OPERATOR(pg_catalog.=) ANY (%(ids)s::{type}[])"
+    ).format(
+        columns=sql.SQL(", ").join(sql.Identifier(one.name) for one in collection.table.columns),
+        table=sql.Identifier(*collection.table.name),
+        key=key if native else sql.SQL("{}::pg_catalog.text").format(key),
+        type=sql.Identifier("pg_catalog", native or "text"),
+    )
