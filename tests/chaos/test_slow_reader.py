@@ -1,0 +1,122 @@
+"""A client that never reads costs nobody else anything, and costs the server a bounded amount."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.bench.machine import resident_kilobytes
+from tests.conformance.http_client import EventStream, Request, send
+from tests.e2e.service import Service, service
+
+EVENTS = 200_000
+IN_A_COMMIT = 500
+MEGABYTE = 1024
+"""In kilobytes, as memory is read."""
+
+OPEN = {"posts": {"table": "posts", "list_rule": "", "view_rule": ""}}
+LIMITS = {
+    "changelog": {"max_size": "4MiB"},
+    "realtime": {"send_buffer": "1MiB", "stall_timeout": "5m"},
+}
+"""A changelog that is full before a fifth has come, so that its filling isn't taken for growth; and
+nobody is dropped for not reading, which is what this is about."""
+
+GROWTH = 16 * MEGABYTE
+"""What the server may gain from a fifth of the events to their end; 2 MB were seen. What waits for
+the sleeper by then would be 50 MB as bytes, and several times that as objects."""
+
+_NUMBER = re.compile(rb'"n":(\d+)')
+
+
+async def subscribe(running: Service, client_id: str) -> None:
+    body = json.dumps({"clientId": client_id, "subscriptions": ["posts/*"]}).encode()
+    headers = {"Content-Type": "application/json"}
+    request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
+    assert (await send(request, running.address)).head.status == 204
+
+
+async def open_reader(running: Service) -> EventStream:
+    request = Request(method="GET", path="/api/realtime", headers={})
+    stream = await EventStream.open(request, running.address, "reader")
+    (connect,) = await stream.take(1, 10.0)
+    await subscribe(running, client_id_in(connect))
+    return stream
+
+
+async def open_sleeper(running: Service) -> socket.socket:
+    """Subscribe, and read no more after that; the kernel takes little for it."""
+    sleeper = socket.socket()
+    sleeper.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sleeper.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(sleeper, (running.address.host, running.address.port))
+    await loop.sock_sendall(sleeper, b"GET /api/realtime HTTP/1.1\r\nHost: x\r\n\r\n")
+    text = b""
+    async with asyncio.timeout(10.0):
+        while b"\n\n" not in text:
+            text += await loop.sock_recv(sleeper, 4096)
+    await subscribe(running, client_id_in(text))
+    return sleeper
+
+
+def client_id_in(text: bytes) -> str:
+    found = re.search(rb'"clientId":"(\w+)"', text)
+    assert found is not None, text
+    return found[1].decode()
+
+
+async def write(running: Service) -> None:
+    for first in range(1, EVENTS, IN_A_COMMIT):
+        await running.write.execute(
+            "INSERT INTO posts (id, title, n) SELECT 'r' || i, repeat('x', 100), i"
+            " FROM generate_series(%s::int, %s::int) i",
+            [first, first + IN_A_COMMIT - 1],
+        )
+
+
+def numbers(messages: tuple[bytes, ...]) -> Iterator[int]:
+    for message in messages:
+        found = _NUMBER.search(message)
+        assert found is not None, message
+        yield int(found[1])
+
+
+async def read_all(running: Service, stream: EventStream) -> list[int]:
+    """Check that every event comes, in order; return memory after each tenth, in kilobytes."""
+    expected = 1
+    memory: list[int] = []
+    while expected <= EVENTS:
+        messages = await stream.take(1, 30.0)
+        messages += await stream.take(len(stream.waiting), 0.0)
+        for number in numbers(messages):
+            assert number == expected
+            expected += 1
+        assert messages, f"nothing came for 30 s after {expected - 1} events: {stream.end}"
+        if expected > (len(memory) + 1) * EVENTS // 10:
+            memory.append(resident_kilobytes(running.process.pid))
+    return memory
+
+
+@pytest.mark.timeout(180)
+async def test_memory_stays_flat_beside_a_client_that_never_reads(
+    database_url: str, tmp_path: Path
+) -> None:
+    """200,000 events: one connection takes none of them, another gets them all in order."""
+    async with service(database_url, tmp_path, sections=LIMITS, collections=OPEN) as running:
+        with closing(await open_sleeper(running)):
+            stream = await open_reader(running)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(write(running))
+                reading = tasks.create_task(read_all(running, stream))
+            await stream.close()
+
+    _, settled, *later = reading.result()
+    assert max(later) - settled < GROWTH, f"kilobytes after each tenth: {reading.result()}"
