@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import struct
 from socket import SO_LINGER, SOL_SOCKET
 
 import pytest
+from aiohttp import web
 
 from tests.conformance.http_client import EventStream, Request
 from tests.unit.api.served import Served, served, until
@@ -154,6 +156,93 @@ async def test_end_by_the_server_is_orderly_after_the_last_event() -> None:
         writer.write(b"GET /api/health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert (await read_head(reader))[0] == b"HTTP/1.1 200 OK"
         writer.close()
+
+
+async def test_request_sent_during_the_stream_is_answered_after_it() -> None:
+    """As by PocketBase: what a client sends early waits for its turn."""
+    async with served() as service:
+        reader, writer = await service.raw(GET)
+        await read_head(reader)
+        await read_chunk(reader)
+        request = b"GET /api/health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        writer.write(request)
+        await service.answer_to(request)  # by then the one before has come as well
+        await service.room.hub.shutdown(1.0)
+        async with asyncio.timeout(DEADLINE):
+            rest = await reader.read()
+        writer.close()
+
+    assert rest.startswith(b"0\r\n\r\nHTTP/1.1 200 OK\r\n")
+
+
+async def test_client_that_floods_a_stream_is_dropped() -> None:
+    """What it sends early is kept, so there is a limit to it."""
+    async with served() as service:
+        reader, writer = await service.raw(GET)
+        await read_head(reader)
+        await read_chunk(reader)
+        writer.write(b"x" * 200_000)
+        await service.until_forgotten()
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "request_text",
+    [
+        b"GET /api/realtime HTTP/1.0\r\n\r\n",
+        b"GET /api/realtime HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"GET /api/realtime HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf",
+    ],
+)
+async def test_connection_that_serves_nothing_more_is_closed_after_the_stream(
+    request_text: bytes,
+) -> None:
+    async with served() as service:
+        reader, writer = await service.raw(request_text)
+        await read_head(reader)
+        await until(lambda: len(service.room.hub.connections) == 1)
+        await service.room.hub.shutdown(1.0)
+        async with asyncio.timeout(DEADLINE):
+            rest = await reader.read()
+        writer.close()
+
+    assert b"PB_CONNECT" in rest
+    assert rest.endswith((b"}\n\n", b"\r\n0\r\n\r\n"))
+
+
+async def test_stream_keeps_nothing_of_aiohttp() -> None:
+    """A request under way is 13 KB of parser, tasks and headers: too much for every listener."""
+    async with served() as service:
+        reader, writer = await service.raw(GET)
+        await read_head(reader)
+        await read_chunk(reader)
+        gc.collect()
+        kept = [thing for thing in gc.get_objects() if isinstance(thing, web.BaseRequest)]
+        tasks = [task for task in asyncio.all_tasks() if "RequestHandler" in repr(task)]
+        writer.close()
+
+    assert kept == []
+    assert tasks == []
+
+
+async def test_what_was_said_before_shutdown_still_arrives() -> None:
+    """A server that stops sends its buffers first, as far as the client takes them."""
+    async with served() as service:
+        reader, writer = await service.raw(GET)
+        await read_head(reader)
+        await read_chunk(reader)
+        (connection,) = service.room.hub.connections
+        connection.write(b"x" * 20_000_000)
+        await service.room.hub.shutdown(1.0)
+        reading = asyncio.create_task(reader.read())
+
+    async with asyncio.timeout(DEADLINE):
+        rest = await reading
+    writer.close()
+    assert len(rest) > 20_000_000
+    assert rest.endswith(b"0\r\n\r\n")
 
 
 @pytest.mark.parametrize("how", ["closes", "resets", "half closes"])
