@@ -95,6 +95,7 @@ class Realtime:
     async def finish(self, _app: web.Application) -> None:
         """Let streams that were ended send what they have, and drop the others."""
         for stream in list(self._streams):
+            stream.then = None  # aiohttp has closed what it knew of, and looks no more
             if not stream.is_ending:
                 stream.abort()
         with suppress(TimeoutError):

@@ -55,9 +55,10 @@ class ClientStream(asyncio.Protocol):
         is_chunked: Whether the body has the chunked coding.
         has_body: False for HEAD.
         stall_timeout: Seconds that the client has to take the end of the body.
-        then: Makes the protocol that serves the connection after the body; None closes it.
+        then: See below.
 
     Attributes:
+        then: Makes the protocol that serves the connection after the body; None closes it.
         over: Called once when the body's end was taken or the connection is gone.
     """
 
@@ -69,9 +70,9 @@ class ClientStream(asyncio.Protocol):
         "_is_over",
         "_room",
         "_stall_timeout",
-        "_then",
         "_transport",
         "over",
+        "then",
     )
 
     def __init__(
@@ -87,7 +88,7 @@ class ClientStream(asyncio.Protocol):
         self._is_chunked = is_chunked
         self._has_body = has_body
         self._stall_timeout = stall_timeout
-        self._then = then
+        self.then = then
         self._is_over = False
         self._early = b""
         self._room: asyncio.Event | None = None
@@ -174,11 +175,11 @@ class ClientStream(asyncio.Protocol):
 
     def _finish(self) -> None:
         self._tell()
-        if self._then is None or self._transport.is_closing():
+        if self.then is None or self._transport.is_closing():
             self._transport.close()
             return
         self._transport.set_write_buffer_limits()
-        following = self._then()
+        following = self.then()
         self._transport.set_protocol(following)
         following.connection_made(self._transport)
         if self._early and isinstance(following, asyncio.Protocol):
