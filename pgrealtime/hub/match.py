@@ -112,18 +112,18 @@ class Group:
 
     def add(self, subscription: Subscription) -> None:
         """Put a subscription into its audience."""
-        for audience in self.audiences:
-            if audience.receives == subscription.receives:
-                audience.add(subscription)
-                return
-        made = Audience(subscription)
+        place = subscription.receives
         match self._audiences:
             case None:
-                self._audiences = made
-            case Audience() as only:
-                self._audiences = {one.receives: one for one in (only, made)}
+                self._audiences = Audience(subscription)
+            case Audience(receives=receives) as only if receives == place:
+                only.add(subscription)
+            case Audience(receives=receives) as only:
+                self._audiences = {receives: only, place: Audience(subscription)}
+            case several if place in several:
+                several[place].add(subscription)
             case several:
-                several[made.receives] = made
+                several[place] = Audience(subscription)
 
     def remove(self, subscription: Subscription) -> bool:
         """Take a subscription out; return whether it was the last one."""
