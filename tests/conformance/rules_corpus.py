@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,11 +21,14 @@ from pgrealtime import collections as building
 from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row, TableName
-from pgrealtime.collections import Collections
+from pgrealtime.collections import Collection, Collections
 from pgrealtime.config import CollectionConfig, FieldsConfig, RelationConfig
 from pgrealtime.errors import RuleError, RuleUnsupportedError
+from pgrealtime.rules.index import Index
+from pgrealtime.rules.plan import Planner
 from pgrealtime.rules.reference import Everyone, Nobody, Reference, reference, validate
 from pgrealtime.rules.request import Request
+from tests.engine_driving import Asker, decided
 
 CORPUS = Path(__file__).parent.parent / "rules-corpus"
 
@@ -42,6 +46,14 @@ class Refused:
     error: RuleError
 
 
+class Way(Enum):
+    """How a case is decided."""
+
+    REFERENCE = "the reference query"
+    ENGINE = "the engine"
+    ENGINE_KNOWING = "the engine, with the subscriber's own row at hand"
+
+
 Answer: TypeAlias = tuple[str, ...] | Refused
 """The ids that are shown, sorted."""
 
@@ -54,19 +66,22 @@ class Corpus:
     collections: Collections
     rows: Rows
 
-    def answer(self, case: Case) -> Answer:
+    def answer(self, case: Case, way: Way) -> Answer:
         """Return what pgrealtime shows to the case's subscriber."""
         collections = self._with_list_rules(case.get("others", {}))
         collection = collections[case["collection"]]
         rule = case["rule"]
         request = self._request(case)
         try:
-            if rule is not None:
+            if rule is not None and way is Way.REFERENCE:
                 validate(collections, collection, rule)
         except RuleError as error:
             return Refused(error)
         rows = self.rows[collection.name]
         ids = [row[collection.key.name] or "" for row in rows]
+        if way is not Way.REFERENCE:
+            verdicts = self._decided(collections, collection, request, case, way)
+            return tuple(one for one, admitted in zip(ids, verdicts, strict=True) if admitted)
         match reference(collections, collection, rule, request):
             case Everyone():
                 return tuple(ids)
@@ -76,6 +91,31 @@ class Corpus:
                 question = asked.question(rows, datetime.now(UTC))
                 found = self.connection.execute(question.sql.encode(), question.params).fetchall()
                 return tuple(sorted(ids[index] for (index,) in found))
+
+    def _decided(
+        self,
+        collections: Collections,
+        collection: Collection,
+        request: Request,
+        case: Case,
+        way: Way,
+    ) -> list[bool]:
+        """Return, row by row, what the engine says."""
+        rows = self.rows[collection.name]
+        own = self._own_row(request) if way is Way.ENGINE_KNOWING else None
+        bound = Planner(collections).bind(collection, case["rule"], request, own)
+        if isinstance(bound, Nobody):
+            return [False for _ in rows]
+        index: Index[Asker] = Index()
+        index.add(Asker(request, bound.variant, bound.values))
+        return [bool(hits) for hits in decided(self.connection, index, rows, datetime.now(UTC))]
+
+    def _own_row(self, request: Request) -> Row | None:
+        match request.principal:
+            case AuthRecord(collection_name=name, id=record_id):
+                return next(row for row in self.rows[name] if row["id"] == record_id)
+            case _:
+                return None
 
     def _with_list_rules(self, others: Mapping[str, str | None]) -> Collections:
         """Return the collections with these list rules; only client filters read them."""
@@ -201,14 +241,26 @@ class Report:
         return "\n".join([counts, *self.wrong])
 
 
-def judge(corpus: Corpus, asked: Iterable[Case]) -> Report:
+def of_way(asked: Iterable[Case], way: Way) -> Iterator[Case]:
+    """Yield the cases that say something about the way.
+
+    That a rule is refused when it is set is nobody's business afterwards; the subscriber's own row
+    matters to few.
+    """
+    for case in asked:
+        is_set = way is Way.REFERENCE or expected(case) is not None
+        if is_set and (way is not Way.ENGINE_KNOWING or "@request.auth." in str(case)):
+            yield case
+
+
+def judge(corpus: Corpus, asked: Iterable[Case], way: Way = Way.REFERENCE) -> Report:
     """Ask every case."""
     right: list[str] = []
     refused: list[str] = []
     wrong: list[str] = []
-    for case in asked:
+    for case in of_way(asked, way):
         wanted = expected(case)
-        got = corpus.answer(case)
+        got = corpus.answer(case, way)
         match got, wanted:
             case Refused(), None:
                 right.append(case["id"])

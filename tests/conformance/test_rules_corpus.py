@@ -1,4 +1,4 @@
-"""What PocketBase was recorded to show, shown by the reference query on real PostgreSQL."""
+"""What PocketBase was recorded to show, shown by reference query and engine on real PostgreSQL."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.rules_corpus import CORPUS, cases, judge, load
+from tests.conformance.rules_corpus import CORPUS, Way, cases, judge, load
 
 REFUSED: frozenset[str] = frozenset()
 """Cases that may be refused although PocketBase decides them: none."""
@@ -17,20 +17,25 @@ FOUND = CORPUS.parent / "more-rules"
 """Cases in the corpus' form, recorded from PocketBase 0.40.6 where a difference was found."""
 
 
+every_way = pytest.mark.parametrize("way", Way, ids=lambda way: way.name.lower())
+
+
+@every_way
 @pytest.mark.timeout(600)
-async def test_what_differed_once_is_decided_as_recorded(database_url: str) -> None:
+async def test_what_differed_once_is_decided_as_recorded(database_url: str, way: Way) -> None:
     """Each was wrong before it was mended."""
     corpus = await load(database_url)
     try:
-        report = judge(corpus, cases(FOUND))
+        report = judge(corpus, cases(FOUND), way)
     finally:
         corpus.connection.close()
 
     assert (report.wrong, report.refused) == ((), ())
 
 
+@every_way
 @pytest.mark.timeout(600)
-async def test_every_recorded_case_is_decided_as_recorded(database_url: str) -> None:
+async def test_every_recorded_case_is_decided_as_recorded(database_url: str, way: Way) -> None:
     """Whoever PocketBase shows a record to sees it here too, and nobody else does.
 
     ``PGREALTIME_RULES_CORPUS`` names another folder with a ``cases.json`` over the same data.
@@ -38,7 +43,7 @@ async def test_every_recorded_case_is_decided_as_recorded(database_url: str) -> 
     folder = os.environ.get("PGREALTIME_RULES_CORPUS")
     corpus = await load(database_url)
     try:
-        report = judge(corpus, cases(Path(folder) if folder else CORPUS))
+        report = judge(corpus, cases(Path(folder) if folder else CORPUS), way)
     finally:
         corpus.connection.close()
     print(f"\nrules corpus: {report}")  # noqa: T201 (the counts are wanted even when all is well)

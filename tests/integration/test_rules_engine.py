@@ -7,8 +7,7 @@ seed.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from random import Random
 
@@ -17,59 +16,12 @@ import pytest
 
 from pgrealtime.changes import Row
 from pgrealtime.errors import RuleError
-from pgrealtime.rules.compare import Scalar
-from pgrealtime.rules.decide import Case, Deciding
-from pgrealtime.rules.formula import Facts
 from pgrealtime.rules.index import Index
-from pgrealtime.rules.plan import Planner, Variant, moment
+from pgrealtime.rules.plan import Planner
 from pgrealtime.rules.reference import Everyone, Nobody, Reference, reference
-from pgrealtime.rules.remote import Inquiry
 from pgrealtime.rules.request import Request
+from tests.engine_driving import Asker, decided
 from tests.rules_world import World
-
-
-@dataclass(eq=False)
-class Asker:
-    """A subscriber as a member of the index."""
-
-    request: Request
-    variant: Variant
-    values: tuple[Scalar, ...]
-
-
-def put(connection: psycopg.Connection, inquiry: Inquiry) -> None:
-    """Ask it, or its parts if it fails."""
-    question = inquiry.question()
-    if question is None:
-        return
-    try:
-        inquiry.take(connection.execute(question.sql.encode(), question.params).fetchall())
-    except psycopg.Error:
-        for part in inquiry.split():
-            put(connection, part)
-
-
-def decided(
-    connection: psycopg.Connection,
-    index: Index[Asker],
-    rows: Sequence[Row],
-    now: datetime,
-    among: Iterable[Asker] | None = None,
-) -> list[set[Asker]]:
-    """Return, per row, whom the engine admits."""
-    at = moment(now)
-    cases = [Case(Facts(row, frozenset(), at), index, None) for row in rows]
-    for case in cases:
-        if among is None:
-            case.search()
-        else:
-            case.consider(among)
-    deciding = Deciding(cases, at)
-    while inquiries := deciding.inquiries():
-        for inquiry in inquiries:
-            put(connection, inquiry)
-        deciding.resume()
-    return [set(case.hits) for case in cases]
 
 
 def asked(
@@ -151,7 +103,7 @@ def round_(world: World, rule: str) -> str:
         askers.append(asker)
         expected[asker] = wanted
     for among in (None, askers):
-        for n, hits in enumerate(decided(world.connection, index, rows, now, among)):
+        for n, hits in enumerate(decided(world.connection, index, rows, now, among=among)):
             for asker, wanted in expected.items():
                 if (asker in hits) != (n in wanted):
                     return (

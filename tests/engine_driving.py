@@ -1,0 +1,74 @@
+"""The rule engine driven by a plain connection, without the hub: index, tests, inquiries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import psycopg
+
+from pgrealtime.changes import Row
+from pgrealtime.rules.compare import Scalar
+from pgrealtime.rules.decide import Case, Deciding
+from pgrealtime.rules.formula import Facts
+from pgrealtime.rules.index import Index
+from pgrealtime.rules.past import Past
+from pgrealtime.rules.plan import Variant, moment
+from pgrealtime.rules.remote import Inquiry
+from pgrealtime.rules.request import Request
+
+
+@dataclass(eq=False)
+class Asker:
+    """A subscriber as a member of the index."""
+
+    request: Request
+    variant: Variant
+    values: tuple[Scalar, ...]
+
+
+def put(connection: psycopg.Connection, inquiry: Inquiry) -> None:
+    """Ask it, or its parts if it fails."""
+    question = inquiry.question()
+    if question is None:
+        return
+    try:
+        inquiry.take(connection.execute(question.sql.encode(), question.params).fetchall())
+    except psycopg.Error:
+        for part in inquiry.split():
+            put(connection, part)
+
+
+def decided(
+    connection: psycopg.Connection,
+    index: Index[Asker],
+    rows: Sequence[Row],
+    now: datetime,
+    *,
+    among: Sequence[Asker] | None = None,
+    past: Past | None = None,
+) -> list[set[Asker]]:
+    """Return, per row, whom the engine admits.
+
+    Args:
+        connection: Where Postgres is asked.
+        index: The askers.
+        rows: Images of one collection.
+        now: What macros mean.
+        among: Those to consider without the index; None is all, by the index.
+        past: What was before the transaction that deleted the rows.
+    """
+    at = moment(now)
+    cases = [Case(Facts(row, frozenset(), at), index, past) for row in rows]
+    for case in cases:
+        if among is None:
+            case.search()
+        else:
+            case.consider(among)
+    deciding = Deciding(cases, at)
+    while inquiries := deciding.inquiries():
+        for inquiry in inquiries:
+            put(connection, inquiry)
+        deciding.resume()
+    return [set(case.hits) for case in cases]
