@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -30,10 +31,14 @@ class SdkError(Exception):
 
 
 class Sdk:
-    """One ``PocketBase`` object in a Node process."""
+    """One client somewhere else, which obeys commands and reports what it hears.
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
+    Args:
+        send: Brings a command there.
+    """
+
+    def __init__(self, send: Callable[[Mapping[str, Any]], Awaitable[None]]) -> None:
+        self._send = send
         self._answers: dict[int, asyncio.Future[None]] = {}
         self._arrived = asyncio.Event()
         self._number = 0
@@ -43,13 +48,17 @@ class Sdk:
     @property
     def events(self) -> list[dict[str, Any]]:
         """The events so far."""
-        return [report for report in self.reports if report["report"] == "event"]
+        return self.of("event")
 
     @property
     def is_closed(self) -> bool:
         """Whether a plain EventSource has given up for good."""
         closed = 2  # EventSource.CLOSED
-        return any(r["report"] == "break" and r["id"] == closed for r in self.reports)
+        return any(report["id"] == closed for report in self.of("break"))
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """The reports of a kind so far."""
+        return [report for report in self.reports if report["report"] == kind]
 
     async def do(self, command: str, **arguments: Any) -> None:
         """Run a command and wait for the SDK's promise.
@@ -59,9 +68,7 @@ class Sdk:
         """
         self._number += 1
         answer = self._answers[self._number] = asyncio.get_running_loop().create_future()
-        line = {"do": command, "number": self._number, **arguments}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(line).encode() + b"\n")
+        await self._send({"do": command, "number": self._number, **arguments})
         async with asyncio.timeout(DEADLINE):
             await answer
 
@@ -75,34 +82,30 @@ class Sdk:
         """
         try:
             async with asyncio.timeout(seconds):
-                while len(found := [r for r in self.reports if r["report"] == kind]) < count:
+                while len(found := self.of(kind)) < count:
                     self._arrived.clear()
                     await self._arrived.wait()
         except TimeoutError:
             raise TimeoutError(f"{count} {kind}: {self.reports[-20:]}") from None
         return found
 
-    async def read(self) -> None:
-        """Take what the process prints, until it ends."""
-        assert self._process.stdout is not None
-        async for line in self._process.stdout:
-            said = json.loads(line)
-            answer = self._answers.pop(said.get("number", 0), None)
-            if answer is None:
-                self.reports.append(said)
-                self._arrived.set()
-            elif not answer.done():
-                failed = said["report"] == "failed"
-                if failed:
-                    answer.set_exception(SdkError(said["status"], said["message"]))
-                else:
-                    answer.set_result(None)
+    def take(self, said: dict[str, Any]) -> None:
+        """Take what it says: an answer to a command, or a report."""
+        answer = self._answers.pop(said.get("number", 0), None)
+        if answer is None:
+            self.reports.append(said)
+            self._arrived.set()
+        elif not answer.done():
+            if said["report"] == "failed":
+                answer.set_exception(SdkError(said["status"], said["message"]))
+            else:
+                answer.set_result(None)
 
 
 @asynccontextmanager
-async def sdk(url: str) -> AsyncIterator[Sdk]:
-    """Start the SDK against a server; end it by pid."""
-    async with _node("sdk_client.mjs", url) as client:
+async def sdk(url: str, event_source: str = "eventsource") -> AsyncIterator[Sdk]:
+    """Start the SDK against a server, over an EventSource library; end it by pid."""
+    async with _node("sdk_client.mjs", url, event_source) as client:
         yield client
 
 
@@ -145,11 +148,22 @@ async def _running(
         env=environment,
         limit=1 << 24,
     )
-    client = Sdk(process)
-    reading = asyncio.create_task(client.read())
+    client = Sdk(partial(_write, process))
+    reading = asyncio.create_task(_read(process, client))
     try:
         yield client
     finally:
         process.kill()
         await process.wait()
         await reading
+
+
+async def _write(process: asyncio.subprocess.Process, command: Mapping[str, Any]) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(command).encode() + b"\n")
+
+
+async def _read(process: asyncio.subprocess.Process, client: Sdk) -> None:
+    assert process.stdout is not None
+    async for line in process.stdout:
+        client.take(json.loads(line))

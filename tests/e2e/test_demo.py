@@ -11,17 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
 import psycopg
 import pytest
-from playwright.async_api import Browser, Page, async_playwright, expect
+from playwright.async_api import Browser, Page, expect
 
 from pgrealtime.demo.directory import PREFIX
 from tests.conftest import lacking
+from tests.e2e.browser import chromium
 from tests.e2e.demo import (
     EMBEDDED,
     END_SECONDS,
@@ -142,20 +142,6 @@ async def test_a_server_of_this_machine_is_used_if_there_is_one() -> None:
 # --- the page
 
 
-@asynccontextmanager
-async def _browser() -> AsyncIterator[Browser]:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        lacking("Chromium is missing; sh tests/run.sh installs it")
-    quiet = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=chromium, args=list(quiet))
-        try:
-            yield browser
-        finally:
-            await browser.close()
-
-
 async def _open(
     browser: Browser,
     url: str,
@@ -200,7 +186,7 @@ async def test_a_click_changes_a_row_and_those_who_may_hear_of_it_do(running: De
     """The party is Ann's secret until Bob takes part, and everybody's once it is public."""
     said: list[str] = []
     asked: set[str] = set()
-    async with _browser() as browser:
+    async with chromium() as browser:
         page = await _open(browser, f"{running.url}/")
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
@@ -239,7 +225,7 @@ async def test_a_click_changes_a_row_and_those_who_may_hear_of_it_do(running: De
 
 
 async def test_another_subscriber_can_be_chosen_and_comes_with_no_history(running: Demo) -> None:
-    async with _browser() as browser:
+    async with chromium() as browser:
         page = await _open(browser, f"{running.url}/")
         await _hush(page)
         await _press(page, "Tick off a party task")
@@ -253,7 +239,7 @@ async def test_another_subscriber_can_be_chosen_and_comes_with_no_history(runnin
 
 async def test_what_happened_while_nobody_looked_is_there_on_return(running: Demo) -> None:
     """A hidden page holds no connection, and resumes from its last position."""
-    async with _browser() as browser:
+    async with chromium() as browser:
         page = await _open(browser, f"{running.url}/")
         await _hush(page)
         await _press(page, "Tick off a party task")
@@ -284,7 +270,7 @@ _SCREENS: tuple[tuple[str, Literal["light", "dark"], tuple[int, int]], ...] = (
 
 async def test_it_fits_every_screen_and_everything_has_a_name(running: Demo) -> None:
     """Nothing sticks out at the side, and a screen reader knows what each control is."""
-    async with _browser() as browser:
+    async with chromium() as browser:
         for name, scheme, size in _SCREENS:
             page = await _open(browser, f"{running.url}/", scheme=scheme, size=size)
             await _press(page, "Tick off a party task")

@@ -33,9 +33,6 @@ PRETENDER = Caller(
     base_path=PREFIX, source_ip="127.0.0.3", headers={"X-Forwarded-For": "127.0.0.2"}
 )
 
-LONGER_THAN_AN_EVENT_SOURCE_WAITS = 4.0
-"""Seconds; three are what the libraries and Chromium wait before they connect again."""
-
 OWN_HOST: Mapping[Program, Mapping[str, str]] = {
     "nginx": {"/realtime/api/realtime": "/api/realtime", "location /realtime/": "location /"},
     "caddy": {"handle /realtime/*": "handle", "path /realtime/api/": "path /api/"},
@@ -273,28 +270,6 @@ async def test_a_plain_event_source_misses_nothing_over_a_restart_of_the_proxy(
 
 
 @each_program
-async def test_a_plain_event_source_survives_a_restart_of_pgrealtime(
-    program: Program, database_url: str, tmp_path: Path
-) -> None:
-    """For it every status but 200 is final, so the proxy must not answer 502 to it."""
-    async with (
-        behind(program, database_url, tmp_path) as (running, front),
-        native(front.url + PREFIX, "posts/*") as client,
-    ):
-        await client.wait_for(1, "subscribed")
-        await running.stop()
-        await client.wait_for(1, "break")
-        await asyncio.sleep(LONGER_THAN_AN_EVENT_SOURCE_WAITS)
-        await running.start()
-        await client.wait_for(2, "subscribed")
-        await insert(running, "after")
-        (event,) = await client.wait_for(1)
-
-    assert event["record"]["id"] == "after"
-    assert not client.is_closed
-
-
-@each_program
 async def test_the_sdk_comes_back_after_a_restart_of_pgrealtime(
     program: Program, database_url: str, tmp_path: Path
 ) -> None:
@@ -306,7 +281,7 @@ async def test_the_sdk_comes_back_after_a_restart_of_pgrealtime(
         await client.do("connects")
         await client.do("subscribe", collection="posts", topic="*")
         await running.stop()
-        await asyncio.sleep(LONGER_THAN_AN_EVENT_SOURCE_WAITS)
+        await asyncio.sleep(1.0)  # the SDK tries two or three times meanwhile
         await running.start()
         await client.wait_for(2, "connect")
         await client.do("subscribe", collection="users", topic="x")

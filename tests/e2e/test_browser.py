@@ -1,0 +1,189 @@
+"""Chromium, with a page that another server brought: its EventSource, its fetch, its CORS."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from playwright.async_api import Browser
+
+from tests.e2e.breaker import breaker
+from tests.e2e.browser import chromium, native_page, pages, sdk_page
+from tests.e2e.numbered import OPEN, fresh_seed, repeats, wait_for_number, write_numbered
+from tests.e2e.proxy import PREFIX, PROGRAMS, Program, proxy
+from tests.e2e.sdk import Sdk
+from tests.e2e.service import service, token
+
+AWAY_SECONDS = 4.0
+"""Long enough for an EventSource to ask meanwhile: Chromium waits for three."""
+
+
+@asynccontextmanager
+async def visited() -> AsyncIterator[tuple[Browser, str]]:
+    """A browser, and the origin of its pages."""
+    async with pages() as origin, chromium() as browser:
+        yield browser, origin
+
+
+async def test_a_page_of_any_origin_hears_what_its_user_may(
+    database_url: str, tmp_path: Path
+) -> None:
+    """The SDK in the page: preflights with Authorization, two users in one browser, a guest."""
+    async with (
+        service(database_url, tmp_path) as running,
+        visited() as (browser, origin),
+        sdk_page(browser, origin, running.url) as ann,
+        sdk_page(browser, origin, running.url) as guest,
+    ):
+        await ann.do("token", token=token("ann"))
+        for client in (ann, guest):
+            await client.do("subscribe", collection="posts", topic="*")
+        for statement in (
+            "INSERT INTO posts (id, title, author) VALUES ('a', 'x', 'ann')",
+            "UPDATE posts SET title = 'é'",
+            "DELETE FROM posts",
+            "INSERT INTO posts (id, title, public) VALUES ('all', 'x', true)",
+        ):
+            await running.write.execute(statement.encode())
+        await ann.wait_for(4)
+        await guest.wait_for(1)
+
+    assert [(e["action"], e["record"]["id"], e["record"]["title"]) for e in ann.events] == [
+        ("create", "a", "x"),
+        ("update", "a", "é"),
+        ("delete", "a", "é"),
+        ("create", "all", "x"),
+    ]
+    assert [event["record"]["id"] for event in guest.events] == ["all"]
+
+
+async def test_only_listed_origins_are_let_in(database_url: str, tmp_path: Path) -> None:
+    """The browser enforces it: to a page elsewhere the stream is closed for good."""
+    async with (
+        visited() as (browser, origin),
+        pages() as elsewhere,
+        service(
+            database_url,
+            tmp_path,
+            collections=OPEN,
+            sections={"server": {"cors_origins": [origin]}},
+        ) as running,
+        native_page(browser, origin, running.url, "posts/*") as listed,
+        native_page(browser, elsewhere, running.url, "posts/*") as unlisted,
+    ):
+        await listed.wait_for(1, "subscribed")
+        await unlisted.wait_for(1, "break")
+        await running.write.execute("INSERT INTO posts (id, title) VALUES ('a', 'x')")
+        await listed.wait_for(1)
+
+    assert unlisted.is_closed
+    assert [report["report"] for report in unlisted.reports] == ["break"]
+
+
+async def test_the_native_reconnect_misses_nothing_and_hears_no_change_twice(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Cut at random bytes; Chromium sends Last-Event-ID by itself, three seconds later."""
+    async with (
+        service(database_url, tmp_path, collections=OPEN) as running,
+        breaker(running.address, random.Random(fresh_seed())) as cutting,
+        visited() as (browser, origin),
+        native_page(browser, origin, cutting.url, "posts/*") as client,
+    ):
+        await client.wait_for(1, "subscribed")
+        cutting.longest = 12_000
+        last = await write_numbered(running, 300, 0.05)
+        cutting.longest = 0
+        await wait_for_number(client, last, 60)
+        numbers = [event["record"]["n"] for event in client.events]
+        breaks = cutting.breaks
+
+    assert breaks >= 2
+    assert not client.is_closed
+    assert client.of("resync") == []
+    assert numbers == list(range(1, last + 1))
+
+
+async def test_two_topics_that_match_one_change_are_both_heard_over_a_break(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Repeats are only what lies between the two messages of one change: one, and the first."""
+    async with (
+        service(database_url, tmp_path, collections=OPEN) as running,
+        breaker(running.address, random.Random(fresh_seed())) as cutting,
+        visited() as (browser, origin),
+        native_page(browser, origin, cutting.url, "posts/*", "posts/r") as client,
+    ):
+        await client.wait_for(1, "subscribed")
+        await running.write.execute("INSERT INTO posts (id, title, n) VALUES ('r', 'x', 0)")
+        cutting.longest = 6_000
+        for n in range(1, 151):
+            await running.write.execute("UPDATE posts SET n = %s", [n])
+            await asyncio.sleep(0.05)  # paces the writer
+        cutting.longest = 0
+        async with asyncio.timeout(60):
+            while not all(heard(client, name)[-1:] == [150] for name in ("posts/*", "posts/r")):
+                await client.wait_for(len(client.events) + 1, seconds=60)
+        breaks = cutting.breaks
+
+    assert breaks >= 2
+    counts = [repeats(heard(client, name)[1:]) for name in ("posts/*", "posts/r")]
+    assert min(counts) == 0
+    assert sum(counts) <= breaks
+
+
+def heard(client: Sdk, name: str) -> list[int]:
+    return [event["record"]["n"] for event in client.events if event["as"] == name]
+
+
+async def test_the_unmodified_sdk_with_five_lines_misses_nothing(
+    database_url: str, tmp_path: Path
+) -> None:
+    """As under Node; here its EventSource is the browser's and its calls are preflighted."""
+    async with (
+        service(database_url, tmp_path, collections=OPEN) as running,
+        breaker(running.address, random.Random(fresh_seed())) as cutting,
+        visited() as (browser, origin),
+        sdk_page(browser, origin, cutting.url) as client,
+    ):
+        await client.do("resume")
+        await client.do("subscribe", collection="posts", topic="*")
+        cutting.longest = 30_000
+        last = await write_numbered(running, 600, 0.008)
+        cutting.longest = 0
+        await wait_for_number(client, last, 60)
+        numbers = [event["record"]["n"] for event in client.events]
+        breaks = cutting.breaks
+
+    assert breaks >= 5
+    assert client.of("resync") == []
+    assert repeats(numbers) <= breaks * 16
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+async def test_a_page_survives_a_restart_of_pgrealtime_behind_a_proxy(
+    program: Program, database_url: str, tmp_path: Path
+) -> None:
+    """What the proxy says meanwhile is neither an error nor forbidden to other origins."""
+    server = {"base_path": PREFIX, "trusted_proxies": ["127.0.0.1"]}
+    async with (
+        service(database_url, tmp_path, collections=OPEN, sections={"server": server}) as running,
+        proxy(program, running.address, tmp_path) as front,
+        visited() as (browser, origin),
+        native_page(browser, origin, front.url + PREFIX, "posts/*") as client,
+    ):
+        await client.wait_for(1, "subscribed")
+        await running.stop()
+        await client.wait_for(1, "break")
+        await asyncio.sleep(AWAY_SECONDS)
+        await running.start()
+        await client.wait_for(2, "subscribed")
+        await running.write.execute("INSERT INTO posts (id, title) VALUES ('after', 'x')")
+        (event,) = await client.wait_for(1)
+
+    assert event["record"]["id"] == "after"
+    assert not client.is_closed
