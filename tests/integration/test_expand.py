@@ -1,0 +1,429 @@
+"""Related records out of tables that people have: any key type, arrays, junctions, and faults."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, LiteralString
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg_pool import AsyncConnectionPool
+
+from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
+from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.changes import Change, Delete, TableName, WholeRow
+from pgrealtime.collections import Collections, build, table_names
+from pgrealtime.config import CollectionConfig
+from pgrealtime.hub.event import Action, Event
+from pgrealtime.hub.expand import Expander, Reading
+from pgrealtime.hub.expansion import Node, Viewer, Viewers
+from pgrealtime.hub.looking import Looking
+from pgrealtime.hub.probe import Probe
+from pgrealtime.lsn import LSN, Cursor, Xid
+from pgrealtime.records.encode import View, encoder
+from pgrealtime.rules.plan import Planner
+from pgrealtime.rules.request import Request
+
+SCHEMA = """
+CREATE TABLE people (
+  id uuid PRIMARY KEY, email text, "emailVisibility" boolean DEFAULT false, verified boolean,
+  name text, boss uuid REFERENCES people);
+CREATE TABLE teams (id int PRIMARY KEY, name text, members uuid[]);
+CREATE TABLE tags (id char(4) PRIMARY KEY, label text);
+CREATE TABLE books (
+  id bigint PRIMARY KEY, title text, author uuid REFERENCES people, team smallint, editors uuid[],
+  loose text, numbers int[], tag char(4) REFERENCES tags);
+CREATE TABLE book_tags (book bigint, tag char(4), PRIMARY KEY (book, tag));
+CREATE TABLE notes (id text PRIMARY KEY, book bigint REFERENCES books, body text);
+CREATE TABLE covers (id text PRIMARY KEY, book bigint UNIQUE REFERENCES books);
+INSERT INTO people (id, name, email, boss) VALUES
+  ('00000000-0000-0000-0000-00000000000a', 'Ann', 'ann@x', NULL),
+  ('00000000-0000-0000-0000-00000000000b', 'Bob', 'bob@x', '00000000-0000-0000-0000-00000000000a');
+INSERT INTO teams VALUES (1, 'one', ARRAY['00000000-0000-0000-0000-00000000000a']::uuid[]),
+  (2, 'two', ARRAY['00000000-0000-0000-0000-00000000000b', '00000000-0000-0000-0000-00000000000a',
+                   '00000000-0000-0000-0000-0000000000ff']::uuid[]);
+INSERT INTO tags VALUES ('ab', 'padded'), ('abcd', 'whole');
+INSERT INTO books VALUES
+  (10, 'Ten', '00000000-0000-0000-0000-00000000000b', 2,
+   ARRAY['00000000-0000-0000-0000-00000000000b', NULL, '00000000-0000-0000-0000-00000000000a',
+         '00000000-0000-0000-0000-00000000000b']::uuid[], '1', '{2,1,7}', 'ab'),
+  (11, 'Eleven', NULL, 99, '{}', 'no number', NULL, NULL);
+INSERT INTO book_tags VALUES (10, 'ab'), (10, 'abcd'), (11, 'zz');
+INSERT INTO notes VALUES ('n1', 10, 'first'), ('n2', 10, 'second'), ('n3', 11, 'third');
+INSERT INTO covers VALUES ('c1', 10);
+"""
+
+ANN = "00000000-0000-0000-0000-00000000000a"
+BOB = "00000000-0000-0000-0000-00000000000b"
+
+
+def _configured() -> dict[str, CollectionConfig]:
+    raw: dict[str, dict[str, Any]] = {
+        "people": {"type": "auth"},
+        "teams": {"relations": {"members": {"collection": "people"}}},
+        "tags": {},
+        "books": {
+            "relations": {
+                "team": {"collection": "teams"},
+                "editors": {"collection": "people"},
+                "loose": {"collection": "teams"},
+                "numbers": {"collection": "teams"},
+                "labels": {
+                    "collection": "tags",
+                    "through": "public.book_tags",
+                    "source": "book",
+                    "target": "tag",
+                },
+            }
+        },
+        "notes": {},
+        "covers": {},
+    }
+    return {
+        name: CollectionConfig.model_validate(
+            {"table": f"public.{name}", "list_rule": "", "view_rule": "", **more}
+        )
+        for name, more in raw.items()
+    }
+
+
+class CountingReading:
+    """Counts the queries for links and rows."""
+
+    def __init__(self, reading: Reading, counts: list[int]) -> None:
+        self._reading = reading
+        self._counts = counts
+
+    async def texts(
+        self, statement: sql.Composed, params: Mapping[str, object]
+    ) -> list[tuple[str | None, ...]] | None:
+        self._counts[-1] += 1
+        return await self._reading.texts(statement, params)
+
+    async def judge(self, looking: Looking[tuple[str, str, int]]) -> None:
+        await self._reading.judge(looking)
+
+
+@dataclass
+class World:
+    """The tables as collections, and somebody to fetch from them."""
+
+    connection: psycopg.AsyncConnection[Any]
+    probe: Probe
+    collections: Collections
+    queries: list[int] = field(default_factory=lambda: [0])
+
+    @asynccontextmanager
+    async def reading(self, xids: frozenset[Xid]) -> AsyncIterator[Reading]:
+        async with self.probe.reading(xids) as reading:
+            yield CountingReading(reading, self.queries)
+
+    @property
+    def expander(self) -> Expander:
+        return Expander(self, self.collections, self._show)
+
+    def _show(self, node: Node, view: View, expand: bytes | None) -> bytes:
+        make = encoder(self.collections[node.collection.name], nulls="zero", view=view)
+        return make(node.row, node.related, expand)
+
+    def viewer(self, collection: str, expand: str, who: Principal = GUEST) -> Viewer:
+        viewers = Viewers(self.collections, Planner(self.collections))
+        request = Request(principal=who, query={"expand": expand})
+        found = viewers.viewer(self.collections[collection], request)
+        assert found is not None
+        return found
+
+    async def event(
+        self,
+        collection: str,
+        record_id: str,
+        action: Action = "update",
+        changes: Sequence[Change] = (),
+    ) -> Event:
+        """An event with the row as it is; the last of the changes is its own."""
+        found = self.collections[collection]
+        cursor = Cursor(LSN(1), max(len(changes), 1))
+        event = Event(found, action, record_id, {}, cursor, Xid(3), tuple(changes))
+        live = await self.probe.live_rows([event])
+        event.row = live[collection, record_id].row
+        return event
+
+    async def expand(
+        self, collection: str, record_id: str, expand: str, who: Principal = GUEST
+    ) -> Any:
+        """What the record shows as ``expand``; None for nothing."""
+        event = await self.event(collection, record_id)
+        return await self.expand_event(event, expand, who)
+
+    async def expand_event(self, event: Event, expand: str, who: Principal = GUEST) -> Any:
+        viewer = self.viewer(event.collection.name, expand, who)
+        related = await self.expander.related([event], [], [(0, viewer)])
+        found = related.expands.get((0, viewer))
+        return None if found is None else json.loads(found)
+
+    async def run(self, statement: LiteralString) -> None:
+        await self.connection.execute(statement)
+
+
+def replaced(collections: Collections, name: str, **more: Any) -> Collections:
+    """The collections, one of them with other rules."""
+    return Collections(
+        tuple(replace(one, **more) if one.name == name else one for one in collections.values())
+    )
+
+
+@pytest.fixture
+async def world(database_url: str) -> AsyncIterator[World]:
+    options = (
+        "-c search_path=pg_catalog -c statement_timeout=1000 -c lock_timeout=300"
+        " -c DateStyle=ISO -c TimeZone=UTC -c extra_float_digits=1"
+    )
+    async with (
+        await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection,
+        AsyncConnectionPool(
+            database_url,
+            min_size=1,
+            max_size=2,
+            timeout=5,
+            kwargs={"autocommit": True, "options": options},
+        ) as pool,
+    ):
+        await connection.execute(sql.SQL(SCHEMA))
+        configured = _configured()
+        names = table_names(configured, ["public"])
+        catalog = await read_catalog(connection, schemas=["public"], names=names)
+        yield World(connection, Probe(pool), build(configured, catalog))
+
+
+def names(records: Any) -> Any:
+    """The ids of records, in the same shape; without the padding of char(n)."""
+    if isinstance(records, list):
+        return [names(record) for record in records]
+    return records["id"].rstrip()
+
+
+RELATIONS = {
+    "author": BOB,
+    "team": "2",
+    "editors": [BOB, ANN],
+    "loose": "1",
+    "numbers": ["2", "1"],
+    "tag": "ab",
+    "labels": ["ab", "abcd"],
+    "notes_via_book": ["n1", "n2"],
+    "covers_via_book": "c1",
+}
+"""Of book 10; a unique column leads back to one record, anything else to a list."""
+
+
+async def test_relations_of_every_kind_are_followed(world: World) -> None:
+    """By uuid, integers of different sizes, padded char, arrays, junctions, there and back."""
+    expand = await world.expand("books", "10", ",".join(RELATIONS))
+
+    assert {name: names(found) for name, found in expand.items()} == RELATIONS
+
+
+@pytest.mark.parametrize("name", ["author", "team", "loose", "labels", "notes_via_book"])
+async def test_what_leads_nowhere_leaves_an_empty_expand(world: World, name: str) -> None:
+    """NULL, a dangling id, a text that is no number: ``{}`` says that there is such a relation."""
+    await world.run("DELETE FROM public.notes")
+
+    assert await world.expand("books", "11", name) == {}
+
+
+async def test_ways_back_through_arrays_and_junctions(world: World) -> None:
+    people = await world.expand(
+        "people", ANN, "teams_via_members,books_via_editors,people_via_boss"
+    )
+    assert {name: names(found) for name, found in people.items()} == {
+        "teams_via_members": ["1", "2"],
+        "books_via_editors": ["10"],
+        "people_via_boss": [BOB],
+    }
+    tags = await world.expand("tags", "abcd", "books_via_labels,books_via_tag")
+    assert {name: names(found) for name, found in tags.items()} == {"books_via_labels": ["10"]}
+
+
+async def test_several_levels_in_one_record(world: World) -> None:
+    expand = await world.expand("notes", "n1", "book.author.boss,book.labels,book.team.members")
+
+    book = expand["book"]["expand"]
+    assert sorted(book) == ["author", "labels", "team"]
+    assert book["author"]["expand"]["boss"]["name"] == "Ann"
+    assert names(book["team"]["expand"]["members"]) == [BOB, ANN]
+    assert "expand" not in book["labels"][0]
+    assert [one.rstrip() for one in expand["book"]["labels"]] == ["ab", "abcd"]
+
+
+async def test_ids_in_a_junction_table_are_part_of_the_record(world: World) -> None:
+    """No row holds them: they are looked up for the records that anybody hears of."""
+    events = [await world.event("books", "10"), await world.event("books", "11")]
+
+    related = await world.expander.related(events, [0, 1], [])
+
+    found = {place: ids["labels"] for place, ids in related.ids.items()}
+    assert {place: [one.rstrip() for one in ids] for place, ids in found.items()} == {
+        0: ["ab", "abcd"],
+        1: ["zz"],
+    }
+
+
+async def test_at_most_a_thousand_records_point_to_one(world: World) -> None:
+    await world.run(
+        "INSERT INTO public.notes SELECT 'x' || n, 11, '' FROM generate_series(1, 1500) n"
+    )
+
+    expand = await world.expand("books", "11", "notes_via_book")
+
+    assert len(expand["notes_via_book"]) == 1000
+
+
+async def test_a_batch_is_one_query_per_relation_and_level(world: World) -> None:
+    """However many events there are and whoever wants to see them."""
+    await world.run(
+        "INSERT INTO public.books (id, author, team)"
+        f" SELECT n, '{ANN}', 1 FROM generate_series(100, 149) n"
+    )
+    events = [await world.event("books", str(n)) for n in range(100, 150)]
+    viewers = [
+        world.viewer("books", "author.boss,team.members,notes_via_book", who)
+        for who in (GUEST, Superuser("s"), person(ANN), person(BOB))
+    ]
+    wanted = [(place, viewer) for place in range(50) for viewer in viewers]
+
+    related = await world.expander.related(events, [], wanted)
+
+    assert len(related.expands) == 200
+    # notes' ids; people, teams | nobody's boss; members are people who are known already
+    assert world.queries == [3]
+
+
+def person(record_id: str) -> AuthRecord:
+    return AuthRecord(collection_id="pbc_people", collection_name="people", id=record_id)
+
+
+async def test_who_sees_the_same_is_the_same_viewer(world: World) -> None:
+    """Their records are made once."""
+    viewers = Viewers(world.collections, Planner(world.collections))
+
+    def viewer(collection: str, expand: str, who: Principal, **query: str) -> Viewer | None:
+        request = Request(principal=who, query={"expand": expand, **query})
+        return viewers.viewer(world.collections[collection], request)
+
+    one = viewer("books", "team", person(ANN))
+    assert viewer("books", "team", person(BOB), q="x", filter="id = 1") is one
+    assert viewer("books", "team", Superuser("s")) is not one
+    assert viewer("books", "author", person(ANN)) is not viewer("books", "author", person(BOB))
+    assert viewer("books", "nope", GUEST) is None
+
+
+async def test_addresses_are_shown_to_their_owners_and_managers(world: World) -> None:
+    """Protocol, 6.5, for records that are expanded."""
+    world.collections = replaced(
+        world.collections, "people", manage_rule=f'@request.auth.id = "{BOB}" && name = "Bob"'
+    )
+    seen = {}
+    for who in (GUEST, person(ANN), person(BOB), Superuser("s")):
+        expand = await world.expand("books", "10", "editors", who)
+        seen[type(who).__name__, getattr(who, "id", "")] = [
+            record.get("email") for record in expand["editors"]
+        ]
+
+    assert seen == {
+        ("Guest", ""): [None, None],
+        ("AuthRecord", ANN): [None, "ann@x"],
+        ("AuthRecord", BOB): ["bob@x", None],
+        ("Superuser", "s"): ["bob@x", "ann@x"],
+    }
+
+
+async def test_the_view_rule_is_asked_in_the_context_expand(world: World) -> None:
+    rule = '@request.context = "expand" && @request.auth.id != "" && members.id ?= @request.auth.id'
+    world.collections = replaced(world.collections, "teams", view_rule=rule)
+
+    assert names((await world.expand("books", "10", "team", person(ANN)))["team"]) == "2"
+    assert await world.expand("books", "10", "team") == {}
+
+
+async def test_a_locked_collection_adds_nothing(world: World) -> None:
+    """Not even the empty member, nor what leads there; superusers pass."""
+    world.collections = replaced(world.collections, "people", view_rule=None)
+
+    assert await world.expand("books", "10", "author") is None
+    assert await world.expand("books", "10", "team.members") is None
+    assert await world.expand("books", "11", "team.members") == {}
+    assert await world.expand("books", "10", "team,team.members") is None
+    assert names((await world.expand("books", "10", "author", Superuser("s")))["author"]) == BOB
+
+
+# What goes wrong
+
+
+async def test_a_table_that_can_not_be_read_is_left_out(world: World) -> None:
+    """The other members stay."""
+    await world.run("ALTER TABLE public.notes RENAME TO gone")
+
+    expand = await world.expand("books", "10", "author,notes_via_book,covers_via_book")
+
+    assert sorted(expand) == ["author", "covers_via_book"]
+
+
+async def test_who_waits_for_a_lock_is_not_waited_for(world: World, database_url: str) -> None:
+    async with await psycopg.AsyncConnection.connect(database_url) as other:
+        await other.execute("LOCK TABLE public.notes")
+        began = time.monotonic()
+        async with asyncio.timeout(10):
+            expand = await world.expand("books", "10", "author,notes_via_book")
+
+    assert sorted(expand) == ["author"]
+    assert time.monotonic() - began < 5
+
+
+async def test_without_a_database_records_go_without(world: World) -> None:
+    event = await world.event("books", "10")
+    viewer = world.viewer("books", "author")
+    async with AsyncConnectionPool(
+        "host=127.0.0.1 port=1", min_size=0, max_size=1, timeout=0.3, open=False
+    ) as pool:
+        world.probe = Probe(pool)
+        related = await world.expander.related([event], [0], [(0, viewer)])
+
+    assert related.expands == {}
+    assert related.ids == {}
+
+
+# Deleted records
+
+
+async def test_a_deleted_record_shows_what_was_there_when_it_went(world: World) -> None:
+    """What its transaction deletes afterwards is there, what it deleted before is not."""
+    note = Delete(
+        TableName("public", "notes"), WholeRow({"id": "n1", "book": "10", "body": "first"})
+    )
+    link = Delete(TableName("public", "book_tags"), WholeRow({"book": "10", "tag": "ab  "}))
+    event = await world.event("books", "10", "delete")
+    book = Delete(TableName("public", "books"), WholeRow(dict(event.row)))
+    await world.run(
+        "DELETE FROM public.notes WHERE id = 'n1';"
+        "DELETE FROM public.book_tags WHERE tag = 'ab'; DELETE FROM public.covers;"
+        "DELETE FROM public.notes WHERE book = 10; DELETE FROM public.books WHERE id = 10"
+    )
+
+    event.changes = (book, note, link)
+    event.cursor = Cursor(LSN(1), 1)
+    first = await world.expand_event(event, "notes_via_book,labels,author")
+    event.changes = (note, link, book)
+    event.cursor = Cursor(LSN(1), 3)
+    last = await world.expand_event(event, "notes_via_book,labels,author")
+
+    assert names(first["notes_via_book"]) == ["n1"]
+    assert names(first["labels"]) == ["ab", "abcd"]
+    assert "notes_via_book" not in last
+    assert names(last["labels"]) == ["abcd"]
+    assert names(last["author"]) == BOB
