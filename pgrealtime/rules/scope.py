@@ -15,6 +15,7 @@ from sqlglot import exp
 from pgrealtime.catalog.model import Type
 from pgrealtime.changes import TableName
 from pgrealtime.collections import Collection, Collections, Field
+from pgrealtime.errors import RuleUnsupportedError
 from pgrealtime.rules import sql
 from pgrealtime.rules.ir import AllRows, AuthRow, Back, Here, Items, Place, Step, ToItem, ToOne
 from pgrealtime.rules.parameters import Binding, Form, Parameter, RequestValue, Shape
@@ -22,6 +23,12 @@ from pgrealtime.rules.sql import Sql
 
 _On: TypeAlias = Callable[[str], Sql]
 """Makes the condition of a join, given the alias of the joined row."""
+
+MAX_JOINS = 300
+"""Of one rule or filter, those that look for counter-examples included.
+
+PocketBase has no limit; a filter of many long paths would cost whoever plans it seconds.
+"""
 
 AUTH_ID = RequestValue(("auth", "id"))
 """What finds the subscriber's own row."""
@@ -41,6 +48,7 @@ class Statement:
     tables: dict[TableName, None] = field(default_factory=dict)
     """Tables read beside it."""
     aliases: int = 0
+    joins: int = 0
 
     def bind(self, parameter: Parameter, form: Form) -> Sql:
         """Return the placeholder of a parameter in a form, cast to the form's type."""
@@ -50,6 +58,17 @@ class Statement:
             key = f"{self.prefix}{len(self.bindings)}"
             self.bindings[key] = binding
         return sql.cast(sql.placeholder(key), _TYPES[form])
+
+    def given(self, node: Sql, body: Callable[[Sql], Sql]) -> Sql:
+        """Return an expression that uses another one many times and holds it once."""
+        alias = self.alias()
+        row = exp.Subquery(
+            this=sql.one_row({"v": node}), alias=exp.TableAlias(this=sql.name(alias))
+        )
+        select = exp.Select(
+            expressions=[sql.own(body(sql.column(alias, "v")))], from_=exp.From(this=row)
+        )
+        return exp.Subquery(this=select)
 
     def alias(self) -> str:
         """Return a name that no other row of the statement has."""
@@ -83,6 +102,7 @@ class Scope:
         self._rows: dict[Place, str] = {}
         self._values: dict[Place, tuple[Sql, Type]] = {}
         self._joins: list[exp.Join] = []
+        self._named: dict[object, str] = {}
 
     @property
     def has_joins(self) -> bool:
@@ -119,6 +139,25 @@ class Scope:
         if place not in self._rows:
             self._rows[place] = self._join(place)
         return self._rows[place]
+
+    def named(self, what: object, columns: Callable[[], Mapping[str, Sql]]) -> Callable[[str], Sql]:
+        """Compute expressions once per row of the scope, however often they are used.
+
+        Args:
+            what: What they are; the same thing is not computed twice.
+            columns: Makes the expressions; called only if there are none yet.
+
+        Returns:
+            What gives each by its name.
+        """
+        if what not in self._named:
+            made = columns()
+            alias = self._named[what] = self.statement.alias()
+            row = exp.Subquery(this=sql.one_row(made))
+            named = exp.TableAlias(this=sql.name(alias))
+            self._add(exp.Lateral(this=row, alias=named), sql.truth(True))
+        alias = self._named[what]
+        return lambda column_name: sql.column(alias, column_name)
 
     def exists(self, where: Sql) -> Sql:
         """Return EXISTS over the joins made so far; they all are LEFT JOINs of one row."""
@@ -271,6 +310,11 @@ class Scope:
         return sql.table(table_name, alias)
 
     def _add(self, row: Sql, on: Sql) -> None:
+        self.statement.joins += 1
+        if self.statement.joins > MAX_JOINS:
+            raise RuleUnsupportedError(
+                f"more than {MAX_JOINS} joins in one expression", start=0, end=0
+            )
         self._joins.append(exp.Join(this=row, side="LEFT", on=sql.own(on)))
 
 

@@ -9,6 +9,7 @@ doubled wherever it isn't a placeholder's: the driver reads the printed text as 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeAlias
 
 from sqlglot import exp
@@ -34,6 +35,7 @@ _CASTS = {
     "jsonb": exp.DataType.Type.JSONB,
     "interval": exp.DataType.Type.INTERVAL,
     "numeric": exp.DataType.Type.DECIMAL,
+    "jsonpath": exp.DataType.Type.USERDEFINED,
 }
 
 
@@ -89,7 +91,7 @@ def truth(value: bool) -> Sql:  # noqa: FBT001 (the value is the point)
 def cast(node: Sql, type_: str) -> Sql:
     """Return the node as one of the built-in types; ``text[]`` and the like are arrays of them."""
     element = type_.removesuffix("[]")
-    target = exp.DataType(this=_CASTS[element])
+    target = exp.DataType(this=_CASTS[element], kind=element)
     if element != type_:
         target = exp.DataType(this=exp.DataType.Type.ARRAY, expressions=[target], nested=True)
     return exp.Cast(this=own(node), to=target)
@@ -111,6 +113,15 @@ def case(*whens: tuple[Sql, Sql], default: Sql | None = None) -> Sql:
     """Return CASE; without default NULL."""
     ifs = [exp.If(this=own(when), true=own(then)) for when, then in whens]
     return exp.Case(ifs=ifs, default=None if default is None else own(default))
+
+
+def one_row(columns: Mapping[str, Sql]) -> exp.Select:
+    """Return a SELECT of one row, for a derived table.
+
+    OFFSET 0 keeps the planner from putting each column's expression back to where it is used.
+    """
+    shown = [exp.Alias(this=own(node), alias=name(key)) for key, node in columns.items()]
+    return exp.Select(expressions=shown, offset=exp.Offset(expression=number(0)))
 
 
 def is_null(node: Sql) -> Sql:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 from sqlglot import exp
 
@@ -45,6 +46,7 @@ _SECONDS = {
 }
 _FARTHEST_SECONDS = 14713 * 365.2425 * _DAY_SECONDS
 """A longer way than this leads out of what SQLite can hold, from wherever."""
+_LONGEST_FORMAT = 250
 _CYCLES_DAYS = 300 * 146097
 """120,000 years. The calendar repeats itself every 400, weekdays too, so that modifiers can be
 applied that much later: there no detour leaves what PostgreSQL can hold."""
@@ -73,30 +75,31 @@ def moment(
     rest = list(modifiers)
     base = rest.pop(0).lower() if rest and rest[0].lower() in _BASES else ""
     start = _start(scope, time, number, text, base)
+    given = scope.statement.given
     if not rest:
-        return _within(start, "4714-11-24 12:00:00 BC", "10000-01-01")
+        return given(start, lambda one: _within(one, "4714-11-24 12:00:00 BC", "10000-01-01"))
     cycles = sql.call("make_interval", *[sql.number(0)] * 3, sql.number(_CYCLES_DAYS))
     start = sql.binary(exp.Add, start, cycles)
     for modifier in rest:
-        start = _modified(start, modifier.lower())
-    start = _within(start, "115287-11-24 12:00:00", "130000-01-01")
+        start = given(start, partial(_modified, modifier=modifier.lower()))
+    start = given(start, lambda one: _within(one, "115287-11-24 12:00:00", "130000-01-01"))
     return sql.binary(exp.Sub, start, cycles)
 
 
 def _start(scope: Scope, time: Term | None, number: Sql | None, text: Sql | None, base: str) -> Sql:
     if _is_now(time):
         now = scope.statement.bind(Macro.NOW, Form.TEXT)
-        return sql.null(sql.TIMESTAMP) if base in {"unixepoch", "julianday"} else _read(now)
+        return sql.null(sql.TIMESTAMP) if base in {"unixepoch", "julianday"} else _read(scope, now)
     is_date = isinstance(time, FieldValue) and time.field.kind is FieldKind.DATE
     if is_date and isinstance(time, FieldValue) and time.part in {Part.WHOLE, Part.EACH}:
         assert text is not None
-        return sql.null(sql.TIMESTAMP) if base in {"unixepoch", "julianday"} else _read(text)
+        return sql.null(sql.TIMESTAMP) if base in {"unixepoch", "julianday"} else _read(scope, text)
     assert number is not None
     assert text is not None
-    from_number = _of_number(number, base)
+    from_number = scope.statement.given(number, lambda given: _of_number(given, base))
     if base in {"unixepoch", "julianday"}:
         return from_number
-    return sql.coalesced(from_number, _read(text))
+    return sql.coalesced(from_number, _read(scope, text))
 
 
 def _is_now(time: Term | None) -> bool:
@@ -109,8 +112,12 @@ def _is_now(time: Term | None) -> bool:
             return False
 
 
-def _read(text: Sql) -> Sql:
+def _read(scope: Scope, text: Sql) -> Sql:
     """Return the moment that a text spells; days beyond the month's end run on into the next."""
+    return scope.statement.given(text, _spelt)
+
+
+def _spelt(text: Sql) -> Sql:
 
     def part(regex: str, default: str) -> Sql:
         found = sql.call("substring", text, sql.string(regex))
@@ -236,8 +243,16 @@ def formatted(scope: Scope, start: Sql, layout: str) -> Sql:
     """Return the moment in SQLite's format; NULL for a format that it refuses.
 
     Raises:
-        RuleUnsupportedError: The format wants the Julian day.
+        RuleUnsupportedError: The format wants the Julian day, or is far too long.
     """
+    if len(layout) > _LONGEST_FORMAT:
+        raise RuleUnsupportedError(
+            f"the format of strftime is longer than {_LONGEST_FORMAT} characters", start=0, end=0
+        )
+    return scope.statement.given(start, lambda given: _put_together(scope, given, layout))
+
+
+def _put_together(scope: Scope, start: Sql, layout: str) -> Sql:
     pieces: list[Sql] = []
     for plain, letter in re.findall(r"([^%]+)|%(.?)", layout, re.DOTALL):
         if plain:

@@ -31,7 +31,7 @@ from pgrealtime.rules.ir import (
     traits,
 )
 from pgrealtime.rules.parameters import Form, Literal, Parameter, Shape
-from pgrealtime.rules.scope import Scope
+from pgrealtime.rules.scope import Scope, Statement
 from pgrealtime.rules.sql import Sql
 from pgrealtime.rules.strftime import formatted, moment
 
@@ -92,23 +92,20 @@ def value(term: Term, scope: Scope, *, is_strict: bool = True) -> Value:
         case Hidden(place, part):
             there = _where_found(place, scope, sql.string(HASH))
             return _text(_lower(there) if part is Part.LOWER else there, rank)
-        case Strftime(layout, time, modifiers):
-            when = None if time is None else value(time, scope)
-            start = moment(
-                scope,
-                time=time,
-                number=None if when is None else _as_number(when, scope),
-                text=None if when is None else _date_text(when),
-                modifiers=modifiers,
-            )
-            return _text(formatted(scope, start, layout), rank)
-        case GeoDistance(args):
-            distance = _geo_distance([_as_number(value(arg, scope), scope) for arg in args])
-            return Value(rank=rank, number=distance, show=lambda: float_text(distance))
+        case Strftime():
+            of = scope.named(term, lambda: {"t": _strftime(term, scope)})
+            return _text(of("t"), rank)
+        case GeoDistance():
+            of = scope.named(term, lambda: {"n": _geo_distance(term, scope)})
+            return _float(of("n"), rank, scope)
 
 
 def _text(text: Sql, rank: Rank) -> Value:
     return Value(rank=rank, text=text, show=lambda: text)
+
+
+def _float(number: Sql, rank: Rank, scope: Scope) -> Value:
+    return Value(rank=rank, number=number, show=lambda: float_text(scope.statement, number))
 
 
 # --- constants
@@ -159,7 +156,7 @@ def _field(place: Place, field: Field, scope: Scope, *, is_strict: bool) -> Valu
     column = scope.column(place, field.column.name)
     match field.kind:
         case FieldKind.NUMBER:
-            return _number(column, field.type)
+            return _number(column, field.type, scope)
         case FieldKind.BOOL:
             number = sql.cast(column, "int")
             return Value(rank=Rank.NUMERIC, number=number, show=lambda: sql.cast(number, sql.TEXT))
@@ -195,14 +192,19 @@ def _where_found(place: Place, scope: Scope, text: Sql) -> Sql:
     return sql.case((sql.is_null(scope.key(place)), sql.null()), default=text)
 
 
-def _number(column: Sql, type_: Type) -> Value:
+def _number(column: Sql, type_: Type, scope: Scope) -> Value:
     base = type_.base.name
     if base in {"int2", "int4", "int8"}:
         return Value(rank=Rank.NUMERIC, number=column, show=lambda: sql.cast(column, sql.TEXT))
     # A real is shown with fewer digits than its double has, and means what is shown.
     exact = sql.cast(column, sql.TEXT) if base == "float4" else column
     number = sql.cast(exact, sql.DOUBLE)
-    return Value(rank=Rank.NUMERIC, number=number, show=lambda: number_text(number))
+
+    def show() -> Sql:
+        of = scope.named(("shown", column), lambda: {"t": number_text(scope.statement, number)})
+        return of("t")
+
+    return Value(rank=Rank.NUMERIC, number=number, show=show)
 
 
 def _date(column: Sql, type_: Type) -> Sql:
@@ -286,55 +288,79 @@ def _json_value(term: JsonValue, scope: Scope) -> Value:
     assert column is not None
     raw = scope.column(term.place, column.name)
     if term.field.kind is FieldKind.GEO and term.field.type.base.name == "point":
-        found = _coordinate(raw, term.keys[0])
-        return Value(rank=Rank.NONE, number=found, show=lambda: float_text(found))
-    node = raw if term.field.type.base.name == "jsonb" else sql.cast(raw, "jsonb")
-    for key in term.keys:
-        node = _json_member(node, key, scope)
-    reached = _json_scalar(node)
-    if term.is_lower:
-        return _text(_lower(reached.shown), Rank.NONE)
-    return reached
+        return _float(_coordinate(raw, term.keys[0]), Rank.NONE, scope)
+    if any(key.isdigit() and len(key) > _LONGEST_INDEX for key in term.keys):
+        return _text(sql.null(), Rank.NONE)
+    plain = replace(term, is_lower=False)
 
+    def columns() -> dict[str, Sql]:
+        node = _json_node(plain, raw, scope)
+        number = scope.statement.given(node, _json_number)
+        text = scope.statement.given(node, _json_text)
+        return {"v": node, "n": number, "t": text}
 
-def _json_member(node: Sql, key: str, scope: Scope) -> Sql:
-    """Return a member of an object, or an element of an array if the key is all digits."""
-    if not key.isdigit():
-        name = scope.statement.bind(Literal(key), Form.TEXT)
-        return sql.call("jsonb_object_field", node, name)
-    if len(key) > 9:  # noqa: PLR2004 (no array is that long, and int4 ends there)
-        return sql.null("jsonb")
-    is_array = sql.binary(exp.EQ, sql.call("jsonb_typeof", node), sql.string("array"))
-    element = sql.call("jsonb_array_element", node, sql.number(int(key)))
-    return sql.case((is_array, element))
-
-
-def _json_scalar(node: Sql) -> Value:
-    """Return what SQLite's json_extract makes of a JSON value."""
-    text = sql.cast(node, sql.TEXT)
-    double = sql.cast(text, sql.DOUBLE)
-    flag = sql.cast(sql.cast(node, "boolean"), "int")
-    texts = {
-        "string": sql.call(
-            "jsonb_array_element_text", sql.call("jsonb_build_array", node), sql.number(0)
-        ),
-        "object": _compact(text),
-        "array": _compact(text),
-    }
+    of = scope.named(plain, columns)
 
     def show() -> Sql:
-        point = sql.call("strpos", text, sql.string("."))
-        is_whole = sql.binary(exp.EQ, point, sql.number(0))
-        digits = sql.case((is_whole, number_text(double)), default=float_text(double))
-        return _by_kind(node, {**texts, "number": digits, "boolean": sql.cast(flag, sql.TEXT)})
+        shown = scope.named(("shown", plain), lambda: {"t": _json_shown(scope.statement, of)})
+        return shown("t")
 
-    numbers = {"number": double, "boolean": sql.cast(flag, sql.DOUBLE)}
-    return Value(
-        rank=Rank.NONE,
-        number=_by_kind(node, numbers),
-        text=_by_kind(node, texts),
-        show=show,
+    if term.is_lower:
+        return _text(_lower(show()), Rank.NONE)
+    return Value(rank=Rank.NONE, number=of("n"), text=of("t"), show=show)
+
+
+_LONGEST_INDEX = 9
+"""Digits of an array's index: no array is that long, and int4 ends there."""
+
+
+def _json_node(term: JsonValue, column: Sql, scope: Scope) -> Sql:
+    """Return the JSON value under the keys; NULL where a step finds nothing of its kind.
+
+    Strict, so that an index is for arrays only and a name for objects only; silent, so that
+    anything else is NULL and no error.
+    """
+    document = column if term.field.type.base.name == "jsonb" else sql.cast(column, "jsonb")
+    if not term.keys:
+        return document
+    steps = (f"[{int(key)}]" if key.isdigit() else f'."{key}"' for key in term.keys)
+    path = scope.statement.bind(Literal(f"strict ${''.join(steps)}"), Form.TEXT)
+    return sql.call(
+        "jsonb_path_query_first",
+        document,
+        sql.cast(path, "jsonpath"),
+        sql.cast(sql.string("{}"), "jsonb"),
+        sql.truth(True),
     )
+
+
+def _json_number(node: Sql) -> Sql:
+    """Return what SQLite's json_extract makes a number: numbers and booleans."""
+    double = sql.cast(sql.cast(node, sql.TEXT), sql.DOUBLE)
+    flag = sql.cast(sql.cast(node, "boolean"), "int")
+    return _by_kind(node, {"number": double, "boolean": sql.cast(flag, sql.DOUBLE)})
+
+
+def _json_text(node: Sql) -> Sql:
+    """Return what SQLite's json_extract makes a text: strings, and the text of containers."""
+    wrapped = sql.call("jsonb_build_array", node)
+    bare = sql.call("jsonb_array_element_text", wrapped, sql.number(0))
+    compact = _compact(sql.cast(node, sql.TEXT))
+    return _by_kind(node, {"string": bare, "object": compact, "array": compact})
+
+
+def _json_shown(statement: Statement, of: Callable[[str], Sql]) -> Sql:
+    """Return the value as text: a number without a point is an integer to SQLite."""
+    spelt = sql.cast(of("v"), sql.TEXT)
+    point = sql.call("strpos", spelt, sql.string("."))
+    is_whole = sql.binary(exp.EQ, point, sql.number(0))
+    is_integer = sql.case(
+        (is_whole, _is_below(of("n"), _BIGGEST_INTEGER)), default=sql.truth(False)
+    )
+    digits = sql.case((is_integer, spelt), default=float_text(statement, of("n")))
+    flag = sql.cast(sql.cast(of("n"), "int"), sql.TEXT)
+    shown = _by_kind(of("v"), {"number": digits, "boolean": flag})
+    return sql.coalesced(of("t"), shown)
 
 
 def _by_kind(node: Sql, results: Mapping[str, Sql]) -> Sql:
@@ -424,42 +450,51 @@ def _date_text(operand: Value) -> Sql:
 # --- numbers as SQLite shows them
 
 
-def number_text(number: Sql) -> Sql:
+def number_text(statement: Statement, number: Sql) -> Sql:
     """Return a number column's text: a whole number has no point, as integers haven't."""
-    whole = sql.cast(sql.cast(number, sql.INTEGER), sql.TEXT)
-    return _by_size(
-        number,
-        huge=_scientific(number),
-        whole=sql.case(
-            (sql.binary(exp.EQ, number, sql.call("trunc", number)), whole),
-            default=float_text(number),
-        ),
-        limit=_BIGGEST_INTEGER,
-    )
+
+    def body(given: Sql) -> Sql:
+        whole = sql.cast(sql.cast(given, sql.INTEGER), sql.TEXT)
+        is_whole = sql.binary(exp.EQ, given, sql.call("trunc", given))
+        is_integer = sql.case(
+            (_is_below(given, _BIGGEST_INTEGER), is_whole), default=sql.truth(False)
+        )
+        return sql.case((is_integer, whole), default=float_text(statement, given))
+
+    return statement.given(number, body)
 
 
-def float_text(number: Sql) -> Sql:
+def float_text(statement: Statement, number: Sql) -> Sql:
     """Return a float's text as ``parameters.number_text`` has it."""
-    decimal = sql.cast(sql.call("trim_scale", _digits(number)), sql.TEXT)
-    has_no_point = sql.binary(exp.EQ, sql.call("strpos", decimal, sql.string(".")), sql.number(0))
-    pointed = sql.case((has_no_point, sql.joined(decimal, sql.string(".0"))), default=decimal)
-    is_tiny = sql.binary(exp.LT, sql.call("abs", number), sql.string("0.0001"))
-    is_zero = sql.binary(exp.EQ, number, sql.number(0))
-    sized = sql.case((is_zero, sql.string("0.0")), (is_tiny, _scientific(number)), default=pointed)
-    return _by_size(number, huge=_scientific(number), whole=sized, limit=10**17)
+
+    def body(given: Sql) -> Sql:
+        is_negative = sql.binary(exp.LT, given, sql.number(0))
+        infinite = sql.case((is_negative, sql.string("-Inf")), default=sql.string("Inf"))
+        return sql.case(
+            (sql.is_null(given), sql.null()),
+            (sql.binary(exp.EQ, given, sql.number(0)), sql.string("0.0")),
+            (_is_below(given, sql.string("Infinity")), statement.given(_digits(given), _shown)),
+            default=infinite,
+        )
+
+    return statement.given(number, body)
 
 
 _DIGITS_17 = "9.9999999999999999EEEE"
 _DIGITS_18 = "9.99999999999999999EEEE"
-_NEARLY_INFINITE = "1e308"
-"""Beyond it a number rounded to 15 digits may be none any more."""
+
+
+def _is_below(number: Sql, limit: Sql | int) -> Sql:
+    bound = sql.number(limit) if isinstance(limit, int) else limit
+    return sql.binary(exp.LT, sql.call("abs", number), bound)
 
 
 def _digits(number: Sql) -> Sql:
-    """Return the number with the digits that SQLite shows, as numeric."""
+    """Return the finite number with the digits that SQLite shows, as numeric."""
     short = sql.cast(number, "numeric")
     reads_back = sql.binary(exp.EQ, sql.cast(short, sql.DOUBLE), number)
-    is_safe = sql.binary(exp.LT, sql.call("abs", number), sql.string(_NEARLY_INFINITE))
+    # Beyond this a number rounded to 15 digits may be none any more.
+    is_safe = _is_below(number, sql.string("1e308"))
     is_short = sql.case((is_safe, reads_back), default=sql.truth(False))
     spelt = sql.call("to_char", number, sql.string(_DIGITS_18))
     mantissa, exponent = (
@@ -470,30 +505,28 @@ def _digits(number: Sql) -> Sql:
     return sql.case((is_short, short), default=long)
 
 
-def _by_size(number: Sql, *, huge: Sql, whole: Sql, limit: int) -> Sql:
-    size = sql.call("abs", number)
-    is_infinite = sql.binary(exp.EQ, size, sql.string("Infinity"))
-    is_negative = sql.binary(exp.LT, number, sql.number(0))
+def _shown(digits: Sql) -> Sql:
+    """Return digits as text: plain if they are of common size, else with an exponent."""
+    decimal = sql.cast(sql.call("trim_scale", digits), sql.TEXT)
+    has_no_point = sql.binary(exp.EQ, sql.call("strpos", decimal, sql.string(".")), sql.number(0))
+    plain = sql.case((has_no_point, sql.joined(decimal, sql.string(".0"))), default=decimal)
+    spelt = sql.call("ltrim", sql.call("to_char", digits, sql.string(_DIGITS_17)))
+    wide = sql.call("regexp_replace", spelt, sql.string(r"(\.[0-9]+?)0*e"), sql.string(r"\1e"))
     return sql.case(
-        (sql.is_null(number), sql.null()),
-        (sql.binary(exp.LT, size, sql.number(limit)), whole),
-        (is_infinite, sql.case((is_negative, sql.string("-Inf")), default=sql.string("Inf"))),
-        default=huge,
+        (_is_below(digits, sql.string("0.0001")), wide),
+        (_is_below(digits, 10**17), plain),
+        default=wide,
     )
-
-
-def _scientific(number: Sql) -> Sql:
-    """Return the number with an exponent, without trailing zeros but one digit after the point."""
-    shown = sql.call("ltrim", sql.call("to_char", _digits(number), sql.string(_DIGITS_17)))
-    return sql.call("regexp_replace", shown, sql.string(r"(\.[0-9]+?)0*e"), sql.string(r"\1e"))
 
 
 # --- distance
 
 
-def _geo_distance(args: list[Sql]) -> Sql:
+def _geo_distance(term: GeoDistance, scope: Scope) -> Sql:
     """Return kilometres by the arc cosine. Rounding may exceed 1, which acos would refuse."""
-    lon_a, lat_a, lon_b, lat_b = (sql.call("radians", arg) for arg in args)
+    lon_a, lat_a, lon_b, lat_b = (
+        sql.call("radians", _as_number(value(arg, scope), scope)) for arg in term.args
+    )
 
     def times(*factors: Sql) -> Sql:
         product, *rest = factors
@@ -501,15 +534,33 @@ def _geo_distance(args: list[Sql]) -> Sql:
             product = sql.binary(exp.Mul, product, factor)
         return product
 
+    def body(cosine: Sql) -> Sql:
+        clamped = sql.case(
+            (sql.binary(exp.GT, cosine, sql.number(1)), sql.number(1)),
+            (sql.binary(exp.LT, cosine, sql.number(-1)), sql.number(-1)),
+            default=cosine,
+        )
+        return sql.binary(exp.Mul, sql.number(6371), sql.call("acos", clamped))
+
     apart = sql.call("cos", sql.binary(exp.Sub, lon_b, lon_a))
     cosine = sql.binary(
         exp.Add,
         times(sql.call("cos", lat_a), sql.call("cos", lat_b), apart),
         times(sql.call("sin", lat_a), sql.call("sin", lat_b)),
     )
-    clamped = sql.case(
-        (sql.binary(exp.GT, cosine, sql.number(1)), sql.number(1)),
-        (sql.binary(exp.LT, cosine, sql.number(-1)), sql.number(-1)),
-        default=cosine,
+    return scope.statement.given(cosine, body)
+
+
+# --- moments
+
+
+def _strftime(term: Strftime, scope: Scope) -> Sql:
+    when = None if term.time is None else value(term.time, scope)
+    start = moment(
+        scope,
+        time=term.time,
+        number=None if when is None else _as_number(when, scope),
+        text=None if when is None else _date_text(when),
+        modifiers=term.modifiers,
     )
-    return sql.binary(exp.Mul, sql.number(6371), sql.call("acos", clamped))
+    return formatted(scope, start, term.format)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.rules import ir, sql
 from pgrealtime.rules.lower import ROW, lower
 from pgrealtime.rules.parameters import Shape, shape, value
-from pgrealtime.rules.reference import Reference, reference
+from pgrealtime.rules.reference import Nobody, Reference, reference
 from pgrealtime.rules.request import Request
 from pgrealtime.rules.resolve import resolve_rule
 from tests.unit.rules.schema import COLLECTIONS, POSTS, USERS
@@ -59,7 +60,7 @@ def test_no_value_of_a_rule_is_in_the_text() -> None:
     for secret in ("lit", "4711", "somekey", "quux", "fi%", "uann"):
         assert secret not in question.sql
     given = [content for content in question.params.values() if content is not None]
-    assert {"lit%eral", 4711.0, "somekey", "quux'--", "fi%lt"} <= {
+    assert {"lit%eral", 4711.0, 'strict $."somekey"', "quux'--", "fi%lt"} <= {
         content for content in given if isinstance(content, str | float)
     }
 
@@ -157,3 +158,31 @@ def test_absent_parameters_are_folded_into_the_text() -> None:
     assert "IS NULL" in guest
     assert "%(p0)s" not in guest
     assert Shape.ABSENT.is_empty
+
+
+def _repeated(part: str) -> str:
+    """Return a filter as long as a topic can carry."""
+    return "||".join([part] * (2400 // (len(part) + 2)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        _repeated("strftime('%F%T', title) = data"),
+        _repeated("data !~ data.a"),
+        _repeated("geoDistance(data, data, title, views) ~ title"),
+        _repeated("data.0.0.0.0.0.0.0.0.0.0.0.0 = data"),
+        _repeated("reviewers.manager.groups.lead.name != reviewers.groups.lead.manager.level"),
+        "strftime('" + "%F" * 1100 + "', data) = data",
+        "data" + ".a" * 1200 + " = data" + ".0" * 1100,
+        "||".join(f"views ~ data.a{number}" for number in range(100)),
+    ],
+    ids=range(8),
+)
+def test_any_filter_is_small_in_sql_and_quickly_made(text: str) -> None:
+    """What a stranger sends can't cost seconds or megabytes: it is translated or refused."""
+    before = time.perf_counter()
+    asked = reference(COLLECTIONS, POSTS, "", Request(query={"filter": text}))
+    assert time.perf_counter() - before < 10
+    assert isinstance(asked, Nobody | Reference)
+    assert isinstance(asked, Nobody) or len(asked.statement) < 300_000
