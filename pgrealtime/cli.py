@@ -71,6 +71,8 @@ def check(path: str, *, no_database: bool) -> None:
         findings = asyncio.run(find_faults(reading, with_database=not no_database))
         if findings.errors:
             raise ExceptionGroup("the check failed", findings.errors)
+    for warning in findings.warnings:
+        click.echo(f"warning: {warning}", err=True)
     click.echo("\n".join(("ok", *findings.facts)))
 
 

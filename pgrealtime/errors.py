@@ -66,12 +66,13 @@ class ConfigError(PgRealtimeError):
         count = len(problems)
         super().__init__(
             f"{source} has {count} problem{'s' if count != 1 else ''}",
-            detail="\n".join(_describe(source, problem) for problem in problems),
+            detail="\n".join(describe(source, problem) for problem in problems),
         )
         self.problems = problems
 
 
-def _describe(source: str, problem: Problem) -> str:
+def describe(source: str, problem: Problem) -> str:
+    """Return the finding as people read it, with its place in the file."""
     place = source if problem.line is None else f"{source}:{problem.line}"
     text = f"{place}: {problem.path}: {problem.message}"
     if problem.hint:

@@ -30,7 +30,10 @@ from pgrealtime.errors import (
     Problem,
     RuleError,
     SetupError,
+    describe,
 )
+from pgrealtime.operate.indexes import index_warnings
+from pgrealtime.operate.warn import collection_warnings, config_warnings
 from pgrealtime.rules.parse import parse
 from pgrealtime.rules.reference import validate
 from pgrealtime.wal import slot as slots
@@ -60,6 +63,8 @@ class Findings:
     errors: tuple[PgRealtimeError, ...]
     facts: tuple[str, ...] = ()
     """Lines for people."""
+    warnings: tuple[str, ...] = ()
+    """What runs, but hardly as it is meant; for people, with what mends it."""
 
 
 async def check(reading: Reading, *, with_database: bool) -> Findings:
@@ -72,14 +77,18 @@ async def check(reading: Reading, *, with_database: bool) -> Findings:
         return Findings(errors=(ConfigError(reading.problems, source=reading.origin.source),))
     is_connectable = not any(path[:1] == ("database",) for path in reading.dropped)
     if with_database and is_connectable:
-        problems, errors, facts = await _check_database(config, reading)
+        problems, errors, facts, warnings = await _check_database(config, reading)
     else:
         problems, errors, facts = _without_database(config), (), (_counted(config),)
+        warnings = ()
+    said = ConfigError((*config_warnings(config), *warnings))
+    located = _in_file_order(reading.origin.locate(said).problems)
+    lines = tuple(describe(reading.origin.source, warning) for warning in located)
     if reading.problems or problems:
         located = reading.origin.locate(ConfigError(problems)).problems
         all_problems = _in_file_order((*reading.problems, *located))
         errors = (ConfigError(all_problems, source=reading.origin.source), *errors)
-    return Findings(errors=errors, facts=facts)
+    return Findings(errors=errors, facts=facts, warnings=lines)
 
 
 def _in_file_order(problems: Iterable[Problem]) -> tuple[Problem, ...]:
@@ -97,6 +106,7 @@ class _Asked:
     collections: Collections
     problems: tuple[Problem, ...]
     errors: tuple[PgRealtimeError, ...]
+    warnings: tuple[Problem, ...]
     server: str
     """For people."""
     system_id: str
@@ -114,19 +124,20 @@ class _Asked:
 
 async def _check_database(
     config: Config, reading: Reading
-) -> tuple[tuple[Problem, ...], tuple[PgRealtimeError, ...], tuple[str, ...]]:
+) -> tuple[tuple[Problem, ...], tuple[PgRealtimeError, ...], tuple[str, ...], tuple[Problem, ...]]:
+    """Return problems, errors, facts and warnings."""
     try:
         asked = await _ask(config, reading)
     except PgRealtimeError as error:
-        return _without_database(config), (error,), ()
+        return _without_database(config), (error,), (), ()
     try:
         system, decoder = await _preflight(config.database.url, config.replication, asked.tables)
     except PgRealtimeError as error:
-        return asked.problems, (*asked.errors, error), ()
+        return asked.problems, (*asked.errors, error), (), asked.warnings
     if system.system_id != asked.system_id:
-        return asked.problems, (*asked.errors, _other_server()), ()
+        return asked.problems, (*asked.errors, _other_server()), (), asked.warnings
     facts = (_counted_fields(asked.collections), f"{asked.server}, {decoder}")
-    return asked.problems, asked.errors, facts
+    return asked.problems, asked.errors, facts, asked.warnings
 
 
 async def _ask(config: Config, reading: Reading) -> _Asked:
@@ -136,10 +147,15 @@ async def _ask(config: Config, reading: Reading) -> _Asked:
         catalog = await read_catalog(connection, schemas=database.schemas, names=names)
         collections, problems = _collections(config, catalog, reading)
         (system_id,) = await _row(connection, _SYSTEM)
+        # Where something is wrong, what it means is anybody's guess.
+        warnings = [] if problems else list(collection_warnings(collections))
+        if not problems:
+            warnings += [one async for one in index_warnings(connection, collections)]
         return _Asked(
             collections=collections,
             problems=problems,
             errors=tuple(await _right_errors(connection, collections)),
+            warnings=tuple(warnings),
             server=_server(connection),
             system_id=system_id,
         )

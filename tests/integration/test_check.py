@@ -33,6 +33,8 @@ _SCHEMA = """
       PRIMARY KEY (post_id, user_id)
     );
     CREATE TABLE keyless (a int);
+    ALTER TABLE users REPLICA IDENTITY FULL;
+    ALTER TABLE posts REPLICA IDENTITY FULL;
 """
 
 _POSTS = """\

@@ -1,0 +1,154 @@
+"""Which indexes rules lack: by the catalogue where that is plain, else by Postgres's own plans."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection
+
+from pgrealtime.catalog.model import Table
+from pgrealtime.changes import TableName
+from pgrealtime.collections import Collection, Collections, Field, quoted
+from pgrealtime.errors import Problem, RuleError
+from pgrealtime.operate.warn import parsed_rules, qualified, references
+from pgrealtime.rules import ir
+from pgrealtime.rules.parse import Op
+from pgrealtime.rules.reference import Reference
+from pgrealtime.rules.resolve import resolve_rule
+
+_NO_WAY_ROUND = """
+SET LOCAL search_path = pg_catalog; SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off;
+SET LOCAL enable_mergejoin = off; SET LOCAL jit = off
+"""
+"""Makes reading a whole table the last resort, however few rows it has now."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """An index that would serve a rule."""
+
+    table: Table
+    column: str
+    is_array: bool = False
+
+    @property
+    def is_there(self) -> bool:
+        return any(index[0] == self.column for index in self.table.indexes)
+
+    def __str__(self) -> str:
+        using = "USING gin " if self.is_array else ""
+        return f"CREATE INDEX ON {qualified(self.table.name)} {using}({quoted(self.column)});"
+
+
+async def index_warnings(
+    connection: AsyncConnection[Any], collections: Collections
+) -> AsyncIterator[Problem]:
+    """Yield which tables are read whole for every change that a rule is asked about.
+
+    Relations are followed by index in both directions: from a row to those who may see it as well
+    as the other way round, so that theirs must be there whatever the plan of one query. Of
+    ``@collection`` the plan decides.
+    """
+    for collection in collections.values():
+        for key, rule, _ in parsed_rules(collection):
+            path = f"collections.{collection.name}.{key}"
+            conditions = list(_conditions(rule, collections, collection))
+            lacking = {
+                (index.table.name, str(index)): None
+                for condition in conditions
+                for index in _of_relations(condition, collections)
+                if not index.is_there
+            }
+            hints = _hints(conditions, collections)
+            for name in await _read_whole(connection, references(collections, collection, key)):
+                if all(name != known for known, _ in lacking):
+                    lacking[name, hints.get(name, _COMPARE)] = None
+            for name, hint in lacking:
+                yield Problem(path, f'all of "{name}" is read for every change', hint)
+
+
+def _hints(conditions: Sequence[ir.Condition], collections: Collections) -> Mapping[TableName, str]:
+    """Return what lets rows of ``@collection`` be found, where no index does so far."""
+    found = [index for one in conditions for index in _of_collections(one, collections)]
+    served = {index.table.name for index in found if index.is_there}
+    return {i.table.name: str(i) for i in reversed(found) if i.table.name not in served}
+
+
+_COMPARE = "compare a field of it that has an index, by ="
+
+
+def _conditions(
+    rule: str, collections: Collections, collection: Collection
+) -> Iterator[ir.Condition]:
+    """Yield what the rule is to subscribers of each kind."""
+    auths = [one for one in collections.values() if one.type == "auth"]
+    for auth in (*auths, None):
+        try:
+            yield resolve_rule(rule, collections, collection, auth).where
+        except RuleError:
+            continue  # means nothing to them
+
+
+def _of_relations(condition: ir.Condition, collections: Collections) -> Iterator[_Index]:
+    """Yield the index by which each step along a relation finds its rows; keys have theirs."""
+    for term in ir.terms(condition):
+        place = ir.place_of(term)
+        for step in () if place is None else place.steps:
+            match step:
+                case ir.Back(collection=name, field=field):
+                    yield from _of_field(field, collections[name].table, is_back=True)
+                case ir.Items(field=field):
+                    yield from _of_field(field, None, is_back=False)
+                case ir.ToOne() | ir.ToItem():
+                    continue
+
+
+def _of_field(field: Field, table: Table | None, *, is_back: bool) -> Iterator[_Index]:
+    junction = None if field.relation is None else field.relation.junction
+    if junction is not None:
+        yield _Index(junction.table, junction.target if is_back else junction.source)
+    elif table is not None and field.column is not None:
+        yield _Index(table, field.column.name, is_array=field.is_multiple)
+
+
+def _of_collections(condition: ir.Condition, collections: Collections) -> Iterator[_Index]:
+    """Yield the indexes by any of which rows of ``@collection`` could be found."""
+    for cmp in ir.comparisons(condition):
+        for term in (cmp.left, cmp.right):
+            if cmp.op is not Op.EQ or not isinstance(term, ir.FieldValue):
+                continue
+            place, column = term.place, term.field.column
+            if isinstance(place.origin, ir.AllRows) and not place.steps and column is not None:
+                yield _Index(collections[place.collection].table, column.name)
+
+
+async def _read_whole(
+    connection: AsyncConnection[Any], predicates: Iterable[Reference]
+) -> Sequence[TableName]:
+    found: list[TableName] = []
+    for predicate in predicates:
+        row = dict.fromkeys(column.name for column in predicate.collection.table.columns)
+        asked = predicate.question([row], datetime.now(UTC))
+        statement = f"EXPLAIN (FORMAT JSON, VERBOSE) {asked.sql}".encode()
+        try:
+            async with connection.transaction(force_rollback=True):
+                await connection.execute(_NO_WAY_ROUND)
+                cursor = await connection.execute(statement, asked.params)
+                for (plan,) in await cursor.fetchall():
+                    found += _whole_scans(plan[0]["Plan"])
+        except psycopg.Error:
+            continue  # why it can't be asked is said elsewhere
+    return list(dict.fromkeys(found))
+
+
+def _whole_scans(node: dict[str, Any]) -> Iterator[TableName]:
+    kind = node["Node Type"]
+    is_index_read_whole = kind in {"Index Scan", "Index Only Scan"} and "Index Cond" not in node
+    if kind == "Seq Scan" or is_index_read_whole:
+        yield TableName(node["Schema"], node["Relation Name"])
+    for below in node.get("Plans", ()):
+        yield from _whole_scans(below)

@@ -1,0 +1,281 @@
+"""``pgrealtime check`` warns of what runs but is hardly meant, and says what mends it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import yaml
+
+from tests.integration.test_check import Operator, Outcome
+
+_SCHEMA = """
+    CREATE TABLE users (id uuid PRIMARY KEY, team int, email text);
+    CREATE TABLE posts (
+      id bigint PRIMARY KEY, title text NOT NULL, open bool NOT NULL, author uuid REFERENCES users,
+      owner uuid NOT NULL REFERENCES users, team int, reviewers uuid[], meta jsonb
+    );
+    CREATE TABLE members (
+      id bigint PRIMARY KEY, post bigint NOT NULL REFERENCES posts,
+      person uuid NOT NULL REFERENCES users, role text, helpers uuid[]
+    );
+    CREATE TABLE likes (
+      post_id bigint REFERENCES posts, user_id uuid REFERENCES users, PRIMARY KEY (user_id, post_id)
+    );
+    CREATE TABLE parts (id int PRIMARY KEY, t text) PARTITION BY LIST (id);
+    CREATE TABLE parts_1 PARTITION OF parts FOR VALUES IN (1);
+    CREATE TABLE parts_2 PARTITION OF parts FOR VALUES IN (2);
+"""
+_FULL = "".join(f"ALTER TABLE {t} REPLICA IDENTITY FULL;" for t in ("users", "posts", "members"))
+
+_WARNING = re.compile(r"warning: .*?/pgrealtime\.yaml(?::\d+)?: ([\w.]+): (.*?) \((.*)\)")
+
+
+@pytest.fixture
+def operator(database_url: str, tmp_path: Path) -> Operator:
+    with psycopg.connect(database_url) as connection:
+        connection.execute(_SCHEMA.encode())
+        connection.execute(_FULL.encode())
+    return Operator(tmp_path / "pgrealtime.yaml", database_url)
+
+
+def collections(rule: str = "", **of_posts: Any) -> dict[str, Any]:
+    return {
+        "users": {"table": "users", "type": "auth"},
+        "posts": {
+            "table": "posts",
+            "list_rule": rule,
+            "relations": {
+                "reviewers": {"collection": "users"},
+                "fans": {"collection": "users", "through": "likes"},
+            },
+            **of_posts,
+        },
+        "members": {"table": "members", "relations": {"helpers": {"collection": "users"}}},
+    }
+
+
+def check(operator: Operator, configured: dict[str, Any], **sections: Any) -> Outcome:
+    return operator.check(yaml.safe_dump({"collections": configured, **sections}, width=10_000))
+
+
+def warnings(outcome: Outcome) -> list[tuple[str, str, str]]:
+    """Path, message and what mends it; the check is passed in any case."""
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("ok\n")
+    found = [match.groups() for match in map(_WARNING.fullmatch, outcome.err.splitlines()) if match]
+    assert len(found) == len(outcome.err.splitlines()), outcome.err
+    return [(path, message, mend) for path, message, mend in found]
+
+
+def mended_rule(operator: Operator, rule: str) -> str:
+    """Return the rule that the only warning about its text gives; that one causes none at all."""
+    found = warnings(check(operator, collections(rule)))
+    assert {path for path, _, _ in found} == {"collections.posts.list_rule"}
+    (mended,) = [mend.removeprefix("write: ") for _, _, mend in found if mend.startswith("write: ")]
+    assert warnings(check(operator, collections(mended))) == []
+    return mended
+
+
+def run(operator: Operator, statement: str) -> None:
+    with psycopg.connect(operator.url, autocommit=True) as connection:
+        connection.execute(statement.encode())
+
+
+# -- guests
+
+
+MINE = "@request.auth.id"
+SOMEBODY = '@request.auth.id != ""'
+
+
+@pytest.mark.parametrize(
+    ("rule", "mended"),
+    [
+        (f"author = {MINE}", f"({SOMEBODY} && author = {MINE})"),
+        (f"{MINE} = author", f"({SOMEBODY} && {MINE} = author)"),
+        (f"author != {MINE}", f"({SOMEBODY} && author != {MINE})"),
+        (f"open = true && author = {MINE}", f"open = true && ({SOMEBODY} && author = {MINE})"),
+        (f"open = true || author = {MINE}", f"open = true || ({SOMEBODY} && author = {MINE})"),
+        (f"reviewers.id ?= {MINE}", f"({SOMEBODY} && reviewers.id ?= {MINE})"),
+        ("team = @request.auth.team", f"({SOMEBODY} && team = @request.auth.team)"),
+        (f"author.team = {MINE}", f"({SOMEBODY} && author.team = {MINE})"),
+        (
+            "author = @request.query.who",
+            '(@request.query.who != "" && author = @request.query.who)',
+        ),
+        (
+            f"author = {MINE} || team = @request.auth.team",
+            f"({SOMEBODY} && author = {MINE}) || ({SOMEBODY} && team = @request.auth.team)",
+        ),
+    ],
+)
+def test_a_rule_that_guests_match_for_want_of_an_owner(
+    operator: Operator, rule: str, mended: str
+) -> None:
+    """Rules, section 10.3: the guest's id is empty, and so is the owner of what has none."""
+    assert mended_rule(operator, rule) == mended
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        f"{SOMEBODY} && author = {MINE}",
+        f"{MINE} != null && author = {MINE}",
+        f'author != "" && author = {MINE}',
+        f"({SOMEBODY} && (author = {MINE} || team = @request.auth.team)) || open = true",
+        f"owner = {MINE}",
+        f"owner.id = {MINE}",
+        "@request.query.who:isset = true && author = @request.query.who",
+        'author = "x"',
+        '@request.auth.team = "3"',
+        "title ~ @request.auth.email",
+    ],
+)
+def test_a_rule_that_no_guest_matches_so_causes_no_warning(operator: Operator, rule: str) -> None:
+    assert warnings(check(operator, collections(rule))) == []
+
+
+# -- @collection
+
+
+def test_a_collection_without_a_question_mark(operator: Operator) -> None:
+    rule = f'{SOMEBODY} && @collection.members.role = "a" && @collection.members.person = {MINE}'
+    run(operator, "CREATE INDEX ON members (person); CREATE INDEX ON members (role)")
+
+    mended = mended_rule(operator, rule)
+
+    assert mended == rule.replace('role = "a"', 'role ?= "a"').replace("person =", "person ?=")
+
+
+def test_that_no_row_of_a_collection_is_equal_may_be_meant(operator: Operator) -> None:
+    run(operator, "CREATE INDEX ON members (person)")
+    rule = f"{SOMEBODY} && @collection.members.person != {MINE}"
+    found = warnings(check(operator, collections(rule)))
+    assert not any("every row" in message for _, message, _ in found)
+
+
+def test_a_question_mark_is_asked_for_without_a_database_too(operator: Operator) -> None:
+    text = yaml.safe_dump({"collections": collections('@collection.members.role = "a"')})
+    outcome = operator.check(text, "--no-database")
+    assert outcome.code == 0
+    assert 'write: @collection.members.role ?= "a"' in outcome.err
+
+
+# -- indexes
+
+
+@pytest.mark.parametrize(
+    ("rule", "table", "index"),
+    [
+        (
+            f"{SOMEBODY} && members_via_post.person ?= {MINE}",
+            "members",
+            'CREATE INDEX ON "public"."members" ("post");',
+        ),
+        (
+            f"{SOMEBODY} && author.members_via_helpers.role ?= 'x'",
+            "members",
+            'CREATE INDEX ON "public"."members" USING gin ("helpers");',
+        ),
+        (
+            f"{SOMEBODY} && fans.id ?= {MINE}",
+            "likes",
+            'CREATE INDEX ON "public"."likes" ("post_id");',
+        ),
+        (
+            f"{SOMEBODY} && @collection.members.person ?= {MINE}",
+            "members",
+            'CREATE INDEX ON "public"."members" ("person");',
+        ),
+        (
+            f"{SOMEBODY} && @collection.members.post ?= id",
+            "members",
+            'CREATE INDEX ON "public"."members" ("post");',
+        ),
+    ],
+)
+def test_a_rule_that_reads_a_whole_table_for_every_change(
+    operator: Operator, rule: str, table: str, index: str
+) -> None:
+    """The index it names is the one that ends it."""
+    ((path, message, mend),) = warnings(check(operator, collections(rule)))
+    assert path == "collections.posts.list_rule"
+    assert message == f'all of "public.{table}" is read for every change'
+    assert mend == index
+    run(operator, mend)
+    assert warnings(check(operator, collections(rule))) == []
+
+
+def test_rows_that_are_found_by_their_keys_cause_no_warning(operator: Operator) -> None:
+    rule = f"{SOMEBODY} && author.team = 3 && reviewers.team ?= 4 && @request.auth.team = 5"
+    assert warnings(check(operator, collections(rule))) == []
+
+
+# -- deletes
+
+
+def test_a_rule_that_reads_what_a_deleted_row_does_not_tell(operator: Operator) -> None:
+    run(operator, "ALTER TABLE posts REPLICA IDENTITY DEFAULT")
+    configured = collections("open = true && title != 'x' && id != '7'")
+    ((path, message, mend),) = warnings(check(operator, configured))
+    assert path == "collections.posts.list_rule"
+    assert message == (
+        'nobody hears of deletes: the old row of "public.posts" lacks "title", "open"'
+    )
+    run(operator, mend)
+    assert warnings(check(operator, configured)) == []
+
+
+def test_partitions_log_what_they_are_told_each(operator: Operator) -> None:
+    """ALTER TABLE on the root doesn't reach them."""
+    parts = {"parts": {"table": "parts", "list_rule": "t = 'x'"}}
+    ((_, _, mend),) = warnings(check(operator, parts))
+    run(operator, mend)
+    assert warnings(check(operator, parts)) == []
+
+
+@pytest.mark.parametrize("rule", ["id = '7'", "", None])
+def test_a_rule_on_the_key_needs_no_more_of_a_deleted_row(
+    operator: Operator, rule: str | None
+) -> None:
+    run(operator, "ALTER TABLE posts REPLICA IDENTITY DEFAULT")
+    assert warnings(check(operator, collections(rule or "", list_rule=rule))) == []
+
+
+# -- issuers
+
+
+ROWLESS = (
+    'there is no collection "{}": its users are who their tokens say, also after they were changed'
+    " or deleted"
+)
+
+
+def test_an_issuer_of_users_that_nobody_configured(operator: Operator) -> None:
+    def with_issuer(collection: str, **more: Any) -> list[tuple[str, str, str]]:
+        issuer = {"name": "app", "secret": "x" * 32, "collection": collection}
+        return warnings(check(operator, {**collections(), **more}, auth={"issuers": [issuer]}))
+
+    assert with_issuer("users") == []
+    assert with_issuer("user") == [
+        (
+            "auth.issuers.0.collection",
+            ROWLESS.format("user"),
+            'perhaps you meant "users"',
+        )
+    ]
+    ((_, _, mend),) = with_issuer("people")
+    assert mend.endswith("collections: {people: {table: SCHEMA.TABLE, type: auth}}")
+    ((_, _, mend),) = with_issuer("members")
+    assert mend == "set type: auth of collections.members"
+
+
+def test_warnings_give_way_to_errors(operator: Operator) -> None:
+    """What must be mended is not to be looked for among what may be."""
+    outcome = check(operator, collections(f"author = {MINE}", view_rule="titel = 1"))
+    assert outcome.code == 78
+    assert "warning:" not in outcome.err
