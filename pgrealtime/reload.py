@@ -274,13 +274,11 @@ def _report_changed(before: World, world: World) -> None:
     for fault in world.faults:
         if fault not in before.faults:
             is_rule = fault.path.endswith("_rule")
-            log.error(
-                "rule.error" if is_rule else "collection.locked",
-                collection=_name_in(fault),
-                path=fault.path,
-                reason=fault.message,
-                hint=fault.hint or None,
-            )
+            facts = {"path": fault.path, "reason": fault.message, "hint": fault.hint or None}
+            if is_rule:
+                log.error("rule.error", collection=_name_in(fault), **facts)
+            else:
+                log.error("collection.locked", collection=_name_in(fault), **facts)
 
 
 def _changed(before: World, world: World) -> Iterator[str]:

@@ -102,7 +102,7 @@ async def changes_of(connection: Connection, stream: WalStream) -> list[Change]:
 async def until_true(connection: Connection, query: str, *values: object) -> None:
     """Ask the server until its answer is true; it has no event to wait for."""
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while not await _is_true(connection, query, values):  # noqa: ASYNC110 (another process)
+        while not await _is_true(connection, query, values):
             await asyncio.sleep(0.01)
 
 

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Sized
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Literal, Protocol, TypeAlias
@@ -469,7 +470,7 @@ class Hub:
             raise SubscriptionError("the caller's row may have changed", code="stream_away") from (
                 error
             )
-        caller = self._reconsider(caller)
+        caller = replace(self._reconsider(caller), reading=None)
         before = connection.subscriptions
         for subscription in before.values():
             self._leave(subscription)
@@ -613,7 +614,8 @@ class Hub:
             barrier = subscription.barrier
             is_over = barrier is None or self._head.lsn > barrier.insert_lsn
             if is_over and subscription.connection.is_live:
-                subscription.barrier = None
+                # The caller was looked up before: everything that comes is news about it too.
+                subscription.barrier = subscription.connection.known = None
                 del self._fresh[subscription]
 
     async def _judge(self, events: list[Event], among: Sized[Group] | None = None) -> Judged:

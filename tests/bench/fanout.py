@@ -7,8 +7,6 @@ process listens on all streams. Rounds take turns; a rate is all deliveries over
 first write to the last delivery.
 """
 
-# ruff: noqa: T201  (it is a command: what it prints is its result)
-
 from __future__ import annotations
 
 import argparse

@@ -8,8 +8,6 @@ round, each reader drains a copy of the slot that was made before: pg_recvlogica
 and the ratio is the median of the ratios within a round.
 """
 
-# ruff: noqa: T201  (it is a command: what it prints is its result)
-
 from __future__ import annotations
 
 import argparse

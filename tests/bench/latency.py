@@ -6,8 +6,6 @@ One writer at a steady pace, one row a commit, everybody may see everything. Wit
 an arrival at any of them counts. A second table holds the same load against PocketBase.
 """
 
-# ruff: noqa: T201  (it is a command: what it prints is its result)
-
 from __future__ import annotations
 
 import argparse

@@ -6,8 +6,6 @@ Unknown users and wrong passwords in turns, over one connection each; then live 
 pace without and with a thousand logins beside them, as fast as they are answered.
 """
 
-# ruff: noqa: T201  (it is a command: what it prints is its result)
-
 from __future__ import annotations
 
 import argparse

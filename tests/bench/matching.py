@@ -7,8 +7,6 @@ same writers write to both servers, in commits of 100 notes and of one; rounds t
 all changes over the time from the first write to the last delivery.
 """
 
-# ruff: noqa: T201  (it is a command: what it prints is its result)
-
 from __future__ import annotations
 
 import argparse

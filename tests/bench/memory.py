@@ -7,8 +7,6 @@ added to the server process (proportional set size), over its connections. Buffe
 aren't in it; they are the same for any server.
 """
 
-# ruff: noqa: T201  (it is a command: what it prints is its result)
-
 from __future__ import annotations
 
 import argparse

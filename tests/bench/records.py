@@ -3,8 +3,6 @@
 python -m tests.bench.records
 """
 
-# ruff: noqa: T201  (it is a command: what it prints is its result)
-
 from __future__ import annotations
 
 import platform

@@ -7,8 +7,6 @@ of them (``owner = @request.auth.id``); rounds take turns. For PocketBase a crea
 thing, and there the writer waits while subscribers are looked through.
 """
 
-# ruff: noqa: T201  (it is a command: what it prints is its result)
-
 from __future__ import annotations
 
 import argparse

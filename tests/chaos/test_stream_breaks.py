@@ -92,7 +92,7 @@ async def test_while_the_stream_is_away_new_clients_wait_and_calls_are_refused(
     ):
         await asyncio.to_thread(server.control, "stop", "--mode=fast")
         async with asyncio.timeout(20):
-            while await early.subscribe("posts/*", "PB_RESYNC") != 503:  # noqa: ASYNC110 (a status is all there is)
+            while await early.subscribe("posts/*", "PB_RESYNC") != 503:
                 await asyncio.sleep(0.05)
         late = asyncio.create_task(status_of_a_first_call(running.address))
         await asyncio.to_thread(server.control, "start", f"--log={server.folder}/log")

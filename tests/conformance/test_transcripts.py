@@ -17,7 +17,6 @@ from tests.conformance.natural_schema import Style
 from tests.conformance.pgrealtime_server import Setting, running, touched
 from tests.conformance.pocketbase_server import PocketBaseTemplate
 from tests.conformance.replay import MismatchError, Replay
-from tests.conformance.target import UnsupportedStepError
 from tests.conformance.transcript import Conversation, load_conversation
 
 OWN_RECORDINGS = Path(__file__).parent.parent / "transcripts"
@@ -82,18 +81,8 @@ STYLE = Style(empty="null", json_type="json")
 LOGIN_PATH = re.compile(r"/auth-(with-password|refresh)")
 """Recordings that speak to the login endpoints also get their tokens there."""
 
-NOT_YET = {}
-"""Recordings that pgrealtime doesn't answer so, with the reason; one that passes fails here."""
 
-
-def _for_pgrealtime(conversation: Conversation) -> ParameterSet:
-    reason = NOT_YET.get(conversation.name)
-    raises = (MismatchError, UnsupportedStepError)
-    marks = [] if reason is None else [pytest.mark.xfail(reason=reason, raises=raises, strict=True)]
-    return pytest.param(conversation, id=conversation.name, marks=marks)
-
-
-@pytest.mark.parametrize("conversation", [_for_pgrealtime(c) for c in _conversations()])
+@pytest.mark.parametrize("conversation", _conversations(), ids=lambda one: one.name)
 async def test_pgrealtime_answers_as_pocketbase_did(
     conversation: Conversation, database_url: str, tmp_path: Path
 ) -> None:

@@ -28,7 +28,7 @@ EMBEDDED = ("--port", "0", "--no-browser", "--embedded")
 async def eventually(claim: Callable[[], bool], seconds: float = END_SECONDS) -> None:
     """Return once the claim holds; what other processes do can't be awaited otherwise."""
     async with asyncio.timeout(seconds):
-        while not claim():  # noqa: ASYNC110 (other processes set no event of ours)
+        while not claim():
             await asyncio.sleep(_POLL_SECONDS)
 
 

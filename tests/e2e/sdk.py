@@ -18,6 +18,9 @@ from tests.conftest import lacking
 _HERE = Path(__file__).parent
 DEADLINE = 20.0
 
+EVENT_SOURCES = ("eventsource2", "eventsource3", "eventsource", "eventsource5")
+"""The major versions of the library that the SDK's guide names; see ``tests/package.json``."""
+
 PythonSdk: TypeAlias = Literal["pocketbase", "pocketbase-async"]
 PYTHON_SDKS: tuple[PythonSdk, ...] = ("pocketbase", "pocketbase-async")
 

@@ -9,21 +9,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.e2e.breaker import breaker
 from tests.e2e.numbered import OPEN, fresh_seed, repeats, wait_for_number, write_numbered
-from tests.e2e.sdk import native, sdk
+from tests.e2e.sdk import EVENT_SOURCES, native, sdk
 from tests.e2e.service import service
 
 
+@pytest.mark.parametrize("library", EVENT_SOURCES)
 async def test_the_unmodified_sdk_with_five_lines_misses_nothing(
-    database_url: str, tmp_path: Path
+    library: str, database_url: str, tmp_path: Path
 ) -> None:
     """Cut at random bytes; repeats are at most what lies between two PB_CURSOR, per break."""
     seed = fresh_seed()
     async with (
         service(database_url, tmp_path, collections=OPEN) as running,
         breaker(running.address, random.Random(seed)) as proxy,
-        sdk(proxy.url) as client,
+        sdk(proxy.url, library) as client,
     ):
         await client.do("resume")
         await client.do("subscribe", collection="posts", topic="*")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.e2e.sdk import Sdk, SdkError, sdk
+from tests.conformance.http_client import Address, Request, send
+from tests.e2e.sdk import DEADLINE, EVENT_SOURCES, Sdk, SdkError, sdk
 from tests.e2e.service import service, token
+
+each_library = pytest.mark.parametrize("library", EVENT_SOURCES)
 
 
 def heard(client: Sdk) -> list[tuple[str, str]]:
@@ -182,10 +189,158 @@ async def test_options_reach_the_rule_and_the_listener(database_url: str, tmp_pa
     assert heard(guest) == [("create", "3")]
 
 
-async def test_the_sdk_comes_back_after_a_restart_of_the_program(
+async def test_filter_fields_and_expand_shape_what_a_listener_gets(
     database_url: str, tmp_path: Path
 ) -> None:
+    """One topic with different options is different topics, each with events of its own."""
+    everybody = {"list_rule": "", "view_rule": ""}
+    collections = {
+        "users": {"table": "users", "type": "auth", **everybody},
+        "posts": {"table": "posts", **everybody},
+    }
+    async with (
+        service(database_url, tmp_path, collections=collections) as running,
+        sdk(running.url) as guest,
+    ):
+        for name, options in (
+            ("few", {"filter": "n >= 2", "fields": "id,n"}),
+            ("author", {"expand": "author", "fields": "id,expand.author.name"}),
+            ("both", {"filter": "author.name ~ 'ann'", "expand": "author", "fields": "id"}),
+        ):
+            await guest.do(
+                "subscribe", collection="posts", topic="*", options=options, **{"as": name}
+            )
+        await running.write.execute(
+            "INSERT INTO posts (id, title, author, n) VALUES"
+            " ('1', 'x', 'ann', 1), ('2', 'x', 'bob', 2), ('3', 'x', NULL, 3)"
+        )
+        await guest.wait_for(6)
+
+    def records(name: str) -> list[dict[str, Any]]:
+        return [event["record"] for event in guest.events if event["as"] == name]
+
+    assert records("few") == [{"id": "2", "n": 2}, {"id": "3", "n": 3}]
+    assert records("author") == [
+        {"id": "1", "expand": {"author": {"name": "Ann"}}},
+        {"id": "2", "expand": {"author": {"name": "Bob"}}},
+        {"id": "3"},
+    ]
+    assert records("both") == [{"id": "1"}]
+
+
+async def test_one_of_two_listeners_leaves_and_the_other_goes_on(
+    database_url: str, tmp_path: Path
+) -> None:
+    """By the function that subscribe() gave: unsubscribeByTopicAndListener."""
+    insert = "INSERT INTO posts (id, title, public) VALUES (%s, 'x', true)"
     async with service(database_url, tmp_path) as running, sdk(running.url) as guest:
+        for name in ("first", "second"):
+            await guest.do("subscribe", collection="posts", topic="*", **{"as": name})
+        await running.write.execute(insert, ["both"])
+        await guest.wait_for(2)
+        await guest.do("leave", **{"as": "first"})
+        await running.write.execute(insert, ["one"])
+        events = await guest.wait_for(3)
+
+    assert [(event["as"], event["record"]["id"]) for event in events] == [
+        ("first", "both"),
+        ("second", "both"),
+        ("second", "one"),
+    ]
+
+
+async def test_the_realtime_service_unsubscribes_by_topic_prefix_and_wholly(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Without a subscription the SDK closes its connection, and the program forgets it at once."""
+    async with service(database_url, tmp_path) as running, sdk(running.url) as guest:
+
+        async def names_of_an_update() -> list[str]:
+            """By the time the mark is heard everything before it has been."""
+            before = len(guest.events)
+            async with running.write.transaction():
+                await running.write.execute("UPDATE posts SET n = n + 1 WHERE id = 'a'")
+                await running.write.execute("UPDATE posts SET n = n + 1 WHERE id = 'mark'")
+            await wait_until(lambda: "mark" in [e["as"] for e in guest.events[before:]], guest)
+            return sorted(e["as"] for e in guest.events[before:] if e["record"]["id"] == "a")
+
+        await running.write.execute(
+            "INSERT INTO posts (id, title, public) VALUES ('a', 'x', true), ('mark', 'x', true)"
+        )
+        await guest.do("disconnects")
+        for topic in ("*", "a", "mark"):
+            await guest.do("subscribe", collection="posts", topic=topic)
+        options = {"query": {"k": "v"}}
+        await guest.do("subscribe", collection="posts", topic="a", options=options, **{"as": "k"})
+        await guest.do("is_connected")
+        (connected,) = await guest.wait_for(1, "connected")
+        assert await names_of_an_update() == ["*", "a", "k"]
+        await guest.do("unsubscribe_prefix", prefix="posts/a?options=")
+        assert await names_of_an_update() == ["*", "a"]
+        await guest.do("unsubscribe_topic", topic="posts/*")
+        assert await names_of_an_update() == ["a"]
+        await guest.do("unsubscribe_prefix", prefix="posts/a")
+        assert await names_of_an_update() == []
+        assert guest.of("disconnect") == []
+        await guest.do("unsubscribe_topic")
+        (disconnected,) = await guest.wait_for(1, "disconnect")
+        await guest.do("is_connected")
+        gone = await guest.wait_for(2, "connected")
+        async with asyncio.timeout(DEADLINE):
+            while await status_of_a_call(running.address, connected["id"]) != 404:
+                await asyncio.sleep(0.01)  # the socket's end is on its way
+
+    assert (connected["is"], gone[-1]["is"]) == (True, False)
+    assert disconnected["topics"] == []
+
+
+async def status_of_a_call(address: Address, client_id: str) -> int:
+    body = json.dumps({"clientId": client_id, "subscriptions": ["posts/*"]}).encode()
+    headers = {"Content-Type": "application/json"}
+    request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
+    return (await send(request, address)).head.status
+
+
+async def wait_until(holds: Callable[[], bool], client: Sdk) -> None:
+    """Return once reports make the claim true."""
+    async with asyncio.timeout(DEADLINE):
+        while not holds():
+            await client.wait_for(len(client.events) + 1)
+
+
+async def test_the_sdk_tells_of_a_lost_connection_and_of_the_next(
+    database_url: str, tmp_path: Path
+) -> None:
+    """OnDisconnect names what is still wanted; all of it is submitted anew under a new id."""
+    async with service(database_url, tmp_path) as running, sdk(running.url) as guest:
+        await guest.do("disconnects")
+        await guest.do("connects")
+        await guest.do("subscribe", collection="posts", topic="*")
+        await guest.do("subscribe", collection="posts", topic="one")
+        await running.stop()
+        (lost,) = await guest.wait_for(1, "disconnect")
+        await guest.do("is_connected")
+        await running.start()
+        connects = await guest.wait_for(2, "connect")
+        await guest.do("is_connected")
+        states = await guest.wait_for(2, "connected")
+        await running.write.execute(
+            "INSERT INTO posts (id, title, public) VALUES ('one', 'x', true)"
+        )
+        events = await guest.wait_for(2)
+
+    assert lost["topics"] == ["PB_CONNECT", "posts/*", "posts/one"]
+    assert [state["is"] for state in states] == [False, True]
+    assert states[1]["id"] == connects[1]["clientId"] != connects[0]["clientId"]
+    assert sorted(event["as"] for event in events) == ["*", "one"]
+
+
+@each_library
+async def test_the_sdk_comes_back_after_a_restart_of_the_program(
+    library: str, database_url: str, tmp_path: Path
+) -> None:
+    """Over each EventSource library that people install for it."""
+    async with service(database_url, tmp_path) as running, sdk(running.url, library) as guest:
         await guest.do("connects")
         await guest.do("subscribe", collection="posts", topic="*")
         await running.stop()

@@ -20,10 +20,10 @@ from pgrealtime.changes import Row
 from pgrealtime.collections import Collections, build
 from pgrealtime.config import CollectionConfig, FieldsConfig, RelationConfig
 from pgrealtime.errors import RuleUnsupportedError
+from pgrealtime.rules.images import Overlay
 from pgrealtime.rules.reference import (
     Everyone,
     Nobody,
-    Overlay,
     Question,
     Reference,
     reference,

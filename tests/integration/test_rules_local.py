@@ -27,7 +27,7 @@ from pgrealtime.collections import Collection, Collections
 from pgrealtime.config import CollectionConfig, FieldsConfig, RelationConfig
 from pgrealtime.rules.compare import UndecidedError
 from pgrealtime.rules.ir import parameters
-from pgrealtime.rules.local import Args, Ground, Test, compiled
+from pgrealtime.rules.local import Args, AuthColumn, Ground, Test, compiled
 from pgrealtime.rules.parameters import Literal, Parameter, shape, value
 from pgrealtime.rules.reference import Reference, reference
 from pgrealtime.rules.request import Request
@@ -230,7 +230,7 @@ class Judge:
         where = resolve_rule(rule, self.collections, self.collection, auth).where
         found = parameters(where)
         free: list[Parameter] = [p for p in found if not isinstance(p, Literal)]
-        order = {p: n for n, p in enumerate(free)}
+        order: dict[Parameter | AuthColumn, int] = {p: n for n, p in enumerate(free)}
         shapes = {p: shape(value(p, request, now)) for p in found}
         test = compiled(where, Ground(shapes=shapes, order=order))
         if test is None:

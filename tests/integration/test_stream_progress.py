@@ -174,7 +174,7 @@ WE_ARE_ASYNCHRONOUS = "SELECT flush_lsn IS NULL AND sync_state = 'async' FROM pg
 async def _heard_again(stream: WalStream) -> None:
     before = stream.last_heard
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while stream.last_heard <= before:  # noqa: ASYNC110 (a plain attribute)
+        while stream.last_heard <= before:
             await asyncio.sleep(0.05)
 
 

@@ -442,7 +442,12 @@ def test_any_text_is_a_configuration_or_a_list_of_problems(text: str) -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_examples_load(path: Path) -> None:
-    environ = {"APP_JWT_SECRET": "x" * 32, "LOGIN_SECRET": "y" * 32}
+    environ = {
+        "APP_JWT_SECRET": "x" * 32,
+        "LOGIN_SECRET": "y" * 32,
+        "DEMO_SECRET": "z" * 32,
+        "DATABASE_URL": "postgresql://127.0.0.1/app",
+    }
     assert load(path, environ).collections
 
 

@@ -40,8 +40,8 @@ def _imported(folder: str) -> dict[str, str]:
     distributions = packages_distributions()
     found: dict[str, str] = {}
     for path in sorted((_ROOT / folder).rglob("*.py")):
-        if "node_modules" in path.parts:
-            continue
+        if {"node_modules", ".python"} & set(path.parts):
+            continue  # what tests/run.sh installs beside the tests
         for module, line in _modules(ast.parse(path.read_text())):
             top = module.split(".")[0]
             if top in sys.stdlib_module_names or top in ("pgrealtime", "tests"):

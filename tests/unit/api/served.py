@@ -42,7 +42,7 @@ SUPERUSER = token("root", role="service")
 async def until(holds: Callable[[], bool]) -> None:
     """Wait for something that nobody announces."""
     async with asyncio.timeout(DEADLINE):
-        while not holds():  # noqa: ASYNC110 (no event is offered)
+        while not holds():
             await asyncio.sleep(0.001)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Collection as Sized
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
 from pgrealtime.auth.principal import Caller
@@ -17,8 +18,9 @@ from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.connection import Connection
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.event import Event
-from pgrealtime.hub.match import Judging, Matcher
-from pgrealtime.hub.probe import LiveRow
+from pgrealtime.hub.expand import Reading
+from pgrealtime.hub.match import Matcher
+from pgrealtime.hub.probe import Asked, LiveRow
 from pgrealtime.lsn import LSN, Xid
 
 TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")
@@ -202,8 +204,11 @@ class GivenDatabase:
             for _ in range(times):
                 await self._asked.acquire()
 
-    async def ask(self, judging: Judging) -> None:
+    async def ask(self, judging: Asked) -> None:
         assert not judging.inquiries(), "nothing to ask"
+
+    def reading(self, xids: Sized[Xid]) -> AbstractAsyncContextManager[Reading]:
+        raise AssertionError(f"nothing to read: {xids}")
 
     async def live_rows(self, _events: Sequence[Event]) -> dict[tuple[str, str], LiveRow]:
         if self.rows_gate is not None:
