@@ -1,0 +1,268 @@
+"""What records show beside their rows, to connections that are LIVE and to those that read on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+import psycopg
+import pytest
+from psycopg_pool import AsyncConnectionPool
+
+from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
+from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changes import Change, Delete, Insert, Row, TableName, Transaction, Update, WholeRow
+from pgrealtime.collections import build, table_names
+from pgrealtime.config import CollectionConfig, RealtimeConfig
+from pgrealtime.hub.connection import Connection
+from pgrealtime.hub.dispatch import Hub
+from pgrealtime.hub.match import Matcher
+from pgrealtime.hub.probe import Probe
+from pgrealtime.lsn import LSN, Xid
+from tests.unit.hub.room import DEADLINE, MemorySink
+
+SCHEMA = """
+CREATE TABLE people (
+  id text PRIMARY KEY, email text, "emailVisibility" boolean, role text, name text);
+CREATE TABLE tags (id int PRIMARY KEY, label text);
+CREATE TABLE posts (id int PRIMARY KEY, title text, author text);
+CREATE TABLE post_tags (post int, tag int, PRIMARY KEY (post, tag));
+INSERT INTO people VALUES
+  ('ann', 'ann@x', false, 'admin', 'Ann'), ('bob', 'bob@x', false, '', 'Bob'),
+  ('cid', 'cid@x', true, '', 'Cid');
+INSERT INTO tags VALUES (1, 'one'), (2, 'two');
+INSERT INTO posts VALUES (1, 'first', 'ann'), (2, 'second', 'bob'), (3, 'third', NULL);
+INSERT INTO post_tags VALUES (1, 2), (1, 1), (2, 1);
+"""
+
+FAR = 1 << 50
+"""Beyond the server's own positions, so that every topic hears of it."""
+
+COLLECTIONS: dict[str, dict[str, Any]] = {
+    "people": {
+        "type": "auth",
+        "list_rule": "",
+        "view_rule": '@request.auth.id != ""',
+        "manage_rule": '@request.auth.role = "admin" && name != "Ann"',
+    },
+    "tags": {"list_rule": "", "view_rule": ""},
+    "posts": {
+        "list_rule": "",
+        "view_rule": "",
+        "relations": {
+            "author": {"collection": "people"},
+            "tags": {
+                "collection": "tags",
+                "through": "public.post_tags",
+                "source": "post",
+                "target": "tag",
+            },
+        },
+    },
+}
+
+PEOPLE = TableName("public", "people")
+POSTS = TableName("public", "posts")
+ROWS: dict[TableName, dict[str, Row]] = {
+    POSTS: {
+        "1": {"id": "1", "title": "first", "author": "ann"},
+        "2": {"id": "2", "title": "second", "author": "bob"},
+        "3": {"id": "3", "title": "third", "author": None},
+    },
+    PEOPLE: {
+        name: {
+            "id": name,
+            "email": f"{name}@x",
+            "emailVisibility": "t" if name == "cid" else "f",
+            "role": "admin" if name == "ann" else "",
+            "name": name.title(),
+        }
+        for name in ("ann", "bob", "cid")
+    },
+}
+
+
+def update(table: TableName, record_id: str) -> Update:
+    row = ROWS[table][record_id]
+    return Update(table, row, WholeRow(row))
+
+
+def caller(name: str) -> Caller:
+    record = AuthRecord(collection_id="pbc_people", collection_name="people", id=name)
+    return Caller(record)
+
+
+@dataclass
+class Stage:
+    """A hub on a real database, with a changelog that is written by hand."""
+
+    hub: Hub
+    changelog: MemoryChangelog
+    _end: int = FAR
+
+    async def listen(
+        self, *topics: str, who: Caller, position: str | None = None
+    ) -> tuple[Connection, MemorySink]:
+        sink = MemorySink()
+        connection = self.hub.open(sink, address="", last_event_id=None, position=position)
+        await self.hub.subscribe(connection.id, topics, who, "")
+        return connection, sink
+
+    def commit(self, *changes: Change) -> None:
+        self._end += 100
+        # The first transaction of every database: seen by everybody.
+        made = Transaction(Xid(3), LSN(self._end), 0, changes, 100)
+        self.changelog.append(made)
+        self.hub.wake()
+
+    async def settled(self) -> None:
+        async with asyncio.timeout(DEADLINE):
+            while self.hub.head < self.changelog.head:
+                self.hub.progressed.clear()
+                await self.hub.progressed.wait()
+
+
+@asynccontextmanager
+async def open_stage(database_url: str) -> AsyncIterator[Stage]:
+    configured = {
+        name: CollectionConfig.model_validate({"table": f"public.{name}", **more})
+        for name, more in COLLECTIONS.items()
+    }
+    async with (
+        await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection,
+        AsyncConnectionPool(
+            database_url,
+            min_size=1,
+            max_size=4,
+            kwargs={"autocommit": True, "options": "-c search_path=pg_catalog"},
+        ) as pool,
+    ):
+        await connection.execute(SCHEMA.encode())
+        names = table_names(configured, ["public"])
+        collections = build(
+            configured, await read_catalog(connection, schemas=["public"], names=names)
+        )
+        changelog = MemoryChangelog(LSN(FAR), max_size=1_000_000, max_age=300)
+        hub = Hub(
+            changelog,
+            Matcher(collections),
+            Probe(pool),
+            collections=collections,
+            limits=RealtimeConfig(),
+        )
+        hub.stream_started("abcdef")
+        task = asyncio.create_task(hub.run())
+        try:
+            yield Stage(hub, changelog)
+        finally:
+            task.cancel()
+            for one in list(hub.connections):
+                hub.close(one)
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def topic(name: str, **query: str) -> str:
+    return f"{name}?options={quote(json.dumps({'query': query}))}" if query else name
+
+
+def records(sink: MemorySink) -> list[dict[str, Any]]:
+    data = [json.loads(data) for _, event, data in sink.events() if event != "PB_CONNECT"]
+    return [one["record"] for one in data]
+
+
+TOPICS = (
+    "posts/*",
+    topic("posts/*", expand="author,tags"),
+    topic(
+        "posts/*", expand="author,tags,nope", fields="id,tags,expand.author.email,expand.tags.label"
+    ),
+    topic("posts/1", expand="tags.posts_via_tags.author"),
+    "people/*",
+    topic("people/*", expand="posts_via_author"),
+)
+
+CALLERS = {
+    "guest": Caller(),
+    "ann": caller("ann"),
+    "bob": caller("bob"),
+    "root": Caller(Superuser("root")),
+}
+
+
+async def test_reading_on_shows_what_live_connections_were_shown(database_url: str) -> None:
+    """Related records, junction ids, addresses: whoever looks, and whichever way it comes."""
+    async with open_stage(database_url) as stage:
+        live = {}
+        for name, who in CALLERS.items():
+            live[name] = (await stage.listen(*TOPICS, who=who))[1]
+        positions = {}
+        for name, who in CALLERS.items():
+            connection, sink = await stage.listen("PB_CURSOR", who=who, position="")
+            positions[name] = connection.position.decode()
+            stage.hub.close(connection)
+        stage.commit(*(update(POSTS, n) for n in "123"), update(PEOPLE, "bob"))
+        stage.commit(update(PEOPLE, "ann"), update(PEOPLE, "cid"))
+        stage.commit(Insert(POSTS, ROWS[POSTS]["1"]), Delete(POSTS, WholeRow(ROWS[POSTS]["2"])))
+        await stage.settled()
+        read_on = {}
+        for name, who in CALLERS.items():
+            _, sink = await stage.listen(*TOPICS, who=who, position=positions[name])
+            await sink.wait_for(len(live[name].events()))
+            read_on[name] = sink
+
+        for name in CALLERS:
+            shown = [records(sink) for sink in (live[name], read_on[name])]
+            assert len(shown[0]) > 20
+            in_order = [sorted(map(json.dumps, part)) for part in shown]
+            assert in_order[0] == in_order[1], name
+
+
+async def test_a_record_shows_the_ids_of_its_junction_table(database_url: str) -> None:
+    """Live rows of the junction: PocketBase keeps such a list in the record itself."""
+    async with open_stage(database_url) as stage:
+        _, sink = await stage.listen("posts/*", who=Caller())
+        stage.commit(*(update(POSTS, n) for n in "123"))
+        await sink.wait_for(4)
+
+        assert [one["tags"] for one in records(sink)] == [["1", "2"], ["1"], []]
+
+
+@pytest.mark.parametrize(
+    ("name", "seen"),
+    [
+        ("guest", [None, None, "cid@x"]),
+        ("bob", [None, "bob@x", "cid@x"]),
+        # Her own by herself: her rule is about others.
+        ("ann", ["ann@x", "bob@x", "cid@x"]),
+        ("root", ["ann@x", "bob@x", "cid@x"]),
+    ],
+)
+async def test_addresses_are_shown_to_their_owners_and_managers(
+    database_url: str, name: str, seen: list[str | None]
+) -> None:
+    async with open_stage(database_url) as stage:
+        _, sink = await stage.listen("people/*", who=CALLERS[name])
+        stage.commit(*(update(PEOPLE, one) for one in ("ann", "bob", "cid")))
+        await sink.wait_for(4)
+
+        assert [one.get("email") for one in records(sink)] == seen
+
+
+async def test_a_filter_is_part_of_managing(database_url: str) -> None:
+    """Protocol, 6.5: who manages is asked with the subscription's filter, as in PocketBase."""
+    async with open_stage(database_url) as stage:
+        topics = [topic("people/*", filter=text) for text in ('name = "Bob"', 'name != "Bob"')]
+        _, sink = await stage.listen(*topics, who=CALLERS["ann"])
+        stage.commit(update(PEOPLE, "bob"), update(PEOPLE, "cid"))
+        await sink.wait_for(3)
+
+        assert [(one["id"], one.get("email")) for one in records(sink)] == [
+            ("bob", "bob@x"),
+            ("cid", "cid@x"),
+        ]
