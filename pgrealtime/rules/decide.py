@@ -110,6 +110,11 @@ class Case(Generic[M]):
 
     # --- what Postgres says
 
+    @property
+    def is_open(self) -> bool:
+        """Whether Postgres has yet to say something of an atom."""
+        return bool(self._open or self._waiting)
+
     def name(self, source: RemoteSource, values: Iterable[Scalar]) -> None:
         """Take the values of subscribers that Postgres named for the row."""
         asked = self.index.asked.get(source)
@@ -193,6 +198,8 @@ class Deciding(Generic[M]):
     def _name_pairs(self) -> Iterator[tuple[Pairs, list[list[Case[M]]]]]:
         gathered: dict[_Place[Atom], _PairsOf[M]] = {}
         for case in self._cases:
+            if not case.is_open:
+                continue
             for atom, args in dict.fromkeys(case.wanted()):
                 if not case.facts.missing.isdisjoint(atom.lowered.columns):
                     case.facts.answers[atom, args] = False
@@ -217,8 +224,10 @@ class Deciding(Generic[M]):
                 for case in cases:
                     case.facts.answers[pairs.atom, args] = place in pairs.admitted
         for case in self._cases:
-            case.asked = {}
-            case.reconsider()
+            if case.asked:
+                case.asked = {}
+            if case.is_open:
+                case.reconsider()
         for values, rows in self._values:
             for found, cases in zip(values.found, rows, strict=True):
                 for case in cases:

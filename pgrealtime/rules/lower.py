@@ -113,6 +113,8 @@ def lower_values(
 ) -> LoweredValues:
     """Return the values that ``term`` has in the joins of one scope; numbers as doubles' text.
 
+    Without the empty ones: a missing row's, an empty relation's.
+
     Args:
         term: An operand that is either a text or a number, whatever the row.
         where: What else must be true in the same joins.
@@ -125,7 +127,7 @@ def lower_values(
     """
     statement = Statement(collections=collections, shapes=shapes)
     scope = Scope(statement, row, is_judged=True)
-    shown = value(term, scope)
+    shown = value(term, scope, is_strict=False)
     text = shown.text
     if text is None:
         assert shown.number is not None

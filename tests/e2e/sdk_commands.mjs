@@ -28,7 +28,7 @@ export function obeying(pb, report) {
       endings[as ?? topic] = await pb.collection(collection).subscribe(
         topic,
         (e) => report({ report: "event", as: as ?? topic, action: e.action, record: e.record }),
-        options ?? {},
+        options,
       );
     },
     // The function that subscribe() returned: unsubscribeByTopicAndListener.

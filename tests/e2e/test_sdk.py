@@ -287,7 +287,7 @@ async def test_the_realtime_service_unsubscribes_by_topic_prefix_and_wholly(
         await guest.do("is_connected")
         gone = await guest.wait_for(2, "connected")
         async with asyncio.timeout(DEADLINE):
-            while await status_of_a_call(running.address, connected["id"]) != 404:
+            while await status_of_a_call(running.address, connected["id"]) != 404:  # noqa: ASYNC110 (another process)
                 await asyncio.sleep(0.01)  # the socket's end is on its way
 
     assert (connected["is"], gone[-1]["is"]) == (True, False)
