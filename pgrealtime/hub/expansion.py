@@ -120,6 +120,7 @@ class Viewers:
     def __init__(self, collections: Collections, planner: Planner) -> None:
         self._collections = collections
         self._planner = planner
+        self._by_folded_name = {name.casefold(): one for name, one in collections.items()}
         self._plan = lru_cache(maxsize=_PLANS)(self._make_plan)
         self._known: WeakValueDictionary[object, Viewer] = WeakValueDictionary()
 
@@ -195,7 +196,9 @@ class Viewers:
 
     def _step(self, source: Collection, name: str) -> Step | None:
         if back := _BACK.fullmatch(name):
-            owner = self._collections.find(back[1])
+            # Unlike in topics and rules the case of its name doesn't matter here.
+            folded = self._by_folded_name.get(back[1].casefold())
+            owner = self._collections.find(back[1]) or folded
             field = None if owner is None else owner.by_name.get(back[2])
             if owner is None or field is None or field.relation is None:
                 return None

@@ -77,6 +77,8 @@ _RELATIONS = {
         ("books0_via_author", "books0"),
         ("books1_via_editors", "books1"),
         ("books2_via_title", ""),
+        ("BOOKS0_via_author", "books0"),
+        ("pbc_books100000_via_author", "books1"),
         ("role", ""),
     ),
     "teams": (("members", "people"), ("books2_via_team", "books2"), ("people_via_teams", "")),
