@@ -271,7 +271,7 @@ class Relay:
             self._follower.progressed.clear()
             self._follower.wake()
             await self._follower.progressed.wait()
-        self._changelog.append(entry, time.monotonic())
+        self._changelog.append(entry, time.monotonic(), self._follower.head)
 
     def _waiting(self) -> int:
         return self._changelog.bytes_after(self._follower.head)

@@ -23,6 +23,7 @@ class _Kept(NamedTuple):
     appended_at: float
 
 
+_EVERYTHING = Cursor(LSN((1 << 64) - 1), END)
 _GONE = _Kept(LSN(0), Gap(LSN(0), ""), 0, 0.0)
 
 
@@ -62,8 +63,14 @@ class MemoryChangelog:
     def __len__(self) -> int:
         return len(self._kept) - self._first
 
-    def append(self, entry: Entry, now: float = 0.0) -> None:
-        """Keep the entry; trim the oldest where the bound on bytes asks for it."""
+    def append(self, entry: Entry, now: float = 0.0, upto: Cursor = _EVERYTHING) -> None:
+        """Keep the entry; trim the oldest where the bound on bytes asks for it.
+
+        Args:
+            entry: The next one.
+            now: Monotonic seconds.
+            upto: What ends after this is not trimmed: whoever reads it holds it anyway.
+        """
         if entry.end_lsn <= self._head.lsn and self._kept:
             raise ChangelogError(
                 "an entry must end after the one before",
@@ -72,7 +79,7 @@ class MemoryChangelog:
         self._total += entry.size if isinstance(entry, Transaction) else 0
         self._kept.append(_Kept(entry.end_lsn, entry, self._total, now))
         self._head = Cursor(entry.end_lsn, END)
-        while self.size > self._max_size and len(self) > 1:
+        while self.size > self._max_size and len(self) > 1 and self._ends_within(upto):
             self._trim()
 
     def restart(self, start: LSN) -> None:
@@ -84,10 +91,14 @@ class MemoryChangelog:
     def expire(self, now: float, upto: Cursor) -> None:
         """Trim what is older than ``max_age``, but nothing that ends after ``upto``."""
         while len(self):
-            oldest = self._kept[self._first]
-            if now - oldest.appended_at < self._max_age or oldest.end_lsn > upto.lsn:
+            is_young = now - self._kept[self._first].appended_at < self._max_age
+            if is_young or not self._ends_within(upto):
                 return
             self._trim()
+
+    def _ends_within(self, upto: Cursor) -> bool:
+        """Whether the oldest entry lies before the cursor to its very end."""
+        return Cursor(self._kept[self._first].end_lsn, END) <= upto
 
     def _trim(self) -> None:
         gone = self._kept[self._first]

@@ -652,8 +652,15 @@ class Hub:
             self._hand_out(audience, part.events, mine, touched)
         self._flush(touched, part)
         if part.gap is not None:
-            for connection in [c for c in self._connections.values() if c.is_live]:
+            touched = [c for c in self._connections.values() if c.is_live]
+            for connection in touched:
                 self._tell(connection, part.gap)
+        self._say_cursors(touched, part.upto)
+
+    def _say_cursors(self, connections: Sequence[Connection], at: Cursor) -> None:
+        for connection in connections:
+            if connection.wants_cursor and connection.is_live:
+                connection.say_cursor(at)
 
     def _hand_out(
         self,
@@ -702,8 +709,6 @@ class Hub:
                 continue
             connection.write(connection.compose(part.events))
             connection.active_at = connection.written_at = now
-            if connection.wants_cursor:
-                connection.say_cursor(part.upto)
 
     # --- connections at their own cursor ----------------------------------------------------
 
@@ -788,10 +793,11 @@ class Hub:
             connection.active_at = connection.written_at = self._clock()
         self._turn_one(connection, people, "delete")
         connection.cursor = upto
-        if connection.wants_cursor:
-            connection.say_cursor(upto)
         if part.gap is not None and part.gap.at <= upto:
             self._tell(connection, part.gap)
+        # Not before the gap: who breaks off in between would come back from behind it.
+        if connection.wants_cursor and not connection.is_ended:
+            connection.say_cursor(upto)
         return upto == part.upto
 
     def _turn_one(self, connection: Connection, people: Sequence[Event], action: Action) -> None:

@@ -65,6 +65,12 @@ SNAPSHOT_QUERY = (
 """One statement of its own in autocommit: its snapshot is younger than its arrival."""
 
 
+def _look_at(task: asyncio.Task[Barrier]) -> None:
+    """A failure that nobody waits for any more is no news."""
+    if not task.cancelled():
+        task.exception()
+
+
 class Snapshots:
     """Takes snapshots; who asks while one is being taken shares the next.
 
@@ -85,6 +91,7 @@ class Snapshots:
         """
         if self._next is None:
             self._next = asyncio.create_task(self._take_after(self._running), name="snapshot")
+            self._next.add_done_callback(_look_at)
         # Shielded: others may be waiting for the same one.
         return await asyncio.shield(self._next)
 

@@ -8,8 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import structlog
 
-from pgrealtime.changelog.base import Entry
-from pgrealtime.changes import Transaction
+from pgrealtime.changelog.base import Entry, Gap
 from pgrealtime.errors import PgRealtimeError, SubscriptionError
 from pgrealtime.hub.snapshot import Barrier, Snapshot, Snapshots
 from pgrealtime.lsn import LSN, Cursor, Xid
@@ -45,7 +44,7 @@ class Visibility:
     def told(self, entries: Iterable[Entry]) -> None:
         """Take note of what is about to be handed out: a barrier must know of all that was."""
         self._unseen.extend(
-            (entry.end_lsn, entry.xid) for entry in entries if isinstance(entry, Transaction)
+            (entry.end_lsn, entry.xid) for entry in entries if not isinstance(entry, Gap)
         )
 
     def clear(self) -> None:
@@ -76,7 +75,7 @@ class Visibility:
 
     async def wait_for(self, entries: Sequence[Entry]) -> None:
         """Return once readers see all of them; at once if another history begins meanwhile."""
-        xids = [entry.xid for entry in entries if isinstance(entry, Transaction)]
+        xids = [entry.xid for entry in entries if not isinstance(entry, Gap)]
         edition = self._edition()
         while xids and self._edition() == edition:
             try:

@@ -134,6 +134,19 @@ def test_trimming_ten_thousand_entries_keeps_every_answer_right() -> None:
     assert read(log, log.floor) == list(range(9991, 10_001))
 
 
+def test_what_its_reader_is_in_the_middle_of_is_kept_for_it() -> None:
+    """It holds those rows anyway; without them it could not go on after a reload."""
+    log = MemoryChangelog(LSN(0), max_size=100, max_age=60)
+    log.append(transaction(10, size=60), 0.0)
+    log.append(transaction(20, changes=3, size=60), 0.0, Cursor(LSN(10), END))
+    log.append(transaction(30, size=60), 0.0, Cursor(LSN(20), 2))
+    log.expire(1000.0, Cursor(LSN(20), 2))
+
+    assert read(log, Cursor(LSN(20), 2)) == [20, 30]
+    log.expire(1000.0, Cursor(LSN(20), END))
+    assert log.floor == Cursor(LSN(20), END)
+
+
 def test_what_was_trimmed_is_no_longer_held() -> None:
     """The bound is on memory, not on what can be read."""
     log = MemoryChangelog(LSN(0), max_size=100, max_age=60)

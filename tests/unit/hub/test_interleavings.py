@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from pgrealtime.changes import Insert, Truncate
+from pgrealtime.changes import Insert, Oversized, Truncate
 from pgrealtime.errors import SubscriptionError
-from pgrealtime.lsn import LSN
+from pgrealtime.lsn import LSN, Xid
 from tests.unit.hub.room import DEADLINE, NOTES, POSTS, Room, at, insert, open_room
 
 
@@ -163,6 +163,46 @@ async def test_a_replay_that_waits_for_its_client_goes_on_where_a_call_has_put_i
     assert [event[1] for event in events[before:]] == ["notes/*"]
 
 
+# Commits that are too large are commits
+
+
+def commit_oversized(room: Room, xid: int) -> None:
+    room._end += 100
+    room.changelog.append(Oversized(Xid(xid), LSN(room._end), 0, frozenset({POSTS})))
+    room.hub.wake()
+
+
+async def test_a_commit_too_large_is_told_when_it_can_be_read_and_not_before() -> None:
+    """Whoever loads anew at once must find it."""
+    async with open_room() as room:
+        connection, sink = room.connect(position="")
+        await room.subscribe(connection, "posts/*")
+        room.hub.gate_on_visibility(gate=True)
+        room.database.snapshot_text = "50:50:"
+        commit_oversized(room, xid=50)
+        await room.database.asked_again(3)
+        assert len(sink.events()) == 1
+
+        room.database.snapshot_text = "51:51:"
+        assert (await sink.wait_for(2))[1][1] == "PB_RESYNC"
+
+
+async def test_a_call_waits_until_readers_see_a_commit_too_large_that_was_passed_over() -> None:
+    """It concerned nobody on this connection; the new topic it would have concerned."""
+    async with open_room() as room:
+        connection, _sink = room.connect()
+        await room.subscribe(connection, "notes/*")
+        room.database.snapshot_text = "50:50:"
+        commit_oversized(room, xid=50)
+        await room.settled()
+        call = asyncio.create_task(room.subscribe(connection, "notes/*", "posts/*"))
+        await room.database.asked_again(3)
+        assert not call.done()
+
+        room.database.snapshot_text = "51:51:"
+        await call
+
+
 # Who can't be told is ended, but not while that would leave the JS SDK dead
 
 
@@ -218,6 +258,22 @@ async def test_a_heartbeat_does_not_move_a_position_over_a_gap_that_was_not_told
         await sink.wait_for_bytes(b"\n:\n")
 
     assert [id_.partition(".")[2] for id_, _, _ in sink.events()] == [old]
+
+
+async def test_a_position_beyond_a_gap_comes_after_the_gap() -> None:
+    """A break between the two: the client comes back from the one it has."""
+    async with open_room() as room:
+        live, live_sink = room.connect()
+        await room.subscribe(live, "posts/*", "PB_CURSOR")
+        before = (await live_sink.wait_for(2))[-1][0]
+        room.commit(insert("a"), Truncate(POSTS))
+        events = await live_sink.wait_for(5)
+        late, late_sink = room.connect(position=before)
+        await room.subscribe(late, "posts/*", "PB_CURSOR")
+        again = await late_sink.wait_for(4)
+
+    assert [event[1] for event in events[2:5]] == ["posts/*", "PB_RESYNC", "PB_CURSOR"]
+    assert [event[1] for event in again[1:4]] == ["posts/*", "PB_RESYNC", "PB_CURSOR"]
 
 
 # What is bounded stays so

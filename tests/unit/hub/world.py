@@ -1,0 +1,326 @@
+"""A database as the hub sees it, in which commits are decoded and become visible in any order."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pgrealtime.changelog.base import Gap
+from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changes import (
+    Change,
+    Insert,
+    Oversized,
+    Row,
+    Transaction,
+    Truncate,
+    Update,
+    WholeRow,
+)
+from pgrealtime.config import RealtimeConfig
+from pgrealtime.errors import DatabaseUnreachableError
+from pgrealtime.hub.dispatch import Hub
+from pgrealtime.hub.event import Event
+from pgrealtime.hub.match import Matcher
+from pgrealtime.hub.probe import LiveRow
+from pgrealtime.lsn import LSN, Cursor, Xid, format_lsn
+from tests.unit.hub.room import (
+    COLLECTIONS,
+    LOGINS,
+    NOTES,
+    POSTS,
+    GivenDatabase,
+    MemorySink,
+    delete,
+    insert,
+)
+
+WINDOW = 4000
+"""Bytes of the changelog; a change counts 100."""
+
+
+@dataclass(eq=False)
+class Commit:
+    """A transaction of the database."""
+
+    number: int
+    history: int
+    xid: int
+    changes: tuple[Change, ...]
+    is_oversized: bool = False
+    end_lsn: int = 0
+    """0 until it commits."""
+    is_visible: bool = False
+
+    @property
+    def emptied(self) -> frozenset[str]:
+        """Collections of which more is missing than events can tell."""
+        every = self.changes if self.is_oversized else ()
+        truncates = [c for c in self.changes if isinstance(c, Truncate)]
+        return frozenset(change.table.name for change in (*every, *truncates))
+
+
+@dataclass(frozen=True)
+class Happening:
+    """What a subscriber hears of a change, and where it stands in the stream."""
+
+    commit: Commit
+    place: tuple[int, Cursor, int]
+    """History, cursor, and which of the change's events."""
+    collection: str
+    record_id: str
+
+
+class Sink(MemorySink):
+    """Remembers what readers could see when a gap was told."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self._world = world
+        self.seen_at: dict[int, frozenset[Commit]] = {}
+        """By the length of the data before: what was visible when PB_RESYNC was written."""
+
+    def write(self, data: bytes) -> None:
+        if b"\nevent:PB_RESYNC\n" in data:
+            self.seen_at[len(self.data)] = self._world.visible
+        super().write(data)
+
+
+class Database(GivenDatabase):
+    """Answers late, with what was so at some moment between question and answer."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self._world = world
+
+    async def snapshot(self) -> tuple[str, str, bool]:
+        await self._world.moment()
+        if self._world.rng.random() < self._world.failing:
+            raise DatabaseUnreachableError("nobody answers")
+        row = self._world.snapshot()
+        await self._world.moment()
+        return row
+
+    async def live_rows(self, _events: Sequence[Event]) -> dict[tuple[str, str], LiveRow]:
+        await self._world.moment()
+        return {}
+
+
+@dataclass
+class World:
+    """The database, the relay in small, and a hub."""
+
+    rng: random.Random
+    is_gated: bool = False
+    """Whether commits may be decoded long before they are visible, and the hub knows."""
+    commits: list[Commit] = field(default_factory=list)
+    happenings: dict[str, Happening] = field(default_factory=dict)
+    """By what is written in the row."""
+    failing: float = 0.0
+    """How often the database gives no snapshot."""
+    history: int = 0
+    wal_end: int = 100
+
+    def __post_init__(self) -> None:
+        # Far enough that the 32 bits of the stream overflow now and then.
+        self.next_xid = self.rng.choice([1000, (1 << 32) - 5, (5 << 32) - 9])
+        self._undecoded: deque[Commit] = deque()
+        self.changelog = MemoryChangelog(LSN(100), max_size=WINDOW, max_age=1.0)
+        self.hub = Hub(
+            self.changelog,
+            Matcher(COLLECTIONS),
+            Database(self),
+            collections=COLLECTIONS,
+            limits=RealtimeConfig.model_validate(
+                {
+                    "send_buffer": self.rng.choice([300, 2000, 100_000]),
+                    "heartbeat": self.rng.choice([0.3, 25.0]),
+                    "idle_timeout": 500.0,
+                }
+            ),
+            logins=LOGINS,
+            clock=asyncio.get_running_loop().time,
+        )
+        self.hub.gate_on_visibility(gate=self.is_gated)
+        self.hub.stream_started(self._epoch())
+
+    def _epoch(self) -> str:
+        return f"{self.history:06x}"
+
+    async def moment(self) -> None:
+        """Let others go first, for as long as it happens to take."""
+        match self.rng.randrange(6):
+            case 0 | 1:
+                return
+            case 2 | 3:
+                await asyncio.sleep(0)
+            case 4:
+                for _ in range(self.rng.randrange(10)):
+                    await asyncio.sleep(0)
+            case _:
+                await asyncio.sleep(self.rng.choice([0.001, 0.02, 0.5]))
+
+    # --- writing
+
+    @property
+    def visible(self) -> frozenset[Commit]:
+        return frozenset(commit for commit in self.commits if commit.is_visible)
+
+    def running(self) -> list[Commit]:
+        return [c for c in self.commits if c.history == self.history and not c.end_lsn]
+
+    def _invisible(self) -> list[Commit]:
+        return [c for c in self.commits if c.history == self.history and not c.is_visible]
+
+    def snapshot(self) -> tuple[str, str, bool]:
+        """As Postgres makes it."""
+        going_on = sorted(commit.xid for commit in self._invisible())
+        done = [c.xid for c in self.commits if c.history == self.history and c.is_visible]
+        xmax = max([*done, self._first_xid - 1]) + 1
+        xip = [xid for xid in going_on if xid < xmax]
+        text = f"{min([*xip, xmax])}:{xmax}:{','.join(map(str, xip))}"
+        return text, format_lsn(LSN(self.wal_end)), False
+
+    def begin(self) -> None:
+        if self.next_xid % (1 << 32) < 3:
+            self.next_xid += 3
+        if not any(c.history == self.history for c in self.commits):
+            self._first_xid = self.next_xid
+        number = self._number()
+        size = self.rng.choice([1, 1, 1, 2, 3, 8])
+        changes = tuple(self._change(f"c{number}.{n}") for n in range(size))
+        commit = Commit(number, self.history, self.next_xid, changes)
+        commit.is_oversized = self.rng.random() < 0.03
+        self.commits.append(commit)
+        self.next_xid += self.rng.choice([1, 1, 2])
+
+    _first_xid = 3
+    _numbers = 0
+
+    def _number(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+    def _change(self, tag: str) -> Change:
+        table = self.rng.choice([POSTS, POSTS, NOTES])
+        record_id = self.rng.choice(["a", "b", tag])
+        match self.rng.randrange(12):
+            case 0:
+                return Insert(table, {"id": tag})  # its title has to be looked up
+            case 1:
+                new: Row = {"id": f"{record_id}!", "title": f"{tag}+"}
+                return Update(table, new, WholeRow({"id": record_id, "title": tag}))
+            case 2:
+                return delete(record_id, tag) if table is POSTS else insert(record_id, tag, table)
+            case 3 if self.rng.random() < 0.3:
+                return Truncate(table)
+            case _:
+                return insert(record_id, tag, table)
+
+    def commit(self, commit: Commit) -> None:
+        self.wal_end += self.rng.choice([10, 50])
+        commit.end_lsn = self.wal_end
+        self._undecoded.append(commit)
+        # Without a synchronous standby the time between is far shorter than a round trip.
+        commit.is_visible = commit.is_visible or (not self.is_gated and bool(commit.emptied))
+
+    def reveal(self) -> None:
+        """Let one of the commits be seen; any of them."""
+        if hidden := [c for c in self._invisible() if c.end_lsn]:
+            self.rng.choice(hidden).is_visible = True
+
+    # --- the relay
+
+    def decode(self) -> bool:
+        """Append the next commit if the relay would; return whether it did."""
+        if not self.hub.stream_is_up or not self._undecoded:
+            return False
+        commit = self._undecoded[0]
+        size = 0 if commit.is_oversized else 100 * len(commit.changes)
+        waiting = self.changelog.bytes_after(self.hub.head)
+        if waiting and waiting + size > WINDOW:
+            return False
+        if self.changelog.size + size > WINDOW:
+            self._let_settle()
+        self._undecoded.popleft()
+        xid, end_lsn = Xid(commit.xid % (1 << 32)), LSN(commit.end_lsn)
+        if commit.is_oversized:
+            tables = frozenset(change.table for change in commit.changes)
+            self.changelog.append(Oversized(xid, end_lsn, 0, tables), 0.0, self.hub.head)
+        else:
+            entry = Transaction(xid, end_lsn, 0, commit.changes, size)
+            self.changelog.append(entry, 0.0, self.hub.head)
+            self._note(commit)
+        self.hub.wake()
+        return True
+
+    def _note(self, commit: Commit) -> None:
+        for ordinal, change in enumerate(commit.changes, start=1):
+            match change:
+                case Insert(new=row):
+                    rows = [row]
+                case Update(new=row, old=old):
+                    rows = [old.row, row]
+                case Truncate():
+                    rows = []
+                case _:
+                    rows = [change.old.row]
+            for part, row in enumerate(rows):
+                record_id = row["id"] or ""
+                place = (self.history, Cursor(LSN(commit.end_lsn), ordinal), part)
+                tag = row.get("title") or record_id
+                self.happenings[tag] = Happening(commit, place, change.table.name, record_id)
+
+    def _let_settle(self) -> None:
+        """What is trimmed has been visible for long, unless it waits for a standby."""
+        for commit in self._invisible():
+            if not self.is_gated and 0 < commit.end_lsn <= self.hub.head.lsn:
+                commit.is_visible = True
+
+    def expire(self) -> None:
+        self._let_settle()
+        self.changelog.expire(1e9, self.hub.head)
+
+    def lose_stream(self) -> None:
+        self.hub.stream_lost()
+
+    def regain_stream(self) -> None:
+        """With another slot: making it waits for every transaction that is open."""
+        if self.hub.stream_is_up:
+            return
+        for commit in self._invisible():
+            if not commit.end_lsn:
+                self.commit(commit)
+            commit.is_visible = True
+        self._undecoded.clear()
+        self.wal_end += 10
+        self.changelog.append(Gap(LSN(self.wal_end), "slot_lost"))
+        self.hub.stream_started(self._epoch())
+        self.hub.wake()
+
+    async def fail_over(self) -> None:
+        """Another primary goes on from an earlier place, and knows nothing of what came after."""
+        self.hub.stream_lost()
+        lost = self._invisible()
+        self.commits = [commit for commit in self.commits if commit not in lost]
+        # Nobody can tell what else there was: a change that no event will ever tell of.
+        unknown = (insert("?", "?"), insert("?", "?", NOTES))
+        other = Commit(self._number(), self.history, 0, unknown, end_lsn=1, is_visible=True)
+        self.commits.append(other)
+        self._undecoded.clear()
+        self.history += 1
+        self.next_xid -= self.rng.randrange(5)
+        self._first_xid = self.next_xid
+        self.wal_end += self.rng.choice([-120, -30, 500])
+        self.wal_end = max(self.wal_end, 100)
+        await self.moment()
+        self.changelog.restart(LSN(self.wal_end))
+        self.hub.stream_started(self._epoch())
+        self.hub.wake()
+
+    async def reload(self) -> None:
+        """Take the same collections anew, in other objects."""
+        await self.hub.use(COLLECTIONS, Matcher(COLLECTIONS), lambda caller: caller, logins=LOGINS)
