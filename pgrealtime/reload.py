@@ -10,9 +10,10 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import structlog
+from psycopg_pool import AsyncConnectionPool
 
 from pgrealtime.auth.authenticator import Authenticator, issuers_of
 from pgrealtime.auth.login import Login
@@ -49,6 +50,7 @@ class Rooms:
     hub: Hub
     authenticator: Authenticator
     login: Login
+    pool: AsyncConnectionPool[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +215,9 @@ class Reload:
             # Before anybody may subscribe to what only the other stream has.
             await self._stream(world)
         await self._tell(world)
+        if world.streamed != before.streamed:
+            # A statement prepared before a column's type changed fails from then on.
+            await self._rooms.pool.drain()
         self._world = world
         # A table that was there already and became another: what happened to it since then, and
         # until the stream followed, wasn't read.

@@ -143,13 +143,13 @@ async def running(
             tables=world.streamed,
             max_size=config.changelog.max_size,
         )
-        accounts = Accounts(pool)
+        accounts = Accounts(pool, on_doubt=doubted.set)
         authenticator = Authenticator(config.auth, collections, accounts, logins=logins)
         login = Login(config.auth.login, accounts)
         stack.callback(login.close)
         reloading = Reload(
             world,
-            Rooms(relay=relay, hub=hub, authenticator=authenticator, login=login),
+            Rooms(relay=relay, hub=hub, authenticator=authenticator, login=login, pool=pool),
             reread=reread
             or (lambda: Reading(config=config, origin=Origin(source="configuration"))),
             read_catalog=lambda wanted: _catalog(wanted, pool),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,10 +84,14 @@ class Accounts:
 
     Args:
         pool: Connections that may read the users tables.
+        on_doubt: Told when Postgres refuses a query as if the schema were another.
     """
 
-    def __init__(self, pool: AsyncConnectionPool[Any]) -> None:
+    def __init__(
+        self, pool: AsyncConnectionPool[Any], *, on_doubt: Callable[[], None] = lambda: None
+    ) -> None:
         self._pool = pool
+        self._on_doubt = on_doubt
         self._gathering: dict[int, _Batch] = {}
         self._turns: dict[int, asyncio.Lock] = {}
 
@@ -192,6 +196,7 @@ class Accounts:
         except (psycopg.OperationalError, PoolTimeout) as error:
             raise DatabaseUnreachableError("users can't be looked up now") from error
         except psycopg.Error as error:
+            self._on_doubt()
             raise SetupError(
                 f'table "{users.collection.table.name}" can\'t be read as users',
                 detail=str(error).partition("\n")[0],
