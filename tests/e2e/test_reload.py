@@ -220,6 +220,38 @@ async def test_a_position_of_before_the_reload_is_still_good(
     assert found == ["create posts/2", "create posts/3"]
 
 
+async def test_under_pgoutput_the_publication_comes_first(
+    database_url: str, tmp_path: Path
+) -> None:
+    """The log has the SQL; until it was run everything stays as it is, then nothing is missed."""
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as admin:
+        await admin.execute("CREATE TABLE posts (id text PRIMARY KEY, title text, n int)")
+        await admin.execute("CREATE TABLE marks (id text PRIMARY KEY)")
+        await admin.execute("CREATE PUBLICATION pgrealtime FOR TABLE posts, marks")
+    async with (
+        service(
+            database_url,
+            tmp_path,
+            collections={"posts": POSTS, "marks": MARKS},
+            sections={"replication": {"plugin": "pgoutput"}},
+            schema="CREATE TABLE notes (id text PRIMARY KEY)",
+        ) as running,
+        listener(running.address, "posts/*", "notes/*", "marks/*") as guest,
+    ):
+        rewrite(running, {"posts": POSTS, "notes": NOTES})
+        assert not await running.process.reload()
+        (rejected,) = running.process.logged("config.rejected")
+        both = ("INSERT INTO posts VALUES ('1')", "INSERT INTO notes VALUES ('1')")
+        assert await heard(guest, running, *both) == ["create posts/1"]
+        (problem,) = rejected["problems"]
+        await running.write.execute(problem.partition("superuser: ")[2].encode())
+        assert await heard(guest, running, "INSERT INTO posts VALUES ('2')") == ["create posts/2"]
+        assert await running.process.reload()
+        both = ("INSERT INTO posts VALUES ('3')", "INSERT INTO notes VALUES ('3')")
+        assert await heard(guest, running, *both) == ["create posts/3", "create notes/3"]
+        assert not running.process.logged("replication.gap")
+
+
 async def test_whoever_has_a_token_of_another_secret_is_a_guest(
     database_url: str, tmp_path: Path
 ) -> None:
