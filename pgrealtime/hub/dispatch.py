@@ -44,7 +44,7 @@ from pgrealtime.hub.identity import Identities, person_of
 from pgrealtime.hub.limits import Limits
 from pgrealtime.hub.match import Audience, Group, Matcher
 from pgrealtime.hub.probe import Asked, LiveRow
-from pgrealtime.hub.slices import SLICE, Announcement, Slice, slices
+from pgrealtime.hub.slices import SLICE, WIDE, Announcement, Slice, portions, slices
 from pgrealtime.hub.snapshot import Barrier, barrier_of
 from pgrealtime.hub.topic import parse_topic
 from pgrealtime.hub.visibility import Visibility
@@ -543,21 +543,26 @@ class Hub:
                 await self._dispatch()
 
     async def _dispatch(self) -> None:
-        entries = self._changelog.read(self._head, self._changelog.head, SLICE)
+        entries = self._changelog.read(self._head, self._changelog.head, WIDE)
         self._visibility.told(entries)
         edition = self._edition
         if self._gate:
             await self._visibility.wait_for(entries)
             if self._edition != edition:
                 return
-        for part in slices(entries, self._head, self._collections, self._identities.turns):
+        turns = self._identities.turns
+        for part in slices(entries, self._head, self._collections, turns, WIDE):
             self._target, self._is_deciding = part.upto, True
             self._begin(part)
-            judged = await self._judge(part.events) if part.events else []
+            judged = await self._judge_in_turns(part.events)
             beside = await self._display.look_beside(part.events, judged, sights_of_audiences)
-            if self._edition != edition:
-                return  # another history has begun, and this slice isn't of it
-            self._deliver(part, judged, beside)
+            for places in portions(part.events, judged):
+                if self._edition != edition:
+                    return  # another history has begun, and this slice isn't of it
+                self._deliver(part, judged, beside, places)
+                if places.stop < len(part.events):
+                    self._head = part.events[places.stop - 1].cursor
+                    await asyncio.sleep(0)
             self._turn_live(part.people, "delete")
             self._advance(part)
             # Others of this loop get their turn: the reader, replays, HTTP.
@@ -630,12 +635,23 @@ class Hub:
             _complete(partial, live, proven=False)
         return judging.hits
 
-    def _deliver(self, part: Slice, judged: Judged, beside: Beside) -> None:
+    async def _judge_in_turns(self, events: list[Event]) -> Judged:
+        """Judge as many at a time as the loop's other users can wait for."""
+        judged: Judged = []
+        for first in range(0, len(events), SLICE):
+            if first:
+                await asyncio.sleep(0)
+            judged += await self._judge(events[first : first + SLICE])
+        return judged
+
+    def _deliver(self, part: Slice, judged: Judged, beside: Beside, places: range) -> None:
+        """Hand out a portion of a slice, and with the last one its gap."""
         audiences: list[Audience] = []
         mine: dict[Subscription, Batch] = {}
-        for place, (event, groups) in enumerate(zip(part.events, judged, strict=True)):
+        for place in places:
+            event = part.events[place]
             showing = Showing(event, place, beside)
-            for group in groups:
+            for group in judged[place]:
                 for audience in group.audiences:
                     if audience.batch is None:
                         audience.batch = Batch()
@@ -650,12 +666,13 @@ class Hub:
         touched: list[Connection] = []
         for audience in audiences:
             self._hand_out(audience, part.events, mine, touched)
-        self._flush(touched, part)
-        if part.gap is not None:
+        self._flush(touched, part.events)
+        is_last = places.stop == len(part.events)
+        if is_last and part.gap is not None:
             touched = [c for c in self._connections.values() if c.is_live]
             for connection in touched:
                 self._tell(connection, part.gap)
-        self._say_cursors(touched, part.upto)
+        self._say_cursors(touched, part.upto if is_last else part.events[places.stop - 1].cursor)
 
     def _say_cursors(self, connections: Sequence[Connection], at: Cursor) -> None:
         for connection in connections:
@@ -694,20 +711,20 @@ class Hub:
             if connection.take(batch):
                 touched.append(connection)
 
-    def _flush(self, touched: Sequence[Connection], part: Slice) -> None:
+    def _flush(self, touched: Sequence[Connection], events: Sequence[Event]) -> None:
         now = self._clock()
         bound = self._limits.send_buffer
         for connection in touched:
             buffered = connection.sink.buffered()
             if buffered >= bound:
-                # Slow: it reads on from the changelog, at its own pace, from before this slice.
+                # Slow: it reads on from the changelog, at its own pace, from before this portion.
                 connection.discard()
                 connection.is_live = False
                 connection.state = State.REPLAY
                 connection.cursor = self._head
                 self._replay(connection)
                 continue
-            connection.write(connection.compose(part.events))
+            connection.write(connection.compose(events))
             connection.active_at = connection.written_at = now
 
     # --- connections at their own cursor ----------------------------------------------------

@@ -14,7 +14,7 @@ from pgrealtime.lsn import Cursor, Xid
 Action: TypeAlias = Literal["create", "update", "delete"]
 
 
-class Event(Struct):
+class Event(Struct, gc=False):
     """One record's change, not yet judged.
 
     Attributes:

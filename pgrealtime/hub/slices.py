@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 from msgspec import Struct
 
@@ -14,7 +14,13 @@ from pgrealtime.hub.identity import Person, person_in
 from pgrealtime.lsn import END, Cursor
 
 SLICE = 250
-"""Changes judged and delivered together: large enough to join frames, small enough to share."""
+"""Changes judged together, and messages handed to a subscription together: large enough to join
+frames, small enough to share the loop and for a send buffer to overrun by."""
+
+WIDE = 4000
+"""Changes delivered together if nobody gets more than ``SLICE`` messages by it. Where each concerns
+few of many connections that is what joins frames: a write to a socket costs 5 us, a message in it
+0.5 us. Only a backlog brings so many, and whoever is in it waits longer than for this."""
 
 
 class Announcement(Struct, frozen=True):
@@ -50,10 +56,10 @@ class _Cut:
 
     __slots__ = ("events", "limit", "people", "turned")
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
         self.events: list[Event] = []
         self.people: list[Event] = []
-        self.limit = SLICE
+        self.limit = limit
         self.turned: Person | None = None
         """Whom the first event changes: before the slice is handed out nobody can say whether
         another event changes that caller again."""
@@ -84,6 +90,7 @@ def slices(
     after: Cursor,
     collections: Collections,
     turns: Callable[[Event], bool],
+    limit: int = SLICE,
 ) -> Iterator[Slice]:
     """Cut entries into slices that begin after the cursor.
 
@@ -93,12 +100,13 @@ def slices(
         collections: What is shown of them.
         turns: Whether an event about a person changes a caller of the reader. The slice
             before must have been handed out when the next one is asked for.
+        limit: Of a slice's events, unless one change has more.
     """
     if not entries:
         # All that the commit changed lies behind; to its very end there is nothing to read.
         yield Slice([], None, Cursor(after.lsn, END))
         return
-    cut = _Cut()
+    cut = _Cut(limit)
     upto = after
     for entry in entries:
         if isinstance(entry, Transaction):
@@ -109,14 +117,14 @@ def slices(
                     names = frozenset({event.collection.name})
                     gap = Announcement(names, "truncate", event.cursor)
                     yield cut.slice(gap, event.cursor)
-                    cut = _Cut()
+                    cut = _Cut(limit)
                     continue
                 is_person = event.collection.type == "auth" and event.action != "create"
                 is_turn = is_person and cut.may_turn(event, turns)
                 is_full = len(cut.events) >= cut.limit
                 if (is_turn or is_full) and cut.is_over_before(event, is_full=is_full):
                     yield cut.slice(None, cut.events[-1].cursor)
-                    cut = _Cut()
+                    cut = _Cut(limit)
                 cut.events.append(event)
                 if is_person:
                     cut.note(event, is_turn=is_turn)
@@ -124,9 +132,33 @@ def slices(
         else:
             upto = Cursor(entry.end_lsn, END)
             yield cut.slice(_announcement(entry, collections, upto), upto)
-            cut = _Cut()
+            cut = _Cut(limit)
     if upto > after:
         yield cut.slice(None, upto)
+
+
+def portions(events: Sequence[Event], judged: Sequence[Iterable[Hashable]]) -> Iterator[range]:
+    """Cut a judged slice so that no group receives much more than ``SLICE`` messages at once.
+
+    Args:
+        events: Of the slice.
+        judged: Per event the groups that hear of it.
+
+    Yields:
+        The events' places; at least once, and no change is torn apart.
+    """
+    first = 0
+    if len(events) > SLICE:
+        counts: dict[Hashable, int] = {}
+        is_full = False
+        for place, groups in enumerate(judged):
+            if is_full and events[place].cursor != events[place - 1].cursor:
+                yield range(first, place)
+                first, is_full, counts = place, False, {}
+            for group in groups:
+                counts[group] = count = counts.get(group, 0) + 1
+                is_full = is_full or count >= SLICE
+    yield range(first, len(events))
 
 
 def _announcement(entry: Oversized | Gap, collections: Collections, at: Cursor) -> Announcement:

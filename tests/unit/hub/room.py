@@ -100,6 +100,7 @@ class MemorySink:
 
     def __init__(self) -> None:
         self.data = b""
+        self.writes = 0
         self.taken = 0
         self._added = 0
         self.is_stuck = False
@@ -112,6 +113,7 @@ class MemorySink:
     def write(self, data: bytes) -> None:
         assert self.state == "open", "written to after its end"
         self.data += data
+        self.writes += 1
         self._added += self.overhead
         if not self.is_stuck:
             self._take()
