@@ -26,6 +26,7 @@ from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.match import Matcher
 from pgrealtime.operate.check import rule_problems
 from pgrealtime.relay import Relay
+from pgrealtime.rules.past import tables_of
 from pgrealtime.wal.stream import WalStream
 
 log = structlog.get_logger(__name__)
@@ -39,7 +40,7 @@ _TAKEN = ("collections", "auth")
 """The sections that a reload takes; the others need a restart."""
 
 ReadCatalog: TypeAlias = Callable[[Config], Awaitable[Catalog]]
-OpenStream: TypeAlias = Callable[[Collections], AbstractAsyncContextManager[WalStream]]
+OpenStream: TypeAlias = "Callable[[World], AbstractAsyncContextManager[WalStream]]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +72,17 @@ class World:
 
     @property
     def streamed(self) -> Mapping[TableName, Table]:
-        """The tables whose changes are read."""
-        return {collection.table.name: collection.table for collection in self.shown.values()}
+        """The tables whose changes are read.
+
+        A junction whose rows can't be told apart is left out: decoders lose or refuse its
+        deletes, so that a deleted record is judged by the links that are left.
+        """
+        own = {collection.table.name for collection in self.shown.values()}
+        return {
+            name: table
+            for name, table in tables_of(self.shown).items()
+            if name in own or (table.identity_columns and not table.is_unlogged)
+        }
 
 
 def fitted(config: Config, catalog: Catalog) -> World:
@@ -111,7 +121,7 @@ class Reload:
         rooms: Who is told.
         reread: Reads the configuration anew.
         read_catalog: Reads the tables that a configuration names.
-        open_stream: Opens a stream of the collections' tables.
+        open_stream: Opens a stream of a world's tables.
         doubted: Set by whoever met something that doesn't fit the catalogue.
     """
 
@@ -237,7 +247,7 @@ class Reload:
         )
 
     async def _stream(self, world: World) -> None:
-        await self._rooms.relay.switch(lambda: self._open_stream(world.shown), world.streamed)
+        await self._rooms.relay.switch(lambda: self._open_stream(world), world.streamed)
         self._streamed = world.streamed
 
     async def _renew_stream(self, world: World) -> None:

@@ -27,7 +27,7 @@ from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Catalog
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import TableName
-from pgrealtime.collections import Collections, build, table_names
+from pgrealtime.collections import build, table_names
 from pgrealtime.config import Config, DatabaseConfig, Origin, Reading
 from pgrealtime.errors import ConfigError, DatabaseUnreachableError, PgRealtimeError
 from pgrealtime.hub.dispatch import Hub
@@ -137,7 +137,7 @@ async def running(
             on_doubt=doubted.set,
         )
         relay = Relay(
-            lambda: _stream(config, world.collections),
+            lambda: _stream(config, world),
             changelog,
             hub,
             tables=world.streamed,
@@ -153,7 +153,7 @@ async def running(
             reread=reread
             or (lambda: Reading(config=config, origin=Origin(source="configuration"))),
             read_catalog=lambda wanted: _catalog(wanted, pool),
-            open_stream=lambda shown: _stream(config, shown),
+            open_stream=lambda wanted: _stream(config, wanted),
             doubted=doubted,
         )
         parts = (
@@ -197,12 +197,12 @@ async def _watch_standbys(probe: Probe, hub: Hub) -> None:
         await asyncio.sleep(_SETTINGS_SECONDS)
 
 
-def _stream(config: Config, collections: Collections) -> AbstractAsyncContextManager[WalStream]:
-    shown = collections.values()
+def _stream(config: Config, world: World) -> AbstractAsyncContextManager[WalStream]:
+    shown = world.shown.values()
     return open_stream(
         config.database.url,
         config.replication,
-        [collection.table for collection in shown],
+        list(world.streamed.values()),
         record_keys={collection.table.name: (collection.key.name,) for collection in shown},
         max_transaction_size=config.changelog.max_size,
         on_wait=_report_wait,

@@ -1,0 +1,65 @@
+"""Who could see a record before it was deleted hears of it, whatever went with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.listener import listener
+from tests.e2e.service import service, token
+
+SCHEMA = """
+CREATE TABLE users (id text PRIMARY KEY);
+CREATE TABLE projects (id text PRIMARY KEY, open boolean NOT NULL);
+CREATE TABLE tasks (
+  id text PRIMARY KEY, project text NOT NULL REFERENCES projects ON DELETE CASCADE
+);
+CREATE TABLE task_people (
+  task text REFERENCES tasks ON DELETE CASCADE, person text REFERENCES users,
+  PRIMARY KEY (task, person)
+);
+ALTER TABLE users REPLICA IDENTITY FULL;
+ALTER TABLE projects REPLICA IDENTITY FULL;
+ALTER TABLE tasks REPLICA IDENTITY FULL;
+ALTER TABLE task_people REPLICA IDENTITY FULL;
+INSERT INTO users VALUES ('ann'), ('bob');
+INSERT INTO projects VALUES ('p', true), ('q', false);
+INSERT INTO tasks VALUES ('t1', 'p'), ('t2', 'p'), ('t3', 'q');
+INSERT INTO task_people VALUES ('t1', 'ann'), ('t2', 'bob'), ('t3', 'ann');
+"""
+
+PEOPLE = {"collection": "users", "through": "task_people", "source": "task", "target": "person"}
+
+
+async def test_a_cascade_reaches_exactly_those_who_could_see_the_rows_before(
+    database_url: str, tmp_path: Path
+) -> None:
+    """The parent and the links of a junction go first, in the same transaction."""
+    rule = "project.open = true && people.id ?= @request.auth.id"
+    collections: dict[str, dict[str, Any]] = {
+        "users": {"table": "users", "type": "auth"},
+        "projects": {"table": "projects"},
+        "tasks": {"table": "tasks", "relations": {"people": PEOPLE}, "list_rule": rule},
+    }
+    async with (
+        service(database_url, tmp_path, collections=collections, schema=SCHEMA) as running,
+        listener(running.address, "tasks/*", token=token("ann")) as ann,
+        listener(running.address, "tasks/*", token=token("bob")) as bob,
+        listener(running.address, "tasks/*") as guest,
+    ):
+        await running.write.execute("DELETE FROM projects")
+        async with running.write.transaction():
+            await running.write.execute("INSERT INTO projects VALUES ('r', true)")
+            await running.write.execute("INSERT INTO tasks VALUES ('end', 'r')")
+            await running.write.execute(
+                "INSERT INTO task_people VALUES ('end', 'ann'), ('end', 'bob')"
+            )
+        heard = {
+            name: [(m.data["action"], m.data["record"]["id"]) for m in await one.take(2)]
+            for name, one in (("ann", ann), ("bob", bob))
+        }
+        assert heard == {
+            "ann": [("delete", "t1"), ("create", "end")],
+            "bob": [("delete", "t2"), ("create", "end")],
+        }
+        assert not guest.stream.waiting
