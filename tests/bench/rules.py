@@ -1,0 +1,376 @@
+"""What a change costs to decide, by the number of subscriptions: `python -m tests.bench.rules`.
+
+Microseconds per change at 1,000 to 1,000,000 subscriptions of which about as many match at every
+size, and bytes per subscription. The relation rule needs a server (PGREALTIME_TEST_PG_PORT). Fails
+where a gate isn't held: 100,000 subscriptions cost at most 1.5 times what 1,000 do; a change
+under the relation rule at most a third of one round trip; a subscription takes at most 400 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import os
+import platform
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from random import Random
+from statistics import median
+
+import psycopg
+from psycopg_pool import AsyncConnectionPool
+
+from pgrealtime.auth.principal import AuthRecord
+from pgrealtime.catalog.model import Column, ReplicaIdentity, Table, TableKind, Type, TypeKind
+from pgrealtime.changes import Row, TableName
+from pgrealtime.collections import Collection, Collections, Field, FieldKind, Relation
+from pgrealtime.hub.connection import Connection, Subscription
+from pgrealtime.hub.event import Event
+from pgrealtime.hub.match import Matcher
+from pgrealtime.hub.probe import Probe
+from pgrealtime.hub.topic import Topic
+from pgrealtime.lsn import LSN, Cursor, Xid
+from pgrealtime.records.encode import View
+
+MATCHES = 10
+"""Subscribers that a change matches at each size, where the rule has a way to them."""
+BATCH = 100
+SIZES = (1_000, 10_000, 100_000, 1_000_000)
+GATE, MEMORY = 1.5, 400
+
+TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")
+TEXTS = Type(
+    oid=1009, schema="pg_catalog", name="_text", kind=TypeKind.ARRAY, category="A", element=TEXT
+)
+COLUMNS = {
+    "posts": {
+        **dict.fromkeys(("id", "author", "reviewer", "project", "status", "title"), TEXT),
+        "members": TEXTS,
+    },
+    "projects": dict.fromkeys(("id", "name"), TEXT),
+    "members": dict.fromkeys(("id", "project", "user"), TEXT),
+    "users": dict.fromkeys(("id", "name"), TEXT),
+}
+RELATIONS = {
+    ("posts", "author"): "users",
+    ("posts", "project"): "projects",
+    ("members", "project"): "projects",
+    ("members", "user"): "users",
+}
+
+
+def collection(name: str, rule: str) -> Collection:
+    """A collection over a table in the schema ``bench``."""
+    columns = tuple(
+        Column(name=column, number=n, type=type_)
+        for n, (column, type_) in enumerate(COLUMNS[name].items(), 1)
+    )
+    table = Table(
+        oid=1,
+        name=TableName("bench", name),
+        kind=TableKind.TABLE,
+        columns=columns,
+        primary_key=("id",),
+        replica_identity=ReplicaIdentity.FULL,
+    )
+    fields = tuple(
+        Field(
+            name=column.name,
+            column=column,
+            kind=FieldKind.RELATION if (name, column.name) in RELATIONS else FieldKind.TEXT,
+            type=column.type,
+            is_multiple=column.type is TEXTS,
+            is_select=column.type is TEXTS,
+            relation=(
+                Relation(collection=RELATIONS[name, column.name])
+                if (name, column.name) in RELATIONS
+                else None
+            ),
+        )
+        for column in columns
+    )
+    return Collection(
+        name=name,
+        id=f"pbc_{name}",
+        type="auth" if name == "users" else "base",
+        table=table,
+        key=columns[0],
+        fields=fields,
+        list_rule=rule if name == "posts" else "",
+        view_rule="",
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A rule, who subscribes and what changes."""
+
+    name: str
+    rule: str
+    filter: Callable[[int, int], str]
+    """Of the n-th of so many subscribers."""
+    has_path: bool = True
+    matches: int = MATCHES
+    """Subscribers with the same values."""
+
+
+def nothing(_n: int, _size: int) -> str:
+    return ""
+
+
+def literal(n: int, size: int) -> str:
+    return f"title = 't{n % max(1, size // MATCHES)}'"
+
+
+FIELDS = ("status", "title", "reviewer", "project")
+SIGNS = ("!=", "!~", ">", ">=", "?!=", "?>")
+
+
+def many(n: int, _size: int) -> str:
+    """One of 10,000 forms, true of every change, with a literal of its own."""
+    parts = []
+    form = n % FORMS
+    for _ in range(3):
+        form, choice = divmod(form, len(FIELDS) * len(SIGNS))
+        sign, field = SIGNS[choice % len(SIGNS)], FIELDS[choice // len(SIGNS)]
+        literal = "''" if ">" in sign else f"'none{n}'"
+        parts.append(f"{field} {sign} {literal}")
+    return " && ".join(parts)
+
+
+FORMS = 10_000
+
+
+CASES = (
+    Case("author = A", "author = @request.auth.id", nothing),
+    Case("author = A, everybody another", "author = @request.auth.id", nothing, matches=1),
+    Case(
+        "author = A or reviewer = A",
+        "author = @request.auth.id || reviewer = @request.auth.id",
+        nothing,
+    ),
+    Case(
+        '(author = A or A in members) and status ~ "pub"',
+        "(author = @request.auth.id || members:each ?= @request.auth.id) && status ~ 'pub'",
+        nothing,
+    ),
+    Case("client filter, a literal each", "", literal),
+    Case("10,000 different rules and author = A", "author = @request.auth.id", many),
+    Case("title ~ @request.query.q (tried one by one)", "title ~ @request.query.q", nothing, False),
+)
+RELATION = Case(
+    "relation: a member of the project",
+    "status ~ 'pub' && project.members_via_project.user ?= @request.auth.id",
+    nothing,
+)
+
+
+class Nowhere:
+    """A sink of connections that are never written to."""
+
+    def write(self, data: bytes) -> None:
+        """Nothing is written."""
+
+    def buffered(self) -> int:
+        """Nothing is."""
+        return 0
+
+    async def drain(self) -> None:
+        """Nothing is to be waited for."""
+
+    def end(self) -> None:
+        """Nothing ends."""
+
+    def abort(self) -> None:
+        """Nothing ends."""
+
+
+VIEW = View(sees_hidden=False, sees_email=False, fields=None)
+
+
+def subscriptions(case: Case, size: int) -> Iterator[tuple[Subscription, AuthRecord]]:
+    """Subscribers of whom about ``MATCHES`` share each value."""
+    people = max(1, size // case.matches)
+    connection = Connection("c", Nowhere(), address="", epoch="", cursor=Cursor(LSN(0), 0), now=0.0)
+    for n in range(size):
+        query = {"n": str(n // people)}
+        if text := case.filter(n, size):
+            query["filter"] = text
+        topic = Topic(text="posts/*", collection="posts", record_id=None, query=query, headers={})
+        person = AuthRecord(collection_id="pbc_users", collection_name="users", id=f"u{n % people}")
+        yield Subscription(connection, topic, VIEW, ""), person
+
+
+def events(people: int, chance: Random, count: int) -> list[Event]:
+    """Changes whose author, reviewer and members are among so many people."""
+    posts = collection("posts", "")
+
+    def somebody() -> str:
+        return f"u{chance.randrange(people)}"
+
+    rows: list[Row] = [
+        {
+            "id": f"r{n}",
+            "author": somebody(),
+            "reviewer": somebody(),
+            "project": f"p{chance.randrange(1000)}",
+            "status": "published",
+            "title": f"t{chance.randrange(people)}",
+            "members": "{" + ",".join(somebody() for _ in range(3)) + "}",
+        }
+        for n in range(count)
+    ]
+    return [
+        Event(posts, "update", row["id"] or "", row, Cursor(LSN(n), 1), Xid(3))
+        for n, row in enumerate(rows)
+    ]
+
+
+def filled(case: Case, size: int) -> tuple[Matcher, float]:
+    """The matcher with everybody in it, and bytes per subscription beside the subscription."""
+    rule = case.rule
+    matcher = Matcher(Collections(tuple(collection(name, rule) for name in COLUMNS)))
+    given = list(subscriptions(case, size))
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for subscription, person in given:
+        matcher.add(subscription, person)
+    gc.collect()
+    taken = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    gc.freeze()
+    KEPT.append(given)
+    return matcher, taken / size
+
+
+KEPT: list[object] = []
+
+
+def timed(matcher: Matcher, case: Case, size: int) -> tuple[float, float]:
+    """Microseconds per change, best of some runs, and hits per change."""
+    chance = Random(7)
+    changes = events(max(1, size // case.matches), chance, BATCH * 5)
+    now = datetime.now(UTC)
+    best, hits = float("inf"), 0
+    runs = 7 if case.has_path else 1
+    changes = changes if case.has_path else changes[:5]
+    for _ in range(runs):
+        hits = 0
+        start = time.perf_counter()
+        for at in range(0, len(changes), BATCH):
+            judged = matcher.match(changes[at : at + BATCH], now).hits
+            hits += sum(map(len, judged))  # type: ignore[arg-type]  # dictionaries
+        best = min(best, time.perf_counter() - start)
+    return best / len(changes) * 1e6, hits / len(changes)
+
+
+def measure(sizes: Sequence[int]) -> Iterator[str]:
+    """Print a line per rule; yield what doesn't hold."""
+    for case in CASES:
+        shown: list[str] = []
+        times: dict[int, float] = {}
+        for size in sizes if case.has_path else sizes[:2]:
+            matcher, memory = filled(case, size)
+            times[size], hits = timed(matcher, case, size)
+            shown.append(f"{times[size]:8.1f} us {hits:5.1f} hits {memory:4.0f} B")
+            if memory > MEMORY and size >= 10_000:
+                yield f"{case.name}: {memory:.0f} bytes per subscription at {size}"
+            KEPT.clear()
+            gc.unfreeze()
+            del matcher
+            gc.collect()
+        print(f"{case.name:50}", " | ".join(shown), flush=True)
+        if case.has_path and {1_000, 100_000} <= times.keys():
+            ratio = times[100_000] / times[1_000]
+            if ratio > GATE:
+                yield f"{case.name}: {ratio:.2f} times the cost at 100 times the subscriptions"
+
+
+SCHEMA = """
+DROP SCHEMA IF EXISTS bench CASCADE;
+CREATE SCHEMA bench;
+CREATE TABLE bench.projects (id text PRIMARY KEY, name text);
+CREATE TABLE bench.users (id text PRIMARY KEY, name text);
+CREATE TABLE bench.members (id text PRIMARY KEY, project text, "user" text);
+INSERT INTO bench.projects SELECT 'p' || n, 'x' FROM generate_series(0, 999) n;
+INSERT INTO bench.members SELECT n, 'p' || n % 1000, 'u' || n % 100
+  FROM generate_series(1, 5000) n;
+CREATE INDEX ON bench.members (project);
+ANALYZE bench.members, bench.projects;
+"""
+
+
+async def relations(url: str, sizes: Sequence[int]) -> list[str]:
+    """Measure the relation rule against a round trip; return what doesn't hold."""
+    faults: list[str] = []
+    pins = "-c search_path=pg_catalog -c extra_float_digits=1"
+    async with AsyncConnectionPool(
+        url, min_size=1, max_size=1, open=False, kwargs={"autocommit": True, "options": pins}
+    ) as pool:
+        shown: list[str] = []
+        for size in sizes:
+            matcher, _ = filled(RELATION, size)
+            probe = Probe(pool)
+            changes = events(size // MATCHES, Random(7), BATCH)
+            trips: list[float] = []
+            costs: list[float] = []
+            hits = 0
+            for _ in range(30):
+                trips.append(await round_trip(pool))
+                start = time.perf_counter()
+                judging = matcher.match(changes, datetime.now(UTC))
+                await probe.ask(judging)
+                costs.append((time.perf_counter() - start) / len(changes) * 1e6)
+                hits = sum(map(len, judging.hits))  # type: ignore[arg-type]  # dictionaries
+            assert not probe.denied
+            cost, trip = median(costs), median(trips)
+            shown.append(f"{cost:8.1f} us {hits / len(changes):5.1f} hits, SELECT 1 {trip:.0f} us")
+            if cost > trip / 3:
+                faults.append(f"{RELATION.name}: {cost:.1f} us at {size}, a round trip {trip:.0f}")
+            KEPT.clear()
+            gc.unfreeze()
+    print(f"{RELATION.name:50}", " | ".join(shown))
+    return faults
+
+
+async def round_trip(pool: AsyncConnectionPool) -> float:
+    """Microseconds of one ``SELECT 1``, the mean of a few."""
+    async with pool.connection() as connection:
+        start = time.perf_counter()
+        for _ in range(5):
+            cursor = await connection.execute("SELECT 1")
+            await cursor.fetchone()
+        return (time.perf_counter() - start) / 5 * 1e6
+
+
+def main() -> None:
+    """Measure everything, print it, and fail if a gate isn't held."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--largest", type=int, default=SIZES[-1], help="subscriptions at most")
+    sizes = [size for size in SIZES if size <= parser.parse_args().largest]
+    print(
+        f"Python {platform.python_version()}, sqlglot {version('sqlglot')}, {os.cpu_count()} CPUs,"
+        f" {platform.machine()}; sizes {sizes}"
+    )
+    faults = list(measure(sizes))
+    if port := os.environ.get("PGREALTIME_TEST_PG_PORT"):
+        url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
+        with psycopg.connect(url, autocommit=True) as setup:
+            setup.execute(SCHEMA.encode())
+        faults += asyncio.run(relations(url, sizes))
+        with psycopg.connect(url, autocommit=True) as setup:
+            setup.execute("DROP SCHEMA bench CASCADE")
+    else:
+        print("relation rule: no PGREALTIME_TEST_PG_PORT, not measured")
+    sys.exit("\n".join(faults) or 0)
+
+
+if __name__ == "__main__":
+    main()
