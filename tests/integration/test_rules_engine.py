@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from random import Random
 
@@ -17,6 +18,7 @@ import pytest
 from pgrealtime.changes import Row
 from pgrealtime.errors import RuleError
 from pgrealtime.rules.index import Index
+from pgrealtime.rules.past import Past, tables_of
 from pgrealtime.rules.plan import Planner
 from pgrealtime.rules.reference import Everyone, Nobody, Reference, reference
 from pgrealtime.rules.request import Request
@@ -60,6 +62,10 @@ def request_of(world: World, text: str) -> Request:
     return Request(principal=world.principal(), query=query, headers=headers)
 
 
+ROUNDS = 60
+DELETIONS = 40
+
+
 @pytest.mark.timeout(300)
 def test_random_rules_admit_whom_the_reference_admits(database_url: str) -> None:
     """Whatever is decided in the process, by keys that Postgres names or pair by pair."""
@@ -69,47 +75,80 @@ def test_random_rules_admit_whom_the_reference_admits(database_url: str) -> None
         for seed in range(start, start + ROUNDS):
             world.chance.seed(seed)
             rule = world.rule()
-            fault = round_(world, rule)
+            fault = _round(world, rule)
             assert not fault, f"seed {start}, round {seed - start}: {rule}\n{fault}"
 
 
-ROUNDS = 60
+@pytest.mark.timeout(300)
+def test_deletes_are_judged_as_of_before_their_transaction(database_url: str) -> None:
+    """What the same commit did to related rows doesn't count: the reference was asked before."""
+    start = secrets.randbits(32)
+    world = World(database_url, Random(start))
+    tables = tables_of(world.collections)
+    with world.connection:
+        for seed in range(start, start + DELETIONS):
+            world.chance.seed(seed)
+            rule = world.rule()
+            made = _asked(world, rule)
+            if made is None:
+                continue
+            changes = world.transaction()
+            fault = _compared(world, made, Past(changes, tables))
+            assert not fault, f"seed {start}, round {seed - start}: {rule}\n{changes}\n{fault}"
 
 
-def round_(world: World, rule: str) -> str:
-    """Return how engine and reference differ for some subscribers and rows, or an empty text."""
+@dataclass
+class Round:
+    """Some rows and subscribers, and what the reference says of them."""
+
+    rows: list[Row]
+    now: datetime
+    index: Index[Asker]
+    expected: dict[Asker, set[int]]
+
+
+def _round(world: World, rule: str) -> str:
+    """Return how engine and reference differ, or an empty text."""
+    made = _asked(world, rule)
+    if made is None:
+        return ""
+    fault = _compared(world, made, None)
+    for asker in made.expected:
+        made.index.remove(asker)
+    return fault or ("something was left in the index" if made.index else "")
+
+
+def _asked(world: World, rule: str) -> Round | None:
+    """Ask the reference; None if the rule is refused."""
     chance = world.chance
-    now = datetime.now(UTC)
     planner = Planner(world.collections)
-    rows = [world.post() for _ in range(12)]
+    made = Round([world.post() for _ in range(12)], datetime.now(UTC), Index(), {})
     filters = ["", "", *(world.filter() for _ in range(2))]
-    index: Index[Asker] = Index()
-    askers: list[Asker] = []
-    expected: dict[Asker, set[int]] = {}
     for _ in range(14):
         request = request_of(world, chance.choice(filters))
         own = world.own_row(request.principal) if chance.random() < 0.5 else None
         try:
-            wanted = asked(world, rule, request, rows, now)
+            wanted = asked(world, rule, request, made.rows, made.now)
         except RuleError:
-            return ""
+            return None
         bound = planner.bind(world.collections["posts"], rule, request, own)
         if isinstance(bound, Nobody):
-            if wanted:
-                return f"{request}: admitted {wanted}, the engine has {bound}"
+            assert not wanted, f"{rule} of {request}: {wanted}, the engine has {bound}"
             continue
         asker = Asker(request, bound.variant, bound.values)
-        index.add(asker)
-        askers.append(asker)
-        expected[asker] = wanted
-    for among in (None, askers):
-        for n, hits in enumerate(decided(world.connection, index, rows, now, among=among)):
-            for asker, wanted in expected.items():
+        made.index.add(asker)
+        made.expected[asker] = wanted
+    return made
+
+
+def _compared(world: World, made: Round, past: Past | None) -> str:
+    for among in (None, list(made.expected)):
+        found = decided(world.connection, made.index, made.rows, made.now, among=among, past=past)
+        for n, hits in enumerate(found):
+            for asker, wanted in made.expected.items():
                 if (asker in hits) != (n in wanted):
                     return (
-                        f"{asker.request}\n{rows[n]}\nby paths {asker.variant.paths}\n"
+                        f"{asker.request}\n{made.rows[n]}\nby paths {asker.variant.paths}\n"
                         f"values {asker.values}\nreference says {n in wanted}"
                     )
-    for asker in askers:
-        index.remove(asker)
-    return "" if not index else f"something was left in the index: {index}"
+    return ""
