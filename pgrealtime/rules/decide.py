@@ -219,15 +219,21 @@ class Deciding(Generic[M]):
 
     def resume(self) -> None:
         """Go on with the answers; what has none is denied."""
-        for pairs, places in self._pairs:
-            for place, ((_, args), cases) in enumerate(zip(pairs.asked, places, strict=True)):
-                for case in cases:
-                    case.facts.answers[pairs.atom, args] = place in pairs.admitted
+        self._take_pairs()
         for case in self._cases:
             if case.asked:
                 case.asked = {}
             if case.is_open:
                 case.reconsider()
+        self._take_values()
+
+    def _take_pairs(self) -> None:
+        for pairs, places in self._pairs:
+            for place, ((_, args), cases) in enumerate(zip(pairs.asked, places, strict=True)):
+                for case in cases:
+                    case.facts.answers[pairs.atom, args] = place in pairs.admitted
+
+    def _take_values(self) -> None:
         for values, rows in self._values:
             for found, cases in zip(values.found, rows, strict=True):
                 for case in cases:
