@@ -147,7 +147,8 @@ async def test_values_arrive_in_pocketbase_s_form(database_url: str, tmp_path: P
     async with service(database_url, tmp_path) as running, sdk(running.url) as guest:
         await guest.do("subscribe", collection="posts", topic="*")
         await running.write.execute(
-            "INSERT INTO posts VALUES ('v', 'é \"<\"', NULL, true, 42, '{\"b\": [1, 2.50]}',"
+            "INSERT INTO posts VALUES ('v', E'é \"<\"\\n\\u0085 \\u2028 id:',"
+            " NULL, true, 42, '{\"b\": [1, 2.50]}',"
             " '{a,\"b c\",NULL}', 'loud', 'A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11',"
             " '2024-02-03 04:05:06.789999+02', NULL)"
         )
@@ -158,7 +159,7 @@ async def test_values_arrive_in_pocketbase_s_form(database_url: str, tmp_path: P
     assert record == {
         "collectionName": "posts",
         "id": "v",
-        "title": 'é "<"',
+        "title": 'é "<"\n\x85 \u2028 id:',
         "author": None,
         "public": True,
         "n": 42,
