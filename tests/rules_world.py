@@ -17,7 +17,7 @@ from pgrealtime import collections
 from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Table
-from pgrealtime.changes import Change, Delete, Insert, Row, Update, WholeRow
+from pgrealtime.changes import Change, Delete, Insert, Row, Truncate, Update, WholeRow
 from pgrealtime.collections import Collections
 from pgrealtime.config import CollectionConfig, RelationConfig
 from pgrealtime.rules.past import tables_of
@@ -220,6 +220,12 @@ class World:
             for place in range(result.ntuples)
         ]
 
+    def refill(self) -> None:
+        """Fill the related tables anew."""
+        with psycopg.connect(self.url, autocommit=True) as setup:
+            setup.execute("TRUNCATE teams, users, projects, members, labels, post_labels")
+            self._fill(setup)
+
     def transaction(self) -> list[Change]:
         """Change related rows at random, in one commit; return what the stream would tell."""
         changes: list[Change] = []
@@ -227,7 +233,7 @@ class World:
             table for name, table in tables_of(self.collections).items() if name.name != "posts"
         ]
         with psycopg.connect(self.url) as writing:
-            for _ in range(self.chance.randint(1, 5)):
+            for _ in range(self.chance.randint(3, 12)):
                 changes += self._change(writing, self.chance.choice(tables), changes)
         return changes
 
@@ -235,14 +241,7 @@ class World:
         self, writing: psycopg.Connection, table: Table, before: Sequence[Change]
     ) -> Iterator[Change]:
         chance = self.chance
-        rows = {self._key(table, row): row for row in self.rows(table)}
-        for change in before:  # as this transaction has it by now
-            if change.table == table.name:
-                match change:
-                    case Delete(old=old):
-                        rows.pop(self._key(table, old.row), None)
-                    case Update(new=new) | Insert(new=new):
-                        rows[self._key(table, new)] = new
+        rows = self._rows_now(table, before)
         if not rows or chance.random() < 0.2:
             return
         key, old_row = chance.choice(list(rows.items()))
@@ -271,6 +270,22 @@ class World:
         if drawn > 0.9 and table.name.name in {"members", "projects"}:
             yield self._insert(writing, table, {**new, "id": f"n{chance.randrange(10**9)}"})
 
+    def _rows_now(
+        self, table: Table, before: Sequence[Change]
+    ) -> dict[tuple[str | None, ...], Row]:
+        """Return the table's rows as the transaction itself has them by now."""
+        rows = {self._key(table, row): row for row in self.rows(table)}
+        for change in before:
+            if change.table == table.name:
+                match change:
+                    case Delete(old=old):
+                        rows.pop(self._key(table, old.row), None)
+                    case Update(new=new) | Insert(new=new):
+                        rows[self._key(table, new)] = new
+                    case Truncate():
+                        rows.clear()
+        return rows
+
     def _insert(self, writing: psycopg.Connection, table: Table, row: Row) -> Insert:
         holes = sql.SQL(", ").join(sql.SQL("%s") for _ in row)
         writing.execute(
@@ -282,9 +297,14 @@ class World:
     def _key(self, table: Table, row: Row) -> tuple[str | None, ...]:
         return tuple(row[name] for name in table.primary_key)
 
-    def rule(self) -> str:
-        """A random rule."""
-        return _Rules(self.chance, is_filter=False).expression(3)
+    def rule(self, *, related: float = 0.3, depth: int = 3) -> str:
+        """A random rule.
+
+        Args:
+            related: How many of its comparisons look at related rows.
+            depth: Of its brackets.
+        """
+        return _Rules(self.chance, is_filter=False, related=related).expression(depth)
 
     def filter(self) -> str:
         """A random client filter, whose literals differ more than its form."""
@@ -329,6 +349,7 @@ OPERATORS = ["=", "=", "=", "=", "!=", "~", "!~", "<", ">=", ">", "<="]
 class _Rules:
     chance: Random
     is_filter: bool
+    related: float = 0.3
 
     def expression(self, depth: int) -> str:
         chance = self.chance
@@ -352,7 +373,7 @@ class _Rules:
         chance = self.chance
         if chance.random() < 0.1 and not self.is_filter:
             path = chance.choice(REQUESTED)
-        elif chance.random() < 0.3:
+        elif chance.random() < self.related:
             path = chance.choice(RELATED)
         else:
             path = chance.choice(OWN)

@@ -88,7 +88,8 @@ def test_deletes_are_judged_as_of_before_their_transaction(database_url: str) ->
     with world.connection:
         for seed in range(start, start + DELETIONS):
             world.chance.seed(seed)
-            rule = world.rule()
+            world.refill()
+            rule = world.rule(related=0.9, depth=1)
             made = _asked(world, rule)
             if made is None:
                 continue
