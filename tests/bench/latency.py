@@ -3,7 +3,8 @@
     python -m tests.bench.latency postgresql://postgres@127.0.0.1:5432/postgres
 
 One writer at a steady pace, one row a commit, everybody may see everything. With many connections
-an arrival at any of them counts. A second table holds the same load against PocketBase.
+an arrival at any of them counts. Rounds take turns with PocketBase's under the same load; a figure
+is the median of the rounds' own.
 """
 
 from __future__ import annotations
@@ -45,8 +46,12 @@ def main() -> None:
     """Print a line per round, then medians and their ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url")
-    parser.add_argument("--connections", type=int, nargs="*", default=[1, 1000])
-    parser.add_argument("--pace", type=float, default=50.0, help="writes per second")
+    parser.add_argument(
+        "--loads",
+        nargs="*",
+        default=["1@200", "1@50", "1000@50"],
+        help="connections, and writes per second",
+    )
     parser.add_argument("--writes", type=int, default=300, help="a round")
     parser.add_argument("--rounds", type=int, default=3)
     asyncio.run(compare(parser.parse_args()))
@@ -58,14 +63,12 @@ async def compare(arguments: argparse.Namespace) -> None:
     with psycopg.connect(arguments.url) as admin:
         print(described(admin))
     async with pgrealtime(arguments.url, rule=EVERYONE) as ours, pocketbase(rule=EVERYONE) as other:
-        for connections in arguments.connections:
-            print(f"{connections} connections, {arguments.pace:g} writes/s, ms")
+        for of_load in arguments.loads:
+            connections, pace = map(int, of_load.split("@"))
+            print(f"{connections} connections, {pace} writes/s, ms")
             print("                    p50      p99    write p50      p99   p50 above it")
             rounds = [
-                [
-                    measure(server, connections, arguments.pace, arguments.writes)
-                    for server in (ours, other)
-                ]
+                [measure(server, connections, pace, arguments.writes) for server in (ours, other)]
                 for _ in range(arguments.rounds)
             ]
             mine, theirs = (_median(list(side)) for side in zip(*rounds, strict=True))
@@ -78,7 +81,7 @@ async def compare(arguments: argparse.Namespace) -> None:
             )
 
 
-def measure(server: Server, connections: int, pace: float, writes: int) -> Latency:
+def measure(server: Server, connections: int, pace: int, writes: int) -> Latency:
     """Open the streams, write at the pace, and see when what came."""
     with listeners() as opened:
         opened.open(server.port, [[TOPIC]] * connections)

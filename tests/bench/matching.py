@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--connections", type=int, nargs="*", default=[1000, 5000])
     parser.add_argument("--changes", type=int, default=100_000, help="of pgrealtime, a round")
     parser.add_argument("--single", type=int, default=10_000, help="the same, one a commit")
-    parser.add_argument("--their-changes", type=int, default=200, help="of PocketBase, a round")
+    parser.add_argument("--their-changes", type=int, default=100, help="of PocketBase, a round")
     parser.add_argument("--writers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     asyncio.run(compare(parser.parse_args()))
