@@ -12,7 +12,7 @@ import pytest
 
 from tests.conformance.http_client import Address, Request, send
 from tests.e2e.sdk import DEADLINE, EVENT_SOURCES, Sdk, SdkError, sdk
-from tests.e2e.service import service, token
+from tests.e2e.service import SCHEMA, service, token
 
 each_library = pytest.mark.parametrize("library", EVENT_SOURCES)
 
@@ -21,12 +21,21 @@ def heard(client: Sdk) -> list[tuple[str, str]]:
     return [(event["action"], event["record"]["id"]) for event in client.events]
 
 
+PUBLICATION = "CREATE PUBLICATION pgrealtime FOR TABLE users, posts;"
+
+
+@pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
 async def test_everyone_hears_what_they_may_and_nothing_else(
-    database_url: str, tmp_path: Path
+    plugin: str, database_url: str, tmp_path: Path
 ) -> None:
     """Two users and a guest; rows written by plain SQL; a commit of a thousand rows in order."""
     async with (
-        service(database_url, tmp_path) as running,
+        service(
+            database_url,
+            tmp_path,
+            schema=SCHEMA + PUBLICATION,
+            sections={"replication": {"plugin": plugin}},
+        ) as running,
         sdk(running.url) as ann,
         sdk(running.url) as bob,
         sdk(running.url) as guest,
@@ -36,6 +45,10 @@ async def test_everyone_hears_what_they_may_and_nothing_else(
         for client in (ann, bob, guest):
             await client.do("subscribe", collection="posts", topic="*")
         write = running.write
+        cursor = await write.execute(
+            "SELECT plugin FROM pg_replication_slots WHERE database = current_database()"
+        )
+        assert await cursor.fetchall() == [(plugin,)]
         await write.execute(
             "INSERT INTO posts (id, title, author, public) VALUES"
             " ('p1', 'all', 'ann', true), ('p2', 'ann''s', 'ann', false),"
