@@ -27,6 +27,7 @@ from pgrealtime.hub.match import Matcher
 from pgrealtime.operate.check import rule_problems
 from pgrealtime.relay import Relay
 from pgrealtime.rules.past import tables_of
+from pgrealtime.rules.plan import columns_asked
 from pgrealtime.wal.stream import WalStream
 
 log = structlog.get_logger(__name__)
@@ -241,7 +242,13 @@ class Reload:
         auth, collections, rooms = world.config.auth, world.collections, self._rooms
         logins = {name: one.login for name, one in world.config.collections.items()}
         rooms.login.use(auth.login)
-        rooms.authenticator.use(issuers_of(auth), auth.login, collections, logins=logins)
+        rooms.authenticator.use(
+            issuers_of(auth),
+            auth.login,
+            collections,
+            logins=logins,
+            asked=columns_asked(collections),
+        )
         await rooms.hub.use(
             collections, Matcher(collections), rooms.authenticator.reconsider, logins=logins
         )

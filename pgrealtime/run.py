@@ -38,6 +38,7 @@ from pgrealtime.observe.log import configure
 from pgrealtime.operate.check import rule_problems
 from pgrealtime.relay import Relay
 from pgrealtime.reload import Reload, Rooms, World
+from pgrealtime.rules.plan import columns_asked
 from pgrealtime.wal.slot import SlotWait
 from pgrealtime.wal.stream import WalStream, open_stream
 
@@ -144,7 +145,9 @@ async def running(
             max_size=config.changelog.max_size,
         )
         accounts = Accounts(pool, on_doubt=doubted.set)
-        authenticator = Authenticator(config.auth, collections, accounts, logins=logins)
+        authenticator = Authenticator(
+            config.auth, collections, accounts, logins=logins, asked=columns_asked(collections)
+        )
         login = Login(config.auth.login, accounts)
         stack.callback(login.close)
         reloading = Reload(

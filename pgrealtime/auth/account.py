@@ -34,13 +34,15 @@ class Users:
 
     collection: Collection
     login: CollectionLoginConfig = _NO_LOGIN
+    asked: tuple[str, ...] = ()
+    """Columns that rules ask for, beside those that make the user."""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """What is read of a row to know its user: the key first, each column once."""
         fields = (self.collection.by_name.get(name) for name in _PLAIN_FIELDS)
         plain = (f.column.name for f in fields if f is not None and f.column is not None)
-        names = (self.collection.key.name, *plain, *self.login.secret_columns)
+        names = (self.collection.key.name, *plain, *self.login.secret_columns, *self.asked)
         return tuple(dict.fromkeys(names))
 
 

@@ -35,6 +35,7 @@ from pgrealtime.errors import AuthError, ConfigError, Problem
 log = structlog.get_logger(__name__)
 
 _NO_LOGINS: Mapping[str, CollectionLoginConfig] = MappingProxyType({})
+_NOTHING_ASKED: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,7 @@ class Authenticator:
             among them has users without rows: its tokens alone say who they are.
         accounts: Loads the rows.
         logins: How people log in, by collection name.
+        asked: Columns of people's rows that rules ask for, by collection name.
         clock: Unix seconds.
 
     Raises:
@@ -69,6 +71,7 @@ class Authenticator:
         accounts: Accounts,
         *,
         logins: Mapping[str, CollectionLoginConfig] = _NO_LOGINS,
+        asked: Mapping[str, tuple[str, ...]] = _NOTHING_ASKED,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._accounts = accounts
@@ -76,7 +79,7 @@ class Authenticator:
         self._issuers: tuple[tuple[IssuerConfig, KeySource], ...] = ()
         self._other_issuers = asyncio.Event()
         self._known_ids: set[str] = set()
-        self.use(issuers_of(auth), auth.login, collections, logins=logins)
+        self.use(issuers_of(auth), auth.login, collections, logins=logins, asked=asked)
 
     def use(
         self,
@@ -85,6 +88,7 @@ class Authenticator:
         collections: Collections,
         *,
         logins: Mapping[str, CollectionLoginConfig] = _NO_LOGINS,
+        asked: Mapping[str, tuple[str, ...]] = _NOTHING_ASKED,
     ) -> None:
         """Take another configuration; keys fetched from issuers are kept.
 
@@ -93,6 +97,7 @@ class Authenticator:
             login: Our own.
             collections: As in the constructor.
             logins: As in the constructor.
+            asked: As in the constructor.
         """
         fetched = {_publication(issuer): source for issuer, source in self._issuers}
         self._issuers = tuple(
@@ -105,7 +110,11 @@ class Authenticator:
         }
         self._login = login
         self._users = {
-            c.name: Users(collection=c, login=logins.get(c.name, CollectionLoginConfig()))
+            c.name: Users(
+                collection=c,
+                login=logins.get(c.name, CollectionLoginConfig()),
+                asked=asked.get(c.name, ()),
+            )
             for c in collections.values()
         }
         self._by_id = {users.collection.id: users for users in self._users.values()}
@@ -329,6 +338,7 @@ def _caller_of(account: Account, expires_at: float | None) -> Caller:
         expires_at,
         key_digest=None if key is None else digest_of(key),
         reading=account.reading,
+        own=tuple((name, account.row.get(name)) for name in account.users.asked),
     )
 
 

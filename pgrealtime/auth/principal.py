@@ -69,3 +69,6 @@ class Caller:
     this digest any more, the token is nobody's. None for guests."""
     reading: Reading | None = field(default=None, repr=False, compare=False)
     """When the principal's row was read; None if there is no row."""
+    own: tuple[tuple[str, str | None], ...] = field(default=(), repr=False)
+    """Columns of that row, in text form, which rules ask for under ``@request.auth``: those that
+    the principal doesn't carry."""

@@ -75,7 +75,8 @@ def rebound(
         if key is None or digest_of(key) != caller.key_digest:
             return Caller()
     whole = {**_as_row(collection, caller.principal), **row}
-    return replace(caller, principal=auth_record(collection, whole))
+    own = tuple((name, row.get(name, known)) for name, known in caller.own)
+    return replace(caller, principal=auth_record(collection, whole), own=own)
 
 
 def _as_row(collection: Collection, record: AuthRecord) -> Row:

@@ -513,7 +513,7 @@ class Hub:
         request = Request(principal=principal, query=topic.query, headers=topic.headers)
         try:
             self._display.view(subscription, collection, request)
-            reason = self._matcher.add(subscription, principal)
+            reason = self._matcher.add(subscription, principal, dict(caller.own) or None)
         except RuleError as error:
             self._report(topic.collection, error)
             return error.message

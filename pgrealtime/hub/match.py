@@ -261,7 +261,7 @@ class Matcher:
         Args:
             subscription: In no group.
             principal: Whose it is.
-            own: The whole row of an auth record; None if it isn't known.
+            own: Columns of an auth record's row; None if there is none, or it isn't known.
 
         Raises:
             RuleError: The collection's rule is bad for everybody.

@@ -30,6 +30,7 @@ from pgrealtime.rules.formula import (
     asks_own_row,
     cut,
     leaves,
+    own_columns,
     rebuilt,
     some_of,
 )
@@ -226,8 +227,8 @@ class Planner:
             collection: Whose rows are judged.
             rule: The collection's rule for the topic; None is for superusers only.
             request: The subscriber; a filter is ``request.query["filter"]``.
-            own: The subscriber's row of its auth collection, whole, if it is known. Without it
-                Postgres is asked for what rules read of it.
+            own: The subscriber's row of its auth collection, if there is one and it is known; what
+                isn't in it Postgres is asked for.
 
         Raises:
             RuleError: The rule is bad for everybody.
@@ -266,6 +267,8 @@ class Planner:
             ]
         )
         template = self._template(collection.name, outlines, shapes, own is not None)
+        if own is not None and not all(_is_in(own, p) for p in template.needs):
+            template = self._template(collection.name, outlines, shapes, False)
         values = [_value(p, request, literals, own) for p in template.needs]
         bound = template.bind(values)
         return Nobody("") if bound is None else bound
@@ -372,6 +375,29 @@ class Planner:
                 is_utf8=self._is_utf8,
             )
         return atom
+
+
+def columns_asked(collections: Collections) -> Mapping[str, tuple[str, ...]]:
+    """Return the columns of people's own rows that rules compare, by auth collection.
+
+    Whoever has them ready with a subscriber spares Postgres the look-up for each change, and the
+    index a subscriber that would be tried each time. Rules that don't hold are left out.
+    """
+    asked: dict[str, set[str]] = {}
+    for collection in collections.values():
+        for auth in (one for one in collections.values() if one.type == "auth"):
+            for rule in {collection.list_rule, collection.view_rule} - {None, ""}:
+                try:
+                    where = resolve_rule(rule or "", collections, collection, auth).where
+                except RuleError:
+                    continue
+                names = {column.name for column in own_columns(where)} - {""}
+                asked.setdefault(auth.name, set()).update(names)
+    return {name: tuple(sorted(columns)) for name, columns in asked.items() if columns}
+
+
+def _is_in(own: Row, parameter: Parameter | AuthColumn) -> bool:
+    return not isinstance(parameter, AuthColumn) or parameter.name in {"", *own}
 
 
 def _value(

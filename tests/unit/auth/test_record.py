@@ -135,3 +135,14 @@ def test_what_the_wal_left_out_is_unchanged() -> None:
 
 def test_a_caller_does_not_print_its_digest() -> None:
     assert "digest" not in repr(SIGNED)
+
+
+def test_what_rules_ask_of_the_row_changes_with_it() -> None:
+    """Another role takes effect at the next event, also where only rules know of it."""
+    caller = replace(SIGNED, own=(("mail", "a@b.c"), ("hash", None)))
+
+    assert rebound(caller, users(), LOGIN, {**ROW, "mail": "n@b.c"}).own == (
+        ("mail", "n@b.c"),
+        ("hash", "h"),
+    )
+    assert rebound(caller, users(), LOGIN, {"id": "u1"}).own == caller.own
