@@ -1,0 +1,187 @@
+"""What Postgres is asked about rules: in a snapshot that sees the commit; faults stay alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from random import Random
+
+import psycopg
+import pytest_asyncio
+from psycopg_pool import AsyncConnectionPool
+
+from pgrealtime.auth.principal import AuthRecord
+from pgrealtime.changes import Delete, Key, Row, WholeRow
+from pgrealtime.collections import Collections
+from pgrealtime.hub.connection import Connection, Subscription
+from pgrealtime.hub.event import Event
+from pgrealtime.hub.match import Matcher
+from pgrealtime.hub.probe import Probe
+from pgrealtime.hub.topic import parse_topic
+from pgrealtime.lsn import LSN, Cursor, Xid
+from pgrealtime.records.encode import View
+from tests.rules_world import World
+from tests.unit.hub.room import MemorySink
+
+SEEN = Xid(3)
+"""FrozenTransactionId's neighbour: visible to everybody."""
+DEADLINE = 10.0
+VIEW = View(sees_hidden=False, sees_email=False, fields=None)
+
+
+class Desk:
+    """Subscribers of ``posts``, a matcher with one rule, and a probe."""
+
+    def __init__(self, world: World, pool: AsyncConnectionPool) -> None:
+        self.world = world
+        self.probe = Probe(pool)
+        self.matcher = Matcher(world.collections)
+
+    def rule(self, text: str) -> None:
+        """Make it the list rule of posts, for whoever subscribes from now on."""
+        posts = replace(self.world.collections["posts"], list_rule=text)
+        others = (c for c in self.world.collections.values() if c.name != "posts")
+        self.matcher = Matcher(Collections((posts, *others)))
+
+    def subscribe(self, user: str) -> Subscription:
+        """Somebody subscribes to all posts."""
+        cursor = Cursor(LSN(0), 0)
+        connection = Connection("c", MemorySink(), address="", epoch="", cursor=cursor, now=0.0)
+        made = Subscription(connection, parse_topic("posts/*"), VIEW, "")
+        record = AuthRecord(collection_id="x", collection_name="users", id=user)
+        assert self.matcher.add(made, record) == ""
+        return made
+
+    async def hear(self, events: Sequence[Event]) -> list[set[Subscription]]:
+        """Return, per event, whose rule admits it."""
+        judging = self.matcher.match(events, datetime.now(UTC))
+        await self.probe.ask(judging)
+        return [
+            {one for group in groups for audience in group.audiences for one in audience}
+            for groups in judging.hits
+        ]
+
+    def event(self, **columns: str | None) -> Event:
+        """An update of a post."""
+        row: Row = {**self.world.post(), **columns}
+        posts = self.world.collections["posts"]
+        return Event(posts, "update", row["id"] or "", row, Cursor(LSN(8), 1), SEEN)
+
+
+@pytest_asyncio.fixture
+async def desk(database_url: str) -> AsyncIterator[Desk]:
+    world = await asyncio.to_thread(World, database_url, Random(1))
+    pins = "-c search_path=pg_catalog -c default_transaction_read_only=on"
+    options = {"autocommit": True, "options": pins}
+    async with AsyncConnectionPool(database_url, min_size=1, open=False, kwargs=options) as pool:
+        with world.connection:
+            yield Desk(world, pool)
+
+
+def set_up(desk: Desk, statement: str) -> None:
+    with psycopg.connect(desk.world.url, autocommit=True) as connection:
+        connection.execute(statement.encode())
+
+
+async def test_a_row_that_postgres_refuses_is_denied_alone(desk: Desk) -> None:
+    """The catalogue may be behind the stream: a text that is no integer for one of many rows."""
+    set_up(desk, "UPDATE projects SET owner = 'u1'; INSERT INTO projects VALUES ('px', '', 'u1')")
+    desk.rule("project.owner = @request.auth.id && project.owner.level != views")
+    one = desk.subscribe("u1")
+    desk.subscribe("u2")
+    events = [desk.event(project="px", views=views) for views in ("1000", "no number", "2000")]
+
+    assert await desk.hear(events) == [{one}, set(), {one}]
+    assert desk.probe.denied
+
+
+async def test_a_bad_rule_keeps_no_other_from_its_answer(desk: Desk) -> None:
+    set_up(desk, "INSERT INTO projects VALUES ('px', '', 'u1')")
+    desk.rule("project.owner = @request.auth.id")
+    one = desk.subscribe("u1")
+    set_up(desk, "ALTER TABLE labels RENAME COLUMN name TO title")
+    broken = Subscription(
+        one.connection,
+        parse_topic('posts/*?options={"query":{"filter":"labels.name~1"}}'),
+        VIEW,
+        "",
+    )
+    record = AuthRecord(collection_id="x", collection_name="users", id="u1")
+    assert desk.matcher.add(broken, record) == ""
+
+    assert await desk.hear([desk.event(project="px")]) == [{one}]
+    assert desk.probe.denied == 1
+
+
+async def test_nothing_is_asked_before_the_commit_is_visible(desk: Desk) -> None:
+    """A commit can be in the stream before anybody sees it."""
+    desk.rule("project.owner = @request.auth.id")
+    one = desk.subscribe("u1")
+    async with await psycopg.AsyncConnection.connect(desk.world.url) as writing:
+        await writing.execute("INSERT INTO projects VALUES ('px', '', 'u1')")
+        cursor = await writing.execute("SELECT (pg_current_xact_id()::text::int8 % 4294967296)")
+        found = await cursor.fetchone()
+        assert found is not None
+        event = desk.event(project="px")
+        event.xid = Xid(found[0])
+        hearing = asyncio.create_task(desk.hear([event]))
+        # As many rounds of its own as it takes for the probe to have asked at least twice.
+        for _ in range(5):
+            await writing.execute("SELECT pg_sleep(0.01)")
+        assert not hearing.done()
+        await writing.commit()
+    async with asyncio.timeout(DEADLINE):
+        assert await hearing == [{one}]
+
+
+async def test_a_deleted_row_is_judged_by_what_went_with_it(desk: Desk) -> None:
+    """A cascade sends the parent's delete first; who could see the post before hears of its end."""
+    set_up(desk, "INSERT INTO members VALUES ('mx', 'px', 'u1', '', 1)")
+    set_up(desk, "INSERT INTO projects VALUES ('px', '', 'u2')")
+    desk.rule("project.members_via_project.user ?= @request.auth.id")
+    one = desk.subscribe("u1")
+    desk.subscribe("u2")
+    tables = desk.world.collections
+    project = next(r for r in desk.world.rows(tables["projects"].table) if r["id"] == "px")
+    member = next(r for r in desk.world.rows(tables["members"].table) if r["id"] == "mx")
+    set_up(desk, "DELETE FROM members WHERE id = 'mx'")
+    set_up(desk, "DELETE FROM projects WHERE id = 'px'")
+    went = desk.event(project="px")
+    went.action = "delete"
+    went.changes = (
+        Delete(tables["projects"].table.name, WholeRow(project)),
+        Delete(tables["members"].table.name, WholeRow(member)),
+    )
+
+    assert await desk.hear([went]) == [{one}]
+
+
+async def test_what_went_without_a_trace_is_denied_and_counted(desk: Desk) -> None:
+    """Without REPLICA IDENTITY FULL nobody knows what the related row said."""
+    set_up(desk, "INSERT INTO projects VALUES ('px', '', 'u1')")
+    desk.rule("project.owner = @request.auth.id")
+    desk.subscribe("u1")
+    went = desk.event(project="px")
+    went.action = "delete"
+    went.changes = (Delete(desk.world.collections["projects"].table.name, Key({"id": "px"})),)
+
+    assert await desk.hear([went]) == [set()]
+    assert desk.probe.denied == 1
+
+
+async def test_more_values_than_are_fetched_are_asked_for_by_name(desk: Desk) -> None:
+    """A project with more members than there are subscribers names the subscribers only."""
+    set_up(
+        desk,
+        "INSERT INTO projects VALUES ('px', '', 'u1');"
+        " INSERT INTO members"
+        " SELECT 'x' || n, 'px', 'w' || n, '', 1 FROM generate_series(1, 3000) n",
+    )
+    desk.rule("project.members_via_project.user ?= @request.auth.id")
+    members = {desk.subscribe(f"w{n}") for n in (1, 1500, 3000)}
+    desk.subscribe("w3001")
+
+    assert await desk.hear([desk.event(project="px")]) == [members]
+    assert not desk.probe.denied
