@@ -24,7 +24,6 @@ from pgrealtime.rules.ir import (
     Disjunction,
     FieldValue,
     GeoDistance,
-    Here,
     Item,
     Items,
     JsonValue,
@@ -33,6 +32,7 @@ from pgrealtime.rules.ir import (
     Predicate,
     Strftime,
     Term,
+    ToOne,
     parameters,
     place_of,
     terms,
@@ -435,10 +435,15 @@ def _joins_of(term: Term) -> Iterator[Place]:
 
 
 def _on_the_way(place: Place) -> Iterator[Place]:
-    match place.origin:
-        case AuthRow() | AllRows():
-            yield Place(place.origin)
-        case Here():
-            pass
-    for length in range(1, len(place.steps) + 1):
-        yield Place(place.origin, place.steps[:length])
+    """Yield the joins that lead to a place, those excepted that give a subscriber's one row.
+
+    The subscriber's own row, and what it points to by single relations, is the same in every
+    combination of joined rows: comparisons that share it are independent all the same.
+    """
+    if isinstance(place.origin, AllRows):
+        yield Place(place.origin)
+    is_one = isinstance(place.origin, AuthRow)
+    for length, step in enumerate(place.steps, start=1):
+        is_one = is_one and isinstance(step, ToOne)
+        if not is_one:
+            yield Place(place.origin, place.steps[:length])
