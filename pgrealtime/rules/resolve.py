@@ -217,13 +217,17 @@ class _Resolver:
     # --- functions
 
     def _call(self, call: Call) -> Term:
+        guards = len(self._guards)
         match call.name:
             case "geoDistance":
-                return self._geo_distance(call)
+                term = self._geo_distance(call)
             case "strftime":
-                return self._strftime(call)
+                term = self._strftime(call)
             case _:
                 return self._unknown("function", call.name, ("geoDistance", "strftime"))
+        # What a function makes of an address is no address: PocketBase asks nobody.
+        del self._guards[guards:]
+        return term
 
     def _geo_distance(self, call: Call) -> Term:
         if len(call.args) != 4:  # noqa: PLR2004 (two points of two numbers)

@@ -80,7 +80,10 @@ class Corpus:
         rows = self.rows[collection.name]
         ids = [row[collection.key.name] or "" for row in rows]
         if way is not Way.REFERENCE:
-            verdicts = self._decided(collections, collection, request, case, way)
+            try:
+                verdicts = self._decided(collections, collection, request, case, way)
+            except RuleError as error:
+                return Refused(error)
             return tuple(one for one, admitted in zip(ids, verdicts, strict=True) if admitted)
         match reference(collections, collection, rule, request):
             case Everyone():
