@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import select
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
@@ -15,7 +14,6 @@ import psycopg
 import structlog
 from aiohttp import web
 from psycopg.conninfo import make_conninfo
-from psycopg_pool import AsyncConnectionPool
 
 from pgrealtime import __version__
 from pgrealtime.api.app import build_app, build_runner
@@ -36,6 +34,7 @@ from pgrealtime.hub.probe import Probe
 from pgrealtime.lsn import LSN
 from pgrealtime.observe.log import configure
 from pgrealtime.operate.check import rule_problems
+from pgrealtime.pool import KEEPALIVE, QueryConnection, QueryPool
 from pgrealtime.relay import Relay
 from pgrealtime.reload import Reload, Rooms, World
 from pgrealtime.rules.plan import columns_asked
@@ -45,7 +44,6 @@ from pgrealtime.wal.stream import WalStream, open_stream
 log = structlog.get_logger(__name__)
 
 _RETRY_SECONDS = 0.5
-_CONNECT_SECONDS = 10
 _SETTINGS_SECONDS = 10.0
 
 
@@ -135,6 +133,7 @@ async def running(
             logins=logins,
             nulls=config.records.nulls,
             can_resume=config.changelog.max_age > 0,
+            replays_at_once=max(1, config.database.pool_size // 2),
             on_doubt=doubted.set,
         )
         relay = Relay(
@@ -217,7 +216,7 @@ def _report_wait(wait: SlotWait) -> None:
 
 
 @asynccontextmanager
-async def _pool(database: DatabaseConfig) -> AsyncIterator[AsyncConnectionPool]:
+async def _pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
     # In the connection's options, so that no setting of a role or database comes first; with
     # another schema before pg_catalog even "=" could be somebody else's.
     pins = {
@@ -237,33 +236,25 @@ async def _pool(database: DatabaseConfig) -> AsyncIterator[AsyncConnectionPool]:
         options=" ".join(f"-c {name}={value}" for name, value in pins.items()),
         application_name="pgrealtime",
         client_encoding="utf8",
-        connect_timeout=_CONNECT_SECONDS,
+        **KEEPALIVE,
     )
     await _wait_for_server(conninfo, database.wait_for)
-    pool = AsyncConnectionPool(
+
+    class _Connection(QueryConnection):
+        answer_seconds = database.statement_timeout
+
+    pool = QueryPool(
         conninfo,
         min_size=1,
         max_size=database.pool_size,
         timeout=max(database.statement_timeout, 1.0),
+        connection_class=_Connection,
         kwargs={"autocommit": True},
-        check=_check,
         open=False,
         name="queries",
     )
     async with pool:
         yield pool
-
-
-async def _check(connection: psycopg.AsyncConnection[Any]) -> None:
-    """Find out a connection that the server has closed, without a round trip for the others.
-
-    After a restart of the server every pooled connection is dead, and a subscribe call that took
-    one would be refused. A closed socket is readable; an idle one that is well isn't.
-    """
-    waiting = select.poll()
-    waiting.register(connection.fileno(), select.POLLIN)
-    if waiting.poll(0):
-        await AsyncConnectionPool.check_connection(connection)
 
 
 async def _wait_for_server(conninfo: str, seconds: float) -> None:
@@ -282,7 +273,7 @@ async def _wait_for_server(conninfo: str, seconds: float) -> None:
             await asyncio.sleep(_RETRY_SECONDS)
 
 
-async def _catalog(config: Config, pool: AsyncConnectionPool) -> Catalog:
+async def _catalog(config: Config, pool: QueryPool) -> Catalog:
     names: tuple[TableName, ...] = table_names(config.collections, config.database.schemas)
     try:
         async with pool.connection() as connection:

@@ -11,6 +11,7 @@ import asyncio
 import secrets
 import string
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Sized
@@ -21,6 +22,7 @@ from types import MappingProxyType
 from typing import Literal, Protocol, TypeAlias
 
 import structlog
+from msgspec import Struct
 
 from pgrealtime.auth.principal import GUEST, AuthRecord, Caller, is_same
 from pgrealtime.changelog.base import Changelog
@@ -36,7 +38,14 @@ from pgrealtime.hub.connection import (
     State,
     Subscription,
 )
-from pgrealtime.hub.display import Beside, Display, Showing, Sight, sights_of_audiences
+from pgrealtime.hub.display import (
+    NOTHING_BESIDE,
+    Beside,
+    Display,
+    Showing,
+    Sight,
+    sights_of_audiences,
+)
 from pgrealtime.hub.event import Action, Event
 from pgrealtime.hub.expand import Reading
 from pgrealtime.hub.frame import connect_tail, resync_tail
@@ -69,20 +78,43 @@ class Asking(Protocol):
         """Return the row of ``SNAPSHOT_QUERY``."""
         ...
 
-    async def ask(self, judging: Asked) -> None:
-        """Find out what the judging wants to know, until nothing is left to ask."""
+    async def ask(self, judging: Asked) -> frozenset[str]:
+        """Find out what the judging wants to know, until nothing is left to ask.
+
+        Returns:
+            The collections whose rows nobody could be asked about.
+        """
         ...
 
     def reading(self, xids: Sized[Xid]) -> AbstractAsyncContextManager[Reading]:
         """Open a snapshot for several questions."""
         ...
 
-    async def live_rows(self, events: Sequence[Event]) -> dict[tuple[str, str], LiveRow]:
-        """Return what the tables hold now for the events' records."""
+    async def live_rows(
+        self, events: Sequence[Event]
+    ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
+        """Return what the tables hold now for the events' records.
+
+        Returns:
+            The rows, and the collections about which nobody could be asked.
+        """
         ...
 
 
-Judged: TypeAlias = list[Iterable[Group]]
+Sights: TypeAlias = Callable[[Iterable[Group]], Iterable[Sight]]
+
+_NO_NAMES: frozenset[str] = frozenset()
+
+
+class Verdict(Struct):
+    """What was found out about events."""
+
+    hits: list[Iterable[Group]]
+    """Per event, the groups that may receive it."""
+    undecided: frozenset[str] = _NO_NAMES
+    """Collections whose rules could not be asked: who depends on one may miss something."""
+    lost: frozenset[str] = _NO_NAMES
+    """Collections of which anybody may miss something."""
 
 
 class Hub:
@@ -92,6 +124,8 @@ class Hub:
         changelog: What the relay fills.
         logins: How people log in, by collection name.
         epoch: Of the stream's positions; changes with ``restarted``.
+        replays_at_once: Connections that are served from the changelog at the same moment; what
+            they ask of the database must leave some of it to the others.
         on_doubt: Told when a row doesn't fit what the catalogue says of its table.
     """
 
@@ -107,6 +141,7 @@ class Hub:
         nulls: Literal["null", "zero"] = "null",
         epoch: str = "000000",
         can_resume: bool = True,
+        replays_at_once: int = _REPLAYS_AT_ONCE,
         on_doubt: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -149,7 +184,7 @@ class Hub:
         self._fresh: dict[Subscription, None] = {}
         """Those that have a barrier."""
         self._replays: dict[Connection, asyncio.Task[None]] = {}
-        self._replay_turns = asyncio.Semaphore(_REPLAYS_AT_ONCE)
+        self._replay_turns = asyncio.Semaphore(replays_at_once)
         self._appended = asyncio.Event()
         self.progressed = asyncio.Event()
         """Set whenever the head moved; whoever waits for that clears it first."""
@@ -554,12 +589,12 @@ class Hub:
         for part in slices(entries, self._head, self._collections, turns, WIDE):
             self._target, self._is_deciding = part.upto, True
             self._begin(part)
-            judged = await self._judge_in_turns(part.events)
-            beside = await self._display.look_beside(part.events, judged, sights_of_audiences)
-            for places in portions(part.events, judged):
+            verdict = await self._judge_in_turns(part.events)
+            beside = await self._look_beside(part.events, verdict, sights_of_audiences)
+            for places in portions(part.events, verdict.hits):
                 if self._edition != edition:
                     return  # another history has begun, and this slice isn't of it
-                self._deliver(part, judged, beside, places)
+                self._deliver(part, verdict, beside, places)
                 if places.stop < len(part.events):
                     self._head = part.events[places.stop - 1].cursor
                     await asyncio.sleep(0)
@@ -623,35 +658,55 @@ class Hub:
                 subscription.barrier = subscription.connection.known = None
                 del self._fresh[subscription]
 
-    async def _judge(self, events: list[Event], among: Sized[Group] | None = None) -> Judged:
-        """Return, per event, the groups that may receive it; completes the rows on the way."""
+    async def _judge(self, events: list[Event], among: Sized[Group] | None = None) -> Verdict:
+        """Return who may receive the events; completes the rows on the way."""
+        try:
+            return await self._find_out(events, among)
+        except Exception as error:  # noqa: BLE001 (a fault of ours in one rule or row stops nobody)
+            log.error("judging.failed", error=type(error).__name__, at=_where(error))  # noqa: TRY400 (see _where)
+            return Verdict([()] * len(events), lost=_names_in(events))
+
+    async def _find_out(self, events: list[Event], among: Sized[Group] | None) -> Verdict:
         partial = [event for event in events if event.action != "delete" and not event.is_whole]
-        live = await self._probe.live_rows(partial) if partial else {}
+        live, lost = await self._probe.live_rows(partial) if partial else ({}, _NO_NAMES)
         if partial:
             _complete(partial, live, proven=True)
         judging = self._matcher.match(events, datetime.now(UTC), among)
-        await self._probe.ask(judging)
+        undecided = await self._probe.ask(judging)
         if partial:
             _complete(partial, live, proven=False)
-        return judging.hits
+        return Verdict(judging.hits, undecided=undecided, lost=lost)
 
-    async def _judge_in_turns(self, events: list[Event]) -> Judged:
+    async def _judge_in_turns(self, events: list[Event]) -> Verdict:
         """Judge as many at a time as the loop's other users can wait for."""
-        judged: Judged = []
+        whole = Verdict([])
         for first in range(0, len(events), SLICE):
             if first:
                 await asyncio.sleep(0)
-            judged += await self._judge(events[first : first + SLICE])
-        return judged
+            part = await self._judge(events[first : first + SLICE])
+            whole.hits += part.hits
+            whole.undecided |= part.undecided
+            whole.lost |= part.lost
+        return whole
 
-    def _deliver(self, part: Slice, judged: Judged, beside: Beside, places: range) -> None:
+    async def _look_beside(
+        self, events: Sequence[Event], verdict: Verdict, sights: Sights
+    ) -> Beside:
+        try:
+            return await self._display.look_beside(events, verdict.hits, sights)
+        except Exception as error:  # noqa: BLE001 (as in _judge)
+            log.error("display.failed", error=type(error).__name__, at=_where(error))  # noqa: TRY400 (see _where)
+            verdict.lost |= _names_in(events)
+            return NOTHING_BESIDE
+
+    def _deliver(self, part: Slice, verdict: Verdict, beside: Beside, places: range) -> None:
         """Hand out a portion of a slice, and with the last one its gap."""
         audiences: list[Audience] = []
         mine: dict[Subscription, Batch] = {}
         for place in places:
             event = part.events[place]
             showing = Showing(event, place, beside)
-            for group in judged[place]:
+            for group in verdict.hits[place]:
                 for audience in group.audiences:
                     if audience.batch is None:
                         audience.batch = Batch()
@@ -668,10 +723,10 @@ class Hub:
             self._hand_out(audience, part.events, mine, touched)
         self._flush(touched, part.events)
         is_last = places.stop == len(part.events)
-        if is_last and part.gap is not None:
+        if is_last and (part.gap is not None or verdict.undecided or verdict.lost):
             touched = [c for c in self._connections.values() if c.is_live]
             for connection in touched:
-                self._tell(connection, part.gap)
+                self._tell_all(connection, part.gap, verdict, part.upto)
         self._say_cursors(touched, part.upto if is_last else part.events[places.stop - 1].cursor)
 
     def _say_cursors(self, connections: Sequence[Connection], at: Cursor) -> None:
@@ -761,6 +816,9 @@ class Hub:
                         is_whole = await self._hand(connection, part)
                         cursor = connection.cursor
                     await connection.sink.drain()
+        except Exception as error:  # noqa: BLE001 (as in _judge)
+            log.error("replay.failed", error=type(error).__name__, at=_where(error))  # noqa: TRY400 (see _where)
+            self._end(connection, "failed")  # its client comes back; silence would be a gap
         finally:
             if self._replays.get(connection) is asyncio.current_task():
                 del self._replays[connection]
@@ -801,7 +859,7 @@ class Hub:
         events = [event for event in part.events if event.cursor <= upto]
         people = [event for event in part.people if event.cursor <= upto]
         self._turn_one(connection, people, "update")
-        batch = await self._batch_for(connection, events)
+        batch, verdict = await self._batch_for(connection, events)
         if connection.is_ended or self._edition != edition:
             return False
         if batch.places:
@@ -810,8 +868,8 @@ class Hub:
             connection.active_at = connection.written_at = self._clock()
         self._turn_one(connection, people, "delete")
         connection.cursor = upto
-        if part.gap is not None and part.gap.at <= upto:
-            self._tell(connection, part.gap)
+        gap = part.gap if part.gap is not None and part.gap.at <= upto else None
+        self._tell_all(connection, gap, verdict, upto)
         # Not before the gap: who breaks off in between would come back from behind it.
         if connection.wants_cursor and not connection.is_ended:
             connection.say_cursor(upto)
@@ -822,21 +880,23 @@ class Hub:
             if event.action == action:
                 self._turn(connection, event)
 
-    async def _batch_for(self, connection: Connection, events: list[Event]) -> Batch:
+    async def _batch_for(
+        self, connection: Connection, events: list[Event]
+    ) -> tuple[Batch, Verdict]:
         by_group: dict[Group, list[Subscription]] = {}
         for subscription in connection.subscriptions.values():
             if subscription.group is not None:
                 by_group.setdefault(subscription.group, []).append(subscription)
         batch = Batch()
         if not events or not by_group:
-            return batch
-        judged = await self._judge(events, by_group.keys())
+            return batch, Verdict([])
+        verdict = await self._judge(events, by_group.keys())
 
         def sights(groups: Iterable[Group]) -> Iterable[Sight]:
             return ((one.viewer, one.manager) for group in groups for one in by_group[group])
 
-        beside = await self._display.look_beside(events, judged, sights)
-        for place, (event, groups) in enumerate(zip(events, judged, strict=True)):
+        beside = await self._look_beside(events, verdict, sights)
+        for place, (event, groups) in enumerate(zip(events, verdict.hits, strict=True)):
             showing = Showing(event, place, beside)
             for subscription in (one for group in groups for one in by_group[group]):
                 barrier = subscription.barrier
@@ -845,7 +905,7 @@ class Hub:
                 is_own = subscription.own_id == event.record_id
                 if tail := self._display.tail(showing, subscription.receives, is_own=is_own):
                     batch.add(place, tail)
-        return batch
+        return batch, verdict
 
     def _join(self, connection: Connection) -> None:
         """Make LIVE a connection that has read all there is; or let it wait, or read on."""
@@ -862,6 +922,15 @@ class Hub:
             connection.is_live = True
             if connection.wants_cursor:
                 connection.say_cursor(self._head)
+
+    def _tell_all(
+        self, connection: Connection, gap: Announcement | None, verdict: Verdict, at: Cursor
+    ) -> None:
+        """Tell a connection of a gap in the stream, and of what nobody could be asked about."""
+        if gap is not None:
+            self._tell(connection, gap)
+        if unknown := verdict.lost | (verdict.undecided & _asked_about(connection)):
+            self._tell(connection, Announcement(unknown, "unknown", at))
 
     def _tell(self, connection: Connection, gap: Announcement) -> None:
         """Tell a connection of a gap that concerns it; a plain one is ended, so that it reloads.
@@ -886,6 +955,22 @@ class Hub:
         if name not in self._collections or not gap.concerns(name):
             return False
         return connection.known is None or connection.known.insert_lsn < gap.at.lsn
+
+
+def _asked_about(connection: Connection) -> frozenset[str]:
+    """The collections about whose rows something may be asked for the connection's sake."""
+    groups = (s.group for s in connection.subscriptions.values() if s.group is not None)
+    return frozenset(g.variant.collection.name for g in groups if g.variant.formula is not True)
+
+
+def _names_in(events: Iterable[Event]) -> frozenset[str]:
+    return frozenset(event.collection.name for event in events)
+
+
+def _where(error: BaseException) -> str:
+    """The line that raised it. What an error says, and its traceback with it, may show a row."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{at.filename}:{at.lineno}"
 
 
 def _unchanged(caller: Caller) -> Caller:

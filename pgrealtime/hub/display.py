@@ -45,7 +45,7 @@ class Beside(Struct):
     related: Related
 
 
-_NOTHING_BESIDE = Beside(Looking(moment(datetime.now(UTC))), Related())
+NOTHING_BESIDE = Beside(Looking(moment(datetime.now(UTC))), Related())
 
 
 class Showing(Struct):
@@ -65,7 +65,7 @@ class Showing(Struct):
 class Asking(Protocol):
     """What is needed of ``hub.probe`` to show more than rows."""
 
-    async def ask(self, judging: Asked) -> None:
+    async def ask(self, judging: Asked) -> frozenset[str]:
         """Find out what the judging wants to know, until nothing is left to ask."""
         ...
 
@@ -147,7 +147,7 @@ class Display:
         """
         rich = self._rich
         if not self.expanding and not any(event.collection.name in rich for event in events):
-            return _NOTHING_BESIDE
+            return NOTHING_BESIDE
         xids = frozenset(event.xid for event in events)
         looking: Looking[int] = Looking(moment(datetime.now(UTC)), xids)
         wanted: list[Wanted] = []
@@ -182,7 +182,7 @@ class Display:
                 related.ids.get(showing.place, _NO_IDS),
                 None if viewer is None else related.expands.get((showing.place, viewer)),
             )
-        except (ValueError, LookupError) as error:
+        except Exception as error:  # noqa: BLE001 (one row that can't be shown stops nobody)
             # A value that isn't of the type that the catalogue gave the column when it was read.
             log.error(  # noqa: TRY400 (the message may not show the row)
                 "record.failed", collection=event.collection.name, error=type(error).__name__

@@ -42,6 +42,8 @@ def _nobody() -> None:
 
 
 _BEGIN = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT pg_current_snapshot()::text"
+_PATIENCE_WITH_CONNECTIONS = (0.0, 0.1, 0.5, None)
+"""Seconds before a question is put to another connection; None is the last one."""
 _VISIBLE_SECONDS = 5.0
 _VISIBLE_RETRY_SECONDS = 0.005
 _PATIENCE = 3
@@ -132,26 +134,43 @@ class Probe:
         except (psycopg.Error, PoolTimeout):
             return True
 
-    async def ask(self, judging: Asked) -> None:
+    async def ask(self, judging: Asked) -> frozenset[str]:
         """Put what the judging wants to know, until nothing is left.
 
         All of it is asked of one snapshot, in which the events' transactions are visible. Whatever
         can't be answered is denied and counted; it never keeps another from its answer.
+
+        Returns:
+            The collections whose rows nobody could be asked about: that is not their rules'
+            fault, and who depends on those may miss something.
         """
-        inquiries = judging.inquiries()
-        if not inquiries:
-            return
-        try:
-            async with self._pool.connection() as connection:
-                session = _Session(connection, judging.xids)
-                await session.begin()
-                await self.put_all(session, judging, inquiries)
-                await session.end()
-        except (psycopg.Error, PoolTimeout, TimeoutError) as error:
-            self.denied += 1
-            self._tell("", _first_line(error))
-            while judging.inquiries():
-                judging.resume()
+        for patience in _PATIENCE_WITH_CONNECTIONS:
+            inquiries = judging.inquiries()
+            if not inquiries:
+                return frozenset()
+            try:
+                async with self._pool.connection() as connection:
+                    session = _Session(connection, judging.xids)
+                    await session.begin()
+                    await self.put_all(session, judging, inquiries)
+                    await session.end()
+            except (PoolTimeout, TimeoutError) as error:
+                return self._give_up(judging, error)
+            except psycopg.Error as error:
+                # A connection that broke says nothing of the next one.
+                if patience is None:
+                    return self._give_up(judging, error)
+                await asyncio.sleep(patience)
+        return frozenset()
+
+    def _give_up(self, judging: Asked, error: Exception) -> frozenset[str]:
+        self.denied += 1
+        log.warning("questions.unanswered", error=_first_line(error))
+        about: set[str] = set()
+        while inquiries := judging.inquiries():
+            about.update(inquiry.collection for inquiry in inquiries)
+            judging.resume()
+        return frozenset(about)
 
     @asynccontextmanager
     async def reading(self, xids: Sized[Xid]) -> AsyncIterator[Reading]:
@@ -231,11 +250,17 @@ class Probe:
             self._told.add((collection, reason))
             log.error("rule.error", collection=collection, error=reason)
 
-    async def live_rows(self, events: Sequence[Event]) -> dict[tuple[str, str], LiveRow]:
+    async def live_rows(
+        self, events: Sequence[Event]
+    ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
         """Return what the tables hold now for the events' records, by collection name and id.
 
-        A record that is gone, or a database that doesn't answer, leaves its key out.
+        A record that is gone, or a query that fails, leaves its key out.
+
+        Returns:
+            The rows, and the collections about which nobody could be asked.
         """
+        unanswered: set[str] = set()
         wanted: defaultdict[str, dict[str, Collection]] = defaultdict(dict)
         for event in events:
             wanted[event.collection.name][event.record_id] = event.collection
@@ -247,9 +272,11 @@ class Probe:
             except (psycopg.Error, PoolTimeout) as error:
                 log.warning("live_row.failed", table=str(collection.table.name), error=str(error))
                 self._doubt(error)
+                if _is_away(error):
+                    unanswered.add(name)
                 continue
             found.update({(name, record_id): row for record_id, row in rows.items()})
-        return found
+        return found, frozenset(unanswered)
 
     def _doubt(self, error: Exception) -> None:
         if isinstance(error, (psycopg.ProgrammingError, psycopg.NotSupportedError)):
@@ -307,6 +334,17 @@ class Reading:
     async def judge(self, asked: Asked) -> None:
         """Put what is to be known, until nothing is left; what can't be answered is denied."""
         await self._probe.put_all(self._session, asked, asked.inquiries())
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether the error is the connection's and not the statement's."""
+    if isinstance(error, psycopg.Error) and error.sqlstate is not None:
+        return error.sqlstate.startswith(_AWAY)
+    return isinstance(error, psycopg.OperationalError)
+
+
+_AWAY = ("08", "57P", "53300")
+"""Classes of errors: connections, the server's end or start, too many connections."""
 
 
 def _first_line(error: Exception) -> str:

@@ -150,7 +150,7 @@ class World:
         found = self.collections[collection]
         cursor = Cursor(LSN(1), max(len(changes), 1))
         event = Event(found, action, record_id, {}, cursor, Xid(3), tuple(changes))
-        live = await self.probe.live_rows([event])
+        live, _ = await self.probe.live_rows([event])
         event.row = live[collection, record_id].row
         return event
 

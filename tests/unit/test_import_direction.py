@@ -43,6 +43,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "auth": (*_FLOOR, "catalog.model", "catalog.keys", "collections"),
     "wal": (*_FLOOR, "catalog.model"),
     "relay": (*_FLOOR, "catalog.model", "wal", "changelog", "observe"),
+    "pool": (),
     "hub": (
         *(*_FLOOR, "catalog.model", "catalog.keys", "collections", "rules", "records"),
         *("auth.principal", "auth.record", "changelog.base", "observe"),

@@ -82,9 +82,9 @@ class Reader:
         self.wanted = tuple(rng.sample(TOPICS, rng.randrange(1, 5)))
 
     def connect(self) -> None:
-        position = self.position
-        if self.kind not in ("position", "cursor") or not position:
+        if not self._comes_back():
             self._forget()
+        position = self.position
         sink = Sink(self.world)
         connection = self.world.hub.open(
             sink,
@@ -94,14 +94,18 @@ class Reader:
         )
         self.stream = Stream(connection, sink, position, self.world.history)
 
+    def _comes_back(self) -> bool:
+        # New topics hear from the position on, and without a standby a commit before it may be
+        # invisible for an instant: too short for anybody to come back in, but not here.
+        is_safe = self.world.is_gated or bool(self.since)
+        return self.kind in ("position", "cursor") and bool(self.position) and is_safe
+
     def submit(self) -> None:
         """Call with the topics wanted, at the side."""
         if self.call is None or self.call.done():
             stream = self.stream
             if stream and stream.resumed_at and not stream.topics and not self.world.is_gated:
-                # New topics hear from the position on, and a commit before it may be invisible
-                # for an instant: too short for anybody to come back in, without a standby.
-                self.wanted = tuple(self.since) or self.wanted
+                self.wanted = tuple(self.since) or self.wanted  # as in _comes_back
             self.call = asyncio.create_task(self._submit())
 
     async def _submit(self) -> None:

@@ -186,6 +186,10 @@ class GivenDatabase:
         self._asked = asyncio.Semaphore(0)
         self.gate: asyncio.Event | None = None
         self.is_away = False
+        self.undecided: frozenset[str] = frozenset()
+        """Collections about which nobody can be asked."""
+        self.fault: Exception | None = None
+        """What judging raises."""
         self.rows_gate: asyncio.Event | None = None
         """What a row that the WAL left columns out of waits for; so a test holds up judging."""
         self.is_holding = asyncio.Event()
@@ -206,17 +210,22 @@ class GivenDatabase:
             for _ in range(times):
                 await self._asked.acquire()
 
-    async def ask(self, judging: Asked) -> None:
+    async def ask(self, judging: Asked) -> frozenset[str]:
         assert not judging.inquiries(), "nothing to ask"
+        if self.fault is not None:
+            raise self.fault
+        return self.undecided
 
     def reading(self, xids: Sized[Xid]) -> AbstractAsyncContextManager[Reading]:
         raise AssertionError(f"nothing to read: {xids}")
 
-    async def live_rows(self, _events: Sequence[Event]) -> dict[tuple[str, str], LiveRow]:
+    async def live_rows(
+        self, _events: Sequence[Event]
+    ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
         if self.rows_gate is not None:
             self.is_holding.set()
             await self.rows_gate.wait()
-        return {}
+        return {}, frozenset()
 
 
 @dataclass

@@ -10,7 +10,7 @@ import pytest
 from pgrealtime.changes import Insert, Oversized, Truncate
 from pgrealtime.errors import SubscriptionError
 from pgrealtime.lsn import LSN, Xid
-from tests.unit.hub.room import DEADLINE, NOTES, POSTS, Room, at, insert, open_room
+from tests.unit.hub.room import DEADLINE, NOTES, POSTS, Room, at, delete, insert, open_room
 
 
 async def test_who_missed_nothing_comes_back_to_a_quiet_database() -> None:
@@ -274,6 +274,62 @@ async def test_a_position_beyond_a_gap_comes_after_the_gap() -> None:
 
     assert [event[1] for event in events[2:5]] == ["posts/*", "PB_RESYNC", "PB_CURSOR"]
     assert [event[1] for event in again[1:4]] == ["posts/*", "PB_RESYNC", "PB_CURSOR"]
+
+
+# What could not be found out
+
+
+FILTERED = 'posts/*?options={"query":{"filter":"title != \'x\'"}}'
+"""Has a condition, so Postgres may have to be asked."""
+
+
+async def test_what_nobody_could_be_asked_about_is_a_gap_for_who_depends_on_it() -> None:
+    """Denying it would be silence about a row that they may see."""
+    async with open_room() as room:
+        told, told_sink = room.connect(position="")
+        plain, plain_sink = room.connect()
+        public, public_sink = room.connect()
+        other, other_sink = room.connect()
+        await room.subscribe(told, FILTERED)
+        await room.subscribe(plain, FILTERED)
+        await room.subscribe(public, "posts/*")
+        await room.subscribe(other, "notes/*")
+        room.database.undecided = frozenset({"posts"})
+        made = room.commit(delete("a"))
+        events = await told_sink.wait_for(3)
+        await plain_sink.wait_until("ended")
+        late, late_sink = room.connect(position=f"{'x' * 40}.abcdef-{100:016x}-ffffffff")
+        await room.subscribe(late, FILTERED)
+        again = await late_sink.wait_for(3)
+
+    gap = '{"collections":["posts"],"reason":"unknown"}'
+    end = f"abcdef-{made.end_lsn:016x}-ffffffff"
+    assert events[-1] == (f"{told.id}.{end}", "PB_RESYNC", gap)
+    assert again[-1] == (f"{late.id}.{end}", "PB_RESYNC", gap)
+    assert [event[1] for event in public_sink.events()] == ["PB_CONNECT", "posts/*"]
+    assert len(other_sink.events()) == 1
+
+
+async def test_a_fault_of_ours_in_judging_is_a_gap_and_ends_nothing() -> None:
+    """Neither the task that delivers nor a replay may die of it, still less in silence."""
+    async with open_room() as room:
+        told, told_sink = room.connect(position="")
+        plain, plain_sink = room.connect()
+        await room.subscribe(told, "posts/*")
+        await room.subscribe(plain, "posts/*")
+        room.database.fault = TypeError("nobody thought of this row")
+        room.commit(insert("a"))
+        await told_sink.wait_for(2)
+        await plain_sink.wait_until("ended")
+        late, late_sink = room.connect(position=f"{'x' * 40}.abcdef-{100:016x}-ffffffff")
+        await room.subscribe(late, "posts/*")
+        await late_sink.wait_for(2)
+        room.database.fault = None
+        room.commit(insert("b"))
+        events, again = await told_sink.wait_for(3), await late_sink.wait_for(3)
+
+    assert [event[1] for event in events] == ["PB_CONNECT", "PB_RESYNC", "posts/*"]
+    assert [event[1] for event in again] == ["PB_CONNECT", "PB_RESYNC", "posts/*"]
 
 
 # What is bounded stays so

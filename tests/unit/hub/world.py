@@ -104,9 +104,11 @@ class Database(GivenDatabase):
         await self._world.moment()
         return row
 
-    async def live_rows(self, _events: Sequence[Event]) -> dict[tuple[str, str], LiveRow]:
+    async def live_rows(
+        self, _events: Sequence[Event]
+    ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
         await self._world.moment()
-        return {}
+        return {}, frozenset()
 
 
 @dataclass

@@ -1,0 +1,112 @@
+"""Postgres answers no questions while the stream goes on: whoever depends on answers is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.conformance.http_client import End
+from tests.e2e.listener import Listener, listener
+from tests.e2e.service import Service, service
+from tests.wire import Wire, wire
+
+ASKED = {
+    "posts": {"table": "posts", "list_rule": '@collection.notes.id ?= "open"'},
+    "notes": {"table": "notes", "list_rule": "", "view_rule": ""},
+}
+SCHEMA = """
+CREATE TABLE posts (id text PRIMARY KEY);
+CREATE TABLE notes (id text PRIMARY KEY);
+INSERT INTO notes VALUES ('open');
+"""
+
+
+@dataclass
+class Room:
+    running: Service
+    way: Wire
+    told: Listener
+    plain: Listener
+    public: Listener
+
+
+@asynccontextmanager
+async def room(database_url: str, directory: Path) -> AsyncIterator[Room]:
+    """The program asks by a way of its own; the stream has another."""
+    async with (
+        wire(database_url) as way,
+        service(
+            database_url,
+            directory,
+            collections=ASKED,
+            schema=SCHEMA,
+            sections={"database": {"query_url": way.url(database_url), "statement_timeout": "1s"}},
+        ) as running,
+        listener(running.address, "posts/*", "PB_RESYNC") as told,
+        listener(running.address, "posts/*") as plain,
+        listener(running.address, "notes/*") as public,
+    ):
+        yield Room(running, way, told, plain, public)
+
+
+async def write(running: Service, name: str) -> None:
+    await running.write.execute("INSERT INTO posts VALUES (%s)", [name])
+    await running.write.execute("INSERT INTO notes VALUES (%s)", [name])
+
+
+async def ids(heard: Listener, count: int) -> list[str]:
+    return [message.data["record"]["id"] for message in await heard.take(count)]
+
+
+async def test_broken_connections_are_replaced_and_nothing_is_denied_for_them(
+    database_url: str, tmp_path: Path
+) -> None:
+    """An administrator, a pooler or a time-out ended them: the next one answers."""
+    async with room(database_url, tmp_path) as here:
+        for n in range(3):
+            await write(here.running, f"{n}")
+            assert await ids(here.told, 1) == [f"{n}"]
+            here.way.break_all()
+
+        await write(here.running, "last")
+        assert await ids(here.told, 1) == ["last"]
+        assert await ids(here.plain, 4) == ["0", "1", "2", "last"]
+
+
+async def test_while_nobody_answers_it_is_a_gap_for_who_depends_on_answers_alone(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Denied in silence, the row would be lost for people who may see it."""
+    async with room(database_url, tmp_path) as here:
+        here.way.cut()
+        await write(here.running, "a")
+        (gap,) = await here.told.take(1)
+        assert gap.event == "PB_RESYNC"
+        assert gap.data == {"collections": ["posts"], "reason": "unknown"}
+        assert await here.plain.stream.wait_end(20) is End.ORDERLY
+        assert await ids(here.public, 1) == ["a"]
+
+        here.way.mend()
+        async with asyncio.timeout(20):
+            while await here.told.subscribe("posts/*", "PB_RESYNC", "notes/*") != 204:
+                await asyncio.sleep(0.05)
+        await write(here.running, "b")
+        assert await ids(here.told, 2) == ["b", "b"]
+
+
+async def test_a_database_that_swallows_questions_stops_nobody_for_long(
+    database_url: str, tmp_path: Path
+) -> None:
+    """No error ever comes from a network that drops packets."""
+    async with room(database_url, tmp_path) as here:
+        await write(here.running, "a")
+        assert await ids(here.told, 1) == await ids(here.plain, 1) == ["a"]
+        assert await ids(here.public, 1) == ["a"]
+        here.way.silence()
+        await write(here.running, "b")
+        (gap,) = await here.told.take(1, 30)
+        assert gap.event == "PB_RESYNC"
+        assert await ids(here.public, 1) == ["b"]

@@ -1,0 +1,88 @@
+"""A pooled connection that is dead costs nobody anything."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import psycopg
+import pytest
+
+from pgrealtime.pool import QueryConnection, QueryPool
+from tests.wire import wire
+
+
+class Impatient(QueryConnection):
+    answer_seconds = 0.5
+
+
+@asynccontextmanager
+async def pool_of(url: str, size: int) -> AsyncIterator[QueryPool]:
+    pool = QueryPool(
+        url,
+        min_size=size,
+        max_size=size,
+        timeout=2.0,
+        connection_class=Impatient,
+        kwargs={"autocommit": True},
+        open=False,
+    )
+    async with pool:
+        await pool.wait()
+        yield pool
+
+
+async def answer(pool: QueryPool) -> object:
+    async with pool.connection() as connection:
+        return await (await connection.execute("SELECT 1")).fetchone()
+
+
+async def test_after_a_restart_of_the_server_the_first_question_is_answered(
+    database_url: str,
+) -> None:
+    """All of them are dead at once."""
+    async with (
+        await psycopg.AsyncConnection.connect(database_url, autocommit=True) as admin,
+        pool_of(database_url, 8) as pool,
+    ):
+        await admin.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE pid <> pg_backend_pid() AND datname = current_database()"
+        )
+        began = time.monotonic()
+        assert await answer(pool) == (1,)
+
+    assert time.monotonic() - began < 1.0
+
+
+async def test_an_answer_that_never_comes_is_an_error_and_the_next_one_comes(
+    database_url: str,
+) -> None:
+    """A network that drops everything says nothing, ever."""
+    async with wire(database_url) as way, pool_of(way.url(database_url), 1) as pool:
+        assert await answer(pool) == (1,)
+        way.silence()
+        began = time.monotonic()
+        with pytest.raises(psycopg.OperationalError):
+            await answer(pool)
+        assert time.monotonic() - began < 5.0
+        way.mend()
+        assert await answer(pool) == (1,)
+
+
+async def test_all_connections_are_free_again_after_their_users_were_cancelled(
+    database_url: str,
+) -> None:
+    """A client that leaves during its call cancels what asks for it."""
+    async with pool_of(database_url, 2) as pool, AsyncExitStack() as stack:
+        tasks = [asyncio.create_task(answer(pool)) for _ in range(50)]
+        stack.callback(lambda: [task.cancel() for task in tasks])
+        await asyncio.sleep(0.001)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+        answers = await asyncio.gather(*(answer(pool) for _ in range(4)))
+        assert answers == [(1,)] * 4
