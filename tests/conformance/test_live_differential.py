@@ -22,7 +22,7 @@ from tests.conformance.scenarios import ALL, Ability, Scenario, World
 PER_WORLD = 12
 """Scenarios on one pair of servers, whose start costs as much as all of them."""
 
-SCENARIOS = int(os.environ.get("PGREALTIME_SCENARIOS") or 36)
+SCENARIOS = int(os.environ.get("PGREALTIME_SCENARIOS") or 24)
 
 FIRST_SEED = int(os.environ.get("PGREALTIME_SEED") or secrets.randbelow(10**9))
 

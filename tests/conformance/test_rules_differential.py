@@ -22,7 +22,7 @@ from tests.conformance.rules_corpus import Answer, Corpus, Refused, Way, load
 from tests.conformance.rules_pocketbase import CorpusPocketBase
 
 SEED = int(os.environ.get("PGREALTIME_SEED") or secrets.randbelow(10**9))
-RULES = int(os.environ.get("PGREALTIME_RULES") or 150)
+RULES = int(os.environ.get("PGREALTIME_RULES") or 40)
 
 AUTHS = ("guest", "users/uann", "users/ubob", "users/ucat", "staff/sjoe")
 
