@@ -47,8 +47,8 @@ log = structlog.get_logger(__name__)
 _RETRY_SECONDS = 0.5
 _SETTINGS_SECONDS = 10.0
 _OBJECTS_BETWEEN_COLLECTIONS = 10_000
-"""A slice of changes makes thousands of objects that live until it is delivered. At Python's own 700
-looking for garbage among them was a fifth of the work; the garbage that there is comes of requests.
+"""A slice of changes makes thousands of objects that live until it is delivered. At Python's own
+700 looking for garbage among them was a fifth of the work; what garbage there is comes of requests.
 """
 
 
