@@ -60,10 +60,10 @@ def decided(
         past: What was before the transaction that deleted the rows.
     """
     at = moment(now)
-    cases = [Case(Facts(row, frozenset(), at), index, past) for row in rows]
+    cases: list[Case[Asker]] = [Case(Facts(row, frozenset(), at), past) for row in rows]
     for case in cases:
         if among is None:
-            case.search()
+            case.search(index)
         else:
             case.consider(among)
     deciding = Deciding(cases, at)

@@ -680,10 +680,11 @@ class Hub:
     async def _judge_in_turns(self, events: list[Event]) -> Verdict:
         """Judge as many at a time as the loop's other users can wait for."""
         whole = Verdict([])
-        for first in range(0, len(events), SLICE):
+        share = min(SLICE, self._matcher.at_once)
+        for first in range(0, len(events), share):
             if first:
                 await asyncio.sleep(0)
-            part = await self._judge(events[first : first + SLICE])
+            part = await self._judge(events[first : first + share])
             whole.hits += part.hits
             whole.undecided |= part.undecided
             whole.lost |= part.lost

@@ -15,14 +15,12 @@ from pgrealtime.collections import Collection
 from pgrealtime.lsn import Xid
 from pgrealtime.rules.decide import Case, Deciding
 from pgrealtime.rules.formula import Facts, Moment
-from pgrealtime.rules.index import Index
 from pgrealtime.rules.past import Past
 from pgrealtime.rules.plan import Bound
 from pgrealtime.rules.remote import Inquiry
 
 _WHOLE: frozenset[str] = frozenset()
 _NOTHING: frozenset[Bound] = frozenset()
-_NO_INDEX: Index[Bound] = Index()
 
 P = TypeVar("P", bound=Hashable)
 """What rows are told apart by."""
@@ -65,7 +63,7 @@ class Looking(Generic[P]):
             missing = _WHOLE
             if len(row) < len(columns):
                 missing = frozenset(c.name for c in columns if c.name not in row)
-            case = self._cases[place] = Case(Facts(row, missing, self._at), _NO_INDEX, past)
+            case = self._cases[place] = Case(Facts(row, missing, self._at), past)
         case.consider(bounds)
 
     def admitted(self, place: P) -> AbstractSet[Bound]:

@@ -27,10 +27,12 @@ from pgrealtime.rules.reference import Nobody
 from pgrealtime.rules.remote import Inquiry
 from pgrealtime.rules.request import Request
 
-_TRIED = 20_000
-"""Groups that no row leads to: each event tries every one of them."""
-_TRIED_PER_CONNECTION = 100
+_TRIED = 5_000
+"""Groups that no row leads to: each event tries every one of them, at a few microseconds."""
+_TRIED_PER_CONNECTION = 50
 """Of those, how many one connection's subscriptions may be in."""
+_TRIED_AT_ONCE = 20_000
+"""How many are tried before others of the loop have their turn."""
 
 
 class Audience:
@@ -143,66 +145,70 @@ class Group:
 
 
 class _Groups:
-    """The groups of one collection."""
+    """Groups of one collection, or of one record of it that has several.
 
-    __slots__ = ("by_record", "index", "lists")
+    Attributes:
+        index: Those of topics about the whole.
+        by_record: Those of a record's own topics. A single one is kept as it is.
+    """
+
+    __slots__ = ("_all", "by_record", "index")
 
     def __init__(self) -> None:
         self.index: Index[Group] = Index()
-        self.lists: dict[Variant, dict[tuple[Scalar, ...], Group]] = {}
-        self.by_record: dict[str, Group | dict[tuple[Variant, tuple[Scalar, ...]], Group]] = {}
+        self.by_record: dict[str, Group | _Groups] = {}
+        self._all: dict[Variant, dict[tuple[Scalar, ...], Group]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self.lists or self.by_record)
+        return bool(self._all or self.by_record)
 
     def find(self, bound: Bound, record_id: str | None) -> Group | None:
         """Return the group of what was bound, if it is here."""
         if record_id is None:
-            return self.lists.get(bound.variant, {}).get(bound.values)
+            return self._all.get(bound.variant, {}).get(bound.values)
         there = self.by_record.get(record_id)
-        if isinstance(there, dict):
-            return there.get((bound.variant, bound.values))
+        if isinstance(there, _Groups):
+            return there.find(bound, None)
         if there is not None and (there.variant, there.values) == (bound.variant, bound.values):
             return there
         return None
 
-    def of_record(self, record_id: str) -> Iterable[Group]:
-        """Return the groups of a record's own topics."""
-        there = self.by_record.get(record_id)
-        if there is None:
-            return ()
-        return there.values() if isinstance(there, dict) else (there,)
-
     def add(self, group: Group) -> None:
         """Put a new group where events find it."""
         if group.record_id is None:
-            self.lists.setdefault(group.variant, {})[group.values] = group
-            self.index.add(group)
+            self._add(group)
             return
         there = self.by_record.get(group.record_id)
         if there is None:
             self.by_record[group.record_id] = group
-        elif isinstance(there, dict):
-            there[group.variant, group.values] = group
+        elif isinstance(there, _Groups):
+            there._add(group)  # noqa: SLF001 (of this class)
         else:
-            self.by_record[group.record_id] = {
-                (one.variant, one.values): one for one in (there, group)
-            }
+            self.by_record[group.record_id] = several = _Groups()
+            several._add(there)
+            several._add(group)
+
+    def _add(self, group: Group) -> None:
+        self._all.setdefault(group.variant, {})[group.values] = group
+        self.index.add(group)
 
     def remove(self, group: Group) -> None:
         """Take a group out, and what was there for it alone."""
         if group.record_id is None:
-            self.index.remove(group)
-            there = self.lists[group.variant]
-            del there[group.values]
-            if not there:
-                del self.lists[group.variant]
+            self._remove(group)
             return
         found = self.by_record[group.record_id]
-        if isinstance(found, dict):
-            del found[group.variant, group.values]
+        if isinstance(found, _Groups):
+            found._remove(group)  # noqa: SLF001 (of this class)
         if found is group or not found:
             del self.by_record[group.record_id]
+
+    def _remove(self, group: Group) -> None:
+        self.index.remove(group)
+        there = self._all[group.variant]
+        del there[group.values]
+        if not there:
+            del self._all[group.variant]
 
 
 class Judging:
@@ -223,8 +229,8 @@ class Judging:
 
     @property
     def lacking(self) -> int:
-        """How often a group was denied because the row lacks a column that its rule reads."""
-        return sum(case.lacking for case in self._cases.values())
+        """How often a rule was denied because a row lacks a column that it reads."""
+        return sum(case.facts.lacked for case in self._cases.values())
 
     @property
     def xids(self) -> frozenset[Xid]:
@@ -312,6 +318,11 @@ class Matcher:
         if not there:
             del self._groups[name]
 
+    @property
+    def at_once(self) -> int:
+        """How many events are best judged in one go."""
+        return max(1, _TRIED_AT_ONCE // max(1, self._tried))
+
     def match(
         self, events: Sequence[Event], now: datetime, among: Sized[Group] | None = None
     ) -> Judging:
@@ -330,10 +341,16 @@ class Matcher:
             if there is None:
                 continue
             facts = Facts(event.row, _missing(event), at)
-            case = cases[place] = Case(facts, there.index, self._past(event, pasts))
+            case = cases[place] = Case(facts, self._past(event, pasts))
             if among is None:
-                case.consider(there.of_record(event.record_id))
-                case.search()
+                case.search(there.index)
+                match there.by_record.get(event.record_id):
+                    case Group() as only:
+                        case.consider((only,))
+                    case _Groups(index=index):
+                        case.search(index)
+                    case None:
+                        pass
             else:
                 case.consider(group for group in among if group.concerns(event))
         return Judging(events, cases, at)

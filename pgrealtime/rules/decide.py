@@ -6,7 +6,7 @@ After at most a few rounds there is nothing left to ask and ``hits`` is complete
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, TypeAlias, TypeVar
 
 from pgrealtime.changes import TableName
@@ -14,7 +14,7 @@ from pgrealtime.rules.access import RemoteSource
 from pgrealtime.rules.compare import Scalar
 from pgrealtime.rules.formula import Atom, Facts, Formula, Moment
 from pgrealtime.rules.images import Overlay
-from pgrealtime.rules.index import Index, Member
+from pgrealtime.rules.index import Entries, Index, Member
 from pgrealtime.rules.local import Args
 from pgrealtime.rules.past import Past
 from pgrealtime.rules.plan import Lead
@@ -33,22 +33,20 @@ class Case(Generic[M]):
 
     Attributes:
         hits: The members that are admitted.
-        lacking: How many members were denied for want of a column.
         asked: What Postgres is asked for to learn whom the row concerns: all that it names, or
             (False) only who is in the index.
     """
 
-    __slots__ = ("_open", "_waiting", "asked", "facts", "hits", "index", "lacking", "past")
+    __slots__ = ("_open", "_searched", "_waiting", "asked", "facts", "hits", "past")
 
-    def __init__(self, facts: Facts, index: Index[M], past: Past | None) -> None:
+    def __init__(self, facts: Facts, past: Past | None = None) -> None:
         self.facts = facts
-        self.index = index
         self.past = past
+        self._searched: tuple[Index[M], ...] = ()
         self.hits: dict[M, None] = {}
-        self.lacking = 0
         self.asked: dict[RemoteSource, bool] = {}
         self._open: dict[M, None] = {}
-        self._waiting: list[tuple[_Guards, bool]] = []
+        self._waiting: list[tuple[Index[M], _Guards, bool]] = []
         """Members to whom nothing leads, with guards that only Postgres knows."""
 
     def overlays(self, tables: Iterable[TableName]) -> tuple[Overlay, ...]:
@@ -60,17 +58,18 @@ class Case(Generic[M]):
         for member in members:
             self._settle(member, _ANY)
 
-    def search(self) -> None:
-        """Look into the index."""
-        for lead, members in self.index.found(self.facts):
+    def search(self, index: Index[M]) -> None:
+        """Look into an index; a row may concern several."""
+        self._searched += (index,)
+        for lead, members in index.found(self.facts):
             if lead is None:
                 self.consider(members)
                 continue
             for member in members:
                 self._settle(member, member.variant.leads[lead])
-        for guards, is_exact in self.index.free:
-            self._meet(guards, is_exact=is_exact)
-        for source, asked in self.index.asked.items():
+        for guards, is_exact in index.free:
+            self._meet(index, guards, is_exact=is_exact)
+        for source, asked in index.asked.items():
             if any(self._hold(guards) is not False for guards in asked.guards):
                 self.asked[source] = True
 
@@ -83,12 +82,12 @@ class Case(Generic[M]):
             verdict = verdict and holds
         return verdict
 
-    def _meet(self, guards: _Guards, *, is_exact: bool) -> None:
+    def _meet(self, index: Index[M], guards: _Guards, *, is_exact: bool) -> None:
         """Take the members to whom nothing leads, if what they have in common is true."""
         holds = self._hold(guards)
-        members = self.index.free.get((guards, is_exact), {})
+        members = index.free.get((guards, is_exact), {})
         if holds is None:
-            self._waiting.append((guards, is_exact))
+            self._waiting.append((index, guards, is_exact))
         elif holds and is_exact and not self.facts.missing:
             self.hits.update(members)
         elif holds:
@@ -98,7 +97,7 @@ class Case(Generic[M]):
     def _settle(self, member: M, lead: Lead) -> None:
         facts, variant = self.facts, member.variant
         if facts.missing and not facts.missing.isdisjoint(variant.columns):
-            self.lacking += 1
+            facts.lacked += 1
             return
         verdict = self._hold(lead.guards) if lead.guards else True
         if verdict is not False and not lead.is_exact:
@@ -117,21 +116,29 @@ class Case(Generic[M]):
 
     def name(self, source: RemoteSource, values: Iterable[Scalar]) -> None:
         """Take the values of subscribers that Postgres named for the row."""
-        asked = self.index.asked.get(source)
-        if asked is None:  # its members have gone meanwhile
-            return
-        for value in values:
-            for member in asked.entries.get(value):
-                lead = member.variant.leads[source]
-                if lead.proves is not None:
-                    args = self.facts.args(lead.proves, member.values)
-                    self.facts.answers[lead.proves.atom, args] = True
-                self._settle(member, lead)
+        for entries in self._asking(source):
+            for value in values:
+                for member in entries.get(value):
+                    lead = member.variant.leads[source]
+                    if lead.proves is not None:
+                        args = self.facts.args(lead.proves, member.values)
+                        self.facts.answers[lead.proves.atom, args] = True
+                    self._settle(member, lead)
+
+    def _asking(self, source: RemoteSource) -> list[Entries[M]]:
+        """Return who is found by a source; members may have gone since it was asked."""
+        found = (index.asked.get(source) for index in self._searched)
+        return [asked.entries for asked in found if asked is not None]
+
+    def keys(self, source: RemoteSource) -> Iterator[str]:
+        """Yield the values of a source that lead to somebody."""
+        for entries in self._asking(source):
+            yield from map(str, entries)
 
     def wanted(self) -> Iterator[tuple[Atom, Args]]:
         """Yield what Postgres must say of atoms."""
         facts = self.facts
-        for guard in {guard: None for guards, _ in self._waiting for guard in guards}:
+        for guard in {guard: None for _, guards, _ in self._waiting for guard in guards}:
             for leaf in facts.open_leaves(guard, ()):
                 yield leaf.atom, facts.args(leaf, ())
         for member in self._open:
@@ -141,8 +148,8 @@ class Case(Generic[M]):
     def reconsider(self) -> None:
         """Settle what was open, now that Postgres has said something."""
         waiting, self._waiting = self._waiting, []
-        for guards, is_exact in waiting:
-            self._meet(guards, is_exact=is_exact)
+        for index, guards, is_exact in waiting:
+            self._meet(index, guards, is_exact=is_exact)
         open_, self._open = self._open, {}
         self.consider(open_)
 
@@ -190,7 +197,7 @@ class Deciding(Generic[M]):
                 rows=list(rows),
                 moment=self._moment,
                 limit=_VALUES,
-                wanted=None if is_all else _keys(source, rows),
+                wanted=None if is_all else _keys(source, rows.values()),
                 overlays=overlays,
             )
             yield values, list(rows.values())
@@ -239,7 +246,7 @@ class Deciding(Generic[M]):
                 for case in cases:
                     if not values.is_cut(found):
                         case.name(values.source, found)
-                    elif values.source in case.index.asked:
+                    else:
                         case.asked[values.source] = False
 
 
@@ -250,8 +257,6 @@ _Rows: TypeAlias = tuple[tuple[Overlay, ...], dict[Cells, list[Case[M]]]]
 _PairsOf: TypeAlias = tuple[tuple[Overlay, ...], dict[tuple[Cells, Args], list[Case[M]]]]
 
 
-def _keys(source: RemoteSource, rows: Mapping[Cells, Sequence[Case[M]]]) -> list[str]:
-    """Return the keys that matter: those of the index, which is the same for all rows."""
-    (first, *_), *_ = rows.values()
-    asked = first.index.asked.get(source)
-    return [] if asked is None else [str(key) for key in asked.entries]
+def _keys(source: RemoteSource, cases: Iterable[Sequence[Case[M]]]) -> list[str]:
+    """Return the keys that matter to any of the cases."""
+    return list({key: None for some in cases for case in some for key in case.keys(source)})

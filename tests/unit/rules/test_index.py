@@ -80,8 +80,8 @@ def post(chance: Random) -> Row:
 
 
 def found(index: Index[Asker], row: Row) -> set[Asker]:
-    case = Case(Facts(row, frozenset(), moment(NOW)), index, None)
-    case.search()
+    case: Case[Asker] = Case(Facts(row, frozenset(), moment(NOW)))
+    case.search(index)
     assert not case.is_open
     return set(case.hits)
 

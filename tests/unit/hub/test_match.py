@@ -1,0 +1,133 @@
+"""Groups: who is judged together, who receives the same, and what one client may ask for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+
+from pgrealtime.auth.principal import AuthRecord
+from pgrealtime.changes import Row
+from pgrealtime.collections import Collections
+from pgrealtime.hub.connection import Connection, Subscription
+from pgrealtime.hub.event import Event
+from pgrealtime.hub.match import Group, Matcher
+from pgrealtime.hub.topic import parse_topic
+from pgrealtime.lsn import LSN, Cursor, Xid
+from pgrealtime.records.encode import View
+from tests.unit.hub.room import COLLECTIONS, MemorySink
+
+NOW = datetime(2024, 5, 6, tzinfo=UTC)
+VIEW = View(sees_hidden=False, sees_email=False, fields=None)
+
+
+def matcher(list_rule: str = "", view_rule: str = "") -> Matcher:
+    posts = replace(COLLECTIONS["posts"], list_rule=list_rule, view_rule=view_rule)
+    others = (c for c in COLLECTIONS.values() if c.name != "posts")
+    return Matcher(Collections((posts, *others)))
+
+
+def connection() -> Connection:
+    return Connection("c", MemorySink(), address="", epoch="", cursor=Cursor(LSN(0), 0), now=0.0)
+
+
+def subscribe(
+    there: Matcher, name: str, who: str = "ann", on: Connection | None = None
+) -> Subscription | str:
+    """The subscription, or why it hears nothing."""
+    made = Subscription(on or connection(), parse_topic(name), VIEW, "")
+    record = AuthRecord(collection_id="pbc_people", collection_name="people", id=who)
+    reason = there.add(made, record)
+    made.connection.subscriptions[name] = made
+    return reason or made
+
+
+def put(there: Matcher, name: str, who: str = "ann") -> Subscription:
+    made = subscribe(there, name, who)
+    assert isinstance(made, Subscription)
+    return made
+
+
+def hearing(there: Matcher, record_id: str, title: str = "t") -> set[Subscription]:
+    """Who hears of a change."""
+    row: Row = {"id": record_id, "title": title}
+    event = Event(COLLECTIONS["posts"], "update", record_id, row, Cursor(LSN(8), 1), Xid(3))
+    judging = there.match([event], NOW)
+    assert judging.inquiries() == []
+    (groups,) = judging.hits
+    return {one for group in groups for audience in group.audiences for one in audience}
+
+
+def filtered(text: str) -> str:
+    return f'posts/*?options={{"query":{{"filter":"{text}"}}}}'
+
+
+def test_a_record_s_topic_hears_of_that_record_under_its_view_rule() -> None:
+    there = matcher("title = 'listed'", "title = @request.auth.id")
+    whole = put(there, "posts/*")
+    ann, bob = put(there, "posts/a"), put(there, "posts/a", "bob")
+    also_ann, other = put(there, "posts/a?x"), put(there, "posts/b")
+
+    assert hearing(there, "a", "listed") == {whole}
+    assert hearing(there, "a", "ann") == {ann, also_ann}
+    assert hearing(there, "a", "bob") == {bob}
+    assert hearing(there, "b", "ann") == {other}
+    assert hearing(there, "c", "ann") == set()
+
+
+def test_who_asks_the_same_is_judged_together() -> None:
+    """Whoever they are, if the rule doesn't ask for it, and whatever they receive."""
+    there = matcher("@request.auth.id != '' && title != 'secret'")
+    ann, bob = put(there, "posts/*"), put(there, "posts", "bob")
+    narrow = put(there, filtered("title='a'"))
+
+    assert isinstance(ann.group, Group)
+    assert ann.group is bob.group is not narrow.group
+    assert [list(audience) for audience in ann.group.audiences] == [[ann], [bob]]
+
+
+def test_nothing_is_left_of_who_has_gone() -> None:
+    there = matcher("title = @request.auth.id || title ~ @request.auth.id", "title ~ 'x'")
+    names = ("posts/*", "posts", "posts/a", "posts/a?x", "posts/b", filtered("title~'a'"))
+    made = [put(there, name, who) for who in ("ann", "bob") for name in names]
+    for one in made:
+        there.remove(one)
+
+    assert there._groups == {}
+    assert there._tried == 0
+    assert all(one.group is None for one in made)
+
+
+def test_a_client_has_a_share_of_what_is_tried_one_by_one() -> None:
+    """Each change tries every one of them; those with an equality cost nothing."""
+    there, mine = matcher(), connection()
+    for n in range(50):
+        assert subscribe(there, filtered(f"title~'{n}'"), on=mine) != ""
+    refused = subscribe(there, filtered("title~'more'"), on=mine)
+    same = subscribe(there, filtered("title~'7'") + "&x", on=connection())
+
+    assert isinstance(refused, str)
+    assert isinstance(same, Subscription)
+    assert isinstance(subscribe(there, filtered("title='more'"), on=mine), Subscription)
+    assert isinstance(subscribe(there, filtered("title~'mine'")), Subscription)
+
+
+@pytest.mark.parametrize("name", ["nothing/*", "", "posts/*\n"])
+def test_a_topic_of_no_collection_hears_nothing(name: str) -> None:
+    there = matcher()
+    made = put(there, name)
+
+    assert made.group is None
+    there.remove(made)
+
+
+def test_a_row_that_lacks_a_column_is_denied_to_rules_that_read_it() -> None:
+    """An unchanged TOASTed value isn't NULL: nobody knows what it is."""
+    there = matcher("title != 'secret'")
+    put(there, "posts/*")
+    event = Event(COLLECTIONS["posts"], "update", "a", {"id": "a"}, Cursor(LSN(8), 1), Xid(3))
+    judging = there.match([event], NOW)
+
+    assert not any(judging.hits)
+    assert judging.lacking
