@@ -1,0 +1,31 @@
+"""The benchmarks still run; what they say on a busy machine is nobody's business here."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+# Two of them have in them all that the others are made of.
+SMALL = {
+    "fanout": "--connections 5 --writes 20 --their-writes 20 --rounds 1",
+    "matching": "--connections 1000 --changes 300 --single 20 --their-changes 2 --rounds 1",
+}
+
+
+@pytest.mark.parametrize(("name", "arguments"), SMALL.items(), ids=list(SMALL))
+async def test_benchmark_comes_to_its_end(name: str, arguments: str, database_url: str) -> None:
+    """Everything arrives that it waits for, from both servers."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", f"tests.bench.{name}", database_url, *arguments.split()),
+        cwd=Path(__file__).parents[2],
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+
+    assert process.returncode == 0, output.decode()
+    assert b"pgrealtime" in output
+    assert b"PocketBase" in output
