@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import resource
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
@@ -46,6 +47,8 @@ log = structlog.get_logger(__name__)
 
 _RETRY_SECONDS = 0.5
 _SETTINGS_SECONDS = 10.0
+_OTHER_FILES = 100
+"""Sessions of the database, logs, calls under way."""
 _OBJECTS_BETWEEN_COLLECTIONS = 10_000
 """A slice of changes makes thousands of objects that live until it is delivered. At Python's own
 700 looking for garbage among them was a fifth of the work; what garbage there is comes of requests.
@@ -77,6 +80,7 @@ async def serve(config: Config, reread: Callable[[], Reading]) -> None:
     """
     configure(config.logging)
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS, 10, 10)
+    _allow_files(config.realtime.max_connections)
     stop, changed = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -91,6 +95,15 @@ async def serve(config: Config, reread: Callable[[], Reading]) -> None:
         )
         await stop.wait()
         log.info("server.stopping", connections=len(service.hub.connections))
+
+
+def _allow_files(connections: int) -> None:
+    """Raise the soft limit of open files, often 1024, to the hard one: a connection is a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard != resource.RLIM_INFINITY and hard < connections + _OTHER_FILES:
+        log.warning("files.limited", limit=hard, max_connections=connections)
 
 
 async def _reload_whenever(changed: asyncio.Event, service: Running) -> None:
