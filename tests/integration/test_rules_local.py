@@ -9,9 +9,10 @@ import asyncio
 import re
 import secrets
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from random import Random
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import psycopg
 import pytest
@@ -32,6 +33,7 @@ from pgrealtime.rules.parameters import Literal, Parameter, shape, value
 from pgrealtime.rules.reference import Reference, reference
 from pgrealtime.rules.request import Request
 from pgrealtime.rules.resolve import resolve_rule
+from tests.conftest import drop_database
 
 SETUP = """
 CREATE TYPE mood AS ENUM ('sad', 'Ok', 'happy', '');
@@ -184,6 +186,12 @@ class Judge:
         self.collections = asyncio.run(_collections(url))
         self.collection: Collection = self.collections["t"]
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.connection.close()
+
     def images(self, given: Sequence[dict[str, str | None]]) -> Images:
         """Return the rows in the text forms in which the stream has them."""
         columns = {
@@ -264,11 +272,32 @@ async def _collections(url: str) -> Collections:
     return collections.build(configured, catalog)
 
 
-@pytest.fixture
-def judge(database_url: str) -> Iterator[Judge]:
-    made = Judge(database_url)
-    with made.connection:
-        yield made
+@pytest.fixture(params=["the server's locale", "Turkish"])
+def judge(database_url: str, request: pytest.FixtureRequest) -> Iterator[Judge]:
+    """In a database whose default collation is the server's, or one that spells I differently."""
+    if request.param == "Turkish":
+        with turkish(database_url) as url, Judge(url) as made:
+            yield made
+    else:
+        with Judge(database_url) as made:
+            yield made
+
+
+@contextmanager
+def turkish(url: str) -> Iterator[str]:
+    """A database beside the given one."""
+    name = f"{url.rpartition('/')[2]}_tr"
+    with psycopg.connect(url, autocommit=True) as admin:
+        admin.execute(
+            sql.SQL(
+                "CREATE DATABASE {} TEMPLATE template0 ENCODING 'UTF8'"
+                " LOCALE_PROVIDER icu ICU_LOCALE 'tr-TR'"
+            ).format(sql.Identifier(name))
+        )
+        try:
+            yield f"{url}_tr"
+        finally:
+            drop_database(admin, name)
 
 
 requests = st.builds(
@@ -310,7 +339,7 @@ def compare(judge: Judge, rule: str, request: Request, images: Images) -> str:
 
 
 @settings(
-    max_examples=400,
+    max_examples=250,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
