@@ -107,9 +107,14 @@ class Collection:
 
 
 class Collections(Mapping[str, Collection]):
-    """All collections, by name; by id and by table too."""
+    """All collections, by name; by id and by table too.
 
-    def __init__(self, collections: tuple[Collection, ...]) -> None:
+    Attributes:
+        encoding: The database's.
+    """
+
+    def __init__(self, collections: tuple[Collection, ...], *, encoding: str = "UTF8") -> None:
+        self.encoding = encoding
         self._by_name = {c.name: c for c in collections}
         self._by_id = {c.id: c for c in collections}
         self._by_table = {c.table.name: c for c in collections}
@@ -168,7 +173,7 @@ def examine(
     built = tuple(
         _Shaping(draft, drafts, catalog, problems).collection() for draft in drafts.values()
     )
-    return Collections(built), tuple(problems)
+    return Collections(built, encoding=catalog.encoding), tuple(problems)
 
 
 def table_names(

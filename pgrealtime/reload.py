@@ -101,7 +101,11 @@ def fitted(config: Config, catalog: Catalog) -> World:
         else one
         for one in collections.values()
     )
-    return World(config=config, collections=Collections(tuple(locked)), faults=faults)
+    return World(
+        config=config,
+        collections=Collections(tuple(locked), encoding=collections.encoding),
+        faults=faults,
+    )
 
 
 def _name_in(problem: Problem) -> str:

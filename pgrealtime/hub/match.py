@@ -251,12 +251,11 @@ class Matcher:
 
     Args:
         collections: All there are.
-        is_utf8: Whether the database is encoded so.
     """
 
-    def __init__(self, collections: Collections, *, is_utf8: bool = True) -> None:
+    def __init__(self, collections: Collections) -> None:
         self._collections = collections
-        self.planner = Planner(collections, is_utf8=is_utf8)
+        self.planner = Planner(collections)
         self._tables = tables_of(collections)
         self._groups: dict[str, _Groups] = {}
         self._tried = 0

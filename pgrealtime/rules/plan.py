@@ -205,12 +205,12 @@ class Planner:
 
     Args:
         collections: All there are.
-        is_utf8: Whether the database is; in other encodings bytes have an order of their own.
     """
 
-    def __init__(self, collections: Collections, *, is_utf8: bool = True) -> None:
+    def __init__(self, collections: Collections) -> None:
         self._collections = collections
-        self._is_utf8 = is_utf8
+        # In other encodings bytes have an order of their own.
+        self._is_utf8 = collections.encoding == "UTF8"
         self._sources = Sources()
         self._atoms: WeakValueDictionary[Hashable, Atom] = WeakValueDictionary()
         self._filters: WeakValueDictionary[Hashable, Outline] = WeakValueDictionary()

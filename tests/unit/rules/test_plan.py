@@ -11,6 +11,7 @@ from pgrealtime.changes import Row
 from pgrealtime.collections import Collections
 from pgrealtime.errors import RuleError
 from pgrealtime.rules.access import Kind
+from pgrealtime.rules.formula import leaves
 from pgrealtime.rules.plan import Bound, Planner, columns_asked
 from pgrealtime.rules.reference import Nobody
 from pgrealtime.rules.request import Request
@@ -163,3 +164,16 @@ def test_a_refused_filter_admits_nobody() -> None:
 
     assert isinstance(bound, Nobody)
     assert bound.reason
+
+
+def test_texts_are_put_in_order_by_postgres_where_bytes_are_no_code_points() -> None:
+    """In LATIN9 the euro comes before every accented letter."""
+    planner = Planner(Collections(tuple(COLLECTIONS.values()), encoding="LATIN9"))
+    request = Request(principal=ANN, query={"q": "a"})
+    bound = planner.bind(POSTS, "title < @request.query.q && views < 3", request)
+
+    assert isinstance(bound, Bound)
+    decided = {
+        leaf.atom.test is not None: leaf.atom.columns for leaf in leaves(bound.variant.formula)
+    }
+    assert decided == {False: {"title"}, True: {"views"}}
