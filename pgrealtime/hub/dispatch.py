@@ -13,7 +13,7 @@ import string
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Collection as Sized
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
@@ -53,6 +53,7 @@ from pgrealtime.hub.identity import Identities, person_of
 from pgrealtime.hub.limits import Limits
 from pgrealtime.hub.match import Audience, Group, Matcher
 from pgrealtime.hub.probe import Asked, LiveRow
+from pgrealtime.hub.recent import Recent, standpoint
 from pgrealtime.hub.slices import SLICE, WIDE, Announcement, Slice, portions, slices
 from pgrealtime.hub.snapshot import Barrier, barrier_of
 from pgrealtime.hub.topic import parse_topic
@@ -185,6 +186,7 @@ class Hub:
         """Those that have a barrier."""
         self._replays: dict[Connection, asyncio.Task[None]] = {}
         self._replay_turns = asyncio.Semaphore(replays_at_once)
+        self._recent = Recent(clock)
         self._appended = asyncio.Event()
         self.progressed = asyncio.Event()
         """Set whenever the head moved; whoever waits for that clears it first."""
@@ -794,35 +796,51 @@ class Hub:
     async def _read_on(self, connection: Connection) -> None:
         try:
             await connection.sink.drain()
-            while True:
-                async with connection.turn:
-                    if not connection.is_replaying() or self._opens_with_gap(connection):
-                        return
-                    edition = self._edition
-                    parts = self._parts_for(connection)
-                    if parts is None:
-                        self._join(connection)
-                        return
-                is_whole, cursor = True, connection.cursor
-                while is_whole:
-                    async with connection.turn, self._replay_turns:
-                        if not connection.is_replaying():
-                            return
-                        # Cut only now: a call may have changed the caller meanwhile.
-                        part = next(parts, None)
-                        if part is None:
-                            break
-                        if self._edition != edition or connection.cursor != cursor:
-                            break  # a restart or a call has put it elsewhere
-                        is_whole = await self._hand(connection, part)
-                        cursor = connection.cursor
-                    await connection.sink.drain()
+            while await self._read_slice(connection):
+                await connection.sink.drain()
+                await asyncio.sleep(0)
         except Exception as error:  # noqa: BLE001 (as in _judge)
             log.error("replay.failed", error=type(error).__name__, at=_where(error))  # noqa: TRY400 (see _where)
             self._end(connection, "failed")  # its client comes back; silence would be a gap
         finally:
             if self._replays.get(connection) is asyncio.current_task():
                 del self._replays[connection]
+            if not self._replays:
+                self._recent.clear()
+
+    async def _read_slice(self, connection: Connection) -> bool:
+        """Hand the connection what is next for it; return whether there may be more."""
+        async with connection.turn:
+            if not connection.is_replaying() or self._opens_with_gap(connection):
+                return False
+            if self._hand_again(connection):
+                return True
+            if connection.cursor >= self._target:
+                self._join(connection)
+                return False
+            async with self._replay_turns:
+                # Looked at once more: others had their turn.
+                if connection.is_replaying() and connection.cursor < self._target:
+                    await self._hand(connection, self._part_for(connection))
+            return True
+
+    def _hand_again(self, connection: Connection) -> bool:
+        """Deliver what another one that stood there was given a moment ago, if any."""
+        stands = standpoint(connection, self._edition)
+        stretch = None if stands is None else self._recent.find(stands)
+        if stretch is None or stretch.upto > self._target:
+            return False
+        self._give(connection, stretch.events, stretch.batch)
+        connection.cursor = stretch.upto
+        if connection.wants_cursor:
+            connection.say_cursor(stretch.upto)
+        return True
+
+    def _give(self, connection: Connection, events: Sequence[Event], batch: Batch) -> None:
+        if batch.places:
+            connection.take(batch)
+            connection.write(connection.compose(events))
+            connection.active_at = connection.written_at = self._clock()
 
     def _opens_with_gap(self, connection: Connection) -> bool:
         """Tell a gap that the submitted position lies in; return whether that ended it."""
@@ -832,41 +850,41 @@ class Hub:
         self._tell(connection, Announcement(None, reason, connection.cursor))
         return connection.is_ended
 
-    def _parts_for(self, connection: Connection) -> Iterator[Slice] | None:
-        """Return what the connection has yet to read, or None if it has caught up."""
-        if connection.cursor >= self._target:
-            return None
+    def _part_for(self, connection: Connection) -> Slice:
+        """Return the next slice of what the connection has yet to read."""
         try:
             entries = self._changelog.read(connection.cursor, self._target, SLICE)
         except ChangelogError:
             floor = self._changelog.floor
-            return iter([Slice([], Announcement(None, "expired", floor), floor)])
+            return Slice([], Announcement(None, "expired", floor), floor)
 
         def turns(event: Event) -> bool:
             caller = connection.caller
             return self._identities.caller_after(event, caller, connection.known) is not caller
 
-        return slices(entries, connection.cursor, self._collections, turns)
+        # Always the first: so all who stand at a cursor are given the same.
+        return next(slices(entries, connection.cursor, self._collections, turns))
 
-    async def _hand(self, connection: Connection, part: Slice) -> bool:
+    async def _hand(self, connection: Connection, part: Slice) -> None:
         """Deliver a slice to one connection: what its own topics may see of it.
 
-        Returns whether that was the whole slice: what lies beyond the dispatch task's own is
-        left for later, so that it is judged either here or there and never twice; and so is what
-        was judged by collections that are no longer those of now.
+        What lies beyond the dispatch task's own is left for later, so that it is judged either
+        here or there and never twice; and so is what was judged by collections that are no longer
+        those of now.
         """
         edition = self._edition
         upto = min(part.upto, self._target)
         events = [event for event in part.events if event.cursor <= upto]
         people = [event for event in part.people if event.cursor <= upto]
         self._turn_one(connection, people, "update")
+        stands = standpoint(connection, edition)
         batch, verdict = await self._batch_for(connection, events)
         if connection.is_ended or self._edition != edition:
-            return False
-        if batch.places:
-            connection.take(batch)
-            connection.write(connection.compose(events))
-            connection.active_at = connection.written_at = self._clock()
+            return
+        self._give(connection, events, batch)
+        is_plain = part.gap is None and not part.people
+        if stands is not None and is_plain and not (verdict.undecided or verdict.lost):
+            self._recent.keep(stands, events, batch, upto)
         self._turn_one(connection, people, "delete")
         connection.cursor = upto
         gap = part.gap if part.gap is not None and part.gap.at <= upto else None
@@ -874,7 +892,6 @@ class Hub:
         # Not before the gap: who breaks off in between would come back from behind it.
         if connection.wants_cursor and not connection.is_ended:
             connection.say_cursor(upto)
-        return upto == part.upto
 
     def _turn_one(self, connection: Connection, people: Sequence[Event], action: Action) -> None:
         for event in people:
