@@ -12,19 +12,22 @@ class Batch:
         tails: After an empty first element, so that joining them with an id line puts one before
             each: one call in C per connection, whatever the number of messages.
         places: Of the events, ascending; one less than ``tails``.
+        size: Bytes of the tails.
     """
 
-    __slots__ = ("places", "tails")
+    __slots__ = ("places", "size", "tails")
 
     def __init__(self, messages: Iterable[tuple[int, bytes]] = ()) -> None:
         self.tails: list[bytes] = [b""]
         self.places: list[int] = []
+        self.size = 0
         for place, tail in messages:
             self.add(place, tail)
 
     def add(self, place: int, tail: bytes) -> None:
         """Append a message."""
         self.tails.append(tail)
+        self.size += len(tail)
         self.places.append(place)
 
     def messages(self) -> Iterable[tuple[int, bytes]]:

@@ -253,6 +253,14 @@ class Connection:
         self._batches += (batch,)
         return is_first
 
+    def is_taken_too_much(self, events: Sequence[Event], bound: int) -> bool:
+        """Whether what was taken passes the bound, and isn't of a single change of the slice's."""
+        if sum([batch.size for batch in self._batches]) <= bound:
+            return False
+        first = min(batch.places[0] for batch in self._batches)
+        last = max(batch.places[-1] for batch in self._batches)
+        return events[first].cursor != events[last].cursor
+
     def compose(self, events: Sequence[Event]) -> bytes:
         """Return what was taken of the slice as bytes; moves the position.
 

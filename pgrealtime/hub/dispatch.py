@@ -54,7 +54,7 @@ from pgrealtime.hub.limits import Limits
 from pgrealtime.hub.match import Audience, Group, Matcher
 from pgrealtime.hub.probe import Asked, LiveRow
 from pgrealtime.hub.recent import Recent, standpoint
-from pgrealtime.hub.slices import SLICE, WIDE, Announcement, Slice, portions, slices
+from pgrealtime.hub.slices import SLICE, WIDE, Announcement, Slice, parted, portions, slices
 from pgrealtime.hub.snapshot import Barrier, barrier_of
 from pgrealtime.hub.topic import parse_topic
 from pgrealtime.hub.visibility import Visibility
@@ -69,6 +69,10 @@ _ID_LENGTH = 40
 _POSITION_LIMIT = 128
 """Bytes of a submitted position that are looked at; anything longer is not ours."""
 _REPLAYS_AT_ONCE = 16
+_AUDIENCE_BYTES = 256 * 1024
+"""Of one portion for one audience: by so much a send buffer overruns at most, one change aside."""
+_PORTION_BYTES = 16 * 1024 * 1024
+"""Of one portion for all audiences: a client may have a thousand topics that hear the same."""
 _NO_LOGINS: Mapping[str, CollectionLoginConfig] = MappingProxyType({})
 
 
@@ -593,12 +597,15 @@ class Hub:
             self._begin(part)
             verdict = await self._judge_in_turns(part.events)
             beside = await self._look_beside(part.events, verdict, sights_of_audiences)
-            for places in portions(part.events, verdict.hits):
-                if self._edition != edition:
-                    return  # another history has begun, and this slice isn't of it
-                self._deliver(part, verdict, beside, places)
-                if places.stop < len(part.events):
-                    self._head = part.events[places.stop - 1].cursor
+            for portion in portions(part.events, verdict.hits):
+                stop = portion.start
+                while stop < portion.stop or not portion:
+                    if self._edition != edition:
+                        return  # another history has begun, and this slice isn't of it
+                    stop = self._deliver(part, verdict, beside, range(stop, portion.stop))
+                    if stop == len(part.events):
+                        break
+                    self._head = part.events[stop - 1].cursor
                     await asyncio.sleep(0)
             self._turn_live(part.people, "delete")
             self._advance(part)
@@ -702,12 +709,41 @@ class Hub:
             verdict.lost |= _names_in(events)
             return NOTHING_BESIDE
 
-    def _deliver(self, part: Slice, verdict: Verdict, beside: Beside, places: range) -> None:
-        """Hand out a portion of a slice, and with the last one its gap."""
+    def _deliver(self, part: Slice, verdict: Verdict, beside: Beside, places: range) -> int:
+        """Hand out a portion of a slice, or as many bytes of it as are bearable at once.
+
+        With the last one goes the slice's gap. Returns the place of the first event left over.
+        """
+        audiences, mine, stop = self._compose(part.events, verdict, beside, places)
+        touched: list[Connection] = []
+        for audience in audiences:
+            self._hand_out(audience, part.events, mine, touched)
+        self._flush(touched, part.events)
+        is_last = stop == len(part.events)
+        if is_last and (part.gap is not None or verdict.undecided or verdict.lost):
+            touched = [c for c in self._connections.values() if c.is_live]
+            for connection in touched:
+                self._tell_all(connection, part.gap, verdict, part.upto)
+        self._say_cursors(touched, part.upto if is_last else part.events[stop - 1].cursor)
+        return stop
+
+    def _compose(
+        self, events: Sequence[Event], verdict: Verdict, beside: Beside, places: range
+    ) -> tuple[list[Audience], dict[Subscription, Batch], int]:
+        """Make the messages of some events for each audience, and for who sees more than it.
+
+        Returns:
+            Both, and the place where it stopped: at the end, or between two changes when it was
+            too much for one connection or for the process.
+        """
         audiences: list[Audience] = []
         mine: dict[Subscription, Batch] = {}
+        size = largest = 0
         for place in places:
-            event = part.events[place]
+            event = events[place]
+            is_enough = largest >= _AUDIENCE_BYTES or size >= _PORTION_BYTES
+            if is_enough and event.cursor != events[place - 1].cursor:
+                return audiences, mine, place
             showing = Showing(event, place, beside)
             for group in verdict.hits[place]:
                 for audience in group.audiences:
@@ -718,19 +754,12 @@ class Hub:
                     if not tail:
                         continue
                     audience.batch.add(place, tail)
+                    size += len(tail)
+                    largest = max(largest, audience.batch.size)
                     for owner in audience.owners(event.record_id):
                         own = self._display.tail(showing, audience.receives, is_own=True)
                         mine.setdefault(owner, Batch()).add(place, own)
-        touched: list[Connection] = []
-        for audience in audiences:
-            self._hand_out(audience, part.events, mine, touched)
-        self._flush(touched, part.events)
-        is_last = places.stop == len(part.events)
-        if is_last and (part.gap is not None or verdict.undecided or verdict.lost):
-            touched = [c for c in self._connections.values() if c.is_live]
-            for connection in touched:
-                self._tell_all(connection, part.gap, verdict, part.upto)
-        self._say_cursors(touched, part.upto if is_last else part.events[places.stop - 1].cursor)
+        return audiences, mine, places.stop
 
     def _say_cursors(self, connections: Sequence[Connection], at: Cursor) -> None:
         for connection in connections:
@@ -773,9 +802,9 @@ class Hub:
         now = self._clock()
         bound = self._limits.send_buffer
         for connection in touched:
-            buffered = connection.sink.buffered()
-            if buffered >= bound:
-                # Slow: it reads on from the changelog, at its own pace, from before this portion.
+            is_full = connection.sink.buffered() >= bound
+            if is_full or connection.is_taken_too_much(events, bound):
+                # It reads on from the changelog, at its own pace, from before this portion.
                 connection.discard()
                 connection.is_live = False
                 connection.state = State.REPLAY
@@ -796,7 +825,8 @@ class Hub:
     async def _read_on(self, connection: Connection) -> None:
         try:
             await connection.sink.drain()
-            while await self._read_slice(connection):
+            at_once = SLICE
+            while at_once := await self._read_slice(connection, at_once):
                 await connection.sink.drain()
                 await asyncio.sleep(0)
         except Exception as error:  # noqa: BLE001 (as in _judge)
@@ -808,21 +838,26 @@ class Hub:
             if not self._replays:
                 self._recent.clear()
 
-    async def _read_slice(self, connection: Connection) -> bool:
-        """Hand the connection what is next for it; return whether there may be more."""
+    async def _read_slice(self, connection: Connection, at_once: int) -> int:
+        """Hand the connection what is next for it: so many events.
+
+        Returns:
+            How many should be tried the next time; 0 if there is no next time.
+        """
         async with connection.turn:
             if not connection.is_replaying() or self._opens_with_gap(connection):
-                return False
+                return 0
             if self._hand_again(connection):
-                return True
+                return at_once
             if connection.cursor >= self._target:
                 self._join(connection)
-                return False
+                return 0
             async with self._replay_turns:
                 # Looked at once more: others had their turn.
                 if connection.is_replaying() and connection.cursor < self._target:
-                    await self._hand(connection, self._part_for(connection))
-            return True
+                    part, _ = parted(self._part_for(connection), at_once)
+                    return await self._hand(connection, part)
+            return at_once
 
     def _hand_again(self, connection: Connection) -> bool:
         """Deliver what another one that stood there was given a moment ago, if any."""
@@ -865,12 +900,15 @@ class Hub:
         # Always the first: so all who stand at a cursor are given the same.
         return next(slices(entries, connection.cursor, self._collections, turns))
 
-    async def _hand(self, connection: Connection, part: Slice) -> None:
+    async def _hand(self, connection: Connection, part: Slice) -> int:
         """Deliver a slice to one connection: what its own topics may see of it.
 
         What lies beyond the dispatch task's own is left for later, so that it is judged either
         here or there and never twice; and so is what was judged by collections that are no longer
-        those of now.
+        those of now, and what would be too much at once.
+
+        Returns:
+            How many events should be tried the next time: what isn't handed out was judged in vain.
         """
         edition = self._edition
         upto = min(part.upto, self._target)
@@ -878,20 +916,25 @@ class Hub:
         people = [event for event in part.people if event.cursor <= upto]
         self._turn_one(connection, people, "update")
         stands = standpoint(connection, edition)
-        batch, verdict = await self._batch_for(connection, events)
+        batch, verdict, stop = await self._batch_for(connection, events)
         if connection.is_ended or self._edition != edition:
-            return
+            return SLICE
+        is_cut = stop < len(events)
+        if is_cut:
+            upto = events[stop - 1].cursor
         self._give(connection, events, batch)
         is_plain = part.gap is None and not part.people
         if stands is not None and is_plain and not (verdict.undecided or verdict.lost):
             self._recent.keep(stands, events, batch, upto)
-        self._turn_one(connection, people, "delete")
+        if not is_cut:
+            self._turn_one(connection, people, "delete")
         connection.cursor = upto
         gap = part.gap if part.gap is not None and part.gap.at <= upto else None
         self._tell_all(connection, gap, verdict, upto)
         # Not before the gap: who breaks off in between would come back from behind it.
         if connection.wants_cursor and not connection.is_ended:
             connection.say_cursor(upto)
+        return stop if is_cut else min(SLICE, max(1, len(events)) * 2)
 
     def _turn_one(self, connection: Connection, people: Sequence[Event], action: Action) -> None:
         for event in people:
@@ -900,14 +943,15 @@ class Hub:
 
     async def _batch_for(
         self, connection: Connection, events: list[Event]
-    ) -> tuple[Batch, Verdict]:
+    ) -> tuple[Batch, Verdict, int]:
+        """Return the messages, and of how many of the events they are."""
         by_group: dict[Group, list[Subscription]] = {}
         for subscription in connection.subscriptions.values():
             if subscription.group is not None:
                 by_group.setdefault(subscription.group, []).append(subscription)
         batch = Batch()
         if not events or not by_group:
-            return batch, Verdict([])
+            return batch, Verdict([]), len(events)
         verdict = await self._judge(events, by_group.keys())
 
         def sights(groups: Iterable[Group]) -> Iterable[Sight]:
@@ -915,6 +959,9 @@ class Hub:
 
         beside = await self._look_beside(events, verdict, sights)
         for place, (event, groups) in enumerate(zip(events, verdict.hits, strict=True)):
+            is_enough = batch.size >= self._limits.send_buffer
+            if is_enough and event.cursor != events[place - 1].cursor:
+                return batch, verdict, place
             showing = Showing(event, place, beside)
             for subscription in (one for group in groups for one in by_group[group]):
                 barrier = subscription.barrier
@@ -923,7 +970,7 @@ class Hub:
                 is_own = subscription.own_id == event.record_id
                 if tail := self._display.tail(showing, subscription.receives, is_own=is_own):
                     batch.add(place, tail)
-        return batch, verdict
+        return batch, verdict, len(events)
 
     def _join(self, connection: Connection) -> None:
         """Make LIVE a connection that has read all there is; or let it wait, or read on."""

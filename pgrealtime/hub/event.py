@@ -51,9 +51,17 @@ class Emptied(Struct, frozen=True):
     cursor: Cursor
 
 
-def events_of(transaction: Transaction, collections: Collections) -> Iterator[Event | Emptied]:
-    """Yield what the transaction did to collections, in order."""
-    for ordinal, change in enumerate(transaction.changes, start=1):
+def events_of(
+    transaction: Transaction, collections: Collections, after: int = 0
+) -> Iterator[Event | Emptied]:
+    """Yield what the transaction did to collections, in order.
+
+    Args:
+        transaction: The whole.
+        collections: What it is told of.
+        after: Changes that are left out at the beginning.
+    """
+    for ordinal, change in enumerate(transaction.changes[after:], start=after + 1):
         collection = collections.of_table(change.table)
         if collection is None:
             continue

@@ -110,9 +110,8 @@ def slices(
     upto = after
     for entry in entries:
         if isinstance(entry, Transaction):
-            for event in events_of(entry, collections):
-                if event.cursor <= after:
-                    continue
+            behind = after.ordinal if after.lsn == entry.end_lsn else 0
+            for event in events_of(entry, collections, behind):
                 if isinstance(event, Emptied):
                     names = frozenset({event.collection.name})
                     gap = Announcement(names, "truncate", event.cursor)
@@ -135,6 +134,27 @@ def slices(
             cut = _Cut(limit)
     if upto > after:
         yield cut.slice(None, upto)
+
+
+def parted(part: Slice, count: int) -> tuple[Slice, Slice | None]:
+    """Return a slice's first events and the slice of the others, if there are any.
+
+    Args:
+        part: The slice.
+        count: Of the first ones; more if a change would be torn apart. At least 1.
+    """
+    events = part.events
+    while count < len(events) and events[count].cursor == events[count - 1].cursor:
+        count += 1
+    if count >= len(events):
+        return part, None
+    upto = events[count - 1].cursor
+    people = [event for event in part.people if event.cursor <= upto]
+    others = [event for event in part.people if event.cursor > upto]
+    return (
+        Slice(events[:count], None, upto, people),
+        Slice(events[count:], part.gap, part.upto, others),
+    )
 
 
 def portions(events: Sequence[Event], judged: Sequence[Iterable[Hashable]]) -> Iterator[range]:

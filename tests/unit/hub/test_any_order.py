@@ -179,6 +179,8 @@ def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "SLICE", 3)
         monkeypatch.setattr(module, "WIDE", 10)
     monkeypatch.setattr(slices.slices, "__defaults__", (3,))
+    monkeypatch.setattr(dispatch, "_AUDIENCE_BYTES", 400)
+    monkeypatch.setattr(dispatch, "_PORTION_BYTES", 1500)
 
 
 @pytest.mark.usefixtures("_small_slices")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 
 import pytest
@@ -346,6 +347,35 @@ async def test_subscriptions_that_went_are_not_kept_for_their_barriers() -> None
             await room.subscribe(connection, "posts/*", "notes/*")
 
         assert len(room.hub._fresh) == 2
+
+
+@pytest.mark.parametrize("is_behind", [False, True], ids=["live", "replay"])
+async def test_a_client_that_takes_nothing_is_not_given_a_thousand_times_a_long_commit(
+    *, is_behind: bool
+) -> None:
+    """Each of its topics hears each row; anybody may subscribe so."""
+    async with open_room(send_buffer=20_000) as room:
+        rows = [insert(f"n{n:03}", "x" * 1000) for n in range(40)]
+        start = f"{'x' * 40}.abcdef-{100:016x}-ffffffff"
+        if is_behind:
+            room.commit(*rows)
+            await room.settled()
+        connection, sink = room.connect(position=start)
+        sink.is_stuck = True
+        await room.subscribe(connection, *(f"posts/*?{n}" for n in range(50)))
+        if not is_behind:
+            room.commit(*rows)
+        await sink.wait_for(2)
+        await room.settled()
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        most = sink.buffered()
+        sink.unstick()
+        events = await sink.wait_for(1 + 40 * 50)
+
+    assert most < 100_000
+    titles = [json.loads(event[2])["record"]["id"] for event in events[1::50]]
+    assert titles == [f"n{n:03}" for n in range(40)]
 
 
 async def test_what_a_write_adds_to_its_message_is_not_taken_for_bytes_that_a_client_took() -> None:

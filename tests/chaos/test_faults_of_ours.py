@@ -1,0 +1,66 @@
+"""What runs all the time fails: the program ends, says why, and lets its clients go."""
+
+from __future__ import annotations
+
+import asyncio
+
+import psycopg
+import pytest
+
+from pgrealtime.config import parse
+from pgrealtime.hub.dispatch import Hub
+from pgrealtime.relay import Relay
+from pgrealtime.run import running
+from tests.conformance.http_client import Address, End
+from tests.e2e.listener import listener
+
+
+class UnforeseenError(Exception):
+    """Nobody thought of it."""
+
+
+async def fail(*_: object) -> None:
+    raise UnforeseenError
+
+
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [
+        pytest.param(Hub, "_dispatch", id="delivery"),
+        pytest.param(Relay, "_keep", id="reading"),
+    ],
+)
+async def test_a_part_that_fails_ends_the_program_and_its_connections_in_an_orderly_way(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, of: type, name: str
+) -> None:
+    """A program that goes on without it would be silent; one that hangs is never restarted."""
+    monkeypatch.setattr(of, name, fail)
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as write:
+        await write.execute("CREATE TABLE posts (id text PRIMARY KEY)")
+        config = parse(
+            {
+                "version": 1,
+                "database": {"url": database_url},
+                "server": {"host": "127.0.0.1", "port": 0},
+                "collections": {"posts": {"table": "posts", "list_rule": ""}},
+            }
+        )
+        clients: list[asyncio.Task[End | None]] = []
+
+        async def serve() -> None:
+            async with running(config) as service:
+                clients.append(asyncio.create_task(follow(service.port)))
+                await asyncio.Event().wait()
+
+        async def follow(port: int) -> End | None:
+            async with listener(Address(host="127.0.0.1", port=port), "posts/*") as heard:
+                await write.execute("INSERT INTO posts VALUES ('a')")
+                return await heard.stream.wait_end(20)
+
+        async with asyncio.timeout(30):
+            with pytest.raises(ExceptionGroup) as failed:
+                await serve()
+            (client,) = clients
+            assert await client is End.ORDERLY
+
+    assert failed.group_contains(UnforeseenError)
