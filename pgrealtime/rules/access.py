@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collections, FieldKind
 from pgrealtime.rules.compare import Scalar
-from pgrealtime.rules.formula import All, Atom, Formula, Leaf, Some, asks_own_row, leaves
+from pgrealtime.rules.formula import All, Atom, Formula, Leaf, Some, all_of, asks_own_row, leaves
 from pgrealtime.rules.ir import (
     AuthRow,
     Comparison,
@@ -121,10 +121,15 @@ class Path:
     """Make a subscriber's key of its values, one for each source."""
     guards: tuple[Formula, ...] = ()
     """What must be true too, and is the same for all subscribers."""
-    is_exact: bool = True
-    """Who is found, guards being true, is admitted; otherwise the whole formula must be asked."""
+    rest: Formula = True
+    """What must be asked of whom it finds; with it and the guards who is found is admitted."""
     proves: Leaf | None = None
     """What is true of everybody who is found."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether who is found, guards being true, is admitted."""
+        return self.rest is True
 
     @property
     def lead(self) -> Hashable:
@@ -201,17 +206,15 @@ def _access(formula: Formula, sources: Sources) -> list[Path]:
     match formula:
         case Leaf(atom):
             found = _paths(atom.condition, [], formula, sources)
-            return found or [_SCAN]
+            return found or [Path(kind=Kind.FREE, rest=formula)]
         case Some(parts):
-            found = [path for part in parts for path in _access(part, sources)]
-            return _without_repetitions(found)
+            return [path for part in parts for path in _access(part, sources)]
         case All(parts):
             return _of_all(parts, sources)
         case bool():
             return []
 
 
-_SCAN = Path(kind=Kind.FREE, is_exact=False)
 _COMPOSED = 4
 """Sources of one key at most."""
 
@@ -220,15 +223,26 @@ def _of_all(parts: Sequence[Formula], sources: Sources) -> list[Path]:
     guards = tuple(part for part in parts if all(leaf.is_guard for leaf in leaves(part)))
     others = [part for part in parts if part not in guards]
     ways = [_access(part, sources) for part in others]
-    keys = [way[0] for way in ways if _is_plain_key(way)][:_COMPOSED]
-    if keys:
-        chosen, rest = [_composed(keys)], len(others) - len(keys)
+    keyed = _composable(ways)
+    if keyed:
+        chosen = [_composed([ways[at][0] for at in keyed])]
     else:
-        chosen, rest = min(ways, key=_cost), len(others) - 1
+        keyed = [min(range(len(ways)), key=lambda at: _cost(ways[at]))]
+        chosen = ways[keyed[0]]
+    rest = [part for at, part in enumerate(others) if at not in keyed]
     return [
-        replace(path, guards=path.guards + guards, is_exact=path.is_exact and not rest)
+        replace(path, guards=path.guards + guards, rest=all_of(iter([path.rest, *rest])))
         for path in chosen
     ]
+
+
+def _composable(ways: Sequence[Sequence[Path]]) -> list[int]:
+    """Return which of the ways make one key together: of different columns, and not too many."""
+    found: dict[RowSource, int] = {}
+    for at, way in enumerate(ways):
+        if _is_plain_key(way):
+            found.setdefault(way[0].sources[0], at)
+    return list(found.values())[:_COMPOSED]
 
 
 def _cost(way: Sequence[Path]) -> int:
@@ -240,7 +254,7 @@ _SCAN_COST = 1000
 
 def _is_plain_key(way: Sequence[Path]) -> bool:
     match way:
-        case [Path(kind=Kind.KEY, is_exact=True, guards=(), sources=(source,))]:
+        case [Path(kind=Kind.KEY, rest=True, guards=(), sources=(source,))]:
             return source.is_single
         case _:
             return False
@@ -248,24 +262,12 @@ def _is_plain_key(way: Sequence[Path]) -> bool:
 
 def _composed(keys: Sequence[Path]) -> Path:
     """Return one key of several, in an order that doesn't depend on the rule's."""
-    by_source = {path.sources[0].serial: path for path in keys}
-    if len(by_source) < len(keys):  # the same column twice
-        return replace(keys[0], is_exact=False)
-    ordered = [by_source[serial] for serial in sorted(by_source)]
+    ordered = sorted(keys, key=lambda path: path.sources[0].serial)
     return Path(
         kind=Kind.KEY,
         sources=tuple(path.sources[0] for path in ordered),
         keys=tuple(path.keys[0] for path in ordered),
     )
-
-
-def _without_repetitions(paths: list[Path]) -> list[Path]:
-    """Return the paths, those that try everybody only once for each set of guards."""
-    scans = {path.guards for path in paths if path.kind is Kind.FREE and not path.is_exact}
-    kept = [path for path in paths if path.kind is not Kind.FREE or path.is_exact]
-    if () in scans:
-        return [_SCAN]
-    return [*kept, *(replace(_SCAN, guards=guards) for guards in scans)]
 
 
 # --- within an atom
@@ -294,8 +296,9 @@ def _paths(
             is_whole = condition is leaf.atom.condition or (
                 path.kind is Kind.REMOTE and not any(map(_has_free, beside)) and path.is_exact
             )
-            is_exact = path.is_exact and is_whole
-            return [replace(path, is_exact=is_exact, proves=leaf if is_exact else None)]
+            if path.is_exact and is_whole:
+                return [replace(path, proves=leaf)]
+            return [replace(path, rest=leaf)]
         case Conjunction(parts):
             ways = [
                 way
@@ -309,7 +312,7 @@ def _paths(
                 way = _paths(part, beside, leaf, sources)
                 if way is None:
                     return None
-                found += (replace(path, is_exact=False, proves=None) for path in way)
+                found += (replace(path, rest=leaf, proves=None) for path in way)
             return found
         case Nested():
             return None
@@ -327,7 +330,7 @@ def _local(comparison: Comparison, leaf: Leaf, sources: Sources) -> Path | None:
         sources=(source,),
         op=made.op,
         keys=(_key_of(leaf.picks, made.of_args),),
-        is_exact=made.is_exact,
+        rest=True if made.is_exact else leaf,
     )
 
 
@@ -365,7 +368,7 @@ def _remote(
         kind=Kind.REMOTE,
         remote=sources.of_postgres(atom, term, where, is_number=form is Form.NUMBER),
         keys=(lambda values: render(values[at], form),),
-        is_exact=comparison.is_any or not is_multiple(term),
+        rest=True if comparison.is_any or not is_multiple(term) else leaf,
     )
 
 

@@ -56,7 +56,8 @@ class Case(Generic[M]):
     def consider(self, members: Iterable[M]) -> None:
         """Ask members that were found in some other way than by the index."""
         for member in members:
-            self._settle(member, _ANY)
+            if self._is_told(member):
+                self._note(member, self.facts.decide(member.variant.formula, member.values))
 
     def search(self, index: Index[M]) -> None:
         """Look into an index; a row may concern several."""
@@ -92,16 +93,27 @@ class Case(Generic[M]):
             self.hits.update(members)
         elif holds:
             for member in members:
-                self._settle(member, _ANY)
+                self._settle(member, member.variant.leads[guards, is_exact])
 
     def _settle(self, member: M, lead: Lead) -> None:
-        facts, variant = self.facts, member.variant
-        if facts.missing and not facts.missing.isdisjoint(variant.columns):
-            facts.lacked += 1
+        """Take a member to whom something led, if that is enough."""
+        if not self._is_told(member):
             return
         verdict = self._hold(lead.guards) if lead.guards else True
-        if verdict is not False and not lead.is_exact:
-            verdict = facts.decide(variant.formula, member.values)
+        if verdict is not False and lead.rest is not True:
+            rest = self.facts.decide(lead.rest, member.values)
+            verdict = rest if rest is False or verdict else None
+        self._note(member, verdict)
+
+    def _is_told(self, member: M) -> bool:
+        """Whether the row has all that the member's rule reads."""
+        missing = self.facts.missing
+        if missing and not missing.isdisjoint(member.variant.columns):
+            self.facts.lacked += 1
+            return False
+        return True
+
+    def _note(self, member: M, verdict: bool | None) -> None:  # noqa: FBT001 (the result)
         if verdict:
             self.hits[member] = None
         elif verdict is None:
@@ -155,9 +167,6 @@ class Case(Generic[M]):
 
 
 _Guards: TypeAlias = tuple[Formula, ...]
-
-_ANY = Lead((), is_exact=False, proves=None)
-"""Of members that no path led to, or not for certain: everything is asked."""
 
 
 class Deciding(Generic[M]):

@@ -331,7 +331,10 @@ class Facts:
             case All(parts):
                 is_known = True
                 for part in parts:
-                    verdict = self.decide(part, values)
+                    if isinstance(part, Leaf):
+                        verdict = self.verdict(part, values)
+                    else:
+                        verdict = self.decide(part, values)
                     if verdict is False:
                         return False
                     is_known = is_known and verdict is not None

@@ -211,10 +211,10 @@ class Index(Generic[M]):
         for path in member.variant.paths:
             key = path.key(member.values)
             if path.kind is Kind.FREE:
-                members = self.free[path.guards, path.is_exact]
+                members = self.free.get((path.guards, path.is_exact), {})
                 members.pop(member, None)
-                if not members:
-                    del self.free[path.guards, path.is_exact]
+                if not members:  # or gone already: two paths may lead there
+                    self.free.pop((path.guards, path.is_exact), None)
             elif key is not None or path.kind is Kind.NOT:
                 self._take_out(path, key, member)
 

@@ -578,6 +578,10 @@ def _argument(parameter: Parameter, form: Form, ground: Ground) -> Read:
             return _fixed(render(parameter.value, form) if is_number else None)
         return _fixed(render(parameter.value, form))
     at = ground.order[parameter]
+    if form is Form.TEXT:
+        return lambda _row, args, _chosen: (
+            value if isinstance(value := args[at], str) else render(value, form)
+        )
     return lambda _row, args, _chosen: render(args[at], form)
 
 

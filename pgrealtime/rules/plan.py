@@ -92,8 +92,11 @@ class Lead(NamedTuple):
     """What it means to be found."""
 
     guards: tuple[Formula, ...]
-    is_exact: bool
+    """What must be true of the row."""
+    rest: Formula
+    """What must be true of the subscriber too."""
     proves: Leaf | None
+    """What is true of everybody who is found."""
 
 
 class Variant:
@@ -104,8 +107,7 @@ class Variant:
         picks: Which of the template's values tell subscribers apart.
         columns: What must be known of a row.
         paths: How a row finds its subscribers.
-        leads: By what an index keeps them: the path's guards, whether who is found by it and
-            them is admitted, and what is proved by being found.
+        leads: By what an index keeps them: what admits who is found there.
     """
 
     __slots__ = ("__weakref__", "collection", "columns", "formula", "leads", "paths", "picks")
@@ -125,9 +127,9 @@ class Variant:
         self.paths: tuple[Path, ...] = access(formula, sources)
         self.leads: dict[Hashable, Lead] = {}
         for path in self.paths:
-            found = Lead(path.guards, path.is_exact, path.proves)
+            found = Lead(path.guards, path.rest, path.proves)
             if self.leads.setdefault(path.lead, found) != found:
-                self.leads[path.lead] = Lead((), False, None)
+                self.leads[path.lead] = Lead((), formula, None)
 
     @property
     def is_scan(self) -> bool:
