@@ -214,7 +214,8 @@ class Relay:
             # Another history: first start, failover, restore. LSNs may be used again.
             self._changelog.restart(stream.start_lsn)
         elif stream.start_lsn > head.lsn:
-            self._changelog.append(Gap(stream.start_lsn, "slot_lost"), time.monotonic())
+            gap = Gap(stream.start_lsn, "slot_lost")
+            self._changelog.append(gap, time.monotonic(), self._follower.head)
             log.warning("replication.gap", reason="slot_lost", lsn=format_lsn(stream.start_lsn))
         if epoch == self._epoch and stream.start_lsn < head.lsn:
             self._restores += 1

@@ -58,7 +58,7 @@ from pgrealtime.hub.slices import SLICE, WIDE, Announcement, Slice, parted, port
 from pgrealtime.hub.snapshot import Barrier, barrier_of
 from pgrealtime.hub.topic import parse_topic
 from pgrealtime.hub.visibility import Visibility
-from pgrealtime.lsn import Cursor, Position, Xid, parse_position
+from pgrealtime.lsn import LSN, Cursor, Position, Xid, parse_position
 from pgrealtime.records.encode import View
 from pgrealtime.rules.request import Request
 
@@ -74,6 +74,10 @@ _AUDIENCE_BYTES = 256 * 1024
 _PORTION_BYTES = 16 * 1024 * 1024
 """Of one portion for all audiences: a client may have a thousand topics that hear the same."""
 _NO_LOGINS: Mapping[str, CollectionLoginConfig] = MappingProxyType({})
+
+
+_START = Cursor(LSN(0), 0)
+_NEVER = Cursor(LSN(1 << 64), 0)
 
 
 class Asking(Protocol):
@@ -157,8 +161,10 @@ class Hub:
         self._limits = limits
         self._nulls = nulls
         self._epoch = epoch
-        self._epochs: set[str] = set()
-        """Earlier ones whose positions the changelog goes on from."""
+        self._epochs = {epoch: _START}
+        """This one and the one before, whose positions the changelog goes on from, and since when:
+        tables that come back were not streamed in between."""
+        self._used = {epoch}
         self._can_resume = can_resume
         self._on_doubt = on_doubt or (lambda: None)
         self._clock = clock
@@ -237,7 +243,9 @@ class Hub:
 
     def stream_continued(self, epoch: str) -> None:
         """Another stream goes on where the last one left off: nothing was missed or repeated."""
-        self._epochs.add(self._epoch)
+        since = self._head if epoch in self._used else _START
+        self._epochs = {self._epoch: self._epochs[self._epoch], epoch: since}
+        self._used.add(epoch)
         self._epoch = epoch
         for connection in self._connections.values():
             connection.epoch = epoch
@@ -304,7 +312,8 @@ class Hub:
     def _restarted(self, epoch: str) -> None:
         """Positions of before mean nothing any more: the changelog was emptied as well."""
         self._epoch = epoch
-        self._epochs.clear()
+        self._epochs = {epoch: _START}
+        self._used = {epoch}
         self._edition += 1
         self._head = self._target = self._changelog.head
         self._visibility.clear()
@@ -362,7 +371,7 @@ class Hub:
             connection.position = connection.position_text(self._head)
             return
         asked = asked or _position_of(position)
-        is_ours = asked is not None and asked.epoch in (self._epoch, *self._epochs)
+        is_ours = asked is not None and asked.cursor >= self._epochs.get(asked.epoch, _NEVER)
         if asked is None or not is_ours or not self._can_resume:
             connection.gap = "unknown"
         elif asked.cursor < self._changelog.floor:
@@ -494,7 +503,13 @@ class Hub:
         if all(name in connection.subscriptions for name in names):
             return None
         if is_first and connection.resumes:
-            return None
+            if connection.cursor <= self._changelog.head:
+                return None
+            # Another process may be ahead of us, or have seen it before a restore.
+            barrier = await self._visibility.barrier(_START)
+            if connection.cursor.lsn <= barrier.insert_lsn:
+                return None
+            connection.gap, connection.resumes = "unknown", False
         if is_first:
             # It has heard nothing yet, so nothing can come out of order: begin at the head.
             connection.cursor = self._head

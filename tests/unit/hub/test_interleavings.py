@@ -277,6 +277,53 @@ async def test_a_position_beyond_a_gap_comes_after_the_gap() -> None:
     assert [event[1] for event in again[1:4]] == ["posts/*", "PB_RESYNC", "PB_CURSOR"]
 
 
+async def test_a_position_beyond_the_end_of_the_wal_is_of_a_time_before_a_restore() -> None:
+    """The files say the same system and timeline, and everything up to there would be skipped."""
+    async with open_room() as room:
+        room.database.insert_lsn = "0/64"
+        connection, sink = room.connect(position=f"{'x' * 40}.abcdef-{0x900:016x}-00000001")
+        await room.subscribe(connection, "posts/*")
+        room.commit(insert("a"))
+        events = await sink.wait_for(3)
+
+    assert [event[1] for event in events] == ["PB_CONNECT", "PB_RESYNC", "posts/*"]
+
+
+async def test_a_position_ahead_of_us_but_within_the_wal_is_another_process_s() -> None:
+    """What comes up to there its client has; it only has to wait."""
+    async with open_room() as room:
+        room.database.insert_lsn = "0/900"
+        connection, sink = room.connect(position=f"{'x' * 40}.abcdef-{300:016x}-00000001")
+        await room.subscribe(connection, "posts/*")
+        room.commit(insert("a"))
+        room.commit(insert("b"), insert("c"))
+        room.commit(insert("d"))
+        events = await sink.wait_for(3)
+
+    assert [json.loads(event[2])["record"]["id"] for event in events[1:]] == ["c", "d"]
+
+
+async def test_tables_that_come_back_bring_no_positions_of_before_back() -> None:
+    """What changed in a table while it was not streamed, nobody can tell."""
+    async with open_room() as room:
+        made = room.commit(insert("a"), insert("b"))
+        await room.settled()
+        room.hub.stream_continued("fedcba")
+        room.commit(insert("of the others"))
+        await room.settled()
+        room.hub.stream_continued("abcdef")
+        connection, sink = room.connect(position=f"{'x' * 40}.{at(made, 1)}")
+        await room.subscribe(connection, "posts/*")
+        late = room.commit(insert("c"), insert("d"))
+        events = await sink.wait_for(4)
+        again, again_sink = room.connect(position=f"{'x' * 40}.{at(late, 1)}")
+        await room.subscribe(again, "posts/*")
+        repeated = await again_sink.wait_for(2)
+
+    assert [event[1] for event in events] == ["PB_CONNECT", "PB_RESYNC", "posts/*", "posts/*"]
+    assert json.loads(repeated[1][2])["record"]["id"] == "d"
+
+
 # What could not be found out
 
 
