@@ -44,6 +44,9 @@ _STATUS_SECONDS = 10.0
 _SLICE_SECONDS = 0.005
 """One drain of the socket ends after this, so that a flood doesn't keep the loop to itself."""
 
+_SILENCE_SECONDS = 300.0
+"""Where the server itself has no wal_sender_timeout: how long it may say nothing at all."""
+
 _LOAD_MESSAGES = 64
 """A drain that brought so many is load: then waiting a little makes wake-ups fewer, on both sides.
 A lone event is far below and is never delayed."""
@@ -109,6 +112,9 @@ class WalStream:
         status_interval = _status_interval(facts.wal_sender_timeout)
         self._feedback = Feedback(slot.start_lsn, interval=status_interval, now=self._loop.time())
         self._tick_seconds = min(status_interval, MOVE_SECONDS)
+        self._silence_seconds = facts.wal_sender_timeout or _SILENCE_SECONDS
+        self._silent_ticks = 0
+        """Not seconds: after a moment in which we did nothing, what came is still to be read."""
         self._reading = _Reading.ENDED
         self._batch: Batch = []
         self._batch_bytes = 0
@@ -221,6 +227,7 @@ class WalStream:
             if is_dry or self._loop.time() > until or self._batch_bytes > _QUEUE_BYTES:
                 break
         if count:
+            self._silent_ticks = 0
             self.last_heard = time.monotonic()
         return count, is_dry
 
@@ -256,7 +263,21 @@ class WalStream:
     def _tick(self) -> None:
         self._set("tick", self._tick_seconds, self._tick)
         with self._guarded():
+            self._mind_silence()
             self._send(self._feedback.due(self._loop.time()))
+
+    def _mind_silence(self) -> None:
+        """Give up a server that leaves every request for a sign of life unanswered.
+
+        It may be gone without the network or a proxy telling us; it would give us up as well.
+        """
+        if self._reading in (_Reading.PAUSED, _Reading.ENDED):
+            return
+        self._silent_ticks += 1
+        if self._silent_ticks * self._tick_seconds > self._silence_seconds:
+            raise StreamInterruptedError(
+                f"the server has said nothing for {self._silence_seconds:g} s"
+            )
 
     def _send(self, updates: tuple[StandbyStatusUpdate, ...]) -> None:
         for update in updates:

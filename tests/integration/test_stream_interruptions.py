@@ -26,6 +26,7 @@ from tests.stream_reading import (
     until_true,
     writer,
 )
+from tests.wire import wire
 
 TABLE = "CREATE TABLE t (id bigserial PRIMARY KEY, pad text)"
 FLOOD = "INSERT INTO t (pad) SELECT repeat('x', 1000) FROM generate_series(1, 1000)"
@@ -242,3 +243,25 @@ async def test_flood_over_tls_comes_whole(tls_url: str, plugin: Plugin) -> None:
             await finish(connection)
             read = await read_to_finish(stream)
     assert [len(one.changes) for one in read if isinstance(one, Transaction)] == [1000] * 20
+
+
+@both
+async def test_a_server_that_says_nothing_any_more_is_given_up(
+    server: OwnServer, plugin: Plugin
+) -> None:
+    """No error comes from a network or a proxy that swallows everything."""
+    server.configure(wal_sender_timeout="3s")
+    async with (
+        wire(server.url) as way,
+        writer(server.url) as connection,
+    ):
+        await connection.execute(TABLE)
+        async with reading(way.url(server.url), connection, plugin) as stream:
+            await asyncio.sleep(5)  # longer than that, with nothing to tell: it goes on
+            await connection.execute("INSERT INTO t (pad) VALUES ('a')")
+            assert len(await anext(stream)) == 1
+            way.silence()
+            _, error = await _end(stream)
+
+    assert isinstance(error, StreamInterruptedError)
+    assert error.message == "the server has said nothing for 3 s"
