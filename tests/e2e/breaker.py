@@ -1,21 +1,40 @@
-"""A TCP proxy that cuts connections at random bytes, as networks do."""
+"""A TCP proxy that cuts connections at random bytes, as networks do.
+
+With one exception: a stream isn't cut between its PB_CONNECT and the answer to the call that
+follows. There the official SDK cancels its call, takes that for success and never connects again,
+whatever the server does.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 from tests.conformance.http_client import Address
 
+CALL_SECONDS = 5.0
+"""How long a stream is spared for the sake of a call that doesn't come."""
+
+NOTICE_SECONDS = 0.1
+"""How long a client has to notice that its call was answered."""
+
 
 class Breaker:
-    """Forwards to a server; cuts each connection after a random number of bytes from there."""
+    """Forwards one client to a server; cuts connections after a random number of bytes from there.
+
+    Args:
+        target: The server.
+        rng: Says where to cut.
+    """
 
     def __init__(self, target: Address, rng: random.Random) -> None:
         self._target = target
         self._rng = rng
+        self._answered = asyncio.Event()
+        """Set once a call was answered after the last PB_CONNECT."""
         self.breaks = 0
         self.longest = 0
         """Bytes a connection may bring from now on at most before it is cut; 0 cuts none."""
@@ -28,40 +47,74 @@ class Breaker:
         except OSError:
             writer.transport.abort()
             return
-        up = asyncio.create_task(_copy(reader, there[1]))
+        up = _Up(reader, there[1])
+        copying = asyncio.create_task(up.copy())
         try:
-            await self._down(there[0], writer)
+            await self._down(there[0], writer, up)
         finally:
-            up.cancel()
+            copying.cancel()
             with suppress(asyncio.CancelledError):
-                await up
+                await copying
             there[1].transport.abort()
             writer.transport.abort()
 
-    async def _down(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _down(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, up: _Up
+    ) -> None:
         left: int | None = None
+        greeted: asyncio.Event | None = None
         with suppress(ConnectionError):
             while data := await reader.read(65536):
                 if not self.longest:
                     left = None
                 elif left is None:
                     left = self._rng.randint(1, self.longest)
-                if left is not None and len(data) >= left:
-                    writer.write(data[:left])
-                    await writer.drain()
+                cut = left is not None and len(data) >= left
+                part = data[:left] if cut else data
+                writer.write(part)
+                await writer.drain()
+                if up.is_call:
+                    self._answered.set()
+                elif _GREETING.search(part):
+                    greeted = self._answered = asyncio.Event()
+                if cut:
+                    if greeted is not None:
+                        await _noticed(greeted)
                     self.breaks += 1
                     return
-                left = None if left is None else left - len(data)
-                writer.write(data)
-                await writer.drain()
+                left = None if left is None else left - len(part)
             writer.write_eof()
 
 
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with suppress(ConnectionError):
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
+_GREETING = re.compile(rb"PB_CONNECT\n.*\n\n")
+
+
+class _Up:
+    """What goes to the server on one connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self.is_call = False
+        """Whether the newest request on it is a POST."""
+
+    async def copy(self) -> None:
+        with suppress(ConnectionError):
+            while data := await self._reader.read(65536):
+                if verb := _VERB.match(data):
+                    self.is_call = verb[1] == b"POST"
+                self._writer.write(data)
+                await self._writer.drain()
+
+
+_VERB = re.compile(rb"([A-Z]+) /")
+
+
+async def _noticed(answered: asyncio.Event) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(CALL_SECONDS):
+            await answered.wait()
+    await asyncio.sleep(NOTICE_SECONDS)  # the client's own time; nothing tells of it
 
 
 @asynccontextmanager
