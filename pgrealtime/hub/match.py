@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection as Sized
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
+from itertools import takewhile
 
 from pgrealtime.auth.principal import Principal
 from pgrealtime.changes import Row
@@ -31,6 +32,16 @@ _TRIED = 5_000
 """Groups that no row leads to: each event tries every one of them, at a few microseconds."""
 _TRIED_PER_CONNECTION = 50
 """Of those, how many one connection's subscriptions may be in."""
+_COSTLY_PER_CONNECTION = 16
+"""Subscriptions of one connection whose filters take questions to Postgres beyond their rules':
+each of those may take the whole ``statement_timeout``."""
+_FILTERS_PER_CONNECTION = 64 * 1024
+"""Characters of one connection's different filters. Compiling takes up to 15 ms for a thousand,
+and all of it is done anew when rules or the caller change."""
+TOO_COSTLY = f"a connection takes {_COSTLY_PER_CONNECTION} filters that Postgres must be asked for"
+TOO_LONG = f"a connection takes {_FILTERS_PER_CONNECTION} characters of filters"
+LIMITED = frozenset({TOO_COSTLY, TOO_LONG})
+"""Reasons why nothing can match of filters that would be fine alone."""
 _TRIED_AT_ONCE = 20_000
 """How many are tried before others of the loop have their turn."""
 
@@ -275,11 +286,15 @@ class Matcher:
         collection = self._collections.find(topic.collection)
         if collection is None:
             return ""
+        if "filter" in topic.query and _filters_upto(subscription) > _FILTERS_PER_CONNECTION:
+            return TOO_LONG
         rule = collection.list_rule if topic.record_id is None else collection.view_rule
         request = Request(principal=principal, query=topic.query, headers=topic.headers)
         bound = self.planner.bind(collection, rule, request, own)
         if isinstance(bound, Nobody):
             return bound.reason
+        if bound.variant.is_costly and _costly_before(subscription) >= _COSTLY_PER_CONNECTION:
+            return TOO_COSTLY
         there = self._groups.get(collection.name) or _Groups()
         group = there.find(bound, topic.record_id)
         if group is None:
@@ -362,6 +377,27 @@ class Matcher:
         if place not in pasts:
             pasts[place] = Past(event.changes, self._tables)
         return pasts[place]
+
+
+def _before(subscription: Subscription) -> Iterator[Subscription]:
+    """Yield the connection's subscriptions that were submitted before this one.
+
+    Only those count, so that topics mean the same whether they are new or bound again.
+    """
+    theirs = subscription.connection.subscriptions.values()
+    return takewhile(lambda one: one is not subscription, theirs)
+
+
+def _costly_before(subscription: Subscription) -> int:
+    return sum(
+        one.group is not None and one.group.variant.is_costly for one in _before(subscription)
+    )
+
+
+def _filters_upto(subscription: Subscription) -> int:
+    texts = {one.topic.query.get("filter", "") for one in _before(subscription)}
+    texts.add(subscription.topic.query["filter"])
+    return sum(map(len, texts))
 
 
 _WHOLE: frozenset[str] = frozenset()

@@ -108,9 +108,19 @@ class Variant:
         columns: What must be known of a row.
         paths: How a row finds its subscribers.
         leads: By what an index keeps them: what admits who is found there.
+        is_costly: Whether the filter, beyond its rule, takes a question to Postgres.
     """
 
-    __slots__ = ("__weakref__", "collection", "columns", "formula", "leads", "paths", "picks")
+    __slots__ = (
+        "__weakref__",
+        "collection",
+        "columns",
+        "formula",
+        "is_costly",
+        "leads",
+        "paths",
+        "picks",
+    )
 
     def __init__(
         self,
@@ -119,10 +129,13 @@ class Variant:
         picks: tuple[int, ...],
         columns: frozenset[str],
         sources: Sources,
+        *,
+        is_costly: bool,
     ) -> None:
         self.collection = collection
         self.formula = formula
         self.picks = picks
+        self.is_costly = is_costly
         self.columns = columns
         self.paths: tuple[Path, ...] = access(formula, sources)
         self.leads: dict[Hashable, Lead] = {}
@@ -155,13 +168,16 @@ class Template:
     def __init__(
         self,
         collection: Collection,
-        formula: Formula,
+        rule: Formula,
+        filter_: Formula,
         needs: Sequence[Parameter | AuthColumn],
         sources: Sources,
     ) -> None:
+        formula = all_of(iter((rule, filter_)))
         self.collection = collection
         self.needs = tuple(needs)
         self._formula = formula
+        self._costly = _of_postgres(filter_) - _of_postgres(rule)
         self._columns = frozenset().union(*(leaf.atom.columns for leaf in leaves(formula)))
         self._constants = [leaf for leaf in leaves(formula) if leaf.atom.is_constant]
         self._sources = sources
@@ -189,7 +205,19 @@ class Template:
         renumbered = rebuilt(
             formula, lambda leaf: Leaf(leaf.atom, tuple(places[at] for at in leaf.picks))
         )
-        return Variant(self.collection, renumbered, picks, self._columns, self._sources)
+        return Variant(
+            self.collection,
+            renumbered,
+            picks,
+            self._columns,
+            self._sources,
+            is_costly=not self._costly.isdisjoint(leaf.atom for leaf in leaves(formula)),
+        )
+
+
+def _of_postgres(formula: Formula) -> frozenset[Atom]:
+    """What of it can't be decided in the process."""
+    return frozenset(leaf.atom for leaf in leaves(formula) if leaf.atom.test is None)
 
 
 def _constant(leaf: Leaf, values: Sequence[Scalar]) -> bool | None:
@@ -326,11 +354,11 @@ class Planner:
                     made = (build(one, known) for one in parts)
                     return all_of(made) if join == "all" else some_of(made)
 
-        formula = all_of(
+        rule, filter_ = (
             build(outline.skeleton, dict(zip(outline.parameters, rest, strict=False)))
             for outline in outlines
         )
-        return Template(collection, formula, tuple(places), self._sources)
+        return Template(collection, rule, filter_, tuple(places), self._sources)
 
     def _leaf(
         self,

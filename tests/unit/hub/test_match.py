@@ -12,11 +12,12 @@ from pgrealtime.changes import Row
 from pgrealtime.collections import Collections
 from pgrealtime.hub.connection import Connection, Subscription
 from pgrealtime.hub.event import Event
-from pgrealtime.hub.match import Group, Matcher
+from pgrealtime.hub.match import TOO_COSTLY, TOO_LONG, Group, Matcher
 from pgrealtime.hub.topic import parse_topic
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.records.encode import View
 from tests.unit.hub.room import COLLECTIONS, MemorySink
+from tests.unit.rules.schema import COLLECTIONS as RELATED
 
 NOW = datetime(2024, 5, 6, tzinfo=UTC)
 VIEW = View(sees_hidden=False, sees_email=False, fields=None)
@@ -111,6 +112,76 @@ def test_a_client_has_a_share_of_what_is_tried_one_by_one() -> None:
     assert isinstance(same, Subscription)
     assert isinstance(subscribe(there, filtered("title='more'"), on=mine), Subscription)
     assert isinstance(subscribe(there, filtered("title~'mine'")), Subscription)
+
+
+def with_relations(list_rule: str = "") -> Matcher:
+    """Posts have authors here."""
+    posts = replace(RELATED["posts"], list_rule=list_rule)
+    return Matcher(Collections((posts, *(c for c in RELATED.values() if c.name != "posts"))))
+
+
+def asking(text: str) -> str:
+    """A topic whose filter nobody but Postgres can decide."""
+    return filtered(f"author.name~'{text}'")
+
+
+def test_a_connection_has_a_number_of_filters_that_postgres_is_asked_for() -> None:
+    """One client's bombs are few; everybody else, and whatever is decided here, isn't counted."""
+    there, mine = with_relations(), connection()
+    for n in range(16):
+        assert isinstance(subscribe(there, asking(str(n)), on=mine), Subscription)
+
+    assert subscribe(there, asking("more"), on=mine) == TOO_COSTLY
+    assert isinstance(subscribe(there, filtered("title~'more'"), on=mine), Subscription)
+    assert isinstance(subscribe(there, "posts/*", on=mine), Subscription)
+    assert isinstance(subscribe(there, asking("more")), Subscription)
+
+
+def test_what_the_rule_asks_anyway_is_not_the_filter_s_doing() -> None:
+    there, mine = with_relations("author.name ~ title"), connection()
+    names = [filtered(f"title={n}&&author.name~title") for n in range(17)]
+    for name in ("posts/*", "posts", *names):
+        assert isinstance(subscribe(there, name, on=mine), Subscription)
+
+
+def test_bound_again_or_replaced_the_same_topics_are_mute() -> None:
+    """Another caller, a reload, the same call once more: the first ones count, and no more."""
+    there, mine = with_relations(), connection()
+    for n in range(18):
+        subscribe(there, asking(str(n)), on=mine)
+    made = list(mine.subscriptions.values())
+    record = AuthRecord(collection_id="pbc_people", collection_name="people", id="bob")
+    for one in made:
+        there.remove(one)
+        there.add(one, record)
+    assert [one.group is not None for one in made] == [True] * 16 + [False] * 2
+
+    another = with_relations()
+    for one in made:
+        one.group = None
+        another.add(one, record)
+    assert [one.group is not None for one in made] == [True] * 16 + [False] * 2
+
+    for one in made[:1]:
+        another.remove(one)
+        del mine.subscriptions[one.topic.text]
+    assert isinstance(subscribe(another, asking("new"), on=mine), Subscription)
+    assert subscribe(another, asking("newer"), on=mine) == TOO_COSTLY
+
+
+def test_a_connection_has_a_number_of_characters_of_filters() -> None:
+    """Compiling takes time that others wait for; the same text is compiled once."""
+    there, mine = matcher(), connection()
+    texts = [f"title={n}||title='{'x' * 1000}'" for n in range(70)]
+    heard = [isinstance(subscribe(there, filtered(text), on=mine), Subscription) for text in texts]
+    known = filtered(texts[3]) + "&again"
+
+    assert heard == [len("".join(texts[: n + 1])) <= 64 * 1024 for n in range(70)]
+    assert subscribe(there, known, on=mine) == TOO_LONG
+    assert isinstance(subscribe(there, "posts/*", on=mine), Subscription)
+    for name in [filtered(text) for text in texts[60:]]:
+        del mine.subscriptions[name]
+    assert isinstance(subscribe(there, known, on=mine), Subscription)
 
 
 @pytest.mark.parametrize("name", ["nothing/*", "", "posts/*\n"])
