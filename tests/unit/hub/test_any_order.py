@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import pytest
 
-from pgrealtime.hub import dispatch, slices
+from pgrealtime.hub import compose, dispatch, judge, replay, slices
 from tests import virtual_time
 from tests.unit.hub.reader import Kind, Reader
 from tests.unit.hub.world import World
@@ -164,8 +164,8 @@ async def is_calm(world: World, readers: list[Reader]) -> bool:
 def check_rest(world: World, readers: list[Reader]) -> None:
     """Nothing is left over of all that was under way."""
     hub = world.hub
-    assert (hub._joining, hub._replays, list(hub._waiting)) == ({}, {}, [])
-    assert hub._replay_turns._value == 16
+    assert (hub._replays._joining, hub._replays._tasks, list(hub._waiting)) == ({}, {}, [])
+    assert hub._replays._turns._value == 16
     assert not any(connection.turn.locked() for connection in hub.connections)
     assert len(hub.connections) == len(readers)
     topics = sum(len(connection.subscriptions) for connection in hub.connections)
@@ -175,12 +175,13 @@ def check_rest(world: World, readers: list[Reader]) -> None:
 @pytest.fixture
 def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a handful of changes is cut as hundreds are."""
-    for module in (dispatch, slices):
+    for module in (judge, replay, slices):
         monkeypatch.setattr(module, "SLICE", 3)
+    for module in (dispatch, slices):
         monkeypatch.setattr(module, "WIDE", 10)
     monkeypatch.setattr(slices.slices, "__defaults__", (3,))
-    monkeypatch.setattr(dispatch, "_AUDIENCE_BYTES", 400)
-    monkeypatch.setattr(dispatch, "_PORTION_BYTES", 1500)
+    monkeypatch.setattr(compose, "_AUDIENCE_BYTES", 400)
+    monkeypatch.setattr(compose, "_PORTION_BYTES", 1500)
 
 
 @pytest.mark.usefixtures("_small_slices")

@@ -593,7 +593,7 @@ async def test_what_a_closed_connection_subscribed_to_is_forgotten() -> None:
             await room.subscribe(connection, "posts/*", "posts/a", "notes/*")
             room.hub.close(connection)
 
-        matcher = room.hub._matcher
+        matcher = room.hub._course.meaning.matcher
         assert (matcher._groups, matcher._tried) == ({}, 0)
 
 

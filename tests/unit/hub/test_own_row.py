@@ -49,7 +49,7 @@ async def test_who_becomes_something_hears_what_that_may_hear() -> None:
     """Nothing was in the index for her before, and nothing is after."""
     async with open_room() as room:
         assert await titles(room, "ann@x") == ["promoted"]
-        assert room.hub._matcher._groups == {}
+        assert room.hub._course.meaning.matcher._groups == {}
 
 
 async def test_who_is_something_hears_until_it_changes() -> None:

@@ -30,13 +30,13 @@ def ids(sink: MemorySink) -> list[str]:
 def count_judged(room: Room, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many events each call judges from now on."""
     counts: list[int] = []
-    match = room.hub._matcher.match
+    match = room.hub._course.meaning.matcher.match
 
     def counted(events: Sequence[Event], *rest: Any) -> Any:
         counts.append(len(events))
         return match(events, *rest)
 
-    monkeypatch.setattr(room.hub._matcher, "match", counted)
+    monkeypatch.setattr(room.hub._course.meaning.matcher, "match", counted)
     return counts
 
 
@@ -72,9 +72,9 @@ async def test_who_fell_behind_together_is_judged_once(monkeypatch: pytest.Monke
 
         assert sum(counts) < 2 * COUNT + 500
         async with asyncio.timeout(5.0):
-            while room.hub._replays:
+            while room.hub._replays._tasks:
                 await asyncio.sleep(0)
-        assert not room.hub._recent._stretches
+        assert not room.hub._replays._recent._stretches
     assert [ids(sink) for sink in sinks] == [[str(n) for n in range(COUNT)]] * CONNECTIONS
 
 

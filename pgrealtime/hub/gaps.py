@@ -1,0 +1,74 @@
+"""Telling connections of changes that can't be delivered to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pgrealtime.hub.connection import Connection
+from pgrealtime.hub.course import Course
+from pgrealtime.hub.frame import resync_tail
+from pgrealtime.hub.identity import person_of
+from pgrealtime.hub.judge import Verdict
+from pgrealtime.hub.slices import Announcement
+from pgrealtime.lsn import Cursor
+
+
+class Gaps:
+    """Tells of gaps, or ends who can't be told.
+
+    Args:
+        course: Where the hub stands.
+        doom: Ends a connection as soon as its client can bear that, for a reason.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        course: Course,
+        *,
+        doom: Callable[[Connection, str], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._course = course
+        self._doom = doom
+        self._clock = clock
+
+    def tell_all(
+        self, connection: Connection, gap: Announcement | None, verdict: Verdict, at: Cursor
+    ) -> None:
+        """Tell a connection of a gap in the stream, and of what nobody could be asked about."""
+        if gap is not None:
+            self.tell(connection, gap)
+        if unknown := verdict.lost | (verdict.undecided & _asked_about(connection)):
+            self.tell(connection, Announcement(unknown, "unknown", at))
+
+    def tell(self, connection: Connection, gap: Announcement) -> None:
+        """Tell a connection of a gap that concerns it; a plain one is ended, so that it reloads.
+
+        So is one whose caller's row may have changed in the gap: coming back it says anew who
+        it is.
+        """
+        collections = self._course.meaning.collections
+        topics = (s.topic.collection for s in connection.subscriptions.values())
+        found = {c.name for c in map(collections.find, topics) if c is not None}
+        is_concerned = gap.collections is None or bool(found & gap.collections)
+        is_told = connection.is_resumable or connection.wants_resync
+        if is_concerned and is_told:
+            connection.say(resync_tail(gap.collections or (), gap.reason), gap.at)
+            connection.cursor = gap.at
+            connection.active_at = connection.written_at = self._clock()
+        if (is_concerned and not is_told) or self._is_caller_lost(connection, gap):
+            self._doom(connection, "gap")
+
+    def _is_caller_lost(self, connection: Connection, gap: Announcement) -> bool:
+        """Whether the caller's row may have changed in the gap since it was read."""
+        name, _ = person_of(connection.caller) or ("", "")
+        if name not in self._course.meaning.collections or not gap.concerns(name):
+            return False
+        return connection.known is None or connection.known.insert_lsn < gap.at.lsn
+
+
+def _asked_about(connection: Connection) -> frozenset[str]:
+    """The collections about whose rows something may be asked for the connection's sake."""
+    groups = (s.group for s in connection.subscriptions.values() if s.group is not None)
+    return frozenset(g.variant.collection.name for g in groups if g.variant.formula is not True)

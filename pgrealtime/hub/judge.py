@@ -1,0 +1,158 @@
+"""Who may receive events, and what is shown beside their rows; where needed Postgres is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection as Sized
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime
+from typing import Protocol, TypeAlias
+
+import structlog
+from msgspec import Struct
+
+from pgrealtime.hub.display import NOTHING_BESIDE, Beside, Display, Sight
+from pgrealtime.hub.event import Event
+from pgrealtime.hub.expand import Reading
+from pgrealtime.hub.match import Group, Matcher
+from pgrealtime.hub.probe import Asked, LiveRow
+from pgrealtime.hub.slices import SLICE
+from pgrealtime.lsn import Xid
+
+log = structlog.get_logger(__name__)
+
+
+class Asking(Protocol):
+    """What the hub needs of ``hub.probe``."""
+
+    async def snapshot(self) -> tuple[str, str, bool]:
+        """Return the row of ``SNAPSHOT_QUERY``."""
+        ...
+
+    async def ask(self, judging: Asked) -> frozenset[str]:
+        """Find out what the judging wants to know, until nothing is left to ask.
+
+        Returns:
+            The collections whose rows nobody could be asked about.
+        """
+        ...
+
+    def reading(self, xids: Sized[Xid]) -> AbstractAsyncContextManager[Reading]:
+        """Open a snapshot for several questions."""
+        ...
+
+    async def live_rows(
+        self, events: Sequence[Event]
+    ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
+        """Return what the tables hold now for the events' records.
+
+        Returns:
+            The rows, and the collections about which nobody could be asked.
+        """
+        ...
+
+
+Sights: TypeAlias = Callable[[Iterable[Group]], Iterable[Sight]]
+
+_NO_NAMES: frozenset[str] = frozenset()
+
+
+class Verdict(Struct):
+    """What was found out about events."""
+
+    hits: list[Iterable[Group]]
+    """Per event, the groups that may receive it."""
+    undecided: frozenset[str] = _NO_NAMES
+    """Collections whose rules could not be asked: who depends on one may miss something."""
+    lost: frozenset[str] = _NO_NAMES
+    """Collections of which anybody may miss something."""
+
+
+class Judge:
+    """Judges events by one set of collections; another set has another judge.
+
+    Args:
+        probe: Asks Postgres.
+        matcher: Knows the groups.
+        display: Knows what is shown beside rows.
+    """
+
+    def __init__(self, probe: Asking, matcher: Matcher, display: Display) -> None:
+        self._probe = probe
+        self._matcher = matcher
+        self._display = display
+
+    async def judge(self, events: list[Event], among: Sized[Group] | None = None) -> Verdict:
+        """Return who may receive the events; completes the rows on the way.
+
+        Args:
+            events: In stream order.
+            among: The only groups to consider; None is all.
+        """
+        try:
+            return await self._find_out(events, among)
+        except Exception as error:  # noqa: BLE001 (a fault of ours in one rule or row stops nobody)
+            log.error("judging.failed", error=type(error).__name__, at=where(error))  # noqa: TRY400 (see where)
+            return Verdict([()] * len(events), lost=_names_in(events))
+
+    async def judge_in_turns(self, events: list[Event]) -> Verdict:
+        """Judge as many at a time as the loop's other users can wait for."""
+        whole = Verdict([])
+        share = min(SLICE, self._matcher.at_once)
+        for first in range(0, len(events), share):
+            if first:
+                await asyncio.sleep(0)
+            part = await self.judge(events[first : first + share])
+            whole.hits += part.hits
+            whole.undecided |= part.undecided
+            whole.lost |= part.lost
+        return whole
+
+    async def look_beside(
+        self, events: Sequence[Event], verdict: Verdict, sights: Sights
+    ) -> Beside:
+        """Return what is shown beside the rows; where that fails, the events count as lost."""
+        try:
+            return await self._display.look_beside(events, verdict.hits, sights)
+        except Exception as error:  # noqa: BLE001 (as in judge)
+            log.error("display.failed", error=type(error).__name__, at=where(error))  # noqa: TRY400 (see where)
+            verdict.lost |= _names_in(events)
+            return NOTHING_BESIDE
+
+    async def _find_out(self, events: list[Event], among: Sized[Group] | None) -> Verdict:
+        partial = [event for event in events if event.action != "delete" and not event.is_whole]
+        live, lost = await self._probe.live_rows(partial) if partial else ({}, _NO_NAMES)
+        if partial:
+            _complete(partial, live, proven=True)
+        judging = self._matcher.match(events, datetime.now(UTC), among)
+        undecided = await self._probe.ask(judging)
+        if partial:
+            _complete(partial, live, proven=False)
+        return Verdict(judging.hits, undecided=undecided, lost=lost)
+
+
+def where(error: BaseException) -> str:
+    """The line that raised it. What an error says, and its traceback with it, may show a row."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{at.filename}:{at.lineno}"
+
+
+def _names_in(events: Iterable[Event]) -> frozenset[str]:
+    return frozenset(event.collection.name for event in events)
+
+
+def _complete(events: list[Event], live: dict[tuple[str, str], LiveRow], *, proven: bool) -> None:
+    """Fill in columns that the WAL left out.
+
+    Args:
+        events: Events with partial rows.
+        live: What the tables hold now.
+        proven: Only from a live row that is the very version the event tells of, so that rules
+            may be judged on it; else from any, to be shown.
+    """
+    for event in events:
+        found = live.get((event.collection.name, event.record_id))
+        if found is not None and (not proven or found.xid == event.xid):
+            event.row = {**found.row, **event.row}

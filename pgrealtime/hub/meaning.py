@@ -1,0 +1,86 @@
+"""What topics mean, and to whom, by the collections in force; a reload brings another meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import structlog
+
+from pgrealtime.auth.principal import AuthRecord, Caller
+from pgrealtime.collections import Collections
+from pgrealtime.errors import RuleError
+from pgrealtime.hub.connection import Subscription
+from pgrealtime.hub.display import Display
+from pgrealtime.hub.judge import Asking, Judge
+from pgrealtime.hub.match import Matcher
+from pgrealtime.rules.request import Request
+
+log = structlog.get_logger(__name__)
+
+
+class Meaning:
+    """Puts subscriptions into the groups that they are judged with.
+
+    Args:
+        probe: Asks Postgres.
+        collections: What there is.
+        matcher: For them, without any subscription.
+        nulls: How NULL is shown.
+        on_doubt: Told when a row doesn't fit what the catalogue says of its table.
+
+    Attributes:
+        display: Shows events by the same collections.
+        judge: Judges them.
+    """
+
+    def __init__(
+        self,
+        probe: Asking,
+        collections: Collections,
+        matcher: Matcher,
+        *,
+        nulls: Literal["null", "zero"],
+        on_doubt: Callable[[], None],
+    ) -> None:
+        self.collections = collections
+        self.matcher = matcher
+        self.display = Display(probe, collections, matcher.planner, nulls=nulls, on_doubt=on_doubt)
+        self.judge = Judge(probe, matcher, self.display)
+        self._reported: set[tuple[str, str]] = set()
+
+    def give(self, subscription: Subscription, caller: Caller) -> str:
+        """Give a subscription that is in no group what its topic means to the caller now.
+
+        Returns:
+            Why nothing can match, or ``""``.
+        """
+        topic = subscription.topic
+        subscription.own_id = ""
+        collection = self.collections.find(topic.collection)
+        if collection is None:
+            return ""
+        principal = caller.principal
+        if isinstance(principal, AuthRecord) and principal.collection_id == collection.id:
+            subscription.own_id = principal.id
+        request = Request(principal=principal, query=topic.query, headers=topic.headers)
+        try:
+            self.display.view(subscription, collection, request)
+            reason = self.matcher.add(subscription, principal, dict(caller.own) or None)
+        except RuleError as error:
+            self._report(topic.collection, error)
+            return error.message
+        self.display.expanding += subscription.viewer is not None and not reason
+        return reason
+
+    def take(self, subscription: Subscription) -> None:
+        """Take a subscription out of the group that ``give`` put it in, if any."""
+        if subscription.group is not None:
+            self.display.expanding -= subscription.viewer is not None
+            self.matcher.remove(subscription)
+
+    def _report(self, collection: str, error: RuleError) -> None:
+        """Say once that a collection's rule denies everybody."""
+        if (collection, error.message) not in self._reported:
+            self._reported.add((collection, error.message))
+            log.error("rule.error", collection=collection, reason=error.message)
