@@ -24,6 +24,7 @@ from pgrealtime.config import Config, Reading
 from pgrealtime.errors import ConfigError, PgRealtimeError, Problem
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.match import Matcher
+from pgrealtime.hub.own_record import OwnRecords
 from pgrealtime.operate.check import rule_problems
 from pgrealtime.relay import Relay
 from pgrealtime.rules.past import tables_of
@@ -52,6 +53,7 @@ class Rooms:
     hub: Hub
     authenticator: Authenticator
     login: Login
+    records: OwnRecords
     pool: AsyncConnectionPool[Any]
 
 
@@ -246,6 +248,7 @@ class Reload:
         auth, collections, rooms = world.config.auth, world.collections, self._rooms
         logins = {name: one.login for name, one in world.config.collections.items()}
         rooms.login.use(auth.login)
+        rooms.records.use(collections)
         rooms.authenticator.use(
             issuers_of(auth),
             auth.login,

@@ -32,6 +32,7 @@ from pgrealtime.config import Config, DatabaseConfig, Origin, Reading
 from pgrealtime.errors import ConfigError, DatabaseUnreachableError, PgRealtimeError
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.match import Matcher
+from pgrealtime.hub.own_record import OwnRecords
 from pgrealtime.hub.probe import Probe
 from pgrealtime.lsn import LSN
 from pgrealtime.observe.log import configure
@@ -167,10 +168,18 @@ async def running(
             config.auth, collections, accounts, logins=logins, asked=columns_asked(collections)
         )
         login = Login(config.auth.login, accounts)
+        records = OwnRecords(probe, collections, nulls=config.records.nulls)
         stack.callback(login.close)
         reloading = Reload(
             world,
-            Rooms(relay=relay, hub=hub, authenticator=authenticator, login=login, pool=pool),
+            Rooms(
+                relay=relay,
+                hub=hub,
+                authenticator=authenticator,
+                login=login,
+                records=records,
+                pool=pool,
+            ),
             reread=reread
             or (lambda: Reading(config=config, origin=Origin(source="configuration"))),
             read_catalog=lambda wanted: _catalog(wanted, pool),
@@ -188,7 +197,7 @@ async def running(
         )
         await stack.enter_async_context(_together(parts))
         app = build_app(hub, authenticator, config)
-        routes = LoginRoutes(login, authenticator, config.server, nulls=config.records.nulls)
+        routes = LoginRoutes(login, authenticator, config.server, records)
         routes.add_to(app.router)
         app.add_routes(more_routes)
         runner = build_runner(app)

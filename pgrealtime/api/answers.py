@@ -8,6 +8,7 @@ import msgspec
 from aiohttp import web
 
 from pgrealtime.api.problems import UNREADABLE, RefusedError
+from pgrealtime.query_string import parse_query_string
 from pgrealtime.records.pick import parse_fields, pick_of
 from pgrealtime.records.values import Json
 
@@ -18,9 +19,17 @@ def json_answer(request: web.Request, members: Mapping[str, Json]) -> web.Respon
     Raises:
         RefusedError: ``fields`` can't be read.
     """
-    fields = parse_fields(request.query.get("fields", ""))
+    fields = parse_fields(query_of(request).get("fields", ""))
     if fields is None:
         raise RefusedError(UNREADABLE)
     picks = ((name, value, pick_of(fields, name)) for name, value in members.items())
     picked = {name: pick(value) for name, value, pick in picks if pick is not None}
     return web.Response(body=msgspec.json.encode(picked), content_type="application/json")
+
+
+def query_of(request: web.Request) -> dict[str, str]:
+    """Return the values of the URL's query, the first of each name, as PocketBase reads them."""
+    values: dict[str, str] = {}
+    for name, value in parse_query_string(request.rel_url.raw_query_string.encode()).pairs:
+        values.setdefault(name.decode(errors="replace"), value.decode(errors="replace"))
+    return values

@@ -9,17 +9,17 @@ from aiohttp import web
 from msgspec import Raw
 
 from pgrealtime.api.address import client_address
-from pgrealtime.api.answers import json_answer
+from pgrealtime.api.answers import json_answer, query_of
 from pgrealtime.api.login_body import UNREADABLE, LoginCall, check, read_login
 from pgrealtime.api.problems import TOO_LARGE, TOO_SLOW, Problem, RefusedError, Text
 from pgrealtime.auth.account import Users
 from pgrealtime.auth.authenticator import Authenticator, Identity
 from pgrealtime.auth.login import Attempt, Login, Session
 from pgrealtime.auth.principal import AuthRecord
-from pgrealtime.collections import Collection
 from pgrealtime.config import ServerConfig
 from pgrealtime.errors import AuthError
-from pgrealtime.records.encode import Nulls, RecordEncoder, View, encoder
+from pgrealtime.hub.own_record import OwnRecords
+from pgrealtime.hub.topic import snake_case
 from pgrealtime.records.values import Json
 
 _BODY_SECONDS: Final = 60.0
@@ -52,7 +52,7 @@ class LoginRoutes:
         login: Checks passwords and makes tokens.
         authenticator: Knows the collections and who a token means.
         server: Where the routes begin, and whose word on addresses counts.
-        nulls: As in the records of events.
+        records: Makes the records that are answered.
     """
 
     def __init__(
@@ -60,13 +60,12 @@ class LoginRoutes:
         login: Login,
         authenticator: Authenticator,
         server: ServerConfig,
-        *,
-        nulls: Nulls,
+        records: OwnRecords,
     ) -> None:
         self._login = login
         self._authenticator = authenticator
         self._server = server
-        self._nulls = nulls
+        self._records = records
 
     def add_to(self, router: web.UrlDispatcher) -> None:
         """Add the routes."""
@@ -111,7 +110,7 @@ class LoginRoutes:
         except AuthError as error:
             is_busy = error.error_code == "login_refused"
             raise RefusedError(_TOO_MANY if is_busy else _FAILED) from error
-        return self._answer(request, session)
+        return await self._answer(request, session)
 
     async def refresh(self, request: web.Request) -> web.Response:
         """Give whoever has a token that holds the record, and if possible a newer token."""
@@ -127,9 +126,10 @@ class LoginRoutes:
             case _:
                 raise RefusedError(_of_another_collection("_superusers"))
         try:
-            return self._answer(request, await self._login.refresh(users, record_id, identity))
+            session = await self._login.refresh(users, record_id, identity)
         except AuthError as error:
             raise RefusedError(_NO_TOKEN) from error
+        return await self._answer(request, session)
 
     async def _identify(self, request: web.Request) -> Identity:
         try:
@@ -151,13 +151,25 @@ class LoginRoutes:
             raise RefusedError(_NO_AUTH_COLLECTION)
         return users
 
-    def _answer(self, request: web.Request, session: Session) -> web.Response:
-        record = Raw(self._encoder(session.account.users.collection)(session.account.row))
-        return json_answer(request, {"record": record, "token": session.token})
+    async def _answer(self, request: web.Request, session: Session) -> web.Response:
+        account = session.account
+        record = await self._records.record(
+            account.users.collection,
+            account.row,
+            account.record,
+            query=query_of(request),
+            headers=_headers_for_rules(request),
+        )
+        return json_answer(request, {"record": Raw(record), "token": session.token})
 
-    def _encoder(self, collection: Collection) -> RecordEncoder:
-        """The person's own record: the e-mail address is there whatever its visibility."""
-        return encoder(collection, nulls=self._nulls, view=View(sees_email=True))
+
+def _headers_for_rules(request: web.Request) -> dict[str, str]:
+    """The first value of each header; Go keeps ``Host`` apart from them."""
+    headers: dict[str, str] = {}
+    for name, value in request.headers.items():
+        headers.setdefault(snake_case(name), value)
+    headers.pop("host", None)
+    return headers
 
 
 def _of_another_collection(name: str) -> Problem:

@@ -141,6 +141,29 @@ class Expander:
                 log.warning("expand.failed", error=type(error).__name__)
         return found
 
+    async def beside(
+        self, collection: Collection, row: Row, viewer: Viewer | None
+    ) -> tuple[Mapping[str, Sequence[str]], bytes | None]:
+        """As ``related``, of a row as the table has it, for one viewer or none.
+
+        Returns:
+            Ids by field name, and the JSON of the member ``expand``.
+        """
+        root = Node(collection, plain_id(collection, row[collection.key.name] or ""), row)
+        if viewer is None and not self._junctions[collection.name]:
+            return root.related, None
+        try:
+            async with (
+                asyncio.timeout(_SECONDS),
+                self._readings.reading(frozenset()) as reading,
+            ):
+                fetching = _Fetching(reading, self._junctions)
+                await fetching.relate([root])
+                await fetching.expand([] if viewer is None else [(root, viewer)])
+        except (psycopg.Error, PoolTimeout, TimeoutError) as error:
+            log.warning("expand.failed", error=type(error).__name__)
+        return root.related, None if viewer is None else self._expanded(root, viewer)
+
     async def _read(
         self,
         events: Sequence[Event],

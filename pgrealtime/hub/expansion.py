@@ -115,13 +115,14 @@ class Viewers:
     Args:
         collections: All there are.
         planner: Compiles rules.
+        plans: Texts of ``expand`` that are kept.
     """
 
-    def __init__(self, collections: Collections, planner: Planner) -> None:
+    def __init__(self, collections: Collections, planner: Planner, *, plans: int = _PLANS) -> None:
         self._collections = collections
         self._planner = planner
         self._by_folded_name = {name.casefold(): one for name, one in collections.items()}
-        self._plan = lru_cache(maxsize=_PLANS)(self._make_plan)
+        self._plan = lru_cache(maxsize=plans)(self._make_plan)
         self._known: WeakValueDictionary[object, Viewer] = WeakValueDictionary()
 
     def viewer(self, collection: Collection, request: Request) -> Viewer | None:

@@ -39,6 +39,8 @@ from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.collections import build
 from pgrealtime.config import Config
 from pgrealtime.config import parse as parse_config
+from pgrealtime.hub.own_record import OwnRecords
+from pgrealtime.hub.probe import Probe
 from tests.conformance.fixtures import SuperuserAccount
 from tests.conformance.http_client import Address, Answer, Request, send
 from tests.conformance.pocketbase_server import PocketBaseServer, _folders, pocketbase_binary
@@ -52,6 +54,15 @@ USERS = "_pb_users_auth_"
 JSON = {"Content-Type": "application/json"}
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 ANN = b'{"identity":"ann@example.com","password":"ann-pass-1"}'
+STAFF_ANN = {"vault": "vault0000000001", "teams": ["team00000000001"], "boss": "staffbob0000001"}
+
+TEAMS_RULE = (
+    "@request.context = 'expand' && @request.method = 'POST' && @request.auth.name = 'Ann' && "
+    "(@request.query.q:isset = false || @request.query.q = @request.headers.x_key)"
+)
+STAFF_RULE = "id = @request.auth.id || @request.auth.vault.name = 'V'"
+MANAGE_RULE = "@request.query.manages = 'yes' && @request.auth.id != ''"
+POSTS_RULE = "public = true || author = @request.auth.id"
 
 
 # -- two servers with the same people
@@ -76,7 +87,8 @@ async def original(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Or
     try:
         await server.authenticate(ROOT)
         await _fill(server)
-        rows = {name: _stored_rows(directory, name) for name in ("users", "members", "locked")}
+        names = ("users", "members", "locked", "vaults", "teams", "staff", "posts")
+        rows = {name: _stored_rows(directory, name) for name in names}
         yield Original(server.address, server.api.token, rows)
     finally:
         await server.stop()
@@ -94,19 +106,65 @@ async def _fill(server: PocketBaseServer) -> None:
     }
     locked = {"name": "locked", "type": "auth", "passwordAuth": {"enabled": False}}
     base = {"name": "projects", "type": "base", "fields": [{"name": "title", "type": "text"}]}
-    for definition in (members | token, locked | token, base):
+    for definition in (members | token, locked | token, base, *_related(token)):
         await server.api.call("POST", "/api/collections", definition)
+    fields = (await server.api.call("GET", "/api/collections/staff"))["fields"]
+    itself = {"fields": [*fields, _relation("boss", "staff0000000000")]}
+    await server.api.call("PATCH", "/api/collections/staff", itself)
     for collection, record in (
         ("users", {"id": "userann00000001", "email": "ann@example.com", "name": "Ann <&> \u2028"}),
         ("users", {"id": "userbob00000001", "email": "bob@example.com", "emailVisibility": True}),
         ("members", {"email": "m@example.com", "username": "bob@example.com"}),
         ("members", {"email": "bob@example.com", "username": "bob"}),
         ("locked", {"email": "ann@example.com"}),
+        ("vaults", {"id": "vault0000000001", "name": "V"}),
+        ("teams", {"id": "team00000000001", "name": "A team", "note": "hidden"}),
+        ("staff", {"id": "staffbob0000001", "email": "bob@example.com", "name": "Bob"}),
+        ("staff", {"id": "staffann0000001", "email": "ann@example.com", "name": "Ann"} | STAFF_ANN),
+        ("posts", {"id": "post00000000001", "author": "staffann0000001", "public": False}),
+        ("posts", {"id": "post00000000002", "author": "staffann0000001", "public": True}),
+        ("posts", {"id": "post00000000003", "author": "staffbob0000001", "public": False}),
+        ("posts", {"id": "post00000000004", "author": "staffbob0000001", "public": True}),
     ):
-        name = str(record["email"]).partition("@")[0]
+        name = str(record.get("email")).partition("@")[0]
         password = f"{name}-pass-1"
         body = {"verified": True, "password": password, "passwordConfirm": password, **record}
         await server.api.call("POST", f"/api/collections/{collection}/records", body)
+
+
+def _related(token: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """People with relations, and rules that ask for everything a login has."""
+    name = {"name": "name", "type": "text"}
+    note = {"name": "note", "type": "text", "hidden": True}
+    return [
+        {"name": "vaults", "id": "vaults000000000", "type": "base", "fields": [name]},
+        {"name": "teams", "id": "teams0000000000", "type": "base", "fields": [name, note]}
+        | {"viewRule": TEAMS_RULE},
+        {
+            "name": "staff",
+            "id": "staff0000000000",
+            "type": "auth",
+            "fields": [
+                name,
+                _relation("vault", "vaults000000000"),
+                _relation("teams", "teams0000000000", most=9),
+            ],
+            "viewRule": STAFF_RULE,
+            "manageRule": MANAGE_RULE,
+            **token,
+        },
+        {
+            "name": "posts",
+            "id": "posts0000000000",
+            "type": "base",
+            "fields": [{"name": "public", "type": "bool"}, _relation("author", "staff0000000000")],
+            "viewRule": POSTS_RULE,
+        },
+    ]
+
+
+def _relation(name: str, collection: str, *, most: int = 1) -> dict[str, Any]:
+    return {"name": name, "type": "relation", "collectionId": collection, "maxSelect": most}
 
 
 def _stored_rows(directory: Path, name: str) -> list[dict[str, Any]]:
@@ -128,6 +186,12 @@ CREATE TABLE locked (
   id text PRIMARY KEY, email text UNIQUE, "emailVisibility" bool NOT NULL,
   verified bool NOT NULL, password text, "tokenKey" text);
 CREATE TABLE projects (id text PRIMARY KEY, title text);
+CREATE TABLE vaults (id text PRIMARY KEY, name text);
+CREATE TABLE teams (id text PRIMARY KEY, name text, note text);
+CREATE TABLE staff (
+  id text PRIMARY KEY, email text UNIQUE, "emailVisibility" bool NOT NULL, verified bool NOT NULL,
+  name text, vault text, teams text[], boss text, password text, "tokenKey" text);
+CREATE TABLE posts (id text PRIMARY KEY, public bool NOT NULL, author text);
 """
 
 LOGIN = {"password_hash": "password", "token_key": "tokenKey"}
@@ -140,6 +204,31 @@ COLLECTIONS: dict[str, dict[str, Any]] = {
     },
     "locked": {"table": "locked", "type": "auth"},
     "projects": {"table": "projects"},
+    "vaults": {"table": "vaults", "collection_id": "vaults000000000"},
+    "teams": {
+        "table": "teams",
+        "collection_id": "teams0000000000",
+        "view_rule": TEAMS_RULE,
+        "fields": {"hide": ["note"]},
+    },
+    "staff": {
+        "table": "staff",
+        "collection_id": "staff0000000000",
+        "type": "auth",
+        "view_rule": STAFF_RULE,
+        "manage_rule": MANAGE_RULE,
+        "login": LOGIN,
+        "relations": {
+            name: {"collection": target}
+            for name, target in {"vault": "vaults", "teams": "teams", "boss": "staff"}.items()
+        },
+    },
+    "posts": {
+        "table": "posts",
+        "collection_id": "posts0000000000",
+        "view_rule": POSTS_RULE,
+        "relations": {"author": {"collection": "staff"}},
+    },
 }
 
 
@@ -177,7 +266,8 @@ async def serving(url: str, config: Config) -> AsyncIterator[Ours]:
         surface = Surface(config.server)
         app = web.Application(middlewares=[surface.answer])
         app.on_response_prepare.append(surface.add_headers)
-        routes = LoginRoutes(login, authenticator, config.server, nulls=config.records.nulls)
+        records = OwnRecords(Probe(pool), collections, nulls=config.records.nulls)
+        routes = LoginRoutes(login, authenticator, config.server, records)
         routes.add_to(app.router)
         runner = web.AppRunner(app)
         await runner.setup()
@@ -201,12 +291,14 @@ def _fill_tables(url: str, original: Original) -> None:
                         sql.SQL(", ").join(map(sql.Identifier, row)),
                         sql.SQL(", ").join(sql.Placeholder() * len(row)),
                     ),
-                    [_as_bool(name, value) for name, value in row.items()],
+                    [_converted(name, value) for name, value in row.items()],
                 )
 
 
-def _as_bool(name: str, value: Any) -> Any:
-    return bool(value) if name in {"emailVisibility", "verified"} else value
+def _converted(name: str, value: Any) -> Any:
+    if name in {"emailVisibility", "verified", "public"}:
+        return bool(value)
+    return json.loads(value) if name == "teams" else value
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -372,6 +464,47 @@ async def test_picked_members_are_those_of_pocketbase(
 
     assert answer.pop("token", "").split(".")[0] == theirs.pop("token", "").split(".")[0]
     assert answer == theirs
+
+
+EXPANDS = [
+    *("vault", "teams", "boss", "nope", "teams.nope", "teams,vault", "teams,+boss.teams", "%20"),
+    *(
+        "posts_via_author",
+        "posts_via_author.author.boss",
+        "boss.posts_via_author",
+        "staff_via_boss",
+    ),
+    *("teams&q=k", "teams&q=other", "teams&q=", "teams&filter=name%3D%22zzz%22", "%zz", "te;ams"),
+    *("boss&manages=yes", "boss&manages=no", "boss&expand=teams", "x;y&expand=boss", ""),
+    *("teams&fields=record.expand", "teams&fields=token,record.id,record.expand.teams.name"),
+    *("teams&fields=*,record.expand.teams.name:excerpt(3,true)", "teams&fields=record.expand.*"),
+    *("boss&fields=record.expand.boss.email", "teams&fields=record&fields=token", "teams&fields=("),
+]
+
+
+@pytest.mark.parametrize("query", EXPANDS)
+@pytest.mark.parametrize("who", ["ann", "bob"])
+async def test_related_records_are_those_of_pocketbase(
+    original: Original, ours: Ours, who: str, query: str
+) -> None:
+    """Who just signed in sees of them what the view rules say of that user, of this request."""
+    body = json.dumps({"identity": f"{who}@example.com", "password": f"{who}-pass-1"}).encode()
+
+    async def answers(address: Address) -> list[tuple[int, Any]]:
+        login = f"staff/auth-with-password?expand={query}"
+        first = await post(address, login, body, JSON | {"X-Key": "k"})
+        token = await log_in(address, "staff", body)
+        headers = {"X-Key": "k", "Authorization": token}
+        second = await post(address, f"staff/auth-refresh?expand={query}", headers=headers)
+        return [_without_token(first), _without_token(second)]
+
+    assert await answers(ours.address) == await answers(original.address)
+
+
+def _without_token(answer: Answer) -> tuple[int, Any]:
+    """Status and content: the order of picked members is random in PocketBase."""
+    content = json.loads(answer.body)
+    return answer.head.status, {**content, "token": "token" in content}
 
 
 @pytest.mark.parametrize("path", ["users", "members", "locked", "projects", "nosuch", USERS])
