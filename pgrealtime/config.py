@@ -237,8 +237,16 @@ class LoginConfig(Section):
 class AuthConfig(Section):
     """Who is asking."""
 
+    allow_guests: bool = True
+    """Whether a subscribe call needs no token that holds."""
     issuers: tuple[IssuerConfig, ...] = ()
     login: LoginConfig = LoginConfig()
+
+    @model_validator(mode="after")
+    def _lets_somebody_in(self) -> Self:
+        if not (self.allow_guests or self.issuers or self.login.enabled):
+            raise ValueError("without guests, issuers and login nobody can subscribe")
+        return self
 
 
 class CollectionLoginConfig(Section):

@@ -255,6 +255,7 @@ class Reload:
             collections,
             logins=logins,
             asked=columns_asked(collections),
+            allow_guests=auth.allow_guests,
         )
         await rooms.hub.use(
             collections, Matcher(collections), rooms.authenticator.reconsider, logins=logins

@@ -11,7 +11,7 @@ from msgspec import Raw
 from pgrealtime.api.address import client_address
 from pgrealtime.api.answers import json_answer, query_of
 from pgrealtime.api.login_body import UNREADABLE, LoginCall, check, read_login
-from pgrealtime.api.problems import TOO_LARGE, TOO_SLOW, Problem, RefusedError, Text
+from pgrealtime.api.problems import NO_TOKEN, TOO_LARGE, TOO_SLOW, Problem, RefusedError, Text
 from pgrealtime.auth.account import Users
 from pgrealtime.auth.authenticator import Authenticator, Identity
 from pgrealtime.auth.login import Attempt, Login, Session
@@ -39,10 +39,6 @@ _NO_PASSWORDS: Final = Problem(
 )
 _FAILED: Final = Problem(400, Text("Failed to authenticate.", "身份验证失败。"))
 _TOO_MANY: Final = Problem(429, Text("Too Many Requests.", "请求过多。"))
-_NO_TOKEN: Final = Problem(
-    401,
-    Text("The request requires valid record authorization token.", "请求需要有效的记录授权令牌。"),
-)
 
 
 class LoginRoutes:
@@ -128,14 +124,14 @@ class LoginRoutes:
         try:
             session = await self._login.refresh(users, record_id, identity)
         except AuthError as error:
-            raise RefusedError(_NO_TOKEN) from error
+            raise RefusedError(NO_TOKEN) from error
         return await self._answer(request, session)
 
     async def _identify(self, request: web.Request) -> Identity:
         try:
             return await self._authenticator.identify(request.headers.get("Authorization"))
         except AuthError as error:
-            raise RefusedError(_NO_TOKEN) from error
+            raise RefusedError(NO_TOKEN) from error
 
     def _users(self, request: web.Request) -> Users:
         if not self._login.is_enabled:

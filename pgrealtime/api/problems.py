@@ -67,6 +67,11 @@ _UNAVAILABLE: Final = Problem(
     503, Text("Realtime is temporarily unavailable.", "实时服务暂时不可用。")
 )
 
+NO_TOKEN: Final = Problem(
+    401,
+    Text("The request requires valid record authorization token.", "请求需要有效的记录授权令牌。"),
+)
+
 _BY_CODE: Final[Mapping[str, Problem]] = {
     "body_unreadable": UNREADABLE,
     "client_unknown": Problem(
@@ -80,6 +85,7 @@ _BY_CODE: Final[Mapping[str, Problem]] = {
             "当前请求和之前的请求授权不匹配。",
         ),
     ),
+    "guest_refused": NO_TOKEN,
     "stream_away": _UNAVAILABLE,
     "database_unreachable": _UNAVAILABLE,
 }

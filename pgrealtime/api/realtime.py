@@ -107,14 +107,17 @@ class Realtime:
             stream.abort()
 
     async def subscribe(self, request: web.Request) -> web.StreamResponse:
-        """Check in PocketBase's order: body, its members, client, address, authorization."""
+        """Check in PocketBase's order: body, its members, client, address, authorization.
+
+        Where guests aren't allowed they are told so once the body can be read.
+        """
         call = await _read(request)
         if faults := faults_of(call):
             raise RefusedError(invalid(faults))
         await self._hub.subscribe(
             call.client_id,
             call.subscriptions,
-            await self._authenticator.authenticate(request.headers.get("Authorization")),
+            await self._authenticator.admit(request.headers.get("Authorization")),
             client_address(request, self._trusted),
         )
         return web.Response(status=204)

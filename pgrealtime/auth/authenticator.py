@@ -14,7 +14,7 @@ import structlog
 
 from pgrealtime.auth.account import Account, Accounts, Users
 from pgrealtime.auth.keys import KeySource, key_source
-from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
+from pgrealtime.auth.principal import AuthRecord, Caller, Guest, Superuser
 from pgrealtime.auth.record import digest_of
 from pgrealtime.auth.token import (
     Claims,
@@ -79,7 +79,14 @@ class Authenticator:
         self._issuers: tuple[tuple[IssuerConfig, KeySource], ...] = ()
         self._other_issuers = asyncio.Event()
         self._known_ids: set[str] = set()
-        self.use(issuers_of(auth), auth.login, collections, logins=logins, asked=asked)
+        self.use(
+            issuers_of(auth),
+            auth.login,
+            collections,
+            logins=logins,
+            asked=asked,
+            allow_guests=auth.allow_guests,
+        )
 
     def use(
         self,
@@ -89,6 +96,7 @@ class Authenticator:
         *,
         logins: Mapping[str, CollectionLoginConfig] = _NO_LOGINS,
         asked: Mapping[str, tuple[str, ...]] = _NOTHING_ASKED,
+        allow_guests: bool = True,
     ) -> None:
         """Take another configuration; keys fetched from issuers are kept.
 
@@ -98,7 +106,9 @@ class Authenticator:
             collections: As in the constructor.
             logins: As in the constructor.
             asked: As in the constructor.
+            allow_guests: Whether guests may subscribe.
         """
+        self._allow_guests = allow_guests
         fetched = {_publication(issuer): source for issuer, source in self._issuers}
         self._issuers = tuple(
             (issuer, fetched.get(_publication(issuer), source) if issuer.jwks_url else source)
@@ -189,6 +199,19 @@ class Authenticator:
                 # Debug: anybody can make as many of these as they like.
                 log.debug("auth.rejected", reason=error.error_code)
             return Caller()
+
+    async def admit(self, authorization: str | None) -> Caller:
+        """As ``authenticate``, for who wants to subscribe.
+
+        Raises:
+            AuthError: Code ``guest_refused``: guests aren't allowed.
+            DatabaseUnreachableError: As above.
+            SetupError: As above.
+        """
+        caller = await self.authenticate(authorization)
+        if isinstance(caller.principal, Guest) and not self._allow_guests:
+            raise AuthError("guests may not subscribe", code="guest_refused")
+        return caller
 
     async def identify(self, authorization: str | None) -> Identity:
         """As ``authenticate``, but says why a token doesn't hold.

@@ -375,6 +375,19 @@ def test_only_secrets_can_be_read_from_files(tmp_path: Path) -> None:
     assert problem.message == 'unknown key "host_file"'
 
 
+@pytest.mark.parametrize(
+    "who",
+    [{"issuers": [{"name": "app", "secret": "s"}]}, {"login": {"enabled": True, "secret": "s"}}],
+)
+def test_who_allows_no_guests_names_somebody_else(who: Mapping[str, Any]) -> None:
+    """A service that nobody could subscribe to is a mistake."""
+    assert not parse({"auth": {"allow_guests": False, **who}}).auth.allow_guests
+    with pytest.raises(ConfigError) as caught:
+        parse({"auth": {"allow_guests": False}})
+    (problem,) = caught.value.problems
+    assert (problem.path, "nobody can subscribe" in problem.message) == ("auth", True)
+
+
 def test_no_secret_is_ever_printed(tmp_path: Path) -> None:
     """Neither in a repr nor in what is said about a faulty file."""
     good = {

@@ -1,0 +1,66 @@
+"""``auth.allow_guests: false``: nobody subscribes without a token that holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.conformance.http_client import Request, send
+from tests.conformance.pocketbase_server import PocketBaseServer
+from tests.conformance.process import free_port
+from tests.e2e.listener import listener
+from tests.e2e.service import SECRET, service, token
+
+AUTH: dict[str, Any] = {"issuers": [{"name": "app", "secret": SECRET}]}
+GUARDED = """
+routerAdd("POST", "/guarded", (e) => e.noContent(204), $apis.requireAuth())
+"""
+"""A route of the real PocketBase that guests may not use."""
+
+
+async def test_a_guest_is_refused_and_a_user_is_not(database_url: str, tmp_path: Path) -> None:
+    """The stream opens for all; a refused call changes nothing, and a reload can let guests in."""
+    sections = {"auth": {**AUTH, "allow_guests": False}}
+    async with (
+        service(database_url, tmp_path, sections=sections) as running,
+        listener(running.address) as client,
+    ):
+        guest = await client.subscribe("posts/*")
+        expired = await client.subscribe("posts/*", token=token("ann", lifetime=-1))
+        user = await client.subscribe("posts/*", token=token("ann"))
+        late = await client.subscribe(token="")
+        await running.write.execute("INSERT INTO posts (id, title, public) VALUES ('p', 't', true)")
+        (heard,) = await client.take(1)
+
+        settings = yaml.safe_load(running._config.read_text())
+        running._config.write_text(yaml.safe_dump({**settings, "auth": AUTH}))
+        assert await running.process.reload(), running.process.output()
+        async with listener(running.address) as other:
+            after = await other.subscribe("posts/*")
+
+    assert (guest, expired, user, late, after) == (401, 401, 204, 401, 204)
+    assert heard.data["record"]["id"] == "p"
+
+
+async def test_a_guest_is_refused_in_pocketbase_s_words(database_url: str, tmp_path: Path) -> None:
+    """To the byte as a route with ``requireAuth``."""
+    (tmp_path / "original" / "hooks").mkdir(parents=True)
+    (tmp_path / "original" / "hooks" / "guarded.pb.js").write_text(GUARDED)
+    original = PocketBaseServer(tmp_path / "original", free_port())
+    await original.start()
+    json = {"Content-Type": "application/json"}
+    try:
+        guarded = Request(method="POST", path="/guarded", headers=json, body=b"{}")
+        theirs = await send(guarded, original.address)
+    finally:
+        await original.stop()
+    sections = {"auth": {**AUTH, "allow_guests": False}}
+    async with service(database_url, tmp_path, sections=sections) as running:
+        body = b'{"clientId":"anything"}'
+        call = Request(method="POST", path="/api/realtime", headers=json, body=body)
+        answer = await send(call, running.address)
+
+    assert (theirs.head.status, theirs.body) == (answer.head.status, answer.body)
+    assert answer.head.status == 401
