@@ -11,7 +11,7 @@ import asyncio
 import secrets
 import string
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Collection as Sized
 from dataclasses import replace
@@ -384,6 +384,7 @@ class Hub:
         if not is_first:
             connection.state = State.PAUSED
         try:
+            await self._course.meaning.prepare(names, caller)
             barrier = await self._barrier_for(connection, names, is_first=is_first)
             if connection.is_ended:
                 raise SubscriptionError("unknown client id", code="client_unknown")
@@ -438,6 +439,7 @@ class Hub:
         if connection.wants_cursor and not connection.is_resumable:
             connection.is_resumable = True
             connection.position = connection.position_text(connection.cursor)
+        mute: Counter[str] = Counter()
         for name in names:
             subscription = Subscription(connection, parse_topic(name), View(), "")
             kept = before.get(name)
@@ -446,8 +448,10 @@ class Hub:
                 self._fresh[subscription] = None
             reason = self._course.meaning.give(subscription, caller)
             if reason:
-                log.info("subscription.mute", connection=connection.id, reason=reason)
+                mute[reason] += 1
             connection.subscriptions[name] = subscription
+        for reason, count in mute.items():
+            log.info("subscription.mute", connection=connection.id, reason=reason, topics=count)
         if names:
             connection.resumes = False
 

@@ -13,10 +13,11 @@ from itertools import takewhile
 
 from pgrealtime.auth.principal import Principal
 from pgrealtime.changes import Row
-from pgrealtime.collections import Collections
+from pgrealtime.collections import Collection, Collections
 from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.connection import Receives, Subscription
 from pgrealtime.hub.event import Event
+from pgrealtime.hub.topic import Topic
 from pgrealtime.lsn import Xid
 from pgrealtime.rules.compare import Scalar
 from pgrealtime.rules.decide import Case, Deciding
@@ -35,11 +36,11 @@ _TRIED_PER_CONNECTION = 50
 _COSTLY_PER_CONNECTION = 16
 """Subscriptions of one connection whose filters take questions to Postgres beyond their rules':
 each of those may take the whole ``statement_timeout``."""
-_FILTERS_PER_CONNECTION = 64 * 1024
-"""Characters of one connection's different filters. Compiling takes up to 15 ms for a thousand,
+FILTERS_PER_CONNECTION = 32 * 1024
+"""Characters of one connection's different filters. Compiling takes up to 50 ms for a thousand,
 and all of it is done anew when rules or the caller change."""
 TOO_COSTLY = f"a connection takes {_COSTLY_PER_CONNECTION} filters that Postgres must be asked for"
-TOO_LONG = f"a connection takes {_FILTERS_PER_CONNECTION} characters of filters"
+TOO_LONG = f"a connection takes {FILTERS_PER_CONNECTION} characters of filters"
 LIMITED = frozenset({TOO_COSTLY, TOO_LONG})
 """Reasons why nothing can match of filters that would be fine alone."""
 _TRIED_AT_ONCE = 20_000
@@ -286,11 +287,9 @@ class Matcher:
         collection = self._collections.find(topic.collection)
         if collection is None:
             return ""
-        if "filter" in topic.query and _filters_upto(subscription) > _FILTERS_PER_CONNECTION:
+        if "filter" in topic.query and _filters_upto(subscription) > FILTERS_PER_CONNECTION:
             return TOO_LONG
-        rule = collection.list_rule if topic.record_id is None else collection.view_rule
-        request = Request(principal=principal, query=topic.query, headers=topic.headers)
-        bound = self.planner.bind(collection, rule, request, own)
+        bound = self.bind(collection, topic, principal, own)
         if isinstance(bound, Nobody):
             return bound.reason
         if bound.variant.is_costly and _costly_before(subscription) >= _COSTLY_PER_CONNECTION:
@@ -307,6 +306,18 @@ class Matcher:
         group.add(subscription)
         subscription.group = group
         return ""
+
+    def bind(
+        self, collection: Collection, topic: Topic, principal: Principal, own: Row | None
+    ) -> Bound | Nobody:
+        """Compile what decides about a topic; the next time it is there already.
+
+        Raises:
+            RuleError: The collection's rule is bad for everybody.
+        """
+        rule = collection.list_rule if topic.record_id is None else collection.view_rule
+        request = Request(principal=principal, query=topic.query, headers=topic.headers)
+        return self.planner.bind(collection, rule, request, own)
 
     def _is_tried(self, group: Group) -> bool:
         return group.record_id is None and group.variant.is_scan

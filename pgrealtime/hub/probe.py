@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Sized
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import psycopg
 import structlog
@@ -22,6 +21,7 @@ from pgrealtime.collections import Collection
 from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.snapshot import SNAPSHOT_QUERY, parse_snapshot
+from pgrealtime.hub.suspension import Suspensions
 from pgrealtime.lsn import Xid
 from pgrealtime.rules.access import RemoteSource
 from pgrealtime.rules.formula import Atom
@@ -47,8 +47,7 @@ _PATIENCE_WITH_CONNECTIONS = (0.0, 0.1, 0.5, None)
 _VISIBLE_SECONDS = 5.0
 _VISIBLE_RETRY_SECONDS = 0.005
 _PATIENCE = 3
-"""Time-outs in one batch that are borne, to find the row which is to blame."""
-_REST_SECONDS = 30.0
+"""Time-outs of all questions of one batch together that are borne."""
 _REASONS = 1000
 """Different reasons that are logged; a text of Postgres may name a value of a row."""
 
@@ -100,8 +99,7 @@ class Probe:
         self.denied = 0
         """Questions without an answer so far."""
         self._told: set[tuple[str, str]] = set()
-        self._resting: WeakKeyDictionary[Atom | RemoteSource, float] = WeakKeyDictionary()
-        """What ran into the time-out again and again, and until when it isn't asked."""
+        self._suspensions: Suspensions[Atom | RemoteSource] = Suspensions(time.monotonic)
 
     async def snapshot(self) -> tuple[str, str, bool]:
         """Return the row of ``SNAPSHOT_QUERY``.
@@ -194,14 +192,15 @@ class Probe:
             psycopg.Error: The connection broke.
         """
         while inquiries:
-            for inquiry in inquiries:
+            # The slow ones last: they use up the patience.
+            for inquiry in sorted(inquiries, key=lambda one: self._suspensions.is_known(one.about)):
                 await self._put(session, inquiry)
             asked.resume()
             inquiries = asked.inquiries()
 
     async def _put(self, session: _Session, inquiry: Inquiry) -> None:
         """Put an inquiry; if it fails its parts, so that only what can't be answered is denied."""
-        if self._resting.get(inquiry.about, 0.0) > time.monotonic():
+        if self._suspensions.is_suspended(inquiry.about):
             self.denied += 1
             return
         question = inquiry.question()
@@ -230,10 +229,14 @@ class Probe:
             await session.restart()
             if isinstance(error, psycopg.errors.QueryCanceled):
                 session.patience -= 1
-                if session.patience < 0:
-                    self._resting[inquiry.about] = time.monotonic() + _REST_SECONDS
+                self._note_timeout(inquiry, is_borne=session.patience >= 0)
             return False
         return True
+
+    def _note_timeout(self, inquiry: Inquiry, *, is_borne: bool) -> None:
+        seconds = self._suspensions.note_timeout(inquiry.about, is_borne=is_borne)
+        if seconds:
+            log.warning("rule.suspended", collection=inquiry.collection, seconds=seconds)
 
     def report(self, collection: str, error: psycopg.Error) -> None:
         """Say what a question failed with."""
