@@ -60,10 +60,11 @@ async def compare(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace, connections: int, ours: Server, theirs: Server) -> None:
-    with listeners() as at_ours, listeners() as at_theirs:
-        for server, opened in ((ours, at_ours), (theirs, at_theirs)):
-            opened.open(server.port, [[TOPIC]] * connections, server.tokens)
-        for size in (MOST_IN_A_COMMIT, 1):
+    for size in (MOST_IN_A_COMMIT, 1):
+        # Connections are made anew: those that hear nothing are ended after five minutes.
+        with listeners() as at_ours, listeners() as at_theirs:
+            for server, opened in ((ours, at_ours), (theirs, at_theirs)):
+                opened.open(server.port, [[TOPIC]] * connections, server.tokens)
             changes = arguments.changes if size > 1 else arguments.single
             turns = ((ours, at_ours, changes), (theirs, at_theirs, arguments.their_changes))
             rates: dict[str, list[float]] = {ours.name: [], theirs.name: []}
