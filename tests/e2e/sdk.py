@@ -120,6 +120,13 @@ async def native(url: str, *topics: str) -> AsyncIterator[Sdk]:
 
 
 @asynccontextmanager
+async def module(code: str, *arguments: str) -> AsyncIterator[Sdk]:
+    """Run the text of an ECMAScript module, which may import what the clients do; no commands."""
+    async with _running(_node_path(), "--input-type=module", "-e", code, *arguments) as client:
+        yield client
+
+
+@asynccontextmanager
 async def python_sdk(name: PythonSdk, url: str) -> AsyncIterator[Sdk]:
     """Start one of the clients of PyPI."""
     installed = _HERE.parent / ".python" / name
@@ -133,11 +140,15 @@ async def python_sdk(name: PythonSdk, url: str) -> AsyncIterator[Sdk]:
 
 @asynccontextmanager
 async def _node(script: str, *arguments: str) -> AsyncIterator[Sdk]:
+    async with _running(_node_path(), str(_HERE / script), *arguments) as client:
+        yield client
+
+
+def _node_path() -> str:
     node = shutil.which("node")
     if node is None:
         lacking("Node is missing; sh tests/run.sh installs it")
-    async with _running(node, str(_HERE / script), *arguments) as client:
-        yield client
+    return node
 
 
 @asynccontextmanager
@@ -149,6 +160,7 @@ async def _running(
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         env=environment,
+        cwd=_HERE,  # where the text of a module finds its imports
         limit=1 << 24,
     )
     client = Sdk(partial(_write, process))

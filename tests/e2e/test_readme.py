@@ -1,0 +1,114 @@
+"""The scripts of the README, run as they stand there."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from tests.conformance.http_client import Address
+from tests.e2e.numbered import OPEN
+from tests.e2e.sdk import module
+from tests.e2e.service import service
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+AROUND_PLAIN = """
+import { EventSource } from "eventsource";
+const report = (what) => console.log(JSON.stringify(what));
+const url = process.argv[1], topics = ["posts/*"];
+async function submit(clientId, subscriptions) {
+  const headers = { "Content-Type": "application/json" };
+  const body = JSON.stringify({ clientId, subscriptions });
+  await fetch(url + "/api/realtime", { method: "POST", headers, body });
+  report({ report: "submitted" });
+}
+const receive = (name, data) => report({ report: name, data });
+"""
+
+AROUND_SDK = """
+import PocketBase from "pocketbase";
+import { EventSource } from "eventsource";
+globalThis.EventSource = EventSource;
+const report = (what) => console.log(JSON.stringify(what));
+const pb = new PocketBase(process.argv[1]);
+const loadEverythingAnew = (e) => report({ report: "PB_RESYNC", data: e });
+"""
+
+THEN_SDK = """
+await pb.collection("posts").subscribe("*", (e) => report({ report: "posts/*", data: e }));
+report({ report: "submitted" });
+"""
+
+
+def script(beginning: str) -> str:
+    """The one script of the README that begins so."""
+    (found,) = re.findall(rf"```js\n(// {re.escape(beginning)}.*?)```", README, re.DOTALL)
+    return str(found)
+
+
+@asynccontextmanager
+async def bad_gateway(address: Address) -> AsyncIterator[asyncio.Event]:
+    """What a proxy says while nobody is behind it; the event says that it was heard."""
+    asked = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+        asked.set()
+
+    server = await asyncio.start_server(answer, address.host, address.port)
+    try:
+        yield asked
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+async def test_the_plain_event_source_comes_back_where_browsers_give_up(
+    database_url: str, tmp_path: Path
+) -> None:
+    """After a 502 an EventSource is closed for good; the script opens another, and resumes."""
+    code = AROUND_PLAIN + script("A plain EventSource")
+    async with (
+        service(database_url, tmp_path, collections=OPEN) as running,
+        module(code, running.url) as client,
+    ):
+        await client.wait_for(1, "submitted")
+        await running.write.execute("INSERT INTO posts (id, title) VALUES ('a', 'x')")
+        await client.wait_for(1, "posts/*")
+        await running.stop()
+        async with bad_gateway(running.address) as asked, asyncio.timeout(20):
+            await asked.wait()
+        await running.start()
+        await client.wait_for(2, "submitted")
+        (missed,) = await client.wait_for(1, "PB_RESYNC")
+        await running.write.execute("INSERT INTO posts (id, title) VALUES ('b', 'x')")
+        events = await client.wait_for(2, "posts/*")
+
+    assert missed["data"]["reason"] in ("expired", "unknown")
+    assert [event["data"]["record"]["id"] for event in events] == ["a", "b"]
+
+
+async def test_the_sdk_with_the_lines_for_it_learns_what_it_missed(
+    database_url: str, tmp_path: Path
+) -> None:
+    """It comes back with its position, which another process can't know."""
+    code = AROUND_SDK + script("The PocketBase SDK") + THEN_SDK
+    async with (
+        service(database_url, tmp_path, collections=OPEN) as running,
+        module(code, running.url) as client,
+    ):
+        await client.wait_for(1, "submitted")
+        await running.stop()
+        await running.start()
+        (missed,) = await client.wait_for(1, "PB_RESYNC")
+        await running.write.execute("INSERT INTO posts (id, title) VALUES ('b', 'x')")
+        (event,) = await client.wait_for(1, "posts/*")
+
+    assert missed["data"]["reason"] in ("expired", "unknown")
+    assert event["data"]["record"]["id"] == "b"
