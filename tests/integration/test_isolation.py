@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
+from urllib.parse import quote
 
 import psycopg
 
@@ -47,3 +50,100 @@ async def test_a_rule_that_times_out_denies_its_own_subscribers_and_nobody_else(
         assert [m.data["record"]["id"] for m in await slow.take(1)] == ["p3"]
         assert [m.event for m in await other.take(1)] == ["notes/*"]
         assert running.process.output().count("rule.error") == 1
+
+
+BOMBED = """
+CREATE TABLE users (id text PRIMARY KEY, name text);
+CREATE TABLE projects (id text PRIMARY KEY);
+CREATE TABLE members (id text PRIMARY KEY, project text REFERENCES projects,
+  "user" text REFERENCES users);
+CREATE INDEX ON members (project);
+CREATE INDEX ON members ("user");
+CREATE TABLE posts (id text PRIMARY KEY, project text REFERENCES projects);
+INSERT INTO users SELECT 'u' || n, 'name' || n FROM generate_series(1, 1500) n;
+INSERT INTO projects SELECT 'p' || n FROM generate_series(1, 20) n;
+INSERT INTO members SELECT p || '-' || u, 'p' || p, 'u' || u
+  FROM generate_series(1, 20) p, generate_series(1, 1500) u;
+"""
+"""Relations that lead from one post to 45 million pairs."""
+
+BOMB = (
+    "project.members_via_project.user.name ?~ "
+    "project.members_via_project.user.members_via_user.project.members_via_project.id"
+)
+
+
+def _filtered(text: str) -> str:
+    return "posts/*?options=" + quote(json.dumps({"query": {"filter": text}}))
+
+
+async def test_a_filter_that_is_a_bomb_costs_its_own_subscriber(
+    database_url: str, tmp_path: Path
+) -> None:
+    """It keeps others waiting a few times for as long as a statement may take, then not at all."""
+    collections = {
+        name: {"table": name, "list_rule": ""} for name in ("users", "projects", "members", "posts")
+    }
+    async with (
+        service(
+            database_url,
+            tmp_path,
+            collections=collections,
+            schema=BOMBED,
+            sections={"database": {"statement_timeout": "1s"}, "logging": {"format": "json"}},
+        ) as running,
+        listener(running.address, _filtered(BOMB), "users/*") as bomber,
+        listener(running.address, "posts/*") as other,
+        listener(running.address, _filtered("project.members_via_project.id ?= '1-7'")) as asking,
+    ):
+        waits = []
+        for n in range(8):
+            began = time.monotonic()
+            await running.write.execute("INSERT INTO posts VALUES (%s, 'p1')", (f"n{n}",))
+            for one in (other, asking):
+                assert [m.data["record"]["id"] for m in await one.take(1)] == [f"n{n}"]
+            waits.append(time.monotonic() - began)
+        await running.write.execute("INSERT INTO users VALUES ('new', '')")
+
+        assert [wait > 1 for wait in waits] == [True] * 4 + [False] * 4
+        assert max(waits) < 3  # one time-out, and what a busy machine adds
+        assert [m.event for m in await bomber.take(1)] == ["users/*"]
+        assert running.process.output().count("rule.suspended") == 1
+
+
+async def test_a_connection_s_filters_that_ask_the_database_are_numbered(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Those beyond are mute, which is logged once; the call is answered as ever."""
+    collections = {name: {"table": name, "list_rule": ""} for name in ("projects", "posts")}
+    schema = """
+    CREATE TABLE projects (id text PRIMARY KEY, name text);
+    CREATE TABLE posts (id text PRIMARY KEY, project text REFERENCES projects);
+    INSERT INTO projects VALUES ('p', 'Paint');
+    """
+    topics = [_filtered(f"project.name ~ 'p' && id != '{n}'") for n in range(20)]
+    async with (
+        service(
+            database_url,
+            tmp_path,
+            collections=collections,
+            schema=schema,
+            sections={"logging": {"format": "json"}},
+        ) as running,
+        listener(running.address, *topics, "posts/*") as greedy,
+        listener(running.address, topics[19]) as modest,
+    ):
+        await running.write.execute("INSERT INTO posts VALUES ('one', 'p')")
+        heard = {m.event for m in await greedy.take(17)}
+        assert await greedy.subscribe(*topics[16:]) == 204
+        await running.write.execute("INSERT INTO posts VALUES ('two', 'p')")
+
+        assert heard == {*topics[:16], "posts/*"}
+        assert {m.event for m in await greedy.take(4)} == {*topics[16:]}
+        assert [m.data["record"]["id"] for m in await modest.take(2)] == ["one", "two"]
+        (mute,) = [
+            json.loads(line)
+            for line in running.process.output().splitlines()
+            if "subscription.mute" in line
+        ]
+        assert mute["topics"] == 4

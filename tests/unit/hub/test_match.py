@@ -139,9 +139,11 @@ def test_a_connection_has_a_number_of_filters_that_postgres_is_asked_for() -> No
 
 def test_what_the_rule_asks_anyway_is_not_the_filter_s_doing() -> None:
     there, mine = with_relations("author.name ~ title"), connection()
-    names = [filtered(f"title={n}&&author.name~title") for n in range(17)]
+    names = [filtered(f"title={n}%26%26author.name~title") for n in range(17)]
     for name in ("posts/*", "posts", *names):
-        assert isinstance(subscribe(there, name, on=mine), Subscription)
+        made = subscribe(there, name, on=mine)
+        assert isinstance(made, Subscription)
+        assert made.group is not None
 
 
 def test_bound_again_or_replaced_the_same_topics_are_mute() -> None:
