@@ -94,7 +94,7 @@ class Transaction(Struct, frozen=True, gc=False):
     """Microseconds since the Unix epoch, by the server's clock; 0 if the decoder didn't say."""
     changes: tuple[Change, ...]
     size: int
-    """Bytes of decoder output that it was made from; what the changelog is bounded by."""
+    """Bytes of memory it takes, about; what the changelog is bounded by."""
 
 
 class Oversized(Struct, frozen=True, gc=False):

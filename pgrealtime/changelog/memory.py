@@ -32,7 +32,7 @@ class MemoryChangelog:
 
     Args:
         start: Where the stream begins: floor and head of the empty changelog.
-        max_size: Bytes of decoder output held at most, the newest entry aside.
+        max_size: Bytes held at most, about, the newest entry aside.
         max_age: Seconds that an entry is held at most; ``expire`` applies it.
     """
 

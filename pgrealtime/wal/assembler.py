@@ -31,7 +31,7 @@ class TransactionAssembler:
     """Collects what lies between a begin and its commit; bounded in bytes.
 
     Args:
-        max_size: Bytes of decoder output; of a larger transaction only the tables are kept.
+        max_size: Bytes; of a larger transaction only the tables are kept.
         record_keys: By partitioned table. A row that goes from one partition and comes to
             another with the same key was moved by an UPDATE.
     """
@@ -56,14 +56,15 @@ class TransactionAssembler:
 
         Args:
             message: What the decoder said.
-            size: Bytes it was made from.
+            size: Bytes of the payload it was made from.
 
         Raises:
             UnexpectedMessageError: It can't follow what came before.
         """
         self._size += size
         match message:
-            case RowChange(change=change, leaf=leaf) if self._xid is not None:
+            case RowChange(change=change, leaf=leaf, overhead=overhead) if self._xid is not None:
+                self._size += overhead
                 if self._size > self._max_size:
                     self._drop().add(change.table)
                 elif leaf is None:

@@ -24,6 +24,9 @@ class RowChange(Struct, frozen=True, gc=False):
     change: Insert | Update | Delete
     leaf: TableName | None
     """The partition that holds the row, or held it; None if the table isn't partitioned."""
+    overhead: int = 0
+    """Bytes of memory that it takes beyond those of its payload. wal2json's names and types take
+    as much in the payload as dicts and strings do in memory."""
 
 
 class Truncated(Struct, frozen=True, gc=False):

@@ -30,6 +30,9 @@ _LENGTH = struct.Struct("!I")
 _AFTER_RELATION_ID = 5
 _TEXT, _NULL, _UNCHANGED = b"tnu"
 _KEY, _OLD, _NEW = b"KON"
+_ROW_BYTES, _VALUE_BYTES = 250, 60
+"""Of memory: what a row takes of it beside its payload, and what each of its values does. The
+test measures it."""
 
 
 class _Relation(Struct, frozen=True):
@@ -40,6 +43,8 @@ class _Relation(Struct, frozen=True):
     """Of its columns, in the order in which values come."""
     key: tuple[str, ...]
     """Those of the replica identity."""
+    overhead: int
+    """As ``RowChange`` has it, of one row."""
 
 
 class PgoutputDecoder:
@@ -93,7 +98,8 @@ class PgoutputDecoder:
         if source is None:
             self._relations.pop(oid, None)
         else:
-            self._relations[oid] = _Relation(source, tuple(names), tuple(key))
+            overhead = _ROW_BYTES + _VALUE_BYTES * count
+            self._relations[oid] = _Relation(source, tuple(names), tuple(key), overhead)
 
     def _insert(self, data: bytes) -> RowChange | None:
         relation = self._described(data)
@@ -101,7 +107,7 @@ class PgoutputDecoder:
             return None
         new, _ = _row(data, _AFTER_RELATION_ID + 1, relation.names)
         source = relation.source
-        return RowChange(Insert(source.root, _ordered(new, source)), source.leaf)
+        return RowChange(Insert(source.root, _ordered(new, source)), source.leaf, relation.overhead)
 
     def _update(self, data: bytes) -> RowChange | None:
         relation = self._described(data)
@@ -119,14 +125,16 @@ class PgoutputDecoder:
             # the other identities do so for those of the key.
             known = old.row | new
             new = {name: known[name] for name in relation.names if name in known}
-        return RowChange(Update(source.root, _ordered(new, source), old), source.leaf)
+        overhead = relation.overhead * (2 if isinstance(old, WholeRow) else 1)
+        return RowChange(Update(source.root, _ordered(new, source), old), source.leaf, overhead)
 
     def _delete(self, data: bytes) -> RowChange | None:
         relation = self._described(data)
         if relation is None:
             return None
         old, _ = _old(data, _AFTER_RELATION_ID, relation)
-        return RowChange(Delete(relation.source.root, old), relation.source.leaf)
+        source = relation.source
+        return RowChange(Delete(source.root, old), source.leaf, relation.overhead)
 
     def _truncate(self, data: bytes) -> Truncated | None:
         count, _ = _TRUNCATE.unpack_from(data)
