@@ -47,7 +47,7 @@ from pgrealtime.rules.parameters import (
 )
 from pgrealtime.rules.reference import Nobody, auth_collection, validate
 from pgrealtime.rules.request import Request
-from pgrealtime.rules.resolve import resolve_filter, resolve_rule
+from pgrealtime.rules.resolve import filter_text, resolve_filter, resolve_rule
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 """Any moment: parameters that aren't macros are the same at all of them."""
@@ -276,6 +276,7 @@ class Planner:
             validate(self._collections, collection, asked)
             return Nobody(f"the rule doesn't hold for this subscriber: {error}")
         try:
+            filter_text(request.query, is_superuser=is_superuser)
             narrowed, literals = self._filter(collection.name, text, auth_name, is_superuser)
             return self._bound(collection, (made, narrowed), request, literals, own)
         except RuleError as error:

@@ -22,7 +22,7 @@ from pgrealtime.rules.ir import Predicate, parameters
 from pgrealtime.rules.lower import ROW, Lowered, all_of, lower
 from pgrealtime.rules.parameters import Binding, render, shape, value
 from pgrealtime.rules.request import Request
-from pgrealtime.rules.resolve import resolve_filter, resolve_rule
+from pgrealtime.rules.resolve import filter_text, resolve_filter, resolve_rule
 from pgrealtime.rules.sql import Sql
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -143,7 +143,7 @@ def reference(
                 return Nobody(f"the rule doesn't hold for this subscriber: {error}")
     text = request.query.get("filter", "")
     try:
-        if text:
+        if filter_text(request.query, is_superuser=is_superuser):
             predicates.append(
                 resolve_filter(text, collections, collection, auth, is_superuser=is_superuser)
             )

@@ -7,7 +7,7 @@ anyway: no hidden fields, no rows of collections that cannot be listed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NoReturn
 
@@ -94,17 +94,35 @@ def resolve_filter(
             f"a filter takes at most {MAX_FILTER_BYTES} bytes", start=0, end=len(text)
         )
     if not is_superuser:
-        for banned in ("@request.", "@collection."):
-            if banned in text:
-                start = text.index(banned)
-                raise RuleNameError(
-                    f'"{banned}" is not for client filters', start=start, end=start + len(banned)
-                )
+        _refuse_words(text)
     resolver = _Resolver(collections, collection, auth, is_filter=True)
     where = resolver.condition(parse(text))
     conditions = [where, *resolver.list_rules()]
     joined = where if len(conditions) == 1 else Conjunction(tuple(conditions))
     return _predicate(collection, joined)
+
+
+def filter_text(query: Mapping[str, str], *, is_superuser: bool) -> str:
+    """Return the client's filter, empty if there is none.
+
+    A sort means nothing here, but PocketBase looks at it wherever there is a filter.
+
+    Raises:
+        RuleNameError: The sort has a word that only superusers may use.
+    """
+    text = query.get("filter", "")
+    if text and not is_superuser:
+        _refuse_words(query.get("sort", ""))
+    return text
+
+
+def _refuse_words(text: str) -> None:
+    for banned in ("@request.", "@collection."):
+        if banned in text:
+            start = text.index(banned)
+            raise RuleNameError(
+                f'"{banned}" is not for client filters', start=start, end=start + len(banned)
+            )
 
 
 def _predicate(collection: Collection, where: Condition) -> Predicate:

@@ -13,7 +13,7 @@ from pgrealtime.errors import RuleError
 from pgrealtime.rules.access import Kind
 from pgrealtime.rules.formula import leaves
 from pgrealtime.rules.plan import Bound, Planner, columns_asked
-from pgrealtime.rules.reference import Nobody
+from pgrealtime.rules.reference import Nobody, reference
 from pgrealtime.rules.request import Request
 from tests.unit.rules.schema import COLLECTIONS, POSTS
 
@@ -164,6 +164,19 @@ def test_a_refused_filter_admits_nobody() -> None:
 
     assert isinstance(bound, Nobody)
     assert bound.reason
+
+
+@pytest.mark.parametrize("word", ["@request.", "@collection."])
+def test_a_sort_that_is_refused_refuses_the_filter_beside_it(word: str) -> None:
+    """As in PocketBase; without a filter, and for superusers, it means nothing."""
+    sort = {"sort": f"-{word}x"}
+    both = {"filter": "title = 'x'", **sort}
+
+    assert isinstance(PLANNER.bind(POSTS, "", Request(principal=ANN, query=both)), Nobody)
+    assert isinstance(reference(COLLECTIONS, POSTS, "", Request(query=both)), Nobody)
+    assert isinstance(PLANNER.bind(POSTS, "", Request(principal=ANN, query=sort)), Bound)
+    root = Request(principal=Superuser("root"), query=both)
+    assert isinstance(PLANNER.bind(POSTS, "", root), Bound)
 
 
 def test_texts_are_put_in_order_by_postgres_where_bytes_are_no_code_points() -> None:
