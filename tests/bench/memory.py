@@ -2,9 +2,10 @@
 
     python -m tests.bench.memory postgresql://postgres@127.0.0.1:5432/postgres
 
-The connections come in steps, each with its subscribe call done; a line is what the last step
-added to the server process (proportional set size), over its connections. Buffers of the kernel
-aren't in it; they are the same for any server.
+The connections come in steps, each with its subscribe call done; a line is what the step added to
+the server process (proportional set size), over its connections, and "all" is from none to the
+last. Buffers of the kernel aren't in it; they are the same for any server. PocketBase is measured
+at a size it can bear.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import psycopg
 
@@ -20,10 +22,51 @@ from tests.bench.machine import allow_many_files, described, load, resident_kilo
 from tests.bench.servers import OWNER, TOPIC, Server, pgrealtime, pocketbase
 
 _USERS = 1000
+_TOPICS = ([TOPIC], [f"notes/note{number:011d}" for number in range(10)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Some connections more."""
+
+    connections: int
+    kilobytes: int
+    """That the process has grown by."""
+    connect_seconds: float
+    subscribe_seconds: float
+
+    def __add__(self, other: Step) -> Step:
+        """Take both for one step."""
+        return Step(
+            connections=self.connections + other.connections,
+            kilobytes=self.kilobytes + other.kilobytes,
+            connect_seconds=self.connect_seconds + other.connect_seconds,
+            subscribe_seconds=self.subscribe_seconds + other.subscribe_seconds,
+        )
+
+    @property
+    def kilobytes_each(self) -> float:
+        """What a connection takes."""
+        return self.kilobytes / self.connections
+
+    @property
+    def calls(self) -> float:
+        """Subscribe calls per second."""
+        return self.connections / self.subscribe_seconds
+
+    def describe(self, server: Server, topics: Sequence[str], label: str) -> None:
+        """Print the line."""
+        print(
+            f"{server.name:10} {len(topics):7} {label:>12} {self.kilobytes_each:8.1f}"
+            f" {self.connections / self.connect_seconds:11,.0f} {self.calls:18,.0f}   {load()}"
+        )
+
+
+_NOTHING = Step(connections=0, kilobytes=0, connect_seconds=0, subscribe_seconds=0)
 
 
 def main() -> None:
-    """Print a line per step."""
+    """Print a line per step, and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url")
     parser.add_argument("--steps", type=int, nargs="*", default=[1000, 4000, 5000])
@@ -37,29 +80,38 @@ async def compare(arguments: argparse.Namespace) -> None:
     with psycopg.connect(arguments.url) as admin:
         print(described(admin))
     print("            topics  connections  KB each  connects/s  subscribe calls/s")
-    for topics in ([TOPIC], [f"notes/note{number:011d}" for number in range(10)]):
-        async with pgrealtime(arguments.url, rule=OWNER, users=_USERS) as ours:
-            measure(ours, topics, arguments.steps)
-        async with pocketbase(rule=OWNER, users=_USERS) as theirs:
-            measure(theirs, topics, arguments.their_steps)
+    for topics in _TOPICS:
+        async with pgrealtime(arguments.url, rule=OWNER, users=_USERS) as server:
+            ours = await asyncio.to_thread(measure, server, topics, arguments.steps)
+        async with pocketbase(rule=OWNER, users=_USERS) as server:
+            theirs = await asyncio.to_thread(measure, server, topics, arguments.their_steps)
+        print(
+            f"{len(topics)} topics, pgrealtime at {ours.connections} against PocketBase at"
+            f" {theirs.connections}: memory {ours.kilobytes_each / theirs.kilobytes_each:.2f},"
+            f" subscribe calls {ours.calls / theirs.calls:.2f}"
+        )
 
 
-def measure(server: Server, topics: Sequence[str], steps: Sequence[int]) -> None:
-    """Open the connections step by step."""
+def measure(server: Server, topics: Sequence[str], steps: Sequence[int]) -> Step:
+    """Open the connections step by step; return all of them as one."""
+    whole = _NOTHING
     with listeners() as opened:
         opened.open(server.port, [topics] * 100, server.tokens)  # what is made once, and lazily
         before = resident_kilobytes(server.pid)
-        total = 0
-        for step in steps:
-            took = opened.open(server.port, [topics] * step, server.tokens)
+        for connections in steps:
+            took = opened.open(server.port, [topics] * connections, server.tokens)
             after = resident_kilobytes(server.pid)
-            total += step
-            print(
-                f"{server.name:10} {len(topics):7} {total:12} {(after - before) / step:8.1f}"
-                f" {step / took.connect_seconds:11,.0f} {step / took.subscribe_seconds:18,.0f}"
-                f"   {load()}"
+            step = Step(
+                connections=connections,
+                kilobytes=after - before,
+                connect_seconds=took.connect_seconds,
+                subscribe_seconds=took.subscribe_seconds,
             )
+            whole += step
+            step.describe(server, topics, f"{whole.connections:,}")
             before = after
+    whole.describe(server, topics, "all")
+    return whole
 
 
 if __name__ == "__main__":

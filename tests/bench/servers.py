@@ -181,14 +181,19 @@ def _note(number: int, owner: str) -> dict[str, object]:
 
 
 @asynccontextmanager
-async def pgrealtime(url: str, *, rule: str, users: int = 0) -> AsyncIterator[PgRealtime]:
+async def pgrealtime(
+    url: str, *, rule: str, users: int = 0, owners_are_shown: bool = False
+) -> AsyncIterator[PgRealtime]:
     """Run it on a database of its own on the given server, dropped in the end.
 
     Args:
         url: Of the server, as a superuser.
         rule: The notes' list and view rule.
         users: How many there are.
+        owners_are_shown: Whether a note's owner is a relation, and everybody may see users.
     """
+    owner = {"relations": {"owner": {"collection": "users"}}} if owners_are_shown else {}
+    shown = {"view_rule": ""} if owners_are_shown else {}
     async with AsyncExitStack() as stack:
         database = stack.enter_context(_database(url))
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -201,8 +206,8 @@ async def pgrealtime(url: str, *, rule: str, users: int = 0) -> AsyncIterator[Pg
                     schema=_SCHEMA,
                     sections={"realtime": {"max_connections": 20_000}},
                     collections={
-                        "users": {"table": "users", "type": "auth"},
-                        "notes": {"table": "notes", **rules},
+                        "users": {"table": "users", "type": "auth", **shown},
+                        "notes": {"table": "notes", **rules, **owner},
                     },
                 )
             )
