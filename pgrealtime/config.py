@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias, get_args, get_origin
 
@@ -315,6 +315,31 @@ class CollectionConfig(Section):
     """Of an auth collection: who sees e-mail addresses that aren't public."""
 
 
+class AdminConfig(Section):
+    """The operator's port: probes and metrics. Off unless it has a port."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=0, ge=0, le=65535)
+    """0 is off."""
+    token: Secret = ""
+    """Metrics are for ``Authorization: Bearer`` with it; probes never need it."""
+
+    @model_validator(mode="after")
+    def _has_token_if_reachable(self) -> Self:
+        if self.port and not self.token and not _is_loopback(self.host):
+            raise ValueError(
+                f"metrics that others than this machine reach ({self.host}) need a token"
+            )
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class LoggingConfig(Section):
     """What is logged, and how."""
 
@@ -334,6 +359,7 @@ class Config(Section):
     records: RecordsConfig = RecordsConfig()
     auth: AuthConfig = AuthConfig()
     collections: dict[str, CollectionConfig] = Field(default_factory=dict)
+    admin: AdminConfig = AdminConfig()
     logging: LoggingConfig = LoggingConfig()
 
 

@@ -18,6 +18,7 @@ from aiohttp import web
 from psycopg.conninfo import make_conninfo
 
 from pgrealtime import __version__
+from pgrealtime.api.admin import build_admin
 from pgrealtime.api.app import build_app, build_runner
 from pgrealtime.api.login import LoginRoutes
 from pgrealtime.auth.account import Accounts
@@ -28,7 +29,7 @@ from pgrealtime.catalog.model import Catalog
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import TableName
 from pgrealtime.collections import build, table_names
-from pgrealtime.config import Config, DatabaseConfig, Origin, Reading
+from pgrealtime.config import AdminConfig, Config, DatabaseConfig, Origin, Reading
 from pgrealtime.errors import ConfigError, DatabaseUnreachableError, PgRealtimeError
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.match import Matcher
@@ -36,11 +37,13 @@ from pgrealtime.hub.own_record import OwnRecords
 from pgrealtime.hub.probe import Probe
 from pgrealtime.lsn import LSN
 from pgrealtime.observe.log import configure
+from pgrealtime.observe.metrics import Metrics
 from pgrealtime.operate.check import rule_problems
 from pgrealtime.pool import KEEPALIVE, QueryConnection, QueryPool
 from pgrealtime.relay import Relay
 from pgrealtime.reload import Reload, Rooms, World
 from pgrealtime.rules.plan import columns_asked
+from pgrealtime.vitals import Vitals
 from pgrealtime.wal.slot import SlotWait
 from pgrealtime.wal.stream import WalStream, open_stream
 
@@ -142,7 +145,8 @@ async def running(
             LSN(0), max_size=config.changelog.max_size, max_age=config.changelog.max_age
         )
         doubted = asyncio.Event()
-        probe = Probe(pool, on_doubt=doubted.set)
+        metrics = Metrics()
+        probe = Probe(pool, on_doubt=doubted.set, on_statement=metrics.note_rule_query)
         logins = {name: collection.login for name, collection in config.collections.items()}
         hub = Hub(
             changelog,
@@ -196,6 +200,15 @@ async def running(
             _watch_standbys(probe, hub),
         )
         await stack.enter_async_context(_together(parts))
+        vitals = Vitals(
+            hub=hub,
+            relay=relay,
+            changelog=changelog,
+            probe=probe,
+            authenticator=authenticator,
+            pool=pool,
+        )
+        await stack.enter_async_context(_admin_port(config.admin, vitals, metrics))
         app = build_app(hub, authenticator, config)
         routes = LoginRoutes(login, authenticator, config.server, records)
         routes.add_to(app.router)
@@ -205,9 +218,41 @@ async def running(
         stack.push_async_callback(runner.cleanup)
         stack.push_async_callback(hub.shutdown, config.server.shutdown_grace)
         site = web.TCPSite(runner, config.server.host, config.server.port, backlog=4096)
-        await site.start()
+        await _start(site, "server")
         stack.push_async_callback(site.stop)
         yield Running(runner.addresses[0][1], hub, reloading)
+
+
+@asynccontextmanager
+async def _admin_port(config: AdminConfig, vitals: Vitals, metrics: Metrics) -> AsyncIterator[None]:
+    """Serve probes and metrics, if there is a port for them, until all else has stopped."""
+    if not config.port:
+        yield
+        return
+
+    async def exposition() -> bytes:
+        return metrics.exposition(await vitals.read())
+
+    app = build_admin(config, faults=vitals.faults, metrics=exposition)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        await _start(web.TCPSite(runner, config.host, config.port), "admin")
+        yield
+    finally:
+        await runner.cleanup()
+
+
+async def _start(site: web.TCPSite, section: str) -> None:
+    try:
+        await site.start()
+    except OSError as error:
+        raise PgRealtimeError(
+            f"{section}.port can't be listened on",
+            detail=str(error.strerror or error),
+            hint=f"Give {section}.port another number, or end what has it.",
+            code="port_unavailable",
+        ) from error
 
 
 @asynccontextmanager

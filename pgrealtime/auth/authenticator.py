@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -79,6 +80,8 @@ class Authenticator:
         self._issuers: tuple[tuple[IssuerConfig, KeySource], ...] = ()
         self._other_issuers = asyncio.Event()
         self._known_ids: set[str] = set()
+        self.checks: Counter[str] = Counter()
+        """Callers by what became of their tokens: ``accepted``, or the code of the refusal."""
         self.use(
             issuers_of(auth),
             auth.login,
@@ -193,12 +196,15 @@ class Authenticator:
             SetupError: The users table can't be read as configured.
         """
         try:
-            return (await self.identify(authorization)).caller
+            caller = (await self.identify(authorization)).caller
         except AuthError as error:
+            self.checks[error.error_code] += 1
             if error.error_code != "token_missing":
                 # Debug: anybody can make as many of these as they like.
                 log.debug("auth.rejected", reason=error.error_code)
             return Caller()
+        self.checks["accepted"] += 1
+        return caller
 
     async def admit(self, authorization: str | None) -> Caller:
         """As ``authenticate``, for who wants to subscribe.

@@ -34,6 +34,7 @@ from pgrealtime.hub.connection import (
     State,
     Subscription,
 )
+from pgrealtime.hub.counts import Counts
 from pgrealtime.hub.course import Course
 from pgrealtime.hub.display import Beside, sights_of_audiences
 from pgrealtime.hub.event import Action, Event
@@ -43,7 +44,7 @@ from pgrealtime.hub.history import History
 from pgrealtime.hub.identity import Identities
 from pgrealtime.hub.judge import Asking, Verdict
 from pgrealtime.hub.limits import Limits
-from pgrealtime.hub.match import Matcher
+from pgrealtime.hub.match import LIMITED, Matcher
 from pgrealtime.hub.meaning import Meaning
 from pgrealtime.hub.replay import REPLAYS_AT_ONCE, Replays
 from pgrealtime.hub.slices import WIDE, Announcement, Slice, portions, slices
@@ -131,6 +132,7 @@ class Hub:
         self._appended = asyncio.Event()
         self.progressed = asyncio.Event()
         """Set whenever the head moved; whoever waits for that clears it first."""
+        self.counts = Counts()
 
     # --- what the relay and the supervisor say --------------------------------------------
 
@@ -143,6 +145,21 @@ class Hub:
     def connections(self) -> Sized[Connection]:
         """The open connections."""
         return self._connections.values()
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether no connection is taken any more."""
+        return self._is_closing
+
+    @property
+    def subscriptions(self) -> Mapping[str, int]:
+        """How many there are that something can match, by collection."""
+        return self._course.meaning.subscriptions
+
+    @property
+    def gaps_told(self) -> Mapping[str, int]:
+        """How often a connection was told of a gap, or ended for it, by the gap's reason."""
+        return self._gaps.told
 
     @property
     def stream_is_up(self) -> bool:
@@ -294,7 +311,7 @@ class Hub:
         connection.connected_at = connection.active_at = connection.written_at = now
         connection.say(connect_tail(connection.id), None)
 
-    def close(self, connection: Connection) -> None:
+    def close(self, connection: Connection, reason: str = "client") -> None:
         """Forget a connection whose client has gone, or that was ended. Idempotent."""
         connection.mark_ended()
         self._identities.remove(connection)
@@ -304,12 +321,14 @@ class Hub:
             self._fresh.pop(subscription, None)
         connection.subscriptions = {}
         if self._connections.pop(connection.id, None) is not None:
+            self.counts.closed[reason] += 1
+            self.counts.events_of_closed += connection.events
             log.debug("connection.closed", connection=connection.id, events=connection.events)
 
     def _drop(self, connection: Connection) -> None:
         log.warning("connection.dropped", connection=connection.id, reason="stalled")
         connection.sink.abort()
-        self.close(connection)
+        self.close(connection, "stalled")
 
     def _doom(self, connection: Connection, reason: str) -> None:
         """End the connection, as soon as its client can bear that."""
@@ -333,7 +352,7 @@ class Hub:
             return
         log.debug("connection.ended", connection=connection.id, reason=reason)
         connection.sink.end()
-        self.close(connection)
+        self.close(connection, reason)
 
     # --- subscribing ----------------------------------------------------------------------
 
@@ -450,10 +469,15 @@ class Hub:
             if reason:
                 mute[reason] += 1
             connection.subscriptions[name] = subscription
+        self._report_mute(connection, mute)
+        if names:
+            self.counts.note_call(connection)
+            connection.resumes = False
+
+    def _report_mute(self, connection: Connection, mute: Mapping[str, int]) -> None:
         for reason, count in mute.items():
             log.info("subscription.mute", connection=connection.id, reason=reason, topics=count)
-        if names:
-            connection.resumes = False
+        self.counts.filters_refused += sum(mute.get(reason, 0) for reason in LIMITED)
 
     # --- reading the changelog --------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 from pgrealtime.hub.connection import Connection
@@ -32,6 +33,8 @@ class Gaps:
         self._course = course
         self._doom = doom
         self._clock = clock
+        self.told: Counter[str] = Counter()
+        """Connections that were told, or ended, by the gap's reason."""
 
     def tell_all(
         self, connection: Connection, gap: Announcement | None, verdict: Verdict, at: Cursor
@@ -57,7 +60,9 @@ class Gaps:
             connection.say(resync_tail(gap.collections or (), gap.reason), gap.at)
             connection.cursor = gap.at
             connection.active_at = connection.written_at = self._clock()
-        if (is_concerned and not is_told) or self._is_caller_lost(connection, gap):
+        is_caller_lost = self._is_caller_lost(connection, gap)
+        self.told[gap.reason] += is_concerned or is_caller_lost
+        if (is_concerned and not is_told) or is_caller_lost:
             self._doom(connection, "gap")
 
     def _is_caller_lost(self, connection: Connection, gap: Announcement) -> bool:

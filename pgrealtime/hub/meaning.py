@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Literal
@@ -35,6 +36,7 @@ class Meaning:
     Attributes:
         display: Shows events by the same collections.
         judge: Judges them.
+        subscriptions: How many are in a group, by collection.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Meaning:
         self.matcher = matcher
         self.display = Display(probe, collections, matcher.planner, nulls=nulls, on_doubt=on_doubt)
         self.judge = Judge(probe, matcher, self.display)
+        self.subscriptions: Counter[str] = Counter()
         self._reported: set[tuple[str, str]] = set()
 
     async def prepare(self, names: Iterable[str], caller: Caller) -> None:
@@ -85,13 +88,16 @@ class Meaning:
         except RuleError as error:
             self._report(topic.collection, error)
             return error.message
-        self.display.expanding += subscription.viewer is not None and not reason
+        if subscription.group is not None:
+            self.display.expanding += subscription.viewer is not None
+            self.subscriptions[collection.name] += 1
         return reason
 
     def take(self, subscription: Subscription) -> None:
         """Take a subscription out of the group that ``give`` put it in, if any."""
         if subscription.group is not None:
             self.display.expanding -= subscription.viewer is not None
+            self.subscriptions[subscription.group.variant.collection.name] -= 1
             self.matcher.remove(subscription)
 
     def _report(self, collection: str, error: RuleError) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Sized
 from contextlib import asynccontextmanager
@@ -38,6 +38,10 @@ _STANDBYS = "SELECT pg_catalog.current_setting('synchronous_standby_names')"
 
 
 def _nobody() -> None:
+    pass
+
+
+def _nobody_cares(_seconds: float) -> None:
     pass
 
 
@@ -89,15 +93,22 @@ class Probe:
     Args:
         pool: Where to ask.
         on_doubt: Told when Postgres refuses a query as if the schema were another.
+        on_statement: Told how many seconds each statement took that asked about rules.
     """
 
     def __init__(
-        self, pool: AsyncConnectionPool, *, on_doubt: Callable[[], None] = _nobody
+        self,
+        pool: AsyncConnectionPool,
+        *,
+        on_doubt: Callable[[], None] = _nobody,
+        on_statement: Callable[[float], None] = _nobody_cares,
     ) -> None:
         self._pool = pool
         self._on_doubt = on_doubt
-        self.denied = 0
-        """Questions without an answer so far."""
+        self._on_statement = on_statement
+        self.errors: Counter[tuple[str, str]] = Counter()
+        """What had no answer, by collection and why: ``timeout`` and ``error`` count statements,
+        ``suspended``, ``unknown_rows`` and ``unreachable`` what was not put."""
         self._told: set[tuple[str, str]] = set()
         self._suspensions: Suspensions[Atom | RemoteSource] = Suspensions(time.monotonic)
 
@@ -162,12 +173,13 @@ class Probe:
         return frozenset()
 
     def _give_up(self, judging: Asked, error: Exception) -> frozenset[str]:
-        self.denied += 1
         log.warning("questions.unanswered", error=_first_line(error))
         about: set[str] = set()
         while inquiries := judging.inquiries():
             about.update(inquiry.collection for inquiry in inquiries)
             judging.resume()
+        for name in about:
+            self.errors[name, "unreachable"] += 1
         return frozenset(about)
 
     @asynccontextmanager
@@ -201,7 +213,7 @@ class Probe:
     async def _put(self, session: _Session, inquiry: Inquiry) -> None:
         """Put an inquiry; if it fails its parts, so that only what can't be answered is denied."""
         if self._suspensions.is_suspended(inquiry.about):
-            self.denied += 1
+            self.errors[inquiry.collection, "suspended"] += 1
             return
         question = inquiry.question()
         if question is None:
@@ -212,7 +224,6 @@ class Probe:
         parts: Iterator[Inquiry] = inquiry.split()
         first = next(parts, None)
         if first is None:
-            self.denied += 1
             return
         await self._put(session, first)
         for part in parts:
@@ -221,17 +232,26 @@ class Probe:
     async def _take(self, session: _Session, inquiry: Inquiry, question: Question) -> bool:
         """Put one statement; return whether it was answered."""
         try:
-            inquiry.take(await session.rows(question))
+            inquiry.take(await self._answer(session, question))
         except psycopg.Error as error:
             if session.is_broken:
                 raise
+            is_late = isinstance(error, psycopg.errors.QueryCanceled)
+            self.errors[inquiry.collection, "timeout" if is_late else "error"] += 1
             self.report(inquiry.collection, error)
             await session.restart()
-            if isinstance(error, psycopg.errors.QueryCanceled):
+            if is_late:
                 session.patience -= 1
                 self._note_timeout(inquiry, is_borne=session.patience >= 0)
             return False
         return True
+
+    async def _answer(self, session: _Session, question: Question) -> list[tuple[object, ...]]:
+        began = time.perf_counter()
+        try:
+            return await session.rows(question)
+        finally:
+            self._on_statement(time.perf_counter() - began)
 
     def _note_timeout(self, inquiry: Inquiry, *, is_borne: bool) -> None:
         seconds = self._suspensions.note_timeout(inquiry.about, is_borne=is_borne)
@@ -244,7 +264,7 @@ class Probe:
         self._doubt(error)
 
     def _deny(self, inquiry: Inquiry, reason: str) -> None:
-        self.denied += 1
+        self.errors[inquiry.collection, "unknown_rows"] += 1
         self._tell(inquiry.collection, reason)
 
     def _tell(self, collection: str, reason: str) -> None:

@@ -346,7 +346,7 @@ async def relations(url: str, sizes: Sequence[int]) -> list[str]:
                 await probe.ask(judging)
                 costs.append((time.perf_counter() - start) / len(changes) * 1e6)
                 hits = sum(map(len, judging.hits))  # type: ignore[arg-type]  # dictionaries
-            assert not probe.denied
+            assert not probe.errors
             cost, trip = median(costs), median(trips)
             shown.append(f"{cost:8.1f} us {hits / len(changes):5.1f} hits, SELECT 1 {trip:.0f} us")
             if cost > trip / 3:

@@ -94,7 +94,7 @@ async def test_a_row_that_postgres_refuses_is_denied_alone(desk: Desk) -> None:
     events = [desk.event(project="px", views=views) for views in ("1000", "no number", "2000")]
 
     assert await desk.hear(events) == [{one}, set(), {one}]
-    assert desk.probe.denied
+    assert set(desk.probe.errors) == {("posts", "error")}
 
 
 async def test_a_bad_rule_keeps_no_other_from_its_answer(desk: Desk) -> None:
@@ -112,7 +112,7 @@ async def test_a_bad_rule_keeps_no_other_from_its_answer(desk: Desk) -> None:
     assert desk.matcher.add(broken, record) == ""
 
     assert await desk.hear([desk.event(project="px")]) == [{one}]
-    assert desk.probe.denied == 1
+    assert set(desk.probe.errors) == {("posts", "error")}
 
 
 async def test_nothing_is_asked_before_the_commit_is_visible(desk: Desk) -> None:
@@ -168,7 +168,7 @@ async def test_what_went_without_a_trace_is_denied_and_counted(desk: Desk) -> No
     went.changes = (Delete(desk.world.collections["projects"].table.name, Key({"id": "px"})),)
 
     assert await desk.hear([went]) == [set()]
-    assert desk.probe.denied == 1
+    assert desk.probe.errors == {("posts", "unknown_rows"): 1}
 
 
 async def test_more_values_than_are_fetched_are_asked_for_by_name(desk: Desk) -> None:
@@ -184,4 +184,4 @@ async def test_more_values_than_are_fetched_are_asked_for_by_name(desk: Desk) ->
     desk.subscribe("w3001")
 
     assert await desk.hear([desk.event(project="px")]) == [members]
-    assert not desk.probe.denied
+    assert not desk.probe.errors

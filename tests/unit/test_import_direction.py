@@ -50,6 +50,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     # Answers are trimmed by the same "fields" as records.
     "api": (*_FLOOR, "collections", "records", "auth", "hub", "observe"),
+    "vitals": ("",),
     "reload": ("",),
     "run": ("",),
     "operate": ("",),
@@ -60,7 +61,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
 """Room or module -> what it may import beside itself. The longest name that fits a file counts;
 ``""`` on the right is everything."""
 
-_NOT_FOR_OTHERS = ("reload", "run", "operate", "demo", "cli", "__main__")
+_NOT_FOR_OTHERS = ("vitals", "reload", "run", "operate", "demo", "cli", "__main__")
 """The top: nothing below imports it."""
 
 _PURE = (
