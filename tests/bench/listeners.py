@@ -54,6 +54,15 @@ class Listeners:
             raise LostStreamsError(f"{came['messages']} messages, {came['lost']} streams lost")
         return int(came["at"])
 
+    def settle(self, messages: int, seconds: float) -> None:
+        """Wait for so many messages since ``aim``, whatever was aimed at then.
+
+        Raises:
+            LostStreamsError: Not all came, or streams ended.
+        """
+        self._ask("expect", messages=messages)
+        self.wait(seconds)
+
     def latencies(self, sent: Sequence[int], quantiles: Sequence[float]) -> list[float]:
         """Return quantiles of the milliseconds from sending to each arrival.
 

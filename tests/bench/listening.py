@@ -86,6 +86,13 @@ class Listening:
             stream.seen = 0
         return {}
 
+    def expect(self, messages: int) -> dict[str, int]:
+        """Aim at so many, counted since ``aim``."""
+        self._goal = messages
+        if self._total >= messages:
+            self._reached_at = time.monotonic_ns()
+        return {}
+
     def wait(self, seconds: float) -> dict[str, int]:
         """Return once all that was aimed at has come, or the time is over."""
         deadline = time.monotonic() + seconds
@@ -193,6 +200,7 @@ def main() -> None:
     commands: dict[str, Any] = {
         "open": listening.open,
         "aim": listening.aim,
+        "expect": listening.expect,
         "wait": listening.wait,
         "latencies": listening.latencies,
         "close": listening.close,
