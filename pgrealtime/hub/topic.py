@@ -54,7 +54,8 @@ def parse_topic(text: str) -> Topic:
         return Topic(text=text, collection="", record_id=None, query={}, headers={})
     path, _, _ = text.partition("?")
     collection, slash, record_id = path.partition("/")
-    query, headers = _read_options(_options_text(text))
+    options = _options_text(text)
+    query, headers = _read_options(options) if options else ({}, {})
     return Topic(
         text=text,
         collection=collection,
