@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-# Two of them have in them all that the others are made of.
+# These have in them all that the others are made of.
 SMALL = {
     "fanout": "--connections 5 --writes 20 --their-writes 20 --rounds 1",
+    "expand": "--connections 5 --writes 20 --rounds 1 --least 0",
     "matching": "--connections 1000 --changes 300 --single 20 --their-changes 2 --rounds 1",
 }
 
