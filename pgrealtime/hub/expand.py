@@ -31,6 +31,7 @@ from pgrealtime.hub.expansion import (
     Node,
     Show,
     Step,
+    TooLargeError,
     Viewer,
     expanded,
     ids_in_row,
@@ -49,6 +50,13 @@ _ROWS = 20_000
 """Related rows of one batch: what goes beyond is left out."""
 _UNDONE = 1000
 """Changes of a transaction that are taken back for each record that it deleted."""
+_BYTES = 64 * 2**20
+"""Of what a batch shows in all; beyond, only what is small is shown."""
+_LARGE = 4 * 2**20
+"""Bytes of what one record shows at most."""
+_SMALL = 64 * 2**10
+"""Bytes that are always shown: whoever asks for more than there is to give mustn't take it from
+those who ask for little."""
 _SECONDS = 5.0
 """For one batch in all. Events wait meanwhile, those of other clients too."""
 
@@ -162,7 +170,11 @@ class Expander:
                 await fetching.expand([] if viewer is None else [(root, viewer)])
         except (psycopg.Error, PoolTimeout, TimeoutError) as error:
             log.warning("expand.failed", error=type(error).__name__)
-        return root.related, None if viewer is None else self._expanded(root, viewer)
+        try:
+            return root.related, None if viewer is None else self._expanded(root, viewer, _LARGE)
+        except TooLargeError:
+            log.debug("expand.too_large", collection=collection.name, limit=_LARGE)
+            return root.related, None
 
     async def _read(
         self,
@@ -181,8 +193,18 @@ class Expander:
             found.ids.update((place, node.related) for place, node in own.items())
             roots = [(_node_of(events[place], pasts[place]), viewer) for place, viewer in wanted]
             await fetching.expand(roots)
+        left = _BYTES
         for one, (root, viewer) in zip(wanted, roots, strict=True):
-            found.expands[one] = self._expanded(root, viewer)
+            most = min(_LARGE, max(left, _SMALL))
+            try:
+                shown = found.expands[one] = self._expanded(root, viewer, most)
+                size = len(shown or b"")
+            except TooLargeError:
+                log.debug("expand.too_large", collection=root.collection.name, limit=most)
+                size = most
+            if size > _SMALL:
+                left -= size
+                await asyncio.sleep(0)
 
     def _past(self, event: Event) -> Past | None:
         """Return the state that a deleted record is shown in: that in which it was deleted.
@@ -195,9 +217,9 @@ class Expander:
         first = event.cursor.ordinal - 1
         return Past(event.changes[first : first + _UNDONE], self._tables)
 
-    def _expanded(self, root: Node, viewer: Viewer) -> bytes | None:
+    def _expanded(self, root: Node, viewer: Viewer, most: int) -> bytes | None:
         try:
-            return expanded(root, viewer, self._show)
+            return expanded(root, viewer, self._show, most=most)
         except (ValueError, LookupError) as error:
             # A value that isn't of the type that the catalogue gave its column.
             log.error(  # noqa: TRY400 (the message may not show the row)

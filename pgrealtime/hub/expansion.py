@@ -6,7 +6,7 @@ Between the option's text (``records.expand``) and who fetches the records (``hu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeAlias
@@ -291,16 +291,28 @@ Show: TypeAlias = Callable[[Node, View, bytes | None], bytes]
 _write = msgspec.json.Encoder().encode
 
 
-def expanded(root: Node, viewer: Viewer, show: Show) -> bytes | None:
+class TooLargeError(Exception):
+    """What a record would show as ``expand`` is larger than it may be."""
+
+
+def expanded(root: Node, viewer: Viewer, show: Show, *, most: int) -> bytes | None:
     """Return the JSON of the member ``expand``; None for a record without one.
 
+    Args:
+        root: The record.
+        viewer: Who sees it.
+        show: Makes the related ones.
+        most: Bytes that it may have.
+
     Raises:
+        TooLargeError: It has more. Few rows make many bytes: a path that leads back and forth
+            shows them again and again, a hundred posts of one author a million times in six steps.
         ValueError: A related row can't be shown.
         LookupError: Likewise.
     """
     whole = [route.steps for route in viewer.plan.routes if _is_whole(root, route)]
     branches = _branches(whole)
-    return _members(root, branches, viewer, show) if branches else None
+    return _Writing(viewer, show, most).members(root, branches) if branches else None
 
 
 def _is_whole(root: Node, route: Route) -> bool:
@@ -317,18 +329,46 @@ def _is_whole(root: Node, route: Route) -> bool:
     return not (route.is_broken and any(level))
 
 
-def _members(node: Node, branches: Mapping[str, Branch], viewer: Viewer, show: Show) -> bytes:
-    members: dict[str, Raw | list[Raw]] = {}
-    for name in sorted(branches, key=str.encode):
-        children = node.children.get(name)
-        if children:
-            records = list(_records(children, branches[name], viewer, show))
-            members[name] = records if branches[name].step.is_list else records[0]
-    return _write(members)
+class _Writing:
+    """Writes related records, each once however often it is shown.
 
+    Args:
+        viewer: Who sees them.
+        show: Makes records.
+        most: Bytes that those beside each other may have.
+    """
 
-def _records(children: Sequence[Node], branch: Branch, viewer: Viewer, show: Show) -> Iterator[Raw]:
-    for child in children:
-        below = _members(child, branch.branches, viewer, show) if branch.branches else None
-        view = View(sees_hidden=viewer.sees_hidden, sees_email=child.sees_email)
-        yield Raw(show(child, view, below))
+    def __init__(self, viewer: Viewer, show: Show, most: int) -> None:
+        self._viewer = viewer
+        self._show = show
+        self._most = most
+        self._made: dict[Node, Raw] = {}
+        """A node stands for a record at one place of the plan, so the same is below it."""
+
+    def members(self, node: Node, branches: Mapping[str, Branch]) -> bytes:
+        """Return the JSON of ``expand``.
+
+        Raises:
+            TooLargeError: It has more bytes than it may.
+        """
+        members: dict[str, Raw | list[Raw]] = {}
+        size = 0
+        for name in sorted(branches, key=str.encode):
+            records: list[Raw] = []
+            for child in node.children.get(name) or ():
+                record = self._record(child, branches[name])
+                size += len(record)
+                if size > self._most:
+                    raise TooLargeError
+                records.append(record)
+            if records:
+                members[name] = records if branches[name].step.is_list else records[0]
+        return _write(members)
+
+    def _record(self, child: Node, branch: Branch) -> Raw:
+        record = self._made.get(child)
+        if record is None:
+            below = self.members(child, branch.branches) if branch.branches else None
+            view = View(sees_hidden=self._viewer.sees_hidden, sees_email=child.sees_email)
+            record = self._made[child] = Raw(self._show(child, view, below))
+        return record

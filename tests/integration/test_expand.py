@@ -284,6 +284,36 @@ async def test_at_most_a_thousand_records_point_to_one(world: World) -> None:
     assert len(expand["notes_via_book"]) == 1000
 
 
+BACK_AND_FORTH = "author.books_via_author.author.books_via_author.author.books_via_author"
+
+
+async def test_a_path_back_and_forth_is_left_out_where_it_shows_too_much(world: World) -> None:
+    """Twenty books are 8,000 of them in six steps and shown; a thousand would be a billion."""
+    await world.run(
+        f"INSERT INTO public.books (id, author) SELECT n, '{ANN}' FROM generate_series(100, 119) n"
+    )
+    twenty = await world.expand("books", "100", BACK_AND_FORTH)
+    await world.run(
+        f"INSERT INTO public.books (id, author) SELECT n, '{ANN}' FROM generate_series(200, 1200) n"
+    )
+    event = await world.event("books", "100")
+    bombs = [
+        (0, world.viewer("books", f"{BACK_AND_FORTH},{other}"))
+        for other in (*RELATIONS, "notes_via_book.book", "covers_via_book.book")
+    ]
+    modest = (0, world.viewer("books", "author"))
+
+    began = time.monotonic()
+    related = await world.expander.related([event], [], [*bombs, modest])
+    took = time.monotonic() - began
+
+    shown = twenty["author"]["expand"]["books_via_author"][0]["expand"]["author"]
+    assert len(shown["expand"]["books_via_author"]) == 20
+    assert [related.expands.get(bomb) for bomb in bombs] == [None] * len(bombs)
+    assert related.expands[modest] is not None
+    assert took < 5
+
+
 async def test_a_batch_is_one_query_per_relation_and_level(world: World) -> None:
     """However many events there are and whoever wants to see them."""
     await world.run(
