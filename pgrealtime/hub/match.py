@@ -33,13 +33,13 @@ _TRIED = 5_000
 """Groups that no row leads to: each event tries every one of them, at a few microseconds."""
 _TRIED_PER_CONNECTION = 50
 """Of those, how many one connection's subscriptions may be in."""
-_COSTLY_PER_CONNECTION = 16
+COSTLY_PER_CONNECTION = 50
 """Subscriptions of one connection whose filters take questions to Postgres beyond their rules':
 each of those may take the whole ``statement_timeout``."""
 FILTERS_PER_CONNECTION = 32 * 1024
 """Characters of one connection's different filters. Compiling takes up to 50 ms for a thousand,
 and all of it is done anew when rules or the caller change."""
-TOO_COSTLY = f"a connection takes {_COSTLY_PER_CONNECTION} filters that Postgres must be asked for"
+TOO_COSTLY = f"a connection takes {COSTLY_PER_CONNECTION} filters that Postgres must be asked for"
 TOO_LONG = f"a connection takes {FILTERS_PER_CONNECTION} characters of filters"
 LIMITED = frozenset({TOO_COSTLY, TOO_LONG})
 """Reasons why nothing can match of filters that would be fine alone."""
@@ -292,7 +292,7 @@ class Matcher:
         bound = self.bind(collection, topic, principal, own)
         if isinstance(bound, Nobody):
             return bound.reason
-        if bound.variant.is_costly and _costly_before(subscription) >= _COSTLY_PER_CONNECTION:
+        if bound.variant.is_costly and _costly_before(subscription) >= COSTLY_PER_CONNECTION:
             return TOO_COSTLY
         there = self._groups.get(collection.name) or _Groups()
         group = there.find(bound, topic.record_id)

@@ -236,7 +236,7 @@ class Probe:
         except psycopg.Error as error:
             if session.is_broken:
                 raise
-            is_late = isinstance(error, psycopg.errors.QueryCanceled)
+            is_late = isinstance(error, _LATE)
             self.errors[inquiry.collection, "timeout" if is_late else "error"] += 1
             self.report(inquiry.collection, error)
             await session.restart()
@@ -368,6 +368,10 @@ def _is_away(error: Exception) -> bool:
 
 _AWAY = ("08", "57P", "53300")
 """Classes of errors: connections, the server's end or start, too many connections."""
+
+
+_LATE = (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable)
+"""Of two equal time-outs, Postgres tells of the lock's."""
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import psycopg
 
+from pgrealtime.hub.match import COSTLY_PER_CONNECTION as COSTLY
 from tests.e2e.listener import listener
 from tests.e2e.service import service
 
@@ -50,6 +51,38 @@ async def test_a_rule_that_times_out_denies_its_own_subscribers_and_nobody_else(
         assert [m.data["record"]["id"] for m in await slow.take(1)] == ["p3"]
         assert [m.event for m in await other.take(1)] == ["notes/*"]
         assert running.process.output().count("rule.error") == 1
+
+
+async def test_a_locked_table_holds_others_up_a_few_times_and_not_once_per_row(
+    database_url: str, tmp_path: Path
+) -> None:
+    """As a migration does it; a hundred rows that can't be judged are given up together."""
+    collections = {
+        "posts": {"table": "posts", "list_rule": "@collection.notes.id ?= id", "view_rule": ""},
+        "notes": {"table": "notes", "list_rule": ""},
+    }
+    async with (
+        service(
+            database_url,
+            tmp_path,
+            collections=collections,
+            schema=SCHEMA,
+            sections={"database": {"statement_timeout": "300ms"}, "logging": {"format": "json"}},
+        ) as running,
+        listener(running.address, "posts/*"),
+        listener(running.address, "posts/p100") as other,
+    ):
+        async with await psycopg.AsyncConnection.connect(database_url) as locker:
+            await locker.execute("LOCK TABLE notes IN ACCESS EXCLUSIVE MODE")
+            began = time.monotonic()
+            await running.write.execute(
+                "INSERT INTO posts SELECT 'p' || n FROM generate_series(1, 100) n"
+            )
+            await other.take(1)
+            waited = time.monotonic() - began
+
+        assert 1.2 < waited < 6  # four time-outs; a hundred would be 30 s
+        assert len(running.process.logged("rule.suspended")) == 1
 
 
 BOMBED = """
@@ -121,7 +154,7 @@ async def test_a_connection_s_filters_that_ask_the_database_are_numbered(
     CREATE TABLE posts (id text PRIMARY KEY, project text REFERENCES projects);
     INSERT INTO projects VALUES ('p', 'Paint');
     """
-    topics = [_filtered(f"project.name ~ 'p' && id != '{n}'") for n in range(20)]
+    topics = [_filtered(f"project.name ~ 'p' && id != '{n}'") for n in range(COSTLY + 4)]
     async with (
         service(
             database_url,
@@ -131,15 +164,15 @@ async def test_a_connection_s_filters_that_ask_the_database_are_numbered(
             sections={"logging": {"format": "json"}},
         ) as running,
         listener(running.address, *topics, "posts/*") as greedy,
-        listener(running.address, topics[19]) as modest,
+        listener(running.address, topics[-1]) as modest,
     ):
         await running.write.execute("INSERT INTO posts VALUES ('one', 'p')")
-        heard = {m.event for m in await greedy.take(17)}
-        assert await greedy.subscribe(*topics[16:]) == 204
+        heard = {m.event for m in await greedy.take(COSTLY + 1)}
+        assert await greedy.subscribe(*topics[COSTLY:]) == 204
         await running.write.execute("INSERT INTO posts VALUES ('two', 'p')")
 
-        assert heard == {*topics[:16], "posts/*"}
-        assert {m.event for m in await greedy.take(4)} == {*topics[16:]}
+        assert heard == {*topics[:COSTLY], "posts/*"}
+        assert {m.event for m in await greedy.take(4)} == {*topics[COSTLY:]}
         assert [m.data["record"]["id"] for m in await modest.take(2)] == ["one", "two"]
         (mute,) = [
             json.loads(line)

@@ -504,3 +504,14 @@ def below(annotation: object) -> tuple[type[Section] | None, str]:
     candidates = [annotation, *get_args(annotation)]
     sections = [one for one in candidates if isinstance(one, type) and issubclass(one, Section)]
     return (sections[0] if sections else None), ("" if annotation in sections else ".*")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "metrics.internal"])
+def test_metrics_that_others_reach_need_a_token(host: str) -> None:
+    """Collections' names and loads are nobody else's business."""
+    with pytest.raises(ConfigError, match="need a token"):
+        parse({"admin": {"host": host, "port": 8091}}, {})
+
+    assert parse({"admin": {"host": host, "port": 8091, "token": "t"}}, {}).admin.token == "t"
+    assert parse({"admin": {"host": host}}, {}).admin.port == 0
+    assert parse({"admin": {"host": "::1", "port": 8091}}, {}).admin.port == 8091
