@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -82,31 +82,52 @@ def topic(case: Case) -> str:
     return f"{case['collection']}/*" + (f"?options={text}" if options else "")
 
 
+TOPICS_AT_ONCE = 50
+"""Of one connection: as many filters as it may have that Postgres must be asked for."""
+
+
 @dataclass
 class Subscriber:
-    """The connection of all cases with one ``auth``."""
+    """The connections of all cases with one ``auth``."""
 
-    listener: Listener
+    open: Callable[[], Awaitable[Listener]]
     token: str
-    topics: list[str] = field(default_factory=list)
+    listeners: list[Listener] = field(default_factory=list)
+    shares: list[list[str]] = field(default_factory=list)
+    """The topics of each, and the sentinel's."""
 
     async def listen(self, topics: Sequence[str]) -> None:
-        wanted = [*dict.fromkeys(topics), SENTINEL]
-        if wanted != self.topics:
-            self.topics = wanted
-            assert await self.listener.subscribe(*wanted, token=self.token) == 204
+        names = list(dict.fromkeys(topics))
+        shares = [
+            [*names[first : first + TOPICS_AT_ONCE], SENTINEL]
+            for first in range(0, max(1, len(names)), TOPICS_AT_ONCE)
+        ]
+        while len(self.listeners) < len(shares):
+            self.listeners.append(await self.open())
+            self.shares.append([])
+        for place, one in enumerate(self.listeners):
+            wanted = shares[place] if place < len(shares) else [SENTINEL]
+            if wanted != self.shares[place]:
+                self.shares[place] = wanted
+                assert await one.subscribe(*wanted, token=self.token) == 204
 
     async def heard(self) -> dict[str, list[str]]:
         """Topic to the ids of the records that came before the sentinel."""
         found: defaultdict[str, list[str]] = defaultdict(list)
+        for one in self.listeners:
+            async for name, record_id in self._heard_by(one):
+                found[name].append(record_id)
+        return found
+
+    async def _heard_by(self, one: Listener) -> AsyncIterator[tuple[str, str]]:
         while True:
-            messages = await self.listener.take(1, DEADLINE)
+            messages = await one.take(1, DEADLINE)
             assert messages, "the connection ended, or a sentinel didn't come"
             if messages[0].event == SENTINEL:
-                return found
+                return
             data = messages[0].data
             assert data["action"] == "update"
-            found[messages[0].event].append(data["record"]["id"])
+            yield messages[0].event, data["record"]["id"]
 
 
 class Room:
@@ -175,8 +196,11 @@ async def open_room(database_url: str, auths: Sequence[str]) -> AsyncIterator[Ro
     async with AsyncExitStack() as stack:
         room.service = await stack.enter_async_context(running(room.config, reread=room.reading))
         address = Address(host="127.0.0.1", port=room.service.port)
+
+        async def opened() -> Listener:
+            return await stack.enter_async_context(listener(address))
+
         for auth in auths:
-            opened = await stack.enter_async_context(listener(address))
             room.subscribers[auth] = Subscriber(opened, token(auth))
         yield room
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import Any
 
 import pocketbase  # type: ignore[import-not-found]  # installed beside the others, not in .venv
+
+MISSED_SECONDS = 3.0
+"""Within which a connection of ours has its PB_CONNECT, on any machine."""
 
 
 def report(**what: Any) -> None:
@@ -53,6 +57,21 @@ class Driver:
             of.subscribe(hear)
         else:
             of.subscribe_one(topic, hear)
+        self._see_connected()
+
+    def _see_connected(self) -> None:
+        """Connect anew where the client missed its PB_CONNECT, for which it then waits for ever.
+
+        It opens its stream in a thread before it listens for that event.
+        """
+        realtime = self._client.realtime
+        for _ in range(5):
+            until = time.monotonic() + MISSED_SECONDS
+            while not realtime.client_id and time.monotonic() < until:
+                time.sleep(0.01)  # the client tells nobody
+            if realtime.client_id:
+                return
+            realtime._connect()
 
     def unsubscribe(self, collection: str, topic: str) -> None:
         self._client.collection(collection).unsubscribe(topic)
