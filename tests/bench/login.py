@@ -43,6 +43,8 @@ _CALLERS = 4
 _DEADLINE = 120.0
 _BATCH = 50
 """Writes between two looks whether the logins are done."""
+_WARMING = 20
+"""Writes before, which don't count."""
 _MOST = 2.0
 _SCHEMA = """
 CREATE TABLE users (id text PRIMARY KEY, email text UNIQUE, password_hash text);
@@ -161,14 +163,18 @@ def _latencies(
         for _ in range(_CALLERS if logins else 0)
     ]
     sent: list[int] = []
+    writer = server.writer()
     with listeners() as opened:
         opened.open(server.port, [[TOPIC]] * arguments.connections)
+        opened.aim(_WARMING * arguments.connections)
+        paced(server, [""] * _WARMING, per_second=arguments.pace, writer=writer)
+        opened.wait(_DEADLINE)
         opened.aim(1_000_000_000, notes=True)
         began = time.monotonic()
         for caller in callers:
             caller.start()
         while batches > 0 or any(caller.is_alive() for caller in callers):
-            sent += paced(server, [""] * _BATCH, per_second=arguments.pace).sent
+            sent += paced(server, [""] * _BATCH, per_second=arguments.pace, writer=writer).sent
             batches -= 1
         seconds = time.monotonic() - began
         opened.settle(len(sent) * arguments.connections, _DEADLINE)

@@ -43,13 +43,21 @@ def _write_all(writer: Writer, commits: Sequence[Sequence[str]]) -> None:
         writer.write(owners)
 
 
-def paced(server: Server, owners: Sequence[str], *, per_second: float) -> Paced:
+def paced(
+    server: Server, owners: Sequence[str], *, per_second: float, writer: Writer | None = None
+) -> Paced:
     """Write one note per commit, beginning each when its time has come.
 
     One that is late because the one before took so long counts from when it began, which is kind
     to a server that holds up its writers.
+
+    Args:
+        server: Where to.
+        owners: Of the notes.
+        per_second: The pace.
+        writer: That has written before; the first statement of a new session is a slow one.
     """
-    writer = server.writer()
+    writer = writer or server.writer()
     sent: list[int] = []
     round_trips: list[float] = []
     start = time.monotonic_ns()
