@@ -113,6 +113,9 @@ def parse(text: str) -> Expression:
         RuleSyntaxError: The text is not of the language, an empty one included.
         RuleUnsupportedError: It nests deeper than this program goes.
     """
+    if found := _SURROGATE.search(text):
+        # No text that Postgres could be asked with; YAML can write one, a topic can't.
+        raise RuleSyntaxError("half a character", start=found.start(), end=found.end())
     return _Parser(text).run()
 
 
@@ -132,6 +135,7 @@ _GOOD_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?|-\.[0-9]+")
 _IDENTIFIER = re.compile(r"[A-Za-z@_#][A-Za-z0-9_.:]*")
 _TEXT = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _ESCAPE = re.compile(r"""\\([\\'"nrt])""")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SIGN = re.compile(r"[=!><~?]+")
 _JOIN = re.compile(r"[&|]+")
 _BRACKET = re.compile(r"""[()'"]""")

@@ -221,3 +221,11 @@ def test_any_text_is_parsed_or_refused_with_a_place(text: str) -> None:
         parse(text)
     except RuleError as error:
         assert 0 <= error.start <= error.end <= len(text)  # noqa: PT017 (most texts are refused)
+
+
+def test_half_a_character_is_refused_where_it_stands() -> None:
+    """UTF-8 has no such text, so no database could be asked with it; YAML can write one."""
+    with pytest.raises(RuleSyntaxError, match="half a character") as found:
+        parse("title = 'a' || title = 'b\ud800'")
+
+    assert (found.value.start, found.value.end) == (25, 26)
