@@ -34,7 +34,8 @@ from pgrealtime.rules.formula import (
     rebuilt,
     some_of,
 )
-from pgrealtime.rules.ir import Condition, Predicate, lifted, parameters
+from pgrealtime.rules.ir import Condition, Predicate, comparisons, lifted, parameters
+from pgrealtime.rules.kept import Kept
 from pgrealtime.rules.local import AuthColumn
 from pgrealtime.rules.parameters import (
     Lifted,
@@ -53,6 +54,11 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 """Any moment: parameters that aren't macros are the same at all of them."""
 _TEXTS = 4096
 _TEMPLATES = 16384
+"""Without a filter: of rules, which the operator writes."""
+_CHARACTERS = 256 * 1024
+"""Of filters whose outlines are kept."""
+_COMPARISONS = 4096
+"""Of filters whose templates are kept while nobody uses them, at up to 36 KB."""
 
 
 def moment(now: datetime) -> Moment:
@@ -71,6 +77,9 @@ class Component:
     offset: int
     """Of its literals among those of the text."""
 
+
+_Filter: TypeAlias = "tuple[Outline, tuple[str | float, ...]]"
+"""And its literals."""
 
 Skeleton: TypeAlias = Component | tuple[str, tuple["Skeleton", ...]]
 
@@ -245,8 +254,9 @@ class Planner:
         self._atoms: WeakValueDictionary[Hashable, Atom] = WeakValueDictionary()
         self._filters: WeakValueDictionary[Hashable, Outline] = WeakValueDictionary()
         self._rule = lru_cache(maxsize=_TEXTS)(self._make_rule)
-        self._filter = lru_cache(maxsize=_TEXTS)(self._make_filter)
+        self._filters_of_texts: Kept[Hashable, _Filter] = Kept(_CHARACTERS)
         self._template = lru_cache(maxsize=_TEMPLATES)(self._make_template)
+        self._narrowed: Kept[Hashable, Template] = Kept(_COMPARISONS)
 
     def bind(
         self, collection: Collection, rule: str | None, request: Request, own: Row | None = None
@@ -277,7 +287,10 @@ class Planner:
             return Nobody(f"the rule doesn't hold for this subscriber: {error}")
         try:
             filter_text(request.query, is_superuser=is_superuser)
-            narrowed, literals = self._filter(collection.name, text, auth_name, is_superuser)
+            place = (collection.name, text, auth_name, is_superuser)
+            narrowed, literals = self._filters_of_texts.get(
+                place, lambda: (self._make_filter(*place), len(text))
+            )
             return self._bound(collection, (made, narrowed), request, literals, own)
         except RuleError as error:
             return Nobody(f"the filter is refused: {error}" if text else str(error))
@@ -297,14 +310,36 @@ class Planner:
                 for p in outline.parameters
             ]
         )
-        template = self._template(collection.name, outlines, shapes, own is not None)
+        template = self._found(collection.name, outlines, shapes, own is not None)
         if own is not None and not all(_is_in(own, p) for p in template.needs):
-            template = self._template(collection.name, outlines, shapes, False)
+            template = self._found(collection.name, outlines, shapes, False)
         values = [_value(p, request, literals, own) for p in template.needs]
         bound = template.bind(values)
         return Nobody("") if bound is None else bound
 
     # --- what is kept
+
+    def _found(
+        self,
+        name: str,
+        outlines: tuple[Outline, Outline],
+        shapes: tuple[Shape, ...],
+        is_own_known: bool,  # noqa: FBT001 (cached)
+    ) -> Template:
+        _, narrowed = outlines
+        if narrowed is _NOTHING:
+            return self._template(name, outlines, shapes, is_own_known)
+        return self._narrowed.get(
+            (name, outlines, shapes, is_own_known),
+            lambda: (
+                self._make_template(name, outlines, shapes, is_own_known),
+                sum(
+                    1
+                    for part in _components(narrowed.skeleton)
+                    for _ in comparisons(part.condition)
+                ),
+            ),
+        )
 
     def _make_rule(self, name: str, text: str, auth_name: str | None) -> Outline:
         if not text:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TypeAlias
 
 from sqlglot import exp
@@ -30,6 +29,7 @@ from pgrealtime.rules.images import (
     numbers,
     unnested,
 )
+from pgrealtime.rules.kept import kept_with
 from pgrealtime.rules.local import Args
 from pgrealtime.rules.lower import ROW, LoweredValues, all_of, lower_values
 from pgrealtime.rules.parameters import Binding, Form, Literal, Macro, render
@@ -38,9 +38,6 @@ from pgrealtime.rules.sql import Sql
 
 Cells: TypeAlias = tuple[str | None, ...]
 """The columns that are read of a row, in text form."""
-
-_KEPT = 4096
-"""Statements; each is printed once while it is kept."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -169,7 +166,8 @@ class Values:
         params["limit"] = self.limit + 1 if self._is_limited else None
         params["wanted"] = self.wanted
         if not self.overlays:
-            return Question(_values_statement(self.source, self.wanted is not None), params)
+            statement = _values_of_all if self.wanted is None else _values_of_some
+            return Question(statement(self.source), params)
         made = before([lowered.select], self.overlays, params)
         if made is None:
             return None
@@ -213,7 +211,7 @@ def tables_of(inquiry: Inquiry) -> frozenset[TableName]:
             return values_of(source).tables
 
 
-@lru_cache(maxsize=_KEPT)
+@kept_with
 def values_of(source: RemoteSource) -> LoweredValues:
     """Return the SELECT of a source's values.
 
@@ -263,7 +261,7 @@ _ARRAYS = {
 }
 
 
-@lru_cache(maxsize=_KEPT)
+@kept_with
 def _statement(atom: Atom) -> str:
     return _print(_pairs(atom, atom.lowered.condition), [])
 
@@ -301,9 +299,14 @@ def _correlated(condition: Sql, free: Mapping[str, int]) -> Sql:
     return condition.copy().transform(replaced)
 
 
-@lru_cache(maxsize=_KEPT)
-def _values_statement(source: RemoteSource, is_wanted: bool) -> str:  # noqa: FBT001 (cached)
-    return _print(_values(source, values_of(source).select, is_wanted=is_wanted), [])
+@kept_with
+def _values_of_all(source: RemoteSource) -> str:
+    return _print(_values(source, values_of(source).select, is_wanted=False), [])
+
+
+@kept_with
+def _values_of_some(source: RemoteSource) -> str:
+    return _print(_values(source, values_of(source).select, is_wanted=True), [])
 
 
 def _values(source: RemoteSource, select: Sql, *, is_wanted: bool) -> exp.Select:
