@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from urllib.parse import quote
 
 import psycopg
+import pytest
 
 from pgrealtime.hub.match import COSTLY_PER_CONNECTION as COSTLY
 from tests.e2e.listener import listener
-from tests.e2e.service import service
+from tests.e2e.service import Service, service
 
 SCHEMA = "CREATE TABLE posts (id text PRIMARY KEY); CREATE TABLE notes (id text PRIMARY KEY);"
 
@@ -83,6 +85,97 @@ async def test_a_locked_table_holds_others_up_a_few_times_and_not_once_per_row(
 
         assert 1.2 < waited < 6  # four time-outs; a hundred would be 30 s
         assert len(running.process.logged("rule.suspended")) == 1
+
+
+PLACES = """
+CREATE TABLE places (
+  id text PRIMARY KEY, lon float8, lat float8, far float8 DEFAULT 'Infinity'
+);
+CREATE TABLE posts (id text PRIMARY KEY, place text REFERENCES places);
+INSERT INTO places VALUES ('here', 10, 20), ('nowhere', 'Infinity', 0);
+"""
+"""Of an infinite longitude Postgres knows no sine: the whole statement fails."""
+
+NEAR = "geoDistance(place.lon, place.lat, @request.query.lon, 20) < 1000"
+
+
+def _from(lon: str, **query: str) -> str:
+    return "posts/*?options=" + quote(json.dumps({"query": {"lon": lon, **query}}))
+
+
+@pytest.mark.parametrize("poison", ["1e999", "-1e999", "9" * 400])
+async def test_a_pair_that_postgres_refuses_is_denied_alone(
+    database_url: str, tmp_path: Path, poison: str
+) -> None:
+    """What one subscriber submits spoils no other's answer, of the same rule and statement."""
+    async with (
+        _places(database_url, tmp_path) as running,
+        listener(running.address, _from(poison), "places/*") as poisoner,
+        listener(running.address, _from("10"), _from("12"), _from("170")) as others,
+    ):
+        for n in range(5):
+            await running.write.execute("INSERT INTO posts VALUES (%s, 'here')", (f"n{n}",))
+            heard = await others.take(2)
+            assert {m.event for m in heard} == {_from("10"), _from("12")}
+            assert {m.data["record"]["id"] for m in heard} == {f"n{n}"}
+        await running.write.execute("INSERT INTO places VALUES ('new', 0, 0)")
+
+        assert [m.event for m in await poisoner.take(1)] == ["places/*"]
+        assert len(running.process.logged("rule.error")) == 1
+
+
+async def test_a_row_that_postgres_refuses_is_denied_alone(
+    database_url: str, tmp_path: Path
+) -> None:
+    """The rows before and behind it, of the same transaction, reach everybody."""
+    async with (
+        _places(database_url, tmp_path) as running,
+        listener(running.address, _from("10")) as one,
+        listener(running.address, _from("12")) as other,
+    ):
+        await running.write.execute(
+            "INSERT INTO posts SELECT 'n' || n, CASE n WHEN 3 THEN 'nowhere' ELSE 'here' END"
+            " FROM generate_series(1, 5) n"
+        )
+        for listening in (one, other):
+            ids = [m.data["record"]["id"] for m in await listening.take(4)]
+            assert ids == ["n1", "n2", "n4", "n5"]
+        (said,) = running.process.logged("rule.error")
+        assert said["collection"] == "posts"
+        assert "nowhere" not in running.process.output()
+
+
+async def test_a_template_that_postgres_refuses_is_denied_alone(
+    database_url: str, tmp_path: Path
+) -> None:
+    """A filter that fails for every row, beside the rule alone and another filter."""
+    bad = _from("10", filter="geoDistance(place.far, place.lat, 11, 20) < 500")
+    good = _from("10", filter="geoDistance(place.lon, place.lat, 11, 20) < 500")
+    async with (
+        _places(database_url, tmp_path) as running,
+        listener(running.address, bad, "places/*") as poisoner,
+        listener(running.address, _from("10"), good) as other,
+    ):
+        for n in range(5):
+            await running.write.execute("INSERT INTO posts VALUES (%s, 'here')", (f"n{n}",))
+            assert {m.event for m in await other.take(2)} == {_from("10"), good}
+        await running.write.execute("INSERT INTO places VALUES ('new', 0, 0)")
+
+        assert [m.event for m in await poisoner.take(1)] == ["places/*"]
+        assert len(running.process.logged("rule.error")) == 1
+
+
+def _places(database_url: str, directory: Path) -> AbstractAsyncContextManager[Service]:
+    return service(
+        database_url,
+        directory,
+        collections={
+            "places": {"table": "places", "list_rule": ""},
+            "posts": {"table": "posts", "list_rule": NEAR},
+        },
+        schema=PLACES,
+        sections={"logging": {"format": "json"}},
+    )
 
 
 BOMBED = """
