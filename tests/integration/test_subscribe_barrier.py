@@ -20,7 +20,10 @@ COLLECTIONS = {
 }
 MOST_ROWS = 150
 """Of one writer: on a slow machine calls take longer, and each row goes to every subscriber."""
-SCHEMA = "CREATE TABLE posts (id text PRIMARY KEY); CREATE TABLE notes (id text PRIMARY KEY);"
+SCHEMA = (
+    "CREATE TABLE posts (id text PRIMARY KEY); CREATE TABLE notes (id text PRIMARY KEY);"
+    "CREATE TABLE elsewhere (n int);"
+)
 
 
 @pytest.fixture
@@ -35,26 +38,32 @@ async def ids(heard: Listener, count: int) -> list[str]:
     return [message.data["record"]["id"] for message in messages]
 
 
-async def setting_arrives(connection: psycopg.AsyncConnection[Any], names: str) -> None:
-    """Return once the backend has heard of the reload."""
+async def waits(
+    watching: psycopg.AsyncConnection[Any], commit: asyncio.Task[Any], pid: int
+) -> bool:
+    """Return whether that backend's commit waits for a standby: in the WAL, and nobody sees it."""
     async with asyncio.timeout(20):
-        while True:
-            cursor = await connection.execute("SHOW synchronous_standby_names")
-            if await cursor.fetchone() == (names,):
-                return
-            await asyncio.sleep(0.01)  # a reload is a signal: nobody says when it has arrived
-
-
-async def decoded(connection: psycopg.AsyncConnection[Any], pid: int) -> None:
-    """Return once that backend's commit waits for a standby: it is in the WAL, nobody sees it."""
-    async with asyncio.timeout(20):
-        while True:
-            cursor = await connection.execute(
+        while not commit.done():
+            cursor = await watching.execute(
                 "SELECT wait_event FROM pg_stat_activity WHERE pid = %s", [pid]
             )
             if await cursor.fetchone() == ("SyncRep",):
-                return
+                return True
             await asyncio.sleep(0.01)  # the server tells nobody when a backend begins to wait
+    return False
+
+
+async def commits_wait(
+    watching: psycopg.AsyncConnection[Any], other: psycopg.AsyncConnection[Any]
+) -> asyncio.Task[Any]:
+    """Return once commits wait for standbys, with one that does.
+
+    That begins when the checkpointer has heard of the reload, and it tells nobody.
+    """
+    while True:
+        commit = asyncio.create_task(other.execute("INSERT INTO elsewhere VALUES (1)"))
+        if await waits(watching, commit, other.info.backend_pid):
+            return commit
 
 
 async def test_a_commit_that_waits_for_a_standby_reaches_who_subscribes_meanwhile(
@@ -63,14 +72,15 @@ async def test_a_commit_that_waits_for_a_standby_reaches_who_subscribes_meanwhil
     """Decoded before it is visible: the subscriber's read misses it, so its stream must not."""
     async with (
         await psycopg.AsyncConnection.connect(server.url, autocommit=True) as writer,
+        await psycopg.AsyncConnection.connect(server.url, autocommit=True) as other,
         service(server.url, tmp_path, collections=COLLECTIONS, schema=SCHEMA) as running,
         listener(running.address, "notes/*") as early,
     ):
         await running.write.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
         await running.write.execute("SELECT pg_reload_conf()")
-        await setting_arrives(writer, "nobody")
+        first = await commits_wait(running.write, other)
         commit = asyncio.create_task(writer.execute("INSERT INTO posts VALUES ('waiting')"))
-        await decoded(running.write, writer.info.backend_pid)
+        assert await waits(running.write, commit, writer.info.backend_pid)
 
         # A late call either waits or is refused; whoever gets a 204 misses nothing.
         calls = asyncio.create_task(early.subscribe("notes/*", "posts/*"))
@@ -80,7 +90,7 @@ async def test_a_commit_that_waits_for_a_standby_reaches_who_subscribes_meanwhil
             assert await cursor.fetchone() == (0,)
             await running.write.execute("ALTER SYSTEM RESET synchronous_standby_names")
             await running.write.execute("SELECT pg_reload_conf()")
-            await commit
+            await asyncio.gather(first, commit)
             assert (await call, await calls) == (204, 204)
             cursor = await running.write.execute("SELECT id FROM posts")
             seen = [row[0] for row in await cursor.fetchall()]
