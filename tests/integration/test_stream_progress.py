@@ -145,7 +145,7 @@ async def test_stream_is_never_a_synchronous_standby(server: OwnServer, plugin: 
         await connection.execute(UNSEEN)
         await connection.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
         await connection.execute("SELECT pg_reload_conf()")
-        await until_true(connection, "SELECT current_setting('synchronous_standby_names') = '*'")
+        await _commits_wait(server.url, connection)
         async with reading(server.url + BRISK, connection, plugin) as stream:
             for table in ("t", "elsewhere.u"):
                 await finish(connection)
@@ -165,6 +165,21 @@ async def test_stream_is_never_a_synchronous_standby(server: OwnServer, plugin: 
                         "SELECT pg_cancel_backend(%s)", (waiting.info.backend_pid,)
                     )
                     await asyncio.wait_for(commit, DEADLINE_SECONDS)
+
+
+async def _commits_wait(url: str, watching: Connection) -> None:
+    """Return once commits wait for standbys: when the checkpointer has heard of the reload."""
+    async with await psycopg.AsyncConnection.connect(url) as probing:
+        while True:
+            commit = asyncio.create_task(_insert(probing, "elsewhere.u"), name="probing commit")
+            while not commit.done():
+                cursor = await watching.execute(SOMEBODY_WAITS)
+                if await cursor.fetchone() == (True,):
+                    pid = probing.info.backend_pid
+                    await watching.execute("SELECT pg_cancel_backend(%s)", (pid,))
+                    await asyncio.wait_for(commit, DEADLINE_SECONDS)
+                    return
+                await asyncio.sleep(0.01)  # the server tells nobody when a backend begins to wait
 
 
 SOMEBODY_WAITS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep')"
