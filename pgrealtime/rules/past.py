@@ -69,16 +69,12 @@ def _key(table: Table, row: Row) -> tuple[str | None, ...]:
     return tuple(row.get(name) for name in table.primary_key)
 
 
-def tables_reached(collections: Collections) -> set[TableName]:
+def tables_of(collections: Collections) -> Mapping[TableName, Table]:
     """Return every table that rules and filters can reach: what the stream must carry.
 
     Beside the collections' own tables those are the junctions of their relations: a transaction
     that deletes a row and what linked it to others is judged by the links of before.
     """
-    return set(_tables(collections))
-
-
-def _tables(collections: Collections) -> dict[TableName, Table]:
     tables = {collection.table.name: collection.table for collection in collections.values()}
     for collection in collections.values():
         for field in collection.fields:
@@ -86,8 +82,3 @@ def _tables(collections: Collections) -> dict[TableName, Table]:
                 table = field.relation.junction.table
                 tables.setdefault(table.name, table)
     return tables
-
-
-def tables_of(collections: Collections) -> Mapping[TableName, Table]:
-    """Return the tables of ``tables_reached``."""
-    return _tables(collections)
