@@ -41,6 +41,8 @@ class FieldKind(Enum):
     """bytea: shown as base64, not usable in rules."""
     COMPOSITE = "composite"
     """Shown as an object, not usable in rules."""
+    GEOMETRY = "geometry"
+    """PostGIS' geometry and geography: shown as GeoJSON, usable in rules as geoPoint only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,11 @@ class Field:
     is_secret: bool = False
     """In no record, not even a superuser's: password hash, token key."""
     relation: Relation | None = None
+
+    @property
+    def is_stored_as_json(self) -> bool:
+        """Whether its keys are looked up in JSON, not in a point or a geometry."""
+        return self.type.base.name in {"json", "jsonb"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -447,6 +454,7 @@ _OVERRIDES = {
     FieldKind.DATE: {"date": FieldKind.DATE, "autodate": FieldKind.DATE},
     FieldKind.JSON: {"json": FieldKind.JSON, "geoPoint": FieldKind.GEO},
     FieldKind.GEO: {"geoPoint": FieldKind.GEO},
+    FieldKind.GEOMETRY: {"geoPoint": FieldKind.GEO},
 }
 """What ``fields.types`` may say of a column, by what its type says."""
 
@@ -482,6 +490,8 @@ def kind_of(data_type: Type) -> tuple[FieldKind, bool]:
         return FieldKind.COMPOSITE, False
     if base.schema == "pg_catalog":
         return _KINDS.get(base.name, FieldKind.TEXT), False
+    if base.extension == "postgis" and base.name in {"geometry", "geography"}:
+        return FieldKind.GEOMETRY, False
     return FieldKind.TEXT, False
 
 

@@ -7,16 +7,13 @@ The text comes from the server, so its syntax isn't checked.
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import TypeAlias
 
 Element: TypeAlias = "str | list[Element] | None"
 """The text form of an element, the elements of a further dimension, or NULL."""
 
 _QUOTED = r'"([^"\\]*(?:\\.[^"\\]*)*)"'
-_TOKEN = {
-    delimiter: re.compile(rf'([{{}}])|{_QUOTED}|([^{{}}"{delimiter}]+)', re.DOTALL)
-    for delimiter in ",;"
-}
 _ATTRIBUTE = re.compile(r',(?:"([^"\\]*(?:(?:\\.|"")[^"\\]*)*)"|([^,]*))', re.DOTALL)
 _ESCAPED = re.compile(r"\\(.)", re.DOTALL)
 _DOUBLED = re.compile(r'\\(.)|"(")', re.DOTALL)
@@ -27,7 +24,8 @@ def parse_array(text: str, delimiter: str = ",") -> list[Element]:
 
     Args:
         text: Such as ``{1,NULL,"a b"}``; lower bounds (``[0:1]={a,b}``) are stepped over.
-        delimiter: ``pg_type.typdelim``: the comma for every built-in type but ``box``.
+        delimiter: ``pg_type.typdelim``: the comma for all but ``box`` (``;``) and what
+            extensions define, such as PostGIS' types (``:``).
     """
     if text.startswith("["):
         text = text[text.index("=") + 1 :]
@@ -36,7 +34,12 @@ def parse_array(text: str, delimiter: str = ",") -> list[Element]:
     if '"' not in text and "{" not in text[1:]:
         items = text[1:-1].split(delimiter) if len(text) > len("{}") else []
         return [None if item == "NULL" else item for item in items]
-    return _parse_nested(text, _TOKEN[delimiter])
+    return _parse_nested(text, _token(delimiter))
+
+
+@cache
+def _token(delimiter: str) -> re.Pattern[str]:
+    return re.compile(rf'([{{}}])|{_QUOTED}|([^{{}}"{re.escape(delimiter)}]+)', re.DOTALL)
 
 
 def _parse_nested(text: str, token: re.Pattern[str]) -> list[Element]:

@@ -51,15 +51,17 @@ attend() {
 
 # --- installing ----------------------------------------------------------------------------
 
-# The newest server with wal2json beside it, or nothing.
+# The newest server with wal2json and PostGIS beside it, or nothing.
 find_postgres() {
     for library in /usr/lib/postgresql/*/lib/wal2json.so; do
-        [ -e "$library" ] && echo "${library%/lib/wal2json.so}/bin"
+        folder=${library%/lib/wal2json.so}
+        [ -e "$library" ] && [ -e "$folder/lib/postgis-3.so" ] && echo "$folder/bin"
     done | sort -t/ -k5n | tail -n 1
 }
 
 missing_packages() {
-    [ -n "$(find_postgres)" ] || echo postgresql-17 postgresql-17-wal2json
+    [ -n "$(find_postgres)" ] ||
+        echo postgresql-17 postgresql-17-wal2json postgresql-17-postgis-3
     for program in chromium curl nginx caddy haproxy npm; do
         command -v "$program" >/dev/null || echo "$program"
     done

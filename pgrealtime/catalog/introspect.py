@@ -109,10 +109,14 @@ WITH RECURSIVE used(oid) AS (
 )
 SELECT t.oid, n.nspname AS schema, t.typname AS name, t.typtype AS kind, t.typcategory AS category,
        CASE WHEN t.typcategory = 'A' THEN t.typelem ELSE 0 END AS element,
-       t.typbasetype AS domain_of, a.names, a.types
+       t.typbasetype AS domain_of, a.names, a.types, t.typdelim AS delimiter,
+       coalesce(e.extname, '') AS extension
 FROM used
 JOIN pg_type t USING (oid)
 JOIN pg_namespace n ON n.oid = t.typnamespace
+LEFT JOIN pg_depend d
+  ON d.classid = 'pg_type'::regclass AND d.objid = t.oid AND d.deptype = 'e'
+LEFT JOIN pg_extension e ON d.refclassid = 'pg_extension'::regclass AND e.oid = d.refobjid
 LEFT JOIN LATERAL (
   SELECT array_agg(a.attname ORDER BY a.attnum) AS names,
          array_agg(a.atttypid ORDER BY a.attnum) AS types
@@ -248,6 +252,8 @@ def _type_of(rows: list[_Record]) -> Callable[[int], Type]:
             element=look_up(row["element"]) if is_array else None,
             domain_of=look_up(row["domain_of"]) if row["domain_of"] else None,
             attributes=tuple((name, look_up(t)) for name, t in zip(names, types, strict=True)),
+            delimiter=row["delimiter"],
+            extension=row["extension"],
         )
 
     return look_up

@@ -47,6 +47,10 @@ class Type:
     """Of a domain: the type it constrains."""
     attributes: tuple[tuple[str, Type], ...] = ()
     """Of a composite: names and types of its attributes, in order."""
+    delimiter: str = ","
+    """``pg_type.typdelim``: what stands between the elements of an array of it."""
+    extension: str = ""
+    """The extension that the type came with, such as ``postgis``."""
 
     @property
     def base(self) -> Type:

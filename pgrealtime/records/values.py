@@ -9,6 +9,7 @@ The forms are those of page 6.6 and 6.8. What PocketBase doesn't know:
   floats print as ECMAScript prints a number with these digits; NaN and infinity are null.
 - dates beyond 9999 have a longer year (``12024-...``), dates BC the astronomical one (1 BC is
   ``0000-...``, 44 BC ``-0043-...``). Infinite dates are empty.
+- a PostGIS geometry or geography is GeoJSON (see ``records.geometry``).
 - bytea is base64, a composite an object of its attributes in order, an array an array. NULL in
   them is null, whatever a field's own NULL is shown as.
 - everything else is its text form.
@@ -28,6 +29,8 @@ from msgspec import Raw
 
 from pgrealtime.catalog.model import Type, TypeKind
 from pgrealtime.collections import Field, FieldKind, kind_of
+from pgrealtime.records.geometry import geojson, position
+from pgrealtime.records.numbers import ecmascript, shortest
 from pgrealtime.text_forms import Element, parse_array, parse_row
 
 Json: TypeAlias = "str | int | bool | Raw | list[Json] | dict[str, Json] | None"
@@ -66,7 +69,7 @@ def zero(field: Field) -> Json:
             return 0
         case FieldKind.BOOL:
             return False
-        case FieldKind.JSON | FieldKind.COMPOSITE:
+        case FieldKind.JSON | FieldKind.COMPOSITE | FieldKind.GEOMETRY:
             return None
         case FieldKind.GEO:
             return {"lon": 0, "lat": 0}
@@ -90,7 +93,9 @@ def _scalar(kind: FieldKind, type_: Type) -> Converter:
         case FieldKind.JSON:
             return _jsonb if type_.name == "jsonb" else _json
         case FieldKind.GEO:
-            return _point if type_.name == "point" else _place
+            return _place_of(type_)
+        case FieldKind.GEOMETRY:
+            return _geometry
         case FieldKind.BYTES:
             return _bytea
         case FieldKind.COMPOSITE:
@@ -120,8 +125,7 @@ def _element(array: Type) -> Type:
 def _array(convert: Converter, element: Type) -> Converter:
     if element.kind is TypeKind.ARRAY:  # a domain over an array, as an element
         convert = _of_type(element)
-    delimiter = ";" if element.name == "box" else ","
-    return lambda text: _items(parse_array(text, delimiter), convert)
+    return lambda text: _items(parse_array(text, element.delimiter), convert)
 
 
 def _items(items: list[Element], convert: Converter) -> list[Json]:
@@ -192,7 +196,7 @@ def _numeric(text: str) -> Json:
 
 def _float4(text: str) -> Json:
     if "e" in text:
-        return Raw(_ecmascript(text))
+        return Raw(ecmascript(text))
     return None if text[-1] in "Ny" else Raw(text)
 
 
@@ -206,21 +210,6 @@ def _float8(text: str) -> Json:
     if "e" in text:
         text = repr(float(text)).removesuffix(".0")
     return _float4(text)
-
-
-def _ecmascript(text: str) -> str:
-    """Print a number in exponent form as ECMAScript does (Number::toString), with its digits."""
-    mantissa, _, exponent = text.partition("e")
-    sign = "-" if mantissa[0] == "-" else ""
-    digits = mantissa.lstrip("-").replace(".", "")
-    point = int(exponent) + 1  # the value is 0.DIGITS times ten to this power
-    if 0 < point <= 21:  # noqa: PLR2004 (ECMAScript's own bound)
-        whole, fraction = digits[:point].ljust(point, "0"), digits[point:]
-        return f"{sign}{whole}.{fraction}" if fraction else sign + whole
-    if -6 < point <= 0:  # noqa: PLR2004 (likewise)
-        return f"{sign}0.{'0' * -point}{digits}"
-    fraction = f".{digits[1:]}" if len(digits) > 1 else ""
-    return f"{sign}{digits[0]}{fraction}e{point - 1:+d}"
 
 
 # Booleans, dates, bytes.
@@ -292,6 +281,23 @@ def _point(text: str) -> Json:
     return {"lon": _float8(lon), "lat": _float8(lat)}
 
 
+def _geometry(text: str) -> Json:
+    shape = geojson(text)
+    return text if shape is None else Raw(shape)
+
+
+def _place_of(type_: Type) -> Converter:
+    """Choose by what a geoPoint may be stored as."""
+    if type_.extension:
+        return _geometry_place
+    return _point if type_.name == "point" else _place
+
+
+def _geometry_place(text: str) -> Json:
+    lon, lat = position(text) or (0.0, 0.0)
+    return {"lon": _coordinate(lon), "lat": _coordinate(lat)}
+
+
 def _place(text: str) -> Json:
     """A place in a json column: an object with two numbers; what isn't one counts as 0."""
     try:
@@ -304,5 +310,5 @@ def _place(text: str) -> Json:
 
 def _coordinate(value: object) -> Json:
     if isinstance(value, float) and isfinite(value):
-        return _float4(repr(value).removesuffix(".0"))
+        return Raw(shortest(value))
     return 0

@@ -421,7 +421,7 @@ class _Resolver:
     def _json(self, place: Place, field: Field, keys: list[str]) -> Term:
         if field.is_multiple:
             self._unsupported(f'field "{field.name}" holds several values, which have no keys')
-        if field.kind is FieldKind.GEO and field.type.base.name == "point" and len(keys) != 1:
+        if field.kind is FieldKind.GEO and not field.is_stored_as_json and len(keys) != 1:
             return Keyword(None)
         return JsonValue(place, field, tuple(key.replace(":", "") for key in keys))
 
@@ -477,11 +477,16 @@ class _Resolver:
         base = field.type.base
         element = base if base.element is None else base.element.base
         if (
-            field.kind in {FieldKind.BYTES, FieldKind.COMPOSITE}
+            field.kind in {FieldKind.BYTES, FieldKind.COMPOSITE, FieldKind.GEOMETRY}
             or element.name in _REFUSED_TYPES
             or (field.kind is FieldKind.GEO and field.is_multiple)
         ):
-            self._unsupported(f'field "{field.name}" of type {base.name} can\'t be used in rules')
+            self._unsupported(
+                f'field "{field.name}" of type {base.name} can\'t be used in rules',
+                hint="Show it as geoPoint (fields.types) to use its lon and lat."
+                if field.kind is FieldKind.GEOMETRY and not field.is_multiple
+                else "",
+            )
         return field
 
     def _join(self, place: Place) -> Place:
@@ -510,8 +515,8 @@ class _Resolver:
     def _refuse_name(self, message: str, *, hint: str = "") -> NoReturn:
         raise RuleNameError(message, start=self._at.start, end=self._at.end, hint=hint)
 
-    def _unsupported(self, message: str) -> NoReturn:
-        raise RuleUnsupportedError(message, start=self._at.start, end=self._at.end)
+    def _unsupported(self, message: str, *, hint: str = "") -> NoReturn:
+        raise RuleUnsupportedError(message, start=self._at.start, end=self._at.end, hint=hint)
 
     def _unknown(self, what: str, name: str, known: Iterable[str]) -> NoReturn:
         meant = nearest(name, known) if len(name) <= _MAX_GUESSED else None

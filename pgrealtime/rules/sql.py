@@ -109,6 +109,11 @@ def call(function: str, *args: Sql) -> Sql:
     return exp.Anonymous(this=function, expressions=[own(arg) for arg in args])
 
 
+def call_in(schema: str, function: str, *args: Sql) -> Sql:
+    """Return a call of a function of another schema."""
+    return exp.Dot(this=name(schema), expression=call(function, *args))
+
+
 def case(*whens: tuple[Sql, Sql], default: Sql | None = None) -> Sql:
     """Return CASE; without default NULL."""
     ifs = [exp.If(this=own(when), true=own(then)) for when, then in whens]

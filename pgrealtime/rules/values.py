@@ -161,7 +161,7 @@ def _field(place: Place, field: Field, scope: Scope, *, is_strict: bool) -> Valu
             number = sql.cast(column, "int")
             return Value(rank=Rank.NUMERIC, number=number, show=lambda: sql.cast(number, sql.TEXT))
         case FieldKind.GEO:
-            return _text(_geo_text(column, field.type), Rank.NUMERIC)
+            return _text(_geo_text(column, field), Rank.NUMERIC)
         case FieldKind.DATE:
             text = _empty_where_found(place, scope, _date(column, field.type), is_strict=is_strict)
             return _text(text, Rank.TEXT)
@@ -174,7 +174,7 @@ def _field(place: Place, field: Field, scope: Scope, *, is_strict: bool) -> Valu
             if not field.column.is_deterministic:
                 plain = sql.collated(plain)
             return replace(_text(plain, Rank.TEXT), native=column)
-        case FieldKind.JSON | FieldKind.BYTES | FieldKind.COMPOSITE:
+        case FieldKind.JSON | FieldKind.BYTES | FieldKind.COMPOSITE | FieldKind.GEOMETRY:
             raise AssertionError(f"the resolver lets no {field.kind} through")
 
 
@@ -287,8 +287,8 @@ def _json_value(term: JsonValue, scope: Scope) -> Value:
     column = term.field.column
     assert column is not None
     raw = scope.column(term.place, column.name)
-    if term.field.kind is FieldKind.GEO and term.field.type.base.name == "point":
-        return _float(_coordinate(raw, term.keys[0]), Rank.NONE, scope)
+    if term.field.kind is FieldKind.GEO and not term.field.is_stored_as_json:
+        return _float(_coordinate(raw, term.keys[0], term.field.type), Rank.NONE, scope)
     if any(key.isdigit() and len(key) > _LONGEST_INDEX for key in term.keys):
         return _text(sql.null(), Rank.NONE)
     plain = replace(term, is_lower=False)
@@ -377,19 +377,28 @@ def _compact(text: Sql) -> Sql:
     return sql.call("regexp_replace", text, tokens, sql.string(r"\1\3"), sql.string("g"))
 
 
-def _coordinate(point: Sql, key: str) -> Sql:
+def _coordinate(point: Sql, key: str, type_: Type) -> Sql:
+    """Return X or Y of a point or of a PostGIS point; NULL for other geometries and keys."""
     index = {"lon": 0, "lat": 1}.get(key)
     if index is None:
         return sql.null(sql.DOUBLE)
-    return exp.Bracket(this=sql.own(point), expressions=[sql.number(index)], offset=1)
+    base = type_.base
+    if not base.extension:
+        return exp.Bracket(this=sql.own(point), expressions=[sql.number(index)], offset=1)
+    geometry = sql.typed(point, replace(base, name="geometry"))
+    shape = sql.call_in(base.schema, "st_geometrytype", geometry)
+    is_point = sql.binary(exp.EQ, shape, sql.string("ST_Point"))
+    return sql.case((is_point, sql.call_in(base.schema, ("st_x", "st_y")[index], geometry)))
 
 
-def _geo_text(column: Sql, type_: Type) -> Sql:
+def _geo_text(column: Sql, field: Field) -> Sql:
     """Return a point as the JSON text that PocketBase keeps."""
-    if type_.base.name == "point":
-        lon, lat = (sql.cast(_coordinate(column, key), sql.TEXT) for key in ("lon", "lat"))
+    if not field.is_stored_as_json:
+        lon, lat = (
+            sql.cast(_coordinate(column, key, field.type), sql.TEXT) for key in ("lon", "lat")
+        )
     else:
-        node = column if type_.base.name == "jsonb" else sql.cast(column, "jsonb")
+        node = column if field.type.base.name == "jsonb" else sql.cast(column, "jsonb")
         lon, lat = (
             sql.cast(sql.call("jsonb_object_field", node, sql.string(key)), sql.TEXT)
             for key in ("lon", "lat")
