@@ -208,7 +208,7 @@ def check_names(configured: Mapping[str, CollectionConfig]) -> Iterator[Problem]
     ids = Counter(_id_of(name, config) for name, config in configured.items())
     for name, config in configured.items():
         path = f"collections.{name}"
-        if (fault := _fault_of(name)) is not None:
+        if (fault := name_fault(name)) is not None:
             yield Problem(path, f'a collection can\'t be named "{name}": {fault}')
         if ids[_id_of(name, config)] > 1 or _id_of(name, config) in configured:
             yield Problem(f"{path}.collection_id", "another collection has this id or name")
@@ -235,7 +235,7 @@ def _id_of(name: str, config: CollectionConfig) -> str:
     return config.collection_id or collection_id(config.type, name)
 
 
-def _fault_of(name: str) -> str | None:
+def name_fault(name: str) -> str | None:
     """Say why rules, topics or records could not carry the name; None if they can."""
     if not _NAME.fullmatch(name):
         return "names are made of letters, digits and underscores"
@@ -458,10 +458,10 @@ _OVERRIDES = {
 }
 """What ``fields.types`` may say of a column, by what its type says."""
 
-_RESERVED = {"collectionId", "collectionName", "expand"}
+RESERVED = {"collectionId", "collectionName", "expand"}
 """Members of every record beside its fields."""
 
-_SECRETS = {
+SECRETS = {
     "password",
     "passwordHash",
     "password_hash",
@@ -473,7 +473,7 @@ _SECRETS = {
 }
 """Fields of auth collections that no record shows: PocketBase's two and what others call them."""
 
-_AUTH_KINDS = {
+AUTH_KINDS = {
     "email": FieldKind.TEXT,
     "emailVisibility": FieldKind.BOOL,
     "verified": FieldKind.BOOL,
@@ -545,7 +545,7 @@ class _Shaping:
         kind = self._overridden(name, spoken)
         config = self.draft.config
         is_secret = column.name in config.login.secret_columns or (
-            config.type == "auth" and name in _SECRETS
+            config.type == "auth" and name in SECRETS
         )
         shown = Field(
             name=name,
@@ -731,13 +731,13 @@ class _Shaping:
             if count > 1:
                 self._report("fields", f'two fields are named "{name}"', "rename one of them")
         for one in fields:
-            fault = "every record has that member" if one.name in _RESERVED else _fault_of(one.name)
+            fault = "every record has that member" if one.name in RESERVED else name_fault(one.name)
             if fault is not None:
                 self._report(
                     "fields", f'a field can\'t be named "{one.name}": {fault}', "rename it"
                 )
-            if self.draft.config.type == "auth" and one.name in _AUTH_KINDS:
-                self._check_auth_field(one, _AUTH_KINDS[one.name])
+            if self.draft.config.type == "auth" and one.name in AUTH_KINDS:
+                self._check_auth_field(one, AUTH_KINDS[one.name])
 
     def _check_auth_field(self, one: Field, wanted: FieldKind) -> None:
         if one.kind is not wanted or one.is_multiple:

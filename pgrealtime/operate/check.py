@@ -142,7 +142,7 @@ async def _check_database(
 
 async def _ask(config: Config, reading: Reading) -> _Asked:
     database = config.database
-    async with _connected(database.query_url or database.url) as connection:
+    async with connected(database.query_url or database.url) as connection:
         names = table_names(config.collections, database.schemas)
         catalog = await read_catalog(connection, schemas=database.schemas, names=names)
         collections, problems = _collections(config, catalog, reading)
@@ -154,7 +154,7 @@ async def _ask(config: Config, reading: Reading) -> _Asked:
         return _Asked(
             collections=collections,
             problems=problems,
-            errors=tuple(await _right_errors(connection, collections)),
+            errors=tuple((await right_errors(connection, _read_by_rules(collections))).values()),
             warnings=tuple(warnings),
             server=_server(connection),
             system_id=system_id,
@@ -245,7 +245,13 @@ def _cells(text: str) -> int:
 
 
 @asynccontextmanager
-async def _connected(url: str) -> AsyncIterator[AsyncConnection[Any]]:
+async def connected(url: str) -> AsyncIterator[AsyncConnection[Any]]:
+    """Connect once, in autocommit mode; an empty URL is libpq's PG* variables.
+
+    Raises:
+        DatabaseUnreachableError: Nobody answers, or the login is refused.
+        SetupError: Code ``database_url_invalid``.
+    """
     try:
         connection = await AsyncConnection.connect(
             url, autocommit=True, connect_timeout=_CONNECT_SECONDS, application_name="pgrealtime"
@@ -270,19 +276,19 @@ async def _connected(url: str) -> AsyncIterator[AsyncConnection[Any]]:
         ) from None
 
 
-async def _right_errors(
-    connection: AsyncConnection[Any], collections: Collections
-) -> list[SetupError]:
+async def right_errors(
+    connection: AsyncConnection[Any], tables: Iterable[Table]
+) -> Mapping[TableName, SetupError]:
     """Say which tables rules could not be asked of, or only through somebody's policies."""
-    oids = [table.oid for table in _read_by_rules(collections)]
+    oids = [table.oid for table in tables]
     rows = await (await connection.execute(_RIGHTS, {"oids": oids})).fetchall()
-    return [
-        _policy_error(TableName(schema, name), role)
+    return {
+        (name := TableName(schema, table)): _policy_error(name, role)
         if is_readable
-        else _grant_error(TableName(schema, name), role)
-        for schema, name, role, is_readable, is_filtered in rows
+        else _grant_error(name, role)
+        for schema, table, role, is_readable, is_filtered in rows
         if is_filtered or not is_readable
-    ]
+    }
 
 
 def _read_by_rules(collections: Collections) -> Iterator[Table]:
