@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import sys
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from pgrealtime.auth.account import Account, Accounts, Users
 from pgrealtime.auth.attempts import Attempts
 from pgrealtime.auth.authenticator import Identity
-from pgrealtime.auth.passwords import StoredHash, decoy_like, first_decoy, is_correct, read_hash
+from pgrealtime.auth.password_threads import PasswordThreads
 from pgrealtime.auth.token import make_own
 from pgrealtime.config import CollectionLoginConfig, LoginConfig
 from pgrealtime.errors import AuthError
-
-_NICENESS = 10
-_WORKERS = max(1, min(4, (os.cpu_count() or 1) - 1))
-"""Threads that hash. One processor is left to delivery where there is more than one."""
-
-_MOST_WAITING = 64
-"""Passwords waiting for a thread. At 50 ms each the last one waits for a few seconds; beyond, the
-client is told to come back rather than to wait longer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +57,7 @@ class Login:
         self._clock = clock
         self._stopwatch = stopwatch
         self._attempts = Attempts(config.attempts_per_minute)
-        self._passwords = _Passwords()
+        self._passwords = PasswordThreads()
 
     async def with_password(self, users: Users, attempt: Attempt, address: str) -> Session:
         """Return the session of whoever knows the password.
@@ -167,54 +154,3 @@ def _fields_to_try(login: CollectionLoginConfig, attempt: Attempt) -> tuple[str,
     others = tuple(name for name in login.identity if name != "email")
     is_address = "@" in attempt.identity.strip("@")
     return ("email", *others) if is_address and "email" in login.identity else others
-
-
-def _give_way() -> None:
-    """Let the event loop go first where this thread shares a core with it: events can't wait."""
-    if sys.platform == "linux":  # where a priority is a thread's, not the process's
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-
-
-class _Passwords:
-    """Checks passwords off the event loop, a bounded number at a time."""
-
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(
-            _WORKERS, thread_name_prefix="passwords", initializer=_give_way
-        )
-        self._waiting = 0
-        self._decoy = first_decoy()
-
-    async def check(self, password: str, stored: str | None) -> bool:
-        """Whether the password makes the stored hash.
-
-        Where there is no hash that can be checked a decoy is, of the scheme and cost of the last
-        password that was right: what most users have.
-
-        Raises:
-            AuthError: Code ``login_refused``: too many wait already.
-        """
-        known = None if stored is None else read_hash(stored)
-        verdict = None if known is None else await self._run(password, known)
-        if known is None or verdict is None:
-            await self._run(password, self._decoy)
-            return False
-        if verdict:
-            self._decoy = decoy_like(known)
-        return verdict
-
-    async def _run(self, password: str, stored: StoredHash) -> bool | None:
-        if self._waiting >= _WORKERS + _MOST_WAITING:
-            raise AuthError("too many passwords are being checked", code="login_refused")
-        self._waiting += 1
-        loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(self._threads, is_correct, password, stored)
-        work.add_done_callback(self._finished)
-        # Shielded: who hangs up doesn't make room before the thread is free.
-        return await asyncio.shield(work)
-
-    def _finished(self, _: asyncio.Future[bool | None]) -> None:
-        self._waiting -= 1
-
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -32,7 +32,7 @@ import psycopg
 
 from tests.bench.listeners import listeners
 from tests.bench.machine import SERVER_CORE, described, load, pinned
-from tests.bench.servers import TOPIC, PgRealtime
+from tests.bench.servers import TOPIC, PgRealtime, own_database
 from tests.bench.writing import paced
 from tests.e2e.service import service
 
@@ -57,7 +57,7 @@ ALTER TABLE notes REPLICA IDENTITY FULL;
 def main() -> None:
     """Print both comparisons."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("url", help="an empty database")
+    parser.add_argument("url", help="a superuser's, on any database")
     parser.add_argument("--tries", type=int, default=60, help="of each kind")
     parser.add_argument("--logins", type=int, default=1000, help="in all rounds together")
     parser.add_argument("--rounds", type=int, default=5)
@@ -80,9 +80,13 @@ async def compare(arguments: argparse.Namespace) -> bool:
 @asynccontextmanager
 async def _running(url: str) -> AsyncIterator[PgRealtime]:
     login = {"enabled": True, "secret": secrets.token_hex(25), "attempts_per_minute": 1_000_000}
-    with tempfile.TemporaryDirectory() as directory, pinned(SERVER_CORE):
+    with (
+        own_database(url) as database,
+        tempfile.TemporaryDirectory() as directory,
+        pinned(SERVER_CORE),
+    ):
         async with service(
-            url,
+            database,
             Path(directory),
             schema=_SCHEMA,
             sections={"auth": {"login": login}},
@@ -100,7 +104,7 @@ async def _running(url: str) -> AsyncIterator[PgRealtime]:
                 "INSERT INTO users VALUES ('ann', 'ann@example.com', %s)", [stored]
             )
             yield PgRealtime(
-                url=url,
+                url=database,
                 port=running.address.port,
                 pid=running.process.pid,
                 tokens=(),

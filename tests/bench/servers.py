@@ -195,7 +195,7 @@ async def pgrealtime(
     owner = {"relations": {"owner": {"collection": "users"}}} if owners_are_shown else {}
     shown = {"view_rule": ""} if owners_are_shown else {}
     async with AsyncExitStack() as stack:
-        database = stack.enter_context(_database(url))
+        database = stack.enter_context(own_database(url))
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         rules = {"list_rule": rule, "view_rule": rule}
         with pinned(SERVER_CORE):
@@ -277,7 +277,8 @@ def _fixtures(rule: str, users: int) -> Fixtures:
 
 
 @contextmanager
-def _database(url: str) -> Iterator[str]:
+def own_database(url: str) -> Iterator[str]:
+    """Make a database on the server, dropped in the end; its URL."""
     name = f"bench_{secrets.token_hex(4)}"
     with psycopg.connect(url, autocommit=True) as admin:
         admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
