@@ -77,6 +77,32 @@ def check(path: str, *, no_database: bool) -> None:
 
 
 @main.command()
+@_config_option
+@click.option(
+    "--url",
+    envvar="DATABASE_URL",
+    default="",
+    help="Of the database; also in DATABASE_URL. Without one libpq's PG* variables count.",
+)
+@click.option(
+    "--schema",
+    "schemas",
+    multiple=True,
+    default=["public"],
+    show_default=True,
+    help="Whose tables are to be served; may be given several times.",
+)
+def init(path: str, url: str, schemas: tuple[str, ...]) -> None:
+    """Write a configuration for the tables that are there, all rules locked."""
+    from pgrealtime.operate.init import next_steps, write  # noqa: PLC0415
+
+    with _reporting():
+        asyncio.run(write(path, url, tuple(dict.fromkeys(schemas))))
+    lacks_url = bool(url) and not os.environ.get("DATABASE_URL")
+    click.echo(next_steps(path, lacks_url=lacks_url), err=path == "-")
+
+
+@main.command()
 @click.option("--port", default=8090, show_default=True, help="Of the page; 0 takes a free one.")
 @click.option("--embedded", is_flag=True, help="Leave a PostgreSQL of this machine alone.")
 @click.option("--no-browser", is_flag=True, help="Only print the page's address.")

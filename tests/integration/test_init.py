@@ -1,0 +1,495 @@
+"""``pgrealtime init`` makes a configuration of any schema that ``check`` accepts, all locked."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from pgrealtime.config import CollectionConfig, read
+from pgrealtime.operate.check import check
+from pgrealtime.operate.init import write
+from tests.integration.test_check import Operator
+
+PASSWORD = "sesame-4711"  # the server asks for none, and takes any
+
+SECRETS = {"APP_JWT_SECRET": "x" * 32, "LOGIN_SECRET": "y" * 32}
+
+NASTY = """
+CREATE TABLE users (
+  id uuid PRIMARY KEY, email text UNIQUE, password_hash text, reset_token text, verified timestamptz
+);
+CREATE TABLE posts (
+  id bigint PRIMARY KEY, author_id uuid REFERENCES users, approved_by uuid REFERENCES users,
+  published bool, api_key text, token_count int
+);
+CREATE TABLE tags (id int PRIMARY KEY);
+CREATE TABLE post_tags (
+  post_id bigint REFERENCES posts, tag_id int REFERENCES tags, PRIMARY KEY (post_id, tag_id)
+);
+CREATE TABLE follows (
+  follower uuid REFERENCES users, followee uuid REFERENCES users, since date,
+  PRIMARY KEY (follower, followee)
+);
+CREATE TABLE "Order Items" (
+  id int PRIMARY KEY, "a b" int, a_b text, expand text, "ünï" int, "日本" int, x_via_y int, "on" int
+);
+CREATE TABLE "on" (id int PRIMARY KEY);
+CREATE TABLE "null" (id int PRIMARY KEY);
+CREATE TABLE "2024" (id int PRIMARY KEY);
+CREATE TABLE "0x10" (id int PRIMARY KEY);
+CREATE TABLE "<<" (id int PRIMARY KEY);
+CREATE TABLE "Users" (id int PRIMARY KEY);
+CREATE TABLE "we""ird.${name}" ("i d" int PRIMARY KEY, "${c}_secret" text, id int);
+CREATE TABLE "line
+break" (id int PRIMARY KEY, "new
+line" int);
+CREATE TABLE keyless (a int);
+CREATE TABLE keyless_unique (email text UNIQUE);
+CREATE TABLE no_columns ();
+CREATE TABLE nameless (id int PRIMARY KEY);
+ALTER TABLE nameless REPLICA IDENTITY NOTHING;
+CREATE UNLOGGED TABLE fast (id int PRIMARY KEY);
+CREATE TABLE composite (tenant int, n int, PRIMARY KEY (tenant, n));
+CREATE TABLE composite_id (tenant int, id int, PRIMARY KEY (tenant, id));
+CREATE TABLE composite_unique (tenant int, n int, u uuid NOT NULL UNIQUE, PRIMARY KEY (tenant, n));
+CREATE TABLE composite_full (tenant int, n int, u uuid NOT NULL UNIQUE, PRIMARY KEY (tenant, n));
+ALTER TABLE composite_full REPLICA IDENTITY FULL;
+CREATE TABLE parts (id int PRIMARY KEY) PARTITION BY RANGE (id);
+CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM (0) TO (10);
+CREATE TABLE parts_2 PARTITION OF parts FOR VALUES FROM (10) TO (20);
+CREATE TABLE days (day date PRIMARY KEY);
+CREATE TABLE per_day (id int PRIMARY KEY, day date REFERENCES days);
+CREATE TABLE two_ways (id int PRIMARY KEY, x int REFERENCES tags, FOREIGN KEY (x) REFERENCES "on");
+CREATE VIEW seen AS SELECT 1 AS id;
+CREATE MATERIALIZED VIEW stored AS SELECT 1 AS id;
+CREATE TABLE of_extension (id int PRIMARY KEY);
+ALTER EXTENSION plpgsql ADD TABLE of_extension;
+CREATE SCHEMA "My CRM";
+CREATE TABLE "My CRM".users (id int PRIMARY KEY, email text, password text);
+CREATE TABLE "My CRM".customers (id int PRIMARY KEY, owner int NOT NULL REFERENCES "My CRM".users);
+INSERT INTO tags SELECT n FROM generate_series(1, 1234) n;
+ANALYZE tags;
+"""
+
+_UNSERVED = {
+    *("keyless", "keyless_unique", "no_columns", "nameless", "fast"),
+    *("composite", "composite_id", "composite_unique"),
+}
+
+
+def with_password(url: str) -> str:
+    return url.replace("postgres@", f"postgres:{PASSWORD}@")
+
+
+def operator_of(url: str, folder: Path, schema: str) -> Operator:
+    with psycopg.connect(url) as connection:
+        connection.execute(schema.encode())
+    return Operator(folder / "pgrealtime.yaml", with_password(url))
+
+
+@pytest.fixture
+def operator(database_url: str, tmp_path: Path) -> Operator:
+    return operator_of(database_url, tmp_path, NASTY)
+
+
+BOTH = ("--schema", "public", "--schema", "My CRM")
+
+
+def unlocked(text: str) -> str:
+    """The file with every suggestion taken."""
+    return re.sub(r"^( *)#(?=[^ #\n])", r"\1", text, flags=re.MULTILINE)
+
+
+def mending(text: str) -> list[str]:
+    """The statements that the remarks have."""
+    return re.findall(r"^ *# +((?:ALTER|GRANT) .*;)$", text, re.MULTILINE)
+
+
+def collections_of(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(text)["collections"]
+    return found
+
+
+def initiated(operator: Operator, *options: str) -> str:
+    outcome = operator.run("init", *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    return operator.file.read_text(encoding="utf-8")
+
+
+# -- any schema
+
+
+def test_the_file_is_accepted_at_once_and_all_is_locked(operator: Operator) -> None:
+    text = initiated(operator, *BOTH)
+    outcome = operator.run("check")
+
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith("ok\n")
+    made = [CollectionConfig(**one) for one in collections_of(text).values()]
+    assert {(one.list_rule, one.view_rule, one.manage_rule) for one in made} == {(None, None, None)}
+
+
+def test_it_holds_neither_the_url_nor_its_password(operator: Operator) -> None:
+    text = initiated(operator, *BOTH)
+
+    assert PASSWORD not in text
+    assert operator.url.rpartition("/")[2] not in text
+    assert yaml.safe_load(text)["database"] == {
+        "url": "${DATABASE_URL}",
+        "schemas": ["public", "My CRM"],
+    }
+
+
+def test_each_table_is_a_collection_or_is_said_to_be_none(operator: Operator) -> None:
+    text = initiated(operator, *BOTH)
+    left_out = text.partition("# Left out:")[2]
+
+    assert set(collections_of(text)) == {
+        *("users", "posts", "tags", "Order_Items", "on", "null", "2024", "0x10", "table"),
+        *("public_Users", "we_ird_name", "line_break", "composite_full", "parts", "days"),
+        *("per_day", "two_ways", "My_CRM_users", "customers"),
+    }
+    assert set(collections_of(unlocked(text))) == {*collections_of(text), *_UNSERVED}
+    assert re.findall(r"#   (\S+): (.*)", left_out) == [
+        ("public.of_extension", "belongs to the extension plpgsql"),
+        ("public.seen", "a view, which sends no changes"),
+        ("public.stored", "a materialized view, which sends no changes"),
+        ("public.follows", "its pairs are shown as users.follows"),
+        ("public.post_tags", "its pairs are shown as posts.tags"),
+    ]
+
+
+def test_what_names_and_keys_need_is_written(operator: Operator) -> None:
+    made = collections_of(initiated(operator, *BOTH))
+
+    assert made["Order_Items"]["fields"]["rename"] == {
+        "a b": "a_b_2",
+        "expand": "expand_2",
+        "ünï": "uni",
+        "日本": "column",
+        "x_via_y": "x_by_y",
+    }
+    assert made["we_ird_name"] == {
+        "table": 'public."we""ird.$${name}"',
+        "fields": {"hide": ["c_secret"], "rename": {"${c}_secret": "c_secret", "id": "id_2"}},
+    }
+    assert made["composite_full"]["id"] == "u"
+    assert made["per_day"]["fields"] == {"include": ["id"]}
+    assert made["two_ways"]["relations"] == {"x": {"collection": "on"}}
+    assert made["posts"]["relations"]["tags"] == {
+        "collection": "tags",
+        "through": "public.post_tags",
+        "source": "post_id",
+        "target": "tag_id",
+    }
+
+
+def test_people_are_found_and_secrets_hidden(operator: Operator) -> None:
+    made = collections_of(initiated(operator, *BOTH))
+
+    assert {name for name, one in made.items() if one.get("type") == "auth"} == {
+        "users",
+        "My_CRM_users",
+    }
+    assert made["users"]["login"] == {"identity": ["email"], "password_hash": "password_hash"}
+    assert made["users"]["fields"] == {
+        "hide": ["reset_token"],
+        "rename": {"verified": "verified_2"},
+    }
+    assert made["posts"]["fields"] == {"hide": ["api_key"]}
+
+
+def test_every_table_is_described(operator: Operator) -> None:
+    text = initiated(operator, *BOTH)
+
+    assert "# public.tags: about 1,234 rows, primary key id." in text
+    assert "# public.parts: not analyzed yet, primary key id, 2 partitions." in text
+    assert 'ALTER TABLE "public"."parts_2" REPLICA IDENTITY FULL;' in mending(text)
+    assert "REPLICA IDENTITY FULL: deletes are judged by the whole row." in text
+
+
+def test_mended_and_unlocked_it_is_accepted_too(operator: Operator) -> None:
+    """The SQL of the remarks mends what it says, and the suggestions are rules that hold."""
+    text = initiated(operator, *BOTH)
+    with psycopg.connect(operator.url, autocommit=True) as connection:
+        for statement in mending(text):
+            if "\\n" not in statement:  # a line break has no place in a remark
+                connection.execute(statement.encode())
+    outcome = operator.check(unlocked(text), **SECRETS)
+
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith(f"ok\n{19 + len(_UNSERVED)} collections, ")
+    # Which indexes are lacking depends on the tables; nothing else is left to say.
+    assert [
+        warning
+        for warning in outcome.err.splitlines()
+        if not re.search('all of ".*" is read for every change', warning)
+    ] == []
+
+
+NAMES = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1),
+    st.sampled_from(
+        ["id", "on", "1e3", "~", "?", "- a", "a: b", "#", "a_via_b", "expand", "*", "users", "é"]
+    ),
+).filter(
+    lambda name: (
+        len(name.encode()) < 60 and name not in {"ctid", "xmin", "xmax", "cmin", "cmax", "tableoid"}
+    )
+)
+TYPES = st.sampled_from(["int", "text", "bool", "timestamptz", "jsonb", "uuid[]", "bytea"])
+TABLE = st.tuples(
+    NAMES, st.dictionaries(NAMES, TYPES, max_size=4), st.integers(0, 5), st.booleans()
+)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tables=st.lists(TABLE, max_size=4, unique_by=lambda table: table[0]))
+def test_any_names_will_do(
+    database_url: str, tmp_path: Path, tables: list[tuple[str, dict[str, str], int, bool]]
+) -> None:
+    """Of tables and columns; keys anywhere among them, and foreign keys from table to table."""
+    with psycopg.connect(database_url) as connection:
+        connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+        last: tuple[str, str] | None = None
+        for name, types, place, is_linked in tables:
+            columns = list(types.items())
+            key = next(n for n in ("id", "key", "k1", "k2", "k3", "k4") if n not in types)
+            columns.insert(place, (key, "int PRIMARY KEY"))
+            link = next(n for n in ("user", "l1", "l2", "l3", "l4") if n not in types)
+            parts = [
+                sql.SQL("{} {}").format(sql.Identifier(column), sql.SQL(spec))
+                for column, spec in columns
+            ]
+            if is_linked and last is not None:
+                to = [sql.Identifier(one) for one in (link, *last)]
+                parts.append(sql.SQL("{} int REFERENCES {} ({})").format(*to))
+            table = sql.Identifier(name)
+            connection.execute(
+                sql.SQL("CREATE TABLE {} ({})").format(table, sql.SQL(", ").join(parts))
+            )
+            last = (name, key)
+    file = tmp_path / "fuzzed.yaml"
+    file.unlink(missing_ok=True)
+    environ = {"DATABASE_URL": database_url, **SECRETS}
+    asyncio.run(write(str(file), database_url, ["public"]))
+    locked = asyncio.run(check(read(file, environ), with_database=True))
+    made = file.read_text(encoding="utf-8")
+    file.write_text(unlocked(made), encoding="utf-8")
+    opened = asyncio.run(check(read(file, environ), with_database=True))
+
+    assert (locked.errors, locked.warnings, opened.errors) == ((), (), ()), made
+    assert locked.facts[0].startswith(f"{len(tables)} collection"), made
+
+
+# -- what is suggested
+
+SHARED = """
+CREATE TABLE people (id int PRIMARY KEY, name text);
+CREATE TABLE notes (id int PRIMARY KEY, owner int NOT NULL REFERENCES people);
+CREATE TABLE posts (id int PRIMARY KEY, author int REFERENCES people, is_public bool NOT NULL);
+CREATE TABLE comments (id int PRIMARY KEY, post int NOT NULL REFERENCES posts);
+CREATE TABLE lines (id int PRIMARY KEY, note int NOT NULL REFERENCES notes);
+CREATE TABLE messages (
+  id int PRIMARY KEY, sender int NOT NULL REFERENCES people,
+  recipient int NOT NULL REFERENCES people, deleted_by int REFERENCES people
+);
+CREATE TABLE settings (person int PRIMARY KEY REFERENCES people);
+CREATE TABLE projects (id int PRIMARY KEY);
+CREATE TABLE project_members (
+  project int REFERENCES projects, person int REFERENCES people, PRIMARY KEY (person, project)
+);
+CREATE TABLE tasks (id int PRIMARY KEY, project int NOT NULL REFERENCES projects);
+CREATE TABLE rooms (id int PRIMARY KEY);
+CREATE TABLE memberships (
+  id int PRIMARY KEY, room int NOT NULL REFERENCES rooms, person int NOT NULL REFERENCES people
+);
+CREATE TABLE drafts (id int PRIMARY KEY, user_id int);
+CREATE TABLE countries (id int PRIMARY KEY);
+CREATE TABLE news (id int PRIMARY KEY, published bool);
+"""
+
+IN = '@request.auth.id != ""'
+SUGGESTED = {
+    "people": "id = @request.auth.id",
+    "notes": "owner = @request.auth.id",
+    "posts": f"is_public = true || ({IN} && author = @request.auth.id)",
+    "comments": f"{IN} && post.author = @request.auth.id",
+    "lines": "note.owner = @request.auth.id",
+    "messages": "sender = @request.auth.id || recipient = @request.auth.id",
+    "settings": "id = @request.auth.id",
+    "projects": f"{IN} && members ?= @request.auth.id",
+    "tasks": f"{IN} && project.members ?= @request.auth.id",
+    "rooms": f"{IN} && memberships_via_room.person ?= @request.auth.id",
+    "memberships": "person = @request.auth.id",
+    "drafts": f"{IN} && user_id = @request.auth.id",
+    "countries": IN,
+    "news": "published = true",
+}
+
+
+def test_each_table_gets_a_rule_that_fits_what_it_has(database_url: str, tmp_path: Path) -> None:
+    operator = operator_of(database_url, tmp_path, SHARED)
+    text = initiated(operator)
+    made = collections_of(unlocked(text))
+    with psycopg.connect(operator.url, autocommit=True) as connection:
+        for statement in mending(text):
+            connection.execute(statement.encode())
+    outcome = operator.check(unlocked(text), **SECRETS)
+
+    assert {name: one["list_rule"] for name, one in made.items()} == SUGGESTED
+    assert {name: one["view_rule"] for name, one in made.items()} == SUGGESTED
+    assert made["drafts"]["relations"] == {"user_id": {"collection": "people"}}
+    assert outcome.code == 0, outcome.err
+    # An index would help; no guest may see what has no owner.
+    index = 'all of "public.memberships" is read for every change'
+    assert outcome.err.count("warning: ") == outcome.err.count(index) == 2
+
+
+def test_people_of_two_kinds_are_told_apart(operator: Operator) -> None:
+    """Their ids may be the same."""
+    made = collections_of(unlocked(initiated(operator, *BOTH)))
+
+    assert made["customers"]["list_rule"] == (
+        '@request.auth.collectionName = "My_CRM_users" && owner = @request.auth.id'
+    )
+
+
+def test_without_a_password_the_table_s_name_tells_people(
+    database_url: str, tmp_path: Path
+) -> None:
+    schema = "CREATE TABLE customers (id int PRIMARY KEY); CREATE TABLE users (id int PRIMARY KEY)"
+    text = initiated(operator_of(database_url, tmp_path, schema))
+    assert list(collections_of(text)) == ["users", "customers"]
+    assert collections_of(text)["users"] == {"table": "public.users", "type": "auth"}
+
+
+def test_an_address_of_another_name_is_guarded_as_one(database_url: str, tmp_path: Path) -> None:
+    """Clients see others' only where they are public: that goes by the name ``email``."""
+    schema = "CREATE TABLE users (id int PRIMARY KEY, email_address text, encrypted_password text)"
+    made = collections_of(initiated(operator_of(database_url, tmp_path, schema)))["users"]
+    assert made["fields"] == {"rename": {"email_address": "email"}}
+    assert made["login"] == {"identity": ["email"], "password_hash": "encrypted_password"}
+
+
+# -- what there may be besides
+
+
+@pytest.fixture
+def role(operator: Operator) -> Iterator[str]:
+    name = f"role_{uuid4().hex[:12]}"
+    with psycopg.connect(operator.url, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {name} LOGIN REPLICATION".encode())
+        yield name
+        connection.execute(f"DROP OWNED BY {name}; DROP ROLE {name}".encode())
+
+
+def test_what_the_role_may_not_read_is_not_served(operator: Operator, role: str) -> None:
+    with psycopg.connect(operator.url) as connection:
+        connection.execute(f"GRANT SELECT ON users, posts, tags TO {role}".encode())
+        connection.execute("ALTER TABLE tags ENABLE ROW LEVEL SECURITY")
+    own = Operator(operator.file, make_conninfo(operator.url, user=role))
+    text = initiated(own)
+
+    assert own.run("check").code == 0
+    assert set(collections_of(text)) == {"users", "posts"}
+    assert f'GRANT SELECT ON "public"."post_tags" TO "{role}";' in mending(text)
+    assert f'ALTER ROLE "{role}" BYPASSRLS;' in text
+
+
+@pytest.mark.parametrize("schema", ["", "CREATE TABLE keyless (a int)"])
+def test_a_schema_without_anything_to_serve(database_url: str, tmp_path: Path, schema: str) -> None:
+    operator = operator_of(database_url, tmp_path, schema or "SELECT 1")
+    text = initiated(operator)
+
+    assert operator.run("check").code == 0
+    for statement in mending(text):
+        with psycopg.connect(operator.url) as connection:
+            connection.execute(statement.encode())
+    assert operator.check(unlocked(text), **SECRETS).code == 0
+
+
+def test_with_libpq_s_variables_the_file_leaves_the_url_to_them(operator: Operator) -> None:
+    parts = conninfo_to_dict(operator.url)
+    environ = {
+        "DATABASE_URL": "",
+        "PGHOST": str(parts["host"]),
+        "PGPORT": str(parts["port"]),
+        "PGUSER": str(parts["user"]),
+        "PGDATABASE": str(parts["dbname"]),
+    }
+    made = operator.run("init", **environ)
+
+    assert made.code == 0, made.err
+    assert operator.run("check", **environ).code == 0
+    assert "DATABASE_URL" not in made.out
+
+
+# -- the command
+
+
+def test_it_says_what_to_do_next(operator: Operator) -> None:
+    assert operator.run("init", "-c", "my file.yaml").out.splitlines() == [
+        "1. Unlock rules in my file.yaml: read a suggestion, change it, take its # away.",
+        "2. pgrealtime check -c 'my file.yaml'",
+        "3. pgrealtime run -c 'my file.yaml'",
+    ]
+
+
+def test_a_url_of_the_command_line_is_to_be_put_where_the_file_looks(operator: Operator) -> None:
+    outcome = operator.run("init", "--url", operator.url, DATABASE_URL="")
+    assert outcome.code == 0, outcome.err
+    assert "Put the URL into DATABASE_URL" in outcome.out
+    assert operator.run("check").code == 0
+
+
+def test_no_file_is_overwritten(operator: Operator) -> None:
+    operator.file.write_text("mine", encoding="utf-8")
+    outcome = operator.run("init")
+
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith('file_not_written: "pgrealtime.yaml" is there already\nHINT: ')
+    assert operator.file.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_dash_prints_what_would_be_written(operator: Operator) -> None:
+    printed = operator.run("init", "-c", "-")
+
+    assert printed.code == 0
+    assert printed.out == initiated(operator)
+    assert "pgrealtime check -c FILE" in printed.err
+
+
+def test_a_folder_that_is_not_there(operator: Operator) -> None:
+    outcome = operator.run("init", "-c", "nowhere/pgrealtime.yaml")
+    assert outcome.code == 2
+    assert outcome.err.startswith('file_not_written: "nowhere/pgrealtime.yaml" can\'t be written\n')
+
+
+def test_a_schema_that_is_not_there(operator: Operator) -> None:
+    outcome = operator.run("init", "--schema", "My CMR")
+    assert outcome.code == 2
+    assert outcome.err == (
+        'schema_missing: there is no schema "My CMR"\nHINT: Perhaps you meant "My CRM".\n'
+    )
+    assert not operator.file.exists()
+
+
+def test_a_database_out_of_reach(operator: Operator) -> None:
+    url = f"postgresql://postgres:{PASSWORD}@127.0.0.1:1/none"
+    outcome = operator.run("init", DATABASE_URL=url)
+    assert outcome.code == 69
+    assert outcome.err.startswith("database_unreachable: ")
+    assert PASSWORD not in outcome.err
