@@ -262,7 +262,7 @@ async def connected(url: str) -> AsyncIterator[AsyncConnection[Any]]:
         raise DatabaseUnreachableError(
             "the database can't be reached",
             detail=str(error).strip(),
-            hint="Check database.url, or the PG* variables if it is empty.",
+            hint="Check database.url (DATABASE_URL), or the PG* variables if it is empty.",
         ) from error
     except psycopg.ProgrammingError as error:
         if error.sqlstate is not None:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection as Those
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, pairwise
+from itertools import count
 
 from pgrealtime.catalog.model import Catalog, Column, ForeignKey, Table, TableKind
 from pgrealtime.changes import TableName
@@ -90,24 +90,21 @@ def sketch(
         [table for name, table in catalog.tables.items() if _is_own(table, extensions)], catalog
     )
     drafts = _judged(_drafts(tables), catalog, refused)
+    served = {draft.table.name: draft for draft in drafts if not draft.faults}
     pairs = {
         draft.table.name: pair
         for draft in drafts
         if draft.faults
         and draft.table.name not in refused
-        and (pair := _pair(draft.table, _served(drafts))) is not None
+        and (pair := _pair(draft.table, served)) is not None
     }
     drafts = [draft for draft in drafts if draft.table.name not in pairs]
-    served = _with_relations(_served(drafts), pairs, left_out)
-    served, unfit = _settled(served, catalog)
-    finished = {**_with_rules(served, catalog), **unfit}
+    related = _with_relations(served, pairs, left_out)
+    settled, unfit = _settled(related, catalog)
+    finished = {**_with_rules(settled, catalog), **unfit}
     return Sketch(
         drafts=tuple(finished.get(draft.name, draft) for draft in drafts), left_out=left_out
     )
-
-
-def _served(drafts: Iterable[Draft]) -> Mapping[str, Draft]:
-    return {draft.name: draft for draft in drafts if not draft.faults}
 
 
 # -- which tables
@@ -148,7 +145,7 @@ def _in_order(tables: Sequence[Table], catalog: Catalog) -> list[Table]:
 _EMAILS = ("email", "email_address", "emailaddress", "e_mail", "mail")
 _PASSWORDS = (
     *("password_hash", "passwordhash", "hashed_password", "encrypted_password"),
-    *("password_digest", "crypted_password", "pass_hash", "pwd_hash", "password", "passwd"),
+    *("password_digest", "crypted_password", "pass_hash", "pwd_hash", "password", "passwd", "pass"),
 )
 _LOGINS = ("username", "user_name", "login", "name")
 _PEOPLE = (
@@ -213,7 +210,7 @@ def _free(name: str, taken: Container[str]) -> str:
 
 def _names(tables: Iterable[Table]) -> Iterator[tuple[str, Table]]:
     """Yield the collections' names. They differ by more than case: ``@collection`` ignores it."""
-    taken: set[str] = set()
+    taken = {"_superusers"}  # PocketBase's own
     for table in tables:
         name = _fit(table.name.name, "table")
         if name.casefold() in taken:
@@ -275,36 +272,21 @@ def _field_of(draft: Draft, column: Column) -> str:
 
 # -- secrets
 
-_SECRET_WORDS = {
-    *(
-        "password",
-        "passwd",
-        "pwd",
-        "passphrase",
-        "passcode",
-        "secret",
-        "secrets",
-        "token",
-        "tokens",
-    ),
-    *("salt", "otp", "totp", "credential", "credentials", "apikey"),
-}
-_KEYS_TO = {"api", "private", "access", "signing", "encryption", "secret"}
-"""What makes a word "key" after it a secret."""
+_SECRET = re.compile(
+    r"passw(?:or)?d|passphrase|passcode|(?:api|private|access|signing|encryption|secret)_?key"
+    r"|(?:^|_)(?:pwd|salt|t?otp|credentials?)(?:_|$)|(?:secret|token)s?(?:_|$)"
+)
 
 
 def looks_secret(column: Column) -> bool:
     """Whether the column seems to hold what nobody else should know, going by its name."""
     kind, _ = kind_of(column.type)
     said = words(column.name)
-    is_secret = any(word in _SECRET_WORDS for word in said) or any(
-        one in _KEYS_TO and other == "key" for one, other in pairwise(said)
-    )
-    # "password_changed_at" and "token_count" tell none.
+    # "password_changed_at", "has_password" and "token_count" tell none.
     is_about = kind in (FieldKind.DATE, FieldKind.BOOL) or (
         kind is FieldKind.NUMBER and len(said) > 1
     )
-    return is_secret and not is_about
+    return _SECRET.search("_".join(said)) is not None and not is_about
 
 
 # -- drafts of single tables
@@ -399,7 +381,8 @@ def _judged(
 
 def _mend(draft: Draft, problem: Problem) -> str:
     table = draft.table
-    if "primary key" not in problem.message:
+    keyless = ("the primary key of ", f'"{table.name}" has no primary key')
+    if not problem.message.startswith(keyless):
         return problem.hint
     if table.kind is TableKind.PARTITIONED:
         return "a partitioned table can be served if it is partitioned by its id alone"
@@ -448,38 +431,41 @@ class _Pair:
     target_name: str
 
 
-def _pair(table: Table, served: Mapping[str, Draft]) -> _Pair | None:
+def _pair(table: Table, served: Mapping[TableName, Draft]) -> _Pair | None:
     """Return the pair if the table is identified by two foreign keys to served collections."""
     names = table.primary_key or tuple(column.name for column in table.columns)
-    if len(names) != 2:  # noqa: PLR2004 (a pair)
-        return None
-    found = [
+    ends = [_pointed_to(table, name, served)[:1] for name in names]
+    match ends:
+        case [[one], [other]]:
+            return _directed(table, one, other)
+        case _:
+            return None
+
+
+def _pointed_to(
+    table: Table, column: str, served: Mapping[TableName, Draft]
+) -> list[tuple[ForeignKey, Draft]]:
+    """Return the collections whose ids the column holds, and the foreign keys that say so."""
+    return [
         (key, draft)
-        for name in names
         for key in table.foreign_keys
-        for draft in served.values()
-        if key.columns == (name,) and _points_to(key, draft)
+        if key.columns == (column,)
+        and (draft := served.get(key.target)) is not None
+        and key.target_columns == (draft.key,)
     ]
-    if len(found) != 2:  # noqa: PLR2004
-        return None
-    return _directed(table, *found)
-
-
-def _points_to(key: ForeignKey, draft: Draft) -> bool:
-    return key.target == draft.table.name and key.target_columns == (draft.key,)
 
 
 def _directed(
     table: Table, one: tuple[ForeignKey, Draft], other: tuple[ForeignKey, Draft]
 ) -> _Pair:
     """Say which side shows the pairs: the one that the table is named after, else no people."""
-    (key, draft), (_, second) = one, other
-    is_named_after = bool(_stem(table, second.name)) and not _stem(table, draft.name)
-    is_people = draft.config.type == "auth" and second.config.type != "auth"
-    if is_named_after or (is_people and not _stem(table, draft.name)):
+
+    def claim(draft: Draft) -> tuple[bool, bool]:
+        return bool(_stem(table, draft.name)), draft.config.type != "auth"
+
+    if claim(other[1]) > claim(one[1]):
         one, other = other, one
-    (key, draft), (target, second) = one, other
-    return _Pair(table, key, draft.name, target, second.name)
+    return _Pair(table, one[0], one[1].name, other[0], other[1].name)
 
 
 def _stem(table: Table, name: str) -> str:
@@ -491,12 +477,12 @@ def _stem(table: Table, name: str) -> str:
 
 
 def _with_relations(
-    served: Mapping[str, Draft],
+    served: Mapping[TableName, Draft],
     pairs: Mapping[TableName, _Pair],
     left_out: dict[TableName, str],
 ) -> Mapping[str, Draft]:
     """Return the drafts with what foreign keys don't say by themselves."""
-    found = {name: _foreign_keys_told(draft, served) for name, draft in served.items()}
+    found = {draft.name: _foreign_keys_told(draft, served) for draft in served.values()}
     for name, pair in pairs.items():
         draft = found[pair.source_name]
         taken = {_field_of(draft, column) for column in draft.table.columns}
@@ -515,19 +501,12 @@ def _with_relations(
     return found
 
 
-def _foreign_keys_told(draft: Draft, served: Mapping[str, Draft]) -> Draft:
+def _foreign_keys_told(draft: Draft, served: Mapping[TableName, Draft]) -> Draft:
     """Choose between keys of one column; leave out a column of a type that makes no relation."""
     relations: dict[str, RelationConfig] = {}
     unfit: set[str] = set()
     for column in draft.table.columns:
-        targets = sorted(
-            {
-                other.name
-                for other in served.values()
-                for key in draft.table.foreign_keys
-                if key.columns == (column.name,) and _points_to(key, other)
-            }
-        )
+        targets = sorted({other.name for _, other in _pointed_to(draft.table, column.name, served)})
         if column.name == draft.key or not targets:
             continue
         if kind_of(column.type)[0] not in (FieldKind.TEXT, FieldKind.NUMBER):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from pgrealtime.collections import Collection, Collections, Field, FieldKind
 from pgrealtime.errors import RuleError
@@ -72,6 +73,17 @@ class Suggestions:
     """What suits the collections as they are, all of them together."""
 
     collections: Collections
+    _doors: Mapping[str, list[tuple[Collection, Field]]] = field(init=False)
+    """By collection: those whose rows let people in to it, and the relation by which they do."""
+
+    def __post_init__(self) -> None:
+        doors = defaultdict(list)
+        for other in self.collections.values():
+            if other.type != "auth" and not _SHARING.isdisjoint(words(other.name)):
+                for one in other.fields:
+                    if one.relation is not None and _is_one(one):
+                        doors[one.relation.collection].append((other, one))
+        object.__setattr__(self, "_doors", doors)
 
     def rule(self, name: str) -> str:
         """Return a rule that can be used; who is signed in, if nothing tells more."""
@@ -184,14 +196,10 @@ class Suggestions:
 
     def _through_rows(self, collection: Collection) -> Iterator[_Way]:
         """Yield who is named in rows that let people in, such as memberships."""
-        for other in self.collections.values():
-            if other.type == "auth" or _SHARING.isdisjoint(words(other.name)):
-                continue
-            for one in other.fields:
-                if one.relation and _is_one(one) and one.relation.collection == collection.name:
-                    for way in self._owners(other):
-                        path = f"{other.name}_via_{one.name}.{way.path}"
-                        yield _Way(path, way.auth, is_any=True)
+        for other, one in self._doors.get(collection.name, ()):
+            for way in self._owners(other):
+                path = f"{other.name}_via_{one.name}.{way.path}"
+                yield _Way(path, way.auth, is_any=True)
 
     def guesses(self) -> Iterator[tuple[str, tuple[str, str]]]:
         """Yield collection, field and the people it seems to name, where no foreign key does.
@@ -210,14 +218,15 @@ class Suggestions:
                     break
 
 
-def _is_one(field: Field) -> bool:
-    is_sayable = _SAYABLE.fullmatch(field.name) is not None
-    return field.relation is not None and field.column is not None and is_sayable
+def _is_one(one: Field) -> bool:
+    """Whether it leads to one record, and rules can say so."""
+    is_sayable = _SAYABLE.fullmatch(one.name) is not None
+    return one.relation is not None and one.column is not None and is_sayable
 
 
-def _is_plain(field: Field) -> bool:
-    is_id = field.kind in (FieldKind.TEXT, FieldKind.NUMBER) and not field.is_multiple
-    return is_id and field.name != "id" and _SAYABLE.fullmatch(field.name) is not None
+def _is_plain(one: Field) -> bool:
+    is_id = one.kind in (FieldKind.TEXT, FieldKind.NUMBER) and not one.is_multiple
+    return is_id and one.name != "id" and _SAYABLE.fullmatch(one.name) is not None
 
 
 def _public(collection: Collection) -> str:

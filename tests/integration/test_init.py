@@ -66,6 +66,8 @@ CREATE TABLE composite_id (tenant int, id int, PRIMARY KEY (tenant, id));
 CREATE TABLE composite_unique (tenant int, n int, u uuid NOT NULL UNIQUE, PRIMARY KEY (tenant, n));
 CREATE TABLE composite_full (tenant int, n int, u uuid NOT NULL UNIQUE, PRIMARY KEY (tenant, n));
 ALTER TABLE composite_full REPLICA IDENTITY FULL;
+CREATE TABLE keyless_logged (a int NOT NULL UNIQUE, b int NOT NULL UNIQUE);
+ALTER TABLE keyless_logged REPLICA IDENTITY USING INDEX keyless_logged_b_key;
 CREATE TABLE parts (id int PRIMARY KEY) PARTITION BY RANGE (id);
 CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM (0) TO (10);
 CREATE TABLE parts_2 PARTITION OF parts FOR VALUES FROM (10) TO (20);
@@ -159,7 +161,7 @@ def test_each_table_is_a_collection_or_is_said_to_be_none(operator: Operator) ->
     assert set(collections_of(text)) == {
         *("users", "posts", "tags", "Order_Items", "on", "null", "2024", "0x10", "table"),
         *("public_Users", "we_ird_name", "line_break", "composite_full", "parts", "days"),
-        *("per_day", "two_ways", "My_CRM_users", "customers"),
+        *("per_day", "two_ways", "My_CRM_users", "customers", "keyless_logged"),
     }
     assert set(collections_of(unlocked(text))) == {*collections_of(text), *_UNSERVED}
     assert re.findall(r"#   (\S+): (.*)", left_out) == [
@@ -186,6 +188,7 @@ def test_what_names_and_keys_need_is_written(operator: Operator) -> None:
         "fields": {"hide": ["c_secret"], "rename": {"${c}_secret": "c_secret", "id": "id_2"}},
     }
     assert made["composite_full"]["id"] == "u"
+    assert made["keyless_logged"]["id"] == "b"
     assert made["per_day"]["fields"] == {"include": ["id"]}
     assert made["two_ways"]["relations"] == {"x": {"collection": "on"}}
     assert made["posts"]["relations"]["tags"] == {
@@ -230,7 +233,7 @@ def test_mended_and_unlocked_it_is_accepted_too(operator: Operator) -> None:
     outcome = operator.check(unlocked(text), **SECRETS)
 
     assert outcome.code == 0, outcome.err
-    assert outcome.out.startswith(f"ok\n{19 + len(_UNSERVED)} collections, ")
+    assert outcome.out.startswith(f"ok\n{20 + len(_UNSERVED)} collections, ")
     # Which indexes are lacking depends on the tables; nothing else is left to say.
     assert [
         warning
@@ -302,6 +305,7 @@ CREATE TABLE notes (id int PRIMARY KEY, owner int NOT NULL REFERENCES people);
 CREATE TABLE posts (id int PRIMARY KEY, author int REFERENCES people, is_public bool NOT NULL);
 CREATE TABLE comments (id int PRIMARY KEY, post int NOT NULL REFERENCES posts);
 CREATE TABLE lines (id int PRIMARY KEY, note int NOT NULL REFERENCES notes);
+CREATE TABLE marks (id int PRIMARY KEY, note int REFERENCES notes);
 CREATE TABLE messages (
   id int PRIMARY KEY, sender int NOT NULL REFERENCES people,
   recipient int NOT NULL REFERENCES people, deleted_by int REFERENCES people
@@ -328,6 +332,7 @@ SUGGESTED = {
     "posts": f"is_public = true || ({IN} && author = @request.auth.id)",
     "comments": f"{IN} && post.author = @request.auth.id",
     "lines": "note.owner = @request.auth.id",
+    "marks": f"{IN} && note.owner = @request.auth.id",
     "messages": "sender = @request.auth.id || recipient = @request.auth.id",
     "settings": "id = @request.auth.id",
     "projects": f"{IN} && members ?= @request.auth.id",
@@ -365,6 +370,23 @@ def test_people_of_two_kinds_are_told_apart(operator: Operator) -> None:
     assert made["customers"]["list_rule"] == (
         '@request.auth.collectionName = "My_CRM_users" && owner = @request.auth.id'
     )
+
+
+def test_names_that_speak_of_secrets(database_url: str, tmp_path: Path) -> None:
+    secret = ["api_key", "apiKey", "authtoken", "totp_secret", "pwd", "userPassword", "salt"]
+    others = ["key", "secretary", "tokenized", "passport", "salted_by"]
+    columns = ", ".join(f'"{name}" text' for name in [*others, *secret])
+    about = "has_password bool, password_changed_at timestamptz, token_count int"
+    schema = f"CREATE TABLE held (id int PRIMARY KEY, {columns}, {about})"
+    made = collections_of(initiated(operator_of(database_url, tmp_path, schema)))
+    assert made["held"]["fields"] == {"hide": secret}
+
+
+def test_nobody_is_made_a_superuser_of_pocketbase_s(database_url: str, tmp_path: Path) -> None:
+    """Not where a PocketBase was moved to Postgres, tables and all."""
+    schema = "CREATE TABLE _superusers (id text PRIMARY KEY, email text, password text)"
+    made = collections_of(initiated(operator_of(database_url, tmp_path, schema)))
+    assert list(made) == ["public__superusers"]
 
 
 def test_without_a_password_the_table_s_name_tells_people(
@@ -407,6 +429,20 @@ def test_what_the_role_may_not_read_is_not_served(operator: Operator, role: str)
     assert set(collections_of(text)) == {"users", "posts"}
     assert f'GRANT SELECT ON "public"."post_tags" TO "{role}";' in mending(text)
     assert f'ALTER ROLE "{role}" BYPASSRLS;' in text
+
+
+def test_a_partitioned_table_without_an_id_can_t_be_mended(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Postgres lets it have no other unique column."""
+    schema = "CREATE TABLE events (id int, at date, PRIMARY KEY (id, at)) PARTITION BY RANGE (at)"
+    operator = operator_of(database_url, tmp_path, schema)
+    text = initiated(operator)
+
+    assert operator.run("check").code == 0
+    assert "a partitioned table can be served if it is partitioned by its id alone." in text
+    assert mending(text) == []
+    assert collections_of(unlocked(text)) == {"events": {"table": "public.events"}}
 
 
 @pytest.mark.parametrize("schema", ["", "CREATE TABLE keyless (a int)"])
@@ -456,8 +492,9 @@ def test_a_url_of_the_command_line_is_to_be_put_where_the_file_looks(operator: O
 
 
 def test_no_file_is_overwritten(operator: Operator) -> None:
+    """That is said before the database is asked."""
     operator.file.write_text("mine", encoding="utf-8")
-    outcome = operator.run("init")
+    outcome = operator.run("init", DATABASE_URL="postgresql://postgres@127.0.0.1:1/none")
 
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.startswith('file_not_written: "pgrealtime.yaml" is there already\nHINT: ')
