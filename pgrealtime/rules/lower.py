@@ -97,7 +97,7 @@ class LoweredValues:
     """The values of an operand for the judged row, where a condition is true."""
 
     select: exp.Select
-    """Of one column of texts, none NULL; a value may come more than once."""
+    """First a column of texts; a value may come more than once."""
     bindings: Mapping[str, Binding]
     columns: tuple[str, ...]
     tables: frozenset[TableName]
@@ -113,7 +113,7 @@ def lower_values(
 ) -> LoweredValues:
     """Return the values that ``term`` has in the joins of one scope; numbers as doubles' text.
 
-    Without the empty ones: a missing row's, an empty relation's.
+    One column, none of it NULL: without a missing row's and an empty relation's.
 
     Args:
         term: An operand that is either a text or a number, whatever the row.
@@ -135,6 +135,37 @@ def lower_values(
     conditions = [is_known(text)] if where is None else [is_known(text), _condition(where, scope)]
     return LoweredValues(
         select=scope.select(text, all_of(*conditions)),
+        bindings=statement.bindings,
+        columns=tuple(statement.columns),
+        tables=frozenset(statement.tables),
+    )
+
+
+def lower_shown(
+    term: Term, collections: Collections, shapes: Mapping[Parameter, Shape], *, row: str = ROW
+) -> LoweredValues:
+    """Return what ``term`` is for the judged row, NULL included; one row per row of its place.
+
+    A second column says whether it is a number.
+
+    Args:
+        term: Any operand.
+        collections: All there are.
+        shapes: The class of each of its parameters.
+        row: Alias of the judged row.
+
+    Raises:
+        RuleUnsupportedError: It can't be decided exactly.
+    """
+    statement = Statement(collections=collections, shapes=shapes)
+    scope = Scope(statement, row, is_judged=True)
+    told = value(term, scope, is_strict=False)
+    is_number = sql.truth(False) if told.number is None else is_known(told.number)
+    text = told.shown
+    select = scope.select(text, sql.truth(True))
+    select.append("expressions", sql.own(is_number))
+    return LoweredValues(
+        select=select,
         bindings=statement.bindings,
         columns=tuple(statement.columns),
         tables=frozenset(statement.tables),

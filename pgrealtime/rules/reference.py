@@ -99,6 +99,19 @@ class Reference:
         redirected, views = made
         return Question(_statement(self.collection, self.columns, redirected, views), params)
 
+    def truth(self, row: Row, now: datetime) -> Question:
+        """Return the query for what the condition is of one row, which must be whole.
+
+        Its result is one value: TRUE, FALSE, or NULL, which admits no more than FALSE does.
+        """
+        conditions = [part.condition for part in self.lowered]
+        columns = columns_of(self.collection.table, self.columns)
+        select = exp.Select(
+            expressions=[all_of(*conditions)],
+            from_=exp.From(this=images(columns, free_name(self.columns))),
+        )
+        return Question(select.sql(dialect="postgres", copy=False), self._params([row], now))
+
     def _params(self, rows: Sequence[Row], now: datetime) -> dict[str, object]:
         columns = self.columns
         known = [
@@ -150,6 +163,19 @@ def reference(
         return _translated(collections, collection, predicates, request)
     except RuleError as error:
         return Nobody(f"the filter is refused: {error}" if text else str(error))
+
+
+def alone(
+    collections: Collections, collection: Collection, predicate: Predicate, request: Request
+) -> Reference:
+    """Return what decides about one predicate, whatever the collection's rule and the filter.
+
+    Raises:
+        RuleUnsupportedError: It can't be decided exactly.
+    """
+    made = _translated(collections, collection, [predicate], request)
+    assert isinstance(made, Reference)
+    return made
 
 
 def validate(collections: Collections, collection: Collection, rule: str) -> None:
