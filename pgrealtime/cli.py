@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import click
 
 from pgrealtime import __version__
+from pgrealtime.auth.principal import GUEST, Superuser
 from pgrealtime.config import Origin, read
 from pgrealtime.errors import (
+    AuthError,
     ConfigError,
     DatabaseUnreachableError,
     PgRealtimeError,
     RuleError,
     SetupError,
 )
+from pgrealtime.hub.topic import parse_topic
+from pgrealtime.observe.log import configure
 from pgrealtime.operate.check import check as find_faults
+
+if TYPE_CHECKING:
+    from pgrealtime.operate.who import Who
 
 FAILED = 1
 SETUP = 2
+NOT_DELIVERED = 3
 UNREACHABLE = 69
 NOT_PERMITTED = 77
 CONFIGURATION = 78
@@ -74,6 +85,77 @@ def check(path: str, *, no_database: bool) -> None:
     for warning in findings.warnings:
         click.echo(f"warning: {warning}", err=True)
     click.echo("\n".join(("ok", *findings.facts)))
+
+
+@main.command()
+@_config_option
+@click.argument("topic")
+@click.option("--record", metavar="ID", help="The record, where the topic is of all: posts/*.")
+@click.option("--token", metavar="JWT", help="The caller's token; - reads it from standard input.")
+@click.option("--user", metavar="COLLECTION/ID", help="The caller is this record.")
+@click.option("--guest", is_flag=True, help="The caller has no token.")
+@click.option("--superuser", is_flag=True, help="The caller passes every rule.")
+@click.option("--filter", "filter_", metavar="TEXT", help="The client's filter.")
+@click.option("--options", metavar="JSON", help="All of the topic's options.")
+@click.option("-v", "--sql", "with_sql", is_flag=True, help="Tell the statement too.")
+def explain(
+    path: str,
+    *,
+    topic: str,
+    record: str | None,
+    token: str | None,
+    user: str | None,
+    guest: bool,
+    superuser: bool,
+    filter_: str | None,
+    options: str | None,
+    with_sql: bool,
+) -> None:
+    """Say whether a caller hears of a record, and why: clause by clause of the rule.
+
+    TOPIC is what the client subscribes to, such as posts/* or posts/ID. Exits with 3 when the
+    answer is no.
+    """
+    from pgrealtime.operate.explain import explain as find_out  # noqa: PLC0415 (as for run)
+
+    text = _with_options(topic, filter_, options)
+    if record is None and parse_topic(text).record_id is None:
+        raise click.UsageError("the topic is of all records: name one by --record")
+    who = _who(token, user, guest=guest, superuser=superuser)
+    with _reporting():
+        reading = read(path, os.environ)
+        config = reading.whole()
+    configure(config.logging.model_copy(update={"level": "warning"}))
+    with _reporting(reading.origin):
+        explanation = asyncio.run(find_out(config, who, text, record, with_sql=with_sql))
+    click.echo("\n".join(explanation.lines))
+    if not explanation.is_delivered:
+        sys.exit(NOT_DELIVERED)
+
+
+def _with_options(topic: str, filter_: str | None, options: str | None) -> str:
+    """Return the topic as a client submits it."""
+    if filter_ is None and options is None:
+        return topic
+    if "?" in topic or None not in {filter_, options}:
+        raise click.UsageError("options are given once: in the topic, by --options or by --filter")
+    given = options if options is not None else json.dumps({"query": {"filter": filter_}})
+    return f"{topic}?options={quote(given, safe='', errors='replace')}"
+
+
+def _who(token: str | None, user: str | None, *, guest: bool, superuser: bool) -> Who:
+    from pgrealtime.operate.who import Bearer, User  # noqa: PLC0415 (as for run)
+
+    if [token is not None, user is not None, guest, superuser].count(True) != 1:
+        raise click.UsageError("one caller is wanted: --token, --user, --guest or --superuser")
+    if token is not None:
+        return Bearer(sys.stdin.read().strip() if token == "-" else token)  # noqa: S105 (a dash)
+    if user is None:
+        return GUEST if guest else Superuser("")
+    collection, slash, record_id = user.partition("/")
+    if not (collection and slash and record_id):
+        raise click.UsageError("--user is COLLECTION/ID, such as users/ann")
+    return User(collection, record_id)
 
 
 @main.command()
@@ -163,7 +245,7 @@ def exit_code(error: PgRealtimeError) -> int:
             return CONFIGURATION
         case SetupError() if error.error_code in _NOT_PERMITTED_CODES:
             return NOT_PERMITTED
-        case SetupError():
+        case SetupError() | AuthError():
             return SETUP
         case _:
             return FAILED

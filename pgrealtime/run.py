@@ -30,7 +30,12 @@ from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import TableName
 from pgrealtime.collections import build, table_names
 from pgrealtime.config import AdminConfig, Config, DatabaseConfig, Origin, Reading
-from pgrealtime.errors import ConfigError, DatabaseUnreachableError, PgRealtimeError
+from pgrealtime.errors import (
+    ConfigError,
+    DatabaseUnreachableError,
+    PgRealtimeError,
+    SetupError,
+)
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.match import Matcher
 from pgrealtime.hub.own_record import OwnRecords
@@ -135,8 +140,8 @@ async def running(
         PgRealtimeError: It can't start. A fault in a running part ends the block likewise.
     """
     async with AsyncExitStack() as stack:
-        pool = await stack.enter_async_context(_pool(config.database))
-        catalog = await _catalog(config, pool)
+        pool = await stack.enter_async_context(query_pool(config.database))
+        catalog = await catalog_of(config, pool)
         collections = build(config.collections, catalog)
         if problems := tuple(rule_problems(collections)):
             raise ConfigError(problems)
@@ -186,7 +191,7 @@ async def running(
             ),
             reread=reread
             or (lambda: Reading(config=config, origin=Origin(source="configuration"))),
-            read_catalog=lambda wanted: _catalog(wanted, pool),
+            read_catalog=lambda wanted: catalog_of(wanted, pool),
             open_stream=lambda wanted: _stream(config, wanted),
             doubted=doubted,
         )
@@ -289,7 +294,13 @@ def _report_wait(wait: SlotWait) -> None:
 
 
 @asynccontextmanager
-async def _pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
+async def query_pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
+    """Open the connections on which rules are asked: read only, each statement bounded in time.
+
+    Raises:
+        DatabaseUnreachableError: Nobody answered for ``wait_for``.
+        SetupError: Code ``database_url_invalid``.
+    """
     # In the connection's options, so that no setting of a role or database comes first; with
     # another schema before pg_catalog even "=" could be somebody else's.
     pins = {
@@ -304,13 +315,22 @@ async def _pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
         "extra_float_digits": "1",
         "bytea_output": "hex",
     }
-    conninfo = make_conninfo(
-        database.query_url or database.url,
-        options=" ".join(f"-c {name}={value}" for name, value in pins.items()),
-        application_name="pgrealtime",
-        client_encoding="utf8",
-        **KEEPALIVE,
-    )
+    try:
+        conninfo = make_conninfo(
+            database.query_url or database.url,
+            options=" ".join(f"-c {name}={value}" for name, value in pins.items()),
+            application_name="pgrealtime",
+            client_encoding="utf8",
+            **KEEPALIVE,
+        )
+    except psycopg.ProgrammingError:
+        # libpq's message quotes the text, which may hold a password.
+        raise SetupError(
+            "the database URL can't be understood",
+            hint="Write postgresql://user:password@host:port/database, special characters in"
+            " percent form.",
+            code="database_url_invalid",
+        ) from None
     await _wait_for_server(conninfo, database.wait_for)
 
     class _Connection(QueryConnection):
@@ -346,7 +366,12 @@ async def _wait_for_server(conninfo: str, seconds: float) -> None:
             await asyncio.sleep(_RETRY_SECONDS)
 
 
-async def _catalog(config: Config, pool: QueryPool) -> Catalog:
+async def catalog_of(config: Config, pool: QueryPool) -> Catalog:
+    """Read what the catalogue says of the configured tables.
+
+    Raises:
+        PgRealtimeError: Code ``catalog``: Postgres refuses.
+    """
     names: tuple[TableName, ...] = table_names(config.collections, config.database.schemas)
     try:
         async with pool.connection() as connection:

@@ -262,7 +262,7 @@ class Authenticator:
             return Caller(record, expires_at)
         # A deleted user turns guest on open connections (protocol, 8); coming back with the same
         # token must not undo that.
-        return _caller_of(_known(await self._accounts.load(users, record_id)), expires_at)
+        return caller_of(_known(await self._accounts.load(users, record_id)), expires_at)
 
     async def _own(self, token: Token) -> Identity:
         """The user of a login token. Its key has a part in the user's row, hence the order."""
@@ -276,7 +276,7 @@ class Authenticator:
             raise AuthError("the token's user has no token key", code="token_signature")
         check_signature(token, Key("HS256", account.token_key + self._login.secret))
         voucher = _own_voucher(self._login, users)
-        caller = replace(_caller_of(account, expires_at), voucher=voucher)
+        caller = replace(caller_of(account, expires_at), voucher=voucher)
         return Identity(caller=caller, token=token, is_own=True)
 
 
@@ -360,7 +360,13 @@ def _known(account: Account | None) -> Account:
     return account
 
 
-def _caller_of(account: Account, expires_at: float | None) -> Caller:
+def caller_of(account: Account, expires_at: float | None) -> Caller:
+    """The caller that a user is.
+
+    Args:
+        account: As the database has it.
+        expires_at: When the token expires, Unix seconds; None if it never does.
+    """
     key = account.token_key
     return Caller(
         account.record,

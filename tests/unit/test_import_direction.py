@@ -71,7 +71,7 @@ _PURE = (
     *("changelog.base", "changelog.memory", "rules", "records"),
     *("auth.principal", "auth.record", "auth.token", "auth.passwords"),
     *("hub.topic", "hub.registry", "hub.match", "hub.frame", "hub.send_buffer"),
-    *("api.problems", "api.body", "api.forms", "api.cors"),
+    *("api.problems", "api.body", "api.forms", "api.cors", "operate.telling"),
 )
 """Code without loop, socket, clock and log; what keeps state does so without touching the world."""
 
