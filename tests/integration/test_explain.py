@@ -61,7 +61,7 @@ class World:
         issuer = {"name": "app", "secret": _SECRET, "superuser_when": {"role": "admin"}}
         return {
             "version": 1,
-            "database": {"url": self.url},
+            "database": {"url": self.url, "statement_timeout": "20s"},
             "auth": {"issuers": [issuer], **(auth or {})},
             "collections": {
                 "users": {"table": "users", "type": "auth", "fields": {"hide": ["pin"]}},
