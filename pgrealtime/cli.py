@@ -7,7 +7,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -27,6 +28,7 @@ from pgrealtime.errors import (
 from pgrealtime.hub.topic import parse_topic
 from pgrealtime.observe.log import configure
 from pgrealtime.operate.check import check as find_faults
+from pgrealtime.units import parse_duration
 
 if TYPE_CHECKING:
     from pgrealtime.operate.who import Who
@@ -37,6 +39,12 @@ NOT_DELIVERED = 3
 UNREACHABLE = 69
 NOT_PERMITTED = 77
 CONFIGURATION = 78
+
+_LOCAL = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}  # noqa: S104 (looked up)
+"""How to reach what listens there."""
+
+_LISTENING_SECONDS = 30 * 86400.0
+"""How long a token holds that listen makes for itself."""
 
 _NOT_PERMITTED_CODES = ("replication_attribute_missing", "plugin_refused", "select_not_granted")
 
@@ -149,13 +157,23 @@ def _who(token: str | None, user: str | None, *, guest: bool, superuser: bool) -
     if [token is not None, user is not None, guest, superuser].count(True) != 1:
         raise click.UsageError("one caller is wanted: --token, --user, --guest or --superuser")
     if token is not None:
-        return Bearer(sys.stdin.read().strip() if token == "-" else token)  # noqa: S105 (a dash)
+        return Bearer(_given(token))
     if user is None:
         return GUEST if guest else Superuser("")
-    collection, slash, record_id = user.partition("/")
-    if not (collection and slash and record_id):
-        raise click.UsageError("--user is COLLECTION/ID, such as users/ann")
-    return User(collection, record_id)
+    return User(*_named(user))
+
+
+def _given(token: str) -> str:
+    """Return the token, from standard input for a dash: arguments are seen by everybody."""
+    return sys.stdin.read().strip() if token == "-" else token  # noqa: S105 (a dash)
+
+
+def _named(user: str) -> tuple[str, str]:
+    """Return the collection and the id that a user is given by."""
+    collection, _, record_id = user.partition("/")
+    if not (collection and record_id):
+        raise click.UsageError("a user is COLLECTION/ID, such as users/ann")
+    return collection, record_id
 
 
 @main.command()
@@ -195,6 +213,74 @@ def demo(*, port: int, embedded: bool, no_browser: bool) -> None:
     showing = show(port=port, embedded=embedded, browse=not no_browser, say=click.echo)
     with _reporting(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(showing)
+
+
+@main.command()
+@_config_option
+@click.argument("topics", nargs=-1, required=True, metavar="TOPIC...")
+@click.option("--url", help="Of the service; by default where the configuration lets it listen.")
+@click.option(
+    "--token", default="", metavar="JWT", help="Whom to listen as; - reads it from standard input."
+)
+@click.option("--user", metavar="COLLECTION/ID", help="The same, by a token made for it.")
+@click.option("--count", type=click.IntRange(min=1), help="End after so many events.")
+def listen(
+    path: str,
+    *,
+    topics: tuple[str, ...],
+    url: str | None,
+    token: str,
+    user: str | None,
+    count: int | None,
+) -> None:
+    """Subscribe in the terminal: a line per event, until Ctrl-C.
+
+    TOPIC is what a client subscribes to, such as posts/* or posts/ID. After a lost connection it
+    goes on where it was.
+    """
+    from pgrealtime.operate import listen as listening  # noqa: PLC0415 (as for run)
+
+    if token and user:
+        raise click.UsageError("give --token or --user, not both")
+    with _reporting():
+        held = _given(token) if user is None else _made_token(path, user, _LISTENING_SECONDS)
+        address = (url or _own_url(path)).rstrip("/")
+        target = listening.Target(url=address, topics=topics, token=held)
+        with suppress(KeyboardInterrupt):
+            note = partial(click.echo, err=True)
+            asyncio.run(listening.listen(target, tell=click.echo, note=note, most=count))
+
+
+def _own_url(path: str) -> str:
+    """Return where the configured service is reached from this machine."""
+    server = read(path, os.environ).whole().server
+    return f"http://{_LOCAL.get(server.host, server.host)}:{server.port}{server.base_path}"
+
+
+@main.group()
+def token() -> None:
+    """Make a token for development."""
+
+
+@token.command()
+@_config_option
+@click.argument("user", metavar="COLLECTION/ID")
+@click.option("--lifetime", default="1h", show_default=True, help="Such as 5m, 12h, 5d.")
+def make(path: str, *, user: str, lifetime: str) -> None:
+    """Print a token that names a record, signed with an issuer's secret."""
+    try:
+        seconds = parse_duration(lifetime)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--lifetime") from error
+    with _reporting():
+        click.echo(_made_token(path, user, seconds))
+
+
+def _made_token(path: str, user: str, lifetime: float) -> str:
+    from pgrealtime.operate.tokens import make_token  # noqa: PLC0415 (as for run)
+
+    auth = read(path, os.environ).whole().auth
+    return make_token(auth, *_named(user), lifetime=lifetime)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

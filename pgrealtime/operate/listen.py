@@ -1,0 +1,188 @@
+"""``pgrealtime listen``: a subscriber in the terminal, one that asks for positions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from aiohttp import ClientError, ClientSession, ClientTimeout
+
+from pgrealtime.errors import SubscriptionError
+
+_CONNECT_SECONDS = 10.0
+_SILENCE_SECONDS = 120.0
+"""Without a byte, heartbeats included, the connection counts as lost."""
+
+_FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 10.0
+
+_TOLD = 500
+"""Characters of an answer that nobody expected."""
+
+_HINTS: dict[int, str] = {
+    HTTPStatus.UNAUTHORIZED: "Guests aren't let in (auth.allow_guests): give a token that holds.",
+    HTTPStatus.NOT_FOUND: "Perhaps the service has a base path: --url http://HOST:PORT/PATH.",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """A Server-Sent Event as it came."""
+
+    id: str = ""
+    event: str = ""
+    data: str = ""
+
+
+async def frames(pieces: AsyncIterator[bytes]) -> AsyncIterator[Frame]:
+    """Yield the events of a stream whose lines end with LF; comments have none.
+
+    Source: HTML standard, section 9.2.6.
+    """
+    rest = bytearray()
+    searched = 0
+    async for piece in pieces:
+        rest += piece
+        while (end := rest.find(b"\n\n", searched)) >= 0:
+            frame = _frame(rest[:end].decode())
+            del rest[: end + 2]
+            searched = 0
+            if frame is not None:
+                yield frame
+        searched = max(0, len(rest) - 1)
+
+
+def _frame(text: str) -> Frame | None:
+    fields: dict[str, str] = {}
+    for line in text.split("\n"):
+        name, colon, value = line.partition(":")
+        if colon and name in {"id", "event", "data"}:
+            value = value.removeprefix(" ")
+            fields[name] = f"{fields[name]}\n{value}" if name == "data" in fields else value
+    return Frame(**fields) if fields else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What is to be heard, and where."""
+
+    url: str
+    """Of the service, with its base path."""
+    topics: Sequence[str]
+    token: str = field(default="", repr=False)
+
+
+async def listen(
+    target: Target, *, tell: Callable[[str], None], note: Callable[[str], None], most: int | None
+) -> None:
+    """Tell what the topics bring, over lost connections, until there were so many events.
+
+    Args:
+        target: What to listen to.
+        tell: Takes a line per event: topic, action, record.
+        note: Takes a line about the connection, and about what was missed.
+        most: None is for ever.
+
+    Raises:
+        SubscriptionError: Nothing answers there at first, or the topics are refused.
+    """
+    listener = _Listener(target, tell, note)
+    timeout = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
+    async with ClientSession(timeout=timeout) as http:
+        while True:
+            try:
+                async for count in listener.hear(http):
+                    if count == most:
+                        return
+                lost = "the connection has ended"
+            except (ClientError, TimeoutError, ValueError) as error:
+                lost = str(error) or "the connection is silent"
+            except SubscriptionError as error:
+                if not listener.has_listened:
+                    raise
+                lost = error.message
+            if not listener.has_listened:
+                raise _nobody(target.url, lost)
+            note(f"{lost}; once more in {listener.pause:g} s")
+            await asyncio.sleep(listener.pause)
+            listener.pause = min(listener.pause * 2, _LONGEST_PAUSE_SECONDS)
+
+
+class _Listener:
+    """What must be known from one connection to the next."""
+
+    def __init__(
+        self, target: Target, tell: Callable[[str], None], note: Callable[[str], None]
+    ) -> None:
+        self._target = target
+        self._tell = tell
+        self._note = note
+        self._position = ""
+        self._heard = 0
+        self.has_listened = False
+        self.pause = _FIRST_PAUSE_SECONDS
+
+    async def hear(self, http: ClientSession) -> AsyncIterator[int]:
+        """Listen on one connection; yield how many events there were so far."""
+        url = f"{self._target.url}/api/realtime"
+        async with http.get(url, params={"lastEventId": self._position}) as response:
+            if response.status != HTTPStatus.OK:
+                raise _refused(url, response.status, await response.text())
+            async for frame in frames(response.content.iter_any()):
+                self._position = frame.id or self._position
+                match frame.event:
+                    case "PB_CONNECT":
+                        await self._subscribe(http, url, json.loads(frame.data)["clientId"])
+                    case "PB_CURSOR":
+                        pass
+                    case "PB_RESYNC":
+                        self._note(_missed(json.loads(frame.data)))
+                    case _:
+                        self._heard += 1
+                        self._tell(_line(frame))
+                        yield self._heard
+
+    async def _subscribe(self, http: ClientSession, url: str, client_id: str) -> None:
+        token = self._target.token
+        body = {"clientId": client_id, "subscriptions": self._target.topics}
+        headers = {"Authorization": token} if token else {}
+        async with http.post(url, json=body, headers=headers) as answer:
+            if answer.status != HTTPStatus.NO_CONTENT:
+                raise _refused(url, answer.status, await answer.text())
+        self.has_listened = True
+        self.pause = _FIRST_PAUSE_SECONDS
+        self._note(f"listening to {' '.join(self._target.topics)} at {self._target.url}")
+
+
+def _line(frame: Frame) -> str:
+    """Return what is read at a glance, then the record as it came."""
+    try:
+        action = json.loads(frame.data)["action"]
+        record = frame.data.removeprefix('{"record":').removesuffix(f',"action":"{action}"}}')
+    except (ValueError, KeyError, TypeError):
+        return f"{frame.event} {frame.data}"
+    return f"{frame.event} {action} {record}"
+
+
+def _missed(gap: dict[str, Any]) -> str:
+    collections = ", ".join(gap["collections"]) or "everything"
+    return f"changes were missed ({gap['reason']}): load {collections} anew"
+
+
+def _nobody(url: str, reason: str) -> SubscriptionError:
+    return SubscriptionError(
+        f'nothing that could be listened to answers at "{url}"',
+        detail=f"{reason[0].upper()}{reason[1:]}.",
+        hint="Start the service with pgrealtime run, or name its address by --url.",
+        code="service_unreachable",
+    )
+
+
+def _refused(url: str, status: int, body: str) -> SubscriptionError:
+    return SubscriptionError(
+        f'"{url}" answers with {status}', detail=body[:_TOLD], hint=_HINTS.get(status, "")
+    )
