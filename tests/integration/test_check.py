@@ -15,8 +15,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from tests.conformance.process import free_port
-from tests.conftest import lacking
+from tests.own_server import own_server
 
 _ROOT = Path(__file__).parents[2]
 
@@ -340,31 +339,13 @@ def test_a_server_that_has_neither_decoder_ready_is_told_of_both(operator: Opera
 
 
 @pytest.fixture(scope="module")
-def replica_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def replica_server() -> Iterator[str]:
     """The URL of a server as it comes: with wal_level = replica."""
-    binaries = os.environ.get("PGREALTIME_TEST_PG_BIN", "")
-    if not binaries:
-        lacking("no PostgreSQL binaries: PGREALTIME_TEST_PG_BIN isn't set")
-    directory = tmp_path_factory.mktemp("server")
-    as_server: list[str] = []
-    if os.geteuid() == 0:  # initdb refuses to run as root
-        as_server = ["setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups", "--"]
-        for folder in (directory, *directory.parents[:2]):
-            folder.chmod(0o711)
-        subprocess.run(["chown", "postgres:", directory], check=True)
-    port, data = free_port(), directory / "data"
-    initdb = [f"{binaries}/initdb", "-U", "postgres", "--auth=trust", "--no-sync", f"-D{data}"]
-    control = [*as_server, f"{binaries}/pg_ctl", "--wait", "--silent", f"-D{data}"]
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
-    subprocess.run([*as_server, *initdb], check=True, cwd="/", stdout=subprocess.DEVNULL)
-    subprocess.run([*control, "start", f"-o{options}", f"-l{directory}/log"], check=True, cwd="/")
-    url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
-    try:
-        with psycopg.connect(url) as connection:
+    with own_server() as server:
+        server.configure(wal_level="replica")
+        with psycopg.connect(server.url) as connection:
             connection.execute(_SCHEMA)
-        yield url
-    finally:
-        subprocess.run([*control, "stop", "--mode=immediate"], check=True, cwd="/")
+        yield server.url
 
 
 def test_a_server_that_does_not_write_logical_wal_is_told(
