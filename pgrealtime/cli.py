@@ -283,6 +283,34 @@ def _made_token(path: str, user: str, lifetime: float) -> str:
     return make_token(auth, *_named(user), lifetime=lifetime)
 
 
+@main.group()
+def slot() -> None:
+    """Tell of our slots on the server, or drop one that is left."""
+
+
+@slot.command("list")
+@_config_option
+def list_(path: str) -> None:
+    """Print a line per slot: who reads it, and how much WAL it retains."""
+    from pgrealtime.operate.slots import list_slots  # noqa: PLC0415 (as for run)
+
+    with _reporting():
+        lines = asyncio.run(list_slots(read(path, os.environ).whole()))
+    click.echo("\n".join(lines) or "there are none")
+
+
+@slot.command()
+@_config_option
+@click.argument("name")
+def drop(path: str, *, name: str) -> None:
+    """Drop a slot: what it has yet to send is missed."""
+    from pgrealtime.operate.slots import drop_slot  # noqa: PLC0415 (as for run)
+
+    with _reporting():
+        asyncio.run(drop_slot(read(path, os.environ).whole(), name))
+    click.echo(f"dropped {name}")
+
+
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     try:
         import uvloop  # noqa: PLC0415 (there is none for Windows and PyPy)

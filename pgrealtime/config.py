@@ -103,12 +103,24 @@ class DatabaseConfig(Section):
 
 
 class SlotConfig(Section):
-    """The replication slot; temporary, so that it can't outlive the process."""
+    """The replication slot; temporary unless ``durable``, so that it can't outlive the process."""
 
     name: str = Field(default="pgrealtime", pattern=r"^[a-z0-9_]{1,48}$")
-    """A random suffix is appended."""
+    """Of a durable slot; to a temporary one's a random suffix is appended."""
+    durable: bool = False
+    """The slot outlives the process: nothing is missed while it is down, and clients resume."""
+    failover: bool = False
+    """A durable slot's standbys have it too (PostgreSQL 17 and newer)."""
+    allow_unlimited_wal: bool = False
+    """Whether a durable slot may be made where ``max_slot_wal_keep_size`` bounds nothing."""
     create_timeout: SomeSeconds = 300.0
     """Creating waits for every open writing transaction of the cluster; longer than this fails."""
+
+    @model_validator(mode="after")
+    def _failover_is_durable(self) -> Self:
+        if self.failover and not self.durable:
+            raise ValueError("failover is for durable slots: set durable too")
+        return self
 
 
 class ReplicationConfig(Section):

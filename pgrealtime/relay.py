@@ -1,5 +1,9 @@
 """From the stream to the changelog, acknowledging only what is kept; opens the stream anew.
 
+From a temporary slot the server may forget what the changelog has. A durable one is the log behind
+the changelog: the server may forget what that has let go of, and sends the rest again after a
+break, in this process or the next.
+
 Knows neither connections nor rules: whoever reads the changelog is a ``Follower``.
 """
 
@@ -16,10 +20,10 @@ from typing import Protocol, TypeAlias
 
 import structlog
 
-from pgrealtime.changelog.base import Gap
+from pgrealtime.changelog.base import Entry, Gap, Mark
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Oversized, TableName, Transaction
-from pgrealtime.errors import PgRealtimeError, StreamInterruptedError
+from pgrealtime.errors import PgRealtimeError, SlotBusyError, StreamInterruptedError
 from pgrealtime.lsn import LSN, Cursor, format_lsn
 from pgrealtime.wal.slot import SystemIdentity
 from pgrealtime.wal.stream import WalStream
@@ -29,6 +33,10 @@ log = structlog.get_logger(__name__)
 _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 10.0
 _EXPIRE_SECONDS = 1.0
+_MARK_SECONDS = 10.0
+"""Between two marks in the changelog where nothing of ours happens, but the server's WAL grows."""
+_REOPEN_SECONDS = 5.0
+"""How long the server may take to see that a stream was closed; then its slot can be read anew."""
 _LOOK_SECONDS = 0.02
 """While another stream waits to go on: between two looks at how far this one has read."""
 
@@ -103,6 +111,13 @@ class Relay:
         self._tables = tuple(tables)
         self._max_size = max_size
         self._epoch = ""
+        self._system: SystemIdentity | None = None
+        self._read_upto = LSN(0)
+        """The end of the last that came from a stream."""
+        self._appended_at = time.monotonic()
+        self._reopened: asyncio.Future[None] | None = None
+        """Set while a durable slot's stream is opened anew on purpose."""
+        self._reopen_until = 0.0
         self._restores = 0
         """How often the history went back without another system or timeline to tell it by."""
         self._turn = asyncio.Lock()
@@ -130,6 +145,9 @@ class Relay:
                     pause = _FIRST_PAUSE
                     await self._read_in_turn(stream, opened)
             except PgRealtimeError as error:
+                if self._reopened is not None and self._is_of_reopening(error):
+                    await asyncio.sleep(_LOOK_SECONDS)
+                    continue
                 self._lose(error)
                 if not error.retryable:
                     raise
@@ -141,12 +159,20 @@ class Relay:
 
         The other stream is opened beside the one of now, which is read at least up to where the
         other begins; what both have is taken once. Only if the earlier stream breaks before that is
-        there a gap, announced like any other.
+        there a gap, announced like any other. From a durable slot only one stream can be read: it
+        is closed and opened anew, and begins with what the changelog holds.
 
         Raises:
             PgRealtimeError: The other stream can't be opened; the one of now goes on.
         """
         async with self._turn, AsyncExitStack() as opened:
+            if self.stream is not None and self.stream.is_durable:
+                self._open_stream, self._tables = open_stream, tuple(tables)
+                self._reopened = asyncio.get_running_loop().create_future()
+                self._reopen_until = time.monotonic() + _REOPEN_SECONDS
+                self.stream.stop()
+                await self._reopened
+                return
             stream = await opened.enter_async_context(open_stream())
             if self.stream is not None and self.stream.system != stream.system:
                 raise StreamInterruptedError(
@@ -210,17 +236,22 @@ class Relay:
     def _begin(self, stream: WalStream) -> None:
         epoch = self._epoch_of(stream)
         head = self._changelog.head
-        if epoch != self._epoch or stream.start_lsn < head.lsn:
+        # Only a durable slot begins earlier: with what it was not told is needed no more.
+        begins_within = stream.start_lsn <= head.lsn and self._read_upto <= stream.reach
+        if begins_within and stream.system == self._system:
+            if epoch != self._epoch:
+                self._follower.stream_continued(epoch)
+        elif epoch != self._epoch or stream.start_lsn < head.lsn:
             # Another history: first start, failover, restore. LSNs may be used again.
+            if epoch == self._epoch:
+                self._restores += 1
+                epoch = self._epoch_of(stream)
+            self._read_upto = stream.start_lsn
             self._changelog.restart(stream.start_lsn)
         elif stream.start_lsn > head.lsn:
-            gap = Gap(stream.start_lsn, "slot_lost")
-            self._changelog.append(gap, time.monotonic(), self._follower.head)
+            self._append(Gap(stream.start_lsn, "slot_lost"), time.monotonic())
             log.warning("replication.gap", reason="slot_lost", lsn=format_lsn(stream.start_lsn))
-        if epoch == self._epoch and stream.start_lsn < head.lsn:
-            self._restores += 1
-            epoch = self._epoch_of(stream)
-        self._epoch, self.stream = epoch, stream
+        self._epoch, self._system, self.stream = epoch, stream.system, stream
         log.info(
             "replication.started",
             plugin=stream.plugin,
@@ -230,6 +261,9 @@ class Relay:
         )
         self._follower.stream_started(epoch)
         self._follower.wake()
+        if self._reopened is not None and not self._reopened.done():
+            self._reopened.set_result(None)
+        self._reopened = None
 
     def _epoch_of(self, stream: WalStream) -> str:
         epoch = epoch_of(stream.system, self._tables)
@@ -237,7 +271,15 @@ class Relay:
             epoch = _next(epoch)
         return epoch
 
+    def _is_of_reopening(self, error: PgRealtimeError) -> bool:
+        """Whether it only means that the stream before was closed, or that the server is at it."""
+        is_closing = isinstance(error, SlotBusyError) or error.error_code == "stream_closed"
+        return is_closing and time.monotonic() < self._reopen_until
+
     def _lose(self, error: PgRealtimeError) -> None:
+        if self._reopened is not None and not self._reopened.done():
+            self._reopened.set_exception(error)
+        self._reopened = None
         if self.stream is not None:
             self.stream = None
             self._follower.stream_lost()
@@ -261,7 +303,11 @@ class Relay:
                 if entry.end_lsn > self._changelog.head.lsn:
                     await self._keep(entry)
             if batch:
-                stream.keep(batch[-1].end_lsn)
+                self._read_upto = max(self._read_upto, batch[-1].end_lsn)
+                if stream.is_durable:
+                    stream.let_go(self._changelog.floor.lsn)
+                else:
+                    stream.keep(batch[-1].end_lsn)
                 self._follower.wake()
             if successor is not None and wal_end >= successor.stream.start_lsn:
                 return successor
@@ -272,7 +318,19 @@ class Relay:
             self._follower.progressed.clear()
             self._follower.wake()
             await self._follower.progressed.wait()
-        self._changelog.append(entry, time.monotonic(), self._follower.head)
+        self._append(entry, time.monotonic())
+
+    def _append(self, entry: Entry, now: float) -> None:
+        self._changelog.append(entry, now, self._follower.head)
+        self._appended_at = now
+
+    def _mark(self, stream: WalStream, now: float) -> None:
+        """Take note that nothing of ours has happened, so that a durable slot moves in time."""
+        head = self._changelog.head.lsn
+        quiet = stream.quiet_after(head)
+        if quiet > head and now - self._appended_at >= _MARK_SECONDS:
+            self._append(Mark(quiet), now)
+            self._follower.wake()
 
     def _waiting(self) -> int:
         return self._changelog.bytes_after(self._follower.head)
@@ -281,7 +339,11 @@ class Relay:
         """Let what is too old go, for ever."""
         while True:
             await asyncio.sleep(_EXPIRE_SECONDS)
-            self._changelog.expire(time.monotonic(), self._follower.head)
+            now = time.monotonic()
+            self._changelog.expire(now, self._follower.head)
+            if self.stream is not None and self.stream.is_durable:
+                self._mark(self.stream, now)
+                self.stream.let_go(self._changelog.floor.lsn)
 
 
 def epoch_of(system: SystemIdentity, tables: Iterable[TableName]) -> str:

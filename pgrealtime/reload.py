@@ -129,6 +129,8 @@ class Reload:
         reread: Reads the configuration anew.
         read_catalog: Reads the tables that a configuration names.
         open_stream: Opens a stream of a world's tables.
+        rehearse: Raises what would keep that stream from being opened, where it can't be opened
+            beside the one of now.
         doubted: Set by whoever met something that doesn't fit the catalogue.
     """
 
@@ -140,6 +142,7 @@ class Reload:
         reread: Callable[[], Reading],
         read_catalog: ReadCatalog,
         open_stream: OpenStream,
+        rehearse: Callable[[World], Awaitable[None]],
         doubted: asyncio.Event,
     ) -> None:
         self._world = world
@@ -147,6 +150,7 @@ class Reload:
         self._reread = reread
         self._read_catalog = read_catalog
         self._open_stream = open_stream
+        self._rehearse = rehearse
         self._doubted = doubted
         self._streamed = world.streamed
         self._turn = asyncio.Lock()
@@ -262,6 +266,7 @@ class Reload:
         )
 
     async def _stream(self, world: World) -> None:
+        await self._rehearse(world)
         await self._rooms.relay.switch(lambda: self._open_stream(world), world.streamed)
         self._streamed = world.streamed
 

@@ -50,7 +50,7 @@ from pgrealtime.reload import Reload, Rooms, World
 from pgrealtime.rules.plan import columns_asked
 from pgrealtime.vitals import Vitals
 from pgrealtime.wal.slot import SlotWait
-from pgrealtime.wal.stream import WalStream, open_stream
+from pgrealtime.wal.stream import WalStream, open_stream, rehearse_stream
 
 log = structlog.get_logger(__name__)
 
@@ -193,6 +193,7 @@ async def running(
             or (lambda: Reading(config=config, origin=Origin(source="configuration"))),
             read_catalog=lambda wanted: catalog_of(wanted, pool),
             open_stream=lambda wanted: _stream(config, wanted),
+            rehearse=lambda wanted: _rehearse(config, wanted),
             doubted=doubted,
         )
         parts = (
@@ -287,6 +288,13 @@ def _stream(config: Config, world: World) -> AbstractAsyncContextManager[WalStre
         max_transaction_size=config.changelog.max_size,
         on_wait=_report_wait,
     )
+
+
+async def _rehearse(config: Config, world: World) -> None:
+    """Find out whether the durable slot's stream could be opened anew with a world's tables."""
+    if config.replication.slot.durable:
+        tables = list(world.streamed.values())
+        await rehearse_stream(config.database.url, config.replication, tables)
 
 
 def _report_wait(wait: SlotWait) -> None:

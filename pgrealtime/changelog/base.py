@@ -22,7 +22,13 @@ class Gap(Struct, frozen=True):
     """What may have missed something; None is everything."""
 
 
-Entry: TypeAlias = Transaction | Oversized | Gap
+class Mark(Struct, frozen=True):
+    """A place in the stream with nothing of ours before it since the entry before."""
+
+    end_lsn: LSN
+
+
+Entry: TypeAlias = Transaction | Oversized | Gap | Mark
 
 
 class Changelog(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 from msgspec import Struct
 
-from pgrealtime.changelog.base import Entry, Gap
+from pgrealtime.changelog.base import Entry, Gap, Mark
 from pgrealtime.changes import Oversized, TableName, Transaction
 from pgrealtime.collections import Collections
 from pgrealtime.hub.event import Emptied, Event, events_of
@@ -127,6 +127,8 @@ def slices(
                 cut.events.append(event)
                 if is_person:
                     cut.note(event, is_turn=is_turn)
+            upto = Cursor(entry.end_lsn, END)
+        elif isinstance(entry, Mark):
             upto = Cursor(entry.end_lsn, END)
         else:
             upto = Cursor(entry.end_lsn, END)

@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import structlog
 
-from pgrealtime.changelog.base import Entry, Gap
+from pgrealtime.changelog.base import Entry
+from pgrealtime.changes import Oversized, Transaction
 from pgrealtime.errors import PgRealtimeError, SubscriptionError
 from pgrealtime.hub.snapshot import Barrier, Snapshot, Snapshots
 from pgrealtime.lsn import LSN, Cursor, Xid
@@ -44,7 +45,9 @@ class Visibility:
     def told(self, entries: Iterable[Entry]) -> None:
         """Take note of what is about to be handed out: a barrier must know of all that was."""
         self._unseen.extend(
-            (entry.end_lsn, entry.xid) for entry in entries if not isinstance(entry, Gap)
+            (entry.end_lsn, entry.xid)
+            for entry in entries
+            if isinstance(entry, Transaction | Oversized)
         )
 
     def clear(self) -> None:
@@ -75,7 +78,7 @@ class Visibility:
 
     async def wait_for(self, entries: Sequence[Entry]) -> None:
         """Return once readers see all of them; at once if another history begins meanwhile."""
-        xids = [entry.xid for entry in entries if not isinstance(entry, Gap)]
+        xids = [entry.xid for entry in entries if isinstance(entry, Transaction | Oversized)]
         edition = self._edition()
         while xids and self._edition() == edition:
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, LiteralString
@@ -22,7 +22,7 @@ from pgrealtime.collections import (
     quoted,
     table_names,
 )
-from pgrealtime.config import CollectionConfig, Config, Reading, ReplicationConfig
+from pgrealtime.config import CollectionConfig, Config, Reading
 from pgrealtime.errors import (
     ConfigError,
     DatabaseUnreachableError,
@@ -36,12 +36,9 @@ from pgrealtime.operate.indexes import index_warnings
 from pgrealtime.operate.warn import collection_warnings, config_warnings
 from pgrealtime.rules.parse import parse
 from pgrealtime.rules.reference import validate
-from pgrealtime.wal import slot as slots
+from pgrealtime.wal.stream import rehearse_stream
 
 _CONNECT_SECONDS = 10
-_SLOT_SECONDS = 10.0
-"""Making a slot waits for open transactions; a check has better things to do."""
-
 _SYSTEM = "SELECT system_identifier::text FROM pg_catalog.pg_control_system()"
 
 _RIGHTS = """
@@ -131,12 +128,17 @@ async def _check_database(
     except PgRealtimeError as error:
         return _without_database(config), (error,), (), ()
     try:
-        system, decoder = await _preflight(config.database.url, config.replication, asked.tables)
+        system, slot, reason = await rehearse_stream(
+            config.database.url, config.replication, asked.tables
+        )
     except PgRealtimeError as error:
         return asked.problems, (*asked.errors, error), (), asked.warnings
     if system.system_id != asked.system_id:
         return asked.problems, (*asked.errors, _other_server()), (), asked.warnings
-    facts = (_counted_fields(asked.collections), f"{asked.server}, {decoder}")
+    facts = (
+        _counted_fields(asked.collections),
+        f"{asked.server}, {slot.plugin}{f' ({reason})' if reason else ''}",
+    )
     return asked.problems, asked.errors, facts, asked.warnings
 
 
@@ -316,19 +318,6 @@ def _policy_error(name: TableName, role: str) -> SetupError:
         hint=f"Run as a superuser: ALTER ROLE {quoted(role)} BYPASSRLS;",
         code="row_security",
     )
-
-
-async def _preflight(
-    url: str, config: ReplicationConfig, tables: Sequence[Table]
-) -> tuple[slots.SystemIdentity, str]:
-    """Return the server and the decoder that would be used, found by making the slot it needs."""
-    slot_config = config.slot.model_copy(update={"create_timeout": _SLOT_SECONDS})
-    config = config.model_copy(update={"slot": slot_config})
-    async with slots.connect(url) as connection:
-        facts = await slots.read_facts(connection)
-        system = await slots.identify(connection)
-        slot, reason = await slots.choose(connection, url, config, facts=facts, tables=tables)
-    return system, f"{slot.plugin} ({reason})" if reason else slot.plugin
 
 
 def _counted_fields(collections: Collections) -> str:

@@ -25,9 +25,12 @@ class Feedback:
         interval: Seconds between status updates. The server drops a reader that is silent for
             wal_sender_timeout; a third of it leaves room for a slow loop.
         now: Monotonic seconds, as everywhere here.
+        is_log: Whether the slot is also what is read from after a restart: then it moves up to what
+            is ``kept`` and no further, where another takes what is ``quiet`` for kept.
     """
 
-    def __init__(self, start: LSN, *, interval: float, now: float) -> None:
+    def __init__(self, start: LSN, *, interval: float, now: float, is_log: bool = False) -> None:
+        self._is_log = is_log
         self._interval = interval
         self._received = start
         self._handed = self._kept = self._moved = start
@@ -53,15 +56,28 @@ class Feedback:
         self._quiet = lsn, self._handed
 
     def kept(self, end_lsn: LSN) -> None:
-        """Transactions up to there are safe with us.
+        """Transactions up to there are safe with us, or needed no more.
 
         Raises:
             ValueError: They didn't come on this connection. The server would believe it, and
                 forget what it never sent.
         """
-        if end_lsn > self._handed:
+        if end_lsn > self.arrived:
             raise ValueError(f"nothing was handed out beyond {self._handed}, got {end_lsn}")
         self._kept = max(self._kept, end_lsn)
+
+    @property
+    def arrived(self) -> LSN:
+        """Up to where all that is ours has come on this connection."""
+        if self._quiet is None:
+            return self._handed
+        return max(self._handed, self._quiet[0])
+
+    def quiet_after(self, end_lsn: LSN) -> LSN:
+        """Return up to where nothing of ours follows the transaction that ends there."""
+        if self._quiet is None or self._quiet[1] > end_lsn:
+            return end_lsn
+        return max(end_lsn, self._quiet[0])
 
     def reply_requested(self) -> None:
         """The server wants a status update at once."""
@@ -75,7 +91,7 @@ class Feedback:
     def movable(self) -> LSN:
         """Up to where the server may forget."""
         position = self._kept
-        if self._quiet is not None:
+        if self._quiet is not None and not self._is_log:
             quiet, needed = self._quiet
             if self._kept >= needed:
                 position = max(quiet, position)

@@ -26,6 +26,7 @@ from pgrealtime.errors import (
     WalError,
 )
 from pgrealtime.lsn import LSN, parse_lsn
+from pgrealtime.wal import durable
 from pgrealtime.wal.publication import Publication, check_publication, check_tables, quote
 
 Connection: TypeAlias = psycopg.AsyncConnection[tuple[Any, ...]]
@@ -78,6 +79,8 @@ class ServerFacts:
     """``synchronous_standby_names``."""
     application_name: str
     """Ours, as the server knows it."""
+    slot_wal_limit: int
+    """``max_slot_wal_keep_size`` in megabytes; -1 is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,12 +95,15 @@ class SlotWait:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """A temporary slot: it goes with the connection that made it."""
+    """A slot to read from."""
 
     name: str
     plugin: Plugin
     start_lsn: LSN
-    """The consistent point: every transaction that commits later is sent."""
+    """Every transaction that commits later is sent: the consistent point of a new slot, of one that
+    was there what the server was told is kept."""
+    is_durable: bool = False
+    """Whether it stays when the connection that made it ends."""
 
 
 @asynccontextmanager
@@ -223,12 +229,13 @@ def wal_level_error(wal_level: str) -> SetupError:
     )
 
 
-async def identify(connection: Connection) -> SystemIdentity:
-    """Return which system and timeline the connection reached."""
+async def identify(connection: Connection) -> tuple[SystemIdentity, LSN]:
+    """Return which system and timeline the connection reached, and how far its WAL goes."""
     row = await (await connection.execute("IDENTIFY_SYSTEM")).fetchone()
     assert row is not None
-    system_id, timeline, _, database = row
-    return SystemIdentity(system_id=system_id, timeline=int(timeline), database=database)
+    system_id, timeline, flushed, database = row
+    system = SystemIdentity(system_id=system_id, timeline=int(timeline), database=database)
+    return system, parse_lsn(flushed)
 
 
 async def read_facts(connection: Connection) -> ServerFacts:
@@ -242,11 +249,13 @@ async def read_facts(connection: Connection) -> ServerFacts:
             "SELECT current_setting('server_version_num')::int, current_setting('server_encoding'),"
             " current_setting('wal_level'), pg_is_in_recovery(),"
             " (SELECT setting::int FROM pg_settings WHERE name = 'wal_sender_timeout'),"
-            " current_setting('synchronous_standby_names'), current_setting('application_name')"
+            " current_setting('synchronous_standby_names'), current_setting('application_name'),"
+            " (SELECT setting::int FROM pg_settings WHERE name = 'max_slot_wal_keep_size')"
         )
     ).fetchone()
     assert row is not None
-    version, encoding, wal_level, is_standby, timeout_ms, standby_names, application_name = row
+    version, encoding, wal_level, is_standby, timeout_ms, standby_names, *others = row
+    application_name, slot_wal_limit = others
     facts = ServerFacts(
         version=version,
         encoding=encoding,
@@ -255,6 +264,7 @@ async def read_facts(connection: Connection) -> ServerFacts:
         wal_sender_timeout=timeout_ms / 1000,
         standby_names=standby_names,
         application_name=application_name,
+        slot_wal_limit=slot_wal_limit,
     )
     if facts.is_standby:
         raise SetupError(
@@ -279,16 +289,21 @@ async def choose(
     tables: Collection[Table],
     on_wait: Callable[[SlotWait], None] | None = None,
 ) -> tuple[Slot, str]:
-    """Make the slot for the decoder that is asked for or can be had.
+    """Make the slot for the decoder that is asked for or can be had; or take the one that is there.
 
     Returns:
         The slot, and why it is this decoder's and not wal2json's; empty if there is nothing to say.
 
     Raises:
-        SetupError: The decoder asked for, or with ``auto`` both of them, can't be used.
+        SetupError: The decoder asked for, or with ``auto`` both of them, can't be used; a durable
+            slot can't be had.
         SlotBusyError: As ``create``.
     """
     check_tables(tables)
+    if config.slot.durable and (found := await _take(connection, config, facts)):
+        if found.plugin == "pgoutput":
+            await _check_publication(connection, config, tables, facts)
+        return found, ""
     refusal: SetupError | None = None
     if config.plugin != "pgoutput":
         try:
@@ -302,12 +317,91 @@ async def choose(
         _check_encoding("pgoutput", facts)
         # Before the slot: a change older than the publication stops the decoder for good up to
         # PostgreSQL 17, and from 18 on a missing publication is silence.
-        found = await read_publication(connection, config.publication)
-        check_publication(config.publication, found, tables, facts.version)
+        await _check_publication(connection, config, tables, facts)
         slot = await create(connection, url, "pgoutput", config, on_wait=on_wait)
     except SetupError as error:
         raise (error if refusal is None else _neither(refusal, error)) from error
     return slot, "" if refusal is None else refusal.message
+
+
+async def rehearse(
+    connection: Connection,
+    url: str,
+    config: ReplicationConfig,
+    *,
+    facts: ServerFacts,
+    tables: Collection[Table],
+    seconds: float,
+) -> tuple[Slot, str]:
+    """Make what ``choose`` would make or take, but for a moment: a temporary slot.
+
+    Args:
+        connection: Of ``connect``.
+        url: As in ``create``.
+        config: What is wanted.
+        facts: Of the server.
+        tables: What is to be streamed.
+        seconds: How long making it may take.
+
+    Raises:
+        PgRealtimeError: Whatever would keep the stream from being read.
+    """
+    plugin = config.plugin
+    if config.slot.durable and (standing := await check_durable(connection, config, facts)):
+        plugin = "wal2json" if standing.plugin == "wal2json" else "pgoutput"
+    moment = {"durable": False, "failover": False, "create_timeout": seconds}
+    slot = config.slot.model_copy(update=moment)
+    config = config.model_copy(update={"slot": slot, "plugin": plugin})
+    return await choose(connection, url, config, facts=facts, tables=tables)
+
+
+async def _take(
+    connection: Connection, config: ReplicationConfig, facts: ServerFacts
+) -> Slot | None:
+    """Return the durable slot if it is there and can be read; make room if it can't any more.
+
+    Raises:
+        SetupError: There is another slot of that name, or none may be made.
+        SlotBusyError: What can't be read is being read.
+    """
+    standing = await check_durable(connection, config, facts)
+    if standing is None:
+        return None
+    if standing.is_lost:
+        await durable.drop(connection, standing)
+        return None
+    if config.slot.failover and not standing.has_failover:
+        await durable.set_failover(connection, standing)
+    plugin: Plugin = "wal2json" if standing.plugin == "wal2json" else "pgoutput"
+    return Slot(
+        name=standing.name, plugin=plugin, start_lsn=standing.confirmed_flush, is_durable=True
+    )
+
+
+async def check_durable(
+    connection: Connection, config: ReplicationConfig, facts: ServerFacts
+) -> durable.Standing | None:
+    """Return the slot that has the durable one's name, if any, once all is well with it.
+
+    Raises:
+        SetupError: It can't be read by us, or none may be made.
+    """
+    standing = await durable.find(connection, config.slot.name)
+    durable.check(
+        config,
+        standing,
+        database=connection.info.dbname,
+        version=facts.version,
+        slot_wal_limit=facts.slot_wal_limit,
+    )
+    return standing
+
+
+async def _check_publication(
+    connection: Connection, config: ReplicationConfig, tables: Collection[Table], facts: ServerFacts
+) -> None:
+    found = await read_publication(connection, config.publication)
+    check_publication(config.publication, found, tables, facts.version)
 
 
 def _neither(wal2json: SetupError, pgoutput: SetupError) -> SetupError:
@@ -380,13 +474,13 @@ async def create(
     *,
     on_wait: Callable[[SlotWait], None] | None = None,
 ) -> Slot:
-    """Make a temporary slot for the plugin.
+    """Make a slot for the plugin: a temporary one, unless the configuration wants a durable one.
 
     Waits for every transaction that has written and is open anywhere in the cluster, prepared
     ones too.
 
     Args:
-        connection: Of ``connect``; the slot lives as long as it does.
+        connection: Of ``connect``; a temporary slot lives as long as it does.
         url: Where to ask whom it waits for.
         plugin: The decoder.
         config: The slot's base name and how long to wait.
@@ -396,8 +490,11 @@ async def create(
         SetupError: The plugin is refused or missing.
         SlotBusyError: No slot is free, or the wait took too long.
     """
-    name = f"{config.slot.name}_{secrets.token_hex(4)}"
-    command = f'CREATE_REPLICATION_SLOT "{name}" TEMPORARY LOGICAL {plugin} NOEXPORT_SNAPSHOT'
+    slot = config.slot
+    name = slot.name if slot.durable else f"{slot.name}_{secrets.token_hex(4)}"
+    kind = "" if slot.durable else "TEMPORARY "
+    options = "(SNAPSHOT 'nothing', FAILOVER true)" if slot.failover else "NOEXPORT_SNAPSHOT"
+    command = f'CREATE_REPLICATION_SLOT "{name}" {kind}LOGICAL {plugin} {options}'
     async with asyncio.TaskGroup() as group:
         watch = group.create_task(
             _watch_wait(url, connection.info.backend_pid, on_wait), name="slot-wait"
@@ -406,7 +503,7 @@ async def create(
         watch.cancel()
     if isinstance(outcome, PgRealtimeError):
         raise outcome
-    return Slot(name=name, plugin=plugin, start_lsn=outcome)
+    return Slot(name=name, plugin=plugin, start_lsn=outcome, is_durable=slot.durable)
 
 
 async def _run_create(

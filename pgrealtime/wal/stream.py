@@ -41,6 +41,9 @@ Batch = list[Transaction | Oversized]
 _STATUS_SECONDS = 10.0
 """Between status updates at the most, also where wal_sender_timeout is long or off."""
 
+_REHEARSAL_SECONDS = 10.0
+"""Making a slot waits for open transactions; who only wants to know has better things to do."""
+
 _SLICE_SECONDS = 0.005
 """One drain of the socket ends after this, so that a flood doesn't keep the loop to itself."""
 
@@ -84,6 +87,7 @@ class WalStream:
         tables: Collection[Table],
         facts: ServerFacts,
         system: SystemIdentity,
+        reach: LSN,
         reason: str,
         max_pause: float,
         max_transaction_size: int,
@@ -95,6 +99,10 @@ class WalStream:
         self.system = system
         self.start_lsn = slot.start_lsn
         self.slot_name = slot.name
+        self.is_durable = slot.is_durable
+        """Whether the next stream begins with what was not yet let go of this one."""
+        self.reach = reach
+        """Up to where the server's WAL went when the stream was opened."""
         self.wal_end = slot.start_lsn
         """The last that is known of the end of the server's WAL."""
         self.last_heard = time.monotonic()
@@ -110,7 +118,9 @@ class WalStream:
         )
         self._max_pause = max_pause
         status_interval = _status_interval(facts.wal_sender_timeout)
-        self._feedback = Feedback(slot.start_lsn, interval=status_interval, now=self._loop.time())
+        self._feedback = Feedback(
+            slot.start_lsn, interval=status_interval, now=self._loop.time(), is_log=slot.is_durable
+        )
         self._tick_seconds = min(status_interval, MOVE_SECONDS)
         self._silence_seconds = facts.wal_sender_timeout or _SILENCE_SECONDS
         self._silent_ticks = 0
@@ -143,6 +153,14 @@ class WalStream:
             ValueError: No such transaction was handed out by this stream.
         """
         self._feedback.kept(end_lsn)
+
+    def quiet_after(self, end_lsn: LSN) -> LSN:
+        """Return up to where it is known that nothing follows the transaction that ends there."""
+        return self._feedback.quiet_after(end_lsn)
+
+    def let_go(self, lsn: LSN) -> None:
+        """Say that nobody needs what ends up to there; as far as it came on this connection."""
+        self._feedback.kept(min(lsn, self._feedback.arrived))
 
     def bound(self, lsn: LSN) -> None:
         """Move the slot up to there and no further, until told anew."""
@@ -362,7 +380,7 @@ async def open_stream(
     record_keys: RecordKeys | None = None,
     on_wait: Callable[[SlotWait], None] | None = None,
 ) -> AsyncIterator[WalStream]:
-    """Connect, make a temporary slot, and stream the committed changes of the tables from it.
+    """Connect, make or take the slot, and stream the committed changes of the tables from it.
 
     Args:
         url: A direct connection to the primary, with the REPLICATION right.
@@ -381,7 +399,7 @@ async def open_stream(
     async with slots.connect(url) as connection:
         with slots.translated():
             facts = await slots.read_facts(connection)
-            system = await slots.identify(connection)
+            system, reach = await slots.identify(connection)
             slot, reason = await slots.choose(
                 connection, url, config, facts=facts, tables=tables, on_wait=on_wait
             )
@@ -394,6 +412,7 @@ async def open_stream(
             tables=tables,
             facts=facts,
             system=system,
+            reach=reach,
             reason=reason,
             max_pause=config.max_pause,
             max_transaction_size=max_transaction_size,
@@ -405,6 +424,26 @@ async def open_stream(
                 yield stream
         finally:
             stream.stop()
+
+
+async def rehearse_stream(
+    url: str, config: ReplicationConfig, tables: Collection[Table]
+) -> tuple[SystemIdentity, Slot, str]:
+    """Return the server, a slot and the reason for its decoder as ``open_stream`` would have them.
+
+    Nothing is left of it: the slot is a temporary one, whatever is wanted.
+
+    Raises:
+        PgRealtimeError: What would keep the stream from being opened.
+    """
+    async with slots.connect(url) as connection:
+        with slots.translated():
+            facts = await slots.read_facts(connection)
+            system, _ = await slots.identify(connection)
+            slot, reason = await slots.rehearse(
+                connection, url, config, facts=facts, tables=tables, seconds=_REHEARSAL_SECONDS
+            )
+    return system, slot, reason
 
 
 @asynccontextmanager

@@ -116,7 +116,10 @@ async def drain_by_us(url: str, slot: Slot, table: Table, changes: int) -> Run:
     seen = 0
     async with slots.connect(url) as connection:
         decoder, options = decoding(slot.plugin, [table], SETTINGS)
-        facts, system = await slots.read_facts(connection), await slots.identify(connection)
+        facts, (system, reach) = (
+            await slots.read_facts(connection),
+            await slots.identify(connection),
+        )
         await slots.start(connection, slot, options)
         stream = WalStream(
             connection,
@@ -125,6 +128,7 @@ async def drain_by_us(url: str, slot: Slot, table: Table, changes: int) -> Run:
             tables=[table],
             facts=facts,
             system=system,
+            reach=reach,
             reason="",
             max_pause=SETTINGS.max_pause,
             max_transaction_size=1 << 30,

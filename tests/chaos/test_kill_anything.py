@@ -202,16 +202,27 @@ def blows(
     ]
 
 
+@pytest.mark.parametrize("durable", [False, True], ids=["temporary", "durable"])
 async def test_nobody_misses_a_number_unknowingly_whatever_is_killed(
-    server: OwnServer, tmp_path: Path
+    server: OwnServer, tmp_path: Path, *, durable: bool
 ) -> None:
-    """What a client read after a 204 or a gap, and what it heard, is every number."""
+    """What a client read after a 204 or a gap, and what it heard, is every number.
+
+    With a durable slot who resumes hears every number itself: there is no gap.
+    """
     seed = int(os.environ.get("PGREALTIME_TEST_SEED", random.randrange(1 << 32)))
     print(f"PGREALTIME_TEST_SEED={seed}")  # noqa: T201 (pytest shows it with the failure)
     rng = random.Random(seed)
     database = Database(server.url)
     struck: list[str] = []
-    async with service(server.url, tmp_path, collections=COLLECTIONS, schema=SCHEMA) as running:
+    slot = {"durable": durable, "allow_unlimited_wal": durable}
+    async with service(
+        server.url,
+        tmp_path,
+        collections=COLLECTIONS,
+        schema=SCHEMA,
+        sections={"replication": {"slot": slot}},
+    ) as running:
         followers = [
             Follower(f"follower {n}", running.address, database, resumes=n % 3 > 0)
             for n in range(6)
@@ -235,7 +246,11 @@ async def test_nobody_misses_a_number_unknowingly_whatever_is_killed(
     told = {follower.name: (follower.connections, follower.resyncs) for follower in followers}
     print(len(written), struck, told)  # noqa: T201 (as above)
     assert len(struck) > 5
-    assert any(follower.resyncs for follower in followers) or "kill_walsender" not in struck
+    resyncs = sum(follower.resyncs for follower in followers)
+    if durable:
+        assert resyncs == 0
+    else:
+        assert resyncs or "kill_walsender" not in struck
 
 
 async def everybody_has(written: set[int], followers: list[Follower]) -> None:

@@ -1,0 +1,65 @@
+"""``pgrealtime slot``: the slots that a configuration may have left on its server."""
+
+from __future__ import annotations
+
+import psycopg
+
+from pgrealtime.config import Config
+from pgrealtime.errors import DatabaseUnreachableError, SetupError
+from pgrealtime.sources import nearest
+from pgrealtime.wal import durable
+from pgrealtime.wal.slot import Connection, connect_plainly
+
+
+async def list_slots(config: Config) -> list[str]:
+    """Return a line per slot.
+
+    Raises:
+        PgRealtimeError: The server can't be asked.
+    """
+    async with await _connected(config) as connection:
+        standing = await durable.ours(connection, config.replication.slot.name)
+    return [_line(slot) for slot in standing]
+
+
+def _line(slot: durable.Standing) -> str:
+    reader = "nobody reads it" if slot.active_pid is None else f"read by pid {slot.active_pid}"
+    state = f"lost ({slot.invalidation_reason or 'its WAL is gone'})" if slot.is_lost else reader
+    kind = "temporary" if slot.is_temporary else "durable"
+    megabytes = slot.retained_bytes / (1 << 20)
+    return (
+        f'{slot.name}: {kind}, {slot.plugin or "physical"}, database "{slot.database}", {state},'
+        f" {megabytes:,.1f} MB of WAL retained"
+    )
+
+
+async def drop_slot(config: Config, name: str) -> None:
+    """Drop one of the slots that ``list_slots`` tells of.
+
+    Raises:
+        SetupError: There is none of that name.
+        SlotBusyError: Somebody reads from it.
+        PgRealtimeError: The server can't be asked.
+    """
+    async with await _connected(config) as connection:
+        standing = await durable.ours(connection, config.replication.slot.name)
+        for slot in standing:
+            if slot.name == name:
+                await durable.drop(connection, slot)
+                return
+    meant = nearest(name, [slot.name for slot in standing])
+    raise SetupError(
+        f'there is no slot "{name}" of this configuration',
+        detail=f'Its slots are named "{config.replication.slot.name}", with or without a suffix.',
+        hint="" if meant is None else f'Perhaps you meant "{meant}".',
+        code="slot_unknown",
+    )
+
+
+async def _connected(config: Config) -> Connection:
+    try:
+        return await connect_plainly(config.database.url)
+    except psycopg.OperationalError as error:
+        raise DatabaseUnreachableError(
+            "the database can't be reached", detail=str(error).strip()
+        ) from error

@@ -1,0 +1,157 @@
+"""Durable slots: found under their name, judged, taken or made anew, listed, dropped.
+
+Such a slot outlives the process, and with it the server keeps all WAL that the process has yet to
+read; so one is made only where the server bounds that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg import AsyncConnection
+from psycopg import errors as pg
+
+from pgrealtime.config import ReplicationConfig
+from pgrealtime.errors import SetupError, SlotBusyError
+from pgrealtime.lsn import LSN, parse_lsn
+
+_FAILOVER_SINCE = 170000
+
+_SLOTS = """
+SELECT slot_name, coalesce(plugin, ''), coalesce(database, ''), temporary, active_pid,
+       wal_status, coalesce(confirmed_flush_lsn, '0/0')::text,
+       coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::bigint,
+       coalesce((to_jsonb(s) ->> 'failover')::boolean, false),
+       coalesce(to_jsonb(s) ->> 'invalidation_reason', '')
+FROM pg_replication_slots s
+"""
+_NAMED = _SLOTS + "WHERE slot_name = %s"
+_OURS = _SLOTS + "WHERE slot_name = %s OR starts_with(slot_name, %s) ORDER BY slot_name"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """A slot that the server has."""
+
+    name: str
+    plugin: str
+    """Empty for a physical slot."""
+    database: str
+    is_temporary: bool
+    active_pid: int | None
+    """Of the walsender that reads from it."""
+    wal_status: str
+    confirmed_flush: LSN
+    retained_bytes: int
+    has_failover: bool
+    invalidation_reason: str
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nobody can read from it any more."""
+        return self.wal_status == "lost" or bool(self.invalidation_reason)
+
+
+def _standing(row: Sequence[Any]) -> Standing:
+    name, plugin, database, temporary, pid, status, flushed, retained, failover, reason = row
+    return Standing(
+        name=name,
+        plugin=plugin,
+        database=database,
+        is_temporary=temporary,
+        active_pid=pid,
+        wal_status=status or "",
+        confirmed_flush=parse_lsn(flushed),
+        retained_bytes=retained,
+        has_failover=failover,
+        invalidation_reason=reason,
+    )
+
+
+async def find(connection: AsyncConnection[Any], name: str) -> Standing | None:
+    """Return the slot of that name."""
+    row = await (await connection.execute(_NAMED.encode(), (name,))).fetchone()
+    return None if row is None else _standing(row)
+
+
+async def ours(connection: AsyncConnection[Any], name: str) -> list[Standing]:
+    """Return the slots that a configuration with that slot name may have made."""
+    rows = await (await connection.execute(_OURS.encode(), (name, f"{name}_"))).fetchall()
+    return [_standing(row) for row in rows]
+
+
+def check(
+    config: ReplicationConfig,
+    standing: Standing | None,
+    *,
+    database: str,
+    version: int,
+    slot_wal_limit: int,
+) -> None:
+    """Let pass a durable slot that may be made, or be read from as it stands.
+
+    Args:
+        config: What is wanted.
+        standing: The slot of that name, if there is one.
+        database: The one that is read.
+        version: ``server_version_num``.
+        slot_wal_limit: ``max_slot_wal_keep_size`` in megabytes; -1 is none.
+
+    Raises:
+        SetupError: It may not.
+    """
+    if slot_wal_limit < 0 and not config.slot.allow_unlimited_wal:
+        raise SetupError(
+            "a durable slot could fill the server's disk",
+            detail="The server keeps all WAL that the slot has yet to send, also while nobody"
+            " reads it, and max_slot_wal_keep_size sets no bound.",
+            hint="Run as a superuser: ALTER SYSTEM SET max_slot_wal_keep_size = '10GB'; SELECT"
+            " pg_reload_conf(); or set replication.slot.allow_unlimited_wal: true.",
+            code="wal_unlimited",
+        )
+    if config.slot.failover and version < _FAILOVER_SINCE:
+        raise SetupError(
+            "slots for failover need PostgreSQL 17",
+            hint="Set replication.slot.failover: false.",
+            code="failover_unsupported",
+        )
+    if standing is not None:
+        _check_fit(config, standing, database)
+
+
+def _check_fit(config: ReplicationConfig, standing: Standing, database: str) -> None:
+    wanted = ("wal2json", "pgoutput") if config.plugin == "auto" else (config.plugin,)
+    if standing.plugin in wanted and standing.database == database and not standing.is_temporary:
+        return
+    kind = f"of {standing.plugin}" if standing.plugin else "a physical one"
+    raise SetupError(
+        f'slot "{standing.name}" is not one to read from',
+        detail=f"It is {kind}{f' in database {standing.database}' if standing.database else ''}"
+        f"{', and temporary' if standing.is_temporary else ''}.",
+        hint="Give replication.slot.name another name; or, if nobody needs that slot, drop it:"
+        f" pgrealtime slot drop {standing.name}",
+        code="slot_unfit",
+    )
+
+
+async def set_failover(connection: AsyncConnection[Any], standing: Standing) -> None:
+    """Let standbys have the slot too."""
+    await connection.execute(f'ALTER_REPLICATION_SLOT "{standing.name}" (FAILOVER true)'.encode())
+
+
+async def drop(connection: AsyncConnection[Any], standing: Standing) -> None:
+    """Remove the slot, and with it the server's reason to keep WAL for it.
+
+    Raises:
+        SlotBusyError: Somebody reads from it.
+    """
+    try:
+        await connection.execute("SELECT pg_drop_replication_slot(%s)", (standing.name,))
+    except pg.ObjectInUse as error:
+        raise SlotBusyError(
+            f'slot "{standing.name}" is being read',
+            detail=str(error).strip(),
+            hint="End the process that reads it first.",
+        ) from error
