@@ -128,6 +128,7 @@ class Connection:
 
     # Thousands of these wait for hours: 0.9 KB each with a dict.
     __slots__ = (
+        "__weakref__",
         "_batches",
         "_prefix",
         "_taken",
@@ -143,6 +144,7 @@ class Connection:
         "events",
         "gap",
         "id",
+        "is_aside",
         "is_live",
         "is_resumable",
         "known",
@@ -170,6 +172,8 @@ class Connection:
         self.cursor = cursor
         self.state = State.CONNECTING
         self.is_live = False
+        self.is_aside = False
+        """Whether its filters kept others waiting, and are judged for it alone."""
         self.is_resumable = False
         self.asked: tuple[str | None, str | None] = (None, None)
         """``Last-Event-ID`` and ``lastEventId`` as they came, read when PB_CONNECT goes out."""

@@ -12,7 +12,7 @@ import secrets
 import string
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Collection as Sized
 from dataclasses import replace
 from types import MappingProxyType
@@ -25,6 +25,7 @@ from pgrealtime.changelog.base import Changelog
 from pgrealtime.collections import Collections
 from pgrealtime.config import CollectionLoginConfig, RealtimeConfig
 from pgrealtime.errors import SubscriptionError
+from pgrealtime.hub.aside import Aside
 from pgrealtime.hub.compose import compose, hand_out
 from pgrealtime.hub.connection import (
     CURSOR_TOPIC,
@@ -44,7 +45,7 @@ from pgrealtime.hub.history import History
 from pgrealtime.hub.identity import Identities
 from pgrealtime.hub.judge import Asking, Verdict
 from pgrealtime.hub.limits import Limits
-from pgrealtime.hub.match import LIMITED, Matcher
+from pgrealtime.hub.match import LIMITED, Group, Matcher
 from pgrealtime.hub.meaning import Meaning
 from pgrealtime.hub.replay import REPLAYS_AT_ONCE, Replays
 from pgrealtime.hub.slices import WIDE, Announcement, Slice, portions, slices
@@ -110,11 +111,13 @@ class Hub:
             clock=clock,
         )
         self._identities = Identities(logins)
+        self._aside = Aside(self._course, clock)
         self._gaps = Gaps(self._course, doom=self._doom, clock=clock)
         self._replays = Replays(
             changelog,
             self._course,
             self._identities,
+            self._aside,
             self._gaps,
             at_once=replays_at_once,
             send_buffer=limits.send_buffer,
@@ -503,6 +506,7 @@ class Hub:
             course.target, course.is_deciding = part.upto, True
             self._begin(part)
             verdict = await meaning.judge.judge_in_turns(part.events)
+            self._put_aside(verdict.late)
             beside = await meaning.judge.look_beside(part.events, verdict, sights_of_audiences)
             for portion in portions(part.events, verdict.hits):
                 stop = portion.start
@@ -520,6 +524,14 @@ class Hub:
             await asyncio.sleep(0)
             if course.edition != edition:
                 return  # the rest was cut for other collections, or is of another history
+
+    def _put_aside(self, late: Iterable[Group]) -> None:
+        """Go on without those whose filters took too long."""
+        members = (one for group in late for audience in group.audiences for one in audience)
+        for connection in {one.connection: None for one in members}:
+            self._aside.put(connection)
+            if connection.is_live:
+                self._leave_behind(connection)
 
     def _begin(self, part: Slice) -> None:
         """Take note of what the slice tells of people, before it is judged."""
@@ -601,15 +613,18 @@ class Hub:
         for connection in touched:
             is_full = connection.sink.buffered() >= bound
             if is_full or connection.is_taken_too_much(events, bound):
-                # It reads on from the changelog, at its own pace, from before this portion.
-                connection.discard()
-                connection.is_live = False
-                connection.state = State.REPLAY
-                connection.cursor = self._course.head
-                self._replays.start(connection)
+                self._leave_behind(connection)
                 continue
             connection.write(connection.compose(events))
             connection.active_at = connection.written_at = now
+
+    def _leave_behind(self, connection: Connection) -> None:
+        """Let it read on from the changelog, at its own pace, from before this portion."""
+        connection.discard()
+        connection.is_live = False
+        connection.state = State.REPLAY
+        connection.cursor = self._course.head
+        self._replays.start(connection)
 
 
 def _unchanged(caller: Caller) -> Caller:

@@ -13,6 +13,7 @@ from typing import Protocol, TypeAlias
 import structlog
 from msgspec import Struct
 
+from pgrealtime.hub.allowance import Allowance
 from pgrealtime.hub.display import NOTHING_BESIDE, Beside, Display, Sight
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.expand import Reading
@@ -31,8 +32,12 @@ class Asking(Protocol):
         """Return the row of ``SNAPSHOT_QUERY``."""
         ...
 
-    async def ask(self, judging: Asked) -> frozenset[str]:
+    async def ask(self, judging: Asked, allowance: Allowance | None = None) -> frozenset[str]:
         """Find out what the judging wants to know, until nothing is left to ask.
+
+        Args:
+            judging: What wants to know.
+            allowance: What is asked once it is spent stays undecided; None is no bound.
 
         Returns:
             The collections whose rows nobody could be asked about.
@@ -68,6 +73,8 @@ class Verdict(Struct):
     """Collections whose rules could not be asked: who depends on one may miss something."""
     lost: frozenset[str] = _NO_NAMES
     """Collections of which anybody may miss something."""
+    late: frozenset[Group] = frozenset()
+    """Groups whose filters took too long: they must be judged anew, alone."""
 
 
 class Judge:
@@ -84,30 +91,34 @@ class Judge:
         self._matcher = matcher
         self._display = display
 
-    async def judge(self, events: list[Event], among: Sized[Group] | None = None) -> Verdict:
+    async def judge(
+        self, events: list[Event], allowance: Allowance, among: Sized[Group] | None = None
+    ) -> Verdict:
         """Return who may receive the events; completes the rows on the way.
 
         Args:
             events: In stream order.
+            allowance: For the questions of filters.
             among: The only groups to consider; None is all.
         """
         try:
-            return await self._find_out(events, among)
+            return await self._find_out(events, allowance, among)
         except Exception as error:  # noqa: BLE001 (a fault of ours in one rule or row stops nobody)
             log.error("judging.failed", error=type(error).__name__, at=where(error))  # noqa: TRY400 (see where)
             return Verdict([()] * len(events), lost=_names_in(events))
 
     async def judge_in_turns(self, events: list[Event]) -> Verdict:
         """Judge as many at a time as the loop's other users can wait for."""
-        whole = Verdict([])
+        whole, allowance = Verdict([]), Allowance(is_short=True)
         share = min(SLICE, self._matcher.at_once)
         for first in range(0, len(events), share):
             if first:
                 await asyncio.sleep(0)
-            part = await self.judge(events[first : first + share])
+            part = await self.judge(events[first : first + share], allowance)
             whole.hits += part.hits
             whole.undecided |= part.undecided
             whole.lost |= part.lost
+            whole.late |= part.late
         return whole
 
     async def look_beside(
@@ -121,16 +132,27 @@ class Judge:
             verdict.lost |= _names_in(events)
             return NOTHING_BESIDE
 
-    async def _find_out(self, events: list[Event], among: Sized[Group] | None) -> Verdict:
+    async def _find_out(
+        self, events: list[Event], allowance: Allowance, among: Sized[Group] | None
+    ) -> Verdict:
         partial = [event for event in events if event.action != "delete" and not event.is_whole]
         live, lost = await self._probe.live_rows(partial) if partial else ({}, _NO_NAMES)
         if partial:
             _complete(partial, live, proven=True)
-        judging = self._matcher.match(events, datetime.now(UTC), among)
+        now = datetime.now(UTC)
+        judging = self._matcher.match(events, now, among)
         undecided = await self._probe.ask(judging)
+        verdict = Verdict(judging.hits, undecided=undecided, lost=lost)
+        if self._matcher.has_costly:
+            filters = self._matcher.match(events, now, among, costly=True)
+            verdict.undecided |= await self._probe.ask(filters, allowance)
+            verdict.hits = [
+                (*a, *b) if b else a for a, b in zip(verdict.hits, filters.hits, strict=True)
+            ]
+            verdict.late = filters.undecided
         if partial:
             _complete(partial, live, proven=False)
-        return Verdict(judging.hits, undecided=undecided, lost=lost)
+        return verdict
 
 
 def where(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from pgrealtime.auth.principal import Principal
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection, Collections
 from pgrealtime.hub.batch import Batch
-from pgrealtime.hub.connection import Receives, Subscription
+from pgrealtime.hub.connection import Connection, Receives, Subscription
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.topic import Topic
 from pgrealtime.lsn import Xid
@@ -103,14 +103,16 @@ class Group:
         variant: What they ask.
         values: What they ask it with.
         record_id: Of a record topic; None for the whole collection.
+        is_awake: Whether events find it. One whose connections are all aside sleeps.
     """
 
-    __slots__ = ("_audiences", "record_id", "values", "variant")
+    __slots__ = ("_audiences", "is_awake", "record_id", "values", "variant")
 
     def __init__(self, bound: Bound, record_id: str | None) -> None:
         self.variant = bound.variant
         self.values = bound.values
         self.record_id = record_id
+        self.is_awake = True
         self._audiences: Audience | dict[Receives, Audience] | None = None
 
     @property
@@ -148,6 +150,14 @@ class Group:
             return not self._audiences
         assert self._audiences is not None
         return self._audiences.remove(subscription)
+
+    def has_awake(self) -> bool:
+        """Whether a connection of it isn't aside."""
+        return any(
+            not subscription.connection.is_aside
+            for audience in self.audiences
+            for subscription in audience
+        )
 
     def concerns(self, event: Event) -> bool:
         """Whether the event is about what its topic points to."""
@@ -202,7 +212,8 @@ class _Groups:
 
     def _add(self, group: Group) -> None:
         self._all.setdefault(group.variant, {})[group.values] = group
-        self.index.add(group)
+        if group.is_awake:
+            self.index.add(group)
 
     def remove(self, group: Group) -> None:
         """Take a group out, and what was there for it alone."""
@@ -215,8 +226,16 @@ class _Groups:
         if found is group or not found:
             del self.by_record[group.record_id]
 
+    def turn(self, group: Group, *, is_awake: bool) -> None:
+        """Let events find a group that is here, or not."""
+        group.is_awake = is_awake
+        there = self if group.record_id is None else self.by_record[group.record_id]
+        if isinstance(there, _Groups):
+            (there.index.add if is_awake else there.index.remove)(group)
+
     def _remove(self, group: Group) -> None:
-        self.index.remove(group)
+        if group.is_awake:
+            self.index.remove(group)
         there = self._all[group.variant]
         del there[group.values]
         if not there:
@@ -230,6 +249,11 @@ class Judging:
         self._events = events
         self._cases = cases
         self._deciding = Deciding(list(cases.values()), at)
+
+    @property
+    def undecided(self) -> frozenset[Group]:
+        """The groups of which it isn't known whether they may receive all that they are to."""
+        return frozenset(group for case in self._cases.values() for group in case.undecided)
 
     @property
     def hits(self) -> list[Iterable[Group]]:
@@ -270,6 +294,8 @@ class Matcher:
         self.planner = Planner(collections)
         self._tables = tables_of(collections)
         self._groups: dict[str, _Groups] = {}
+        self._costly: dict[str, _Groups] = {}
+        """Those whose filters take questions to Postgres beyond their rules'."""
         self._tried = 0
 
     def add(self, subscription: Subscription, principal: Principal, own: Row | None = None) -> str:
@@ -294,7 +320,8 @@ class Matcher:
             return bound.reason
         if bound.variant.is_costly and _costly_before(subscription) >= COSTLY_PER_CONNECTION:
             return TOO_COSTLY
-        there = self._groups.get(collection.name) or _Groups()
+        by_collection = self._place_of(bound.variant)
+        there = by_collection.get(collection.name) or _Groups()
         group = there.find(bound, topic.record_id)
         if group is None:
             group = Group(bound, topic.record_id)
@@ -302,10 +329,25 @@ class Matcher:
                 return reason
             self._tried += self._is_tried(group)
             there.add(group)
-            self._groups[collection.name] = there
+            by_collection[collection.name] = there
         group.add(subscription)
         subscription.group = group
+        self._heed(group)
         return ""
+
+    def _place_of(self, variant: Variant) -> dict[str, _Groups]:
+        return self._costly if variant.is_costly else self._groups
+
+    def heed(self, connection: Connection) -> None:
+        """Let events find what waits for them, now that the connection is aside, or no more."""
+        for subscription in connection.subscriptions.values():
+            if subscription.group is not None:
+                self._heed(subscription.group)
+
+    def _heed(self, group: Group) -> None:
+        if group.variant.is_costly and group.is_awake != group.has_awake():
+            there = self._costly[group.variant.collection.name]
+            there.turn(group, is_awake=not group.is_awake)
 
     def bind(
         self, collection: Collection, topic: Topic, principal: Principal, own: Row | None
@@ -334,14 +376,22 @@ class Matcher:
     def remove(self, subscription: Subscription) -> None:
         """Take the subscription out; its group goes with its last one."""
         group, subscription.group = subscription.group, None
-        if group is None or not group.remove(subscription):
+        if group is None:
+            return
+        if not group.remove(subscription):
+            self._heed(group)
             return
         self._tried -= self._is_tried(group)
-        name = group.variant.collection.name
-        there = self._groups[name]
+        name, by_collection = group.variant.collection.name, self._place_of(group.variant)
+        there = by_collection[name]
         there.remove(group)
         if not there:
-            del self._groups[name]
+            del by_collection[name]
+
+    @property
+    def has_costly(self) -> bool:
+        """Whether anybody's filter takes questions to Postgres beyond its rule's."""
+        return bool(self._costly)
 
     @property
     def at_once(self) -> int:
@@ -349,7 +399,12 @@ class Matcher:
         return max(1, _TRIED_AT_ONCE // max(1, self._tried))
 
     def match(
-        self, events: Sequence[Event], now: datetime, among: Sized[Group] | None = None
+        self,
+        events: Sequence[Event],
+        now: datetime,
+        among: Sized[Group] | None = None,
+        *,
+        costly: bool = False,
     ) -> Judging:
         """Return what the groups make of events, as far as it can be said without Postgres.
 
@@ -357,12 +412,17 @@ class Matcher:
             events: A batch in stream order.
             now: What macros mean; with its zone.
             among: The only groups to consider; None is all.
+            costly: Whether those are considered whose filters take questions to Postgres beyond
+                their rules', and no others; else it is the others.
         """
+        by_collection = self._costly if costly else self._groups
+        if among is not None:
+            among = [group for group in among if group.variant.is_costly == costly]
         at = moment(now)
         cases: dict[int, Case[Group]] = {}
         pasts: dict[int, Past] = {}
         for place, event in enumerate(events):
-            there = self._groups.get(event.collection.name)
+            there = by_collection.get(event.collection.name)
             if there is None:
                 continue
             facts = Facts(event.row, _missing(event), at)
@@ -370,11 +430,11 @@ class Matcher:
             if among is None:
                 case.search(there.index)
                 match there.by_record.get(event.record_id):
-                    case Group() as only:
+                    case Group(is_awake=True) as only:
                         case.consider((only,))
                     case _Groups(index=index):
                         case.search(index)
-                    case None:
+                    case _:
                         pass
             else:
                 case.consider(group for group in among if group.concerns(event))

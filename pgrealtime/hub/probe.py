@@ -19,6 +19,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
 from pgrealtime.errors import DatabaseUnreachableError
+from pgrealtime.hub.allowance import SHORT_SECONDS, Allowance
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.snapshot import SNAPSHOT_QUERY, parse_snapshot
 from pgrealtime.hub.suspension import Suspensions
@@ -45,7 +46,18 @@ def _nobody_cares(_seconds: float) -> None:
     pass
 
 
+def _unlimited() -> Allowance:
+    return Allowance(is_short=False)
+
+
 _BEGIN = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT pg_current_snapshot()::text"
+_BEGIN_SHORT = f"""
+{_BEGIN};
+SELECT pg_catalog.set_config('statement_timeout', '{round(SHORT_SECONDS * 1000)}', true)
+WHERE pg_catalog.current_setting('statement_timeout')::pg_catalog.interval
+  NOT BETWEEN '1ms' AND '{SHORT_SECONDS} s'
+"""
+"""The operator's time-out, if it is shorter, stays."""
 _PATIENCE_WITH_CONNECTIONS = (0.0, 0.1, 0.5, None)
 """Seconds before a question is put to another connection; None is the last one."""
 _HURRY = """
@@ -149,23 +161,29 @@ class Probe:
         except (psycopg.Error, PoolTimeout):
             return True
 
-    async def ask(self, judging: Asked) -> frozenset[str]:
+    async def ask(self, judging: Asked, allowance: Allowance | None = None) -> frozenset[str]:
         """Put what the judging wants to know, until nothing is left.
 
         All of it is asked of one snapshot, in which the events' transactions are visible. Whatever
         can't be answered is denied and counted; it never keeps another from its answer.
 
+        Args:
+            judging: What wants to know.
+            allowance: What is asked once it is spent is neither answered nor denied; None is no
+                bound but the time-out of each statement.
+
         Returns:
             The collections whose rows nobody could be asked about: that is not their rules'
             fault, and who depends on those may miss something.
         """
+        allowance = allowance or _unlimited()
         for patience in _PATIENCE_WITH_CONNECTIONS:
             inquiries = judging.inquiries()
-            if not inquiries:
+            if not inquiries or allowance.is_spent():
                 return frozenset()
             try:
                 async with self._pool.connection() as connection:
-                    session = _Session(connection, judging.xids)
+                    session = _Session(connection, judging.xids, allowance)
                     await session.begin()
                     await self.put_all(session, judging, inquiries)
                     await session.end()
@@ -198,7 +216,7 @@ class Probe:
             TimeoutError: A transaction stays invisible.
         """
         async with self._pool.connection() as connection:
-            session = _Session(connection, xids)
+            session = _Session(connection, xids, _unlimited())
             await session.begin()
             yield Reading(self, session)
             await session.end()
@@ -209,31 +227,36 @@ class Probe:
         Raises:
             psycopg.Error: The connection broke.
         """
-        while inquiries:
+        allowance = session.allowance
+        while inquiries and not allowance.is_spent():
             # The slow ones last: they use up the patience.
             for inquiry in sorted(inquiries, key=lambda one: self._suspensions.is_known(one.about)):
-                await self._put(session, inquiry)
+                inquiry.is_left = not await self._put(session, inquiry)
             asked.resume()
             inquiries = asked.inquiries()
 
-    async def _put(self, session: _Session, inquiry: Inquiry) -> None:
-        """Put an inquiry; if it fails its parts, so that only what can't be answered is denied."""
+    async def _put(self, session: _Session, inquiry: Inquiry) -> bool:
+        """Put an inquiry; if it fails its parts, so that only what can't be answered is denied.
+
+        Returns:
+            Whether it was answered or denied; else the session's allowance is spent.
+        """
+        if session.allowance.is_spent():
+            return False
         if self._suspensions.is_suspended(inquiry.about):
             self.errors[inquiry.collection, "suspended"] += 1
-            return
+            return True
         question = inquiry.question()
         if question is None:
             self._deny(inquiry, "rows it reads were touched by the transaction and aren't known")
-            return
+            return True
         if await self._take(session, inquiry, question):
-            return
+            return True
+        if session.allowance.is_spent():
+            return False
         parts: Iterator[Inquiry] = inquiry.split()
-        first = next(parts, None)
-        if first is None:
-            return
-        await self._put(session, first)
-        for part in parts:
-            await self._put(session, part)
+        are_put = [await self._put(session, part) for part in parts]
+        return all(are_put)
 
     async def _take(self, session: _Session, inquiry: Inquiry, question: Question) -> bool:
         """Put one statement; return whether it was answered."""
@@ -243,6 +266,9 @@ class Probe:
             if session.is_broken:
                 raise
             is_late = isinstance(error, _LATE)
+            if is_late and session.allowance.is_short:
+                session.allowance.spend()  # not the time-out: it will be asked again
+                return False
             self.errors[inquiry.collection, "timeout" if is_late else "error"] += 1
             self.report(inquiry.collection, error)
             if is_late:
@@ -257,7 +283,9 @@ class Probe:
         try:
             return await session.rows(question)
         finally:
-            self._on_statement(time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            session.allowance.use(seconds)
+            self._on_statement(seconds)
 
     def _note_timeout(self, inquiry: Inquiry, *, is_borne: bool) -> None:
         seconds = self._suspensions.note_timeout(inquiry.about, is_borne=is_borne)
@@ -391,9 +419,16 @@ class _Session:
     Attributes:
         patience: Statements that may still run into the time-out before their rule is suspended
             at once, and the others are hurried.
+        allowance: For all statements together.
     """
 
-    def __init__(self, connection: psycopg.AsyncConnection[Any], xids: Sized[Xid]) -> None:
+    def __init__(
+        self,
+        connection: psycopg.AsyncConnection[Any],
+        xids: Sized[Xid],
+        allowance: Allowance,
+    ) -> None:
+        self.allowance = allowance
         self._connection = connection
         self._xids = xids
         self.patience = _PATIENCE
@@ -413,7 +448,9 @@ class _Session:
         """
         deadline = time.monotonic() + _VISIBLE_SECONDS
         while True:
-            cursor = await self._connection.execute(_BEGIN)
+            cursor = await self._connection.execute(
+                _BEGIN_SHORT if self.allowance.is_short else _BEGIN
+            )
             cursor.nextset()
             row = await cursor.fetchone()
             assert row is not None

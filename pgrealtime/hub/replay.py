@@ -9,6 +9,8 @@ import structlog
 
 from pgrealtime.changelog.base import Changelog
 from pgrealtime.errors import ChangelogError
+from pgrealtime.hub.allowance import Allowance
+from pgrealtime.hub.aside import Aside
 from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.compose import compose_for
 from pgrealtime.hub.connection import Connection, State, Subscription
@@ -34,9 +36,10 @@ class Replays:
         changelog: What is read.
         course: Where the hub stands.
         identities: Whose connections they are.
+        aside: Whose filters are slow.
         gaps: Tells of what can't be delivered.
-        at_once: Connections that are served at the same moment; what they ask of the database must
-            leave some of it to the others.
+        at_once: Connections that are served at the same moment, and half as many whose filters are
+            slow; what they ask of the database must leave some of it to the others.
         send_buffer: Bytes that a connection is handed at once.
         turn: Makes a connection's caller what an event makes of it.
         end: Ends a connection, for a reason.
@@ -48,6 +51,7 @@ class Replays:
         changelog: Changelog,
         course: Course,
         identities: Identities,
+        aside: Aside,
         gaps: Gaps,
         *,
         at_once: int,
@@ -59,6 +63,7 @@ class Replays:
         self._changelog = changelog
         self._course = course
         self._identities = identities
+        self._aside = aside
         self._gaps = gaps
         self._send_buffer = send_buffer
         self._turn = turn
@@ -66,8 +71,11 @@ class Replays:
         self._clock = clock
         self._tasks: dict[Connection, asyncio.Task[None]] = {}
         self._turns = asyncio.Semaphore(at_once)
+        self._slow_turns = asyncio.Semaphore(max(1, at_once // 2))
         self._recent = Recent(clock)
         self._joining: dict[Connection, None] = {}
+        self._staying: dict[Connection, None] = {}
+        """Those that have read all there is and must stay aside."""
 
     def start(self, connection: Connection) -> None:
         """Let a connection in the state REPLAY read on."""
@@ -86,12 +94,14 @@ class Replays:
     def hold(self, connection: Connection) -> None:
         """Don't let it become LIVE: a call is at work on it."""
         self._joining.pop(connection, None)
+        self._staying.pop(connection, None)
 
     def join_waiting(self) -> None:
         """Nothing is being judged: make those LIVE who have read all there is."""
-        joining, self._joining = self._joining, {}
+        joining, self._joining = {**self._joining, **self._staying}, {}
         for connection in joining:
-            self._join(connection)
+            if connection not in self._tasks:
+                self._join(connection)
 
     def _join(self, connection: Connection) -> None:
         """Make LIVE a connection that has read all there is; or let it wait, or read on."""
@@ -104,9 +114,14 @@ class Replays:
         elif connection.cursor < course.head:
             self._tasks.pop(connection, None)
             self.start(connection)
-        else:
+        elif self._aside.bring_back(connection):
+            self._staying.pop(connection, None)
             connection.state = State.LIVE
             connection.is_live = True
+            if connection.wants_cursor:
+                connection.say_cursor(course.head)
+        elif connection not in self._staying:
+            self._staying[connection] = None
             if connection.wants_cursor:
                 connection.say_cursor(course.head)
 
@@ -143,11 +158,12 @@ class Replays:
             if connection.cursor >= course.target:
                 self._join(connection)
                 return 0
-            async with self._turns:
+            is_slow = self._aside.is_slow(connection)
+            async with self._slow_turns if is_slow else self._turns:
                 # Looked at once more: others had their turn.
                 if connection.is_replaying() and connection.cursor < course.target:
                     part, _ = parted(self._part_for(connection), at_once)
-                    return await self._hand(connection, part)
+                    return await self._hand(connection, part, Allowance(is_short=not is_slow))
             return at_once
 
     def _opens_with_gap(self, connection: Connection) -> bool:
@@ -192,7 +208,7 @@ class Replays:
         collections = self._course.meaning.collections
         return next(slices(entries, connection.cursor, collections, turns))
 
-    async def _hand(self, connection: Connection, part: Slice) -> int:
+    async def _hand(self, connection: Connection, part: Slice, allowance: Allowance) -> int:
         """Deliver a slice to one connection: what its own topics may see of it.
 
         What lies beyond the dispatch task's own is left for later, so that it is judged either
@@ -209,9 +225,12 @@ class Replays:
         people = [event for event in part.people if event.cursor <= upto]
         self._turn_all(connection, people, "update")
         stands = standpoint(connection, edition)
-        batch, verdict, stop = await self._batch_for(connection, events)
+        batch, verdict, stop = await self._batch_for(connection, events, allowance)
         if connection.is_ended or course.edition != edition:
             return SLICE
+        self._aside.note(connection, allowance, events)
+        if verdict.late:
+            return 1  # of one alone Postgres may know in time; else it is slow, and may be that
         is_cut = stop < len(events)
         if is_cut:
             upto = events[stop - 1].cursor
@@ -235,7 +254,7 @@ class Replays:
                 self._turn(connection, event)
 
     async def _batch_for(
-        self, connection: Connection, events: list[Event]
+        self, connection: Connection, events: list[Event], allowance: Allowance
     ) -> tuple[Batch, Verdict, int]:
         """Return the messages, and of how many of the events they are."""
         meaning = self._course.meaning
@@ -245,7 +264,9 @@ class Replays:
                 by_group.setdefault(subscription.group, []).append(subscription)
         if not events or not by_group:
             return Batch(), Verdict([]), len(events)
-        verdict = await meaning.judge.judge(events, by_group.keys())
+        verdict = await meaning.judge.judge(events, allowance, by_group.keys())
+        if verdict.late:
+            return Batch(), verdict, len(events)
 
         def sights(groups: Iterable[Group]) -> Iterable[Sight]:
             return ((one.viewer, one.manager) for group in groups for one in by_group[group])

@@ -1,5 +1,7 @@
 """Questions that ran into the time-out again and again: for how long they aren't put. For probe.
 
+And for aside, of connections: how long they are judged apart when their filters were slow.
+
 A question that is too slow is its own rule's or filter's fault, and everybody whose events are
 judged with it waits for it. So its time-outs are counted over all batches; they aren't forgotten
 when it is answered in between, for whoever wrote a filter chooses which rows are slow.

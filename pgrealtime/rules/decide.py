@@ -157,6 +157,16 @@ class Case(Generic[M]):
             for leaf in facts.open_leaves(member.variant.formula, member.values):
                 yield leaf.atom, facts.args(leaf, member.values)
 
+    @property
+    def undecided(self) -> Iterator[M]:
+        """The members for whom Postgres has yet to say something, be it only who they are."""
+        yield from self._open
+        for index, guards, is_exact in self._waiting:
+            yield from index.free.get((guards, is_exact), {})
+        for source in self.asked:
+            for entries in self._asking(source):
+                yield from entries.all()
+
     def reconsider(self) -> None:
         """Settle what was open, now that Postgres has said something."""
         waiting, self._waiting = self._waiting, []
@@ -234,7 +244,7 @@ class Deciding(Generic[M]):
                 )
 
     def resume(self) -> None:
-        """Go on with the answers; what has none is denied."""
+        """Go on with the answers; what has none is denied, unless it was left."""
         self._take_pairs()
         for case in self._cases:
             if case.asked:
@@ -245,6 +255,8 @@ class Deciding(Generic[M]):
 
     def _take_pairs(self) -> None:
         for pairs, places in self._pairs:
+            if pairs.is_left:
+                continue
             for place, ((_, args), cases) in enumerate(zip(pairs.asked, places, strict=True)):
                 for case in cases:
                     case.facts.answers[pairs.atom, args] = place in pairs.admitted
@@ -253,7 +265,9 @@ class Deciding(Generic[M]):
         for values, rows in self._values:
             for found, cases in zip(values.found, rows, strict=True):
                 for case in cases:
-                    if not values.is_cut(found):
+                    if values.is_left:
+                        case.asked[values.source] = values.wanted is None
+                    elif not values.is_cut(found):
                         case.name(values.source, found)
                     else:
                         case.asked[values.source] = False

@@ -51,6 +51,8 @@ class Pairs:
     """Related tables that the rows' transaction touched, for rows that it deleted."""
     admitted: set[int] = field(default_factory=set)
     """The answer: places in ``asked``."""
+    is_left: bool = False
+    """Whether nobody waited for the answer: what depends on it is undecided and not denied."""
 
     @property
     def collection(self) -> str:
@@ -129,6 +131,8 @@ class Values:
     overlays: Sequence[Overlay] = ()
     found: list[set[Scalar]] = field(default_factory=list)
     """The answer, by row."""
+    is_left: bool = False
+    """Whether nobody waited for the answer: what depends on it is undecided and not denied."""
 
     def __post_init__(self) -> None:
         self.found = [set() for _ in self.rows]

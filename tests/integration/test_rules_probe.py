@@ -5,25 +5,30 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from random import Random
+from urllib.parse import quote
 
 import psycopg
+import pytest
 import pytest_asyncio
 from psycopg_pool import AsyncConnectionPool
 
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.changes import Delete, Key, Row, WholeRow
 from pgrealtime.collections import Collections
+from pgrealtime.hub.allowance import Allowance
 from pgrealtime.hub.connection import Connection, Subscription
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.match import Matcher
-from pgrealtime.hub.probe import Probe
+from pgrealtime.hub.probe import _BEGIN_SHORT, Probe
 from pgrealtime.hub.topic import parse_topic
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.records.encode import View
+from pgrealtime.rules.formula import Atom, leaves
+from pgrealtime.rules.remote import Pairs, Values
 from tests.rules_world import World
 from tests.unit.hub.room import MemorySink
 
@@ -58,12 +63,13 @@ class Desk:
 
     async def hear(self, events: Sequence[Event]) -> list[set[Subscription]]:
         """Return, per event, whose rule admits it."""
-        judging = self.matcher.match(events, datetime.now(UTC))
-        await self.probe.ask(judging)
-        return [
-            {one for group in groups for audience in group.audiences for one in audience}
-            for groups in judging.hits
-        ]
+        heard: list[set[Subscription]] = [set() for _ in events]
+        for costly in (False, True):
+            judging = self.matcher.match(events, datetime.now(UTC), costly=costly)
+            await self.probe.ask(judging)
+            for found, groups in zip(heard, judging.hits, strict=True):
+                found.update(s for group in groups for a in group.audiences for s in a)
+        return heard
 
     def event(self, **columns: str | None) -> Event:
         """An update of a post."""
@@ -216,3 +222,74 @@ async def test_many_slow_filters_together_are_hurried(desk: Desk) -> None:
     assert heard == {one, made[-1]}
     assert desk.probe.errors[("posts", "timeout")] == 12
     assert 3.2 < waited < 6  # four of 0.8 s and eight of 0.04 s; 9.6 s unhurried
+
+
+@pytest.mark.parametrize("theirs", ["0", "20ms"])
+async def test_what_is_late_while_others_wait_is_undecided_and_can_be_asked_again(
+    desk: Desk, theirs: str
+) -> None:
+    """It isn't denied, and counts for no time-out; with all the time it is answered."""
+    set_up(
+        desk,
+        "UPDATE users SET name = 'u1' WHERE id = 'u2';INSERT INTO projects VALUES ('px', '', 'u2')",
+    )
+    desk.rule("")
+    one = desk.subscribe("u1").connection
+    pairs, values, guard = "name~'1'", "name='u1'", "name!=title"
+    topics = [filtered(f"project.owner.{text}") for text in (pairs, values, guard)]
+    made = [Subscription(one, parse_topic(topic), VIEW, "") for topic in topics]
+    record = AuthRecord(collection_id="x", collection_name="users", id="u1")
+    assert [desk.matcher.add(each, record) for each in made] == [""] * 3
+    judging = desk.matcher.match([desk.event(project="px")], datetime.now(UTC), costly=True)
+    assert {type(inquiry) for inquiry in judging.inquiries()} == {Pairs, Values}
+    allowance = Allowance(is_short=True)
+    options = {"autocommit": True, "options": f"-c statement_timeout={theirs}"}
+    async with (
+        AsyncConnectionPool(desk.world.url, min_size=1, open=False, kwargs=options) as pool,
+        await psycopg.AsyncConnection.connect(desk.world.url) as locker,
+    ):
+        probe = Probe(pool)
+        await locker.execute("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
+        async with asyncio.timeout(DEADLINE):
+            assert await probe.ask(judging, allowance) == frozenset()
+
+    assert allowance.is_spent()
+    assert judging.undecided == {each.group for each in made}
+    assert judging.hits == [{}]
+    assert not probe.errors
+    assert not any(probe._suspensions.is_known(about) for about in abouts(made))
+    await probe.ask(judging, allowance)  # whose connections are closed: it isn't asked
+    assert judging.undecided == {each.group for each in made}
+    await desk.probe.ask(judging, Allowance(is_short=False))
+
+    assert set(judging.hits[0]) == {each.group for each in made}
+    assert not judging.undecided
+
+
+def filtered(text: str) -> str:
+    return "posts/*?options=" + quote(json.dumps({"query": {"filter": text}}))
+
+
+def abouts(subscriptions: Sequence[Subscription]) -> Iterator[Atom]:
+    for one in subscriptions:
+        assert one.group is not None
+        yield from (leaf.atom for leaf in leaves(one.group.variant.formula))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("0", "100ms"), ("2s", "100ms"), ("1h", "100ms"), ("100ms", "100ms"), ("99ms", "99ms")],
+)
+async def test_the_short_time_never_is_longer_than_the_operator_s(
+    database_url: str, theirs: str, ours: str
+) -> None:
+    options = f"-c statement_timeout={theirs}"
+    async with await psycopg.AsyncConnection.connect(
+        database_url, autocommit=True, options=options
+    ) as connection:
+        await connection.execute(_BEGIN_SHORT.encode())
+        shown = await (await connection.execute("SHOW statement_timeout")).fetchone()
+        await connection.execute("ROLLBACK")
+        after = await (await connection.execute("SHOW statement_timeout")).fetchone()
+
+    assert (shown, after) == ((ours,), (theirs,))

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
+from urllib.parse import quote
 
 from pgrealtime.auth.principal import Caller
 from pgrealtime.errors import SubscriptionError
@@ -17,7 +18,12 @@ from tests.unit.hub.world import Commit, Happening, Sink, World
 Kind: TypeAlias = Literal["plain", "told", "position", "cursor"]
 """Plain; plain with PB_RESYNC; with ids (EventSource); with PB_CURSOR (the SDK)."""
 
-TOPICS = ("posts/*", "posts", "posts/a", "posts/b", "notes/*", "notes/a", "nothing/*")
+ASKING = "?options=" + quote('{"query":{"filter":"geoDistance(id, 2, 3, 4) >= 0"}}')
+"""Postgres must be asked, and admits everything."""
+TOPICS = (
+    *("posts/*", "posts", "posts/a", "posts/b", "notes/*", "notes/a", "nothing/*"),
+    *(f"posts/*{ASKING}", f"posts/a{ASKING}"),
+)
 _EXTRA: dict[Kind, tuple[str, ...]] = {
     "plain": (),
     "told": ("PB_RESYNC",),
@@ -27,7 +33,7 @@ _EXTRA: dict[Kind, tuple[str, ...]] = {
 
 
 def is_about(topic: str, collection: str, record_id: str) -> bool:
-    name, _, wanted = topic.partition("/")
+    name, _, wanted = topic.partition("?")[0].partition("/")
     return name == collection and wanted in ("", "*", record_id)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from collections.abc import Collection as Sized
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from pgrealtime.changes import Change, Delete, Insert, Row, TableName, Transacti
 from pgrealtime.collections import Collection, Collections, Field, FieldKind
 from pgrealtime.config import CollectionLoginConfig, RealtimeConfig
 from pgrealtime.errors import DatabaseUnreachableError
+from pgrealtime.hub.allowance import Allowance
 from pgrealtime.hub.connection import Connection
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.event import Event
@@ -210,7 +212,7 @@ class GivenDatabase:
             for _ in range(times):
                 await self._asked.acquire()
 
-    async def ask(self, judging: Asked) -> frozenset[str]:
+    async def ask(self, judging: Asked, _allowance: Allowance | None = None) -> frozenset[str]:
         assert not judging.inquiries(), "nothing to ask"
         if self.fault is not None:
             raise self.fault
@@ -292,11 +294,17 @@ def delete(record_id: str, title: str = "t") -> Delete:
 
 @asynccontextmanager
 async def open_room(
-    *, is_up: bool = True, max_size: int = 1_000_000, max_age: float = 300.0, **limits: object
+    *,
+    is_up: bool = True,
+    max_size: int = 1_000_000,
+    max_age: float = 300.0,
+    database: GivenDatabase | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    **limits: object,
 ) -> AsyncIterator[Room]:
     """A hub whose tasks run; ``limits`` are RealtimeConfig's, in seconds and bytes."""
     changelog = MemoryChangelog(LSN(100), max_size=max_size, max_age=max_age)
-    database = GivenDatabase()
+    database = database or GivenDatabase()
     hub = Hub(
         changelog,
         Matcher(COLLECTIONS),
@@ -305,6 +313,7 @@ async def open_room(
         limits=RealtimeConfig.model_validate(limits),
         logins=LOGINS,
         can_resume=max_age > 0,
+        clock=clock,
     )
     if is_up:
         hub.stream_started("abcdef")

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import pytest
 
 from pgrealtime.hub import compose, dispatch, judge, replay, slices
+from pgrealtime.hub.connection import Connection
 from tests import virtual_time
 from tests.unit.hub.reader import Kind, Reader
 from tests.unit.hub.world import World
@@ -64,6 +65,10 @@ def fail_snapshots(world: World, _reader: Reader) -> None:
     world.failing = world.rng.choice([0.0, 0.0, 0.5])
 
 
+def slow_down(world: World, _reader: Reader) -> None:
+    world.slowness = world.rng.choice([0.0, 0.0, 0.05, 1.0])
+
+
 def stick(_world: World, reader: Reader) -> None:
     if reader.stream is not None:
         reader.stream.sink.is_stuck = True
@@ -101,6 +106,7 @@ ACTIONS: tuple[tuple[float, Action], ...] = (
     (0.2, lambda world, _: world.fail_over()),
     (0.5, lambda world, _: world.reload()),
     (1, fail_snapshots),
+    (1, slow_down),
     (0.8, lambda _, reader: reader.leave()),
     (1, stick),
     (1, unstick),
@@ -121,7 +127,7 @@ async def step(world: World, reader: Reader) -> None:
 
 async def calm_down(world: World, readers: list[Reader]) -> None:
     """Let everything that can happen happen, and everybody be served."""
-    world.failing = 0.0
+    world.failing = world.slowness = 0.0
     world.regain_stream()
     while not await is_calm(world, readers):
         for commit in world.running():
@@ -155,17 +161,25 @@ async def is_calm(world: World, readers: list[Reader]) -> bool:
     return all(
         reader.is_served()
         and reader.stream is not None
-        and (reader.stream.connection.is_live and not reader.stream.connection.doom)
+        and (is_at_rest(world, reader.stream.connection) and not reader.stream.connection.doom)
         and (reader.call is None or reader.call.done())
         for reader in readers
     )
+
+
+def is_at_rest(world: World, connection: Connection) -> bool:
+    """Whether it has all there is."""
+    replays = world.hub._replays
+    is_parked = connection in replays._staying and connection not in replays._tasks
+    return connection.is_live or (is_parked and connection.cursor == world.hub.head)
 
 
 def check_rest(world: World, readers: list[Reader]) -> None:
     """Nothing is left over of all that was under way."""
     hub = world.hub
     assert (hub._replays._joining, hub._replays._tasks, list(hub._waiting)) == ({}, {}, [])
-    assert hub._replays._turns._value == 16
+    assert (hub._replays._turns._value, hub._replays._slow_turns._value) == (16, 8)
+    assert set(hub._replays._staying) <= {c for c in hub.connections if c.is_aside}
     assert not any(connection.turn.locked() for connection in hub.connections)
     assert len(hub.connections) == len(readers)
     topics = sum(len(connection.subscriptions) for connection in hub.connections)

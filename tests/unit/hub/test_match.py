@@ -17,6 +17,7 @@ from pgrealtime.hub.match import TOO_COSTLY, TOO_LONG, Group, Matcher
 from pgrealtime.hub.topic import parse_topic
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.records.encode import View
+from pgrealtime.rules.remote import Pairs
 from tests.unit.hub.room import COLLECTIONS, MemorySink
 from tests.unit.rules.schema import COLLECTIONS as RELATED
 
@@ -117,7 +118,7 @@ def test_a_client_has_a_share_of_what_is_tried_one_by_one() -> None:
 
 def with_relations(list_rule: str = "") -> Matcher:
     """Posts have authors here."""
-    posts = replace(RELATED["posts"], list_rule=list_rule)
+    posts = replace(RELATED["posts"], list_rule=list_rule, view_rule="")
     return Matcher(Collections((posts, *(c for c in RELATED.values() if c.name != "posts"))))
 
 
@@ -205,3 +206,49 @@ def test_a_row_that_lacks_a_column_is_denied_to_rules_that_read_it() -> None:
 
     assert not any(judging.hits)
     assert judging.lacking
+
+
+@pytest.mark.parametrize("collection", ["posts/*", "posts/a"])
+def test_events_don_t_find_filters_of_those_who_are_aside(collection: str) -> None:
+    """Their questions aren't put for everybody; who asks the same and isn't aside is found."""
+    there, mine, other = with_relations(), connection(), connection()
+    topic = asking("x").replace("posts/*", collection)
+    made = subscribe(there, topic, on=mine)
+    assert isinstance(made, Subscription)
+    assert isinstance(subscribe(there, asking("y").replace("posts/*", collection)), Subscription)
+
+    def asked() -> int:
+        row: Row = dict.fromkeys((c.name for c in RELATED["posts"].table.columns), "1")
+        event = Event(RELATED["posts"], "update", "a", row, Cursor(LSN(8), 1), Xid(3))
+        judging = there.match([event], NOW, costly=True)
+        alone = there.match([event], NOW, [made.group] if made.group else [], costly=True)
+        assert len(alone.inquiries()) == 1
+        return sum(len(i.asked) for i in judging.inquiries() if isinstance(i, Pairs))
+
+    assert asked() == 2
+    mine.is_aside = True
+    there.heed(mine)
+    assert asked() == 1
+    same = subscribe(there, topic, on=other)
+    assert isinstance(same, Subscription)
+    assert same.group is made.group
+    assert asked() == 2
+    there.remove(same)
+    assert asked() == 1
+    new = subscribe(there, asking("z").replace("posts/*", collection), on=mine)
+    assert isinstance(new, Subscription)
+    assert asked() == 1
+    mine.is_aside = False
+    there.heed(mine)
+    assert asked() == 3
+
+
+def test_who_goes_while_aside_leaves_nothing_behind() -> None:
+    there, mine = with_relations(), connection()
+    mine.is_aside = True
+    made = [subscribe(there, asking(text), on=mine) for text in "xy"]
+    for one in made:
+        assert isinstance(one, Subscription)
+        there.remove(one)
+
+    assert (there._groups, there._costly, there._tried) == ({}, {}, 0)

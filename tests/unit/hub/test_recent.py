@@ -32,9 +32,9 @@ def count_judged(room: Room, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     match = room.hub._course.meaning.matcher.match
 
-    def counted(events: Sequence[Event], *rest: Any) -> Any:
+    def counted(events: Sequence[Event], *rest: Any, **more: Any) -> Any:
         counts.append(len(events))
-        return match(events, *rest)
+        return match(events, *rest, **more)
 
     monkeypatch.setattr(room.hub._course.meaning.matcher, "match", counted)
     return counts

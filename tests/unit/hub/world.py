@@ -22,11 +22,13 @@ from pgrealtime.changes import (
 )
 from pgrealtime.config import RealtimeConfig
 from pgrealtime.errors import DatabaseUnreachableError
+from pgrealtime.hub.allowance import Allowance
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.match import Matcher
-from pgrealtime.hub.probe import LiveRow
+from pgrealtime.hub.probe import Asked, LiveRow
 from pgrealtime.lsn import LSN, Cursor, Xid, format_lsn
+from pgrealtime.rules.remote import Pairs
 from tests.unit.hub.room import (
     COLLECTIONS,
     LOGINS,
@@ -104,6 +106,21 @@ class Database(GivenDatabase):
         await self._world.moment()
         return row
 
+    async def ask(self, judging: Asked, allowance: Allowance | None = None) -> frozenset[str]:
+        while inquiries := judging.inquiries():
+            for inquiry in inquiries:
+                await self._world.moment()
+                if allowance is not None:
+                    allowance.use(self._world.rng.choice([0.0, 0.0, self._world.slowness]))
+                    inquiry.is_left = allowance.is_spent()
+                assert isinstance(inquiry, Pairs)
+                if not inquiry.is_left:
+                    inquiry.take([(place,) for place in range(len(inquiry.asked))])
+            judging.resume()
+            if allowance is not None and allowance.is_spent():
+                break
+        return frozenset()
+
     async def live_rows(
         self, _events: Sequence[Event]
     ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
@@ -123,6 +140,8 @@ class World:
     """By what is written in the row."""
     failing: float = 0.0
     """How often the database gives no snapshot."""
+    slowness: float = 0.0
+    """Seconds that filters' questions take now and then."""
     history: int = 0
     wal_end: int = 100
 

@@ -1,0 +1,289 @@
+"""A client whose filter is slow waits for itself; the others go on without it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from urllib.parse import quote
+
+import pytest
+
+from pgrealtime.hub.allowance import SHORT_SECONDS, Allowance
+from pgrealtime.hub.connection import Connection
+from pgrealtime.hub.probe import Asked
+from pgrealtime.rules.remote import Inquiry, Pairs
+from tests.unit.hub.room import DEADLINE, GivenDatabase, MemorySink, Room, at, insert, open_room
+
+
+def asking(far: int, name: str = "posts/*") -> str:
+    """A topic whose filter nobody but Postgres can decide; by ``far`` it is of another shape."""
+    text = " && ".join(
+        ["geoDistance(id, 2, 3, 4) >= 0"] + ["geoDistance(title, 1, 1, 1) > 1"] * far
+    )
+    return f"{name}?options=" + quote(json.dumps({"query": {"filter": text}}))
+
+
+QUICK, SLOW = asking(0), asking(1)
+
+
+class Filters(GivenDatabase):
+    """Admits all; what is asked of titles takes ``seconds``, the first times those of ``first``.
+
+    Who has all the time waits at the gate.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = SHORT_SECONDS
+        self.first: list[float] = []
+        self.open_gate = asyncio.Event()
+        self.open_gate.set()
+        self.is_waiting = asyncio.Event()
+        self.put: list[bool] = []
+        """Of each slow question whether others waited for it."""
+
+    async def ask(self, judging: Asked, allowance: Allowance | None = None) -> frozenset[str]:
+        while inquiries := judging.inquiries():
+            assert allowance is not None
+            for inquiry in inquiries:
+                await self._answer(inquiry, allowance)
+                inquiry.is_left = allowance.is_spent()
+            judging.resume()
+            if allowance.is_spent():
+                break
+        return frozenset()
+
+    async def _answer(self, inquiry: Inquiry, allowance: Allowance) -> None:
+        assert isinstance(inquiry, Pairs)
+        if "title" in inquiry.atom.columns:
+            self.put.append(allowance.is_short)
+            allowance.use(self.first.pop(0) if self.first else self.seconds)
+            if not allowance.is_short:
+                self.is_waiting.set()
+                await self.open_gate.wait()
+        inquiry.take([(place,) for place in range(len(inquiry.asked))])
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def ids(sink: MemorySink) -> list[str]:
+    found = (json.loads(data) for _, name, data in sink.events() if name.startswith("posts"))
+    return [data["record"]["id"] for data in found]
+
+
+async def subscribed(room: Room, *topics: str) -> tuple[Connection, MemorySink]:
+    connection, sink = room.connect()
+    await room.subscribe(connection, *topics)
+    await live(connection)
+    return connection, sink
+
+
+async def live(connection: Connection) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while not connection.is_live:
+            await asyncio.sleep(0)
+
+
+def is_aside(connection: Connection) -> bool:
+    return connection.is_aside  # it changes between awaits
+
+
+async def at_rest(room: Room) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while room.hub._replays._tasks:
+            await asyncio.sleep(0)
+
+
+async def test_others_go_on_and_the_slow_one_hears_all_in_order_when_it_is_answered() -> None:
+    """Those who ask something else of Postgres stay with the others."""
+    database = Filters()
+    async with open_room(database=database) as room:
+        slow, slow_sink = await subscribed(room, SLOW, "posts")
+        quick, quick_sink = await subscribed(room, QUICK)
+        _, other_sink = await subscribed(room, "posts/*")
+        database.open_gate.clear()
+        for n in range(5):
+            room.commit(insert(f"n{n}"))
+            await room.settled()
+        await database.is_waiting.wait()
+
+        assert ids(other_sink) == ids(quick_sink) == [f"n{n}" for n in range(5)]
+        assert (quick.is_live, quick.is_aside) == (True, False)
+        assert (slow.is_live, slow.is_aside) == (False, True)
+        assert ids(slow_sink) == []
+        database.open_gate.set()
+        await slow_sink.wait_for(1 + 10)
+        assert ids(slow_sink) == [f"n{n}" for n in range(5) for _ in range(2)]
+
+
+async def test_a_known_slow_one_costs_the_others_no_question_whatever_it_asks() -> None:
+    """One question that others waited for, one of its own in little time, then only its own."""
+    database = Filters()
+    async with open_room(database=database) as room:
+        slow, slow_sink = await subscribed(room, SLOW)
+        for n in range(6):
+            room.commit(insert(f"n{n}"))
+            await room.settled()
+            await at_rest(room)
+            if n < 3:
+                continue
+            await room.subscribe(slow, asking(1, f"posts/n{n + 1}"), asking(1))
+            await at_rest(room)
+
+    assert database.put.count(True) == 2
+    assert set(ids(slow_sink)) == {f"n{n}" for n in range(6)}
+
+
+async def test_it_comes_back_when_it_was_quick_for_a_while() -> None:
+    """Each time it is slow that takes twice as long; nothing is lost or heard twice by it."""
+    database, clock = Filters(), Clock()
+    async with open_room(database=database, clock=clock) as room:
+        slow, slow_sink = await subscribed(room, SLOW)
+        for pause in (5, 10):
+            database.seconds = SHORT_SECONDS
+            room.commit(insert(f"slow{pause}"))
+            await room.settled()
+            await at_rest(room)
+            clock.now += 0.6 * pause
+            database.seconds = 0
+            room.commit(insert(f"early{pause}"))
+            await room.settled()
+            await at_rest(room)
+            assert is_aside(slow)
+            clock.now += 0.6 * pause
+            room.commit(insert(f"late{pause}"))
+            await room.settled()
+            await live(slow)
+            assert not is_aside(slow)
+            room.commit(insert(f"live{pause}"))
+            await room.settled()
+
+    names = [f"{name}{pause}" for pause in (5, 10) for name in ("slow", "early", "late", "live")]
+    assert ids(slow_sink) == names
+
+
+async def test_what_was_late_for_all_and_is_quick_alone_is_forgiven() -> None:
+    """Whose question it was that took the time isn't known before each is asked alone."""
+    database = Filters()
+    async with open_room(database=database) as room:
+        one, sink = await subscribed(room, SLOW)
+        database.first, database.seconds = [SHORT_SECONDS], 0
+        room.commit(insert("a"))
+        await room.settled()
+        await live(one)
+        room.commit(insert("b"))
+        await room.settled()
+
+    assert ids(sink) == ["a", "b"]
+    assert database.put == [True] * 3
+
+
+async def test_many_changes_at_once_may_take_longer_than_one() -> None:
+    """Who comes back after a break has many to judge; that alone makes nobody slow."""
+    database = Filters()
+    async with open_room(database=database) as room:
+        made = room.commit(*(insert(f"n{n}") for n in range(5)))
+        await room.settled()
+        database.first, database.seconds = [SHORT_SECONDS], 0
+        one, sink = room.connect(position=f"{'x' * 40}.{at(made, 0)}")
+        await room.subscribe(one, SLOW)
+        await live(one)
+
+    assert ids(sink) == [f"n{n}" for n in range(5)]
+    assert database.put == [True] * 4  # of all, of one, of two, of the other two
+
+
+async def test_a_slow_one_is_read_for_once_at_a_time_however_much_is_committed() -> None:
+    database = Filters()
+    async with open_room(database=database) as room:
+        await subscribed(room, SLOW)
+        room.commit(insert("a"))
+        await room.settled()
+        await at_rest(room)
+        database.open_gate.clear()
+        for n in range(5):
+            room.commit(insert(f"n{n}"))
+            await room.settled()
+
+        names = [task.get_name() for task in asyncio.all_tasks()]
+        assert sum(name.startswith("replay ") for name in names) == 1
+
+
+@pytest.mark.parametrize("topics", [(SLOW, "PB_RESYNC"), (SLOW,)])
+async def test_a_slow_one_that_the_changelog_has_passed_is_told_or_ended(
+    topics: tuple[str, ...],
+) -> None:
+    database = Filters()
+    async with open_room(database=database, max_size=500) as room:
+        slow, sink = await subscribed(room, *topics)
+        slow.answered_at = 0.0  # long ago: it may be ended
+        database.open_gate.clear()
+        room.commit(insert("first"))
+        await database.is_waiting.wait()
+        for n in range(20):
+            room.commit(insert(f"n{n}"))
+            await room.settled()
+        database.open_gate.set()
+        if "PB_RESYNC" in topics:
+            await sink.wait_for_bytes(b'"reason":"expired"')
+            await sink.wait_for_bytes(b'"id":"n19"')
+        else:
+            await sink.wait_until("ended")
+
+    assert ids(sink)[0] == "first"
+
+
+async def test_a_slow_one_that_leaves_while_it_waits_leaves_nothing_behind() -> None:
+    database = Filters()
+    async with open_room(database=database) as room:
+        slow, _sink = await subscribed(room, SLOW)
+        database.open_gate.clear()
+        room.commit(insert("a"))
+        await database.is_waiting.wait()
+        room.hub.close(slow)
+        async with asyncio.timeout(DEADLINE):
+            while room.hub._replays._slow_turns._value < 8:
+                await asyncio.sleep(0)
+
+        replays = room.hub._replays
+        assert (replays._joining, replays._staying, replays._tasks) == ({}, {}, {})
+        assert room.hub._course.meaning.matcher._costly == {}
+
+
+async def test_who_asked_for_it_is_told_its_position_although_it_stays_aside() -> None:
+    database = Filters()
+    async with open_room(database=database) as room:
+        slow, sink = await subscribed(room, SLOW)
+        room.commit(insert("a"))
+        await room.settled()
+        await at_rest(room)
+        await room.subscribe(slow, SLOW, "PB_CURSOR")
+        await sink.wait_for(3)
+
+    assert [name for _, name, _ in sink.events()] == ["PB_CONNECT", SLOW, "PB_CURSOR"]
+    assert slow.is_aside
+
+
+async def test_who_reads_on_for_another_reason_doesn_t_wait_for_the_slow_ones() -> None:
+    """However many of them there are."""
+    database = Filters()
+    async with open_room(database=database) as room:
+        database.open_gate.clear()
+        for _ in range(20):
+            await subscribed(room, SLOW)
+        made = room.commit(insert("a"))
+        await room.settled()
+        async with asyncio.timeout(DEADLINE):
+            while database.put.count(False) < 8:
+                await asyncio.sleep(0)
+        back, sink = room.connect(position=f"{'x' * 40}.{at(made, 0)}")
+        await room.subscribe(back, "posts/*")
+        await sink.wait_for(2)
+
+    assert ids(sink) == ["a"]
