@@ -25,6 +25,9 @@ SECONDS = float(os.environ.get("PGREALTIME_TEST_SECONDS", "30"))
 CALM_SECONDS = 60.0
 """For everybody to have everything when nothing is killed any more."""
 
+_FEWEST = 6
+"""Blows, on however slow a machine."""
+
 COLLECTIONS = {"numbers": {"table": "numbers", "list_rule": "", "view_rule": ""}}
 SCHEMA = "CREATE TABLE numbers (id bigint PRIMARY KEY, filler text)"
 INSERT = "INSERT INTO numbers SELECT i, repeat('x', 100) FROM generate_series(%s::int, %s::int) i"
@@ -231,7 +234,7 @@ async def test_nobody_misses_a_number_unknowingly_whatever_is_killed(
             writing = group.create_task(database.write(rng))
             following = [group.create_task(follower.follow()) for follower in followers]
             until = time.monotonic() + SECONDS
-            while time.monotonic() < until:
+            while time.monotonic() < until or len(struck) < _FEWEST:
                 await asyncio.sleep(rng.uniform(0.0, 2.0))
                 blow = rng.choice(blows(rng, server, database, running, followers))
                 struck.append(blow.__name__)
@@ -245,7 +248,6 @@ async def test_nobody_misses_a_number_unknowingly_whatever_is_killed(
 
     told = {follower.name: (follower.connections, follower.resyncs) for follower in followers}
     print(len(written), struck, told)  # noqa: T201 (as above)
-    assert len(struck) > 5
     resyncs = sum(follower.resyncs for follower in followers)
     if durable:
         assert resyncs == 0
