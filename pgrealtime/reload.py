@@ -262,7 +262,11 @@ class Reload:
             allow_guests=auth.allow_guests,
         )
         await rooms.hub.use(
-            collections, Matcher(collections), rooms.authenticator.reconsider, logins=logins
+            collections,
+            Matcher(collections),
+            rooms.authenticator.reconsider,
+            logins=logins,
+            allows_guests=auth.allow_guests,
         )
 
     async def _stream(self, world: World) -> None:

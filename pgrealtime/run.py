@@ -162,6 +162,7 @@ async def running(
             logins=logins,
             nulls=config.records.nulls,
             can_resume=config.changelog.max_age > 0,
+            allows_guests=config.auth.allow_guests,
             replays_at_once=max(1, config.database.pool_size // 2),
             on_doubt=doubted.set,
         )

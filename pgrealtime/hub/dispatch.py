@@ -70,6 +70,7 @@ class Hub:
         changelog: What the relay fills.
         logins: How people log in, by collection name.
         epoch: Of the stream's positions; changes with ``restarted``.
+        allows_guests: Whether a connection that has become a guest's keeps its topics, or ends.
         replays_at_once: Connections that are served from the changelog at the same moment; what
             they ask of the database must leave some of it to the others.
         on_doubt: Told when a row doesn't fit what the catalogue says of its table.
@@ -87,6 +88,7 @@ class Hub:
         nulls: Literal["null", "zero"] = "null",
         epoch: str = "000000",
         can_resume: bool = True,
+        allows_guests: bool = True,
         replays_at_once: int = REPLAYS_AT_ONCE,
         on_doubt: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -110,7 +112,7 @@ class Hub:
             drop=self._drop,
             clock=clock,
         )
-        self._identities = Identities(logins)
+        self._identities = Identities(logins, allows_guests=allows_guests)
         self._aside = Aside(self._course, clock)
         self._gaps = Gaps(self._course, doom=self._doom, clock=clock)
         self._replays = Replays(
@@ -205,6 +207,7 @@ class Hub:
         reconsider: Callable[[Caller], Caller],
         *,
         logins: Mapping[str, CollectionLoginConfig] = _NO_LOGINS,
+        allows_guests: bool = True,
     ) -> None:
         """Judge and show by other collections from the next slice on; on return that is so.
 
@@ -217,11 +220,12 @@ class Hub:
             reconsider: What a caller who is known already is by the new configuration: the same,
                 changed, or a guest.
             logins: How people log in, by collection name.
+            allows_guests: Whether guests keep their topics.
         """
         in_force = asyncio.get_running_loop().create_future()
 
         def take() -> None:
-            self._identities.use(logins)
+            self._identities.use(logins, allows_guests=allows_guests)
             self._take(collections, matcher, reconsider)
             if not in_force.done():
                 in_force.set_result(None)
@@ -240,11 +244,12 @@ class Hub:
     ) -> None:
         self._course.meaning, self._reconsider = self._meaning_of(collections, matcher), reconsider
         self._course.edition += 1
-        for connection in self._connections.values():
+        for connection in list(self._connections.values()):
             self._identities.become(connection, reconsider(connection.caller))
             for subscription in connection.subscriptions.values():
                 subscription.group = None  # the other matcher's, which goes with it
                 self._course.meaning.give(subscription, connection.caller)
+            self._mind_guest(connection)
 
     def _meaning_of(self, collections: Collections, matcher: Matcher) -> Meaning:
         return Meaning(
@@ -560,6 +565,12 @@ class Hub:
         for subscription in connection.subscriptions.values():
             self._course.meaning.take(subscription)
             self._course.meaning.give(subscription, caller)
+        self._mind_guest(connection)
+
+    def _mind_guest(self, connection: Connection) -> None:
+        """End a connection that has become a guest's where there shall be none: it is told so."""
+        if not self._identities.is_welcome(connection):
+            self._doom(connection, "guest")
 
     def _advance(self, part: Slice) -> None:
         self._course.head = part.upto

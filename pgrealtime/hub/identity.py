@@ -12,7 +12,7 @@ from collections.abc import Collection as Sized
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from pgrealtime.auth.principal import AuthRecord, Caller
+from pgrealtime.auth.principal import AuthRecord, Caller, Guest
 from pgrealtime.auth.record import plain_id, rebound
 from pgrealtime.config import CollectionLoginConfig
 from pgrealtime.hub.connection import Connection
@@ -49,10 +49,14 @@ class Identities:
 
     Args:
         logins: How people log in, by collection name.
+        allows_guests: Whether guests may have topics.
     """
 
-    def __init__(self, logins: Mapping[str, CollectionLoginConfig]) -> None:
+    def __init__(
+        self, logins: Mapping[str, CollectionLoginConfig], *, allows_guests: bool = True
+    ) -> None:
         self._logins = logins
+        self._allows_guests = allows_guests
         self._connections: dict[Person, dict[Connection, None]] = {}
         self._told: dict[Person, deque[Event]] = {}
         self._order: deque[Person] = deque()
@@ -80,9 +84,14 @@ class Identities:
         if not connection.is_ended:
             self.add(connection)
 
-    def use(self, logins: Mapping[str, CollectionLoginConfig]) -> None:
-        """Let people log in otherwise from now on."""
-        self._logins = logins
+    def use(self, logins: Mapping[str, CollectionLoginConfig], *, allows_guests: bool) -> None:
+        """Let people log in otherwise from now on, and guests in or not."""
+        self._logins, self._allows_guests = logins, allows_guests
+
+    def is_welcome(self, connection: Connection) -> bool:
+        """Whether the connection may have the topics that it has."""
+        is_guest = isinstance(connection.caller.principal, Guest)
+        return self._allows_guests or not is_guest or not connection.subscriptions
 
     def turns(self, event: Event) -> bool:
         """Whether the event changes the caller of any connection."""

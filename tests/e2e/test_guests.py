@@ -10,7 +10,7 @@ import yaml
 from tests.conformance.http_client import Request, send
 from tests.conformance.pocketbase_server import PocketBaseServer
 from tests.conformance.process import free_port
-from tests.e2e.listener import listener
+from tests.e2e.listener import DEADLINE, listener
 from tests.e2e.service import SECRET, service, token
 
 AUTH: dict[str, Any] = {"issuers": [{"name": "app", "secret": SECRET}]}
@@ -41,6 +41,28 @@ async def test_a_guest_is_refused_and_a_user_is_not(database_url: str, tmp_path:
             after = await other.subscribe("posts/*")
 
     assert (guest, expired, user, late, after) == (401, 401, 204, 401, 204)
+    assert heard.data["record"]["id"] == "p"
+
+
+async def test_who_becomes_a_guest_is_ended(database_url: str, tmp_path: Path) -> None:
+    """With its row, or by a reload that lets no guests in any more; coming back it is refused."""
+    sections = {"auth": {**AUTH, "allow_guests": False}}
+    insert = "INSERT INTO posts (id, title, public) VALUES (%s, 't', true)"
+    async with service(database_url, tmp_path, sections=sections) as running:
+        async with listener(running.address) as ann, listener(running.address) as bob:
+            for client, name in ((ann, "ann"), (bob, "bob")):
+                assert await client.subscribe("posts/*", token=token(name)) == 204
+            await running.write.execute("DELETE FROM users WHERE id = 'ann'")
+            assert await ann.stream.wait_end(DEADLINE) is not None
+            await running.write.execute(insert, ["p"])
+            (heard,) = await bob.take(1)
+        settings = yaml.safe_load(running._config.read_text())
+        running._config.write_text(yaml.safe_dump({**settings, "auth": AUTH}))
+        assert await running.process.reload(), running.process.output()
+        async with listener(running.address, "posts/*") as guest:
+            running._config.write_text(yaml.safe_dump(settings))
+            assert await running.process.reload(), running.process.output()
+            assert await guest.stream.wait_end(DEADLINE) is not None
     assert heard.data["record"]["id"] == "p"
 
 
