@@ -1,7 +1,7 @@
 r"""What one committed transaction did, the same whichever decoder told it.
 
 Values are PostgreSQL's own text output under the settings pinned on the replication connection
-(``wal.slot``): booleans ``t`` and ``f``, bytea ``\x...``, dates ISO in UTC. None is SQL NULL. A
+(``wal.server``): booleans ``t`` and ``f``, bytea ``\x...``, dates ISO in UTC. None is SQL NULL. A
 column that the WAL didn't carry (an unchanged TOASTed value, a generated column) is *absent* from
 the row: absent and NULL are different things.
 

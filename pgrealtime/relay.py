@@ -25,7 +25,7 @@ from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Oversized, TableName, Transaction
 from pgrealtime.errors import PgRealtimeError, SlotBusyError, StreamInterruptedError
 from pgrealtime.lsn import LSN, Cursor, format_lsn
-from pgrealtime.wal.slot import SystemIdentity
+from pgrealtime.wal.server import SystemIdentity
 from pgrealtime.wal.stream import WalStream
 
 log = structlog.get_logger(__name__)

@@ -8,7 +8,7 @@ from pgrealtime.config import Config
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
 from pgrealtime.sources import nearest
 from pgrealtime.wal import durable
-from pgrealtime.wal.slot import Connection, connect_plainly
+from pgrealtime.wal.server import Connection, connect_plainly
 
 
 async def list_slots(config: Config) -> list[str]:

@@ -27,12 +27,13 @@ from pgrealtime.errors import (
     UnexpectedMessageError,
 )
 from pgrealtime.lsn import LSN
-from pgrealtime.wal import pgoutput, wal2json
+from pgrealtime.wal import pgoutput, server, wal2json
 from pgrealtime.wal import slot as slots
 from pgrealtime.wal.assembler import RecordKeys, TransactionAssembler, default_record_keys
 from pgrealtime.wal.feedback import MOVE_SECONDS, Feedback
 from pgrealtime.wal.message import Commit, Decoder
-from pgrealtime.wal.slot import Connection, Plugin, ServerFacts, Slot, SlotWait, SystemIdentity
+from pgrealtime.wal.server import Connection, ServerFacts, SystemIdentity
+from pgrealtime.wal.slot import Plugin, Slot, SlotWait
 from pgrealtime.wal.visibility import could_be_taken_for_standby, watch_visibility
 from pgrealtime.wal.wire import PrimaryKeepalive, StandbyStatusUpdate, format_status, parse_message
 
@@ -396,10 +397,10 @@ async def open_stream(
         SlotBusyError: No free slot or walsender, or making the slot took too long.
         DatabaseUnreachableError: Nobody answers, or the login is refused.
     """
-    async with slots.connect(url) as connection:
-        with slots.translated():
-            facts = await slots.read_facts(connection)
-            system, reach = await slots.identify(connection)
+    async with server.connect(url) as connection:
+        with server.translated():
+            facts = await server.read_facts(connection)
+            system, reach = await server.identify(connection)
             slot, reason = await slots.choose(
                 connection, url, config, facts=facts, tables=tables, on_wait=on_wait
             )
@@ -436,10 +437,10 @@ async def rehearse_stream(
     Raises:
         PgRealtimeError: What would keep the stream from being opened.
     """
-    async with slots.connect(url) as connection:
-        with slots.translated():
-            facts = await slots.read_facts(connection)
-            system, _ = await slots.identify(connection)
+    async with server.connect(url) as connection:
+        with server.translated():
+            facts = await server.read_facts(connection)
+            system, _ = await server.identify(connection)
             slot, reason = await slots.rehearse(
                 connection, url, config, facts=facts, tables=tables, seconds=_REHEARSAL_SECONDS
             )

@@ -14,7 +14,7 @@ from typing import NoReturn
 import psycopg
 
 from pgrealtime.lsn import LSN, parse_lsn
-from pgrealtime.wal.slot import Connection, connect_plainly
+from pgrealtime.wal.server import Connection, connect_plainly
 
 _SECONDS = 1.0
 """Between questions."""

@@ -32,6 +32,7 @@ from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Table
 from pgrealtime.changes import TableName, Transaction
 from pgrealtime.config import ReplicationConfig
+from pgrealtime.wal import server
 from pgrealtime.wal import slot as slots
 from pgrealtime.wal.publication import publication_sql
 from pgrealtime.wal.slot import Plugin, Slot
@@ -114,11 +115,11 @@ async def drain_by_us(url: str, slot: Slot, table: Table, changes: int) -> Run:
     cpu = time.process_time()
     started = time.perf_counter()
     seen = 0
-    async with slots.connect(url) as connection:
+    async with server.connect(url) as connection:
         decoder, options = decoding(slot.plugin, [table], SETTINGS)
         facts, (system, reach) = (
-            await slots.read_facts(connection),
-            await slots.identify(connection),
+            await server.read_facts(connection),
+            await server.identify(connection),
         )
         await slots.start(connection, slot, options)
         stream = WalStream(

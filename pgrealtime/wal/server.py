@@ -1,0 +1,242 @@
+"""The connection that the stream is read over: opened, pinned, refusals explained, facts read."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.sql import SQL
+
+from pgrealtime.errors import (
+    DatabaseUnreachableError,
+    PgRealtimeError,
+    SetupError,
+    SlotBusyError,
+    WalError,
+)
+from pgrealtime.lsn import LSN, parse_lsn
+from pgrealtime.wal.publication import quote
+
+Connection: TypeAlias = psycopg.AsyncConnection[tuple[Any, ...]]
+
+_PINNED = SQL(
+    "SET search_path = pg_catalog; SET DateStyle = ISO; SET TimeZone = UTC;"
+    " SET IntervalStyle = postgres; SET extra_float_digits = 1; SET bytea_output = hex;"
+    " SET client_encoding = UTF8"
+)
+"""How values are printed must not hang on settings of the role, the database or our environment."""
+
+_CONNECT_DEFAULTS = {
+    "fallback_application_name": "pgrealtime",
+    "connect_timeout": "10",
+    # Our status updates are the traffic that shows a dead network; the kernel's own patience is
+    # a quarter of an hour.
+    "tcp_user_timeout": "30000",
+    "keepalives_idle": "30",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemIdentity:
+    """Which server, in which of its histories: positions of another are not ours."""
+
+    system_id: str
+    timeline: int
+    database: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerFacts:
+    """What of the server decides whether and how it can be read."""
+
+    version: int
+    """As ``server_version_num``."""
+    encoding: str
+    wal_level: str
+    is_standby: bool
+    wal_sender_timeout: float
+    """Seconds; 0 is never."""
+    standby_names: str
+    """``synchronous_standby_names``."""
+    application_name: str
+    """Ours, as the server knows it."""
+    slot_wal_limit: int
+    """``max_slot_wal_keep_size`` in megabytes; -1 is none."""
+
+
+@asynccontextmanager
+async def connect(url: str) -> AsyncIterator[Connection]:
+    """Open a replication connection to the database, and close it at the end.
+
+    Raises:
+        DatabaseUnreachableError: Nobody answers, or the login is refused.
+        SetupError: The server answers and can't be read: no REPLICATION attribute, a standby,
+            wal_level.
+        SlotBusyError: All walsenders are in use.
+    """
+    try:
+        connection = await psycopg.AsyncConnection.connect(
+            _conninfo(url, replication="database"),
+            autocommit=True,
+            cursor_factory=psycopg.AsyncClientCursor,
+        )
+    except psycopg.OperationalError as error:
+        raise await _explain_refusal(url, error) from error
+    try:
+        with translated():
+            await connection.execute(_PINNED)
+        yield connection
+    finally:
+        # Not "async with": its commit is refused while the stream runs.
+        await connection.close()
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise what the driver raises while things are set up as our own errors."""
+    try:
+        yield
+    except psycopg.OperationalError as error:
+        raise DatabaseUnreachableError(
+            "the server went away while the stream was set up", detail=str(error).strip()
+        ) from error
+    except psycopg.Error as error:
+        raise WalError("the stream can't be set up", detail=str(error).strip()) from error
+
+
+async def connect_plainly(url: str) -> Connection:
+    """Open an ordinary connection in autocommit, to ask something beside the stream.
+
+    Raises:
+        psycopg.Error: As the driver has it.
+    """
+    connection: Connection = await psycopg.AsyncConnection.connect(_conninfo(url), autocommit=True)
+    return connection
+
+
+def _conninfo(url: str, **more: str) -> str:
+    try:
+        given = conninfo_to_dict(url)
+    except psycopg.ProgrammingError:
+        # libpq's message quotes the text, which may hold a password.
+        raise SetupError(
+            "the database URL can't be understood",
+            hint="Write postgresql://user:password@host:port/database, special characters in"
+            " percent form.",
+            code="database_url_invalid",
+        ) from None
+    settings: dict[str, Any] = {**_CONNECT_DEFAULTS, **given, **more}
+    return make_conninfo("", **settings)
+
+
+async def _explain_refusal(url: str, error: psycopg.OperationalError) -> PgRealtimeError:
+    """Return why a replication connection was refused, asking over an ordinary one.
+
+    The refusal itself has no SQLSTATE, and its text is in the server's language.
+    """
+    try:
+        async with await connect_plainly(url) as connection:
+            cursor = await connection.execute(
+                "SELECT current_user, r.rolreplication OR r.rolsuper,"
+                " current_setting('wal_level'),"
+                " (SELECT count(*) FROM pg_catalog.pg_stat_get_wal_senders()),"
+                " current_setting('max_wal_senders')::int"
+                " FROM pg_catalog.pg_roles r WHERE r.rolname = current_user"
+            )
+            row = await cursor.fetchone()
+    except psycopg.Error:
+        return _unreachable(error)
+    if row is None:
+        return _unreachable(error)
+    role, may_replicate, wal_level, senders, max_senders = row
+    if not may_replicate:
+        return SetupError(
+            f'role "{role}" may not read the replication stream',
+            detail="It lacks the REPLICATION attribute.",
+            hint=f"Run as a superuser: ALTER ROLE {quote(role)} REPLICATION;",
+            code="replication_attribute_missing",
+        )
+    if wal_level != "logical":
+        return wal_level_error(wal_level)
+    if senders >= max_senders:
+        return SlotBusyError(
+            "all walsenders of the server are in use",
+            detail=f"max_wal_senders is {max_senders}, {senders} are connected.",
+            hint="End a replica or reader that is not needed, or raise max_wal_senders (restart).",
+            code="walsenders_exhausted",
+        )
+    return DatabaseUnreachableError(
+        "the server refuses replication connections",
+        detail=str(error).strip(),
+        hint="An ordinary connection with the same URL succeeds. Check pg_hba.conf, and that the"
+        " URL leads to the server itself: poolers don't carry replication.",
+        code="replication_refused",
+    )
+
+
+def _unreachable(error: psycopg.OperationalError) -> DatabaseUnreachableError:
+    return DatabaseUnreachableError("the database can't be reached", detail=str(error).strip())
+
+
+def wal_level_error(wal_level: str) -> SetupError:
+    """Return the error of a server that doesn't write what decoding needs."""
+    return SetupError(
+        f'wal_level is "{wal_level}" and has to be "logical"',
+        hint="Run as a superuser: ALTER SYSTEM SET wal_level = logical; and restart the server.",
+        code="wal_level",
+    )
+
+
+async def identify(connection: Connection) -> tuple[SystemIdentity, LSN]:
+    """Return which system and timeline the connection reached, and how far its WAL goes."""
+    row = await (await connection.execute("IDENTIFY_SYSTEM")).fetchone()
+    assert row is not None
+    system_id, timeline, flushed, database = row
+    system = SystemIdentity(system_id=system_id, timeline=int(timeline), database=database)
+    return system, parse_lsn(flushed)
+
+
+async def read_facts(connection: Connection) -> ServerFacts:
+    """Return what of the server matters here.
+
+    Raises:
+        SetupError: The server can't be read by anybody: wal_level, or a standby.
+    """
+    row = await (
+        await connection.execute(
+            "SELECT current_setting('server_version_num')::int, current_setting('server_encoding'),"
+            " current_setting('wal_level'), pg_is_in_recovery(),"
+            " (SELECT setting::int FROM pg_settings WHERE name = 'wal_sender_timeout'),"
+            " current_setting('synchronous_standby_names'), current_setting('application_name'),"
+            " (SELECT setting::int FROM pg_settings WHERE name = 'max_slot_wal_keep_size')"
+        )
+    ).fetchone()
+    assert row is not None
+    version, encoding, wal_level, is_standby, timeout_ms, standby_names, *others = row
+    application_name, slot_wal_limit = others
+    facts = ServerFacts(
+        version=version,
+        encoding=encoding,
+        wal_level=wal_level,
+        is_standby=is_standby,
+        wal_sender_timeout=timeout_ms / 1000,
+        standby_names=standby_names,
+        application_name=application_name,
+        slot_wal_limit=slot_wal_limit,
+    )
+    if facts.is_standby:
+        raise SetupError(
+            "the server is a standby",
+            detail="A standby's snapshots leave out running transactions, so that what a new"
+            " subscriber sees and what it hears can't be joined without a gap.",
+            hint="Let the URL lead to the primary, for instance by target_session_attrs="
+            "read-write over all hosts.",
+            code="standby",
+        )
+    if facts.wal_level != "logical":
+        raise wal_level_error(facts.wal_level)
+    return facts
