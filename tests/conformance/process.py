@@ -85,7 +85,8 @@ class ServerProcess:
 
     def logged(self, event: str) -> list[dict[str, Any]]:
         """The lines of the log with that event; only a program that logs JSON has any."""
-        lines = (line for line in self.output().splitlines() if line.startswith("{"))
+        whole = self.output().split("\n")[:-1]  # the last line may be half written
+        lines = (line for line in whole if line.startswith("{"))
         return [said for line in lines if (said := json.loads(line)).get("event") == event]
 
     async def wait_logged(self, event: str, times: int = 1) -> dict[str, Any]:
