@@ -34,7 +34,7 @@ from pgrealtime.errors import (
     ConfigError,
     DatabaseUnreachableError,
     PgRealtimeError,
-    SetupError,
+    url_error,
 )
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.match import Matcher
@@ -333,13 +333,7 @@ async def query_pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
             **KEEPALIVE,
         )
     except psycopg.ProgrammingError:
-        # libpq's message quotes the text, which may hold a password.
-        raise SetupError(
-            "the database URL can't be understood",
-            hint="Write postgresql://user:password@host:port/database, special characters in"
-            " percent form.",
-            code="database_url_invalid",
-        ) from None
+        raise url_error() from None
     await _wait_for_server(conninfo, database.wait_for)
 
     class _Connection(QueryConnection):

@@ -31,6 +31,7 @@ from pgrealtime.errors import (
     RuleError,
     SetupError,
     describe,
+    url_error,
 )
 from pgrealtime.operate.indexes import index_warnings
 from pgrealtime.operate.warn import collection_warnings, config_warnings
@@ -269,13 +270,7 @@ async def connected(url: str) -> AsyncIterator[AsyncConnection[Any]]:
     except psycopg.ProgrammingError as error:
         if error.sqlstate is not None:
             raise
-        # libpq's message quotes the text, which may hold a password.
-        raise SetupError(
-            "the database URL can't be understood",
-            hint="Write postgresql://user:password@host:port/database, special characters in"
-            " percent form.",
-            code="database_url_invalid",
-        ) from None
+        raise url_error() from None
 
 
 async def right_errors(

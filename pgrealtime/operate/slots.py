@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import psycopg
-
 from pgrealtime.config import Config
-from pgrealtime.errors import DatabaseUnreachableError, SetupError
+from pgrealtime.errors import SetupError
+from pgrealtime.operate.check import connected
 from pgrealtime.sources import nearest
 from pgrealtime.wal import durable
-from pgrealtime.wal.server import Connection, connect_plainly
 
 
 async def list_slots(config: Config) -> list[str]:
@@ -17,7 +15,7 @@ async def list_slots(config: Config) -> list[str]:
     Raises:
         PgRealtimeError: The server can't be asked.
     """
-    async with await _connected(config) as connection:
+    async with connected(config.database.url) as connection:
         standing = await durable.ours(connection, config.replication.slot.name)
     return [_line(slot) for slot in standing]
 
@@ -41,7 +39,7 @@ async def drop_slot(config: Config, name: str) -> None:
         SlotBusyError: Somebody reads from it.
         PgRealtimeError: The server can't be asked.
     """
-    async with await _connected(config) as connection:
+    async with connected(config.database.url) as connection:
         standing = await durable.ours(connection, config.replication.slot.name)
         for slot in standing:
             if slot.name == name:
@@ -54,12 +52,3 @@ async def drop_slot(config: Config, name: str) -> None:
         hint="" if meant is None else f'Perhaps you meant "{meant}".',
         code="slot_unknown",
     )
-
-
-async def _connected(config: Config) -> Connection:
-    try:
-        return await connect_plainly(config.database.url)
-    except psycopg.OperationalError as error:
-        raise DatabaseUnreachableError(
-            "the database can't be reached", detail=str(error).strip()
-        ) from error

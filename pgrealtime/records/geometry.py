@@ -73,15 +73,13 @@ class _Reader:
         return x, y
 
     def _coordinates(self, shape: int, dimensions: tuple[int, int]) -> str:
-        match shape:
-            case 1:
-                return self._points(1, dimensions)[0]
-            case 2:
-                return self._line(dimensions)
-            case 3 | 17:
-                return self._list(lambda: self._line(dimensions))
-            case _:
-                return self._list(self._member)
+        if shape == _POINT:
+            return self._points(1, dimensions)[0]
+        if shape == _LINE:
+            return self._line(dimensions)
+        if shape in {_POLYGON, _TRIANGLE}:
+            return self._list(lambda: self._line(dimensions))
+        return self._list(self._member)
 
     def _member(self) -> str:
         """One of a multiple geometry: its coordinates alone."""

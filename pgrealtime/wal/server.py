@@ -17,6 +17,7 @@ from pgrealtime.errors import (
     SetupError,
     SlotBusyError,
     WalError,
+    url_error,
 )
 from pgrealtime.lsn import LSN, parse_lsn
 from pgrealtime.wal.publication import quote
@@ -122,13 +123,7 @@ def _conninfo(url: str, **more: str) -> str:
     try:
         given = conninfo_to_dict(url)
     except psycopg.ProgrammingError:
-        # libpq's message quotes the text, which may hold a password.
-        raise SetupError(
-            "the database URL can't be understood",
-            hint="Write postgresql://user:password@host:port/database, special characters in"
-            " percent form.",
-            code="database_url_invalid",
-        ) from None
+        raise url_error() from None
     settings: dict[str, Any] = {**_CONNECT_DEFAULTS, **given, **more}
     return make_conninfo("", **settings)
 

@@ -29,9 +29,6 @@ from pgrealtime.wal.server import Connection, ServerFacts, connect_plainly
 
 Plugin: TypeAlias = Literal["wal2json", "pgoutput"]
 
-NOWHERE = LSN(0)
-"""Where to start a slot that knows better: a lower position than its own is raised to that."""
-
 _WAIT_SECONDS = 2.0
 """A slot that takes longer than this to make waits for somebody: say for whom."""
 
@@ -378,6 +375,7 @@ async def start(connection: Connection, slot: Slot, options: dict[str, str]) -> 
     Raises:
         SlotLostError, SlotBusyError, SetupError, WalError: The server refuses.
     """
+    # From 0/0: a position lower than the slot's own is raised to that.
     # The replication commands have a grammar of their own: no parameters, and no E'' strings as
     # the driver would quote a backslash.
     listed = ", ".join(

@@ -32,6 +32,7 @@ from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Table
 from pgrealtime.changes import TableName, Transaction
 from pgrealtime.config import ReplicationConfig
+from pgrealtime.lsn import LSN
 from pgrealtime.wal import server
 from pgrealtime.wal import slot as slots
 from pgrealtime.wal.publication import publication_sql
@@ -199,13 +200,13 @@ def _round(
 ) -> tuple[Run, Run]:
     _, options = decoding(plugin, [table], SETTINGS)
     with copied(admin, _origin(plugin)) as name:
-        slot = Slot(name=name, plugin=plugin, start_lsn=slots.NOWHERE)
+        slot = Slot(name=name, plugin=plugin, start_lsn=LSN(0))
         theirs = drain_by_pg_recvlogical(url, slot, options, end)
     with (
         copied(admin, _origin(plugin)) as name,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        slot = Slot(name=name, plugin=plugin, start_lsn=slots.NOWHERE)
+        slot = Slot(name=name, plugin=plugin, start_lsn=LSN(0))
         ours = runner.run(drain_by_us(url, slot, table, changes))
     return theirs, ours
 
