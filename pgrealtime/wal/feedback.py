@@ -26,7 +26,7 @@ class Feedback:
             wal_sender_timeout; a third of it leaves room for a slow loop.
         now: Monotonic seconds, as everywhere here.
         is_log: Whether the slot is also what is read from after a restart: then it moves up to what
-            is ``kept`` and no further, where another takes what is ``quiet`` for kept.
+            was let go and no further, where another takes what is ``quiet`` for kept.
     """
 
     def __init__(self, start: LSN, *, interval: float, now: float, is_log: bool = False) -> None:
@@ -56,22 +56,20 @@ class Feedback:
         self._quiet = lsn, self._handed
 
     def kept(self, end_lsn: LSN) -> None:
-        """Transactions up to there are safe with us, or needed no more.
+        """Transactions up to there are safe with us.
 
         Raises:
             ValueError: They didn't come on this connection. The server would believe it, and
                 forget what it never sent.
         """
-        if end_lsn > self.arrived:
+        if end_lsn > self._handed:
             raise ValueError(f"nothing was handed out beyond {self._handed}, got {end_lsn}")
         self._kept = max(self._kept, end_lsn)
 
-    @property
-    def arrived(self) -> LSN:
-        """Up to where all that is ours has come on this connection."""
-        if self._quiet is None:
-            return self._handed
-        return max(self._handed, self._quiet[0])
+    def let_go(self, lsn: LSN) -> None:
+        """Nobody needs what ends up to there; as far as it came on this connection."""
+        arrived = self._handed if self._quiet is None else max(self._handed, self._quiet[0])
+        self._kept = max(self._kept, min(lsn, arrived))
 
     def quiet_after(self, end_lsn: LSN) -> LSN:
         """Return up to where nothing of ours follows the transaction that ends there."""

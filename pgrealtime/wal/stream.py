@@ -161,7 +161,7 @@ class WalStream:
 
     def let_go(self, lsn: LSN) -> None:
         """Say that nobody needs what ends up to there; as far as it came on this connection."""
-        self._feedback.kept(min(lsn, self._feedback.arrived))
+        self._feedback.let_go(lsn)
 
     def bound(self, lsn: LSN) -> None:
         """Move the slot up to there and no further, until told anew."""
