@@ -122,9 +122,9 @@ async def test_two_topics_that_match_one_change_are_both_heard_over_a_break(
         native_page(browser, origin, cutting.url, "posts/*", "posts/r") as client,
     ):
         await client.wait_for(1, "subscribed")
-        await running.write.execute("INSERT INTO posts (id, title, n) VALUES ('r', 'x', 0)")
+        await running.write.execute("INSERT INTO posts (id, title, n) VALUES ('r', 'x', 1)")
         cutting.longest = 6_000
-        for n in range(1, 151):
+        for n in range(2, 151):
             await running.write.execute("UPDATE posts SET n = %s", [n])
             await asyncio.sleep(0.05)  # paces the writer
         cutting.longest = 0
@@ -134,7 +134,7 @@ async def test_two_topics_that_match_one_change_are_both_heard_over_a_break(
         breaks = cutting.breaks
 
     assert breaks >= 2
-    counts = [repeats(heard(client, name)[1:]) for name in ("posts/*", "posts/r")]
+    counts = [repeats(heard(client, name)) for name in ("posts/*", "posts/r")]
     assert sum(counts) <= breaks
 
 
