@@ -7,9 +7,10 @@ through the index of ``rules``, so an event costs what matches it and not what i
 from __future__ import annotations
 
 from collections.abc import Collection as Sized
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import takewhile
+from typing import TypeAlias
 
 from pgrealtime.auth.principal import Principal
 from pgrealtime.changes import Row
@@ -45,6 +46,11 @@ LIMITED = frozenset({TOO_COSTLY, TOO_LONG})
 """Reasons why nothing can match of filters that would be fine alone."""
 _TRIED_AT_ONCE = 20_000
 """How many are tried before others of the loop have their turn."""
+
+_Question: TypeAlias = tuple[
+    str, str | None, Principal, Mapping[str, str], Mapping[str, str], Row | None
+]
+"""Collection, rule, who asks, with which query and headers, and their own row."""
 
 
 class Audience:
@@ -297,6 +303,7 @@ class Matcher:
         self._costly: dict[str, _Groups] = {}
         """Those whose filters take questions to Postgres beyond their rules'."""
         self._tried = 0
+        self._last: tuple[_Question, Bound | Nobody] | None = None
 
     def add(self, subscription: Subscription, principal: Principal, own: Row | None = None) -> str:
         """Put the subscription into its group; return why nothing can match, or ``""``.
@@ -354,12 +361,17 @@ class Matcher:
     ) -> Bound | Nobody:
         """Compile what decides about a topic; the next time it is there already.
 
+        A call's topics mostly ask the same of other records, so the last answer is kept.
+
         Raises:
             RuleError: The collection's rule is bad for everybody.
         """
         rule = collection.list_rule if topic.record_id is None else collection.view_rule
-        request = Request(principal=principal, query=topic.query, headers=topic.headers)
-        return self.planner.bind(collection, rule, request, own)
+        question = (collection.name, rule, principal, topic.query, topic.headers, own)
+        if self._last is None or self._last[0] != question:
+            request = Request(principal=principal, query=topic.query, headers=topic.headers)
+            self._last = question, self.planner.bind(collection, rule, request, own)
+        return self._last[1]
 
     def _is_tried(self, group: Group) -> bool:
         return group.record_id is None and group.variant.is_scan

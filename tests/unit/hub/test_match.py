@@ -79,6 +79,37 @@ def test_a_record_s_topic_hears_of_that_record_under_its_view_rule() -> None:
     assert hearing(there, "c", "ann") == set()
 
 
+def test_topics_in_a_row_that_differ_in_one_thing_are_told_apart() -> None:
+    """By the rule, the query, the headers, and who asks."""
+    rule = "title = @request.query.a || title = @request.headers.b || title = @request.auth.id"
+    there = matcher(rule, f"title = 'r' && ({rule})")
+    made = {
+        title: put(there, f'posts/{topic}?options={{"{part}":{{"{name}":"{title}"}}}}', who)
+        for title, topic, part, name, who in (
+            ("q", "*", "query", "a", "x"),
+            ("q2", "*", "query", "a", "x"),
+            ("h", "*", "headers", "b", "x"),
+            ("h2", "*", "headers", "b", "x"),
+            ("ann", "*", "query", "c", "ann"),
+            ("bob", "*", "query", "c", "bob"),
+            ("r", "r", "query", "c", "r"),
+        )
+    }
+
+    for title, one in made.items():
+        assert hearing(there, "r", title) == {one}
+
+
+def test_a_caller_whose_row_has_changed_is_told_from_what_it_was() -> None:
+    there = matcher("title = @request.auth.email:lower")
+    record = AuthRecord(collection_id="pbc_people", collection_name="people", id="ann")
+    made = [Subscription(connection(), parse_topic("posts/*"), VIEW, "") for _ in range(2)]
+    for one, email in zip(made, ("A@X", "B@X"), strict=True):
+        there.add(one, record, {"id": "ann", "email": email})
+
+    assert [hearing(there, "r", title) for title in ("a@x", "b@x")] == [{one} for one in made]
+
+
 def test_who_asks_the_same_is_judged_together() -> None:
     """Whoever they are, if the rule doesn't ask for it, and whatever they receive."""
     there = matcher("@request.auth.id != '' && title != 'secret'")
