@@ -37,7 +37,14 @@ from pgrealtime.hub.expansion import (
     ids_in_row,
     junction_steps,
 )
-from pgrealtime.hub.linking import in_order, linking_of, links_before, rows_before, rows_statement
+from pgrealtime.hub.linking import (
+    in_order,
+    linking_of,
+    links_before,
+    rows_before,
+    rows_statement,
+    when_created,
+)
 from pgrealtime.hub.looking import Looking
 from pgrealtime.lsn import Xid
 from pgrealtime.records.expand import DEPTH
@@ -343,6 +350,8 @@ class _Fetching:
                     for one in (plain_id(way.target, given) for given in way.ids)
                     if (row := self._row(way.target, one, way.node.past)) is not None
                 ]
+                if way.branch.step.is_back:
+                    way.children.sort(key=lambda child: when_created(child.collection, child.row))
 
     def _ids(self, step: Step, node: Node) -> Ids | None:
         if step.is_in_row:

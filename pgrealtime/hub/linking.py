@@ -14,7 +14,7 @@ from pgrealtime.auth.record import plain_id
 from pgrealtime.catalog.keys import canonical_id, native_name
 from pgrealtime.catalog.model import Column, Table
 from pgrealtime.changes import Row
-from pgrealtime.collections import Collection
+from pgrealtime.collections import Collection, FieldKind
 from pgrealtime.hub.expansion import Step, ids_in_array
 from pgrealtime.rules.images import Overlay
 
@@ -142,6 +142,22 @@ def in_order(text: str) -> tuple[bool, int, str]:
     """Sort numbers as such, before texts: a table keeps no order of its own."""
     is_number = text.isascii() and text.isdigit()
     return not is_number, int(text) if is_number else 0, text
+
+
+def when_created(collection: Collection, row: Row) -> str:
+    """Return what sorts a collection's rows as they were created; the same for all if it can't.
+
+    PocketBase shows back relations in that order, which SQLite keeps and PostgreSQL doesn't.
+    """
+    for name in _CREATED:
+        field = collection.by_name.get(name)
+        if field is not None and field.kind is FieldKind.DATE and field.column is not None:
+            return row.get(field.column.name) or ""
+    return ""
+
+
+_CREATED = ("created", "created_at", "createdAt", "inserted_at")
+"""PocketBase's name for it, and what other frameworks call it."""
 
 
 def rows_statement(collection: Collection) -> sql.Composed:

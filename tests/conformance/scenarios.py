@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from random import Random
+from string import ascii_lowercase
 from typing import Any, Literal, TypeAlias
 from urllib.parse import quote
 
@@ -233,6 +234,9 @@ def _plain(name: str, **kind: Any) -> FixtureField:
     return FixtureField(name=name, **kind)
 
 
+CREATED = _plain("created", type="autodate", on_create=True, hidden=True)
+"""What the order of back relations hangs on here; for superusers to see, at either's own time."""
+
 _BOOK_FIELDS = (
     _plain("title", type="text"),
     _plain("views", type="number"),
@@ -246,6 +250,7 @@ _BOOK_FIELDS = (
     _plain("editors", type="relation", collection_id="pbc_people00001", max_select=9),
     _plain("team", type="relation", collection_id="pbc_teams000001"),
     _plain("secret", type="text", hidden=True),
+    CREATED,
 )
 
 
@@ -258,7 +263,6 @@ class World:
     fixtures: Fixtures = field(init=False)
     _books: dict[str, list[str]] = field(init=False, default_factory=dict)
     _is_stranger_there: bool = field(init=False, default=True)
-    _count: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         collections = self._collections()
@@ -359,6 +363,7 @@ class World:
                 _plain(
                     "book", type="relation", collection_id="pbc_books000000", cascade_delete=True
                 ),
+                CREATED,
             ),
         )
         beacon = FixtureCollection(
@@ -446,8 +451,8 @@ class World:
         return self.random.sample(values, self.random.randint(0, len(values)))
 
     def _new_id(self) -> str:
-        self._count += 1
-        return f"record{self._count:09d}"
+        """Return an id that says nothing of when it was made."""
+        return "".join(self.random.choices(ascii_lowercase, k=15))
 
     # -- what happens
 

@@ -166,8 +166,8 @@ BOOK: dict[str, Any] = {
 }
 
 
-WRITTEN = "writtenlast0001"
-"""Its place among records that point to one: by time of creation there, by id here."""
+WRITTEN = "awrittenlast001"
+"""Last among records that point to one all the same."""
 
 
 def _writes() -> list[Action]:

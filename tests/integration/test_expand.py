@@ -284,6 +284,29 @@ async def test_at_most_a_thousand_records_point_to_one(world: World) -> None:
     assert len(expand["notes_via_book"]) == 1000
 
 
+async def test_back_relations_are_in_the_order_of_creation(world: World) -> None:
+    """As PocketBase's, which SQLite keeps so; of tables that don't tell, in that of the ids."""
+    await world.run(
+        "CREATE TABLE replies (id text PRIMARY KEY, note text, created timestamptz, created_at int)"
+    )
+    await world.run(
+        "INSERT INTO replies VALUES ('z', 'n1', '2024-05-06 10:00Z', 9),"
+        " ('a', 'n1', '2024-05-06 10:00:00.5Z', 8), ('m', 'n1', '2024-05-06 10:00:00.25+01', 7),"
+        " ('c', 'n1', NULL, 6), ('b', 'n1', NULL, 5), ('10', 'n1', '2024-05-06 10:00Z', 4)"
+    )
+    replies = {"table": "public.replies", "list_rule": "", "view_rule": ""}
+    relations = {"note": {"collection": "notes"}}
+    configured = _configured() | {
+        "replies": CollectionConfig.model_validate({**replies, "relations": relations})
+    }
+    catalog = await read_catalog(
+        world.connection, schemas=["public"], names=table_names(configured, ["public"])
+    )
+    world.collections = build(configured, catalog)
+    expand = await world.expand("notes", "n1", "replies_via_note")
+    assert names(expand["replies_via_note"]) == ["b", "c", "m", "10", "z", "a"]
+
+
 BACK_AND_FORTH = "author.books_via_author.author.books_via_author.author.books_via_author"
 
 
