@@ -270,11 +270,6 @@ class Judging:
         ]
 
     @property
-    def lacking(self) -> int:
-        """How often a rule was denied because a row lacks a column that it reads."""
-        return sum(case.facts.lacked for case in self._cases.values())
-
-    @property
     def xids(self) -> frozenset[Xid]:
         """The transactions that must be visible to whoever answers."""
         return frozenset(self._events[place].xid for place in self._cases)

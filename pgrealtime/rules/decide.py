@@ -108,10 +108,7 @@ class Case(Generic[M]):
     def _is_told(self, member: M) -> bool:
         """Whether the row has all that the member's rule reads."""
         missing = self.facts.missing
-        if missing and not missing.isdisjoint(member.variant.columns):
-            self.facts.lacked += 1
-            return False
-        return True
+        return not missing or missing.isdisjoint(member.variant.columns)
 
     def _note(self, member: M, verdict: bool | None) -> None:  # noqa: FBT001 (the result)
         if verdict:

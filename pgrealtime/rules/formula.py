@@ -281,17 +281,15 @@ class Facts:
         row: The image.
         missing: Columns that the image lacks: what reads them is denied.
         answers: What Postgres said of atoms, by their arguments.
-        lacked: How often something was denied because it reads a missing column.
     """
 
-    __slots__ = ("_guards", "answers", "lacked", "missing", "moment", "row")
+    __slots__ = ("_guards", "answers", "missing", "moment", "row")
 
     def __init__(self, row: Row, missing: frozenset[str], moment: Moment) -> None:
         self.row = row
         self.missing = missing
         self.moment = moment
         self.answers: dict[tuple[Atom, Args], bool] = {}
-        self.lacked = 0
         self._guards: dict[Atom, bool] = {}
 
     def args(self, leaf: Leaf, values: Sequence[Scalar]) -> tuple[Scalar, ...]:
@@ -314,7 +312,6 @@ class Facts:
 
     def _ask(self, atom: Atom, args: tuple[Scalar, ...]) -> bool | None:
         if self.missing and not self.missing.isdisjoint(atom.columns):
-            self.lacked += 1
             return False
         if atom.test is not None:
             try:
