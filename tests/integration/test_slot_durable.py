@@ -280,7 +280,16 @@ def plain(server: OwnServer) -> Iterator[OwnServer]:
         connection.execute("CREATE TABLE old (id int PRIMARY KEY)")
     yield server
     with psycopg.connect(server.url, autocommit=True) as connection:
-        connection.execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots")
+        connection.execute(_END_READERS)
+        connection.execute(_DROP_SLOTS)
+
+
+# A walsender may take a while to see that its client has gone.
+_END_READERS = """
+SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots
+WHERE active_pid IS NOT NULL
+"""
+_DROP_SLOTS = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots"
 
 
 async def refusal(url: str, config: ReplicationConfig) -> PgRealtimeError:
@@ -395,7 +404,8 @@ async def test_standbys_have_the_slot_if_they_shall(plain: OwnServer) -> None:
             assert await (await connection.execute(failover)).fetchone() == ("false",)
         async with relaying(plain.url, durable("standing", failover=True), connection):
             assert await (await connection.execute(failover)).fetchone() == ("true",)
-        await connection.execute("SELECT pg_drop_replication_slot('standing')")
+        await connection.execute(_END_READERS)
+        await connection.execute(_DROP_SLOTS)
         async with relaying(plain.url, durable("standing", failover=True), connection):
             assert await (await connection.execute(failover)).fetchone() == ("true",)
 
