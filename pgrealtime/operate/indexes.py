@@ -54,8 +54,11 @@ async def index_warnings(
     ``@collection`` the plan decides.
     """
     for collection in collections.values():
+        for field, index in _of_junctions(collection):
+            if not index.is_there:
+                path = f"{collection.name}.relations.{field.name}"
+                yield _warning(path, index.table.name, str(index))
         for key, rule, _ in parsed_rules(collection):
-            path = f"collections.{collection.name}.{key}"
             conditions = list(_conditions(rule, collections, collection))
             lacking = {
                 (index.table.name, str(index)): None
@@ -68,7 +71,19 @@ async def index_warnings(
                 if all(name != known for known, _ in lacking):
                     lacking[name, hints.get(name, _COMPARE)] = None
             for name, hint in lacking:
-                yield Problem(path, f'all of "{name}" is read for every change', hint)
+                yield _warning(f"{collection.name}.{key}", name, hint)
+
+
+def _warning(path: str, table: TableName, mend: str) -> Problem:
+    return Problem(f"collections.{path}", f'all of "{table}" is read for every change', mend)
+
+
+def _of_junctions(collection: Collection) -> Iterator[tuple[Field, _Index]]:
+    """Yield the index by which the ids are found that a record shows."""
+    for field in collection.fields:
+        junction = None if field.relation is None else field.relation.junction
+        if junction is not None:
+            yield field, _Index(junction.table, junction.source)
 
 
 def _hints(conditions: Sequence[ir.Condition], collections: Collections) -> Mapping[TableName, str]:
@@ -94,25 +109,26 @@ def _conditions(
 
 
 def _of_relations(condition: ir.Condition, collections: Collections) -> Iterator[_Index]:
-    """Yield the index by which each step along a relation finds its rows; keys have theirs."""
+    """Yield the index by which each step along a relation finds its rows.
+
+    Keys have theirs, and of a junction's own direction ``_of_junctions`` tells.
+    """
     for term in ir.terms(condition):
         place = ir.place_of(term)
         for step in () if place is None else place.steps:
             match step:
                 case ir.Back(collection=name, field=field):
-                    yield from _of_field(field, collections[name].table, is_back=True)
-                case ir.Items(field=field):
-                    yield from _of_field(field, None, is_back=False)
-                case ir.ToOne() | ir.ToItem():
+                    yield _backwards(field, collections[name].table)
+                case ir.ToOne() | ir.ToItem() | ir.Items():
                     continue
 
 
-def _of_field(field: Field, table: Table | None, *, is_back: bool) -> Iterator[_Index]:
-    junction = None if field.relation is None else field.relation.junction
-    if junction is not None:
-        yield _Index(junction.table, junction.target if is_back else junction.source)
-    elif table is not None and field.column is not None:
-        yield _Index(table, field.column.name, is_array=field.is_multiple)
+def _backwards(field: Field, table: Table) -> _Index:
+    if field.column is not None:
+        return _Index(table, field.column.name, is_array=field.is_multiple)
+    assert field.relation is not None
+    assert field.relation.junction is not None
+    return _Index(field.relation.junction.table, field.relation.junction.target)
 
 
 def _of_collections(condition: ir.Condition, collections: Collections) -> Iterator[_Index]:

@@ -313,7 +313,7 @@ CREATE TABLE messages (
 CREATE TABLE settings (person int PRIMARY KEY REFERENCES people);
 CREATE TABLE projects (id int PRIMARY KEY);
 CREATE TABLE project_members (
-  project int REFERENCES projects, person int REFERENCES people, PRIMARY KEY (person, project)
+  project int REFERENCES projects, person int REFERENCES people, PRIMARY KEY (project, person)
 );
 CREATE TABLE tasks (id int PRIMARY KEY, project int NOT NULL REFERENCES projects);
 CREATE TABLE rooms (id int PRIMARY KEY);
