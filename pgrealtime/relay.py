@@ -13,6 +13,7 @@ import asyncio
 import hashlib
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
@@ -126,6 +127,10 @@ class Relay:
         self._patience: asyncio.Timeout | None = None
         self.stream: WalStream | None = None
         """The stream being read, if any."""
+        self.changes = 0
+        """Kept so far."""
+        self.breaks: Counter[str] = Counter()
+        """Of streams, or of attempts at one, by the error's code."""
 
     async def run(self) -> None:
         """Read the stream for ever; wait and open it anew where that can help.
@@ -283,6 +288,7 @@ class Relay:
         if self.stream is not None:
             self.stream = None
             self._follower.stream_lost()
+        self.breaks[error.error_code] += 1
         log.warning(
             "replication.lost", code=error.error_code, reason=error.message, detail=error.detail
         )
@@ -319,6 +325,8 @@ class Relay:
             self._follower.wake()
             await self._follower.progressed.wait()
         self._append(entry, time.monotonic())
+        if isinstance(entry, Transaction):
+            self.changes += len(entry.changes)
 
     def _append(self, entry: Entry, now: float) -> None:
         self._changelog.append(entry, now, self._follower.head)

@@ -64,6 +64,8 @@ class Vitals:
             filters_refused=counts.filters_refused,
             rule_errors=self._probe.errors,
             auth_checks=self._authenticator.checks,
+            changes=self._relay.changes,
+            stream_breaks=self._relay.breaks,
             changelog_bytes=self._changelog.size,
             is_streaming=self._relay.stream is not None,
             lag_bytes=lag_bytes,

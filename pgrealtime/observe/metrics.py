@@ -42,6 +42,10 @@ class Reading(Struct, kw_only=True):
     """By collection and reason."""
     auth_checks: Mapping[str, int]
     """By result."""
+    changes: int
+    """Taken from the stream."""
+    stream_breaks: Mapping[str, int]
+    """By error code."""
     changelog_bytes: int
     is_streaming: bool
     lag_bytes: int | None
@@ -124,6 +128,15 @@ def _families(reading: Reading) -> Iterable[Metric]:
     )
     yield _counter(
         "auth_checks", "Callers, by their tokens.", ("result",), _labelled(reading.auth_checks)
+    )
+    yield _counter(
+        "replication_changes", "Changes taken from the stream.", (), _alone(reading.changes)
+    )
+    yield _counter(
+        "replication_breaks",
+        "How often the stream broke, or could not be opened.",
+        ("code",),
+        _labelled(reading.stream_breaks),
     )
     yield _gauge("changelog_bytes", "Changes that are held.", (), _alone(reading.changelog_bytes))
     yield _gauge(
