@@ -135,9 +135,7 @@ class Viewers:
         plan = self._plan(collection.name, request.query.get("expand", ""))
         if plan is None:
             return None
-        # The client's filter is about the topic's own records.
-        query = {name: value for name, value in request.query.items() if name != "filter"}
-        asked = replace(request, query=query, context="expand")
+        asked = replace(request, context="expand")
         seen: dict[str, Bound | None] = {}
         managed: dict[str, Bound] = {}
         is_superuser = isinstance(request.principal, Superuser)
@@ -166,9 +164,12 @@ class Viewers:
     def _bind(
         self, target: Collection, rule: str | None, request: Request
     ) -> Bound | Nobody | None:
-        """Return what decides; Nobody without a reason if the rule is false whatever the record."""
+        """Return what decides; Nobody without a reason if the rule is false whatever the record.
+
+        The client's filter is about the topic's own records.
+        """
         try:
-            return self._planner.bind(target, rule, request)
+            return self._planner.bind(target, rule, request, is_filtered=False)
         except RuleError:
             return None
 

@@ -259,7 +259,13 @@ class Planner:
         self._narrowed: Kept[Hashable, Template] = Kept(_COMPARISONS)
 
     def bind(
-        self, collection: Collection, rule: str | None, request: Request, own: Row | None = None
+        self,
+        collection: Collection,
+        rule: str | None,
+        request: Request,
+        own: Row | None = None,
+        *,
+        is_filtered: bool = True,
     ) -> Bound | Nobody:
         """Return what decides which rows of the collection the subscriber may see.
 
@@ -267,6 +273,7 @@ class Planner:
             collection: Whose rows are judged.
             rule: The collection's rule for the topic; None is for superusers only.
             request: The subscriber; a filter is ``request.query["filter"]``.
+            is_filtered: Whether that narrows what the rule admits.
             own: The subscriber's row of its auth collection, if there is one and it is known; what
                 isn't in it Postgres is asked for.
 
@@ -279,14 +286,15 @@ class Planner:
         auth = auth_collection(self._collections, request)
         auth_name = None if auth is None else auth.name
         asked = "" if is_superuser or rule is None else rule
-        text = request.query.get("filter", "")
+        text = request.query.get("filter", "") if is_filtered else ""
         try:
             made = self._rule(collection.name, asked, auth_name)
         except RuleError as error:
             validate(self._collections, collection, asked)
             return Nobody(f"the rule doesn't hold for this subscriber: {error}")
         try:
-            filter_text(request.query, is_superuser=is_superuser)
+            if text:
+                filter_text(request.query, is_superuser=is_superuser)
             place = (collection.name, text, auth_name, is_superuser)
             narrowed, literals = self._filters_of_texts.get(
                 place, lambda: (self._make_filter(*place), len(text))

@@ -37,7 +37,7 @@ RULES: dict[str, dict[str, str | None]] = {
         "view_rule": "name != 'ben' || @request.auth.id != ''",
         "manage_rule": "@request.auth.name = 'anna' && @request.query.q:isset = false",
     },
-    "teams": {"list_rule": None, "view_rule": "open = true"},
+    "teams": {"list_rule": None, "view_rule": "open = true || @request.query.filter ~ 'anna'"},
 }
 
 FILTERS = [
@@ -88,6 +88,8 @@ OTHERS: list[dict[str, Any]] = [
     {"query": {"expand": "author", "fields": "expand.author.email"}},
     {"query": {"expand": "author", "q": "x"}},
     {"query": {"expand": "author", "filter": "author.name = 'anna'"}},
+    {"query": {"expand": "team", "filter": "author.name = 'anna'"}},
+    {"query": {"expand": "team", "filter": "author.name != ''"}},
     {"query": {"filter": "title != ''", "fields": "id"}},
     {"query": {"page": 2, "perPage": 1, "skipTotal": True}},
     {"query": None, "headers": None},
@@ -182,6 +184,7 @@ def _writes() -> list[Action]:
         write("update", "books0", WRITTEN, title="alpha", author=person_id("anna")),
         write("update", "books0", WRITTEN),
         write("update", "teams", team, open=False),
+        write("update", "books0", WRITTEN, title="Beta"),
         write("update", "books0", WRITTEN, title="", author="", editors=[], meta=None),
         write("delete", "books0", WRITTEN),
         write("create", "books1", "writtenlast0002", **BOOK),
