@@ -107,6 +107,7 @@ class Collection:
     list_rule: str | None = None
     view_rule: str | None = None
     manage_rule: str | None = None
+    auth_rule: str | None = ""
     by_name: Mapping[str, Field] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -521,6 +522,7 @@ class _Shaping:
             list_rule=config.list_rule,
             view_rule=config.view_rule,
             manage_rule=config.manage_rule,
+            auth_rule=config.auth_rule,
         )
 
     def _report(self, key: str, message: str, hint: str = "") -> None:
@@ -708,6 +710,8 @@ class _Shaping:
         if self.draft.config.manage_rule is not None and self.draft.config.type != "auth":
             message = "a base collection holds nobody's address"
             self._report("manage_rule", message, "set type: auth")
+        if self.draft.config.auth_rule != "" and self.draft.config.type != "auth":
+            self._report("auth_rule", "nobody logs in to a base collection", "set type: auth")
         for key in ("password_hash", "token_key"):
             name = getattr(said, key)
             if name and table.column(name) is None:

@@ -325,6 +325,8 @@ class CollectionConfig(Section):
     view_rule: str | None = None
     manage_rule: Annotated[str | None, AfterValidator(_not_for_everyone)] = None
     """Of an auth collection: who sees e-mail addresses that aren't public."""
+    auth_rule: str | None = ""
+    """Of an auth collection: which of its people may sign in; null is nobody."""
 
 
 class AdminConfig(Section):

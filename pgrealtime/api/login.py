@@ -15,7 +15,7 @@ from pgrealtime.api.problems import NO_TOKEN, TOO_LARGE, TOO_SLOW, Problem, Refu
 from pgrealtime.auth.account import Users
 from pgrealtime.auth.authenticator import Authenticator, Identity
 from pgrealtime.auth.login import Attempt, Login, Session
-from pgrealtime.auth.principal import AuthRecord
+from pgrealtime.auth.principal import AuthRecord, Principal
 from pgrealtime.config import ServerConfig
 from pgrealtime.errors import AuthError
 from pgrealtime.hub.own_record import OwnRecords
@@ -35,6 +35,13 @@ _NO_PASSWORDS: Final = Problem(
     Text(
         "The collection is not configured to allow password authentication.",
         "该集合未配置为允许密码认证。",
+    ),
+)
+_NOT_LET_IN: Final = Problem(
+    403,
+    Text(
+        "The request doesn't satisfy the collection requirements to authenticate.",
+        "请求不满足该集合的认证要求。",
     ),
 )
 _FAILED: Final = Problem(400, Text("Failed to authenticate.", "身份验证失败。"))
@@ -106,7 +113,8 @@ class LoginRoutes:
         except AuthError as error:
             is_busy = error.error_code == "login_refused"
             raise RefusedError(_TOO_MANY if is_busy else _FAILED) from error
-        return await self._answer(request, session)
+        caller = await self._authenticator.authenticate(request.headers.get("Authorization"))
+        return await self._answer(request, session, caller.principal, context="password")
 
     async def refresh(self, request: web.Request) -> web.Response:
         """Give whoever has a token that holds the record, and if possible a newer token."""
@@ -125,7 +133,8 @@ class LoginRoutes:
             session = await self._login.refresh(users, record_id, identity)
         except AuthError as error:
             raise RefusedError(NO_TOKEN) from error
-        return await self._answer(request, session)
+        principal = identity.caller.principal
+        return await self._answer(request, session, principal, context="default")
 
     async def _identify(self, request: web.Request) -> Identity:
         try:
@@ -147,14 +156,26 @@ class LoginRoutes:
             raise RefusedError(_NO_AUTH_COLLECTION)
         return users
 
-    async def _answer(self, request: web.Request, session: Session) -> web.Response:
+    async def _answer(
+        self, request: web.Request, session: Session, caller: Principal, *, context: str
+    ) -> web.Response:
+        """Let somebody in, if the collection's rule does.
+
+        Args:
+            request: Of either kind.
+            session: Theirs.
+            caller: Who asks, as the request's own token says.
+            context: What rules call it.
+        """
         account = session.account
+        collection, row = account.users.collection, account.row
+        query, headers = query_of(request), _headers_for_rules(request)
+        if not await self._records.may_sign_in(
+            collection, row, caller, query=query, headers=headers, context=context
+        ):
+            raise RefusedError(_NOT_LET_IN)
         record = await self._records.record(
-            account.users.collection,
-            account.row,
-            account.record,
-            query=query_of(request),
-            headers=_headers_for_rules(request),
+            collection, row, account.record, query=query, headers=headers
         )
         return json_answer(request, {"record": Raw(record), "token": session.token})
 

@@ -328,7 +328,8 @@ def _voucher(issuer: IssuerConfig, material: object, *, is_superuser: bool) -> b
 
 
 def _own_voucher(login: LoginConfig, users: Users) -> bytes:
-    return _digest(login.secret, users.login.password_hash, users.login.token_key)
+    columns = users.login.password_hash, users.login.token_key
+    return _digest(login.secret, *columns, users.collection.auth_rule)
 
 
 def _digest(*parts: object) -> bytes:

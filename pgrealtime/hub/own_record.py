@@ -1,18 +1,31 @@
-"""The record that somebody who signs in is answered with: made of a row as an event's record is."""
+"""Whether somebody may sign in, and the record that they are answered with.
+
+The record is made of a row as an event's record is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Literal
 
-from pgrealtime.auth.principal import AuthRecord
+import psycopg
+import structlog
+from psycopg_pool import PoolTimeout
+
+from pgrealtime.auth.principal import AuthRecord, Principal
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection, Collections
-from pgrealtime.hub.expand import Expander, Readings
+from pgrealtime.errors import DatabaseUnreachableError, RuleError
+from pgrealtime.hub.expand import Expander, Place, Readings
 from pgrealtime.hub.expansion import Node, Viewers
+from pgrealtime.hub.looking import Looking
 from pgrealtime.records.encode import View, encoder
-from pgrealtime.rules.plan import Planner
+from pgrealtime.rules.plan import Planner, moment
+from pgrealtime.rules.reference import Nobody
 from pgrealtime.rules.request import Request
+
+log = structlog.get_logger(__name__)
 
 _PLANS = 64
 """Kept texts of ``expand``: in an URL they can be long."""
@@ -37,8 +50,57 @@ class OwnRecords:
     def use(self, collections: Collections) -> None:
         """Take other collections."""
         self._collections = collections
-        self._viewers = Viewers(collections, Planner(collections), plans=_PLANS)
+        self._planner = Planner(collections)
+        self._viewers = Viewers(collections, self._planner, plans=_PLANS)
         self._expander = Expander(self._readings, collections, self._show)
+
+    async def may_sign_in(
+        self,
+        collection: Collection,
+        row: Row,
+        caller: Principal,
+        *,
+        query: Mapping[str, str],
+        headers: Mapping[str, str],
+        context: str,
+    ) -> bool:
+        """Return whether the collection's ``auth_rule`` lets somebody in.
+
+        Args:
+            collection: Of the record.
+            row: The whole row.
+            caller: Who asks for it, as the request's own token says.
+            query: Of the request's URL.
+            headers: Of the request, their names in snake case.
+            context: What rules call such a request: ``password``, or ``default`` for a refresh.
+
+        Raises:
+            DatabaseUnreachableError: The rule can't be asked now.
+        """
+        if collection.auth_rule == "":
+            return True
+        if self._collections.get(collection.name) is not collection:
+            return False  # other collections came while the password was checked
+        asked = Request(
+            principal=caller, query=query, headers=headers, context=context, method="POST"
+        )
+        try:
+            bound = self._planner.bind(collection, collection.auth_rule, asked, is_filtered=False)
+        except RuleError as error:
+            reason = error.message
+            log.error("rule.error", collection=collection.name, reason=reason)  # noqa: TRY400 (the rule's fault, not ours)
+            return False
+        if isinstance(bound, Nobody):
+            return False
+        place: Place = collection.name, "", 0
+        looking: Looking[Place] = Looking(moment(datetime.now(UTC)))
+        looking.consider(place, collection, row, [bound])
+        try:
+            async with self._readings.reading(frozenset()) as reading:
+                await reading.judge(looking)
+        except (psycopg.Error, PoolTimeout, TimeoutError) as error:
+            raise DatabaseUnreachableError("the rule can't be asked now") from error
+        return bound in looking.admitted(place)
 
     async def record(
         self,

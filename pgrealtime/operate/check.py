@@ -217,7 +217,7 @@ def syntax_problems(configured: Mapping[str, CollectionConfig]) -> Iterator[Prob
 
 def _rules(ruled: Collection | CollectionConfig) -> Iterator[tuple[str, str]]:
     """Yield the rules that have a text: neither everyone's nor nobody's."""
-    for key in ("list_rule", "view_rule", "manage_rule"):
+    for key in ("list_rule", "view_rule", "manage_rule", "auth_rule"):
         rule = getattr(ruled, key)
         if rule:
             yield key, rule

@@ -35,7 +35,12 @@ LIFE_SECONDS = 1800.0
 
 SUPERUSER_ROLE = "service"
 
-RULES = {"listRule": "list_rule", "viewRule": "view_rule", "manageRule": "manage_rule"}
+RULES = {
+    "listRule": "list_rule",
+    "viewRule": "view_rule",
+    "manageRule": "manage_rule",
+    "authRule": "auth_rule",
+}
 """PocketBase's names to ours."""
 
 
@@ -153,6 +158,8 @@ class PgRealtimeServer:
         settings["collections"][new_name] = changed
         self._tables[new_name] = self._tables.get(name, name)
         await self._reload(settings)
+        if "authRule" in patch:  # PocketBase draws a new secret by itself then
+            await self.reset_token_secret(name)
 
     async def drop_collection(self, name: str) -> None:
         settings = self._settings()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import psycopg
 import pytest
 import yaml
 
+from pgrealtime.auth.token import make_own
+from pgrealtime.collections import collection_id
 from tests.conformance.http_client import EventStream, Request
 from tests.e2e.listener import ANYBODY, Listener, Message, listener
 from tests.e2e.sdk import sdk
@@ -290,6 +293,32 @@ async def test_whoever_has_a_token_of_another_secret_is_a_guest(
         assert await heard(ann, running, update) == []
         assert await ann.subscribe("users/*", "marks/*", token=token("ann")) == 204
         assert await heard(ann, running, update) == []
+
+
+async def test_whoever_signed_in_under_another_auth_rule_is_a_guest(
+    database_url: str, tmp_path: Path
+) -> None:
+    """As PocketBase, which signs everybody of the collection out then."""
+    users = {
+        "table": "users",
+        "type": "auth",
+        "list_rule": "id = @request.auth.id",
+        "login": {"password_hash": "password_hash"},
+    }
+    login = {"login": {"enabled": True, "secret": SECRET}}
+    key = make_own(
+        collection_id=collection_id("auth", "users"),
+        record_id="ann",
+        key="a hash" + SECRET,
+        expires_at=int(time.time()) + 1000,
+    )
+    update = "UPDATE users SET name = gen_random_uuid()::text"
+    async with serving(database_url, tmp_path, {"users": users}, auth=login) as running:
+        await running.write.execute("UPDATE users SET password_hash = 'a hash'")
+        async with listener(running.address, "users/*", "marks/*", token=key) as ann:
+            assert await heard(ann, running, update) == ["update users/ann"]
+            await reload(running, {"users": {**users, "auth_rule": "name != ''"}}, auth=login)
+            assert await heard(ann, running, update) == []
 
 
 async def test_sections_that_need_a_restart_are_named(database_url: str, tmp_path: Path) -> None:

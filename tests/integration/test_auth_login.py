@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jwt
 import psycopg
 import pytest
 import pytest_asyncio
@@ -35,6 +36,7 @@ from pgrealtime.auth.account import Accounts
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.login import Login
 from pgrealtime.auth.principal import GUEST, AuthRecord
+from pgrealtime.auth.token import make_own
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.collections import build
 from pgrealtime.config import Config
@@ -64,6 +66,19 @@ STAFF_RULE = "id = @request.auth.id || @request.auth.vault.name = 'V'"
 MANAGE_RULE = "@request.query.manages = 'yes' && @request.auth.id != ''"
 POSTS_RULE = "public = true || author = @request.auth.id"
 
+AUTH_RULES = (
+    None,
+    "verified = true",
+    "@request.context = 'password'",
+    "@request.context = 'default' && @request.method = 'POST'",
+    "@request.auth.id = ''",
+    "@request.auth.id = id || @request.auth.verified = true",
+    "@request.query.q = '1' && @request.headers.x_key = 'k' && @request.query.filter != ''",
+    "@collection.vaults.name ?= 'V' && email ~ 'ann'",
+)
+GUARDED = {f"guarded{number}": rule for number, rule in enumerate(AUTH_RULES)}
+"""Collections by name, each with one of the rules."""
+
 
 # -- two servers with the same people
 
@@ -87,7 +102,7 @@ async def original(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Or
     try:
         await server.authenticate(ROOT)
         await _fill(server)
-        names = ("users", "members", "locked", "vaults", "teams", "staff", "posts")
+        names = ("users", "members", "locked", "vaults", "teams", "staff", "posts", *GUARDED)
         rows = {name: _stored_rows(directory, name) for name in names}
         yield Original(server.address, server.api.token, rows)
     finally:
@@ -106,12 +121,13 @@ async def _fill(server: PocketBaseServer) -> None:
     }
     locked = {"name": "locked", "type": "auth", "passwordAuth": {"enabled": False}}
     base = {"name": "projects", "type": "base", "fields": [{"name": "title", "type": "text"}]}
-    for definition in (members | token, locked | token, base, *_related(token)):
+    guarded = [{"name": name, "type": "auth"} | token for name in GUARDED]
+    for definition in (members | token, locked | token, base, *_related(token), *guarded):
         await server.api.call("POST", "/api/collections", definition)
     fields = (await server.api.call("GET", "/api/collections/staff"))["fields"]
     itself = {"fields": [*fields, _relation("boss", "staff0000000000")]}
     await server.api.call("PATCH", "/api/collections/staff", itself)
-    for collection, record in (
+    records: list[tuple[str, dict[str, Any]]] = [
         ("users", {"id": "userann00000001", "email": "ann@example.com", "name": "Ann <&> \u2028"}),
         ("users", {"id": "userbob00000001", "email": "bob@example.com", "emailVisibility": True}),
         ("members", {"email": "m@example.com", "username": "bob@example.com"}),
@@ -125,11 +141,18 @@ async def _fill(server: PocketBaseServer) -> None:
         ("posts", {"id": "post00000000002", "author": "staffann0000001", "public": True}),
         ("posts", {"id": "post00000000003", "author": "staffbob0000001", "public": False}),
         ("posts", {"id": "post00000000004", "author": "staffbob0000001", "public": True}),
-    ):
+        *((name, {"email": "ann@example.com"}) for name in GUARDED),
+        *((name, {"email": "bob@example.com", "verified": False}) for name in GUARDED),
+    ]
+    for collection, record in records:
         name = str(record.get("email")).partition("@")[0]
         password = f"{name}-pass-1"
         body = {"verified": True, "password": password, "passwordConfirm": password, **record}
         await server.api.call("POST", f"/api/collections/{collection}/records", body)
+    for collection, rule in GUARDED.items():
+        path = f"/api/collections/{collection}"
+        await server.api.call("PATCH", path, {"authRule": rule})
+        await server.api.call("PATCH", path, token)  # another rule made another secret
 
 
 def _related(token: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -192,7 +215,7 @@ CREATE TABLE staff (
   id text PRIMARY KEY, email text UNIQUE, "emailVisibility" bool NOT NULL, verified bool NOT NULL,
   name text, vault text, teams text[], boss text, password text, "tokenKey" text);
 CREATE TABLE posts (id text PRIMARY KEY, public bool NOT NULL, author text);
-"""
+""" + "".join(f"CREATE TABLE {name} (LIKE locked INCLUDING ALL);" for name in GUARDED)
 
 LOGIN = {"password_hash": "password", "token_key": "tokenKey"}
 COLLECTIONS: dict[str, dict[str, Any]] = {
@@ -230,12 +253,18 @@ COLLECTIONS: dict[str, dict[str, Any]] = {
         "relations": {"author": {"collection": "staff"}},
     },
 }
+for _name, _rule in GUARDED.items():
+    COLLECTIONS[_name] = {"table": _name, "type": "auth", "login": LOGIN, "auth_rule": _rule}
 
 
 def config(collections: dict[str, Any] = COLLECTIONS, **login: Any) -> Config:
+    auth: dict[str, Any] = {
+        "issuers": [{"name": "root", "secret": SECRET, "superuser_when": {"role": "root"}}],
+        "login": {"enabled": True, "secret": SECRET, **login},
+    }
     return parse_config(
         {
-            "auth": {"login": {"enabled": True, "secret": SECRET, **login}},
+            "auth": auth,
             "collections": collections,
             "records": {"nulls": "zero"},
         }
@@ -464,6 +493,43 @@ async def test_picked_members_are_those_of_pocketbase(
 
     assert answer.pop("token", "").split(".")[0] == theirs.pop("token", "").split(".")[0]
     assert answer == theirs
+
+
+@pytest.mark.parametrize("collection", GUARDED)
+@pytest.mark.parametrize("caller", ["nobody", "ann", "bob", "root"])
+async def test_who_is_let_in_is_let_in_by_pocketbase(
+    original: Original, ours: Ours, collection: str, caller: str
+) -> None:
+    """By a rule about the record, and the request with its own token; a filter narrows nothing."""
+    query = "?q=1&filter=id%3D%22x%22" if caller != "bob" else ""
+    rows = {row["email"].partition("@")[0]: row for row in original.rows[collection]}
+    tokens = {name: await _token_of(original, collection, row) for name, row in rows.items()}
+    roots = original.superuser_token, jwt.encode({"sub": "root", "role": "root"}, SECRET)
+
+    async def answers(address: Address, root: str) -> list[tuple[int, str | None, bytes]]:
+        headers = JSON | {"X-Key": "k"}
+        if caller != "nobody":
+            headers["Authorization"] = {**tokens, "root": root}[caller]
+        logins = [
+            await post(address, f"{collection}/auth-with-password{query}", body, headers)
+            for body in (ANN, BOB)
+        ]
+        refresh = await post(address, f"{collection}/auth-refresh{query}", b"", headers)
+        return [comparable(answer) for answer in (*logins, refresh)]
+
+    assert await answers(ours.address, roots[1]) == await answers(original.address, roots[0])
+
+
+async def _token_of(original: Original, collection: str, row: Mapping[str, Any]) -> str:
+    kind = f"/api/collections/{collection}"
+    request = Request(method="GET", path=kind, headers={"Authorization": original.superuser_token})
+    collection_id = json.loads((await send(request, original.address)).body)["id"]
+    return make_own(
+        collection_id=collection_id,
+        record_id=row["id"],
+        key=row["tokenKey"] + SECRET,
+        expires_at=int(time.time()) + 1000,
+    )
 
 
 EXPANDS = [

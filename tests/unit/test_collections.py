@@ -697,6 +697,10 @@ def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
             Problem("manage_rule", "a base collection holds nobody's address", "set type: auth"),
         ),
         (
+            {"auth_rule": None},
+            Problem("auth_rule", "nobody logs in to a base collection", "set type: auth"),
+        ),
+        (
             {"type": "auth", "login": {"password_hash": "hash", "identity": ["title"]}},
             Problem("login.password_hash", 'there is no column "hash" in "public.posts"'),
         ),

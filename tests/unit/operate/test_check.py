@@ -33,6 +33,7 @@ def test_rules_for_everyone_and_for_nobody_have_no_syntax() -> None:
             "collections": {
                 "a": {"table": "a", "list_rule": "", "view_rule": None},
                 "b": {"table": "b", "list_rule": "(", "view_rule": "a =", "manage_rule": ")"},
+                "c": {"table": "c", "auth_rule": "a"},
             }
         }
     )
@@ -40,4 +41,5 @@ def test_rules_for_everyone_and_for_nobody_have_no_syntax() -> None:
         "collections.b.list_rule",
         "collections.b.view_rule",
         "collections.b.manage_rule",
+        "collections.c.auth_rule",
     ]
