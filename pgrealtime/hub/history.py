@@ -37,6 +37,8 @@ class History:
 
     def go_on(self, epoch: str, head: Cursor) -> None:
         """Another stream goes on from there: nothing was missed or repeated."""
+        if epoch == self.epoch:
+            return  # the same tables with other columns
         since = head if epoch in self._used else _START
         self._since = {self.epoch: self._since[self.epoch], epoch: since}
         self._used.add(epoch)

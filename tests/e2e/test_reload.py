@@ -213,10 +213,12 @@ async def test_many_reloads_under_load_lose_nothing_and_leave_nothing(
 
 
 @either_slot
+@pytest.mark.parametrize("change", ["another table", "another column"])
 async def test_a_position_of_before_the_reload_is_still_good(
-    database_url: str, tmp_path: Path
+    database_url: str, tmp_path: Path, change: str
 ) -> None:
-    """Other tables are streamed since, and what was missed is given all the same."""
+    """Another stream is read since, and what was missed is given all the same."""
+    more = {"notes": NOTES} if change == "another table" else {}
     async with serving(database_url, tmp_path, {"posts": POSTS}) as running:
         async with listener(running.address, "posts/*", "PB_CURSOR", "marks/*") as first:
             await running.write.execute("INSERT INTO posts VALUES ('1')")
@@ -225,7 +227,9 @@ async def test_a_position_of_before_the_reload_is_still_good(
                 message = (await first.take(1))[0]
                 position = message.id if message.event == "posts/*" else ""
         await running.write.execute("INSERT INTO posts VALUES ('2')")
-        await reload(running, {"posts": POSTS, "notes": NOTES})
+        if not more:
+            await running.write.execute("ALTER TABLE posts ADD COLUMN extra text")
+        await reload(running, {"posts": POSTS, **more})
         await running.write.execute("INSERT INTO posts VALUES ('3')")
         request = Request(method="GET", path="/api/realtime", headers={"Last-Event-ID": position})
         stream = await EventStream.open(request, running.address, "returning")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+
+import pytest
 
 from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.changes import Insert
@@ -186,11 +188,19 @@ async def test_a_call_under_way_is_reconsidered_too() -> None:
         assert heard(sink) == []
 
 
-async def test_positions_of_the_stream_that_was_gone_on_from_stay_good() -> None:
+@pytest.mark.parametrize(
+    "epochs",
+    [("fedcba",), ("abcdef",), ("fedcba", "fedcba")],
+    ids=["other tables", "other columns", "both"],
+)
+async def test_positions_of_the_stream_that_was_gone_on_from_stay_good(
+    epochs: Sequence[str],
+) -> None:
     async with open_room() as room:
         first = room.commit(insert("1"))
         await room.settled()
-        room.hub.stream_continued("fedcba")
+        for epoch in epochs:
+            room.hub.stream_continued(epoch)
         room.commit(insert("2"))
         await room.settled()
         connection, sink = room.connect(last_event_id="x." + at(first, 1))
@@ -198,7 +208,7 @@ async def test_positions_of_the_stream_that_was_gone_on_from_stay_good() -> None
         await sink.wait_for(2)
 
         assert heard(sink) == [("posts/*", "2")]
-        assert sink.events()[-1][0].split(".")[1].startswith("fedcba-")
+        assert sink.events()[-1][0].split(".")[1].startswith(f"{epochs[-1]}-")
 
 
 async def test_positions_of_another_history_do_not_come_back_with_a_switch() -> None:
