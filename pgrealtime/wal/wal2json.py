@@ -165,7 +165,7 @@ def _insert(line: _Insert[str], source: Source) -> Insert:
 
 def _update(line: _Update[str], source: Source) -> Update:
     new, old = _row(line.columns), _row(line.identity)
-    if len(new) < len(source.names):
+    if len(new) < len(source.names) or len(new) < len(old):
         # Columns are missing that the update left in TOAST: FULL logs them in the old row, the
         # other identities do so for those of the key.
         new = source.in_order(old | new)

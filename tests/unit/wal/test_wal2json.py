@@ -130,16 +130,19 @@ def test_unchanged_toast_is_absent_and_not_null() -> None:
     assert decode(told) == RowChange(Update(T, {"id": "1", "a": None}, Key({"id": "1"})), None)
 
 
-def test_unchanged_toast_is_filled_from_a_whole_old_row_in_its_place() -> None:
+@pytest.mark.parametrize("added", [[], ["c"]], ids=["catalogued", "with a column that is new"])
+def test_unchanged_toast_is_filled_from_a_whole_old_row_in_its_place(added: list[str]) -> None:
+    more = [(name, "25", '"more"') for name in added]
     told = line(
         "U",
-        columns=[ID, ("b", "25", '"new"')],
-        identity=[ID, ("a", "25", '"big"'), ("b", "25", '"old"')],
+        columns=[ID, ("b", "25", '"new"'), *more],
+        identity=[ID, ("a", "25", '"big"'), ("b", "25", '"old"'), *more],
     )
+    whole = {"id": "1", "a": "big", "b": "new"} | dict.fromkeys(added, "more")
 
     match decode(told, identity=FULL):
-        case RowChange(change=Update(new=row)):
-            assert list(row.items()) == [("id", "1"), ("a", "big"), ("b", "new")]
+        case RowChange(change=Update(new=row, old=WholeRow())):
+            assert list(row.items()) == list(whole.items())
         case other:
             pytest.fail(str(other))
 
