@@ -109,9 +109,12 @@ class Collection:
     manage_rule: str | None = None
     auth_rule: str | None = ""
     by_name: Mapping[str, Field] = field(default_factory=dict, repr=False, compare=False)
+    column_names: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+    """All that the table has."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "by_name", {f.name: f for f in self.fields})
+        object.__setattr__(self, "column_names", frozenset(c.name for c in self.table.columns))
 
 
 class Collections(Mapping[str, Collection]):

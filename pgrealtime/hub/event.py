@@ -32,9 +32,12 @@ class Event(Struct, gc=False):
     changes: tuple[Change, ...] = ()
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the image has every column; if not, some were left out of the WAL."""
-        return len(self.row) >= len(self.collection.table.columns)
+    def missing(self) -> frozenset[str]:
+        """Columns that the image lacks: left out of the WAL, or not the table's any more.
+
+        By name: a table that was altered since the catalogue was read has others instead.
+        """
+        return self.collection.column_names.difference(self.row)
 
     @property
     def hides_email(self) -> bool:

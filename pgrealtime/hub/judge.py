@@ -135,7 +135,7 @@ class Judge:
     async def _find_out(
         self, events: list[Event], allowance: Allowance, among: Sized[Group] | None
     ) -> Verdict:
-        partial = [event for event in events if event.action != "delete" and not event.is_whole]
+        partial = [event for event in events if event.action != "delete" and event.missing]
         live, lost = await self._probe.live_rows(partial) if partial else ({}, _NO_NAMES)
         if partial:
             _complete(partial, live, proven=True)

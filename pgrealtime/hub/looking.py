@@ -19,7 +19,6 @@ from pgrealtime.rules.past import Past
 from pgrealtime.rules.plan import Bound
 from pgrealtime.rules.remote import Inquiry
 
-_WHOLE: frozenset[str] = frozenset()
 _NOTHING: frozenset[Bound] = frozenset()
 
 P = TypeVar("P", bound=Hashable)
@@ -59,10 +58,7 @@ class Looking(Generic[P]):
         """
         case = self._cases.get(place)
         if case is None:
-            columns = collection.table.columns
-            missing = _WHOLE
-            if len(row) < len(columns):
-                missing = frozenset(c.name for c in columns if c.name not in row)
+            missing = collection.column_names.difference(row)
             case = self._cases[place] = Case(Facts(row, missing, self._at), past)
         case.consider(bounds)
 

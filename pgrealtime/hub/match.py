@@ -432,7 +432,7 @@ class Matcher:
             there = by_collection.get(event.collection.name)
             if there is None:
                 continue
-            facts = Facts(event.row, _missing(event), at)
+            facts = Facts(event.row, event.missing, at)
             case = cases[place] = Case(facts, self._past(event, pasts))
             if among is None:
                 case.search(there.index)
@@ -476,13 +476,3 @@ def _filters_upto(subscription: Subscription) -> int:
     texts = {one.topic.query.get("filter", "") for one in _before(subscription)}
     texts.add(subscription.topic.query["filter"])
     return sum(map(len, texts))
-
-
-_WHOLE: frozenset[str] = frozenset()
-
-
-def _missing(event: Event) -> frozenset[str]:
-    if event.is_whole:
-        return _WHOLE
-    columns = event.collection.table.columns
-    return frozenset(column.name for column in columns if column.name not in event.row)

@@ -338,8 +338,9 @@ async def test_sections_that_need_a_restart_are_named(database_url: str, tmp_pat
 # -- the schema
 
 
-async def test_a_dropped_column_locks_what_needs_it_and_nothing_else(
-    database_url: str, tmp_path: Path
+@pytest.mark.parametrize("change", ["DROP COLUMN n", "RENAME COLUMN n TO m"])
+async def test_a_column_that_is_gone_locks_what_needs_it_and_nothing_else(
+    database_url: str, tmp_path: Path, change: str
 ) -> None:
     """The log says once why; with the column back everything is as before."""
     ruled = {"table": "posts", "list_rule": "n > 0", "view_rule": "n > 0"}
@@ -348,7 +349,7 @@ async def test_a_dropped_column_locks_what_needs_it_and_nothing_else(
         serving(database_url, tmp_path, {"posts": ruled, "notes": NOTES}) as running,
         listener(running.address, "posts/*", "notes/*", "marks/*") as guest,
     ):
-        await running.write.execute("ALTER TABLE posts DROP COLUMN n")
+        await running.write.execute(f"ALTER TABLE posts {change}".encode())
         found = await heard(guest, running, *(one.format(1) for one in create))
         assert found == ["create notes/1"]
         await running.process.wait_logged("schema.changed")
@@ -364,6 +365,29 @@ async def test_a_dropped_column_locks_what_needs_it_and_nothing_else(
         ("posts", "collections.posts.list_rule"),
         ("posts", "collections.posts.view_rule"),
     ]
+
+
+@pytest.mark.parametrize("identity", ["DEFAULT", "FULL"])
+async def test_an_added_column_takes_no_other_s_place(
+    database_url: str, tmp_path: Path, identity: str
+) -> None:
+    """Rows of before the catalogue is read again have as many columns, but not the same ones."""
+    ruled = {"table": "posts", "list_rule": "title != ''"}
+    async with serving(database_url, tmp_path, {"posts": POSTS}) as running:
+        for statement in (
+            f"ALTER TABLE posts REPLICA IDENTITY {identity}",
+            "ALTER TABLE posts ALTER title SET STORAGE EXTERNAL",
+            "INSERT INTO posts VALUES ('1', repeat('x', 10000), 1)",
+        ):
+            await running.write.execute(statement.encode())
+        await reload(running, {"posts": ruled})
+        async with listener(running.address, "posts/*", "PB_RESYNC") as guest:
+            await running.write.execute("ALTER TABLE posts ADD COLUMN more text")
+            await running.write.execute("UPDATE posts SET n = 2")
+            (message,) = await guest.take(1)
+
+    assert message.event == "posts/*"
+    assert message.data["record"]["title"] == "x" * 10000
 
 
 async def test_a_column_of_another_type_is_shown_and_asked_by_it(

@@ -228,11 +228,13 @@ def test_a_topic_of_no_collection_hears_nothing(name: str) -> None:
     there.remove(made)
 
 
-def test_a_row_that_lacks_a_column_is_denied_to_rules_that_read_it() -> None:
+@pytest.mark.parametrize("more", [{}, {"heading": "b"}], ids=["toast", "renamed"])
+def test_a_row_that_lacks_a_column_is_denied_to_rules_that_read_it(more: Row) -> None:
     """An unchanged TOASTed value isn't NULL: nobody knows what it is."""
     there = matcher("title != 'secret'")
     put(there, "posts/*")
-    event = Event(COLLECTIONS["posts"], "update", "a", {"id": "a"}, Cursor(LSN(8), 1), Xid(3))
+    row = {"id": "a", **more}
+    event = Event(COLLECTIONS["posts"], "update", "a", row, Cursor(LSN(8), 1), Xid(3))
     judging = there.match([event], NOW)
 
     assert not any(judging.hits)
