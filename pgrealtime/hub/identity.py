@@ -12,6 +12,8 @@ from collections.abc import Collection as Sized
 from collections.abc import Mapping
 from typing import TypeAlias
 
+from msgspec.structs import replace
+
 from pgrealtime.auth.principal import AuthRecord, Caller, Guest
 from pgrealtime.auth.record import plain_id, rebound
 from pgrealtime.config import CollectionLoginConfig
@@ -26,6 +28,8 @@ Person: TypeAlias = tuple[str, str]
 _KEPT = 4096
 """Changes of rows of people that are remembered. Each call needs those of its own few
 milliseconds; who was looked up before the oldest is looked up again."""
+_KEPT_SIZE = 4 * 1024 * 1024
+"""Characters of those rows, the newest aside."""
 
 _NO_LOGIN = CollectionLoginConfig()
 
@@ -59,7 +63,9 @@ class Identities:
         self._allows_guests = allows_guests
         self._connections: dict[Person, dict[Connection, None]] = {}
         self._told: dict[Person, deque[Event]] = {}
-        self._order: deque[Person] = deque()
+        self._order: deque[tuple[Person, int]] = deque()
+        """Whose change each was, and its size."""
+        self._size = 0
         self._forgotten = LSN(0)
 
     def add(self, connection: Connection) -> None:
@@ -127,19 +133,27 @@ class Identities:
     def tell(self, event: Event) -> None:
         """Remember the event for calls whose callers were looked up before it."""
         person = person_in(event)
-        self._told.setdefault(person, deque()).append(event)
-        self._order.append(person)
-        if len(self._order) > _KEPT:
-            oldest = self._order.popleft()
-            theirs = self._told[oldest]
-            self._forgotten = max(self._forgotten, theirs.popleft().cursor.lsn)
-            if not theirs:
-                del self._told[oldest]
+        size = sum(len(value) for value in event.row.values() if value is not None)
+        # Without all that its transaction changed, which the changelog may let go of meanwhile.
+        self._told.setdefault(person, deque()).append(replace(event, changes=()))
+        self._order.append((person, size))
+        self._size += size
+        while len(self._order) > _KEPT or (self._size > _KEPT_SIZE and len(self._order) > 1):
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        oldest, size = self._order.popleft()
+        self._size -= size
+        theirs = self._told[oldest]
+        self._forgotten = max(self._forgotten, theirs.popleft().cursor.lsn)
+        if not theirs:
+            del self._told[oldest]
 
     def forget(self, upto: LSN) -> None:
         """Take note that changes up to there were never told: a gap, or another history."""
         self._told.clear()
         self._order.clear()
+        self._size = 0
         self._forgotten = upto
 
     def caught_up(self, caller: Caller, known: Barrier | None, upto: Cursor) -> Caller:

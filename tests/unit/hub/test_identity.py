@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
+from weakref import ReferenceType, ref
 
 import pytest
 
@@ -13,8 +15,12 @@ from pgrealtime.changelog.base import Gap
 from pgrealtime.changes import Delete, Insert, Row, TableName, Truncate, Update, WholeRow
 from pgrealtime.errors import SubscriptionError
 from pgrealtime.hub.connection import Connection
-from pgrealtime.lsn import LSN
+from pgrealtime.hub.event import Event
+from pgrealtime.hub.identity import Identities
+from pgrealtime.hub.snapshot import barrier_of
+from pgrealtime.lsn import END, LSN, Cursor, Xid
 from tests.unit.hub.room import (
+    COLLECTIONS,
     PEOPLE,
     POSTS,
     MemorySink,
@@ -290,3 +296,30 @@ async def test_a_gap_elsewhere_leaves_callers_alone() -> None:
 
         assert await heard(sink, 1) == [("update", "ann", True)]
         assert connection.caller == caller()
+
+
+class SeenRow(dict[str, str | None]):
+    """A row of which it can be seen whether anybody still has it."""
+
+
+def test_what_is_remembered_of_people_is_little() -> None:
+    """Neither what else their transactions did, nor rows without end."""
+    identities = Identities({})
+    changes = (insert("a"),)
+    before = sys.getrefcount(changes)
+    rows: list[ReferenceType[SeenRow]] = []
+    for number in range(1, 100):
+        told = SeenRow(row("ann"), key="k" * 1_000_000)
+        rows.append(ref(told))
+        at = Cursor(LSN(number), 1)
+        identities.tell(
+            Event(COLLECTIONS["people"], "update", "ann", told, at, Xid(number), changes)
+        )
+        del told
+
+    assert sys.getrefcount(changes) == before
+    assert [number for number, one in enumerate(rows, 1) if one() is not None] == [96, 97, 98, 99]
+    known = barrier_of("1:1:", "0/5F")
+    with pytest.raises(LookupError):
+        identities.caught_up(caller(), barrier_of("1:1:", "0/5E"), Cursor(LSN(200), END))
+    assert identities.caught_up(caller(), known, Cursor(LSN(200), END)) == Caller()
