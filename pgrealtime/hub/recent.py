@@ -79,14 +79,21 @@ class Recent:
         return stretch
 
     def keep(self, at: Standpoint, events: Sequence[Event], batch: Batch, upto: Cursor) -> None:
-        """Keep what follows for the next one that comes by; the oldest give way."""
+        """Keep what follows for the next one that comes by; the oldest give way.
+
+        What is too old goes as well: a stretch without a message has no size, but its events.
+        """
+        now = self._clock()
         old = self._stretches.pop(at, None)
         size = sum(map(len, batch.tails))
-        self._stretches[at] = Stretch(events, batch, upto, self._clock(), size)
+        self._stretches[at] = Stretch(events, batch, upto, now, size)
         self._size += size - (0 if old is None else old.size)
-        while self._size > _SIZE:
-            _, gone = self._stretches.popitem(last=False)
-            self._size -= gone.size
+        while self._stretches:
+            place, oldest = next(iter(self._stretches.items()))
+            if self._size <= _SIZE and now - oldest.found_at <= _SECONDS:
+                return
+            del self._stretches[place]
+            self._size -= oldest.size
 
     def clear(self) -> None:
         """Let go of all, when nobody reads on any more."""

@@ -211,3 +211,22 @@ def test_what_is_kept_is_bounded() -> None:
         recent.keep(at_lsn(lsn), [], batch, Cursor(LSN(9), 0))
 
     assert [found(recent, lsn) is not None for lsn in (1, 2, 3)] == [False, True, True]
+
+
+def test_what_nobody_may_have_any_more_is_let_go() -> None:
+    """Also where nothing was heard: then there are no bytes to bound, but events."""
+    clock = Clock()
+    recent = Recent(clock)
+    for lsn in range(1, 100):
+        clock.now += 0.1
+        recent.keep(at_lsn(lsn), [], Batch(), Cursor(LSN(9), 0))
+
+    assert len(recent._stretches) <= 11
+
+
+def test_what_is_too_large_is_not_kept() -> None:
+    recent = Recent(Clock())
+    for lsn in (1, 2):
+        recent.keep(at_lsn(lsn), [], Batch([(0, b"x" * 17_000_000)]), Cursor(LSN(9), 0))
+
+    assert not recent._stretches
