@@ -11,7 +11,7 @@ import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from pgrealtime.api import problems
+from pgrealtime.api import problems, redirect
 from pgrealtime.api.cors import Origins
 from pgrealtime.api.health import Health
 from pgrealtime.api.problems import Language, Problem, preferred_language, problem_of
@@ -47,7 +47,7 @@ _LINGERING_SECONDS: Final = 1
 def build_app(hub: Hub, authenticator: Authenticator, config: Config) -> web.Application:
     """Return the application; ``build_runner`` serves it with the limits it counts on."""
     surface = Surface(config.server)
-    app = web.Application(middlewares=[surface.answer])
+    app = web.Application(middlewares=[redirect.put_right, surface.answer])
     app.on_response_prepare.append(surface.add_headers)
     realtime = Realtime(hub, authenticator, config.server, config.realtime)
     health = Health(authenticator, config.server)
@@ -132,7 +132,9 @@ class Surface:
         return preferred_language(",".join(request.headers.getall("Accept-Language", [])))
 
     async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Add what every answer carries."""
+        """Add what every answer of ours carries; to PocketBase a redirect is its router's."""
+        if response.status == redirect.STATUS:
+            return
         origin = request.headers.get("Origin", "")
         if request.method == "OPTIONS":
             asked = request.headers.get("Access-Control-Request-Headers", "")

@@ -1,0 +1,54 @@
+"""Paths are put right as Go's ``path.Clean`` does it, and lead nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgrealtime.api.redirect import plain_path
+from tests.conformance.http_client import Request, send
+from tests.unit.api.served import served
+
+
+@pytest.mark.parametrize(
+    ("path", "plain"),
+    [
+        ("/", "/"),
+        ("/api/realtime", "/api/realtime"),
+        ("/api/realtime/", "/api/realtime/"),
+        ("//", "/"),
+        ("//api///realtime//", "/api/realtime/"),
+        ("/api/./realtime", "/api/realtime"),
+        ("/api/x/../realtime", "/api/realtime"),
+        ("/api/realtime/.", "/api/realtime"),
+        ("/api/realtime/x/..", "/api/realtime"),
+        ("/../..", "/"),
+        ("/api/%2e%2e/%2F/...", "/api/%2e%2e/%2F/..."),
+    ],
+)
+def test_segments_that_say_nothing_go(path: str, plain: str) -> None:
+    assert plain_path(path) == plain
+
+
+@given(st.lists(st.sampled_from(["/", ".", "..", "a", "%2F"]), max_size=12))
+def test_a_plain_path_is_on_this_server_and_stays_as_it_is(pieces: list[str]) -> None:
+    """A client that is sent on isn't sent on again, nor to another host."""
+    plain = plain_path("/" + "".join(pieces))
+
+    assert plain.startswith("/")
+    assert not plain.startswith("//")
+    assert plain_path(plain) == plain
+
+
+async def test_base_url_with_a_slash_too_many_leads_to_the_api() -> None:
+    """What a client makes of ``https://host/`` and ``/api/health``."""
+    async with served() as service:
+        first = await send(
+            Request(method="GET", path="//api/health?x", headers={}), service.address
+        )
+        location = first.head.header("location")
+        second = await send(Request(method="GET", path=str(location), headers={}), service.address)
+
+    assert (first.head.status, location) == (307, "/api/health?x")
+    assert second.head.status == 200
