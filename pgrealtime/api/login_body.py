@@ -13,7 +13,7 @@ from pgrealtime.json_reader import JsonError, JsonReader
 
 _FORMS: Final = ("multipart/form-data", "application/x-www-form-urlencoded")
 _LONGEST: Final = 255
-"""Bytes of an identity and of a password."""
+"""Bytes of each member."""
 
 UNREADABLE: Final = Problem(
     400,
@@ -74,7 +74,7 @@ def _members(reader: JsonReader, spelled: Callable[[str], str]) -> dict[str, str
 
 
 def _from_form(pairs: list[tuple[bytes, bytes]]) -> dict[str, str]:
-    """The first value of each key counts; ``@jsonPayload`` holds members that overwrite them."""
+    """The first value of each key counts; ``@jsonPayload`` overwrites them, null empties all."""
     found: dict[str, str] = {}
     for name, value in pairs:
         attribute = _MEMBERS.get(name.decode(errors="replace"))
@@ -83,7 +83,7 @@ def _from_form(pairs: list[tuple[bytes, bytes]]) -> dict[str, str]:
     for name, value in pairs:
         if name == b"@jsonPayload":
             reader = JsonReader(value)
-            found |= _members(reader, str)
+            found = {} if reader.null() else found | _members(reader, str)
             reader.end()
     return found
 
@@ -104,7 +104,9 @@ def check(call: LoginCall, identity_fields: Collection[str]) -> None:
         for name, text in texts.items()
         if not 0 < len(text.encode()) <= _LONGEST
     }
-    if call.identity_field and call.identity_field not in identity_fields:
+    if len(call.identity_field.encode()) > _LONGEST:
+        faults = {**faults, "identityField": out_of_range(1, _LONGEST)}
+    elif call.identity_field and call.identity_field not in identity_fields:
         faults = {**faults, "identityField": _NOT_ONE_OF_THEM}
     if faults:
         message = Text(
