@@ -12,6 +12,7 @@ from pgrealtime.api.address import client_address
 from pgrealtime.api.answers import json_answer, query_of
 from pgrealtime.api.login_body import UNREADABLE, LoginCall, check, read_login
 from pgrealtime.api.problems import NO_TOKEN, TOO_LARGE, TOO_SLOW, Problem, RefusedError, Text
+from pgrealtime.api.realtime import LARGE_BODY
 from pgrealtime.auth.account import Users
 from pgrealtime.auth.authenticator import Authenticator, Identity
 from pgrealtime.auth.login import Attempt, Login, Session
@@ -213,4 +214,7 @@ async def _read(request: web.Request) -> LoginCall:
     except web.RequestPayloadError as error:
         raise RefusedError(UNREADABLE) from error
     content_type = request.headers.get("Content-Type", "")
-    return read_login(content_type, body, request.rel_url.raw_query_string.encode())
+    query = request.rel_url.raw_query_string.encode()
+    if len(body) <= LARGE_BODY:
+        return read_login(content_type, body, query)
+    return await asyncio.to_thread(read_login, content_type, body, query)

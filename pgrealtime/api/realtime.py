@@ -30,7 +30,7 @@ LARGEST_BODY: Final = 32 * 1024 * 1024
 _BODY_SECONDS: Final = 60.0
 """How long a client may take to send its body."""
 
-_LARGE_BODY: Final = 64 * 1024
+LARGE_BODY: Final = 64 * 1024
 """Bytes above which a body is taken apart in a thread, so that nobody else waits for it."""
 
 _LONGEST_POSITION: Final = 128
@@ -133,7 +133,7 @@ async def _read(request: web.Request) -> SubscribeCall:
     body = await _read_body(request)
     content_type = request.headers.get("Content-Type", "")
     query = request.rel_url.raw_query_string.encode()
-    if len(body) <= _LARGE_BODY:
+    if len(body) <= LARGE_BODY:
         return read_call(content_type, body, query)
     return await asyncio.to_thread(read_call, content_type, body, query)
 

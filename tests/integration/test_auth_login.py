@@ -6,6 +6,7 @@ servers have the same token secret: each must then take the other's tokens for i
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -629,6 +630,21 @@ async def test_a_refresh_is_answered_as_by_pocketbase(
         return await post(address, path, headers={"Authorization": value} if value else {})
 
     assert comparable(await refresh(ours.address)) == comparable(await refresh(original.address))
+
+
+async def test_a_large_login_holds_up_nobody(ours: Ours) -> None:
+    """Such a body takes a second to read; whoever else is served hardly waits."""
+    body = ANN[:-1] + b',"x":[' + b"1," * 190_000 + b"1]}"
+    loop = asyncio.get_running_loop()
+    answer = asyncio.create_task(post(ours.address, "users/auth-with-password", body))
+    longest = 0.0
+    while not answer.done():
+        asked = loop.time()
+        await asyncio.sleep(0)  # a turn of the loop
+        longest = max(longest, loop.time() - asked)
+
+    assert answer.result().head.status == 200
+    assert longest < 0.3
 
 
 # -- each other's tokens
