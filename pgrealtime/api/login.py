@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 from aiohttp import web
 from msgspec import Raw
 
 from pgrealtime.api.address import client_address
 from pgrealtime.api.answers import json_answer, query_of
-from pgrealtime.api.login_body import UNREADABLE, LoginCall, check, read_login
+from pgrealtime.api.login_body import (
+    UNREADABLE,
+    LoginCall,
+    check,
+    check_readable,
+    read_login,
+)
 from pgrealtime.api.problems import NO_TOKEN, TOO_LARGE, TOO_SLOW, Problem, RefusedError, Text
 from pgrealtime.api.realtime import LARGE_BODY
 from pgrealtime.auth.account import Users
@@ -22,6 +29,8 @@ from pgrealtime.errors import AuthError
 from pgrealtime.hub.own_record import OwnRecords
 from pgrealtime.hub.topic import snake_case
 from pgrealtime.records.values import Json
+
+_Content = TypeVar("_Content")
 
 _BODY_SECONDS: Final = 60.0
 
@@ -103,7 +112,7 @@ class LoginRoutes:
         users = self._auth_users(request)
         if not users.login.password_hash:
             raise RefusedError(_NO_PASSWORDS)
-        call = await _read(request)
+        call = await _read(request, read_login) or LoginCall()
         check(call, users.login.identity)
         attempt = Attempt(
             identity=call.identity, password=call.password, identity_field=call.identity_field
@@ -130,6 +139,7 @@ class LoginRoutes:
                 raise RefusedError(_of_another_collection(name))
             case _:
                 raise RefusedError(_of_another_collection("_superusers"))
+        await _read(request, check_readable)
         try:
             session = await self._login.refresh(users, record_id, identity)
         except AuthError as error:
@@ -200,9 +210,12 @@ def _of_another_collection(name: str) -> Problem:
     )
 
 
-async def _read(request: web.Request) -> LoginCall:
+async def _read(
+    request: web.Request, take_apart: Callable[[str, bytes, bytes], _Content]
+) -> _Content | None:
+    """Return what the body says, None if there is none."""
     if not request.body_exists or request.content_length == 0:
-        return LoginCall()
+        return None
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             # aiohttp's own bound of 1 MiB: two texts of 255 bytes are no longer in any encoding.
@@ -216,5 +229,5 @@ async def _read(request: web.Request) -> LoginCall:
     content_type = request.headers.get("Content-Type", "")
     query = request.rel_url.raw_query_string.encode()
     if len(body) <= LARGE_BODY:
-        return read_login(content_type, body, query)
-    return await asyncio.to_thread(read_login, content_type, body, query)
+        return take_apart(content_type, body, query)
+    return await asyncio.to_thread(take_apart, content_type, body, query)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from pgrealtime.api import problems
 from pgrealtime.api.body import BLANK, folded, out_of_range, string_or_empty
 from pgrealtime.api.forms import FormError, form_pairs
 from pgrealtime.api.problems import Fault, Faults, Problem, RefusedError, Text
@@ -55,6 +56,33 @@ def read_login(content_type: str, body: bytes, query: bytes) -> LoginCall:
     except (JsonError, FormError) as error:
         raise RefusedError(UNREADABLE) from error
     raise RefusedError(_UNKNOWN_TYPE)
+
+
+def check_readable(content_type: str, body: bytes, query: bytes) -> None:
+    """Let pass what can be read, for a call that wants nothing of it.
+
+    Raises:
+        RefusedError: It can't be read, or is of a type that isn't known.
+    """
+    try:
+        if content_type.startswith("application/json"):
+            _skip_object(JsonReader(body))
+        elif content_type.startswith(_FORMS):
+            for name, value in form_pairs(content_type, body, query):
+                if name == b"@jsonPayload":
+                    reader = JsonReader(value)
+                    _skip_object(reader)
+                    reader.end()
+        else:
+            raise RefusedError(_UNKNOWN_TYPE)
+    except (JsonError, FormError) as error:
+        raise RefusedError(problems.UNREADABLE) from error
+
+
+def _skip_object(reader: JsonReader) -> None:
+    if not reader.null():
+        for _name in reader.members():
+            reader.skip()
 
 
 def _members(reader: JsonReader, spelled: Callable[[str], str]) -> dict[str, str]:

@@ -647,6 +647,47 @@ async def test_a_large_login_holds_up_nobody(ours: Ours) -> None:
     assert longest < 0.3
 
 
+BODIES: list[tuple[bytes, Mapping[str, str]]] = [
+    (b"{}", JSON),
+    (b" null x", JSON),
+    (b'{"a":1,"A":{"b":[]}} x', JSON),
+    (b"{bad", JSON),
+    (b"[]", JSON),
+    (b'"x"', JSON),
+    (b'{"x":[{"a":1,"a":2}]}', JSON),
+    (b'{"x":"\xff"}', JSON),
+    (b"\xef\xbb\xbf{}", JSON),
+    (b"", JSON | {"Transfer-Encoding": "chunked"}),
+    (b"a=1&a=2&=&&%ff", FORM),
+    (b"%zz", FORM),
+    (b"a;b", FORM),
+    (b"@jsonPayload=null", FORM),
+    (b"@jsonPayload=%7B%22identity%22%3A1%7D", FORM),
+    (b"@jsonPayload=%7B%7D x", FORM),
+    (b"@jsonPayload=", FORM),
+    (MULTIPART, {"Content-Type": "multipart/form-data; boundary=b"}),
+    (MULTIPART, {"Content-Type": "multipart/form-data"}),
+    (b"", {"Content-Type": "text/plain"}),
+    (b"x", {"Content-Type": "text/plain"}),
+    (b"{}", {}),
+]
+
+
+@pytest.mark.parametrize(("body", "headers"), BODIES)
+@pytest.mark.parametrize("path", ["users/auth-refresh", "members/auth-refresh?%zz"])
+async def test_a_refresh_wants_no_body_but_one_that_can_be_read(
+    original: Original, ours: Ours, path: str, body: bytes, headers: Mapping[str, str]
+) -> None:
+    """Whoever it isn't for is told that first."""
+    account = (path.partition("/")[0], BOB if path.startswith("members") else ANN)
+
+    async def refresh(address: Address, token: str) -> tuple[int, str | None, bytes]:
+        return comparable(await post(address, path, body, {**headers, "Authorization": token}))
+
+    for token in (await log_in(original.address, *account), ""):
+        assert await refresh(ours.address, token) == await refresh(original.address, token)
+
+
 # -- each other's tokens
 
 
