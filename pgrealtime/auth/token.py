@@ -185,12 +185,16 @@ class OwnClaims:
 def own_claims(token: Token) -> OwnClaims:
     """The claims of a token that PocketBase would take for an auth token (protocol, 9.3).
 
+    Padding, which PyJWT bears, is none of a token's (RFC 7515, section 2).
+
     Raises:
         AuthError: Code ``token_signature``: it is another kind of token, for whatever purpose.
     """
     claims = token.claims
     match claims.get("type"), claims.get("collectionId"), claims.get("id"):
-        case "auth", str(collection), str(record_id) if token.algorithm == "HS256":
+        case "auth", str(collection), str(record_id) if (
+            token.algorithm == "HS256" and "=" not in token.text
+        ):
             return OwnClaims(collection, record_id)
         case _:
             raise AuthError("no issuer made this token", code="token_signature")
