@@ -225,10 +225,8 @@ def _list_text(place: Place, field: Field, scope: Scope) -> Sql:
     """Return many values as the JSON text that PocketBase keeps."""
     junction = None if field.relation is None else field.relation.junction
     if junction is not None:
-        return sql.coalesced(
-            sql.cast(sql.call("array_to_json", _junction_ids(place, field, scope)), sql.TEXT),
-            sql.string("[]"),
-        )
+        ids = sql.call("array_to_json", _junction_ids(place, field, scope))
+        return _where_found(place, scope, sql.coalesced(sql.cast(ids, sql.TEXT), sql.string("[]")))
     assert field.column is not None
     column = scope.column(place, field.column.name)
     is_native = field.kind in {FieldKind.NUMBER, FieldKind.BOOL, FieldKind.JSON}

@@ -229,6 +229,10 @@ def _answer(connection: psycopg.Connection, question: Question, rows: Sequence[R
         ("readers:length = 2", "1"),
         ("readers = '[]'", "3"),
         (f"readers = '[\"{_ANN}\"]'", "2"),
+        # a row that isn't there has no list, and not an empty one
+        ("parent.readers = ''", "1"),
+        ("parent.readers = '[]'", ""),
+        ("parent.readers !~ 'x'", "2 3"),
         ("owner.docs_via_readers.id ?= '1'", "1 2"),
         ("docs_via_parent.id ?= '3'", "1"),
         ("owner.docs_via_owner.id = id", "1 2"),
