@@ -6,6 +6,7 @@ there and here. What this can't do exactly is refused when the rule is compiled.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -22,30 +23,43 @@ from pgrealtime.rules.sql import Sql
 
 _DATE = r"(?!0000)[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
 _TIME = r"([01][0-9]|2[0-4]):[0-5][0-9](:[0-5][0-9](\.[0-9]+)?)?"
-_ZONE = r" *([Zz]|[+-](0[0-9]|1[0-4]):[0-5][0-9])? *"
-_READABLE = f"^({_DATE}[ T]*({_TIME}{_ZONE})?|{_TIME}{_ZONE})$"
+_BLANK = r"[ \t\n\v\f\r]"
+_ZONE = rf"{_BLANK}*([Zz]|[+-](0[0-9]|1[0-4]):[0-5][0-9])?{_BLANK}*"
+_READABLE = rf"^({_DATE}[ \t\n\v\f\rT]*({_TIME}{_ZONE})?|{_TIME}{_ZONE})$"
 """The dates that SQLite reads, but for years before 1."""
 
-_JULIAN_EPOCH = 2440587.5
-"""Julian day of 1970-01-01."""
 _LAST_JULIAN = 5373484.5
 _FIRST_UNIX, _LAST_UNIX = -210866760000, 253402300800
 _DAY_SECONDS = 86400
 _BASES = {"unixepoch", "julianday", "auto"}
 _SHIFT = re.compile(
-    r"([+-]?\d{1,9}(?:\.\d{1,6})?) *(day|hour|minute|second|month|year)s?", re.ASCII
+    rf"([+-]?(?:\d+\.?\d*|(?<=[+-])\.\d+)(?:[eE][+-]?\d+)?){_BLANK}+"
+    r"(day|hour|minute|second|month|year)s?",
+    re.ASCII,
 )
-_WEEKDAY = re.compile(r"weekday +([0-6])(?:\.0*)?", re.ASCII)
+_WEEKDAY = re.compile(
+    rf"weekday {_BLANK}*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?){_BLANK}*", re.ASCII
+)
 _SECONDS = {
     "second": 1,
     "minute": 60,
     "hour": 3600,
     "day": _DAY_SECONDS,
-    "month": 365.2425 * _DAY_SECONDS / 12,
-    "year": 365.2425 * _DAY_SECONDS,
+    "month": 30 * _DAY_SECONDS,
+    "year": 365 * _DAY_SECONDS,
 }
-_FARTHEST_SECONDS = 14713 * 365.2425 * _DAY_SECONDS
+"""Of months and years it is what a part of one is worth."""
+_MOST = {
+    "second": 4.6427e11,
+    "minute": 7.7379e9,
+    "hour": 1.2897e8,
+    "day": 5373485.0,
+    "month": 176546.0,
+    "year": 14713.0,
+}
 """A longer way than this leads out of what SQLite can hold, from wherever."""
+_FINER = frozenset({"subsec", "subsecond"})
+"""With these the seconds since 1970 have three decimals."""
 _LONGEST_FORMAT = 250
 _CYCLES_DAYS = 300 * 146097
 """120,000 years. The calendar repeats itself every 400, weekdays too, so that modifiers can be
@@ -129,7 +143,8 @@ def _spelt(text: Sql) -> Sql:
     hour = sql.cast(part(r"([0-9]{2}):[0-9]{2}", "00"), "int")
     minute = sql.cast(part(r"[0-9]{2}:([0-9]{2})", "00"), "int")
     second = sql.cast(part(r"[0-9]{2}:[0-9]{2}:([0-9]{2}(?:\.[0-9]+)?)", "00"), sql.DOUBLE)
-    zone = sql.cast(part(r"([+-][0-9]{2}:[0-9]{2}) *$", "00:00"), "interval")
+    last = sql.binary(exp.Add, sql.call("floor", second), sql.cast(sql.string("0.999"), sql.DOUBLE))
+    zone = sql.cast(part(rf"([+-][0-9]{{2}}:[0-9]{{2}}){_BLANK}*$", "00:00"), "interval")
     zero = sql.number(0)
     first = sql.call("make_timestamp", year, month, sql.number(1), zero, zero, zero)
     since = sql.call(
@@ -140,7 +155,8 @@ def _spelt(text: Sql) -> Sql:
         sql.binary(exp.Sub, day, sql.number(1)),
         hour,
         minute,
-        _milliseconds(second),
+        # What is more than 999 milliseconds isn't rounded to the next second.
+        _milliseconds(sql.call("least", second, last)),
     )
     spelt = sql.binary(exp.Sub, sql.binary(exp.Add, first, since), zone)
     return sql.case((sql.matches(text, _READABLE), spelt))
@@ -155,22 +171,35 @@ def _milliseconds(seconds: Sql) -> Sql:
 
 def _of_number(number: Sql, base: str) -> Sql:
     """Return the moment of a Julian day, or of seconds since 1970."""
-    days = sql.binary(exp.Sub, number, sql.cast(sql.string(str(_JULIAN_EPOCH)), sql.DOUBLE))
-    julian_seconds = sql.binary(exp.Mul, days, sql.number(_DAY_SECONDS))
-    julian = _between(number, 0, _LAST_JULIAN, _since_epoch(julian_seconds))
-    unix = _between(number, _FIRST_UNIX, _LAST_UNIX, _since_epoch(number))
+    julian = sql.binary(exp.Mul, number, sql.number(_DAY_SECONDS * 1000))
+    since_epoch = sql.binary(exp.Mul, number, sql.number(1000))
+    unix = sql.binary(exp.Add, since_epoch, sql.number(-_FIRST_UNIX * 1000))
+    from_julian = _between(number, 0, _LAST_JULIAN, _since_first(julian))
+    from_unix = _between(number, _FIRST_UNIX, _LAST_UNIX, _since_first(unix))
     match base:
         case "unixepoch":
-            return unix
+            return from_unix
         case "auto":
-            return sql.coalesced(julian, unix)
+            return sql.coalesced(from_julian, from_unix)
         case _:
-            return julian
+            return from_julian
 
 
-def _since_epoch(seconds: Sql) -> Sql:
+def _since_first(milliseconds: Sql) -> Sql:
+    """Return the moment so long after the Julian day 0 began, in whole milliseconds."""
+    half = sql.cast(sql.string("0.5"), sql.DOUBLE)
+    rounded = sql.call("floor", sql.binary(exp.Add, milliseconds, half))
+    since_epoch = sql.binary(
+        exp.Add, sql.cast(rounded, sql.INTEGER), sql.number(_FIRST_UNIX * 1000)
+    )
+    a_day = sql.number(_DAY_SECONDS * 1000)
+    # An interval's seconds are doubles, too small for thousands of years of milliseconds.
+    days = sql.cast(sql.call("div", sql.cast(since_epoch, "numeric"), a_day), "int")
+    seconds = sql.binary(
+        exp.Div, sql.call("mod", since_epoch, a_day), sql.cast(sql.number(1000), sql.DOUBLE)
+    )
     zero = sql.number(0)
-    interval = sql.call("make_interval", zero, zero, zero, zero, zero, zero, _milliseconds(seconds))
+    interval = sql.call("make_interval", zero, zero, zero, days, zero, zero, seconds)
     return sql.binary(exp.Add, sql.cast(sql.string("1970-01-01"), sql.TIMESTAMP), interval)
 
 
@@ -183,14 +212,16 @@ def _between(number: Sql, low: float, high: float, result: Sql) -> Sql:
 
 def _modified(start: Sql, modifier: str) -> Sql:
     """Return the moment changed by one modifier, in lower case."""
-    if modifier in {"subsec", "subsecond", "ceiling"}:
+    if modifier in {*_FINER, "ceiling"}:
         return start
     if modifier in {"start of day", "start of month", "start of year"}:
         return sql.call("date_trunc", sql.string(modifier.removeprefix("start of ")), start)
     if weekday := _WEEKDAY.fullmatch(modifier):
-        return _next_weekday(start, int(weekday[1]))
+        wanted = float(weekday[1])
+        is_day = 0 <= wanted < 7 and wanted.is_integer()  # noqa: PLR2004 (days of a week)
+        return _next_weekday(start, int(wanted)) if is_day else sql.null(sql.TIMESTAMP)
     if shift := _SHIFT.fullmatch(modifier):
-        return _shifted(start, shift[1], shift[2])
+        return _shifted(start, float(shift[1]), shift[2])
     if modifier in {"utc", "localtime"} or re.match(r"[+-]?\d+[-:]", modifier) is not None:
         _refuse(modifier)
     if modifier == "floor":
@@ -211,22 +242,24 @@ def _next_weekday(start: Sql, weekday: int) -> Sql:
     return sql.binary(exp.Add, start, sql.call("make_interval", zero, zero, zero, days))
 
 
-def _shifted(start: Sql, amount: str, unit: str) -> Sql:
+def _shifted(start: Sql, amount: float, unit: str) -> Sql:
     """Return the moment some units later. Months keep the day's number, beyond the end too."""
-    if abs(float(amount)) * _SECONDS[unit] >= _FARTHEST_SECONDS:
+    if abs(amount) >= _MOST[unit]:
         return sql.null(sql.TIMESTAMP)
     zero = sql.number(0)
-    if unit not in {"month", "year"}:
-        seconds = sql.string(str(round(float(amount) * _SECONDS[unit], 3)))
-        later = sql.call("make_interval", *[zero] * 6, seconds)
-        return sql.binary(exp.Add, start, later)
-    if "." in amount:
-        _refuse(f"{amount} {unit}")
-    count = int(amount) * (12 if unit == "year" else 1)
-    month = sql.call("date_trunc", sql.string("month"), start)
-    rest = sql.binary(exp.Sub, start, month)
-    later = sql.call("make_interval", zero, sql.number(count))
-    return sql.binary(exp.Add, sql.binary(exp.Add, month, later), rest)
+    if unit in {"month", "year"}:
+        count = int(amount) * (12 if unit == "year" else 1)
+        month = sql.call("date_trunc", sql.string("month"), start)
+        rest = sql.binary(exp.Sub, start, month)
+        later = sql.call("make_interval", zero, sql.number(count))
+        start = sql.binary(exp.Add, sql.binary(exp.Add, month, later), rest)
+        half, amount = math.copysign(0.5, amount), amount - int(amount)
+    else:
+        half = math.copysign(0.5, amount)
+    days, milliseconds = divmod(int(amount * 1000.0 * _SECONDS[unit] + half), _DAY_SECONDS * 1000)
+    seconds = sql.string(str(milliseconds / 1000))
+    apart = sql.call("make_interval", *[zero] * 3, sql.number(days), zero, zero, seconds)
+    return sql.binary(exp.Add, start, apart)
 
 
 def _within(start: Sql, first: str, end: str) -> Sql:
@@ -239,8 +272,14 @@ def _within(start: Sql, first: str, end: str) -> Sql:
 # --- letters
 
 
-def formatted(scope: Scope, start: Sql, layout: str) -> Sql:
+def formatted(scope: Scope, start: Sql, layout: str, modifiers: Sequence[str]) -> Sql:
     """Return the moment in SQLite's format; NULL for a format that it refuses.
+
+    Args:
+        scope: Where the value is found.
+        start: The moment, modified already.
+        layout: The format.
+        modifiers: Some of them change what a letter shows.
 
     Raises:
         RuleUnsupportedError: The format wants the Julian day, or is far too long.
@@ -249,10 +288,13 @@ def formatted(scope: Scope, start: Sql, layout: str) -> Sql:
         raise RuleUnsupportedError(
             f"the format of strftime is longer than {_LONGEST_FORMAT} characters", start=0, end=0
         )
-    return scope.statement.given(start, lambda given: _put_together(scope, given, layout))
+    is_fine = any(modifier.lower() in _FINER for modifier in modifiers)
+    return scope.statement.given(
+        start, lambda given: _put_together(scope, given, layout, is_fine=is_fine)
+    )
 
 
-def _put_together(scope: Scope, start: Sql, layout: str) -> Sql:
+def _put_together(scope: Scope, start: Sql, layout: str, *, is_fine: bool) -> Sql:
     pieces: list[Sql] = []
     for plain, letter in re.findall(r"([^%]+)|%(.?)", layout, re.DOTALL):
         if plain:
@@ -262,7 +304,7 @@ def _put_together(scope: Scope, start: Sql, layout: str) -> Sql:
         elif letter == "J":
             raise RuleUnsupportedError('format "%J" of strftime is not supported', start=0, end=0)
         else:
-            made = _letter(start, letter)
+            made = _letter(start, letter, is_fine=is_fine)
             if made is None:
                 return sql.null()
             pieces.append(made)
@@ -293,7 +335,7 @@ _PADDED = {"e": "FMDD", "k": "FMHH24", "l": "FMHH12"}
 """Those with a blank in front instead of a zero."""
 
 
-def _letter(start: Sql, letter: str) -> Sql | None:
+def _letter(start: Sql, letter: str, *, is_fine: bool) -> Sql | None:
     if layout := _TO_CHAR.get(letter):
         return sql.call("to_char", start, sql.string(layout))
     if layout := _PADDED.get(letter):
@@ -304,6 +346,8 @@ def _letter(start: Sql, letter: str) -> Sql | None:
         case "F":
             rest = sql.call("to_char", start, sql.string("-MM-DD"))
             return sql.joined(_year(start), rest)
+        case "s" if is_fine:
+            return sql.call("to_char", _part("epoch", start), sql.string("FM999999999990.000"))
         case "s":
             return sql.cast(
                 sql.cast(sql.call("floor", _part("epoch", start)), sql.INTEGER), sql.TEXT
@@ -328,7 +372,10 @@ def _year(start: Sql) -> Sql:
     year = _part("year", start)
     is_before = sql.binary(exp.LT, year, sql.number(0))
     counted = sql.case((is_before, sql.binary(exp.Add, year, sql.number(1))), default=year)
-    return sql.call("to_char", counted, sql.string("FM0000"))
+    # Four characters, a sign among them.
+    is_signed = sql.binary(exp.LT, year, sql.number(-1))
+    layout = sql.case((is_signed, sql.string("FM9000")), default=sql.string("FM0000"))
+    return sql.call("to_char", counted, layout)
 
 
 def _week(start: Sql, days_since_first: Sql) -> Sql:

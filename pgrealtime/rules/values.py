@@ -570,4 +570,4 @@ def _strftime(term: Strftime, scope: Scope) -> Sql:
         text=None if when is None else _date_text(when),
         modifiers=term.modifiers,
     )
-    return formatted(scope, start, term.format)
+    return formatted(scope, start, term.format, term.modifiers)
