@@ -286,7 +286,11 @@ def _json_value(term: JsonValue, scope: Scope) -> Value:
     assert column is not None
     raw = scope.column(term.place, column.name)
     if term.field.kind is FieldKind.GEO and not term.field.is_stored_as_json:
-        return _float(_coordinate(raw, term.keys[0], term.field.type), Rank.NONE, scope)
+        number = _coordinate(raw, term.keys[0], term.field.type)
+        # PocketBase's points are JSON, whose whole numbers have no point.
+        return Value(
+            rank=Rank.NONE, number=number, show=lambda: number_text(scope.statement, number)
+        )
     if any(key.isdigit() and len(key) > _LONGEST_INDEX for key in term.keys):
         return _text(sql.null(), Rank.NONE)
     plain = replace(term, is_lower=False)

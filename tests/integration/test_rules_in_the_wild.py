@@ -57,7 +57,7 @@ INSERT INTO app."Docs" VALUES
    '2024-01-01', '2024-01-01 01:00:00+01', '(23.32,42.69)', '{calm,zealous}', '{1,2}', true,
    '\\xff', NULL, 'MEMO'),
   (2, '00000000-0000-0000-0000-00000000000b', 'abcd', NULL, 10000000000, 2, NULL, 'infinity', NULL,
-   NULL, NULL, NULL, false, NULL, 1, NULL),
+   '(180,-7)', NULL, NULL, false, NULL, 1, NULL),
   (3, NULL, NULL, '', 'NaN', NULL, 'infinity', NULL, '-infinity', NULL, '{}', '{}', NULL, NULL, 1,
    NULL);
 INSERT INTO app.doc_readers VALUES
@@ -211,6 +211,8 @@ def _answer(connection: psycopg.Connection, question: Question, rows: Sequence[R
         ("place.lon = 23.32", "1"),
         ('place = \'{"lon":23.32,"lat":42.69}\'', "1"),
         ("place.nope = null", "1 2 3"),
+        ("'from 180 on' ~ place.lon", "2"),
+        ("place.lat ~ '%7'", "2"),
         ("geoDistance(place.lon, place.lat, 23.32, 42.69) < 1", "1"),
         # several values
         ("labels:each ?= 'calm'", "1"),
