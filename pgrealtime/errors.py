@@ -86,19 +86,6 @@ class SetupError(PgRealtimeError):
     code = "setup_incomplete"
 
 
-def url_error() -> SetupError:
-    """Return the error of a database URL that libpq can't read.
-
-    Raise it from None: libpq's message quotes the text, which may hold a password.
-    """
-    return SetupError(
-        "the database URL can't be understood",
-        hint="Write postgresql://user:password@host:port/database, special characters in"
-        " percent form.",
-        code="database_url_invalid",
-    )
-
-
 class DatabaseUnreachableError(PgRealtimeError):
     """The server doesn't answer, or refuses the login."""
 

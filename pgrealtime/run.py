@@ -30,11 +30,11 @@ from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import TableName
 from pgrealtime.collections import build, table_names
 from pgrealtime.config import AdminConfig, Config, DatabaseConfig, Origin, Reading
+from pgrealtime.database_url import settings_of
 from pgrealtime.errors import (
     ConfigError,
     DatabaseUnreachableError,
     PgRealtimeError,
-    url_error,
 )
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.match import Matcher
@@ -324,16 +324,13 @@ async def query_pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
         "extra_float_digits": "1",
         "bytea_output": "hex",
     }
-    try:
-        conninfo = make_conninfo(
-            database.query_url or database.url,
-            options=" ".join(f"-c {name}={value}" for name, value in pins.items()),
-            application_name="pgrealtime",
-            client_encoding="utf8",
-            **KEEPALIVE,
-        )
-    except psycopg.ProgrammingError:
-        raise url_error() from None
+    settings = settings_of(database.query_url or database.url) | {
+        "options": " ".join(f"-c {name}={value}" for name, value in pins.items()),
+        "application_name": "pgrealtime",
+        "client_encoding": "utf8",
+        **KEEPALIVE,
+    }
+    conninfo = make_conninfo("", **settings)
     await _wait_for_server(conninfo, database.wait_for)
 
     class _Connection(QueryConnection):

@@ -23,6 +23,7 @@ from pgrealtime.collections import (
     table_names,
 )
 from pgrealtime.config import CollectionConfig, Config, Reading
+from pgrealtime.database_url import settings_of
 from pgrealtime.errors import (
     ConfigError,
     DatabaseUnreachableError,
@@ -31,7 +32,6 @@ from pgrealtime.errors import (
     RuleError,
     SetupError,
     describe,
-    url_error,
 )
 from pgrealtime.operate.indexes import index_warnings
 from pgrealtime.operate.warn import collection_warnings, config_warnings
@@ -255,10 +255,12 @@ async def connected(url: str) -> AsyncIterator[AsyncConnection[Any]]:
         DatabaseUnreachableError: Nobody answers, or the login is refused.
         SetupError: Code ``database_url_invalid``.
     """
+    settings = settings_of(url) | {
+        "connect_timeout": _CONNECT_SECONDS,
+        "application_name": "pgrealtime",
+    }
     try:
-        connection = await AsyncConnection.connect(
-            url, autocommit=True, connect_timeout=_CONNECT_SECONDS, application_name="pgrealtime"
-        )
+        connection = await AsyncConnection.connect("", autocommit=True, **settings)
         async with connection:
             yield connection
     except psycopg.OperationalError as error:
@@ -267,10 +269,6 @@ async def connected(url: str) -> AsyncIterator[AsyncConnection[Any]]:
             detail=str(error).strip(),
             hint="Check database.url (DATABASE_URL), or the PG* variables if it is empty.",
         ) from error
-    except psycopg.ProgrammingError as error:
-        if error.sqlstate is not None:
-            raise
-        raise url_error() from None
 
 
 async def right_errors(

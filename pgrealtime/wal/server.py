@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import psycopg
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import make_conninfo
 from psycopg.sql import SQL
 
+from pgrealtime.database_url import settings_of
 from pgrealtime.errors import (
     DatabaseUnreachableError,
     PgRealtimeError,
     SetupError,
     SlotBusyError,
     WalError,
-    url_error,
 )
 from pgrealtime.lsn import LSN, parse_lsn
 from pgrealtime.wal.publication import quote
@@ -120,11 +120,7 @@ async def connect_plainly(url: str) -> Connection:
 
 
 def _conninfo(url: str, **more: str) -> str:
-    try:
-        given = conninfo_to_dict(url)
-    except psycopg.ProgrammingError:
-        raise url_error() from None
-    settings: dict[str, Any] = {**_CONNECT_DEFAULTS, **given, **more}
+    settings: dict[str, Any] = {**_CONNECT_DEFAULTS, **settings_of(url), **more}
     return make_conninfo("", **settings)
 
 
@@ -228,8 +224,8 @@ async def read_facts(connection: Connection) -> ServerFacts:
             "the server is a standby",
             detail="A standby's snapshots leave out running transactions, so that what a new"
             " subscriber sees and what it hears can't be joined without a gap.",
-            hint="Let the URL lead to the primary, for instance by target_session_attrs="
-            "read-write over all hosts.",
+            hint="Let the URL lead to the primary, for instance by target_session_attrs=primary"
+            " over all hosts.",
             code="standby",
         )
     if facts.wal_level != "logical":

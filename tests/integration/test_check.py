@@ -260,8 +260,21 @@ def test_an_unreachable_server_is_told(operator: Operator) -> None:
     assert "\nHINT: Check database.url" in outcome.err
 
 
-def test_a_url_that_is_none_is_told_without_printing_it(operator: Operator) -> None:
-    outcome = operator.check(DATABASE_URL="postgresql//me:hunter2@host/app")
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql//me:hunter2@host/app",
+        "postgresql://me:some@hunter2@host/app",
+        "postgresql://me:hunter2@host/app?connect_timeout=5s",
+    ],
+    ids=["no scheme", "an at sign in the password", "no number"],
+)
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_url_that_is_none_is_told_without_printing_it(
+    operator: Operator, command: str, url: str
+) -> None:
+    operator.file.write_text(_POSTS, encoding="utf-8")
+    outcome = operator.run(command, DATABASE_URL=url)
     assert outcome.code == 78
     assert outcome.err.startswith("database_url_invalid: the database URL can't be understood\n")
     assert "hunter2" not in outcome.err

@@ -1,4 +1,4 @@
-"""A pooled connection that is dead costs nobody anything."""
+"""Rules are asked where the URL leads; a pooled connection that is dead costs nobody anything."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
+from pgrealtime.config import DatabaseConfig
 from pgrealtime.pool import QueryConnection, QueryPool
+from pgrealtime.run import query_pool
 from tests.wire import wire
 
 
@@ -37,6 +40,15 @@ async def pool_of(url: str, size: int) -> AsyncIterator[QueryPool]:
 async def answer(pool: QueryPool) -> object:
     async with pool.connection() as connection:
         return await (await connection.execute("SELECT 1")).fetchone()
+
+
+async def test_a_url_that_asks_for_a_session_that_may_write_leads_to_the_primary(
+    database_url: str,
+) -> None:
+    """As those over several hosts do; the pool's own sessions may only read."""
+    url = make_conninfo(database_url, target_session_attrs="read-write")
+    async with query_pool(DatabaseConfig(url=url, wait_for=0)) as pool:
+        assert await answer(pool) == (1,)
 
 
 async def test_after_a_restart_of_the_server_the_first_question_is_answered(

@@ -16,7 +16,7 @@ _PACKAGE = Path(pgrealtime.__file__).parent
 
 _FLOOR = (
     *("errors", "lsn", "units", "json_reader", "query_string", "changes", "sources", "config"),
-    "text_forms",
+    *("text_forms", "database_url"),
 )
 """What every room stands on."""
 
@@ -28,6 +28,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "json_reader": (),
     "query_string": (),
     "text_forms": (),
+    "database_url": ("errors",),
     "changes": ("lsn",),
     "sources": ("errors",),
     "config": ("errors", "sources", "units"),

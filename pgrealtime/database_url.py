@@ -1,0 +1,40 @@
+"""Reads a database URL, for every room that connects: what libpq would make of it, or our error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, timeout_from_conninfo
+
+from pgrealtime.errors import SetupError
+
+
+def settings_of(url: str) -> dict[str, Any]:
+    """Return libpq's settings, as the URL gives them.
+
+    Raises:
+        SetupError: Code ``database_url_invalid``.
+    """
+    try:
+        given = conninfo_to_dict(url)
+        timeout_from_conninfo(given)  # else looked at while connecting
+    except psycopg.ProgrammingError:
+        raise _unreadable() from None  # the driver's message quotes what may be a password
+    # To libpq a password ends at its first "@", and what follows would be told as the name of a
+    # host that isn't found. At the front one makes an abstract socket.
+    if any("@" in host[1:] for host in str(given.get("host", "")).split(",")):
+        raise _unreadable()
+    # What is meant is the primary. libpq asks if the session may write: ours never may.
+    if given.get("target_session_attrs") == "read-write":
+        given["target_session_attrs"] = "primary"
+    return given
+
+
+def _unreadable() -> SetupError:
+    return SetupError(
+        "the database URL can't be understood",
+        hint="Write postgresql://user:password@host:port/database, special characters in"
+        " percent form.",
+        code="database_url_invalid",
+    )
