@@ -66,6 +66,20 @@ class OwnServer:
         assert done.returncode == 0, f"{program}: {told}"
         return told
 
+    @contextmanager
+    def standby(self) -> Iterator[OwnServer]:
+        """Make another server that follows this one, and end it."""
+        other = OwnServer(self.binaries, self.folder / "standby", _free_port())
+        self.run(
+            *("pg_basebackup", f"--dbname={self.url}", f"--pgdata={other.folder}/data"),
+            *("--checkpoint=fast", "--write-recovery-conf", "--no-sync"),
+        )
+        other.control("start", f"--log={other.folder}/log", f"--options=-p {other.port}")
+        try:
+            yield other
+        finally:
+            other.control("stop", "--mode=immediate")
+
 
 def _as_server() -> list[str]:
     if os.geteuid() != 0:

@@ -40,7 +40,9 @@ from pgrealtime.rules.reference import validate
 from pgrealtime.wal.stream import rehearse_stream
 
 _CONNECT_SECONDS = 10
-_SYSTEM = "SELECT system_identifier::text FROM pg_catalog.pg_control_system()"
+_SYSTEM = """
+SELECT system_identifier::text, pg_catalog.pg_is_in_recovery() FROM pg_catalog.pg_control_system()
+"""
 
 _RIGHTS = """
 SELECT n.nspname, c.relname, current_user,
@@ -108,6 +110,7 @@ class _Asked:
     server: str
     """For people."""
     system_id: str
+    is_standby: bool
 
     @property
     def tables(self) -> list[Table]:
@@ -136,6 +139,8 @@ async def _check_database(
         return asked.problems, (*asked.errors, error), (), asked.warnings
     if system.system_id != asked.system_id:
         return asked.problems, (*asked.errors, _other_server()), (), asked.warnings
+    if asked.is_standby:
+        return asked.problems, (*asked.errors, _standby()), (), asked.warnings
     facts = (
         _counted_fields(asked.collections),
         f"{asked.server}, {slot.plugin}{f' ({reason})' if reason else ''}",
@@ -149,7 +154,7 @@ async def _ask(config: Config, reading: Reading) -> _Asked:
         names = table_names(config.collections, database.schemas)
         catalog = await read_catalog(connection, schemas=database.schemas, names=names)
         collections, problems = _collections(config, catalog, reading)
-        (system_id,) = await _row(connection, _SYSTEM)
+        system_id, is_standby = await _row(connection, _SYSTEM)
         # Where something is wrong, what it means is anybody's guess.
         warnings = [] if problems else list(collection_warnings(collections))
         if not problems:
@@ -161,6 +166,7 @@ async def _ask(config: Config, reading: Reading) -> _Asked:
             warnings=tuple(warnings),
             server=_server(connection),
             system_id=system_id,
+            is_standby=is_standby,
         )
 
 
@@ -176,6 +182,16 @@ def _other_server() -> SetupError:
         detail="Their system identifiers differ.",
         hint="Both must reach the same primary; query_url may do so through a pooler.",
         code="different_servers",
+    )
+
+
+def _standby() -> SetupError:
+    return SetupError(
+        "database.query_url leads to a standby",
+        detail="Rules would be asked of rows that have yet to come there.",
+        hint="Let it lead to the primary, for instance by target_session_attrs=primary over all"
+        " hosts.",
+        code="standby",
     )
 
 

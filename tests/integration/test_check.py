@@ -381,6 +381,30 @@ def test_a_query_url_to_another_server_is_told(replica_server: str, operator: Op
     )
 
 
+def test_a_query_url_to_a_standby_is_told(operator: Operator) -> None:
+    """Rules would be asked of rows that have yet to come there."""
+    with own_server() as primary:
+        with psycopg.connect(primary.url) as connection:
+            connection.execute(_SCHEMA)
+        with primary.standby() as standby:
+            urls = {
+                "DATABASE_URL": f"{primary.url}?target_session_attrs=read-write",
+                "PGREALTIME_DATABASE__QUERY_URL": standby.url,
+            }
+            outcome = operator.check(**urls)
+            urls["PGREALTIME_DATABASE__QUERY_URL"] = primary.url
+            assert operator.check(**urls).code == 0
+
+    assert outcome == Outcome(
+        2,
+        "",
+        "standby: database.query_url leads to a standby\n"
+        "DETAIL: Rules would be asked of rows that have yet to come there.\n"
+        "HINT: Let it lead to the primary, for instance by target_session_attrs=primary over all"
+        " hosts.\n",
+    )
+
+
 def test_a_table_is_refused_once(operator: Operator) -> None:
     """Not a second time by what makes the slot."""
     execute(operator, "ALTER TABLE posts REPLICA IDENTITY NOTHING")
