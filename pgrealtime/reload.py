@@ -25,7 +25,7 @@ from pgrealtime.errors import ConfigError, PgRealtimeError, Problem
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.match import Matcher
 from pgrealtime.hub.own_record import OwnRecords
-from pgrealtime.operate.check import rule_problems
+from pgrealtime.operate.check import key_problems, rule_problems
 from pgrealtime.relay import Relay
 from pgrealtime.rules.past import tables_of
 from pgrealtime.rules.plan import columns_asked
@@ -187,7 +187,7 @@ class Reload:
         taken = {name: getattr(given, name) for name in _TAKEN}
         config = self._world.config.model_copy(update=taken)
         world = fitted(config, await self._read_catalog(config))
-        if problems := (*world.faults, *_key_problems(config)):
+        if problems := (*world.faults, *key_problems(config)):
             raise reading.origin.locate(ConfigError(problems))
         return world
 
@@ -288,14 +288,6 @@ class Reload:
 def _identities(tables: Mapping[TableName, Table]) -> dict[TableName, tuple[object, ...]]:
     """Return what makes a table the one that the stream reads, whatever its columns."""
     return {name: (table.oid, table.leaves) for name, table in tables.items()}
-
-
-def _key_problems(config: Config) -> tuple[Problem, ...]:
-    try:
-        issuers_of(config.auth)
-    except ConfigError as error:
-        return error.problems
-    return ()
 
 
 def _untaken(given: Config, running: Config) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, LiteralString
 import psycopg
 from psycopg import AsyncConnection
 
+from pgrealtime.auth.authenticator import issuers_of
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Catalog, Table
 from pgrealtime.changes import TableName
@@ -81,6 +82,7 @@ async def check(reading: Reading, *, with_database: bool) -> Findings:
     else:
         problems, errors, facts = _without_database(config), (), (_counted(config),)
         warnings = ()
+    problems = (*problems, *key_problems(config))
     said = ConfigError((*config_warnings(config), *warnings))
     located = _in_file_order(reading.origin.locate(said).problems)
     lines = tuple(describe(reading.origin.source, warning) for warning in located)
@@ -219,6 +221,15 @@ def rule_problems(collections: Collections) -> Iterator[Problem]:
                 validate(collections, collection, rule)
             except RuleError as error:
                 yield _rule_problem(f"collections.{collection.name}.{key}", rule, error)
+
+
+def key_problems(config: Config) -> tuple[Problem, ...]:
+    """Return which public keys can't be used."""
+    try:
+        issuers_of(config.auth)
+    except ConfigError as error:
+        return error.problems
+    return ()
 
 
 def syntax_problems(configured: Mapping[str, CollectionConfig]) -> Iterator[Problem]:

@@ -231,8 +231,12 @@ def test_a_wrong_command_line_is_a_usage_error(operator: Operator) -> None:
                 " GENERATED ALWAYS AS IDENTITY PRIMARY KEY;)"
             ),
         ),
+        (
+            "auth: {issuers: [{name: app, public_key: none}]}\n" + _POSTS,
+            ":1: auth.issuers.0.public_key: not a public key in PEM form",
+        ),
     ],
-    ids=["key", "rule syntax", "rule name", "table", "column", "primary key"],
+    ids=["key", "rule syntax", "rule name", "table", "column", "primary key", "public key"],
 )
 def test_a_fault_of_the_configuration_is_told_with_its_place(
     operator: Operator, text: str, expected: str
