@@ -457,7 +457,9 @@ def read(path: str | Path, environ: Mapping[str, str] = os.environ) -> Reading:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8"
-        problem = Problem("(document)", f"can't read the file: {reason}")
+        is_missing = isinstance(error, FileNotFoundError)
+        hint = "pgrealtime init writes one, and --config names another" if is_missing else ""
+        problem = Problem("(document)", f"can't read the file: {reason}", hint)
         raise ConfigError((problem,), source=str(path)) from error
     return _parse(read_yaml(text), environ, _read_secret_file, str(path))
 
@@ -599,6 +601,8 @@ def _describe_invalid(path: KeyPath, detail: ErrorDetails) -> tuple[str, str]:
             return "is required", ""
         case "model_type" | "model_attributes_type" | "dict_type":
             return "must be a mapping", ""
+        case "tuple_type":
+            return "must be a list", ""
         case "value_error":
             return detail["msg"].removeprefix("Value error, "), ""
         case _:

@@ -59,6 +59,11 @@ def perhaps(name: str, known: Iterable[str]) -> str:
     return f'perhaps you meant "{meant}"' if meant is not None else ""
 
 
+_BEGINS_OTHERWISE = re.compile(r"found character '[^\\]'|found '<scalar>'")
+"""PyYAML of a text whose beginning means something to YAML: ``@request.auth.id``, ``"a" = b``."""
+_QUOTES = "put the whole value in quotes, as in '@request.auth.id != \"\"'"
+
+
 def read_yaml(text: str) -> Document:
     """Return the document; text that isn't YAML gives an empty one and the problem."""
     try:
@@ -68,7 +73,9 @@ def read_yaml(text: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = None if mark is None else mark.line + 1
-        problem = Problem("(document)", f"not YAML: {error.problem or error.context}", line=line)
+        said = str(error.problem or error.context)
+        hint = _QUOTES if _BEGINS_OTHERWISE.search(said) else ""
+        problem = Problem("(document)", f"not YAML: {said}", hint, line)
     except yaml.YAMLError:
         problem = Problem("(document)", "not YAML: it has characters that YAML doesn't allow")
     except RecursionError:

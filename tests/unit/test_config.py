@@ -39,6 +39,7 @@ database:
 server:
   port: 99999
   shutdown_grace: 25
+  cors_origins: 5
 changelog: {max_size: 64MB}
 realtime:
   max_connections: many
@@ -56,17 +57,18 @@ collections:
             "not a duration; write it as 500ms, 25s, 5m, 1h or 5d",
             line=6,
         ),
-        Problem("changelog.max_size", "not a size; write it as 64KiB, 16MiB or 1GiB", line=7),
+        Problem("server.cors_origins", "must be a list", line=7),
+        Problem("changelog.max_size", "not a size; write it as 64KiB, 16MiB or 1GiB", line=8),
         Problem(
             "realtime.max_connections",
             "input should be a valid integer, unable to parse string as an integer",
-            line=9,
+            line=10,
         ),
-        Problem("collections.posts.table", "is required", line=11),
+        Problem("collections.posts.table", "is required", line=12),
         Problem(
-            "collections.posts.tabel", 'unknown key "tabel"', 'perhaps you meant "table"', line=12
+            "collections.posts.tabel", 'unknown key "tabel"', 'perhaps you meant "table"', line=13
         ),
-        Problem("collections.comments", "must be a mapping", line=13),
+        Problem("collections.comments", "must be a mapping", line=14),
     )
 
 
@@ -99,7 +101,10 @@ def test_what_is_right_can_still_be_checked_further(tmp_path: Path) -> None:
 def test_a_missing_file_is_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="1 problem") as caught:
         load(tmp_path / "none.yaml", {})
-    assert "can't read the file: No such file or directory" in caught.value.detail
+    assert (
+        "can't read the file: No such file or directory"
+        " (pgrealtime init writes one, and --config names another)"
+    ) in caught.value.detail
 
 
 @pytest.mark.parametrize(
@@ -135,6 +140,25 @@ def test_what_is_no_yaml_mapping_is_told_by_its_line(
     (problem,) = problems_of(tmp_path, text, {})
     assert problem.message.startswith(message), problem
     assert problem.line == line
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ['@request.auth.id != ""', '"public" = status', "'public' = status"],
+    ids=["at sign", "text first", "single quotes"],
+)
+def test_a_rule_that_yaml_needs_in_quotes_is_told_so(tmp_path: Path, rule: str) -> None:
+    """YAML's own words are of tokens and blocks."""
+    text = f"collections:\n  posts:\n    table: posts\n    list_rule: {rule}\n"
+    (problem,) = problems_of(tmp_path, text, {})
+    assert problem.line == 4
+    assert problem.hint == "put the whole value in quotes, as in '@request.auth.id != \"\"'"
+
+
+@pytest.mark.parametrize("text", ["a: b\nc: d: e\n", "a:\n\tb: 1\n", "a: [1\n"])
+def test_what_quotes_would_not_mend_has_no_such_hint(tmp_path: Path, text: str) -> None:
+    (problem,) = problems_of(tmp_path, text, {})
+    assert problem.hint == ""
 
 
 def test_a_repeated_key_is_a_problem(tmp_path: Path) -> None:
