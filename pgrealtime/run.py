@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import resource
 import signal
@@ -257,9 +258,19 @@ async def _start(site: web.TCPSite, section: str) -> None:
         raise PgRealtimeError(
             f"{section}.port can't be listened on",
             detail=str(error.strerror or error),
-            hint=f"Give {section}.port another number, or end what has it.",
+            hint=_port_hint(error, section),
             code="port_unavailable",
         ) from error
+
+
+def _port_hint(error: OSError, section: str) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return f"Give {section}.port another number, or end what has it."
+        case errno.EACCES:
+            return f"Give {section}.port a number from 1024 on, or the process the right to lower."
+        case _:
+            return f"Let {section}.host be an address of this machine."
 
 
 @asynccontextmanager

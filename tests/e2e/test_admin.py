@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import socket
 from pathlib import Path
 from urllib.parse import quote
@@ -183,8 +184,16 @@ async def test_metrics_are_for_who_has_the_token_and_probes_for_everybody(
         assert (await ask(running.address, "/metrics"))[0] == 404
 
 
-async def test_without_a_port_there_is_none_and_a_port_that_is_taken_is_named(
-    database_url: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("host", "hint"),
+    [
+        ("127.0.0.1", "Give admin.port another number, or end what has it."),
+        ("192.0.2.1", "Let admin.host be an address of this machine."),
+    ],
+    ids=["port", "host"],
+)
+async def test_without_a_port_there_is_none_and_one_that_is_not_to_be_had_is_named(
+    database_url: str, tmp_path: Path, host: str, hint: str
 ) -> None:
     async with service(database_url, tmp_path, collections=COLLECTIONS) as running:
         config = (tmp_path / "pgrealtime.yaml").read_text()
@@ -193,8 +202,9 @@ async def test_without_a_port_there_is_none_and_a_port_that_is_taken_is_named(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         path = tmp_path / "other.yaml"
-        path.write_text(config + f"admin: {{port: {port}}}\n")
+        path.write_text(config + f"admin: {{host: {host}, port: {port}, token: secret}}\n")
         process = await ServerProcess.start([command(), "run", "-c", str(path)], tmp_path / "log")
-        with pytest.raises(Exception, match=r"port_unavailable: admin\.port"):
+        expected = rf"port_unavailable: admin\.port (.|\n)*HINT: {re.escape(hint)}"
+        with pytest.raises(Exception, match=expected):
             await process.wait_healthy(running.address, "")
         await process.stop()
