@@ -180,9 +180,10 @@ def _named(user: str) -> tuple[str, str]:
 @_config_option
 @click.option(
     "--url",
-    envvar="DATABASE_URL",
+    envvar=["PGREALTIME_DATABASE__QUERY_URL", "DATABASE_URL"],
     default="",
-    help="Of the database; also in DATABASE_URL. Without one libpq's PG* variables count.",
+    help="Of the database, by the login that rules are asked with; also in"
+    " PGREALTIME_DATABASE__QUERY_URL or DATABASE_URL. Without one libpq's PG* variables count.",
 )
 @click.option(
     "--schema",

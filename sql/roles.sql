@@ -11,6 +11,9 @@
 --   \password pgrealtime
 --   \password pgrealtime_query
 --
+-- Rules must see every row. If row security hides some of a served table, run as a superuser:
+--   ALTER ROLE pgrealtime_query BYPASSRLS;
+--
 -- Who has REPLICATION reads every change of every table, whatever its grants and policies: keep
 -- that login as you keep a superuser's.
 DO $$

@@ -431,6 +431,20 @@ def test_what_the_role_may_not_read_is_not_served(operator: Operator, role: str)
     assert f'ALTER ROLE "{role}" BYPASSRLS;' in text
 
 
+def test_the_login_that_rules_are_asked_with_is_the_one_that_has_to_read(
+    operator: Operator, role: str
+) -> None:
+    """The stream's login reads no table, and needn't."""
+    own = Operator(operator.file, make_conninfo(operator.url, user=role))
+    initiated_by_both = own.run("init", PGREALTIME_DATABASE__QUERY_URL=operator.url)
+    assert initiated_by_both.code == 0
+    text = operator.file.read_text(encoding="utf-8")
+
+    assert 'url: "${DATABASE_URL}"' in text
+    assert "may not read" not in text
+    assert own.run("check", PGREALTIME_DATABASE__QUERY_URL=operator.url).code == 0
+
+
 def test_a_partitioned_table_without_an_id_can_t_be_mended(
     database_url: str, tmp_path: Path
 ) -> None:
