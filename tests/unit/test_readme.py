@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from pgrealtime import errors
 from pgrealtime.config import parse
 
 _ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ def test_every_code_of_setting_up_is_listed() -> None:
     """Whoever looks an error up finds it."""
     table = _README.partition("## Errors")[2].partition("## ")[0]
     listed = set(re.findall(r"`([a-z_]+)`", table))
-    said = set(_codes("wal")) | set(_codes("operate"))
+    said = {code for room in ("wal", "operate", "demo") for code in _codes(room)}
 
     assert {code for code in said if not code.startswith(_NOT_FOR_OPERATORS)} - listed == set()
 
@@ -43,9 +44,17 @@ def test_every_code_of_setting_up_is_listed() -> None:
 def _codes(room: str) -> Iterator[str]:
     for path in (_ROOT / "pgrealtime" / room).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.keyword) and node.arg == "code":
-                match node.value:
-                    case ast.Constant(value=str(code)):
-                        yield code
-                    case _:
-                        continue
+            match node:
+                case ast.keyword(arg="code", value=ast.Constant(value=str(code))):
+                    yield code
+                case ast.Call(func=ast.Name(name), keywords=given) if hasattr(errors, name):
+                    if all(keyword.arg != "code" for keyword in given):
+                        yield from _own_code(getattr(errors, name))
+                case _:
+                    continue
+
+
+def _own_code(raised: object) -> Iterator[str]:
+    """Yield the code of a class of errors."""
+    if isinstance(raised, type) and issubclass(raised, errors.PgRealtimeError):
+        yield raised.code
