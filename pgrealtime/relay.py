@@ -200,7 +200,7 @@ class Relay:
         """Announce that changes of the tables may be missing up to here."""
         # Beyond the last commit and before any to come: a commit record alone has more bytes.
         end_lsn = LSN(self._changelog.head.lsn + 1)
-        self._changelog.append(Gap(end_lsn, reason, tables), time.monotonic())
+        self._append(Gap(end_lsn, reason, tables), time.monotonic())
         log.warning("replication.gap", reason=reason, tables=sorted(map(str, tables)))
         self._follower.wake()
 

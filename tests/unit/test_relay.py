@@ -1,0 +1,57 @@
+"""What the relay does with the changelog for who is behind; streams are tested for real."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AbstractAsyncContextManager
+
+from pgrealtime.changelog.base import Gap
+from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changes import Insert, TableName, Transaction
+from pgrealtime.lsn import LSN, Cursor, Xid
+from pgrealtime.relay import Relay
+from pgrealtime.wal.stream import WalStream
+
+POSTS = TableName("public", "posts")
+
+
+class Behind:
+    """A follower in the middle of a transaction."""
+
+    def __init__(self, head: Cursor) -> None:
+        self.head = head
+        self.progressed = asyncio.Event()
+
+    def wake(self) -> None:
+        """It has enough to do."""
+
+    def stream_started(self, epoch: str) -> None:
+        raise AssertionError(epoch)
+
+    def stream_continued(self, epoch: str) -> None:
+        raise AssertionError(epoch)
+
+    def stream_lost(self) -> None:
+        raise AssertionError
+
+
+def no_stream() -> AbstractAsyncContextManager[WalStream]:
+    raise AssertionError
+
+
+def large(end_lsn: int) -> Transaction:
+    changes = (Insert(POSTS, {"id": "1"}), Insert(POSTS, {"id": "2"}))
+    return Transaction(Xid(end_lsn), LSN(end_lsn), 0, changes, 90)
+
+
+def test_a_gap_that_is_told_takes_nothing_from_who_has_yet_to_read_it() -> None:
+    """What is being read may be as much as there is room for, and what waits as well."""
+    changelog = MemoryChangelog(LSN(0), max_size=100, max_age=1e9)
+    follower = Behind(Cursor(LSN(10), 1))
+    for end_lsn in (10, 20):
+        changelog.append(large(end_lsn), 0.0, follower.head)
+    relay = Relay(no_stream, changelog, follower, tables=[POSTS], max_size=100)
+    relay.tell_gap("schema", frozenset({POSTS}))
+
+    gap = Gap(LSN(21), "schema", frozenset({POSTS}))
+    assert changelog.read(follower.head, changelog.head, 10) == [large(10), large(20), gap]
