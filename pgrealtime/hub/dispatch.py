@@ -359,8 +359,8 @@ class Hub:
         if connection.is_ended:
             return
         log.debug("connection.ended", connection=connection.id, reason=reason)
+        self.close(connection, reason)  # first: the sink may say at once that its client has gone
         connection.sink.end()
-        self.close(connection, reason)
 
     # --- subscribing ----------------------------------------------------------------------
 

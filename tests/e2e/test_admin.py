@@ -105,6 +105,20 @@ async def test_metrics_say_what_happened(database_url: str, tmp_path: Path) -> N
     assert during["process_resident_memory_bytes"] > 0
 
 
+async def test_why_connections_end_is_counted(database_url: str, tmp_path: Path) -> None:
+    """Who is ended doesn't count as gone by itself."""
+    at, sections = admin()
+    sections |= {"realtime": {"idle_timeout": "2s"}}
+    async with (
+        service(database_url, tmp_path, sections=sections) as running,
+        listener(running.address, "posts/*") as idle,
+    ):
+        await idle.stream.wait_end(20)
+        after = await wait_for(at, "connections", 0)
+
+    assert after["connections_closed_total{idle}"] == 1
+
+
 async def test_gaps_and_resumes_are_counted(database_url: str, tmp_path: Path) -> None:
     at, sections = admin()
     async with service(
