@@ -28,11 +28,8 @@ def parse_expand(text: str) -> tuple[Path, ...]:
     """
     items = (item.strip(".") for item in text.replace(" ", "").split(","))
     paths = dict.fromkeys(tuple(item.split(".")[:DEPTH]) for item in items if item)
-    return tuple(
-        path
-        for path in paths
-        if not any(other != path and other[: len(path)] == path for other in paths)
-    )
+    beginnings = {path[:length] for path in paths for length in range(1, len(path))}
+    return tuple(path for path in paths if path not in beginnings)
 
 
 def tree(paths: Iterable[Path]) -> Tree:
