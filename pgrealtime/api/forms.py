@@ -22,11 +22,16 @@ _QUOTED: Final = re.compile(r'"((?:[^"\\\r\n]|\\.)*)"')
 _QUOTED_PAIR: Final = re.compile(r'\\([()<>@,;:\\"/\[\]?=])')
 _BAD_QUOTING: Final = re.compile(rb"=\r(?!\n)")
 _PARAMETER: Final = re.compile(r"\s*;\s*")
+_EQUALS: Final = re.compile(r"\s*=\s*")
 _HEADER_NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z ]+")
 _HEADER_TEXT: Final = re.compile(rb"[^\x00-\x08\x0a-\x1f\x7f]*")
 
 _MOST_PARTS: Final = 1000
 """Of one multipart body (Go's ``multipartmaxparts``)."""
+_MOST_HEADERS: Final = 10_000
+"""Of one part (Go's ``multipartmaxheaders``)."""
+_MOST_PARAMETERS: Final = 1000
+"""Of one header. Go takes any number; four are known, and a body has room for millions."""
 _LONGEST_LINE: Final = 4096
 """Bytes of a line outside the parts: the size of Go's buffer there."""
 _LARGEST_FORM: Final = 10 << 20
@@ -87,30 +92,36 @@ def parse_media_type(text: str) -> MediaType:
     if not all(_TOKEN.fullmatch(word) for word in name.split("/", 1)):
         raise FormError("not a media type")
     parameters: dict[str, str] = {}
-    rest = text[len(base) :].strip()
-    while rest and rest != ";":
-        key, value, rest = _next_parameter(rest)
+    end = len(text.rstrip().removesuffix(";").rstrip())
+    at = len(base)
+    for _ in range(_MOST_PARAMETERS):
+        if at >= end:
+            return MediaType(name, _decoded(parameters))
+        key, value, at = _next_parameter(text, at)
         if parameters.setdefault(key, value) != value:
             raise FormError("repeated parameter")
-    return MediaType(name, _decoded(parameters))
+    raise FormError("too many parameters")
 
 
-def _next_parameter(text: str) -> tuple[str, str, str]:
-    """Return name, value and the rest of a list that starts with a semicolon."""
-    start = _PARAMETER.match(text)
+def _next_parameter(text: str, at: int) -> tuple[str, str, int]:
+    """Return name and value of the parameter whose semicolon is next, and where they end.
+
+    By position: a header may be as long as a body.
+    """
+    start = _PARAMETER.match(text, at)
     key = _TOKEN.match(text, start.end()) if start else None
     if key is None:
         raise FormError("broken parameter")
-    equals = re.compile(r"\s*=\s*").match(text, key.end())
+    equals = _EQUALS.match(text, key.end())
     if equals is None:
         raise FormError("parameter without a value")
     if quoted := _QUOTED.match(text, equals.end()):
         value = _QUOTED_PAIR.sub(r"\1", quoted[1])
-        return key[0].lower(), value, text[quoted.end() :].strip()
+        return key[0].lower(), value, quoted.end()
     plain = _TOKEN.match(text, equals.end())
     if plain is None:
         raise FormError("broken value of a parameter")
-    return key[0].lower(), plain[0], text[plain.end() :].strip()
+    return key[0].lower(), plain[0], plain.end()
 
 
 def _decoded(parameters: Mapping[str, str]) -> dict[str, str]:
@@ -220,23 +231,28 @@ def _disposition(header: bytes) -> MediaType:
 
 def _read_headers(lines: _Lines) -> dict[bytes, bytes] | None:
     """Return the headers of a part by lower case name, the first of each; None at the end."""
-    headers: dict[bytes, bytes] = {}
+    headers: dict[bytes, list[bytes]] = {}
     name = b""
+    left = _MOST_HEADERS
     while True:
         line = lines.next_line()
         text = line.removesuffix(b"\r\n").removesuffix(b"\n")
         if not text:
-            return headers if line else None
+            whole = {key: b" ".join(pieces) for key, pieces in headers.items()}
+            return whole if line else None
         if not _HEADER_TEXT.fullmatch(text):
             raise FormError("control character in a header of a part")
         if text[:1] in (b" ", b"\t") and name:
-            headers[name] += b" " + text.strip(b" \t")
+            headers[name].append(text.strip(b" \t"))
             continue
         key, colon, value = text.partition(b":")
         if not colon or not _HEADER_NAME.fullmatch(key):
             raise FormError("broken header of a part")
+        left -= 1
+        if left < 0:
+            raise FormError("too many headers")
         name = key.lower()
-        headers.setdefault(name, value.strip(b" \t"))
+        headers.setdefault(name, [value.strip(b" \t")])
 
 
 def _read_content(lines: _Lines) -> bytes:

@@ -197,6 +197,35 @@ def test_blank_client_in_chinese_is_the_documents() -> None:
     )
 
 
+HEADER = '--B\r\nContent-Disposition: form-data; name="clientId"{}\r\n\r\nx\r\n--B--'
+
+
+@pytest.mark.parametrize(
+    ("more", "client_id"),
+    [
+        (";a=b" * 900, "x"),
+        (";a=b" * 8_000_000, ""),
+        (";a=b" + " " * 30_000_000 + ";a=b" * 900, "x"),
+        ("\r\nX: y" * 9_999, "x"),
+        ("\r\nX: y" * 10_000, None),
+        ("\r\nX: y" + "\r\n z" * 1_000_000, "x"),
+    ],
+    ids=["parameters", "too many", "blanks", "headers", "one too many", "lines"],
+)
+def test_large_headers_of_a_part_take_no_longer_than_their_length(
+    more: str, client_id: str | None
+) -> None:
+    """A part with too many parameters has no name, a body with too many headers is refused."""
+    started = time.process_time()
+    try:
+        read = read_call(MULTIPART, HEADER.format(more).encode(), b"").client_id
+    except SubscriptionError:
+        read = None
+
+    assert read == client_id
+    assert time.process_time() - started < 3
+
+
 @pytest.mark.parametrize("text", ["[" * 9_000_000, '{"a":' * 5_000_000, "[1," * 9_000_000])
 def test_large_nonsense_is_given_up_early(text: str) -> None:
     """Nobody buys minutes of computation with one upload."""
