@@ -9,7 +9,7 @@ from aiohttp import web
 
 from pgrealtime.api.problems import UNREADABLE, RefusedError
 from pgrealtime.query_string import parse_query_string
-from pgrealtime.records.pick import parse_fields, pick_of
+from pgrealtime.records.pick import parse_fields, picks_of
 from pgrealtime.records.values import Json
 
 
@@ -22,7 +22,8 @@ def json_answer(request: web.Request, members: Mapping[str, Json]) -> web.Respon
     fields = parse_fields(query_of(request).get("fields", ""))
     if fields is None:
         raise RefusedError(UNREADABLE)
-    picks = ((name, value, pick_of(fields, name)) for name, value in members.items())
+    pick_of = picks_of(fields)
+    picks = ((name, value, pick_of(name)) for name, value in members.items())
     picked = {name: pick(value) for name, value, pick in picks if pick is not None}
     return web.Response(body=msgspec.json.encode(picked), content_type="application/json")
 

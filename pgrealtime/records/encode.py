@@ -15,7 +15,7 @@ from msgspec import Raw
 
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection, Field
-from pgrealtime.records.pick import Pick, parse_fields, pick_of, whole
+from pgrealtime.records.pick import Pick, parse_fields, picks_of, whole
 from pgrealtime.records.values import Converter, Json, converter, ids, zero
 
 Nulls = Literal["null", "zero"]
@@ -127,7 +127,8 @@ def _picked(members: list[_Member], text: str | None) -> list[_Member]:
     fields = parse_fields(text or "")
     if not fields:
         return members
-    picks = ((member, pick_of(fields, member.name)) for member in members)
+    pick_of = picks_of(fields)
+    picks = ((member, pick_of(member.name)) for member in members)
     return [member.picked(pick) for member, pick in picks if pick is not None]
 
 

@@ -33,8 +33,13 @@ Fields: TypeAlias = Mapping[str, Excerpt | None]
 Pick: TypeAlias = Callable[[Json], Json]
 """From a member's value to what is shown of it."""
 
+Picks: TypeAlias = Callable[[str], Pick | None]
+"""From a member's name to its pick; None leaves it out."""
+
 _BLANKS: Final = "\t\n\v\f\r \x85\xa0"
 _QUOTES: Final = "'\"`"
+_PIECE = re.compile(r"[^\\'\"`(), ]+|.", re.DOTALL)
+"""What means nothing to ``_split``, in one; and each character that may mean something."""
 _BOOL_TRUE: Final = frozenset(("1", "t", "T", "true", "TRUE", "True"))
 _INTEGER = re.compile(
     r"\+?(0[xX](?:_?[0-9a-fA-F])+|0[bB](?:_?[01])+|0[oO]?(?:_?[0-7])+|"
@@ -94,39 +99,54 @@ def _split(text: str, separators: str, *, knows_brackets: bool = True) -> list[s
     Quotes and brackets remain part of the items. A backslash takes the meaning of the
     character after it, except that of a separator.
     """
-    items = [""]
+    items: list[list[str]] = [[]]
     depth, quote, before = 0, "", ""
-    for character in text:
+    for piece in _PIECE.findall(text):
         if before == "\\":
             pass
-        elif character in _QUOTES:
-            quote = "" if quote == character else quote or character
-        elif knows_brackets and not quote and character == "(":
+        elif piece in _QUOTES:
+            quote = "" if quote == piece else quote or piece
+        elif knows_brackets and not quote and piece == "(":
             depth += 1
-        elif knows_brackets and not quote and character == ")":
+        elif knows_brackets and not quote and piece == ")":
             depth = max(depth - 1, 0)
-        if character in separators and not depth and not quote:
-            items.append("")
-            before = character
-            continue
-        before = character
-        items[-1] += character
+        before = piece[-1]
+        if piece in separators and not depth and not quote:
+            items.append([])
+        else:
+            items[-1].append(piece)
     if depth or quote:
         return None
-    return [item for item in (item.strip(_BLANKS) for item in items) if item]
+    return [item for item in ("".join(item).strip(_BLANKS) for item in items) if item]
 
 
-def pick_of(fields: Fields, name: str) -> Pick | None:
-    """Return what is shown of the member, as a function of its value; None leaves it out."""
+def picks_of(fields: Fields) -> Picks:
+    """Return what is shown of a member, by its name."""
     if not fields:
-        return whole
-    below = {path: modifier for path, modifier in fields.items() if _is_within(path, name)}
-    if not below:
+        return lambda _name: whole
+    by_first: dict[str, dict[str, Excerpt | None]] = {}
+    for path, modifier in fields.items():
+        by_first.setdefault(_first(path), {})[path] = modifier
+
+    def pick_of(name: str) -> Pick | None:
+        near = by_first.get(_first(name), {})
+        below = {path: modifier for path, modifier in near.items() if _is_within(path, name)}
+        if below:
+            return _pick_below(name, below)
         return _modified(fields["*"]) if "*" in fields else None
+
+    return pick_of
+
+
+def _first(path: str) -> str:
+    return path.partition(".")[0]
+
+
+def _pick_below(name: str, below: Fields) -> Pick:
     for path, modifier in below.items():
         if path in (name, f"{name}."):
             return _modified(modifier)
-    inner = {path[len(name) + 1 :]: modifier for path, modifier in below.items()}
+    inner = picks_of({path[len(name) + 1 :]: modifier for path, modifier in below.items()})
 
     def pick(value: Json) -> Json:
         try:
@@ -160,15 +180,15 @@ def _modified(modifier: Excerpt | None) -> Pick:
     return cut
 
 
-def _pick(value: Json, fields: Fields) -> Json:
+def _pick(value: Json, inner: Picks) -> Json:
     """Pick from an object or a list of objects; anything else is taken whole."""
     value = _opened(value)
     match value:
         case dict():
-            picks = ((name, member, pick_of(fields, name)) for name, member in value.items())
+            picks = ((name, member, inner(name)) for name, member in value.items())
             return {name: pick(member) for name, member, pick in picks if pick is not None}
         case [first, *_] if isinstance(_opened(first), dict):
-            return [_pick(item, fields) for item in value]
+            return [_pick(item, inner) for item in value]
         case _:
             return value
 

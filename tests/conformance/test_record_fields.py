@@ -21,7 +21,7 @@ from msgspec import Raw
 from pgrealtime.catalog.model import Column, Type, TypeKind
 from pgrealtime.collections import Field, FieldKind
 from pgrealtime.records.excerpt import excerpt
-from pgrealtime.records.pick import parse_fields, pick_of
+from pgrealtime.records.pick import parse_fields, picks_of
 from pgrealtime.records.values import Json, converter
 from tests.conformance.fixtures import (
     FixtureCollection,
@@ -146,7 +146,7 @@ async def test_fields_pick_what_pocketbase_picks(seed: int, folder: Path) -> Non
             fields = parse_fields(text)
             assert (fields is None) == (answer is None), text
             if fields is not None:
-                picks = {name: (pick_of(fields, name), value) for name, value in whole.items()}
+                picks = {name: (picks_of(fields)(name), value) for name, value in whole.items()}
                 picked = {name: pick(value) for name, (pick, value) in picks.items() if pick}
                 assert json.loads(msgspec.json.encode(picked)) == json.loads(answer), text
 
