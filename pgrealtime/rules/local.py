@@ -774,8 +774,10 @@ def _flat(items: Sequence[Element]) -> Iterator[str | None]:
 def _length(cells: _Cells, field_: Field) -> _Operand:
     read: Read
     if field_.is_multiple:
-        cell = cells.cell(field_)
-        read = lambda row, args, _chosen: _count(cell(row, args))  # noqa: E731 (one expression)
+        cell, delimiter = cells.cell(field_), _delimiter(field_)
+        read = lambda row, args, _chosen: _count(  # noqa: E731 (one expression)
+            cell(row, args), delimiter
+        )
     else:
         shown = _whole(cells, field_).shown
         read = lambda row, args, chosen: int(  # noqa: E731 (likewise)
@@ -785,8 +787,18 @@ def _length(cells: _Cells, field_: Field) -> _Operand:
     return _Operand(rank=Rank.NONE, read=read, shown=as_text, holds=float)
 
 
-def _count(text: str | None) -> int:
-    return 0 if text is None else sum(1 for _ in _flat(_converted_text(parse_array, text)))
+def _delimiter(field_: Field) -> str:
+    element = field_.type.base.element
+    if element is None:
+        raise _NotHereError
+    return element.base.delimiter
+
+
+def _count(text: str | None, delimiter: str) -> int:
+    if text is None:
+        return 0
+    parsed = _converted_text(lambda given: parse_array(given, delimiter), text)
+    return sum(1 for _ in _flat(parsed))
 
 
 def _items(place: Place, ground: Ground) -> _List:

@@ -47,7 +47,7 @@ CREATE TABLE t (
   small int2, whole int4, big int8, double float8, single real, exact numeric,
   flag bool, moment timestamptz, local timestamp, day date,
   owner text COLLATE "tr-x-icu", team uuid, tags text[], codes varchar(40)[], ids uuid[],
-  numbers int[], flags bool[], members text[], doc jsonb
+  numbers int[], flags bool[], members text[], boxes box[], doc jsonb
 );
 """
 
@@ -370,3 +370,11 @@ def test_each_field_is_compared_as_postgres_does(judge: Judge) -> None:
             wholes = [f"{path} {op} {one}" for op in signs for one in chance.sample(constants, 3)]
             went = {compare(judge, rule, request, images) for rule in wholes}
             assert "left to Postgres" not in went, path
+
+
+def test_an_array_is_counted_by_its_own_delimiter(judge: Judge) -> None:
+    """Boxes have commas within."""
+    boxes = (None, "{}", "{(1,1),(0,0)}", "{(1,1),(0,0);NULL}")
+    images = judge.images([{"id": "r1", "boxes": value} for value in boxes])
+    went = {compare(judge, f"boxes:length = {n}", Request(), images) for n in range(4)}
+    assert "left to Postgres" not in went
