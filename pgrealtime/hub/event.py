@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 from msgspec import Struct
 
-from pgrealtime.changes import Change, Delete, Insert, Row, Transaction, Truncate, Update
+from pgrealtime.changes import (
+    Change,
+    Delete,
+    Insert,
+    Row,
+    TableName,
+    Transaction,
+    Truncate,
+    Update,
+)
 from pgrealtime.collections import Collection, Collections
 from pgrealtime.lsn import Cursor, Xid
 
@@ -92,3 +102,44 @@ def _event(
 ) -> Event:
     record_id = row.get(collection.key.name) or ""
     return Event(collection, action, record_id, row, cursor, of.xid, of.changes)
+
+
+_NONE: frozenset[str] = frozenset()
+
+
+def written_again(events: Sequence[Event]) -> list[frozenset[str]]:
+    """Return, per event, the columns that its transaction writes in the same row afterwards.
+
+    A generated column is in no image, and so counts as written by whatever writes the row.
+    """
+    found = [_NONE] * len(events)
+    by_transaction: defaultdict[int, dict[int, int]] = defaultdict(dict)
+    for place, event in enumerate(events):
+        by_transaction[id(event.changes)][event.cursor.ordinal] = place
+    for places in by_transaction.values():
+        some = [events[place] for place in places.values()]
+        collections = {event.collection.table.name: event.collection for event in some}
+        for ordinal, names in _written_after(some[0].changes, min(places), collections):
+            if ordinal in places:
+                found[places[ordinal]] = names
+    return found
+
+
+def _written_after(
+    changes: Sequence[Change], first: int, collections: Mapping[TableName, Collection]
+) -> Iterator[tuple[int, frozenset[str]]]:
+    """Yield, from the last change back to the first one wanted, what comes after it in its row."""
+    generated = {
+        table: [column.name for column in collection.table.columns if column.is_generated]
+        for table, collection in collections.items()
+    }
+    written: dict[tuple[TableName, str | None], frozenset[str]] = {}
+    for ordinal in range(len(changes), first - 1, -1):
+        match changes[ordinal - 1]:
+            case Insert(table=table, new=new) | Update(table=table, new=new) if table in generated:
+                row = table, new.get(collections[table].key.name)
+                names = written.get(row, _NONE)
+                yield ordinal, names
+                written[row] = names.union(new, generated[table])
+            case _:
+                continue

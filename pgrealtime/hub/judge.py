@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from pgrealtime.hub.allowance import Allowance
 from pgrealtime.hub.display import NOTHING_BESIDE, Beside, Display, Sight
-from pgrealtime.hub.event import Event
+from pgrealtime.hub.event import Event, written_again
 from pgrealtime.hub.expand import Reading
 from pgrealtime.hub.match import Group, Matcher
 from pgrealtime.hub.probe import Asked, LiveRow
@@ -171,10 +171,13 @@ def _complete(events: list[Event], live: dict[tuple[str, str], LiveRow], *, prov
     Args:
         events: Events with partial rows.
         live: What the tables hold now.
-        proven: Only from a live row that is the very version the event tells of, so that rules
-            may be judged on it; else from any, to be shown.
+        proven: Only what the version had that the event tells of, so that rules may be judged on
+            it: of a live row of the same transaction what that didn't write again. Else anything,
+            to be shown.
     """
-    for event in events:
+    written = written_again(events) if proven else [_NO_NAMES] * len(events)
+    for event, names in zip(events, written, strict=True):
         found = live.get((event.collection.name, event.record_id))
         if found is not None and (not proven or found.xid == event.xid):
-            event.row = {**found.row, **event.row}
+            kept = {name: text for name, text in found.row.items() if name not in names}
+            event.row = {**kept, **event.row}
