@@ -33,7 +33,7 @@ from pgrealtime.config import (
     RelationConfig,
 )
 from pgrealtime.errors import Problem
-from pgrealtime.operate.suggest import Suggestions, words
+from pgrealtime.operate.suggest import SIGNED_IN, Suggestions, words
 from pgrealtime.operate.warn import qualified
 
 
@@ -62,7 +62,7 @@ class Draft:
     guessed: Mapping[str, RelationConfig] = field(default_factory=dict)
     """Relations that only names tell of."""
     rule: str = ""
-    """For ``list_rule`` and ``view_rule``; empty if it can't be served."""
+    """For ``list_rule`` and ``view_rule``; empty if it can't be served, or better isn't."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,15 +173,25 @@ def _auth_tables(tables: Iterable[Table]) -> frozenset[TableName]:
 
 def _login(table: Table, renames: Mapping[str, str], key: str) -> CollectionLoginConfig:
     secret = _text_column(table, _PASSWORDS)
-    who = _text_column(table, _EMAILS) or _text_column(table, _LOGINS)
-    if secret is None or who is None or key in (secret.name, who.name):
+    who = _identity(table)
+    if secret is None or not who or key in (secret.name, *who):
         return CollectionLoginConfig()
     token_key = _text_column(table, ("token_key", "tokenkey"))
     return CollectionLoginConfig(
-        identity=(renames.get(who.name, who.name),),
+        identity=tuple(renames.get(name, name) for name in who),
         password_hash=secret.name,
         token_key="" if token_key is None or token_key.name == key else token_key.name,
     )
+
+
+def _identity(table: Table) -> tuple[str, ...]:
+    """Return the columns that tell people apart: the address, and a name if that alone does."""
+    found = [_text_column(table, names) for names in (_EMAILS, _LOGINS)]
+    names = tuple(column.name for column in found if column is not None)
+    first, others = names[:1], names[1:]
+    if first in table.unique:
+        return first
+    return first + tuple(name for name in others if (name,) in table.unique)
 
 
 # -- names
@@ -287,6 +297,21 @@ def looks_secret(column: Column) -> bool:
         kind is FieldKind.NUMBER and len(said) > 1
     )
     return _SECRET.search("_".join(said)) is not None and not is_about
+
+
+_LETTING_IN = {"session", "sessions", "token", "tokens"}
+
+
+def lets_in(draft: Draft) -> bool:
+    """Whether the ids seem to be what lets people in, as those of sessions and tokens do.
+
+    An id can't be hidden: whoever hears of the row knows it.
+    """
+    key = draft.table.column(draft.key)
+    if key is None or kind_of(key.type) != (FieldKind.TEXT, False) or key.type.base.name == "uuid":
+        return False
+    named = {*words(draft.table.name.name), *words(key.name)}
+    return looks_secret(key) or not _LETTING_IN.isdisjoint(named)
 
 
 # -- drafts of single tables
@@ -541,7 +566,11 @@ def _with_rules(served: Mapping[str, Draft], catalog: Catalog) -> Mapping[str, D
     }
     drafts = {name: replace(draft, guessed=guessed.get(name, {})) for name, draft in served.items()}
     suggestions = Suggestions(_built(drafts, catalog))
-    return {name: replace(draft, rule=suggestions.rule(name)) for name, draft in drafts.items()}
+    return {
+        name: replace(draft, rule="" if rule == SIGNED_IN and lets_in(draft) else rule)
+        for name, draft in drafts.items()
+        for rule in (suggestions.rule(name),)
+    }
 
 
 def _built(drafts: Mapping[str, Draft], catalog: Catalog) -> Collections:

@@ -21,7 +21,7 @@ from pgrealtime.changes import TableName
 from pgrealtime.config import RelationConfig
 from pgrealtime.errors import SetupError
 from pgrealtime.operate.check import connected, right_errors
-from pgrealtime.operate.drafts import Draft, Fault, Sketch, sketch
+from pgrealtime.operate.drafts import Draft, Fault, Sketch, lets_in, sketch
 from pgrealtime.operate.suggest import SIGNED_IN
 from pgrealtime.operate.warn import qualified
 from pgrealtime.sources import perhaps
@@ -287,6 +287,8 @@ def _keys(draft: Draft) -> Iterator[str]:
             yield "  # Nothing tells whose the rows are; this is everybody who is signed in:"
         yield _off(f"  list_rule: {_value(draft.rule)}")
         yield _off(f"  view_rule: {_value(draft.rule)}")
+    elif lets_in(draft) and not draft.faults:
+        yield "  # By their names its ids let people in: whoever hears of one can use it."
 
 
 def _fields(draft: Draft) -> Iterator[str]:

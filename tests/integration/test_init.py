@@ -406,6 +406,35 @@ def test_an_address_of_another_name_is_guarded_as_one(database_url: str, tmp_pat
     assert made["login"] == {"identity": ["email"], "password_hash": "encrypted_password"}
 
 
+DJANGO = """
+CREATE TABLE auth_user (
+  id int PRIMARY KEY, username text NOT NULL UNIQUE, email text NOT NULL, password text NOT NULL
+);
+CREATE TABLE django_session (session_key text PRIMARY KEY, session_data text NOT NULL);
+CREATE TABLE authtoken_token (key text PRIMARY KEY, user_id int NOT NULL REFERENCES auth_user);
+CREATE TABLE posts (slug text PRIMARY KEY);
+"""
+
+
+def test_who_is_signed_in_is_not_let_in_to_others_sessions(
+    database_url: str, tmp_path: Path
+) -> None:
+    """The key of a session is a cookie's value, and it is the id, which can't be hidden."""
+    text = unlocked(initiated(operator_of(database_url, tmp_path, DJANGO)))
+    made = collections_of(text)
+    assert made["django_session"] == {"table": "public.django_session"}
+    assert "its ids let people in" in text
+    assert made["authtoken_token"]["list_rule"] == "user_id = @request.auth.id"
+    assert made["posts"]["list_rule"] == '@request.auth.id != ""'
+
+
+def test_where_addresses_may_be_shared_a_name_that_is_not_signs_in_too(
+    database_url: str, tmp_path: Path
+) -> None:
+    made = collections_of(initiated(operator_of(database_url, tmp_path, DJANGO)))
+    assert made["auth_user"]["login"]["identity"] == ["email", "username"]
+
+
 # -- what there may be besides
 
 
