@@ -370,13 +370,17 @@ def _find_key(table: Table, config: CollectionConfig, path: str) -> Column | Pro
     names = table.primary_key
     if len(names) == 1 and (column := table.column(names[0])) is not None:
         return column
+    # Postgres has no unique column there but the one that the table is partitioned by.
+    whole = "a partitioned table can be served if it is partitioned by its id alone"
+    is_partitioned = table.kind is TableKind.PARTITIONED
     if names:
         what = f'the primary key of "{table.name}" has {len(names)} columns: {", ".join(names)}'
-        return Problem(f"{path}.id", what, "set id to one column that is unique and NOT NULL")
+        mend = whole if is_partitioned else "set id to one column that is unique and NOT NULL"
+        return Problem(f"{path}.id", what, mend)
     return Problem(
         f"{path}.table",
         f'"{table.name}" has no primary key: its updates and deletes name no row',
-        f"ALTER TABLE {_qualified(table.name)} {_key_to_add(table)};",
+        whole if is_partitioned else f"ALTER TABLE {_qualified(table.name)} {_key_to_add(table)};",
     )
 
 

@@ -406,12 +406,8 @@ def _judged(
 
 def _mend(draft: Draft, problem: Problem) -> str:
     table = draft.table
-    keyless = ("the primary key of ", f'"{table.name}" has no primary key')
-    if not problem.message.startswith(keyless):
-        return problem.hint
-    if table.kind is TableKind.PARTITIONED:
-        return "a partitioned table can be served if it is partitioned by its id alone"
-    if table.column(draft.key) is None and table.primary_key:
+    is_keyless = problem.message.startswith("the primary key of ")
+    if is_keyless and table.kind is not TableKind.PARTITIONED and table.column(draft.key) is None:
         alter = f"ALTER TABLE {qualified(table.name)}"
         made = f"ADD COLUMN {quoted(draft.key)} bigint GENERATED ALWAYS AS IDENTITY UNIQUE"
         return f"{alter} {made}; {alter} REPLICA IDENTITY FULL;"

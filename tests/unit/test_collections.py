@@ -514,6 +514,27 @@ def test_a_junction_from_a_table_to_itself_must_be_told_its_columns() -> None:
             ),
         ),
         (
+            replace(
+                table("posts", {"id": "int8", "at": "date"}, key=("id", "at")),
+                kind=TableKind.PARTITIONED,
+            ),
+            {},
+            Problem(
+                "id",
+                'the primary key of "public.posts" has 2 columns: id, at',
+                "a partitioned table can be served if it is partitioned by its id alone",
+            ),
+        ),
+        (
+            replace(table("posts", {"id": "int8"}, key=()), kind=TableKind.PARTITIONED),
+            {},
+            Problem(
+                "table",
+                '"public.posts" has no primary key: its updates and deletes name no row',
+                "a partitioned table can be served if it is partitioned by its id alone",
+            ),
+        ),
+        (
             POSTS,
             {"id": "titel"},
             Problem(
