@@ -25,6 +25,9 @@ _RULES = ("list_rule", "view_rule")
 
 def config_warnings(config: Config) -> Iterator[Problem]:
     """Yield what can be said without a database."""
+    if not config.collections:
+        mend = "pgrealtime init makes them of the tables that are there"
+        yield Problem("collections", "there are none: nobody hears of anything", mend)
     yield from _issuer_warnings(config)
     for name, collection in config.collections.items():
         for key, rule, expression in parsed_rules(collection):

@@ -71,6 +71,17 @@ def warnings(outcome: Outcome) -> list[tuple[str, str, str]]:
     return [(path, message, mend) for path, message, mend in found]
 
 
+def test_a_file_that_serves_nothing_is_told_so(operator: Operator) -> None:
+    """An empty one, or one that init could put no table into, is no fault."""
+    assert warnings(operator.check("")) == [
+        (
+            "collections",
+            "there are none: nobody hears of anything",
+            "pgrealtime init makes them of the tables that are there",
+        )
+    ]
+
+
 def mended_rule(operator: Operator, rule: str) -> str:
     """Return the rule that the only warning about its text gives; that one causes none at all."""
     found = warnings(check(operator, collections(rule)))
