@@ -342,7 +342,7 @@ async def query_pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
         **KEEPALIVE,
     }
     conninfo = make_conninfo("", **settings)
-    await _wait_for_server(conninfo, database.wait_for)
+    await _wait_for_server(conninfo, database)
 
     class _Connection(QueryConnection):
         answer_seconds = database.statement_timeout
@@ -361,19 +361,26 @@ async def query_pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
         yield pool
 
 
-async def _wait_for_server(conninfo: str, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+async def _wait_for_server(conninfo: str, database: DatabaseConfig) -> None:
+    deadline = time.monotonic() + database.wait_for
+    key = "database.query_url" if database.query_url else "database.url"
+    told = ""
     while True:
         try:
             async with await psycopg.AsyncConnection.connect(conninfo):
                 return
         except psycopg.OperationalError as error:
+            detail = str(error).strip()
             if time.monotonic() >= deadline:
                 raise DatabaseUnreachableError(
                     "the database can't be reached",
-                    detail=str(error).strip(),
-                    hint="Check database.url; it needs a direct connection to the primary.",
+                    detail=detail,
+                    hint=f"Check {key}; it has to lead to the primary.",
                 ) from error
+            if detail != told:
+                # A wrong password looks like a server that is still starting.
+                log.warning("database.waiting", wait_for=database.wait_for, detail=detail)
+                told = detail
             await asyncio.sleep(_RETRY_SECONDS)
 
 

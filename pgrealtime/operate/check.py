@@ -41,6 +41,7 @@ from pgrealtime.rules.reference import validate
 from pgrealtime.wal.stream import rehearse_stream
 
 _CONNECT_SECONDS = 10
+_URL = "database.url (DATABASE_URL), or the PG* variables if it is empty"
 _SYSTEM = """
 SELECT system_identifier::text, pg_catalog.pg_is_in_recovery() FROM pg_catalog.pg_control_system()
 """
@@ -152,7 +153,8 @@ async def _check_database(
 
 async def _ask(config: Config, reading: Reading) -> _Asked:
     database = config.database
-    async with connected(database.query_url or database.url) as connection:
+    key = "database.query_url" if database.query_url else _URL
+    async with connected(database.query_url or database.url, key=key) as connection:
         names = table_names(config.collections, database.schemas)
         catalog = await read_catalog(connection, schemas=database.schemas, names=names)
         collections, problems = _collections(config, catalog, reading)
@@ -275,8 +277,12 @@ def _cells(text: str) -> int:
 
 
 @asynccontextmanager
-async def connected(url: str) -> AsyncIterator[AsyncConnection[Any]]:
+async def connected(url: str, *, key: str = _URL) -> AsyncIterator[AsyncConnection[Any]]:
     """Connect once, in autocommit mode; an empty URL is libpq's PG* variables.
+
+    Args:
+        url: Of the database.
+        key: Where it is configured, for people.
 
     Raises:
         DatabaseUnreachableError: Nobody answers, or the login is refused.
@@ -294,7 +300,7 @@ async def connected(url: str) -> AsyncIterator[AsyncConnection[Any]]:
         raise DatabaseUnreachableError(
             "the database can't be reached",
             detail=str(error).strip(),
-            hint="Check database.url (DATABASE_URL), or the PG* variables if it is empty.",
+            hint=f"Check {key}.",
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -261,7 +262,11 @@ def test_an_unreachable_server_is_told(operator: Operator) -> None:
     assert outcome.err.startswith(
         "database_unreachable: the database can't be reached\nDETAIL: connection failed:"
     )
-    assert "\nHINT: Check database.url" in outcome.err
+    assert "\nHINT: Check database.url (DATABASE_URL), or the PG* variables if" in outcome.err
+
+    nowhere = "postgresql://postgres@127.0.0.1:1/none"
+    outcome = operator.check(PGREALTIME_DATABASE__QUERY_URL=nowhere)
+    assert outcome.err.endswith("\nHINT: Check database.query_url.\n")
 
 
 @pytest.mark.parametrize(
@@ -470,3 +475,22 @@ def test_run_refuses_what_check_refuses(operator: Operator) -> None:
     operator.file.write_text("database: {wait_for: 0}\n" + _POSTS)
     unreachable: Mapping[str, str] = {"DATABASE_URL": "postgresql://postgres@127.0.0.1:1/none"}
     assert operator.run("run", "-c", str(operator.file), **unreachable).code == 69
+
+
+def test_run_says_at_once_for_what_it_waits(operator: Operator, role: str) -> None:
+    """For a minute, by default, though a wrong password is there from the first moment."""
+    operator.file.write_text("database: {wait_for: 2s}\nlogging: {format: json}\n" + _POSTS)
+    execute(operator, "ALTER ROLE {role} CONNECTION LIMIT 0", role=role)
+    query_url = make_conninfo(operator.url, user=role)
+    outcome = operator.run(
+        *("run", "-c", str(operator.file)), PGREALTIME_DATABASE__QUERY_URL=query_url
+    )
+    said, *error = outcome.err.splitlines()
+    logged = json.loads(said)
+    assert (logged["event"], logged["wait_for"]) == ("database.waiting", 2.0)
+    assert "too many connections" in logged["detail"]
+    assert (outcome.code, error[0], error[-1]) == (
+        69,
+        "database_unreachable: the database can't be reached",
+        "HINT: Check database.query_url; it has to lead to the primary.",
+    )
