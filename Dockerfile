@@ -18,7 +18,9 @@ LABEL org.opencontainers.image.title="pgrealtime" \
       org.opencontainers.image.licenses="MIT"
 COPY --from=build /opt/pgrealtime /opt/pgrealtime
 # Bytecode was compiled above, so that a read-only root file system costs nothing.
+# The driver's own OpenSSL looks for the system's roots where no Debian has them.
 ENV PATH=/opt/pgrealtime/bin:$PATH \
+    SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 WORKDIR /etc/pgrealtime

@@ -126,3 +126,11 @@ def test_a_health_check_asks_a_command_that_exists() -> None:
 def test_no_secret_is_built_in() -> None:
     everything = [line.arguments for stage in (BUILD, FINAL) for line in stage]
     assert [line for line in everything if re.search(r"(?i)password|secret|token", line)] == []
+
+
+def test_the_systems_roots_are_where_the_driver_is_told_to_look() -> None:
+    """sslrootcert=system is what libpq itself suggests, and the wheel's OpenSSL finds none."""
+    (variables,) = _arguments(FINAL, "ENV")
+    assert "SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt" in variables.split()
+    readme = (_ROOT / "README.md").read_text(encoding="utf-8")
+    assert "`SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt`" in readme
