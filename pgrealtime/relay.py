@@ -172,11 +172,16 @@ class Relay:
         """
         async with self._turn, AsyncExitStack() as opened:
             if self.stream is not None and self.stream.is_durable:
+                before = self._open_stream, self._tables
                 self._open_stream, self._tables = open_stream, tuple(tables)
                 self._reopened = asyncio.get_running_loop().create_future()
                 self._reopen_until = time.monotonic() + _REOPEN_SECONDS
                 self.stream.stop()
-                await self._reopened
+                try:
+                    await self._reopened
+                except PgRealtimeError:
+                    self._open_stream, self._tables = before
+                    raise
                 return
             stream = await opened.enter_async_context(open_stream())
             if self.stream is not None and self.stream.system != stream.system:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -254,6 +254,47 @@ async def test_second_process_waits_and_takes_over(database_url: str) -> None:
             assert not second.done()
         await connection.execute("INSERT INTO old VALUES (2)")
         assert await second == [1, 2]
+
+
+async def test_tables_that_could_not_be_had_are_not_read_later_either(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked was told that all stays as it was, also if it is the slot that went away."""
+    monkeypatch.setattr(relaying_room, "_REOPEN_SECONDS", 0.5)
+    config = durable()
+    is_taken, is_over = asyncio.Event(), asyncio.Event()
+
+    async def take() -> None:
+        while not is_taken.is_set():
+            with suppress(SlotBusyError):
+                async with open_stream(database_url, config, [new], max_transaction_size=1000):
+                    is_taken.set()
+                    await is_over.wait()
+
+    @asynccontextmanager
+    async def late() -> AsyncIterator[WalStream]:
+        await is_taken.wait()
+        async with open_stream(database_url, config, [new], max_transaction_size=1 << 30) as stream:
+            yield stream
+
+    async with writer(database_url) as connection:
+        await prepared(connection)
+        (new,) = [table for table in await read_tables(connection) if table.name == NEW]
+        async with relaying(database_url, config, connection) as room:
+            other = asyncio.create_task(take())
+            with pytest.raises(SlotBusyError):
+                await room.relay.switch(late, [NEW])
+            is_over.set()
+            await other
+            await connection.execute("INSERT INTO new VALUES (1)")
+            await connection.execute("INSERT INTO old VALUES (1)")
+            await room.reader.until(lambda: room.changelog.head > room.begun)
+            heard = room.inserted(OLD), room.inserted(NEW)
+            said = room.reader.said
+
+    assert heard == ([1], [])
+    assert [word.partition(" ")[0] for word in said] == ["started", "lost", "started"]
+    assert said[0] == said[2]
 
 
 async def _first_of(url: str, config: ReplicationConfig, tables: list[Table]) -> list[int]:
