@@ -50,7 +50,7 @@ from pgrealtime.hub.meaning import Meaning
 from pgrealtime.hub.replay import REPLAYS_AT_ONCE, Replays
 from pgrealtime.hub.slices import WIDE, Announcement, Slice, portions, slices
 from pgrealtime.hub.snapshot import Barrier, barrier_of
-from pgrealtime.hub.topic import parse_topic
+from pgrealtime.hub.topic import Topic
 from pgrealtime.hub.visibility import Visibility
 from pgrealtime.lsn import LSN, Cursor
 from pgrealtime.records.encode import View
@@ -411,11 +411,11 @@ class Hub:
         if not is_first:
             connection.state = State.PAUSED
         try:
-            await self._course.meaning.prepare(names, caller)
+            topics = await self._course.meaning.read(names, caller)
             barrier = await self._barrier_for(connection, names, is_first=is_first)
             if connection.is_ended:
                 raise SubscriptionError("unknown client id", code="client_unknown")
-            self._install(connection, names, caller, barrier)
+            self._install(connection, topics, caller, barrier)
         finally:
             if connection.subscriptions and not connection.is_ended:
                 connection.state = State.REPLAY
@@ -443,7 +443,11 @@ class Hub:
         return await self._visibility.barrier(connection.cursor)
 
     def _install(
-        self, connection: Connection, names: list[str], caller: Caller, barrier: Barrier | None
+        self,
+        connection: Connection,
+        topics: Mapping[str, Topic],
+        caller: Caller,
+        barrier: Barrier | None,
     ) -> None:
         # Configuration and row may have changed since the caller was recognised.
         known = None if caller.reading is None else barrier_of(*caller.reading)
@@ -461,14 +465,14 @@ class Hub:
         connection.known = known
         self._identities.become(connection, caller)
         connection.subscriptions = {}
-        connection.wants_resync = RESYNC_TOPIC in names
-        connection.wants_cursor = CURSOR_TOPIC in names
+        connection.wants_resync = RESYNC_TOPIC in topics
+        connection.wants_cursor = CURSOR_TOPIC in topics
         if connection.wants_cursor and not connection.is_resumable:
             connection.is_resumable = True
             connection.position = connection.position_text(connection.cursor)
         mute: Counter[str] = Counter()
-        for name in names:
-            subscription = Subscription(connection, parse_topic(name), View(), "")
+        for name, topic in topics.items():
+            subscription = Subscription(connection, topic, View(), "")
             kept = before.get(name)
             subscription.barrier = kept.barrier if kept else barrier
             if subscription.barrier is not None:
@@ -478,7 +482,7 @@ class Hub:
                 mute[reason] += 1
             connection.subscriptions[name] = subscription
         self._report_mute(connection, mute)
-        if names:
+        if topics:
             self.counts.note_call(connection)
             connection.resumes = False
 

@@ -115,6 +115,10 @@ class Display:
         # Views hold what clients wrote as fields: bounded, so that nobody can fill the memory.
         self._encoder = lru_cache(maxsize=_ENCODERS)(self._make_encoder)
 
+    def prepare(self, collection: Collection, request: Request) -> None:
+        """Find out who the subscriber is to related records, for ``view`` to know it."""
+        self._viewers.viewer(collection, request)
+
     def view(self, subscription: Subscription, collection: Collection, request: Request) -> None:
         """Say what the subscriber sees of the collection's records.
 

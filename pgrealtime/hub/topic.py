@@ -23,8 +23,8 @@ _HUMP: Final = re.compile(r"(?<=[^A-Z])(?=[A-Z])")
 _WHOLE_COLLECTION: Final = "*"
 
 _MOST_TOKENS: Final = 500
-"""Of one topic's options, more than anybody writes: a call may bring a thousand topics, which are
-read in one go, and at 2 us a token the 2500 that a topic has room for would hold up everybody."""
+"""Of one topic's options, more than anybody writes: a call may bring a thousand topics, and at 2 us
+a token the 2500 that a topic has room for would be five seconds of the processor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

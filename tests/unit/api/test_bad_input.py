@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
 import re
@@ -13,7 +14,7 @@ import pytest
 import structlog
 
 from pgrealtime.api import realtime
-from tests.conformance.http_client import Request, send
+from tests.conformance.http_client import EventStream, Request, send
 from tests.unit.api.served import Served, served, until
 from tests.unit.hub.room import DEADLINE
 
@@ -150,22 +151,51 @@ async def test_large_nonsense_is_refused_soon(
 ) -> None:
     """And whoever else is served meanwhile hardly waits."""
     async with unimpressed(caplog) as service:
-        loop = asyncio.get_running_loop()
-        request = Request(
-            method="POST",
-            path="/api/realtime",
-            headers={"Content-Type": "application/json"},
-            body=body,
-        )
-        answer = asyncio.create_task(send(request, service.address))
-        longest = 0.0
-        while not answer.done():
-            asked = loop.time()
-            await asyncio.sleep(0)  # a turn of the loop
-            longest = max(longest, loop.time() - asked)
+        status, longest = await subscribe(service, body)
 
-    assert answer.result().head.status == 400
+    assert status == 400
     assert longest < 1.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        'options={"query":{"0":1' + "".join(f',"{number}":1' for number in range(1, 240)) + "}}",
+        "a&" * 1200 + "options={}",
+    ],
+    ids=["members", "pairs"],
+)
+async def test_the_largest_call_is_read_in_turns(
+    caplog: pytest.LogCaptureFixture, options: str
+) -> None:
+    """A thousand topics, each as long as it may be, are seconds of work but for nobody else."""
+    async with unimpressed(caplog) as service:
+        get = Request(method="GET", path="/api/realtime", headers={})
+        stream = await EventStream.open(get, service.address, "A")
+        (connect,) = await stream.take(1, DEADLINE)
+        call = {
+            "clientId": connect.partition(b"\n")[0].decode().removeprefix("id:"),
+            "subscriptions": [f"posts/{number}?{options}" for number in range(1000)],
+        }
+        status, longest = await subscribe(service, json.dumps(call).encode())
+        await stream.close()
+
+    assert status == 204
+    assert longest < 0.5
+
+
+async def subscribe(service: Served, body: bytes) -> tuple[int, float]:
+    """Return the answer's status, and how many seconds the longest turn of the loop took."""
+    loop = asyncio.get_running_loop()
+    headers = {"Content-Type": "application/json"}
+    request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
+    answer = asyncio.create_task(send(request, service.address))
+    longest = 0.0
+    while not answer.done():
+        asked = loop.time()
+        await asyncio.sleep(0)  # a turn of the loop
+        longest = max(longest, loop.time() - asked)
+    return answer.result().head.status, longest
 
 
 async def test_call_that_breaks_off_leaves_nothing(caplog: pytest.LogCaptureFixture) -> None:
