@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import psycopg
 import structlog
 from psycopg_pool import AsyncConnectionPool
 
@@ -21,7 +22,7 @@ from pgrealtime.catalog.model import Catalog, Table
 from pgrealtime.changes import TableName
 from pgrealtime.collections import Collections, examine, table_names
 from pgrealtime.config import Config, Reading
-from pgrealtime.errors import ConfigError, PgRealtimeError, Problem
+from pgrealtime.errors import ConfigError, PgRealtimeError, Problem, SetupError
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.match import Matcher
 from pgrealtime.hub.own_record import OwnRecords
@@ -29,6 +30,8 @@ from pgrealtime.operate.check import key_problems, rule_problems
 from pgrealtime.relay import Relay
 from pgrealtime.rules.past import tables_of
 from pgrealtime.rules.plan import columns_asked
+from pgrealtime.wal.publication import check_publication, missed_by
+from pgrealtime.wal.slot import read_publication
 from pgrealtime.wal.stream import WalStream
 
 log = structlog.get_logger(__name__)
@@ -153,6 +156,8 @@ class Reload:
         self._rehearse = rehearse
         self._doubted = doubted
         self._streamed = world.streamed
+        self._unpublished: frozenset[TableName] = frozenset()
+        """Tables that pgoutput's publication lacks, or has not whole."""
         self._turn = asyncio.Lock()
 
     async def reload(self) -> bool:
@@ -168,6 +173,7 @@ class Reload:
             except PgRealtimeError as error:
                 _report_rejected(error)
                 return False
+            await self._look_at_publication()
             if waiting := _untaken(reading.whole(), self._world.config):
                 log.warning("config.restart_needed", sections=waiting)
             log.info(
@@ -220,6 +226,33 @@ class Reload:
                     detail=error.detail,
                     hint=error.hint,
                 )
+            await self._look_at_publication()
+
+    async def _look_at_publication(self) -> None:
+        """Say of which tables pgoutput sends nothing any more; what that hides is a gap.
+
+        Told again once it sends them, since whoever loaded in between goes on from there.
+        """
+        stream, config = self._rooms.relay.stream, self._world.config.replication
+        if stream is None or stream.plugin != "pgoutput":
+            return
+        tables = list(self._streamed.values())
+        try:
+            async with self._rooms.pool.connection() as connection:
+                found = await read_publication(connection, config.publication)
+                version = connection.info.server_version
+        except psycopg.Error:
+            return  # said by whoever has something to ask
+        before, self._unpublished = self._unpublished, missed_by(found, tables)
+        if self._unpublished == before:
+            return
+        try:
+            check_publication(config.publication, found, tables, version)
+        except SetupError as error:
+            log.error(  # noqa: TRY400 (for the operator, not for us)
+                "publication.unfit", reason=error.message, detail=error.detail, hint=error.hint
+            )
+        self._rooms.relay.tell_gap("schema", before | self._unpublished)
 
     async def _bring_in(self, world: World) -> None:
         """Put a world into force.

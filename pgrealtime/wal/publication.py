@@ -143,6 +143,16 @@ def check_publication(
         )
 
 
+def missed_by(found: Publication | None, tables: Iterable[Table]) -> frozenset[TableName]:
+    """Return the tables of which not every change is published."""
+    if found is None or found.via_root or not found.is_complete:
+        return frozenset(table.name for table in tables)
+    whole = found.tables - found.narrowed
+    return frozenset(
+        table.name for table in tables if not whole.issuperset(table.leaves or (table.name,))
+    )
+
+
 def _differences(
     found: Publication, wanted: frozenset[TableName], *, needs_generated: bool
 ) -> Iterable[str]:

@@ -278,6 +278,43 @@ async def test_under_pgoutput_the_publication_comes_first(
         assert not running.process.logged("replication.gap")
 
 
+async def test_what_the_publication_lacks_by_now_is_a_gap_and_told_again_when_it_has_it(
+    database_url: str, tmp_path: Path
+) -> None:
+    """The stream itself says nothing of a table that was taken out."""
+    schema = (
+        "CREATE TABLE posts (id text PRIMARY KEY); CREATE TABLE marks (id text PRIMARY KEY);"
+        " CREATE PUBLICATION pgrealtime FOR TABLE posts, marks"
+    )
+    resync = {"collections": ["posts"], "reason": "schema"}
+    async with (
+        service(
+            database_url,
+            tmp_path,
+            collections={"posts": POSTS, "marks": MARKS},
+            sections={"replication": {"plugin": "pgoutput"}},
+            schema=schema,
+        ) as running,
+        listener(running.address, "posts/*", "PB_RESYNC", "marks/*") as guest,
+    ):
+        assert await running.process.reload()
+        await running.write.execute("ALTER PUBLICATION pgrealtime DROP TABLE posts")
+        await running.write.execute("INSERT INTO posts VALUES ('1')")
+        for _ in range(2):
+            assert await running.process.reload()
+        (message,) = await guest.take(1)
+        assert (message.event, message.data) == ("PB_RESYNC", resync)
+        (said,) = running.process.logged("publication.unfit")
+        assert await heard(guest, running, said["hint"].partition("superuser: ")[2]) == []
+        assert await running.process.reload()
+        (message,) = await guest.take(1)
+        assert (message.event, message.data) == ("PB_RESYNC", resync)
+        insert = "INSERT INTO posts VALUES ('2')"
+        assert await heard(guest, running, insert) == ["create posts/2"]
+
+    assert said["detail"] == 'It lacks "public.posts".'
+
+
 async def test_whoever_has_a_token_of_another_secret_is_a_guest(
     database_url: str, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from pgrealtime.wal.publication import (
     Publication,
     check_publication,
     check_tables,
+    missed_by,
     publication_sql,
 )
 from tests.unit.wal.tables import table
@@ -170,6 +171,29 @@ def test_missing_publication_is_answered_with_the_sql_that_makes_it() -> None:
 
 def test_exact_publication_passes() -> None:
     check_publication("p", EXACT, [POSTS, PARTS], 170_000)
+
+
+@pytest.mark.parametrize(
+    ("found", "missed"),
+    [
+        pytest.param(EXACT, (), id="none"),
+        pytest.param(None, (POSTS, PARTS), id="dropped"),
+        pytest.param(
+            replace(EXACT, tables=EXACT.tables - {PARTS.leaves[1]}), (PARTS,), id="a partition"
+        ),
+        pytest.param(replace(EXACT, narrowed=frozenset({POSTS.name})), (POSTS,), id="narrowed"),
+        pytest.param(replace(EXACT, is_complete=False), (POSTS, PARTS), id="no deletes"),
+        pytest.param(
+            replace(EXACT, tables=EXACT.tables | {TableName("public", "more")}, is_open=True),
+            (),
+            id="more than is needed",
+        ),
+    ],
+)
+def test_what_is_not_published_is_missed(
+    found: Publication | None, missed: tuple[Table, ...]
+) -> None:
+    assert missed_by(found, [POSTS, PARTS]) == {table.name for table in missed}
 
 
 def test_whole_rows_need_their_generated_columns_published() -> None:
