@@ -291,6 +291,7 @@ async def connected(url: str, *, key: str = _URL) -> AsyncIterator[AsyncConnecti
     settings = settings_of(url) | {
         "connect_timeout": _CONNECT_SECONDS,
         "application_name": "pgrealtime",
+        "client_encoding": "utf8",  # in SQL_ASCII, the driver would hand out bytes
     }
     try:
         connection = await AsyncConnection.connect("", autocommit=True, **settings)

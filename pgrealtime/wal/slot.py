@@ -188,7 +188,9 @@ def _neither(wal2json: SetupError, pgoutput: SetupError) -> SetupError:
             f"{name}: {error.message}. {error.detail}".rstrip()
             for name, error in (("wal2json", wal2json), ("pgoutput", pgoutput))
         ),
-        hint=f"Either: {wal2json.hint}\nor: {pgoutput.hint}",
+        hint=wal2json.hint
+        if wal2json.hint == pgoutput.hint
+        else f"Either: {wal2json.hint}\nor: {pgoutput.hint}",
         code=wal2json.error_code,
     )
 

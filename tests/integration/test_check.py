@@ -360,6 +360,31 @@ def test_a_server_that_has_neither_decoder_ready_is_told_of_both(operator: Opera
     assert outcome.code == 77
 
 
+def test_a_database_without_an_encoding_is_told(operator: Operator) -> None:
+    """Not by a traceback: there the driver hands out bytes, unless it is told what to read."""
+    name = f"ascii_{uuid4().hex[:12]}"
+    execute(
+        operator,
+        "CREATE DATABASE {name} TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE 'C'",
+        name=name,
+    )
+    url = make_conninfo(operator.url, dbname=name)
+    try:
+        with psycopg.connect(url, client_encoding="utf8") as connection:
+            connection.execute(_SCHEMA)
+        outcome = operator.check(DATABASE_URL=url)
+    finally:
+        execute(operator, "DROP DATABASE {name}", name=name)
+    assert outcome == Outcome(
+        2,
+        "",
+        "encoding_unsupported: neither wal2json nor pgoutput can be used\n"
+        'DETAIL: wal2json: wal2json can\'t be used with a database in encoding "SQL_ASCII".\n'
+        'pgoutput: pgoutput can\'t be used with a database in encoding "SQL_ASCII".\n'
+        "HINT: Move the data to a database with ENCODING 'UTF8'.\n",
+    )
+
+
 @pytest.fixture(scope="module")
 def replica_server() -> Iterator[str]:
     """The URL of a server as it comes: with wal_level = replica."""
