@@ -259,7 +259,7 @@ TABLE = st.tuples(
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(tables=st.lists(TABLE, max_size=4, unique_by=lambda table: table[0]))
+@given(tables=st.lists(TABLE, min_size=1, max_size=4, unique_by=lambda table: table[0]))
 def test_any_names_will_do(
     database_url: str, tmp_path: Path, tables: list[tuple[str, dict[str, str], int, bool]]
 ) -> None:
