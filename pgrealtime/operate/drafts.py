@@ -137,7 +137,15 @@ def _left_out(
 def _in_order(tables: Sequence[Table], catalog: Catalog) -> list[Table]:
     auths = _auth_tables(tables)
     place = {schema: n for n, schema in enumerate(catalog.schemas)}
-    return sorted(tables, key=lambda t: (t.name not in auths, place[t.name.schema], t.name.name))
+    return sorted(tables, key=lambda t: (_rank(t, auths), place[t.name.schema], t.name.name))
+
+
+def _rank(table: Table, auths: Container[TableName]) -> int:
+    """Return the place among all: people first, and of them those that a ``user_id`` means."""
+    if table.name not in auths:
+        return len(_PEOPLE) + 1
+    name = table.name.name.lower()
+    return _PEOPLE.index(name) if name in _PEOPLE else len(_PEOPLE)
 
 
 # -- people

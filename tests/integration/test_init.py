@@ -435,6 +435,17 @@ def test_where_addresses_may_be_shared_a_name_that_is_not_signs_in_too(
     assert made["auth_user"]["login"]["identity"] == ["email", "username"]
 
 
+def test_a_user_s_id_is_of_users_where_there_are_admins_too(
+    database_url: str, tmp_path: Path
+) -> None:
+    people = "(id int PRIMARY KEY, email text, password_hash text)"
+    schema = f"CREATE TABLE admins {people}; CREATE TABLE users {people};"
+    schema += "CREATE TABLE notes (id int PRIMARY KEY, user_id int)"
+    made = collections_of(unlocked(initiated(operator_of(database_url, tmp_path, schema))))
+    assert list(made) == ["users", "admins", "notes"]
+    assert made["notes"]["relations"] == {"user_id": {"collection": "users"}}
+
+
 # -- what there may be besides
 
 
