@@ -56,6 +56,11 @@ class JsonReader:
         self._depth = 0
         self._tokens = 0
 
+    @property
+    def tokens_left(self) -> int:
+        """How many more of them are no fault."""
+        return self._most_tokens - self._tokens
+
     def peek(self) -> bytes:
         """Return the first byte of the next value; empty at the end."""
         if self._colon_is_due:

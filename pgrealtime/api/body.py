@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
 from pgrealtime.api.forms import FormError, form_pairs
 from pgrealtime.api.problems import Fault, Faults, Text
 from pgrealtime.errors import SubscriptionError
-from pgrealtime.json_reader import JsonError, JsonReader
+from pgrealtime.json_reader import MOST_TOKENS, JsonError, JsonReader
 
 _FORMS: Final = ("multipart/form-data", "application/x-www-form-urlencoded")
 
@@ -80,12 +80,23 @@ def _from_form(pairs: list[tuple[bytes, bytes]]) -> SubscribeCall:
         client_ids[0] if client_ids else "",
         [value.decode(errors="replace") for name, value in pairs if name == b"subscriptions"],
     )
+    for reader in payloads(pairs):
+        _read_into(draft, reader, spelled=str)
+    return draft.finished()
+
+
+def payloads(pairs: Iterable[tuple[bytes, bytes]]) -> Iterator[JsonReader]:
+    """Yield a reader for the one value of each ``@jsonPayload`` of a form.
+
+    Together they hold no more than one text may: a form has room for thousands.
+    """
+    left = MOST_TOKENS
     for name, value in pairs:
         if name == b"@jsonPayload":
-            reader = JsonReader(value)
-            _read_into(draft, reader, spelled=str)
+            reader = JsonReader(value, most_tokens=left)
+            yield reader
             reader.end()
-    return draft.finished()
+            left = reader.tokens_left
 
 
 def _read_into(draft: _Draft, reader: JsonReader, *, spelled: Callable[[str], str]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pgrealtime.api import problems
-from pgrealtime.api.body import BLANK, folded, out_of_range, string_or_empty
+from pgrealtime.api.body import BLANK, folded, out_of_range, payloads, string_or_empty
 from pgrealtime.api.forms import FormError, form_pairs
 from pgrealtime.api.problems import Fault, Faults, Problem, RefusedError, Text
 from pgrealtime.json_reader import JsonError, JsonReader
@@ -68,11 +68,8 @@ def check_readable(content_type: str, body: bytes, query: bytes) -> None:
         if content_type.startswith("application/json"):
             _skip_object(JsonReader(body))
         elif content_type.startswith(_FORMS):
-            for name, value in form_pairs(content_type, body, query):
-                if name == b"@jsonPayload":
-                    reader = JsonReader(value)
-                    _skip_object(reader)
-                    reader.end()
+            for reader in payloads(form_pairs(content_type, body, query)):
+                _skip_object(reader)
         else:
             raise RefusedError(_UNKNOWN_TYPE)
     except (JsonError, FormError) as error:
@@ -108,11 +105,8 @@ def _from_form(pairs: list[tuple[bytes, bytes]]) -> dict[str, str]:
         attribute = _MEMBERS.get(name.decode(errors="replace"))
         if attribute is not None:
             found.setdefault(attribute, value.decode(errors="replace"))
-    for name, value in pairs:
-        if name == b"@jsonPayload":
-            reader = JsonReader(value)
-            found = {} if reader.null() else found | _members(reader, str)
-            reader.end()
+    for reader in payloads(pairs):
+        found = {} if reader.null() else found | _members(reader, str)
     return found
 
 

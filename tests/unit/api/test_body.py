@@ -226,6 +226,15 @@ def test_large_headers_of_a_part_take_no_longer_than_their_length(
     assert time.process_time() - started < 3
 
 
+def test_payloads_of_a_form_hold_no_more_than_one_text() -> None:
+    """Else a form of 32 MB would be a minute of computation."""
+    payload = part("@jsonPayload", '{"x":[' + "1," * 110_000 + "1]}")
+    assert read_call(MULTIPART, f"{payload}--B--".encode(), b"") == SubscribeCall()
+
+    with pytest.raises(SubscriptionError):
+        read_call(MULTIPART, f"{payload * 2}--B--".encode(), b"")
+
+
 @pytest.mark.parametrize("text", ["[" * 9_000_000, '{"a":' * 5_000_000, "[1," * 9_000_000])
 def test_large_nonsense_is_given_up_early(text: str) -> None:
     """Nobody buys minutes of computation with one upload."""
