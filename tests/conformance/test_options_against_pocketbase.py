@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 import msgspec
+import pytest
 
 from tests.conformance.differential import Duel, Side
 from tests.conformance.fixtures import Fixtures
@@ -76,12 +77,15 @@ FIELDS = [
     *("title:excerpt(2,true)", "title:excerpt(", "title:nope(1)", "title:excerpt(0)", "id title"),
     *("meta.a", "meta.b.c", "loc.lon", "loc", "tags", "tags.x", "expand", "record.id", "a.b.c"),
     *(" id , title ", "id,,title", ",", "id,*", "*:excerpt(1)", "title,title:excerpt(1)", "ID"),
+    *("meta.*", "meta.b.*", "loc.*", "tags.*", "*.id", "**", ".title", "title.", "expand.*"),
 ]
 EXPANDS = [
     *("author", "author,team", "team", "editors", "nope", "author.nope", " author ", "author,"),
     *("author.teams_via_members", "team.members", "notes_via_book", "books0_via_author", "title"),
     *("author.books0_via_author.author.books0_via_author.author.books0_via_author.author",),
     *("notes_via_book.book.author", "AUTHOR", ".author", "author.", "author..team", "secret"),
+    *("notes_via_Book", "Notes_via_book", "pbc_notes000001_via_book", "books0_via_", "_via_author"),
+    *("auth or", "\u00a0author", "author\t", "author:each", "*", "%61uthor", "id", "collectionId"),
 ]
 OTHERS: list[dict[str, Any]] = [
     {"query": {"expand": "author", "fields": "id,expand.author.name"}},
@@ -194,8 +198,70 @@ def _writes() -> list[Action]:
     ]
 
 
+FIELDS_ID = quote(json.dumps({"query": {"fields": "id"}}))
+
+SPELLINGS = [
+    *(
+        "books0",
+        "books0/",
+        "books0/*/",
+        "books0//*",
+        "/books0/*",
+        "books0/**",
+        "*",
+        "*/*",
+        "/",
+        "?",
+    ),
+    *("books0/*?", "books0?", "books0/?", "books0/*??", "books0/*#", "books0#x", "books0/%2A"),
+    *("books%30/*", "BOOKS0/*", "pbc_books000000/*", "PBC_books000000/*", " books0/*", "books0/* "),
+    *("books0/*\t", "books0/*\0", "books0/*?\0", "books0/*?é", "books0/*?\u2028", "books0/*?😀"),
+    *("books0/*&x", "books0/*;x", "books0.*", "//books0/*", "http://x/books0/*", "\ufeffbooks0/*"),
+    *(f"books0/{WRITTEN}{end}" for end in ("", "/", "?", "?x", "x", "#", "/*", "%20")),
+    *(f"books0/{id_}" for id_ in (WRITTEN.upper(), WRITTEN[:-1], f" {WRITTEN}", quote("w") + "x")),
+    *(f"pbc_books000000/{WRITTEN}", f"books0.{WRITTEN}", f"books0/*/{WRITTEN}", "books0/@oauth2"),
+    *(f"books0/*?{before}options={FIELDS_ID}" for before in ("", "x&", "?", "a?", "%zz&", "a;b&")),
+    *(f"books0/*?{before}options={FIELDS_ID}" for before in ("#", "\x7f&", " &", "\\&", '<">&')),
+    *(f"books0/*?options={FIELDS_ID}{end}" for end in ("?x", "#x", "#%zz", "&%zz", ";x", "&x=]")),
+    *(f"books0/*{end}?options={FIELDS_ID}" for end in ("%", "#", "%zz", ":", "\x01")),
+    *(f"books0/*?{name}={FIELDS_ID}" for name in ("Options", "o%70tions", "options[]", "query")),
+    *(
+        f"books0/*?options={text}"
+        for text in (
+            *(
+                "",
+                "{}",
+                "[]",
+                "null",
+                "1",
+                "{",
+                '{"query":{"fields":"id"}',
+                '{"query":"fields=id"}',
+            ),
+            *(
+                '{"QUERY":{"fields":"id"}}',
+                '{"query":{"FIELDS":"id"}}',
+                '{"query":{" fields":"id"}}',
+            ),
+            *(
+                '{"query":{"fields":"id","fields":"title"}}',
+                '{"query":{"fields":"id"},"headers":1}',
+            ),
+            *('{"headers":1,"query":{"fields":"id"}}', '{"x":01,"query":{"fields":"id"}}'),
+            *('\ufeff{"query":{"fields":"id"}}', '{"query":{"fields":"\\u0069d"}} more'),
+        )
+    ),
+]
+"""Of topics: which are a collection's, and whose options are read."""
+
+
+def _spellings() -> tuple[str, ...]:
+    return (f"{BEACON}/*", *dict.fromkeys(SPELLINGS))
+
+
+@pytest.mark.parametrize("topics", [_topics(), _spellings()], ids=["options", "spellings"])
 async def test_every_option_does_what_it_does_in_pocketbase(
-    database_url: str, tmp_path: Path
+    database_url: str, tmp_path: Path, topics: tuple[str, ...]
 ) -> None:
     """To the byte, but for the order of picked members, which is random there."""
     fixtures = _fixtures()
@@ -204,8 +270,7 @@ async def test_every_option_does_what_it_does_in_pocketbase(
     template = await PocketBaseTemplate.build(fixtures, tmp_path / "template")
     accounts = {"A": None, "B": "anna", "C": "root", "D": "ben"}
     subscribing = [
-        Subscribe(conn=conn, account=account, topics=_topics())
-        for conn, account in accounts.items()
+        Subscribe(conn=conn, account=account, topics=topics) for conn, account in accounts.items()
     ]
     async with (
         template.running(tmp_path / "original") as original,
@@ -226,4 +291,4 @@ async def test_every_option_does_what_it_does_in_pocketbase(
             Scenario(connections=tuple(accounts), actions=(*subscribing, *_writes()))
         )
 
-    assert events > len(_topics())
+    assert events > len(topics)
