@@ -400,7 +400,9 @@ def comparable(answer: Answer) -> tuple[int, str | None, bytes]:
 
 
 def login(collection: str, body: bytes, headers: Mapping[str, str] = JSON, query: str = "") -> Any:
-    name = f"{collection} {body[:90].decode()} {headers.get('Content-Type')} {query}"
+    name = (
+        f"{collection} {body[:90].decode(errors='replace')} {headers.get('Content-Type')} {query}"
+    )
     return pytest.param(f"{collection}/auth-with-password{query}", body, headers, id=name)
 
 
@@ -425,6 +427,23 @@ SAME_BYTES = [
     login("users", b'{"IDENTITY":"ann@example.com","Pass_word":"ann-pass-1"}'),
     login("users", b'{"identity":"ann@example.com","password":"ann-pass-1"} more'),
     login("users", b'{"identity":"ann@example.com","password":"ann-pass-1","x":[{"y":1}]}'),
+    *(
+        login("users", json.dumps({"identity": text, "password": "ann-pass-1"}).encode())
+        for text in (" ann@example.com", "ann@example.com\n", "ann@EXAMPLE.com", "@", "%", "ann@")
+    ),
+    *(
+        login("users", json.dumps({"identity": "ann@example.com", "password": text}).encode())
+        for text in ("ann-pass-1 ", "ann-pass-1\0", "ann-pass-1" + "x" * 100, "é" * 127)
+    ),
+    *(
+        login("members", BOB.replace(b"}", b',"identityField":"%s"}' % name))
+        for name in (b"EMAIL", b"email ", b"id", b"tokenKey", b"password", b"email", b" ")
+    ),
+    login("users", b"\xef\xbb\xbf" + ANN),
+    login("users", b'{"identity":"\\ud800","password":"x"}'),
+    login("users", b'{"identity":"\xff","password":"x"}'),
+    login("users", ANN[:-1] + b',"IDENTITY":"x"}'),
+    login("users", b'{"username":"ann@example.com","password":"ann-pass-1"}'),
     login("users", b"{}"),
     login("users", b"null"),
     login("users", b"[]"),
@@ -792,6 +811,21 @@ HAND_MADE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"collectionId": "members"}, {}),
     ({"collectionId": "nosuch"}, {}),
     ({"refreshable": False}, {}),
+    ({"exp": []}, {}),
+    ({"exp": -1}, {}),
+    ({"nbf": "1"}, {}),
+    ({"iat": []}, {}),
+    ({"iat": 0}, {}),
+    ({"aud": ["x"], "iss": 1, "sub": 1, "jti": 1}, {}),
+    ({"type": "Auth"}, {}),
+    ({"type": 1}, {}),
+    ({"collectionId": 1}, {}),
+    ({"collectionId": ""}, {}),
+    ({"id": "userann00000001 "}, {}),
+    ({"id": "USERANN00000001"}, {}),
+    ({}, {"alg": "hs256"}),
+    ({}, {"typ": "JWT"}),
+    ({}, {"alg": "HS256", "kid": "x", "jwk": {}}),
     ({}, {"alg": "HS256", "typ": "other"}),
     ({}, {"alg": "HS384"}),
     ({}, {"alg": "none"}),
