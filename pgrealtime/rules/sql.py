@@ -189,9 +189,16 @@ _FAMILIES = ({"int2", "int4", "int8"}, {"text", "varchar"})
 def plain_text(node: Sql, type_: Type) -> Sql:
     """Return a value as text; char(n) loses its padding, citext its indifference."""
     base = type_.base
+    if is_inet(base):  # whose cast to text adds what its output leaves out, "/32"
+        return call("textin", call("inet_out", node))
     if base.schema == "pg_catalog" and base.name in {"text", "varchar"}:
         return node
     return cast(node, TEXT)
+
+
+def is_inet(base: Type) -> bool:
+    """Whether it is the built-in type ``inet``."""
+    return base.schema == "pg_catalog" and base.name == "inet"
 
 
 def _operand(node: Sql) -> Sql:

@@ -229,8 +229,10 @@ def _list_text(place: Place, field: Field, scope: Scope) -> Sql:
         return _where_found(place, scope, sql.coalesced(sql.cast(ids, sql.TEXT), sql.string("[]")))
     assert field.column is not None
     column = scope.column(place, field.column.name)
+    element = field.type.base.element
+    assert element is not None
     is_native = field.kind in {FieldKind.NUMBER, FieldKind.BOOL, FieldKind.JSON}
-    array = column if is_native else sql.cast(column, "text[]")
+    array = column if is_native or sql.is_inet(element.base) else sql.cast(column, "text[]")
     return sql.cast(sql.call("array_to_json", array), sql.TEXT)
 
 
@@ -245,7 +247,7 @@ def _junction_ids(place: Place, field: Field, scope: Scope) -> Sql:
     assert target is not None
     alias = scope.statement.alias()
     scope.statement.tables.setdefault(junction.table.name)
-    ids = sql.cast(sql.column(alias, target.name), sql.TEXT)
+    ids = sql.plain_text(sql.column(alias, target.name), target.type)
     own = sql.equal_keys(
         sql.column(alias, source.name),
         source.type,

@@ -45,7 +45,7 @@ CREATE TABLE app."Docs" (
   id bigint PRIMARY KEY, owner uuid REFERENCES app.people, code char(4), tag app.tag,
   price numeric, ratio real, "createdAt" timestamp, due date, at timestamptz, place point,
   labels app.mood[], numbers int[], done boolean, secret bytea, parent int,
-  kind citext REFERENCES app.kinds);
+  kind citext REFERENCES app.kinds, ip inet, ips inet[]);
 CREATE TABLE app.doc_readers (doc bigint REFERENCES app."Docs", person uuid REFERENCES app.people);
 INSERT INTO app.people VALUES
   ('00000000-0000-0000-0000-00000000000a', 'Ann', 'calm', 'Ann', NULL),
@@ -60,6 +60,7 @@ INSERT INTO app."Docs" VALUES
    '(180,-7)', NULL, NULL, false, NULL, 1, NULL),
   (3, NULL, NULL, '', 'NaN', NULL, 'infinity', NULL, '-infinity', NULL, '{}', '{}', NULL, NULL, 1,
    NULL);
+UPDATE app."Docs" SET ip = '10.0.0.1', ips = '{10.0.0.1,10.0.0.0/8}' WHERE id = 1;
 INSERT INTO app.doc_readers VALUES
   (1, '00000000-0000-0000-0000-00000000000b'), (1, '00000000-0000-0000-0000-00000000000a'),
   (2, '00000000-0000-0000-0000-00000000000a');
@@ -190,6 +191,9 @@ def _answer(connection: psycopg.Connection, question: Question, rows: Sequence[R
         ("tag = null", "2 3"),
         ("tag != 'x'", "2 3"),
         ("tag !~ 'x'", "3"),
+        # an address is what Postgres shows of it, and what the record shows
+        ("ip = '10.0.0.1'", "1"),
+        ("ips:each ?= '10.0.0.1' && ips = '[\"10.0.0.1\",\"10.0.0.0/8\"]'", "1"),
         # numbers
         ("price = 1.5", "1"),
         ("price ~ '1.5'", "1"),
