@@ -62,7 +62,7 @@ class Linking:
         asked = sql.SQL("k.id::pg_catalog.{}").format(sql.Identifier(native or "text"))
         if element is None:
             shape = "{match} OPERATOR(pg_catalog.=) {asked}"
-        elif native:
+        elif native and element.domain_of is None:  # no operator has arrays of both
             shape = "{match} OPERATOR(pg_catalog.@>) ARRAY[{asked}]"
         else:
             shape = "{asked} OPERATOR(pg_catalog.=) ANY ({match})"

@@ -335,8 +335,8 @@ def _contains(array: Sql, array_type: Type, key: Sql, key_type: Type) -> Sql:
     """Return whether the array holds the id; by ``@>``, which a GIN index serves, if it can."""
     element = array_type.base.element
     assert element is not None
-    if element.base.oid == key_type.base.oid and element.base.schema == "pg_catalog":
-        wanted = exp.Array(expressions=[sql.own(key)])
+    if element.oid == key_type.base.oid and element.schema == "pg_catalog":
+        wanted = exp.Array(expressions=[sql.own(sql.of_base(key, key_type))])
         return exp.ArrayContainsAll(this=sql.own(array), expression=wanted)
     values = exp.Any(this=exp.Paren(this=sql.cast(array, "text[]")))
     return exp.EQ(this=sql.cast(key, sql.TEXT), expression=values)

@@ -177,6 +177,8 @@ def equal_keys(left: Sql, left_type: Type, right: Sql, right_type: Type) -> Sql:
     if one.oid == other.oid and one.schema != "pg_catalog" and one.kind is TypeKind.BASE:
         operator = f"{name(one.schema).sql('postgres')}.="
         return exp.Operator(this=own(left), operator=operator, expression=own(right))
+    if one.oid == other.oid and one.kind is TypeKind.ENUM:
+        return binary(exp.EQ, of_base(left, left_type), of_base(right, right_type))
     if one.oid == other.oid or any({one.name, other.name} <= family for family in _FAMILIES):
         return binary(exp.EQ, left, right)
     return binary(exp.EQ, cast(left, TEXT), cast(right, TEXT))
@@ -184,6 +186,11 @@ def equal_keys(left: Sql, left_type: Type, right: Sql, right_type: Type) -> Sql:
 
 _FAMILIES = ({"int2", "int4", "int8"}, {"text", "varchar"})
 """Built-in types whose values compare with one another by one operator family."""
+
+
+def of_base(node: Sql, type_: Type) -> Sql:
+    """Return the node as what its domain is made of: no enum or array is, to Postgres, a domain."""
+    return node if type_.domain_of is None else typed(node, type_.base)
 
 
 def plain_text(node: Sql, type_: Type) -> Sql:

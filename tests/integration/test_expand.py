@@ -34,7 +34,8 @@ SCHEMA = """
 CREATE TABLE people (
   id uuid PRIMARY KEY, email text, "emailVisibility" boolean DEFAULT false, verified boolean,
   name text, boss uuid REFERENCES people);
-CREATE TABLE teams (id int PRIMARY KEY, name text, members uuid[]);
+CREATE DOMAIN person AS uuid;
+CREATE TABLE teams (id int PRIMARY KEY, name text, members person[]);
 CREATE TABLE tags (id char(4) PRIMARY KEY, label text);
 CREATE TABLE books (
   id bigint PRIMARY KEY, title text, author uuid REFERENCES people, team smallint, editors uuid[],

@@ -36,16 +36,20 @@ CREATE EXTENSION citext SCHEMA public;
 CREATE SCHEMA app;
 CREATE TYPE app.mood AS ENUM ('zealous', 'calm', 'Angry');
 CREATE DOMAIN app.tag AS text CHECK (VALUE <> 'no');
+CREATE DOMAIN app.feeling AS app.mood;
+CREATE DOMAIN app.person AS uuid;
 CREATE COLLATION app.loose (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
 CREATE TABLE app.people (
   id uuid PRIMARY KEY, handle citext, mood app.mood, "full%name" text COLLATE app.loose,
   boss uuid REFERENCES app.people);
 CREATE TABLE app.kinds (name citext PRIMARY KEY, title text);
+CREATE TABLE app.days (feeling app.feeling PRIMARY KEY, note text);
 CREATE TABLE app."Docs" (
   id bigint PRIMARY KEY, owner uuid REFERENCES app.people, code char(4), tag app.tag,
   price numeric, ratio real, "createdAt" timestamp, due date, at timestamptz, place point,
   labels app.mood[], numbers int[], done boolean, secret bytea, parent int,
-  kind citext REFERENCES app.kinds, ip inet, ips inet[]);
+  kind citext REFERENCES app.kinds, ip inet, ips inet[], day app.feeling,
+  seen app.person[]);
 CREATE TABLE app.doc_readers (doc bigint REFERENCES app."Docs", person uuid REFERENCES app.people);
 INSERT INTO app.people VALUES
   ('00000000-0000-0000-0000-00000000000a', 'Ann', 'calm', 'Ann', NULL),
@@ -60,7 +64,9 @@ INSERT INTO app."Docs" VALUES
    '(180,-7)', NULL, NULL, false, NULL, 1, NULL),
   (3, NULL, NULL, '', 'NaN', NULL, 'infinity', NULL, '-infinity', NULL, '{}', '{}', NULL, NULL, 1,
    NULL);
-UPDATE app."Docs" SET ip = '10.0.0.1', ips = '{10.0.0.1,10.0.0.0/8}' WHERE id = 1;
+INSERT INTO app.days VALUES ('calm', 'quiet');
+UPDATE app."Docs" SET ip = '10.0.0.1', ips = '{10.0.0.1,10.0.0.0/8}', day = 'calm',
+  seen = '{00000000-0000-0000-0000-00000000000a}' WHERE id = 1;
 INSERT INTO app.doc_readers VALUES
   (1, '00000000-0000-0000-0000-00000000000b'), (1, '00000000-0000-0000-0000-00000000000a'),
   (2, '00000000-0000-0000-0000-00000000000a');
@@ -71,6 +77,7 @@ _CONFIG = {
         table="app.people", type="auth", fields=FieldsConfig(rename={"full%name": "name"})
     ),
     "kinds": CollectionConfig(table="app.kinds"),
+    "days": CollectionConfig(table="app.days"),
     "docs": CollectionConfig(
         table='app."Docs"',
         fields=FieldsConfig(rename={"createdAt": "created"}),
@@ -80,6 +87,8 @@ _CONFIG = {
             ),
             "kind": RelationConfig(collection="kinds"),
             "parent": RelationConfig(collection="docs"),
+            "day": RelationConfig(collection="days"),
+            "seen": RelationConfig(collection="people"),
         },
     ),
 }
@@ -194,6 +203,11 @@ def _answer(connection: psycopg.Connection, question: Question, rows: Sequence[R
         # an address is what Postgres shows of it, and what the record shows
         ("ip = '10.0.0.1'", "1"),
         ("ips:each ?= '10.0.0.1' && ips = '[\"10.0.0.1\",\"10.0.0.0/8\"]'", "1"),
+        # domains over what has no operators of its own
+        ("day.note = 'quiet'", "1"),
+        ("day.docs_via_day.id ?= '1'", "1"),
+        ("seen.handle ?= 'Ann'", "1"),
+        ("@request.auth.docs_via_seen.id ?= '1' && id = '2'", "2"),
         # numbers
         ("price = 1.5", "1"),
         ("price ~ '1.5'", "1"),
