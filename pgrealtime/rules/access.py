@@ -383,7 +383,7 @@ def _form(term: Term, shape: Shape) -> Form | None:
         case FieldValue(field=field_, part=Part.WHOLE | Part.EACH):
             is_number = field_.kind in {FieldKind.NUMBER, FieldKind.BOOL}
         case FieldValue() | Item():
-            is_number = False
+            is_number = rank is Rank.NUMERIC
         case _:
             return None
     if is_number:

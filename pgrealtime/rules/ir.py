@@ -191,6 +191,13 @@ class Item:
 
     place: Place
 
+    @property
+    def kind(self) -> FieldKind:
+        """What the field holds several of."""
+        last = self.place.steps[-1]
+        assert isinstance(last, Items)
+        return last.field.kind
+
 
 @dataclass(frozen=True, slots=True)
 class JsonValue:
@@ -450,7 +457,7 @@ def traits(term: Term, shapes: Mapping[Parameter, Shape]) -> Traits:
         case Hidden(part=Part.WHOLE):
             return Traits(rank=Rank.TEXT)
         case FieldValue() | Hidden() | Item():
-            return Traits(rank=Rank.NONE)
+            return Traits(rank=_rank_of_part(term))
         case JsonValue():
             return Traits(rank=Rank.NONE, nulls=Nulls.OFF)
         case GeoDistance(args):
@@ -468,8 +475,16 @@ def _are_something(given: Iterable[Shape]) -> bool:
     return bool(present) and Shape.EMPTY not in present
 
 
+_NUMERIC = frozenset({FieldKind.NUMBER, FieldKind.BOOL})
+
+
+def _rank_of_part(term: FieldValue | Hidden | Item) -> Rank:
+    is_numeric = isinstance(term, Item) and term.kind in _NUMERIC
+    return Rank.NUMERIC if is_numeric else Rank.NONE
+
+
 def _rank(field_: Field) -> Rank:
-    if field_.is_multiple or field_.kind in {FieldKind.NUMBER, FieldKind.BOOL, FieldKind.GEO}:
+    if field_.is_multiple or field_.kind in _NUMERIC or field_.kind is FieldKind.GEO:
         return Rank.NUMERIC
     return Rank.TEXT
 

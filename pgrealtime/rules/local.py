@@ -515,9 +515,19 @@ def _operand(term: Term, scope: _Scope) -> _Operand:
             at = scope.item(place, _items(place, scope.ground))
             if at >= _FRESH and scope.offset == 0:
                 raise _NotHereError
-            return _text(Rank.NONE, lambda _row, _args, chosen: chosen[at])
+            if term.kind is FieldKind.NUMBER:
+                return _number(*(_of_item(at, convert) for convert in (int, str)))
+            return _text(Rank.NONE, _of_item(at, str))
         case _:
             raise _NotHereError
+
+
+def _of_item(at: int, convert: Callable[[str], Scalar]) -> Read:
+    def read(_row: Row, _args: Args, chosen: _Chosen) -> Scalar:
+        text = chosen[at]
+        return None if text is None else _converted_text(convert, text)
+
+    return read
 
 
 def _converted(one: _Operand, other: _Operand) -> tuple[_Operand, _Operand]:

@@ -84,9 +84,8 @@ def value(term: Term, scope: Scope, *, is_strict: bool = True) -> Value:
             return _keyword(None)
         case FieldValue():
             return replace(_field_part(term, scope, is_strict=is_strict), rank=rank)
-        case Item(place):
-            item, type_ = scope.item(place)
-            return _text(sql.plain_text(item, type_), rank)
+        case Item(place, kind=kind):
+            return replace(_item(kind, *scope.item(place), scope), rank=rank)
         case JsonValue():
             return _json_value(term, scope)
         case Hidden(place, part):
@@ -158,8 +157,7 @@ def _field(place: Place, field: Field, scope: Scope, *, is_strict: bool) -> Valu
         case FieldKind.NUMBER:
             return _number(column, field.type, scope)
         case FieldKind.BOOL:
-            number = sql.cast(column, "int")
-            return Value(rank=Rank.NUMERIC, number=number, show=lambda: sql.cast(number, sql.TEXT))
+            return _flag(column)
         case FieldKind.GEO:
             return _text(_geo_text(column, field), Rank.NUMERIC)
         case FieldKind.DATE:
@@ -205,6 +203,24 @@ def _number(column: Sql, type_: Type, scope: Scope) -> Value:
         return of("t")
 
     return Value(rank=Rank.NUMERIC, number=number, show=show)
+
+
+def _flag(column: Sql) -> Value:
+    number = sql.cast(column, "int")
+    return Value(rank=Rank.NUMERIC, number=number, show=lambda: sql.cast(number, sql.TEXT))
+
+
+def _item(kind: FieldKind, item: Sql, type_: Type, scope: Scope) -> Value:
+    """Return one of many values: the same as if the field held it alone."""
+    match kind:
+        case FieldKind.NUMBER:
+            return _number(item, type_, scope)
+        case FieldKind.BOOL:
+            return _flag(item)
+        case FieldKind.DATE:
+            return _text(_date(item, type_), Rank.NONE)
+        case _:
+            return _text(sql.plain_text(item, type_), Rank.NONE)
 
 
 def _date(column: Sql, type_: Type) -> Sql:

@@ -49,7 +49,7 @@ CREATE TABLE app."Docs" (
   price numeric, ratio real, "createdAt" timestamp, due date, at timestamptz, place point,
   labels app.mood[], numbers int[], done boolean, secret bytea, parent int,
   kind citext REFERENCES app.kinds, ip inet, ips inet[], day app.feeling,
-  seen app.person[]);
+  seen app.person[], dues date[], flags boolean[], prices numeric[]);
 CREATE TABLE app.doc_readers (doc bigint REFERENCES app."Docs", person uuid REFERENCES app.people);
 INSERT INTO app.people VALUES
   ('00000000-0000-0000-0000-00000000000a', 'Ann', 'calm', 'Ann', NULL),
@@ -66,7 +66,8 @@ INSERT INTO app."Docs" VALUES
    NULL);
 INSERT INTO app.days VALUES ('calm', 'quiet');
 UPDATE app."Docs" SET ip = '10.0.0.1', ips = '{10.0.0.1,10.0.0.0/8}', day = 'calm',
-  seen = '{00000000-0000-0000-0000-00000000000a}' WHERE id = 1;
+  seen = '{00000000-0000-0000-0000-00000000000a}', dues = '{2024-01-31}', flags = '{t}',
+  prices = '{1.50,20}' WHERE id = 1;
 INSERT INTO app.doc_readers VALUES
   (1, '00000000-0000-0000-0000-00000000000b'), (1, '00000000-0000-0000-0000-00000000000a'),
   (2, '00000000-0000-0000-0000-00000000000a');
@@ -237,7 +238,17 @@ def _answer(connection: psycopg.Connection, question: Question, rows: Sequence[R
         ("labels:length = 2", "1"),
         ('labels = \'["calm","zealous"]\'', "1"),
         ("numbers ~ '[1,2]'", "1"),
+        # each of several values is what it would be alone
         ("numbers:each ?= '2'", "1"),
+        ("numbers:each ?= 2", "1"),
+        ("numbers:each ?> 1", "1"),
+        ("numbers:each ?> 2", ""),
+        ("numbers:each <= 2", "1"),
+        ("prices:each ?= 1.5 && prices:each ?~ '1.5'", "1"),
+        ("prices:each ?> 20", ""),
+        ("flags:each ?= true", "1"),
+        ("dues:each ?= '2024-01-31 00:00:00.000Z'", "1"),
+        ("dues:each ?>= '2024-01-31 00:00:00.000Z'", "1"),
         ("done = true", "1"),
         ("done = null", "3"),
         # junction tables

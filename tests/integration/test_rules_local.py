@@ -120,6 +120,7 @@ FIELDS = [
     *(f"{name}:lower" for name in VALUES if name not in {"doc", "flags", "numbers"}),
     *(f"{name}:length" for name in ("tags", "members", "feeling", "owner", "feelings", "ids")),
     *(f"{name}:each" for name in ("tags", "members", "codes", "feelings", "owner", "ids")),
+    "numbers:each",
     *("doc.a", "doc.b", "doc.a.0", "doc.a.b", "doc.0", "doc.3.a", "doc.b.1", "doc.a.0.b"),
     *("owner.id", "doc:lower"),
 ]
