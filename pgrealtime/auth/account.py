@@ -15,6 +15,7 @@ from pgrealtime.auth.principal import AuthRecord, Reading
 from pgrealtime.auth.record import auth_record, token_key
 from pgrealtime.catalog.keys import canonical_id, native_name
 from pgrealtime.catalog.model import Column
+from pgrealtime.catalog.naming import identifier
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
 from pgrealtime.config import CollectionLoginConfig
@@ -246,16 +247,16 @@ def statement_by_id(users: Users, columns: Sequence[str]) -> sql.Composed:
     but without the index.
     """
     collection = users.collection
-    key = sql.Identifier(collection.key.name)
+    key = identifier(collection.key.name)
     native = native_name(collection.key.type)
     return sql.SQL(
         "SELECT {columns}, pg_catalog.pg_current_snapshot(), pg_catalog.pg_current_wal_insert_lsn()"
         " FROM {table} WHERE {key} OPERATOR(pg_catalog.=) ANY (%(ids)s::{type}[])"
     ).format(
         columns=_list(columns),
-        table=sql.Identifier(*collection.table.name),
+        table=identifier(*collection.table.name),
         key=key if native else sql.SQL("{}::pg_catalog.text").format(key),
-        type=sql.Identifier("pg_catalog", native or "text"),
+        type=identifier("pg_catalog", native or "text"),
     )
 
 
@@ -288,18 +289,18 @@ def statement_by_value(
     is_own = own.category == "S" and not folds_case
     schema, type_ = (own.schema, own.name) if is_own else ("pg_catalog", "text")
     shape = "pg_catalog.lower({})" if folds_case else "{}"
-    name = sql.SQL("{}" if is_own else "{}::pg_catalog.text").format(sql.Identifier(column.name))
-    value = sql.SQL("%(value)s::{}").format(sql.Identifier(schema, type_))
+    name = sql.SQL("{}" if is_own else "{}::pg_catalog.text").format(identifier(column.name))
+    value = sql.SQL("%(value)s::{}").format(identifier(schema, type_))
     return sql.SQL(
         "SELECT {columns} FROM {table} WHERE {name} OPERATOR({schema}.=) {value} LIMIT 2"
     ).format(
         columns=_list(columns),
-        table=sql.Identifier(*users.collection.table.name),
+        table=identifier(*users.collection.table.name),
         name=sql.SQL(shape).format(name),
-        schema=sql.Identifier(schema),
+        schema=identifier(schema),
         value=sql.SQL(shape).format(value),
     )
 
 
 def _list(columns: Sequence[str]) -> sql.Composed:
-    return sql.SQL(", ").join(map(sql.Identifier, columns))
+    return sql.SQL(", ").join(map(identifier, columns))

@@ -13,6 +13,7 @@ from psycopg import sql
 from pgrealtime.auth.record import plain_id
 from pgrealtime.catalog.keys import canonical_id, native_name
 from pgrealtime.catalog.model import Column, Table
+from pgrealtime.catalog.naming import identifier
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection, FieldKind
 from pgrealtime.hub.expansion import Step, ids_in_array
@@ -58,8 +59,8 @@ class Linking:
         element = self.match.type.base.element
         type_ = element or self.match.type
         native = native_name(type_)
-        match: sql.Composable = sql.Identifier("t", self.match.name)
-        asked = sql.SQL("k.id::pg_catalog.{}").format(sql.Identifier(native or "text"))
+        match: sql.Composable = identifier("t", self.match.name)
+        asked = sql.SQL("k.id::pg_catalog.{}").format(identifier(native or "text"))
         if element is None:
             shape = "{match} OPERATOR(pg_catalog.=) {asked}"
         elif native and element.domain_of is None:  # no operator has arrays of both
@@ -73,8 +74,8 @@ class Linking:
             " CROSS JOIN LATERAL"
             " (SELECT {result} AS id FROM {table} t WHERE {condition} LIMIT {limit}) l"
         ).format(
-            result=sql.Identifier("t", self.result.name),
-            table=sql.Identifier(*self.table.name),
+            result=identifier("t", self.result.name),
+            table=identifier(*self.table.name),
             condition=sql.SQL(shape).format(match=match, asked=asked),
             limit=sql.Literal(self.limit),
         )
@@ -163,12 +164,12 @@ _CREATED = ("created", "created_at", "createdAt", "inserted_at")
 def rows_statement(collection: Collection) -> sql.Composed:
     """Return the query for rows by id, in the table's column order."""
     native = native_name(collection.key.type)
-    key = sql.Identifier(collection.key.name)
+    key = identifier(collection.key.name)
     return sql.SQL(
         "SELECT {columns} FROM {table} WHERE {key} OPERATOR(pg_catalog.=) ANY (%(ids)s::{type}[])"
     ).format(
-        columns=sql.SQL(", ").join(sql.Identifier(one.name) for one in collection.table.columns),
-        table=sql.Identifier(*collection.table.name),
+        columns=sql.SQL(", ").join(identifier(one.name) for one in collection.table.columns),
+        table=identifier(*collection.table.name),
         key=key if native else sql.SQL("{}::pg_catalog.text").format(key),
-        type=sql.Identifier("pg_catalog", native or "text"),
+        type=identifier("pg_catalog", native or "text"),
     )

@@ -16,6 +16,7 @@ from psycopg import sql
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
+from pgrealtime.catalog.naming import identifier
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
 from pgrealtime.errors import DatabaseUnreachableError
@@ -343,10 +344,10 @@ class Probe:
         columns = [column.name for column in collection.table.columns]
         key_type = collection.key.type.base
         query = _LIVE_ROWS.format(
-            key=sql.Identifier(collection.key.name),
-            columns=sql.SQL(", ").join(map(sql.Identifier, columns)),
-            table=sql.Identifier(*collection.table.name),
-            type=sql.Identifier(key_type.schema, key_type.name),
+            key=identifier(collection.key.name),
+            columns=sql.SQL(", ").join(map(identifier, columns)),
+            table=identifier(*collection.table.name),
+            type=identifier(key_type.schema, key_type.name),
         )
         async with self._pool.connection() as connection:
             cursor = await connection.execute(query, {"keys": ids})

@@ -10,6 +10,7 @@ from psycopg import sql
 from psycopg_pool import PoolTimeout
 
 from pgrealtime.catalog.keys import canonical_id, native_name
+from pgrealtime.catalog.naming import identifier
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
@@ -80,12 +81,12 @@ class Asking:
         if wanted is None:
             return None
         names = [column.name for column in collection.table.columns]
-        key, native = sql.Identifier(collection.key.name), native_name(collection.key.type)
+        key, native = identifier(collection.key.name), native_name(collection.key.type)
         query = _ROW.format(
-            columns=sql.SQL(", ").join(map(sql.Identifier, names)),
-            table=sql.Identifier(*collection.table.name),
+            columns=sql.SQL(", ").join(map(identifier, names)),
+            table=identifier(*collection.table.name),
             key=key if native else sql.SQL("{}::pg_catalog.text").format(key),
-            type=sql.Identifier("pg_catalog", native or "text"),
+            type=identifier("pg_catalog", native or "text"),
         )
         try:
             result = (await self._connection.execute(query, {"id": wanted})).pgresult

@@ -33,7 +33,7 @@ from pgrealtime.rules.request import Request
 SCHEMA = """
 CREATE TABLE people (
   id uuid PRIMARY KEY, email text, "emailVisibility" boolean DEFAULT false, verified boolean,
-  name text, boss uuid REFERENCES people);
+  name text, boss uuid REFERENCES people, "share%" int);
 CREATE DOMAIN person AS uuid;
 CREATE TABLE teams (id int PRIMARY KEY, name text, members person[]);
 CREATE TABLE tags (id char(4) PRIMARY KEY, label text);
@@ -66,7 +66,7 @@ BOB = "00000000-0000-0000-0000-00000000000b"
 
 def _configured() -> dict[str, CollectionConfig]:
     raw: dict[str, dict[str, Any]] = {
-        "people": {"type": "auth"},
+        "people": {"type": "auth", "fields": {"rename": {"share%": "share"}}},
         "teams": {"relations": {"members": {"collection": "people"}}},
         "tags": {},
         "books": {
