@@ -171,7 +171,8 @@ class WalStream:
         """Begin to read; called by ``open_stream``."""
         self._pgconn.nonblocking = 1
         self._tick()
-        self._open()
+        # What came together with the answer to START_REPLICATION is read from the socket already.
+        self._cool(0)
 
     def stop(self) -> None:
         """Say what was kept last and let go of the socket; called by ``open_stream``."""

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import subprocess
 from collections.abc import Iterator
+from uuid import uuid4
 
 import pytest
 
@@ -97,6 +98,23 @@ async def test_failing_decoder_is_told(database_url: str) -> None:
             assert isinstance(error, StreamInterruptedError)
             assert (error.error_code, error.retryable) == ("decoder_failed", True)
             assert "secret" not in str(error)
+
+
+async def test_decoder_that_fails_at_once_is_told_at_once(database_url: str) -> None:
+    """Its word may come together with the answer that the stream begins."""
+    slot = {"name": f"pgrealtime_{uuid4().hex[:8]}", "durable": True, "allow_unlimited_wal": True}
+    config = ReplicationConfig.model_validate({"slot": slot})
+    async with writer(database_url) as connection:
+        if connection.info.server_version >= 180_000:
+            pytest.skip("from 18 on a missing publication is silence")
+        await connection.execute(TABLE)
+        async with reading(database_url, connection, "pgoutput", config=config):
+            await connection.execute("DROP PUBLICATION pgrealtime")
+            await connection.execute("INSERT INTO t (pad) VALUES ('x')")
+        for _ in range(20):
+            async with reading(database_url, connection, "pgoutput", config=config) as stream:
+                _, error = await _end(stream)
+            assert error.error_code == "decoder_failed"
 
 
 @both
