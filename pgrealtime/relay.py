@@ -14,7 +14,7 @@ import hashlib
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -38,6 +38,8 @@ _MARK_SECONDS = 10.0
 """Between two marks in the changelog where nothing of ours happens, but the server's WAL grows."""
 _REOPEN_SECONDS = 5.0
 """How long the server may take to see that a stream was closed; then its slot can be read anew."""
+_FAILURES = 5
+"""How often in a row a decoder may fail at the same place: with the pauses, some seconds."""
 _LOOK_SECONDS = 0.02
 """While another stream waits to go on: between two looks at how far this one has read."""
 
@@ -95,6 +97,7 @@ class Relay:
         tables: What is streamed: part of what a position means.
         max_size: Bytes that may wait in the changelog for the follower. Beyond, reading stops,
             and the stream gives up after its ``max_pause``: a gap.
+        pass_over: Moves the durable slot to where the server's WAL ends.
     """
 
     def __init__(
@@ -105,8 +108,10 @@ class Relay:
         *,
         tables: Iterable[TableName],
         max_size: int,
+        pass_over: Callable[[], Awaitable[None]],
     ) -> None:
         self._open_stream = open_stream
+        self._pass_over = pass_over
         self._changelog = changelog
         self._follower = follower
         self._tables = tuple(tables)
@@ -119,6 +124,10 @@ class Relay:
         self._reopened: asyncio.Future[None] | None = None
         """Set while a durable slot's stream is opened anew on purpose."""
         self._reopen_until = 0.0
+        self._failure = ""
+        """What the durable slot's decoder failed with last, and where."""
+        self._failures = 0
+        """How often it did so."""
         self._restores = 0
         """How often the history went back without another system or timeline to tell it by."""
         self._turn = asyncio.Lock()
@@ -147,15 +156,18 @@ class Relay:
                     if self._open_stream is not open_stream:
                         continue  # other tables are wanted by now
                     self._begin(stream)
-                    pause = _FIRST_PAUSE
+                    pause = pause if self._failures else _FIRST_PAUSE
                     await self._read_in_turn(stream, opened)
             except PgRealtimeError as error:
                 if self._reopened is not None and self._is_of_reopening(error):
                     await asyncio.sleep(_LOOK_SECONDS)
                     continue
+                is_durable = self.stream is not None and self.stream.is_durable
                 self._lose(error)
                 if not error.retryable:
                     raise
+                if is_durable:
+                    await self._mind_failure(error)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
             pause = min(pause * 2, _LONGEST_PAUSE)
 
@@ -297,6 +309,22 @@ class Relay:
         log.warning(
             "replication.lost", code=error.error_code, reason=error.message, detail=error.detail
         )
+
+    async def _mind_failure(self, error: PgRealtimeError) -> None:
+        """Leave behind what a durable slot's decoder fails at for ever, and with it what follows.
+
+        Each new stream begins before it. The server keeps all WAL until somebody gives in.
+        """
+        before, self._failure = self._failure, ""
+        if error.error_code != "decoder_failed":
+            self._failures = 0
+            return
+        self._failure = error.detail  # which says where
+        self._failures = self._failures + 1 if self._failure == before else 1
+        if self._failures >= _FAILURES:
+            self._failures = 0
+            log.error("replication.passed_over", reason=error.message, detail=error.detail)
+            await self._pass_over()
 
     async def _read(self, stream: WalStream) -> _Successor:
         """Keep what comes, until a successor has all that follows; return that."""

@@ -50,6 +50,8 @@ from pgrealtime.relay import Relay
 from pgrealtime.reload import Reload, Rooms, World
 from pgrealtime.rules.plan import columns_asked
 from pgrealtime.vitals import Vitals
+from pgrealtime.wal import durable
+from pgrealtime.wal.server import connect_plainly
 from pgrealtime.wal.slot import SlotWait
 from pgrealtime.wal.stream import WalStream, open_stream, rehearse_stream
 
@@ -173,6 +175,7 @@ async def running(
             hub,
             tables=world.streamed,
             max_size=config.changelog.max_size,
+            pass_over=lambda: _pass_over(config),
         )
         accounts = Accounts(pool, on_doubt=doubted.set)
         authenticator = Authenticator(
@@ -307,6 +310,15 @@ async def _rehearse(config: Config, world: World) -> None:
     if config.replication.slot.durable:
         tables = list(world.streamed.values())
         await rehearse_stream(config.database.url, config.replication, tables)
+
+
+async def _pass_over(config: Config) -> None:
+    """Move the durable slot to where the server's WAL ends, if that can be."""
+    try:
+        async with await connect_plainly(config.database.url) as connection:
+            await durable.pass_over(connection, config.replication.slot.name)
+    except psycopg.Error as error:
+        log.warning("slot.kept", slot=config.replication.slot.name, reason=str(error).strip())
 
 
 def _report_wait(wait: SlotWait) -> None:

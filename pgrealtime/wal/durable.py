@@ -141,6 +141,17 @@ async def set_failover(connection: AsyncConnection[Any], standing: Standing) -> 
     await connection.execute(f'ALTER_REPLICATION_SLOT "{standing.name}" (FAILOVER true)'.encode())
 
 
+async def pass_over(connection: AsyncConnection[Any], name: str) -> None:
+    """Move the slot to where the WAL ends, without asking its decoder what is before.
+
+    Raises:
+        psycopg.Error: Somebody reads from it, or it is gone.
+    """
+    await connection.execute(
+        "SELECT pg_replication_slot_advance(%s, pg_current_wal_insert_lsn())", (name,)
+    )
+
+
 async def drop(connection: AsyncConnection[Any], standing: Standing) -> None:
     """Remove the slot, and with it the server's reason to keep WAL for it.
 

@@ -84,6 +84,10 @@ class Relaying:
         ]
 
 
+async def never() -> None:
+    raise AssertionError
+
+
 Opening = Callable[[Sequence[Table]], Callable[[], AbstractAsyncContextManager[WalStream]]]
 
 
@@ -92,7 +96,9 @@ async def relaying(opening: Opening, tables: Sequence[Table]) -> AsyncIterator[R
     changelog = MemoryChangelog(LSN(0), max_size=1 << 30, max_age=1e9)
     reader = Reader(changelog)
     names = [table.name for table in tables]
-    relay = Relay(opening(tables), changelog, reader, tables=names, max_size=1 << 30)
+    relay = Relay(
+        opening(tables), changelog, reader, tables=names, max_size=1 << 30, pass_over=never
+    )
     running = asyncio.create_task(relay.run())
     try:
         await reader.until(lambda: bool(reader.said))

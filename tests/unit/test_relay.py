@@ -39,6 +39,10 @@ def no_stream() -> AbstractAsyncContextManager[WalStream]:
     raise AssertionError
 
 
+async def not_asked() -> None:
+    raise AssertionError
+
+
 def large(end_lsn: int) -> Transaction:
     changes = (Insert(POSTS, {"id": "1"}), Insert(POSTS, {"id": "2"}))
     return Transaction(Xid(end_lsn), LSN(end_lsn), 0, changes, 90)
@@ -50,7 +54,7 @@ def test_a_gap_that_is_told_takes_nothing_from_who_has_yet_to_read_it() -> None:
     follower = Behind(Cursor(LSN(10), 1))
     for end_lsn in (10, 20):
         changelog.append(large(end_lsn), 0.0, follower.head)
-    relay = Relay(no_stream, changelog, follower, tables=[POSTS], max_size=100)
+    relay = Relay(no_stream, changelog, follower, tables=[POSTS], max_size=100, pass_over=not_asked)
     relay.tell_gap("schema", frozenset({POSTS}))
 
     gap = Gap(LSN(21), "schema", frozenset({POSTS}))
