@@ -344,7 +344,7 @@ class Relay:
             if batch:
                 self._read_upto = max(self._read_upto, batch[-1].end_lsn)
                 if stream.is_durable:
-                    stream.let_go(self._changelog.floor.lsn)
+                    self._let_go(stream)
                 else:
                     stream.keep(batch[-1].end_lsn)
                 self._follower.wake()
@@ -373,6 +373,13 @@ class Relay:
             self._append(Mark(quiet), now)
             self._follower.wake()
 
+    def _let_go(self, stream: WalStream) -> None:
+        """Say that nobody needs what the changelog doesn't have any more."""
+        # A gap that was told ends within the record that follows, perhaps a commit; and a commit
+        # that begins before what is let go of isn't sent again. Records begin at multiples of 8.
+        floor = self._changelog.floor.lsn
+        stream.let_go(LSN(floor - floor % 8))
+
     def _waiting(self) -> int:
         return self._changelog.bytes_after(self._follower.head)
 
@@ -384,7 +391,7 @@ class Relay:
             self._changelog.expire(now, self._follower.head)
             if self.stream is not None and self.stream.is_durable:
                 self._mark(self.stream, now)
-                self.stream.let_go(self._changelog.floor.lsn)
+                self._let_go(self.stream)
 
 
 def epoch_of(system: SystemIdentity, tables: Iterable[TableName]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
@@ -170,6 +171,36 @@ async def test_slot_moves_behind_what_clients_can_still_ask_for(
             assert room.changelog.floor.lsn >= one
         await connection.execute("INSERT INTO old VALUES (2)")
         async with relaying(database_url, config, connection) as room:
+            await room.reader.until(lambda: room.inserted(OLD) == [2])
+
+
+async def test_a_gap_that_is_let_go_takes_no_commit_along(database_url: str) -> None:
+    """It lies between two commits of which the second begins where the first one ends."""
+    config, max_age = durable(), 1e9
+    async with (
+        writer(database_url) as connection,
+        await psycopg.AsyncConnection.connect(database_url) as other,
+    ):
+        await prepared(connection)
+        async with relaying(database_url, config, connection, max_age=max_age) as room:
+            await other.execute("INSERT INTO old VALUES (2)")
+            await connection.execute("INSERT INTO old VALUES (1)")
+            await room.reader.until(lambda: room.inserted(OLD) == [1])
+            end = room.changelog.head.lsn
+            room.relay.tell_gap("schema", frozenset({NEW}))
+            told_at = time.monotonic()
+            while time.monotonic() == told_at:
+                pass
+            await other.commit()
+            await room.reader.until(lambda: room.changelog.head.lsn > end + 1)
+            assert room.relay.stream is not None
+            room.changelog.expire(told_at + max_age, room.changelog.head)
+            assert room.changelog.floor.lsn == end + 1
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                while await confirmed(connection, config) < end:
+                    await asyncio.sleep(0.01)  # moved once a second, of which nobody is told
+        async with relaying(database_url, config, connection) as room:
+            room.begun = room.changelog.floor
             await room.reader.until(lambda: room.inserted(OLD) == [2])
 
 
