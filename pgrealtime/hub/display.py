@@ -24,7 +24,7 @@ from pgrealtime.hub.match import Group
 from pgrealtime.hub.probe import Asked
 from pgrealtime.lsn import Xid
 from pgrealtime.records.encode import RecordEncoder, View, encoder
-from pgrealtime.rules.past import Past, tables_of
+from pgrealtime.rules.past import Pasts, tables_of
 from pgrealtime.rules.plan import Bound, Planner, moment
 from pgrealtime.rules.request import Request
 
@@ -155,13 +155,14 @@ class Display:
         xids = frozenset(event.xid for event in events)
         looking: Looking[int] = Looking(moment(datetime.now(UTC)), xids)
         wanted: list[Wanted] = []
+        pasts = Pasts(self._tables)
         heard = [place for place, groups in enumerate(judged) if groups]
         for place in heard:
             event = events[place]
             found = list(sights(judged[place]))
             wanted += ((place, viewer) for viewer, _ in found if viewer is not None)
             if event.collection.manage_rule is not None and event.hides_email:
-                past = Past(event.changes, self._tables) if event.action == "delete" else None
+                past = pasts.of(event.changes) if event.action == "delete" else None
                 bounds = {manager for _, manager in found if manager is not None}
                 looking.consider(place, event.collection, event.row, bounds, past)
         await self._probe.ask(looking)

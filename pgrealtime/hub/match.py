@@ -24,7 +24,7 @@ from pgrealtime.rules.compare import Scalar
 from pgrealtime.rules.decide import Case, Deciding
 from pgrealtime.rules.formula import Facts, Moment
 from pgrealtime.rules.index import Index
-from pgrealtime.rules.past import Past, tables_of
+from pgrealtime.rules.past import Pasts, tables_of
 from pgrealtime.rules.plan import Bound, Planner, Variant, moment
 from pgrealtime.rules.reference import Nobody
 from pgrealtime.rules.remote import Inquiry
@@ -427,13 +427,14 @@ class Matcher:
             among = [group for group in among if group.variant.is_costly == costly]
         at = moment(now)
         cases: dict[int, Case[Group]] = {}
-        pasts: dict[int, Past] = {}
+        pasts = Pasts(self._tables)
         for place, event in enumerate(events):
             there = by_collection.get(event.collection.name)
             if there is None:
                 continue
             facts = Facts(event.row, event.missing, at)
-            case = cases[place] = Case(facts, self._past(event, pasts))
+            past = pasts.of(event.changes) if event.action == "delete" else None
+            case = cases[place] = Case(facts, past)
             if among is None:
                 case.search(there.index)
                 match there.by_record.get(event.record_id):
@@ -446,15 +447,6 @@ class Matcher:
             else:
                 case.consider(group for group in among if group.concerns(event))
         return Judging(events, cases, at)
-
-    def _past(self, event: Event, pasts: dict[int, Past]) -> Past | None:
-        """Return the state that a delete is judged against; one for each transaction."""
-        if event.action != "delete":
-            return None
-        place = id(event.changes)
-        if place not in pasts:
-            pasts[place] = Past(event.changes, self._tables)
-        return pasts[place]
 
 
 def _before(subscription: Subscription) -> Iterator[Subscription]:

@@ -21,12 +21,18 @@ class Past:
     def __init__(self, changes: Iterable[Change], tables: Mapping[TableName, Table]) -> None:
         self._changes = tuple(changes)
         self._tables = tables
-        self._touched = frozenset(change.table for change in self._changes)
+        self._touched: frozenset[TableName] | None = None
+        """Made when it is asked for: of the changes there may be many more than are judged."""
         self._overlays: dict[TableName, Overlay | None] = {}
 
     def overlays(self, tables: Iterable[TableName]) -> tuple[Overlay, ...]:
         """Return those of the tables that the transaction touched, as they were."""
-        touched = sorted(self._touched.intersection(tables))
+        wanted = frozenset(tables)
+        if not wanted:
+            return ()
+        if self._touched is None:
+            self._touched = frozenset(change.table for change in self._changes)
+        touched = sorted(self._touched & wanted)
         found = (self._overlay(name) for name in touched)
         return tuple(overlay for overlay in found if overlay is not None)
 
@@ -35,6 +41,23 @@ class Past:
             table = self._tables.get(name)
             self._overlays[name] = None if table is None else _overlay(table, self._changes)
         return self._overlays[name]
+
+
+class Pasts:
+    """The states before the transactions of some events: one each, however many events it has."""
+
+    __slots__ = ("_pasts", "_tables")
+
+    def __init__(self, tables: Mapping[TableName, Table]) -> None:
+        self._tables = tables
+        self._pasts: dict[int, Past] = {}
+
+    def of(self, changes: tuple[Change, ...]) -> Past:
+        """Return the state before the transaction of those changes."""
+        past = self._pasts.get(id(changes))
+        if past is None:
+            past = self._pasts[id(changes)] = Past(changes, self._tables)
+        return past
 
 
 def _overlay(table: Table, changes: Iterable[Change]) -> Overlay:
