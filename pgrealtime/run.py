@@ -8,7 +8,7 @@ import gc
 import resource
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -98,15 +98,41 @@ async def serve(config: Config, reread: Callable[[], Reading]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, changed.set)
-    async with (
-        running(config, reread=reread) as service,
-        _together([_reload_whenever(changed, service)]),
-    ):
+    async with AsyncExitStack() as stack:
+        starting = stack.enter_async_context(running(config, reread=reread))
+        service = await _unless_stopped(stop, starting)
+        if service is None:
+            return
+        await stack.enter_async_context(_together([_reload_whenever(changed, service)]))
         log.info(
             "server.started", version=__version__, url=f"http://{config.server.host}:{service.port}"
         )
         await stop.wait()
         log.info("server.stopping", connections=len(service.hub.connections))
+
+
+async def _unless_stopped(stop: asyncio.Event, starting: Awaitable[Running]) -> Running | None:
+    """Return the service once it is up, or nothing if it shall stop before that.
+
+    It starts in this task, which has to be the one that ends it: so what is waited for gets a
+    time-out, of now.
+    """
+
+    async def give_up(patience: asyncio.Timeout) -> None:
+        await stop.wait()
+        patience.reschedule(asyncio.get_running_loop().time())
+
+    try:
+        async with asyncio.timeout(None) as patience:
+            watch = asyncio.create_task(give_up(patience))
+            try:
+                return await starting
+            finally:
+                watch.cancel()
+    except TimeoutError:
+        if not stop.is_set():
+            raise
+        return None
 
 
 def _allow_files(connections: int) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -519,3 +521,23 @@ def test_run_says_at_once_for_what_it_waits(operator: Operator, role: str) -> No
         "database_unreachable: the database can't be reached",
         "HINT: Check database.query_url; it has to lead to the primary.",
     )
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_run_ends_when_told_to_while_it_waits(operator: Operator, end: signal.Signals) -> None:
+    """Ctrl-C, and "docker stop", which kills after ten seconds."""
+    operator.file.write_text("database: {wait_for: 1m}\n" + _POSTS)
+    environ = {"DATABASE_URL": "postgresql://postgres@127.0.0.1:1/none"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "pgrealtime", "run", "-c", str(operator.file)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=_clean_environ() | environ,
+    ) as process:
+        assert process.stderr is not None
+        assert "database.waiting" in process.stderr.readline()
+        began = time.monotonic()
+        process.send_signal(end)
+        assert process.wait(timeout=30) == 0
+        assert process.stderr.read() == ""
+    assert time.monotonic() - began < 5.0
