@@ -58,12 +58,16 @@ _MOST = {
     "year": 14713.0,
 }
 """A longer way than this leads out of what SQLite can hold, from wherever."""
+_OF_CALENDAR = ("month", "year")
+"""Of these SQLite must know the year before and after, so that no detour leads beyond its own."""
 _FINER = frozenset({"subsec", "subsecond"})
 """With these the seconds since 1970 have three decimals."""
 _LONGEST_FORMAT = 250
 _CYCLES_DAYS = 300 * 146097
 """120,000 years. The calendar repeats itself every 400, weekdays too, so that modifiers can be
 applied that much later: there no detour leaves what PostgreSQL can hold."""
+_FIRST_YEAR, _FIRST, _END = "115287-01-01", "115287-11-24 12:00:00", "130000-01-01"
+"""What SQLite can hold, so much later: of a calendar's years, of Julian days."""
 
 
 def moment(
@@ -94,9 +98,11 @@ def moment(
         return given(start, lambda one: _within(one, "4714-11-24 12:00:00 BC", "10000-01-01"))
     cycles = sql.call("make_interval", *[sql.number(0)] * 3, sql.number(_CYCLES_DAYS))
     start = sql.binary(exp.Add, start, cycles)
-    for modifier in rest:
-        start = given(start, partial(_modified, modifier=modifier.lower()))
-    start = given(start, lambda one: _within(one, "115287-11-24 12:00:00", "130000-01-01"))
+    for modifier in map(str.lower, rest):
+        start = given(start, partial(_modified, modifier=modifier))
+        if modifier.rstrip("s").endswith(_OF_CALENDAR):
+            start = given(start, lambda one: _within(one, _FIRST_YEAR, _END))
+    start = given(start, lambda one: _within(one, _FIRST, _END))
     return sql.binary(exp.Sub, start, cycles)
 
 
@@ -215,13 +221,17 @@ def _modified(start: Sql, modifier: str) -> Sql:
     if modifier in {*_FINER, "ceiling"}:
         return start
     if modifier in {"start of day", "start of month", "start of year"}:
-        return sql.call("date_trunc", sql.string(modifier.removeprefix("start of ")), start)
+        unit = sql.string(modifier.removeprefix("start of "))
+        return _held(start, sql.call("date_trunc", unit, start))
     if weekday := _WEEKDAY.fullmatch(modifier):
         wanted = float(weekday[1])
         is_day = 0 <= wanted < 7 and wanted.is_integer()  # noqa: PLR2004 (days of a week)
-        return _next_weekday(start, int(wanted)) if is_day else sql.null(sql.TIMESTAMP)
+        if not is_day:
+            return sql.null(sql.TIMESTAMP)
+        return _held(start, _next_weekday(start, int(wanted)))
     if shift := _SHIFT.fullmatch(modifier):
-        return _shifted(start, float(shift[1]), shift[2])
+        later = _shifted(start, float(shift[1]), shift[2])
+        return _held(start, later) if shift[2] in _OF_CALENDAR else later
     if modifier in {"utc", "localtime"} or re.match(r"[+-]?\d+[-:]", modifier) is not None:
         _refuse(modifier)
     if modifier == "floor":
@@ -247,7 +257,7 @@ def _shifted(start: Sql, amount: float, unit: str) -> Sql:
     if abs(amount) >= _MOST[unit]:
         return sql.null(sql.TIMESTAMP)
     zero = sql.number(0)
-    if unit in {"month", "year"}:
+    if unit in _OF_CALENDAR:
         count = int(amount) * (12 if unit == "year" else 1)
         month = sql.call("date_trunc", sql.string("month"), start)
         rest = sql.binary(exp.Sub, start, month)
@@ -262,11 +272,20 @@ def _shifted(start: Sql, amount: float, unit: str) -> Sql:
     return sql.binary(exp.Add, start, apart)
 
 
+def _held(start: Sql, result: Sql) -> Sql:
+    """Return the result if SQLite can tell the calendar's day of the moment, else NULL."""
+    return _if_within(start, _FIRST, _END, result)
+
+
 def _within(start: Sql, first: str, end: str) -> Sql:
     """Return the moment if SQLite can hold it, else NULL."""
+    return _if_within(start, first, end, start)
+
+
+def _if_within(start: Sql, first: str, end: str, result: Sql) -> Sql:
     is_late = sql.binary(exp.GTE, start, sql.cast(sql.string(first), sql.TIMESTAMP))
     is_early = sql.binary(exp.LT, start, sql.cast(sql.string(end), sql.TIMESTAMP))
-    return sql.case((is_late, sql.case((is_early, start))))
+    return sql.case((is_late, sql.case((is_early, result))))
 
 
 # --- letters
