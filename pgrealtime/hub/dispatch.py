@@ -543,7 +543,9 @@ class Hub:
                 self._leave_behind(connection)
 
     def _begin(self, part: Slice) -> None:
-        """Take note of what the slice tells of people, before it is judged."""
+        """Take note of what the slice tells of people and tables, before it is judged."""
+        if any(len(event.row) > len(event.collection.column_names) for event in part.events):
+            self._on_doubt()  # a column is new; one that is gone is missed where rows are judged
         for event in part.people:
             self._identities.tell(event)
         self._turn_live(part.people, "update")

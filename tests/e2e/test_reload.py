@@ -427,6 +427,22 @@ async def test_an_added_column_takes_no_other_s_place(
     assert message.data["record"]["title"] == "x" * 10000
 
 
+async def test_an_added_column_is_shown_soon(database_url: str, tmp_path: Path) -> None:
+    """The first row that has it is the doubt that has the catalogue read."""
+    async with (
+        serving(database_url, tmp_path, {"posts": POSTS}) as running,
+        listener(running.address, "posts/*") as guest,
+    ):
+        await running.write.execute("ALTER TABLE posts ADD COLUMN more text DEFAULT 'm'")
+        await running.write.execute("INSERT INTO posts VALUES ('1')")
+        async with asyncio.timeout(10):
+            await running.process.wait_logged("schema.changed")
+        await running.write.execute("INSERT INTO posts VALUES ('2')")
+        messages = await guest.take(2)
+
+    assert [message.data["record"].get("more") for message in messages] == [None, "m"]
+
+
 async def test_a_column_of_another_type_is_shown_and_asked_by_it(
     database_url: str, tmp_path: Path
 ) -> None:
