@@ -372,6 +372,9 @@ async def query_pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
         "IntervalStyle": "postgres",
         "extra_float_digits": "1",
         "bytea_output": "hex",
+        # Else backslashes in our statements mean something else, and NULLs in our arrays are texts.
+        "standard_conforming_strings": "on",
+        "array_nulls": "on",
     }
     settings = settings_of(database.query_url or database.url) | {
         "options": " ".join(f"-c {name}={value}" for name, value in pins.items()),
