@@ -224,10 +224,21 @@ def _item(kind: FieldKind, item: Sql, type_: Type, scope: Scope) -> Value:
 
 
 def _date(column: Sql, type_: Type) -> Sql:
-    """Return the moment as PocketBase writes it; infinities order last and first."""
+    """Return the moment as PocketBase writes it; infinities order last and first.
+
+    Years before 1 are counted as records count them: 1 BC is 0000, 44 BC is -0043.
+    """
     in_utc = moment_of(column, type_)
-    shown = sql.call("to_char", in_utc, sql.string('YYYY-MM-DD HH24:MI:SS.MS"Z"'))
-    return sql.case((sql.call("isfinite", column), shown), default=sql.cast(column, sql.TEXT))
+    shown = sql.call("to_char", in_utc, sql.string(f"YYYY{_DAY_AND_TIME}"))
+    year = sql.cast(sql.call("to_char", in_utc, sql.string("YYYY")), "int")
+    counted = sql.call("to_char", sql.binary(exp.Sub, sql.number(1), year), sql.string("FM0000"))
+    early = sql.joined(counted, sql.call("to_char", in_utc, sql.string(_DAY_AND_TIME)))
+    is_early = sql.binary(exp.LT, in_utc, sql.cast(sql.string("0001-01-01"), sql.TIMESTAMP))
+    finite = sql.case((is_early, early), default=shown)
+    return sql.case((sql.call("isfinite", column), finite), default=sql.cast(column, sql.TEXT))
+
+
+_DAY_AND_TIME = '-MM-DD HH24:MI:SS.MS"Z"'
 
 
 def moment_of(column: Sql, type_: Type) -> Sql:

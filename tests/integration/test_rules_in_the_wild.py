@@ -49,7 +49,7 @@ CREATE TABLE app."Docs" (
   price numeric, ratio real, "createdAt" timestamp, due date, at timestamptz, place point,
   labels app.mood[], numbers int[], done boolean, secret bytea, parent int,
   kind citext REFERENCES app.kinds, ip inet, ips inet[], day app.feeling,
-  seen app.person[], dues date[], flags boolean[], prices numeric[]);
+  seen app.person[], dues date[], flags boolean[], prices numeric[], era date);
 CREATE TABLE app.doc_readers (doc bigint REFERENCES app."Docs", person uuid REFERENCES app.people);
 INSERT INTO app.people VALUES
   ('00000000-0000-0000-0000-00000000000a', 'Ann', 'calm', 'Ann', NULL),
@@ -67,7 +67,7 @@ INSERT INTO app."Docs" VALUES
 INSERT INTO app.days VALUES ('calm', 'quiet');
 UPDATE app."Docs" SET ip = '10.0.0.1', ips = '{10.0.0.1,10.0.0.0/8}', day = 'calm',
   seen = '{00000000-0000-0000-0000-00000000000a}', dues = '{2024-01-31}', flags = '{t}',
-  prices = '{1.50,20}' WHERE id = 1;
+  prices = '{1.50,20}', era = '0044-03-15 BC' WHERE id = 1;
 INSERT INTO app.doc_readers VALUES
   (1, '00000000-0000-0000-0000-00000000000b'), (1, '00000000-0000-0000-0000-00000000000a'),
   (2, '00000000-0000-0000-0000-00000000000a');
@@ -204,6 +204,9 @@ def _answer(connection: psycopg.Connection, question: Question, rows: Sequence[R
         # an address is what Postgres shows of it, and what the record shows
         ("ip = '10.0.0.1'", "1"),
         ("ips:each ?= '10.0.0.1' && ips = '[\"10.0.0.1\",\"10.0.0.0/8\"]'", "1"),
+        # a year before 1 is what the record shows of it
+        ("era = '-0043-03-15 00:00:00.000Z'", "1"),
+        ("era < '0001' && era != ''", "1"),
         # domains over what has no operators of its own
         ("day.note = 'quiet'", "1"),
         ("day.docs_via_day.id ?= '1'", "1"),
