@@ -69,7 +69,7 @@ async def index_warnings(
             hints = _hints(conditions, collections)
             for name in await _read_whole(connection, references(collections, collection, key)):
                 if all(name != known for known, _ in lacking):
-                    lacking[name, hints.get(name, _COMPARE)] = None
+                    lacking[name, hints.get(name, _RELATE)] = None
             for name, hint in lacking:
                 yield _warning(f"{collection.name}.{key}", name, hint)
 
@@ -93,7 +93,7 @@ def _hints(conditions: Sequence[ir.Condition], collections: Collections) -> Mapp
     return {i.table.name: str(i) for i in reversed(found) if i.table.name not in served}
 
 
-_COMPARE = "compare a field of it that has an index, by ="
+_RELATE = "no index serves this rule: go by a relation to it instead of @collection"
 
 
 def _conditions(
@@ -132,10 +132,15 @@ def _backwards(field: Field, table: Table) -> _Index:
 
 
 def _of_collections(condition: ir.Condition, collections: Collections) -> Iterator[_Index]:
-    """Yield the indexes by any of which rows of ``@collection`` could be found."""
+    """Yield the indexes by any of which rows of ``@collection`` could be found.
+
+    Two rows' values are compared as texts, of which an index knows nothing.
+    """
     for cmp in ir.comparisons(condition):
-        for term in (cmp.left, cmp.right):
+        for term, other in ((cmp.left, cmp.right), (cmp.right, cmp.left)):
             if cmp.op is not Op.EQ or not isinstance(term, ir.FieldValue):
+                continue
+            if isinstance(other, ir.FieldValue):
                 continue
             place, column = term.place, term.field.column
             if isinstance(place.origin, ir.AllRows) and not place.steps and column is not None:
@@ -162,9 +167,18 @@ async def _read_whole(
 
 
 def _whole_scans(node: dict[str, Any]) -> Iterator[TableName]:
-    kind = node["Node Type"]
-    is_index_read_whole = kind in {"Index Scan", "Index Only Scan"} and "Index Cond" not in node
-    if kind == "Seq Scan" or is_index_read_whole:
-        yield TableName(node["Schema"], node["Relation Name"])
-    for below in node.get("Plans", ()):
+    plans = node.get("Plans", ())
+    if "Relation Name" in node:
+        # A bitmap's index is a node below.
+        ways = plans if node["Node Type"] == "Bitmap Heap Scan" else [node]
+        if any(map(_is_of_all, ways)):
+            yield TableName(node["Schema"], node["Relation Name"])
+    for below in plans:
         yield from _whole_scans(below)
+
+
+def _is_of_all(node: Mapping[str, Any]) -> bool:
+    """Whether a table, or an index, is read from its beginning to its end."""
+    kinds = {"Index Scan", "Index Only Scan", "Bitmap Index Scan"}
+    kind = node["Node Type"]
+    return kind == "Seq Scan" or (kind in kinds and "Index Cond" not in node)

@@ -202,11 +202,6 @@ def test_a_question_mark_is_asked_for_without_a_database_too(operator: Operator)
             "members",
             'CREATE INDEX ON "public"."members" ("person");',
         ),
-        (
-            f"{SOMEBODY} && @collection.members.post ?= id",
-            "members",
-            'CREATE INDEX ON "public"."members" ("post");',
-        ),
     ],
 )
 def test_a_rule_that_reads_a_whole_table_for_every_change(
@@ -231,6 +226,19 @@ def test_a_relation_whose_pairs_are_all_read_for_every_change(operator: Operator
     assert message == 'all of "public.likes" is read for every change'
     run(operator, mend)
     assert warnings(check(operator, collections(rule))) == []
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ["@collection.members.post ?= id", f"(open = true || @collection.members.person ?= {MINE})"],
+    ids=["rows among themselves", "within an or"],
+)
+def test_an_index_that_does_not_serve_a_rule_ends_no_warning(operator: Operator, rule: str) -> None:
+    """Also where Postgres goes through all of it by that index, or by a bitmap of all of it."""
+    run(operator, "CREATE INDEX ON members (post); CREATE INDEX ON members (person)")
+    ((_, message, mend),) = warnings(check(operator, collections(f"{SOMEBODY} && {rule}")))
+    assert message == 'all of "public.members" is read for every change'
+    assert mend == "no index serves this rule: go by a relation to it instead of @collection"
 
 
 def test_rows_that_are_found_by_their_keys_cause_no_warning(operator: Operator) -> None:
