@@ -16,7 +16,8 @@ class Counts(Struct):
         closed: Connections that are over, by reason; ``client`` went by itself.
         events_of_closed: Events that those were sent.
         resumes: First calls of connections that came with a position: ``resumed``, or why not.
-        filters_refused: Topics that mean nothing because one connection had too many filters.
+        filters_refused: Topics that mean nothing because their connection had too many options
+            of one kind.
     """
 
     closed: Counter[str] = field(default_factory=Counter)

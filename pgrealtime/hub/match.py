@@ -42,8 +42,12 @@ FILTERS_PER_CONNECTION = 32 * 1024
 and all of it is done anew when rules or the caller change."""
 TOO_COSTLY = f"a connection takes {COSTLY_PER_CONNECTION} filters that Postgres must be asked for"
 TOO_LONG = f"a connection takes {FILTERS_PER_CONNECTION} characters of filters"
-LIMITED = frozenset({TOO_COSTLY, TOO_LONG})
-"""Reasons why nothing can match of filters that would be fine alone."""
+VIEWS_PER_CONNECTION = 100
+"""Different ``fields`` and ``expand`` of one connection: each is a record to be made for it at each
+event, which may take several milliseconds, and everybody's next event waits for that."""
+TOO_VARIED = f"a connection takes {VIEWS_PER_CONNECTION} different pairs of fields and expand"
+LIMITED = frozenset({TOO_COSTLY, TOO_LONG, TOO_VARIED})
+"""Reasons why nothing can match of options that would be fine alone."""
 _TRIED_AT_ONCE = 20_000
 """How many are tried before others of the loop have their turn."""
 
@@ -315,6 +319,8 @@ class Matcher:
         collection = self._collections.find(topic.collection)
         if collection is None:
             return ""
+        if _wanted(topic) != _WHOLE and _views_before(subscription) >= VIEWS_PER_CONNECTION:
+            return TOO_VARIED
         if "filter" in topic.query and _filters_upto(subscription) > FILTERS_PER_CONNECTION:
             return TOO_LONG
         bound = self.bind(collection, topic, principal, own)
@@ -468,3 +474,22 @@ def _filters_upto(subscription: Subscription) -> int:
     texts = {one.topic.query.get("filter", "") for one in _before(subscription)}
     texts.add(subscription.topic.query["filter"])
     return sum(map(len, texts))
+
+
+def _views_before(subscription: Subscription) -> int:
+    """Return how many other views than its own were submitted before the first of its own."""
+    own, others = _wanted(subscription.topic), {_WHOLE}
+    for one in _before(subscription):
+        view = _wanted(one.topic)
+        if view == own or len(others) > VIEWS_PER_CONNECTION:
+            break
+        others.add(view)
+    return len(others) - 1
+
+
+def _wanted(topic: Topic) -> tuple[str, str]:
+    return topic.query.get("fields", ""), topic.query.get("expand", "")
+
+
+_WHOLE = ("", "")
+"""The record as it is."""

@@ -116,7 +116,7 @@ def _families(reading: Reading) -> Iterable[Metric]:
     )
     yield _counter(
         "expensive_filters_refused",
-        "Topics that were muted because their connection had too many filters.",
+        "Topics that were muted because their connection had too many such options.",
         (),
         _alone(reading.filters_refused),
     )

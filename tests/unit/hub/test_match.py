@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -13,7 +14,8 @@ from pgrealtime.collections import Collections
 from pgrealtime.hub.connection import Connection, Subscription
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.match import COSTLY_PER_CONNECTION as COSTLY
-from pgrealtime.hub.match import TOO_COSTLY, TOO_LONG, Group, Matcher
+from pgrealtime.hub.match import TOO_COSTLY, TOO_LONG, TOO_VARIED, Group, Matcher
+from pgrealtime.hub.match import VIEWS_PER_CONNECTION as VIEWS
 from pgrealtime.hub.topic import parse_topic
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.records.encode import View
@@ -217,6 +219,22 @@ def test_a_connection_has_a_number_of_characters_of_filters() -> None:
     for name in [filtered(text) for text in texts[25:]]:
         del mine.subscriptions[name]
     assert isinstance(subscribe(there, known, on=mine), Subscription)
+
+
+def test_a_connection_has_a_number_of_ways_to_see_records() -> None:
+    """Each is made for it at every event; the same ones for many records are one."""
+    there, mine = matcher(), connection()
+
+    def made(topic: str, on: Connection, **query: str) -> Subscription | str:
+        return subscribe(there, f"{topic}?options={json.dumps({'query': query})}", on=on)
+
+    for n in range(VIEWS // 2):
+        for more in ({"fields": f"id,title:excerpt({n})"}, {"fields": "id", "expand": f"e{n}"}):
+            assert isinstance(made("posts/*", mine, **more), Subscription)
+    assert made("posts/*", mine, fields="more") == TOO_VARIED
+    assert isinstance(made("posts/r", mine, fields="id,title:excerpt(7)"), Subscription)
+    assert isinstance(made("posts/r", mine, filter="title='a'"), Subscription)
+    assert isinstance(made("posts/*", connection(), fields="more"), Subscription)
 
 
 @pytest.mark.parametrize("name", ["nothing/*", "", "posts/*\n"])
