@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
@@ -19,7 +19,7 @@ from pgrealtime.changes import (
     Update,
 )
 from pgrealtime.collections import Collection, Collections
-from pgrealtime.lsn import Cursor, Xid
+from pgrealtime.lsn import LSN, Cursor, Xid
 
 Action: TypeAlias = Literal["create", "update", "delete"]
 
@@ -104,42 +104,50 @@ def _event(
     return Event(collection, action, record_id, row, cursor, of.xid, of.changes)
 
 
+class Versions:
+    """Which columns a transaction writes again in a row, after one of the row's versions.
+
+    Remembers that of the latest transaction asked about: a large one comes in many slices.
+    """
+
+    def __init__(self) -> None:
+        self._of: tuple[Xid, LSN] | None = None
+        self._by_table: dict[TableName, Mapping[str, Mapping[str, int]]] = {}
+
+    def written_after(self, event: Event) -> frozenset[str]:
+        """Return the columns that a later change of the event's transaction brings.
+
+        A generated column is in no image, and so counts as written by whatever writes the row.
+        """
+        if len(event.changes) <= event.cursor.ordinal:
+            return _NONE
+        transaction = event.xid, event.cursor.lsn
+        if self._of != transaction:
+            self._of, self._by_table = transaction, {}
+        table = event.collection.table.name
+        if table not in self._by_table:
+            self._by_table[table] = _last_writes(event.changes, event.collection)
+        last = self._by_table[table].get(event.record_id, {})
+        return frozenset(name for name, at in last.items() if at > event.cursor.ordinal)
+
+
 _NONE: frozenset[str] = frozenset()
 
 
-def written_again(events: Sequence[Event]) -> list[frozenset[str]]:
-    """Return, per event, the columns that its transaction writes in the same row afterwards.
-
-    A generated column is in no image, and so counts as written by whatever writes the row.
-    """
-    found = [_NONE] * len(events)
-    by_transaction: defaultdict[int, dict[int, int]] = defaultdict(dict)
-    for place, event in enumerate(events):
-        by_transaction[id(event.changes)][event.cursor.ordinal] = place
-    for places in by_transaction.values():
-        some = [events[place] for place in places.values()]
-        collections = {event.collection.table.name: event.collection for event in some}
-        for ordinal, names in _written_after(some[0].changes, min(places), collections):
-            if ordinal in places:
-                found[places[ordinal]] = names
+def _last_writes(
+    changes: Sequence[Change], collection: Collection
+) -> Mapping[str, Mapping[str, int]]:
+    """Return, of rows that are written several times, which change is the last with a column."""
+    key = collection.key.name
+    written = [
+        (ordinal, change.new.get(key) or "", change.new)
+        for ordinal, change in enumerate(changes, start=1)
+        if isinstance(change, (Insert, Update)) and change.table == collection.table.name
+    ]
+    times = Counter(record_id for _, record_id, _ in written)
+    generated = [column.name for column in collection.table.columns if column.is_generated]
+    found: dict[str, dict[str, int]] = {}
+    for ordinal, record_id, row in written:
+        if times[record_id] > 1:
+            found.setdefault(record_id, {}).update(dict.fromkeys([*row, *generated], ordinal))
     return found
-
-
-def _written_after(
-    changes: Sequence[Change], first: int, collections: Mapping[TableName, Collection]
-) -> Iterator[tuple[int, frozenset[str]]]:
-    """Yield, from the last change back to the first one wanted, what comes after it in its row."""
-    generated = {
-        table: [column.name for column in collection.table.columns if column.is_generated]
-        for table, collection in collections.items()
-    }
-    written: dict[tuple[TableName, str | None], frozenset[str]] = {}
-    for ordinal in range(len(changes), first - 1, -1):
-        match changes[ordinal - 1]:
-            case Insert(table=table, new=new) | Update(table=table, new=new) if table in generated:
-                row = table, new.get(collections[table].key.name)
-                names = written.get(row, _NONE)
-                yield ordinal, names
-                written[row] = names.union(new, generated[table])
-            case _:
-                continue

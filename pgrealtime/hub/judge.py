@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Collection as Sized
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from pgrealtime.hub.allowance import Allowance
 from pgrealtime.hub.display import NOTHING_BESIDE, Beside, Display, Sight
-from pgrealtime.hub.event import Event, written_again
+from pgrealtime.hub.event import Event, Versions
 from pgrealtime.hub.expand import Reading
 from pgrealtime.hub.match import Group, Matcher
 from pgrealtime.hub.probe import Asked, LiveRow
@@ -90,6 +90,7 @@ class Judge:
         self._probe = probe
         self._matcher = matcher
         self._display = display
+        self._versions = Versions()
 
     async def judge(
         self, events: list[Event], allowance: Allowance, among: Sized[Group] | None = None
@@ -138,7 +139,7 @@ class Judge:
         partial = [event for event in events if event.action != "delete" and event.missing]
         live, lost = await self._probe.live_rows(partial) if partial else ({}, _NO_NAMES)
         if partial:
-            _complete(partial, live, proven=True)
+            _prove(partial, live, self._versions)
         now = datetime.now(UTC)
         judging = self._matcher.match(events, now, among)
         undecided = await self._probe.ask(judging)
@@ -151,7 +152,7 @@ class Judge:
             ]
             verdict.late = filters.undecided
         if partial:
-            _complete(partial, live, proven=False)
+            _complete(partial, live)
         return verdict
 
 
@@ -165,19 +166,24 @@ def _names_in(events: Iterable[Event]) -> frozenset[str]:
     return frozenset(event.collection.name for event in events)
 
 
-def _complete(events: list[Event], live: dict[tuple[str, str], LiveRow], *, proven: bool) -> None:
-    """Fill in columns that the WAL left out.
+def _prove(
+    events: Sequence[Event], live: Mapping[tuple[str, str], LiveRow], versions: Versions
+) -> None:
+    """Fill in columns that the WAL left out as they were then, so that rules may be judged on them.
 
-    Args:
-        events: Events with partial rows.
-        live: What the tables hold now.
-        proven: Only what the version had that the event tells of, so that rules may be judged on
-            it: of a live row of the same transaction what that didn't write again. Else anything,
-            to be shown.
+    The live row of the same transaction has them, but for those that it wrote again later.
     """
-    written = written_again(events) if proven else [_NO_NAMES] * len(events)
-    for event, names in zip(events, written, strict=True):
+    for event in events:
         found = live.get((event.collection.name, event.record_id))
-        if found is not None and (not proven or found.xid == event.xid):
-            kept = {name: text for name, text in found.row.items() if name not in names}
+        if found is not None and found.xid == event.xid:
+            later = versions.written_after(event)
+            kept = {name: text for name, text in found.row.items() if name not in later}
             event.row = {**kept, **event.row}
+
+
+def _complete(events: Sequence[Event], live: Mapping[tuple[str, str], LiveRow]) -> None:
+    """Fill in what is still unknown from any live row, to be shown."""
+    for event in events:
+        found = live.get((event.collection.name, event.record_id))
+        if found is not None:
+            event.row = {**found.row, **event.row}
