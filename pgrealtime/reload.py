@@ -26,7 +26,7 @@ from pgrealtime.errors import ConfigError, PgRealtimeError, Problem, SetupError
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.match import Matcher
 from pgrealtime.hub.own_record import OwnRecords
-from pgrealtime.operate.check import key_problems, rule_problems
+from pgrealtime.operate.check import key_problems, rule_problems, rule_right_errors
 from pgrealtime.relay import Relay
 from pgrealtime.rules.past import tables_of
 from pgrealtime.rules.plan import columns_asked
@@ -174,6 +174,7 @@ class Reload:
                 _report_rejected(error)
                 return False
             await self._look_at_publication()
+            await report_unreadable(self._rooms.pool, self._world.collections)
             if waiting := _untaken(reading.whole(), self._world.config):
                 log.warning("config.restart_needed", sections=waiting)
             log.info(
@@ -326,6 +327,23 @@ def _identities(tables: Mapping[TableName, Table]) -> dict[TableName, tuple[obje
 def _untaken(given: Config, running: Config) -> list[str]:
     """Return the sections that say something else than what is in force."""
     return [name for name in Config.model_fields if getattr(given, name) != getattr(running, name)]
+
+
+async def report_unreadable(pool: AsyncConnectionPool[Any], collections: Collections) -> None:
+    """Say of which tables rules can't be asked: what has no answer is denied, to everybody."""
+    try:
+        async with pool.connection() as connection:
+            errors = await rule_right_errors(connection, collections)
+    except psycopg.Error:
+        return  # said by whoever has something to ask
+    for error in errors:
+        log.error(
+            "table.unreadable",
+            code=error.error_code,
+            reason=error.message,
+            detail=error.detail or None,
+            hint=error.hint,
+        )
 
 
 def _report_rejected(error: PgRealtimeError) -> None:

@@ -47,7 +47,7 @@ from pgrealtime.observe.metrics import Metrics
 from pgrealtime.operate.check import rule_problems
 from pgrealtime.pool import KEEPALIVE, QueryConnection, QueryPool
 from pgrealtime.relay import Relay
-from pgrealtime.reload import Reload, Rooms, World
+from pgrealtime.reload import Reload, Rooms, World, report_unreadable
 from pgrealtime.rules.plan import columns_asked
 from pgrealtime.vitals import Vitals
 from pgrealtime.wal import durable
@@ -174,6 +174,7 @@ async def running(
         collections = build(config.collections, catalog)
         if problems := tuple(rule_problems(collections)):
             raise ConfigError(problems)
+        await report_unreadable(pool, collections)
         world = World(config=config, collections=collections)
         changelog = MemoryChangelog(
             LSN(0), max_size=config.changelog.max_size, max_age=config.changelog.max_age

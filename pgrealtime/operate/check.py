@@ -166,7 +166,7 @@ async def _ask(config: Config, reading: Reading) -> _Asked:
         return _Asked(
             collections=collections,
             problems=problems,
-            errors=tuple((await right_errors(connection, _read_by_rules(collections))).values()),
+            errors=await rule_right_errors(connection, collections),
             warnings=tuple(warnings),
             server=_server(connection),
             system_id=system_id,
@@ -318,6 +318,13 @@ async def right_errors(
         for schema, table, role, is_readable, is_filtered in rows
         if is_filtered or not is_readable
     }
+
+
+async def rule_right_errors(
+    connection: AsyncConnection[Any], collections: Collections
+) -> tuple[SetupError, ...]:
+    """Say of which of the tables that they read rules could not be asked."""
+    return tuple((await right_errors(connection, _read_by_rules(collections))).values())
 
 
 def _read_by_rules(collections: Collections) -> Iterator[Table]:

@@ -362,6 +362,28 @@ async def test_whoever_signed_in_under_another_auth_rule_is_a_guest(
             assert await heard(ann, running, update) == []
 
 
+async def test_a_table_that_rules_may_not_read_is_named(database_url: str, tmp_path: Path) -> None:
+    """At the start and at each reload, with the SQL that mends it; it isn't served meanwhile."""
+    role = f"reader_{uuid4().hex}"
+    query_url = database_url.replace("postgres@", f"{role}@")
+    with psycopg.connect(database_url, autocommit=True) as admin:
+        admin.execute(f"CREATE ROLE {role} LOGIN".encode())
+        try:
+            sections = {"database": {"query_url": query_url}}
+            async with serving(database_url, tmp_path, {"posts": POSTS}, **sections) as running:
+                found = running.process.logged("table.unreadable")
+                for one in found:
+                    admin.execute(one["hint"].encode())
+                await reload(running, {"posts": POSTS})
+                again = running.process.logged("table.unreadable")[len(found) :]
+        finally:
+            admin.execute(f"DROP OWNED BY {role}; DROP ROLE {role}".encode())
+
+    assert [one["code"] for one in found] == ["select_not_granted"] * 2
+    assert {one["reason"].split('"')[3] for one in found} == {"public.posts", "public.marks"}
+    assert again == []
+
+
 async def test_sections_that_need_a_restart_are_named(database_url: str, tmp_path: Path) -> None:
     async with serving(database_url, tmp_path, {"posts": POSTS}) as running:
         port = running.address.port
