@@ -24,10 +24,10 @@ def _line(slot: durable.Standing) -> str:
     reader = "nobody reads it" if slot.active_pid is None else f"read by pid {slot.active_pid}"
     state = f"lost ({slot.invalidation_reason or 'its WAL is gone'})" if slot.is_lost else reader
     kind = "temporary" if slot.is_temporary else "durable"
-    megabytes = slot.retained_bytes / (1 << 20)
+    mebibytes = slot.retained_bytes / (1 << 20)
     return (
         f'{slot.name}: {kind}, {slot.plugin or "physical"}, database "{slot.database}", {state},'
-        f" {megabytes:,.1f} MB of WAL retained"
+        f" {mebibytes:,.1f} MiB of WAL retained"
     )
 
 
