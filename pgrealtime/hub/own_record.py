@@ -64,10 +64,10 @@ class OwnRecords:
         headers: Mapping[str, str],
         context: str,
     ) -> bool:
-        """Return whether the collection's ``auth_rule`` lets somebody in.
+        """Return whether the collection's ``auth_rule`` of now lets somebody in.
 
         Args:
-            collection: Of the record.
+            collection: Of the record; another may have come while the password was checked.
             row: The whole row.
             caller: Who asks for it, as the request's own token says.
             query: Of the request's URL.
@@ -77,24 +77,23 @@ class OwnRecords:
         Raises:
             DatabaseUnreachableError: The rule can't be asked now.
         """
-        if collection.auth_rule == "":
-            return True
-        if self._collections.get(collection.name) is not collection:
-            return False  # other collections came while the password was checked
+        current = self._collections.get(collection.name)
+        if current is None or current.auth_rule == "":
+            return current is not None
         asked = Request(
             principal=caller, query=query, headers=headers, context=context, method="POST"
         )
         try:
-            bound = self._planner.bind(collection, collection.auth_rule, asked, is_filtered=False)
+            bound = self._planner.bind(current, current.auth_rule, asked, is_filtered=False)
         except RuleError as error:
             reason = error.message
-            log.error("rule.error", collection=collection.name, reason=reason)  # noqa: TRY400 (the rule's fault, not ours)
+            log.error("rule.error", collection=current.name, reason=reason)  # noqa: TRY400 (the rule's fault, not ours)
             return False
         if isinstance(bound, Nobody):
             return False
-        place: Place = collection.name, "", 0
+        place: Place = current.name, "", 0
         looking: Looking[Place] = Looking(moment(datetime.now(UTC)))
-        looking.consider(place, collection, row, [bound])
+        looking.consider(place, current, row, [bound])
         try:
             async with self._readings.reading(frozenset()) as reading:
                 await reading.judge(looking)

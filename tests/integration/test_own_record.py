@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 from psycopg_pool import AsyncConnectionPool
 
-from pgrealtime.auth.principal import AuthRecord
+from pgrealtime.auth.principal import GUEST, AuthRecord
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collections, build
@@ -33,9 +33,11 @@ THROUGH = {
 ROW: Row = {"id": "7", "email": "ann@x", "name": "Ann"}
 
 
-async def _collections(database_url: str, teams_rule: str | None) -> Collections:
+async def _collections(
+    database_url: str, teams_rule: str | None, *, auth_rule: str | None = ""
+) -> Collections:
     raw: dict[str, dict[str, Any]] = {
-        "people": {"type": "auth", "relations": {"teams": THROUGH}},
+        "people": {"type": "auth", "relations": {"teams": THROUGH}, "auth_rule": auth_rule},
         "teams": {"view_rule": teams_rule},
     }
     configured = {
@@ -75,3 +77,33 @@ async def test_own_record_has_its_relations_and_follows_the_rules_in_force(
     assert (before["email"], before["teams"], team["name"]) == ("ann@x", ["1", "2"], "two")
     assert after == {"email": "ann@x", "teams": ["1", "2"], "expand": None}
     assert late == {"email": "ann@x", "teams": None, "expand": None}
+
+
+async def test_the_rule_in_force_says_who_may_sign_in(database_url: str) -> None:
+    """Also where it came while the password was checked against a row of before."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(SCHEMA)
+    rules = (
+        "",
+        "name = 'Ann'",
+        "teams.name ?= 'two'",
+        "teams.name ?= 'three'",
+        "name = 'Bob'",
+        None,
+    )
+    each = [await _collections(database_url, None, auth_rule=rule) for rule in rules]
+    before = each[1]["people"]
+    async with AsyncConnectionPool(
+        database_url, min_size=1, max_size=2, kwargs={"autocommit": True}
+    ) as pool:
+        records = OwnRecords(Probe(pool), each[0], nulls="null")
+        found = []
+        for collections in (*each, Collections(())):
+            records.use(collections)
+            found.append(
+                await records.may_sign_in(
+                    before, ROW, GUEST, query={}, headers={}, context="password"
+                )
+            )
+
+    assert found == [True, True, True, False, False, False, False]
