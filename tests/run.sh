@@ -10,7 +10,7 @@ set -eu
 cd "$(dirname "$0")/.."
 PATH=$PATH:/usr/sbin:/sbin
 
-SUITES="unit integration conformance e2e chaos"
+SUITES="unit integration conformance attacks e2e chaos"
 REPORTS=tests/.run
 work=$(mktemp -d "${TMPDIR:-/tmp}/pgrealtime-tests.XXXXXX")
 data=
