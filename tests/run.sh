@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs what is missing, starts a PostgreSQL of its own, checks and tests everything.
+# Installs what is missing, starts PostgreSQL servers of its own, checks and tests everything.
 #
 #   sh tests/run.sh                      everything, as CI does
 #   sh tests/run.sh tests/unit -k lsn    only pytest, with these arguments
@@ -10,42 +10,65 @@ set -eu
 cd "$(dirname "$0")/.."
 PATH=$PATH:/usr/sbin:/sbin
 
-SUITES="unit integration conformance attacks e2e chaos"
+# Two lanes run side by side, each with a server of its own: about as long as each other, and the
+# suites that count a server's slots or end its sessions don't meet.
+LANE_1="unit conformance chaos"
+LANE_2="integration attacks e2e"
 REPORTS=tests/.run
 work=$(mktemp -d "${TMPDIR:-/tmp}/pgrealtime-tests.XXXXXX")
-data=
-child=
+servers=
+children=
 
 say() { printf '\n== %s\n' "$*"; }
 
-# --- ending: whatever happens, the server and the running child go -------------------------
+# --- ending: whatever happens, the servers and the running children go ----------------------
+
+end_children() {
+    for child in $children; do
+        kill -TERM "$child" 2>/dev/null || true
+    done
+    for child in $children; do
+        wait "$child" 2>/dev/null || true
+    done
+    children=
+}
 
 finish() {
     status=$?
     trap - EXIT
     trap '' INT TERM HUP
-    if [ -n "$child" ]; then
-        kill -TERM "$child" 2>/dev/null || true
-        wait "$child" 2>/dev/null || true
-    fi
-    if [ -n "$data" ]; then
-        as_server "$pg_bin/pg_ctl" stop --silent --mode=immediate -D "$data" || true
-    fi
+    end_children
+    for server in $servers; do
+        as_server "$pg_bin/pg_ctl" stop --silent --mode=immediate -D "$server/data" || true
+    done
     rm -rf "$work"
     exit "$status"
 }
-trap finish EXIT
-trap 'exit 129' HUP
-trap 'exit 130' INT
-trap 'exit 143' TERM
+
+# A lane is a process of its own: the servers and the folder are its parent's to remove.
+finish_lane() {
+    status=$?
+    trap - EXIT
+    trap '' INT TERM HUP
+    end_children
+    exit "$status"
+}
+
+end_with() {
+    trap "$1" EXIT
+    trap 'exit 129' HUP
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+}
+end_with finish
 
 # A shell runs its traps only between commands, but interrupts `wait`: so children are waited for.
 attend() {
     "$@" &
-    child=$!
+    children=$!
     attended=0
-    wait "$child" || attended=$?
-    child=
+    wait "$children" || attended=$?
+    children=
     return "$attended"
 }
 
@@ -143,24 +166,21 @@ as_server() {
     fi
 }
 
+# Sets PGREALTIME_TEST_PG_PORT to the port of a new server.
 start_server() {
-    pg_bin=$(find_postgres)
-    PGREALTIME_TEST_PG_BIN=$pg_bin
-    export PGREALTIME_TEST_PG_BIN
-    [ -z "${PGREALTIME_TEST_PG_PORT:-}" ] || return 0
+    server=$work/$1
     PGREALTIME_TEST_PG_PORT=$(.venv/bin/python -c \
         'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     export PGREALTIME_TEST_PG_PORT
-    chmod 711 "$work"
-    mkdir -m 700 "$work/server"
-    [ "$(id -u)" -ne 0 ] || chown postgres: "$work/server"
-    as_server "$pg_bin/initdb" -D "$work/server/data" --username=postgres --auth=trust \
+    mkdir -m 700 "$server"
+    [ "$(id -u)" -ne 0 ] || chown postgres: "$server"
+    as_server "$pg_bin/initdb" -D "$server/data" --username=postgres --auth=trust \
         --encoding=UTF8 --locale=C.UTF-8 --no-sync >"$work/initdb.log" 2>&1 ||
         { cat "$work/initdb.log" >&2 && exit 1; }
-    cat >>"$work/server/data/postgresql.conf" <<CONF
+    cat >>"$server/data/postgresql.conf" <<CONF
 listen_addresses = '127.0.0.1'
 port = $PGREALTIME_TEST_PG_PORT
-unix_socket_directories = '$work/server'
+unix_socket_directories = '$server'
 wal_level = logical
 max_replication_slots = 50
 max_wal_senders = 50
@@ -171,36 +191,69 @@ CONF
     # Minor releases of 2026 refuse other decoders than those named; older ones don't know the name.
     if "$pg_bin/postgres" --describe-config | grep -q '^output_plugin_libraries'; then
         echo "output_plugin_libraries = 'pgoutput, test_decoding, wal2json'" \
-            >>"$work/server/data/postgresql.conf"
+            >>"$server/data/postgresql.conf"
     fi
-    data=$work/server/data
-    as_server "$pg_bin/pg_ctl" start --silent --wait -D "$data" -l "$work/server/log" ||
-        { cat "$work/server/log" >&2 && exit 1; }
+    servers="$servers $server"
+    as_server "$pg_bin/pg_ctl" start --silent --wait -D "$server/data" -l "$server/log" ||
+        { cat "$server/log" >&2 && exit 1; }
     say "PostgreSQL: $("$pg_bin/postgres" --version) on port $PGREALTIME_TEST_PG_PORT"
 }
 
 # --- the run -------------------------------------------------------------------------------
 
-failed=0
+# Runs a command, its output in one piece when it has ended, and notes how long it took.
 step() {
     name=$1
     shift
-    say "$name"
     started=$(date +%s)
     verdict=ok
-    attend "$@" || { verdict=FAILED failed=1; }
+    attend "$@" >"$work/$name.log" 2>&1 || verdict=FAILED
     took=$(($(date +%s) - started))
+    {
+        say "$name: $verdict"
+        cat "$work/$name.log"
+    } >"$work/$name.told"
+    cat "$work/$name.told"
     printf '%-14s %3d.%d min  %s\n' \
         "$name" $((took / 60)) $((took % 60 / 6)) "$verdict" >>"$work/summary"
+}
+
+suites() {
+    for suite in "$@"; do
+        find "tests/$suite" -name 'test_*.py' 2>/dev/null | grep -q . || continue
+        step "$suite" .venv/bin/pytest "tests/$suite" --junitxml="$REPORTS/$suite.xml" \
+            --continue-on-collection-errors \
+            -o junit_suite_name="$suite"
+    done
+}
+
+lane_1() {
+    children=
+    end_with finish_lane
+    step ruff-check .venv/bin/ruff check
+    step ruff-format .venv/bin/ruff format --check
+    step mypy .venv/bin/mypy
+    # shellcheck disable=SC2086 # one word per suite
+    suites $LANE_1
+}
+
+lane_2() {
+    children=
+    end_with finish_lane
+    # shellcheck disable=SC2086 # one word per suite
+    suites $LANE_2
 }
 
 install_packages
 unless_fresh .venv/installed.cksum "pyproject.toml .ci/constraints.txt" install_python
 unless_fresh tests/node_modules/installed.cksum "tests/package.json tests/.npmrc" install_node
 unless_fresh tests/.python/installed.cksum tests/python-clients.txt install_python_clients
-start_server
-export PGREALTIME_REQUIRE_SERVER=1
+pg_bin=$(find_postgres)
+export PGREALTIME_TEST_PG_BIN="$pg_bin" PGREALTIME_REQUIRE_SERVER=1
+chmod 711 "$work"
+given=${PGREALTIME_TEST_PG_PORT:-}
 
+[ -n "$given" ] || start_server server-1
 if [ $# -gt 0 ]; then
     attend .venv/bin/pytest "$@"
     exit
@@ -208,19 +261,22 @@ fi
 
 rm -rf $REPORTS
 began=$(date +%s)
-step "ruff check" .venv/bin/ruff check
-step "ruff format" .venv/bin/ruff format --check
-step mypy .venv/bin/mypy
-for suite in $SUITES; do
-    find "tests/$suite" -name 'test_*.py' 2>/dev/null | grep -q . || continue
-    step "$suite" .venv/bin/pytest "tests/$suite" --junitxml="$REPORTS/$suite.xml" \
-        --continue-on-collection-errors \
-        -o junit_suite_name="$suite"
-done
+lane_1 &
+first=$!
+children=$first
+[ -n "$given" ] || start_server server-2
+lane_2 &
+second=$!
+children="$first $second"
+failed=0
+wait "$first" || failed=1
+wait "$second" || failed=1
+children=
 
 say "minutes"
 cat "$work/summary"
 took=$(($(date +%s) - began))
 printf '%-14s %3d.%d min\n\n' total $((took / 60)) $((took % 60 / 6))
-.venv/bin/python tests/total.py $REPORTS/*.xml
+! grep -q 'FAILED$' "$work/summary" || failed=1
+.venv/bin/python tests/total.py $REPORTS/*.xml || failed=1
 exit $failed
