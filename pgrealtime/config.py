@@ -237,7 +237,7 @@ class LoginConfig(Section):
     """Signs the tokens together with each user's token key; changing it signs everybody out."""
     token_lifetime: Seconds = 432_000.0
     attempts_per_minute: int = Field(default=10, ge=1)
-    """Failed ones, per address and identity."""
+    """Failed ones, per address (IPv6: per /64) and account, however its name is spelled."""
 
     @model_validator(mode="after")
     def _has_secret(self) -> Self:

@@ -24,6 +24,9 @@ from pgrealtime.errors import DatabaseUnreachableError, SetupError
 _BATCH = 500
 """Ids per query. A herd of reconnecting clients makes queries of this size, not one each."""
 
+_HASHES = 1000
+"""Rows that are read to learn what most hashes of a table are like."""
+
 _PLAIN_FIELDS = ("email", "emailVisibility", "verified")
 
 _NO_LOGIN = CollectionLoginConfig()
@@ -142,6 +145,20 @@ class Accounts:
         except (psycopg.DataError, UnicodeEncodeError):
             return None
         return _account(users, rows[0]) if len(rows) == 1 else None
+
+    async def hashes(self, users: Users) -> list[str]:
+        """Return some of the stored password hashes; none if they can't be had now."""
+        name = users.login.password_hash
+        statement = sql.SQL("SELECT {column} FROM {table} LIMIT {most}").format(
+            column=identifier(name),
+            table=identifier(*users.collection.table.name),
+            most=sql.Literal(_HASHES),
+        )
+        try:
+            rows = await self._rows(users, statement, {}, [name])
+        except (DatabaseUnreachableError, SetupError, psycopg.DataError):
+            return []
+        return [text for row in rows if (text := row[name])]
 
     def _join(self, users: Users, wanted: str) -> _Batch:
         # By identity: hashing a collection means hashing its whole table. The batch keeps the

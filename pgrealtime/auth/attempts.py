@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TypeAlias
 
-Who: TypeAlias = tuple[str, str]
-"""Address and identity."""
+Who: TypeAlias = tuple[str, ...]
+"""Address and identity, or address and account."""
 
 _MOST = 20_000
-"""Pairs that are remembered; the one not seen for longest is forgotten first. A few megabytes."""
+"""Of those that are remembered; the one not seen for longest is forgotten first: some megabytes."""
 
 
 class Attempts:
-    """A bucket of attempts per address and identity, filling up steadily.
+    """A bucket of attempts for each of those who try, filling up steadily.
 
     Args:
         per_minute: What a full bucket holds, and what flows in within a minute.

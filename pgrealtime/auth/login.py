@@ -5,14 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address, ip_address, ip_network
+
+import structlog
 
 from pgrealtime.auth.account import Account, Accounts, Users
 from pgrealtime.auth.attempts import Attempts
 from pgrealtime.auth.authenticator import Identity
 from pgrealtime.auth.password_threads import PasswordThreads
+from pgrealtime.auth.passwords import StoredHash, decoy_like, decoy_of, name_of, read_hash
 from pgrealtime.auth.token import make_own
 from pgrealtime.config import CollectionLoginConfig, LoginConfig
 from pgrealtime.errors import AuthError
+
+log = structlog.get_logger(__name__)
+
+_DISABLED = "!"
+"""How the hash begins of somebody who has no password, in Django as in Unix."""
+
+_UNREAD = 100
+"""Kinds of hashes that can't be read and are told of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +70,9 @@ class Login:
         self._stopwatch = stopwatch
         self._attempts = Attempts(config.attempts_per_minute)
         self._passwords = PasswordThreads()
+        self._decoys: dict[tuple[str, str], StoredHash] = {}
+        """By table and column, of the scheme and cost that most of its hashes have."""
+        self._unread: set[tuple[str, str]] = set()
 
     async def with_password(self, users: Users, attempt: Attempt, address: str) -> Session:
         """Return the session of whoever knows the password.
@@ -68,7 +83,8 @@ class Login:
         Args:
             users: Where people log in; ``login.password_hash`` is set.
             attempt: Checked for form already.
-            address: Of the client. Failed attempts count against it and the identity together.
+            address: Of the client. Failed attempts count against it and the identity together, and
+                against it and the account: types and collations have many spellings of one text.
 
         Raises:
             AuthError: Code ``login_failed``, or ``login_refused``: too many attempts, or too many
@@ -76,15 +92,56 @@ class Login:
             DatabaseUnreachableError: The users can't be looked up now.
             SetupError: The users table can't be read as configured.
         """
-        who = (address, attempt.identity.casefold())
+        network = _network(address)
+        who = (network, attempt.identity.casefold())
         if not self._attempts.admit(who, self._stopwatch()):
             raise AuthError("too many attempts", code="login_refused")
+        decoy = await self._decoy(users)
         account = await self._find(users, attempt)
-        stored = None if account is None else account.password_hash
-        if not await self._passwords.check(attempt.password, stored) or account is None:
+        stored = None
+        if account is not None:
+            owner = (network, account.record.collection_id, account.record.id)
+            # Answered as a wrong password: "too many attempts" at a spelling that was never tried
+            # before would say that there is such an account.
+            if self._attempts.admit(owner, self._stopwatch()):
+                stored = account.password_hash
+        verdict = await self._passwords.check(attempt.password, stored, decoy)
+        if not verdict or account is None:
+            if verdict is None and stored is not None:
+                self._tell_unreadable(users, stored)
             raise AuthError("no such user, or another password", code="login_failed")
         self._attempts.forget(who)
+        self._attempts.forget(owner)
+        self._learn(users, stored)
         return Session(account=account, token=self._token(account))
+
+    async def _decoy(self, users: Users) -> StoredHash:
+        """Return what is checked where there is no hash; the same work as of what most users have.
+
+        It is asked for before anybody is looked up, or the first attempt would tell by its time.
+        """
+        place = _place(users)
+        if place not in self._decoys:
+            hashes = await self._accounts.hashes(users)
+            if not hashes:
+                return decoy_of(())
+            self._decoys.setdefault(place, decoy_of(hashes))
+        return self._decoys[place]
+
+    def _learn(self, users: Users, stored: str | None) -> None:
+        """Note what a hash is like that a right password was checked against."""
+        known = None if stored is None else read_hash(stored)
+        if known is not None:
+            self._decoys[_place(users)] = decoy_like(known)
+
+    def _tell_unreadable(self, users: Users, stored: str) -> None:
+        """Say once of each kind of hash that it lets nobody in."""
+        if stored.startswith(_DISABLED):
+            return
+        kind = users.collection.name, name_of(stored)
+        if kind not in self._unread and len(self._unread) < _UNREAD:
+            self._unread.add(kind)
+            log.warning("login.hash_unreadable", collection=kind[0], scheme=kind[1])
 
     async def refresh(self, users: Users, record_id: str, identity: Identity) -> Session:
         """Return the session that goes on from a token that holds.
@@ -145,6 +202,21 @@ class Login:
             key=key + self._config.secret,
             expires_at=int(self._clock() + self._config.token_lifetime),
         )
+
+
+def _place(users: Users) -> tuple[str, str]:
+    return str(users.collection.table.name), users.login.password_hash
+
+
+def _network(address: str) -> str:
+    """Return what attempts are counted by: whoever has one address of IPv6 has all of its /64."""
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, IPv6Address):
+        return str(ip_network((int(parsed), 64), strict=False))
+    return address
 
 
 def _fields_to_try(login: CollectionLoginConfig, attempt: Attempt) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
-from pgrealtime.auth.passwords import StoredHash, decoy_like, first_decoy, is_correct, read_hash
+from pgrealtime.auth.passwords import StoredHash, is_correct, read_hash
 from pgrealtime.errors import AuthError
 
 _WORKERS = max(1, min(4, (os.cpu_count() or 1) - 1))
@@ -36,24 +36,22 @@ class PasswordThreads:
         self._at_work: set[int] = set()
         """Threads, by the kernel's ids."""
         self._waiting = 0
-        self._decoy = first_decoy()
 
-    async def check(self, password: str, stored: str | None) -> bool:
-        """Whether the password makes the stored hash.
+    async def check(self, password: str, stored: str | None, decoy: StoredHash) -> bool | None:
+        """Return whether the password makes the stored hash; None if no hash could be checked.
 
-        Where there is no hash that can be checked a decoy is, of the scheme and cost of the last
-        password that was right: what most users have.
+        Args:
+            password: As given.
+            stored: The hash; None if there is none.
+            decoy: Checked where there is no hash that can be, so that the answer takes as long.
 
         Raises:
             AuthError: Code ``login_refused``: too many wait already.
         """
         known = None if stored is None else read_hash(stored)
         verdict = None if known is None else await self._run(password, known)
-        if known is None or verdict is None:
-            await self._run(password, self._decoy)
-            return False
-        if verdict:
-            self._decoy = decoy_like(known)
+        if verdict is None:
+            await self._run(password, decoy)
         return verdict
 
     async def _run(self, password: str, stored: StoredHash) -> bool | None:

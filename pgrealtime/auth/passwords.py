@@ -1,4 +1,4 @@
-"""Passwords against stored hashes, whichever of three schemes made them. Pure, slow on purpose."""
+"""Passwords against stored hashes, whichever scheme made them. Pure, slow on purpose."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import base64
 import hashlib
 import hmac
 import re
+from collections import Counter
+from collections.abc import Iterable
 from enum import Enum
 from typing import NamedTuple
 
@@ -15,17 +17,37 @@ import bcrypt
 _BCRYPT_BYTES = 72
 """What bcrypt looks at. Go, PHP and Node cut longer passwords there; Python's library refuses."""
 
+_BCRYPT = r"\$2[aby]\$(?P<cost>\d\d)\$[./A-Za-z0-9]{22}"
+_BCRYPT_DIGEST = r"(?P<digest>[./A-Za-z0-9]{31})"
+
 
 class Scheme(Enum):
-    """How a hash was made; its beginning tells."""
+    """How a hash was made; its beginning tells.
 
-    BCRYPT = re.compile(r"(?P<head>\$2[aby]\$\d\d\$[./A-Za-z0-9]{22})(?P<digest>[./A-Za-z0-9]{31})")
-    ARGON2 = re.compile(r"(?P<head>\$argon2(?:id|i|d)\$.+\$)(?P<digest>[+/A-Za-z0-9]+)")
+    Django writes the name of its hasher in front (django/contrib/auth/hashers.py, up to 5.2).
+    """
+
+    BCRYPT = re.compile(rf"(?P<head>(?:bcrypt\$)?{_BCRYPT}){_BCRYPT_DIGEST}")
+    BCRYPT_SHA256 = re.compile(rf"(?P<head>bcrypt_sha256\${_BCRYPT}){_BCRYPT_DIGEST}")
+    """Django's: bcrypt of the hexadecimal SHA-256, so that long passwords count whole."""
+    ARGON2 = re.compile(
+        r"(?P<head>(?:argon2)?\$argon2(?:id|i|d)\$(?:v=\d{1,3}\$)?"
+        r"m=(?P<memory>\d{1,10}),t=(?P<time>\d{1,10}),p=(?P<lanes>\d{1,10})\$[+/A-Za-z0-9]+\$)"
+        r"(?P<digest>[+/A-Za-z0-9]+)"
+    )
     PBKDF2_SHA256 = re.compile(
         r"(?P<head>pbkdf2_sha256\$(?P<rounds>[1-9]\d{0,8})\$(?P<salt>[^$]+)\$)"
         r"(?P<digest>[+/A-Za-z0-9]{43}=)"
     )
     """Django's, since 1.4."""
+    PBKDF2_SHA1 = re.compile(
+        r"(?P<head>pbkdf2_sha1\$(?P<rounds>[1-9]\d{0,8})\$(?P<salt>[^$]+)\$)"
+        r"(?P<digest>[+/A-Za-z0-9]{27}=)"
+    )
+    SCRYPT = re.compile(
+        r"(?P<head>scrypt\$(?P<n>[1-9]\d{0,9})\$(?P<salt>[^$]+)"
+        r"\$(?P<r>[1-9]\d{0,5})\$(?P<p>[1-9]\d{0,5})\$)(?P<digest>[+/A-Za-z0-9]{86}==)"
+    )
 
 
 class StoredHash(NamedTuple):
@@ -35,13 +57,69 @@ class StoredHash(NamedTuple):
     text: str
 
 
-_FIRST_DECOY = StoredHash(Scheme.BCRYPT, f"$2b$10${'.' * 53}")
+_FIRST_DECOY = StoredHash(Scheme.BCRYPT, "$2b$10$" + "." * 53)
 """PocketBase's scheme and cost."""
+
+_BCRYPT_COST = 17
+"""About 6 seconds of one processor."""
+_ROUNDS = 20_000_000
+"""Of PBKDF2, about 4 seconds. Django 5.2 makes 1,000,000."""
+_MEMORY = 2**30
+"""Bytes that one check may take: half of what RFC 9106 recommends first, ten times Django's."""
+_ARGON2_WORK = 4 * 2**30
+"""Bytes filled in all passes together, about 6 seconds."""
+_SCRYPT_WORK = 2 * 2**30
+"""Bytes of all blocks together, about 6 seconds; Django's scrypt fills 80 MiB."""
 
 
 def read_hash(text: str) -> StoredHash | None:
-    """The hash, or None if it is of no scheme that is known here."""
-    return next((StoredHash(s, text) for s in Scheme if s.value.fullmatch(text)), None)
+    """Return the hash; None if its scheme isn't known here, or checking it would cost too much.
+
+    A hash is what somebody wrote into the table: its parameters say how much memory and time are
+    spent on whoever tries to log in.
+    """
+    for scheme in Scheme:
+        found = scheme.value.fullmatch(text)
+        if found is not None:
+            return StoredHash(scheme, text) if _is_bearable(scheme, found) else None
+    return None
+
+
+def _is_bearable(scheme: Scheme, found: re.Match[str]) -> bool:
+    match scheme:
+        case Scheme.BCRYPT | Scheme.BCRYPT_SHA256:
+            return int(found["cost"]) <= _BCRYPT_COST
+        case Scheme.ARGON2:
+            memory = int(found["memory"]) * 1024
+            return memory <= _MEMORY and memory * int(found["time"]) <= _ARGON2_WORK
+        case Scheme.PBKDF2_SHA256 | Scheme.PBKDF2_SHA1:
+            return int(found["rounds"]) <= _ROUNDS
+        case Scheme.SCRYPT:
+            n, r, p = int(found["n"]), int(found["r"]), int(found["p"])
+            return _scrypt_memory(n, r, p) <= _MEMORY and 128 * n * r * p <= _SCRYPT_WORK
+
+
+def _scrypt_memory(n: int, r: int, p: int) -> int:
+    """Return the bytes that scrypt takes, as OpenSSL counts them against its limit."""
+    return 128 * r * (n + p + 2)
+
+
+def name_of(text: str) -> str:
+    """Return what an unreadable hash calls itself, for a log; "unknown" if that is no known name.
+
+    Nothing else of the text is told: it may be a password stored as it is.
+    """
+    found = _NAMES.match(text)
+    return "unknown" if found is None else found[0].strip("$")
+
+
+_NAMES = re.compile(
+    r"(?:unsalted_)?(?:md5|sha1)\$|(?:crypt|bcrypt|bcrypt_sha256|argon2|scrypt)\$"
+    r"|pbkdf2(?:_sha1|_sha256|_sha512)?\$|pbkdf2:sha(?:1|256|512):"
+    r"|\$(?:1|2[abxy]?|5|6|7|y|gy|P|H|S|apr1|argon2(?:id|i|d)|bcrypt-sha256|scrypt"
+    r"|pbkdf2(?:-sha256|-sha512)?)\$"
+    r"|\{(?:SSHA|SHA|MD5|SMD5|CRYPT|SSHA256|SSHA512|PBKDF2)\}"
+)
 
 
 def is_correct(password: str, stored: StoredHash) -> bool | None:
@@ -53,20 +131,36 @@ def is_correct(password: str, stored: StoredHash) -> bool | None:
     try:
         match stored.scheme:
             case Scheme.BCRYPT:
-                return bcrypt.checkpw(secret[:_BCRYPT_BYTES], stored.text.encode())
+                text = stored.text.removeprefix("bcrypt$")
+                return bcrypt.checkpw(secret[:_BCRYPT_BYTES], text.encode())
+            case Scheme.BCRYPT_SHA256:
+                text = stored.text.removeprefix("bcrypt_sha256$")
+                return bcrypt.checkpw(hashlib.sha256(secret).hexdigest().encode(), text.encode())
             case Scheme.ARGON2:
-                return argon2.PasswordHasher().verify(stored.text, secret)
-            case Scheme.PBKDF2_SHA256:
+                return argon2.PasswordHasher().verify(stored.text.removeprefix("argon2"), secret)
+            case Scheme.PBKDF2_SHA256 | Scheme.PBKDF2_SHA1:
                 return _is_pbkdf2(secret, stored.text)
+            case Scheme.SCRYPT:
+                return _is_scrypt(secret, stored.text)
     except argon2.exceptions.VerifyMismatchError:
         return False
-    except (ValueError, argon2.exceptions.Argon2Error):
+    except (ValueError, MemoryError, argon2.exceptions.Argon2Error):
         return None
 
 
 def _is_pbkdf2(secret: bytes, text: str) -> bool:
-    _, rounds, salt, digest = text.split("$")
-    made = hashlib.pbkdf2_hmac("sha256", secret, salt.encode(), int(rounds))
+    name, rounds, salt, digest = text.split("$")
+    algorithm = name.removeprefix("pbkdf2_")
+    made = hashlib.pbkdf2_hmac(algorithm, secret, salt.encode(), int(rounds))
+    return hmac.compare_digest(base64.b64encode(made).decode(), digest)
+
+
+def _is_scrypt(secret: bytes, text: str) -> bool:
+    _, n_text, salt, r_text, p_text, digest = text.split("$")
+    n, r, p = int(n_text), int(r_text), int(p_text)
+    # OpenSSL refuses what needs more than it was told; left alone it allows 32 MiB.
+    memory = _scrypt_memory(n, r, p) + 4096
+    made = hashlib.scrypt(secret, salt=salt.encode(), n=n, r=r, p=p, maxmem=memory, dklen=64)
     return hmac.compare_digest(base64.b64encode(made).decode(), digest)
 
 
@@ -77,13 +171,32 @@ def decoy_like(stored: StoredHash) -> StoredHash:
     """
     found = stored.scheme.value.fullmatch(stored.text)
     assert found is not None  # read_hash made it
-    padding = "=" if found["digest"].endswith("=") else ""
-    blank = "." if stored.scheme is Scheme.BCRYPT else "A"
+    padding = "=" * found["digest"].count("=")
+    is_bcrypt = stored.scheme in {Scheme.BCRYPT, Scheme.BCRYPT_SHA256}
+    blank = "." if is_bcrypt else "A"
     return StoredHash(
         stored.scheme, found["head"] + blank * (len(found["digest"]) - len(padding)) + padding
     )
 
 
-def first_decoy() -> StoredHash:
-    """The decoy before anybody logged in."""
-    return _FIRST_DECOY
+def decoy_of(texts: Iterable[str]) -> StoredHash:
+    """Return a decoy of the scheme and cost that most of some stored hashes have.
+
+    Where none of them can be read it has PocketBase's.
+    """
+    known = [stored for text in texts if (stored := read_hash(text)) is not None]
+    if not known:
+        return _FIRST_DECOY
+    most = Counter(map(_cost_of, known)).most_common(1)[0][0]
+    return decoy_like(next(stored for stored in known if _cost_of(stored) == most))
+
+
+def _cost_of(stored: StoredHash) -> tuple[object, ...]:
+    """Return what the time of a check depends on."""
+    found = stored.scheme.value.fullmatch(stored.text)
+    assert found is not None  # read_hash made it
+    parameters = found.groupdict().items()
+    return stored.scheme, *(item for item in parameters if item[0] not in _OF_ONE_USER)
+
+
+_OF_ONE_USER = {"head", "salt", "digest"}

@@ -12,11 +12,14 @@ import pytest
 
 from pgrealtime.auth import password_threads
 from pgrealtime.auth.password_threads import PasswordThreads
+from pgrealtime.auth.passwords import decoy_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads have no policy there")
 
 SLOW = f"pbkdf2_sha256$12000000$salt${'A' * 43}="
 """Takes a second and more."""
+
+DECOY = decoy_of([])
 
 
 @pytest.fixture
@@ -35,7 +38,7 @@ def policies() -> set[int]:
     }
 
 
-async def until(policy: int, checking: asyncio.Future[bool]) -> None:
+async def until(policy: int, checking: asyncio.Future[bool | None]) -> None:
     async with asyncio.timeout(10):
         while policies() != {policy}:
             assert not checking.done()
@@ -48,7 +51,7 @@ async def test_password_is_checked_with_what_the_event_loop_leaves(
     """For a while; then as any other thread, since a loop may leave nothing; and so each anew."""
     monkeypatch.setattr(password_threads, "_MEEK_SECONDS", 0.1)
     for _ in range(2):
-        checking = asyncio.ensure_future(passwords.check("x", SLOW))
+        checking = asyncio.ensure_future(passwords.check("x", SLOW, DECOY))
         await until(os.SCHED_IDLE, checking)
         await until(os.SCHED_OTHER, checking)
         assert not checking.done()
@@ -64,4 +67,4 @@ async def test_password_is_checked_where_policies_are_forbidden(
         raise PermissionError
 
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
-    assert not await passwords.check("x", None)
+    assert not await passwords.check("x", None, DECOY)
