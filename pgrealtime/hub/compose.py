@@ -27,6 +27,8 @@ class Portion(Struct):
     """What some see more of than their audience, instead of the same messages of its batch."""
     stop: int
     """Place of the first event that isn't in it."""
+    failed: list[int]
+    """Places of events that could not be shown to somebody who may hear of them."""
 
 
 def compose(
@@ -43,12 +45,13 @@ def compose(
     """
     audiences: list[Audience] = []
     mine: dict[Subscription, Batch] = {}
+    failed: list[int] = []
     size = largest = 0
     for place in places:
         event = events[place]
         is_enough = largest >= _AUDIENCE_BYTES or size >= _PORTION_BYTES
         if is_enough and event.cursor != events[place - 1].cursor:
-            return Portion(audiences, mine, place)
+            return Portion(audiences, mine, place, failed)
         showing = Showing(event, place, beside)
         for group in hits[place]:
             for audience in group.audiences:
@@ -57,6 +60,7 @@ def compose(
                     audiences.append(audience)
                 tail = display.tail(showing, audience.receives)
                 if not tail:
+                    failed.append(place)
                     continue
                 audience.batch.add(place, tail)
                 size += len(tail)
@@ -64,7 +68,7 @@ def compose(
                 for owner in audience.owners(event.record_id):
                     own = display.tail(showing, audience.receives, is_own=True)
                     mine.setdefault(owner, Batch()).add(place, own)
-    return Portion(audiences, mine, places.stop)
+    return Portion(audiences, mine, places.stop, failed)
 
 
 def hand_out(portion: Portion, events: Sequence[Event]) -> list[Connection]:
@@ -116,7 +120,7 @@ def compose_for(
     beside: Beside,
     *,
     bound: int,
-) -> tuple[Batch, int]:
+) -> tuple[Batch, int, list[int]]:
     """Make the messages for one connection's subscriptions.
 
     Args:
@@ -128,12 +132,14 @@ def compose_for(
         bound: Bytes that are enough; no change is torn apart for it.
 
     Returns:
-        The messages, and of how many of the events they are.
+        The messages, of how many of the events they are, and the places of those that could not be
+        shown.
     """
     batch = Batch()
+    failed: list[int] = []
     for place, (event, groups) in enumerate(zip(events, hits, strict=True)):
         if batch.size >= bound and event.cursor != events[place - 1].cursor:
-            return batch, place
+            return batch, place, failed
         showing = Showing(event, place, beside)
         for subscription in (one for group in groups for one in by_group[group]):
             barrier = subscription.barrier
@@ -142,4 +148,6 @@ def compose_for(
             is_own = subscription.own_id == event.record_id
             if tail := display.tail(showing, subscription.receives, is_own=is_own):
                 batch.add(place, tail)
-    return batch, len(events)
+            else:
+                failed.append(place)
+    return batch, len(events), failed

@@ -265,11 +265,13 @@ class Connection:
         last = max(batch.places[-1] for batch in self._batches)
         return events[first].cursor != events[last].cursor
 
-    def compose(self, events: Sequence[Event]) -> bytes:
+    def compose(self, events: Sequence[Event], hold: Cursor | None = None) -> bytes:
         """Return what was taken of the slice as bytes; moves the position.
 
         Args:
             events: The slice's.
+            hold: Where something begins that the connection has yet to be told: its position
+                stays before that.
         """
         if not self._batches:
             return b""
@@ -279,14 +281,17 @@ class Connection:
         if not self.is_resumable:
             return self._prefix.join(batch.tails)
         cursors = [events[place].cursor for place in batch.places]
-        return b"".join(self._with_positions(batch.tails[1:], cursors))
+        return b"".join(self._with_positions(batch.tails[1:], cursors, hold))
 
-    def _with_positions(self, tails: Sequence[bytes], cursors: Sequence[Cursor]) -> list[bytes]:
+    def _with_positions(
+        self, tails: Sequence[bytes], cursors: Sequence[Cursor], hold: Cursor | None
+    ) -> list[bytes]:
         """Put an id before each tail; of several for one change only the last moves it."""
         prefix = self._prefix + b"."
         parts: list[bytes] = []
         for place, (tail, cursor) in enumerate(zip(tails, cursors, strict=True), start=1):
-            if place == len(cursors) or cursors[place] != cursor:
+            is_last_of_change = place == len(cursors) or cursors[place] != cursor
+            if is_last_of_change and (hold is None or cursor < hold):
                 self.position = self.position_text(cursor)
             parts += (prefix, self.position, tail)
             if self.wants_cursor and place % _CURSOR_EVERY == 0:

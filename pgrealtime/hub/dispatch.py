@@ -43,7 +43,7 @@ from pgrealtime.hub.frame import connect_tail
 from pgrealtime.hub.gaps import Gaps
 from pgrealtime.hub.history import History
 from pgrealtime.hub.identity import Identities
-from pgrealtime.hub.judge import Asking, Verdict
+from pgrealtime.hub.judge import Asking, Unheard, Verdict
 from pgrealtime.hub.limits import Limits
 from pgrealtime.hub.match import LIMITED, Group, Matcher
 from pgrealtime.hub.meaning import Meaning
@@ -604,19 +604,24 @@ class Hub:
     def _deliver(self, part: Slice, verdict: Verdict, beside: Beside, places: range) -> int:
         """Hand out a portion of a slice, or as many bytes of it as are bearable at once.
 
-        With the last one goes the slice's gap. Returns the place of the first event left over.
+        With the last one goes the slice's gap, and with each what nobody could be asked about of
+        its events: who breaks off later comes back from behind it. Returns the place of the first
+        event left over.
         """
         display = self._course.meaning.display
         portion = compose(display, part.events, verdict.hits, beside, places)
         touched = hand_out(portion, part.events)
         stop = portion.stop
-        self._flush(touched, part.events)
         is_last = stop == len(part.events)
-        if is_last and (part.gap is not None or verdict.undecided or verdict.lost):
+        upto = part.upto if is_last else part.events[stop - 1].cursor
+        gap = part.gap if is_last else None
+        unheard = verdict.unheard_in(part.events, range(places.start, stop), portion.failed)
+        self._flush(touched, part.events, unheard)
+        if gap is not None or unheard is not None:
             touched = [c for c in self._connections.values() if c.is_live]
             for connection in touched:
-                self._gaps.tell_all(connection, part.gap, verdict, part.upto)
-        self._say_cursors(touched, part.upto if is_last else part.events[stop - 1].cursor)
+                self._gaps.tell_all(connection, gap, unheard, upto)
+        self._say_cursors(touched, upto)
         return stop
 
     def _say_cursors(self, connections: Sequence[Connection], at: Cursor) -> None:
@@ -624,7 +629,9 @@ class Hub:
             if connection.wants_cursor and connection.is_live:
                 connection.say_cursor(at)
 
-    def _flush(self, touched: Sequence[Connection], events: Sequence[Event]) -> None:
+    def _flush(
+        self, touched: Sequence[Connection], events: Sequence[Event], unheard: Unheard | None
+    ) -> None:
         now = self._clock()
         bound = self._limits.send_buffer
         for connection in touched:
@@ -632,7 +639,8 @@ class Hub:
             if is_full or connection.is_taken_too_much(events, bound):
                 self._leave_behind(connection)
                 continue
-            connection.write(connection.compose(events))
+            hold = self._gaps.held_at(connection, unheard)
+            connection.write(connection.compose(events, hold))
             connection.active_at = connection.written_at = now
 
     def _leave_behind(self, connection: Connection) -> None:

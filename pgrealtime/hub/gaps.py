@@ -9,7 +9,7 @@ from pgrealtime.hub.connection import Connection
 from pgrealtime.hub.course import Course
 from pgrealtime.hub.frame import resync_tail
 from pgrealtime.hub.identity import person_of
-from pgrealtime.hub.judge import Verdict
+from pgrealtime.hub.judge import Unheard
 from pgrealtime.hub.slices import Announcement
 from pgrealtime.lsn import Cursor
 
@@ -37,13 +37,31 @@ class Gaps:
         """Connections that were told, or ended, by the gap's reason."""
 
     def tell_all(
-        self, connection: Connection, gap: Announcement | None, verdict: Verdict, at: Cursor
+        self, connection: Connection, gap: Announcement | None, unheard: Unheard | None, at: Cursor
     ) -> None:
         """Tell a connection of a gap in the stream, and of what nobody could be asked about."""
         if gap is not None:
             self.tell(connection, gap)
-        if unknown := verdict.lost | (verdict.undecided & _asked_about(connection)):
+        if unheard is None:
+            return
+        if unknown := unheard.lost | (unheard.undecided & _asked_about(connection)):
             self.tell(connection, Announcement(unknown, "unknown", at))
+
+    def held_at(self, connection: Connection, unheard: Unheard | None) -> Cursor | None:
+        """Return what the connection's position may not pass before it was told; None if nothing.
+
+        An id says that all up to it was delivered or told.
+        """
+        if unheard is None:
+            return None
+        names = unheard.lost | (unheard.undecided & _asked_about(connection))
+        return unheard.since if self._subscribed(connection) & names else None
+
+    def _subscribed(self, connection: Connection) -> set[str]:
+        """Return the names of the collections that the connection has topics of."""
+        collections = self._course.meaning.collections
+        topics = (s.topic.collection for s in connection.subscriptions.values())
+        return {c.name for c in map(collections.find, topics) if c is not None}
 
     def tell(self, connection: Connection, gap: Announcement) -> None:
         """Tell a connection of a gap that concerns it; a plain one is ended, so that it reloads.
@@ -51,10 +69,9 @@ class Gaps:
         So is one whose caller's row may have changed in the gap: coming back it says anew who
         it is.
         """
-        collections = self._course.meaning.collections
-        topics = (s.topic.collection for s in connection.subscriptions.values())
-        found = {c.name for c in map(collections.find, topics) if c is not None}
-        is_concerned = gap.collections is None or bool(found & gap.collections)
+        is_concerned = gap.collections is None or bool(
+            self._subscribed(connection) & gap.collections
+        )
         is_told = connection.is_resumable or connection.wants_resync
         if is_concerned and is_told:
             connection.say(resync_tail(gap.collections or (), gap.reason), gap.at)

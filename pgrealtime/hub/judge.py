@@ -20,7 +20,7 @@ from pgrealtime.hub.expand import Reading
 from pgrealtime.hub.match import Group, Matcher
 from pgrealtime.hub.probe import Asked, LiveRow
 from pgrealtime.hub.slices import SLICE
-from pgrealtime.lsn import Xid
+from pgrealtime.lsn import Cursor, Xid
 
 log = structlog.get_logger(__name__)
 
@@ -75,6 +75,40 @@ class Verdict(Struct):
     """Collections of which anybody may miss something."""
     late: frozenset[Group] = frozenset()
     """Groups whose filters took too long: they must be judged anew, alone."""
+    unheard: Sequence[int] = ()
+    """Places, ascending, of the events that are of ``undecided`` or ``lost``."""
+
+    def unheard_in(
+        self, events: Sequence[Event], places: range, failed: Sequence[int] = ()
+    ) -> Unheard | None:
+        """Return what must be told of some of the events, if anything.
+
+        Args:
+            events: Those that were judged.
+            places: Of the events concerned.
+            failed: Places, ascending, of events that could not be shown to somebody.
+        """
+        doubted = [place for place in self.unheard if place in places]
+        if not doubted and not failed:
+            return None
+        names = _names_in(events[place] for place in doubted)
+        first = min([*doubted[:1], *failed[:1]])
+        return Unheard(
+            undecided=self.undecided & names,
+            lost=(self.lost & names) | _names_in(events[place] for place in failed),
+            since=events[first].cursor,
+        )
+
+
+class Unheard(Struct, frozen=True):
+    """Events that somebody may miss and has to be told of."""
+
+    undecided: frozenset[str]
+    """As the verdict has it."""
+    lost: frozenset[str]
+    """As the verdict has it."""
+    since: Cursor
+    """Of the first of them: until they are told no position may pass it."""
 
 
 class Judge:
@@ -103,10 +137,15 @@ class Judge:
             among: The only groups to consider; None is all.
         """
         try:
-            return await self._find_out(events, allowance, among)
+            verdict = await self._find_out(events, allowance, among)
         except Exception as error:  # noqa: BLE001 (a fault of ours in one rule or row stops nobody)
             log.error("judging.failed", error=type(error).__name__, at=where(error))  # noqa: TRY400 (see where)
-            return Verdict([()] * len(events), lost=_names_in(events))
+            verdict = Verdict([()] * len(events), lost=_names_in(events))
+        if names := verdict.undecided | verdict.lost:
+            verdict.unheard = [
+                place for place, event in enumerate(events) if event.collection.name in names
+            ]
+        return verdict
 
     async def judge_in_turns(self, events: list[Event]) -> Verdict:
         """Judge as many at a time as the loop's other users can wait for."""
@@ -120,6 +159,7 @@ class Judge:
             whole.undecided |= part.undecided
             whole.lost |= part.lost
             whole.late |= part.late
+            whole.unheard = [*whole.unheard, *(first + place for place in part.unheard)]
         return whole
 
     async def look_beside(
@@ -131,6 +171,7 @@ class Judge:
         except Exception as error:  # noqa: BLE001 (as in judge)
             log.error("display.failed", error=type(error).__name__, at=where(error))  # noqa: TRY400 (see where)
             verdict.lost |= _names_in(events)
+            verdict.unheard = range(len(events))
             return NOTHING_BESIDE
 
     async def _find_out(

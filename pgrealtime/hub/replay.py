@@ -23,6 +23,7 @@ from pgrealtime.hub.judge import Verdict, where
 from pgrealtime.hub.match import Group
 from pgrealtime.hub.recent import Recent, standpoint
 from pgrealtime.hub.slices import SLICE, Announcement, Slice, parted, slices
+from pgrealtime.lsn import Cursor
 
 log = structlog.get_logger(__name__)
 
@@ -186,10 +187,16 @@ class Replays:
             connection.say_cursor(stretch.upto)
         return True
 
-    def _give(self, connection: Connection, events: Sequence[Event], batch: Batch) -> None:
+    def _give(
+        self,
+        connection: Connection,
+        events: Sequence[Event],
+        batch: Batch,
+        hold: Cursor | None = None,
+    ) -> None:
         if batch.places:
             connection.take(batch)
-            connection.write(connection.compose(events))
+            connection.write(connection.compose(events, hold))
             connection.active_at = connection.written_at = self._clock()
 
     def _part_for(self, connection: Connection) -> Slice:
@@ -225,7 +232,7 @@ class Replays:
         people = [event for event in part.people if event.cursor <= upto]
         self._turn_all(connection, people, "update")
         stands = standpoint(connection, edition)
-        batch, verdict, stop = await self._batch_for(connection, events, allowance)
+        batch, verdict, stop, failed = await self._batch_for(connection, events, allowance)
         if connection.is_ended or course.edition != edition:
             return SLICE
         self._aside.note(connection, allowance, events)
@@ -234,15 +241,16 @@ class Replays:
         is_cut = stop < len(events)
         if is_cut:
             upto = events[stop - 1].cursor
-        self._give(connection, events, batch)
+        unheard = verdict.unheard_in(events, range(stop), failed)
+        self._give(connection, events, batch, self._gaps.held_at(connection, unheard))
         is_plain = part.gap is None and not part.people
-        if stands is not None and is_plain and not (verdict.undecided or verdict.lost):
+        if stands is not None and is_plain and unheard is None:
             self._recent.keep(stands, events, batch, upto)
         if not is_cut:
             self._turn_all(connection, people, "delete")
         connection.cursor = upto
         gap = part.gap if part.gap is not None and part.gap.at <= upto else None
-        self._gaps.tell_all(connection, gap, verdict, upto)
+        self._gaps.tell_all(connection, gap, unheard, upto)
         # Not before the gap: who breaks off in between would come back from behind it.
         if connection.wants_cursor and not connection.is_ended:
             connection.say_cursor(upto)
@@ -255,24 +263,24 @@ class Replays:
 
     async def _batch_for(
         self, connection: Connection, events: list[Event], allowance: Allowance
-    ) -> tuple[Batch, Verdict, int]:
-        """Return the messages, and of how many of the events they are."""
+    ) -> tuple[Batch, Verdict, int, list[int]]:
+        """Return the messages, of how many of the events they are, and which can't be shown."""
         meaning = self._course.meaning
         by_group: dict[Group, list[Subscription]] = {}
         for subscription in connection.subscriptions.values():
             if subscription.group is not None:
                 by_group.setdefault(subscription.group, []).append(subscription)
         if not events or not by_group:
-            return Batch(), Verdict([]), len(events)
+            return Batch(), Verdict([]), len(events), []
         verdict = await meaning.judge.judge(events, allowance, by_group.keys())
         if verdict.late:
-            return Batch(), verdict, len(events)
+            return Batch(), verdict, len(events), []
 
         def sights(groups: Iterable[Group]) -> Iterable[Sight]:
             return ((one.viewer, one.manager) for group in groups for one in by_group[group])
 
         beside = await meaning.judge.look_beside(events, verdict, sights)
-        batch, stop = compose_for(
+        batch, stop, failed = compose_for(
             meaning.display, by_group, events, verdict.hits, beside, bound=self._send_buffer
         )
-        return batch, verdict, stop
+        return batch, verdict, stop, failed

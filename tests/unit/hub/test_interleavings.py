@@ -358,6 +358,94 @@ async def test_what_nobody_could_be_asked_about_is_a_gap_for_who_depends_on_it()
     assert len(other_sink.events()) == 1
 
 
+IN_NOTES = "notes/*" + FILTERED.removeprefix("posts/*")
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["live", "resumed"])
+async def test_no_id_passes_what_is_not_told_yet(*, resumed: bool) -> None:
+    """Who breaks off before the gap is told comes back from before it, and is told then."""
+    async with open_room() as room:
+        start = f"abcdef-{100:016x}-ffffffff"
+        room.database.undecided = frozenset({"notes"})
+        changes = (insert("a"), insert("n", table=NOTES), insert("b"), insert("c"))
+        if resumed:
+            made = room.commit(*changes)
+            await room.settled()
+        connection, sink = room.connect(position=f"{'x' * 40}.{start}" if resumed else "")
+        public, public_sink = room.connect(position=f"{'x' * 40}.{start}" if resumed else "")
+        await room.subscribe(connection, "posts/*", IN_NOTES)
+        await room.subscribe(public, "posts/*", "notes/*")
+        await asyncio.sleep(0)
+        if not resumed:
+            made = room.commit(*changes)
+        events, of_public = await sink.wait_for(6), await public_sink.wait_for(5)
+
+    ids = [id_.removeprefix(f"{connection.id}.") for id_, _, _ in events]
+    assert [name for _, name, _ in events[1:]] == [
+        "posts/*",
+        IN_NOTES,
+        "posts/*",
+        "posts/*",
+        "PB_RESYNC",
+    ]
+    assert ids[1:] == [at(made, 1)] * 4 + [at(made, 0xFFFFFFFF)]
+    # Nobody is asked about what it subscribed to.
+    assert [id_.rpartition(".")[2] for id_, _, _ in of_public[1:]] == [
+        at(made, n) for n in range(1, 5)
+    ]
+
+
+async def test_what_is_not_decided_is_told_with_the_portion_that_it_is_in() -> None:
+    """A connection that falls behind after that portion reads on from behind it."""
+    async with open_room() as room:
+        connection, sink = room.connect(position="")
+        await room.subscribe(connection, "posts/*", IN_NOTES)
+        await asyncio.sleep(0)
+        room.database.undecided = frozenset({"notes"})
+        room.commit(insert("n", table=NOTES), *(insert(str(n)) for n in range(600)))
+        events = await sink.wait_for(603)
+        await room.settled()
+
+    places = [place for place, (_, name, _) in enumerate(events) if name == "PB_RESYNC"]
+    assert len(places) == 1
+    assert places[0] < 300
+    assert len(sink.events()) == 603
+
+
+async def test_a_row_that_cannot_be_shown_is_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its collection alone, and no id passes it before."""
+    async with open_room() as room:
+        connection, sink = room.connect(position="")
+        other, other_sink = room.connect(position="")
+        await room.subscribe(connection, "posts/*")
+        await room.subscribe(other, "notes/*")
+        await asyncio.sleep(0)
+        display = room.hub._course.meaning.display
+        make = display._record
+        monkeypatch.setattr(
+            display,
+            "_record",
+            lambda showing, *rest: (
+                b"" if showing.event.record_id == "bad" else make(showing, *rest)
+            ),
+        )
+        made = room.commit(insert("a"), insert("bad"), insert("b"), insert("n", table=NOTES))
+        events, of_other = await sink.wait_for(4), await other_sink.wait_for(2)
+        late, late_sink = room.connect(position=f"{'x' * 40}.{at(made, 1)}")
+        await room.subscribe(late, "posts/*")
+        again = await late_sink.wait_for(3)
+
+    gap = ("PB_RESYNC", '{"collections":["posts"],"reason":"unknown"}')
+    assert [name for _, name, _ in events[1:3]] == ["posts/*", "posts/*"]
+    assert [id_.rpartition(".")[2] for id_, _, _ in events[1:]] == [
+        at(made, 1),
+        at(made, 1),
+        at(made, 0xFFFFFFFF),
+    ]
+    assert events[3][1:] == again[2][1:] == gap
+    assert of_other[1][1] == "notes/*"
+
+
 async def test_a_fault_of_ours_in_judging_is_a_gap_and_ends_nothing() -> None:
     """Neither the task that delivers nor a replay may die of it, still less in silence."""
     async with open_room() as room:
