@@ -282,6 +282,21 @@ async def test_a_gap_over_people_s_rows_ends_their_connections(
         assert guest_sink.state == "open"
 
 
+async def test_who_was_looked_up_before_a_gap_over_people_s_rows_is_looked_up_again() -> None:
+    """What the gap hides of its row nobody could tell the call that is being answered."""
+    async with open_room() as room:
+        end = room.commit(changed()).end_lsn
+        room.changelog.append(Gap(LSN(end + 1), "slot_lost", frozenset({PEOPLE})))
+        room.hub.wake()
+        await room.settled()
+        connection, _ = room.connect()
+        before = caller(reading=Reading("1:1:", f"0/{end:X}"))
+        with pytest.raises(SubscriptionError):
+            await room.subscribe(connection, "posts/*", caller=before)
+        after = caller(reading=Reading("9999:9999:", f"0/{end + 1:X}"))
+        await room.subscribe(connection, "posts/*", caller=after)
+
+
 async def test_emptied_people_are_no_callers_any_more() -> None:
     async with open_room() as room:
         _, sink = await listening(room, "posts/*", who=caller())

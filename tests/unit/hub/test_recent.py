@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
-from pgrealtime.changes import Insert
+from pgrealtime.changes import Delete, Insert, Truncate, WholeRow
 from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.recent import Recent, Standpoint, Stretch, standpoint
 from pgrealtime.lsn import LSN, Cursor
-from tests.unit.hub.room import PEOPLE, MemorySink, Room, insert, open_room
+from tests.unit.hub.room import NOTES, PEOPLE, POSTS, MemorySink, Room, insert, open_room
 
 COUNT = 1500
 CONNECTIONS = 20
@@ -38,6 +38,10 @@ def count_judged(room: Room, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(room.hub._course.meaning.matcher, "match", counted)
     return counts
+
+
+ALL_POSTS = 'posts/*?options={"query":{"filter":"title != \'x\'"}}'
+"""Has a condition, so that answers may be missing; all have it."""
 
 
 def stick(sinks: Sequence[MemorySink]) -> None:
@@ -139,6 +143,56 @@ async def test_position_is_each_connection_s_own() -> None:
     assert {name for name, _, _ in without.events()} == {plain.id}
     positions = [name.removeprefix(f"{resumable.id}.") for name, _, _ in with_positions.events()]
     assert positions == sorted(set(positions))
+
+
+@pytest.mark.parametrize("kind", ["undecided", "emptied"])
+async def test_what_is_remembered_hides_no_gap(kind: str) -> None:
+    """Each that comes by is told, by PB_RESYNC or by what it missed."""
+    async with open_room() as room:
+        start = f"{'x' * 40}.abcdef-{100:016x}-ffffffff"
+        room.commit(insert("n", table=NOTES))
+        room.commit(insert("a"), insert("b"))
+        if kind == "emptied":
+            room.commit(Truncate(POSTS))
+        await room.settled()
+        busy, busy_sink = room.connect(position=start)
+        stick([busy_sink])
+        await room.subscribe(busy, "notes/*")
+        await busy_sink.wait_for(2)  # and doesn't take it: its task keeps what is remembered
+        if kind == "undecided":
+            room.database.undecided = frozenset({"posts"})
+        heard = []
+        for _ in range(2):
+            connection, sink = room.connect(position=start)
+            await room.subscribe(connection, ALL_POSTS)
+            assert standpoint(connection, 0) is not None
+            heard.append([name for _, name, _ in await sink.wait_for(4)])
+
+    assert heard == [["PB_CONNECT", ALL_POSTS, ALL_POSTS, "PB_RESYNC"]] * 2
+
+
+async def test_what_is_remembered_hides_no_change_of_a_caller() -> None:
+    """Who comes by is turned by its own row, though the work is shared with who isn't."""
+    ann = AuthRecord(collection_id="pbc_people", collection_name="people", id="ann")
+    async with open_room() as room:
+        start = f"{'x' * 40}.abcdef-{100:016x}-ffffffff"
+        room.commit(insert("n", table=NOTES))
+        room.commit(insert("a"), Delete(PEOPLE, WholeRow({"id": "ann", "email": "", "key": ""})))
+        await room.settled()
+        busy, busy_sink = room.connect(position=start)
+        stick([busy_sink])
+        await room.subscribe(busy, "notes/*")
+        await busy_sink.wait_for(2)
+        guest, guest_sink = room.connect(position=start)
+        await room.subscribe(guest, "posts/*")
+        await guest_sink.wait_for(2)
+        connection, sink = room.connect(position=start)
+        await room.subscribe(connection, "posts/*", caller=Caller(ann))
+        await sink.wait_for(2)
+        room.commit(insert("b"))
+        await sink.wait_for(3)
+
+        assert connection.caller == Caller()
 
 
 async def standing(room: Room, *topics: str, caller: Caller | None = None) -> Standpoint | None:
