@@ -21,6 +21,7 @@ from pgrealtime.hub.snapshot import barrier_of
 from pgrealtime.lsn import END, LSN, Cursor, Xid
 from tests.unit.hub.room import (
     COLLECTIONS,
+    LOGINS,
     PEOPLE,
     POSTS,
     MemorySink,
@@ -181,6 +182,40 @@ async def test_what_changes_while_the_call_waits_is_not_lost() -> None:
         room.commit(changed(key="k2"), xid=80)
 
         assert await heard(sink, 1) == [("update", "ann", False)]
+
+
+def test_a_caller_is_as_of_its_connection_s_place_and_not_a_change_later() -> None:
+    """What comes later the connection hears itself, and has other rights from there on."""
+    identities = Identities(LOGINS)
+    people = COLLECTIONS["people"]
+    renamed = {**row("ann"), "email": "new@x"}
+    for lsn, told in ((200, renamed), (300, row("ann", "k2"))):
+        identities.tell(Event(people, "update", "ann", told, Cursor(LSN(lsn), 3), Xid(lsn), ()))
+    known = barrier_of("1:1:", "0/1")
+
+    def at(lsn: int, ordinal: int) -> str:
+        who = identities.caught_up(caller(), known, Cursor(LSN(lsn), ordinal)).principal
+        return who.email if isinstance(who, AuthRecord) else "guest"
+
+    assert [at(100, END), at(200, 2)] == ["ann@x"] * 2
+    assert [at(200, 3), at(200, END), at(300, 2)] == ["new@x"] * 3
+    assert [at(300, 3), at(400, END)] == ["guest"] * 2
+
+
+async def test_a_call_in_the_middle_of_a_slice_begins_with_the_rights_of_before_it() -> None:
+    """The change of its key was read already, and is judged at this moment; its turn comes."""
+    async with open_room() as room:
+        room.database.rows_gate = asyncio.Event()
+        room.database.snapshot_text = "50:50:"
+        room.commit(Insert(POSTS, {"id": "held up"}), changed(), changed(key="k2"), xid=60)
+        await room.database.is_holding.wait()
+        who = caller(reading=Reading("50:50:", "0/64"))
+        connection, sink = await listening(room, "people/*", who=who)
+        assert connection.caller == who
+        room.database.rows_gate.set()
+
+        assert await heard(sink, 2) == [("update", "ann", True), ("update", "ann", False)]
+        assert connection.caller == Caller()
 
 
 async def test_what_the_look_up_saw_already_does_not_undo_it() -> None:
