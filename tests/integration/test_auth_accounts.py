@@ -236,40 +236,45 @@ async def test_loads_at_the_same_time_share_a_query(
     assert pool.get_stats()["requests_num"] - asked == 2
 
 
-async def test_a_load_is_answered_by_a_query_sent_after_it(
-    database_url: str, pool: AsyncConnectionPool[Any]
-) -> None:
-    """Sharing a query already under way would show a user as of before the call."""
+class HeldUp(psycopg.AsyncConnection[Any]):
+    """A connection whose answers are under way for as long as a test wants."""
+
+    gate = asyncio.Event()
+    answered = asyncio.Event()
+
+    async def execute(self, *args: Any, **kwargs: Any) -> psycopg.AsyncCursor[Any]:
+        cursor = await super().execute(*args, **kwargs)
+        self.answered.set()
+        await self.gate.wait()
+        return cursor
+
+
+async def test_a_load_is_answered_by_a_query_sent_after_it(database_url: str) -> None:
+    """Sharing a query already under way would show a user as of before the call.
+
+    And one whom that query didn't ask for would be nobody: a guest, with a token that holds.
+    """
     users = await users_of(
         database_url,
         'CREATE TABLE public."Users" (id text PRIMARY KEY, email text);'
-        """INSERT INTO public."Users" VALUES ('u1', 'old')""",
+        """INSERT INTO public."Users" VALUES ('u1', 'old'), ('u2', 'two')""",
     )
-    accounts = Accounts(pool)
-    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as writer:
-        await writer.execute('BEGIN; LOCK public."Users"')
+    HeldUp.gate, HeldUp.answered = asyncio.Event(), asyncio.Event()
+    async with AsyncConnectionPool(
+        database_url, connection_class=HeldUp, min_size=2, kwargs={"autocommit": True}
+    ) as pool:
+        accounts = Accounts(pool)
         early = asyncio.create_task(accounts.load(users, "u1"))
-        await asyncio.wait_for(_somebody_waits_for_a_lock(database_url), 10)
-        late = asyncio.create_task(accounts.load(users, "u1"))
-        await writer.execute("""UPDATE public."Users" SET email = 'new'""")
-        await writer.execute("COMMIT")
+        await asyncio.wait_for(HeldUp.answered.wait(), 10)
+        with psycopg.connect(database_url, autocommit=True) as writer:
+            writer.execute("""UPDATE public."Users" SET email = 'new'""")
+            writer.execute("""INSERT INTO public."Users" VALUES ('u3', 'three')""")
+        late = [asyncio.create_task(accounts.load(users, name)) for name in ("u1", "u2", "u3")]
+        await asyncio.sleep(0.01)
+        HeldUp.gate.set()
+        answers = await asyncio.wait_for(asyncio.gather(early, *late), 10)
 
-        assert await asyncio.wait_for(early, 5) is not None
-        latest = await asyncio.wait_for(late, 5)
-
-    assert latest is not None
-    assert latest.record.email == "new"
-
-
-async def _somebody_waits_for_a_lock(url: str) -> None:
-    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
-        cursor = connection.cursor()
-        while not cursor.rownumber:
-            await cursor.execute(
-                "SELECT 1 FROM pg_stat_activity"
-                " WHERE datname = current_database() AND wait_event_type = 'Lock'"
-            )
-            await cursor.fetchone()
+    assert [answer and answer.record.email for answer in answers] == ["old", "new", "new", "three"]
 
 
 async def test_one_who_gives_up_does_not_take_the_answer_from_the_others(

@@ -755,6 +755,20 @@ async def test_a_token_that_is_not_refreshable_comes_back_as_it_is(
         assert json.loads(answer.body)["token"] == token
 
 
+@pytest.mark.parametrize("claims", [{}, {"collectionId": USERS, "type": "auth"}], ids=["", "both"])
+async def test_a_token_of_others_never_becomes_one_of_ours(
+    ours: Ours, claims: dict[str, Any]
+) -> None:
+    """Whatever it claims: its maker decides how long its user is signed in, not this login."""
+    given = {"sub": "userann00000001", "exp": SOON, "refreshable": True, **claims}
+    token = jwt.encode(given, SECRET)
+
+    answer = await post(ours.address, "users/auth-refresh", headers={"Authorization": token})
+
+    assert answer.head.status == 200
+    assert json.loads(answer.body)["token"] == token
+
+
 async def test_a_pocketbase_token_is_its_user_everywhere(original: Original, ours: Ours) -> None:
     token = await log_in(original.address)
 
@@ -1043,11 +1057,11 @@ async def test_an_unknown_user_takes_as_long_as_a_wrong_password(people_url: str
 
 async def test_the_decoy_has_the_scheme_of_the_last_right_password(people_url: str) -> None:
     """A table of cheap hashes isn't given away by one dear decoy, nor the other way round."""
-    with psycopg.connect(people_url, autocommit=True) as connection:
-        connection.execute("CREATE EXTENSION pgcrypto")
-        connection.execute("UPDATE users SET password = crypt('ann-pass-1', gen_salt('bf', 4))")
     async with serving(people_url, config(attempts_per_minute=1000)) as server:
         before = statistics.median([await work_of(server, "eve") for _ in range(5)])
+        with psycopg.connect(people_url, autocommit=True) as connection:
+            connection.execute("CREATE EXTENSION pgcrypto")
+            connection.execute("UPDATE users SET password = crypt('ann-pass-1', gen_salt('bf', 4))")
         await log_in(server.address)
         after = statistics.median([await work_of(server, "eve") for _ in range(5)])
 

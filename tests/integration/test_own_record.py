@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from uuid import uuid4
 
 import psycopg
+import pytest
+from psycopg import sql
 from psycopg_pool import AsyncConnectionPool
 
 from pgrealtime.auth.principal import GUEST, AuthRecord
@@ -13,6 +16,7 @@ from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collections, build
 from pgrealtime.config import CollectionConfig
+from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.own_record import OwnRecords
 from pgrealtime.hub.probe import Probe
 
@@ -107,3 +111,63 @@ async def test_the_rule_in_force_says_who_may_sign_in(database_url: str) -> None
             )
 
     assert found == [True, True, True, False, False, False, False]
+
+
+FAILING: dict[str, tuple[str, str]] = {
+    "not granted": ("teams.name ?= 'two'", "REVOKE SELECT ON teams FROM reader"),
+    "a column less": ("name = 'Ann' && teams.name ?= 'two'", "ALTER TABLE teams DROP name"),
+    "too slow": ("teams.name ?= 'two'", "LOCK TABLE teams"),
+    "names nobody knows": ("nope = 1 || name = 'Ann'", ""),
+    "refused by the language": ("name =", ""),
+}
+
+
+@pytest.mark.parametrize("kind", FAILING)
+async def test_a_rule_that_cannot_be_answered_lets_nobody_in(database_url: str, kind: str) -> None:
+    """An error or a time-out is no answer, and the same rule lets them in while it has one."""
+    rule, fault = FAILING[kind]
+    role = f"reader_{uuid4().hex[:8]}"
+    with psycopg.connect(database_url, autocommit=True) as admin, admin.transaction():
+        admin.execute(SCHEMA)
+        admin.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(role)))
+        grant = sql.SQL("GRANT SELECT ON ALL TABLES IN SCHEMA public TO {}")
+        admin.execute(grant.format(sql.Identifier(role)))
+    try:
+        collections = await _collections(database_url, None, auth_rule=rule)
+        settings = {"autocommit": True, "user": role, "options": "-c statement_timeout=300ms"}
+        async with AsyncConnectionPool(database_url, min_size=1, kwargs=settings) as pool:
+            records = OwnRecords(Probe(pool), collections, nulls="null")
+
+            async def may_sign_in() -> bool:
+                people = collections["people"]
+                return await records.may_sign_in(
+                    people, ROW, GUEST, query={}, headers={}, context="password"
+                )
+
+            assert await may_sign_in() == bool(fault)
+            with psycopg.connect(database_url) as admin:
+                if fault:
+                    admin.execute(fault.replace("reader", role).encode())
+                    if not fault.startswith("LOCK"):
+                        admin.commit()
+                assert await may_sign_in() is False
+    finally:
+        with psycopg.connect(database_url, autocommit=True) as admin:
+            admin.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(role)))
+            admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+
+
+async def test_a_database_away_lets_nobody_in_and_is_told(database_url: str) -> None:
+    """That is 503 to the client: it may come back."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(SCHEMA)
+    collections = await _collections(database_url, None, auth_rule="teams.name ?= 'two'")
+    pool = AsyncConnectionPool(database_url, min_size=1, open=False)
+    await pool.open()
+    await pool.close()
+    records = OwnRecords(Probe(pool), collections, nulls="null")
+
+    with pytest.raises(DatabaseUnreachableError):
+        await records.may_sign_in(
+            collections["people"], ROW, GUEST, query={}, headers={}, context="password"
+        )
