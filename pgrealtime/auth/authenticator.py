@@ -275,8 +275,11 @@ class Authenticator:
         if account.token_key is None:
             raise AuthError("the token's user has no token key", code="token_signature")
         check_signature(token, Key("HS256", account.token_key + self._login.secret))
-        voucher = _own_voucher(self._login, users)
-        caller = replace(caller_of(account, expires_at), voucher=voucher)
+        caller = replace(
+            caller_of(account, expires_at),
+            voucher=_own_voucher(self._login, users),
+            key_digest=digest_of(account.token_key),
+        )
         return Identity(caller=caller, token=token, is_own=True)
 
 
@@ -368,11 +371,9 @@ def caller_of(account: Account, expires_at: float | None) -> Caller:
         account: As the database has it.
         expires_at: When the token expires, Unix seconds; None if it never does.
     """
-    key = account.token_key
     return Caller(
         account.record,
         expires_at,
-        key_digest=None if key is None else digest_of(key),
         reading=account.reading,
         own=tuple((name, account.row.get(name)) for name in account.users.asked),
     )

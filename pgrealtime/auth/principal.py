@@ -62,8 +62,9 @@ class Caller:
     expires_at: float | None = None
     """Unix seconds at which the token expires; None for guests and tokens without an end."""
     key_digest: bytes | None = field(default=None, repr=False)
-    """Of the user's token key; None if the user has none. When the row's key has another digest,
-    connections opened with this one are nobody's."""
+    """Of the user's token key, if that has signed the token, as with those of our login. When
+    the row's key has another digest, connections opened with this one are nobody's. None for the
+    tokens of issuers: an application that stores a new hash at a login doesn't end those."""
     voucher: bytes | None = field(default=None, repr=False, compare=False)
     """Of the configured key, and of what else is asked of tokens signed with it: when no issuer has
     this digest any more, the token is nobody's. None for guests."""

@@ -36,9 +36,11 @@ from pgrealtime.api.login import LoginRoutes
 from pgrealtime.auth.account import Accounts
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.login import Login
-from pgrealtime.auth.principal import GUEST, AuthRecord
+from pgrealtime.auth.principal import GUEST, AuthRecord, Caller
+from pgrealtime.auth.record import rebound
 from pgrealtime.auth.token import make_own
 from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.changes import Row
 from pgrealtime.collections import build
 from pgrealtime.config import Config
 from pgrealtime.config import parse as parse_config
@@ -897,6 +899,32 @@ async def test_without_a_token_key_the_password_hash_serves(people_url: str) -> 
             connection.execute("UPDATE users SET password = password || 'x'")
 
         assert (await server.authenticator.authenticate(token)).principal == GUEST
+
+
+@pytest.mark.parametrize("login", [LOGIN, {"password_hash": "password"}], ids=["key", "hash"])
+async def test_a_new_hash_ends_our_own_tokens_alone(people_url: str, login: dict[str, str]) -> None:
+    """Django stores another one at a login whose cost has grown: its own tokens go on.
+
+    Both on connections that are open and for who comes back.
+    """
+    collections = {**COLLECTIONS, "users": {**COLLECTIONS["users"], "login": login}}
+    foreign = jwt.encode({"sub": "userann00000001", "exp": SOON}, SECRET)
+    async with serving(people_url, config(collections)) as server:
+        own = await log_in(server.address)
+        users = server.authenticator.users("users")
+        assert users is not None
+        callers = [await server.authenticator.authenticate(token) for token in (own, foreign)]
+        row: Row = {"id": "userann00000001", "password": "other", "tokenKey": "other"}
+        kept = [rebound(caller, users.collection, users.login, row) for caller in callers]
+        with psycopg.connect(people_url, autocommit=True) as connection:
+            connection.execute("""UPDATE users SET password = 'other', "tokenKey" = 'other'""")
+        back = [await server.authenticator.authenticate(token) for token in (own, foreign)]
+
+    assert [one.principal.id for one in callers if isinstance(one.principal, AuthRecord)] == [
+        "userann00000001"
+    ] * 2
+    assert kept == [Caller(), callers[1]]
+    assert [one.principal for one in back] == [GUEST, callers[1].principal]
 
 
 @pytest.mark.parametrize("column", ['"tokenKey" = NULL', """"tokenKey" = ''"""])
