@@ -46,29 +46,34 @@ def compose(
     audiences: list[Audience] = []
     mine: dict[Subscription, Batch] = {}
     failed: list[int] = []
+    portion = Portion(audiences, mine, places.stop, failed)
     size = largest = 0
     for place in places:
         event = events[place]
         is_enough = largest >= _AUDIENCE_BYTES or size >= _PORTION_BYTES
         if is_enough and event.cursor != events[place - 1].cursor:
-            return Portion(audiences, mine, place, failed)
+            portion.stop = place
+            return portion
         showing = Showing(event, place, beside)
         for group in hits[place]:
             for audience in group.audiences:
-                if audience.batch is None:
-                    audience.batch = Batch()
+                batch = audience.batch
+                if batch is None or audience.portion is not portion:
+                    # What another portion left behind, when it failed, is no part of this one.
+                    batch = audience.batch = Batch()
+                    audience.portion = portion
                     audiences.append(audience)
                 tail = display.tail(showing, audience.receives)
                 if not tail:
                     failed.append(place)
                     continue
-                audience.batch.add(place, tail)
+                batch.add(place, tail)
                 size += len(tail)
-                largest = max(largest, audience.batch.size)
+                largest = max(largest, batch.size)
                 for owner in audience.owners(event.record_id):
                     own = display.tail(showing, audience.receives, is_own=True)
                     mine.setdefault(owner, Batch()).add(place, own)
-    return Portion(audiences, mine, places.stop, failed)
+    return portion
 
 
 def hand_out(portion: Portion, events: Sequence[Event]) -> list[Connection]:
@@ -79,7 +84,7 @@ def hand_out(portion: Portion, events: Sequence[Event]) -> list[Connection]:
     """
     touched: list[Connection] = []
     for audience in portion.audiences:
-        shared, audience.batch = audience.batch, None
+        shared, audience.batch, audience.portion = audience.batch, None, None
         if shared is None or not shared.places:
             continue
         for subscription in audience:

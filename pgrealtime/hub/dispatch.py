@@ -12,8 +12,9 @@ import secrets
 import string
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Sized
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal
@@ -43,7 +44,7 @@ from pgrealtime.hub.frame import connect_tail
 from pgrealtime.hub.gaps import Gaps
 from pgrealtime.hub.history import History
 from pgrealtime.hub.identity import Identities
-from pgrealtime.hub.judge import Asking, Unheard, Verdict
+from pgrealtime.hub.judge import Asking, Unheard, Verdict, where
 from pgrealtime.hub.limits import Limits
 from pgrealtime.hub.match import LIMITED, Group, Matcher
 from pgrealtime.hub.meaning import Meaning
@@ -134,6 +135,10 @@ class Hub:
         self._reconsider: Callable[[Caller], Caller] = _unchanged
         self._fresh: dict[Subscription, None] = {}
         """Those that have a barrier."""
+        self._handed = changelog.head
+        """Where the last portion ended that was handed out."""
+        self._gone: Sequence[Event] = ()
+        """The people whose rows that one deleted, until their connections were told."""
         self._appended = asyncio.Event()
         self.progressed = asyncio.Event()
         """Set whenever the head moved; whoever waits for that clears it first."""
@@ -225,8 +230,12 @@ class Hub:
         in_force = asyncio.get_running_loop().create_future()
 
         def take() -> None:
-            self._identities.use(logins, allows_guests=allows_guests)
-            self._take(collections, matcher, reconsider)
+            try:
+                self._identities.use(logins, allows_guests=allows_guests)
+                self._take(collections, matcher, reconsider)
+            except Exception as error:  # noqa: BLE001 (told to whoever waits)
+                if not in_force.done():
+                    in_force.set_exception(error)
             if not in_force.done():
                 in_force.set_result(None)
 
@@ -245,11 +254,13 @@ class Hub:
         self._course.meaning, self._reconsider = self._meaning_of(collections, matcher), reconsider
         self._course.edition += 1
         for connection in list(self._connections.values()):
-            self._identities.become(connection, reconsider(connection.caller))
             for subscription in connection.subscriptions.values():
                 subscription.group = None  # the other matcher's, which goes with it
-                self._course.meaning.give(subscription, connection.caller)
-            self._mind_guest(connection)
+            with self._ending_if_it_fails(connection):
+                self._identities.become(connection, reconsider(connection.caller))
+                for subscription in connection.subscriptions.values():
+                    self._course.meaning.give(subscription, connection.caller)
+                self._mind_guest(connection)
 
     def _meaning_of(self, collections: Collections, matcher: Matcher) -> Meaning:
         return Meaning(
@@ -261,7 +272,8 @@ class Hub:
         course = self._course
         self._history.begin(epoch)
         course.edition += 1
-        course.head = course.target = self._changelog.head
+        course.head = course.target = self._handed = self._changelog.head
+        self._gone = ()
         self._visibility.clear()
         # A snapshot of before takes ids that are used anew for seen.
         for subscription in self._fresh:
@@ -359,8 +371,35 @@ class Hub:
         if connection.is_ended:
             return
         log.debug("connection.ended", connection=connection.id, reason=reason)
-        self.close(connection, reason)  # first: the sink may say at once that its client has gone
-        connection.sink.end()
+        try:
+            self.close(connection, reason)  # first: the sink may say at once that its client went
+        finally:
+            connection.sink.end()
+
+    @contextmanager
+    def _ending_if_it_fails(self, connection: Connection) -> Iterator[None]:
+        """End one connection for what fails on its account; the others go on.
+
+        Its client comes back, and loads anew or goes on from its position: silence would be a gap.
+        """
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 (a fault of ours, or a value nobody thought of)
+            self._give_up(connection, error)
+
+    def _give_up(self, connection: Connection, error: Exception) -> None:
+        log.error(
+            "connection.failed",
+            connection=connection.id,
+            error=type(error).__name__,
+            at=where(error),
+        )
+        connection.is_live = False
+        try:
+            self._end(connection, "failed")
+        except Exception as another:  # noqa: BLE001 (as above)
+            name = type(another).__name__
+            log.error("connection.failed", connection=connection.id, error=name)  # noqa: TRY400 (see where)
 
     # --- subscribing ----------------------------------------------------------------------
 
@@ -498,10 +537,51 @@ class Hub:
         while True:
             await self._appended.wait()
             self._appended.clear()
-            while self._course.head < self._changelog.head:
-                await self._dispatch()
+            while await self._dispatch():
+                pass
 
-    async def _dispatch(self) -> None:
+    async def _dispatch(self) -> bool:
+        """Hand out some of what there is; return whether there was anything.
+
+        What fails on nobody's account alone each connection reads by itself.
+        """
+        edition = self._course.edition
+        try:
+            if self._course.head >= self._changelog.head:
+                return False
+            await self._hand_out_entries()
+        except Exception as error:  # noqa: BLE001 (one row, rule or client may not end all)
+            log.error("dispatch.failed", error=type(error).__name__, at=where(error))  # noqa: TRY400 (see where)
+            if self._course.edition == edition:
+                self._leave_to_each(self._changelog.head)
+            self._course.is_deciding = False
+        return True
+
+    def _leave_to_each(self, upto: Cursor) -> None:
+        """Let every connection read on by itself from where all were handed things.
+
+        What fails for one of them there ends that one, and nobody else.
+        """
+        self._course.head = max(self._course.head, self._handed)
+        for connection in [one for one in self._connections.values() if one.is_live]:
+            with self._ending_if_it_fails(connection):
+                self._leave_behind(connection)
+        self._turn_gone()
+        # What was to be told of people may not have been.
+        self._identities.forget(upto.lsn)
+        self._course.head = self._course.target = upto
+        self._let_go()
+
+    def _turn_gone(self) -> None:
+        """Make guests of those whose rows were deleted by what is handed out already."""
+        for event in self._gone:
+            for connection in list(self._identities.concerned(event)):
+                if connection.cursor >= event.cursor:
+                    with self._ending_if_it_fails(connection):
+                        self._turn(connection, event)
+        self._gone = ()
+
+    async def _hand_out_entries(self) -> None:
         course = self._course
         entries = self._changelog.read(course.head, self._changelog.head, WIDE)
         self._visibility.told(entries)
@@ -516,7 +596,8 @@ class Hub:
             self._begin(part)
             verdict = await meaning.judge.judge_in_turns(part.events)
             self._put_aside(verdict.late)
-            beside = await meaning.judge.look_beside(part.events, verdict, sights_of_audiences)
+            hits = verdict.hits
+            beside = await meaning.display.look_beside(part.events, hits, sights_of_audiences)
             for portion in portions(part.events, verdict.hits):
                 stop = portion.start
                 while stop < portion.stop or not portion:
@@ -529,6 +610,7 @@ class Hub:
                     await asyncio.sleep(0)
             self._turn_live(part.people, "delete")
             self._advance(part)
+            self._gone = ()
             # Others of this loop get their turn: the reader, replays, HTTP.
             await asyncio.sleep(0)
             if course.edition != edition:
@@ -560,7 +642,8 @@ class Hub:
         for event in people:
             if event.action == action:
                 for connection in [c for c in self._identities.concerned(event) if c.is_live]:
-                    self._turn(connection, event)
+                    with self._ending_if_it_fails(connection):
+                        self._turn(connection, event)
 
     def _turn(self, connection: Connection, event: Event) -> None:
         """Make the connection's caller what the event makes of it; the client isn't told."""
@@ -617,17 +700,23 @@ class Hub:
         gap = part.gap if is_last else None
         unheard = verdict.unheard_in(part.events, range(places.start, stop), portion.failed)
         self._flush(touched, part.events, unheard)
+        if stop:
+            self._handed = part.events[stop - 1].cursor
+        if is_last:
+            self._gone = [event for event in part.people if event.action == "delete"]
         if gap is not None or unheard is not None:
             touched = [c for c in self._connections.values() if c.is_live]
             for connection in touched:
-                self._gaps.tell_all(connection, gap, unheard, upto)
+                with self._ending_if_it_fails(connection):
+                    self._gaps.tell_all(connection, gap, unheard, upto)
         self._say_cursors(touched, upto)
         return stop
 
     def _say_cursors(self, connections: Sequence[Connection], at: Cursor) -> None:
         for connection in connections:
             if connection.wants_cursor and connection.is_live:
-                connection.say_cursor(at)
+                with self._ending_if_it_fails(connection):
+                    connection.say_cursor(at)
 
     def _flush(
         self, touched: Sequence[Connection], events: Sequence[Event], unheard: Unheard | None
@@ -635,13 +724,16 @@ class Hub:
         now = self._clock()
         bound = self._limits.send_buffer
         for connection in touched:
-            is_full = connection.sink.buffered() >= bound
-            if is_full or connection.is_taken_too_much(events, bound):
-                self._leave_behind(connection)
-                continue
-            hold = self._gaps.held_at(connection, unheard)
-            connection.write(connection.compose(events, hold))
-            connection.active_at = connection.written_at = now
+            try:
+                is_full = connection.sink.buffered() >= bound
+                if is_full or connection.is_taken_too_much(events, bound):
+                    self._leave_behind(connection)
+                    continue
+                hold = self._gaps.held_at(connection, unheard)
+                connection.write(connection.compose(events, hold))
+                connection.active_at = connection.written_at = now
+            except Exception as error:  # noqa: BLE001 (see _ending_if_it_fails; that is slower)
+                self._give_up(connection, error)
 
     def _leave_behind(self, connection: Connection) -> None:
         """Let it read on from the changelog, at its own pace, from before this portion."""

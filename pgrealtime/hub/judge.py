@@ -78,6 +78,13 @@ class Verdict(Struct):
     unheard: Sequence[int] = ()
     """Places, ascending, of the events that are of ``undecided`` or ``lost``."""
 
+    def note_unheard(self, events: Sequence[Event]) -> None:
+        """Note which of the events it was found about somebody may miss."""
+        if names := self.undecided | self.lost:
+            self.unheard = [
+                place for place, event in enumerate(events) if event.collection.name in names
+            ]
+
     def unheard_in(
         self, events: Sequence[Event], places: range, failed: Sequence[int] = ()
     ) -> Unheard | None:
@@ -141,20 +148,22 @@ class Judge:
         except Exception as error:  # noqa: BLE001 (a fault of ours in one rule or row stops nobody)
             log.error("judging.failed", error=type(error).__name__, at=where(error))  # noqa: TRY400 (see where)
             verdict = Verdict([()] * len(events), lost=_names_in(events))
-        if names := verdict.undecided | verdict.lost:
-            verdict.unheard = [
-                place for place, event in enumerate(events) if event.collection.name in names
-            ]
+        verdict.note_unheard(events)
         return verdict
 
     async def judge_in_turns(self, events: list[Event]) -> Verdict:
-        """Judge as many at a time as the loop's other users can wait for."""
+        """Judge as many at a time as the loop's other users can wait for.
+
+        What raises here is left to each connection to judge by itself.
+        """
         whole, allowance = Verdict([]), Allowance(is_short=True)
         share = min(SLICE, self._matcher.at_once)
         for first in range(0, len(events), share):
             if first:
                 await asyncio.sleep(0)
-            part = await self.judge(events[first : first + share], allowance)
+            some = events[first : first + share]
+            part = await self._find_out(some, allowance, None)
+            part.note_unheard(some)
             whole.hits += part.hits
             whole.undecided |= part.undecided
             whole.lost |= part.lost

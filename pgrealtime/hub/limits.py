@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+import structlog
 
 from pgrealtime.config import RealtimeConfig
 from pgrealtime.hub.connection import Connection, State
 from pgrealtime.lsn import Cursor
+
+log = structlog.get_logger(__name__)
 
 _CONNECT_SECONDS = 10.0
 """How long PB_CONNECT is held back at most."""
@@ -60,7 +65,10 @@ class Limits:
             await asyncio.sleep(pause)
             now = self._clock()
             for connection in list(self._connections.values()):
-                self._apply(connection, now)
+                try:
+                    self._apply(connection, now)
+                except Exception as error:  # noqa: BLE001 (one connection's fault stops nobody)
+                    self._fail(connection, error)
 
     def _apply(self, connection: Connection, now: float) -> None:
         if connection.state is State.CONNECTING:
@@ -78,6 +86,12 @@ class Limits:
         ):
             connection.written_at = now
             connection.beat(self._head() if connection.is_live else connection.cursor)
+
+    def _fail(self, connection: Connection, error: Exception) -> None:
+        name = type(error).__name__
+        log.error("connection.failed", connection=connection.id, error=name)
+        with suppress(Exception):
+            self._end(connection, "failed")
 
     def _overdue(self, connection: Connection, now: float) -> str:
         limits = self._limits

@@ -63,13 +63,15 @@ class Audience:
     Attributes:
         receives: What decides about the bytes: the topic as submitted, what is seen of records.
         batch: What the slice being delivered has for them; None between slices.
+        portion: Which portion that is of.
     """
 
-    __slots__ = ("_owners", "_subscriptions", "batch", "receives")
+    __slots__ = ("_owners", "_subscriptions", "batch", "portion", "receives")
 
     def __init__(self, subscription: Subscription) -> None:
         self.receives = subscription.receives
         self.batch: Batch | None = None
+        self.portion: object = None
         self._subscriptions: Subscription | dict[Subscription, None] = subscription
         self._owners: dict[str, dict[Subscription, None]] | None = None
 

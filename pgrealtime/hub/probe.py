@@ -247,17 +247,33 @@ class Probe:
         if self._suspensions.is_suspended(inquiry.about):
             self.errors[inquiry.collection, "suspended"] += 1
             return True
-        question = inquiry.question()
-        if question is None:
-            self._deny(inquiry, "rows it reads were touched by the transaction and aren't known")
-            return True
-        if await self._take(session, inquiry, question):
+        if await self._answered(session, inquiry):
             return True
         if session.allowance.is_spent():
             return False
         parts: Iterator[Inquiry] = inquiry.split()
         are_put = [await self._put(session, part) for part in parts]
         return all(are_put)
+
+    async def _answered(self, session: _Session, inquiry: Inquiry) -> bool:
+        """Put one statement, if it can be made; return whether there is nothing left to ask.
+
+        A value that nobody thought of, a text that can't be encoded, is as one that Postgres
+        refuses: the parts are put, and who it is about is denied alone.
+        """
+        try:
+            question = inquiry.question()
+            if question is not None:
+                return await self._take(session, inquiry, question)
+        except (psycopg.Error, TimeoutError, OSError):
+            raise
+        except Exception as error:  # noqa: BLE001 (see above)
+            self.errors[inquiry.collection, "error"] += 1
+            self._tell(inquiry.collection, type(error).__name__)
+            await session.restart()
+            return False
+        self._deny(inquiry, "rows it reads were touched by the transaction and aren't known")
+        return True
 
     async def _take(self, session: _Session, inquiry: Inquiry, question: Question) -> bool:
         """Put one statement; return whether it was answered."""

@@ -102,7 +102,10 @@ class Replays:
         joining, self._joining = {**self._joining, **self._staying}, {}
         for connection in joining:
             if connection not in self._tasks:
-                self._join(connection)
+                try:
+                    self._join(connection)
+                except Exception as error:  # noqa: BLE001 (as in _read_on)
+                    self._fail(connection, error)
 
     def _join(self, connection: Connection) -> None:
         """Make LIVE a connection that has read all there is; or let it wait, or read on."""
@@ -136,13 +139,16 @@ class Replays:
                 await connection.sink.drain()
                 await asyncio.sleep(0)
         except Exception as error:  # noqa: BLE001 (a fault of ours ends this connection only)
-            log.error("replay.failed", error=type(error).__name__, at=where(error))  # noqa: TRY400 (see where)
-            self._end(connection, "failed")  # its client comes back; silence would be a gap
+            self._fail(connection, error)
         finally:
             if self._tasks.get(connection) is asyncio.current_task():
                 del self._tasks[connection]
             if not self._tasks:
                 self._recent.clear()
+
+    def _fail(self, connection: Connection, error: Exception) -> None:
+        log.error("replay.failed", error=type(error).__name__, at=where(error))
+        self._end(connection, "failed")  # its client comes back; silence would be a gap
 
     async def _read_slice(self, connection: Connection, at_once: int) -> int:
         """Hand the connection what is next for it: so many events.

@@ -83,8 +83,9 @@ class Visibility:
         while xids and self._edition() == edition:
             try:
                 snapshot = (await self._snapshots.take()).snapshot
-            except PgRealtimeError as error:
-                log.warning("visibility.unknown", error=error.message)
+            except Exception as error:  # noqa: BLE001 (nothing may be handed out before)
+                reason = error.message if isinstance(error, PgRealtimeError) else repr(type(error))
+                log.warning("visibility.unknown", error=reason)
                 await asyncio.sleep(_AGAIN_SECONDS)
                 continue
             xids = [xid for xid in xids if not snapshot.sees(xid)]
@@ -99,8 +100,9 @@ class Visibility:
                 continue
             try:
                 self._note((await self._snapshots.take()).snapshot)
-            except PgRealtimeError:
-                continue  # the next round asks again
+            except Exception as error:  # noqa: BLE001 (the next round asks again)
+                if not isinstance(error, PgRealtimeError):
+                    log.warning("visibility.unknown", error=repr(type(error)))
 
     def _note(self, snapshot: Snapshot) -> None:
         self._unseen = deque(

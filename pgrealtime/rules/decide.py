@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, TypeAlias, TypeVar
 
 from pgrealtime.changes import TableName
+from pgrealtime.errors import RuleError
 from pgrealtime.rules.access import RemoteSource
 from pgrealtime.rules.compare import Scalar
 from pgrealtime.rules.formula import Atom, Facts, Formula, Moment
@@ -224,7 +225,7 @@ class Deciding(Generic[M]):
             if not case.is_open:
                 continue
             for atom, args in dict.fromkeys(case.wanted()):
-                if not case.facts.missing.isdisjoint(atom.lowered.columns):
+                if not _may_be_asked(atom, case.facts.missing):
                     case.facts.answers[atom, args] = False
                     continue
                 overlays = case.overlays(atom.lowered.tables)
@@ -268,6 +269,14 @@ class Deciding(Generic[M]):
                         case.name(values.source, found)
                     else:
                         case.asked[values.source] = False
+
+
+def _may_be_asked(atom: Atom, missing: frozenset[str]) -> bool:
+    """Whether Postgres can decide the atom about a row that lacks those columns."""
+    try:
+        return missing.isdisjoint(atom.lowered.columns)
+    except RuleError:
+        return False
 
 
 _T = TypeVar("_T")

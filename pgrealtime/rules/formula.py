@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from pgrealtime.changes import Row, TableName
 from pgrealtime.collections import Collection, Collections, Field
-from pgrealtime.rules.compare import Scalar, UndecidedError
+from pgrealtime.rules.compare import Scalar
 from pgrealtime.rules.ir import (
     AllRows,
     AuthRow,
@@ -283,7 +283,7 @@ class Facts:
         answers: What Postgres said of atoms, by their arguments.
     """
 
-    __slots__ = ("_guards", "answers", "missing", "moment", "row")
+    __slots__ = ("_guards", "_undecided", "answers", "missing", "moment", "row")
 
     def __init__(self, row: Row, missing: frozenset[str], moment: Moment) -> None:
         self.row = row
@@ -291,6 +291,8 @@ class Facts:
         self.moment = moment
         self.answers: dict[tuple[Atom, Args], bool] = {}
         self._guards: dict[Atom, bool] = {}
+        self._undecided: set[tuple[Atom, Args]] = set()
+        """What only Postgres can say although its atom has a test: it isn't tried again."""
 
     def args(self, leaf: Leaf, values: Sequence[Scalar]) -> tuple[Scalar, ...]:
         """Return the leaf's arguments for a subscriber's values."""
@@ -313,11 +315,11 @@ class Facts:
     def _ask(self, atom: Atom, args: tuple[Scalar, ...]) -> bool | None:
         if self.missing and not self.missing.isdisjoint(atom.columns):
             return False
-        if atom.test is not None:
+        if atom.test is not None and (atom, args) not in self._undecided:
             try:
                 return atom.test(self.row, args)
-            except UndecidedError:
-                pass
+            except Exception:  # noqa: BLE001 (Postgres decides what can't be decided here)
+                self._undecided.add((atom, args))
         return self.answers.get((atom, args)) if self.answers else None
 
     def decide(self, formula: Formula, values: Sequence[Scalar]) -> bool | None:

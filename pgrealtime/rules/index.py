@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from pgrealtime.changes import Row
 from pgrealtime.rules.access import Kind, Path, RemoteSource, RowSource
-from pgrealtime.rules.compare import Scalar, UndecidedError
+from pgrealtime.rules.compare import Scalar
 from pgrealtime.rules.formula import Facts, Formula
 from pgrealtime.rules.parse import Op
 from pgrealtime.rules.plan import Variant
@@ -38,6 +38,7 @@ M = TypeVar("M", bound=Member)
 
 
 _NO_KEY = object()
+_NOT_MADE = object()
 
 
 class Entries(Generic[M]):
@@ -170,24 +171,30 @@ class Index(Generic[M]):
         asked: Those that Postgres must name, by what it is asked.
     """
 
-    __slots__ = ("_bounds", "_keyed", "_others", "asked", "free")
+    __slots__ = ("_bounds", "_keyed", "_others", "_unkeyed", "asked", "free")
 
     def __init__(self) -> None:
         self._keyed: dict[tuple[RowSource, ...], Entries[M]] = {}
         self._bounds: dict[tuple[RowSource, Op], Bounds[M]] = {}
         self._others: dict[RowSource, Entries[M]] = {}
+        self._unkeyed: dict[M, None] = {}
+        """Those of whose values no key can be made: a date 'infinity', a number beyond a double."""
         self.free: dict[tuple[_Guards, bool], dict[M, None]] = {}
         self.asked: dict[RemoteSource, Asked[M]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._keyed or self._bounds or self._others or self.free or self.asked)
+        return bool(
+            self._keyed or self._bounds or self._others or self._unkeyed or self.free or self.asked
+        )
 
     def add(self, member: M) -> None:
         """Put a member wherever a row may find it."""
         for path in member.variant.paths:
-            key = path.key(member.values)
+            key = _key_of(path, member)
             if path.kind is Kind.FREE:
                 self.free.setdefault((path.guards, path.is_exact), {})[member] = None
+            elif key is _NOT_MADE:
+                self._unkeyed[member] = None
             elif key is not None or path.kind is Kind.NOT:  # else its value fits nothing
                 self._entries(path).add(key, member)
                 if path.remote is not None:
@@ -209,12 +216,14 @@ class Index(Generic[M]):
     def remove(self, member: M) -> None:
         """Take a member out, and whatever was there for it alone."""
         for path in member.variant.paths:
-            key = path.key(member.values)
+            key = _key_of(path, member)
             if path.kind is Kind.FREE:
                 members = self.free.get((path.guards, path.is_exact), {})
                 members.pop(member, None)
                 if not members:  # or gone already: two paths may lead there
                     self.free.pop((path.guards, path.is_exact), None)
+            elif key is _NOT_MADE:
+                self._unkeyed.pop(member, None)
             elif key is not None or path.kind is Kind.NOT:
                 self._take_out(path, key, member)
 
@@ -246,6 +255,8 @@ class Index(Generic[M]):
         None leads to members of whom only Postgres knows what the row means to them.
         """
         row, missing = facts.row, facts.missing
+        if self._unkeyed:
+            yield None, self._unkeyed
         for sources, entries in self._keyed.items():
             if not missing or all(missing.isdisjoint(source.columns) for source in sources):
                 yield from _under_keys(sources, entries, row)
@@ -272,10 +283,18 @@ class _Undecided(Enum):
     IT = auto()
 
 
+def _key_of(path: Path, member: Member) -> Hashable | None:
+    """Return what the member is found by; ``_NOT_MADE`` if that can't be said of its values."""
+    try:
+        return path.key(member.values)
+    except Exception:  # noqa: BLE001 (whatever it is, the member is tried each time)
+        return _NOT_MADE
+
+
 def _value(source: RowSource, row: Row) -> Scalar | _Undecided:
     try:
         (value,) = source.read(row)
-    except UndecidedError:
+    except Exception:  # noqa: BLE001 (whatever it is, members are tried each)
         return _Undecided.IT
     return value
 
@@ -285,7 +304,7 @@ def _under_keys(
 ) -> Iterator[tuple[Hashable | None, Iterable[M]]]:
     try:
         keys = _keys(sources, row)
-    except UndecidedError:
+    except Exception:  # noqa: BLE001 (likewise)
         yield None, entries.all()
         return
     for key in keys:

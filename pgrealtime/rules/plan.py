@@ -19,7 +19,7 @@ from pgrealtime.changes import Row
 from pgrealtime.collections import Collection, Collections
 from pgrealtime.errors import RuleError
 from pgrealtime.rules.access import Path, Sources, access
-from pgrealtime.rules.compare import Scalar, UndecidedError
+from pgrealtime.rules.compare import Scalar
 from pgrealtime.rules.formula import (
     Atom,
     Formula,
@@ -235,7 +235,7 @@ def _constant(leaf: Leaf, values: Sequence[Scalar]) -> bool | None:
     assert test is not None
     try:
         return test({}, [values[at] for at in leaf.picks])
-    except UndecidedError:
+    except Exception:  # noqa: BLE001 (as where rows are decided)
         return None
 
 

@@ -1,0 +1,209 @@
+"""A fault on one connection's account, wherever it is raised, keeps nothing from the others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FrameType
+
+import pytest
+
+import pgrealtime
+from pgrealtime.auth.principal import AuthRecord, Caller
+from pgrealtime.changes import Update, WholeRow
+from pgrealtime.hub.allowance import Allowance
+from pgrealtime.hub.connection import Connection
+from pgrealtime.hub.dispatch import Hub
+from pgrealtime.hub.display import Display
+from pgrealtime.hub.probe import Asked
+from pgrealtime.hub.replay import Replays
+from pgrealtime.rules.remote import Pairs
+from tests.unit.hub.room import (
+    DEADLINE,
+    NOTES,
+    PEOPLE,
+    GivenDatabase,
+    MemorySink,
+    Room,
+    delete,
+    insert,
+    open_room,
+)
+
+PACKAGE = str(Path(pgrealtime.__file__).parent)
+TOPICS = (
+    ("posts/*",),
+    ("posts/*", "posts/p3", "PB_CURSOR"),
+    ("posts", "notes/*"),
+    ('posts/*?options={"query":{"filter":"title ~ \'t\'"}}',),
+    ('posts/*?options={"query":{"fields":"id,title:excerpt(5)"}}', "people/*"),
+)
+
+
+class InjectedError(Exception):
+    """Nobody thought of it."""
+
+
+Seen = dict[tuple[str, str], CodeType]
+
+
+def _is_ours(task: asyncio.Task[object] | None) -> bool:
+    code = getattr(task.get_coro() if task else None, "cr_code", None)
+    return code is Hub.run.__code__
+
+
+@contextmanager
+def watching(on_call: Callable[[CodeType], None]) -> Iterator[None]:
+    """See each call of the package's functions that the dispatch task makes."""
+
+    def look(frame: FrameType, event: str, _arg: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE) and not _shows(frame):
+            try:
+                task = asyncio.current_task()
+            except RuntimeError:
+                return
+            if _is_ours(task):
+                on_call(frame.f_code)
+
+    sys.setprofile(look)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+def _shows(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code is not Hub._deliver.__code__:
+        if frame.f_code is Display._record.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def person(record_id: str) -> Caller:
+    return Caller(
+        AuthRecord(collection_id="pbc_people", collection_name="people", id=record_id, email="e")
+    )
+
+
+async def at_rest(room: Room) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while room.hub._replays._tasks:
+            await asyncio.sleep(0)
+
+
+class Database(GivenDatabase):
+    """Says of whatever it is asked that it is so."""
+
+    async def ask(self, judging: Asked, allowance: Allowance | None = None) -> frozenset[str]:
+        del allowance
+        while inquiries := judging.inquiries():
+            for inquiry in inquiries:
+                assert isinstance(inquiry, Pairs)
+                inquiry.take([(place,) for place in range(len(inquiry.asked))])
+            judging.resume()
+        return frozenset()
+
+
+async def scenario(on_call: Callable[[CodeType], None] | None) -> list[tuple[str, list[str]]]:
+    """Whether each connection is still open, and what it heard of."""
+    async with open_room(database=Database()) as room:
+        room.hub.gate_on_visibility(gate=True)
+        open_: list[tuple[Connection, MemorySink]] = []
+        for n, topics in enumerate(TOPICS):
+            connection, sink = room.connect()
+            await room.subscribe(connection, *topics, caller=person(f"u{n}"))
+            open_.append((connection, sink))
+        room.commit(insert("p0"))
+        await room.settled()
+        await at_rest(room)
+
+        def changes() -> None:
+            room.commit(insert("p1"), insert("n1", table=NOTES))
+            was = WholeRow({"id": "u1", "email": "e", "key": "k"})
+            room.commit(Update(PEOPLE, {"id": "u1", "email": "f", "key": "k"}, was))
+            room.commit(insert("p3"), delete("p1"))
+
+        changes()
+        if on_call is None:
+            await room.settled()
+        else:
+            with watching(on_call):
+                await room.settled()
+        await at_rest(room)
+        room.commit(insert("p4"), insert("n4", table=NOTES))
+        await room.settled()
+        await at_rest(room)
+        return [(sink.state, heard(sink)) for _, sink in open_]
+
+
+def heard(sink: MemorySink) -> list[str]:
+    found = [
+        (name.partition("?")[0], json.loads(data))
+        for _, name, data in sink.events()
+        if name.startswith(("posts", "notes", "people"))
+    ]
+    return [f"{name} {data['action']} {data['record']['id']}" for name, data in found]
+
+
+def functions() -> list[CodeType]:
+    """What the dispatch task calls, but for what makes a record: that row alone isn't shown."""
+    seen: dict[CodeType, None] = {}
+    asyncio.run(scenario(seen.setdefault))
+    spared = {Hub.run.__code__, Hub._dispatch.__code__}
+    return [code for code in seen if code not in spared]
+
+
+def test_a_fault_in_any_call_of_the_dispatch_task_ends_one_connection_at_most() -> None:
+    """Each function that it calls raises once: the others hear all, in order, and once."""
+    whole = asyncio.run(scenario(None))
+    found = functions()
+    wrong: list[tuple[str, int, list[tuple[str, list[str]]]]] = []
+    for code in found:
+        is_raised: list[bool] = []
+
+        def inject(called: CodeType, code: CodeType = code, done: list[bool] = is_raised) -> None:
+            if called is code and not done:
+                done.append(True)
+                raise InjectedError
+
+        try:
+            result = asyncio.run(scenario(inject))
+        except TimeoutError:
+            wrong.append((code.co_qualname, 0, []))
+            continue
+        assert is_raised
+        ended = [state for state, _ in result if state != "open"]
+        complete = [r == w for r, w in zip(result, whole, strict=True) if r[0] == "open"]
+        if len(ended) > 1 or not all(complete):
+            wrong.append((code.co_qualname, len(ended), result))
+
+    assert not wrong
+    assert len(found) > 80
+    assert Replays.join_waiting.__code__ in found
+
+
+async def test_a_connection_whose_bytes_cannot_be_written_is_ended_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with open_room() as room:
+        pairs = [room.connect() for _ in range(3)]
+        for connection, _ in pairs:
+            await room.subscribe(connection, "posts/*")
+        await at_rest(room)
+
+        def fail(_data: bytes) -> None:
+            raise InjectedError
+
+        monkeypatch.setattr(pairs[1][1], "write", fail)
+        room.commit(insert("a"))
+        await room.settled()
+        room.commit(insert("b"))
+        await room.settled()
+
+    assert [sink.state for _, sink in pairs] == ["open", "ended", "open"]
+    assert [len(heard(sink)) for _, sink in pairs] == [2, 0, 2]
