@@ -3,17 +3,23 @@
 A pooled connection may be dead without saying so. One that the server closed is passed over at
 once, and one that gives no answer is hung up: of a network or proxy that drops everything no
 error ever comes.
+
+Every transaction brings its own settings. A setting of the session would not do: a pooler in
+transaction mode (PgBouncer's ``pool_mode = transaction``) runs each transaction in some session of
+the server, with what its last user set there, and accepts no settings at connect.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import select
 import socket
 import time
-from contextlib import suppress
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final, LiteralString, TypeAlias, TypeVar
 
 import psycopg
 from psycopg.abc import PQGen
@@ -63,12 +69,120 @@ class QueryConnection(Connection):
             ours.shutdown(socket.SHUT_RDWR)
 
 
+_SETTINGS: Final = {
+    # With another schema before pg_catalog even "=" could be somebody else's; a temporary type
+    # or table comes before all that is listed unless pg_temp is listed too.
+    "search_path": "pg_catalog, pg_temp",
+    "role": "DEFAULT",
+    "row_security": "off",
+    "client_encoding": "'UTF8'",
+    "DateStyle": "'ISO, MDY'",
+    "TimeZone": "'UTC'",
+    "IntervalStyle": "'postgres'",
+    "extra_float_digits": "1",
+    "bytea_output": "'hex'",
+    # Else backslashes in our statements mean something else, and NULLs in our arrays are texts.
+    "standard_conforming_strings": "on",
+    "array_nulls": "on",
+}
+"""What a rule means and how values are printed must hang neither on the role's or the database's
+settings nor on those that another client of the pooler left in the session."""
+
+_BEGIN: Final = "; ".join(
+    (
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
+        *(f"SET LOCAL {name} TO {value}" for name, value in _SETTINGS.items()),
+    )
+)
+_OWN_PROCESS = "SELECT pg_catalog.pg_backend_pid()"
+
+
 class QueryPool(AsyncConnectionPool[Connection]):
-    """Gives out connections that are alive.
+    """Gives out connections that are alive, in read-only transactions that bring their settings.
 
     After a restart of the server all are dead at once, and whoever took one would be refused. The
     library's own ``check`` waits a second after each that it finds dead.
+
+    Args:
+        conninfo: libpq's, or a URL.
+        statement_timeout: Seconds that the server may take for a statement.
+        min_size: Connections that are kept.
+        max_size: Connections at most.
+        timeout: Seconds to wait for a free one; as long as for a statement if not given.
     """
+
+    def __init__(
+        self,
+        conninfo: str = "",
+        *,
+        statement_timeout: float = 2.0,
+        min_size: int = 1,
+        max_size: int = 4,
+        timeout: float | None = None,
+    ) -> None:
+        class _Connection(QueryConnection):
+            answer_seconds = statement_timeout
+
+        super().__init__(
+            conninfo,
+            min_size=min_size,
+            max_size=max_size,
+            timeout=max(statement_timeout, 1.0) if timeout is None else timeout,
+            connection_class=_Connection,
+            kwargs={"autocommit": True},
+            configure=_prepare_nothing_through_a_pooler,
+            open=False,
+            name="queries",
+        )
+        self.statement_timeout = statement_timeout
+
+    def begin(self, seconds: float = math.inf) -> str:
+        """Return the statements that begin a transaction: one message, and so one round trip.
+
+        Args:
+            seconds: What a statement may take, if that is less than the configured time.
+        """
+        milliseconds = max(1, round(min(seconds, self.statement_timeout) * 1000))
+        return (
+            f"{_BEGIN}; SET LOCAL statement_timeout TO {milliseconds};"
+            f" SET LOCAL lock_timeout TO {milliseconds}"
+        )
+
+    @asynccontextmanager
+    async def connection(self, timeout: float | None = None) -> AsyncIterator[Connection]:  # noqa: ASYNC109 (the library's)
+        """Give a connection in a transaction, which ends with the block.
+
+        Raises:
+            PoolTimeout: None became free in time.
+            psycopg.Error: The transaction can't begin.
+        """
+        async with self.session(timeout) as connection:
+            await connection.execute(self.begin().encode())
+            yield connection
+
+    @asynccontextmanager
+    async def session(self, timeout: float | None = None) -> AsyncIterator[Connection]:  # noqa: ASYNC109 (the library's)
+        """Give a connection outside a transaction, to those who ``begin`` several.
+
+        Raises:
+            PoolTimeout: None became free in time.
+        """
+        async with super().connection(timeout) as connection:
+            yield connection
+
+    async def row(self, query: LiteralString) -> TupleRow:
+        """Return the row of a query without parameters, in one round trip.
+
+        Raises:
+            PoolTimeout: No connection became free in time.
+            psycopg.Error: There is no answer.
+        """
+        async with self.session() as connection:
+            cursor = await connection.execute(f"{self.begin()}; {query}; COMMIT".encode())
+            await cursor.set_result(-2)
+            row = await cursor.fetchone()
+            assert row is not None
+            return row
 
     async def getconn(self, timeout: float | None = None) -> Connection:  # noqa: ASYNC109 (the library's)
         """Return a connection; as the library does it.
@@ -98,3 +212,13 @@ async def _is_alive(connection: Connection) -> bool:
     except psycopg.Error:
         return False
     return True
+
+
+async def _prepare_nothing_through_a_pooler(connection: Connection) -> None:
+    """Keep the driver from preparing statements in a session that the next one isn't run in.
+
+    A pooler has to make up the process id that it gives its client, as cancel requests come by it.
+    """
+    cursor = await connection.execute(_OWN_PROCESS)
+    if await cursor.fetchone() != (connection.info.backend_pid,):
+        connection.prepare_threshold = None

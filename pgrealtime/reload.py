@@ -10,11 +10,10 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import psycopg
 import structlog
-from psycopg_pool import AsyncConnectionPool
 
 from pgrealtime.auth.authenticator import Authenticator, issuers_of
 from pgrealtime.auth.login import Login
@@ -27,6 +26,7 @@ from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.match import Matcher
 from pgrealtime.hub.own_record import OwnRecords
 from pgrealtime.operate.check import key_problems, rule_problems, rule_right_errors
+from pgrealtime.pool import QueryPool
 from pgrealtime.relay import Relay
 from pgrealtime.rules.past import tables_of
 from pgrealtime.rules.plan import columns_asked
@@ -57,7 +57,7 @@ class Rooms:
     authenticator: Authenticator
     login: Login
     records: OwnRecords
-    pool: AsyncConnectionPool[Any]
+    pool: QueryPool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,7 +329,7 @@ def _untaken(given: Config, running: Config) -> list[str]:
     return [name for name in Config.model_fields if getattr(given, name) != getattr(running, name)]
 
 
-async def report_unreadable(pool: AsyncConnectionPool[Any], collections: Collections) -> None:
+async def report_unreadable(pool: QueryPool, collections: Collections) -> None:
     """Say of which tables rules can't be asked: what has no answer is denied, to everybody."""
     try:
         async with pool.connection() as connection:

@@ -45,7 +45,7 @@ from pgrealtime.lsn import LSN
 from pgrealtime.observe.log import configure
 from pgrealtime.observe.metrics import Metrics
 from pgrealtime.operate.check import rule_problems
-from pgrealtime.pool import KEEPALIVE, QueryConnection, QueryPool
+from pgrealtime.pool import KEEPALIVE, QueryPool
 from pgrealtime.relay import Relay
 from pgrealtime.reload import Reload, Rooms, World, report_unreadable
 from pgrealtime.rules.plan import columns_asked
@@ -360,25 +360,7 @@ async def query_pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
         DatabaseUnreachableError: Nobody answered for ``wait_for``.
         SetupError: Code ``database_url_invalid``.
     """
-    # In the connection's options, so that no setting of a role or database comes first; with
-    # another schema before pg_catalog even "=" could be somebody else's.
-    pins = {
-        "search_path": "pg_catalog",
-        "row_security": "off",
-        "default_transaction_read_only": "on",
-        "statement_timeout": str(int(database.statement_timeout * 1000)),
-        "lock_timeout": str(int(database.statement_timeout * 1000)),
-        "DateStyle": "ISO",
-        "TimeZone": "UTC",
-        "IntervalStyle": "postgres",
-        "extra_float_digits": "1",
-        "bytea_output": "hex",
-        # Else backslashes in our statements mean something else, and NULLs in our arrays are texts.
-        "standard_conforming_strings": "on",
-        "array_nulls": "on",
-    }
     settings = settings_of(database.query_url or database.url) | {
-        "options": " ".join(f"-c {name}={value}" for name, value in pins.items()),
         "application_name": "pgrealtime",
         "client_encoding": "utf8",
         **KEEPALIVE,
@@ -386,18 +368,8 @@ async def query_pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
     conninfo = make_conninfo("", **settings)
     await _wait_for_server(conninfo, database)
 
-    class _Connection(QueryConnection):
-        answer_seconds = database.statement_timeout
-
     pool = QueryPool(
-        conninfo,
-        min_size=1,
-        max_size=database.pool_size,
-        timeout=max(database.statement_timeout, 1.0),
-        connection_class=_Connection,
-        kwargs={"autocommit": True},
-        open=False,
-        name="queries",
+        conninfo, statement_timeout=database.statement_timeout, max_size=database.pool_size
     )
     async with pool:
         yield pool

@@ -6,13 +6,14 @@ import asyncio
 from typing import Any
 
 import psycopg
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from psycopg_pool import PoolTimeout
 
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.probe import Probe
 from pgrealtime.observe.metrics import Reading
+from pgrealtime.pool import QueryPool
 from pgrealtime.relay import Relay
 
 _PATIENCE_SECONDS = 1.0
@@ -41,7 +42,7 @@ class Vitals:
         changelog: MemoryChangelog,
         probe: Probe,
         authenticator: Authenticator,
-        pool: AsyncConnectionPool[Any],
+        pool: QueryPool,
     ) -> None:
         self._hub = hub
         self._relay = relay

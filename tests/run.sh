@@ -85,7 +85,7 @@ find_postgres() {
 missing_packages() {
     [ -n "$(find_postgres)" ] ||
         echo postgresql-17 postgresql-17-wal2json postgresql-17-postgis-3
-    for program in chromium curl nginx caddy haproxy npm; do
+    for program in chromium curl nginx caddy haproxy pgbouncer npm; do
         command -v "$program" >/dev/null || echo "$program"
     done
     "${PYTHON:-python3}" -c 'import ensurepip, venv' 2>/dev/null || echo python3 python3-venv

@@ -9,7 +9,7 @@ from typing import Any
 
 import psycopg
 from psycopg import sql
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from psycopg_pool import PoolTimeout
 
 from pgrealtime.auth.principal import AuthRecord, Reading
 from pgrealtime.auth.record import auth_record, token_key
@@ -20,6 +20,7 @@ from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
 from pgrealtime.config import CollectionLoginConfig
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
+from pgrealtime.pool import QueryPool
 
 _BATCH = 500
 """Ids per query. A herd of reconnecting clients makes queries of this size, not one each."""
@@ -93,9 +94,7 @@ class Accounts:
         on_doubt: Told when Postgres refuses a query as if the schema were another.
     """
 
-    def __init__(
-        self, pool: AsyncConnectionPool[Any], *, on_doubt: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, pool: QueryPool, *, on_doubt: Callable[[], None] = lambda: None) -> None:
         self._pool = pool
         self._on_doubt = on_doubt
         self._gathering: dict[int, _Batch] = {}

@@ -24,7 +24,7 @@ from pgrealtime.catalog.model import (
 from pgrealtime.changes import TableName
 
 _ONE_SNAPSHOT = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
-_NO_SHADOWS = "SET LOCAL search_path = pg_catalog"
+_NO_SHADOWS = "SET LOCAL search_path = pg_catalog, pg_temp"
 
 _TABLES = """
 SELECT c.oid, n.nspname AS schema, c.relname AS name, c.relkind AS kind,

@@ -8,13 +8,12 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Sized
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import psycopg
 import structlog
 from psycopg import sql
-from psycopg.rows import tuple_row
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from psycopg_pool import PoolTimeout
 
 from pgrealtime.catalog.naming import identifier
 from pgrealtime.changes import Row
@@ -25,6 +24,7 @@ from pgrealtime.hub.event import Event
 from pgrealtime.hub.snapshot import SNAPSHOT_QUERY, parse_snapshot
 from pgrealtime.hub.suspension import Suspensions
 from pgrealtime.lsn import Xid
+from pgrealtime.pool import Connection, QueryPool
 from pgrealtime.rules.access import RemoteSource
 from pgrealtime.rules.formula import Atom
 from pgrealtime.rules.reference import Question
@@ -51,20 +51,10 @@ def _unlimited() -> Allowance:
     return Allowance(is_short=False)
 
 
-_BEGIN = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT pg_current_snapshot()::text"
-_BEGIN_SHORT = f"""
-{_BEGIN};
-SELECT pg_catalog.set_config('statement_timeout', '{round(SHORT_SECONDS * 1000)}', true)
-WHERE pg_catalog.current_setting('statement_timeout')::pg_catalog.interval
-  NOT BETWEEN '1ms' AND '{SHORT_SECONDS} s'
-"""
-"""The operator's time-out, if it is shorter, stays."""
+_SNAPSHOT = "SELECT pg_catalog.pg_current_snapshot()::pg_catalog.text"
 _PATIENCE_WITH_CONNECTIONS = (0.0, 0.1, 0.5, None)
 """Seconds before a question is put to another connection; None is the last one."""
-_HURRY = """
-SELECT pg_catalog.set_config('statement_timeout', greatest(setting::int8 / 20, 1)::text, true)
-FROM pg_catalog.pg_settings WHERE name = 'statement_timeout' AND setting <> '0'
-"""
+_HURRIED = 20
 """Without patience the other questions of the batch have a twentieth of the time each: those that
 aren't slow need no more, and many that are slow together hold everybody up."""
 _VISIBLE_SECONDS = 5.0
@@ -107,7 +97,7 @@ class Asked(Protocol):
 
 
 class Probe:
-    """Asks through a pool whose connections are pinned as ``run`` says.
+    """Asks in transactions that bring their settings.
 
     Args:
         pool: Where to ask.
@@ -117,7 +107,7 @@ class Probe:
 
     def __init__(
         self,
-        pool: AsyncConnectionPool,
+        pool: QueryPool,
         *,
         on_doubt: Callable[[], None] = _nobody,
         on_statement: Callable[[float], None] = _nobody_cares,
@@ -138,17 +128,12 @@ class Probe:
             DatabaseUnreachableError: There was no answer.
         """
         try:
-            async with self._pool.connection() as connection:
-                cursor = connection.cursor(row_factory=tuple_row)
-                await cursor.execute(SNAPSHOT_QUERY)
-                row = await cursor.fetchone()
+            snapshot, insert_lsn, is_in_recovery = await self._pool.row(SNAPSHOT_QUERY)
         except (psycopg.Error, PoolTimeout) as error:
             raise DatabaseUnreachableError(
                 "the database gave no snapshot", detail=str(error)
             ) from error
-        if row is None:  # pragma: no cover (a SELECT without FROM has one row)
-            raise DatabaseUnreachableError("the database gave no snapshot")
-        return row
+        return snapshot, insert_lsn, is_in_recovery
 
     async def has_synchronous_standbys(self) -> bool:
         """Whether commits may wait for a standby, and so be decoded long before they are visible.
@@ -156,9 +141,7 @@ class Probe:
         A database that doesn't answer now has the answer of before: that they may.
         """
         try:
-            async with self._pool.connection() as connection:
-                cursor = await connection.execute(_STANDBYS)
-                return await cursor.fetchone() != ("",)
+            return await self._pool.row(_STANDBYS) != ("",)
         except (psycopg.Error, PoolTimeout):
             return True
 
@@ -183,8 +166,8 @@ class Probe:
             if not inquiries or allowance.is_spent():
                 return frozenset()
             try:
-                async with self._pool.connection() as connection:
-                    session = _Session(connection, judging.xids, allowance)
+                async with self._pool.session() as connection:
+                    session = _Session(self._pool, connection, judging.xids, allowance)
                     await session.begin()
                     await self.put_all(session, judging, inquiries)
                     await session.end()
@@ -216,8 +199,8 @@ class Probe:
             PoolTimeout: Every connection is in use.
             TimeoutError: A transaction stays invisible.
         """
-        async with self._pool.connection() as connection:
-            session = _Session(connection, xids, _unlimited())
+        async with self._pool.session() as connection:
+            session = _Session(self._pool, connection, xids, _unlimited())
             await session.begin()
             yield Reading(self, session)
             await session.end()
@@ -441,11 +424,13 @@ class _Session:
 
     def __init__(
         self,
-        connection: psycopg.AsyncConnection[Any],
+        pool: QueryPool,
+        connection: Connection,
         xids: Sized[Xid],
         allowance: Allowance,
     ) -> None:
         self.allowance = allowance
+        self._pool = pool
         self._connection = connection
         self._xids = xids
         self.patience = _PATIENCE
@@ -465,21 +450,25 @@ class _Session:
         """
         deadline = time.monotonic() + _VISIBLE_SECONDS
         while True:
-            cursor = await self._connection.execute(
-                _BEGIN_SHORT if self.allowance.is_short else _BEGIN
-            )
-            cursor.nextset()
+            begin = self._pool.begin(self._seconds())
+            cursor = await self._connection.execute(f"{begin}; {_SNAPSHOT}".encode())
+            await cursor.set_result(-1)
             row = await cursor.fetchone()
             assert row is not None
             snapshot = parse_snapshot(row[0])
             if all(snapshot.sees(xid) for xid in self._xids):
-                if self.patience < 0:
-                    await self._connection.execute(_HURRY)
                 return
             await self.end()
             if time.monotonic() > deadline:
                 raise TimeoutError("a commit stays invisible")
             await asyncio.sleep(_VISIBLE_RETRY_SECONDS)
+
+    def _seconds(self) -> float:
+        """Return what a statement may take."""
+        seconds = self._pool.statement_timeout
+        if self.patience < 0:
+            seconds /= _HURRIED
+        return min(seconds, SHORT_SECONDS) if self.allowance.is_short else seconds
 
     async def texts(
         self, statement: sql.Composed, params: Mapping[str, object]

@@ -60,9 +60,10 @@ def barrier_of(snapshot: str, insert_lsn: str) -> Barrier:
 
 
 SNAPSHOT_QUERY = (
-    "SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text, pg_is_in_recovery()"
+    "SELECT pg_catalog.pg_current_snapshot()::pg_catalog.text,"
+    " pg_catalog.pg_current_wal_insert_lsn()::pg_catalog.text, pg_catalog.pg_is_in_recovery()"
 )
-"""One statement of its own in autocommit: its snapshot is younger than its arrival."""
+"""The only query of its transaction: its snapshot is younger than its arrival."""
 
 
 def _look_at(task: asyncio.Task[Barrier]) -> None:

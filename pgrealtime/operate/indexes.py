@@ -21,8 +21,8 @@ from pgrealtime.rules.reference import Reference
 from pgrealtime.rules.resolve import resolve_rule
 
 _NO_WAY_ROUND = """
-SET LOCAL search_path = pg_catalog; SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off;
-SET LOCAL enable_mergejoin = off; SET LOCAL jit = off
+SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL enable_seqscan = off;
+SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL jit = off
 """
 """Makes reading a whole table the last resort, however few rows it has now."""
 

@@ -13,7 +13,6 @@ import bcrypt
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg_pool import AsyncConnectionPool
 from structlog.testing import capture_logs
 
 from pgrealtime.auth.account import Accounts, Users
@@ -22,6 +21,7 @@ from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.collections import build
 from pgrealtime.config import CollectionConfig, LoginConfig
 from pgrealtime.errors import AuthError
+from pgrealtime.pool import QueryPool
 
 LIMIT = 5
 HASH = bcrypt.hashpw(b"right", bcrypt.gensalt(4)).decode()
@@ -51,7 +51,7 @@ async def logging_in(
         )
     users = Users(collection=collections["people"], login=configured.login)
     config = LoginConfig(enabled=True, secret="s" * 40, attempts_per_minute=LIMIT, **login)
-    async with AsyncConnectionPool(url, min_size=1, kwargs={"autocommit": True}) as pool:
+    async with QueryPool(url) as pool:
         made = Login(config, Accounts(pool), stopwatch=lambda: 0.0)
         try:
             yield made, users

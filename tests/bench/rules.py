@@ -24,7 +24,6 @@ from random import Random
 from statistics import median
 
 import psycopg
-from psycopg_pool import AsyncConnectionPool
 
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.catalog.model import Column, ReplicaIdentity, Table, TableKind, Type, TypeKind
@@ -36,6 +35,7 @@ from pgrealtime.hub.match import Matcher
 from pgrealtime.hub.probe import Probe
 from pgrealtime.hub.topic import Topic
 from pgrealtime.lsn import LSN, Cursor, Xid
+from pgrealtime.pool import QueryPool
 from pgrealtime.records.encode import View
 
 MATCHES = 10
@@ -327,10 +327,7 @@ ANALYZE bench.members, bench.projects;
 async def relations(url: str, sizes: Sequence[int]) -> list[str]:
     """Measure the relation rule against a round trip; return what doesn't hold."""
     faults: list[str] = []
-    pins = "-c search_path=pg_catalog -c extra_float_digits=1"
-    async with AsyncConnectionPool(
-        url, min_size=1, max_size=1, open=False, kwargs={"autocommit": True, "options": pins}
-    ) as pool:
+    async with QueryPool(url, max_size=1) as pool:
         shown: list[str] = []
         for size in sizes:
             matcher, _ = filled(RELATION, size)
@@ -357,7 +354,7 @@ async def relations(url: str, sizes: Sequence[int]) -> list[str]:
     return faults
 
 
-async def round_trip(pool: AsyncConnectionPool) -> float:
+async def round_trip(pool: QueryPool) -> float:
     """Microseconds of one ``SELECT 1``, the mean of a few."""
     async with pool.connection() as connection:
         start = time.perf_counter()

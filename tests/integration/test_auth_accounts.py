@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from contextlib import asynccontextmanager
 from uuid import UUID
 
 import jwt
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg_pool import AsyncConnectionPool
+from psycopg.conninfo import make_conninfo
 
 from pgrealtime.auth.account import Accounts, Users, statement_by_id
 from pgrealtime.auth.authenticator import Authenticator
@@ -24,6 +24,7 @@ from pgrealtime.config import AuthConfig, IssuerConfig
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
 from pgrealtime.hub.snapshot import barrier_of
 from pgrealtime.lsn import Xid, parse_lsn
+from pgrealtime.pool import Connection, QueryPool
 
 SECRET = "a-secret-of-thirty-two-characters"
 ISSUER = IssuerConfig(name="app", secret=SECRET)
@@ -57,14 +58,8 @@ async def users_of(url: str, ddl: str) -> Users:
 
 
 @pytest.fixture
-async def pool(database_url: str) -> AsyncIterator[AsyncConnectionPool[Any]]:
-    async with AsyncConnectionPool(
-        database_url,
-        min_size=1,
-        max_size=4,
-        timeout=5,
-        kwargs={"autocommit": True, "options": "-c search_path=pg_catalog"},
-    ) as pool:
+async def pool(database_url: str) -> AsyncIterator[QueryPool]:
+    async with QueryPool(database_url, timeout=5) as pool:
         yield pool
 
 
@@ -81,9 +76,7 @@ def authenticator(users: Users, accounts: Accounts, *issuers: IssuerConfig) -> A
     return Authenticator(auth, Collections((users.collection,)), accounts)
 
 
-async def test_the_row_says_what_the_token_does_not(
-    database_url: str, pool: AsyncConnectionPool[Any]
-) -> None:
+async def test_the_row_says_what_the_token_does_not(database_url: str, pool: QueryPool) -> None:
     """The plain fields are the database's, whatever a token claims about them."""
     users = await users_of(database_url, FULL)
     door = authenticator(users, Accounts(pool))
@@ -105,9 +98,7 @@ async def test_the_row_says_what_the_token_does_not(
     )
 
 
-async def test_a_table_of_ids_alone_is_enough(
-    database_url: str, pool: AsyncConnectionPool[Any]
-) -> None:
+async def test_a_table_of_ids_alone_is_enough(database_url: str, pool: QueryPool) -> None:
     users = await users_of(
         database_url,
         'CREATE TABLE public."Users" (id text PRIMARY KEY);'
@@ -122,20 +113,20 @@ async def test_a_table_of_ids_alone_is_enough(
     )
 
 
-async def test_a_deleted_user_is_a_guest(database_url: str, pool: AsyncConnectionPool[Any]) -> None:
+async def test_a_deleted_user_is_a_guest(database_url: str, pool: QueryPool) -> None:
     """Open connections turn guest with the row (protocol, 8); its token must not undo that."""
     users = await users_of(database_url, FULL)
     door = authenticator(users, Accounts(pool))
     token = jwt.encode({"sub": "u1"}, SECRET)
     assert (await door.authenticate(token)).principal != GUEST
 
-    async with pool.connection() as connection:
-        await connection.execute('DELETE FROM public."Users"')
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as other:
+        await other.execute('DELETE FROM public."Users"')
 
     assert await door.authenticate(token) == Caller()
 
 
-async def test_a_superuser_needs_no_row(database_url: str, pool: AsyncConnectionPool[Any]) -> None:
+async def test_a_superuser_needs_no_row(database_url: str, pool: QueryPool) -> None:
     users = await users_of(database_url, FULL)
     issuer = ISSUER.model_copy(update={"superuser_when": {"role": "service_role"}})
     door = authenticator(users, Accounts(pool), issuer)
@@ -168,7 +159,7 @@ async def test_a_superuser_needs_no_row(database_url: str, pool: AsyncConnection
 )  # fmt: skip
 async def test_an_id_that_does_not_fit_the_key_is_nobodys(
     database_url: str,
-    pool: AsyncConnectionPool[Any],
+    pool: QueryPool,
     *,
     key_type: str,
     stored: str,
@@ -193,9 +184,7 @@ async def test_an_id_that_does_not_fit_the_key_is_nobodys(
 @pytest.mark.parametrize(
     "key_type", ["uuid", "integer", "bigint", "text", "varchar(40)", "public.key"]
 )
-async def test_a_lookup_reads_the_index(
-    database_url: str, pool: AsyncConnectionPool[Any], key_type: str
-) -> None:
+async def test_a_lookup_reads_the_index(database_url: str, pool: QueryPool, key_type: str) -> None:
     """A login must not cost a pass over all users."""
     series = "md5(n::text)::uuid" if key_type == "uuid" else "n"
     users = await users_of(
@@ -216,9 +205,7 @@ async def test_a_lookup_reads_the_index(
     assert "Seq Scan" not in plan
 
 
-async def test_loads_at_the_same_time_share_a_query(
-    database_url: str, pool: AsyncConnectionPool[Any]
-) -> None:
+async def test_loads_at_the_same_time_share_a_query(database_url: str, pool: QueryPool) -> None:
     """A herd coming back after a restart asks a few queries, not one each."""
     users = await users_of(
         database_url,
@@ -236,17 +223,20 @@ async def test_loads_at_the_same_time_share_a_query(
     assert pool.get_stats()["requests_num"] - asked == 2
 
 
-class HeldUp(psycopg.AsyncConnection[Any]):
-    """A connection whose answers are under way for as long as a test wants."""
+class HeldUp(QueryPool):
+    """A pool whose answers are under way for as long as a test wants."""
 
-    gate = asyncio.Event()
-    answered = asyncio.Event()
+    def __init__(self, url: str) -> None:
+        super().__init__(url, min_size=2)
+        self.gate = asyncio.Event()
+        self.answered = asyncio.Event()
 
-    async def execute(self, *args: Any, **kwargs: Any) -> psycopg.AsyncCursor[Any]:
-        cursor = await super().execute(*args, **kwargs)
-        self.answered.set()
-        await self.gate.wait()
-        return cursor
+    @asynccontextmanager
+    async def connection(self, timeout: float | None = None) -> AsyncIterator[Connection]:  # noqa: ASYNC109 (the library's)
+        async with super().connection(timeout) as connection:
+            yield connection
+            self.answered.set()
+            await self.gate.wait()
 
 
 async def test_a_load_is_answered_by_a_query_sent_after_it(database_url: str) -> None:
@@ -259,26 +249,23 @@ async def test_a_load_is_answered_by_a_query_sent_after_it(database_url: str) ->
         'CREATE TABLE public."Users" (id text PRIMARY KEY, email text);'
         """INSERT INTO public."Users" VALUES ('u1', 'old'), ('u2', 'two')""",
     )
-    HeldUp.gate, HeldUp.answered = asyncio.Event(), asyncio.Event()
-    async with AsyncConnectionPool(
-        database_url, connection_class=HeldUp, min_size=2, kwargs={"autocommit": True}
-    ) as pool:
+    async with HeldUp(database_url) as pool:
         accounts = Accounts(pool)
         early = asyncio.create_task(accounts.load(users, "u1"))
-        await asyncio.wait_for(HeldUp.answered.wait(), 10)
+        await asyncio.wait_for(pool.answered.wait(), 10)
         with psycopg.connect(database_url, autocommit=True) as writer:
             writer.execute("""UPDATE public."Users" SET email = 'new'""")
             writer.execute("""INSERT INTO public."Users" VALUES ('u3', 'three')""")
         late = [asyncio.create_task(accounts.load(users, name)) for name in ("u1", "u2", "u3")]
         await asyncio.sleep(0.01)
-        HeldUp.gate.set()
+        pool.gate.set()
         answers = await asyncio.wait_for(asyncio.gather(early, *late), 10)
 
     assert [answer and answer.record.email for answer in answers] == ["old", "new", "new", "three"]
 
 
 async def test_one_who_gives_up_does_not_take_the_answer_from_the_others(
-    database_url: str, pool: AsyncConnectionPool[Any]
+    database_url: str, pool: QueryPool
 ) -> None:
     users = await users_of(database_url, FULL)
     accounts = Accounts(pool)
@@ -315,8 +302,7 @@ async def test_an_id_that_the_database_cannot_hold_spoils_nobodys_answer(
 ) -> None:
     """In a LATIN1 database a kanji is an error of the server or the driver, not a missing row."""
     users = await users_of(latin1_url, FULL)
-    settings = {"autocommit": True, "client_encoding": client_encoding}
-    async with AsyncConnectionPool(latin1_url, min_size=1, kwargs=settings) as pool:
+    async with QueryPool(make_conninfo(latin1_url, client_encoding=client_encoding)) as pool:
         accounts = Accounts(pool)
         answers = await asyncio.gather(
             *(accounts.load(users, one) for one in ("u1", "\u65e5", "u2"))
@@ -325,9 +311,7 @@ async def test_an_id_that_the_database_cannot_hold_spoils_nobodys_answer(
     assert [a and a.record.id for a in answers] == ["u1", None, "u2"]
 
 
-async def test_a_database_away_is_not_the_tokens_fault(
-    database_url: str, pool: AsyncConnectionPool[Any]
-) -> None:
+async def test_a_database_away_is_not_the_tokens_fault(database_url: str, pool: QueryPool) -> None:
     """Answering "guest" would sign everybody out whenever the database restarts."""
     users = await users_of(database_url, FULL)
     await pool.close()
@@ -339,18 +323,18 @@ async def test_a_database_away_is_not_the_tokens_fault(
 
 
 async def test_a_users_table_that_cannot_be_read_says_so(
-    database_url: str, pool: AsyncConnectionPool[Any]
+    database_url: str, pool: QueryPool
 ) -> None:
     users = await users_of(database_url, FULL)
-    async with pool.connection() as connection:
-        await connection.execute('ALTER TABLE public."Users" RENAME email TO mail')
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as other:
+        await other.execute('ALTER TABLE public."Users" RENAME email TO mail')
 
     with pytest.raises(SetupError, match=r"public\.Users"):
         await Accounts(pool).load(users, "u1")
 
 
 async def test_tokens_that_hold_nowhere_ask_the_database_nothing(
-    database_url: str, pool: AsyncConnectionPool[Any]
+    database_url: str, pool: QueryPool
 ) -> None:
     """Strangers must not be able to make load."""
     users = await users_of(database_url, FULL)
@@ -370,7 +354,7 @@ async def test_tokens_that_hold_nowhere_ask_the_database_nothing(
 
 
 async def test_a_user_is_as_of_a_snapshot_that_tells_old_news_from_new(
-    database_url: str, pool: AsyncConnectionPool[Any]
+    database_url: str, pool: QueryPool
 ) -> None:
     """What the stream tells of changes that the look-up saw must not undo later ones."""
     users = await users_of(database_url, FULL)

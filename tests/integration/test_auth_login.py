@@ -28,7 +28,6 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 from psycopg import sql
-from psycopg_pool import AsyncConnectionPool
 from pytest_postgresql.executor_noop import NoopExecutor
 
 from pgrealtime.api.app import Surface
@@ -46,6 +45,7 @@ from pgrealtime.config import Config
 from pgrealtime.config import parse as parse_config
 from pgrealtime.hub.own_record import OwnRecords
 from pgrealtime.hub.probe import Probe
+from pgrealtime.pool import QueryPool
 from tests.conformance.fixtures import SuperuserAccount
 from tests.conformance.http_client import Address, Answer, Request, send
 from tests.conformance.pocketbase_server import PocketBaseServer, _folders, pocketbase_binary
@@ -284,9 +284,7 @@ class Ours:
 
 @asynccontextmanager
 async def serving(url: str, config: Config) -> AsyncIterator[Ours]:
-    pins = "-c search_path=pg_catalog -c TimeZone=UTC -c default_transaction_read_only=on"
-    settings = {"autocommit": True, "options": pins}
-    async with AsyncConnectionPool(url, min_size=1, max_size=4, kwargs=settings) as pool:
+    async with QueryPool(url) as pool:
         async with pool.connection() as connection:
             collections = build(
                 config.collections, await read_catalog(connection, schemas=["public"])

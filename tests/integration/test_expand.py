@@ -13,7 +13,6 @@ from typing import Any, LiteralString
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg_pool import AsyncConnectionPool
 
 from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
 from pgrealtime.catalog.introspect import read_catalog
@@ -26,6 +25,7 @@ from pgrealtime.hub.expansion import Node, Viewer, Viewers
 from pgrealtime.hub.looking import Looking
 from pgrealtime.hub.probe import Probe
 from pgrealtime.lsn import LSN, Cursor, Xid
+from pgrealtime.pool import QueryPool
 from pgrealtime.records.encode import View, encoder
 from pgrealtime.rules.plan import Planner
 from pgrealtime.rules.request import Request
@@ -181,19 +181,9 @@ def replaced(collections: Collections, name: str, **more: Any) -> Collections:
 
 @pytest.fixture
 async def world(database_url: str) -> AsyncIterator[World]:
-    options = (
-        "-c search_path=pg_catalog -c statement_timeout=1000 -c lock_timeout=300"
-        " -c DateStyle=ISO -c TimeZone=UTC -c extra_float_digits=1"
-    )
     async with (
         await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection,
-        AsyncConnectionPool(
-            database_url,
-            min_size=1,
-            max_size=2,
-            timeout=5,
-            kwargs={"autocommit": True, "options": options},
-        ) as pool,
+        QueryPool(database_url, statement_timeout=1.0, max_size=2, timeout=5) as pool,
     ):
         await connection.execute(sql.SQL(SCHEMA))
         configured = _configured()
@@ -442,9 +432,7 @@ async def test_who_waits_for_a_lock_is_not_waited_for(world: World, database_url
 async def test_without_a_database_records_go_without(world: World) -> None:
     event = await world.event("books", "10")
     viewer = world.viewer("books", "author")
-    async with AsyncConnectionPool(
-        "host=127.0.0.1 port=1", min_size=0, max_size=1, timeout=0.3, open=False
-    ) as pool:
+    async with QueryPool("host=127.0.0.1 port=1", min_size=0, max_size=1, timeout=0.3) as pool:
         world.probe = Probe(pool)
         related = await world.expander.related([event], [0], [(0, viewer)])
 

@@ -9,7 +9,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg_pool import AsyncConnectionPool
+from psycopg.conninfo import make_conninfo
 
 from pgrealtime.auth.principal import GUEST, AuthRecord
 from pgrealtime.catalog.introspect import read_catalog
@@ -19,6 +19,7 @@ from pgrealtime.config import CollectionConfig
 from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.own_record import OwnRecords
 from pgrealtime.hub.probe import Probe
+from pgrealtime.pool import QueryPool
 
 SCHEMA = """
 CREATE TABLE people (id int PRIMARY KEY, email text, name text);
@@ -60,9 +61,7 @@ async def test_own_record_has_its_relations_and_follows_the_rules_in_force(
         connection.execute(SCHEMA)
     open_to_all = await _collections(database_url, "name = 'two'")
     locked = await _collections(database_url, None)
-    async with AsyncConnectionPool(
-        database_url, min_size=1, max_size=2, kwargs={"autocommit": True}
-    ) as pool:
+    async with QueryPool(database_url, max_size=2) as pool:
         records = OwnRecords(Probe(pool), open_to_all, nulls="null")
 
         async def shown(collections: Collections) -> dict[str, Any]:
@@ -97,9 +96,7 @@ async def test_the_rule_in_force_says_who_may_sign_in(database_url: str) -> None
     )
     each = [await _collections(database_url, None, auth_rule=rule) for rule in rules]
     before = each[1]["people"]
-    async with AsyncConnectionPool(
-        database_url, min_size=1, max_size=2, kwargs={"autocommit": True}
-    ) as pool:
+    async with QueryPool(database_url, max_size=2) as pool:
         records = OwnRecords(Probe(pool), each[0], nulls="null")
         found = []
         for collections in (*each, Collections(())):
@@ -134,8 +131,8 @@ async def test_a_rule_that_cannot_be_answered_lets_nobody_in(database_url: str, 
         admin.execute(grant.format(sql.Identifier(role)))
     try:
         collections = await _collections(database_url, None, auth_rule=rule)
-        settings = {"autocommit": True, "user": role, "options": "-c statement_timeout=300ms"}
-        async with AsyncConnectionPool(database_url, min_size=1, kwargs=settings) as pool:
+        conninfo = make_conninfo(database_url, user=role)
+        async with QueryPool(conninfo, statement_timeout=0.3, timeout=30) as pool:
             records = OwnRecords(Probe(pool), collections, nulls="null")
 
             async def may_sign_in() -> bool:
@@ -162,7 +159,7 @@ async def test_a_database_away_lets_nobody_in_and_is_told(database_url: str) -> 
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute(SCHEMA)
     collections = await _collections(database_url, None, auth_rule="teams.name ?= 'two'")
-    pool = AsyncConnectionPool(database_url, min_size=1, open=False)
+    pool = QueryPool(database_url)
     await pool.open()
     await pool.close()
     records = OwnRecords(Probe(pool), collections, nulls="null")

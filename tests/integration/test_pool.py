@@ -12,26 +12,14 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from pgrealtime.config import DatabaseConfig
-from pgrealtime.pool import QueryConnection, QueryPool
+from pgrealtime.pool import QueryPool
 from pgrealtime.run import query_pool
 from tests.wire import wire
 
 
-class Impatient(QueryConnection):
-    answer_seconds = 0.5
-
-
 @asynccontextmanager
 async def pool_of(url: str, size: int) -> AsyncIterator[QueryPool]:
-    pool = QueryPool(
-        url,
-        min_size=size,
-        max_size=size,
-        timeout=2.0,
-        connection_class=Impatient,
-        kwargs={"autocommit": True},
-        open=False,
-    )
+    pool = QueryPool(url, statement_timeout=0.5, min_size=size, max_size=size, timeout=2.0)
     async with pool:
         await pool.wait()
         yield pool

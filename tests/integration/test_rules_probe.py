@@ -14,18 +14,18 @@ from urllib.parse import quote
 import psycopg
 import pytest
 import pytest_asyncio
-from psycopg_pool import AsyncConnectionPool
 
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.changes import Delete, Key, Row, WholeRow
 from pgrealtime.collections import Collections
-from pgrealtime.hub.allowance import Allowance
+from pgrealtime.hub.allowance import SHORT_SECONDS, Allowance
 from pgrealtime.hub.connection import Connection, Subscription
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.match import Matcher
-from pgrealtime.hub.probe import _BEGIN_SHORT, Probe
+from pgrealtime.hub.probe import Probe
 from pgrealtime.hub.topic import parse_topic
 from pgrealtime.lsn import LSN, Cursor, Xid
+from pgrealtime.pool import QueryPool
 from pgrealtime.records.encode import View
 from pgrealtime.rules.formula import Atom, leaves
 from pgrealtime.rules.remote import Pairs, Values
@@ -41,7 +41,7 @@ VIEW = View(sees_hidden=False, sees_email=False, fields=None)
 class Desk:
     """Subscribers of ``posts``, a matcher with one rule, and a probe."""
 
-    def __init__(self, world: World, pool: AsyncConnectionPool) -> None:
+    def __init__(self, world: World, pool: QueryPool) -> None:
         self.world = world
         self.probe = Probe(pool)
         self.matcher = Matcher(world.collections)
@@ -81,9 +81,7 @@ class Desk:
 @pytest_asyncio.fixture
 async def desk(database_url: str) -> AsyncIterator[Desk]:
     world = await asyncio.to_thread(World, database_url, Random(1))
-    pins = "-c search_path=pg_catalog -c default_transaction_read_only=on"
-    options = {"autocommit": True, "options": pins}
-    async with AsyncConnectionPool(database_url, min_size=1, open=False, kwargs=options) as pool:
+    async with QueryPool(database_url, statement_timeout=60) as pool:
         with world.connection:
             yield Desk(world, pool)
 
@@ -208,9 +206,8 @@ async def test_many_slow_filters_together_are_hurried(desk: Desk) -> None:
         for text in (json.dumps({"query": {"filter": text}}) for text in filters)
     ]
     assert [desk.matcher.add(each, record) for each in made] == [""] * 13
-    options = {"autocommit": True, "options": "-c statement_timeout=800"}
     async with (
-        AsyncConnectionPool(desk.world.url, min_size=1, open=False, kwargs=options) as pool,
+        QueryPool(desk.world.url, statement_timeout=0.8) as pool,
         await psycopg.AsyncConnection.connect(desk.world.url) as locker,
     ):
         desk.probe = Probe(pool)
@@ -224,9 +221,9 @@ async def test_many_slow_filters_together_are_hurried(desk: Desk) -> None:
     assert 3.2 < waited < 6  # four of 0.8 s and eight of 0.04 s; 9.6 s unhurried
 
 
-@pytest.mark.parametrize("theirs", ["0", "20ms"])
+@pytest.mark.parametrize("theirs", [3600.0, 0.02])
 async def test_what_is_late_while_others_wait_is_undecided_and_can_be_asked_again(
-    desk: Desk, theirs: str
+    desk: Desk, theirs: float
 ) -> None:
     """It isn't denied, and counts for no time-out; with all the time it is answered."""
     set_up(
@@ -243,9 +240,8 @@ async def test_what_is_late_while_others_wait_is_undecided_and_can_be_asked_agai
     judging = desk.matcher.match([desk.event(project="px")], datetime.now(UTC), costly=True)
     assert {type(inquiry) for inquiry in judging.inquiries()} == {Pairs, Values}
     allowance = Allowance(is_short=True)
-    options = {"autocommit": True, "options": f"-c statement_timeout={theirs}"}
     async with (
-        AsyncConnectionPool(desk.world.url, min_size=1, open=False, kwargs=options) as pool,
+        QueryPool(desk.world.url, statement_timeout=theirs) as pool,
         await psycopg.AsyncConnection.connect(desk.world.url) as locker,
     ):
         probe = Probe(pool)
@@ -278,18 +274,18 @@ def abouts(subscriptions: Sequence[Subscription]) -> Iterator[Atom]:
 
 @pytest.mark.parametrize(
     ("theirs", "ours"),
-    [("0", "100ms"), ("2s", "100ms"), ("1h", "100ms"), ("100ms", "100ms"), ("99ms", "99ms")],
+    [(3600.0, "100ms"), (2.0, "100ms"), (0.1, "100ms"), (0.099, "99ms")],
 )
 async def test_the_short_time_never_is_longer_than_the_operator_s(
-    database_url: str, theirs: str, ours: str
+    database_url: str, theirs: float, ours: str
 ) -> None:
-    options = f"-c statement_timeout={theirs}"
-    async with await psycopg.AsyncConnection.connect(
-        database_url, autocommit=True, options=options
-    ) as connection:
-        await connection.execute(_BEGIN_SHORT.encode())
+    async with (
+        QueryPool(database_url, statement_timeout=theirs) as pool,
+        pool.session() as connection,
+    ):
+        await connection.execute(pool.begin(SHORT_SECONDS).encode())
         shown = await (await connection.execute("SHOW statement_timeout")).fetchone()
         await connection.execute("ROLLBACK")
         after = await (await connection.execute("SHOW statement_timeout")).fetchone()
 
-    assert (shown, after) == ((ours,), (theirs,))
+    assert (shown, after) == ((ours,), ("0",))

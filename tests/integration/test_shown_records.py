@@ -12,7 +12,6 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
-from psycopg_pool import AsyncConnectionPool
 
 from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
 from pgrealtime.catalog.introspect import read_catalog
@@ -25,6 +24,7 @@ from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.match import Matcher
 from pgrealtime.hub.probe import Probe
 from pgrealtime.lsn import LSN, Xid
+from pgrealtime.pool import QueryPool
 from tests.unit.hub.room import DEADLINE, MemorySink
 
 SCHEMA = """
@@ -136,12 +136,7 @@ async def open_stage(database_url: str) -> AsyncIterator[Stage]:
     }
     async with (
         await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection,
-        AsyncConnectionPool(
-            database_url,
-            min_size=1,
-            max_size=4,
-            kwargs={"autocommit": True, "options": "-c search_path=pg_catalog"},
-        ) as pool,
+        QueryPool(database_url) as pool,
     ):
         await connection.execute(SCHEMA.encode())
         names = table_names(configured, ["public"])

@@ -41,14 +41,14 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "records": (*_FLOOR, "catalog.model", "collections"),
     "rules": (*_FLOOR, "catalog.model", "collections", "auth.principal"),
     # The auth record is a row of a collection.
-    "auth": (*_FLOOR, "catalog.model", "catalog.keys", "catalog.naming", "collections"),
+    "auth": (*_FLOOR, "catalog.model", "catalog.keys", "catalog.naming", "collections", "pool"),
     "wal": (*_FLOOR, "catalog.model"),
     "relay": (*_FLOOR, "catalog.model", "wal", "changelog", "observe"),
     "pool": (),
     "hub": (
         *(*_FLOOR, "catalog.model", "catalog.keys", "catalog.naming", "collections"),
         *("rules", "records"),
-        *("auth.principal", "auth.record", "changelog.base", "observe"),
+        *("auth.principal", "auth.record", "changelog.base", "observe", "pool"),
     ),
     # Answers are trimmed by the same "fields" as records.
     "api": (*_FLOOR, "collections", "records", "auth", "hub", "observe"),

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jwt
-import psycopg_pool
 from aiohttp import web
 
 from pgrealtime.api.app import build_app, build_runner
@@ -18,6 +17,7 @@ from pgrealtime.auth.account import Accounts
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.collections import Collections
 from pgrealtime.config import Config
+from pgrealtime.pool import QueryPool
 from tests.conformance.http_client import Address
 from tests.unit.hub.room import DEADLINE, Room, open_room
 
@@ -82,7 +82,7 @@ async def served(
     """Serve with the given keys of ``server``; the others are of ``realtime``."""
     config = Config.model_validate({**CONFIG, "server": server or {}, "realtime": limits})
     # Never opened: issuers whose collection isn't configured need no rows.
-    pool = psycopg_pool.AsyncConnectionPool("", open=False)
+    pool = QueryPool()
     authenticator = Authenticator(config.auth, Collections(()), Accounts(pool))
     async with open_room(is_up=is_up, **limits) as open_:
         runner = build_runner(build_app(open_.hub, authenticator, config))

@@ -13,7 +13,6 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
-from psycopg_pool import AsyncConnectionPool
 
 from pgrealtime.auth.account import Accounts
 from pgrealtime.auth.authenticator import Authenticator
@@ -21,6 +20,7 @@ from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
 from pgrealtime.collections import Collections, collection_id
 from pgrealtime.config import AuthConfig, IssuerConfig, LoginConfig
 from pgrealtime.errors import AuthError, ConfigError
+from pgrealtime.pool import QueryPool
 
 SECRET = "a-secret-of-thirty-two-characters"
 OTHER = "another-secret-of-enough-characters"
@@ -32,7 +32,7 @@ def door(*issuers: IssuerConfig, login: LoginConfig | None = None) -> Authentica
     return Authenticator(
         AuthConfig(issuers=issuers, login=login or LoginConfig()),
         Collections(()),
-        Accounts(AsyncConnectionPool("", open=False)),
+        Accounts(QueryPool()),
         clock=lambda: NOW,
     )
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import jwt
 import pytest
-from psycopg_pool import AsyncConnectionPool
 
 from pgrealtime.auth.account import Accounts
 from pgrealtime.auth.authenticator import Authenticator, issuers_of
 from pgrealtime.auth.principal import Caller
 from pgrealtime.collections import Collections
 from pgrealtime.config import AuthConfig, IssuerConfig, LoginConfig
+from pgrealtime.pool import QueryPool
 
 SECRET = "a-secret-of-thirty-two-characters"
 OTHER = "another-secret-of-enough-characters"
@@ -26,9 +26,7 @@ def issuer(**said: Any) -> IssuerConfig:
 
 
 async def known(*issuers: IssuerConfig, **claims: str) -> tuple[Authenticator, Caller]:
-    door = Authenticator(
-        AuthConfig(issuers=issuers), NONE, Accounts(AsyncConnectionPool("", open=False))
-    )
+    door = Authenticator(AuthConfig(issuers=issuers), NONE, Accounts(QueryPool()))
     caller = await door.authenticate(jwt.encode({"sub": "u1", **claims}, SECRET))
     assert caller != Caller()
     return door, caller
