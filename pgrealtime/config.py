@@ -171,6 +171,8 @@ class RealtimeConfig(Section):
     max_connections: int = Field(default=10_000, ge=1)
     send_buffer: SomeBytes = 1024 * 1024
     """Per connection; when full it reads on from the changelog instead."""
+    send_buffers: SomeBytes = 256 * 1024 * 1024
+    """What waits for all connections together, beside 64 KiB for each."""
     stall_timeout: SomeSeconds = 30.0
     """A connection that takes no byte for so long is ended."""
     same_address: bool = True

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+_ID_BYTES = 76
+"""Of the id line before each tail, where it carries a position."""
+
 
 class Batch:
     """Tails in order, each with the place of its event in the slice.
@@ -12,7 +15,7 @@ class Batch:
         tails: After an empty first element, so that joining them with an id line puts one before
             each: one call in C per connection, whatever the number of messages.
         places: Of the events, ascending; one less than ``tails``.
-        size: Bytes of the tails.
+        size: Bytes of the messages, about.
     """
 
     __slots__ = ("places", "size", "tails")
@@ -27,8 +30,14 @@ class Batch:
     def add(self, place: int, tail: bytes) -> None:
         """Append a message."""
         self.tails.append(tail)
-        self.size += len(tail)
+        self.size += len(tail) + _ID_BYTES
         self.places.append(place)
+
+    def upto(self, place: int) -> Batch:
+        """Return the messages of the events before a place."""
+        if not self.places or self.places[-1] < place:
+            return self
+        return Batch(message for message in self.messages() if message[0] < place)
 
     def messages(self) -> Iterable[tuple[int, bytes]]:
         """Places and tails."""

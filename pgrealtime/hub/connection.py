@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from enum import Enum
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from pgrealtime.rules.plan import Bound
 
 Receives: TypeAlias = "tuple[bytes, View, Viewer | None, Bound | None]"
+
+Part: TypeAlias = tuple[int, bytes]
+"""A message of a change: which of its events, and the topic."""
+
+NO_PARTS: AbstractSet[Part] = frozenset()
 
 CURSOR_TOPIC = "PB_CURSOR"
 RESYNC_TOPIC = "PB_RESYNC"
@@ -130,6 +136,7 @@ class Connection:
     __slots__ = (
         "__weakref__",
         "_batches",
+        "_parts",
         "_prefix",
         "_taken",
         "active_at",
@@ -204,6 +211,8 @@ class Connection:
         self._taken = 0
         self.events = 0
         self._batches: tuple[Batch, ...] = ()
+        self._parts: tuple[Cursor, AbstractSet[Part]] | None = None
+        """What was sent of the change after ``cursor``, if that is too large to be sent at once."""
         self._prefix = b"id:" + client_id.encode()
 
     @property
@@ -257,13 +266,25 @@ class Connection:
         self._batches += (batch,)
         return is_first
 
-    def is_taken_too_much(self, events: Sequence[Event], bound: int) -> bool:
-        """Whether what was taken passes the bound, and isn't of a single change of the slice's."""
-        if sum([batch.size for batch in self._batches]) <= bound:
-            return False
-        first = min(batch.places[0] for batch in self._batches)
-        last = max(batch.places[-1] for batch in self._batches)
-        return events[first].cursor != events[last].cursor
+    def taken(self) -> int:
+        """Bytes of what was taken."""
+        return sum([batch.size for batch in self._batches])
+
+    def is_one_message(self) -> bool:
+        """Whether what was taken can't be divided."""
+        return sum([len(batch.places) for batch in self._batches]) == 1
+
+    def parts_sent_of(self, change: Cursor) -> AbstractSet[Part]:
+        """Return which messages of a change were sent, if that wasn't all of them."""
+        return self._parts[1] if self._parts is not None and self._parts[0] == change else NO_PARTS
+
+    def note_parts(self, change: Cursor, parts: AbstractSet[Part]) -> None:
+        """Take note of the messages that were sent of a change, if that isn't all of them."""
+        self._parts = (change, parts) if parts else None
+
+    def is_within_change(self) -> bool:
+        """Whether it was sent some of the messages of the change after ``cursor``."""
+        return self._parts is not None and self.cursor < self._parts[0]
 
     def compose(self, events: Sequence[Event], hold: Cursor | None = None) -> bytes:
         """Return what was taken of the slice as bytes; moves the position.

@@ -27,9 +27,10 @@ from pgrealtime.collections import Collections
 from pgrealtime.config import CollectionLoginConfig, RealtimeConfig
 from pgrealtime.errors import SubscriptionError
 from pgrealtime.hub.aside import Aside
-from pgrealtime.hub.compose import compose, hand_out
+from pgrealtime.hub.compose import Composer, Portion, hand_out
 from pgrealtime.hub.connection import (
     CURSOR_TOPIC,
+    NO_PARTS,
     RESYNC_TOPIC,
     Connection,
     Sink,
@@ -38,7 +39,7 @@ from pgrealtime.hub.connection import (
 )
 from pgrealtime.hub.counts import Counts
 from pgrealtime.hub.course import Course
-from pgrealtime.hub.display import Beside, sights_of_audiences
+from pgrealtime.hub.display import sights_of_audiences
 from pgrealtime.hub.event import Action, Event
 from pgrealtime.hub.frame import connect_tail
 from pgrealtime.hub.gaps import Gaps
@@ -49,6 +50,7 @@ from pgrealtime.hub.limits import Limits
 from pgrealtime.hub.match import LIMITED, Group, Matcher
 from pgrealtime.hub.meaning import Meaning
 from pgrealtime.hub.replay import REPLAYS_AT_ONCE, Replays
+from pgrealtime.hub.send_budget import COUNTED, SendBudget
 from pgrealtime.hub.slices import WIDE, Announcement, Slice, portions, slices
 from pgrealtime.hub.snapshot import Barrier, barrier_of
 from pgrealtime.hub.topic import Topic
@@ -116,6 +118,9 @@ class Hub:
         self._identities = Identities(logins, allows_guests=allows_guests)
         self._aside = Aside(self._course, clock)
         self._gaps = Gaps(self._course, doom=self._doom, clock=clock)
+        self._budget = SendBudget(
+            per_connection=limits.send_buffer, total=limits.send_buffers, clock=clock
+        )
         self._replays = Replays(
             changelog,
             self._course,
@@ -123,9 +128,11 @@ class Hub:
             self._aside,
             self._gaps,
             at_once=replays_at_once,
-            send_buffer=limits.send_buffer,
+            budget=self._budget,
+            stall_timeout=limits.stall_timeout,
             turn=self._turn,
             end=self._end,
+            drop=self._drop,
             clock=clock,
         )
         self._stream_is_up = False
@@ -283,6 +290,7 @@ class Hub:
         for connection in list(self._connections.values()):
             connection.epoch = epoch
             connection.cursor = course.head
+            connection.note_parts(course.head, NO_PARTS)
             connection.known = None
             if connection.state is State.HELD and connection.is_resumable:
                 connection.gap = connection.gap or "unknown"
@@ -348,6 +356,7 @@ class Hub:
     def _drop(self, connection: Connection) -> None:
         log.warning("connection.dropped", connection=connection.id, reason="stalled")
         connection.sink.abort()
+        self._budget.forget(connection)
         self.close(connection, "stalled")
 
     def _doom(self, connection: Connection, reason: str) -> None:
@@ -598,12 +607,16 @@ class Hub:
             self._put_aside(verdict.late)
             hits = verdict.hits
             beside = await meaning.display.look_beside(part.events, hits, sights_of_audiences)
-            for portion in portions(part.events, verdict.hits):
-                stop = portion.start
-                while stop < portion.stop or not portion:
+            composer = Composer(
+                meaning.display, part.events, hits, beside, send_buffer=self._limits.send_buffer
+            )
+            for places in portions(part.events, verdict.hits):
+                stop = places.start
+                while stop < places.stop or not places:
+                    portion = await composer.portion(range(stop, places.stop))
                     if course.edition != edition:
                         return  # another history has begun, and this slice isn't of it
-                    stop = self._deliver(part, verdict, beside, range(stop, portion.stop))
+                    stop = self._deliver(part, verdict, portion, start=stop)
                     if stop == len(part.events):
                         break
                     course.head = part.events[stop - 1].cursor
@@ -684,21 +697,19 @@ class Hub:
                 subscription.barrier = subscription.connection.known = None
                 del self._fresh[subscription]
 
-    def _deliver(self, part: Slice, verdict: Verdict, beside: Beside, places: range) -> int:
-        """Hand out a portion of a slice, or as many bytes of it as are bearable at once.
+    def _deliver(self, part: Slice, verdict: Verdict, portion: Portion, *, start: int) -> int:
+        """Hand out a portion of a slice, which begins at a place.
 
         With the last one goes the slice's gap, and with each what nobody could be asked about of
         its events: who breaks off later comes back from behind it. Returns the place of the first
         event left over.
         """
-        display = self._course.meaning.display
-        portion = compose(display, part.events, verdict.hits, beside, places)
         touched = hand_out(portion, part.events)
         stop = portion.stop
         is_last = stop == len(part.events)
         upto = part.upto if is_last else part.events[stop - 1].cursor
         gap = part.gap if is_last else None
-        unheard = verdict.unheard_in(part.events, range(places.start, stop), portion.failed)
+        unheard = verdict.unheard_in(part.events, range(start, stop), portion.failed)
         self._flush(touched, part.events, unheard)
         if stop:
             self._handed = part.events[stop - 1].cursor
@@ -722,18 +733,26 @@ class Hub:
         self, touched: Sequence[Connection], events: Sequence[Event], unheard: Unheard | None
     ) -> None:
         now = self._clock()
-        bound = self._limits.send_buffer
+        limit = self._budget.limit()
         for connection in touched:
             try:
-                is_full = connection.sink.buffered() >= bound
-                if is_full or connection.is_taken_too_much(events, bound):
+                size, buffered = connection.taken(), connection.sink.buffered()
+                is_larger = buffered + size > limit
+                if not size or (is_larger and not self._may_exceed(connection, size, buffered)):
                     self._leave_behind(connection)
                     continue
                 hold = self._gaps.held_at(connection, unheard)
                 connection.write(connection.compose(events, hold))
                 connection.active_at = connection.written_at = now
+                if buffered + size >= COUNTED:
+                    self._budget.note(connection)
+                    limit = self._budget.limit()
             except Exception as error:  # noqa: BLE001 (see _ending_if_it_fails; that is slower)
                 self._give_up(connection, error)
+
+    def _may_exceed(self, connection: Connection, size: int, buffered: int) -> bool:
+        """Whether it may be sent more than its limit: one message, when nothing else waits."""
+        return not buffered and connection.is_one_message() and self._budget.admits(size)
 
     def _leave_behind(self, connection: Connection) -> None:
         """Let it read on from the changelog, at its own pace, from before this portion."""

@@ -3,31 +3,70 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import structlog
+from msgspec import Struct
 
 from pgrealtime.changelog.base import Changelog
 from pgrealtime.errors import ChangelogError
 from pgrealtime.hub.allowance import Allowance
 from pgrealtime.hub.aside import Aside
 from pgrealtime.hub.batch import Batch
-from pgrealtime.hub.compose import compose_for
-from pgrealtime.hub.connection import Connection, State, Subscription
+from pgrealtime.hub.compose import compose_for, subscriptions_by_group
+from pgrealtime.hub.connection import NO_PARTS, Connection, State, Subscription
 from pgrealtime.hub.course import Course
-from pgrealtime.hub.display import Sight
+from pgrealtime.hub.display import NOTHING_BESIDE, Beside, Sight
 from pgrealtime.hub.event import Action, Event
 from pgrealtime.hub.gaps import Gaps
 from pgrealtime.hub.identity import Identities
 from pgrealtime.hub.judge import Verdict, where
 from pgrealtime.hub.match import Group
 from pgrealtime.hub.recent import Recent, standpoint
+from pgrealtime.hub.send_budget import COUNTED, SendBudget
 from pgrealtime.hub.slices import SLICE, Announcement, Slice, parted, slices
 from pgrealtime.lsn import Cursor
 
 log = structlog.get_logger(__name__)
 
 REPLAYS_AT_ONCE = 16
+
+_PIECE_BYTES = 256 * 1024
+"""Handed to a connection at once, though more may wait for it: others of the loop have their turn
+between two pieces."""
+
+
+class _Judged(Struct):
+    """A slice as it was judged for one connection, whose first change isn't handed out whole."""
+
+    part: Slice
+    events: Sequence[Event]
+    verdict: Verdict
+    beside: Beside
+    upto: Cursor
+    edition: int
+    subscriptions: Mapping[str, Subscription]
+
+    def is_of(self, connection: Connection, edition: int) -> bool:
+        """Whether it is what the connection must be handed next, by topics and rules of now."""
+        return (
+            self.edition == edition
+            and self.subscriptions is connection.subscriptions
+            and connection.is_within_change()
+            and connection.cursor < self.events[0].cursor
+            and bool(connection.parts_sent_of(self.events[0].cursor))
+        )
+
+
+class _Progress(Struct):
+    """How one connection's task goes on."""
+
+    at_once: int = SLICE
+    """Events that are tried next."""
+    judged: _Judged | None = None
+    """What is left of a change too large to be sent at once."""
+    too_large: int = 0
+    """Bytes of the next message, if there was no room for it."""
 
 
 class Replays:
@@ -41,9 +80,12 @@ class Replays:
         gaps: Tells of what can't be delivered.
         at_once: Connections that are served at the same moment, and half as many whose filters are
             slow; what they ask of the database must leave some of it to the others.
-        send_buffer: Bytes that a connection is handed at once.
+        budget: How much may wait for connections.
+        stall_timeout: Seconds that one waits for room before the connection that takes most of
+            it is dropped.
         turn: Makes a connection's caller what an event makes of it.
         end: Ends a connection, for a reason.
+        drop: Ends one that takes too little.
         clock: Monotonic seconds.
     """
 
@@ -56,9 +98,11 @@ class Replays:
         gaps: Gaps,
         *,
         at_once: int,
-        send_buffer: int,
+        budget: SendBudget,
+        stall_timeout: float,
         turn: Callable[[Connection, Event], None],
         end: Callable[[Connection, str], None],
+        drop: Callable[[Connection], None],
         clock: Callable[[], float],
     ) -> None:
         self._changelog = changelog
@@ -66,7 +110,9 @@ class Replays:
         self._identities = identities
         self._aside = aside
         self._gaps = gaps
-        self._send_buffer = send_buffer
+        self._budget = budget
+        self._stall_timeout = stall_timeout
+        self._drop = drop
         self._turn = turn
         self._end = end
         self._clock = clock
@@ -134,9 +180,13 @@ class Replays:
     async def _read_on(self, connection: Connection) -> None:
         try:
             await connection.sink.drain()
-            at_once = SLICE
-            while at_once := await self._read_slice(connection, at_once):
+            progress = _Progress()
+            while await self._read_slice(connection, progress):
+                if connection.sink.buffered() >= COUNTED:
+                    progress.judged = None  # it would keep a transaction in memory meanwhile
                 await connection.sink.drain()
+                if progress.too_large:
+                    await self._read_alone(connection, progress)
                 await asyncio.sleep(0)
         except Exception as error:  # noqa: BLE001 (a fault of ours ends this connection only)
             self._fail(connection, error)
@@ -150,28 +200,37 @@ class Replays:
         log.error("replay.failed", error=type(error).__name__, at=where(error))
         self._end(connection, "failed")  # its client comes back; silence would be a gap
 
-    async def _read_slice(self, connection: Connection, at_once: int) -> int:
-        """Hand the connection what is next for it: so many events.
+    async def _read_alone(self, connection: Connection, progress: _Progress) -> None:
+        """Hand on a message that is larger than what may wait for one: when there is room.
 
-        Returns:
-            How many should be tried the next time; 0 if there is no next time.
+        One after the other, so that none waits for ever. Clients that leave no room for too long
+        are dropped, those that take least of what they are sent first.
         """
+        async with self._budget.line:
+            while not await self._budget.has_room(progress.too_large, self._stall_timeout):
+                largest = self._budget.largest()
+                if largest is not None:
+                    self._drop(largest)
+            await self._read_slice(connection, progress)
+
+    async def _read_slice(self, connection: Connection, progress: _Progress) -> bool:
+        """Hand the connection what is next for it; return whether there is a next time."""
         course = self._course
         async with connection.turn:
             if not connection.is_replaying() or self._opens_with_gap(connection):
-                return 0
+                return False
             if self._hand_again(connection):
-                return at_once
+                return True
             if connection.cursor >= course.target:
                 self._join(connection)
-                return 0
+                return False
             is_slow = self._aside.is_slow(connection)
             async with self._slow_turns if is_slow else self._turns:
                 # Looked at once more: others had their turn.
                 if connection.is_replaying() and connection.cursor < course.target:
-                    part, _ = parted(self._part_for(connection), at_once)
-                    return await self._hand(connection, part, Allowance(is_short=not is_slow))
-            return at_once
+                    allowance = Allowance(is_short=not is_slow)
+                    await self._hand(connection, progress, allowance)
+            return True
 
     def _opens_with_gap(self, connection: Connection) -> bool:
         """Tell a gap that the submitted position lies in; return whether that ended it."""
@@ -183,9 +242,13 @@ class Replays:
 
     def _hand_again(self, connection: Connection) -> bool:
         """Deliver what another one that stood there was given a moment ago, if any."""
+        if connection.is_within_change():
+            return False
         stands = standpoint(connection, self._course.edition)
         stretch = None if stands is None else self._recent.find(stands)
         if stretch is None or stretch.upto > self._course.target:
+            return False
+        if stretch.size > self._budget.limit():
             return False
         self._give(connection, stretch.events, stretch.batch)
         connection.cursor = stretch.upto
@@ -204,6 +267,7 @@ class Replays:
             connection.take(batch)
             connection.write(connection.compose(events, hold))
             connection.active_at = connection.written_at = self._clock()
+            self._budget.note(connection)
 
     def _part_for(self, connection: Connection) -> Slice:
         """Return the next slice of what the connection has yet to read."""
@@ -221,72 +285,99 @@ class Replays:
         collections = self._course.meaning.collections
         return next(slices(entries, connection.cursor, collections, turns))
 
-    async def _hand(self, connection: Connection, part: Slice, allowance: Allowance) -> int:
-        """Deliver a slice to one connection: what its own topics may see of it.
+    async def _hand(
+        self, connection: Connection, progress: _Progress, allowance: Allowance
+    ) -> None:
+        """Deliver a slice to one connection, or a piece of it: what its own topics may see of it.
 
         What lies beyond the dispatch task's own is left for later, so that it is judged either
         here or there and never twice; and so is what was judged by collections that are no longer
-        those of now, and what would be too much at once.
-
-        Returns:
-            How many events should be tried the next time: what isn't handed out was judged in vain.
+        those of now, and what would be too much at once. What isn't handed out was judged in
+        vain, so fewer events are tried the next time.
         """
-        course = self._course
-        edition = course.edition
-        upto = min(part.upto, course.target)
-        events = [event for event in part.events if event.cursor <= upto]
-        people = [event for event in part.people if event.cursor <= upto]
-        self._turn_all(connection, people, "update")
-        stands = standpoint(connection, edition)
-        batch, verdict, stop, failed = await self._batch_for(connection, events, allowance)
-        if connection.is_ended or course.edition != edition:
-            return SLICE
-        self._aside.note(connection, allowance, events)
-        if verdict.late:
-            return 1  # of one alone Postgres may know in time; else it is slow, and may be that
-        is_cut = stop < len(events)
-        if is_cut:
-            upto = events[stop - 1].cursor
-        unheard = verdict.unheard_in(events, range(stop), failed)
-        self._give(connection, events, batch, self._gaps.held_at(connection, unheard))
+        edition = self._course.edition
+        stands = None if connection.is_within_change() else standpoint(connection, edition)
+        judged, progress.judged = progress.judged, None
+        if judged is None or not judged.is_of(connection, edition):
+            judged = await self._judge(connection, progress.at_once, allowance)
+            if connection.is_ended or self._course.edition != edition:
+                return
+            self._aside.note(connection, allowance, judged.events)
+            if judged.verdict.late:
+                # Of one alone Postgres may know in time; else it is slow, and may be that.
+                progress.at_once = 1
+                return
+        part, events, verdict = judged.part, judged.events, judged.verdict
+        limit = self._budget.limit()
+        piece = await compose_for(
+            self._course.meaning.display,
+            connection,
+            events,
+            verdict.hits,
+            judged.beside,
+            bound=min(limit, _PIECE_BYTES),
+        )
+        if connection.is_ended or self._course.edition != edition:
+            return
+        size, progress.too_large = piece.batch.size, 0
+        if size > limit and not self._budget.admits(size):
+            progress.too_large, progress.judged = size, judged
+            return
+        if piece.parts:
+            self._give(connection, events, piece.batch, events[0].cursor)
+            connection.note_parts(events[0].cursor, piece.parts)
+            progress.judged = judged
+            return
+        is_cut = piece.stop < len(events)
+        upto = events[piece.stop - 1].cursor if is_cut else judged.upto
+        unheard = verdict.unheard_in(events, range(piece.stop), piece.failed)
+        self._give(connection, events, piece.batch, self._gaps.held_at(connection, unheard))
         is_plain = part.gap is None and not part.people
         if stands is not None and is_plain and unheard is None:
-            self._recent.keep(stands, events, batch, upto)
+            self._recent.keep(stands, events, piece.batch, upto)
         if not is_cut:
+            people = [event for event in part.people if event.cursor <= upto]
             self._turn_all(connection, people, "delete")
         connection.cursor = upto
+        connection.note_parts(upto, NO_PARTS)
         gap = part.gap if part.gap is not None and part.gap.at <= upto else None
         self._gaps.tell_all(connection, gap, unheard, upto)
         # Not before the gap: who breaks off in between would come back from behind it.
         if connection.wants_cursor and not connection.is_ended:
             connection.say_cursor(upto)
-        return stop if is_cut else min(SLICE, max(1, len(events)) * 2)
+        progress.at_once = piece.stop if is_cut else min(SLICE, max(1, len(events)) * 2)
 
     def _turn_all(self, connection: Connection, people: Sequence[Event], action: Action) -> None:
         for event in people:
             if event.action == action:
                 self._turn(connection, event)
 
-    async def _batch_for(
-        self, connection: Connection, events: list[Event], allowance: Allowance
-    ) -> tuple[Batch, Verdict, int, list[int]]:
-        """Return the messages, of how many of the events they are, and which can't be shown."""
-        meaning = self._course.meaning
-        by_group: dict[Group, list[Subscription]] = {}
-        for subscription in connection.subscriptions.values():
-            if subscription.group is not None:
-                by_group.setdefault(subscription.group, []).append(subscription)
+    async def _judge(self, connection: Connection, at_once: int, allowance: Allowance) -> _Judged:
+        """Judge what is next for a connection: so many events, if there are."""
+        course = self._course
+        part, _ = parted(self._part_for(connection), at_once)
+        upto = min(part.upto, course.target)
+        events = [event for event in part.events if event.cursor <= upto]
+        people = [event for event in part.people if event.cursor <= upto]
+        self._turn_all(connection, people, "update")
+        judged = _Judged(
+            part,
+            events,
+            Verdict([()] * len(events)),
+            NOTHING_BESIDE,
+            upto,
+            course.edition,
+            connection.subscriptions,
+        )
+        by_group = subscriptions_by_group(connection)
         if not events or not by_group:
-            return Batch(), Verdict([]), len(events), []
-        verdict = await meaning.judge.judge(events, allowance, by_group.keys())
-        if verdict.late:
-            return Batch(), verdict, len(events), []
+            return judged
+        judge = course.meaning.judge
+        judged.verdict = await judge.judge(events, allowance, by_group.keys())
 
         def sights(groups: Iterable[Group]) -> Iterable[Sight]:
             return ((one.viewer, one.manager) for group in groups for one in by_group[group])
 
-        beside = await meaning.judge.look_beside(events, verdict, sights)
-        batch, stop, failed = compose_for(
-            meaning.display, by_group, events, verdict.hits, beside, bound=self._send_buffer
-        )
-        return batch, verdict, stop, failed
+        if not judged.verdict.late:
+            judged.beside = await judge.look_beside(events, judged.verdict, sights)
+        return judged

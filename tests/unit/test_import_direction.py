@@ -45,10 +45,11 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "wal": (*_FLOOR, "catalog.model"),
     "relay": (*_FLOOR, "catalog.model", "wal", "changelog", "observe"),
     "pool": (),
+    "turns": (),
     "hub": (
         *(*_FLOOR, "catalog.model", "catalog.keys", "catalog.naming", "collections"),
         *("rules", "records"),
-        *("auth.principal", "auth.record", "changelog.base", "observe", "pool"),
+        *("auth.principal", "auth.record", "changelog.base", "observe", "pool", "turns"),
     ),
     # Answers are trimmed by the same "fields" as records.
     "api": (*_FLOOR, "collections", "records", "auth", "hub", "observe"),
@@ -72,7 +73,7 @@ _PURE = (
     *("wal.wire", "wal.message", "wal.wal2json", "wal.pgoutput", "wal.assembler", "wal.feedback"),
     *("changelog.base", "changelog.memory", "rules", "records"),
     *("auth.principal", "auth.record", "auth.token", "auth.passwords"),
-    *("hub.topic", "hub.registry", "hub.match", "hub.frame", "hub.send_buffer"),
+    *("hub.topic", "hub.registry", "hub.match", "hub.frame"),
     *("api.problems", "api.body", "api.forms", "api.cors", "operate.telling"),
 )
 """Code without loop, socket, clock and log; what keeps state does so without touching the world."""

@@ -1,0 +1,214 @@
+"""How much may wait for connections, each and all; a change that is too much comes in pieces."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Sequence
+
+import pytest
+
+from pgrealtime.hub.connection import Connection, State
+from pgrealtime.hub.send_budget import COUNTED, SendBudget
+from pgrealtime.lsn import LSN, Cursor
+from tests.unit.hub.room import MemorySink, at, insert, open_room, update
+
+KIB, MIB = 1024, 1024 * 1024
+MESSAGE = 1000
+"""Bytes of one event's title."""
+
+
+def topics(count: int) -> list[str]:
+    """Names that differ, so that each is sent a message of its own for the same change."""
+    return [f"posts/*?n={n}" for n in range(count)]
+
+
+class SlowSink(MemorySink):
+    """A client that takes what waits for it when it is told to."""
+
+    most = 0
+    """Bytes that ever waited for it."""
+
+    def write(self, data: bytes) -> None:
+        super().write(data)
+        self.most = max(self.most, self.buffered())
+
+    def take(self) -> None:
+        self._take()
+        self._unstuck.set()
+
+    async def take_all(self, count: int) -> list[tuple[str, str, str]]:
+        while len(self.events()) < count:
+            seen = len(self.events())
+            self.take()
+            await self.wait_for(seen + 1)
+        self.take()
+        return self.events()
+
+
+def slow_connection(room: object, *, position: str | None = None) -> tuple[Connection, SlowSink]:
+    sink = SlowSink()
+    connection = room.hub.open(sink, address="127.0.0.1", last_event_id=None, position=position)  # type: ignore[attr-defined]
+    return connection, sink
+
+
+def heard(events: Sequence[tuple[str, str, str]]) -> list[tuple[str, str]]:
+    """Topic and record of each message, PB_CONNECT aside."""
+    return [
+        (topic, json.loads(data)["record"]["id"]) for _, topic, data in events if topic[:2] != "PB"
+    ]
+
+
+async def test_no_more_waits_for_a_connection_than_its_buffer_within_one_change_too() -> None:
+    """Each topic hears the change once, and the next change after it."""
+    async with open_room(send_buffer=8 * KIB) as room:
+        connection, sink = slow_connection(room)
+        await room.subscribe(connection, *topics(100))
+        sink.is_stuck = True
+        room.commit(insert("a", "x" * MESSAGE))
+        room.commit(insert("b"))
+        events = await sink.take_all(201)
+
+    assert sink.most <= 8 * KIB + 2 * MESSAGE
+    assert sorted(heard(events)[:100]) == sorted((topic, "a") for topic in topics(100))
+    assert sorted(heard(events)[100:]) == sorted((topic, "b") for topic in topics(100))
+
+
+async def test_all_pieces_of_a_change_but_the_last_carry_the_position_before_it() -> None:
+    """Who breaks off between two of them hears the whole change once more, and loses nothing."""
+    async with open_room(send_buffer=4 * KIB) as room:
+        connection, sink = slow_connection(room, position="")
+        await room.subscribe(connection, *topics(20))
+        before = room.commit(insert("a"))
+        await sink.wait_for(21)
+        sink.is_stuck = True
+        made = room.commit(insert("b", "x" * MESSAGE))
+        events = (await sink.take_all(41))[21:]
+        again, second = slow_connection(room, position=events[7][0])
+        await room.subscribe(again, *topics(20))
+        repeated = heard((await second.wait_for(21))[1:])
+
+    positions = [event[0].partition(".")[2] for event in events]
+    assert positions == [at(before, 1)] * 19 + [at(made, 1)]
+    assert sorted(repeated) == sorted((topic, "b") for topic in topics(20))
+
+
+async def test_a_call_between_two_pieces_repeats_nothing_to_the_topics_that_stay() -> None:
+    async with open_room(send_buffer=4 * KIB) as room:
+        connection, sink = slow_connection(room)
+        await room.subscribe(connection, *topics(20))
+        sink.is_stuck = True
+        room.commit(insert("a", "x" * MESSAGE))
+        await sink.wait_for(3)
+        kept = topics(20)[:10]
+        await room.subscribe(connection, *kept)
+        room.commit(insert("b"))
+        for _ in range(100):
+            if ("posts/*?n=9", "b") in heard(sink.events()):
+                break
+            sink.take()
+            await sink.wait_for(len(sink.events()) + 1)
+
+    found = heard(sink.events())
+    assert len(found) == len(set(found))
+    assert {(topic, "a") for topic in kept} <= set(found)
+
+
+async def test_a_changed_key_that_comes_in_pieces_is_told_whole() -> None:
+    async with open_room(send_buffer=2 * KIB) as room:
+        connection, sink = slow_connection(room)
+        await room.subscribe(connection, *topics(10))
+        sink.is_stuck = True
+        room.commit(update("new", "x" * MESSAGE, was="old"))
+        events = await sink.take_all(21)
+
+    expected = [(topic, record) for record in ("old", "new") for topic in topics(10)]
+    assert sorted(heard(events)) == sorted(expected)
+
+
+async def test_many_topics_of_stalled_clients_cost_others_neither_time_nor_memory() -> None:
+    """Twenty clients with 200 topics each: 80 MB for one change if it were all made at once."""
+    async with open_room(max_size=10 * MIB) as room:
+        stalled = [slow_connection(room) for _ in range(20)]
+        for number, (connection, sink) in enumerate(stalled):
+            await room.subscribe(connection, *(f"{topic}&of={number}" for topic in topics(200)))
+            sink.is_stuck = True
+        honest, honest_sink = room.connect()
+        await room.subscribe(honest, "posts/*")
+        tracemalloc.start()
+        try:
+            room.commit(insert("a", "x" * 20 * KIB))
+            await honest_sink.wait_for(2)
+            await room.settled()
+            for _, sink in stalled:
+                await sink.wait_for(2)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+
+        assert honest.state is State.LIVE
+        assert {connection.state for connection, _ in stalled} == {State.REPLAY}
+    waiting = sum(len(sink.data) for _, sink in stalled)
+    assert waiting < 20 * (256 + 64) * KIB
+    # What this test's sinks keep counts as well, twice while they grow.
+    assert peak < 3 * waiting + 4 * MIB
+
+
+async def test_one_large_message_after_the_other_waits_until_there_is_room() -> None:
+    """And one that nobody takes doesn't keep the others waiting for ever."""
+    async with open_room(
+        max_size=10 * MIB, send_buffer=64 * KIB, send_buffers=1 * MIB, stall_timeout=0.3
+    ) as room:
+        slow = [slow_connection(room) for _ in range(5)]
+        for connection, sink in slow:
+            await room.subscribe(connection, "posts/*")
+            sink.is_stuck = True
+        room.commit(insert("a", "x" * 400 * KIB))
+        await room.settled()
+        waiting = sum(sink.buffered() for _, sink in slow)
+        assert waiting <= 1 * MIB
+        last = slow[-1][1]
+        last.unstick()
+        await last.wait_for(2)
+
+    assert heard(last.events()) == [("posts/*", "a")]
+
+
+class _Filled(MemorySink):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.is_stuck = True
+        self.data = b"x" * size
+
+
+def _connection(size: int) -> Connection:
+    cursor = Cursor(LSN(0), 0)
+    return Connection("x", _Filled(size), address="", epoch="", cursor=cursor, now=0.0)
+
+
+def test_the_more_waits_for_others_the_less_may_wait_for_one() -> None:
+    budget = SendBudget(per_connection=MIB, total=8 * MIB, clock=lambda: 0.0)
+    assert budget.limit() == MIB
+    waiting = []
+    for _ in range(100):
+        waiting.append(budget.limit())
+        budget.note(_connection(waiting[-1]))
+
+    assert waiting == sorted(waiting, reverse=True)
+    assert sum(size for size in waiting if size > COUNTED) <= 8 * MIB
+    assert waiting[-1] == COUNTED
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_what_was_taken_is_free_again(*, is_taken: bool) -> None:
+    now = [0.0]
+    budget = SendBudget(per_connection=MIB, total=MIB, clock=lambda: now[0])
+    connection = _connection(MIB)
+    budget.note(connection)
+    assert budget.limit() == COUNTED
+    if is_taken:
+        connection.sink.unstick()  # type: ignore[attr-defined]
+    now[0] = 1.0
+    budget.limit()
+
+    assert budget.admits(MIB // 2) is is_taken
