@@ -26,9 +26,9 @@ from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.match import Matcher
 from pgrealtime.hub.own_record import OwnRecords
 from pgrealtime.operate.check import key_problems, rule_problems, rule_right_errors
+from pgrealtime.operate.streamed import collection_of, shown, streamed_tables
 from pgrealtime.pool import QueryPool
 from pgrealtime.relay import Relay
-from pgrealtime.rules.past import tables_of
 from pgrealtime.rules.plan import columns_asked
 from pgrealtime.wal.publication import check_publication, missed_by
 from pgrealtime.wal.slot import read_publication
@@ -73,22 +73,12 @@ class World:
     @property
     def shown(self) -> Collections:
         """The collections whose changes can be read."""
-        unreadable = {_name_in(fault) for fault in self.faults if _is_of_table(fault)}
-        return Collections(tuple(c for c in self.collections.values() if c.name not in unreadable))
+        return shown(self.collections, self.faults)
 
     @property
     def streamed(self) -> Mapping[TableName, Table]:
-        """The tables whose changes are read.
-
-        A junction whose rows can't be told apart is left out: decoders lose or refuse its
-        deletes, so that a deleted record is judged by the links that are left.
-        """
-        own = {collection.table.name for collection in self.shown.values()}
-        return {
-            name: table
-            for name, table in tables_of(self.shown).items()
-            if name in own or (table.identity_columns and not table.is_unlogged)
-        }
+        """The tables whose changes are read."""
+        return streamed_tables(self.collections, self.faults)
 
 
 def fitted(config: Config, catalog: Catalog) -> World:
@@ -99,7 +89,7 @@ def fitted(config: Config, catalog: Catalog) -> World:
     """
     collections, problems = examine(config.collections, catalog)
     faults = (*problems, *rule_problems(collections))
-    faulty = {_name_in(fault) for fault in faults}
+    faulty = {collection_of(fault) for fault in faults}
     locked = (
         replace(one, list_rule=None, view_rule=None, manage_rule=None)
         if one.name in faulty
@@ -111,16 +101,6 @@ def fitted(config: Config, catalog: Catalog) -> World:
         collections=Collections(tuple(locked), encoding=collections.encoding),
         faults=faults,
     )
-
-
-def _name_in(problem: Problem) -> str:
-    _, _, rest = problem.path.partition(".")
-    return rest.partition(".")[0]
-
-
-def _is_of_table(problem: Problem) -> bool:
-    """Whether the table's changes would not all reach us, or not say of what record."""
-    return problem.path.endswith((".table", ".id"))
 
 
 class Reload:
@@ -358,9 +338,9 @@ def _report_changed(before: World, world: World) -> None:
             is_rule = fault.path.endswith("_rule")
             facts = {"path": fault.path, "reason": fault.message, "hint": fault.hint or None}
             if is_rule:
-                log.error("rule.error", collection=_name_in(fault), **facts)
+                log.error("rule.error", collection=collection_of(fault), **facts)
             else:
-                log.error("collection.locked", collection=_name_in(fault), **facts)
+                log.error("collection.locked", collection=collection_of(fault), **facts)
 
 
 def _changed(before: World, world: World) -> Iterator[str]:

@@ -27,6 +27,7 @@ from pgrealtime.demo.server import Server, throwaway_server
 from pgrealtime.demo.writer import Writer
 from pgrealtime.errors import PgRealtimeError, SetupError
 from pgrealtime.observe.log import configure
+from pgrealtime.operate.streamed import streamed_tables
 from pgrealtime.run import running
 from pgrealtime.wal.publication import publication_sql
 
@@ -144,7 +145,7 @@ async def _prepare(connection: Connection, config: Config) -> None:
     await connection.execute(tables)
     names = table_names(config.collections, config.database.schemas)
     catalog = await read_catalog(connection, names=names)
-    streamed = [one.table for one in build(config.collections, catalog).values()]
+    streamed = streamed_tables(build(config.collections, catalog)).values()
     publication = publication_sql(config.replication.publication, streamed, catalog.server_version)
     await connection.execute(publication.encode())
 

@@ -35,6 +35,7 @@ from pgrealtime.errors import (
     describe,
 )
 from pgrealtime.operate.indexes import index_warnings
+from pgrealtime.operate.streamed import streamed_tables
 from pgrealtime.operate.warn import collection_warnings, config_warnings
 from pgrealtime.rules.parse import parse
 from pgrealtime.rules.reference import validate
@@ -117,13 +118,8 @@ class _Asked:
 
     @property
     def tables(self) -> list[Table]:
-        """The tables that nothing was said against."""
-        faulty = {tuple(problem.path.split(".")[:2]) for problem in self.problems}
-        return [
-            collection.table
-            for collection in self.collections.values()
-            if ("collections", collection.name) not in faulty
-        ]
+        """The tables that would be streamed."""
+        return list(streamed_tables(self.collections, self.problems).values())
 
 
 async def _check_database(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import psycopg
@@ -18,6 +20,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from tests.e2e.service import service
 from tests.own_server import own_server
 
 _ROOT = Path(__file__).parents[2]
@@ -360,6 +363,43 @@ def test_a_server_that_has_neither_decoder_ready_is_told_of_both(operator: Opera
     assert "neither wal2json nor pgoutput can be used" in outcome.err
     assert "publication" in outcome.err
     assert outcome.code == 77
+
+
+async def test_the_publication_that_check_asks_for_is_the_one_that_run_takes(
+    operator: Operator, tmp_path: Path
+) -> None:
+    """A relation through a junction table needs that one's changes too."""
+    liked_by = {
+        "through": "public.likes",
+        "source": "post_id",
+        "target": "user_id",
+        "collection": "users",
+    }
+    collections: dict[str, dict[str, Any]] = {
+        "users": {"table": "public.users", "type": "auth"},
+        "posts": {
+            "table": "public.posts",
+            "list_rule": "liked_by.id ?= @request.auth.id",
+            "relations": {"liked_by": liked_by},
+        },
+    }
+    replication = {"plugin": "pgoutput"}
+    text = json.dumps({"collections": collections, "replication": replication})  # which is YAML
+    refused = operator.check(text)
+    found = re.search("CREATE PUBLICATION .*;", refused.err)
+    assert found is not None, refused
+    execute(operator, found[0].replace("{", "{{"))
+    accepted = operator.check(text)
+    assert accepted.code == 0, accepted
+
+    async with service(
+        operator.url,
+        tmp_path,
+        collections=collections,
+        sections={"replication": replication},
+        schema="",
+    ) as running:
+        assert running.process.logged("server.started")
 
 
 def test_a_database_without_an_encoding_is_told(operator: Operator) -> None:
