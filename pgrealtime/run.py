@@ -156,14 +156,14 @@ async def running(
     config: Config,
     *,
     reread: Callable[[], Reading] | None = None,
-    more_routes: Iterable[web.AbstractRouteDef] = (),
+    extend: Callable[[web.Application], None] | None = None,
 ) -> AsyncIterator[Running]:
     """Start everything; on leaving, stop it in order: accept, connections, stream, queries.
 
     Args:
         config: Of the whole.
         reread: Reads the configuration anew for a reload; without it there is only this one.
-        more_routes: Served on the public port beside the API's.
+        extend: Adds routes and middlewares to what is served on the public port.
 
     Raises:
         PgRealtimeError: It can't start. A fault in a running part ends the block likewise.
@@ -250,7 +250,8 @@ async def running(
         app = build_app(hub, authenticator, config)
         routes = LoginRoutes(login, authenticator, config.server, records)
         routes.add_to(app.router)
-        app.add_routes(more_routes)
+        if extend is not None:
+            extend(app)
         runner = build_runner(app)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from importlib.resources import files
 from random import Random
 from typing import Any
@@ -25,10 +26,30 @@ _POLICY = (
 """One file of our own, and nothing from anywhere else."""
 
 
+_HERE = re.compile(r"(?i)(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
+"""Names that nobody else's server can have; the port is another's behind a tunnel."""
+
+
 def signed(secret: str, claims: Mapping[str, object]) -> str:
     """Return a token as the application's own login would make it."""
     expiry = time.time() + _TOKEN_SECONDS
     return jwt.encode({**claims, "exp": expiry}, secret, algorithm="HS256")
+
+
+@web.middleware
+async def only_from_here(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Refuse what a page of another origin sends.
+
+    The tokens are for whoever sits before this machine, and so is what the buttons do. A page
+    elsewhere can send requests to 127.0.0.1, with its own origin; and it can have its host's name
+    resolved to 127.0.0.1 and so share our origin, but then that name is in ``Host``.
+    """
+    origin = request.headers.get("Origin", f"http://{request.host}")
+    if not _HERE.fullmatch(request.host) or origin.lower() != f"http://{request.host}".lower():
+        raise web.HTTPForbidden(text="open the demo by its address, on the machine where it runs\n")
+    return await handler(request)
 
 
 class Page:
@@ -61,14 +82,17 @@ class Page:
         self._random = random
         self._html = files("pgrealtime.demo").joinpath("page.html").read_text(encoding="utf-8")
 
-    def routes(self) -> list[web.RouteDef]:
-        """Return them; they go beside the API's, so that the page has the API's origin."""
-        return [
-            web.get("/", self.show),
-            web.get("/demo/state", self.state),
-            web.post("/demo/step", self.step),
-            web.post("/demo/writer", self.let_write),
-        ]
+    def add_to(self, app: web.Application) -> None:
+        """Add the routes beside the API's, so that the page has the API's origin."""
+        app.middlewares.append(only_from_here)
+        app.add_routes(
+            [
+                web.get("/", self.show),
+                web.get("/demo/state", self.state),
+                web.post("/demo/step", self.step),
+                web.post("/demo/writer", self.let_write),
+            ]
+        )
 
     async def show(self, _request: web.Request) -> web.Response:
         """Answer with the page."""
@@ -87,7 +111,8 @@ class Page:
                 "rules": self._rules,
                 "server": self._server,
                 "writing": self._writer.is_writing,
-            }
+            },
+            headers={"Cache-Control": "no-store"},
         )
 
     async def step(self, request: web.Request) -> web.Response:

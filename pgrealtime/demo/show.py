@@ -78,7 +78,7 @@ async def _show(port: int, say: Callable[[str], object], *, embedded: bool, brow
             server=f"PostgreSQL {server.version}",
             random=random,
         )
-        async with running(config, more_routes=page.routes()) as service:
+        async with running(config, extend=page.add_to) as service:
             url = f"http://{_HOST}:{service.port}/"
             say(_welcome(server, url, time.monotonic() - started))
             if browse and _has_display():
@@ -121,6 +121,8 @@ def _configuration(url: str, port: int, secret: str) -> Config:
                 "DEMO_SECRET": secret,
                 "PGREALTIME_SERVER__HOST": _HOST,
                 "PGREALTIME_SERVER__PORT": str(port),
+                # A page of another origin is let neither to the tokens nor to the API.
+                "PGREALTIME_SERVER__CORS_ORIGINS": "",
                 "PGREALTIME_SERVER__SHUTDOWN_GRACE": "1s",
                 "PGREALTIME_LOGGING__LEVEL": "warning",
             },
