@@ -38,6 +38,9 @@ MARK = "zqmark"
 SLOWEST_SECONDS = 1.0
 LONGEST = 3500
 """Characters of a filter, and of a rule that isn't to be waited for."""
+LEAST = 10
+"""Texts of each outcome, without which a run has shown nothing."""
+_KINDS = ("refused", "decided")
 
 _TOKENS = (
     *("&&", "||", "(", ")", "=", "!=", "~", "!~", ">", ">=", "<", "<=", "?=", "?!=", "?~", "?>="),
@@ -141,12 +144,12 @@ async def test_any_text_is_refused_with_a_place_or_decided(database_url: str) ->
             said = f"PGREALTIME_FUZZ_SEED={SEED}: {case['collection']}, {case['auth']}: {text!r}"
             fed = _fed(case, text, is_filter=is_filter)
             outcomes[_look(corpus, fed, text, said[:3000], is_filter=is_filter)] += 1
-            if time.monotonic() > deadline:
+            # On a slow machine it takes longer, not fewer texts; pytest's timeout is the bound.
+            if time.monotonic() > deadline and min(outcomes[kind] for kind in _KINDS) > LEAST:
                 break
     print(f"\nfuzz: seed {SEED}, {dict(outcomes)}")  # noqa: T201 (what a run was worth)
 
-    assert outcomes["refused"] > 10
-    assert outcomes["decided"] > 10
+    assert all(outcomes[kind] > LEAST for kind in _KINDS)
 
 
 def _look(corpus: Corpus, case: Case, text: str, said: str, *, is_filter: bool) -> str:
