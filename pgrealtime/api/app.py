@@ -15,7 +15,8 @@ from pgrealtime.api import problems, redirect
 from pgrealtime.api.cors import Origins
 from pgrealtime.api.health import Health
 from pgrealtime.api.problems import Language, Problem, preferred_language, problem_of
-from pgrealtime.api.realtime import LARGEST_BODY, RUNNER, SHUTDOWN_SECONDS, Realtime
+from pgrealtime.api.realtime import RUNNER, SHUTDOWN_SECONDS, Realtime
+from pgrealtime.api.uploads import LARGEST_BODY, UPLOADS, Uploads
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.config import Config, ServerConfig
 from pgrealtime.errors import PgRealtimeError
@@ -48,6 +49,7 @@ def build_app(hub: Hub, authenticator: Authenticator, config: Config) -> web.App
     """Return the application; ``build_runner`` serves it with the limits it counts on."""
     surface = Surface(config.server)
     app = web.Application(middlewares=[redirect.put_right, surface.answer])
+    app[UPLOADS] = Uploads()
     app.on_response_prepare.append(surface.add_headers)
     realtime = Realtime(hub, authenticator, config.server, config.realtime)
     health = Health(authenticator, config.server)
@@ -122,7 +124,8 @@ class Surface:
             body=problems.encode(problem, self._language(request)),
             content_type="application/json",
         )
-        if problem in (problems.TOO_LARGE, problems.TOO_SLOW):
+        is_unread = problem is problems.TOO_MANY and not request.content.at_eof()
+        if is_unread or problem in (problems.TOO_LARGE, problems.TOO_SLOW):
             response.force_close()
         return response
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Final, TypeVar
 
@@ -12,14 +11,13 @@ from msgspec import Raw
 from pgrealtime.api.address import client_address
 from pgrealtime.api.answers import json_answer, query_of
 from pgrealtime.api.login_body import (
-    UNREADABLE,
     LoginCall,
     check,
     check_readable,
     read_login,
 )
-from pgrealtime.api.problems import NO_TOKEN, TOO_LARGE, TOO_SLOW, Problem, RefusedError, Text
-from pgrealtime.api.realtime import LARGE_BODY
+from pgrealtime.api.problems import NO_TOKEN, TOO_MANY, Problem, RefusedError, Text
+from pgrealtime.api.uploads import UPLOADS
 from pgrealtime.auth.account import Users
 from pgrealtime.auth.authenticator import Authenticator, Identity
 from pgrealtime.auth.login import Attempt, Login, Session
@@ -32,7 +30,8 @@ from pgrealtime.records.values import Json
 
 _Content = TypeVar("_Content")
 
-_BODY_SECONDS: Final = 60.0
+_LARGEST_BODY: Final = 1024 * 1024
+"""Bytes; two texts of 255 bytes are no longer in any encoding."""
 
 _NO_COLLECTION: Final = Problem(
     404, Text("Missing or invalid collection context.", "缺少或无效的集合上下文。")
@@ -55,7 +54,6 @@ _NOT_LET_IN: Final = Problem(
     ),
 )
 _FAILED: Final = Problem(400, Text("Failed to authenticate.", "身份验证失败。"))
-_TOO_MANY: Final = Problem(429, Text("Too Many Requests.", "请求过多。"))
 
 
 class LoginRoutes:
@@ -112,7 +110,7 @@ class LoginRoutes:
         users = self._auth_users(request)
         if not users.login.password_hash:
             raise RefusedError(_NO_PASSWORDS)
-        call = await _read(request, read_login) or LoginCall()
+        call = await self._read(request, read_login) or LoginCall()
         check(call, users.login.identity)
         attempt = Attempt(
             identity=call.identity, password=call.password, identity_field=call.identity_field
@@ -122,7 +120,7 @@ class LoginRoutes:
             session = await self._login.with_password(users, attempt, address)
         except AuthError as error:
             is_busy = error.error_code == "login_refused"
-            raise RefusedError(_TOO_MANY if is_busy else _FAILED) from error
+            raise RefusedError(TOO_MANY if is_busy else _FAILED) from error
         caller = await self._authenticator.authenticate(request.headers.get("Authorization"))
         return await self._answer(request, session, caller.principal, context="password")
 
@@ -139,13 +137,23 @@ class LoginRoutes:
                 raise RefusedError(_of_another_collection(name))
             case _:
                 raise RefusedError(_of_another_collection("_superusers"))
-        await _read(request, check_readable)
+        await self._read(request, check_readable)
         try:
             session = await self._login.refresh(users, record_id, identity)
         except AuthError as error:
             raise RefusedError(NO_TOKEN) from error
         principal = identity.caller.principal
         return await self._answer(request, session, principal, context="default")
+
+    async def _read(
+        self, request: web.Request, take: Callable[[str, bytes, bytes], _Content]
+    ) -> _Content | None:
+        """Return what the body says, None if there is none."""
+        if not request.body_exists or request.content_length == 0:
+            return None
+        address = client_address(request, self._server.trusted_proxies)
+        uploads = request.app[UPLOADS]
+        return await uploads.read(request, address, take, largest=_LARGEST_BODY)
 
     async def _identify(self, request: web.Request) -> Identity:
         try:
@@ -208,26 +216,3 @@ def _of_another_collection(name: str) -> Problem:
             f"请求需要来自 {name} 集合的认证记录。",
         ),
     )
-
-
-async def _read(
-    request: web.Request, take_apart: Callable[[str, bytes, bytes], _Content]
-) -> _Content | None:
-    """Return what the body says, None if there is none."""
-    if not request.body_exists or request.content_length == 0:
-        return None
-    try:
-        async with asyncio.timeout(_BODY_SECONDS):
-            # aiohttp's own bound of 1 MiB: two texts of 255 bytes are no longer in any encoding.
-            body = await request.read()
-    except TimeoutError as error:
-        raise RefusedError(TOO_SLOW) from error
-    except web.HTTPRequestEntityTooLarge as error:
-        raise RefusedError(TOO_LARGE) from error
-    except web.RequestPayloadError as error:
-        raise RefusedError(UNREADABLE) from error
-    content_type = request.headers.get("Content-Type", "")
-    query = request.rel_url.raw_query_string.encode()
-    if len(body) <= LARGE_BODY:
-        return take_apart(content_type, body, query)
-    return await asyncio.to_thread(take_apart, content_type, body, query)

@@ -60,6 +60,7 @@ NO_SUCH_ROUTE: Final = Problem(
 )
 NO_SUCH_FILE: Final = Problem(404, Text("File not found.", "文件未找到。"))
 TOO_SLOW: Final = Problem(408, Text("Request timeout.", "请求超时。"))
+TOO_MANY: Final = Problem(429, Text("Too Many Requests.", "请求过多。"))
 TOO_LARGE: Final = Problem(413, Text("Request entity too large.", "请求体过大。"))
 INTERNAL: Final = Problem(500, _SOMETHING_WENT_WRONG)
 

@@ -11,8 +11,9 @@ from aiohttp import web
 
 from pgrealtime.api.address import client_address
 from pgrealtime.api.body import SubscribeCall, faults_of, read_call
-from pgrealtime.api.problems import TOO_LARGE, TOO_SLOW, UNREADABLE, RefusedError, invalid
+from pgrealtime.api.problems import RefusedError, invalid
 from pgrealtime.api.stream import ClientStream, EventStream, client_stream, hand_over
+from pgrealtime.api.uploads import UPLOADS
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.config import RealtimeConfig, ServerConfig
 from pgrealtime.hub.connection import Connection
@@ -23,15 +24,6 @@ RUNNER: Final = web.AppKey("runner", web.AppRunner)
 
 SHUTDOWN_SECONDS: Final = 5
 """For what is still being answered or sent when the hub has ended its connections."""
-
-LARGEST_BODY: Final = 32 * 1024 * 1024
-"""Bytes; a body that declares more is refused before it is read (protocol, 1.7)."""
-
-_BODY_SECONDS: Final = 60.0
-"""How long a client may take to send its body."""
-
-LARGE_BODY: Final = 64 * 1024
-"""Bytes above which a body is taken apart in a thread, so that nobody else waits for it."""
 
 _LONGEST_POSITION: Final = 128
 """Characters that are looked at; ours are shorter, and one that was cut is not ours."""
@@ -111,48 +103,20 @@ class Realtime:
 
         Where guests aren't allowed they are told so once the body can be read.
         """
-        call = await _read(request)
+        address = client_address(request, self._trusted)
+        call = SubscribeCall()
+        if request.body_exists and request.content_length != 0:
+            call = await request.app[UPLOADS].read(request, address, read_call)
         if faults := faults_of(call):
             raise RefusedError(invalid(faults))
         await self._hub.subscribe(
             call.client_id,
             call.subscriptions,
             await self._authenticator.admit(request.headers.get("Authorization")),
-            client_address(request, self._trusted),
+            address,
         )
         return web.Response(status=204)
 
 
 def _capped(text: str | None) -> str | None:
     return None if text is None else text[:_LONGEST_POSITION]
-
-
-async def _read(request: web.Request) -> SubscribeCall:
-    if not request.body_exists or request.content_length == 0:
-        return SubscribeCall()
-    body = await _read_body(request)
-    content_type = request.headers.get("Content-Type", "")
-    query = request.rel_url.raw_query_string.encode()
-    if len(body) <= LARGE_BODY:
-        return read_call(content_type, body, query)
-    return await asyncio.to_thread(read_call, content_type, body, query)
-
-
-async def _read_body(request: web.Request) -> bytes:
-    """Return all of the body.
-
-    Raises:
-        RefusedError: It is larger than it may be, broken, or too slow in coming.
-    """
-    body = bytearray()
-    try:
-        async with asyncio.timeout(_BODY_SECONDS):
-            async for piece in request.content.iter_any():
-                body += piece
-                if len(body) > LARGEST_BODY:
-                    raise RefusedError(TOO_LARGE)
-    except TimeoutError as error:
-        raise RefusedError(TOO_SLOW) from error
-    except web.RequestPayloadError as error:
-        raise RefusedError(UNREADABLE) from error
-    return bytes(body)

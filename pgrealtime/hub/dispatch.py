@@ -57,6 +57,7 @@ from pgrealtime.hub.topic import Topic
 from pgrealtime.hub.visibility import Visibility
 from pgrealtime.lsn import LSN, Cursor
 from pgrealtime.records.encode import View
+from pgrealtime.turns import TurnQueue
 
 log = structlog.get_logger(__name__)
 
@@ -140,6 +141,8 @@ class Hub:
         self._gate = False
         self._waiting: deque[Callable[[], None]] = deque()
         self._reconsider: Callable[[Caller], Caller] = _unchanged
+        self._calls = TurnQueue()
+        """Subscribe calls whose topics are read."""
         self._fresh: dict[Subscription, None] = {}
         """Those that have a barrier."""
         self._handed = changelog.head
@@ -459,7 +462,7 @@ class Hub:
         if not is_first:
             connection.state = State.PAUSED
         try:
-            topics = await self._course.meaning.read(names, caller)
+            topics = await self._course.meaning.read(names, caller, self._calls, connection.address)
             barrier = await self._barrier_for(connection, names, is_first=is_first)
             if connection.is_ended:
                 raise SubscriptionError("unknown client id", code="client_unknown")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Literal
 
@@ -19,11 +18,9 @@ from pgrealtime.hub.judge import Asking, Judge
 from pgrealtime.hub.match import FILTERS_PER_CONNECTION, Matcher
 from pgrealtime.hub.topic import Topic, parse_topic
 from pgrealtime.rules.request import Request
+from pgrealtime.turns import TurnQueue
 
 log = structlog.get_logger(__name__)
-
-_TURN = 8 * 1024
-"""Characters of topics that are read before anybody else has a turn."""
 
 
 class Meaning:
@@ -58,29 +55,42 @@ class Meaning:
         self.subscriptions: Counter[str] = Counter()
         self._reported: set[tuple[str, str]] = set()
 
-    async def read(self, names: Iterable[str], caller: Caller) -> dict[str, Topic]:
+    async def read(
+        self, names: Sequence[str], caller: Caller, calls: TurnQueue, address: str
+    ) -> dict[str, Topic]:
         """Return the topics, what they ask for compiled for ``give``.
 
-        In turns with the loop's other users: a call may bring a thousand that take 2 ms each.
+        In turns with the loop's other users, of which another call is none: one call may bring a
+        thousand topics that take 2 ms each, and there may be many calls.
+
+        Args:
+            names: As submitted.
+            caller: Who calls.
+            calls: Those that are being read.
+            address: Whose call it is.
         """
         topics: dict[str, Topic] = {}
         left = FILTERS_PER_CONNECTION
-        turn = 0
-        for name in names:
-            topic = topics[name] = parse_topic(name)
-            turn += len(name)
-            collection = self.collections.find(topic.collection)
-            if collection is not None and "expand" in topic.query:
-                self.display.prepare(collection, _request(topic, caller))
-            if collection is not None and "filter" in topic.query:
-                left -= len(topic.query["filter"])
-                if left >= 0:
-                    self._compile(collection, topic, caller)
-                    turn = _TURN
-            if turn >= _TURN:
-                turn = 0
-                await asyncio.sleep(0)
+        rest = iter(names)
+        while len(topics) < len(names):
+            async with calls.work(address) as turn:
+                for name in rest:
+                    topic = topics[name] = parse_topic(name)
+                    left -= len(topic.query.get("filter", ""))
+                    self._prepare(topic, caller, is_compiled=left >= 0)
+                    if turn.is_over():
+                        break
         return topics
+
+    def _prepare(self, topic: Topic, caller: Caller, *, is_compiled: bool) -> None:
+        """Have ready what ``give`` asks for."""
+        collection = self.collections.find(topic.collection)
+        if collection is None:
+            return
+        if "expand" in topic.query:
+            self.display.prepare(collection, _request(topic, caller))
+        if "filter" in topic.query and is_compiled:
+            self._compile(collection, topic, caller)
 
     def _compile(self, collection: Collection, topic: Topic, caller: Caller) -> None:
         with suppress(RuleError):

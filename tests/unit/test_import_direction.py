@@ -52,7 +52,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
         *("auth.principal", "auth.record", "changelog.base", "observe", "pool", "turns"),
     ),
     # Answers are trimmed by the same "fields" as records.
-    "api": (*_FLOOR, "collections", "records", "auth", "hub", "observe"),
+    "api": (*_FLOOR, "collections", "records", "auth", "hub", "observe", "turns"),
     "vitals": ("",),
     "reload": ("",),
     "run": ("",),

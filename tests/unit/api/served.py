@@ -13,6 +13,7 @@ import jwt
 from aiohttp import web
 
 from pgrealtime.api.app import build_app, build_runner
+from pgrealtime.api.uploads import UPLOADS, Uploads
 from pgrealtime.auth.account import Accounts
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.collections import Collections
@@ -77,7 +78,11 @@ class Served:
 
 @asynccontextmanager
 async def served(
-    server: Mapping[str, object] | None = None, *, is_up: bool = True, **limits: Any
+    server: Mapping[str, object] | None = None,
+    *,
+    is_up: bool = True,
+    uploads: Uploads | None = None,
+    **limits: Any,
 ) -> AsyncIterator[Served]:
     """Serve with the given keys of ``server``; the others are of ``realtime``."""
     config = Config.model_validate({**CONFIG, "server": server or {}, "realtime": limits})
@@ -85,7 +90,9 @@ async def served(
     pool = QueryPool()
     authenticator = Authenticator(config.auth, Collections(()), Accounts(pool))
     async with open_room(is_up=is_up, **limits) as open_:
-        runner = build_runner(build_app(open_.hub, authenticator, config))
+        app = build_app(open_.hub, authenticator, config)
+        app[UPLOADS] = uploads or Uploads()
+        runner = build_runner(app)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 import pytest
 import structlog
 
-from pgrealtime.api import realtime
+from pgrealtime.api.uploads import Uploads
 from tests.conformance.http_client import EventStream, Request, send
 from tests.unit.api.served import Served, served, until
 from tests.unit.hub.room import DEADLINE
@@ -38,11 +38,13 @@ STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
 
 
 @asynccontextmanager
-async def unimpressed(caplog: pytest.LogCaptureFixture) -> AsyncIterator[Served]:
+async def unimpressed(
+    caplog: pytest.LogCaptureFixture, uploads: Uploads | None = None
+) -> AsyncIterator[Served]:
     """A service that afterwards is well, has forgotten everything and complained of nothing."""
     caplog.set_level(logging.WARNING)
     with structlog.testing.capture_logs() as events:
-        async with served() as service:
+        async with served(uploads=uploads) as service:
             tasks = len(asyncio.all_tasks())
             yield service
             await service.until_forgotten()
@@ -208,11 +210,8 @@ async def test_call_that_breaks_off_leaves_nothing(caplog: pytest.LogCaptureFixt
                 writer.transport.abort()
 
 
-async def test_body_that_comes_too_slowly_is_given_up(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(realtime, "_BODY_SECONDS", 0.1)
-    async with unimpressed(caplog) as service:
+async def test_body_that_comes_too_slowly_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    async with unimpressed(caplog, Uploads(seconds=0.1)) as service:
         reader, writer = await service.raw(POST + b"Content-Length: 1000\r\n\r\n{")
         async with asyncio.timeout(DEADLINE):
             answer = await reader.read()

@@ -1,0 +1,124 @@
+"""Bodies of requests: read and taken apart, within the bytes and seconds that there are."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from aiohttp import web
+
+from pgrealtime.api.problems import TOO_LARGE, TOO_MANY, TOO_SLOW, UNREADABLE, RefusedError
+from pgrealtime.turns import TurnQueue
+
+_Content = TypeVar("_Content")
+
+LARGEST_BODY: Final = 32 * 1024 * 1024
+"""Bytes; a body that declares more is refused before it is read (protocol, 1.7)."""
+
+LARGE_BODY: Final = 64 * 1024
+"""Bytes above which a body is taken apart in a thread, so that nobody else waits for it; up to here
+it doesn't count as large either."""
+
+_PER_ADDRESS: Final = 40 * 1024 * 1024
+"""Of large bodies from one address that are here at a time: one of the largest, and some more."""
+_IN_ALL: Final = 128 * 1024 * 1024
+"""Of large bodies that are here at a time. Smaller ones are always read: calls for topics go on
+while somebody fills this."""
+
+_BODY_SECONDS: Final = 60.0
+"""How long a client may take to send its body."""
+
+
+class Uploads:
+    """The bodies that are being read or taken apart.
+
+    Args:
+        per_address: Bytes of one address' large bodies at a time.
+        in_all: Of all.
+        seconds: That a client may take to send its body.
+    """
+
+    def __init__(
+        self,
+        *,
+        per_address: int = _PER_ADDRESS,
+        in_all: int = _IN_ALL,
+        seconds: float = _BODY_SECONDS,
+    ) -> None:
+        self._per_address = per_address
+        self._in_all = in_all
+        self._seconds = seconds
+        self._held: Counter[str] = Counter()
+        self._total = 0
+        self._threads = TurnQueue()
+
+    @property
+    def held(self) -> int:
+        """Bytes of the large bodies that are here."""
+        return self._total
+
+    async def read(
+        self,
+        request: web.Request,
+        address: str,
+        take: Callable[[str, bytes, bytes], _Content],
+        *,
+        largest: int = LARGEST_BODY,
+    ) -> _Content:
+        """Return what a function makes of the body.
+
+        Args:
+            request: It has a body.
+            address: Whose.
+            take: Is given content type, body and query string; runs in a thread if that is long,
+                one at a time: several would only keep each other from the interpreter.
+            largest: Bytes of the body.
+
+        Raises:
+            RefusedError: The body is larger than it may be, broken, too slow in coming, or more
+                than there is room for.
+        """
+        content_type = request.headers.get("Content-Type", "")
+        query = request.rel_url.raw_query_string.encode()
+        body = bytearray()
+        counted = 0
+        try:
+            async with asyncio.timeout(self._seconds):
+                async for piece in request.content.iter_any():
+                    body += piece
+                    if len(body) > largest:
+                        raise RefusedError(TOO_LARGE)
+                    if len(body) > LARGE_BODY:
+                        self._count(address, len(body) - counted)
+                        counted = len(body)
+            if not counted:
+                return take(content_type, bytes(body), query)
+            async with self._threads.turn(address):
+                return await asyncio.to_thread(take, content_type, bytes(body), query)
+        except TimeoutError as error:
+            raise RefusedError(TOO_SLOW) from error
+        except web.RequestPayloadError as error:
+            raise RefusedError(UNREADABLE) from error
+        finally:
+            self._count(address, -counted)
+
+    def _count(self, address: str, size: int) -> None:
+        """Count bytes that came or went.
+
+        Raises:
+            RefusedError: There is no room for them.
+        """
+        held, total = self._held[address] + size, self._total + size
+        if size > 0 and (held > self._per_address or total > self._in_all):
+            raise RefusedError(TOO_MANY)
+        self._total = total
+        if held:
+            self._held[address] = held
+        else:
+            del self._held[address]
+
+
+UPLOADS: Final = web.AppKey("uploads", Uploads)
+"""Of an application: one for all its routes."""

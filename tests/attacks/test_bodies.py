@@ -1,0 +1,147 @@
+"""Request bodies that are large, unfinished or dear to read, many at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import quote
+
+from pgrealtime.api.uploads import LARGE_BODY, Uploads
+from tests.conformance.http_client import EventStream, Request, send
+from tests.unit.api.served import Served, served, until
+from tests.unit.hub.room import DEADLINE, insert
+
+MIB = 1024 * 1024
+HEAD = b"POST /api/realtime HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+TOO_MANY = b'{"data":{},"message":"Too Many Requests.","status":429}'
+
+
+async def opened(service: Served, name: str) -> tuple[EventStream, str]:
+    """An event stream, and its client id."""
+    get = Request(method="GET", path="/api/realtime", headers={})
+    stream = await EventStream.open(get, service.address, name)
+    (connect,) = await stream.take(1, DEADLINE)
+    return stream, connect.partition(b"\n")[0].decode().removeprefix("id:")
+
+
+async def subscribe(service: Served, client_id: str, *topics: str) -> int:
+    body = json.dumps({"clientId": client_id, "subscriptions": topics}).encode()
+    headers = {"Content-Type": "application/json"}
+    request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
+    return (await send(request, service.address)).head.status
+
+
+@asynccontextmanager
+async def unfinished(
+    service: Served, count: int, size: int
+) -> AsyncIterator[list[asyncio.StreamReader]]:
+    """So many calls, each of which has sent so much of its body and sends no more."""
+    readers, writers = [], []
+    head = HEAD + b"Content-Length: %d\r\n\r\n" % (size + 1)
+
+    async def begin() -> None:
+        reader, writer = await service.raw(head + b'"' + b"x" * (size - 1))
+        readers.append(reader)
+        writers.append(writer)
+
+    await asyncio.gather(*(begin() for _ in range(count)))
+    try:
+        yield readers
+    finally:
+        for writer in writers:
+            writer.transport.abort()
+
+
+async def test_unfinished_bodies_fill_no_more_than_there_is_for_an_address() -> None:
+    """The others are refused in the API's form; small calls go on beside them."""
+    uploads = Uploads(per_address=4 * MIB, in_all=100 * MIB)
+    async with served(uploads=uploads) as service:
+        stream, client_id = await opened(service, "honest")
+        async with unfinished(service, 12, MIB) as readers:
+            ends = [asyncio.create_task(reader.read()) for reader in readers]
+            async with asyncio.timeout(DEADLINE):
+                while sum(end.done() for end in ends) < 8:
+                    assert uploads.held <= 4 * MIB
+                    await asyncio.sleep(0.001)
+            assert uploads.held == 4 * MIB
+            refused = [end.result() for end in ends if end.done()]
+            status = await subscribe(service, client_id, "posts/*")
+            for end in ends:
+                end.cancel()
+        await until(lambda: uploads.held == 0)
+        await stream.close()
+
+    assert status == 204
+    assert all(answer.endswith(TOO_MANY) for answer in refused)
+    assert all(answer.startswith(b"HTTP/1.1 429 ") for answer in refused)
+
+
+async def test_unfinished_bodies_of_all_addresses_are_bounded_together() -> None:
+    uploads = Uploads(per_address=100 * MIB, in_all=2 * MIB)
+    async with served({"trusted_proxies": ["127.0.0.1"]}, uploads=uploads) as service:
+        ends = []
+        for number in range(4):
+            head = HEAD + b"X-Forwarded-For: 10.0.0.%d\r\nContent-Length: 9999999\r\n\r\n" % number
+            reader, writer = await service.raw(head + b"x" * MIB)
+            ends.append((asyncio.create_task(reader.read()), writer))
+        await until(lambda: sum(end.done() for end, _ in ends) >= 2)
+        held = uploads.held
+        for end, writer in ends:
+            end.cancel()
+            writer.transport.abort()
+        await until(lambda: uploads.held == 0)
+
+    assert held <= 2 * MIB
+
+
+async def test_what_was_refused_or_read_holds_no_room() -> None:
+    uploads = Uploads(per_address=MIB, in_all=MIB)
+    async with served(uploads=uploads) as service:
+        for size in (2 * MIB, MIB // 2, LARGE_BODY + 1, 10):
+            for _ in range(3):
+                body = b'{"clientId":"%b"}' % (b"x" * size)
+                headers = {"Content-Type": "application/json"}
+                request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
+                status = (await send(request, service.address)).head.status
+                assert status == (429 if size > MIB else 400 if size > 10 else 404)
+            await until(lambda: uploads.held == 0)
+
+
+async def test_many_calls_with_long_filters_hold_up_no_events() -> None:
+    """Twenty calls, each with two filters that nobody compiled before, beside rows.
+
+    Others of the loop have their turn after each filter, not after all that came at once.
+    """
+
+    def topic(number: int) -> str:
+        """A filter of another shape for each number: one of the same shape is compiled already."""
+        joins = (("&&", "||")[number >> bit & 1] for bit in range(70))
+        terms = "".join(f"(title~'{n}'||id>'b'){join}" for n, join in enumerate(joins))
+        options = json.dumps({"query": {"filter": f"{terms}id!='c'"}}, separators=(",", ":"))
+        return f"posts/*?options={quote(options, safe='(){}|~<>=:!,')}"
+
+    async with served() as service:
+        streams = [await opened(service, str(number)) for number in range(21)]
+        honest, client_id = streams.pop()
+        assert await subscribe(service, client_id, "posts/*") == 204
+        calls = [
+            asyncio.create_task(subscribe(service, one, *map(topic, range(n * 2, n * 2 + 2))))
+            for n, (_, one) in enumerate(streams)
+        ]
+        began = time.monotonic()
+        delays: list[float] = []
+        while not all(call.done() for call in calls):
+            sent = time.monotonic()
+            service.room.commit(insert(f"row{len(delays)}"))
+            assert await honest.take(1, 30.0)
+            delays.append(time.monotonic() - sent)
+        in_all = time.monotonic() - began
+        statuses = await asyncio.gather(*calls)
+        for stream, _ in (*streams, (honest, client_id)):
+            await stream.close()
+
+    assert set(statuses) == {204}
+    assert max(delays) < in_all / 5, "an event waited for more than a few filters"

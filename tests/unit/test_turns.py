@@ -1,0 +1,75 @@
+"""Long work in turns: whoever has much of it waits for himself."""
+
+from __future__ import annotations
+
+import asyncio
+from time import perf_counter
+
+from pgrealtime.turns import TURN_SECONDS, Turn, TurnQueue
+
+
+async def test_those_who_wait_take_turns_whatever_each_has_to_do() -> None:
+    """A call of somebody's waits for one of another's, not for all of them."""
+    queue, done = TurnQueue(), list[str]()
+
+    async def work(whose: str, name: str) -> None:
+        async with queue.turn(whose):
+            await asyncio.sleep(0)
+            done.append(name)
+
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(5):
+            tasks.create_task(work("many", f"many {number}"))
+        tasks.create_task(work("one", "one"))
+
+    assert done.index("one") <= 2
+    assert [name for name in done if name != "one"] == [f"many {number}" for number in range(5)]
+
+
+async def test_who_gives_up_while_waiting_holds_up_nobody() -> None:
+    queue, done = TurnQueue(), list[str]()
+
+    async def work(whose: str) -> None:
+        async with queue.turn(whose):
+            await asyncio.sleep(0)
+            done.append(whose)
+
+    async with asyncio.timeout(5.0), queue.turn("first"):
+        tasks = [asyncio.create_task(work(whose)) for whose in ("a", "b", "c")]
+        await asyncio.sleep(0)
+        tasks[0].cancel()
+    tasks[1].cancel()  # the turn was passed on to it, or is about to be
+    await asyncio.gather(*tasks, return_exceptions=True)
+    async with asyncio.timeout(5.0), queue.turn("last"):
+        pass
+
+    assert "c" in done
+
+
+async def test_long_turns_leave_the_loop_half_of_the_time() -> None:
+    """However many wait for theirs."""
+    queue = TurnQueue()
+    worked = [0.0]
+
+    async def work(number: int) -> None:
+        async with queue.work(str(number)):
+            began = perf_counter()
+            while perf_counter() - began < 4 * TURN_SECONDS:
+                pass
+            worked[0] += perf_counter() - began
+
+    began = perf_counter()
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(10):
+            tasks.create_task(work(number))
+
+    assert worked[0] <= 0.6 * (perf_counter() - began)
+
+
+async def test_a_turn_is_over_after_its_time_and_not_before() -> None:
+    turn = Turn()
+    assert not turn.is_over()
+    await asyncio.sleep(2 * TURN_SECONDS)
+    assert turn.is_over()
+    await turn.pause()
+    assert not turn.is_over()
