@@ -19,9 +19,9 @@ from pgrealtime.api.login_body import (
 from pgrealtime.api.problems import NO_TOKEN, TOO_MANY, Problem, RefusedError, Text
 from pgrealtime.api.uploads import UPLOADS
 from pgrealtime.auth.account import Users
-from pgrealtime.auth.authenticator import Authenticator, Identity
+from pgrealtime.auth.authenticator import Authenticator, Identity, caller_of
 from pgrealtime.auth.login import Attempt, Login, Session
-from pgrealtime.auth.principal import AuthRecord, Principal
+from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.config import ServerConfig
 from pgrealtime.errors import AuthError
 from pgrealtime.hub.own_record import OwnRecords
@@ -122,7 +122,7 @@ class LoginRoutes:
             is_busy = error.error_code == "login_refused"
             raise RefusedError(TOO_MANY if is_busy else _FAILED) from error
         caller = await self._authenticator.authenticate(request.headers.get("Authorization"))
-        return await self._answer(request, session, caller.principal, context="password")
+        return await self._answer(request, session, caller, context="password")
 
     async def refresh(self, request: web.Request) -> web.Response:
         """Give whoever has a token that holds the record, and if possible a newer token."""
@@ -142,8 +142,7 @@ class LoginRoutes:
             session = await self._login.refresh(users, record_id, identity)
         except AuthError as error:
             raise RefusedError(NO_TOKEN) from error
-        principal = identity.caller.principal
-        return await self._answer(request, session, principal, context="default")
+        return await self._answer(request, session, identity.caller, context="default")
 
     async def _read(
         self, request: web.Request, take: Callable[[str, bytes, bytes], _Content]
@@ -176,7 +175,7 @@ class LoginRoutes:
         return users
 
     async def _answer(
-        self, request: web.Request, session: Session, caller: Principal, *, context: str
+        self, request: web.Request, session: Session, caller: Caller, *, context: str
     ) -> web.Response:
         """Let somebody in, if the collection's rule does.
 
@@ -194,7 +193,7 @@ class LoginRoutes:
         ):
             raise RefusedError(_NOT_LET_IN)
         record = await self._records.record(
-            collection, row, account.record, query=query, headers=headers
+            collection, row, caller_of(account, None), query=query, headers=headers
         )
         return json_answer(request, {"record": Raw(record), "token": session.token})
 

@@ -73,3 +73,8 @@ class Caller:
     own: tuple[tuple[str, str | None], ...] = field(default=(), repr=False)
     """Columns of that row, in text form, which rules ask for under ``@request.auth``: those that
     the principal doesn't carry."""
+
+    @property
+    def own_row(self) -> dict[str, str | None] | None:
+        """``own`` as a row; None if rules ask for none of it."""
+        return dict(self.own) or None

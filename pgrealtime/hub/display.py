@@ -13,6 +13,7 @@ import structlog
 from msgspec import Struct
 
 from pgrealtime.auth.principal import Superuser
+from pgrealtime.changes import Row
 from pgrealtime.collections import Collection, Collections
 from pgrealtime.hub.connection import Receives, Subscription
 from pgrealtime.hub.event import Event
@@ -115,12 +116,24 @@ class Display:
         # Views hold what clients wrote as fields: bounded, so that nobody can fill the memory.
         self._encoder = lru_cache(maxsize=_ENCODERS)(self._make_encoder)
 
-    def prepare(self, collection: Collection, request: Request) -> None:
+    def prepare(self, collection: Collection, request: Request, own: Row | None) -> None:
         """Find out who the subscriber is to related records, for ``view`` to know it."""
-        self._viewers.viewer(collection, request)
+        self._viewers.viewer(collection, request, own)
 
-    def view(self, subscription: Subscription, collection: Collection, request: Request) -> None:
+    def view(
+        self,
+        subscription: Subscription,
+        collection: Collection,
+        request: Request,
+        own: Row | None,
+    ) -> None:
         """Say what the subscriber sees of the collection's records.
+
+        Args:
+            subscription: Whose view it is.
+            collection: That its topic is about.
+            request: The subscriber.
+            own: Columns of its own row; None if there is none, or rules ask for none.
 
         Raises:
             RuleError: The manage rule can't be used.
@@ -131,9 +144,9 @@ class Display:
         )
         subscription.viewer = subscription.manager = None
         if "expand" in request.query:
-            subscription.viewer = self._viewers.viewer(collection, request)
+            subscription.viewer = self._viewers.viewer(collection, request, own)
         if collection.manage_rule is not None and not is_superuser:
-            bound = self._planner.bind(collection, collection.manage_rule, request)
+            bound = self._planner.bind(collection, collection.manage_rule, request, own)
             subscription.manager = bound if isinstance(bound, Bound) else None
 
     async def look_beside(

@@ -125,12 +125,15 @@ class Viewers:
         self._plan = lru_cache(maxsize=plans)(self._make_plan)
         self._known: WeakValueDictionary[object, Viewer] = WeakValueDictionary()
 
-    def viewer(self, collection: Collection, request: Request) -> Viewer | None:
+    def viewer(
+        self, collection: Collection, request: Request, own: Row | None = None
+    ) -> Viewer | None:
         """Return who the subscriber is to related records; None if it wants none.
 
         Args:
             collection: That the topic is about.
             request: The subscriber.
+            own: Columns of its own row, as ``Planner.bind`` has them.
         """
         plan = self._plan(collection.name, request.query.get("expand", ""))
         if plan is None:
@@ -140,36 +143,36 @@ class Viewers:
         managed: dict[str, Bound] = {}
         is_superuser = isinstance(request.principal, Superuser)
         for target in plan.targets:
-            bound = self._bind(target, target.view_rule, asked)
+            bound = self._bind(target, target.view_rule, asked, own)
             if isinstance(bound, Bound):
                 seen[target.name] = bound
             elif bound is not None and not bound.reason:
                 seen[target.name] = None
             if target.type == "auth" and target.manage_rule is not None and not is_superuser:
-                manager = self._bind(target, target.manage_rule, asked)
+                manager = self._bind(target, target.manage_rule, asked, own)
                 if isinstance(manager, Bound):
                     managed[target.name] = manager
-        own = None
+        record = None
         match request.principal:
             case AuthRecord(collection_name=name, id=record_id) if name in seen:
-                own = name, record_id
-        identity = (plan, is_superuser, own, tuple(seen.items()), tuple(managed.items()))
+                record = name, record_id
+        identity = (plan, is_superuser, record, tuple(seen.items()), tuple(managed.items()))
         viewer = self._known.get(identity)
         if viewer is None:
             viewer = self._known[identity] = Viewer(
-                plan=plan, sees_hidden=is_superuser, own=own, seen=seen, managed=managed
+                plan=plan, sees_hidden=is_superuser, own=record, seen=seen, managed=managed
             )
         return viewer
 
     def _bind(
-        self, target: Collection, rule: str | None, request: Request
+        self, target: Collection, rule: str | None, request: Request, own: Row | None
     ) -> Bound | Nobody | None:
         """Return what decides; Nobody without a reason if the rule is false whatever the record.
 
         The client's filter is about the topic's own records.
         """
         try:
-            return self._planner.bind(target, rule, request, is_filtered=False)
+            return self._planner.bind(target, rule, request, own, is_filtered=False)
         except RuleError:
             return None
 

@@ -88,13 +88,13 @@ class Meaning:
         if collection is None:
             return
         if "expand" in topic.query:
-            self.display.prepare(collection, _request(topic, caller))
+            self.display.prepare(collection, _request(topic, caller), caller.own_row)
         if "filter" in topic.query and is_compiled:
             self._compile(collection, topic, caller)
 
     def _compile(self, collection: Collection, topic: Topic, caller: Caller) -> None:
         with suppress(RuleError):
-            self.matcher.bind(collection, topic, caller.principal, dict(caller.own) or None)
+            self.matcher.bind(collection, topic, caller.principal, caller.own_row)
 
     def give(self, subscription: Subscription, caller: Caller) -> str:
         """Give a subscription that is in no group what its topic means to the caller now.
@@ -111,8 +111,9 @@ class Meaning:
         if isinstance(principal, AuthRecord) and principal.collection_id == collection.id:
             subscription.own_id = principal.id
         try:
-            self.display.view(subscription, collection, _request(topic, caller))
-            reason = self.matcher.add(subscription, principal, dict(caller.own) or None)
+            own = caller.own_row
+            self.display.view(subscription, collection, _request(topic, caller), own)
+            reason = self.matcher.add(subscription, principal, own)
         except RuleError as error:
             self._report(topic.collection, error)
             return error.message

@@ -13,7 +13,7 @@ import psycopg
 import structlog
 from psycopg_pool import PoolTimeout
 
-from pgrealtime.auth.principal import AuthRecord, Principal
+from pgrealtime.auth.principal import Caller
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection, Collections
 from pgrealtime.errors import DatabaseUnreachableError, RuleError
@@ -58,7 +58,7 @@ class OwnRecords:
         self,
         collection: Collection,
         row: Row,
-        caller: Principal,
+        caller: Caller,
         *,
         query: Mapping[str, str],
         headers: Mapping[str, str],
@@ -81,10 +81,12 @@ class OwnRecords:
         if current is None or current.auth_rule == "":
             return current is not None
         asked = Request(
-            principal=caller, query=query, headers=headers, context=context, method="POST"
+            principal=caller.principal, query=query, headers=headers, context=context, method="POST"
         )
         try:
-            bound = self._planner.bind(current, current.auth_rule, asked, is_filtered=False)
+            bound = self._planner.bind(
+                current, current.auth_rule, asked, caller.own_row, is_filtered=False
+            )
         except RuleError as error:
             reason = error.message
             log.error("rule.error", collection=current.name, reason=reason)  # noqa: TRY400 (the rule's fault, not ours)
@@ -105,7 +107,7 @@ class OwnRecords:
         self,
         collection: Collection,
         row: Row,
-        owner: AuthRecord,
+        owner: Caller,
         *,
         query: Mapping[str, str],
         headers: Mapping[str, str],
@@ -125,8 +127,9 @@ class OwnRecords:
         if self._collections.get(collection.name) is not collection:
             # Other collections came while the password was checked.
             return encoder(collection, nulls=self._nulls, view=view)(row)
-        request = Request(principal=owner, query=query, headers=headers, method="POST")
-        viewer = self._viewers.viewer(collection, request) if "expand" in query else None
+        request = Request(principal=owner.principal, query=query, headers=headers, method="POST")
+        is_expanded = "expand" in query
+        viewer = self._viewers.viewer(collection, request, owner.own_row) if is_expanded else None
         related, expand = await self._expander.beside(collection, row, viewer)
         return encoder(collection, nulls=self._nulls, view=view)(row, related, expand)
 

@@ -271,7 +271,7 @@ class _Judging:
 
     async def _engine(self, asking: Asking, collection: Collection, row: Row) -> bool:
         """Return what the service does."""
-        own = dict(self._caller.own) or None
+        own = self._caller.own_row
         bound = Matcher(self._collections).bind(
             collection, self._topic, self._caller.principal, own
         )

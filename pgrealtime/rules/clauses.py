@@ -37,6 +37,7 @@ from pgrealtime.rules.ir import (
 )
 from pgrealtime.rules.lower import LoweredValues, lower_shown
 from pgrealtime.rules.parameters import (
+    AuthColumn,
     Literal,
     Parameter,
     RequestValue,
@@ -244,6 +245,7 @@ class _Looking:
         for at, column in enumerate(lowered.columns):
             params[f"c{at}"] = [self.row[column]]
         for key, binding in lowered.bindings.items():
+            assert not isinstance(binding.parameter, AuthColumn)  # its own row is read
             params[key] = render(self._value(binding.parameter), binding.form)
         return Question(_print(lowered, self.collection), params)
 

@@ -24,7 +24,6 @@ from pgrealtime.rules.ir import (
     Disjunction,
     FieldValue,
     GeoDistance,
-    Item,
     Items,
     JsonValue,
     Nested,
@@ -37,9 +36,9 @@ from pgrealtime.rules.ir import (
     place_of,
     terms,
 )
-from pgrealtime.rules.local import Args, AuthColumn, Ground, Test, columns_read, compiled
+from pgrealtime.rules.local import Args, Ground, Test, columns_read, compiled
 from pgrealtime.rules.lower import Lowered, lower
-from pgrealtime.rules.parameters import Literal, Macro, Parameter, Shape
+from pgrealtime.rules.parameters import AuthColumn, Literal, Macro, Parameter, Shape
 from pgrealtime.rules.scope import AUTH_ID
 
 
@@ -57,7 +56,8 @@ class Atom:
         collection: Whose rows it is about.
         condition: The condition.
         shapes: The class of each of its parameters.
-        is_own_known: The subscriber's own row comes with the parameters.
+        auth: The collection of the subscriber's own row; None if there is no such row.
+        is_own_known: The columns that are read of it come with the parameters.
         is_utf8: As ``Ground`` has it.
     """
 
@@ -68,6 +68,7 @@ class Atom:
         condition: Condition,
         shapes: Mapping[Parameter, Shape],
         *,
+        auth: Collection | None = None,
         is_own_known: bool = False,
         is_utf8: bool = True,
     ) -> None:
@@ -75,6 +76,8 @@ class Atom:
         self.collection = collection
         self.condition = condition
         self.shapes = shapes
+        self._auth = auth
+        self._is_own_known = is_own_known
         found = [p for p in parameters(condition) if not isinstance(p, Literal)]
         own = list(own_columns(condition)) if is_own_known else []
         free: list[Parameter | AuthColumn] = [p for p in found if not isinstance(p, Macro)]
@@ -85,8 +88,6 @@ class Atom:
         order = {p: n for n, p in enumerate([*self.free, *self.macros])}
         self.ground = Ground(shapes=shapes, order=order, is_utf8=is_utf8)
         self.test: Test | None = compiled(condition, self.ground)
-        if self.test is None and own:
-            self.free = tuple(free)
         self.columns = (
             frozenset(self.lowered.columns) if self.test is None else columns_read(condition)
         )
@@ -99,7 +100,13 @@ class Atom:
             RuleUnsupportedError: It can't be decided exactly there either.
         """
         predicate = Predicate(collection=self.collection.name, where=self.condition)
-        return lower(predicate, self.collections, self.shapes)
+        return lower(
+            predicate,
+            self.collections,
+            self.shapes,
+            caller=self._auth,
+            is_own_bound=self._is_own_known,
+        )
 
     @property
     def tables(self) -> frozenset[TableName]:
@@ -227,7 +234,7 @@ def _fields_read(term: Term, place: Place) -> Iterator[Field]:
     match place.steps, term:
         case (), (FieldValue(field=field) | JsonValue(field=field)):
             yield field
-        case (Items(field),), Item():
+        case ((ToOne(field) | Items(field)), *_), _:
             yield field
         case _:
             return

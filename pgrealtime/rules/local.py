@@ -57,7 +57,16 @@ from pgrealtime.rules.ir import (
     is_multiple,
     traits,
 )
-from pgrealtime.rules.parameters import Form, Literal, Macro, Parameter, RequestValue, Shape, render
+from pgrealtime.rules.parameters import (
+    AuthColumn,
+    Form,
+    Literal,
+    Macro,
+    Parameter,
+    RequestValue,
+    Shape,
+    render,
+)
 from pgrealtime.rules.parse import Op
 from pgrealtime.rules.values import HASH
 from pgrealtime.text_forms import Element, parse_array
@@ -78,14 +87,6 @@ _Cell: TypeAlias = Callable[[Row, Args], str | None]
 
 class _NotHereError(Exception):
     """The construct is not decided in the process; ends the compiling of a condition."""
-
-
-@dataclass(frozen=True, slots=True)
-class AuthColumn:
-    """A column of the subscriber's own row, handed over in text form as a parameter."""
-
-    name: str
-    """Empty: not a column, but NULL if there is no such row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

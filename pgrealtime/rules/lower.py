@@ -13,7 +13,7 @@ from enum import Enum, auto
 from sqlglot import exp
 
 from pgrealtime.changes import TableName
-from pgrealtime.collections import Collections, FieldKind
+from pgrealtime.collections import Collection, Collections, FieldKind
 from pgrealtime.errors import RuleUnsupportedError
 from pgrealtime.rules import sql
 from pgrealtime.rules.ir import (
@@ -69,6 +69,8 @@ def lower(
     *,
     row: str = ROW,
     prefix: str = "p",
+    caller: Collection | None = None,
+    is_own_bound: bool = False,
 ) -> Lowered:
     """Return the predicate in SQL.
 
@@ -78,14 +80,23 @@ def lower(
         shapes: The class of each of ``ir.parameters(predicate.where)``.
         row: Alias of the judged row; its columns bear the names and types of the table's.
         prefix: Of the placeholders, so that two predicates fit into one statement.
+        caller: Of the subscriber's own row. If anything beside the judged row is read for it, that
+            row must be there: it may be deleted already, and what pointed to it with it, while the
+            stream has yet to tell. None doesn't ask.
+        is_own_bound: Columns of that row are parameters (``AuthColumn``), and not read.
 
     Raises:
         RuleUnsupportedError: It can't be decided exactly.
     """
-    statement = Statement(collections=collections, shapes=shapes, prefix=prefix)
+    statement = Statement(
+        collections=collections, shapes=shapes, prefix=prefix, is_own_bound=is_own_bound
+    )
     scope = Scope(statement, row, is_judged=True)
+    condition = _closed(predicate.where, scope)
+    if caller is not None and statement.tables:
+        condition = all_of(condition, scope.is_there(caller))
     return Lowered(
-        condition=_closed(predicate.where, scope),
+        condition=condition,
         bindings=statement.bindings,
         columns=tuple(statement.columns),
         tables=frozenset(statement.tables),

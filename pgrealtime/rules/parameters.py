@@ -75,6 +75,15 @@ class Macro(Enum):
 
 Parameter: TypeAlias = Literal | Lifted | RequestValue | Macro
 
+
+@dataclass(frozen=True, slots=True)
+class AuthColumn:
+    """A column of the subscriber's own row, handed over in text form."""
+
+    name: str
+    """Empty: not a column, but NULL if there is no such row."""
+
+
 MACROS: dict[str, Macro] = {macro.value: macro for macro in Macro}
 
 
@@ -128,7 +137,7 @@ class Form(Enum):
 class Binding:
     """A placeholder's content."""
 
-    parameter: Parameter
+    parameter: Parameter | AuthColumn
     form: Form
 
 

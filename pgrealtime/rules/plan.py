@@ -36,8 +36,8 @@ from pgrealtime.rules.formula import (
 )
 from pgrealtime.rules.ir import Condition, Predicate, comparisons, lifted, parameters
 from pgrealtime.rules.kept import Kept
-from pgrealtime.rules.local import AuthColumn
 from pgrealtime.rules.parameters import (
+    AuthColumn,
     Lifted,
     Literal,
     Parameter,
@@ -49,6 +49,7 @@ from pgrealtime.rules.parameters import (
 from pgrealtime.rules.reference import Nobody, auth_collection, validate
 from pgrealtime.rules.request import Request
 from pgrealtime.rules.resolve import filter_text, resolve_filter, resolve_rule
+from pgrealtime.rules.scope import AUTH_ID
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 """Any moment: parameters that aren't macros are the same at all of them."""
@@ -299,15 +300,19 @@ class Planner:
             narrowed, literals = self._filters_of_texts.get(
                 place, lambda: (self._make_filter(*place), len(text))
             )
-            return self._bound(collection, (made, narrowed), request, literals, own)
+            return self._bound(
+                collection, auth_name, (made, narrowed), request, literals=literals, own=own
+            )
         except RuleError as error:
             return Nobody(f"the filter is refused: {error}" if text else str(error))
 
     def _bound(
         self,
         collection: Collection,
+        auth_name: str | None,
         outlines: tuple[Outline, Outline],
         request: Request,
+        *,
         literals: Sequence[str | float],
         own: Row | None,
     ) -> Bound | Nobody:
@@ -318,9 +323,9 @@ class Planner:
                 for p in outline.parameters
             ]
         )
-        template = self._found(collection.name, outlines, shapes, own is not None)
+        template = self._found(collection.name, auth_name, outlines, shapes, own is not None)
         if own is not None and not all(_is_in(own, p) for p in template.needs):
-            template = self._found(collection.name, outlines, shapes, False)
+            template = self._found(collection.name, auth_name, outlines, shapes, False)
         values = [_value(p, request, literals, own) for p in template.needs]
         bound = template.bind(values)
         return Nobody("") if bound is None else bound
@@ -330,17 +335,18 @@ class Planner:
     def _found(
         self,
         name: str,
+        auth_name: str | None,
         outlines: tuple[Outline, Outline],
         shapes: tuple[Shape, ...],
         is_own_known: bool,  # noqa: FBT001 (cached)
     ) -> Template:
         _, narrowed = outlines
         if narrowed is _NOTHING:
-            return self._template(name, outlines, shapes, is_own_known)
+            return self._template(name, auth_name, outlines, shapes, is_own_known)
         return self._narrowed.get(
-            (name, outlines, shapes, is_own_known),
+            (name, auth_name, outlines, shapes, is_own_known),
             lambda: (
-                self._make_template(name, outlines, shapes, is_own_known),
+                self._make_template(name, auth_name, outlines, shapes, is_own_known),
                 sum(
                     1
                     for part in _components(narrowed.skeleton)
@@ -382,18 +388,22 @@ class Planner:
     def _make_template(
         self,
         name: str,
+        auth_name: str | None,
         outlines: tuple[Outline, Outline],
         shapes: tuple[Shape, ...],
         is_own_known: bool,  # noqa: FBT001 (cached)
     ) -> Template:
         collection = self._collections[name]
+        auth = None if auth_name is None else self._collections[auth_name]
         places: dict[Parameter | AuthColumn, int] = {}
         rest = iter(shapes)
 
         def build(part: Skeleton, known: Mapping[Parameter, Shape]) -> Formula:
             match part:
                 case Component():
-                    return self._leaf(collection, part, known, places, is_own_known=is_own_known)
+                    return self._leaf(
+                        collection, auth, part, known, places, is_own_known=is_own_known
+                    )
                 case (join, parts):
                     made = (build(one, known) for one in parts)
                     return all_of(made) if join == "all" else some_of(made)
@@ -407,6 +417,7 @@ class Planner:
     def _leaf(
         self,
         collection: Collection,
+        auth: Collection | None,
         part: Component,
         known: Mapping[Parameter, Shape],
         places: dict[Parameter | AuthColumn, int],
@@ -417,7 +428,7 @@ class Planner:
             p: shape(p.value) if isinstance(p, Literal) else known[_shifted(p, part.offset)]
             for p in parameters(part.condition)
         }
-        atom = self._atom(collection, part.condition, shapes, is_own_known=is_own_known)
+        atom = self._atom(collection, auth, part.condition, shapes, is_own_known=is_own_known)
         picks = tuple(
             places.setdefault(
                 p if isinstance(p, AuthColumn) else _shifted(p, part.offset), len(places)
@@ -429,15 +440,21 @@ class Planner:
     def _atom(
         self,
         collection: Collection,
+        auth: Collection | None,
         condition: Condition,
         shapes: Mapping[Parameter, Shape],
         *,
         is_own_known: bool,
     ) -> Atom:
-        is_own_known = is_own_known and asks_own_row(condition)
+        asks_own = asks_own_row(condition)
+        is_own_known = is_own_known and asks_own
+        if not asks_own and AUTH_ID not in shapes:
+            auth = None  # it is about no caller: the same for those of every collection
         # 0.0 and -0.0 are equal, and not the same text.
         literals = tuple(str(p.value) for p in shapes if isinstance(p, Literal))
-        identity = (collection.name, condition, tuple(shapes.values()), literals, is_own_known)
+        auth_name = None if auth is None else auth.name
+        classes = tuple(shapes.values())
+        identity = (collection.name, auth_name, condition, classes, literals, is_own_known)
         atom = self._atoms.get(identity)
         if atom is None:
             atom = self._atoms[identity] = Atom(
@@ -445,6 +462,7 @@ class Planner:
                 collection,
                 condition,
                 shapes,
+                auth=auth,
                 is_own_known=is_own_known,
                 is_utf8=self._is_utf8,
             )
@@ -452,15 +470,16 @@ class Planner:
 
 
 def columns_asked(collections: Collections) -> Mapping[str, tuple[str, ...]]:
-    """Return the columns of people's own rows that rules compare, by auth collection.
+    """Return the columns of people's own rows that rules read, by auth collection.
 
-    Whoever has them ready with a subscriber spares Postgres the look-up for each change, and the
-    index a subscriber that would be tried each time. Rules that don't hold are left out.
+    Whoever has them with a subscriber asks as of its place in the stream, spares Postgres the
+    look-up for each change and the index a subscriber that would be tried each time. Rules that
+    don't hold are left out.
     """
     asked: dict[str, set[str]] = {}
     for collection in collections.values():
         for auth in (one for one in collections.values() if one.type == "auth"):
-            for rule in {collection.list_rule, collection.view_rule} - {None, ""}:
+            for rule in set(_rules(collection)) - {None, ""}:
                 try:
                     where = resolve_rule(rule or "", collections, collection, auth).where
                 except RuleError:
@@ -468,6 +487,15 @@ def columns_asked(collections: Collections) -> Mapping[str, tuple[str, ...]]:
                 names = {column.name for column in own_columns(where)} - {""}
                 asked.setdefault(auth.name, set()).update(names)
     return {name: tuple(sorted(columns)) for name, columns in asked.items() if columns}
+
+
+def _rules(collection: Collection) -> tuple[str | None, ...]:
+    return (
+        collection.list_rule,
+        collection.view_rule,
+        collection.manage_rule,
+        collection.auth_rule,
+    )
 
 
 def _is_in(own: Row, parameter: Parameter | AuthColumn) -> bool:

@@ -20,7 +20,7 @@ from pgrealtime.rules import sql
 from pgrealtime.rules.images import Overlay, before, columns_of, free_name, images
 from pgrealtime.rules.ir import Predicate, parameters
 from pgrealtime.rules.lower import ROW, Lowered, all_of, lower
-from pgrealtime.rules.parameters import Binding, render, shape, value
+from pgrealtime.rules.parameters import AuthColumn, Binding, render, shape, value
 from pgrealtime.rules.request import Request
 from pgrealtime.rules.resolve import filter_text, resolve_filter, resolve_rule
 from pgrealtime.rules.sql import Sql
@@ -246,10 +246,11 @@ def auth_collection(collections: Collections, request: Request) -> Collection | 
 def _rendered(
     bindings: Mapping[str, Binding], request: Request, now: datetime
 ) -> dict[str, object]:
-    return {
-        key: render(value(binding.parameter, request, now), binding.form)
-        for key, binding in bindings.items()
-    }
+    found: dict[str, object] = {}
+    for key, binding in bindings.items():
+        assert not isinstance(binding.parameter, AuthColumn)  # its own row is read
+        found[key] = render(value(binding.parameter, request, now), binding.form)
+    return found
 
 
 # --- rows as SQL

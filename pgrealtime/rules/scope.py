@@ -18,7 +18,14 @@ from pgrealtime.collections import Collection, Collections, Field
 from pgrealtime.errors import RuleUnsupportedError
 from pgrealtime.rules import sql
 from pgrealtime.rules.ir import AllRows, AuthRow, Back, Here, Items, Place, Step, ToItem, ToOne
-from pgrealtime.rules.parameters import Binding, Form, Parameter, RequestValue, Shape
+from pgrealtime.rules.parameters import (
+    AuthColumn,
+    Binding,
+    Form,
+    Parameter,
+    RequestValue,
+    Shape,
+)
 from pgrealtime.rules.sql import Sql
 
 _On: TypeAlias = Callable[[str], Sql]
@@ -42,6 +49,8 @@ class Statement:
     shapes: Mapping[Parameter, Shape]
     prefix: str = "p"
     """Of the placeholders' names."""
+    is_own_bound: bool = False
+    """Columns of the subscriber's own row are parameters, and not read."""
     bindings: dict[str, Binding] = field(default_factory=dict)
     columns: dict[str, None] = field(default_factory=dict)
     """Columns read of the judged row, in order of first use."""
@@ -50,7 +59,7 @@ class Statement:
     aliases: int = 0
     joins: int = 0
 
-    def bind(self, parameter: Parameter, form: Form) -> Sql:
+    def bind(self, parameter: Parameter | AuthColumn, form: Form) -> Sql:
         """Return the placeholder of a parameter in a form, cast to the form's type."""
         binding = Binding(parameter, form)
         key = next((key for key, known in self.bindings.items() if known == binding), None)
@@ -121,7 +130,26 @@ class Scope:
         """Return a column of the row at the place."""
         if place.is_here and self.is_judged:
             self.statement.columns.setdefault(column_name)
+        if self.statement.is_own_bound and isinstance(place.origin, AuthRow) and not place.steps:
+            return self._own_column(self.collection(place), column_name)
         return sql.column(self.row(place), column_name)
+
+    def _own_column(self, collection: Collection, column_name: str) -> Sql:
+        """Return a column of the subscriber's own row as it is known."""
+        found = collection.table.column(column_name)
+        assert found is not None
+        parameter = AUTH_ID if found == collection.key else AuthColumn(column_name)
+        return sql.typed(self.statement.bind(parameter, Form.TEXT), found.type)
+
+    def is_there(self, collection: Collection) -> Sql:
+        """Return whether the subscriber's own row can be read."""
+        alias = self.statement.alias()
+        row = self._table(collection.table.name, alias)
+        is_own = self._is_auth_id(collection)(alias)
+        select = exp.Select(
+            expressions=[sql.number(1)], from_=exp.From(this=row), where=exp.Where(this=is_own)
+        )
+        return exp.Exists(this=select)
 
     def key(self, place: Place) -> Sql:
         """Return the id of the row at the place, NULL where there is none."""

@@ -11,7 +11,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from pgrealtime.auth.principal import GUEST, AuthRecord
+from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collections, build
@@ -66,7 +66,7 @@ async def test_own_record_has_its_relations_and_follows_the_rules_in_force(
 
         async def shown(collections: Collections) -> dict[str, Any]:
             people = collections["people"]
-            ann = AuthRecord(collection_id=people.id, collection_name="people", id="7")
+            ann = Caller(AuthRecord(collection_id=people.id, collection_name="people", id="7"))
             made = await records.record(people, ROW, ann, query={"expand": "teams"}, headers={})
             record: dict[str, Any] = json.loads(made)
             return {name: record.get(name) for name in ("email", "teams", "expand")}
@@ -103,7 +103,7 @@ async def test_the_rule_in_force_says_who_may_sign_in(database_url: str) -> None
             records.use(collections)
             found.append(
                 await records.may_sign_in(
-                    before, ROW, GUEST, query={}, headers={}, context="password"
+                    before, ROW, Caller(), query={}, headers={}, context="password"
                 )
             )
 
@@ -138,7 +138,7 @@ async def test_a_rule_that_cannot_be_answered_lets_nobody_in(database_url: str, 
             async def may_sign_in() -> bool:
                 people = collections["people"]
                 return await records.may_sign_in(
-                    people, ROW, GUEST, query={}, headers={}, context="password"
+                    people, ROW, Caller(), query={}, headers={}, context="password"
                 )
 
             assert await may_sign_in() == bool(fault)
@@ -166,5 +166,5 @@ async def test_a_database_away_lets_nobody_in_and_is_told(database_url: str) -> 
 
     with pytest.raises(DatabaseUnreachableError):
         await records.may_sign_in(
-            collections["people"], ROW, GUEST, query={}, headers={}, context="password"
+            collections["people"], ROW, Caller(), query={}, headers={}, context="password"
         )

@@ -28,8 +28,8 @@ from pgrealtime.collections import Collection, Collections
 from pgrealtime.config import CollectionConfig, FieldsConfig, RelationConfig
 from pgrealtime.rules.compare import UndecidedError
 from pgrealtime.rules.ir import parameters
-from pgrealtime.rules.local import Args, AuthColumn, Ground, Test, compiled
-from pgrealtime.rules.parameters import Literal, Parameter, shape, value
+from pgrealtime.rules.local import Args, Ground, Test, compiled
+from pgrealtime.rules.parameters import AuthColumn, Literal, Parameter, shape, value
 from pgrealtime.rules.reference import Reference, reference
 from pgrealtime.rules.request import Request
 from pgrealtime.rules.resolve import resolve_rule

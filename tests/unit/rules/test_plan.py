@@ -140,7 +140,7 @@ def test_columns_that_rules_ask_of_people() -> None:
     )
     others = (c for c in COLLECTIONS.values() if c.name != "posts")
 
-    assert columns_asked(Collections((posts, *others))) == {"users": ("groups", "name")}
+    assert columns_asked(Collections((posts, *others))) == {"users": ("groups", "manager", "name")}
 
 
 def test_superusers_pass_every_rule_and_no_filter() -> None:
