@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -133,23 +133,62 @@ def lower(text: str) -> str:
 _LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 
 
+# --- work
+
+
+class Work:
+    """What the evaluation under way may still cost; one for all, since none waits for anything.
+
+    Attributes:
+        left: Units of about a microsecond. Whoever evaluates sets it before.
+    """
+
+    __slots__ = ("left",)
+
+    def __init__(self) -> None:
+        self.left = math.inf
+
+    def spend(self, units: float) -> None:
+        """Count some work.
+
+        Raises:
+            UndecidedError: It was more than it may be: Postgres has to decide.
+        """
+        self.left -= units
+        if self.left < 0:
+            raise UndecidedError
+
+
+WORK = Work()
+
+_PER_UNIT = 512
+"""Characters that are gone through in a unit."""
+
+
 # --- LIKE
 
 
-@lru_cache(maxsize=4096)
 def like(pattern: str) -> Callable[[str], bool]:
     """Return what tells whether a text matches the pattern, ASCII letters alike.
 
     Segment by segment, the leftmost place of each: never the exponential or even the quadratic
-    search of one regular expression per pattern, which a client could choose.
+    search of one regular expression per pattern, which a client could choose. What comes near it
+    (a segment with many ``_`` that nearly fits everywhere) is counted, and left to Postgres.
     """
-    first, *middle = [_Segment(segment) for segment in _segments(lower(pattern))]
+    if len(pattern) > _PER_UNIT:  # it may be a column's value, another one in each row
+        WORK.spend(len(pattern) / 32)
+    return _matcher(pattern)
+
+
+@lru_cache(maxsize=4096)
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    first, *middle = _segments(lower(pattern))
     if not middle:
-        return lambda text: len(text) == first.length and first.is_at(lower(text), 0)
+        return lambda text: len(text) == first.length and first.is_at(_lowered(text), 0)
     last = middle.pop()
 
     def matches(text: str) -> bool:
-        text = lower(text)
+        text = _lowered(text)
         end = len(text) - last.length
         if end < first.length or not first.is_at(text, 0) or not last.is_at(text, end):
             return False
@@ -164,55 +203,94 @@ def like(pattern: str) -> Callable[[str], bool]:
     return matches
 
 
+def _lowered(text: str) -> str:
+    """Return the text in lower case; of a long one that is found out once for many patterns."""
+    if len(text) < _PER_UNIT:
+        return lower(text)
+    WORK.spend(len(text) / _PER_UNIT)
+    return _lowered_before(text)
+
+
+_lowered_before = lru_cache(maxsize=4)(lower)
+
+
 class _Segment:
-    """What stands between two ``%``: characters, None for any one."""
+    """What stands between two ``%``.
 
-    __slots__ = ("_plain", "_regex", "length")
+    Args:
+        runs: Characters, by where they begin.
+        length: With every ``_``.
+    """
 
-    def __init__(self, characters: tuple[str | None, ...]) -> None:
-        self.length = len(characters)
-        self._plain: str | None = None
-        self._regex: re.Pattern[str] | None = None
-        known = [one for one in characters if one is not None]
-        if len(known) == len(characters):
-            self._plain = "".join(known)
-        else:
-            parts = ("." if one is None else re.escape(one) for one in characters)
-            self._regex = re.compile("".join(parts), re.DOTALL)
+    __slots__ = ("_anchor", "_others", "length")
+
+    def __init__(self, runs: Sequence[tuple[int, str]], length: int) -> None:
+        self.length = length
+        self._anchor = max(runs, key=lambda run: len(run[1]), default=(0, ""))
+        self._others = [run for run in runs if run is not self._anchor]
 
     def is_at(self, text: str, start: int) -> bool:
         """Whether it stands there."""
-        if self._plain is not None:
-            return text.startswith(self._plain, start)
-        assert self._regex is not None
-        return self._regex.match(text, start) is not None
+        offset, run = self._anchor
+        return text.startswith(run, start + offset) and self._fits(text, start)
+
+    def _fits(self, text: str, start: int) -> bool:
+        """Whether all stands there but for the anchor."""
+        for count, (offset, run) in enumerate(self._others):
+            if not text.startswith(run, start + offset):
+                WORK.spend((count + 2) / 3)
+                return False
+        if self._others:
+            WORK.spend(len(self._others) / 3)
+        return True
 
     def find(self, text: str, start: int, end: int) -> int:
         """Return the first place in between where it stands, or -1."""
-        if self._plain is not None:
-            return text.find(self._plain, start, end)
-        assert self._regex is not None
-        found = self._regex.search(text, start, end)
-        return -1 if found is None else found.start()
+        offset, run = self._anchor
+        WORK.spend(0.25)
+        if not run:
+            return start if start + self.length <= end else -1
+        last = end - self.length + offset + len(run)
+        place = start
+        while True:
+            found = text.find(run, place + offset, last)
+            if found < 0:
+                return -1
+            WORK.spend(len(run) / _PER_UNIT)
+            place = found - offset
+            if self._fits(text, place):
+                return place
+            place += 1
 
 
-def _segments(pattern: str) -> list[tuple[str | None, ...]]:
-    segments: list[tuple[str | None, ...]] = []
-    current: list[str | None] = []
-    characters = iter(pattern)
-    for one in characters:
-        match one:
+_SYMBOL = re.compile(r"\\.?|%|_|[^\\%_]+", re.DOTALL)
+
+
+def _segments(pattern: str) -> list[_Segment]:
+    segments: list[_Segment] = []
+    runs: list[tuple[int, list[str]]] = []
+    length = 0
+    is_within = False
+    for symbol in _SYMBOL.findall(pattern):
+        match symbol:
             case "%":
-                segments.append(tuple(current))
-                current = []
+                segments.append(_segment(runs, length))
+                runs, length, is_within = [], 0, False
             case "_":
-                current.append(None)
-            case "\\":
-                escaped = next(characters, None)
-                if escaped is None:  # an error in Postgres, if the search gets so far
-                    raise UndecidedError
-                current.append(escaped)
+                length += 1
+                is_within = False
+            case "\\":  # an error in Postgres, if the search gets so far
+                raise UndecidedError
             case _:
-                current.append(one)
-    segments.append(tuple(current))
+                characters = symbol[1:] if symbol[0] == "\\" else symbol
+                if not is_within:
+                    runs.append((length, []))
+                runs[-1][1].append(characters)
+                length += len(characters)
+                is_within = True
+    segments.append(_segment(runs, length))
     return segments
+
+
+def _segment(runs: Sequence[tuple[int, list[str]]], length: int) -> _Segment:
+    return _Segment([(start, "".join(parts)) for start, parts in runs], length)

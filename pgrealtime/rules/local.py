@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -20,6 +20,7 @@ from pgrealtime.catalog.model import Type, TypeKind
 from pgrealtime.changes import Row
 from pgrealtime.collections import Field, FieldKind
 from pgrealtime.rules.compare import (
+    WORK,
     Scalar,
     UndecidedError,
     equal,
@@ -104,17 +105,24 @@ class Ground:
 def compiled(condition: Condition, ground: Ground) -> Test | None:
     """Return what decides a condition about the judged row, or None if only Postgres can."""
     lists: dict[Place, _List] = {}
+    checks: list[_ForAll] = []
     try:
-        where = _condition(condition, _Scope(ground, lists))
+        where = _condition(condition, _Scope(ground, lists, checks))
     except _NotHereError:
         return None
-    if not lists:
+    if not lists and not checks:
         return lambda row, args: where(row, args, ()) is True
     readers = tuple(lists.values())
+    size = sum(_PER_LEAF for _ in _terms(condition)) / 2
 
     def exists(row: Row, args: Args) -> bool:
-        combinations = _combinations(readers, row, args)
-        return any(where(row, args, chosen) is True for chosen in combinations)
+        for check in checks:
+            check.verdict = None
+        for chosen in _combinations(readers, row, args):
+            WORK.spend(size)
+            if where(row, args, chosen) is True:
+                return True
+        return False
 
     return exists
 
@@ -272,6 +280,8 @@ class _Scope:
 
     ground: Ground
     lists: dict[Place, _List]
+    checks: list[_ForAll] = field(default_factory=list)
+    """What is searched for counter-examples."""
     offset: int = 0
 
     def item(self, place: Place, read: _List) -> int:
@@ -323,26 +333,50 @@ def _for_all(op: Op, left: _Side, right: _Side, leaf: _Leaf) -> _Leaf:
     for side in (left, right):
         if is_multiple(side.term):
             lists: dict[Place, _List] = {}
-            scope = _Scope(side.scope.ground, lists, offset=_FRESH + len(fresh))
+            scope = _Scope(side.scope.ground, lists, [], offset=_FRESH + len(fresh))
             fresh.append(lists)
             sides.append(replace(side, scope=scope))
         else:
             sides.append(replace(side, traits=side.traits.opposed()))
     counter = _leaf(op, *sides)
-    readers = [read for lists in fresh for read in lists.values()]
+    check = _ForAll(counter, [read for lists in fresh for read in lists.values()])
+    left.scope.checks.append(check)
+    return lambda row, args, chosen: leaf(row, args, chosen) is True and check.holds(row, args)
 
-    def holds(row: Row, args: Args, chosen: _Chosen) -> bool:
-        if leaf(row, args, chosen) is not True:
-            return False
-        padded = chosen + (None,) * (_FRESH - len(chosen))
-        combinations = _combinations(readers, row, args)
-        return not any(counter(row, args, padded + items) is False for items in combinations)
 
-    return holds
+class _ForAll:
+    """That no item, or no pair of two, makes a leaf false.
+
+    That doesn't depend on the shared items: it is found out once for all their combinations.
+
+    Attributes:
+        verdict: Of the evaluation under way; None if it isn't known yet.
+    """
+
+    __slots__ = ("_counter", "_readers", "verdict")
+
+    def __init__(self, counter: _Leaf, readers: Sequence[_List]) -> None:
+        self._counter = counter
+        self._readers = readers
+        self.verdict: bool | None = None
+
+    def holds(self, row: Row, args: Args) -> bool:
+        """Whether there is no counter-example."""
+        if self.verdict is None:
+            combinations = _combinations(self._readers, row, args)
+            self.verdict = not any(self._is_counter(row, args, items) for items in combinations)
+        return self.verdict
+
+    def _is_counter(self, row: Row, args: Args, items: _Chosen) -> bool:
+        WORK.spend(_PER_LEAF)
+        return self._counter(row, args, _NOT_SHARED + items) is False
 
 
 _FRESH = 8
 """Lists that one condition may share."""
+_NOT_SHARED: _Chosen = (None,) * _FRESH
+_PER_LEAF = 0.5
+"""What it costs to compare two values, in units of ``WORK``."""
 _MANY = 10_000
 """Combinations of items that are gone through here; more of them take Postgres less time."""
 
@@ -808,8 +842,24 @@ def _delimiter(field_: Field) -> str:
 def _count(text: str | None, delimiter: str) -> int:
     if text is None:
         return 0
-    parsed = _converted_text(lambda given: parse_array(given, delimiter), text)
-    return sum(1 for _ in _flat(parsed))
+    return len(_converted_text(lambda given: _items_of(given, delimiter), text))
+
+
+def _items_of(text: str, delimiter: str = ",") -> tuple[str | None, ...]:
+    """Return the items of an array; of a long one that is found out once for many filters."""
+    if len(text) < _LONG:
+        return tuple(_flat(parse_array(text, delimiter)))
+    WORK.spend(len(text) / 512)
+    return _items_before(text, delimiter)
+
+
+_LONG = 128
+"""Characters from which on it is worth keeping what was made of a text."""
+
+
+@lru_cache(maxsize=16)
+def _items_before(text: str, delimiter: str) -> tuple[str | None, ...]:
+    return tuple(_flat(parse_array(text, delimiter)))
 
 
 def _items(place: Place, ground: Ground) -> _List:
@@ -825,8 +875,7 @@ def _items(place: Place, ground: Ground) -> _List:
 
     def read(row: Row, args: Args) -> Sequence[str | None]:
         text = cell(row, args)
-        items = [] if text is None else list(_flat(_converted_text(parse_array, text)))
-        return items or (None,)
+        return (() if text is None else _converted_text(_items_of, text)) or (None,)
 
     return read
 
@@ -854,7 +903,13 @@ def _list_text(field_: Field) -> Callable[[str], Scalar]:
         )
         return f"[{','.join(shown)}]"
 
-    return lambda text: dump(parse_array(text))
+    dumped = lru_cache(maxsize=4)(lambda text: dump(parse_array(text)))
+
+    def shown(text: str) -> str:
+        WORK.spend(len(text) / 512)
+        return dumped(text)
+
+    return shown
 
 
 def _json_string(text: str) -> str:
@@ -882,22 +937,38 @@ def _parsed(text: str) -> object:
 def _json(cells: _Cells, field_: Field, keys: Sequence[str], *, is_lower: bool) -> _Operand:
     if field_.kind is not FieldKind.JSON or field_.type.base.name != "jsonb":
         raise _NotHereError
-    cell = cells.cell(field_)
+    cell, path = cells.cell(field_), tuple(keys)
 
-    def reached(row: Row, args: Args) -> object:
-        text = cell(row, args)
-        node = None if text is None else _parsed(text)
-        for key in keys:
-            node = _member(node, key)
-        return node
+    def shown(row: Row, args: Args, _chosen: _Chosen) -> Scalar:
+        return _of_json(cell(row, args), path, is_shown=True)
 
-    shown: Read = lambda row, args, _chosen: _json_shown(reached(row, args))  # noqa: E731
     if is_lower:
         return _text(Rank.NONE, _lowered(shown))
-    read: Read = lambda row, args, _chosen: _json_value(reached(row, args))  # noqa: E731
+
+    def read(row: Row, args: Args, _chosen: _Chosen) -> Scalar:
+        return _of_json(cell(row, args), path, is_shown=False)
+
     return _Operand(rank=Rank.NONE, read=read, shown=shown, holds=None)
 
 
+def _of_json(text: str | None, path: tuple[str, ...], *, is_shown: bool) -> Scalar:
+    """Return what is at the path; of a long document that is found out once for many filters."""
+    if text is None:
+        return None
+    if len(text) < _LONG:
+        return _reached(text, path, is_shown)
+    WORK.spend(len(text) / 512)
+    return _reached_before(text, path, is_shown)
+
+
+def _reached(text: str, path: tuple[str, ...], is_shown: bool) -> Scalar:  # noqa: FBT001 (cached)
+    node = _parsed(text)
+    for key in path:
+        node = _member(node, key)
+    return _json_shown(node) if is_shown else _json_value(node)
+
+
+_reached_before = lru_cache(maxsize=64)(_reached)
 _LONGEST_INDEX = 9
 
 

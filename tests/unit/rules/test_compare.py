@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgrealtime.rules.compare import UndecidedError, like, number_text, ordered, same, to_number
+from pgrealtime.rules.compare import (
+    WORK,
+    UndecidedError,
+    like,
+    number_text,
+    ordered,
+    same,
+    to_number,
+)
 from pgrealtime.rules.parse import Op
 
 
@@ -44,6 +52,29 @@ def test_a_pattern_that_backtracks_is_no_weapon() -> None:
 
     assert not matches(text)
     assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("pattern", ["%" + "a_" * 1500 + "b%", "%" + "a" * 1500 + "_b%"])
+def test_a_pattern_that_nearly_fits_everywhere_is_counted_and_left_to_postgres(
+    pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each place of the text is looked at for each of its characters: 9,000 times 1,500."""
+    monkeypatch.setattr(WORK, "left", 2000.0)
+    start = time.process_time()
+
+    with pytest.raises(UndecidedError):
+        like(pattern)("a" * 9_000)
+    assert time.process_time() - start < 0.5
+
+
+def test_a_text_is_made_lower_case_once_for_many_patterns() -> None:
+    """That took longest of all where many filters read a long text."""
+    text = "Ä" * 1_000_000
+    assert not like("%0%")(text)
+    start = time.process_time()
+
+    assert not any(like(f"%x{n}%")(text) for n in range(200))
+    assert time.process_time() - start < 2
 
 
 def test_a_pattern_that_ends_in_its_escape_is_not_ours_to_judge() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.changes import Row
-from pgrealtime.rules.compare import Scalar
+from pgrealtime.rules.compare import WORK, Scalar
 from pgrealtime.rules.decide import Case
 from pgrealtime.rules.formula import Facts
 from pgrealtime.rules.index import Index
@@ -44,6 +44,31 @@ LOCAL = (
 class Asker:
     variant: Variant
     values: tuple[Scalar, ...]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "tags:each != reviewers:each && tags:each = reviewers:each",
+        "(tags:each != 'x' || tags:each = 'y') && tags:each > reviewers:each",
+    ],
+)
+def test_what_holds_for_all_items_is_found_out_once(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not for each combination of the items that the comparisons share."""
+    bound = Planner(COLLECTIONS).bind(POSTS, rule, Request())
+    assert isinstance(bound, Bound)
+    row = dict.fromkeys(column.name for column in POSTS.table.columns)
+    lists = {
+        name: "{" + ",".join(f"{name}{n:02}" for n in range(20)) + "}"
+        for name in ("tags", "reviewers")
+    }
+    monkeypatch.setattr(WORK, "left", 10_000.0)
+
+    facts = Facts({**row, **lists}, frozenset(), moment(NOW))
+    assert facts.decide(bound.variant.formula, bound.values) is not None
+    assert WORK.left > 8_000  # 400 pairs for all of it, and 400 for what is searched
 
 
 def askers(rule: str, count: int, chance: Random) -> Iterator[Asker]:
