@@ -607,7 +607,7 @@ class Hub:
             course.target, course.is_deciding = part.upto, True
             self._begin(part)
             verdict = await meaning.judge.judge_in_turns(part.events)
-            self._put_aside(verdict.late)
+            self._put_aside(verdict.late, verdict.dear)
             hits = verdict.hits
             beside = await meaning.display.look_beside(part.events, hits, sights_of_audiences)
             composer = Composer(
@@ -632,10 +632,11 @@ class Hub:
             if course.edition != edition:
                 return  # the rest was cut for other collections, or is of another history
 
-    def _put_aside(self, late: Iterable[Group]) -> None:
+    def _put_aside(self, late: Iterable[Group], dear: Iterable[Group]) -> None:
         """Go on without those whose filters took too long."""
-        members = (one for group in late for audience in group.audiences for one in audience)
-        for connection in {one.connection: None for one in members}:
+        for connection in _connections_of(dear):
+            self._aside.blame(connection)
+        for connection in _connections_of(late):
             self._aside.put(connection)
             if connection.is_live:
                 self._leave_behind(connection)
@@ -764,6 +765,11 @@ class Hub:
         connection.state = State.REPLAY
         connection.cursor = self._course.head
         self._replays.start(connection)
+
+
+def _connections_of(groups: Iterable[Group]) -> dict[Connection, None]:
+    members = (one for group in groups for audience in group.audiences for one in audience)
+    return {one.connection: None for one in members}
 
 
 def _unchanged(caller: Caller) -> Caller:

@@ -17,10 +17,11 @@ from pgrealtime.hub.allowance import Allowance
 from pgrealtime.hub.display import NOTHING_BESIDE, Beside, Display, Sight
 from pgrealtime.hub.event import Event, Versions
 from pgrealtime.hub.expand import Reading
-from pgrealtime.hub.match import Group, Matcher
+from pgrealtime.hub.match import Group, Judging, Matcher
 from pgrealtime.hub.probe import Asked, LiveRow
 from pgrealtime.hub.slices import SLICE
 from pgrealtime.lsn import Cursor, Xid
+from pgrealtime.turns import Turn
 
 log = structlog.get_logger(__name__)
 
@@ -75,6 +76,8 @@ class Verdict(Struct):
     """Collections of which anybody may miss something."""
     late: frozenset[Group] = frozenset()
     """Groups whose filters took too long: they must be judged anew, alone."""
+    dear: frozenset[Group] = frozenset()
+    """Those of them that took so long themselves, in the process."""
     unheard: Sequence[int] = ()
     """Places, ascending, of the events that are of ``undecided`` or ``lost``."""
 
@@ -156,18 +159,18 @@ class Judge:
 
         What raises here is left to each connection to judge by itself.
         """
-        whole, allowance = Verdict([]), Allowance(is_short=True)
-        share = min(SLICE, self._matcher.at_once)
-        for first in range(0, len(events), share):
+        whole, allowance = Verdict([]), Allowance.for_all(len(events))
+        for first in range(0, len(events), SLICE):
             if first:
                 await asyncio.sleep(0)
-            some = events[first : first + share]
+            some = events[first : first + SLICE]
             part = await self._find_out(some, allowance, None)
             part.note_unheard(some)
             whole.hits += part.hits
             whole.undecided |= part.undecided
             whole.lost |= part.lost
             whole.late |= part.late
+            whole.dear |= part.dear
             whole.unheard = [*whole.unheard, *(first + place for place in part.unheard)]
         return whole
 
@@ -191,19 +194,42 @@ class Judge:
         if partial:
             _prove(partial, live, self._versions)
         now = datetime.now(UTC)
-        judging = self._matcher.match(events, now, among)
+        testing = allowance.testing
+        judging = self._matcher.matching(events, now, among, testing=testing)
+        await _tested(judging, allowance)
         undecided = await self._probe.ask(judging)
         verdict = Verdict(judging.hits, undecided=undecided, lost=lost)
-        if self._matcher.has_costly:
-            filters = self._matcher.match(events, now, among, costly=True)
+        deferred = judging.deferred
+        if self._matcher.has_costly or deferred:
+            filters = self._matcher.matching(
+                events, now, among, costly=True, testing=testing, deferred=deferred
+            )
+            await _tested(filters, allowance)
             verdict.undecided |= await self._probe.ask(filters, allowance)
+            verdict.undecided |= allowance.unanswered
             verdict.hits = [
                 (*a, *b) if b else a for a, b in zip(verdict.hits, filters.hits, strict=True)
             ]
             verdict.late = filters.undecided
+        if testing.late:
+            verdict.late |= testing.late.keys()
+            verdict.dear |= testing.dear.keys()
         if partial:
             _complete(partial, live)
         return verdict
+
+
+async def _tested(judging: Judging, allowance: Allowance) -> None:
+    """Do what needs no Postgres, in turns with the loop's other users."""
+    if allowance.queue is None:
+        turn = Turn()
+        while not judging.go_on(turn.is_over):
+            await turn.pause()
+        return
+    is_done = False
+    while not is_done:
+        async with allowance.queue.work(allowance.whose) as turn:
+            is_done = judging.go_on(turn.is_over)
 
 
 def where(error: BaseException) -> str:

@@ -6,8 +6,8 @@ through the index of ``rules``, so an event costs what matches it and not what i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Sized
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import takewhile
 from typing import TypeAlias
@@ -21,7 +21,7 @@ from pgrealtime.hub.event import Event
 from pgrealtime.hub.topic import Topic
 from pgrealtime.lsn import Xid
 from pgrealtime.rules.compare import Scalar
-from pgrealtime.rules.decide import Case, Deciding
+from pgrealtime.rules.decide import Case, Deciding, Testing
 from pgrealtime.rules.formula import Facts, Moment
 from pgrealtime.rules.index import Index
 from pgrealtime.rules.past import Pasts, tables_of
@@ -48,8 +48,6 @@ event, which may take several milliseconds, and everybody's next event waits for
 TOO_VARIED = f"a connection takes {VIEWS_PER_CONNECTION} different pairs of fields and expand"
 LIMITED = frozenset({TOO_COSTLY, TOO_LONG, TOO_VARIED})
 """Reasons why nothing can match of options that would be fine alone."""
-_TRIED_AT_ONCE = 20_000
-"""How many are tried before others of the loop have their turn."""
 
 _Question: TypeAlias = tuple[
     str, str | None, Principal, Mapping[str, str], Mapping[str, str], Row | None
@@ -257,10 +255,38 @@ class _Groups:
 class Judging:
     """A batch of events being judged: what is sure, and what Postgres must be asked."""
 
-    def __init__(self, events: Sequence[Event], cases: dict[int, Case[Group]], at: Moment) -> None:
+    def __init__(
+        self,
+        events: Sequence[Event],
+        cases: dict[int, Case[Group]],
+        at: Moment,
+        steps: Iterator[None],
+    ) -> None:
         self._events = events
         self._cases = cases
-        self._deciding = Deciding(list(cases.values()), at)
+        self._at = at
+        self._steps = steps
+        self._deciding: Deciding[Group] = Deciding([], at)
+
+    def go_on(self, is_over: Callable[[], bool]) -> bool:
+        """Go on with what needs no Postgres; before anything is asked, and until all is done.
+
+        Args:
+            is_over: Says when others are to have their turn.
+
+        Returns:
+            Whether all is done.
+        """
+        for _ in self._steps:
+            if is_over():
+                return False
+        self._deciding = Deciding(list(self._cases.values()), self._at)
+        return True
+
+    @property
+    def deferred(self) -> dict[int, dict[Group, None]]:
+        """By event, the groups whose filters only Postgres can decide for it."""
+        return {place: case.deferred for place, case in self._cases.items() if case.deferred}
 
     @property
     def undecided(self) -> frozenset[Group]:
@@ -355,8 +381,8 @@ class Matcher:
                 self._heed(subscription.group)
 
     def _heed(self, group: Group) -> None:
-        if group.variant.is_costly and group.is_awake != group.has_awake():
-            there = self._costly[group.variant.collection.name]
+        if group.variant.filtered and group.is_awake != group.has_awake():
+            there = self._place_of(group.variant)[group.variant.collection.name]
             there.turn(group, is_awake=not group.is_awake)
 
     def bind(
@@ -408,11 +434,6 @@ class Matcher:
         """Whether anybody's filter takes questions to Postgres beyond its rule's."""
         return bool(self._costly)
 
-    @property
-    def at_once(self) -> int:
-        """How many events are best judged in one go."""
-        return max(1, _TRIED_AT_ONCE // max(1, self._tried))
-
     def match(
         self,
         events: Sequence[Event],
@@ -421,7 +442,22 @@ class Matcher:
         *,
         costly: bool = False,
     ) -> Judging:
-        """Return what the groups make of events, as far as it can be said without Postgres.
+        """Return what the groups make of events, as far as it can be said without Postgres."""
+        judging = self.matching(events, now, among, costly=costly)
+        judging.go_on(lambda: False)
+        return judging
+
+    def matching(
+        self,
+        events: Sequence[Event],
+        now: datetime,
+        among: Sized[Group] | None = None,
+        *,
+        costly: bool = False,
+        testing: Testing[Group] | None = None,
+        deferred: Mapping[int, Sized[Group]] | None = None,
+    ) -> Judging:
+        """Return what says so bit by bit.
 
         Args:
             events: A batch in stream order.
@@ -429,32 +465,53 @@ class Matcher:
             among: The only groups to consider; None is all.
             costly: Whether those are considered whose filters take questions to Postgres beyond
                 their rules', and no others; else it is the others.
+            testing: What filters may take in the process; None is no bound.
+            deferred: By event, groups to consider as well, which others have left over; None is
+                that groups are left over for others.
         """
-        by_collection = self._costly if costly else self._groups
-        if among is not None:
-            among = [group for group in among if group.variant.is_costly == costly]
         at = moment(now)
         cases: dict[int, Case[Group]] = {}
+        found: Callable[[Event], Sized[Group] | None] = lambda _event: None  # noqa: E731
+        if among is not None:
+            some = [group for group in among if group.variant.is_costly == costly]
+            found = lambda event: [group for group in some if group.concerns(event)]  # noqa: E731
+        by_collection = self._costly if costly else self._groups
         pasts = Pasts(self._tables)
-        for place, event in enumerate(events):
-            there = by_collection.get(event.collection.name)
-            if there is None:
-                continue
-            facts = Facts(event.row, event.missing, at)
-            past = pasts.of(event.changes) if event.action == "delete" else None
-            case = cases[place] = Case(facts, past)
-            if among is None:
-                case.search(there.index)
-                match there.by_record.get(event.record_id):
-                    case Group(is_awake=True) as only:
-                        case.consider((only,))
-                    case _Groups(index=index):
-                        case.search(index)
-                    case _:
-                        pass
-            else:
-                case.consider(group for group in among if group.concerns(event))
-        return Judging(events, cases, at)
+
+        def steps() -> Iterator[None]:
+            for place, event in enumerate(events):
+                there = by_collection.get(event.collection.name)
+                more = () if deferred is None else deferred.get(place, ())
+                if there is None and not more:
+                    continue
+                facts = Facts(event.row, event.missing, at)
+                past = pasts.of(event.changes) if event.action == "delete" else None
+                case: Case[Group] = Case(facts, past, testing)
+                case.deferred = {} if deferred is None and testing is not None else None
+                cases[place] = case
+                case.put_off(more)
+                yield from _searching(case, there, event, found(event))
+                yield
+
+        return Judging(events, cases, at, steps())
+
+
+def _searching(
+    case: Case[Group], there: _Groups | None, event: Event, among: Sized[Group] | None
+) -> Iterator[None]:
+    """Test the groups that an event may concern, bit by bit."""
+    if among is not None:
+        case.put_off(among)
+    elif there is not None:
+        yield from case.searching(there.index)
+        match there.by_record.get(event.record_id):
+            case Group(is_awake=True) as only:
+                case.put_off((only,))
+            case _Groups(index=index):
+                yield from case.searching(index)
+            case _:
+                pass
+    yield from case.testing()
 
 
 def _before(subscription: Subscription) -> Iterator[Subscription]:

@@ -225,11 +225,10 @@ class Replays:
                 self._join(connection)
                 return False
             is_slow = self._aside.is_slow(connection)
-            async with self._slow_turns if is_slow else self._turns:
+            async with self._slow_turns if is_slow or connection.is_aside else self._turns:
                 # Looked at once more: others had their turn.
                 if connection.is_replaying() and connection.cursor < course.target:
-                    allowance = Allowance(is_short=not is_slow)
-                    await self._hand(connection, progress, allowance)
+                    await self._hand(connection, progress, self._aside.allowance(connection))
             return True
 
     def _opens_with_gap(self, connection: Connection) -> bool:

@@ -6,13 +6,15 @@ After at most a few rounds there is nothing left to ask and ``hits`` is complete
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Generic, TypeAlias, TypeVar
 
 from pgrealtime.changes import TableName
 from pgrealtime.errors import RuleError
 from pgrealtime.rules.access import RemoteSource
-from pgrealtime.rules.compare import Scalar
+from pgrealtime.rules.compare import WORK, Scalar
 from pgrealtime.rules.formula import Atom, Facts, Formula, Moment
 from pgrealtime.rules.images import Overlay
 from pgrealtime.rules.index import Entries, Index, Member
@@ -27,6 +29,52 @@ _VALUES = 1000
 """Values of one row that Postgres names before it is told which ones matter."""
 _PAIRS = 2000
 """Pairs of one statement at most, so that each is short."""
+_RULE = 20_000.0
+"""Units of ``WORK`` that a rule may take for a row in the process; then Postgres takes less."""
+_BASE = 2.0
+"""Units that any test takes."""
+_FEW = 16
+"""Members that are tested before others may have their turn."""
+
+
+class Testing(Generic[M]):
+    """What clients' filters may take in the process for the rows of a batch. Rules have no bound.
+
+    Args:
+        each: Units of ``WORK`` that one filter may take for one row.
+        left: Units that all filters may take together, for all rows.
+        is_shared: Whether others wait. If so a filter that takes more is late: its members must
+            be judged anew, apart. If not, Postgres is asked.
+
+    Attributes:
+        late: Members that took more, or were not tested since others had taken all.
+        dear: Those of them that took more themselves.
+        used: Units that were taken.
+    """
+
+    def __init__(
+        self, *, each: float = math.inf, left: float = math.inf, is_shared: bool = False
+    ) -> None:
+        self.each = each
+        self.left = left
+        self.is_shared = is_shared
+        self.late: dict[M, None] = {}
+        self.dear: dict[M, None] = {}
+        self.used = 0.0
+
+    def may_test(self, member: M) -> bool:
+        """Whether a member with a filter is tested; else it is late."""
+        if self.used >= self.left:
+            self.late[member] = None
+        return member not in self.late
+
+    def note(self, member: M) -> bool:
+        """Take note of what its filter took; return whether that was too much."""
+        self.used += _BASE + self.each - WORK.left if self.each < math.inf else _BASE
+        if WORK.left >= 0 or not self.is_shared:
+            return False
+        self.late[member] = self.dear[member] = None
+        return True
 
 
 class Case(Generic[M]):
@@ -38,11 +86,29 @@ class Case(Generic[M]):
             (False) only who is in the index.
     """
 
-    __slots__ = ("_open", "_searched", "_waiting", "asked", "facts", "hits", "past")
+    __slots__ = (
+        "_open",
+        "_searched",
+        "_testing",
+        "_untested",
+        "_waiting",
+        "asked",
+        "deferred",
+        "facts",
+        "hits",
+        "past",
+    )
 
-    def __init__(self, facts: Facts, past: Past | None = None) -> None:
+    def __init__(
+        self, facts: Facts, past: Past | None = None, testing: Testing[M] | None = None
+    ) -> None:
         self.facts = facts
         self.past = past
+        self._testing: Testing[M] = testing or Testing()
+        self._untested: deque[tuple[Iterable[M], Hashable | None]] = deque()
+        """Members that were found and have yet to be tested, with what led there if anything."""
+        self.deferred: dict[M, None] | None = None
+        """If given, takes the members whose filters only Postgres can decide for this row."""
         self._searched: tuple[Index[M], ...] = ()
         self.hits: dict[M, None] = {}
         self.asked: dict[RemoteSource, bool] = {}
@@ -57,44 +123,98 @@ class Case(Generic[M]):
     def consider(self, members: Iterable[M]) -> None:
         """Ask members that were found in some other way than by the index."""
         for member in members:
-            if self._is_told(member):
-                self._note(member, self.facts.decide(member.variant.formula, member.values))
+            self._test(member, None)
 
     def search(self, index: Index[M]) -> None:
-        """Look into an index; a row may concern several."""
+        """Look into an index, and test whom it finds; a row may concern several."""
+        for _ in self.searching(index):
+            pass
+
+    def searching(self, index: Index[M]) -> Iterator[None]:
+        """Do so bit by bit; the index may change in between, and what has gone may be found."""
         self._searched += (index,)
         for lead, members in index.found(self.facts):
-            if lead is None:
-                self.consider(members)
-                continue
-            for member in members:
-                self._settle(member, member.variant.leads[lead])
-        for guards, is_exact in index.free:
+            if isinstance(members, tuple):
+                for member in members:
+                    self._test(member, lead)
+            else:
+                self._untested.append((list(members), lead))
+        for guards, is_exact in list(index.free):
             self._meet(index, guards, is_exact=is_exact)
         for source, asked in index.asked.items():
             if any(self._hold(guards) is not False for guards in asked.guards):
                 self.asked[source] = True
+        yield from self.testing()
+
+    def testing(self) -> Iterator[None]:
+        """Test those that were found, bit by bit."""
+        while self._untested:
+            members, lead = self._untested.popleft()
+            for count, member in enumerate(members, start=1):
+                self._test(member, lead)
+                if not count % _FEW:
+                    yield
+            yield
+
+    def put_off(self, members: Iterable[M]) -> None:
+        """Have members tested that were found otherwise, when it is their turn."""
+        self._untested.append((list(members), None))
+
+    def _test(self, member: M, lead: Hashable | None) -> None:
+        """Test a member, within what a client's filter may take."""
+        filtered = member.variant.filtered
+        if filtered and not self._testing.may_test(member):
+            return
+        WORK.left = self._testing.each if filtered else _RULE
+        try:
+            if lead is not None:
+                self._settle(member, member.variant.leads[lead])
+            elif self._is_told(member):
+                self._note(member, self.facts.decide(member.variant.formula, member.values))
+            if filtered:
+                self._note_filter(member)
+        finally:
+            WORK.left = math.inf
+
+    def _note_filter(self, member: M) -> None:
+        """Leave a member to others whose filter took too much, or isn't decided here."""
+        if self._testing.note(member):
+            self._open.pop(member, None)
+            self.hits.pop(member, None)
+        elif (
+            self.deferred is not None
+            and member in self._open
+            and self.facts.is_undecided(
+                member.variant.formula, member.values, member.variant.filtered
+            )
+        ):
+            del self._open[member]
+            self.deferred[member] = None
 
     def _hold(self, guards: _Guards) -> bool | None:
         verdict: bool | None = True
+        left, WORK.left = WORK.left, min(WORK.left, _RULE, self._testing.each)
         for guard in guards:
             holds = self.facts.decide(guard, ())
             if holds is False:
-                return False
+                verdict = False
+                break
             verdict = verdict and holds
+        WORK.left = left
         return verdict
 
     def _meet(self, index: Index[M], guards: _Guards, *, is_exact: bool) -> None:
         """Take the members to whom nothing leads, if what they have in common is true."""
         holds = self._hold(guards)
         members = index.free.get((guards, is_exact), {})
-        if holds is None:
+        if holds is None and self.deferred is not None and any(m.variant.filtered for m in members):
+            self._untested.append((list(members), None))
+        elif holds is None:
             self._waiting.append((index, guards, is_exact))
         elif holds and is_exact and not self.facts.missing:
             self.hits.update(members)
         elif holds:
-            for member in members:
-                self._settle(member, member.variant.leads[guards, is_exact])
+            self._untested.append((list(members), (guards, is_exact)))
 
     def _settle(self, member: M, lead: Lead) -> None:
         """Take a member to whom something led, if that is enough."""
@@ -133,7 +253,7 @@ class Case(Generic[M]):
                     if lead.proves is not None:
                         args = self.facts.args(lead.proves, member.values)
                         self.facts.answers[lead.proves.atom, args] = True
-                    self._settle(member, lead)
+                    self._test(member, source)
 
     def _asking(self, source: RemoteSource) -> list[Entries[M]]:
         """Return who is found by a source; members may have gone since it was asked."""
@@ -170,6 +290,8 @@ class Case(Generic[M]):
         waiting, self._waiting = self._waiting, []
         for index, guards, is_exact in waiting:
             self._meet(index, guards, is_exact=is_exact)
+        for _ in self.testing():
+            pass
         open_, self._open = self._open, {}
         self.consider(open_)
 

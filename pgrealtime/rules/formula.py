@@ -8,6 +8,7 @@ over *atoms*: conditions with joins of their own, each decided in the process or
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -328,6 +329,15 @@ class Facts:
             except Exception:  # noqa: BLE001 (Postgres decides what can't be decided here)
                 self._undecided.add((atom, args))
         return self.answers.get((atom, args)) if self.answers else None
+
+    def is_undecided(
+        self, formula: Formula, values: Sequence[Scalar], atoms: AbstractSet[Atom]
+    ) -> bool:
+        """Whether it is open for one of the atoms that has a test, which couldn't say."""
+        return bool(self._undecided) and any(
+            leaf.atom in atoms and (leaf.atom, self.args(leaf, values)) in self._undecided
+            for leaf in self.open_leaves(formula, values)
+        )
 
     def decide(self, formula: Formula, values: Sequence[Scalar]) -> bool | None:
         """Return whether the formula is true for a subscriber; None if Postgres has yet to say."""

@@ -18,7 +18,7 @@ from pgrealtime.auth.principal import Superuser
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection, Collections
 from pgrealtime.errors import RuleError
-from pgrealtime.rules.access import Path, Sources, access
+from pgrealtime.rules.access import Kind, Path, Sources, access
 from pgrealtime.rules.compare import Scalar
 from pgrealtime.rules.formula import (
     Atom,
@@ -118,6 +118,7 @@ class Variant:
         columns: What must be known of a row.
         paths: How a row finds its subscribers.
         leads: By what an index keeps them: what admits who is found there.
+        filtered: What of it a client wrote, beyond the rule: its bounds are not the rule's.
         is_costly: Whether the filter, beyond its rule, takes a question to Postgres.
     """
 
@@ -125,6 +126,7 @@ class Variant:
         "__weakref__",
         "collection",
         "columns",
+        "filtered",
         "formula",
         "is_costly",
         "leads",
@@ -140,12 +142,13 @@ class Variant:
         columns: frozenset[str],
         sources: Sources,
         *,
-        is_costly: bool,
+        filtered: frozenset[Atom] = frozenset(),
     ) -> None:
         self.collection = collection
         self.formula = formula
         self.picks = picks
-        self.is_costly = is_costly
+        self.filtered = filtered
+        self.is_costly = any(atom.test is None for atom in filtered)
         self.columns = columns
         self.paths: tuple[Path, ...] = access(formula, sources)
         self.leads: dict[Hashable, Lead] = {}
@@ -156,8 +159,10 @@ class Variant:
 
     @property
     def is_scan(self) -> bool:
-        """Whether its subscribers are tried one by one."""
-        return bool(self.picks) and any(path.is_scan for path in self.paths)
+        """Whether each change costs something for what a client wrote, be it found or not."""
+        return bool(self.filtered) and any(
+            path.kind is Kind.FREE or path.is_scan for path in self.paths
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +192,7 @@ class Template:
         self.collection = collection
         self.needs = tuple(needs)
         self._formula = formula
-        self._costly = _of_postgres(filter_) - _of_postgres(rule)
+        self._filtered = _atoms(filter_) - _atoms(rule)
         self._columns = frozenset().union(*(leaf.atom.columns for leaf in leaves(formula)))
         self._constants = [leaf for leaf in leaves(formula) if leaf.atom.is_constant]
         self._sources = sources
@@ -221,13 +226,12 @@ class Template:
             picks,
             self._columns,
             self._sources,
-            is_costly=not self._costly.isdisjoint(leaf.atom for leaf in leaves(formula)),
+            filtered=self._filtered & _atoms(formula),
         )
 
 
-def _of_postgres(formula: Formula) -> frozenset[Atom]:
-    """What of it can't be decided in the process."""
-    return frozenset(leaf.atom for leaf in leaves(formula) if leaf.atom.test is None)
+def _atoms(formula: Formula) -> frozenset[Atom]:
+    return frozenset(leaf.atom for leaf in leaves(formula))
 
 
 def _constant(leaf: Leaf, values: Sequence[Scalar]) -> bool | None:

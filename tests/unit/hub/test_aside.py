@@ -287,3 +287,43 @@ async def test_who_reads_on_for_another_reason_doesn_t_wait_for_the_slow_ones() 
         await sink.wait_for(2)
 
     assert ids(sink) == ["a"]
+
+
+def fitting(times: int) -> str:
+    """A topic whose filter nearly fits everywhere in a text of many ``a``."""
+    text = f"title ~ '%{'a_' * times}b%' || title = '{'a' * 900}'"
+    return "posts/*?options=" + quote(json.dumps({"query": {"filter": text}}))
+
+
+DEAR, DEAREST = fitting(8), fitting(100)
+"""Of 2,900 units of work for a row, and of 30,000: more than it is tried apart."""
+
+
+@pytest.mark.parametrize("topic", [DEAR, DEAREST])
+async def test_a_filter_that_is_dear_in_the_process_waits_for_itself_alone(topic: str) -> None:
+    """What is too much even then Postgres is asked; it hears all, in order and once."""
+    clock = Clock()
+    async with open_room(database=Filters(), clock=clock) as room:
+        room.database.seconds = 0  # type: ignore[attr-defined]
+        dear, dear_sink = await subscribed(room, topic, "notes/*")
+        other, other_sink = await subscribed(room, "posts/*")
+        for n in range(3):
+            await live(dear)
+            room.commit(insert(f"n{n}", "a" * 900))
+            await room.settled()
+            assert not dear.is_live
+            assert ids(other_sink) == [f"n{m}" for m in range(n + 1)]
+            await at_rest(room)
+        await live(dear)
+        room.commit(insert("n3", "a" * 900))
+        await room.settled()
+        await at_rest(room)
+        assert is_aside(dear)
+        assert ids(dear_sink) == ids(other_sink) == [f"n{n}" for n in range(4)]
+        clock.now += 6
+        room.commit(insert("n4", "short"))
+        await room.settled()
+        await live(dear)
+
+        assert not is_aside(dear)
+        assert (other.is_live, len(ids(other_sink))) == (True, 5)

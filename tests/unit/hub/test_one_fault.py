@@ -162,6 +162,7 @@ def test_a_fault_in_any_call_of_the_dispatch_task_ends_one_connection_at_most() 
     """Each function that it calls raises once: the others hear all, in order, and once."""
     whole = asyncio.run(scenario(None))
     found = functions()
+    raised = 0
     wrong: list[tuple[str, int, list[tuple[str, list[str]]]]] = []
     for code in found:
         is_raised: list[bool] = []
@@ -176,14 +177,14 @@ def test_a_fault_in_any_call_of_the_dispatch_task_ends_one_connection_at_most() 
         except TimeoutError:
             wrong.append((code.co_qualname, 0, []))
             continue
-        assert is_raised
+        raised += bool(is_raised)  # not where what it makes is kept from the time before
         ended = [state for state, _ in result if state != "open"]
         complete = [r == w for r, w in zip(result, whole, strict=True) if r[0] == "open"]
         if len(ended) > 1 or not all(complete):
             wrong.append((code.co_qualname, len(ended), result))
 
     assert not wrong
-    assert len(found) > 80
+    assert raised > 150
     assert Replays.join_waiting.__code__ in found
 
 
