@@ -44,6 +44,7 @@ from pgrealtime.hub.probe import Probe
 from pgrealtime.lsn import LSN
 from pgrealtime.observe.log import configure
 from pgrealtime.observe.metrics import Metrics
+from pgrealtime.observe.redact import without_values
 from pgrealtime.operate.check import rule_problems
 from pgrealtime.pool import KEEPALIVE, QueryPool
 from pgrealtime.relay import Relay
@@ -244,6 +245,7 @@ async def running(
             changelog=changelog,
             probe=probe,
             authenticator=authenticator,
+            login=login,
             pool=pool,
         )
         await stack.enter_async_context(_admin_port(config.admin, vitals, metrics))
@@ -346,7 +348,7 @@ async def _pass_over(config: Config) -> None:
         async with await connect_plainly(config.database.url) as connection:
             await durable.pass_over(connection, config.replication.slot.name)
     except psycopg.Error as error:
-        log.warning("slot.kept", slot=config.replication.slot.name, reason=str(error).strip())
+        log.warning("slot.kept", slot=config.replication.slot.name, reason=without_values(error))
 
 
 def _report_wait(wait: SlotWait) -> None:
@@ -411,5 +413,5 @@ async def catalog_of(config: Config, pool: QueryPool) -> Catalog:
             return await read_catalog(connection, names=names)
     except psycopg.Error as error:
         raise PgRealtimeError(
-            "the catalogue can't be read", detail=str(error).strip(), code="catalog"
+            "the catalogue can't be read", detail=without_values(error), code="catalog"
         ) from error

@@ -20,6 +20,7 @@ from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
 from pgrealtime.config import CollectionLoginConfig
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
+from pgrealtime.observe.redact import without_values
 from pgrealtime.pool import QueryPool
 
 _BATCH = 500
@@ -218,7 +219,7 @@ class Accounts:
             self._on_doubt()
             raise SetupError(
                 f'table "{users.collection.table.name}" can\'t be read as users',
-                detail=str(error).partition("\n")[0],
+                detail=without_values(error),
             ) from error
         result = cursor.pgresult
         assert result is not None  # an executed query has one

@@ -24,6 +24,7 @@ from pgrealtime.hub.event import Event
 from pgrealtime.hub.snapshot import SNAPSHOT_QUERY, parse_snapshot
 from pgrealtime.hub.suspension import Suspensions
 from pgrealtime.lsn import Xid
+from pgrealtime.observe.redact import without_values
 from pgrealtime.pool import Connection, QueryPool
 from pgrealtime.rules.access import RemoteSource
 from pgrealtime.rules.formula import Atom
@@ -62,7 +63,7 @@ _VISIBLE_RETRY_SECONDS = 0.005
 _PATIENCE = 3
 """Time-outs of all questions of one batch together that are borne."""
 _REASONS = 1000
-"""Different reasons that are logged; a text of Postgres may name a value of a row."""
+"""Different reasons that are logged."""
 
 
 class LiveRow:
@@ -131,7 +132,7 @@ class Probe:
             snapshot, insert_lsn, is_in_recovery = await self._pool.row(SNAPSHOT_QUERY)
         except (psycopg.Error, PoolTimeout) as error:
             raise DatabaseUnreachableError(
-                "the database gave no snapshot", detail=str(error)
+                "the database gave no snapshot", detail=without_values(error)
             ) from error
         return snapshot, insert_lsn, is_in_recovery
 
@@ -181,7 +182,7 @@ class Probe:
         return frozenset()
 
     def _give_up(self, judging: Asked, error: Exception) -> frozenset[str]:
-        log.warning("questions.unanswered", error=_first_line(error))
+        log.warning("questions.unanswered", error=without_values(error))
         about: set[str] = set()
         while inquiries := judging.inquiries():
             about.update(inquiry.collection for inquiry in inquiries)
@@ -296,7 +297,7 @@ class Probe:
 
     def report(self, collection: str, error: psycopg.Error) -> None:
         """Say what a question failed with."""
-        self._tell(collection, _first_line(error))
+        self._tell(collection, without_values(error))
         self._doubt(error)
 
     def _deny(self, inquiry: Inquiry, reason: str) -> None:
@@ -329,7 +330,11 @@ class Probe:
             try:
                 rows = await self._live_rows(collection, list(ids))
             except (psycopg.Error, PoolTimeout) as error:
-                log.warning("live_row.failed", table=str(collection.table.name), error=str(error))
+                log.warning(
+                    "live_row.failed",
+                    table=str(collection.table.name),
+                    error=without_values(error),
+                )
                 self._doubt(error)
                 if _is_away(error):
                     unanswered.add(name)
@@ -408,11 +413,6 @@ _AWAY = ("08", "57P", "53300")
 
 _LATE = (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable)
 """Of two equal time-outs, Postgres tells of the lock's."""
-
-
-def _first_line(error: Exception) -> str:
-    """What Postgres complains of; the lines after it may show a row."""
-    return str(error).partition("\n")[0]
 
 
 class _Session:

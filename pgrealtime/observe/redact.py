@@ -31,9 +31,11 @@ _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Control characters but for tab and line feed: a terminal would obey them."""
 
-_SPEAKS_OF_VALUES = ("22", "23", "P0")
-"""SQLSTATE classes whose messages quote what is in a row: data exceptions, violated constraints,
-and what a function of the operator's raised."""
+_NO_VALUES = (
+    *("08", "0A", "25", "26", "28", "3D", "3F", "40", "42", "53", "54", "55", "57", "58", "XX"),
+)
+"""SQLSTATE classes whose messages name objects, settings and limits. Those of others may quote what
+is in a row: data exceptions, violated constraints, and whatever a function raises."""
 
 
 def redact(value: object, *, key: str = "") -> object:
@@ -69,16 +71,29 @@ def redact_text(text: str) -> str:
 def describe_exception(error: BaseException) -> str:
     """Return class and message, of a database error only what can't quote a row."""
     name = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+    text = without_values(error)
+    return f"{name}: {text}" if text else redact_text(name)
+
+
+def names_no_values(sqlstate: str) -> bool:
+    """Whether the server's own messages of that class don't quote what is in a row."""
+    return sqlstate.startswith(_NO_VALUES)
+
+
+def without_values(error: BaseException) -> str:
+    """Return the message, of a database error the SQLSTATE and only what can't quote a row.
+
+    A function can raise an error of any class; what runs in one has a context.
+    """
     sqlstate = getattr(error, "sqlstate", None)
     if not isinstance(sqlstate, str):
         text = str(error)
-    elif sqlstate.startswith(_SPEAKS_OF_VALUES):
-        text = f"SQLSTATE {sqlstate}"
     else:
-        primary = getattr(getattr(error, "diag", None), "message_primary", None)
-        text = f"SQLSTATE {sqlstate}: {primary}" if primary else f"SQLSTATE {sqlstate}"
-    text = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
-    return redact_text(f"{name}: {text}" if text else name)
+        told = getattr(error, "diag", None)
+        primary = getattr(told, "message_primary", None)
+        is_plain = names_no_values(sqlstate) and not getattr(told, "context", None)
+        text = f"SQLSTATE {sqlstate}: {primary}" if primary and is_plain else f"SQLSTATE {sqlstate}"
+    return redact_text(_CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text))
 
 
 def describe_traceback(error: BaseException) -> str:

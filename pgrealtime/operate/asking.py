@@ -14,7 +14,7 @@ from pgrealtime.catalog.naming import identifier
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
-from pgrealtime.observe.redact import describe_exception
+from pgrealtime.observe.redact import without_values
 from pgrealtime.operate.telling import HIDDEN, Truth, shown
 from pgrealtime.pool import Connection, QueryPool
 from pgrealtime.rules.clauses import MOST_VALUES, Masked, Side, Told
@@ -40,7 +40,9 @@ async def snapshot(pool: QueryPool) -> AsyncIterator[Asking]:
             await connection.execute(_SNAPSHOT)
             yield Asking(connection)
     except (psycopg.OperationalError, PoolTimeout) as error:
-        raise DatabaseUnreachableError("the database doesn't answer", detail=str(error)) from error
+        raise DatabaseUnreachableError(
+            "the database doesn't answer", detail=without_values(error)
+        ) from error
 
 
 class Asking:
@@ -59,7 +61,7 @@ class Asking:
             if self._connection.closed:
                 raise
             # Without what may show a value of the row.
-            return Truth(None, describe_exception(error).partition(": ")[2])
+            return Truth(None, without_values(error))
 
     async def truth(self, question: Question) -> Truth:
         """Return what a condition is."""
@@ -95,7 +97,7 @@ class Asking:
         except psycopg.ProgrammingError as error:
             raise SetupError(
                 f'"{collection.table.name}" can\'t be read',
-                detail=describe_exception(error).partition(": ")[2],
+                detail=without_values(error),
                 hint="pgrealtime check says what is missing.",
                 code="select_not_granted",
             ) from error

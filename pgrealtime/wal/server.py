@@ -20,6 +20,7 @@ from pgrealtime.errors import (
     WalError,
 )
 from pgrealtime.lsn import LSN, parse_lsn
+from pgrealtime.observe.redact import without_values
 from pgrealtime.wal.publication import quote
 
 Connection: TypeAlias = psycopg.AsyncConnection[tuple[Any, ...]]
@@ -106,7 +107,7 @@ def translated() -> Iterator[None]:
             "the server went away while the stream was set up", detail=str(error).strip()
         ) from error
     except psycopg.Error as error:
-        raise WalError("the stream can't be set up", detail=str(error).strip()) from error
+        raise WalError("the stream can't be set up", detail=without_values(error)) from error
 
 
 async def connect_plainly(url: str) -> Connection:

@@ -27,6 +27,7 @@ from pgrealtime.errors import (
     UnexpectedMessageError,
 )
 from pgrealtime.lsn import LSN
+from pgrealtime.observe.redact import names_no_values
 from pgrealtime.wal import pgoutput, server, wal2json
 from pgrealtime.wal import slot as slots
 from pgrealtime.wal.assembler import RecordKeys, TransactionAssembler, default_record_keys
@@ -368,7 +369,12 @@ def _translate(error: psycopg.Error) -> PgRealtimeError:
             return StreamInterruptedError("the connection to the server was lost", detail=detail)
         case _:
             return StreamInterruptedError(
-                "the decoder failed on the server", detail=detail, code="decoder_failed"
+                "the decoder failed on the server",
+                # The context says where: at which LSN.
+                detail=detail
+                if names_no_values(error.sqlstate)
+                else f"SQLSTATE {error.sqlstate}\n{error.diag.context or ''}".strip(),
+                code="decoder_failed",
             )
 
 

@@ -12,6 +12,10 @@ CREATE TABLE users (id int PRIMARY KEY, email text UNIQUE CHECK (email LIKE '%@%
 INSERT INTO users VALUES (1, 'ann@private');
 CREATE FUNCTION shout() RETURNS void LANGUAGE plpgsql AS
   $$BEGIN RAISE EXCEPTION 'no such user: ann@private'; END$$;
+CREATE FUNCTION refuse() RETURNS void LANGUAGE plpgsql AS
+  $$BEGIN RAISE insufficient_privilege USING MESSAGE = 'not for ann@private'; END$$;
+CREATE FUNCTION own_code() RETURNS void LANGUAGE plpgsql AS
+  $$BEGIN RAISE 'no such user: ann@private' USING ERRCODE = 'PT404'; END$$;
 """
 
 
@@ -22,6 +26,8 @@ CREATE FUNCTION shout() RETURNS void LANGUAGE plpgsql AS
         ("INSERT INTO users VALUES (2, 'private')", "23514"),
         ("SELECT email::int FROM users", "22P02"),
         ("SELECT shout()", "P0001"),
+        ("SELECT refuse()", "42501"),
+        ("SELECT own_code()", "PT404"),
     ],
 )
 def test_an_error_that_quotes_a_value_is_told_by_its_code(

@@ -14,6 +14,8 @@ from urllib.parse import quote
 import psycopg
 import pytest
 import pytest_asyncio
+from msgspec import structs
+from structlog.testing import capture_logs
 
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.changes import Delete, Key, Row, WholeRow
@@ -101,6 +103,26 @@ async def test_a_row_that_postgres_refuses_is_denied_alone(desk: Desk) -> None:
 
     assert await desk.hear(events) == [{one}, set(), {one}]
     assert set(desk.probe.errors) == {("posts", "error")}
+
+
+async def test_what_postgres_quotes_of_a_row_is_not_logged(desk: Desk) -> None:
+    """Of a rule's query and of a live row's: the first line of the message is the value itself."""
+    set_up(desk, "UPDATE projects SET owner = 'u1'; INSERT INTO projects VALUES ('px', '', 'u1')")
+    desk.rule("project.owner = @request.auth.id && project.owner.level != views")
+    desk.subscribe("u1")
+    posts = desk.world.collections["posts"]
+    views = posts.table.column("views")
+    assert views is not None
+    numbered = replace(posts, key=views)
+    event = desk.event(project="px", views="secret")
+    with capture_logs() as logged:
+        await desk.hear([event])
+        await desk.probe.live_rows(
+            [structs.replace(event, collection=numbered, record_id="secret")]
+        )
+
+    said = [(one["event"], one["error"]) for one in logged]
+    assert said == [("rule.error", "SQLSTATE 22P02"), ("live_row.failed", "SQLSTATE 22P02")]
 
 
 async def test_a_bad_rule_keeps_no_other_from_its_answer(desk: Desk) -> None:

@@ -41,8 +41,16 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "records": (*_FLOOR, "catalog.model", "collections"),
     "rules": (*_FLOOR, "catalog.model", "collections", "auth.principal"),
     # The auth record is a row of a collection.
-    "auth": (*_FLOOR, "catalog.model", "catalog.keys", "catalog.naming", "collections", "pool"),
-    "wal": (*_FLOOR, "catalog.model"),
+    "auth": (
+        *_FLOOR,
+        "catalog.model",
+        "catalog.keys",
+        "catalog.naming",
+        "collections",
+        "pool",
+        "observe.redact",
+    ),
+    "wal": (*_FLOOR, "catalog.model", "observe.redact"),
     "relay": (*_FLOOR, "catalog.model", "wal", "changelog", "observe"),
     "pool": (),
     "turns": (),
