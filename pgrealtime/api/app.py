@@ -136,6 +136,7 @@ class Surface:
 
     async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         """Add what every answer of ours carries; to PocketBase a redirect is its router's."""
+        response.headers.popall("Server", None)  # aiohttp's; PocketBase sends none
         if response.status == redirect.STATUS:
             return
         origin = request.headers.get("Origin", "")

@@ -352,11 +352,11 @@ async def answer_to(address: Address, data: bytes) -> bytes:
 
 
 def comparable(answer: bytes) -> tuple[list[bytes], bytes]:
-    """Return the head's lines in order of name, and the body, without moment, maker and ids."""
+    """Return the head's lines in order of name, and the body, without moment and ids."""
     head, _, body = answer.partition(b"\r\n\r\n")
     status, *fields = head.split(b"\r\n")
     if status.startswith(b"HTTP/1.1 100 "):
         return comparable(body)
     named = [(name.lower(), value) for name, _, value in (f.partition(b": ") for f in fields)]
-    kept = sorted(b": ".join(pair) for pair in named if pair[0] not in (b"date", b"server"))
+    kept = sorted(b": ".join(pair) for pair in named if pair[0] != b"date")
     return [status, *kept], re.sub(rb"[A-Za-z0-9]{40}", b"ID", body)
