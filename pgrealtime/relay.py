@@ -218,7 +218,7 @@ class Relay:
         # Beyond the last commit and before any to come: a commit record alone has more bytes.
         end_lsn = LSN(self._changelog.head.lsn + 1)
         self._append(Gap(end_lsn, reason, tables), time.monotonic())
-        log.warning("replication.gap", reason=reason, tables=sorted(map(str, tables)))
+        _report_gap(reason, tables)
         self._follower.wake()
 
     async def _read_in_turn(self, stream: WalStream, opened: AsyncExitStack) -> None:
@@ -360,6 +360,8 @@ class Relay:
         self._append(entry, time.monotonic())
         if isinstance(entry, Transaction):
             self.changes += len(entry.changes)
+        else:
+            _report_gap("too_large", entry.tables)
 
     def _append(self, entry: Entry, now: float) -> None:
         self._changelog.append(entry, now, self._follower.head)
@@ -404,3 +406,7 @@ def epoch_of(system: SystemIdentity, tables: Iterable[TableName]) -> str:
 def _next(epoch: str) -> str:
     """Another epoch, for a history that can't be told apart by system and timeline: a restore."""
     return hashlib.blake2s(epoch.encode(), digest_size=3).hexdigest()
+
+
+def _report_gap(reason: str, tables: Iterable[TableName]) -> None:
+    log.warning("replication.gap", reason=reason, tables=sorted(map(str, tables)))

@@ -9,6 +9,7 @@ import psycopg
 from psycopg_pool import PoolTimeout
 
 from pgrealtime.auth.authenticator import Authenticator
+from pgrealtime.auth.login import Login
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.probe import Probe
@@ -42,6 +43,7 @@ class Vitals:
         changelog: MemoryChangelog,
         probe: Probe,
         authenticator: Authenticator,
+        login: Login,
         pool: QueryPool,
     ) -> None:
         self._hub = hub
@@ -49,6 +51,7 @@ class Vitals:
         self._changelog = changelog
         self._probe = probe
         self._authenticator = authenticator
+        self._login = login
         self._pool = pool
 
     async def read(self) -> Reading:
@@ -65,6 +68,7 @@ class Vitals:
             filters_refused=counts.filters_refused,
             rule_errors=self._probe.errors,
             auth_checks=self._authenticator.checks,
+            logins=self._login.results,
             changes=self._relay.changes,
             stream_breaks=self._relay.breaks,
             changelog_bytes=self._changelog.size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address, ip_address, ip_network
@@ -73,9 +74,11 @@ class Login:
         self._decoys: dict[tuple[str, str], StoredHash] = {}
         """By table and column, of the scheme and cost that most of its hashes have."""
         self._unread: set[tuple[str, str]] = set()
+        self.results: Counter[str] = Counter()
+        """Attempts by password: ``ok``, or the code of the refusal."""
 
     async def with_password(self, users: Users, attempt: Attempt, address: str) -> Session:
-        """Return the session of whoever knows the password.
+        """Return the session of whoever knows the password; count and log who doesn't.
 
         An unknown identity, a user without a usable hash and a wrong password get the same answer
         after the same work.
@@ -92,6 +95,22 @@ class Login:
             DatabaseUnreachableError: The users can't be looked up now.
             SetupError: The users table can't be read as configured.
         """
+        try:
+            session = await self._with_password(users, attempt, address)
+        except AuthError as error:
+            self.results[error.error_code] += 1
+            # Not as whom: people type passwords into the wrong field.
+            log.info(
+                "login.refused",
+                collection=users.collection.name,
+                code=error.error_code,
+                address=address,
+            )
+            raise
+        self.results["ok"] += 1
+        return session
+
+    async def _with_password(self, users: Users, attempt: Attempt, address: str) -> Session:
         network = _network(address)
         who = (network, attempt.identity.casefold())
         if not self._attempts.admit(who, self._stopwatch()):

@@ -11,7 +11,7 @@ import asyncio
 import secrets
 import string
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Sized
 from contextlib import contextmanager
@@ -65,6 +65,8 @@ _ID_LETTERS = string.ascii_letters + string.digits
 _ID_LENGTH = 40
 _NO_LOGINS: Mapping[str, CollectionLoginConfig] = MappingProxyType({})
 _START = Cursor(LSN(0), 0)
+_TOLD = 200
+"""Characters of a topic that are logged."""
 
 
 class Hub:
@@ -521,7 +523,7 @@ class Hub:
         if connection.wants_cursor and not connection.is_resumable:
             connection.is_resumable = True
             connection.position = connection.position_text(connection.cursor)
-        mute: Counter[str] = Counter()
+        mute: defaultdict[str, list[str]] = defaultdict(list)
         for name, topic in topics.items():
             subscription = Subscription(connection, topic, View(), "")
             kept = before.get(name)
@@ -530,17 +532,24 @@ class Hub:
                 self._fresh[subscription] = None
             reason = self._course.meaning.give(subscription, caller)
             if reason:
-                mute[reason] += 1
+                mute[reason].append(name)
             connection.subscriptions[name] = subscription
         self._report_mute(connection, mute)
         if topics:
             self.counts.note_call(connection)
             connection.resumes = False
 
-    def _report_mute(self, connection: Connection, mute: Mapping[str, int]) -> None:
-        for reason, count in mute.items():
-            log.info("subscription.mute", connection=connection.id, reason=reason, topics=count)
-        self.counts.filters_refused += sum(mute.get(reason, 0) for reason in LIMITED)
+    def _report_mute(self, connection: Connection, mute: Mapping[str, Sequence[str]]) -> None:
+        for reason, topics in mute.items():
+            log.info(
+                "subscription.mute",
+                connection=connection.id,
+                reason=reason,
+                topics=len(topics),
+                # Of the first, and without its options: they may hold a token.
+                topic=topics[0].partition("?")[0][:_TOLD],
+            )
+        self.counts.filters_refused += sum(len(mute.get(reason, ())) for reason in LIMITED)
 
     # --- reading the changelog --------------------------------------------------------------
 
@@ -649,6 +658,10 @@ class Hub:
             self._identities.tell(event)
         self._turn_live(part.people, "update")
         gap = part.gap
+        if gap is not None and gap.reason == "truncate":  # the others are logged where they arise
+            log.warning(
+                "replication.gap", reason=gap.reason, collections=sorted(gap.collections or ())
+            )
         if gap is not None and any(
             collection.type == "auth" and gap.concerns(name)
             for name, collection in self._course.meaning.collections.items()

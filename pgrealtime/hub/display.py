@@ -24,7 +24,7 @@ from pgrealtime.hub.looking import Looking
 from pgrealtime.hub.match import Group
 from pgrealtime.hub.probe import Asked
 from pgrealtime.lsn import Xid
-from pgrealtime.records.encode import RecordEncoder, View, encoder
+from pgrealtime.records.encode import RecordEncoder, View, encoder, unshowable
 from pgrealtime.rules.past import Pasts, tables_of
 from pgrealtime.rules.plan import Bound, Planner, moment
 from pgrealtime.rules.request import Request
@@ -202,8 +202,12 @@ class Display:
             )
         except Exception as error:  # noqa: BLE001 (one row that can't be shown stops nobody)
             # A value that isn't of the type that the catalogue gave the column when it was read.
+            column = unshowable(event.collection, event.row, nulls=self._nulls)
             log.error(  # noqa: TRY400 (the message may not show the row)
-                "record.failed", collection=event.collection.name, error=type(error).__name__
+                "record.failed",
+                collection=event.collection.name,
+                column=column or None,
+                error=type(error).__name__,
             )
             self._on_doubt()
             return b""

@@ -106,7 +106,8 @@ class Meaning:
         subscription.own_id = ""
         collection = self.collections.find(topic.collection)
         if collection is None:
-            return ""
+            is_ours = topic.collection.startswith("PB_")
+            return "" if is_ours else "there is no such collection"
         principal = caller.principal
         if isinstance(principal, AuthRecord) and principal.collection_id == collection.id:
             subscription.own_id = principal.id

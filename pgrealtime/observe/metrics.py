@@ -42,6 +42,8 @@ class Reading(Struct, kw_only=True):
     """By collection and reason."""
     auth_checks: Mapping[str, int]
     """By result."""
+    logins: Mapping[str, int]
+    """By password, by result."""
     changes: int
     """Taken from the stream."""
     stream_breaks: Mapping[str, int]
@@ -128,6 +130,12 @@ def _families(reading: Reading) -> Iterable[Metric]:
     )
     yield _counter(
         "auth_checks", "Callers, by their tokens.", ("result",), _labelled(reading.auth_checks)
+    )
+    yield _counter(
+        "logins",
+        "Attempts to sign in by a password: ok, or the code of the refusal.",
+        ("result",),
+        _labelled(reading.logins),
     )
     yield _counter(
         "replication_changes", "Changes taken from the stream.", (), _alone(reading.changes)

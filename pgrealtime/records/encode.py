@@ -123,6 +123,19 @@ def _members(collection: Collection, nulls: Nulls, view: View) -> list[_Member]:
     ]
 
 
+def unshowable(collection: Collection, row: Row, *, nulls: Nulls) -> str:
+    """Return the column whose value can't be shown; empty if each can by itself."""
+    view = View(sees_hidden=True, sees_email=True)
+    for member in _members(collection, nulls, view):
+        value = row.get(member.source)
+        if value is not None and member.convert is not None:
+            try:
+                _write(member.convert(value))
+            except Exception:  # noqa: BLE001 (whatever it fails with is the answer)
+                return member.source
+    return ""
+
+
 def _picked(members: list[_Member], text: str | None) -> list[_Member]:
     fields = parse_fields(text or "")
     if not fields:

@@ -12,7 +12,7 @@ import pytest
 from pgrealtime.catalog.model import Column, Table, TableKind, Type, TypeKind
 from pgrealtime.changes import Row, TableName
 from pgrealtime.collections import Collection, Field, FieldKind, Relation
-from pgrealtime.records.encode import View, encoder
+from pgrealtime.records.encode import View, encoder, unshowable
 
 SUPERUSER = View(sees_hidden=True, sees_email=True)
 
@@ -282,3 +282,16 @@ def test_fields_that_cannot_be_read_count_as_none() -> None:
     for text in ("title:nope(1)", "title:excerpt(", "'title", ""):
         encode = encoder(POSTS, nulls="null", view=View(fields=text))
         assert encode(FULL).decode() == FULL_RECORD
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"title": "x", "views": "1.5", "published": "2026-01-31 12:00:00+00"}, ""),
+        ({"title": "x", "views": "1.5", "loc": "nowhere"}, "loc"),
+        ({"title": "x", "views": "one"}, "views"),
+    ],
+)
+def test_the_column_that_cannot_be_shown_is_found(row: dict[str, str | None], column: str) -> None:
+    """The log names it: of a record that is missing its operator knows nothing else."""
+    assert unshowable(POSTS, {"id": "a", **row}, nulls="null") == column
