@@ -179,11 +179,18 @@ class RealtimeConfig(Section):
     """Whether the subscribe call must come from the connection's address."""
 
 
+HiddenFields: TypeAlias = Literal["strict", "pocketbase"]
+"""How far fields that are shown to superusers only may be used by others."""
+
+
 class RecordsConfig(Section):
     """How rows are shown."""
 
     nulls: Annotated[Literal["null", "zero"], BeforeValidator(lambda v: v or "null")] = "null"
     """``null``, or PocketBase's zero value of the field's type."""
+    hidden: HiddenFields = "strict"
+    """``strict``: for all but superusers a hidden relation isn't there, so that nothing can be
+    expanded over it. ``pocketbase``: whoever may see its target can do so, as in PocketBase."""
 
 
 Algorithm: TypeAlias = Literal["HS256", "RS256", "ES256", "EdDSA"]

@@ -192,6 +192,7 @@ async def running(
             limits=config.realtime,
             logins=logins,
             nulls=config.records.nulls,
+            hidden=config.records.hidden,
             can_resume=config.changelog.max_age > 0,
             allows_guests=config.auth.allow_guests,
             replays_at_once=max(1, config.database.pool_size // 2),
@@ -210,7 +211,8 @@ async def running(
             config.auth, collections, accounts, logins=logins, asked=columns_asked(collections)
         )
         login = Login(config.auth.login, accounts)
-        records = OwnRecords(probe, collections, nulls=config.records.nulls)
+        shown = config.records
+        records = OwnRecords(probe, collections, nulls=shown.nulls, hidden=shown.hidden)
         stack.callback(login.close)
         reloading = Reload(
             world,

@@ -24,7 +24,7 @@ import structlog
 from pgrealtime.auth.principal import GUEST, Caller, is_same
 from pgrealtime.changelog.base import Changelog
 from pgrealtime.collections import Collections
-from pgrealtime.config import CollectionLoginConfig, RealtimeConfig
+from pgrealtime.config import CollectionLoginConfig, HiddenFields, RealtimeConfig
 from pgrealtime.errors import SubscriptionError
 from pgrealtime.hub.aside import Aside
 from pgrealtime.hub.compose import Composer, Portion, hand_out
@@ -75,6 +75,8 @@ class Hub:
     Args:
         changelog: What the relay fills.
         logins: How people log in, by collection name.
+        nulls: How NULL is shown.
+        hidden: Who may expand a hidden relation.
         epoch: Of the stream's positions; changes with ``restarted``.
         allows_guests: Whether a connection that has become a guest's keeps its topics, or ends.
         replays_at_once: Connections that are served from the changelog at the same moment; what
@@ -92,6 +94,7 @@ class Hub:
         limits: RealtimeConfig,
         logins: Mapping[str, CollectionLoginConfig] = _NO_LOGINS,
         nulls: Literal["null", "zero"] = "null",
+        hidden: HiddenFields = "strict",
         epoch: str = "000000",
         can_resume: bool = True,
         allows_guests: bool = True,
@@ -103,6 +106,7 @@ class Hub:
         self._probe = probe
         self._limits = limits
         self._nulls: Literal["null", "zero"] = nulls
+        self._hidden: HiddenFields = hidden
         self._on_doubt = on_doubt or (lambda: None)
         self._clock = clock
         meaning = self._meaning_of(collections, matcher)
@@ -276,7 +280,12 @@ class Hub:
 
     def _meaning_of(self, collections: Collections, matcher: Matcher) -> Meaning:
         return Meaning(
-            self._probe, collections, matcher, nulls=self._nulls, on_doubt=self._on_doubt
+            self._probe,
+            collections,
+            matcher,
+            nulls=self._nulls,
+            hidden=self._hidden,
+            on_doubt=self._on_doubt,
         )
 
     def _restarted(self, epoch: str) -> None:

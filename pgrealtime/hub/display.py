@@ -15,6 +15,7 @@ from msgspec import Struct
 from pgrealtime.auth.principal import Superuser
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection, Collections
+from pgrealtime.config import HiddenFields
 from pgrealtime.hub.connection import Receives, Subscription
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.expand import Expander, Reading, Related, Wanted
@@ -83,6 +84,7 @@ class Display:
         collections: What there is.
         planner: Binds manage rules and the view rules of what is expanded.
         nulls: How NULL is shown.
+        hidden: Who may expand a hidden relation.
         on_doubt: Told when a row doesn't fit what the catalogue says of its table.
 
     Attributes:
@@ -96,6 +98,7 @@ class Display:
         planner: Planner,
         *,
         nulls: Literal["null", "zero"],
+        hidden: HiddenFields = "strict",
         on_doubt: Callable[[], None],
     ) -> None:
         self._probe = probe
@@ -103,7 +106,7 @@ class Display:
         self._planner = planner
         self._nulls: Literal["null", "zero"] = nulls
         self._on_doubt = on_doubt
-        self._viewers = Viewers(collections, planner)
+        self._viewers = Viewers(collections, planner, hidden=hidden)
         self._expander = Expander(probe, collections, self._show)
         self._tables = tables_of(collections)
         self._rich = frozenset(

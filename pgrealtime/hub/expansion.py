@@ -18,6 +18,7 @@ from msgspec import Raw
 from pgrealtime.auth.principal import AuthRecord, Superuser
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection, Collections, Field
+from pgrealtime.config import HiddenFields
 from pgrealtime.errors import RuleError
 from pgrealtime.records.encode import View
 from pgrealtime.records.expand import Path, parse_expand
@@ -115,12 +116,21 @@ class Viewers:
     Args:
         collections: All there are.
         planner: Compiles rules.
+        hidden: Who may expand a hidden relation.
         plans: Texts of ``expand`` that are kept.
     """
 
-    def __init__(self, collections: Collections, planner: Planner, *, plans: int = _PLANS) -> None:
+    def __init__(
+        self,
+        collections: Collections,
+        planner: Planner,
+        *,
+        hidden: HiddenFields = "strict",
+        plans: int = _PLANS,
+    ) -> None:
         self._collections = collections
         self._planner = planner
+        self._is_strict = hidden == "strict"
         self._by_folded_name = {name.casefold(): one for name, one in collections.items()}
         self._plan = lru_cache(maxsize=plans)(self._make_plan)
         self._known: WeakValueDictionary[object, Viewer] = WeakValueDictionary()
@@ -135,13 +145,14 @@ class Viewers:
             request: The subscriber.
             own: Columns of its own row, as ``Planner.bind`` has them.
         """
-        plan = self._plan(collection.name, request.query.get("expand", ""))
+        is_superuser = isinstance(request.principal, Superuser)
+        follows_hidden = is_superuser or not self._is_strict
+        plan = self._plan(collection.name, request.query.get("expand", ""), follows_hidden)
         if plan is None:
             return None
         asked = replace(request, context="expand")
         seen: dict[str, Bound | None] = {}
         managed: dict[str, Bound] = {}
-        is_superuser = isinstance(request.principal, Superuser)
         for target in plan.targets:
             bound = self._bind(target, target.view_rule, asked, own)
             if isinstance(bound, Bound):
@@ -176,8 +187,15 @@ class Viewers:
         except RuleError:
             return None
 
-    def _make_plan(self, name: str, text: str) -> Plan | None:
-        routes = [self._route(self._collections[name], path) for path in parse_expand(text)]
+    def _make_plan(
+        self,
+        name: str,
+        text: str,
+        follows_hidden: bool,  # noqa: FBT001 (cached)
+    ) -> Plan | None:
+        collection = self._collections[name]
+        paths = parse_expand(text)
+        routes = [self._route(collection, path, follows_hidden=follows_hidden) for path in paths]
         # A path whose first name is unknown adds nothing to any record.
         kept = tuple(route for route in routes if route.steps)
         if not kept:
@@ -189,11 +207,11 @@ class Viewers:
             targets=tuple({step.target.name: step.target for step in steps}.values()),
         )
 
-    def _route(self, collection: Collection, path: Path) -> Route:
+    def _route(self, collection: Collection, path: Path, *, follows_hidden: bool) -> Route:
         steps: list[Step] = []
         for name in path:
             step = self._step(collection, name)
-            if step is None:
+            if step is None or (step.field.is_hidden and not follows_hidden):
                 return Route(tuple(steps), is_broken=True)
             steps.append(step)
             collection = step.target

@@ -11,6 +11,7 @@ import structlog
 
 from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.collections import Collection, Collections
+from pgrealtime.config import HiddenFields
 from pgrealtime.errors import RuleError
 from pgrealtime.hub.connection import Subscription
 from pgrealtime.hub.display import Display
@@ -31,6 +32,7 @@ class Meaning:
         collections: What there is.
         matcher: For them, without any subscription.
         nulls: How NULL is shown.
+        hidden: Who may expand a hidden relation.
         on_doubt: Told when a row doesn't fit what the catalogue says of its table.
 
     Attributes:
@@ -46,11 +48,14 @@ class Meaning:
         matcher: Matcher,
         *,
         nulls: Literal["null", "zero"],
+        hidden: HiddenFields = "strict",
         on_doubt: Callable[[], None],
     ) -> None:
         self.collections = collections
         self.matcher = matcher
-        self.display = Display(probe, collections, matcher.planner, nulls=nulls, on_doubt=on_doubt)
+        self.display = Display(
+            probe, collections, matcher.planner, nulls=nulls, hidden=hidden, on_doubt=on_doubt
+        )
         self.judge = Judge(probe, matcher, self.display)
         self.subscriptions: Counter[str] = Counter()
         self._reported: set[tuple[str, str]] = set()

@@ -16,6 +16,7 @@ from psycopg_pool import PoolTimeout
 from pgrealtime.auth.principal import Caller
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection, Collections
+from pgrealtime.config import HiddenFields
 from pgrealtime.errors import DatabaseUnreachableError, RuleError
 from pgrealtime.hub.expand import Expander, Place, Readings
 from pgrealtime.hub.expansion import Node, Viewers
@@ -38,12 +39,19 @@ class OwnRecords:
         readings: Where to ask.
         collections: What there is.
         nulls: How NULL is shown.
+        hidden: Who may expand a hidden relation.
     """
 
     def __init__(
-        self, readings: Readings, collections: Collections, *, nulls: Literal["null", "zero"]
+        self,
+        readings: Readings,
+        collections: Collections,
+        *,
+        nulls: Literal["null", "zero"],
+        hidden: HiddenFields = "strict",
     ) -> None:
         self._readings = readings
+        self._hidden: HiddenFields = hidden
         self._nulls: Literal["null", "zero"] = nulls
         self.use(collections)
 
@@ -51,7 +59,7 @@ class OwnRecords:
         """Take other collections."""
         self._collections = collections
         self._planner = Planner(collections)
-        self._viewers = Viewers(collections, self._planner, plans=_PLANS)
+        self._viewers = Viewers(collections, self._planner, hidden=self._hidden, plans=_PLANS)
         self._expander = Expander(self._readings, collections, self._show)
 
     async def may_sign_in(

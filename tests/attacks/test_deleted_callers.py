@@ -7,32 +7,17 @@ whose role was changed there has it a change too early.
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import psycopg
 import pytest
-from psycopg import sql
 
-from pgrealtime.auth.account import Accounts, Users
-from pgrealtime.auth.authenticator import caller_of
 from pgrealtime.auth.principal import Caller
-from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Delete, Insert, Row, TableName, Transaction, Update, WholeRow
-from pgrealtime.collections import Collections, build
-from pgrealtime.config import CollectionConfig, RealtimeConfig
-from pgrealtime.hub.dispatch import Hub
-from pgrealtime.hub.match import Matcher
-from pgrealtime.hub.probe import Probe
-from pgrealtime.lsn import LSN, Xid
-from pgrealtime.pool import QueryPool
-from pgrealtime.rules.plan import columns_asked
-from tests.unit.hub.room import DEADLINE, MemorySink
+from pgrealtime.config import CollectionConfig
+from tests.attacks.held_stream import World, world_of
 
 SCHEMA = """
 CREATE TABLE teams (id text PRIMARY KEY, open bool);
@@ -135,94 +120,14 @@ def configured(case: Case) -> dict[str, CollectionConfig]:
     return {name: CollectionConfig.model_validate(one) for name, one in raw.items()}
 
 
-@dataclass
-class World:
-    """A database, and a hub whose stream goes as far as a test lets it."""
-
-    connection: psycopg.AsyncConnection[Any]
-    accounts: Accounts
-    collections: Collections
-    hub: Hub
-    changelog: MemoryChangelog
-    sinks: dict[str, MemorySink] = field(default_factory=dict)
-    _lsn: int = 1 << 40  # beyond the WAL of any test server: after every barrier
-
-    async def listen(self, name: str, topic: str) -> None:
-        """Connect and subscribe; as a guest with an empty name."""
-        users = Users(
-            collection=self.collections["users"],
-            asked=columns_asked(self.collections).get("users", ()),
-        )
-        caller = Caller()
-        if name:
-            account = await self.accounts.load(users, name)
-            assert account is not None
-            caller = caller_of(account, None)
-        sink = self.sinks[name] = MemorySink()
-        connection = self.hub.open(sink, address="", last_event_id=None, position=None)
-        await self.hub.subscribe(connection.id, [topic], caller, "")
-
-    async def write(self, statement: str, *changes: Insert | Update | Delete) -> Transaction:
-        """Commit; return the transaction as the stream would bring it."""
-        async with self.connection.transaction():
-            cursor = await self.connection.execute("SELECT pg_current_xact_id()::text")
-            row = await cursor.fetchone()
-            await self.connection.execute(sql.SQL(statement))
-        assert row is not None
-        self._lsn += 100
-        return Transaction(
-            xid=Xid(int(row[0])), end_lsn=LSN(self._lsn), commit_time=0, changes=changes, size=100
-        )
-
-    async def stream(self, *transactions: Transaction) -> None:
-        """Let the stream bring them."""
-        for one in transactions:
-            self.changelog.append(one)
-        self.hub.wake()
-        async with asyncio.timeout(DEADLINE):
-            while self.hub.head < self.changelog.head:
-                self.hub.progressed.clear()
-                await self.hub.progressed.wait()
-
-    def heard(self, name: str, record_id: str) -> str:
-        """What the connection was shown of the event of a record: nothing is empty."""
-        texts = [data for _, event, data in self.sinks[name].events() if event != "PB_CONNECT"]
-        for data in map(json.loads, texts):
-            record: Mapping[str, Any] = data["record"]
-            if record["id"] == record_id:
-                seen = record.get("expand", {}).get("secret") or record.get("email")
-                is_shown = "secret" not in record or "expand" not in record or bool(seen)
-                if "email" in record or ("secret" in record and is_shown):
-                    return "all"
-                return "the rest"
-        return ""
-
-
-@asynccontextmanager
-async def world_of(url: str, case: Case) -> AsyncIterator[World]:
-    async with (
-        await psycopg.AsyncConnection.connect(url, autocommit=True) as connection,
-        QueryPool(url, max_size=3) as pool,
-    ):
-        await connection.execute(sql.SQL(SCHEMA))
-        collections = build(configured(case), await read_catalog(connection, schemas=["public"]))
-        changelog = MemoryChangelog(LSN(100), max_size=1_000_000, max_age=300.0)
-        hub = Hub(
-            changelog,
-            Matcher(collections),
-            Probe(pool),
-            collections=collections,
-            limits=RealtimeConfig(),
-        )
-        hub.stream_started("abcdef")
-        running = asyncio.create_task(hub.run())
-        try:
-            yield World(connection, Accounts(pool), collections, hub, changelog)
-        finally:
-            for one in list(hub.connections):
-                hub.close(one)
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
+def heard(world: World, name: str, record_id: str) -> str:
+    """What the connection was shown of the event of a record: nothing is empty."""
+    for data in map(json.loads, world.data(name)):
+        record: Mapping[str, Any] = data["record"]
+        if record["id"] == record_id:
+            is_whole = "email" in record or ("secret" in record and record.get("expand") != {})
+            return "all" if is_whole else "the rest"
+    return ""
 
 
 POSTS, USERS = TableName("public", "posts"), TableName("public", "users")
@@ -251,12 +156,13 @@ def name_of(case: Case, number: int) -> str:
 async def test_who_is_deleted_is_shown_no_more_than_before(database_url: str, name: str) -> None:
     """Neither before the deletion, nor between it and the stream's reaching it, nor after."""
     case = CASES[name]
-    async with world_of(database_url, case) as world:
-        for who in (BAD, GOOD, ""):
-            await world.listen(who, case.topic)
+    async with world_of(database_url, SCHEMA, configured(case)) as world:
+        for who in (BAD, GOOD):
+            await world.listen(who, case.topic, await world.user(who))
+        await world.listen("", case.topic, Caller())
         before = await event_of(world, case, name_of(case, 1))
         await world.stream(before)
-        found = {who: world.heard(who, name_of(case, 1)) for who in (BAD, GOOD, "")}
+        found = {who: heard(world, who, name_of(case, 1)) for who in (BAD, GOOD, "")}
         assert found[GOOD] == "all"
         assert found[BAD] == found[""] != "all"
         for sink in world.sinks.values():
@@ -269,13 +175,13 @@ async def test_who_is_deleted_is_shown_no_more_than_before(database_url: str, na
             Delete(USERS, WholeRow(user(GOOD))),
         )
         await world.stream(between)
-        seen = {who: world.heard(who, name_of(case, 2)) for who in (BAD, GOOD, "")}
+        seen = {who: heard(world, who, name_of(case, 2)) for who in (BAD, GOOD, "")}
         assert seen[BAD] == seen[""] == found[""]
         for sink in world.sinks.values():
             sink.data = b""
 
         await world.stream(gone, await event_of(world, case, name_of(case, 3)))
-        after = [world.heard(who, name_of(case, 3)) for who in (BAD, GOOD, "")]
+        after = [heard(world, who, name_of(case, 3)) for who in (BAD, GOOD, "")]
         assert after == [found[""]] * 3
 
 
@@ -288,9 +194,10 @@ async def test_rights_change_at_their_own_change_of_the_stream(
     Who gets rights has them no change too early, and who loses them hears what was before.
     """
     case = CASES[name]
-    async with world_of(database_url, case) as world:
-        for who in (BAD, GOOD, ""):
-            await world.listen(who, case.topic)
+    async with world_of(database_url, SCHEMA, configured(case)) as world:
+        for who in (BAD, GOOD):
+            await world.listen(who, case.topic, await world.user(who))
+        await world.listen("", case.topic, Caller())
         before = await event_of(world, case, name_of(case, 1))
         banned = {"role": "banned", "level": "9", "team": "closed", "teams": "{closed}"}
         swapped = await world.write(
@@ -301,12 +208,12 @@ async def test_rights_change_at_their_own_change_of_the_stream(
             Update(USERS, user(GOOD, **banned), WholeRow(user(GOOD))),
         )
         await world.stream(before)
-        least = world.heard("", name_of(case, 1))
-        assert world.heard(GOOD, name_of(case, 1)) == "all"
-        assert world.heard(BAD, name_of(case, 1)) == least != "all"
+        least = heard(world, "", name_of(case, 1))
+        assert heard(world, GOOD, name_of(case, 1)) == "all"
+        assert heard(world, BAD, name_of(case, 1)) == least != "all"
         for sink in world.sinks.values():
             sink.data = b""
 
         await world.stream(swapped, await event_of(world, case, name_of(case, 2)))
-        assert world.heard(BAD, name_of(case, 2)) == "all"
-        assert world.heard(GOOD, name_of(case, 2)) == least
+        assert heard(world, BAD, name_of(case, 2)) == "all"
+        assert heard(world, GOOD, name_of(case, 2)) == least

@@ -221,7 +221,7 @@ async def running(
             "database": {"url": database_url},
             "server": {"host": address.host, "port": address.port},
             "realtime": _limits(setting),
-            "records": {"nulls": "zero"},
+            "records": {"nulls": "zero", "hidden": "pocketbase"},
             "auth": {
                 "issuers": [_issuer(name, secret) for name, secret in issuers.items()],
                 "login": {"enabled": True, "secret": secrets.token_hex(25)},

@@ -1,0 +1,112 @@
+"""A database and a hub whose stream goes as far as a test lets it: the world is ahead of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from pgrealtime.auth.account import Accounts, Users
+from pgrealtime.auth.authenticator import caller_of
+from pgrealtime.auth.principal import Caller
+from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changes import Delete, Insert, Transaction, Update
+from pgrealtime.collections import Collections, build
+from pgrealtime.config import CollectionConfig, RealtimeConfig
+from pgrealtime.hub.dispatch import Hub
+from pgrealtime.hub.match import Matcher
+from pgrealtime.hub.probe import Probe
+from pgrealtime.lsn import LSN, Xid
+from pgrealtime.pool import QueryPool
+from pgrealtime.rules.plan import columns_asked
+from tests.unit.hub.room import DEADLINE, MemorySink
+
+
+@dataclass
+class World:
+    """A database, and a hub whose stream goes as far as a test lets it."""
+
+    connection: psycopg.AsyncConnection[Any]
+    accounts: Accounts
+    collections: Collections
+    hub: Hub
+    changelog: MemoryChangelog
+    sinks: dict[str, MemorySink] = field(default_factory=dict)
+    _lsn: int = 1 << 40  # beyond the WAL of any test server: after every barrier
+
+    async def user(self, record_id: str) -> Caller:
+        """Recognise somebody of the collection "users" by the row of now."""
+        asked = columns_asked(self.collections).get("users", ())
+        users = Users(collection=self.collections["users"], asked=asked)
+        account = await self.accounts.load(users, record_id)
+        assert account is not None
+        return caller_of(account, None)
+
+    async def listen(self, name: str, topic: str, who: Caller) -> None:
+        """Connect and subscribe under a name."""
+        sink = self.sinks[name] = MemorySink()
+        connection = self.hub.open(sink, address="", last_event_id=None, position=None)
+        await self.hub.subscribe(connection.id, [topic], who, "")
+
+    async def write(self, statement: str, *changes: Insert | Update | Delete) -> Transaction:
+        """Commit; return the transaction as the stream would bring it."""
+        async with self.connection.transaction():
+            cursor = await self.connection.execute("SELECT pg_current_xact_id()::text")
+            row = await cursor.fetchone()
+            await self.connection.execute(sql.SQL(statement))
+        assert row is not None
+        self._lsn += 100
+        return Transaction(
+            xid=Xid(int(row[0])), end_lsn=LSN(self._lsn), commit_time=0, changes=changes, size=100
+        )
+
+    async def stream(self, *transactions: Transaction) -> None:
+        """Let the stream bring them."""
+        for one in transactions:
+            self.changelog.append(one)
+        self.hub.wake()
+        async with asyncio.timeout(DEADLINE):
+            while self.hub.head < self.changelog.head:
+                self.hub.progressed.clear()
+                await self.hub.progressed.wait()
+
+    def data(self, name: str) -> list[str]:
+        """What the connection was sent, PB_CONNECT aside."""
+        return [data for _, event, data in self.sinks[name].events() if event != "PB_CONNECT"]
+
+
+@asynccontextmanager
+async def world_of(
+    url: str, schema: str, configured: Mapping[str, CollectionConfig], **hub: Any
+) -> AsyncIterator[World]:
+    """Make the tables, and a hub over them; ``hub`` are more of its arguments."""
+    async with (
+        await psycopg.AsyncConnection.connect(url, autocommit=True) as connection,
+        QueryPool(url, max_size=3) as pool,
+    ):
+        await connection.execute(sql.SQL(schema))
+        collections = build(configured, await read_catalog(connection, schemas=["public"]))
+        changelog = MemoryChangelog(LSN(100), max_size=1_000_000, max_age=300.0)
+        made = Hub(
+            changelog,
+            Matcher(collections),
+            Probe(pool),
+            collections=collections,
+            limits=RealtimeConfig(),
+            **hub,
+        )
+        made.stream_started("abcdef")
+        running = asyncio.create_task(made.run())
+        try:
+            yield World(connection, Accounts(pool), collections, made, changelog)
+        finally:
+            for one in list(made.connections):
+                made.close(one)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
