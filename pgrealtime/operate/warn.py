@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from decimal import Decimal
 
 from pgrealtime.auth.principal import AuthRecord, Principal
 from pgrealtime.changes import TableName
@@ -14,6 +15,7 @@ from pgrealtime.collections import Collection, Collections, Field, FieldKind, qu
 from pgrealtime.config import CollectionConfig, Config
 from pgrealtime.errors import Problem, RuleError
 from pgrealtime.rules import ir, parse
+from pgrealtime.rules.parameters import RequestValue, number_of
 from pgrealtime.rules.parse import And, Cmp, Expression, Lit, Op, Operand, Or, Path
 from pgrealtime.rules.reference import Reference, reference
 from pgrealtime.rules.request import Request
@@ -40,6 +42,7 @@ def collection_warnings(collections: Collections) -> Iterator[Problem]:
         for key, rule, expression in parsed_rules(collection):
             path = f"collections.{collection.name}.{key}"
             yield from _guest_trap(path, rule, expression, collections, collection)
+            yield from _inexact(path, rule, expression, collections, collection)
         yield from _untold_deletes(collections, collection)
 
 
@@ -280,6 +283,77 @@ def _known(operand: Operand, absent: _Absent) -> str | None:
             return ""
         case _:
             return None
+
+
+# -- numbers that can't be told apart
+
+
+def _inexact(
+    path: str, rule: str, expression: Expression, collections: Collections, collection: Collection
+) -> Iterator[Problem]:
+    """Say where numbers are compared that double precision can't hold."""
+    compared = parse.comparisons(expression)
+    for operand in (side for cmp in compared for side in (cmp.left, cmp.right)):
+        if isinstance(operand, Lit) and not isinstance(operand.value, str):
+            text = rule[operand.start : operand.end]
+            if number_of(operand.value) != Decimal(text):
+                message = f"{text} has more digits than double precision, which it becomes"
+                yield Problem(path, message, f'write it as a text: "{text}"')
+    found: dict[tuple[str, str], Problem] = {}
+    for comparison in _comparisons(rule, collections, collection):
+        sides = comparison.left, comparison.right
+        for one, other in (sides, sides[::-1]):
+            column = _double_column(one)
+            if column is None or comparison.op in {Op.LIKE, Op.NOT_LIKE} or not _is_wide(other):
+                continue
+            place = ir.place_of(one)
+            assert place is not None
+            table = collections[place.collection].table.name
+            message = f'"{column}" is a float: numbers beyond 2^53 that differ may be equal to it'
+            type_ = "numeric[]" if isinstance(one, ir.Item) else "numeric"
+            mend = f"ALTER TABLE {qualified(table)} ALTER COLUMN {quoted(column)} TYPE {type_};"
+            found[str(table), column] = Problem(path, message, mend)
+    yield from found.values()
+
+
+def _comparisons(
+    rule: str, collections: Collections, collection: Collection
+) -> Iterator[ir.Comparison]:
+    """Yield the rule's comparisons as subscribers of each kind have them."""
+    for auth in (None, *(one for one in collections.values() if one.type == "auth")):
+        try:
+            yield from ir.comparisons(resolve_rule(rule, collections, collection, auth).where)
+        except RuleError:
+            continue  # it denies people of that kind
+
+
+def _double_column(term: ir.Term) -> str | None:
+    if not ir.is_double(term):
+        return None
+    match term:
+        case ir.FieldValue(field=Field(column=column)) if column is not None:
+            return column.name
+        case ir.Item(ir.Place(steps=(*_, ir.Items(Field(column=column))))) if column is not None:
+            return column.name
+        case _:
+            return None
+
+
+def _is_wide(term: ir.Term) -> bool:
+    """Whether it may be a number that no double is."""
+    match term:
+        case ir.Constant(RequestValue(path=("auth", "id"))):
+            return True
+        case ir.FieldValue(field=field, part=ir.Part.WHOLE | ir.Part.EACH):
+            return field.kind is FieldKind.NUMBER and field.type.base.name in _WIDE
+        case ir.Item(ir.Place(steps=(*_, ir.Items(field)))):
+            element = field.type.base.element
+            return element is not None and element.base.name in _WIDE
+        case _:
+            return False
+
+
+_WIDE = {"int8", "numeric"}
 
 
 # -- deletes

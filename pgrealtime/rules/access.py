@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collections, FieldKind
-from pgrealtime.rules.compare import Scalar
+from pgrealtime.rules.compare import Comparable, as_double, exact
 from pgrealtime.rules.formula import All, Atom, Formula, Leaf, Some, all_of, asks_own_row, leaves
 from pgrealtime.rules.ir import (
     AuthRow,
@@ -33,13 +33,23 @@ from pgrealtime.rules.ir import (
     Rank,
     Term,
     equality,
+    is_double,
     is_multiple,
     parameters,
     place_of,
     traits,
 )
 from pgrealtime.rules.local import Key, key
-from pgrealtime.rules.parameters import Form, Literal, Macro, Parameter, Shape, render
+from pgrealtime.rules.parameters import (
+    Form,
+    Literal,
+    Macro,
+    Parameter,
+    Scalar,
+    Shape,
+    number_of,
+    render,
+)
 from pgrealtime.rules.parse import Op
 
 Values: TypeAlias = Sequence[Scalar]
@@ -56,7 +66,7 @@ class RowSource:
     __slots__ = ("__weakref__", "columns", "is_single", "read", "serial")
 
     def __init__(self, made: Key, serial: int, *, is_single: bool) -> None:
-        self.read: Callable[[Row], Sequence[Scalar]] = made.of_row
+        self.read: Callable[[Row], Sequence[Comparable]] = made.of_row
         self.columns = made.columns
         self.serial = serial
         self.is_single = is_single
@@ -91,6 +101,12 @@ class RemoteSource:
         self.shapes = shapes
         self.is_number = is_number
 
+    def key(self, text: str) -> Comparable:
+        """Return what members are found by, given a value as Postgres names it."""
+        if not self.is_number:
+            return text
+        return float(text) if is_double(self.term) else exact(text)
+
 
 class Kind(Enum):
     """How the subscribers of a path are found; the value is what finding them costs, roughly."""
@@ -117,7 +133,7 @@ class Path:
     remote: RemoteSource | None = None
     op: Op | None = None
     """Of RANGE: ``row op bound``."""
-    keys: tuple[Callable[[Values], Scalar], ...] = ()
+    keys: tuple[Callable[[Values], Comparable], ...] = ()
     """Make a subscriber's key of its values, one for each source."""
     guards: tuple[Formula, ...] = ()
     """What must be true too, and is the same for all subscribers."""
@@ -335,8 +351,8 @@ def _local(comparison: Comparison, leaf: Leaf, sources: Sources) -> Path | None:
 
 
 def _key_of(
-    picks: Sequence[int], of_args: Callable[[Values], Scalar]
-) -> Callable[[Values], Scalar]:
+    picks: Sequence[int], of_args: Callable[[Values], Comparable]
+) -> Callable[[Values], Comparable]:
     if len(picks) == 1:
         (at,) = picks
         return lambda values: of_args((values[at],))
@@ -367,9 +383,16 @@ def _remote(
     return Path(
         kind=Kind.REMOTE,
         remote=sources.of_postgres(atom, term, where, is_number=form is Form.NUMBER),
-        keys=(lambda values: render(values[at], form),),
+        keys=(lambda values: _key(values[at], form, is_double=is_double(term)),),
         rest=True if comparison.is_any or not is_multiple(term) else leaf,
     )
+
+
+def _key(content: Scalar, form: Form, *, is_double: bool) -> Comparable:
+    if form is Form.TEXT or content is None:
+        return render(content, form)
+    number = number_of(content)
+    return as_double(number) if is_double else number
 
 
 def _form(term: Term, shape: Shape) -> Form | None:

@@ -1,7 +1,8 @@
 """Comparisons of single values in the process, exactly as the translated SQL makes them. For local.
 
-A value is None, a number or a text, as SQLite has it. An ``int`` is one of Postgres's integers, a
-``float`` a double precision; a bool never gets here.
+A value is None, a number or a text, as SQLite has it. An ``int`` or a ``Decimal`` is exact, as
+Postgres's integers and numerics are, a ``float`` a double precision, infinite or NaN. Python
+compares them by what they are, not by the nearest double; a bool never gets here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -16,7 +18,9 @@ from pgrealtime.rules import parameters
 from pgrealtime.rules.parse import Op
 from pgrealtime.rules.values import LONGEST_NUMBER, NUMERIC
 
-Scalar: TypeAlias = str | float | int | None
+Scalar: TypeAlias = parameters.Scalar
+Number: TypeAlias = float | int | Decimal
+Comparable: TypeAlias = str | Number | None
 
 _LOOKS_NUMERIC = re.compile(NUMERIC[1:-1], re.ASCII)
 
@@ -28,31 +32,26 @@ class UndecidedError(Exception):
 # --- equality and order
 
 
-def equal(one: Scalar, other: Scalar) -> bool | None:
+def equal(one: Comparable, other: Comparable) -> bool | None:
     """Return ``=``: unknown if a side is NULL, false if one is a number and the other a text."""
     if one is None or other is None:
         return None
     return same(one, other)
 
 
-def same(one: Scalar, other: Scalar) -> bool:
+def same(one: Comparable, other: Comparable) -> bool:
     """Return ``IS``: NULL is NULL, and so is NaN NaN."""
-    match one, other:
-        case str(), str():
-            return one == other
-        case ((int() | float()), (int() | float())):
-            one, other = _alike(one, other)
-            return one == other or (one != one and other != other)  # noqa: PLR0124 (NaN)
-        case _:
-            return one is None and other is None
+    if isinstance(one, str) or one is None or isinstance(other, str) or other is None:
+        return one == other
+    return one == other or (_is_nan(one) and _is_nan(other))
 
 
-def is_blank(value: Scalar) -> bool:
+def is_blank(value: Comparable) -> bool:
     """Return ``X = '' OR X IS NULL``."""
     return value is None or value == ""
 
 
-def ordered(op: Op, one: Scalar, other: Scalar) -> bool | None:
+def ordered(op: Op, one: Comparable, other: Comparable) -> bool | None:
     """Return an order: code points for texts, NaN above all numbers, numbers below texts."""
     if one is None or other is None:
         return None
@@ -60,10 +59,13 @@ def ordered(op: Op, one: Scalar, other: Scalar) -> bool | None:
         if isinstance(one, str) and isinstance(other, str):
             return _in_order(op, one < other, one == other)
         return (op in _LESS) == isinstance(other, str)
-    one, other = _alike(one, other)
-    if math.isnan(one) or math.isnan(other):
-        return _in_order(op, not math.isnan(one), math.isnan(one) and math.isnan(other))
+    if _is_nan(one) or _is_nan(other):
+        return _in_order(op, not _is_nan(one), _is_nan(one) and _is_nan(other))
     return _in_order(op, one < other, one == other)
+
+
+def _is_nan(number: Number) -> bool:
+    return number != number  # noqa: PLR0124 (unlike math.isnan for integers of any size)
 
 
 _LESS = frozenset({Op.LT, Op.LE})
@@ -81,21 +83,47 @@ def _in_order(op: Op, is_less: bool, is_same: bool) -> bool:  # noqa: FBT001 (bo
             return not is_less or is_same
 
 
-def _alike(one: float, other: float) -> tuple[float, float]:
-    """Two integers compare exactly; with a double, an integer becomes the nearest double."""
-    if type(one) is type(other):
-        return one, other
-    return float(one), float(other)
-
-
 # --- conversion
 
 
-def to_number(value: Scalar) -> Scalar:
+def to_number(value: Comparable) -> Comparable:
     """Return the number of a text that looks like one; anything else as it is."""
     if isinstance(value, str) and len(value) < LONGEST_NUMBER and _LOOKS_NUMERIC.fullmatch(value):
-        return float(value)
+        return Decimal(value)
     return value
+
+
+def exact(text: str) -> Number:
+    """Return the number of a numeric's text form."""
+    if "." in text or len(text) > _LONG:
+        return Decimal(text)
+    return float(text) if text[-1] in "Ny" else int(text)  # NaN, Infinity
+
+
+_LONG = 1000
+"""Digits; Python makes no integer of very many."""
+
+
+def exact_text(text: str) -> str:
+    """Return a numeric's text without trailing zeros, as ``trim_scale`` makes it."""
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def as_double(value: Comparable) -> Comparable:
+    """Return the nearest double of a number; anything else as it is.
+
+    Raises:
+        UndecidedError: There is none: Postgres reports an error.
+    """
+    if value is None or isinstance(value, str | float):
+        return value
+    try:
+        double = float(value)
+    except OverflowError:
+        raise UndecidedError from None
+    if math.isinf(double) or (double == 0 and value != 0):
+        raise UndecidedError
+    return double
 
 
 def number_text(number: float) -> str:

@@ -14,7 +14,7 @@ from typing import Generic, TypeAlias, TypeVar
 from pgrealtime.changes import TableName
 from pgrealtime.errors import RuleError
 from pgrealtime.rules.access import RemoteSource
-from pgrealtime.rules.compare import WORK, Scalar
+from pgrealtime.rules.compare import WORK, Comparable
 from pgrealtime.rules.formula import Atom, Facts, Formula, Moment
 from pgrealtime.rules.images import Overlay
 from pgrealtime.rules.index import Entries, Index, Member
@@ -244,7 +244,7 @@ class Case(Generic[M]):
         """Whether Postgres has yet to say something of an atom."""
         return bool(self._open or self._waiting)
 
-    def name(self, source: RemoteSource, values: Iterable[Scalar]) -> None:
+    def name(self, source: RemoteSource, values: Iterable[Comparable]) -> None:
         """Take the values of subscribers that Postgres named for the row."""
         for entries in self._asking(source):
             for value in values:

@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from pgrealtime.changes import Row
 from pgrealtime.rules.access import Kind, Path, RemoteSource, RowSource
-from pgrealtime.rules.compare import Scalar
+from pgrealtime.rules.compare import Comparable, Scalar
 from pgrealtime.rules.formula import Facts, Formula
 from pgrealtime.rules.parse import Op
 from pgrealtime.rules.plan import Variant
@@ -124,7 +124,7 @@ class Bounds(Entries[M]):
             del self._sorted[bisect_left(self._sorted, key)]
         return is_last
 
-    def fitting(self, op: Op, value: Scalar) -> Iterator[M]:
+    def fitting(self, op: Op, value: Comparable) -> Iterator[M]:
         """Yield the members for whose bound ``value op bound`` is true."""
         if value is None:
             return
@@ -135,7 +135,7 @@ class Bounds(Entries[M]):
             yield from self.get(bound)
 
 
-def _span(bounds: list[Any], op: Op, value: Scalar) -> slice:
+def _span(bounds: list[Any], op: Op, value: Comparable) -> slice:
     if value != value:  # noqa: PLR0124 (NaN, which is above every bound)
         return slice(0, len(bounds) if op in {Op.GT, Op.GE} else 0)
     match op:
@@ -291,7 +291,7 @@ def _key_of(path: Path, member: Member) -> Hashable | None:
         return _NOT_MADE
 
 
-def _value(source: RowSource, row: Row) -> Scalar | _Undecided:
+def _value(source: RowSource, row: Row) -> Comparable | _Undecided:
     try:
         (value,) = source.read(row)
     except Exception:  # noqa: BLE001 (whatever it is, members are tried each)

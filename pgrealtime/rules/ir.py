@@ -379,6 +379,29 @@ def is_multiple(term: Term) -> bool:
 # --- what a comparison means
 
 
+def is_double(term: Term) -> bool:
+    """Whether its numbers are double precision: all others are exact.
+
+    What is compared with them is compared as doubles.
+    """
+    match term:
+        case FieldValue(field=field_, part=Part.WHOLE | Part.EACH) if not field_.is_multiple:
+            return field_.kind is FieldKind.NUMBER and field_.type.base.name in _DOUBLES
+        case Item(place) if isinstance(place.steps[-1], Items):
+            element = place.steps[-1].field.type.base.element
+            is_number = term.kind is FieldKind.NUMBER
+            return is_number and element is not None and element.base.name in _DOUBLES
+        case JsonValue(field=field_):
+            return field_.kind is FieldKind.GEO and not field_.is_stored_as_json
+        case GeoDistance():
+            return True
+        case _:
+            return False
+
+
+_DOUBLES = frozenset({"float4", "float8"})
+
+
 class Rank(Enum):
     """SQLite's affinity: which side is converted to the other's kind."""
 

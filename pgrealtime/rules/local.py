@@ -21,9 +21,12 @@ from pgrealtime.changes import Row
 from pgrealtime.collections import Field, FieldKind
 from pgrealtime.rules.compare import (
     WORK,
-    Scalar,
+    Comparable,
     UndecidedError,
+    as_double,
     equal,
+    exact,
+    exact_text,
     float_text,
     is_blank,
     like,
@@ -55,6 +58,7 @@ from pgrealtime.rules.ir import (
     Term,
     Traits,
     equality,
+    is_double,
     is_multiple,
     traits,
 )
@@ -65,18 +69,20 @@ from pgrealtime.rules.parameters import (
     Macro,
     Parameter,
     RequestValue,
+    Scalar,
     Shape,
+    number_of,
     render,
 )
 from pgrealtime.rules.parse import Op
-from pgrealtime.rules.values import HASH
+from pgrealtime.rules.values import END_OF_INTEGERS, HASH
 from pgrealtime.text_forms import Element, parse_array
 
 Args: TypeAlias = Sequence[Scalar]
 """The values of a condition's parameters, literals of a rule aside, in the order given."""
 Test: TypeAlias = Callable[[Row, Args], bool]
 """Whether the condition is true. A row must have the columns that are read."""
-Read: TypeAlias = Callable[[Row, Args, "_Chosen"], Scalar]
+Read: TypeAlias = Callable[[Row, Args, "_Chosen"], Comparable]
 
 _Chosen: TypeAlias = tuple[str | None, ...]
 """The item of each list that the moment's combination is about."""
@@ -136,9 +142,9 @@ class Key:
 
     identity: Hashable
     """Equal for keys whose ``of_row`` is the same."""
-    of_row: Callable[[Row], Sequence[Scalar]]
+    of_row: Callable[[Row], Sequence[Comparable]]
     """The row's values, of which one must fit; None fits nothing."""
-    of_args: Callable[[Args], Scalar]
+    of_args: Callable[[Args], Comparable]
     """The subscriber's."""
     op: Op
     """``row op args``: EQ, NE, or an order."""
@@ -184,7 +190,7 @@ def key(comparison: Comparison, ground: Ground) -> Key | None:
 _TURNED = {Op.LT: Op.GT, Op.LE: Op.GE, Op.GT: Op.LT, Op.GE: Op.LE}
 
 
-def _row_reader(read: Read, lists: Sequence[_List]) -> Callable[[Row], Sequence[Scalar]]:
+def _row_reader(read: Read, lists: Sequence[_List]) -> Callable[[Row], Sequence[Comparable]]:
     if not lists:
         return lambda row: (_as_key(read(row, (), ())),)
     (items,) = lists
@@ -195,7 +201,9 @@ def _key_sides(op: Op, left: _Side, right: _Side) -> tuple[Read, Read, str] | No
     """Return what reads either side so that equal values are equal, and the way it does."""
     case = equality(left.traits, right.traits)
     if op in {Op.EQ, Op.NE} and case is Equality.COALESCED:
-        return _filled(_of(left)), _filled(_of(right)), "filled"
+        own = _of(left)
+        one, other = _alike(own, _of(right))
+        return _filled(one), _filled(other), "filled" + _doubled(own, one)
     is_equality = op in {Op.EQ, Op.NE}
     if is_equality and not right.traits.is_filled:
         return None
@@ -206,7 +214,12 @@ def _key_sides(op: Op, left: _Side, right: _Side) -> tuple[Read, Read, str] | No
     if not is_equality and one.holds is str and not left.scope.ground.is_utf8:
         return None
     is_kept = one.read is own.read
-    return one.read, other.read, "as it is" if is_kept else "shown" if one.holds else "number"
+    conversion = "as it is" if is_kept else "shown" if one.holds is str else "number"
+    return one.read, other.read, conversion + _doubled(own, one)
+
+
+def _doubled(own: _Operand, read: _Operand) -> str:
+    return " as double" if read.is_double and not own.is_double else ""
 
 
 def _is_args(term: Term, ground: Ground) -> bool:
@@ -224,10 +237,7 @@ def _is_auth(place: Place) -> bool:
     return isinstance(place.origin, AuthRow) and not place.steps
 
 
-def _as_key(value: Scalar) -> Scalar:
-    """An integer is compared as a double; where it isn't, the key is not exact."""
-    if isinstance(value, int):
-        return float(value)
+def _as_key(value: Comparable) -> Comparable:
     return _NAN if value != value else value  # noqa: PLR0124 (NaN)
 
 
@@ -418,7 +428,8 @@ def _equality(op: Op, left: _Side, right: _Side) -> _Leaf:
             blank = _of(right if left.traits.is_empty else left).read
             return lambda row, args, chosen: is_blank(blank(row, args, chosen)) is is_equal
         case Equality.COALESCED:
-            return _compared(same, is_equal, _filled(_of(left)), _filled(_of(right)))
+            one, other = _alike(_of(left), _of(right))
+            return _compared(same, is_equal, _filled(one), _filled(other))
         case Equality.NULL_SAFE:
             one, other = _converted(_of(left), _of(right))
             return _compared(same, is_equal, one.read, other.read)
@@ -439,7 +450,7 @@ def is_flag(term: Term) -> bool:
 
 
 def _compared(
-    comparison: Callable[[Scalar, Scalar], bool | None],
+    comparison: Callable[[Comparable, Comparable], bool | None],
     is_equal: bool,  # noqa: FBT001 (an operator or its opposite)
     a: Read,
     b: Read,
@@ -452,7 +463,7 @@ def _compared(
 def _filled(operand: _Operand) -> Read:
     read = operand.read
 
-    def filled(row: Row, args: Args, chosen: _Chosen) -> Scalar:
+    def filled(row: Row, args: Args, chosen: _Chosen) -> Comparable:
         value = read(row, args, chosen)
         return "" if value is None else value
 
@@ -492,7 +503,7 @@ def _pattern(side: _Side) -> Read:
         case _:
             shown = _of(side).shown
 
-            def wrapped(row: Row, args: Args, chosen: _Chosen) -> Scalar:
+            def wrapped(row: Row, args: Args, chosen: _Chosen) -> Comparable:
                 text = shown(row, args, chosen)
                 return None if text is None else f"%{text}%"
 
@@ -510,20 +521,22 @@ class _Operand:
     """The same as text."""
     holds: type[str | float] | None
     """The only class of its values beside NULL; None if there are both."""
+    is_double: bool = False
+    """Its numbers are double precision, and what is compared with them becomes that too."""
     parameter: Parameter | None = None
     as_number: Read | None = None
     """Of a constant: the number, if it is a text that looks like one."""
 
 
 def _of(side: _Side) -> _Operand:
-    return _operand(side.term, side.scope)
+    return replace(_operand(side.term, side.scope), is_double=is_double(side.term))
 
 
 def _text(rank: Rank, read: Read) -> _Operand:
     return _Operand(rank=rank, read=read, shown=read, holds=str)
 
 
-def _fixed(value: Scalar) -> Read:
+def _fixed(value: Comparable) -> Read:
     return lambda _row, _args, _chosen: value
 
 
@@ -557,8 +570,8 @@ def _operand(term: Term, scope: _Scope) -> _Operand:
             raise _NotHereError
 
 
-def _of_item(at: int, convert: Callable[[str], Scalar]) -> Read:
-    def read(_row: Row, _args: Args, chosen: _Chosen) -> Scalar:
+def _of_item(at: int, convert: Callable[[str], Comparable]) -> Read:
+    def read(_row: Row, _args: Args, chosen: _Chosen) -> Comparable:
         text = chosen[at]
         return None if text is None else _converted_text(convert, text)
 
@@ -566,6 +579,10 @@ def _of_item(at: int, convert: Callable[[str], Scalar]) -> Read:
 
 
 def _converted(one: _Operand, other: _Operand) -> tuple[_Operand, _Operand]:
+    return _alike(*_of_affinity(one, other))
+
+
+def _of_affinity(one: _Operand, other: _Operand) -> tuple[_Operand, _Operand]:
     match one.rank, other.rank:
         case Rank.NUMERIC, Rank.NUMERIC:
             return one, other
@@ -595,7 +612,23 @@ def _as_number(operand: _Operand) -> _Operand:
 
 
 def _as_text(operand: _Operand) -> _Operand:
-    return replace(operand, read=operand.shown, holds=str)
+    return replace(operand, read=operand.shown, holds=str, is_double=False)
+
+
+def _alike(one: _Operand, other: _Operand) -> tuple[_Operand, _Operand]:
+    """Return both with numbers that can be compared: exact ones, unless one is a double."""
+    if one.is_double is other.is_double:
+        return one, other
+    return _as_double(one), _as_double(other)
+
+
+def _as_double(operand: _Operand) -> _Operand:
+    if operand.is_double or operand.holds is str:
+        return operand
+    read = operand.read
+    return replace(
+        operand, read=lambda row, args, chosen: as_double(read(row, args, chosen)), is_double=True
+    )
 
 
 # --- constants
@@ -618,11 +651,16 @@ def _constant(parameter: Parameter, ground: Ground) -> _Operand:
 
 def _argument(parameter: Parameter, form: Form, ground: Ground) -> Read:
     if isinstance(parameter, Literal):
-        if form is Form.NUMBER and isinstance(parameter.value, str):
-            is_number = ground.shapes[parameter] is Shape.NUMERIC
-            return _fixed(render(parameter.value, form) if is_number else None)
-        return _fixed(render(parameter.value, form))
+        if form is not Form.NUMBER:
+            return _fixed(render(parameter.value, form))
+        shape = ground.shapes[parameter]
+        is_number = shape.is_number or shape is Shape.NUMERIC
+        return _fixed(number_of(parameter.value) if is_number else None)
     at = ground.order[parameter]
+    if form is Form.NUMBER:
+        return lambda _row, args, _chosen: (
+            None if (content := args[at]) is None else number_of(content)
+        )
     if form is Form.TEXT:
         return lambda _row, args, _chosen: (
             value if isinstance(value := args[at], str) else render(value, form)
@@ -634,7 +672,7 @@ def _argument(parameter: Parameter, form: Form, ground: Ground) -> Read:
 
 
 _INTEGERS = frozenset({"int2", "int4", "int8"})
-_FLOATS = frozenset({"float4", "float8", "numeric"})
+_FLOATS = frozenset({"float4", "float8"})
 _PLAIN = frozenset({"text", "varchar", "uuid", *_INTEGERS})
 """Built-in types whose output is what a cast to text gives."""
 
@@ -668,7 +706,7 @@ class _Cells:
         return lambda _row, args: _as_text_form(args[at])
 
     def read(
-        self, field_: Field, convert: Callable[[str], Scalar], *, is_filled: bool = False
+        self, field_: Field, convert: Callable[[str], Comparable], *, is_filled: bool = False
     ) -> Read:
         """Return what reads a value: the text form converted, or NULL.
 
@@ -680,7 +718,7 @@ class _Cells:
         cell = self.cell(field_)
         present = None if self._is_here else self._order[AuthColumn("")]
 
-        def read(row: Row, args: Args, _chosen: _Chosen) -> Scalar:
+        def read(row: Row, args: Args, _chosen: _Chosen) -> Comparable:
             text = cell(row, args)
             if text is not None:
                 return _converted_text(convert, text)
@@ -718,7 +756,7 @@ def _part(cells: _Cells, field_: Field, part: Part) -> _Operand:
 
 
 def _lowered(shown: Read) -> Read:
-    def lowered(row: Row, args: Args, chosen: _Chosen) -> Scalar:
+    def lowered(row: Row, args: Args, chosen: _Chosen) -> Comparable:
         text = shown(row, args, chosen)
         return lower(text) if isinstance(text, str) else None
 
@@ -732,6 +770,8 @@ def _whole(cells: _Cells, field_: Field) -> _Operand:
     match field_.kind:
         case FieldKind.NUMBER if base.name in _INTEGERS:
             return _number(cells.read(field_, int), cells.read(field_, str))
+        case FieldKind.NUMBER if base.name == "numeric":
+            return _number(cells.read(field_, exact), cells.read(field_, exact_text))
         case FieldKind.NUMBER if base.name in _FLOATS:
             shown = cells.read(field_, lambda text: number_text(double(text)))
             return _number(cells.read(field_, double), shown)
@@ -880,7 +920,7 @@ def _items(place: Place, ground: Ground) -> _List:
     return read
 
 
-def _list_text(field_: Field) -> Callable[[str], Scalar]:
+def _list_text(field_: Field) -> Callable[[str], Comparable]:
     """Return what makes of an array the JSON text that ``array_to_json`` makes."""
     element = field_.type.base.element
     if element is None:
@@ -939,19 +979,19 @@ def _json(cells: _Cells, field_: Field, keys: Sequence[str], *, is_lower: bool) 
         raise _NotHereError
     cell, path = cells.cell(field_), tuple(keys)
 
-    def shown(row: Row, args: Args, _chosen: _Chosen) -> Scalar:
+    def shown(row: Row, args: Args, _chosen: _Chosen) -> Comparable:
         return _of_json(cell(row, args), path, is_shown=True)
 
     if is_lower:
         return _text(Rank.NONE, _lowered(shown))
 
-    def read(row: Row, args: Args, _chosen: _Chosen) -> Scalar:
+    def read(row: Row, args: Args, _chosen: _Chosen) -> Comparable:
         return _of_json(cell(row, args), path, is_shown=False)
 
     return _Operand(rank=Rank.NONE, read=read, shown=shown, holds=None)
 
 
-def _of_json(text: str | None, path: tuple[str, ...], *, is_shown: bool) -> Scalar:
+def _of_json(text: str | None, path: tuple[str, ...], *, is_shown: bool) -> Comparable:
     """Return what is at the path; of a long document that is found out once for many filters."""
     if text is None:
         return None
@@ -961,7 +1001,7 @@ def _of_json(text: str | None, path: tuple[str, ...], *, is_shown: bool) -> Scal
     return _reached_before(text, path, is_shown)
 
 
-def _reached(text: str, path: tuple[str, ...], is_shown: bool) -> Scalar:  # noqa: FBT001 (cached)
+def _reached(text: str, path: tuple[str, ...], is_shown: bool) -> Comparable:  # noqa: FBT001 (cached)
     node = _parsed(text)
     for key in path:
         node = _member(node, key)
@@ -980,28 +1020,35 @@ def _member(node: object, key: str) -> object:
     return node[int(key)]
 
 
-def _json_value(node: object) -> Scalar:
+def _json_value(node: object) -> Comparable:
     match node:
         case None:
             return None
         case bool():
-            return float(node)
+            return int(node)
         case _Digits():
-            return double(node)
+            return exact(node)
         case str():
             return node
         case _:
             return _compact(node)
 
 
-def _json_shown(node: object) -> Scalar:
+def _json_shown(node: object) -> Comparable:
     match node:
         case bool():
             return str(int(node))
         case _Digits():
-            return float_text(double(node)) if "." in node else number_text(double(node))
+            return _number_shown(node)
         case _:
             return _json_value(node)
+
+
+def _number_shown(digits: str) -> str:
+    """Return a number without a point as it is, if SQLite has it as an integer."""
+    if "." not in digits and -END_OF_INTEGERS < exact(digits) < END_OF_INTEGERS:
+        return digits
+    return float_text(double(digits))
 
 
 def _compact(node: object) -> str:

@@ -42,7 +42,7 @@ from pgrealtime.rules.parameters import Binding, Form, Parameter, Shape, pattern
 from pgrealtime.rules.parse import Op
 from pgrealtime.rules.scope import Scope, Statement, native_form
 from pgrealtime.rules.sql import Sql
-from pgrealtime.rules.values import Value, leading_number, to_number, to_text, value
+from pgrealtime.rules.values import Value, alike, leading_number, to_number, to_text, value
 
 ROW = "r"
 """Alias of the judged row, unless the caller has another."""
@@ -122,7 +122,7 @@ def lower_values(
     *,
     row: str = ROW,
 ) -> LoweredValues:
-    """Return the values that ``term`` has in the joins of one scope; numbers as doubles' text.
+    """Return the values that ``term`` has in the joins of one scope; numbers as their text.
 
     One column, none of it NULL: without a missing row's and an empty relation's.
 
@@ -142,7 +142,7 @@ def lower_values(
     text = shown.text
     if text is None:
         assert shown.number is not None
-        text = sql.cast(sql.cast(shown.number, sql.DOUBLE), sql.TEXT)
+        text = sql.cast(shown.number, sql.TEXT)
     conditions = [is_known(text)] if where is None else [is_known(text), _condition(where, scope)]
     return LoweredValues(
         select=scope.select(text, all_of(*conditions)),
@@ -469,7 +469,7 @@ def _is_blank(operand: Value) -> Sql:
 
 def _coalesced(one: Value, other: Value) -> Sql:
     """Return ``COALESCE(L, '') = COALESCE(R, '')``: no conversions, never unknown."""
-    return _same(_filled(one), _filled(other))
+    return _same(*alike(_filled(one), _filled(other)))
 
 
 def _filled(operand: Value) -> Value:
@@ -552,6 +552,11 @@ def _is_something(operand: Value) -> Sql:
 
 
 def _converted(one: Value, other: Value, scope: Scope) -> tuple[Value, Value]:
+    """Apply SQLite's affinities, and make numbers comparable."""
+    return alike(*_of_affinity(one, other, scope))
+
+
+def _of_affinity(one: Value, other: Value, scope: Scope) -> tuple[Value, Value]:
     """Apply SQLite's affinities: numeric before text, and either before none."""
     match one.rank, other.rank:
         case Rank.NUMERIC, Rank.NUMERIC:

@@ -17,8 +17,11 @@ from enum import Enum, auto
 from typing import Self, TypeAlias
 
 from pgrealtime.auth.principal import AuthRecord, Guest, Superuser
+from pgrealtime.rules.parse import double_or_whole
 from pgrealtime.rules.request import Request
 
+Number: TypeAlias = float | int | Decimal
+"""Exact unless it is a float: those are double precision, infinity and NaN."""
 Scalar: TypeAlias = str | float | int | None
 """A parameter's value: None is absent or NULL, a bool counts as the integer it is in SQLite."""
 
@@ -103,7 +106,7 @@ class Shape(Enum):
     NUMBER = auto()
     """A float."""
     INTEGER = auto()
-    """An integer; flags are such."""
+    """An integer; flags are such, and whole numbers that no double holds."""
 
     @property
     def is_empty(self) -> bool:
@@ -122,7 +125,7 @@ class Form(Enum):
     TEXT = "text"
     """Text as SQLite shows the value: ``5.0`` for the float, ``5`` for the integer."""
     NUMBER = "number"
-    """Double precision."""
+    """Text of the number with all its digits, which fits numeric and double precision."""
     PATTERN = "pattern"
     """LIKE pattern: the text between two ``%`` with its wildcards escaped, or as it is."""
     UUID = "uuid"
@@ -199,8 +202,7 @@ def render(content: Scalar, form: Form) -> Scalar:
         case Form.TEXT:
             return text
         case Form.NUMBER:
-            number = float(content)
-            return None if math.isnan(number) else number
+            return _spelt(number_of(content))
         case Form.PATTERN:
             return pattern(content)
         case Form.UUID:
@@ -227,6 +229,48 @@ _GO_FLOAT = re.compile(
 _TINY_EXPONENT, _WIDE_EXPONENT = -5, 17
 """From these on numbers are written with an exponent."""
 _BIGINT = range(-(1 << 63), 1 << 63)
+
+
+def number_of(content: str | float) -> Number | None:
+    """Return the number that a number, or a text that looks like one, stands for: exactly.
+
+    A double stands for the shortest decimal that reads back as it, or for the whole number that it
+    is. What no double reaches is infinite or 0, as in SQLite. None is for NaN.
+    """
+    match content:
+        case str():
+            return _number_of_text(content)
+        case int():
+            return int(content)
+        case float() if content.is_integer():
+            return int(content)
+        case float() if math.isfinite(content):
+            return Decimal(repr(content))
+        case float():
+            return None if math.isnan(content) else content
+
+
+def _number_of_text(text: str) -> Number:
+    if len(text) <= _SHORT and _WHOLE.fullmatch(text):
+        return int(text)
+    double = float(text)
+    if math.isinf(double):
+        return double
+    return Decimal(text) if double else 0
+
+
+_SHORT = 30
+_WHOLE = re.compile(r"[ \t\n\v\f\r]*[+-]?[0-9]+[ \t\n\v\f\r]*")
+
+
+def _spelt(number: Number | None) -> str | None:
+    match number:
+        case None:
+            return None
+        case float():
+            return str(number).replace("inf", "Infinity")
+        case _:
+            return str(number)
 
 
 def looks_numeric(text: str) -> bool:
@@ -416,12 +460,12 @@ class _LoweredNumber(str):
 
 
 def _go_number(text: str) -> str | float:
-    """Return the number that Go reads, or the text; a number that no double holds is a text."""
+    """Return the number that Go reads, or the text; a number beyond all doubles is a text."""
     if _GO_FLOAT.fullmatch(text) is None:
         return text
     number = float(text)
     is_too_large = math.isinf(number) and "n" not in text.lower()
-    return text if is_too_large else number
+    return text if is_too_large else double_or_whole(text.replace("_", ""), number)
 
 
 def _looked_up(path: tuple[str, ...], request: Request) -> Scalar:

@@ -31,7 +31,7 @@ _MAX_RESCANS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Lit:
-    """A text or a number; numbers are floats in this language, whatever they look like."""
+    """A text or a number; numbers are floats, but for whole ones that no float is."""
 
     value: str | float
     start: int = field(compare=False)
@@ -302,9 +302,10 @@ class _Parser:
             number = self._take(_NUMBER, limit)
             if not _GOOD_NUMBER.fullmatch(number):
                 self._fail(f'invalid number "{number}"', begin, self._at)
-            value = float(number)
+            double = float(number)
             # A number too large for a double is 0 to PocketBase.
-            return Lit(0.0 if math.isinf(value) else value, begin, self._at)
+            value = 0.0 if math.isinf(double) else double_or_whole(number, double)
+            return Lit(value, begin, self._at)
         name = self._take(_IDENTIFIER, limit)
         if not name:
             return None
@@ -398,6 +399,22 @@ class _Parser:
 
     def _fail(self, message: str, start: int, end: int) -> NoReturn:
         raise RuleSyntaxError(message, start=start, end=end)
+
+
+def double_or_whole(text: str, double: float) -> float:
+    """Return the double that PocketBase makes of a number, or the number if no double is it.
+
+    A rule that names somebody's id must not mean the neighbour's.
+    """
+    digits = text.lstrip("+-0")
+    if len(digits) <= _DIGITS_OF_DOUBLES or not digits.isdigit():
+        return double
+    whole = int(digits)
+    return double if int(abs(double)) == whole else -whole if text.startswith("-") else whole
+
+
+_DIGITS_OF_DOUBLES = 15
+"""All whole numbers of so many digits are doubles."""
 
 
 _EXPECTED = {

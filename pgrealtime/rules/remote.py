@@ -18,7 +18,7 @@ from pgrealtime import collections as model
 from pgrealtime.changes import Row, TableName
 from pgrealtime.rules import sql
 from pgrealtime.rules.access import RemoteSource
-from pgrealtime.rules.compare import Scalar
+from pgrealtime.rules.compare import Comparable, Scalar
 from pgrealtime.rules.formula import Atom, Moment
 from pgrealtime.rules.images import (
     Overlay,
@@ -129,7 +129,7 @@ class Values:
     wanted: Sequence[str] | None = None
     """The only values that matter; None is all."""
     overlays: Sequence[Overlay] = ()
-    found: list[set[Scalar]] = field(default_factory=list)
+    found: list[set[Comparable]] = field(default_factory=list)
     """The answer, by row."""
     is_left: bool = False
     """Whether nobody waited for the answer: what depends on it is undecided and not denied."""
@@ -151,7 +151,7 @@ class Values:
     def _is_limited(self) -> bool:
         return self.wanted is None and not self.source.is_number
 
-    def is_cut(self, found: Collection[Scalar]) -> bool:
+    def is_cut(self, found: Collection[Comparable]) -> bool:
         """Whether a row has more values than were found."""
         return self._is_limited and len(found) > self.limit
 
@@ -183,8 +183,7 @@ class Values:
     def take(self, rows: Sequence[tuple[object, ...]]) -> None:
         """Note the statement's result."""
         for place, text in rows:
-            value = float(str(text)) if self.source.is_number else str(text)
-            self.found[int(str(place))].add(value)
+            self.found[int(str(place))].add(self.source.key(str(text)))
 
     def split(self) -> Iterator[Values]:
         """Yield the questions that this one is made of, by row."""
@@ -257,7 +256,7 @@ def _free(atom: Atom) -> dict[str, int]:
 
 _ARRAYS = {
     Form.TEXT: "text[]",
-    Form.NUMBER: "double precision[]",
+    Form.NUMBER: "text[]",
     Form.PATTERN: "text[]",
     Form.UUID: "uuid[]",
     Form.INTEGER: "bigint[]",

@@ -87,7 +87,7 @@ class Statement:
 
 _TYPES = {
     Form.TEXT: "text",
-    Form.NUMBER: "double precision",
+    Form.NUMBER: "text",
     Form.PATTERN: "text",
     Form.UUID: "uuid",
     Form.INTEGER: "bigint",

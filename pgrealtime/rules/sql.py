@@ -22,6 +22,8 @@ Sql: TypeAlias = exp.Expr
 TEXT = "text"
 DOUBLE = "double precision"
 INTEGER = "bigint"
+EXACT = "numeric"
+"""Of numbers with all their digits; an integer type is as exact."""
 TIMESTAMP = "timestamp"
 
 _CASTS = {
@@ -34,7 +36,7 @@ _CASTS = {
     "uuid": exp.DataType.Type.UUID,
     "jsonb": exp.DataType.Type.JSONB,
     "interval": exp.DataType.Type.INTERVAL,
-    "numeric": exp.DataType.Type.DECIMAL,
+    EXACT: exp.DataType.Type.DECIMAL,
     "jsonpath": exp.DataType.Type.USERDEFINED,
 }
 

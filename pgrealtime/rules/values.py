@@ -38,8 +38,10 @@ from pgrealtime.rules.strftime import formatted, moment
 NUMERIC = r"^[ \t\n\v\f\r]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?[ \t\n\v\f\r]*$"
 """What SQLite would take for a number, as long as a double can hold it."""
 LONGEST_NUMBER = 200
+END_OF_INTEGERS = 1 << 63
+"""From here on SQLite keeps whole numbers as floats too."""
 _BIGGEST_INTEGER = 9223372036854774784
-"""The largest double below 2^63: beyond it SQLite keeps whole numbers as floats too."""
+"""The largest double below."""
 HASH = "$2a$"
 """Stands for a secret that the table doesn't hold: the beginning of every password hash."""
 
@@ -50,12 +52,14 @@ class Value:
 
     rank: Rank
     number: Sql | None = None
-    """Double precision or an integer type."""
+    """Numeric or an integer type, which are exact, or double precision."""
     text: Sql | None = None
     show: Callable[[], Sql]
     """Makes the value as text, whichever it is; long for numbers, and seldom wanted."""
     parameter: Parameter | None = None
     """Of a constant: what a conversion needs before anything runs."""
+    is_double: bool = False
+    """The number is double precision, and what is compared with it becomes that too."""
     native: Sql | None = None
     """The bare column, where its own equality means the same for texts of its type."""
 
@@ -104,7 +108,12 @@ def _text(text: Sql, rank: Rank) -> Value:
 
 
 def _float(number: Sql, rank: Rank, scope: Scope) -> Value:
-    return Value(rank=rank, number=number, show=lambda: float_text(scope.statement, number))
+    return Value(
+        rank=rank,
+        number=number,
+        show=lambda: float_text(scope.statement, number),
+        is_double=True,
+    )
 
 
 # --- constants
@@ -115,15 +124,18 @@ def _constant(parameter: Parameter, scope: Scope) -> Value:
     if shape is Shape.ABSENT:
         return _keyword(None)
     if shape.is_number:
-        number = scope.statement.bind(parameter, Form.NUMBER)
         return Value(
             rank=Rank.NONE,
-            number=number,
+            number=_bound_number(parameter, scope),
             show=lambda: scope.statement.bind(parameter, Form.TEXT),
             parameter=parameter,
         )
     text = scope.statement.bind(parameter, Form.TEXT)
     return replace(_text(text, Rank.NONE), parameter=parameter)
+
+
+def _bound_number(parameter: Parameter, scope: Scope) -> Sql:
+    return sql.cast(scope.statement.bind(parameter, Form.NUMBER), sql.EXACT)
 
 
 def _keyword(flag: bool | None) -> Value:  # noqa: FBT001 (the keyword itself)
@@ -194,15 +206,21 @@ def _number(column: Sql, type_: Type, scope: Scope) -> Value:
     base = type_.base.name
     if base in {"int2", "int4", "int8"}:
         return Value(rank=Rank.NUMERIC, number=column, show=lambda: sql.cast(column, sql.TEXT))
+    if base == "numeric":
+        return Value(
+            rank=Rank.NUMERIC,
+            number=column,
+            show=lambda: sql.cast(sql.call("trim_scale", column), sql.TEXT),
+        )
     # A real is shown with fewer digits than its double has, and means what is shown.
-    exact = sql.cast(column, sql.TEXT) if base == "float4" else column
-    number = sql.cast(exact, sql.DOUBLE)
+    shown = sql.cast(column, sql.TEXT) if base == "float4" else column
+    number = sql.cast(shown, sql.DOUBLE)
 
     def show() -> Sql:
         of = scope.named(("shown", column), lambda: {"t": number_text(scope.statement, number)})
         return of("t")
 
-    return Value(rank=Rank.NUMERIC, number=number, show=show)
+    return Value(rank=Rank.NUMERIC, number=number, show=show, is_double=True)
 
 
 def _flag(column: Sql) -> Value:
@@ -318,7 +336,10 @@ def _json_value(term: JsonValue, scope: Scope) -> Value:
         number = _coordinate(raw, term.keys[0], term.field.type)
         # PocketBase's points are JSON, whose whole numbers have no point.
         return Value(
-            rank=Rank.NONE, number=number, show=lambda: number_text(scope.statement, number)
+            rank=Rank.NONE,
+            number=number,
+            show=lambda: number_text(scope.statement, number),
+            is_double=True,
         )
     if any(key.isdigit() and len(key) > _LONGEST_INDEX for key in term.keys):
         return _text(sql.null(), Rank.NONE)
@@ -367,9 +388,9 @@ def _json_node(term: JsonValue, column: Sql, scope: Scope) -> Sql:
 
 def _json_number(node: Sql) -> Sql:
     """Return what SQLite's json_extract makes a number: numbers and booleans."""
-    double = sql.cast(sql.cast(node, sql.TEXT), sql.DOUBLE)
+    number = sql.cast(node, sql.EXACT)
     flag = sql.cast(sql.cast(node, "boolean"), "int")
-    return _by_kind(node, {"number": double, "boolean": sql.cast(flag, sql.DOUBLE)})
+    return _by_kind(node, {"number": number, "boolean": sql.cast(flag, sql.EXACT)})
 
 
 def _json_text(node: Sql) -> Sql:
@@ -385,10 +406,9 @@ def _json_shown(statement: Statement, of: Callable[[str], Sql]) -> Sql:
     spelt = sql.cast(of("v"), sql.TEXT)
     point = sql.call("strpos", spelt, sql.string("."))
     is_whole = sql.binary(exp.EQ, point, sql.number(0))
-    is_integer = sql.case(
-        (is_whole, _is_below(of("n"), _BIGGEST_INTEGER)), default=sql.truth(False)
-    )
-    digits = sql.case((is_integer, spelt), default=float_text(statement, of("n")))
+    is_integer = sql.case((is_whole, _is_below(of("n"), END_OF_INTEGERS)), default=sql.truth(False))
+    double = sql.cast(of("n"), sql.DOUBLE)
+    digits = sql.case((is_integer, spelt), default=float_text(statement, double))
     flag = sql.cast(sql.cast(of("n"), "int"), sql.TEXT)
     shown = _by_kind(of("v"), {"number": digits, "boolean": flag})
     return sql.coalesced(of("t"), shown)
@@ -447,26 +467,39 @@ def to_number(operand: Value, scope: Scope) -> Value:
     if operand.parameter is not None:
         if scope.statement.shapes[operand.parameter] is not Shape.NUMERIC:
             return operand
-        number = scope.statement.bind(operand.parameter, Form.NUMBER)
+        number = _bound_number(operand.parameter, scope)
         return Value(rank=operand.rank, number=number, show=operand.show)
     number, text = _split(operand.text)
     if operand.number is not None:
         number = sql.coalesced(operand.number, number)
-    return Value(rank=operand.rank, number=number, text=text, show=operand.show)
+    return replace(operand, number=number, text=text, parameter=None, native=None)
+
+
+def alike(one: Value, other: Value) -> tuple[Value, Value]:
+    """Return both with numbers that can be compared: exact ones, unless one is a double."""
+    if one.is_double is other.is_double:
+        return one, other
+    return _as_double(one), _as_double(other)
+
+
+def _as_double(operand: Value) -> Value:
+    if operand.is_double or operand.number is None:
+        return operand
+    return replace(operand, number=sql.cast(operand.number, sql.DOUBLE), is_double=True)
 
 
 def to_text(operand: Value) -> Value:
     """Return the operand with numbers turned into texts."""
     if operand.number is None:
         return operand
-    return replace(operand, number=None, text=operand.shown)
+    return replace(operand, number=None, text=operand.shown, is_double=False)
 
 
 def _split(text: Sql) -> tuple[Sql, Sql]:
     """Return the number of a text that looks like one, and the text if it doesn't."""
     looks = sql.matches(text, NUMERIC)
     is_short = sql.binary(exp.LT, sql.call("length", text), sql.number(LONGEST_NUMBER))
-    number = sql.case((is_short, sql.case((looks, sql.cast(text, sql.DOUBLE)))))
+    number = sql.case((is_short, sql.case((looks, sql.cast(text, sql.EXACT)))))
     rest = sql.case((is_short, sql.case((looks, sql.null()), default=text)), default=text)
     return number, rest
 

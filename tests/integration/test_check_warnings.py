@@ -277,6 +277,63 @@ def test_a_rule_on_the_key_needs_no_more_of_a_deleted_row(
     assert warnings(check(operator, collections(rule or "", list_rule=rule))) == []
 
 
+# -- numbers
+
+
+@pytest.mark.parametrize(
+    ("rule", "column"),
+    [
+        (f"{SOMEBODY} && score = {MINE}", "score"),
+        ("score > budget", "score"),
+        ("budget != score", "score"),
+        (f"{SOMEBODY} && scores:each ?= {MINE}", "scores"),
+        ("members_via_post.weight ?< id && members_via_post.weight ?< budget", "weight"),
+        ("score > 4.5 && score = weight && budget = size", None),
+        (f"{SOMEBODY} && size = {MINE} && budget > 7 && score > @request.query.low", None),
+    ],
+)
+def test_a_comparison_of_doubles_with_wider_numbers(
+    operator: Operator, rule: str, column: str | None
+) -> None:
+    """Integers and numerics are exact among themselves, and a double can't hold them all."""
+    run(
+        operator,
+        """
+        ALTER TABLE posts ADD score float8, ADD weight real, ADD size int8, ADD budget numeric,
+          ADD scores float4[];
+        ALTER TABLE members ADD weight float8;
+        CREATE INDEX ON members (post);
+        """,
+    )
+    found = warnings(check(operator, collections(rule)))
+    table = "members" if "members" in rule else "posts"
+    type_ = "numeric[]" if column == "scores" else "numeric"
+    assert found == (
+        []
+        if column is None
+        else [
+            (
+                "collections.posts.list_rule",
+                f'"{column}" is a float: numbers beyond 2^53 that differ may be equal to it',
+                f'ALTER TABLE "public"."{table}" ALTER COLUMN "{column}" TYPE {type_};',
+            )
+        ]
+    )
+
+
+def test_a_number_with_more_digits_than_its_literal_keeps(operator: Operator) -> None:
+    """Whole numbers keep them all, and texts do."""
+    run(operator, "ALTER TABLE posts ADD budget numeric")
+    rule = "budget = 0.12345678901234567890 || budget = 9007199254740993 || budget = '0.1234567890'"
+    assert warnings(check(operator, collections(rule))) == [
+        (
+            "collections.posts.list_rule",
+            "0.12345678901234567890 has more digits than double precision, which it becomes",
+            'write it as a text: "0.12345678901234567890"',
+        )
+    ]
+
+
 # -- issuers
 
 

@@ -60,7 +60,7 @@ def test_no_value_of_a_rule_is_in_the_text() -> None:
     for secret in ("lit", "4711", "somekey", "quux", "fi%", "uann"):
         assert secret not in question.sql
     given = [content for content in question.params.values() if content is not None]
-    assert {"lit%eral", 4711.0, 'strict $."somekey"', "quux'--", "fi%lt"} <= {
+    assert {"lit%eral", "4711", 'strict $."somekey"', "quux'--", "fi%lt"} <= {
         content for content in given if isinstance(content, str | float)
     }
 
