@@ -61,9 +61,12 @@ class Linking:
         native = native_name(type_)
         match: sql.Composable = identifier("t", self.match.name)
         asked = sql.SQL("k.id::pg_catalog.{}").format(identifier(native or "text"))
+        if not self.match.is_deterministic:  # which would take other ids for the same
+            asked = sql.SQL('{} COLLATE pg_catalog."C"').format(asked)
         if element is None:
             shape = "{match} OPERATOR(pg_catalog.=) {asked}"
-        elif native and element.domain_of is None:  # no operator has arrays of both
+        elif native and element.domain_of is None and self.match.is_deterministic:
+            # No operator has arrays of both a domain and its base.
             shape = "{match} OPERATOR(pg_catalog.@>) ARRAY[{asked}]"
         else:
             shape = "{asked} OPERATOR(pg_catalog.=) ANY ({match})"

@@ -14,8 +14,8 @@ from sqlglot import exp
 from pgrealtime.catalog.model import Column, Table
 from pgrealtime.changes import Row, TableName
 from pgrealtime.rules import sql
-from pgrealtime.rules.lower import ROW, all_of, negation
-from pgrealtime.rules.sql import Sql
+from pgrealtime.rules.lower import ROW
+from pgrealtime.rules.sql import Sql, Typed, all_of, negation, typed_column
 
 
 def columns_of(table: Table, names: Iterable[str]) -> list[Column]:
@@ -176,10 +176,8 @@ def _view(
             this=all_of(
                 *(
                     sql.equal_keys(
-                        sql.column("t", column.name),
-                        column.type,
-                        sql.typed(sql.column("g", key), column.type),
-                        column.type,
+                        typed_column("t", column),
+                        Typed(sql.typed(sql.column("g", key), column.type), column.type),
                     )
                     for key, column in zip(key_names, keys, strict=True)
                 )

@@ -1,4 +1,4 @@
-"""The resolved rule to a sqlglot tree; the only maker of And, Or, Not. Before reference and plan.
+"""The resolved rule to a sqlglot tree. Before reference and plan.
 
 The tree is a boolean about one row, whose alias the caller knows. What differs per subscriber is
 left to placeholders; ``Lowered.bindings`` says what goes there.
@@ -41,7 +41,7 @@ from pgrealtime.rules.ir import (
 from pgrealtime.rules.parameters import Binding, Form, Parameter, Shape, pattern
 from pgrealtime.rules.parse import Op
 from pgrealtime.rules.scope import Scope, Statement, native_form
-from pgrealtime.rules.sql import Sql
+from pgrealtime.rules.sql import Sql, all_of, any_of, is_known, negation
 from pgrealtime.rules.values import Value, alike, leading_number, to_number, to_text, value
 
 ROW = "r"
@@ -181,29 +181,6 @@ def lower_shown(
         columns=tuple(statement.columns),
         tables=frozenset(statement.tables),
     )
-
-
-# --- connectives
-
-
-def all_of(*parts: Sql) -> Sql:
-    """Return the conjunction, each part in brackets where it needs them."""
-    return exp.and_(*map(sql.own, parts), copy=False)
-
-
-def any_of(*parts: Sql) -> Sql:
-    """Return the disjunction, each part in brackets where it needs them."""
-    return exp.or_(*map(sql.own, parts), copy=False)
-
-
-def negation(part: Sql) -> Sql:
-    """Return NOT; unknown stays unknown."""
-    return exp.not_(exp.Paren(this=sql.own(part)), copy=False)
-
-
-def is_known(node: Sql) -> Sql:
-    """Return ``node IS NOT NULL``."""
-    return exp.not_(sql.is_null(node), copy=False)
 
 
 # --- conditions

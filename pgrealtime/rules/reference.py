@@ -19,11 +19,11 @@ from pgrealtime.errors import RuleError, RuleUnsupportedError
 from pgrealtime.rules import sql
 from pgrealtime.rules.images import Overlay, before, columns_of, free_name, images
 from pgrealtime.rules.ir import Predicate, parameters
-from pgrealtime.rules.lower import ROW, Lowered, all_of, lower
+from pgrealtime.rules.lower import ROW, Lowered, lower
 from pgrealtime.rules.parameters import AuthColumn, Binding, render, shape, value
 from pgrealtime.rules.request import Request
 from pgrealtime.rules.resolve import filter_text, resolve_filter, resolve_rule
-from pgrealtime.rules.sql import Sql
+from pgrealtime.rules.sql import Sql, all_of
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 """Any moment: the class of a macro is the same at all of them."""

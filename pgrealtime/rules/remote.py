@@ -31,10 +31,10 @@ from pgrealtime.rules.images import (
 )
 from pgrealtime.rules.kept import kept_with
 from pgrealtime.rules.local import Args
-from pgrealtime.rules.lower import ROW, LoweredValues, all_of, lower_values
+from pgrealtime.rules.lower import ROW, LoweredValues, lower_values
 from pgrealtime.rules.parameters import Binding, Form, Literal, Macro, render
 from pgrealtime.rules.reference import Question
-from pgrealtime.rules.sql import Sql
+from pgrealtime.rules.sql import Sql, all_of
 
 Cells: TypeAlias = tuple[str | None, ...]
 """The columns that are read of a row, in text form."""

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from sqlglot import exp
 
-from pgrealtime.catalog.model import Type
+from pgrealtime.catalog.model import Column, Type
 from pgrealtime.changes import TableName
 from pgrealtime.collections import Collection, Collections, Field
 from pgrealtime.errors import RuleUnsupportedError
@@ -26,7 +26,7 @@ from pgrealtime.rules.parameters import (
     RequestValue,
     Shape,
 )
-from pgrealtime.rules.sql import Sql
+from pgrealtime.rules.sql import Sql, Typed, typed_column
 
 _On: TypeAlias = Callable[[str], Sql]
 """Makes the condition of a join, given the alias of the joined row."""
@@ -109,7 +109,7 @@ class Scope:
         self.here = here
         self.is_judged = is_judged
         self._rows: dict[Place, str] = {}
-        self._values: dict[Place, tuple[Sql, Type]] = {}
+        self._values: dict[Place, Typed] = {}
         self._joins: list[exp.Join] = []
         self._named: dict[object, str] = {}
 
@@ -151,12 +151,15 @@ class Scope:
         )
         return exp.Exists(this=select)
 
-    def key(self, place: Place) -> Sql:
+    def key(self, place: Place) -> Typed:
         """Return the id of the row at the place, NULL where there is none."""
-        return self.column(place, self.collection(place).key.name)
+        return self._typed(place, self.collection(place).key)
 
-    def item(self, place: Place) -> tuple[Sql, Type]:
-        """Return one of the values of a multiple field, and its type; the place ends with Items."""
+    def _typed(self, place: Place, column: Column) -> Typed:
+        return Typed(self.column(place, column.name), column.type, column.is_deterministic)
+
+    def item(self, place: Place) -> Typed:
+        """Return one of the values of a multiple field; the place ends with Items."""
         self.row(place)
         return self._values[place]
 
@@ -226,11 +229,11 @@ class Scope:
         bind, key = self.statement.bind, collection.key
 
         def on(alias: str) -> Sql:
-            own = sql.column(alias, key.name)
+            own = typed_column(alias, key)
             native = native_form(key.type)
             if native is None:
-                return sql.binary(exp.EQ, sql.plain_text(own, key.type), bind(AUTH_ID, Form.TEXT))
-            return sql.binary(exp.EQ, own, bind(AUTH_ID, native))
+                return sql.binary(exp.EQ, sql.plain_text(own), bind(AUTH_ID, Form.TEXT))
+            return sql.binary(exp.EQ, own.node, bind(AUTH_ID, native))
 
         return on
 
@@ -238,23 +241,18 @@ class Scope:
         match step:
             case ToOne(field, name):
                 assert field.column is not None
-                source = self.column(before, field.column.name)
-                return self._join_by_key(name, source, field.type)
+                return self._join_by_key(name, self._typed(before, field.column))
             case Items(field):
                 return self._join_items(place, before, field)
             case ToItem(name):
-                source, type_ = self.item(before)
-                return self._join_by_key(name, source, type_)
+                return self._join_by_key(name, self.item(before))
             case Back(name, field):
                 return self._join_back(before, self.statement.collections[name], field)
 
-    def _join_by_key(self, name: str, source: Sql, type_: Type) -> str:
+    def _join_by_key(self, name: str, source: Typed) -> str:
         target = self.statement.collections[name]
         return self._left_join(
-            target,
-            lambda alias: sql.equal_keys(
-                sql.column(alias, target.key.name), target.key.type, source, type_
-            ),
+            target, lambda alias: sql.equal_keys(typed_column(alias, target.key), source)
         )
 
     def _join_items(self, place: Place, before: Place, field: Field) -> str:
@@ -267,14 +265,9 @@ class Scope:
             assert target is not None
             self._add(
                 self._table(junction.table.name, alias),
-                sql.equal_keys(
-                    sql.column(alias, source.name),
-                    source.type,
-                    self.key(before),
-                    self.collection(before).key.type,
-                ),
+                sql.equal_keys(typed_column(alias, source), self.key(before)),
             )
-            self._values[place] = sql.column(alias, target.name), target.type
+            self._values[place] = typed_column(alias, target)
             return alias
         assert field.column is not None
         element = field.type.base.element
@@ -282,29 +275,24 @@ class Scope:
         unnest = exp.Unnest(expressions=[self.column(before, field.column.name)])
         columns = exp.TableAlias(this=sql.name(alias), columns=[sql.name("value")])
         self._add(exp.Lateral(this=unnest, alias=columns), sql.truth(True))
-        self._values[place] = sql.column(alias, "value"), element
+        item = sql.column(alias, "value")
+        self._values[place] = Typed(item, element, field.column.is_deterministic)
         return alias
 
     def _join_back(self, before: Place, source: Collection, field: Field) -> str:
-        key, key_type = self.key(before), self.collection(before).key.type
+        key = self.key(before)
         junction = None if field.relation is None else field.relation.junction
         if junction is not None:
-            return self._join_back_through(key, key_type, source, field)
+            return self._join_back_through(key, source, field)
         assert field.column is not None
         column = field.column
         if not field.is_multiple:
             return self._left_join(
-                source,
-                lambda alias: sql.equal_keys(
-                    sql.column(alias, column.name), column.type, key, key_type
-                ),
+                source, lambda alias: sql.equal_keys(typed_column(alias, column), key)
             )
-        return self._left_join(
-            source,
-            lambda alias: _contains(sql.column(alias, column.name), column.type, key, key_type),
-        )
+        return self._left_join(source, lambda alias: _contains(typed_column(alias, column), key))
 
-    def _join_back_through(self, key: Sql, key_type: Type, source: Collection, field: Field) -> str:
+    def _join_back_through(self, key: Typed, source: Collection, field: Field) -> str:
         assert field.relation is not None
         junction = field.relation.junction
         assert junction is not None
@@ -315,16 +303,11 @@ class Scope:
         pairs = self.statement.alias()
         self._add(
             self._table(junction.table.name, pairs),
-            sql.equal_keys(sql.column(pairs, near.name), near.type, key, key_type),
+            sql.equal_keys(typed_column(pairs, near), key),
         )
         return self._left_join(
             source,
-            lambda alias: sql.equal_keys(
-                sql.column(alias, source.key.name),
-                source.key.type,
-                sql.column(pairs, far.name),
-                far.type,
-            ),
+            lambda alias: sql.equal_keys(typed_column(alias, source.key), typed_column(pairs, far)),
         )
 
     def _left_join(self, collection: Collection, on: _On) -> str:
@@ -359,12 +342,14 @@ def native_form(type_: Type) -> Form | None:
     }.get(base.name)
 
 
-def _contains(array: Sql, array_type: Type, key: Sql, key_type: Type) -> Sql:
+def _contains(array: Typed, key: Typed) -> Sql:
     """Return whether the array holds the id; by ``@>``, which a GIN index serves, if it can."""
-    element = array_type.base.element
+    element = array.type.base.element
     assert element is not None
-    if element.oid == key_type.base.oid and element.schema == "pg_catalog":
-        wanted = exp.Array(expressions=[sql.own(sql.of_base(key, key_type))])
-        return exp.ArrayContainsAll(this=sql.own(array), expression=wanted)
-    values = exp.Any(this=exp.Paren(this=sql.cast(array, "text[]")))
-    return exp.EQ(this=sql.cast(key, sql.TEXT), expression=values)
+    is_deterministic = array.is_deterministic and key.is_deterministic
+    is_native = element.oid == key.type.base.oid and element.schema == "pg_catalog"
+    if is_native and is_deterministic:
+        wanted = exp.Array(expressions=[sql.own(sql.of_base(key))])
+        return exp.ArrayContainsAll(this=sql.own(array.node), expression=wanted)
+    values = exp.Any(this=exp.Paren(this=sql.cast(array.node, "text[]")))
+    return exp.EQ(this=sql.collated(sql.cast(key.node, sql.TEXT)), expression=values)

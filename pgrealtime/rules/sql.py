@@ -4,17 +4,19 @@ A sqlglot node belongs to one tree. Each maker here therefore takes a copy of an
 part of a tree already, so that callers may use an expression as often as they like. ``%`` is
 doubled wherever it isn't a placeholder's: the driver reads the printed text as a format.
 
-``And``, ``Or`` and ``Not`` are made in ``lower.py`` and nowhere else.
+``And``, ``Or`` and ``Not`` are made here and nowhere else. Texts are compared byte by byte: what is
+of a nondeterministic collation is never compared by that alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from sqlglot import exp
 
-from pgrealtime.catalog.model import Type, TypeKind
+from pgrealtime.catalog.model import Column, Type, TypeKind
 from pgrealtime.changes import TableName
 
 Sql: TypeAlias = exp.Expr
@@ -39,6 +41,21 @@ _CASTS = {
     EXACT: exp.DataType.Type.DECIMAL,
     "jsonpath": exp.DataType.Type.USERDEFINED,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Typed:
+    """An expression of a type."""
+
+    node: Sql
+    type: Type
+    is_deterministic: bool = True
+    """As ``catalog.Column`` has it."""
+
+
+def typed_column(alias: str, of: Column) -> Typed:
+    """Return ``"alias"."column"`` with its type."""
+    return Typed(column(alias, of.name), of.type, of.is_deterministic)
 
 
 def own(node: Sql) -> Sql:
@@ -170,44 +187,80 @@ def in_utc(node: Sql) -> Sql:
     return exp.AtTimeZone(this=_operand(node), zone=string("UTC"))
 
 
-def equal_keys(left: Sql, left_type: Type, right: Sql, right_type: Type) -> Sql:
+def equal_keys(left: Typed, right: Typed) -> Sql:
     """Return equality of two ids by the operator that their indexes serve, or as texts.
 
-    Operators of types outside pg_catalog aren't on the search path and are named with the schema.
+    An operator under a nondeterministic collation finds candidates only: their bytes decide. Those
+    of types outside pg_catalog aren't on the search path and are named with the schema; to citext a
+    row is found as its foreign keys find it.
     """
-    one, other = left_type.base, right_type.base
+    native = _native_equality(left, right)
+    if native is not None and left.is_deterministic and right.is_deterministic:
+        return native
+    bytewise = binary(exp.EQ, collated(cast(left.node, TEXT)), cast(right.node, TEXT))
+    return bytewise if native is None else all_of(native, bytewise)
+
+
+def _native_equality(left: Typed, right: Typed) -> Sql | None:
+    one, other = left.type.base, right.type.base
     if one.oid == other.oid and one.schema != "pg_catalog" and one.kind is TypeKind.BASE:
         operator = f"{name(one.schema).sql('postgres')}.="
-        return exp.Operator(this=own(left), operator=operator, expression=own(right))
+        return exp.Operator(this=own(left.node), operator=operator, expression=own(right.node))
     if one.oid == other.oid and one.kind is TypeKind.ENUM:
-        return binary(exp.EQ, of_base(left, left_type), of_base(right, right_type))
+        return binary(exp.EQ, of_base(left), of_base(right))
     if one.oid == other.oid or any({one.name, other.name} <= family for family in _FAMILIES):
-        return binary(exp.EQ, left, right)
-    return binary(exp.EQ, cast(left, TEXT), cast(right, TEXT))
+        return binary(exp.EQ, left.node, right.node)
+    return None
 
 
 _FAMILIES = ({"int2", "int4", "int8"}, {"text", "varchar"})
 """Built-in types whose values compare with one another by one operator family."""
 
 
-def of_base(node: Sql, type_: Type) -> Sql:
-    """Return the node as what its domain is made of: no enum or array is, to Postgres, a domain."""
-    return node if type_.domain_of is None else typed(node, type_.base)
+def of_base(of: Typed) -> Sql:
+    """Return it as what its domain is made of: no enum or array is, to Postgres, a domain."""
+    return of.node if of.type.domain_of is None else typed(of.node, of.type.base)
 
 
-def plain_text(node: Sql, type_: Type) -> Sql:
-    """Return a value as text; char(n) loses its padding, citext its indifference."""
-    base = type_.base
+def plain_text(of: Typed) -> Sql:
+    """Return a value as text that compares byte by byte.
+
+    char(n) loses its padding, citext and nondeterministic collations their indifference.
+    """
+    base = of.type.base
     if is_inet(base):  # whose cast to text adds what its output leaves out, "/32"
-        return call("textin", call("inet_out", node))
-    if base.schema == "pg_catalog" and base.name in {"text", "varchar"}:
-        return node
-    return cast(node, TEXT)
+        return call("textin", call("inet_out", of.node))
+    is_text = base.schema == "pg_catalog" and base.name in {"text", "varchar"}
+    text = of.node if is_text else cast(of.node, TEXT)
+    return text if of.is_deterministic else collated(text)
 
 
 def is_inet(base: Type) -> bool:
     """Whether it is the built-in type ``inet``."""
     return base.schema == "pg_catalog" and base.name == "inet"
+
+
+# --- connectives
+
+
+def all_of(*parts: Sql) -> Sql:
+    """Return the conjunction, each part in brackets where it needs them."""
+    return exp.and_(*map(own, parts), copy=False)
+
+
+def any_of(*parts: Sql) -> Sql:
+    """Return the disjunction, each part in brackets where it needs them."""
+    return exp.or_(*map(own, parts), copy=False)
+
+
+def negation(part: Sql) -> Sql:
+    """Return NOT; unknown stays unknown."""
+    return exp.not_(exp.Paren(this=own(part)), copy=False)
+
+
+def is_known(node: Sql) -> Sql:
+    """Return ``node IS NOT NULL``."""
+    return exp.not_(is_null(node), copy=False)
 
 
 def _operand(node: Sql) -> Sql:

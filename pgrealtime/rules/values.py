@@ -32,7 +32,7 @@ from pgrealtime.rules.ir import (
 )
 from pgrealtime.rules.parameters import Form, Literal, Parameter, Shape
 from pgrealtime.rules.scope import Scope, Statement
-from pgrealtime.rules.sql import Sql
+from pgrealtime.rules.sql import Sql, Typed, typed_column
 from pgrealtime.rules.strftime import formatted, moment
 
 NUMERIC = r"^[ \t\n\v\f\r]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?[ \t\n\v\f\r]*$"
@@ -89,7 +89,7 @@ def value(term: Term, scope: Scope, *, is_strict: bool = True) -> Value:
         case FieldValue():
             return replace(_field_part(term, scope, is_strict=is_strict), rank=rank)
         case Item(place, kind=kind):
-            return replace(_item(kind, *scope.item(place), scope), rank=rank)
+            return replace(_item(kind, scope.item(place), scope), rank=rank)
         case JsonValue():
             return _json_value(term, scope)
         case Hidden(place, part):
@@ -176,16 +176,17 @@ def _field(place: Place, field: Field, scope: Scope, *, is_strict: bool) -> Valu
             text = _empty_where_found(place, scope, _date(column, field.type), is_strict=is_strict)
             return _text(text, Rank.TEXT)
         case FieldKind.RELATION:
-            plain = sql.plain_text(column, field.type)
-            text = _empty_where_found(place, scope, plain, is_strict=is_strict)
+            text = _empty_where_found(place, scope, _plain_text(column, field), is_strict=is_strict)
             return replace(_text(text, Rank.TEXT), native=column)
         case FieldKind.TEXT | FieldKind.FILE:
-            plain = sql.plain_text(column, field.type)
-            if not field.column.is_deterministic:
-                plain = sql.collated(plain)
-            return replace(_text(plain, Rank.TEXT), native=column)
+            return replace(_text(_plain_text(column, field), Rank.TEXT), native=column)
         case FieldKind.JSON | FieldKind.BYTES | FieldKind.COMPOSITE | FieldKind.GEOMETRY:
             raise AssertionError(f"the resolver lets no {field.kind} through")
+
+
+def _plain_text(column: Sql, field: Field) -> Sql:
+    assert field.column is not None
+    return sql.plain_text(Typed(column, field.type, field.column.is_deterministic))
 
 
 def _empty_where_found(place: Place, scope: Scope, text: Sql, *, is_strict: bool) -> Sql:
@@ -199,7 +200,7 @@ def _where_found(place: Place, scope: Scope, text: Sql) -> Sql:
     """Return the text where the place has a row, else NULL."""
     if place.is_here:
         return text
-    return sql.case((sql.is_null(scope.key(place)), sql.null()), default=text)
+    return sql.case((sql.is_null(scope.key(place).node), sql.null()), default=text)
 
 
 def _number(column: Sql, type_: Type, scope: Scope) -> Value:
@@ -228,17 +229,17 @@ def _flag(column: Sql) -> Value:
     return Value(rank=Rank.NUMERIC, number=number, show=lambda: sql.cast(number, sql.TEXT))
 
 
-def _item(kind: FieldKind, item: Sql, type_: Type, scope: Scope) -> Value:
+def _item(kind: FieldKind, item: Typed, scope: Scope) -> Value:
     """Return one of many values: the same as if the field held it alone."""
     match kind:
         case FieldKind.NUMBER:
-            return _number(item, type_, scope)
+            return _number(item.node, item.type, scope)
         case FieldKind.BOOL:
-            return _flag(item)
+            return _flag(item.node)
         case FieldKind.DATE:
-            return _text(_date(item, type_), Rank.NONE)
+            return _text(_date(item.node, item.type), Rank.NONE)
         case _:
-            return _text(sql.plain_text(item, type_), Rank.NONE)
+            return _text(sql.plain_text(item), Rank.NONE)
 
 
 def _date(column: Sql, type_: Type) -> Sql:
@@ -292,13 +293,8 @@ def _junction_ids(place: Place, field: Field, scope: Scope) -> Sql:
     assert target is not None
     alias = scope.statement.alias()
     scope.statement.tables.setdefault(junction.table.name)
-    ids = sql.plain_text(sql.column(alias, target.name), target.type)
-    own = sql.equal_keys(
-        sql.column(alias, source.name),
-        source.type,
-        scope.key(place),
-        scope.collection(place).key.type,
-    )
+    ids = sql.plain_text(typed_column(alias, target))
+    own = sql.equal_keys(typed_column(alias, source), scope.key(place))
     select = exp.Select(
         expressions=[ids],
         from_=exp.From(this=sql.table(junction.table.name, alias)),

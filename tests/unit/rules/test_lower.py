@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from sqlglot.schema import MappingSchema
 
 import pgrealtime.rules
 from pgrealtime.auth.principal import AuthRecord
+from pgrealtime.catalog.model import Column
+from pgrealtime.collections import Collection, Collections
 from pgrealtime.rules import ir, sql
 from pgrealtime.rules.lower import ROW, lower
 from pgrealtime.rules.parameters import Shape, shape, value
@@ -47,7 +51,7 @@ def test_connectives_are_made_in_one_place(path: Path) -> None:
         and node.value.id == "exp"
     }
     assert not made & {"And", "Or", "Not", "Xor"}
-    assert path.name == "lower.py" or not made & {"and_", "or_", "not_", "condition"}
+    assert path.name == "sql.py" or not made & {"and_", "or_", "not_", "condition"}
 
 
 def test_no_value_of_a_rule_is_in_the_text() -> None:
@@ -186,3 +190,103 @@ def test_any_filter_is_small_in_sql_and_quickly_made(text: str) -> None:
     assert time.perf_counter() - before < 10
     assert isinstance(asked, Nobody | Reference)
     assert isinstance(asked, Nobody) or len(asked.statement) < 300_000
+
+
+def _loosened(collection: Collection) -> Collection:
+    """Return the collection with all its columns of a nondeterministic collation."""
+
+    def loose(column: Column) -> Column:
+        return replace(column, is_deterministic=False)
+
+    fields = [
+        one if one.column is None else replace(one, column=loose(one.column))
+        for one in collection.fields
+    ]
+    columns = tuple(map(loose, collection.table.columns))
+    table = replace(collection.table, columns=columns)
+    return replace(collection, key=loose(collection.key), fields=tuple(fields), table=table)
+
+
+_LOOSE = Collections(tuple(map(_loosened, COLLECTIONS.values())))
+_TEXT_COLUMNS = {
+    column.name
+    for one in _LOOSE.values()
+    for column in one.table.columns
+    if (column.type.element or column.type).name == "text"
+} | {"value"}
+_COMPARISONS = (
+    *(exp.EQ, exp.NEQ, exp.NullSafeEQ, exp.NullSafeNEQ, exp.GT, exp.GTE, exp.LT, exp.LTE),
+    *(exp.Like, exp.ILike, exp.RegexpLike, exp.ArrayContainsAll, exp.ArrayOverlaps, exp.In),
+    exp.Operator,
+)
+
+
+def _bare_texts(node: exp.Expr) -> Iterator[exp.Column]:
+    """Yield the text columns that a comparison compares under their own collation."""
+    match node:
+        case exp.Collate() | exp.Subquery():
+            return
+        case exp.Anonymous(this="array_to_json" | "cardinality" | "length" | "strpos"):
+            return  # what comes out is of no collation
+        case exp.Case():
+            for branch in (*(one.args["true"] for one in node.args["ifs"]), node.args["default"]):
+                if branch is not None:
+                    yield from _bare_texts(branch)
+        case exp.Column() if node.name in _TEXT_COLUMNS:
+            yield node
+        case _:
+            for child in node.iter_expressions():
+                yield from _bare_texts(child)
+
+
+def _is_bytewise(comparison: exp.Expr) -> bool:
+    """Whether no text is compared by its collation alone.
+
+    What an index finds by that may be narrowed down by the bytes of the same.
+    """
+    sides = list(comparison.iter_expressions())
+    if not any(True for side in sides for _ in _bare_texts(side)):
+        return True
+    if any(isinstance(side.unnest(), exp.Collate) for side in sides):
+        return True
+    around = comparison.parent
+    texts = {one.sql() for side in sides for one in side.find_all(exp.Column)}
+    return isinstance(around, exp.And) and any(
+        _is_bytewise(other) and texts <= {one.sql() for one in other.find_all(exp.Column)}
+        for other in around.iter_expressions()
+        if other is not comparison
+    )
+
+
+_PATHS = (
+    *("title", "tags", "tags:each", "author", "reviewers", "reviewers:each", "title:lower"),
+    *("author.name", "reviewers.name", "views"),
+    *("comments_via_post.id", "comments_via_post.post", "author.manager.groups.lead.id", "data.a"),
+    *("@collection.users.name", "@collection.comments.post", "author.posts_via_reviewers.title"),
+    *("@request.auth.name", "@request.auth.groups:each", "@request.auth.groups.name"),
+    *("author:length", "strftime('%Y', title)", "geoDistance(title, 1, id, 2)"),
+)
+
+
+@pytest.mark.parametrize("left", _PATHS)
+def test_every_text_comparison_is_of_bytes(left: str) -> None:
+    """Whatever is compared with what, and however: no collation says what is equal."""
+    others = [*_PATHS, "'a'", "5", "''", "null", "true", "@request.auth.id", "@request.query.q"]
+    for place, right in enumerate(others, _PATHS.index(left)):
+        for op in ("=", ("!=", "?=", "<", "?>=", "~", "!~", "?!=")[place % 7]):
+            rule = f"{left} {op} {right}"
+            request = Request(principal=ANN, query={"q": "x"})
+            asked = reference(_LOOSE, _LOOSE["posts"], rule, request)
+            assert isinstance(asked, Reference), rule
+            for part in asked.lowered:
+                for comparison in part.condition.find_all(*_COMPARISONS):
+                    assert _is_bytewise(comparison), f"{rule}: {comparison.sql('postgres')}"
+
+
+def test_a_comparison_by_collation_would_be_seen() -> None:
+    """The walk above tells them apart."""
+    plain = parse_one('"r"."title" = %(p)s', dialect="postgres")
+    collated = parse_one('"r"."title" COLLATE "C" = "a"."name"', dialect="postgres")
+    narrowed = parse_one('"r"."title" = \'x\' AND "r"."title" COLLATE "C" = \'x\'')
+    assert [_is_bytewise(plain), _is_bytewise(collated)] == [False, True]
+    assert all(map(_is_bytewise, narrowed.find_all(exp.EQ)))
