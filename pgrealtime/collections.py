@@ -111,8 +111,11 @@ class Collection:
     by_name: Mapping[str, Field] = field(default_factory=dict, repr=False, compare=False)
     column_names: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
     """All that the table has."""
+    generated_columns: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        generated = frozenset(c.name for c in self.table.columns if c.is_generated)
+        object.__setattr__(self, "generated_columns", generated)
         object.__setattr__(self, "by_name", {f.name: f for f in self.fields})
         object.__setattr__(self, "column_names", frozenset(c.name for c in self.table.columns))
 

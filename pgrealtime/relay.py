@@ -43,6 +43,11 @@ _FAILURES = 5
 _LOOK_SECONDS = 0.02
 """While another stream waits to go on: between two looks at how far this one has read."""
 
+_REACH_SECONDS = 1.0
+_REACH_LOOK_SECONDS = 0.003
+_PAGE_BYTES = 8192
+_PAGE_HEADER_BYTES = 40
+
 OpenStream: TypeAlias = Callable[[], AbstractAsyncContextManager[WalStream]]
 """Opens a stream with a slot of its own."""
 
@@ -130,6 +135,8 @@ class Relay:
         """How often it did so."""
         self._restores = 0
         """How often the history went back without another system or timeline to tell it by."""
+        self._unreached = LSN(0)
+        """What the stream had not come to in time, when it was waited for last."""
         self._turn = asyncio.Lock()
         self._is_reading = False
         self._successor: _Successor | None = None
@@ -221,6 +228,29 @@ class Relay:
         _report_gap(reason, tables)
         self._follower.wake()
 
+    async def reach(self, lsn: LSN) -> bool:
+        """Wait until the changelog has all that commits up to a position; return whether it does.
+
+        Who asks holds up events, so it is waited for a second at most; and where that wasn't
+        enough, not again before the stream has got there.
+        """
+        lsn = _end_of_record(lsn)
+        if self._reached() < self._unreached:
+            return False
+        until = time.monotonic() + _REACH_SECONDS
+        while self._reached() < lsn:
+            if time.monotonic() >= until:
+                self._unreached = lsn
+                return False
+            if self.stream is not None:
+                self.stream.ask()
+            await asyncio.sleep(_REACH_LOOK_SECONDS)
+        return True
+
+    def _reached(self) -> LSN:
+        head = self._changelog.head.lsn
+        return head if self.stream is None else self.stream.quiet_after(head)
+
     async def _read_in_turn(self, stream: WalStream, opened: AsyncExitStack) -> None:
         """Read a stream and those that go on after it, until one breaks.
 
@@ -269,6 +299,7 @@ class Relay:
                 self._restores += 1
                 epoch = self._epoch_of(stream)
             self._read_upto = stream.start_lsn
+            self._unreached = LSN(0)
             self._changelog.restart(stream.start_lsn)
         elif stream.start_lsn > head.lsn:
             self._append(Gap(stream.start_lsn, "slot_lost"), time.monotonic())
@@ -394,6 +425,16 @@ class Relay:
             if self.stream is not None and self.stream.is_durable:
                 self._mark(self.stream, now)
                 self._let_go(self.stream)
+
+
+def _end_of_record(insert_lsn: LSN) -> LSN:
+    """Return where the record before the insert position ends.
+
+    Between the two there may be the header of a page, which the stream comes to with the next
+    record alone.
+    """
+    into_page = insert_lsn % _PAGE_BYTES
+    return LSN(insert_lsn - into_page) if into_page <= _PAGE_HEADER_BYTES else insert_lsn
 
 
 def epoch_of(system: SystemIdentity, tables: Iterable[TableName]) -> str:

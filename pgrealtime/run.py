@@ -197,6 +197,7 @@ async def running(
             allows_guests=config.auth.allow_guests,
             replays_at_once=max(1, config.database.pool_size // 2),
             on_doubt=doubted.set,
+            reach=lambda lsn: relay.reach(lsn),  # noqa: PLW0108 (the relay is made after the hub)
         )
         relay = Relay(
             lambda: _stream(config, world),

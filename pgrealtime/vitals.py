@@ -66,6 +66,7 @@ class Vitals:
             gaps=hub.gaps_told,
             resumes=counts.resumes,
             filters_refused=counts.filters_refused,
+            left_out=counts.left_out,
             rule_errors=self._probe.errors,
             auth_checks=self._authenticator.checks,
             logins=self._login.results,

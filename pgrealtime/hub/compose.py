@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.connection import NO_PARTS, Connection, Part, Subscription
-from pgrealtime.hub.display import Beside, Display, Showing
+from pgrealtime.hub.display import Beside, Display, Showing, showing_of
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.match import Audience, Group
 from pgrealtime.turns import Turn
@@ -21,6 +21,9 @@ _PORTION_BYTES = 16 * 1024 * 1024
 for one connection after the other."""
 _CHANGE_BYTES = 1024 * 1024
 """Of one change for all audiences, above which it counts how much of that is for whom."""
+
+
+_NO_AUDIENCES: frozenset[Audience] = frozenset()
 
 
 class Portion(Struct):
@@ -64,6 +67,8 @@ class Composer:
         self._beside = beside
         self._send_buffer = send_buffer
         self._turn = Turn()
+        self._see_entire = _NO_AUDIENCES
+        """Who is shown the event with the columns of a live row."""
         self._begin()
 
     def _begin(self) -> None:
@@ -94,8 +99,9 @@ class Composer:
                 if self._largest >= _AUDIENCE_BYTES or self._size >= _PORTION_BYTES:
                     return place
                 self._begin_change()
-            showing = Showing(event, place, self._beside)
+            showing = showing_of(event, place, self._beside)
             receivers = [one for group in self._hits[place] for one in group.audiences]
+            self._see_entire = _seeing_entire(showing, self._hits[place])
             for count, audience in enumerate(receivers):
                 if self._of_change > _CHANGE_BYTES:
                     await self._compose_some(showing, receivers, count)
@@ -146,6 +152,8 @@ class Composer:
             batch = audience.batch = Batch()
             audience.portion = portion
             portion.audiences.append(audience)
+        if showing.entire is not None and audience in self._see_entire:
+            showing = showing.entire
         tail = self._display.tail(showing, audience.receives)
         if not tail:
             portion.failed.append(place)
@@ -160,6 +168,13 @@ class Composer:
         self._size += size
         self._of_change += size
         self._messages += 1
+
+
+def _seeing_entire(showing: Showing, hits: Iterable[Group]) -> frozenset[Audience]:
+    if showing.entire is None:
+        return _NO_AUDIENCES
+    groups = (group for group in hits if group in showing.groups)
+    return frozenset(audience for group in groups for audience in group.audiences)
 
 
 def hand_out(portion: Portion, events: Sequence[Event]) -> list[Connection]:
@@ -251,9 +266,12 @@ async def compose_for(
                 return Piece(batch, 0, failed, parts)
             return Piece(batch.upto(first), first, [place for place in failed if place < first])
         if showing is None or showing.place != place:
-            showing = Showing(event, place, beside)
+            showing = showing_of(event, place, beside)
+        shown = showing
+        if showing.entire is not None and subscription.group in showing.groups:
+            shown = showing.entire
         is_own = subscription.own_id == event.record_id
-        if tail := display.tail(showing, subscription.receives, is_own=is_own):
+        if tail := display.tail(shown, subscription.receives, is_own=is_own):
             batch.add(place, tail)
             if not first:
                 parts.add(part)

@@ -18,12 +18,15 @@ class Counts(Struct):
         resumes: First calls of connections that came with a position: ``resumed``, or why not.
         filters_refused: Topics that mean nothing because their connection had too many options
             of one kind.
+        left_out: Records that were shown to somebody without a column, by collection: what it held
+            isn't known any more, and what it holds now may be seen by others alone.
     """
 
     closed: Counter[str] = field(default_factory=Counter)
     events_of_closed: int = 0
     resumes: Counter[str] = field(default_factory=Counter)
     filters_refused: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
 
     def note_call(self, connection: Connection) -> None:
         """Take note of a call with topics, before it is answered."""

@@ -50,6 +50,7 @@ from pgrealtime.hub.limits import Limits
 from pgrealtime.hub.match import LIMITED, Group, Matcher
 from pgrealtime.hub.meaning import Meaning
 from pgrealtime.hub.replay import REPLAYS_AT_ONCE, Replays
+from pgrealtime.hub.row_history import Reach, RowHistory
 from pgrealtime.hub.send_budget import COUNTED, SendBudget
 from pgrealtime.hub.slices import WIDE, Announcement, Slice, portions, slices
 from pgrealtime.hub.snapshot import Barrier, barrier_of
@@ -82,6 +83,7 @@ class Hub:
         replays_at_once: Connections that are served from the changelog at the same moment; what
             they ask of the database must leave some of it to the others.
         on_doubt: Told when a row doesn't fit what the catalogue says of its table.
+        reach: Waits until the changelog has what was committed by now.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Hub:
         allows_guests: bool = True,
         replays_at_once: int = REPLAYS_AT_ONCE,
         on_doubt: Callable[[], None] | None = None,
+        reach: Reach | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._changelog = changelog
@@ -109,6 +112,8 @@ class Hub:
         self._hidden: HiddenFields = hidden
         self._on_doubt = on_doubt or (lambda: None)
         self._clock = clock
+        self._row_history = RowHistory(changelog, reach)
+        self.counts = Counts()
         meaning = self._meaning_of(collections, matcher)
         self._course = Course(changelog.head, changelog.head, meaning)
         self._history = History(epoch, can_resume=can_resume)
@@ -158,7 +163,6 @@ class Hub:
         self._appended = asyncio.Event()
         self.progressed = asyncio.Event()
         """Set whenever the head moved; whoever waits for that clears it first."""
-        self.counts = Counts()
 
     # --- what the relay and the supervisor say --------------------------------------------
 
@@ -267,6 +271,7 @@ class Hub:
         matcher: Matcher,
         reconsider: Callable[[Caller], Caller],
     ) -> None:
+        self._row_history.clear()
         self._course.meaning, self._reconsider = self._meaning_of(collections, matcher), reconsider
         self._course.edition += 1
         for connection in list(self._connections.values()):
@@ -286,6 +291,8 @@ class Hub:
             nulls=self._nulls,
             hidden=self._hidden,
             on_doubt=self._on_doubt,
+            history=self._row_history,
+            left_out=self.counts.left_out,
         )
 
     def _restarted(self, epoch: str) -> None:
@@ -296,6 +303,7 @@ class Hub:
         course.head = course.target = self._handed = self._changelog.head
         self._gone = ()
         self._visibility.clear()
+        self._row_history.clear()
         # A snapshot of before takes ids that are used anew for seen.
         for subscription in self._fresh:
             subscription.barrier = None
@@ -384,6 +392,7 @@ class Hub:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._ends.watch(), name="limits")
             group.create_task(self._visibility.watch(), name="visibility")
+            group.create_task(self._row_history.watch(), name="row history")
 
     async def shutdown(self, grace: float) -> None:
         """End every connection in small groups, never taking longer than ``grace`` seconds."""
@@ -626,10 +635,13 @@ class Hub:
             self._begin(part)
             verdict = await meaning.judge.judge_in_turns(part.events)
             self._put_aside(verdict.late, verdict.dear)
-            hits = verdict.hits
-            beside = await meaning.display.look_beside(part.events, hits, sights_of_audiences)
+            beside = await meaning.judge.look_beside(part.events, verdict, sights_of_audiences)
             composer = Composer(
-                meaning.display, part.events, hits, beside, send_buffer=self._limits.send_buffer
+                meaning.display,
+                part.events,
+                verdict.hits,
+                beside,
+                send_buffer=self._limits.send_buffer,
             )
             for places in portions(part.events, verdict.hits):
                 stop = places.start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -39,12 +39,22 @@ Sight: TypeAlias = tuple[Viewer | None, Bound | None]
 """What a subscription's records show beside their rows: to whom, and who manages them."""
 
 
+class Entire(Struct):
+    """An event whose row has the columns of a live row where it lacks its own."""
+
+    event: Event
+    groups: Container[Group]
+    """Who may see the live row."""
+
+
 class Beside(Struct):
     """What was found out about a slice's events beside their rows."""
 
     looking: Looking[int]
     """By place, what the managers asked."""
     related: Related
+    entire: Mapping[int, Entire] = {}
+    """By place, rows with more columns than are known of the event."""
 
 
 NOTHING_BESIDE = Beside(Looking(moment(datetime.now(UTC))), Related())
@@ -58,10 +68,23 @@ class Showing(Struct):
     beside: Beside
     records: dict[tuple[View, Viewer | None], bytes] = {}
     """Its record as it was made for who sees what."""
+    entire: Showing | None = None
+    """With the columns of a live row as well."""
+    groups: Container[Group] = ()
+    """Those that see it so."""
 
     def is_managed(self, manager: Bound) -> bool:
         """Whether the record's address is shown to them."""
         return manager in self.beside.looking.admitted(self.place)
+
+
+def showing_of(event: Event, place: int, beside: Beside) -> Showing:
+    """Return the event as it is being shown."""
+    entire = beside.entire.get(place) if beside.entire else None
+    if entire is None:
+        return Showing(event, place, beside)
+    shown = Showing(entire.event, place, beside)
+    return Showing(event, place, beside, entire=shown, groups=entire.groups)
 
 
 class Asking(Protocol):

@@ -117,7 +117,8 @@ class Versions:
     def written_after(self, event: Event) -> frozenset[str]:
         """Return the columns that a later change of the event's transaction brings.
 
-        A generated column is in no image, and so counts as written by whatever writes the row.
+        Another row under the same id brings all, also those that its image lacks. A generated
+        column is in no image, and so counts as written by whatever writes the row.
         """
         if len(event.changes) <= event.cursor.ordinal:
             return _NONE
@@ -140,14 +141,19 @@ def _last_writes(
     """Return, of rows that are written several times, which change is the last with a column."""
     key = collection.key.name
     written = [
-        (ordinal, change.new.get(key) or "", change.new)
+        (ordinal, change.new.get(key) or "", change)
         for ordinal, change in enumerate(changes, start=1)
         if isinstance(change, (Insert, Update)) and change.table == collection.table.name
     ]
     times = Counter(record_id for _, record_id, _ in written)
-    generated = [column.name for column in collection.table.columns if column.is_generated]
     found: dict[str, dict[str, int]] = {}
-    for ordinal, record_id, row in written:
+    for ordinal, record_id, change in written:
         if times[record_id] > 1:
-            found.setdefault(record_id, {}).update(dict.fromkeys([*row, *generated], ordinal))
+            is_same_row = isinstance(change, Update) and change.old.row.get(key) == record_id
+            columns = (
+                [*change.new, *collection.generated_columns]
+                if is_same_row
+                else collection.column_names
+            )
+            found.setdefault(record_id, {}).update(dict.fromkeys(columns, ordinal))
     return found

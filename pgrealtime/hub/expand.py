@@ -46,6 +46,7 @@ from pgrealtime.hub.linking import (
     when_created,
 )
 from pgrealtime.hub.looking import Looking
+from pgrealtime.hub.probe import Asked
 from pgrealtime.lsn import Xid
 from pgrealtime.records.expand import DEPTH
 from pgrealtime.rules.past import Past, tables_of
@@ -82,7 +83,7 @@ class Reading(Protocol):
         """Return the rows in the stream's text forms; None if the query fails."""
         ...
 
-    async def judge(self, looking: Looking[Place]) -> None:
+    async def judge(self, asked: Asked) -> None:
         """Put what is to be known, until nothing is left."""
         ...
 

@@ -44,7 +44,7 @@ class Gaps:
             self.tell(connection, gap)
         if unheard is None:
             return
-        if unknown := unheard.lost | (unheard.undecided & _asked_about(connection)):
+        if unknown := _unknown_to(connection, unheard):
             self.tell(connection, Announcement(unknown, "unknown", at))
 
     def held_at(self, connection: Connection, unheard: Unheard | None) -> Cursor | None:
@@ -54,7 +54,7 @@ class Gaps:
         """
         if unheard is None:
             return None
-        names = unheard.lost | (unheard.undecided & _asked_about(connection))
+        names = _unknown_to(connection, unheard)
         return unheard.since if self._subscribed(connection) & names else None
 
     def _subscribed(self, connection: Connection) -> set[str]:
@@ -88,6 +88,15 @@ class Gaps:
         if name not in self._course.meaning.collections or not gap.concerns(name):
             return False
         return connection.known is None or connection.known.insert_lsn < gap.at.lsn
+
+
+def _unknown_to(connection: Connection, unheard: Unheard) -> frozenset[str]:
+    """The collections of which the connection may miss something."""
+    unknown = unheard.lost | (unheard.undecided & _asked_about(connection))
+    if not unheard.unprovable:
+        return unknown
+    theirs = (s.group for s in connection.subscriptions.values() if s.group is not None)
+    return unknown.union(g.variant.collection.name for g in theirs if g in unheard.unprovable)
 
 
 def _asked_about(connection: Connection) -> frozenset[str]:

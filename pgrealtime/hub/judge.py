@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Collection as Sized
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from typing import Protocol, TypeAlias
 
+import psycopg
 import structlog
 from msgspec import Struct
+from psycopg_pool import PoolTimeout
 
+from pgrealtime.changes import Row
+from pgrealtime.collections import Collection
 from pgrealtime.hub.allowance import Allowance
-from pgrealtime.hub.display import NOTHING_BESIDE, Beside, Display, Sight
-from pgrealtime.hub.event import Event, Versions
+from pgrealtime.hub.completion import Completion
+from pgrealtime.hub.display import NOTHING_BESIDE, Beside, Display, Entire, Sight
+from pgrealtime.hub.event import Event
 from pgrealtime.hub.expand import Reading
+from pgrealtime.hub.linking import rows_statement
 from pgrealtime.hub.match import Group, Judging, Matcher
 from pgrealtime.hub.probe import Asked, LiveRow
 from pgrealtime.hub.slices import SLICE
@@ -52,10 +59,10 @@ class Asking(Protocol):
     async def live_rows(
         self, events: Sequence[Event]
     ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
-        """Return what the tables hold now for the events' records.
+        """Return what the tables hold now of columns that the events' rows lack.
 
         Returns:
-            The rows, and the collections about which nobody could be asked.
+            The rows, and the collections whose rows couldn't be read.
         """
         ...
 
@@ -63,6 +70,7 @@ class Asking(Protocol):
 Sights: TypeAlias = Callable[[Iterable[Group]], Iterable[Sight]]
 
 _NO_NAMES: frozenset[str] = frozenset()
+_NO_GROUPS: frozenset[Group] = frozenset()
 
 
 class Verdict(Struct):
@@ -78,14 +86,30 @@ class Verdict(Struct):
     """Groups whose filters took too long: they must be judged anew, alone."""
     dear: frozenset[Group] = frozenset()
     """Those of them that took so long themselves, in the process."""
+    unprovable: frozenset[Group] = frozenset()
+    """Groups that may miss something, as their rules read columns that nobody knows any more."""
+    unproved: Sequence[int] = ()
+    """Places of events that some of those may miss."""
+    partial: Sequence[int] = ()
+    """Places of events whose rows lack columns."""
     unheard: Sequence[int] = ()
-    """Places, ascending, of the events that are of ``undecided`` or ``lost``."""
+    """Places, ascending, of the events that somebody may miss."""
+
+    def note_unprovable(self, judging: Judging) -> None:
+        """Note who may miss which of the events, once nothing is left to ask."""
+        places, groups = judging.unprovable()
+        self.unproved = [*self.unproved, *places]
+        self.unprovable |= groups - self.late
 
     def note_unheard(self, events: Sequence[Event]) -> None:
         """Note which of the events it was found about somebody may miss."""
-        if names := self.undecided | self.lost:
+        names = self.undecided | self.lost
+        if names or self.unproved:
+            unproved = frozenset(self.unproved)
             self.unheard = [
-                place for place, event in enumerate(events) if event.collection.name in names
+                place
+                for place, event in enumerate(events)
+                if place in unproved or event.collection.name in names
             ]
 
     def unheard_in(
@@ -103,9 +127,11 @@ class Verdict(Struct):
             return None
         names = _names_in(events[place] for place in doubted)
         first = min([*doubted[:1], *failed[:1]])
+        is_unproved = any(place in places for place in self.unproved)
         return Unheard(
             undecided=self.undecided & names,
             lost=(self.lost & names) | _names_in(events[place] for place in failed),
+            unprovable=self.unprovable if is_unproved else _NO_GROUPS,
             since=events[first].cursor,
         )
 
@@ -116,6 +142,8 @@ class Unheard(Struct, frozen=True):
     undecided: frozenset[str]
     """As the verdict has it."""
     lost: frozenset[str]
+    """As the verdict has it."""
+    unprovable: frozenset[Group]
     """As the verdict has it."""
     since: Cursor
     """Of the first of them: until they are told no position may pass it."""
@@ -128,13 +156,23 @@ class Judge:
         probe: Asks Postgres.
         matcher: Knows the groups.
         display: Knows what is shown beside rows.
+        completion: Fills in what the WAL left out of rows.
+        left_out: Counts records that were shown to somebody without a column, by collection.
     """
 
-    def __init__(self, probe: Asking, matcher: Matcher, display: Display) -> None:
+    def __init__(
+        self,
+        probe: Asking,
+        matcher: Matcher,
+        display: Display,
+        completion: Completion,
+        left_out: Counter[str],
+    ) -> None:
         self._probe = probe
         self._matcher = matcher
         self._display = display
-        self._versions = Versions()
+        self._completion = completion
+        self._left_out = left_out
 
     async def judge(
         self, events: list[Event], allowance: Allowance, among: Sized[Group] | None = None
@@ -172,33 +210,58 @@ class Judge:
             whole.late |= part.late
             whole.dear |= part.dear
             whole.unheard = [*whole.unheard, *(first + place for place in part.unheard)]
+            whole.unprovable |= part.unprovable
+            if part.partial or part.unproved:
+                whole.unproved = [*whole.unproved, *(first + place for place in part.unproved)]
+                whole.partial = [*whole.partial, *(first + place for place in part.partial)]
         return whole
 
-    async def look_beside(
+    async def try_to_look_beside(
         self, events: Sequence[Event], verdict: Verdict, sights: Sights
     ) -> Beside:
         """Return what is shown beside the rows; where that fails, the events count as lost."""
         try:
-            return await self._display.look_beside(events, verdict.hits, sights)
+            return await self.look_beside(events, verdict, sights)
         except Exception as error:  # noqa: BLE001 (as in judge)
             log.error("display.failed", error=type(error).__name__, at=where(error))  # noqa: TRY400 (see where)
             verdict.lost |= _names_in(events)
             verdict.unheard = range(len(events))
             return NOTHING_BESIDE
 
+    async def look_beside(
+        self, events: Sequence[Event], verdict: Verdict, sights: Sights
+    ) -> Beside:
+        """Return what is shown beside the rows, and of what they lack."""
+        beside = await self._display.look_beside(events, verdict.hits, sights)
+        if any(verdict.hits[place] for place in verdict.partial):
+            entire = await self._entire(events, verdict)
+            return Beside(beside.looking, beside.related, entire)
+        return beside
+
     async def _find_out(
         self, events: list[Event], allowance: Allowance, among: Sized[Group] | None
     ) -> Verdict:
-        partial = [event for event in events if event.action != "delete" and event.missing]
-        live, lost = await self._probe.live_rows(partial) if partial else ({}, _NO_NAMES)
+        partial = [
+            place
+            for place, event in enumerate(events)
+            if event.action != "delete"
+            and event.missing
+            and self._matcher.is_heard(event.collection)
+        ]
+        lost = _NO_NAMES
+        had_partial = bool(partial)
         if partial:
-            _prove(partial, live, self._versions)
+            completed = await self._completion.complete([events[place] for place in partial])
+            lost = completed.unread
+            partial = [place for place in partial if not completed.is_whole(events[place])]
         now = datetime.now(UTC)
         testing = allowance.testing
         judging = self._matcher.matching(events, now, among, testing=testing)
         await _tested(judging, allowance)
         undecided = await self._probe.ask(judging)
-        verdict = Verdict(judging.hits, undecided=undecided, lost=lost)
+        verdict = Verdict(judging.hits, undecided=undecided, lost=lost, partial=partial)
+        if had_partial:
+            verdict.note_unprovable(judging)
         deferred = judging.deferred
         if self._matcher.has_costly or deferred:
             filters = self._matcher.matching(
@@ -211,12 +274,55 @@ class Judge:
                 (*a, *b) if b else a for a, b in zip(verdict.hits, filters.hits, strict=True)
             ]
             verdict.late = filters.undecided
+            if had_partial:
+                verdict.note_unprovable(filters)
         if testing.late:
             verdict.late |= testing.late.keys()
             verdict.dear |= testing.dear.keys()
-        if partial:
-            _complete(partial, live)
+        verdict.unprovable -= verdict.late
         return verdict
+
+    async def _entire(self, events: Sequence[Event], verdict: Verdict) -> dict[int, Entire]:
+        """Return the events' rows with the columns of live rows, for who may see these whole.
+
+        Of a column that isn't what it was, that is all that can be shown: who may see the row of
+        now may know what it holds. To others it is left out.
+        """
+        heard = {place: events[place] for place in verdict.partial if verdict.hits[place]}
+        try:
+            entire = await self._entire_of(heard, verdict)
+        except (psycopg.Error, PoolTimeout, TimeoutError) as error:
+            log.warning("live_row.failed", error=type(error).__name__)
+            verdict.lost |= _names_in(heard.values())
+            verdict.note_unheard(events)
+            return {}
+        for place, event in heard.items():
+            shown = entire.get(place)
+            if shown is None or any(group not in shown.groups for group in verdict.hits[place]):
+                self._left_out[event.collection.name] += 1
+        return entire
+
+    async def _entire_of(self, heard: Mapping[int, Event], verdict: Verdict) -> dict[int, Entire]:
+        async with self._probe.reading(frozenset(event.xid for event in heard.values())) as reading:
+            rows = await _live_rows(reading, heard.values())
+            asked = [
+                (place, event, row, verdict.hits[place])
+                for place, event in heard.items()
+                if (row := rows.get((event.collection.name, event.record_id))) is not None
+            ]
+            allowance = Allowance.for_all(len(asked))
+            judging = self._matcher.matching_given(
+                [(_with_row(event, row), groups) for _, event, row, groups in asked],
+                datetime.now(UTC),
+                allowance.testing,
+            )
+            await _tested(judging, allowance)
+            await reading.judge(judging)
+        return {
+            place: Entire(_with_row(event, _shown_of(event, row) | event.row), frozenset(groups))
+            for (place, event, row, _), groups in zip(asked, judging.hits, strict=True)
+            if groups
+        }
 
 
 async def _tested(judging: Judging, allowance: Allowance) -> None:
@@ -242,24 +348,37 @@ def _names_in(events: Iterable[Event]) -> frozenset[str]:
     return frozenset(event.collection.name for event in events)
 
 
-def _prove(
-    events: Sequence[Event], live: Mapping[tuple[str, str], LiveRow], versions: Versions
-) -> None:
-    """Fill in columns that the WAL left out as they were then, so that rules may be judged on them.
+async def _live_rows(reading: Reading, events: Iterable[Event]) -> dict[tuple[str, str], Row]:
+    """Return the whole rows that the tables hold now for the events' records."""
+    wanted: dict[str, tuple[Collection, dict[str, None]]] = {}
+    for event in events:
+        collection = event.collection
+        wanted.setdefault(collection.name, (collection, {}))[1][event.record_id] = None
+    rows: dict[tuple[str, str], Row] = {}
+    for name, (collection, ids) in wanted.items():
+        columns = [column.name for column in collection.table.columns]
+        found = await reading.texts(rows_statement(collection), {"ids": list(ids)})
+        if found is None:
+            raise TimeoutError("the rows couldn't be read")
+        for values in found:
+            row: Row = dict(zip(columns, values, strict=True))
+            rows[name, row[collection.key.name] or ""] = row
+    return rows
 
-    The live row of the same transaction has them, but for those that it wrote again later.
+
+def _with_row(event: Event, row: Row) -> Event:
+    return Event(
+        event.collection, event.action, event.record_id, row, event.cursor, event.xid, event.changes
+    )
+
+
+def _shown_of(event: Event, row: Row) -> Row:
+    """Return what may be shown of a live row beside the columns that are known of the event.
+
+    Not the address: whether it is shown is decided by the event's own columns.
     """
-    for event in events:
-        found = live.get((event.collection.name, event.record_id))
-        if found is not None and found.xid == event.xid:
-            later = versions.written_after(event)
-            kept = {name: text for name, text in found.row.items() if name not in later}
-            event.row = {**kept, **event.row}
-
-
-def _complete(events: Sequence[Event], live: Mapping[tuple[str, str], LiveRow]) -> None:
-    """Fill in what is still unknown from any live row, to be shown."""
-    for event in events:
-        found = live.get((event.collection.name, event.record_id))
-        if found is not None:
-            event.row = {**found.row, **event.row}
+    hidden = event.collection.by_name.get("email") if event.collection.type == "auth" else None
+    column = None if hidden is None else hidden.column
+    if column is None:
+        return row
+    return {name: text for name, text in row.items() if name != column.name}

@@ -23,7 +23,7 @@ from pgrealtime.lsn import Xid
 from pgrealtime.rules.compare import Scalar
 from pgrealtime.rules.decide import Case, Deciding, Testing
 from pgrealtime.rules.formula import Facts, Moment
-from pgrealtime.rules.index import Index
+from pgrealtime.rules.index import Entries, Index
 from pgrealtime.rules.past import Pasts, tables_of
 from pgrealtime.rules.plan import Bound, Planner, Variant, moment
 from pgrealtime.rules.reference import Nobody
@@ -293,6 +293,23 @@ class Judging:
         """The groups of which it isn't known whether they may receive all that they are to."""
         return frozenset(group for case in self._cases.values() for group in case.undecided)
 
+    def unprovable(self) -> tuple[list[int], frozenset[Group]]:
+        """Return the events that some may miss whose rules read what isn't known of the rows.
+
+        Returns:
+            Their places, and the groups.
+        """
+        places: list[int] = []
+        found: set[Group] = set()
+        unreached: dict[int, Entries[Group]] = {}
+        for place, case in self._cases.items():
+            groups = case.unprovable
+            if groups or case.unreached:
+                places.append(place)
+                found.update(groups)
+                unreached.update((id(entries), entries) for entries in case.unreached)
+        return places, frozenset(found.union(*(one.all() for one in unreached.values())))
+
     @property
     def hits(self) -> list[Iterable[Group]]:
         """Per event, the groups that may receive it; complete when nothing is left to ask."""
@@ -434,6 +451,37 @@ class Matcher:
         """Whether anybody's filter takes questions to Postgres beyond its rule's."""
         return bool(self._costly)
 
+    def is_heard(self, collection: Collection) -> bool:
+        """Whether anybody subscribes to the collection."""
+        return collection.name in self._groups or collection.name in self._costly
+
+    def matching_given(
+        self,
+        rows: Sequence[tuple[Event, Iterable[Group]]],
+        now: datetime,
+        testing: Testing[Group],
+    ) -> Judging:
+        """Return what given groups make of a row each, as ``matching`` does.
+
+        Those whose filters Postgres would have to be asked for aren't admitted.
+
+        Args:
+            rows: Each as an event, with those who are asked.
+            now: What macros mean; with its zone.
+            testing: What filters may take in the process.
+        """
+        at = moment(now)
+        cases: dict[int, Case[Group]] = {}
+
+        def steps() -> Iterator[None]:
+            for place, (event, groups) in enumerate(rows):
+                case = cases[place] = Case(Facts(event.row, event.missing, at), testing=testing)
+                case.deferred = {}
+                case.put_off(group for group in groups if not group.variant.is_costly)
+                yield from case.testing()
+
+        return Judging([event for event, _ in rows], cases, at, steps())
+
     def match(
         self,
         events: Sequence[Event],
@@ -484,8 +532,10 @@ class Matcher:
                 more = () if deferred is None else deferred.get(place, ())
                 if there is None and not more:
                     continue
-                facts = Facts(event.row, event.missing, at)
-                past = pasts.of(event.changes) if event.action == "delete" else None
+                # Of deletes only the replica identity may be known: check warns of that.
+                is_delete = event.action == "delete"
+                facts = Facts(event.row, event.missing, at, is_missing_unknown=not is_delete)
+                past = pasts.of(event.changes) if is_delete else None
                 case: Case[Group] = Case(facts, past, testing)
                 case.deferred = {} if deferred is None and testing is not None else None
                 cases[place] = case

@@ -13,10 +13,12 @@ from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.collections import Collection, Collections
 from pgrealtime.config import HiddenFields
 from pgrealtime.errors import RuleError
+from pgrealtime.hub.completion import Completion
 from pgrealtime.hub.connection import Subscription
 from pgrealtime.hub.display import Display
 from pgrealtime.hub.judge import Asking, Judge
 from pgrealtime.hub.match import FILTERS_PER_CONNECTION, Matcher
+from pgrealtime.hub.row_history import RowHistory
 from pgrealtime.hub.topic import Topic, parse_topic
 from pgrealtime.rules.request import Request
 from pgrealtime.turns import TurnQueue
@@ -34,6 +36,8 @@ class Meaning:
         nulls: How NULL is shown.
         hidden: Who may expand a hidden relation.
         on_doubt: Told when a row doesn't fit what the catalogue says of its table.
+        history: Knows what was done to rows later.
+        left_out: Counts records that were shown to somebody without a column, by collection.
 
     Attributes:
         display: Shows events by the same collections.
@@ -50,13 +54,16 @@ class Meaning:
         nulls: Literal["null", "zero"],
         hidden: HiddenFields = "strict",
         on_doubt: Callable[[], None],
+        history: RowHistory,
+        left_out: Counter[str],
     ) -> None:
         self.collections = collections
         self.matcher = matcher
         self.display = Display(
             probe, collections, matcher.planner, nulls=nulls, hidden=hidden, on_doubt=on_doubt
         )
-        self.judge = Judge(probe, matcher, self.display)
+        completion = Completion(probe, history)
+        self.judge = Judge(probe, matcher, self.display, completion, left_out)
         self.subscriptions: Counter[str] = Counter()
         self._reported: set[tuple[str, str]] = set()
 

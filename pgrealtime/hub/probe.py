@@ -21,9 +21,9 @@ from pgrealtime.collections import Collection
 from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.allowance import SHORT_SECONDS, Allowance
 from pgrealtime.hub.event import Event
-from pgrealtime.hub.snapshot import SNAPSHOT_QUERY, parse_snapshot
+from pgrealtime.hub.snapshot import SNAPSHOT_QUERY, Snapshot, parse_snapshot
 from pgrealtime.hub.suspension import Suspensions
-from pgrealtime.lsn import Xid
+from pgrealtime.lsn import LSN, Xid, parse_lsn
 from pgrealtime.observe.redact import without_values
 from pgrealtime.pool import Connection, QueryPool
 from pgrealtime.rules.access import RemoteSource
@@ -34,8 +34,18 @@ from pgrealtime.rules.remote import Inquiry
 log = structlog.get_logger(__name__)
 
 _LIVE_ROWS = sql.SQL(
-    "SELECT xmin::text, {key}, {columns} FROM {table} WHERE {key} = ANY(%(keys)s::text[]::{type}[])"
+    "SELECT s.snapshot, s.reach, t.xmin::text, t.{key}{columns}"
+    " FROM (SELECT pg_catalog.pg_current_snapshot()::text AS snapshot,"
+    " pg_catalog.pg_current_wal_insert_lsn()::text AS reach) s"
+    " LEFT JOIN {table} t ON t.{key} = ANY(%(keys)s::text[]::{type}[])"
 )
+"""The position is read while the snapshot is held: it lies behind every commit that this sees."""
+_EXISTING = """
+SELECT attname FROM pg_catalog.pg_attribute
+WHERE attrelid = pg_catalog.to_regclass(%s) AND attnum > 0 AND NOT attisdropped
+"""
+_UNREADABLE_SECONDS = 5.0
+"""A table whose rows could not be read in time isn't asked again before that."""
 
 _STANDBYS = "SELECT pg_catalog.current_setting('synchronous_standby_names')"
 
@@ -71,13 +81,18 @@ class LiveRow:
 
     Attributes:
         xid: 32-bit id of the (sub)transaction that wrote this version.
+        row: The columns that were asked for.
+        snapshot: What it was read in.
+        reach: Where the WAL ended then: all that the snapshot sees commits before.
     """
 
-    __slots__ = ("row", "xid")
+    __slots__ = ("reach", "row", "snapshot", "xid")
 
-    def __init__(self, xid: int, row: Row) -> None:
+    def __init__(self, xid: int, row: Row, snapshot: Snapshot, reach: LSN) -> None:
         self.xid = xid
         self.row = row
+        self.snapshot = snapshot
+        self.reach = reach
 
 
 class Asked(Protocol):
@@ -120,6 +135,8 @@ class Probe:
         """What had no answer, by collection and why: ``timeout`` and ``error`` count statements,
         ``suspended``, ``unknown_rows`` and ``unreachable`` what was not put."""
         self._told: set[tuple[str, str]] = set()
+        self._unreadable: dict[str, float] = {}
+        """By collection, until when its rows aren't read: a statement took too long."""
         self._suspensions: Suspensions[Atom | RemoteSource] = Suspensions(time.monotonic)
 
     async def snapshot(self) -> tuple[str, str, bool]:
@@ -313,62 +330,124 @@ class Probe:
     async def live_rows(
         self, events: Sequence[Event]
     ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
-        """Return what the tables hold now for the events' records, by collection name and id.
+        """Return what the tables hold now of columns that the events' rows lack.
 
-        A record that is gone, or a query that fails, leaves its key out.
+        Every snapshot sees the events' transactions. A record that is gone leaves its key out, and
+        a column that is gone itself.
 
         Returns:
-            The rows, and the collections about which nobody could be asked.
+            The rows by collection name and id, and the collections whose rows couldn't be read.
         """
-        unanswered: set[str] = set()
-        wanted: defaultdict[str, dict[str, Collection]] = defaultdict(dict)
+        unread: set[str] = set()
+        wanted: defaultdict[str, list[Event]] = defaultdict(list)
         for event in events:
-            wanted[event.collection.name][event.record_id] = event.collection
+            wanted[event.collection.name].append(event)
         found: dict[tuple[str, str], LiveRow] = {}
-        for name, ids in wanted.items():
-            collection = next(iter(ids.values()))
+        for name, concerned in wanted.items():
             try:
-                rows = await self._live_rows(collection, list(ids))
-            except (psycopg.Error, PoolTimeout) as error:
-                log.warning(
-                    "live_row.failed",
-                    table=str(collection.table.name),
-                    error=without_values(error),
-                )
-                self._doubt(error)
-                if _is_away(error):
-                    unanswered.add(name)
+                rows = await self._patiently_live_rows(concerned)
+            except (psycopg.Error, PoolTimeout, TimeoutError) as error:
+                log.warning("live_row.failed", collection=name, error=without_values(error))
+                self.errors[name, "rows_unread"] += 1
+                unread.add(name)
                 continue
             found.update({(name, record_id): row for record_id, row in rows.items()})
-        return found, frozenset(unanswered)
+        return found, frozenset(unread)
+
+    async def _patiently_live_rows(self, events: Sequence[Event]) -> dict[str, LiveRow]:
+        """Read rows of one collection; where another attempt may succeed, make it.
+
+        Raises:
+            psycopg.Error: None did.
+            TimeoutError: A commit stays invisible, or the table could not be read a moment ago.
+        """
+        collection = events[0].collection
+        if time.monotonic() < self._unreadable.get(collection.name, 0.0):
+            raise TimeoutError("the table couldn't be read in time a moment ago")
+        lacking = frozenset[str]().union(*(event.missing for event in events))
+        columns = [column.name for column in collection.table.columns if column.name in lacking]
+        is_repeated = False
+        for patience in _PATIENCE_WITH_CONNECTIONS:
+            try:
+                return await self._visible_live_rows(events, columns)
+            except psycopg.errors.UndefinedColumn as error:
+                self._doubt(error)
+                if is_repeated:
+                    raise
+                columns = [name for name in columns if name in await self._existing(collection)]
+                is_repeated = True
+            except _LATE:
+                if is_repeated:
+                    self._unreadable[collection.name] = time.monotonic() + _UNREADABLE_SECONDS
+                    raise
+                is_repeated = True
+            except psycopg.Error as error:
+                self._doubt(error)
+                if patience is None or isinstance(error, PoolTimeout) or not _is_away(error):
+                    raise
+                await asyncio.sleep(patience)
+        raise TimeoutError("the table changes all the time")  # pragma: no cover
+
+    async def _existing(self, collection: Collection) -> frozenset[str]:
+        """Return the columns that the table has now."""
+        name = sql.Identifier(*collection.table.name).as_string()
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute(_EXISTING, (name,))
+            return frozenset([column async for (column,) in cursor])
+
+    async def _visible_live_rows(
+        self, events: Sequence[Event], columns: Sequence[str]
+    ) -> dict[str, LiveRow]:
+        """Read rows in a snapshot that sees the events' transactions.
+
+        Raises:
+            TimeoutError: One stays invisible.
+        """
+        xids = {event.xid for event in events}
+        ids = list({event.record_id: None for event in events})
+        deadline = time.monotonic() + _VISIBLE_SECONDS
+        while True:
+            snapshot, rows = await self._live_rows(events[0].collection, ids, columns)
+            if all(snapshot.sees(xid) for xid in xids):
+                return rows
+            if time.monotonic() > deadline:
+                raise TimeoutError("a commit stays invisible")
+            await asyncio.sleep(_VISIBLE_RETRY_SECONDS)
 
     def _doubt(self, error: Exception) -> None:
         if isinstance(error, (psycopg.ProgrammingError, psycopg.NotSupportedError)):
             self._on_doubt()
 
-    async def _live_rows(self, collection: Collection, ids: list[str]) -> dict[str, LiveRow]:
-        columns = [column.name for column in collection.table.columns]
+    async def _live_rows(
+        self, collection: Collection, ids: list[str], columns: Sequence[str]
+    ) -> tuple[Snapshot, dict[str, LiveRow]]:
         key_type = collection.key.type.base
         query = _LIVE_ROWS.format(
             key=identifier(collection.key.name),
-            columns=sql.SQL(", ").join(map(identifier, columns)),
+            columns=sql.SQL("").join(
+                sql.SQL(", t.{}").format(identifier(name)) for name in columns
+            ),
             table=identifier(*collection.table.name),
             type=identifier(key_type.schema, key_type.name),
         )
         async with self._pool.connection() as connection:
             cursor = await connection.execute(query, {"keys": ids})
             result = cursor.pgresult
-            if result is None:  # pragma: no cover (an executed query has a result)
-                return {}
+            # At least one row comes, be it without a record.
+            assert result is not None
+            snapshot = parse_snapshot((result.get_value(0, 0) or b"").decode())
+            reach = parse_lsn((result.get_value(0, 1) or b"").decode())
             rows: dict[str, LiveRow] = {}
             for place in range(result.ntuples):
                 # Raw text: the same form as in the stream, whatever the column's type.
                 xid, key, *values = (
                     None if value is None else value.decode()
-                    for value in (result.get_value(place, n) for n in range(result.nfields))
+                    for value in (result.get_value(place, n) for n in range(2, result.nfields))
                 )
-                rows[key or ""] = LiveRow(int(xid or 0), dict(zip(columns, values, strict=True)))
-            return rows
+                if xid is not None:
+                    row: Row = dict(zip(columns, values, strict=True))
+                    rows[key or ""] = LiveRow(int(xid), row, snapshot, reach)
+            return snapshot, rows
 
 
 class Reading:

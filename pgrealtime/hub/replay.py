@@ -378,5 +378,5 @@ class Replays:
             return ((one.viewer, one.manager) for group in groups for one in by_group[group])
 
         if not judged.verdict.late:
-            judged.beside = await judge.look_beside(events, judged.verdict, sights)
+            judged.beside = await judge.try_to_look_beside(events, judged.verdict, sights)
         return judged

@@ -38,6 +38,8 @@ class Reading(Struct, kw_only=True):
     resumes: Mapping[str, int]
     """By result."""
     filters_refused: int
+    left_out: Mapping[str, int]
+    """Records without a column, by collection."""
     rule_errors: Mapping[tuple[str, str], int]
     """By collection and reason."""
     auth_checks: Mapping[str, int]
@@ -121,6 +123,12 @@ def _families(reading: Reading) -> Iterable[Metric]:
         "Topics that were muted because their connection had too many such options.",
         (),
         _alone(reading.filters_refused),
+    )
+    yield _counter(
+        "incomplete_records",
+        "Records that were shown to somebody without a column that a later change had written.",
+        ("collection",),
+        _labelled(reading.left_out),
     )
     yield _counter(
         "rule_query_errors",

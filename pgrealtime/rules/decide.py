@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Generic, TypeAlias, TypeVar
 
 from pgrealtime.changes import TableName
@@ -77,6 +78,10 @@ class Testing(Generic[M]):
         return True
 
 
+_TRIED = 1000
+"""Keys under which members are tried one by one when the row's own key isn't known."""
+
+
 class Case(Generic[M]):
     """One row of the batch.
 
@@ -84,6 +89,7 @@ class Case(Generic[M]):
         hits: The members that are admitted.
         asked: What Postgres is asked for to learn whom the row concerns: all that it names, or
             (False) only who is in the index.
+        unreached: Members to whom only columns lead that aren't known, and too many to try each.
     """
 
     __slots__ = (
@@ -97,6 +103,7 @@ class Case(Generic[M]):
         "facts",
         "hits",
         "past",
+        "unreached",
     )
 
     def __init__(
@@ -112,6 +119,7 @@ class Case(Generic[M]):
         self._searched: tuple[Index[M], ...] = ()
         self.hits: dict[M, None] = {}
         self.asked: dict[RemoteSource, bool] = {}
+        self.unreached: list[Entries[M]] = []
         self._open: dict[M, None] = {}
         self._waiting: list[tuple[Index[M], _Guards, bool]] = []
         """Members to whom nothing leads, with guards that only Postgres knows."""
@@ -132,6 +140,7 @@ class Case(Generic[M]):
 
     def searching(self, index: Index[M]) -> Iterator[None]:
         """Do so bit by bit; the index may change in between, and what has gone may be found."""
+        missing = self.facts.missing
         self._searched += (index,)
         for lead, members in index.found(self.facts):
             if isinstance(members, tuple):
@@ -142,9 +151,20 @@ class Case(Generic[M]):
         for guards, is_exact in list(index.free):
             self._meet(index, guards, is_exact=is_exact)
         for source, asked in index.asked.items():
-            if any(self._hold(guards) is not False for guards in asked.guards):
+            is_known = not missing or missing.isdisjoint(values_of(source).columns)
+            if is_known and any(self._hold(guards) is not False for guards in asked.guards):
                 self.asked[source] = True
+        if missing and self.facts.is_missing_unknown:
+            self._try_unreached(index)
         yield from self.testing()
+
+    def _try_unreached(self, index: Index[M]) -> None:
+        """Have the members tested to whom a column would lead that isn't known."""
+        for entries in index.unreached(self.facts.missing):
+            if len(entries) > _TRIED:
+                self.unreached.append(entries)
+            else:
+                self.put_off(entries.all())
 
     def testing(self) -> Iterator[None]:
         """Test those that were found, bit by bit."""
@@ -227,9 +247,13 @@ class Case(Generic[M]):
         self._note(member, verdict)
 
     def _is_told(self, member: M) -> bool:
-        """Whether the row has all that the member's rule reads."""
+        """Whether the row has all that the member's rule reads, or lacks it for the time being."""
         missing = self.facts.missing
-        return not missing or missing.isdisjoint(member.variant.columns)
+        return (
+            not missing
+            or self.facts.is_missing_unknown
+            or missing.isdisjoint(member.variant.columns)
+        )
 
     def _note(self, member: M, verdict: bool | None) -> None:  # noqa: FBT001 (the result)
         if verdict:
@@ -276,11 +300,25 @@ class Case(Generic[M]):
                 yield leaf.atom, facts.args(leaf, member.values)
 
     @property
+    def unprovable(self) -> AbstractSet[M]:
+        """The members whose verdict depends on columns that aren't known, all else being said.
+
+        Those of ``unreached`` aside.
+        """
+        if not self.facts.missing or not self.facts.is_missing_unknown:
+            return frozenset()
+        found = dict(self._open)
+        for index, guards, is_exact in self._waiting:
+            found.update(index.free.get((guards, is_exact), {}))
+        return found.keys() - self.hits.keys()
+
+    @property
     def undecided(self) -> Iterator[M]:
         """The members for whom Postgres has yet to say something, be it only who they are."""
-        yield from self._open
-        for index, guards, is_exact in self._waiting:
-            yield from index.free.get((guards, is_exact), {})
+        if any(_may_be_asked(atom, self.facts.missing) for atom, _ in self.wanted()):
+            yield from self._open
+            for index, guards, is_exact in self._waiting:
+                yield from index.free.get((guards, is_exact), {})
         for source in self.asked:
             for entries in self._asking(source):
                 yield from entries.all()
@@ -324,12 +362,11 @@ class Deciding(Generic[M]):
         for case in self._cases:
             for source, is_all in case.asked.items():
                 lowered = values_of(source)
-                if case.facts.missing.isdisjoint(lowered.columns):
-                    overlays = case.overlays(lowered.tables)
-                    place = (source, is_all), tuple(map(id, overlays))
-                    _, rows = gathered.setdefault(place, (overlays, {}))
-                    cells = cells_of(case.facts.row, lowered.columns)
-                    rows.setdefault(cells, []).append(case)
+                overlays = case.overlays(lowered.tables)
+                place = (source, is_all), tuple(map(id, overlays))
+                _, rows = gathered.setdefault(place, (overlays, {}))
+                cells = cells_of(case.facts.row, lowered.columns)
+                rows.setdefault(cells, []).append(case)
         for ((source, is_all), _), (overlays, rows) in gathered.items():
             values = Values(
                 source=source,
@@ -348,7 +385,8 @@ class Deciding(Generic[M]):
                 continue
             for atom, args in dict.fromkeys(case.wanted()):
                 if not _may_be_asked(atom, case.facts.missing):
-                    case.facts.answers[atom, args] = False
+                    if not (case.facts.missing and case.facts.is_missing_unknown):
+                        case.facts.answers[atom, args] = False
                     continue
                 overlays = case.overlays(atom.lowered.tables)
                 _, pairs = gathered.setdefault((atom, tuple(map(id, overlays))), (overlays, {}))
@@ -395,6 +433,8 @@ class Deciding(Generic[M]):
 
 def _may_be_asked(atom: Atom, missing: frozenset[str]) -> bool:
     """Whether Postgres can decide the atom about a row that lacks those columns."""
+    if missing and not missing.isdisjoint(atom.columns):
+        return False
     try:
         return missing.isdisjoint(atom.lowered.columns)
     except RuleError:

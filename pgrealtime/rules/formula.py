@@ -287,15 +287,33 @@ class Facts:
 
     Attributes:
         row: The image.
-        missing: Columns that the image lacks: what reads them is denied.
+        missing: Columns that the image lacks.
+        is_missing_unknown: Whether an atom that reads a missing column is neither true nor false,
+            for ever; else it is false.
         answers: What Postgres said of atoms, by their arguments.
     """
 
-    __slots__ = ("_guards", "_undecided", "answers", "missing", "moment", "row")
+    __slots__ = (
+        "_guards",
+        "_undecided",
+        "answers",
+        "is_missing_unknown",
+        "missing",
+        "moment",
+        "row",
+    )
 
-    def __init__(self, row: Row, missing: frozenset[str], moment: Moment) -> None:
+    def __init__(
+        self,
+        row: Row,
+        missing: frozenset[str],
+        moment: Moment,
+        *,
+        is_missing_unknown: bool = False,
+    ) -> None:
         self.row = row
         self.missing = missing
+        self.is_missing_unknown = is_missing_unknown
         self.moment = moment
         self.answers: dict[tuple[Atom, Args], bool] = {}
         self._guards: dict[Atom, bool] = {}
@@ -322,7 +340,7 @@ class Facts:
 
     def _ask(self, atom: Atom, args: tuple[Scalar, ...]) -> bool | None:
         if self.missing and not self.missing.isdisjoint(atom.columns):
-            return False
+            return None if self.is_missing_unknown else False
         if atom.test is not None and (atom, args) not in self._undecided:
             try:
                 return atom.test(self.row, args)

@@ -18,6 +18,7 @@ from pgrealtime.rules.compare import Comparable, Scalar
 from pgrealtime.rules.formula import Facts, Formula
 from pgrealtime.rules.parse import Op
 from pgrealtime.rules.plan import Variant
+from pgrealtime.rules.remote import values_of
 
 
 class Member(Hashable, Protocol):
@@ -51,6 +52,10 @@ class Entries(Generic[M]):
 
     def __bool__(self) -> bool:
         return bool(self._by_key)
+
+    def __len__(self) -> int:
+        """How many keys there are."""
+        return len(self._by_key)
 
     def __iter__(self) -> Iterator[Hashable]:
         return iter(self._by_key)
@@ -275,6 +280,21 @@ class Index(Generic[M]):
                     yield None, entries.all()
                 else:
                     yield source, entries.but(value)
+
+    def unreached(self, missing: frozenset[str]) -> Iterator[Entries[M]]:
+        """Yield the members to whom only columns lead that a row lacks."""
+        for sources, entries in self._keyed.items():
+            if not all(missing.isdisjoint(source.columns) for source in sources):
+                yield entries
+        for (source, _), bounds in self._bounds.items():
+            if not missing.isdisjoint(source.columns):
+                yield bounds
+        for source, entries in self._others.items():
+            if not missing.isdisjoint(source.columns):
+                yield entries
+        for remote, asked in self.asked.items():
+            if not missing.isdisjoint(values_of(remote).columns):
+                yield asked.entries
 
 
 class _Undecided(Enum):

@@ -14,6 +14,9 @@ from pgrealtime.wal.wire import StandbyStatusUpdate
 MOVE_SECONDS = 1.0
 """The slot is moved at most so often: each move is two messages, and a write on the server."""
 
+ASK_SECONDS = 0.02
+"""Between two status updates that somebody waits for the answers of."""
+
 _NOWHERE = LSN(0)
 
 
@@ -37,7 +40,7 @@ class Feedback:
         self._quiet: tuple[LSN, LSN] | None = None
         """A position with nothing of ours before it, apart from what ends at the second one."""
         self._next_status = now
-        self._next_move = now
+        self._next_move = self._next_ask = now
         self._is_reply_requested = False
         self._bound: LSN | None = None
 
@@ -80,6 +83,12 @@ class Feedback:
     def reply_requested(self) -> None:
         """The server wants a status update at once."""
         self._is_reply_requested = True
+
+    def ask(self, now: float) -> None:
+        """Let the next status update ask for a keepalive, unless one did a moment ago."""
+        if now >= self._next_ask:
+            self._next_ask = now + ASK_SECONDS
+            self._next_status = now
 
     def bound(self, lsn: LSN) -> None:
         """From now on the slot may move up to there and no further, until told anew."""

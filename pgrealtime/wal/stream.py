@@ -160,6 +160,14 @@ class WalStream:
         """Return up to where it is known that nothing follows the transaction that ends there."""
         return self._feedback.quiet_after(end_lsn)
 
+    def ask(self) -> None:
+        """Have the server say how far it has read; what it says moves ``quiet_after``."""
+        if self._reading is _Reading.ENDED:
+            return
+        with self._guarded():
+            self._feedback.ask(self._loop.time())
+            self._send(self._feedback.due(self._loop.time()))
+
     def let_go(self, lsn: LSN) -> None:
         """Say that nobody needs what ends up to there; as far as it came on this connection."""
         self._feedback.let_go(lsn)

@@ -22,8 +22,7 @@ from pgrealtime.config import CollectionConfig
 from pgrealtime.hub.event import Action, Event
 from pgrealtime.hub.expand import Expander, Reading
 from pgrealtime.hub.expansion import Node, Viewer, Viewers
-from pgrealtime.hub.looking import Looking
-from pgrealtime.hub.probe import Probe
+from pgrealtime.hub.probe import Asked, Probe
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.pool import QueryPool
 from pgrealtime.records.encode import View, encoder
@@ -107,8 +106,8 @@ class CountingReading:
         self._counts[-1] += 1
         return await self._reading.texts(statement, params)
 
-    async def judge(self, looking: Looking[tuple[str, str, int]]) -> None:
-        await self._reading.judge(looking)
+    async def judge(self, asked: Asked) -> None:
+        await self._reading.judge(asked)
 
 
 @dataclass

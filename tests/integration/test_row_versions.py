@@ -1,13 +1,15 @@
-"""Each change of a row is judged by the row as that change left it, if one commit makes several."""
+"""Each change of a row is judged by the row as that change left it, however soon others follow."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.listener import listener
-from tests.e2e.service import service
+from tests.e2e.listener import Listener, listener
+from tests.e2e.service import Service, service
 
 SCHEMA = """
 CREATE TABLE docs (
@@ -47,3 +49,127 @@ async def test_what_the_wal_left_out_is_not_taken_from_a_later_version(
 
         heard = [m.data["record"]["title"] for m in await guest.take(2)]
         assert heard == ["three", "end"]
+
+
+PLAIN = """
+CREATE TABLE docs (id text PRIMARY KEY, title text NOT NULL, body text NOT NULL);
+ALTER TABLE docs ALTER body SET STORAGE EXTERNAL;
+INSERT INTO docs VALUES ('a', '', repeat('public', 2000));
+CREATE PUBLICATION pgrealtime FOR TABLE ONLY docs;
+"""
+BY_BODY = {"docs": {"table": "docs", "list_rule": "body !~ 'secret'"}}
+
+
+@asynccontextmanager
+async def docs_by_body(
+    database_url: str, directory: Path, plugin: str
+) -> AsyncIterator[tuple[Service, Listener]]:
+    """A guest who hears of texts that hold no secret, and is told of gaps."""
+    sections = {"replication": {"plugin": plugin}}
+    async with (
+        service(
+            database_url, directory, collections=BY_BODY, sections=sections, schema=PLAIN
+        ) as running,
+        listener(running.address, "docs/*", "PB_RESYNC") as guest,
+    ):
+        yield running, guest
+
+
+async def until_end(running: Service, guest: Listener) -> list[str]:
+    """The titles that were heard, and "gap" where one was told."""
+    heard: list[str] = []
+    for end in ("end", "very end"):  # a gap is told after what is judged together with it
+        await running.write.execute("INSERT INTO docs VALUES (%s, %s, 'public')", (end, end))
+        while end not in heard:
+            (message,) = await guest.take(1)
+            is_gap = message.event == "PB_RESYNC"
+            heard.append("gap" if is_gap else message.data["record"]["title"])
+    await running.write.execute("DELETE FROM docs WHERE title LIKE '%end'")
+    return [title for title in heard if not title.endswith("end")]
+
+
+@pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
+async def test_updates_in_subtransactions_are_heard(
+    database_url: str, tmp_path: Path, plugin: str
+) -> None:
+    """The row's xmin is then the subtransaction's, which no message tells of."""
+    async with docs_by_body(database_url, tmp_path, plugin) as (running, guest):
+        for n in range(3):
+            async with running.write.transaction(), running.write.transaction():
+                await running.write.execute("UPDATE docs SET title = %s", (str(n),))
+        async with running.write.transaction():
+            for n in range(3, 6):
+                async with running.write.transaction():
+                    await running.write.execute("UPDATE docs SET title = %s", (str(n),))
+
+        assert await until_end(running, guest) == list("012345")
+
+
+@pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
+async def test_quick_commits_on_one_row_are_all_heard(
+    database_url: str, tmp_path: Path, plugin: str
+) -> None:
+    """A newer version is there already, which has the same text: the changelog says so."""
+    async with docs_by_body(database_url, tmp_path, plugin) as (running, guest):
+        commits = [f"BEGIN; UPDATE docs SET title = '{n}'; COMMIT;" for n in range(200)]
+        await running.write.execute("".join(commits).encode())
+
+        assert await until_end(running, guest) == [str(n) for n in range(200)]
+
+
+@pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
+async def test_what_cannot_be_judged_any_more_is_told(
+    database_url: str, tmp_path: Path, plugin: str
+) -> None:
+    """Of a version whose text was replaced, or whose row is gone, nobody knows what it held."""
+    async with docs_by_body(database_url, tmp_path, plugin) as (running, guest):
+        await running.write.execute(
+            b"BEGIN; UPDATE docs SET title = 'one'; COMMIT;"
+            b"UPDATE docs SET title = 'two', body = repeat('SECRET', 2000)"
+        )
+        first = await until_end(running, guest)
+        await running.write.execute("UPDATE docs SET body = repeat('public', 2000)")
+        await running.write.execute(
+            b"BEGIN; UPDATE docs SET title = 'three'; COMMIT; DELETE FROM docs WHERE id = 'a'"
+        )
+        second = await until_end(running, guest)
+
+        assert first == ["gap"]
+        assert second == ["two", "gap"]
+
+
+@pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
+async def test_a_gap_is_told_to_whom_it_may_concern_alone(
+    database_url: str, tmp_path: Path, plugin: str
+) -> None:
+    """A rule that is false without the column is false."""
+    rule = "title != 'one' && body !~ 'secret'"
+    collections = {"docs": {"table": "docs", "list_rule": rule}}
+    sections = {"replication": {"plugin": plugin}}
+    async with (
+        service(
+            database_url, tmp_path, collections=collections, sections=sections, schema=PLAIN
+        ) as running,
+        listener(running.address, "docs/*", "PB_RESYNC") as guest,
+    ):
+        await running.write.execute(
+            b"BEGIN; UPDATE docs SET title = 'one'; COMMIT;"
+            b"UPDATE docs SET title = 'two', body = repeat('SECRET', 2000)"
+        )
+
+        assert await until_end(running, guest) == []
+
+
+async def test_a_row_that_took_over_an_id_is_another_row(database_url: str, tmp_path: Path) -> None:
+    """Its update leaves out its own text, not that of the row that had the id before."""
+    async with docs_by_body(database_url, tmp_path, "pgoutput") as (running, guest):
+        await running.write.execute(
+            "INSERT INTO docs VALUES ('b', 'other', repeat('SECRET', 2000))"
+        )
+        async with running.write.transaction():
+            await running.write.execute("UPDATE docs SET title = 'one' WHERE id = 'a'")
+            await running.write.execute("DELETE FROM docs WHERE id = 'a'")
+            await running.write.execute("UPDATE docs SET id = 'a' WHERE id = 'b'")
+        await running.write.execute("UPDATE docs SET body = repeat('public', 2000)")
+
+        assert sorted(await until_end(running, guest)) == ["gap", "other"]

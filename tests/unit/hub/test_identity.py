@@ -205,6 +205,7 @@ def test_a_caller_is_as_of_its_connection_s_place_and_not_a_change_later() -> No
 async def test_a_call_in_the_middle_of_a_slice_begins_with_the_rights_of_before_it() -> None:
     """The change of its key was read already, and is judged at this moment; its turn comes."""
     async with open_room() as room:
+        await listening(room, "posts/*", who=Caller())
         room.database.rows_gate = asyncio.Event()
         room.database.snapshot_text = "50:50:"
         room.commit(Insert(POSTS, {"id": "held up"}), changed(), changed(key="k2"), xid=60)

@@ -1,0 +1,104 @@
+"""What a row holds later is never in an event of before, for those who may not see it later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.listener import Caller, Listener, Message, listener
+from tests.e2e.service import Service, service, token
+
+SCHEMA = """
+CREATE TABLE docs (
+  id text PRIMARY KEY, title text NOT NULL, body text NOT NULL, owner text NOT NULL,
+  public boolean NOT NULL,
+  summary text GENERATED ALWAYS AS (left(body, 6)) STORED
+);
+ALTER TABLE docs ALTER body SET STORAGE EXTERNAL;
+{more}
+INSERT INTO docs (id, title, body, owner, public)
+  SELECT n::text, 'old', repeat('openly', 2000), 'ann', true FROM generate_series(1, 60) n;
+CREATE TABLE ends (id text PRIMARY KEY);
+CREATE PUBLICATION pgrealtime FOR TABLE ONLY docs, ONLY ends;
+"""
+RULE = "public = true || owner = @request.auth.id"
+COLLECTIONS = {
+    "docs": {"table": "docs", "list_rule": RULE, "view_rule": RULE},
+    "ends": {"table": "ends", "list_rule": ""},
+}
+ROUNDS = 30
+
+
+async def write(running: Service, n: int, way: str) -> None:
+    """Change a title, then, in another commit, make the row somebody's own and put a secret in."""
+    title = f"UPDATE docs SET title = 'new' WHERE id = '{n}'"
+    secret = f"UPDATE docs SET public = false, body = repeat('SECRET', 2000) WHERE id = '{n}'"
+    if way == "back to back":
+        await running.write.execute(f"BEGIN; {title}; COMMIT; BEGIN; {secret}; COMMIT".encode())
+    elif way == "one transaction":
+        await running.write.execute(f"BEGIN; {title}; {secret}; COMMIT".encode())
+    else:
+        await running.write.execute(title.encode())
+        await running.write.execute(secret.encode())
+
+
+async def until_end(heard: Listener) -> list[Message]:
+    """What is heard before the row that is inserted last."""
+    found: list[Message] = []
+    while True:
+        (message,) = await heard.take(1)
+        if message.event.startswith("ends"):
+            return [one for one in found if one.event != "PB_CURSOR"]
+        found.append(message)
+
+
+def records(messages: list[Message]) -> list[dict[str, Any]]:
+    return [one.data["record"] for one in messages if one.event != "PB_RESYNC"]
+
+
+@pytest.mark.parametrize("way", ["separate", "back to back", "one transaction"])
+@pytest.mark.parametrize(
+    ("plugin", "more"),
+    [
+        pytest.param("wal2json", "", id="wal2json"),
+        pytest.param("pgoutput", "", id="pgoutput"),
+        pytest.param(
+            "pgoutput", "ALTER TABLE docs REPLICA IDENTITY FULL;", id="pgoutput, generated column"
+        ),
+    ],
+)
+async def test_a_secret_of_a_later_version_is_in_no_event_of_before(
+    database_url: str, tmp_path: Path, plugin: str, more: str, way: str
+) -> None:
+    """Whether the event comes at once, or to somebody who comes back later with a position."""
+    async with (
+        service(
+            database_url,
+            tmp_path,
+            collections=COLLECTIONS,
+            sections={"replication": {"plugin": plugin}},
+            schema=SCHEMA.format(more=more),
+        ) as running,
+        listener(running.address, "docs/*", "ends/*", "PB_CURSOR") as guest,
+        listener(running.address, "docs/*", "ends/*", token=token("ann", sub="ann")) as owner,
+    ):
+        (first,) = await guest.take(1)
+        assert first.event == "PB_CURSOR"
+        for n in range(1, ROUNDS + 1):
+            await write(running, n, way)
+        await running.write.execute("INSERT INTO ends VALUES ('1')")
+
+        live = await until_end(guest)
+        back = Caller(headers={"Last-Event-ID": first.data["id"]})
+        async with listener(running.address, "docs/*", "ends/*", caller=back) as returned:
+            later = await until_end(returned)
+
+        for heard in (live, later):
+            assert [one for one in heard if "SECRET" in str(one.data)] == []
+            titles = [one["title"] for one in records(heard)]
+            assert titles == ["new"] * ROUNDS
+        whole = records(await until_end(owner))
+        assert len(whole) == 2 * ROUNDS
+        assert all("body" in one and "summary" in one for one in whole), "may see the row of now"

@@ -1,0 +1,213 @@
+"""A column of a live row is an event's own only if nothing wrote it since the event."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from pgrealtime.changelog.base import Entry, Gap
+from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changes import Change, Delete, Insert, Key, Oversized, Transaction, Truncate, Update
+from pgrealtime.collections import Collection
+from pgrealtime.hub.completion import Completion
+from pgrealtime.hub.event import Event, events_of
+from pgrealtime.hub.probe import LiveRow
+from pgrealtime.hub.row_history import RowHistory, TableHistory
+from pgrealtime.hub.snapshot import Snapshot
+from pgrealtime.lsn import END, LSN, Cursor, Xid
+from tests.unit.hub.room import COLLECTIONS, NOTES, POSTS
+
+ALL = COLLECTIONS["posts"]
+SEES_ALL = Snapshot(1000, 1000, frozenset())
+OWN, NEXT, LAST, UNKNOWN = Xid(11), Xid(12), Xid(13), 99
+
+
+def update(record_id: str, *, was: str | None = None, **more: str) -> Update:
+    """An update without the title, unless it is given."""
+    return Update(POSTS, {"id": record_id, **more}, Key({"id": was or record_id}))
+
+
+def insert(record_id: str) -> Insert:
+    return Insert(POSTS, {"id": record_id, "title": "new"})
+
+
+@dataclass
+class Table:
+    """A changelog, and the row as a table holds it."""
+
+    live: LiveRow
+    changelog: MemoryChangelog = field(
+        default_factory=lambda: MemoryChangelog(LSN(100), max_size=10**6, max_age=300)
+    )
+    to_come: list[Entry] = field(default_factory=list)
+    asked: list[LSN] = field(default_factory=list)
+    _end: int = 100
+
+    async def live_rows(
+        self, _events: Sequence[Event]
+    ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
+        return {("posts", "a"): self.live}, frozenset()
+
+    async def reach(self, lsn: LSN) -> bool:
+        self.asked.append(lsn)
+        for entry in self.to_come:
+            self.changelog.append(entry)
+        return self.changelog.head.lsn >= lsn
+
+    def entry(self, xid: int, *changes: Change) -> Transaction:
+        self._end += 100
+        return Transaction(Xid(xid), LSN(self._end), 0, changes, 100)
+
+    async def title(self, event: Event) -> str | None:
+        """What the event's row has as title once it was completed; None for nothing."""
+        completion = Completion(self, RowHistory(self.changelog, self.reach))
+        await completion.complete([event])
+        return event.row.get("title")
+
+
+def table(xid: int, *, reach: int = 200, snapshot: Snapshot = SEES_ALL) -> Table:
+    return Table(LiveRow(xid, {"title": "live"}, snapshot, LSN(reach)))
+
+
+def first_event(entry: Transaction, collection: Collection = ALL) -> Event:
+    made = next(iter(events_of(entry, COLLECTIONS)))
+    assert isinstance(made, Event)
+    made.collection = collection
+    return made
+
+
+async def title_after(
+    *later: Change, live: int, own: Sequence[Change] = (), generated: bool = False
+) -> str | None:
+    """The title of an update, followed by another transaction with some changes."""
+    world = table(live)
+    columns = tuple(
+        replace(one, is_generated=generated and one.name == "title") for one in ALL.table.columns
+    )
+    collection = replace(ALL, table=replace(ALL.table, columns=columns))
+    entry = world.entry(OWN, update("a"), *own)
+    world.changelog.append(entry)
+    if later:
+        world.changelog.append(world.entry(NEXT, *later))
+    return await world.title(first_event(entry, collection))
+
+
+async def test_the_row_of_the_same_transaction_has_what_no_later_change_brought() -> None:
+    assert await title_after(live=OWN) == "live"
+    assert await title_after(live=OWN, own=[update("a")]) == "live"
+    assert await title_after(live=OWN, own=[update("a", title="x")]) is None
+    assert await title_after(live=OWN, own=[update("a")], generated=True) is None
+
+
+@pytest.mark.parametrize("live", [NEXT, UNKNOWN], ids=["its id", "a subtransaction's"])
+async def test_later_transactions_count_as_well(live: int) -> None:
+    """The row that they wrote proves nothing by itself."""
+    assert await title_after(update("a"), live=live) == "live"
+    assert await title_after(update("b", title="x"), update("a"), live=live) == "live"
+    assert await title_after(update("a", title="x"), live=live) is None
+    assert await title_after(update("a"), live=live, generated=True) is None
+    assert await title_after(Delete(POSTS, Key({"id": "a"})), insert("a"), live=live) is None
+    assert await title_after(Truncate(POSTS), update("a"), live=live) is None
+    assert await title_after(Truncate(NOTES), update("a"), live=live) == "live"
+    assert await title_after(update("a", was="b"), live=live) is None
+    assert await title_after(update("b", was="a"), update("a", was="c"), live=live) is None
+    assert await title_after(update("a"), live=live, own=[update("a", title="x")]) is None
+
+
+async def test_a_commit_that_is_yet_to_come_is_waited_for() -> None:
+    """Who wrote the row isn't known before."""
+    for change, expected in [(update("a"), "live"), (update("a", title="x"), None)]:
+        world = table(NEXT, reach=250)
+        entry = world.entry(OWN, update("a"))
+        world.changelog.append(entry)
+        world.to_come.append(world.entry(NEXT, change))
+
+        assert await world.title(first_event(entry)) == expected
+        assert world.asked == [250]
+
+
+async def test_what_does_not_come_in_time_proves_nothing() -> None:
+    world = table(UNKNOWN, reach=250)
+    entry = world.entry(OWN, update("a"))
+    world.changelog.append(entry)
+
+    assert await world.title(first_event(entry)) is None
+
+
+async def test_the_changelog_is_asked_only_where_the_row_is_not_the_transactions_own() -> None:
+    world = table(OWN, reach=10**9)
+    entry = world.entry(OWN, update("a"))
+    world.changelog.append(entry)
+
+    assert await world.title(first_event(entry)) == "live"
+    assert world.asked == []
+
+
+async def test_what_the_snapshot_does_not_see_has_not_happened_to_the_row() -> None:
+    world = table(UNKNOWN, snapshot=Snapshot(int(LAST), 1000, frozenset({int(LAST)})))
+    entry = world.entry(OWN, update("a"))
+    world.changelog.append(entry)
+    world.changelog.append(world.entry(LAST, update("a", title="x")))
+
+    assert await world.title(first_event(entry)) == "live"
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        Gap(LSN(300), "slot_lost"),
+        Gap(LSN(300), "schema", frozenset({POSTS})),
+        Oversized(NEXT, LSN(300), 0, frozenset({POSTS})),
+    ],
+)
+async def test_changes_that_are_missing_may_have_written_anything(missing: Entry) -> None:
+    world = table(LAST)
+    entry = world.entry(OWN, update("a"))
+    world.changelog.append(entry)
+    world.changelog.append(missing)
+    world.changelog.append(Transaction(LAST, LSN(400), 0, (update("a"),), 100))
+
+    assert await world.title(first_event(entry)) is None
+
+
+async def test_what_was_trimmed_proves_nothing() -> None:
+    world = table(NEXT)
+    entry = world.entry(OWN, update("a"))
+    for one in (entry, world.entry(LAST), world.entry(NEXT, update("a"))):
+        world.changelog.append(one)
+    world.changelog.expire(10**9, Cursor(LSN(300), END))
+
+    assert await world.title(first_event(entry)) is None
+
+
+async def test_a_history_grows_both_ways_and_looks_at_each_change_once() -> None:
+    changelog = MemoryChangelog(LSN(0), max_size=10**6, max_age=300)
+    history = TableHistory(changelog, POSTS, "id")
+    looked = 0
+
+    def read(after: Cursor, upto: Cursor, limit: int) -> Sequence[Entry]:
+        nonlocal looked
+        found = MemoryChangelog.read(changelog, after, upto, limit)
+        looked += len(found)
+        return found
+
+    changelog.read = read  # type: ignore[method-assign]  # counts
+    for n in range(1, 9):
+        changelog.append(Transaction(Xid(n), LSN(n * 10), 0, (update("ab"[n % 2]),), 100))
+
+    def lsns(value: str, after: int) -> list[int]:
+        return [int(write.lsn) for write in history.writes(value, LSN(after))]
+
+    assert await history.extend(LSN(50))
+    assert (lsns("a", 50), lsns("b", 50)) == ([60, 80], [70])
+    changelog.append(Transaction(Xid(9), LSN(90), 0, (Truncate(POSTS),), 100))
+    assert await history.extend(LSN(20))
+    assert (lsns("a", 20), lsns("b", 60)) == ([40, 60, 80, 90], [70, 90])
+    assert looked == 7
+    changelog.expire(10**9, Cursor(LSN(60), END))
+    history.trim()
+    assert (lsns("a", 0), lsns("b", 0)) == ([80, 90], [70, 90])
+    assert not await history.extend(LSN(50))
+    assert await history.extend(LSN(60))
