@@ -73,6 +73,9 @@ class Caller:
     own: tuple[tuple[str, str | None], ...] = field(default=(), repr=False)
     """Columns of that row, in text form, which rules ask for under ``@request.auth``: those that
     the principal doesn't carry."""
+    is_lost: bool = False
+    """A guest for want of knowing better: its row changed in what no image of it has, so that it
+    must be looked up anew."""
 
     @property
     def own_row(self) -> dict[str, str | None] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
 
@@ -62,21 +63,46 @@ def rebound(
 ) -> Caller:
     """The caller as the new image of its row makes it; a guest if its token key is another.
 
+    A lost one (``Caller.is_lost``) if the image doesn't have what its principal or key is made of.
+
     Args:
         caller: Whose principal is the record of this row.
         collection: Of the record.
         login: How its people log in.
-        row: The new image. Columns that the WAL left out are unchanged.
+        row: The new image. Columns that the WAL left out are unchanged, generated ones aside, which
+            no image has: what they are now is not known, and so asked for again.
     """
     assert isinstance(caller.principal, AuthRecord)
+    if any(name not in row for name in _generated(caller, collection, login)):
+        return Caller(is_lost=True)
     is_key_known = all(name in row for name in login.secret_columns)
     if caller.key_digest is not None and is_key_known:
         key = token_key(login, row)
         if key is None or digest_of(key) != caller.key_digest:
             return Caller()
     whole = {**_as_row(collection, caller.principal), **row}
-    own = tuple((name, row.get(name, known)) for name, known in caller.own)
+    own = tuple(
+        (name, row.get(name, known))
+        for name, known in caller.own
+        if name in row or not _is_generated(collection, name)
+    )
     return replace(caller, principal=auth_record(collection, whole), own=own)
+
+
+def _generated(
+    caller: Caller, collection: Collection, login: CollectionLoginConfig
+) -> Iterator[str]:
+    """Yield the generated columns among those that the caller can't be without."""
+    assert isinstance(caller.principal, AuthRecord)
+    secret = login.secret_columns if caller.key_digest is not None else ()
+    for name in (*_as_row(collection, caller.principal), *secret):
+        if _is_generated(collection, name):
+            yield name
+
+
+def _is_generated(collection: Collection, name: str) -> bool:
+    column = collection.table.column(name)
+    return column is not None and column.is_generated
 
 
 def _as_row(collection: Collection, record: AuthRecord) -> Row:

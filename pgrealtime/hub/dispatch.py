@@ -705,6 +705,8 @@ class Hub:
         for subscription in connection.subscriptions.values():
             self._course.meaning.take(subscription)
             self._course.meaning.give(subscription, caller)
+        if caller.is_lost:
+            self._doom(connection, "caller_lost")
         self._mind_guest(connection)
 
     def _mind_guest(self, connection: Connection) -> None:

@@ -165,7 +165,7 @@ class Identities:
             upto: Where its connection stands. What comes later it hears itself.
 
         Raises:
-            LookupError: That look-up is too old to say.
+            LookupError: That look-up is too old to say, or what followed doesn't tell enough.
         """
         if known is None:
             return caller
@@ -174,4 +174,6 @@ class Identities:
         for event in self._told.get(person_of(caller) or ("", ""), ()):
             if event.cursor <= upto:
                 caller = self.caller_after(event, caller, known)
+        if caller.is_lost:
+            raise LookupError("the caller's row changed in what the stream doesn't have")
         return caller

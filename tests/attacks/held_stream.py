@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 from psycopg import sql
@@ -22,7 +22,7 @@ from pgrealtime.config import CollectionConfig, RealtimeConfig
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.match import Matcher
 from pgrealtime.hub.probe import Probe
-from pgrealtime.lsn import LSN, Xid
+from pgrealtime.lsn import LSN, Xid, parse_lsn
 from pgrealtime.pool import QueryPool
 from pgrealtime.rules.plan import columns_asked
 from tests.unit.hub.room import DEADLINE, MemorySink
@@ -38,7 +38,6 @@ class World:
     hub: Hub
     changelog: MemoryChangelog
     sinks: dict[str, MemorySink] = field(default_factory=dict)
-    _lsn: int = 1 << 40  # beyond the WAL of any test server: after every barrier
 
     async def user(self, record_id: str) -> Caller:
         """Recognise somebody of the collection "users" by the row of now."""
@@ -57,14 +56,17 @@ class World:
     async def write(self, statement: str, *changes: Insert | Update | Delete) -> Transaction:
         """Commit; return the transaction as the stream would bring it."""
         async with self.connection.transaction():
-            cursor = await self.connection.execute("SELECT pg_current_xact_id()::text")
-            row = await cursor.fetchone()
+            xid = await self._one("SELECT pg_catalog.pg_current_xact_id()::text")
             await self.connection.execute(sql.SQL(statement))
-        assert row is not None
-        self._lsn += 100
+        end = await self._one("SELECT pg_catalog.pg_current_wal_insert_lsn()::text")
         return Transaction(
-            xid=Xid(int(row[0])), end_lsn=LSN(self._lsn), commit_time=0, changes=changes, size=100
+            xid=Xid(int(xid)), end_lsn=parse_lsn(end), commit_time=0, changes=changes, size=100
         )
+
+    async def _one(self, query: LiteralString) -> str:
+        row = await (await self.connection.execute(query)).fetchone()
+        assert row is not None
+        return str(row[0])
 
     async def stream(self, *transactions: Transaction) -> None:
         """Let the stream bring them."""

@@ -22,7 +22,8 @@ from tests.attacks.held_stream import World, world_of
 SCHEMA = """
 CREATE TABLE teams (id text PRIMARY KEY, open bool);
 CREATE TABLE users (
-  id uuid PRIMARY KEY, email text, role text, level int, team text REFERENCES teams, teams text[]);
+  id uuid PRIMARY KEY, email text, role text, level int, team text REFERENCES teams, teams text[],
+  is_out bool GENERATED ALWAYS AS (role = 'banned') STORED);
 CREATE TABLE bans (id text PRIMARY KEY, person uuid REFERENCES users ON DELETE CASCADE);
 CREATE TABLE secrets (id text PRIMARY KEY, body text, level int);
 CREATE TABLE posts (id text PRIMARY KEY, secret text REFERENCES secrets);
@@ -63,6 +64,14 @@ CASES = {
     "a filter over a locked collection": Case(rule=ROLE, place="secrets.list_rule", topic=FILTERED),
     "expand": Case(rule=ROLE, place="secrets.view_rule", topic=EXPANDED),
     "addresses": Case(rule=ROLE, place="users.manage_rule", topic="users/*"),
+    "a generated column": Case(
+        rule=SIGNED_IN + "@request.auth.is_out != true", place="posts.list_rule"
+    ),
+    "a generated column, expanded": Case(
+        rule=SIGNED_IN + "@request.auth.is_out != true",
+        place="secrets.view_rule",
+        topic=EXPANDED,
+    ),
     "a column beside a related one": Case(rule=LEVEL, place="posts.list_rule"),
     "a column beside a related one, expanded": Case(
         rule=SIGNED_IN + "level > @request.auth.level && posts_via_secret.id != ''",
@@ -217,3 +226,34 @@ async def test_rights_change_at_their_own_change_of_the_stream(
         await world.stream(swapped, await event_of(world, case, name_of(case, 2)))
         assert heard(world, BAD, name_of(case, 2)) == "all"
         assert heard(world, GOOD, name_of(case, 2)) == least
+
+
+@pytest.mark.parametrize("column", ["verified", "email"])
+async def test_a_caller_that_the_stream_cannot_tell_of_comes_back(
+    database_url: str, column: str
+) -> None:
+    """A generated column is in no image: what a caller is made of must be looked up anew.
+
+    Until its client is back it is a guest, not what it was.
+    """
+    rule = SIGNED_IN + {"verified": "@request.auth.verified = true", "email": "id != ''"}[column]
+    made = {
+        "verified": "ADD verified bool GENERATED ALWAYS AS (role <> 'banned') STORED",
+        "email": "DROP email, ADD email text GENERATED ALWAYS AS (role || '@x') STORED",
+    }[column]
+    case = Case(rule=rule, place="posts.list_rule")
+    schema = f"{SCHEMA}; ALTER TABLE users {made};"
+    async with world_of(database_url, schema, configured(case)) as world:
+        await world.listen(GOOD, case.topic, await world.user(GOOD))
+        await world.stream(await event_of(world, case, "p1"))
+        assert heard(world, GOOD, "p1") == "all"
+        row = {name: value for name, value in user(GOOD, role="banned").items() if name != column}
+        changed = Update(USERS, row, WholeRow(row))
+        statement = f"UPDATE users SET role = 'banned' WHERE id = '{GOOD}'"
+        await world.stream(await world.write(statement, changed), await event_of(world, case, "p2"))
+        assert heard(world, GOOD, "p2") == ""
+        assert [connection.doom for connection in world.hub.connections] == ["caller_lost"]
+        again = await world.user(GOOD)
+        await world.listen("again", case.topic, again)
+        await world.stream(await event_of(world, case, "p3"))
+        assert bool(heard(world, "again", "p3")) == (column == "email")

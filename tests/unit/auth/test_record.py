@@ -133,6 +133,32 @@ def test_what_the_wal_left_out_is_unchanged() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["mail", "visible", "verified", "hash", "key"])
+def test_a_generated_column_is_not_unchanged_because_no_image_has_it(name: str) -> None:
+    """Old rights would stay for ever; the key matters to those whose token it has signed."""
+    table = users().table
+    columns = tuple(replace(c, is_generated=c.name == name) for c in table.columns)
+    fields = tuple(replace(f, column=c) for f, c in zip(users().fields, columns, strict=True))
+    made = replace(users(), table=replace(table, columns=columns), fields=fields)
+    image = {column: value for column, value in ROW.items() if column != name}
+    foreign = replace(SIGNED, key_digest=None)
+    is_secret = name in {"hash", "key"}
+
+    assert rebound(SIGNED, made, LOGIN, image) == Caller(is_lost=True)
+    assert rebound(foreign, made, LOGIN, image) == (foreign if is_secret else Caller(is_lost=True))
+    assert rebound(SIGNED, made, LOGIN, ROW) == SIGNED
+
+
+def test_a_generated_column_that_rules_ask_for_is_known_no_more() -> None:
+    table = users().table
+    columns = tuple(replace(c, is_generated=c.name == "hash") for c in table.columns)
+    made = replace(users(), table=replace(table, columns=columns))
+    caller = replace(SIGNED, key_digest=None, own=(("mail", "a@b.c"), ("hash", "h")))
+
+    assert rebound(caller, made, LOGIN, {"id": "u1"}).own == (("mail", "a@b.c"),)
+    assert rebound(caller, made, LOGIN, ROW).own == caller.own
+
+
 def test_a_caller_does_not_print_its_digest() -> None:
     assert "digest" not in repr(SIGNED)
 
