@@ -176,6 +176,25 @@ class SubscriptionError(PgRealtimeError):
     code = "subscription_refused"
 
 
+class SubscriptionLimitError(SubscriptionError):
+    """A topic that is fine by itself, and one too many of its kind.
+
+    Args:
+        message: Of which there are too many.
+        topic: As submitted.
+        limit: Which one; the API has its words.
+        most: How many there may be.
+    """
+
+    code = "subscription_limit"
+
+    def __init__(self, message: str, *, topic: str, limit: str, most: int) -> None:
+        super().__init__(message)
+        self.topic = topic
+        self.limit = limit
+        self.most = most
+
+
 class ChangelogError(PgRealtimeError):
     """A position that the changelog can't serve."""
 

@@ -114,6 +114,38 @@ def invalid(faults: Faults) -> Problem:
     return Problem(400, _SOMETHING_WENT_WRONG, faults)
 
 
+_LIMITS: Final[Mapping[str, Text]] = {
+    "views": Text(
+        "A connection may have no more than {most} different fields and expand.",
+        "每个连接的 fields 和 expand 组合不得超过 {most} 种。",
+    ),
+    "filter_characters": Text(
+        "The filters of a connection must be no longer than {most} characters together.",
+        "每个连接的过滤器总长度不得超过 {most} 个字符。",
+    ),
+    "asking_filters": Text(
+        "A connection may have no more than {most} filters that need the database.",
+        "每个连接需要查询数据库的过滤器不得超过 {most} 个。",
+    ),
+    "unindexed_filters": Text(
+        "A connection may have no more than {most} filters without an equality.",
+        "每个连接不含等值条件的过滤器不得超过 {most} 个。",
+    ),
+    "unindexed_filters_of_address": Text(
+        "An address may have no more than {most} filters without an equality.",
+        "每个地址不含等值条件的过滤器不得超过 {most} 个。",
+    ),
+}
+"""Ours: PocketBase has no such limits."""
+
+
+def limit_fault(limit: str, most: int) -> Fault:
+    """Return what is wrong with a topic that is one too many of its kind."""
+    text = _LIMITS[limit]
+    told = Text(text.en.format(most=most), text.zh.format(most=most))
+    return Fault("validation_limit_reached", told, {"max": most})
+
+
 def encode(problem: Problem, language: Language) -> bytes:
     """Return the body of the answer: sorted members, no spaces, no newline at the end."""
     return json.dumps(

@@ -11,11 +11,12 @@ from aiohttp import web
 
 from pgrealtime.api.address import client_address
 from pgrealtime.api.body import SubscribeCall, faults_of, read_call
-from pgrealtime.api.problems import RefusedError, invalid
+from pgrealtime.api.problems import Problem, RefusedError, invalid, limit_fault
 from pgrealtime.api.stream import ClientStream, EventStream, client_stream, hand_over
 from pgrealtime.api.uploads import UPLOADS
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.config import RealtimeConfig, ServerConfig
+from pgrealtime.errors import SubscriptionLimitError
 from pgrealtime.hub.connection import Connection
 from pgrealtime.hub.dispatch import Hub
 
@@ -109,13 +110,18 @@ class Realtime:
             call = await request.app[UPLOADS].read(request, address, read_call)
         if faults := faults_of(call):
             raise RefusedError(invalid(faults))
-        await self._hub.subscribe(
-            call.client_id,
-            call.subscriptions,
-            await self._authenticator.admit(request.headers.get("Authorization")),
-            address,
-        )
+        caller = await self._authenticator.admit(request.headers.get("Authorization"))
+        try:
+            await self._hub.subscribe(call.client_id, call.subscriptions, caller, address)
+        except SubscriptionLimitError as error:
+            raise RefusedError(_beyond(error, call)) from error
         return web.Response(status=204)
+
+
+def _beyond(error: SubscriptionLimitError, call: SubscribeCall) -> Problem:
+    """Return the refusal of a call for the first of its topics that is too many."""
+    at = call.subscriptions.index(error.topic)
+    return invalid({"subscriptions": {str(at): limit_fault(error.limit, error.most)}})
 
 
 def _capped(text: str | None) -> str | None:

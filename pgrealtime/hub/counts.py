@@ -16,8 +16,7 @@ class Counts(Struct):
         closed: Connections that are over, by reason; ``client`` went by itself.
         events_of_closed: Events that those were sent.
         resumes: First calls of connections that came with a position: ``resumed``, or why not.
-        filters_refused: Topics that mean nothing because their connection had too many options
-            of one kind.
+        filters_refused: Calls with too many options of one kind, by connection or address.
         left_out: Records that were shown to somebody without a column, by collection: what it held
             isn't known any more, and what it holds now may be seen by others alone.
     """

@@ -25,7 +25,7 @@ from pgrealtime.auth.principal import GUEST, Caller, is_same
 from pgrealtime.changelog.base import Changelog
 from pgrealtime.collections import Collections
 from pgrealtime.config import CollectionLoginConfig, HiddenFields, RealtimeConfig
-from pgrealtime.errors import SubscriptionError
+from pgrealtime.errors import SubscriptionError, SubscriptionLimitError
 from pgrealtime.hub.aside import Aside
 from pgrealtime.hub.compose import Composer, Portion, hand_out
 from pgrealtime.hub.connection import (
@@ -47,7 +47,7 @@ from pgrealtime.hub.history import History
 from pgrealtime.hub.identity import Identities
 from pgrealtime.hub.judge import Asking, Unheard, Verdict, where
 from pgrealtime.hub.limits import Limits
-from pgrealtime.hub.match import LIMITED, Group, Matcher
+from pgrealtime.hub.match import Group, Matcher
 from pgrealtime.hub.meaning import Meaning
 from pgrealtime.hub.replay import REPLAYS_AT_ONCE, Replays
 from pgrealtime.hub.row_history import Reach, RowHistory
@@ -416,6 +416,10 @@ class Hub:
         """
         try:
             yield
+        except SubscriptionLimitError as error:
+            # By another caller or configuration its topics are too many: no call can be refused.
+            log.info("connection.refused", connection=connection.id, limit=error.limit)
+            self._end(connection, "limit")
         except Exception as error:  # noqa: BLE001 (a fault of ours, or a value nobody thought of)
             self._give_up(connection, error)
 
@@ -449,6 +453,7 @@ class Hub:
         Raises:
             SubscriptionError: ``client_unknown``, ``address_mismatch``,
                 ``authorization_mismatch``, ``stream_away``. Nothing was changed then.
+            SubscriptionLimitError: There are too many topics of a kind; nor was anything then.
         """
         connection = self._connections.get(client_id.partition(".")[0])
         if connection is None:
@@ -463,6 +468,10 @@ class Hub:
                 raise SubscriptionError("another caller", code="authorization_mismatch")
             try:
                 await self._replace(connection, list(dict.fromkeys(filter(None, topics))), caller)
+            except SubscriptionLimitError as error:
+                self.counts.filters_refused += 1
+                log.info("subscription.refused", connection=connection.id, limit=error.limit)
+                raise
             except SubscriptionError as error:
                 if error.error_code == "stream_away" and connection.answered_at is None:
                     connection.answered_at = self._clock()
@@ -530,17 +539,36 @@ class Hub:
             )
         caller = replace(self._reconsider(caller), reading=None)
         before = connection.subscriptions
-        for subscription in before.values():
-            self._course.meaning.take(subscription)
-            self._fresh.pop(subscription, None)
+        try:
+            self._exchange(connection, topics, caller, barrier)
+        except Exception:
+            self._restore(connection, before)
+            raise
         connection.known = known
         self._identities.become(connection, caller)
-        connection.subscriptions = {}
         connection.wants_resync = RESYNC_TOPIC in topics
         connection.wants_cursor = CURSOR_TOPIC in topics
         if connection.wants_cursor and not connection.is_resumable:
             connection.is_resumable = True
             connection.position = connection.position_text(connection.cursor)
+        if topics:
+            self.counts.note_call(connection)
+            connection.resumes = False
+
+    def _exchange(
+        self,
+        connection: Connection,
+        topics: Mapping[str, Topic],
+        caller: Caller,
+        barrier: Barrier | None,
+    ) -> None:
+        """Put subscriptions to the topics in place of those that there are.
+
+        Raises:
+            SubscriptionLimitError: There are too many of a kind. Some may be there then.
+        """
+        before, connection.subscriptions = connection.subscriptions, {}
+        self._withdraw(before.values())
         mute: defaultdict[str, list[str]] = defaultdict(list)
         for name, topic in topics.items():
             subscription = Subscription(connection, topic, View(), "")
@@ -553,9 +581,23 @@ class Hub:
                 mute[reason].append(name)
             connection.subscriptions[name] = subscription
         self._report_mute(connection, mute)
-        if topics:
-            self.counts.note_call(connection)
-            connection.resumes = False
+
+    def _withdraw(self, subscriptions: Iterable[Subscription]) -> None:
+        for subscription in subscriptions:
+            self._course.meaning.take(subscription)
+            self._fresh.pop(subscription, None)
+
+    def _restore(self, connection: Connection, before: dict[str, Subscription]) -> None:
+        """Let a connection have the subscriptions that it had before a call that is refused."""
+        self._withdraw(connection.subscriptions.values())
+        connection.subscriptions = {}
+        with self._ending_if_it_fails(connection):
+            for name, subscription in before.items():
+                if subscription.group is None:
+                    self._course.meaning.give(subscription, connection.caller)
+                connection.subscriptions[name] = subscription
+                if subscription.barrier is not None:
+                    self._fresh[subscription] = None
 
     def _report_mute(self, connection: Connection, mute: Mapping[str, Sequence[str]]) -> None:
         for reason, topics in mute.items():
@@ -567,7 +609,6 @@ class Hub:
                 # Of the first, and without its options: they may hold a token.
                 topic=topics[0].partition("?")[0][:_TOLD],
             )
-        self.counts.filters_refused += sum(len(mute.get(reason, ())) for reason in LIMITED)
 
     # --- reading the changelog --------------------------------------------------------------
 

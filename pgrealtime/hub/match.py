@@ -6,6 +6,7 @@ through the index of ``rules``, so an event costs what matches it and not what i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Sized
 from datetime import datetime
@@ -15,6 +16,7 @@ from typing import TypeAlias
 from pgrealtime.auth.principal import Principal
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection, Collections
+from pgrealtime.errors import SubscriptionLimitError
 from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.connection import Connection, Receives, Subscription
 from pgrealtime.hub.event import Event
@@ -30,25 +32,20 @@ from pgrealtime.rules.reference import Nobody
 from pgrealtime.rules.remote import Inquiry
 from pgrealtime.rules.request import Request
 
-_TRIED = 5_000
-"""Groups that no row leads to: each event tries every one of them, at a few microseconds."""
-_TRIED_PER_CONNECTION = 50
-"""Of those, how many one connection's subscriptions may be in."""
+TRIED_PER_CONNECTION = 50
+"""Different filters that no index serves: each costs something at each event, 2 us and more."""
+TRIED_PER_ADDRESS = 1000
+"""Of all connections from one address together. Rules aren't counted: they are the operator's, and
+whoever asks the same by them is one group."""
 COSTLY_PER_CONNECTION = 50
 """Subscriptions of one connection whose filters take questions to Postgres beyond their rules':
 each of those may take the whole ``statement_timeout``."""
 FILTERS_PER_CONNECTION = 32 * 1024
 """Characters of one connection's different filters. Compiling takes up to 50 ms for a thousand,
 and all of it is done anew when rules or the caller change."""
-TOO_COSTLY = f"a connection takes {COSTLY_PER_CONNECTION} filters that Postgres must be asked for"
-TOO_LONG = f"a connection takes {FILTERS_PER_CONNECTION} characters of filters"
 VIEWS_PER_CONNECTION = 100
 """Different ``fields`` and ``expand`` of one connection: each is a record to be made for it at each
 event, which may take several milliseconds, and everybody's next event waits for that."""
-TOO_VARIED = f"a connection takes {VIEWS_PER_CONNECTION} different pairs of fields and expand"
-LIMITED = frozenset({TOO_COSTLY, TOO_LONG, TOO_VARIED})
-"""Reasons why nothing can match of options that would be fine alone."""
-
 _Question: TypeAlias = tuple[
     str, str | None, Principal, Mapping[str, str], Mapping[str, str], Row | None
 ]
@@ -124,6 +121,11 @@ class Group:
         self.record_id = record_id
         self.is_awake = True
         self._audiences: Audience | dict[Receives, Audience] | None = None
+
+    @property
+    def is_tried(self) -> bool:
+        """Whether each change of the collection costs something for its filter."""
+        return self.record_id is None and self.variant.is_scan
 
     @property
     def audiences(self) -> Iterable[Audience]:
@@ -346,7 +348,8 @@ class Matcher:
         self._groups: dict[str, _Groups] = {}
         self._costly: dict[str, _Groups] = {}
         """Those whose filters take questions to Postgres beyond their rules'."""
-        self._tried = 0
+        self._tried: dict[str, Counter[Group]] = {}
+        """By address, the groups that no index serves for a filter's sake, and how often."""
         self._last: tuple[_Question, Bound | Nobody] | None = None
 
     def add(self, subscription: Subscription, principal: Principal, own: Row | None = None) -> str:
@@ -359,28 +362,28 @@ class Matcher:
 
         Raises:
             RuleError: The collection's rule is bad for everybody.
+            SubscriptionLimitError: It is one too many for its connection, or its address.
         """
         topic = subscription.topic
         collection = self._collections.find(topic.collection)
         if collection is None:
             return ""
         if _wanted(topic) != _WHOLE and _views_before(subscription) >= VIEWS_PER_CONNECTION:
-            return TOO_VARIED
+            raise _limit(subscription, "views", VIEWS_PER_CONNECTION)
         if "filter" in topic.query and _filters_upto(subscription) > FILTERS_PER_CONNECTION:
-            return TOO_LONG
+            raise _limit(subscription, "filter_characters", FILTERS_PER_CONNECTION)
         bound = self.bind(collection, topic, principal, own)
         if isinstance(bound, Nobody):
             return bound.reason
         if bound.variant.is_costly and _costly_before(subscription) >= COSTLY_PER_CONNECTION:
-            return TOO_COSTLY
+            raise _limit(subscription, "asking_filters", COSTLY_PER_CONNECTION)
         by_collection = self._place_of(bound.variant)
         there = by_collection.get(collection.name) or _Groups()
-        group = there.find(bound, topic.record_id)
-        if group is None:
-            group = Group(bound, topic.record_id)
-            if self._is_tried(group) and (reason := self._too_many(subscription)):
-                return reason
-            self._tried += self._is_tried(group)
+        found = there.find(bound, topic.record_id)
+        group = found or Group(bound, topic.record_id)
+        if group.is_tried:
+            self._count_tried(subscription, group)
+        if found is None:
             there.add(group)
             by_collection[collection.name] = there
         group.add(subscription)
@@ -419,27 +422,39 @@ class Matcher:
             self._last = question, self.planner.bind(collection, rule, request, own)
         return self._last[1]
 
-    def _is_tried(self, group: Group) -> bool:
-        return group.record_id is None and group.variant.is_scan
+    def _count_tried(self, subscription: Subscription, group: Group) -> None:
+        """Count a subscription among its address's that no index serves.
 
-    def _too_many(self, subscription: Subscription) -> str:
-        theirs = subscription.connection.subscriptions.values()
-        mine = sum(one.group is not None and self._is_tried(one.group) for one in theirs)
-        if mine >= _TRIED_PER_CONNECTION:
-            return f"a connection takes {_TRIED_PER_CONNECTION} subscriptions without an equality"
-        if self._tried >= _TRIED:
-            return f"there are {_TRIED} subscriptions without an equality"
-        return ""
+        Raises:
+            SubscriptionLimitError: It is one too many.
+        """
+        mine = {one.group for one in _before(subscription) if one.group and one.group.is_tried}
+        if group not in mine and len(mine) >= TRIED_PER_CONNECTION:
+            raise _limit(subscription, "unindexed_filters", TRIED_PER_CONNECTION)
+        theirs = self._tried.setdefault(subscription.connection.address, Counter())
+        if group not in theirs and len(theirs) >= TRIED_PER_ADDRESS:
+            raise _limit(subscription, "unindexed_filters_of_address", TRIED_PER_ADDRESS)
+        theirs[group] += 1
+
+    def _uncount_tried(self, subscription: Subscription, group: Group) -> None:
+        address = subscription.connection.address
+        theirs = self._tried[address]
+        theirs[group] -= 1
+        if not theirs[group]:
+            del theirs[group]
+        if not theirs:
+            del self._tried[address]
 
     def remove(self, subscription: Subscription) -> None:
         """Take the subscription out; its group goes with its last one."""
         group, subscription.group = subscription.group, None
         if group is None:
             return
+        if group.is_tried:
+            self._uncount_tried(subscription, group)
         if not group.remove(subscription):
             self._heed(group)
             return
-        self._tried -= self._is_tried(group)
         name, by_collection = group.variant.collection.name, self._place_of(group.variant)
         there = by_collection[name]
         there.remove(group)
@@ -562,6 +577,11 @@ def _searching(
             case _:
                 pass
     yield from case.testing()
+
+
+def _limit(subscription: Subscription, limit: str, most: int) -> SubscriptionLimitError:
+    topic = subscription.topic.text
+    return SubscriptionLimitError(f"more than {most} {limit}", topic=topic, limit=limit, most=most)
 
 
 def _before(subscription: Subscription) -> Iterator[Subscription]:

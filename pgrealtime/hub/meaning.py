@@ -113,6 +113,9 @@ class Meaning:
 
         Returns:
             Why nothing can match, or ``""``.
+
+        Raises:
+            SubscriptionLimitError: It is one too many; it is in no group then.
         """
         topic = subscription.topic
         subscription.own_id = ""

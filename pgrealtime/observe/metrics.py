@@ -120,7 +120,7 @@ def _families(reading: Reading) -> Iterable[Metric]:
     )
     yield _counter(
         "expensive_filters_refused",
-        "Topics that were muted because their connection had too many such options.",
+        "Calls that were refused because they had too many options of one kind.",
         (),
         _alone(reading.filters_refused),
     )

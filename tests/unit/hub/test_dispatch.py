@@ -594,7 +594,7 @@ async def test_what_a_closed_connection_subscribed_to_is_forgotten() -> None:
             room.hub.close(connection)
 
         matcher = room.hub._course.meaning.matcher
-        assert (matcher._groups, matcher._tried) == ({}, 0)
+        assert (matcher._groups, matcher._tried) == ({}, {})
 
 
 async def test_a_long_batch_tells_the_position_every_sixteen_messages_to_who_asked_for_it() -> None:

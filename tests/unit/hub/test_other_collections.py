@@ -222,3 +222,24 @@ async def test_positions_of_another_history_do_not_come_back_with_a_switch() -> 
         await sink.wait_for(2)
 
         assert [name for _, name, _ in sink.events()] == ["PB_CONNECT", "PB_RESYNC"]
+
+
+async def test_whose_topics_become_too_many_by_a_reload_is_ended_and_not_mute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is no call that could be refused; coming back it is told by the answer to its own."""
+    topics = [
+        f'posts/*?options={{"query":{{"filter":"title ~ \'{text}\'"}}}}' for text in ("a", "b")
+    ]
+    async with open_room() as room:
+        (many, many_sink), (few, few_sink) = room.connect(), room.connect()
+        await room.subscribe(many, *topics)
+        await room.subscribe(few, topics[0])
+        monkeypatch.setattr("pgrealtime.hub.match.TRIED_PER_CONNECTION", 1)
+        await room.hub.use(COLLECTIONS, Matcher(COLLECTIONS), lambda caller: caller)
+        room.commit(insert("x", "ab"))
+        await room.settled()
+        await few_sink.wait_for(2)
+
+        assert (many_sink.state, few_sink.state) == ("ended", "open")
+        assert room.hub.counts.closed == {"limit": 1}

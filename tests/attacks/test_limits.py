@@ -1,0 +1,127 @@
+"""Subscriptions that can't be served are refused in the answer: nobody is mute, nobody is muted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from pgrealtime.hub.match import (
+    COSTLY_PER_CONNECTION,
+    TRIED_PER_ADDRESS,
+    TRIED_PER_CONNECTION,
+    VIEWS_PER_CONNECTION,
+)
+from tests.conformance.http_client import send
+from tests.e2e.listener import ANYBODY, Caller, Listener, listener
+from tests.e2e.service import Service, service
+
+SCHEMA = """
+CREATE TABLE owners (id text PRIMARY KEY, name text);
+CREATE TABLE pages (id text PRIMARY KEY, title text, owner text REFERENCES owners);
+CREATE TABLE users (id text PRIMARY KEY);
+"""
+COLLECTIONS: dict[str, dict[str, Any]] = {
+    "owners": {"table": "owners", "list_rule": ""},
+    "pages": {"table": "pages", "list_rule": ""},
+    "users": {"table": "users", "type": "auth"},
+}
+
+
+def topic(name: str = "pages/*", **query: str) -> str:
+    return f"{name}?options={quote(json.dumps({'query': query}))}"
+
+
+async def call(running: Service, client: Listener, topics: list[str], language: str) -> Any:
+    """The answer's body."""
+    body = json.dumps({"clientId": client.client_id, "subscriptions": topics}).encode()
+    headers = {"Content-Type": "application/json", "Accept-Language": language}
+    answer = await send(ANYBODY.request("POST", headers, body), running.address)
+    return json.loads(answer.body)
+
+
+REFUSED = [
+    pytest.param(
+        [topic(filter=f"title~'{n}'") for n in range(TRIED_PER_CONNECTION + 1)],
+        "A connection may have no more than 50 filters without an equality.",
+        id="no-index",
+    ),
+    pytest.param(
+        [topic(filter=f"owner.name~'{n}'") for n in range(COSTLY_PER_CONNECTION + 1)],
+        "A connection may have no more than 50 filters that need the database.",
+        id="database",
+    ),
+    pytest.param(
+        [topic(fields=f"id,a{n}") for n in range(VIEWS_PER_CONNECTION + 1)],
+        "A connection may have no more than 100 different fields and expand.",
+        id="views",
+    ),
+    pytest.param(
+        [topic(filter=f"title='{n}{'x' * 1500}'") for n in range(22)],
+        "The filters of a connection must be no longer than 32768 characters together.",
+        id="long",
+    ),
+]
+
+
+@pytest.mark.parametrize(("topics", "message"), REFUSED)
+async def test_a_call_with_too_many_is_refused_and_changes_nothing(
+    database_url: str, tmp_path: Path, topics: list[str], message: str
+) -> None:
+    """In PocketBase's form, at the first topic that is too many, in both languages."""
+    async with (
+        service(database_url, tmp_path, schema=SCHEMA, collections=COLLECTIONS) as running,
+        listener(running.address, "pages/*") as client,
+    ):
+        answer = await call(running, client, ["owners/*", *topics], "en")
+        chinese = await call(running, client, ["owners/*", *topics], "zh")
+        await running.write.execute("INSERT INTO owners VALUES ('o', 'O')")
+        await running.write.execute("INSERT INTO pages VALUES ('p', 'xyz')")
+        (heard,) = await client.take(1)
+        fits = await client.subscribe("owners/*", *topics[:-1])
+
+    most = answer["data"]["subscriptions"][str(len(topics))]["params"]["max"]
+    assert answer == {
+        "status": 400,
+        "message": "Something went wrong while processing your request.",
+        "data": {
+            "subscriptions": {
+                str(len(topics)): {
+                    "code": "validation_limit_reached",
+                    "message": message,
+                    "params": {"max": most},
+                }
+            }
+        },
+    }
+    assert str(most) in chinese["data"]["subscriptions"][str(len(topics))]["message"]
+    assert (heard.event, fits) == ("pages/*", 204)
+
+
+async def test_one_address_mutes_nobody_else_with_filters_that_no_index_serves(
+    database_url: str, tmp_path: Path
+) -> None:
+    """It is refused beyond its share; everybody else's calls count for themselves."""
+    greedy, modest = Caller(source_ip="127.0.0.2"), Caller(source_ip="127.0.0.3")
+    asked = iter(topic(filter=f"title~'{n}!'") for n in range(TRIED_PER_ADDRESS + 50))
+    async with service(database_url, tmp_path, schema=SCHEMA, collections=COLLECTIONS) as running:
+        clients = [listener(running.address, caller=greedy) for _ in range(21)]
+        opened = [await client.__aenter__() for client in clients]
+        try:
+            answers = [
+                await one.subscribe(*(next(asked) for _ in range(TRIED_PER_CONNECTION)))
+                for one in opened
+            ]
+            mine = topic(filter="title~'mine'")
+            async with listener(running.address, mine, caller=modest) as other:
+                await running.write.execute("INSERT INTO pages VALUES ('p', 'mine')")
+                (heard,) = await other.take(1)
+        finally:
+            for client in clients:
+                await client.__aexit__(None, None, None)
+
+    assert answers == [204] * 20 + [400]
+    assert heard.event == mine
