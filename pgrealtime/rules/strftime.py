@@ -16,7 +16,7 @@ from sqlglot import exp
 from pgrealtime.collections import FieldKind
 from pgrealtime.errors import RuleUnsupportedError
 from pgrealtime.rules import sql
-from pgrealtime.rules.ir import Constant, FieldValue, Part, Term
+from pgrealtime.rules.ir import FieldValue, Part, Term
 from pgrealtime.rules.parameters import Form, Literal, Macro
 from pgrealtime.rules.scope import Scope
 from pgrealtime.rules.sql import Sql
@@ -107,9 +107,8 @@ def moment(
 
 
 def _start(scope: Scope, time: Term | None, number: Sql | None, text: Sql | None, base: str) -> Sql:
-    if _is_now(time):
-        now = scope.statement.bind(Macro.NOW, Form.TEXT)
-        return sql.null(sql.TIMESTAMP) if base in {"unixepoch", "julianday"} else _read(scope, now)
+    if time is None:
+        return _read(scope, scope.statement.bind(Macro.NOW, Form.TEXT))
     is_date = isinstance(time, FieldValue) and time.field.kind is FieldKind.DATE
     if is_date and isinstance(time, FieldValue) and time.part in {Part.WHOLE, Part.EACH}:
         assert text is not None
@@ -119,17 +118,13 @@ def _start(scope: Scope, time: Term | None, number: Sql | None, text: Sql | None
     from_number = scope.statement.given(number, lambda given: _of_number(given, base))
     if base in {"unixepoch", "julianday"}:
         return from_number
-    return sql.coalesced(from_number, _read(scope, text))
+    return sql.coalesced(from_number, _read(scope, _with_now(scope, text)))
 
 
-def _is_now(time: Term | None) -> bool:
-    match time:
-        case None:
-            return True
-        case Constant(Literal(str(text))):
-            return text.lower() == "now"
-        case _:
-            return False
+def _with_now(scope: Scope, text: Sql) -> Sql:
+    """Return the text with the moment for "now", whatever the text comes from."""
+    is_now = sql.binary(exp.EQ, sql.call("lower", sql.collated(text)), sql.string("now"))
+    return sql.case((is_now, scope.statement.bind(Macro.NOW, Form.TEXT)), default=text)
 
 
 def _read(scope: Scope, text: Sql) -> Sql:

@@ -507,9 +507,23 @@ def leading_number(text: Sql) -> Sql:
 
 
 def _as_number(operand: Value, scope: Scope) -> Sql:
-    """Return the operand's number, NULL if it is a text that doesn't look like one."""
-    number = to_number(operand, scope).number
-    return sql.null(sql.DOUBLE) if number is None else sql.cast(number, sql.DOUBLE)
+    """Return the operand's number as a double, NULL if it is a text that doesn't look like one.
+
+    A number beyond all doubles is NULL too, for functions that couldn't do anything with it.
+    """
+    converted = to_number(operand, scope)
+    number = converted.number
+    if number is None:
+        return sql.null(sql.DOUBLE)
+    if converted.is_double:
+        return number
+
+    def body(given: Sql) -> Sql:
+        is_double = _is_below(given, sql.cast(sql.string("1e300"), sql.EXACT))
+        not_tiny = sql.call("round", given, sql.number(300))
+        return sql.case((is_double, sql.cast(not_tiny, sql.DOUBLE)))
+
+    return scope.statement.given(sql.cast(number, sql.EXACT), body)
 
 
 def _date_text(operand: Value) -> Sql:
@@ -593,9 +607,7 @@ def _shown(digits: Sql) -> Sql:
 
 def _geo_distance(term: GeoDistance, scope: Scope) -> Sql:
     """Return kilometres by the arc cosine. Rounding may exceed 1, which acos would refuse."""
-    lon_a, lat_a, lon_b, lat_b = (
-        sql.call("radians", _as_number(value(arg, scope), scope)) for arg in term.args
-    )
+    lon_a, lat_a, lon_b, lat_b = (_radians(value(arg, scope), scope) for arg in term.args)
 
     def times(*factors: Sql) -> Sql:
         product, *rest = factors
@@ -618,6 +630,16 @@ def _geo_distance(term: GeoDistance, scope: Scope) -> Sql:
         times(sql.call("sin", lat_a), sql.call("sin", lat_b)),
     )
     return scope.statement.given(cosine, body)
+
+
+def _radians(degrees: Value, scope: Scope) -> Sql:
+    """Return the angle; NULL if it is endless, of which PostgreSQL would refuse the cosine."""
+
+    def body(given: Sql) -> Sql:
+        is_finite = _is_below(given, sql.string("Infinity"))
+        return sql.case((is_finite, sql.call("radians", given)))
+
+    return scope.statement.given(_as_number(degrees, scope), body)
 
 
 # --- moments

@@ -75,6 +75,16 @@ NUMBERS = [
     "0.1",
     "3",
 ]
+LITERALS = (
+    *(*TEXTS, *NUMBERS),
+    *("'2024'", "'2024.0'", "' 2024'", "'2024 '", "'+2024'", "'02024'", "'2.024e3'", "'2024.'"),
+    *("'20240'", "'2023'", "'-2024'", "'0x7e8'", "'2_024'", "'2024a'", "'\u0662'", "'2024-03-10'"),
+    *("'1710028800'", "'1710028800.0'", "'12'", "'12.0'", "'1.2e1'", "'03'", "'3'", "'3.0'"),
+    *("'0'", "'0.0'", "'-0'", "'00'", "'1e999'", "'-1e999'", "'1e-999'", "'Infinity'", "'NaN'"),
+    *("2024", "2024.0", "-2024", "1710028800", "12", "3", "9007199254740993", "0.5", "-0.0"),
+    *("'9007199254740993'", "'9007199254740993.0'", "'9223372036854775808'", "'%20%'", "'2_24'"),
+)
+"""Texts that look like numbers and such that only nearly do, and numbers of every spelling."""
 _REQUEST = (
     "id name email team groups groups.name groups:each verified level team.name prefs.theme"
     " badges:length nope id:lower posts_via_author.title joined"
@@ -121,7 +131,7 @@ class RandomRules:
         if self._random.random() < 0.5:
             return {}
         return {
-            "q": self.pick("", "5", "Hello", "a_b", "h%", "\\"),
+            "q": self.pick("", "5", "Hello", "a_b", "h%", "\\", "now", "2024"),
             "views": self.pick("5", "x", "", "2.50"),
         }
 
@@ -134,6 +144,22 @@ class RandomRules:
             parts = [self.rule(collection, depth - 1, is_filter=is_filter) for _ in range(2)]
             return self.pick(" && ", " || ").join(parts)
         return f"({self.rule(collection, depth - 1, is_filter=is_filter)})"
+
+    def function_rule(self, collection: str, *, is_filter: bool = False) -> str:
+        """Return a comparison of a function's result, or of a modifier's, with any literal."""
+        left = self._result(collection)
+        right = self.pick(*LITERALS) if self._random.random() < 0.75 else self._result(collection)
+        if not is_filter and self._random.random() < 0.1:
+            right = self.pick(*REQUEST, *WORDS)
+        if self._random.random() < 0.4:
+            left, right = right, left
+        return f"{left} {self.pick('', '', '?')}{self.pick(*OPERATORS)} {right}"
+
+    def _result(self, collection: str) -> str:
+        if self._random.random() < 0.7:
+            return self._call(collection)
+        names = FIELDS[collection].split()
+        return self.pick(*names) + self.pick(":lower", ":length", ":each", "")
 
     def near_rule(self) -> str:
         """Return a text that may be of the language or just not."""
@@ -194,6 +220,9 @@ class RandomRules:
             points = (self.pick(self._path(collection, 1), *NUMBERS[:5], "null") for _ in range(4))
             return f"geoDistance({', '.join(points)})"
         dates = ("'2024-02-30 12:00'", "'12:30'", "'2024-01-31T10:00:00.5+02:00'", "@todayStart")
-        time = self.pick(self._path(collection), *dates, *TEXTS[:4], *NUMBERS[:4], "2460000.5")
+        given = ("'now'", "'NOW'", "@request.query.q", "@request.query.views", "2460000.5")
+        time = self.pick(self._path(collection), *dates, *TEXTS[:4], *NUMBERS[:4], *given)
         shifts = (f", '{self.pick(*SHIFTS)}'" for _ in range(self._upto(3) - 1))
+        if self._random.random() < 0.1:
+            return f"strftime('{self.pick('%Y', '%Y-%m', '%F', '%j', '%%', '%q')}')"
         return f"strftime('{self.pick(*FORMATS)}', {time}{''.join(shifts)})"

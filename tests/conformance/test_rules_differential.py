@@ -1,7 +1,7 @@
 """Random rules, asked of the real PocketBase, of the reference and of the engine: the same rows.
 
 The seed is fresh in every run and told by a failure. ``PGREALTIME_SEED`` repeats a run,
-``PGREALTIME_RULES`` makes it longer.
+``PGREALTIME_RULES`` and ``PGREALTIME_FUNCTION_RULES`` make it longer.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import pytest_asyncio
 from pgrealtime.errors import RuleUnsupportedError
 from tests.conformance import rules_pocketbase
 from tests.conformance.random_rules import RandomRules
-from tests.conformance.rules_corpus import Answer, Corpus, Refused, Way, load
+from tests.conformance.rules_corpus import Answer, Case, Corpus, Refused, Way, load
 from tests.conformance.rules_pocketbase import CorpusPocketBase
 
+FUNCTIONS = int(os.environ.get("PGREALTIME_FUNCTION_RULES") or 200)
+"""Comparisons of functions in which engine and reference are asked."""
 SEED = int(os.environ.get("PGREALTIME_SEED") or secrets.randbelow(10**9))
 RULES = int(os.environ.get("PGREALTIME_RULES") or 40)
 
@@ -86,6 +88,42 @@ async def test_random_rules_show_what_pocketbase_shows(
             "headers": {},
         }
         assert not _differing(corpus, case, shown), (SEED, case, shown)
+
+
+@pytest.mark.timeout(600)
+async def test_functions_compared_with_any_literal_show_what_pocketbase_shows(
+    corpus: Corpus, pocketbase: CorpusPocketBase
+) -> None:
+    """On either side, in rules and in filters, with texts that look like numbers and nearly so."""
+    made = RandomRules(SEED)
+    for _ in range(RULES):
+        case = _function_case(made)
+        shown = await pocketbase.show(case["collection"], case["rule"], case["auth"], case["query"])
+        assert not _differing(corpus, case, shown), (SEED, case, shown)
+
+
+@pytest.mark.timeout(600 + FUNCTIONS)
+async def test_functions_compared_with_any_literal_mean_one_thing(corpus: Corpus) -> None:
+    """The engine says what the reference says; what one refuses the other does."""
+    made = RandomRules(SEED)
+    for _ in range(FUNCTIONS):
+        case = _function_case(made)
+        answers = [corpus.answer(case, way) for way in Way]
+        told = [str(one.error) if isinstance(one, Refused) else one for one in answers]
+        assert told == told[:1] * len(told), (SEED, case, told)
+
+
+def _function_case(made: RandomRules) -> Case:
+    collection = made.pick("posts", "posts", "posts", "users", "teams", "comments")
+    is_filter = made.pick("rule", "filter") == "filter"
+    text = made.function_rule(collection, is_filter=is_filter)
+    return {
+        "collection": collection,
+        "rule": "" if is_filter else text,
+        "auth": made.pick(*AUTHS),
+        "query": {"filter": text} if is_filter else made.query(),
+        "headers": {},
+    }
 
 
 @pytest.mark.timeout(600)
