@@ -78,7 +78,10 @@ class Field:
     is_multiple: bool = False
     """An array column, or a relation through a junction table."""
     is_select: bool = False
-    """One of a list of values: ``:length`` and ``:each`` mean something then."""
+    """One of a list of values, or several of them and none twice; else an array is kept as it is.
+
+    ``:length`` and ``:each`` mean something then, as they do of any array.
+    """
     is_hidden: bool = False
     """Shown to superusers only; not usable in client filters; rules may read it."""
     is_secret: bool = False
@@ -565,10 +568,8 @@ class _Shaping:
             kind=kind,
             type=column.type,
             is_multiple=is_multiple,
-            # PocketBase's only list of texts is a select of several values.
             is_select=column.type.base.kind is TypeKind.ENUM
-            or config.fields.types.get(name) == "select"
-            or (is_multiple and kind is FieldKind.TEXT),
+            or config.fields.types.get(name) == "select",
             is_hidden=is_secret or name in self.draft.config.fields.hide,
             is_secret=is_secret,
         )

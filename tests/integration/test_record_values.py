@@ -145,7 +145,7 @@ CASES = [
     Case("box[]", "'{(1,2),(3,4);(0,0),(3,4);NULL}'"),
     Case("jsonb[]", """ARRAY['{"a": [1, "x y"]}', 'null']::jsonb[]""",
          """'[{"a":[1,"x y"]},null]'"""),
-    Case("mood[]", "'{\"sad one\",ok,\"sad one\"}'", """'["sad one","ok"]'"""),
+    Case("mood[]", "'{\"sad one\",ok,\"sad one\"}'"),
     Case("positive[]", "'{1,2}'"),
     Case("pair_list", "ARRAY[ROW(1, 'x')::pair, NULL]::pair_list"),
     Case("int2vector", "'1 2 3'"),
@@ -256,16 +256,24 @@ def test_ids_are_strings_and_lists_of_ids_and_options_name_none_twice(
 ) -> None:
     """As in PocketBase's relations and selects of several; other arrays are shown as stored."""
     table = make_table(
-        "parent int REFERENCES t (id), others int[], tags text[], numbers int[]",
+        "parent int REFERENCES t (id), others int[], tags text[], moods mood[], numbers int[],"
+        " words text[], feelings mood[]",
+        "CREATE TYPE mood AS ENUM ('sad', 'ok')",
         relations={"others": {"collection": "t"}},
+        fields={"types": {"tags": "select", "moods": "select"}},
     )
-    table.insert("1, '{3,1,NULL,3}', '{a,b,NULL,a}', '{1,2,1}'")
+    table.insert(
+        "1, '{3,1,NULL,3}', '{a,b,NULL,a}', '{ok,sad,ok}', '{1,2,1}', '{a,b,NULL,a}', '{ok,sad,ok}'"
+    )
     record = json.loads(table.record())
     assert record["id"] == "1"
     assert record["parent"] == "1"
     assert record["others"] == ["3", "1"]
     assert record["tags"] == ["a", "b", None]
+    assert record["moods"] == ["ok", "sad"]
     assert record["numbers"] == [1, 2, 1]
+    assert record["words"] == ["a", "b", None, "a"]
+    assert record["feelings"] == ["ok", "sad", "ok"]
 
 
 def doubles() -> Iterator[float]:
@@ -315,10 +323,7 @@ ONCE = settings(
 
 
 def test_any_array_of_texts_is_what_to_json_says(make_table: MakeTable) -> None:
-    """Quotes, backslashes, braces, NULL beside the text "NULL", two dimensions.
-
-    (A list of texts is a select, which names nothing twice.)
-    """
+    """Quotes, backslashes, braces, NULL beside the text "NULL", two dimensions."""
     table = make_table("v text[]")
     element = st.none() | TEXTS
     flat = st.lists(element, max_size=6)
@@ -332,8 +337,7 @@ def test_any_array_of_texts_is_what_to_json_says(make_table: MakeTable) -> None:
     @given(flat | square)
     def holds(value: list[Any]) -> None:
         table.insert("%s::text[]", [value])
-        once = value if value and isinstance(value[0], list) else list(dict.fromkeys(value))
-        assert json.loads(table.member()) == once
+        assert json.loads(table.member()) == value
 
     holds()
 
