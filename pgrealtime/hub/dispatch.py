@@ -45,7 +45,7 @@ from pgrealtime.hub.frame import connect_tail
 from pgrealtime.hub.gaps import Gaps
 from pgrealtime.hub.history import History
 from pgrealtime.hub.identity import Identities
-from pgrealtime.hub.judge import Asking, Unheard, Verdict, where
+from pgrealtime.hub.judge import Asking, Unheard, Verdict, causes_of, where
 from pgrealtime.hub.limits import Limits
 from pgrealtime.hub.match import Group, Matcher
 from pgrealtime.hub.meaning import Meaning
@@ -143,6 +143,7 @@ class Hub:
             budget=self._budget,
             stall_timeout=limits.stall_timeout,
             turn=self._turn,
+            seen=self._visibility.seen,
             end=self._end,
             drop=self._drop,
             clock=clock,
@@ -677,6 +678,8 @@ class Hub:
             verdict = await meaning.judge.judge_in_turns(part.events)
             self._put_aside(verdict.late, verdict.dear)
             beside = await meaning.judge.look_beside(part.events, verdict, sights_of_audiences)
+            if causes := causes_of(part.gap, part.events, verdict, meaning.subscriptions):
+                await self._visibility.seen(causes)
             composer = Composer(
                 meaning.display,
                 part.events,

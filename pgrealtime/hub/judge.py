@@ -26,7 +26,7 @@ from pgrealtime.hub.expand import Reading
 from pgrealtime.hub.linking import rows_statement
 from pgrealtime.hub.match import Group, Judging, Matcher
 from pgrealtime.hub.probe import Asked, LiveRow
-from pgrealtime.hub.slices import SLICE
+from pgrealtime.hub.slices import SLICE, Announcement
 from pgrealtime.lsn import Cursor, Xid
 from pgrealtime.turns import Turn
 
@@ -147,6 +147,27 @@ class Unheard(Struct, frozen=True):
     """As the verdict has it."""
     since: Cursor
     """Of the first of them: until they are told no position may pass it."""
+
+
+def causes_of(
+    gap: Announcement | None,
+    events: Sequence[Event],
+    verdict: Verdict,
+    subscribed: Mapping[str, int],
+) -> set[Xid]:
+    """Return the transactions that readers must see before a slice's gaps are told.
+
+    Args:
+        gap: The slice's.
+        events: The slice's.
+        verdict: On them.
+        subscribed: Collections that anybody may hear of; of the others nobody is told.
+    """
+    doubted = (events[place] for place in verdict.unheard)
+    causes = {event.xid for event in doubted if subscribed.get(event.collection.name)}
+    if gap is not None and gap.xid is not None and any(map(subscribed.get, gap.collections or ())):
+        causes.add(gap.xid)
+    return causes
 
 
 class Judge:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 import structlog
 from msgspec import Struct
@@ -20,12 +20,12 @@ from pgrealtime.hub.display import NOTHING_BESIDE, Beside, Sight
 from pgrealtime.hub.event import Action, Event
 from pgrealtime.hub.gaps import Gaps
 from pgrealtime.hub.identity import Identities
-from pgrealtime.hub.judge import Verdict, where
+from pgrealtime.hub.judge import Verdict, causes_of, where
 from pgrealtime.hub.match import Group
 from pgrealtime.hub.recent import Recent, standpoint
 from pgrealtime.hub.send_budget import COUNTED, SendBudget
 from pgrealtime.hub.slices import SLICE, Announcement, Slice, parted, slices
-from pgrealtime.lsn import Cursor
+from pgrealtime.lsn import Cursor, Xid
 
 log = structlog.get_logger(__name__)
 
@@ -83,6 +83,7 @@ class Replays:
         budget: How much may wait for connections.
         stall_timeout: Seconds that one waits for room before the connection that takes most of
             it is dropped.
+        seen: Returns once readers see some transactions.
         turn: Makes a connection's caller what an event makes of it.
         end: Ends a connection, for a reason.
         drop: Ends one that takes too little.
@@ -100,6 +101,7 @@ class Replays:
         at_once: int,
         budget: SendBudget,
         stall_timeout: float,
+        seen: Callable[[Iterable[Xid]], Awaitable[None]],
         turn: Callable[[Connection, Event], None],
         end: Callable[[Connection, str], None],
         drop: Callable[[Connection], None],
@@ -113,6 +115,7 @@ class Replays:
         self._budget = budget
         self._stall_timeout = stall_timeout
         self._drop = drop
+        self._seen = seen
         self._turn = turn
         self._end = end
         self._clock = clock
@@ -299,6 +302,7 @@ class Replays:
         judged, progress.judged = progress.judged, None
         if judged is None or not judged.is_of(connection, edition):
             judged = await self._judge(connection, progress.at_once, allowance)
+            await self._see_causes(judged)
             if connection.is_ended or self._course.edition != edition:
                 return
             self._aside.note(connection, allowance, judged.events)
@@ -345,6 +349,15 @@ class Replays:
         if connection.wants_cursor and not connection.is_ended:
             connection.say_cursor(upto)
         progress.at_once = piece.stop if is_cut else min(SLICE, max(1, len(events)) * 2)
+
+    async def _see_causes(self, judged: _Judged) -> None:
+        """Wait until readers see what caused the gaps that are about to be told."""
+        gap = judged.part.gap
+        if gap is not None and gap.at > judged.upto:
+            gap = None
+        subscribed = self._course.meaning.subscriptions
+        if causes := causes_of(gap, judged.events, judged.verdict, subscribed):
+            await self._seen(causes)
 
     def _turn_all(self, connection: Connection, people: Sequence[Event], action: Action) -> None:
         for event in people:

@@ -11,7 +11,7 @@ from pgrealtime.changes import Oversized, TableName, Transaction
 from pgrealtime.collections import Collections
 from pgrealtime.hub.event import Emptied, Event, events_of
 from pgrealtime.hub.identity import Person, person_in
-from pgrealtime.lsn import END, Cursor
+from pgrealtime.lsn import END, Cursor, Xid
 
 SLICE = 250
 """Changes judged together, and messages handed to a subscription together: large enough to join
@@ -30,6 +30,8 @@ class Announcement(Struct, frozen=True):
     """Names; None is all."""
     reason: str
     at: Cursor
+    xid: Xid | None = None
+    """Of the transaction that caused it; None if that is over and visible for long."""
 
     def concerns(self, collection: str) -> bool:
         """Whether something of the collection of that name may be missing."""
@@ -114,7 +116,7 @@ def slices(
             for event in events_of(entry, collections, behind):
                 if isinstance(event, Emptied):
                     names = frozenset({event.collection.name})
-                    gap = Announcement(names, "truncate", event.cursor)
+                    gap = Announcement(names, "truncate", event.cursor, entry.xid)
                     yield cut.slice(gap, event.cursor)
                     cut = _Cut(limit)
                     continue
@@ -184,8 +186,10 @@ def portions(events: Sequence[Event], judged: Sequence[Iterable[Hashable]]) -> I
 
 
 def _announcement(entry: Oversized | Gap, collections: Collections, at: Cursor) -> Announcement:
-    reason = "too_large" if isinstance(entry, Oversized) else entry.reason
-    return Announcement(_names(entry.tables, collections), reason, at)
+    names = _names(entry.tables, collections)
+    if isinstance(entry, Oversized):
+        return Announcement(names, "too_large", at, entry.xid)
+    return Announcement(names, entry.reason, at)
 
 
 def _names(tables: frozenset[TableName] | None, collections: Collections) -> frozenset[str] | None:

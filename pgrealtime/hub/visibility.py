@@ -18,6 +18,10 @@ log = structlog.get_logger(__name__)
 
 _BARRIER_SECONDS = 10.0
 _BARRIER_RETRY_SECONDS = 0.005
+_SEEN_SECONDS = 5.0
+"""How long a gap is held back until readers see what caused it."""
+_UNANSWERED_SECONDS = 1.0
+"""As much of that as is spent on a database that doesn't answer: then nobody reads it either."""
 _AGAIN_SECONDS = 1.0
 _FORGET_SECONDS = 0.5
 
@@ -91,6 +95,23 @@ class Visibility:
             xids = [xid for xid in xids if not snapshot.sees(xid)]
             if xids:
                 await asyncio.sleep(_BARRIER_RETRY_SECONDS)
+
+    async def seen(self, xids: Iterable[Xid]) -> None:
+        """Return once readers see the transactions, or after a while.
+
+        Whoever is told of a gap loads anew at once: it has to find what the gap is about.
+        """
+        wanted = frozenset(xids)
+        edition, began = self._edition(), self._clock()
+        while any(xid in wanted for _, xid in self._unseen) and self._edition() == edition:
+            try:
+                self._note((await self._snapshots.take()).snapshot)
+                patience = _SEEN_SECONDS
+            except PgRealtimeError:
+                patience = _UNANSWERED_SECONDS
+            if self._clock() - began > patience:
+                return
+            await asyncio.sleep(_BARRIER_RETRY_SECONDS)
 
     async def watch(self) -> None:
         """Let go of what has become visible, for ever."""

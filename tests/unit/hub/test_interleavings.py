@@ -446,6 +446,47 @@ async def test_a_row_that_cannot_be_shown_is_a_gap(monkeypatch: pytest.MonkeyPat
     assert of_other[1][1] == "notes/*"
 
 
+@pytest.mark.parametrize("resumed", [False, True], ids=["live", "resumed"])
+@pytest.mark.parametrize("cause", ["emptied", "too large", "undecided"])
+async def test_a_gap_is_told_once_its_cause_is_visible(cause: str, *, resumed: bool) -> None:
+    """Who loads anew at once would otherwise keep the rows of before, and hear no more of it."""
+    async with open_room() as room:
+        start = room.changelog.head
+        first, first_sink = room.connect(position="")
+        await room.subscribe(first, FILTERED)
+        await asyncio.sleep(0)
+        room.database.snapshot_text = "50:50:"
+        if cause == "too large":
+            room._end += 100
+            room.changelog.append(Oversized(Xid(60), LSN(room._end), 0, frozenset({POSTS})))
+            room.hub.wake()
+        else:
+            room.database.undecided = frozenset({"posts"} if cause == "undecided" else ())
+            room.commit(Truncate(POSTS) if cause == "emptied" else insert("a"), xid=60)
+        await room.database.asked_again(3)
+        sink = first_sink
+        if resumed:
+            second, sink = room.connect(position=f"x.abcdef-{start.lsn:016x}-ffffffff")
+            await room.subscribe(second, FILTERED)
+            await room.database.asked_again(3)
+        assert "PB_RESYNC" not in [name for _, name, _ in sink.events()]
+        room.database.snapshot_text = "70:70:"
+
+        await sink.wait_for_bytes(b"PB_RESYNC")
+
+
+async def test_a_gap_is_told_though_the_database_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads it then either; and the others' events wait behind it."""
+    monkeypatch.setattr("pgrealtime.hub.visibility._UNANSWERED_SECONDS", 0.05)
+    async with open_room() as room:
+        connection, sink = room.connect(position="")
+        await room.subscribe(connection, "posts/*")
+        room.database.is_away = True
+        room.commit(Truncate(POSTS), xid=60)
+
+        await sink.wait_for_bytes(b"PB_RESYNC")
+
+
 async def test_a_fault_of_ours_in_judging_is_a_gap_and_ends_nothing() -> None:
     """Neither the task that delivers nor a replay may die of it, still less in silence."""
     async with open_room() as room:
