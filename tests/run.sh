@@ -12,7 +12,7 @@ PATH=$PATH:/usr/sbin:/sbin
 
 # Two lanes run side by side, each with a server of its own: about as long as each other, and the
 # suites that count a server's slots or end its sessions don't meet.
-LANE_1="unit conformance chaos"
+LANE_1="unit conformance chaos histories"
 LANE_2="integration attacks e2e"
 REPORTS=tests/.run
 work=$(mktemp -d "${TMPDIR:-/tmp}/pgrealtime-tests.XXXXXX")

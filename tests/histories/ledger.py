@@ -1,0 +1,302 @@
+"""The writer's books: every version of every row, in the order of commits, and who may see it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal, TypeAlias
+
+from pgrealtime.lsn import Cursor
+from tests.histories.scene import DOCS, LIKES, Rule, Scene, Values, Who, sees_user
+
+Action: TypeAlias = Literal["create", "update", "delete", "truncate"]
+Person: TypeAlias = str
+"""A user's id; ``""`` is a guest, ``root`` a superuser."""
+
+ROOT = "root"
+_LIKES_OF = {likes: docs for docs, likes in LIKES.items()}
+_GENERATED = frozenset({"gen", "is_open"})
+_TOASTED = frozenset({"body", "extra", "bio"})
+_KEYS = {"default": frozenset({"id"}), "index": frozenset({"id", "kind"})}
+
+
+@dataclass(eq=False, slots=True)
+class Version:
+    """What one statement made of one row.
+
+    Attributes:
+        values: The row; of one that is deleted as it was.
+        in_wal: The columns that the stream has of it.
+        commit: Its number; 0 while the transaction is open.
+        is_last: Whether the transaction left the row like this.
+        cursor: Of its event, if it is known.
+        is_rename: Whether a changed key deletes it: the next version is of the same change.
+    """
+
+    table: str
+    record_id: str
+    action: Action
+    values: Values
+    in_wal: frozenset[str]
+    commit: int = 0
+    order: int = 0
+    is_last: bool = True
+    cursor: Cursor | None = None
+    is_rename: bool = False
+
+    def __str__(self) -> str:
+        mark = self.values.get("mark", "")
+        return f"{self.action} {self.table}/{self.record_id} {mark} (commit {self.commit})"
+
+
+@dataclass(slots=True)
+class Happening:
+    """Something beside rows that may make a gap.
+
+    Attributes:
+        since: The last commit that was begun when it began.
+        upto: The last one that was begun when it was over; None while it goes on.
+    """
+
+    kind: Literal["queries", "walsender", "lock", "alter", "truncate"]
+    table: str
+    since: int
+    upto: int | None = None
+
+
+@dataclass(slots=True)
+class Ledger:
+    """All that was written.
+
+    Attributes:
+        begun: The last commit that was sent.
+        done: The last commit that was answered.
+    """
+
+    scene: Scene
+    begun: int = 0
+    done: int = 0
+    marks: int = 0
+    rows: dict[tuple[str, str], list[Version]] = field(default_factory=lambda: defaultdict(list))
+    by_mark: dict[str, Version] = field(default_factory=dict)
+    log: list[Version] = field(default_factory=list)
+    """In order."""
+    happenings: list[Happening] = field(default_factory=list)
+    likers: dict[tuple[str, str], set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Who ever liked a record."""
+    _touched: dict[int, set[tuple[str, str]]] = field(default_factory=lambda: defaultdict(set))
+    _states: dict[tuple[int, int], State] = field(default_factory=dict)
+
+    def mark(self) -> str:
+        """Return a text that is nowhere else."""
+        self.marks += 1
+        return f"v{self.marks}"
+
+    def begin_commit(self, versions: Iterable[Version]) -> int:
+        """Note a transaction whose COMMIT is about to be sent; return its number."""
+        self.begun += 1
+        last: dict[tuple[str, str], Version] = {}
+        for order, version in enumerate(versions):
+            key = version.table, version.record_id
+            if key in last:
+                last[key].is_last = False
+            last[key] = version
+            version.commit, version.order = self.begun, order
+            self.rows[key].append(version)
+            self._touched[self.begun].add(key)
+            self.log.append(version)
+            if version.action in ("create", "update") and "mark" in version.values:
+                self.by_mark[version.values["mark"]] = version
+            if version.table in _LIKES_OF:
+                doc, _, user = version.record_id.partition("|")
+                self.likers[_LIKES_OF[version.table], doc].add(user)
+        return self.begun
+
+    def happens(
+        self, kind: Literal["queries", "walsender", "lock", "alter", "truncate"], table: str = ""
+    ) -> Happening:
+        """Note the beginning of what may make a gap."""
+        happening = Happening(kind, table, self.begun)
+        self.happenings.append(happening)
+        return happening
+
+    def is_touched(self, table: str, record_id: str, commit: int) -> bool:
+        """Whether the commit wrote the row."""
+        return (table, record_id) in self._touched.get(commit, ())
+
+    def version(self, table: str, record_id: str, commit: int, without: int = 0) -> Version | None:
+        """Return the row's last version at a commit.
+
+        Args:
+            table: The table.
+            record_id: The row's id.
+            commit: The moment.
+            without: A commit whose changes of the row are undone, with all since.
+        """
+        upto = commit
+        if without and without <= commit and self.is_touched(table, record_id, without):
+            upto = without - 1
+        found = None
+        for version in self.rows.get((table, record_id), ()):
+            if version.commit > upto:
+                break
+            found = version
+        return found
+
+    def row(self, table: str, record_id: str, commit: int, without: int = 0) -> Values | None:
+        """Return the row as it was at a commit; None if there was none."""
+        found = self.version(table, record_id, commit, without)
+        return None if found is None or found.action in ("delete", "truncate") else found.values
+
+    def at(self, commit: int, without: int = 0) -> State:
+        """Return the tables as they were right after a commit."""
+        key = commit, without
+        if key not in self._states:
+            self._states[key] = State(self, commit, without)
+        return self._states[key]
+
+    def who(self, person: Person, commit: int) -> Who:
+        """Return who the person was."""
+        if person == ROOT:
+            return Who(ROOT, "", is_superuser=True)
+        row = self.row("users", person, commit) if person else None
+        return Who() if row is None else Who(person, row["role"])
+
+    def people_at(self, person: Person, first: int, last: int) -> set[Who]:
+        """Return whoever the person was from one commit to another.
+
+        A commit that changes the person does so at its place among the changes.
+        """
+        start = first - 1 if self.is_touched("users", person, first) else first
+        return {self.who(person, commit) for commit in range(start, last + 1)}
+
+    def columns_in_wal(self, table: str, action: Action, changed: Iterable[str]) -> frozenset[str]:
+        """Return the columns that the stream brings of a change.
+
+        Args:
+            table: The table.
+            action: What is done.
+            changed: What an update sets.
+        """
+        scene, columns = self.scene, COLUMNS.get(table, frozenset())
+        identity = scene.identity(table)
+        known = columns - (_GENERATED if scene.plugin == "pgoutput" else frozenset())
+        if action == "delete":
+            return known if identity == "full" else _KEYS[identity]
+        if action == "update" and identity != "full":
+            return known - (_TOASTED - frozenset(changed))
+        return known
+
+
+COLUMNS: Mapping[str, frozenset[str]] = {
+    "users": frozenset(["id", "mark", "name", "email", "emailVisibility", "role", "shown", "bio"]),
+    "teams": frozenset(["id", "mark", "open"]),
+    "members": frozenset(["id", "mark", "team", "usr"]),
+    "fence": frozenset(["id"]),
+    **dict.fromkeys(
+        DOCS,
+        frozenset(
+            [
+                "id",
+                "kind",
+                "mark",
+                "owner",
+                "public",
+                "team",
+                "title",
+                "body",
+                "extra",
+                "note",
+                "n",
+                "gen",
+                "is_open",
+            ]
+        ),
+    ),
+}
+
+
+@dataclass(slots=True)
+class State:
+    """The tables at a moment, as rules ask about them."""
+
+    ledger: Ledger
+    commit: int
+    without: int
+
+    def is_member(self, team: str, user: str) -> bool:
+        """Whether the user is a member of the team."""
+        is_team = self.ledger.row("teams", team, self.commit, self.without) is not None
+        record_id = f"{team}-{user}"
+        return (
+            is_team and self.ledger.row("members", record_id, self.commit, self.without) is not None
+        )
+
+    def is_open(self, team: str) -> bool:
+        """Whether there is the team, and it is open."""
+        row = self.ledger.row("teams", team, self.commit, self.without)
+        return row is not None and bool(row["open"])
+
+    def likes(self, docs: str, record_id: str) -> frozenset[str]:
+        """Who likes the record."""
+        return frozenset(
+            user
+            for user in self.ledger.likers.get((docs, record_id), ())
+            if self.ledger.row(LIKES[docs], f"{record_id}|{user}", self.commit, self.without)
+            is not None
+        )
+
+    def is_there(self, user: str) -> bool:
+        """Whether there is the user."""
+        return self.ledger.row("users", user, self.commit, self.without) is not None
+
+
+Condition: TypeAlias = Callable[[str, Values, Who, State], bool]
+
+
+@lru_cache(maxsize=64)
+def condition(table: str, rule: Rule | None, filter_: Rule | None) -> Condition:
+    """Return what must hold for somebody to hear of a row of the table."""
+
+    def holds(docs: str, row: Values, who: Who, at: State) -> bool:
+        if filter_ is not None and not filter_.admits(docs, row, who, at):
+            return False
+        if who.is_superuser:
+            return True
+        if table == "users":
+            return sees_user(row, who)
+        if table == "teams":
+            return bool(row["open"])
+        return table == "fence" or (rule is not None and rule.admits(docs, row, who, at))
+
+    return holds
+
+
+def outcomes(
+    ledger: Ledger, holds: Condition, version: Version, person: Person, last: int
+) -> set[bool]:
+    """Return whatever may be decided about a version from its commit to another.
+
+    The row is judged as that version left it (one that is deleted as it was), who asks and what is
+    related as of the commit or of any later moment.
+    """
+    people = ledger.people_at(person, version.commit, max(last, version.commit))
+    return {
+        holds(version.table, version.values, who, at)
+        for at in moments(ledger, version, last)
+        for who in people
+    }
+
+
+def moments(ledger: Ledger, version: Version, last: int) -> Iterator[State]:
+    """The moments at which what is related to a version may be read."""
+    if version.action != "delete":
+        for commit in range(version.commit, max(last, version.commit) + 1):
+            yield ledger.at(commit)
+        return
+    # What the transaction found: its own changes don't count.
+    yield ledger.at(version.commit - 1)
+    for commit in range(version.commit, max(last, version.commit) + 1):
+        yield ledger.at(commit, version.commit)

