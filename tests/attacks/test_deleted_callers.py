@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
 from pgrealtime.auth.principal import Caller
+from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Delete, Insert, Row, TableName, Transaction, Update, WholeRow
+from pgrealtime.collections import build
 from pgrealtime.config import CollectionConfig
+from pgrealtime.hub.match import Matcher
 from tests.attacks.held_stream import World, world_of
 
 SCHEMA = """
@@ -226,6 +229,36 @@ async def test_rights_change_at_their_own_change_of_the_stream(
         await world.stream(swapped, await event_of(world, case, name_of(case, 2)))
         assert heard(world, BAD, name_of(case, 2)) == "all"
         assert heard(world, GOOD, name_of(case, 2)) == least
+
+
+@pytest.mark.parametrize(
+    "name", ["a list rule", "expand", "addresses", "what a column points to", "a generated column"]
+)
+async def test_a_reload_that_asks_for_more_makes_nobody_else_of_a_caller(
+    database_url: str, name: str
+) -> None:
+    """Who was recognised before lacks the columns: the row of now is read, and has to be there."""
+    case = CASES[name]
+    plain = configured(replace(case, rule="" if "manage" not in case.place else "id = 'nobody'"))
+    async with world_of(database_url, SCHEMA, plain) as world:
+        for who in (BAD, GOOD):
+            await world.listen(who, case.topic, await world.user(who))
+        await world.listen("", case.topic, Caller())
+        collections = build(
+            configured(case), await read_catalog(world.connection, schemas=["public"])
+        )
+        await world.hub.use(collections, Matcher(collections), lambda caller: caller)
+        await world.stream(await event_of(world, case, name_of(case, 1)))
+        found = {who: heard(world, who, name_of(case, 1)) for who in (BAD, GOOD, "")}
+        assert found[GOOD] == "all"
+        assert found[BAD] == found[""] != "all"
+        for sink in world.sinks.values():
+            sink.data = b""
+
+        between = await event_of(world, case, name_of(case, 2))
+        await world.write(f"DELETE FROM users WHERE id IN ('{BAD}', '{GOOD}')")
+        await world.stream(between)
+        assert {heard(world, who, name_of(case, 2)) for who in (BAD, GOOD, "")} == {found[""]}
 
 
 @pytest.mark.parametrize("column", ["verified", "email"])
