@@ -33,6 +33,17 @@ class Turn:
         self._end = perf_counter() + TURN_SECONDS
 
 
+class RestingTurn(Turn):
+    """A turn of work that nobody else waits for, and of which there may be much."""
+
+    __slots__ = ()
+
+    async def pause(self) -> None:
+        """Let others work for much longer."""
+        await asyncio.sleep(_LONGEST_REST)
+        self._end = perf_counter() + TURN_SECONDS
+
+
 class TurnQueue:
     """Work that one does at a time, those who wait taking turns; each does its own in order.
 

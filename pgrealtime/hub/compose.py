@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from time import perf_counter
 
 from msgspec import Struct
 
@@ -12,7 +13,7 @@ from pgrealtime.hub.connection import NO_PARTS, Connection, Part, Subscription
 from pgrealtime.hub.display import Beside, Display, Showing, showing_of
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.match import Audience, Group
-from pgrealtime.turns import Turn
+from pgrealtime.turns import RestingTurn, Turn
 
 _AUDIENCE_BYTES = 256 * 1024
 """Of one portion for one audience: by so much a send buffer overruns at most, one change aside."""
@@ -24,6 +25,15 @@ _CHANGE_BYTES = 1024 * 1024
 
 
 _NO_AUDIENCES: frozenset[Audience] = frozenset()
+
+
+_VIEW_SECONDS = 0.02
+"""That what clients ask to see of records may take of a slice, and for each change some more."""
+_VIEW_SECONDS_OF_CHANGE = 0.002
+_DEAR_SECONDS = 0.002
+"""From which on one such record is dear."""
+_MANY_TAKERS = 50
+"""Who share one: for so many it is made once for all, whatever it takes."""
 
 
 class Portion(Struct):
@@ -39,6 +49,10 @@ class Portion(Struct):
     """Places of events that could not be shown to somebody who may hear of them."""
     left_out: set[Connection]
     """For whom it doesn't have everything: they read it from the changelog, by themselves."""
+    late: set[Connection]
+    """Those of whom that is so since what clients ask to see of records took too long."""
+    dear: set[Connection]
+    """Those who ask for what took so long."""
 
 
 class Composer:
@@ -67,12 +81,15 @@ class Composer:
         self._beside = beside
         self._send_buffer = send_buffer
         self._turn = Turn()
+        self._seconds = 0.0
+        """That clients' ``fields`` took."""
+        self._most_seconds = _VIEW_SECONDS + _VIEW_SECONDS_OF_CHANGE * len(events)
         self._see_entire = _NO_AUDIENCES
         """Who is shown the event with the columns of a live row."""
         self._begin()
 
     def _begin(self) -> None:
-        self._portion = Portion([], {}, 0, [], set())
+        self._portion = Portion([], {}, 0, [], set(), set(), set())
         self._size = self._largest = 0
         self._begin_change()
 
@@ -89,6 +106,8 @@ class Composer:
         """
         self._begin()
         self._portion.stop = await self._compose(places)
+        self._portion.late |= self._portion.dear
+        self._portion.left_out |= self._portion.late
         return self._portion
 
     async def _compose(self, places: range) -> int:
@@ -146,6 +165,25 @@ class Composer:
                 await self._turn.pause()
 
     def _add(self, showing: Showing, audience: Audience) -> None:
+        if audience.receives[1].fields is None:
+            self._add_message(showing, audience)
+            return
+        takers = [one.connection for one in audience if one.connection.is_live]
+        if not takers:
+            return  # they read by themselves, and for them it is made there
+        if len(takers) >= _MANY_TAKERS:
+            self._add_message(showing, audience)
+        elif self._seconds >= self._most_seconds:
+            self._portion.late.update(takers)
+        else:
+            began = perf_counter()
+            self._add_message(showing, audience)
+            seconds = perf_counter() - began
+            self._seconds += seconds
+            if seconds >= _DEAR_SECONDS:
+                self._portion.dear.update(takers)
+
+    def _add_message(self, showing: Showing, audience: Audience) -> None:
         place, portion, batch = showing.place, self._portion, audience.batch
         if batch is None or audience.portion is not portion:
             # What another portion left behind, when it failed, is no part of this one.
@@ -251,7 +289,7 @@ async def compose_for(
         bound: Bytes that are enough. Only the first change is torn apart for it, and never a
             message.
     """
-    turn = Turn()
+    turn = RestingTurn() if connection.is_aside else Turn()
     batch = Batch()
     sent = connection.parts_sent_of(events[0].cursor) if events else NO_PARTS
     parts = set(sent)

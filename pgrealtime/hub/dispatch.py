@@ -693,6 +693,7 @@ class Hub:
                     portion = await composer.portion(range(stop, places.stop))
                     if course.edition != edition:
                         return  # another history has begun, and this slice isn't of it
+                    self._let_read_alone(portion.late, portion.dear)
                     stop = self._deliver(part, verdict, portion, start=stop)
                     if stop == len(part.events):
                         break
@@ -708,9 +709,13 @@ class Hub:
 
     def _put_aside(self, late: Iterable[Group], dear: Iterable[Group]) -> None:
         """Go on without those whose filters took too long."""
-        for connection in _connections_of(dear):
+        self._let_read_alone(_connections_of(late), _connections_of(dear))
+
+    def _let_read_alone(self, late: Iterable[Connection], dear: Iterable[Connection]) -> None:
+        """Go on without connections that keep others waiting; some of them are to blame for it."""
+        for connection in dear:
             self._aside.blame(connection)
-        for connection in _connections_of(late):
+        for connection in late:
             self._aside.put(connection)
             if connection.is_live:
                 self._leave_behind(connection)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import lru_cache
 from html import unescape
 from typing import Final
 
@@ -70,6 +71,10 @@ _TOKEN = re.compile(
 _BLANKS = re.compile(r"[\t\n\f\r ]+")
 
 
+_REMEMBERED = range(512, 64 * 1024)
+"""Characters of a text whose excerpt is kept: several views and topics may show the same."""
+
+
 def excerpt(html: str, limit: int, *, with_ellipsis: bool) -> str:
     """Return the beginning of the text, blanks collapsed, at most so many characters.
 
@@ -78,12 +83,21 @@ def excerpt(html: str, limit: int, *, with_ellipsis: bool) -> str:
         limit: In characters.
         with_ellipsis: Whether ``...`` follows what was cut; it doesn't count.
     """
+    if len(html) in _REMEMBERED:
+        return _excerpt_before(html, limit, with_ellipsis)
+    return _excerpt(html, limit, with_ellipsis)
+
+
+def _excerpt(html: str, limit: int, with_ellipsis: bool) -> str:  # noqa: FBT001 (cached)
     reader = _Reader(limit)
     reader.read(html)
     text = "".join(reader.parts).strip()
     if len(text) <= limit:
         return text
     return text[:limit].strip() + ("..." if with_ellipsis else "")
+
+
+_excerpt_before = lru_cache(maxsize=32)(_excerpt)
 
 
 class _Reader:

@@ -1,0 +1,97 @@
+"""Filters and views at the worst that a client may write wait for themselves: others go on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from tests.e2e.listener import Listener, listener
+from tests.e2e.service import service
+
+GUESTS = 10
+ROWS = 4
+SCHEMA = "CREATE TABLE pages (id text PRIMARY KEY, tags text[], names text[], html text);"
+COLLECTIONS: dict[str, dict[str, Any]] = {"pages": {"table": "pages", "list_rule": ""}}
+HTML = "<p>a<b>b</b> &amp; c</p>" * 400
+
+
+def topic(**query: str) -> str:
+    return f"pages/*?options={quote(json.dumps({'query': query}))}"
+
+
+def items(guest: int) -> list[str]:
+    """Every item against every item, many times over; the last part is true."""
+    pairs = " || ".join(f"tags:each > names:each && tags:each = 'x{guest}{n}'" for n in range(15))
+    return [topic(filter=f"({pairs} || names:each ?~ 'n1') && tags:each != 'y{guest}'")]
+
+
+def patterns(guest: int) -> list[str]:
+    """Each place of a long text nearly fits."""
+    nearly = f"%{'a_' * 700}b{guest}%"
+    return [topic(filter=f"html ~ '{nearly}{n}' || id != '{n}'") for n in range(20)]
+
+
+def columns(guest: int) -> list[str]:
+    """A column's value is the pattern."""
+    return [topic(filter=f"html ~ html || id = '{guest}{n}'") for n in range(40)]
+
+
+def views(guest: int) -> list[str]:
+    """A hundred excerpts of nine kilobytes of HTML, all different."""
+    limits = range(1000 + 100 * guest, 1100 + 100 * guest)
+    return [topic(fields=f"id,html:excerpt({limit},true)") for limit in limits]
+
+
+async def waits(client: Listener, write: Callable[[int], Any], rows: range) -> list[float]:
+    """How long each row took to reach the listener, one after the other."""
+    found = []
+    for n in rows:
+        began = time.monotonic()
+        await write(n)
+        (heard,) = await client.take(1, 60)
+        assert heard.data["record"]["id"] == f"r{n}"
+        found.append(time.monotonic() - began)
+    return found
+
+
+@pytest.mark.parametrize("attack", [items, patterns, columns, views])
+async def test_others_hear_in_time_and_the_attackers_hear_all_in_order(
+    database_url: str, tmp_path: Path, attack: Callable[[int], list[str]]
+) -> None:
+    """Before there were bounds a row took up to eighteen seconds for everybody."""
+    async with AsyncExitStack() as stack:
+        running = await stack.enter_async_context(
+            service(database_url, tmp_path, schema=SCHEMA, collections=COLLECTIONS)
+        )
+        honest = await stack.enter_async_context(listener(running.address, "pages/*"))
+        tags = [f"t{n:02}" for n in range(20)]
+        names = [f"n{n:02}" for n in range(20)]
+        html = HTML if attack is views else "a" * 9_000
+
+        async def write(n: int) -> None:
+            await running.write.execute(
+                "INSERT INTO pages VALUES (%s, %s, %s, %s)", [f"r{n}", tags, names, html]
+            )
+
+        alone = await waits(honest, write, range(3))
+        guests = [
+            await stack.enter_async_context(listener(running.address, *attack(n)))
+            for n in range(GUESTS)
+        ]
+        beside = await waits(honest, write, range(3, 3 + ROWS))
+        async with asyncio.timeout(100):
+            topics = len(attack(0))
+            heard = await guests[0].take(topics, 90)
+
+    assert max(beside) < 2
+    assert sum(beside) / ROWS < 0.5 + 5 * max(alone)
+    ids = [message.data["record"]["id"] for message in heard]
+    assert ids == ["r3"] * topics
