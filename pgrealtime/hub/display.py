@@ -18,12 +18,13 @@ from pgrealtime.collections import Collection, Collections
 from pgrealtime.config import HiddenFields
 from pgrealtime.hub.connection import Receives, Subscription
 from pgrealtime.hub.event import Event
-from pgrealtime.hub.expand import Expander, Reading, Related, Wanted
+from pgrealtime.hub.expand import Enter, Expander, Reading, Related, Wanted
 from pgrealtime.hub.expansion import Node, Viewer, Viewers, junction_steps
 from pgrealtime.hub.frame import event_tail
 from pgrealtime.hub.looking import Looking
 from pgrealtime.hub.match import Group
 from pgrealtime.hub.probe import Asked
+from pgrealtime.hub.row_history import RowHistory
 from pgrealtime.lsn import Xid
 from pgrealtime.records.encode import RecordEncoder, View, encoder, unshowable
 from pgrealtime.rules.past import Pasts, tables_of
@@ -45,6 +46,9 @@ class Entire(Struct):
     event: Event
     groups: Container[Group]
     """Who may see the live row."""
+    ids: Mapping[str, Sequence[str]] | None = None
+    """By field, where the live row leads through junction tables, if it isn't known where the
+    event's own did."""
 
 
 class Beside(Struct):
@@ -72,6 +76,8 @@ class Showing(Struct):
     """With the columns of a live row as well."""
     groups: Container[Group] = ()
     """Those that see it so."""
+    ids: Mapping[str, Sequence[str]] | None = None
+    """Instead of the event's ids in junction tables."""
 
     def is_managed(self, manager: Bound) -> bool:
         """Whether the record's address is shown to them."""
@@ -83,7 +89,7 @@ def showing_of(event: Event, place: int, beside: Beside) -> Showing:
     entire = beside.entire.get(place) if beside.entire else None
     if entire is None:
         return Showing(event, place, beside)
-    shown = Showing(entire.event, place, beside)
+    shown = Showing(entire.event, place, beside, ids=entire.ids)
     return Showing(event, place, beside, entire=shown, groups=entire.groups)
 
 
@@ -109,6 +115,7 @@ class Display:
         nulls: How NULL is shown.
         hidden: Who may expand a hidden relation.
         on_doubt: Told when a row doesn't fit what the catalogue says of its table.
+        history: Knows what was done to junction tables later.
 
     Attributes:
         expanding: Subscriptions that want related records.
@@ -123,6 +130,7 @@ class Display:
         nulls: Literal["null", "zero"],
         hidden: HiddenFields = "strict",
         on_doubt: Callable[[], None],
+        history: RowHistory | None = None,
     ) -> None:
         self._probe = probe
         self._collections = collections
@@ -130,7 +138,7 @@ class Display:
         self._nulls: Literal["null", "zero"] = nulls
         self._on_doubt = on_doubt
         self._viewers = Viewers(collections, planner, hidden=hidden)
-        self._expander = Expander(probe, collections, self._show)
+        self._expander = Expander(probe, collections, self._show, history)
         self._tables = tables_of(collections)
         self._rich = frozenset(
             one.name
@@ -180,6 +188,8 @@ class Display:
         events: Sequence[Event],
         judged: Sequence[Iterable[Group]],
         sights: Callable[[Iterable[Group]], Iterable[Sight]],
+        partial: Sequence[int] = (),
+        enter: Enter | None = None,
     ) -> Beside:
         """Find out what else is shown of the events' records, and to whom.
 
@@ -187,13 +197,17 @@ class Display:
             events: The slice's.
             judged: Who hears of them.
             sights: What those of some groups want to see whom this is done for.
+            partial: Places of events whose rows lack columns.
+            enter: Told of which events it isn't known what they held.
         """
         rich = self._rich
-        if not self.expanding and not any(event.collection.name in rich for event in events):
+        is_plain = not self.expanding and not partial
+        if is_plain and not any(event.collection.name in rich for event in events):
             return NOTHING_BESIDE
         xids = frozenset(event.xid for event in events)
         looking: Looking[int] = Looking(moment(datetime.now(UTC)), xids)
         wanted: list[Wanted] = []
+        asked: set[int] = set()
         pasts = Pasts(self._tables)
         heard = [place for place, groups in enumerate(judged) if groups]
         for place in heard:
@@ -203,9 +217,14 @@ class Display:
             if event.collection.manage_rule is not None and event.hides_email:
                 past = pasts.of(event.changes) if event.action == "delete" else None
                 bounds = {manager for _, manager in found if manager is not None}
+                asked.add(place)
                 looking.consider(place, event.collection, event.row, bounds, past)
-        await self._probe.ask(looking)
-        related = await self._expander.related(events, heard, wanted)
+        unanswered = await self._probe.ask(looking)
+        related = await self._expander.related(
+            events, heard, wanted, [place for place in partial if judged[place]], enter
+        )
+        if unanswered:
+            related.failed.update((place, None) for place in heard if place in asked)
         return Beside(looking, related)
 
     def tail(self, showing: Showing, receives: Receives, *, is_own: bool = False) -> bytes:
@@ -220,10 +239,11 @@ class Display:
 
     def _record(self, showing: Showing, view: View, viewer: Viewer | None) -> bytes:
         event, related = showing.event, showing.beside.related
+        ids = related.ids.get(showing.place, _NO_IDS) if showing.ids is None else showing.ids
         try:
             return self._encoder(event.collection.name, view)(
                 event.row,
-                related.ids.get(showing.place, _NO_IDS),
+                ids,
                 None if viewer is None else related.expands.get((showing.place, viewer)),
             )
         except Exception as error:  # noqa: BLE001 (one row that can't be shown stops nobody)

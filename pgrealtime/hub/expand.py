@@ -2,14 +2,15 @@
 
 Level by level for a whole batch: whatever viewers and records want of one relation is one query, of
 one collection's rows another, and rules are asked once for all who ask the same. Nothing here keeps
-an event back: what can't be fetched is left out.
+an event back: what can't be fetched is left out, and said to be.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection as Sized
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,7 +23,7 @@ from psycopg_pool import PoolTimeout
 
 from pgrealtime.auth.record import plain_id
 from pgrealtime.catalog.keys import canonical_id
-from pgrealtime.changes import Row
+from pgrealtime.changes import Change, Row, Truncate
 from pgrealtime.collections import Collection, Collections
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.expansion import (
@@ -32,6 +33,7 @@ from pgrealtime.hub.expansion import (
     Show,
     Step,
     TooLargeError,
+    Undone,
     Viewer,
     expanded,
     ids_in_row,
@@ -41,13 +43,16 @@ from pgrealtime.hub.linking import (
     in_order,
     linking_of,
     links_before,
+    links_undone,
     rows_before,
     rows_statement,
     when_created,
 )
 from pgrealtime.hub.looking import Looking
-from pgrealtime.hub.probe import Asked
-from pgrealtime.lsn import Xid
+from pgrealtime.hub.probe import PATIENCE_WITH_CONNECTIONS, Asked
+from pgrealtime.hub.row_history import RowHistory, Sequels, TableHistory
+from pgrealtime.hub.snapshot import Snapshot
+from pgrealtime.lsn import LSN, Xid
 from pgrealtime.records.expand import DEPTH
 from pgrealtime.rules.past import Past, tables_of
 from pgrealtime.rules.plan import Bound, moment
@@ -77,6 +82,21 @@ Place: TypeAlias = tuple[str, str, int]
 class Reading(Protocol):
     """One snapshot to read in."""
 
+    @property
+    def snapshot(self) -> Snapshot:
+        """Which transactions are seen."""
+        ...
+
+    @property
+    def reach(self) -> LSN:
+        """Where the WAL ended when the snapshot was there."""
+        ...
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a query had no answer, or not in time, though it should have had one."""
+        ...
+
     async def texts(
         self, statement: sql.Composed, params: Mapping[str, object]
     ) -> list[tuple[str | None, ...]] | None:
@@ -105,6 +125,9 @@ class Readings(Protocol):
 Wanted: TypeAlias = tuple[int, Viewer]
 """An event's place, and for whom."""
 
+Enter: TypeAlias = Callable[[Reading, Sized[int]], Awaitable[None]]
+"""Takes places of events whose live rows are of interest."""
+
 
 @dataclass(slots=True)
 class Related:
@@ -117,6 +140,10 @@ class Related:
 
     ids: dict[int, Mapping[str, Sequence[str]]] = field(default_factory=dict)
     expands: dict[Wanted, bytes | None] = field(default_factory=dict)
+    live_ids: dict[int, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    """As ``ids``, by places of which it isn't known what they were at the event."""
+    failed: set[tuple[int, Viewer | None]] = field(default_factory=set)
+    """Of which events something couldn't be had, be it for one viewer alone."""
 
 
 class Expander:
@@ -126,10 +153,19 @@ class Expander:
         readings: Where to ask.
         collections: All there are.
         show: Makes records.
+        history: Knows what was done to junction tables later; without it they are as they are.
     """
 
-    def __init__(self, readings: Readings, collections: Collections, show: Show) -> None:
+    def __init__(
+        self,
+        readings: Readings,
+        collections: Collections,
+        show: Show,
+        history: RowHistory | None = None,
+    ) -> None:
         self._readings = readings
+        self._history = history
+        self._sequels = Sequels()
         self._tables = tables_of(collections)
         self._junctions = {
             one.name: junction_steps(collections, one) for one in collections.values()
@@ -137,7 +173,12 @@ class Expander:
         self._show = show
 
     async def related(
-        self, events: Sequence[Event], places: Iterable[int], wanted: Iterable[Wanted]
+        self,
+        events: Sequence[Event],
+        places: Iterable[int],
+        wanted: Iterable[Wanted],
+        partial: Iterable[int] = (),
+        enter: Enter | None = None,
     ) -> Related:
         """Return what is wanted, as far as it can be had in time.
 
@@ -145,17 +186,27 @@ class Expander:
             events: The batch.
             places: Of those that anybody hears of; ids in junction tables are found for them.
             wanted: What is expanded, and for whom.
+            partial: Places of those whose rows lack columns.
+            enter: Told, in the same snapshot, of which events it isn't known what they held.
         """
-        found = Related()
         lacking = [p for p in places if self._junctions[events[p].collection.name]]
-        asked = list(dict.fromkeys(wanted))
-        if lacking or asked:
+        asked, partial = list(dict.fromkeys(wanted)), list(partial)
+        if not (lacking or asked or partial):
+            return Related()
+        for patience in PATIENCE_WITH_CONNECTIONS:
+            found = Related()
             try:
                 async with asyncio.timeout(_SECONDS):
-                    await self._read(events, lacking, asked, found)
+                    await self._read(events, lacking, asked, found, partial=partial, enter=enter)
             except (psycopg.Error, PoolTimeout, TimeoutError) as error:
                 log.warning("expand.failed", error=type(error).__name__)
-        return found
+                # A connection that broke says nothing of the next one.
+                if patience is None or isinstance(error, PoolTimeout | TimeoutError):
+                    break
+                await asyncio.sleep(patience)
+            else:
+                return found
+        return Related(failed={*asked, *((place, None) for place in (*lacking, *partial))})
 
     async def beside(
         self, collection: Collection, row: Row, viewer: Viewer | None
@@ -190,17 +241,36 @@ class Expander:
         lacking: Sequence[int],
         wanted: Sequence[Wanted],
         found: Related,
+        *,
+        partial: Sequence[int],
+        enter: Enter | None,
     ) -> None:
-        concerned = dict.fromkeys([*lacking, *(place for place, _ in wanted)])
+        concerned = dict.fromkeys([*lacking, *(place for place, _ in wanted), *partial])
         pasts = {place: self._past(events[place]) for place in concerned}
         xids = frozenset(events[place].xid for place in concerned)
         async with self._readings.reading(xids) as reading:
             fetching = _Fetching(reading, self._junctions)
-            own = {place: _node_of(events[place], pasts[place]) for place in lacking}
+            undone = await self._undone(reading, events, lacking)
+            nodes = {
+                place: _node_of(events[place], pasts[place], undone.get(place, {}))
+                for place in concerned
+            }
+            own = {place: nodes[place] for place in lacking}
             await fetching.relate(own.values())
             found.ids.update((place, node.related) for place, node in own.items())
-            roots = [(_node_of(events[place], pasts[place]), viewer) for place, viewer in wanted]
+            unknown = {place: fetching.live_ids(node) for place, node in own.items()}
+            found.live_ids.update((place, ids) for place, ids in unknown.items() if ids)
+            if enter is not None and (found.live_ids or partial):
+                await enter(reading, {*found.live_ids, *partial})
+            if reading.has_failed:
+                found.failed.update((place, None) for place in (*lacking, *partial))
+            roots = [
+                (_node_of(events[place], pasts[place], undone.get(place, {})), viewer)
+                for place, viewer in wanted
+            ]
             await fetching.expand(roots)
+            if reading.has_failed:
+                found.failed.update(wanted)
         left = _BYTES
         for one, (root, viewer) in zip(wanted, roots, strict=True):
             most = min(_LARGE, max(left, _SMALL))
@@ -213,6 +283,38 @@ class Expander:
             if size > _SMALL:
                 left -= size
                 await asyncio.sleep(0)
+
+    async def _undone(
+        self, reading: Reading, events: Sequence[Event], lacking: Sequence[int]
+    ) -> dict[int, Undone]:
+        """Return what was done to the links of records later, as far as the reading sees it.
+
+        A record leads where it led when its transaction was over or, if that changed the record
+        once more, right before. What follows is another version's, that others may see.
+        """
+        if self._history is None or not lacking:
+            return {}
+        is_complete = await self._history.reaches(reading.reach)
+        first = LSN(min(events[place].cursor.lsn for place in lacking))
+        undone: dict[int, Undone] = {}
+        for place in lacking:
+            event = events[place]
+            by_link: dict[Link, Sequence[Change] | None] = {}
+            for step in self._junctions[event.collection.name]:
+                linking = linking_of(step)
+                table, column = linking.table.name, linking.match.name
+                own: Sequence[Change] | None = ()
+                if event.action != "delete":  # the past of which goes back behind it
+                    own = self._sequels.after_version(event, table, column)
+                history = await self._history.of(table, column, first) if is_complete else None
+                later = None if history is None else _seen(history, event, reading)
+                if later is None or own is None:
+                    by_link[step.link] = None
+                elif own or later:
+                    by_link[step.link] = [*own, *later]
+            if by_link:
+                undone[place] = by_link
+        return undone
 
     def _past(self, event: Event) -> Past | None:
         """Return the state that a deleted record is shown in: that in which it was deleted.
@@ -236,9 +338,23 @@ class Expander:
             return None
 
 
-def _node_of(event: Event, past: Past | None) -> Node:
+def _node_of(event: Event, past: Past | None, undone: Undone) -> Node:
     record_id = plain_id(event.collection, event.record_id)
-    return Node(event.collection, record_id, event.row, past=past)
+    return Node(event.collection, record_id, event.row, past=past, undone=undone)
+
+
+def _seen(history: TableHistory, event: Event, reading: Reading) -> list[Change] | None:
+    """Return later transactions' changes of the links; None if some aren't known."""
+    found: list[Change] = []
+    ids = {event.record_id, plain_id(event.collection, event.record_id)}
+    writes = [write for one in ids for write in history.writes(one, event.cursor.lsn)]
+    for write in writes:
+        if write.xid is not None and not reading.snapshot.sees(write.xid):
+            continue
+        if write.change is None or isinstance(write.change, Truncate):
+            return None
+        found.append(write.change)
+    return found
 
 
 @dataclass(slots=True, eq=False)
@@ -354,13 +470,27 @@ class _Fetching:
                 if way.branch.step.is_back:
                     way.children.sort(key=lambda child: when_created(child.collection, child.row))
 
+    def live_ids(self, node: Node) -> Mapping[str, Ids]:
+        """Return, by field, where a record leads now, if some of where it led isn't known."""
+        steps = self._junctions[node.collection.name]
+        if all(step.name in node.related for step in steps):
+            return {}
+        ids = {step.name: self._links[step.link].get(node.record_id) for step in steps}
+        return {name: found for name, found in ids.items() if found is not None}
+
     def _ids(self, step: Step, node: Node) -> Ids | None:
         if step.is_in_row:
             return ids_in_row(step, node.row)
         ids = self._links[step.link].get(node.record_id)
+        linking = linking_of(step)
+        if ids is not None and step.link in node.undone:
+            undone = node.undone[step.link]
+            before = None
+            if undone is not None:
+                before = links_undone(linking, undone, node.record_id, ids)
+            ids = None if before is None else sorted(before, key=in_order)
         if ids is None or node.past is None:
             return ids
-        linking = linking_of(step)
         found = set(ids)
         for overlay in node.past.overlays([linking.table.name]):
             found = links_before(linking, overlay, node.record_id, found)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import MappingProxyType
 from typing import TypeAlias
 from weakref import WeakValueDictionary
 
@@ -16,7 +17,7 @@ import msgspec
 from msgspec import Raw
 
 from pgrealtime.auth.principal import AuthRecord, Superuser
-from pgrealtime.changes import Row
+from pgrealtime.changes import Change, Row
 from pgrealtime.collections import Collection, Collections, Field
 from pgrealtime.config import HiddenFields
 from pgrealtime.errors import RuleError
@@ -265,6 +266,10 @@ def _branches(routes: Sequence[Sequence[Step]]) -> Mapping[str, Branch]:
 # --- records as they are found
 
 
+Undone: TypeAlias = Mapping[Link, Sequence[Change] | None]
+_NOTHING_UNDONE: Undone = MappingProxyType({})
+
+
 class Node:
     """A record with the related ones that one viewer sees of it.
 
@@ -272,17 +277,35 @@ class Node:
         related: Ids by field name, of relations through junction tables.
         children: By step, in order; None where they may not or could not be looked for.
         past: What related tables were like; None is as they are.
+        undone: By relation through a junction table, later changes of its links that are taken
+            back; None where they aren't known.
     """
 
-    __slots__ = ("children", "collection", "past", "record_id", "related", "row", "sees_email")
+    __slots__ = (
+        "children",
+        "collection",
+        "past",
+        "record_id",
+        "related",
+        "row",
+        "sees_email",
+        "undone",
+    )
 
     def __init__(
-        self, collection: Collection, record_id: str, row: Row, *, past: Past | None = None
+        self,
+        collection: Collection,
+        record_id: str,
+        row: Row,
+        *,
+        past: Past | None = None,
+        undone: Undone = _NOTHING_UNDONE,
     ) -> None:
         self.collection = collection
         self.record_id = record_id
         self.row = row
         self.past = past
+        self.undone = undone
         self.sees_email = False
         self.related: Mapping[str, Sequence[str]] = {}
         self.children: dict[str, list[Node] | None] = {}

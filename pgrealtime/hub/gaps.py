@@ -93,10 +93,17 @@ class Gaps:
 def _unknown_to(connection: Connection, unheard: Unheard) -> frozenset[str]:
     """The collections of which the connection may miss something."""
     unknown = unheard.lost | (unheard.undecided & _asked_about(connection))
-    if not unheard.unprovable:
+    if not (unheard.unprovable or unheard.unseen):
         return unknown
-    theirs = (s.group for s in connection.subscriptions.values() if s.group is not None)
-    return unknown.union(g.variant.collection.name for g in theirs if g in unheard.unprovable)
+    return unknown.union(
+        subscription.group.variant.collection.name
+        for subscription in connection.subscriptions.values()
+        if subscription.group is not None
+        and (
+            subscription.group in unheard.unprovable
+            or (subscription.group, subscription.viewer) in unheard.unseen
+        )
+    )
 
 
 def _asked_about(connection: Connection) -> frozenset[str]:

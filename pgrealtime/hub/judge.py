@@ -11,10 +11,8 @@ from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from typing import Protocol, TypeAlias
 
-import psycopg
 import structlog
 from msgspec import Struct
-from psycopg_pool import PoolTimeout
 
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
@@ -23,6 +21,7 @@ from pgrealtime.hub.completion import Completion
 from pgrealtime.hub.display import NOTHING_BESIDE, Beside, Display, Entire, Sight
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.expand import Reading
+from pgrealtime.hub.expansion import Viewer
 from pgrealtime.hub.linking import rows_statement
 from pgrealtime.hub.match import Group, Judging, Matcher
 from pgrealtime.hub.probe import Asked, LiveRow
@@ -88,6 +87,8 @@ class Verdict(Struct):
     """Those of them that took so long themselves, in the process."""
     unprovable: frozenset[Group] = frozenset()
     """Groups that may miss something, as their rules read columns that nobody knows any more."""
+    unseen: frozenset[tuple[Group, Viewer]] = frozenset()
+    """Groups' viewers who may miss something of what they expand."""
     unproved: Sequence[int] = ()
     """Places of events that some of those may miss."""
     partial: Sequence[int] = ()
@@ -100,6 +101,20 @@ class Verdict(Struct):
         places, groups = judging.unprovable()
         self.unproved = [*self.unproved, *places]
         self.unprovable |= groups - self.late
+
+    def note_failed(
+        self, events: Sequence[Event], failed: Iterable[tuple[int, Viewer | None]]
+    ) -> None:
+        """Note of which events something couldn't be had, perhaps for one viewer alone."""
+        places: set[int] = set()
+        for place, viewer in failed:
+            places.add(place)
+            if viewer is None:
+                self.unprovable |= frozenset(self.hits[place])
+            else:
+                self.unseen |= {(group, viewer) for group in self.hits[place]}
+        self.unproved = [*self.unproved, *places]
+        self.note_unheard(events)
 
     def note_unheard(self, events: Sequence[Event]) -> None:
         """Note which of the events it was found about somebody may miss."""
@@ -132,6 +147,7 @@ class Verdict(Struct):
             undecided=self.undecided & names,
             lost=(self.lost & names) | _names_in(events[place] for place in failed),
             unprovable=self.unprovable if is_unproved else _NO_GROUPS,
+            unseen=self.unseen if is_unproved else frozenset(),
             since=events[first].cursor,
         )
 
@@ -144,6 +160,8 @@ class Unheard(Struct, frozen=True):
     lost: frozenset[str]
     """As the verdict has it."""
     unprovable: frozenset[Group]
+    """As the verdict has it."""
+    unseen: frozenset[tuple[Group, Viewer]]
     """As the verdict has it."""
     since: Cursor
     """Of the first of them: until they are told no position may pass it."""
@@ -253,11 +271,30 @@ class Judge:
         self, events: Sequence[Event], verdict: Verdict, sights: Sights
     ) -> Beside:
         """Return what is shown beside the rows, and of what they lack."""
-        beside = await self._display.look_beside(events, verdict.hits, sights)
-        if any(verdict.hits[place] for place in verdict.partial):
-            entire = await self._entire(events, verdict)
-            return Beside(beside.looking, beside.related, entire)
+        entire: dict[int, Entire] = {}
+
+        async def enter(reading: Reading, places: Sized[int]) -> None:
+            entire.clear()
+            entire.update(await self._entire_of(reading, events, verdict, places))
+
+        beside = await self._display.look_beside(
+            events, verdict.hits, sights, verdict.partial, enter
+        )
+        related = beside.related
+        if verdict.partial or related.live_ids:
+            for place in {*verdict.partial, *related.live_ids}:
+                self._count_left_out(events[place], verdict.hits[place], entire.get(place))
+            for place, one in entire.items():
+                one.ids = related.live_ids.get(place)
+            beside = Beside(beside.looking, related, entire)
+        if related.failed:
+            verdict.note_failed(events, related.failed)
         return beside
+
+    def _count_left_out(self, event: Event, groups: Iterable[Group], entire: Entire | None) -> None:
+        seeing = () if entire is None else entire.groups
+        if any(group not in seeing for group in groups):
+            self._left_out[event.collection.name] += 1
 
     async def _find_out(
         self, events: list[Event], allowance: Allowance, among: Sized[Group] | None
@@ -303,42 +340,29 @@ class Judge:
         verdict.unprovable -= verdict.late
         return verdict
 
-    async def _entire(self, events: Sequence[Event], verdict: Verdict) -> dict[int, Entire]:
-        """Return the events' rows with the columns of live rows, for who may see these whole.
+    async def _entire_of(
+        self, reading: Reading, events: Sequence[Event], verdict: Verdict, places: Sized[int]
+    ) -> dict[int, Entire]:
+        """Return events with what live rows hold, for who may see these whole.
 
-        Of a column that isn't what it was, that is all that can be shown: who may see the row of
-        now may know what it holds. To others it is left out.
+        Of what isn't known as it was, that is all that can be shown: who may see the row of now
+        may know what it holds. To others it is left out.
         """
-        heard = {place: events[place] for place in verdict.partial if verdict.hits[place]}
-        try:
-            entire = await self._entire_of(heard, verdict)
-        except (psycopg.Error, PoolTimeout, TimeoutError) as error:
-            log.warning("live_row.failed", error=type(error).__name__)
-            verdict.lost |= _names_in(heard.values())
-            verdict.note_unheard(events)
-            return {}
-        for place, event in heard.items():
-            shown = entire.get(place)
-            if shown is None or any(group not in shown.groups for group in verdict.hits[place]):
-                self._left_out[event.collection.name] += 1
-        return entire
-
-    async def _entire_of(self, heard: Mapping[int, Event], verdict: Verdict) -> dict[int, Entire]:
-        async with self._probe.reading(frozenset(event.xid for event in heard.values())) as reading:
-            rows = await _live_rows(reading, heard.values())
-            asked = [
-                (place, event, row, verdict.hits[place])
-                for place, event in heard.items()
-                if (row := rows.get((event.collection.name, event.record_id))) is not None
-            ]
-            allowance = Allowance.for_all(len(asked))
-            judging = self._matcher.matching_given(
-                [(_with_row(event, row), groups) for _, event, row, groups in asked],
-                datetime.now(UTC),
-                allowance.testing,
-            )
-            await _tested(judging, allowance)
-            await reading.judge(judging)
+        rows = await _live_rows(reading, [events[place] for place in places])
+        asked = [
+            (place, event, row, verdict.hits[place])
+            for place, event in ((place, events[place]) for place in places)
+            if (row := rows.get((event.collection.name, event.record_id))) is not None
+            and event.action != "delete"
+        ]
+        allowance = Allowance.for_all(len(asked))
+        judging = self._matcher.matching_given(
+            [(_with_row(event, row), groups) for _, event, row, groups in asked],
+            datetime.now(UTC),
+            allowance.testing,
+        )
+        await _tested(judging, allowance)
+        await reading.judge(judging)
         return {
             place: Entire(_with_row(event, _shown_of(event, row) | event.row), frozenset(groups))
             for (place, event, row, _), groups in zip(asked, judging.hits, strict=True)
@@ -378,10 +402,7 @@ async def _live_rows(reading: Reading, events: Iterable[Event]) -> dict[tuple[st
     rows: dict[tuple[str, str], Row] = {}
     for name, (collection, ids) in wanted.items():
         columns = [column.name for column in collection.table.columns]
-        found = await reading.texts(rows_statement(collection), {"ids": list(ids)})
-        if found is None:
-            raise TimeoutError("the rows couldn't be read")
-        for values in found:
+        for values in await reading.texts(rows_statement(collection), {"ids": list(ids)}) or ():
             row: Row = dict(zip(columns, values, strict=True))
             rows[name, row[collection.key.name] or ""] = row
     return rows

@@ -5,7 +5,7 @@ Statements and images of rows; ``hub.expand`` runs the one and has the other fro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from psycopg import sql
@@ -14,7 +14,7 @@ from pgrealtime.auth.record import plain_id
 from pgrealtime.catalog.keys import canonical_id, native_name
 from pgrealtime.catalog.model import Column, Table
 from pgrealtime.catalog.naming import identifier
-from pgrealtime.changes import Row
+from pgrealtime.changes import Change, Delete, Insert, Row, Update
 from pgrealtime.collections import Collection, FieldKind
 from pgrealtime.hub.expansion import Step, ids_in_array
 from pgrealtime.rules.images import Overlay
@@ -129,6 +129,46 @@ def links_before(linking: Linking, overlay: Overlay, source: str, ids: Iterable[
         if target and source in linking.sources(row):
             found.add(target)
     return found
+
+
+def links_undone(
+    linking: Linking, changes: Sequence[Change], source: str, ids: Iterable[str]
+) -> set[str] | None:
+    """Return the ids that a record led to by a junction table before some changes of its rows.
+
+    Args:
+        linking: By a junction table, in which no pair comes twice.
+        changes: In order.
+        source: The record's id.
+        ids: Where it leads after them.
+
+    Returns:
+        None if that isn't known.
+    """
+    found = set(ids)
+    match, result = linking.match.name, linking.result.name
+    for change in reversed(changes):
+        came, went = _images(change)
+        if any(not (match in row and result in row) for row in (*came, *went)):
+            return None
+        found.difference_update(row[result] or "" for row in came if source in linking.sources(row))
+        found.update(
+            row[result] or "" for row in went if row[result] and source in linking.sources(row)
+        )
+    return found
+
+
+def _images(change: Change) -> tuple[Sequence[Row], Sequence[Row]]:
+    """Return the row that is there after a change and the one before it, if any."""
+    match change:
+        case Insert(new=new):
+            return (new,), ()
+        case Update(new=new, old=old):
+            return (new,), (old.row,)
+        case Delete(old=old):
+            return (), (old.row,)
+        case _:
+            return ({},), ()
 
 
 def rows_before(collection: Collection, overlay: Overlay) -> dict[str, Row | None]:

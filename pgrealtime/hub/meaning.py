@@ -60,7 +60,13 @@ class Meaning:
         self.collections = collections
         self.matcher = matcher
         self.display = Display(
-            probe, collections, matcher.planner, nulls=nulls, hidden=hidden, on_doubt=on_doubt
+            probe,
+            collections,
+            matcher.planner,
+            nulls=nulls,
+            hidden=hidden,
+            on_doubt=on_doubt,
+            history=history,
         )
         completion = Completion(probe, history)
         self.judge = Judge(probe, matcher, self.display, completion, left_out)

@@ -62,8 +62,11 @@ def _unlimited() -> Allowance:
     return Allowance(is_short=False)
 
 
-_SNAPSHOT = "SELECT pg_catalog.pg_current_snapshot()::pg_catalog.text"
-_PATIENCE_WITH_CONNECTIONS = (0.0, 0.1, 0.5, None)
+_SNAPSHOT = (
+    "SELECT pg_catalog.pg_current_snapshot()::pg_catalog.text,"
+    " pg_catalog.pg_current_wal_insert_lsn()::pg_catalog.text"
+)
+PATIENCE_WITH_CONNECTIONS = (0.0, 0.1, 0.5, None)
 """Seconds before a question is put to another connection; None is the last one."""
 _HURRIED = 20
 """Without patience the other questions of the batch have a twentieth of the time each: those that
@@ -179,7 +182,7 @@ class Probe:
             fault, and who depends on those may miss something.
         """
         allowance = allowance or _unlimited()
-        for patience in _PATIENCE_WITH_CONNECTIONS:
+        for patience in PATIENCE_WITH_CONNECTIONS:
             inquiries = judging.inquiries()
             if not inquiries or allowance.is_spent():
                 return frozenset()
@@ -367,7 +370,7 @@ class Probe:
         lacking = frozenset[str]().union(*(event.missing for event in events))
         columns = [column.name for column in collection.table.columns if column.name in lacking]
         is_repeated = False
-        for patience in _PATIENCE_WITH_CONNECTIONS:
+        for patience in PATIENCE_WITH_CONNECTIONS:
             try:
                 return await self._visible_live_rows(events, columns)
             except psycopg.errors.UndefinedColumn as error:
@@ -451,28 +454,51 @@ class Probe:
 
 
 class Reading:
-    """One snapshot to read in; after an error a younger one."""
+    """One snapshot to read in; after an error a younger one.
+
+    Attributes:
+        has_failed: Whether a query had no answer, or not in time, though it should have had one.
+    """
 
     def __init__(self, probe: Probe, session: _Session) -> None:
         self._probe = probe
         self._session = session
+        self.has_failed = False
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """Which transactions are seen."""
+        return self._session.snapshot
+
+    @property
+    def reach(self) -> LSN:
+        """Where the WAL ended when the snapshot was there: all that it sees commits before."""
+        return self._session.reach
 
     async def texts(
         self, statement: sql.Composed, params: Mapping[str, object]
     ) -> list[tuple[str | None, ...]] | None:
         """Return the rows in the stream's text forms; None if the query fails.
 
+        One that takes too long is put once more: a lock may be gone by then.
+
         Raises:
             psycopg.Error: The connection broke.
         """
-        try:
-            return await self._session.texts(statement, params)
-        except psycopg.Error as error:
-            if self._session.is_broken:
-                raise
-            self._probe.report("", error)
-            await self._session.restart()
-            return None
+        for is_last in (self.has_failed, True):
+            try:
+                return await self._session.texts(statement, params)
+            except psycopg.Error as error:
+                if self._session.is_broken:
+                    raise
+                self._probe.report("", error)
+                await self._session.restart()
+                if isinstance(error, psycopg.errors.InsufficientPrivilege):
+                    return None  # the operator's wish, or told at the start
+                if is_last or not isinstance(error, _LATE):
+                    break
+        self.has_failed = True
+        return None
 
     async def judge(self, asked: Asked) -> None:
         """Put what is to be known, until nothing is left; what can't be answered is denied."""
@@ -501,6 +527,8 @@ class _Session:
         patience: Statements that may still run into the time-out before their rule is suspended
             at once, and the others are hurried.
         allowance: For all statements together.
+        snapshot: What is seen.
+        reach: Where the WAL ended when the snapshot was there.
     """
 
     def __init__(
@@ -515,6 +543,8 @@ class _Session:
         self._connection = connection
         self._xids = xids
         self.patience = _PATIENCE
+        self.snapshot = Snapshot(0, 0, frozenset())
+        self.reach = LSN(0)
 
     @property
     def is_broken(self) -> bool:
@@ -536,8 +566,8 @@ class _Session:
             await cursor.set_result(-1)
             row = await cursor.fetchone()
             assert row is not None
-            snapshot = parse_snapshot(row[0])
-            if all(snapshot.sees(xid) for xid in self._xids):
+            self.snapshot, self.reach = parse_snapshot(row[0]), parse_lsn(row[1])
+            if all(self.snapshot.sees(xid) for xid in self._xids):
                 return
             await self.end()
             if time.monotonic() > deadline:

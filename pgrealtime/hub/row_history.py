@@ -7,6 +7,7 @@ tables whose rows never have to be dated.
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
@@ -14,11 +15,14 @@ from typing import NamedTuple, TypeAlias
 from pgrealtime.changelog.base import Changelog, Entry, Gap, Mark
 from pgrealtime.changes import Change, Insert, Oversized, TableName, Transaction, Truncate, Update
 from pgrealtime.errors import ChangelogError
+from pgrealtime.hub.event import Event
 from pgrealtime.lsn import END, LSN, Cursor, Xid
 
 _AT_ONCE = 4000
 """Changes that are looked through before others of the loop have their turn."""
 _TRIM_SECONDS = 5.0
+_UNKNOWN = "\0"
+"""Stands for a value that isn't known; no text of Postgres has such a character."""
 
 Reach: TypeAlias = Callable[[LSN], Awaitable[bool]]
 """Waits, for a bounded time, until the changelog has all that commits up to a position."""
@@ -112,7 +116,7 @@ class TableHistory:
                 case Transaction(xid=xid, end_lsn=lsn, changes=changes):
                     for change in changes:
                         if change.table == self._table:
-                            yield Write(lsn, xid, change), self._values_of(change)
+                            yield Write(lsn, xid, change), values_of(change, self._column)
                 case Oversized(xid=xid, end_lsn=lsn, tables=tables):
                     if self._table in tables:
                         yield Write(lsn, xid, None), ()
@@ -121,21 +125,6 @@ class TableHistory:
                         yield Write(lsn, None, None), ()
                 case Mark():
                     pass
-
-    def _values_of(self, change: Change) -> Sequence[str]:
-        match change:
-            case Truncate():
-                return ()
-            case Insert(new=new):
-                return (new.get(self._column) or "",)
-            case Update(new=new, old=old):
-                after, before = new.get(self._column) or "", old.row.get(self._column)
-                if before is None:
-                    return ()
-                return (after,) if after == before else (before, after)
-            case _:
-                before = change.old.row.get(self._column)
-                return () if before is None else (before,)
 
     def trim(self) -> None:
         """Forget what the changelog has let go of."""
@@ -154,6 +143,64 @@ class TableHistory:
 
 def _lsn_of(write: Write) -> LSN:
     return write.lsn
+
+
+def values_of(change: Change, column: str) -> Sequence[str]:
+    """Return what the rows of a change have in a column, before and after; none if unknown."""
+    match change:
+        case Truncate():
+            return ()
+        case Insert(new=new):
+            return (new.get(column) or "",)
+        case Update(new=new, old=old):
+            if column not in old.row:
+                return ()
+            after, before = new.get(column) or "", old.row[column] or ""
+            return (after,) if after == before else (before, after)
+        case _:
+            return (change.old.row[column] or "",) if column in change.old.row else ()
+
+
+class Sequels:
+    """What a transaction did to other tables after it replaced a version of a row.
+
+    Remembers that of the latest transaction asked about: a large one comes in many slices.
+    """
+
+    def __init__(self) -> None:
+        self._changes: tuple[Change, ...] = ()
+        self._ordinals: dict[tuple[TableName, str], dict[str, list[int]]] = {}
+
+    def after_version(self, event: Event, table: TableName, column: str) -> Sequence[Change] | None:
+        """Return the changes of another table's rows that point to the event's row by a column.
+
+        Only those after the next change of the row itself: up to there they belong to the version
+        that the event is about. None if that can't be told of all.
+        """
+        if len(event.changes) <= event.cursor.ordinal:
+            return ()
+        own = self._places(event, event.collection.table.name, event.collection.key.name)
+        later = own.get(event.record_id, ())
+        at = bisect_right(later, event.cursor.ordinal)
+        if at == len(later):
+            return ()
+        places = self._places(event, table, column)
+        if any(place > later[at] for place in places.get(_UNKNOWN, ())):
+            return None
+        found = places.get(event.record_id, ())
+        return [event.changes[place - 1] for place in found if place > later[at]]
+
+    def _places(self, event: Event, table: TableName, column: str) -> dict[str, list[int]]:
+        if self._changes is not event.changes:
+            self._changes, self._ordinals = event.changes, {}
+        found = self._ordinals.get((table, column))
+        if found is None:
+            found = self._ordinals[table, column] = {}
+            for ordinal, change in enumerate(event.changes, start=1):
+                if change.table == table:
+                    for value in values_of(change, column) or (_UNKNOWN,):
+                        found.setdefault(value, []).append(ordinal)
+        return found
 
 
 class RowHistory:

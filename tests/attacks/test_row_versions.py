@@ -102,3 +102,83 @@ async def test_a_secret_of_a_later_version_is_in_no_event_of_before(
         whole = records(await until_end(owner))
         assert len(whole) == 2 * ROUNDS
         assert all("body" in one and "summary" in one for one in whole), "may see the row of now"
+
+
+TAGGED = """
+CREATE TABLE posts (id text PRIMARY KEY, title text NOT NULL, public boolean NOT NULL);
+CREATE TABLE tags (id text PRIMARY KEY, label text NOT NULL);
+CREATE TABLE post_tags (post text REFERENCES posts, tag text REFERENCES tags,
+  PRIMARY KEY (post, tag));
+CREATE TABLE ends (id text PRIMARY KEY);
+INSERT INTO tags VALUES ('open', 'open'), ('SECRET', 'SECRET');
+INSERT INTO posts SELECT n::text, 'old', true FROM generate_series(1, 40) n;
+INSERT INTO post_tags SELECT n::text, 'open' FROM generate_series(1, 40) n;
+CREATE PUBLICATION pgrealtime FOR TABLE ONLY posts, ONLY tags, ONLY post_tags, ONLY ends;
+"""
+TAGGED_COLLECTIONS: dict[str, dict[str, Any]] = {
+    "posts": {
+        "table": "posts",
+        "list_rule": "public = true",
+        "relations": {
+            "tags": {
+                "collection": "tags",
+                "through": "public.post_tags",
+                "source": "post",
+                "target": "tag",
+            }
+        },
+    },
+    "tags": {"table": "tags", "list_rule": "", "view_rule": ""},
+    "ends": {"table": "ends", "list_rule": ""},
+}
+EXPANDING = 'posts/*?options={"query":{"expand":"tags"}}'
+
+
+@pytest.mark.parametrize("way", ["separate", "back to back", "one transaction"])
+@pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
+async def test_a_link_that_a_later_version_has_is_in_no_event_of_before(
+    database_url: str, tmp_path: Path, plugin: str, way: str
+) -> None:
+    """Ids of a junction table are part of the record, and what is expanded goes by them."""
+    async with (
+        service(
+            database_url,
+            tmp_path,
+            collections=TAGGED_COLLECTIONS,
+            sections={"replication": {"plugin": plugin}},
+            schema=TAGGED,
+        ) as running,
+        listener(running.address, EXPANDING, "ends/*", "PB_CURSOR") as guest,
+    ):
+        (first,) = await guest.take(1)
+        for n in range(1, ROUNDS + 1):
+            title = f"UPDATE posts SET title = 'new' WHERE id = '{n}'"
+            secret = (
+                f"UPDATE posts SET public = false WHERE id = '{n}';"
+                f"INSERT INTO post_tags VALUES ('{n}', 'SECRET');"
+                f"DELETE FROM post_tags WHERE post = '{n}' AND tag = 'open'"
+            )
+            between = {"separate": "COMMIT; BEGIN", "back to back": "COMMIT; BEGIN"}.get(way)
+            if way == "separate":
+                await running.write.execute(title.encode())
+                await running.write.execute(f"BEGIN; {secret}; COMMIT".encode())
+            else:
+                both = [title, between, secret] if between else [title, secret]
+                await running.write.execute(f"BEGIN; {'; '.join(both)}; COMMIT".encode())
+        # What comes with the row in one transaction belongs to it.
+        async with running.write.transaction():
+            await running.write.execute("INSERT INTO posts VALUES ('made', 'new', true)")
+            await running.write.execute("INSERT INTO post_tags VALUES ('made', 'open')")
+        await running.write.execute("INSERT INTO ends VALUES ('1')")
+
+        live = await until_end(guest)
+        back = Caller(headers={"Last-Event-ID": first.data["id"]})
+        async with listener(running.address, EXPANDING, "ends/*", caller=back) as returned:
+            later = await until_end(returned)
+
+        for heard in (live, later):
+            assert [one for one in heard if "SECRET" in str(one.data)] == []
+            shown = [(one["title"], one["tags"]) for one in records(heard)]
+            assert shown == [("new", ["open"])] * (ROUNDS + 1)
+            expanded = [one["expand"]["tags"][0]["id"] for one in records(heard)]
+            assert expanded == ["open"] * (ROUNDS + 1)

@@ -23,6 +23,7 @@ from pgrealtime.hub.event import Action, Event
 from pgrealtime.hub.expand import Expander, Reading
 from pgrealtime.hub.expansion import Node, Viewer, Viewers
 from pgrealtime.hub.probe import Asked, Probe
+from pgrealtime.hub.snapshot import Snapshot
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.pool import QueryPool
 from pgrealtime.records.encode import View, encoder
@@ -99,6 +100,18 @@ class CountingReading:
     def __init__(self, reading: Reading, counts: list[int]) -> None:
         self._reading = reading
         self._counts = counts
+
+    @property
+    def snapshot(self) -> Snapshot:
+        return self._reading.snapshot
+
+    @property
+    def reach(self) -> LSN:
+        return self._reading.reach
+
+    @property
+    def has_failed(self) -> bool:
+        return self._reading.has_failed
 
     async def texts(
         self, statement: sql.Composed, params: Mapping[str, object]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -52,7 +53,7 @@ async def test_what_the_wal_left_out_is_not_taken_from_a_later_version(
 
 
 PLAIN = """
-CREATE TABLE docs (id text PRIMARY KEY, title text NOT NULL, body text NOT NULL);
+CREATE TABLE docs (id text PRIMARY KEY, title text NOT NULL, body text NOT NULL, extra text);
 ALTER TABLE docs ALTER body SET STORAGE EXTERNAL;
 INSERT INTO docs VALUES ('a', '', repeat('public', 2000));
 CREATE PUBLICATION pgrealtime FOR TABLE ONLY docs;
@@ -173,3 +174,45 @@ async def test_a_row_that_took_over_an_id_is_another_row(database_url: str, tmp_
         await running.write.execute("UPDATE docs SET body = repeat('public', 2000)")
 
         assert sorted(await until_end(running, guest)) == ["gap", "other"]
+
+
+@pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
+async def test_a_column_that_was_dropped_a_moment_ago_hides_no_other(
+    database_url: str, tmp_path: Path, plugin: str
+) -> None:
+    """The catalogue that was read last still has it."""
+    async with docs_by_body(database_url, tmp_path, plugin) as (running, guest):
+        await running.write.execute(
+            b"BEGIN; UPDATE docs SET title = 'one'; COMMIT; ALTER TABLE docs DROP COLUMN extra;"
+            b"BEGIN; UPDATE docs SET title = 'two'; COMMIT"
+        )
+
+        heard = await guest.take(2)
+        assert [message.data["record"]["title"] for message in heard] == ["one", "two"]
+        assert ["body" in message.data["record"] for message in heard] == [True, True]
+        assert await until_end(running, guest) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "heard"),
+    [pytest.param(0.7, ["one"], id="short"), pytest.param(2.5, ["gap"], id="long")],
+)
+async def test_a_row_that_is_locked_is_read_again_or_told(
+    database_url: str, tmp_path: Path, seconds: float, heard: list[str]
+) -> None:
+    """Somebody holds the whole table, as ALTER TABLE does."""
+    sections = {"database": {"statement_timeout": 0.5}}
+    async with (
+        service(
+            database_url, tmp_path, collections=BY_BODY, sections=sections, schema=PLAIN
+        ) as running,
+        listener(running.address, "docs/*", "PB_RESYNC") as guest,
+    ):
+        await running.write.execute(
+            b"BEGIN; UPDATE docs SET title = 'one'; COMMIT;"
+            b"BEGIN; LOCK TABLE docs IN ACCESS EXCLUSIVE MODE"
+        )
+        await asyncio.sleep(seconds)
+        await running.write.execute("ROLLBACK")
+
+        assert await until_end(running, guest) == heard

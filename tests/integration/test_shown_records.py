@@ -129,14 +129,14 @@ class Stage:
 
 
 @asynccontextmanager
-async def open_stage(database_url: str) -> AsyncIterator[Stage]:
+async def open_stage(database_url: str, seconds: float = 2.0) -> AsyncIterator[Stage]:
     configured = {
         name: CollectionConfig.model_validate({"table": f"public.{name}", **more})
         for name, more in COLLECTIONS.items()
     }
     async with (
         await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection,
-        QueryPool(database_url) as pool,
+        QueryPool(database_url, statement_timeout=seconds) as pool,
     ):
         await connection.execute(SCHEMA.encode())
         names = table_names(configured, ["public"])
@@ -261,3 +261,85 @@ async def test_a_filter_is_part_of_managing(database_url: str) -> None:
             ("bob", "bob@x"),
             ("cid", "cid@x"),
         ]
+
+
+WAITING = """
+SELECT pid FROM pg_stat_activity
+WHERE datname = current_database() AND wait_event_type = 'Lock' AND query ~ 'post_tags'
+"""
+
+
+@asynccontextmanager
+async def locked(database_url: str) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+    """Somebody who holds the junction table, and gives its waiters away."""
+    async with (
+        await psycopg.AsyncConnection.connect(database_url) as holder,
+        await psycopg.AsyncConnection.connect(database_url, autocommit=True) as watch,
+    ):
+        await holder.execute("LOCK TABLE post_tags IN ACCESS EXCLUSIVE MODE")
+        yield watch
+        await holder.rollback()
+
+
+async def waiter(watch: psycopg.AsyncConnection[Any]) -> int:
+    async with asyncio.timeout(DEADLINE):
+        while not (row := await (await watch.execute(WAITING)).fetchone()):
+            await asyncio.sleep(0.01)
+    return int(row[0])
+
+
+def told(sink: MemorySink) -> list[str]:
+    return [event.partition("?")[0] for _, event, _ in sink.events()[1:]]
+
+
+async def test_what_stands_beside_a_record_is_asked_again_when_its_connection_breaks(
+    database_url: str,
+) -> None:
+    """Nobody is to blame for it, and the next connection answers."""
+    async with open_stage(database_url) as stage:
+        topics = ["posts/*", topic("posts/*", expand="tags"), "PB_RESYNC"]
+        _, sink = await stage.listen(*topics, who=Caller())
+        async with locked(database_url) as watch:
+            stage.commit(update(POSTS, "1"))
+            pid = await waiter(watch)
+            await watch.execute("SELECT pg_terminate_backend(%s)", (pid,))
+        await sink.wait_for(3)
+
+        assert told(sink) == ["posts/*", "posts/*"]
+        assert [one["tags"] for one in records(sink)] == [["1", "2"], ["1", "2"]]
+        assert [len(one["expand"]["tags"]) for one in records(sink) if "expand" in one] == [2]
+
+
+async def test_what_cannot_be_had_beside_a_record_is_told(database_url: str) -> None:
+    """A lock outlasts two attempts. Who isn't shown what it kept back isn't told."""
+    async with open_stage(database_url, seconds=0.2) as stage:
+        _, sink = await stage.listen("posts/*", "PB_RESYNC", who=Caller())
+        _, other = await stage.listen("people/*", "PB_RESYNC", who=Caller())
+        async with locked(database_url):
+            stage.commit(update(POSTS, "1"), update(PEOPLE, "cid"))
+            await sink.wait_for(3)
+        stage.commit(update(POSTS, "2"), update(PEOPLE, "cid"))
+        await sink.wait_for(4)
+        await other.wait_for(3)
+
+        assert told(sink) == ["posts/*", "PB_RESYNC", "posts/*"]
+        assert told(other) == ["people/*", "people/*"]
+
+
+async def test_what_cannot_be_expanded_is_told_to_who_wants_it(database_url: str) -> None:
+    """Their topics may be of one group with others that expand nothing."""
+    async with open_stage(database_url, seconds=0.2) as stage:
+        expanding = topic("tags/*", expand="posts_via_tags")
+        _, sink = await stage.listen(expanding, "PB_RESYNC", who=Caller())
+        _, other = await stage.listen("tags/*", "PB_RESYNC", who=Caller())
+        row: Row = {"id": "1", "label": "one"}
+        change = Update(TableName("public", "tags"), row, WholeRow(row))
+        async with locked(database_url):
+            stage.commit(change)
+            await sink.wait_for(3)
+        stage.commit(change)
+        await sink.wait_for(4)
+        await other.wait_for(3)
+
+        assert told(sink) == ["tags/*", "PB_RESYNC", "tags/*"]
+        assert told(other) == ["tags/*", "tags/*"]

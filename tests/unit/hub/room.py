@@ -25,6 +25,7 @@ from pgrealtime.hub.event import Event
 from pgrealtime.hub.expand import Reading
 from pgrealtime.hub.match import Matcher
 from pgrealtime.hub.probe import Asked, LiveRow
+from pgrealtime.hub.snapshot import Snapshot
 from pgrealtime.lsn import LSN, Xid
 
 TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")
@@ -183,6 +184,10 @@ class MemorySink:
 
 class NoRows:
     """What a reading finds in empty tables."""
+
+    snapshot = Snapshot(1, 1, frozenset())
+    reach = LSN(0)
+    has_failed = False
 
     async def texts(
         self, _statement: sql.Composed, _params: Mapping[str, object]

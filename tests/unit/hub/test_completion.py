@@ -14,7 +14,7 @@ from pgrealtime.collections import Collection
 from pgrealtime.hub.completion import Completion
 from pgrealtime.hub.event import Event, events_of
 from pgrealtime.hub.probe import LiveRow
-from pgrealtime.hub.row_history import RowHistory, TableHistory
+from pgrealtime.hub.row_history import RowHistory, Sequels, TableHistory
 from pgrealtime.hub.snapshot import Snapshot
 from pgrealtime.lsn import END, LSN, Cursor, Xid
 from tests.unit.hub.room import COLLECTIONS, NOTES, POSTS
@@ -211,3 +211,33 @@ async def test_a_history_grows_both_ways_and_looks_at_each_change_once() -> None
     assert (lsns("a", 0), lsns("b", 0)) == ([80, 90], [70, 90])
     assert not await history.extend(LSN(50))
     assert await history.extend(LSN(60))
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        ([], []),
+        (["link"], []),
+        (["update", "link"], ["link"]),
+        (["link", "update", "other", "link", "update", "link"], ["link", "link"]),
+        (["update", "unknown"], None),
+        (["unknown", "update"], []),
+    ],
+)
+def test_links_belong_to_the_version_of_the_row_before_them(
+    after: list[str], expected: list[str] | None
+) -> None:
+    """An application writes a record first, and then in the same transaction where it leads."""
+    made: dict[str, Change] = {
+        "update": update("a", title="x"),
+        "link": Insert(NOTES, {"id": "n", "title": "a"}),
+        "other": Insert(NOTES, {"id": "n", "title": "b"}),
+        "unknown": Delete(NOTES, Key({"id": "n"})),
+    }
+    changes = (update("a", title="w"), *(made[name] for name in after))
+    entry = Transaction(OWN, LSN(200), 0, changes, 100)
+    found = Sequels().after_version(first_event(entry), NOTES, "title")
+
+    assert (None if found is None else list(found)) == (
+        None if expected is None else [made[name] for name in expected]
+    )

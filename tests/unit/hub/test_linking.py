@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pgrealtime.catalog.model import Column, Table, TableKind, Type, TypeKind
-from pgrealtime.changes import Row, TableName
+from pgrealtime.changes import Change, Delete, Insert, Key, Row, TableName, Truncate, Update
 from pgrealtime.collections import Collection
-from pgrealtime.hub.linking import Linking, in_order, links_before, rows_before
+from pgrealtime.hub.linking import Linking, in_order, links_before, links_undone, rows_before
 from pgrealtime.rules.images import Overlay
 
 TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")
@@ -101,3 +101,38 @@ def test_numbers_come_in_their_order_and_before_texts() -> None:
     ids = ["b", "10", "9", "a", "-1", "007"]
 
     assert sorted(ids, key=in_order) == ["007", "9", "10", "-1", "a", "b"]
+
+
+def link(post: str, to: str) -> Row:
+    return {"post": post, "id": to}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([], {"a", "b"}),
+        ([Insert(TABLE.name, link("1", "a"))], {"b"}),
+        ([Delete(TABLE.name, Key(link("1", "c")))], {"a", "b", "c"}),
+        ([Insert(TABLE.name, link("2", "a"))], {"a", "b"}),
+        ([Update(TABLE.name, link("1", "a"), Key(link("1", "c")))], {"b", "c"}),
+        ([Update(TABLE.name, link("2", "c"), Key(link("1", "c")))], {"a", "b", "c"}),
+        # gone and come back, come and gone
+        (
+            [Delete(TABLE.name, Key(link("1", "a"))), Insert(TABLE.name, link("1", "a"))],
+            {"a", "b"},
+        ),
+        (
+            [Insert(TABLE.name, link("1", "c")), Delete(TABLE.name, Key(link("1", "c")))],
+            {"a", "b"},
+        ),
+        # where it led isn't known
+        ([Delete(TABLE.name, Key({"post": "1"}))], None),
+        ([Truncate(TABLE.name)], None),
+    ],
+)
+def test_links_that_came_later_are_taken_back(
+    changes: list[Change], expected: set[str] | None
+) -> None:
+    """Whatever was done to them, in the order in which it was done."""
+    by_junction = linking(COLUMNS[1], is_of_record=False)
+    assert links_undone(by_junction, changes, "1", {"a", "b"}) == expected
