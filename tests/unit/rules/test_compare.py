@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from decimal import Decimal
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,10 @@ from hypothesis import strategies as st
 
 from pgrealtime.rules.compare import (
     WORK,
+    Comparable,
     UndecidedError,
+    as_double,
+    exact,
     like,
     number_text,
     ordered,
@@ -42,6 +47,25 @@ patterns = st.lists(st.sampled_from(["%", "_", "a", "B", "\\%", "\\_", "\\\\"]),
 @given(patterns.map("".join), st.text("aAbB%_\\", max_size=8))
 def test_like_is_what_its_definition_says(pattern: str, text: str) -> None:
     assert like(pattern)(text) == naive(pattern, text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "is_like"),
+    [
+        ("ab%ba", "aba", False),  # the ends may not share a character
+        ("ab%ba", "abba", True),
+        ("ab%ba", "ab-ba", True),
+        ("a%a", "a", False),
+        ("a_%_a", "abca", True),
+        ("a_%_a", "aba", False),
+        ("ab%b%ba", "abba", False),
+        ("ab%b%ba", "abbba", True),
+    ],
+)
+def test_the_parts_of_a_pattern_stand_one_after_the_other(
+    pattern: str, text: str, *, is_like: bool
+) -> None:
+    assert like(pattern)(text) is naive(pattern, text) is is_like
 
 
 def test_a_pattern_that_backtracks_is_no_weapon() -> None:
@@ -98,6 +122,85 @@ def test_any_two_values_stand_in_exactly_one_order(
         assert [*orders, same(one, other)].count(True) == 1
         assert ordered(Op.LE, one, other) == (not orders[1])
         assert ordered(Op.GE, one, other) == (not orders[0])
+
+
+WIDE = 9007199254740993
+"""No double is this number; the nearest is one less."""
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        (WIDE - 1, WIDE),
+        (float(WIDE), WIDE),
+        (WIDE, float(WIDE + 1)),
+        (Decimal(f"{WIDE}.1"), Decimal(f"{WIDE}.2")),
+        (WIDE, Decimal(f"{WIDE}.00000000000000000001")),
+        (10**29, 10**29 + 1),
+        (exact("12345678901234567890123456788"), to_number(" 12345678901234567890123456789")),
+        (exact("1" * 2000), exact("1" * 1999 + "2")),
+        (exact("1" * 2000), math.inf),
+        (-math.inf, -(10**400)),
+        (exact("0.1"), exact("0.10000000000000000001")),
+        (exact("Infinity"), exact("NaN")),
+        (to_number("9" * 198), to_number("9" * 199)),
+        (to_number("9" * 199), "9" * 200),  # of so many digits it stays a text, as in SQL
+    ],
+    ids=range(14),
+)
+def test_large_numbers_differ_in_their_last_digit(less: Comparable, more: Comparable) -> None:
+    """In every operator, and as keys of an index."""
+    assert not same(less, more)
+    assert {less, more} != {less}
+    assert [ordered(op, less, more) for op in ORDERS] == [True, True, False, False]
+    assert [ordered(op, more, less) for op in ORDERS] == [False, False, True, True]
+
+
+ORDERS = (Op.LT, Op.LE, Op.GT, Op.GE)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (WIDE, exact(f"{WIDE}.000")),
+        (WIDE, to_number(f"{WIDE}.0")),
+        (float(WIDE - 1), to_number(str(WIDE - 1))),
+        (10**20, 1e20),
+        (exact("1.50"), to_number("15e-1")),
+        (exact("1" * 2000), exact("1" * 2000)),
+    ],
+    ids=range(6),
+)
+def test_one_large_number_is_one_however_it_is_written(one: Comparable, other: Comparable) -> None:
+    assert same(one, other)
+    assert {one} == {other}
+    assert [ordered(op, one, other) for op in ORDERS] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), Decimal("1e-400"), exact("1" * 2000)])
+def test_a_number_beyond_all_doubles_is_none(number: Comparable) -> None:
+    """Postgres reports an error where it would have to be one."""
+    with pytest.raises(UndecidedError):
+        as_double(number)
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        (123456789012345680.0, "123456789012345680"),
+        (-99999999999999984.0, "-99999999999999984"),
+        (999999999999999.5, "999999999999999.5"),
+        (1e18, None),
+        (1000000000000000.5, None),
+        (1e-5, None),
+    ],
+)
+def test_a_double_is_shown_with_the_digits_that_are_sure(number: float, shown: str | None) -> None:
+    if shown is None:
+        with pytest.raises(UndecidedError):
+            number_text(number)
+    else:
+        assert number_text(number) == shown
 
 
 FIVE = "\N{ARABIC-INDIC DIGIT FIVE}"

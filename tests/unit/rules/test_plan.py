@@ -9,12 +9,14 @@ import pytest
 from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collections
-from pgrealtime.errors import RuleError
+from pgrealtime.errors import RuleError, RuleUnsupportedError
 from pgrealtime.rules.access import Kind
-from pgrealtime.rules.formula import leaves
+from pgrealtime.rules.compare import UndecidedError
+from pgrealtime.rules.formula import Leaf, leaves
 from pgrealtime.rules.plan import Bound, Planner, columns_asked
-from pgrealtime.rules.reference import Nobody, reference
+from pgrealtime.rules.reference import Nobody, Reference, reference, validate
 from pgrealtime.rules.request import Request
+from pgrealtime.rules.scope import MAX_JOINS
 from tests.unit.rules.schema import COLLECTIONS, POSTS
 
 ANN = AuthRecord(collection_id="pbc_users", collection_name="users", id="uann")
@@ -36,6 +38,46 @@ def bind(rule: str | None, who: Principal = ANN, text: str = "", **query: str) -
 def ways(bound: Bound) -> list[tuple[str, bool, int]]:
     """Kind, exactness and number of guards of each path."""
     return [(path.kind.name, path.is_exact, len(path.guards)) for path in bound.variant.paths]
+
+
+def _of_reviewers(comparisons: int) -> str:
+    """Return a rule that looks twice for a reviewer, and for a counter-example as often as said."""
+    return "&&".join(f"reviewers.name!={n}" for n in range(comparisons))
+
+
+def test_joins_are_counted_those_for_counter_examples_included() -> None:
+    """PocketBase has no limit; whoever plans thousands of joins has to wait for seconds."""
+    most = (MAX_JOINS - 2) // 2
+    guest = Request()
+    assert isinstance(reference(COLLECTIONS, POSTS, _of_reviewers(most), guest), Reference)
+    assert isinstance(PLANNER.bind(POSTS, _of_reviewers(most), guest), Bound)
+
+    text = _of_reviewers(most + 1)
+    with pytest.raises(RuleUnsupportedError, match="more than 300 joins"):
+        validate(COLLECTIONS, POSTS, text)
+    asked = Request(query={"filter": text})
+    for refused in (reference(COLLECTIONS, POSTS, "", asked), PLANNER.bind(POSTS, "", asked)):
+        assert isinstance(refused, Nobody)
+        assert "more than 300 joins" in refused.reason
+
+
+def test_combinations_of_items_are_counted_before_they_are_gone_through() -> None:
+    """A hundred by a hundred are decided here, one more is for Postgres."""
+    hundred = "{" + ",".join(f"x{n}" for n in range(100)) + "}"
+    more = hundred[:-1] + ",y}"
+    for rule in ("tags:each ?= reviewers:each && title = 'x'", "tags:each = reviewers:each"):
+        (test,) = (
+            leaf.atom.test for leaf in leaves(bind(rule).variant.formula) if _has_lists(leaf)
+        )
+        assert test is not None
+        row: Row = {"title": "x", "tags": hundred, "reviewers": hundred}
+        assert test(row, ()) is ("?" in rule)
+        with pytest.raises(UndecidedError):
+            test({**row, "tags": more}, ())
+
+
+def _has_lists(leaf: Leaf) -> bool:
+    return "tags" in leaf.atom.columns
 
 
 @pytest.mark.parametrize(
