@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -19,6 +20,10 @@ _WORKERS = max(1, min(4, (os.cpu_count() or 1) - 1))
 _MOST_WAITING = 64
 """Passwords waiting for a thread. At 50 ms each the last one waits for a few seconds; beyond, the
 client is told to come back rather than to wait longer."""
+
+_LONGEST_WAIT = 10.0
+"""Seconds that the last one waits at most, by what passwords took lately: a hash may be worth some
+seconds of a processor."""
 
 _MEEK_SECONDS = 1.0
 """How long a password gives way to the event loop."""
@@ -36,6 +41,8 @@ class PasswordThreads:
         self._at_work: set[int] = set()
         """Threads, by the kernel's ids."""
         self._waiting = 0
+        self._lately = 0.0
+        """Seconds that a password takes a thread."""
 
     async def check(self, password: str, stored: str | None, decoy: StoredHash) -> bool | None:
         """Return whether the password makes the stored hash; None if no hash could be checked.
@@ -55,7 +62,8 @@ class PasswordThreads:
         return verdict
 
     async def _run(self, password: str, stored: StoredHash) -> bool | None:
-        if self._waiting >= _WORKERS + _MOST_WAITING:
+        ahead = self._waiting - _WORKERS + 1
+        if ahead > _MOST_WAITING or (ahead > 0 and ahead * self._lately > _LONGEST_WAIT * _WORKERS):
             raise AuthError("too many passwords are being checked", code="login_refused")
         self._waiting += 1
         loop = asyncio.get_running_loop()
@@ -70,10 +78,12 @@ class PasswordThreads:
         thread = threading.get_native_id()
         _schedule(thread, is_meek=True)
         self._at_work.add(thread)
+        began = time.monotonic()
         try:
             return is_correct(password, stored)
         finally:
             self._at_work.discard(thread)
+            self._lately += (time.monotonic() - began - self._lately) / 4
 
     def _hurry(self) -> None:
         for thread in tuple(self._at_work):

@@ -6,13 +6,15 @@ import asyncio
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from pgrealtime.auth import password_threads
 from pgrealtime.auth.password_threads import PasswordThreads
-from pgrealtime.auth.passwords import decoy_of
+from pgrealtime.auth.passwords import StoredHash, decoy_of
+from pgrealtime.errors import AuthError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads have no policy there")
 
@@ -68,3 +70,28 @@ async def test_password_is_checked_where_policies_are_forbidden(
 
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
     assert not await passwords.check("x", None, DECOY)
+
+
+async def test_no_queue_is_longer_than_somebody_would_wait(
+    passwords: PasswordThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dear hashes make fewer who wait; whoever finds a thread free is served all the same."""
+
+    def dear(_password: str, _stored: StoredHash) -> bool:
+        time.sleep(0.1)
+        return True
+
+    monkeypatch.setattr(password_threads, "is_correct", dear)
+    monkeypatch.setattr(password_threads, "_LONGEST_WAIT", 0.3)
+    for _ in range(6):
+        assert await passwords.check("x", SLOW, DECOY)
+    results = await asyncio.gather(
+        *(passwords.check("x", SLOW, DECOY) for _ in range(60)), return_exceptions=True
+    )
+
+    served = results.count(True)
+    refused = [one for one in results if isinstance(one, AuthError)]
+    workers = password_threads._WORKERS
+    assert workers <= served <= workers * 6
+    assert [one.error_code for one in refused] == ["login_refused"] * (60 - served)
+    assert await passwords.check("x", SLOW, DECOY)
