@@ -59,6 +59,8 @@ class Draft:
     """Without rules."""
     faults: tuple[Fault, ...] = ()
     """Any of them keeps it from being served."""
+    lacks_identity: bool = False
+    """There are passwords, and no unique column to log in with."""
     guessed: Mapping[str, RelationConfig] = field(default_factory=dict)
     """Relations that only names tell of."""
     rule: str = ""
@@ -193,13 +195,30 @@ def _login(table: Table, renames: Mapping[str, str], key: str) -> CollectionLogi
 
 
 def _identity(table: Table) -> tuple[str, ...]:
-    """Return the columns that tell people apart: the address, and a name if that alone does."""
+    """Return the column that tells people apart: the address, or a name if only that does."""
     found = [_text_column(table, names) for names in (_EMAILS, _LOGINS)]
-    names = tuple(column.name for column in found if column is not None)
-    first, others = names[:1], names[1:]
-    if first in table.unique:
-        return first
-    return first + tuple(name for name in others if (name,) in table.unique)
+    names = (column.name for column in found if column is not None)
+    return tuple(name for name in names if (name,) in table.unique)[:1]
+
+
+_LET_IN = ("is_active", "isactive", "active", "is_enabled", "enabled")
+_KEPT_OUT = (
+    *("is_disabled", "disabled", "is_blocked", "blocked", "is_banned", "banned"),
+    *("is_suspended", "suspended"),
+)
+
+
+def _auth_rule(draft: Draft) -> str:
+    """Return what the table's flags say of who may log in; empty if there are none."""
+    flags = {
+        column.name.lower(): field
+        for column in draft.table.columns
+        if kind_of(column.type) == (FieldKind.BOOL, False)
+        and name_fault(field := _field_of(draft, column)) is None
+    }
+    let_in = [f"{flags[name]} = true" for name in _LET_IN if name in flags]
+    kept_out = [f"{flags[name]} = false" for name in _KEPT_OUT if name in flags]
+    return " && ".join(let_in + kept_out)
 
 
 # -- names
@@ -344,7 +363,13 @@ def _draft(name: str, table: Table, *, is_auth: bool) -> Draft:
     draft = Draft(name=name, table=table, key=key, config=config)
     hide = tuple(_field_of(draft, column) for column in _hidden(draft))
     fields = FieldsConfig(rename=renames, hide=hide)
-    return replace(draft, config=config.model_copy(update={"fields": fields}))
+    auth_rule = _auth_rule(draft) if login.password_hash else ""
+    has_passwords = is_auth and _text_column(table, _PASSWORDS) is not None
+    return replace(
+        draft,
+        config=config.model_copy(update={"fields": fields, "auth_rule": auth_rule}),
+        lacks_identity=has_passwords and not _identity(table),
+    )
 
 
 def _hidden(draft: Draft) -> Iterator[Column]:

@@ -193,12 +193,12 @@ _HEAD = (
 
 def _auth(made: Sketch) -> Iterator[str]:
     auths = [d.name for d in made.drafts if d.config.type == "auth" and not d.faults]
-    yield "# Whose tokens count. Without this everybody is a guest, and @request.auth.id is empty."
-    yield "#auth:"
-    yield "  #issuers:"
+    yield "auth:"
+    yield "  allow_guests: true"
+    yield "  # Whose tokens count. Without it everybody is a guest, and @request.auth.id is empty."
     yield (
-        '    #- {name: app, algorithms: [HS256], secret: "${APP_JWT_SECRET}",'
-        f" collection: {_value(auths[0] if auths else 'users')}}}"
+        '  #issuers: [{name: app, algorithms: [HS256], secret: "${APP_JWT_SECRET}",'
+        f" collection: {_value(auths[0] if auths else 'users')}}}]"
     )
     if any(d.config.login.password_hash and not d.faults for d in made.drafts):
         yield "  # Lets people sign in here, by the hashes that login names below:"
@@ -317,10 +317,11 @@ def _relations(draft: Draft) -> Iterator[str]:
         yield f"    {_key(name)}: {_relation(relation)}"
     if draft.guessed:
         yield "  # By their names; no foreign key says so:"
-    if draft.guessed and not told:
-        yield "  #relations:"
-    for name, relation in draft.guessed.items():
-        yield _off(f"    {_key(name)}: {_relation(relation)}")
+    guessed = [f"{_key(name)}: {_relation(one)}" for name, one in draft.guessed.items()]
+    if guessed and not told:
+        yield _off(f"  relations: {{{', '.join(guessed)}}}")  # taken or left by one line
+    elif guessed:
+        yield from (_off(f"    {one}") for one in guessed)
 
 
 def _relation(relation: RelationConfig) -> str:
@@ -332,7 +333,12 @@ def _relation(relation: RelationConfig) -> str:
 def _login(draft: Draft) -> Iterator[str]:
     login = draft.config.login
     if not login.password_hash:
+        if draft.lacks_identity:
+            yield "  # Nobody can log in by a password: no unique column tells people apart."
         return
+    if draft.config.auth_rule:
+        yield "  # Who may log in at all:"
+        yield f"  auth_rule: {_value(draft.config.auth_rule)}"
     token_key = f", token_key: {_value(login.token_key)}" if login.token_key else ""
     yield (
         f"  login: {{identity: {_list(login.identity)},"

@@ -400,19 +400,22 @@ def test_without_a_password_the_table_s_name_tells_people(
 
 def test_an_address_of_another_name_is_guarded_as_one(database_url: str, tmp_path: Path) -> None:
     """Clients see others' only where they are public: that goes by the name ``email``."""
-    schema = "CREATE TABLE users (id int PRIMARY KEY, email_address text, encrypted_password text)"
-    made = collections_of(initiated(operator_of(database_url, tmp_path, schema)))["users"]
+    columns = "id int PRIMARY KEY, email_address text UNIQUE, encrypted_password text"
+    operator = operator_of(database_url, tmp_path, f"CREATE TABLE users ({columns})")
+    made = collections_of(initiated(operator))["users"]
     assert made["fields"] == {"rename": {"email_address": "email"}}
     assert made["login"] == {"identity": ["email"], "password_hash": "encrypted_password"}
 
 
 DJANGO = """
 CREATE TABLE auth_user (
-  id int PRIMARY KEY, username text NOT NULL UNIQUE, email text NOT NULL, password text NOT NULL
+  id int PRIMARY KEY, username text NOT NULL UNIQUE, email text NOT NULL, password text NOT NULL,
+  is_active boolean NOT NULL, is_staff boolean NOT NULL
 );
 CREATE TABLE django_session (session_key text PRIMARY KEY, session_data text NOT NULL);
 CREATE TABLE authtoken_token (key text PRIMARY KEY, user_id int NOT NULL REFERENCES auth_user);
 CREATE TABLE posts (slug text PRIMARY KEY);
+CREATE TABLE visits (id int PRIMARY KEY, user_id int);
 """
 
 
@@ -428,11 +431,40 @@ def test_who_is_signed_in_is_not_let_in_to_others_sessions(
     assert made["posts"]["list_rule"] == '@request.auth.id != ""'
 
 
-def test_where_addresses_may_be_shared_a_name_that_is_not_signs_in_too(
+def test_where_addresses_may_be_shared_a_name_that_is_not_signs_in(
     database_url: str, tmp_path: Path
 ) -> None:
+    """Only who is active: the application lets in nobody else either."""
     made = collections_of(initiated(operator_of(database_url, tmp_path, DJANGO)))
-    assert made["auth_user"]["login"]["identity"] == ["email", "username"]
+    assert made["auth_user"]["login"]["identity"] == ["username"]
+    assert made["auth_user"]["auth_rule"] == "is_active = true"
+
+
+def test_without_anything_unique_nobody_logs_in_and_the_file_says_why(
+    database_url: str, tmp_path: Path
+) -> None:
+    schema = "CREATE TABLE users (id int PRIMARY KEY, email text, password text, banned boolean)"
+    text = initiated(operator_of(database_url, tmp_path, schema))
+    assert collections_of(text)["users"] == {"table": "public.users", "type": "auth"}
+    assert "no unique column tells people apart" in text
+
+
+def test_each_suggestion_can_be_taken_without_the_others(database_url: str, tmp_path: Path) -> None:
+    """No line needs another one, which stands somewhere else."""
+    operator = operator_of(database_url, tmp_path, DJANGO)
+    lines = initiated(operator).splitlines()
+    places = [n for n, line in enumerate(lines) if re.match(r" +#\S", line)]
+    taken = []
+    for place in places:
+        text = "\n".join(
+            line.replace("#", "", 1) if n == place else line for n, line in enumerate(lines)
+        )
+        operator.file.write_text(text, encoding="utf-8")
+        secrets = {"APP_JWT_SECRET": "s" * 40, "LOGIN_SECRET": "s" * 40, "DATABASE_URL": "x"}
+        assert read(operator.file, secrets).problems == (), lines[place]
+        assert yaml.safe_load(text) != yaml.safe_load("\n".join(lines)), lines[place]
+        taken.append(lines[place].strip().partition(":")[0])
+    assert set(taken) == {"#issuers", "#login", "#relations", "#list_rule", "#view_rule"}
 
 
 def test_a_user_s_id_is_of_users_where_there_are_admins_too(
