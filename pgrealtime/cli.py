@@ -87,7 +87,8 @@ def check(path: str, *, no_database: bool) -> None:
     """Say everything that would keep the service from running."""
     with _reporting():
         reading = read(path, os.environ)
-        findings = asyncio.run(find_faults(reading, with_database=not no_database))
+        note = partial(click.echo, err=True)
+        findings = asyncio.run(find_faults(reading, with_database=not no_database, note=note))
         if findings.errors:
             raise ExceptionGroup("the check failed", findings.errors)
     for warning in findings.warnings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, LiteralString
@@ -23,7 +23,7 @@ from pgrealtime.collections import (
     quoted,
     table_names,
 )
-from pgrealtime.config import CollectionConfig, Config, Reading
+from pgrealtime.config import CollectionConfig, Config, DatabaseConfig, Reading
 from pgrealtime.database_url import settings_of
 from pgrealtime.errors import (
     ConfigError,
@@ -39,12 +39,19 @@ from pgrealtime.operate.streamed import streamed_tables
 from pgrealtime.operate.warn import collection_warnings, config_warnings
 from pgrealtime.rules.parse import parse
 from pgrealtime.rules.reference import validate
+from pgrealtime.wal.slot import SlotWait
 from pgrealtime.wal.stream import rehearse_stream
 
 _CONNECT_SECONDS = 10
 _URL = "database.url (DATABASE_URL), or the PG* variables if it is empty"
 _SYSTEM = """
 SELECT system_identifier::text, pg_catalog.pg_is_in_recovery() FROM pg_catalog.pg_control_system()
+"""
+
+_SHORTENING = ("statement_timeout", "transaction_timeout", "idle_in_transaction_session_timeout")
+_TIMEOUTS = """
+SELECT current_user, name, setting::pg_catalog.int8 FROM pg_catalog.pg_settings
+WHERE name = ANY (%(names)s::pg_catalog.text[]) ORDER BY name
 """
 
 _RIGHTS = """
@@ -70,17 +77,24 @@ class Findings:
     """What runs, but hardly as it is meant; for people, with what mends it."""
 
 
-async def check(reading: Reading, *, with_database: bool) -> Findings:
+async def check(
+    reading: Reading, *, with_database: bool, note: Callable[[str], None] = lambda _: None
+) -> Findings:
     """Return everything that is wrong with the configuration, its rules and the database.
 
     A problem in one place keeps the others from being looked at only where they hang on it.
+
+    Args:
+        reading: What the file says.
+        with_database: Whether to connect.
+        note: Takes a line about what is waited for.
     """
     config = reading.config
     if config is None:
         return Findings(errors=(ConfigError(reading.problems, source=reading.origin.source),))
     is_connectable = not any(path[:1] == ("database",) for path in reading.dropped)
     if with_database and is_connectable:
-        problems, errors, facts, warnings = await _check_database(config, reading)
+        problems, errors, facts, warnings = await _check_database(config, reading, note)
     else:
         problems, errors, facts = _without_database(config), (), (_counted(config),)
         warnings = ()
@@ -123,7 +137,7 @@ class _Asked:
 
 
 async def _check_database(
-    config: Config, reading: Reading
+    config: Config, reading: Reading, note: Callable[[str], None]
 ) -> tuple[tuple[Problem, ...], tuple[PgRealtimeError, ...], tuple[str, ...], tuple[Problem, ...]]:
     """Return problems, errors, facts and warnings."""
     try:
@@ -132,7 +146,10 @@ async def _check_database(
         return _without_database(config), (error,), (), ()
     try:
         system, slot, reason = await rehearse_stream(
-            config.database.url, config.replication, asked.tables
+            config.database.url,
+            config.replication,
+            asked.tables,
+            on_wait=lambda wait: note(_waiting(wait)),
         )
     except PgRealtimeError as error:
         return asked.problems, (*asked.errors, error), (), asked.warnings
@@ -159,6 +176,7 @@ async def _ask(config: Config, reading: Reading) -> _Asked:
         warnings = [] if problems else list(collection_warnings(collections))
         if not problems:
             warnings += [one async for one in index_warnings(connection, collections)]
+        warnings += await _timeout_warnings(connection, database)
         return _Asked(
             collections=collections,
             problems=problems,
@@ -170,10 +188,35 @@ async def _ask(config: Config, reading: Reading) -> _Asked:
         )
 
 
+async def _timeout_warnings(
+    connection: AsyncConnection[Any], database: DatabaseConfig
+) -> list[Problem]:
+    """Say which time-outs that sessions begin with end what ours would let go on."""
+    ours = database.statement_timeout * 1000
+    rows = await (await connection.execute(_TIMEOUTS, {"names": list(_SHORTENING)})).fetchall()
+    return [
+        Problem(
+            "database.statement_timeout",
+            f'sessions of role "{role}" begin with {name} = {milliseconds} ms, less than this',
+            f"ALTER ROLE {quoted(role)} RESET {name}; or the database's, whichever sets it",
+        )
+        for role, name, milliseconds in rows
+        if 0 < milliseconds < ours
+    ]
+
+
 async def _row(connection: AsyncConnection[Any], query: LiteralString) -> tuple[Any, ...]:
     row = await (await connection.execute(query)).fetchone()
     assert row is not None
     return tuple(row)
+
+
+def _waiting(wait: SlotWait) -> str:
+    """Return what the slot's making waits for: every transaction that has written and is open."""
+    whose = [f"process {pid}" for pid in wait.pids] or [
+        f'prepared "{gid}"' for gid in wait.prepared
+    ]
+    return f"waiting for the open transaction of {', '.join(whose) or 'somebody'}"
 
 
 def _other_server() -> SetupError:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from pgrealtime.auth.principal import AuthRecord, Principal
 from pgrealtime.changes import TableName
@@ -31,6 +33,7 @@ def config_warnings(config: Config) -> Iterator[Problem]:
         mend = "pgrealtime init makes them of the tables that are there"
         yield Problem("collections", "there are none: nobody hears of anything", mend)
     yield from _issuer_warnings(config)
+    yield from _key_warnings(config)
     for name, collection in config.collections.items():
         for key, rule, expression in parsed_rules(collection):
             yield from _all_of_collection(f"collections.{name}.{key}", rule, expression)
@@ -79,6 +82,40 @@ def _issuer_warnings(config: Config) -> Iterator[Problem]:
             " they were changed or deleted",
             mend,
         )
+
+
+_SECRET_BYTES = 32
+"""An HMAC key as long as the hash's output is demanded by RFC 7518, section 3.2: whoever has one
+token can try out shorter ones at home."""
+
+
+def _key_warnings(config: Config) -> Iterator[Problem]:
+    """Yield keys that others may find out or replace."""
+    secrets = {"auth.login.secret": config.auth.login.secret}
+    for n, issuer in enumerate(config.auth.issuers):
+        secrets[f"auth.issuers.{n}.secret"] = issuer.secret
+        secrets[f"auth.issuers.{n}.previous_secret"] = issuer.previous_secret
+        url = urlsplit(issuer.jwks_url)
+        if url.scheme == "http" and not _is_this_machine(url.hostname or ""):
+            yield Problem(
+                f"auth.issuers.{n}.jwks_url",
+                "keys that come over plain http can be replaced on their way",
+                "https",
+            )
+    for path, secret in secrets.items():
+        if 0 < len(secret.encode()) < _SECRET_BYTES:
+            yield Problem(
+                path,
+                f"it is shorter than {_SECRET_BYTES} bytes: it can be found out from one token",
+                "openssl rand -base64 48 makes one; previous_secret keeps the old tokens good",
+            )
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 # -- @collection without "?"

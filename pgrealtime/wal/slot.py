@@ -108,6 +108,7 @@ async def rehearse(
     facts: ServerFacts,
     tables: Collection[Table],
     seconds: float,
+    on_wait: Callable[[SlotWait], None] | None = None,
 ) -> tuple[Slot, str]:
     """Make what ``choose`` would make or take, but for a moment: a temporary slot.
 
@@ -118,6 +119,7 @@ async def rehearse(
         facts: Of the server.
         tables: What is to be streamed.
         seconds: How long making it may take.
+        on_wait: As in ``create``.
 
     Raises:
         PgRealtimeError: Whatever would keep the stream from being read.
@@ -128,7 +130,7 @@ async def rehearse(
     moment = {"durable": False, "failover": False, "create_timeout": seconds}
     slot = config.slot.model_copy(update=moment)
     config = config.model_copy(update={"slot": slot, "plugin": plugin})
-    return await choose(connection, url, config, facts=facts, tables=tables)
+    return await choose(connection, url, config, facts=facts, tables=tables, on_wait=on_wait)
 
 
 async def _take(

@@ -443,11 +443,21 @@ async def open_stream(
 
 
 async def rehearse_stream(
-    url: str, config: ReplicationConfig, tables: Collection[Table]
+    url: str,
+    config: ReplicationConfig,
+    tables: Collection[Table],
+    *,
+    on_wait: Callable[[SlotWait], None] | None = None,
 ) -> tuple[SystemIdentity, Slot, str]:
     """Return the server, a slot and the reason for its decoder as ``open_stream`` would have them.
 
     Nothing is left of it: the slot is a temporary one, whatever is wanted.
+
+    Args:
+        url: As for ``open_stream``, and so the others.
+        config: Names, time-outs and the choice of the decoder.
+        tables: What would be streamed.
+        on_wait: Told for whom the making of the slot waits, if it takes long.
 
     Raises:
         PgRealtimeError: What would keep the stream from being opened.
@@ -457,7 +467,13 @@ async def rehearse_stream(
             facts = await server.read_facts(connection)
             system, _ = await server.identify(connection)
             slot, reason = await slots.rehearse(
-                connection, url, config, facts=facts, tables=tables, seconds=_REHEARSAL_SECONDS
+                connection,
+                url,
+                config,
+                facts=facts,
+                tables=tables,
+                seconds=_REHEARSAL_SECONDS,
+                on_wait=on_wait,
             )
     return system, slot, reason
 

@@ -402,6 +402,28 @@ async def test_the_publication_that_check_asks_for_is_the_one_that_run_takes(
         assert running.process.logged("server.started")
 
 
+def test_what_is_waited_for_is_said(operator: Operator) -> None:
+    """A slot is made when every open transaction that has written is over, wherever it is."""
+    operator.file.write_text(_POSTS, encoding="utf-8")
+    with psycopg.connect(operator.url) as writer:
+        writer.execute("CREATE TABLE of_an_open_transaction ()")
+        pid = writer.info.backend_pid
+        with subprocess.Popen(
+            [sys.executable, "-m", "pgrealtime", "check", "-c", str(operator.file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=_clean_environ() | {"DATABASE_URL": operator.url},
+        ) as checking:
+            assert checking.stderr is not None
+            assert checking.stdout is not None
+            said = checking.stderr.readline()
+            writer.rollback()
+            assert checking.stdout.readline() == "ok\n"
+    assert said.startswith("waiting for the open transaction of process ")
+    assert str(pid) in said
+
+
 def test_a_database_without_an_encoding_is_told(operator: Operator) -> None:
     """Not by a traceback: there the driver hands out bytes, unless it is told what to read."""
     name = f"ascii_{uuid4().hex[:12]}"

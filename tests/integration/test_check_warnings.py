@@ -367,3 +367,37 @@ def test_warnings_give_way_to_errors(operator: Operator) -> None:
     outcome = check(operator, collections(f"author = {MINE}", view_rule="titel = 1"))
     assert outcome.code == 78
     assert "warning:" not in outcome.err
+
+
+# -- keys and time-outs
+
+
+def test_keys_that_can_be_found_out_or_replaced_are_told(operator: Operator) -> None:
+    jwks = ("http://keys.example/jwks", "https://keys.example/jwks", "http://127.0.0.1:1/jwks")
+    issuers = [
+        {"name": "short", "secret": "s" * 31, "previous_secret": "p" * 8},
+        {"name": "long", "secret": "s" * 32},
+        *({"name": f"jwks{n}", "jwks_url": url} for n, url in enumerate(jwks)),
+    ]
+    auth = {"issuers": issuers, "login": {"enabled": True, "secret": "s"}}
+    found = warnings(check(operator, collections(), auth=auth))
+    assert {path: message.partition(":")[0] for path, message, _ in found} == {
+        "auth.issuers.0.secret": "it is shorter than 32 bytes",
+        "auth.issuers.0.previous_secret": "it is shorter than 32 bytes",
+        "auth.login.secret": "it is shorter than 32 bytes",
+        "auth.issuers.2.jwks_url": "keys that come over plain http can be replaced on their way",
+    }
+
+
+def test_a_time_out_of_the_role_or_the_database_is_told(operator: Operator) -> None:
+    """Transactions bring their own, but begin under that one."""
+    name = operator.url.rpartition("/")[2]
+    with psycopg.connect(operator.url, autocommit=True) as connection:
+        connection.execute(f'ALTER DATABASE "{name}" SET statement_timeout = 1500'.encode())
+        connection.execute(
+            f'ALTER DATABASE "{name}" SET idle_in_transaction_session_timeout = 60000'.encode()
+        )
+    ((path, message, mend),) = warnings(check(operator, collections()))
+    assert path == "database.statement_timeout"
+    assert "statement_timeout = 1500 ms" in message
+    assert "RESET statement_timeout" in mend
