@@ -139,7 +139,7 @@ class Display:
         self._on_doubt = on_doubt
         self._viewers = Viewers(collections, planner, hidden=hidden)
         self._expander = Expander(probe, collections, self._show, history)
-        self._tables = tables_of(collections)
+        self._pasts = Pasts(tables_of(collections))
         self._rich = frozenset(
             one.name
             for one in collections.values()
@@ -208,14 +208,14 @@ class Display:
         looking: Looking[int] = Looking(moment(datetime.now(UTC)), xids)
         wanted: list[Wanted] = []
         asked: set[int] = set()
-        pasts = Pasts(self._tables)
+        self._pasts.begin_batch()
         heard = [place for place, groups in enumerate(judged) if groups]
         for place in heard:
             event = events[place]
             found = list(sights(judged[place]))
             wanted += ((place, viewer) for viewer, _ in found if viewer is not None)
             if event.collection.manage_rule is not None and event.hides_email:
-                past = pasts.of(event.changes) if event.action == "delete" else None
+                past = self._pasts.of(event.changes) if event.action == "delete" else None
                 bounds = {manager for _, manager in found if manager is not None}
                 asked.add(place)
                 looking.consider(place, event.collection, event.row, bounds, past)

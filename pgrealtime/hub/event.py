@@ -74,7 +74,9 @@ def events_of(
         collections: What it is told of.
         after: Changes that are left out at the beginning.
     """
-    for ordinal, change in enumerate(transaction.changes[after:], start=after + 1):
+    changes = transaction.changes
+    for ordinal in range(after + 1, len(changes) + 1):  # a copy of the rest may be long
+        change = changes[ordinal - 1]
         collection = collections.of_table(change.table)
         if collection is None:
             continue

@@ -344,7 +344,7 @@ class Matcher:
     def __init__(self, collections: Collections) -> None:
         self._collections = collections
         self.planner = Planner(collections)
-        self._tables = tables_of(collections)
+        self._pasts = Pasts(tables_of(collections))
         self._groups: dict[str, _Groups] = {}
         self._costly: dict[str, _Groups] = {}
         """Those whose filters take questions to Postgres beyond their rules'."""
@@ -539,7 +539,7 @@ class Matcher:
             some = [group for group in among if group.variant.is_costly == costly]
             found = lambda event: [group for group in some if group.concerns(event)]  # noqa: E731
         by_collection = self._costly if costly else self._groups
-        pasts = Pasts(self._tables)
+        self._pasts.begin_batch()
 
         def steps() -> Iterator[None]:
             for place, event in enumerate(events):
@@ -550,7 +550,7 @@ class Matcher:
                 # Of deletes only the replica identity may be known: check warns of that.
                 is_delete = event.action == "delete"
                 facts = Facts(event.row, event.missing, at, is_missing_unknown=not is_delete)
-                past = pasts.of(event.changes) if is_delete else None
+                past = self._pasts.of(event.changes) if is_delete else None
                 case: Case[Group] = Case(facts, past, testing)
                 case.deferred = {} if deferred is None and testing is not None else None
                 cases[place] = case

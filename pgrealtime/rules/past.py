@@ -43,20 +43,38 @@ class Past:
         return self._overlays[name]
 
 
-class Pasts:
-    """The states before the transactions of some events: one each, however many events it has."""
+_KEPT_FOR = 8
+"""Batches that a state is kept for although none of them needs it: some readers of the changelog
+may be at different transactions, and take turns."""
 
-    __slots__ = ("_pasts", "_tables")
+
+class Pasts:
+    """The states before transactions: one each, however many events and batches it has.
+
+    A large transaction is judged in many batches. Were its state found out for each of them, that
+    would take time by the square of its changes.
+    """
+
+    __slots__ = ("_batch", "_pasts", "_tables")
 
     def __init__(self, tables: Mapping[TableName, Table]) -> None:
         self._tables = tables
-        self._pasts: dict[int, Past] = {}
+        self._batch = 0
+        self._pasts: dict[int, tuple[Past, int]] = {}
+        """By the identity of the changes, which each holds; and the batch that needed it last."""
+
+    def begin_batch(self) -> None:
+        """Let go of what wasn't needed for a while: it holds its transaction."""
+        self._batch += 1
+        if self._pasts:
+            oldest = self._batch - _KEPT_FOR
+            self._pasts = {at: kept for at, kept in self._pasts.items() if kept[1] >= oldest}
 
     def of(self, changes: tuple[Change, ...]) -> Past:
         """Return the state before the transaction of those changes."""
-        past = self._pasts.get(id(changes))
-        if past is None:
-            past = self._pasts[id(changes)] = Past(changes, self._tables)
+        kept = self._pasts.get(id(changes))
+        past = Past(changes, self._tables) if kept is None else kept[0]
+        self._pasts[id(changes)] = past, self._batch
         return past
 
 

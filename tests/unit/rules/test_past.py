@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import cast
@@ -146,3 +147,27 @@ def test_what_was_truncated_is_not_known_and_not_taken_for_empty() -> None:
 def test_an_old_row_without_the_columns_that_are_read_decides_nothing() -> None:
     assert _question([delete({"id": "1", "name": "Ann"})]) is not None
     assert _question([delete({"id": "1"})]) is None
+
+
+def test_a_large_transaction_is_looked_through_once_for_all_of_its_batches() -> None:
+    """Else a DELETE of many rows takes time by the square of them."""
+    change = CountingChange()
+    changes = (cast("Change", change),)
+    pasts = Pasts({})
+    for _ in range(100):
+        pasts.begin_batch()
+        pasts.of(changes).overlays([NOTES])
+        pasts.begin_batch()  # of another reader of the changelog, somewhere else in it
+    assert change.looks == 1
+
+
+def test_a_transaction_that_no_batch_needs_any_more_is_let_go_of() -> None:
+    """The changelog may have trimmed it long ago."""
+    change = CountingChange()
+    changes = (cast("Change", change),)
+    pasts = Pasts({})
+    pasts.of(changes)
+    held = sys.getrefcount(changes)
+    for _ in range(20):
+        pasts.begin_batch()
+    assert sys.getrefcount(changes) == held - 1
