@@ -85,7 +85,7 @@ class Vitals:
             found.append("shutting_down")
         if not self._hub.stream_is_up:
             found.append("stream_away")
-        if await self._ask("SELECT 1") is None:
+        if await self._ask("SELECT 1") is None or self._probe.outage.is_on:
             found.append("database_away")
         return found
 

@@ -49,7 +49,8 @@ from pgrealtime.hub.linking import (
     when_created,
 )
 from pgrealtime.hub.looking import Looking
-from pgrealtime.hub.probe import PATIENCE_WITH_CONNECTIONS, Asked
+from pgrealtime.hub.outage import PATIENCE_WITH_CONNECTIONS
+from pgrealtime.hub.probe import Asked
 from pgrealtime.hub.row_history import RowHistory, Sequels, TableHistory
 from pgrealtime.hub.snapshot import Snapshot
 from pgrealtime.lsn import LSN, Xid

@@ -21,6 +21,7 @@ from pgrealtime.collections import Collection
 from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.allowance import SHORT_SECONDS, Allowance
 from pgrealtime.hub.event import Event
+from pgrealtime.hub.outage import Outage
 from pgrealtime.hub.snapshot import SNAPSHOT_QUERY, Snapshot, parse_snapshot
 from pgrealtime.hub.suspension import Suspensions
 from pgrealtime.lsn import LSN, Xid, parse_lsn
@@ -66,8 +67,6 @@ _SNAPSHOT = (
     "SELECT pg_catalog.pg_current_snapshot()::pg_catalog.text,"
     " pg_catalog.pg_current_wal_insert_lsn()::pg_catalog.text"
 )
-PATIENCE_WITH_CONNECTIONS = (0.0, 0.1, 0.5, None)
-"""Seconds before a question is put to another connection; None is the last one."""
 _HURRIED = 20
 """Without patience the other questions of the batch have a twentieth of the time each: those that
 aren't slow need no more, and many that are slow together hold everybody up."""
@@ -140,6 +139,9 @@ class Probe:
         self._told: set[tuple[str, str]] = set()
         self._unreadable: dict[str, float] = {}
         """By collection, until when its rows aren't read: a statement took too long."""
+        self._may_have_standbys = True
+        self.outage = Outage(time.monotonic)
+        """Whether the database is away, as far as questions tell."""
         self._suspensions: Suspensions[Atom | RemoteSource] = Suspensions(time.monotonic)
 
     async def snapshot(self) -> tuple[str, str, bool]:
@@ -159,12 +161,13 @@ class Probe:
     async def has_synchronous_standbys(self) -> bool:
         """Whether commits may wait for a standby, and so be decoded long before they are visible.
 
-        A database that doesn't answer now has the answer of before: that they may.
+        A database that doesn't answer has the answer of before; at first, that they may.
         """
         try:
-            return await self._pool.row(_STANDBYS) != ("",)
+            self._may_have_standbys = await self._pool.row(_STANDBYS) != ("",)
         except (psycopg.Error, PoolTimeout):
-            return True
+            log.debug("standbys.unknown")
+        return self._may_have_standbys
 
     async def ask(self, judging: Asked, allowance: Allowance | None = None) -> frozenset[str]:
         """Put what the judging wants to know, until nothing is left.
@@ -182,7 +185,7 @@ class Probe:
             fault, and who depends on those may miss something.
         """
         allowance = allowance or _unlimited()
-        for patience in PATIENCE_WITH_CONNECTIONS:
+        for patience in self.outage.pauses():
             inquiries = judging.inquiries()
             if not inquiries or allowance.is_spent():
                 return frozenset()
@@ -190,12 +193,12 @@ class Probe:
                 async with self._pool.session() as connection:
                     session = _Session(self._pool, connection, judging.xids, allowance)
                     await session.begin()
+                    self.outage.end()
                     await self.put_all(session, judging, inquiries)
                     await session.end()
-            except (PoolTimeout, TimeoutError) as error:
+            except TimeoutError as error:
                 return self._give_up(judging, error)
             except psycopg.Error as error:
-                # A connection that broke says nothing of the next one.
                 if patience is None:
                     return self._give_up(judging, error)
                 await asyncio.sleep(patience)
@@ -223,6 +226,7 @@ class Probe:
         async with self._pool.session() as connection:
             session = _Session(self._pool, connection, xids, _unlimited())
             await session.begin()
+            self.outage.end()
             yield Reading(self, session)
             await session.end()
 
@@ -370,9 +374,9 @@ class Probe:
         lacking = frozenset[str]().union(*(event.missing for event in events))
         columns = [column.name for column in collection.table.columns if column.name in lacking]
         is_repeated = False
-        for patience in PATIENCE_WITH_CONNECTIONS:
+        for patience in self.outage.pauses():
             try:
-                return await self._visible_live_rows(events, columns)
+                rows = await self._visible_live_rows(events, columns)
             except psycopg.errors.UndefinedColumn as error:
                 self._doubt(error)
                 if is_repeated:
@@ -386,9 +390,12 @@ class Probe:
                 is_repeated = True
             except psycopg.Error as error:
                 self._doubt(error)
-                if patience is None or isinstance(error, PoolTimeout) or not _is_away(error):
+                if patience is None or not _is_away(error):
                     raise
                 await asyncio.sleep(patience)
+            else:
+                self.outage.end()
+                return rows
         raise TimeoutError("the table changes all the time")  # pragma: no cover
 
     async def _existing(self, collection: Collection) -> frozenset[str]:

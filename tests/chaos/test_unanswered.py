@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from tests.conformance.http_client import End
+from tests.conformance.http_client import Address, End, Request, send
+from tests.conformance.process import free_port
 from tests.e2e.listener import Listener, listener
 from tests.e2e.service import Service, service
+from tests.own_server import own_server
 from tests.wire import Wire, wire
 
 ASKED = {
     "posts": {"table": "posts", "list_rule": '@collection.notes.id ?= "open"'},
     "notes": {"table": "notes", "list_rule": "", "view_rule": ""},
 }
+NO_SECTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 SCHEMA = """
 CREATE TABLE posts (id text PRIMARY KEY);
 CREATE TABLE notes (id text PRIMARY KEY);
@@ -34,7 +39,9 @@ class Room:
 
 
 @asynccontextmanager
-async def room(database_url: str, directory: Path) -> AsyncIterator[Room]:
+async def room(
+    database_url: str, directory: Path, sections: Mapping[str, Mapping[str, Any]] = NO_SECTIONS
+) -> AsyncIterator[Room]:
     """The program asks by a way of its own; the stream has another."""
     async with (
         wire(database_url) as way,
@@ -43,7 +50,10 @@ async def room(database_url: str, directory: Path) -> AsyncIterator[Room]:
             directory,
             collections=ASKED,
             schema=SCHEMA,
-            sections={"database": {"query_url": way.url(database_url), "statement_timeout": "1s"}},
+            sections={
+                "database": {"query_url": way.url(database_url), "statement_timeout": "1s"},
+                **sections,
+            },
         ) as running,
         listener(running.address, "posts/*", "PB_RESYNC") as told,
         listener(running.address, "posts/*") as plain,
@@ -55,6 +65,17 @@ async def room(database_url: str, directory: Path) -> AsyncIterator[Room]:
 async def write(running: Service, name: str) -> None:
     await running.write.execute("INSERT INTO posts VALUES (%s)", [name])
     await running.write.execute("INSERT INTO notes VALUES (%s)", [name])
+
+
+async def until_ready(port: int, *, is_so: bool) -> None:
+    """Wait until traffic may come, or may not."""
+    request = Request(method="GET", path="/ready", headers={}, body=b"", source_ip=None)
+    async with asyncio.timeout(20):
+        while True:
+            status = (await send(request, Address(host="127.0.0.1", port=port))).head.status
+            if (status == 200) is is_so:
+                return
+            await asyncio.sleep(0.05)
 
 
 async def ids(heard: Listener, count: int) -> list[str]:
@@ -74,6 +95,29 @@ async def test_broken_connections_are_replaced_and_nothing_is_denied_for_them(
         await write(here.running, "last")
         assert await ids(here.told, 1) == ["last"]
         assert await ids(here.plain, 4) == ["0", "1", "2", "last"]
+
+
+async def test_a_server_that_restarts_is_waited_for(tmp_path: Path) -> None:
+    """With a durable slot nothing was missed, so nobody is told to load anew."""
+    port = free_port()
+    sections: dict[str, dict[str, Any]] = {
+        "replication": {"slot": {"durable": True, "allow_unlimited_wal": True}},
+        "admin": {"port": port},
+    }
+    with own_server() as server:
+        async with room(server.url, tmp_path, sections) as here:
+            await write(here.running, "a")
+            assert await ids(here.told, 1) == await ids(here.plain, 1) == ["a"]
+            here.way.cut()
+            await write(here.running, "b")
+            await until_ready(port, is_so=False)
+            await asyncio.to_thread(server.control, "restart", "--mode=fast")
+            await asyncio.sleep(1)  # far longer than what a broken connection is worth
+            here.way.mend()
+
+            assert await ids(here.told, 1) == await ids(here.plain, 1) == ["b"]
+            assert await ids(here.public, 2) == ["a", "b"]
+            await until_ready(port, is_so=True)
 
 
 async def test_while_nobody_answers_it_is_a_gap_for_who_depends_on_answers_alone(
