@@ -7,7 +7,7 @@ over one path speak of one row.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from sqlglot import exp
@@ -142,10 +142,15 @@ class Scope:
         return sql.typed(self.statement.bind(parameter, Form.TEXT), found.type)
 
     def is_there(self, collection: Collection) -> Sql:
-        """Return whether the subscriber's own row can be read."""
-        alias = self.statement.alias()
+        """Return whether the subscriber's own row can be read.
+
+        The id is one of that very table's, so it is of the key's type and its index serves.
+        """
+        alias, key = self.statement.alias(), collection.key
         row = self._table(collection.table.name, alias)
-        is_own = self._is_auth_id(collection)(alias)
+        own = typed_column(alias, key)
+        known = sql.typed(self.statement.bind(AUTH_ID, Form.TEXT), key.type)
+        is_own = sql.equal_keys(own, replace(own, node=known))
         select = exp.Select(
             expressions=[sql.number(1)], from_=exp.From(this=row), where=exp.Where(this=is_own)
         )

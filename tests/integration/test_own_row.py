@@ -1,0 +1,97 @@
+"""The caller's own row among what Postgres is asked: found by its key, whatever its type."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from pgrealtime.auth.principal import AuthRecord
+from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.collections import Collections, build
+from pgrealtime.config import CollectionConfig
+from pgrealtime.rules.formula import leaves
+from pgrealtime.rules.plan import Bound, Planner
+from pgrealtime.rules.reference import Question
+from pgrealtime.rules.remote import Pairs
+from pgrealtime.rules.request import Request
+
+SCHEMA = """
+CREATE EXTENSION citext;
+CREATE DOMAIN short AS varchar(40);
+CREATE TYPE mood AS ENUM ('m1', 'm2');
+CREATE TABLE users (id {type} PRIMARY KEY, level int);
+INSERT INTO users SELECT {value}, 1 FROM generate_series(1, {count}) n;
+CREATE TABLE bans (id int PRIMARY KEY, person {type});
+CREATE TABLE posts (id int PRIMARY KEY, title text);
+ANALYZE;
+"""
+RULE = "@collection.bans.person != @request.auth.id"
+
+KEYS = {
+    "uuid": "md5(n::text)::uuid",
+    "bigint": "n",
+    "smallint": "n",
+    "text": "'u' || n",
+    "varchar(30)": "'u' || n",
+    "char(26)": "'u' || n",
+    "public.short": "'u' || n",
+    "public.citext": "'u' || n",
+    "numeric": "n",
+    "public.mood": "('m' || n)::public.mood",
+}
+
+
+async def collections_of(url: str, ddl: str) -> Collections:
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        await connection.execute(sql.SQL(ddl))
+        return build(
+            {
+                name: CollectionConfig.model_validate(
+                    {
+                        "table": f"public.{name}",
+                        "type": "auth" if name == "users" else "base",
+                        "list_rule": RULE if name == "posts" else "",
+                    }
+                )
+                for name in ("users", "bans", "posts")
+            },
+            await read_catalog(connection, schemas=["public"]),
+        )
+
+
+def asked(collections: Collections, *ids: str) -> Question:
+    """The statement about one post and the callers of these ids."""
+    users, posts = collections["users"], collections["posts"]
+    who = AuthRecord(collection_id=users.id, collection_name="users", id=ids[0])
+    bound = Planner(collections).bind(posts, RULE, Request(principal=who))
+    assert isinstance(bound, Bound)
+    (leaf,) = leaves(bound.variant.formula)
+    question = Pairs(atom=leaf.atom, asked=[((), (one,)) for one in ids]).question()
+    assert question is not None
+    return question
+
+
+@pytest.mark.parametrize("key_type", KEYS)
+async def test_a_caller_is_there_or_nothing_is_asked_about_it(
+    database_url: str, key_type: str
+) -> None:
+    """By the key's own type and index: a pass over all users for each would be a standstill."""
+    count = 2 if key_type == "public.mood" else 20_000
+    ddl = SCHEMA.format(type=key_type, value=KEYS[key_type], count=count)
+    collections = await collections_of(database_url, ddl)
+    with psycopg.connect(
+        database_url, autocommit=True, options="-c search_path=pg_catalog"
+    ) as connection:
+        found = connection.execute("SELECT id::text FROM public.users LIMIT 2").fetchall()
+        there, gone = (str(one).rstrip() for (one,) in found)
+        connection.execute(
+            sql.SQL("DELETE FROM public.users WHERE id::text = {}").format(sql.Literal(gone))
+        )
+        question = asked(collections, there, gone)
+        admitted = connection.execute(question.sql.encode(), question.params).fetchall()
+        plan = connection.execute(f"EXPLAIN {question.sql}".encode(), question.params).fetchall()
+
+    assert admitted == [(0,)]
+    text = "\n".join(line for (line,) in plan)
+    assert count == 2 or "Seq Scan on users" not in text
