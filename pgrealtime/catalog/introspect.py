@@ -54,6 +54,7 @@ ORDER BY n.nspname, c.relname
 _COLUMNS = """
 SELECT a.attrelid AS table, a.attname AS name, a.attnum AS number, a.atttypid AS type,
        a.atttypmod AS type_modifier, a.attnotnull AS not_null, a.attgenerated <> '' AS is_generated,
+       a.attstorage <> 'p' AS is_toastable,
        coalesce(l.collisdeterministic, true) AS is_deterministic
 FROM pg_attribute a
 LEFT JOIN pg_collation l ON l.oid = a.attcollation
@@ -268,6 +269,7 @@ def _column(type_of: Callable[[int], Type]) -> Callable[[_Record], Column]:
             type_modifier=row["type_modifier"],
             not_null=row["not_null"],
             is_generated=row["is_generated"],
+            is_toastable=row["is_toastable"],
             is_deterministic=row["is_deterministic"],
         )
 

@@ -69,6 +69,9 @@ class Column:
     type_modifier: int = -1
     not_null: bool = False
     is_generated: bool = False
+    is_toastable: bool = False
+    """Whether a long value is kept outside of the row; an update that leaves it alone then doesn't
+    bring it, unless the whole old row is logged."""
     is_deterministic: bool = True
     """False under a nondeterministic collation, where equal texts need not be the same bytes."""
 

@@ -257,7 +257,8 @@ def _of_deletes(table: Table) -> Iterator[str]:
     logged = _IDENTITIES.get(table.replica_identity, "nothing")
     kind = table.replica_identity.name
     yield from _remark(
-        f"REPLICA IDENTITY {kind}: of a deleted row {logged} is known. For rules that need more:"
+        f"REPLICA IDENTITY {kind}: of a deleted row {logged} is known, and an update brings no"
+        " long value that it leaves alone. For rules that need more:"
     )
     for name in table.leaves or (table.name,):
         yield f"#   ALTER TABLE {_shown(qualified(name))} REPLICA IDENTITY FULL;"

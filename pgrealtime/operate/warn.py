@@ -12,6 +12,7 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from pgrealtime.auth.principal import AuthRecord, Principal
+from pgrealtime.catalog.model import Column
 from pgrealtime.changes import TableName
 from pgrealtime.collections import Collection, Collections, Field, FieldKind, quoted
 from pgrealtime.config import CollectionConfig, Config
@@ -406,21 +407,32 @@ def _untold_deletes(collections: Collections, collection: Collection) -> Iterato
             for name in predicate.columns
         }
         lacking = [
-            column.name
+            column
             for column in table.columns
             if column.name in read - {*table.identity_columns} and not column.is_generated
         ]
         if lacking:
-            names = ", ".join(f'"{name}"' for name in lacking)
+            message = (
+                f'nobody hears of deletes: the old row of "{table.name}" lacks {_listed(lacking)}'
+            )
+            if long := [column for column in lacking if column.is_toastable]:
+                message += (
+                    f"; updates that leave a long {_listed(long)} alone may be told as gaps,"
+                    " when others follow at once"
+                )
             yield Problem(
                 f"collections.{collection.name}.{key}",
-                f'nobody hears of deletes: the old row of "{table.name}" lacks {names}',
+                message,
                 " ".join(
                     f"ALTER TABLE {qualified(name)} REPLICA IDENTITY FULL;"
                     for name in table.leaves or [table.name]
                 ),
             )
             return  # one statement mends it for both rules
+
+
+def _listed(columns: Iterable[Column]) -> str:
+    return ", ".join(f'"{column.name}"' for column in columns)
 
 
 def references(collections: Collections, collection: Collection, key: str) -> Iterator[Reference]:

@@ -59,7 +59,14 @@ async def test_a_plain_table_is_read_whole(connection: AsyncConnection[Any]) -> 
         kind=TableKind.TABLE,
         columns=(
             Column(name="id", number=1, type=int8, not_null=True),
-            Column(name="title", number=2, type=varchar, type_modifier=44, not_null=True),
+            Column(
+                name="title",
+                number=2,
+                type=varchar,
+                type_modifier=44,
+                not_null=True,
+                is_toastable=True,
+            ),
         ),
         primary_key=("id",),
         unique=(("id",),),
