@@ -42,8 +42,7 @@ async def live(
     return counts, wrong
 
 
-def main() -> None:
-    """Run until so many histories were lived or the time is over."""
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.histories")
     parser.add_argument("--port", default=os.environ.get("PGREALTIME_TEST_PG_PORT", ""))
     parser.add_argument("--histories", type=int, default=100)
@@ -54,10 +53,17 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=1, help="live the given seed so many times")
     parser.add_argument("--show", type=int, default=5, help="faults of a kind that are printed")
     parser.add_argument("--story", action="store_true", help="all that concerned clients heard")
+    parser.add_argument("--log", action="store_true", help="what the program says")
     parser.add_argument("--progress", action="store_true", help="say how far it is")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run until so many histories were lived or the time is over."""
+    options = _options()
     logging.disable(logging.CRITICAL)
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    level = logging.INFO if options.log else logging.CRITICAL
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(level))
     total: Counter[str] = Counter()
     shown: Counter[str] = Counter()
     began = time.monotonic()

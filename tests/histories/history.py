@@ -44,6 +44,11 @@ KILL = (
     " AND backend_type = %s"
 )
 
+KILL_ALL = (
+    "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+    " WHERE datname = current_database() AND application_name LIKE 'pgrealtime%'"
+)
+
 
 @dataclass(eq=False)
 class World:
@@ -327,6 +332,12 @@ class History:
             self.world.ledger.happens("walsender")
             await self.world.connections[0].execute(KILL.encode(), ["walsender"])
 
+    async def kill_everything(self) -> None:
+        """End all of the program's connections, without waiting for it."""
+        self.world.ledger.happens("walsender")
+        self.world.ledger.happens("queries")
+        await self.world.connections[0].execute(KILL_ALL)
+
     async def lock(self, docs: str = "") -> None:
         """Let a table be locked for longer than a question may take, while others are written."""
         docs = docs or self.rng.choice([*DOCS, "teams", "teams", "members", *LIKES.values()])
@@ -394,9 +405,13 @@ class History:
             for client in clients:
                 await client.wait_served()
             name = f"{self.writer.prefix}f{turn}"
+            before = [len(client.streams[-1].messages) for client in clients]
             await self.writer.fence(name)
             is_fence = partial(_is_of, "fence/*", name)
-            heard = [await client.hear(is_fence) for client in clients]
+            heard = [
+                await client.hear(is_fence, since)
+                for client, since in zip(clients, before, strict=True)
+            ]
             if all(heard):
                 return
 

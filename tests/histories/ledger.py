@@ -145,6 +145,17 @@ class Ledger:
             found = version
         return found
 
+    def likes_at(self, version: Version) -> frozenset[str]:
+        """Return who liked a record right after a change of it, amid its transaction."""
+        place = version.commit, version.order
+        found = set()
+        for user in self.likers.get((version.table, version.record_id), ()):
+            link = LIKES[version.table], f"{version.record_id}|{user}"
+            before = [one for one in self.rows[link] if (one.commit, one.order) <= place]
+            if before and before[-1].action == "create":
+                found.add(user)
+        return frozenset(found)
+
     def row(self, table: str, record_id: str, commit: int, without: int = 0) -> Values | None:
         """Return the row as it was at a commit; None if there was none."""
         found = self.version(table, record_id, commit, without)

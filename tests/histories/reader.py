@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ class Message:
     Attributes:
         position: That of the id; None if it has none.
         begun: The last commit that was begun when it was written.
+        at: When that was, monotonic seconds.
         visible: The last commit that readers saw then; of gaps only.
     """
 
@@ -65,6 +67,7 @@ class Message:
     id: str
     position: Cursor | None
     begun: int
+    at: float
     visible: int = 0
 
 
@@ -87,7 +90,7 @@ class Stream:
     taken: int | None = None
     is_ended: bool = False
     """By the program."""
-    ended_at: int = 0
+    ended_at: float = 0.0
 
     @property
     def received(self) -> list[Message]:
@@ -125,7 +128,7 @@ class _Sink:
 
     def end(self) -> None:
         self._stream.is_ended = True
-        self._stream.ended_at = self._client.ledger.begun
+        self._stream.ended_at = time.monotonic()
         self.arrived.set()
 
     abort = end
@@ -189,6 +192,7 @@ class Client:
                 id=lines["id"],
                 position=None if position is None else position.cursor,
                 begun=self.ledger.begun,
+                at=time.monotonic(),
                 visible=self._look() if event == "PB_RESYNC" else 0,
             )
             stream.messages.append(message)
@@ -291,19 +295,29 @@ class Client:
                 elif self.resumes and message.event != "PB_CONNECT":
                     raise AssertionError(f"no position: {message}")
 
-    async def hear(self, is_it: Callable[[Message], bool]) -> bool:
-        """Wait for a message on the connection of now; return whether it came before the end."""
+    async def hear(self, is_it: Callable[[Message], bool], since: int) -> bool:
+        """Wait for a message on the connection of now.
+
+        Args:
+            is_it: Which one.
+            since: How many messages there were when it was caused.
+
+        Returns:
+            Whether it came before the end, and before a gap that it may be in.
+        """
         stream, sink = self.streams[-1], self._sink
         assert sink is not None
-        seen = 0
         while True:
-            if any(is_it(message) for message in stream.messages[seen:]):
-                return True
-            seen = len(stream.messages)
+            sink.arrived.clear()
+            for message in stream.messages[since:]:
+                if is_it(message):
+                    return True
+                if message.event == "PB_RESYNC" and not message.data["collections"]:
+                    return False
+            since = len(stream.messages)
             if stream.is_ended:
                 self._leave(None)
                 return False
-            sink.arrived.clear()
             await sink.arrived.wait()
 
     async def close(self) -> None:
