@@ -401,5 +401,9 @@ def _start_error(error: psycopg.Error, slot: Slot) -> PgRealtimeError:
             return SlotLostError(f'slot "{slot.name}" can\'t be read any more', detail=detail)
         case pg.ObjectInUse():
             return SlotBusyError(f'slot "{slot.name}" is being read by another', detail=detail)
+        case pg.OperationalError():
+            return DatabaseUnreachableError(
+                "the server went away while the stream was started", detail=detail
+            )
         case _:
             return WalError("the stream can't be started", detail=detail, code="stream_start")
