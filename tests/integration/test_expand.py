@@ -19,6 +19,7 @@ from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Change, Delete, TableName, WholeRow
 from pgrealtime.collections import Collections, build, table_names
 from pgrealtime.config import CollectionConfig
+from pgrealtime.hub import expand
 from pgrealtime.hub.event import Action, Event
 from pgrealtime.hub.expand import Expander, Reading
 from pgrealtime.hub.expansion import Node, Viewer, Viewers
@@ -338,6 +339,26 @@ async def test_a_path_back_and_forth_is_left_out_where_it_shows_too_much(world: 
     assert [related.expands.get(bomb) for bomb in bombs] == [None] * len(bombs)
     assert related.expands[modest] is not None
     assert took < 5
+
+
+async def test_what_a_batch_shows_in_all_is_bounded_and_what_is_small_is_always_shown(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them may be as large as one may; many together may not."""
+    small = len("x" * 1000)
+    monkeypatch.setattr(expand, "_SMALL", 2 * small)
+    monkeypatch.setattr(expand, "_BYTES", 50 * small)
+    await world.run(
+        f"UPDATE public.people SET name = repeat('x', {10 * small}) WHERE id = '{ANN}';"
+        f"INSERT INTO public.books (id, author) SELECT n, '{ANN}' FROM generate_series(100, 119) n;"
+        f"INSERT INTO public.books (id, author) VALUES (120, '{BOB}')"
+    )
+    events = [await world.event("books", str(n)) for n in range(100, 121)]
+    viewer = world.viewer("books", "author")
+    related = await world.expander.related(events, [], [(at, viewer) for at in range(21)])
+    shown = [at for at in range(21) if related.expands.get((at, viewer))]
+
+    assert shown == [0, 1, 2, 3, 20]
 
 
 async def test_a_batch_is_one_query_per_relation_and_level(world: World) -> None:

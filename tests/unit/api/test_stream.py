@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import re
+import socket
 import struct
 from socket import SO_LINGER, SOL_SOCKET
 
@@ -318,6 +319,53 @@ async def test_end_is_not_waited_for_by_who_never_reads() -> None:
 
         with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
             await reader.readexactly(20_000_000)
+        writer.close()
+
+
+async def test_a_stream_that_has_ended_drops_who_takes_the_rest_bit_by_bit() -> None:
+    """The hub has forgotten it by then, and to the kernel it is a client that takes something."""
+    async with served(stall_timeout=0.5) as service:
+        loop = asyncio.get_running_loop()
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+            client.setblocking(False)
+            await loop.sock_connect(client, (service.address.host, service.address.port))
+            await loop.sock_sendall(client, GET)
+            await until(lambda: len(service.room.hub.connections) == 1)
+            (connection,) = service.room.hub.connections
+            connection.write(b"x" * 20_000_000)
+            service.room.hub.close(connection)
+            connection.sink.end()
+            taken = 0
+            async with asyncio.timeout(DEADLINE):
+                while connection.sink.buffered():
+                    taken += len(await loop.sock_recv(client, 8192))
+                    await asyncio.sleep(0.01)
+
+    assert taken < 20_000_000
+
+
+async def test_a_connection_whose_stream_s_end_had_to_wait_serves_on_and_stays() -> None:
+    """Also if so little waited that the transport never called its buffer full."""
+    async with served(stall_timeout=1.5) as service:
+        reader, writer = await service.raw(GET)
+        await read_head(reader)
+        (connection,) = service.room.hub.connections
+        while not connection.sink.buffered():
+            connection.write(b"x" * 10_000)
+        service.room.hub.close(connection)
+        connection.sink.end()
+        async with asyncio.timeout(DEADLINE):
+            rest = b""
+            while not rest.endswith(b"\r\n0\r\n\r\n"):
+                rest = rest[-10:] + await reader.read(100_000)
+        for _ in range(2):
+            writer.write(b"GET /api/health HTTP/1.1\r\nHost: x\r\n\r\n")
+            status, lines = await read_head(reader)
+            (length,) = (line for line in lines if line.startswith(b"Content-Length: "))
+            await reader.readexactly(int(length.partition(b" ")[2]))
+            assert status == b"HTTP/1.1 200 OK"
+            await asyncio.sleep(2.0)  # longer than the end of the stream might have taken
         writer.close()
 
 

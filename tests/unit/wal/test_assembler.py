@@ -104,6 +104,26 @@ def test_transaction_beyond_the_bound_leaves_only_its_tables() -> None:
     )
 
 
+def test_what_a_change_takes_beside_its_payload_counts_for_the_bound() -> None:
+    """A row of short values takes many times its message in memory."""
+    target = assembler(max_size=1000)
+    target.feed(BEGIN, 1)
+    for _ in range(4):
+        target.feed(RowChange(INSERT, None, overhead=200), 10)
+    assert len(target._changes) == 4
+    target.feed(RowChange(INSERT, None, overhead=200), 10)
+
+    assert target.feed(COMMIT, 1) == Oversized(Xid(7), LSN(32), 1234, frozenset({POSTS}))
+
+
+def test_a_transaction_s_size_is_what_its_changes_take() -> None:
+    """The changelog is bounded by it."""
+    target = assembler()
+    target.feed(BEGIN, 1)
+    target.feed(RowChange(INSERT, None, overhead=200), 10)
+    assert target.feed(COMMIT, 1) == whole(INSERT, size=212)
+
+
 def test_transaction_after_an_oversized_one_is_whole_again() -> None:
     target = assembler(max_size=25)
     for message in (BEGIN, RowChange(INSERT, None), RowChange(INSERT, None), COMMIT):
