@@ -59,3 +59,39 @@ def test_a_gap_that_is_told_takes_nothing_from_who_has_yet_to_read_it() -> None:
 
     gap = Gap(LSN(21), "schema", frozenset({POSTS}))
     assert changelog.read(follower.head, changelog.head, 10) == [large(10), large(20), gap]
+
+
+def relay_of(changelog: MemoryChangelog) -> Relay:
+    follower = Behind(changelog.head)
+    return Relay(no_stream, changelog, follower, tables=[POSTS], max_size=100, pass_over=not_asked)
+
+
+async def test_who_dates_a_row_waits_for_the_stream_and_not_for_ever() -> None:
+    """What came in time, or was there; and no second wait before it has come."""
+    changelog = MemoryChangelog(LSN(0), max_size=100, max_age=1e9)
+    relay = relay_of(changelog)
+    changelog.append(large(1000))
+    assert await relay.reach(LSN(1000))
+
+    asyncio.get_running_loop().call_later(0.05, changelog.append, large(1100))
+    assert await relay.reach(LSN(1100))
+
+    began = asyncio.get_running_loop().time()
+    assert not await relay.reach(LSN(1200))
+    waited = asyncio.get_running_loop().time() - began
+    assert not await relay.reach(LSN(1300))
+    assert asyncio.get_running_loop().time() - began < waited + 0.5
+    changelog.append(large(1200))
+    changelog.append(large(1300))
+    assert await relay.reach(LSN(1300))
+
+
+async def test_the_header_of_a_page_is_not_waited_for() -> None:
+    """The insert position lies behind it where the last record ended with the page before."""
+    changelog = MemoryChangelog(LSN(0), max_size=100, max_age=1e9)
+    changelog.append(large(8192))
+    relay = relay_of(changelog)
+
+    assert await relay.reach(LSN(8192 + 24))
+    assert await relay.reach(LSN(8192 + 40))
+    assert not await relay.reach(LSN(8192 + 48))

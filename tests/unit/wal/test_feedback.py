@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgrealtime.lsn import LSN
-from pgrealtime.wal.feedback import MOVE_SECONDS, Feedback
+from pgrealtime.wal.feedback import ASK_SECONDS, MOVE_SECONDS, Feedback
 from pgrealtime.wal.wire import StandbyStatusUpdate
 
 START = LSN(100)
@@ -182,3 +182,16 @@ def test_no_order_of_events_moves_the_slot_over_something_unkept(
         # unkept[0] is kept; the rest isn't.
         assert all(flushed < unkept[1] for flushed in flushes if len(unkept) > 1)
     assert moved == sorted(moved)
+
+
+def test_a_sign_of_life_is_asked_for_when_somebody_waits_for_it() -> None:
+    """However often it is asked for, the server isn't flooded; and the timer goes on from there."""
+    feedback = machine()
+    feedback.ask(5.0)
+    assert feedback.due(5.0) == (standing(START, asks=True),)
+    feedback.ask(5.0 + ASK_SECONDS / 2)
+    assert feedback.due(5.0 + ASK_SECONDS / 2) == ()
+    feedback.ask(5.0 + ASK_SECONDS)
+    assert feedback.due(5.0 + ASK_SECONDS) == (standing(START, asks=True),)
+    assert feedback.due(24.9) == ()
+    assert feedback.due(25.1) == (standing(START, asks=True),)
