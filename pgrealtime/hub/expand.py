@@ -272,6 +272,12 @@ class Expander:
             await fetching.expand(roots)
             if reading.has_failed:
                 found.failed.update(wanted)
+        lacking_columns = frozenset(partial)
+        found.failed.update(
+            (place, viewer)
+            for place, viewer in wanted
+            if place in lacking_columns and _leads_nowhere(viewer, events[place].row)
+        )
         left = _BYTES
         for one, (root, viewer) in zip(wanted, roots, strict=True):
             most = min(_LARGE, max(left, _SMALL))
@@ -342,6 +348,13 @@ class Expander:
 def _node_of(event: Event, past: Past | None, undone: Undone) -> Node:
     record_id = plain_id(event.collection, event.record_id)
     return Node(event.collection, record_id, event.row, past=past, undone=undone)
+
+
+def _leads_nowhere(viewer: Viewer, row: Row) -> bool:
+    """Whether the viewer expands a relation whose column isn't known."""
+    steps = (branch.step for branch in viewer.plan.branches.values())
+    columns = (step.field.column for step in steps if step.is_in_row)
+    return any(column is not None and column.name not in row for column in columns)
 
 
 def _seen(history: TableHistory, event: Event, reading: Reading) -> list[Change] | None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -216,3 +217,40 @@ async def test_a_row_that_is_locked_is_read_again_or_told(
         await running.write.execute("ROLLBACK")
 
         assert await until_end(running, guest) == heard
+
+
+async def test_what_a_column_that_is_not_known_leads_to_is_told(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Its ids of now are shown to who may see them; what they lead to isn't the event's."""
+    schema = """
+    CREATE TABLE tags (id text PRIMARY KEY);
+    CREATE TABLE docs (id text PRIMARY KEY, title text NOT NULL, body text, tags text[]);
+    ALTER TABLE docs ALTER tags SET STORAGE EXTERNAL;
+    INSERT INTO tags VALUES (repeat('a', 500)), (repeat('b', 500));
+    INSERT INTO docs VALUES
+      ('a', '', NULL, ARRAY(SELECT repeat('a', 500) FROM generate_series(1, 10)));
+    CREATE PUBLICATION pgrealtime FOR TABLE ONLY docs, ONLY tags;
+    """
+    collections: dict[str, dict[str, Any]] = {
+        "tags": {"table": "tags", "view_rule": ""},
+        "docs": {
+            "table": "docs",
+            "list_rule": "",
+            "relations": {"tags": {"collection": "tags"}},
+        },
+    }
+    expanding = 'docs/*?options={"query":{"expand":"tags"}}'
+    async with (
+        service(database_url, tmp_path, collections=collections, schema=schema) as running,
+        listener(running.address, expanding, "PB_RESYNC") as guest,
+        listener(running.address, "docs/*", "PB_RESYNC") as plain,
+    ):
+        await running.write.execute(
+            b"BEGIN; UPDATE docs SET title = 'one'; COMMIT; UPDATE docs SET title = 'two',"
+            b" tags = ARRAY(SELECT repeat('b', 500) FROM generate_series(1, 10))"
+        )
+
+        assert sorted(await until_end(running, guest)) == ["gap", "one", "two"]
+        heard = [one for one in await plain.take(4) if one.event == "PB_RESYNC"]
+        assert heard == []
