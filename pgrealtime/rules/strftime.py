@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from sqlglot import exp
@@ -329,8 +329,6 @@ def _put_together(scope: Scope, start: Sql, layout: str, *, is_fine: bool) -> Sq
 _TO_CHAR = {
     "d": "DD",
     "f": "SS.MS",
-    "g": "IY",
-    "G": "IYYY",
     "H": "HH24",
     "I": "HH12",
     "j": "DDD",
@@ -354,26 +352,33 @@ def _letter(start: Sql, letter: str, *, is_fine: bool) -> Sql | None:
         return sql.call("to_char", start, sql.string(layout))
     if layout := _PADDED.get(letter):
         return sql.call("lpad", sql.call("to_char", start, sql.string(layout)), sql.number(2))
-    match letter:
-        case "Y":
-            return _year(start)
-        case "F":
-            rest = sql.call("to_char", start, sql.string("-MM-DD"))
-            return sql.joined(_year(start), rest)
-        case "s" if is_fine:
-            return sql.call("to_char", _part("epoch", start), sql.string("FM999999999990.000"))
-        case "s":
-            return sql.cast(
-                sql.cast(sql.call("floor", _part("epoch", start)), sql.INTEGER), sql.TEXT
-            )
-        case "w":
-            return sql.cast(_part("dow", start), sql.TEXT)
-        case "U":
-            return _week(start, _part("dow", start))
-        case "W":
-            return _week(start, sql.binary(exp.Sub, _part("isodow", start), sql.number(1)))
-        case _:
-            return None
+    if letter == "s":
+        return _seconds(start, is_fine=is_fine)
+    make = _MAKERS.get(letter)
+    return None if make is None else make(start)
+
+
+def _seconds(start: Sql, *, is_fine: bool) -> Sql:
+    epoch = _part("epoch", start)
+    if is_fine:
+        return sql.call("to_char", epoch, sql.string("FM999999999990.000"))
+    return sql.cast(sql.cast(sql.call("floor", epoch), sql.INTEGER), sql.TEXT)
+
+
+def _date(start: Sql) -> Sql:
+    return sql.joined(_year(start), sql.call("to_char", start, sql.string("-MM-DD")))
+
+
+def _weekday(start: Sql) -> Sql:
+    return sql.cast(_part("dow", start), sql.TEXT)
+
+
+def _week_from_sunday(start: Sql) -> Sql:
+    return _week(start, _part("dow", start))
+
+
+def _week_from_monday(start: Sql) -> Sql:
+    return _week(start, sql.binary(exp.Sub, _part("isodow", start), sql.number(1)))
 
 
 def _part(field: str, start: Sql) -> Sql:
@@ -381,15 +386,34 @@ def _part(field: str, start: Sql) -> Sql:
     return part if field == "epoch" else sql.cast(part, "int")
 
 
-def _year(start: Sql) -> Sql:
+def _thursday(start: Sql) -> Sql:
+    """Return a moment in the year that the week counts to."""
+    days = sql.binary(exp.Sub, sql.number(4), _part("isodow", start))
+    zero = sql.number(0)
+    return sql.binary(exp.Add, start, sql.call("make_interval", zero, zero, zero, days))
+
+
+def _counted_year(start: Sql) -> Sql:
     """Return the year; SQLite counts a year 0, PostgreSQL calls it 1 BC and -1."""
     year = _part("year", start)
     is_before = sql.binary(exp.LT, year, sql.number(0))
-    counted = sql.case((is_before, sql.binary(exp.Add, year, sql.number(1))), default=year)
-    # Four characters, a sign among them.
-    is_signed = sql.binary(exp.LT, year, sql.number(-1))
+    return sql.case((is_before, sql.binary(exp.Add, year, sql.number(1))), default=year)
+
+
+def _year(start: Sql) -> Sql:
+    """Return the year in four characters, a sign among them."""
+    year = _counted_year(start)
+    is_signed = sql.binary(exp.LT, year, sql.number(0))
     layout = sql.case((is_signed, sql.string("FM9000")), default=sql.string("FM0000"))
-    return sql.call("to_char", counted, layout)
+    return sql.call("to_char", year, layout)
+
+
+def _year_of_century(start: Sql) -> Sql:
+    """Return the year's last two digits, a sign before those of a year before 0."""
+    year = sql.call("mod", _counted_year(start), sql.number(100))
+    is_signed = sql.binary(exp.LT, year, sql.number(0))
+    layout = sql.case((is_signed, sql.string("FM90")), default=sql.string("FM00"))
+    return sql.call("to_char", year, layout)
 
 
 def _week(start: Sql, days_since_first: Sql) -> Sql:
@@ -399,3 +423,15 @@ def _week(start: Sql, days_since_first: Sql) -> Sql:
     )
     week = sql.call("div", sql.cast(days, "numeric"), sql.number(7))
     return sql.call("to_char", week, sql.string("FM00"))
+
+
+_MAKERS: Mapping[str, Callable[[Sql], Sql]] = {
+    "F": _date,
+    "g": lambda start: _year_of_century(_thursday(start)),
+    "G": lambda start: _year(_thursday(start)),
+    "U": _week_from_sunday,
+    "w": _weekday,
+    "W": _week_from_monday,
+    "Y": _year,
+}
+"""Letters that are made otherwise."""

@@ -98,6 +98,8 @@ async def test_functions_compared_with_any_literal_show_what_pocketbase_shows(
     made = RandomRules(SEED)
     for _ in range(RULES):
         case = _function_case(made)
+        for name in LIST_RULES:  # what a filter joins is listed by its own
+            await pocketbase.set_rule(name, "")
         shown = await pocketbase.show(case["collection"], case["rule"], case["auth"], case["query"])
         assert not _differing(corpus, case, shown), (SEED, case, shown)
 
