@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from itertools import count
 from pathlib import Path
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--connections", type=int, default=100)
     parser.add_argument("--pace", type=float, default=20.0, help="notes per second")
+    parser.add_argument("--kinds", nargs="*", default=[], choices=list(attacking.KINDS))
     parser.add_argument("--most", type=float, default=5.0, help="of the p99's ratio")
     parser.add_argument("--megabytes", type=int, default=1024, help="of the process, at most")
     sys.exit(not asyncio.run(compare(parser.parse_args())))
@@ -136,7 +137,7 @@ def _rounds(server: PgRealtime, arguments: argparse.Namespace) -> bool:
         for number in range(arguments.rounds):
             alone = _p99(server, arguments, min(seconds, 30.0))
             before = max(sizes)
-            with _attacked(server) as told:
+            with _attacked(server, arguments.kinds) as told:
                 beside = _p99(server, arguments, seconds)
             ratios.append(beside / alone)
             print(
@@ -172,14 +173,14 @@ def _p99(server: PgRealtime, arguments: argparse.Namespace, seconds: float) -> f
 
 
 @contextmanager
-def _attacked(server: PgRealtime) -> Iterator[list[str]]:
+def _attacked(server: PgRealtime, kinds: Sequence[str]) -> Iterator[list[str]]:
     """Let hostile clients work, and pages change; afterwards the list has what they counted."""
     told: list[str] = []
     ended = threading.Event()
     changing = threading.Thread(target=_change_pages, args=(server.url, ended))
     with pinned(CLIENT_CORE):
         process = subprocess.Popen(
-            [sys.executable, "-m", attacking.__name__, str(server.port)],
+            [sys.executable, "-m", attacking.__name__, str(server.port), *kinds],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
