@@ -90,7 +90,7 @@ async def world_of(
     """Make the tables, and a hub over them; ``hub`` are more of its arguments."""
     async with (
         await psycopg.AsyncConnection.connect(url, autocommit=True) as connection,
-        QueryPool(url, max_size=3) as pool,
+        QueryPool(url, max_size=3, statement_timeout=30.0) as pool,
     ):
         await connection.execute(sql.SQL(schema))
         collections = build(configured, await read_catalog(connection, schemas=["public"]))

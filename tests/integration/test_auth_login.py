@@ -32,6 +32,7 @@ from pytest_postgresql.executor_noop import NoopExecutor
 
 from pgrealtime.api.app import Surface
 from pgrealtime.api.login import LoginRoutes
+from pgrealtime.api.uploads import UPLOADS, Uploads
 from pgrealtime.auth.account import Accounts
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.login import Login
@@ -295,6 +296,7 @@ async def serving(url: str, config: Config) -> AsyncIterator[Ours]:
         login = Login(config.auth.login, accounts)
         surface = Surface(config.server)
         app = web.Application(middlewares=[surface.answer])
+        app[UPLOADS] = Uploads()
         app.on_response_prepare.append(surface.add_headers)
         records = OwnRecords(Probe(pool), collections, nulls=config.records.nulls)
         routes = LoginRoutes(login, authenticator, config.server, records)
