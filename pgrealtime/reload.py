@@ -76,6 +76,12 @@ class World:
         return shown(self.collections, self.faults)
 
     @property
+    def locked(self) -> set[TableName]:
+        """The tables of collections that the schema doesn't fit: nobody hears of their rows."""
+        faulty = {collection_of(fault) for fault in self.faults}
+        return {one.table.name for one in self.collections.values() if one.name in faulty}
+
+    @property
     def streamed(self) -> Mapping[TableName, Table]:
         """The tables whose changes are read."""
         return streamed_tables(self.collections, self.faults)
@@ -257,6 +263,8 @@ class Reload:
         # A table that was there already and became another: what happened to it since then, and
         # until the stream followed, wasn't read.
         became = {name for name in named if name in wanted and wanted[name] != known.get(name)}
+        # Nobody heard of the rows of a collection as long as it was locked.
+        became |= before.locked - world.locked
         if became:
             self._rooms.relay.tell_gap("schema", frozenset(became))
         if world.streamed != self._streamed:
