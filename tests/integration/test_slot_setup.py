@@ -100,6 +100,24 @@ async def test_refused_wal2json_is_told_with_what_allows_it(plain: OwnServer) ->
         connection.execute("ALTER SYSTEM RESET output_plugin_libraries")
 
 
+@pytest.mark.parametrize("plugin", PLUGINS)
+async def test_a_slot_goes_with_its_connection_unless_it_shall_stay(
+    plain: OwnServer, plugin: Plugin
+) -> None:
+    """One that stays behind a process that died keeps the server's WAL for nobody."""
+    found = "SELECT slot_name, temporary FROM pg_replication_slots"
+    async with (
+        writer(plain.url) as connection,
+        reading(plain.url, connection, plugin) as stream,
+    ):
+        slots = await (await connection.execute(found)).fetchall()
+        assert slots == [(stream.slot_name, True)]
+        await connection.execute(
+            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
+        )
+        await until_true(connection, "SELECT count(*) = 0 FROM pg_replication_slots")
+
+
 async def test_auto_takes_wal2json_where_it_can(plain: OwnServer) -> None:
     async with opened(plain.url) as stream:
         assert (stream.plugin, stream.reason) == ("wal2json", "")

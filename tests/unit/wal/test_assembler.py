@@ -199,6 +199,19 @@ def test_delete_and_insert_that_are_no_move_stay_two(first: RowChange, second: R
     assert feed(first, second) == whole(first.change, second.change, size=4)
 
 
+def test_row_that_left_one_partition_comes_to_another_in_a_later_transaction() -> None:
+    """A delete and a create: what was committed apart is told apart."""
+    target = assembler()
+    for message in (BEGIN, gone(OLD, NORTH)):
+        target.feed(message, 1)
+    first = target.feed(COMMIT, 1)
+    for message in (BEGIN, come(NEW, SOUTH)):
+        target.feed(message, 1)
+
+    assert first == whole(Delete(PARTS, Key(OLD)), size=3)
+    assert target.feed(COMMIT, 1) == whole(Insert(PARTS, NEW), size=3)
+
+
 def test_row_deleted_after_another_use_of_its_key_has_not_moved() -> None:
     """Only the next change of a key can complete a move."""
     again = come(OLD, NORTH)
