@@ -36,7 +36,6 @@ class Allowance:
     Attributes:
         is_short: As given.
         used: Seconds that Postgres took.
-        unanswered: Collections of which a question of a filter took longer than any may.
     """
 
     def __init__(
@@ -52,7 +51,6 @@ class Allowance:
         self.testing: Testing[Group] = testing or Testing()
         self.queue = queue
         self.whose = whose
-        self.unanswered: set[str] = set()
 
     @classmethod
     def for_all(cls, changes: int) -> Allowance:

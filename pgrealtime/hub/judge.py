@@ -327,7 +327,6 @@ class Judge:
             )
             await _tested(filters, allowance)
             verdict.undecided |= await self._probe.ask(filters, allowance)
-            verdict.undecided |= allowance.unanswered
             verdict.hits = [
                 (*a, *b) if b else a for a, b in zip(verdict.hits, filters.hits, strict=True)
             ]

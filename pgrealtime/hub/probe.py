@@ -254,7 +254,6 @@ class Probe:
             return False
         if self._suspensions.is_suspended(inquiry.about):
             self.errors[inquiry.collection, "suspended"] += 1
-            session.allowance.unanswered.add(inquiry.collection)
             return True
         if await self._answered(session, inquiry):
             return True
@@ -298,7 +297,6 @@ class Probe:
             self.errors[inquiry.collection, "timeout" if is_late else "error"] += 1
             self.report(inquiry.collection, error)
             if is_late:
-                session.allowance.unanswered.add(inquiry.collection)
                 session.patience -= 1
                 self._note_timeout(inquiry, is_borne=session.patience >= 0)
             await session.restart()
