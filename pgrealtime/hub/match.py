@@ -478,7 +478,9 @@ class Matcher:
     ) -> Judging:
         """Return what given groups make of a row each, as ``matching`` does.
 
-        Those whose filters Postgres would have to be asked for aren't admitted.
+        Those whose filters Postgres would have to be asked for aren't admitted, nor are those whose
+        rules read more of the subscriber than the id: what is known of that is as of the event, and
+        the row may be later, of a time when the subscriber had lost a right.
 
         Args:
             rows: Each as an event, with those who are asked.
@@ -492,7 +494,11 @@ class Matcher:
             for place, (event, groups) in enumerate(rows):
                 case = cases[place] = Case(Facts(event.row, event.missing, at), testing=testing)
                 case.deferred = {}
-                case.put_off(group for group in groups if not group.variant.is_costly)
+                case.put_off(
+                    group
+                    for group in groups
+                    if not (group.variant.is_costly or group.variant.asks_caller)
+                )
                 yield from case.testing()
 
         return Judging([event for event, _ in rows], cases, at, steps())

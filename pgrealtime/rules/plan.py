@@ -41,6 +41,7 @@ from pgrealtime.rules.parameters import (
     Lifted,
     Literal,
     Parameter,
+    RequestValue,
     Shape,
     shape,
     static_shape,
@@ -120,10 +121,13 @@ class Variant:
         leads: By what an index keeps them: what admits who is found there.
         filtered: What of it a client wrote, beyond the rule: its bounds are not the rule's.
         is_costly: Whether the filter, beyond its rule, takes a question to Postgres.
+        asks_caller: Whether it reads more of the subscriber's row than the id, which may be
+            another when rows are read that are later than what is judged.
     """
 
     __slots__ = (
         "__weakref__",
+        "asks_caller",
         "collection",
         "columns",
         "filtered",
@@ -143,7 +147,9 @@ class Variant:
         sources: Sources,
         *,
         filtered: frozenset[Atom] = frozenset(),
+        asks_caller: bool = False,
     ) -> None:
+        self.asks_caller = asks_caller
         self.collection = collection
         self.formula = formula
         self.picks = picks
@@ -187,6 +193,8 @@ class Template:
         filter_: Formula,
         needs: Sequence[Parameter | AuthColumn],
         sources: Sources,
+        *,
+        asks_caller: bool,
     ) -> None:
         formula = all_of(iter((rule, filter_)))
         self.collection = collection
@@ -194,6 +202,7 @@ class Template:
         self._formula = formula
         self._filtered = _atoms(filter_) - _atoms(rule)
         self._columns = frozenset().union(*(leaf.atom.columns for leaf in leaves(formula)))
+        self._asks_caller = asks_caller
         self._constants = [leaf for leaf in leaves(formula) if leaf.atom.is_constant]
         self._sources = sources
         self._variants: WeakValueDictionary[Hashable, Variant] = WeakValueDictionary()
@@ -227,6 +236,7 @@ class Template:
             self._columns,
             self._sources,
             filtered=self._filtered & _atoms(formula),
+            asks_caller=self._asks_caller,
         )
 
 
@@ -242,6 +252,22 @@ def _constant(leaf: Leaf, values: Sequence[Scalar]) -> bool | None:
         return test({}, [values[at] for at in leaf.picks])
     except Exception:  # noqa: BLE001 (as where rows are decided)
         return None
+
+
+def _asks_caller(outline: Outline) -> bool:
+    """Whether it reads more of the subscriber's row than the id, whatever that holds."""
+    return any(
+        isinstance(one, RequestValue) and one.path[0] == "auth" and one.path[1] not in _WHO
+        for one in outline.parameters
+    ) or any(
+        column.name
+        for part in _components(outline.skeleton)
+        for column in own_columns(part.condition)
+    )
+
+
+_WHO = ("id", "collectionId", "collectionName")
+"""What stays the same of a user."""
 
 
 class Planner:
@@ -416,7 +442,10 @@ class Planner:
             build(outline.skeleton, dict(zip(outline.parameters, rest, strict=False)))
             for outline in outlines
         )
-        return Template(collection, rule, filter_, tuple(places), self._sources)
+        asks_caller = auth is not None and any(map(_asks_caller, outlines))
+        return Template(
+            collection, rule, filter_, tuple(places), self._sources, asks_caller=asks_caller
+        )
 
     def _leaf(
         self,

@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -87,6 +88,10 @@ class Stage:
         """Commit an update of the collection's document."""
         await self.writer.commit(partial(self.change, docs, sets))
 
+    async def change_user(self, user: str, **sets: object) -> None:
+        """Commit an update of a user."""
+        await self.writer.commit(lambda draft: self.writer.update(draft, "users", user, sets))
+
     def change(self, docs: str, sets: Values, draft: Draft) -> None:
         self.writer.update(draft, docs, self.writer.docs[docs][0], sets)
 
@@ -127,6 +132,28 @@ async def test_a_value_of_a_later_version_is_kept_from_who_may_not_see_that(
                 await here.update(docs, public=True, body=TEXT)
             await readers[0].break_off(lambda count: count)
             await readers[0].wait_served()
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+async def test_a_later_value_is_kept_from_who_had_lost_their_rights_by_then(
+    database_url: str, plugin: Plugin
+) -> None:
+    """Who is behind is still judged as an administrator, the row of now is not of that time."""
+    of = replace(scene(plugin, "role"), send_buffer=300)
+    async with stage(database_url, of) as here:
+        user = here.writer.users[0]
+        for docs in DOCS:
+            await here.update(docs, public=False, body=TEXT)
+        await here.change_user(user, role="admin")
+        reader = await here.listen(user, "position", *ALL)
+        reader.stall()
+        for number in range(3):
+            for docs in DOCS:
+                await here.update(docs, title=f"a-{number}")
+        await here.change_user(user, role="")
+        for docs in DOCS:
+            await here.update(docs, body=SECRET_TEXT)
+        reader.go_on()
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
