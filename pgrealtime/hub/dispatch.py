@@ -618,25 +618,29 @@ class Hub:
         while True:
             await self._appended.wait()
             self._appended.clear()
-            while await self._dispatch():
-                pass
+            while self._is_behind():
+                await self._dispatch()
 
-    async def _dispatch(self) -> bool:
-        """Hand out some of what there is; return whether there was anything.
+    def _is_behind(self) -> bool:
+        """Whether there is more; if that can't be said, ``_dispatch`` finds out."""
+        try:
+            return self._course.head < self._changelog.head
+        except Exception:  # noqa: BLE001 (see _dispatch)
+            return True
+
+    async def _dispatch(self) -> None:
+        """Hand out some of what there is.
 
         What fails on nobody's account alone each connection reads by itself.
         """
         edition = self._course.edition
         try:
-            if self._course.head >= self._changelog.head:
-                return False
             await self._hand_out_entries()
         except Exception as error:  # noqa: BLE001 (one row, rule or client may not end all)
             log.error("dispatch.failed", error=type(error).__name__, at=where(error))  # noqa: TRY400 (see where)
             if self._course.edition == edition:
                 self._leave_to_each(self._changelog.head)
             self._course.is_deciding = False
-        return True
 
     def _leave_to_each(self, upto: Cursor) -> None:
         """Let every connection read on by itself from where all were handed things.
