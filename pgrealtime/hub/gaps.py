@@ -39,13 +39,17 @@ class Gaps:
     def tell_all(
         self, connection: Connection, gap: Announcement | None, unheard: Unheard | None, at: Cursor
     ) -> None:
-        """Tell a connection of a gap in the stream, and of what nobody could be asked about."""
-        if gap is not None:
-            self.tell(connection, gap)
-        if unheard is None:
-            return
-        if unknown := _unknown_to(connection, unheard):
-            self.tell(connection, Announcement(unknown, "unknown", at))
+        """Tell a connection of a gap in the stream, and of what nobody could be asked about.
+
+        Of both only the last moves its position: who breaks off in between is told again.
+        """
+        gaps = [] if gap is None else [gap]
+        if unheard is not None and (unknown := _unknown_to(connection, unheard)):
+            gaps.insert(0, Announcement(unknown, "unknown", at))
+        is_held = len(gaps) > 1 and self._concerns(connection, gaps[-1])
+        for one in gaps:
+            if not connection.is_ended:
+                self.tell(connection, one, is_held=is_held and one is not gaps[-1])
 
     def held_at(self, connection: Connection, unheard: Unheard | None) -> Cursor | None:
         """Return what the connection's position may not pass before it was told; None if nothing.
@@ -63,19 +67,26 @@ class Gaps:
         topics = (s.topic.collection for s in connection.subscriptions.values())
         return {c.name for c in map(collections.find, topics) if c is not None}
 
-    def tell(self, connection: Connection, gap: Announcement) -> None:
+    def _concerns(self, connection: Connection, gap: Announcement) -> bool:
+        return gap.collections is None or bool(self._subscribed(connection) & gap.collections)
+
+    def tell(self, connection: Connection, gap: Announcement, *, is_held: bool = False) -> None:
         """Tell a connection of a gap that concerns it; a plain one is ended, so that it reloads.
 
         So is one whose caller's row may have changed in the gap: coming back it says anew who
         it is.
+
+        Args:
+            connection: Who is told.
+            gap: Of what.
+            is_held: Whether its position stays, since another gap is about to be told.
         """
-        is_concerned = gap.collections is None or bool(
-            self._subscribed(connection) & gap.collections
-        )
+        is_concerned = self._concerns(connection, gap)
         is_told = connection.is_resumable or connection.wants_resync
         if is_concerned and is_told:
-            connection.say(resync_tail(gap.collections or (), gap.reason), gap.at)
-            connection.cursor = gap.at
+            at = None if is_held else gap.at
+            connection.say(resync_tail(gap.collections or (), gap.reason), at)
+            connection.cursor = at or connection.cursor
             connection.active_at = connection.written_at = self._clock()
         is_caller_lost = self._is_caller_lost(connection, gap)
         self.told[gap.reason] += is_concerned or is_caller_lost

@@ -475,6 +475,22 @@ async def test_a_gap_is_told_once_its_cause_is_visible(cause: str, *, resumed: b
         await sink.wait_for_bytes(b"PB_RESYNC")
 
 
+async def test_of_two_gaps_at_one_place_only_the_last_moves_the_position() -> None:
+    """Who breaks off in between would come back from behind the one that it never heard of."""
+    async with open_room() as room:
+        connection, sink = room.connect(position="")
+        await room.subscribe(connection, FILTERED, "notes/*")
+        before, _, _ = (await sink.wait_for(1))[0]
+        room.database.undecided = frozenset({"posts"})
+        made = room.commit(insert("a"), Truncate(NOTES))
+        await sink.wait_for_bytes(b'{"collections":["notes"]')
+        told = [(id_, data) for id_, name, data in sink.events() if name == "PB_RESYNC"]
+
+    assert [json.loads(data)["collections"] for _, data in told] == [["posts"], ["notes"]]
+    held, moved = [id_.rpartition(".")[2] for id_, _ in told]
+    assert (held, moved) == (before.rpartition(".")[2], at(made, 2))
+
+
 async def test_a_gap_is_told_though_the_database_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody reads it then either; and the others' events wait behind it."""
     monkeypatch.setattr("pgrealtime.hub.visibility._UNANSWERED_SECONDS", 0.05)
