@@ -328,7 +328,7 @@ class Audit:
         possible = [at.likes(version.table, version.record_id) for at in states]
         if "liked_by" not in record:
             if (
-                {*possible, self._ledger.likes_at(version)} == {possible[0]}
+                self._ledger.is_untouched_since(version, message.begun)
                 and not is_told
                 and version.action != "delete"
             ):

@@ -156,6 +156,19 @@ class Ledger:
                 found.add(user)
         return frozenset(found)
 
+    def is_untouched_since(self, version: Version, commit: int) -> bool:
+        """Whether neither the record nor who likes it was written after a version."""
+        place = version.commit, version.order
+        keys = [(version.table, version.record_id)] + [
+            (LIKES[version.table], f"{version.record_id}|{user}")
+            for user in self.likers.get((version.table, version.record_id), ())
+        ]
+        return not any(
+            place < (one.commit, one.order) and one.commit <= commit
+            for key in keys
+            for one in self.rows[key]
+        )
+
     def row(self, table: str, record_id: str, commit: int, without: int = 0) -> Values | None:
         """Return the row as it was at a commit; None if there was none."""
         found = self.version(table, record_id, commit, without)

@@ -280,6 +280,9 @@ class Client:
 
     def _leave(self, taken: int | None) -> None:
         if self._connection is not None:
+            if self._connection.doom and not self.streams[-1].is_ended:
+                # It was about to be ended, as soon as its client could bear that.
+                self.streams[-1].is_ended, self.streams[-1].ended_at = True, time.monotonic()
             self._hub.close(self._connection)
             self._connection = None
         if not self.streams:
