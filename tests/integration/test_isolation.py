@@ -90,14 +90,14 @@ async def test_a_locked_table_holds_others_up_a_few_times_and_not_once_per_row(
 
 PLACES = """
 CREATE TABLE places (
-  id text PRIMARY KEY, lon float8, lat float8, far float8 DEFAULT 'Infinity'
+  id text PRIMARY KEY, lon float8, lat float8, meta json, bad json DEFAULT '{"k": "\\u0000"}'
 );
 CREATE TABLE posts (id text PRIMARY KEY, place text REFERENCES places);
-INSERT INTO places VALUES ('here', 10, 20), ('nowhere', 'Infinity', 0);
+INSERT INTO places VALUES ('here', 10, 20, '{"k": 1}'), ('nowhere', 10, 20, '{"k": "\\u0000"}');
 """
-"""Of an infinite longitude Postgres knows no sine: the whole statement fails."""
+"""A member of json that holds U+0000 can be stored, but not read: the whole statement fails."""
 
-NEAR = "geoDistance(place.lon, place.lat, @request.query.lon, 20) < 1000"
+NEAR = 'geoDistance(place.lon, place.lat, @request.query.lon, 20) < 1000 && place.meta.k != "x"'
 
 
 def _from(lon: str, **query: str) -> str:
@@ -105,7 +105,7 @@ def _from(lon: str, **query: str) -> str:
 
 
 @pytest.mark.parametrize("poison", ["1e999", "-1e999", "9" * 400])
-async def test_a_pair_that_postgres_refuses_is_denied_alone(
+async def test_a_value_that_is_out_of_range_is_denied_alone(
     database_url: str, tmp_path: Path, poison: str
 ) -> None:
     """What one subscriber submits spoils no other's answer, of the same rule and statement."""
@@ -122,7 +122,7 @@ async def test_a_pair_that_postgres_refuses_is_denied_alone(
         await running.write.execute("INSERT INTO places VALUES ('new', 0, 0)")
 
         assert [m.event for m in await poisoner.take(1)] == ["places/*"]
-        assert len(running.process.logged("rule.error")) == 1
+        assert not running.process.logged("rule.error")
 
 
 async def test_a_row_that_postgres_refuses_is_denied_alone(
@@ -150,8 +150,8 @@ async def test_a_template_that_postgres_refuses_is_denied_alone(
     database_url: str, tmp_path: Path
 ) -> None:
     """A filter that fails for every row, beside the rule alone and another filter."""
-    bad = _from("10", filter="geoDistance(place.far, place.lat, 11, 20) < 500")
-    good = _from("10", filter="geoDistance(place.lon, place.lat, 11, 20) < 500")
+    bad = _from("10", filter="place.bad.k = 1")
+    good = _from("10", filter="place.meta.k = 1")
     async with (
         _places(database_url, tmp_path) as running,
         listener(running.address, bad, "places/*") as poisoner,
