@@ -479,8 +479,8 @@ class Matcher:
         """Return what given groups make of a row each, as ``matching`` does.
 
         Those whose filters Postgres would have to be asked for aren't admitted, nor are those whose
-        rules read more of the subscriber than the id: what is known of that is as of the event, and
-        the row may be later, of a time when the subscriber had lost a right.
+        rules ask who the subscriber is: that is known as of the event, and the row may be later, of
+        a time when the subscriber had lost a right or was deleted.
 
         Args:
             rows: Each as an event, with those who are asked.

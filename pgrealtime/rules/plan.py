@@ -121,8 +121,8 @@ class Variant:
         leads: By what an index keeps them: what admits who is found there.
         filtered: What of it a client wrote, beyond the rule: its bounds are not the rule's.
         is_costly: Whether the filter, beyond its rule, takes a question to Postgres.
-        asks_caller: Whether it reads more of the subscriber's row than the id, which may be
-            another when rows are read that are later than what is judged.
+        asks_caller: Whether it asks who the subscriber is: perhaps somebody else, or gone, when
+            rows are read that are later than what is judged.
     """
 
     __slots__ = (
@@ -255,19 +255,14 @@ def _constant(leaf: Leaf, values: Sequence[Scalar]) -> bool | None:
 
 
 def _asks_caller(outline: Outline) -> bool:
-    """Whether it reads more of the subscriber's row than the id, whatever that holds."""
+    """Whether it asks anything of the subscriber, who may be gone or another by now."""
     return any(
-        isinstance(one, RequestValue) and one.path[0] == "auth" and one.path[1] not in _WHO
-        for one in outline.parameters
+        isinstance(one, RequestValue) and one.path[0] == "auth" for one in outline.parameters
     ) or any(
         column.name
         for part in _components(outline.skeleton)
         for column in own_columns(part.condition)
     )
-
-
-_WHO = ("id", "collectionId", "collectionName")
-"""What stays the same of a user."""
 
 
 class Planner:
