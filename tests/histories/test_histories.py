@@ -29,8 +29,9 @@ HISTORIES = int(os.environ.get("PGREALTIME_TEST_HISTORIES", "200"))
 _OF_A_WORLD = 25
 _FAULTS = 0.03
 
-UNMENDED: frozenset[str] = frozenset()
-"""Kinds of faults that are known and being mended."""
+UNMENDED = frozenset({"STALE expand", "a gap told for nothing"})
+"""Known kinds: the owner of a deleted record whom that transaction wrote too, where users have no
+whole row's identity; now and then, with faults, a gap whose cause isn't in the books."""
 
 
 def check(faults: list[Fault], seed: str, stories: list[str]) -> None:
