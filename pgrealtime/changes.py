@@ -81,6 +81,23 @@ class Truncate(Struct, frozen=True, gc=False):
 Change: TypeAlias = Insert | Update | Delete | Truncate
 
 
+class Shape(Struct, frozen=True, gc=False, cache_hash=True):
+    """What a row was made of when it was written: its columns and their types.
+
+    A decoder gives the same object for rows alike, and so do the transactions of one stream.
+    """
+
+    table: TableName
+    """The root's name, as changes have it."""
+    leaf: TableName | None
+    """The partition that the row is or was in; None if the table isn't partitioned."""
+    columns: tuple[tuple[str, int], ...]
+    """Names and type oids; without those of which the WAL carried no value."""
+    described: int = 0
+    """How often the stream described the partition anew, which it does after a DETACH, among
+    others. Only pgoutput describes tables."""
+
+
 class Transaction(Struct, frozen=True, gc=False):
     """All that one commit did to the streamed tables, in order.
 
@@ -95,6 +112,8 @@ class Transaction(Struct, frozen=True, gc=False):
     changes: tuple[Change, ...]
     size: int
     """Bytes of memory it takes, about; what the changelog is bounded by."""
+    shapes: tuple[Shape, ...] = ()
+    """Those that its rows have, each once."""
 
 
 class Oversized(Struct, frozen=True, gc=False):

@@ -109,6 +109,15 @@ def fitted(config: Config, catalog: Catalog) -> World:
     )
 
 
+class _Look:
+    """A look at the catalogue that somebody may wait for."""
+
+    def __init__(self) -> None:
+        self.is_read = False
+        """Whether what was read is in force."""
+        self.is_over = asyncio.Event()
+
+
 class Reload:
     """Brings into force what is configured and what is there.
 
@@ -145,6 +154,8 @@ class Reload:
         self._unpublished: frozenset[TableName] = frozenset()
         """Tables that pgoutput's publication lacks, or has not whole."""
         self._turn = asyncio.Lock()
+        self._look, self._next_look = _Look(), _Look()
+        self._urgent = asyncio.Event()
 
     async def reload(self) -> bool:
         """Take the configuration as it stands now; return whether it was taken.
@@ -187,17 +198,33 @@ class Reload:
     async def watch(self) -> None:
         """Follow the schema, for ever."""
         while True:
-            await asyncio.sleep(_DOUBT_SECONDS)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_DOUBT_SECONDS):
+                    await self._urgent.wait()
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_SECONDS - _DOUBT_SECONDS):
                     await self._doubted.wait()
+            self._urgent.clear()
             self._doubted.clear()
             await self.look()
+
+    async def read_schema(self) -> bool:
+        """Return once the schema of now, or of later, is in force; False if it can't be read.
+
+        ``watch`` must be running. The stream may be opened anew for it still.
+        """
+        look = self._next_look
+        self._urgent.set()
+        self._doubted.set()
+        await look.is_over.wait()
+        return look.is_read
 
     async def look(self) -> None:
         """Read the catalogue, and bring into force what changed in it."""
         async with self._turn:
             before = self._world
+            look = self._look = self._next_look
+            self._next_look = _Look()
             try:
                 world = fitted(before.config, await self._read_catalog(before.config))
                 if world != before:
@@ -205,6 +232,7 @@ class Reload:
                     _report_changed(before, world)
                 elif world.streamed != self._streamed:
                     await self._stream(world)
+                look.is_read = True
             except PgRealtimeError as error:
                 log.warning(
                     "schema.unknown",
@@ -213,6 +241,8 @@ class Reload:
                     detail=error.detail,
                     hint=error.hint,
                 )
+            finally:
+                look.is_over.set()
             await self._look_at_publication()
 
     async def _look_at_publication(self) -> None:
@@ -267,6 +297,9 @@ class Reload:
         became |= before.locked - world.locked
         if became:
             self._rooms.relay.tell_gap("schema", frozenset(became))
+        # Events wait for this; the stream takes longer, and is of no use to them.
+        self._look.is_read = True
+        self._look.is_over.set()
         if world.streamed != self._streamed:
             await self._renew_stream(world)
 

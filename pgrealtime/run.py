@@ -198,6 +198,7 @@ async def running(
             replays_at_once=max(1, config.database.pool_size // 2),
             on_doubt=doubted.set,
             reach=lambda lsn: relay.reach(lsn),  # noqa: PLW0108 (the relay is made after the hub)
+            read_schema=lambda: reloading.read_schema(),  # noqa: PLW0108 (likewise)
         )
         relay = Relay(
             lambda: _stream(config, world),

@@ -12,9 +12,9 @@ import secrets
 import string
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal
@@ -22,7 +22,8 @@ from typing import Literal
 import structlog
 
 from pgrealtime.auth.principal import GUEST, Caller, is_same
-from pgrealtime.changelog.base import Changelog
+from pgrealtime.changelog.base import Changelog, Entry
+from pgrealtime.changes import Transaction
 from pgrealtime.collections import Collections
 from pgrealtime.config import CollectionLoginConfig, HiddenFields, RealtimeConfig
 from pgrealtime.errors import SubscriptionError, SubscriptionLimitError
@@ -66,6 +67,8 @@ _ID_LETTERS = string.ascii_letters + string.digits
 _ID_LENGTH = 40
 _NO_LOGINS: Mapping[str, CollectionLoginConfig] = MappingProxyType({})
 _START = Cursor(LSN(0), 0)
+_SCHEMA_SECONDS = 5.0
+"""How long events are held back until the schema was read; as long as they wait to be visible."""
 _TOLD = 200
 """Characters of a topic that are logged."""
 
@@ -84,6 +87,8 @@ class Hub:
             they ask of the database must leave some of it to the others.
         on_doubt: Told when a row doesn't fit what the catalogue says of its table.
         reach: Waits until the changelog has what was committed by now.
+        read_schema: Returns once the schema of now, or of later, is in force; False if it couldn't
+            be read.
     """
 
     def __init__(
@@ -103,6 +108,7 @@ class Hub:
         replays_at_once: int = REPLAYS_AT_ONCE,
         on_doubt: Callable[[], None] | None = None,
         reach: Reach | None = None,
+        read_schema: Callable[[], Awaitable[bool]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._changelog = changelog
@@ -111,6 +117,7 @@ class Hub:
         self._nulls: Literal["null", "zero"] = nulls
         self._hidden: HiddenFields = hidden
         self._on_doubt = on_doubt or (lambda: None)
+        self._read_schema = read_schema
         self._clock = clock
         self._row_history = RowHistory(changelog, reach)
         self.counts = Counts()
@@ -671,12 +678,11 @@ class Hub:
         entries = self._changelog.read(course.head, self._changelog.head, WIDE)
         self._visibility.told(entries)
         edition, meaning = course.edition, course.meaning
-        if self._gate:
-            await self._visibility.wait_for(entries)
-            if course.edition != edition:
-                return
-        turns = self._identities.turns
-        for part in slices(entries, course.head, meaning.collections, turns, WIDE):
+        entries = await self._known(entries)
+        if course.edition != edition:
+            return
+        turns, fits = self._identities.turns, meaning.shapes.fits
+        for part in slices(entries, course.head, meaning.collections, turns, WIDE, fits=fits):
             course.target, course.is_deciding = part.upto, True
             self._begin(part)
             verdict = await meaning.judge.judge_in_turns(part.events)
@@ -711,6 +717,32 @@ class Hub:
             if course.edition != edition:
                 return  # the rest was cut for other collections, or is of another history
 
+    async def _known(self, entries: Sequence[Entry]) -> Sequence[Entry]:
+        """Return the first of the entries, which readers see if they have to.
+
+        It is those whose rows are what the catalogue says. If that is none, the catalogue is read:
+        at the first that it doesn't fit, before anything is made of it.
+        """
+        edition, shapes = self._course.edition, self._course.meaning.shapes
+        if self._gate:
+            await self._visibility.wait_for(entries)
+            if self._course.edition != edition:
+                return entries
+        for place, entry in enumerate(entries):
+            if isinstance(entry, Transaction) and shapes.is_doubtful(entry):
+                if place:
+                    return entries[:place]
+                # The rows may have been committed together with what altered their table.
+                await self._visibility.seen([entry.xid])
+                is_read = False
+                if self._read_schema is not None:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(_SCHEMA_SECONDS):
+                            is_read = await self._read_schema()
+                shapes.settle(entry, is_read=is_read)
+                return entries[:1]
+        return entries
+
     def _put_aside(self, late: Iterable[Group], dear: Iterable[Group]) -> None:
         """Go on without those whose filters took too long."""
         self._let_read_alone(_connections_of(late), _connections_of(dear))
@@ -732,7 +764,8 @@ class Hub:
             self._identities.tell(event)
         self._turn_live(part.people, "update")
         gap = part.gap
-        if gap is not None and gap.reason == "truncate":  # the others are logged where they arise
+        # The others are logged where they arise.
+        if gap is not None and gap.xid is not None and gap.reason in {"truncate", "schema"}:
             log.warning(
                 "replication.gap", reason=gap.reason, collections=sorted(gap.collections or ())
             )

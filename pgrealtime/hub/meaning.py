@@ -19,6 +19,7 @@ from pgrealtime.hub.display import Display
 from pgrealtime.hub.judge import Asking, Judge
 from pgrealtime.hub.match import FILTERS_PER_CONNECTION, Matcher
 from pgrealtime.hub.row_history import RowHistory
+from pgrealtime.hub.shapes import Shapes
 from pgrealtime.hub.topic import Topic, parse_topic
 from pgrealtime.rules.request import Request
 from pgrealtime.turns import TurnQueue
@@ -42,6 +43,7 @@ class Meaning:
     Attributes:
         display: Shows events by the same collections.
         judge: Judges them.
+        shapes: Knows whether rows are what the collections are made for.
         subscriptions: How many are in a group, by collection.
     """
 
@@ -59,6 +61,7 @@ class Meaning:
     ) -> None:
         self.collections = collections
         self.matcher = matcher
+        self.shapes = Shapes(collections)
         self.display = Display(
             probe,
             collections,

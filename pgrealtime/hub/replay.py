@@ -284,8 +284,9 @@ class Replays:
             return self._identities.caller_after(event, caller, connection.known) is not caller
 
         # Always the first: so all who stand at a cursor are given the same.
-        collections = self._course.meaning.collections
-        return next(slices(entries, connection.cursor, collections, turns))
+        meaning = self._course.meaning
+        fits = meaning.shapes.fits
+        return next(slices(entries, connection.cursor, meaning.collections, turns, fits=fits))
 
     async def _hand(
         self, connection: Connection, progress: _Progress, allowance: Allowance

@@ -93,6 +93,8 @@ def slices(
     collections: Collections,
     turns: Callable[[Event], bool],
     limit: int = SLICE,
+    *,
+    fits: Callable[[Transaction], bool],
 ) -> Iterator[Slice]:
     """Cut entries into slices that begin after the cursor.
 
@@ -103,6 +105,8 @@ def slices(
         turns: Whether an event about a person changes a caller of the reader. The slice
             before must have been handed out when the next one is asked for.
         limit: Of a slice's events, unless one change has more.
+        fits: Whether a transaction's rows are what the collections are made for. If they aren't,
+            they can't be judged or shown: what is left of the transaction is a gap.
     """
     if not entries:
         # All that the commit changed lies behind; to its very end there is nothing to read.
@@ -111,7 +115,7 @@ def slices(
     cut = _Cut(limit)
     upto = after
     for entry in entries:
-        if isinstance(entry, Transaction):
+        if isinstance(entry, Transaction) and fits(entry):
             behind = after.ordinal if after.lsn == entry.end_lsn else 0
             for event in events_of(entry, collections, behind):
                 if isinstance(event, Emptied):
@@ -134,7 +138,7 @@ def slices(
             upto = Cursor(entry.end_lsn, END)
         else:
             upto = Cursor(entry.end_lsn, END)
-            yield cut.slice(_announcement(entry, collections, upto), upto)
+            yield cut.slice(_announcement(entry, after, collections, upto), upto)
             cut = _Cut(limit)
     if upto > after:
         yield cut.slice(None, upto)
@@ -185,7 +189,13 @@ def portions(events: Sequence[Event], judged: Sequence[Iterable[Hashable]]) -> I
     yield range(first, len(events))
 
 
-def _announcement(entry: Oversized | Gap, collections: Collections, at: Cursor) -> Announcement:
+def _announcement(
+    entry: Transaction | Oversized | Gap, after: Cursor, collections: Collections, at: Cursor
+) -> Announcement:
+    if isinstance(entry, Transaction):
+        behind = after.ordinal if after.lsn == entry.end_lsn else 0
+        left = frozenset(change.table for change in entry.changes[behind:])
+        return Announcement(_names(left, collections), "schema", at, entry.xid)
     names = _names(entry.tables, collections)
     if isinstance(entry, Oversized):
         return Announcement(names, "too_large", at, entry.xid)

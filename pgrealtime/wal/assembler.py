@@ -12,6 +12,7 @@ from pgrealtime.changes import (
     Delete,
     Insert,
     Oversized,
+    Shape,
     TableName,
     Transaction,
     Truncate,
@@ -42,6 +43,9 @@ class TransactionAssembler:
         self._xid: Xid | None = None
         self._changes: list[Change] = []
         self._size = 0
+        self._shape: Shape | None = None
+        """The last row's."""
+        self._shapes: dict[Shape, None] = {}
         self._tables: set[TableName] | None = None
         self._left: dict[_RecordKey, tuple[int, TableName]] = {}
         """Deletes in partitions: where they stand in the changes, and in which leaf they were."""
@@ -65,6 +69,10 @@ class TransactionAssembler:
         match message:
             case RowChange(change=change, leaf=leaf, overhead=overhead) if self._xid is not None:
                 self._size += overhead
+                shape = message.shape
+                if shape is not self._shape and shape is not None:
+                    self._shape = shape
+                    self._shapes[shape] = None
                 if self._size > self._max_size:
                     self._drop().add(change.table)
                 elif leaf is None:
@@ -126,12 +134,14 @@ class TransactionAssembler:
 
     def _finish(self, xid: Xid, commit: Commit) -> Transaction | Oversized | None:
         changes, tables, size = self._changes, self._tables, self._size
+        shapes = tuple(self._shapes)
         self._xid, self._changes, self._tables, self._left = None, [], None, {}
+        self._shape, self._shapes = None, {}
         if tables is not None:
             return Oversized(xid, commit.end_lsn, commit.time, frozenset(tables))
         if not changes:
             return None
-        return Transaction(xid, commit.end_lsn, commit.time, tuple(changes), size)
+        return Transaction(xid, commit.end_lsn, commit.time, tuple(changes), size, shapes)
 
 
 def _is_truncate(change: Change) -> TypeGuard[Truncate]:

@@ -8,7 +8,7 @@ from typing import Protocol, TypeAlias
 from msgspec import Struct
 
 from pgrealtime.catalog.model import ReplicaIdentity, Table
-from pgrealtime.changes import Delete, Insert, Row, TableName, Update
+from pgrealtime.changes import Delete, Insert, Row, Shape, TableName, Update
 from pgrealtime.lsn import LSN, Xid
 
 
@@ -27,6 +27,7 @@ class RowChange(Struct, frozen=True, gc=False):
     overhead: int = 0
     """Bytes of memory that it takes beyond those of its payload. wal2json's names and types take
     as much in the payload as dicts and strings do in memory."""
+    shape: Shape | None = None
 
 
 class Truncated(Struct, frozen=True, gc=False):

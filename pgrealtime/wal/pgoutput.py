@@ -13,7 +13,17 @@ from typing import TypeAlias
 from msgspec import Struct
 
 from pgrealtime.catalog.model import Table
-from pgrealtime.changes import Delete, Insert, Key, OldImage, Row, TableName, Update, WholeRow
+from pgrealtime.changes import (
+    Delete,
+    Insert,
+    Key,
+    OldImage,
+    Row,
+    Shape,
+    TableName,
+    Update,
+    WholeRow,
+)
 from pgrealtime.errors import UnexpectedMessageError
 from pgrealtime.lsn import LSN, Xid
 from pgrealtime.wal.message import Begin, Commit, Message, RowChange, Source, Truncated, sources
@@ -24,7 +34,7 @@ _COMMIT = struct.Struct("!xBQQq")
 _RELATION_ID = struct.Struct("!xI")
 _TRUNCATE = struct.Struct("!xIB")
 _COLUMN_COUNT = struct.Struct("!H")
-_COLUMN_TYPE = struct.Struct("!Ii")
+_COLUMN_TYPE = struct.Struct("!Ii")  # and its modifier
 _LENGTH = struct.Struct("!I")
 
 _AFTER_RELATION_ID = 5
@@ -45,6 +55,7 @@ class _Relation(Struct, frozen=True):
     """Those of the replica identity."""
     overhead: int
     """As ``RowChange`` has it, of one row."""
+    shape: Shape
 
 
 class PgoutputDecoder:
@@ -85,10 +96,12 @@ class PgoutputDecoder:
         (count,) = _COLUMN_COUNT.unpack_from(data, at + 1)  # after the replica identity's letter
         at += 1 + _COLUMN_COUNT.size
         names: list[str] = []
+        types: list[int] = []
         key: list[str] = []
         for _ in range(count):
             is_key = data[at] & 1
             column, at = _string(data, at + 1)
+            types.append(_COLUMN_TYPE.unpack_from(data, at)[0])
             at += _COLUMN_TYPE.size
             names.append(column)
             if is_key:
@@ -99,7 +112,15 @@ class PgoutputDecoder:
             self._relations.pop(oid, None)
         else:
             overhead = _ROW_BYTES + _VALUE_BYTES * count
-            self._relations[oid] = _Relation(source, tuple(names), tuple(key), overhead)
+            before = self._relations.get(oid)
+            is_again = before is not None and source.leaf is not None
+            shape = Shape(
+                source.root,
+                source.leaf,
+                tuple(zip(names, types, strict=True)),
+                before.shape.described + 1 if before is not None and is_again else 0,
+            )
+            self._relations[oid] = _Relation(source, tuple(names), tuple(key), overhead, shape)
 
     def _insert(self, data: bytes) -> RowChange | None:
         relation = self._described(data)
@@ -107,7 +128,8 @@ class PgoutputDecoder:
             return None
         new, _ = _row(data, _AFTER_RELATION_ID + 1, relation.names)
         source = relation.source
-        return RowChange(Insert(source.root, _ordered(new, source)), source.leaf, relation.overhead)
+        change = Insert(source.root, _ordered(new, source))
+        return RowChange(change, source.leaf, relation.overhead, relation.shape)
 
     def _update(self, data: bytes) -> RowChange | None:
         relation = self._described(data)
@@ -126,7 +148,8 @@ class PgoutputDecoder:
             known = old.row | new
             new = {name: known[name] for name in relation.names if name in known}
         overhead = relation.overhead * (2 if isinstance(old, WholeRow) else 1)
-        return RowChange(Update(source.root, _ordered(new, source), old), source.leaf, overhead)
+        change = Update(source.root, _ordered(new, source), old)
+        return RowChange(change, source.leaf, overhead, relation.shape)
 
     def _delete(self, data: bytes) -> RowChange | None:
         relation = self._described(data)
@@ -134,7 +157,8 @@ class PgoutputDecoder:
             return None
         old, _ = _old(data, _AFTER_RELATION_ID, relation)
         source = relation.source
-        return RowChange(Delete(source.root, old), source.leaf, relation.overhead)
+        change = Delete(source.root, old)
+        return RowChange(change, source.leaf, relation.overhead, relation.shape)
 
     def _truncate(self, data: bytes) -> Truncated | None:
         count, _ = _TRUNCATE.unpack_from(data)

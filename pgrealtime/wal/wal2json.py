@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from pgrealtime.catalog.model import Table
-from pgrealtime.changes import Delete, Insert, Key, Row, Update, WholeRow
+from pgrealtime.changes import Delete, Insert, Key, Row, Shape, Update, WholeRow
 from pgrealtime.errors import UnexpectedMessageError
 from pgrealtime.lsn import LSN, Xid
 from pgrealtime.wal.message import (
@@ -54,21 +54,21 @@ class _Begin(Struct, tag_field="action", tag="B", gc=False):
 
 
 class _Insert(Struct, Generic[_Name], tag_field="action", tag="I", gc=False):
-    schema: str
-    table: str
+    schema: _Name
+    table: _Name
     columns: list[_Column[_Name]]
 
 
 class _Update(Struct, Generic[_Name], tag_field="action", tag="U", gc=False):
-    schema: str
-    table: str
+    schema: _Name
+    table: _Name
     columns: list[_Column[_Name]]
     identity: list[_Column[_Name]]
 
 
 class _Delete(Struct, Generic[_Name], tag_field="action", tag="D", gc=False):
-    schema: str
-    table: str
+    schema: _Name
+    table: _Name
     identity: list[_Column[_Name]]
 
 
@@ -107,16 +107,67 @@ def _known_line_decoder(tables: Collection[Table]) -> msgspec.json.Decoder[_Line
     It gives the same string for the same name each time, so that the rows kept in the changelog
     share their keys.
     """
-    names = sorted({column.name for table in tables for column in table.columns})
-    return _line_decoder(Literal[tuple(names)]) if names else _ANY_LINE
+    names = {column.name for table in tables for column in table.columns}
+    # A string that is the same each time is hashed once.
+    names.update(part for name in sources(tables) for part in name)
+    return _line_decoder(Literal[tuple(sorted(names))]) if names else _ANY_LINE
+
+
+_SHAPES = 1000
+"""Of one table that are kept: long values that updates leave alone make several, ALTER others."""
+
+
+class _Known(Struct, frozen=True):
+    """A shape with what a row is compared with and made by."""
+
+    shape: Shape
+    names: list[str]
+    oids: list[int]
+    treated: tuple[str, ...]
+    """The columns that don't come as text."""
+
+
+class _Table:
+    """A table of the stream, or a partition; knows the shapes that its rows had."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._last = _Known(Shape(source.root, source.leaf, ()), [], [], ())
+        self._shapes: dict[tuple[tuple[str, int], ...], _Known] = {}
+
+    def read(self, columns: list[_Column[str]]) -> tuple[Row, Shape]:
+        """Return a row and its shape."""
+        row: dict[str, Any] = {column.name: column.value for column in columns}
+        known = self._last
+        # Both compared as lists: hashing costs more, and a row is mostly as the one before.
+        if [column.typeoid for column in columns] != known.oids or [*row] != known.names:
+            known = self._last = self._known(columns)
+        for name in known.treated:
+            value = row[name]
+            row[name] = "t" if value is True else _text(value)
+        return row, known.shape
+
+    def _known(self, columns: list[_Column[str]]) -> _Known:
+        types = tuple([(column.name, column.typeoid) for column in columns])
+        known = self._shapes.get(types)
+        if known is None:
+            if len(self._shapes) >= _SHAPES:
+                self._shapes.clear()
+            known = self._shapes[types] = _Known(
+                Shape(self.source.root, self.source.leaf, types),
+                [name for name, _ in types],
+                [oid for _, oid in types],
+                tuple(name for name, oid in types if oid in _TREATED),
+            )
+        return known
 
 
 class Wal2JsonDecoder:
-    """Decodes the lines about some tables; keeps nothing between lines."""
+    """Decodes the lines about some tables; keeps nothing between lines but the tables' shapes."""
 
     def __init__(self, tables: Collection[Table]) -> None:
-        self._sources: dict[tuple[str, str], Source] = {
-            (leaf.schema, leaf.name): source for leaf, source in sources(tables).items()
+        self._tables = {
+            (leaf.schema, leaf.name): _Table(source) for leaf, source in sources(tables).items()
         }
         self._line = _known_line_decoder(tables)
 
@@ -131,21 +182,21 @@ class Wal2JsonDecoder:
         # The commonest first: trying a class that doesn't fit costs as much as a column.
         match line:
             case _Insert():
-                source = self._sources.get((line.schema, line.table))
-                return None if source is None else RowChange(_insert(line, source), source.leaf)
+                table = self._tables.get((line.schema, line.table))
+                return None if table is None else _insert(line, table)
             case _Update():
-                source = self._sources.get((line.schema, line.table))
-                return None if source is None else RowChange(_update(line, source), source.leaf)
+                table = self._tables.get((line.schema, line.table))
+                return None if table is None else _update(line, table)
             case _Begin(xid=xid):
                 return Begin(Xid(xid))
             case _Commit(nextlsn=end, timestamp=time):
                 return Commit(_lsn(end), _microseconds(time))
             case _Delete():
-                source = self._sources.get((line.schema, line.table))
-                return None if source is None else RowChange(_delete(line, source), source.leaf)
+                table = self._tables.get((line.schema, line.table))
+                return None if table is None else _delete(line, table)
             case _Truncate():
-                source = self._sources.get((line.schema, line.table))
-                return None if source is None else Truncated((source.root,))
+                table = self._tables.get((line.schema, line.table))
+                return None if table is None else Truncated((table.source.root,))
             case _LogicalMessage():
                 return None
 
@@ -158,35 +209,47 @@ def _any_line(payload: memoryview | bytes) -> _Line:
         raise _unreadable() from error
 
 
-def _insert(line: _Insert[str], source: Source) -> Insert:
-    new = _row(line.columns)
-    return Insert(source.root, new if source.leaf is None else source.in_order(new))
+def _insert(line: _Insert[str], table: _Table) -> RowChange:
+    source = table.source
+    new, shape = table.read(line.columns)
+    change = Insert(source.root, new if source.leaf is None else source.in_order(new))
+    return RowChange(change, source.leaf, 0, shape)
 
 
-def _update(line: _Update[str], source: Source) -> Update:
-    new, old = _row(line.columns), _row(line.identity)
+def _update(line: _Update[str], table: _Table) -> RowChange:
+    source = table.source
+    new, shape = table.read(line.columns)
+    old = _identity(line.identity)
     if len(new) < len(source.names) or len(new) < len(old):
         # Columns are missing that the update left in TOAST: FULL logs them in the old row, the
         # other identities do so for those of the key.
+        if any(name not in new for name in old):
+            left = [column for column in line.identity if column.name not in new]
+            _, shape = table.read([*line.columns, *left])
         new = source.in_order(old | new)
     elif source.leaf is not None:
         new = source.in_order(new)
-    return Update(source.root, new, _image(old, source, len(new)))
+    return RowChange(Update(source.root, new, _image(old, source, len(new))), source.leaf, 0, shape)
 
 
-def _delete(line: _Delete[str], source: Source) -> Delete:
-    return Delete(source.root, _image(_row(line.identity), source, len(source.names)))
+def _delete(line: _Delete[str], table: _Table) -> RowChange:
+    source = table.source
+    old, shape = table.read(line.identity)
+    change = Delete(source.root, _image(old, source, len(source.names)))
+    return RowChange(change, source.leaf, 0, shape)
 
 
-def _row(columns: list[_Column[str]]) -> Row:
+def _identity(columns: list[_Column[str]]) -> Row:
+    """Return an old row whose shape is that of the new one."""
     return {
-        column.name: _text(column) if column.typeoid in _TREATED else column.value  # type: ignore[misc]  # only these two come as anything but text
+        column.name: _text(column.value) if column.typeoid in _TREATED else column.value  # type: ignore[misc]  # only these two come as anything but text
         for column in columns
     }
 
 
-def _text(column: _Column[str]) -> str | None:
-    match column.value:
+def _text(value: str | bool | None) -> str | None:  # noqa: FBT001 (JSON's)
+    """Return the text of a boolean or a bytea."""
+    match value:
         case None:
             return None
         case True:

@@ -494,13 +494,12 @@ async def test_a_column_of_another_type_is_shown_and_asked_by_it(
         await running.process.wait_logged("schema.changed")
         await running.write.execute("ALTER TABLE posts ALTER n TYPE text")
         await running.write.execute("INSERT INTO posts VALUES ('1', 't', 'many')")
-        (gap,) = await ann.take(1)  # that row couldn't be shown, and isn't lost in silence
-        assert (gap.event, gap.data["collections"]) == ("PB_RESYNC", ["posts"])
+        (first,) = await ann.take(1)
+        assert first.data["record"]["n"] == "many"
         await running.process.wait_logged("schema.changed", 2)
         assert await ann.subscribe(*topics, token=token("ann")) == 204
         await running.write.execute("INSERT INTO posts VALUES ('2', 't', 'few')")
-        while (message := (await ann.take(1))[0]).data["record"]["id"] != "2":
-            pass
+        (message,) = await ann.take(1)
         assert message.data["record"]["n"] == "few"
         assert await heard(ann, running, update.format("x")) == ["update users/ann"]
 

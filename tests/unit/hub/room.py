@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from collections.abc import Collection as Sized
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -14,7 +14,17 @@ from psycopg import sql
 from pgrealtime.auth.principal import Caller
 from pgrealtime.catalog.model import Column, ReplicaIdentity, Table, TableKind, Type, TypeKind
 from pgrealtime.changelog.memory import MemoryChangelog
-from pgrealtime.changes import Change, Delete, Insert, Row, TableName, Transaction, Update, WholeRow
+from pgrealtime.changes import (
+    Change,
+    Delete,
+    Insert,
+    Row,
+    Shape,
+    TableName,
+    Transaction,
+    Update,
+    WholeRow,
+)
 from pgrealtime.collections import Collection, Collections, Field, FieldKind
 from pgrealtime.config import CollectionLoginConfig, RealtimeConfig
 from pgrealtime.errors import DatabaseUnreachableError
@@ -280,7 +290,13 @@ class Room:
     ) -> None:
         await self.hub.subscribe(connection.id, topics, caller or Caller(), connection.address)
 
-    def commit(self, *changes: Change, xid: int | None = None, size: int = 100) -> Transaction:
+    def commit(
+        self,
+        *changes: Change,
+        xid: int | None = None,
+        size: int = 100,
+        shapes: tuple[Shape, ...] = (),
+    ) -> Transaction:
         """Append a transaction and let the hub know, as the relay would."""
         self._end += 100
         made = Transaction(
@@ -289,6 +305,7 @@ class Room:
             commit_time=0,
             changes=changes,
             size=size,
+            shapes=shapes,
         )
         self.changelog.append(made)
         self.hub.wake()
@@ -323,6 +340,7 @@ async def open_room(
     max_age: float = 300.0,
     database: GivenDatabase | None = None,
     clock: Callable[[], float] = time.monotonic,
+    read_schema: Callable[[], Awaitable[bool]] | None = None,
     **limits: object,
 ) -> AsyncIterator[Room]:
     """A hub whose tasks run; ``limits`` are RealtimeConfig's, in seconds and bytes."""
@@ -336,6 +354,7 @@ async def open_room(
         limits=RealtimeConfig.model_validate(limits),
         logins=LOGINS,
         can_resume=max_age > 0,
+        read_schema=read_schema,
         clock=clock,
     )
     if is_up:

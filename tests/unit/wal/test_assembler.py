@@ -10,6 +10,7 @@ from pgrealtime.changes import (
     Key,
     Oversized,
     Row,
+    Shape,
     TableName,
     Transaction,
     Truncate,
@@ -219,3 +220,20 @@ def test_row_deleted_after_another_use_of_its_key_has_not_moved() -> None:
     assert feed(gone(OLD, NORTH), again, come(NEW, SOUTH)) == whole(
         Delete(PARTS, Key(OLD)), again.change, Insert(PARTS, NEW), size=5
     )
+
+
+def test_a_transaction_has_each_shape_of_its_rows_once() -> None:
+    """And none of the transaction before."""
+    first, second = (Shape(POSTS, None, (("id", oid),)) for oid in (23, 25))
+    target = assembler()
+
+    def shapes(*of_rows: Shape) -> tuple[Shape, ...]:
+        target.feed(BEGIN, 1)
+        for shape in of_rows:
+            target.feed(RowChange(INSERT, None, 0, shape), 1)
+        told = target.feed(COMMIT, 1)
+        assert isinstance(told, Transaction)
+        return told.shapes
+
+    assert shapes(first, first, second, first) == (first, second)
+    assert shapes(second) == (second,)

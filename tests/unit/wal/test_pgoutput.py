@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from pgrealtime.changes import Delete, Insert, Key, TableName, Update, WholeRow
+from pgrealtime.changes import Delete, Insert, Key, Shape, TableName, Update, WholeRow
 from pgrealtime.errors import UnexpectedMessageError
 from pgrealtime.lsn import LSN, Xid
 from pgrealtime.wal.message import Begin, Commit, RowChange, Truncated
@@ -219,3 +219,26 @@ def test_changes_are_counted_with_the_memory_that_they_take(columns: int, *, is_
 
     overheads = [one.overhead for one in kept if isinstance(one, RowChange)]
     assert 0.7 < (sum(map(len, messages)) + sum(overheads)) / taken < 1.4
+
+
+def test_a_row_has_the_shape_that_its_table_was_described_with_last() -> None:
+    """Only a partition that is described again may have been detached meanwhile."""
+    message = change(b"I", b"N", row("1", "x"), oid=OID + 1)
+    made = PgoutputDecoder([table("t", "id a", oid=OID, leaves=("t_1",))])
+
+    def shape() -> Shape | None:
+        made.decode(relation("t_1", "id", "a", oid=OID + 1))
+        (first, second) = (made.decode(message), made.decode(message))
+        assert isinstance(first, RowChange)
+        assert isinstance(second, RowChange)
+        assert first.shape is second.shape
+        return first.shape
+
+    types, leaf = (("id", 25), ("a", 25)), TableName("public", "t_1")
+    assert shape() == Shape(T, leaf, types)
+    assert shape() == Shape(T, leaf, types, described=1)
+    made.decode(relation("t", "id", "a"))
+    made.decode(relation("t", "id", "b"))
+    told = made.decode(change(b"D", b"K", row("1", None)))
+    assert isinstance(told, RowChange)
+    assert told.shape == Shape(T, None, (("id", 25), ("b", 25)))

@@ -1,0 +1,88 @@
+"""Whether rows are what the catalogue says of their tables.
+
+A row may be of an earlier or a later definition than the one that rules and records are made for.
+"""
+
+from __future__ import annotations
+
+from pgrealtime.changes import Shape, Transaction
+from pgrealtime.collections import Collections
+
+_KEPT = 10_000
+
+
+class Shapes:
+    """The shapes that were seen since the collections came into force.
+
+    Args:
+        collections: Those in force.
+    """
+
+    def __init__(self, collections: Collections) -> None:
+        self._collections = collections
+        self._fitting: set[Shape] = set()
+        self._unfit: set[Shape] = set()
+
+    def is_doubtful(self, transaction: Transaction) -> bool:
+        """Whether the catalogue must be read before anything is made of the transaction's rows."""
+        shapes = transaction.shapes
+        if self._fitting.issuperset(shapes):
+            return False
+        return any(self._is_doubtful(shape) for shape in shapes)
+
+    def fits(self, transaction: Transaction) -> bool:
+        """Whether its rows can be judged and shown by the collections in force."""
+        shapes = transaction.shapes
+        return self._fitting.issuperset(shapes) or all(map(self._fits, shapes))
+
+    def settle(self, transaction: Transaction, *, is_read: bool) -> None:
+        """Take note that waiting can't tell more about the transaction's rows.
+
+        Args:
+            transaction: One that was doubtful.
+            is_read: Whether the catalogue was read since it became visible.
+        """
+        for shape in transaction.shapes:
+            if self._is_doubtful(shape):
+                self._keep(shape, is_fit=is_read and self._matches(shape))
+
+    def _is_doubtful(self, shape: Shape) -> bool:
+        if shape in self._fitting or shape in self._unfit:
+            return False
+        return shape.described > 0 or not self._fits(shape)
+
+    def _fits(self, shape: Shape) -> bool:
+        if shape in self._fitting:
+            return True
+        if shape in self._unfit or not self._matches(shape):
+            return False
+        if not shape.described:
+            self._keep(shape, is_fit=True)
+        return True
+
+    def _keep(self, shape: Shape, *, is_fit: bool) -> None:
+        if len(self._fitting) + len(self._unfit) >= _KEPT:
+            self._fitting.clear()
+            self._unfit.clear()
+        (self._fitting if is_fit else self._unfit).add(shape)
+
+    def _matches(self, shape: Shape) -> bool:
+        """Whether the catalogue has such rows, apart from columns only added or only dropped.
+
+        A name that is unknown beside one that is missing may be a column renamed; and a partition
+        that isn't there was detached, its rows are no longer the table's.
+        """
+        collection = self._collections.of_table(shape.table)
+        if collection is None:
+            return True
+        table = collection.table
+        if shape.leaf is not None and shape.leaf not in table.leaves:
+            return False
+        types = {column.name: column.type.oid for column in table.columns}
+        names = {name for name, _ in shape.columns}
+        is_any_missing = any(
+            column.name not in names for column in table.columns if not column.is_generated
+        )
+        if is_any_missing and not names <= types.keys():
+            return False
+        return all(types.get(name, oid) == oid for name, oid in shape.columns)

@@ -1,0 +1,194 @@
+"""Tables are altered while the program runs: what is committed at once after that arrives right."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.listener import Caller, Listener, Message, listener
+from tests.e2e.service import Service, service
+
+SCHEMA = """
+CREATE TABLE posts (
+  id text PRIMARY KEY, title text, n int, data jsonb, done bool, day date, at timestamptz
+);
+CREATE TABLE places (id text PRIMARY KEY) PARTITION BY RANGE (id);
+CREATE TABLE places_a PARTITION OF places FOR VALUES FROM ('a') TO ('b');
+CREATE TABLE places_b PARTITION OF places FOR VALUES FROM ('b') TO ('c');
+CREATE TABLE marks (id text PRIMARY KEY);
+INSERT INTO posts VALUES ('0', 't', 1, '{"a": 1}', true, '2026-11-28', '2026-11-28 12:00+00');
+ALTER TABLE posts REPLICA IDENTITY FULL;
+"""
+OPEN = {"list_rule": "", "view_rule": ""}
+COLLECTIONS: dict[str, Any] = {
+    "posts": {"table": "posts", **OPEN},
+    "places": {"table": "places", **OPEN},
+    "marks": {"table": "marks", **OPEN},
+}
+PUBLICATION = (
+    # By name a partition stays published when it is detached.
+    "CREATE PUBLICATION pgrealtime FOR TABLE posts, places_a, places_b, marks;"
+)
+
+
+@asynccontextmanager
+async def serving(database_url: str, directory: Path, plugin: str) -> AsyncIterator[Service]:
+    async with service(
+        database_url,
+        directory,
+        schema=SCHEMA + (PUBLICATION if plugin == "pgoutput" else ""),
+        collections=COLLECTIONS,
+        sections={"replication": {"plugin": plugin}},
+    ) as running:
+        yield running
+
+
+async def heard(to: Listener, running: Service) -> list[Message]:
+    """What was heard of everything that is committed by now."""
+    await running.write.execute("INSERT INTO marks VALUES (gen_random_uuid()::text)")
+    messages: list[Message] = []
+    while not messages or messages[-1].event != "marks/*":
+        messages += await to.take(1)
+    return messages[:-1]
+
+
+def shown(message: Message, field: str) -> object:
+    assert message.event == "posts/*", message
+    return message.data["record"][field]
+
+
+either_plugin = pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
+
+
+ALTER = """
+ALTER TABLE posts ALTER data TYPE text, ALTER done TYPE text, ALTER day TYPE text,
+  ALTER at TYPE text, ALTER title TYPE int USING 1, ALTER n TYPE bool USING true
+"""
+NEW = (
+    """data = 'not JSON', done = 'maybe', day = 'some day', at = 'at noon', title = 7, n = false"""
+)
+SHOWN = {
+    "data": "not JSON",
+    "done": "maybe",
+    "day": "some day",
+    "at": "at noon",
+    "title": 7,
+    "n": False,
+}
+
+
+@either_plugin
+@pytest.mark.parametrize("is_one_commit", [False, True], ids=["apart", "together"])
+async def test_rows_right_after_a_change_of_types_are_shown_by_the_new_ones(
+    database_url: str, tmp_path: Path, plugin: str, *, is_one_commit: bool
+) -> None:
+    """A row from before, and one that came after; nothing is lost or told as a gap."""
+    statements = (
+        ALTER,
+        f"UPDATE posts SET {NEW} WHERE id = '0'",
+        "INSERT INTO posts SELECT '1', title, n, data, done, day, at FROM posts",
+    )
+    async with (
+        serving(database_url, tmp_path, plugin) as running,
+        listener(running.address, "posts/*", "marks/*", "PB_RESYNC") as guest,
+    ):
+        await running.write.execute("UPDATE posts SET title = title")
+        assert [shown(one, "id") for one in await heard(guest, running)] == ["0"]
+        if is_one_commit:
+            await running.write.execute(";".join(statements).encode())
+        else:
+            for statement in statements:
+                await running.write.execute(statement.encode())
+        messages = await heard(guest, running)
+
+    for message, record_id in zip(messages, ("0", "1"), strict=True):
+        assert {name: shown(message, name) for name in SHOWN} == SHOWN
+        assert shown(message, "id") == record_id
+
+
+@either_plugin
+async def test_rows_right_after_a_column_is_renamed_are_shown_under_its_new_name(
+    database_url: str, tmp_path: Path, plugin: str
+) -> None:
+    async with (
+        serving(database_url, tmp_path, plugin) as running,
+        listener(running.address, "posts/*", "marks/*", "PB_RESYNC") as guest,
+    ):
+        await running.write.execute("ALTER TABLE posts RENAME title TO headline")
+        await running.write.execute("INSERT INTO posts (id, headline) VALUES ('1', 'h')")
+        (message,) = await heard(guest, running)
+
+    assert shown(message, "headline") == "h"
+    assert "title" not in message.data["record"]
+
+
+@either_plugin
+async def test_rows_between_two_changes_of_type_are_shown_or_told(
+    database_url: str, tmp_path: Path, plugin: str
+) -> None:
+    """The first may have been read only after the second: then it is a gap."""
+    async with (
+        serving(database_url, tmp_path, plugin) as running,
+        listener(running.address, "posts/*", "marks/*", "PB_RESYNC") as guest,
+    ):
+        async with running.write.transaction():
+            await running.write.execute("ALTER TABLE posts ALTER n TYPE text")
+            await running.write.execute("INSERT INTO posts (id, n) VALUES ('1', 'many')")
+            await running.write.execute("ALTER TABLE posts ALTER n TYPE bool USING true")
+            await running.write.execute("INSERT INTO posts (id, n) VALUES ('2', false)")
+        await running.write.execute("INSERT INTO posts (id, n) VALUES ('3', false)")
+        gap, after = await heard(guest, running)
+
+    assert (gap.event, gap.data) == ("PB_RESYNC", {"collections": ["posts"], "reason": "schema"})
+    assert (shown(after, "id"), shown(after, "n")) == ("3", False)
+
+
+@either_plugin
+async def test_rows_of_before_a_change_of_type_are_a_gap_for_who_comes_back(
+    database_url: str, tmp_path: Path, plugin: str
+) -> None:
+    """What they were shown as can't be said by the schema of now."""
+    async with serving(database_url, tmp_path, plugin) as running:
+        async with listener(running.address, "posts/*", "marks/*", "PB_CURSOR") as first:
+            await running.write.execute("UPDATE posts SET title = 'a'")
+            messages = await heard(first, running)
+            (position,) = [one.id for one in messages if one.event == "posts/*"]
+        await running.write.execute("UPDATE posts SET title = 'b'")
+        await running.write.execute("ALTER TABLE posts ALTER data TYPE text")
+        await running.write.execute("INSERT INTO posts (id, data) VALUES ('1', 'x')")
+        await running.process.wait_logged("schema.changed")
+        back = Caller(headers={"Last-Event-ID": position})
+        async with listener(
+            running.address, "posts/*", "marks/*", "PB_RESYNC", caller=back
+        ) as again:
+            assert await heard(again, running) == []  # up to the first mark, missed as well
+            gap, after = await heard(again, running)
+
+    assert (gap.event, gap.data) == ("PB_RESYNC", {"collections": ["posts"], "reason": "schema"})
+    assert shown(after, "data") == "x"
+
+
+async def test_rows_of_a_detached_partition_are_not_the_tables_any_more(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Its next row is preceded by another description; wal2json says nothing."""
+    async with (
+        serving(database_url, tmp_path, "pgoutput") as running,
+        listener(running.address, "places/*", "marks/*", "PB_RESYNC") as guest,
+    ):
+        await running.write.execute("INSERT INTO places VALUES ('a1'), ('b1')")
+        before = await heard(guest, running)
+        assert [one.data["record"]["id"] for one in before] == ["a1", "b1"]
+        await running.write.execute("ALTER TABLE places DETACH PARTITION places_a")
+        await running.write.execute("INSERT INTO places_a VALUES ('a secret')")
+        await running.write.execute("INSERT INTO places VALUES ('b2')")
+        messages = await heard(guest, running)
+
+    told = {one.event for one in messages}
+    assert told <= {"PB_RESYNC", "places/*"}
+    assert "PB_RESYNC" in told
+    assert "a secret" not in str(messages)
