@@ -7,7 +7,9 @@ that the table's columns have.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sqlglot import exp
 
@@ -81,10 +83,51 @@ class Overlay:
     """The first old image of each row that the transaction updated or deleted, whole."""
     touched: Sequence[Row]
     """Those rows and the inserted ones, the primary key's columns at least: not to be read live."""
+    _found: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What was worked out of the images, once for all batches of the transaction."""
+
+    def has(self, columns: Iterable[str]) -> bool:
+        """Whether every old image has these columns, and every key is whole."""
+        keys = self.table.primary_key
+        if "keys" not in self._found:
+            self._found["keys"] = all(key in row for row in self.touched for key in keys)
+        for column in columns:
+            if ("has", column) not in self._found:
+                self._found["has", column] = all(column in row for row in self.before)
+        return bool(self._found["keys"]) and all(self._found["has", name] for name in columns)
+
+    def before_by(self, column: str) -> Mapping[str | None, Sequence[Row]]:
+        """Return the old images by the text of a column that all have."""
+        return self._by("before", self.before, column)
+
+    def touched_by(self, column: str) -> Mapping[str | None, Sequence[Row]]:
+        """Return the touched rows by the text of a column of the key."""
+        return self._by("touched", self.touched, column)
+
+    def _by(
+        self, what: str, rows: Sequence[Row], column: str
+    ) -> Mapping[str | None, Sequence[Row]]:
+        known: dict[str | None, list[Row]] | None = self._found.get((what, column))
+        if known is None:
+            known = self._found[what, column] = {}
+            for row in rows:
+                known.setdefault(row[column], []).append(row)
+        return known
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The rows that a statement judges, by the columns that it reads of them."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[str | None]]
 
 
 def before(
-    conditions: Sequence[Sql], overlays: Sequence[Overlay], params: dict[str, object]
+    conditions: Sequence[Sql],
+    overlays: Sequence[Overlay],
+    params: dict[str, object],
+    judged: Judged | None = None,
 ) -> tuple[list[Sql], list[exp.CTE]] | None:
     """Return the conditions reading related tables as they were, and the relations they read.
 
@@ -92,18 +135,21 @@ def before(
         conditions: Conditions of one statement.
         overlays: The tables that a transaction touched.
         params: Of the statement; the old images are added.
+        judged: The rows; only old images that they can reach are added then.
 
     Returns:
         None if an old image lacks a column that is read.
     """
     if not all(_covers(overlay, conditions) for overlay in overlays):
         return None
+    reach = None if judged is None else _Reach(conditions, overlays, judged)
     names: dict[TableName, str] = {}
     views: list[exp.CTE] = []
     for index, overlay in enumerate(overlays):
         if read := _columns_read(conditions, overlay.table):
             names[overlay.table.name] = f"before{index}"
-            views.append(_view(f"before{index}", overlay, read, params))
+            near = overlay if reach is None else reach.narrowed(overlay)
+            views.append(_view(f"before{index}", near, read, params))
     return [_redirected(condition, names) for condition in conditions], views
 
 
@@ -133,9 +179,121 @@ def _columns_read(conditions: Sequence[Sql], table: Table) -> list[Column]:
 def _covers(overlay: Overlay, conditions: Sequence[Sql]) -> bool:
     """Whether the old images hold all that is read, and the keys are known."""
     read = _columns_read(conditions, overlay.table)
-    return (bool(overlay.table.primary_key) or not _rows_of(conditions, overlay.table.name)) and (
-        all(column.name in row for row in overlay.before for column in read)
-        and all(key in row for row in overlay.touched for key in overlay.table.primary_key)
+    is_keyed = bool(overlay.table.primary_key) or not _rows_of(conditions, overlay.table.name)
+    return is_keyed and overlay.has([column.name for column in read])
+
+
+_CANONICAL = (frozenset({"int2", "int4", "int8"}), frozenset({"text", "varchar"}), {"uuid"})
+"""Types whose values are equal exactly if their text forms are."""
+
+
+class _Reach:
+    """Which rows of related tables the judged rows can lead to, by equality of ids.
+
+    Postgres looks through all old images for each judged row. Were those of the whole transaction
+    given to each of its batches, a large DELETE would take time by the square of its rows.
+    """
+
+    def __init__(
+        self, conditions: Sequence[Sql], overlays: Sequence[Overlay], judged: Judged
+    ) -> None:
+        self._judged = judged
+        self._overlays: dict[str, Overlay] = {}
+        self._aliases: dict[TableName, set[str]] = {}
+        for overlay in overlays:
+            aliases = self._aliases[overlay.table.name] = _rows_of(conditions, overlay.table.name)
+            self._overlays |= dict.fromkeys(aliases, overlay)
+        self._links: dict[str, tuple[str, str, str] | None] = {}
+        for condition in conditions:
+            for node in condition.find_all(exp.Table):
+                if node.alias in self._overlays:
+                    link = _link(node)
+                    known = self._links.setdefault(node.alias, link)
+                    self._links[node.alias] = link if link == known else None
+
+    def narrowed(self, overlay: Overlay) -> Overlay:
+        """Return the overlay with what can be reached of it; all of it if that can't be told."""
+        before: dict[int, Row] = {}
+        touched: dict[int, Row] | None = {}
+        for alias in self._aliases[overlay.table.name]:
+            reached = self._reached(alias)
+            if reached is None:
+                return overlay
+            column, values = reached
+            by = overlay.before_by(column)
+            before |= {id(row): row for value in values for row in by.get(value, ())}
+            if column not in overlay.table.primary_key:
+                touched = None  # a live row of any key may have the value by now
+            elif touched is not None:
+                by = overlay.touched_by(column)
+                touched |= {id(row): row for value in values for row in by.get(value, ())}
+        kept = overlay.touched if touched is None else list(touched.values())
+        return replace(overlay, before=list(before.values()), touched=kept, _found={})
+
+    def _reached(self, alias: str) -> tuple[str, AbstractSet[str]] | None:
+        """Return a column of the row of that alias and the only values that it can have."""
+        link = self._links.get(alias)
+        if link is None:
+            return None
+        own_name, source, source_name = link
+        own = _column_of(self._overlays[alias].table.columns, own_name)
+        found = self._values(source, source_name)
+        if own is None or found is None:
+            return None
+        column, values = found
+        return (own.name, values) if _is_told_by_text(own, column) else None
+
+    def _values(self, alias: str, name: str) -> tuple[Column, AbstractSet[str]] | None:
+        """Return the column, and all values that it can have in the rows of that alias."""
+        if alias == sql.name(ROW).name:
+            for at, column in enumerate(self._judged.columns):
+                if sql.name(column.name).name == name:
+                    cells = (row[at] for row in self._judged.rows)
+                    return column, {text for text in cells if text is not None}
+            return None
+        overlay = self._overlays.get(alias)
+        reached = None if overlay is None else self._reached(alias)
+        if overlay is None or reached is None:
+            return None
+        key, values = reached
+        wanted = _column_of(overlay.table.columns, name)
+        if wanted is None or overlay.table.primary_key != (key,):
+            return None
+        if not values <= overlay.touched_by(key).keys():
+            return None  # live rows are reached too
+        by = overlay.before_by(key)
+        cells = (row[wanted.name] for value in values for row in by.get(value, ()))
+        return wanted, {text for text in cells if text is not None}
+
+
+def _link(table: exp.Table) -> tuple[str, str, str] | None:
+    """Return the column by which a row is joined, and the row and column that it equals."""
+    join = table.parent
+    on = join.args.get("on") if isinstance(join, exp.Join) and join.this is table else None
+    equality = None if on is None else on.unnest()
+    if not isinstance(equality, exp.EQ):
+        return None
+    left, right = equality.this.unnest(), equality.expression.unnest()
+    if not (isinstance(left, exp.Column) and isinstance(right, exp.Column)):
+        return None
+    if left.table != table.alias:
+        left, right = right, left
+    if left.table != table.alias or right.table == table.alias:
+        return None
+    return left.name, right.table, right.name
+
+
+def _column_of(columns: Iterable[Column], name: str) -> Column | None:
+    return next((column for column in columns if sql.name(column.name).name == name), None)
+
+
+def _is_told_by_text(one: Column, other: Column) -> bool:
+    types = one.type.base, other.type.base
+    return (
+        one.is_deterministic
+        and other.is_deterministic
+        and all(of.schema == "pg_catalog" for of in types)
+        and any({of.name for of in types} <= family for family in _CANONICAL)
     )
 
 

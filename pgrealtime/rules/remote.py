@@ -21,6 +21,7 @@ from pgrealtime.rules.access import RemoteSource
 from pgrealtime.rules.compare import Comparable, Scalar
 from pgrealtime.rules.formula import Atom, Moment
 from pgrealtime.rules.images import (
+    Judged,
     Overlay,
     before,
     columns_of,
@@ -80,7 +81,8 @@ class Pairs:
             params |= {"n": list(range(len(places))), "at": places}
         if not self.overlays:
             return Question(_statement(atom), params)
-        made = before([atom.lowered.condition], self.overlays, params)
+        judged = Judged(columns_of(atom.collection.table, atom.lowered.columns), rows)
+        made = before([atom.lowered.condition], self.overlays, params, judged)
         if made is None:
             return None
         (condition,), views = made
@@ -172,7 +174,9 @@ class Values:
         if not self.overlays:
             statement = _values_of_all if self.wanted is None else _values_of_some
             return Question(statement(self.source), params)
-        made = before([lowered.select], self.overlays, params)
+        collection = self.source.collections[self.source.whole.collection]
+        judged = Judged(columns_of(collection.table, lowered.columns), self.rows)
+        made = before([lowered.select], self.overlays, params, judged)
         if made is None:
             return None
         (select,), views = made

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.e2e.listener import listener
 from tests.e2e.service import service, token
@@ -63,3 +66,71 @@ async def test_a_cascade_reaches_exactly_those_who_could_see_the_rows_before(
             "bob": [("delete", "t2"), ("create", "end")],
         }
         assert not guest.stream.waiting
+
+
+MANY = """
+CREATE TABLE users (id text PRIMARY KEY);
+CREATE TABLE teams (id int PRIMARY KEY, open boolean NOT NULL);
+CREATE TABLE projects (
+  id text PRIMARY KEY, team int NOT NULL REFERENCES teams ON DELETE CASCADE,
+  open boolean NOT NULL, owner text NOT NULL
+);
+CREATE TABLE tasks (
+  id text PRIMARY KEY, project text NOT NULL REFERENCES projects ON DELETE CASCADE
+);
+CREATE INDEX ON projects (team);
+CREATE INDEX ON tasks (project);
+ALTER TABLE users REPLICA IDENTITY FULL;
+ALTER TABLE teams REPLICA IDENTITY FULL;
+ALTER TABLE projects REPLICA IDENTITY FULL;
+ALTER TABLE tasks REPLICA IDENTITY FULL;
+INSERT INTO users VALUES ('ann');
+"""
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ["project.open = true", "project.owner = @request.auth.id", "project.team.open = true"],
+    ids=["of-the-row", "of-the-subscriber", "over-two"],
+)
+async def test_a_deleted_row_costs_the_same_however_many_went_with_it(
+    database_url: str, tmp_path: Path, rule: str
+) -> None:
+    """Each is judged by what it led to, not by all that the transaction deleted."""
+    collections: dict[str, dict[str, Any]] = {
+        "users": {"table": "users", "type": "auth"},
+        "teams": {"table": "teams"},
+        "projects": {"table": "projects"},
+        "tasks": {"table": "tasks", "list_rule": rule},
+    }
+    async with (
+        service(database_url, tmp_path, collections=collections, schema=MANY) as running,
+        listener(running.address, "tasks/*", token=token("ann")) as ann,
+    ):
+        seconds = {}
+        for size in (500, *SIZES):
+            await running.write.execute(
+                "INSERT INTO teams SELECT n, n = %(n)s FROM generate_series(1, %(n)s) n",
+                {"n": size},
+            )
+            await running.write.execute(
+                "INSERT INTO projects SELECT 'p' || n, n, n = %(n)s,"
+                " CASE n WHEN %(n)s THEN 'ann' ELSE 'x' END FROM generate_series(1, %(n)s) n",
+                {"n": size},
+            )
+            await running.write.execute(
+                "INSERT INTO tasks SELECT 't' || n, 'p' || n FROM generate_series(1, %s) n", [size]
+            )
+            (created,) = await ann.take(1, 60)
+            assert created.data["record"]["id"] == f"t{size}"
+            await running.write.execute("DELETE FROM teams")
+            began = time.perf_counter()
+            (deleted,) = await ann.take(1, 60)
+            seconds[size] = time.perf_counter() - began
+            assert (deleted.data["action"], deleted.data["record"]["id"]) == ("delete", f"t{size}")
+        few, many = SIZES
+        assert seconds[many] / many < 3 * seconds[few] / few, seconds
+
+
+SIZES = 2_000, 16_000
+"""Rows of each table. Were every row judged by all of them, one would cost eight times as much."""
