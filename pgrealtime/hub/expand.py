@@ -41,6 +41,7 @@ from pgrealtime.hub.expansion import (
 )
 from pgrealtime.hub.linking import (
     in_order,
+    is_known,
     linking_of,
     links_before,
     links_undone,
@@ -272,6 +273,11 @@ class Expander:
             await fetching.expand(roots)
             if reading.has_failed:
                 found.failed.update(wanted)
+            found.failed.update(
+                (place, viewer)
+                for place, viewer in wanted
+                if (id(pasts[place]), viewer) in fetching.unknown
+            )
         lacking_columns = frozenset(partial)
         found.failed.update(
             (place, viewer)
@@ -427,6 +433,9 @@ class _Fetching:
         self._rows: dict[str, dict[str, Row]] = defaultdict(dict)
         self._before: dict[tuple[int, str], dict[str, Row | None]] = {}
         """By state of the past and collection: rows that were touched since."""
+        self.unknown: set[tuple[int, Viewer]] = set()
+        """By state of the past: who was to be shown a record of which that state's row isn't known.
+        """
         self._count = 0
 
     async def relate(self, nodes: Iterable[Node]) -> None:
@@ -476,13 +485,23 @@ class _Fetching:
         await self._find_rows(sighted)
         for way in ways:
             if way.ids is not None:
-                way.children = [
-                    Node(way.target, one, row, past=way.node.past)
-                    for one in (plain_id(way.target, given) for given in way.ids)
-                    if (row := self._row(way.target, one, way.node.past)) is not None
-                ]
+                way.children = self._children(way, way.ids)
                 if way.branch.step.is_back:
                     way.children.sort(key=lambda child: when_created(child.collection, child.row))
+
+    def _children(self, way: _Way, ids: Ids) -> list[Node]:
+        """Return the records of these ids, without those of which only the key is known."""
+        target, past = way.target, way.node.past
+        children: list[Node] = []
+        for one in (plain_id(target, given) for given in ids):
+            row = self._row(target, one, past)
+            if row is None:
+                continue
+            if past is None or is_known(target.table, row):
+                children.append(Node(target, one, row, past=past))
+            else:
+                self.unknown.add((id(past), way.viewer))
+        return children
 
     def live_ids(self, node: Node) -> Mapping[str, Ids]:
         """Return, by field, where a record leads now, if some of where it led isn't known."""

@@ -172,7 +172,10 @@ def _images(change: Change) -> tuple[Sequence[Row], Sequence[Row]]:
 
 
 def rows_before(collection: Collection, overlay: Overlay) -> dict[str, Row | None]:
-    """Return the rows that changes touched, by id, as they were before; None if they weren't."""
+    """Return the rows that changes touched, by id, as they were before; None if they weren't.
+
+    Of some only the key may be known (``is_known``).
+    """
     key = collection.key.name
     found: dict[str, Row | None] = {}
     for row in overlay.touched:
@@ -180,6 +183,14 @@ def rows_before(collection: Collection, overlay: Overlay) -> dict[str, Row | Non
     for row in overlay.before:
         found[plain_id(collection, row.get(key) or "")] = row
     return found
+
+
+def is_known(table: Table, row: Row) -> bool:
+    """Whether an image is a row of the table, and not its key alone.
+
+    A generated column, which pgoutput leaves out of every image, is not missed.
+    """
+    return all(one.name in row or one.is_generated for one in table.columns)
 
 
 def in_order(text: str) -> tuple[bool, int, str]:

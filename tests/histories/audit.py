@@ -635,7 +635,7 @@ class Audit:
         }
         wanted = {
             "truncate": ("truncate",),
-            "slot_lost": ("walsender",),
+            "slot_lost": ("walsender", "decoder"),
             "expired": ("walsender",),
             "schema": ("alter",),
             "unknown": ("queries", "lock", "alter", "walsender", "truncate"),
@@ -657,9 +657,20 @@ class Audit:
             for version in self._ledger.log:
                 if version.commit > begun or version.commit < self._first:
                     continue
-                if version.table in (names or (version.table,)) and not reads <= version.in_wal:
+                if version.table not in (names or (version.table,)):
+                    continue
+                if not reads <= version.in_wal or (topic.expand and self._has_lost_rows(version)):
                     return True
         return False
+
+    def _has_lost_rows(self, version: Version) -> bool:
+        """Whether what a deleted record led to was written with it, and the old row isn't kept."""
+        if version.action != "delete" or self._ledger.scene.identity("users") == "full":
+            return False
+        return any(
+            one.table == "users" and one.commit == version.commit and one.action != "create"
+            for one in self._ledger.log
+        )
 
     def _fault(self, kind: str, *about: object) -> None:
         self._into.fault(kind, *about, f"[{self._client}]")

@@ -254,3 +254,50 @@ async def test_what_a_column_that_is_not_known_leads_to_is_told(
         assert sorted(await until_end(running, guest)) == ["gap", "one", "two"]
         heard = [one for one in await plain.take(4) if one.event == "PB_RESYNC"]
         assert heard == []
+
+
+@pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
+async def test_a_related_row_of_which_only_the_key_is_known_is_told(
+    database_url: str, tmp_path: Path, plugin: str
+) -> None:
+    """A deleted record's owner is shown as before, and by DEFAULT no such row is in the WAL."""
+    schema = """
+    CREATE TABLE people (id text PRIMARY KEY, name text NOT NULL);
+    CREATE TABLE docs (id text PRIMARY KEY, title text NOT NULL, owner text NOT NULL);
+    ALTER TABLE docs REPLICA IDENTITY FULL;
+    INSERT INTO people VALUES ('ann', 'Ann'), ('bob', 'Bob');
+    INSERT INTO docs VALUES ('a', 'one', 'ann'), ('b', 'two', 'bob');
+    CREATE PUBLICATION pgrealtime FOR TABLE ONLY docs, ONLY people;
+    """
+    collections: dict[str, dict[str, Any]] = {
+        "people": {"table": "people", "view_rule": ""},
+        "docs": {
+            "table": "docs",
+            "list_rule": "",
+            "relations": {"owner": {"collection": "people"}},
+        },
+    }
+    expanding = 'docs/*?options={"query":{"expand":"owner"}}'
+    async with (
+        service(
+            database_url,
+            tmp_path,
+            collections=collections,
+            sections={"replication": {"plugin": plugin}},
+            schema=schema,
+        ) as running,
+        listener(running.address, expanding, "PB_RESYNC") as guest,
+        listener(running.address, "docs/*", "PB_RESYNC") as plain,
+    ):
+        await running.write.execute(
+            b"BEGIN; DELETE FROM docs WHERE id = 'a'; UPDATE people SET name = 'Anna'"
+            b" WHERE id = 'ann'; COMMIT; DELETE FROM docs WHERE id = 'b'"
+        )
+
+        messages = await guest.take(3)
+        assert [one.event for one in messages].count("PB_RESYNC") == 1
+        records = [one.data["record"] for one in messages if one.event != "PB_RESYNC"]
+        assert [one["title"] for one in records] == ["one", "two"]
+        assert not records[0].get("expand")
+        assert records[1]["expand"]["owner"]["name"] == "Bob"
+        assert [one.event for one in await plain.take(2)] == ["docs/*", "docs/*"]
