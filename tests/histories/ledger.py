@@ -12,6 +12,7 @@ from pgrealtime.lsn import Cursor
 from tests.histories.scene import DOCS, LIKES, Rule, Scene, Values, Who, sees_user
 
 Action: TypeAlias = Literal["create", "update", "delete", "truncate"]
+HappeningKind: TypeAlias = Literal["queries", "walsender", "decoder", "lock", "alter", "truncate"]
 Person: TypeAlias = str
 """A user's id; ``""`` is a guest, ``root`` a superuser."""
 
@@ -60,7 +61,7 @@ class Happening:
         upto: The last one that was begun when it was over; None while it goes on.
     """
 
-    kind: Literal["queries", "walsender", "lock", "alter", "truncate"]
+    kind: HappeningKind
     table: str
     since: int
     upto: int | None = None
@@ -114,9 +115,7 @@ class Ledger:
                 self.likers[_LIKES_OF[version.table], doc].add(user)
         return self.begun
 
-    def happens(
-        self, kind: Literal["queries", "walsender", "lock", "alter", "truncate"], table: str = ""
-    ) -> Happening:
+    def happens(self, kind: HappeningKind, table: str = "") -> Happening:
         """Note the beginning of what may make a gap."""
         happening = Happening(kind, table, self.begun)
         self.happenings.append(happening)
