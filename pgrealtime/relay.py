@@ -129,8 +129,8 @@ class Relay:
         self._reopened: asyncio.Future[None] | None = None
         """Set while a durable slot's stream is opened anew on purpose."""
         self._reopen_until = 0.0
-        self._failure = ""
-        """What the durable slot's decoder failed with last, and where."""
+        self._failed_at: LSN | None = None
+        """What was read before the durable slot's decoder failed last."""
         self._failures = 0
         """How often it did so."""
         self._restores = 0
@@ -346,12 +346,13 @@ class Relay:
 
         Each new stream begins before it. The server keeps all WAL until somebody gives in.
         """
-        before, self._failure = self._failure, ""
+        before, self._failed_at = self._failed_at, None
         if error.error_code != "decoder_failed":
             self._failures = 0
             return
-        self._failure = error.detail  # which says where
-        self._failures = self._failures + 1 if self._failure == before else 1
+        # Not by the server's words: a failure may name another address of its memory each time.
+        self._failed_at = self._read_upto
+        self._failures = self._failures + 1 if self._failed_at == before else 1
         if self._failures >= _FAILURES:
             self._failures = 0
             log.error("replication.passed_over", reason=error.message, detail=error.detail)

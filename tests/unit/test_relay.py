@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from pgrealtime.changelog.base import Gap
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Insert, TableName, Transaction
+from pgrealtime.errors import StreamInterruptedError
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.relay import Relay
 from pgrealtime.wal.stream import WalStream
@@ -95,3 +96,26 @@ async def test_the_header_of_a_page_is_not_waited_for() -> None:
     assert await relay.reach(LSN(8192 + 24))
     assert await relay.reach(LSN(8192 + 40))
     assert not await relay.reach(LSN(8192 + 48))
+
+
+async def test_what_a_decoder_fails_at_is_passed_over_whatever_the_server_says_of_it() -> None:
+    """Its words may name an address in its memory, another one each time."""
+    passed: list[None] = []
+
+    async def pass_over() -> None:
+        passed.append(None)
+
+    changelog = MemoryChangelog(LSN(0), max_size=100, max_age=1e9)
+    relay = Relay(
+        no_stream,
+        changelog,
+        Behind(changelog.head),
+        tables=[POSTS],
+        max_size=100,
+        pass_over=pass_over,
+    )
+    for number in range(5):
+        assert not passed
+        error = StreamInterruptedError("failed", detail=f"0x{number}", code="decoder_failed")
+        await relay._mind_failure(error)
+    assert passed
