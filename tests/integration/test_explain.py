@@ -277,18 +277,15 @@ async def test_a_clause_that_only_some_callers_may_use_is_named(world: World) ->
 
 
 async def test_a_question_that_postgres_refuses_is_denied_and_quotes_nothing(world: World) -> None:
-    """Of an infinite longitude there is no sine; what Postgres says of values isn't passed on."""
+    """A json member with U+0000 can't be read; what Postgres says of values isn't passed on."""
     with psycopg.connect(world.url) as connection:
-        connection.execute("ALTER TABLE posts ADD far float8 DEFAULT 'Infinity'")
-    told = await world.ask("public = false && geoDistance(far, 0, views, 1) < 5", GUEST)
+        connection.execute("""ALTER TABLE posts ADD bad json DEFAULT '{"k": "\\u0000"}'""")
+    told = await world.ask("public = false && bad.k = 1", GUEST)
 
     lines = block(told, "list_rule")
-    assert lines[1:3] == ["denied   all of:", "SQLSTATE 22003"]
-    assert lines[-3:-1] == [
-        "denied   geoDistance(far,0,views,1) < 5",
-        "geoDistance(far,0,views,1) is not to be had (SQLSTATE 22003)",
-    ]
-    assert told.lines[-1] == "not delivered: geoDistance(far,0,views,1) < 5"
+    assert lines[1:3] == ["denied   all of:", "SQLSTATE 22P05"]
+    assert lines[-3:-1] == ["denied   bad.k = 1", "bad.k is not to be had (SQLSTATE 22P05)"]
+    assert told.lines[-1] == "not delivered: bad.k = 1"
 
 
 # -- callers
