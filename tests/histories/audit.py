@@ -118,6 +118,17 @@ class _Heard:
     stream: Stream
 
 
+def _reaches(gaps: Sequence[_Heard]) -> list[Cursor | None]:
+    """Return up to where each gap speaks: of several told in a row the last moves the id."""
+    reaches: list[Cursor | None] = []
+    then: _Heard | None = None
+    for one in reversed(gaps):
+        is_followed = then is not None and then.place == one.place + 1
+        reaches.append(reaches[-1] if is_followed else one.message.position)
+        then = one
+    return reaches[::-1]
+
+
 class Audit:
     """Of one client.
 
@@ -591,13 +602,13 @@ class Audit:
         return self._client.kind != "plain"
 
     def _covered(self, version: Version, gaps: Sequence[_Heard]) -> int | None:
-        for one in gaps:
+        for one, reach in zip(gaps, _reaches(gaps), strict=True):
             message = one.message
             names = message.data["collections"]
             if names and version.table not in names:
                 continue
-            is_behind = message.position is not None and version.cursor is not None
-            if is_behind and message.position < version.cursor:  # type: ignore[operator]
+            is_behind = reach is not None and version.cursor is not None
+            if is_behind and reach < version.cursor:  # type: ignore[operator]
                 continue
             if message.visible >= version.commit:
                 return one.place
