@@ -260,6 +260,18 @@ async def test_keys_are_fetched_when_a_token_needs_them(issuer: Issuer, url: str
     assert issuer.asked == 1
 
 
+async def test_a_key_without_an_id_and_a_token_without_one_fit_all(
+    issuer: Issuer, url: str
+) -> None:
+    """A token that names another key is not tried with a key that has a name (RFC 7515, 4.1.4)."""
+    issuer.keys = [jwk("RS256"), jwk("RS256", kid="b")]
+    source = PublishedKeys(published(url))
+
+    assert [key.id for key in await source.keys_for(token_of("RS256", "b"))] == [None, "b"]
+    assert [key.id for key in await source.keys_for(token_of("RS256", "a"))] == [None]
+    assert [key.id for key in await source.keys_for(token_of("RS256"))] == [None, "b"]
+
+
 async def test_an_unknown_kid_is_asked_for_once_a_minute(issuer: Issuer, url: str) -> None:
     """Strangers must not be able to make us pester the issuer; a new key is found all the same."""
     clock = Clock()

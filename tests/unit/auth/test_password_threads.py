@@ -95,3 +95,23 @@ async def test_no_queue_is_longer_than_somebody_would_wait(
     assert workers <= served <= workers * 6
     assert [one.error_code for one in refused] == ["login_refused"] * (60 - served)
     assert await passwords.check("x", SLOW, DECOY)
+
+
+async def test_as_many_wait_as_the_bound_says_beside_those_that_have_a_thread(
+    passwords: PasswordThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes on top is refused at once, before anything is hashed."""
+    let_go = threading.Event()
+    monkeypatch.setattr(password_threads, "is_correct", lambda *_: let_go.wait(10))
+    monkeypatch.setattr(password_threads, "_MOST_WAITING", 3)
+    room = password_threads._WORKERS + 3
+
+    checks = [asyncio.ensure_future(passwords.check("x", SLOW, DECOY)) for _ in range(room + 2)]
+    done, _ = await asyncio.wait(checks, return_when=asyncio.FIRST_COMPLETED, timeout=10)
+    assert len(done) == 2
+    assert [one for one in checks if one in done] == checks[room:]
+    let_go.set()
+
+    results = await asyncio.gather(*checks, return_exceptions=True)
+    assert results[:room] == [True] * room
+    assert all(isinstance(one, AuthError) for one in results[room:])
