@@ -1,7 +1,11 @@
-"""What transactions in the changelog did to rows: by it a row that is read live is dated.
+"""Which changes in the changelog affected a given row after a given transaction.
 
-A table's changes are looked through when somebody asks, each once, so that nothing is kept for
-tables whose rows never have to be dated.
+A row read from the table now may be newer than the event it is read for. ``hub.completion``
+(columns that the WAL left out) and ``hub.expand`` (links in junction tables) ask here what
+was done to the row since, and use of the live row only what no later change can have altered.
+
+A table is indexed on the first question about it, each changelog entry once, so tables that nobody
+asks about cost nothing.
 """
 
 from __future__ import annotations
@@ -18,34 +22,42 @@ from pgrealtime.errors import ChangelogError
 from pgrealtime.hub.event import Event
 from pgrealtime.lsn import END, LSN, Cursor, Xid
 
-_AT_ONCE = 4000
-"""Changes that are looked through before others of the loop have their turn."""
+_CHANGES_PER_READ = 4000
+"""Changes (not entries) indexed before yielding to the event loop. A single transaction that is
+larger than this is still read whole."""
 _TRIM_SECONDS = 5.0
+"""Between two runs of ``RowHistory.watch``."""
 _UNKNOWN = "\0"
-"""Stands for a value that isn't known; no text of Postgres has such a character."""
+"""Index key for changes whose row isn't known; a text of Postgres can't contain this character."""
 
 Reach: TypeAlias = Callable[[LSN], Awaitable[bool]]
-"""Waits, for a bounded time, until the changelog has all that commits up to a position."""
+"""Waits until the changelog has every transaction that commits up to an LSN. Returns True once it
+has them, False if it doesn't have them in time; ``Relay.reach`` waits one second at most."""
 
 
 class Write(NamedTuple):
-    """A change of a row, or something that may have been one."""
+    """A change of a row, or an entry that may stand for one (a truncation, missing changes)."""
 
     lsn: LSN
     """Where its transaction ends."""
     xid: Xid | None
-    """None where that isn't known."""
+    """The 32-bit id of its top-level transaction; None for a gap, which may hide several.
+
+    Callers compare it with the ``xmin`` of the live row, to find which transaction wrote that
+    version, and with a snapshot, to find whether the live row shows this write at all."""
     change: Change | None
-    """None where changes are missing: any row may have been written, whatever the columns."""
+    """None where the changes themselves are missing (a gap, an oversized transaction): any row of
+    the table, and any of its columns, may have been written."""
 
 
 class TableHistory:
-    """The changes of one table in a stretch of the changelog, by what rows have in one column.
+    """An index of one table's changes in the changelog, by the value of one column.
 
     Args:
-        changelog: Where they are.
-        table: Whose they are.
-        column: By which they are found.
+        changelog: What is indexed.
+        table: The table whose changes are indexed; those of others are skipped.
+        column: The column by whose value changes are looked up: the table's key, or in a junction
+            table the column that refers to the record.
     """
 
     def __init__(self, changelog: Changelog, table: TableName, column: str) -> None:
@@ -53,22 +65,42 @@ class TableHistory:
         self._table = table
         self._column = column
         self._since = self._upto = LSN(0)
-        """All that ends after the one and up to the other was looked through."""
+        """The indexed range: entries that end after ``_since`` and up to ``_upto``. Both are 0
+        until the first ``extend``."""
         self._writes: defaultdict[str, deque[Write]] = defaultdict(deque)
+        """By value of the column, oldest first."""
         self._order: deque[tuple[LSN, str]] = deque()
-        self._of_any: deque[Write] = deque()
-        """Those of rows that can't be told: truncated tables, missing changes."""
-        self._turn = asyncio.Lock()
+        """One entry for each in ``_writes``, oldest first: which values ``trim`` must visit."""
+        self._of_any_row: deque[Write] = deque()
+        """Writes whose row isn't known, oldest first: truncations, missing changes, old images
+        without the column."""
+        self._extending = asyncio.Lock()
+        """Held by ``extend``, which yields between reading entries and advancing ``_since`` or
+        ``_upto``: two at once would index the same entries twice. ``trim`` and ``writes`` don't
+        await, so each sees and leaves the fields consistent and needs no lock."""
 
     def writes(self, value: str, after: LSN) -> list[Write]:
-        """Return what was done after the end of a transaction to rows with a value, in order."""
+        """Return the writes that may concern a row, oldest first.
+
+        Complete only right after ``extend(after)`` returned True: what the changelog discards is
+        discarded here as well.
+
+        Args:
+            value: What the row has in the column, before or after the write.
+            after: The end LSN of a transaction; its own writes and earlier ones are left out.
+        """
         found = [write for write in self._writes.get(value, ()) if write.lsn > after]
-        of_any = [write for write in self._of_any if write.lsn > after]
+        of_any = [write for write in self._of_any_row if write.lsn > after]
         return sorted([*found, *of_any], key=_lsn_of) if of_any else found
 
     async def extend(self, after: LSN) -> bool:
-        """Look through all that ends after a position; return whether the changelog has it."""
-        async with self._turn:
+        """Index every entry that ends after an LSN, up to the changelog's head.
+
+        Returns:
+            False if some of these entries were already discarded by the changelog; ``writes``
+            would then be incomplete.
+        """
+        async with self._extending:
             try:
                 self.trim()
                 if not self._upto:
@@ -87,11 +119,15 @@ class TableHistory:
                 for value in values:
                     self._writes[value].append(write)
                 if not values:
-                    self._of_any.append(write)
+                    self._of_any_row.append(write)
             self._upto = entries[-1].end_lsn
             await asyncio.sleep(0)
 
     async def _extend_back(self, after: LSN) -> None:
+        """Index what ends after ``after``, up to ``_since``.
+
+        Nothing is stored before all of it was read: ``ChangelogError`` leaves the index as it was.
+        """
         found: list[tuple[Write, Sequence[str]]] = []
         at = after
         while entries := self._read(at, Cursor(self._since, END)):
@@ -103,14 +139,17 @@ class TableHistory:
             for value in values:
                 self._writes[value].appendleft(write)
             if not values:
-                self._of_any.appendleft(write)
+                self._of_any_row.appendleft(write)
         self._since = after
 
     def _read(self, after: LSN, upto: Cursor) -> Sequence[Entry]:
-        return self._changelog.read(Cursor(after, END), upto, _AT_ONCE)
+        return self._changelog.read(Cursor(after, END), upto, _CHANGES_PER_READ)
 
     def _found_in(self, entries: Sequence[Entry]) -> Iterator[tuple[Write, Sequence[str]]]:
-        """Yield the writes, each with the values of the rows that it concerns; none is any."""
+        """Yield the table's writes, each with the values of the column that it concerns.
+
+        Without values, the write may concern any row.
+        """
         for entry in entries:
             match entry:
                 case Transaction(xid=xid, end_lsn=lsn, changes=changes):
@@ -127,7 +166,7 @@ class TableHistory:
                     pass
 
     def trim(self) -> None:
-        """Forget what the changelog has let go of."""
+        """Discard the writes of entries that the changelog has discarded."""
         floor = self._changelog.floor.lsn
         while self._order and self._order[0][0] <= floor:
             _, value = self._order.popleft()
@@ -135,8 +174,8 @@ class TableHistory:
             writes.popleft()
             if not writes:
                 del self._writes[value]
-        while self._of_any and self._of_any[0].lsn <= floor:
-            self._of_any.popleft()
+        while self._of_any_row and self._of_any_row[0].lsn <= floor:
+            self._of_any_row.popleft()
         if self._upto:
             self._since, self._upto = max(self._since, floor), max(self._upto, floor)
 
@@ -146,7 +185,11 @@ def _lsn_of(write: Write) -> LSN:
 
 
 def values_of(change: Change, column: str) -> Sequence[str]:
-    """Return what the rows of a change have in a column, before and after; none if unknown."""
+    """Return the values of a column in the row that a change wrote, before and after it.
+
+    One value where both are the same; "" for NULL. Empty if the row isn't known: a truncation,
+    or an old image without the column.
+    """
     match change:
         case Truncate():
             return ()
@@ -162,33 +205,51 @@ def values_of(change: Change, column: str) -> Sequence[str]:
 
 
 class Sequels:
-    """What a transaction did to other tables after it replaced a version of a row.
+    """Link changes that an event's own transaction made after it changed the event's row again.
 
-    Remembers that of the latest transaction asked about: a large one comes in many slices.
+    A transaction may write a record, link it in a junction table, then write the record and link it
+    once more. The links are read live, so the event of the first version would show the links of
+    the second, which its subscribers may not be allowed to see. ``hub.expand`` undoes what
+    ``after_version`` returns. (Later transactions' changes come from ``TableHistory``.)
+
+    Keeps an index of the latest transaction asked about, because a large transaction is evaluated
+    in several slices (runs of changes), each of which asks.
     """
 
     def __init__(self) -> None:
         self._changes: tuple[Change, ...] = ()
+        """Of the indexed transaction."""
         self._ordinals: dict[tuple[TableName, str], dict[str, list[int]]] = {}
+        """By table and column, then by value: ordinals of changes in ``_changes``, from 1."""
 
     def after_version(self, event: Event, table: TableName, column: str) -> Sequence[Change] | None:
-        """Return the changes of another table's rows that point to the event's row by a column.
+        """Return the link changes that don't belong to the event's version of its row.
 
-        Only those after the next change of the row itself: up to there they belong to the version
-        that the event is about. None if that can't be told of all.
+        These are changes of ``table``'s rows that have the event's record id in ``column`` and that
+        follow, in the event's transaction, the next change of the event's own row. Those before it
+        belong to the event's version: applications write a record first and its links after.
+
+        Returns:
+            () if there are none, also if the row isn't changed again in this transaction. None if
+            that can't be decided, as the row of a change isn't known (a truncation, an old image
+            without the key or the column); the caller then doesn't show the links as the event's.
         """
         if len(event.changes) <= event.cursor.ordinal:
-            return ()
+            return ()  # the event's change is the last one (ordinals count from 1)
         own = self._places(event, event.collection.table.name, event.collection.key.name)
-        later = own.get(event.record_id, ())
-        at = bisect_right(later, event.cursor.ordinal)
-        if at == len(later):
+        same_row = _after(own.get(event.record_id, ()), event.cursor.ordinal)
+        any_row = _after(own.get(_UNKNOWN, ()), event.cursor.ordinal)
+        next_change = min([*same_row[:1], *any_row[:1]], default=None)
+        if next_change is None:
             return ()
-        places = self._places(event, table, column)
-        if any(place > later[at] for place in places.get(_UNKNOWN, ())):
+        links = self._places(event, table, column)
+        found = _after(links.get(event.record_id, ()), next_change)
+        unknown = _after(links.get(_UNKNOWN, ()), next_change)
+        # A truncation of the event's own table counts as a change that may be the row's: links made
+        # after it may be those of another row with this id.
+        if unknown or (found and next_change in any_row[:1]):
             return None
-        found = places.get(event.record_id, ())
-        return [event.changes[place - 1] for place in found if place > later[at]]
+        return [event.changes[place - 1] for place in found]
 
     def _places(self, event: Event, table: TableName, column: str) -> dict[str, list[int]]:
         if self._changes is not event.changes:
@@ -203,12 +264,17 @@ class Sequels:
         return found
 
 
+def _after(ordinals: Sequence[int], ordinal: int) -> Sequence[int]:
+    return ordinals[bisect_right(ordinals, ordinal) :]
+
+
 class RowHistory:
-    """The histories of tables whose rows had to be dated.
+    """One ``TableHistory`` for each table and column that was asked about.
 
     Args:
-        changelog: Where changes are.
-        reach: Waits until it has what was committed by now; without one, it has what it has.
+        changelog: What they index.
+        reach: Waits for the changelog to contain an LSN. Without it nothing is waited for:
+            ``reaches`` answers by what the changelog contains now.
     """
 
     def __init__(self, changelog: Changelog, reach: Reach | None = None) -> None:
@@ -217,15 +283,16 @@ class RowHistory:
         self._tables: dict[tuple[TableName, str], TableHistory] = {}
 
     async def of(self, table: TableName, column: str, after: LSN) -> TableHistory | None:
-        """Return a table's changes from the end of a transaction on, as far as they came.
+        """Return a table's changes since a transaction, up to the changelog's head.
 
         Args:
-            table: Whose changes.
-            column: What rows are told apart by.
-            after: The end of the transaction.
+            table: The table.
+            column: The column by whose value changes are looked up.
+            after: The end LSN of the transaction. Earlier changes may be absent.
 
         Returns:
-            None if the changelog doesn't reach back so far.
+            None if the changelog has discarded some of these changes. Then nothing read live can be
+            proved to be as old as the transaction.
         """
         key = table, column
         if key not in self._tables:
@@ -234,17 +301,29 @@ class RowHistory:
         return history if await history.extend(after) else None
 
     async def reaches(self, lsn: LSN) -> bool:
-        """Return whether the changelog has all that commits up to there, perhaps after a while."""
+        """Return whether the changelog has every transaction that commits up to an LSN.
+
+        Callers pass where the WAL ended when they read the live rows: after True, ``of`` returns
+        every change that those rows can show. Waits as long as ``reach`` does; False means that
+        changes may still be to come, and callers then treat what they read as unproved.
+        """
         if self._changelog.head.lsn >= lsn:
             return True
         return self._reach is not None and await self._reach(lsn)
 
     def clear(self) -> None:
-        """Forget everything: another history has begun, or other tables are meant."""
+        """Discard all indexes.
+
+        Called when the changelog was restarted (its LSNs may be used again for other changes) and
+        when a reload replaced the collections (tables and key columns may be others).
+        """
         self._tables.clear()
 
     async def watch(self) -> None:
-        """Forget what the changelog has let go of, for ever."""
+        """Discard every few seconds what the changelog has discarded; runs until cancelled.
+
+        Without it an index that nobody asks any more would keep its changes in memory.
+        """
         while True:
             await asyncio.sleep(_TRIM_SECONDS)
             for history in self._tables.values():

@@ -222,6 +222,14 @@ async def test_a_history_grows_both_ways_and_looks_at_each_change_once() -> None
         (["link", "update", "other", "link", "update", "link"], ["link", "link"]),
         (["update", "unknown"], None),
         (["unknown", "update"], []),
+        (["truncate"], []),
+        (["link", "truncate"], []),
+        (["truncate", "link"], None),
+        (["truncate", "link", "update", "link"], None),
+        (["update", "truncate", "link"], ["link"]),
+        (["truncate", "other"], []),
+        (["nameless", "link"], None),
+        (["truncate", "unknown"], None),
     ],
 )
 def test_links_belong_to_the_version_of_the_row_before_them(
@@ -233,6 +241,8 @@ def test_links_belong_to_the_version_of_the_row_before_them(
         "link": Insert(NOTES, {"id": "n", "title": "a"}),
         "other": Insert(NOTES, {"id": "n", "title": "b"}),
         "unknown": Delete(NOTES, Key({"id": "n"})),
+        "truncate": Truncate(POSTS),
+        "nameless": Delete(POSTS, Key({"title": "w"})),
     }
     changes = (update("a", title="w"), *(made[name] for name in after))
     entry = Transaction(OWN, LSN(200), 0, changes, 100)
