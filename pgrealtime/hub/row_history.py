@@ -82,8 +82,9 @@ class TableHistory:
     def writes(self, value: str, after: LSN) -> list[Write]:
         """Return the writes that may concern a row, oldest first.
 
-        Complete only right after ``extend(after)`` returned True: what the changelog discards is
-        discarded here as well.
+        Call it after ``extend(after)`` returned True. What the changelog has discarded since then
+        is discarded here as well, and stands in the answer as one unknown write: the caller may
+        have awaited in between, and must not take a shortened list for a whole one.
 
         Args:
             value: What the row has in the column, before or after the write.
@@ -91,6 +92,8 @@ class TableHistory:
         """
         found = [write for write in self._writes.get(value, ()) if write.lsn > after]
         of_any = [write for write in self._of_any_row if write.lsn > after]
+        if after < self._since:
+            of_any.insert(0, Write(self._since, None, None))
         return sorted([*found, *of_any], key=_lsn_of) if of_any else found
 
     async def extend(self, after: LSN) -> bool:

@@ -14,7 +14,7 @@ from pgrealtime.collections import Collection
 from pgrealtime.hub.completion import Completion
 from pgrealtime.hub.event import Event, events_of
 from pgrealtime.hub.probe import LiveRow
-from pgrealtime.hub.row_history import RowHistory, Sequels, TableHistory
+from pgrealtime.hub.row_history import RowHistory, Sequels, TableHistory, Write
 from pgrealtime.hub.snapshot import Snapshot
 from pgrealtime.lsn import END, LSN, Cursor, Xid
 from tests.unit.hub.room import COLLECTIONS, NOTES, POSTS
@@ -208,7 +208,10 @@ async def test_a_history_grows_both_ways_and_looks_at_each_change_once() -> None
     assert looked == 7
     changelog.expire(10**9, Cursor(LSN(60), END))
     history.trim()
-    assert (lsns("a", 0), lsns("b", 0)) == ([80, 90], [70, 90])
+    assert (lsns("a", 60), lsns("b", 60)) == ([80, 90], [70, 90])
+    # Whoever asks for what is gone by now is told that something may have been written there.
+    assert history.writes("a", LSN(50))[0] == Write(LSN(60), None, None)
+    assert (lsns("a", 50), lsns("b", 50)) == ([60, 80, 90], [60, 70, 90])
     assert not await history.extend(LSN(50))
     assert await history.extend(LSN(60))
 
