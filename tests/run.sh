@@ -12,8 +12,8 @@ PATH=$PATH:/usr/sbin:/sbin
 
 # Two lanes run side by side, each with a server of its own: about as long as each other, and the
 # suites that count a server's slots or end its sessions don't meet.
-LANE_1="unit conformance chaos histories"
-LANE_2="integration attacks e2e"
+LANE_1="unit conformance attacks chaos histories"
+LANE_2="integration e2e"
 REPORTS=tests/.run
 work=$(mktemp -d "${TMPDIR:-/tmp}/pgrealtime-tests.XXXXXX")
 servers=
