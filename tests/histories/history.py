@@ -10,11 +10,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
+from unittest.mock import patch
 
 import jwt
 import psycopg
 from psycopg import sql
 
+from pgrealtime import relay
 from pgrealtime.auth.principal import Caller
 from pgrealtime.run import Running, running
 from tests.histories.audit import Audit, Findings, learn_cursors
@@ -38,6 +40,8 @@ HISTORY_SECONDS = 120.0
 """For all of a history, on however slow a machine."""
 _LOCK_SECONDS = 0.8
 """Longer than a statement of the program may take."""
+_REACH_SECONDS = 10.0
+"""For the stream to reach a position that a proof needs."""
 KILL = (
     "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity"
     " WHERE datname = current_database() AND application_name LIKE 'pgrealtime%%'"
@@ -132,6 +136,8 @@ async def open_world(scene: Scene, url: str) -> AsyncIterator[World]:
             for _ in range(2)
         ]
         looking = stack.enter_context(psycopg.connect(url, autocommit=True))
+        # On a busy machine the stream takes longer than events would be kept waiting for it.
+        stack.enter_context(patch.object(relay, "_REACH_SECONDS", _REACH_SECONDS))
         await first.execute(schema(scene).encode())
         slot = f"h_{url.rpartition('/')[2]}"
         service = await stack.enter_async_context(running(configuration(scene, url, slot)))
