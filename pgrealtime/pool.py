@@ -17,13 +17,14 @@ import os
 import select
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, LiteralString, TypeAlias, TypeVar
 
 import psycopg
 from psycopg.abc import PQGen
 from psycopg.rows import TupleRow
+from psycopg.sql import Literal
 from psycopg_pool import AsyncConnectionPool
 
 Connection: TypeAlias = psycopg.AsyncConnection[TupleRow]
@@ -94,6 +95,29 @@ _BEGIN: Final = "; ".join(
         *(f"SET LOCAL {name} TO {value}" for name, value in _SETTINGS.items()),
     )
 )
+_IS_FOR_US = """
+EXISTS (SELECT FROM pg_catalog.unnest(p.polroles) r
+        WHERE r = 0 OR pg_catalog.pg_has_role(r, 'USAGE'))
+"""
+SEES_ALL: Final = f"""
+EXISTS (SELECT FROM pg_catalog.pg_policy p
+        WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd IN ('r', '*') AND {_IS_FOR_US}
+          AND pg_catalog.pg_get_expr(p.polqual, p.polrelid) = 'true')
+AND NOT EXISTS (SELECT FROM pg_catalog.pg_policy p
+                WHERE p.polrelid = c.oid AND NOT p.polpermissive AND p.polcmd IN ('r', '*')
+                  AND {_IS_FOR_US})
+"""  # noqa: S608 (text of ours)
+"""Whether the policies of a table ``c`` let our role read every row: one with USING (true) does,
+unless another one restricts it."""
+
+_BY_POLICIES: Final = f"""
+SELECT pg_catalog.set_config('row_security', 'on', true)
+WHERE NOT EXISTS (
+  SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+  WHERE (n.nspname, c.relname) IN ({{tables}})
+    AND pg_catalog.row_security_active(c.oid) AND NOT ({SEES_ALL}))
+"""  # noqa: S608 (text of ours)
+
 _OWN_PROCESS = "SELECT pg_catalog.pg_backend_pid()"
 
 
@@ -135,6 +159,20 @@ class QueryPool(AsyncConnectionPool[Connection]):
             name="queries",
         )
         self.statement_timeout = statement_timeout
+        self._by_policies = ""
+
+    def rely_on_policies(self, tables: Collection[tuple[str, str]]) -> None:
+        """Let policies count that show our role every row of some tables; none of none.
+
+        Each transaction finds out anew whether they do. If one doesn't, row security stays off, and
+        Postgres refuses to read a table with policies, instead of hiding rows from rules.
+
+        Args:
+            tables: Schema and name of every table that is asked about.
+        """
+        names = [f"({Literal(s).as_string()}, {Literal(t).as_string()})" for s, t in tables]
+        text = _BY_POLICIES.format(tables=", ".join(names))
+        self._by_policies = f"; {text}" if names else ""
 
     def begin(self, seconds: float = math.inf) -> str:
         """Return the statements that begin a transaction: one message, and so one round trip.
@@ -145,7 +183,7 @@ class QueryPool(AsyncConnectionPool[Connection]):
         milliseconds = max(1, round(min(seconds, self.statement_timeout) * 1000))
         return (
             f"{_BEGIN}; SET LOCAL statement_timeout TO {milliseconds};"
-            f" SET LOCAL lock_timeout TO {milliseconds}"
+            f" SET LOCAL lock_timeout TO {milliseconds}{self._by_policies}"
         )
 
     @asynccontextmanager

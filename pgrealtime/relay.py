@@ -103,6 +103,7 @@ class Relay:
         max_size: Bytes that may wait in the changelog for the follower. Beyond, reading stops,
             and the stream gives up after its ``max_pause``: a gap.
         pass_over: Moves the durable slot to where the server's WAL ends.
+        is_durable: Whether the streams have one slot, so that two can't be open at once.
     """
 
     def __init__(
@@ -114,8 +115,10 @@ class Relay:
         tables: Iterable[TableName],
         max_size: int,
         pass_over: Callable[[], Awaitable[None]],
+        is_durable: bool = False,
     ) -> None:
         self._open_stream = open_stream
+        self._is_durable = is_durable
         self._pass_over = pass_over
         self._changelog = changelog
         self._follower = follower
@@ -161,7 +164,9 @@ class Relay:
                 async with AsyncExitStack() as opened:
                     stream = await opened.enter_async_context(open_stream())
                     if self._open_stream is not open_stream:
-                        continue  # other tables are wanted by now
+                        # Other tables are wanted by now.
+                        self._reopen_until = time.monotonic() + _REOPEN_SECONDS
+                        continue
                     self._begin(stream)
                     pause = pause if self._failures else _FIRST_PAUSE
                     await self._read_in_turn(stream, opened)
@@ -190,12 +195,14 @@ class Relay:
             PgRealtimeError: The other stream can't be opened; the one of now goes on.
         """
         async with self._turn, AsyncExitStack() as opened:
-            if self.stream is not None and self.stream.is_durable:
+            if self._is_durable or (self.stream is not None and self.stream.is_durable):
                 before = self._open_stream, self._tables
                 self._open_stream, self._tables = open_stream, tuple(tables)
                 self._reopened = asyncio.get_running_loop().create_future()
                 self._reopen_until = time.monotonic() + _REOPEN_SECONDS
-                self.stream.stop()
+                if self.stream is not None:
+                    self.stream.stop()
+                # Else run() is opening one, or will: that has the other tables.
                 try:
                     await self._reopened
                 except PgRealtimeError:

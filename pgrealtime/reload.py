@@ -25,7 +25,12 @@ from pgrealtime.errors import ConfigError, PgRealtimeError, Problem, SetupError
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.match import Matcher
 from pgrealtime.hub.own_record import OwnRecords
-from pgrealtime.operate.check import key_problems, rule_problems, rule_right_errors
+from pgrealtime.operate.check import (
+    key_problems,
+    rely_on_policies,
+    rule_problems,
+    rule_right_errors,
+)
 from pgrealtime.operate.streamed import collection_of, shown, streamed_tables
 from pgrealtime.pool import QueryPool
 from pgrealtime.relay import Relay
@@ -230,6 +235,8 @@ class Reload:
                 if world != before:
                     await self._bring_in(world)
                     _report_changed(before, world)
+                    with suppress(psycopg.Error):  # said by whoever has something to ask
+                        await rely_on_policies(self._rooms.pool, world.collections)
                 elif world.streamed != self._streamed:
                     await self._stream(world)
                 look.is_read = True
@@ -285,6 +292,9 @@ class Reload:
         if wanted != known:
             # Before anybody may subscribe to what only the other stream has.
             await self._stream(world)
+        # Which tables are asked about is another matter from now on: until that is known policies
+        # count for nothing, and what they would show is refused.
+        self._rooms.pool.rely_on_policies(())
         await self._tell(world)
         if world.streamed != before.streamed:
             # A statement prepared before a column's type changed fails from then on.
@@ -353,6 +363,7 @@ def _untaken(given: Config, running: Config) -> list[str]:
 async def report_unreadable(pool: QueryPool, collections: Collections) -> None:
     """Say of which tables rules can't be asked: what has no answer is denied, to everybody."""
     try:
+        await rely_on_policies(pool, collections)
         async with pool.connection() as connection:
             errors = await rule_right_errors(connection, collections)
     except psycopg.Error:

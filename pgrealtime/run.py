@@ -207,6 +207,7 @@ async def running(
             tables=world.streamed,
             max_size=config.changelog.max_size,
             pass_over=lambda: _pass_over(config),
+            is_durable=config.replication.slot.durable,
         )
         accounts = Accounts(pool, on_doubt=doubted.set)
         authenticator = Authenticator(

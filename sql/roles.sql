@@ -13,6 +13,8 @@
 --
 -- Rules must see every row. If row security hides some of a served table, run as a superuser:
 --   ALTER ROLE pgrealtime_query BYPASSRLS;
+-- or, where nobody may, as the owner of each such table:
+--   CREATE POLICY pgrealtime ON tasks FOR SELECT TO pgrealtime_query USING (true);
 --
 -- Who has REPLICATION reads every change of every table, whatever its grants and policies: keep
 -- that login as you keep a superuser's.

@@ -15,6 +15,7 @@ from pgrealtime.api.problems import Problem, RefusedError, invalid, limit_fault
 from pgrealtime.api.stream import ClientStream, EventStream, client_stream, hand_over
 from pgrealtime.api.uploads import UPLOADS
 from pgrealtime.auth.authenticator import Authenticator
+from pgrealtime.auth.principal import Caller, Guest
 from pgrealtime.config import RealtimeConfig, ServerConfig
 from pgrealtime.errors import SubscriptionLimitError
 from pgrealtime.hub.connection import Connection
@@ -28,6 +29,13 @@ SHUTDOWN_SECONDS: Final = 5
 
 _LONGEST_POSITION: Final = 128
 """Characters that are looked at; ours are shorter, and one that was cut is not ours."""
+
+
+OUTCOME: Final = "X-Pgrealtime-Outcome"
+"""Header of a subscribe call that asks what came of it, and of the answer: whether the caller is
+``known`` or a ``guest``, and the places of the topics that can bring nothing, as in
+``caller=guest; mute=0,2``. It doesn't tell a collection that isn't there from one that the caller
+may not see."""
 
 
 class Realtime:
@@ -115,7 +123,15 @@ class Realtime:
             await self._hub.subscribe(call.client_id, call.subscriptions, caller, address)
         except SubscriptionLimitError as error:
             raise RefusedError(_beyond(error, call)) from error
-        return web.Response(status=204)
+        headers = self._outcome(call, caller) if OUTCOME in request.headers else {}
+        return web.Response(status=204, headers=headers)
+
+    def _outcome(self, call: SubscribeCall, caller: Caller) -> dict[str, str]:
+        """Return what a 204 of PocketBase's leaves unsaid, for whoever asks for it."""
+        mute = self._hub.mute_topics(call.client_id)
+        places = [str(n) for n, name in enumerate(call.subscriptions) if name in mute]
+        kind = "guest" if isinstance(caller.principal, Guest) else "known"
+        return {OUTCOME: f"caller={kind}; mute={','.join(places)}"}
 
 
 def _beyond(error: SubscriptionLimitError, call: SubscribeCall) -> Problem:

@@ -488,6 +488,17 @@ class Hub:
             if connection.answered_at is None:
                 connection.answered_at = self._clock()
 
+    def mute_topics(self, client_id: str) -> frozenset[str]:
+        """Return the topics of a connection that nothing can match for its caller now."""
+        connection = self._connections.get(client_id.partition(".")[0])
+        if connection is None:
+            return frozenset()
+        return frozenset(
+            name
+            for name, one in connection.subscriptions.items()
+            if one.group is None and not one.topic.collection.startswith("PB_")
+        )
+
     async def _replace(self, connection: Connection, names: list[str], caller: Caller) -> None:
         if not self._stream_is_up:
             raise SubscriptionError("the stream is away", code="stream_away")

@@ -540,10 +540,8 @@ class Matcher:
         """
         at = moment(now)
         cases: dict[int, Case[Group]] = {}
-        found: Callable[[Event], Sized[Group] | None] = lambda _event: None  # noqa: E731
         if among is not None:
-            some = [group for group in among if group.variant.is_costly == costly]
-            found = lambda event: [group for group in some if group.concerns(event)]  # noqa: E731
+            among = [group for group in among if group.variant.is_costly == costly]
         by_collection = self._costly if costly else self._groups
         self._pasts.begin_batch()
 
@@ -560,29 +558,29 @@ class Matcher:
                 case: Case[Group] = Case(facts, past, testing)
                 case.deferred = {} if deferred is None and testing is not None else None
                 cases[place] = case
-                case.put_off(more)
-                yield from _searching(case, there, event, found(event))
+                if more:
+                    case.put_off(more)
+                if among is not None:
+                    case.put_off([group for group in among if group.concerns(event)])
+                elif there is not None:
+                    _find(case, there, event)
+                if not case.is_tested:
+                    yield from case.testing()
                 yield
 
         return Judging(events, cases, at, steps())
 
 
-def _searching(
-    case: Case[Group], there: _Groups | None, event: Event, among: Sized[Group] | None
-) -> Iterator[None]:
-    """Test the groups that an event may concern, bit by bit."""
-    if among is not None:
-        case.put_off(among)
-    elif there is not None:
-        yield from case.searching(there.index)
-        match there.by_record.get(event.record_id):
-            case Group(is_awake=True) as only:
-                case.put_off((only,))
-            case _Groups(index=index):
-                yield from case.searching(index)
-            case _:
-                pass
-    yield from case.testing()
+def _find(case: Case[Group], there: _Groups, event: Event) -> None:
+    """Find the groups that an event may concern."""
+    case.find(there.index)
+    match there.by_record.get(event.record_id):
+        case Group(is_awake=True) as only:
+            case.put_off((only,))
+        case _Groups(index=index):
+            case.find(index)
+        case _:
+            pass
 
 
 def _limit(subscription: Subscription, limit: str, most: int) -> SubscriptionLimitError:

@@ -37,6 +37,7 @@ from pgrealtime.errors import (
 from pgrealtime.operate.indexes import index_warnings
 from pgrealtime.operate.streamed import streamed_tables
 from pgrealtime.operate.warn import collection_warnings, config_warnings
+from pgrealtime.pool import SEES_ALL, QueryPool
 from pgrealtime.rules.parse import parse
 from pgrealtime.rules.reference import validate
 from pgrealtime.wal.slot import SlotWait
@@ -54,16 +55,17 @@ SELECT current_user, name, setting::pg_catalog.int8 FROM pg_catalog.pg_settings
 WHERE name = ANY (%(names)s::pg_catalog.text[]) ORDER BY name
 """
 
-_RIGHTS = """
+_RIGHTS = f"""
 SELECT n.nspname, c.relname, current_user,
        pg_catalog.has_schema_privilege(n.oid, 'USAGE')
          AND pg_catalog.has_table_privilege(c.oid, 'SELECT'),
+       pg_catalog.row_security_active(c.oid) AND NOT ({SEES_ALL}),
        pg_catalog.row_security_active(c.oid)
 FROM pg_catalog.pg_class c
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 WHERE c.oid = ANY (%(oids)s::oid[])
 ORDER BY n.nspname, c.relname
-"""
+"""  # noqa: S608 (text of ours)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -354,9 +356,24 @@ async def right_errors(
         (name := TableName(schema, table)): _policy_error(name, role)
         if is_readable
         else _grant_error(name, role)
-        for schema, table, role, is_readable, is_filtered in rows
+        for schema, table, role, is_readable, is_filtered, _ in rows
         if is_filtered or not is_readable
     }
+
+
+async def rely_on_policies(pool: QueryPool, collections: Collections) -> None:
+    """Let the pool read tables by policies that show every row, if there are such tables.
+
+    Raises:
+        psycopg.Error: There is no answer.
+        PoolTimeout: No connection became free in time.
+    """
+    pool.rely_on_policies(())
+    tables = list(_read_by_rules(collections))
+    async with pool.connection() as connection:
+        cursor = await connection.execute(_RIGHTS, {"oids": [table.oid for table in tables]})
+        if any(row[-1] for row in await cursor.fetchall()):
+            pool.rely_on_policies({table.name for table in tables})
 
 
 async def rule_right_errors(
@@ -388,7 +405,9 @@ def _policy_error(name: TableName, role: str) -> SetupError:
         f'row security hides rows of "{name}" from role "{role}"',
         detail="Rules would be decided without the rows that its policies hide, so that queries on"
         " the table are refused instead.",
-        hint=f"Run as a superuser: ALTER ROLE {quoted(role)} BYPASSRLS;",
+        hint=f"Run as a superuser: ALTER ROLE {quoted(role)} BYPASSRLS; or as the table's owner:"
+        f" CREATE POLICY pgrealtime ON {quoted(name.schema)}.{quoted(name.name)} FOR SELECT"
+        f" TO {quoted(role)} USING (true);",
         code="row_security",
     )
 

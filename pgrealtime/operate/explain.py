@@ -8,8 +8,11 @@ asked of one snapshot, read only.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+
+import psycopg
 
 from pgrealtime.auth.principal import Caller, Guest, Superuser
 from pgrealtime.changes import Row
@@ -22,7 +25,7 @@ from pgrealtime.errors import (
 from pgrealtime.hub.match import Matcher
 from pgrealtime.hub.topic import Topic, parse_topic
 from pgrealtime.operate.asking import Asking, snapshot
-from pgrealtime.operate.check import rule_problems
+from pgrealtime.operate.check import rely_on_policies, rule_problems
 from pgrealtime.operate.telling import (
     NOTE,
     Truth,
@@ -85,6 +88,8 @@ async def explain(
         collections = build(config.collections, await catalog_of(config, pool))
         if problems := tuple(rule_problems(collections)):
             raise ConfigError(problems)
+        with suppress(psycopg.Error):  # said where the record is read
+            await rely_on_policies(pool, collections)
         caller, lines = await introduced(config, collections, pool, who)
         told = parse_topic(topic)
         about = told.record_id if record_id is None else record_id

@@ -11,6 +11,7 @@ from typing import Any
 
 from aiohttp import ClientError, ClientSession, ClientTimeout
 
+from pgrealtime.api.realtime import OUTCOME
 from pgrealtime.errors import SubscriptionError
 
 _CONNECT_SECONDS = 10.0
@@ -149,13 +150,27 @@ class _Listener:
     async def _subscribe(self, http: ClientSession, url: str, client_id: str) -> None:
         token = self._target.token
         body = {"clientId": client_id, "subscriptions": self._target.topics}
-        headers = {"Authorization": token} if token else {}
+        headers = {OUTCOME: "1"} | ({"Authorization": token} if token else {})
         async with http.post(url, json=body, headers=headers) as answer:
             if answer.status != HTTPStatus.NO_CONTENT:
                 raise _refused(url, answer.status, await answer.text())
+            outcome = answer.headers.get(OUTCOME, "")
         self.has_listened = True
         self.pause = _FIRST_PAUSE_SECONDS
         self._note(f"listening to {' '.join(self._target.topics)} at {self._target.url}")
+        self._note_outcome(outcome)
+
+    def _note_outcome(self, outcome: str) -> None:
+        """Say what the answer to the call leaves open; services of before say nothing."""
+        said = dict(part.split("=", 1) for part in outcome.split("; ") if "=" in part)
+        if self._target.token and said.get("caller") == "guest":
+            self._note("the token is refused: this is what a guest hears")
+        for place in filter(None, said.get("mute", "").split(",")):
+            topic = self._target.topics[int(place)]
+            self._note(
+                f"{topic} brings nothing: there is no such collection, or none of it is for this"
+                " caller, or its options can't be used"
+            )
 
 
 def _line(frame: Frame) -> str:

@@ -205,7 +205,14 @@ def like(pattern: str) -> Callable[[str], bool]:
     """
     if len(pattern) > _PER_UNIT:  # it may be a column's value, another one in each row
         WORK.spend(len(pattern) / 32)
+    elif plain := _CONTAINED.fullmatch(pattern):
+        part = lower(plain[1])
+        return lambda text: part in _lowered(text)
     return _matcher(pattern)
+
+
+_CONTAINED = re.compile(r"%([^%_\\]*)%")
+"""The pattern that nearly all are. Of as many as there are subscribers not all can be kept."""
 
 
 @lru_cache(maxsize=4096)

@@ -135,19 +135,30 @@ class Case(Generic[M]):
 
     def search(self, index: Index[M]) -> None:
         """Look into an index, and test whom it finds; a row may concern several."""
-        for _ in self.searching(index):
+        self.find(index)
+        for _ in self.testing():
             pass
 
-    def searching(self, index: Index[M]) -> Iterator[None]:
-        """Do so bit by bit; the index may change in between, and what has gone may be found."""
-        missing = self.facts.missing
+    def find(self, index: Index[M]) -> None:
+        """Look into an index, and leave whom it finds to be tested, unless found is admitted.
+
+        The index may change in between: then what has gone is tested as well.
+        """
+        hits, missing = self.hits, self.facts.missing
         self._searched += (index,)
         for lead, members in index.found(self.facts):
-            if isinstance(members, tuple):
-                for member in members:
-                    self._test(member, lead)
-            else:
-                self._untested.append((list(members), lead))
+            if lead is None:
+                self._untested.append((list(members), None))
+                continue
+            untested: list[M] = []
+            for member in members:
+                found = member.variant.leads[lead]
+                if found.rest is True and not found.guards and not missing:
+                    hits[member] = None
+                else:
+                    untested.append(member)
+            if untested:
+                self._untested.append((untested, lead))
         for guards, is_exact in list(index.free):
             self._meet(index, guards, is_exact=is_exact)
         for source, asked in index.asked.items():
@@ -156,7 +167,11 @@ class Case(Generic[M]):
                 self.asked[source] = True
         if missing and self.facts.is_missing_unknown:
             self._try_unreached(index)
-        yield from self.testing()
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether nobody is left to be tested."""
+        return not self._untested
 
     def _try_unreached(self, index: Index[M]) -> None:
         """Have the members tested to whom a column would lead that isn't known."""
@@ -174,7 +189,6 @@ class Case(Generic[M]):
                 self._test(member, lead)
                 if not count % _FEW:
                     yield
-            yield
 
     def put_off(self, members: Iterable[M]) -> None:
         """Have members tested that were found otherwise, when it is their turn."""

@@ -69,6 +69,24 @@ async def write(running: Service, *ids: str, author: str) -> None:
         await running.write.execute(insert, [one, 'a "quoted" }', author])
 
 
+async def test_a_refused_token_and_topics_that_bring_nothing_are_said(
+    database_url: str, tmp_path: Path
+) -> None:
+    """The service answers them with 204, as PocketBase does; nobody should wait for events then."""
+    collections = {"posts": {"table": "posts", "list_rule": ""}}
+    async with service(database_url, tmp_path, collections=collections):
+        program = [command(), "listen", "-c", str(tmp_path / "pgrealtime.yaml")]
+        topics = ["posts/*", "psots/*", "posts/1", "--token", "nonsense"]
+        process = await asyncio.create_subprocess_exec(*program, *topics, stdout=PIPE, stderr=PIPE)
+        try:
+            said = [await until_told(process, text) for text in ("listening", "token", "psots")]
+            said.append(await until_told(process, "posts/1"))
+        finally:
+            process.kill()
+            await process.wait()
+    assert [line.partition(" ")[0] for line in said] == ["listening", "the", "psots/*", "posts/1"]
+
+
 async def test_terminal_hears_what_its_user_may_see(database_url: str, tmp_path: Path) -> None:
     async with (
         service(database_url, tmp_path) as running,

@@ -341,6 +341,34 @@ def test_row_security_that_would_hide_rows_from_rules_is_told(
     assert operator.check(PGREALTIME_DATABASE__QUERY_URL=query_url).code == 0
 
 
+_ALL = "CREATE POLICY a ON posts USING (true)"
+
+
+@pytest.mark.parametrize(
+    ("policies", "code"),
+    [
+        ("CREATE POLICY a ON posts FOR SELECT TO {role} USING (true)", 0),
+        (_ALL, 0),
+        ("CREATE POLICY a ON posts USING (published); CREATE POLICY b ON posts USING (true)", 0),
+        ("CREATE POLICY a ON posts USING (published)", 2),
+        ("CREATE POLICY a ON posts FOR UPDATE USING (true)", 2),
+        ("CREATE POLICY a ON posts TO pg_monitor USING (true)", 2),
+        (f"{_ALL};CREATE POLICY b ON posts AS RESTRICTIVE USING (published)", 2),
+        (f"{_ALL};CREATE POLICY b ON posts AS RESTRICTIVE TO pg_monitor USING (published)", 0),
+    ],
+)
+def test_a_policy_that_shows_every_row_is_as_good_as_bypassing_all(
+    operator: Operator, role: str, policies: str, code: int
+) -> None:
+    execute(
+        operator,
+        "GRANT SELECT ON posts TO {role}; ALTER TABLE posts ENABLE ROW LEVEL SECURITY;" + policies,
+        role=role,
+    )
+    query_url = make_conninfo(operator.url, user=role)
+    assert operator.check(PGREALTIME_DATABASE__QUERY_URL=query_url).code == code
+
+
 def test_a_server_that_refuses_wal2json_is_told(operator: Operator) -> None:
     execute(
         operator,

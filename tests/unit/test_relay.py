@@ -1,16 +1,20 @@
-"""What the relay does with the changelog for who is behind; streams are tested for real."""
+"""What the relay does with the changelog, whatever becomes of its streams."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import AbstractAsyncContextManager
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import cast
 
 from pgrealtime.changelog.base import Gap
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Insert, TableName, Transaction
-from pgrealtime.errors import StreamInterruptedError
-from pgrealtime.lsn import LSN, Cursor, Xid
-from pgrealtime.relay import Relay
+from pgrealtime.errors import PgRealtimeError, SlotBusyError, StreamInterruptedError
+from pgrealtime.lsn import END, LSN, Cursor, Xid
+from pgrealtime.relay import OpenStream, Relay
+from pgrealtime.wal.server import SystemIdentity
 from pgrealtime.wal.stream import WalStream
 
 POSTS = TableName("public", "posts")
@@ -119,3 +123,222 @@ async def test_what_a_decoder_fails_at_is_passed_over_whatever_the_server_says_o
         error = StreamInterruptedError("failed", detail=f"0x{number}", code="decoder_failed")
         await relay._mind_failure(error)
     assert passed
+
+
+# Streams that end, servers that go back, and what is wanted meanwhile
+
+HERE = SystemIdentity(system_id="1", timeline=1, database="app")
+DEADLINE = 10.0
+
+
+class Listening:
+    """A follower that has read everything, and notes what it is told."""
+
+    def __init__(self, changelog: MemoryChangelog) -> None:
+        self._changelog = changelog
+        self.progressed = asyncio.Event()
+        self.said: list[str] = []
+        self._heard = asyncio.Event()
+
+    @property
+    def head(self) -> Cursor:
+        return self._changelog.head
+
+    def wake(self) -> None:
+        self._heard.set()
+
+    def stream_started(self, epoch: str) -> None:
+        self._say(f"started {epoch}")
+
+    def stream_continued(self, epoch: str) -> None:
+        self._say(f"continued {epoch}")
+
+    def stream_lost(self) -> None:
+        self._say("lost")
+
+    def _say(self, word: str) -> None:
+        self.said.append(word)
+        self._heard.set()
+
+    async def until(self, is_so: Callable[[], bool]) -> None:
+        async with asyncio.timeout(DEADLINE):
+            while not is_so():
+                self._heard.clear()
+                await self._heard.wait()
+
+
+class GivenStream:
+    """A stream that hands out what it is given; ends when it is told to."""
+
+    plugin, reason, slot_name = "wal2json", "", "pgrealtime"
+
+    def __init__(self, start: int, *, reach: int = 0, is_durable: bool = False) -> None:
+        self.start_lsn, self.reach = LSN(start), LSN(max(reach, start))
+        self.wal_end = self.start_lsn
+        self.system = HERE
+        self.is_durable = is_durable
+        self._given: deque[Transaction] = deque()
+        self._error: PgRealtimeError | None = None
+        self._changed = asyncio.Event()
+
+    def give(self, *transactions: Transaction) -> None:
+        self._given.extend(transactions)
+        self.wal_end = transactions[-1].end_lsn
+        self._changed.set()
+
+    def reaches(self, lsn: int) -> None:
+        """The server says that nothing more ends before it."""
+        self.wal_end = LSN(lsn)
+
+    def breaks(self) -> None:
+        self._error = StreamInterruptedError("it broke")
+        self._changed.set()
+
+    def stop(self) -> None:
+        self._error = StreamInterruptedError("the stream was closed", code="stream_closed")
+        self._changed.set()
+
+    async def __anext__(self) -> list[Transaction]:
+        while not self._given:
+            if self._error is not None:
+                raise self._error
+            self._changed.clear()
+            await self._changed.wait()
+        batch, self._given = list(self._given), deque()
+        return batch
+
+    def keep(self, end_lsn: LSN) -> None:
+        """Nothing is forgotten here."""
+
+    def let_go(self, lsn: LSN) -> None:
+        """Likewise."""
+
+    def quiet_after(self, end_lsn: LSN) -> LSN:
+        return end_lsn
+
+
+def opening(*streams: GivenStream) -> OpenStream:
+    """Opens one after the other; the last one again and again."""
+    left = deque(streams)
+
+    @asynccontextmanager
+    async def open_one() -> AsyncIterator[WalStream]:
+        yield cast("WalStream", left.popleft() if len(left) > 1 else left[0])
+
+    return open_one
+
+
+@asynccontextmanager
+async def relaying(
+    open_stream: OpenStream, *, is_durable: bool = False
+) -> AsyncIterator[tuple[Relay, MemoryChangelog, Listening]]:
+    changelog = MemoryChangelog(LSN(0), max_size=1 << 20, max_age=1e9)
+    follower = Listening(changelog)
+    relay = Relay(
+        open_stream,
+        changelog,
+        follower,
+        tables=[POSTS],
+        max_size=1 << 20,
+        pass_over=not_asked,
+        is_durable=is_durable,
+    )
+    running = asyncio.create_task(relay.run())
+    try:
+        yield relay, changelog, follower
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+def ends(changelog: MemoryChangelog) -> list[int]:
+    entries = changelog.read(changelog.floor, changelog.head, 1 << 20)
+    return [entry.end_lsn for entry in entries if isinstance(entry, Transaction)]
+
+
+async def test_a_restored_server_begins_another_history() -> None:
+    """Identifier and timeline are the same, but its WAL ends before what the changelog has."""
+    before = GivenStream(100, is_durable=True)
+    restored = GivenStream(100, reach=150, is_durable=True)
+    async with relaying(opening(before, restored)) as (_, changelog, follower):
+        await follower.until(lambda: len(follower.said) == 1)
+        before.give(large(200), large(300))
+        await follower.until(lambda: ends(changelog) == [200, 300])
+        before.breaks()
+        await follower.until(lambda: len(follower.said) == 3)
+        assert ends(changelog) == []
+        assert changelog.head == Cursor(LSN(100), END)
+        restored.give(large(160))
+        await follower.until(lambda: ends(changelog) == [160])
+
+    first, lost, second = follower.said
+    assert lost == "lost"
+    assert first != second
+
+
+async def test_a_durable_stream_that_broke_goes_on_where_it_was() -> None:
+    """What comes again is not kept again, and positions stay good."""
+    before = GivenStream(100, is_durable=True)
+    after = GivenStream(100, reach=300, is_durable=True)
+    async with relaying(opening(before, after)) as (_, changelog, follower):
+        await follower.until(lambda: len(follower.said) == 1)
+        before.give(large(200), large(300))
+        await follower.until(lambda: ends(changelog) == [200, 300])
+        before.breaks()
+        await follower.until(lambda: len(follower.said) == 3)
+        after.give(large(200), large(300), large(400))
+        await follower.until(lambda: ends(changelog) == [200, 300, 400])
+
+    assert follower.said[0] == follower.said[2]
+
+
+async def test_what_ends_before_the_successor_begins_is_read_from_the_one_before() -> None:
+    """And what both have is kept once."""
+    before, after = GivenStream(100), GivenStream(250)
+    async with relaying(opening(before)) as (relay, changelog, follower):
+        await follower.until(lambda: len(follower.said) == 1)
+        after.give(large(300), large(400))
+        switch = asyncio.create_task(relay.switch(opening(after), [POSTS]))
+        await asyncio.sleep(0.1)
+        assert not switch.done()
+        before.give(large(200), large(300))
+        await switch
+        await follower.until(lambda: ends(changelog) == [200, 300, 400])
+
+
+async def test_other_tables_that_are_wanted_while_a_durable_stream_is_opened() -> None:
+    """Two can't read the slot: the one being opened is closed, and the other opened after it."""
+    may_open, opened = asyncio.Event(), asyncio.Event()
+    is_read = False
+    closings = 0
+
+    def slow(stream: GivenStream) -> OpenStream:
+        @asynccontextmanager
+        async def open_it() -> AsyncIterator[WalStream]:
+            nonlocal is_read, closings
+            if is_read:
+                raise SlotBusyError("the slot is being read")
+            is_read = True
+            try:
+                opened.set()
+                await may_open.wait()
+                yield cast("WalStream", stream)
+            finally:
+                is_read = False
+                closings += 1
+
+        return open_it
+
+    first, second = (GivenStream(100, is_durable=True) for _ in range(2))
+    async with relaying(slow(first), is_durable=True) as (relay, _, follower):
+        await opened.wait()
+        switch = asyncio.create_task(relay.switch(slow(second), [POSTS]))
+        await asyncio.sleep(0.05)
+        assert not switch.done()
+        may_open.set()
+        async with asyncio.timeout(DEADLINE):
+            await switch
+        assert relay.stream is cast("WalStream", second)
+        assert closings == 1
+
+    assert [word.split()[0] for word in follower.said] == ["started"]

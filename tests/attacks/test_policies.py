@@ -1,0 +1,75 @@
+"""Row security that hides rows from rules: a rule is refused, never answered without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from tests.e2e.listener import listener
+from tests.e2e.service import service
+
+SCHEMA = """
+CREATE TABLE bans (id text PRIMARY KEY, post text);
+CREATE TABLE posts (id text PRIMARY KEY, title text);
+CREATE TABLE notes (id text PRIMARY KEY);
+ALTER TABLE bans ENABLE ROW LEVEL SECURITY;
+CREATE POLICY all_rows ON bans FOR SELECT USING (true);
+INSERT INTO bans VALUES ('1', 'banned');
+"""
+
+COLLECTIONS: dict[str, dict[str, Any]] = {
+    "bans": {"table": "bans"},
+    "posts": {"table": "posts", "list_rule": "@collection.bans.post != id"},
+    "notes": {"table": "notes", "list_rule": ""},
+}
+
+
+@pytest.fixture
+def role(database_url: str) -> Iterator[str]:
+    """A login that row security holds for, and that may read all tables."""
+    name = f"reader_{uuid4().hex[:12]}"
+    who = sql.Identifier(name)
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE ROLE {} LOGIN").format(who))
+        connection.execute(
+            sql.SQL("ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO {}").format(who)
+        )
+        yield name
+        connection.execute(sql.SQL("DROP OWNED BY {}").format(who))
+        connection.execute(sql.SQL("DROP ROLE {}").format(who))
+
+
+async def test_a_policy_that_comes_to_hide_rows_shows_nobody_more(
+    database_url: str, role: str, tmp_path: Path
+) -> None:
+    """A rule that something isn't there would hold for a row that is hidden."""
+    sections = {"database": {"query_url": make_conninfo(database_url, user=role)}}
+    async with (
+        service(
+            database_url, tmp_path, sections=sections, collections=COLLECTIONS, schema=SCHEMA
+        ) as running,
+        listener(running.address, "posts/*", "notes/*") as guest,
+    ):
+        await running.write.execute("INSERT INTO posts VALUES ('banned', 'a'), ('free', 'b')")
+        (seen,) = await guest.take(1)
+        assert running.process.logged("rule.error") == []
+
+        await running.write.execute(
+            "CREATE POLICY none_of_them ON bans AS RESTRICTIVE USING (false)"
+        )
+        await running.write.execute("INSERT INTO posts VALUES ('banned2', 'a')")
+        await running.write.execute("UPDATE posts SET title = 'x' WHERE id = 'banned'")
+        await running.write.execute("INSERT INTO notes VALUES ('n')")
+        (next_one,) = await guest.take(1)
+        (said,) = running.process.logged("rule.error")
+
+    assert seen.data["record"]["id"] == "free"
+    assert next_one.data["record"]["id"] == "n"
+    assert "row-level security" in said["error"]
