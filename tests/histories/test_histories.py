@@ -28,8 +28,8 @@ from tests.stream_reading import PLUGINS, Plugin
 HISTORIES = int(os.environ.get("PGREALTIME_TEST_HISTORIES", "200"))
 _OF_A_WORLD = 25
 FAULTS = float(os.environ.get("PGREALTIME_TEST_FAULTS", "0"))
-"""Of the steps of random histories; with some, one run in a few fails by the audit's mistake still.
-The scenarios below have faults of their own."""
+"""Share of the steps of random histories that break something. With 0.03 one run in a few fails
+still; whether the audit or the program is wrong is not known. The scenarios have their own."""
 
 
 TIMING = frozenset(
