@@ -32,10 +32,11 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Control characters but for tab and line feed: a terminal would obey them."""
 
 _NO_VALUES = (
-    *("08", "0A", "25", "26", "28", "3D", "3F", "40", "42", "53", "54", "55", "57", "58", "XX"),
+    *("08", "0A", "25", "26", "28", "3D", "3F", "40", "42", "53", "54", "55", "57", "58"),
 )
 """SQLSTATE classes whose messages name objects, settings and limits. Those of others may quote what
-is in a row: data exceptions, violated constraints, and whatever a function raises."""
+is in a row: data exceptions, violated constraints, whatever a function raises, and internal errors
+(coordinates in PostGIS' words, bytes of memory in "pfree called with invalid pointer")."""
 
 
 def redact(value: object, *, key: str = "") -> object:

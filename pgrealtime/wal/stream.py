@@ -376,12 +376,12 @@ def _translate(error: psycopg.Error) -> PgRealtimeError:
         case _ if error.sqlstate is None or error.sqlstate.startswith(("57", "08")):
             return StreamInterruptedError("the connection to the server was lost", detail=detail)
         case _:
+            said = error.diag.message_primary if names_no_values(error.sqlstate) else None
+            code = f"SQLSTATE {error.sqlstate}"
             return StreamInterruptedError(
                 "the decoder failed on the server",
                 # The context says where: at which LSN.
-                detail=detail
-                if names_no_values(error.sqlstate)
-                else f"SQLSTATE {error.sqlstate}\n{error.diag.context or ''}".strip(),
+                detail="\n".join(filter(None, (said or code, error.diag.context))),
                 code="decoder_failed",
             )
 

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from pgrealtime.changes import Insert, TableName
 from pgrealtime.collections import Collections
 from pgrealtime.errors import RuleUnsupportedError
+from pgrealtime.observe.redact import without_values
 from pgrealtime.rules.reference import Reference, reference, validate
 from pgrealtime.rules.request import Request
+from pgrealtime.wal.stream import _translate
 from tests.conftest import lacking
 from tests.one_row import Table
 from tests.stream_reading import PLUGINS, Plugin, changes_of, reading, writer
@@ -309,3 +311,19 @@ def _is_admitted(url: str, table: Table, rule: str) -> bool:
         connection.execute("SET search_path = pg_catalog")
         found = connection.execute(question.sql.encode(), question.params).fetchall()
     return found == [(0,)]
+
+
+CROSSED = """
+SELECT gis.ST_Difference('POLYGON((0 0,5 5,5 0,0 5,0 0))'::gis.geometry,
+                         'POLYGON((0 0,77 78,79 0,0 79,0 0))'::gis.geometry)
+"""
+
+
+def test_coordinates_that_an_error_names_are_not_told(postgis_url: str) -> None:
+    """PostGIS raises internal errors; the decoder's are told by the same measure."""
+    with psycopg.connect(postgis_url) as connection, pytest.raises(psycopg.Error) as raised:
+        connection.execute(CROSSED)
+    assert "at 39.24" in str(raised.value)
+
+    assert without_values(raised.value) == "SQLSTATE XX000"
+    assert _translate(raised.value).detail == "SQLSTATE XX000"
