@@ -30,6 +30,7 @@ from pgrealtime.operate.check import (
     rely_on_policies,
     rule_problems,
     rule_right_errors,
+    tables_asked,
 )
 from pgrealtime.operate.streamed import collection_of, shown, streamed_tables
 from pgrealtime.pool import QueryPool
@@ -235,8 +236,6 @@ class Reload:
                 if world != before:
                     await self._bring_in(world)
                     _report_changed(before, world)
-                    with suppress(psycopg.Error):  # said by whoever has something to ask
-                        await rely_on_policies(self._rooms.pool, world.collections)
                 elif world.streamed != self._streamed:
                     await self._stream(world)
                 look.is_read = True
@@ -250,6 +249,9 @@ class Reload:
                 )
             finally:
                 look.is_over.set()
+            if look.is_read:
+                with suppress(psycopg.Error):  # said by whoever has something to ask
+                    await rely_on_policies(self._rooms.pool, self._world.collections)
             await self._look_at_publication()
 
     async def _look_at_publication(self) -> None:
@@ -292,9 +294,9 @@ class Reload:
         if wanted != known:
             # Before anybody may subscribe to what only the other stream has.
             await self._stream(world)
-        # Which tables are asked about is another matter from now on: until that is known policies
-        # count for nothing, and what they would show is refused.
-        self._rooms.pool.rely_on_policies(())
+        # What is in force changes under questions: of all tables that may be asked about.
+        asked = tables_asked(before.collections, world.collections)
+        self._rooms.pool.rely_on_policies(asked)
         await self._tell(world)
         if world.streamed != before.streamed:
             # A statement prepared before a column's type changed fails from then on.

@@ -364,16 +364,23 @@ async def right_errors(
 async def rely_on_policies(pool: QueryPool, collections: Collections) -> None:
     """Let the pool read tables by policies that show every row, if there are such tables.
 
+    Until that is known, and if there is no answer, each of its transactions asks itself.
+
     Raises:
         psycopg.Error: There is no answer.
         PoolTimeout: No connection became free in time.
     """
-    pool.rely_on_policies(())
-    tables = list(_read_by_rules(collections))
+    pool.rely_on_policies(tables_asked(collections))
+    oids = [table.oid for table in _read_by_rules(collections)]
     async with pool.connection() as connection:
-        cursor = await connection.execute(_RIGHTS, {"oids": [table.oid for table in tables]})
-        if any(row[-1] for row in await cursor.fetchall()):
-            pool.rely_on_policies({table.name for table in tables})
+        cursor = await connection.execute(_RIGHTS, {"oids": oids})
+        if not any(row[-1] for row in await cursor.fetchall()):
+            pool.rely_on_policies(())
+
+
+def tables_asked(*those: Collections) -> frozenset[TableName]:
+    """Return the tables that are asked about for some collections."""
+    return frozenset(table.name for one in those for table in _read_by_rules(one))
 
 
 async def rule_right_errors(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,31 @@ async def test_a_policy_that_comes_to_hide_rows_shows_nobody_more(
     assert seen.data["record"]["id"] == "free"
     assert next_one.data["record"]["id"] == "n"
     assert "row-level security" in said["error"]
+
+
+async def test_a_reload_denies_nothing_that_a_policy_shows(
+    database_url: str, role: str, tmp_path: Path
+) -> None:
+    """Which tables are asked about is found out anew, under events that go on."""
+    sections = {"database": {"query_url": make_conninfo(database_url, user=role)}}
+    written = 0
+    async with (
+        service(
+            database_url, tmp_path, sections=sections, collections=COLLECTIONS, schema=SCHEMA
+        ) as running,
+        listener(running.address, "posts/*") as guest,
+        asyncio.TaskGroup() as group,
+    ):
+
+        async def reload() -> None:
+            for _ in range(10):
+                assert await running.process.reload(), running.process.output()
+
+        reloading = group.create_task(reload())
+        while not reloading.done():
+            await running.write.execute("INSERT INTO posts VALUES (%s, 'a')", (f"post{written}",))
+            written += 1
+            await asyncio.sleep(0.001)
+        heard = await guest.take(written)
+
+    assert [one.data["record"]["id"] for one in heard] == [f"post{n}" for n in range(written)]

@@ -14,11 +14,12 @@ import pytest
 from structlog.testing import capture_logs
 
 from pgrealtime.auth.account import Accounts
-from pgrealtime.auth.authenticator import Authenticator
+from pgrealtime.auth.authenticator import Authenticator, _own_voucher
 from pgrealtime.auth.login import Attempt, Login
-from pgrealtime.auth.principal import GUEST, Caller, Superuser
+from pgrealtime.auth.principal import GUEST, AuthRecord, Caller, Superuser
+from pgrealtime.auth.record import digest_of
 from pgrealtime.catalog.model import Catalog, Table
-from pgrealtime.changes import Row
+from pgrealtime.changes import Row, Update, WholeRow
 from pgrealtime.collections import build
 from pgrealtime.config import Config, Origin, Reading, parse
 from pgrealtime.errors import AuthError, DatabaseUnreachableError
@@ -27,7 +28,7 @@ from pgrealtime.hub.probe import Probe
 from pgrealtime.pool import QueryPool
 from pgrealtime.relay import Relay
 from pgrealtime.reload import Reload, Rooms, World, fitted
-from tests.unit.hub.room import COLLECTIONS, NOTES, POSTS, Room, insert, open_room, update
+from tests.unit.hub.room import COLLECTIONS, NOTES, PEOPLE, POSTS, Room, insert, open_room, update
 
 SECRET = "made up for the tests, and long enough"
 
@@ -224,6 +225,57 @@ async def test_how_people_log_in_and_what_is_read_of_them_is_taken_from_the_coll
     assert after is not None
     assert (before.login.identity, after.login.identity) == (("email",), ("id",))
     assert (before.asked, after.asked) == ((), ("role",))
+
+
+@pytest.mark.parametrize(("key", "is_still_ann"), [("k1", True), ("k2", False)])
+async def test_a_new_password_ends_the_login_s_tokens_after_a_reload_too(
+    key: str, *, is_still_ann: bool
+) -> None:
+    """And any other change of the row doesn't."""
+    async with running() as service:
+        users = service.rooms.authenticator.users("people")
+        assert users is not None
+        ann = Caller(
+            AuthRecord(collection_id=users.collection.id, collection_name="people", id="ann"),
+            voucher=_own_voucher(service.config.auth.login, users),
+            key_digest=digest_of("k1"),
+        )
+        connection, _ = service.room.connect()
+        await service.room.subscribe(connection, "posts/*", caller=ann)
+        assert await service.reload(configured(posts={"view_rule": None}))
+        assert connection.caller == ann
+        before: Row = {"id": "ann", "email": "ann@x", "key": "k1"}
+        after: Row = {**before, "key": key}
+        service.room.commit(Update(PEOPLE, after, WholeRow(before)))
+        await service.room.settled()
+
+        assert isinstance(connection.caller.principal, AuthRecord) is is_still_ann
+
+
+async def test_policies_count_all_through_a_reload(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where the database can't say whether there are any: each question finds out then.
+
+    Those that come later count from the next look at the schema on.
+    """
+    counted: list[bool] = []
+
+    async with running() as service:
+        pool, hub = service.rooms.pool, service.rooms.hub
+        use = hub.use
+
+        async def noting(*args: Any, **more: Any) -> None:
+            counted.append("'posts'" in pool.begin())
+            await use(*args, **more)
+            counted.append("'posts'" in pool.begin())
+
+        monkeypatch.setattr(hub, "use", noting)
+        assert await service.reload(configured(posts={"list_rule": "title = 'x'"}))
+        counted.append("'posts'" in pool.begin())
+        pool.rely_on_policies(())
+        await service.reloading.look()
+        counted.append("'posts'" in pool.begin())
+
+    assert counted == [True, True, True, True]
 
 
 async def test_tokens_count_by_the_issuers_of_now() -> None:
