@@ -595,10 +595,11 @@ class Hub:
             subscription.barrier = kept.barrier if kept else barrier
             if subscription.barrier is not None:
                 self._fresh[subscription] = None
+            # Among the connection's before it is given anything: a refusal takes all of it back.
+            connection.subscriptions[name] = subscription
             reason = self._course.meaning.give(subscription, caller)
             if reason:
                 mute[reason].append(name)
-            connection.subscriptions[name] = subscription
         self._report_mute(connection, mute)
 
     def _withdraw(self, subscriptions: Iterable[Subscription]) -> None:
@@ -612,9 +613,9 @@ class Hub:
         connection.subscriptions = {}
         with self._ending_if_it_fails(connection):
             for name, subscription in before.items():
+                connection.subscriptions[name] = subscription
                 if subscription.group is None:
                     self._course.meaning.give(subscription, connection.caller)
-                connection.subscriptions[name] = subscription
                 if subscription.barrier is not None:
                     self._fresh[subscription] = None
 

@@ -11,7 +11,7 @@ import pytest
 from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
 from pgrealtime.changelog.base import Gap
 from pgrealtime.changes import Oversized, Truncate
-from pgrealtime.errors import SubscriptionError
+from pgrealtime.errors import SubscriptionError, SubscriptionLimitError
 from pgrealtime.lsn import LSN, Xid
 from tests.unit.hub.room import NOTES, POSTS, Room, at, delete, insert, open_room, update
 
@@ -595,6 +595,24 @@ async def test_what_a_closed_connection_subscribed_to_is_forgotten() -> None:
 
         matcher = room.hub._course.meaning.matcher
         assert (matcher._groups, matcher._tried) == ({}, {})
+
+
+@pytest.mark.parametrize("before", [(), ("notes/*",)])
+async def test_a_refused_call_leaves_nothing_of_its_topics(
+    monkeypatch: pytest.MonkeyPatch, before: tuple[str, ...]
+) -> None:
+    """Not the topic that was too many either; and what was there before waits as it did."""
+    monkeypatch.setattr("pgrealtime.hub.match.TRIED_PER_CONNECTION", 1)
+    many = [f'posts/*?options={{"query":{{"filter":"title ~ \'{n}\'"}}}}' for n in range(3)]
+    async with open_room() as room:
+        connection, _sink = room.connect()
+        if before:
+            await room.subscribe(connection, *before)
+        waiting = dict(room.hub._fresh)
+        with pytest.raises(SubscriptionLimitError):
+            await room.subscribe(connection, "posts/*", *many)
+
+        assert (tuple(connection.subscriptions), room.hub._fresh) == (before, waiting)
 
 
 async def test_a_long_batch_tells_the_position_every_sixteen_messages_to_who_asked_for_it() -> None:
