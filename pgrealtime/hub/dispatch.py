@@ -149,7 +149,7 @@ class Hub:
             at_once=replays_at_once,
             budget=self._budget,
             stall_timeout=limits.stall_timeout,
-            turn=self._turn,
+            turn=self._turn_or_end,
             seen=self._visibility.seen,
             end=self._end,
             drop=self._drop,
@@ -681,8 +681,7 @@ class Hub:
         for event in self._gone:
             for connection in list(self._identities.concerned(event)):
                 if connection.cursor >= event.cursor:
-                    with self._ending_if_it_fails(connection):
-                        self._turn(connection, event)
+                    self._turn_or_end(connection, event)
         self._gone = ()
 
     async def _hand_out_entries(self) -> None:
@@ -791,8 +790,11 @@ class Hub:
         for event in people:
             if event.action == action:
                 for connection in [c for c in self._identities.concerned(event) if c.is_live]:
-                    with self._ending_if_it_fails(connection):
-                        self._turn(connection, event)
+                    self._turn_or_end(connection, event)
+
+    def _turn_or_end(self, connection: Connection, event: Event) -> None:
+        with self._ending_if_it_fails(connection):
+            self._turn(connection, event)
 
     def _turn(self, connection: Connection, event: Event) -> None:
         """Make the connection's caller what the event makes of it; the client isn't told."""

@@ -277,6 +277,26 @@ async def test_a_slow_connection_turns_where_it_stands() -> None:
         assert connection.caller == Caller()
 
 
+async def test_a_slow_connection_whose_topics_become_too_many_is_ended_for_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one that isn't slow: it is no fault, and isn't logged and counted as one."""
+    filters = [f'people/*?options={{"query":{{"filter":"id ~ \'{n}\'"}}}}' for n in range(2)]
+    async with open_room(send_buffer=1) as room:
+        _, sink = await listening(room, "people/*", *filters, who=caller())
+        sink.is_stuck = True
+        for _ in range(3):
+            room.commit(changed())
+            await room.settled()
+        monkeypatch.setattr("pgrealtime.hub.match.TRIED_PER_CONNECTION", 1)
+        room.commit(changed(key="k2"))
+        await room.settled()
+        sink.unstick()
+        await sink.wait_until("ended")
+
+        assert room.hub.counts.closed == {"limit": 1}
+
+
 async def test_who_resumes_is_who_it_is_now() -> None:
     """Changes of before the call are in the caller already."""
     async with open_room() as room:
