@@ -57,7 +57,7 @@ from pgrealtime.hub.slices import WIDE, Announcement, Slice, portions, slices
 from pgrealtime.hub.snapshot import Barrier, barrier_of
 from pgrealtime.hub.topic import Topic
 from pgrealtime.hub.visibility import Visibility
-from pgrealtime.lsn import LSN, Cursor
+from pgrealtime.lsn import END, LSN, Cursor
 from pgrealtime.records.encode import View
 from pgrealtime.turns import TurnQueue
 
@@ -166,6 +166,8 @@ class Hub:
         """Those that have a barrier."""
         self._handed = changelog.head
         """Where the last portion ended that was handed out."""
+        self._known_upto: Cursor | None = None
+        """Where the entries end that ``_known`` let pass in the dispatch under way."""
         self._gone: Sequence[Event] = ()
         """The people whose rows that one deleted, until their connections were told."""
         self._appended = asyncio.Event()
@@ -658,8 +660,11 @@ class Hub:
         except Exception as error:  # noqa: BLE001 (one row, rule or client may not end all)
             log.error("dispatch.failed", error=type(error).__name__, at=where(error))  # noqa: TRY400 (see where)
             if self._course.edition == edition:
-                self._leave_to_each(self._changelog.head)
+                # What lies beyond may not be visible yet, or of another schema.
+                self._leave_to_each(self._known_upto or self._changelog.head)
             self._course.is_deciding = False
+        finally:
+            self._known_upto = None
 
     def _leave_to_each(self, upto: Cursor) -> None:
         """Let every connection read on by itself from where all were handed things.
@@ -692,6 +697,8 @@ class Hub:
         entries = await self._known(entries)
         if course.edition != edition:
             return
+        if entries:
+            self._known_upto = Cursor(entries[-1].end_lsn, END)
         turns, fits = self._identities.turns, meaning.shapes.fits
         for part in slices(entries, course.head, meaning.collections, turns, WIDE, fits=fits):
             course.target, course.is_deciding = part.upto, True

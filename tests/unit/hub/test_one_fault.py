@@ -231,3 +231,43 @@ async def test_a_connection_whose_bytes_cannot_be_written_is_ended_alone(
 
     assert [sink.state for _, sink in pairs] == ["open", "ended", "open"]
     assert [len(heard(sink)) for _, sink in pairs] == [2, 0, 2]
+
+
+class _FaultyOnce(GivenDatabase):
+    """Raises when the first slice is judged, once it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked, self.may_raise = asyncio.Event(), asyncio.Event()
+        self._is_over = False
+
+    async def ask(self, judging: Asked, allowance: Allowance | None = None) -> frozenset[str]:
+        if not self._is_over:
+            self.is_asked.set()
+            await self.may_raise.wait()
+            self._is_over = True
+            raise InjectedError
+        return await super().ask(judging, allowance)
+
+
+async def test_after_a_fault_nothing_is_handed_out_before_readers_see_it() -> None:
+    """What came meanwhile waits as if nothing had happened: for it others wait too."""
+    database = _FaultyOnce()
+    async with open_room(database=database) as room:
+        room.hub.gate_on_visibility(gate=True)
+        connection, sink = room.connect()
+        await room.subscribe(connection, "posts/*")
+        await at_rest(room)
+        room.commit(insert("seen"))
+        await database.is_asked.wait()
+        unseen = room.commit(insert("unseen"))
+        database.snapshot_text = f"{unseen.xid}:1000000:{unseen.xid}"
+        database.may_raise.set()
+        await sink.wait_for(2)
+        await database.asked_again(2)
+        before = heard(sink)
+        database.snapshot_text = "1000000:1000000:"
+        await sink.wait_for(3)
+
+    assert before == ["posts/* create seen"]
+    assert heard(sink) == [*before, "posts/* create unseen"]
