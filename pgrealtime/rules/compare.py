@@ -205,7 +205,8 @@ def like(pattern: str) -> Callable[[str], bool]:
     """
     if len(pattern) > _PER_UNIT:  # it may be a column's value, another one in each row
         WORK.spend(len(pattern) / 32)
-    elif plain := _CONTAINED.fullmatch(pattern):
+        return _long_matcher(pattern)
+    if plain := _CONTAINED.fullmatch(pattern):
         part = lower(plain[1])
         return lambda text: part in _lowered(text)
     return _matcher(pattern)
@@ -215,8 +216,7 @@ _CONTAINED = re.compile(r"%([^%_\\]*)%")
 """The pattern that nearly all are. Of as many as there are subscribers not all can be kept."""
 
 
-@lru_cache(maxsize=4096)
-def _matcher(pattern: str) -> Callable[[str], bool]:
+def _made(pattern: str) -> Callable[[str], bool]:
     first, *middle = _segments(lower(pattern))
     if not middle:
         return lambda text: len(text) == first.length and first.is_at(_lowered(text), 0)
@@ -236,6 +236,9 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
         return True
 
     return matches
+
+
+_matcher, _long_matcher = lru_cache(maxsize=4096)(_made), lru_cache(maxsize=4)(_made)
 
 
 def _lowered(text: str) -> str:

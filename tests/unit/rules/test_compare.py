@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import tracemalloc
 from decimal import Decimal
 
 import pytest
@@ -99,6 +100,19 @@ def test_a_text_is_made_lower_case_once_for_many_patterns() -> None:
 
     assert not any(like(f"%x{n}%")(text) for n in range(200))
     assert time.process_time() - start < 2
+
+
+def test_long_patterns_are_not_kept() -> None:
+    """A column's value may be one (``title ~ body``), another one in each row."""
+    tracemalloc.start()
+    try:
+        for number in range(300):
+            assert not like(f"%{number:06}{'x' * 100_000}%")("a")
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert kept < 5_000_000
 
 
 def test_a_pattern_that_ends_in_its_escape_is_not_ours_to_judge() -> None:
