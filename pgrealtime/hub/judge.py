@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Collection as Sized
 from contextlib import AbstractAsyncContextManager
@@ -106,14 +106,20 @@ class Verdict(Struct):
         self, events: Sequence[Event], failed: Iterable[tuple[int, Viewer | None]]
     ) -> None:
         """Note of which events something couldn't be had, perhaps for one viewer alone."""
-        places: set[int] = set()
+        viewers: defaultdict[int, set[Viewer | None]] = defaultdict(set)
         for place, viewer in failed:
-            places.add(place)
-            if viewer is None:
-                self.unprovable |= frozenset(self.hits[place])
-            else:
-                self.unseen |= {(group, viewer) for group in self.hits[place]}
-        self.unproved = [*self.unproved, *places]
+            viewers[place].add(viewer)
+        unprovable: set[Group] = set()
+        unseen: set[tuple[Group, Viewer]] = set()
+        for place, missing in viewers.items():
+            groups = self.hits[place]
+            if None in missing:
+                unprovable.update(groups)
+            pairs = ((g, audience.receives[2]) for g in groups for audience in g.audiences)
+            unseen.update((g, one) for g, one in pairs if one is not None and one in missing)
+        self.unprovable |= unprovable
+        self.unseen |= unseen
+        self.unproved = [*self.unproved, *viewers]
         self.note_unheard(events)
 
     def note_unheard(self, events: Sequence[Event]) -> None:
