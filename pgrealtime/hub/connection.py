@@ -75,6 +75,9 @@ class State(Enum):
     """Reads on from the changelog at ``cursor``: after a break, when slow, after a call."""
     LIVE = "live"
     """Gets what the hub delivers as it comes."""
+    LOST = "lost"
+    """Nobody knows who its caller is by now: it is about to be ended, and until its client is back,
+    or calls once more, nothing is delivered and its position stays."""
     ENDED = "ended"
 
 
@@ -223,6 +226,10 @@ class Connection:
     def is_replaying(self) -> bool:
         """Whether it reads on from the changelog; no property, for it changes between awaits."""
         return self.state is State.REPLAY
+
+    def is_lost(self) -> bool:
+        """Whether its caller isn't known any more; no property, as ``is_replaying``."""
+        return self.state is State.LOST
 
     def mark_ended(self) -> None:
         """Make it over: nothing is written any more."""

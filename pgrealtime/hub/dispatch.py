@@ -136,7 +136,7 @@ class Hub:
         )
         self._identities = Identities(logins, allows_guests=allows_guests)
         self._aside = Aside(self._course, clock)
-        self._gaps = Gaps(self._course, doom=self._doom, clock=clock)
+        self._gaps = Gaps(self._course, doom=self._doom, lose=self._lose, clock=clock)
         self._budget = SendBudget(
             per_connection=limits.send_buffer, total=limits.send_buffers, clock=clock
         )
@@ -291,7 +291,7 @@ class Hub:
                 self._identities.become(connection, reconsider(connection.caller))
                 for subscription in connection.subscriptions.values():
                     self._course.meaning.give(subscription, connection.caller)
-                self._mind_guest(connection)
+                self._mind_guest(connection, self._course.head)
 
     def _meaning_of(self, collections: Collections, matcher: Matcher) -> Meaning:
         return Meaning(
@@ -396,6 +396,20 @@ class Hub:
         connection.doom = reason
         if self._ends.is_settled(connection, self._clock()):
             self._end(connection, reason)
+
+    def _lose(self, connection: Connection, reason: str, at: Cursor) -> None:
+        """End a connection whose caller isn't known any more, and let it hear nothing till then.
+
+        Args:
+            connection: Which one.
+            reason: Why it is ended.
+            at: What it was handed, if it is LIVE. It may go on from there when it is back.
+        """
+        if connection.is_live:
+            connection.cursor = at
+        connection.is_live = False
+        connection.state = State.LOST
+        self._doom(connection, reason)
 
     async def watch_limits(self) -> None:
         """Apply the time limits, send heartbeats, let go of what has become visible; for ever."""
@@ -509,7 +523,7 @@ class Hub:
             connection.cursor = self._course.head
         connection.is_live = False
         self._replays.hold(connection)
-        if not is_first:
+        if not is_first and not connection.is_lost():
             connection.state = State.PAUSED
         try:
             topics = await self._course.meaning.read(names, caller, self._calls, connection.address)
@@ -517,13 +531,20 @@ class Hub:
             if connection.is_ended:
                 raise SubscriptionError("unknown client id", code="client_unknown")
             self._install(connection, topics, caller, barrier)
+            if connection.is_lost():
+                connection.state = State.PAUSED  # it has said anew who it is
         finally:
-            if connection.subscriptions and not connection.is_ended:
-                connection.state = State.REPLAY
-                self._replays.start(connection)
-            elif connection.state is State.PAUSED:
-                connection.state = State.HELD
-                connection.cursor = self._course.head
+            if not connection.is_lost():
+                self._resume(connection)
+
+    def _resume(self, connection: Connection) -> None:
+        """Let a connection hear of what came while a call was at work."""
+        if connection.subscriptions and not connection.is_ended:
+            connection.state = State.REPLAY
+            self._replays.start(connection)
+        elif connection.state is State.PAUSED:
+            connection.state = State.HELD
+            connection.cursor = self._course.head
 
     async def _barrier_for(
         self, connection: Connection, names: list[str], *, is_first: bool
@@ -812,14 +833,21 @@ class Hub:
         for subscription in connection.subscriptions.values():
             self._course.meaning.take(subscription)
             self._course.meaning.give(subscription, caller)
+        at = event.cursor if event.action == "delete" else self._course.head
         if caller.is_lost:
-            self._doom(connection, "caller_lost")
-        self._mind_guest(connection)
+            self._lose(connection, "caller_lost", at)
+        else:
+            self._mind_guest(connection, at)
 
-    def _mind_guest(self, connection: Connection) -> None:
-        """End a connection that has become a guest's where there shall be none: it is told so."""
+    def _mind_guest(self, connection: Connection, at: Cursor) -> None:
+        """End a connection that has become a guest's where there shall be none: it is told so.
+
+        Args:
+            connection: Which one.
+            at: What it was handed, if it is LIVE.
+        """
         if not self._identities.is_welcome(connection):
-            self._doom(connection, "guest")
+            self._lose(connection, "guest", at)
 
     def _advance(self, part: Slice) -> None:
         self._course.head = part.upto

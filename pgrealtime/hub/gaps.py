@@ -20,6 +20,7 @@ class Gaps:
     Args:
         course: Where the hub stands.
         doom: Ends a connection as soon as its client can bear that, for a reason.
+        lose: As well, and lets it hear nothing more than what it had up to a place.
         clock: Monotonic seconds.
     """
 
@@ -28,10 +29,12 @@ class Gaps:
         course: Course,
         *,
         doom: Callable[[Connection, str], None],
+        lose: Callable[[Connection, str, Cursor], None],
         clock: Callable[[], float],
     ) -> None:
         self._course = course
         self._doom = doom
+        self._lose = lose
         self._clock = clock
         self.told: Counter[str] = Counter()
         """Connections that were told, or ended, by the gap's reason."""
@@ -74,7 +77,7 @@ class Gaps:
         """Tell a connection of a gap that concerns it; a plain one is ended, so that it reloads.
 
         So is one whose caller's row may have changed in the gap: coming back it says anew who
-        it is.
+        it is, and until then hears nothing.
 
         Args:
             connection: Who is told.
@@ -90,7 +93,9 @@ class Gaps:
             connection.active_at = connection.written_at = self._clock()
         is_caller_lost = self._is_caller_lost(connection, gap)
         self.told[gap.reason] += is_concerned or is_caller_lost
-        if (is_concerned and not is_told) or is_caller_lost:
+        if is_caller_lost:
+            self._lose(connection, "gap", gap.at)
+        elif is_concerned and not is_told:
             self._doom(connection, "gap")
 
     def _is_caller_lost(self, connection: Connection, gap: Announcement) -> bool:

@@ -235,12 +235,12 @@ class Replays:
             return True
 
     def _opens_with_gap(self, connection: Connection) -> bool:
-        """Tell a gap that the submitted position lies in; return whether that ended it."""
+        """Tell a gap that the submitted position lies in; return whether nothing may follow."""
         if not connection.gap:
             return False
         reason, connection.gap = connection.gap, ""
         self._gaps.tell(connection, Announcement(None, reason, connection.cursor))
-        return connection.is_ended
+        return not connection.is_replaying()
 
     def _hand_again(self, connection: Connection) -> bool:
         """Deliver what another one that stood there was given a moment ago, if any."""
@@ -304,7 +304,7 @@ class Replays:
         if judged is None or not judged.is_of(connection, edition):
             judged = await self._judge(connection, progress.at_once, allowance)
             await self._see_causes(judged)
-            if connection.is_ended or self._course.edition != edition:
+            if not connection.is_replaying() or self._course.edition != edition:
                 return
             self._aside.note(connection, allowance, judged.events)
             if judged.verdict.late:

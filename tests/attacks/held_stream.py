@@ -15,6 +15,7 @@ from pgrealtime.auth.account import Accounts, Users
 from pgrealtime.auth.authenticator import caller_of
 from pgrealtime.auth.principal import Caller
 from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.changelog.base import Entry
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Delete, Insert, Transaction, Update
 from pgrealtime.collections import Collections, build
@@ -47,10 +48,10 @@ class World:
         assert account is not None
         return caller_of(account, None)
 
-    async def listen(self, name: str, topic: str, who: Caller) -> None:
-        """Connect and subscribe under a name."""
+    async def listen(self, name: str, topic: str, who: Caller, position: str | None = None) -> None:
+        """Connect and subscribe under a name; with a position, go on from there."""
         sink = self.sinks[name] = MemorySink()
-        connection = self.hub.open(sink, address="", last_event_id=None, position=None)
+        connection = self.hub.open(sink, address="", last_event_id=None, position=position)
         await self.hub.subscribe(connection.id, [topic], who, "")
 
     async def write(self, statement: str, *changes: Insert | Update | Delete) -> Transaction:
@@ -68,9 +69,9 @@ class World:
         assert row is not None
         return str(row[0])
 
-    async def stream(self, *transactions: Transaction) -> None:
+    async def stream(self, *entries: Entry) -> None:
         """Let the stream bring them."""
-        for one in transactions:
+        for one in entries:
             self.changelog.append(one)
         self.hub.wake()
         async with asyncio.timeout(DEADLINE):

@@ -16,6 +16,7 @@ import pytest
 
 from pgrealtime.auth.principal import Caller
 from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.changelog.base import Gap
 from pgrealtime.changes import Delete, Insert, Row, TableName, Transaction, Update, WholeRow
 from pgrealtime.collections import build
 from pgrealtime.config import CollectionConfig
@@ -261,32 +262,84 @@ async def test_a_reload_that_asks_for_more_makes_nobody_else_of_a_caller(
         assert {heard(world, who, name_of(case, 2)) for who in (BAD, GOOD, "")} == {found[""]}
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.is_of_columns])
+async def test_who_may_have_changed_in_a_gap_is_shown_nothing_more(
+    database_url: str, name: str
+) -> None:
+    """A connection isn't ended within a second of its first answer: it hears nothing till then."""
+    case = CASES[name]
+    async with world_of(database_url, SCHEMA, configured(case)) as world:
+        await world.listen(GOOD, case.topic, await world.user(GOOD))
+        await world.stream(await event_of(world, case, name_of(case, 1)))
+        assert heard(world, GOOD, name_of(case, 1)) == "all"
+        world.sinks[GOOD].data = b""
+
+        lost = await world.write(
+            "UPDATE users SET (role, level, team, teams) ="
+            " (SELECT o.role, o.level, o.team, o.teams FROM users o"
+            f"  WHERE o.id = '{BAD}') WHERE id = '{GOOD}'"
+        )
+        await world.stream(
+            Gap(lost.end_lsn, "slot_lost"), await event_of(world, case, name_of(case, 2))
+        )
+        assert heard(world, GOOD, name_of(case, 2)) == ""
+        assert [connection.doom for connection in world.hub.connections] == ["gap"]
+        await world.listen("again", case.topic, await world.user(GOOD))
+        await world.listen("", case.topic, Caller())
+        await world.stream(await event_of(world, case, name_of(case, 3)))
+        least = heard(world, "", name_of(case, 3))
+        assert heard(world, "again", name_of(case, 3)) == least != "all"
+
+
+async def test_who_is_gone_hears_nothing_more_where_there_are_no_guests(database_url: str) -> None:
+    """Neither what only guests may hear: they may have no topics."""
+    async with world_of(
+        database_url,
+        SCHEMA,
+        configured(Case(rule="", place="posts.list_rule")),
+        allows_guests=False,
+    ) as world:
+        await world.listen(GOOD, "posts/*", await world.user(GOOD))
+        case = CASES["a list rule"]
+        await world.stream(await event_of(world, case, "p1"))
+        deleted = await world.write(
+            f"DELETE FROM users WHERE id = '{GOOD}'", Delete(USERS, WholeRow(user(GOOD)))
+        )
+        await world.stream(deleted, await event_of(world, case, "p2"))
+        assert [heard(world, GOOD, name) for name in ("p1", "p2")] == ["all", ""]
+        assert [connection.doom for connection in world.hub.connections] == ["guest"]
+
+
 @pytest.mark.parametrize("column", ["verified", "email"])
 async def test_a_caller_that_the_stream_cannot_tell_of_comes_back(
     database_url: str, column: str
 ) -> None:
     """A generated column is in no image: what a caller is made of must be looked up anew.
 
-    Until its client is back it is a guest, not what it was.
+    Until its client is back it hears nothing, and its position stays.
     """
     rule = SIGNED_IN + {"verified": "@request.auth.verified = true", "email": "id != ''"}[column]
     made = {
         "verified": "ADD verified bool GENERATED ALWAYS AS (role <> 'banned') STORED",
         "email": "DROP email, ADD email text GENERATED ALWAYS AS (role || '@x') STORED",
     }[column]
-    case = Case(rule=rule, place="posts.list_rule")
+    case = Case(rule=f"id ~ 'public%' || ({rule})", place="posts.list_rule")
     schema = f"{SCHEMA}; ALTER TABLE users {made};"
     async with world_of(database_url, schema, configured(case)) as world:
-        await world.listen(GOOD, case.topic, await world.user(GOOD))
+        await world.listen(GOOD, case.topic, await world.user(GOOD), "")
         await world.stream(await event_of(world, case, "p1"))
         assert heard(world, GOOD, "p1") == "all"
         row = {name: value for name, value in user(GOOD, role="banned").items() if name != column}
         changed = Update(USERS, row, WholeRow(row))
         statement = f"UPDATE users SET role = 'banned' WHERE id = '{GOOD}'"
         await world.stream(await world.write(statement, changed), await event_of(world, case, "p2"))
-        assert heard(world, GOOD, "p2") == ""
+        await world.stream(await event_of(world, case, "public 1"))
+        assert heard(world, GOOD, "p2") == heard(world, GOOD, "public 1") == ""
         assert [connection.doom for connection in world.hub.connections] == ["caller_lost"]
-        again = await world.user(GOOD)
-        await world.listen("again", case.topic, again)
+        position = world.sinks[GOOD].events()[-1][0]
+        await world.listen("again", case.topic, await world.user(GOOD), position)
         await world.stream(await event_of(world, case, "p3"))
-        assert bool(heard(world, "again", "p3")) == (column == "email")
+        await world.stream(await event_of(world, case, "public 2"))
+        await world.sinks["again"].wait_for_bytes(b'"public 2"')
+        names = [name for name in ("p2", "public 1", "p3") if heard(world, "again", name)]
+        assert names == (["p2", "public 1", "p3"] if column == "email" else ["public 1"])

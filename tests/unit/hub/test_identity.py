@@ -338,6 +338,50 @@ async def test_a_gap_over_people_s_rows_ends_their_connections(
         assert guest_sink.state == "open"
 
 
+@pytest.mark.parametrize("is_slow", [False, True], ids=["live", "slow"])
+@pytest.mark.parametrize("topic", ["PB_RESYNC", "PB_CURSOR"])
+async def test_who_may_be_another_after_a_gap_hears_nothing_until_it_is_ended(
+    topic: str, *, is_slow: bool
+) -> None:
+    """What it isn't sent lies behind its position: when it is back it hears of that."""
+    async with open_room(send_buffer=1 if is_slow else 100_000) as room:
+        connection, sink = room.connect(position="")
+        await room.subscribe(connection, "people/*", topic, caller=caller())
+        end = room.commit(changed("bob")).end_lsn
+        await room.settled()
+        sink.is_stuck = is_slow
+        room.changelog.append(Gap(LSN(end + 1), "slot_lost"))
+        room.commit(changed())
+        await room.settled()
+        sink.unstick()
+        await sink.wait_until("ended")
+
+        told = [event for _, event, _ in sink.events() if event != "PB_CURSOR"]
+        assert told == ["PB_CONNECT", "people/*", "PB_RESYNC"]
+        again, heard_again = room.connect(position=sink.events()[-1][0])
+        who = caller(reading=Reading("9999:9999:", "0/FFFF"))
+        await room.subscribe(again, "people/*", caller=who)
+        assert await heard(heard_again, 1) == [("update", "ann", True)]
+
+
+async def test_a_refused_call_gives_nobody_back_whom_a_gap_took_away() -> None:
+    """Its connection waits for its end, and not for a caller that may be another by now."""
+    async with open_room() as room:
+        connection, sink = await listening(room, "people/*", who=caller())
+        end = room.commit(insert("a")).end_lsn
+        room.changelog.append(Gap(LSN(end + 1), "slot_lost"))
+        room.hub.wake()
+        await room.settled()
+        with pytest.raises(SubscriptionError):
+            await room.subscribe(
+                connection, "people/*", caller=caller(reading=Reading("1:1:", "0/1"))
+            )
+        room.commit(changed())
+        await sink.wait_until("ended")
+
+        assert [event for _, event, _ in sink.events()] == ["PB_CONNECT"]
+
+
 async def test_who_was_looked_up_before_a_gap_over_people_s_rows_is_looked_up_again() -> None:
     """What the gap hides of its row nobody could tell the call that is being answered."""
     async with open_room() as room:
