@@ -68,6 +68,8 @@ _MEMORY = 2**30
 """Bytes that one check may take: half of what RFC 9106 recommends first, ten times Django's."""
 _ARGON2_WORK = 4 * 2**30
 """Bytes filled in all passes together, about 6 seconds."""
+_ARGON2_LANES = 64
+"""Each is a thread while it is filled, beside those that check. RFC 9106 and Django name 1 to 8."""
 _SCRYPT_WORK = 2 * 2**30
 """Bytes of all blocks together, about 6 seconds; Django's scrypt fills 80 MiB."""
 
@@ -90,8 +92,9 @@ def _is_bearable(scheme: Scheme, found: re.Match[str]) -> bool:
         case Scheme.BCRYPT | Scheme.BCRYPT_SHA256:
             return int(found["cost"]) <= _BCRYPT_COST
         case Scheme.ARGON2:
-            memory = int(found["memory"]) * 1024
-            return memory <= _MEMORY and memory * int(found["time"]) <= _ARGON2_WORK
+            memory, lanes = int(found["memory"]) * 1024, int(found["lanes"])
+            is_small = memory <= _MEMORY and lanes <= _ARGON2_LANES
+            return is_small and memory * int(found["time"]) <= _ARGON2_WORK
         case Scheme.PBKDF2_SHA256 | Scheme.PBKDF2_SHA1:
             return int(found["rounds"]) <= _ROUNDS
         case Scheme.SCRYPT:

@@ -185,6 +185,10 @@ def test_a_hash_that_looks_right_and_is_not_is_unusable(text: str) -> None:
             "$argon2id$v=19$m=1048577,t=1,p=4$c29tZXNhbHQ$AAAA",
         ),
         (
+            "$argon2id$v=19$m=1048576,t=1,p=64$c29tZXNhbHQ$AAAA",
+            "$argon2id$v=19$m=1048576,t=1,p=65$c29tZXNhbHQ$AAAA",
+        ),
+        (
             "argon2$argon2id$v=19$m=1048576,t=4,p=4$c29tZXNhbHQ$AAAA",
             "argon2$argon2id$v=19$m=1048576,t=5,p=4$c29tZXNhbHQ$AAAA",
         ),
