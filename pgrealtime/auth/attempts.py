@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from ipaddress import IPv6Address, ip_address, ip_network
 from typing import TypeAlias
 
 Who: TypeAlias = tuple[str, ...]
-"""Address and identity, or address and account."""
+"""Network and identity, or network and account."""
 
 _MOST = 20_000
 """Of those that are remembered; the one not seen for longest is forgotten first: some megabytes."""
@@ -42,3 +43,14 @@ class Attempts:
     def forget(self, who: Who) -> None:
         """Give all attempts back to one who knew the password."""
         self._used.pop(who, None)
+
+
+def network_of(address: str) -> str:
+    """Return what a client is counted by: whoever has one address of IPv6 has all of its /64."""
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, IPv6Address):
+        return str(ip_network((int(parsed), 64), strict=False))
+    return address

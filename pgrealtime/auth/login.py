@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from ipaddress import IPv6Address, ip_address, ip_network
 
 import structlog
 
 from pgrealtime.auth.account import Account, Accounts, Users
-from pgrealtime.auth.attempts import Attempts
+from pgrealtime.auth.attempts import Attempts, network_of
 from pgrealtime.auth.authenticator import Identity
 from pgrealtime.auth.password_threads import PasswordThreads
-from pgrealtime.auth.passwords import StoredHash, decoy_like, decoy_of, name_of, read_hash
+from pgrealtime.auth.passwords import StoredHash, decoy_of, name_of
 from pgrealtime.auth.token import make_own
 from pgrealtime.config import CollectionLoginConfig, LoginConfig
 from pgrealtime.errors import AuthError
@@ -23,6 +23,9 @@ log = structlog.get_logger(__name__)
 
 _DISABLED = "!"
 """How the hash begins of somebody who has no password, in Django as in Unix."""
+
+_DECOY_SECONDS = 600.0
+"""Between two looks at what most hashes of a table are like."""
 
 _UNREAD = 100
 """Kinds of hashes that can't be read and are told of."""
@@ -71,8 +74,8 @@ class Login:
         self._stopwatch = stopwatch
         self._attempts = Attempts(config.attempts_per_minute)
         self._passwords = PasswordThreads()
-        self._decoys: dict[tuple[str, str], StoredHash] = {}
-        """By table and column, of the scheme and cost that most of its hashes have."""
+        self._decoys: dict[tuple[str, str], tuple[float, StoredHash]] = {}
+        """By table and column, of the scheme and cost that most of its hashes had, and when."""
         self._unread: set[tuple[str, str]] = set()
         self.results: Counter[str] = Counter()
         """Attempts by password: ``ok``, or the code of the refusal."""
@@ -111,7 +114,7 @@ class Login:
         return session
 
     async def _with_password(self, users: Users, attempt: Attempt, address: str) -> Session:
-        network = _network(address)
+        network = network_of(address)
         who = (network, attempt.identity.casefold())
         if not self._attempts.admit(who, self._stopwatch()):
             raise AuthError("too many attempts", code="login_refused")
@@ -124,14 +127,13 @@ class Login:
             # before would say that there is such an account.
             if self._attempts.admit(owner, self._stopwatch()):
                 stored = account.password_hash
-        verdict = await self._passwords.check(attempt.password, stored, decoy)
+        verdict = await self._passwords.check(attempt.password, stored, decoy, whose=network)
         if not verdict or account is None:
             if verdict is None and stored is not None:
                 self._tell_unreadable(users, stored)
             raise AuthError("no such user, or another password", code="login_failed")
         self._attempts.forget(who)
         self._attempts.forget(owner)
-        self._learn(users, stored)
         return Session(account=account, token=self._token(account))
 
     async def _decoy(self, users: Users) -> StoredHash:
@@ -139,19 +141,12 @@ class Login:
 
         It is asked for before anybody is looked up, or the first attempt would tell by its time.
         """
-        place = _place(users)
-        if place not in self._decoys:
-            hashes = await self._accounts.hashes(users)
-            if not hashes:
-                return decoy_of(())
-            self._decoys.setdefault(place, decoy_of(hashes))
-        return self._decoys[place]
-
-    def _learn(self, users: Users, stored: str | None) -> None:
-        """Note what a hash is like that a right password was checked against."""
-        known = None if stored is None else read_hash(stored)
-        if known is not None:
-            self._decoys[_place(users)] = decoy_like(known)
+        place, now = _place(users), self._stopwatch()
+        since, decoy = self._decoys.get(place, (-math.inf, decoy_of(())))
+        if now - since >= _DECOY_SECONDS and (hashes := await self._accounts.hashes(users)):
+            decoy = decoy_of(hashes)
+            self._decoys[place] = now, decoy
+        return decoy
 
     def _tell_unreadable(self, users: Users, stored: str) -> None:
         """Say once of each kind of hash that it lets nobody in."""
@@ -225,17 +220,6 @@ class Login:
 
 def _place(users: Users) -> tuple[str, str]:
     return str(users.collection.table.name), users.login.password_hash
-
-
-def _network(address: str) -> str:
-    """Return what attempts are counted by: whoever has one address of IPv6 has all of its /64."""
-    try:
-        parsed = ip_address(address)
-    except ValueError:
-        return address
-    if isinstance(parsed, IPv6Address):
-        return str(ip_network((int(parsed), 64), strict=False))
-    return address
 
 
 def _fields_to_try(login: CollectionLoginConfig, attempt: Attempt) -> tuple[str, ...]:

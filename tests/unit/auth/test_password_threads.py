@@ -53,7 +53,7 @@ async def test_password_is_checked_with_what_the_event_loop_leaves(
     """For a while; then as any other thread, since a loop may leave nothing; and so each anew."""
     monkeypatch.setattr(password_threads, "_MEEK_SECONDS", 0.1)
     for _ in range(2):
-        checking = asyncio.ensure_future(passwords.check("x", SLOW, DECOY))
+        checking = asyncio.ensure_future(passwords.check("x", SLOW, DECOY, whose="ann"))
         await until(os.SCHED_IDLE, checking)
         await until(os.SCHED_OTHER, checking)
         assert not checking.done()
@@ -69,7 +69,7 @@ async def test_password_is_checked_where_policies_are_forbidden(
         raise PermissionError
 
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
-    assert not await passwords.check("x", None, DECOY)
+    assert not await passwords.check("x", None, DECOY, whose="ann")
 
 
 async def test_no_queue_is_longer_than_somebody_would_wait(
@@ -84,9 +84,9 @@ async def test_no_queue_is_longer_than_somebody_would_wait(
     monkeypatch.setattr(password_threads, "is_correct", dear)
     monkeypatch.setattr(password_threads, "_LONGEST_WAIT", 0.3)
     for _ in range(6):
-        assert await passwords.check("x", SLOW, DECOY)
+        assert await passwords.check("x", SLOW, DECOY, whose="ann")
     results = await asyncio.gather(
-        *(passwords.check("x", SLOW, DECOY) for _ in range(60)), return_exceptions=True
+        *(passwords.check("x", SLOW, DECOY, whose="ann") for _ in range(60)), return_exceptions=True
     )
 
     served = results.count(True)
@@ -94,7 +94,7 @@ async def test_no_queue_is_longer_than_somebody_would_wait(
     workers = password_threads._WORKERS
     assert workers <= served <= workers * 6
     assert [one.error_code for one in refused] == ["login_refused"] * (60 - served)
-    assert await passwords.check("x", SLOW, DECOY)
+    assert await passwords.check("x", SLOW, DECOY, whose="ann")
 
 
 async def test_as_many_wait_as_the_bound_says_beside_those_that_have_a_thread(
@@ -106,7 +106,10 @@ async def test_as_many_wait_as_the_bound_says_beside_those_that_have_a_thread(
     monkeypatch.setattr(password_threads, "_MOST_WAITING", 3)
     room = password_threads._WORKERS + 3
 
-    checks = [asyncio.ensure_future(passwords.check("x", SLOW, DECOY)) for _ in range(room + 2)]
+    checks = [
+        asyncio.ensure_future(passwords.check("x", SLOW, DECOY, whose="ann"))
+        for _ in range(room + 2)
+    ]
     done, _ = await asyncio.wait(checks, return_when=asyncio.FIRST_COMPLETED, timeout=10)
     assert len(done) == 2
     assert [one for one in checks if one in done] == checks[room:]
@@ -115,3 +118,45 @@ async def test_as_many_wait_as_the_bound_says_beside_those_that_have_a_thread(
     results = await asyncio.gather(*checks, return_exceptions=True)
     assert results[:room] == [True] * room
     assert all(isinstance(one, AuthError) for one in results[room:])
+
+
+async def test_who_fills_the_queue_locks_nobody_else_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others wait for one turn of each; who has most waiting gives way, his last one first."""
+    let_go, order = threading.Event(), list[str]()
+
+    def slow(password: str, _stored: StoredHash) -> bool:
+        let_go.wait(10)
+        order.append(password)
+        return True
+
+    monkeypatch.setattr(password_threads, "is_correct", slow)
+    monkeypatch.setattr(password_threads, "_MOST_WAITING", 4)
+    monkeypatch.setattr(password_threads, "_WORKERS", 1)
+    passwords = PasswordThreads()
+
+    def come(name: str, whose: str) -> asyncio.Future[bool | None]:
+        return asyncio.ensure_future(passwords.check(name, SLOW, DECOY, whose=whose))
+
+    flood = [come(f"eve{n}", "eve") for n in range(5)]
+    await asyncio.sleep(0)
+    ann, bob = come("ann", "ann"), come("bob", "bob")
+    await asyncio.sleep(0)
+    late = come("late", "eve")
+    refused = [one for one in (late, *flood) if isinstance(await _refusal(one), AuthError)]
+    assert refused == [late, *flood[3:]]
+    flood[1].cancel()
+    last = come("last", "eve")
+    await asyncio.sleep(0)
+    let_go.set()
+    assert all(await asyncio.gather(ann, bob, flood[0], flood[2], last))
+    passwords.close()
+
+    assert order == ["eve0", "eve2", "ann", "bob", "last"]
+    assert passwords._free == 1
+    assert not passwords._waiting
+
+
+async def _refusal(checking: asyncio.Future[bool | None]) -> BaseException | None:
+    """What refused it, if anything did at once."""
+    await asyncio.wait([checking], timeout=0.05)
+    return checking.exception() if checking.done() else None
