@@ -10,6 +10,7 @@ from typing import Final, TypeVar
 from aiohttp import web
 
 from pgrealtime.api.problems import TOO_LARGE, TOO_MANY, TOO_SLOW, UNREADABLE, RefusedError
+from pgrealtime.networks import network_of
 from pgrealtime.turns import TurnQueue
 
 _Content = TypeVar("_Content")
@@ -71,7 +72,7 @@ class Uploads:
 
         Args:
             request: It has a body.
-            address: Whose.
+            address: Whose; of IPv6 its network's bodies are counted together.
             take: Is given content type, body and query string; runs in a thread if that is long,
                 one at a time: several would only keep each other from the interpreter.
             largest: Bytes of the body.
@@ -82,6 +83,7 @@ class Uploads:
         """
         content_type = request.headers.get("Content-Type", "")
         query = request.rel_url.raw_query_string.encode()
+        network = network_of(address)
         body = bytearray()
         counted = 0
         try:
@@ -91,33 +93,33 @@ class Uploads:
                     if len(body) > largest:
                         raise RefusedError(TOO_LARGE)
                     if len(body) > LARGE_BODY:
-                        self._count(address, len(body) - counted)
+                        self._count(network, len(body) - counted)
                         counted = len(body)
             if not counted:
                 return take(content_type, bytes(body), query)
-            async with self._threads.turn(address):
+            async with self._threads.turn(network):
                 return await asyncio.to_thread(take, content_type, bytes(body), query)
         except TimeoutError as error:
             raise RefusedError(TOO_SLOW) from error
         except web.RequestPayloadError as error:
             raise RefusedError(UNREADABLE) from error
         finally:
-            self._count(address, -counted)
+            self._count(network, -counted)
 
-    def _count(self, address: str, size: int) -> None:
+    def _count(self, network: str, size: int) -> None:
         """Count bytes that came or went.
 
         Raises:
             RefusedError: There is no room for them.
         """
-        held, total = self._held[address] + size, self._total + size
+        held, total = self._held[network] + size, self._total + size
         if size > 0 and (held > self._per_address or total > self._in_all):
             raise RefusedError(TOO_MANY)
         self._total = total
         if held:
-            self._held[address] = held
+            self._held[network] = held
         else:
-            del self._held[address]
+            del self._held[network]
 
 
 UPLOADS: Final = web.AppKey("uploads", Uploads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from ipaddress import IPv6Address, ip_address, ip_network
 from typing import TypeAlias
 
 Who: TypeAlias = tuple[str, ...]
@@ -43,14 +42,3 @@ class Attempts:
     def forget(self, who: Who) -> None:
         """Give all attempts back to one who knew the password."""
         self._used.pop(who, None)
-
-
-def network_of(address: str) -> str:
-    """Return what a client is counted by: whoever has one address of IPv6 has all of its /64."""
-    try:
-        parsed = ip_address(address)
-    except ValueError:
-        return address
-    if isinstance(parsed, IPv6Address):
-        return str(ip_network((int(parsed), 64), strict=False))
-    return address

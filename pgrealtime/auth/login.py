@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 import structlog
 
 from pgrealtime.auth.account import Account, Accounts, Users
-from pgrealtime.auth.attempts import Attempts, network_of
+from pgrealtime.auth.attempts import Attempts
 from pgrealtime.auth.authenticator import Identity
 from pgrealtime.auth.password_threads import PasswordThreads
 from pgrealtime.auth.passwords import StoredHash, decoy_of, name_of
 from pgrealtime.auth.token import make_own
 from pgrealtime.config import CollectionLoginConfig, LoginConfig
 from pgrealtime.errors import AuthError
+from pgrealtime.networks import network_of
 
 log = structlog.get_logger(__name__)
 

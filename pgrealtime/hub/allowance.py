@@ -31,7 +31,7 @@ class Allowance:
         is_short: Whether others wait. If not, nothing but the time-out of each statement counts.
         testing: What they may take in the process; None is no bound.
         queue: Where work in the process takes its turns; None is with everybody.
-        whose: From whose address it is there.
+        whose: From whose network it is there.
 
     Attributes:
         is_short: As given.

@@ -46,7 +46,7 @@ class Aside:
         """Return what its filters may take for what it reads next."""
         is_short = not self.is_slow(connection)
         if connection.is_aside:
-            return Allowance.apart(self.queue, connection.address, is_short=is_short)
+            return Allowance.apart(self.queue, connection.network, is_short=is_short)
         return Allowance.for_one(is_short=is_short)
 
     def blame(self, connection: Connection) -> None:

@@ -15,6 +15,7 @@ from pgrealtime.hub.event import Event
 from pgrealtime.hub.frame import HEARTBEAT, cursor_tail
 from pgrealtime.hub.topic import Topic
 from pgrealtime.lsn import Cursor, Position, format_position
+from pgrealtime.networks import network_of
 from pgrealtime.records.encode import View
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ class Connection:
         "is_live",
         "is_resumable",
         "known",
+        "network",
         "opened_at",
         "position",
         "resumes",
@@ -178,6 +180,7 @@ class Connection:
         self.id = client_id
         self.sink = sink
         self.address = address
+        self.network = network_of(address)
         self.epoch = epoch
         self.cursor = cursor
         self.state = State.CONNECTING

@@ -526,7 +526,7 @@ class Hub:
         if not is_first and not connection.is_lost():
             connection.state = State.PAUSED
         try:
-            topics = await self._course.meaning.read(names, caller, self._calls, connection.address)
+            topics = await self._course.meaning.read(names, caller, self._calls, connection.network)
             barrier = await self._barrier_for(connection, names, is_first=is_first)
             if connection.is_ended:
                 raise SubscriptionError("unknown client id", code="client_unknown")

@@ -35,8 +35,8 @@ from pgrealtime.rules.request import Request
 TRIED_PER_CONNECTION = 50
 """Different filters that no index serves: each costs something at each event, 2 us and more."""
 TRIED_PER_ADDRESS = 1000
-"""Of all connections from one address together. Rules aren't counted: they are the operator's, and
-whoever asks the same by them is one group."""
+"""Of all connections from one address (IPv6: one /64) together. Rules aren't counted: they are the
+operator's, and whoever asks the same by them is one group."""
 COSTLY_PER_CONNECTION = 50
 """Subscriptions of one connection whose filters take questions to Postgres beyond their rules':
 each of those may take the whole ``statement_timeout``."""
@@ -349,7 +349,7 @@ class Matcher:
         self._costly: dict[str, _Groups] = {}
         """Those whose filters take questions to Postgres beyond their rules'."""
         self._tried: dict[str, Counter[Group]] = {}
-        """By address, the groups that no index serves for a filter's sake, and how often."""
+        """By network, the groups that no index serves for a filter's sake, and how often."""
         self._last: tuple[_Question, Bound | Nobody] | None = None
 
     def add(self, subscription: Subscription, principal: Principal, own: Row | None = None) -> str:
@@ -362,7 +362,7 @@ class Matcher:
 
         Raises:
             RuleError: The collection's rule is bad for everybody.
-            SubscriptionLimitError: It is one too many for its connection, or its address.
+            SubscriptionLimitError: It is one too many for its connection, or its network.
         """
         topic = subscription.topic
         collection = self._collections.find(topic.collection)
@@ -423,7 +423,7 @@ class Matcher:
         return self._last[1]
 
     def _count_tried(self, subscription: Subscription, group: Group) -> None:
-        """Count a subscription among its address's that no index serves.
+        """Count a subscription among its network's that no index serves.
 
         Raises:
             SubscriptionLimitError: It is one too many.
@@ -431,19 +431,19 @@ class Matcher:
         mine = {one.group for one in _before(subscription) if one.group and one.group.is_tried}
         if group not in mine and len(mine) >= TRIED_PER_CONNECTION:
             raise _limit(subscription, "unindexed_filters", TRIED_PER_CONNECTION)
-        theirs = self._tried.setdefault(subscription.connection.address, Counter())
+        theirs = self._tried.setdefault(subscription.connection.network, Counter())
         if group not in theirs and len(theirs) >= TRIED_PER_ADDRESS:
             raise _limit(subscription, "unindexed_filters_of_address", TRIED_PER_ADDRESS)
         theirs[group] += 1
 
     def _uncount_tried(self, subscription: Subscription, group: Group) -> None:
-        address = subscription.connection.address
-        theirs = self._tried[address]
+        network = subscription.connection.network
+        theirs = self._tried[network]
         theirs[group] -= 1
         if not theirs[group]:
             del theirs[group]
         if not theirs:
-            del self._tried[address]
+            del self._tried[network]
 
     def remove(self, subscription: Subscription) -> None:
         """Take the subscription out; its group goes with its last one."""

@@ -77,7 +77,7 @@ class Meaning:
         self._reported: set[tuple[str, str]] = set()
 
     async def read(
-        self, names: Sequence[str], caller: Caller, calls: TurnQueue, address: str
+        self, names: Sequence[str], caller: Caller, calls: TurnQueue, network: str
     ) -> dict[str, Topic]:
         """Return the topics, what they ask for compiled for ``give``.
 
@@ -88,13 +88,13 @@ class Meaning:
             names: As submitted.
             caller: Who calls.
             calls: Those that are being read.
-            address: Whose call it is.
+            network: Whose call it is.
         """
         topics: dict[str, Topic] = {}
         left = FILTERS_PER_CONNECTION
         rest = iter(names)
         while len(topics) < len(names):
-            async with calls.work(address) as turn:
+            async with calls.work(network) as turn:
                 for name in rest:
                     topic = topics[name] = parse_topic(name)
                     left -= len(topic.query.get("filter", ""))

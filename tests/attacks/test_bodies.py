@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from urllib.parse import quote
+
+import pytest
 
 from pgrealtime.api.uploads import LARGE_BODY, Uploads
 from tests.conformance.http_client import EventStream, Request, send
@@ -79,12 +81,22 @@ async def test_unfinished_bodies_fill_no_more_than_there_is_for_an_address() -> 
     assert all(answer.startswith(b"HTTP/1.1 429 ") for answer in refused)
 
 
-async def test_unfinished_bodies_of_all_addresses_are_bounded_together() -> None:
-    uploads = Uploads(per_address=100 * MIB, in_all=2 * MIB)
+@pytest.mark.parametrize(
+    ("bounds", "address"),
+    [
+        pytest.param({"per_address": 100 * MIB, "in_all": 2 * MIB}, b"10.0.0.%d", id="IPv4"),
+        pytest.param({"per_address": 2 * MIB}, b"2001:db8::%d", id="a network of IPv6"),
+    ],
+)
+async def test_unfinished_bodies_of_many_addresses_are_bounded_together(
+    bounds: Mapping[str, int], address: bytes
+) -> None:
+    uploads = Uploads(**bounds)
     async with served({"trusted_proxies": ["127.0.0.1"]}, uploads=uploads) as service:
         ends = []
         for number in range(4):
-            head = HEAD + b"X-Forwarded-For: 10.0.0.%d\r\nContent-Length: 9999999\r\n\r\n" % number
+            forwarded = b"X-Forwarded-For: %b\r\n" % (address % number)
+            head = HEAD + forwarded + b"Content-Length: 9999999\r\n\r\n"
             reader, writer = await service.raw(head + b"x" * MIB)
             ends.append((asyncio.create_task(reader.read()), writer))
         await until(lambda: sum(end.done() for end, _ in ends) >= 2)

@@ -16,7 +16,7 @@ _PACKAGE = Path(pgrealtime.__file__).parent
 
 _FLOOR = (
     *("errors", "lsn", "units", "json_reader", "query_string", "changes", "sources", "config"),
-    *("text_forms", "database_url"),
+    *("text_forms", "database_url", "networks"),
 )
 """What every room stands on."""
 
@@ -28,6 +28,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "json_reader": (),
     "query_string": (),
     "text_forms": (),
+    "networks": (),
     "database_url": ("errors",),
     "changes": ("lsn",),
     "sources": ("errors",),
@@ -77,6 +78,7 @@ _NOT_FOR_OTHERS = ("vitals", "reload", "run", "operate", "demo", "cli", "__main_
 
 _PURE = (
     *("errors", "lsn", "units", "json_reader", "query_string", "changes", "text_forms"),
+    "networks",
     *("collections", "catalog.model", "catalog.keys"),
     *("wal.wire", "wal.message", "wal.wal2json", "wal.pgoutput", "wal.assembler", "wal.feedback"),
     *("changelog.base", "changelog.memory", "rules", "records"),

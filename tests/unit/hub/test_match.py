@@ -155,13 +155,21 @@ def test_a_client_has_a_share_of_what_is_tried_one_by_one() -> None:
     assert isinstance(subscribe(there, filtered("title~'mine'")), Subscription)
 
 
-def test_an_address_has_a_share_of_what_is_tried_one_by_one() -> None:
+@pytest.mark.parametrize(
+    ("address", "another"),
+    [
+        pytest.param("10.0.0.8", "10.0.0.9", id="IPv4"),
+        pytest.param("2001:0db8::{:x}", "2001:0db8:0:1::1", id="IPv6 has it for each /64"),
+    ],
+)
+def test_an_address_has_a_share_of_what_is_tried_one_by_one(address: str, another: str) -> None:
     """However many connections it opens; what others there ask as well costs nothing more."""
-    there, mine = matcher(), [connection() for _ in range(TRIED_PER_ADDRESS // 50 + 1)]
+    there = matcher()
+    mine = [connection(address.format(n)) for n in range(TRIED_PER_ADDRESS // 50 + 1)]
     for n in range(TRIED_PER_ADDRESS):
         made = subscribe(there, filtered(f"title~'{n}'"), on=mine[n // 50])
         assert isinstance(made, Subscription)
-    other = connection("10.0.0.9")
+    other = connection(another)
 
     assert subscribe(there, filtered("title~'x'"), on=mine[-1]) == "unindexed_filters_of_address"
     assert subscribe(there, filtered("title=id"), on=mine[-1]) == "unindexed_filters_of_address"
