@@ -21,7 +21,6 @@ from pgrealtime.rules.clauses import MOST_VALUES, Masked, Side, Told
 from pgrealtime.rules.reference import Question
 from pgrealtime.rules.remote import Inquiry
 
-_SNAPSHOT = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
 _ROW = sql.SQL(
     "SELECT {columns} FROM {table}"
     " WHERE {key} OPERATOR(pg_catalog.=) %(id)s::pg_catalog.text::{type}"
@@ -30,14 +29,13 @@ _ROW = sql.SQL(
 
 @asynccontextmanager
 async def snapshot(pool: QueryPool) -> AsyncIterator[Asking]:
-    """Open a snapshot to ask in.
+    """Open a snapshot to ask in: the pool's transactions have one each.
 
     Raises:
         DatabaseUnreachableError: The connection breaks, or there is none.
     """
     try:
-        async with pool.connection() as connection, connection.transaction():
-            await connection.execute(_SNAPSHOT)
+        async with pool.connection() as connection:
             yield Asking(connection)
     except (psycopg.OperationalError, PoolTimeout) as error:
         raise DatabaseUnreachableError(
