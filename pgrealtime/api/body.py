@@ -25,11 +25,6 @@ class SubscribeCall:
     client_id: str = ""
     subscriptions: tuple[str, ...] = ()
 
-    @property
-    def topics(self) -> tuple[str, ...]:
-        """The subscriptions that count: without empty ones, each once."""
-        return tuple(dict.fromkeys(text for text in self.subscriptions if text))
-
 
 def read_call(content_type: str, body: bytes, query: bytes) -> SubscribeCall:
     """Return what the body says.
