@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pgrealtime.changes import Shape, Transaction
 from pgrealtime.collections import Collections
+from pgrealtime.rules.past import tables_of
 
 _KEPT = 10_000
 
@@ -15,11 +16,11 @@ class Shapes:
     """The shapes that were seen since the collections came into force.
 
     Args:
-        collections: Those in force.
+        collections: Those in force; rows of the junctions between them count as well.
     """
 
     def __init__(self, collections: Collections) -> None:
-        self._collections = collections
+        self._tables = tables_of(collections)
         self._fitting: set[Shape] = set()
         self._unfit: set[Shape] = set()
 
@@ -72,10 +73,9 @@ class Shapes:
         A name that is unknown beside one that is missing may be a column renamed; and a partition
         that isn't there was detached, its rows are no longer the table's.
         """
-        collection = self._collections.of_table(shape.table)
-        if collection is None:
+        table = self._tables.get(shape.table)
+        if table is None:
             return True
-        table = collection.table
         if shape.leaf is not None and shape.leaf not in table.leaves:
             return False
         types = {column.name: column.type.oid for column in table.columns}

@@ -9,7 +9,7 @@ import pytest
 
 from pgrealtime.catalog.model import Column
 from pgrealtime.changes import Shape, TableName, Transaction
-from pgrealtime.collections import Collections
+from pgrealtime.collections import Collections, Field, FieldKind, Junction, Relation
 from pgrealtime.hub.match import Matcher
 from pgrealtime.hub.shapes import Shapes
 from pgrealtime.lsn import LSN, Xid
@@ -19,10 +19,15 @@ TYPE = COLLECTIONS["posts"].table.columns[0].type
 OID = TYPE.oid
 OTHER = OID + 1
 LEAF = TableName("public", "posts_1")
+LINKS = TableName("public", "links")
 
 
 def shape(leaf: TableName | None = None, described: int = 0, **types: int) -> Shape:
     return Shape(POSTS, leaf, tuple(types.items()), described)
+
+
+def links(**types: int) -> Shape:
+    return Shape(LINKS, None, tuple(types.items()))
 
 
 AS_READ = shape(id=OID, title=OID)
@@ -42,7 +47,20 @@ def collections(title: int = OID, *, leaves: tuple[TableName, ...] = ()) -> Coll
     )
     posts = COLLECTIONS["posts"]
     table = replace(posts.table, columns=columns, leaves=leaves)
-    return Collections((replace(posts, table=table), COLLECTIONS["notes"]))
+    ends = (Column(name=name, number=n, type=TYPE) for n, name in enumerate(("post", "note"), 1))
+    links = replace(posts.table, name=LINKS, columns=tuple(ends))
+    notes = Field(
+        name="notes",
+        column=None,
+        kind=FieldKind.RELATION,
+        type=TYPE,
+        is_multiple=True,
+        relation=Relation(
+            collection="notes", junction=Junction(table=links, source="post", target="note")
+        ),
+    )
+    fields = (*posts.fields, notes)
+    return Collections((replace(posts, table=table, fields=fields), COLLECTIONS["notes"]))
 
 
 @pytest.mark.parametrize(
@@ -54,6 +72,9 @@ def collections(title: int = OID, *, leaves: tuple[TableName, ...] = ()) -> Coll
         pytest.param(shape(id=OID, title=OTHER), False, id="another type"),
         pytest.param(shape(id=OID, headline=OID), False, id="renamed"),
         pytest.param(shape(leaf=LEAF, id=OID, title=OID), False, id="partition detached"),
+        pytest.param(links(post=OID, note=OID), True, id="a junction as read"),
+        pytest.param(links(post=OID, note=OTHER), False, id="a junction of another type"),
+        pytest.param(links(post=OID, remark=OID), False, id="a junction renamed"),
         pytest.param(Shape(TableName("public", "x"), None, (("a", 1),)), True, id="not shown"),
     ],
 )
