@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import structlog
 
@@ -25,7 +25,7 @@ from pgrealtime.changelog.base import Entry, Gap, Mark
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Oversized, TableName, Transaction
 from pgrealtime.errors import PgRealtimeError, SlotBusyError, StreamInterruptedError
-from pgrealtime.lsn import LSN, Cursor, format_lsn
+from pgrealtime.lsn import LSN, Cursor, Xid, format_lsn
 from pgrealtime.wal.server import SystemIdentity
 from pgrealtime.wal.stream import WalStream
 
@@ -92,6 +92,18 @@ class _Successor:
     took_over: asyncio.Event
 
 
+class _Identity(NamedTuple):
+    """Which transaction: after a restore another one may have its place, and its id."""
+
+    end_lsn: LSN
+    xid: Xid
+    commit_time: int
+
+
+def _identity(entry: Transaction | Oversized) -> _Identity:
+    return _Identity(entry.end_lsn, entry.xid, entry.commit_time)
+
+
 class Relay:
     """Keeps the changelog filled.
 
@@ -127,7 +139,13 @@ class Relay:
         self._epoch = ""
         self._system: SystemIdentity | None = None
         self._read_upto = LSN(0)
-        """The end of the last that came from a stream."""
+        """The end of the last that came from a stream, or up to where it brought nothing."""
+        self._last: _Identity | None = None
+        """Of the last that was kept of the tables of now."""
+        self._awaited: _Identity | None = None
+        """What a durable slot must send again before anything new, as long as it hasn't."""
+        self._is_restored = False
+        """Whether the server turned out to have another history than the changelog."""
         self._appended_at = time.monotonic()
         self._reopened: asyncio.Future[None] | None = None
         """Set while a durable slot's stream is opened anew on purpose."""
@@ -297,15 +315,20 @@ class Relay:
         head = self._changelog.head
         # Only a durable slot begins earlier: with what it was not told is needed no more.
         begins_within = stream.start_lsn <= head.lsn and self._read_upto <= stream.reach
-        if begins_within and stream.system == self._system:
+        is_restored, self._is_restored, self._awaited = self._is_restored, False, None
+        if self._reopened is not None:
+            self._last = None  # which may have nothing of other tables
+        if begins_within and stream.system == self._system and not is_restored:
             if epoch != self._epoch:
                 self._follower.stream_continued(epoch)
-        elif epoch != self._epoch or stream.start_lsn < head.lsn:
+            if self._last is not None and stream.start_lsn < self._last.end_lsn:
+                self._awaited = self._last
+        elif epoch != self._epoch or stream.start_lsn < head.lsn or is_restored:
             # Another history: first start, failover, restore. LSNs may be used again.
             if epoch == self._epoch:
                 self._restores += 1
                 epoch = self._epoch_of(stream)
-            self._read_upto = stream.start_lsn
+            self._read_upto, self._last = stream.start_lsn, None
             self._unreached = LSN(0)
             self._changelog.restart(stream.start_lsn)
         elif stream.start_lsn > head.lsn:
@@ -370,16 +393,19 @@ class Relay:
         while True:
             # Noted first: all that ends before it is in the batches of before, and in the next.
             wal_end, successor = stream.wal_end, self._successor
+            patience = _LOOK_SECONDS if successor or self._awaited else None
             try:
-                async with asyncio.timeout(_LOOK_SECONDS if successor else None) as self._patience:
+                async with asyncio.timeout(patience) as self._patience:
                     batch = await anext(stream)
             except TimeoutError:
                 batch = []
             finally:
                 self._patience = None
-            for entry in batch:
-                if entry.end_lsn > self._changelog.head.lsn:
-                    await self._keep(entry)
+            await self._keep_new(batch)
+            if self._awaited is not None:
+                if wal_end >= self._awaited.end_lsn:
+                    self._disown()
+                stream.ask()
             if batch:
                 self._read_upto = max(self._read_upto, batch[-1].end_lsn)
                 if stream.is_durable:
@@ -389,6 +415,38 @@ class Relay:
                 self._follower.wake()
             if successor is not None and wal_end >= successor.stream.start_lsn:
                 return successor
+
+    async def _keep_new(self, batch: Iterable[Transaction | Oversized]) -> None:
+        """Keep what the changelog doesn't have."""
+        for entry in batch:
+            is_new = entry.end_lsn > self._changelog.head.lsn
+            if self._awaited is not None or not is_new:
+                self._recognise(entry)
+            if is_new:
+                await self._keep(entry)
+                self._last = _identity(entry)
+
+    def _recognise(self, entry: Transaction | Oversized) -> None:
+        """Compare with what was read before what a stream sends again.
+
+        A server that was restored from a copy of its files has the same identifier and timeline,
+        and writes other commits at the positions that the changelog has already.
+
+        Raises:
+            StreamInterruptedError: They differ; the next stream begins another history.
+        """
+        if self._last is None or entry.end_lsn < self._last.end_lsn:
+            return
+        if _identity(entry) != self._last:
+            self._disown()
+        self._awaited = None
+
+    def _disown(self) -> None:
+        self._is_restored = True
+        raise StreamInterruptedError(
+            "the server's history is another",
+            detail="It doesn't have a transaction that was read from it, as after a restore.",
+        )
 
     async def _keep(self, entry: Transaction | Oversized) -> None:
         size = entry.size if isinstance(entry, Transaction) else 0
@@ -412,6 +470,7 @@ class Relay:
         quiet = stream.quiet_after(head)
         if quiet > head and now - self._appended_at >= _MARK_SECONDS:
             self._append(Mark(quiet), now)
+            self._read_upto = max(self._read_upto, quiet)
             self._follower.wake()
 
     def _let_go(self, stream: WalStream) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import cast
+
+import msgspec
+import pytest
 
 from pgrealtime.changelog.base import Gap
 from pgrealtime.changelog.memory import MemoryChangelog
@@ -176,6 +180,7 @@ class GivenStream:
         self.start_lsn, self.reach = LSN(start), LSN(max(reach, start))
         self.wal_end = self.start_lsn
         self.system = HERE
+        self.quiet = self.start_lsn
         self.is_durable = is_durable
         self._given: deque[Transaction] = deque()
         self._error: PgRealtimeError | None = None
@@ -214,7 +219,10 @@ class GivenStream:
         """Likewise."""
 
     def quiet_after(self, end_lsn: LSN) -> LSN:
-        return end_lsn
+        return max(end_lsn, self.quiet)
+
+    def ask(self) -> None:
+        """Nothing is answered here."""
 
 
 def opening(*streams: GivenStream) -> OpenStream:
@@ -274,6 +282,71 @@ async def test_a_restored_server_begins_another_history() -> None:
     first, lost, second = follower.said
     assert lost == "lost"
     assert first != second
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param((250,), id="in-between"),
+        pytest.param((200, 350), id="without-the-last"),
+        pytest.param((), id="nothing"),
+    ],
+)
+async def test_a_restored_server_that_has_gone_on_is_known_by_what_it_lacks(
+    sent: tuple[int, ...],
+) -> None:
+    """Its WAL reaches further than the changelog does, with other commits in it."""
+    before = GivenStream(100, is_durable=True)
+    restored, anew = (GivenStream(100, reach=400, is_durable=True) for _ in range(2))
+    async with relaying(opening(before, restored, anew)) as (_, changelog, follower):
+        await follower.until(lambda: len(follower.said) == 1)
+        before.give(large(200), large(300))
+        await follower.until(lambda: ends(changelog) == [200, 300])
+        before.breaks()
+        await follower.until(lambda: len(follower.said) == 3)
+        if sent:
+            restored.give(*map(large, sent))
+        restored.reaches(400)
+        await follower.until(lambda: len(follower.said) == 5)
+        assert ends(changelog) == []
+
+    first, _, second, _, third = follower.said
+    assert first == second != third
+
+
+async def test_another_commit_of_the_same_id_and_end_is_another_history() -> None:
+    """A restored server repeats ids and positions where the application repeats itself."""
+    before = GivenStream(100, is_durable=True)
+    restored, anew = (GivenStream(100, reach=400, is_durable=True) for _ in range(2))
+    async with relaying(opening(before, restored, anew)) as (_, changelog, follower):
+        await follower.until(lambda: len(follower.said) == 1)
+        before.give(large(200))
+        await follower.until(lambda: ends(changelog) == [200])
+        before.breaks()
+        await follower.until(lambda: len(follower.said) == 3)
+        restored.give(msgspec.structs.replace(large(200), commit_time=1))
+        await follower.until(lambda: len(follower.said) == 5)
+
+    assert follower.said[2] != follower.said[4]
+
+
+async def test_what_was_only_marked_as_quiet_belongs_to_a_history_as_well() -> None:
+    """What a restored server commits before the mark would be taken for read."""
+    before = GivenStream(100, is_durable=True)
+    restored, anew = (GivenStream(100, reach=400, is_durable=True) for _ in range(2))
+    async with relaying(opening(before, restored, anew)) as (relay, changelog, follower):
+        await follower.until(lambda: len(follower.said) == 1)
+        before.give(large(200))
+        await follower.until(lambda: ends(changelog) == [200])
+        before.quiet = LSN(300)
+        relay._mark(cast("WalStream", before), time.monotonic() + 60)
+        assert changelog.head == Cursor(LSN(300), END)
+        before.breaks()
+        await follower.until(lambda: len(follower.said) == 3)
+        restored.give(large(200), large(250))
+        await follower.until(lambda: len(follower.said) == 5)
+
+    assert follower.said[2] != follower.said[4]
 
 
 async def test_a_durable_stream_that_broke_goes_on_where_it_was() -> None:

@@ -1,0 +1,158 @@
+"""A server's files are put back as they were before: clients are told, and miss nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from tests.conformance.http_client import End
+from tests.e2e.listener import Caller, Listener, Message, listener
+from tests.e2e.service import Service, service
+from tests.own_server import OwnServer, own_server
+
+COLLECTIONS = {"numbers": {"table": "numbers", "list_rule": ""}}
+SCHEMA = "CREATE TABLE numbers (id int PRIMARY KEY); CREATE TABLE others (filler text)"
+INSERT = "INSERT INTO numbers VALUES (%s)"
+FILL = "INSERT INTO others SELECT repeat('x', 1000) FROM generate_series(1, 1000)"
+
+BEFORE = range(1, 4)
+LOST = range(101, 105)
+"""Written after the copy was made, delivered, and gone with the restore."""
+AFTER = 999
+
+
+@pytest.fixture
+def server() -> Iterator[OwnServer]:
+    with own_server() as running:
+        yield running
+
+
+async def write(server: OwnServer, numbers: Iterable[int]) -> None:
+    """Commit one number after the other."""
+    async with await psycopg.AsyncConnection.connect(server.url, autocommit=True) as connection:
+        for number in numbers:
+            await connection.execute(INSERT, [number])
+
+
+async def fill(server: OwnServer) -> None:
+    """Write what nobody listens to, more of it than all numbers are."""
+    async with await psycopg.AsyncConnection.connect(server.url, autocommit=True) as connection:
+        await connection.execute(FILL)
+
+
+def start(server: OwnServer) -> None:
+    server.control("start", f"--log={server.folder}/log")
+
+
+def copy_files(server: OwnServer) -> None:
+    """Stop the server, copy its files, and start it again."""
+    server.control("stop", "--mode=fast")
+    _copy(server.folder / "data", server.folder / "copy")
+    start(server)
+
+
+def put_back(server: OwnServer) -> None:
+    """Start the server with the files that were copied."""
+    # At once: it would wait for the program, which is stopped, to say what it has.
+    server.control("stop", "--mode=immediate")
+    shutil.rmtree(server.folder / "data")
+    _copy(server.folder / "copy", server.folder / "data")
+    start(server)
+
+
+def _copy(source: Path, target: Path) -> None:
+    subprocess.run(["cp", "-a", str(source), str(target)], check=True)  # with the owner
+
+
+@asynccontextmanager
+async def stopped(running: Service) -> AsyncIterator[None]:
+    """The program does nothing meanwhile, and comes to the server only after that."""
+    os.kill(running.process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(running.process.pid, signal.SIGCONT)
+
+
+async def heard(to: Listener, last: int | str) -> list[int | str]:
+    """What somebody hears up to a number or gap: numbers, and the reasons of gaps."""
+    found: list[int | str] = []
+    while not found or found[-1] != last:
+        taken = await to.take(1)
+        assert taken, f"nothing more after {found}"
+        match taken[0]:
+            case Message(event="numbers/*", data={"record": {"id": number}}):
+                found.append(int(number))
+            case Message(event="PB_RESYNC", data={"collections": [], "reason": reason}):
+                found.append(reason)
+            case Message(event="PB_CURSOR"):
+                pass
+    return found
+
+
+@pytest.mark.parametrize(
+    ("plugin", "written", "fills"),
+    [
+        pytest.param("wal2json", 0, True, id="nothing-of-ours"),
+        pytest.param("wal2json", len(LOST), False, id="as-much"),
+        pytest.param("pgoutput", len(LOST), False, id="as-much-pgoutput"),
+        pytest.param("wal2json", 20, False, id="more"),
+    ],
+)
+async def test_who_read_what_a_restore_took_back_is_told(
+    server: OwnServer, tmp_path: Path, plugin: str, written: int, *, fills: bool
+) -> None:
+    """Identifier, timeline and slot are the same, and positions may be used again.
+
+    The program sees the server only when the other history has been written.
+    """
+    others = range(201, 201 + written)
+    topics = ("numbers/*", "PB_RESYNC", "PB_CURSOR")
+    publication = "; CREATE PUBLICATION pgrealtime FOR TABLE numbers"
+    async with service(
+        server.url,
+        tmp_path,
+        collections=COLLECTIONS,
+        schema=SCHEMA + (publication if plugin == "pgoutput" else ""),
+        sections={
+            "replication": {
+                "plugin": plugin,
+                "slot": {"durable": True, "allow_unlimited_wal": True},
+            }
+        },
+    ) as running:
+        async with (
+            listener(running.address, *topics) as follower,
+            listener(running.address, "numbers/*") as plain,
+        ):
+            await write(server, BEFORE)
+            assert await heard(follower, BEFORE[-1]) == [*BEFORE]
+            copy_files(server)
+            await write(server, LOST)
+            assert await heard(follower, LOST[-1]) == [*LOST]
+            (cursor,) = await follower.take(1)
+            async with stopped(running):
+                put_back(server)
+                if fills:
+                    await fill(server)
+                await write(server, others)
+            assert await heard(follower, "unknown") == ["unknown"]
+            await write(server, [AFTER])
+            # What was there at the copy may come again: who was told of a gap loads all anew.
+            after = [one for one in await heard(follower, AFTER) if one not in BEFORE]
+            assert await plain.stream.wait_end(20) is End.ORDERLY
+        back = Caller(headers={"Last-Event-ID": cursor.id})
+        async with listener(running.address, *topics, caller=back) as again:
+            await write(server, [AFTER + 1])
+            resumed = await heard(again, AFTER + 1)
+
+    assert after == [*others, AFTER]
+    assert resumed == ["unknown", AFTER + 1]
