@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.connection import NO_PARTS, Connection, Part, Subscription
-from pgrealtime.hub.display import Beside, Display, Showing, showing_of
+from pgrealtime.hub.display import MANY_TAKERS, Beside, Display, Showing, showing_of
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.match import Audience, Group
 from pgrealtime.turns import RestingTurn, Turn
@@ -32,8 +32,6 @@ _VIEW_SECONDS = 0.02
 _VIEW_SECONDS_OF_CHANGE = 0.002
 _DEAR_SECONDS = 0.002
 """From which on one such record is dear."""
-_MANY_TAKERS = 50
-"""Who share one: for so many it is made once for all, whatever it takes."""
 
 
 class Portion(Struct):
@@ -171,7 +169,7 @@ class Composer:
         takers = [one.connection for one in audience if one.connection.is_live]
         if not takers:
             return  # they read by themselves, and for them it is made there
-        if len(takers) >= _MANY_TAKERS:
+        if len(takers) >= MANY_TAKERS:
             self._add_message(showing, audience)
         elif self._seconds >= self._most_seconds:
             self._portion.late.update(takers)

@@ -42,6 +42,7 @@ from pgrealtime.hub.counts import Counts
 from pgrealtime.hub.course import Course
 from pgrealtime.hub.display import sights_of_audiences
 from pgrealtime.hub.event import Action, Event
+from pgrealtime.hub.expansion import Viewer
 from pgrealtime.hub.frame import connect_tail
 from pgrealtime.hub.gaps import Gaps
 from pgrealtime.hub.history import History
@@ -726,7 +727,10 @@ class Hub:
             self._begin(part)
             verdict = await meaning.judge.judge_in_turns(part.events)
             self._put_aside(verdict.late, verdict.dear)
-            beside = await meaning.judge.look_beside(part.events, verdict, sights_of_audiences)
+            beside = await meaning.judge.look_beside(
+                part.events, verdict, sights_of_audiences, is_shared=True
+            )
+            self._let_read_alone(_viewing(verdict.hits, beside.late), ())
             if causes := causes_of(part.gap, part.events, verdict, meaning.subscriptions):
                 await self._visibility.seen(causes)
             composer = Composer(
@@ -941,6 +945,19 @@ class Hub:
 def _connections_of(groups: Iterable[Group]) -> dict[Connection, None]:
     members = (one for group in groups for audience in group.audiences for one in audience)
     return {one.connection: None for one in members}
+
+
+def _viewing(hits: Iterable[Iterable[Group]], viewers: Sized[Viewer]) -> set[Connection]:
+    """Return whose subscriptions among those hit have one of the viewers."""
+    if not viewers:
+        return set()
+    audiences = {
+        audience
+        for group in {group for groups in hits for group in groups}
+        for audience in group.audiences
+        if audience.receives[2] in viewers
+    }
+    return {one.connection for audience in audiences for one in audience}
 
 
 def _unchanged(caller: Caller) -> Caller:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import islice
 from types import MappingProxyType
 from typing import Literal, Protocol, TypeAlias
 
@@ -19,7 +21,7 @@ from pgrealtime.config import HiddenFields
 from pgrealtime.hub.connection import Receives, Subscription
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.expand import Enter, Expander, Reading, Related, Wanted
-from pgrealtime.hub.expansion import Node, Viewer, Viewers, junction_steps
+from pgrealtime.hub.expansion import Node, Plan, Viewer, Viewers, junction_steps
 from pgrealtime.hub.frame import event_tail
 from pgrealtime.hub.looking import Looking
 from pgrealtime.hub.match import Group
@@ -33,6 +35,12 @@ from pgrealtime.rules.request import Request
 
 log = structlog.get_logger(__name__)
 
+MANY_TAKERS = 50
+"""Live connections that ask for the same: for so many it is made once for all, whatever it takes.
+Apart, each of them would make it for itself."""
+_EXPAND_SECONDS = 0.02
+"""That the related records of all others may take of a slice, and for each change some more."""
+_EXPAND_SECONDS_OF_CHANGE = 0.002
 _ENCODERS = 1024
 _NO_IDS: Mapping[str, Sequence[str]] = MappingProxyType({})
 
@@ -59,6 +67,8 @@ class Beside(Struct):
     related: Related
     entire: Mapping[int, Entire] = {}
     """By place, rows with more columns than are known of the event."""
+    late: frozenset[Viewer] = frozenset()
+    """Viewers whose related records took too long: they are served apart."""
 
 
 NOTHING_BESIDE = Beside(Looking(moment(datetime.now(UTC))), Related())
@@ -190,6 +200,8 @@ class Display:
         sights: Callable[[Iterable[Group]], Iterable[Sight]],
         partial: Sequence[int] = (),
         enter: Enter | None = None,
+        *,
+        is_shared: bool = False,
     ) -> Beside:
         """Find out what else is shown of the events' records, and to whom.
 
@@ -199,6 +211,8 @@ class Display:
             sights: What those of some groups want to see whom this is done for.
             partial: Places of events whose rows lack columns.
             enter: Told of which events it isn't known what they held.
+            is_shared: Whether all connections wait for it. Then an ``expand`` that few of them
+                ask for may take a short time only.
         """
         rich = self._rich
         is_plain = not self.expanding and not partial
@@ -220,12 +234,26 @@ class Display:
                 asked.add(place)
                 looking.consider(place, event.collection, event.row, bounds, past)
         unanswered = await self._probe.ask(looking)
+        few: list[Wanted] = []
+        if is_shared and wanted:
+            many = _plans_of_many(judged)
+            few = [one for one in wanted if one[1].plan not in many]
+            wanted = [one for one in wanted if one[1].plan in many]
         related = await self._expander.related(
             events, heard, wanted, [place for place in partial if judged[place]], enter
         )
+        late: frozenset[Viewer] = frozenset()
+        if few:
+            seconds = _EXPAND_SECONDS + _EXPAND_SECONDS_OF_CHANGE * len(events)
+            expanded = await self._expander.expands_within(seconds, events, few)
+            if expanded is None:
+                late = frozenset(viewer for _, viewer in few)
+            else:
+                related.expands |= expanded.expands
+                related.failed |= expanded.failed
         if unanswered:
             related.failed.update((place, None) for place in heard if place in asked)
-        return Beside(looking, related)
+        return Beside(looking, related, late=late)
 
     def tail(self, showing: Showing, receives: Receives, *, is_own: bool = False) -> bytes:
         """Return the message, or nothing if the row can't be shown: that row alone is lost."""
@@ -271,6 +299,18 @@ def sights_of_audiences(groups: Iterable[Group]) -> Iterable[Sight]:
         for audience in group.audiences:
             _name, _view, viewer, manager = audience.receives
             yield viewer, manager
+
+
+def _plans_of_many(judged: Iterable[Iterable[Group]]) -> set[Plan]:
+    """Return the ``expand`` options that many live connections use on the events."""
+    takers: Counter[Plan] = Counter()
+    for group in {group for groups in judged for group in groups}:
+        for audience in group.audiences:
+            viewer = audience.receives[2]
+            if viewer is not None and takers[viewer.plan] < MANY_TAKERS:
+                live = (None for one in audience if one.connection.is_live)
+                takers[viewer.plan] += sum(1 for _ in islice(live, MANY_TAKERS))
+    return {plan for plan, count in takers.items() if count >= MANY_TAKERS}
 
 
 def _with_email(view: View) -> View:

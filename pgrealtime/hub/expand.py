@@ -8,6 +8,7 @@ an event back: what can't be fetched is left out, and said to be.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from collections.abc import Collection as Sized
@@ -58,6 +59,7 @@ from pgrealtime.lsn import LSN, Xid
 from pgrealtime.records.expand import DEPTH
 from pgrealtime.rules.past import Past, tables_of
 from pgrealtime.rules.plan import Bound, moment
+from pgrealtime.turns import Turn
 
 log = structlog.get_logger(__name__)
 
@@ -146,6 +148,8 @@ class Related:
     """As ``ids``, by places of which it isn't known what they were at the event."""
     failed: set[tuple[int, Viewer | None]] = field(default_factory=set)
     """Of which events something couldn't be had, be it for one viewer alone."""
+    seconds: float = 0.0
+    """What finding and writing the expanded records took, without the wait for a connection."""
 
 
 class Expander:
@@ -210,6 +214,22 @@ class Expander:
                 return found
         return Related(failed={*asked, *((place, None) for place in (*lacking, *partial))})
 
+    async def expands_within(
+        self, seconds: float, events: Sequence[Event], wanted: Iterable[Wanted]
+    ) -> Related | None:
+        """Return what is expanded for some viewers if that takes no longer than so many seconds.
+
+        None is that it does, or that it failed: those viewers are served apart, where nobody waits
+        for them.
+        """
+        found = Related()
+        try:
+            async with asyncio.timeout(_SECONDS):
+                await self._read(events, [], list(dict.fromkeys(wanted)), found, within=seconds)
+        except (psycopg.Error, PoolTimeout, TimeoutError):
+            return None
+        return found
+
     async def beside(
         self, collection: Collection, row: Row, viewer: Viewer | None
     ) -> tuple[Mapping[str, Sequence[str]], bytes | None]:
@@ -244,8 +264,9 @@ class Expander:
         wanted: Sequence[Wanted],
         found: Related,
         *,
-        partial: Sequence[int],
-        enter: Enter | None,
+        partial: Sequence[int] = (),
+        enter: Enter | None = None,
+        within: float | None = None,
     ) -> None:
         concerned = dict.fromkeys([*lacking, *(place for place, _ in wanted), *partial])
         pasts = {place: self._past(events[place]) for place in concerned}
@@ -270,7 +291,10 @@ class Expander:
                 (_node_of(events[place], pasts[place], undone.get(place, {})), viewer)
                 for place, viewer in wanted
             ]
-            await fetching.expand(roots)
+            began = time.perf_counter()
+            async with asyncio.timeout(within):
+                await fetching.expand(roots)
+            found.seconds = time.perf_counter() - began
             if reading.has_failed:
                 found.failed.update(wanted)
             found.failed.update(
@@ -284,8 +308,11 @@ class Expander:
             for place, viewer in wanted
             if place in lacking_columns and _leads_nowhere(viewer, events[place].row)
         )
-        left = _BYTES
+        left, turn = _BYTES, Turn()
         for one, (root, viewer) in zip(wanted, roots, strict=True):
+            if within is not None and found.seconds > within:
+                raise TimeoutError
+            began = time.perf_counter()
             most = min(_LARGE, max(left, _SMALL))
             try:
                 shown = found.expands[one] = self._expanded(root, viewer, most)
@@ -295,7 +322,9 @@ class Expander:
                 size = most
             if size > _SMALL:
                 left -= size
-                await asyncio.sleep(0)
+            found.seconds += time.perf_counter() - began
+            if turn.is_over():
+                await turn.pause()
 
     async def _undone(
         self, reading: Reading, events: Sequence[Event], lacking: Sequence[int]
@@ -466,13 +495,19 @@ class _Fetching:
         ]
         await self._find([way for way in ways if way.is_open])
         looking: Looking[Place] = Looking(self._at)
+        turn = Turn()
         for way in ways:
+            bounds = way.bounds
             for child in way.children or ():
-                looking.consider(child.place, child.collection, child.row, way.bounds, child.past)
+                looking.consider(child.place, child.collection, child.row, bounds, child.past)
+                if turn.is_over():
+                    await turn.pause()
         await self._reading.judge(looking)
         fresh: _Level = []
         for way in ways:
             fresh += _grown(way, looking, made)
+            if turn.is_over():
+                await turn.pause()
         await self.relate(node for node, _, _ in fresh)
         return [one for one in fresh if one[2]]
 
@@ -579,9 +614,12 @@ class _Fetching:
         key = collection.key
         usable = [one for one in (canonical_id(one, key.type) for one in ids) if one is not None]
         found = await self._reading.texts(rows_statement(collection), {"ids": usable})
+        turn = Turn()
         for values in found or ():
             row: Row = dict(zip(names, values, strict=True))
             self._rows[collection.name][plain_id(collection, row[key.name] or "")] = row
+            if turn.is_over():
+                await turn.pause()
 
 
 def _grown(way: _Way, looking: Looking[Place], made: _Made) -> _Level:

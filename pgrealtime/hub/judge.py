@@ -274,9 +274,21 @@ class Judge:
             return NOTHING_BESIDE
 
     async def look_beside(
-        self, events: Sequence[Event], verdict: Verdict, sights: Sights
+        self,
+        events: Sequence[Event],
+        verdict: Verdict,
+        sights: Sights,
+        *,
+        is_shared: bool = False,
     ) -> Beside:
-        """Return what is shown beside the rows, and of what they lack."""
+        """Return what is shown beside the rows, and of what they lack.
+
+        Args:
+            events: The slice's.
+            verdict: On them.
+            sights: What those want to see for whom it is done.
+            is_shared: Whether all connections wait for it.
+        """
         entire: dict[int, Entire] = {}
 
         async def enter(reading: Reading, places: Sized[int]) -> None:
@@ -284,7 +296,7 @@ class Judge:
             entire.update(await self._entire_of(reading, events, verdict, places))
 
         beside = await self._display.look_beside(
-            events, verdict.hits, sights, verdict.partial, enter
+            events, verdict.hits, sights, verdict.partial, enter, is_shared=is_shared
         )
         related = beside.related
         if verdict.partial or related.live_ids:
@@ -292,7 +304,7 @@ class Judge:
                 self._count_left_out(events[place], verdict.hits[place], entire.get(place))
             for place, one in entire.items():
                 one.ids = related.live_ids.get(place)
-            beside = Beside(beside.looking, related, entire)
+            beside.entire = entire
         if related.failed:
             verdict.note_failed(events, related.failed)
         return beside

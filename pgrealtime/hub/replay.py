@@ -393,4 +393,5 @@ class Replays:
 
         if not judged.verdict.late:
             judged.beside = await judge.try_to_look_beside(events, judged.verdict, sights)
+            allowance.use(judged.beside.related.seconds)
         return judged
