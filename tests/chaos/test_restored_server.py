@@ -95,6 +95,8 @@ async def heard(to: Listener, last: int | str) -> list[int | str]:
                 found.append(reason)
             case Message(event="PB_CURSOR"):
                 pass
+            case other:
+                raise AssertionError(other)
     return found
 
 
