@@ -743,7 +743,7 @@ class Hub:
             for places in portions(part.events, verdict.hits):
                 stop = places.start
                 while stop < places.stop or not places:
-                    portion = await composer.portion(range(stop, places.stop))
+                    portion = await self._portion(composer, part, range(stop, places.stop))
                     if course.edition != edition:
                         return  # another history has begun, and this slice isn't of it
                     self._let_read_alone(portion.late, portion.dear)
@@ -759,6 +759,13 @@ class Hub:
             await asyncio.sleep(0)
             if course.edition != edition:
                 return  # the rest was cut for other collections, or is of another history
+
+    async def _portion(self, composer: Composer, part: Slice, places: range) -> Portion:
+        """Compose some of a slice; on return readers see the events that can't be shown."""
+        portion = await composer.portion(places)
+        if portion.failed:
+            await self._visibility.seen(part.events[place].xid for place in portion.failed)
+        return portion
 
     async def _known(self, entries: Sequence[Entry]) -> Sequence[Entry]:
         """Return the first of the entries, which readers see if they have to.

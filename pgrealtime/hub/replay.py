@@ -13,7 +13,7 @@ from pgrealtime.errors import ChangelogError
 from pgrealtime.hub.allowance import Allowance
 from pgrealtime.hub.aside import Aside
 from pgrealtime.hub.batch import Batch
-from pgrealtime.hub.compose import compose_for, subscriptions_by_group
+from pgrealtime.hub.compose import Piece, compose_for, subscriptions_by_group
 from pgrealtime.hub.connection import NO_PARTS, Connection, State, Subscription
 from pgrealtime.hub.course import Course
 from pgrealtime.hub.display import NOTHING_BESIDE, Beside, Sight
@@ -313,14 +313,7 @@ class Replays:
                 return
         part, events, verdict = judged.part, judged.events, judged.verdict
         limit = self._budget.limit()
-        piece = await compose_for(
-            self._course.meaning.display,
-            connection,
-            events,
-            verdict.hits,
-            judged.beside,
-            bound=min(limit, _PIECE_BYTES),
-        )
+        piece = await self._compose(connection, judged, min(limit, _PIECE_BYTES))
         if connection.is_ended or self._course.edition != edition:
             return
         size, progress.too_large = piece.batch.size, 0
@@ -350,6 +343,21 @@ class Replays:
         if connection.wants_cursor and not connection.is_ended:
             connection.say_cursor(upto)
         progress.at_once = piece.stop if is_cut else min(SLICE, max(1, len(events)) * 2)
+
+    async def _compose(self, connection: Connection, judged: _Judged, bound: int) -> Piece:
+        """Make so many bytes of messages; on return readers see the events that can't be shown."""
+        events = judged.events
+        piece = await compose_for(
+            self._course.meaning.display,
+            connection,
+            events,
+            judged.verdict.hits,
+            judged.beside,
+            bound=bound,
+        )
+        if piece.failed:
+            await self._seen(events[place].xid for place in piece.failed)
+        return piece
 
     async def _see_causes(self, judged: _Judged) -> None:
         """Wait until readers see what caused the gaps that are about to be told."""

@@ -447,10 +447,15 @@ async def test_a_row_that_cannot_be_shown_is_a_gap(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("resumed", [False, True], ids=["live", "resumed"])
-@pytest.mark.parametrize("cause", ["emptied", "too large", "undecided"])
-async def test_a_gap_is_told_once_its_cause_is_visible(cause: str, *, resumed: bool) -> None:
+@pytest.mark.parametrize("cause", ["emptied", "too large", "undecided", "not to be shown"])
+async def test_a_gap_is_told_once_its_cause_is_visible(
+    monkeypatch: pytest.MonkeyPatch, cause: str, *, resumed: bool
+) -> None:
     """Who loads anew at once would otherwise keep the rows of before, and hear no more of it."""
     async with open_room() as room:
+        if cause == "not to be shown":
+            display = room.hub._course.meaning.display
+            monkeypatch.setattr(display, "_record", lambda *_: b"")
         start = room.changelog.head
         first, first_sink = room.connect(position="")
         await room.subscribe(first, FILTERED)
