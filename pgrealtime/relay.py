@@ -274,7 +274,11 @@ class Relay:
 
     def _reached(self) -> LSN:
         head = self._changelog.head.lsn
-        return head if self.stream is None else self.stream.quiet_after(head)
+        if self.stream is None:
+            return head
+        # What ends before a stream begins is in the changelog, or a gap in it; the last commit of
+        # that may have ended earlier.
+        return self.stream.quiet_after(max(head, self.stream.start_lsn))
 
     async def _read_in_turn(self, stream: WalStream, opened: AsyncExitStack) -> None:
         """Read a stream and those that go on after it, until one breaks.

@@ -18,7 +18,7 @@ from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Insert, TableName, Transaction
 from pgrealtime.config import ReplicationConfig
 from pgrealtime.errors import SetupError
-from pgrealtime.lsn import LSN, Cursor
+from pgrealtime.lsn import LSN, Cursor, parse_lsn
 from pgrealtime.relay import Relay
 from pgrealtime.wal.stream import WalStream, open_stream
 from tests.stream_reading import DEADLINE_SECONDS, Connection, writer
@@ -182,6 +182,23 @@ async def test_a_quiet_database_does_not_hold_up_the_switch(database_url: str) -
             began = time.monotonic()
             await room.relay.switch(opening([old, new]), [OLD, NEW])
             assert time.monotonic() - began < 5
+
+
+async def test_after_a_switch_it_is_known_at_once_how_far_the_stream_has_come(
+    database_url: str,
+) -> None:
+    """Columns that the WAL left out are proved by that; no commit has to come first."""
+    async with writer(database_url) as connection:
+        old, new = await _tables(connection)
+        opening = opening_at(database_url)
+        async with relaying(opening, [old]) as room:
+            await connection.execute("INSERT INTO old VALUES (1)")
+            await room.reader.until(lambda: room.inserted(OLD) == [1])
+            await room.relay.switch(opening([old, new]), [OLD, NEW])
+            cursor = await connection.execute("SELECT pg_current_wal_insert_lsn()::text")
+            row = await cursor.fetchone()
+            assert row is not None
+            assert await room.relay.reach(parse_lsn(row[0]))
 
 
 async def test_a_stream_that_cannot_be_opened_leaves_the_one_of_now(database_url: str) -> None:
