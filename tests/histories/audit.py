@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -119,15 +119,45 @@ class _Heard:
     stream: Stream
 
 
-def _reaches(gaps: Sequence[_Heard]) -> list[Cursor | None]:
-    """Return up to where each gap speaks: of several told in a row the last moves the id."""
-    reaches: list[Cursor | None] = []
-    then: _Heard | None = None
-    for one in reversed(gaps):
-        is_followed = then is not None and then.place == one.place + 1
-        reaches.append(reaches[-1] if is_followed else one.message.position)
-        then = one
-    return reaches[::-1]
+@dataclass(frozen=True, slots=True)
+class _Gap:
+    """A PB_RESYNC of a chain.
+
+    Attributes:
+        reach: Up to where it speaks; None if it has no id.
+    """
+
+    place: int
+    message: Message
+    reach: Cursor | None
+
+    def claims(self, version: Version) -> bool | None:
+        """Whether it speaks of the version; None if nobody knows."""
+        names = self.message.data["collections"]
+        if names and version.table not in names:
+            return False
+        if self.reach is None or version.cursor is None:
+            return None
+        return self.reach >= version.cursor
+
+
+def _gaps_in(chain: Sequence[_Heard]) -> list[_Gap]:
+    """Return the gaps that were told.
+
+    One that is told together with another at the end of the same stretch leaves the id where it
+    was, since who breaks off in between has to be told again, and speaks up to that other's.
+    """
+    found: list[_Gap] = []
+    for one, before in zip(reversed(chain), [*reversed(chain[:-1]), None], strict=True):
+        message = one.message
+        if message.event != "PB_RESYNC":
+            continue
+        reach = message.position
+        is_held = before is not None and before.message.position == reach
+        if is_held and message.data["collections"] and found and found[-1].place == one.place + 1:
+            reach = found[-1].reach
+        found.append(_Gap(one.place, message, reach))
+    return found[::-1]
 
 
 class Audit:
@@ -463,7 +493,7 @@ class Audit:
         ]
         heard = self._heard(chain)
         self._check_repeats(chain)
-        gaps = [one for one in chain if one.message.event == "PB_RESYNC"]
+        gaps = _gaps_in(chain)
         self._class_gaps(gaps)
         ended = self._ledger.begun
         if not is_whole:
@@ -517,7 +547,7 @@ class Audit:
         version: Version,
         chain: Sequence[_Heard],
         heard: Mapping[tuple[str, int], int],
-        gaps: Sequence[_Heard],
+        gaps: Sequence[_Gap],
     ) -> None:
         counts = self._into.counts
         cursor = version.cursor
@@ -531,6 +561,7 @@ class Audit:
         )
         last = self._ledger.begun if passed is None else passed.message.begun
         if version.action == "truncate":
+            self._check_told_in_time(version, text, gaps, None)
             if self._covered(version, gaps) is None and self._is_told_of_gaps():
                 told = [one.message for one in gaps if one.message.begun >= version.commit]
                 self._fault("truncate untold", version, text, told)
@@ -542,6 +573,7 @@ class Audit:
             return
         counts["owed"] += 1
         place = heard.get((text, id(version)))
+        self._check_told_in_time(version, text, gaps, place)
         covered = self._covered(version, gaps)
         if covered is None and self._is_covered_by_end(version, chain):
             covered = len(chain)
@@ -611,20 +643,29 @@ class Audit:
     def _is_told_of_gaps(self) -> bool:
         return self._client.kind != "plain"
 
-    def _covered(self, version: Version, gaps: Sequence[_Heard]) -> int | None:
-        for one, reach in zip(gaps, _reaches(gaps), strict=True):
-            message = one.message
-            names = message.data["collections"]
-            if names and version.table not in names:
-                continue
-            is_behind = reach is not None and version.cursor is not None
-            if is_behind and reach < version.cursor:  # type: ignore[operator]
-                continue
-            if message.visible >= version.commit:
-                return one.place
-            if is_behind:
-                self._fault("a gap told before it can be seen", version, message)
-        return None
+    def _covered(self, version: Version, gaps: Sequence[_Gap]) -> int | None:
+        """Return the place of the first gap after which readers found what became of a version."""
+        return next(
+            (
+                gap.place
+                for gap in gaps
+                if gap.claims(version) is not False and gap.message.visible >= version.commit
+            ),
+            None,
+        )
+
+    def _check_told_in_time(
+        self, version: Version, text: str, gaps: Sequence[_Gap], place: int | None
+    ) -> None:
+        """The gap that stands for a version is told once readers see that.
+
+        Versions that were heard before it are none of its causes.
+        """
+        first = next((gap for gap in gaps if gap.claims(version)), None)
+        if first is None or (place is not None and place < first.place):
+            return
+        if first.message.visible < version.commit:
+            self._fault("a gap told before it can be seen", version, text, first.message)
 
     def _is_covered_by_end(self, version: Version, chain: Sequence[_Heard]) -> bool:
         """Whether a connection that can't be told was ended for it; a second may pass before."""
@@ -638,7 +679,7 @@ class Audit:
         ]
         return stream.ended_at - min(later, default=stream.ended_at) < _END_SECONDS
 
-    def _class_gaps(self, gaps: Sequence[_Heard]) -> None:
+    def _class_gaps(self, gaps: Sequence[_Gap]) -> None:
         for one in gaps:
             message = one.message
             reason, names = message.data["reason"], message.data["collections"]
@@ -648,6 +689,9 @@ class Audit:
                 self._fault("a gap told for nothing", message, self._client)
 
     def _cause_of(self, reason: str, names: Sequence[str], begun: int) -> str:
+        if reason == "schema" and names:
+            # One row that doesn't fit makes a gap of all that is left of its transaction.
+            names = sorted(self._written_with(names))
         kinds = {
             one.kind
             for one in self._ledger.happenings
@@ -667,6 +711,13 @@ class Audit:
         if reason == "unknown" and self._has_unproved(names, begun):
             return "unproved"
         return "nothing"
+
+    def _written_with(self, names: Iterable[str]) -> set[str]:
+        """Return the tables that transactions wrote which wrote some of these, too."""
+        tables: dict[int, set[str]] = defaultdict(set)
+        for version in self._ledger.log:
+            tables[version.commit].add(version.table)
+        return set(names).union(*(some for some in tables.values() if not some.isdisjoint(names)))
 
     def _has_unproved(self, names: Sequence[str], begun: int) -> bool:
         """Whether a version of the collections can't be judged by what the stream has of it."""

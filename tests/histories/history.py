@@ -40,8 +40,8 @@ HISTORY_SECONDS = 120.0
 """For all of a history, on however slow a machine."""
 _LOCK_SECONDS = 0.8
 """Longer than a statement of the program may take."""
-_REACH_SECONDS = 10.0
-"""For the stream to reach a position that a proof needs."""
+_REACH_SECONDS = 4.0
+"""For the stream to reach a position that a proof needs; less than an expand may take in all."""
 KILL = (
     "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity"
     " WHERE datname = current_database() AND application_name LIKE 'pgrealtime%%'"
