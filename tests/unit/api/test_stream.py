@@ -33,11 +33,11 @@ PB_CONNECT = re.compile(
 
 
 async def read_head(reader: asyncio.StreamReader) -> tuple[bytes, set[bytes]]:
-    """Return the status line and the others, without what is free."""
+    """Return the status line and the others, without the date."""
     async with asyncio.timeout(DEADLINE):
         head = await reader.readuntil(b"\r\n\r\n")
     status, *lines = head[:-4].split(b"\r\n")
-    return status, {line for line in lines if not line.startswith((b"Date:", b"Server:"))}
+    return status, {line for line in lines if not line.startswith(b"Date:")}
 
 
 async def read_chunk(reader: asyncio.StreamReader) -> bytes:
