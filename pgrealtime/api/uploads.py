@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Final, TypeVar
 
 from aiohttp import web
@@ -97,14 +98,25 @@ class Uploads:
                         counted = len(body)
             if not counted:
                 return take(content_type, bytes(body), query)
-            async with self._threads.turn(network):
-                return await asyncio.to_thread(take, content_type, bytes(body), query)
+            # Shielded: who hangs up doesn't make room before the thread is free.
+            work = partial(take, content_type, bytes(body), query)
+            taking = asyncio.create_task(self._take_apart(work, network, counted))
+            counted = 0
+            return await asyncio.shield(taking)
         except TimeoutError as error:
             raise RefusedError(TOO_SLOW) from error
         except web.RequestPayloadError as error:
             raise RefusedError(UNREADABLE) from error
         finally:
             self._count(network, -counted)
+
+    async def _take_apart(self, work: Callable[[], _Content], network: str, size: int) -> _Content:
+        """Return what work in a thread makes of a body; its bytes go then."""
+        try:
+            async with self._threads.turn(network):
+                return await asyncio.to_thread(work)
+        finally:
+            self._count(network, -size)
 
     def _count(self, network: str, size: int) -> None:
         """Count bytes that came or went.

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from typing import NoReturn
 from urllib.parse import quote
 
 import pytest
 
+from pgrealtime.api.problems import UNREADABLE, RefusedError
 from pgrealtime.api.uploads import LARGE_BODY, Uploads
 from tests.conformance.http_client import EventStream, Request, send
 from tests.unit.api.served import Served, served, until
@@ -120,6 +123,35 @@ async def test_what_was_refused_or_read_holds_no_room() -> None:
                 status = (await send(request, service.address)).head.status
                 assert status == (429 if size > MIB else 400 if size > 10 else 404)
             await until(lambda: uploads.held == 0)
+
+
+async def test_who_hangs_up_makes_no_room_before_the_thread_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or many could be read at a time, and their bytes be counted no more."""
+    may_go, begun = threading.Event(), threading.Semaphore(0)
+
+    def slow(*_: object) -> NoReturn:
+        begun.release()
+        may_go.wait(DEADLINE)
+        raise RefusedError(UNREADABLE)
+
+    monkeypatch.setattr("pgrealtime.api.realtime.read_call", slow)
+    uploads = Uploads()
+    async with served(uploads=uploads) as service:
+        for number in range(1, 4):
+            _, writer = await service.raw(HEAD + b"Content-Length: %d\r\n\r\n" % MIB + b"x" * MIB)
+            await until(lambda: uploads.held == number * MIB)  # noqa: B023
+            if number == 1:
+                assert await asyncio.to_thread(begun.acquire, timeout=DEADLINE)
+            await asyncio.sleep(0.05)
+            writer.transport.abort()
+            await service.until_forgotten()
+            await asyncio.sleep(0.05)
+            assert uploads.held == number * MIB
+            assert not begun.acquire(blocking=False)
+        may_go.set()
+        await until(lambda: uploads.held == 0)
 
 
 async def test_many_calls_with_long_filters_hold_up_no_events() -> None:
