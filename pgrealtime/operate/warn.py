@@ -6,6 +6,7 @@ Each comes with the SQL, the rule or the setting that mends it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from ipaddress import ip_address
@@ -92,31 +93,34 @@ token can try out shorter ones at home."""
 
 def _key_warnings(config: Config) -> Iterator[Problem]:
     """Yield keys that others may find out or replace."""
-    secrets = {"auth.login.secret": config.auth.login.secret}
+    made = "openssl rand -base64 48 makes one"
+    secrets = [("auth.login.secret", config.auth.login.secret, f"{made}; it signs everybody out")]
     for n, issuer in enumerate(config.auth.issuers):
-        secrets[f"auth.issuers.{n}.secret"] = issuer.secret
-        secrets[f"auth.issuers.{n}.previous_secret"] = issuer.previous_secret
-        url = urlsplit(issuer.jwks_url)
-        if url.scheme == "http" and not _is_this_machine(url.hostname or ""):
+        path = f"auth.issuers.{n}"
+        secrets += [
+            (f"{path}.secret", issuer.secret, f"{made}; previous_secret keeps the old tokens good"),
+            (f"{path}.previous_secret", issuer.previous_secret, "leave it out soon"),
+        ]
+        if issuer.jwks_url.startswith("http:") and not _is_this_machine(issuer.jwks_url):
             yield Problem(
-                f"auth.issuers.{n}.jwks_url",
+                f"{path}.jwks_url",
                 "keys that come over plain http can be replaced on their way",
                 "https",
             )
-    for path, secret in secrets.items():
+    for path, secret, hint in secrets:
         if 0 < len(secret.encode()) < _SECRET_BYTES:
             yield Problem(
                 path,
                 f"it is shorter than {_SECRET_BYTES} bytes: it can be found out from one token",
-                "openssl rand -base64 48 makes one; previous_secret keeps the old tokens good",
+                hint,
             )
 
 
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _is_this_machine(url: str) -> bool:
+    with suppress(ValueError):  # neither a host nor an address
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ip_address(host).is_loopback
+    return False
 
 
 # -- @collection without "?"

@@ -374,7 +374,11 @@ def test_warnings_give_way_to_errors(operator: Operator) -> None:
 
 
 def test_keys_that_can_be_found_out_or_replaced_are_told(operator: Operator) -> None:
-    jwks = ("http://keys.example/jwks", "https://keys.example/jwks", "http://127.0.0.1:1/jwks")
+    jwks = (
+        *("http://keys.example/jwks", "https://keys.example/jwks"),
+        *("http://127.0.0.1:1/jwks", "http://localhost:1/jwks", "http://[::1]:1/jwks"),
+        "http://[keys/jwks",
+    )
     issuers = [
         {"name": "short", "secret": "s" * 31, "previous_secret": "p" * 8},
         {"name": "long", "secret": "s" * 32},
@@ -387,6 +391,14 @@ def test_keys_that_can_be_found_out_or_replaced_are_told(operator: Operator) -> 
         "auth.issuers.0.previous_secret": "it is shorter than 32 bytes",
         "auth.login.secret": "it is shorter than 32 bytes",
         "auth.issuers.2.jwks_url": "keys that come over plain http can be replaced on their way",
+        "auth.issuers.7.jwks_url": "keys that come over plain http can be replaced on their way",
+    }
+    assert {path: hint.rpartition("; ")[2] for path, _, hint in found} == {
+        "auth.issuers.0.secret": "previous_secret keeps the old tokens good",
+        "auth.issuers.0.previous_secret": "leave it out soon",
+        "auth.login.secret": "it signs everybody out",
+        "auth.issuers.2.jwks_url": "https",
+        "auth.issuers.7.jwks_url": "https",
     }
 
 
