@@ -135,7 +135,8 @@ class PublishedKeys:
     async def _replace(self) -> bool:
         try:
             keys = read_jwks(await _get(self._issuer.jwks_url), self._issuer)
-        except (aiohttp.ClientError, TimeoutError, AuthError) as error:
+        except (aiohttp.ClientError, TimeoutError, ValueError, AuthError) as error:
+            # ValueError: a host, of a redirect perhaps, that is no name.
             reason = error.message if isinstance(error, AuthError) else type(error).__name__
             log.warning(
                 "jwks.failed", issuer=self._issuer.name, reason=reason, kept=len(self._keys)

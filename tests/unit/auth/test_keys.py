@@ -388,3 +388,28 @@ async def test_tokens_and_keys_of_another_maker_are_read_alike(issuer: Issuer, u
         check_signature(token, key)
         check_signature(token, read_pem(one["pem"]))
         assert await GivenKeys([read_pem(one["pem"])]).keys_for(token)
+
+
+@pytest.mark.parametrize("host", ["a..b", f"{'a' * 70}.example"])
+async def test_a_host_that_is_no_name_leaves_the_keys_in_force(host: str) -> None:
+    """An issuer can send us there: nothing ends of that, and it is asked again."""
+    hosts = [""]
+
+    async def answer(_request: web.Request) -> web.Response:
+        if hosts[0]:
+            raise web.HTTPFound(f"http://{hosts[0]}/keys")
+        return web.json_response({"keys": [jwk("RS256", kid="one")]})
+
+    app = web.Application()
+    app.router.add_get("/keys", answer)
+    async with TestServer(app) as server:
+        url = str(server.make_url("/keys"))
+        source = PublishedKeys(published(url), refresh_seconds=0.01)
+        running = asyncio.create_task(source.run())
+        while not await source.keys_for(token_of("RS256", "one")):
+            await asyncio.sleep(0.01)
+        hosts[0] = host
+        await asyncio.sleep(0.3)
+        assert not running.done()
+        assert await source.keys_for(token_of("RS256", "one"))
+        running.cancel()
