@@ -26,8 +26,10 @@ it doesn't count as large either."""
 _PER_ADDRESS: Final = 40 * 1024 * 1024
 """Of large bodies from one address that are here at a time: one of the largest, and some more."""
 _IN_ALL: Final = 128 * 1024 * 1024
-"""Of large bodies that are here at a time. Smaller ones are always read: calls for topics go on
-while somebody fills this."""
+"""Of large bodies that are here at a time. Smaller ones are read beside them: calls for topics go
+on while somebody fills this."""
+_SMALL_PER_ADDRESS = 16 * 1024 * 1024
+"""Of smaller bodies from one address."""
 
 _BODY_SECONDS: Final = 60.0
 """How long a client may take to send its body."""
@@ -39,6 +41,7 @@ class Uploads:
     Args:
         per_address: Bytes of one address' large bodies at a time.
         in_all: Of all.
+        small_per_address: Bytes of one address' smaller bodies at a time.
         seconds: That a client may take to send its body.
     """
 
@@ -47,12 +50,15 @@ class Uploads:
         *,
         per_address: int = _PER_ADDRESS,
         in_all: int = _IN_ALL,
+        small_per_address: int = _SMALL_PER_ADDRESS,
         seconds: float = _BODY_SECONDS,
     ) -> None:
         self._per_address = per_address
         self._in_all = in_all
         self._seconds = seconds
+        self._small_per_address = small_per_address
         self._held: Counter[str] = Counter()
+        self._held_small: Counter[str] = Counter()
         self._total = 0
         self._threads = TurnQueue()
 
@@ -86,7 +92,7 @@ class Uploads:
         query = request.rel_url.raw_query_string.encode()
         network = network_of(address)
         body = bytearray()
-        counted = 0
+        counted = small = 0
         try:
             async with asyncio.timeout(self._seconds):
                 async for piece in request.content.iter_any():
@@ -96,6 +102,9 @@ class Uploads:
                     if len(body) > LARGE_BODY:
                         self._count(network, len(body) - counted)
                         counted = len(body)
+                    else:
+                        self._count_small(network, len(piece))
+                        small = len(body)
             if not counted:
                 return take(content_type, bytes(body), query)
             # Shielded: who hangs up doesn't make room before the thread is free.
@@ -109,6 +118,7 @@ class Uploads:
             raise RefusedError(UNREADABLE) from error
         finally:
             self._count(network, -counted)
+            self._count_small(network, -small)
 
     async def _take_apart(self, work: Callable[[], _Content], network: str, size: int) -> _Content:
         """Return what work in a thread makes of a body; its bytes go then."""
@@ -128,10 +138,21 @@ class Uploads:
         if size > 0 and (held > self._per_address or total > self._in_all):
             raise RefusedError(TOO_MANY)
         self._total = total
-        if held:
-            self._held[network] = held
-        else:
-            del self._held[network]
+        _put(self._held, network, held)
+
+    def _count_small(self, network: str, size: int) -> None:
+        held = self._held_small[network] + size
+        if size > 0 and held > self._small_per_address:
+            raise RefusedError(TOO_MANY)
+        _put(self._held_small, network, held)
+
+
+def _put(held: Counter[str], network: str, size: int) -> None:
+    """Keep what a network has, if that is anything."""
+    if size:
+        held[network] = size
+    else:
+        del held[network]
 
 
 UPLOADS: Final = web.AppKey("uploads", Uploads)

@@ -84,6 +84,28 @@ async def test_unfinished_bodies_fill_no_more_than_there_is_for_an_address() -> 
     assert all(answer.startswith(b"HTTP/1.1 429 ") for answer in refused)
 
 
+async def test_small_bodies_of_one_address_are_bounded_apart() -> None:
+    """However many connections send them; they take no room from large ones."""
+    uploads = Uploads(per_address=4 * MIB, small_per_address=MIB)
+    async with served(uploads=uploads) as service, unfinished(service, 20, LARGE_BODY) as readers:
+        ends = [asyncio.create_task(reader.read()) for reader in readers]
+        await until(lambda: sum(end.done() for end in ends) == 4)
+        await asyncio.sleep(0.05)
+        refused = [end.result() for end in ends if end.done()]
+        assert uploads.held == 0
+        body = b'{"clientId":"%b"}' % (b"x" * MIB)
+        headers = {"Content-Type": "application/json"}
+        request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
+        large = (await send(request, service.address)).head.status
+        for end in ends:
+            end.cancel()
+
+    assert not uploads._held_small
+    assert large == 400
+    assert len(refused) == 4
+    assert all(answer.endswith(TOO_MANY) for answer in refused)
+
+
 @pytest.mark.parametrize(
     ("bounds", "address"),
     [
