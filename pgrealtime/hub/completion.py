@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol
 
 from pgrealtime.changes import TableName, Update
 from pgrealtime.collections import Collection
@@ -19,6 +19,7 @@ from pgrealtime.hub.event import Event, Versions
 from pgrealtime.hub.probe import LiveRow
 from pgrealtime.hub.row_history import RowHistory, TableHistory, Write
 from pgrealtime.lsn import LSN
+from pgrealtime.turns import Turn
 
 
 class Rows(Protocol):
@@ -55,7 +56,31 @@ class Completed(NamedTuple):
 
 _NONE: frozenset[str] = frozenset()
 
-_Found: TypeAlias = tuple[Event, LiveRow]
+
+class _Kept(NamedTuple):
+    """An event whose row may be completed."""
+
+    event: Event
+    columns: frozenset[str]
+    """Those of the live row that its own transaction left alone after it."""
+
+
+class _Version:
+    """A live row that a later transaction wrote, or a subtransaction, and what it may complete."""
+
+    __slots__ = ("collection", "events", "found", "record_id")
+
+    def __init__(self, event: Event, found: LiveRow) -> None:
+        self.collection = event.collection
+        self.record_id = event.record_id
+        self.found = found
+        self.events: list[_Kept] = []
+        """In the order of the stream."""
+
+    @property
+    def first(self) -> LSN:
+        """Where the transaction of the first event ends."""
+        return self.events[0].event.cursor.lsn
 
 
 class Completion:
@@ -74,46 +99,51 @@ class Completion:
     async def complete(self, events: Sequence[Event]) -> Completed:
         """Fill in the columns that can be proved; the others stay missing."""
         live, unread = await self._rows.live_rows(events)
-        undated: list[_Found] = []
+        undated: dict[tuple[str, str], _Version] = {}
         gone: defaultdict[str, frozenset[str]] = defaultdict(frozenset)
         for event in events:
-            found = live.get((event.collection.name, event.record_id))
+            record = event.collection.name, event.record_id
+            found = live.get(record)
             if found is None:
                 continue
             gone[event.collection.name] |= event.missing.difference(found.row)
+            columns = event.missing.intersection(found.row) - self._versions.written_after(event)
             if found.xid == event.xid:
-                self._fill(event, found, ())
-            else:
-                undated.append((event, found))
+                _fill(event, found, columns)
+            elif columns:
+                version = undated.setdefault(record, _Version(event, found))
+                version.events.append(_Kept(event, columns))
         if undated:
-            await self._date(undated)
+            await self._date(undated.values())
         return Completed(unread, gone)
 
-    async def _date(self, undated: Sequence[_Found]) -> None:
+    async def _date(self, undated: Iterable[_Version]) -> None:
         """Fill in rows that a later transaction wrote again, or a subtransaction."""
         histories = await self._histories(undated)
-        waiting: list[_Found] = []
-        for event, found in undated:
-            history = histories.get(event.collection.table.name)
-            later = [] if history is None else history.writes(event.record_id, event.cursor.lsn)
-            at = max((write.lsn for write in later if write.xid == found.xid), default=None)
-            if at is not None:
-                self._fill(event, found, [write for write in later if write.lsn <= at])
-            else:
-                waiting.append((event, found))
+        waiting: list[_Version] = []
+        turn = Turn()
+        for version in undated:
+            history, found = histories.get(version.collection.table.name), version.found
+            writes = [] if history is None else history.writes(version.record_id, version.first)
+            at = max((write.lsn for write in writes if write.xid == found.xid), default=LSN(0))
+            dated = [kept for kept in version.events if kept.event.cursor.lsn < at]
+            await _fill_all(dated, found, [write for write in writes if write.lsn <= at], turn)
+            version.events = version.events[len(dated) :]
+            if version.events:
+                waiting.append(version)
         # The id may be a subtransaction's, or that of a commit that has yet to come. By the time
         # that the stream has passed what the snapshots saw, all that they saw is known.
-        if waiting and await self._history.reaches(max(found.reach for _, found in waiting)):
+        if waiting and await self._history.reaches(max(one.found.reach for one in waiting)):
             histories = await self._histories(waiting)
-            for event, found in waiting:
-                history = histories.get(event.collection.table.name)
+            for version in waiting:
+                history = histories.get(version.collection.table.name)
                 if history is not None:
-                    self._fill(event, found, _seen(history, event, found))
+                    await _fill_all(version.events, version.found, _seen(history, version), turn)
 
-    async def _histories(self, found: Iterable[_Found]) -> Mapping[TableName, TableHistory]:
+    async def _histories(self, versions: Iterable[_Version]) -> Mapping[TableName, TableHistory]:
         first: dict[TableName, tuple[Collection, LSN]] = {}
-        for event, _ in found:
-            collection, lsn = event.collection, event.cursor.lsn
+        for version in versions:
+            collection, lsn = version.collection, version.first
             _, known = first.get(collection.table.name, (collection, lsn))
             first[collection.table.name] = collection, min(lsn, known)
         histories: dict[TableName, TableHistory] = {}
@@ -123,22 +153,37 @@ class Completion:
                 histories[table] = history
         return histories
 
-    def _fill(self, event: Event, found: LiveRow, later: Sequence[Write]) -> None:
-        """Fill in what neither the event's own transaction nor later ones brought since."""
-        proved = event.missing.intersection(found.row) - self._versions.written_after(event)
-        for write in later:
-            proved -= brought(write, event.collection, proved)
-        if proved:
-            kept = {name: text for name, text in found.row.items() if name in proved}
-            event.row = {**kept, **event.row}
+
+async def _fill_all(
+    events: Sequence[_Kept], found: LiveRow, later: Sequence[Write], turn: Turn
+) -> None:
+    """Fill in what no later transaction brought since each event, of one row all together.
+
+    From the last event back: so each write is looked at once, however many events there are. In
+    turns with the loop's other users, for of a row that is written again and again there are many.
+    """
+    rest = list(later)
+    open_ = frozenset[str]().union(*(kept.columns for kept in events))
+    for event, columns in reversed(events):
+        while open_ and rest and rest[-1].lsn > event.cursor.lsn:
+            open_ -= brought(rest.pop(), event.collection, open_)
+            if turn.is_over():
+                await turn.pause()
+        _fill(event, found, columns & open_)
 
 
-def _seen(history: TableHistory, event: Event, found: LiveRow) -> list[Write]:
-    """Return what was done to the event's row later, as far as the live row shows it."""
+def _fill(event: Event, found: LiveRow, columns: frozenset[str]) -> None:
+    if columns:
+        kept = {name: text for name, text in found.row.items() if name in columns}
+        event.row = {**kept, **event.row}
+
+
+def _seen(history: TableHistory, version: _Version) -> list[Write]:
+    """Return what was done to the row later, as far as the live row shows it."""
     return [
         write
-        for write in history.writes(event.record_id, event.cursor.lsn)
-        if write.xid is None or found.snapshot.sees(write.xid)
+        for write in history.writes(version.record_id, version.first)
+        if write.xid is None or version.found.snapshot.sees(write.xid)
     ]
 
 

@@ -14,6 +14,7 @@ import asyncio
 from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import NamedTuple, TypeAlias
 
 from pgrealtime.changelog.base import Changelog, Entry, Gap, Mark
@@ -90,8 +91,8 @@ class TableHistory:
             value: What the row has in the column, before or after the write.
             after: The end LSN of a transaction; its own writes and earlier ones are left out.
         """
-        found = [write for write in self._writes.get(value, ()) if write.lsn > after]
-        of_any = [write for write in self._of_any_row if write.lsn > after]
+        found = _later(self._writes.get(value, ()), after)
+        of_any = _later(self._of_any_row, after)
         if after < self._since:
             of_any.insert(0, Write(self._since, None, None))
         return sorted([*found, *of_any], key=_lsn_of) if of_any else found
@@ -185,6 +186,13 @@ class TableHistory:
 
 def _lsn_of(write: Write) -> LSN:
     return write.lsn
+
+
+def _later(writes: Sequence[Write], after: LSN) -> list[Write]:
+    """Return the writes after an LSN, most often few of many: from the end back."""
+    found = list(takewhile(lambda write: write.lsn > after, reversed(writes)))
+    found.reverse()
+    return found
 
 
 def values_of(change: Change, column: str) -> Sequence[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,8 @@ from pgrealtime.changelog.base import Entry, Gap
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Change, Delete, Insert, Key, Oversized, Transaction, Truncate, Update
 from pgrealtime.collections import Collection
-from pgrealtime.hub.completion import Completion
+from pgrealtime.hub import completion
+from pgrealtime.hub.completion import Completion, brought
 from pgrealtime.hub.event import Event, events_of
 from pgrealtime.hub.probe import LiveRow
 from pgrealtime.hub.row_history import RowHistory, Sequels, TableHistory, Write
@@ -20,8 +22,10 @@ from pgrealtime.lsn import END, LSN, Cursor, Xid
 from tests.unit.hub.room import COLLECTIONS, NOTES, POSTS
 
 ALL = COLLECTIONS["posts"]
-SEES_ALL = Snapshot(1000, 1000, frozenset())
+SEES_ALL = Snapshot(10**7, 10**7, frozenset())
 OWN, NEXT, LAST, UNKNOWN = Xid(11), Xid(12), Xid(13), 99
+SUB = 10**6
+"""A subtransaction's id, which no change has."""
 
 
 def update(record_id: str, *, was: str | None = None, **more: str) -> Update:
@@ -180,6 +184,46 @@ async def test_what_was_trimmed_proves_nothing() -> None:
     world.changelog.expire(10**9, Cursor(LSN(300), END))
 
     assert await world.title(first_event(entry)) is None
+
+
+@pytest.mark.parametrize("live", [SUB, 1999], ids=["a subtransaction's", "the last one's"])
+async def test_a_row_that_is_written_again_and_again_costs_a_reader_behind_it_little(
+    monkeypatch: pytest.MonkeyPatch, live: int
+) -> None:
+    """Each later write is looked at once, and not once for each event."""
+    looked = 0
+
+    def counted(*given: Any) -> frozenset[str]:
+        nonlocal looked
+        looked += 1
+        return brought(*given)
+
+    monkeypatch.setattr(completion, "brought", counted)
+    world = table(live)
+    updates = [world.entry(n, update("a", other="x")) for n in range(2000)]
+    for entry in updates:
+        world.changelog.append(entry)
+    events = [first_event(entry) for entry in updates[:250]]
+    await Completion(world, RowHistory(world.changelog, world.reach)).complete(events)
+
+    assert {event.row["title"] for event in events} == {"live"}
+    assert looked < 2000
+
+
+async def test_a_write_ends_what_is_known_of_the_events_before_it_and_of_no_others() -> None:
+    world = table(LAST)
+    entries = [
+        world.entry(OWN, update("a"), update("b")),
+        world.entry(21, update("a", title="x")),
+        world.entry(22, update("a")),
+        world.entry(LAST, update("a")),
+    ]
+    for entry in entries:
+        world.changelog.append(entry)
+    events = [first_event(entry) for entry in (entries[0], *entries[2:])]
+    await Completion(world, RowHistory(world.changelog, world.reach)).complete(events)
+
+    assert [event.row.get("title") for event in events] == [None, "live", "live"]
 
 
 async def test_a_history_grows_both_ways_and_looks_at_each_change_once() -> None:
