@@ -299,8 +299,8 @@ class Expander:
                 found.failed.update(wanted)
             found.failed.update(
                 (place, viewer)
-                for place, viewer in wanted
-                if (id(pasts[place]), viewer) in fetching.unknown
+                for (place, viewer), (root, _) in zip(wanted, roots, strict=True)
+                if (_state_of(root), viewer) in fetching.unknown
             )
         lacking_columns = frozenset(partial)
         found.failed.update(
@@ -385,6 +385,13 @@ def _node_of(event: Event, past: Past | None, undone: Undone) -> Node:
     return Node(event.collection, record_id, event.row, past=past, undone=undone)
 
 
+def _state_of(node: Node) -> int:
+    """Return what tells apart for which event a record is read; 0 if that doesn't matter."""
+    if node.past is not None:
+        return id(node.past)
+    return id(node.undone) if node.undone else 0
+
+
 def _leads_nowhere(viewer: Viewer, row: Row) -> bool:
     """Whether the viewer expands a relation whose column isn't known."""
     steps = (branch.step for branch in viewer.plan.branches.values())
@@ -463,8 +470,7 @@ class _Fetching:
         self._before: dict[tuple[int, str], dict[str, Row | None]] = {}
         """By state of the past and collection: rows that were touched since."""
         self.unknown: set[tuple[int, Viewer]] = set()
-        """By state of the past: who was to be shown a record of which that state's row isn't known.
-        """
+        """By ``_state_of``: who was to be shown records of which that state isn't known."""
         self._count = 0
 
     async def relate(self, nodes: Iterable[Node]) -> None:
@@ -517,6 +523,8 @@ class _Fetching:
         await self._find_links((way.branch.step, way.node) for way in sighted)
         for way in ways:
             way.ids = self._ids(way.branch.step, way.node) if way.is_sighted else []
+            if way.ids is None and self._live_ids(way.branch.step, way.node) is not None:
+                self._note_unknown(way)
         await self._find_rows(sighted)
         for way in ways:
             if way.ids is not None:
@@ -529,27 +537,31 @@ class _Fetching:
         target, past = way.target, way.node.past
         children: list[Node] = []
         for one in (plain_id(target, given) for given in ids):
-            row = self._row(target, one, past)
-            if row is None:
-                continue
-            if past is None or is_known(target.table, row):
+            row, is_sure = self._row(target, one, past)
+            if not is_sure:
+                self._note_unknown(way)
+            elif row is not None:
                 children.append(Node(target, one, row, past=past))
-            else:
-                self.unknown.add((id(past), way.viewer))
         return children
+
+    def _note_unknown(self, way: _Way) -> None:
+        self.unknown.add((_state_of(way.node), way.viewer))
 
     def live_ids(self, node: Node) -> Mapping[str, Ids]:
         """Return, by field, where a record leads now, if some of where it led isn't known."""
         steps = self._junctions[node.collection.name]
         if all(step.name in node.related for step in steps):
             return {}
-        ids = {step.name: self._links[step.link].get(node.record_id) for step in steps}
+        ids = {step.name: self._live_ids(step, node) for step in steps}
         return {name: found for name, found in ids.items() if found is not None}
+
+    def _live_ids(self, step: Step, node: Node) -> Ids | None:
+        return self._links[step.link].get(node.record_id)
 
     def _ids(self, step: Step, node: Node) -> Ids | None:
         if step.is_in_row:
             return ids_in_row(step, node.row)
-        ids = self._links[step.link].get(node.record_id)
+        ids = self._live_ids(step, node)
         linking = linking_of(step)
         if ids is not None and step.link in node.undone:
             undone = node.undone[step.link]
@@ -561,20 +573,30 @@ class _Fetching:
             return ids
         found = set(ids)
         for overlay in node.past.overlays([linking.table.name]):
-            found = links_before(linking, overlay, node.record_id, found)
+            then = links_before(linking, overlay, node.record_id, found)
+            if then is None:
+                return None
+            found = then
         return sorted(found, key=in_order)
 
-    def _row(self, collection: Collection, record_id: str, past: Past | None) -> Row | None:
+    def _row(
+        self, collection: Collection, record_id: str, past: Past | None
+    ) -> tuple[Row | None, bool]:
+        """Return a record's row, None if there is none, and whether that is sure."""
         live = self._rows[collection.name].get(record_id)
         if past is None:
-            return live
+            return live, True
+        overlays = past.overlays([collection.table.name])
         place = id(past), collection.name
         if place not in self._before:
             rows: dict[str, Row | None] = {}
-            for overlay in past.overlays([collection.table.name]):
+            for overlay in overlays:
                 rows |= rows_before(collection, overlay)
             self._before[place] = rows
-        return self._before[place].get(record_id, live)
+        row = self._before[place].get(record_id, live)
+        if row is None or row is live:
+            return row, not any(overlay.is_emptied for overlay in overlays)
+        return row, is_known(collection.table, row)
 
     # --- asking
 

@@ -117,8 +117,16 @@ def _column(table: Table, name: str) -> Column:
     return column
 
 
-def links_before(linking: Linking, overlay: Overlay, source: str, ids: Iterable[str]) -> set[str]:
-    """Return the ids that a record led to before the changes of an overlay of the table."""
+def links_before(
+    linking: Linking, overlay: Overlay, source: str, ids: Iterable[str]
+) -> set[str] | None:
+    """Return the ids that a record led to before the changes of an overlay of the table.
+
+    Returns:
+        None if that isn't known, as an old image doesn't say whose link it was.
+    """
+    if not overlay.has((linking.match.name, linking.result.name)):
+        return None
     found = set(ids)
     for row in overlay.touched:
         # A record has one row, wherever it points now; a junction table has one per pair.
@@ -180,7 +188,7 @@ def rows_before(collection: Collection, overlay: Overlay) -> dict[str, Row | Non
     found: dict[str, Row | None] = {}
     for row in overlay.touched:
         found[plain_id(collection, row.get(key) or "")] = None
-    for row in overlay.before:
+    for row in filter(None, overlay.before):
         found[plain_id(collection, row.get(key) or "")] = row
     return found
 

@@ -80,7 +80,8 @@ class Overlay:
 
     table: Table
     before: Sequence[Row]
-    """The first old image of each row that the transaction updated or deleted, whole."""
+    """The first old image of each row that the transaction updated or deleted, as far as it is
+    known; an empty one stands for the rows that a TRUNCATE took."""
     touched: Sequence[Row]
     """Those rows and the inserted ones, the primary key's columns at least: not to be read live."""
     _found: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -95,6 +96,13 @@ class Overlay:
             if ("has", column) not in self._found:
                 self._found["has", column] = all(column in row for row in self.before)
         return bool(self._found["keys"]) and all(self._found["has", name] for name in columns)
+
+    @property
+    def is_emptied(self) -> bool:
+        """Whether the table was truncated: rows of which there is no image were there before."""
+        if "emptied" not in self._found:
+            self._found["emptied"] = not all(self.before)
+        return bool(self._found["emptied"])
 
     def before_by(self, column: str) -> Mapping[str | None, Sequence[Row]]:
         """Return the old images by the text of a column that all have."""

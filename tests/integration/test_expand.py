@@ -16,7 +16,17 @@ from psycopg import sql
 
 from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
 from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.changes import Change, Delete, TableName, WholeRow
+from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changes import (
+    Change,
+    Delete,
+    Key,
+    TableName,
+    Transaction,
+    Truncate,
+    Update,
+    WholeRow,
+)
 from pgrealtime.collections import Collections, build, table_names
 from pgrealtime.config import CollectionConfig
 from pgrealtime.hub import expand
@@ -24,6 +34,7 @@ from pgrealtime.hub.event import Action, Event
 from pgrealtime.hub.expand import Expander, Reading
 from pgrealtime.hub.expansion import Node, Viewer, Viewers
 from pgrealtime.hub.probe import Asked, Probe
+from pgrealtime.hub.row_history import RowHistory
 from pgrealtime.hub.snapshot import Snapshot
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.pool import QueryPool
@@ -502,3 +513,67 @@ async def test_a_deleted_record_shows_what_was_there_when_it_went(world: World) 
     assert "notes_via_book" not in last
     assert names(last["labels"]) == ["abcd"]
     assert names(last["author"]) == BOB
+
+
+NOTES, TAGS = TableName("public", "notes"), TableName("public", "book_tags")
+HIDING: dict[str, tuple[str, Change]] = {
+    "a record that was led to": ("author", Truncate(TableName("public", "people"))),
+    "records that led there": ("notes_via_book", Truncate(NOTES)),
+    "links": ("labels", Truncate(TAGS)),
+    "a record that went, of which the key is known": (
+        "notes_via_book",
+        Delete(NOTES, Key({"id": "n1"})),
+    ),
+    "a record that leads elsewhere": (
+        "notes_via_book",
+        Update(NOTES, {"id": "n1", "book": "11", "body": "first"}, Key({"id": "n1"})),
+    ),
+    "a link of which it isn't known whose it was": ("labels", Delete(TAGS, Key({}))),
+}
+
+
+@pytest.mark.parametrize("name", HIDING)
+async def test_what_a_delete_s_transaction_hides_of_related_records_is_said(
+    world: World, name: str
+) -> None:
+    """They were there when the record went, and nobody knows them any more."""
+    path, change = HIDING[name]
+    event = await world.event("books", "10", "delete")
+    event.changes = (Delete(TableName("public", "books"), WholeRow(dict(event.row))), change)
+    event.cursor = Cursor(LSN(1), 1)
+    viewer = world.viewer("books", path)
+    related = await world.expander.related([event], [], [(0, viewer)])
+
+    assert (0, viewer) in related.failed
+
+
+@pytest.mark.parametrize("change", [Truncate(TAGS), Delete(TAGS, Key({}))])
+async def test_ids_that_a_delete_s_transaction_hides_are_left_out(
+    world: World, change: Change
+) -> None:
+    """They are none, to whoever looks now, and that isn't so."""
+    event = await world.event("books", "10", "delete")
+    event.changes = (Delete(TableName("public", "books"), WholeRow(dict(event.row))), change)
+    event.cursor = Cursor(LSN(1), 1)
+    related = await world.expander.related([event], [0], [])
+
+    assert (related.ids, 0 in related.live_ids) == ({0: {}}, True)
+
+
+async def test_links_of_an_event_that_nobody_knows_any_more_are_said_to_be_missing(
+    world: World,
+) -> None:
+    """They were truncated since, by what the reading sees; other paths are as they are."""
+    changelog = MemoryChangelog(LSN(1), max_size=1000, max_age=300)
+    changelog.append(Transaction(Xid(4), LSN(2), 0, (Truncate(TAGS),), 10))
+
+    async def reach(_lsn: LSN) -> bool:
+        return True
+
+    event = await world.event("books", "10")
+    labels, author = world.viewer("books", "labels"), world.viewer("books", "author")
+    expander = Expander(world, world.collections, world._show, RowHistory(changelog, reach))
+    related = await expander.related([event], [0], [(0, labels), (0, author)])
+
+    assert related.failed == {(0, labels)}
+    assert related.expands[0, author] is not None
