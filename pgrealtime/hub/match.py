@@ -113,7 +113,7 @@ class Group:
         is_awake: Whether events find it. One whose connections are all aside sleeps.
     """
 
-    __slots__ = ("_audiences", "is_awake", "record_id", "values", "variant")
+    __slots__ = ("_aside", "_audiences", "_count", "is_awake", "record_id", "values", "variant")
 
     def __init__(self, bound: Bound, record_id: str | None) -> None:
         self.variant = bound.variant
@@ -121,6 +121,9 @@ class Group:
         self.record_id = record_id
         self.is_awake = True
         self._audiences: Audience | dict[Receives, Audience] | None = None
+        self._count = 0
+        self._aside: set[Subscription] | None = None
+        """Of how many, those whose connections are aside; None is none, as nearly always."""
 
     @property
     def is_tried(self) -> bool:
@@ -140,6 +143,8 @@ class Group:
 
     def add(self, subscription: Subscription) -> None:
         """Put a subscription into its audience."""
+        self._count += 1
+        self.heed(subscription)
         place = subscription.receives
         match self._audiences:
             case None:
@@ -155,6 +160,9 @@ class Group:
 
     def remove(self, subscription: Subscription) -> bool:
         """Take a subscription out; return whether it was the last one."""
+        self._count -= 1
+        if self._aside is not None:
+            self._aside.discard(subscription)
         if isinstance(self._audiences, dict):
             place = subscription.receives
             if self._audiences[place].remove(subscription):
@@ -163,13 +171,19 @@ class Group:
         assert self._audiences is not None
         return self._audiences.remove(subscription)
 
+    def heed(self, subscription: Subscription) -> None:
+        """Take note of whether the connection of one of its subscriptions is aside."""
+        if subscription.connection.is_aside:
+            if self._aside is None:
+                self._aside = set()
+            self._aside.add(subscription)
+        elif self._aside is not None:
+            self._aside.discard(subscription)
+
+    @property
     def has_awake(self) -> bool:
         """Whether a connection of it isn't aside."""
-        return any(
-            not subscription.connection.is_aside
-            for audience in self.audiences
-            for subscription in audience
-        )
+        return self._aside is None or len(self._aside) < self._count
 
     def concerns(self, event: Event) -> bool:
         """Whether the event is about what its topic points to."""
@@ -398,10 +412,11 @@ class Matcher:
         """Let events find what waits for them, now that the connection is aside, or no more."""
         for subscription in connection.subscriptions.values():
             if subscription.group is not None:
+                subscription.group.heed(subscription)
                 self._heed(subscription.group)
 
     def _heed(self, group: Group) -> None:
-        if group.variant.filtered and group.is_awake != group.has_awake():
+        if group.variant.filtered and group.is_awake != group.has_awake:
             there = self._place_of(group.variant)[group.variant.collection.name]
             there.turn(group, is_awake=not group.is_awake)
 

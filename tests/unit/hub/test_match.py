@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -337,3 +338,22 @@ def test_who_goes_while_aside_leaves_nothing_behind() -> None:
         there.remove(one)
 
     assert (there._groups, there._costly, there._tried) == ({}, {}, {})
+
+
+def test_many_who_share_a_slow_filter_are_put_aside_in_time_by_their_number() -> None:
+    """All at once, and everybody waits for it."""
+
+    def seconds(count: int) -> float:
+        there = matcher()
+        clients = [put(there, filtered("title ~ 'x'")).connection for _ in range(count)]
+        began = time.process_time()
+        for one in clients:
+            one.is_aside = True
+            there.heed(one)
+        took = time.process_time() - began
+        assert not hearing(there, "a", "x")
+        return took
+
+    few = min(seconds(500) for _ in range(3))
+
+    assert seconds(8000) < 48 * few + 0.02
