@@ -53,7 +53,7 @@ from pgrealtime.hub.match import Group, Matcher
 from pgrealtime.hub.meaning import Meaning
 from pgrealtime.hub.replay import REPLAYS_AT_ONCE, Replays
 from pgrealtime.hub.row_history import Reach, RowHistory
-from pgrealtime.hub.send_budget import COUNTED, SendBudget
+from pgrealtime.hub.send_budget import SendBudget
 from pgrealtime.hub.slices import WIDE, Announcement, Slice, portions, slices
 from pgrealtime.hub.snapshot import Barrier, barrier_of
 from pgrealtime.hub.topic import Topic
@@ -930,7 +930,7 @@ class Hub:
                 hold = self._gaps.held_at(connection, unheard)
                 connection.write(connection.compose(events, hold))
                 connection.active_at = connection.written_at = now
-                if buffered + size >= COUNTED:
+                if buffered + size >= self._budget.counted:
                     self._budget.note(connection)
                     limit = self._budget.limit()
             except Exception as error:  # noqa: BLE001 (see _ending_if_it_fails; that is slower)

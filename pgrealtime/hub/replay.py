@@ -23,7 +23,7 @@ from pgrealtime.hub.identity import Identities
 from pgrealtime.hub.judge import Verdict, causes_of, where
 from pgrealtime.hub.match import Group
 from pgrealtime.hub.recent import Recent, standpoint
-from pgrealtime.hub.send_budget import COUNTED, SendBudget
+from pgrealtime.hub.send_budget import SendBudget
 from pgrealtime.hub.slices import SLICE, Announcement, Slice, parted, slices
 from pgrealtime.lsn import Cursor, Xid
 
@@ -185,7 +185,7 @@ class Replays:
             await connection.sink.drain()
             progress = _Progress()
             while await self._read_slice(connection, progress):
-                if connection.sink.buffered() >= COUNTED:
+                if connection.sink.buffered() >= self._budget.counted:
                     progress.judged = None  # it would keep a transaction in memory meanwhile
                 await connection.sink.drain()
                 if progress.too_large:

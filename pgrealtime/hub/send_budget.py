@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pgrealtime.hub.connection import Connection
 
 COUNTED = 64 * 1024
-"""Send buffers smaller than this many bytes aren't counted against the total. Each connection may
-have so much waiting however much waits for others, so clients that keep up aren't affected by those
-that don't."""
+"""Send buffers smaller than this many bytes aren't counted against the total, unless a connection
+may not have so much anyway (``SendBudget.counted``). Each connection may have so much waiting
+however much waits for others, so clients that keep up aren't affected by those that don't."""
 _FREE_DIVISOR = 4
 """A connection may have 1/4 of what is still free waiting. (The same threshold by which switches
 share memory among ports: Choudhury and Hahne, "Dynamic queue length thresholds", 1998.) A few slow
@@ -27,8 +27,8 @@ _REFRESH_SECONDS = 0.02
 class SendBudget:
     """Counts the bytes waiting in the send buffers of slow connections.
 
-    A connection is slow while its send buffer holds at least ``COUNTED`` bytes; then all of them
-    count. All send buffers together thus hold at most ``total`` and less than ``COUNTED`` for each
+    A connection is slow while its send buffer holds at least ``counted`` bytes; then all of them
+    count. All send buffers together thus hold at most ``total`` and less than ``counted`` for each
     connection. A message is written whole, so a single large one may pass both bounds: see
     ``admits``.
 
@@ -37,13 +37,16 @@ class SendBudget:
             (``realtime.send_buffer``).
         total: Bytes that may wait for all slow connections together (``realtime.send_buffers``).
         clock: Monotonic seconds.
+
+    Attributes:
+        counted: ``COUNTED``, or ``per_connection`` if that is less.
     """
 
     def __init__(self, *, per_connection: int, total: int, clock: Callable[[], float]) -> None:
         self._per_connection = per_connection
         self._total = total
         self._clock = clock
-        self._floor = min(COUNTED, per_connection)
+        self.counted = min(COUNTED, per_connection)
         self._slow: dict[Connection, int] = {}
         """Slow connections, and the bytes in their send buffers as last read."""
         self._waiting = 0
@@ -67,19 +70,19 @@ class SendBudget:
     def limit(self) -> int:
         """Return how many bytes may wait for one connection now.
 
-        The same for every connection: between ``COUNTED`` (or ``per_connection``, if smaller) and
-        ``per_connection``, and the less the more waits for others.
+        The same for every connection: between ``counted`` and ``per_connection``, and the less the
+        more waits for others.
         """
         if self._slow and self._clock() - self._refreshed_at >= _REFRESH_SECONDS:
             self._refresh()
         free = self._total - self._waiting
-        return max(self._floor, min(self._per_connection, free // _FREE_DIVISOR))
+        return max(self.counted, min(self._per_connection, free // _FREE_DIVISOR))
 
     def note(self, connection: Connection) -> None:
         """Read a connection's send buffer; to be called after a write that may make it slow."""
         waiting = connection.sink.buffered()
         before = self._slow.pop(connection, 0)
-        if waiting >= self._floor:
+        if waiting >= self.counted:
             self._slow[connection] = waiting
             self._waiting += waiting
         self._waiting -= before
@@ -131,5 +134,5 @@ class SendBudget:
         """Read the send buffers of slow connections again; those that shrank are slow no more."""
         self._refreshed_at = self._clock()
         found = {connection: connection.sink.buffered() for connection in self._slow}
-        self._slow = {one: waiting for one, waiting in found.items() if waiting >= self._floor}
+        self._slow = {one: waiting for one, waiting in found.items() if waiting >= self.counted}
         self._waiting = sum(self._slow.values())

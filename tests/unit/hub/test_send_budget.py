@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tracemalloc
 from collections.abc import Sequence
@@ -172,6 +173,21 @@ async def test_one_large_message_after_the_other_waits_until_there_is_room() -> 
         await last.wait_for(2)
 
     assert heard(last.events()) == [("posts/*", "a")]
+
+
+async def test_small_buffers_count_as_well_where_none_may_be_large() -> None:
+    """A message that is larger than a buffer waits for room also if it isn't large."""
+    async with open_room(send_buffer=4 * KIB, send_buffers=256 * KIB) as room:
+        slow = [slow_connection(room) for _ in range(30)]
+        for connection, sink in slow:
+            await room.subscribe(connection, "posts/*")
+            sink.is_stuck = True
+        room.commit(insert("a", "x" * 30 * KIB))
+        await room.settled()
+        await asyncio.sleep(0.1)
+        waiting = sum(sink.buffered() for _, sink in slow)
+
+    assert 128 * KIB < waiting <= 256 * KIB
 
 
 class _Filled(MemorySink):
