@@ -273,7 +273,8 @@ class Expander:
         xids = frozenset(events[place].xid for place in concerned)
         async with self._readings.reading(xids) as reading:
             fetching = _Fetching(reading, self._junctions)
-            undone = await self._undone(reading, events, lacking)
+            linked = [p for p in concerned if self._junctions[events[p].collection.name]]
+            undone = await self._undone(reading, events, linked)
             nodes = {
                 place: _node_of(events[place], pasts[place], undone.get(place, {}))
                 for place in concerned
@@ -327,19 +328,22 @@ class Expander:
                 await turn.pause()
 
     async def _undone(
-        self, reading: Reading, events: Sequence[Event], lacking: Sequence[int]
+        self, reading: Reading, events: Sequence[Event], linked: Sequence[int]
     ) -> dict[int, Undone]:
         """Return what was done to the links of records later, as far as the reading sees it.
 
         A record leads where it led when its transaction was over or, if that changed the record
         once more, right before. What follows is another version's, that others may see.
         """
-        if self._history is None or not lacking:
+        if self._history is None or not linked:
             return {}
         is_complete = await self._history.reaches(reading.reach)
-        first = LSN(min(events[place].cursor.lsn for place in lacking))
+        first = LSN(min(events[place].cursor.lsn for place in linked))
         undone: dict[int, Undone] = {}
-        for place in lacking:
+        turn = Turn()
+        for place in linked:
+            if turn.is_over():
+                await turn.pause()
             event = events[place]
             by_link: dict[Link, Sequence[Change] | None] = {}
             for step in self._junctions[event.collection.name]:
@@ -479,10 +483,13 @@ class _Fetching:
         await self._find_links(
             (step, node) for node in nodes for step in self._junctions[node.collection.name]
         )
+        turn = Turn()
         for node in nodes:
             steps = self._junctions[node.collection.name]
             ids = {step.name: self._ids(step, node) for step in steps}
             node.related = {name: found for name, found in ids.items() if found is not None}
+            if turn.is_over():
+                await turn.pause()
 
     async def expand(self, roots: Iterable[tuple[Node, Viewer]]) -> None:
         """Find the records that the viewers' plans lead to."""
@@ -521,10 +528,13 @@ class _Fetching:
         """Find the records that the ways lead to, seen or not."""
         sighted = [way for way in ways if way.is_sighted]
         await self._find_links((way.branch.step, way.node) for way in sighted)
+        turn = Turn()
         for way in ways:
             way.ids = self._ids(way.branch.step, way.node) if way.is_sighted else []
             if way.ids is None and self._live_ids(way.branch.step, way.node) is not None:
                 self._note_unknown(way)
+            if turn.is_over():
+                await turn.pause()
         await self._find_rows(sighted)
         for way in ways:
             if way.ids is not None:

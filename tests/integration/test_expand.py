@@ -14,12 +14,14 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from pgrealtime import turns
 from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import (
     Change,
     Delete,
+    Insert,
     Key,
     TableName,
     Transaction,
@@ -577,3 +579,57 @@ async def test_links_of_an_event_that_nobody_knows_any_more_are_said_to_be_missi
 
     assert related.failed == {(0, labels)}
     assert related.expands[0, author] is not None
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+async def test_what_is_expanded_over_links_are_those_of_the_event(
+    world: World, *, is_shared: bool
+) -> None:
+    """A later transaction's link may be to what nobody who hears of the event may know of."""
+    changelog = MemoryChangelog(LSN(1), max_size=1000, max_age=300)
+    later = Insert(TAGS, {"book": "10", "tag": "abcd"})
+    changelog.append(Transaction(Xid(4), LSN(2), 0, (later,), 10))
+
+    async def reach(_lsn: LSN) -> bool:
+        return True
+
+    event, viewer = await world.event("books", "10"), world.viewer("books", "labels")
+    expander = Expander(world, world.collections, world._show, RowHistory(changelog, reach))
+    wanted = [(0, viewer)]
+    if is_shared:
+        related = await expander.related([event], [0], wanted)
+    else:
+        found = await expander.expands_within(5, [event], wanted)
+        assert found is not None
+        related = found
+
+    shown = json.loads(related.expands[0, viewer] or b"")
+    assert names(shown["labels"]) == ["ab"]
+
+
+async def test_taking_back_later_links_lets_others_have_their_turns(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record that thousands are linked to has as many to take back for each of its events."""
+    pauses = 0
+
+    class Turn(turns.Turn):
+        def is_over(self) -> bool:
+            return True
+
+        async def pause(self) -> None:
+            nonlocal pauses
+            pauses += 1
+
+    monkeypatch.setattr(expand, "Turn", Turn)
+    changelog = MemoryChangelog(LSN(1), max_size=1000, max_age=300)
+    changelog.append(Transaction(Xid(4), LSN(2), 0, (Delete(TAGS, Key({})),), 10))
+
+    async def reach(_lsn: LSN) -> bool:
+        return True
+
+    event = await world.event("books", "10")
+    expander = Expander(world, world.collections, world._show, RowHistory(changelog, reach))
+    await expander.related([event] * 20, range(20), [])
+
+    assert pauses == 40
