@@ -345,3 +345,91 @@ def test_a_collection_that_its_table_does_not_fit_any_more_is_locked() -> None:
     assert [fault.path for fault in world.faults] == ["collections.posts.view_rule"]
     assert world.collections["notes"].list_rule == ""
     assert set(world.streamed) == set(TABLES)
+
+
+# What a row that doesn't fit is waited for
+
+
+async def _nothing(*_: object) -> None:
+    pass
+
+
+def _with_title(oid: int) -> Catalog:
+    """The catalogue once the title of posts has another type."""
+    posts = TABLES[POSTS]
+    columns = tuple(
+        replace(one, type=replace(one.type, oid=oid)) if one.name == "title" else one
+        for one in posts.columns
+    )
+    return replace(CATALOG, tables={**TABLES, POSTS: replace(posts, columns=columns)})
+
+
+def _title(service: Running) -> int:
+    """The type by which the title of posts is judged."""
+    column = service.room.hub._course.meaning.collections["posts"].table.column("title")
+    assert column is not None
+    return column.type.oid
+
+
+@asynccontextmanager
+async def watching(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
+    async with running() as service:
+        monkeypatch.setattr(service.rooms.relay, "switch", _nothing)
+        monkeypatch.setattr(service.rooms.pool, "drain", _nothing)
+        monkeypatch.setattr(service.reloading, "_rehearse", _nothing)
+        watch = asyncio.create_task(service.reloading.watch())
+        try:
+            async with asyncio.timeout(10):
+                yield service
+        finally:
+            watch.cancel()
+            await asyncio.wait([watch])
+
+
+async def test_the_schema_of_now_is_in_force_when_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At once, whenever the catalogue would have been looked at."""
+    async with watching(monkeypatch) as service:
+        service.catalog = _with_title(4711)
+        began = time.monotonic()
+        assert await service.reloading.read_schema()
+        assert time.monotonic() - began < 1
+        assert _title(service) == 4711
+        assert await service.reloading.read_schema(), "nothing is new"
+
+
+async def test_who_asks_for_the_schema_hears_that_it_can_not_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def fail(_config: Config) -> NoReturn:
+        raise DatabaseUnreachableError("nobody answers")
+
+    async with watching(monkeypatch) as service:
+        monkeypatch.setattr(service.reloading, "_read_catalog", fail)
+        assert not await service.reloading.read_schema()
+
+
+async def test_a_look_that_began_before_it_was_asked_for_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may have read what was there before the row."""
+    reading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def read(_config: Config) -> Catalog:
+        found = service.catalog
+        reading.set()
+        await go_on.wait()
+        return found
+
+    async with watching(monkeypatch) as service:
+        monkeypatch.setattr(service.reloading, "_read_catalog", read)
+        first = asyncio.create_task(service.reloading.read_schema())
+        await reading.wait()
+        service.catalog = _with_title(4711)
+        second = asyncio.create_task(service.reloading.read_schema())
+        await asyncio.sleep(0)
+        go_on.set()
+        assert await first
+        assert await second
+        assert _title(service) == 4711
