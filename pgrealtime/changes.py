@@ -81,6 +81,9 @@ class Truncate(Struct, frozen=True, gc=False):
 Change: TypeAlias = Insert | Update | Delete | Truncate
 
 
+NEVER_DESCRIBED = -1
+
+
 class Shape(Struct, frozen=True, gc=False, cache_hash=True):
     """What a row was made of when it was written: its columns and their types.
 
@@ -95,7 +98,7 @@ class Shape(Struct, frozen=True, gc=False, cache_hash=True):
     """Names and type oids; without those of which the WAL carried no value."""
     described: int = 0
     """How often the stream described the partition anew, which it does after a DETACH, among
-    others. Only pgoutput describes tables."""
+    others; ``NEVER_DESCRIBED`` where it describes no tables, as wal2json."""
 
 
 class Transaction(Struct, frozen=True, gc=False):

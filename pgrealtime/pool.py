@@ -24,7 +24,7 @@ from typing import Any, Final, LiteralString, TypeAlias, TypeVar
 import psycopg
 from psycopg.abc import PQGen
 from psycopg.rows import TupleRow
-from psycopg.sql import Literal
+from psycopg.sql import Composed, Literal
 from psycopg_pool import AsyncConnectionPool
 
 Connection: TypeAlias = psycopg.AsyncConnection[TupleRow]
@@ -208,7 +208,7 @@ class QueryPool(AsyncConnectionPool[Connection]):
         async with super().connection(timeout) as connection:
             yield connection
 
-    async def row(self, query: LiteralString) -> TupleRow:
+    async def row(self, query: LiteralString | Composed) -> TupleRow:
         """Return the row of a query without parameters, in one round trip.
 
         Raises:
@@ -216,7 +216,8 @@ class QueryPool(AsyncConnectionPool[Connection]):
             psycopg.Error: There is no answer.
         """
         async with self.session() as connection:
-            cursor = await connection.execute(f"{self.begin()}; {query}; COMMIT".encode())
+            text = query.as_string() if isinstance(query, Composed) else query
+            cursor = await connection.execute(f"{self.begin()}; {text}; COMMIT".encode())
             await cursor.set_result(-2)
             row = await cursor.fetchone()
             assert row is not None

@@ -26,7 +26,7 @@ from pgrealtime.changelog.base import Changelog, Entry
 from pgrealtime.changes import Transaction
 from pgrealtime.collections import Collections
 from pgrealtime.config import CollectionLoginConfig, HiddenFields, RealtimeConfig
-from pgrealtime.errors import SubscriptionError, SubscriptionLimitError
+from pgrealtime.errors import PgRealtimeError, SubscriptionError, SubscriptionLimitError
 from pgrealtime.hub.aside import Aside
 from pgrealtime.hub.compose import Composer, Portion, hand_out
 from pgrealtime.hub.connection import (
@@ -70,6 +70,8 @@ _NO_LOGINS: Mapping[str, CollectionLoginConfig] = MappingProxyType({})
 _START = Cursor(LSN(0), 0)
 _SCHEMA_SECONDS = 5.0
 """How long events are held back until the schema was read; as long as they wait to be visible."""
+_AGAIN_SECONDS = 1.0
+"""Between two questions about the catalogue that have no answer."""
 _TOLD = 200
 """Characters of a topic that are logged."""
 
@@ -773,13 +775,20 @@ class Hub:
         It is those whose rows are what the catalogue says. If that is none, the catalogue is read:
         at the first that it doesn't fit, before anything is made of it.
         """
-        edition, shapes = self._course.edition, self._course.meaning.shapes
+        edition, meaning = self._course.edition, self._course.meaning
+        shapes, definitions = meaning.shapes, meaning.definitions
         if self._gate:
             await self._visibility.wait_for(entries)
             if self._course.edition != edition:
                 return entries
+        is_so = await self._is_borne_out(entries)
+        if self._course.edition != edition:
+            return entries
         for place, entry in enumerate(entries):
-            if isinstance(entry, Transaction) and shapes.is_doubtful(entry):
+            if not isinstance(entry, Transaction):
+                continue
+            is_stale = not is_so and definitions.behind([entry]) is not None
+            if is_stale or shapes.is_doubtful(entry):
                 if place:
                     return entries[:place]
                 # The rows may have been committed together with what altered their table.
@@ -789,9 +798,25 @@ class Hub:
                     with suppress(TimeoutError):
                         async with asyncio.timeout(_SCHEMA_SECONDS):
                             is_read = await self._read_schema()
-                shapes.settle(entry, is_read=is_read)
+                shapes.settle(entry, is_read=is_read, is_stale=is_stale)
                 return entries[:1]
         return entries
+
+    async def _is_borne_out(self, entries: Sequence[Entry]) -> bool:
+        """Whether tables are still what is believed of them, where the stream doesn't say.
+
+        Nothing is handed out before that is known, or another schema is in force.
+        """
+        edition = self._course.edition
+        belief = self._course.meaning.definitions.behind(entries)
+        while belief is not None and self._course.edition == edition:
+            try:
+                return await self._probe.bears_out(belief)
+            except Exception as error:  # noqa: BLE001 (as above)
+                reason = error.message if isinstance(error, PgRealtimeError) else repr(type(error))
+                log.warning("definitions.unknown", error=reason)
+                await asyncio.sleep(_AGAIN_SECONDS)
+        return True
 
     def _put_aside(self, late: Iterable[Group], dear: Iterable[Group]) -> None:
         """Go on without those whose filters took too long."""

@@ -18,6 +18,7 @@ from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
 from pgrealtime.hub.allowance import Allowance
 from pgrealtime.hub.completion import Completion
+from pgrealtime.hub.definitions import Belief
 from pgrealtime.hub.display import NOTHING_BESIDE, Beside, Display, Entire, Sight
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.expand import Reading
@@ -48,6 +49,14 @@ class Asking(Protocol):
 
         Returns:
             The collections whose rows nobody could be asked about.
+        """
+        ...
+
+    async def bears_out(self, belief: Belief) -> bool:
+        """Return whether the catalogue says what is believed of tables.
+
+        Raises:
+            DatabaseUnreachableError: There was no answer.
         """
         ...
 

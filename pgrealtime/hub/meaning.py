@@ -15,6 +15,7 @@ from pgrealtime.config import HiddenFields
 from pgrealtime.errors import RuleError
 from pgrealtime.hub.completion import Completion
 from pgrealtime.hub.connection import Subscription
+from pgrealtime.hub.definitions import Definitions
 from pgrealtime.hub.display import Display
 from pgrealtime.hub.judge import Asking, Judge
 from pgrealtime.hub.match import FILTERS_PER_CONNECTION, Matcher
@@ -44,6 +45,7 @@ class Meaning:
         display: Shows events by the same collections.
         judge: Judges them.
         shapes: Knows whether rows are what the collections are made for.
+        definitions: Knows what of that must be asked.
         subscriptions: How many are in a group, by collection.
     """
 
@@ -62,6 +64,7 @@ class Meaning:
         self.collections = collections
         self.matcher = matcher
         self.shapes = Shapes(collections)
+        self.definitions = Definitions(collections)
         self.display = Display(
             probe,
             collections,

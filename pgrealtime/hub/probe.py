@@ -20,6 +20,7 @@ from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
 from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.allowance import SHORT_SECONDS, Allowance
+from pgrealtime.hub.definitions import Belief
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.outage import Outage
 from pgrealtime.hub.snapshot import SNAPSHOT_QUERY, Snapshot, parse_snapshot
@@ -157,6 +158,20 @@ class Probe:
                 "the database gave no snapshot", detail=without_values(error)
             ) from error
         return snapshot, insert_lsn, is_in_recovery
+
+    async def bears_out(self, belief: Belief) -> bool:
+        """Return whether the catalogue says what is believed of tables.
+
+        Raises:
+            DatabaseUnreachableError: There was no answer.
+        """
+        try:
+            roots, attributes = await self._pool.row(belief.statement())
+        except (psycopg.Error, PoolTimeout) as error:
+            raise DatabaseUnreachableError(
+                "the catalogue can't be asked", detail=without_values(error)
+            ) from error
+        return belief.is_borne_out(roots, attributes)
 
     async def has_synchronous_standbys(self) -> bool:
         """Whether commits may wait for a standby, and so be decoded long before they are visible.

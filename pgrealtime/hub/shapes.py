@@ -36,15 +36,17 @@ class Shapes:
         shapes = transaction.shapes
         return self._fitting.issuperset(shapes) or all(map(self._fits, shapes))
 
-    def settle(self, transaction: Transaction, *, is_read: bool) -> None:
+    def settle(self, transaction: Transaction, *, is_read: bool, is_stale: bool = False) -> None:
         """Take note that waiting can't tell more about the transaction's rows.
 
         Args:
             transaction: One that was doubtful.
             is_read: Whether the catalogue was read since it became visible.
+            is_stale: Whether it is known to say something else than what is in force.
         """
         for shape in transaction.shapes:
-            if self._is_doubtful(shape):
+            if self._is_doubtful(shape) or (is_stale and not is_read):
+                self._fitting.discard(shape)
                 self._keep(shape, is_fit=is_read and self._matches(shape))
 
     def _is_doubtful(self, shape: Shape) -> bool:
@@ -57,7 +59,7 @@ class Shapes:
             return True
         if shape in self._unfit or not self._matches(shape):
             return False
-        if not shape.described:
+        if shape.described <= 0:
             self._keep(shape, is_fit=True)
         return True
 

@@ -163,11 +163,14 @@ def _composite(type_: Type) -> Converter:
     members = [(name, _of_type(inner)) for name, inner in type_.attributes]
 
     def convert(text: str) -> Json:
-        # Attributes that were added since the type was read have no name here.
-        pairs = zip(members, parse_row(text), strict=False)
+        values = parse_row(text)
+        if len(values) > len(members):
+            # It was written before an attribute was dropped, and whose values they are isn't known.
+            return text
+        # Attributes that came later are missing at the end.
         return {
             name: value if value is None or of_member is None else of_member(value)
-            for (name, of_member), value in pairs
+            for (name, of_member), value in zip(members, values, strict=False)
         }
 
     return convert

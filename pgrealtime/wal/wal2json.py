@@ -17,7 +17,16 @@ import msgspec
 from msgspec import Struct
 
 from pgrealtime.catalog.model import Table
-from pgrealtime.changes import Delete, Insert, Key, Row, Shape, Update, WholeRow
+from pgrealtime.changes import (
+    NEVER_DESCRIBED,
+    Delete,
+    Insert,
+    Key,
+    Row,
+    Shape,
+    Update,
+    WholeRow,
+)
 from pgrealtime.errors import UnexpectedMessageError
 from pgrealtime.lsn import LSN, Xid
 from pgrealtime.wal.message import (
@@ -132,7 +141,7 @@ class _Table:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self._last = _Known(Shape(source.root, source.leaf, ()), [], [], ())
+        self._last = _Known(Shape(source.root, source.leaf, (), NEVER_DESCRIBED), [], [], ())
         self._shapes: dict[tuple[tuple[str, int], ...], _Known] = {}
 
     def read(self, columns: list[_Column[str]]) -> tuple[Row, Shape]:
@@ -154,7 +163,7 @@ class _Table:
             if len(self._shapes) >= _SHAPES:
                 self._shapes.clear()
             known = self._shapes[types] = _Known(
-                Shape(self.source.root, self.source.leaf, types),
+                Shape(self.source.root, self.source.leaf, types, NEVER_DESCRIBED),
                 [name for name, _ in types],
                 [oid for _, oid in types],
                 tuple(name for name, oid in types if oid in _TREATED),

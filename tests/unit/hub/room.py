@@ -30,6 +30,7 @@ from pgrealtime.config import CollectionLoginConfig, RealtimeConfig
 from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.allowance import Allowance
 from pgrealtime.hub.connection import Connection
+from pgrealtime.hub.definitions import Belief
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.expand import Reading
@@ -221,6 +222,8 @@ class GivenDatabase:
         self._asked = asyncio.Semaphore(0)
         self.gate: asyncio.Event | None = None
         self.is_away = False
+        self.is_borne_out = True
+        """Whether the catalogue says of tables what is believed of them."""
         self.undecided: frozenset[str] = frozenset()
         """Collections about which nobody can be asked."""
         self.fault: Exception | None = None
@@ -253,6 +256,11 @@ class GivenDatabase:
 
     def reading(self, _xids: Sized[Xid]) -> AbstractAsyncContextManager[Reading]:
         return nullcontext(NoRows())
+
+    async def bears_out(self, _belief: Belief) -> bool:
+        if self.is_away:
+            raise DatabaseUnreachableError("nobody answers")
+        return self.is_borne_out
 
     async def live_rows(
         self, _events: Sequence[Event]

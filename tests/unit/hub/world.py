@@ -23,6 +23,7 @@ from pgrealtime.changes import (
 from pgrealtime.config import RealtimeConfig
 from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.allowance import Allowance
+from pgrealtime.hub.definitions import Belief
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.match import Matcher
@@ -120,6 +121,9 @@ class Database(GivenDatabase):
             if allowance is not None and allowance.is_spent():
                 break
         return frozenset()
+
+    async def bears_out(self, _belief: Belief) -> bool:
+        return True
 
     async def live_rows(
         self, _events: Sequence[Event]

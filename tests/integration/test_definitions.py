@@ -1,0 +1,82 @@
+"""The catalogue bears out what is believed of tables exactly as long as it is so."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+
+from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.changes import NEVER_DESCRIBED, Shape, TableName, Transaction
+from pgrealtime.collections import build
+from pgrealtime.config import parse
+from pgrealtime.hub.definitions import Definitions
+from pgrealtime.hub.probe import Probe
+from pgrealtime.lsn import LSN, Xid
+from pgrealtime.pool import QueryPool
+
+SCHEMA = """
+CREATE TYPE "In ner" AS (a text, "b c" int);
+CREATE TYPE outside AS (x "In ner"[], y text);
+CREATE DOMAIN outdoors AS outside;
+CREATE TABLE t (id int PRIMARY KEY, place outdoors[]) PARTITION BY RANGE (id);
+CREATE TABLE part (id int NOT NULL PRIMARY KEY, place outdoors[]) PARTITION BY RANGE (id);
+ALTER TABLE t ATTACH PARTITION part FOR VALUES FROM (0) TO (100);
+CREATE TABLE "Leaf 1" PARTITION OF part FOR VALUES FROM (0) TO (50);
+CREATE TABLE leaf_2 PARTITION OF part FOR VALUES FROM (50) TO (100);
+CREATE TABLE other (id int PRIMARY KEY, place outdoors[]) PARTITION BY RANGE (id);
+CREATE TYPE elsewhere AS (a text);
+"""
+LEAF = TableName("public", "Leaf 1")
+
+
+@pytest.mark.parametrize(
+    ("statements", "is_so"),
+    [
+        pytest.param("ALTER TABLE t ADD COLUMN n int", True, id="a column"),
+        pytest.param("ALTER TYPE elsewhere ADD ATTRIBUTE b int", True, id="another type"),
+        pytest.param("ALTER TABLE part DETACH PARTITION leaf_2", True, id="another partition"),
+        pytest.param('ALTER TABLE part DETACH PARTITION "Leaf 1"', False, id="detached"),
+        pytest.param("ALTER TABLE t DETACH PARTITION part", False, id="detached above"),
+        pytest.param(
+            'ALTER TABLE part DETACH PARTITION "Leaf 1";'
+            'ALTER TABLE other ATTACH PARTITION "Leaf 1" FOR VALUES FROM (0) TO (50)',
+            False,
+            id="attached elsewhere",
+        ),
+        pytest.param(
+            'DROP TABLE "Leaf 1"; CREATE TABLE "Leaf 1" (id int PRIMARY KEY)', False, id="replaced"
+        ),
+        pytest.param('ALTER TYPE "In ner" ADD ATTRIBUTE d int', False, id="attribute added"),
+        pytest.param('ALTER TYPE "In ner" RENAME ATTRIBUTE a TO z', False, id="renamed"),
+        pytest.param("ALTER TYPE outside DROP ATTRIBUTE y", False, id="dropped"),
+    ],
+)
+async def test_what_no_decoder_tells_is_seen_in_the_catalogue(
+    database_url: str, statements: str, *, is_so: bool
+) -> None:
+    config = parse(
+        {
+            "version": 1,
+            "database": {"url": database_url},
+            "collections": {"t": {"table": "t", "list_rule": ""}},
+        }
+    )
+    names = [TableName("public", "t")]
+    shape = Shape(names[0], LEAF, (), NEVER_DESCRIBED)
+    row = Transaction(Xid(3), LSN(8), 0, (), 0, (shape,))
+    async with (
+        await psycopg.AsyncConnection.connect(database_url, autocommit=True) as admin,
+        QueryPool(database_url) as pool,
+    ):
+        await admin.execute(SCHEMA.encode())
+        before = build(config.collections, await read_catalog(admin, names=names))
+        belief = Definitions(before).behind([row])
+        assert belief is not None
+        assert await Probe(pool).bears_out(belief)
+        await admin.execute(statements.encode())
+
+        assert await Probe(pool).bears_out(belief) is is_so
+        after = build(config.collections, await read_catalog(admin, names=names))
+        again = Definitions(after).behind([row])
+        assert (again == belief) is is_so
+        assert again is None or await Probe(pool).bears_out(again)
