@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pgrealtime.auth.account import Account, Accounts, Users
 from pgrealtime.auth.attempts import Attempts
 from pgrealtime.auth.authenticator import Identity
 from pgrealtime.auth.password_threads import PasswordThreads
-from pgrealtime.auth.passwords import StoredHash, decoy_of, name_of
+from pgrealtime.auth.passwords import StoredHash, costs_as, decoy_of, name_of
 from pgrealtime.auth.token import make_own
 from pgrealtime.config import CollectionLoginConfig, LoginConfig
 from pgrealtime.errors import AuthError
@@ -24,9 +23,6 @@ log = structlog.get_logger(__name__)
 
 _DISABLED = "!"
 """How the hash begins of somebody who has no password, in Django as in Unix."""
-
-_DECOY_SECONDS = 600.0
-"""Between two looks at what most hashes of a table are like."""
 
 _UNREAD = 100
 """Kinds of hashes that can't be read and are told of."""
@@ -75,8 +71,8 @@ class Login:
         self._stopwatch = stopwatch
         self._attempts = Attempts(config.attempts_per_minute)
         self._passwords = PasswordThreads()
-        self._decoys: dict[tuple[str, str], tuple[float, StoredHash]] = {}
-        """By table and column, of the scheme and cost that most of its hashes had, and when."""
+        self._decoys: dict[tuple[str, str], StoredHash] = {}
+        """By table and column, of the scheme and cost that most of its hashes had."""
         self._unread: set[tuple[str, str]] = set()
         self.results: Counter[str] = Counter()
         """Attempts by password: ``ok``, or the code of the refusal."""
@@ -135,6 +131,9 @@ class Login:
             raise AuthError("no such user, or another password", code="login_failed")
         self._attempts.forget(who)
         self._attempts.forget(owner)
+        if stored is not None and not costs_as(stored, decoy):
+            # Perhaps most are like that by now, which the table can say.
+            self._decoys.pop(_place(users), None)
         return Session(account=account, token=self._token(account))
 
     async def _decoy(self, users: Users) -> StoredHash:
@@ -142,12 +141,13 @@ class Login:
 
         It is asked for before anybody is looked up, or the first attempt would tell by its time.
         """
-        place, now = _place(users), self._stopwatch()
-        since, decoy = self._decoys.get(place, (-math.inf, decoy_of(())))
-        if now - since >= _DECOY_SECONDS and (hashes := await self._accounts.hashes(users)):
-            decoy = decoy_of(hashes)
-            self._decoys[place] = now, decoy
-        return decoy
+        place = _place(users)
+        if place not in self._decoys:
+            hashes = await self._accounts.hashes(users)
+            if not hashes:
+                return decoy_of(())
+            self._decoys.setdefault(place, decoy_of(hashes))
+        return self._decoys[place]
 
     def _tell_unreadable(self, users: Users, stored: str) -> None:
         """Say once of each kind of hash that it lets nobody in."""

@@ -194,6 +194,12 @@ def decoy_of(texts: Iterable[str]) -> StoredHash:
     return decoy_like(next(stored for stored in known if _cost_of(stored) == most))
 
 
+def costs_as(text: str, other: StoredHash) -> bool:
+    """Whether a stored hash that can be checked takes as long as another one."""
+    known = read_hash(text)
+    return known is not None and _cost_of(known) == _cost_of(other)
+
+
 def _cost_of(stored: StoredHash) -> tuple[object, ...]:
     """Return what the time of a check depends on."""
     found = stored.scheme.value.fullmatch(stored.text)
