@@ -44,7 +44,8 @@ class Ability(Enum):
     """What a world may be made to ask for beside the plainest things."""
 
     AUTH_PATHS = "rules read other fields of the caller's record than the six plain ones"
-    ACCOUNT_CHANGES = "records of people change, go and get new passwords while they listen"
+    ACCOUNT_CHANGES = "records of people change and go while they listen"
+    NEW_PASSWORDS = "people get new passwords while they listen"
     EXPAND = "subscriptions ask for related records"
     MANAGE_RULE = "a rule shows hidden e-mail addresses"
     CASCADES = "a rule asks about the parent that goes in the same transaction"
@@ -539,7 +540,7 @@ class World:
             self._is_stranger_there = False
             return Write(op="delete", collection="people", id=person_id(STRANGER))
         name = self.random.choice(PEOPLE)
-        if chance < 0.2:
+        if chance < 0.2 and Ability.NEW_PASSWORDS in self.abilities:
             return Write(
                 op="set_password", collection="people", id=person_id(name), password=PASSWORD
             )

@@ -2,22 +2,39 @@
 
 The seeds are fresh in every run and part of the test's name. ``PGREALTIME_SEED`` repeats a run from
 there, ``PGREALTIME_SCENARIOS`` makes it longer.
+
+People come with tokens of our login where the seed is odd, and of an issuer where it is even. A new
+password ends the former, as PocketBase's, and none of the latter: PocketBase has no such tokens.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from random import Random
 
+import msgspec
 import pytest
 
 from tests.conformance.differential import DifferenceError, Duel, Side
+from tests.conformance.fixtures import Fixtures
 from tests.conformance.natural_schema import Style
-from tests.conformance.pgrealtime_server import Setting, running
+from tests.conformance.pgrealtime_server import PgRealtimeServer, Setting, running
 from tests.conformance.pocketbase_server import PocketBaseTemplate
-from tests.conformance.scenarios import ALL, Ability, Scenario, World
+from tests.conformance.scenarios import (
+    ALL,
+    BEACON,
+    PASSWORD,
+    Ability,
+    Scenario,
+    Subscribe,
+    World,
+    person_id,
+)
+from tests.conformance.transcript import Write
 
 PER_WORLD = 12
 """Scenarios on one pair of servers, whose start costs as much as all of them."""
@@ -42,31 +59,49 @@ def _story(world: World, scenario: Scenario) -> str:
     return "\n".join([*rules, *map(str, scenario.actions)])
 
 
+@asynccontextmanager
+async def duelling(
+    fixtures: Fixtures, database_url: str, directory: Path, *, has_own_tokens: bool
+) -> AsyncIterator[tuple[Duel, PgRealtimeServer]]:
+    """Both servers with the same data.
+
+    Args:
+        fixtures: The data.
+        database_url: An empty database.
+        directory: An empty folder.
+        has_own_tokens: Whether people log in at pgrealtime, rather than at another issuer.
+    """
+    for name in ("template", "ours"):
+        (directory / name).mkdir()
+    template = await PocketBaseTemplate.build(fixtures, directory / "template")
+    async with (
+        template.running(directory / "original") as original,
+        running(
+            fixtures,
+            [collection.name for collection in fixtures.collections],
+            database_url=database_url,
+            directory=directory / "ours",
+            style=STYLE,
+            setting=Setting(login_through_api=has_own_tokens),
+        ) as ours,
+    ):
+        sides = (
+            await Side.of("PocketBase", original, fixtures),
+            await Side.of("pgrealtime", ours, fixtures),
+        )
+        yield Duel(*sides), ours
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_clients_of_both_servers_hear_the_same(
     seed: int, database_url: str, tmp_path: Path
 ) -> None:
     """Whatever the rules, options and writes: every client hears PocketBase's bytes."""
-    world = World(Random(seed), ALL - NOT_YET.keys())
-    fixtures = world.fixtures
-    for directory in ("template", "ours"):
-        (tmp_path / directory).mkdir()
-    template = await PocketBaseTemplate.build(fixtures, tmp_path / "template")
-    async with (
-        template.running(tmp_path / "original") as original,
-        running(
-            fixtures,
-            [collection.name for collection in fixtures.collections],
-            database_url=database_url,
-            directory=tmp_path / "ours",
-            style=STYLE,
-            setting=Setting(),
-        ) as ours,
-    ):
-        duel = Duel(
-            await Side.of("PocketBase", original, fixtures),
-            await Side.of("pgrealtime", ours, fixtures),
-        )
+    has_own_tokens = seed % 2 == 1
+    left_out = NOT_YET.keys() | (set() if has_own_tokens else {Ability.NEW_PASSWORDS})
+    world = World(Random(seed), ALL - left_out)
+    both = duelling(world.fixtures, database_url, tmp_path, has_own_tokens=has_own_tokens)
+    async with both as (duel, ours):
         for number in range(PER_WORLD):
             scenario = world.scenario()
             try:
@@ -76,3 +111,30 @@ async def test_clients_of_both_servers_hear_the_same(
                 error.add_note(f"pgrealtime printed:\n{ours.output}")
                 raise
             print(f"seed {seed}, scenario {number}: {events} events alike")  # noqa: T201 (-rP shows what was compared)
+
+
+@pytest.mark.parametrize("has_own_tokens", [True, False], ids=["login", "issuer"])
+async def test_a_new_password_ends_the_tokens_that_pocketbase_has(
+    *, has_own_tokens: bool, database_url: str, tmp_path: Path
+) -> None:
+    """Those of an issuer go on, hence worlds in which people have them know no new passwords."""
+    fixtures = World(Random(0)).fixtures
+    collections = tuple(
+        msgspec.structs.replace(c, list_rule="id = @request.auth.id") if c.name == "people" else c
+        for c in fixtures.collections
+    )
+    fixtures = msgspec.structs.replace(fixtures, collections=collections)
+    listening = Subscribe(conn="A", account="ben", topics=(f"{BEACON}/*", "people/*"))
+    ben = person_id("ben")
+    changed = Write(op="set_password", collection="people", id=ben, password=PASSWORD)
+    written = Write(op="update", collection="people", id=ben, data={"score": 5})
+    actions = (listening, written, changed, written, listening, written)
+    goes_on = pytest.raises(
+        DifferenceError,
+        match=r"set_password.*\nA didn't hear: \[\]\nA heard too much: \['event:people/\*",
+    )
+    both = duelling(fixtures, database_url, tmp_path, has_own_tokens=has_own_tokens)
+    async with both as (duel, _):
+        with nullcontext() if has_own_tokens else goes_on:
+            # The first and the last.
+            assert await duel.run(Scenario(connections=("A",), actions=actions)) == 2
