@@ -5,11 +5,16 @@ A row may be of an earlier or a later definition than the one that rules and rec
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from pgrealtime.changes import Shape, Transaction
 from pgrealtime.collections import Collections
 from pgrealtime.rules.past import tables_of
 
 _KEPT = 10_000
+_UNREAD_SECONDS = 5.0
+"""A catalogue that could not be read isn't read again before that: events wait for it."""
 
 
 class Shapes:
@@ -17,12 +22,18 @@ class Shapes:
 
     Args:
         collections: Those in force; rows of the junctions between them count as well.
+        clock: Monotonic seconds.
     """
 
-    def __init__(self, collections: Collections) -> None:
+    def __init__(
+        self, collections: Collections, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._tables = tables_of(collections)
         self._fitting: set[Shape] = set()
         self._unfit: set[Shape] = set()
+        self._unread: dict[Shape, float] = {}
+        """Those that would fit if nothing has changed, and until when nobody asks again."""
+        self._clock = clock
 
     def is_doubtful(self, transaction: Transaction) -> bool:
         """Whether the catalogue must be read before anything is made of the transaction's rows."""
@@ -45,29 +56,45 @@ class Shapes:
             is_stale: Whether it is known to say something else than what is in force.
         """
         for shape in transaction.shapes:
-            if self._is_doubtful(shape) or (is_stale and not is_read):
+            is_open = self._is_doubtful(shape) or shape in self._unread
+            if is_open or (is_stale and not is_read):
                 self._fitting.discard(shape)
-                self._keep(shape, is_fit=is_read and self._matches(shape))
+                self._settle(shape, is_read=is_read)
+
+    def _settle(self, shape: Shape, *, is_read: bool) -> None:
+        is_matching = self._matches(shape)
+        self._unread.pop(shape, None)
+        if is_matching and not is_read:
+            self._make_room()
+            self._unread[shape] = self._clock() + _UNREAD_SECONDS
+        else:
+            self._keep(shape, is_fit=is_matching)
 
     def _is_doubtful(self, shape: Shape) -> bool:
         if shape in self._fitting or shape in self._unfit:
             return False
+        if shape in self._unread:
+            return self._clock() >= self._unread[shape]
         return shape.described > 0 or not self._fits(shape)
 
     def _fits(self, shape: Shape) -> bool:
         if shape in self._fitting:
             return True
-        if shape in self._unfit or not self._matches(shape):
+        if shape in self._unfit or shape in self._unread or not self._matches(shape):
             return False
         if shape.described <= 0:
             self._keep(shape, is_fit=True)
         return True
 
     def _keep(self, shape: Shape, *, is_fit: bool) -> None:
-        if len(self._fitting) + len(self._unfit) >= _KEPT:
+        self._make_room()
+        (self._fitting if is_fit else self._unfit).add(shape)
+
+    def _make_room(self) -> None:
+        if len(self._fitting) + len(self._unfit) + len(self._unread) >= _KEPT:
             self._fitting.clear()
             self._unfit.clear()
-        (self._fitting if is_fit else self._unfit).add(shape)
+            self._unread.clear()
 
     def _matches(self, shape: Shape) -> bool:
         """Whether the catalogue has such rows, apart from columns only added or only dropped.

@@ -107,6 +107,23 @@ def test_a_partition_that_is_described_again_is_doubtful_until_read(*, is_read: 
     assert shapes.fits(again) is is_read
 
 
+def test_a_partition_is_not_gone_for_good_since_nobody_could_say_so_once() -> None:
+    """A second failure counts from then; who reads on behind meanwhile is told of a gap."""
+    now = [0.0]
+    shapes = Shapes(collections(leaves=(LEAF,)), clock=lambda: now[0])
+    again = of(shape(leaf=LEAF, described=1, id=OID, title=OID))
+    for _ in range(2):
+        shapes.settle(again, is_read=False)
+        assert not shapes.is_doubtful(again)
+        now[0] += 5
+        assert shapes.is_doubtful(again)
+        assert not shapes.fits(again)
+    shapes.settle(again, is_read=True)
+
+    assert shapes.fits(again)
+    assert not shapes.is_doubtful(again)
+
+
 class Schema:
     """What is read when a row doesn't fit."""
 
