@@ -394,7 +394,8 @@ class Probe:
                 self._doubt(error)
                 if is_repeated:
                     raise
-                columns = [name for name in columns if name in await self._existing(collection)]
+                existing = await self._existing(collection)
+                columns = [name for name in columns if name in existing]
                 is_repeated = True
             except _LATE:
                 if is_repeated:

@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.changes import Delete, Key, Row, WholeRow
-from pgrealtime.collections import Collections
+from pgrealtime.collections import Collection, Collections
 from pgrealtime.hub.allowance import SHORT_SECONDS, Allowance
 from pgrealtime.hub.connection import Connection, Subscription
 from pgrealtime.hub.event import Event
@@ -123,6 +123,26 @@ async def test_what_postgres_quotes_of_a_row_is_not_logged(desk: Desk) -> None:
 
     said = [(one["event"], one["error"]) for one in logged]
     assert said == [("rule.error", "SQLSTATE 22P02"), ("live_row.failed", "SQLSTATE 22P02")]
+
+
+async def test_which_columns_there_are_is_asked_once(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of those that the row lacks: events wait for it."""
+    asked: list[str] = []
+    existing = desk.probe._existing
+
+    async def counted(collection: Collection) -> frozenset[str]:
+        asked.append(collection.name)
+        return await existing(collection)
+
+    monkeypatch.setattr(desk.probe, "_existing", counted)
+    set_up(desk, "ALTER TABLE posts DROP COLUMN title")
+    event = structs.replace(desk.event(), row={"id": "p"})
+    _, unread = await desk.probe.live_rows([event])
+
+    assert len(event.missing) > 1
+    assert (asked, unread) == (["posts"], frozenset())
 
 
 async def test_a_bad_rule_keeps_no_other_from_its_answer(desk: Desk) -> None:
