@@ -19,7 +19,8 @@ from pgrealtime.changes import (
     Update,
 )
 from pgrealtime.collections import Collection, Collections
-from pgrealtime.lsn import LSN, Cursor, Xid
+from pgrealtime.lsn import Cursor, Xid
+from pgrealtime.rules.kept import Kept
 
 Action: TypeAlias = Literal["create", "update", "delete"]
 
@@ -109,12 +110,12 @@ def _event(
 class Versions:
     """Which columns a transaction writes again in a row, after one of the row's versions.
 
-    Remembers that of the latest transaction asked about: a large one comes in many slices.
+    Remembers that of the latest transactions asked about: a large one comes in many slices, and
+    readers at different ones take turns.
     """
 
     def __init__(self) -> None:
-        self._of: tuple[Xid, LSN] | None = None
-        self._by_table: dict[TableName, Mapping[str, Mapping[str, int]]] = {}
+        self._kept: Kept[int, _LastWrites] = Kept(KEPT_CHANGES)
 
     def written_after(self, event: Event) -> frozenset[str]:
         """Return the columns that a later change of the event's transaction brings.
@@ -124,14 +125,30 @@ class Versions:
         """
         if len(event.changes) <= event.cursor.ordinal:
             return _NONE
-        transaction = event.xid, event.cursor.lsn
-        if self._of != transaction:
-            self._of, self._by_table = transaction, {}
-        table = event.collection.table.name
-        if table not in self._by_table:
-            self._by_table[table] = _last_writes(event.changes, event.collection)
-        last = self._by_table[table].get(event.record_id, {})
+        changes = event.changes
+        kept = self._kept.get(id(changes), lambda: (_LastWrites(changes), len(changes)))
+        last = kept.of(event.collection).get(event.record_id, {})
         return frozenset(name for name, at in last.items() if at > event.cursor.ordinal)
+
+
+KEPT_CHANGES = 200_000
+"""Of transactions of which it is remembered what they did to which row, the latest one aside."""
+
+
+class _LastWrites:
+    """Of one transaction's changes, which it holds: they are known by their identity."""
+
+    __slots__ = ("_by_table", "_changes")
+
+    def __init__(self, changes: Sequence[Change]) -> None:
+        self._changes = changes
+        self._by_table: dict[TableName, Mapping[str, Mapping[str, int]]] = {}
+
+    def of(self, collection: Collection) -> Mapping[str, Mapping[str, int]]:
+        table = collection.table.name
+        if table not in self._by_table:
+            self._by_table[table] = _last_writes(self._changes, collection)
+        return self._by_table[table]
 
 
 _NONE: frozenset[str] = frozenset()

@@ -13,15 +13,16 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import NamedTuple, TypeAlias
 
 from pgrealtime.changelog.base import Changelog, Entry, Gap, Mark
 from pgrealtime.changes import Change, Insert, Oversized, TableName, Transaction, Truncate, Update
 from pgrealtime.errors import ChangelogError
-from pgrealtime.hub.event import Event
+from pgrealtime.hub.event import KEPT_CHANGES, Event
 from pgrealtime.lsn import END, LSN, Cursor, Xid
+from pgrealtime.rules.kept import Kept
 
 _CHANGES_PER_READ = 4000
 """Changes (not entries) indexed before yielding to the event loop. A single transaction that is
@@ -223,15 +224,13 @@ class Sequels:
     the second, which its subscribers may not be allowed to see. ``hub.expand`` undoes what
     ``after_version`` returns. (Later transactions' changes come from ``TableHistory``.)
 
-    Keeps an index of the latest transaction asked about, because a large transaction is evaluated
-    in several slices (runs of changes), each of which asks.
+    Keeps an index of the latest transactions asked about, because a large transaction is evaluated
+    in several slices (runs of changes), each of which asks, and readers at different ones take
+    turns.
     """
 
     def __init__(self) -> None:
-        self._changes: tuple[Change, ...] = ()
-        """Of the indexed transaction."""
-        self._ordinals: dict[tuple[TableName, str], dict[str, list[int]]] = {}
-        """By table and column, then by value: ordinals of changes in ``_changes``, from 1."""
+        self._kept: Kept[int, _Ordinals] = Kept(KEPT_CHANGES)
 
     def after_version(self, event: Event, table: TableName, column: str) -> Sequence[Change] | None:
         """Return the link changes that don't belong to the event's version of its row.
@@ -262,13 +261,29 @@ class Sequels:
             return None
         return [event.changes[place - 1] for place in found]
 
-    def _places(self, event: Event, table: TableName, column: str) -> dict[str, list[int]]:
-        if self._changes is not event.changes:
-            self._changes, self._ordinals = event.changes, {}
-        found = self._ordinals.get((table, column))
+    def _places(self, event: Event, table: TableName, column: str) -> Mapping[str, Sequence[int]]:
+        changes = event.changes
+        kept = self._kept.get(id(changes), lambda: (_Ordinals(changes), len(changes)))
+        return kept.of(table, column)
+
+
+class _Ordinals:
+    """The ordinals, from 1, of a transaction's changes by table and column, then by value.
+
+    Holds the changes, which it is known by the identity of.
+    """
+
+    __slots__ = ("_changes", "_found")
+
+    def __init__(self, changes: Sequence[Change]) -> None:
+        self._changes = changes
+        self._found: dict[tuple[TableName, str], dict[str, list[int]]] = {}
+
+    def of(self, table: TableName, column: str) -> Mapping[str, Sequence[int]]:
+        found = self._found.get((table, column))
         if found is None:
-            found = self._ordinals[table, column] = {}
-            for ordinal, change in enumerate(event.changes, start=1):
+            found = self._found[table, column] = {}
+            for ordinal, change in enumerate(self._changes, start=1):
                 if change.table == table:
                     for value in values_of(change, column) or (_UNKNOWN,):
                         found.setdefault(value, []).append(ordinal)

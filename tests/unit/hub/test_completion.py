@@ -12,11 +12,11 @@ from pgrealtime.changelog.base import Entry, Gap
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Change, Delete, Insert, Key, Oversized, Transaction, Truncate, Update
 from pgrealtime.collections import Collection
-from pgrealtime.hub import completion
+from pgrealtime.hub import completion, row_history
 from pgrealtime.hub.completion import Completion, brought
 from pgrealtime.hub.event import Event, events_of
 from pgrealtime.hub.probe import LiveRow
-from pgrealtime.hub.row_history import RowHistory, Sequels, TableHistory, Write
+from pgrealtime.hub.row_history import RowHistory, Sequels, TableHistory, Write, values_of
 from pgrealtime.hub.snapshot import Snapshot
 from pgrealtime.lsn import END, LSN, Cursor, Xid
 from tests.unit.hub.room import COLLECTIONS, NOTES, POSTS
@@ -298,3 +298,29 @@ def test_links_belong_to_the_version_of_the_row_before_them(
     assert (None if found is None else list(found)) == (
         None if expected is None else [made[name] for name in expected]
     )
+
+
+def test_readers_at_two_large_transactions_index_each_of_them_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They take turns, slice by slice, and others wait for them."""
+    looked = 0
+
+    def counted(change: Change, column: str) -> Sequence[str]:
+        nonlocal looked
+        looked += 1
+        return values_of(change, column)
+
+    monkeypatch.setattr(row_history, "values_of", counted)
+    large = [
+        Transaction(Xid(n), LSN(n), 0, tuple(update(f"r{place}") for place in range(100)), 10)
+        for n in (1, 2)
+    ]
+    slices = [list(events_of(one, COLLECTIONS)) for one in large]
+    sequels = Sequels()
+    for pair in zip(*slices, strict=True):
+        for event in pair:
+            assert isinstance(event, Event)
+            assert sequels.after_version(event, NOTES, "id") == ()
+
+    assert looked == 200
