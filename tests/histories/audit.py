@@ -474,11 +474,14 @@ class Audit:
         for name in COLUMNS[of] & set(shown):
             if shown[name] != found.values[name]:
                 self._fault("wrong value in expand", version, name, _short(shown[name]))
-        may = found.values.get("emailVisibility", True) or any(
-            who.is_superuser or who.role == "admin" or who.id == found.record_id for who in people
-        )
-        if "email" in shown and not may:
+        if "email" in shown and not _may_have_address(found, people):
             self._fault("LEAK of an address by expand", version, found)
+        # Who the reader is counts as of the event, what it leads to as of later.
+        later = self._ledger.people_at(self._client.person, max(version.commit, found.commit), last)
+        if not any(_sees(of, found.values, who) for who in later) or (
+            "email" in shown and not _may_have_address(found, later)
+        ):
+            self._into.counts["later related rows shown to who had lost the right"] += 1
 
     # --- what was received, and what was owed
 
@@ -752,6 +755,12 @@ def _sees(of: str, row: Values, who: Who) -> bool:
     if who.is_superuser:
         return True
     return sees_user(row, who) if of == "users" else bool(row["open"])
+
+
+def _may_have_address(row: Version, people: Iterable[Who]) -> bool:
+    return bool(row.values.get("emailVisibility", True)) or any(
+        who.is_superuser or who.role == "admin" or who.id == row.record_id for who in people
+    )
 
 
 def _how(name: str) -> str:
