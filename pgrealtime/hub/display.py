@@ -160,9 +160,9 @@ class Display:
         # Views hold what clients wrote as fields: bounded, so that nobody can fill the memory.
         self._encoder = lru_cache(maxsize=_ENCODERS)(self._make_encoder)
 
-    def prepare(self, collection: Collection, request: Request, own: Row | None) -> None:
-        """Find out who the subscriber is to related records, for ``view`` to know it."""
-        self._viewers.viewer(collection, request, own)
+    def viewer(self, collection: Collection, request: Request, own: Row | None) -> Viewer | None:
+        """Return who the subscriber is to related records; None if it wants none."""
+        return self._viewers.viewer(collection, request, own)
 
     def view(
         self,

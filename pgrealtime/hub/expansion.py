@@ -110,6 +110,12 @@ class Viewer:
     managed: Mapping[str, Bound]
     """By auth collection, of which records an address is seen that isn't public."""
 
+    @property
+    def asks_caller(self) -> bool:
+        """Whether what is seen depends on who the viewer is."""
+        bounds = (*self.seen.values(), *self.managed.values())
+        return any(bound is not None and bound.variant.asks_caller for bound in bounds)
+
 
 class Viewers:
     """Compiles who sees what; who sees the same is the same viewer, as long as it is kept.

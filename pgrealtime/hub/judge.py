@@ -318,6 +318,17 @@ class Judge:
             verdict.note_failed(events, related.failed)
         return beside
 
+    def withhold(
+        self, events: Sequence[Event], verdict: Verdict, beside: Beside, viewers: Sized[Viewer]
+    ) -> None:
+        """Leave out the related records that some viewers would be shown, and note that."""
+        expands = beside.related.expands
+        withheld = [(place, viewer) for place, viewer in expands if viewer in viewers]
+        for one in withheld:
+            del expands[one]
+        if withheld:
+            verdict.note_failed(events, withheld)
+
     def _count_left_out(self, event: Event, groups: Iterable[Group], entire: Entire | None) -> None:
         seeing = () if entire is None else entire.groups
         if any(group not in seeing for group in groups):

@@ -17,6 +17,7 @@ from pgrealtime.hub.completion import Completion
 from pgrealtime.hub.connection import Subscription
 from pgrealtime.hub.definitions import Definitions
 from pgrealtime.hub.display import Display
+from pgrealtime.hub.expansion import Viewer
 from pgrealtime.hub.judge import Asking, Judge
 from pgrealtime.hub.match import FILTERS_PER_CONNECTION, Matcher
 from pgrealtime.hub.row_history import RowHistory
@@ -112,7 +113,7 @@ class Meaning:
         if collection is None:
             return
         if "expand" in topic.query:
-            self.display.prepare(collection, _request(topic, caller), caller.own_row)
+            self.display.viewer(collection, _request(topic, caller), caller.own_row)
         if "filter" in topic.query and is_compiled:
             self._compile(collection, topic, caller)
 
@@ -149,6 +150,13 @@ class Meaning:
             self.display.expanding += subscription.viewer is not None
             self.subscriptions[collection.name] += 1
         return reason
+
+    def viewer(self, topic: Topic, caller: Caller) -> Viewer | None:
+        """Return who a caller with that topic is to related records; None if it wants none."""
+        collection = self.collections.find(topic.collection)
+        if collection is None:
+            return None
+        return self.display.viewer(collection, _request(topic, caller), caller.own_row)
 
     def take(self, subscription: Subscription) -> None:
         """Take a subscription out of the group that ``give`` put it in, if any."""

@@ -18,6 +18,7 @@ from pgrealtime.hub.connection import NO_PARTS, Connection, State, Subscription
 from pgrealtime.hub.course import Course
 from pgrealtime.hub.display import NOTHING_BESIDE, Beside, Sight
 from pgrealtime.hub.event import Action, Event
+from pgrealtime.hub.expansion import Viewer
 from pgrealtime.hub.gaps import Gaps
 from pgrealtime.hub.identity import Identities
 from pgrealtime.hub.judge import Verdict, causes_of, where
@@ -250,6 +251,8 @@ class Replays:
         stretch = None if stands is None else self._recent.find(stands)
         if stretch is None or stretch.upto > self._course.target:
             return False
+        if self._outdated(connection):
+            return False
         if stretch.size > self._budget.limit():
             return False
         self._give(connection, stretch.events, stretch.batch)
@@ -257,6 +260,27 @@ class Replays:
         if connection.wants_cursor:
             connection.say_cursor(stretch.upto)
         return True
+
+    def _outdated(self, connection: Connection) -> frozenset[Viewer]:
+        """Return who the connection is to related records and isn't any more, or may not be.
+
+        Those are read as they are now, and a right may have been lost before they were written.
+        """
+        subscriptions = [one for one in connection.subscriptions.values() if one.viewer is not None]
+        caller = self._identities.caller_by_now(connection) if subscriptions else connection.caller
+        if caller is connection.caller:
+            return frozenset()
+        meaning = self._course.meaning
+        return frozenset(
+            one.viewer
+            for one in subscriptions
+            if one.viewer is not None
+            and (
+                one.viewer.asks_caller
+                if caller is None
+                else one.viewer is not meaning.viewer(one.topic, caller)
+            )
+        )
 
     def _give(
         self,
@@ -402,4 +426,6 @@ class Replays:
         if not judged.verdict.late:
             judged.beside = await judge.try_to_look_beside(events, judged.verdict, sights)
             allowance.use(judged.beside.related.seconds)
+            if outdated := self._outdated(connection):
+                judge.withhold(events, judged.verdict, judged.beside, outdated)
         return judged

@@ -95,13 +95,13 @@ async def world_of(
     ):
         await connection.execute(sql.SQL(schema))
         collections = build(configured, await read_catalog(connection, schemas=["public"]))
+        hub.setdefault("limits", RealtimeConfig())
         changelog = MemoryChangelog(LSN(100), max_size=1_000_000, max_age=300.0)
         made = Hub(
             changelog,
             Matcher(collections),
             Probe(pool),
             collections=collections,
-            limits=RealtimeConfig(),
             **hub,
         )
         made.stream_started("abcdef")

@@ -14,6 +14,7 @@ from pgrealtime.auth.record import digest_of
 from pgrealtime.changelog.base import Gap
 from pgrealtime.changes import Delete, Insert, Row, TableName, Truncate, Update, WholeRow
 from pgrealtime.errors import SubscriptionError
+from pgrealtime.hub import identity
 from pgrealtime.hub.connection import Connection
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.identity import Identities
@@ -411,6 +412,28 @@ async def test_a_gap_elsewhere_leaves_callers_alone() -> None:
 
         assert await heard(sink, 1) == [("update", "ann", True)]
         assert connection.caller == caller()
+
+
+async def test_who_the_caller_of_a_reader_behind_is_by_now_is_known_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As long as what came since is remembered."""
+    monkeypatch.setattr(identity, "_KEPT", 2)
+    async with open_room() as room:
+        connection, sink = await listening(room, "people/*", who=caller())
+        room.commit(changed("bob"))
+        await heard(sink, 1)
+        place = Cursor(room.changelog.head.lsn, END)
+
+        async def by_now(change: Update) -> Caller | None:
+            room.commit(change)
+            await room.settled()
+            connection.cursor, connection.caller = place, caller()
+            return room.hub._identities.caller_by_now(connection)
+
+        assert await by_now(changed()) is connection.caller
+        assert await by_now(changed(key="k2")) == Caller()
+        assert await by_now(changed("bob")) is None
 
 
 class SeenRow(dict[str, str | None]):
