@@ -356,14 +356,15 @@ class Replays:
         is_plain = part.gap is None and not part.people
         if stands is not None and is_plain and unheard is None:
             self._recent.keep(stands, events, piece.batch, upto)
-        if not is_cut:
-            people = [event for event in part.people if event.cursor <= upto]
-            self._turn_all(connection, people, "delete")
         connection.cursor = upto
         connection.note_parts(upto, NO_PARTS)
         gap = part.gap if part.gap is not None and part.gap.at <= upto else None
         self._gaps.tell_all(connection, gap, unheard, upto)
-        # Not before the gap: who breaks off in between would come back from behind it.
+        if not is_cut and not connection.is_ended:
+            # Not before the gap: what may be missed is told to who might have heard it.
+            people = [event for event in part.people if event.cursor <= upto]
+            self._turn_all(connection, people, "delete")
+        # Nor this: who breaks off in between would come back from behind the gap.
         if connection.wants_cursor and not connection.is_ended:
             connection.say_cursor(upto)
         progress.at_once = piece.stop if is_cut else min(SLICE, max(1, len(events)) * 2)

@@ -353,6 +353,33 @@ async def test_who_is_behind_is_not_shown_what_was_written_after_a_right_was_los
         await world.sinks[GOOD].wait_for_bytes(b"PB_RESYNC")
 
 
+async def test_who_is_behind_its_deletion_is_told_what_it_may_have_missed_before(
+    database_url: str,
+) -> None:
+    """By the rights that it had then: a guest had nothing to miss."""
+    case = Case(rule=SIGNED_IN + "secret = 's'", place="posts.list_rule")
+    limits = RealtimeConfig(send_buffer=1)
+    async with world_of(database_url, SCHEMA, configured(case), limits=limits) as world:
+        await world.listen(GOOD, case.topic, await world.user(GOOD), "")
+        await world.stream(await event_of(world, case, "p1"))
+        sink = world.sinks[GOOD]
+        await sink.wait_for_bytes(b'"p1"')
+        sink.is_stuck = True
+        for number in (2, 3):
+            await world.stream(await event_of(world, case, f"p{number}"))
+        # What the rule reads isn't in the image, and the row is gone.
+        unproved = await world.write(
+            "DELETE FROM posts WHERE id = 'p1'", Update(POSTS, {"id": "p1"}, WholeRow({"id": "p1"}))
+        )
+        deleted = await world.write(
+            f"DELETE FROM users WHERE id = '{GOOD}'", Delete(USERS, WholeRow(user(GOOD)))
+        )
+        await world.stream(unproved, deleted)
+        sink.unstick()
+        await sink.wait_for_bytes(b"PB_RESYNC")
+        assert heard(world, GOOD, "p3") == "all"
+
+
 @pytest.mark.parametrize("column", ["verified", "email"])
 async def test_a_caller_that_the_stream_cannot_tell_of_comes_back(
     database_url: str, column: str
