@@ -20,6 +20,7 @@ from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Delete, Insert, Transaction, Update
 from pgrealtime.collections import Collections, build
 from pgrealtime.config import CollectionConfig, RealtimeConfig
+from pgrealtime.hub.connection import Connection
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.match import Matcher
 from pgrealtime.hub.probe import Probe
@@ -70,7 +71,7 @@ class World:
         return str(row[0])
 
     async def stream(self, *entries: Entry) -> None:
-        """Let the stream bring them."""
+        """Let the stream bring them, to who reads on alone as well."""
         for one in entries:
             self.changelog.append(one)
         self.hub.wake()
@@ -78,6 +79,13 @@ class World:
             while self.hub.head < self.changelog.head:
                 self.hub.progressed.clear()
                 await self.hub.progressed.wait()
+            while any(map(self._is_behind, self.hub.connections)):
+                await asyncio.sleep(0.001)
+
+    def _is_behind(self, connection: Connection) -> bool:
+        sink = connection.sink
+        is_stuck = isinstance(sink, MemorySink) and sink.is_stuck
+        return connection.is_replaying() and connection.cursor < self.hub.head and not is_stuck
 
     def data(self, name: str) -> list[str]:
         """What the connection was sent, PB_CONNECT aside."""
