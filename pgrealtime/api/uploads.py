@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -91,32 +92,33 @@ class Uploads:
         content_type = request.headers.get("Content-Type", "")
         query = request.rel_url.raw_query_string.encode()
         network = network_of(address)
-        body = bytearray()
+        body = _Body()
         counted = small = 0
         try:
             async with asyncio.timeout(self._seconds):
                 async for piece in request.content.iter_any():
-                    body += piece
-                    if len(body) > largest:
+                    body.append(piece)
+                    if body.size > largest:
                         raise RefusedError(TOO_LARGE)
-                    if len(body) > LARGE_BODY:
-                        self._count(network, len(body) - counted)
-                        counted = len(body)
+                    if body.size > LARGE_BODY:
+                        self._count(network, body.size - counted)
+                        counted = body.size
                     else:
                         self._count_small(network, len(piece))
-                        small = len(body)
+                        small = body.size
             if not counted:
-                return take(content_type, bytes(body), query)
+                return take(content_type, body.joined(), query)
             # Shielded: who hangs up doesn't make room before the thread is free.
-            work = partial(take, content_type, bytes(body), query)
+            work = partial(_take_joined, take, content_type, body, query)
             taking = asyncio.create_task(self._take_apart(work, network, counted))
-            counted = 0
+            counted, body = 0, _Body()
             return await asyncio.shield(taking)
         except TimeoutError as error:
             raise RefusedError(TOO_SLOW) from error
         except web.RequestPayloadError as error:
             raise RefusedError(UNREADABLE) from error
         finally:
+            body.clear()
             self._count(network, -counted)
             self._count_small(network, -small)
 
@@ -145,6 +147,59 @@ class Uploads:
         if size > 0 and held > self._small_per_address:
             raise RefusedError(TOO_MANY)
         _put(self._held_small, network, held)
+
+
+class _Body:
+    """What has come of a body, in pieces that stay where they are.
+
+    One block that grows would be moved again and again, which leaves holes of its size in the
+    process's memory.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._pieces: list[bytes] = []
+        self._last = bytearray()
+        """What came in many small parts must not be kept as many."""
+
+    def append(self, part: bytes) -> None:
+        self.size += len(part)
+        self._last += part
+        if len(self._last) >= LARGE_BODY:
+            self._pieces.append(bytes(self._last))
+            self._last.clear()
+
+    def joined(self) -> bytes:
+        """Return the whole; the pieces go."""
+        whole = b"".join((*self._pieces, self._last))
+        self.clear()
+        return whole
+
+    def clear(self) -> None:
+        """Let go of it."""
+        self._pieces.clear()
+        self._last.clear()
+
+
+def _take_joined(
+    take: Callable[[str, bytes, bytes], _Content], content_type: str, body: _Body, query: bytes
+) -> _Content:
+    """Return what a function makes of a body, of which nothing is left then.
+
+    A task that fails and the frames that its error came through hold each other, and with them all
+    that was in those frames, until the garbage collector comes: it may take hundreds of bodies.
+    """
+    try:
+        return take(content_type, body.joined(), query)
+    except Exception as error:
+        _forget_frames(error)
+        raise
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _put(held: Counter[str], network: str, size: int) -> None:

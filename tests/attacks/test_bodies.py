@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import NoReturn
@@ -174,6 +176,27 @@ async def test_who_hangs_up_makes_no_room_before_the_thread_is_free(
             assert not begun.acquire(blocking=False)
         may_go.set()
         await until(lambda: uploads.held == 0)
+
+
+async def test_bodies_that_can_not_be_read_leave_nothing_in_memory() -> None:
+    """Whenever the garbage collector comes: it counts objects, of which a body is one."""
+    body = b"[" + b"1," * MIB
+    headers = {"Content-Type": "application/json"}
+    request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
+    async with served() as service:
+        assert (await send(request, service.address)).head.status == 400
+        gc.collect()
+        gc.disable()
+        tracemalloc.start()
+        try:
+            for _ in range(10):
+                assert (await send(request, service.address)).head.status == 400
+            left, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+            gc.enable()
+
+    assert left < 2 * len(body)
 
 
 async def test_many_calls_with_long_filters_hold_up_no_events() -> None:
