@@ -713,6 +713,8 @@ class Audit:
             return "+".join(found)
         if reason == "unknown" and self._has_unproved(names, begun):
             return "unproved"
+        if reason == "unknown" and self._has_lost_sight(names, begun):
+            return "rights"
         return "nothing"
 
     def _written_with(self, names: Iterable[str]) -> set[str]:
@@ -721,6 +723,15 @@ class Audit:
         for version in self._ledger.log:
             tables[version.commit].add(version.table)
         return set(names).union(*(some for some in tables.values() if not some.isdisjoint(names)))
+
+    def _has_lost_sight(self, names: Sequence[str], begun: int) -> bool:
+        """Whether the person expands what it sees by who it was, and became somebody else."""
+        is_expanding = any(
+            topic.expand and (not names or topic.collection in names)
+            for topic in self._client.topics
+        )
+        people = self._ledger.people_at(self._client.person, self._first + 1, begun)
+        return is_expanding and len(people) > 1
 
     def _has_unproved(self, names: Sequence[str], begun: int) -> bool:
         """Whether a version of the collections can't be judged by what the stream has of it."""
