@@ -24,7 +24,6 @@ from tests.histories.reader import Client, Message, Stream, Topic
 from tests.histories.scene import DOCS, FILLER, Values, Who, sees_user
 
 _OWN = ("PB_CONNECT", "PB_CURSOR", "PB_RESYNC")
-_DISTURBING = frozenset({"queries", "walsender", "decoder", "lock", "alter"})
 _END_SECONDS = 4.0
 """A connection isn't ended within a second of its first answer, and then at the next tick."""
 
@@ -299,14 +298,21 @@ class Audit:
             self._into.counts[f"left out: {_how(name)}"] += 1
             if (
                 not is_told
-                and not self._is_disturbed()
+                and not self._is_proof_lost(version.table)
                 and next(self._later(version, message.begun), None) is None
             ):
                 self._fault("left out though nothing is newer", version, name, message.event)
 
-    def _is_disturbed(self) -> bool:
-        """Whether streams or sessions broke in this world: a proof needs both, and has its time."""
-        return any(one.kind in _DISTURBING for one in self._ledger.happenings)
+    def _is_proof_lost(self, table: str) -> bool:
+        """Whether the stream was away at some time, or the table was another for a moment.
+
+        A proof needs all that followed of the stream, and events don't wait for that for long;
+        what can't be proved is left out. When the program had the stream back nobody else knows.
+        """
+        return any(
+            one.kind in ("walsender", "decoder") or (one.kind, one.table) == ("alter", table)
+            for one in self._ledger.happenings
+        )
 
     def _is_told_after(self, stream: Stream, message: Message, version: Version) -> bool:
         """Whether the stream says, from that message on, that the collection must be loaded."""
@@ -380,7 +386,7 @@ class Audit:
             if (
                 self._ledger.is_untouched_since(version, message.begun)
                 and not is_told
-                and not self._is_disturbed()
+                and not self._is_proof_lost(version.table)
                 and version.action != "delete"
             ):
                 self._fault("ids left out", version, message.event)
@@ -698,7 +704,7 @@ class Audit:
         kinds = {
             one.kind
             for one in self._ledger.happenings
-            if one.since >= self._first - 1
+            if self._first - 1 <= one.since <= begun
             and (one.kind == "lock" or not names or one.table in (*names, ""))
         }
         wanted = {

@@ -18,6 +18,8 @@ from psycopg import sql
 
 from pgrealtime import relay
 from pgrealtime.auth.principal import Caller
+from pgrealtime.hub.probe import Probe
+from pgrealtime.hub.suspension import Suspensions
 from pgrealtime.run import Running, running
 from tests.histories.audit import Audit, Findings, learn_cursors
 from tests.histories.ledger import ROOT, Ledger, Person
@@ -76,6 +78,18 @@ class World:
             claims["role"] = "root"
         token = jwt.encode(claims, SECRET, algorithm="HS256")
         return await self.service.reloading._rooms.authenticator.admit(f"Bearer {token}")
+
+    @property
+    def probe(self) -> Probe:
+        """What the program asks the database with."""
+        probe = self.service.hub._probe
+        assert isinstance(probe, Probe)
+        return probe
+
+    def forget_slowness(self) -> None:
+        """Let the program forget what was slow, so that no history depends on those before."""
+        self.probe._suspensions = Suspensions(time.monotonic)
+        self.probe._unreadable.clear()
 
     def look(self) -> int:
         """Return the last commit that readers see."""
@@ -188,6 +202,8 @@ class History:
         self._under_way: set[asyncio.Task[None]] = set()
         self._start = world.service.hub._changelog.head
         self._decoder_failures = self._count_decoder_failures()
+        world.forget_slowness()
+        self._unasked = world.probe.errors.copy()
 
     async def run(self) -> Findings:
         """Live it, and return what is wrong."""
@@ -226,6 +242,8 @@ class History:
             # invalid pointer"). That place is passed over, with what follows it.
             world.ledger.happens("decoder")
             findings.counts["failures of the server's decoder"] += failures
+        for (_, why), count in (world.probe.errors - self._unasked).items():
+            findings.counts[f"questions: {why}"] += count
         changelog = world.service.hub._changelog
         learn_cursors(
             world.ledger, changelog.read(max(self._start, changelog.floor), changelog.head, 1 << 30)
