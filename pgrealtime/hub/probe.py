@@ -624,8 +624,13 @@ class _Session:
         return await cursor.fetchall()
 
     async def end(self) -> None:
-        """Leave the transaction, whatever state it is in."""
-        await self._connection.execute("ROLLBACK")
+        """Leave the transaction, whatever state it is in; one that failed is rolled back.
+
+        A SELECT may write to the WAL, as it prunes pages. After a COMMIT the server flushes that
+        soon, after a ROLLBACK with the next commit of anybody: until then the stream would not
+        come to where a later snapshot finds the end of the WAL.
+        """
+        await self._connection.execute("COMMIT")
 
     async def restart(self) -> None:
         """Go on after an error, with a younger snapshot."""

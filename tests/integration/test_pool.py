@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import psycopg
 import pytest
+from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from pgrealtime.config import DatabaseConfig
+from pgrealtime.hub.probe import Probe
 from pgrealtime.pool import QueryPool
 from pgrealtime.run import query_pool
 from tests.wire import wire
@@ -86,3 +88,49 @@ async def test_all_connections_are_free_again_after_their_users_were_cancelled(
 
         answers = await asyncio.gather(*(answer(pool) for _ in range(4)))
         assert answers == [(1,)] * 4
+
+
+WAITING_WAL = """
+SELECT pg_current_wal_insert_lsn()::text,
+  pg_current_wal_insert_lsn() - pg_current_wal_flush_lsn() > 24  -- the header of a page
+"""
+
+
+async def _read_in_a_connection(pool: QueryPool) -> None:
+    async with pool.connection() as connection:
+        await connection.execute("SELECT FROM public.docs")
+
+
+async def _read_in_a_session(pool: QueryPool) -> None:
+    async with Probe(pool).reading(frozenset()) as reading:
+        await reading.texts(sql.Composed([sql.SQL("SELECT body FROM public.docs")]), {})
+
+
+@pytest.mark.parametrize("read", [_read_in_a_connection, _read_in_a_session])
+async def test_what_a_question_writes_to_the_wal_is_on_its_way_to_the_stream(
+    database_url: str, read: Callable[[QueryPool], Awaitable[None]]
+) -> None:
+    """A SELECT prunes pages. What proves that a row is of now waits for all WAL to be decoded."""
+    async with (
+        await psycopg.AsyncConnection.connect(database_url, autocommit=True) as admin,
+        pool_of(database_url, 1) as pool,
+    ):
+        await admin.execute(
+            "CREATE TABLE docs (id int, body text) WITH (autovacuum_enabled = off);"
+            "INSERT INTO docs SELECT n, repeat('x', 100) FROM generate_series(1, 10) n"
+        )
+        for number in range(500):
+            await admin.execute(
+                "UPDATE docs SET body = repeat('y', 100) WHERE id = %s", [number % 10 + 1]
+            )
+            await read(pool)
+            row = await (await admin.execute(WAITING_WAL)).fetchone()
+            assert row is not None
+            if row[1]:
+                break
+        else:
+            pytest.fail("no page was pruned")
+        async with asyncio.timeout(2.0):
+            flushed = "SELECT pg_current_wal_flush_lsn() >= %s::pg_lsn"
+            while await (await admin.execute(flushed, [row[0]])).fetchone() != (True,):
+                await asyncio.sleep(0.02)
