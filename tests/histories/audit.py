@@ -298,19 +298,27 @@ class Audit:
             self._into.counts[f"left out: {_how(name)}"] += 1
             if (
                 not is_told
-                and not self._is_proof_lost(version.table)
+                and not self._is_proof_lost(version, message)
                 and next(self._later(version, message.begun), None) is None
             ):
                 self._fault("left out though nothing is newer", version, name, message.event)
 
-    def _is_proof_lost(self, table: str) -> bool:
-        """Whether the stream was away at some time, or the table was another for a moment.
+    def _is_proof_lost(self, version: Version, message: Message) -> bool:
+        """Whether the stream may not have come in time to what a proof needs.
 
-        A proof needs all that followed of the stream, and events don't wait for that for long;
-        what can't be proved is left out. When the program had the stream back nobody else knows.
+        Events don't wait for that for long, and what can't be proved is left out: while the stream
+        is away, or for a moment after the table was altered; and when a transaction is open, whose
+        WAL the server may not flush before the next commit. Which WAL was flushed when nobody else
+        knows, nor when the program had the stream back.
         """
         return any(
-            one.kind in ("walsender", "decoder") or (one.kind, one.table) == ("alter", table)
+            one.kind in ("walsender", "decoder")
+            or (one.kind, one.table) == ("alter", version.table)
+            or (
+                one.kind == "open"
+                and one.since <= message.begun
+                and (one.upto is None or one.upto >= version.commit)
+            )
             for one in self._ledger.happenings
         )
 
@@ -386,7 +394,7 @@ class Audit:
             if (
                 self._ledger.is_untouched_since(version, message.begun)
                 and not is_told
-                and not self._is_proof_lost(version.table)
+                and not self._is_proof_lost(version, message)
                 and version.action != "delete"
             ):
                 self._fault("ids left out", version, message.event)
@@ -740,7 +748,7 @@ class Audit:
         return is_expanding and len(people) > 1
 
     def _has_unproved(self, names: Sequence[str], begun: int) -> bool:
-        """Whether a version of the collections can't be judged by what the stream has of it."""
+        """Whether something of the collections can't be judged or shown as it was."""
         for topic in self._client.topics:
             rule = self._rule(topic)
             reads = (rule.reads if rule else frozenset()) | (
@@ -752,6 +760,13 @@ class Audit:
                 if version.table not in (names or (version.table,)):
                     continue
                 if not reads <= version.in_wal or (topic.expand and self._has_lost_rows(version)):
+                    return True
+            if topic.expand and topic.collection in (names or (topic.collection,)):
+                # Who is behind isn't shown related records of after that.
+                people = {
+                    self._ledger.who(self._client.person, n) for n in range(self._first, begun + 1)
+                }
+                if len(people) > 1:
                     return True
         return False
 

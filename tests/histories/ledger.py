@@ -12,7 +12,9 @@ from pgrealtime.lsn import Cursor
 from tests.histories.scene import DOCS, LIKES, Rule, Scene, Values, Who, sees_user
 
 Action: TypeAlias = Literal["create", "update", "delete", "truncate"]
-HappeningKind: TypeAlias = Literal["queries", "walsender", "decoder", "lock", "alter", "truncate"]
+HappeningKind: TypeAlias = Literal[
+    "queries", "walsender", "decoder", "lock", "alter", "truncate", "open"
+]
 Person: TypeAlias = str
 """A user's id; ``""`` is a guest, ``root`` a superuser."""
 
@@ -54,7 +56,7 @@ class Version:
 
 @dataclass(slots=True)
 class Happening:
-    """Something beside rows that may make a gap.
+    """Something beside rows that may make a gap, or keep a proof away.
 
     Attributes:
         since: The last commit that was begun when it began.

@@ -89,6 +89,7 @@ class Writer:
             return
         draft = self._draft(may_truncate=False)
         self._open = draft
+        self.ledger.happens("open")
         await self._connections[1].execute("BEGIN")
         for statement in draft.statements:
             await self._connections[1].execute(statement.encode())
@@ -99,6 +100,9 @@ class Writer:
         if draft is None:
             return
         commit = self._note(draft)
+        for happening in self.ledger.happenings:
+            if happening.kind == "open" and happening.upto is None:
+                happening.upto = commit
         await self._connections[1].execute(f"INSERT INTO ledger VALUES ({commit}); COMMIT".encode())
         self.ledger.done = commit
         self.commits += 1
