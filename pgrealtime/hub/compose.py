@@ -287,7 +287,7 @@ async def compose_for(
         bound: Bytes that are enough. Only the first change is torn apart for it, and never a
             message.
     """
-    turn = RestingTurn() if connection.is_aside else Turn()
+    turn = RestingTurn() if connection.is_isolated else Turn()
     batch = Batch()
     sent = connection.parts_sent_of(events[0].cursor) if events else NO_PARTS
     parts = set(sent)

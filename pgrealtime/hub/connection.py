@@ -155,7 +155,7 @@ class Connection:
         "events",
         "gap",
         "id",
-        "is_aside",
+        "is_isolated",
         "is_live",
         "is_resumable",
         "known",
@@ -185,8 +185,9 @@ class Connection:
         self.cursor = cursor
         self.state = State.CONNECTING
         self.is_live = False
-        self.is_aside = False
-        """Whether its filters kept others waiting, and are judged for it alone."""
+        self.is_isolated = False
+        """Whether its filters kept others waiting, and are evaluated for it alone. Written by the
+        matcher: its groups depend on it."""
         self.is_resumable = False
         self.asked: tuple[str | None, str | None] = (None, None)
         """``Last-Event-ID`` and ``lastEventId`` as they came, read when PB_CONNECT goes out."""

@@ -27,7 +27,6 @@ from pgrealtime.changes import Transaction
 from pgrealtime.collections import Collections
 from pgrealtime.config import CollectionLoginConfig, HiddenFields, RealtimeConfig
 from pgrealtime.errors import PgRealtimeError, SubscriptionError, SubscriptionLimitError
-from pgrealtime.hub.aside import Aside
 from pgrealtime.hub.compose import Composer, Portion, hand_out
 from pgrealtime.hub.connection import (
     CURSOR_TOPIC,
@@ -55,6 +54,7 @@ from pgrealtime.hub.replay import REPLAYS_AT_ONCE, Replays
 from pgrealtime.hub.row_history import Reach, RowHistory
 from pgrealtime.hub.send_budget import SendBudget
 from pgrealtime.hub.slices import WIDE, Announcement, Slice, portions, slices
+from pgrealtime.hub.slow_filters import IsolatedConnections
 from pgrealtime.hub.snapshot import Barrier, barrier_of
 from pgrealtime.hub.topic import Topic
 from pgrealtime.hub.visibility import Visibility
@@ -138,7 +138,7 @@ class Hub:
             clock=clock,
         )
         self._identities = Identities(logins, allows_guests=allows_guests)
-        self._aside = Aside(self._course, clock)
+        self._isolated = IsolatedConnections(self._course, clock)
         self._gaps = Gaps(self._course, doom=self._doom, lose=self._lose, clock=clock)
         self._budget = SendBudget(
             per_connection=limits.send_buffer, total=limits.send_buffers, clock=clock
@@ -147,7 +147,7 @@ class Hub:
             changelog,
             self._course,
             self._identities,
-            self._aside,
+            self._isolated,
             self._gaps,
             at_once=replays_at_once,
             budget=self._budget,
@@ -728,7 +728,7 @@ class Hub:
             course.target, course.is_deciding = part.upto, True
             self._begin(part)
             verdict = await meaning.judge.judge_in_turns(part.events)
-            self._put_aside(verdict.late, verdict.dear)
+            self._let_read_alone(_connections_of(verdict.late), _connections_of(verdict.dear))
             beside = await meaning.judge.look_beside(
                 part.events, verdict, sights_of_audiences, is_shared=True
             )
@@ -818,16 +818,12 @@ class Hub:
                 await asyncio.sleep(_AGAIN_SECONDS)
         return True
 
-    def _put_aside(self, late: Iterable[Group], dear: Iterable[Group]) -> None:
-        """Go on without those whose filters took too long."""
-        self._let_read_alone(_connections_of(late), _connections_of(dear))
-
     def _let_read_alone(self, late: Iterable[Connection], dear: Iterable[Connection]) -> None:
         """Go on without connections that keep others waiting; some of them are to blame for it."""
         for connection in dear:
-            self._aside.blame(connection)
+            self._isolated.isolate_slow(connection)
         for connection in late:
-            self._aside.put(connection)
+            self._isolated.isolate(connection)
             if connection.is_live:
                 self._leave_behind(connection)
 

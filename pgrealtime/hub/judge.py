@@ -16,7 +16,6 @@ from msgspec import Struct
 
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
-from pgrealtime.hub.allowance import Allowance
 from pgrealtime.hub.completion import Completion
 from pgrealtime.hub.definitions import Belief
 from pgrealtime.hub.display import NOTHING_BESIDE, Beside, Display, Entire, Sight
@@ -27,6 +26,7 @@ from pgrealtime.hub.linking import rows_statement
 from pgrealtime.hub.match import Group, Judging, Matcher
 from pgrealtime.hub.probe import Asked, LiveRow
 from pgrealtime.hub.slices import SLICE, Announcement
+from pgrealtime.hub.slow_filters import TimeBudget
 from pgrealtime.lsn import Cursor, Xid
 from pgrealtime.turns import Turn
 
@@ -40,12 +40,12 @@ class Asking(Protocol):
         """Return the row of ``SNAPSHOT_QUERY``."""
         ...
 
-    async def ask(self, judging: Asked, allowance: Allowance | None = None) -> frozenset[str]:
+    async def ask(self, judging: Asked, budget: TimeBudget | None = None) -> frozenset[str]:
         """Find out what the judging wants to know, until nothing is left to ask.
 
         Args:
             judging: What wants to know.
-            allowance: What is asked once it is spent stays undecided; None is no bound.
+            budget: What is asked once it is spent stays undecided; None is no bound.
 
         Returns:
             The collections whose rows nobody could be asked about.
@@ -229,17 +229,17 @@ class Judge:
         self._left_out = left_out
 
     async def judge(
-        self, events: list[Event], allowance: Allowance, among: Sized[Group] | None = None
+        self, events: list[Event], budget: TimeBudget, among: Sized[Group] | None = None
     ) -> Verdict:
         """Return who may receive the events; completes the rows on the way.
 
         Args:
             events: In stream order.
-            allowance: For the questions of filters.
+            budget: For the questions of filters.
             among: The only groups to consider; None is all.
         """
         try:
-            verdict = await self._find_out(events, allowance, among)
+            verdict = await self._find_out(events, budget, among)
         except Exception as error:  # noqa: BLE001 (a fault of ours in one rule or row stops nobody)
             log.error("judging.failed", error=type(error).__name__, at=where(error))  # noqa: TRY400 (see where)
             verdict = Verdict([()] * len(events), lost=_names_in(events))
@@ -251,12 +251,12 @@ class Judge:
 
         What raises here is left to each connection to judge by itself.
         """
-        whole, allowance = Verdict([]), Allowance.for_all(len(events))
+        whole, budget = Verdict([]), TimeBudget.of_slice(len(events))
         for first in range(0, len(events), SLICE):
             if first:
                 await asyncio.sleep(0)
             some = events[first : first + SLICE]
-            part = await self._find_out(some, allowance, None)
+            part = await self._find_out(some, budget, None)
             part.note_unheard(some)
             whole.hits += part.hits
             whole.undecided |= part.undecided
@@ -335,7 +335,7 @@ class Judge:
             self._left_out[event.collection.name] += 1
 
     async def _find_out(
-        self, events: list[Event], allowance: Allowance, among: Sized[Group] | None
+        self, events: list[Event], budget: TimeBudget, among: Sized[Group] | None
     ) -> Verdict:
         partial = [
             place
@@ -351,9 +351,9 @@ class Judge:
             lost = completed.unread
             partial = [place for place in partial if not completed.is_whole(events[place])]
         now = datetime.now(UTC)
-        testing = allowance.testing
+        testing = budget.testing
         judging = self._matcher.matching(events, now, among, testing=testing)
-        await _tested(judging, allowance)
+        await _tested(judging, budget)
         undecided = await self._probe.ask(judging)
         verdict = Verdict(judging.hits, undecided=undecided, lost=lost, partial=partial)
         if had_partial:
@@ -363,8 +363,8 @@ class Judge:
             filters = self._matcher.matching(
                 events, now, among, costly=True, testing=testing, deferred=deferred
             )
-            await _tested(filters, allowance)
-            verdict.undecided |= await self._probe.ask(filters, allowance)
+            await _tested(filters, budget)
+            verdict.undecided |= await self._probe.ask(filters, budget)
             verdict.hits = [
                 (*a, *b) if b else a for a, b in zip(verdict.hits, filters.hits, strict=True)
             ]
@@ -392,13 +392,13 @@ class Judge:
             if (row := rows.get((event.collection.name, event.record_id))) is not None
             and event.action != "delete"
         ]
-        allowance = Allowance.for_all(len(asked))
+        budget = TimeBudget.of_slice(len(asked))
         judging = self._matcher.matching_given(
             [(_with_row(event, row), groups) for _, event, row, groups in asked],
             datetime.now(UTC),
-            allowance.testing,
+            budget.testing,
         )
-        await _tested(judging, allowance)
+        await _tested(judging, budget)
         await reading.judge(judging)
         return {
             place: Entire(_with_row(event, _shown_of(event, row) | event.row), frozenset(groups))
@@ -407,16 +407,16 @@ class Judge:
         }
 
 
-async def _tested(judging: Judging, allowance: Allowance) -> None:
+async def _tested(judging: Judging, budget: TimeBudget) -> None:
     """Do what needs no Postgres, in turns with the loop's other users."""
-    if allowance.queue is None:
+    if budget.queue is None:
         turn = Turn()
         while not judging.go_on(turn.is_over):
             await turn.pause()
         return
     is_done = False
     while not is_done:
-        async with allowance.queue.work(allowance.whose) as turn:
+        async with budget.queue.work(budget.network) as turn:
             is_done = judging.go_on(turn.is_over)
 
 

@@ -110,20 +110,18 @@ class Group:
         variant: What they ask.
         values: What they ask it with.
         record_id: Of a record topic; None for the whole collection.
-        is_awake: Whether events find it. One whose connections are all aside sleeps.
+        shared: How many of its subscriptions are evaluated for all: those without a filter, and
+            those whose connections aren't isolated. Events find a group that has any.
     """
 
-    __slots__ = ("_aside", "_audiences", "_count", "is_awake", "record_id", "values", "variant")
+    __slots__ = ("_audiences", "record_id", "shared", "values", "variant")
 
     def __init__(self, bound: Bound, record_id: str | None) -> None:
         self.variant = bound.variant
         self.values = bound.values
         self.record_id = record_id
-        self.is_awake = True
+        self.shared = 0
         self._audiences: Audience | dict[Receives, Audience] | None = None
-        self._count = 0
-        self._aside: set[Subscription] | None = None
-        """Of how many, those whose connections are aside; None is none, as nearly always."""
 
     @property
     def is_tried(self) -> bool:
@@ -143,8 +141,6 @@ class Group:
 
     def add(self, subscription: Subscription) -> None:
         """Put a subscription into its audience."""
-        self._count += 1
-        self.heed(subscription)
         place = subscription.receives
         match self._audiences:
             case None:
@@ -160,9 +156,6 @@ class Group:
 
     def remove(self, subscription: Subscription) -> bool:
         """Take a subscription out; return whether it was the last one."""
-        self._count -= 1
-        if self._aside is not None:
-            self._aside.discard(subscription)
         if isinstance(self._audiences, dict):
             place = subscription.receives
             if self._audiences[place].remove(subscription):
@@ -170,20 +163,6 @@ class Group:
             return not self._audiences
         assert self._audiences is not None
         return self._audiences.remove(subscription)
-
-    def heed(self, subscription: Subscription) -> None:
-        """Take note of whether the connection of one of its subscriptions is aside."""
-        if subscription.connection.is_aside:
-            if self._aside is None:
-                self._aside = set()
-            self._aside.add(subscription)
-        elif self._aside is not None:
-            self._aside.discard(subscription)
-
-    @property
-    def has_awake(self) -> bool:
-        """Whether a connection of it isn't aside."""
-        return self._aside is None or len(self._aside) < self._count
 
     def concerns(self, event: Event) -> bool:
         """Whether the event is about what its topic points to."""
@@ -222,7 +201,7 @@ class _Groups:
         return None
 
     def add(self, group: Group) -> None:
-        """Put a new group where events find it."""
+        """Put a new group here; events find it once it has a subscription to be found for."""
         if group.record_id is None:
             self._add(group)
             return
@@ -238,7 +217,7 @@ class _Groups:
 
     def _add(self, group: Group) -> None:
         self._all.setdefault(group.variant, {})[group.values] = group
-        if group.is_awake:
+        if group.shared:
             self.index.add(group)
 
     def remove(self, group: Group) -> None:
@@ -252,16 +231,23 @@ class _Groups:
         if found is group or not found:
             del self.by_record[group.record_id]
 
-    def turn(self, group: Group, *, is_awake: bool) -> None:
-        """Let events find a group that is here, or not."""
-        group.is_awake = is_awake
+    def share(self, group: Group) -> None:
+        """Count a subscription for which events find a group that is here."""
+        group.shared += 1
+        if group.shared == 1 and (there := self._indexing(group)) is not None:
+            there.index.add(group)
+
+    def unshare(self, group: Group) -> None:
+        """Take back what ``share`` did."""
+        group.shared -= 1
+        if not group.shared and (there := self._indexing(group)) is not None:
+            there.index.remove(group)
+
+    def _indexing(self, group: Group) -> _Groups | None:
         there = self if group.record_id is None else self.by_record[group.record_id]
-        if isinstance(there, _Groups):
-            (there.index.add if is_awake else there.index.remove)(group)
+        return there if isinstance(there, _Groups) else None
 
     def _remove(self, group: Group) -> None:
-        if group.is_awake:
-            self.index.remove(group)
         there = self._all[group.variant]
         del there[group.values]
         if not there:
@@ -402,23 +388,23 @@ class Matcher:
             by_collection[collection.name] = there
         group.add(subscription)
         subscription.group = group
-        self._heed(group)
+        if not _is_apart(subscription.connection, group):
+            there.share(group)
         return ""
 
     def _place_of(self, variant: Variant) -> dict[str, _Groups]:
         return self._costly if variant.is_costly else self._groups
 
-    def heed(self, connection: Connection) -> None:
-        """Let events find what waits for them, now that the connection is aside, or no more."""
+    def isolate(self, connection: Connection, *, is_isolated: bool) -> None:
+        """Let events find the groups of the connection's filters for its sake, or not any more."""
+        if connection.is_isolated == is_isolated:
+            return
+        connection.is_isolated = is_isolated
         for subscription in connection.subscriptions.values():
-            if subscription.group is not None:
-                subscription.group.heed(subscription)
-                self._heed(subscription.group)
-
-    def _heed(self, group: Group) -> None:
-        if group.variant.filtered and group.is_awake != group.has_awake:
-            there = self._place_of(group.variant)[group.variant.collection.name]
-            there.turn(group, is_awake=not group.is_awake)
+            group = subscription.group
+            if group is not None and group.variant.filtered:
+                there = self._place_of(group.variant)[group.variant.collection.name]
+                (there.unshare if is_isolated else there.share)(group)
 
     def bind(
         self, collection: Collection, topic: Topic, principal: Principal, own: Row | None
@@ -467,11 +453,12 @@ class Matcher:
             return
         if group.is_tried:
             self._uncount_tried(subscription, group)
-        if not group.remove(subscription):
-            self._heed(group)
-            return
         name, by_collection = group.variant.collection.name, self._place_of(group.variant)
         there = by_collection[name]
+        if not _is_apart(subscription.connection, group):
+            there.unshare(group)
+        if not group.remove(subscription):
+            return
         there.remove(group)
         if not there:
             del by_collection[name]
@@ -586,11 +573,16 @@ class Matcher:
         return Judging(events, cases, at, steps())
 
 
+def _is_apart(connection: Connection, group: Group) -> bool:
+    """Whether a subscription of the group is evaluated for its connection alone."""
+    return connection.is_isolated and bool(group.variant.filtered)
+
+
 def _find(case: Case[Group], there: _Groups, event: Event) -> None:
     """Find the groups that an event may concern."""
     case.find(there.index)
     match there.by_record.get(event.record_id):
-        case Group(is_awake=True) as only:
+        case Group() as only if only.shared:
             case.put_off((only,))
         case _Groups(index=index):
             case.find(index)

@@ -19,12 +19,11 @@ from pgrealtime.catalog.naming import identifier
 from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
 from pgrealtime.errors import DatabaseUnreachableError
-from pgrealtime.hub.allowance import SHORT_SECONDS, Allowance
 from pgrealtime.hub.definitions import Belief
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.outage import Outage
+from pgrealtime.hub.slow_filters import SLICE_FILTER_SECONDS, CircuitBreakers, TimeBudget
 from pgrealtime.hub.snapshot import SNAPSHOT_QUERY, Snapshot, parse_snapshot
-from pgrealtime.hub.suspension import Suspensions
 from pgrealtime.lsn import LSN, Xid, parse_lsn
 from pgrealtime.observe.redact import without_values
 from pgrealtime.pool import Connection, QueryPool
@@ -60,21 +59,17 @@ def _nobody_cares(_seconds: float) -> None:
     pass
 
 
-def _unlimited() -> Allowance:
-    return Allowance(is_short=False)
-
-
 _SNAPSHOT = (
     "SELECT pg_catalog.pg_current_snapshot()::pg_catalog.text,"
     " pg_catalog.pg_current_wal_insert_lsn()::pg_catalog.text"
 )
-_HURRIED = 20
-"""Without patience the other questions of the batch have a twentieth of the time each: those that
-aren't slow need no more, and many that are slow together hold everybody up."""
 _VISIBLE_SECONDS = 5.0
 _VISIBLE_RETRY_SECONDS = 0.005
-_PATIENCE = 3
+_TOLERATED_TIMEOUTS = 3
 """Time-outs of all questions of one batch together that are borne."""
+_HURRIED = 20
+"""After that many the other questions of the batch have a twentieth of the time each: those that
+aren't slow need no more, and many that are slow together hold everybody up."""
 _REASONS = 1000
 """Different reasons that are logged."""
 
@@ -143,7 +138,7 @@ class Probe:
         self._may_have_standbys = True
         self.outage = Outage(time.monotonic)
         """Whether the database is away, as far as questions tell."""
-        self._suspensions: Suspensions[Atom | RemoteSource] = Suspensions(time.monotonic)
+        self._breakers: CircuitBreakers[Atom | RemoteSource] = CircuitBreakers(time.monotonic)
 
     async def snapshot(self) -> tuple[str, str, bool]:
         """Return the row of ``SNAPSHOT_QUERY``.
@@ -184,7 +179,7 @@ class Probe:
             log.debug("standbys.unknown")
         return self._may_have_standbys
 
-    async def ask(self, judging: Asked, allowance: Allowance | None = None) -> frozenset[str]:
+    async def ask(self, judging: Asked, budget: TimeBudget | None = None) -> frozenset[str]:
         """Put what the judging wants to know, until nothing is left.
 
         All of it is asked of one snapshot, in which the events' transactions are visible. Whatever
@@ -192,21 +187,21 @@ class Probe:
 
         Args:
             judging: What wants to know.
-            allowance: What is asked once it is spent is neither answered nor denied; None is no
+            budget: What is asked once it is spent is neither answered nor denied; None is no
                 bound but the time-out of each statement.
 
         Returns:
             The collections whose rows nobody could be asked about: that is not their rules'
             fault, and who depends on those may miss something.
         """
-        allowance = allowance or _unlimited()
+        budget = budget or TimeBudget()
         for patience in self.outage.pauses():
             inquiries = judging.inquiries()
-            if not inquiries or allowance.is_spent():
+            if not inquiries or budget.is_spent():
                 return frozenset()
             try:
                 async with self._pool.session() as connection:
-                    session = _Session(self._pool, connection, judging.xids, allowance)
+                    session = _Session(self._pool, connection, judging.xids, budget)
                     await session.begin()
                     self.outage.end()
                     await self.put_all(session, judging, inquiries)
@@ -239,7 +234,7 @@ class Probe:
             TimeoutError: A transaction stays invisible.
         """
         async with self._pool.session() as connection:
-            session = _Session(self._pool, connection, xids, _unlimited())
+            session = _Session(self._pool, connection, xids, TimeBudget())
             await session.begin()
             self.outage.end()
             yield Reading(self, session)
@@ -251,28 +246,31 @@ class Probe:
         Raises:
             psycopg.Error: The connection broke.
         """
-        allowance = session.allowance
-        while inquiries and not allowance.is_spent():
-            # The slow ones last: they use up the patience.
-            for inquiry in sorted(inquiries, key=lambda one: self._suspensions.is_known(one.about)):
+        budget = session.budget
+        while inquiries and not budget.is_spent():
+            # The slow ones last: they use up the time-outs that are tolerated.
+            for inquiry in sorted(inquiries, key=self._has_timed_out):
                 inquiry.is_left = not await self._put(session, inquiry)
             asked.resume()
             inquiries = asked.inquiries()
+
+    def _has_timed_out(self, inquiry: Inquiry) -> bool:
+        return self._breakers.has_timed_out(inquiry.about)
 
     async def _put(self, session: _Session, inquiry: Inquiry) -> bool:
         """Put an inquiry; if it fails its parts, so that only what can't be answered is denied.
 
         Returns:
-            Whether it was answered or denied; else the session's allowance is spent.
+            Whether it was answered or denied; else the session's budget is spent.
         """
-        if session.allowance.is_spent():
+        if session.budget.is_spent():
             return False
-        if self._suspensions.is_suspended(inquiry.about):
+        if self._breakers.is_open(inquiry.about):
             self.errors[inquiry.collection, "suspended"] += 1
             return True
         if await self._answered(session, inquiry):
             return True
-        if session.allowance.is_spent():
+        if session.budget.is_spent():
             return False
         parts: Iterator[Inquiry] = inquiry.split()
         are_put = [await self._put(session, part) for part in parts]
@@ -306,14 +304,14 @@ class Probe:
             if session.is_broken:
                 raise
             is_late = isinstance(error, _LATE)
-            if is_late and session.allowance.is_short:
-                session.allowance.spend()  # not the time-out: it will be asked again
+            if is_late and session.budget.is_limited:
+                session.budget.exhaust()  # not the time-out: it will be asked again
                 return False
             self.errors[inquiry.collection, "timeout" if is_late else "error"] += 1
             self.report(inquiry.collection, error)
             if is_late:
-                session.patience -= 1
-                self._note_timeout(inquiry, is_borne=session.patience >= 0)
+                session.timeouts_left -= 1
+                self._record_timeout(inquiry, is_tolerated=session.timeouts_left >= 0)
             await session.restart()
             return False
         return True
@@ -324,11 +322,11 @@ class Probe:
             return await session.rows(question)
         finally:
             seconds = time.perf_counter() - began
-            session.allowance.use(seconds)
+            session.budget.spend(seconds)
             self._on_statement(seconds)
 
-    def _note_timeout(self, inquiry: Inquiry, *, is_borne: bool) -> None:
-        seconds = self._suspensions.note_timeout(inquiry.about, is_borne=is_borne)
+    def _record_timeout(self, inquiry: Inquiry, *, is_tolerated: bool) -> None:
+        seconds = self._breakers.record_timeout(inquiry.about, is_tolerated=is_tolerated)
         if seconds:
             log.warning("rule.suspended", collection=inquiry.collection, seconds=seconds)
 
@@ -545,9 +543,9 @@ class _Session:
     """One read-only transaction after another, each seeing the events' transactions.
 
     Attributes:
-        patience: Statements that may still run into the time-out before their rule is suspended
-            at once, and the others are hurried.
-        allowance: For all statements together.
+        timeouts_left: Statements that may still run into the time-out before their rule is
+            suspended at once, and the others are hurried.
+        budget: For all statements together.
         snapshot: What is seen.
         reach: Where the WAL ended when the snapshot was there.
     """
@@ -557,13 +555,13 @@ class _Session:
         pool: QueryPool,
         connection: Connection,
         xids: Sized[Xid],
-        allowance: Allowance,
+        budget: TimeBudget,
     ) -> None:
-        self.allowance = allowance
+        self.budget = budget
         self._pool = pool
         self._connection = connection
         self._xids = xids
-        self.patience = _PATIENCE
+        self.timeouts_left = _TOLERATED_TIMEOUTS
         self.snapshot = Snapshot(0, 0, frozenset())
         self.reach = LSN(0)
 
@@ -598,9 +596,9 @@ class _Session:
     def _seconds(self) -> float:
         """Return what a statement may take."""
         seconds = self._pool.statement_timeout
-        if self.patience < 0:
+        if self.timeouts_left < 0:
             seconds /= _HURRIED
-        return min(seconds, SHORT_SECONDS) if self.allowance.is_short else seconds
+        return min(seconds, SLICE_FILTER_SECONDS) if self.budget.is_limited else seconds
 
     async def texts(
         self, statement: sql.Composed, params: Mapping[str, object]

@@ -10,8 +10,6 @@ from msgspec import Struct
 
 from pgrealtime.changelog.base import Changelog
 from pgrealtime.errors import ChangelogError
-from pgrealtime.hub.allowance import Allowance
-from pgrealtime.hub.aside import Aside
 from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.compose import Piece, compose_for, subscriptions_by_group
 from pgrealtime.hub.connection import NO_PARTS, Connection, State, Subscription
@@ -26,6 +24,7 @@ from pgrealtime.hub.match import Group
 from pgrealtime.hub.recent import Recent, standpoint
 from pgrealtime.hub.send_budget import SendBudget
 from pgrealtime.hub.slices import SLICE, Announcement, Slice, parted, slices
+from pgrealtime.hub.slow_filters import IsolatedConnections, TimeBudget
 from pgrealtime.lsn import Cursor, Xid
 
 log = structlog.get_logger(__name__)
@@ -64,6 +63,8 @@ class _Progress(Struct):
 
     at_once: int = SLICE
     """Events that are tried next."""
+    is_limited: bool = True
+    """Whether filters have a limited time for them; not if that was too little for the last."""
     judged: _Judged | None = None
     """What is left of a change too large to be sent at once."""
     too_large: int = 0
@@ -77,10 +78,10 @@ class Replays:
         changelog: What is read.
         course: Where the hub stands.
         identities: Whose connections they are.
-        aside: Whose filters are slow.
+        isolated: Those whose filters are slow.
         gaps: Tells of what can't be delivered.
-        at_once: Connections that are served at the same moment, and half as many whose filters are
-            slow; what they ask of the database must leave some of it to the others.
+        at_once: Connections that are served at the same moment, and half as many isolated ones;
+            what they ask of the database must leave some of it to the others.
         budget: How much may wait for connections.
         stall_timeout: Seconds that one waits for room before the connection that takes most of
             it is dropped.
@@ -96,7 +97,7 @@ class Replays:
         changelog: Changelog,
         course: Course,
         identities: Identities,
-        aside: Aside,
+        isolated: IsolatedConnections,
         gaps: Gaps,
         *,
         at_once: int,
@@ -111,7 +112,7 @@ class Replays:
         self._changelog = changelog
         self._course = course
         self._identities = identities
-        self._aside = aside
+        self._isolated = isolated
         self._gaps = gaps
         self._budget = budget
         self._stall_timeout = stall_timeout
@@ -122,11 +123,11 @@ class Replays:
         self._clock = clock
         self._tasks: dict[Connection, asyncio.Task[None]] = {}
         self._turns = asyncio.Semaphore(at_once)
-        self._slow_turns = asyncio.Semaphore(max(1, at_once // 2))
+        self._isolated_turns = asyncio.Semaphore(max(1, at_once // 2))
         self._recent = Recent(clock)
-        self._joining: dict[Connection, None] = {}
-        self._staying: dict[Connection, None] = {}
-        """Those that have read all there is and must stay aside."""
+        self._waiting: dict[Connection, bool] = {}
+        """Those that have read all there is: they wait for the slice being evaluated, or (True)
+        must stay isolated."""
 
     def start(self, connection: Connection) -> None:
         """Let a connection in the state REPLAY read on."""
@@ -144,13 +145,11 @@ class Replays:
 
     def hold(self, connection: Connection) -> None:
         """Don't let it become LIVE: a call is at work on it."""
-        self._joining.pop(connection, None)
-        self._staying.pop(connection, None)
+        self._waiting.pop(connection, None)
 
     def join_waiting(self) -> None:
         """Nothing is being judged: make those LIVE who have read all there is."""
-        joining, self._joining = {**self._joining, **self._staying}, {}
-        for connection in joining:
+        for connection in list(self._waiting):
             if connection not in self._tasks:
                 try:
                     self._join(connection)
@@ -161,21 +160,22 @@ class Replays:
         """Make LIVE a connection that has read all there is; or let it wait, or read on."""
         course = self._course
         if connection.state is not State.REPLAY:
+            self._waiting.pop(connection, None)
             return
         if course.is_deciding or connection.cursor > course.head:
             # The slice being judged was judged without its groups; it has read that one itself.
-            self._joining[connection] = None
+            self._waiting.setdefault(connection, False)
         elif connection.cursor < course.head:
             self._tasks.pop(connection, None)
             self.start(connection)
-        elif self._aside.bring_back(connection):
-            self._staying.pop(connection, None)
+        elif self._isolated.try_rejoin(connection):
+            self._waiting.pop(connection, None)
             connection.state = State.LIVE
             connection.is_live = True
             if connection.wants_cursor:
                 connection.say_cursor(course.head)
-        elif connection not in self._staying:
-            self._staying[connection] = None
+        elif not self._waiting.get(connection):
+            self._waiting[connection] = True
             if connection.wants_cursor:
                 connection.say_cursor(course.head)
 
@@ -228,11 +228,10 @@ class Replays:
             if connection.cursor >= course.target:
                 self._join(connection)
                 return False
-            is_slow = self._aside.is_slow(connection)
-            async with self._slow_turns if is_slow or connection.is_aside else self._turns:
+            async with self._isolated_turns if connection.is_isolated else self._turns:
                 # Looked at once more: others had their turn.
                 if connection.is_replaying() and connection.cursor < course.target:
-                    await self._hand(connection, progress, self._aside.allowance(connection))
+                    await self._hand(connection, progress)
             return True
 
     def _opens_with_gap(self, connection: Connection) -> bool:
@@ -312,9 +311,7 @@ class Replays:
         fits = meaning.shapes.fits
         return next(slices(entries, connection.cursor, meaning.collections, turns, fits=fits))
 
-    async def _hand(
-        self, connection: Connection, progress: _Progress, allowance: Allowance
-    ) -> None:
+    async def _hand(self, connection: Connection, progress: _Progress) -> None:
         """Deliver a slice to one connection, or a piece of it: what its own topics may see of it.
 
         What lies beyond the dispatch task's own is left for later, so that it is judged either
@@ -326,13 +323,15 @@ class Replays:
         stands = None if connection.is_within_change() else standpoint(connection, edition)
         judged, progress.judged = progress.judged, None
         if judged is None or not judged.is_of(connection, edition):
-            judged = await self._judge(connection, progress.at_once, allowance)
+            budget = self._isolated.budget(connection, is_limited=progress.is_limited)
+            judged = await self._judge(connection, progress.at_once, budget)
             await self._see_causes(judged)
             if not connection.is_replaying() or self._course.edition != edition:
                 return
-            self._aside.note(connection, allowance, judged.events)
+            was_late = self._isolated.record(connection, budget, judged.events)
+            progress.is_limited = not was_late
             if judged.verdict.late:
-                # Of one alone Postgres may know in time; else it is slow, and may be that.
+                # Of one event Postgres may know in time; else it is slow, and may be that.
                 progress.at_once = 1
                 return
         part, events, verdict = judged.part, judged.events, judged.verdict
@@ -398,7 +397,7 @@ class Replays:
             if event.action == action:
                 self._turn(connection, event)
 
-    async def _judge(self, connection: Connection, at_once: int, allowance: Allowance) -> _Judged:
+    async def _judge(self, connection: Connection, at_once: int, budget: TimeBudget) -> _Judged:
         """Judge what is next for a connection: so many events, if there are."""
         course = self._course
         part, _ = parted(self._part_for(connection), at_once)
@@ -419,14 +418,14 @@ class Replays:
         if not events or not by_group:
             return judged
         judge = course.meaning.judge
-        judged.verdict = await judge.judge(events, allowance, by_group.keys())
+        judged.verdict = await judge.judge(events, budget, by_group.keys())
 
         def sights(groups: Iterable[Group]) -> Iterable[Sight]:
             return ((one.viewer, one.manager) for group in groups for one in by_group[group])
 
         if not judged.verdict.late:
             judged.beside = await judge.try_to_look_beside(events, judged.verdict, sights)
-            allowance.use(judged.beside.related.seconds)
+            budget.spend(judged.beside.related.seconds)
             if outdated := self._outdated(connection):
                 judge.withhold(events, judged.verdict, judged.beside, outdated)
         return judged

@@ -20,11 +20,11 @@ from structlog.testing import capture_logs
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.changes import Delete, Key, Row, WholeRow
 from pgrealtime.collections import Collection, Collections
-from pgrealtime.hub.allowance import SHORT_SECONDS, Allowance
 from pgrealtime.hub.connection import Connection, Subscription
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.match import Matcher
 from pgrealtime.hub.probe import Probe
+from pgrealtime.hub.slow_filters import SLICE_FILTER_SECONDS, TimeBudget
 from pgrealtime.hub.topic import parse_topic
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.pool import QueryPool
@@ -281,7 +281,7 @@ async def test_what_is_late_while_others_wait_is_undecided_and_can_be_asked_agai
     assert [desk.matcher.add(each, record) for each in made] == [""] * 3
     judging = desk.matcher.match([desk.event(project="px")], datetime.now(UTC), costly=True)
     assert {type(inquiry) for inquiry in judging.inquiries()} == {Pairs, Values}
-    allowance = Allowance(is_short=True)
+    budget = TimeBudget(is_limited=True)
     async with (
         QueryPool(desk.world.url, statement_timeout=theirs) as pool,
         await psycopg.AsyncConnection.connect(desk.world.url) as locker,
@@ -289,16 +289,16 @@ async def test_what_is_late_while_others_wait_is_undecided_and_can_be_asked_agai
         probe = Probe(pool)
         await locker.execute("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
         async with asyncio.timeout(DEADLINE):
-            assert await probe.ask(judging, allowance) == frozenset()
+            assert await probe.ask(judging, budget) == frozenset()
 
-    assert allowance.is_spent()
+    assert budget.is_spent()
     assert judging.undecided == {each.group for each in made}
     assert judging.hits == [{}]
     assert not probe.errors
-    assert not any(probe._suspensions.is_known(about) for about in abouts(made))
-    await probe.ask(judging, allowance)  # whose connections are closed: it isn't asked
+    assert not any(probe._breakers.has_timed_out(about) for about in abouts(made))
+    await probe.ask(judging, budget)  # whose connections are closed: it isn't asked
     assert judging.undecided == {each.group for each in made}
-    await desk.probe.ask(judging, Allowance(is_short=False))
+    await desk.probe.ask(judging, TimeBudget())
 
     assert set(judging.hits[0]) == {each.group for each in made}
     assert not judging.undecided
@@ -325,7 +325,7 @@ async def test_the_short_time_never_is_longer_than_the_operator_s(
         QueryPool(database_url, statement_timeout=theirs) as pool,
         pool.session() as connection,
     ):
-        await connection.execute(pool.begin(SHORT_SECONDS).encode())
+        await connection.execute(pool.begin(SLICE_FILTER_SECONDS).encode())
         shown = await (await connection.execute("SHOW statement_timeout")).fetchone()
         await connection.execute("ROLLBACK")
         after = await (await connection.execute("SHOW statement_timeout")).fetchone()

@@ -28,7 +28,6 @@ from pgrealtime.changes import (
 from pgrealtime.collections import Collection, Collections, Field, FieldKind
 from pgrealtime.config import CollectionLoginConfig, RealtimeConfig
 from pgrealtime.errors import DatabaseUnreachableError
-from pgrealtime.hub.allowance import Allowance
 from pgrealtime.hub.connection import Connection
 from pgrealtime.hub.definitions import Belief
 from pgrealtime.hub.dispatch import Hub
@@ -36,6 +35,7 @@ from pgrealtime.hub.event import Event
 from pgrealtime.hub.expand import Reading
 from pgrealtime.hub.match import Matcher
 from pgrealtime.hub.probe import Asked, LiveRow
+from pgrealtime.hub.slow_filters import TimeBudget
 from pgrealtime.hub.snapshot import Snapshot
 from pgrealtime.lsn import LSN, Xid
 
@@ -248,7 +248,7 @@ class GivenDatabase:
             for _ in range(times):
                 await self._asked.acquire()
 
-    async def ask(self, judging: Asked, _allowance: Allowance | None = None) -> frozenset[str]:
+    async def ask(self, judging: Asked, _budget: TimeBudget | None = None) -> frozenset[str]:
         assert not judging.inquiries(), "nothing to ask"
         if self.fault is not None:
             raise self.fault

@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
@@ -170,16 +171,21 @@ async def is_calm(world: World, readers: list[Reader]) -> bool:
 def is_at_rest(world: World, connection: Connection) -> bool:
     """Whether it has all there is."""
     replays = world.hub._replays
-    is_parked = connection in replays._staying and connection not in replays._tasks
+    is_parked = replays._waiting.get(connection, False) and connection not in replays._tasks
     return connection.is_live or (is_parked and connection.cursor == world.hub.head)
 
 
 def check_rest(world: World, readers: list[Reader]) -> None:
     """Nothing is left over of all that was under way."""
     hub = world.hub
-    assert (hub._replays._joining, hub._replays._tasks, list(hub._waiting)) == ({}, {}, [])
-    assert (hub._replays._turns._value, hub._replays._slow_turns._value) == (16, 8)
-    assert set(hub._replays._staying) <= {c for c in hub.connections if c.is_aside}
+    assert (hub._replays._tasks, list(hub._waiting)) == ({}, [])
+    assert (hub._replays._turns._value, hub._replays._isolated_turns._value) == (16, 8)
+    assert set(hub._replays._waiting) <= {c for c in hub.connections if c.is_isolated}
+    assert all(hub._replays._waiting.values())
+    topics_of = [(c, one.group) for c in hub.connections for one in c.subscriptions.values()]
+    members = [(connection, group) for connection, group in topics_of if group is not None]
+    shared = Counter(g for c, g in members if not (c.is_isolated and g.variant.filtered))
+    assert all(group.shared == shared[group] for _, group in members)
     assert not any(connection.turn.locked() for connection in hub.connections)
     assert len(hub.connections) == len(readers)
     topics = sum(len(connection.subscriptions) for connection in hub.connections)

@@ -295,8 +295,8 @@ def test_a_row_that_lacks_a_column_is_denied_to_rules_that_read_it(more: Row) ->
 
 
 @pytest.mark.parametrize("collection", ["posts/*", "posts/a"])
-def test_events_don_t_find_filters_of_those_who_are_aside(collection: str) -> None:
-    """Their questions aren't put for everybody; who asks the same and isn't aside is found."""
+def test_events_don_t_find_filters_of_isolated_connections(collection: str) -> None:
+    """Their questions aren't put for everybody; who asks the same and isn't isolated is found."""
     there, mine, other = with_relations(), connection(), connection()
     topic = asking("x").replace("posts/*", collection)
     made = subscribe(there, topic, on=mine)
@@ -312,8 +312,7 @@ def test_events_don_t_find_filters_of_those_who_are_aside(collection: str) -> No
         return sum(len(i.asked) for i in judging.inquiries() if isinstance(i, Pairs))
 
     assert asked() == 2
-    mine.is_aside = True
-    there.heed(mine)
+    there.isolate(mine, is_isolated=True)
     assert asked() == 1
     same = subscribe(there, topic, on=other)
     assert isinstance(same, Subscription)
@@ -324,14 +323,13 @@ def test_events_don_t_find_filters_of_those_who_are_aside(collection: str) -> No
     new = subscribe(there, asking("z").replace("posts/*", collection), on=mine)
     assert isinstance(new, Subscription)
     assert asked() == 1
-    mine.is_aside = False
-    there.heed(mine)
+    there.isolate(mine, is_isolated=False)
     assert asked() == 3
 
 
-def test_who_goes_while_aside_leaves_nothing_behind() -> None:
+def test_who_goes_while_isolated_leaves_nothing_behind() -> None:
     there, mine = with_relations(), connection()
-    mine.is_aside = True
+    there.isolate(mine, is_isolated=True)
     made = [subscribe(there, asking(text), on=mine) for text in "xy"]
     for one in made:
         assert isinstance(one, Subscription)
@@ -340,7 +338,7 @@ def test_who_goes_while_aside_leaves_nothing_behind() -> None:
     assert (there._groups, there._costly, there._tried) == ({}, {}, {})
 
 
-def test_many_who_share_a_slow_filter_are_put_aside_in_time_by_their_number() -> None:
+def test_many_who_share_a_slow_filter_are_isolated_in_time_by_their_number() -> None:
     """All at once, and everybody waits for it."""
 
     def seconds(count: int) -> float:
@@ -348,8 +346,7 @@ def test_many_who_share_a_slow_filter_are_put_aside_in_time_by_their_number() ->
         clients = [put(there, filtered("title ~ 'x'")).connection for _ in range(count)]
         began = time.process_time()
         for one in clients:
-            one.is_aside = True
-            there.heed(one)
+            there.isolate(one, is_isolated=True)
         took = time.process_time() - began
         assert not hearing(there, "a", "x")
         return took

@@ -19,12 +19,12 @@ from pgrealtime import turns
 from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.changes import Update, WholeRow
 from pgrealtime.hub import compose
-from pgrealtime.hub.allowance import Allowance
 from pgrealtime.hub.connection import Connection
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.display import Display
 from pgrealtime.hub.probe import Asked
 from pgrealtime.hub.replay import Replays
+from pgrealtime.hub.slow_filters import TimeBudget
 from pgrealtime.rules.remote import Pairs
 from tests.unit.hub.room import (
     DEADLINE,
@@ -103,8 +103,8 @@ async def at_rest(room: Room) -> None:
 class Database(GivenDatabase):
     """Says of whatever it is asked that it is so."""
 
-    async def ask(self, judging: Asked, allowance: Allowance | None = None) -> frozenset[str]:
-        del allowance
+    async def ask(self, judging: Asked, budget: TimeBudget | None = None) -> frozenset[str]:
+        del budget
         while inquiries := judging.inquiries():
             for inquiry in inquiries:
                 assert isinstance(inquiry, Pairs)
@@ -241,13 +241,13 @@ class _FaultyOnce(GivenDatabase):
         self.is_asked, self.may_raise = asyncio.Event(), asyncio.Event()
         self._is_over = False
 
-    async def ask(self, judging: Asked, allowance: Allowance | None = None) -> frozenset[str]:
+    async def ask(self, judging: Asked, budget: TimeBudget | None = None) -> frozenset[str]:
         if not self._is_over:
             self.is_asked.set()
             await self.may_raise.wait()
             self._is_over = True
             raise InjectedError
-        return await super().ask(judging, allowance)
+        return await super().ask(judging, budget)
 
 
 async def test_after_a_fault_nothing_is_handed_out_before_readers_see_it() -> None:

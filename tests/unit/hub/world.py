@@ -22,12 +22,12 @@ from pgrealtime.changes import (
 )
 from pgrealtime.config import RealtimeConfig
 from pgrealtime.errors import DatabaseUnreachableError
-from pgrealtime.hub.allowance import Allowance
 from pgrealtime.hub.definitions import Belief
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.match import Matcher
 from pgrealtime.hub.probe import Asked, LiveRow
+from pgrealtime.hub.slow_filters import TimeBudget
 from pgrealtime.lsn import LSN, Cursor, Xid, format_lsn
 from pgrealtime.rules.remote import Pairs
 from tests.unit.hub.room import (
@@ -107,18 +107,18 @@ class Database(GivenDatabase):
         await self._world.moment()
         return row
 
-    async def ask(self, judging: Asked, allowance: Allowance | None = None) -> frozenset[str]:
+    async def ask(self, judging: Asked, budget: TimeBudget | None = None) -> frozenset[str]:
         while inquiries := judging.inquiries():
             for inquiry in inquiries:
                 await self._world.moment()
-                if allowance is not None:
-                    allowance.use(self._world.rng.choice([0.0, 0.0, self._world.slowness]))
-                    inquiry.is_left = allowance.is_spent()
+                if budget is not None:
+                    budget.spend(self._world.rng.choice([0.0, 0.0, self._world.slowness]))
+                    inquiry.is_left = budget.is_spent()
                 assert isinstance(inquiry, Pairs)
                 if not inquiry.is_left:
                     inquiry.take([(place,) for place in range(len(inquiry.asked))])
             judging.resume()
-            if allowance is not None and allowance.is_spent():
+            if budget is not None and budget.is_spent():
                 break
         return frozenset()
 

@@ -8,9 +8,9 @@ from urllib.parse import quote
 
 import pytest
 
-from pgrealtime.hub.allowance import SHORT_SECONDS, Allowance
 from pgrealtime.hub.connection import Connection
 from pgrealtime.hub.probe import Asked
+from pgrealtime.hub.slow_filters import SLICE_FILTER_SECONDS, CircuitBreakers, TimeBudget
 from pgrealtime.rules.remote import Inquiry, Pairs
 from tests.unit.hub.room import DEADLINE, GivenDatabase, MemorySink, Room, at, insert, open_room
 
@@ -34,7 +34,7 @@ class Filters(GivenDatabase):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds = SHORT_SECONDS
+        self.seconds = SLICE_FILTER_SECONDS
         self.first: list[float] = []
         self.open_gate = asyncio.Event()
         self.open_gate.set()
@@ -42,23 +42,23 @@ class Filters(GivenDatabase):
         self.put: list[bool] = []
         """Of each slow question whether others waited for it."""
 
-    async def ask(self, judging: Asked, allowance: Allowance | None = None) -> frozenset[str]:
+    async def ask(self, judging: Asked, budget: TimeBudget | None = None) -> frozenset[str]:
         while inquiries := judging.inquiries():
-            assert allowance is not None
+            assert budget is not None
             for inquiry in inquiries:
-                await self._answer(inquiry, allowance)
-                inquiry.is_left = allowance.is_spent()
+                await self._answer(inquiry, budget)
+                inquiry.is_left = budget.is_spent()
             judging.resume()
-            if allowance.is_spent():
+            if budget.is_spent():
                 break
         return frozenset()
 
-    async def _answer(self, inquiry: Inquiry, allowance: Allowance) -> None:
+    async def _answer(self, inquiry: Inquiry, budget: TimeBudget) -> None:
         assert isinstance(inquiry, Pairs)
         if "title" in inquiry.atom.columns:
-            self.put.append(allowance.is_short)
-            allowance.use(self.first.pop(0) if self.first else self.seconds)
-            if not allowance.is_short:
+            self.put.append(budget.is_limited)
+            budget.spend(self.first.pop(0) if self.first else self.seconds)
+            if not budget.is_limited:
                 self.is_waiting.set()
                 await self.open_gate.wait()
         inquiry.take([(place,) for place in range(len(inquiry.asked))])
@@ -90,8 +90,8 @@ async def live(connection: Connection) -> None:
             await asyncio.sleep(0)
 
 
-def is_aside(connection: Connection) -> bool:
-    return connection.is_aside  # it changes between awaits
+def is_isolated(connection: Connection) -> bool:
+    return connection.is_isolated  # it changes between awaits
 
 
 async def at_rest(room: Room) -> None:
@@ -114,8 +114,8 @@ async def test_others_go_on_and_the_slow_one_hears_all_in_order_when_it_is_answe
         await database.is_waiting.wait()
 
         assert ids(other_sink) == ids(quick_sink) == [f"n{n}" for n in range(5)]
-        assert (quick.is_live, quick.is_aside) == (True, False)
-        assert (slow.is_live, slow.is_aside) == (False, True)
+        assert (quick.is_live, quick.is_isolated) == (True, False)
+        assert (slow.is_live, slow.is_isolated) == (False, True)
         assert ids(slow_sink) == []
         database.open_gate.set()
         await slow_sink.wait_for(1 + 10)
@@ -146,7 +146,7 @@ async def test_it_comes_back_when_it_was_quick_for_a_while() -> None:
     async with open_room(database=database, clock=clock) as room:
         slow, slow_sink = await subscribed(room, SLOW)
         for pause in (5, 10):
-            database.seconds = SHORT_SECONDS
+            database.seconds = SLICE_FILTER_SECONDS
             room.commit(insert(f"slow{pause}"))
             await room.settled()
             await at_rest(room)
@@ -155,12 +155,12 @@ async def test_it_comes_back_when_it_was_quick_for_a_while() -> None:
             room.commit(insert(f"early{pause}"))
             await room.settled()
             await at_rest(room)
-            assert is_aside(slow)
+            assert is_isolated(slow)
             clock.now += 0.6 * pause
             room.commit(insert(f"late{pause}"))
             await room.settled()
             await live(slow)
-            assert not is_aside(slow)
+            assert not is_isolated(slow)
             room.commit(insert(f"live{pause}"))
             await room.settled()
 
@@ -173,7 +173,7 @@ async def test_what_was_late_for_all_and_is_quick_alone_is_forgiven() -> None:
     database = Filters()
     async with open_room(database=database) as room:
         one, sink = await subscribed(room, SLOW)
-        database.first, database.seconds = [SHORT_SECONDS], 0
+        database.first, database.seconds = [SLICE_FILTER_SECONDS], 0
         room.commit(insert("a"))
         await room.settled()
         await live(one)
@@ -190,7 +190,7 @@ async def test_many_changes_at_once_may_take_longer_than_one() -> None:
     async with open_room(database=database) as room:
         made = room.commit(*(insert(f"n{n}") for n in range(5)))
         await room.settled()
-        database.first, database.seconds = [SHORT_SECONDS], 0
+        database.first, database.seconds = [SLICE_FILTER_SECONDS], 0
         one, sink = room.connect(position=f"{'x' * 40}.{at(made, 0)}")
         await room.subscribe(one, SLOW)
         await live(one)
@@ -248,15 +248,15 @@ async def test_a_slow_one_that_leaves_while_it_waits_leaves_nothing_behind() -> 
         await database.is_waiting.wait()
         room.hub.close(slow)
         async with asyncio.timeout(DEADLINE):
-            while room.hub._replays._slow_turns._value < 8:
+            while room.hub._replays._isolated_turns._value < 8:
                 await asyncio.sleep(0)
 
         replays = room.hub._replays
-        assert (replays._joining, replays._staying, replays._tasks) == ({}, {}, {})
+        assert (replays._waiting, replays._tasks) == ({}, {})
         assert room.hub._course.meaning.matcher._costly == {}
 
 
-async def test_who_asked_for_it_is_told_its_position_although_it_stays_aside() -> None:
+async def test_who_asked_for_it_is_told_its_position_although_it_stays_isolated() -> None:
     database = Filters()
     async with open_room(database=database) as room:
         slow, sink = await subscribed(room, SLOW)
@@ -267,7 +267,7 @@ async def test_who_asked_for_it_is_told_its_position_although_it_stays_aside() -
         await sink.wait_for(3)
 
     assert [name for _, name, _ in sink.events()] == ["PB_CONNECT", SLOW, "PB_CURSOR"]
-    assert slow.is_aside
+    assert slow.is_isolated
 
 
 async def test_who_reads_on_for_another_reason_doesn_t_wait_for_the_slow_ones() -> None:
@@ -318,12 +318,60 @@ async def test_a_filter_that_is_dear_in_the_process_waits_for_itself_alone(topic
         room.commit(insert("n3", "a" * 900))
         await room.settled()
         await at_rest(room)
-        assert is_aside(dear)
+        assert is_isolated(dear)
         assert ids(dear_sink) == ids(other_sink) == [f"n{n}" for n in range(4)]
         clock.now += 6
         room.commit(insert("n4", "short"))
         await room.settled()
         await live(dear)
 
-        assert not is_aside(dear)
+        assert not is_isolated(dear)
         assert (other.is_live, len(ids(other_sink))) == (True, 5)
+
+
+class Kind:
+    """Something that questions are about."""
+
+
+def test_three_time_outs_are_borne_and_each_further_one_suspends_for_twice_as_long() -> None:
+    clock = Clock()
+    breakers, slow, other = CircuitBreakers[Kind](clock), Kind(), Kind()
+    told = []
+    for _ in range(13):
+        assert not breakers.is_open(slow)
+        told.append(breakers.record_timeout(slow, is_tolerated=True))
+        assert breakers.is_open(slow) == bool(told[-1])
+        clock.now += told[-1]
+
+    assert told == [0, 0, 0, 5, 10, 20, 40, 80, 160, 320, 600, 600, 600]
+    assert breakers.has_timed_out(slow)
+    assert not breakers.has_timed_out(other)
+    assert not breakers.is_open(other)
+
+
+def test_without_patience_the_first_time_out_suspends() -> None:
+    """Many that are slow together are as bad as one that is slow often."""
+    breakers, slow = CircuitBreakers[Kind](Clock()), Kind()
+
+    assert breakers.record_timeout(slow, is_tolerated=False) == 5
+    assert breakers.record_timeout(slow, is_tolerated=True) == 10
+
+
+def test_after_ten_good_minutes_a_question_begins_anew() -> None:
+    clock = Clock()
+    breakers, slow = CircuitBreakers[Kind](clock), Kind()
+    breakers.record_timeout(slow, is_tolerated=False)
+    clock.now += 5 + 600
+    again = breakers.record_timeout(slow, is_tolerated=False)
+    clock.now += 10 + 601
+
+    assert again == 10
+    assert breakers.record_timeout(slow, is_tolerated=True) == 0
+
+
+def test_nothing_is_kept_of_what_nobody_asks_any_more() -> None:
+    breakers, slow = CircuitBreakers[Kind](Clock()), Kind()
+    breakers.record_timeout(slow, is_tolerated=True)
+    del slow
+
+    assert not breakers._timeouts
