@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.event import Event
+from pgrealtime.hub.slow_filters import TimeBudget
 from pgrealtime.lsn import Cursor
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class Stretch(NamedTuple):
     events: Sequence[Event]
     batch: Batch
     upto: Cursor
+    budget: TimeBudget
+    """What was used of it to find that out: who is handed it has filters that take as long."""
     found_at: float
     """Monotonic seconds."""
     size: int
@@ -54,7 +57,9 @@ def standpoint(connection: Connection, edition: int) -> Standpoint | None:
     if len(connection.subscriptions) != 1:
         return None
     (one,) = connection.subscriptions.values()
-    if one.group is None or one.barrier is not None or one.own_id:
+    if one.group is None or one.own_id:
+        return None
+    if one.barrier is not None and connection.cursor.lsn <= one.barrier.insert_lsn:
         return None
     return Standpoint(edition, connection.cursor, one.group, one.receives)
 
@@ -78,7 +83,14 @@ class Recent:
             return None
         return stretch
 
-    def keep(self, at: Standpoint, events: Sequence[Event], batch: Batch, upto: Cursor) -> None:
+    def keep(
+        self,
+        at: Standpoint,
+        events: Sequence[Event],
+        batch: Batch,
+        upto: Cursor,
+        budget: TimeBudget,
+    ) -> None:
         """Keep what follows for the next one that comes by; the oldest give way.
 
         What is too old goes as well: a stretch without a message has no size, but its events.
@@ -86,7 +98,7 @@ class Recent:
         now = self._clock()
         old = self._stretches.pop(at, None)
         size = sum(map(len, batch.tails))
-        self._stretches[at] = Stretch(events, batch, upto, now, size)
+        self._stretches[at] = Stretch(events, batch, upto, budget, now, size)
         self._size += size - (0 if old is None else old.size)
         while self._stretches:
             place, oldest = next(iter(self._stretches.items()))

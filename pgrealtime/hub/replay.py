@@ -44,6 +44,7 @@ class _Judged(Struct):
     verdict: Verdict
     beside: Beside
     upto: Cursor
+    budget: TimeBudget
     edition: int
     subscriptions: Mapping[str, Subscription]
 
@@ -228,11 +229,19 @@ class Replays:
             if connection.cursor >= course.target:
                 self._join(connection)
                 return False
-            async with self._isolated_turns if connection.is_isolated else self._turns:
-                # Looked at once more: others had their turn.
-                if connection.is_replaying() and connection.cursor < course.target:
+            is_isolated = connection.is_isolated
+            async with self._isolated_turns if is_isolated else self._turns:
+                # Looked at once more: others had their turn, perhaps from the same cursor.
+                if self._has_more(connection) and not self._hand_again(connection):
                     await self._hand(connection, progress)
+                    # At once, so that those who wait to ask the same needn't be late as well.
+                    if is_isolated and not progress.is_limited and self._has_more(connection):
+                        await self._hand(connection, progress)
             return True
+
+    def _has_more(self, connection: Connection) -> bool:
+        """Whether there is more for it to read; it changes between awaits."""
+        return connection.is_replaying() and connection.cursor < self._course.target
 
     def _opens_with_gap(self, connection: Connection) -> bool:
         """Tell a gap that the submitted position lies in; return whether nothing may follow."""
@@ -254,6 +263,7 @@ class Replays:
             return False
         if stretch.size > self._budget.limit():
             return False
+        self._isolated.record(connection, stretch.budget, stretch.events)
         self._give(connection, stretch.events, stretch.batch)
         connection.cursor = stretch.upto
         if connection.wants_cursor:
@@ -354,7 +364,7 @@ class Replays:
         self._give(connection, events, piece.batch, self._gaps.held_at(connection, unheard))
         is_plain = part.gap is None and not part.people
         if stands is not None and is_plain and unheard is None:
-            self._recent.keep(stands, events, piece.batch, upto)
+            self._recent.keep(stands, events, piece.batch, upto, judged.budget)
         connection.cursor = upto
         connection.note_parts(upto, NO_PARTS)
         gap = part.gap if part.gap is not None and part.gap.at <= upto else None
@@ -411,6 +421,7 @@ class Replays:
             Verdict([()] * len(events)),
             NOTHING_BESIDE,
             upto,
+            budget,
             course.edition,
             connection.subscriptions,
         )

@@ -229,6 +229,7 @@ class IsolatedConnections:
         return budget.is_limited
 
     def _record_timeout(self, connection: Connection, *, is_tolerated: bool) -> None:
+        was_open = self._breakers.is_open(connection)
         seconds = self._breakers.record_timeout(connection, is_tolerated=is_tolerated)
-        if seconds:
+        if seconds and not was_open:  # it may be slow at each change, and so may a thousand
             log.info("connection.isolated", connection=connection.id, seconds=seconds)

@@ -15,6 +15,7 @@ from pgrealtime.changes import Delete, Insert, Truncate, WholeRow
 from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.recent import Recent, Standpoint, Stretch, standpoint
+from pgrealtime.hub.slow_filters import TimeBudget
 from pgrealtime.lsn import LSN, Cursor
 from tests.unit.hub.room import NOTES, PEOPLE, POSTS, MemorySink, Room, insert, open_room
 
@@ -204,14 +205,20 @@ async def standing(room: Room, *topics: str, caller: Caller | None = None) -> St
 
 
 async def test_what_concerns_one_connection_alone_is_not_shared() -> None:
-    """Several topics are joined; an own record shows more; a fresh topic leaves rows out."""
+    """Several topics are joined; an own record shows more; a fresh topic leaves rows out.
+
+    Of what was committed before it was submitted, that is: later changes are shared.
+    """
     ann = Caller(AuthRecord(collection_id="pbc_people", collection_name="people", id="ann"))
     async with open_room() as room:
+        room.database.insert_lsn = "0/64"
         fresh, _ = room.connect()
         await room.subscribe(fresh, "posts/*")
 
         assert await standing(room, "posts/*") is not None
         assert standpoint(fresh, 0) is None
+        fresh.cursor = Cursor(LSN(0x65), 0)
+        assert standpoint(fresh, 0) is not None
         assert await standing(room, "posts/*", "notes/*") is None
         assert await standing(room, "people/*", caller=ann) is None
         assert await standing(room, "nowhere/*") is None
@@ -250,7 +257,7 @@ def test_what_was_found_out_is_true_for_a_moment() -> None:
     """A rule that asks the database may have another answer later."""
     clock = Clock()
     recent = Recent(clock)
-    recent.keep(at_lsn(1), [], Batch([(0, b"x")]), Cursor(LSN(2), 0))
+    recent.keep(at_lsn(1), [], Batch([(0, b"x")]), Cursor(LSN(2), 0), TimeBudget())
 
     assert found(recent, 1) is not None
     clock.now = 1.1
@@ -262,7 +269,7 @@ def test_what_is_kept_is_bounded() -> None:
     recent = Recent(Clock())
     batch = Batch([(0, b"x" * 6_000_000)])
     for lsn in (1, 1, 2, 3):
-        recent.keep(at_lsn(lsn), [], batch, Cursor(LSN(9), 0))
+        recent.keep(at_lsn(lsn), [], batch, Cursor(LSN(9), 0), TimeBudget())
 
     assert [found(recent, lsn) is not None for lsn in (1, 2, 3)] == [False, True, True]
 
@@ -273,7 +280,7 @@ def test_what_nobody_may_have_any_more_is_let_go() -> None:
     recent = Recent(clock)
     for lsn in range(1, 100):
         clock.now += 0.1
-        recent.keep(at_lsn(lsn), [], Batch(), Cursor(LSN(9), 0))
+        recent.keep(at_lsn(lsn), [], Batch(), Cursor(LSN(9), 0), TimeBudget())
 
     assert len(recent._stretches) <= 11
 
@@ -281,6 +288,8 @@ def test_what_nobody_may_have_any_more_is_let_go() -> None:
 def test_what_is_too_large_is_not_kept() -> None:
     recent = Recent(Clock())
     for lsn in (1, 2):
-        recent.keep(at_lsn(lsn), [], Batch([(0, b"x" * 17_000_000)]), Cursor(LSN(9), 0))
+        recent.keep(
+            at_lsn(lsn), [], Batch([(0, b"x" * 17_000_000)]), Cursor(LSN(9), 0), TimeBudget()
+        )
 
     assert not recent._stretches

@@ -199,6 +199,32 @@ async def test_many_changes_at_once_may_take_longer_than_one() -> None:
     assert database.put == [True] * 4  # of all, of one, of two, of the other two
 
 
+async def test_many_with_the_same_slow_filter_share_the_answers_of_a_few() -> None:
+    """What others are handed counts for them as well: their filter is as slow."""
+    database = Filters()
+    async with open_room(database=database) as room:
+        many = [await subscribed(room, SLOW) for _ in range(40)]
+        database.open_gate.clear()
+        room.commit(insert("n0"))
+        async with asyncio.timeout(DEADLINE):
+            while database.put.count(False) < 8:
+                await asyncio.sleep(0)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        database.open_gate.set()
+        await at_rest(room)
+
+        # One that all waited for, and of each of eight one in little time and one in all the time.
+        assert (database.put.count(True), database.put.count(False)) == (9, 8)
+        assert all(ids(sink) == ["n0"] for _, sink in many)
+        assert all(is_isolated(connection) for connection, _ in many)
+        room.commit(insert("n1"))
+        await room.settled()
+        await at_rest(room)
+        assert all(ids(sink) == ["n0", "n1"] for _, sink in many)
+        assert database.put.count(True) == 9
+
+
 async def test_a_slow_one_is_read_for_once_at_a_time_however_much_is_committed() -> None:
     database = Filters()
     async with open_room(database=database) as room:
