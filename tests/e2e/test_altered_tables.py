@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.listener import Caller, Listener, Message, listener
-from tests.e2e.service import Service, service
+from tests.e2e.service import SECRET, Service, service, token
 
 SCHEMA = """
 CREATE TABLE posts (
@@ -20,8 +20,15 @@ CREATE TABLE places (id text PRIMARY KEY) PARTITION BY RANGE (id);
 CREATE TABLE places_a PARTITION OF places FOR VALUES FROM ('a') TO ('b');
 CREATE TABLE places_b PARTITION OF places FOR VALUES FROM ('b') TO ('c');
 CREATE TABLE marks (id text PRIMARY KEY);
+CREATE TABLE people (id text PRIMARY KEY);
+CREATE TABLE trip_people (
+  trip text, person text REFERENCES people, PRIMARY KEY (trip, person)
+);
 CREATE TYPE spot AS (north int, name text);
 CREATE TABLE trips (id text PRIMARY KEY, stops spot[]);
+INSERT INTO people VALUES ('ann'), ('bob');
+ALTER TABLE trip_people REPLICA IDENTITY FULL;
+ALTER TABLE trips REPLICA IDENTITY FULL;
 INSERT INTO posts VALUES ('0', 't', 1, '{"a": 1}', true, '2026-11-28', '2026-11-28 12:00+00');
 ALTER TABLE posts REPLICA IDENTITY FULL;
 """
@@ -227,3 +234,63 @@ async def test_attributes_of_a_composite_have_the_names_that_they_have_by_then(
         [{"up": 1, "name": "c", "east": 2}],
         [{"name": "d", "east": 2}],
     ]
+
+
+LINKED = "CREATE PUBLICATION pgrealtime FOR TABLE people, marks, trips, trip_people;"
+RENAME = "ALTER TABLE trip_people RENAME person TO who"
+RETYPE = "ALTER TABLE trip_people ALTER person TYPE varchar(40)"
+
+
+@either_plugin
+@pytest.mark.parametrize(
+    ("statements", "heard_of"),
+    [
+        pytest.param((RETYPE,), ["t"], id="another-type"),
+        pytest.param((RENAME,), [], id="renamed"),
+    ],
+)
+async def test_a_deleted_record_is_judged_by_links_whose_table_was_altered(
+    database_url: str, tmp_path: Path, plugin: str, statements: tuple[str, ...], heard_of: list[str]
+) -> None:
+    """Whom it was linked to hears of it or is told of a gap; others hear nothing of it.
+
+    A column that the configuration names and that is gone locks the collection.
+    """
+    through = {"collection": "people", "through": "trip_people", "source": "trip"}
+    collections: dict[str, dict[str, Any]] = {
+        "people": {"table": "people", "type": "auth"},
+        "marks": {"table": "marks", **OPEN},
+        "trips": {
+            "table": "trips",
+            "relations": {"people": {**through, "target": "person"}},
+            "list_rule": "people.id ?= @request.auth.id",
+        },
+    }
+    auth = {"issuers": [{"name": "app", "secret": SECRET, "collection": "people"}]}
+    topics = ("trips/*", "marks/*", "PB_RESYNC")
+    async with (
+        service(
+            database_url,
+            tmp_path,
+            schema=SCHEMA + (LINKED if plugin == "pgoutput" else ""),
+            collections=collections,
+            sections={"replication": {"plugin": plugin}, "auth": auth},
+        ) as running,
+        listener(running.address, *topics, token=token("ann")) as ann,
+        listener(running.address, *topics, token=token("bob")) as bob,
+    ):
+        async with running.write.transaction():
+            await running.write.execute("INSERT INTO trips VALUES ('t')")
+            await running.write.execute("INSERT INTO trip_people VALUES ('t', 'ann')")
+        await heard(ann, running)
+        await bob.take(1)
+        for statement in statements:
+            await running.write.execute(statement.encode())
+        async with running.write.transaction():
+            await running.write.execute("DELETE FROM trip_people")
+            await running.write.execute("DELETE FROM trips")
+        told = await heard(ann, running)
+        others = await heard(bob, running)
+
+    assert [one.data["record"]["id"] for one in told if one.event == "trips/*"] == heard_of
+    assert {one.event for one in others} <= {"marks/*", "PB_RESYNC"}
