@@ -49,7 +49,7 @@ def test_a_token_is_hidden_whatever_stands_around_it(before: str, after: str) ->
 
 @given(st.text(st.characters(exclude_categories=["Z", "C"]), min_size=8).filter(str.isalnum))
 def test_the_password_of_a_url_is_never_shown(password: str) -> None:
-    assert password not in redact_text(f"postgresql://u:{password}@h/d").replace(HIDDEN, "")
+    assert redact_text(f"postgresql://u:{password}@h/d") == f"postgresql://u:{HIDDEN}@h/d"
 
 
 @pytest.mark.parametrize(
