@@ -19,7 +19,7 @@ from psycopg import sql
 from pgrealtime import relay
 from pgrealtime.auth.principal import Caller
 from pgrealtime.hub.probe import Probe
-from pgrealtime.hub.suspension import Suspensions
+from pgrealtime.hub.slow_filters import CircuitBreakers
 from pgrealtime.run import Running, running
 from tests.histories.audit import Audit, Findings, learn_cursors
 from tests.histories.ledger import ROOT, Ledger, Person
@@ -88,7 +88,7 @@ class World:
 
     def forget_slowness(self) -> None:
         """Let the program forget what was slow, so that no history depends on those before."""
-        self.probe._suspensions = Suspensions(time.monotonic)
+        self.probe._breakers = CircuitBreakers(time.monotonic)
         self.probe._unreadable.clear()
 
     def look(self) -> int:
