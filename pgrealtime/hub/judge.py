@@ -18,7 +18,7 @@ from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
 from pgrealtime.hub.completion import Completion
 from pgrealtime.hub.definitions import Belief
-from pgrealtime.hub.display import NOTHING_BESIDE, Beside, Display, Entire, Sight
+from pgrealtime.hub.display import MANY_TAKERS, NOTHING_BESIDE, Beside, Display, Entire, Sight
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.expand import Reading
 from pgrealtime.hub.expansion import Viewer
@@ -28,6 +28,7 @@ from pgrealtime.hub.probe import Asked, LiveRow
 from pgrealtime.hub.slices import SLICE, Announcement
 from pgrealtime.hub.slow_filters import TimeBudget
 from pgrealtime.lsn import Cursor, Xid
+from pgrealtime.rules.plan import Variant
 from pgrealtime.turns import Turn
 
 log = structlog.get_logger(__name__)
@@ -365,17 +366,38 @@ class Judge:
             )
             await _tested(filters, budget)
             verdict.undecided |= await self._probe.ask(filters, budget)
-            verdict.hits = [
-                (*a, *b) if b else a for a, b in zip(verdict.hits, filters.hits, strict=True)
-            ]
+            verdict.hits = _joined(verdict.hits, filters.hits)
             verdict.late = filters.undecided
             if had_partial:
                 verdict.note_unprovable(filters)
+            if verdict.late and among is None:
+                await self._ask_for_many(events, verdict, budget, now)
         if testing.late:
             verdict.late |= testing.late.keys()
             verdict.dear |= testing.dear.keys()
         verdict.unprovable -= verdict.late
         return verdict
+
+    async def _ask_for_many(
+        self, events: list[Event], verdict: Verdict, budget: TimeBudget, now: datetime
+    ) -> None:
+        """Evaluate filters once more that were late, and that many connections share."""
+        takers: Counter[Variant] = Counter()
+        for group in verdict.late:
+            if group.variant.is_costly:
+                takers[group.variant] += group.shared
+        again = {group for group in verdict.late if takers[group.variant] >= MANY_TAKERS}
+        if not again:
+            return
+        filters = self._matcher.matching(
+            events, now, again, costly=True, testing=budget.testing, deferred={}
+        )
+        await _tested(filters, budget)
+        verdict.undecided |= await self._probe.ask(filters, budget.for_many())
+        others = [tuple(group for group in groups if group not in again) for groups in verdict.hits]
+        verdict.hits = _joined(others, filters.hits)
+        verdict.late = (verdict.late - again) | filters.undecided
+        verdict.note_unprovable(filters)
 
     async def _entire_of(
         self, reading: Reading, events: Sequence[Event], verdict: Verdict, places: Sized[int]
@@ -405,6 +427,12 @@ class Judge:
             for (place, event, row, _), groups in zip(asked, judging.hits, strict=True)
             if groups
         }
+
+
+def _joined(
+    some: Iterable[Iterable[Group]], more: Iterable[Iterable[Group]]
+) -> list[Iterable[Group]]:
+    return [(*a, *b) if b else a for a, b in zip(some, more, strict=True)]
 
 
 async def _tested(judging: Judging, budget: TimeBudget) -> None:

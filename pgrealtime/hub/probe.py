@@ -22,7 +22,7 @@ from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.definitions import Belief
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.outage import Outage
-from pgrealtime.hub.slow_filters import SLICE_FILTER_SECONDS, CircuitBreakers, TimeBudget
+from pgrealtime.hub.slow_filters import CircuitBreakers, TimeBudget
 from pgrealtime.hub.snapshot import SNAPSHOT_QUERY, Snapshot, parse_snapshot
 from pgrealtime.lsn import LSN, Xid, parse_lsn
 from pgrealtime.observe.redact import without_values
@@ -598,7 +598,7 @@ class _Session:
         seconds = self._pool.statement_timeout
         if self.timeouts_left < 0:
             seconds /= _HURRIED
-        return min(seconds, SLICE_FILTER_SECONDS) if self.budget.is_limited else seconds
+        return min(seconds, self.budget.seconds) if self.budget.is_limited else seconds
 
     async def texts(
         self, statement: sql.Composed, params: Mapping[str, object]

@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-SLICE_FILTER_SECONDS = 0.1
+SLICE_FILTER_SECONDS = 0.02
 """Of PostgreSQL, for all filters of a slice together, and once more for the question during which
-that runs out: many times what most take, and hardly a delay that people see."""
+that runs out: many times what most take, and not much more than a slice takes without filters."""
+MANY_FILTER_SECONDS = 0.1
+"""The same, for filters that ``display.MANY_TAKERS`` connections share: hardly a delay that people
+see. A database that is slow for a moment doesn't isolate so many at once."""
 
 _WORK_PER_FILTER = 500.0
 """Units of work, a microsecond each, that one filter may take for one row while others wait."""
@@ -58,9 +61,11 @@ class TimeBudget:
         testing: What they may take in the process; None is no bound.
         queue: Where work in the process takes its turns; None is with everybody.
         network: Whose turns they are.
+        seconds: Of PostgreSQL, if others wait.
 
     Attributes:
         is_limited: As given.
+        seconds: As given.
         used: Seconds that PostgreSQL took.
     """
 
@@ -71,8 +76,10 @@ class TimeBudget:
         testing: Testing[Group] | None = None,
         queue: TurnQueue | None = None,
         network: str = "",
+        seconds: float = SLICE_FILTER_SECONDS,
     ) -> None:
         self.is_limited = is_limited
+        self.seconds = seconds
         self.used = 0.0
         self.testing: Testing[Group] = testing or Testing()
         self.queue = queue
@@ -85,9 +92,13 @@ class TimeBudget:
         testing: Testing[Group] = Testing(each=_WORK_PER_FILTER, left=left, is_shared=True)
         return cls(is_limited=True, testing=testing)
 
+    def for_many(self) -> TimeBudget:
+        """Return the budget of filters that many share, once the slice's own is spent."""
+        return TimeBudget(is_limited=True, testing=self.testing, seconds=MANY_FILTER_SECONDS)
+
     def is_spent(self) -> bool:
         """Whether what isn't answered yet must not be waited for; it changes between awaits."""
-        return self.is_limited and self.used >= SLICE_FILTER_SECONDS
+        return self.is_limited and self.used >= self.seconds
 
     def spend(self, seconds: float) -> None:
         """Count the seconds that a question took."""
@@ -95,7 +106,7 @@ class TimeBudget:
 
     def exhaust(self) -> None:
         """Count a question that takes longer than all may."""
-        self.used = max(self.used, SLICE_FILTER_SECONDS)
+        self.used = max(self.used, self.seconds)
 
 
 class _Timeouts(Struct):

@@ -9,8 +9,14 @@ from urllib.parse import quote
 import pytest
 
 from pgrealtime.hub.connection import Connection
+from pgrealtime.hub.display import MANY_TAKERS
 from pgrealtime.hub.probe import Asked
-from pgrealtime.hub.slow_filters import SLICE_FILTER_SECONDS, CircuitBreakers, TimeBudget
+from pgrealtime.hub.slow_filters import (
+    MANY_FILTER_SECONDS,
+    SLICE_FILTER_SECONDS,
+    CircuitBreakers,
+    TimeBudget,
+)
 from pgrealtime.rules.remote import Inquiry, Pairs
 from tests.unit.hub.room import DEADLINE, GivenDatabase, MemorySink, Room, at, insert, open_room
 
@@ -223,6 +229,37 @@ async def test_many_with_the_same_slow_filter_share_the_answers_of_a_few() -> No
         await at_rest(room)
         assert all(ids(sink) == ["n0", "n1"] for _, sink in many)
         assert database.put.count(True) == 9
+
+
+@pytest.mark.parametrize("count", [MANY_TAKERS - 1, MANY_TAKERS])
+async def test_what_many_share_has_more_time_before_they_are_isolated(count: int) -> None:
+    """Apart each of them would ask; for a few that is better than to let all others wait."""
+    database = Filters()
+    database.seconds = 2 * SLICE_FILTER_SECONDS
+    async with open_room(database=database) as room:
+        many = [await subscribed(room, SLOW, "posts") for _ in range(count)]
+        for n in range(3):
+            room.commit(insert(f"n{n}"))
+            await room.settled()
+            await at_rest(room)
+
+    heard = [name for n in range(3) for name in (f"n{n}", f"n{n}")]
+    assert all(ids(sink) == heard for _, sink in many)
+    assert {is_isolated(connection) for connection, _ in many} == {count < MANY_TAKERS}
+    assert (database.put == [True, True] * 3) == (count >= MANY_TAKERS)
+
+
+async def test_what_many_share_is_isolated_when_it_takes_longer_than_that_as_well() -> None:
+    database = Filters()
+    database.seconds = MANY_FILTER_SECONDS
+    async with open_room(database=database) as room:
+        many = [await subscribed(room, SLOW) for _ in range(MANY_TAKERS)]
+        room.commit(insert("n0"))
+        await room.settled()
+        await at_rest(room)
+
+    assert all(ids(sink) == ["n0"] for _, sink in many)
+    assert all(is_isolated(connection) for connection, _ in many)
 
 
 async def test_a_slow_one_is_read_for_once_at_a_time_however_much_is_committed() -> None:
