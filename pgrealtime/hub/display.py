@@ -234,18 +234,17 @@ class Display:
                 asked.add(place)
                 looking.consider(place, event.collection, event.row, bounds, past)
         unanswered = await self._probe.ask(looking)
+        partial = [place for place in partial if judged[place]]
         few: list[Wanted] = []
         if is_shared and wanted:
             many = _plans_of_many(judged)
             few = [one for one in wanted if one[1].plan not in many]
             wanted = [one for one in wanted if one[1].plan in many]
-        related = await self._expander.related(
-            events, heard, wanted, [place for place in partial if judged[place]], enter
-        )
+        related = await self._expander.related(events, heard, wanted, partial, enter)
         late: frozenset[Viewer] = frozenset()
         if few:
             seconds = _EXPAND_SECONDS + _EXPAND_SECONDS_OF_CHANGE * len(events)
-            expanded = await self._expander.expands_within(seconds, events, few)
+            expanded = await self._expander.expands_within(seconds, events, few, partial)
             if expanded is None:
                 late = frozenset(viewer for _, viewer in few)
             else:

@@ -215,17 +215,27 @@ class Expander:
         return Related(failed={*asked, *((place, None) for place in (*lacking, *partial))})
 
     async def expands_within(
-        self, seconds: float, events: Sequence[Event], wanted: Iterable[Wanted]
+        self,
+        seconds: float,
+        events: Sequence[Event],
+        wanted: Iterable[Wanted],
+        partial: Sequence[int],
     ) -> Related | None:
         """Return what is expanded for some viewers if that takes no longer than so many seconds.
 
         None is that it does, or that it failed: those viewers are served apart, where nobody waits
         for them.
+
+        Args:
+            seconds: Without the wait for a connection.
+            events: The batch.
+            wanted: What is expanded, and for whom.
+            partial: Places of events whose rows lack columns.
         """
-        found = Related()
+        asked, found = list(dict.fromkeys(wanted)), Related()
         try:
             async with asyncio.timeout(_SECONDS):
-                await self._read(events, [], list(dict.fromkeys(wanted)), found, within=seconds)
+                await self._read(events, [], asked, found, partial=partial, within=seconds)
         except (psycopg.Error, PoolTimeout, TimeoutError):
             return None
         return found

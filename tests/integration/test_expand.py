@@ -599,7 +599,7 @@ async def test_what_is_expanded_over_links_are_those_of_the_event(
     if is_shared:
         related = await expander.related([event], [0], wanted)
     else:
-        found = await expander.expands_within(5, [event], wanted)
+        found = await expander.expands_within(5, [event], wanted, [])
         assert found is not None
         related = found
 
