@@ -23,7 +23,7 @@ from pgrealtime.hub.judge import Verdict, causes_of, where
 from pgrealtime.hub.match import Group
 from pgrealtime.hub.recent import Recent, standpoint
 from pgrealtime.hub.send_budget import SendBudget
-from pgrealtime.hub.slices import SLICE, Announcement, Slice, parted, slices
+from pgrealtime.hub.slices import SLICE, Announcement, Slice, beginning, slices
 from pgrealtime.hub.slow_filters import IsolatedConnections, TimeBudget
 from pgrealtime.lsn import Cursor, Xid
 
@@ -410,7 +410,7 @@ class Replays:
     async def _judge(self, connection: Connection, at_once: int, budget: TimeBudget) -> _Judged:
         """Judge what is next for a connection: so many events, if there are."""
         course = self._course
-        part, _ = parted(self._part_for(connection), at_once)
+        part = beginning(self._part_for(connection), at_once)
         upto = min(part.upto, course.target)
         events = [event for event in part.events if event.cursor <= upto]
         people = [event for event in part.people if event.cursor <= upto]

@@ -144,25 +144,21 @@ def slices(
         yield cut.slice(None, upto)
 
 
-def parted(part: Slice, count: int) -> tuple[Slice, Slice | None]:
-    """Return a slice's first events and the slice of the others, if there are any.
+def beginning(part: Slice, count: int) -> Slice:
+    """Return a slice's beginning, which is all of it if it is short.
 
     Args:
         part: The slice.
-        count: Of the first ones; more if a change would be torn apart. At least 1.
+        count: How many events; more if a change would be torn apart. At least 1.
     """
     events = part.events
     while count < len(events) and events[count].cursor == events[count - 1].cursor:
         count += 1
     if count >= len(events):
-        return part, None
+        return part
     upto = events[count - 1].cursor
     people = [event for event in part.people if event.cursor <= upto]
-    others = [event for event in part.people if event.cursor > upto]
-    return (
-        Slice(events[:count], None, upto, people),
-        Slice(events[count:], part.gap, part.upto, others),
-    )
+    return Slice(events[:count], None, upto, people)
 
 
 def portions(events: Sequence[Event], judged: Sequence[Iterable[Hashable]]) -> Iterator[range]:
