@@ -201,7 +201,7 @@ class Display:
         partial: Sequence[int] = (),
         enter: Enter | None = None,
         *,
-        is_shared: bool = False,
+        is_shared: bool,
     ) -> Beside:
         """Find out what else is shown of the events' records, and to whom.
 
