@@ -235,6 +235,16 @@ async def test_numbers_and_texts_in_json_look_different(world: World) -> None:
     assert block(told, "list_rule")[3:8:2] == ["doc.n is 5", 'doc.s is "5"', "doc.t is null"]
 
 
+async def test_an_empty_relation_is_told_as_the_row_holds_it(world: World) -> None:
+    """Rules take it for an empty text, and whoever looks for the reason looks at the table."""
+    with psycopg.connect(world.url) as connection:
+        connection.execute("UPDATE posts SET author = NULL WHERE id = 1")
+
+    told = await world.ask('author = ""', GUEST)
+
+    assert block(told, "list_rule")[1:] == ['true     author = ""', "author is null"]
+
+
 async def test_columns_of_the_callers_own_row_are_told(world: World) -> None:
     told = await world.ask('@request.auth.role = "editor"', BOB)
 
