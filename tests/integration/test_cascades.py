@@ -68,6 +68,36 @@ async def test_a_cascade_reaches_exactly_those_who_could_see_the_rows_before(
         assert not guest.stream.waiting
 
 
+SPELT = """
+CREATE TABLE projects (id numeric PRIMARY KEY, open boolean NOT NULL);
+CREATE TABLE tasks (
+  id text PRIMARY KEY, project numeric NOT NULL REFERENCES projects ON DELETE CASCADE
+);
+ALTER TABLE projects REPLICA IDENTITY FULL;
+ALTER TABLE tasks REPLICA IDENTITY FULL;
+INSERT INTO projects VALUES (1.0, true), (2.0, false), (3, true);
+INSERT INTO tasks VALUES ('t1', 1.00), ('t2', 2.00);
+"""
+
+
+async def test_a_cascade_is_found_by_ids_that_are_equal_and_spelt_differently(
+    database_url: str, tmp_path: Path
+) -> None:
+    """A number of Postgres keeps its zeros; what it is equal to may have others."""
+    collections: dict[str, dict[str, Any]] = {
+        "projects": {"table": "projects"},
+        "tasks": {"table": "tasks", "list_rule": "project.open = true"},
+    }
+    async with (
+        service(database_url, tmp_path, collections=collections, schema=SPELT) as running,
+        listener(running.address, "tasks/*") as guest,
+    ):
+        await running.write.execute("DELETE FROM projects WHERE id < 3")
+        await running.write.execute("INSERT INTO tasks VALUES ('end', 3)")
+        heard = [(m.data["action"], m.data["record"]["id"]) for m in await guest.take(2)]
+        assert heard == [("delete", "t1"), ("create", "end")]
+
+
 MANY = """
 CREATE TABLE users (id text PRIMARY KEY);
 CREATE TABLE teams (id int PRIMARY KEY, open boolean NOT NULL);
