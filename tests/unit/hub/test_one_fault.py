@@ -16,14 +16,15 @@ import pytest
 
 import pgrealtime
 from pgrealtime import turns
-from pgrealtime.auth.principal import AuthRecord, Caller
-from pgrealtime.changes import Update, WholeRow
+from pgrealtime.auth.principal import GUEST, AuthRecord, Caller
+from pgrealtime.changes import Delete, Update, WholeRow
 from pgrealtime.hub import compose
 from pgrealtime.hub.connection import Connection
 from pgrealtime.hub.dispatch import Hub
 from pgrealtime.hub.display import Display
 from pgrealtime.hub.probe import Asked
 from pgrealtime.hub.replay import Replays
+from pgrealtime.hub.slices import Slice
 from pgrealtime.hub.slow_filters import TimeBudget
 from pgrealtime.rules.remote import Pairs
 from tests.unit.hub.room import (
@@ -271,3 +272,30 @@ async def test_after_a_fault_nothing_is_handed_out_before_readers_see_it() -> No
 
     assert before == ["posts/* create seen"]
     assert heard(sink) == [*before, "posts/* create unseen"]
+
+
+async def test_after_a_fault_who_was_deleted_in_what_was_handed_out_is_a_guest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The event of its deletion was delivered, and nothing reads it again."""
+    faults = [InjectedError()]
+    advance = Hub._advance
+
+    def fail_once(hub: Hub, part: Slice) -> None:
+        if faults:
+            raise faults.pop()
+        advance(hub, part)
+
+    async with open_room() as room:
+        connection, sink = room.connect()
+        await room.subscribe(connection, "people/*", caller=person("u1"))
+        await at_rest(room)
+        monkeypatch.setattr(Hub, "_turn_live", lambda *_: None)
+        monkeypatch.setattr(Hub, "_advance", fail_once)
+        room.commit(Delete(PEOPLE, WholeRow({"id": "u1", "email": "e", "key": "k"})))
+        await sink.wait_for(2)
+        await room.settled()
+
+    assert not faults
+    assert heard(sink) == ["people/* delete u1"]
+    assert connection.caller.principal == GUEST

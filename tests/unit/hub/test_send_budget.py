@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from pgrealtime.hub import compose
 from pgrealtime.hub.connection import Connection, State
 from pgrealtime.hub.send_budget import COUNTED, SendBudget
 from pgrealtime.lsn import LSN, Cursor
@@ -153,6 +154,26 @@ async def test_many_topics_of_stalled_clients_cost_others_neither_time_nor_memor
     assert waiting < 20 * (256 + 64) * KIB
     # What this test's sinks keep counts as well, twice while they grow.
     assert peak < 3 * waiting + 4 * MIB
+
+
+async def test_what_is_too_much_for_all_is_left_to_each_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Somebody with few topics is the first who isn't served with the others, and not the last."""
+    monkeypatch.setattr(compose, "_CHANGE_BYTES", 2 * MESSAGE)
+    monkeypatch.setattr(compose, "_PORTION_BYTES", 4 * MESSAGE)
+    async with open_room() as room:
+        sinks = []
+        for number, count in enumerate((4, 3, 4)):
+            connection, sink = room.connect()
+            await room.subscribe(connection, *(f"{name}&of={number}" for name in topics(count)))
+            sinks.append((sink, count))
+        room.commit(insert("a", "x" * MESSAGE))
+        await room.settled()
+        for sink, count in sinks:
+            await sink.wait_for(1 + count)
+
+    assert [len(heard(sink.events())) for sink, _ in sinks] == [4, 3, 4]
 
 
 async def test_one_large_message_after_the_other_waits_until_there_is_room() -> None:

@@ -158,6 +158,21 @@ def test_what_depends_on_the_subscriber_alone_is_decided_once() -> None:
     assert PLANNER.bind(POSTS, rule, Request(principal=GUEST)) == Nobody("")
 
 
+@pytest.mark.parametrize(
+    ("rule", "text", "expected"),
+    [
+        ("author = @request.auth.id", "", True),
+        ("title = 'x' && @request.auth.id != ''", "", True),
+        ("author = @request.auth.manager", "", True),
+        ("title = @request.query.auth && author = @request.query.q", "", False),
+        ("title = 'x'", "author != ''", False),
+    ],
+)
+def test_what_asks_of_the_subscriber_is_marked(rule: str, text: str, *, expected: bool) -> None:
+    """It is no longer asked of rows that came after somebody was deleted."""
+    assert bind(rule, text=text, auth="x", q="y").variant.asks_caller is expected
+
+
 def test_a_known_row_of_the_subscriber_s_own_is_a_value() -> None:
     rule = "@request.auth.name = 'Ann' && views > @request.auth.level"
     known = PLANNER.bind(POSTS, rule, Request(principal=ANN), OWN)
