@@ -407,6 +407,7 @@ async def test_database_in_another_encoding_is_read_by_pgoutput_only(plain: OwnS
         await writing.execute("CREATE TABLE posts (id int PRIMARY KEY, t text)")
         error = await refusal(url, ReplicationConfig(plugin="wal2json"))
         assert error.error_code == "encoding_unsupported"
+        assert error.hint == "Set replication.plugin to pgoutput."
         async with reading(url, writing, "pgoutput") as stream:
             await writing.execute("INSERT INTO posts VALUES (1, 'é')")
             (change,) = await changes_of(writing, stream)
