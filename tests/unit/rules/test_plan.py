@@ -218,7 +218,7 @@ def test_a_refused_filter_admits_nobody() -> None:
     bound = PLANNER.bind(POSTS, "", Request(principal=ANN, query={"filter": "internal = 'x'"}))
 
     assert isinstance(bound, Nobody)
-    assert bound.reason
+    assert bound.reason == 'the filter is refused: rule_name: field "internal" is hidden'
 
 
 @pytest.mark.parametrize("word", ["@request.", "@collection."])
