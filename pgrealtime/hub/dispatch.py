@@ -732,7 +732,8 @@ class Hub:
             beside = await meaning.judge.look_beside(
                 part.events, verdict, sights_of_audiences, is_shared=True
             )
-            self._let_read_alone(_viewing(verdict.hits, beside.late), ())
+            late = _viewing(verdict.hits, beside.late)
+            self._let_read_alone(late, late)
             if causes := causes_of(part.gap, part.events, verdict, meaning.subscriptions):
                 await self._visibility.seen(causes)
             composer = Composer(

@@ -38,9 +38,9 @@ log = structlog.get_logger(__name__)
 MANY_TAKERS = 50
 """Live connections that ask for the same: for so many it is made once for all, whatever it takes.
 Apart, each of them would make it for itself."""
-_EXPAND_SECONDS = 0.02
+_EXPAND_SECONDS = 0.01
 """That the related records of all others may take of a slice, and for each change some more."""
-_EXPAND_SECONDS_OF_CHANGE = 0.002
+_EXPAND_SECONDS_OF_CHANGE = 0.001
 _ENCODERS = 1024
 _NO_IDS: Mapping[str, Sequence[str]] = MappingProxyType({})
 
@@ -110,7 +110,9 @@ class Asking(Protocol):
         """Find out what the judging wants to know, until nothing is left to ask."""
         ...
 
-    def reading(self, xids: frozenset[Xid]) -> AbstractAsyncContextManager[Reading]:
+    def reading(
+        self, xids: frozenset[Xid], seconds: float | None = None
+    ) -> AbstractAsyncContextManager[Reading]:
         """Open a snapshot for several questions."""
         ...
 

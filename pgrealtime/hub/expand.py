@@ -115,8 +115,14 @@ class Reading(Protocol):
 class Readings(Protocol):
     """What this needs of ``hub.probe``."""
 
-    def reading(self, xids: frozenset[Xid]) -> AbstractAsyncContextManager[Reading]:
+    def reading(
+        self, xids: frozenset[Xid], seconds: float | None = None
+    ) -> AbstractAsyncContextManager[Reading]:
         """Open a snapshot that sees the transactions.
+
+        Args:
+            xids: The transactions.
+            seconds: That all questions may take together; None is no bound.
 
         Raises:
             psycopg.Error: There is none to be had.
@@ -227,7 +233,7 @@ class Expander:
         for them.
 
         Args:
-            seconds: Without the wait for a connection.
+            seconds: For all of it.
             events: The batch.
             wanted: What is expanded, and for whom.
             partial: Places of events whose rows lack columns.
@@ -281,7 +287,8 @@ class Expander:
         concerned = dict.fromkeys([*lacking, *(place for place, _ in wanted), *partial])
         pasts = {place: self._past(events[place]) for place in concerned}
         xids = frozenset(events[place].xid for place in concerned)
-        async with self._readings.reading(xids) as reading:
+        began_all = time.perf_counter()
+        async with self._readings.reading(xids, within) as reading:
             fetching = _Fetching(reading, self._junctions)
             linked = [p for p in concerned if self._junctions[events[p].collection.name]]
             undone = await self._undone(reading, events, linked)
@@ -303,8 +310,7 @@ class Expander:
                 for place, viewer in wanted
             ]
             began = time.perf_counter()
-            async with asyncio.timeout(within):
-                await fetching.expand(roots)
+            await fetching.expand(roots)
             found.seconds = time.perf_counter() - began
             if reading.has_failed:
                 found.failed.update(wanted)
@@ -321,9 +327,9 @@ class Expander:
         )
         left, turn = _BYTES, Turn()
         for one, (root, viewer) in zip(wanted, roots, strict=True):
-            if within is not None and found.seconds > within:
-                raise TimeoutError
             began = time.perf_counter()
+            if within is not None and began - began_all > within:
+                raise TimeoutError
             most = min(_LARGE, max(left, _SMALL))
             try:
                 shown = found.expands[one] = self._expanded(root, viewer, most)

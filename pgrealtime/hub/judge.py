@@ -61,7 +61,9 @@ class Asking(Protocol):
         """
         ...
 
-    def reading(self, xids: Sized[Xid]) -> AbstractAsyncContextManager[Reading]:
+    def reading(
+        self, xids: Sized[Xid], seconds: float | None = None
+    ) -> AbstractAsyncContextManager[Reading]:
         """Open a snapshot for several questions."""
         ...
 

@@ -199,14 +199,22 @@ class Probe:
             inquiries = judging.inquiries()
             if not inquiries or budget.is_spent():
                 return frozenset()
+            began = time.perf_counter()
+            begins_within = asyncio.timeout(budget.seconds if budget.is_limited else None)
             try:
-                async with self._pool.session() as connection:
+                async with begins_within, self._pool.session() as connection:
                     session = _Session(self._pool, connection, judging.xids, budget)
                     await session.begin()
+                    begins_within.reschedule(None)
+                    if budget.is_limited:
+                        budget.spend(time.perf_counter() - began)
                     self.outage.end()
                     await self.put_all(session, judging, inquiries)
                     await session.end()
             except TimeoutError as error:
+                if begins_within.expired():
+                    budget.exhaust()
+                    return frozenset()
                 return self._give_up(judging, error)
             except psycopg.Error as error:
                 if patience is None:
@@ -225,17 +233,28 @@ class Probe:
         return frozenset(about)
 
     @asynccontextmanager
-    async def reading(self, xids: Sized[Xid]) -> AsyncIterator[Reading]:
+    async def reading(
+        self, xids: Sized[Xid], seconds: float | None = None
+    ) -> AsyncIterator[Reading]:
         """Open a snapshot in which the transactions are visible, for several questions.
+
+        Args:
+            xids: The transactions.
+            seconds: That the snapshot and all questions may take together; None is no bound but
+                the time-out of each statement.
 
         Raises:
             psycopg.Error: There is none to be had; or the connection broke.
             PoolTimeout: Every connection is in use.
-            TimeoutError: A transaction stays invisible.
+            TimeoutError: A transaction stays invisible, or the seconds are over.
         """
-        async with self._pool.session() as connection:
-            session = _Session(self._pool, connection, xids, TimeBudget())
+        budget = TimeBudget() if seconds is None else TimeBudget(is_limited=True, seconds=seconds)
+        began, begins_within = time.perf_counter(), asyncio.timeout(seconds)
+        async with begins_within, self._pool.session() as connection:
+            session = _Session(self._pool, connection, xids, budget)
             await session.begin()
+            begins_within.reschedule(None)
+            budget.spend(time.perf_counter() - began)
             self.outage.end()
             yield Reading(self, session)
             await session.end()
@@ -503,25 +522,44 @@ class Reading:
 
         Raises:
             psycopg.Error: The connection broke.
+            TimeoutError: The reading's seconds are over.
         """
+        budget = self._session.budget
         for is_last in (self.has_failed, True):
+            began = time.perf_counter()
             try:
-                return await self._session.texts(statement, params)
+                found = await self._session.texts(statement, params)
             except psycopg.Error as error:
                 if self._session.is_broken:
                     raise
+                if budget.is_limited and isinstance(error, _LATE):
+                    raise TimeoutError from error
                 self._probe.report("", error)
                 await self._session.restart()
                 if isinstance(error, psycopg.errors.InsufficientPrivilege):
                     return None  # the operator's wish, or told at the start
                 if is_last or not isinstance(error, _LATE):
                     break
+            else:
+                budget.spend(time.perf_counter() - began)
+                self._raise_if_spent()
+                return found
         self.has_failed = True
         return None
 
     async def judge(self, asked: Asked) -> None:
-        """Put what is to be known, until nothing is left; what can't be answered is denied."""
+        """Put what is to be known, until nothing is left; what can't be answered is denied.
+
+        Raises:
+            psycopg.Error: The connection broke.
+            TimeoutError: The reading's seconds are over.
+        """
         await self._probe.put_all(self._session, asked, asked.inquiries())
+        self._raise_if_spent()
+
+    def _raise_if_spent(self) -> None:
+        if self._session.budget.is_spent():
+            raise TimeoutError
 
 
 def _is_away(error: Exception) -> bool:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-SLICE_FILTER_SECONDS = 0.02
+SLICE_FILTER_SECONDS = 0.01
 """Of PostgreSQL, for all filters of a slice together, and once more for the question during which
 that runs out: many times what most take, and not much more than a slice takes without filters."""
 MANY_FILTER_SECONDS = 0.1

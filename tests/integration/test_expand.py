@@ -147,8 +147,10 @@ class World:
     queries: list[int] = field(default_factory=lambda: [0])
 
     @asynccontextmanager
-    async def reading(self, xids: frozenset[Xid]) -> AsyncIterator[Reading]:
-        async with self.probe.reading(xids) as reading:
+    async def reading(
+        self, xids: frozenset[Xid], seconds: float | None = None
+    ) -> AsyncIterator[Reading]:
+        async with self.probe.reading(xids, seconds) as reading:
             yield CountingReading(reading, self.queries)
 
     @property

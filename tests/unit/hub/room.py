@@ -254,7 +254,9 @@ class GivenDatabase:
             raise self.fault
         return self.undecided
 
-    def reading(self, _xids: Sized[Xid]) -> AbstractAsyncContextManager[Reading]:
+    def reading(
+        self, _xids: Sized[Xid], _seconds: float | None = None
+    ) -> AbstractAsyncContextManager[Reading]:
         return nullcontext(NoRows())
 
     async def bears_out(self, _belief: Belief) -> bool:
