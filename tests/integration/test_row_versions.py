@@ -251,8 +251,8 @@ async def test_what_a_column_that_is_not_known_leads_to_is_told(
         listener(running.address, "docs/*", "PB_RESYNC") as plain,
     ):
         await running.write.execute(
-            b"BEGIN; UPDATE docs SET title = 'one'; COMMIT; UPDATE docs SET title = 'two',"
-            b" tags = ARRAY(SELECT repeat('b', 500) FROM generate_series(1, 10))"
+            b"BEGIN; UPDATE docs SET title = 'one'; UPDATE docs SET title = 'two',"
+            b" tags = ARRAY(SELECT repeat('b', 500) FROM generate_series(1, 10)); COMMIT"
         )
 
         assert sorted(await until_end(running, guest)) == ["gap", "one", "two"]
