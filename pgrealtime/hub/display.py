@@ -10,6 +10,7 @@ from functools import lru_cache
 from itertools import islice
 from types import MappingProxyType
 from typing import Literal, Protocol, TypeAlias
+from weakref import WeakSet
 
 import structlog
 from msgspec import Struct
@@ -159,6 +160,7 @@ class Display:
         )
         """Collections whose records show more than their rows."""
         self.expanding = 0
+        self._quick_plans: WeakSet[Plan] = WeakSet()
         # Views hold what clients wrote as fields: bounded, so that nobody can fill the memory.
         self._encoder = lru_cache(maxsize=_ENCODERS)(self._make_encoder)
 
@@ -214,7 +216,7 @@ class Display:
             partial: Places of events whose rows lack columns.
             enter: Told of which events it isn't known what they held.
             is_shared: Whether all connections wait for it. Then an ``expand`` that few of them
-                ask for may take a short time only.
+                ask for is done only if it was quick before, and may take a short time only.
         """
         rich = self._rich
         is_plain = not self.expanding and not partial
@@ -245,16 +247,36 @@ class Display:
         related = await self._expander.related(events, heard, wanted, partial, enter)
         late: frozenset[Viewer] = frozenset()
         if few:
-            seconds = _EXPAND_SECONDS + _EXPAND_SECONDS_OF_CHANGE * len(events)
-            expanded = await self._expander.expands_within(seconds, events, few, partial)
+            quick = [one for one in few if one[1].plan in self._quick_plans]
+            late = frozenset(viewer for _, viewer in few if viewer.plan not in self._quick_plans)
+            expanded = await self._expand_quickly(events, quick, partial) if quick else Related()
             if expanded is None:
-                late = frozenset(viewer for _, viewer in few)
+                late |= {viewer for _, viewer in quick}
             else:
                 related.expands |= expanded.expands
                 related.failed |= expanded.failed
         if unanswered:
             related.failed.update((place, None) for place in heard if place in asked)
         return Beside(looking, related, late=late)
+
+    async def _expand_quickly(
+        self, events: Sequence[Event], wanted: Sequence[Wanted], partial: Sequence[int]
+    ) -> Related | None:
+        """Return what is expanded in little time, and None if that was too little."""
+        seconds = _EXPAND_SECONDS + _EXPAND_SECONDS_OF_CHANGE * len(events)
+        found = await self._expander.expands_within(seconds, events, wanted, partial)
+        if found is None:
+            self._quick_plans.difference_update({viewer.plan for _, viewer in wanted})
+        return found
+
+    def note_seconds(self, viewers: Iterable[Viewer], seconds: float, events: int) -> None:
+        """Take note of how long it took to expand the records of events where nobody waits for it.
+
+        What was quick there may be done in slices that all wait for, also for others who ask the
+        same; what was never tried may not.
+        """
+        if 0 < seconds < _EXPAND_SECONDS + _EXPAND_SECONDS_OF_CHANGE * events:
+            self._quick_plans.update(viewer.plan for viewer in viewers)
 
     def tail(self, showing: Showing, receives: Receives, *, is_own: bool = False) -> bytes:
         """Return the message, or nothing if the row can't be shown: that row alone is lost."""

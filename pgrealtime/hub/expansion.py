@@ -86,7 +86,7 @@ class Route:
     looked for in, the whole path adds nothing."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Plan:
     """The option ``expand`` of a collection."""
 

@@ -436,7 +436,10 @@ class Replays:
 
         if not judged.verdict.late:
             judged.beside = await judge.try_to_look_beside(events, judged.verdict, sights)
-            budget.spend(judged.beside.related.seconds)
+            seconds = judged.beside.related.seconds
+            budget.spend(seconds)
+            viewers = (one.viewer for one in connection.subscriptions.values() if one.viewer)
+            course.meaning.display.note_seconds(viewers, seconds, len(events))
             if outdated := self._outdated(connection):
                 judge.withhold(events, judged.verdict, judged.beside, outdated)
         return judged
