@@ -179,7 +179,7 @@ async def test_who_is_deleted_is_shown_no_more_than_before(database_url: str, na
         assert found[GOOD] == "all"
         assert found[BAD] == found[""] != "all"
         for sink in world.sinks.values():
-            sink.data = b""
+            sink.forget()
 
         between = await event_of(world, case, name_of(case, 2))
         gone = await world.write(
@@ -191,7 +191,7 @@ async def test_who_is_deleted_is_shown_no_more_than_before(database_url: str, na
         seen = {who: heard(world, who, name_of(case, 2)) for who in (BAD, GOOD, "")}
         assert seen[BAD] == seen[""] == found[""]
         for sink in world.sinks.values():
-            sink.data = b""
+            sink.forget()
 
         await world.stream(gone, await event_of(world, case, name_of(case, 3)))
         after = [heard(world, who, name_of(case, 3)) for who in (BAD, GOOD, "")]
@@ -225,7 +225,7 @@ async def test_rights_change_at_their_own_change_of_the_stream(
         assert heard(world, GOOD, name_of(case, 1)) == "all"
         assert heard(world, BAD, name_of(case, 1)) == least != "all"
         for sink in world.sinks.values():
-            sink.data = b""
+            sink.forget()
 
         await world.stream(swapped, await event_of(world, case, name_of(case, 2)))
         assert heard(world, BAD, name_of(case, 2)) == "all"
@@ -254,7 +254,7 @@ async def test_a_reload_that_asks_for_more_makes_nobody_else_of_a_caller(
         assert found[GOOD] == "all"
         assert found[BAD] == found[""] != "all"
         for sink in world.sinks.values():
-            sink.data = b""
+            sink.forget()
 
         between = await event_of(world, case, name_of(case, 2))
         await world.write(f"DELETE FROM users WHERE id IN ('{BAD}', '{GOOD}')")
@@ -272,7 +272,7 @@ async def test_who_may_have_changed_in_a_gap_is_shown_nothing_more(
         await world.listen(GOOD, case.topic, await world.user(GOOD))
         await world.stream(await event_of(world, case, name_of(case, 1)))
         assert heard(world, GOOD, name_of(case, 1)) == "all"
-        world.sinks[GOOD].data = b""
+        world.sinks[GOOD].forget()
 
         lost = await world.write(
             "UPDATE users SET (role, level, team, teams) ="

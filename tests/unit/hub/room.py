@@ -138,6 +138,11 @@ class MemorySink:
     def _take(self) -> None:
         self.taken, self._added = len(self.data), 0
 
+    def forget(self) -> None:
+        """Begin anew: what was taken is no message any more."""
+        self.data = b""
+        self._take()
+
     def buffered(self) -> int:
         return len(self.data) - self.taken + self._added
 
