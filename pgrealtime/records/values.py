@@ -164,7 +164,7 @@ def _composite(type_: Type) -> Converter:
 
     def convert(text: str) -> Json:
         values = parse_row(text)
-        if len(values) > len(members):
+        if len(values) > max(len(members), 1):  # () is one value, or none
             # It was written before an attribute was dropped, and whose values they are isn't known.
             return text
         # Attributes that came later are missing at the end.
