@@ -730,7 +730,7 @@ class Hub:
             verdict = await meaning.judge.judge_in_turns(part.events)
             self._let_read_alone(_connections_of(verdict.late), _connections_of(verdict.dear))
             beside = await meaning.judge.look_beside(
-                part.events, verdict, sights_of_audiences, is_shared=True
+                part.events, verdict, sights_of_audiences, is_shared=not self._ends_callers(part)
             )
             late = _viewing(verdict.hits, beside.late)
             self._let_read_alone(late, late)
@@ -846,6 +846,15 @@ class Hub:
             for name, collection in self._course.meaning.collections.items()
         ):
             self._identities.forget(gap.at.lsn)
+
+    def _ends_callers(self, part: Slice) -> bool:
+        """Whether rows of connected people are deleted.
+
+        They are shown their own deletion as who they were. Who reads it alone is told a gap
+        instead, since the stream has told that they are nobody by now.
+        """
+        deleted = (event for event in part.people if event.action == "delete")
+        return any(one.is_live for event in deleted for one in self._identities.concerned(event))
 
     def _turn_live(self, people: Sequence[Event], action: Action) -> None:
         for event in people:
