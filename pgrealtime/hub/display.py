@@ -161,6 +161,7 @@ class Display:
         """Collections whose records show more than their rows."""
         self.expanding = 0
         self._quick_plans: WeakSet[Plan] = WeakSet()
+        """The ``expand`` options that were quick when nobody waited, and not late since."""
         # Views hold what clients wrote as fields: bounded, so that nobody can fill the memory.
         self._encoder = lru_cache(maxsize=_ENCODERS)(self._make_encoder)
 

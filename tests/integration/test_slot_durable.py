@@ -27,8 +27,9 @@ from pgrealtime.wal.durable import pass_over
 from pgrealtime.wal.publication import publication_sql
 from pgrealtime.wal.stream import WalStream, open_stream, rehearse_stream
 from tests.conformance.pgrealtime_server import command
-from tests.integration.test_stream_switch import NEW, OLD, Reader, Relaying
+from tests.integration.test_stream_switch import NEW, OLD, Relaying
 from tests.own_server import OwnServer, own_server
+from tests.relay_follower import Follower
 from tests.stream_reading import (
     DEADLINE_SECONDS,
     PLUGINS,
@@ -94,7 +95,7 @@ async def relaying_of(
             await pass_over(connection, config.slot.name)
 
     changelog = MemoryChangelog(LSN(0), max_size=1 << 30, max_age=max_age)
-    reader = Reader(changelog)
+    reader = Follower(changelog, DEADLINE_SECONDS)
     relay = Relay(
         opening, changelog, reader, tables=[OLD], max_size=1 << 30, pass_over=passing_over
     )

@@ -21,6 +21,7 @@ from pgrealtime.errors import SetupError
 from pgrealtime.lsn import LSN, Cursor, parse_lsn
 from pgrealtime.relay import Relay
 from pgrealtime.wal.stream import WalStream, open_stream
+from tests.relay_follower import Follower
 from tests.stream_reading import DEADLINE_SECONDS, Connection, writer
 
 OLD = TableName("public", "old")
@@ -28,47 +29,11 @@ NEW = TableName("public", "new")
 SCHEMA = "CREATE TABLE old (id int PRIMARY KEY); CREATE TABLE new (id int PRIMARY KEY)"
 
 
-class Reader:
-    """Takes note of what the relay says and lets it run as far ahead as it likes."""
-
-    def __init__(self, changelog: MemoryChangelog) -> None:
-        self._changelog = changelog
-        self.progressed = asyncio.Event()
-        self.said: list[str] = []
-        self._heard = asyncio.Event()
-
-    @property
-    def head(self) -> Cursor:
-        return self._changelog.head
-
-    def wake(self) -> None:
-        self._heard.set()
-
-    def stream_started(self, epoch: str) -> None:
-        self._say(f"started {epoch}")
-
-    def stream_continued(self, epoch: str) -> None:
-        self._say(f"continued {epoch}")
-
-    def stream_lost(self) -> None:
-        self._say("lost")
-
-    def _say(self, word: str) -> None:
-        self.said.append(word)
-        self._heard.set()
-
-    async def until(self, is_so: Callable[[], bool]) -> None:
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            while not is_so():
-                self._heard.clear()
-                await self._heard.wait()
-
-
 @dataclass
 class Relaying:
     relay: Relay
     changelog: MemoryChangelog
-    reader: Reader
+    reader: Follower
     begun: Cursor
 
     def inserted(self, table: TableName) -> list[int]:
@@ -94,7 +59,7 @@ Opening = Callable[[Sequence[Table]], Callable[[], AbstractAsyncContextManager[W
 @asynccontextmanager
 async def relaying(opening: Opening, tables: Sequence[Table]) -> AsyncIterator[Relaying]:
     changelog = MemoryChangelog(LSN(0), max_size=1 << 30, max_age=1e9)
-    reader = Reader(changelog)
+    reader = Follower(changelog, DEADLINE_SECONDS)
     names = [table.name for table in tables]
     relay = Relay(
         opening(tables), changelog, reader, tables=names, max_size=1 << 30, pass_over=never

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import cast
 
@@ -20,6 +20,7 @@ from pgrealtime.lsn import END, LSN, Cursor, Xid
 from pgrealtime.relay import OpenStream, Relay
 from pgrealtime.wal.server import SystemIdentity
 from pgrealtime.wal.stream import WalStream
+from tests.relay_follower import Follower
 
 POSTS = TableName("public", "posts")
 
@@ -135,42 +136,6 @@ HERE = SystemIdentity(system_id="1", timeline=1, database="app")
 DEADLINE = 10.0
 
 
-class Listening:
-    """A follower that has read everything, and notes what it is told."""
-
-    def __init__(self, changelog: MemoryChangelog) -> None:
-        self._changelog = changelog
-        self.progressed = asyncio.Event()
-        self.said: list[str] = []
-        self._heard = asyncio.Event()
-
-    @property
-    def head(self) -> Cursor:
-        return self._changelog.head
-
-    def wake(self) -> None:
-        self._heard.set()
-
-    def stream_started(self, epoch: str) -> None:
-        self._say(f"started {epoch}")
-
-    def stream_continued(self, epoch: str) -> None:
-        self._say(f"continued {epoch}")
-
-    def stream_lost(self) -> None:
-        self._say("lost")
-
-    def _say(self, word: str) -> None:
-        self.said.append(word)
-        self._heard.set()
-
-    async def until(self, is_so: Callable[[], bool]) -> None:
-        async with asyncio.timeout(DEADLINE):
-            while not is_so():
-                self._heard.clear()
-                await self._heard.wait()
-
-
 class GivenStream:
     """A stream that hands out what it is given; ends when it is told to."""
 
@@ -239,9 +204,9 @@ def opening(*streams: GivenStream) -> OpenStream:
 @asynccontextmanager
 async def relaying(
     open_stream: OpenStream, *, is_durable: bool = False
-) -> AsyncIterator[tuple[Relay, MemoryChangelog, Listening]]:
+) -> AsyncIterator[tuple[Relay, MemoryChangelog, Follower]]:
     changelog = MemoryChangelog(LSN(0), max_size=1 << 20, max_age=1e9)
-    follower = Listening(changelog)
+    follower = Follower(changelog, DEADLINE)
     relay = Relay(
         open_stream,
         changelog,
