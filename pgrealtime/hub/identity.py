@@ -141,10 +141,15 @@ class Identities:
         while len(self._order) > _KEPT or (self._size > _KEPT_SIZE and len(self._order) > 1):
             self._forget_oldest()
 
-    def caller_by_now(self, connection: Connection) -> Caller | None:
+    def caller_by_now(self, connection: Connection, after: LSN) -> Caller | None:
         """Return what the stream, as far as it was read, makes of the caller of who is behind it.
 
-        The same object if nothing changes; None if that isn't known any more.
+        Args:
+            connection: Who is behind.
+            after: Commits up to there count for nothing.
+
+        Returns:
+            The same object if nothing changes; None if that isn't known any more.
         """
         caller, known = connection.caller, connection.known
         since = connection.cursor.lsn if known is None else known.insert_lsn
@@ -152,7 +157,7 @@ class Identities:
         if person is not None and max(since, connection.cursor.lsn) < self._forgotten:
             return None
         for event in self._told.get(person or ("", ""), ()):
-            if event.cursor > connection.cursor:
+            if event.cursor > connection.cursor and event.cursor.lsn > after:
                 caller = self.caller_after(event, caller, known)
         return caller
 

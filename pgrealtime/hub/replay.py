@@ -259,7 +259,7 @@ class Replays:
         stretch = None if stands is None else self._recent.find(stands)
         if stretch is None or stretch.upto > self._course.target:
             return False
-        if self._outdated(connection):
+        if self._outdated(connection, stretch.events):
             return False
         if stretch.size > self._budget.limit():
             return False
@@ -270,13 +270,17 @@ class Replays:
             connection.say_cursor(stretch.upto)
         return True
 
-    def _outdated(self, connection: Connection) -> frozenset[Viewer]:
+    def _outdated(self, connection: Connection, events: Sequence[Event]) -> frozenset[Viewer]:
         """Return who the connection is to related records and isn't any more, or may not be.
 
         Those are read as they are now, and a right may have been lost before they were written.
+        One that is lost in the commit of the first event counts for nothing: to read what that
+        commit changed nobody can be sooner than it, LIVE readers neither.
         """
         subscriptions = [one for one in connection.subscriptions.values() if one.viewer is not None]
-        caller = self._identities.caller_by_now(connection) if subscriptions else connection.caller
+        if not subscriptions or not events:
+            return frozenset()
+        caller = self._identities.caller_by_now(connection, events[0].cursor.lsn)
         if caller is connection.caller:
             return frozenset()
         meaning = self._course.meaning
@@ -440,6 +444,6 @@ class Replays:
             budget.spend(seconds)
             viewers = (one.viewer for one in connection.subscriptions.values() if one.viewer)
             course.meaning.display.note_seconds(viewers, seconds, len(events))
-            if outdated := self._outdated(connection):
+            if outdated := self._outdated(connection, events):
                 judge.withhold(events, judged.verdict, judged.beside, outdated)
         return judged

@@ -429,10 +429,12 @@ async def test_who_the_caller_of_a_reader_behind_is_by_now_is_known_for_a_while(
             room.commit(change)
             await room.settled()
             connection.cursor, connection.caller = place, caller()
-            return room.hub._identities.caller_by_now(connection)
+            return room.hub._identities.caller_by_now(connection, LSN(0))
 
         assert await by_now(changed()) is connection.caller
         assert await by_now(changed(key="k2")) == Caller()
+        own_commit = room.changelog.head.lsn
+        assert room.hub._identities.caller_by_now(connection, own_commit) is connection.caller
         assert await by_now(changed("bob")) is None
 
 
