@@ -10,9 +10,10 @@ from msgspec import Struct
 
 from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.connection import NO_PARTS, Connection, Part, Subscription
-from pgrealtime.hub.display import MANY_TAKERS, Beside, Display, Showing, showing_of
+from pgrealtime.hub.display import Beside, Display, Showing, showing_of
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.match import Audience, Group
+from pgrealtime.hub.trials import MANY_TAKERS
 from pgrealtime.turns import RestingTurn, Turn
 
 _AUDIENCE_BYTES = 256 * 1024

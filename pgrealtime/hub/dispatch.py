@@ -727,6 +727,7 @@ class Hub:
         for part in slices(entries, course.head, meaning.collections, turns, WIDE, fits=fits):
             course.target, course.is_deciding = part.upto, True
             self._begin(part)
+            self._let_read_alone(self._isolated.untried(part.events), ())
             verdict = await meaning.judge.judge_in_turns(part.events)
             self._let_read_alone(_connections_of(verdict.late), _connections_of(verdict.dear))
             beside = await meaning.judge.look_beside(

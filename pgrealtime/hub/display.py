@@ -28,6 +28,7 @@ from pgrealtime.hub.looking import Looking
 from pgrealtime.hub.match import Group
 from pgrealtime.hub.probe import Asked
 from pgrealtime.hub.row_history import RowHistory
+from pgrealtime.hub.trials import MANY_TAKERS
 from pgrealtime.lsn import Xid
 from pgrealtime.records.encode import RecordEncoder, View, encoder, unshowable
 from pgrealtime.rules.past import Pasts, tables_of
@@ -36,9 +37,6 @@ from pgrealtime.rules.request import Request
 
 log = structlog.get_logger(__name__)
 
-MANY_TAKERS = 50
-"""Live connections that ask for the same: for so many it is made once for all, whatever it takes.
-Apart, each of them would make it for itself."""
 _EXPAND_SECONDS = 0.01
 """That the related records of all others may take of a slice, and for each change some more."""
 _EXPAND_SECONDS_OF_CHANGE = 0.001

@@ -18,7 +18,7 @@ from pgrealtime.changes import Row
 from pgrealtime.collections import Collection
 from pgrealtime.hub.completion import Completion
 from pgrealtime.hub.definitions import Belief
-from pgrealtime.hub.display import MANY_TAKERS, NOTHING_BESIDE, Beside, Display, Entire, Sight
+from pgrealtime.hub.display import NOTHING_BESIDE, Beside, Display, Entire, Sight
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.expand import Reading
 from pgrealtime.hub.expansion import Viewer
@@ -27,6 +27,7 @@ from pgrealtime.hub.match import Group, Judging, Matcher
 from pgrealtime.hub.probe import Asked, LiveRow
 from pgrealtime.hub.slices import SLICE, Announcement
 from pgrealtime.hub.slow_filters import TimeBudget
+from pgrealtime.hub.trials import MANY_TAKERS
 from pgrealtime.lsn import Cursor, Xid
 from pgrealtime.rules.plan import Variant
 from pgrealtime.turns import Turn
@@ -374,6 +375,7 @@ class Judge:
                 verdict.note_unprovable(filters)
             if verdict.late and among is None:
                 await self._ask_for_many(events, verdict, budget, now)
+                self._matcher.trials.note_late({group.variant for group in verdict.late})
         if testing.late:
             verdict.late |= testing.late.keys()
             verdict.dear |= testing.dear.keys()

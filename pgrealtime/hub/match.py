@@ -21,6 +21,7 @@ from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.connection import Connection, Receives, Subscription
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.topic import Topic
+from pgrealtime.hub.trials import FilterTrials
 from pgrealtime.lsn import Xid
 from pgrealtime.rules.compare import Scalar
 from pgrealtime.rules.decide import Case, Deciding, Testing
@@ -339,11 +340,15 @@ class Matcher:
 
     Args:
         collections: All there are.
+
+    Attributes:
+        trials: Knows which filters that ask Postgres may be evaluated for all.
     """
 
     def __init__(self, collections: Collections) -> None:
         self._collections = collections
         self.planner = Planner(collections)
+        self.trials = FilterTrials()
         self._pasts = Pasts(tables_of(collections))
         self._groups: dict[str, _Groups] = {}
         self._costly: dict[str, _Groups] = {}
@@ -389,8 +394,18 @@ class Matcher:
         group.add(subscription)
         subscription.group = group
         if not _is_apart(subscription.connection, group):
-            there.share(group)
+            self._share(there, group)
         return ""
+
+    def _share(self, there: _Groups, group: Group) -> None:
+        there.share(group)
+        if group.shared == 1 and group.variant.is_costly:
+            self.trials.add(group)
+
+    def _unshare(self, there: _Groups, group: Group) -> None:
+        there.unshare(group)
+        if not group.shared and group.variant.is_costly:
+            self.trials.remove(group)
 
     def _place_of(self, variant: Variant) -> dict[str, _Groups]:
         return self._costly if variant.is_costly else self._groups
@@ -404,7 +419,7 @@ class Matcher:
             group = subscription.group
             if group is not None and group.variant.filtered:
                 there = self._place_of(group.variant)[group.variant.collection.name]
-                (there.unshare if is_isolated else there.share)(group)
+                (self._unshare if is_isolated else self._share)(there, group)
 
     def bind(
         self, collection: Collection, topic: Topic, principal: Principal, own: Row | None
@@ -456,7 +471,7 @@ class Matcher:
         name, by_collection = group.variant.collection.name, self._place_of(group.variant)
         there = by_collection[name]
         if not _is_apart(subscription.connection, group):
-            there.unshare(group)
+            self._unshare(there, group)
         if not group.remove(subscription):
             return
         there.remove(group)

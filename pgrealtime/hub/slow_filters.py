@@ -2,14 +2,15 @@
 
 While others wait for a slice, all filters together have a ``TimeBudget``. A connection whose filter
 exceeds it is isolated: it reads on from the changelog by itself, with a budget of its own, and is
-no part of the slices that are evaluated for all (``IsolatedConnections``). A question that runs
+no part of the slices that are evaluated for all (``IsolatedConnections``). So is one whose filter
+asks PostgreSQL and was never tried (``trials``), until it was quick alone. A question that runs
 into the operator's ``statement_timeout`` again and again, of a rule or a filter, isn't asked for a
 while (``CircuitBreakers``, also in ``probe``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -31,7 +32,7 @@ SLICE_FILTER_SECONDS = 0.01
 """Of PostgreSQL, for all filters of a slice together, and once more for the question during which
 that runs out: many times what most take, and not much more than a slice takes without filters."""
 MANY_FILTER_SECONDS = 0.1
-"""The same, for filters that ``display.MANY_TAKERS`` connections share: hardly a delay that people
+"""The same, for filters that ``trials.MANY_TAKERS`` connections share: hardly a delay that people
 see. A database that is slow for a moment doesn't isolate so many at once."""
 
 _WORK_PER_FILTER = 500.0
@@ -187,6 +188,16 @@ class IsolatedConnections:
         """Evaluate its filters for it alone, from the next slice on."""
         self._course.meaning.matcher.isolate(connection, is_isolated=True)
 
+    def untried(self, events: Iterable[Event]) -> dict[Connection, None]:
+        """Return whose filters must not be evaluated with those of others for some events.
+
+        They would be asked of PostgreSQL, weren't quick yet while nobody waited, and few use them.
+        """
+        collections = {event.collection.name for event in events}
+        groups = self._course.meaning.matcher.trials.untried(collections)
+        members = (one for group in groups for audience in group.audiences for one in audience)
+        return {one.connection: None for one in members}
+
     def isolate_slow(self, connection: Connection) -> None:
         """Isolate a connection whose own filter took too long in the process, while others waited.
 
@@ -224,6 +235,7 @@ class IsolatedConnections:
         """Isolate a connection that read some events alone if its own filters were slow.
 
         For many changes they may take longer: where all are evaluated nobody waits for so many.
+        If they were quick, they may be evaluated with those of others.
 
         Returns:
             Whether they exceeded a limited budget, and need an unlimited one.
@@ -231,6 +243,7 @@ class IsolatedConnections:
         if budget.testing.late:
             self.isolate(connection)
         if budget.used < SLICE_FILTER_SECONDS:
+            self._note_quick(connection, events)
             return False
         if budget.used < SLICE_FILTER_SECONDS * len({event.cursor for event in events}):
             return False
@@ -238,6 +251,14 @@ class IsolatedConnections:
         if not budget.is_limited:
             self._record_timeout(connection, is_tolerated=False)
         return budget.is_limited
+
+    def _note_quick(self, connection: Connection, events: Iterable[Event]) -> None:
+        collections = {event.collection.name for event in events}
+        groups = (one.group for one in connection.subscriptions.values())
+        variants = {group.variant for group in groups if group and group.variant.is_costly}
+        self._course.meaning.matcher.trials.note_quick(
+            variant for variant in variants if variant.collection.name in collections
+        )
 
     def _record_timeout(self, connection: Connection, *, is_tolerated: bool) -> None:
         was_open = self._breakers.is_open(connection)

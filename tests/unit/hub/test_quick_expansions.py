@@ -8,12 +8,13 @@ import pytest
 
 from pgrealtime.auth.principal import GUEST
 from pgrealtime.hub.connection import Connection, Subscription
-from pgrealtime.hub.display import MANY_TAKERS, Display, sights_of_audiences
+from pgrealtime.hub.display import Display, sights_of_audiences
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.expand import Enter, Related, Wanted
 from pgrealtime.hub.expansion import Plan, Viewer
 from pgrealtime.hub.match import Group, Matcher
 from pgrealtime.hub.topic import parse_topic
+from pgrealtime.hub.trials import MANY_TAKERS
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.records.encode import View
 from tests.unit.hub.room import COLLECTIONS, GivenDatabase, MemorySink

@@ -9,7 +9,6 @@ from urllib.parse import quote
 import pytest
 
 from pgrealtime.hub.connection import Connection
-from pgrealtime.hub.display import MANY_TAKERS
 from pgrealtime.hub.probe import Asked
 from pgrealtime.hub.slow_filters import (
     MANY_FILTER_SECONDS,
@@ -17,8 +16,18 @@ from pgrealtime.hub.slow_filters import (
     CircuitBreakers,
     TimeBudget,
 )
+from pgrealtime.hub.trials import MANY_TAKERS
 from pgrealtime.rules.remote import Inquiry, Pairs
-from tests.unit.hub.room import DEADLINE, GivenDatabase, MemorySink, Room, at, insert, open_room
+from tests.unit.hub.room import (
+    DEADLINE,
+    NOTES,
+    GivenDatabase,
+    MemorySink,
+    Room,
+    at,
+    insert,
+    open_room,
+)
 
 
 def asking(far: int, name: str = "posts/*") -> str:
@@ -45,6 +54,8 @@ class Filters(GivenDatabase):
         self.open_gate = asyncio.Event()
         self.open_gate.set()
         self.is_waiting = asyncio.Event()
+        self.gates_all = False
+        """Whether those wait there who have little time, too."""
         self.put: list[bool] = []
         """Of each slow question whether others waited for it."""
 
@@ -64,7 +75,7 @@ class Filters(GivenDatabase):
         if "title" in inquiry.atom.columns:
             self.put.append(budget.is_limited)
             budget.spend(self.first.pop(0) if self.first else self.seconds)
-            if not budget.is_limited:
+            if self.gates_all or not budget.is_limited:
                 self.is_waiting.set()
                 await self.open_gate.wait()
         inquiry.take([(place,) for place in range(len(inquiry.asked))])
@@ -110,16 +121,19 @@ async def test_others_go_on_and_the_slow_one_hears_all_in_order_when_it_is_answe
     """Those who ask something else of Postgres stay with the others."""
     database = Filters()
     async with open_room(database=database) as room:
-        slow, slow_sink = await subscribed(room, SLOW, "posts")
         quick, quick_sink = await subscribed(room, QUICK)
         _, other_sink = await subscribed(room, "posts/*")
+        room.commit(insert("tried"))
+        await room.settled()
+        await at_rest(room)
+        slow, slow_sink = await subscribed(room, SLOW, "posts")
         database.open_gate.clear()
         for n in range(5):
             room.commit(insert(f"n{n}"))
             await room.settled()
         await database.is_waiting.wait()
 
-        assert ids(other_sink) == ids(quick_sink) == [f"n{n}" for n in range(5)]
+        assert ids(other_sink) == ids(quick_sink) == ["tried", *(f"n{n}" for n in range(5))]
         assert (quick.is_live, quick.is_isolated) == (True, False)
         assert (slow.is_live, slow.is_isolated) == (False, True)
         assert ids(slow_sink) == []
@@ -129,7 +143,7 @@ async def test_others_go_on_and_the_slow_one_hears_all_in_order_when_it_is_answe
 
 
 async def test_a_known_slow_one_costs_the_others_no_question_whatever_it_asks() -> None:
-    """One question that others waited for, one of its own in little time, then only its own."""
+    """One question of its own in little time, then only its own."""
     database = Filters()
     async with open_room(database=database) as room:
         slow, slow_sink = await subscribed(room, SLOW)
@@ -142,8 +156,55 @@ async def test_a_known_slow_one_costs_the_others_no_question_whatever_it_asks() 
             await room.subscribe(slow, asking(1, f"posts/n{n + 1}"), asking(1))
             await at_rest(room)
 
-    assert database.put.count(True) == 2
+    assert database.put.count(True) == 1
     assert set(ids(slow_sink)) == {f"n{n}" for n in range(6)}
+
+
+async def test_nobody_waits_for_a_filter_that_was_never_tried_or_was_slow_when_it_was() -> None:
+    """A client can send new ones all the time, and from new connections."""
+    database = Filters()
+    database.gates_all = True
+    async with open_room(database=database) as room:
+        _, other_sink = await subscribed(room, "posts/*")
+        for n in range(4):
+            database.open_gate.clear()
+            slow, slow_sink = await subscribed(room, asking(1 + n // 2))
+            room.commit(insert(f"n{n}"))
+            await room.settled()
+            assert ids(other_sink) == [f"n{n}" for n in range(n + 1)]
+            await database.is_waiting.wait()
+            assert ids(slow_sink) == []
+            database.open_gate.set()
+            await at_rest(room)
+            assert ids(slow_sink) == [f"n{n}"]
+            room.hub.close(slow)
+
+
+async def test_once_quick_alone_it_is_evaluated_with_others_whoever_uses_it() -> None:
+    database = Filters()
+    database.seconds = 0
+    async with open_room(database=database) as room:
+        first, _ = await subscribed(room, SLOW)
+        for n in range(3):
+            if n == 1:
+                await subscribed(room, SLOW)
+            room.commit(insert(f"n{n}"))
+            await room.settled()
+            assert is_isolated(first) == (n == 0)
+            await live(first)
+
+    assert database.put == [True] * 3
+
+
+async def test_a_change_of_another_collection_tries_nothing() -> None:
+    async with open_room(database=Filters()) as room:
+        slow, _ = await subscribed(room, SLOW)
+        room.commit(insert("n1", table=NOTES))
+        await room.settled()
+        assert not is_isolated(slow)
+        room.commit(insert("n0"))
+        await room.settled()
+        assert is_isolated(slow)
 
 
 async def test_it_comes_back_when_it_was_quick_for_a_while() -> None:
@@ -179,15 +240,14 @@ async def test_what_was_late_for_all_and_is_quick_alone_is_forgiven() -> None:
     database = Filters()
     async with open_room(database=database) as room:
         one, sink = await subscribed(room, SLOW)
-        database.first, database.seconds = [SLICE_FILTER_SECONDS], 0
-        room.commit(insert("a"))
-        await room.settled()
-        await live(one)
-        room.commit(insert("b"))
-        await room.settled()
+        database.first, database.seconds = [0, SLICE_FILTER_SECONDS], 0
+        for name in ("a", "b", "c"):
+            room.commit(insert(name))
+            await room.settled()
+            await live(one)
 
-    assert ids(sink) == ["a", "b"]
-    assert database.put == [True] * 3
+    assert ids(sink) == ["a", "b", "c"]
+    assert database.put == [True] * 4  # alone, with all, alone again, with all again
 
 
 async def test_many_changes_at_once_may_take_longer_than_one() -> None:
@@ -220,15 +280,15 @@ async def test_many_with_the_same_slow_filter_share_the_answers_of_a_few() -> No
         database.open_gate.set()
         await at_rest(room)
 
-        # One that all waited for, and of each of eight one in little time and one in all the time.
-        assert (database.put.count(True), database.put.count(False)) == (9, 8)
+        # Of each of eight one in little time and one in all the time.
+        assert (database.put.count(True), database.put.count(False)) == (8, 8)
         assert all(ids(sink) == ["n0"] for _, sink in many)
         assert all(is_isolated(connection) for connection, _ in many)
         room.commit(insert("n1"))
         await room.settled()
         await at_rest(room)
         assert all(ids(sink) == ["n0", "n1"] for _, sink in many)
-        assert database.put.count(True) == 9
+        assert database.put.count(True) == 8
 
 
 @pytest.mark.parametrize("count", [MANY_TAKERS - 1, MANY_TAKERS])
