@@ -147,8 +147,14 @@ class Ledger:
         return found
 
     def likes_at(self, version: Version) -> frozenset[str]:
-        """Return who liked a record right after a change of it, amid its transaction."""
-        place = version.commit, version.order
+        """Return who liked a record as a version of it left it, amid its transaction.
+
+        Links that are made before the transaction's next change of the record are the version's.
+        """
+        versions = self.rows[version.table, version.record_id]
+        later = (one for one in versions if one.commit == version.commit)
+        next_order = min((one.order for one in later if one.order > version.order), default=None)
+        place = version.commit, version.order if next_order is None else next_order
         found = set()
         for user in self.likers.get((version.table, version.record_id), ()):
             link = LIKES[version.table], f"{version.record_id}|{user}"
