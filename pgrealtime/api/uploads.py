@@ -62,6 +62,9 @@ class Uploads:
         self._held_small: Counter[str] = Counter()
         self._total = 0
         self._threads = TurnQueue()
+        self._pieces = TurnQueue()
+        """For the next piece of a large body, one each time the loop has seen to all others: of
+        some dozen bodies at once a piece each would hold up events for as long."""
 
     @property
     def held(self) -> int:
@@ -103,6 +106,8 @@ class Uploads:
                     if body.size > LARGE_BODY:
                         self._count(network, body.size - counted)
                         counted = body.size
+                        async with self._pieces.turn(network):
+                            await asyncio.sleep(0)
                     else:
                         self._count_small(network, len(piece))
                         small = body.size
