@@ -70,6 +70,7 @@ class Login:
         self._clock = clock
         self._stopwatch = stopwatch
         self._attempts = Attempts(config.attempts_per_minute)
+        self._refusals_logged = Attempts(per_minute=1)
         self._passwords = PasswordThreads()
         self._decoys: dict[tuple[str, str], StoredHash] = {}
         """By table and column, of the scheme and cost that most of its hashes had."""
@@ -99,16 +100,27 @@ class Login:
             session = await self._with_password(users, attempt, address)
         except AuthError as error:
             self.results[error.error_code] += 1
-            # Not as whom: people type passwords into the wrong field.
-            log.info(
-                "login.refused",
-                collection=users.collection.name,
-                code=error.error_code,
-                address=address,
-            )
+            self._log_refusal(users, error, address)
             raise
         self.results["ok"] += 1
         return session
+
+    def _log_refusal(self, users: Users, error: AuthError, address: str) -> None:
+        """Log that somebody was refused, but not as whom: people type passwords into other fields.
+
+        Attempts beyond the limit cost little but their log entries, a millisecond each: of those
+        one is logged per network and minute.
+        """
+        is_beyond = error.error_code == "login_refused"
+        network = network_of(address)
+        if is_beyond and not self._refusals_logged.admit((network,), self._stopwatch()):
+            return
+        log.info(
+            "login.refused",
+            collection=users.collection.name,
+            code=error.error_code,
+            address=address,
+        )
 
     async def _with_password(self, users: Users, attempt: Attempt, address: str) -> Session:
         network = network_of(address)
