@@ -271,10 +271,10 @@ class Display:
     def note_seconds(self, viewers: Iterable[Viewer], seconds: float, events: int) -> None:
         """Take note of how long it took to expand the records of events where nobody waits for it.
 
-        What was quick there may be done in slices that all wait for, also for others who ask the
-        same; what was never tried may not.
+        What took half the time there that there is may be done in slices that all wait for, also
+        for others who ask the same; what was never tried may not.
         """
-        if 0 < seconds < _EXPAND_SECONDS + _EXPAND_SECONDS_OF_CHANGE * events:
+        if 0 < seconds < (_EXPAND_SECONDS + _EXPAND_SECONDS_OF_CHANGE * events) / 2:
             self._quick_plans.update(viewer.plan for viewer in viewers)
 
     def tail(self, showing: Showing, receives: Receives, *, is_own: bool = False) -> bytes:

@@ -31,6 +31,9 @@ log = structlog.get_logger(__name__)
 SLICE_FILTER_SECONDS = 0.01
 """Of PostgreSQL, for all filters of a slice together, and once more for the question during which
 that runs out: many times what most take, and not much more than a slice takes without filters."""
+_QUICK_SECONDS = SLICE_FILTER_SECONDS / 2
+"""What a connection's filters take at most to be evaluated with those of others: these share the
+time of a slice, and one that takes most of it alone would be late there again and again."""
 MANY_FILTER_SECONDS = 0.1
 """The same, for filters that ``trials.MANY_TAKERS`` connections share: hardly a delay that people
 see. A database that is slow for a moment doesn't isolate so many at once."""
@@ -243,7 +246,8 @@ class IsolatedConnections:
         if budget.testing.late:
             self.isolate(connection)
         if budget.used < SLICE_FILTER_SECONDS:
-            self._note_quick(connection, events)
+            if budget.used < _QUICK_SECONDS:
+                self._note_quick(connection, events)
             return False
         if budget.used < SLICE_FILTER_SECONDS * len({event.cursor for event in events}):
             return False

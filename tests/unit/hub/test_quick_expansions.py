@@ -105,11 +105,11 @@ async def test_what_few_ask_for_is_tried_where_nobody_waits_first(
     one, other = viewer_of(plan), viewer_of(plan)
     assert await late_of(display, group(one, 1)) == {one}
     display.note_seconds([one], 0.0, 1)  # none of its events was of interest
-    display.note_seconds([one], 0.02, 1)
+    display.note_seconds([one], 0.006, 1)
     assert await late_of(display, group(one, 1)) == {one}
     assert expansions.limited == []
 
-    display.note_seconds([one], 0.002, 1)
+    display.note_seconds([one], 0.005, 1)
     assert await late_of(display, group(other, MANY_TAKERS - 1)) == frozenset()
     assert expansions.limited == [other]
 

@@ -180,20 +180,26 @@ async def test_nobody_waits_for_a_filter_that_was_never_tried_or_was_slow_when_i
             room.hub.close(slow)
 
 
-async def test_once_quick_alone_it_is_evaluated_with_others_whoever_uses_it() -> None:
+@pytest.mark.parametrize(("share", "is_quick"), [(0.0, True), (0.4, True), (0.6, False)])
+async def test_once_quick_alone_it_is_evaluated_with_others_whoever_uses_it(
+    *, share: float, is_quick: bool
+) -> None:
+    """With others it shares the time, so quick is who needs less than half of it."""
     database = Filters()
-    database.seconds = 0
+    database.seconds = share * SLICE_FILTER_SECONDS
     async with open_room(database=database) as room:
         first, _ = await subscribed(room, SLOW)
         for n in range(3):
             if n == 1:
-                await subscribed(room, SLOW)
+                other, _ = await subscribed(room, SLOW)
             room.commit(insert(f"n{n}"))
             await room.settled()
-            assert is_isolated(first) == (n == 0)
+            assert is_isolated(first) == (n == 0 or not is_quick)
             await live(first)
+            if n:
+                await live(other)
 
-    assert database.put == [True] * 3
+    assert (database.put == [True] * 3) == is_quick
 
 
 async def test_a_change_of_another_collection_tries_nothing() -> None:
