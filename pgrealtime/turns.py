@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from time import perf_counter
 
-TURN_SECONDS = 0.005
+TURN_SECONDS = 0.002
 """Of work between two pauses: what a connection's event may be late by for each user of the loop
 that has such work to do. A pause that nobody needs costs some ten microseconds."""
 _LONGEST_REST = 0.1
