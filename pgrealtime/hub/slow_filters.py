@@ -257,6 +257,8 @@ class IsolatedConnections:
         return budget.is_limited
 
     def _note_quick(self, connection: Connection, events: Iterable[Event]) -> None:
+        if not self._course.meaning.matcher.has_costly:
+            return
         collections = {event.collection.name for event in events}
         groups = (one.group for one in connection.subscriptions.values())
         variants = {group.variant for group in groups if group and group.variant.is_costly}
