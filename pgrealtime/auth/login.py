@@ -106,7 +106,7 @@ class Login:
         return session
 
     def _log_refusal(self, users: Users, error: AuthError, address: str) -> None:
-        """Log that somebody was refused, but not as whom: people type passwords into other fields.
+        """Log that somebody was refused, not as whom: people type passwords into the wrong field.
 
         Attempts beyond the limit cost little but their log entries, a millisecond each: of those
         one is logged per network and minute.

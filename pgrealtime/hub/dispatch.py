@@ -579,16 +579,20 @@ class Hub:
     ) -> None:
         """Put the topics in place of those that there are, or leave these if that fails.
 
-        In turns with the loop's other users. Meanwhile the connection isn't LIVE and its cursor
+        Others use the event loop in between. Meanwhile the connection isn't LIVE and its cursor
         stays, so nothing that comes is handed to some of its topics only. If other collections came
         into force meanwhile, or another history began, all is done anew.
+
+        Raises:
+            SubscriptionError: As ``subscribe`` says.
+            SubscriptionLimitError: Likewise.
         """
         before = connection.subscriptions
         known = None if caller.reading is None else barrier_of(*caller.reading)
         try:
             while True:
-                epoch, asking = connection.epoch, self._caller_now(connection, caller, known)
-                exchange = self._exchange(connection, before, topics, asking, barrier)
+                epoch, now = connection.epoch, self._caller_now(connection, caller, known)
+                exchange = self._exchange(connection, before, topics, now, barrier)
                 if await self._in_turns(connection, exchange):
                     break
                 if connection.epoch != epoch:
@@ -602,9 +606,8 @@ class Hub:
         except Exception:
             await self._put_back(connection, before)
             raise
-        caller = asking
         connection.known = known
-        self._identities.become(connection, caller)
+        self._identities.become(connection, now)
         connection.wants_resync = RESYNC_TOPIC in topics
         connection.wants_cursor = CURSOR_TOPIC in topics
         if connection.wants_cursor and not connection.is_resumable:

@@ -26,8 +26,8 @@ Apart, each of them would do it for itself."""
 class FilterTrials:
     """The groups whose filters ask PostgreSQL and that are evaluated for all, by their filters.
 
-    A filter is a ``Variant``: those that differ in nothing but values are one. Synchronous, one
-    writer: the matcher.
+    A filter is a ``Variant``: those that differ in nothing but values are one. Synchronous. The
+    matcher adds and removes groups; whoever evaluates filters says how long they took.
     """
 
     def __init__(self) -> None:
