@@ -28,6 +28,7 @@ from pgrealtime.changes import Transaction
 from pgrealtime.collections import Collections
 from pgrealtime.config import CollectionLoginConfig, HiddenFields, RealtimeConfig
 from pgrealtime.errors import PgRealtimeError, SubscriptionError, SubscriptionLimitError
+from pgrealtime.hub.caller_check import CallerCheck
 from pgrealtime.hub.compose import Composer, Portion, hand_out
 from pgrealtime.hub.connection import (
     CURSOR_TOPIC,
@@ -40,7 +41,7 @@ from pgrealtime.hub.connection import (
 )
 from pgrealtime.hub.counts import Counts
 from pgrealtime.hub.course import Course
-from pgrealtime.hub.display import sights_of_audiences
+from pgrealtime.hub.display import Beside, sights_of_audiences
 from pgrealtime.hub.event import Action, Event
 from pgrealtime.hub.expansion import Viewer
 from pgrealtime.hub.frame import connect_tail
@@ -824,11 +825,7 @@ class Hub:
             self._let_read_alone(self._isolated.untried(part.events), ())
             verdict = await meaning.judge.judge_in_turns(part.events)
             self._let_read_alone(_connections_of(verdict.late), _connections_of(verdict.dear))
-            beside = await meaning.judge.look_beside(
-                part.events, verdict, sights_of_audiences, is_shared=not self._ends_callers(part)
-            )
-            late = _viewing(verdict.hits, beside.late)
-            self._let_read_alone(late, late)
+            beside = await self._look_beside(part, verdict)
             if causes := causes_of(part.gap, part.events, verdict, meaning.subscriptions):
                 await self._visibility.seen(causes)
             composer = Composer(
@@ -857,6 +854,46 @@ class Hub:
             await asyncio.sleep(0)
             if course.edition != edition:
                 return  # the rest was cut for other collections, or is of another history
+
+    async def _look_beside(self, part: Slice, verdict: Verdict) -> Beside:
+        """Find out what is shown beside the rows, and go on without those who can't be served so.
+
+        These are who waits for a slow expansion, and whose caller the database knows as another.
+        """
+        check = self._check_of(part, verdict)
+        beside = await self._course.meaning.judge.look_beside(
+            part.events,
+            verdict,
+            sights_of_audiences,
+            check,
+            is_shared=not self._ends_callers(part),
+        )
+        late = _viewing(verdict.hits, beside.late)
+        self._let_read_alone(late, late)
+        for connection in check.outdated:
+            if connection.is_live:
+                self._leave_behind(connection)
+        return beside
+
+    def _check_of(self, part: Slice, verdict: Verdict) -> CallerCheck:
+        """Return what checks whether the callers of the LIVE connections are who they were."""
+        commit = part.events[0].cursor.lsn if part.events else part.upto.lsn
+        is_turned = any(event.cursor.lsn > commit for event in part.people)
+        head = self._course.head
+
+        def connections(
+            viewers: Sized[Viewer], groups: Sized[Group]
+        ) -> Iterable[tuple[Connection, Cursor]]:
+            found = {*_viewing(verdict.hits, viewers), *_connections_of(groups)}
+            return ((one, head) for one in found if one.is_live)
+
+        return CallerCheck(
+            self._identities,
+            self._course.meaning,
+            is_told=lambda reach: reach <= part.upto.lsn and not is_turned,
+            connections=connections,
+            commit=commit,
+        )
 
     async def _portion(self, composer: Composer, part: Slice, places: range) -> Portion:
         """Compose some of a slice; on return readers see the events that can't be shown."""

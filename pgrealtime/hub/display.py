@@ -21,7 +21,7 @@ from pgrealtime.collections import Collection, Collections
 from pgrealtime.config import HiddenFields
 from pgrealtime.hub.connection import Receives, Subscription
 from pgrealtime.hub.event import Event
-from pgrealtime.hub.expand import Enter, Expander, Reading, Related, Wanted
+from pgrealtime.hub.expand import CheckViewers, Enter, Expander, Reading, Related, Wanted
 from pgrealtime.hub.expansion import Node, Plan, Viewer, Viewers, junction_steps
 from pgrealtime.hub.frame import event_tail
 from pgrealtime.hub.looking import Looking
@@ -51,7 +51,7 @@ class Entire(Struct):
     """An event whose row has the columns of a live row where it lacks its own."""
 
     event: Event
-    groups: Container[Group]
+    groups: frozenset[Group]
     """Who may see the live row."""
     ids: Mapping[str, Sequence[str]] | None = None
     """By field, where the live row leads through junction tables, if it isn't known where the
@@ -204,6 +204,7 @@ class Display:
         partial: Sequence[int] = (),
         enter: Enter | None = None,
         *,
+        check: CheckViewers | None = None,
         is_shared: bool,
     ) -> Beside:
         """Find out what else is shown of the events' records, and to whom.
@@ -214,6 +215,7 @@ class Display:
             sights: What those of some groups want to see whom this is done for.
             partial: Places of events whose rows lack columns.
             enter: Told of which events it isn't known what they held.
+            check: Told for whom something was expanded.
             is_shared: Whether all connections wait for it. Then an ``expand`` that few of them
                 ask for is done only if it was quick before, and may take a short time only.
         """
@@ -243,12 +245,16 @@ class Display:
             many = _plans_of_many(judged)
             few = [one for one in wanted if one[1].plan not in many]
             wanted = [one for one in wanted if one[1].plan in many]
-        related = await self._expander.related(events, heard, wanted, partial, enter)
+        related = await self._expander.related(
+            events, heard, wanted, partial, enter=enter, check=check
+        )
         late: frozenset[Viewer] = frozenset()
         if few:
             quick = [one for one in few if one[1].plan in self._quick_plans]
             late = frozenset(viewer for _, viewer in few if viewer.plan not in self._quick_plans)
-            expanded = await self._expand_quickly(events, quick, partial) if quick else Related()
+            expanded: Related | None = Related()
+            if quick:
+                expanded = await self._expand_quickly(events, quick, partial, check)
             if expanded is None:
                 late |= {viewer for _, viewer in quick}
             else:
@@ -259,11 +265,15 @@ class Display:
         return Beside(looking, related, late=late)
 
     async def _expand_quickly(
-        self, events: Sequence[Event], wanted: Sequence[Wanted], partial: Sequence[int]
+        self,
+        events: Sequence[Event],
+        wanted: Sequence[Wanted],
+        partial: Sequence[int],
+        check: CheckViewers | None,
     ) -> Related | None:
         """Return what is expanded in little time, and None if that was too little."""
         seconds = _EXPAND_SECONDS + _EXPAND_SECONDS_OF_CHANGE * len(events)
-        found = await self._expander.expands_within(seconds, events, wanted, partial)
+        found = await self._expander.expands_within(seconds, events, wanted, partial, check=check)
         if found is None:
             self._quick_plans.difference_update({viewer.plan for _, viewer in wanted})
         return found

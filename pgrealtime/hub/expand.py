@@ -138,6 +138,9 @@ Wanted: TypeAlias = tuple[int, Viewer]
 Enter: TypeAlias = Callable[[Reading, Sized[int]], Awaitable[None]]
 """Takes places of events whose live rows are of interest."""
 
+CheckViewers: TypeAlias = Callable[[Reading, Sized[Viewer]], Awaitable[None]]
+"""Takes the viewers that related records were read for, while their snapshot is open."""
+
 
 @dataclass(slots=True)
 class Related:
@@ -190,7 +193,9 @@ class Expander:
         places: Iterable[int],
         wanted: Iterable[Wanted],
         partial: Iterable[int] = (),
+        *,
         enter: Enter | None = None,
+        check: CheckViewers | None = None,
     ) -> Related:
         """Return what is wanted, as far as it can be had in time.
 
@@ -200,6 +205,7 @@ class Expander:
             wanted: What is expanded, and for whom.
             partial: Places of those whose rows lack columns.
             enter: Told, in the same snapshot, of which events it isn't known what they held.
+            check: Told, in the same snapshot, for whom something was expanded.
         """
         lacking = [p for p in places if self._junctions[events[p].collection.name]]
         asked, partial = list(dict.fromkeys(wanted)), list(partial)
@@ -209,7 +215,9 @@ class Expander:
             found = Related()
             try:
                 async with asyncio.timeout(_SECONDS):
-                    await self._read(events, lacking, asked, found, partial=partial, enter=enter)
+                    await self._read(
+                        events, lacking, asked, found, partial=partial, enter=enter, check=check
+                    )
             except (psycopg.Error, PoolTimeout, TimeoutError) as error:
                 log.warning("expand.failed", error=type(error).__name__)
                 # A connection that broke says nothing of the next one.
@@ -226,6 +234,8 @@ class Expander:
         events: Sequence[Event],
         wanted: Iterable[Wanted],
         partial: Sequence[int],
+        *,
+        check: CheckViewers | None = None,
     ) -> Related | None:
         """Return what is expanded for some viewers if that takes no longer than so many seconds.
 
@@ -237,11 +247,14 @@ class Expander:
             events: The batch.
             wanted: What is expanded, and for whom.
             partial: Places of events whose rows lack columns.
+            check: As for ``related``.
         """
         asked, found = list(dict.fromkeys(wanted)), Related()
         try:
             async with asyncio.timeout(_SECONDS):
-                await self._read(events, [], asked, found, partial=partial, within=seconds)
+                await self._read(
+                    events, [], asked, found, partial=partial, check=check, within=seconds
+                )
         except (psycopg.Error, PoolTimeout, TimeoutError):
             return None
         return found
@@ -282,6 +295,7 @@ class Expander:
         *,
         partial: Sequence[int] = (),
         enter: Enter | None = None,
+        check: CheckViewers | None = None,
         within: float | None = None,
     ) -> None:
         concerned = dict.fromkeys([*lacking, *(place for place, _ in wanted), *partial])
@@ -319,6 +333,8 @@ class Expander:
                 for (place, viewer), (root, _) in zip(wanted, roots, strict=True)
                 if (_state_of(root), viewer) in fetching.unknown
             )
+            if check is not None and wanted:
+                await check(reading, {viewer for _, viewer in wanted})
         lacking_columns = frozenset(partial)
         found.failed.update(
             (place, viewer)
@@ -658,16 +674,33 @@ class _Fetching:
                 await self._fetch_rows(collection, asked)
 
     async def _fetch_rows(self, collection: Collection, ids: Ids) -> None:
-        names = [column.name for column in collection.table.columns]
-        key = collection.key
-        usable = [one for one in (canonical_id(one, key.type) for one in ids) if one is not None]
-        found = await self._reading.texts(rows_statement(collection), {"ids": usable})
-        turn = Turn()
-        for values in found or ():
-            row: Row = dict(zip(names, values, strict=True))
-            self._rows[collection.name][plain_id(collection, row[key.name] or "")] = row
-            if turn.is_over():
-                await turn.pause()
+        self._rows[collection.name] |= await rows_by_id(self._reading, collection, ids) or {}
+
+
+async def rows_by_id(
+    reading: Reading, collection: Collection, ids: Iterable[str]
+) -> dict[str, Row] | None:
+    """Return a collection's rows by id, in the stream's text forms; None if the query fails.
+
+    Args:
+        reading: The snapshot to read in.
+        collection: Whose rows.
+        ids: Of them; what no key can be is left out, as are ids of which there is no row.
+    """
+    names = [column.name for column in collection.table.columns]
+    key = collection.key
+    usable = [one for one in (canonical_id(one, key.type) for one in ids) if one is not None]
+    found = await reading.texts(rows_statement(collection), {"ids": usable})
+    if found is None:
+        return None
+    rows: dict[str, Row] = {}
+    turn = Turn()
+    for values in found:
+        row: Row = dict(zip(names, values, strict=True))
+        rows[plain_id(collection, row[key.name] or "")] = row
+        if turn.is_over():
+            await turn.pause()
+    return rows
 
 
 def _grown(way: _Way, looking: Looking[Place], made: _Made) -> _Level:

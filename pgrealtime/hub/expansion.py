@@ -95,6 +95,15 @@ class Plan:
     """All routes together."""
     targets: tuple[Collection, ...]
 
+    @property
+    def asks_caller(self) -> bool:
+        """Whether a rule of a related collection asks who the subscriber is.
+
+        It may do so without a value of the caller's being bound: a guest is denied at once.
+        """
+        rules = (rule for one in self.targets for rule in (one.view_rule, one.manage_rule))
+        return any("@request.auth" in rule for rule in rules if rule)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Viewer:
@@ -109,12 +118,6 @@ class Viewer:
     be looked at: they are locked, or their rule can't be asked."""
     managed: Mapping[str, Bound]
     """By auth collection, of which records an address is seen that isn't public."""
-
-    @property
-    def asks_caller(self) -> bool:
-        """Whether what is seen depends on who the viewer is."""
-        bounds = (*self.seen.values(), *self.managed.values())
-        return any(bound is not None and bound.variant.asks_caller for bound in bounds)
 
 
 class Viewers:

@@ -16,10 +16,12 @@ from msgspec.structs import replace
 
 from pgrealtime.auth.principal import AuthRecord, Caller, Guest
 from pgrealtime.auth.record import plain_id, rebound
+from pgrealtime.changes import Row
+from pgrealtime.collections import Collection
 from pgrealtime.config import CollectionLoginConfig
 from pgrealtime.hub.connection import Connection
 from pgrealtime.hub.event import Event
-from pgrealtime.hub.snapshot import Barrier
+from pgrealtime.hub.snapshot import Barrier, Snapshot
 from pgrealtime.lsn import LSN, Cursor
 
 Person: TypeAlias = tuple[str, str]
@@ -124,9 +126,20 @@ class Identities:
             return caller
         if event.action == "delete":
             return Caller()
-        login = self._logins.get(event.collection.name, _NO_LOGIN)
-        after = rebound(caller, event.collection, login, event.row)
+        after = self.caller_of_row(caller, event.collection, event.row)
         return caller if after == caller else after
+
+    def caller_of_row(self, caller: Caller, collection: Collection, row: Row | None) -> Caller:
+        """Return the caller, who is a record of the collection, as its row makes it.
+
+        Args:
+            caller: As it was before.
+            collection: Of the record.
+            row: Of the record; None if there is none any more.
+        """
+        if row is None:
+            return Caller()
+        return rebound(caller, collection, self._logins.get(collection.name, _NO_LOGIN), row)
 
     # --- between the look-up of a caller and the answer to its call
 
@@ -159,6 +172,29 @@ class Identities:
         for event in self._told.get(person or ("", ""), ()):
             if event.cursor > connection.cursor and event.cursor.lsn > after:
                 caller = self.caller_after(event, caller, known)
+        return caller
+
+    def caller_upto(
+        self, connection: Connection, after: Cursor, upto: LSN, snapshot: Snapshot
+    ) -> Caller | None:
+        """Return what the stream makes of a connection's caller up to a commit.
+
+        Args:
+            connection: Whose caller.
+            after: Where that caller was the connection's.
+            upto: The end of the commit.
+            snapshot: One that shows the caller's row.
+
+        Returns:
+            None if the stream has told of a change that the snapshot doesn't see: what it shows of
+            the row is older than what is known.
+        """
+        caller = connection.caller
+        for event in self._told.get(person_of(caller) or ("", ""), ()):
+            if not snapshot.sees(event.xid):
+                return None
+            if event.cursor > after and event.cursor.lsn <= upto:
+                caller = self.caller_after(event, caller, connection.known)
         return caller
 
     def _forget_oldest(self) -> None:

@@ -79,6 +79,18 @@ class Asking(Protocol):
         ...
 
 
+class CheckCallers(Protocol):
+    """Finds who may not be shown what is read live: ``hub.caller_check``."""
+
+    async def check_viewers(self, reading: Reading, viewers: Sized[Viewer]) -> None:
+        """Check those for whom related records were read."""
+        ...
+
+    async def check_groups(self, reading: Reading, groups: Sized[Group]) -> frozenset[Group]:
+        """Return those of the groups that may not be shown columns of live rows."""
+        ...
+
+
 Sights: TypeAlias = Callable[[Iterable[Group]], Iterable[Sight]]
 
 _NO_NAMES: frozenset[str] = frozenset()
@@ -275,11 +287,11 @@ class Judge:
         return whole
 
     async def try_to_look_beside(
-        self, events: Sequence[Event], verdict: Verdict, sights: Sights
+        self, events: Sequence[Event], verdict: Verdict, sights: Sights, check: CheckCallers
     ) -> Beside:
         """Return what is shown beside the rows; where that fails, the events count as lost."""
         try:
-            return await self.look_beside(events, verdict, sights)
+            return await self.look_beside(events, verdict, sights, check)
         except Exception as error:  # noqa: BLE001 (as in judge)
             log.error("display.failed", error=type(error).__name__, at=where(error))  # noqa: TRY400 (see where)
             verdict.lost |= _names_in(events)
@@ -291,6 +303,7 @@ class Judge:
         events: Sequence[Event],
         verdict: Verdict,
         sights: Sights,
+        check: CheckCallers,
         *,
         is_shared: bool = False,
     ) -> Beside:
@@ -300,6 +313,7 @@ class Judge:
             events: The slice's.
             verdict: On them.
             sights: What those want to see for whom it is done.
+            check: Finds who of those may not be shown what is read live.
             is_shared: Whether all connections wait for it.
         """
         entire: dict[int, Entire] = {}
@@ -307,9 +321,19 @@ class Judge:
         async def enter(reading: Reading, places: Sized[int]) -> None:
             entire.clear()
             entire.update(await self._entire_of(reading, events, verdict, places))
+            seeing = frozenset[Group]().union(*(one.groups for one in entire.values()))
+            withheld = await check.check_groups(reading, seeing)
+            for one in entire.values():
+                one.groups -= withheld
 
         beside = await self._display.look_beside(
-            events, verdict.hits, sights, verdict.partial, enter, is_shared=is_shared
+            events,
+            verdict.hits,
+            sights,
+            verdict.partial,
+            enter,
+            check=check.check_viewers,
+            is_shared=is_shared,
         )
         related = beside.related
         if verdict.partial or related.live_ids:

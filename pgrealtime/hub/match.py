@@ -495,9 +495,8 @@ class Matcher:
     ) -> Judging:
         """Return what given groups make of a row each, as ``matching`` does.
 
-        Those whose filters Postgres would have to be asked for aren't admitted, nor are those whose
-        rules ask who the subscriber is: that is known as of the event, and the row may be later, of
-        a time when the subscriber had lost a right or was deleted.
+        Those whose filters Postgres would have to be asked for aren't admitted. Who the subscriber
+        is counts as of the event, though the row may be later: the caller checks that.
 
         Args:
             rows: Each as an event, with those who are asked.
@@ -511,11 +510,7 @@ class Matcher:
             for place, (event, groups) in enumerate(rows):
                 case = cases[place] = Case(Facts(event.row, event.missing, at), testing=testing)
                 case.deferred = {}
-                case.put_off(
-                    group
-                    for group in groups
-                    if not (group.variant.is_costly or group.variant.asks_caller)
-                )
+                case.put_off(group for group in groups if not group.variant.is_costly)
                 yield from case.testing()
 
         return Judging([event for event, _ in rows], cases, at, steps())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.slow_filters import TimeBudget
-from pgrealtime.lsn import Cursor
+from pgrealtime.lsn import LSN, Cursor
 
 if TYPE_CHECKING:
     from pgrealtime.hub.connection import Connection, Receives
@@ -47,6 +47,9 @@ class Stretch(NamedTuple):
     found_at: float
     """Monotonic seconds."""
     size: int
+    reach: LSN
+    """Where the WAL ended when related records were read for it that a rule shows by who somebody
+    is; 0 if there are none. Before all up to there was told, nobody can say for whom else it is."""
 
 
 def standpoint(connection: Connection, edition: int) -> Standpoint | None:
@@ -90,6 +93,8 @@ class Recent:
         batch: Batch,
         upto: Cursor,
         budget: TimeBudget,
+        *,
+        reach: LSN,
     ) -> None:
         """Keep what follows for the next one that comes by; the oldest give way.
 
@@ -98,7 +103,7 @@ class Recent:
         now = self._clock()
         old = self._stretches.pop(at, None)
         size = sum(map(len, batch.tails))
-        self._stretches[at] = Stretch(events, batch, upto, budget, now, size)
+        self._stretches[at] = Stretch(events, batch, upto, budget, now, size, reach)
         self._size += size - (0 if old is None else old.size)
         while self._stretches:
             place, oldest = next(iter(self._stretches.items()))

@@ -11,6 +11,7 @@ from msgspec import Struct
 from pgrealtime.changelog.base import Changelog
 from pgrealtime.errors import ChangelogError
 from pgrealtime.hub.batch import Batch
+from pgrealtime.hub.caller_check import CallerCheck
 from pgrealtime.hub.compose import Piece, compose_for, subscriptions_by_group
 from pgrealtime.hub.connection import NO_PARTS, Connection, State, Subscription
 from pgrealtime.hub.course import Course
@@ -25,7 +26,7 @@ from pgrealtime.hub.recent import Recent, standpoint
 from pgrealtime.hub.send_budget import SendBudget
 from pgrealtime.hub.slices import SLICE, Announcement, Slice, beginning, slices
 from pgrealtime.hub.slow_filters import IsolatedConnections, TimeBudget
-from pgrealtime.lsn import Cursor, Xid
+from pgrealtime.lsn import LSN, Cursor, Xid
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +48,8 @@ class _Judged(Struct):
     budget: TimeBudget
     edition: int
     subscriptions: Mapping[str, Subscription]
+    reach: LSN
+    """Of the check of its caller."""
 
     def is_of(self, connection: Connection, edition: int) -> bool:
         """Whether it is what the connection must be handed next, by topics and rules of now."""
@@ -259,6 +262,8 @@ class Replays:
         stretch = None if stands is None else self._recent.find(stands)
         if stretch is None or stretch.upto > self._course.target:
             return False
+        if stretch.reach > self._course.head.lsn:
+            return False  # who may be shown that isn't told yet
         if self._outdated(connection, stretch.events):
             return False
         if stretch.size > self._budget.limit():
@@ -273,9 +278,8 @@ class Replays:
     def _outdated(self, connection: Connection, events: Sequence[Event]) -> frozenset[Viewer]:
         """Return who the connection is to related records and isn't any more, or may not be.
 
-        Those are read as they are now, and a right may have been lost before they were written.
-        One that is lost in the commit of the first event counts for nothing: to read what that
-        commit changed nobody can be sooner than it, LIVE readers neither.
+        By what the stream has told: a right may have been lost before a stretch was read for
+        another one. That it was lost in the commit of the first event counts for nothing.
         """
         subscriptions = [one for one in connection.subscriptions.values() if one.viewer is not None]
         if not subscriptions or not events:
@@ -289,7 +293,7 @@ class Replays:
             for one in subscriptions
             if one.viewer is not None
             and (
-                one.viewer.asks_caller
+                one.viewer.plan.asks_caller
                 if caller is None
                 else one.viewer is not meaning.viewer(one.topic, caller)
             )
@@ -368,7 +372,7 @@ class Replays:
         self._give(connection, events, piece.batch, self._gaps.held_at(connection, unheard))
         is_plain = part.gap is None and not part.people
         if stands is not None and is_plain and unheard is None:
-            self._recent.keep(stands, events, piece.batch, upto, judged.budget)
+            self._recent.keep(stands, events, piece.batch, upto, judged.budget, reach=judged.reach)
         connection.cursor = upto
         connection.note_parts(upto, NO_PARTS)
         gap = part.gap if part.gap is not None and part.gap.at <= upto else None
@@ -428,6 +432,7 @@ class Replays:
             budget,
             course.edition,
             connection.subscriptions,
+            LSN(0),
         )
         by_group = subscriptions_by_group(connection)
         if not events or not by_group:
@@ -439,11 +444,29 @@ class Replays:
             return ((one.viewer, one.manager) for group in groups for one in by_group[group])
 
         if not judged.verdict.late:
-            judged.beside = await judge.try_to_look_beside(events, judged.verdict, sights)
+            check = self._check_of(connection, events[0].cursor.lsn)
+            judged.beside = await judge.try_to_look_beside(events, judged.verdict, sights, check)
+            judged.reach = check.reach
             seconds = judged.beside.related.seconds
             budget.spend(seconds)
             viewers = (one.viewer for one in connection.subscriptions.values() if one.viewer)
             course.meaning.display.note_seconds(viewers, seconds, len(events))
-            if outdated := self._outdated(connection, events):
+            if outdated := check.outdated.get(connection):
                 judge.withhold(events, judged.verdict, judged.beside, outdated)
         return judged
+
+    def _check_of(self, connection: Connection, commit: LSN) -> CallerCheck:
+        """Return what checks a connection's caller, for events of which a commit has the first."""
+        course, caller = self._course, connection.caller
+
+        def is_told(reach: LSN) -> bool:
+            is_known = course.head.lsn >= reach
+            return is_known and self._identities.caller_by_now(connection, commit) is caller
+
+        return CallerCheck(
+            self._identities,
+            course.meaning,
+            is_told=is_told,
+            connections=lambda _viewers, _groups: [(connection, connection.cursor)],
+            commit=commit,
+        )

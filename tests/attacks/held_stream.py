@@ -40,6 +40,8 @@ class World:
     hub: Hub
     changelog: MemoryChangelog
     sinks: dict[str, MemorySink] = field(default_factory=dict)
+    topics: dict[str, str] = field(default_factory=dict)
+    """What each listens to."""
 
     async def user(self, record_id: str) -> Caller:
         """Recognise somebody of the collection "users" by the row of now."""
@@ -52,6 +54,7 @@ class World:
     async def listen(self, name: str, topic: str, who: Caller, position: str | None = None) -> None:
         """Connect and subscribe under a name; with a position, go on from there."""
         sink = self.sinks[name] = MemorySink()
+        self.topics[name] = topic
         connection = self.hub.open(sink, address="", last_event_id=None, position=position)
         await self.hub.subscribe(connection.id, [topic], who, "")
 

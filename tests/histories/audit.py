@@ -490,12 +490,14 @@ class Audit:
                 self._fault("wrong value in expand", version, name, _short(shown[name]))
         if "email" in shown and not _may_have_address(found, people):
             self._fault("LEAK of an address by expand", version, found)
-        # Who the reader is counts as of the event, what it leads to as of later.
-        later = self._ledger.people_at(self._client.person, max(version.commit, found.commit), last)
+        if found.commit <= version.commit or version.action == "delete":
+            return
+        # Written since: it is shown to who has the right to it still.
+        later = self._ledger.people_at(self._client.person, found.commit, last)
         if not any(_sees(of, found.values, who) for who in later) or (
             "email" in shown and not _may_have_address(found, later)
         ):
-            self._into.counts["later related rows shown to who had lost the right"] += 1
+            self._fault("LEAK by expand, of a later version", version, found, f"sent after {last}")
 
     # --- what was received, and what was owed
 

@@ -18,7 +18,7 @@ from pgrealtime.hub import identity
 from pgrealtime.hub.connection import Connection
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.identity import Identities
-from pgrealtime.hub.snapshot import barrier_of
+from pgrealtime.hub.snapshot import barrier_of, parse_snapshot
 from pgrealtime.lsn import END, LSN, Cursor, Xid
 from tests.unit.hub.room import (
     COLLECTIONS,
@@ -436,6 +436,32 @@ async def test_who_the_caller_of_a_reader_behind_is_by_now_is_known_for_a_while(
         own_commit = room.changelog.head.lsn
         assert room.hub._identities.caller_by_now(connection, own_commit) is connection.caller
         assert await by_now(changed("bob")) is None
+
+
+async def test_who_a_caller_is_up_to_a_commit() -> None:
+    """Nobody can say by a snapshot that doesn't see all that was told of the caller."""
+    async with open_room() as room:
+        connection, sink = await listening(room, "people/*", who=caller())
+        room.commit(changed("bob"))
+        await heard(sink, 1)
+        before, own = room.changelog.head, connection.caller
+        xid = room.commit(gone()).xid
+        await room.settled()
+        connection.caller = own
+
+        def caller_upto(after: Cursor, upto: LSN, snapshot: str) -> Caller | None:
+            return room.hub._identities.caller_upto(
+                connection, after, upto, parse_snapshot(snapshot)
+            )
+
+        after = room.changelog.head
+        seeing, blind = f"{xid + 1}:{xid + 1}:", f"{xid}:{xid}:"
+        assert caller_upto(before, after.lsn, seeing) == Caller()
+        assert caller_upto(before, before.lsn, seeing) is own
+        assert caller_upto(after, after.lsn, seeing) is own
+        assert caller_upto(before, after.lsn, blind) is None
+        connection.caller = caller("bob")
+        assert caller_upto(before, after.lsn, blind) == caller("bob")
 
 
 class SeenRow(dict[str, str | None]):
