@@ -66,8 +66,9 @@ class Corpus:
     collections: Collections
     rows: Rows
 
-    def answer(self, case: Case, way: Way) -> Answer:
-        """Return what pgrealtime shows to the case's subscriber."""
+    def answer(self, case: Case, way: Way, now: datetime | None = None) -> Answer:
+        """Return what pgrealtime shows to the case's subscriber, at a given time or now."""
+        now = now or datetime.now(UTC)
         collections = self._with_list_rules(case.get("others", {}))
         collection = collections[case["collection"]]
         rule = case["rule"]
@@ -81,7 +82,7 @@ class Corpus:
         ids = [row[collection.key.name] or "" for row in rows]
         if way is not Way.REFERENCE:
             try:
-                verdicts = self._decided(collections, collection, request, case, way)
+                verdicts = self._decided(collections, collection, request, case, way, now=now)
             except RuleError as error:
                 return Refused(error)
             return tuple(one for one, admitted in zip(ids, verdicts, strict=True) if admitted)
@@ -91,7 +92,7 @@ class Corpus:
             case Nobody():
                 return ()
             case Reference() as asked:
-                question = asked.question(rows, datetime.now(UTC))
+                question = asked.question(rows, now)
                 found = self.connection.execute(question.sql.encode(), question.params).fetchall()
                 return tuple(sorted(ids[index] for (index,) in found))
 
@@ -102,6 +103,8 @@ class Corpus:
         request: Request,
         case: Case,
         way: Way,
+        *,
+        now: datetime,
     ) -> list[bool]:
         """Return, row by row, what the engine says."""
         rows = self.rows[collection.name]
@@ -111,7 +114,7 @@ class Corpus:
             return [False for _ in rows]
         index: Index[Asker] = Index()
         index.add(Asker(request, bound.variant, bound.values))
-        return [bool(hits) for hits in decided(self.connection, index, rows, datetime.now(UTC))]
+        return [bool(hits) for hits in decided(self.connection, index, rows, now)]
 
     def _own_row(self, request: Request) -> Row | None:
         match request.principal:

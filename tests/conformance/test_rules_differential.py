@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 
@@ -94,14 +95,23 @@ async def test_random_rules_show_what_pocketbase_shows(
 async def test_functions_compared_with_any_literal_show_what_pocketbase_shows(
     corpus: Corpus, pocketbase: CorpusPocketBase
 ) -> None:
-    """On either side, in rules and in filters, with texts that look like numbers and nearly so."""
+    """On either side, in rules and in filters, with texts that look like numbers and nearly so.
+
+    What it is now both answer a few milliseconds apart, so one that says so is asked a few times.
+    """
     made = RandomRules(SEED)
     for _ in range(RULES):
         case = _function_case(made)
         for name in LIST_RULES:  # what a filter joins is listed by its own
             await pocketbase.set_rule(name, "")
-        shown = await pocketbase.show(case["collection"], case["rule"], case["auth"], case["query"])
-        assert not _differing(corpus, case, shown), (SEED, case, shown)
+        for left in reversed(range(5 if "'now'" in str(case) else 1)):
+            shown = await pocketbase.show(
+                case["collection"], case["rule"], case["auth"], case["query"]
+            )
+            differing = _differing(corpus, case, shown)
+            assert left or not differing, (SEED, case, shown)
+            if not differing:
+                break
 
 
 @pytest.mark.timeout(600 + FUNCTIONS)
@@ -110,7 +120,8 @@ async def test_functions_compared_with_any_literal_mean_one_thing(corpus: Corpus
     made = RandomRules(SEED)
     for _ in range(FUNCTIONS):
         case = _function_case(made)
-        answers = [corpus.answer(case, way) for way in Way]
+        now = datetime.now(UTC)
+        answers = [corpus.answer(case, way, now) for way in Way]
         told = [str(one.error) if isinstance(one, Refused) else one for one in answers]
         assert told == told[:1] * len(told), (SEED, case, told)
 
