@@ -153,6 +153,7 @@ class Hub:
             self._identities,
             self._isolated,
             self._gaps,
+            history=self._row_history,
             at_once=replays_at_once,
             budget=self._budget,
             stall_timeout=limits.stall_timeout,
@@ -876,23 +877,18 @@ class Hub:
         return beside
 
     def _check_of(self, part: Slice, verdict: Verdict) -> CallerCheck:
-        """Return what checks whether the callers of the LIVE connections are who they were."""
-        commit = part.events[0].cursor.lsn if part.events else part.upto.lsn
-        is_turned = any(event.cursor.lsn > commit for event in part.people)
-        head = self._course.head
+        """Return what finds the LIVE connections whose callers are others by now."""
 
-        def connections(
-            viewers: Sized[Viewer], groups: Sized[Group]
-        ) -> Iterable[tuple[Connection, Cursor]]:
+        def connections(viewers: Sized[Viewer], groups: Sized[Group]) -> Iterable[Connection]:
             found = {*_viewing(verdict.hits, viewers), *_connections_of(groups)}
-            return ((one, head) for one in found if one.is_live)
+            return (one for one in found if one.is_live)
 
         return CallerCheck(
             self._identities,
             self._course.meaning,
-            is_told=lambda reach: reach <= part.upto.lsn and not is_turned,
+            self._row_history,
+            events=part.events,
             connections=connections,
-            commit=commit,
         )
 
     async def _portion(self, composer: Composer, part: Slice, places: range) -> Portion:

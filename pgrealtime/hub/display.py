@@ -21,7 +21,7 @@ from pgrealtime.collections import Collection, Collections
 from pgrealtime.config import HiddenFields
 from pgrealtime.hub.connection import Receives, Subscription
 from pgrealtime.hub.event import Event
-from pgrealtime.hub.expand import CheckViewers, Enter, Expander, Reading, Related, Wanted
+from pgrealtime.hub.expand import Check, Enter, Expander, Reading, Related, Wanted
 from pgrealtime.hub.expansion import Node, Plan, Viewer, Viewers, junction_steps
 from pgrealtime.hub.frame import event_tail
 from pgrealtime.hub.looking import Looking
@@ -204,7 +204,7 @@ class Display:
         partial: Sequence[int] = (),
         enter: Enter | None = None,
         *,
-        check: CheckViewers | None = None,
+        check: Check | None = None,
         is_shared: bool,
     ) -> Beside:
         """Find out what else is shown of the events' records, and to whom.
@@ -269,7 +269,7 @@ class Display:
         events: Sequence[Event],
         wanted: Sequence[Wanted],
         partial: Sequence[int],
-        check: CheckViewers | None,
+        check: Check | None,
     ) -> Related | None:
         """Return what is expanded in little time, and None if that was too little."""
         seconds = _EXPAND_SECONDS + _EXPAND_SECONDS_OF_CHANGE * len(events)

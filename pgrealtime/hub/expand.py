@@ -138,8 +138,8 @@ Wanted: TypeAlias = tuple[int, Viewer]
 Enter: TypeAlias = Callable[[Reading, Sized[int]], Awaitable[None]]
 """Takes places of events whose live rows are of interest."""
 
-CheckViewers: TypeAlias = Callable[[Reading, Sized[Viewer]], Awaitable[None]]
-"""Takes the viewers that related records were read for, while their snapshot is open."""
+Check: TypeAlias = Callable[[Reading, Sized[Viewer]], Awaitable[None]]
+"""Takes the viewers that related records were read for, at the end of a reading."""
 
 
 @dataclass(slots=True)
@@ -195,7 +195,7 @@ class Expander:
         partial: Iterable[int] = (),
         *,
         enter: Enter | None = None,
-        check: CheckViewers | None = None,
+        check: Check | None = None,
     ) -> Related:
         """Return what is wanted, as far as it can be had in time.
 
@@ -205,7 +205,7 @@ class Expander:
             wanted: What is expanded, and for whom.
             partial: Places of those whose rows lack columns.
             enter: Told, in the same snapshot, of which events it isn't known what they held.
-            check: Told, in the same snapshot, for whom something was expanded.
+            check: Told, in the same snapshot, for whom something was read.
         """
         lacking = [p for p in places if self._junctions[events[p].collection.name]]
         asked, partial = list(dict.fromkeys(wanted)), list(partial)
@@ -235,7 +235,7 @@ class Expander:
         wanted: Iterable[Wanted],
         partial: Sequence[int],
         *,
-        check: CheckViewers | None = None,
+        check: Check | None = None,
     ) -> Related | None:
         """Return what is expanded for some viewers if that takes no longer than so many seconds.
 
@@ -295,7 +295,7 @@ class Expander:
         *,
         partial: Sequence[int] = (),
         enter: Enter | None = None,
-        check: CheckViewers | None = None,
+        check: Check | None = None,
         within: float | None = None,
     ) -> None:
         concerned = dict.fromkeys([*lacking, *(place for place, _ in wanted), *partial])
@@ -333,8 +333,10 @@ class Expander:
                 for (place, viewer), (root, _) in zip(wanted, roots, strict=True)
                 if (_state_of(root), viewer) in fetching.unknown
             )
-            if check is not None and wanted:
+            began_check = time.perf_counter()
+            if check is not None:
                 await check(reading, {viewer for _, viewer in wanted})
+            began_all += time.perf_counter() - began_check
         lacking_columns = frozenset(partial)
         found.failed.update(
             (place, viewer)

@@ -6,7 +6,7 @@ Between the option's text (``records.expand``) and who fetches the records (``hu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from pgrealtime.changes import Change, Row
 from pgrealtime.collections import Collection, Collections, Field
 from pgrealtime.config import HiddenFields
 from pgrealtime.errors import RuleError
+from pgrealtime.hub.row_history import Lookup, key_lookup
 from pgrealtime.records.encode import View
 from pgrealtime.records.expand import Path, parse_expand
 from pgrealtime.rules.past import Past
@@ -103,6 +104,17 @@ class Plan:
         """
         rules = (rule for one in self.targets for rule in (one.view_rule, one.manage_rule))
         return any("@request.auth" in rule for rule in rules if rule)
+
+    @property
+    def lookups(self) -> Iterator[Lookup]:
+        """Yield every table that the related records are read from."""
+        for route in self.routes:
+            for step in route.steps:
+                yield key_lookup(step.target)
+                for field in (step.field, *step.target.fields):
+                    junction = None if field.relation is None else field.relation.junction
+                    if junction is not None:
+                        yield junction.table.name, junction.source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)

@@ -21,7 +21,7 @@ from pgrealtime.collections import Collection
 from pgrealtime.config import CollectionLoginConfig
 from pgrealtime.hub.connection import Connection
 from pgrealtime.hub.event import Event
-from pgrealtime.hub.snapshot import Barrier, Snapshot
+from pgrealtime.hub.snapshot import Barrier
 from pgrealtime.lsn import LSN, Cursor
 
 Person: TypeAlias = tuple[str, str]
@@ -153,49 +153,6 @@ class Identities:
         self._size += size
         while len(self._order) > _KEPT or (self._size > _KEPT_SIZE and len(self._order) > 1):
             self._forget_oldest()
-
-    def caller_by_now(self, connection: Connection, after: LSN) -> Caller | None:
-        """Return what the stream, as far as it was read, makes of the caller of who is behind it.
-
-        Args:
-            connection: Who is behind.
-            after: Commits up to there count for nothing.
-
-        Returns:
-            The same object if nothing changes; None if that isn't known any more.
-        """
-        caller, known = connection.caller, connection.known
-        since = connection.cursor.lsn if known is None else known.insert_lsn
-        person = person_of(caller)
-        if person is not None and max(since, connection.cursor.lsn) < self._forgotten:
-            return None
-        for event in self._told.get(person or ("", ""), ()):
-            if event.cursor > connection.cursor and event.cursor.lsn > after:
-                caller = self.caller_after(event, caller, known)
-        return caller
-
-    def caller_upto(
-        self, connection: Connection, after: Cursor, upto: LSN, snapshot: Snapshot
-    ) -> Caller | None:
-        """Return what the stream makes of a connection's caller up to a commit.
-
-        Args:
-            connection: Whose caller.
-            after: Where that caller was the connection's.
-            upto: The end of the commit.
-            snapshot: One that shows the caller's row.
-
-        Returns:
-            None if the stream has told of a change that the snapshot doesn't see: what it shows of
-            the row is older than what is known.
-        """
-        caller = connection.caller
-        for event in self._told.get(person_of(caller) or ("", ""), ()):
-            if not snapshot.sees(event.xid):
-                return None
-            if event.cursor > after and event.cursor.lsn <= upto:
-                caller = self.caller_after(event, caller, connection.known)
-        return caller
 
     def _forget_oldest(self) -> None:
         oldest, size = self._order.popleft()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from collections.abc import Collection as Sized
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
@@ -79,17 +79,11 @@ class Asking(Protocol):
         ...
 
 
-class CheckCallers(Protocol):
-    """Finds who may not be shown what is read live: ``hub.caller_check``."""
-
-    async def check_viewers(self, reading: Reading, viewers: Sized[Viewer]) -> None:
-        """Check those for whom related records were read."""
-        ...
-
-    async def check_groups(self, reading: Reading, groups: Sized[Group]) -> frozenset[Group]:
-        """Return those of the groups that may not be shown columns of live rows."""
-        ...
-
+CheckCallers: TypeAlias = Callable[
+    [Reading, Sized[Viewer], Sized[Group]], Awaitable[frozenset[Group]]
+]
+"""Finds those of viewers and groups to whom what was read live may not be shown, and returns such
+groups (``hub.caller_check``)."""
 
 Sights: TypeAlias = Callable[[Iterable[Group]], Iterable[Sight]]
 
@@ -316,15 +310,21 @@ class Judge:
             check: Finds who of those may not be shown what is read live.
             is_shared: Whether all connections wait for it.
         """
+        found: dict[int, Entire] = {}
         entire: dict[int, Entire] = {}
 
         async def enter(reading: Reading, places: Sized[int]) -> None:
-            entire.clear()
-            entire.update(await self._entire_of(reading, events, verdict, places))
-            seeing = frozenset[Group]().union(*(one.groups for one in entire.values()))
-            withheld = await check.check_groups(reading, seeing)
-            for one in entire.values():
+            found.clear()
+            found.update(await self._entire_of(reading, events, verdict, places))
+
+        async def check_all(reading: Reading, viewers: Sized[Viewer]) -> None:
+            seeing = frozenset[Group]().union(*(one.groups for one in found.values()))
+            withheld = await check(reading, viewers, seeing)
+            for one in found.values():
                 one.groups -= withheld
+            # Not before: it may fail, and then nobody is shown them.
+            entire.update(found)
+            found.clear()
 
         beside = await self._display.look_beside(
             events,
@@ -332,7 +332,7 @@ class Judge:
             sights,
             verdict.partial,
             enter,
-            check=check.check_viewers,
+            check=check_all,
             is_shared=is_shared,
         )
         related = beside.related
@@ -351,7 +351,12 @@ class Judge:
     ) -> None:
         """Leave out the related records that some viewers would be shown, and note that."""
         expands = beside.related.expands
-        withheld = [(place, viewer) for place, viewer in expands if viewer in viewers]
+        # Where nothing was found nothing is withheld.
+        withheld = [
+            (place, viewer)
+            for (place, viewer), shown in expands.items()
+            if viewer in viewers and shown not in {None, b"{}"}
+        ]
         for one in withheld:
             del expands[one]
         if withheld:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from pgrealtime.hub.batch import Batch
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.slow_filters import TimeBudget
-from pgrealtime.lsn import LSN, Cursor
+from pgrealtime.lsn import Cursor
 
 if TYPE_CHECKING:
+    from pgrealtime.hub.caller_check import Checked
     from pgrealtime.hub.connection import Connection, Receives
     from pgrealtime.hub.match import Group
 
@@ -47,9 +48,8 @@ class Stretch(NamedTuple):
     found_at: float
     """Monotonic seconds."""
     size: int
-    reach: LSN
-    """Where the WAL ended when related records were read for it that a rule shows by who somebody
-    is; 0 if there are none. Before all up to there was told, nobody can say for whom else it is."""
+    checked: Checked | None
+    """What was found out about the caller that it was made for, where rules ask who that is."""
 
 
 def standpoint(connection: Connection, edition: int) -> Standpoint | None:
@@ -94,7 +94,7 @@ class Recent:
         upto: Cursor,
         budget: TimeBudget,
         *,
-        reach: LSN,
+        checked: Checked | None,
     ) -> None:
         """Keep what follows for the next one that comes by; the oldest give way.
 
@@ -103,7 +103,7 @@ class Recent:
         now = self._clock()
         old = self._stretches.pop(at, None)
         size = sum(map(len, batch.tails))
-        self._stretches[at] = Stretch(events, batch, upto, budget, now, size, reach)
+        self._stretches[at] = Stretch(events, batch, upto, budget, now, size, checked)
         self._size += size - (0 if old is None else old.size)
         while self._stretches:
             place, oldest = next(iter(self._stretches.items()))

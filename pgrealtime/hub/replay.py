@@ -11,18 +11,18 @@ from msgspec import Struct
 from pgrealtime.changelog.base import Changelog
 from pgrealtime.errors import ChangelogError
 from pgrealtime.hub.batch import Batch
-from pgrealtime.hub.caller_check import CallerCheck
+from pgrealtime.hub.caller_check import CallerCheck, Checked, may_have_changed
 from pgrealtime.hub.compose import Piece, compose_for, subscriptions_by_group
 from pgrealtime.hub.connection import NO_PARTS, Connection, State, Subscription
 from pgrealtime.hub.course import Course
 from pgrealtime.hub.display import NOTHING_BESIDE, Beside, Sight
 from pgrealtime.hub.event import Action, Event
-from pgrealtime.hub.expansion import Viewer
 from pgrealtime.hub.gaps import Gaps
-from pgrealtime.hub.identity import Identities
+from pgrealtime.hub.identity import Identities, person_of
 from pgrealtime.hub.judge import Verdict, causes_of, where
 from pgrealtime.hub.match import Group
 from pgrealtime.hub.recent import Recent, standpoint
+from pgrealtime.hub.row_history import RowHistory
 from pgrealtime.hub.send_budget import SendBudget
 from pgrealtime.hub.slices import SLICE, Announcement, Slice, beginning, slices
 from pgrealtime.hub.slow_filters import IsolatedConnections, TimeBudget
@@ -48,8 +48,10 @@ class _Judged(Struct):
     budget: TimeBudget
     edition: int
     subscriptions: Mapping[str, Subscription]
-    reach: LSN
-    """Of the check of its caller."""
+    checked: Checked | None = None
+    """What was found out about its caller, as far as that was asked."""
+    is_outdated: bool = False
+    """Whether its caller is another by now."""
 
     def is_of(self, connection: Connection, edition: int) -> bool:
         """Whether it is what the connection must be handed next, by topics and rules of now."""
@@ -84,6 +86,7 @@ class Replays:
         identities: Whose connections they are.
         isolated: Those whose filters are slow.
         gaps: Tells of what can't be delivered.
+        history: Knows what was done to rows later.
         at_once: Connections that are served at the same moment, and half as many isolated ones;
             what they ask of the database must leave some of it to the others.
         budget: How much may wait for connections.
@@ -104,6 +107,7 @@ class Replays:
         isolated: IsolatedConnections,
         gaps: Gaps,
         *,
+        history: RowHistory,
         at_once: int,
         budget: SendBudget,
         stall_timeout: float,
@@ -118,6 +122,7 @@ class Replays:
         self._identities = identities
         self._isolated = isolated
         self._gaps = gaps
+        self._history = history
         self._budget = budget
         self._stall_timeout = stall_timeout
         self._drop = drop
@@ -262,9 +267,7 @@ class Replays:
         stretch = None if stands is None else self._recent.find(stands)
         if stretch is None or stretch.upto > self._course.target:
             return False
-        if stretch.reach > self._course.head.lsn:
-            return False  # who may be shown that isn't told yet
-        if self._outdated(connection, stretch.events):
+        if not self._may_share(connection, stretch.checked):
             return False
         if stretch.size > self._budget.limit():
             return False
@@ -274,30 +277,6 @@ class Replays:
         if connection.wants_cursor:
             connection.say_cursor(stretch.upto)
         return True
-
-    def _outdated(self, connection: Connection, events: Sequence[Event]) -> frozenset[Viewer]:
-        """Return who the connection is to related records and isn't any more, or may not be.
-
-        By what the stream has told: a right may have been lost before a stretch was read for
-        another one. That it was lost in the commit of the first event counts for nothing.
-        """
-        subscriptions = [one for one in connection.subscriptions.values() if one.viewer is not None]
-        if not subscriptions or not events:
-            return frozenset()
-        caller = self._identities.caller_by_now(connection, events[0].cursor.lsn)
-        if caller is connection.caller:
-            return frozenset()
-        meaning = self._course.meaning
-        return frozenset(
-            one.viewer
-            for one in subscriptions
-            if one.viewer is not None
-            and (
-                one.viewer.plan.asks_caller
-                if caller is None
-                else one.viewer is not meaning.viewer(one.topic, caller)
-            )
-        )
 
     def _give(
         self,
@@ -371,8 +350,10 @@ class Replays:
         unheard = verdict.unheard_in(events, range(piece.stop), piece.failed)
         self._give(connection, events, piece.batch, self._gaps.held_at(connection, unheard))
         is_plain = part.gap is None and not part.people
-        if stands is not None and is_plain and unheard is None:
-            self._recent.keep(stands, events, piece.batch, upto, judged.budget, reach=judged.reach)
+        if stands is not None and is_plain and unheard is None and not judged.is_outdated:
+            self._recent.keep(
+                stands, events, piece.batch, upto, judged.budget, checked=judged.checked
+            )
         connection.cursor = upto
         connection.note_parts(upto, NO_PARTS)
         gap = part.gap if part.gap is not None and part.gap.at <= upto else None
@@ -432,7 +413,6 @@ class Replays:
             budget,
             course.edition,
             connection.subscriptions,
-            LSN(0),
         )
         by_group = subscriptions_by_group(connection)
         if not events or not by_group:
@@ -444,9 +424,10 @@ class Replays:
             return ((one.viewer, one.manager) for group in groups for one in by_group[group])
 
         if not judged.verdict.late:
-            check = self._check_of(connection, events[0].cursor.lsn)
+            check = self._check_of(connection, events)
             judged.beside = await judge.try_to_look_beside(events, judged.verdict, sights, check)
-            judged.reach = check.reach
+            judged.checked = check.checked
+            judged.is_outdated = connection in check.outdated
             seconds = judged.beside.related.seconds
             budget.spend(seconds)
             viewers = (one.viewer for one in connection.subscriptions.values() if one.viewer)
@@ -455,18 +436,23 @@ class Replays:
                 judge.withhold(events, judged.verdict, judged.beside, outdated)
         return judged
 
-    def _check_of(self, connection: Connection, commit: LSN) -> CallerCheck:
-        """Return what checks a connection's caller, for events of which a commit has the first."""
-        course, caller = self._course, connection.caller
-
-        def is_told(reach: LSN) -> bool:
-            is_known = course.head.lsn >= reach
-            return is_known and self._identities.caller_by_now(connection, commit) is caller
-
+    def _check_of(self, connection: Connection, events: Sequence[Event]) -> CallerCheck:
+        """Return what finds out whether the connection's caller is another by now."""
         return CallerCheck(
             self._identities,
-            course.meaning,
-            is_told=is_told,
-            connections=lambda _viewers, _groups: [(connection, connection.cursor)],
-            commit=commit,
+            self._course.meaning,
+            self._history,
+            events=events,
+            connections=lambda _viewers, _groups: [connection],
+        )
+
+    def _may_share(self, connection: Connection, checked: Checked | None) -> bool:
+        """Whether what was read live for another one that stood there may be shown to this one."""
+        person = person_of(connection.caller)
+        if checked is None or person is None:
+            return True
+        collection = self._course.meaning.collections.get(person[0])
+        before = LSN(checked.commit - 1)
+        return checked.is_complete and (
+            collection is None or not may_have_changed(self._history, collection, person, before)
         )

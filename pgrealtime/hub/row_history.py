@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeAlias
 
 from pgrealtime.changelog.base import Changelog, Entry, Gap, Mark
 from pgrealtime.changes import Change, Insert, Oversized, TableName, Transaction, Truncate, Update
+from pgrealtime.collections import Collection
 from pgrealtime.errors import ChangelogError
 from pgrealtime.hub.event import KEPT_CHANGES, Event
 from pgrealtime.lsn import END, LSN, Cursor, Xid
@@ -35,6 +36,10 @@ _UNKNOWN = "\0"
 Reach: TypeAlias = Callable[[LSN], Awaitable[bool]]
 """Waits until the changelog has every transaction that commits up to an LSN. Returns True once it
 has them, False if it doesn't have them in time; ``Relay.reach`` waits one second at most."""
+
+
+Lookup: TypeAlias = tuple[TableName, str]
+"""A table, and the column by whose value its changes are looked up."""
 
 
 class Write(NamedTuple):
@@ -97,6 +102,15 @@ class TableHistory:
         if after < self._since:
             of_any.insert(0, Write(self._since, None, None))
         return sorted([*found, *of_any], key=_lsn_of) if of_any else found
+
+    def is_written(self, after: LSN) -> bool:
+        """Whether a write may end after an LSN: ``writes`` isn't empty for every value.
+
+        Call it as ``writes``.
+        """
+        last = self._order[-1][0] if self._order else self._since
+        of_any = self._of_any_row[-1].lsn if self._of_any_row else self._since
+        return max(last, of_any) > after
 
     async def extend(self, after: LSN) -> bool:
         """Index every entry that ends after an LSN, up to the changelog's head.
@@ -183,6 +197,11 @@ class TableHistory:
             self._of_any_row.popleft()
         if self._upto:
             self._since, self._upto = max(self._since, floor), max(self._upto, floor)
+
+
+def key_lookup(collection: Collection) -> Lookup:
+    """Return how the changes of a collection's records are looked up by their ids."""
+    return collection.table.name, collection.key.name
 
 
 def _lsn_of(write: Write) -> LSN:
@@ -306,7 +325,7 @@ class RowHistory:
     def __init__(self, changelog: Changelog, reach: Reach | None = None) -> None:
         self._changelog = changelog
         self._reach = reach
-        self._tables: dict[tuple[TableName, str], TableHistory] = {}
+        self._tables: dict[Lookup, TableHistory] = {}
 
     async def of(self, table: TableName, column: str, after: LSN) -> TableHistory | None:
         """Return a table's changes since a transaction, up to the changelog's head.
@@ -325,6 +344,19 @@ class RowHistory:
             self._tables[key] = TableHistory(self._changelog, table, column)
         history = self._tables[key]
         return history if await history.extend(after) else None
+
+    def may_have_written(self, lookup: Lookup, value: str, after: LSN) -> bool:
+        """Whether a row may have been written in commits that end after an LSN.
+
+        Call it after ``of`` returned a history for the lookup and that LSN.
+
+        Args:
+            lookup: The table and column.
+            value: The row's value in the column.
+            after: The LSN.
+        """
+        history = self._tables.get(lookup)
+        return history is None or bool(history.writes(value, after))
 
     async def reaches(self, lsn: LSN) -> bool:
         """Return whether the changelog has every transaction that commits up to an LSN.

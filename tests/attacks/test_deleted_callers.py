@@ -8,10 +8,11 @@ whose role was changed there has it a change too early.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psycopg
 import pytest
 
 from pgrealtime.auth.principal import Caller
@@ -20,7 +21,9 @@ from pgrealtime.changelog.base import Gap
 from pgrealtime.changes import Delete, Insert, Row, TableName, Transaction, Update, WholeRow
 from pgrealtime.collections import build
 from pgrealtime.config import CollectionConfig, RealtimeConfig
+from pgrealtime.hub import caller_check, expand
 from pgrealtime.hub.match import Matcher
+from pgrealtime.hub.slices import SLICE
 from tests.attacks.held_stream import World, world_of
 
 SCHEMA = """
@@ -151,6 +154,8 @@ def heard(world: World, name: str, record_id: str) -> str:
 POSTS, USERS = TableName("public", "posts"), TableName("public", "users")
 SECRETS = TableName("public", "secrets")
 
+NEW = Update(SECRETS, {"id": "s", "body": "NEW", "level": "5"}, WholeRow({"id": "s"}))
+
 
 def user(record_id: str, **more: str) -> Row:
     """The image of a user's row; of the members, unless more is said."""
@@ -231,8 +236,8 @@ async def test_rights_change_at_their_own_change_of_the_stream(
         await world.stream(before)
         least = heard(world, "", name_of(case, 1))
         if case.topic == EXPANDED:
-            assert [heard(world, who, "p1") for who in (GOOD, BAD)] == ["withheld"] * 2
-            assert [c.doom for c in world.hub.connections] == ["gap", "gap", ""]
+            assert [heard(world, who, "p1") for who in (GOOD, BAD)] == ["withheld", least]
+            assert [c.doom for c in world.hub.connections] == ["", "gap", ""]
             return
         assert heard(world, GOOD, name_of(case, 1)) == "all"
         assert heard(world, BAD, name_of(case, 1)) == least != "all"
@@ -333,15 +338,18 @@ async def test_who_is_behind_is_not_shown_what_was_written_after_a_right_was_los
 ) -> None:
     """Related rows are read as they are by then: by who has the right still, and not by others."""
     case = CASES[name]
+    last = f'"p{SLICE + 2}"'.encode()
     limits = RealtimeConfig(send_buffer=1000)
     async with world_of(database_url, SCHEMA, configured(case), limits=limits) as world:
         for who in (GOOD, OTHER):
             await world.listen(who, case.topic, await world.user(who), "")
-        await world.stream(await event_of(world, case, "p1"))
+        changed = Update(SECRETS, {"id": "s", "body": "body", "level": "5"}, WholeRow({"id": "s"}))
+        again = "UPDATE secrets SET level = 5"  # so that the callers' own rows are looked up
+        await world.stream(await event_of(world, case, "p1"), await world.write(again, changed))
         for sink in world.sinks.values():
             await sink.wait_for_bytes(b'"p1"')
             sink.is_stuck = True
-        for number in range(2, 13):
+        for number in range(2, SLICE + 3):
             await world.stream(await event_of(world, case, f"p{number}"))
         banned = {"role": "banned", "level": "9", "team": "closed", "teams": "{closed}"}
         lost = await world.write(
@@ -353,17 +361,17 @@ async def test_who_is_behind_is_not_shown_what_was_written_after_a_right_was_los
         if "generated" not in name:  # what that is by now no image says
             changes = [Update(USERS, user(OTHER), WholeRow(user(OTHER)))]
         kept = await world.write("UPDATE users SET email = 'e@x'", *changes)
-        new = await world.write("UPDATE secrets SET body = 'NEW'")
+        new = await world.write("UPDATE secrets SET body = 'NEW'", NEW)
         if is_told:
             await world.stream(lost, kept, new)
 
         world.sinks[OTHER].unstick()
-        await world.sinks[OTHER].wait_for_bytes(b'"p12"')
+        await world.sinks[OTHER].wait_for_bytes(last)
         assert b"NEW" in world.sinks[OTHER].data
         assert b"PB_RESYNC" not in world.sinks[OTHER].data
         # Who stands where another stood a moment ago is given the same, if it may see that.
         world.sinks[GOOD].unstick()
-        await world.sinks[GOOD].wait_for_bytes(b'"p12"')
+        await world.sinks[GOOD].wait_for_bytes(last)
         assert b"NEW" not in world.sinks[GOOD].data
         await world.sinks[GOOD].wait_for_bytes(b"PB_RESYNC")
 
@@ -403,17 +411,48 @@ async def test_who_lost_a_right_since_a_change_is_shown_nothing_written_since(
             sink.forget()
         before = await event_of(world, case, "p1")
         loss = await world.write(LOSSES[how], lost(how))
-        new = await world.write("UPDATE secrets SET body = 'NEW'")
+        new = await world.write("UPDATE secrets SET body = 'NEW'", NEW)
         rest = [] if is_told else [loss, new]
         await world.stream(before, *([loss, new] if is_told else []))
         assert b"NEW" in world.sinks[OTHER].data
         assert b"PB_RESYNC" not in world.sinks[OTHER].data
-        assert heard(world, GOOD, "p1") == "withheld"
-        assert b"PB_RESYNC" in world.sinks[GOOD].data
+        # What PostgreSQL is asked of the row of somebody who is gone, it denies.
+        is_denied = heard(world, GOOD, "p1") == "the rest"
+        assert is_denied == (how == "deleted" and "points to" in name)
+        assert is_denied or heard(world, GOOD, "p1") == "withheld"
+        assert (b"PB_RESYNC" in world.sinks[GOOD].data) != is_denied
 
         await world.stream(*rest, await event_of(world, case, "p2"))
         assert heard(world, GOOD, "p2") == "the rest"
         assert b"NEW" not in world.sinks[GOOD].data
+
+
+@pytest.mark.parametrize("is_told", [True, False], ids=["told", "not told"])
+@pytest.mark.parametrize("order", [(OTHER, GOOD), (GOOD, OTHER)], ids=["seeing", "denied"])
+async def test_nor_columns_that_another_one_was_shown_a_moment_ago(
+    database_url: str, order: Sequence[str], *, is_told: bool
+) -> None:
+    """Who stands where another stood is given the same, if it may see that and needn't see more."""
+    case = Case(rule=ROLE, place="secrets.list_rule", topic="secrets/*")
+    limits, last = RealtimeConfig(send_buffer=1000), f'"level":{SLICE + 19}'.encode()
+    async with world_of(database_url, SCHEMA, configured(case), limits=limits) as world:
+        for who in (GOOD, OTHER):
+            await world.listen(who, case.topic, await world.user(who), "")
+            world.sinks[who].is_stuck = True
+        row: Row = {"id": "s", "level": "6"}
+        for level in range(6, SLICE + 20):
+            row = {"id": "s", "level": str(level)}
+            change = Update(SECRETS, row, WholeRow({"id": "s"}))
+            await world.stream(await world.write(f"UPDATE secrets SET level = {level}", change))
+        loss = await world.write(LOSSES["banned"], lost("banned"))
+        new = await world.write("UPDATE secrets SET body = 'NEW'", NEW)
+        if is_told:
+            await world.stream(loss, new)
+        for who in order:
+            world.sinks[who].unstick()
+            await world.sinks[who].wait_for_bytes(last)
+        assert b"NEW" not in world.sinks[GOOD].data
+        assert world.sinks[OTHER].data.count(b"NEW") > SLICE
 
 
 @pytest.mark.parametrize("how", LOSSES)
@@ -457,10 +496,81 @@ async def test_the_own_commit_of_a_change_is_no_reason_to_withhold_anything(
             Insert(POSTS, row),
             lost("deleted"),
         )
-        await world.write("SELECT pg_logical_emit_message(true, '', '')")
-        await world.stream(both)
+        await world.stream(both, await world.write("SELECT 1"))
         assert heard(world, GOOD, "p1") == "all"
         assert b"PB_RESYNC" not in world.sinks[GOOD].data
+
+
+@pytest.mark.parametrize("how", LOSSES)
+async def test_what_is_written_later_is_shown_to_nobody_who_lost_a_right_in_that_commit(
+    database_url: str, how: str
+) -> None:
+    case = CASES["expand"]
+    async with world_of(database_url, SCHEMA, configured(case)) as world:
+        await world.listen(GOOD, case.topic, await world.user(GOOD), "")
+        for number in range(3):
+            await world.stream(await event_of(world, case, f"before {number}"))
+        row: Row = {"id": "p1", "secret": "s"}
+        both = await world.write(
+            f"INSERT INTO posts VALUES ('p1', 's'); {LOSSES[how]}", Insert(POSTS, row), lost(how)
+        )
+        new = await world.write("UPDATE secrets SET body = 'NEW'", NEW)
+        await world.stream(both, new)
+        assert heard(world, GOOD, "p1") == "withheld"
+        assert b"NEW" not in world.sinks[GOOD].data
+
+
+async def test_a_slice_that_ends_within_a_commit_proves_nothing_of_the_rest_of_it(
+    database_url: str,
+) -> None:
+    """The same commit writes what is shown and, after that, takes the right away."""
+    case = CASES["expand"]
+    async with world_of(database_url, SCHEMA, configured(case)) as world:
+        await world.listen(GOOD, case.topic, await world.user(GOOD), "")
+        for number in range(3):
+            await world.stream(await event_of(world, case, f"before {number}"))
+        before = await event_of(world, case, "p1")
+        both = await world.write(
+            f"UPDATE secrets SET body = 'NEW'; {LOSSES['banned']}", NEW, lost("banned")
+        )
+        await world.stream(before, both)
+        assert heard(world, GOOD, "p1") == "withheld"
+        assert b"NEW" not in world.sinks[GOOD].data
+
+
+@pytest.mark.parametrize("fault", ["no answer", "no connection"])
+@pytest.mark.parametrize("of", ["expand", "columns"])
+async def test_who_callers_are_that_cannot_be_read_is_a_gap_for_them_alone(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, of: str, fault: str
+) -> None:
+    """Guests were shown nothing that hangs on who they are."""
+
+    async def fail(*_args: object) -> None:
+        if fault == "no connection":
+            raise psycopg.OperationalError
+
+    monkeypatch.setattr(caller_check, "rows_by_id", fail)
+    monkeypatch.setattr(expand, "PATIENCE_WITH_CONNECTIONS", (0.0, None))
+    rule = "@request.auth.role != 'banned'"
+    case = replace(CASES["expand"], rule=rule)
+    if of == "columns":
+        case = Case(rule=rule, place="secrets.list_rule", topic="secrets/*")
+    async with world_of(database_url, SCHEMA, configured(case)) as world:
+        await world.listen(GOOD, case.topic, await world.user(GOOD), "")
+        await world.listen("", case.topic, Caller(), "")
+        if of == "expand":
+            before = await event_of(world, case, "p1")
+        else:
+            change = Update(SECRETS, {"id": "s", "level": "6"}, WholeRow({"id": "s"}))
+            before = await world.write("UPDATE secrets SET level = 6", change)
+        await world.write(LOSSES["banned"], lost("banned"))
+        await world.write("UPDATE secrets SET body = 'NEW'", NEW)
+        await world.stream(before)
+        assert b"NEW" not in world.sinks[GOOD].data
+        assert len(world.data(GOOD)) == (1 if of == "columns" and fault == "no answer" else 2)
+        if fault == "no answer":
+            assert b"NEW" in world.sinks[""].data
+            assert b"PB_RESYNC" not in world.sinks[""].data
 
 
 async def test_what_a_caller_is_in_the_database_counts_by_what_is_asked_of_it(

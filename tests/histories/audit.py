@@ -159,6 +159,18 @@ def _gaps_in(chain: Sequence[_Heard]) -> list[_Gap]:
     return found[::-1]
 
 
+def _untaken(chain: Sequence[_Heard]) -> list[_Heard]:
+    """Return what the last connection of a chain was sent when its client had left.
+
+    A gap that follows events of its own stretch is among it, if the client left in between.
+    """
+    if not chain:
+        return []
+    stream, place = chain[-1].stream, chain[-1].place + 1
+    rest = stream.messages[len(stream.received) :]
+    return [_Heard(place + at, message, stream) for at, message in enumerate(rest)]
+
+
 class Audit:
     """Of one client.
 
@@ -512,7 +524,7 @@ class Audit:
         ]
         heard = self._heard(chain)
         self._check_repeats(chain)
-        gaps = _gaps_in(chain)
+        gaps = _gaps_in([*chain, *_untaken(chain)])
         self._class_gaps(gaps)
         ended = self._ledger.begun
         if not is_whole:

@@ -14,11 +14,10 @@ from pgrealtime.auth.record import digest_of
 from pgrealtime.changelog.base import Gap
 from pgrealtime.changes import Delete, Insert, Row, TableName, Truncate, Update, WholeRow
 from pgrealtime.errors import SubscriptionError
-from pgrealtime.hub import identity
 from pgrealtime.hub.connection import Connection
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.identity import Identities
-from pgrealtime.hub.snapshot import barrier_of, parse_snapshot
+from pgrealtime.hub.snapshot import barrier_of
 from pgrealtime.lsn import END, LSN, Cursor, Xid
 from tests.unit.hub.room import (
     COLLECTIONS,
@@ -412,56 +411,6 @@ async def test_a_gap_elsewhere_leaves_callers_alone() -> None:
 
         assert await heard(sink, 1) == [("update", "ann", True)]
         assert connection.caller == caller()
-
-
-async def test_who_the_caller_of_a_reader_behind_is_by_now_is_known_for_a_while(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As long as what came since is remembered."""
-    monkeypatch.setattr(identity, "_KEPT", 2)
-    async with open_room() as room:
-        connection, sink = await listening(room, "people/*", who=caller())
-        room.commit(changed("bob"))
-        await heard(sink, 1)
-        place = Cursor(room.changelog.head.lsn, END)
-
-        async def by_now(change: Update) -> Caller | None:
-            room.commit(change)
-            await room.settled()
-            connection.cursor, connection.caller = place, caller()
-            return room.hub._identities.caller_by_now(connection, LSN(0))
-
-        assert await by_now(changed()) is connection.caller
-        assert await by_now(changed(key="k2")) == Caller()
-        own_commit = room.changelog.head.lsn
-        assert room.hub._identities.caller_by_now(connection, own_commit) is connection.caller
-        assert await by_now(changed("bob")) is None
-
-
-async def test_who_a_caller_is_up_to_a_commit() -> None:
-    """Nobody can say by a snapshot that doesn't see all that was told of the caller."""
-    async with open_room() as room:
-        connection, sink = await listening(room, "people/*", who=caller())
-        room.commit(changed("bob"))
-        await heard(sink, 1)
-        before, own = room.changelog.head, connection.caller
-        xid = room.commit(gone()).xid
-        await room.settled()
-        connection.caller = own
-
-        def caller_upto(after: Cursor, upto: LSN, snapshot: str) -> Caller | None:
-            return room.hub._identities.caller_upto(
-                connection, after, upto, parse_snapshot(snapshot)
-            )
-
-        after = room.changelog.head
-        seeing, blind = f"{xid + 1}:{xid + 1}:", f"{xid}:{xid}:"
-        assert caller_upto(before, after.lsn, seeing) == Caller()
-        assert caller_upto(before, before.lsn, seeing) is own
-        assert caller_upto(after, after.lsn, seeing) is own
-        assert caller_upto(before, after.lsn, blind) is None
-        connection.caller = caller("bob")
-        assert caller_upto(before, after.lsn, blind) == caller("bob")
 
 
 class SeenRow(dict[str, str | None]):

@@ -10,7 +10,7 @@ from pgrealtime.auth.principal import GUEST
 from pgrealtime.hub.connection import Connection, Subscription
 from pgrealtime.hub.display import Display, sights_of_audiences
 from pgrealtime.hub.event import Event
-from pgrealtime.hub.expand import CheckViewers, Enter, Related, Wanted
+from pgrealtime.hub.expand import Check, Enter, Related, Wanted
 from pgrealtime.hub.expansion import Plan, Viewer
 from pgrealtime.hub.match import Group, Matcher
 from pgrealtime.hub.topic import parse_topic
@@ -36,7 +36,7 @@ class Expansions:
         _places: Iterable[int],
         wanted: Iterable[Wanted],
         _partial: Iterable[int] = (),
-        **_told: Enter | CheckViewers | None,
+        **_told: Enter | Check | None,
     ) -> Related:
         self.shared += [viewer for _, viewer in wanted]
         return Related()
@@ -47,7 +47,7 @@ class Expansions:
         _events: Sequence[Event],
         wanted: Iterable[Wanted],
         _partial: Sequence[int],
-        **_told: CheckViewers | None,
+        **_told: Check | None,
     ) -> Related | None:
         self.limited += [viewer for _, viewer in wanted]
         return None if self.is_late else Related()

@@ -257,7 +257,7 @@ def test_what_was_found_out_is_true_for_a_moment() -> None:
     """A rule that asks the database may have another answer later."""
     clock = Clock()
     recent = Recent(clock)
-    recent.keep(at_lsn(1), [], Batch([(0, b"x")]), Cursor(LSN(2), 0), TimeBudget(), reach=LSN(0))
+    recent.keep(at_lsn(1), [], Batch([(0, b"x")]), Cursor(LSN(2), 0), TimeBudget(), checked=None)
 
     assert found(recent, 1) is not None
     clock.now = 1.1
@@ -269,7 +269,7 @@ def test_what_is_kept_is_bounded() -> None:
     recent = Recent(Clock())
     batch = Batch([(0, b"x" * 6_000_000)])
     for lsn in (1, 1, 2, 3):
-        recent.keep(at_lsn(lsn), [], batch, Cursor(LSN(9), 0), TimeBudget(), reach=LSN(0))
+        recent.keep(at_lsn(lsn), [], batch, Cursor(LSN(9), 0), TimeBudget(), checked=None)
 
     assert [found(recent, lsn) is not None for lsn in (1, 2, 3)] == [False, True, True]
 
@@ -280,7 +280,7 @@ def test_what_nobody_may_have_any_more_is_let_go() -> None:
     recent = Recent(clock)
     for lsn in range(1, 100):
         clock.now += 0.1
-        recent.keep(at_lsn(lsn), [], Batch(), Cursor(LSN(9), 0), TimeBudget(), reach=LSN(0))
+        recent.keep(at_lsn(lsn), [], Batch(), Cursor(LSN(9), 0), TimeBudget(), checked=None)
 
     assert len(recent._stretches) <= 11
 
@@ -294,7 +294,7 @@ def test_what_is_too_large_is_not_kept() -> None:
             Batch([(0, b"x" * 17_000_000)]),
             Cursor(LSN(9), 0),
             TimeBudget(),
-            reach=LSN(0),
+            checked=None,
         )
 
     assert not recent._stretches
