@@ -232,6 +232,7 @@ class Client:
         await asyncio.sleep(_PAUSE)
 
     async def _open(self) -> None:
+        self._leave(None)  # what the program has ended: it knows all that it took of that
         goes_on = self.resumes and bool(self._last_id)
         stream = Stream(goes_on)
         sink = self._sink = _Sink(self, stream)
