@@ -474,6 +474,9 @@ class Audit:
         """Return the versions of a related record that could be read for an event."""
         first = version.commit - (version.action == "delete")
         spans = [self._ledger.version(of, target, at) for at in range(first, last + 1)]
+        if version.action == "delete":  # which shows what there was at that very change
+            written = self._ledger.rows.get((of, target), ())
+            spans += [one for one in written if one.commit == version.commit]
         return list({id(one): one for one in spans if one is not None}.values())
 
     def _is_owed(self, of: str, target: str, version: Version, last: int) -> bool:
