@@ -41,7 +41,7 @@ from pgrealtime.hub.connection import (
 )
 from pgrealtime.hub.counts import Counts
 from pgrealtime.hub.course import Course
-from pgrealtime.hub.display import Beside, sights_of_audiences
+from pgrealtime.hub.display import NOTHING_BESIDE, Beside, sights_of_audiences
 from pgrealtime.hub.event import Action, Event
 from pgrealtime.hub.expansion import Viewer
 from pgrealtime.hub.frame import connect_tail
@@ -823,31 +823,12 @@ class Hub:
         for part in slices(entries, course.head, meaning.collections, turns, WIDE, fits=fits):
             course.target, course.is_deciding = part.upto, True
             self._begin(part)
-            self._let_read_alone(self._isolated.untried(part.events), ())
-            verdict = await meaning.judge.judge_in_turns(part.events)
-            self._let_read_alone(_connections_of(verdict.late), _connections_of(verdict.dear))
+            verdict = await self._judge(part)
             beside = await self._look_beside(part, verdict)
             if causes := causes_of(part.gap, part.events, verdict, meaning.subscriptions):
                 await self._visibility.seen(causes)
-            composer = Composer(
-                meaning.display,
-                part.events,
-                verdict.hits,
-                beside,
-                send_buffer=self._limits.send_buffer,
-            )
-            for places in portions(part.events, verdict.hits):
-                stop = places.start
-                while stop < places.stop or not places:
-                    portion = await self._portion(composer, part, range(stop, places.stop))
-                    if course.edition != edition:
-                        return  # another history has begun, and this slice isn't of it
-                    self._let_read_alone(portion.late, portion.dear)
-                    stop = self._deliver(part, verdict, portion, start=stop)
-                    if stop == len(part.events):
-                        break
-                    course.head = part.events[stop - 1].cursor
-                    await asyncio.sleep(0)
+            if not await self._hand_out(part, verdict, beside, edition):
+                return
             self._turn_live(part.people, "delete")
             self._advance(part)
             self._gone = ()
@@ -856,13 +837,57 @@ class Hub:
             if course.edition != edition:
                 return  # the rest was cut for other collections, or is of another history
 
+    async def _judge(self, part: Slice) -> Verdict:
+        """Judge a slice, and go on without those whose filters take too long, or might."""
+        meaning = self._course.meaning
+        if meaning.matcher.trials.has_untried:
+            self._let_read_alone(self._isolated.untried(part.events), ())
+        verdict = await meaning.judge.judge_in_turns(part.events)
+        if verdict.late or verdict.dear:
+            self._let_read_alone(_connections_of(verdict.late), _connections_of(verdict.dear))
+        return verdict
+
+    async def _hand_out(self, part: Slice, verdict: Verdict, beside: Beside, edition: int) -> bool:
+        """Hand out a judged slice, in portions, unless another history has begun since an edition.
+
+        Returns:
+            Whether all of it was handed out.
+        """
+        course, events = self._course, part.events
+        composer = Composer(
+            course.meaning.display,
+            events,
+            verdict.hits,
+            beside,
+            send_buffer=self._limits.send_buffer,
+        )
+        for places in portions(events, verdict.hits):
+            stop = places.start
+            while stop < places.stop or not places:
+                portion = await composer.portion(range(stop, places.stop))
+                if portion.failed:  # to somebody; readers see those before a gap is told
+                    await self._visibility.seen(events[place].xid for place in portion.failed)
+                if course.edition != edition:
+                    return False
+                if portion.late:
+                    self._let_read_alone(portion.late, portion.dear)
+                stop = self._deliver(part, verdict, portion, start=stop)
+                if stop == len(events):
+                    break
+                course.head = events[stop - 1].cursor
+                await asyncio.sleep(0)
+        return True
+
     async def _look_beside(self, part: Slice, verdict: Verdict) -> Beside:
         """Find out what is shown beside the rows, and go on without those who can't be served so.
 
         These are who waits for a slow expansion, and whose caller the database knows as another.
         """
+        judge = self._course.meaning.judge
+        if not judge.has_more_to_show(part.events, verdict):
+            return NOTHING_BESIDE
         check = self._check_of(part, verdict)
-        beside = await self._course.meaning.judge.look_beside(
+        beside = await judge.look_beside(
             part.events,
             verdict,
             sights_of_audiences,
@@ -890,13 +915,6 @@ class Hub:
             events=part.events,
             connections=connections,
         )
-
-    async def _portion(self, composer: Composer, part: Slice, places: range) -> Portion:
-        """Compose some of a slice; on return readers see the events that can't be shown."""
-        portion = await composer.portion(places)
-        if portion.failed:
-            await self._visibility.seen(part.events[place].xid for place in portion.failed)
-        return portion
 
     async def _known(self, entries: Sequence[Entry]) -> Sequence[Entry]:
         """Return the first of the entries, which readers see if they have to.

@@ -196,6 +196,13 @@ class Display:
             bound = self._planner.bind(collection, collection.manage_rule, request, own)
             subscription.manager = bound if isinstance(bound, Bound) else None
 
+    def has_more_to_show(self, events: Sequence[Event]) -> bool:
+        """Whether anything may be shown beside the events' rows."""
+        rich = self._rich
+        return bool(self.expanding) or (
+            bool(rich) and any(event.collection.name in rich for event in events)
+        )
+
     async def look_beside(
         self,
         events: Sequence[Event],
@@ -219,9 +226,7 @@ class Display:
             is_shared: Whether all connections wait for it. Then an ``expand`` that few of them
                 ask for is done only if it was quick before, and may take a short time only.
         """
-        rich = self._rich
-        is_plain = not self.expanding and not partial
-        if is_plain and not any(event.collection.name in rich for event in events):
+        if not partial and not self.has_more_to_show(events):
             return NOTHING_BESIDE
         xids = frozenset(event.xid for event in events)
         looking: Looking[int] = Looking(moment(datetime.now(UTC)), xids)

@@ -261,7 +261,12 @@ class Judge:
 
         What raises here is left to each connection to judge by itself.
         """
-        whole, budget = Verdict([]), TimeBudget.of_slice(len(events))
+        budget = TimeBudget.of_slice(len(events))
+        if len(events) <= SLICE:
+            verdict = await self._find_out(events, budget, None)
+            verdict.note_unheard(events)
+            return verdict
+        whole = Verdict([])
         for first in range(0, len(events), SLICE):
             if first:
                 await asyncio.sleep(0)
@@ -291,6 +296,10 @@ class Judge:
             verdict.lost |= _names_in(events)
             verdict.unheard = range(len(events))
             return NOTHING_BESIDE
+
+    def has_more_to_show(self, events: Sequence[Event], verdict: Verdict) -> bool:
+        """Whether anything may be shown beside the rows, or of what they lack."""
+        return bool(verdict.partial) or self._display.has_more_to_show(events)
 
     async def look_beside(
         self,

@@ -63,6 +63,14 @@ class FilterTrials:
             if variant in self._groups:
                 self._untried[variant.collection.name][variant] = None
 
+    @property
+    def has_untried(self) -> bool:
+        """Whether any filter must not be evaluated for all, were its collection's rows to change.
+
+        True may be wrong: of filters that have gone.
+        """
+        return bool(self._untried)
+
     def untried(self, collections: Iterable[str]) -> Iterator[Group]:
         """Yield the groups whose filters must not be evaluated for all.
 
