@@ -198,10 +198,18 @@ class Ledger:
     def people_at(self, person: Person, first: int, last: int) -> set[Who]:
         """Return whoever the person was from one commit to another.
 
-        A commit that changes the person does so at its place among the changes.
+        A commit that changes the person does so at its place among the changes, and may do so
+        more than once.
         """
         start = first - 1 if self.is_touched("users", person, first) else first
-        return {self.who(person, commit) for commit in range(start, last + 1)}
+        people = {self.who(person, commit) for commit in range(start, last + 1)}
+        if person and person != ROOT:
+            people.update(
+                Who() if one.action == "delete" else Who(person, one.values["role"])
+                for one in self.rows.get(("users", person), ())
+                if first <= one.commit <= last
+            )
+        return people
 
     def columns_in_wal(self, table: str, action: Action, changed: Iterable[str]) -> frozenset[str]:
         """Return the columns that the stream brings of a change.
