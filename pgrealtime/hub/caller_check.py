@@ -93,7 +93,7 @@ class CallerCheck:
             Those of the groups, if any, of which every connection was found. Of the others the
             connections found must be served apart.
         """
-        asking = frozenset(one for one in viewers if one.plan.asks_caller or one.own is not None)
+        asking = {one for one in viewers if one.plan.asks_caller or one.own is not None}
         asking_groups = frozenset(group for group in groups if _asks_caller(group))
         if not (asking or asking_groups) or not self._events:
             return frozenset()
@@ -121,14 +121,12 @@ class CallerCheck:
 
     async def _are_written(self, viewers: Iterable[Viewer], after: LSN) -> bool:
         """Whether what viewers are shown may have been written in commits after an LSN."""
-        for lookup in {lookup for viewer in viewers for lookup in viewer.plan.lookups}:
-            if await self._is_written(lookup, after):
+        lookups = frozenset[Lookup]().union(*(one.lookups for one in {v.plan for v in viewers}))
+        for lookup in lookups:
+            history = await self._history.of(*lookup, after)
+            if history is None or history.is_written(after):
                 return True
         return False
-
-    async def _is_written(self, lookup: Lookup, after: LSN) -> bool:
-        history = await self._history.of(*lookup, after)
-        return history is None or history.is_written(after)
 
     async def _changed(
         self, reading: Reading, viewers: Sized[Viewer], groups: Sized[Group], *, is_complete: bool
@@ -143,7 +141,11 @@ class CallerCheck:
         for collection in self._meaning.collections.values():
             if collection.type != "auth":
                 continue
-            if is_complete and not await self._is_written(key_lookup(collection), before):
+            history = await self._history.of(*key_lookup(collection), before)
+            if history is None:
+                is_complete = False
+                self.checked = Checked(self._events[0].cursor.lsn, is_complete)
+            elif is_complete and not history.is_written(before):
                 continue
             people: dict[Person, list[Connection]] = {}
             turn = Turn()

@@ -62,6 +62,7 @@ from pgrealtime.hub.topic import Topic
 from pgrealtime.hub.visibility import Visibility
 from pgrealtime.lsn import END, LSN, Cursor
 from pgrealtime.records.encode import View
+from pgrealtime.rules.past import tables_of
 from pgrealtime.turns import TurnQueue
 
 log = structlog.get_logger(__name__)
@@ -289,7 +290,6 @@ class Hub:
         matcher: Matcher,
         reconsider: Callable[[Caller], Caller],
     ) -> None:
-        self._row_history.clear()
         self._course.meaning, self._reconsider = self._meaning_of(collections, matcher), reconsider
         self._course.edition += 1
         for connection in list(self._connections.values()):
@@ -302,6 +302,7 @@ class Hub:
                 self._mind_guest(connection, self._course.head)
 
     def _meaning_of(self, collections: Collections, matcher: Matcher) -> Meaning:
+        self._row_history.use(tables_of(collections))
         return Meaning(
             self._probe,
             collections,

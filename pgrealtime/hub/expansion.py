@@ -31,6 +31,8 @@ from pgrealtime.rules.request import Request
 from pgrealtime.text_forms import parse_array
 
 _BACK = re.compile(r"(\w+)_via_(\w+)", re.ASCII)
+_LEADS_FURTHER = re.compile(r"@collection|@request\.auth\.\w+\.|(?<![\w.@])[A-Za-z_]\w*\.")
+"""In the text of a rule: what may be read from another table than the record's."""
 _PLANS = 4096
 
 Link: TypeAlias = tuple[str, str, bool]
@@ -95,26 +97,13 @@ class Plan:
     branches: Mapping[str, Branch]
     """All routes together."""
     targets: tuple[Collection, ...]
+    asks_caller: bool = False
+    """Whether a rule of a related collection asks who the subscriber is.
 
-    @property
-    def asks_caller(self) -> bool:
-        """Whether a rule of a related collection asks who the subscriber is.
-
-        It may do so without a value of the caller's being bound: a guest is denied at once.
-        """
-        rules = (rule for one in self.targets for rule in (one.view_rule, one.manage_rule))
-        return any("@request.auth" in rule for rule in rules if rule)
-
-    @property
-    def lookups(self) -> Iterator[Lookup]:
-        """Yield every table that the related records are read from."""
-        for route in self.routes:
-            for step in route.steps:
-                yield key_lookup(step.target)
-                for field in (step.field, *step.target.fields):
-                    junction = None if field.relation is None else field.relation.junction
-                    if junction is not None:
-                        yield junction.table.name, junction.source
+    It may do so without a value of the caller's being bound: a guest is denied at once.
+    """
+    lookups: frozenset[Lookup] = frozenset()
+    """The tables that the related records, and the answers of those rules, are read from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -223,10 +212,19 @@ class Viewers:
         if not kept:
             return None
         steps = [step for route in kept for step in route.steps]
+        targets = tuple({step.target.name: step.target for step in steps}.values())
+        rules = [one.view_rule or "" for one in targets] + [
+            one.manage_rule or "" for one in targets
+        ]
+        # A rule that leads further may read any table.
+        is_far = any(map(_LEADS_FURTHER.search, rules))
+        read = self._collections.values() if is_far else (*targets, *(step.owner for step in steps))
         return Plan(
             routes=kept,
             branches=_branches([route.steps for route in kept]),
-            targets=tuple({step.target.name: step.target for step in steps}.values()),
+            targets=targets,
+            asks_caller=any("@request.auth" in rule for rule in rules),
+            lookups=frozenset(lookup for one in read for lookup in _lookups(one)),
         )
 
     def _route(self, collection: Collection, path: Path, *, follows_hidden: bool) -> Route:
@@ -271,6 +269,15 @@ def junction_steps(collections: Collections, collection: Collection) -> tuple[St
         for field in collection.fields
         if field.relation is not None and field.relation.junction is not None
     )
+
+
+def _lookups(collection: Collection) -> Iterator[Lookup]:
+    """Yield the collection's table and the junction tables of its relations."""
+    yield key_lookup(collection)
+    for field in collection.fields:
+        junction = None if field.relation is None else field.relation.junction
+        if junction is not None:
+            yield junction.table.name, junction.source
 
 
 def _branches(routes: Sequence[Sequence[Step]]) -> Mapping[str, Branch]:

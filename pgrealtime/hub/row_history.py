@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import NamedTuple, TypeAlias
 
@@ -326,6 +326,19 @@ class RowHistory:
         self._changelog = changelog
         self._reach = reach
         self._tables: dict[Lookup, TableHistory] = {}
+        self._streamed_since: dict[TableName, LSN] = {}
+        """Of the tables that the stream carries, from where the changelog has their changes."""
+
+    def use(self, tables: Iterable[TableName]) -> None:
+        """Take note of which tables the stream carries from now on, and discard all indexes.
+
+        Called when collections come into force: tables and key columns may be others.
+        """
+        before, now = self._streamed_since, self._changelog.head.lsn
+        # At first the changelog has nothing of the time before.
+        new = now if before else LSN(0)
+        self._streamed_since = {table: before.get(table, new) for table in tables}
+        self._tables.clear()
 
     async def of(self, table: TableName, column: str, after: LSN) -> TableHistory | None:
         """Return a table's changes since a transaction, up to the changelog's head.
@@ -336,9 +349,12 @@ class RowHistory:
             after: The end LSN of the transaction. Earlier changes may be absent.
 
         Returns:
-            None if the changelog has discarded some of these changes. Then nothing read live can be
-            proved to be as old as the transaction.
+            None if the changelog has discarded some of these changes, or the stream didn't carry
+            the table yet. Then nothing read live can be proved to be as old as the transaction.
         """
+        since = self._streamed_since.get(table) if self._streamed_since else LSN(0)
+        if since is None or after < since:
+            return None
         key = table, column
         if key not in self._tables:
             self._tables[key] = TableHistory(self._changelog, table, column)
@@ -372,10 +388,10 @@ class RowHistory:
     def clear(self) -> None:
         """Discard all indexes.
 
-        Called when the changelog was restarted (its LSNs may be used again for other changes) and
-        when a reload replaced the collections (tables and key columns may be others).
+        Called when the changelog was restarted: its LSNs may be used again for other changes.
         """
         self._tables.clear()
+        self._streamed_since = dict.fromkeys(self._streamed_since, LSN(0))
 
     async def watch(self) -> None:
         """Discard every few seconds what the changelog has discarded; runs until cancelled.

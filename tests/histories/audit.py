@@ -615,7 +615,9 @@ class Audit:
             counts["owed unproved"] += 1
             counts["heard unproved"] += place is not None
         known = [one for one in (place, covered) if one is not None]
-        is_late = not known and self._is_timed_out(reads, version, last)
+        is_passed = passed is not None and bool(known) and passed.place < min(known)
+        # A gap that is told later speaks of more than what was denied here.
+        is_late = (not known or is_passed) and self._is_timed_out(reads, version, last)
         how = "heard" if place is not None else "told as gap" if known else "lost"
         counts["denied by a time-out" if is_late else how] += 1
         if is_late:
@@ -623,7 +625,7 @@ class Audit:
         if not known:
             kind = "" if reads <= version.in_wal else " (unproved)"
             self._fault(f"owed and not heard{kind}", version, text, self._why(text))
-        elif passed is not None and passed.place < min(known):
+        elif passed is not None and is_passed:
             kind = "" if reads <= version.in_wal else " (unproved)"
             self._fault(f"an id claims too much{kind}", version, text, passed.message.id)
 

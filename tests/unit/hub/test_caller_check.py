@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from psycopg import sql
 
-from pgrealtime.hub.caller_check import CallerCheck
+from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changes import Transaction
+from pgrealtime.collections import Collections, Relation
+from pgrealtime.hub.caller_check import CallerCheck, Checked
 from pgrealtime.hub.event import Event
-from pgrealtime.hub.expansion import Plan, Viewer
+from pgrealtime.hub.expansion import Plan, Viewer, Viewers
 from pgrealtime.hub.row_history import RowHistory
 from pgrealtime.lsn import LSN, Cursor, Xid
-from tests.unit.hub.room import COLLECTIONS, NoRows, open_room
+from pgrealtime.rules.plan import Planner
+from tests.unit.hub.room import COLLECTIONS, NOTES, PEOPLE, POSTS, NoRows, open_room
 from tests.unit.hub.test_identity import caller, listening
 
 
 class Unanswered(NoRows):
-    """A reading whose query failed, of a time that the stream hasn't told of."""
+    """A reading whose query failed."""
 
-    reach = LSN(1_000_000)
+    def __init__(self, reach: LSN) -> None:
+        self.reach = reach
 
     async def texts(self, _statement: sql.Composed, _params: Mapping[str, object]) -> None:  # type: ignore[override]
         return None
 
 
-class AskingPlan(Plan):
-    """An ``expand`` whose rules ask who the subscriber is."""
-
-    asks_caller = True
-
-
+LOOKUPS = frozenset({(POSTS, "id")})
+PLAIN = Plan((), {}, (), lookups=LOOKUPS)
+ASKING = Plan((), {}, (), asks_caller=True, lookups=LOOKUPS)
+"""An ``expand`` whose rules ask who the subscriber is."""
 EVENT = Event(COLLECTIONS["posts"], "update", "p", {"id": "p"}, Cursor(LSN(8), 1), Xid(3))
 
 
@@ -41,13 +46,20 @@ def viewer_of(plan: Plan, own: tuple[str, str] | None = None) -> Viewer:
 @pytest.mark.parametrize(
     ("viewer", "is_asking"),
     [
-        pytest.param(viewer_of(AskingPlan((), {}, ())), True, id="rules ask"),
-        pytest.param(viewer_of(Plan((), {}, ()), ("people", "ann")), True, id="own address"),
-        pytest.param(viewer_of(Plan((), {}, ())), False, id="anybody may see it"),
+        pytest.param(viewer_of(ASKING), True, id="rules ask"),
+        pytest.param(viewer_of(PLAIN, ("people", "ann")), True, id="own address"),
+        pytest.param(viewer_of(PLAIN), False, id="anybody may see it"),
+    ],
+)
+@pytest.mark.parametrize(
+    "reach",
+    [
+        pytest.param(LSN(1_000_000), id="the stream has yet to get there"),
+        pytest.param(LSN(0), id="the changelog has discarded the time since"),
     ],
 )
 async def test_who_cannot_be_read_is_shown_nothing_that_depends_on_who_that_is(
-    viewer: Viewer, *, is_asking: bool
+    viewer: Viewer, reach: LSN, *, is_asking: bool
 ) -> None:
     async with open_room() as room:
         connection, _ = await listening(room, "posts/*", who=caller())
@@ -60,6 +72,57 @@ async def test_who_cannot_be_read_is_shown_nothing_that_depends_on_who_that_is(
             events=[EVENT],
             connections=lambda _viewers, _groups: [connection],
         )
-        await check(Unanswered(), [viewer], [])
+        await check(Unanswered(reach), [viewer], [])
         assert check.outdated == ({connection: {viewer}} if is_asking else {})
-        assert (check.checked is not None) == is_asking
+        assert check.checked == (Checked(LSN(8), is_complete=False) if is_asking else None)
+
+
+def test_a_table_that_the_stream_carries_since_a_reload_has_no_history_of_before() -> None:
+    """It wasn't in what the changelog had of then."""
+
+    async def known(history: RowHistory) -> list[bool]:
+        found = [await history.of(table, "id", LSN(100)) for table in (POSTS, NOTES)]
+        found += [await history.of(table, "id", LSN(200)) for table in (POSTS, NOTES)]
+        return [one is not None for one in found]
+
+    changelog = MemoryChangelog(LSN(100), max_size=1000, max_age=300.0)
+    history = RowHistory(changelog)
+    history.use([POSTS])
+    changelog.append(Transaction(xid=Xid(1), end_lsn=LSN(200), commit_time=0, changes=(), size=1))
+    assert asyncio.run(known(history)) == [True, False, True, False]
+    history.use([POSTS, NOTES])
+    assert asyncio.run(known(history)) == [True, False, True, True]
+    history.clear()
+    assert asyncio.run(known(history)) == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("rule", "is_far"),
+    [
+        ("", False),
+        ("@request.auth.id != '' && public = true", False),
+        ("owner = @request.auth.id && tags:each ?= @request.auth.tags:each", False),
+        ("level > 1.5 && @request.query.a = 1", False),
+        ("team.open = true", True),
+        ("(team.open = true)", True),
+        ("@request.auth.team.open = true", True),
+        ("members_via_team.user ?= @request.auth.id", True),
+        ("@collection.bans.person != @request.auth.id", True),
+    ],
+)
+def test_a_rule_that_leads_further_reads_more_than_its_record(rule: str, *, is_far: bool) -> None:
+    """Then what it says may change though no related record is written."""
+    posts = replace(
+        COLLECTIONS["posts"],
+        fields=tuple(
+            replace(one, relation=Relation(collection="people")) if one.name == "title" else one
+            for one in COLLECTIONS["posts"].fields
+        ),
+    )
+    people = replace(COLLECTIONS["people"], view_rule=rule)
+    collections = Collections((posts, COLLECTIONS["notes"], people))
+    plan = Viewers(collections, Planner(collections))._plan("posts", "title", False)
+    assert plan is not None
+    assert plan.asks_caller == ("@request.auth" in rule)
+    assert ((NOTES, "id") in plan.lookups) == is_far
+    assert {(POSTS, "id"), (PEOPLE, "id")} <= plan.lookups
