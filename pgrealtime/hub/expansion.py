@@ -31,8 +31,6 @@ from pgrealtime.rules.request import Request
 from pgrealtime.text_forms import parse_array
 
 _BACK = re.compile(r"(\w+)_via_(\w+)", re.ASCII)
-_LEADS_FURTHER = re.compile(r"@collection|@request\.auth\.\w+\.|(?<![\w.@])[A-Za-z_]\w*\.")
-"""In the text of a rule: what may be read from another table than the record's."""
 _PLANS = 4096
 
 Link: TypeAlias = tuple[str, str, bool]
@@ -103,7 +101,7 @@ class Plan:
     It may do so without a value of the caller's being bound: a guest is denied at once.
     """
     lookups: frozenset[Lookup] = frozenset()
-    """The tables that the related records, and the answers of those rules, are read from."""
+    """The tables that the related records are read from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -216,15 +214,16 @@ class Viewers:
         rules = [one.view_rule or "" for one in targets] + [
             one.manage_rule or "" for one in targets
         ]
-        # A rule that leads further may read any table.
-        is_far = any(map(_LEADS_FURTHER.search, rules))
-        read = self._collections.values() if is_far else (*targets, *(step.owner for step in steps))
         return Plan(
             routes=kept,
             branches=_branches([route.steps for route in kept]),
             targets=targets,
             asks_caller=any("@request.auth" in rule for rule in rules),
-            lookups=frozenset(lookup for one in read for lookup in _lookups(one)),
+            lookups=frozenset(
+                lookup
+                for one in (*targets, *(step.owner for step in steps))
+                for lookup in _lookups(one)
+            ),
         )
 
     def _route(self, collection: Collection, path: Path, *, follows_hidden: bool) -> Route:

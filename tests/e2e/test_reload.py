@@ -167,6 +167,7 @@ async def test_collections_come_and_go_under_submitted_topics(
         assert await heard(guest, running, *both(4)) == ["create posts/4"]
 
 
+@pytest.mark.timeout(300)
 async def test_many_reloads_under_load_lose_nothing_and_leave_nothing(
     database_url: str, tmp_path: Path, slot: str
 ) -> None:
