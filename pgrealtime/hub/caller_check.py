@@ -135,7 +135,8 @@ class CallerCheck:
 
         It is None where it could not be read.
         """
-        # A caller that changed in the commit itself is the connection's only after it.
+        # Writes of the first event's own commit count as well: what was read may be later than it,
+        # and a LIVE connection's caller is what a deletion makes of it only after the slice.
         before = LSN(self._events[0].cursor.lsn - 1)
         changed: dict[Connection, Caller | None] = {}
         for collection in self._meaning.collections.values():
@@ -144,7 +145,7 @@ class CallerCheck:
             history = await self._history.of(*key_lookup(collection), before)
             if history is None:
                 is_complete = False
-                self.checked = Checked(self._events[0].cursor.lsn, is_complete)
+                self.checked = Checked(self._events[0].cursor.lsn, is_complete=False)
             elif is_complete and not history.is_written(before):
                 continue
             people: dict[Person, list[Connection]] = {}

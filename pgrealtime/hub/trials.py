@@ -65,11 +65,8 @@ class FilterTrials:
 
     @property
     def has_untried(self) -> bool:
-        """Whether any filter must not be evaluated for all, were its collection's rows to change.
-
-        True may be wrong: of filters that have gone.
-        """
-        return bool(self._untried)
+        """Whether there is any filter that must not be evaluated for all."""
+        return any(self._untried.values())
 
     def untried(self, collections: Iterable[str]) -> Iterator[Group]:
         """Yield the groups whose filters must not be evaluated for all.

@@ -376,6 +376,17 @@ async def test_who_is_behind_is_not_shown_what_was_written_after_a_right_was_los
         await world.sinks[GOOD].wait_for_bytes(b"PB_RESYNC")
 
 
+async def live(world: World, case: Case, *people: str) -> None:
+    """Let people listen, until what they expand is found out for all LIVE connections together."""
+    for who in people:
+        await world.listen(who, case.topic, await world.user(who), "")
+    for number in range(3):
+        await world.stream(await event_of(world, case, f"before {number}"))
+    assert all(one.is_live for one in world.hub.connections)
+    for sink in world.sinks.values():
+        sink.forget()
+
+
 LOSSES = {
     "banned": f"UPDATE users SET role = 'banned', level = 9, team = 'closed' WHERE id = '{GOOD}'",
     "deleted": f"DELETE FROM users WHERE id = '{GOOD}'",
@@ -402,13 +413,7 @@ async def test_who_lost_a_right_since_a_change_is_shown_nothing_written_since(
     """
     case = CASES[name]
     async with world_of(database_url, SCHEMA, configured(case)) as world:
-        for who in (GOOD, OTHER):
-            await world.listen(who, case.topic, await world.user(who), "")
-        for number in range(3):  # until the expansion is one that all may wait for
-            await world.stream(await event_of(world, case, f"before {number}"))
-        assert [one.is_live for one in world.hub.connections] == [True, True]
-        for sink in world.sinks.values():
-            sink.forget()
+        await live(world, case, GOOD, OTHER)
         before = await event_of(world, case, "p1")
         loss = await world.write(LOSSES[how], lost(how))
         new = await world.write("UPDATE secrets SET body = 'NEW'", NEW)
@@ -487,9 +492,7 @@ async def test_the_own_commit_of_a_change_is_no_reason_to_withhold_anything(
     """What else a commit changed nobody can read before it: it is shown as at the change."""
     case = CASES["expand"]
     async with world_of(database_url, SCHEMA, configured(case)) as world:
-        await world.listen(GOOD, case.topic, await world.user(GOOD), "")
-        for number in range(3):
-            await world.stream(await event_of(world, case, f"before {number}"))
+        await live(world, case, GOOD)
         row: Row = {"id": "p1", "secret": "s"}
         both = await world.write(
             f"INSERT INTO posts VALUES ('p1', 's'); {LOSSES['deleted']}",
@@ -507,9 +510,7 @@ async def test_what_is_written_later_is_shown_to_nobody_who_lost_a_right_in_that
 ) -> None:
     case = CASES["expand"]
     async with world_of(database_url, SCHEMA, configured(case)) as world:
-        await world.listen(GOOD, case.topic, await world.user(GOOD), "")
-        for number in range(3):
-            await world.stream(await event_of(world, case, f"before {number}"))
+        await live(world, case, GOOD)
         row: Row = {"id": "p1", "secret": "s"}
         both = await world.write(
             f"INSERT INTO posts VALUES ('p1', 's'); {LOSSES[how]}", Insert(POSTS, row), lost(how)
@@ -526,9 +527,7 @@ async def test_a_slice_that_ends_within_a_commit_proves_nothing_of_the_rest_of_i
     """The same commit writes what is shown and, after that, takes the right away."""
     case = CASES["expand"]
     async with world_of(database_url, SCHEMA, configured(case)) as world:
-        await world.listen(GOOD, case.topic, await world.user(GOOD), "")
-        for number in range(3):
-            await world.stream(await event_of(world, case, f"before {number}"))
+        await live(world, case, GOOD)
         before = await event_of(world, case, "p1")
         both = await world.write(
             f"UPDATE secrets SET body = 'NEW'; {LOSSES['banned']}", NEW, lost("banned")

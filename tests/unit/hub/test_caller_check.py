@@ -10,16 +10,23 @@ import pytest
 from psycopg import sql
 
 from pgrealtime.changelog.memory import MemoryChangelog
-from pgrealtime.changes import Transaction
-from pgrealtime.collections import Collections, Relation
-from pgrealtime.hub.caller_check import CallerCheck, Checked
+from pgrealtime.changes import Change, TableName, Transaction, Truncate
+from pgrealtime.collections import (
+    Collection,
+    Collections,
+    Field,
+    FieldKind,
+    Junction,
+    Relation,
+)
+from pgrealtime.hub.caller_check import CallerCheck, Checked, may_have_changed
 from pgrealtime.hub.event import Event
 from pgrealtime.hub.expansion import Plan, Viewer, Viewers
 from pgrealtime.hub.row_history import RowHistory
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.rules.plan import Planner
-from tests.unit.hub.room import COLLECTIONS, NOTES, PEOPLE, POSTS, NoRows, open_room
-from tests.unit.hub.test_identity import caller, listening
+from tests.unit.hub.room import COLLECTIONS, NOTES, PEOPLE, POSTS, TEXT, NoRows, insert, open_room
+from tests.unit.hub.test_identity import caller, changed, listening
 
 
 class Unanswered(NoRows):
@@ -111,3 +118,55 @@ def test_an_option_knows_what_its_records_are_read_from(rule: str) -> None:
     assert plan is not None
     assert plan.asks_caller == ("@request.auth" in rule)
     assert plan.lookups == {(POSTS, "id"), (PEOPLE, "id")}
+
+
+def test_an_option_reads_junction_tables_as_well() -> None:
+    """Those of the relations on its way, and of the records that it leads to."""
+    links, likes = TableName("public", "links"), TableName("public", "likes")
+    posts, people = COLLECTIONS["posts"], COLLECTIONS["people"]
+    by_links = through(links, posts, "people")
+    by_likes = replace(
+        people, fields=(*people.fields, *through(likes, people, "notes").fields[-1:])
+    )
+    collections = Collections((by_links, COLLECTIONS["notes"], by_likes))
+    plan = Viewers(collections, Planner(collections))._plan("posts", "others", False)
+    assert plan is not None
+    assert {(links, "here"), (likes, "here")} <= plan.lookups
+
+
+def through(table: TableName, collection: Collection, to: str) -> Collection:
+    """Return the collection with a relation ``others`` through a junction table."""
+    junction = Junction(table=replace(collection.table, name=table), source="here", target="there")
+    made = Field(
+        name="others",
+        column=None,
+        kind=FieldKind.RELATION,
+        type=TEXT,
+        is_multiple=True,
+        relation=Relation(collection=to, junction=junction),
+    )
+    return replace(collection, fields=(*collection.fields, made))
+
+
+@pytest.mark.parametrize("change", [insert("a"), Truncate(POSTS)], ids=["a row", "all rows"])
+async def test_a_table_is_written_by_changes_of_known_and_unknown_rows(change: Change) -> None:
+    async with open_room() as room:
+        end = room.commit(change).end_lsn
+        history = await RowHistory(room.changelog).of(POSTS, "id", LSN(end - 1))
+        assert history is not None
+        assert history.is_written(LSN(end - 1))
+        assert not history.is_written(end)
+
+
+async def test_ids_with_padding_are_not_looked_up() -> None:
+    """A char(n) is another text in a row than in a caller."""
+    async with open_room() as room:
+        people = COLLECTIONS["people"]
+        history = RowHistory(room.changelog)
+        after = room.changelog.head.lsn
+        room.commit(changed("bob"))
+        assert await history.of(PEOPLE, "id", after) is not None
+        key = replace(people.key, type=replace(people.key.type, name="bpchar"))
+        assert may_have_changed(history, people, ("people", "bob"), after)
+        assert not may_have_changed(history, people, ("people", "ann"), after)
+        assert may_have_changed(history, replace(people, key=key), ("people", "ann"), after)
