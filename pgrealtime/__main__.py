@@ -1,5 +1,5 @@
 """``python -m pgrealtime``: the same as the command."""
 
-from pgrealtime.cli import main
+from pgrealtime.cli.main import main
 
 main(prog_name="pgrealtime")

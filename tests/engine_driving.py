@@ -9,14 +9,14 @@ from datetime import datetime
 import psycopg
 
 from pgrealtime.changes import Row
-from pgrealtime.rules.compare import Scalar
-from pgrealtime.rules.decide import Case, Deciding
-from pgrealtime.rules.formula import Facts
-from pgrealtime.rules.index import Index
-from pgrealtime.rules.past import Past
-from pgrealtime.rules.plan import Variant, moment
-from pgrealtime.rules.remote import Inquiry
-from pgrealtime.rules.request import Request
+from pgrealtime.rules.engine.batch_query import Inquiry
+from pgrealtime.rules.engine.before_state import Past
+from pgrealtime.rules.engine.evaluation import Case, Deciding
+from pgrealtime.rules.engine.formula import Facts
+from pgrealtime.rules.engine.index import Index
+from pgrealtime.rules.engine.plan import Variant, moment
+from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.memory.compare import Scalar
 
 
 @dataclass(eq=False)

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import psycopg
 from psycopg import sql
 
-from pgrealtime import collections
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row
-from pgrealtime.config import CollectionConfig
+from pgrealtime.collections.build import build
+from pgrealtime.collections.model import Collection
+from pgrealtime.config.model import CollectionConfig
 from pgrealtime.records.encode import View, encoder
 
 PINNED = (
@@ -69,7 +70,7 @@ class Table:
         self._connection.close()
 
 
-async def _collection(url: str, config: dict[str, Any]) -> collections.Collection:
+async def _collection(url: str, config: dict[str, Any]) -> Collection:
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         catalog = await read_catalog(connection, schemas=["public"])
-    return collections.build({"t": CollectionConfig(table="public.t", **config)}, catalog)["t"]
+    return build({"t": CollectionConfig(table="public.t", **config)}, catalog)["t"]

@@ -13,14 +13,14 @@ from random import Random
 import psycopg
 from psycopg import sql
 
-from pgrealtime import collections
 from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Table
 from pgrealtime.changes import Change, Delete, Insert, Row, Truncate, Update, WholeRow
-from pgrealtime.collections import Collections
-from pgrealtime.config import CollectionConfig, RelationConfig
-from pgrealtime.rules.past import tables_of
+from pgrealtime.collections.build import build
+from pgrealtime.collections.model import Collections
+from pgrealtime.config.model import CollectionConfig, RelationConfig
+from pgrealtime.rules.engine.before_state import tables_of
 
 SCHEMA = """
 CREATE TABLE teams (id text PRIMARY KEY, name text, open boolean);
@@ -86,7 +86,7 @@ async def read_collections(url: str) -> Collections:
     """The collections as the service would build them."""
     async with await psycopg.AsyncConnection.connect(url) as connection:
         catalog = await read_catalog(connection, schemas=["public"])
-    return collections.build(configuration(), catalog)
+    return build(configuration(), catalog)
 
 
 class World:

@@ -13,7 +13,7 @@ from psycopg import sql
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Table
 from pgrealtime.changes import Change, Oversized, TableName, Transaction
-from pgrealtime.config import ReplicationConfig
+from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.wal.assembler import RecordKeys
 from pgrealtime.wal.publication import publication_sql
 from pgrealtime.wal.stream import WalStream, open_stream

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from aiohttp import web
 
-from pgrealtime.config import AdminConfig
+from pgrealtime.config.model import AdminConfig
 from pgrealtime.observe.metrics import CONTENT_TYPE
 
 

@@ -8,8 +8,8 @@ import msgspec
 from aiohttp import web
 
 from pgrealtime.api.problems import UNREADABLE, RefusedError
-from pgrealtime.query_string import parse_query_string
-from pgrealtime.records.pick import parse_fields, picks_of
+from pgrealtime.protocol.query_string import parse_query_string
+from pgrealtime.records.fields import parse_fields, picks_of
 from pgrealtime.records.values import Json
 
 

@@ -18,9 +18,9 @@ from pgrealtime.api.problems import Language, Problem, preferred_language, probl
 from pgrealtime.api.realtime import RUNNER, SHUTDOWN_SECONDS, Realtime
 from pgrealtime.api.uploads import LARGEST_BODY, UPLOADS, Uploads
 from pgrealtime.auth.authenticator import Authenticator
-from pgrealtime.config import Config, ServerConfig
+from pgrealtime.config.model import Config, ServerConfig
 from pgrealtime.errors import PgRealtimeError
-from pgrealtime.hub.dispatch import Hub
+from pgrealtime.hub.hub import Hub
 
 log = structlog.get_logger(__name__)
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from pgrealtime.api.forms import FormError, form_pairs
 from pgrealtime.api.problems import Fault, Faults, Text
 from pgrealtime.errors import SubscriptionError
-from pgrealtime.json_reader import MOST_TOKENS, JsonError, JsonReader
+from pgrealtime.protocol.forms import FormError, form_pairs
+from pgrealtime.protocol.json_reader import MOST_TOKENS, JsonError, JsonReader
 
 _FORMS: Final = ("multipart/form-data", "application/x-www-form-urlencoded")
 

@@ -10,7 +10,7 @@ from pgrealtime.api.address import client_address
 from pgrealtime.api.answers import json_answer
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.principal import Superuser
-from pgrealtime.config import ServerConfig
+from pgrealtime.config.model import ServerConfig
 from pgrealtime.errors import PgRealtimeError
 from pgrealtime.records.values import Json
 

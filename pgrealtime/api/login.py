@@ -22,10 +22,10 @@ from pgrealtime.auth.account import Users
 from pgrealtime.auth.authenticator import Authenticator, Identity, caller_of
 from pgrealtime.auth.login import Attempt, Login, Session
 from pgrealtime.auth.principal import AuthRecord, Caller
-from pgrealtime.config import ServerConfig
+from pgrealtime.config.model import ServerConfig
 from pgrealtime.errors import AuthError
-from pgrealtime.hub.own_record import OwnRecords
-from pgrealtime.hub.topic import snake_case
+from pgrealtime.protocol.topic import snake_case
+from pgrealtime.reads.own_record import OwnRecords
 from pgrealtime.records.values import Json
 
 _Content = TypeVar("_Content")

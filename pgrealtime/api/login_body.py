@@ -8,9 +8,9 @@ from typing import Final
 
 from pgrealtime.api import problems
 from pgrealtime.api.body import BLANK, folded, out_of_range, payloads, string_or_empty
-from pgrealtime.api.forms import FormError, form_pairs
 from pgrealtime.api.problems import Fault, Faults, Problem, RefusedError, Text
-from pgrealtime.json_reader import JsonError, JsonReader
+from pgrealtime.protocol.forms import FormError, form_pairs
+from pgrealtime.protocol.json_reader import JsonError, JsonReader
 
 _FORMS: Final = ("multipart/form-data", "application/x-www-form-urlencoded")
 _LONGEST: Final = 255

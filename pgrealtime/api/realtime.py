@@ -16,10 +16,10 @@ from pgrealtime.api.stream import ClientStream, EventStream, client_stream, hand
 from pgrealtime.api.uploads import UPLOADS
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.principal import Caller, Guest
-from pgrealtime.config import RealtimeConfig, ServerConfig
+from pgrealtime.config.model import RealtimeConfig, ServerConfig
 from pgrealtime.errors import SubscriptionLimitError
-from pgrealtime.hub.connection import Connection
-from pgrealtime.hub.dispatch import Hub
+from pgrealtime.hub.connections.connection import Connection
+from pgrealtime.hub.hub import Hub
 
 RUNNER: Final = web.AppKey("runner", web.AppRunner)
 """What serves the application: it takes connections back when their streams end."""

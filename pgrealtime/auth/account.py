@@ -17,11 +17,11 @@ from pgrealtime.catalog.keys import canonical_id, native_name
 from pgrealtime.catalog.model import Column
 from pgrealtime.catalog.naming import identifier
 from pgrealtime.changes import Row
-from pgrealtime.collections import Collection
-from pgrealtime.config import CollectionLoginConfig
+from pgrealtime.collections.model import Collection
+from pgrealtime.config.model import CollectionLoginConfig
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
 from pgrealtime.observe.redact import without_values
-from pgrealtime.pool import QueryPool
+from pgrealtime.postgres.pool import QueryPool
 
 _BATCH = 500
 """Ids per query. A herd of reconnecting clients makes queries of this size, not one each."""

@@ -29,8 +29,8 @@ from pgrealtime.auth.token import (
     own_claims,
     read,
 )
-from pgrealtime.collections import Collections, collection_id
-from pgrealtime.config import AuthConfig, CollectionLoginConfig, IssuerConfig, LoginConfig
+from pgrealtime.collections.model import Collections, collection_id
+from pgrealtime.config.model import AuthConfig, CollectionLoginConfig, IssuerConfig, LoginConfig
 from pgrealtime.errors import AuthError, ConfigError, Problem
 
 log = structlog.get_logger(__name__)

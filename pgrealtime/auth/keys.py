@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from pgrealtime.auth.token import Key, Token
-from pgrealtime.config import Algorithm, IssuerConfig
+from pgrealtime.config.model import Algorithm, IssuerConfig
 from pgrealtime.errors import AuthError
 
 log = structlog.get_logger(__name__)

@@ -15,7 +15,7 @@ from pgrealtime.auth.authenticator import Identity
 from pgrealtime.auth.password_threads import PasswordThreads
 from pgrealtime.auth.passwords import StoredHash, costs_as, decoy_of, name_of
 from pgrealtime.auth.token import make_own
-from pgrealtime.config import CollectionLoginConfig, LoginConfig
+from pgrealtime.config.model import CollectionLoginConfig, LoginConfig
 from pgrealtime.errors import AuthError
 from pgrealtime.networks import network_of
 

@@ -8,8 +8,8 @@ from hashlib import sha256
 
 from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.changes import Row
-from pgrealtime.collections import Collection, FieldKind
-from pgrealtime.config import CollectionLoginConfig
+from pgrealtime.collections.model import Collection, FieldKind
+from pgrealtime.config.model import CollectionLoginConfig
 from pgrealtime.errors import AuthError
 
 

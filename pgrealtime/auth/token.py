@@ -14,7 +14,7 @@ import jwt
 import msgspec
 from jwt.algorithms import AllowedPublicKeys, HMACAlgorithm
 
-from pgrealtime.config import Algorithm, IssuerConfig
+from pgrealtime.config.model import Algorithm, IssuerConfig
 from pgrealtime.errors import AuthError
 
 Claims: TypeAlias = Mapping[str, Any]

@@ -13,7 +13,7 @@ import jwt
 import psycopg
 from aiohttp import web
 
-from pgrealtime.config import CollectionConfig
+from pgrealtime.config.model import CollectionConfig
 from pgrealtime.demo.application import Application, Step
 from pgrealtime.demo.writer import Writer, fresh_title
 

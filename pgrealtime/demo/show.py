@@ -18,8 +18,9 @@ from random import Random
 import psycopg
 
 from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.collections import build, table_names
-from pgrealtime.config import Config, load
+from pgrealtime.collections.build import build, table_names
+from pgrealtime.config.load import load
+from pgrealtime.config.model import Config
 from pgrealtime.demo.account import is_libpq_variable
 from pgrealtime.demo.application import Application, Connection
 from pgrealtime.demo.page import Page
@@ -27,8 +28,8 @@ from pgrealtime.demo.server import Server, throwaway_server
 from pgrealtime.demo.writer import Writer
 from pgrealtime.errors import PgRealtimeError, SetupError
 from pgrealtime.observe.log import configure
-from pgrealtime.operate.streamed import streamed_tables
-from pgrealtime.run import running
+from pgrealtime.service.build import running
+from pgrealtime.service.streamed_tables import streamed_tables
 from pgrealtime.wal.publication import publication_sql
 
 _HOST = "127.0.0.1"

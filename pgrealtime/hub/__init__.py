@@ -1,1 +1,1 @@
-"""Who hears what. Has never heard of the replication slot."""
+"""Who receives which event. Knows nothing of the replication slot."""

@@ -19,7 +19,7 @@ from typing import TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from pgrealtime.config import LoggingConfig
+from pgrealtime.config.model import LoggingConfig
 from pgrealtime.errors import PgRealtimeError
 from pgrealtime.observe.redact import describe_traceback, redact
 

@@ -14,8 +14,8 @@ import msgspec
 from msgspec import Raw
 
 from pgrealtime.changes import Row
-from pgrealtime.collections import Collection, Field
-from pgrealtime.records.pick import Pick, parse_fields, picks_of, whole
+from pgrealtime.collections.model import Collection, Field
+from pgrealtime.records.fields import Pick, parse_fields, picks_of, whole
 from pgrealtime.records.values import Converter, Json, converter, ids, zero
 
 Nulls = Literal["null", "zero"]

@@ -28,7 +28,8 @@ import msgspec
 from msgspec import Raw
 
 from pgrealtime.catalog.model import Type, TypeKind
-from pgrealtime.collections import Field, FieldKind, kind_of
+from pgrealtime.collections.build import kind_of
+from pgrealtime.collections.model import Field, FieldKind
 from pgrealtime.records.geometry import geojson, position
 from pgrealtime.records.numbers import ecmascript, shortest
 from pgrealtime.text_forms import Element, parse_array, parse_row

@@ -1,1 +1,1 @@
-"""Who may see a row: the language, its meaning in SQL, and what decides it. Knows no driver."""
+"""Who may see a row: the rule language, its SQL, its evaluation in memory, the engine."""

@@ -13,7 +13,7 @@ from typing import Any
 from psycopg import AsyncConnection
 from psycopg import errors as pg
 
-from pgrealtime.config import ReplicationConfig
+from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.errors import SetupError, SlotBusyError
 from pgrealtime.lsn import LSN, parse_lsn
 

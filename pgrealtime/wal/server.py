@@ -11,7 +11,6 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 from psycopg.sql import SQL
 
-from pgrealtime.database_url import settings_of
 from pgrealtime.errors import (
     DatabaseUnreachableError,
     PgRealtimeError,
@@ -21,6 +20,7 @@ from pgrealtime.errors import (
 )
 from pgrealtime.lsn import LSN, parse_lsn
 from pgrealtime.observe.redact import without_values
+from pgrealtime.postgres.url import settings_of
 from pgrealtime.wal.publication import quote
 
 Connection: TypeAlias = psycopg.AsyncConnection[tuple[Any, ...]]

@@ -13,7 +13,7 @@ from psycopg import errors as pg
 
 from pgrealtime.catalog.model import Table
 from pgrealtime.changes import TableName
-from pgrealtime.config import ReplicationConfig
+from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.errors import (
     DatabaseUnreachableError,
     PgRealtimeError,

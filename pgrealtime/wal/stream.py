@@ -19,7 +19,7 @@ from psycopg import pq
 
 from pgrealtime.catalog.model import Table
 from pgrealtime.changes import Oversized, Transaction
-from pgrealtime.config import ReplicationConfig
+from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.errors import (
     PgRealtimeError,
     SlotLostError,
@@ -35,7 +35,7 @@ from pgrealtime.wal.feedback import MOVE_SECONDS, Feedback
 from pgrealtime.wal.message import Commit, Decoder
 from pgrealtime.wal.server import Connection, ServerFacts, SystemIdentity
 from pgrealtime.wal.slot import Plugin, Slot, SlotWait
-from pgrealtime.wal.visibility import could_be_taken_for_standby, watch_visibility
+from pgrealtime.wal.visible_lsn import could_be_taken_for_standby, watch_visibility
 from pgrealtime.wal.wire import PrimaryKeepalive, StandbyStatusUpdate, format_status, parse_message
 
 Batch = list[Transaction | Oversized]

@@ -18,15 +18,16 @@ from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changelog.base import Entry
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Delete, Insert, Transaction, Update
-from pgrealtime.collections import Collections, build
-from pgrealtime.config import CollectionConfig, RealtimeConfig
-from pgrealtime.hub.connection import Connection
-from pgrealtime.hub.dispatch import Hub
-from pgrealtime.hub.match import Matcher
-from pgrealtime.hub.probe import Probe
+from pgrealtime.collections.build import build
+from pgrealtime.collections.model import Collections
+from pgrealtime.config.model import CollectionConfig, RealtimeConfig
+from pgrealtime.hub.connections.connection import Connection
+from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.hub.hub import Hub
 from pgrealtime.lsn import LSN, Xid, parse_lsn
-from pgrealtime.pool import QueryPool
-from pgrealtime.rules.plan import columns_asked
+from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.rule_queries.executor import Probe
+from pgrealtime.rules.engine.plan import columns_asked
 from tests.unit.hub.room import DEADLINE, MemorySink
 
 

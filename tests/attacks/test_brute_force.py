@@ -18,10 +18,10 @@ from structlog.testing import capture_logs
 from pgrealtime.auth.account import Accounts, Users
 from pgrealtime.auth.login import Attempt, Login
 from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.collections import build
-from pgrealtime.config import CollectionConfig, LoginConfig
+from pgrealtime.collections.build import build
+from pgrealtime.config.model import CollectionConfig, LoginConfig
 from pgrealtime.errors import AuthError
-from pgrealtime.pool import QueryPool
+from pgrealtime.postgres.pool import QueryPool
 
 LIMIT = 5
 HASH = bcrypt.hashpw(b"right", bcrypt.gensalt(4)).decode()

@@ -19,18 +19,18 @@ from random import Random
 import psycopg
 import pytest
 
-from pgrealtime import collections
 from pgrealtime.auth.principal import GUEST, AuthRecord, Principal
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row
-from pgrealtime.collections import Collections
-from pgrealtime.config import CollectionConfig, RelationConfig
+from pgrealtime.collections.build import build
+from pgrealtime.collections.model import Collections
+from pgrealtime.config.model import CollectionConfig, RelationConfig
 from pgrealtime.errors import RuleError
-from pgrealtime.hub.linking import Linking
-from pgrealtime.rules.index import Index
-from pgrealtime.rules.plan import Planner
-from pgrealtime.rules.reference import Everyone, Nobody, Reference, reference
-from pgrealtime.rules.request import Request
+from pgrealtime.expand.relation_sql import Linking
+from pgrealtime.rules.engine.index import Index
+from pgrealtime.rules.engine.plan import Planner
+from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.sql.reference import Everyone, Nobody, Reference, reference
 from tests.engine_driving import Asker, decided
 
 SECONDS = float(os.environ.get("PGREALTIME_FUZZ_SECONDS", "10"))
@@ -169,7 +169,7 @@ def configured(schema: str) -> dict[str, CollectionConfig]:
 async def _collections(url: str, schema: str) -> Collections:
     async with await psycopg.AsyncConnection.connect(url) as connection:
         catalog = await read_catalog(connection, schemas=[schema])
-    return collections.build(configured(schema), catalog)
+    return build(configured(schema), catalog)
 
 
 def _rows(chance: Random) -> dict[str, list[tuple[object, ...]]]:

@@ -19,11 +19,12 @@ from pgrealtime.auth.principal import Caller
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changelog.base import Gap
 from pgrealtime.changes import Delete, Insert, Row, TableName, Transaction, Update, WholeRow
-from pgrealtime.collections import build
-from pgrealtime.config import CollectionConfig, RealtimeConfig
-from pgrealtime.hub import caller_check, expand
-from pgrealtime.hub.match import Matcher
-from pgrealtime.hub.slices import SLICE
+from pgrealtime.collections.build import build
+from pgrealtime.config.model import CollectionConfig, RealtimeConfig
+from pgrealtime.expand import load
+from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.hub.events.slices import SLICE
+from pgrealtime.hub.live_reads import caller_check
 from tests.attacks.held_stream import World, world_of
 
 SCHEMA = """
@@ -549,7 +550,7 @@ async def test_who_callers_are_that_cannot_be_read_is_a_gap_for_them_alone(
             raise psycopg.OperationalError
 
     monkeypatch.setattr(caller_check, "rows_by_id", fail)
-    monkeypatch.setattr(expand, "PATIENCE_WITH_CONNECTIONS", (0.0, None))
+    monkeypatch.setattr(load, "PATIENCE_WITH_CONNECTIONS", (0.0, None))
     rule = "@request.auth.role != 'banned'"
     case = replace(CASES["expand"], rule=rule)
     if of == "columns":

@@ -10,7 +10,7 @@ import pytest
 
 from pgrealtime.auth.principal import Caller, Superuser
 from pgrealtime.changes import Insert, Row, TableName
-from pgrealtime.config import CollectionConfig
+from pgrealtime.config.model import CollectionConfig
 from tests.attacks.held_stream import World, world_of
 
 SCHEMA = """

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import pytest
 
-from pgrealtime.hub.match import (
+from pgrealtime.hub.evaluation.matcher import (
     COSTLY_PER_CONNECTION,
     TRIED_PER_ADDRESS,
     TRIED_PER_CONNECTION,

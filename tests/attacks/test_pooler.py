@@ -13,9 +13,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from pgrealtime.config import DatabaseConfig
-from pgrealtime.pool import QueryPool
-from pgrealtime.run import query_pool
+from pgrealtime.config.model import DatabaseConfig
+from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.service.build import query_pool
 from tests.e2e.listener import listener
 from tests.e2e.service import service, token
 from tests.pgbouncer import pgbouncer

@@ -15,16 +15,16 @@ from datetime import UTC, datetime
 import psycopg
 import pytest
 
-from pgrealtime import collections
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row
-from pgrealtime.collections import Collections
-from pgrealtime.config import CollectionConfig, FieldsConfig, RelationConfig
-from pgrealtime.rules.index import Index
-from pgrealtime.rules.plan import Planner
-from pgrealtime.rules.reference import Nobody, Reference, reference
-from pgrealtime.rules.request import Request
+from pgrealtime.collections.build import build
+from pgrealtime.collections.model import Collections
+from pgrealtime.config.model import CollectionConfig, FieldsConfig, RelationConfig
+from pgrealtime.rules.engine.index import Index
+from pgrealtime.rules.engine.plan import Planner
+from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.sql.reference import Nobody, Reference, reference
 from tests.engine_driving import Asker, decided
 
 SETUP = """
@@ -86,7 +86,7 @@ def shown(connection: psycopg.Connection, table: str) -> list[Row]:
 async def configured(url: str) -> Collections:
     async with await psycopg.AsyncConnection.connect(url) as connection:
         catalog = await read_catalog(connection, schemas=["public"])
-    return collections.build(
+    return build(
         {
             "users": CollectionConfig(table="public.users", type="auth", list_rule=""),
             "posts": CollectionConfig(

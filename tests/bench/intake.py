@@ -31,7 +31,7 @@ from psycopg import pq
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Table
 from pgrealtime.changes import TableName, Transaction
-from pgrealtime.config import ReplicationConfig
+from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.lsn import LSN
 from pgrealtime.wal import server
 from pgrealtime.wal import slot as slots

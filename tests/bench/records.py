@@ -13,7 +13,7 @@ import msgspec
 
 from pgrealtime.catalog.model import Column, Table, TableKind, Type, TypeKind
 from pgrealtime.changes import Row, TableName
-from pgrealtime.collections import Collection, Field, FieldKind
+from pgrealtime.collections.model import Collection, Field, FieldKind
 from pgrealtime.records.encode import View, encoder
 
 COLUMNS = {

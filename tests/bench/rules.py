@@ -28,15 +28,15 @@ import psycopg
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.catalog.model import Column, ReplicaIdentity, Table, TableKind, Type, TypeKind
 from pgrealtime.changes import Row, TableName
-from pgrealtime.collections import Collection, Collections, Field, FieldKind, Relation
-from pgrealtime.hub.connection import Connection, Subscription
-from pgrealtime.hub.event import Event
-from pgrealtime.hub.match import Matcher
-from pgrealtime.hub.probe import Probe
-from pgrealtime.hub.topic import Topic
+from pgrealtime.collections.model import Collection, Collections, Field, FieldKind, Relation
+from pgrealtime.hub.connections.connection import Connection, Subscription
+from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor, Xid
-from pgrealtime.pool import QueryPool
+from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.protocol.topic import Topic
 from pgrealtime.records.encode import View
+from pgrealtime.rule_queries.executor import Probe
 
 MATCHES = 10
 """Subscribers that a change matches at each size, where the rule has a way to them."""

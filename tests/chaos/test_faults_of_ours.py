@@ -7,10 +7,10 @@ import asyncio
 import psycopg
 import pytest
 
-from pgrealtime.config import parse
-from pgrealtime.hub.dispatch import Hub
-from pgrealtime.relay import Relay
-from pgrealtime.run import running
+from pgrealtime.config.load import parse
+from pgrealtime.feed.reader import Relay
+from pgrealtime.hub.hub import Hub
+from pgrealtime.service.build import running
 from tests.conformance.http_client import Address, End
 from tests.e2e.listener import listener
 

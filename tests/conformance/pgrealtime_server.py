@@ -17,7 +17,7 @@ import msgspec
 import psycopg
 import yaml
 
-from pgrealtime.config import CollectionConfig
+from pgrealtime.config.model import CollectionConfig
 from tests.conformance.fixtures import SUPERUSERS, Account, Fixtures
 from tests.conformance.http_client import Address
 from tests.conformance.natural_schema import NaturalSchema, Statement, Style, fields_of

@@ -17,17 +17,17 @@ from typing import Any, TypeAlias
 
 import psycopg
 
-from pgrealtime import collections as building
 from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row, TableName
-from pgrealtime.collections import Collection, Collections
-from pgrealtime.config import CollectionConfig, FieldsConfig, RelationConfig
+from pgrealtime.collections.build import build
+from pgrealtime.collections.model import Collection, Collections
+from pgrealtime.config.model import CollectionConfig, FieldsConfig, RelationConfig
 from pgrealtime.errors import RuleError, RuleUnsupportedError
-from pgrealtime.rules.index import Index
-from pgrealtime.rules.plan import Planner
-from pgrealtime.rules.reference import Everyone, Nobody, Reference, reference, validate
-from pgrealtime.rules.request import Request
+from pgrealtime.rules.engine.index import Index
+from pgrealtime.rules.engine.plan import Planner
+from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.sql.reference import Everyone, Nobody, Reference, reference, validate
 from tests.engine_driving import Asker, decided
 
 CORPUS = Path(__file__).parent.parent / "rules-corpus"
@@ -165,7 +165,7 @@ async def load(database_url: str) -> Corpus:
     shown = {one["name"]: configured(one) for one in schema["collections"]}
     async with await psycopg.AsyncConnection.connect(database_url) as reading:
         catalog = await read_catalog(reading, schemas=["public"])
-    collections = building.build(shown, catalog)
+    collections = build(shown, catalog)
     rows = {name: list(_rows_of(connection, name, collections)) for name in collections}
     connection.execute(_TOPIC_SETTINGS.encode())
     return Corpus(connection, collections, rows)

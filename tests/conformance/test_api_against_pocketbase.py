@@ -16,7 +16,7 @@ import pytest_asyncio
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from pgrealtime.hub.topic import parse_topic
+from pgrealtime.protocol.topic import parse_topic
 from tests.conformance.http_client import Address, EventStream, Request, send
 from tests.conformance.pocketbase_server import PocketBaseServer
 from tests.conformance.process import free_port

@@ -7,7 +7,7 @@ import subprocess
 from contextlib import closing
 from pathlib import Path
 
-from pgrealtime.collections import collection_id
+from pgrealtime.collections.model import collection_id
 from tests.conformance.pocketbase_server import pocketbase_binary
 
 _FIXED = {"_pb_users_auth_"}

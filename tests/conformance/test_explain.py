@@ -13,11 +13,11 @@ import psycopg
 import pytest
 
 from pgrealtime.auth.principal import GUEST, Superuser
-from pgrealtime.config import CollectionConfig, Config, DatabaseConfig
+from pgrealtime.config.model import CollectionConfig, Config, DatabaseConfig
 from pgrealtime.errors import RuleError
-from pgrealtime.operate.explain import explain
-from pgrealtime.operate.who import User, Who
-from pgrealtime.rules.clauses import Joined, Piece, asked, split
+from pgrealtime.explain.caller import User, Who
+from pgrealtime.explain.explain import explain
+from pgrealtime.rules.sql.breakdown import Joined, Piece, asked, split
 from tests.conformance.rules_corpus import CORPUS, Case, Corpus, cases, configured, expected, load
 
 _EVERY = 20

@@ -19,9 +19,9 @@ import pytest
 from msgspec import Raw
 
 from pgrealtime.catalog.model import Column, Type, TypeKind
-from pgrealtime.collections import Field, FieldKind
+from pgrealtime.collections.model import Field, FieldKind
 from pgrealtime.records.excerpt import excerpt
-from pgrealtime.records.pick import parse_fields, picks_of
+from pgrealtime.records.fields import parse_fields, picks_of
 from pgrealtime.records.values import Json, converter
 from tests.conformance.fixtures import (
     FixtureCollection,

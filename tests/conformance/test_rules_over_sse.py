@@ -24,8 +24,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from pgrealtime.config import Config, Origin, Reading, parse
-from pgrealtime.run import Running, running
+from pgrealtime.config.load import Origin, Reading, parse
+from pgrealtime.config.model import Config
+from pgrealtime.service.build import Running, running
 from tests.conformance.http_client import Address
 from tests.conformance.rules_corpus import CORPUS, Case, Report, cases, configured, expected
 from tests.e2e.listener import Listener, listener

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from pgrealtime.auth.principal import GUEST
-from pgrealtime.config import parse
-from pgrealtime.operate.explain import explain
-from pgrealtime.operate.who import Bearer, Who
+from pgrealtime.config.load import parse
+from pgrealtime.explain.caller import Bearer, Who
+from pgrealtime.explain.explain import explain
 from tests.e2e.listener import Listener, listener
 from tests.e2e.service import service, token
 

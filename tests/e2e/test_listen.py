@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pgrealtime.operate.listen import Frame, frames
+from pgrealtime.cli.listen import Frame, frames
 from tests.conformance.pgrealtime_server import command
 from tests.conformance.process import free_port
 from tests.e2e.breaker import breaker

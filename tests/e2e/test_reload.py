@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from pgrealtime.auth.token import make_own
-from pgrealtime.collections import collection_id
+from pgrealtime.collections.model import collection_id
 from tests.conformance.http_client import EventStream, Request
 from tests.e2e.listener import ANYBODY, Listener, Message, listener
 from tests.e2e.sdk import sdk

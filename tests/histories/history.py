@@ -16,11 +16,11 @@ import jwt
 import psycopg
 from psycopg import sql
 
-from pgrealtime import relay
 from pgrealtime.auth.principal import Caller
-from pgrealtime.hub.probe import Probe
-from pgrealtime.hub.slow_filters import CircuitBreakers
-from pgrealtime.run import Running, running
+from pgrealtime.feed import reader
+from pgrealtime.rule_queries.executor import Probe
+from pgrealtime.rule_queries.slow_filters import CircuitBreakers
+from pgrealtime.service.build import Running, running
 from tests.histories.audit import Audit, Findings, learn_cursors
 from tests.histories.ledger import ROOT, Ledger, Person
 from tests.histories.reader import Client, Kind, Message, Topic
@@ -151,7 +151,7 @@ async def open_world(scene: Scene, url: str) -> AsyncIterator[World]:
         ]
         looking = stack.enter_context(psycopg.connect(url, autocommit=True))
         # On a busy machine the stream takes longer than events would be kept waiting for it.
-        stack.enter_context(patch.object(relay, "_REACH_SECONDS", _REACH_SECONDS))
+        stack.enter_context(patch.object(reader, "_REACH_SECONDS", _REACH_SECONDS))
         await first.execute(schema(scene).encode())
         slot = f"h_{url.rpartition('/')[2]}"
         service = await stack.enter_async_context(running(configuration(scene, url, slot)))

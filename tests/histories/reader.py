@@ -13,8 +13,8 @@ from urllib.parse import quote
 
 from pgrealtime.auth.principal import Caller
 from pgrealtime.errors import PgRealtimeError
-from pgrealtime.hub.connection import Connection
-from pgrealtime.hub.dispatch import Hub
+from pgrealtime.hub.connections.connection import Connection
+from pgrealtime.hub.hub import Hub
 from pgrealtime.lsn import Cursor, parse_position
 from tests.histories.ledger import ROOT, Ledger, Person
 from tests.histories.scene import Rule

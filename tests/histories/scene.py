@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
-from pgrealtime.config import Config, parse
+from pgrealtime.config.load import parse
+from pgrealtime.config.model import Config
 
 Values: TypeAlias = Mapping[str, Any]
 Identity: TypeAlias = Literal["default", "index", "full"]

@@ -19,12 +19,12 @@ from pgrealtime.auth.principal import GUEST, AuthRecord, Caller, Superuser
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Table
 from pgrealtime.changes import TableName
-from pgrealtime.collections import Collection, Collections, Field, FieldKind
-from pgrealtime.config import AuthConfig, IssuerConfig
+from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
+from pgrealtime.config.model import AuthConfig, IssuerConfig
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
-from pgrealtime.hub.snapshot import barrier_of
 from pgrealtime.lsn import Xid, parse_lsn
-from pgrealtime.pool import Connection, QueryPool
+from pgrealtime.postgres.pool import Connection, QueryPool
+from pgrealtime.snapshot import barrier_of
 
 SECRET = "a-secret-of-thirty-two-characters"
 ISSUER = IssuerConfig(name="app", secret=SECRET)

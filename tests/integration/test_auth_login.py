@@ -41,12 +41,12 @@ from pgrealtime.auth.record import rebound
 from pgrealtime.auth.token import make_own
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row
-from pgrealtime.collections import build
-from pgrealtime.config import Config
-from pgrealtime.config import parse as parse_config
-from pgrealtime.hub.own_record import OwnRecords
-from pgrealtime.hub.probe import Probe
-from pgrealtime.pool import QueryPool
+from pgrealtime.collections.build import build
+from pgrealtime.config.load import parse as parse_config
+from pgrealtime.config.model import Config
+from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.reads.own_record import OwnRecords
+from pgrealtime.rule_queries.executor import Probe
 from tests.conformance.fixtures import SuperuserAccount
 from tests.conformance.http_client import Address, Answer, Request, send
 from tests.conformance.pocketbase_server import PocketBaseServer, _folders, pocketbase_binary

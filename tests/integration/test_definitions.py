@@ -7,12 +7,12 @@ import pytest
 
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import NEVER_DESCRIBED, Shape, TableName, Transaction
-from pgrealtime.collections import build
-from pgrealtime.config import parse
-from pgrealtime.hub.definitions import Definitions
-from pgrealtime.hub.probe import Probe
+from pgrealtime.collections.build import build
+from pgrealtime.config.load import parse
+from pgrealtime.hub.live_reads.table_definitions import Definitions
 from pgrealtime.lsn import LSN, Xid
-from pgrealtime.pool import QueryPool
+from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.rule_queries.executor import Probe
 
 SCHEMA = """
 CREATE TYPE "In ner" AS (a text, "b c" int);

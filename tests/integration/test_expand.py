@@ -29,20 +29,21 @@ from pgrealtime.changes import (
     Update,
     WholeRow,
 )
-from pgrealtime.collections import Collections, build, table_names
-from pgrealtime.config import CollectionConfig
-from pgrealtime.hub import expand
-from pgrealtime.hub.event import Action, Event
-from pgrealtime.hub.expand import Expander, Reading
-from pgrealtime.hub.expansion import Node, Viewer, Viewers
-from pgrealtime.hub.probe import Asked, Probe
-from pgrealtime.hub.row_history import RowHistory
-from pgrealtime.hub.snapshot import Snapshot
+from pgrealtime.collections.build import build, table_names
+from pgrealtime.collections.model import Collections
+from pgrealtime.config.model import CollectionConfig
+from pgrealtime.expand import load as loading
+from pgrealtime.expand.load import Expander, Reading
+from pgrealtime.expand.plan import Node, Viewer, Viewers
+from pgrealtime.hub.events.event import Action, Event
+from pgrealtime.hub.live_reads.row_history import RowHistory
 from pgrealtime.lsn import LSN, Cursor, Xid
-from pgrealtime.pool import QueryPool
+from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.records.encode import View, encoder
-from pgrealtime.rules.plan import Planner
-from pgrealtime.rules.request import Request
+from pgrealtime.rule_queries.executor import Asked, Probe
+from pgrealtime.rules.engine.plan import Planner
+from pgrealtime.rules.language.request import Request
+from pgrealtime.snapshot import Snapshot
 
 SCHEMA = """
 CREATE TABLE people (
@@ -361,8 +362,8 @@ async def test_what_a_batch_shows_in_all_is_bounded_and_what_is_small_is_always_
 ) -> None:
     """Each of them may be as large as one may; many together may not."""
     small = len("x" * 1000)
-    monkeypatch.setattr(expand, "_SMALL", 2 * small)
-    monkeypatch.setattr(expand, "_BYTES", 50 * small)
+    monkeypatch.setattr(loading, "_SMALL", 2 * small)
+    monkeypatch.setattr(loading, "_BYTES", 50 * small)
     await world.run(
         f"UPDATE public.people SET name = repeat('x', {10 * small}) WHERE id = '{ANN}';"
         f"INSERT INTO public.books (id, author) SELECT n, '{ANN}' FROM generate_series(100, 119) n;"
@@ -623,7 +624,7 @@ async def test_taking_back_later_links_lets_others_have_their_turns(
             nonlocal pauses
             pauses += 1
 
-    monkeypatch.setattr(expand, "Turn", Turn)
+    monkeypatch.setattr(loading, "Turn", Turn)
     changelog = MemoryChangelog(LSN(1), max_size=1000, max_age=300)
     changelog.append(Transaction(Xid(4), LSN(2), 0, (Delete(TAGS, Key({})),), 10))
 

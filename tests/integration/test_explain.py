@@ -22,10 +22,10 @@ import pytest
 import yaml
 
 from pgrealtime.auth.principal import GUEST, Superuser
-from pgrealtime.config import parse
+from pgrealtime.config.load import parse
 from pgrealtime.errors import AuthError, ConfigError, SetupError
-from pgrealtime.operate.explain import Explanation, explain
-from pgrealtime.operate.who import Bearer, User, Who
+from pgrealtime.explain.caller import Bearer, User, Who
+from pgrealtime.explain.explain import Explanation, explain
 
 _ROOT = Path(__file__).parents[2]
 _SECRET = "a secret of these tests of more than thirty-two bytes"

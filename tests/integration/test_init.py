@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from pgrealtime.config import CollectionConfig, read
-from pgrealtime.operate.check import check
-from pgrealtime.operate.init import write
+from pgrealtime.cli.check.check import check
+from pgrealtime.cli.init.init import write
+from pgrealtime.config.load import read
+from pgrealtime.config.model import CollectionConfig
 from tests.integration.test_check import Operator
 
 PASSWORD = "sesame-4711"  # the server asks for none, and takes any

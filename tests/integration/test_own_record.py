@@ -14,12 +14,13 @@ from psycopg.conninfo import make_conninfo
 from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row
-from pgrealtime.collections import Collections, build
-from pgrealtime.config import CollectionConfig
+from pgrealtime.collections.build import build
+from pgrealtime.collections.model import Collections
+from pgrealtime.config.model import CollectionConfig
 from pgrealtime.errors import DatabaseUnreachableError
-from pgrealtime.hub.own_record import OwnRecords
-from pgrealtime.hub.probe import Probe
-from pgrealtime.pool import QueryPool
+from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.reads.own_record import OwnRecords
+from pgrealtime.rule_queries.executor import Probe
 
 SCHEMA = """
 CREATE TABLE people (id int PRIMARY KEY, email text, name text);

@@ -8,13 +8,14 @@ from psycopg import sql
 
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.collections import Collections, build
-from pgrealtime.config import CollectionConfig
-from pgrealtime.rules.formula import leaves
-from pgrealtime.rules.plan import Bound, Planner
-from pgrealtime.rules.reference import Question
-from pgrealtime.rules.remote import Pairs
-from pgrealtime.rules.request import Request
+from pgrealtime.collections.build import build
+from pgrealtime.collections.model import Collections
+from pgrealtime.config.model import CollectionConfig
+from pgrealtime.rules.engine.batch_query import Pairs
+from pgrealtime.rules.engine.formula import leaves
+from pgrealtime.rules.engine.plan import Bound, Planner
+from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.sql.reference import Question
 
 SCHEMA = """
 CREATE EXTENSION citext;

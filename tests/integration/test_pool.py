@@ -12,10 +12,10 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from pgrealtime.config import DatabaseConfig
-from pgrealtime.hub.probe import Probe
-from pgrealtime.pool import QueryPool
-from pgrealtime.run import query_pool
+from pgrealtime.config.model import DatabaseConfig
+from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.rule_queries.executor import Probe
+from pgrealtime.service.build import query_pool
 from tests.wire import wire
 
 

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pgrealtime.changes import Insert, TableName
-from pgrealtime.collections import Collections
+from pgrealtime.collections.model import Collections
 from pgrealtime.errors import RuleUnsupportedError
 from pgrealtime.observe.redact import without_values
-from pgrealtime.rules.reference import Reference, reference, validate
-from pgrealtime.rules.request import Request
+from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.sql.reference import Reference, reference, validate
 from pgrealtime.wal.stream import _translate
 from tests.conftest import lacking
 from tests.one_row import Table

@@ -17,11 +17,11 @@ import pytest
 
 from pgrealtime.changes import Row
 from pgrealtime.errors import RuleError
-from pgrealtime.rules.index import Index
-from pgrealtime.rules.past import Past, tables_of
-from pgrealtime.rules.plan import Planner
-from pgrealtime.rules.reference import Everyone, Nobody, Reference, reference
-from pgrealtime.rules.request import Request
+from pgrealtime.rules.engine.before_state import Past, tables_of
+from pgrealtime.rules.engine.index import Index
+from pgrealtime.rules.engine.plan import Planner
+from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.sql.reference import Everyone, Nobody, Reference, reference
 from tests.engine_driving import Asker, decided
 from tests.rules_world import World
 

@@ -19,8 +19,9 @@ from psycopg import errors
 
 from pgrealtime.auth.principal import Superuser
 from pgrealtime.errors import RuleError
-from pgrealtime.rules.plan import Planner
-from pgrealtime.rules.reference import (
+from pgrealtime.rules.engine.plan import Planner
+from pgrealtime.rules.language.resolve import resolve_filter
+from pgrealtime.rules.sql.reference import (
     Everyone,
     Nobody,
     Reference,
@@ -28,7 +29,6 @@ from pgrealtime.rules.reference import (
     reference,
     validate,
 )
-from pgrealtime.rules.resolve import resolve_filter
 from tests.conformance.rules_corpus import CORPUS, Case, Corpus, Refused, Way, cases, expected, load
 
 SECONDS = float(os.environ.get("PGREALTIME_FUZZ_SECONDS", "4"))

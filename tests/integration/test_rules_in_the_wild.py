@@ -17,11 +17,12 @@ import pytest_asyncio
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row
-from pgrealtime.collections import Collections, build
-from pgrealtime.config import CollectionConfig, FieldsConfig, RelationConfig
+from pgrealtime.collections.build import build
+from pgrealtime.collections.model import Collections
+from pgrealtime.config.model import CollectionConfig, FieldsConfig, RelationConfig
 from pgrealtime.errors import RuleUnsupportedError
-from pgrealtime.rules.images import Overlay
-from pgrealtime.rules.reference import (
+from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.sql.reference import (
     Everyone,
     Nobody,
     Question,
@@ -29,7 +30,7 @@ from pgrealtime.rules.reference import (
     reference,
     validate,
 )
-from pgrealtime.rules.request import Request
+from pgrealtime.rules.sql.row_images import Overlay
 
 _SCHEMA = """
 CREATE EXTENSION citext SCHEMA public;

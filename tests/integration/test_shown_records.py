@@ -17,14 +17,14 @@ from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Change, Delete, Insert, Row, TableName, Transaction, Update, WholeRow
-from pgrealtime.collections import build, table_names
-from pgrealtime.config import CollectionConfig, RealtimeConfig
-from pgrealtime.hub.connection import Connection
-from pgrealtime.hub.dispatch import Hub
-from pgrealtime.hub.match import Matcher
-from pgrealtime.hub.probe import Probe
+from pgrealtime.collections.build import build, table_names
+from pgrealtime.config.model import CollectionConfig, RealtimeConfig
+from pgrealtime.hub.connections.connection import Connection
+from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.hub.hub import Hub
 from pgrealtime.lsn import LSN, Xid
-from pgrealtime.pool import QueryPool
+from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.rule_queries.executor import Probe
 from tests.unit.hub.room import DEADLINE, MemorySink
 
 SCHEMA = """

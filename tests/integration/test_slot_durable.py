@@ -14,22 +14,22 @@ import psycopg
 import pytest
 import yaml
 
-from pgrealtime import relay as relaying_room
 from pgrealtime.catalog.model import Table
 from pgrealtime.changelog.base import Gap
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import TableName
-from pgrealtime.config import ReplicationConfig
+from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.errors import PgRealtimeError, SetupError, SlotBusyError
+from pgrealtime.feed import reader as feed_reader
+from pgrealtime.feed.reader import OpenStream, Relay
 from pgrealtime.lsn import LSN, parse_lsn
-from pgrealtime.relay import OpenStream, Relay
 from pgrealtime.wal.durable import pass_over
 from pgrealtime.wal.publication import publication_sql
 from pgrealtime.wal.stream import WalStream, open_stream, rehearse_stream
 from tests.conformance.pgrealtime_server import command
+from tests.feed_follower import Follower
 from tests.integration.test_stream_switch import NEW, OLD, Relaying
 from tests.own_server import OwnServer, own_server
-from tests.relay_follower import Follower
 from tests.stream_reading import (
     DEADLINE_SECONDS,
     PLUGINS,
@@ -153,8 +153,8 @@ async def test_broken_stream_is_no_gap_and_repeats_nothing(database_url: str) ->
 async def test_slot_moves_behind_what_clients_can_still_ask_for(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relaying_room, "_EXPIRE_SECONDS", 0.05)
-    monkeypatch.setattr(relaying_room, "_MARK_SECONDS", 1e9)
+    monkeypatch.setattr(feed_reader, "_EXPIRE_SECONDS", 0.05)
+    monkeypatch.setattr(feed_reader, "_MARK_SECONDS", 1e9)
     config = durable()
     async with writer(database_url) as connection:
         await prepared(connection)
@@ -209,8 +209,8 @@ async def test_slot_moves_where_only_others_write(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else it would retain all the WAL of a busy database with one quiet table."""
-    monkeypatch.setattr(relaying_room, "_EXPIRE_SECONDS", 0.05)
-    monkeypatch.setattr(relaying_room, "_MARK_SECONDS", 0.1)
+    monkeypatch.setattr(feed_reader, "_EXPIRE_SECONDS", 0.05)
+    monkeypatch.setattr(feed_reader, "_MARK_SECONDS", 0.1)
     config = durable()
     async with writer(database_url) as connection:
         await prepared(connection)
@@ -300,7 +300,7 @@ async def test_what_the_decoder_fails_at_for_ever_is_passed_over_and_a_gap(
             await room.reader.until(lambda: room.inserted(OLD) == [3])
             failures = room.reader.said.count("lost")
 
-    assert failures == relaying_room._FAILURES
+    assert failures == feed_reader._FAILURES
 
 
 def _gaps(room: Relaying) -> list[str]:
@@ -331,7 +331,7 @@ async def test_tables_that_could_not_be_had_are_not_read_later_either(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever asked was told that all stays as it was, also if it is the slot that went away."""
-    monkeypatch.setattr(relaying_room, "_REOPEN_SECONDS", 0.5)
+    monkeypatch.setattr(feed_reader, "_REOPEN_SECONDS", 0.5)
     config = durable()
     is_taken, is_over = asyncio.Event(), asyncio.Event()
 

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from pgrealtime.catalog.model import Table
-from pgrealtime.config import ReplicationConfig, SlotConfig
+from pgrealtime.config.model import ReplicationConfig, SlotConfig
 from pgrealtime.errors import (
     DatabaseUnreachableError,
     PgRealtimeError,

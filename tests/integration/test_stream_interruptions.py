@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 
 from pgrealtime.changes import Insert, Transaction
-from pgrealtime.config import ReplicationConfig
+from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.errors import PgRealtimeError, StreamInterruptedError
 from pgrealtime.wal.stream import WalStream
 from tests.conftest import lacking

@@ -16,12 +16,12 @@ from pgrealtime.catalog.model import Table
 from pgrealtime.changelog.base import Gap
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Insert, TableName, Transaction
-from pgrealtime.config import ReplicationConfig
+from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.errors import SetupError
+from pgrealtime.feed.reader import Relay
 from pgrealtime.lsn import LSN, Cursor, parse_lsn
-from pgrealtime.relay import Relay
 from pgrealtime.wal.stream import WalStream, open_stream
-from tests.relay_follower import Follower
+from tests.feed_follower import Follower
 from tests.stream_reading import DEADLINE_SECONDS, Connection, writer
 
 OLD = TableName("public", "old")

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pgrealtime.cli import main
-from pgrealtime.config import ServerConfig
+from pgrealtime.cli.main import main
+from pgrealtime.config.model import ServerConfig
 
 _ROOT = Path(__file__).parents[2]
 

@@ -43,7 +43,12 @@ def test_its_command_starts_from_an_archive_alone(wheel: Path, tmp_path: Path) -
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     ran = subprocess.run(
-        [sys.executable, "-P", "-c", "import pgrealtime.cli as c; print(c.__file__); c.main()"],
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            "import pgrealtime.cli.main as c; print(c.__file__); c.main()",
+        ],
         env={"PYTHONPATH": str(tmp_path), "PATH": ""},
         cwd=tmp_path,
         capture_output=True,

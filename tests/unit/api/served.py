@@ -16,9 +16,9 @@ from pgrealtime.api.app import build_app, build_runner
 from pgrealtime.api.uploads import UPLOADS, Uploads
 from pgrealtime.auth.account import Accounts
 from pgrealtime.auth.authenticator import Authenticator
-from pgrealtime.collections import Collections
-from pgrealtime.config import Config
-from pgrealtime.pool import QueryPool
+from pgrealtime.collections.model import Collections
+from pgrealtime.config.model import Config
+from pgrealtime.postgres.pool import QueryPool
 from tests.conformance.http_client import Address
 from tests.unit.hub.room import DEADLINE, Room, open_room
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from pgrealtime.auth.account import Accounts
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
-from pgrealtime.collections import Collections, collection_id
-from pgrealtime.config import AuthConfig, IssuerConfig, LoginConfig
+from pgrealtime.collections.model import Collections, collection_id
+from pgrealtime.config.model import AuthConfig, IssuerConfig, LoginConfig
 from pgrealtime.errors import AuthError, ConfigError
-from pgrealtime.pool import QueryPool
+from pgrealtime.postgres.pool import QueryPool
 
 SECRET = "a-secret-of-thirty-two-characters"
 OTHER = "another-secret-of-enough-characters"

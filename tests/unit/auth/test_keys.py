@@ -34,7 +34,7 @@ from pydantic import ValidationError
 
 from pgrealtime.auth.keys import GivenKeys, PublishedKeys, key_source, read_jwks, read_pem
 from pgrealtime.auth.token import Key, Token, check_signature, read
-from pgrealtime.config import IssuerConfig
+from pgrealtime.config.model import IssuerConfig
 from pgrealtime.errors import AuthError
 
 RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)

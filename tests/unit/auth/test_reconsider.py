@@ -10,9 +10,9 @@ import pytest
 from pgrealtime.auth.account import Accounts
 from pgrealtime.auth.authenticator import Authenticator, issuers_of
 from pgrealtime.auth.principal import Caller
-from pgrealtime.collections import Collections
-from pgrealtime.config import AuthConfig, IssuerConfig, LoginConfig
-from pgrealtime.pool import QueryPool
+from pgrealtime.collections.model import Collections
+from pgrealtime.config.model import AuthConfig, IssuerConfig, LoginConfig
+from pgrealtime.postgres.pool import QueryPool
 
 SECRET = "a-secret-of-thirty-two-characters"
 OTHER = "another-secret-of-enough-characters"

@@ -10,8 +10,8 @@ from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.auth.record import auth_record, digest_of, rebound, token_key
 from pgrealtime.catalog.model import Column, Table, TableKind, Type, TypeKind
 from pgrealtime.changes import Row, TableName
-from pgrealtime.collections import Collection, Field, FieldKind
-from pgrealtime.config import CollectionLoginConfig
+from pgrealtime.collections.model import Collection, Field, FieldKind
+from pgrealtime.config.model import CollectionLoginConfig
 from pgrealtime.errors import AuthError
 
 TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")

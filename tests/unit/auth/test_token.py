@@ -25,7 +25,7 @@ from pgrealtime.auth.token import (
     named_id,
     read,
 )
-from pgrealtime.config import IssuerConfig
+from pgrealtime.config.model import IssuerConfig
 from pgrealtime.errors import AuthError
 
 SECRET = "a-secret-of-thirty-two-characters"

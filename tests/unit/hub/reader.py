@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from pgrealtime.auth.principal import Caller
 from pgrealtime.errors import SubscriptionError
-from pgrealtime.hub.connection import Connection
+from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.lsn import LSN, Cursor, parse_position
 from tests.unit.hub.world import Commit, Happening, Sink, World
 

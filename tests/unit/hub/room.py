@@ -25,19 +25,19 @@ from pgrealtime.changes import (
     Update,
     WholeRow,
 )
-from pgrealtime.collections import Collection, Collections, Field, FieldKind
-from pgrealtime.config import CollectionLoginConfig, RealtimeConfig
+from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
+from pgrealtime.config.model import CollectionLoginConfig, RealtimeConfig
 from pgrealtime.errors import DatabaseUnreachableError
-from pgrealtime.hub.connection import Connection
-from pgrealtime.hub.definitions import Belief
-from pgrealtime.hub.dispatch import Hub
-from pgrealtime.hub.event import Event
-from pgrealtime.hub.expand import Reading
-from pgrealtime.hub.match import Matcher
-from pgrealtime.hub.probe import Asked, LiveRow
-from pgrealtime.hub.slow_filters import TimeBudget
-from pgrealtime.hub.snapshot import Snapshot
+from pgrealtime.expand.load import Reading
+from pgrealtime.hub.connections.connection import Connection
+from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.hub.events.event import Event
+from pgrealtime.hub.hub import Hub
+from pgrealtime.hub.live_reads.table_definitions import Belief
 from pgrealtime.lsn import LSN, Xid
+from pgrealtime.rule_queries.executor import Asked, LiveRow
+from pgrealtime.rule_queries.slow_filters import TimeBudget
+from pgrealtime.snapshot import Snapshot
 
 TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")
 POSTS = TableName("public", "posts")

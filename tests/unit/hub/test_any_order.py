@@ -12,8 +12,12 @@ from typing import TypeAlias
 
 import pytest
 
-from pgrealtime.hub import compose, dispatch, judge, replay, slices
-from pgrealtime.hub.connection import Connection
+from pgrealtime.hub import hub
+from pgrealtime.hub.catchup import tasks
+from pgrealtime.hub.connections.connection import Connection
+from pgrealtime.hub.delivery import compose
+from pgrealtime.hub.evaluation import evaluator
+from pgrealtime.hub.events import slices
 from tests import virtual_time
 from tests.unit.hub.reader import Kind, Reader
 from tests.unit.hub.world import World
@@ -195,9 +199,9 @@ def check_rest(world: World, readers: list[Reader]) -> None:
 @pytest.fixture
 def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a handful of changes is cut as hundreds are."""
-    for module in (judge, replay, slices):
+    for module in (evaluator, tasks, slices):
         monkeypatch.setattr(module, "SLICE", 3)
-    for module in (dispatch, slices):
+    for module in (hub, slices):
         monkeypatch.setattr(module, "WIDE", 10)
     monkeypatch.setattr(slices.slices, "__defaults__", (3,))
     monkeypatch.setattr(compose, "_AUDIENCE_BYTES", 400)

@@ -11,7 +11,7 @@ from psycopg import sql
 
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Change, TableName, Transaction, Truncate
-from pgrealtime.collections import (
+from pgrealtime.collections.model import (
     Collection,
     Collections,
     Field,
@@ -19,14 +19,14 @@ from pgrealtime.collections import (
     Junction,
     Relation,
 )
-from pgrealtime.hub.caller_check import CallerCheck, Checked, may_have_changed
-from pgrealtime.hub.event import Event
-from pgrealtime.hub.expansion import Plan, Viewer, Viewers
-from pgrealtime.hub.row_history import RowHistory
+from pgrealtime.expand.plan import Plan, Viewer, Viewers
+from pgrealtime.hub.events.event import Event
+from pgrealtime.hub.live_reads.caller_check import CallerCheck, Checked, may_have_changed
+from pgrealtime.hub.live_reads.row_history import RowHistory
 from pgrealtime.lsn import LSN, Cursor, Xid
-from pgrealtime.rules.plan import Planner
+from pgrealtime.rules.engine.plan import Planner
 from tests.unit.hub.room import COLLECTIONS, NOTES, PEOPLE, POSTS, TEXT, NoRows, insert, open_room
-from tests.unit.hub.test_identity import caller, changed, listening
+from tests.unit.hub.test_callers import caller, changed, listening
 
 
 class Unanswered(NoRows):

@@ -498,7 +498,7 @@ async def test_of_two_gaps_at_one_place_only_the_last_moves_the_position() -> No
 
 async def test_a_gap_is_told_though_the_database_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody reads it then either; and the others' events wait behind it."""
-    monkeypatch.setattr("pgrealtime.hub.visibility._UNANSWERED_SECONDS", 0.05)
+    monkeypatch.setattr("pgrealtime.hub.state.visibility._UNANSWERED_SECONDS", 0.05)
     async with open_room() as room:
         connection, sink = room.connect(position="")
         await room.subscribe(connection, "posts/*")

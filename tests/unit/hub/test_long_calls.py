@@ -15,10 +15,10 @@ import pytest
 from pgrealtime import turns
 from pgrealtime.auth.principal import GUEST, AuthRecord, Caller
 from pgrealtime.changes import Delete, Row, WholeRow
-from pgrealtime.collections import Collections
+from pgrealtime.collections.model import Collections
 from pgrealtime.errors import SubscriptionError, SubscriptionLimitError
-from pgrealtime.hub.connection import Connection
-from pgrealtime.hub.match import TRIED_PER_CONNECTION, Matcher
+from pgrealtime.hub.connections.connection import Connection
+from pgrealtime.hub.evaluation.matcher import TRIED_PER_CONNECTION, Matcher
 from pgrealtime.lsn import LSN
 from tests.unit.hub.room import COLLECTIONS, DEADLINE, PEOPLE, MemorySink, Room, insert, open_room
 

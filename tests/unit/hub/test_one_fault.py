@@ -18,15 +18,15 @@ import pgrealtime
 from pgrealtime import turns
 from pgrealtime.auth.principal import GUEST, AuthRecord, Caller
 from pgrealtime.changes import Delete, Update, WholeRow
-from pgrealtime.hub import compose
-from pgrealtime.hub.connection import Connection
-from pgrealtime.hub.dispatch import Hub
-from pgrealtime.hub.display import Display
-from pgrealtime.hub.probe import Asked
-from pgrealtime.hub.replay import Replays
-from pgrealtime.hub.slices import Slice
-from pgrealtime.hub.slow_filters import TimeBudget
-from pgrealtime.rules.remote import Pairs
+from pgrealtime.hub.catchup.tasks import Replays
+from pgrealtime.hub.connections.connection import Connection
+from pgrealtime.hub.delivery import compose
+from pgrealtime.hub.delivery.render import Display
+from pgrealtime.hub.events.slices import Slice
+from pgrealtime.hub.hub import Hub
+from pgrealtime.rule_queries.executor import Asked
+from pgrealtime.rule_queries.slow_filters import TimeBudget
+from pgrealtime.rules.engine.batch_query import Pairs
 from tests.unit.hub.room import (
     DEADLINE,
     NOTES,

@@ -11,8 +11,8 @@ import pytest
 
 from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.changes import Insert
-from pgrealtime.collections import Collections
-from pgrealtime.hub.match import Matcher
+from pgrealtime.collections.model import Collections
+from pgrealtime.hub.evaluation.matcher import Matcher
 from tests.unit.hub.room import (
     COLLECTIONS,
     DEADLINE,
@@ -235,7 +235,7 @@ async def test_whose_topics_become_too_many_by_a_reload_is_ended_and_not_mute(
         (many, many_sink), (few, few_sink) = room.connect(), room.connect()
         await room.subscribe(many, *topics)
         await room.subscribe(few, topics[0])
-        monkeypatch.setattr("pgrealtime.hub.match.TRIED_PER_CONNECTION", 1)
+        monkeypatch.setattr("pgrealtime.hub.evaluation.matcher.TRIED_PER_CONNECTION", 1)
         await room.hub.use(COLLECTIONS, Matcher(COLLECTIONS), lambda caller: caller)
         room.commit(insert("x", "ab"))
         await room.settled()

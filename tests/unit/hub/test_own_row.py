@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.changes import Row, Update, WholeRow
-from pgrealtime.collections import Collections
-from pgrealtime.hub.match import Matcher
+from pgrealtime.collections.model import Collections
+from pgrealtime.hub.evaluation.matcher import Matcher
 from tests.unit.hub.room import COLLECTIONS, LOGINS, PEOPLE, Room, insert, open_room
 
 RULE = "@request.auth.email:lower = 'boss@x' && title != 'secret'"

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 import pytest
 
 from pgrealtime.auth.principal import GUEST
-from pgrealtime.hub.connection import Connection, Subscription
-from pgrealtime.hub.display import Display, sights_of_audiences
-from pgrealtime.hub.event import Event
-from pgrealtime.hub.expand import Check, Enter, Related, Wanted
-from pgrealtime.hub.expansion import Plan, Viewer
-from pgrealtime.hub.match import Group, Matcher
-from pgrealtime.hub.topic import parse_topic
-from pgrealtime.hub.trials import MANY_TAKERS
+from pgrealtime.expand.load import Check, Enter, Related, Wanted
+from pgrealtime.expand.plan import Plan, Viewer
+from pgrealtime.hub.connections.connection import Connection, Subscription
+from pgrealtime.hub.delivery.render import Display, sights_of_audiences
+from pgrealtime.hub.evaluation.matcher import Group, Matcher
+from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor, Xid
+from pgrealtime.protocol.topic import parse_topic
 from pgrealtime.records.encode import View
+from pgrealtime.rule_queries.filter_trials import MANY_TAKERS
 from tests.unit.hub.room import COLLECTIONS, GivenDatabase, MemorySink
 
 EVENT = Event(COLLECTIONS["posts"], "update", "p", {"id": "p"}, Cursor(LSN(8), 1), Xid(3))

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from pgrealtime.hub import compose
-from pgrealtime.hub.connection import Connection, State
-from pgrealtime.hub.send_budget import COUNTED, SendBudget
+from pgrealtime.hub.connections.connection import Connection, State
+from pgrealtime.hub.connections.send_budget import COUNTED, SendBudget
+from pgrealtime.hub.delivery import compose
 from pgrealtime.lsn import LSN, Cursor
 from tests.unit.hub.room import MemorySink, at, insert, open_room, update
 

@@ -7,8 +7,8 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
-from pgrealtime.hub.event import Event
-from pgrealtime.hub.slices import SLICE, WIDE, portions
+from pgrealtime.hub.events.event import Event
+from pgrealtime.hub.events.slices import SLICE, WIDE, portions
 from pgrealtime.lsn import LSN, Cursor, Xid
 from tests.unit.hub.room import COLLECTIONS, MemorySink, Room, insert, open_room
 

@@ -20,16 +20,16 @@ from pgrealtime.changes import (
     Update,
     WholeRow,
 )
-from pgrealtime.config import RealtimeConfig
+from pgrealtime.config.model import RealtimeConfig
 from pgrealtime.errors import DatabaseUnreachableError
-from pgrealtime.hub.definitions import Belief
-from pgrealtime.hub.dispatch import Hub
-from pgrealtime.hub.event import Event
-from pgrealtime.hub.match import Matcher
-from pgrealtime.hub.probe import Asked, LiveRow
-from pgrealtime.hub.slow_filters import TimeBudget
+from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.hub.events.event import Event
+from pgrealtime.hub.hub import Hub
+from pgrealtime.hub.live_reads.table_definitions import Belief
 from pgrealtime.lsn import LSN, Cursor, Xid, format_lsn
-from pgrealtime.rules.remote import Pairs
+from pgrealtime.rule_queries.executor import Asked, LiveRow
+from pgrealtime.rule_queries.slow_filters import TimeBudget
+from pgrealtime.rules.engine.batch_query import Pairs
 from tests.unit.hub.room import (
     COLLECTIONS,
     LOGINS,

@@ -17,7 +17,7 @@ import pytest
 import structlog
 
 import pgrealtime
-from pgrealtime.config import LoggingConfig
+from pgrealtime.config.model import LoggingConfig
 from pgrealtime.errors import SlotLostError
 from pgrealtime.observe.log import configure
 

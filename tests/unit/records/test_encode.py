@@ -11,7 +11,7 @@ import pytest
 
 from pgrealtime.catalog.model import Column, Table, TableKind, Type, TypeKind
 from pgrealtime.changes import Row, TableName
-from pgrealtime.collections import Collection, Field, FieldKind, Relation
+from pgrealtime.collections.model import Collection, Field, FieldKind, Relation
 from pgrealtime.records.encode import View, encoder, unshowable
 
 SUPERUSER = View(sees_hidden=True, sees_email=True)

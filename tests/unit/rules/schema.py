@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from pgrealtime.catalog.model import Column, Table, TableKind, Type, TypeKind
 from pgrealtime.changes import TableName
-from pgrealtime.collections import Collection, Collections, Field, FieldKind, Relation
+from pgrealtime.collections.model import Collection, Collections, Field, FieldKind, Relation
 
 
 def _type(oid: int, name: str, category: str) -> Type:

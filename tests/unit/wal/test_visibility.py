@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pgrealtime.wal.visibility import could_be_taken_for_standby
+from pgrealtime.wal.visible_lsn import could_be_taken_for_standby
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The command ``pgrealtime check``: finds problems of configuration and database."""

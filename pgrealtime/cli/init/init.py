@@ -1,0 +1,399 @@
+"""``pgrealtime init``: a first configuration for the tables that are there, all rules locked."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from psycopg import AsyncConnection
+
+from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.catalog.model import Catalog, ReplicaIdentity, Table
+from pgrealtime.changes import TableName
+from pgrealtime.cli.check.check import connected, right_errors
+from pgrealtime.cli.check.warnings import qualified
+from pgrealtime.cli.init.drafts import Draft, Fault, Sketch, lets_in, sketch
+from pgrealtime.cli.init.suggest import SIGNED_IN
+from pgrealtime.config.model import RelationConfig
+from pgrealtime.errors import SetupError
+from pgrealtime.spelling import perhaps
+
+STDOUT = "-"
+_USUAL = "pgrealtime.yaml"
+
+_SCHEMAS = "SELECT nspname FROM pg_catalog.pg_namespace WHERE nspname !~ '^pg_' ORDER BY nspname"
+
+_FACTS = """
+SELECT n.nspname, c.relname, e.extname,
+       CASE WHEN c.relkind = 'p' THEN (
+         SELECT pg_catalog.sum(leaf.reltuples)
+         FROM pg_catalog.pg_partition_tree(c.oid) t
+         JOIN pg_catalog.pg_class leaf ON leaf.oid = t.relid
+         WHERE t.isleaf AND leaf.reltuples >= 0
+       ) ELSE nullif(c.reltuples, -1) END
+FROM pg_catalog.pg_class c
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+LEFT JOIN pg_catalog.pg_depend d
+  ON d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.objid = c.oid AND d.objsubid = 0
+     AND d.deptype = 'e'
+LEFT JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
+WHERE c.oid = ANY (%(oids)s::pg_catalog.oid[])
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schema:
+    """What is there to be served."""
+
+    catalog: Catalog
+    extensions: Mapping[TableName, str]
+    """Tables that came with an extension, and with which."""
+    rows: Mapping[TableName, int]
+    """Estimates; of tables never analyzed there is none."""
+    refused: Mapping[TableName, Fault]
+    """Tables that the role may not read, or not whole."""
+
+
+async def write(path: str, url: str, schemas: Sequence[str]) -> None:
+    """Write a configuration for the tables of the schemas.
+
+    Args:
+        path: The file, which must not be there yet; ``-`` is the standard output.
+        url: Of the database; empty takes libpq's PG* variables.
+        schemas: In the order in which tables get the names they want.
+
+    Raises:
+        DatabaseUnreachableError: Nobody answers, or the login is refused.
+        SetupError: Code ``schema_missing`` or ``file_not_written``.
+    """
+    if path != STDOUT and Path(path).exists():  # noqa: ASYNC240 (nobody else is waiting)
+        raise _exists(path)
+    async with connected(url) as connection:
+        schema = await _read(connection, schemas)
+    text = compose(schema, is_url_known=bool(url))
+    if path == STDOUT:
+        sys.stdout.write(text)
+    else:
+        _create(path, text)
+
+
+def next_steps(path: str, *, lacks_url: bool) -> str:
+    """Return what to do with the file, for people.
+
+    Args:
+        path: As for ``write``.
+        lacks_url: Whether the URL that the file refers to isn't in the environment.
+    """
+    file = "the file" if path == STDOUT else path
+    option = {STDOUT: " -c FILE", _USUAL: ""}.get(path, f" -c {shlex.quote(path)}")
+    return "\n".join(
+        (
+            f"1. Unlock rules in {file}: read a suggestion, change it, take its # away.",
+            *(
+                ["   Put the URL into DATABASE_URL; the file only refers to it."]
+                if lacks_url
+                else []
+            ),
+            f"2. pgrealtime check{option}",
+            f"3. pgrealtime run{option}",
+        )
+    )
+
+
+def _exists(path: str) -> SetupError:
+    return SetupError(
+        f'"{path}" is there already',
+        hint="Name another file by --config; --config - prints what would be written.",
+        code="file_not_written",
+    )
+
+
+def _create(path: str, text: str) -> None:
+    try:
+        with Path(path).open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise _exists(path) from None
+    except OSError as error:
+        raise SetupError(
+            f'"{path}" can\'t be written',
+            detail=f"{error.strerror}.",
+            hint="Name another file by --config.",
+            code="file_not_written",
+        ) from error
+
+
+async def _read(connection: AsyncConnection[Any], schemas: Sequence[str]) -> Schema:
+    known = [name for (name,) in await (await connection.execute(_SCHEMAS)).fetchall()]
+    missing = [name for name in schemas if name not in known]
+    if missing:
+        hint = perhaps(missing[0], known) or f"there are {', '.join(known)}"
+        raise SetupError(
+            f'there is no schema "{missing[0]}"',
+            hint=f"{hint[:1].upper()}{hint[1:]}.",
+            code="schema_missing",
+        )
+    catalog = await read_catalog(connection, schemas=schemas)
+    oids = [table.oid for table in catalog.tables.values()]
+    facts = await (await connection.execute(_FACTS, {"oids": oids})).fetchall()
+    refused = await right_errors(connection, catalog.tables.values())
+    return Schema(
+        catalog=catalog,
+        extensions={TableName(s, name): extension for s, name, extension, _ in facts if extension},
+        rows={TableName(s, name): int(rows) for s, name, _, rows in facts if rows is not None},
+        refused={name: Fault(error.message, error.hint) for name, error in refused.items()},
+    )
+
+
+# -- the text
+
+_WIDTH = 100
+
+
+def compose(schema: Schema, *, is_url_known: bool) -> str:
+    """Return the configuration, as people edit it.
+
+    Args:
+        schema: What is there.
+        is_url_known: Whether the database was named by a URL; else by libpq's variables.
+    """
+    made = sketch(schema.catalog, extensions=schema.extensions, refused=schema.refused)
+    lines = [
+        *_HEAD,
+        "version: 1",
+        "",
+        "database:",
+        f'  url: "{"${DATABASE_URL}" if is_url_known else "${DATABASE_URL:-}"}"',
+        f"  schemas: [{', '.join(_value(name) for name in schema.catalog.schemas)}]",
+        "",
+        *_auth(made),
+        *_collections(made, schema),
+        *_left_out(made),
+    ]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+_HEAD = (
+    "# Made by pgrealtime init from the tables that were there. It is yours now: edit it.",
+    "#",
+    "# All rules are locked: nobody but a superuser receives anything. Lines that begin with # and",
+    "# no blank are suggestions: read each, change it, and take the # away to make it count.",
+    "# list_rule is for subscriptions to all records of a collection, view_rule for those to one.",
+    "# All keys that there are: config/pgrealtime.yaml of pgrealtime.",
+)
+
+
+def _auth(made: Sketch) -> Iterator[str]:
+    auths = [d.name for d in made.drafts if d.config.type == "auth" and not d.faults]
+    yield "auth:"
+    yield "  allow_guests: true"
+    yield "  # Whose tokens count. Without it everybody is a guest, and @request.auth.id is empty."
+    yield (
+        '  #issuers: [{name: app, algorithms: [HS256], secret: "${APP_JWT_SECRET}",'
+        f" collection: {_value(auths[0] if auths else 'users')}}}]"
+    )
+    if any(d.config.login.password_hash and not d.faults for d in made.drafts):
+        yield "  # Lets people sign in here, by the hashes that login names below:"
+        yield '  #login: {enabled: true, secret: "${LOGIN_SECRET}"}'
+    yield ""
+
+
+def _collections(made: Sketch, schema: Schema) -> Iterator[str]:
+    if not made.drafts:
+        yield "# There is no table yet that could be served."
+        yield "collections: {}"
+        yield ""
+        return
+    # With nothing below it the key would be null.
+    is_any_served = any(not draft.faults for draft in made.drafts)
+    yield "collections:" if is_any_served else "#collections:"
+    for draft in made.drafts:
+        yield from (f"  {line}".rstrip() for line in _collection(draft, schema))
+        yield ""
+
+
+def _collection(draft: Draft, schema: Schema) -> Iterator[str]:
+    yield from _remark(_about(draft, schema))
+    if draft.faults:
+        yield from _remark("Not served:")
+        for fault in draft.faults:
+            yield from _remark(f"{fault.reason}.", indent="  ")
+            yield from _mend(fault.mend)
+        yield from map(_off, _keys(draft))
+        return
+    yield from _of_deletes(draft.table)
+    yield from _keys(draft)
+
+
+def _about(draft: Draft, schema: Schema) -> str:
+    table = draft.table
+    rows = schema.rows.get(table.name)
+    facts = ["not analyzed yet" if rows is None else f"about {rows:,} row{'s' * (rows != 1)}"]
+    if table.primary_key:
+        facts.append(f"primary key {', '.join(table.primary_key)}")
+    if table.leaves:
+        facts.append(f"{len(table.leaves)} partition{'s' * (len(table.leaves) != 1)}")
+    return f"{table.name}: {', '.join(facts)}."
+
+
+_IDENTITIES = {
+    ReplicaIdentity.DEFAULT: "the key alone",
+    ReplicaIdentity.INDEX: "the columns of an index alone",
+}
+
+
+def _of_deletes(table: Table) -> Iterator[str]:
+    if table.replica_identity is ReplicaIdentity.FULL:
+        yield from _remark("REPLICA IDENTITY FULL: deletes are judged by the whole row.")
+        return
+    logged = _IDENTITIES.get(table.replica_identity, "nothing")
+    kind = table.replica_identity.name
+    yield from _remark(
+        f"REPLICA IDENTITY {kind}: of a deleted row {logged} is known, and an update brings no"
+        " long value that it leaves alone. For rules that need more:"
+    )
+    for name in table.leaves or (table.name,):
+        yield f"#   ALTER TABLE {_shown(qualified(name))} REPLICA IDENTITY FULL;"
+
+
+def _mend(mend: str) -> Iterator[str]:
+    if mend.endswith(";"):
+        for statement in re.split("(?<=;) (?=ALTER|GRANT)", mend):
+            yield f"#   {_shown(statement)}"
+    elif mend:
+        yield from _remark(f"{mend.removesuffix('.')}.", indent="  ")
+
+
+def _keys(draft: Draft) -> Iterator[str]:
+    config = draft.config
+    yield f"{_key(draft.name)}:"
+    yield f"  table: {_value(config.table)}"
+    if config.type != "base":
+        yield f"  type: {config.type}"
+    if config.id:
+        yield f"  id: {_value(config.id)}"
+    yield from _fields(draft)
+    yield from _relations(draft)
+    yield from _login(draft)
+    if draft.rule:
+        if draft.rule == SIGNED_IN:
+            yield "  # Nothing tells whose the rows are; this is everybody who is signed in:"
+        yield _off(f"  list_rule: {_value(draft.rule)}")
+        yield _off(f"  view_rule: {_value(draft.rule)}")
+    elif lets_in(draft) and not draft.faults:
+        yield "  # By their names its ids let people in: whoever hears of one can use it."
+
+
+def _fields(draft: Draft) -> Iterator[str]:
+    fields = draft.config.fields
+    if fields.include == ("*",) and not fields.hide and not fields.rename:
+        return
+    yield "  fields:"
+    if fields.include != ("*",):
+        yield "    # Without those that are foreign keys of a type that ids can't be."
+        yield f"    include: {_list(fields.include)}"
+    if fields.hide:
+        yield "    # By their names they are secrets: for superusers only."
+        yield f"    hide: {_list(fields.hide)}"
+    if fields.rename:
+        renames = ", ".join(f"{_key(name)}: {_value(to)}" for name, to in fields.rename.items())
+        yield f"    rename: {{{renames}}}"
+
+
+def _relations(draft: Draft) -> Iterator[str]:
+    told = draft.config.relations
+    if told:
+        yield "  relations:"
+    for name, relation in told.items():
+        if not relation.through:
+            yield "    # Its foreign keys lead to several collections; one of them counts."
+        yield f"    {_key(name)}: {_relation(relation)}"
+    if draft.guessed:
+        yield "  # By their names; no foreign key says so:"
+    guessed = [f"{_key(name)}: {_relation(one)}" for name, one in draft.guessed.items()]
+    if guessed and not told:
+        yield _off(f"  relations: {{{', '.join(guessed)}}}")  # taken or left by one line
+    elif guessed:
+        yield from (_off(f"    {one}") for one in guessed)
+
+
+def _relation(relation: RelationConfig) -> str:
+    keys = ("collection", "through", "source", "target")
+    said = [f"{key}: {_value(getattr(relation, key))}" for key in keys if getattr(relation, key)]
+    return f"{{{', '.join(said)}}}"
+
+
+def _login(draft: Draft) -> Iterator[str]:
+    login = draft.config.login
+    if not login.password_hash:
+        if draft.lacks_identity:
+            yield "  # Nobody can log in by a password: no unique column tells people apart."
+        return
+    if draft.config.auth_rule:
+        yield "  # Who may log in at all:"
+        yield f"  auth_rule: {_value(draft.config.auth_rule)}"
+    token_key = f", token_key: {_value(login.token_key)}" if login.token_key else ""
+    yield (
+        f"  login: {{identity: {_list(login.identity)},"
+        f" password_hash: {_value(login.password_hash)}{token_key}}}"
+    )
+
+
+def _left_out(made: Sketch) -> Iterator[str]:
+    if made.left_out:
+        yield "# Left out:"
+        for name, reason in made.left_out.items():
+            yield from _remark(f"{name}: {reason}", indent="  ")
+
+
+# -- YAML
+
+
+def _off(line: str) -> str:
+    """Return the setting as a comment: without the "#" it is in its place."""
+    setting = line.lstrip(" ")
+    return f"{' ' * (len(line) - len(setting))}#{setting}"
+
+
+_BLANK_OR_BREAK = re.compile(r"\s+")
+
+
+def _remark(text: str, indent: str = "") -> Iterator[str]:
+    """Yield the lines of a comment; what has no place in one is shown as Python has it."""
+    width = _WIDTH - 4 - len(indent)
+    shown = _shown(_BLANK_OR_BREAK.sub(" ", text))
+    yield from (f"# {indent}{line}" for line in textwrap.wrap(shown, width, break_on_hyphens=False))
+
+
+def _shown(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _key(text: str) -> str:
+    """Return the text as a key. Nothing is filled into keys."""
+    style = None if text.isprintable() else '"'
+    dumped = yaml.safe_dump(
+        [text],
+        default_flow_style=True,
+        default_style=style,
+        allow_unicode=text.isprintable(),
+        width=math.inf,
+    )
+    return dumped.strip()[1:-1]
+
+
+def _value(text: str) -> str:
+    """Return the text as a value, in which ``${`` would be filled in."""
+    return _key(text.replace("${", "$${"))
+
+
+def _list(texts: Iterable[str]) -> str:
+    return f"[{', '.join(_value(text) for text in texts)}]"

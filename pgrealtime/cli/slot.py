@@ -1,0 +1,54 @@
+"""``pgrealtime slot``: the slots that a configuration may have left on its server."""
+
+from __future__ import annotations
+
+from pgrealtime.cli.check.check import connected
+from pgrealtime.config.model import Config
+from pgrealtime.errors import SetupError
+from pgrealtime.spelling import nearest
+from pgrealtime.wal import durable
+
+
+async def list_slots(config: Config) -> list[str]:
+    """Return a line per slot.
+
+    Raises:
+        PgRealtimeError: The server can't be asked.
+    """
+    async with connected(config.database.url) as connection:
+        standing = await durable.ours(connection, config.replication.slot.name)
+    return [_line(slot) for slot in standing]
+
+
+def _line(slot: durable.Standing) -> str:
+    reader = "nobody reads it" if slot.active_pid is None else f"read by pid {slot.active_pid}"
+    state = f"lost ({slot.invalidation_reason or 'its WAL is gone'})" if slot.is_lost else reader
+    kind = "temporary" if slot.is_temporary else "durable"
+    mebibytes = slot.retained_bytes / (1 << 20)
+    return (
+        f'{slot.name}: {kind}, {slot.plugin or "physical"}, database "{slot.database}", {state},'
+        f" {mebibytes:,.1f} MiB of WAL retained"
+    )
+
+
+async def drop_slot(config: Config, name: str) -> None:
+    """Drop one of the slots that ``list_slots`` tells of.
+
+    Raises:
+        SetupError: There is none of that name.
+        SlotBusyError: Somebody reads from it.
+        PgRealtimeError: The server can't be asked.
+    """
+    async with connected(config.database.url) as connection:
+        standing = await durable.ours(connection, config.replication.slot.name)
+        for slot in standing:
+            if slot.name == name:
+                await durable.drop(connection, slot)
+                return
+    meant = nearest(name, [slot.name for slot in standing])
+    raise SetupError(
+        f'there is no slot "{name}" of this configuration',
+        detail=f'Its slots are named "{config.replication.slot.name}", with or without a suffix.',
+        hint="" if meant is None else f'Perhaps you meant "{meant}".',
+        code="slot_unknown",
+    )

@@ -1,0 +1,1 @@
+"""Collections: a configured table as PocketBase means it."""

@@ -1,0 +1,150 @@
+"""Collections, fields and relations as rules and records see them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from pgrealtime.catalog.model import (
+    Column,
+    Table,
+    Type,
+)
+from pgrealtime.changes import TableName
+
+
+class FieldKind(Enum):
+    """What PocketBase would call the field; decides how it compares and how it is shown."""
+
+    TEXT = "text"
+    """Also uuid, enum, citext, char(n), interval, ranges, inet, time, xml: shown as text."""
+    NUMBER = "number"
+    BOOL = "bool"
+    DATE = "date"
+    JSON = "json"
+    GEO = "geoPoint"
+    RELATION = "relation"
+    """The id, or with ``is_multiple`` the ids, of records of another collection."""
+    FILE = "file"
+    BYTES = "bytes"
+    """bytea: shown as base64, not usable in rules."""
+    COMPOSITE = "composite"
+    """Shown as an object, not usable in rules."""
+    GEOMETRY = "geometry"
+    """PostGIS' geometry and geography: shown as GeoJSON, usable in rules as geoPoint only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Junction:
+    """A table of pairs that makes a many-to-many relation."""
+
+    table: Table
+    source: str
+    """Its column that names the record of this collection."""
+    target: str
+    """Its column that names the related record."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relation:
+    """Where a relation field points."""
+
+    collection: str
+    """Name of the collection pointed to."""
+    junction: Junction | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """A field of a collection."""
+
+    name: str
+    column: Column | None
+    """None if the field lives in a junction table."""
+    kind: FieldKind
+    type: Type
+    """The column's type, of a junction's target column where there is no own one."""
+    is_multiple: bool = False
+    """An array column, or a relation through a junction table."""
+    is_select: bool = False
+    """One of a list of values, or several of them and none twice; else an array is kept as it is.
+
+    ``:length`` and ``:each`` mean something then, as they do of any array.
+    """
+    is_hidden: bool = False
+    """Shown to superusers only; not usable in client filters; rules may read it."""
+    is_secret: bool = False
+    """In no record, not even a superuser's: password hash, token key."""
+    relation: Relation | None = None
+
+    @property
+    def is_stored_as_json(self) -> bool:
+        """Whether its keys are looked up in JSON, not in a point or a geometry."""
+        return self.type.base.name in {"json", "jsonb"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collection:
+    """A table under the name, the fields and the rules that clients know."""
+
+    name: str
+    id: str
+    type: str
+    """``base`` or ``auth``."""
+    table: Table
+    key: Column
+    """The column shown as ``id``."""
+    fields: tuple[Field, ...]
+    """The id included, in the table's column order, junction relations last."""
+    list_rule: str | None = None
+    view_rule: str | None = None
+    manage_rule: str | None = None
+    auth_rule: str | None = ""
+    by_name: Mapping[str, Field] = field(default_factory=dict, repr=False, compare=False)
+    column_names: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+    """All that the table has."""
+    generated_columns: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        generated = frozenset(c.name for c in self.table.columns if c.is_generated)
+        object.__setattr__(self, "generated_columns", generated)
+        object.__setattr__(self, "by_name", {f.name: f for f in self.fields})
+        object.__setattr__(self, "column_names", frozenset(c.name for c in self.table.columns))
+
+
+class Collections(Mapping[str, Collection]):
+    """All collections, by name; by id and by table too.
+
+    Attributes:
+        encoding: The database's.
+    """
+
+    def __init__(self, collections: tuple[Collection, ...], *, encoding: str = "UTF8") -> None:
+        self.encoding = encoding
+        self._by_name = {c.name: c for c in collections}
+        self._by_id = {c.id: c for c in collections}
+        self._by_table = {c.table.name: c for c in collections}
+
+    def __getitem__(self, name: str) -> Collection:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def find(self, name_or_id: str) -> Collection | None:
+        """The collection of that name or id, exact and case sensitive as in topics."""
+        return self._by_name.get(name_or_id) or self._by_id.get(name_or_id)
+
+    def of_table(self, table: TableName) -> Collection | None:
+        """The collection that shows the table."""
+        return self._by_table.get(table)
+
+
+def collection_id(kind: str, name: str) -> str:
+    """Return the id that PocketBase derives: ``pbc_`` and the CRC-32 of type and name."""
+    return f"pbc_{zlib.crc32(f'{kind}{name}'.encode())}"

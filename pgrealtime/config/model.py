@@ -1,0 +1,368 @@
+"""The sections of the configuration and their defaults."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from typing import Annotated, Literal, Self, TypeAlias
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+
+from pgrealtime.config.units import parse_duration, parse_size
+
+Seconds = Annotated[float, BeforeValidator(parse_duration)]
+"""Written ``500ms``, ``25s``, ``5m``, ``1h``; held in seconds."""
+
+
+SomeSeconds = Annotated[Seconds, Field(gt=0)]
+"""A duration that can't be nothing."""
+
+
+Bytes = Annotated[int, BeforeValidator(parse_size)]
+"""Written ``64KiB``, ``16MiB``; held in bytes."""
+
+
+SomeBytes = Annotated[Bytes, Field(gt=0)]
+"""A size that can't be nothing."""
+
+
+def _split_texts(value: object) -> object:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_split_texts)]
+"""A list of texts; in one text, as variables are, separated by commas."""
+
+
+def _parse_network(value: object) -> IPv4Network | IPv6Network:
+    try:
+        return ip_network(str(value))
+    except ValueError:
+        raise ValueError("not a network; write it as 10.0.0.0/8 or fd00::/8") from None
+
+
+Networks = Annotated[
+    tuple[Annotated[IPv4Network | IPv6Network, BeforeValidator(_parse_network)], ...],
+    BeforeValidator(_split_texts),
+]
+"""A list of networks; in one text separated by commas."""
+
+
+class SecretKey:
+    """Marks a key that may also be given as ``KEY_file``, and that no message shows."""
+
+
+Secret = Annotated[str, Field(repr=False), SecretKey()]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DatabaseConfig(Section):
+    """The database whose changes are told."""
+
+    url: Secret = ""
+    """Direct connection with the REPLICATION right; empty takes libpq's PG* variables."""
+    query_url: Secret = ""
+    """Where rules are asked, if not at ``url``: same primary, may be a pooler."""
+    schemas: Texts = ("public",)
+    pool_size: int = Field(default=8, ge=1, le=1000)
+    statement_timeout: SomeSeconds = 2.0
+    """Per rule query; running out of it denies."""
+    wait_for: Seconds = 60.0
+    """How long to wait at start for a server that doesn't answer yet."""
+
+
+class SlotConfig(Section):
+    """The replication slot; temporary unless ``durable``, so that it can't outlive the process."""
+
+    name: str = Field(default="pgrealtime", pattern=r"^[a-z0-9_]{1,48}$")
+    """Of a durable slot; to a temporary one's a random suffix is appended."""
+    durable: bool = False
+    """The slot outlives the process: nothing is missed while it is down, and clients resume."""
+    failover: bool = False
+    """A durable slot's standbys have it too (PostgreSQL 17 and newer)."""
+    allow_unlimited_wal: bool = False
+    """Whether a durable slot may be made where ``max_slot_wal_keep_size`` bounds nothing."""
+    create_timeout: SomeSeconds = 300.0
+    """Creating waits for every open writing transaction of the cluster; longer than this fails."""
+
+    @model_validator(mode="after")
+    def _failover_is_durable(self) -> Self:
+        if self.failover and not self.durable:
+            raise ValueError("failover is for durable slots: set durable too")
+        return self
+
+
+class ReplicationConfig(Section):
+    """How the stream is read."""
+
+    plugin: Literal["auto", "wal2json", "pgoutput"] = "auto"
+    """``auto`` takes wal2json where the server has it and allows it, else pgoutput."""
+    slot: SlotConfig = SlotConfig()
+    publication: str = Field(default="pgrealtime", min_length=1, max_length=63)
+    """pgoutput only: lists the tables; made by the operator from SQL that we print."""
+    max_pause: Seconds = 2.0
+    """Held-up delivery pauses reading for so long; then the connection is given up: a gap."""
+
+
+class ChangelogConfig(Section):
+    """What a returning connection can be given."""
+
+    max_age: Seconds = 300.0
+    """0 turns resume off."""
+    max_size: SomeBytes = 64 * 1024 * 1024
+    """A transaction larger than this is a gap of its tables."""
+
+
+class ServerConfig(Section):
+    """The public port."""
+
+    host: str = "0.0.0.0"  # noqa: S104 (a sidecar's port is meant to be reached)
+    port: int = Field(default=8090, ge=0, le=65535)
+    base_path: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
+    """Before every route, as in ``/realtime-service``; for proxies that don't cut it off."""
+    trusted_proxies: Networks = ()
+    """Networks, as in ``10.0.0.0/8``, whose ``X-Forwarded-For`` is believed."""
+    cors_origins: Texts = ("*",)
+    locale: Literal["auto", "en", "zh"] = "auto"
+    """Language of error messages; ``auto`` follows ``Accept-Language``."""
+    shutdown_grace: Seconds = 25.0
+    """At SIGTERM connections are ended in small groups, never taking longer than this."""
+
+
+class RealtimeConfig(Section):
+    """Limits of connections."""
+
+    idle_timeout: SomeSeconds = 300.0
+    """Without a delivered event for so long a connection is ended, as PocketBase does."""
+    max_lifetime: SomeSeconds = 1800.0
+    heartbeat: SomeSeconds = 25.0
+    """Keeps proxies from cutting; doesn't count as activity."""
+    max_connections: int = Field(default=10_000, ge=1)
+    send_buffer: SomeBytes = 1024 * 1024
+    """Per connection; when full it reads on from the changelog instead."""
+    send_buffers: SomeBytes = 256 * 1024 * 1024
+    """What waits for all connections together, beside 64 KiB for each."""
+    stall_timeout: SomeSeconds = 30.0
+    """A connection that takes no byte for so long is ended."""
+    same_address: bool = True
+    """Whether the subscribe call must come from the connection's address."""
+
+
+HiddenFields: TypeAlias = Literal["strict", "pocketbase"]
+"""How far fields that are shown to superusers only may be used by others."""
+
+
+class RecordsConfig(Section):
+    """How rows are shown."""
+
+    nulls: Annotated[Literal["null", "zero"], BeforeValidator(lambda v: v or "null")] = "null"
+    """``null``, or PocketBase's zero value of the field's type."""
+    hidden: HiddenFields = "strict"
+    """``strict``: for all but superusers a hidden relation isn't there, so that nothing can be
+    expanded over it. ``pocketbase``: whoever may see its target can do so, as in PocketBase."""
+
+
+Algorithm: TypeAlias = Literal["HS256", "RS256", "ES256", "EdDSA"]
+
+
+class IssuerConfig(Section):
+    """Who else makes tokens that count. It has one of ``secret``, ``public_key``, ``jwks_url``."""
+
+    name: str
+    algorithms: Annotated[tuple[Algorithm, ...], BeforeValidator(_split_texts)] = ()
+    """Empty takes what the key can check: HS256 for a secret, the three others for public keys."""
+    secret: Secret = ""
+    previous_secret: Secret = ""
+    """Still accepted; for changing the secret without signing everybody out."""
+    public_key: Secret = ""
+    """PEM. No secret, but as well kept in a file."""
+    jwks_url: str = Field(default="", pattern=r"^(https?://\S+)?$")
+    """Where the issuer publishes its keys, as a JSON Web Key Set."""
+    issuer: str = ""
+    audience: str = ""
+    leeway: Seconds = 0.0
+    id_claim: str = Field(default="sub", min_length=1)
+    collection: str = "users"
+    """The auth collection whose record the id names."""
+    superuser_when: dict[str, str | int | bool] = Field(default_factory=dict)
+    """Claims, all of which must be equal, that make a superuser."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_key(self) -> Self:
+        given = [key for key in ("secret", "public_key", "jwks_url") if getattr(self, key)]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"give one of secret, public_key and jwks_url; there is {found}")
+        # A public key is known to everybody: as an HMAC secret it would let anybody in.
+        unfit = [a for a in self.algorithms if (a == "HS256") != (given == ["secret"])]
+        if unfit:
+            raise ValueError(f"{given[0]} can't check {', '.join(unfit)}")
+        if self.previous_secret and not self.secret:
+            raise ValueError("previous_secret belongs to secret")
+        return self
+
+    @property
+    def accepted_algorithms(self) -> tuple[Algorithm, ...]:
+        """What ``algorithms`` says, or what its being empty means."""
+        return self.algorithms or (("HS256",) if self.secret else ("RS256", "ES256", "EdDSA"))
+
+
+class LoginConfig(Section):
+    """PocketBase's own login endpoints, on users tables that exist already."""
+
+    enabled: bool = False
+    secret: Secret = ""
+    """Signs the tokens together with each user's token key; changing it signs everybody out."""
+    token_lifetime: Seconds = 432_000.0
+    attempts_per_minute: int = Field(default=10, ge=1)
+    """Failed ones, per address (IPv6: per /64) and account, however its name is spelled."""
+
+    @model_validator(mode="after")
+    def _has_secret(self) -> Self:
+        if self.enabled and not self.secret:
+            raise ValueError("login needs a secret")
+        return self
+
+
+class AuthConfig(Section):
+    """Who is asking."""
+
+    allow_guests: bool = True
+    """Whether a subscribe call needs no token that holds."""
+    issuers: tuple[IssuerConfig, ...] = ()
+    login: LoginConfig = LoginConfig()
+
+    @model_validator(mode="after")
+    def _lets_somebody_in(self) -> Self:
+        if not (self.allow_guests or self.issuers or self.login.enabled):
+            raise ValueError("without guests, issuers and login nobody can subscribe")
+        return self
+
+
+class CollectionLoginConfig(Section):
+    """How the people of one users table log in."""
+
+    identity: Texts = ("email",)
+    """Fields, tried in this order, an e-mail address as ``email`` first."""
+    password_hash: str = ""
+    """Column of the password hash; empty means that nobody logs in here."""
+    token_key: str = ""
+    """Column that is part of the key of the user's tokens; empty takes the password hash."""
+
+    @property
+    def secret_columns(self) -> tuple[str, ...]:
+        """The columns that are in no record."""
+        return tuple(name for name in (self.password_hash, self.token_key) if name)
+
+
+class FieldsConfig(Section):
+    """Which columns become fields, and how."""
+
+    include: Texts = ("*",)
+    """What is left out here is in no record and no rule."""
+    hide: Texts = ()
+    """PocketBase's hidden: shown to superusers only; not usable in client filters."""
+    rename: dict[str, str] = Field(default_factory=dict)
+    """Column to field name."""
+    types: dict[str, str] = Field(default_factory=dict)
+    """Field to PocketBase type, where the column's type doesn't say it: ``geoPoint``, ``file``."""
+
+
+class RelationConfig(Section):
+    """A relation that no foreign key tells of."""
+
+    collection: str
+    """Name of the collection pointed to."""
+    through: str = ""
+    """Junction table, as ``schema.table``; empty if a column holds the id or the array of ids."""
+    source: str = ""
+    """In the junction table: the column naming this collection's record."""
+    target: str = ""
+    """In the junction table: the column naming the related record."""
+
+
+def _not_for_everyone(rule: str | None) -> str | None:
+    if rule == "":
+        raise ValueError("nobody may manage everybody; leave it out, or say who does")
+    return rule
+
+
+class CollectionConfig(Section):
+    """A table, shown as a collection."""
+
+    table: str
+    type: Literal["base", "auth"] = "base"
+    id: str = ""
+    """The column shown as id; empty is the primary key."""
+    collection_id: str = ""
+    """Empty derives it from type and name as PocketBase does."""
+    fields: FieldsConfig = FieldsConfig()
+    relations: dict[str, RelationConfig] = Field(default_factory=dict)
+    login: CollectionLoginConfig = CollectionLoginConfig()
+    list_rule: str | None = None
+    view_rule: str | None = None
+    manage_rule: Annotated[str | None, AfterValidator(_not_for_everyone)] = None
+    """Of an auth collection: who sees e-mail addresses that aren't public."""
+    auth_rule: str | None = ""
+    """Of an auth collection: which of its people may sign in; null is nobody."""
+
+
+class AdminConfig(Section):
+    """The operator's port: probes and metrics. Off unless it has a port."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=0, ge=0, le=65535)
+    """0 is off."""
+    token: Secret = ""
+    """Metrics are for ``Authorization: Bearer`` with it; probes never need it."""
+
+    @model_validator(mode="after")
+    def _has_token_if_reachable(self) -> Self:
+        if self.port and not self.token and not _is_loopback(self.host):
+            raise ValueError(
+                f"metrics that others than this machine reach ({self.host}) need a token"
+            )
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class LoggingConfig(Section):
+    """What is logged, and how."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "console", "json"] = "auto"
+
+
+class Config(Section):
+    """Everything an operator can say. A room receives its own section, never the whole."""
+
+    version: Literal[1] = 1
+    database: DatabaseConfig = DatabaseConfig()
+    replication: ReplicationConfig = ReplicationConfig()
+    changelog: ChangelogConfig = ChangelogConfig()
+    server: ServerConfig = ServerConfig()
+    realtime: RealtimeConfig = RealtimeConfig()
+    records: RecordsConfig = RecordsConfig()
+    auth: AuthConfig = AuthConfig()
+    collections: dict[str, CollectionConfig] = Field(default_factory=dict)
+    admin: AdminConfig = AdminConfig()
+    logging: LoggingConfig = LoggingConfig()

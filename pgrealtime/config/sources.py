@@ -1,0 +1,252 @@
+"""Where a configuration comes from: YAML text with its lines, ``${VAR}``, the environment.
+
+Pure: text and mappings in, plain values and problems out. ``config`` gives them their meaning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import yaml
+
+from pgrealtime.errors import Problem
+
+KeyPath: TypeAlias = tuple[str | int, ...]
+"""Keys and list indexes from the top of the document, outermost first."""
+
+_VARIABLE = re.compile(
+    r"""
+    \$(?P<escaped>\$\{) |
+    \$\{
+      (?P<name>[A-Za-z_][A-Za-z0-9_]*)
+      (?: :(?P<operator>[-?]) (?P<operand>[^}]*) )?
+    \} |
+    (?P<broken>\$\{)
+    """,
+    re.VERBOSE,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """A YAML document as plain values, with the places of its keys."""
+
+    value: object
+    lines: Mapping[KeyPath, int]
+    """1-based line of each key and list item."""
+    problems: tuple[Problem, ...] = ()
+
+
+def dotted(path: Iterable[str | int]) -> str:
+    """Return ``collections.posts.list_rule``; the whole document is ``(document)``."""
+    return ".".join(map(str, path)) or "(document)"
+
+
+_BEGINS_OTHERWISE = re.compile(r"found character '[^\\]'|found '<scalar>'")
+"""PyYAML of a text whose beginning means something to YAML: ``@request.auth.id``, ``"a" = b``."""
+_QUOTES = "put the whole value in quotes, as in '@request.auth.id != \"\"'"
+
+
+def read_yaml(text: str) -> Document:
+    """Return the document; text that isn't YAML gives an empty one and the problem."""
+    try:
+        reader = _Reader(yaml.SafeLoader(text))
+        node = reader.loader.get_single_node()
+        value = {} if node is None else reader.read(node, ())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = None if mark is None else mark.line + 1
+        said = str(error.problem or error.context)
+        hint = _QUOTES if _BEGINS_OTHERWISE.search(said) else ""
+        problem = Problem("(document)", f"not YAML: {said}", hint, line)
+    except yaml.YAMLError:
+        problem = Problem("(document)", "not YAML: it has characters that YAML doesn't allow")
+    except RecursionError:
+        problem = Problem("(document)", "nested too deeply, or a part of itself")
+    except ValueError as error:
+        # PyYAML takes texts for dates and numbers by their look: 2024-13-01.
+        problem = Problem("(document)", f"not YAML: {error}")
+    else:
+        return Document(value=value, lines=reader.lines, problems=tuple(reader.problems))
+    return Document(value={}, lines={}, problems=(problem,))
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Turns nodes into values by hand, because PyYAML forgets lines and repeated keys."""
+
+    loader: yaml.SafeLoader
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def read(self, node: yaml.Node, path: KeyPath) -> object:
+        self.lines.setdefault(path, node.start_mark.line + 1)
+        match node:
+            case yaml.MappingNode():
+                return self._mapping(node, path)
+            case yaml.SequenceNode():
+                return [self.read(item, (*path, n)) for n, item in enumerate(node.value)]
+            case _:
+                return self.loader.construct_object(node)
+
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, object]:
+        self._report_repeated(node, path)
+        self.loader.flatten_mapping(node)  # resolves "<<"; what it merges in stands first
+        entries: dict[str, object] = {}
+        for key_node, value_node in node.value:
+            key = str(self.loader.construct_object(key_node, deep=True))
+            self.lines[(*path, key)] = key_node.start_mark.line + 1
+            entries[key] = self.read(value_node, (*path, key))
+        return entries
+
+    def _report_repeated(self, node: yaml.MappingNode, path: KeyPath) -> None:
+        first: dict[str, int] = {}
+        for key_node, _ in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in first:
+                where = dotted((*path, key))
+                self.problems.append(
+                    Problem(where, f"given twice, first in line {first[key]}", line=line)
+                )
+            first.setdefault(key, line)
+
+
+@dataclass(slots=True)
+class FillIn:
+    """Fills ``${VAR}``, ``${VAR:-default}`` and ``${VAR:?message}`` into values, not into keys.
+
+    As in a shell, ``:-`` and ``:?`` treat an empty variable like an unset one. A plain ``${VAR}``
+    must be set, because an empty rule would open a collection to everyone. ``$${`` stands for
+    ``${``.
+    """
+
+    environ: Mapping[str, str]
+    problems: list[tuple[KeyPath, str]] = field(default_factory=list)
+    """Where, and what was wrong."""
+
+    def __call__(self, value: object, path: KeyPath = ()) -> object:
+        """Return the value with every text in it filled in."""
+        match value:
+            case str():
+                return _VARIABLE.sub(lambda found: self._replace(found, path), value)
+            case dict():
+                return {key: self(inner, (*path, key)) for key, inner in value.items()}
+            case list():
+                return [self(inner, (*path, n)) for n, inner in enumerate(value)]
+            case _:
+                return value
+
+    def _replace(self, found: re.Match[str], path: KeyPath) -> str:
+        if found["escaped"]:
+            return found["escaped"]
+        if found["broken"]:
+            self.problems.append((path, 'a "${" that isn\'t ${VAR}; write "$${" for the text'))
+            return found[0]
+        name, operator, operand = found["name"], found["operator"], found["operand"]
+        current = self.environ.get(name)
+        if operator == "-":
+            return current or operand
+        if current is None or (operator == "?" and not current):
+            reason = operand or f"environment variable {name} is not set"
+            self.problems.append((path, reason))
+            return found[0]
+        return current
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """A value of the environment that replaces one of the file."""
+
+    variable: str
+    path: KeyPath
+    text: str
+
+
+_PREFIX = "PGREALTIME_"
+_CONVENTIONS: Mapping[str, KeyPath] = {
+    "DATABASE_URL": ("database", "url"),
+    "PORT": ("server", "port"),
+}
+
+
+def overrides(environ: Mapping[str, str]) -> tuple[Override, ...]:
+    """Return what the environment says, the weaker conventions first.
+
+    ``DATABASE_URL`` and ``PORT`` are what platforms set; empty ones count as unset. Our own are
+    spelled ``PGREALTIME_SERVER__PORT`` for ``server.port``; names without a double underscore,
+    such as ``PGREALTIME_CONFIG``, aren't keys of the configuration.
+    """
+    conventional = [
+        Override(name, path, environ[name])
+        for name, path in _CONVENTIONS.items()
+        if environ.get(name)
+    ]
+    own = [
+        Override(name, _path_of(name), text)
+        for name, text in sorted(environ.items())
+        if name.startswith(_PREFIX) and "__" in name
+    ]
+    return (*conventional, *own)
+
+
+def _path_of(variable: str) -> KeyPath:
+    parts = variable.removeprefix(_PREFIX).lower().split("__")
+    return tuple(int(part) if part.isdecimal() else part for part in parts)
+
+
+def put(
+    tree: dict[str, object], override: Override, read_text: Callable[[KeyPath, str], object]
+) -> KeyPath:
+    """Set one override in the tree and return the path with the tree's own spelling.
+
+    Keys are found whatever their case, since variables are upper case. ``KEY`` and ``KEY_file``
+    say the same thing, so that either replaces the other.
+
+    Args:
+        tree: Changed in place.
+        override: What to set.
+        read_text: What the text means at a path.
+
+    Raises:
+        LookupError: The path leads through a text, or to a list's item that isn't there.
+    """
+    place: object = tree
+    path: KeyPath = ()
+    *outer, last = override.path
+    for part in outer:
+        key = _spelling(place, part)
+        place = _step(place, key)
+        path = (*path, key)
+    key = _spelling(place, last)
+    path = (*path, key)
+    match place, key:
+        case dict(), str():
+            place.pop(f"{key}_file", None)
+            place.pop(key.removesuffix("_file"), None)
+            place[key] = read_text(path, override.text)
+        case list(), int() if key < len(place):
+            place[key] = read_text(path, override.text)
+        case _:
+            raise LookupError(override.variable)
+    return path
+
+
+def _spelling(place: object, part: str | int) -> str | int:
+    if isinstance(place, dict):
+        return next((key for key in place if key.casefold() == str(part)), str(part))
+    return part
+
+
+def _step(place: object, key: str | int) -> object:
+    match place, key:
+        case dict(), str():
+            if place.get(key) is None:
+                place[key] = {}
+            return place[key]
+        case list(), int() if key < len(place):
+            return place[key]
+        case _:
+            return None

@@ -1,0 +1,1 @@
+"""Would this caller receive an event of this record, and why."""

@@ -1,0 +1,1 @@
+"""Connections that read on from the changelog by themselves."""

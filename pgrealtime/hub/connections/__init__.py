@@ -1,0 +1,1 @@
+"""One client's response and what is queued for it."""

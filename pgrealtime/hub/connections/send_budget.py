@@ -1,0 +1,138 @@
+"""Limits the bytes in send buffers: of each connection, and of all connections together.
+
+``hub.dispatch`` and ``hub.replay`` ask before they write to a connection and report afterwards what
+its send buffer holds. A connection over its limit isn't written to: it catches up from the
+changelog as its client reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from pgrealtime.hub.connections.connection import Connection
+
+COUNTED = 64 * 1024
+"""Send buffers smaller than this many bytes aren't counted against the total, unless a connection
+may not have so much anyway (``SendBudget.counted``). Each connection may have so much waiting
+however much waits for others, so clients that keep up aren't affected by those that don't."""
+_FREE_DIVISOR = 4
+"""A connection may have 1/4 of what is still free waiting. (The same threshold by which switches
+share memory among ports: Choudhury and Hahne, "Dynamic queue length thresholds", 1998.) A few slow
+connections get much each, many get little each, and some of the total is left for one more."""
+_REFRESH_SECONDS = 0.02
+"""Between two readings of all counted send buffers."""
+
+
+class SendBudget:
+    """Counts the bytes waiting in the send buffers of slow connections.
+
+    A connection is slow while its send buffer holds at least ``counted`` bytes; then all of them
+    count. All send buffers together thus hold at most ``total`` and less than ``counted`` for each
+    connection. A message is written whole, so a single large one may pass both bounds: see
+    ``admits``.
+
+    Args:
+        per_connection: Bytes that may wait for one connection, unless it is one larger message
+            (``realtime.send_buffer``).
+        total: Bytes that may wait for all slow connections together (``realtime.send_buffers``).
+        clock: Monotonic seconds.
+
+    Attributes:
+        counted: ``COUNTED``, or ``per_connection`` if that is less.
+    """
+
+    def __init__(self, *, per_connection: int, total: int, clock: Callable[[], float]) -> None:
+        self._per_connection = per_connection
+        self._total = total
+        self._clock = clock
+        self.counted = min(COUNTED, per_connection)
+        self._slow: dict[Connection, int] = {}
+        """Slow connections, and the bytes in their send buffers as last read."""
+        self._waiting = 0
+        """The sum of ``_slow``."""
+        self._refreshed_at = clock()
+        self.line = asyncio.Lock()
+        """A queue for messages that are larger than a connection's limit and not admitted yet.
+
+        ``Replays`` holds it from before ``has_room`` until the message is written. They are thus
+        served one at a time in order of arrival: ``has_room`` reserves nothing, and two that wait
+        at once could each use the room the other waits for, or each drop a connection for it."""
+
+    @property
+    def waiting(self) -> int:
+        """Bytes in the send buffers of slow connections.
+
+        As last read; what clients have read since then, 20 ms or longer ago, isn't deducted yet.
+        """
+        return self._waiting
+
+    def limit(self) -> int:
+        """Return how many bytes may wait for one connection now.
+
+        The same for every connection: between ``counted`` and ``per_connection``, and the less the
+        more waits for others.
+        """
+        if self._slow and self._clock() - self._refreshed_at >= _REFRESH_SECONDS:
+            self._refresh()
+        free = self._total - self._waiting
+        return max(self.counted, min(self._per_connection, free // _FREE_DIVISOR))
+
+    def note(self, connection: Connection) -> None:
+        """Read a connection's send buffer; to be called after a write that may make it slow."""
+        waiting = connection.sink.buffered()
+        before = self._slow.pop(connection, 0)
+        if waiting >= self.counted:
+            self._slow[connection] = waiting
+            self._waiting += waiting
+        self._waiting -= before
+
+    def admits(self, size: int) -> bool:
+        """Return whether a single message may be written though it is larger than ``limit()``.
+
+        A message up to half of the total must fit into what is free. A larger one counts as half
+        of the total: it is written once half is free. One larger than the total could otherwise
+        never be written, and one nearly as large only once nothing waits for anybody. So all
+        buffers may hold up to ``size - total // 2`` bytes more than the total.
+        """
+        return self._waiting + min(size, self._total // 2) <= self._total
+
+    async def has_room(self, size: int, seconds: float) -> bool:
+        """Wait until a message is admitted.
+
+        Reserves nothing: other connections may fill the room before the caller writes, who checks
+        ``admits`` again then. The caller holds ``line``.
+
+        Returns:
+            False if it wasn't admitted in time; the caller then drops the ``largest`` connection
+            and waits again.
+        """
+        end = self._clock() + seconds
+        while not self.admits(size):
+            if self._clock() >= end:
+                return False
+            await asyncio.sleep(_REFRESH_SECONDS)
+            self._refresh()
+        return True
+
+    def largest(self) -> Connection | None:
+        """Return the connection with the largest send buffer, None if none is slow.
+
+        It is the one to drop when a message has found no room for too long.
+        """
+        return max(self._slow, key=self._slow.__getitem__, default=None)
+
+    def forget(self, connection: Connection) -> None:
+        """Deduct a dropped connection, whose send buffer was discarded with it.
+
+        Not for one that was ended in order: the bytes left in its send buffer are still sent, and
+        count until then.
+        """
+        self._waiting -= self._slow.pop(connection, 0)
+
+    def _refresh(self) -> None:
+        """Read the send buffers of slow connections again; those that shrank are slow no more."""
+        self._refreshed_at = self._clock()
+        found = {connection: connection.sink.buffered() for connection in self._slow}
+        self._slow = {one: waiting for one, waiting in found.items() if waiting >= self.counted}
+        self._waiting = sum(self._slow.values())

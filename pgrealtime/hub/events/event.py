@@ -1,0 +1,178 @@
+"""What a transaction means to subscribers: changes become PocketBase's create, update, delete."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, TypeAlias
+
+from msgspec import Struct
+
+from pgrealtime.caches import Kept
+from pgrealtime.changes import (
+    Change,
+    Delete,
+    Insert,
+    Row,
+    TableName,
+    Transaction,
+    Truncate,
+    Update,
+)
+from pgrealtime.collections.model import Collection, Collections
+from pgrealtime.lsn import Cursor, Xid
+
+Action: TypeAlias = Literal["create", "update", "delete"]
+
+
+class Event(Struct, gc=False):
+    """One record's change, not yet judged.
+
+    Attributes:
+        row: The image it is judged on and shown with: new for create and update, old for delete.
+        cursor: Of the change that it belongs to; a changed key makes two events of one change.
+        changes: All of its transaction: a delete is judged by what was there before them.
+    """
+
+    collection: Collection
+    action: Action
+    record_id: str
+    row: Row
+    cursor: Cursor
+    xid: Xid
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def missing(self) -> frozenset[str]:
+        """Columns that the image lacks: left out of the WAL, or not the table's any more.
+
+        By name: a table that was altered since the catalogue was read has others instead.
+        """
+        return self.collection.column_names.difference(self.row)
+
+    @property
+    def hides_email(self) -> bool:
+        """Whether not everybody is shown the record's e-mail address; of auth collections."""
+        visibility = self.collection.by_name.get("emailVisibility")
+        column = visibility.column if visibility is not None else None
+        return column is None or self.row.get(column.name) != "t"
+
+
+class Emptied(Struct, frozen=True):
+    """A collection whose table was truncated: no rows are told, so it is a gap."""
+
+    collection: Collection
+    cursor: Cursor
+
+
+def events_of(
+    transaction: Transaction, collections: Collections, after: int = 0
+) -> Iterator[Event | Emptied]:
+    """Yield what the transaction did to collections, in order.
+
+    Args:
+        transaction: The whole.
+        collections: What it is told of.
+        after: Changes that are left out at the beginning.
+    """
+    changes = transaction.changes
+    for ordinal in range(after + 1, len(changes) + 1):  # a copy of the rest may be long
+        change = changes[ordinal - 1]
+        collection = collections.of_table(change.table)
+        if collection is None:
+            continue
+        cursor = Cursor(transaction.end_lsn, ordinal)
+        key = collection.key.name
+        match change:
+            case Insert(new=row):
+                yield _event(collection, "create", row, cursor, transaction)
+            case Update(new=row, old=old):
+                before = old.row.get(key)
+                if before is not None and before != row.get(key):
+                    # PocketBase has no changed ids: to a client the one went, the other came.
+                    yield _event(collection, "delete", old.row, cursor, transaction)
+                    yield _event(collection, "create", row, cursor, transaction)
+                else:
+                    yield _event(collection, "update", row, cursor, transaction)
+            case Delete(old=old):
+                yield _event(collection, "delete", old.row, cursor, transaction)
+            case Truncate():
+                yield Emptied(collection, cursor)
+
+
+def _event(
+    collection: Collection, action: Action, row: Row, cursor: Cursor, of: Transaction
+) -> Event:
+    record_id = row.get(collection.key.name) or ""
+    return Event(collection, action, record_id, row, cursor, of.xid, of.changes)
+
+
+class Versions:
+    """Which columns a transaction writes again in a row, after one of the row's versions.
+
+    Remembers that of the latest transactions asked about: a large one comes in many slices, and
+    readers at different ones take turns.
+    """
+
+    def __init__(self) -> None:
+        self._kept: Kept[int, _LastWrites] = Kept(KEPT_CHANGES)
+
+    def written_after(self, event: Event) -> frozenset[str]:
+        """Return the columns that a later change of the event's transaction brings.
+
+        Another row under the same id brings all, also those that its image lacks. A generated
+        column is in no image, and so counts as written by whatever writes the row.
+        """
+        if len(event.changes) <= event.cursor.ordinal:
+            return _NONE
+        changes = event.changes
+        kept = self._kept.get(id(changes), lambda: (_LastWrites(changes), len(changes)))
+        last = kept.of(event.collection).get(event.record_id, {})
+        return frozenset(name for name, at in last.items() if at > event.cursor.ordinal)
+
+
+KEPT_CHANGES = 200_000
+"""Of transactions of which it is remembered what they did to which row, the latest one aside."""
+
+
+class _LastWrites:
+    """Of one transaction's changes, which it holds: they are known by their identity."""
+
+    __slots__ = ("_by_table", "_changes")
+
+    def __init__(self, changes: Sequence[Change]) -> None:
+        self._changes = changes
+        self._by_table: dict[TableName, Mapping[str, Mapping[str, int]]] = {}
+
+    def of(self, collection: Collection) -> Mapping[str, Mapping[str, int]]:
+        table = collection.table.name
+        if table not in self._by_table:
+            self._by_table[table] = _last_writes(self._changes, collection)
+        return self._by_table[table]
+
+
+_NONE: frozenset[str] = frozenset()
+
+
+def _last_writes(
+    changes: Sequence[Change], collection: Collection
+) -> Mapping[str, Mapping[str, int]]:
+    """Return, of rows that are written several times, which change is the last with a column."""
+    key = collection.key.name
+    written = [
+        (ordinal, change.new.get(key) or "", change)
+        for ordinal, change in enumerate(changes, start=1)
+        if isinstance(change, (Insert, Update)) and change.table == collection.table.name
+    ]
+    times = Counter(record_id for _, record_id, _ in written)
+    found: dict[str, dict[str, int]] = {}
+    for ordinal, record_id, change in written:
+        if times[record_id] > 1:
+            is_same_row = isinstance(change, Update) and change.old.row.get(key) == record_id
+            columns = (
+                [*change.new, *collection.generated_columns]
+                if is_same_row
+                else collection.column_names
+            )
+            found.setdefault(record_id, {}).update(dict.fromkeys(columns, ordinal))
+    return found

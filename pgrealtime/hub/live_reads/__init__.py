@@ -1,0 +1,1 @@
+"""Whether rows that are read now may be shown with an event committed earlier."""

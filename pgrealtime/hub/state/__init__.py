@@ -1,0 +1,1 @@
+"""What dispatching, catching up and subscribe calls share."""

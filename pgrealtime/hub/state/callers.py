@@ -1,0 +1,192 @@
+"""Whose connections they are, and what the stream tells of those people's rows (protocol, 8).
+
+A connection's caller is as its row was when the subscribe call came, and from then on as the stream
+says at the connection's own position. Calls are answered later than their callers were looked
+up, so what the stream told meanwhile is kept here for a while.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection as Sized
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from msgspec.structs import replace
+
+from pgrealtime.auth.principal import AuthRecord, Caller, Guest
+from pgrealtime.auth.record import plain_id, rebound
+from pgrealtime.changes import Row
+from pgrealtime.collections.model import Collection
+from pgrealtime.config.model import CollectionLoginConfig
+from pgrealtime.hub.connections.connection import Connection
+from pgrealtime.hub.events.event import Event
+from pgrealtime.lsn import LSN, Cursor
+from pgrealtime.snapshot import Barrier
+
+Person: TypeAlias = tuple[str, str]
+"""Name of an auth collection and id of a record in it."""
+
+_KEPT = 4096
+"""Changes of rows of people that are remembered. Each call needs those of its own few
+milliseconds; who was looked up before the oldest is looked up again."""
+_KEPT_SIZE = 4 * 1024 * 1024
+"""Characters of those rows, the newest aside."""
+
+_NO_LOGIN = CollectionLoginConfig()
+
+
+def person_of(caller: Caller) -> Person | None:
+    """Whose row makes the caller what it is; None for guests and superusers."""
+    match caller.principal:
+        case AuthRecord() as record:
+            return record.collection_name, record.id
+        case _:
+            return None
+
+
+def person_in(event: Event) -> Person:
+    """Whose row the event is about."""
+    return event.collection.name, plain_id(event.collection, event.record_id)
+
+
+class Identities:
+    """The connections by person, and the latest changes of people's rows.
+
+    Args:
+        logins: How people log in, by collection name.
+        allows_guests: Whether guests may have topics.
+    """
+
+    def __init__(
+        self, logins: Mapping[str, CollectionLoginConfig], *, allows_guests: bool = True
+    ) -> None:
+        self._logins = logins
+        self._allows_guests = allows_guests
+        self._connections: dict[Person, dict[Connection, None]] = {}
+        self._told: dict[Person, deque[Event]] = {}
+        self._order: deque[tuple[Person, int]] = deque()
+        """Whose change each was, and its size."""
+        self._size = 0
+        self._forgotten = LSN(0)
+
+    def add(self, connection: Connection) -> None:
+        """Count the connection among its caller's."""
+        person = person_of(connection.caller)
+        if person is not None:
+            self._connections.setdefault(person, {})[connection] = None
+
+    def remove(self, connection: Connection) -> None:
+        """Take it out, before its caller becomes another. Idempotent."""
+        person = person_of(connection.caller)
+        theirs = self._connections.get(person) if person is not None else None
+        if person is not None and theirs is not None:
+            theirs.pop(connection, None)
+            if not theirs:
+                del self._connections[person]
+
+    def become(self, connection: Connection, caller: Caller) -> None:
+        """Make the caller the connection's."""
+        self.remove(connection)
+        connection.caller = caller
+        if not connection.is_ended:
+            self.add(connection)
+
+    def use(self, logins: Mapping[str, CollectionLoginConfig], *, allows_guests: bool) -> None:
+        """Let people log in otherwise from now on, and guests in or not."""
+        self._logins, self._allows_guests = logins, allows_guests
+
+    def is_welcome(self, connection: Connection) -> bool:
+        """Whether the connection may have the topics that it has."""
+        is_guest = isinstance(connection.caller.principal, Guest)
+        return self._allows_guests or not is_guest or not connection.subscriptions
+
+    def turns(self, event: Event) -> bool:
+        """Whether the event changes the caller of any connection."""
+        return any(
+            self.caller_after(event, one.caller, one.known) is not one.caller
+            for one in self.concerned(event)
+        )
+
+    def concerned(self, event: Event) -> Sized[Connection]:
+        """The connections whose caller is the record that the event is about."""
+        return self._connections.get(person_in(event), {}).keys()
+
+    def caller_after(self, event: Event, caller: Caller, known: Barrier | None) -> Caller:
+        """Return what the event makes of the caller; the same object if nothing changes.
+
+        Args:
+            event: Of the caller's row or of any other.
+            caller: As it was before.
+            known: What was visible when its row was read: older news would undo newer.
+        """
+        if person_of(caller) != person_in(event):
+            return caller
+        if known is not None and not known.admits(event.xid, event.cursor.lsn):
+            return caller
+        if event.action == "delete":
+            return Caller()
+        after = self.caller_of_row(caller, event.collection, event.row)
+        return caller if after == caller else after
+
+    def caller_of_row(self, caller: Caller, collection: Collection, row: Row | None) -> Caller:
+        """Return the caller, who is a record of the collection, as its row makes it.
+
+        Args:
+            caller: As it was before.
+            collection: Of the record.
+            row: Of the record; None if there is none any more.
+        """
+        if row is None:
+            return Caller()
+        return rebound(caller, collection, self._logins.get(collection.name, _NO_LOGIN), row)
+
+    # --- between the look-up of a caller and the answer to its call
+
+    def tell(self, event: Event) -> None:
+        """Remember the event for calls whose callers were looked up before it."""
+        person = person_in(event)
+        size = sum(len(value) for value in event.row.values() if value is not None)
+        # Without all that its transaction changed, which the changelog may let go of meanwhile.
+        self._told.setdefault(person, deque()).append(replace(event, changes=()))
+        self._order.append((person, size))
+        self._size += size
+        while len(self._order) > _KEPT or (self._size > _KEPT_SIZE and len(self._order) > 1):
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        oldest, size = self._order.popleft()
+        self._size -= size
+        theirs = self._told[oldest]
+        self._forgotten = max(self._forgotten, theirs.popleft().cursor.lsn)
+        if not theirs:
+            del self._told[oldest]
+
+    def forget(self, upto: LSN) -> None:
+        """Take note that changes up to there were never told: a gap, or another history."""
+        self._told.clear()
+        self._order.clear()
+        self._size = 0
+        self._forgotten = upto
+
+    def caught_up(self, caller: Caller, known: Barrier | None, upto: Cursor) -> Caller:
+        """Return the caller as it is at a position of the stream.
+
+        Args:
+            caller: As it was looked up.
+            known: What was visible then; None if there was no row.
+            upto: Where its connection stands. What comes later it hears itself.
+
+        Raises:
+            LookupError: That look-up is too old to say, or what followed doesn't tell enough.
+        """
+        if known is None:
+            return caller
+        if known.insert_lsn < self._forgotten:
+            raise LookupError("the caller was looked up too long ago")
+        for event in self._told.get(person_of(caller) or ("", ""), ()):
+            if event.cursor <= upto:
+                caller = self.caller_after(event, caller, known)
+        if caller.is_lost:
+            raise LookupError("the caller's row changed in what the stream doesn't have")
+        return caller

@@ -1,0 +1,1 @@
+"""Connects to PostgreSQL and reads rows, whatever is asked."""

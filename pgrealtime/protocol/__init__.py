@@ -1,0 +1,1 @@
+"""PocketBase's wire syntax: topics, JSON, forms, query strings, message frames."""

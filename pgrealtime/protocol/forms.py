@@ -1,0 +1,279 @@
+"""Form bodies, read as Go's ``net/http``, ``mime`` and ``mime/multipart`` read them.
+
+Which bodies count as broken is part of PocketBase's behaviour, and the parsers at hand (aiohttp's,
+the standard library's ``email``) forgive other things than Go does.
+"""
+
+from __future__ import annotations
+
+import quopri
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+from pgrealtime.protocol.query_string import QueryString, parse_query_string
+
+Pair = tuple[bytes, bytes]
+
+_TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`{|}~0-9A-Za-z]+")
+_QUOTED: Final = re.compile(r'"((?:[^"\\\r\n]|\\.)*)"')
+_QUOTED_PAIR: Final = re.compile(r'\\([()<>@,;:\\"/\[\]?=])')
+_BAD_QUOTING: Final = re.compile(rb"=\r(?!\n)")
+_PARAMETER: Final = re.compile(r"\s*;\s*")
+_EQUALS: Final = re.compile(r"\s*=\s*")
+_HEADER_NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z ]+")
+_HEADER_TEXT: Final = re.compile(rb"[^\x00-\x08\x0a-\x1f\x7f]*")
+
+_MOST_PARTS: Final = 1000
+"""Of one multipart body (Go's ``multipartmaxparts``)."""
+_MOST_HEADERS: Final = 10_000
+"""Of one part (Go's ``multipartmaxheaders``)."""
+_MOST_PARAMETERS: Final = 1000
+"""Of one header. Go takes any number; four are known, and a body has room for millions."""
+_LONGEST_LINE: Final = 4096
+"""Bytes of a line outside the parts: the size of Go's buffer there."""
+_LARGEST_FORM: Final = 10 << 20
+"""Bytes of an urlencoded body; Go's ``ParseForm`` refuses more."""
+
+
+class FormError(ValueError):
+    """The body isn't the form its content type says, or the content type is broken."""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaType:
+    """A content type or disposition: ``form-data``, and its parameters by lower case name."""
+
+    name: str
+    parameters: Mapping[str, str]
+
+
+def form_pairs(content_type: str, body: bytes, query: bytes) -> list[Pair]:
+    """Return the values of a form in the order PocketBase finds them, the URL's among them.
+
+    Args:
+        content_type: The header, its prefix already recognised as one of the two forms.
+        body: All of it.
+        query: The query string of the URL, still escaped.
+
+    Raises:
+        FormError: Body, content type or query string can't be read whole.
+    """
+    media_type = parse_media_type(content_type)
+    of_url = _sound(parse_query_string(query))
+    if content_type.startswith("multipart/form-data"):
+        boundary = media_type.parameters.get("boundary")
+        if media_type.name != "multipart/form-data" or boundary is None:
+            raise FormError("not multipart/form-data, or no boundary")
+        return [*of_url, *parse_multipart(body, boundary.encode(errors="surrogateescape"))]
+    if media_type.name != "application/x-www-form-urlencoded":
+        return of_url
+    if len(body) > _LARGEST_FORM:
+        raise FormError("form too large")
+    return [*_sound(parse_query_string(body)), *of_url]
+
+
+def _sound(query: QueryString) -> list[Pair]:
+    if not query.is_sound:
+        raise FormError("broken pair in an urlencoded form")
+    return list(query.pairs)
+
+
+def parse_media_type(text: str) -> MediaType:
+    """Return what the header says.
+
+    Raises:
+        FormError: As Go's ``mime.ParseMediaType``, where it returns an error.
+    """
+    base, _, _ = text.partition(";")
+    name = base.strip().lower()
+    if not all(_TOKEN.fullmatch(word) for word in name.split("/", 1)):
+        raise FormError("not a media type")
+    parameters: dict[str, str] = {}
+    end = len(text.rstrip().removesuffix(";").rstrip())
+    at = len(base)
+    for _ in range(_MOST_PARAMETERS):
+        if at >= end:
+            return MediaType(name, _decoded(parameters))
+        key, value, at = _next_parameter(text, at)
+        if parameters.setdefault(key, value) != value:
+            raise FormError("repeated parameter")
+    raise FormError("too many parameters")
+
+
+def _next_parameter(text: str, at: int) -> tuple[str, str, int]:
+    """Return name and value of the parameter whose semicolon is next, and where they end.
+
+    By position: a header may be as long as a body.
+    """
+    start = _PARAMETER.match(text, at)
+    key = _TOKEN.match(text, start.end()) if start else None
+    if key is None:
+        raise FormError("broken parameter")
+    equals = _EQUALS.match(text, key.end())
+    if equals is None:
+        raise FormError("parameter without a value")
+    if quoted := _QUOTED.match(text, equals.end()):
+        value = _QUOTED_PAIR.sub(r"\1", quoted[1])
+        return key[0].lower(), value, quoted.end()
+    plain = _TOKEN.match(text, equals.end())
+    if plain is None:
+        raise FormError("broken value of a parameter")
+    return key[0].lower(), plain[0], plain.end()
+
+
+def _decoded(parameters: Mapping[str, str]) -> dict[str, str]:
+    """Resolve ``name*=utf-8''...`` (RFC 2231); the numbered pieces of that RFC stay unread."""
+    plain = {key: value for key, value in parameters.items() if "*" not in key}
+    for key, value in parameters.items():
+        charset, *more = value.split("'", 2)
+        if key.endswith("*") and len(more) == 2 and charset.lower() in ("utf-8", "us-ascii"):  # noqa: PLR2004 (charset, language, text)
+            plain[key[:-1]] = unquote_to_bytes(more[1]).decode(errors="replace")
+    return plain
+
+
+@dataclass(slots=True)
+class _Lines:
+    """A multipart body and how far it has been read."""
+
+    body: bytes
+    delimiter: bytes
+    at: int = 0
+    newline: bytes = b"\r\n"
+    parts_read: int = 0
+    pairs: list[Pair] = field(default_factory=list)
+
+    def next_line(self) -> bytes:
+        """Return the next line with its end; the last one may have none, after it nothing."""
+        end = self.body.find(b"\n", self.at)
+        line = self.body[self.at : end + 1] if end >= 0 else self.body[self.at :]
+        self.at += len(line)
+        return line
+
+    def is_delimiter(self, line: bytes) -> bool:
+        """Whether a part follows this line. The first one decides how lines end."""
+        rest = line[len(self.delimiter) :].lstrip(b" \t")
+        if not line.startswith(self.delimiter):
+            return False
+        if self.parts_read == 0 and rest == b"\n":
+            self.newline = b"\n"
+        return rest == self.newline
+
+    def is_last(self, line: bytes) -> bool:
+        """Whether this line closes the body."""
+        last = self.delimiter + b"--"
+        return line.startswith(last) and line[len(last) :].lstrip(b" \t") in (b"", self.newline)
+
+
+def parse_multipart(body: bytes, boundary: bytes) -> list[Pair]:
+    """Return names and values of the parts that aren't files.
+
+    Raises:
+        FormError: The body breaks off, or something that is no part stands between parts.
+    """
+    if not boundary:
+        raise FormError("empty boundary")
+    lines = _Lines(body, b"--" + boundary)
+    after_part = False
+    while True:
+        line = lines.next_line()
+        if lines.is_last(line):
+            return lines.pairs
+        if not line.endswith(b"\n") or len(line) > _LONGEST_LINE:
+            raise FormError("no delimiter where one must be")
+        if lines.is_delimiter(line):
+            if not _read_part(lines):
+                return lines.pairs
+            after_part = False
+        elif after_part or (lines.parts_read and line != lines.newline):
+            raise FormError("something between two parts")
+        elif lines.parts_read:
+            after_part = True
+
+
+def _read_part(lines: _Lines) -> bool:
+    """Read one part; a file, and a part without a name, leaves no pair.
+
+    Returns:
+        False if the body ended among the headers, which Go takes for the end of the form.
+    """
+    lines.parts_read += 1
+    if lines.parts_read > _MOST_PARTS:
+        raise FormError("too many parts")
+    headers = _read_headers(lines)
+    if headers is None:
+        return False
+    value = _read_content(lines)
+    disposition = _disposition(headers.get(b"content-disposition", b""))
+    name = disposition.parameters.get("name", "")
+    if disposition.name != "form-data" or not name or disposition.parameters.get("filename"):
+        return True
+    if headers.get(b"content-transfer-encoding", b"").lower() == b"quoted-printable":
+        value = _unquoted(value)
+    lines.pairs.append((name.encode(errors="surrogateescape"), value))
+    return True
+
+
+def _unquoted(text: bytes) -> bytes:
+    if _BAD_QUOTING.search(text):
+        raise FormError("broken quoted-printable")
+    return quopri.decodestring(text)
+
+
+def _disposition(header: bytes) -> MediaType:
+    try:
+        return parse_media_type(header.decode(errors="surrogateescape"))
+    except FormError:
+        return MediaType("", {})
+
+
+def _read_headers(lines: _Lines) -> dict[bytes, bytes] | None:
+    """Return the headers of a part by lower case name, the first of each; None at the end."""
+    headers: dict[bytes, list[bytes]] = {}
+    name = b""
+    left = _MOST_HEADERS
+    while True:
+        line = lines.next_line()
+        text = line.removesuffix(b"\r\n").removesuffix(b"\n")
+        if not text:
+            whole = {key: b" ".join(pieces) for key, pieces in headers.items()}
+            return whole if line else None
+        if not _HEADER_TEXT.fullmatch(text):
+            raise FormError("control character in a header of a part")
+        if text[:1] in (b" ", b"\t") and name:
+            headers[name].append(text.strip(b" \t"))
+            continue
+        key, colon, value = text.partition(b":")
+        if not colon or not _HEADER_NAME.fullmatch(key):
+            raise FormError("broken header of a part")
+        left -= 1
+        if left < 0:
+            raise FormError("too many headers")
+        name = key.lower()
+        headers.setdefault(name, [value.strip(b" \t")])
+
+
+def _read_content(lines: _Lines) -> bytes:
+    """Return everything up to the next delimiter, which stays unread."""
+    if _ends_part(lines.body, lines.at, lines.delimiter):
+        return b""
+    mark = lines.newline + lines.delimiter
+    start = lines.at
+    while (end := lines.body.find(mark, lines.at)) >= 0:
+        if _ends_part(lines.body, end, mark):
+            lines.at = end
+            return lines.body[start:end]
+        lines.at = end + len(mark)
+    raise FormError("broken off in a part")
+
+
+def _ends_part(body: bytes, at: int, mark: bytes) -> bool:
+    """Whether the mark stands there and isn't the beginning of a longer word."""
+    after = at + len(mark)
+    if body[at:after] != mark:
+        return False
+    return body[after : after + 1] in (b"", b" ", b"\t", b"\r", b"\n") or (
+        body[after : after + 2] == b"--"
+    )

@@ -1,0 +1,1 @@
+"""Records that are read on request, outside of the stream."""

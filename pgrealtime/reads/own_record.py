@@ -1,0 +1,146 @@
+"""Whether somebody may sign in, and the record that they are answered with.
+
+The record is made of a row as an event's record is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Literal
+
+import psycopg
+import structlog
+from psycopg_pool import PoolTimeout
+
+from pgrealtime.auth.principal import Caller
+from pgrealtime.changes import Row
+from pgrealtime.collections.model import Collection, Collections
+from pgrealtime.config.model import HiddenFields
+from pgrealtime.errors import DatabaseUnreachableError, RuleError
+from pgrealtime.expand.load import Expander, Place, Readings
+from pgrealtime.expand.plan import Node, Viewers
+from pgrealtime.hub.evaluation.point_evaluation import Looking
+from pgrealtime.records.encode import View, encoder
+from pgrealtime.rules.engine.plan import Planner, moment
+from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.sql.reference import Nobody
+
+log = structlog.get_logger(__name__)
+
+_PLANS = 64
+"""Kept texts of ``expand``: in an URL they can be long."""
+
+
+class OwnRecords:
+    """Makes people's own records, with the related ones they ask for and may see.
+
+    Args:
+        readings: Where to ask.
+        collections: What there is.
+        nulls: How NULL is shown.
+        hidden: Who may expand a hidden relation.
+    """
+
+    def __init__(
+        self,
+        readings: Readings,
+        collections: Collections,
+        *,
+        nulls: Literal["null", "zero"],
+        hidden: HiddenFields = "strict",
+    ) -> None:
+        self._readings = readings
+        self._hidden: HiddenFields = hidden
+        self._nulls: Literal["null", "zero"] = nulls
+        self.use(collections)
+
+    def use(self, collections: Collections) -> None:
+        """Take other collections."""
+        self._collections = collections
+        self._planner = Planner(collections)
+        self._viewers = Viewers(collections, self._planner, hidden=self._hidden, plans=_PLANS)
+        self._expander = Expander(self._readings, collections, self._show)
+
+    async def may_sign_in(
+        self,
+        collection: Collection,
+        row: Row,
+        caller: Caller,
+        *,
+        query: Mapping[str, str],
+        headers: Mapping[str, str],
+        context: str,
+    ) -> bool:
+        """Return whether the collection's ``auth_rule`` of now lets somebody in.
+
+        Args:
+            collection: Of the record; another may have come while the password was checked.
+            row: The whole row.
+            caller: Who asks for it, as the request's own token says.
+            query: Of the request's URL.
+            headers: Of the request, their names in snake case.
+            context: What rules call such a request: ``password``, or ``default`` for a refresh.
+
+        Raises:
+            DatabaseUnreachableError: The rule can't be asked now.
+        """
+        current = self._collections.get(collection.name)
+        if current is None or current.auth_rule == "":
+            return current is not None
+        asked = Request(
+            principal=caller.principal, query=query, headers=headers, context=context, method="POST"
+        )
+        try:
+            bound = self._planner.bind(
+                current, current.auth_rule, asked, caller.own_row, is_filtered=False
+            )
+        except RuleError as error:
+            reason = error.message
+            log.error("rule.error", collection=current.name, reason=reason)  # noqa: TRY400 (the rule's fault, not ours)
+            return False
+        if isinstance(bound, Nobody):
+            return False
+        place: Place = current.name, "", 0
+        looking: Looking[Place] = Looking(moment(datetime.now(UTC)))
+        looking.consider(place, current, row, [bound])
+        try:
+            async with self._readings.reading(frozenset()) as reading:
+                await reading.judge(looking)
+        except (psycopg.Error, PoolTimeout, TimeoutError) as error:
+            raise DatabaseUnreachableError("the rule can't be asked now") from error
+        return bound in looking.admitted(place)
+
+    async def record(
+        self,
+        collection: Collection,
+        row: Row,
+        owner: Caller,
+        *,
+        query: Mapping[str, str],
+        headers: Mapping[str, str],
+    ) -> bytes:
+        """Return the JSON of somebody's record, the e-mail address in it whatever its visibility.
+
+        Unlike in PocketBase the body of the login isn't there for rules to see.
+
+        Args:
+            collection: Of the record.
+            row: The whole row.
+            owner: Whose it is, and who looks at what ``query["expand"]`` asks for.
+            query: Of the request's URL.
+            headers: Of the request, their names in snake case.
+        """
+        view = View(sees_email=True)
+        if self._collections.get(collection.name) is not collection:
+            # Other collections came while the password was checked.
+            return encoder(collection, nulls=self._nulls, view=view)(row)
+        request = Request(principal=owner.principal, query=query, headers=headers, method="POST")
+        is_expanded = "expand" in query
+        viewer = self._viewers.viewer(collection, request, owner.own_row) if is_expanded else None
+        related, expand = await self._expander.beside(collection, row, viewer)
+        return encoder(collection, nulls=self._nulls, view=view)(row, related, expand)
+
+    def _show(self, node: Node, view: View, expand: bytes | None) -> bytes:
+        show = encoder(node.collection, nulls=self._nulls, view=view)
+        return show(node.row, node.related, expand)

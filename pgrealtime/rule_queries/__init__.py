@@ -1,0 +1,1 @@
+"""Puts the engine's questions to PostgreSQL, bounded in time."""

@@ -1,0 +1,273 @@
+"""Filters of clients that are slow, in the process or in PostgreSQL: who wrote one waits alone.
+
+While others wait for a slice, all filters together have a ``TimeBudget``. A connection whose filter
+exceeds it is isolated: it reads on from the changelog by itself, with a budget of its own, and is
+no part of the slices that are evaluated for all (``IsolatedConnections``). So is one whose filter
+asks PostgreSQL and was never tried (``trials``), until it was quick alone. A question that runs
+into the operator's ``statement_timeout`` again and again, of a rule or a filter, isn't asked for a
+while (``CircuitBreakers``, also in ``probe``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+import structlog
+from msgspec import Struct
+
+from pgrealtime.hub.connections.connection import Connection
+from pgrealtime.hub.events.event import Event
+from pgrealtime.hub.state.progress import Course
+from pgrealtime.rules.engine.evaluation import Testing
+from pgrealtime.turns import TurnQueue
+
+if TYPE_CHECKING:
+    from pgrealtime.hub.evaluation.matcher import Group
+
+log = structlog.get_logger(__name__)
+
+SLICE_FILTER_SECONDS = 0.01
+"""Of PostgreSQL, for all filters of a slice together, and once more for the question during which
+that runs out: many times what most take, and not much more than a slice takes without filters."""
+_QUICK_SECONDS = SLICE_FILTER_SECONDS / 2
+"""What a connection's filters take at most to be evaluated with those of others: these share the
+time of a slice, and one that takes most of it alone would be late there again and again."""
+MANY_FILTER_SECONDS = 0.1
+"""The same, for filters that ``trials.MANY_TAKERS`` connections share: hardly a delay that people
+see. A database that is slow for a moment doesn't isolate so many at once."""
+
+_WORK_PER_FILTER = 500.0
+"""Units of work, a microsecond each, that one filter may take for one row while others wait."""
+_WORK_PER_SLICE = 20_000.0
+"""That all filters may take for a slice, and for each of its changes ``_WORK_PER_CHANGE`` more."""
+_WORK_PER_CHANGE = 2_000.0
+_WORK_ISOLATED = 5_000.0
+"""That one filter may take for one row while nobody waits; then PostgreSQL is asked."""
+
+_TOLERATED_TIMEOUTS = 3
+"""Enough to find the row that is to blame."""
+_FIRST_OPEN_SECONDS = 5.0
+_LONGEST_OPEN_SECONDS = 600.0
+_FORGOTTEN_SECONDS = 600.0
+"""A subject without a timeout for so long begins anew."""
+
+Q = TypeVar("Q", bound=Hashable)
+"""What timeouts are counted for; kept by a weak reference."""
+
+
+class TimeBudget:
+    """What clients' filters may take of this process and of PostgreSQL, for some changes.
+
+    Args:
+        is_limited: Whether others wait. If not, each statement has the whole timeout.
+        testing: What they may take in the process; None is no bound.
+        queue: Where work in the process takes its turns; None is with everybody.
+        network: Whose turns they are.
+        seconds: Of PostgreSQL, if others wait.
+
+    Attributes:
+        is_limited: As given.
+        seconds: As given.
+        used: Seconds that PostgreSQL took.
+    """
+
+    def __init__(
+        self,
+        *,
+        is_limited: bool = False,
+        testing: Testing[Group] | None = None,
+        queue: TurnQueue | None = None,
+        network: str = "",
+        seconds: float = SLICE_FILTER_SECONDS,
+    ) -> None:
+        self.is_limited = is_limited
+        self.seconds = seconds
+        self.used = 0.0
+        self.testing: Testing[Group] = testing or Testing()
+        self.queue = queue
+        self.network = network
+
+    @classmethod
+    def of_slice(cls, changes: int) -> TimeBudget:
+        """Return the budget of a slice that is evaluated for all connections."""
+        left = _WORK_PER_SLICE + _WORK_PER_CHANGE * changes
+        testing: Testing[Group] = Testing(each=_WORK_PER_FILTER, left=left, is_shared=True)
+        return cls(is_limited=True, testing=testing)
+
+    def for_many(self) -> TimeBudget:
+        """Return the budget of filters that many share, once the slice's own is spent."""
+        return TimeBudget(is_limited=True, testing=self.testing, seconds=MANY_FILTER_SECONDS)
+
+    def is_spent(self) -> bool:
+        """Whether what isn't answered yet must not be waited for; it changes between awaits."""
+        return self.is_limited and self.used >= self.seconds
+
+    def spend(self, seconds: float) -> None:
+        """Count the seconds that a question took."""
+        self.used += seconds
+
+    def exhaust(self) -> None:
+        """Count a question that takes longer than all may."""
+        self.used = max(self.used, self.seconds)
+
+
+class _Timeouts(Struct):
+    count: int = 0
+    retry_at: float = 0.0
+    """Seconds of the clock."""
+
+
+class CircuitBreakers(Generic[Q]):
+    """Subjects that timed out again and again, and until when they are left out.
+
+    Timeouts are counted over all batches. A success in between doesn't reset the count: whoever
+    wrote a filter chooses which rows are slow.
+
+    Args:
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._timeouts: MutableMapping[Q, _Timeouts] = WeakKeyDictionary()
+
+    def is_open(self, subject: Q) -> bool:
+        """Whether it is left out now."""
+        timeouts = self._timeouts.get(subject)
+        return timeouts is not None and self._clock() < timeouts.retry_at
+
+    def has_timed_out(self, subject: Q) -> bool:
+        """Whether it ever did: others are asked first."""
+        return subject in self._timeouts
+
+    def record_timeout(self, subject: Q, *, is_tolerated: bool) -> float:
+        """Count a timeout, and open the breaker if there were too many.
+
+        Args:
+            subject: What timed out.
+            is_tolerated: Whether the first few don't open it.
+
+        Returns:
+            For how many seconds it is open: twice as long each time; 0 if it stays closed.
+        """
+        now = self._clock()
+        timeouts = self._timeouts.setdefault(subject, _Timeouts(retry_at=now))
+        if now - timeouts.retry_at > _FORGOTTEN_SECONDS:
+            timeouts.count = 0
+        timeouts.count += 1
+        if not is_tolerated:
+            timeouts.count = max(timeouts.count, _TOLERATED_TIMEOUTS + 1)
+        doublings = timeouts.count - _TOLERATED_TIMEOUTS - 1
+        seconds = (
+            0.0
+            if doublings < 0
+            else min(_FIRST_OPEN_SECONDS * 2 ** min(doublings, 30), _LONGEST_OPEN_SECONDS)
+        )
+        timeouts.retry_at = now + seconds
+        return seconds
+
+
+class IsolatedConnections:
+    """Connections whose filters are evaluated for each of them alone.
+
+    ``Connection.is_isolated`` says which, and is set by the matcher for these methods only. A
+    connection rejoins the others once it has read all there is, unless its filters were slow even
+    when it was alone: then not before its breaker closes.
+
+    Args:
+        course: Where the hub stands.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, course: Course, clock: Callable[[], float]) -> None:
+        self._course = course
+        self._breakers: CircuitBreakers[Connection] = CircuitBreakers(clock)
+        self._queue = TurnQueue()
+        """Where their work in this process takes its turns: one connection at a time."""
+
+    def isolate(self, connection: Connection) -> None:
+        """Evaluate its filters for it alone, from the next slice on."""
+        self._course.meaning.matcher.isolate(connection, is_isolated=True)
+
+    def untried(self, events: Iterable[Event]) -> dict[Connection, None]:
+        """Return whose filters must not be evaluated with those of others for some events.
+
+        They would be asked of PostgreSQL, weren't quick yet while nobody waited, and few use them.
+        """
+        collections = {event.collection.name for event in events}
+        groups = self._course.meaning.matcher.trials.untried(collections)
+        members = (one for group in groups for audience in group.audiences for one in audience)
+        return {one.connection: None for one in members}
+
+    def isolate_slow(self, connection: Connection) -> None:
+        """Isolate a connection whose own filter took too long in the process, while others waited.
+
+        The first times are tolerated; then it stays isolated for a while.
+        """
+        self.isolate(connection)
+        self._record_timeout(connection, is_tolerated=True)
+
+    def try_rejoin(self, connection: Connection) -> bool:
+        """Evaluate its filters with those of others if it may be; return whether that is so."""
+        if self._breakers.is_open(connection):
+            return False
+        self._course.meaning.matcher.isolate(connection, is_isolated=False)
+        return True
+
+    def budget(self, connection: Connection, *, is_limited: bool) -> TimeBudget:
+        """Return what its filters may take for what it reads next.
+
+        Args:
+            connection: Who reads.
+            is_limited: Whether it is to be found out if its filters are quick now.
+        """
+        is_limited = is_limited and not self._breakers.is_open(connection)
+        if not connection.is_isolated:
+            testing: Testing[Group] = Testing(each=_WORK_PER_FILTER, is_shared=True)
+            return TimeBudget(is_limited=is_limited, testing=testing)
+        return TimeBudget(
+            is_limited=is_limited,
+            testing=Testing(each=_WORK_ISOLATED),
+            queue=self._queue,
+            network=connection.network,
+        )
+
+    def record(self, connection: Connection, budget: TimeBudget, events: Sequence[Event]) -> bool:
+        """Isolate a connection that read some events alone if its own filters were slow.
+
+        For many changes they may take longer: where all are evaluated nobody waits for so many.
+        If they were quick, they may be evaluated with those of others.
+
+        Returns:
+            Whether they exceeded a limited budget, and need an unlimited one.
+        """
+        if budget.testing.late:
+            self.isolate(connection)
+        if budget.used < SLICE_FILTER_SECONDS:
+            if budget.used < _QUICK_SECONDS:
+                self._note_quick(connection, events)
+            return False
+        if budget.used < SLICE_FILTER_SECONDS * len({event.cursor for event in events}):
+            return False
+        self.isolate(connection)
+        if not budget.is_limited:
+            self._record_timeout(connection, is_tolerated=False)
+        return budget.is_limited
+
+    def _note_quick(self, connection: Connection, events: Iterable[Event]) -> None:
+        if not self._course.meaning.matcher.has_costly:
+            return
+        collections = {event.collection.name for event in events}
+        groups = (one.group for one in connection.subscriptions.values())
+        variants = {group.variant for group in groups if group and group.variant.is_costly}
+        self._course.meaning.matcher.trials.note_quick(
+            variant for variant in variants if variant.collection.name in collections
+        )
+
+    def _record_timeout(self, connection: Connection, *, is_tolerated: bool) -> None:
+        was_open = self._breakers.is_open(connection)
+        seconds = self._breakers.record_timeout(connection, is_tolerated=is_tolerated)
+        if seconds and not was_open:  # it may be slow at each change, and so may a thousand
+            log.info("connection.isolated", connection=connection.id, seconds=seconds)

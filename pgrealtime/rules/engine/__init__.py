@@ -1,0 +1,1 @@
+"""Finds which subscribers may see a row, without evaluating each one."""

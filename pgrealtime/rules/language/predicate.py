@@ -1,0 +1,399 @@
+"""The resolved rule: paths are places and fields, the rest is parameters. Built by resolve.py.
+
+``lower.py`` turns it into SQL; a planner or an evaluator in the process may read it part by part.
+What a comparison means follows from the ``Traits`` of its two sides alone, so both ask here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+from typing import TypeAlias
+
+from pgrealtime.collections.model import Field, FieldKind
+from pgrealtime.rules.language.parameters import (
+    Lifted,
+    Literal,
+    Parameter,
+)
+from pgrealtime.rules.language.syntax import Op
+
+# --- where a value is found
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """The row that the rule, or the ``Nested`` part around, is about."""
+
+    collection: str
+
+
+@dataclass(frozen=True, slots=True)
+class AuthRow:
+    """The subscriber's own row, found by ``@request.auth.id``."""
+
+    collection: str
+
+
+@dataclass(frozen=True, slots=True)
+class AllRows:
+    """Every row of a collection: ``@collection.name`` or ``@collection.name:alias``."""
+
+    collection: str
+    alias: str | None
+
+
+Origin: TypeAlias = Here | AuthRow | AllRows
+
+
+@dataclass(frozen=True, slots=True)
+class ToOne:
+    """Along a single relation to the row it names."""
+
+    field: Field
+    collection: str
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """To each id, or each value, that a multiple field holds; not a row yet."""
+
+    field: Field
+
+
+@dataclass(frozen=True, slots=True)
+class ToItem:
+    """From one of the ids to the row it names."""
+
+    collection: str
+
+
+@dataclass(frozen=True, slots=True)
+class Back:
+    """To the rows of ``collection`` whose relation ``field`` points here."""
+
+    collection: str
+    field: Field
+    is_unique: bool
+    """At most one row can point here."""
+
+
+Step: TypeAlias = ToOne | Items | ToItem | Back
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A chain of LEFT JOINs. Within one scope equal places are one join, shared by all leaves."""
+
+    origin: Origin
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def is_here(self) -> bool:
+        """The row itself, no join."""
+        return isinstance(self.origin, Here) and not self.steps
+
+    @property
+    def is_multiple(self) -> bool:
+        """Whether more than one row may be found there, so that comparisons need match-all."""
+        return isinstance(self.origin, AllRows) or any(map(_is_multiple, self.steps))
+
+    @property
+    def collection(self) -> str:
+        """The collection whose rows are found there; of items, the one that holds them."""
+        for step in reversed(self.steps):
+            match step:
+                case ToOne() | ToItem() | Back():
+                    return step.collection
+                case Items():
+                    continue
+        return self.origin.collection
+
+    def to(self, *steps: Step) -> Place:
+        """The place these steps further on."""
+        return replace(self, steps=self.steps + steps)
+
+    def joined(self) -> Iterator[Place]:
+        """Every place on the way that is a row of a collection reached by a join, in order."""
+        if not isinstance(self.origin, Here):
+            yield Place(self.origin)
+        for length, step in enumerate(self.steps, start=1):
+            if not isinstance(step, Items):
+                yield Place(self.origin, self.steps[:length])
+
+
+def _is_multiple(step: Step) -> bool:
+    match step:
+        case Items():
+            return True
+        case Back():
+            return not step.is_unique
+        case ToOne() | ToItem():
+            return False
+
+
+# --- operands
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A value that doesn't depend on any row."""
+
+    parameter: Parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Keyword:
+    """``null``, ``true``, ``false`` and what is one of them for everybody."""
+
+    value: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class NoItem:
+    """``:each`` of a field that the request's body would hold: in realtime NULL.
+
+    PocketBase takes it for something, since it comes from a parameter, and for one of many values
+    if the field is multiple.
+    """
+
+    is_multiple: bool
+
+
+class Part(Enum):
+    """What of a field's value is meant."""
+
+    WHOLE = auto()
+    LOWER = auto()
+    """``:lower``, ASCII only."""
+    LENGTH = auto()
+    """``:length``; 0 where there is nothing."""
+    EACH = auto()
+    """``:each`` of a single field: the value, without a class of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class FieldValue:
+    """A field of the row at a place; of many values, their JSON text."""
+
+    place: Place
+    field: Field
+    part: Part = Part.WHOLE
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """``:each``: one of a multiple field's values; the place ends with its ``Items``."""
+
+    place: Place
+
+    @property
+    def kind(self) -> FieldKind:
+        """What the field holds several of."""
+        last = self.place.steps[-1]
+        assert isinstance(last, Items)
+        return last.field.kind
+
+
+@dataclass(frozen=True, slots=True)
+class JsonValue:
+    """What a json or geo field holds under the keys, the whole of a json field without any."""
+
+    place: Place
+    field: Field
+    keys: tuple[str, ...]
+    is_lower: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """A secret that PocketBase has and the table hasn't: a text that nobody can name."""
+
+    place: Place
+    part: Part = Part.WHOLE
+
+
+@dataclass(frozen=True, slots=True)
+class Strftime:
+    """A moment in SQLite's format; without ``time``, the moment of the batch."""
+
+    format: str
+    time: Term | None
+    modifiers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GeoDistance:
+    """Kilometres between two points on a sphere."""
+
+    args: tuple[Term, Term, Term, Term]
+    """lonA, latA, lonB, latB."""
+
+
+Term: TypeAlias = (
+    Constant | Keyword | NoItem | FieldValue | Item | JsonValue | Hidden | Strftime | GeoDistance
+)
+
+
+# --- conditions
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two operands compared; without ``is_any`` every value of a multiple place must agree."""
+
+    left: Term
+    op: Op
+    is_any: bool
+    right: Term
+    start: int = field(compare=False, default=0)
+    end: int = field(compare=False, default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Conjunction:
+    """True if every part is."""
+
+    parts: tuple[Condition, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Disjunction:
+    """True if some part is."""
+
+    parts: tuple[Condition, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """A condition about the row at ``place`` with joins of its own: another collection's rule."""
+
+    place: Place
+    where: Condition
+
+
+Condition: TypeAlias = Comparison | Conjunction | Disjunction | Nested
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predicate:
+    """A rule or a filter, resolved: one scope of joins about a row of ``collection``."""
+
+    collection: str
+    where: Condition
+
+
+# --- walking
+
+
+def comparisons(condition: Condition) -> Iterator[Comparison]:
+    """Every comparison, those of nested conditions included."""
+    match condition:
+        case Comparison():
+            yield condition
+        case Conjunction(parts) | Disjunction(parts):
+            for part in parts:
+                yield from comparisons(part)
+        case Nested(_, where):
+            yield from comparisons(where)
+
+
+def terms(condition: Condition) -> Iterator[Term]:
+    """Every operand and every argument of one."""
+    for comparison in comparisons(condition):
+        yield from _with_arguments(comparison.left)
+        yield from _with_arguments(comparison.right)
+
+
+def _with_arguments(term: Term) -> Iterator[Term]:
+    yield term
+    if isinstance(term, Strftime) and term.time is not None:
+        yield term.time
+    if isinstance(term, GeoDistance):
+        yield from term.args
+
+
+def parameters(condition: Condition) -> tuple[Parameter, ...]:
+    """The distinct parameters in order of appearance: shapes and values are given in this order."""
+    found = (term.parameter for term in terms(condition) if isinstance(term, Constant))
+    return tuple(dict.fromkeys(found))
+
+
+def lifted(predicate: Predicate) -> tuple[Predicate, tuple[str | float, ...]]:
+    """Return the predicate without its literals, and those: equal ones share a translation."""
+    literals: list[str | float] = []
+
+    def lift(term: Term) -> Term:
+        match term:
+            case Constant(Literal(value)):
+                literals.append(value)
+                return Constant(Lifted(len(literals) - 1))
+            case Strftime(time=time) if time is not None:
+                return replace(term, time=lift(time))
+            case GeoDistance((one, two, three, four)):
+                return GeoDistance((lift(one), lift(two), lift(three), lift(four)))
+            case _:
+                return term
+
+    def walk(condition: Condition) -> Condition:
+        match condition:
+            case Comparison():
+                left = lift(condition.left)
+                return replace(condition, left=left, right=lift(condition.right))
+            case Conjunction(parts):
+                return Conjunction(tuple(walk(part) for part in parts))
+            case Disjunction(parts):
+                return Disjunction(tuple(walk(part) for part in parts))
+            case Nested(place, where):
+                return Nested(place, walk(where))
+
+    return replace(predicate, where=walk(predicate.where)), tuple(literals)
+
+
+def place_of(term: Term) -> Place | None:
+    """Where the operand's value is found, for match-all; None if it is the same for every row.
+
+    ``geoDistance`` has none: PocketBase never asks it for all.
+    """
+    match term:
+        case FieldValue(place=place) | Item(place) | JsonValue(place=place) | Hidden(place=place):
+            return place
+        case Strftime(time=time):
+            return None if time is None else place_of(time)
+        case Constant() | Keyword() | NoItem() | GeoDistance():
+            return None
+
+
+def is_multiple(term: Term) -> bool:
+    """Whether a comparison of it without ``?`` must hold for all of its values."""
+    if isinstance(term, NoItem):
+        return term.is_multiple
+    place = place_of(term)
+    return place is not None and place.is_multiple
+
+
+# --- what a comparison means
+
+
+def is_double(term: Term) -> bool:
+    """Whether its numbers are double precision: all others are exact.
+
+    What is compared with them is compared as doubles.
+    """
+    match term:
+        case FieldValue(field=field_, part=Part.WHOLE | Part.EACH) if not field_.is_multiple:
+            return field_.kind is FieldKind.NUMBER and field_.type.base.name in _DOUBLES
+        case Item(place) if isinstance(place.steps[-1], Items):
+            element = place.steps[-1].field.type.base.element
+            is_number = term.kind is FieldKind.NUMBER
+            return is_number and element is not None and element.base.name in _DOUBLES
+        case JsonValue(field=field_):
+            return field_.kind is FieldKind.GEO and not field_.is_stored_as_json
+        case GeoDistance():
+            return True
+        case _:
+            return False
+
+
+_DOUBLES = frozenset({"float4", "float8"})

@@ -1,0 +1,1 @@
+"""From a resolved predicate to sqlglot expressions."""

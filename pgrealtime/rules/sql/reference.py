@@ -1,0 +1,279 @@
+"""The plain query per subscriber: what every faster way to decide is measured against.
+
+One statement, parameters for everything that isn't the program's own, the row images as arrays of
+texts. It knows no driver: whoever has one runs the ``Question`` and reads row numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from sqlglot import exp
+
+from pgrealtime.auth.principal import AuthRecord, Superuser
+from pgrealtime.changes import Row, TableName
+from pgrealtime.collections.model import Collection, Collections
+from pgrealtime.errors import RuleError, RuleUnsupportedError
+from pgrealtime.rules.language.parameters import AuthColumn, Binding, render, shape, value
+from pgrealtime.rules.language.predicate import Predicate, parameters
+from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.language.resolve import filter_text, resolve_filter, resolve_rule
+from pgrealtime.rules.sql import nodes
+from pgrealtime.rules.sql.conditions import ROW, Lowered, lower
+from pgrealtime.rules.sql.nodes import Sql, all_of
+from pgrealtime.rules.sql.row_images import Overlay, before, columns_of, free_name, images
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+"""Any moment: the class of a macro is the same at all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Everyone:
+    """No row needs to be asked about: all are admitted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nobody:
+    """No row is admitted."""
+
+    reason: str
+    """For the log; says nothing about any row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A statement to run read-only, with ``search_path`` at pg_catalog."""
+
+    sql: str
+    """In psycopg's format style, ``%(name)s``."""
+    params: dict[str, object]
+    """One result row per admitted row image, of one column: its 0-based index, in no order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """What one subscriber may see of one collection."""
+
+    collection: Collection
+    request: Request
+    lowered: tuple[Lowered, ...]
+    """The rule and the filter, each a scope of its own; at least one of the two."""
+    statement: str
+    """What ``question`` asks, printed once."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a row image that are read."""
+        return _columns_of(self.lowered)
+
+    @property
+    def tables(self) -> frozenset[TableName]:
+        """The tables that are read beside the row image."""
+        return frozenset().union(*(part.tables for part in self.lowered))
+
+    def question(self, rows: Sequence[Row], now: datetime) -> Question:
+        """Return the query for the admitted ones of some row images.
+
+        A row that lacks a column which is read is not asked about, and so not admitted.
+
+        Args:
+            rows: Images of rows of the collection's table, in text form.
+            now: What macros mean; with its zone.
+        """
+        return Question(self.statement, self._params(rows, now))
+
+    def question_before(
+        self, rows: Sequence[Row], now: datetime, overlays: Sequence[Overlay]
+    ) -> Question | None:
+        """Return the same query with related tables as they were before a transaction.
+
+        Returns:
+            None if an old image lacks a column that is read: then nothing can be admitted.
+        """
+        params = self._params(rows, now)
+        made = before([part.condition for part in self.lowered], overlays, params)
+        if made is None:
+            return None
+        redirected, views = made
+        return Question(_statement(self.collection, self.columns, redirected, views), params)
+
+    def truth(self, row: Row, now: datetime) -> Question:
+        """Return the query for what the condition is of one row, which must be whole.
+
+        Its result is one value: TRUE, FALSE, or NULL, which admits no more than FALSE does.
+        """
+        conditions = [part.condition for part in self.lowered]
+        columns = columns_of(self.collection.table, self.columns)
+        select = exp.Select(
+            expressions=[all_of(*conditions)],
+            from_=exp.From(this=images(columns, free_name(self.columns))),
+        )
+        return Question(select.sql(dialect="postgres", copy=False), self._params([row], now))
+
+    def _params(self, rows: Sequence[Row], now: datetime) -> dict[str, object]:
+        columns = self.columns
+        known = [
+            (index, row)
+            for index, row in enumerate(rows)
+            if all(column in row for column in columns)
+        ]
+        params: dict[str, object] = {"i": [index for index, _ in known]}
+        for at, column in enumerate(columns):
+            params[f"c{at}"] = [row[column] for _, row in known]
+        for part in self.lowered:
+            params |= _rendered(part.bindings, self.request, now)
+        return params
+
+
+def reference(
+    collections: Collections, collection: Collection, rule: str | None, request: Request
+) -> Everyone | Nobody | Reference:
+    """Return what decides which rows of the collection the subscriber may see.
+
+    Args:
+        collections: All there are.
+        collection: The one whose rows are judged.
+        rule: The collection's rule for the topic; None is for superusers only.
+        request: The subscriber; a filter is ``request.query["filter"]``.
+
+    Raises:
+        RuleError: The rule is bad for everybody. One that is bad only for subscribers of this
+            kind, and a bad filter, admit nobody.
+    """
+    predicates: list[Predicate] = []
+    auth = auth_collection(collections, request)
+    is_superuser = isinstance(request.principal, Superuser)
+    if not is_superuser:
+        if rule is None:
+            return Nobody("the rule is for superusers only")
+        if rule:
+            try:
+                predicates.append(resolve_rule(rule, collections, collection, auth))
+            except RuleError as error:
+                validate(collections, collection, rule)
+                return Nobody(f"the rule doesn't hold for this subscriber: {error}")
+    text = request.query.get("filter", "")
+    try:
+        if filter_text(request.query, is_superuser=is_superuser):
+            predicates.append(
+                resolve_filter(text, collections, collection, auth, is_superuser=is_superuser)
+            )
+        return _translated(collections, collection, predicates, request)
+    except RuleError as error:
+        return Nobody(f"the filter is refused: {error}" if text else str(error))
+
+
+def alone(
+    collections: Collections, collection: Collection, predicate: Predicate, request: Request
+) -> Reference:
+    """Return what decides about one predicate, whatever the collection's rule and the filter.
+
+    Raises:
+        RuleUnsupportedError: It can't be decided exactly.
+    """
+    made = _translated(collections, collection, [predicate], request)
+    assert isinstance(made, Reference)
+    return made
+
+
+def validate(collections: Collections, collection: Collection, rule: str) -> None:
+    """Check a rule as it is when it is set, for a subscriber of any kind.
+
+    Raises:
+        RuleError: It can't be used; with its place.
+    """
+    if not rule:
+        return
+    guest = Request()
+    checked = resolve_rule(rule, collections, collection, None)
+    _translated(collections, collection, [checked], guest)
+    for auth in collections.values():
+        if auth.type == "auth" and "@request.auth." in rule:
+            _check_support(collections, collection, rule, auth)
+
+
+def _check_support(
+    collections: Collections, collection: Collection, rule: str, auth: Collection
+) -> None:
+    """Refuse what can't be decided for this kind; what PocketBase too finds wrong only denies."""
+    guest = Request()
+    try:
+        checked = resolve_rule(rule, collections, collection, auth)
+        _translated(collections, collection, [checked], guest)
+    except RuleUnsupportedError:
+        raise
+    except RuleError:
+        return
+
+
+def _translated(
+    collections: Collections,
+    collection: Collection,
+    predicates: Sequence[Predicate],
+    request: Request,
+) -> Everyone | Reference:
+    if not predicates:
+        return Everyone()
+    lowered = []
+    for prefix, predicate in zip("pf", predicates, strict=False):
+        shapes = {
+            parameter: shape(value(parameter, request, _EPOCH))
+            for parameter in parameters(predicate.where)
+        }
+        lowered.append(lower(predicate, collections, shapes, prefix=prefix))
+    conditions = [part.condition for part in lowered]
+    return Reference(
+        collection=collection,
+        request=request,
+        lowered=tuple(lowered),
+        statement=_statement(collection, _columns_of(lowered), conditions, []),
+    )
+
+
+def auth_collection(collections: Collections, request: Request) -> Collection | None:
+    """Return the collection of the subscriber's record; None for guests and superusers."""
+    """Return the collection of the subscriber's record; None for others, or if there is none."""
+    match request.principal:
+        case AuthRecord() as record:
+            found = collections.find(record.collection_name)
+            return collections.find(record.collection_id) if found is None else found
+        case _:
+            return None
+
+
+def _rendered(
+    bindings: Mapping[str, Binding], request: Request, now: datetime
+) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, binding in bindings.items():
+        assert not isinstance(binding.parameter, AuthColumn)  # its own row is read
+        found[key] = render(value(binding.parameter, request, now), binding.form)
+    return found
+
+
+# --- rows as SQL
+
+
+def _columns_of(lowered: Sequence[Lowered]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for part in lowered for name in part.columns))
+
+
+def _statement(
+    collection: Collection,
+    names: Sequence[str],
+    conditions: Sequence[Sql],
+    views: Sequence[exp.CTE],
+) -> str:
+    """Print the query for the rows that meet all conditions."""
+    columns = columns_of(collection.table, names)
+    ordinal = free_name(names)
+    select = exp.Select(
+        expressions=[nodes.column(ROW, ordinal)],
+        from_=exp.From(this=images(columns, ordinal)),
+        where=exp.Where(this=all_of(*conditions)),
+    )
+    if views:
+        select.set("with_", exp.With(expressions=list(views)))
+    return select.sql(dialect="postgres", copy=False)

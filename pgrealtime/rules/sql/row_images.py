@@ -1,0 +1,362 @@
+"""Row images as relations of a statement: the rows that are judged, and related ones as they were.
+
+Used by whatever asks Postgres about rows of the stream. Values are text forms, cast to the types
+that the table's columns have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sqlglot import exp
+
+from pgrealtime.catalog.model import Column, Table
+from pgrealtime.changes import Row, TableName
+from pgrealtime.rules.sql import nodes
+from pgrealtime.rules.sql.conditions import ROW
+from pgrealtime.rules.sql.nodes import Sql, Typed, all_of, negation, typed_column
+
+
+def columns_of(table: Table, names: Iterable[str]) -> list[Column]:
+    """Return the table's columns of these names, which it must have."""
+    columns = [table.column(name) for name in names]
+    return [column for column in columns if column is not None]
+
+
+def free_name(taken: Collection[str]) -> str:
+    """Return a name for the ordinal that no column has."""
+    name = "ordinal"
+    while name in taken:
+        name += "_"
+    return name
+
+
+def images(columns: Sequence[Column], ordinal: str) -> Sql:
+    """Return the row images as a derived table with the names and types of the table's columns."""
+    raw = "k"
+    names = [f"c{at}" for at in range(len(columns))]
+    select = exp.Select(
+        expressions=[nodes.column(raw, ordinal), *typed(raw, names, columns)],
+        from_=exp.From(this=unnested(raw, [ordinal, *names], [numbers("i"), *arrays(names)])),
+    )
+    return exp.Subquery(this=select, alias=exp.TableAlias(this=nodes.name(ROW)))
+
+
+def unnested(alias: str, names: Sequence[str], given: Sequence[Sql]) -> Sql:
+    """Return arrays side by side as the columns of a relation."""
+    columns = [nodes.name(name) for name in names]
+    return exp.Unnest(
+        expressions=list(given), alias=exp.TableAlias(this=nodes.name(alias), columns=columns)
+    )
+
+
+def typed(raw: str, names: Sequence[str], columns: Sequence[Column]) -> list[Sql]:
+    """Return texts of a relation as the columns that they are text forms of."""
+    return [
+        exp.Alias(
+            this=nodes.typed(nodes.column(raw, name), column.type), alias=nodes.name(column.name)
+        )
+        for name, column in zip(names, columns, strict=True)
+    ]
+
+
+def numbers(name: str) -> Sql:
+    """Return the placeholder of an array of integers."""
+    return nodes.cast(nodes.placeholder(name), "int[]")
+
+
+def arrays(names: Sequence[str]) -> list[Sql]:
+    """Return the placeholders of arrays of texts."""
+    return [nodes.cast(nodes.placeholder(name), "text[]") for name in names]
+
+
+# --- related tables as they were
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overlay:
+    """A related table as it was before a transaction: what a delete is judged against."""
+
+    table: Table
+    before: Sequence[Row]
+    """The first old image of each row that the transaction updated or deleted, as far as it is
+    known; an empty one stands for the rows that a TRUNCATE took."""
+    touched: Sequence[Row]
+    """Those rows and the inserted ones, the primary key's columns at least: not to be read live."""
+    _found: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What was worked out of the images, once for all batches of the transaction."""
+
+    def has(self, columns: Iterable[str]) -> bool:
+        """Whether every old image has these columns, and every key is whole."""
+        keys = self.table.primary_key
+        if "keys" not in self._found:
+            self._found["keys"] = all(key in row for row in self.touched for key in keys)
+        for column in columns:
+            if ("has", column) not in self._found:
+                self._found["has", column] = all(column in row for row in self.before)
+        return bool(self._found["keys"]) and all(self._found["has", name] for name in columns)
+
+    @property
+    def is_emptied(self) -> bool:
+        """Whether the table was truncated: rows of which there is no image were there before."""
+        if "emptied" not in self._found:
+            self._found["emptied"] = not all(self.before)
+        return bool(self._found["emptied"])
+
+    def before_by(self, column: str) -> Mapping[str | None, Sequence[Row]]:
+        """Return the old images by the text of a column that all have."""
+        return self._by("before", self.before, column)
+
+    def touched_by(self, column: str) -> Mapping[str | None, Sequence[Row]]:
+        """Return the touched rows by the text of a column of the key."""
+        return self._by("touched", self.touched, column)
+
+    def _by(
+        self, what: str, rows: Sequence[Row], column: str
+    ) -> Mapping[str | None, Sequence[Row]]:
+        known: dict[str | None, list[Row]] | None = self._found.get((what, column))
+        if known is None:
+            known = self._found[what, column] = {}
+            for row in rows:
+                known.setdefault(row[column], []).append(row)
+        return known
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The rows that a statement judges, by the columns that it reads of them."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[str | None]]
+
+
+def before(
+    conditions: Sequence[Sql],
+    overlays: Sequence[Overlay],
+    params: dict[str, object],
+    judged: Judged | None = None,
+) -> tuple[list[Sql], list[exp.CTE]] | None:
+    """Return the conditions reading related tables as they were, and the relations they read.
+
+    Args:
+        conditions: Conditions of one statement.
+        overlays: The tables that a transaction touched.
+        params: Of the statement; the old images are added.
+        judged: The rows; only old images that they can reach are added then.
+
+    Returns:
+        None if an old image lacks a column that is read.
+    """
+    if not all(_covers(overlay, conditions) for overlay in overlays):
+        return None
+    reach = None if judged is None else _Reach(conditions, overlays, judged)
+    names: dict[TableName, str] = {}
+    views: list[exp.CTE] = []
+    for index, overlay in enumerate(overlays):
+        if read := _columns_read(conditions, overlay.table):
+            names[overlay.table.name] = f"before{index}"
+            near = overlay if reach is None else reach.narrowed(overlay)
+            views.append(_view(f"before{index}", near, read, params))
+    return [_redirected(condition, names) for condition in conditions], views
+
+
+def _rows_of(conditions: Sequence[Sql], table: TableName) -> set[str]:
+    """Return the aliases under which the conditions read the table."""
+    name, schema = nodes.name(table.name).name, nodes.name(table.schema).name
+    return {
+        node.alias
+        for condition in conditions
+        for node in condition.find_all(exp.Table)
+        if (node.name, node.db) == (name, schema)
+    }
+
+
+def _columns_read(conditions: Sequence[Sql], table: Table) -> list[Column]:
+    """Return the columns of the table that the conditions read."""
+    aliases = _rows_of(conditions, table.name)
+    read = {
+        node.name
+        for condition in conditions
+        for node in condition.find_all(exp.Column)
+        if node.table in aliases
+    }
+    return [column for column in table.columns if nodes.name(column.name).name in read]
+
+
+def _covers(overlay: Overlay, conditions: Sequence[Sql]) -> bool:
+    """Whether the old images hold all that is read, and the keys are known."""
+    read = _columns_read(conditions, overlay.table)
+    is_keyed = bool(overlay.table.primary_key) or not _rows_of(conditions, overlay.table.name)
+    return is_keyed and overlay.has([column.name for column in read])
+
+
+_CANONICAL = (frozenset({"int2", "int4", "int8"}), frozenset({"text", "varchar"}), {"uuid"})
+"""Types whose values are equal exactly if their text forms are."""
+
+
+class _Reach:
+    """Which rows of related tables the judged rows can lead to, by equality of ids.
+
+    Postgres looks through all old images for each judged row. Were those of the whole transaction
+    given to each of its batches, a large DELETE would take time by the square of its rows.
+    """
+
+    def __init__(
+        self, conditions: Sequence[Sql], overlays: Sequence[Overlay], judged: Judged
+    ) -> None:
+        self._judged = judged
+        self._overlays: dict[str, Overlay] = {}
+        self._aliases: dict[TableName, set[str]] = {}
+        for overlay in overlays:
+            aliases = self._aliases[overlay.table.name] = _rows_of(conditions, overlay.table.name)
+            self._overlays |= dict.fromkeys(aliases, overlay)
+        self._links: dict[str, tuple[str, str, str] | None] = {}
+        for condition in conditions:
+            for node in condition.find_all(exp.Table):
+                if node.alias in self._overlays:
+                    link = _link(node)
+                    known = self._links.setdefault(node.alias, link)
+                    self._links[node.alias] = link if link == known else None
+
+    def narrowed(self, overlay: Overlay) -> Overlay:
+        """Return the overlay with what can be reached of it; all of it if that can't be told."""
+        before: dict[int, Row] = {}
+        touched: dict[int, Row] | None = {}
+        for alias in self._aliases[overlay.table.name]:
+            reached = self._reached(alias)
+            if reached is None:
+                return overlay
+            column, values = reached
+            by = overlay.before_by(column)
+            before |= {id(row): row for value in values for row in by.get(value, ())}
+            if column not in overlay.table.primary_key:
+                touched = None  # a live row of any key may have the value by now
+            elif touched is not None:
+                by = overlay.touched_by(column)
+                touched |= {id(row): row for value in values for row in by.get(value, ())}
+        kept = overlay.touched if touched is None else list(touched.values())
+        return replace(overlay, before=list(before.values()), touched=kept, _found={})
+
+    def _reached(self, alias: str) -> tuple[str, AbstractSet[str]] | None:
+        """Return a column of the row of that alias and the only values that it can have."""
+        link = self._links.get(alias)
+        if link is None:
+            return None
+        own_name, source, source_name = link
+        own = _column_of(self._overlays[alias].table.columns, own_name)
+        found = self._values(source, source_name)
+        if own is None or found is None:
+            return None
+        column, values = found
+        return (own.name, values) if _is_told_by_text(own, column) else None
+
+    def _values(self, alias: str, name: str) -> tuple[Column, AbstractSet[str]] | None:
+        """Return the column, and all values that it can have in the rows of that alias."""
+        if alias == nodes.name(ROW).name:
+            for at, column in enumerate(self._judged.columns):
+                if nodes.name(column.name).name == name:
+                    cells = (row[at] for row in self._judged.rows)
+                    return column, {text for text in cells if text is not None}
+            return None
+        overlay = self._overlays.get(alias)
+        reached = None if overlay is None else self._reached(alias)
+        if overlay is None or reached is None:
+            return None
+        key, values = reached
+        wanted = _column_of(overlay.table.columns, name)
+        if wanted is None or overlay.table.primary_key != (key,):
+            return None
+        if not values <= overlay.touched_by(key).keys():
+            return None  # live rows are reached too
+        by = overlay.before_by(key)
+        cells = (row[wanted.name] for value in values for row in by.get(value, ()))
+        return wanted, {text for text in cells if text is not None}
+
+
+def _link(table: exp.Table) -> tuple[str, str, str] | None:
+    """Return the column by which a row is joined, and the row and column that it equals."""
+    join = table.parent
+    on = join.args.get("on") if isinstance(join, exp.Join) and join.this is table else None
+    equality = None if on is None else on.unnest()
+    if not isinstance(equality, exp.EQ):
+        return None
+    left, right = equality.this.unnest(), equality.expression.unnest()
+    if not (isinstance(left, exp.Column) and isinstance(right, exp.Column)):
+        return None
+    if left.table != table.alias:
+        left, right = right, left
+    if left.table != table.alias or right.table == table.alias:
+        return None
+    return left.name, right.table, right.name
+
+
+def _column_of(columns: Iterable[Column], name: str) -> Column | None:
+    return next((column for column in columns if nodes.name(column.name).name == name), None)
+
+
+def _is_told_by_text(one: Column, other: Column) -> bool:
+    types = one.type.base, other.type.base
+    return (
+        one.is_deterministic
+        and other.is_deterministic
+        and all(of.schema == "pg_catalog" for of in types)
+        and any({of.name for of in types} <= family for family in _CANONICAL)
+    )
+
+
+def _redirected(condition: Sql, names: Mapping[TableName, str]) -> Sql:
+    """Return the condition reading other relations in place of some tables."""
+    copied = condition.copy()
+    wanted = {
+        (nodes.name(table.name).name, nodes.name(table.schema).name): name
+        for table, name in names.items()
+    }
+    for node in list(copied.find_all(exp.Table)):
+        name = wanted.get((node.name, node.db))
+        if name is not None:
+            alias = exp.TableAlias(this=nodes.name(node.alias))
+            node.replace(exp.Table(this=nodes.name(name), alias=alias))
+    return copied
+
+
+def _view(
+    name: str, overlay: Overlay, columns: Sequence[Column], params: dict[str, object]
+) -> exp.CTE:
+    """Return the table as it was, and put the old images into the statement's parameters."""
+    keys = columns_of(overlay.table, overlay.table.primary_key)
+    old_names = [f"{name}_c{at}" for at in range(len(columns))]
+    key_names = [f"{name}_k{at}" for at in range(len(keys))]
+    for key, column in zip(old_names, columns, strict=True):
+        params[key] = [row[column.name] for row in overlay.before]
+    for key, column in zip(key_names, keys, strict=True):
+        params[key] = [row[column.name] for row in overlay.touched]
+    old = exp.Select(
+        expressions=typed("k", old_names, columns),
+        from_=exp.From(this=unnested("k", old_names, arrays(old_names))),
+    )
+    is_touched = exp.Select(
+        expressions=[nodes.number(1)],
+        from_=exp.From(this=unnested("g", key_names, arrays(key_names))),
+        where=exp.Where(
+            this=all_of(
+                *(
+                    nodes.equal_keys(
+                        typed_column("t", column),
+                        Typed(nodes.typed(nodes.column("g", key), column.type), column.type),
+                    )
+                    for key, column in zip(key_names, keys, strict=True)
+                )
+            )
+        ),
+    )
+    live = exp.Select(
+        expressions=[nodes.column("t", column.name) for column in columns],
+        from_=exp.From(this=nodes.table(overlay.table.name, "t")),
+        where=exp.Where(this=negation(exp.Exists(this=is_touched))),
+    )
+    union = exp.Union(this=old, expression=live, distinct=False)
+    # Not computed whole, whatever the number of its uses: the indexes of the table serve it.
+    return exp.CTE(this=union, alias=exp.TableAlias(this=nodes.name(name)), materialized=False)

@@ -1,0 +1,447 @@
+"""SQLite's ``strftime`` in PostgreSQL: a moment, what modifiers make of it, its letters.
+
+Moments are timestamps without zone, in UTC, whole milliseconds. What SQLite can't read is NULL
+there and here. What this can't do exactly is refused when the rule is compiled.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from sqlglot import exp
+
+from pgrealtime.collections.model import FieldKind
+from pgrealtime.errors import RuleUnsupportedError
+from pgrealtime.rules.language.parameters import Form, Literal, Macro
+from pgrealtime.rules.language.predicate import FieldValue, Part, Term
+from pgrealtime.rules.sql import nodes
+from pgrealtime.rules.sql.joins import Scope
+from pgrealtime.rules.sql.nodes import Sql
+
+_DATE = r"(?!0000)[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
+_TIME = r"([01][0-9]|2[0-4]):[0-5][0-9](:[0-5][0-9](\.[0-9]+)?)?"
+_BLANK = r"[ \t\n\v\f\r]"
+_ZONE = rf"{_BLANK}*([Zz]|[+-](0[0-9]|1[0-4]):[0-5][0-9])?{_BLANK}*"
+_READABLE = rf"^({_DATE}[ \t\n\v\f\rT]*({_TIME}{_ZONE})?|{_TIME}{_ZONE})$"
+"""The dates that SQLite reads, but for years before 1."""
+
+_LAST_JULIAN = 5373484.5
+_FIRST_UNIX, _LAST_UNIX = -210866760000, 253402300800
+_DAY_SECONDS = 86400
+_BASES = {"unixepoch", "julianday", "auto"}
+_SHIFT = re.compile(
+    rf"([+-]?(?:\d+\.?\d*|(?<=[+-])\.\d+)(?:[eE][+-]?\d+)?){_BLANK}+"
+    r"(day|hour|minute|second|month|year)s?",
+    re.ASCII,
+)
+_WEEKDAY = re.compile(
+    rf"weekday {_BLANK}*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?){_BLANK}*", re.ASCII
+)
+_SECONDS = {
+    "second": 1,
+    "minute": 60,
+    "hour": 3600,
+    "day": _DAY_SECONDS,
+    "month": 30 * _DAY_SECONDS,
+    "year": 365 * _DAY_SECONDS,
+}
+"""Of months and years it is what a part of one is worth."""
+_MOST = {
+    "second": 4.6427e11,
+    "minute": 7.7379e9,
+    "hour": 1.2897e8,
+    "day": 5373485.0,
+    "month": 176546.0,
+    "year": 14713.0,
+}
+"""A longer way than this leads out of what SQLite can hold, from wherever."""
+_OF_CALENDAR = ("month", "year")
+"""Of these SQLite must know the year before and after, so that no detour leads beyond its own."""
+_FINER = frozenset({"subsec", "subsecond"})
+"""With these the seconds since 1970 have three decimals."""
+_LONGEST_FORMAT = 250
+_CYCLES_DAYS = 300 * 146097
+"""120,000 years. The calendar repeats itself every 400, weekdays too, so that modifiers can be
+applied that much later: there no detour leaves what PostgreSQL can hold."""
+_FIRST_YEAR, _FIRST, _END = "115287-01-01", "115287-11-24 12:00:00", "130000-01-01"
+"""What SQLite can hold, so much later: of a calendar's years, of Julian days."""
+
+
+def moment(
+    scope: Scope,
+    *,
+    time: Term | None,
+    number: Sql | None,
+    text: Sql | None,
+    modifiers: Sequence[str],
+) -> Sql:
+    """Return the moment that a time value and its modifiers mean, or NULL.
+
+    Args:
+        scope: Where the value is found.
+        time: The value; None is now.
+        number: Its number, NULL where it is none: a Julian day, or what a modifier says it is.
+        text: Its text.
+        modifiers: SQLite's, applied in order.
+
+    Raises:
+        RuleUnsupportedError: A modifier depends on the server's time zone or isn't supported.
+    """
+    rest = list(modifiers)
+    base = rest.pop(0).lower() if rest and rest[0].lower() in _BASES else ""
+    start = _start(scope, time, number, text, base)
+    given = scope.statement.given
+    if not rest:
+        return given(start, lambda one: _within(one, "4714-11-24 12:00:00 BC", "10000-01-01"))
+    cycles = nodes.call("make_interval", *[nodes.number(0)] * 3, nodes.number(_CYCLES_DAYS))
+    start = nodes.binary(exp.Add, start, cycles)
+    for modifier in map(str.lower, rest):
+        start = given(start, partial(_modified, modifier=modifier))
+        if modifier.rstrip("s").endswith(_OF_CALENDAR):
+            start = given(start, lambda one: _within(one, _FIRST_YEAR, _END))
+    start = given(start, lambda one: _within(one, _FIRST, _END))
+    return nodes.binary(exp.Sub, start, cycles)
+
+
+def _start(scope: Scope, time: Term | None, number: Sql | None, text: Sql | None, base: str) -> Sql:
+    if time is None:
+        return _read(scope, scope.statement.bind(Macro.NOW, Form.TEXT))
+    is_date = isinstance(time, FieldValue) and time.field.kind is FieldKind.DATE
+    if is_date and isinstance(time, FieldValue) and time.part in {Part.WHOLE, Part.EACH}:
+        assert text is not None
+        return (
+            nodes.null(nodes.TIMESTAMP)
+            if base in {"unixepoch", "julianday"}
+            else _read(scope, text)
+        )
+    assert number is not None
+    assert text is not None
+    from_number = scope.statement.given(number, lambda given: _of_number(given, base))
+    if base in {"unixepoch", "julianday"}:
+        return from_number
+    return nodes.coalesced(from_number, _read(scope, _with_now(scope, text)))
+
+
+def _with_now(scope: Scope, text: Sql) -> Sql:
+    """Return the text with the moment for "now", whatever the text comes from."""
+    is_now = nodes.binary(exp.EQ, nodes.call("lower", nodes.collated(text)), nodes.string("now"))
+    return nodes.case((is_now, scope.statement.bind(Macro.NOW, Form.TEXT)), default=text)
+
+
+def _read(scope: Scope, text: Sql) -> Sql:
+    """Return the moment that a text spells; days beyond the month's end run on into the next."""
+    return scope.statement.given(text, _spelt)
+
+
+def _spelt(text: Sql) -> Sql:
+
+    def part(regex: str, default: str) -> Sql:
+        found = nodes.call("substring", text, nodes.string(regex))
+        return nodes.coalesced(found, nodes.string(default))
+
+    year = nodes.cast(part(r"^([0-9]{4})-", "2000"), "int")
+    month = nodes.cast(part(r"^[0-9]{4}-([0-9]{2})", "01"), "int")
+    day = nodes.cast(part(r"^[0-9]{4}-[0-9]{2}-([0-9]{2})", "01"), "int")
+    hour = nodes.cast(part(r"([0-9]{2}):[0-9]{2}", "00"), "int")
+    minute = nodes.cast(part(r"[0-9]{2}:([0-9]{2})", "00"), "int")
+    second = nodes.cast(part(r"[0-9]{2}:[0-9]{2}:([0-9]{2}(?:\.[0-9]+)?)", "00"), nodes.DOUBLE)
+    last = nodes.binary(
+        exp.Add, nodes.call("floor", second), nodes.cast(nodes.string("0.999"), nodes.DOUBLE)
+    )
+    zone = nodes.cast(part(rf"([+-][0-9]{{2}}:[0-9]{{2}}){_BLANK}*$", "00:00"), "interval")
+    zero = nodes.number(0)
+    first = nodes.call("make_timestamp", year, month, nodes.number(1), zero, zero, zero)
+    since = nodes.call(
+        "make_interval",
+        zero,
+        zero,
+        zero,
+        nodes.binary(exp.Sub, day, nodes.number(1)),
+        hour,
+        minute,
+        # What is more than 999 milliseconds isn't rounded to the next second.
+        _milliseconds(nodes.call("least", second, last)),
+    )
+    spelt = nodes.binary(exp.Sub, nodes.binary(exp.Add, first, since), zone)
+    return nodes.case((nodes.matches(text, _READABLE), spelt))
+
+
+def _milliseconds(seconds: Sql) -> Sql:
+    """Return seconds rounded to whole milliseconds as SQLite rounds them."""
+    scaled = nodes.binary(exp.Mul, seconds, nodes.number(1000))
+    whole = nodes.call(
+        "floor", nodes.binary(exp.Add, scaled, nodes.cast(nodes.string("0.5"), nodes.DOUBLE))
+    )
+    return nodes.binary(exp.Div, whole, nodes.cast(nodes.number(1000), nodes.DOUBLE))
+
+
+def _of_number(number: Sql, base: str) -> Sql:
+    """Return the moment of a Julian day, or of seconds since 1970."""
+    julian = nodes.binary(exp.Mul, number, nodes.number(_DAY_SECONDS * 1000))
+    since_epoch = nodes.binary(exp.Mul, number, nodes.number(1000))
+    unix = nodes.binary(exp.Add, since_epoch, nodes.number(-_FIRST_UNIX * 1000))
+    from_julian = _between(number, 0, _LAST_JULIAN, _since_first(julian))
+    from_unix = _between(number, _FIRST_UNIX, _LAST_UNIX, _since_first(unix))
+    match base:
+        case "unixepoch":
+            return from_unix
+        case "auto":
+            return nodes.coalesced(from_julian, from_unix)
+        case _:
+            return from_julian
+
+
+def _since_first(milliseconds: Sql) -> Sql:
+    """Return the moment so long after the Julian day 0 began, in whole milliseconds."""
+    half = nodes.cast(nodes.string("0.5"), nodes.DOUBLE)
+    rounded = nodes.call("floor", nodes.binary(exp.Add, milliseconds, half))
+    since_epoch = nodes.binary(
+        exp.Add, nodes.cast(rounded, nodes.INTEGER), nodes.number(_FIRST_UNIX * 1000)
+    )
+    a_day = nodes.number(_DAY_SECONDS * 1000)
+    # An interval's seconds are doubles, too small for thousands of years of milliseconds.
+    days = nodes.cast(nodes.call("div", nodes.cast(since_epoch, "numeric"), a_day), "int")
+    seconds = nodes.binary(
+        exp.Div, nodes.call("mod", since_epoch, a_day), nodes.cast(nodes.number(1000), nodes.DOUBLE)
+    )
+    zero = nodes.number(0)
+    interval = nodes.call("make_interval", zero, zero, zero, days, zero, zero, seconds)
+    return nodes.binary(exp.Add, nodes.cast(nodes.string("1970-01-01"), nodes.TIMESTAMP), interval)
+
+
+def _between(number: Sql, low: float, high: float, result: Sql) -> Sql:
+    """Return the result if the number is in the half-open range, else NULL."""
+    is_high = nodes.binary(exp.LT, number, nodes.cast(nodes.string(str(high)), nodes.DOUBLE))
+    is_low = nodes.binary(exp.GTE, number, nodes.number(low))
+    return nodes.case((is_low, nodes.case((is_high, result))))
+
+
+def _modified(start: Sql, modifier: str) -> Sql:
+    """Return the moment changed by one modifier, in lower case."""
+    if modifier in {*_FINER, "ceiling"}:
+        return start
+    if modifier in {"start of day", "start of month", "start of year"}:
+        unit = nodes.string(modifier.removeprefix("start of "))
+        return _held(start, nodes.call("date_trunc", unit, start))
+    if weekday := _WEEKDAY.fullmatch(modifier):
+        wanted = float(weekday[1])
+        is_day = 0 <= wanted < 7 and wanted.is_integer()  # noqa: PLR2004 (days of a week)
+        if not is_day:
+            return nodes.null(nodes.TIMESTAMP)
+        return _held(start, _next_weekday(start, int(wanted)))
+    if shift := _SHIFT.fullmatch(modifier):
+        later = _shifted(start, float(shift[1]), shift[2])
+        return _held(start, later) if shift[2] in _OF_CALENDAR else later
+    if modifier in {"utc", "localtime"} or re.match(r"[+-]?\d+[-:]", modifier) is not None:
+        _refuse(modifier)
+    if modifier == "floor":
+        _refuse(modifier)
+    return nodes.null(nodes.TIMESTAMP)
+
+
+def _refuse(modifier: str) -> None:
+    raise RuleUnsupportedError(
+        f'modifier "{modifier}" of strftime is not supported', start=0, end=0
+    )
+
+
+def _next_weekday(start: Sql, weekday: int) -> Sql:
+    ahead = nodes.binary(exp.Sub, nodes.number(weekday + 7), _part("dow", start))
+    days = nodes.call("mod", ahead, nodes.number(7))
+    zero = nodes.number(0)
+    return nodes.binary(exp.Add, start, nodes.call("make_interval", zero, zero, zero, days))
+
+
+def _shifted(start: Sql, amount: float, unit: str) -> Sql:
+    """Return the moment some units later. Months keep the day's number, beyond the end too."""
+    if abs(amount) >= _MOST[unit]:
+        return nodes.null(nodes.TIMESTAMP)
+    zero = nodes.number(0)
+    if unit in _OF_CALENDAR:
+        count = int(amount) * (12 if unit == "year" else 1)
+        month = nodes.call("date_trunc", nodes.string("month"), start)
+        rest = nodes.binary(exp.Sub, start, month)
+        later = nodes.call("make_interval", zero, nodes.number(count))
+        start = nodes.binary(exp.Add, nodes.binary(exp.Add, month, later), rest)
+        half, amount = math.copysign(0.5, amount), amount - int(amount)
+    else:
+        half = math.copysign(0.5, amount)
+    days, milliseconds = divmod(int(amount * 1000.0 * _SECONDS[unit] + half), _DAY_SECONDS * 1000)
+    seconds = nodes.string(str(milliseconds / 1000))
+    apart = nodes.call("make_interval", *[zero] * 3, nodes.number(days), zero, zero, seconds)
+    return nodes.binary(exp.Add, start, apart)
+
+
+def _held(start: Sql, result: Sql) -> Sql:
+    """Return the result if SQLite can tell the calendar's day of the moment, else NULL."""
+    return _if_within(start, _FIRST, _END, result)
+
+
+def _within(start: Sql, first: str, end: str) -> Sql:
+    """Return the moment if SQLite can hold it, else NULL."""
+    return _if_within(start, first, end, start)
+
+
+def _if_within(start: Sql, first: str, end: str, result: Sql) -> Sql:
+    is_late = nodes.binary(exp.GTE, start, nodes.cast(nodes.string(first), nodes.TIMESTAMP))
+    is_early = nodes.binary(exp.LT, start, nodes.cast(nodes.string(end), nodes.TIMESTAMP))
+    return nodes.case((is_late, nodes.case((is_early, result))))
+
+
+# --- letters
+
+
+def formatted(scope: Scope, start: Sql, layout: str, modifiers: Sequence[str]) -> Sql:
+    """Return the moment in SQLite's format; NULL for a format that it refuses.
+
+    Args:
+        scope: Where the value is found.
+        start: The moment, modified already.
+        layout: The format.
+        modifiers: Some of them change what a letter shows.
+
+    Raises:
+        RuleUnsupportedError: The format wants the Julian day, or is far too long.
+    """
+    if len(layout) > _LONGEST_FORMAT:
+        raise RuleUnsupportedError(
+            f"the format of strftime is longer than {_LONGEST_FORMAT} characters", start=0, end=0
+        )
+    is_fine = any(modifier.lower() in _FINER for modifier in modifiers)
+    return scope.statement.given(
+        start, lambda given: _put_together(scope, given, layout, is_fine=is_fine)
+    )
+
+
+def _put_together(scope: Scope, start: Sql, layout: str, *, is_fine: bool) -> Sql:
+    pieces: list[Sql] = []
+    for plain, letter in re.findall(r"([^%]+)|%(.?)", layout, re.DOTALL):
+        if plain:
+            pieces.append(scope.statement.bind(Literal(plain), Form.TEXT))
+        elif letter == "%":
+            pieces.append(nodes.string("%"))
+        elif letter == "J":
+            raise RuleUnsupportedError('format "%J" of strftime is not supported', start=0, end=0)
+        else:
+            made = _letter(start, letter, is_fine=is_fine)
+            if made is None:
+                return nodes.null()
+            pieces.append(made)
+    shown = nodes.joined(*pieces) if pieces else nodes.string("")
+    return nodes.case((nodes.is_null(start), nodes.null()), default=shown)
+
+
+_TO_CHAR = {
+    "d": "DD",
+    "f": "SS.MS",
+    "H": "HH24",
+    "I": "HH12",
+    "j": "DDD",
+    "m": "MM",
+    "M": "MI",
+    "p": "AM",
+    "P": "am",
+    "R": "HH24:MI",
+    "S": "SS",
+    "T": "HH24:MI:SS",
+    "u": "ID",
+    "V": "IW",
+}
+"""Letters that PostgreSQL has too."""
+_PADDED = {"e": "FMDD", "k": "FMHH24", "l": "FMHH12"}
+"""Those with a blank in front instead of a zero."""
+
+
+def _letter(start: Sql, letter: str, *, is_fine: bool) -> Sql | None:
+    if layout := _TO_CHAR.get(letter):
+        return nodes.call("to_char", start, nodes.string(layout))
+    if layout := _PADDED.get(letter):
+        return nodes.call(
+            "lpad", nodes.call("to_char", start, nodes.string(layout)), nodes.number(2)
+        )
+    if letter == "s":
+        return _seconds(start, is_fine=is_fine)
+    make = _MAKERS.get(letter)
+    return None if make is None else make(start)
+
+
+def _seconds(start: Sql, *, is_fine: bool) -> Sql:
+    epoch = _part("epoch", start)
+    if is_fine:
+        return nodes.call("to_char", epoch, nodes.string("FM999999999990.000"))
+    return nodes.cast(nodes.cast(nodes.call("floor", epoch), nodes.INTEGER), nodes.TEXT)
+
+
+def _date(start: Sql) -> Sql:
+    return nodes.joined(_year(start), nodes.call("to_char", start, nodes.string("-MM-DD")))
+
+
+def _weekday(start: Sql) -> Sql:
+    return nodes.cast(_part("dow", start), nodes.TEXT)
+
+
+def _week_from_sunday(start: Sql) -> Sql:
+    return _week(start, _part("dow", start))
+
+
+def _week_from_monday(start: Sql) -> Sql:
+    return _week(start, nodes.binary(exp.Sub, _part("isodow", start), nodes.number(1)))
+
+
+def _part(field: str, start: Sql) -> Sql:
+    part = nodes.call("date_part", nodes.string(field), start)
+    return part if field == "epoch" else nodes.cast(part, "int")
+
+
+def _thursday(start: Sql) -> Sql:
+    """Return a moment in the year that the week counts to."""
+    days = nodes.binary(exp.Sub, nodes.number(4), _part("isodow", start))
+    zero = nodes.number(0)
+    return nodes.binary(exp.Add, start, nodes.call("make_interval", zero, zero, zero, days))
+
+
+def _counted_year(start: Sql) -> Sql:
+    """Return the year; SQLite counts a year 0, PostgreSQL calls it 1 BC and -1."""
+    year = _part("year", start)
+    is_before = nodes.binary(exp.LT, year, nodes.number(0))
+    return nodes.case((is_before, nodes.binary(exp.Add, year, nodes.number(1))), default=year)
+
+
+def _year(start: Sql) -> Sql:
+    """Return the year in four characters, a sign among them."""
+    year = _counted_year(start)
+    is_signed = nodes.binary(exp.LT, year, nodes.number(0))
+    layout = nodes.case((is_signed, nodes.string("FM9000")), default=nodes.string("FM0000"))
+    return nodes.call("to_char", year, layout)
+
+
+def _year_of_century(start: Sql) -> Sql:
+    """Return the year's last two digits, a sign before those of a year before 0."""
+    year = nodes.call("mod", _counted_year(start), nodes.number(100))
+    is_signed = nodes.binary(exp.LT, year, nodes.number(0))
+    layout = nodes.case((is_signed, nodes.string("FM90")), default=nodes.string("FM00"))
+    return nodes.call("to_char", year, layout)
+
+
+def _week(start: Sql, days_since_first: Sql) -> Sql:
+    """Return the week of the year, 00 before the first day of the week in question."""
+    days = nodes.binary(
+        exp.Sub, nodes.binary(exp.Add, _part("doy", start), nodes.number(6)), days_since_first
+    )
+    week = nodes.call("div", nodes.cast(days, "numeric"), nodes.number(7))
+    return nodes.call("to_char", week, nodes.string("FM00"))
+
+
+_MAKERS: Mapping[str, Callable[[Sql], Sql]] = {
+    "F": _date,
+    "g": lambda start: _year_of_century(_thursday(start)),
+    "G": lambda start: _year(_thursday(start)),
+    "U": _week_from_sunday,
+    "w": _weekday,
+    "W": _week_from_monday,
+    "Y": _year,
+}
+"""Letters that are made otherwise."""

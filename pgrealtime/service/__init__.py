@@ -1,0 +1,1 @@
+"""Builds the program from its configuration, replaces parts while it runs, stops it in order."""

@@ -1,0 +1,64 @@
+"""Which transactions readers see: Postgres's snapshots, and the barrier made of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pgrealtime.lsn import LSN, Xid, parse_lsn
+
+_HALF = 1 << 31
+_WHOLE = 1 << 32
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """``pg_current_snapshot()``: 64-bit transaction ids, as ``xmin:xmax:xip,...`` prints them."""
+
+    xmin: int
+    xmax: int
+    xip: frozenset[int]
+
+    def sees(self, xid: Xid) -> bool:
+        """Whether the stream's 32-bit top-level transaction is visible in this snapshot.
+
+        The id is extended by its signed 32-bit distance to xmin, so no epoch need be kept. It
+        may lie at or beyond xmax: a commit can be decoded before anybody sees it.
+        """
+        distance = (xid - self.xmin) % _WHOLE
+        whole = self.xmin + (distance if distance < _HALF else distance - _WHOLE)
+        return whole < self.xmax and whole not in self.xip
+
+
+def parse_snapshot(text: str) -> Snapshot:
+    """Return the snapshot that ``pg_current_snapshot()::text`` printed."""
+    xmin, xmax, xip = text.split(":")
+    return Snapshot(
+        int(xmin), int(xmax), frozenset(map(int, xip.split(","))) if xip else frozenset()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    """What a topic that joins must still hear: whatever was not visible when it joined.
+
+    Everything that commits beyond ``insert_lsn`` was not.
+    """
+
+    snapshot: Snapshot
+    insert_lsn: LSN
+
+    def admits(self, xid: Xid, end_lsn: LSN) -> bool:
+        """Whether the transaction was still invisible, and so is to be delivered."""
+        return end_lsn > self.insert_lsn or not self.snapshot.sees(xid)
+
+
+def barrier_of(snapshot: str, insert_lsn: str) -> Barrier:
+    """Return the barrier from what Postgres printed."""
+    return Barrier(parse_snapshot(snapshot), parse_lsn(insert_lsn))
+
+
+SNAPSHOT_QUERY = (
+    "SELECT pg_catalog.pg_current_snapshot()::pg_catalog.text,"
+    " pg_catalog.pg_current_wal_insert_lsn()::pg_catalog.text, pg_catalog.pg_is_in_recovery()"
+)
+"""The only query of its transaction: its snapshot is younger than its arrival."""

@@ -1,0 +1,19 @@
+"""Suggests the nearest known name for an unknown one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that was probably meant, or None if none is close."""
+    folded = {one.casefold(): one for one in known}
+    close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)
+    return folded[close[0]] if close else None
+
+
+def perhaps(name: str, known: Iterable[str]) -> str:
+    """Return the hint that names what was probably meant, or nothing."""
+    meant = nearest(name, known)
+    return f'perhaps you meant "{meant}"' if meant is not None else ""

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+
+from pgrealtime.cli.check.check import excerpt, syntax_problems
+from pgrealtime.config.load import parse
+
+
+@pytest.mark.parametrize(
+    ("text", "span", "expected"),
+    [
+        ("a = b", (0, 1), "a = b\n^"),
+        ("a = b", (4, 5), "a = b\n    ^"),
+        ("a =", (3, 3), "a =\n   ^"),
+        ("", (0, 0), "\n^"),
+        ("a = 1\n  && bb = 2\n  && c = 3", (11, 13), "  && bb = 2\n     ^^"),
+        ("a = 'x\ny'", (4, 9), "a = 'x\n    ^^"),
+        ("t = '中文' && é = 1", (12, 13), "t = '中文' && é = 1\n              ^"),
+        ("t ~ '中文'", (5, 7), "t ~ '中文'\n     ^^^^"),
+        ("\ta = b", (1, 2), " a = b\n ^"),
+    ],
+    ids=["first", "last", "end", "empty", "line", "lines", "after wide", "wide", "tab"],
+)
+def test_carets_stand_under_the_place(text: str, span: tuple[int, int], expected: str) -> None:
+    """Also behind ideographs, which take two cells of a terminal each."""
+    indented = "\n".join(f"    {line}" for line in expected.split("\n"))
+    assert excerpt(text, *span) == indented
+
+
+def test_rules_for_everyone_and_for_nobody_have_no_syntax() -> None:
+    config = parse(
+        {
+            "collections": {
+                "a": {"table": "a", "list_rule": "", "view_rule": None},
+                "b": {"table": "b", "list_rule": "(", "view_rule": "a =", "manage_rule": ")"},
+                "c": {"table": "c", "auth_rule": "a"},
+            }
+        }
+    )
+    assert [problem.path for problem in syntax_problems(config.collections)] == [
+        "collections.b.list_rule",
+        "collections.b.view_rule",
+        "collections.b.manage_rule",
+        "collections.c.auth_rule",
+    ]

@@ -1,0 +1,763 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pgrealtime.catalog.model import (
+    Catalog,
+    Column,
+    ForeignKey,
+    ReplicaIdentity,
+    Table,
+    TableKind,
+    Type,
+    TypeKind,
+)
+from pgrealtime.changes import TableName
+from pgrealtime.collections.build import build, kind_of, table_names
+from pgrealtime.collections.model import (
+    Collection,
+    Collections,
+    Field,
+    FieldKind,
+    Junction,
+    Relation,
+    collection_id,
+)
+from pgrealtime.config.load import parse
+from pgrealtime.errors import ConfigError, Problem
+
+# -- small words for catalogues
+
+
+def base_type(name: str, schema: str = "pg_catalog") -> Type:
+    return Type(oid=0, schema=schema, name=name, kind=TypeKind.BASE, category="U")
+
+
+def array_of(element: Type) -> Type:
+    return Type(
+        oid=0,
+        schema=element.schema,
+        name=f"_{element.name}",
+        kind=TypeKind.ARRAY,
+        category="A",
+        element=element,
+    )
+
+
+def domain_of(below: Type) -> Type:
+    return Type(
+        oid=0,
+        schema="public",
+        name="a_domain",
+        kind=TypeKind.DOMAIN,
+        category="U",
+        domain_of=below,
+    )
+
+
+MOOD = Type(oid=0, schema="public", name="mood", kind=TypeKind.ENUM, category="E")
+ADDRESS = Type(oid=0, schema="public", name="address", kind=TypeKind.COMPOSITE, category="C")
+
+
+def table(
+    name: str,
+    columns: Mapping[str, str | Type],
+    *,
+    key: tuple[str, ...] = ("id",),
+    **more: Any,
+) -> Table:
+    """A table in public; columns by name and type, the key's NOT NULL."""
+    made = Table(
+        oid=1,
+        name=TableName("public", name),
+        kind=TableKind.TABLE,
+        columns=tuple(
+            Column(
+                name=column,
+                number=number,
+                type=base_type(type_) if isinstance(type_, str) else type_,
+                not_null=column in key,
+            )
+            for number, (column, type_) in enumerate(columns.items(), start=1)
+        ),
+        primary_key=key,
+        unique=(key,) if key else (),
+        identity_columns=key,
+    )
+    return replace(made, **more)
+
+
+def points(column: str, target: str, target_column: str = "id") -> ForeignKey:
+    return ForeignKey(
+        name=f"{column}_fkey",
+        columns=(column,),
+        target=TableName("public", target),
+        target_columns=(target_column,),
+    )
+
+
+USERS = table("users", {"id": "uuid", "email": "text", "password_hash": "text"})
+POSTS = table(
+    "posts",
+    {"id": "int8", "title": "text", "author_id": "uuid", "reviewers": array_of(base_type("uuid"))},
+    foreign_keys=(points("author_id", "users"),),
+)
+LIKES = table(
+    "likes",
+    {"post_id": "int8", "user_id": "uuid"},
+    key=("post_id", "user_id"),
+    foreign_keys=(points("post_id", "posts"), points("user_id", "users")),
+)
+
+
+def built(configured: Mapping[str, Any], *tables: Table) -> Collections:
+    catalog = Catalog(
+        tables={one.name: one for one in tables}, server_version=170000, schemas=("public",)
+    )
+    return build(parse({"collections": configured}).collections, catalog)
+
+
+def problems_of(configured: Mapping[str, Any], *tables: Table) -> tuple[Problem, ...]:
+    with pytest.raises(ConfigError) as caught:
+        built(configured, *tables)
+    return caught.value.problems
+
+
+def field_of(collection: Collection, name: str) -> Field:
+    return collection.by_name[name]
+
+
+# -- collections
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "expected"),
+    [
+        ("base", "_mfas", "pbc_2279338944"),
+        ("base", "_otps", "pbc_1638494021"),
+        ("base", "_externalAuths", "pbc_2281828961"),
+        ("base", "_authOrigins", "pbc_4275539003"),
+        ("auth", "_superusers", "pbc_3142635823"),
+    ],
+)
+def test_ids_are_derived_as_pocketbase_does(kind: str, name: str, expected: str) -> None:
+    """Clients may subscribe by id. These are of a new PocketBase 0.40.6."""
+    assert collection_id(kind, name) == expected
+
+
+def test_a_table_becomes_a_collection() -> None:
+    posts = built({"posts": {"table": "posts", "list_rule": "", "view_rule": "id = 1"}}, POSTS)[
+        "posts"
+    ]
+
+    assert (posts.name, posts.id, posts.type) == ("posts", "pbc_1125843985", "base")
+    assert posts.table == POSTS
+    assert posts.key == POSTS.columns[0]
+    assert (posts.list_rule, posts.view_rule) == ("", "id = 1")
+    assert [(one.name, one.kind, one.is_multiple) for one in posts.fields] == [
+        ("id", FieldKind.TEXT, False),
+        ("title", FieldKind.TEXT, False),
+        ("author_id", FieldKind.TEXT, False),
+        ("reviewers", FieldKind.TEXT, True),
+    ]
+
+
+@pytest.mark.parametrize("text", ["posts", "public.posts", 'public."posts"', '"public"."posts"'])
+def test_a_table_is_named_with_or_without_schema_and_quotes(text: str) -> None:
+    assert built({"p": {"table": text}}, POSTS)["p"].table == POSTS
+
+
+def test_table_names_are_exact() -> None:
+    """As the catalogue has them, upper case and odd characters included."""
+    odd = table('Odd."Name', {"id": "text"})
+    assert built({"odd": {"table": 'public."Odd.""Name"'}}, odd)["odd"].table == odd
+    assert problems_of({"p": {"table": "public.Posts"}}, POSTS) == (
+        Problem(
+            "collections.p.table",
+            'there is no table "public.Posts"',
+            'perhaps you meant "public.posts"',
+        ),
+    )
+
+
+def test_an_unqualified_name_is_looked_up_in_the_schemas_in_their_order() -> None:
+    other = replace(POSTS, name=TableName("app", "posts"))
+    catalog = Catalog(
+        tables={POSTS.name: POSTS, other.name: other},
+        server_version=170000,
+        schemas=("app", "public"),
+    )
+    config = parse({"collections": {"posts": {"table": "posts"}}}).collections
+    assert build(config, catalog)["posts"].table == other
+
+
+def test_the_tables_to_read_are_those_named_and_those_of_junctions() -> None:
+    config = parse(
+        {
+            "collections": {
+                "posts": {
+                    "table": "posts",
+                    "relations": {"likes": {"collection": "users", "through": "app.likes"}},
+                },
+                "users": {"table": 'auth."Users"'},
+            }
+        }
+    )
+    assert table_names(config.collections, ["public", "app"]) == (
+        TableName("public", "posts"),
+        TableName("app", "posts"),
+        TableName("auth", "Users"),
+        TableName("app", "likes"),
+    )
+
+
+# -- fields
+
+
+@pytest.mark.parametrize(
+    ("data_type", "expected"),
+    [
+        *((base_type(name), (FieldKind.TEXT, False)) for name in ("text", "varchar", "bpchar")),
+        *((base_type(name), (FieldKind.TEXT, False)) for name in ("uuid", "inet", "interval")),
+        *((base_type(name), (FieldKind.TEXT, False)) for name in ("money", "time", "int4range")),
+        *((base_type(name), (FieldKind.NUMBER, False)) for name in ("int2", "int4", "int8")),
+        *((base_type(name), (FieldKind.NUMBER, False)) for name in ("numeric", "float4", "float8")),
+        (base_type("bool"), (FieldKind.BOOL, False)),
+        *((base_type(name), (FieldKind.DATE, False)) for name in ("timestamptz", "date")),
+        (base_type("timestamp"), (FieldKind.DATE, False)),
+        *((base_type(name), (FieldKind.JSON, False)) for name in ("json", "jsonb")),
+        (base_type("point"), (FieldKind.GEO, False)),
+        (base_type("bytea"), (FieldKind.BYTES, False)),
+        (ADDRESS, (FieldKind.COMPOSITE, False)),
+        (MOOD, (FieldKind.TEXT, False)),
+        (base_type("citext", "public"), (FieldKind.TEXT, False)),
+        (base_type("bool", "public"), (FieldKind.TEXT, False)),
+        (array_of(base_type("text")), (FieldKind.TEXT, True)),
+        (array_of(base_type("int4")), (FieldKind.NUMBER, True)),
+        (array_of(domain_of(base_type("int4"))), (FieldKind.NUMBER, True)),
+        (domain_of(domain_of(base_type("timestamptz"))), (FieldKind.DATE, False)),
+        (domain_of(array_of(base_type("bool"))), (FieldKind.BOOL, True)),
+    ],
+    ids=lambda value: value.name if isinstance(value, Type) else "",
+)
+def test_a_columns_type_says_the_kind_of_field(
+    data_type: Type, expected: tuple[FieldKind, bool]
+) -> None:
+    assert kind_of(data_type) == expected
+
+
+def test_what_types_can_not_say_the_configuration_does() -> None:
+    files = table(
+        "files",
+        {
+            "id": "text",
+            "file": "text",
+            "files": array_of(base_type("text")),
+            "place": "jsonb",
+            "state": "text",
+            "number": "int8",
+        },
+    )
+    types = {
+        "file": "file",
+        "files": "file",
+        "place": "geoPoint",
+        "state": "select",
+        "number": "text",
+    }
+    fields = built({"f": {"table": "files", "fields": {"types": types}}}, files)["f"].fields
+    assert [(one.name, one.kind, one.is_multiple, one.is_select) for one in fields] == [
+        ("id", FieldKind.TEXT, False, False),
+        ("file", FieldKind.FILE, False, False),
+        ("files", FieldKind.FILE, True, False),
+        ("place", FieldKind.GEO, False, False),
+        ("state", FieldKind.TEXT, False, True),
+        ("number", FieldKind.TEXT, False, False),
+    ]
+
+
+def test_fields_are_left_out_hidden_and_renamed() -> None:
+    config = {
+        "table": "posts",
+        "fields": {
+            "include": ["title", "author_id"],
+            "hide": ["author"],
+            "rename": {"author_id": "author"},
+        },
+    }
+    fields = built({"posts": config}, POSTS)["posts"].fields
+    assert [(one.name, one.is_hidden) for one in fields] == [
+        ("id", False),
+        ("title", False),
+        ("author", True),
+    ]
+
+
+def test_the_key_is_shown_as_id_whatever_its_name() -> None:
+    tags = table("tags", {"tag_no": "int4", "label": "text"}, key=("tag_no",))
+    assert [one.name for one in built({"tags": {"table": "tags"}}, tags)["tags"].fields] == [
+        "id",
+        "label",
+    ]
+
+
+def test_a_unique_column_can_be_the_id() -> None:
+    events = table(
+        "events",
+        {"at": "date", "no": "int4", "slug": "text"},
+        key=("at", "no"),
+        unique=(("at", "no"), ("slug",)),
+        replica_identity=ReplicaIdentity.FULL,
+        identity_columns=("at", "no", "slug"),
+    )
+    slug = replace(events.columns[2], not_null=True)
+    events = replace(events, columns=(*events.columns[:2], slug))
+    collection = built({"events": {"table": "events", "id": "slug"}}, events)["events"]
+    assert collection.key == slug
+    assert [one.name for one in collection.fields] == ["at", "no", "id"]
+
+
+def test_auth_collections_keep_secrets_and_know_pocketbases_fields() -> None:
+    people = table(
+        "people",
+        {
+            "id": "text",
+            "email": "text",
+            "email_visibility": "bool",
+            "verified": "bool",
+            "password_hash": "text",
+            "tokenKey": "text",
+            "pin": "text",
+        },
+    )
+    auth = built(
+        {"people": {"table": "people", "type": "auth", "login": {"token_key": "pin"}}}, people
+    )["people"]
+    assert [(one.name, one.is_secret, one.is_hidden) for one in auth.fields] == [
+        ("id", False, False),
+        ("email", False, False),
+        ("emailVisibility", False, False),
+        ("verified", False, False),
+        ("password_hash", True, True),
+        ("tokenKey", True, True),
+        ("pin", True, True),
+    ]
+    base = built({"people": {"table": "people"}}, people)["people"]
+    assert field_of(base, "email_visibility").kind is FieldKind.BOOL
+    assert not any(one.is_secret for one in base.fields)
+
+
+# -- relations
+
+
+def test_foreign_keys_between_collections_are_relations() -> None:
+    posts = built({"posts": {"table": "posts"}, "people": {"table": "users"}}, POSTS, USERS)[
+        "posts"
+    ]
+    author = field_of(posts, "author_id")
+    assert (author.kind, author.relation) == (FieldKind.RELATION, Relation(collection="people"))
+
+
+def test_foreign_keys_to_no_collection_or_no_id_are_plain_columns() -> None:
+    by_email = replace(POSTS, foreign_keys=(points("author_id", "users", "email"),))
+    config = {"posts": {"table": "posts"}, "users": {"table": "users"}}
+    assert field_of(built(config, by_email, USERS)["posts"], "author_id").relation is None
+    alone = built({"posts": {"table": "posts"}}, POSTS)
+    assert field_of(alone["posts"], "author_id").relation is None
+
+
+def test_an_array_of_ids_is_a_relation_if_the_configuration_says_so() -> None:
+    config = {
+        "posts": {"table": "posts", "relations": {"reviewers": {"collection": "users"}}},
+        "users": {"table": "users"},
+    }
+    reviewers = field_of(built(config, POSTS, USERS)["posts"], "reviewers")
+    assert (reviewers.kind, reviewers.is_multiple) == (FieldKind.RELATION, True)
+    assert reviewers.relation == Relation(collection="users")
+
+
+def test_a_junction_table_is_a_relation_and_finds_its_columns_by_itself() -> None:
+    config: dict[str, Any] = {
+        "posts": {
+            "table": "posts",
+            "relations": {"liked_by": {"collection": "users", "through": "likes"}},
+            "fields": {"hide": ["liked_by"]},
+        },
+        "users": {"table": "users"},
+    }
+    expected = Field(
+        name="liked_by",
+        column=None,
+        kind=FieldKind.RELATION,
+        type=LIKES.columns[1].type,
+        is_multiple=True,
+        is_hidden=True,
+        relation=Relation(
+            collection="users",
+            junction=Junction(table=LIKES, source="post_id", target="user_id"),
+        ),
+    )
+    assert built(config, POSTS, USERS, LIKES)["posts"].fields[-1] == expected
+
+    config["posts"]["relations"]["liked_by"] |= {"source": "post_id", "target": "user_id"}
+    without_keys = replace(LIKES, foreign_keys=())
+    found = built(config, POSTS, USERS, without_keys)["posts"].fields[-1].relation
+    assert found is not None
+    assert found.junction == Junction(table=without_keys, source="post_id", target="user_id")
+
+
+def test_a_junction_from_a_table_to_itself_must_be_told_its_columns() -> None:
+    follows = table(
+        "follows",
+        {"who": "uuid", "whom": "uuid"},
+        key=("who", "whom"),
+        foreign_keys=(points("who", "users"), points("whom", "users")),
+    )
+    relation = {"collection": "users", "through": "follows"}
+    config = {"users": {"table": "users", "relations": {"follows": relation}}}
+    message = 'more than one foreign key of "public.follows" points to "users"'
+    assert problems_of(config, USERS, follows) == (
+        Problem("collections.users.relations.follows.source", message, "name the column"),
+        Problem("collections.users.relations.follows.target", message, "name the column"),
+    )
+
+
+# -- what can't be served, and what mends it
+
+
+@pytest.mark.parametrize(
+    ("faulty", "config", "problem"),
+    [
+        (
+            replace(POSTS, kind=TableKind.VIEW),
+            {},
+            Problem("table", '"public.posts" is a view: it sends no changes'),
+        ),
+        (
+            replace(POSTS, kind=TableKind.MATERIALIZED_VIEW),
+            {},
+            Problem("table", '"public.posts" is a materialized view: it sends no changes'),
+        ),
+        (
+            replace(POSTS, kind=TableKind.FOREIGN),
+            {},
+            Problem("table", '"public.posts" is a foreign table: it sends no changes'),
+        ),
+        (
+            replace(POSTS, partition_of=TableName("public", "all_posts")),
+            {},
+            Problem(
+                "table",
+                '"public.posts" is a partition of "public.all_posts"',
+                "set table: public.all_posts",
+            ),
+        ),
+        (
+            replace(POSTS, is_unlogged=True),
+            {},
+            Problem(
+                "table",
+                '"public.posts" is unlogged: it sends no changes',
+                'ALTER TABLE "public"."posts" SET LOGGED;',
+            ),
+        ),
+        (
+            replace(POSTS, replica_identity=ReplicaIdentity.NOTHING, identity_columns=()),
+            {},
+            Problem(
+                "table",
+                '"public.posts" has REPLICA IDENTITY NOTHING: its updates and deletes name no row',
+                'ALTER TABLE "public"."posts" REPLICA IDENTITY DEFAULT;',
+            ),
+        ),
+        (
+            table("posts", {"id": "int8"}, key=()),
+            {},
+            Problem(
+                "table",
+                '"public.posts" has no primary key: its updates and deletes name no row',
+                'ALTER TABLE "public"."posts" ADD PRIMARY KEY ("id");',
+            ),
+        ),
+        (
+            table("posts", {"a b": "int8"}, key=(), unique=(("a b",),)),
+            {},
+            Problem(
+                "table",
+                '"public.posts" has no primary key: its updates and deletes name no row',
+                'ALTER TABLE "public"."posts" ADD PRIMARY KEY ("a b");',
+            ),
+        ),
+        (
+            table("posts", {"title": "text"}, key=()),
+            {},
+            Problem(
+                "table",
+                '"public.posts" has no primary key: its updates and deletes name no row',
+                'ALTER TABLE "public"."posts" ADD COLUMN "id" bigint'
+                " GENERATED ALWAYS AS IDENTITY PRIMARY KEY;",
+            ),
+        ),
+        (
+            table("posts", {"a": "int8", "b": "int8"}, key=("a", "b")),
+            {},
+            Problem(
+                "id",
+                'the primary key of "public.posts" has 2 columns: a, b',
+                "set id to one column that is unique and NOT NULL",
+            ),
+        ),
+        (
+            replace(
+                table("posts", {"id": "int8", "at": "date"}, key=("id", "at")),
+                kind=TableKind.PARTITIONED,
+            ),
+            {},
+            Problem(
+                "id",
+                'the primary key of "public.posts" has 2 columns: id, at',
+                "a partitioned table can be served if it is partitioned by its id alone",
+            ),
+        ),
+        (
+            replace(table("posts", {"id": "int8"}, key=()), kind=TableKind.PARTITIONED),
+            {},
+            Problem(
+                "table",
+                '"public.posts" has no primary key: its updates and deletes name no row',
+                "a partitioned table can be served if it is partitioned by its id alone",
+            ),
+        ),
+        (
+            POSTS,
+            {"id": "titel"},
+            Problem(
+                "id", 'there is no column "titel" in "public.posts"', 'perhaps you meant "title"'
+            ),
+        ),
+        (
+            POSTS,
+            {"id": "title", "fields": {"rename": {"id": "no"}}},
+            Problem(
+                "id",
+                'column "title" is not unique by itself',
+                'ALTER TABLE "public"."posts" ADD UNIQUE ("title");',
+            ),
+        ),
+        (
+            replace(POSTS, unique=(("title",),)),
+            {"id": "title", "fields": {"rename": {"id": "no"}}},
+            Problem(
+                "id",
+                'column "title" may be NULL',
+                'ALTER TABLE "public"."posts" ALTER COLUMN "title" SET NOT NULL;',
+            ),
+        ),
+        (
+            replace(POSTS, identity_columns=(), leaves=(TableName("public", "posts_1"),)),
+            {},
+            Problem(
+                "id",
+                'the replica identity of "public.posts" lacks "id":'
+                " deletes would not say of what record",
+                'ALTER TABLE "public"."posts_1" REPLICA IDENTITY FULL;',
+            ),
+        ),
+    ],
+)
+def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
+    faulty: Table, config: Mapping[str, Any], problem: Problem
+) -> None:
+    """Its changes would be lost without a word, or not say of what record they are."""
+    expected = replace(problem, path=f"collections.posts.{problem.path}")
+    assert problems_of({"posts": {"table": "posts", **config}}, faulty) == (expected,)
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (
+            {"fields": {"include": ["titel"]}},
+            Problem(
+                "fields.include",
+                'there is no column "titel" in "public.posts"',
+                'perhaps you meant "title"',
+            ),
+        ),
+        (
+            {"fields": {"rename": {"autor_id": "author"}}},
+            Problem(
+                "fields.rename.autor_id",
+                'there is no column "autor_id" in "public.posts"',
+                'perhaps you meant "author_id"',
+            ),
+        ),
+        (
+            {"fields": {"rename": {"id": "key"}}},
+            Problem("fields.rename.id", 'the key is always shown as "id"'),
+        ),
+        (
+            {"fields": {"rename": {"title": "author_id"}}},
+            Problem("fields", 'two fields are named "author_id"', "rename one of them"),
+        ),
+        (
+            {"fields": {"rename": {"title": "expand"}}},
+            Problem(
+                "fields",
+                'a field can\'t be named "expand": every record has that member',
+                "rename it",
+            ),
+        ),
+        (
+            {"fields": {"rename": {"title": "the title"}}},
+            Problem(
+                "fields",
+                'a field can\'t be named "the title": names are made of letters, digits and'
+                " underscores",
+                "rename it",
+            ),
+        ),
+        (
+            {"fields": {"hide": ["id"]}},
+            Problem("fields.hide", "the id can't be hidden"),
+        ),
+        (
+            {"fields": {"rename": {"author_id": "author"}, "hide": ["author_id"]}},
+            Problem(
+                "fields.hide",
+                'there is no field "author_id"',
+                'the column is shown as "author"',
+            ),
+        ),
+        (
+            {"fields": {"include": ["title"], "hide": ["author_id"]}},
+            Problem(
+                "fields.hide",
+                'there is no field "author_id"',
+                "fields.include leaves the column out",
+            ),
+        ),
+        (
+            {"fields": {"types": {"title": "number"}}},
+            Problem(
+                "fields.types.title",
+                'its column can\'t be shown as "number"',
+                "possible are text, editor, email, url, select, file",
+            ),
+        ),
+        (
+            {"fields": {"types": {"titel": "text"}}},
+            Problem("fields.types.titel", 'there is no field "titel"', 'perhaps you meant "title"'),
+        ),
+        (
+            {"relations": {"title": {"collection": "userz"}}},
+            Problem(
+                "relations.title.collection",
+                'there is no collection "userz"',
+                'perhaps you meant "users"',
+            ),
+        ),
+        (
+            {"relations": {"author": {"collection": "users"}}},
+            Problem(
+                "relations.author", 'there is no field "author"', 'perhaps you meant "author_id"'
+            ),
+        ),
+        (
+            {"relations": {"author_id": {"collection": "users", "source": "x"}}},
+            Problem(
+                "relations.author_id",
+                "source and target are columns of a junction table",
+                "set through too",
+            ),
+        ),
+        (
+            {"relations": {"title": {"collection": "users", "through": "likes"}}},
+            Problem("relations.title", 'a column is shown as "title" already'),
+        ),
+        (
+            {"relations": {"l": {"collection": "users", "through": "like"}}},
+            Problem(
+                "relations.l.through",
+                'there is no table "like"',
+                'perhaps you meant "likes"',
+            ),
+        ),
+        (
+            {"relations": {"l": {"collection": "users", "through": "likes", "target": "user"}}},
+            Problem(
+                "relations.l.target",
+                'there is no column "user" in "public.likes"',
+                'perhaps you meant "user_id"',
+            ),
+        ),
+        (
+            {"collection_id": "users"},
+            Problem("collection_id", "another collection has this id or name"),
+        ),
+        (
+            {"table": "users"},
+            Problem("table", 'collection "users" shows "public.users" already'),
+        ),
+        (
+            {"table": "a.b.c"},
+            Problem("table", "not a table's name: write it as schema.table"),
+        ),
+        (
+            {"login": {"password_hash": "title", "identity": ["title"]}},
+            Problem("login", "nobody logs in to a base collection", "set type: auth"),
+        ),
+        (
+            {"manage_rule": "title = 'x'"},
+            Problem("manage_rule", "a base collection holds nobody's address", "set type: auth"),
+        ),
+        (
+            {"auth_rule": None},
+            Problem("auth_rule", "nobody logs in to a base collection", "set type: auth"),
+        ),
+        (
+            {"type": "auth", "login": {"password_hash": "hash", "identity": ["title"]}},
+            Problem("login.password_hash", 'there is no column "hash" in "public.posts"'),
+        ),
+        (
+            {"type": "auth", "login": {"password_hash": "title", "identity": ["titel"]}},
+            Problem("login.identity", 'there is no field "titel"', 'perhaps you meant "title"'),
+        ),
+        (
+            {"type": "auth", "fields": {"rename": {"title": "verified"}}},
+            Problem(
+                "fields",
+                '"verified" of an auth collection must be a bool column',
+                "rename it, or leave it out",
+            ),
+        ),
+    ],
+)
+def test_names_that_nothing_answers_to_are_problems_with_the_nearest_name(
+    config: Mapping[str, Any], problem: Problem
+) -> None:
+    expected = replace(problem, path=f"collections.posts.{problem.path}")
+    posts = {"table": "posts", **config}
+    found = problems_of({"users": {"table": "users"}, "posts": posts}, POSTS, USERS, LIKES)
+    assert found == (expected,)
+
+
+@pytest.mark.parametrize("name", ["a b", "", "a/b", "été", "posts_via_author"])
+def test_collection_names_must_fit_topics_and_rules(name: str) -> None:
+    (problem,) = problems_of({name: {"table": "posts"}}, POSTS)
+    assert problem.path == f"collections.{name}"
+
+
+def test_all_problems_are_told_at_once() -> None:
+    config = {
+        "posts": {"table": "post"},
+        "users": {"table": "users", "fields": {"hide": ["emial"]}},
+    }
+    assert [problem.path for problem in problems_of(config, POSTS, USERS)] == [
+        "collections.posts.table",
+        "collections.users.fields.hide",
+    ]

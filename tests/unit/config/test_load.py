@@ -1,0 +1,542 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgrealtime.config.load import _parse, _refuse_secret_file, load, parse, read
+from pgrealtime.config.model import Config, Section
+from pgrealtime.config.sources import read_yaml
+from pgrealtime.errors import ConfigError, Problem
+
+EXAMPLES = sorted((Path(__file__).parents[3] / "config").glob("*.yaml"))
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "pgrealtime.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems_of(tmp_path: Path, text: str, environ: Mapping[str, str]) -> tuple[Problem, ...]:
+    return read(written(tmp_path, text), environ).problems
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load(written(tmp_path, ""), {}) == Config()
+
+
+def test_all_problems_are_reported_in_one_run_with_their_lines(tmp_path: Path) -> None:
+    """Whoever writes a configuration mends it in one go, not error by error."""
+    text = """\
+version: 2
+database:
+  schema: [public]
+server:
+  port: 99999
+  shutdown_grace: 25
+  cors_origins: 5
+changelog: {max_size: 64MB}
+realtime:
+  max_connections: many
+collections:
+  posts:
+    tabel: public.posts
+  comments: []
+"""
+    assert problems_of(tmp_path, text, {}) == (
+        Problem("version", "input should be 1", line=1),
+        Problem("database.schema", 'unknown key "schema"', 'perhaps you meant "schemas"', 3),
+        Problem("server.port", "input should be less than or equal to 65535", line=5),
+        Problem(
+            "server.shutdown_grace",
+            "not a duration; write it as 500ms, 25s, 5m, 1h or 5d",
+            line=6,
+        ),
+        Problem("server.cors_origins", "must be a list", line=7),
+        Problem("changelog.max_size", "not a size; write it as 64KiB, 16MiB or 1GiB", line=8),
+        Problem(
+            "realtime.max_connections",
+            "input should be a valid integer, unable to parse string as an integer",
+            line=10,
+        ),
+        Problem("collections.posts.table", "is required", line=12),
+        Problem(
+            "collections.posts.tabel", 'unknown key "tabel"', 'perhaps you meant "table"', line=13
+        ),
+        Problem("collections.comments", "must be a mapping", line=14),
+    )
+
+
+def test_a_problem_is_printed_with_file_line_path_and_hint(tmp_path: Path) -> None:
+    path = written(tmp_path, "server:\n  prot: 1\n")
+
+    with pytest.raises(ConfigError) as caught:
+        load(path, {})
+
+    assert str(caught.value) == (
+        f"config_invalid: {path} has 1 problem\n"
+        f'DETAIL: {path}:2: server.prot: unknown key "prot" (perhaps you meant "port")'
+    )
+
+
+def test_what_is_right_can_still_be_checked_further(tmp_path: Path) -> None:
+    text = "server: {prot: 1, port: 9}\ncollections: {a: {}, b: {table: t, list_rul: x}}\n"
+    reading = read(written(tmp_path, text), {})
+
+    assert reading.config == parse({"server": {"port": 9}, "collections": {"b": {"table": "t"}}})
+    assert reading.dropped == {
+        ("server", "prot"),
+        ("collections", "a"),
+        ("collections", "b", "list_rul"),
+    }
+    with pytest.raises(ConfigError):
+        reading.whole()
+
+
+def test_a_missing_file_is_a_configuration_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="1 problem") as caught:
+        load(tmp_path / "none.yaml", {})
+    assert (
+        "can't read the file: No such file or directory"
+        " (pgrealtime init writes one, and --config names another)"
+    ) in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "line"),
+    [
+        ("a:\n  - b: [1\n", "not YAML: expected ',' or ']', but got '<stream end>'", 3),
+        ("a: b\nc: d: e\n", "not YAML: mapping values are not allowed here", 2),
+        ("- a\n- b\n", "the document must be a mapping of sections", 1),
+        ("version: 1\n---\nversion: 1\n", "not YAML: but found another document", 2),
+        ("a: !env B\n", "not YAML: could not determine a constructor", 1),
+        ("a: \x07\n", "not YAML: it has characters that YAML doesn't allow", None),
+        ("database: {url: *nowhere}\n", "not YAML: found undefined alias 'nowhere'", 1),
+        ("a: &a {b: *a}\n", "nested too deeply, or a part of itself", None),
+        ("[" * 5000, "nested too deeply, or a part of itself", None),
+        ("a: 2024-13-01\n", "not YAML: month must be in 1..12", None),
+    ],
+    ids=[
+        "open",
+        "colon",
+        "list",
+        "two documents",
+        "tag",
+        "control",
+        "alias",
+        "recursive",
+        "deep",
+        "date",
+    ],
+)
+def test_what_is_no_yaml_mapping_is_told_by_its_line(
+    tmp_path: Path, text: str, message: str, line: int | None
+) -> None:
+    (problem,) = problems_of(tmp_path, text, {})
+    assert problem.message.startswith(message), problem
+    assert problem.line == line
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ['@request.auth.id != ""', '"public" = status', "'public' = status"],
+    ids=["at sign", "text first", "single quotes"],
+)
+def test_a_rule_that_yaml_needs_in_quotes_is_told_so(tmp_path: Path, rule: str) -> None:
+    """YAML's own words are of tokens and blocks."""
+    text = f"collections:\n  posts:\n    table: posts\n    list_rule: {rule}\n"
+    (problem,) = problems_of(tmp_path, text, {})
+    assert problem.line == 4
+    assert problem.hint == "put the whole value in quotes, as in '@request.auth.id != \"\"'"
+
+
+@pytest.mark.parametrize("text", ["a: b\nc: d: e\n", "a:\n\tb: 1\n", "a: [1\n"])
+def test_what_quotes_would_not_mend_has_no_such_hint(tmp_path: Path, text: str) -> None:
+    (problem,) = problems_of(tmp_path, text, {})
+    assert problem.hint == ""
+
+
+def test_a_repeated_key_is_a_problem(tmp_path: Path) -> None:
+    """YAML readers take the last one silently: a rule would be replaced unseen."""
+    text = "collections:\n  posts: {table: a}\n  users: {table: b}\n  posts: {table: c}\n"
+    assert problems_of(tmp_path, text, {}) == (
+        Problem("collections.posts", "given twice, first in line 2", line=4),
+    )
+
+
+def test_merged_keys_may_be_overridden(tmp_path: Path) -> None:
+    text = """\
+collections:
+  posts: &posts {table: posts, list_rule: ""}
+  drafts:
+    <<: *posts
+    table: drafts
+"""
+    drafts = load(written(tmp_path, text), {}).collections["drafts"]
+    assert (drafts.table, drafts.list_rule) == ("drafts", "")
+
+
+# -- ${VAR}
+
+
+@pytest.mark.parametrize(
+    ("text", "environ", "expected"),
+    [
+        ("${A}", {"A": "x"}, "x"),
+        ("${A}", {"A": ""}, ""),
+        ("a${A}b${B}c", {"A": "1", "B": "2"}, "a1b2c"),
+        ("${A:-x}", {}, "x"),
+        ("${A:-x}", {"A": ""}, "x"),
+        ("${A:-x}", {"A": "y"}, "y"),
+        ("${A:-}", {}, ""),
+        ("${A:-a:-b}", {}, "a:-b"),
+        ("${A:?must be set}", {"A": "y"}, "y"),
+        ("$${A}", {"A": "y"}, "${A}"),
+        ("$A $ {A} A$", {"A": "y"}, "$A $ {A} A$"),
+        ("${A}", {"A": "${B}", "B": "z"}, "${B}"),
+    ],
+)
+def test_variables_are_filled_in(text: str, environ: Mapping[str, str], expected: str) -> None:
+    rule = parse({"collections": {"c": {"table": "t", "list_rule": text}}}, environ)
+    assert rule.collections["c"].list_rule == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "environ", "message"),
+    [
+        ("${A}", {}, "environment variable A is not set"),
+        ("${A:?ask the operator}", {}, "ask the operator"),
+        ("${A:?ask the operator}", {"A": ""}, "ask the operator"),
+        ("${A:?}", {"A": ""}, "environment variable A is not set"),
+        ("${A-b}", {}, 'a "${" that isn\'t ${VAR}; write "$${" for the text'),
+        ("${1}", {}, 'a "${" that isn\'t ${VAR}; write "$${" for the text'),
+        ("${", {}, 'a "${" that isn\'t ${VAR}; write "$${" for the text'),
+    ],
+)
+def test_a_variable_that_is_not_there_is_told_once(
+    text: str, environ: Mapping[str, str], message: str
+) -> None:
+    """Also where the key is required, or checked otherwise: one fault, one problem."""
+    with pytest.raises(ConfigError) as caught:
+        parse({"auth": {"issuers": [{"name": "a", "secret": text}]}}, environ)
+    assert caught.value.problems == (Problem("auth.issuers.0.secret", message),)
+
+
+def test_variables_are_filled_into_values_and_not_into_keys() -> None:
+    """Neither names nor structure of a configuration change with the environment."""
+    config = parse({"collections": {"${A}": {"table": "${A}"}}}, {"A": "t: [u]"})
+    assert config.collections["${A}"].table == "t: [u]"
+
+
+def test_numbers_booleans_and_lists_may_come_from_variables() -> None:
+    config = parse(
+        {
+            "server": {"port": "${PORT_}", "cors_origins": "${ORIGINS}"},
+            "realtime": {"same_address": "${SAME}"},
+        },
+        {"PORT_": "99", "ORIGINS": "https://a, https://b", "SAME": "false"},
+    )
+    assert config.server.port == 99
+    assert config.server.cors_origins == ("https://a", "https://b")
+    assert config.realtime.same_address is False
+
+
+# -- the environment's own keys
+
+
+def test_the_environment_goes_before_the_file_and_the_file_before_defaults() -> None:
+    file = {"server": {"port": 1, "host": "file"}, "realtime": {"max_connections": 7}}
+    config = parse(file, {"PGREALTIME_SERVER__PORT": "2", "PGREALTIME_RECORDS__NULLS": "zero"})
+
+    assert (config.server.port, config.server.host) == (2, "file")
+    assert config.realtime.max_connections == 7
+    assert config.records.nulls == "zero"
+    assert config.server.cors_origins == Config().server.cors_origins
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, ("postgresql://file/", 1)),
+        ({"DATABASE_URL": "", "PORT": ""}, ("postgresql://file/", 1)),
+        ({"DATABASE_URL": "postgresql://platform/", "PORT": "2"}, ("postgresql://platform/", 2)),
+        (
+            {
+                "DATABASE_URL": "postgresql://platform/",
+                "PORT": "2",
+                "PGREALTIME_DATABASE__URL": "postgresql://ours/",
+                "PGREALTIME_SERVER__PORT": "3",
+            },
+            ("postgresql://ours/", 3),
+        ),
+    ],
+    ids=["none", "empty", "platform", "ours"],
+)
+def test_what_platforms_set_is_honoured(
+    environ: Mapping[str, str], expected: tuple[str, int]
+) -> None:
+    file = {"database": {"url": "postgresql://file/"}, "server": {"port": 1}}
+    config = parse(file, environ)
+    assert (config.database.url, config.server.port) == expected
+
+
+def test_every_kind_of_key_can_be_set_by_a_variable() -> None:
+    file = {
+        "collections": {"Posts": {"table": "a"}},
+        "auth": {"issuers": [{"name": "app", "secret": "old"}]},
+    }
+    config = parse(
+        file,
+        {
+            "PGREALTIME_DATABASE__SCHEMAS": "app,public",
+            "PGREALTIME_SERVER__CORS_ORIGINS": '["https://a"]',
+            "PGREALTIME_REPLICATION__SLOT__NAME": "mine",
+            "PGREALTIME_REALTIME__HEARTBEAT": "5s",
+            "PGREALTIME_REALTIME__SAME_ADDRESS": "no",
+            "PGREALTIME_COLLECTIONS__POSTS__LIST_RULE": "[a]",
+            "PGREALTIME_AUTH__ISSUERS__0__SECRET": "new",
+        },
+    )
+    assert config.database.schemas == ("app", "public")
+    assert config.server.cors_origins == ("https://a",)
+    assert config.replication.slot.name == "mine"
+    assert config.realtime.heartbeat == 5.0
+    assert config.realtime.same_address is False
+    assert config.collections["Posts"].list_rule == "[a]"
+    assert config.auth.issuers[0].secret == "new"
+
+
+def test_variables_without_a_double_underscore_are_not_keys() -> None:
+    environ = {"PGREALTIME_CONFIG": "x.yaml", "PGREALTIME_TEST_PG_PORT": "1", "SERVER__PORT": "2"}
+    assert parse({}, environ) == Config()
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [
+        (
+            "PGREALTIME_SERVER__PROT",
+            Problem(
+                "server.prot",
+                'unknown key "prot" (set by PGREALTIME_SERVER__PROT)',
+                'perhaps you meant "port"',
+            ),
+        ),
+        (
+            "PGREALTIME_SERVER__PORT__DEEPER",
+            Problem("server.port.deeper", "PGREALTIME_SERVER__PORT__DEEPER names no key"),
+        ),
+        (
+            "PGREALTIME_AUTH__ISSUERS__0__SECRET",
+            Problem("auth.issuers.0.secret", "PGREALTIME_AUTH__ISSUERS__0__SECRET names no key"),
+        ),
+        (
+            "PGREALTIME_SERVER__",
+            Problem("server.", 'unknown key "" (set by PGREALTIME_SERVER__)'),
+        ),
+    ],
+    ids=["unknown", "too deep", "no such item", "nothing"],
+)
+def test_a_variable_that_names_no_key_is_a_problem(variable: str, expected: Problem) -> None:
+    """A mistyped variable must not be silently without effect."""
+    with pytest.raises(ConfigError) as caught:
+        parse({"server": {"port": 1}, "auth": {"issuers": []}}, {variable: "1"})
+    assert caught.value.problems == (expected,)
+
+
+# -- secrets
+
+
+def test_a_secret_can_be_read_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "url").write_text("postgresql://u:p@h/d\n")
+    (tmp_path / "jwt").write_text("two\nlines\n")
+    text = f"""\
+database: {{url_file: {tmp_path}/url}}
+auth:
+  issuers:
+    - name: app
+      secret_file: {tmp_path}/jwt
+"""
+    config = load(written(tmp_path, text), {})
+    assert config.database.url == "postgresql://u:p@h/d"
+    assert config.auth.issuers[0].secret == "two\nlines"
+
+
+def test_a_variable_may_name_the_file_and_replaces_what_the_yaml_says(tmp_path: Path) -> None:
+    (tmp_path / "url").write_text("postgresql://secret/")
+    path = written(tmp_path, "database: {url: postgresql://yaml/}")
+
+    config = load(path, {"PGREALTIME_DATABASE__URL_FILE": str(tmp_path / "url")})
+    assert config.database.url == "postgresql://secret/"
+
+    path = written(tmp_path, f"database: {{url_file: {tmp_path}/none}}")
+    assert load(path, {"DATABASE_URL": "postgresql://env/"}).database.url == "postgresql://env/"
+
+
+def test_a_secret_given_twice_or_in_a_file_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
+    text = f"""\
+database: {{url: postgresql://h/, url_file: {tmp_path}/url}}
+auth:
+  issuers:
+    - name: app
+      secret_file: {tmp_path}/none
+"""
+    assert problems_of(tmp_path, text, {}) == (
+        Problem("database.url_file", 'both "url" and "url_file" are given', line=1),
+        Problem(
+            "auth.issuers.0.secret_file", "can't read the file: No such file or directory", line=5
+        ),
+    )
+
+
+def test_only_secrets_can_be_read_from_files(tmp_path: Path) -> None:
+    (problem,) = problems_of(tmp_path, "server: {host_file: /etc/hostname}", {})
+    assert problem.message == 'unknown key "host_file"'
+
+
+@pytest.mark.parametrize(
+    "who",
+    [{"issuers": [{"name": "app", "secret": "s"}]}, {"login": {"enabled": True, "secret": "s"}}],
+)
+def test_who_allows_no_guests_names_somebody_else(who: Mapping[str, Any]) -> None:
+    """A service that nobody could subscribe to is a mistake."""
+    assert not parse({"auth": {"allow_guests": False, **who}}).auth.allow_guests
+    with pytest.raises(ConfigError) as caught:
+        parse({"auth": {"allow_guests": False}})
+    (problem,) = caught.value.problems
+    assert (problem.path, "nobody can subscribe" in problem.message) == ("auth", True)
+
+
+def test_no_secret_is_ever_printed(tmp_path: Path) -> None:
+    """Neither in a repr nor in what is said about a faulty file."""
+    good = {
+        "database": {"url": "postgresql://u:hunter2@h/", "query_url": "postgresql://u:hunter2@q/"},
+        "auth": {
+            "issuers": [{"name": "app", "secret": "hunter2", "previous_secret": "hunter2"}],
+            "login": {"enabled": True, "secret": "hunter2"},
+        },
+    }
+    assert "hunter2" not in repr(parse(good))
+
+    bad = {
+        "database": {"url": ["hunter2"], "urll": "hunter2"},
+        "auth": {"issuers": [{"name": "app", "secret": {"hunter2": "hunter2"}}]},
+    }
+    with pytest.raises(ConfigError) as caught:
+        load(written(tmp_path, yaml.safe_dump(bad)), {"PGREALTIME_SERVER__PORT": "hunter2"})
+    assert len(caught.value.problems) == 4
+    assert "hunter2" not in str(caught.value)
+
+
+# -- values
+
+
+def test_durations_that_can_not_be_nothing_are_checked() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse({"realtime": {"heartbeat": "0s"}, "database": {"statement_timeout": 0}})
+    assert {problem.path for problem in caught.value.problems} == {
+        "realtime.heartbeat",
+        "database.statement_timeout",
+    }
+    assert parse({"changelog": {"max_age": 0}}).changelog.max_age == 0
+
+
+def test_the_word_null_may_stand_without_quotes() -> None:
+    """YAML reads ``nulls: null`` as no value at all."""
+    assert parse({"records": {"nulls": None}}).records.nulls == "null"
+
+
+def test_a_missing_rule_is_null_and_an_empty_one_is_not() -> None:
+    """Null is for superusers only, the empty text for everyone: they must not be mixed up."""
+    config = parse({"collections": {"a": {"table": "t", "list_rule": "", "view_rule": None}}})
+    assert config.collections["a"].list_rule == ""
+    assert config.collections["a"].view_rule is None
+
+
+def test_nobody_manages_everybody() -> None:
+    """PocketBase refuses an empty manage rule: it would show every address to everyone."""
+    with pytest.raises(ConfigError) as caught:
+        parse({"collections": {"a": {"table": "t", "type": "auth", "manage_rule": ""}}})
+    assert [problem.path for problem in caught.value.problems] == ["collections.a.manage_rule"]
+
+
+def test_the_configuration_can_not_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        parse({}).server.port = 1
+
+
+@given(st.text(alphabet=st.sampled_from("abc:-[]{}&*!|>'\"%@`$?,#~<. \n\t0\x00é"), max_size=60))
+def test_any_text_is_a_configuration_or_a_list_of_problems(text: str) -> None:
+    """Nobody sees a traceback for a typing error."""
+    reading = _parse(read_yaml(text), {}, _refuse_secret_file, "text")
+    assert reading.problems or reading.config is not None
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_load(path: Path) -> None:
+    environ = {
+        "APP_JWT_SECRET": "x" * 32,
+        "LOGIN_SECRET": "y" * 32,
+        "DEMO_SECRET": "z" * 32,
+        "DATABASE_URL": "postgresql://127.0.0.1/app",
+    }
+    assert load(path, environ).collections
+
+
+def test_the_annotated_example_has_every_key_and_the_defaults_it_claims() -> None:
+    """It is the reference of the configuration."""
+    text = (Path(__file__).parents[3] / "config" / "pgrealtime.yaml").read_text(encoding="utf-8")
+    example = read_yaml(text).value
+    assert isinstance(example, dict)
+
+    assert keys_of(Config) - keys_in(Config, example) == set()
+    environ = {"APP_JWT_SECRET": "x" * 32}
+    assert parse(example, environ).model_copy(
+        update={"collections": {}, "auth": parse({}).auth}
+    ) == parse({})
+
+
+def keys_of(section: type[Section], prefix: str = "") -> set[str]:
+    """Every key there can be, ``*`` for names and places that the operator makes up."""
+    found: set[str] = set()
+    for name, info in section.model_fields.items():
+        inner, star = below(info.annotation)
+        found.add(f"{prefix}{name}")
+        found |= keys_of(inner, f"{prefix}{name}{star}.") if inner is not None else set()
+    return found
+
+
+def keys_in(section: type[Section], value: dict[str, Any], prefix: str = "") -> set[str]:
+    found: set[str] = set()
+    for name, held in value.items():
+        inner, star = below(section.model_fields[name].annotation)
+        found.add(f"{prefix}{name}")
+        if inner is not None:
+            items = held.values() if isinstance(held, dict) else held
+            for one in items if star else [held]:
+                found |= keys_in(inner, one, f"{prefix}{name}{star}.")
+    return found
+
+
+def below(annotation: object) -> tuple[type[Section] | None, str]:
+    """The section that a key holds, and ``.*`` if it holds several."""
+    candidates = [annotation, *get_args(annotation)]
+    sections = [one for one in candidates if isinstance(one, type) and issubclass(one, Section)]
+    return (sections[0] if sections else None), ("" if annotation in sections else ".*")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "metrics.internal"])
+def test_metrics_that_others_reach_need_a_token(host: str) -> None:
+    """Collections' names and loads are nobody else's business."""
+    with pytest.raises(ConfigError, match="need a token"):
+        parse({"admin": {"host": host, "port": 8091}}, {})
+
+    assert parse({"admin": {"host": host, "port": 8091, "token": "t"}}, {}).admin.token == "t"
+    assert parse({"admin": {"host": host}}, {}).admin.port == 0
+    assert parse({"admin": {"host": "::1", "port": 8091}}, {}).admin.port == 8091

@@ -1,0 +1,144 @@
+"""What a transaction did after a record went is taken back; ids come in an order."""
+
+from __future__ import annotations
+
+import pytest
+
+from pgrealtime.catalog.model import Column, Table, TableKind, Type, TypeKind
+from pgrealtime.changes import Change, Delete, Insert, Key, Row, TableName, Truncate, Update
+from pgrealtime.collections.model import Collection
+from pgrealtime.expand.relation_sql import (
+    Linking,
+    in_order,
+    links_before,
+    links_undone,
+    rows_before,
+)
+from pgrealtime.rules.sql.row_images import Overlay
+
+TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")
+TEXTS = Type(
+    oid=1009,
+    schema="pg_catalog",
+    name="_text",
+    kind=TypeKind.ARRAY,
+    category="A",
+    element=TEXT,
+)
+COLUMNS = (
+    Column(name="id", number=1, type=TEXT),
+    Column(name="post", number=2, type=TEXT),
+    Column(name="posts", number=3, type=TEXTS),
+)
+TABLE = Table(
+    oid=1,
+    name=TableName("public", "notes"),
+    kind=TableKind.TABLE,
+    columns=COLUMNS,
+    primary_key=("id",),
+)
+NOTES = Collection(name="notes", id="n", type="base", table=TABLE, key=COLUMNS[0], fields=())
+
+
+def overlay(before: list[Row], touched: list[Row]) -> Overlay:
+    return Overlay(table=TABLE, before=before, touched=touched)
+
+
+def linking(match: Column, *, is_of_record: bool = True) -> Linking:
+    return Linking(
+        table=TABLE,
+        match=match,
+        result=COLUMNS[0],
+        source=NOTES,
+        is_of_record=is_of_record,
+        limit=10,
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "touched", "ids", "expected"),
+    [
+        ([], [], {"a"}, {"a"}),
+        # deleted since
+        ([{"id": "b", "post": "1"}], [{"id": "b", "post": "1"}], {"a"}, {"a", "b"}),
+        # inserted since
+        ([], [{"id": "a", "post": "1"}], {"a"}, set()),
+        # led elsewhere before, and leads here now
+        ([{"id": "a", "post": "2"}], [{"id": "a", "post": "2"}], {"a"}, set()),
+        # of another record
+        ([{"id": "b", "post": "2"}], [{"id": "b", "post": "2"}], {"a"}, {"a"}),
+    ],
+    ids=["untouched", "deleted", "inserted", "moved", "another"],
+)
+def test_links_are_as_they_were(
+    before: list[Row], touched: list[Row], ids: set[str], expected: set[str]
+) -> None:
+    assert links_before(linking(COLUMNS[1]), overlay(before, touched), "1", ids) == expected
+
+
+def test_an_array_leads_to_each_of_its_ids() -> None:
+    row: Row = {"id": "b", "posts": "{1,2}"}
+    found = [
+        links_before(linking(COLUMNS[2]), overlay([row], [row]), source, set()) for source in "123"
+    ]
+
+    assert found == [{"b"}, {"b"}, set()]
+
+
+def test_a_pair_that_was_touched_leaves_the_other_pairs_alone() -> None:
+    """A junction table has many rows for one target; a collection has one per record."""
+    elsewhere: Row = {"id": "a", "post": "2"}
+
+    pairs = links_before(
+        linking(COLUMNS[1], is_of_record=False), overlay([], [elsewhere]), "1", {"a"}
+    )
+
+    assert pairs == {"a"}
+
+
+def test_rows_are_as_they_were() -> None:
+    old: Row = {"id": "a", "post": "1"}
+    new: Row = {"id": "b", "post": "1"}
+
+    assert rows_before(NOTES, overlay([old], [old, new])) == {"a": old, "b": None}
+
+
+def test_numbers_come_in_their_order_and_before_texts() -> None:
+    ids = ["b", "10", "9", "a", "-1", "007"]
+
+    assert sorted(ids, key=in_order) == ["007", "9", "10", "-1", "a", "b"]
+
+
+def link(post: str, to: str) -> Row:
+    return {"post": post, "id": to}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([], {"a", "b"}),
+        ([Insert(TABLE.name, link("1", "a"))], {"b"}),
+        ([Delete(TABLE.name, Key(link("1", "c")))], {"a", "b", "c"}),
+        ([Insert(TABLE.name, link("2", "a"))], {"a", "b"}),
+        ([Update(TABLE.name, link("1", "a"), Key(link("1", "c")))], {"b", "c"}),
+        ([Update(TABLE.name, link("2", "c"), Key(link("1", "c")))], {"a", "b", "c"}),
+        # gone and come back, come and gone
+        (
+            [Delete(TABLE.name, Key(link("1", "a"))), Insert(TABLE.name, link("1", "a"))],
+            {"a", "b"},
+        ),
+        (
+            [Insert(TABLE.name, link("1", "c")), Delete(TABLE.name, Key(link("1", "c")))],
+            {"a", "b"},
+        ),
+        # where it led isn't known
+        ([Delete(TABLE.name, Key({"post": "1"}))], None),
+        ([Truncate(TABLE.name)], None),
+    ],
+)
+def test_links_that_came_later_are_taken_back(
+    changes: list[Change], expected: set[str] | None
+) -> None:
+    """Whatever was done to them, in the order in which it was done."""
+    by_junction = linking(COLUMNS[1], is_of_record=False)
+    assert links_undone(by_junction, changes, "1", {"a", "b"}) == expected

@@ -1,0 +1,382 @@
+"""What the relay does with the changelog, whatever becomes of its streams."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import cast
+
+import msgspec
+import pytest
+
+from pgrealtime.changelog.base import Gap
+from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changes import Insert, TableName, Transaction
+from pgrealtime.errors import PgRealtimeError, SlotBusyError, StreamInterruptedError
+from pgrealtime.feed.reader import OpenStream, Relay
+from pgrealtime.lsn import END, LSN, Cursor, Xid
+from pgrealtime.wal.server import SystemIdentity
+from pgrealtime.wal.stream import WalStream
+from tests.feed_follower import Follower
+
+POSTS = TableName("public", "posts")
+
+
+class Behind:
+    """A follower in the middle of a transaction."""
+
+    def __init__(self, head: Cursor) -> None:
+        self.head = head
+        self.progressed = asyncio.Event()
+
+    def wake(self) -> None:
+        """It has enough to do."""
+
+    def stream_started(self, epoch: str) -> None:
+        raise AssertionError(epoch)
+
+    def stream_continued(self, epoch: str) -> None:
+        raise AssertionError(epoch)
+
+    def stream_lost(self) -> None:
+        raise AssertionError
+
+
+def no_stream() -> AbstractAsyncContextManager[WalStream]:
+    raise AssertionError
+
+
+async def not_asked() -> None:
+    raise AssertionError
+
+
+def large(end_lsn: int) -> Transaction:
+    changes = (Insert(POSTS, {"id": "1"}), Insert(POSTS, {"id": "2"}))
+    return Transaction(Xid(end_lsn), LSN(end_lsn), 0, changes, 90)
+
+
+def test_a_gap_that_is_told_takes_nothing_from_who_has_yet_to_read_it() -> None:
+    """What is being read may be as much as there is room for, and what waits as well."""
+    changelog = MemoryChangelog(LSN(0), max_size=100, max_age=1e9)
+    follower = Behind(Cursor(LSN(10), 1))
+    for end_lsn in (10, 20):
+        changelog.append(large(end_lsn), 0.0, follower.head)
+    relay = Relay(no_stream, changelog, follower, tables=[POSTS], max_size=100, pass_over=not_asked)
+    relay.tell_gap("schema", frozenset({POSTS}))
+
+    gap = Gap(LSN(21), "schema", frozenset({POSTS}))
+    assert changelog.read(follower.head, changelog.head, 10) == [large(10), large(20), gap]
+
+
+def relay_of(changelog: MemoryChangelog) -> Relay:
+    follower = Behind(changelog.head)
+    return Relay(no_stream, changelog, follower, tables=[POSTS], max_size=100, pass_over=not_asked)
+
+
+async def test_who_dates_a_row_waits_for_the_stream_and_not_for_ever() -> None:
+    """What came in time, or was there; and no second wait before it has come."""
+    changelog = MemoryChangelog(LSN(0), max_size=100, max_age=1e9)
+    relay = relay_of(changelog)
+    changelog.append(large(1000))
+    assert await relay.reach(LSN(1000))
+
+    asyncio.get_running_loop().call_later(0.05, changelog.append, large(1100))
+    assert await relay.reach(LSN(1100))
+
+    began = asyncio.get_running_loop().time()
+    assert not await relay.reach(LSN(1200))
+    waited = asyncio.get_running_loop().time() - began
+    assert not await relay.reach(LSN(1300))
+    assert asyncio.get_running_loop().time() - began < waited + 0.5
+    changelog.append(large(1200))
+    changelog.append(large(1300))
+    assert await relay.reach(LSN(1300))
+
+
+async def test_the_header_of_a_page_is_not_waited_for() -> None:
+    """The insert position lies behind it where the last record ended with the page before."""
+    changelog = MemoryChangelog(LSN(0), max_size=100, max_age=1e9)
+    changelog.append(large(8192))
+    relay = relay_of(changelog)
+
+    assert await relay.reach(LSN(8192 + 24))
+    assert await relay.reach(LSN(8192 + 40))
+    assert not await relay.reach(LSN(8192 + 48))
+
+
+async def test_what_a_decoder_fails_at_is_passed_over_whatever_the_server_says_of_it() -> None:
+    """Its words may name an address in its memory, another one each time."""
+    passed: list[None] = []
+
+    async def pass_over() -> None:
+        passed.append(None)
+
+    changelog = MemoryChangelog(LSN(0), max_size=100, max_age=1e9)
+    relay = Relay(
+        no_stream,
+        changelog,
+        Behind(changelog.head),
+        tables=[POSTS],
+        max_size=100,
+        pass_over=pass_over,
+    )
+    for number in range(5):
+        assert not passed
+        error = StreamInterruptedError("failed", detail=f"0x{number}", code="decoder_failed")
+        await relay._mind_failure(error)
+    assert passed
+
+
+# Streams that end, servers that go back, and what is wanted meanwhile
+
+HERE = SystemIdentity(system_id="1", timeline=1, database="app")
+DEADLINE = 10.0
+
+
+class GivenStream:
+    """A stream that hands out what it is given; ends when it is told to."""
+
+    plugin, reason, slot_name = "wal2json", "", "pgrealtime"
+
+    def __init__(self, start: int, *, reach: int = 0, is_durable: bool = False) -> None:
+        self.start_lsn, self.reach = LSN(start), LSN(max(reach, start))
+        self.wal_end = self.start_lsn
+        self.system = HERE
+        self.quiet = self.start_lsn
+        self.is_durable = is_durable
+        self._given: deque[Transaction] = deque()
+        self._error: PgRealtimeError | None = None
+        self._changed = asyncio.Event()
+
+    def give(self, *transactions: Transaction) -> None:
+        self._given.extend(transactions)
+        self.wal_end = transactions[-1].end_lsn
+        self._changed.set()
+
+    def reaches(self, lsn: int) -> None:
+        """The server says that nothing more ends before it."""
+        self.wal_end = LSN(lsn)
+
+    def breaks(self) -> None:
+        self._error = StreamInterruptedError("it broke")
+        self._changed.set()
+
+    def stop(self) -> None:
+        self._error = StreamInterruptedError("the stream was closed", code="stream_closed")
+        self._changed.set()
+
+    async def __anext__(self) -> list[Transaction]:
+        while not self._given:
+            if self._error is not None:
+                raise self._error
+            self._changed.clear()
+            await self._changed.wait()
+        batch, self._given = list(self._given), deque()
+        return batch
+
+    def keep(self, end_lsn: LSN) -> None:
+        """Nothing is forgotten here."""
+
+    def let_go(self, lsn: LSN) -> None:
+        """Likewise."""
+
+    def quiet_after(self, end_lsn: LSN) -> LSN:
+        return max(end_lsn, self.quiet)
+
+    def ask(self) -> None:
+        """Nothing is answered here."""
+
+
+def opening(*streams: GivenStream) -> OpenStream:
+    """Opens one after the other; the last one again and again."""
+    left = deque(streams)
+
+    @asynccontextmanager
+    async def open_one() -> AsyncIterator[WalStream]:
+        yield cast("WalStream", left.popleft() if len(left) > 1 else left[0])
+
+    return open_one
+
+
+@asynccontextmanager
+async def relaying(
+    open_stream: OpenStream, *, is_durable: bool = False
+) -> AsyncIterator[tuple[Relay, MemoryChangelog, Follower]]:
+    changelog = MemoryChangelog(LSN(0), max_size=1 << 20, max_age=1e9)
+    follower = Follower(changelog, DEADLINE)
+    relay = Relay(
+        open_stream,
+        changelog,
+        follower,
+        tables=[POSTS],
+        max_size=1 << 20,
+        pass_over=not_asked,
+        is_durable=is_durable,
+    )
+    running = asyncio.create_task(relay.run())
+    try:
+        yield relay, changelog, follower
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+def ends(changelog: MemoryChangelog) -> list[int]:
+    entries = changelog.read(changelog.floor, changelog.head, 1 << 20)
+    return [entry.end_lsn for entry in entries if isinstance(entry, Transaction)]
+
+
+async def test_a_restored_server_begins_another_history() -> None:
+    """Identifier and timeline are the same, but its WAL ends before what the changelog has."""
+    before = GivenStream(100, is_durable=True)
+    restored = GivenStream(100, reach=150, is_durable=True)
+    async with relaying(opening(before, restored)) as (_, changelog, follower):
+        await follower.until(lambda: len(follower.said) == 1)
+        before.give(large(200), large(300))
+        await follower.until(lambda: ends(changelog) == [200, 300])
+        before.breaks()
+        await follower.until(lambda: len(follower.said) == 3)
+        assert ends(changelog) == []
+        assert changelog.head == Cursor(LSN(100), END)
+        restored.give(large(160))
+        await follower.until(lambda: ends(changelog) == [160])
+
+    first, lost, second = follower.said
+    assert lost == "lost"
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param((250,), id="in-between"),
+        pytest.param((200, 350), id="without-the-last"),
+        pytest.param((), id="nothing"),
+    ],
+)
+async def test_a_restored_server_that_has_gone_on_is_known_by_what_it_lacks(
+    sent: tuple[int, ...],
+) -> None:
+    """Its WAL reaches further than the changelog does, with other commits in it."""
+    before = GivenStream(100, is_durable=True)
+    restored, anew = (GivenStream(100, reach=400, is_durable=True) for _ in range(2))
+    async with relaying(opening(before, restored, anew)) as (_, changelog, follower):
+        await follower.until(lambda: len(follower.said) == 1)
+        before.give(large(200), large(300))
+        await follower.until(lambda: ends(changelog) == [200, 300])
+        before.breaks()
+        await follower.until(lambda: len(follower.said) == 3)
+        if sent:
+            restored.give(*map(large, sent))
+        restored.reaches(400)
+        await follower.until(lambda: len(follower.said) == 5)
+        assert ends(changelog) == []
+
+    first, _, second, _, third = follower.said
+    assert first == second != third
+
+
+async def test_another_commit_of_the_same_id_and_end_is_another_history() -> None:
+    """A restored server repeats ids and positions where the application repeats itself."""
+    before = GivenStream(100, is_durable=True)
+    restored, anew = (GivenStream(100, reach=400, is_durable=True) for _ in range(2))
+    async with relaying(opening(before, restored, anew)) as (_, changelog, follower):
+        await follower.until(lambda: len(follower.said) == 1)
+        before.give(large(200))
+        await follower.until(lambda: ends(changelog) == [200])
+        before.breaks()
+        await follower.until(lambda: len(follower.said) == 3)
+        restored.give(msgspec.structs.replace(large(200), commit_time=1))
+        await follower.until(lambda: len(follower.said) == 5)
+
+    assert follower.said[2] != follower.said[4]
+
+
+async def test_what_was_only_marked_as_quiet_belongs_to_a_history_as_well() -> None:
+    """What a restored server commits before the mark would be taken for read."""
+    before = GivenStream(100, is_durable=True)
+    restored, anew = (GivenStream(100, reach=400, is_durable=True) for _ in range(2))
+    async with relaying(opening(before, restored, anew)) as (relay, changelog, follower):
+        await follower.until(lambda: len(follower.said) == 1)
+        before.give(large(200))
+        await follower.until(lambda: ends(changelog) == [200])
+        before.quiet = LSN(300)
+        relay._mark(cast("WalStream", before), time.monotonic() + 60)
+        assert changelog.head == Cursor(LSN(300), END)
+        before.breaks()
+        await follower.until(lambda: len(follower.said) == 3)
+        restored.give(large(200), large(250))
+        await follower.until(lambda: len(follower.said) == 5)
+
+    assert follower.said[2] != follower.said[4]
+
+
+async def test_a_durable_stream_that_broke_goes_on_where_it_was() -> None:
+    """What comes again is not kept again, and positions stay good."""
+    before = GivenStream(100, is_durable=True)
+    after = GivenStream(100, reach=300, is_durable=True)
+    async with relaying(opening(before, after)) as (_, changelog, follower):
+        await follower.until(lambda: len(follower.said) == 1)
+        before.give(large(200), large(300))
+        await follower.until(lambda: ends(changelog) == [200, 300])
+        before.breaks()
+        await follower.until(lambda: len(follower.said) == 3)
+        after.give(large(200), large(300), large(400))
+        await follower.until(lambda: ends(changelog) == [200, 300, 400])
+
+    assert follower.said[0] == follower.said[2]
+
+
+async def test_what_ends_before_the_successor_begins_is_read_from_the_one_before() -> None:
+    """And what both have is kept once."""
+    before, after = GivenStream(100), GivenStream(250)
+    async with relaying(opening(before)) as (relay, changelog, follower):
+        await follower.until(lambda: len(follower.said) == 1)
+        after.give(large(300), large(400))
+        switch = asyncio.create_task(relay.switch(opening(after), [POSTS]))
+        await asyncio.sleep(0.1)
+        assert not switch.done()
+        before.give(large(200), large(300))
+        await switch
+        await follower.until(lambda: ends(changelog) == [200, 300, 400])
+
+
+async def test_other_tables_that_are_wanted_while_a_durable_stream_is_opened() -> None:
+    """Two can't read the slot: the one being opened is closed, and the other opened after it."""
+    may_open, opened = asyncio.Event(), asyncio.Event()
+    is_read = False
+    closings = 0
+
+    def slow(stream: GivenStream) -> OpenStream:
+        @asynccontextmanager
+        async def open_it() -> AsyncIterator[WalStream]:
+            nonlocal is_read, closings
+            if is_read:
+                raise SlotBusyError("the slot is being read")
+            is_read = True
+            try:
+                opened.set()
+                await may_open.wait()
+                yield cast("WalStream", stream)
+            finally:
+                is_read = False
+                closings += 1
+
+        return open_it
+
+    first, second = (GivenStream(100, is_durable=True) for _ in range(2))
+    async with relaying(slow(first), is_durable=True) as (relay, _, follower):
+        await opened.wait()
+        switch = asyncio.create_task(relay.switch(slow(second), [POSTS]))
+        await asyncio.sleep(0.05)
+        assert not switch.done()
+        may_open.set()
+        async with asyncio.timeout(DEADLINE):
+            await switch
+        assert relay.stream is cast("WalStream", second)
+        assert closings == 1
+
+    assert [word.split()[0] for word in follower.said] == ["started"]

@@ -1,0 +1,72 @@
+"""What is noted of those who may miss something."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from pgrealtime.auth.principal import AuthRecord
+from pgrealtime.expand.plan import Plan, Viewer
+from pgrealtime.hub.connections.connection import Connection, Subscription
+from pgrealtime.hub.evaluation.evaluator import Verdict
+from pgrealtime.hub.evaluation.matcher import Group, Matcher
+from pgrealtime.hub.events.event import Event
+from pgrealtime.lsn import LSN, Cursor, Xid
+from pgrealtime.protocol.topic import parse_topic
+from pgrealtime.records.encode import View
+from tests.unit.hub.room import COLLECTIONS, MemorySink
+
+EVENTS = [
+    Event(COLLECTIONS["posts"], "update", "p", {"id": "p"}, Cursor(LSN(8), n), Xid(3))
+    for n in range(1, 5)
+]
+
+
+def viewer() -> Viewer:
+    return Viewer(plan=Plan((), {}, ()), sees_hidden=False, own=None, seen={}, managed={})
+
+
+def expanding(count: int) -> tuple[list[Group], list[Viewer]]:
+    """Groups of one subscription each, which sees related records in its own way."""
+    matcher, start = Matcher(COLLECTIONS), Cursor(LSN(0), 0)
+    groups: list[Group] = []
+    viewers = [viewer() for _ in range(count)]
+    for number, one in enumerate(viewers):
+        client = Connection("c", MemorySink(), address="", epoch="", cursor=start, now=0.0)
+        topic = parse_topic(f'posts/*?options={{"query":{{"filter":"title = \'{number}\'"}}}}')
+        made = Subscription(client, topic, View(), "")
+        made.viewer = one
+        matcher.add(made, AuthRecord(collection_id="c", collection_name="people", id="ann"))
+        assert made.group is not None
+        groups.append(made.group)
+    return groups, viewers
+
+
+def failing(groups: Sequence[Group], viewers: Sequence[Viewer]) -> Verdict:
+    """All that is shown of all events failed, for everybody."""
+    verdict = Verdict([dict.fromkeys(groups)] * len(EVENTS))
+    verdict.note_failed(EVENTS, {(at, one) for at in range(len(EVENTS)) for one in viewers})
+    return verdict
+
+
+def test_who_may_miss_a_related_record_are_those_who_would_have_seen_it() -> None:
+    groups, viewers = expanding(3)
+    verdict = Verdict([groups, groups[:2], groups, groups])
+    verdict.note_failed(EVENTS, {(1, viewers[0]), (1, viewers[2]), (2, viewers[1])})
+
+    assert verdict.unseen == {(groups[0], viewers[0]), (groups[1], viewers[1])}
+    assert list(verdict.unheard) == [1, 2]
+
+
+def test_what_is_noted_of_them_costs_as_much_more_as_there_are() -> None:
+    """A statement that failed concerns everybody who was in its batch."""
+
+    def seconds(count: int) -> float:
+        given = expanding(count)
+        began = time.process_time()
+        failing(*given)
+        return time.process_time() - began
+
+    few, many = min(seconds(200) for _ in range(3)), min(seconds(1600) for _ in range(2))
+
+    assert many < 24 * few + 0.05

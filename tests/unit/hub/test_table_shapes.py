@@ -1,0 +1,195 @@
+"""Rows of another definition than the catalogue's: it is read for them once, or they are a gap."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from pgrealtime.catalog.model import Column
+from pgrealtime.changes import Shape, TableName, Transaction
+from pgrealtime.collections.model import Collections, Field, FieldKind, Junction, Relation
+from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.hub.live_reads.table_shapes import Shapes
+from pgrealtime.lsn import LSN, Xid
+from tests.unit.hub.room import COLLECTIONS, NOTES, POSTS, MemorySink, Room, at, insert, open_room
+
+TYPE = COLLECTIONS["posts"].table.columns[0].type
+OID = TYPE.oid
+OTHER = OID + 1
+LEAF = TableName("public", "posts_1")
+LINKS = TableName("public", "links")
+
+
+def shape(leaf: TableName | None = None, described: int = 0, **types: int) -> Shape:
+    return Shape(POSTS, leaf, tuple(types.items()), described)
+
+
+def links(**types: int) -> Shape:
+    return Shape(LINKS, None, tuple(types.items()))
+
+
+AS_READ = shape(id=OID, title=OID)
+ALTERED = shape(id=OID, title=OTHER)
+
+
+def of(*shapes: Shape) -> Transaction:
+    return Transaction(Xid(7), LSN(32), 0, (insert("1"),), 100, shapes)
+
+
+def collections(title: int = OID, *, leaves: tuple[TableName, ...] = ()) -> Collections:
+    """Posts whose title is of a type."""
+    columns = (
+        Column(name="id", number=1, type=TYPE),
+        Column(name="title", number=2, type=replace(TYPE, oid=title)),
+        Column(name="size", number=3, type=TYPE, is_generated=True),
+    )
+    posts = COLLECTIONS["posts"]
+    table = replace(posts.table, columns=columns, leaves=leaves)
+    ends = (Column(name=name, number=n, type=TYPE) for n, name in enumerate(("post", "note"), 1))
+    links = replace(posts.table, name=LINKS, columns=tuple(ends))
+    notes = Field(
+        name="notes",
+        column=None,
+        kind=FieldKind.RELATION,
+        type=TYPE,
+        is_multiple=True,
+        relation=Relation(
+            collection="notes", junction=Junction(table=links, source="post", target="note")
+        ),
+    )
+    fields = (*posts.fields, notes)
+    return Collections((replace(posts, table=table, fields=fields), COLLECTIONS["notes"]))
+
+
+@pytest.mark.parametrize(
+    ("found", "fits"),
+    [
+        pytest.param(shape(id=OID, title=OID), True, id="as read, but for generated columns"),
+        pytest.param(shape(id=OID, title=OID, more=OTHER), True, id="a column is new"),
+        pytest.param(shape(id=OID), True, id="a column is new in the catalogue, or TOASTed"),
+        pytest.param(shape(id=OID, title=OTHER), False, id="another type"),
+        pytest.param(shape(id=OID, headline=OID), False, id="renamed"),
+        pytest.param(shape(leaf=LEAF, id=OID, title=OID), False, id="partition detached"),
+        pytest.param(links(post=OID, note=OID), True, id="a junction as read"),
+        pytest.param(links(post=OID, note=OTHER), False, id="a junction of another type"),
+        pytest.param(links(post=OID, remark=OID), False, id="a junction renamed"),
+        pytest.param(Shape(TableName("public", "x"), None, (("a", 1),)), True, id="not shown"),
+    ],
+)
+def test_rows_fit_unless_a_value_may_be_taken_for_another(found: Shape, *, fits: bool) -> None:
+    shapes = Shapes(collections())
+
+    assert shapes.fits(of(found)) is fits
+    assert shapes.is_doubtful(of(found)) is not fits
+    assert shapes.fits(of(AS_READ, found)) is fits
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_what_the_catalogue_was_read_for_is_not_doubtful_again(*, is_read: bool) -> None:
+    shapes = Shapes(collections())
+    shapes.settle(of(ALTERED), is_read=is_read)
+
+    assert not shapes.is_doubtful(of(ALTERED))
+    assert not shapes.fits(of(ALTERED))
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_a_partition_that_is_described_again_is_doubtful_until_read(*, is_read: bool) -> None:
+    """It may have been detached; if nobody can say, its rows aren't shown."""
+    shapes = Shapes(collections(leaves=(LEAF,)))
+    again = of(shape(leaf=LEAF, described=1, id=OID, title=OID))
+    assert shapes.is_doubtful(again)
+    shapes.settle(again, is_read=is_read)
+
+    assert not shapes.is_doubtful(again)
+    assert shapes.fits(again) is is_read
+
+
+def test_a_partition_is_not_gone_for_good_since_nobody_could_say_so_once() -> None:
+    """A second failure counts from then; who reads on behind meanwhile is told of a gap."""
+    now = [0.0]
+    shapes = Shapes(collections(leaves=(LEAF,)), clock=lambda: now[0])
+    again = of(shape(leaf=LEAF, described=1, id=OID, title=OID))
+    for _ in range(2):
+        shapes.settle(again, is_read=False)
+        assert not shapes.is_doubtful(again)
+        now[0] += 5
+        assert shapes.is_doubtful(again)
+        assert not shapes.fits(again)
+    shapes.settle(again, is_read=True)
+
+    assert shapes.fits(again)
+    assert not shapes.is_doubtful(again)
+
+
+class Schema:
+    """What is read when a row doesn't fit."""
+
+    def __init__(self, title: int) -> None:
+        self._title = title
+        self.room: Room | None = None
+        self.times = 0
+
+    async def read(self) -> bool:
+        assert self.room is not None
+        self.times += 1
+        if self.times == 1:
+            found = collections(self._title)
+            await self.room.hub.use(found, Matcher(found), lambda caller: caller)
+        return True
+
+
+def heard(sink: MemorySink) -> list[str]:
+    """Ids of records, and the collections of gaps."""
+    told = [json.loads(data) for _, name, data in sink.events() if name != "PB_CONNECT"]
+    return [
+        one["record"]["id"] if "record" in one else f"{one['reason']} {one['collections']}"
+        for one in told
+    ]
+
+
+async def test_the_schema_is_read_before_anything_is_made_of_a_row_that_does_not_fit() -> None:
+    """Once, and what came before the row was handed out already."""
+    schema = Schema(OTHER)
+    async with open_room(read_schema=schema.read) as room:
+        schema.room = room
+        connection, sink = room.connect()
+        await room.subscribe(connection, "posts/*", "PB_RESYNC")
+        room.commit(insert("1"), shapes=(AS_READ,))
+        room.commit(insert("2"), shapes=(ALTERED,))
+        room.commit(insert("3"), shapes=(ALTERED,))
+        await room.settled()
+
+    assert heard(sink) == ["1", "2", "3"]
+    assert schema.times == 1
+
+
+async def test_rows_that_do_not_fit_after_that_either_are_a_gap() -> None:
+    """Also where the schema can't be read; of all that the transaction changed, and no more."""
+    async with open_room() as room:
+        connection, sink = room.connect()
+        await room.subscribe(connection, "posts/*", "notes/*", "PB_RESYNC")
+        room.commit(insert("1"), insert("n", table=NOTES), shapes=(ALTERED,))
+        room.commit(insert("2"), shapes=(ALTERED,))
+        room.commit(insert("3"), shapes=(AS_READ,))
+        await room.settled()
+
+    assert heard(sink) == ["schema ['notes', 'posts']", "schema ['posts']", "3"]
+
+
+async def test_who_comes_back_to_rows_of_an_earlier_schema_is_told_of_a_gap() -> None:
+    """From within their transaction too; what is behind them is heard."""
+    schema = Schema(OTHER)
+    async with open_room(read_schema=schema.read) as room:
+        schema.room = room
+        before = room.commit(insert("1"), insert("2"), shapes=(AS_READ,))
+        await room.settled()
+        room.commit(insert("3"), shapes=(ALTERED,))
+        await room.settled()
+        connection, sink = room.connect(last_event_id=at(before, 1))
+        await room.subscribe(connection, "posts/*", "PB_RESYNC")
+        await sink.wait_for(3)
+
+    assert heard(sink) == ["schema ['posts']", "3"]

@@ -1,0 +1,173 @@
+"""What deletes are judged against; that it is right is proved by cascades on a server."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import cast
+
+import pytest
+
+from pgrealtime.auth.principal import AuthRecord
+from pgrealtime.changes import Change, Delete, Insert, Row, TableName, Truncate, Update, WholeRow
+from pgrealtime.rules.engine.before_state import Past, Pasts, tables_of
+from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.sql.reference import Reference, reference
+from tests.unit.rules.schema import COLLECTIONS, USERS, collection
+from tests.unit.rules.schema import POSTS as POSTS_COLLECTION
+
+POSTS, NOTES = TableName("public", "posts"), TableName("public", "notes")
+
+
+class CountingChange:
+    """Counts how often it is looked at."""
+
+    looks = 0
+
+    @property
+    def table(self) -> TableName:
+        self.looks += 1
+        return POSTS
+
+
+def test_a_transaction_is_not_looked_through_before_somebody_asks_and_then_once() -> None:
+    """Most deletes are judged by their rows alone, some at a time of very many."""
+    change = CountingChange()
+    changes = (cast("Change", change),)
+    pasts = Pasts({})
+    for _ in range(3):
+        assert pasts.of(changes).overlays([]) == ()
+    assert change.looks == 0
+    for _ in range(3):
+        assert pasts.of(changes).overlays([NOTES]) == ()
+    assert change.looks == 1
+
+
+PEOPLE = USERS.table.name
+EMPTY: Row = {column.name: None for column in USERS.table.columns}
+
+
+def ann(record_id: str, name: str = "Ann") -> Row:
+    return {**EMPTY, "id": record_id, "name": name}
+
+
+def insert(row: Row) -> Insert:
+    return Insert(PEOPLE, row)
+
+
+def update(old: Row, new: Row) -> Update:
+    return Update(PEOPLE, new, WholeRow(old))
+
+
+def delete(row: Row) -> Delete:
+    return Delete(PEOPLE, WholeRow(row))
+
+
+@pytest.mark.parametrize(
+    ("changes", "before", "touched"),
+    [
+        ([insert(ann("1"))], [], {"1"}),
+        ([delete(ann("1"))], [ann("1")], {"1"}),
+        ([update(ann("1", "a"), ann("1", "b"))], [ann("1", "a")], {"1"}),
+        # A row that got another key was under the first, and isn't to be read under the second.
+        ([update(ann("1"), ann("2"))], [ann("1")], {"1", "2"}),
+        ([update(ann("1"), ann("2")), update(ann("2"), ann("3"))], [ann("1")], {"1", "2", "3"}),
+        ([update(ann("1"), ann("2")), insert(ann("1", "new"))], [ann("1")], {"1", "2"}),
+        # Of a row that is touched twice the first image counts.
+        (
+            [update(ann("1", "a"), ann("1", "b")), update(ann("1", "b"), ann("1", "c"))],
+            [ann("1", "a")],
+            {"1"},
+        ),
+        ([update(ann("1", "a"), ann("1", "b")), delete(ann("1", "b"))], [ann("1", "a")], {"1"}),
+        # What the transaction made was not there, whatever became of it.
+        ([insert(ann("1")), delete(ann("1"))], [], {"1"}),
+        ([insert(ann("1", "a")), update(ann("1", "a"), ann("1", "b"))], [], {"1"}),
+        ([insert(ann("1")), update(ann("1"), ann("2")), delete(ann("2"))], [], {"1", "2"}),
+        # A key that was freed is another row's from then on.
+        ([delete(ann("1", "a")), insert(ann("1", "b"))], [ann("1", "a")], {"1"}),
+        (
+            [delete(ann("1", "a")), insert(ann("1", "b")), delete(ann("1", "b"))],
+            [ann("1", "a")],
+            {"1"},
+        ),
+        (
+            [
+                update(ann("1", "a"), ann("x", "a")),
+                update(ann("2", "b"), ann("1", "b")),
+                update(ann("x", "a"), ann("2", "a")),
+            ],
+            [ann("1", "a"), ann("2", "b")],
+            {"1", "2", "x"},
+        ),
+        # Of other tables' rows it says nothing.
+        ([Insert(POSTS, ann("1")), insert(ann("2"))], [], {"2"}),
+    ],
+)
+def test_a_table_is_as_it_was_before_the_transaction(
+    changes: list[Change], before: list[Row], touched: set[str]
+) -> None:
+    """The first image of each row that was there, and no row that wasn't."""
+    (overlay,) = Past(changes, tables_of(COLLECTIONS)).overlays([PEOPLE])
+
+    assert overlay.table == USERS.table
+    assert list(overlay.before) == before
+    assert {row["id"] for row in overlay.touched} == touched
+
+
+def test_a_row_is_told_by_its_whole_key() -> None:
+    one = collection("pairs")
+    table = replace(one.table, primary_key=("a", "b"))
+    rows: list[Row] = [{"a": "1", "b": "1"}, {"a": "1", "b": "2"}, {"a": None, "b": "1"}]
+    past = Past([Delete(table.name, WholeRow(row)) for row in rows], {table.name: table})
+    (overlay,) = past.overlays([table.name])
+    assert list(overlay.before) == rows
+
+
+def _question(changes: list[Change]) -> object:
+    """Return what is asked about a deleted post whose rule reads its author's row."""
+    request = Request(principal=AuthRecord(collection_id="x", collection_name="users", id="ann"))
+    asked = reference(COLLECTIONS, POSTS_COLLECTION, "author.name = 'Ann'", request)
+    assert isinstance(asked, Reference)
+    overlays = Past(changes, tables_of(COLLECTIONS)).overlays(asked.tables)
+    row: Row = {"id": "p", "author": "1"}
+    return asked.question_before([row], datetime.now(UTC), overlays)
+
+
+def test_what_was_truncated_is_not_known_and_not_taken_for_empty() -> None:
+    """Any row may have been there: who could see a record by one can't be told."""
+    assert _question([delete(ann("1"))]) is not None
+    assert _question([Truncate(PEOPLE)]) is None
+    assert _question([insert(ann("1")), Truncate(PEOPLE)]) is None
+    assert _question([Truncate(PEOPLE), insert(ann("1"))]) is None
+    assert _question([Truncate(POSTS)]) is not None
+
+
+def test_an_old_row_without_the_columns_that_are_read_decides_nothing() -> None:
+    assert _question([delete({"id": "1", "name": "Ann"})]) is not None
+    assert _question([delete({"id": "1"})]) is None
+
+
+def test_a_large_transaction_is_looked_through_once_for_all_of_its_batches() -> None:
+    """Else a DELETE of many rows takes time by the square of them."""
+    change = CountingChange()
+    changes = (cast("Change", change),)
+    pasts = Pasts({})
+    for _ in range(100):
+        pasts.begin_batch()
+        pasts.of(changes).overlays([NOTES])
+        pasts.begin_batch()  # of another reader of the changelog, somewhere else in it
+    assert change.looks == 1
+
+
+def test_a_transaction_that_no_batch_needs_any_more_is_let_go_of() -> None:
+    """The changelog may have trimmed it long ago."""
+    change = CountingChange()
+    changes = (cast("Change", change),)
+    pasts = Pasts({})
+    pasts.of(changes)
+    held = sys.getrefcount(changes)
+    for _ in range(20):
+        pasts.begin_batch()
+    assert sys.getrefcount(changes) == held - 1

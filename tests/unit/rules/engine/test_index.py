@@ -1,0 +1,192 @@
+"""The index: whom a row leads to, and what is left when they have gone."""
+
+from __future__ import annotations
+
+import gc
+import time
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from random import Random
+
+import pytest
+
+from pgrealtime.auth.principal import AuthRecord
+from pgrealtime.changes import Row
+from pgrealtime.rules.engine.evaluation import Case
+from pgrealtime.rules.engine.formula import Facts
+from pgrealtime.rules.engine.index import Index
+from pgrealtime.rules.engine.plan import Bound, Planner, Variant, moment
+from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.memory.compare import WORK, Scalar
+from tests.unit.rules.schema import COLLECTIONS, POSTS
+
+NOW = datetime(2024, 5, 6, tzinfo=UTC)
+LOCAL = (
+    "author = @request.auth.id",
+    "author = @request.auth.id || title = @request.query.q",
+    "(author = @request.auth.id || tags:each ?= @request.auth.id) && status ~ 'pub'",
+    "author != @request.auth.id && views > 1",
+    "title < @request.query.q || title >= @request.auth.id",
+    "views > @request.query.n && title != @request.query.q",
+    "tags:each != @request.auth.id",
+    "title ~ @request.query.q || published = 1",
+    "author = @request.auth.id && title = @request.query.q && views <= @request.query.n",
+    "tags:each ?= @request.auth.id && tags:each ?= @request.query.q",
+    "reviewers:each ?= @request.auth.id || reviewers:length = @request.query.n",
+    "data.a = @request.query.q || data.a > @request.query.n",
+)
+"""Rules that need no server, with every kind of path."""
+
+
+@dataclass(eq=False, slots=True)
+class Asker:
+    variant: Variant
+    values: tuple[Scalar, ...]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "tags:each != reviewers:each && tags:each = reviewers:each",
+        "(tags:each != 'x' || tags:each = 'y') && tags:each > reviewers:each",
+    ],
+)
+def test_what_holds_for_all_items_is_found_out_once(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not for each combination of the items that the comparisons share."""
+    bound = Planner(COLLECTIONS).bind(POSTS, rule, Request())
+    assert isinstance(bound, Bound)
+    row = dict.fromkeys(column.name for column in POSTS.table.columns)
+    lists = {
+        name: "{" + ",".join(f"{name}{n:02}" for n in range(20)) + "}"
+        for name in ("tags", "reviewers")
+    }
+    monkeypatch.setattr(WORK, "left", 10_000.0)
+
+    facts = Facts({**row, **lists}, frozenset(), moment(NOW))
+    assert facts.decide(bound.variant.formula, bound.values) is not None
+    assert WORK.left > 8_000  # 400 pairs for all of it, and 400 for what is searched
+
+
+def askers(rule: str, count: int, chance: Random) -> Iterator[Asker]:
+    planner = Planner(COLLECTIONS)
+    for _ in range(count):
+        who = AuthRecord(
+            collection_id="pbc_users", collection_name="users", id=f"u{chance.randrange(5)}"
+        )
+        query = {
+            "q": chance.choice(["", "a", "u1", "5", "b%"]),
+            "n": chance.choice(["0", "2", "x"]),
+        }
+        bound = planner.bind(POSTS, rule, Request(principal=who, query=query))
+        if isinstance(bound, Bound):
+            yield Asker(bound.variant, bound.values)
+
+
+def post(chance: Random) -> Row:
+    def some() -> str:
+        return "{" + ",".join(chance.choices(["u0", "u1", "u2", "a"], k=chance.randrange(3))) + "}"
+
+    return {
+        **dict.fromkeys((column.name for column in POSTS.table.columns), None),
+        "id": "r",
+        "author": chance.choice(["u0", "u1", "u2", "", None]),
+        "title": chance.choice(["a", "b", "u1", "5", "", None]),
+        "status": chance.choice(["pub", "PUBLIC", "draft", None]),
+        "views": chance.choice(["0", "1", "2", "5", None]),
+        "published": chance.choice(["t", "f", None]),
+        "tags": some(),
+        "reviewers": some(),
+        "data": chance.choice(['{"a": "u1"}', '{"a": 2}', "[]", None]),
+    }
+
+
+def found(index: Index[Asker], row: Row) -> set[Asker]:
+    case: Case[Asker] = Case(Facts(row, frozenset(), moment(NOW)))
+    case.search(index)
+    assert not case.is_open
+    return set(case.hits)
+
+
+def tried(members: list[Asker], row: Row) -> set[Asker]:
+    """Ask everybody, without any index."""
+    facts = Facts(row, frozenset(), moment(NOW))
+    return {one for one in members if facts.decide(one.variant.formula, one.values)}
+
+
+@pytest.mark.parametrize("rule", LOCAL)
+def test_a_row_leads_to_whom_it_concerns_and_nobody_else(rule: str) -> None:
+    """By every path the same as by asking everybody, while members come and go."""
+    seed = Random().randrange(1 << 32)
+    chance = Random(seed)
+    index: Index[Asker] = Index()
+    members = list(askers(rule, 40, chance))
+    for member in members:
+        index.add(member)
+    while members:
+        for _ in range(8):
+            row = post(chance)
+            assert found(index, row) == tried(members, row), (seed, row)
+        for _ in range(min(7, len(members))):
+            index.remove(members.pop(chance.randrange(len(members))))
+
+    assert not index, seed
+
+
+def one_each(count: int, rule: str = "author = @request.auth.id") -> list[Asker]:
+    planner = Planner(COLLECTIONS)
+    made = []
+    for n in range(count):
+        who = AuthRecord(collection_id="pbc_users", collection_name="users", id=f"u{n}")
+        bound = planner.bind(POSTS, rule, Request(principal=who))
+        assert isinstance(bound, Bound)
+        made.append(Asker(bound.variant, bound.values))
+    return made
+
+
+def test_a_subscriber_takes_few_bytes() -> None:
+    """Its entry, its values and its place in the index; what it asks is shared."""
+    count = 20_000
+    warm = one_each(1)
+    gc.collect()
+    tracemalloc.start()
+    members = one_each(count)
+    index: Index[Asker] = Index()
+    for member in members:
+        index.add(member)
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+
+    assert taken / count < 400
+    assert warm
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "author = @request.auth.id",
+        "author = @request.auth.id || title = @request.auth.id",
+        "(author = @request.auth.id || tags:each ?= @request.auth.id) && status ~ 'pub'",
+        "author = @request.auth.id && title != @request.auth.id",
+    ],
+)
+def test_the_cost_of_a_row_does_not_grow_with_who_is_there(rule: str) -> None:
+    """Sixteen times the subscribers with equal matches: less than three times the time."""
+    rows = [{**post(Random(n)), "author": f"u{n}", "tags": f"{{u{n}}}"} for n in range(200)]
+
+    def cost(count: int) -> float:
+        index: Index[Asker] = Index()
+        for member in one_each(count, rule):
+            index.add(member)
+        best = float("inf")
+        for _ in range(7):
+            start = time.process_time()
+            for row in rows:
+                found(index, row)
+            best = min(best, time.process_time() - start)
+        return best
+
+    assert cost(16 * 1000) < 3 * cost(1000)

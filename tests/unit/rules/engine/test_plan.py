@@ -1,0 +1,247 @@
+"""What becomes of a rule: parts, ways to its subscribers, and what they share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
+from pgrealtime.changes import Row
+from pgrealtime.collections.model import Collections
+from pgrealtime.errors import RuleError, RuleUnsupportedError
+from pgrealtime.rules.engine.formula import Leaf, leaves
+from pgrealtime.rules.engine.index_paths import Kind
+from pgrealtime.rules.engine.plan import Bound, Planner, columns_asked
+from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.memory.compare import UndecidedError
+from pgrealtime.rules.sql.joins import MAX_JOINS
+from pgrealtime.rules.sql.reference import Nobody, Reference, reference, validate
+from tests.unit.rules.schema import COLLECTIONS, POSTS
+
+ANN = AuthRecord(collection_id="pbc_users", collection_name="users", id="uann")
+BOB = replace(ANN, id="ubob")
+OWN: Row = {"id": "uann", "name": "Ann", "level": "3"}
+
+PLANNER = Planner(COLLECTIONS)
+
+
+def bind(rule: str | None, who: Principal = ANN, text: str = "", **query: str) -> Bound:
+    """Bind it for somebody whom it doesn't exclude."""
+    if text:
+        query["filter"] = text
+    bound = PLANNER.bind(POSTS, rule, Request(principal=who, query=query))
+    assert isinstance(bound, Bound)
+    return bound
+
+
+def ways(bound: Bound) -> list[tuple[str, bool, int]]:
+    """Kind, exactness and number of guards of each path."""
+    return [(path.kind.name, path.is_exact, len(path.guards)) for path in bound.variant.paths]
+
+
+def _of_reviewers(comparisons: int) -> str:
+    """Return a rule that looks twice for a reviewer, and for a counter-example as often as said."""
+    return "&&".join(f"reviewers.name!={n}" for n in range(comparisons))
+
+
+def test_joins_are_counted_those_for_counter_examples_included() -> None:
+    """PocketBase has no limit; whoever plans thousands of joins has to wait for seconds."""
+    most = (MAX_JOINS - 2) // 2
+    guest = Request()
+    assert isinstance(reference(COLLECTIONS, POSTS, _of_reviewers(most), guest), Reference)
+    assert isinstance(PLANNER.bind(POSTS, _of_reviewers(most), guest), Bound)
+
+    text = _of_reviewers(most + 1)
+    with pytest.raises(RuleUnsupportedError, match="more than 300 joins"):
+        validate(COLLECTIONS, POSTS, text)
+    asked = Request(query={"filter": text})
+    for refused in (reference(COLLECTIONS, POSTS, "", asked), PLANNER.bind(POSTS, "", asked)):
+        assert isinstance(refused, Nobody)
+        assert "more than 300 joins" in refused.reason
+
+
+def test_combinations_of_items_are_counted_before_they_are_gone_through() -> None:
+    """A hundred by a hundred are decided here, one more is for Postgres."""
+    hundred = "{" + ",".join(f"x{n}" for n in range(100)) + "}"
+    more = hundred[:-1] + ",y}"
+    for rule in ("tags:each ?= reviewers:each && title = 'x'", "tags:each = reviewers:each"):
+        (test,) = (
+            leaf.atom.test for leaf in leaves(bind(rule).variant.formula) if _has_lists(leaf)
+        )
+        assert test is not None
+        row: Row = {"title": "x", "tags": hundred, "reviewers": hundred}
+        assert test(row, ()) is ("?" in rule)
+        with pytest.raises(UndecidedError):
+            test({**row, "tags": more}, ())
+
+
+def _has_lists(leaf: Leaf) -> bool:
+    return "tags" in leaf.atom.columns
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("author = @request.auth.id", [("KEY", True, 0)]),
+        ("@request.auth.id ?= author && views > 3", [("KEY", True, 1)]),
+        ("author = @request.auth.id && title ~ @request.query.q", [("KEY", False, 0)]),
+        (
+            "author = @request.auth.id || title = @request.query.q",
+            [("KEY", True, 0), ("KEY", True, 0)],
+        ),
+        ("author = @request.auth.id || published = 1", [("KEY", True, 0), ("FREE", True, 1)]),
+        ("tags:each ?= @request.query.q", [("KEY", True, 0)]),
+        ("tags:each = @request.query.q", [("KEY", False, 0)]),
+        ("tags:each ?= @request.query.q && tags:each ?~ 'x'", [("KEY", False, 0)]),
+        ("author != @request.auth.id", [("NOT", True, 0)]),
+        ("title < @request.query.q", [("RANGE", True, 0)]),
+        ("@request.query.q >= title && published = 1", [("RANGE", True, 1)]),
+        ("title ~ @request.query.q", [("FREE", False, 0)]),
+        ("title ~ @request.query.q && published = 1", [("FREE", False, 1)]),
+        ("published = 1 && pub_date < @now", [("FREE", True, 1)]),
+        ("author.manager = @request.auth.id", [("REMOTE", True, 0)]),
+        ("comments_via_post.post.author ?= @request.auth.id", [("REMOTE", True, 0)]),
+        ("comments_via_post.post.author = @request.auth.id", [("REMOTE", False, 0)]),
+        (
+            "reviewers.manager ?= @request.auth.id && reviewers.name ?= 'x' && published = 1",
+            [("REMOTE", True, 1)],
+        ),
+        (
+            "reviewers.manager ?= @request.auth.id && reviewers.name ?~ @request.query.q",
+            [("REMOTE", False, 0)],
+        ),
+        ("author = @request.auth.id && author.name ~ 'x'", [("KEY", True, 1)]),
+        ("author.name ~ 'x'", [("FREE", True, 1)]),
+        ("author.name ~ @request.query.q", [("FREE", False, 0)]),
+    ],
+)
+def test_the_way_to_subscribers(rule: str, expected: list[tuple[str, bool, int]]) -> None:
+    """An equality is its own key; AND takes its cheapest part, OR all; the rest is tried."""
+    assert ways(bind(rule, q="hello")) == expected
+
+
+def test_equalities_that_must_all_hold_are_one_key() -> None:
+    """In whatever order they stand, also when one is the client's."""
+    paths = [
+        *bind("author = @request.auth.id && title = @request.query.q", q="x").variant.paths,
+        *bind("author = @request.auth.id", text="title = 'y'").variant.paths,
+        *bind("title = @request.query.q && author = @request.auth.id", q="z").variant.paths,
+    ]
+
+    assert [path.kind for path in paths] == [Kind.KEY] * 3
+    assert len({path.lead for path in paths}) == 1
+
+
+def test_literals_of_filters_are_values_and_not_templates() -> None:
+    one, other = (bind("", text=f"title = '{text}' && views > {n}") for n, text in enumerate("ab"))
+
+    assert one.variant is other.variant
+    assert (one.values, other.values) == (("a", 0.0), ("b", 1.0))
+
+
+def test_a_class_of_values_has_a_template_of_its_own() -> None:
+    """``title = 5`` asks for the text 5.0, and an empty literal for what is missing as well."""
+    made = {bind("", text=f"title = {literal}").variant for literal in ("'a'", "5", "''", "'7'")}
+
+    assert len(made) == 4
+
+
+def test_what_depends_on_the_subscriber_alone_is_decided_once() -> None:
+    """Everybody who is somebody is in one group then."""
+    rule = "@request.auth.id != '' && (published = 1 || @request.auth.verified = 1)"
+    verified = replace(BOB, verified=True)
+
+    assert bind(rule, ANN) == bind(rule, BOB)
+    assert bind(rule, ANN).values == ()
+    assert bind(rule, verified).variant.formula is True
+    assert PLANNER.bind(POSTS, rule, Request(principal=GUEST)) == Nobody("")
+
+
+@pytest.mark.parametrize(
+    ("rule", "text", "expected"),
+    [
+        ("author = @request.auth.id", "", True),
+        ("title = 'x' && @request.auth.id != ''", "", True),
+        ("author = @request.auth.manager", "", True),
+        ("title = @request.query.auth && author = @request.query.q", "", False),
+        ("title = 'x'", "author != ''", False),
+    ],
+)
+def test_what_asks_of_the_subscriber_is_marked(rule: str, text: str, *, expected: bool) -> None:
+    """It is no longer asked of rows that came after somebody was deleted."""
+    assert bind(rule, text=text, auth="x", q="y").variant.asks_caller is expected
+
+
+def test_a_known_row_of_the_subscriber_s_own_is_a_value() -> None:
+    rule = "@request.auth.name = 'Ann' && views > @request.auth.level"
+    known = PLANNER.bind(POSTS, rule, Request(principal=ANN), OWN)
+    unknown = PLANNER.bind(POSTS, rule, Request(principal=ANN))
+    partly = PLANNER.bind(POSTS, rule, Request(principal=ANN), {"id": "uann", "name": "Ann"})
+
+    assert isinstance(known, Bound)
+    assert isinstance(unknown, Bound)
+    assert known.values == ("uann", "there", "3")
+    assert unknown.values == ("uann",)
+    assert partly == unknown
+
+
+def test_columns_that_rules_ask_of_people() -> None:
+    """Behind a relation it is another row that is asked."""
+    posts = replace(
+        POSTS,
+        list_rule="@request.auth.name = title && @request.auth.id = author",
+        view_rule="@request.auth.manager.level > 1 || @request.auth.groups:each ?= status",
+    )
+    others = (c for c in COLLECTIONS.values() if c.name != "posts")
+
+    assert columns_asked(Collections((posts, *others))) == {"users": ("groups", "manager", "name")}
+
+
+def test_superusers_pass_every_rule_and_no_filter() -> None:
+    root = Superuser("root")
+
+    assert bind(None, root).variant.formula is True
+    assert ways(bind(None, root, text="title = 'x'")) == [("KEY", True, 0)]
+
+
+def test_nobody_else_passes_a_locked_rule() -> None:
+    assert isinstance(PLANNER.bind(POSTS, None, Request(principal=ANN)), Nobody)
+
+
+def test_a_rule_that_is_bad_for_everybody_is_an_error() -> None:
+    with pytest.raises(RuleError):
+        PLANNER.bind(POSTS, "titel = 'x'", Request(principal=ANN))
+
+
+def test_a_refused_filter_admits_nobody() -> None:
+    bound = PLANNER.bind(POSTS, "", Request(principal=ANN, query={"filter": "internal = 'x'"}))
+
+    assert isinstance(bound, Nobody)
+    assert bound.reason == 'the filter is refused: rule_name: field "internal" is hidden'
+
+
+@pytest.mark.parametrize("word", ["@request.", "@collection."])
+def test_a_sort_that_is_refused_refuses_the_filter_beside_it(word: str) -> None:
+    """As in PocketBase; without a filter, and for superusers, it means nothing."""
+    sort = {"sort": f"-{word}x"}
+    both = {"filter": "title = 'x'", **sort}
+
+    assert isinstance(PLANNER.bind(POSTS, "", Request(principal=ANN, query=both)), Nobody)
+    assert isinstance(reference(COLLECTIONS, POSTS, "", Request(query=both)), Nobody)
+    assert isinstance(PLANNER.bind(POSTS, "", Request(principal=ANN, query=sort)), Bound)
+    root = Request(principal=Superuser("root"), query=both)
+    assert isinstance(PLANNER.bind(POSTS, "", root), Bound)
+
+
+def test_texts_are_put_in_order_by_postgres_where_bytes_are_no_code_points() -> None:
+    """In LATIN9 the euro comes before every accented letter."""
+    planner = Planner(Collections(tuple(COLLECTIONS.values()), encoding="LATIN9"))
+    request = Request(principal=ANN, query={"q": "a"})
+    bound = planner.bind(POSTS, "title < @request.query.q && views < 3", request)
+
+    assert isinstance(bound, Bound)
+    decided = {
+        leaf.atom.test is not None: leaf.atom.columns for leaf in leaves(bound.variant.formula)
+    }
+    assert decided == {False: {"title"}, True: {"views"}}

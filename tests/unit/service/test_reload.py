@@ -1,0 +1,436 @@
+"""What a reload takes reaches everybody who has a part of it: all of it, or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import jwt
+import pytest
+from structlog.testing import capture_logs
+
+from pgrealtime.auth.account import Accounts
+from pgrealtime.auth.authenticator import Authenticator, _own_voucher
+from pgrealtime.auth.login import Attempt, Login
+from pgrealtime.auth.principal import GUEST, AuthRecord, Caller, Superuser
+from pgrealtime.auth.record import digest_of
+from pgrealtime.catalog.model import Catalog, Table
+from pgrealtime.changes import Row, Update, WholeRow
+from pgrealtime.collections.build import build
+from pgrealtime.config.load import Origin, Reading, parse
+from pgrealtime.config.model import Config
+from pgrealtime.errors import AuthError, DatabaseUnreachableError
+from pgrealtime.feed.reader import Relay
+from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.reads.own_record import OwnRecords
+from pgrealtime.rule_queries.executor import Probe
+from pgrealtime.service.reload import Reload, Rooms, World, fitted
+from tests.unit.hub.room import COLLECTIONS, NOTES, PEOPLE, POSTS, Room, insert, open_room, update
+
+SECRET = "made up for the tests, and long enough"
+
+
+def _with_key(table: Table) -> Table:
+    """The table with what the catalogue says of its primary key, and one more column."""
+    key, *others = table.columns
+    others.append(replace(others[0], name="role", number=len(table.columns) + 1))
+    columns = (replace(key, not_null=True), *others)
+    return replace(table, columns=columns, unique=(("id",),))
+
+
+TABLES = {one.table.name: _with_key(one.table) for one in COLLECTIONS.values()}
+CATALOG = Catalog(tables=TABLES, server_version=170_000, schemas=("public",))
+LOGIN = {"identity": ["email"], "password_hash": "key"}
+
+
+def configured(
+    *,
+    posts: Mapping[str, object] | None = None,
+    people: Mapping[str, object] | None = None,
+    auth: Mapping[str, object] | None = None,
+    **sections: object,
+) -> Config:
+    """The room's collections, with some keys changed."""
+    everyone = {"list_rule": "", "view_rule": ""}
+    collections = {
+        "posts": {"table": "public.posts", **everyone, **(posts or {})},
+        "notes": {"table": "public.notes", **everyone},
+        "people": {
+            "table": "public.people",
+            "type": "auth",
+            "auth_rule": "",
+            "login": LOGIN,
+            **everyone,
+            **(people or {}),
+        },
+    }
+    login = {"enabled": True, "secret": "s" * 40, "attempts_per_minute": 1}
+    return parse({"collections": collections, "auth": {"login": login, **(auth or {})}, **sections})
+
+
+@dataclass
+class Running:
+    """A service without a database, and what it is to be next."""
+
+    room: Room
+    rooms: Rooms
+    reloading: Reload
+    config: Config
+    catalog: Catalog
+
+    async def reload(self, config: Config) -> bool:
+        self.config = config
+        return await self.reloading.reload()
+
+
+def _no_stream(*_: object) -> NoReturn:
+    raise AssertionError("the tables are the same")
+
+
+async def _no_rehearsal(_world: World) -> None:
+    _no_stream()
+
+
+async def _no_slot() -> None:
+    _no_stream()
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[Running]:
+    config = configured()
+    collections = build(config.collections, CATALOG)
+    logins = {name: one.login for name, one in config.collections.items()}
+    world = World(config=config, collections=collections)
+    async with open_room() as room:
+        pool = QueryPool()  # never opened: nobody answers
+        accounts = Accounts(pool)
+        login = Login(config.auth.login, accounts)
+        rooms = Rooms(
+            relay=Relay(
+                _no_stream,
+                room.changelog,
+                room.hub,
+                tables=world.streamed,
+                max_size=1000,
+                pass_over=_no_slot,
+            ),
+            hub=room.hub,
+            authenticator=Authenticator(config.auth, collections, accounts, logins=logins),
+            login=login,
+            records=OwnRecords(Probe(pool), collections, nulls="null"),
+            pool=pool,
+        )
+        made: Running
+
+        async def read_catalog(_config: Config) -> Catalog:
+            return made.catalog
+
+        reloading = Reload(
+            world,
+            rooms,
+            reread=lambda: Reading(config=made.config, origin=Origin(source="test.yaml")),
+            read_catalog=read_catalog,
+            open_stream=_no_stream,
+            rehearse=_no_rehearsal,
+            doubted=asyncio.Event(),
+        )
+        made = Running(room, rooms, reloading, config, CATALOG)
+        try:
+            yield made
+        finally:
+            login.close()
+
+
+@pytest.mark.parametrize(
+    ("rules", "heard"),
+    [
+        ({}, {"posts/*", "posts/a"}),
+        ({"list_rule": None}, {"posts/a"}),
+        ({"view_rule": None}, {"posts/*"}),
+        ({"view_rule": "title = 'other'"}, {"posts/*"}),
+        ({"list_rule": "title = 'other'"}, {"posts/a"}),
+        ({"list_rule": None, "view_rule": None}, set()),
+    ],
+)
+async def test_each_rule_counts_from_the_next_event_on(
+    rules: Mapping[str, object], heard: set[str]
+) -> None:
+    async with running() as service:
+        room = service.room
+        connection, sink = room.connect()
+        await room.subscribe(connection, "posts/*", "posts/a", "notes/*")
+        assert await service.reload(configured(posts=rules))
+        room.commit(update("a", "new"), insert("n", table=NOTES))
+        await room.settled()
+        assert {name for _, name, _ in sink.events()[1:]} == {*heard, "notes/*"}
+
+        assert await service.reload(configured())
+        room.commit(update("a", "newer"))
+        events = await sink.wait_for(len(sink.events()) + 2)
+        assert {name for _, name, _ in events[-2:]} == {"posts/*", "posts/a"}
+
+
+async def test_who_signs_in_is_judged_and_shown_by_the_new_rules() -> None:
+    row: Row = {"id": "ann", "email": "ann@example.com", "key": "k"}
+
+    async def may_sign_in(service: Running) -> bool:
+        people = COLLECTIONS["people"]
+        return await service.rooms.records.may_sign_in(
+            people, row, Caller(), query={}, headers={}, context="password"
+        )
+
+    async with running() as service:
+        assert await may_sign_in(service)
+        assert await service.reload(configured(people={"auth_rule": None}))
+        assert not await may_sign_in(service)
+        assert await service.reload(configured(people={"auth_rule": "email ~ 'example'"}))
+        with pytest.raises(DatabaseUnreachableError):  # it is asked, and there is no database
+            await may_sign_in(service)
+
+
+async def test_the_login_takes_its_new_settings() -> None:
+    async def outcome(service: Running) -> str:
+        users = service.rooms.authenticator.users("people")
+        assert users is not None
+        attempt = Attempt(identity="ann", password="x")
+        try:
+            await service.rooms.login.with_password(users, attempt, "10.0.0.1")
+        except AuthError as error:
+            return error.error_code
+        return ""
+
+    more = {"login": {"enabled": True, "secret": "s" * 40, "attempts_per_minute": 2}}
+    async with running() as service:
+        before = [await outcome(service) for _ in range(2)]
+        assert await service.reload(configured(auth=more))
+        after = [await outcome(service) for _ in range(3)]
+
+    assert before == ["login_failed", "login_refused"]
+    assert after == ["login_failed", "login_failed", "login_refused"]
+
+
+async def test_how_people_log_in_and_what_is_read_of_them_is_taken_from_the_collections() -> None:
+    async with running() as service:
+        authenticator = service.rooms.authenticator
+        before = authenticator.users("people")
+        other = {"login": {**LOGIN, "identity": ["id"]}}
+        rule = "@request.auth.role = title"
+        assert await service.reload(configured(people=other, posts={"list_rule": rule}))
+        after = authenticator.users("people")
+
+    assert before is not None
+    assert after is not None
+    assert (before.login.identity, after.login.identity) == (("email",), ("id",))
+    assert (before.asked, after.asked) == ((), ("role",))
+
+
+@pytest.mark.parametrize(("key", "is_still_ann"), [("k1", True), ("k2", False)])
+async def test_a_new_password_ends_the_login_s_tokens_after_a_reload_too(
+    key: str, *, is_still_ann: bool
+) -> None:
+    """And any other change of the row doesn't."""
+    async with running() as service:
+        users = service.rooms.authenticator.users("people")
+        assert users is not None
+        ann = Caller(
+            AuthRecord(collection_id=users.collection.id, collection_name="people", id="ann"),
+            voucher=_own_voucher(service.config.auth.login, users),
+            key_digest=digest_of("k1"),
+        )
+        connection, _ = service.room.connect()
+        await service.room.subscribe(connection, "posts/*", caller=ann)
+        assert await service.reload(configured(posts={"view_rule": None}))
+        assert connection.caller == ann
+        before: Row = {"id": "ann", "email": "ann@x", "key": "k1"}
+        after: Row = {**before, "key": key}
+        service.room.commit(Update(PEOPLE, after, WholeRow(before)))
+        await service.room.settled()
+
+        assert isinstance(connection.caller.principal, AuthRecord) is is_still_ann
+
+
+async def test_policies_count_all_through_a_reload(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where the database can't say whether there are any: each question finds out then.
+
+    Those that come later count from the next look at the schema on.
+    """
+    counted: list[bool] = []
+
+    async with running() as service:
+        pool, hub = service.rooms.pool, service.rooms.hub
+        use = hub.use
+
+        async def noting(*args: Any, **more: Any) -> None:
+            counted.append("'posts'" in pool.begin())
+            await use(*args, **more)
+            counted.append("'posts'" in pool.begin())
+
+        monkeypatch.setattr(hub, "use", noting)
+        assert await service.reload(configured(posts={"list_rule": "title = 'x'"}))
+        counted.append("'posts'" in pool.begin())
+        pool.rely_on_policies(())
+        await service.reloading.look()
+        counted.append("'posts'" in pool.begin())
+
+    assert counted == [True, True, True, True]
+
+
+async def test_tokens_count_by_the_issuers_of_now() -> None:
+    issuer: dict[str, Any] = {"name": "app", "secret": SECRET, "superuser_when": {"role": "admin"}}
+    claims = {"sub": "root", "role": "admin", "exp": time.time() + 60}
+    token = jwt.encode(claims, SECRET, "HS256")
+    async with running() as service:
+        authenticate = service.rooms.authenticator.authenticate
+        assert (await authenticate(token)).principal == GUEST
+        assert await service.reload(configured(auth={"issuers": [issuer]}))
+        assert isinstance((await authenticate(token)).principal, Superuser)
+        assert await service.reload(configured())
+        assert (await authenticate(token)).principal == GUEST
+
+
+async def test_guests_are_ended_where_they_are_not_allowed_any_more() -> None:
+    async with running() as service:
+        connection, sink = service.room.connect()
+        await service.room.subscribe(connection, "posts/*")
+        admit = service.rooms.authenticator.admit
+        assert (await admit(None)).principal == GUEST
+        assert await service.reload(configured(auth={"allow_guests": False}))
+        await sink.wait_until("ended")
+        with pytest.raises(AuthError, match="guests may not"):
+            await admit(None)
+
+
+async def test_a_configuration_with_a_problem_changes_nothing() -> None:
+    """Not even where the rest of it is fine."""
+    async with running() as service:
+        room = service.room
+        connection, sink = room.connect()
+        await room.subscribe(connection, "posts/*", "notes/*")
+        with capture_logs() as logged:
+            bad = configured(
+                posts={"list_rule": None}, people={"view_rule": "nothing = 1"}, auth={"issuers": []}
+            )
+            assert not await service.reload(bad)
+        room.commit(insert("a"), insert("n", table=NOTES))
+        events = await sink.wait_for(3)
+
+    assert [name for _, name, _ in events[1:]] == ["posts/*", "notes/*"]
+    (said,) = logged
+    assert (said["event"], said["code"]) == ("config.rejected", "config_invalid")
+    assert "collections.people.view_rule" in "".join(said["problems"])
+
+
+async def test_what_needs_a_restart_is_said() -> None:
+    async with running() as service:
+        with capture_logs() as logged:
+            assert await service.reload(configured(server={"port": 1}))
+
+    said = [one for one in logged if one["event"] == "config.restart_needed"]
+    assert [one["sections"] for one in said] == [["server"]]
+
+
+def test_a_collection_that_its_table_does_not_fit_any_more_is_locked() -> None:
+    """By every rule, whichever of them is concerned; the others go on."""
+    table = TABLES[POSTS]
+    renamed = replace(table, columns=(table.columns[0], replace(table.columns[1], name="name")))
+    catalog = replace(CATALOG, tables={**TABLES, POSTS: renamed})
+
+    world = fitted(configured(posts={"view_rule": "title = 't'"}), catalog)
+
+    locked = world.collections["posts"]
+    assert (locked.list_rule, locked.view_rule) == (None, None)
+    assert [fault.path for fault in world.faults] == ["collections.posts.view_rule"]
+    assert world.collections["notes"].list_rule == ""
+    assert set(world.streamed) == set(TABLES)
+
+
+# What a row that doesn't fit is waited for
+
+
+async def _nothing(*_: object) -> None:
+    pass
+
+
+def _with_title(oid: int) -> Catalog:
+    """The catalogue once the title of posts has another type."""
+    posts = TABLES[POSTS]
+    columns = tuple(
+        replace(one, type=replace(one.type, oid=oid)) if one.name == "title" else one
+        for one in posts.columns
+    )
+    return replace(CATALOG, tables={**TABLES, POSTS: replace(posts, columns=columns)})
+
+
+def _title(service: Running) -> int:
+    """The type by which the title of posts is judged."""
+    column = service.room.hub._course.meaning.collections["posts"].table.column("title")
+    assert column is not None
+    return column.type.oid
+
+
+@asynccontextmanager
+async def watching(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
+    async with running() as service:
+        monkeypatch.setattr(service.rooms.relay, "switch", _nothing)
+        monkeypatch.setattr(service.rooms.pool, "drain", _nothing)
+        monkeypatch.setattr(service.reloading, "_rehearse", _nothing)
+        watch = asyncio.create_task(service.reloading.watch())
+        try:
+            async with asyncio.timeout(10):
+                yield service
+        finally:
+            watch.cancel()
+            await asyncio.wait([watch])
+
+
+async def test_the_schema_of_now_is_in_force_when_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At once, whenever the catalogue would have been looked at."""
+    async with watching(monkeypatch) as service:
+        service.catalog = _with_title(4711)
+        began = time.monotonic()
+        assert await service.reloading.read_schema()
+        assert time.monotonic() - began < 1
+        assert _title(service) == 4711
+        assert await service.reloading.read_schema(), "nothing is new"
+
+
+async def test_who_asks_for_the_schema_hears_that_it_can_not_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def fail(_config: Config) -> NoReturn:
+        raise DatabaseUnreachableError("nobody answers")
+
+    async with watching(monkeypatch) as service:
+        monkeypatch.setattr(service.reloading, "_read_catalog", fail)
+        assert not await service.reloading.read_schema()
+
+
+async def test_a_look_that_began_before_it_was_asked_for_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may have read what was there before the row."""
+    reading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def read(_config: Config) -> Catalog:
+        found = service.catalog
+        reading.set()
+        await go_on.wait()
+        return found
+
+    async with watching(monkeypatch) as service:
+        monkeypatch.setattr(service.reloading, "_read_catalog", read)
+        first = asyncio.create_task(service.reloading.read_schema())
+        await reading.wait()
+        service.catalog = _with_title(4711)
+        second = asyncio.create_task(service.reloading.read_schema())
+        await asyncio.sleep(0)
+        go_on.set()
+        assert await first
+        assert await second
+        assert _title(service) == 4711
