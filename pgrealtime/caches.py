@@ -15,16 +15,16 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
-class Kept(Generic[K, V]):
+class WeightedCache(Generic[K, V]):
     """What was made; what was not used for longest goes first.
 
     Args:
-        limit: Of the weights together. What alone weighs more is kept until the next comes.
+        max_weight: Of the weights together. What alone weighs more is kept until the next comes.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._weight = 0
+    def __init__(self, max_weight: int) -> None:
+        self._max_weight = max_weight
+        self._total_weight = 0
         self._entries: OrderedDict[K, tuple[V, int]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -42,14 +42,14 @@ class Kept(Generic[K, V]):
             self._entries.move_to_end(key)
             return entry[0]
         entry = self._entries[key] = make()
-        self._weight += entry[1]
-        while self._weight > self._limit and len(self._entries) > 1:
+        self._total_weight += entry[1]
+        while self._total_weight > self._max_weight and len(self._entries) > 1:
             _, (_, weight) = self._entries.popitem(last=False)
-            self._weight -= weight
+            self._total_weight -= weight
         return entry[0]
 
 
-def kept_with(make: Callable[[K], V]) -> Callable[[K], V]:
+def cached_per_object(make: Callable[[K], V]) -> Callable[[K], V]:
     """Return the function, remembering each result as long as there is what it was made of."""
     made: WeakKeyDictionary[K, V] = WeakKeyDictionary()
 

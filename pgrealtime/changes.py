@@ -84,7 +84,7 @@ Change: TypeAlias = Insert | Update | Delete | Truncate
 NEVER_DESCRIBED = -1
 
 
-class Shape(Struct, frozen=True, gc=False, cache_hash=True):
+class RowShape(Struct, frozen=True, gc=False, cache_hash=True):
     """What a row was made of when it was written: its columns and their types.
 
     A decoder gives the same object for rows alike, and so do the transactions of one stream.
@@ -96,7 +96,7 @@ class Shape(Struct, frozen=True, gc=False, cache_hash=True):
     """The partition that the row is or was in; None if the table isn't partitioned."""
     columns: tuple[tuple[str, int], ...]
     """Names and type oids; without those of which the WAL carried no value."""
-    described: int = 0
+    description_count: int = 0
     """How often the stream described the partition anew, which it does after a DETACH, among
     others; ``NEVER_DESCRIBED`` where it describes no tables, as wal2json."""
 
@@ -110,19 +110,19 @@ class Transaction(Struct, frozen=True, gc=False):
     xid: Xid
     end_lsn: LSN
     """End of the commit record: rises strictly along the stream."""
-    commit_time: int
+    commit_time_us: int
     """Microseconds since the Unix epoch, by the server's clock; 0 if the decoder didn't say."""
     changes: tuple[Change, ...]
-    size: int
+    size_bytes: int
     """Bytes of memory it takes, about; what the changelog is bounded by."""
-    shapes: tuple[Shape, ...] = ()
+    row_shapes: tuple[RowShape, ...] = ()
     """Those that its rows have, each once."""
 
 
-class Oversized(Struct, frozen=True, gc=False):
+class OversizedTransaction(Struct, frozen=True, gc=False):
     """A transaction that was larger than the bound and so was not kept: a gap of its tables."""
 
     xid: Xid
     end_lsn: LSN
-    commit_time: int
+    commit_time_us: int
     tables: frozenset[TableName]

@@ -44,7 +44,7 @@ class PgRealtimeError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class ConfigProblem:
     """One finding in a configuration: where, what, and how to mend it."""
 
     path: str
@@ -53,7 +53,7 @@ class Problem:
     hint: str = ""
     line: int | None = None
     """1-based line in the file, where it is known."""
-    excerpt: str = ""
+    marked_text: str = ""
     """Lines that show the place, such as a rule with carets under it."""
 
 
@@ -62,22 +62,24 @@ class ConfigError(PgRealtimeError):
 
     code = "config_invalid"
 
-    def __init__(self, problems: tuple[Problem, ...], *, source: str = "configuration") -> None:
+    def __init__(
+        self, problems: tuple[ConfigProblem, ...], *, source_name: str = "configuration"
+    ) -> None:
         count = len(problems)
         super().__init__(
-            f"{source} has {count} problem{'s' if count != 1 else ''}",
-            detail="\n".join(describe(source, problem) for problem in problems),
+            f"{source_name} has {count} problem{'s' if count != 1 else ''}",
+            detail="\n".join(describe_problem(source_name, problem) for problem in problems),
         )
         self.problems = problems
 
 
-def describe(source: str, problem: Problem) -> str:
+def describe_problem(source_name: str, problem: ConfigProblem) -> str:
     """Return the finding as people read it, with its place in the file."""
-    place = source if problem.line is None else f"{source}:{problem.line}"
+    place = source_name if problem.line is None else f"{source_name}:{problem.line}"
     text = f"{place}: {problem.path}: {problem.message}"
     if problem.hint:
         text += f" ({problem.hint})"
-    return f"{text}\n{problem.excerpt}" if problem.excerpt else text
+    return f"{text}\n{problem.marked_text}" if problem.marked_text else text
 
 
 class SetupError(PgRealtimeError):
@@ -182,17 +184,17 @@ class SubscriptionLimitError(SubscriptionError):
     Args:
         message: Of which there are too many.
         topic: As submitted.
-        limit: Which one; the API has its words.
-        most: How many there may be.
+        limit_name: Which one; the API has its words.
+        maximum: How many there may be.
     """
 
     code = "subscription_limit"
 
-    def __init__(self, message: str, *, topic: str, limit: str, most: int) -> None:
+    def __init__(self, message: str, *, topic: str, limit_name: str, maximum: int) -> None:
         super().__init__(message)
         self.topic = topic
-        self.limit = limit
-        self.most = most
+        self.limit_name = limit_name
+        self.maximum = maximum
 
 
 class ChangelogError(PgRealtimeError):

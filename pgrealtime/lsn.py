@@ -18,14 +18,14 @@ class Cursor(NamedTuple):
 
     Tuple order is stream order. ``Cursor(lsn, 0)`` stands before the first change of the
     transaction that ends at ``lsn``; ``Cursor(lsn, n)`` after its n-th (1-based) change.
-    ``END`` as ordinal stands after the whole transaction, however many changes it has.
+    ``END_ORDINAL`` as ordinal stands after the whole transaction, however many changes it has.
     """
 
     lsn: LSN
     ordinal: int
 
 
-END = 0xFFFF_FFFF
+END_ORDINAL = 0xFFFF_FFFF
 """Ordinal after every change of a transaction; the largest that the wire form can hold."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import IPv6Address, ip_address, ip_network
 
 
-def network_of(address: str) -> str:
+def client_network(address: str) -> str:
     """Return what an address counts as: whoever has one of IPv6 has all of its /64."""
     try:
         parsed = ip_address(address)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from pgrealtime.lsn import LSN, Xid, parse_lsn
 
-_HALF = 1 << 31
-_WHOLE = 1 << 32
+_XID_HALF_RANGE = 1 << 31
+_XID_RANGE = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Snapshot:
         The id is extended by its signed 32-bit distance to xmin, so no epoch need be kept. It
         may lie at or beyond xmax: a commit can be decoded before anybody sees it.
         """
-        distance = (xid - self.xmin) % _WHOLE
-        whole = self.xmin + (distance if distance < _HALF else distance - _WHOLE)
+        distance = (xid - self.xmin) % _XID_RANGE
+        whole = self.xmin + (distance if distance < _XID_HALF_RANGE else distance - _XID_RANGE)
         return whole < self.xmax and whole not in self.xip
 
 
@@ -38,7 +38,7 @@ def parse_snapshot(text: str) -> Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class Barrier:
+class ReadPoint:
     """What a topic that joins must still hear: whatever was not visible when it joined.
 
     Everything that commits beyond ``insert_lsn`` was not.
@@ -47,14 +47,14 @@ class Barrier:
     snapshot: Snapshot
     insert_lsn: LSN
 
-    def admits(self, xid: Xid, end_lsn: LSN) -> bool:
+    def predates(self, xid: Xid, end_lsn: LSN) -> bool:
         """Whether the transaction was still invisible, and so is to be delivered."""
         return end_lsn > self.insert_lsn or not self.snapshot.sees(xid)
 
 
-def barrier_of(snapshot: str, insert_lsn: str) -> Barrier:
+def parse_read_point(snapshot: str, insert_lsn: str) -> ReadPoint:
     """Return the barrier from what Postgres printed."""
-    return Barrier(parse_snapshot(snapshot), parse_lsn(insert_lsn))
+    return ReadPoint(parse_snapshot(snapshot), parse_lsn(insert_lsn))
 
 
 SNAPSHOT_QUERY = (

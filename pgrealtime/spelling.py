@@ -6,14 +6,14 @@ import difflib
 from collections.abc import Iterable
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def nearest_name(name: str, candidates: Iterable[str]) -> str | None:
     """Return the known name that was probably meant, or None if none is close."""
-    folded = {one.casefold(): one for one in known}
+    folded = {one.casefold(): one for one in candidates}
     close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)
     return folded[close[0]] if close else None
 
 
-def perhaps(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return the hint that names what was probably meant, or nothing."""
-    meant = nearest(name, known)
+    meant = nearest_name(name, candidates)
     return f'perhaps you meant "{meant}"' if meant is not None else ""

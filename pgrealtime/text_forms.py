@@ -16,7 +16,7 @@ Element: TypeAlias = "str | list[Element] | None"
 _QUOTED = r'"([^"\\]*(?:\\.[^"\\]*)*)"'
 _ATTRIBUTE = re.compile(r',(?:"([^"\\]*(?:(?:\\.|"")[^"\\]*)*)"|([^,]*))', re.DOTALL)
 _ESCAPED = re.compile(r"\\(.)", re.DOTALL)
-_DOUBLED = re.compile(r'\\(.)|"(")', re.DOTALL)
+_ESCAPED_OR_DOUBLED = re.compile(r'\\(.)|"(")', re.DOTALL)
 
 
 def parse_array(text: str, delimiter: str = ",") -> list[Element]:
@@ -34,11 +34,11 @@ def parse_array(text: str, delimiter: str = ",") -> list[Element]:
     if '"' not in text and "{" not in text[1:]:
         items = text[1:-1].split(delimiter) if len(text) > len("{}") else []
         return [None if item == "NULL" else item for item in items]
-    return _parse_nested(text, _token(delimiter))
+    return _parse_nested(text, _token_pattern(delimiter))
 
 
 @cache
-def _token(delimiter: str) -> re.Pattern[str]:
+def _token_pattern(delimiter: str) -> re.Pattern[str]:
     return re.compile(rf'([{{}}])|{_QUOTED}|([^{{}}"{re.escape(delimiter)}]+)', re.DOTALL)
 
 
@@ -61,13 +61,13 @@ def _parse_nested(text: str, token: re.Pattern[str]) -> list[Element]:
     return whole
 
 
-def parse_row(text: str) -> list[str | None]:
+def parse_composite(text: str) -> list[str | None]:
     """Return the attributes of a composite value such as ``(1,"a b",)``, in order."""
-    return [_attribute(match) for match in _ATTRIBUTE.finditer("," + text[1:-1])]
+    return [_decode_attribute(match) for match in _ATTRIBUTE.finditer("," + text[1:-1])]
 
 
-def _attribute(match: re.Match[str]) -> str | None:
+def _decode_attribute(match: re.Match[str]) -> str | None:
     quoted, plain = match.groups()
     if quoted is None:
         return plain or None
-    return _DOUBLED.sub(lambda pair: pair[1] or pair[2], quoted)
+    return _ESCAPED_OR_DOUBLED.sub(lambda pair: pair[1] or pair[2], quoted)

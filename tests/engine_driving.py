@@ -9,13 +9,13 @@ from datetime import datetime
 import psycopg
 
 from pgrealtime.changes import Row
-from pgrealtime.rules.engine.batch_query import Inquiry
-from pgrealtime.rules.engine.before_state import Past
-from pgrealtime.rules.engine.evaluation import Case, Deciding
-from pgrealtime.rules.engine.formula import Facts
-from pgrealtime.rules.engine.index import Index
-from pgrealtime.rules.engine.plan import Variant, moment
-from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.engine.batch_query import Question
+from pgrealtime.rules.engine.before_state import BeforeState
+from pgrealtime.rules.engine.evaluation import Evaluation, RowEvaluation
+from pgrealtime.rules.engine.formula import RowVerdicts
+from pgrealtime.rules.engine.index import PredicateIndex
+from pgrealtime.rules.engine.plan import Specialization, macro_values_at
+from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.memory.compare import Scalar
 
 
@@ -23,18 +23,18 @@ from pgrealtime.rules.memory.compare import Scalar
 class Asker:
     """A subscriber as a member of the index."""
 
-    request: Request
-    variant: Variant
+    request: RuleRequest
+    specialization: Specialization
     values: tuple[Scalar, ...]
 
 
-def put(connection: psycopg.Connection, inquiry: Inquiry) -> None:
+def put(connection: psycopg.Connection, inquiry: Question) -> None:
     """Ask it, or its parts if it fails."""
-    question = inquiry.question()
+    question = inquiry.sql_query()
     if question is None:
         return
     try:
-        inquiry.take(connection.execute(question.sql.encode(), question.params).fetchall())
+        inquiry.accept(connection.execute(question.sql.encode(), question.params).fetchall())
     except psycopg.Error:
         for part in inquiry.split():
             put(connection, part)
@@ -42,12 +42,12 @@ def put(connection: psycopg.Connection, inquiry: Inquiry) -> None:
 
 def decided(
     connection: psycopg.Connection,
-    index: Index[Asker],
+    index: PredicateIndex[Asker],
     rows: Sequence[Row],
     now: datetime,
     *,
     among: Sequence[Asker] | None = None,
-    past: Past | None = None,
+    past: BeforeState | None = None,
 ) -> list[set[Asker]]:
     """Return, per row, whom the engine admits.
 
@@ -59,15 +59,17 @@ def decided(
         among: Those to consider without the index; None is all, by the index.
         past: What was before the transaction that deleted the rows.
     """
-    at = moment(now)
-    cases: list[Case[Asker]] = [Case(Facts(row, frozenset(), at), past) for row in rows]
+    at = macro_values_at(now)
+    cases: list[RowEvaluation[Asker]] = [
+        RowEvaluation(RowVerdicts(row, frozenset(), at), past) for row in rows
+    ]
     for case in cases:
         if among is None:
-            case.search(index)
+            case.evaluate_index(index)
         else:
-            case.consider(among)
-    deciding = Deciding(cases, at)
-    while inquiries := deciding.inquiries():
+            case.evaluate_members(among)
+    deciding = Evaluation(cases, at)
+    while inquiries := deciding.questions():
         for inquiry in inquiries:
             put(connection, inquiry)
         deciding.resume()

@@ -11,10 +11,10 @@ from psycopg import sql
 
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row
-from pgrealtime.collections.build import build
+from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collection
 from pgrealtime.config.model import CollectionConfig
-from pgrealtime.records.encode import View, encoder
+from pgrealtime.records.encode import View, compile_encoder
 
 PINNED = (
     "-c DateStyle=ISO -c TimeZone=UTC -c IntervalStyle=postgres"
@@ -54,7 +54,7 @@ class Table:
 
     def record(self, nulls: Literal["null", "zero"] = "null") -> bytes:
         """The only row's record."""
-        return encoder(self.collection, nulls=nulls, view=View())(self.row())
+        return compile_encoder(self.collection, nulls=nulls, view=View())(self.row())
 
     def member(self) -> str:
         """The JSON of the member ``v`` alone, byte for byte."""
@@ -62,7 +62,7 @@ class Table:
 
     def shown(self, row: Row) -> str:
         """The JSON of the member ``v`` of any row."""
-        text = encoder(self.collection, nulls="null", view=View(fields="v"))(row).decode()
+        text = compile_encoder(self.collection, nulls="null", view=View(fields="v"))(row).decode()
         assert text.startswith('{"v":')
         return text.removeprefix('{"v":').removesuffix("}")
 
@@ -73,4 +73,4 @@ class Table:
 async def _collection(url: str, config: dict[str, Any]) -> Collection:
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         catalog = await read_catalog(connection, schemas=["public"])
-    return build({"t": CollectionConfig(table="public.t", **config)}, catalog)["t"]
+    return build_collections({"t": CollectionConfig(table="public.t", **config)}, catalog)["t"]

@@ -17,10 +17,10 @@ from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Table
 from pgrealtime.changes import Change, Delete, Insert, Row, Truncate, Update, WholeRow
-from pgrealtime.collections.build import build
+from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import CollectionConfig, RelationConfig
-from pgrealtime.rules.engine.before_state import tables_of
+from pgrealtime.rules.engine.before_state import reachable_tables
 
 SCHEMA = """
 CREATE TABLE teams (id text PRIMARY KEY, name text, open boolean);
@@ -86,7 +86,7 @@ async def read_collections(url: str) -> Collections:
     """The collections as the service would build them."""
     async with await psycopg.AsyncConnection.connect(url) as connection:
         catalog = await read_catalog(connection, schemas=["public"])
-    return build(configuration(), catalog)
+    return build_collections(configuration(), catalog)
 
 
 class World:
@@ -230,7 +230,9 @@ class World:
         """Change related rows at random, in one commit; return what the stream would tell."""
         changes: list[Change] = []
         tables = [
-            table for name, table in tables_of(self.collections).items() if name.name != "posts"
+            table
+            for name, table in reachable_tables(self.collections).items()
+            if name.name != "posts"
         ]
         with psycopg.connect(self.url) as writing:
             for _ in range(self.chance.randint(3, 12)):

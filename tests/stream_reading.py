@@ -12,7 +12,7 @@ from psycopg import sql
 
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Table
-from pgrealtime.changes import Change, Oversized, TableName, Transaction
+from pgrealtime.changes import Change, OversizedTransaction, TableName, Transaction
 from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.wal.assembler import RecordKeys
 from pgrealtime.wal.publication import publication_sql
@@ -63,7 +63,7 @@ async def reading(
         await connection.execute(publication_sql("pgrealtime", tables, version).encode())
     config = (config or ReplicationConfig()).model_copy(update={"plugin": plugin})
     async with open_stream(
-        url, config, tables, max_transaction_size=max_size, record_keys=record_keys
+        url, config, tables, max_transaction_bytes=max_size, record_keys=record_keys
     ) as stream:
         yield stream
 
@@ -76,12 +76,12 @@ async def finish(connection: Connection) -> None:
 _FINISH = sql.Identifier(*FINISH)
 
 
-async def read_to_finish(stream: WalStream) -> list[Transaction | Oversized]:
+async def read_to_finish(stream: WalStream) -> list[Transaction | OversizedTransaction]:
     """What came up to the finish line, without that; everything is kept."""
-    read: list[Transaction | Oversized] = []
+    read: list[Transaction | OversizedTransaction] = []
     async with asyncio.timeout(DEADLINE_SECONDS):
         async for batch in stream:
-            stream.keep(batch[-1].end_lsn)
+            stream.confirm(batch[-1].end_lsn)
             read += batch
             match read[-1]:
                 case Transaction(changes=(only,)) if only.table == FINISH:

@@ -18,34 +18,38 @@ def peer_address(request: web.Request) -> str:
     return str(name[0]) if isinstance(name, tuple) else ""
 
 
-def client_address(request: web.Request, trusted: Sequence[Network]) -> str:
+def client_address(request: web.Request, trusted_proxies: Sequence[Network]) -> str:
     """Return the address that subscribe calls of one client must share."""
     forwarded_for = request.headers.getall("X-Forwarded-For", [])
-    return seen_through(peer_address(request), forwarded_for, trusted)
+    return address_behind_proxies(peer_address(request), forwarded_for, trusted_proxies)
 
 
-def seen_through(peer: str, forwarded_for: Sequence[str], trusted: Sequence[Network]) -> str:
+def address_behind_proxies(
+    peer: str, forwarded_for: Sequence[str], trusted_proxies: Sequence[Network]
+) -> str:
     """Return the address of the client behind the proxies.
 
     Args:
         peer: Of the TCP connection; empty over a Unix socket.
         forwarded_for: Values of the ``X-Forwarded-For`` headers, in order.
-        trusted: Networks of the proxies whose word counts.
+        trusted_proxies: Networks of the proxies whose word counts.
 
     Each proxy appends whom it heard from, so the list is read from its end, for as long as the
     one who wrote the entry is trusted. The first address that isn't a proxy's is the client.
     """
-    address = _parse(peer)
+    address = _parse_address(peer)
     entries = [entry.strip() for value in forwarded_for for entry in value.split(",")]
-    while entries and address is not None and any(address in network for network in trusted):
-        before = _parse(entries.pop())
+    while (
+        entries and address is not None and any(address in network for network in trusted_proxies)
+    ):
+        before = _parse_address(entries.pop())
         if before is None:
             break
         address = before
     return peer if address is None else address.exploded
 
 
-def _parse(text: str) -> Address | None:
+def _parse_address(text: str) -> Address | None:
     """Return an address that may carry a port, or None; IPv4 within IPv6 is IPv4."""
     if text.startswith("["):
         text = text[1:].partition("]")[0]

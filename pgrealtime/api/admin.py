@@ -12,39 +12,39 @@ from pgrealtime.config.model import AdminConfig
 from pgrealtime.observe.metrics import CONTENT_TYPE
 
 
-def build_admin(
+def build_admin_app(
     config: AdminConfig,
     *,
-    faults: Callable[[], Awaitable[list[str]]],
-    metrics: Callable[[], Awaitable[bytes]],
+    not_ready_reasons: Callable[[], Awaitable[list[str]]],
+    fetch_metrics: Callable[[], Awaitable[bytes]],
 ) -> web.Application:
     """Return the application.
 
     Args:
         config: With the token, if there is one: probes never need it, metrics do.
-        faults: Why no traffic should come.
-        metrics: The text that Prometheus reads.
+        not_ready_reasons: Why no traffic should come.
+        fetch_metrics: The text that Prometheus reads.
     """
 
     async def live(_request: web.Request) -> web.Response:
         return web.json_response({"status": "live"})
 
     async def ready(_request: web.Request) -> web.Response:
-        if reasons := await faults():
+        if reasons := await not_ready_reasons():
             body = msgspec.json.encode({"status": "not_ready", "reasons": reasons})
             return web.Response(status=503, body=body, content_type="application/json")
         return web.json_response({"status": "ready"})
 
     async def scrape(request: web.Request) -> web.Response:
-        if not _is_allowed(request, config.token):
+        if not _is_authorized(request, config.token):
             return web.Response(status=401, headers={"WWW-Authenticate": "Bearer"})
-        return web.Response(body=await metrics(), headers={"Content-Type": CONTENT_TYPE})
+        return web.Response(body=await fetch_metrics(), headers={"Content-Type": CONTENT_TYPE})
 
     app = web.Application()
     app.add_routes([web.get("/live", live), web.get("/ready", ready), web.get("/metrics", scrape)])
     return app
 
 
-def _is_allowed(request: web.Request, token: str) -> bool:
+def _is_authorized(request: web.Request, token: str) -> bool:
     given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
     return not token or hmac.compare_digest(given, b"Bearer " + token.encode())

@@ -7,28 +7,28 @@ from collections.abc import Mapping
 import msgspec
 from aiohttp import web
 
-from pgrealtime.api.problems import UNREADABLE, RefusedError
+from pgrealtime.api.problems import BAD_REQUEST, RequestRefusedError
 from pgrealtime.protocol.query_string import parse_query_string
-from pgrealtime.records.fields import parse_fields, picks_of
+from pgrealtime.records.fields import compile_projections, parse_fields
 from pgrealtime.records.values import Json
 
 
-def json_answer(request: web.Request, members: Mapping[str, Json]) -> web.Response:
+def respond_json(request: web.Request, members: Mapping[str, Json]) -> web.Response:
     """Return a 200 whose object has the members in this order.
 
     Raises:
-        RefusedError: ``fields`` can't be read.
+        RequestRefusedError: ``fields`` can't be read.
     """
-    fields = parse_fields(query_of(request).get("fields", ""))
+    fields = parse_fields(query_values(request).get("fields", ""))
     if fields is None:
-        raise RefusedError(UNREADABLE)
-    pick_of = picks_of(fields)
+        raise RequestRefusedError(BAD_REQUEST)
+    pick_of = compile_projections(fields)
     picks = ((name, value, pick_of(name)) for name, value in members.items())
     picked = {name: pick(value) for name, value, pick in picks if pick is not None}
     return web.Response(body=msgspec.json.encode(picked), content_type="application/json")
 
 
-def query_of(request: web.Request) -> dict[str, str]:
+def query_values(request: web.Request) -> dict[str, str]:
     """Return the values of the URL's query, the first of each name, as PocketBase reads them."""
     values: dict[str, str] = {}
     for name, value in parse_query_string(request.rel_url.raw_query_string.encode()).pairs:

@@ -12,11 +12,11 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from pgrealtime.api import problems, redirect
-from pgrealtime.api.cors import Origins
-from pgrealtime.api.health import Health
-from pgrealtime.api.problems import Language, Problem, preferred_language, problem_of
-from pgrealtime.api.realtime import RUNNER, SHUTDOWN_SECONDS, Realtime
-from pgrealtime.api.uploads import LARGEST_BODY, UPLOADS, Uploads
+from pgrealtime.api.cors import AllowedOrigins
+from pgrealtime.api.health import HealthRoute
+from pgrealtime.api.problems import ErrorResponse, Language, error_response_of, preferred_language
+from pgrealtime.api.realtime import RUNNER_KEY, SHUTDOWN_SECONDS, RealtimeRoutes
+from pgrealtime.api.uploads import BODY_READER_KEY, MAX_BODY_BYTES, BodyReader
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.config.model import Config, ServerConfig
 from pgrealtime.errors import PgRealtimeError
@@ -26,14 +26,14 @@ log = structlog.get_logger(__name__)
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_SECURITY: Final = (
+_SECURITY_HEADERS: Final = (
     ("X-XSS-Protection", "1; mode=block"),
     ("X-Content-Type-Options", "nosniff"),
     ("X-Frame-Options", "SAMEORIGIN"),
     ("Cross-Origin-Opener-Policy", "same-origin"),
 )
 
-_LONGEST_LINE: Final = 32 * 1024
+_MAX_LINE_BYTES: Final = 32 * 1024
 """Bytes of the request line and of one header: a native EventSource for which a long
 Last-Event-ID were refused would never come back."""
 
@@ -47,17 +47,17 @@ _LINGERING_SECONDS: Final = 1
 
 def build_app(hub: Hub, authenticator: Authenticator, config: Config) -> web.Application:
     """Return the application; ``build_runner`` serves it with the limits it counts on."""
-    surface = Surface(config.server)
-    app = web.Application(middlewares=[redirect.put_right, surface.answer])
-    app[UPLOADS] = Uploads()
+    surface = ResponseMiddleware(config.server)
+    app = web.Application(middlewares=[redirect.redirect_to_clean_path, surface.handle])
+    app[BODY_READER_KEY] = BodyReader()
     app.on_response_prepare.append(surface.add_headers)
-    realtime = Realtime(hub, authenticator, config.server, config.realtime)
-    health = Health(authenticator, config.server)
+    realtime = RealtimeRoutes(hub, authenticator, config.server, config.realtime)
+    health = HealthRoute(authenticator, config.server)
     path = config.server.base_path
-    app.on_shutdown.append(realtime.finish)
+    app.on_shutdown.append(realtime.close_streams)
     app.router.add_get(f"{path}/api/realtime", realtime.connect)
-    app.router.add_post(f"{path}/api/realtime", realtime.subscribe, expect_handler=_expect)
-    app.router.add_get(f"{path}/api/health", health.check)
+    app.router.add_post(f"{path}/api/realtime", realtime.subscribe, expect_handler=_handle_expect)
+    app.router.add_get(f"{path}/api/health", health.get_health)
     return app
 
 
@@ -67,19 +67,19 @@ def build_runner(app: web.Application) -> web.AppRunner:
         app,
         handler_cancellation=True,
         access_log=None,
-        logger=_quiet_about_clients(),
+        logger=_http_logger(),
         keepalive_timeout=_IDLE_SECONDS,
         lingering_time=_LINGERING_SECONDS,
         shutdown_timeout=SHUTDOWN_SECONDS,
-        max_line_size=_LONGEST_LINE,
-        max_field_size=_LONGEST_LINE,
+        max_line_size=_MAX_LINE_BYTES,
+        max_field_size=_MAX_LINE_BYTES,
         auto_decompress=False,
     )
-    app[RUNNER] = runner
+    app[RUNNER_KEY] = runner
     return runner
 
 
-class Surface:
+class ResponseMiddleware:
     """What is the same whatever the route: headers, preflights, the form of a refusal.
 
     Args:
@@ -87,25 +87,25 @@ class Surface:
     """
 
     def __init__(self, server: ServerConfig) -> None:
-        self._origins = Origins(server.cors_origins)
+        self._allowed_origins = AllowedOrigins(server.cors_origins)
         self._locale = server.locale
 
     @web.middleware
-    async def answer(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+    async def handle(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
         """Let the handler answer, and say in the API's form why it can't."""
         if request.method == "OPTIONS":
             return web.Response(status=204)
-        if (request.content_length or 0) > LARGEST_BODY:
-            return self._refusal(request, problems.TOO_LARGE)
+        if (request.content_length or 0) > MAX_BODY_BYTES:
+            return self._respond_with_error(request, problems.BODY_TOO_LARGE)
         try:
             return await handler(request)
         except PgRealtimeError as error:
-            problem = problem_of(error)
-            if problem is problems.INTERNAL:
+            problem = error_response_of(error)
+            if problem is problems.INTERNAL_ERROR:
                 log.error("request.failed", path=request.path, error=error)  # noqa: TRY400 (expected kind, known code)
         except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
             is_file = request.method in ("GET", "HEAD")
-            problem = problems.NO_SUCH_FILE if is_file else problems.NO_SUCH_ROUTE
+            problem = problems.FILE_NOT_FOUND if is_file else problems.ROUTE_NOT_FOUND
         except web.HTTPException:
             raise
         except ConnectionError:
@@ -115,21 +115,23 @@ class Surface:
             log.exception("request.failed", path=request.path)
             if request.writer.output_size and request.transport is not None:
                 request.transport.abort()  # the head is out, another can't follow
-            problem = problems.INTERNAL
-        return self._refusal(request, problem)
+            problem = problems.INTERNAL_ERROR
+        return self._respond_with_error(request, problem)
 
-    def _refusal(self, request: web.Request, problem: Problem) -> web.Response:
+    def _respond_with_error(
+        self, request: web.Request, error_response: ErrorResponse
+    ) -> web.Response:
         response = web.Response(
-            status=problem.status,
-            body=problems.encode(problem, self._language(request)),
+            status=error_response.status,
+            body=problems.encode_error_response(error_response, self._response_language(request)),
             content_type="application/json",
         )
-        is_unread = problem is problems.TOO_MANY and not request.content.at_eof()
-        if is_unread or problem in (problems.TOO_LARGE, problems.TOO_SLOW):
+        is_unread = error_response is problems.TOO_MANY_REQUESTS and not request.content.at_eof()
+        if is_unread or error_response in (problems.BODY_TOO_LARGE, problems.REQUEST_TIMEOUT):
             response.force_close()
         return response
 
-    def _language(self, request: web.Request) -> Language:
+    def _response_language(self, request: web.Request) -> Language:
         if self._locale != "auto":
             return self._locale
         return preferred_language(",".join(request.headers.getall("Accept-Language", [])))
@@ -137,27 +139,29 @@ class Surface:
     async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         """Add what every answer of ours carries; to PocketBase a redirect is its router's."""
         response.headers.popall("Server", None)  # aiohttp's; PocketBase sends none
-        if response.status == redirect.STATUS:
+        if response.status == redirect.REDIRECT_STATUS:
             return
         origin = request.headers.get("Origin", "")
         if request.method == "OPTIONS":
             asked = request.headers.get("Access-Control-Request-Headers", "")
-            response.headers.extend(self._origins.preflight(origin, asked))
+            response.headers.extend(self._allowed_origins.preflight_headers(origin, asked))
         else:
-            response.headers.extend((*_SECURITY, *self._origins.simple(origin)))
+            response.headers.extend(
+                (*_SECURITY_HEADERS, *self._allowed_origins.response_headers(origin))
+            )
 
 
-async def _expect(request: web.Request) -> None:
+async def _handle_expect(request: web.Request) -> None:
     """Answer ``Expect: 100-continue``, unless what would come is too large anyway."""
     if request.headers["Expect"].lower() != "100-continue":
         raise web.HTTPExpectationFailed(text="")
-    if (request.content_length or 0) <= LARGEST_BODY:
+    if (request.content_length or 0) <= MAX_BODY_BYTES:
         with suppress(ConnectionError):
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # as aiohttp's own: not yet the answer
 
 
-class _NotForClients(logging.Filter):
+class _ClientErrorFilter(logging.Filter):
     """Lowers what aiohttp says of requests that aren't HTTP: nobody here must act on those."""
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -165,8 +169,8 @@ class _NotForClients(logging.Filter):
         return not isinstance(error, HttpProcessingError)
 
 
-def _quiet_about_clients() -> logging.Logger:
+def _http_logger() -> logging.Logger:
     logger = logging.getLogger("pgrealtime.http")
     if not logger.filters:
-        logger.addFilter(_NotForClients())
+        logger.addFilter(_ClientErrorFilter())
     return logger

@@ -8,57 +8,57 @@ from collections.abc import Sequence
 Headers = list[tuple[str, str]]
 """In order; a name may come more than once."""
 
-_ANY = "*"
-_METHODS = "GET,HEAD,PUT,PATCH,POST,DELETE"
-_LONGEST_ORIGIN = 261
+_ANY_ORIGIN = "*"
+_ALLOWED_METHODS = "GET,HEAD,PUT,PATCH,POST,DELETE"
+_MAX_ORIGIN_CHARACTERS = 261
 """A longer one can't be real; kept from the patterns, as PocketBase does."""
 
 
-class Origins:
+class AllowedOrigins:
     """The configured origins: ``*``, exact ones, or with ``*`` and ``?`` as wildcards in them."""
 
     def __init__(self, origins: Sequence[str]) -> None:
         self._exact = frozenset(origins)
-        self._patterns = [_pattern(origin) for origin in origins if origin != _ANY]
+        self._patterns = [_origin_pattern(origin) for origin in origins if origin != _ANY_ORIGIN]
 
-    def allowed(self, origin: str) -> str | None:
+    def allow_origin(self, origin: str) -> str | None:
         """Return the value of ``Access-Control-Allow-Origin``; None if it must stay away."""
-        if _ANY in self._exact:
-            return _ANY
+        if _ANY_ORIGIN in self._exact:
+            return _ANY_ORIGIN
         if origin in self._exact or self._matches(origin):
             return origin
         return None
 
     def _matches(self, origin: str) -> bool:
-        could_be_one = "://" in origin and len(origin) <= _LONGEST_ORIGIN
+        could_be_one = "://" in origin and len(origin) <= _MAX_ORIGIN_CHARACTERS
         return could_be_one and any(pattern.fullmatch(origin) for pattern in self._patterns)
 
-    def simple(self, origin: str) -> Headers:
+    def response_headers(self, origin: str) -> Headers:
         """Return the headers of an answer that isn't a preflight's."""
-        allowed = self.allowed(origin) if origin else None
+        allowed = self.allow_origin(origin) if origin else None
         vary = ("Vary", "Origin")
         return [vary] if allowed is None else [vary, ("Access-Control-Allow-Origin", allowed)]
 
-    def preflight(self, origin: str, request_headers: str) -> Headers:
+    def preflight_headers(self, origin: str, request_headers: str) -> Headers:
         """Return the headers of the answer to an OPTIONS request.
 
         Args:
             origin: The header, empty without one.
             request_headers: ``Access-Control-Request-Headers``, given back as it came.
         """
-        headers = self.simple(origin)
+        headers = self.response_headers(origin)
         if len(headers) == 1:
             return headers
         headers += [
             ("Vary", "Access-Control-Request-Method"),
             ("Vary", "Access-Control-Request-Headers"),
-            ("Access-Control-Allow-Methods", _METHODS),
+            ("Access-Control-Allow-Methods", _ALLOWED_METHODS),
         ]
         if request_headers:
             headers.append(("Access-Control-Allow-Headers", request_headers))
         return headers
 
 
-def _pattern(origin: str) -> re.Pattern[str]:
+def _origin_pattern(origin: str) -> re.Pattern[str]:
     quoted = re.escape(origin).replace(r"\*", ".*").replace(r"\?", ".")
     return re.compile(quoted)

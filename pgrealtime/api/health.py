@@ -7,7 +7,7 @@ from typing import Final
 from aiohttp import web
 
 from pgrealtime.api.address import client_address
-from pgrealtime.api.answers import json_answer
+from pgrealtime.api.answers import respond_json
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.principal import Superuser
 from pgrealtime.config.model import ServerConfig
@@ -17,7 +17,7 @@ from pgrealtime.records.values import Json
 _PROXY_HEADERS: Final = ("CF-Connecting-IP", "Fly-Client-IP", "X-Forwarded-For")
 
 
-class Health:
+class HealthRoute:
     """The handler.
 
     Args:
@@ -27,16 +27,16 @@ class Health:
 
     def __init__(self, authenticator: Authenticator, server: ServerConfig) -> None:
         self._authenticator = authenticator
-        self._trusted = server.trusted_proxies
+        self._trusted_proxies = server.trusted_proxies
 
-    async def check(self, request: web.Request) -> web.StreamResponse:
+    async def get_health(self, request: web.Request) -> web.StreamResponse:
         """Answer."""
-        return json_answer(
+        return respond_json(
             request,
-            {"message": "API is healthy.", "code": 200, "data": await self._data(request)},
+            {"message": "API is healthy.", "code": 200, "data": await self._health_data(request)},
         )
 
-    async def _data(self, request: web.Request) -> dict[str, Json]:
+    async def _health_data(self, request: web.Request) -> dict[str, Json]:
         try:
             caller = await self._authenticator.authenticate(request.headers.get("Authorization"))
         except PgRealtimeError:
@@ -45,7 +45,7 @@ class Health:
             return {}
         return {
             "canBackup": True,
-            "realIP": client_address(request, self._trusted),
+            "realIP": client_address(request, self._trusted_proxies),
             "possibleProxyHeader": next(
                 (name for name in _PROXY_HEADERS if request.headers.get(name)), ""
             ),

@@ -17,7 +17,7 @@ Language: TypeAlias = Literal["en", "zh"]
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class LocalizedText:
     """One sentence, in each language."""
 
     en: str
@@ -29,109 +29,115 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class MemberFault:
     """What is wrong with one member of a body."""
 
     code: str
-    text: Text
+    text: LocalizedText
     params: Mapping[str, int] = field(default_factory=dict)
 
 
-Faults: TypeAlias = Mapping[str, "Fault | Faults"]
+MemberFaults: TypeAlias = Mapping[str, "MemberFault | MemberFaults"]
 """By member name; an element of a list by its zero based index, one level down."""
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class ErrorResponse:
     """A refusal: the status, the sentence, and the members at fault, if any."""
 
     status: int
-    text: Text
-    faults: Faults = field(default_factory=dict)
+    text: LocalizedText
+    member_faults: MemberFaults = field(default_factory=dict)
 
 
-_SOMETHING_WENT_WRONG: Final = Text(
+_SOMETHING_WENT_WRONG: Final = LocalizedText(
     "Something went wrong while processing your request.", "处理请求时出错。"
 )
 
-UNREADABLE: Final = Problem(400, _SOMETHING_WENT_WRONG)
-NO_SUCH_ROUTE: Final = Problem(
-    404, Text("The requested resource wasn't found.", "未找到请求的资源。")
+BAD_REQUEST: Final = ErrorResponse(400, _SOMETHING_WENT_WRONG)
+ROUTE_NOT_FOUND: Final = ErrorResponse(
+    404, LocalizedText("The requested resource wasn't found.", "未找到请求的资源。")
 )
-NO_SUCH_FILE: Final = Problem(404, Text("File not found.", "文件未找到。"))
-TOO_SLOW: Final = Problem(408, Text("Request timeout.", "请求超时。"))
-TOO_MANY: Final = Problem(429, Text("Too Many Requests.", "请求过多。"))
-TOO_LARGE: Final = Problem(413, Text("Request entity too large.", "请求体过大。"))
-INTERNAL: Final = Problem(500, _SOMETHING_WENT_WRONG)
+FILE_NOT_FOUND: Final = ErrorResponse(404, LocalizedText("File not found.", "文件未找到。"))
+REQUEST_TIMEOUT: Final = ErrorResponse(408, LocalizedText("Request timeout.", "请求超时。"))
+TOO_MANY_REQUESTS: Final = ErrorResponse(429, LocalizedText("Too Many Requests.", "请求过多。"))
+BODY_TOO_LARGE: Final = ErrorResponse(
+    413, LocalizedText("Request entity too large.", "请求体过大。")
+)
+INTERNAL_ERROR: Final = ErrorResponse(500, _SOMETHING_WENT_WRONG)
 
-_UNAVAILABLE: Final = Problem(
-    503, Text("Realtime is temporarily unavailable.", "实时服务暂时不可用。")
+_UNAVAILABLE: Final = ErrorResponse(
+    503, LocalizedText("Realtime is temporarily unavailable.", "实时服务暂时不可用。")
 )
 
-NO_TOKEN: Final = Problem(
+TOKEN_REQUIRED: Final = ErrorResponse(
     401,
-    Text("The request requires valid record authorization token.", "请求需要有效的记录授权令牌。"),
+    LocalizedText(
+        "The request requires valid record authorization token.", "请求需要有效的记录授权令牌。"
+    ),
 )
 
-_BY_CODE: Final[Mapping[str, Problem]] = {
-    "body_unreadable": UNREADABLE,
-    "client_unknown": Problem(
-        404, Text("Missing or invalid client id.", "缺少或无效的客户端 ID。")
+_RESPONSE_BY_CODE: Final[Mapping[str, ErrorResponse]] = {
+    "body_unreadable": BAD_REQUEST,
+    "client_unknown": ErrorResponse(
+        404, LocalizedText("Missing or invalid client id.", "缺少或无效的客户端 ID。")
     ),
-    "address_mismatch": Problem(400, Text("Invalid realtime client.", "无效的实时客户端。")),
-    "authorization_mismatch": Problem(
+    "address_mismatch": ErrorResponse(
+        400, LocalizedText("Invalid realtime client.", "无效的实时客户端。")
+    ),
+    "authorization_mismatch": ErrorResponse(
         403,
-        Text(
+        LocalizedText(
             "The current and the previous request authorization don't match.",
             "当前请求和之前的请求授权不匹配。",
         ),
     ),
-    "guest_refused": NO_TOKEN,
+    "guest_refused": TOKEN_REQUIRED,
     "stream_away": _UNAVAILABLE,
     "database_unreachable": _UNAVAILABLE,
 }
 
 
-class RefusedError(PgRealtimeError):
+class RequestRefusedError(PgRealtimeError):
     """A request that gets this answer, found out on the way."""
 
     code = "request_refused"
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem.text.en)
-        self.problem = problem
+    def __init__(self, error_response: ErrorResponse) -> None:
+        super().__init__(error_response.text.en)
+        self.error_response = error_response
 
 
-def problem_of(error: PgRealtimeError) -> Problem:
+def error_response_of(error: PgRealtimeError) -> ErrorResponse:
     """Return what the client is told of this error; an unforeseen code is our own failure."""
-    if isinstance(error, RefusedError):
-        return error.problem
-    return _BY_CODE.get(error.error_code, INTERNAL)
+    if isinstance(error, RequestRefusedError):
+        return error.error_response
+    return _RESPONSE_BY_CODE.get(error.error_code, INTERNAL_ERROR)
 
 
-def invalid(faults: Faults) -> Problem:
+def invalid_members(faults: MemberFaults) -> ErrorResponse:
     """Return the refusal of a body that could be read but doesn't hold."""
-    return Problem(400, _SOMETHING_WENT_WRONG, faults)
+    return ErrorResponse(400, _SOMETHING_WENT_WRONG, faults)
 
 
-_LIMITS: Final[Mapping[str, Text]] = {
-    "views": Text(
+_LIMIT_TEXTS: Final[Mapping[str, LocalizedText]] = {
+    "views": LocalizedText(
         "A connection may have no more than {most} different fields and expand.",
         "每个连接的 fields 和 expand 组合不得超过 {most} 种。",
     ),
-    "filter_characters": Text(
+    "filter_characters": LocalizedText(
         "The filters of a connection must be no longer than {most} characters together.",
         "每个连接的过滤器总长度不得超过 {most} 个字符。",
     ),
-    "asking_filters": Text(
+    "asking_filters": LocalizedText(
         "A connection may have no more than {most} filters that need the database.",
         "每个连接需要查询数据库的过滤器不得超过 {most} 个。",
     ),
-    "unindexed_filters": Text(
+    "unindexed_filters": LocalizedText(
         "A connection may have no more than {most} filters without an equality.",
         "每个连接不含等值条件的过滤器不得超过 {most} 个。",
     ),
-    "unindexed_filters_of_address": Text(
+    "unindexed_filters_of_address": LocalizedText(
         "An address may have no more than {most} filters without an equality.",
         "每个地址不含等值条件的过滤器不得超过 {most} 个。",
     ),
@@ -139,20 +145,20 @@ _LIMITS: Final[Mapping[str, Text]] = {
 """Ours: PocketBase has no such limits."""
 
 
-def limit_fault(limit: str, most: int) -> Fault:
+def limit_reached(limit_name: str, maximum: int) -> MemberFault:
     """Return what is wrong with a topic that is one too many of its kind."""
-    text = _LIMITS[limit]
-    told = Text(text.en.format(most=most), text.zh.format(most=most))
-    return Fault("validation_limit_reached", told, {"max": most})
+    text = _LIMIT_TEXTS[limit_name]
+    told = LocalizedText(text.en.format(most=maximum), text.zh.format(most=maximum))
+    return MemberFault("validation_limit_reached", told, {"max": maximum})
 
 
-def encode(problem: Problem, language: Language) -> bytes:
+def encode_error_response(error_response: ErrorResponse, language: Language) -> bytes:
     """Return the body of the answer: sorted members, no spaces, no newline at the end."""
     return json.dumps(
         {
-            "data": _in_language(problem.faults, language),
-            "message": problem.text.in_language(language),
-            "status": problem.status,
+            "data": _encode_faults(error_response.member_faults, language),
+            "message": error_response.text.in_language(language),
+            "status": error_response.status,
         },
         ensure_ascii=False,
         separators=(",", ":"),
@@ -160,14 +166,16 @@ def encode(problem: Problem, language: Language) -> bytes:
     ).encode()
 
 
-def _in_language(faults: Faults, language: Language) -> dict[str, object]:
+def _encode_faults(faults: MemberFaults, language: Language) -> dict[str, object]:
     return {
-        name: _fault(entry, language) if isinstance(entry, Fault) else _in_language(entry, language)
+        name: _encode_fault(entry, language)
+        if isinstance(entry, MemberFault)
+        else _encode_faults(entry, language)
         for name, entry in faults.items()
     }
 
 
-def _fault(fault: Fault, language: Language) -> dict[str, object]:
+def _encode_fault(fault: MemberFault, language: Language) -> dict[str, object]:
     told: dict[str, object] = {"code": fault.code, "message": fault.text.in_language(language)}
     return {**told, "params": dict(fault.params)} if fault.params else told
 
@@ -177,14 +185,14 @@ def preferred_language(accept_language: str) -> Language:
 
     Equal weights keep the order they are written in (RFC 9110, section 12.5.4).
     """
-    weighted = [_weighted(entry) for entry in accept_language.split(",")]
+    weighted = [_parse_language_range(entry) for entry in accept_language.split(",")]
     for tag, weight in sorted(weighted, key=lambda entry: -entry[1]):
         if weight > 0 and tag.partition("-")[0] in ("zh", "en", "*"):
             return "zh" if tag.startswith("zh") else "en"
     return "en"
 
 
-def _weighted(entry: str) -> tuple[str, float]:
+def _parse_language_range(entry: str) -> tuple[str, float]:
     tag, _, parameters = entry.partition(";")
     name, _, weight = parameters.partition("=")
     if name.strip().lower() != "q":

@@ -11,16 +11,18 @@ from aiohttp import web
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-STATUS: Final = 307
+REDIRECT_STATUS: Final = 307
 """Method and body are sent again."""
 
-_IN_PATHS: Final = "%/!$&'()*+,;=:@~[]"
+_SAFE_IN_PATHS: Final = "%/!$&'()*+,;=:@~[]"
 """What stays as it is beside letters, digits and ``-._``; escapes among it."""
 
-_HTML: Final = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&#34;", "'": "&#39;"})
+_HTML_ESCAPES: Final = str.maketrans(
+    {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&#34;", "'": "&#39;"}
+)
 
 
-def plain_path(path: str) -> str:
+def clean_path(path: str) -> str:
     """Return the path without empty and dot segments; a slash at its end stays.
 
     Args:
@@ -31,17 +33,17 @@ def plain_path(path: str) -> str:
 
 
 @web.middleware
-async def put_right(request: web.Request, handler: _Handler) -> web.StreamResponse:
+async def redirect_to_clean_path(request: web.Request, handler: _Handler) -> web.StreamResponse:
     """Say where to ask instead; let the handler answer if the path is plain already."""
     path = request.rel_url.raw_path
-    plain = plain_path(path)
+    plain = clean_path(path)
     if plain == path or not path.startswith("/"):
         return await handler(request)
     query = request.rel_url.raw_query_string
-    location = quote(plain, safe=_IN_PATHS) + (f"?{query}" if query else "")
-    response = web.Response(status=STATUS, headers={"Location": location})
+    location = quote(plain, safe=_SAFE_IN_PATHS) + (f"?{query}" if query else "")
+    response = web.Response(status=REDIRECT_STATUS, headers={"Location": location})
     if request.method in ("GET", "HEAD"):
         response.content_type = "text/html"
         response.charset = "utf-8"
-        response.text = f'<a href="{location.translate(_HTML)}">Temporary Redirect</a>.\n\n'
+        response.text = f'<a href="{location.translate(_HTML_ESCAPES)}">Temporary Redirect</a>.\n\n'
     return response

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TypeAlias
 
-Who: TypeAlias = tuple[str, ...]
+RateKey: TypeAlias = tuple[str, ...]
 """Network and identity, or network and account."""
 
-_MOST = 20_000
+_MAX_KEYS = 20_000
 """Of those that are remembered; the one not seen for longest is forgotten first: some megabytes."""
 
 
-class Attempts:
+class RateLimiter:
     """A bucket of attempts for each of those who try, filling up steadily.
 
     Args:
@@ -21,24 +21,24 @@ class Attempts:
 
     def __init__(self, per_minute: int) -> None:
         self._per_minute = per_minute
-        self._used: OrderedDict[Who, tuple[float, float]] = OrderedDict()
+        self._used: OrderedDict[RateKey, tuple[float, float]] = OrderedDict()
 
-    def admit(self, who: Who, now: float) -> bool:
+    def try_acquire(self, key: RateKey, now: float) -> bool:
         """Take one attempt, before it is known how it ends; False if there is none left.
 
         Args:
-            who: Who tries, and as whom.
+            key: Who tries, and as whom.
             now: Monotonic seconds.
         """
-        used, since = self._used.get(who, (0.0, now))
+        used, since = self._used.get(key, (0.0, now))
         used = max(0.0, used - (now - since) * self._per_minute / 60.0)
         is_admitted = used + 1.0 <= self._per_minute
-        self._used[who] = (used + 1.0 if is_admitted else used, now)
-        self._used.move_to_end(who)
-        if len(self._used) > _MOST:
+        self._used[key] = (used + 1.0 if is_admitted else used, now)
+        self._used.move_to_end(key)
+        if len(self._used) > _MAX_KEYS:
             self._used.popitem(last=False)
         return is_admitted
 
-    def forget(self, who: Who) -> None:
+    def reset(self, key: RateKey) -> None:
         """Give all attempts back to one who knew the password."""
-        self._used.pop(who, None)
+        self._used.pop(key, None)

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from pgrealtime.auth.token import Key, Token
+from pgrealtime.auth.token import Token, VerificationKey
 from pgrealtime.config.model import Algorithm, IssuerConfig
 from pgrealtime.errors import AuthError
 
@@ -26,18 +26,18 @@ log = structlog.get_logger(__name__)
 _REFRESH_SECONDS = 600.0
 """A key that the issuer withdrew counts for so long at most."""
 _RETRY_SECONDS = 15.0
-_ASK_SECONDS = 60.0
+_UNKNOWN_KID_SECONDS = 60.0
 """Anybody can write an unknown ``kid`` into a token: it sends us to the issuer no oftener."""
-_FETCH_SECONDS = 5.0
-_MOST_BYTES = 1 << 20
-_LEAST_RSA_BITS = 2048
+_FETCH_TIMEOUT_SECONDS = 5.0
+_MAX_JWKS_BYTES = 1 << 20
+_MIN_RSA_BITS = 2048
 """RFC 7518, section 3.3."""
 
 
 class KeySource(Protocol):
     """Where the keys of one issuer come from."""
 
-    async def keys_for(self, token: Token) -> Sequence[Key]:
+    async def keys_for(self, token: Token) -> Sequence[VerificationKey]:
         """The keys that may have signed the token: of its algorithm, and of its ``kid``."""
 
     async def run(self) -> None:
@@ -51,20 +51,20 @@ def key_source(issuer: IssuerConfig) -> KeySource:
         AuthError: Code ``key_invalid``: the PEM text is no key that can be used.
     """
     if issuer.jwks_url:
-        return PublishedKeys(issuer)
+        return JwksKeySource(issuer)
     if issuer.public_key:
-        return GivenKeys([_accepted(read_pem(issuer.public_key), issuer)])
+        return ConfiguredKeySource([_require_accepted(parse_pem(issuer.public_key), issuer)])
     secrets = (issuer.secret, issuer.previous_secret)
-    return GivenKeys([Key("HS256", secret) for secret in secrets if secret])
+    return ConfiguredKeySource([VerificationKey("HS256", secret) for secret in secrets if secret])
 
 
-class GivenKeys:
+class ConfiguredKeySource:
     """Keys of the configuration; the ``kid`` of a token means nothing to them."""
 
-    def __init__(self, keys: Iterable[Key]) -> None:
+    def __init__(self, keys: Iterable[VerificationKey]) -> None:
         self._keys = tuple(keys)
 
-    async def keys_for(self, token: Token) -> Sequence[Key]:
+    async def keys_for(self, token: Token) -> Sequence[VerificationKey]:
         """The keys of the token's algorithm."""
         return [key for key in self._keys if key.algorithm == token.algorithm]
 
@@ -72,7 +72,7 @@ class GivenKeys:
         """Return: these keys don't age."""
 
 
-class PublishedKeys:
+class JwksKeySource:
     """A JSON Web Key Set, fetched and fetched again. A failed fetch leaves the old keys in force.
 
     Args:
@@ -91,30 +91,30 @@ class PublishedKeys:
         self._issuer = issuer
         self._refresh_seconds = refresh_seconds
         self._clock = clock
-        self._keys: tuple[Key, ...] = ()
-        self._next_ask = clock()
-        self._fetching: asyncio.Task[bool] | None = None
+        self._keys: tuple[VerificationKey, ...] = ()
+        self._next_unknown_kid_fetch_at = clock()
+        self._fetch_task: asyncio.Task[bool] | None = None
 
-    async def keys_for(self, token: Token) -> Sequence[Key]:
+    async def keys_for(self, token: Token) -> Sequence[VerificationKey]:
         """The keys that fit; for an unknown ``kid`` the issuer is asked, once a minute at most."""
-        found = self._fitting(token)
+        found = self._matching_keys(token)
         if found or token.algorithm not in self._issuer.accepted_algorithms:
             return found
-        if self._clock() >= self._next_ask:
-            self._next_ask = self._clock() + _ASK_SECONDS
-            self._fetch()
-        if self._fetching is not None:
+        if self._clock() >= self._next_unknown_kid_fetch_at:
+            self._next_unknown_kid_fetch_at = self._clock() + _UNKNOWN_KID_SECONDS
+            self._start_or_join_fetch()
+        if self._fetch_task is not None:
             # Shielded: whoever gives up waiting must not take the keys from the others.
-            await asyncio.shield(self._fetching)
-        return self._fitting(token)
+            await asyncio.shield(self._fetch_task)
+        return self._matching_keys(token)
 
     async def run(self) -> None:
         """Fetch now and then, for ever; after a failure soon again."""
         while True:
-            is_fresh = await asyncio.shield(self._fetch())
+            is_fresh = await asyncio.shield(self._start_or_join_fetch())
             await asyncio.sleep(self._refresh_seconds if is_fresh else _RETRY_SECONDS)
 
-    def _fitting(self, token: Token) -> Sequence[Key]:
+    def _matching_keys(self, token: Token) -> Sequence[VerificationKey]:
         return [
             key
             for key in self._keys
@@ -122,19 +122,19 @@ class PublishedKeys:
             and (key.id is None or token.key_id is None or key.id == token.key_id)
         ]
 
-    def _fetch(self) -> asyncio.Task[bool]:
+    def _start_or_join_fetch(self) -> asyncio.Task[bool]:
         """Start a fetch, or join the one under way."""
-        if self._fetching is None:
-            self._fetching = asyncio.create_task(self._replace(), name="auth.jwks")
-            self._fetching.add_done_callback(self._fetched)
-        return self._fetching
+        if self._fetch_task is None:
+            self._fetch_task = asyncio.create_task(self._fetch_keys(), name="auth.jwks")
+            self._fetch_task.add_done_callback(self._on_fetched)
+        return self._fetch_task
 
-    def _fetched(self, _: asyncio.Task[bool]) -> None:
-        self._fetching = None
+    def _on_fetched(self, _: asyncio.Task[bool]) -> None:
+        self._fetch_task = None
 
-    async def _replace(self) -> bool:
+    async def _fetch_keys(self) -> bool:
         try:
-            keys = read_jwks(await _get(self._issuer.jwks_url), self._issuer)
+            keys = parse_jwks(await _download(self._issuer.jwks_url), self._issuer)
         except (aiohttp.ClientError, TimeoutError, ValueError, AuthError) as error:
             # ValueError: a host, of a redirect perhaps, that is no name.
             reason = error.message if isinstance(error, AuthError) else type(error).__name__
@@ -147,8 +147,8 @@ class PublishedKeys:
         return True
 
 
-async def _get(url: str) -> bytes:
-    timeout = aiohttp.ClientTimeout(total=_FETCH_SECONDS)
+async def _download(url: str) -> bytes:
+    timeout = aiohttp.ClientTimeout(total=_FETCH_TIMEOUT_SECONDS)
     async with (
         # One session per fetch: there is one fetch in ten minutes, and nothing to close later.
         aiohttp.ClientSession(timeout=timeout, raise_for_status=True) as session,
@@ -157,12 +157,12 @@ async def _get(url: str) -> bytes:
         text = b""
         async for chunk in response.content.iter_any():
             text += chunk
-            if len(text) > _MOST_BYTES:
+            if len(text) > _MAX_JWKS_BYTES:
                 raise AuthError("the key set is larger than 1 MiB", code="key_invalid")
     return text
 
 
-def read_pem(text: str) -> Key:
+def parse_pem(text: str) -> VerificationKey:
     """The public key in a PEM text, with the algorithm it serves.
 
     Raises:
@@ -172,10 +172,10 @@ def read_pem(text: str) -> Key:
         public_key = load_pem_public_key(text.encode())
     except (ValueError, UnsupportedAlgorithm) as error:
         raise AuthError("not a public key in PEM form", code="key_invalid") from error
-    return _key_of(public_key)
+    return _key_with_algorithm(public_key)
 
 
-def read_jwks(text: bytes, issuer: IssuerConfig) -> tuple[Key, ...]:
+def parse_jwks(text: bytes, issuer: IssuerConfig) -> tuple[VerificationKey, ...]:
     """The keys of a JSON Web Key Set that can check this issuer's tokens; others are passed over.
 
     Raises:
@@ -183,7 +183,7 @@ def read_jwks(text: bytes, issuer: IssuerConfig) -> tuple[Key, ...]:
     """
     try:
         entries = msgspec.json.decode(text)["keys"]
-        keys = [_read_jwk(entry, issuer) for entry in entries]
+        keys = [_parse_jwk(entry, issuer) for entry in entries]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise AuthError("the answer is no key set", code="key_invalid") from error
     usable = tuple(key for key in keys if key is not None)
@@ -192,44 +192,44 @@ def read_jwks(text: bytes, issuer: IssuerConfig) -> tuple[Key, ...]:
     return usable
 
 
-_ALGORITHM_OF: dict[object, Algorithm] = {"RSA": "RS256", "EC": "ES256", "OKP": "EdDSA"}
+_ALGORITHM_BY_KEY_TYPE: dict[object, Algorithm] = {"RSA": "RS256", "EC": "ES256", "OKP": "EdDSA"}
 """Not "oct": that is a shared secret, and whoever publishes one lets everybody sign."""
 
 
-def _read_jwk(entry: Any, issuer: IssuerConfig) -> Key | None:
+def _parse_jwk(entry: Any, issuer: IssuerConfig) -> VerificationKey | None:
     if not isinstance(entry, dict) or not isinstance(entry.get("kty"), str):
         return None
-    algorithm = _ALGORITHM_OF.get(entry["kty"])
+    algorithm = _ALGORITHM_BY_KEY_TYPE.get(entry["kty"])
     if algorithm is None or entry.get("use", "sig") != "sig":
         return None
     key_id = entry.get("kid")
     try:
-        key = _accepted(_key_of(jwt.PyJWK(entry, algorithm).key), issuer)
+        key = _require_accepted(_key_with_algorithm(jwt.PyJWK(entry, algorithm).key), issuer)
     except (jwt.PyJWTError, AuthError, ValueError, TypeError, KeyError, AttributeError):
         return None
     if entry.get("alg", key.algorithm) != key.algorithm:
         return None
-    return Key(key.algorithm, key.material, key_id if isinstance(key_id, str) else None)
+    return VerificationKey(key.algorithm, key.material, key_id if isinstance(key_id, str) else None)
 
 
-def _key_of(public_key: object) -> Key:
+def _key_with_algorithm(public_key: object) -> VerificationKey:
     """Bind the key to its one algorithm; here an algorithm is chosen, never from a token."""
     match public_key:
-        case RSAPublicKey(key_size=bits) if bits >= _LEAST_RSA_BITS:
-            return Key("RS256", public_key)
+        case RSAPublicKey(key_size=bits) if bits >= _MIN_RSA_BITS:
+            return VerificationKey("RS256", public_key)
         case RSAPublicKey():
             raise AuthError("an RSA key needs 2048 bits at least", code="key_invalid")
         case EllipticCurvePublicKey(curve=SECP256R1()):
-            return Key("ES256", public_key)
+            return VerificationKey("ES256", public_key)
         case Ed25519PublicKey():
-            return Key("EdDSA", public_key)
+            return VerificationKey("EdDSA", public_key)
         case _:
             raise AuthError(
                 "not a public key for RS256, ES256 or EdDSA with Ed25519", code="key_invalid"
             )
 
 
-def _accepted(key: Key, issuer: IssuerConfig) -> Key:
+def _require_accepted(key: VerificationKey, issuer: IssuerConfig) -> VerificationKey:
     accepted: tuple[Algorithm, ...] = issuer.accepted_algorithms
     if key.algorithm not in accepted:
         raise AuthError(

@@ -9,27 +9,27 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from pgrealtime.auth.account import Account, Accounts, Users
-from pgrealtime.auth.attempts import Attempts
-from pgrealtime.auth.authenticator import Identity
-from pgrealtime.auth.password_threads import PasswordThreads
-from pgrealtime.auth.passwords import StoredHash, costs_as, decoy_of, name_of
-from pgrealtime.auth.token import make_own
+from pgrealtime.auth.account import Account, AccountLoader, UserCollection
+from pgrealtime.auth.attempts import RateLimiter
+from pgrealtime.auth.authenticator import AuthenticatedCaller
+from pgrealtime.auth.password_threads import PasswordVerifier
+from pgrealtime.auth.passwords import StoredHash, dummy_hash_for, has_cost_of, scheme_name_of
+from pgrealtime.auth.token import make_login_token
 from pgrealtime.config.model import CollectionLoginConfig, LoginConfig
 from pgrealtime.errors import AuthError
-from pgrealtime.networks import network_of
+from pgrealtime.networks import client_network
 
 log = structlog.get_logger(__name__)
 
-_DISABLED = "!"
+_UNUSABLE_PASSWORD_PREFIX = "!"  # noqa: S105 (of a hash)
 """How the hash begins of somebody who has no password, in Django as in Unix."""
 
-_UNREAD = 100
+_MAX_LOGGED_KINDS = 100
 """Kinds of hashes that can't be read and are told of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Attempt:
+class LoginAttempt:
     """What somebody claims to be and to know."""
 
     identity: str
@@ -39,7 +39,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
+class LoginSession:
     """Somebody who is logged in."""
 
     account: Account
@@ -47,38 +47,40 @@ class Session:
     token: str = field(repr=False)
 
 
-class Login:
+class LoginService:
     """Passwords to tokens, and tokens to newer ones.
 
     Args:
         config: ``auth.login``.
         accounts: Finds the rows.
-        clock: Unix seconds, for the ends of tokens.
-        stopwatch: Monotonic seconds, for counting attempts.
+        unix_clock: Unix seconds, for the ends of tokens.
+        monotonic_clock: Monotonic seconds, for counting attempts.
     """
 
     def __init__(
         self,
         config: LoginConfig,
-        accounts: Accounts,
+        accounts: AccountLoader,
         *,
-        clock: Callable[[], float] = time.time,
-        stopwatch: Callable[[], float] = time.monotonic,
+        unix_clock: Callable[[], float] = time.time,
+        monotonic_clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._accounts = accounts
-        self._clock = clock
-        self._stopwatch = stopwatch
-        self._attempts = Attempts(config.attempts_per_minute)
-        self._refusals_logged = Attempts(per_minute=1)
-        self._passwords = PasswordThreads()
-        self._decoys: dict[tuple[str, str], StoredHash] = {}
+        self._unix_clock = unix_clock
+        self._monotonic_clock = monotonic_clock
+        self._attempt_limiter = RateLimiter(config.attempts_per_minute)
+        self._refusal_log_limiter = RateLimiter(per_minute=1)
+        self._password_verifier = PasswordVerifier()
+        self._dummy_hashes: dict[tuple[str, str], StoredHash] = {}
         """By table and column, of the scheme and cost that most of its hashes had."""
-        self._unread: set[tuple[str, str]] = set()
-        self.results: Counter[str] = Counter()
+        self._logged_unreadable: set[tuple[str, str]] = set()
+        self.attempts_by_result: Counter[str] = Counter()
         """Attempts by password: ``ok``, or the code of the refusal."""
 
-    async def with_password(self, users: Users, attempt: Attempt, address: str) -> Session:
+    async def log_in(
+        self, users: UserCollection, attempt: LoginAttempt, address: str
+    ) -> LoginSession:
         """Return the session of whoever knows the password; count and log who doesn't.
 
         An unknown identity, a user without a usable hash and a wrong password get the same answer
@@ -97,23 +99,25 @@ class Login:
             SetupError: The users table can't be read as configured.
         """
         try:
-            session = await self._with_password(users, attempt, address)
+            session = await self._log_in(users, attempt, address)
         except AuthError as error:
-            self.results[error.error_code] += 1
+            self.attempts_by_result[error.error_code] += 1
             self._log_refusal(users, error, address)
             raise
-        self.results["ok"] += 1
+        self.attempts_by_result["ok"] += 1
         return session
 
-    def _log_refusal(self, users: Users, error: AuthError, address: str) -> None:
+    def _log_refusal(self, users: UserCollection, error: AuthError, address: str) -> None:
         """Log that somebody was refused, not as whom: people type passwords into the wrong field.
 
         Attempts beyond the limit cost little but their log entries, a millisecond each: of those
         one is logged per network and minute.
         """
         is_beyond = error.error_code == "login_refused"
-        network = network_of(address)
-        if is_beyond and not self._refusals_logged.admit((network,), self._stopwatch()):
+        network = client_network(address)
+        if is_beyond and not self._refusal_log_limiter.try_acquire(
+            (network,), self._monotonic_clock()
+        ):
             return
         log.info(
             "login.refused",
@@ -122,55 +126,61 @@ class Login:
             address=address,
         )
 
-    async def _with_password(self, users: Users, attempt: Attempt, address: str) -> Session:
-        network = network_of(address)
+    async def _log_in(
+        self, users: UserCollection, attempt: LoginAttempt, address: str
+    ) -> LoginSession:
+        network = client_network(address)
         who = (network, attempt.identity.casefold())
-        if not self._attempts.admit(who, self._stopwatch()):
+        if not self._attempt_limiter.try_acquire(who, self._monotonic_clock()):
             raise AuthError("too many attempts", code="login_refused")
-        decoy = await self._decoy(users)
-        account = await self._find(users, attempt)
+        decoy = await self._dummy_hash(users)
+        account = await self._find_account(users, attempt)
         stored = None
         if account is not None:
             owner = (network, account.record.collection_id, account.record.id)
             # Answered as a wrong password: "too many attempts" at a spelling that was never tried
             # before would say that there is such an account.
-            if self._attempts.admit(owner, self._stopwatch()):
+            if self._attempt_limiter.try_acquire(owner, self._monotonic_clock()):
                 stored = account.password_hash
-        verdict = await self._passwords.check(attempt.password, stored, decoy, whose=network)
+        verdict = await self._password_verifier.verify(
+            attempt.password, stored, decoy, network=network
+        )
         if not verdict or account is None:
             if verdict is None and stored is not None:
-                self._tell_unreadable(users, stored)
+                self._log_unreadable_hash(users, stored)
             raise AuthError("no such user, or another password", code="login_failed")
-        self._attempts.forget(who)
-        self._attempts.forget(owner)
-        if stored is not None and not costs_as(stored, decoy):
+        self._attempt_limiter.reset(who)
+        self._attempt_limiter.reset(owner)
+        if stored is not None and not has_cost_of(stored, decoy):
             # Perhaps most are like that by now, which the table can say.
-            self._decoys.pop(_place(users), None)
-        return Session(account=account, token=self._token(account))
+            self._dummy_hashes.pop(_hash_column_of(users), None)
+        return LoginSession(account=account, token=self._make_token(account))
 
-    async def _decoy(self, users: Users) -> StoredHash:
+    async def _dummy_hash(self, users: UserCollection) -> StoredHash:
         """Return what is checked where there is no hash; the same work as of what most users have.
 
         It is asked for before anybody is looked up, or the first attempt would tell by its time.
         """
-        place = _place(users)
-        if place not in self._decoys:
-            hashes = await self._accounts.hashes(users)
+        place = _hash_column_of(users)
+        if place not in self._dummy_hashes:
+            hashes = await self._accounts.sample_password_hashes(users)
             if not hashes:
-                return decoy_of(())
-            self._decoys.setdefault(place, decoy_of(hashes))
-        return self._decoys[place]
+                return dummy_hash_for(())
+            self._dummy_hashes.setdefault(place, dummy_hash_for(hashes))
+        return self._dummy_hashes[place]
 
-    def _tell_unreadable(self, users: Users, stored: str) -> None:
+    def _log_unreadable_hash(self, users: UserCollection, stored: str) -> None:
         """Say once of each kind of hash that it lets nobody in."""
-        if stored.startswith(_DISABLED):
+        if stored.startswith(_UNUSABLE_PASSWORD_PREFIX):
             return
-        kind = users.collection.name, name_of(stored)
-        if kind not in self._unread and len(self._unread) < _UNREAD:
-            self._unread.add(kind)
+        kind = users.collection.name, scheme_name_of(stored)
+        if kind not in self._logged_unreadable and len(self._logged_unreadable) < _MAX_LOGGED_KINDS:
+            self._logged_unreadable.add(kind)
             log.warning("login.hash_unreadable", collection=kind[0], scheme=kind[1])
 
-    async def refresh(self, users: Users, record_id: str, identity: Identity) -> Session:
+    async def refresh_session(
+        self, users: UserCollection, record_id: str, authenticated: AuthenticatedCaller
+    ) -> LoginSession:
         """Return the session that goes on from a token that holds.
 
         Only a refreshable token of our own becomes a new one; any other comes back as it is.
@@ -178,64 +188,66 @@ class Login:
         Args:
             users: Where the token's user is kept.
             record_id: Whom the token names.
-            identity: What the token was found to be.
+            authenticated: What the token was found to be.
 
         Raises:
             AuthError: Code ``account_unknown``: the user has gone in this moment.
             DatabaseUnreachableError: The user can't be looked up now.
             SetupError: The users table can't be read as configured.
         """
-        account = await self._accounts.read(users, record_id)
+        account = await self._accounts.load_whole_row(users, record_id)
         if account is None:
             raise AuthError("the token's user is unknown", code="account_unknown")
-        is_renewed = identity.is_own and identity.token.claims.get("refreshable") is True
-        token = self._token(account) if is_renewed else identity.token.text
-        return Session(account=account, token=token)
+        is_renewed = (
+            authenticated.is_login_token and authenticated.token.claims.get("refreshable") is True
+        )
+        token = self._make_token(account) if is_renewed else authenticated.token.text
+        return LoginSession(account=account, token=token)
 
     @property
     def is_enabled(self) -> bool:
         """Whether anybody can log in here."""
         return self._config.enabled
 
-    def use(self, config: LoginConfig) -> None:
+    def replace_settings(self, config: LoginConfig) -> None:
         """Take another configuration; failed attempts go on counting."""
         if config.attempts_per_minute != self._config.attempts_per_minute:
-            self._attempts = Attempts(config.attempts_per_minute)
+            self._attempt_limiter = RateLimiter(config.attempts_per_minute)
         self._config = config
 
     def close(self) -> None:
         """Let the threads go; what they are at they finish."""
-        self._passwords.close()
+        self._password_verifier.close()
 
-    async def _find(self, users: Users, attempt: Attempt) -> Account | None:
+    async def _find_account(self, users: UserCollection, attempt: LoginAttempt) -> Account | None:
         """The user of that identity, by the first of the fields that has one.
 
         All fields are asked even so: how many were must not be seen from outside.
         """
         found: Account | None = None
-        for name in _fields_to_try(users.login, attempt):
-            shown = users.collection.by_name.get(name)
+        for name in _identity_fields_to_try(users.login, attempt):
+            shown = users.collection.fields_by_name.get(name)
             if shown is not None and shown.column is not None:
-                account = await self._accounts.find(users, shown.column, attempt.identity)
+                account = await self._accounts.find_by_value(users, shown.column, attempt.identity)
                 found = found or account
         return found
 
-    def _token(self, account: Account) -> str:
+    def _make_token(self, account: Account) -> str:
         key = account.token_key
         assert key is not None  # whoever has a password hash has a key
-        return make_own(
+        return make_login_token(
             collection_id=account.record.collection_id,
             record_id=account.record.id,
-            key=key + self._config.secret,
-            expires_at=int(self._clock() + self._config.token_lifetime),
+            signing_key=key + self._config.secret,
+            expires_at=int(self._unix_clock() + self._config.token_lifetime),
         )
 
 
-def _place(users: Users) -> tuple[str, str]:
+def _hash_column_of(users: UserCollection) -> tuple[str, str]:
     return str(users.collection.table.name), users.login.password_hash
 
 
-def _fields_to_try(login: CollectionLoginConfig, attempt: Attempt) -> tuple[str, ...]:
+def _identity_fields_to_try(login: CollectionLoginConfig, attempt: LoginAttempt) -> tuple[str, ...]:
     """``email`` comes first for what looks like an address, and not at all for anything else."""
     if attempt.identity_field:
         return (attempt.identity_field,)

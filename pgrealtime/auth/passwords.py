@@ -14,7 +14,7 @@ from typing import NamedTuple
 import argon2
 import bcrypt
 
-_BCRYPT_BYTES = 72
+_BCRYPT_PASSWORD_BYTES = 72
 """What bcrypt looks at. Go, PHP and Node cut longer passwords there; Python's library refuses."""
 
 _BCRYPT = r"\$2[aby]\$(?P<cost>\d\d)\$[./A-Za-z0-9]{22}"
@@ -57,24 +57,24 @@ class StoredHash(NamedTuple):
     text: str
 
 
-_FIRST_DECOY = StoredHash(Scheme.BCRYPT, "$2b$10$" + "." * 53)
+_DEFAULT_DUMMY_HASH = StoredHash(Scheme.BCRYPT, "$2b$10$" + "." * 53)
 """PocketBase's scheme and cost."""
 
-_BCRYPT_COST = 17
+_MAX_BCRYPT_COST = 17
 """About 6 seconds of one processor."""
-_ROUNDS = 20_000_000
+_MAX_PBKDF2_ROUNDS = 20_000_000
 """Of PBKDF2, about 4 seconds. Django 5.2 makes 1,000,000."""
-_MEMORY = 2**30
+_MAX_MEMORY_BYTES = 2**30
 """Bytes that one check may take: half of what RFC 9106 recommends first, ten times Django's."""
-_ARGON2_WORK = 4 * 2**30
+_MAX_ARGON2_BYTES = 4 * 2**30
 """Bytes filled in all passes together, about 6 seconds."""
-_ARGON2_LANES = 64
+_MAX_ARGON2_LANES = 64
 """Each is a thread while it is filled, beside those that check. RFC 9106 and Django name 1 to 8."""
-_SCRYPT_WORK = 2 * 2**30
+_MAX_SCRYPT_BYTES = 2 * 2**30
 """Bytes of all blocks together, about 6 seconds; Django's scrypt fills 80 MiB."""
 
 
-def read_hash(text: str) -> StoredHash | None:
+def parse_hash(text: str) -> StoredHash | None:
     """Return the hash; None if its scheme isn't known here, or checking it would cost too much.
 
     A hash is what somebody wrote into the table: its parameters say how much memory and time are
@@ -83,40 +83,43 @@ def read_hash(text: str) -> StoredHash | None:
     for scheme in Scheme:
         found = scheme.value.fullmatch(text)
         if found is not None:
-            return StoredHash(scheme, text) if _is_bearable(scheme, found) else None
+            return StoredHash(scheme, text) if _is_within_cost_limits(scheme, found) else None
     return None
 
 
-def _is_bearable(scheme: Scheme, found: re.Match[str]) -> bool:
+def _is_within_cost_limits(scheme: Scheme, found: re.Match[str]) -> bool:
     match scheme:
         case Scheme.BCRYPT | Scheme.BCRYPT_SHA256:
-            return int(found["cost"]) <= _BCRYPT_COST
+            return int(found["cost"]) <= _MAX_BCRYPT_COST
         case Scheme.ARGON2:
             memory, lanes = int(found["memory"]) * 1024, int(found["lanes"])
-            is_small = memory <= _MEMORY and lanes <= _ARGON2_LANES
-            return is_small and memory * int(found["time"]) <= _ARGON2_WORK
+            is_small = memory <= _MAX_MEMORY_BYTES and lanes <= _MAX_ARGON2_LANES
+            return is_small and memory * int(found["time"]) <= _MAX_ARGON2_BYTES
         case Scheme.PBKDF2_SHA256 | Scheme.PBKDF2_SHA1:
-            return int(found["rounds"]) <= _ROUNDS
+            return int(found["rounds"]) <= _MAX_PBKDF2_ROUNDS
         case Scheme.SCRYPT:
             n, r, p = int(found["n"]), int(found["r"]), int(found["p"])
-            return _scrypt_memory(n, r, p) <= _MEMORY and 128 * n * r * p <= _SCRYPT_WORK
+            return (
+                _scrypt_memory_bytes(n, r, p) <= _MAX_MEMORY_BYTES
+                and 128 * n * r * p <= _MAX_SCRYPT_BYTES
+            )
 
 
-def _scrypt_memory(n: int, r: int, p: int) -> int:
+def _scrypt_memory_bytes(n: int, r: int, p: int) -> int:
     """Return the bytes that scrypt takes, as OpenSSL counts them against its limit."""
     return 128 * r * (n + p + 2)
 
 
-def name_of(text: str) -> str:
+def scheme_name_of(text: str) -> str:
     """Return what an unreadable hash calls itself, for a log; "unknown" if that is no known name.
 
     Nothing else of the text is told: it may be a password stored as it is.
     """
-    found = _NAMES.match(text)
+    found = _SCHEME_NAMES.match(text)
     return "unknown" if found is None else found[0].strip("$")
 
 
-_NAMES = re.compile(
+_SCHEME_NAMES = re.compile(
     r"(?:unsalted_)?(?:md5|sha1)\$|(?:crypt|bcrypt|bcrypt_sha256|argon2|scrypt)\$"
     r"|pbkdf2(?:_sha1|_sha256|_sha512)?\$|pbkdf2:sha(?:1|256|512):"
     r"|\$(?:1|2[abxy]?|5|6|7|y|gy|P|H|S|apr1|argon2(?:id|i|d)|bcrypt-sha256|scrypt"
@@ -125,7 +128,7 @@ _NAMES = re.compile(
 )
 
 
-def is_correct(password: str, stored: StoredHash) -> bool | None:
+def verify_password(password: str, stored: StoredHash) -> bool | None:
     """Whether the password makes the hash; None if the hash turns out to be unusable.
 
     Takes tens to hundreds of milliseconds of one processor, without the interpreter's lock.
@@ -135,39 +138,39 @@ def is_correct(password: str, stored: StoredHash) -> bool | None:
         match stored.scheme:
             case Scheme.BCRYPT:
                 text = stored.text.removeprefix("bcrypt$")
-                return bcrypt.checkpw(secret[:_BCRYPT_BYTES], text.encode())
+                return bcrypt.checkpw(secret[:_BCRYPT_PASSWORD_BYTES], text.encode())
             case Scheme.BCRYPT_SHA256:
                 text = stored.text.removeprefix("bcrypt_sha256$")
                 return bcrypt.checkpw(hashlib.sha256(secret).hexdigest().encode(), text.encode())
             case Scheme.ARGON2:
                 return argon2.PasswordHasher().verify(stored.text.removeprefix("argon2"), secret)
             case Scheme.PBKDF2_SHA256 | Scheme.PBKDF2_SHA1:
-                return _is_pbkdf2(secret, stored.text)
+                return _verify_pbkdf2(secret, stored.text)
             case Scheme.SCRYPT:
-                return _is_scrypt(secret, stored.text)
+                return _verify_scrypt(secret, stored.text)
     except argon2.exceptions.VerifyMismatchError:
         return False
     except (ValueError, MemoryError, argon2.exceptions.Argon2Error):
         return None
 
 
-def _is_pbkdf2(secret: bytes, text: str) -> bool:
+def _verify_pbkdf2(secret: bytes, text: str) -> bool:
     name, rounds, salt, digest = text.split("$")
     algorithm = name.removeprefix("pbkdf2_")
     made = hashlib.pbkdf2_hmac(algorithm, secret, salt.encode(), int(rounds))
     return hmac.compare_digest(base64.b64encode(made).decode(), digest)
 
 
-def _is_scrypt(secret: bytes, text: str) -> bool:
+def _verify_scrypt(secret: bytes, text: str) -> bool:
     _, n_text, salt, r_text, p_text, digest = text.split("$")
     n, r, p = int(n_text), int(r_text), int(p_text)
     # OpenSSL refuses what needs more than it was told; left alone it allows 32 MiB.
-    memory = _scrypt_memory(n, r, p) + 4096
+    memory = _scrypt_memory_bytes(n, r, p) + 4096
     made = hashlib.scrypt(secret, salt=salt.encode(), n=n, r=r, p=p, maxmem=memory, dklen=64)
     return hmac.compare_digest(base64.b64encode(made).decode(), digest)
 
 
-def decoy_like(stored: StoredHash) -> StoredHash:
+def dummy_hash_like(stored: StoredHash) -> StoredHash:
     """A hash of the same scheme and cost that no password is known for.
 
     Checked where there is no hash to check, so that the answer takes as long.
@@ -182,30 +185,30 @@ def decoy_like(stored: StoredHash) -> StoredHash:
     )
 
 
-def decoy_of(texts: Iterable[str]) -> StoredHash:
+def dummy_hash_for(texts: Iterable[str]) -> StoredHash:
     """Return a decoy of the scheme and cost that most of some stored hashes have.
 
     Where none of them can be read it has PocketBase's.
     """
-    known = [stored for text in texts if (stored := read_hash(text)) is not None]
+    known = [stored for text in texts if (stored := parse_hash(text)) is not None]
     if not known:
-        return _FIRST_DECOY
-    most = Counter(map(_cost_of, known)).most_common(1)[0][0]
-    return decoy_like(next(stored for stored in known if _cost_of(stored) == most))
+        return _DEFAULT_DUMMY_HASH
+    most = Counter(map(_cost_parameters, known)).most_common(1)[0][0]
+    return dummy_hash_like(next(stored for stored in known if _cost_parameters(stored) == most))
 
 
-def costs_as(text: str, other: StoredHash) -> bool:
+def has_cost_of(text: str, other: StoredHash) -> bool:
     """Whether a stored hash that can be checked takes as long as another one."""
-    known = read_hash(text)
-    return known is not None and _cost_of(known) == _cost_of(other)
+    known = parse_hash(text)
+    return known is not None and _cost_parameters(known) == _cost_parameters(other)
 
 
-def _cost_of(stored: StoredHash) -> tuple[object, ...]:
+def _cost_parameters(stored: StoredHash) -> tuple[object, ...]:
     """Return what the time of a check depends on."""
     found = stored.scheme.value.fullmatch(stored.text)
     assert found is not None  # read_hash made it
     parameters = found.groupdict().items()
-    return stored.scheme, *(item for item in parameters if item[0] not in _OF_ONE_USER)
+    return stored.scheme, *(item for item in parameters if item[0] not in _GROUPS_WITHOUT_COST)
 
 
-_OF_ONE_USER = {"head", "salt", "digest"}
+_GROUPS_WITHOUT_COST = {"head", "salt", "digest"}

@@ -36,16 +36,16 @@ Principal: TypeAlias = Guest | AuthRecord | Superuser
 GUEST = Guest()
 
 
-def is_same(one: Principal, other: Principal) -> bool:
+def is_same_principal(first: Principal, second: Principal) -> bool:
     """Whether both are the same record, whatever token or state of it they carry."""
-    match one, other:
+    match first, second:
         case AuthRecord(), AuthRecord():
-            return (one.collection_id, one.id) == (other.collection_id, other.id)
+            return (first.collection_id, first.id) == (second.collection_id, second.id)
         case _:
-            return one == other
+            return first == second
 
 
-class Reading(NamedTuple):
+class ReadPointText(NamedTuple):
     """When a row was read, in Postgres's own words: what is newer may have changed it."""
 
     snapshot: str
@@ -61,23 +61,23 @@ class Caller:
     principal: Principal = GUEST
     expires_at: float | None = None
     """Unix seconds at which the token expires; None for guests and tokens without an end."""
-    key_digest: bytes | None = field(default=None, repr=False)
+    token_key_digest: bytes | None = field(default=None, repr=False)
     """Of the user's token key, if that has signed the token, as with those of our login. When
     the row's key has another digest, connections opened with this one are nobody's. None for the
     tokens of issuers: an application that stores a new hash at a login doesn't end those."""
-    voucher: bytes | None = field(default=None, repr=False, compare=False)
+    trust_digest: bytes | None = field(default=None, repr=False, compare=False)
     """Of the configured key, and of what else is asked of tokens signed with it: when no issuer has
     this digest any more, the token is nobody's. None for guests."""
-    reading: Reading | None = field(default=None, repr=False, compare=False)
+    read_point: ReadPointText | None = field(default=None, repr=False, compare=False)
     """When the principal's row was read; None if there is no row."""
-    own: tuple[tuple[str, str | None], ...] = field(default=(), repr=False)
+    row_values: tuple[tuple[str, str | None], ...] = field(default=(), repr=False)
     """Columns of that row, in text form, which rules ask for under ``@request.auth``: those that
     the principal doesn't carry."""
-    is_lost: bool = False
+    is_stale: bool = False
     """A guest for want of knowing better: its row changed in what no image of it has, so that it
     must be looked up anew."""
 
     @property
     def own_row(self) -> dict[str, str | None] | None:
         """``own`` as a row; None if rules ask for none of it."""
-        return dict(self.own) or None
+        return dict(self.row_values) or None

@@ -13,7 +13,7 @@ from pgrealtime.config.model import CollectionLoginConfig
 from pgrealtime.errors import AuthError
 
 
-def auth_record(collection: Collection, row: Row) -> AuthRecord:
+def auth_record_of(collection: Collection, row: Row) -> AuthRecord:
     """The six plain fields of ``@request.auth`` from a row image.
 
     ``email``, ``emailVisibility`` and ``verified`` are found by the names of the fields; one that
@@ -29,14 +29,14 @@ def auth_record(collection: Collection, row: Row) -> AuthRecord:
     return AuthRecord(
         collection_id=collection.id,
         collection_name=collection.name,
-        id=plain_id(collection, key),
-        email=_value(collection, row, "email") or "",
-        email_visibility=_flag(collection, row, "emailVisibility"),
-        verified=_flag(collection, row, "verified"),
+        id=unpadded_id(collection, key),
+        email=_field_value(collection, row, "email") or "",
+        email_visibility=_bool_field_value(collection, row, "emailVisibility"),
+        verified=_bool_field_value(collection, row, "verified"),
     )
 
 
-def plain_id(collection: Collection, key: str) -> str:
+def unpadded_id(collection: Collection, key: str) -> str:
     """The id as callers carry it, from the key's text in a row.
 
     Padding is no part of a char(n): casts and comparisons drop it.
@@ -44,7 +44,7 @@ def plain_id(collection: Collection, key: str) -> str:
     return key.rstrip(" ") if collection.key.type.base.name == "bpchar" else key
 
 
-def token_key(login: CollectionLoginConfig, row: Row) -> str | None:
+def token_key_of(login: CollectionLoginConfig, row: Row) -> str | None:
     """The user's own part of the key that signs login tokens; None: no token is the user's.
 
     Rows that never got a token key have their password hash instead, as tables without that
@@ -53,12 +53,12 @@ def token_key(login: CollectionLoginConfig, row: Row) -> str | None:
     return row.get(login.token_key) or row.get(login.password_hash) or None
 
 
-def digest_of(key: str) -> bytes:
+def digest_token_key(key: str) -> bytes:
     """What a caller carries of a token key: enough to see it change, of no use to anybody else."""
     return sha256(key.encode()).digest()
 
 
-def rebound(
+def update_caller(
     caller: Caller, collection: Collection, login: CollectionLoginConfig, row: Row
 ) -> Caller:
     """The caller as the new image of its row makes it; a guest if its token key is another.
@@ -73,56 +73,56 @@ def rebound(
             no image has: what they are now is not known, and so asked for again.
     """
     assert isinstance(caller.principal, AuthRecord)
-    if any(name not in row for name in _generated(caller, collection, login)):
-        return Caller(is_lost=True)
+    if any(name not in row for name in _required_generated_columns(caller, collection, login)):
+        return Caller(is_stale=True)
     is_key_known = all(name in row for name in login.secret_columns)
-    if caller.key_digest is not None and is_key_known:
-        key = token_key(login, row)
-        if key is None or digest_of(key) != caller.key_digest:
+    if caller.token_key_digest is not None and is_key_known:
+        key = token_key_of(login, row)
+        if key is None or digest_token_key(key) != caller.token_key_digest:
             return Caller()
-    whole = {**_as_row(collection, caller.principal), **row}
+    whole = {**_row_of_record(collection, caller.principal), **row}
     own = tuple(
         (name, row.get(name, known))
-        for name, known in caller.own
+        for name, known in caller.row_values
         if name in row or not _is_generated(collection, name)
     )
-    return replace(caller, principal=auth_record(collection, whole), own=own)
+    return replace(caller, principal=auth_record_of(collection, whole), row_values=own)
 
 
-def _generated(
+def _required_generated_columns(
     caller: Caller, collection: Collection, login: CollectionLoginConfig
 ) -> Iterator[str]:
     """Yield the generated columns among those that the caller can't be without."""
     assert isinstance(caller.principal, AuthRecord)
-    secret = login.secret_columns if caller.key_digest is not None else ()
-    for name in (*_as_row(collection, caller.principal), *secret):
+    secret = login.secret_columns if caller.token_key_digest is not None else ()
+    for name in (*_row_of_record(collection, caller.principal), *secret):
         if _is_generated(collection, name):
             yield name
 
 
 def _is_generated(collection: Collection, name: str) -> bool:
-    column = collection.table.column(name)
+    column = collection.table.find_column(name)
     return column is not None and column.is_generated
 
 
-def _as_row(collection: Collection, record: AuthRecord) -> Row:
+def _row_of_record(collection: Collection, record: AuthRecord) -> Row:
     """The columns that the record was made of."""
     values = {
         "email": record.email,
         "emailVisibility": "t" if record.email_visibility else "f",
         "verified": "t" if record.verified else "f",
     }
-    shown = ((collection.by_name.get(name), value) for name, value in values.items())
+    shown = ((collection.fields_by_name.get(name), value) for name, value in values.items())
     columns = {f.column.name: value for f, value in shown if f is not None and f.column is not None}
     return {collection.key.name: record.id, **columns}
 
 
-def _value(collection: Collection, row: Row, name: str) -> str | None:
-    field = collection.by_name.get(name)
+def _field_value(collection: Collection, row: Row, name: str) -> str | None:
+    field = collection.fields_by_name.get(name)
     return None if field is None or field.column is None else row.get(field.column.name)
 
 
-def _flag(collection: Collection, row: Row, name: str) -> bool:
-    field = collection.by_name.get(name)
+def _bool_field_value(collection: Collection, row: Row, name: str) -> bool:
+    field = collection.fields_by_name.get(name)
     is_bool = field is not None and field.kind is FieldKind.BOOL
-    return is_bool and _value(collection, row, name) == "t"
+    return is_bool and _field_value(collection, row, name) == "t"

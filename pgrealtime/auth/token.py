@@ -20,8 +20,8 @@ from pgrealtime.errors import AuthError
 Claims: TypeAlias = Mapping[str, Any]
 
 _ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
-_SCHEME = "bearer "
-_END_OF_TIME = 253_402_300_799.0
+_BEARER_PREFIX = "bearer "
+_MAX_UNIX_SECONDS = 253_402_300_799.0
 """The last second of the year 9999: what a later ``exp`` comes to, so that it fits a float."""
 
 
@@ -32,18 +32,18 @@ class _AnyLengthHmac(HMACAlgorithm):
         return None
 
 
-def _signatures() -> jwt.PyJWS:
+def _make_jws() -> jwt.PyJWS:
     jws = jwt.PyJWS(algorithms=[name for name in _ALGORITHMS if name != "HS256"])
     jws.register_algorithm("HS256", _AnyLengthHmac(HMACAlgorithm.SHA256))
     return jws
 
 
-_JWS = _signatures()
+_JWS = _make_jws()
 """Knows the four algorithms and no other: "none" isn't refused, it doesn't exist."""
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class VerificationKey:
     """A key and the one algorithm it serves.
 
     The algorithm comes with the key and never from the token, so that a public key can't be taken
@@ -66,20 +66,20 @@ class Token:
     claims: Claims
 
 
-def read(authorization: str | None) -> Token:
+def parse_token(authorization: str | None) -> Token:
     """Take apart the value of an ``Authorization`` header.
 
     Args:
-        authorization: The token with or without ``Bearer `` before it, in any case and with exactly
-            one space (protocol, 3.5). None if there was no header.
+        authorization: The token with or without ``BearerToken `` before it, in any case and with
+            exactly one space (protocol, 3.5). None if there was no header.
 
     Raises:
         AuthError: Code ``token_missing`` or ``token_malformed``.
     """
     if not authorization:
         raise AuthError("there is no token", code="token_missing")
-    has_scheme = authorization[: len(_SCHEME)].lower() == _SCHEME
-    text = authorization[len(_SCHEME) :] if has_scheme else authorization
+    has_scheme = authorization[: len(_BEARER_PREFIX)].lower() == _BEARER_PREFIX
+    text = authorization[len(_BEARER_PREFIX) :] if has_scheme else authorization
     try:
         parts = _JWS.decode_complete(text, options={"verify_signature": False})
         claims = msgspec.json.decode(parts["payload"])
@@ -95,7 +95,7 @@ def read(authorization: str | None) -> Token:
     return Token(text=text, algorithm=algorithm, key_id=parts["header"].get("kid"), claims=claims)
 
 
-def check_signature(token: Token, key: Key) -> None:
+def check_signature(token: Token, key: VerificationKey) -> None:
     """Let pass what was signed with the key by the key's own algorithm.
 
     Raises:
@@ -118,7 +118,7 @@ def check_times(claims: Claims, *, now: float, leeway: float = 0.0) -> float | N
     Raises:
         AuthError: Code ``token_expired``, ``token_early`` or ``token_malformed``.
     """
-    expires, starts, issued = (_time(claims, name) for name in ("exp", "nbf", "iat"))
+    expires, starts, issued = (_time_claim(claims, name) for name in ("exp", "nbf", "iat"))
     if expires is not None and not now < expires + leeway:
         raise AuthError("the token has expired", code="token_expired")
     if any(time is not None and time > now + leeway for time in (starts, issued)):
@@ -126,16 +126,16 @@ def check_times(claims: Claims, *, now: float, leeway: float = 0.0) -> float | N
     return None if expires is None else expires + leeway
 
 
-def _time(claims: Claims, name: str) -> float | None:
+def _time_claim(claims: Claims, name: str) -> float | None:
     if name not in claims:
         return None
     value = claims[name]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise AuthError(f'"{name}" of the token is no number', code="token_malformed")
-    return float(max(-_END_OF_TIME, min(value, _END_OF_TIME)))
+    return float(max(-_MAX_UNIX_SECONDS, min(value, _MAX_UNIX_SECONDS)))
 
 
-def check_purpose(claims: Claims, issuer: IssuerConfig) -> None:
+def check_issuer_and_audience(claims: Claims, issuer: IssuerConfig) -> None:
     """Let pass what the issuer made, for us.
 
     An ``aud`` that nobody configured isn't looked at: hosted issuers put one into every token.
@@ -160,7 +160,7 @@ def is_superuser(claims: Claims, issuer: IssuerConfig) -> bool:
     )
 
 
-def named_id(claims: Claims, claim: str) -> str | None:
+def id_from_claim(claims: Claims, claim: str) -> str | None:
     """The id in the claim, as text; None if there is none. Issuers with integer keys send those."""
     match claims.get(claim):
         case bool():
@@ -174,7 +174,7 @@ def named_id(claims: Claims, claim: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class OwnClaims:
+class LoginClaims:
     """What a token of our own login, or of a PocketBase with the same secrets, names."""
 
     collection: str
@@ -182,7 +182,7 @@ class OwnClaims:
     record_id: str
 
 
-def own_claims(token: Token) -> OwnClaims:
+def login_claims(token: Token) -> LoginClaims:
     """The claims of a token that PocketBase would take for an auth token (protocol, 9.3).
 
     Padding, which PyJWT bears, is none of a token's (RFC 7515, section 2).
@@ -195,18 +195,20 @@ def own_claims(token: Token) -> OwnClaims:
         case "auth", str(collection), str(record_id) if (
             token.algorithm == "HS256" and "=" not in token.text
         ):
-            return OwnClaims(collection, record_id)
+            return LoginClaims(collection, record_id)
         case _:
             raise AuthError("no issuer made this token", code="token_signature")
 
 
-def make_own(*, collection_id: str, record_id: str, key: str, expires_at: int) -> str:
+def make_login_token(
+    *, collection_id: str, record_id: str, signing_key: str, expires_at: int
+) -> str:
     """Sign a login token, byte for byte as PocketBase writes them.
 
     Args:
         collection_id: Of the auth collection.
         record_id: Of the user.
-        key: The user's token key and the login secret, one directly after the other.
+        signing_key: The user's token key and the login secret, one directly after the other.
         expires_at: Unix seconds.
     """
     claims = {
@@ -216,4 +218,4 @@ def make_own(*, collection_id: str, record_id: str, key: str, expires_at: int) -
         "refreshable": True,
         "type": "auth",
     }
-    return _JWS.encode(msgspec.json.encode(claims), key, algorithm="HS256")
+    return _JWS.encode(msgspec.json.encode(claims), signing_key, algorithm="HS256")

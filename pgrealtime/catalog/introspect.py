@@ -23,8 +23,8 @@ from pgrealtime.catalog.model import (
 )
 from pgrealtime.changes import TableName
 
-_ONE_SNAPSHOT = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
-_NO_SHADOWS = "SET LOCAL search_path = pg_catalog, pg_temp"
+_SNAPSHOT_SQL = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
+_SAFE_SEARCH_PATH_SQL = "SET LOCAL search_path = pg_catalog, pg_temp"
 
 _TABLES = """
 SELECT c.oid, n.nspname AS schema, c.relname AS name, c.relkind AS kind,
@@ -126,7 +126,7 @@ LEFT JOIN LATERAL (
 ) a ON true
 """
 
-_Record: TypeAlias = dict[str, Any]  # a row of pg_catalog, read once and left behind here
+_CatalogRow: TypeAlias = dict[str, Any]  # a row of pg_catalog, read once and left behind here
 
 
 async def read_catalog(
@@ -146,8 +146,8 @@ async def read_catalog(
     """
     named = tuple(names)
     async with connection.transaction():
-        await connection.execute(_ONE_SNAPSHOT)
-        await connection.execute(_NO_SHADOWS)
+        await connection.execute(_SNAPSHOT_SQL)
+        await connection.execute(_SAFE_SEARCH_PATH_SQL)
         fetch = _Fetch(connection)
         tables = await fetch(
             _TABLES,
@@ -164,17 +164,17 @@ async def read_catalog(
         foreign_keys = await fetch(_FOREIGN_KEYS, oids=oids)
         indexes = await fetch(_INDEXES, oids=oids)
         types = await fetch(_TYPES, oids=sorted({row["type"] for row in columns}))
-    parts = _Parts(
-        columns=_grouped(columns, _column(_type_of(types))),
-        foreign_keys=_grouped(foreign_keys, _foreign_key),
-        indexes=_grouped(indexes, _index),
-        relations={row["oid"]: row for row in (*leaves, *tables)},
+    parts = _TableDetails(
+        columns=_group_by_table(columns, _column_maker(_type_lookup(types))),
+        foreign_keys=_group_by_table(foreign_keys, _foreign_key),
+        indexes=_group_by_table(indexes, _index),
+        class_rows={row["oid"]: row for row in (*leaves, *tables)},
     )
     read = (_table(row, parts) for row in tables)
     return Catalog(
         tables={table.name: table for table in read},
         server_version=connection.info.server_version,
-        encoding=connection.info.parameter_status("server_encoding") or "UTF8",
+        server_encoding=connection.info.parameter_status("server_encoding") or "UTF8",
         schemas=tuple(schemas),
     )
 
@@ -183,7 +183,7 @@ async def read_catalog(
 class _Fetch:
     connection: AsyncConnection[Any]
 
-    async def __call__(self, query: str, **parameters: object) -> list[_Record]:
+    async def __call__(self, query: str, **parameters: object) -> list[_CatalogRow]:
         async with self.connection.cursor(row_factory=dict_row) as cursor:
             await cursor.execute(query, parameters)
             return await cursor.fetchall()
@@ -199,13 +199,13 @@ class _Index:
     is_identity: bool
 
     @property
-    def plain(self) -> tuple[str, ...]:
+    def plain_columns(self) -> tuple[str, ...]:
         """All columns, if none is an expression; else nothing."""
         names = tuple(name for name in self.columns if name is not None)
         return names if len(names) == len(self.columns) else ()
 
     @property
-    def leading(self) -> tuple[str, ...]:
+    def leading_columns(self) -> tuple[str, ...]:
         """The columns before the first expression."""
         names: list[str] = []
         for name in self.columns:
@@ -216,26 +216,28 @@ class _Index:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Parts:
+class _TableDetails:
     """What belongs to tables, by the table's oid."""
 
     columns: Mapping[int, tuple[Column, ...]]
     foreign_keys: Mapping[int, tuple[ForeignKey, ...]]
     indexes: Mapping[int, tuple[_Index, ...]]
-    relations: Mapping[int, _Record]
+    class_rows: Mapping[int, _CatalogRow]
 
 
 _T = TypeVar("_T")
 
 
-def _grouped(rows: list[_Record], make: Callable[[_Record], _T]) -> Mapping[int, tuple[_T, ...]]:
+def _group_by_table(
+    rows: list[_CatalogRow], make: Callable[[_CatalogRow], _T]
+) -> Mapping[int, tuple[_T, ...]]:
     groups: dict[int, list[_T]] = defaultdict(list)
     for row in rows:
         groups[row["table"]].append(make(row))
     return {oid: tuple(members) for oid, members in groups.items()}
 
 
-def _type_of(rows: list[_Record]) -> Callable[[int], Type]:
+def _type_lookup(rows: list[_CatalogRow]) -> Callable[[int], Type]:
     """Return what looks a type up by oid, built from the types it is made of."""
     by_oid = {row["oid"]: row for row in rows}
 
@@ -260,8 +262,8 @@ def _type_of(rows: list[_Record]) -> Callable[[int], Type]:
     return look_up
 
 
-def _column(type_of: Callable[[int], Type]) -> Callable[[_Record], Column]:
-    def make(row: _Record) -> Column:
+def _column_maker(type_of: Callable[[int], Type]) -> Callable[[_CatalogRow], Column]:
+    def make(row: _CatalogRow) -> Column:
         return Column(
             name=row["name"],
             number=row["number"],
@@ -276,7 +278,7 @@ def _column(type_of: Callable[[int], Type]) -> Callable[[_Record], Column]:
     return make
 
 
-def _foreign_key(row: _Record) -> ForeignKey:
+def _foreign_key(row: _CatalogRow) -> ForeignKey:
     return ForeignKey(
         name=row["name"],
         columns=tuple(row["columns"]),
@@ -285,7 +287,7 @@ def _foreign_key(row: _Record) -> ForeignKey:
     )
 
 
-def _index(row: _Record) -> _Index:
+def _index(row: _CatalogRow) -> _Index:
     return _Index(
         columns=tuple(row["columns"]),
         is_primary=row["is_primary"],
@@ -295,54 +297,56 @@ def _index(row: _Record) -> _Index:
     )
 
 
-def _table(row: _Record, parts: _Parts) -> Table:
+def _table(row: _CatalogRow, details: _TableDetails) -> Table:
     oid: int = row["oid"]
-    indexes = parts.indexes.get(oid, ())
-    leaves = [parts.relations[leaf] for leaf in row["leaves"] or ()]
-    identity, identity_columns = _weakest(leaves or [row], parts)
+    indexes = details.indexes.get(oid, ())
+    leaves = [details.class_rows[leaf] for leaf in row["leaves"] or ()]
+    identity, identity_columns = _common_replica_identity(leaves or [row], details)
     return Table(
         oid=oid,
         name=TableName(row["schema"], row["name"]),
         kind=TableKind(row["kind"]),
-        columns=parts.columns.get(oid, ()),
-        primary_key=next((index.plain for index in indexes if index.is_primary), ()),
-        foreign_keys=parts.foreign_keys.get(oid, ()),
-        unique=tuple(
-            index.plain
+        columns=details.columns.get(oid, ()),
+        primary_key=next((index.plain_columns for index in indexes if index.is_primary), ()),
+        foreign_keys=details.foreign_keys.get(oid, ()),
+        unique_keys=tuple(
+            index.plain_columns
             for index in indexes
-            if index.is_unique and index.is_immediate and index.plain
+            if index.is_unique and index.is_immediate and index.plain_columns
         ),
-        indexes=tuple(index.leading for index in indexes if index.leading),
+        index_prefixes=tuple(index.leading_columns for index in indexes if index.leading_columns),
         replica_identity=identity,
-        identity_columns=identity_columns,
+        replica_identity_columns=identity_columns,
         is_unlogged=any(part["is_unlogged"] for part in leaves or [row]),
         leaves=tuple(TableName(leaf["schema"], leaf["name"]) for leaf in leaves),
         partition_of=TableName(row["root_schema"], row["root_name"]) if row["root_name"] else None,
     )
 
 
-def _weakest(tables: list[_Record], parts: _Parts) -> tuple[ReplicaIdentity, tuple[str, ...]]:
+def _common_replica_identity(
+    tables: list[_CatalogRow], details: _TableDetails
+) -> tuple[ReplicaIdentity, tuple[str, ...]]:
     """Return what every one of the tables logs of an old row.
 
     Partitions have identities of their own: ALTER TABLE on the root doesn't reach them.
     """
     kinds = {ReplicaIdentity(table["replica_identity"]) for table in tables}
-    logged = [_logged(table, parts) for table in tables]
+    logged = [_logged_columns(table, details) for table in tables]
     shared = tuple(name for name in logged[0] if all(name in columns for columns in logged))
     if ReplicaIdentity.NOTHING in kinds:
         return ReplicaIdentity.NOTHING, ()
     return kinds.pop() if len(kinds) == 1 else ReplicaIdentity.DEFAULT, shared
 
 
-def _logged(table: _Record, parts: _Parts) -> tuple[str, ...]:
-    indexes = parts.indexes.get(table["oid"], ())
+def _logged_columns(table: _CatalogRow, details: _TableDetails) -> tuple[str, ...]:
+    indexes = details.indexes.get(table["oid"], ())
     match ReplicaIdentity(table["replica_identity"]):
         case ReplicaIdentity.NOTHING:
             return ()
         case ReplicaIdentity.FULL:
-            return tuple(column.name for column in parts.columns.get(table["oid"], ()))
+            return tuple(column.name for column in details.columns.get(table["oid"], ()))
         case ReplicaIdentity.INDEX:
-            return next((index.plain for index in indexes if index.is_identity), ())
+            return next((index.plain_columns for index in indexes if index.is_identity), ())
         case ReplicaIdentity.DEFAULT:
             keys = (index for index in indexes if index.is_primary and index.is_immediate)
-            return next((index.plain for index in keys), ())
+            return next((index.plain_columns for index in keys), ())

@@ -29,7 +29,7 @@ def canonical_id(text: str, key: Type) -> str | None:
     return None if "\x00" in text else text
 
 
-def native_name(type_: Type) -> str | None:
+def native_key_type(type_: Type) -> str | None:
     """Return the built-in type that ids of this type can be asked in, so that an index serves.
 
     A domain counts as what it is made of. None where ids are compared as texts: citext, enum.

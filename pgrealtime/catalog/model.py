@@ -106,13 +106,13 @@ class Table:
     columns: tuple[Column, ...]
     primary_key: tuple[str, ...] = ()
     foreign_keys: tuple[ForeignKey, ...] = ()
-    unique: tuple[tuple[str, ...], ...] = ()
+    unique_keys: tuple[tuple[str, ...], ...] = ()
     """Column sets of valid, full, non-deferrable unique indexes without expressions."""
-    indexes: tuple[tuple[str, ...], ...] = ()
+    index_prefixes: tuple[tuple[str, ...], ...] = ()
     """Leading plain columns of every valid full index, unique ones included."""
     replica_identity: ReplicaIdentity = ReplicaIdentity.DEFAULT
     """Of a partitioned table: what all its leaves log at least; each has its own."""
-    identity_columns: tuple[str, ...] = ()
+    replica_identity_columns: tuple[str, ...] = ()
     """The columns that DEFAULT or INDEX log; every column with FULL; none with NOTHING."""
     is_unlogged: bool = False
     leaves: tuple[TableName, ...] = ()
@@ -120,7 +120,7 @@ class Table:
     partition_of: TableName | None = None
     """Of a partition: the root of the tree it is in."""
 
-    def column(self, name: str) -> Column | None:
+    def find_column(self, name: str) -> Column | None:
         """The column of that name, or None."""
         return next((column for column in self.columns if column.name == name), None)
 
@@ -132,5 +132,5 @@ class Catalog:
     tables: Mapping[TableName, Table]
     server_version: int
     """As ``server_version_num``: 170002."""
-    encoding: str = "UTF8"
+    server_encoding: str = "UTF8"
     schemas: tuple[str, ...] = ("public",)

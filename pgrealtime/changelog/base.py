@@ -7,7 +7,7 @@ from typing import Protocol, TypeAlias
 
 from msgspec import Struct
 
-from pgrealtime.changes import Oversized, TableName, Transaction
+from pgrealtime.changes import OversizedTransaction, TableName, Transaction
 from pgrealtime.lsn import LSN, Cursor
 
 
@@ -17,18 +17,20 @@ class Gap(Struct, frozen=True):
     end_lsn: LSN
     """Everything up to here may be missing; what follows is complete again."""
     reason: str
-    """The word that clients are told: ``slot_lost``, ``too_large``, ``decoder``, ``schema``."""
+    """The word that clients are told: ``slot_lost``, ``oversized_message_bytes``, ``decoder``,
+    ``schema``.
+    """
     tables: frozenset[TableName] | None = None
     """What may have missed something; None is everything."""
 
 
-class Mark(Struct, frozen=True):
+class Watermark(Struct, frozen=True):
     """A place in the stream with nothing of ours before it since the entry before."""
 
     end_lsn: LSN
 
 
-Entry: TypeAlias = Transaction | Oversized | Gap | Mark
+Entry: TypeAlias = Transaction | OversizedTransaction | Gap | Watermark
 
 
 class Changelog(Protocol):

@@ -9,22 +9,22 @@ from typing import NamedTuple
 from pgrealtime.changelog.base import Entry, Gap
 from pgrealtime.changes import Transaction
 from pgrealtime.errors import ChangelogError
-from pgrealtime.lsn import END, LSN, Cursor, format_lsn
+from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, format_lsn
 
 _COMPACT_AT = 4096
 """Trimmed places at the front of the list before they are given back."""
 
 
-class _Kept(NamedTuple):
+class _StoredEntry(NamedTuple):
     end_lsn: LSN
     entry: Entry
-    total: int
+    total_bytes: int
     """Bytes appended up to and including this entry, ever."""
     appended_at: float
 
 
-_EVERYTHING = Cursor(LSN((1 << 64) - 1), END)
-_GONE = _Kept(LSN(0), Gap(LSN(0), ""), 0, 0.0)
+_MAX_CURSOR = Cursor(LSN((1 << 64) - 1), END_ORDINAL)
+_TRIMMED = _StoredEntry(LSN(0), Gap(LSN(0), ""), 0, 0.0)
 
 
 class MemoryChangelog:
@@ -32,18 +32,18 @@ class MemoryChangelog:
 
     Args:
         start: Where the stream begins: floor and head of the empty changelog.
-        max_size: Bytes held at most, about, the newest entry aside.
-        max_age: Seconds that an entry is held at most; ``expire`` applies it.
+        max_bytes: Bytes held at most, about, the newest entry aside.
+        max_age_seconds: Seconds that an entry is held at most; ``expire`` applies it.
     """
 
-    def __init__(self, start: LSN, *, max_size: int, max_age: float) -> None:
-        self._max_size = max_size
-        self._max_age = max_age
-        self._kept: list[_Kept] = []
-        self._first = 0
-        self._total = 0
-        self._trimmed_total = 0
-        self._floor = self._head = Cursor(start, END)
+    def __init__(self, start: LSN, *, max_bytes: int, max_age_seconds: float) -> None:
+        self._max_bytes = max_bytes
+        self._max_age_seconds = max_age_seconds
+        self._entries: list[_StoredEntry] = []
+        self._first_index = 0
+        self._total_bytes = 0
+        self._trimmed_bytes = 0
+        self._floor = self._head = Cursor(start, END_ORDINAL)
 
     @property
     def floor(self) -> Cursor:
@@ -56,14 +56,14 @@ class MemoryChangelog:
         return self._head
 
     @property
-    def size(self) -> int:
+    def size_bytes(self) -> int:
         """Bytes held."""
-        return self._total - self._trimmed_total
+        return self._total_bytes - self._trimmed_bytes
 
     def __len__(self) -> int:
-        return len(self._kept) - self._first
+        return len(self._entries) - self._first_index
 
-    def append(self, entry: Entry, now: float = 0.0, upto: Cursor = _EVERYTHING) -> None:
+    def append(self, entry: Entry, now: float = 0.0, upto: Cursor = _MAX_CURSOR) -> None:
         """Keep the entry; trim the oldest where the bound on bytes asks for it.
 
         Args:
@@ -71,44 +71,46 @@ class MemoryChangelog:
             now: Monotonic seconds.
             upto: What ends after this is not trimmed: whoever reads it holds it anyway.
         """
-        if entry.end_lsn <= self._head.lsn and self._kept:
+        if entry.end_lsn <= self._head.lsn and self._entries:
             raise ChangelogError(
                 "an entry must end after the one before",
                 detail=f"{format_lsn(entry.end_lsn)} is not after {format_lsn(self._head.lsn)}.",
             )
-        self._total += entry.size if isinstance(entry, Transaction) else 0
-        self._kept.append(_Kept(entry.end_lsn, entry, self._total, now))
-        self._head = Cursor(entry.end_lsn, END)
-        while self.size > self._max_size and len(self) > 1 and self._ends_within(upto):
+        self._total_bytes += entry.size_bytes if isinstance(entry, Transaction) else 0
+        self._entries.append(_StoredEntry(entry.end_lsn, entry, self._total_bytes, now))
+        self._head = Cursor(entry.end_lsn, END_ORDINAL)
+        while self.size_bytes > self._max_bytes and len(self) > 1 and self._oldest_ends_by(upto):
             self._trim()
 
     def restart(self, start: LSN) -> None:
         """Empty it: another history begins at ``start``, whose positions may be used again."""
-        self._kept, self._first = [], 0
-        self._trimmed_total = self._total
-        self._floor = self._head = Cursor(start, END)
+        self._entries, self._first_index = [], 0
+        self._trimmed_bytes = self._total_bytes
+        self._floor = self._head = Cursor(start, END_ORDINAL)
 
     def expire(self, now: float, upto: Cursor) -> None:
         """Trim what is older than ``max_age``, but nothing that ends after ``upto``."""
         while len(self):
-            is_young = now - self._kept[self._first].appended_at < self._max_age
-            if is_young or not self._ends_within(upto):
+            is_young = now - self._entries[self._first_index].appended_at < self._max_age_seconds
+            if is_young or not self._oldest_ends_by(upto):
                 return
             self._trim()
 
-    def _ends_within(self, upto: Cursor) -> bool:
+    def _oldest_ends_by(self, upto: Cursor) -> bool:
         """Whether the oldest entry lies before the cursor to its very end."""
-        return Cursor(self._kept[self._first].end_lsn, END) <= upto
+        return Cursor(self._entries[self._first_index].end_lsn, END_ORDINAL) <= upto
 
     def _trim(self) -> None:
-        gone = self._kept[self._first]
-        self._floor = Cursor(gone.end_lsn, END)
-        self._trimmed_total = gone.total
-        self._kept[self._first] = _GONE  # its place stays for a while, its rows must not
-        self._first += 1
-        if self._first >= _COMPACT_AT and self._first * 2 >= len(self._kept):
-            del self._kept[: self._first]
-            self._first = 0
+        gone = self._entries[self._first_index]
+        self._floor = Cursor(gone.end_lsn, END_ORDINAL)
+        self._trimmed_bytes = gone.total_bytes
+        self._entries[self._first_index] = (
+            _TRIMMED  # its place stays for a while, its rows must not
+        )
+        self._first_index += 1
+        if self._first_index >= _COMPACT_AT and self._first_index * 2 >= len(self._entries):
+            del self._entries[: self._first_index]
+            self._first_index = 0
 
     def read(self, after: Cursor, upto: Cursor, limit: int) -> Sequence[Entry]:
         """Return the entries in (after, upto], about ``limit`` changes of them."""
@@ -120,8 +122,8 @@ class MemoryChangelog:
             )
         entries: list[Entry] = []
         count = 0
-        for place in range(self._place_after(after), len(self._kept)):
-            kept = self._kept[place]
+        for place in range(self._index_after(after), len(self._entries)):
+            kept = self._entries[place]
             if kept.end_lsn > upto.lsn or count >= limit:
                 break
             entries.append(kept.entry)
@@ -130,19 +132,21 @@ class MemoryChangelog:
 
     def bytes_after(self, cursor: Cursor) -> int:
         """Bytes of the entries that end after the cursor."""
-        place = self._place_after(Cursor(cursor.lsn, END))
-        if place == self._first:
-            return self.size
-        return self._total - self._kept[place - 1].total
+        place = self._index_after(Cursor(cursor.lsn, END_ORDINAL))
+        if place == self._first_index:
+            return self.size_bytes
+        return self._total_bytes - self._entries[place - 1].total_bytes
 
-    def _place_after(self, cursor: Cursor) -> int:
-        place = bisect_right(self._kept, cursor.lsn, lo=self._first, key=lambda kept: kept.end_lsn)
-        if cursor.ordinal != END and place > self._first:
-            before = self._kept[place - 1]
-            if before.end_lsn == cursor.lsn and _reaches(before.entry) > cursor.ordinal:
+    def _index_after(self, cursor: Cursor) -> int:
+        place = bisect_right(
+            self._entries, cursor.lsn, lo=self._first_index, key=lambda kept: kept.end_lsn
+        )
+        if cursor.ordinal != END_ORDINAL and place > self._first_index:
+            before = self._entries[place - 1]
+            if before.end_lsn == cursor.lsn and _change_count(before.entry) > cursor.ordinal:
                 return place - 1
         return place
 
 
-def _reaches(entry: Entry) -> int:
+def _change_count(entry: Entry) -> int:
     return len(entry.changes) if isinstance(entry, Transaction) else 1

@@ -11,7 +11,7 @@ from typing import Any
 
 from aiohttp import ClientError, ClientSession, ClientTimeout
 
-from pgrealtime.api.realtime import OUTCOME
+from pgrealtime.api.realtime import OUTCOME_HEADER
 from pgrealtime.errors import SubscriptionError
 
 _CONNECT_SECONDS = 10.0
@@ -21,7 +21,7 @@ _SILENCE_SECONDS = 120.0
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 10.0
 
-_TOLD = 500
+_MAX_BODY_CHARACTERS = 500
 """Characters of an answer that nobody expected."""
 
 _HINTS: dict[int, str] = {
@@ -31,7 +31,7 @@ _HINTS: dict[int, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Frame:
+class ServerSentEvent:
     """A Server-Sent Event as it came."""
 
     id: str = ""
@@ -39,17 +39,17 @@ class Frame:
     data: str = ""
 
 
-async def frames(pieces: AsyncIterator[bytes]) -> AsyncIterator[Frame]:
+async def parse_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[ServerSentEvent]:
     """Yield the events of a stream whose lines end with LF; comments have none.
 
     Source: HTML standard, section 9.2.6.
     """
     rest = bytearray()
     searched = 0
-    async for piece in pieces:
+    async for piece in chunks:
         rest += piece
         while (end := rest.find(b"\n\n", searched)) >= 0:
-            frame = _frame(rest[:end].decode())
+            frame = _parse_event(rest[:end].decode())
             del rest[: end + 2]
             searched = 0
             if frame is not None:
@@ -57,18 +57,18 @@ async def frames(pieces: AsyncIterator[bytes]) -> AsyncIterator[Frame]:
         searched = max(0, len(rest) - 1)
 
 
-def _frame(text: str) -> Frame | None:
+def _parse_event(text: str) -> ServerSentEvent | None:
     fields: dict[str, str] = {}
     for line in text.split("\n"):
         name, colon, value = line.partition(":")
         if colon and name in {"id", "event", "data"}:
             value = value.removeprefix(" ")
             fields[name] = f"{fields[name]}\n{value}" if name == "data" in fields else value
-    return Frame(**fields) if fields else None
+    return ServerSentEvent(**fields) if fields else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class ListenTarget:
     """What is to be heard, and where."""
 
     url: str
@@ -78,62 +78,69 @@ class Target:
 
 
 async def listen(
-    target: Target, *, tell: Callable[[str], None], note: Callable[[str], None], most: int | None
+    target: ListenTarget,
+    *,
+    write_event: Callable[[str], None],
+    write_status: Callable[[str], None],
+    max_events: int | None,
 ) -> None:
     """Tell what the topics bring, over lost connections, until there were so many events.
 
     Args:
         target: What to listen to.
-        tell: Takes a line per event: topic, action, record.
-        note: Takes a line about the connection, and about what was missed.
-        most: None is for ever.
+        write_event: Takes a line per event: topic, action, record.
+        write_status: Takes a line about the connection, and about what was missed.
+        max_events: None is for ever.
 
     Raises:
         SubscriptionError: Nothing answers there at first, or the topics are refused.
     """
-    listener = _Listener(target, tell, note)
+    listener = _Listener(target, write_event, write_status)
     timeout = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
     async with ClientSession(timeout=timeout) as http:
         while True:
             try:
-                async for count in listener.hear(http):
-                    if count == most:
+                async for count in listener.receive(http):
+                    if count == max_events:
                         return
                 lost = "the connection has ended"
             except (ClientError, TimeoutError, ValueError) as error:
                 lost = str(error) or "the connection is silent"
             except SubscriptionError as error:
-                if not listener.has_listened:
+                if not listener.has_subscribed:
                     raise
                 lost = error.message
-            if not listener.has_listened:
-                raise _nobody(target.url, lost)
-            note(f"{lost}; once more in {listener.pause:g} s")
-            await asyncio.sleep(listener.pause)
-            listener.pause = min(listener.pause * 2, _LONGEST_PAUSE_SECONDS)
+            if not listener.has_subscribed:
+                raise _unreachable_error(target.url, lost)
+            write_status(f"{lost}; once more in {listener.pause_seconds:g} s")
+            await asyncio.sleep(listener.pause_seconds)
+            listener.pause_seconds = min(listener.pause_seconds * 2, _LONGEST_PAUSE_SECONDS)
 
 
 class _Listener:
     """What must be known from one connection to the next."""
 
     def __init__(
-        self, target: Target, tell: Callable[[str], None], note: Callable[[str], None]
+        self,
+        target: ListenTarget,
+        write_event: Callable[[str], None],
+        write_status: Callable[[str], None],
     ) -> None:
         self._target = target
-        self._tell = tell
-        self._note = note
+        self._write_event = write_event
+        self._write_status = write_status
         self._position = ""
-        self._heard = 0
-        self.has_listened = False
-        self.pause = _FIRST_PAUSE_SECONDS
+        self._event_count = 0
+        self.has_subscribed = False
+        self.pause_seconds = _FIRST_PAUSE_SECONDS
 
-    async def hear(self, http: ClientSession) -> AsyncIterator[int]:
+    async def receive(self, http: ClientSession) -> AsyncIterator[int]:
         """Listen on one connection; yield how many events there were so far."""
         url = f"{self._target.url}/api/realtime"
         async with http.get(url, params={"lastEventId": self._position}) as response:
             if response.status != HTTPStatus.OK:
-                raise _refused(url, response.status, await response.text())
-            async for frame in frames(response.content.iter_any()):
+                raise _refused_error(url, response.status, await response.text())
+            async for frame in parse_events(response.content.iter_any()):
                 self._position = frame.id or self._position
                 match frame.event:
                     case "PB_CONNECT":
@@ -141,54 +148,54 @@ class _Listener:
                     case "PB_CURSOR":
                         pass
                     case "PB_RESYNC":
-                        self._note(_missed(json.loads(frame.data)))
+                        self._write_status(_describe_gap(json.loads(frame.data)))
                     case _:
-                        self._heard += 1
-                        self._tell(_line(frame))
-                        yield self._heard
+                        self._event_count += 1
+                        self._write_event(_event_line(frame))
+                        yield self._event_count
 
     async def _subscribe(self, http: ClientSession, url: str, client_id: str) -> None:
         token = self._target.token
         body = {"clientId": client_id, "subscriptions": self._target.topics}
-        headers = {OUTCOME: "1"} | ({"Authorization": token} if token else {})
+        headers = {OUTCOME_HEADER: "1"} | ({"Authorization": token} if token else {})
         async with http.post(url, json=body, headers=headers) as answer:
             if answer.status != HTTPStatus.NO_CONTENT:
-                raise _refused(url, answer.status, await answer.text())
-            outcome = answer.headers.get(OUTCOME, "")
-        self.has_listened = True
-        self.pause = _FIRST_PAUSE_SECONDS
-        self._note(f"listening to {' '.join(self._target.topics)} at {self._target.url}")
-        self._note_outcome(outcome)
+                raise _refused_error(url, answer.status, await answer.text())
+            outcome = answer.headers.get(OUTCOME_HEADER, "")
+        self.has_subscribed = True
+        self.pause_seconds = _FIRST_PAUSE_SECONDS
+        self._write_status(f"listening to {' '.join(self._target.topics)} at {self._target.url}")
+        self._write_outcome(outcome)
 
-    def _note_outcome(self, outcome: str) -> None:
+    def _write_outcome(self, outcome: str) -> None:
         """Say what the answer to the call leaves open; services of before say nothing."""
         said = dict(part.split("=", 1) for part in outcome.split("; ") if "=" in part)
         if self._target.token and said.get("caller") == "guest":
-            self._note("the token is refused: this is what a guest hears")
+            self._write_status("the token is refused: this is what a guest hears")
         for place in filter(None, said.get("mute", "").split(",")):
             topic = self._target.topics[int(place)]
-            self._note(
+            self._write_status(
                 f"{topic} brings nothing: there is no such collection, or none of it is for this"
                 " caller, or its options can't be used"
             )
 
 
-def _line(frame: Frame) -> str:
+def _event_line(event: ServerSentEvent) -> str:
     """Return what is read at a glance, then the record as it came."""
     try:
-        action = json.loads(frame.data)["action"]
-        record = frame.data.removeprefix('{"record":').removesuffix(f',"action":"{action}"}}')
+        action = json.loads(event.data)["action"]
+        record = event.data.removeprefix('{"record":').removesuffix(f',"action":"{action}"}}')
     except (ValueError, KeyError, TypeError):
-        return f"{frame.event} {frame.data}"
-    return f"{frame.event} {action} {record}"
+        return f"{event.event} {event.data}"
+    return f"{event.event} {action} {record}"
 
 
-def _missed(gap: dict[str, Any]) -> str:
+def _describe_gap(gap: dict[str, Any]) -> str:
     collections = ", ".join(gap["collections"]) or "everything"
     return f"changes were missed ({gap['reason']}): load {collections} anew"
 
 
-def _nobody(url: str, reason: str) -> SubscriptionError:
+def _unreachable_error(url: str, reason: str) -> SubscriptionError:
     return SubscriptionError(
         f'nothing that could be listened to answers at "{url}"',
         detail=f"{reason[0].upper()}{reason[1:]}.",
@@ -197,7 +204,9 @@ def _nobody(url: str, reason: str) -> SubscriptionError:
     )
 
 
-def _refused(url: str, status: int, body: str) -> SubscriptionError:
+def _refused_error(url: str, status: int, body: str) -> SubscriptionError:
     return SubscriptionError(
-        f'"{url}" answers with {status}', detail=body[:_TOLD], hint=_HINTS.get(status, "")
+        f'"{url}" answers with {status}',
+        detail=body[:_MAX_BODY_CHARACTERS],
+        hint=_HINTS.get(status, ""),
     )

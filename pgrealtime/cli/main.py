@@ -16,8 +16,8 @@ import click
 
 from pgrealtime import __version__
 from pgrealtime.auth.principal import GUEST, Superuser
-from pgrealtime.cli.check.check import check as find_faults
-from pgrealtime.config.load import Origin, read
+from pgrealtime.cli.check.check import run_check as find_faults
+from pgrealtime.config.load import ConfigLocations, read_config
 from pgrealtime.config.units import parse_duration
 from pgrealtime.errors import (
     AuthError,
@@ -27,27 +27,27 @@ from pgrealtime.errors import (
     RuleError,
     SetupError,
 )
-from pgrealtime.observe.log import configure
+from pgrealtime.observe.log import configure_logging
 from pgrealtime.protocol.topic import parse_topic
 
 if TYPE_CHECKING:
-    from pgrealtime.explain.caller import Who
+    from pgrealtime.explain.caller import CallerSpec
 
-FAILED = 1
-SETUP = 2
-NOT_DELIVERED = 3
-UNREACHABLE = 69
-NOT_PERMITTED = 77
-CONFIGURATION = 78
+EXIT_FAILED = 1
+EXIT_SETUP = 2
+EXIT_NOT_DELIVERED = 3
+EXIT_UNREACHABLE = 69
+EXIT_NOT_PERMITTED = 77
+EXIT_CONFIGURATION = 78
 
-_LOCAL = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}  # noqa: S104 (looked up)
+_REACHABLE_HOSTS = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}  # noqa: S104 (looked up)
 """How to reach what listens there."""
 
-_SWITCH_SECONDS = 0.0005
+_THREAD_SWITCH_SECONDS = 0.0005
 """After which a thread that is busy with Python code lets another one go on. The event loop gives
 the interpreter away at each read, write and query, and waits so long to get it back while bodies
 are read in other threads: at Python's own 5 ms an event came later by several times that."""
-_LISTENING_SECONDS = 30 * 86400.0
+_LISTEN_TOKEN_SECONDS = 30 * 86400.0
 """How long a token holds that listen makes for itself."""
 
 _NOT_PERMITTED_CODES = ("replication_attribute_missing", "plugin_refused", "select_not_granted")
@@ -77,12 +77,12 @@ def run(path: str) -> None:
     # Here, because a check needs nothing of what serving needs.
     from pgrealtime.service.build import serve  # noqa: PLC0415
 
-    with _reporting():
-        reading = read(path, os.environ)
-        config = reading.whole()
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    with _reporting(reading.origin), asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(serve(config, lambda: read(path, os.environ)))
+    with _report_errors():
+        reading = read_config(path, os.environ)
+        config = reading.require_valid()
+    sys.setswitchinterval(_THREAD_SWITCH_SECONDS)
+    with _report_errors(reading.locations), asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(serve(config, lambda: read_config(path, os.environ)))
 
 
 @main.command()
@@ -90,15 +90,17 @@ def run(path: str) -> None:
 @click.option("--no-database", is_flag=True, help="Look at the configuration alone.")
 def check(path: str, *, no_database: bool) -> None:
     """Say everything that would keep the service from running."""
-    with _reporting():
-        reading = read(path, os.environ)
+    with _report_errors():
+        reading = read_config(path, os.environ)
         note = partial(click.echo, err=True)
-        findings = asyncio.run(find_faults(reading, with_database=not no_database, note=note))
+        findings = asyncio.run(
+            find_faults(reading, with_database=not no_database, report_progress=note)
+        )
         if findings.errors:
             raise ExceptionGroup("the check failed", findings.errors)
     for warning in findings.warnings:
         click.echo(f"warning: {warning}", err=True)
-    click.echo("\n".join(("ok", *findings.facts)))
+    click.echo("\n".join(("ok", *findings.summary_lines)))
 
 
 @main.command()
@@ -135,16 +137,16 @@ def explain(
     text = _with_options(topic, filter_, options)
     if record is None and parse_topic(text).record_id is None:
         raise click.UsageError("the topic is of all records: name one by --record")
-    who = _who(token, user, guest=guest, superuser=superuser)
-    with _reporting():
-        reading = read(path, os.environ)
-        config = reading.whole()
-    configure(config.logging.model_copy(update={"level": "warning"}))
-    with _reporting(reading.origin):
+    who = _caller_spec(token, user, guest=guest, superuser=superuser)
+    with _report_errors():
+        reading = read_config(path, os.environ)
+        config = reading.require_valid()
+    configure_logging(config.logging.model_copy(update={"level": "warning"}))
+    with _report_errors(reading.locations):
         explanation = asyncio.run(find_out(config, who, text, record, with_sql=with_sql))
     click.echo("\n".join(explanation.lines))
     if not explanation.is_delivered:
-        sys.exit(NOT_DELIVERED)
+        sys.exit(EXIT_NOT_DELIVERED)
 
 
 def _with_options(topic: str, filter_: str | None, options: str | None) -> str:
@@ -157,24 +159,26 @@ def _with_options(topic: str, filter_: str | None, options: str | None) -> str:
     return f"{topic}?options={quote(given, safe='', errors='replace')}"
 
 
-def _who(token: str | None, user: str | None, *, guest: bool, superuser: bool) -> Who:
-    from pgrealtime.explain.caller import Bearer, User  # noqa: PLC0415 (as for run)
+def _caller_spec(
+    token: str | None, user: str | None, *, guest: bool, superuser: bool
+) -> CallerSpec:
+    from pgrealtime.explain.caller import BearerToken, NamedUser  # noqa: PLC0415 (as for run)
 
     if [token is not None, user is not None, guest, superuser].count(True) != 1:
         raise click.UsageError("one caller is wanted: --token, --user, --guest or --superuser")
     if token is not None:
-        return Bearer(_given(token))
+        return BearerToken(_read_token(token))
     if user is None:
         return GUEST if guest else Superuser("")
-    return User(*_named(user))
+    return NamedUser(*_split_user(user))
 
 
-def _given(token: str) -> str:
+def _read_token(token: str) -> str:
     """Return the token, from standard input for a dash: arguments are seen by everybody."""
     return sys.stdin.read().strip() if token == "-" else token  # noqa: S105 (a dash)
 
 
-def _named(user: str) -> tuple[str, str]:
+def _split_user(user: str) -> tuple[str, str]:
     """Return the collection and the id that a user is given by."""
     collection, _, record_id = user.partition("/")
     if not (collection and record_id):
@@ -201,12 +205,12 @@ def _named(user: str) -> tuple[str, str]:
 )
 def init(path: str, url: str, schemas: tuple[str, ...]) -> None:
     """Write a configuration for the tables that are there, all rules locked."""
-    from pgrealtime.cli.init.init import next_steps, write  # noqa: PLC0415
+    from pgrealtime.cli.init.init import next_steps_text, write_config  # noqa: PLC0415
 
-    with _reporting():
-        asyncio.run(write(path, url, tuple(dict.fromkeys(schemas))))
+    with _report_errors():
+        asyncio.run(write_config(path, url, tuple(dict.fromkeys(schemas))))
     lacks_url = bool(url) and not os.environ.get("DATABASE_URL")
-    click.echo(next_steps(path, lacks_url=lacks_url), err=path == "-")
+    click.echo(next_steps_text(path, lacks_url=lacks_url), err=path == "-")
 
 
 @main.command()
@@ -215,10 +219,12 @@ def init(path: str, url: str, schemas: tuple[str, ...]) -> None:
 @click.option("--no-browser", is_flag=True, help="Only print the page's address.")
 def demo(*, port: int, embedded: bool, no_browser: bool) -> None:
     """Show what it does: a throwaway PostgreSQL, an application, a page to watch."""
-    from pgrealtime.demo.show import show  # noqa: PLC0415
+    from pgrealtime.demo.show import run_demo  # noqa: PLC0415
 
-    showing = show(port=port, embedded=embedded, browse=not no_browser, say=click.echo)
-    with _reporting(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    showing = run_demo(
+        port=port, embedded=embedded, open_browser=not no_browser, print_line=click.echo
+    )
+    with _report_errors(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(showing)
 
 
@@ -249,19 +255,27 @@ def listen(
 
     if token and user:
         raise click.UsageError("give --token or --user, not both")
-    with _reporting():
-        held = _given(token) if user is None else _made_token(path, user, _LISTENING_SECONDS)
-        address = (url or _own_url(path)).rstrip("/")
-        target = listening.Target(url=address, topics=topics, token=held)
+    with _report_errors():
+        held = (
+            _read_token(token) if user is None else _make_token(path, user, _LISTEN_TOKEN_SECONDS)
+        )
+        address = (url or _configured_url(path)).rstrip("/")
+        target = listening.ListenTarget(url=address, topics=topics, token=held)
         with suppress(KeyboardInterrupt):
             note = partial(click.echo, err=True)
-            asyncio.run(listening.listen(target, tell=click.echo, note=note, most=count))
+            asyncio.run(
+                listening.listen(
+                    target, write_event=click.echo, write_status=note, max_events=count
+                )
+            )
 
 
-def _own_url(path: str) -> str:
+def _configured_url(path: str) -> str:
     """Return where the configured service is reached from this machine."""
-    server = read(path, os.environ).whole().server
-    return f"http://{_LOCAL.get(server.host, server.host)}:{server.port}{server.base_path}"
+    server = read_config(path, os.environ).require_valid().server
+    return (
+        f"http://{_REACHABLE_HOSTS.get(server.host, server.host)}:{server.port}{server.base_path}"
+    )
 
 
 @main.group()
@@ -279,15 +293,15 @@ def make(path: str, *, user: str, lifetime: str) -> None:
         seconds = parse_duration(lifetime)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--lifetime") from error
-    with _reporting():
-        click.echo(_made_token(path, user, seconds))
+    with _report_errors():
+        click.echo(_make_token(path, user, seconds))
 
 
-def _made_token(path: str, user: str, lifetime: float) -> str:
+def _make_token(path: str, user: str, lifetime_seconds: float) -> str:
     from pgrealtime.cli.token import make_token  # noqa: PLC0415 (as for run)
 
-    auth = read(path, os.environ).whole().auth
-    return make_token(auth, *_named(user), lifetime=lifetime)
+    auth = read_config(path, os.environ).require_valid().auth
+    return make_token(auth, *_split_user(user), lifetime=lifetime_seconds)
 
 
 @main.group()
@@ -301,8 +315,8 @@ def list_(path: str) -> None:
     """Print a line per slot: who reads it, and how much WAL it retains."""
     from pgrealtime.cli.slot import list_slots  # noqa: PLC0415 (as for run)
 
-    with _reporting():
-        lines = asyncio.run(list_slots(read(path, os.environ).whole()))
+    with _report_errors():
+        lines = asyncio.run(list_slots(read_config(path, os.environ).require_valid()))
     click.echo("\n".join(lines) or "there are none")
 
 
@@ -313,8 +327,8 @@ def drop(path: str, *, name: str) -> None:
     """Drop a slot: what it has yet to send is missed."""
     from pgrealtime.cli.slot import drop_slot  # noqa: PLC0415 (as for run)
 
-    with _reporting():
-        asyncio.run(drop_slot(read(path, os.environ).whole(), name))
+    with _report_errors():
+        asyncio.run(drop_slot(read_config(path, os.environ).require_valid(), name))
     click.echo(f"dropped {name}")
 
 
@@ -327,7 +341,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 @contextmanager
-def _reporting(origin: Origin | None = None) -> Iterator[None]:
+def _report_errors(locations: ConfigLocations | None = None) -> Iterator[None]:
     """Print our errors instead of a traceback, and exit with their code.
 
     Anything else is a fault of the program and keeps its traceback.
@@ -335,22 +349,22 @@ def _reporting(origin: Origin | None = None) -> Iterator[None]:
     try:
         yield
     except (PgRealtimeError, ExceptionGroup) as error:
-        errors = list(_leaves(error))
+        errors = list(_flatten_errors(error))
         ours = [one for one in errors if isinstance(one, PgRealtimeError)]
         if len(ours) < len(errors):
             raise
     else:
         return
     for one in ours:
-        placed = origin.locate(one) if origin and isinstance(one, ConfigError) else one
+        placed = locations.locate(one) if locations and isinstance(one, ConfigError) else one
         click.echo(str(placed), err=True)
     sys.exit(exit_code(ours[0]))
 
 
-def _leaves(error: Exception) -> Iterator[Exception]:
+def _flatten_errors(error: Exception) -> Iterator[Exception]:
     if isinstance(error, ExceptionGroup):
         for inner in error.exceptions:
-            yield from _leaves(inner)
+            yield from _flatten_errors(inner)
     else:
         yield error
 
@@ -359,14 +373,14 @@ def exit_code(error: PgRealtimeError) -> int:
     """Return the exit code of an error, by sysexits.h where that has one."""
     match error:
         case ConfigError() | RuleError():
-            return CONFIGURATION
+            return EXIT_CONFIGURATION
         case DatabaseUnreachableError():
-            return UNREACHABLE
+            return EXIT_UNREACHABLE
         case SetupError() if error.error_code == "database_url_invalid":
-            return CONFIGURATION
+            return EXIT_CONFIGURATION
         case SetupError() if error.error_code in _NOT_PERMITTED_CODES:
-            return NOT_PERMITTED
+            return EXIT_NOT_PERMITTED
         case SetupError() | AuthError():
-            return SETUP
+            return EXIT_SETUP
         case _:
-            return FAILED
+            return EXIT_FAILED

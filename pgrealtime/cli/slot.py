@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pgrealtime.cli.check.check import connected
+from pgrealtime.cli.check.check import connect_once
 from pgrealtime.config.model import Config
 from pgrealtime.errors import SetupError
-from pgrealtime.spelling import nearest
+from pgrealtime.spelling import nearest_name
 from pgrealtime.wal import durable
 
 
@@ -15,12 +15,12 @@ async def list_slots(config: Config) -> list[str]:
     Raises:
         PgRealtimeError: The server can't be asked.
     """
-    async with connected(config.database.url) as connection:
-        standing = await durable.ours(connection, config.replication.slot.name)
-    return [_line(slot) for slot in standing]
+    async with connect_once(config.database.url) as connection:
+        standing = await durable.list_own_slots(connection, config.replication.slot.name)
+    return [_slot_line(slot) for slot in standing]
 
 
-def _line(slot: durable.Standing) -> str:
+def _slot_line(slot: durable.SlotStatus) -> str:
     reader = "nobody reads it" if slot.active_pid is None else f"read by pid {slot.active_pid}"
     state = f"lost ({slot.invalidation_reason or 'its WAL is gone'})" if slot.is_lost else reader
     kind = "temporary" if slot.is_temporary else "durable"
@@ -39,13 +39,13 @@ async def drop_slot(config: Config, name: str) -> None:
         SlotBusyError: Somebody reads from it.
         PgRealtimeError: The server can't be asked.
     """
-    async with connected(config.database.url) as connection:
-        standing = await durable.ours(connection, config.replication.slot.name)
+    async with connect_once(config.database.url) as connection:
+        standing = await durable.list_own_slots(connection, config.replication.slot.name)
         for slot in standing:
             if slot.name == name:
-                await durable.drop(connection, slot)
+                await durable.drop_slot(connection, slot)
                 return
-    meant = nearest(name, [slot.name for slot in standing])
+    meant = nearest_name(name, [slot.name for slot in standing])
     raise SetupError(
         f'there is no slot "{name}" of this configuration',
         detail=f'Its slots are named "{config.replication.slot.name}", with or without a suffix.',

@@ -8,7 +8,7 @@ import jwt
 
 from pgrealtime.config.model import AuthConfig, IssuerConfig
 from pgrealtime.errors import AuthError
-from pgrealtime.spelling import nearest
+from pgrealtime.spelling import nearest_name
 
 
 def make_token(config: AuthConfig, collection: str, record_id: str, *, lifetime: float) -> str:
@@ -23,7 +23,7 @@ def make_token(config: AuthConfig, collection: str, record_id: str, *, lifetime:
     Raises:
         AuthError: No issuer that has a secret makes tokens of the collection.
     """
-    issuer = _issuer(config, collection)
+    issuer = _signing_issuer(config, collection)
     claims: dict[str, object] = {issuer.id_claim: record_id, "exp": int(time.time() + lifetime)}
     if issuer.issuer:
         claims["iss"] = issuer.issuer
@@ -32,12 +32,12 @@ def make_token(config: AuthConfig, collection: str, record_id: str, *, lifetime:
     return jwt.encode(claims, issuer.secret, algorithm="HS256")
 
 
-def _issuer(config: AuthConfig, collection: str) -> IssuerConfig:
+def _signing_issuer(config: AuthConfig, collection: str) -> IssuerConfig:
     signing = [issuer for issuer in config.issuers if issuer.secret]
     for issuer in signing:
         if issuer.collection == collection:
             return issuer
-    meant = nearest(collection, {issuer.collection for issuer in signing})
+    meant = nearest_name(collection, {issuer.collection for issuer in signing})
     raise AuthError(
         f'no issuer of the configuration can sign tokens of "{collection}"',
         detail="Only one with a secret can; a public key or a JWKS can but check.",

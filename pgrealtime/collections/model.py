@@ -24,7 +24,7 @@ class FieldKind(Enum):
     BOOL = "bool"
     DATE = "date"
     JSON = "json"
-    GEO = "geoPoint"
+    GEO_POINT = "geoPoint"
     RELATION = "relation"
     """The id, or with ``is_multiple`` the ids, of records of another collection."""
     FILE = "file"
@@ -41,9 +41,9 @@ class Junction:
     """A table of pairs that makes a many-to-many relation."""
 
     table: Table
-    source: str
+    source_column: str
     """Its column that names the record of this collection."""
-    target: str
+    target_column: str
     """Its column that names the related record."""
 
 
@@ -102,7 +102,7 @@ class Collection:
     view_rule: str | None = None
     manage_rule: str | None = None
     auth_rule: str | None = ""
-    by_name: Mapping[str, Field] = field(default_factory=dict, repr=False, compare=False)
+    fields_by_name: Mapping[str, Field] = field(default_factory=dict, repr=False, compare=False)
     column_names: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
     """All that the table has."""
     generated_columns: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
@@ -110,7 +110,7 @@ class Collection:
     def __post_init__(self) -> None:
         generated = frozenset(c.name for c in self.table.columns if c.is_generated)
         object.__setattr__(self, "generated_columns", generated)
-        object.__setattr__(self, "by_name", {f.name: f for f in self.fields})
+        object.__setattr__(self, "fields_by_name", {f.name: f for f in self.fields})
         object.__setattr__(self, "column_names", frozenset(c.name for c in self.table.columns))
 
 
@@ -118,11 +118,13 @@ class Collections(Mapping[str, Collection]):
     """All collections, by name; by id and by table too.
 
     Attributes:
-        encoding: The database's.
+        server_encoding: The database's.
     """
 
-    def __init__(self, collections: tuple[Collection, ...], *, encoding: str = "UTF8") -> None:
-        self.encoding = encoding
+    def __init__(
+        self, collections: tuple[Collection, ...], *, server_encoding: str = "UTF8"
+    ) -> None:
+        self.server_encoding = server_encoding
         self._by_name = {c.name: c for c in collections}
         self._by_id = {c.id: c for c in collections}
         self._by_table = {c.table.name: c for c in collections}
@@ -140,11 +142,11 @@ class Collections(Mapping[str, Collection]):
         """The collection of that name or id, exact and case sensitive as in topics."""
         return self._by_name.get(name_or_id) or self._by_id.get(name_or_id)
 
-    def of_table(self, table: TableName) -> Collection | None:
+    def find_by_table(self, table: TableName) -> Collection | None:
         """The collection that shows the table."""
         return self._by_table.get(table)
 
 
-def collection_id(kind: str, name: str) -> str:
+def derive_collection_id(kind: str, name: str) -> str:
     """Return the id that PocketBase derives: ``pbc_`` and the CRC-32 of type and name."""
     return f"pbc_{zlib.crc32(f'{kind}{name}'.encode())}"

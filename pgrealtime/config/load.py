@@ -16,23 +16,23 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from pgrealtime.config.model import Config, SecretKey, Section
+from pgrealtime.config.model import Config, SecretMarker, Section
 from pgrealtime.config.sources import (
     Document,
-    FillIn,
     KeyPath,
     Override,
-    dotted,
-    overrides,
-    put,
-    read_yaml,
+    VariableSubstitution,
+    apply_override,
+    dotted_path,
+    environment_overrides,
+    parse_yaml,
 )
-from pgrealtime.errors import ConfigError, Problem
-from pgrealtime.spelling import perhaps
+from pgrealtime.errors import ConfigError, ConfigProblem
+from pgrealtime.spelling import did_you_mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
+class ConfigLocations:
     """Where a configuration's keys stand, for problems found by those who know the database."""
 
     source: str
@@ -44,22 +44,23 @@ class Origin:
     def locate(self, error: ConfigError) -> ConfigError:
         """Return the error with file and lines; places that it already has are kept."""
         return ConfigError(
-            tuple(self._located(problem) for problem in error.problems), source=self.source
+            tuple(self._locate_problem(problem) for problem in error.problems),
+            source_name=self.source,
         )
 
-    def _located(self, problem: Problem) -> Problem:
+    def _locate_problem(self, problem: ConfigProblem) -> ConfigProblem:
         if problem.line is not None:
             return problem
-        found = self.problem(tuple(problem.path.split(".")), problem.message, problem.hint)
-        return replace(found, excerpt=problem.excerpt)
+        found = self.problem_at(tuple(problem.path.split(".")), problem.message, problem.hint)
+        return replace(found, marked_text=problem.marked_text)
 
-    def problem(self, path: KeyPath, message: str, hint: str = "") -> Problem:
+    def problem_at(self, path: KeyPath, message: str, hint: str = "") -> ConfigProblem:
         """Return the problem at a path, with the line or the variable it came from."""
         variable = self.variables.get(path)
         if variable is not None:
             message = f"{message} (set by {variable})"
         line = None if variable is not None else self._line(path)
-        return Problem(dotted(path), message, hint, line)
+        return ConfigProblem(dotted_path(path), message, hint, line)
 
     def _line(self, path: KeyPath) -> int | None:
         by_text = {tuple(map(str, key)): line for key, line in self.lines.items()}
@@ -70,38 +71,38 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
+class ParsedConfig:
     """What one file said: the problems, and the configuration as far as it could be made out."""
 
     config: Config | None
     """Without the keys that have problems, which then have their defaults. For further checks
     only, never to run with; None if nothing sensible is left."""
-    origin: Origin
-    problems: tuple[Problem, ...] = ()
-    dropped: frozenset[KeyPath] = frozenset()
+    locations: ConfigLocations
+    problems: tuple[ConfigProblem, ...] = ()
+    dropped_keys: frozenset[KeyPath] = frozenset()
     """What was left out of ``config``."""
 
-    def whole(self) -> Config:
+    def require_valid(self) -> Config:
         """Return the configuration.
 
         Raises:
             ConfigError: With every problem that was found.
         """
         if self.problems or self.config is None:
-            raise ConfigError(self.problems, source=self.origin.source)
+            raise ConfigError(self.problems, source_name=self.locations.source)
         return self.config
 
 
-def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
+def load_config(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
     """Read one file and return the configuration.
 
     Raises:
         ConfigError: With every problem that was found.
     """
-    return read(path, environ).whole()
+    return read_config(path, environ).require_valid()
 
 
-def read(path: str | Path, environ: Mapping[str, str] = os.environ) -> Reading:
+def read_config(path: str | Path, environ: Mapping[str, str] = os.environ) -> ParsedConfig:
     """Read one file and return all that could be made of it.
 
     Raises:
@@ -113,12 +114,12 @@ def read(path: str | Path, environ: Mapping[str, str] = os.environ) -> Reading:
         reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8"
         is_missing = isinstance(error, FileNotFoundError)
         hint = "pgrealtime init writes one, and --config names another" if is_missing else ""
-        problem = Problem("(document)", f"can't read the file: {reason}", hint)
-        raise ConfigError((problem,), source=str(path)) from error
-    return _parse(read_yaml(text), environ, _read_secret_file, str(path))
+        problem = ConfigProblem("(document)", f"can't read the file: {reason}", hint)
+        raise ConfigError((problem,), source_name=str(path)) from error
+    return _parse_document(parse_yaml(text), environ, _read_secret_file, str(path))
 
 
-def parse(mapping: Mapping[str, object], environ: Mapping[str, str] | None = None) -> Config:
+def parse_config(mapping: Mapping[str, object], environ: Mapping[str, str] | None = None) -> Config:
     """Return the configuration that plain values describe, as YAML would give them.
 
     Args:
@@ -129,7 +130,9 @@ def parse(mapping: Mapping[str, object], environ: Mapping[str, str] | None = Non
         ConfigError: With every problem that was found. ``KEY_file`` is one: this reads no file.
     """
     document = Document(value=dict(mapping), lines={})
-    return _parse(document, environ or {}, _refuse_secret_file, "configuration").whole()
+    return _parse_document(
+        document, environ or {}, _refuse_secret_file, "configuration"
+    ).require_valid()
 
 
 def _read_secret_file(name: str) -> str:
@@ -140,70 +143,72 @@ def _refuse_secret_file(_name: str) -> str:
     raise OSError("files are not read here")
 
 
-def _parse(
+def _parse_document(
     document: Document,
     environ: Mapping[str, str],
     read_file: Callable[[str], str],
     source: str,
-) -> Reading:
+) -> ParsedConfig:
     """Fill in, override, read secrets, validate: in this order, gathering problems all along."""
     if not isinstance(document.value, dict):
-        problem = Problem("(document)", "the document must be a mapping of sections", line=1)
-        return Reading(config=None, origin=Origin(source=source), problems=(problem,))
-    fill_in = FillIn(environ)
+        problem = ConfigProblem("(document)", "the document must be a mapping of sections", line=1)
+        return ParsedConfig(
+            config=None, locations=ConfigLocations(source=source), problems=(problem,)
+        )
+    fill_in = VariableSubstitution(environ)
     tree = fill_in(document.value)
     assert isinstance(tree, dict)
     found = list(fill_in.problems)
-    variables = _override(tree, overrides(environ), found)
+    variables = _apply_overrides(tree, environment_overrides(environ), found)
     _replace_secret_files(tree, (), read_file, found)
-    origin = Origin(source=source, lines=document.lines, variables=variables)
+    origin = ConfigLocations(source=source, lines=document.lines, variables=variables)
     unusable = {path for path, _ in found}
     for path in unusable:
-        _drop(tree, path)
+        _remove_key(tree, path)
     config, invalid, dropped = _validate(tree, unusable)
     problems = (
         *document.problems,
-        *(origin.problem(path, message) for path, message in found),
-        *(origin.problem(path, message, hint) for path, message, hint in invalid),
+        *(origin.problem_at(path, message) for path, message in found),
+        *(origin.problem_at(path, message, hint) for path, message, hint in invalid),
     )
-    return Reading(
+    return ParsedConfig(
         config=config,
-        origin=origin,
+        locations=origin,
         problems=tuple(sorted(problems, key=_in_file_order)),
-        dropped=frozenset(dropped | unusable),
+        dropped_keys=frozenset(dropped | unusable),
     )
 
 
-def _in_file_order(problem: Problem) -> tuple[float, str]:
+def _in_file_order(problem: ConfigProblem) -> tuple[float, str]:
     return (problem.line or float("inf"), problem.path)
 
 
-def _override(
+def _apply_overrides(
     tree: dict[str, object],
-    chosen: tuple[Override, ...],
-    found: list[tuple[KeyPath, str]],
+    overrides: tuple[Override, ...],
+    problems: list[tuple[KeyPath, str]],
 ) -> dict[KeyPath, str]:
     variables: dict[KeyPath, str] = {}
-    for override in chosen:
+    for override in overrides:
         try:
-            path = put(tree, override, _read_override)
+            path = apply_override(tree, override, _parse_override)
         except LookupError:
-            found.append((override.path, f"{override.variable} names no key"))
+            problems.append((override.path, f"{override.variable} names no key"))
         except yaml.YAMLError:
-            found.append((override.path, f"{override.variable} isn't YAML"))
+            problems.append((override.path, f"{override.variable} isn't YAML"))
         else:
             variables[path] = override.variable
     return variables
 
 
-def _read_override(path: KeyPath, text: str) -> object:
+def _parse_override(path: KeyPath, text: str) -> object:
     """Lists and mappings are written as YAML in a variable; everything else is its text."""
     is_structure = get_origin(_annotation_at(path)) in (tuple, dict)
     return yaml.safe_load(text) if is_structure and text[:1] in ("[", "{") else text
 
 
 def _validate(
-    tree: dict[str, object], reported: set[KeyPath]
+    tree: dict[str, object], reported_paths: set[KeyPath]
 ) -> tuple[Config | None, list[tuple[KeyPath, str, str]], set[KeyPath]]:
     """Return the configuration, what is wrong beyond the reported, and what had to be left out."""
     try:
@@ -213,32 +218,32 @@ def _validate(
     invalid = [
         (detail["loc"], *_describe_invalid(detail["loc"], detail))
         for detail in details
-        if not any(_overlap(detail["loc"], known) for known in reported)
+        if not any(_overlaps(detail["loc"], known) for known in reported_paths)
     ]
-    dropped = {_smallest_optional(detail) for detail in details}
+    dropped = {_droppable_path(detail) for detail in details}
     remaining = deepcopy(tree)
     for path in dropped:
-        _drop(remaining, path)
+        _remove_key(remaining, path)
     try:
         return Config.model_validate(remaining), invalid, dropped
     except ValidationError:
         return None, invalid, dropped
 
 
-def _overlap(one: KeyPath, other: KeyPath) -> bool:
+def _overlaps(one: KeyPath, other: KeyPath) -> bool:
     """Whether one is the other or within it; what lacks a key is faulty for that key's fault."""
     shared = min(len(one), len(other))
     return one[:shared] == other[:shared]
 
 
-def _smallest_optional(detail: ErrorDetails) -> KeyPath:
+def _droppable_path(detail: ErrorDetails) -> KeyPath:
     """Return the path of what can be left out to be rid of the problem; of lists, all."""
     path = detail["loc"][:-1] if detail["type"] == "missing" else detail["loc"]
     lists = (n for n, key in enumerate(path) if isinstance(key, int))
     return path[: next(lists, len(path))]
 
 
-def _drop(tree: dict[str, object], path: KeyPath) -> None:
+def _remove_key(tree: dict[str, object], path: KeyPath) -> None:
     place: object = tree
     for key in path[:-1]:
         place = place.get(str(key)) if isinstance(place, dict) else None
@@ -250,7 +255,7 @@ def _describe_invalid(path: KeyPath, detail: ErrorDetails) -> tuple[str, str]:
     """Return message and hint; never the value, which may be a secret."""
     match detail["type"]:
         case "extra_forbidden":
-            return f'unknown key "{path[-1]}"', perhaps(str(path[-1]), _keys_at(path[:-1]))
+            return f'unknown key "{path[-1]}"', did_you_mean(str(path[-1]), _keys_at(path[:-1]))
         case "missing":
             return "is required", ""
         case "model_type" | "model_attributes_type" | "dict_type":
@@ -289,23 +294,26 @@ def _keys_at(path: KeyPath) -> list[str]:
 
 
 def _is_secret(info: FieldInfo) -> bool:
-    return any(isinstance(mark, SecretKey) for mark in info.metadata)
+    return any(isinstance(mark, SecretMarker) for mark in info.metadata)
 
 
 def _replace_secret_files(
-    tree: object, path: KeyPath, read_file: Callable[[str], str], found: list[tuple[KeyPath, str]]
+    tree: object,
+    path: KeyPath,
+    read_file: Callable[[str], str],
+    problems: list[tuple[KeyPath, str]],
 ) -> None:
     """Put the content of each ``KEY_file`` under ``KEY``, through the whole tree."""
     match tree:
         case dict():
             for key in _keys_at(path):
                 if key.endswith("_file") and key in tree:
-                    _replace_secret_file(tree, (*path, key), read_file, found)
+                    _replace_secret_file(tree, (*path, key), read_file, problems)
             for key, inner in tree.items():
-                _replace_secret_files(inner, (*path, key), read_file, found)
+                _replace_secret_files(inner, (*path, key), read_file, problems)
         case list():
             for n, inner in enumerate(tree):
-                _replace_secret_files(inner, (*path, n), read_file, found)
+                _replace_secret_files(inner, (*path, n), read_file, problems)
         case _:
             pass
 
@@ -314,7 +322,7 @@ def _replace_secret_file(
     section: dict[str, object],
     path: KeyPath,
     read_file: Callable[[str], str],
-    found: list[tuple[KeyPath, str]],
+    problems: list[tuple[KeyPath, str]],
 ) -> None:
     file_key = str(path[-1])
     key = file_key.removesuffix("_file")
@@ -322,11 +330,11 @@ def _replace_secret_file(
     if not name:
         return
     if section.get(key):
-        found.append((path, f'both "{key}" and "{file_key}" are given'))
+        problems.append((path, f'both "{key}" and "{file_key}" are given'))
         return
     section[key] = ""
     try:
         section[key] = read_file(str(name))
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else "not UTF-8"
-        found.append((path, f"can't read the file: {reason}"))
+        problems.append((path, f"can't read the file: {reason}"))

@@ -20,7 +20,7 @@ Seconds = Annotated[float, BeforeValidator(parse_duration)]
 """Written ``500ms``, ``25s``, ``5m``, ``1h``; held in seconds."""
 
 
-SomeSeconds = Annotated[Seconds, Field(gt=0)]
+PositiveSeconds = Annotated[Seconds, Field(gt=0)]
 """A duration that can't be nothing."""
 
 
@@ -28,17 +28,17 @@ Bytes = Annotated[int, BeforeValidator(parse_size)]
 """Written ``64KiB``, ``16MiB``; held in bytes."""
 
 
-SomeBytes = Annotated[Bytes, Field(gt=0)]
+PositiveBytes = Annotated[Bytes, Field(gt=0)]
 """A size that can't be nothing."""
 
 
-def _split_texts(value: object) -> object:
+def _split_at_commas(value: object) -> object:
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
 
 
-Texts = Annotated[tuple[str, ...], BeforeValidator(_split_texts)]
+TextList = Annotated[tuple[str, ...], BeforeValidator(_split_at_commas)]
 """A list of texts; in one text, as variables are, separated by commas."""
 
 
@@ -51,16 +51,16 @@ def _parse_network(value: object) -> IPv4Network | IPv6Network:
 
 Networks = Annotated[
     tuple[Annotated[IPv4Network | IPv6Network, BeforeValidator(_parse_network)], ...],
-    BeforeValidator(_split_texts),
+    BeforeValidator(_split_at_commas),
 ]
 """A list of networks; in one text separated by commas."""
 
 
-class SecretKey:
+class SecretMarker:
     """Marks a key that may also be given as ``KEY_file``, and that no message shows."""
 
 
-Secret = Annotated[str, Field(repr=False), SecretKey()]
+Secret = Annotated[str, Field(repr=False), SecretMarker()]
 
 
 class Section(BaseModel):
@@ -76,9 +76,9 @@ class DatabaseConfig(Section):
     """Direct connection with the REPLICATION right; empty takes libpq's PG* variables."""
     query_url: Secret = ""
     """Where rules are asked, if not at ``url``: same primary, may be a pooler."""
-    schemas: Texts = ("public",)
+    schemas: TextList = ("public",)
     pool_size: int = Field(default=8, ge=1, le=1000)
-    statement_timeout: SomeSeconds = 2.0
+    statement_timeout: PositiveSeconds = 2.0
     """Per rule query; running out of it denies."""
     wait_for: Seconds = 60.0
     """How long to wait at start for a server that doesn't answer yet."""
@@ -95,11 +95,11 @@ class SlotConfig(Section):
     """A durable slot's standbys have it too (PostgreSQL 17 and newer)."""
     allow_unlimited_wal: bool = False
     """Whether a durable slot may be made where ``max_slot_wal_keep_size`` bounds nothing."""
-    create_timeout: SomeSeconds = 300.0
+    create_timeout: PositiveSeconds = 300.0
     """Creating waits for every open writing transaction of the cluster; longer than this fails."""
 
     @model_validator(mode="after")
-    def _failover_is_durable(self) -> Self:
+    def _require_durable_for_failover(self) -> Self:
         if self.failover and not self.durable:
             raise ValueError("failover is for durable slots: set durable too")
         return self
@@ -122,7 +122,7 @@ class ChangelogConfig(Section):
 
     max_age: Seconds = 300.0
     """0 turns resume off."""
-    max_size: SomeBytes = 64 * 1024 * 1024
+    max_size: PositiveBytes = 64 * 1024 * 1024
     """A transaction larger than this is a gap of its tables."""
 
 
@@ -135,7 +135,7 @@ class ServerConfig(Section):
     """Before every route, as in ``/realtime-service``; for proxies that don't cut it off."""
     trusted_proxies: Networks = ()
     """Networks, as in ``10.0.0.0/8``, whose ``X-Forwarded-For`` is believed."""
-    cors_origins: Texts = ("*",)
+    cors_origins: TextList = ("*",)
     locale: Literal["auto", "en", "zh"] = "auto"
     """Language of error messages; ``auto`` follows ``Accept-Language``."""
     shutdown_grace: Seconds = 25.0
@@ -145,23 +145,23 @@ class ServerConfig(Section):
 class RealtimeConfig(Section):
     """Limits of connections."""
 
-    idle_timeout: SomeSeconds = 300.0
+    idle_timeout: PositiveSeconds = 300.0
     """Without a delivered event for so long a connection is ended, as PocketBase does."""
-    max_lifetime: SomeSeconds = 1800.0
-    heartbeat: SomeSeconds = 25.0
+    max_lifetime: PositiveSeconds = 1800.0
+    heartbeat: PositiveSeconds = 25.0
     """Keeps proxies from cutting; doesn't count as activity."""
     max_connections: int = Field(default=10_000, ge=1)
-    send_buffer: SomeBytes = 1024 * 1024
+    send_buffer: PositiveBytes = 1024 * 1024
     """Per connection; when full it reads on from the changelog instead."""
-    send_buffers: SomeBytes = 256 * 1024 * 1024
+    send_buffers: PositiveBytes = 256 * 1024 * 1024
     """What waits for all connections together, beside 64 KiB for each."""
-    stall_timeout: SomeSeconds = 30.0
+    stall_timeout: PositiveSeconds = 30.0
     """A connection that takes no byte for so long is ended."""
     same_address: bool = True
     """Whether the subscribe call must come from the connection's address."""
 
 
-HiddenFields: TypeAlias = Literal["strict", "pocketbase"]
+HiddenFieldsMode: TypeAlias = Literal["strict", "pocketbase"]
 """How far fields that are shown to superusers only may be used by others."""
 
 
@@ -170,7 +170,7 @@ class RecordsConfig(Section):
 
     nulls: Annotated[Literal["null", "zero"], BeforeValidator(lambda v: v or "null")] = "null"
     """``null``, or PocketBase's zero value of the field's type."""
-    hidden: HiddenFields = "strict"
+    hidden: HiddenFieldsMode = "strict"
     """``strict``: for all but superusers a hidden relation isn't there, so that nothing can be
     expanded over it. ``pocketbase``: whoever may see its target can do so, as in PocketBase."""
 
@@ -182,7 +182,7 @@ class IssuerConfig(Section):
     """Who else makes tokens that count. It has one of ``secret``, ``public_key``, ``jwks_url``."""
 
     name: str
-    algorithms: Annotated[tuple[Algorithm, ...], BeforeValidator(_split_texts)] = ()
+    algorithms: Annotated[tuple[Algorithm, ...], BeforeValidator(_split_at_commas)] = ()
     """Empty takes what the key can check: HS256 for a secret, the three others for public keys."""
     secret: Secret = ""
     previous_secret: Secret = ""
@@ -201,7 +201,7 @@ class IssuerConfig(Section):
     """Claims, all of which must be equal, that make a superuser."""
 
     @model_validator(mode="after")
-    def _one_kind_of_key(self) -> Self:
+    def _require_one_key_source(self) -> Self:
         given = [key for key in ("secret", "public_key", "jwks_url") if getattr(self, key)]
         if len(given) != 1:
             found = " and ".join(given) or "none"
@@ -231,7 +231,7 @@ class LoginConfig(Section):
     """Failed ones, per address (IPv6: per /64) and account, however its name is spelled."""
 
     @model_validator(mode="after")
-    def _has_secret(self) -> Self:
+    def _require_secret(self) -> Self:
         if self.enabled and not self.secret:
             raise ValueError("login needs a secret")
         return self
@@ -246,7 +246,7 @@ class AuthConfig(Section):
     login: LoginConfig = LoginConfig()
 
     @model_validator(mode="after")
-    def _lets_somebody_in(self) -> Self:
+    def _require_some_caller(self) -> Self:
         if not (self.allow_guests or self.issuers or self.login.enabled):
             raise ValueError("without guests, issuers and login nobody can subscribe")
         return self
@@ -255,7 +255,7 @@ class AuthConfig(Section):
 class CollectionLoginConfig(Section):
     """How the people of one users table log in."""
 
-    identity: Texts = ("email",)
+    identity: TextList = ("email",)
     """Fields, tried in this order, an e-mail address as ``email`` first."""
     password_hash: str = ""
     """Column of the password hash; empty means that nobody logs in here."""
@@ -271,9 +271,9 @@ class CollectionLoginConfig(Section):
 class FieldsConfig(Section):
     """Which columns become fields, and how."""
 
-    include: Texts = ("*",)
+    include: TextList = ("*",)
     """What is left out here is in no record and no rule."""
-    hide: Texts = ()
+    hide: TextList = ()
     """PocketBase's hidden: shown to superusers only; not usable in client filters."""
     rename: dict[str, str] = Field(default_factory=dict)
     """Column to field name."""
@@ -294,7 +294,7 @@ class RelationConfig(Section):
     """In the junction table: the column naming the related record."""
 
 
-def _not_for_everyone(rule: str | None) -> str | None:
+def _forbid_empty_rule(rule: str | None) -> str | None:
     if rule == "":
         raise ValueError("nobody may manage everybody; leave it out, or say who does")
     return rule
@@ -314,7 +314,7 @@ class CollectionConfig(Section):
     login: CollectionLoginConfig = CollectionLoginConfig()
     list_rule: str | None = None
     view_rule: str | None = None
-    manage_rule: Annotated[str | None, AfterValidator(_not_for_everyone)] = None
+    manage_rule: Annotated[str | None, AfterValidator(_forbid_empty_rule)] = None
     """Of an auth collection: who sees e-mail addresses that aren't public."""
     auth_rule: str | None = ""
     """Of an auth collection: which of its people may sign in; null is nobody."""
@@ -327,10 +327,10 @@ class AdminConfig(Section):
     port: int = Field(default=0, ge=0, le=65535)
     """0 is off."""
     token: Secret = ""
-    """Metrics are for ``Authorization: Bearer`` with it; probes never need it."""
+    """Metrics are for ``Authorization: BearerToken`` with it; probes never need it."""
 
     @model_validator(mode="after")
-    def _has_token_if_reachable(self) -> Self:
+    def _require_token_if_reachable(self) -> Self:
         if self.port and not self.token and not _is_loopback(self.host):
             raise ValueError(
                 f"metrics that others than this machine reach ({self.host}) need a token"

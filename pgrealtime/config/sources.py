@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import yaml
 
-from pgrealtime.errors import Problem
+from pgrealtime.errors import ConfigProblem
 
 KeyPath: TypeAlias = tuple[str | int, ...]
 """Keys and list indexes from the top of the document, outermost first."""
@@ -37,58 +37,58 @@ class Document:
     value: object
     lines: Mapping[KeyPath, int]
     """1-based line of each key and list item."""
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[ConfigProblem, ...] = ()
 
 
-def dotted(path: Iterable[str | int]) -> str:
+def dotted_path(path: Iterable[str | int]) -> str:
     """Return ``collections.posts.list_rule``; the whole document is ``(document)``."""
     return ".".join(map(str, path)) or "(document)"
 
 
-_BEGINS_OTHERWISE = re.compile(r"found character '[^\\]'|found '<scalar>'")
+_UNQUOTED_VALUE = re.compile(r"found character '[^\\]'|found '<scalar>'")
 """PyYAML of a text whose beginning means something to YAML: ``@request.auth.id``, ``"a" = b``."""
-_QUOTES = "put the whole value in quotes, as in '@request.auth.id != \"\"'"
+_QUOTES_HINT = "put the whole value in quotes, as in '@request.auth.id != \"\"'"
 
 
-def read_yaml(text: str) -> Document:
+def parse_yaml(text: str) -> Document:
     """Return the document; text that isn't YAML gives an empty one and the problem."""
     try:
-        reader = _Reader(yaml.SafeLoader(text))
+        reader = _NodeReader(yaml.SafeLoader(text))
         node = reader.loader.get_single_node()
-        value = {} if node is None else reader.read(node, ())
+        value = {} if node is None else reader.read_node(node, ())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = None if mark is None else mark.line + 1
         said = str(error.problem or error.context)
-        hint = _QUOTES if _BEGINS_OTHERWISE.search(said) else ""
-        problem = Problem("(document)", f"not YAML: {said}", hint, line)
+        hint = _QUOTES_HINT if _UNQUOTED_VALUE.search(said) else ""
+        problem = ConfigProblem("(document)", f"not YAML: {said}", hint, line)
     except yaml.YAMLError:
-        problem = Problem("(document)", "not YAML: it has characters that YAML doesn't allow")
+        problem = ConfigProblem("(document)", "not YAML: it has characters that YAML doesn't allow")
     except RecursionError:
-        problem = Problem("(document)", "nested too deeply, or a part of itself")
+        problem = ConfigProblem("(document)", "nested too deeply, or a part of itself")
     except ValueError as error:
         # PyYAML takes texts for dates and numbers by their look: 2024-13-01.
-        problem = Problem("(document)", f"not YAML: {error}")
+        problem = ConfigProblem("(document)", f"not YAML: {error}")
     else:
         return Document(value=value, lines=reader.lines, problems=tuple(reader.problems))
     return Document(value={}, lines={}, problems=(problem,))
 
 
 @dataclass(slots=True)
-class _Reader:
+class _NodeReader:
     """Turns nodes into values by hand, because PyYAML forgets lines and repeated keys."""
 
     loader: yaml.SafeLoader
     lines: dict[KeyPath, int] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[ConfigProblem] = field(default_factory=list)
 
-    def read(self, node: yaml.Node, path: KeyPath) -> object:
+    def read_node(self, node: yaml.Node, path: KeyPath) -> object:
         self.lines.setdefault(path, node.start_mark.line + 1)
         match node:
             case yaml.MappingNode():
                 return self._mapping(node, path)
             case yaml.SequenceNode():
-                return [self.read(item, (*path, n)) for n, item in enumerate(node.value)]
+                return [self.read_node(item, (*path, n)) for n, item in enumerate(node.value)]
             case _:
                 return self.loader.construct_object(node)
 
@@ -99,7 +99,7 @@ class _Reader:
         for key_node, value_node in node.value:
             key = str(self.loader.construct_object(key_node, deep=True))
             self.lines[(*path, key)] = key_node.start_mark.line + 1
-            entries[key] = self.read(value_node, (*path, key))
+            entries[key] = self.read_node(value_node, (*path, key))
         return entries
 
     def _report_repeated(self, node: yaml.MappingNode, path: KeyPath) -> None:
@@ -107,15 +107,15 @@ class _Reader:
         for key_node, _ in node.value:
             key, line = str(key_node.value), key_node.start_mark.line + 1
             if key in first:
-                where = dotted((*path, key))
+                where = dotted_path((*path, key))
                 self.problems.append(
-                    Problem(where, f"given twice, first in line {first[key]}", line=line)
+                    ConfigProblem(where, f"given twice, first in line {first[key]}", line=line)
                 )
             first.setdefault(key, line)
 
 
 @dataclass(slots=True)
-class FillIn:
+class VariableSubstitution:
     """Fills ``${VAR}``, ``${VAR:-default}`` and ``${VAR:?message}`` into values, not into keys.
 
     As in a shell, ``:-`` and ``:?`` treat an empty variable like an unset one. A plain ``${VAR}``
@@ -165,14 +165,14 @@ class Override:
     text: str
 
 
-_PREFIX = "PGREALTIME_"
-_CONVENTIONS: Mapping[str, KeyPath] = {
+_VARIABLE_PREFIX = "PGREALTIME_"
+_PLATFORM_VARIABLES: Mapping[str, KeyPath] = {
     "DATABASE_URL": ("database", "url"),
     "PORT": ("server", "port"),
 }
 
 
-def overrides(environ: Mapping[str, str]) -> tuple[Override, ...]:
+def environment_overrides(environ: Mapping[str, str]) -> tuple[Override, ...]:
     """Return what the environment says, the weaker conventions first.
 
     ``DATABASE_URL`` and ``PORT`` are what platforms set; empty ones count as unset. Our own are
@@ -181,24 +181,24 @@ def overrides(environ: Mapping[str, str]) -> tuple[Override, ...]:
     """
     conventional = [
         Override(name, path, environ[name])
-        for name, path in _CONVENTIONS.items()
+        for name, path in _PLATFORM_VARIABLES.items()
         if environ.get(name)
     ]
     own = [
-        Override(name, _path_of(name), text)
+        Override(name, _path_of_variable(name), text)
         for name, text in sorted(environ.items())
-        if name.startswith(_PREFIX) and "__" in name
+        if name.startswith(_VARIABLE_PREFIX) and "__" in name
     ]
     return (*conventional, *own)
 
 
-def _path_of(variable: str) -> KeyPath:
-    parts = variable.removeprefix(_PREFIX).lower().split("__")
+def _path_of_variable(variable: str) -> KeyPath:
+    parts = variable.removeprefix(_VARIABLE_PREFIX).lower().split("__")
     return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
-def put(
-    tree: dict[str, object], override: Override, read_text: Callable[[KeyPath, str], object]
+def apply_override(
+    tree: dict[str, object], override: Override, parse_text: Callable[[KeyPath, str], object]
 ) -> KeyPath:
     """Set one override in the tree and return the path with the tree's own spelling.
 
@@ -208,7 +208,7 @@ def put(
     Args:
         tree: Changed in place.
         override: What to set.
-        read_text: What the text means at a path.
+        parse_text: What the text means at a path.
 
     Raises:
         LookupError: The path leads through a text, or to a list's item that isn't there.
@@ -217,36 +217,36 @@ def put(
     path: KeyPath = ()
     *outer, last = override.path
     for part in outer:
-        key = _spelling(place, part)
-        place = _step(place, key)
+        key = _existing_key(place, part)
+        place = _descend(place, key)
         path = (*path, key)
-    key = _spelling(place, last)
+    key = _existing_key(place, last)
     path = (*path, key)
     match place, key:
         case dict(), str():
             place.pop(f"{key}_file", None)
             place.pop(key.removesuffix("_file"), None)
-            place[key] = read_text(path, override.text)
+            place[key] = parse_text(path, override.text)
         case list(), int() if key < len(place):
-            place[key] = read_text(path, override.text)
+            place[key] = parse_text(path, override.text)
         case _:
             raise LookupError(override.variable)
     return path
 
 
-def _spelling(place: object, part: str | int) -> str | int:
-    if isinstance(place, dict):
-        return next((key for key in place if key.casefold() == str(part)), str(part))
+def _existing_key(node: object, part: str | int) -> str | int:
+    if isinstance(node, dict):
+        return next((key for key in node if key.casefold() == str(part)), str(part))
     return part
 
 
-def _step(place: object, key: str | int) -> object:
-    match place, key:
+def _descend(node: object, key: str | int) -> object:
+    match node, key:
         case dict(), str():
-            if place.get(key) is None:
-                place[key] = {}
-            return place[key]
-        case list(), int() if key < len(place):
-            return place[key]
+            if node.get(key) is None:
+                node[key] = {}
+            return node[key]
+        case list(), int() if key < len(node):
+            return node[key]
         case _:
             return None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class OsAccount:
     """Somebody to change to."""
 
     name: str
@@ -19,22 +19,22 @@ class Account:
     gid: int
 
 
-def server_account() -> Account | None:
+def server_account() -> OsAccount | None:
     """Return whom to change to, as PostgreSQL refuses to run as root; None if we may stay."""
     if os.geteuid() != 0:
         return None
     nobody = pwd.getpwnam("nobody")
-    return Account(nobody.pw_name, nobody.pw_uid, nobody.pw_gid)
+    return OsAccount(nobody.pw_name, nobody.pw_uid, nobody.pw_gid)
 
 
-def hand_over(path: Path, account: Account | None) -> None:
+def change_owner(path: Path, account: OsAccount | None) -> None:
     """Make a file or folder the account's."""
     if account is not None:
         os.chown(path, account.uid, account.gid)
 
 
-def start(
-    command: list[str], account: Account | None, *, folder: Path, output: int
+def start_program(
+    command: list[str], account: OsAccount | None, *, folder: Path, output: int
 ) -> subprocess.Popen[bytes]:
     """Start a program as the account.
 
@@ -50,7 +50,7 @@ def start(
     return subprocess.Popen(  # noqa: S603 (PostgreSQL's own programs, found by us)
         command,
         cwd=folder,
-        env=environment(),
+        env=clean_environment(),
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
@@ -60,8 +60,8 @@ def start(
     )
 
 
-def run(
-    command: list[str], account: Account | None, *, folder: Path, seconds: float
+def run_program(
+    command: list[str], account: OsAccount | None, *, folder: Path, seconds: float
 ) -> tuple[int, str]:
     """Run a program as the account to its end; return its exit status and what it printed.
 
@@ -71,7 +71,7 @@ def run(
     """
     # A file, not a pipe: one that is full would stop a program that prints much.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as printed:
-        process = start(command, account, folder=folder, output=printed.fileno())
+        process = start_program(command, account, folder=folder, output=printed.fileno())
         try:
             status = process.wait(seconds)
         finally:
@@ -80,7 +80,7 @@ def run(
         return status, printed.read()
 
 
-def environment() -> dict[str, str]:
+def clean_environment() -> dict[str, str]:
     """Return our environment without what tells libpq and the server of other databases."""
     kept = {name: value for name, value in os.environ.items() if not is_libpq_variable(name)}
     return {**kept, "LC_ALL": "C"}

@@ -9,9 +9,9 @@ from typing import Any, Final, LiteralString, TypeAlias
 
 from psycopg import AsyncClientCursor, AsyncConnection
 
-Connection: TypeAlias = AsyncConnection[Any]
+DatabaseConnection: TypeAlias = AsyncConnection[Any]
 
-_ROWS: LiteralString = """
+_ROWS_QUERY: LiteralString = """
 SELECT json_build_object(
   'people', (SELECT json_agg(u ORDER BY u.id) FROM users u),
   'projects', (SELECT coalesce(json_agg(p ORDER BY p.id), '[]') FROM (
@@ -38,22 +38,22 @@ STATEMENTS: Final[Mapping[str, LiteralString]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Operation:
     """One thing to do."""
 
-    name: str
+    statement_name: str
     """Of a statement."""
-    values: Mapping[str, object]
+    arguments: Mapping[str, object]
     """What the statement needs; more than that is no harm."""
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class OperationResult:
     """What a step came to."""
 
     sql: str
     """The statement with its values, as one would type it."""
-    id: str | None
+    row_id: str | None
     """Of the row that changed; None if there was none to change."""
 
 
@@ -64,27 +64,27 @@ class Application:
         connection: In autocommit.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: DatabaseConnection) -> None:
         self._connection = connection
 
-    async def rows(self) -> dict[str, Any]:
+    async def fetch_rows(self) -> dict[str, Any]:
         """Return all rows by table, the users as ``people``, named as in the records."""
-        cursor = await self._connection.execute(_ROWS)
+        cursor = await self._connection.execute(_ROWS_QUERY)
         row = await cursor.fetchone()
         assert row is not None
         rows: dict[str, Any] = json.loads(row[0])
         return rows
 
-    async def do(self, step: Step) -> Done:
+    async def execute(self, operation: Operation) -> OperationResult:
         """Run a step's statement.
 
         Raises:
             KeyError: There is no such statement, or a value is missing.
             psycopg.DataError, psycopg.IntegrityError: A value doesn't fit.
         """
-        statement = STATEMENTS[step.name]
+        statement = STATEMENTS[operation.statement_name]
         async with AsyncClientCursor(self._connection) as cursor:
-            text = cursor.mogrify(statement, step.values)
-            await cursor.execute(statement + " RETURNING id::text", step.values)
+            text = cursor.mogrify(statement, operation.arguments)
+            await cursor.execute(statement + " RETURNING id::text", operation.arguments)
             row = await cursor.fetchone()
-        return Done(sql=f"{text};", id=None if row is None else row[0])
+        return OperationResult(sql=f"{text};", row_id=None if row is None else row[0])

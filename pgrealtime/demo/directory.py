@@ -16,11 +16,11 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pgrealtime.demo.account import Account, hand_over
+from pgrealtime.demo.account import OsAccount, change_owner
 from pgrealtime.errors import SetupError
 
 PREFIX = "pgrealtime-demo."
-_UNBORN = "pgrealtime-new."
+_UNLOCKED_PREFIX = "pgrealtime-new."
 """Until it is locked a folder has another name, so that nobody takes it for left behind."""
 
 _END_SECONDS = 10.0
@@ -28,7 +28,7 @@ _POLL_SECONDS = 0.02
 
 
 @contextmanager
-def directory(account: Account | None) -> Iterator[Path]:
+def server_directory(account: OsAccount | None) -> Iterator[Path]:
     """Make a folder that is the account's; remove what others left behind, and this at the end.
 
     Raises:
@@ -36,20 +36,20 @@ def directory(account: Account | None) -> Iterator[Path]:
     """
     parent = _parent()
     owners = {os.geteuid()} | ({account.uid} if account else set())
-    sweep(parent, owners)
+    remove_stale_directories(parent, owners)
     try:
-        unborn = Path(tempfile.mkdtemp(prefix=_UNBORN, dir=parent))
+        unborn = Path(tempfile.mkdtemp(prefix=_UNLOCKED_PREFIX, dir=parent))
         lock = os.open(unborn, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise _unwritable(str(error)) from error
+        raise _unwritable_error(str(error)) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        hand_over(unborn, account)
-        path = unborn.rename(parent / unborn.name.replace(_UNBORN, PREFIX))
+        change_owner(unborn, account)
+        path = unborn.rename(parent / unborn.name.replace(_UNLOCKED_PREFIX, PREFIX))
         try:
             yield path
         finally:
-            remove(path)
+            remove_directory(path)
     finally:
         os.close(lock)
 
@@ -58,10 +58,10 @@ def _parent() -> Path:
     try:
         return Path(tempfile.gettempdir()).resolve()
     except FileNotFoundError as error:
-        raise _unwritable(str(error)) from error
+        raise _unwritable_error(str(error)) from error
 
 
-def _unwritable(detail: str) -> SetupError:
+def _unwritable_error(detail: str) -> SetupError:
     return SetupError(
         "no directory can be written to",
         detail=detail,
@@ -70,30 +70,30 @@ def _unwritable(detail: str) -> SetupError:
     )
 
 
-def sweep(parent: Path, owners: Collection[int]) -> None:
+def remove_stale_directories(parent: Path, owners: Collection[int]) -> None:
     """Remove every folder of a demo that isn't running any more, and end its server.
 
     Args:
         parent: Where such folders are.
         owners: User ids whose folders are ours to remove.
     """
-    for path in (*parent.glob(f"{PREFIX}*"), *parent.glob(f"{_UNBORN}*")):
+    for path in (*parent.glob(f"{PREFIX}*"), *parent.glob(f"{_UNLOCKED_PREFIX}*")):
         with suppress(OSError):  # another's, still in use, or gone meanwhile
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                if os.fstat(fd).st_uid in owners and _is_old_enough(path, fd):
+                if os.fstat(fd).st_uid in owners and _is_abandoned(path, fd):
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    remove(path)
+                    remove_directory(path)
             finally:
                 os.close(fd)
 
 
-def _is_old_enough(path: Path, fd: int) -> bool:
+def _is_abandoned(path: Path, fd: int) -> bool:
     """Whether nobody can be about to lock it."""
     return path.name.startswith(PREFIX) or time.time() - os.fstat(fd).st_mtime > _END_SECONDS
 
 
-def remove(path: Path) -> None:
+def remove_directory(path: Path) -> None:
     """End the server of a folder, if it still runs, and remove the folder, whatever is missing."""
     _end_server(path / "data")
     shutil.rmtree(path, ignore_errors=True)

@@ -22,9 +22,9 @@ from types import FrameType
 from typing import NoReturn
 
 from pgrealtime.demo import account as accounts
-from pgrealtime.demo.account import Account
-from pgrealtime.demo.directory import directory
-from pgrealtime.demo.programs import Programs, find
+from pgrealtime.demo.account import OsAccount
+from pgrealtime.demo.directory import server_directory
+from pgrealtime.demo.programs import ServerPrograms, find_programs
 from pgrealtime.errors import PgRealtimeError, SetupError
 
 _INITDB_SECONDS = 120.0
@@ -35,12 +35,12 @@ _ATTEMPTS = 3
 """A port that was free may be taken a moment later."""
 
 _STOP_SECONDS = 20.0
-_TOLD_LINES = 5
+_MAX_LOG_LINES = 5
 _STATE_LINE = 7
 
 _USER = "demo"
 
-_SETTINGS = (
+_SERVER_SETTINGS = (
     *("listen_addresses=127.0.0.1", "unix_socket_directories="),
     *("wal_level=logical", "max_wal_senders=10", "max_replication_slots=10"),
     # Small, and quick to make and to end: nobody needs it tomorrow.
@@ -50,27 +50,27 @@ _SETTINGS = (
 
 def main(arguments: list[str]) -> int:
     """Keep a server until the input ends; print one JSON line once it is there, or why it isn't."""
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         account = accounts.server_account()
-        with directory(account) as folder:
-            programs = find(account, folder, embedded="--embedded" in arguments)
-            with _server(programs, account, folder) as (server, url):
+        with server_directory(account) as folder:
+            programs = find_programs(account, folder, embedded="--embedded" in arguments)
+            with _running_server(programs, account, folder) as (server, url):
                 facts = {"version": programs.version, "origin": programs.origin}
-                _tell(url=url, directory=str(folder), **facts)
-                _wait(server)
+                _print_facts(url=url, directory=str(folder), **facts)
+                _wait_for_end(server)
     except PgRealtimeError as error:
-        _tell(error=[error.message, error.detail, error.hint, error.error_code])
+        _print_facts(error=[error.message, error.detail, error.hint, error.error_code])
         return 1
     return 0
 
 
-def _end(_number: int, _frame: FrameType | None) -> NoReturn:
+def _exit_on_signal(_number: int, _frame: FrameType | None) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise SystemExit(0)
 
 
-def _tell(**facts: object) -> None:
+def _print_facts(**facts: object) -> None:
     try:
         sys.stdout.write(json.dumps(facts) + "\n")
         sys.stdout.flush()
@@ -78,7 +78,7 @@ def _tell(**facts: object) -> None:
         raise SystemExit(1) from None  # nobody is there to be served
 
 
-def _wait(server: subprocess.Popen[bytes]) -> None:
+def _wait_for_end(server: subprocess.Popen[bytes]) -> None:
     """Return when the input ends, or the server."""
     while server.poll() is None:
         readable, _, _ = select.select([sys.stdin], [], [], _WATCH_SECONDS)
@@ -87,8 +87,8 @@ def _wait(server: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def _server(
-    programs: Programs, account: Account | None, folder: Path
+def _running_server(
+    programs: ServerPrograms, account: OsAccount | None, folder: Path
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """Make a cluster and start its server; end it when the block is left.
 
@@ -97,68 +97,74 @@ def _server(
     """
     password = secrets.token_urlsafe(12)
     _make_cluster(programs, account, folder, password)
-    server, port = _start(programs, account, folder)
+    server, port = _start_server(programs, account, folder)
     try:
         yield server, f"postgresql://{_USER}:{password}@127.0.0.1:{port}/postgres"
     finally:
-        _stop(server)
+        _stop_server(server)
 
 
-def _make_cluster(programs: Programs, account: Account | None, folder: Path, password: str) -> None:
+def _make_cluster(
+    programs: ServerPrograms, account: OsAccount | None, folder: Path, password: str
+) -> None:
     # In a file, since arguments are for all to see; and a password at all, since others on this
     # machine reach 127.0.0.1 too, and a superuser can run programs.
     secret = folder / "password"
     secret.touch(mode=0o600)
     secret.write_text(password)
-    accounts.hand_over(secret, account)
+    accounts.change_owner(secret, account)
     command = [
         *(str(programs.folder / "initdb"), f"--pgdata={folder / 'data'}", f"--username={_USER}"),
         *("--auth=scram-sha-256", f"--pwfile={secret}", "--encoding=UTF8", "--locale=C"),
         "--no-sync",
     ]
     try:
-        status, told = accounts.run(command, account, folder=folder, seconds=_INITDB_SECONDS)
+        status, told = accounts.run_program(
+            command, account, folder=folder, seconds=_INITDB_SECONDS
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         status, told = 1, str(error)
     secret.unlink()
     if status != 0:
-        raise _failed(told)
+        raise _start_error(told)
 
 
-def _start(
-    programs: Programs, account: Account | None, folder: Path
+def _start_server(
+    programs: ServerPrograms, account: OsAccount | None, folder: Path
 ) -> tuple[subprocess.Popen[bytes], int]:
-    settings = [*_SETTINGS, *_decoders(programs, account, folder)]
+    settings = [*_SERVER_SETTINGS, *_decoder_settings(programs, account, folder)]
     for _ in range(_ATTEMPTS):
         port = _free_port()
         command = [str(programs.folder / "postgres"), f"-D{folder / 'data'}"]
         command += [f"--{setting}" for setting in (f"port={port}", *settings)]
         with (folder / "log").open("wb") as log:
-            server = accounts.start(command, account, folder=folder, output=log.fileno())
+            server = accounts.start_program(command, account, folder=folder, output=log.fileno())
         try:
-            if _gets_ready(server, folder / "data"):
+            if _wait_until_ready(server, folder / "data"):
                 return server, port
         except BaseException:
-            _stop(server)
+            _stop_server(server)
             raise
-        _stop(server)
-    raise _failed((folder / "log").read_text(errors="replace"))
+        _stop_server(server)
+    raise _start_error((folder / "log").read_text(errors="replace"))
 
 
-def _decoders(programs: Programs, account: Account | None, folder: Path) -> tuple[str, ...]:
+def _decoder_settings(
+    programs: ServerPrograms, account: OsAccount | None, folder: Path
+) -> tuple[str, ...]:
     """Return the setting that allows both decoders, where the server knows it.
 
     Minor releases of 2026 refuse other decoders than those named.
     """
     command = [str(programs.folder / "postgres"), f"-D{folder / 'data'}"]
     command += ["-C", "output_plugin_libraries"]
-    status, _ = accounts.run(command, account, folder=folder, seconds=_START_SECONDS)
+    status, _ = accounts.run_program(command, account, folder=folder, seconds=_START_SECONDS)
     if status != 0:
         return ()
     return ("output_plugin_libraries=pgoutput, wal2json",)
 
 
-def _gets_ready(server: subprocess.Popen[bytes], data: Path) -> bool:
+def _wait_until_ready(server: subprocess.Popen[bytes], data: Path) -> bool:
     """Wait until the server takes connections; return False if it ended or took too long."""
     deadline = time.monotonic() + _START_SECONDS
     while server.poll() is None and time.monotonic() < deadline:
@@ -171,7 +177,7 @@ def _gets_ready(server: subprocess.Popen[bytes], data: Path) -> bool:
     return False
 
 
-def _stop(server: subprocess.Popen[bytes]) -> None:
+def _stop_server(server: subprocess.Popen[bytes]) -> None:
     server.send_signal(signal.SIGQUIT)  # "immediate": there is nothing to save
     try:
         server.wait(_STOP_SECONDS)
@@ -180,11 +186,11 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
         server.wait()
 
 
-def _failed(told: str) -> SetupError:
-    lines = [line for line in told.splitlines() if line.strip()]
+def _start_error(output: str) -> SetupError:
+    lines = [line for line in output.splitlines() if line.strip()]
     return SetupError(
         "the demo's PostgreSQL doesn't start",
-        detail="\n".join(lines[-_TOLD_LINES:]),
+        detail="\n".join(lines[-_MAX_LOG_LINES:]),
         code="server_not_started",
     )
 

@@ -14,30 +14,30 @@ import psycopg
 from aiohttp import web
 
 from pgrealtime.config.model import CollectionConfig
-from pgrealtime.demo.application import Application, Step
-from pgrealtime.demo.writer import Writer, fresh_title
+from pgrealtime.demo.application import Application, Operation
+from pgrealtime.demo.writer import Writer, new_task_title
 
 _TOKEN_SECONDS = 12 * 3600.0
 
-_POLICY = (
+_CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline';"
     " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 )
 """One file of our own, and nothing from anywhere else."""
 
 
-_HERE = re.compile(r"(?i)(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
+_LOCAL_HOST = re.compile(r"(?i)(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
 """Names that nobody else's server can have; the port is another's behind a tunnel."""
 
 
-def signed(secret: str, claims: Mapping[str, object]) -> str:
+def sign_token(secret: str, claims: Mapping[str, object]) -> str:
     """Return a token as the application's own login would make it."""
     expiry = time.time() + _TOKEN_SECONDS
     return jwt.encode({**claims, "exp": expiry}, secret, algorithm="HS256")
 
 
 @web.middleware
-async def only_from_here(
+async def reject_other_origins(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Refuse what a page of another origin sends.
@@ -47,7 +47,10 @@ async def only_from_here(
     resolved to 127.0.0.1 and so share our origin, but then that name is in ``Host``.
     """
     origin = request.headers.get("Origin", f"http://{request.host}")
-    if not _HERE.fullmatch(request.host) or origin.lower() != f"http://{request.host}".lower():
+    if (
+        not _LOCAL_HOST.fullmatch(request.host)
+        or origin.lower() != f"http://{request.host}".lower()
+    ):
         raise web.HTTPForbidden(text="open the demo by its address, on the machine where it runs\n")
     return await handler(request)
 
@@ -84,30 +87,30 @@ class Page:
 
     def add_to(self, app: web.Application) -> None:
         """Add the routes beside the API's, so that the page has the API's origin."""
-        app.middlewares.append(only_from_here)
+        app.middlewares.append(reject_other_origins)
         app.add_routes(
             [
-                web.get("/", self.show),
-                web.get("/demo/state", self.state),
-                web.post("/demo/step", self.step),
-                web.post("/demo/writer", self.let_write),
+                web.get("/", self.get_page),
+                web.get("/demo/state", self.get_state),
+                web.post("/demo/step", self.post_step),
+                web.post("/demo/writer", self.post_writer),
             ]
         )
 
-    async def show(self, _request: web.Request) -> web.Response:
+    async def get_page(self, _request: web.Request) -> web.Response:
         """Answer with the page."""
-        headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
+        headers = {"Content-Security-Policy": _CONTENT_SECURITY_POLICY, "Cache-Control": "no-cache"}
         return web.Response(text=self._html, content_type="text/html", headers=headers)
 
-    async def state(self, _request: web.Request) -> web.Response:
+    async def get_state(self, _request: web.Request) -> web.Response:
         """Answer with all rows, everybody's token, and the rules."""
-        rows = await self._application.rows()
+        rows = await self._application.fetch_rows()
         for person in rows["people"]:
-            person["token"] = signed(self._secret, {"sub": person["id"]})
+            person["token"] = sign_token(self._secret, {"sub": person["id"]})
         return web.json_response(
             {
                 **rows,
-                "watcher": signed(self._secret, {"sub": "watcher", "role": "admin"}),
+                "watcher": sign_token(self._secret, {"sub": "watcher", "role": "admin"}),
                 "rules": self._rules,
                 "server": self._server,
                 "writing": self._writer.is_writing,
@@ -115,26 +118,26 @@ class Page:
             headers={"Cache-Control": "no-store"},
         )
 
-    async def step(self, request: web.Request) -> web.Response:
+    async def post_step(self, request: web.Request) -> web.Response:
         """Do what the body says: ``{"do": NAME, ...}``; answer with the SQL and the row's id."""
-        values = await _object(request)
-        self._writer.give_way()
+        values = await _json_object(request)
+        self._writer.defer()
         if values.get("do") == "add":
-            rows = await self._application.rows()
-            values["title"] = fresh_title(rows, str(values.get("id")), self._random)
+            rows = await self._application.fetch_rows()
+            values["title"] = new_task_title(rows, str(values.get("id")), self._random)
         try:
-            done = await self._application.do(Step(str(values.get("do")), values))
+            done = await self._application.execute(Operation(str(values.get("do")), values))
         except (KeyError, psycopg.DataError, psycopg.IntegrityError, psycopg.ProgrammingError):
             raise web.HTTPBadRequest(text="no such step") from None
-        return web.json_response({"sql": done.sql, "id": done.id})
+        return web.json_response({"sql": done.sql, "id": done.row_id})
 
-    async def let_write(self, request: web.Request) -> web.Response:
+    async def post_writer(self, request: web.Request) -> web.Response:
         """Start or stop the writer: ``{"writing": true}``."""
-        self._writer.allow(writing=(await _object(request)).get("writing") is True)
+        self._writer.set_writing(writing=(await _json_object(request)).get("writing") is True)
         return web.json_response({"writing": self._writer.is_writing})
 
 
-async def _object(request: web.Request) -> dict[str, Any]:
+async def _json_object(request: web.Request) -> dict[str, Any]:
     try:
         body = await request.json()
     except ValueError:

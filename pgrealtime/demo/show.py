@@ -18,17 +18,17 @@ from random import Random
 import psycopg
 
 from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.collections.build import build, table_names
-from pgrealtime.config.load import load
+from pgrealtime.collections.build import build_collections, configured_table_names
+from pgrealtime.config.load import load_config
 from pgrealtime.config.model import Config
 from pgrealtime.demo.account import is_libpq_variable
-from pgrealtime.demo.application import Application, Connection
+from pgrealtime.demo.application import Application, DatabaseConnection
 from pgrealtime.demo.page import Page
-from pgrealtime.demo.server import Server, throwaway_server
+from pgrealtime.demo.server import ThrowawayServer, throwaway_server
 from pgrealtime.demo.writer import Writer
 from pgrealtime.errors import PgRealtimeError, SetupError
-from pgrealtime.observe.log import configure
-from pgrealtime.service.build import running
+from pgrealtime.observe.log import configure_logging
+from pgrealtime.service.build import run_service
 from pgrealtime.service.streamed_tables import streamed_tables
 from pgrealtime.wal.publication import publication_sql
 
@@ -36,14 +36,16 @@ _HOST = "127.0.0.1"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-async def show(*, port: int, embedded: bool, browse: bool, say: Callable[[str], object]) -> None:
+async def run_demo(
+    *, port: int, embedded: bool, open_browser: bool, print_line: Callable[[str], object]
+) -> None:
     """Run the demo until a signal ends it; then nothing of it is left.
 
     Args:
         port: Of the page.
         embedded: Take the wheel's server even if this machine has one.
-        browse: Open the page in a browser.
-        say: Takes lines for people.
+        open_browser: Open the page in a browser.
+        print_line: Takes lines for people.
 
     Raises:
         PgRealtimeError: It can't start, or can't go on.
@@ -54,21 +56,25 @@ async def show(*, port: int, embedded: bool, browse: bool, say: Callable[[str], 
     for name in filter(is_libpq_variable, list(os.environ)):
         del os.environ[name]  # they tell libpq of other databases
     async with asyncio.TaskGroup() as group:
-        showing = group.create_task(_show(port, say, embedded=embedded, browse=browse))
+        showing = group.create_task(
+            _run_until_cancelled(port, print_line, embedded=embedded, open_browser=open_browser)
+        )
         await stop.wait()
         showing.cancel()
-    say("\nStopped. Nothing is left of it.")
+    print_line("\nStopped. Nothing is left of it.")
 
 
-async def _show(port: int, say: Callable[[str], object], *, embedded: bool, browse: bool) -> None:
+async def _run_until_cancelled(
+    port: int, print_line: Callable[[str], object], *, embedded: bool, open_browser: bool
+) -> None:
     _check_port(port)
     started = time.monotonic()
-    say("Starting a PostgreSQL of its own ...")
-    async with throwaway_server(embedded=embedded) as server, _connected(server.url) as connection:
+    print_line("Starting a PostgreSQL of its own ...")
+    async with throwaway_server(embedded=embedded) as server, _connect(server.url) as connection:
         secret = secrets.token_urlsafe(32)
-        config = _configuration(server.url, port, secret)
-        configure(config.logging)
-        await _prepare(connection, config)
+        config = _demo_config(server.url, port, secret)
+        configure_logging(config.logging)
+        await _create_tables(connection, config)
         application, random = Application(connection), Random()  # noqa: S311 (jokes, no secrets)
         writer = Writer(application, random)
         page = Page(
@@ -79,10 +85,10 @@ async def _show(port: int, say: Callable[[str], object], *, embedded: bool, brow
             server=f"PostgreSQL {server.version}",
             random=random,
         )
-        async with running(config, extend=page.add_to) as service:
+        async with run_service(config, extend_app=page.add_to) as service:
             url = f"http://{_HOST}:{service.port}/"
-            say(_welcome(server, url, time.monotonic() - started))
-            if browse and _has_display():
+            print_line(_welcome_text(server, url, time.monotonic() - started))
+            if open_browser and _has_display():
                 await asyncio.to_thread(webbrowser.open, url)
             async with asyncio.TaskGroup() as group:
                 group.create_task(writer.run(), name="writer")
@@ -112,10 +118,10 @@ def _check_port(port: int) -> None:
         ) from error
 
 
-def _configuration(url: str, port: int, secret: str) -> Config:
+def _demo_config(url: str, port: int, secret: str) -> Config:
     """Return what ``demo.yaml`` says, for this run; nothing of the environment gets in."""
     with as_file(files("pgrealtime.demo").joinpath("demo.yaml")) as path:
-        return load(
+        return load_config(
             path,
             {
                 "DATABASE_URL": url,
@@ -131,7 +137,7 @@ def _configuration(url: str, port: int, secret: str) -> Config:
 
 
 @asynccontextmanager
-async def _connected(url: str) -> AsyncIterator[Connection]:
+async def _connect(url: str) -> AsyncIterator[DatabaseConnection]:
     try:
         connection = await psycopg.AsyncConnection.connect(url, autocommit=True)
     except psycopg.OperationalError as error:
@@ -142,18 +148,18 @@ async def _connected(url: str) -> AsyncIterator[Connection]:
         yield connection
 
 
-async def _prepare(connection: Connection, config: Config) -> None:
+async def _create_tables(connection: DatabaseConnection, config: Config) -> None:
     """Create the application's tables, and the publication that pgoutput needs of them."""
     tables = files("pgrealtime.demo").joinpath("demo.sql").read_bytes()
     await connection.execute(tables)
-    names = table_names(config.collections, config.database.schemas)
+    names = configured_table_names(config.collections, config.database.schemas)
     catalog = await read_catalog(connection, names=names)
-    streamed = streamed_tables(build(config.collections, catalog)).values()
+    streamed = streamed_tables(build_collections(config.collections, catalog)).values()
     publication = publication_sql(config.replication.publication, streamed, catalog.server_version)
     await connection.execute(publication.encode())
 
 
-def _welcome(server: Server, url: str, seconds: float) -> str:
+def _welcome_text(server: ThrowawayServer, url: str, seconds: float) -> str:
     return f"""
   Open       {url}
   Database   {server.url}

@@ -10,20 +10,20 @@ from typing import Any, Final
 
 import psycopg
 
-from pgrealtime.demo.application import Application, Step
+from pgrealtime.demo.application import Application, Operation
 
 _PAUSE_SECONDS = (1.1, 2.4)
-_MANNERS_SECONDS = 8.0
+_DEFER_SECONDS = 8.0
 """How long it waits after somebody did something on the page, who wants to see what came of it."""
 
-_FEWEST_TASKS = 3
-_MOST_TASKS = 5
+_MIN_TASKS = 3
+_MAX_TASKS = 5
 
-_ADDS = 0.25
-_ASSIGNS = 0.3
+_ADD_PROBABILITY = 0.25
+_ASSIGN_PROBABILITY = 0.3
 """How often it does that where it could as well tick something."""
 
-IDEAS: Final[Mapping[str, Sequence[str]]] = {
+TASK_TITLES: Final[Mapping[str, Sequence[str]]] = {
     "1": (
         "Hide 40 people behind one sofa",
         "Rehearse looking innocent",
@@ -52,25 +52,25 @@ IDEAS: Final[Mapping[str, Sequence[str]]] = {
 """Titles of new tasks, by project."""
 
 
-def next_step(rows: Mapping[str, Any], random: Random) -> Step:
+def next_operation(rows: Mapping[str, Any], random: Random) -> Operation:
     """Return something that a person might do next; projects stay at about four tasks each."""
     project = random.choice(rows["projects"])["id"]
     tasks = [task for task in rows["tasks"] if task["project"] == project]
     done = [task for task in tasks if task["done"]]
-    if len(tasks) < _FEWEST_TASKS or (len(tasks) < _MOST_TASKS and random.random() < _ADDS):
-        return Step("add", {"id": project, "title": fresh_title(rows, project, random)})
-    if done and len(tasks) >= _MOST_TASKS:
-        return Step("drop", {"id": random.choice(done)["id"]})
+    if len(tasks) < _MIN_TASKS or (len(tasks) < _MAX_TASKS and random.random() < _ADD_PROBABILITY):
+        return Operation("add", {"id": project, "title": new_task_title(rows, project, random)})
+    if done and len(tasks) >= _MAX_TASKS:
+        return Operation("drop", {"id": random.choice(done)["id"]})
     task = random.choice(tasks)
     people = [one["user"] for one in rows["members"] if one["project"] == project]
-    if people and random.random() < _ASSIGNS:
-        return Step("assign", {"id": task["id"], "user": random.choice(people)})
-    return Step("finish", {"id": task["id"], "done": not task["done"]})
+    if people and random.random() < _ASSIGN_PROBABILITY:
+        return Operation("assign", {"id": task["id"], "user": random.choice(people)})
+    return Operation("finish", {"id": task["id"], "done": not task["done"]})
 
 
-def fresh_title(rows: Mapping[str, Any], project: str, random: Random) -> str:
+def new_task_title(rows: Mapping[str, Any], project: str, random: Random) -> str:
     """Return a title for a new task, one that isn't there already if possible."""
-    ideas = IDEAS.get(project, IDEAS["2"])
+    ideas = TASK_TITLES.get(project, TASK_TITLES["2"])
     taken = {task["title"] for task in rows["tasks"]}
     return random.choice([idea for idea in ideas if idea not in taken] or list(ideas))
 
@@ -86,36 +86,36 @@ class Writer:
     def __init__(self, application: Application, random: Random) -> None:
         self._application = application
         self._random = random
-        self._allowed = asyncio.Event()
-        self._allowed.set()
-        self._quiet_until = 0.0
+        self._may_write = asyncio.Event()
+        self._may_write.set()
+        self._deferred_until = 0.0
 
     @property
     def is_writing(self) -> bool:
         """Whether it may write."""
-        return self._allowed.is_set()
+        return self._may_write.is_set()
 
-    def allow(self, *, writing: bool) -> None:
+    def set_writing(self, *, writing: bool) -> None:
         """Let it write from now on, or not."""
         if writing:
-            self._quiet_until = 0.0
-            self._allowed.set()
+            self._deferred_until = 0.0
+            self._may_write.set()
         else:
-            self._allowed.clear()
+            self._may_write.clear()
 
-    def give_way(self) -> None:
+    def defer(self) -> None:
         """Leave the next few seconds to somebody else."""
-        self._quiet_until = asyncio.get_running_loop().time() + _MANNERS_SECONDS
+        self._deferred_until = asyncio.get_running_loop().time() + _DEFER_SECONDS
 
     async def run(self) -> None:
         """Write until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self._random.uniform(*_PAUSE_SECONDS))
-            await self._allowed.wait()
-            if loop.time() < self._quiet_until:
+            await self._may_write.wait()
+            if loop.time() < self._deferred_until:
                 continue
             # Somebody may have removed the row meanwhile.
             with suppress(psycopg.IntegrityError):
-                rows = await self._application.rows()
-                await self._application.do(next_step(rows, self._random))
+                rows = await self._application.fetch_rows()
+                await self._application.execute(next_operation(rows, self._random))

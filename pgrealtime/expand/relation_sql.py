@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from pgrealtime.auth.record import plain_id
-from pgrealtime.catalog.keys import canonical_id, native_name
+from pgrealtime.auth.record import unpadded_id
+from pgrealtime.catalog.keys import canonical_id, native_key_type
 from pgrealtime.catalog.model import Column, Table
 from pgrealtime.catalog.naming import identifier
 from pgrealtime.changes import Change, Delete, Insert, Row, Update
 from pgrealtime.collections.model import Collection, FieldKind
-from pgrealtime.expand.plan import Step, ids_in_array
+from pgrealtime.expand.plan import RelationHop, ids_in_array
 from pgrealtime.rules.sql.row_images import Overlay
 
 _BACK_LIMIT = 1000
@@ -26,46 +26,46 @@ _FORWARD_LIMIT = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Linking:
+class RelationQuery:
     """How the ids are found that a relation leads to, where the row doesn't hold them."""
 
     table: Table
-    match: Column
+    match_column: Column
     """Holds the id of the record that is asked about, perhaps in an array."""
-    result: Column
+    result_column: Column
     source: Collection
     """Whose ids are asked about."""
-    is_of_record: bool
+    is_collection_table: bool
     """The table is a collection's, and ``result`` its key."""
     limit: int
 
-    def sources(self, row: Row) -> list[str]:
+    def source_ids(self, row: Row) -> list[str]:
         """Return the ids that a row of the table matches."""
-        text = row.get(self.match.name)
+        text = row.get(self.match_column.name)
         if not text:
             return []
-        if self.match.type.base.element is None:
-            return [plain_id(self.source, text)]
+        if self.match_column.type.base.element is None:
+            return [unpadded_id(self.source, text)]
         return ids_in_array(text)
 
-    def usable(self, ids: Iterable[str]) -> list[str]:
+    def valid_ids(self, ids: Iterable[str]) -> list[str]:
         """Return the ids that can be asked for without an error."""
-        type_ = self.match.type.base.element or self.match.type
+        type_ = self.match_column.type.base.element or self.match_column.type
         return [one for one in ids if canonical_id(one, type_) is not None]
 
     @property
     def statement(self) -> sql.Composed:
         """Return the query; its rows are ids that are asked about and ids they lead to."""
-        element = self.match.type.base.element
-        type_ = element or self.match.type
-        native = native_name(type_)
-        match: sql.Composable = identifier("t", self.match.name)
+        element = self.match_column.type.base.element
+        type_ = element or self.match_column.type
+        native = native_key_type(type_)
+        match: sql.Composable = identifier("t", self.match_column.name)
         asked = sql.SQL("k.id::pg_catalog.{}").format(identifier(native or "text"))
-        if not self.match.is_deterministic:  # which would take other ids for the same
+        if not self.match_column.is_deterministic:  # which would take other ids for the same
             asked = sql.SQL('{} COLLATE pg_catalog."C"').format(asked)
         if element is None:
             shape = "{match} OPERATOR(pg_catalog.=) {asked}"
-        elif native and element.domain_of is None and self.match.is_deterministic:
+        elif native and element.domain_of is None and self.match_column.is_deterministic:
             # No operator has arrays of both a domain and its base.
             shape = "{match} OPERATOR(pg_catalog.@>) ARRAY[{asked}]"
         else:
@@ -77,96 +77,98 @@ class Linking:
             " CROSS JOIN LATERAL"
             " (SELECT {result} AS id FROM {table} t WHERE {condition} LIMIT {limit}) l"
         ).format(
-            result=identifier("t", self.result.name),
+            result=identifier("t", self.result_column.name),
             table=identifier(*self.table.name),
             condition=sql.SQL(shape).format(match=match, asked=asked),
             limit=sql.Literal(self.limit),
         )
 
 
-def linking_of(step: Step) -> Linking:
+def relation_query(hop: RelationHop) -> RelationQuery:
     """Return how the ids are found that a step leads to, unless they are in the row."""
-    owner, relation = step.owner, step.field.relation
+    owner, relation = hop.owner, hop.field.relation
     assert relation is not None
-    limit = _BACK_LIMIT if step.is_back else _FORWARD_LIMIT
+    limit = _BACK_LIMIT if hop.is_back else _FORWARD_LIMIT
     junction = relation.junction
     if junction is None:
-        assert step.field.column is not None
-        return Linking(
+        assert hop.field.column is not None
+        return RelationQuery(
             table=owner.table,
-            match=step.field.column,
-            result=owner.key,
-            source=step.source,
-            is_of_record=True,
+            match_column=hop.field.column,
+            result_column=owner.key,
+            source=hop.source,
+            is_collection_table=True,
             limit=limit,
         )
-    here, there = junction.source, junction.target
-    return Linking(
+    here, there = junction.source_column, junction.target_column
+    return RelationQuery(
         table=junction.table,
-        match=_column(junction.table, there if step.is_back else here),
-        result=_column(junction.table, here if step.is_back else there),
-        source=step.source,
-        is_of_record=False,
+        match_column=_column(junction.table, there if hop.is_back else here),
+        result_column=_column(junction.table, here if hop.is_back else there),
+        source=hop.source,
+        is_collection_table=False,
         limit=limit,
     )
 
 
 def _column(table: Table, name: str) -> Column:
-    column = table.column(name)
+    column = table.find_column(name)
     assert column is not None
     return column
 
 
-def links_before(
-    linking: Linking, overlay: Overlay, source: str, ids: Iterable[str]
+def ids_before_overlay(
+    query: RelationQuery, overlay: Overlay, source_id: str, target_ids: Iterable[str]
 ) -> set[str] | None:
     """Return the ids that a record led to before the changes of an overlay of the table.
 
     Returns:
         None if that isn't known, as an old image doesn't say whose link it was.
     """
-    if not overlay.has((linking.match.name, linking.result.name)):
+    if not overlay.has_columns((query.match_column.name, query.result_column.name)):
         return None
-    found = set(ids)
-    for row in overlay.touched:
+    found = set(target_ids)
+    for row in overlay.changed_rows:
         # A record has one row, wherever it points now; a junction table has one per pair.
-        if linking.is_of_record or source in linking.sources(row):
-            found.discard(row.get(linking.result.name) or "")
-    for row in overlay.before:
-        target = row.get(linking.result.name)
-        if target and source in linking.sources(row):
+        if query.is_collection_table or source_id in query.source_ids(row):
+            found.discard(row.get(query.result_column.name) or "")
+    for row in overlay.old_images:
+        target = row.get(query.result_column.name)
+        if target and source_id in query.source_ids(row):
             found.add(target)
     return found
 
 
-def links_undone(
-    linking: Linking, changes: Sequence[Change], source: str, ids: Iterable[str]
+def ids_before_changes(
+    query: RelationQuery, changes: Sequence[Change], source_id: str, target_ids: Iterable[str]
 ) -> set[str] | None:
     """Return the ids that a record led to by a junction table before some changes of its rows.
 
     Args:
-        linking: By a junction table, in which no pair comes twice.
+        query: By a junction table, in which no pair comes twice.
         changes: In order.
-        source: The record's id.
-        ids: Where it leads after them.
+        source_id: The record's id.
+        target_ids: Where it leads after them.
 
     Returns:
         None if that isn't known.
     """
-    found = set(ids)
-    match, result = linking.match.name, linking.result.name
+    found = set(target_ids)
+    match, result = query.match_column.name, query.result_column.name
     for change in reversed(changes):
-        came, went = _images(change)
+        came, went = _images_after_and_before(change)
         if any(not (match in row and result in row) for row in (*came, *went)):
             return None
-        found.difference_update(row[result] or "" for row in came if source in linking.sources(row))
+        found.difference_update(
+            row[result] or "" for row in came if source_id in query.source_ids(row)
+        )
         found.update(
-            row[result] or "" for row in went if row[result] and source in linking.sources(row)
+            row[result] or "" for row in went if row[result] and source_id in query.source_ids(row)
         )
     return found
 
 
-def _images(change: Change) -> tuple[Sequence[Row], Sequence[Row]]:
+def _images_after_and_before(change: Change) -> tuple[Sequence[Row], Sequence[Row]]:
     """Return the row that is there after a change and the one before it, if any."""
     match change:
         case Insert(new=new):
@@ -179,21 +181,21 @@ def _images(change: Change) -> tuple[Sequence[Row], Sequence[Row]]:
             return ({},), ()
 
 
-def rows_before(collection: Collection, overlay: Overlay) -> dict[str, Row | None]:
+def rows_before_overlay(collection: Collection, overlay: Overlay) -> dict[str, Row | None]:
     """Return the rows that changes touched, by id, as they were before; None if they weren't.
 
     Of some only the key may be known (``is_known``).
     """
     key = collection.key.name
     found: dict[str, Row | None] = {}
-    for row in overlay.touched:
-        found[plain_id(collection, row.get(key) or "")] = None
-    for row in filter(None, overlay.before):
-        found[plain_id(collection, row.get(key) or "")] = row
+    for row in overlay.changed_rows:
+        found[unpadded_id(collection, row.get(key) or "")] = None
+    for row in filter(None, overlay.old_images):
+        found[unpadded_id(collection, row.get(key) or "")] = row
     return found
 
 
-def is_known(table: Table, row: Row) -> bool:
+def is_whole_row(table: Table, row: Row) -> bool:
     """Whether an image is a row of the table, and not its key alone.
 
     A generated column, which pgoutput leaves out of every image, is not missed.
@@ -201,31 +203,31 @@ def is_known(table: Table, row: Row) -> bool:
     return all(one.name in row or one.is_generated for one in table.columns)
 
 
-def in_order(text: str) -> tuple[bool, int, str]:
+def id_sort_key(text: str) -> tuple[bool, int, str]:
     """Sort numbers as such, before texts: a table keeps no order of its own."""
     is_number = text.isascii() and text.isdigit()
     return not is_number, int(text) if is_number else 0, text
 
 
-def when_created(collection: Collection, row: Row) -> str:
+def creation_sort_key(collection: Collection, row: Row) -> str:
     """Return what sorts a collection's rows as they were created; the same for all if it can't.
 
     PocketBase shows back relations in that order, which SQLite keeps and PostgreSQL doesn't.
     """
-    for name in _CREATED:
-        field = collection.by_name.get(name)
+    for name in _CREATION_FIELDS:
+        field = collection.fields_by_name.get(name)
         if field is not None and field.kind is FieldKind.DATE and field.column is not None:
             return row.get(field.column.name) or ""
     return ""
 
 
-_CREATED = ("created", "created_at", "createdAt", "inserted_at")
+_CREATION_FIELDS = ("created", "created_at", "createdAt", "inserted_at")
 """PocketBase's name for it, and what other frameworks call it."""
 
 
-def rows_statement(collection: Collection) -> sql.Composed:
+def rows_by_id_statement(collection: Collection) -> sql.Composed:
     """Return the query for rows by id, in the table's column order."""
-    native = native_name(collection.key.type)
+    native = native_key_type(collection.key.type)
     key = identifier(collection.key.name)
     return sql.SQL(
         "SELECT {columns} FROM {table} WHERE {key} OPERATOR(pg_catalog.=) ANY (%(ids)s::{type}[])"

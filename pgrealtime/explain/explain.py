@@ -16,25 +16,25 @@ import psycopg
 
 from pgrealtime.auth.principal import Caller, Guest, Superuser
 from pgrealtime.changes import Row
-from pgrealtime.cli.check.check import rely_on_policies, rule_problems
-from pgrealtime.collections.build import build
+from pgrealtime.cli.check.check import configure_row_security, rule_problems
+from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import Config
 from pgrealtime.errors import (
     ConfigError,
     RuleError,
 )
-from pgrealtime.explain.caller import Who, introduced
-from pgrealtime.explain.session import Asking, snapshot
+from pgrealtime.explain.caller import CallerSpec, resolve_caller
+from pgrealtime.explain.session import ExplainSession, open_explain_session
 from pgrealtime.explain.text import (
-    NOTE,
-    Truth,
-    Weighed,
-    decided_by,
-    disagreement,
-    lines_of,
-    named,
-    printable,
+    CAVEAT,
+    ConditionVerdict,
+    EvaluatedFragment,
+    deciding_fragments,
+    describe_fragments,
+    disagreement_lines,
+    escape_unprintable,
+    fragment_lines,
     refusal_lines,
     row_lines,
     rule_lines,
@@ -43,17 +43,23 @@ from pgrealtime.explain.text import (
 )
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.protocol.topic import Topic, parse_topic
-from pgrealtime.rules.engine.evaluation import Case, Deciding
-from pgrealtime.rules.engine.formula import Facts
-from pgrealtime.rules.engine.index import Index
-from pgrealtime.rules.engine.plan import Variant, moment
+from pgrealtime.rules.engine.evaluation import Evaluation, RowEvaluation
+from pgrealtime.rules.engine.formula import RowVerdicts
+from pgrealtime.rules.engine.index import PredicateIndex
+from pgrealtime.rules.engine.plan import Specialization, macro_values_at
 from pgrealtime.rules.language.parameters import Scalar
-from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import filter_text, resolve_filter
-from pgrealtime.rules.sql.breakdown import Clause, Piece, asked, split
-from pgrealtime.rules.sql.reference import Everyone, Nobody, Reference, auth_collection, reference
-from pgrealtime.service.build import catalog_of, query_pool
-from pgrealtime.spelling import nearest
+from pgrealtime.rules.sql.breakdown import Clause, RuleFragment, fragment_queries, split_rule
+from pgrealtime.rules.sql.reference import (
+    AdmitAll,
+    DenyAll,
+    ReferenceQuery,
+    auth_collection_of,
+    reference_query,
+)
+from pgrealtime.service.build import open_query_pool, read_configured_catalog
+from pgrealtime.spelling import nearest_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +72,18 @@ class Explanation:
 
 
 async def explain(
-    config: Config, who: Who, topic: str, record_id: str | None, *, with_sql: bool = False
+    config: Config,
+    caller_spec: CallerSpec,
+    topic: str,
+    record_id: str | None,
+    *,
+    with_sql: bool = False,
 ) -> Explanation:
     """Judge a record as it is now.
 
     Args:
         config: Of the service.
-        who: The subscriber.
+        caller_spec: The subscriber.
         topic: As submitted, with its options.
         record_id: Of the record; None if the topic names it.
         with_sql: Tell the statements too, without the values of hidden fields.
@@ -85,54 +96,59 @@ async def explain(
     """
     # A person waits here, not a service for its database.
     database = config.database.model_copy(update={"wait_for": 0.0})
-    async with query_pool(database) as pool:
-        collections = build(config.collections, await catalog_of(config, pool))
+    async with open_query_pool(database) as pool:
+        collections = build_collections(
+            config.collections, await read_configured_catalog(config, pool)
+        )
         if problems := tuple(rule_problems(collections)):
             raise ConfigError(problems)
         with suppress(psycopg.Error):  # said where the record is read
-            await rely_on_policies(pool, collections)
-        caller, lines = await introduced(config, collections, pool, who)
+            await configure_row_security(pool, collections)
+        caller, lines = await resolve_caller(config, collections, pool, caller_spec)
         told = parse_topic(topic)
         about = told.record_id if record_id is None else record_id
-        judging = _Judging(collections, caller, told, with_sql=with_sql)
-        judging.lines = list(_entry("who", *lines))
+        judging = _Explainer(collections, caller, told, with_sql=with_sql)
+        judging.lines = list(_labelled_lines("who", *lines))
         if isinstance(caller.principal, Guest) and not config.auth.allow_guests:
             reason = "guests may not subscribe here (auth.allow_guests)"
         else:
-            async with snapshot(pool) as asking:
-                reason = await judging.judge(asking, about or "")
+            async with open_explain_session(pool) as asking:
+                reason = await judging.explain_record(asking, about or "")
     verdict = f"not delivered: {reason}" if reason else "delivered"
-    return Explanation(not reason, tuple(map(printable, (*judging.lines, verdict))))
+    return Explanation(not reason, tuple(map(escape_unprintable, (*judging.lines, verdict))))
 
 
-def _entry(label: str, *lines: str) -> Iterator[str]:
+def _labelled_lines(label: str, *lines: str) -> Iterator[str]:
     for n, line in enumerate(lines):
         yield f"{'' if n else label:<10}{line}"
 
 
 @dataclass(frozen=True, eq=False)
-class _Member:
+class _IndexMember:
     """The subscriber as the index has it."""
 
-    variant: Variant
+    specialization: Specialization
     values: tuple[Scalar, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
+class _RuleOutcome:
     """What the rule or the filter says, by its parts."""
 
-    truth: Truth
+    verdict: ConditionVerdict
     reason: str = ""
     """Why it doesn't admit the row."""
 
 
-def _said(weighed: Weighed, what: str = "") -> _Said:
-    admits = weighed.truth.value
-    return _Said(weighed.truth, "" if admits else what + named(decided_by(weighed)))
+def _rule_outcome(evaluated: EvaluatedFragment, prefix: str = "") -> _RuleOutcome:
+    admits = evaluated.verdict.value
+    return _RuleOutcome(
+        evaluated.verdict,
+        "" if admits else prefix + describe_fragments(deciding_fragments(evaluated)),
+    )
 
 
-class _Judging:
+class _Explainer:
     """One caller, one topic, one record.
 
     Attributes:
@@ -148,99 +164,119 @@ class _Judging:
         self._topic = topic
         self._with_sql = with_sql
         self._now = datetime.now(UTC)
-        self._request = Request(
+        self._request = RuleRequest(
             principal=caller.principal, query=topic.query, headers=topic.headers
         )
 
-    async def judge(self, asking: Asking, record_id: str) -> str:
+    async def explain_record(self, session: ExplainSession, record_id: str) -> str:
         """Return why the caller doesn't hear of the record; empty if it does."""
         topic = self._topic
         collection = self._collections.find(topic.collection)
         if collection is None:
-            return self._no_collection()
-        self._say("topic", *topic_lines(topic, collection))
-        row = await asking.row(collection, record_id)
+            return self._explain_no_collection()
+        self._add_lines("topic", *topic_lines(topic, collection))
+        row = await session.fetch_row_by_id(collection, record_id)
         if row is None:
-            self._say("record", f'there is no row whose {collection.key.name} is "{record_id}" now')
+            self._add_lines(
+                "record", f'there is no row whose {collection.key.name} is "{record_id}" now'
+            )
             return f'"{collection.name}" has no record "{record_id}"'
         found_id = row[collection.key.name]
         if topic.record_id not in {None, found_id}:
-            self._say("record", f"{collection.name}/{found_id}")
+            self._add_lines("record", f"{collection.name}/{found_id}")
             return f'the topic is about "{topic.record_id}", the record is "{found_id}"'
-        return await self._weigh(asking, collection, row)
+        return await self._explain_row(session, collection, row)
 
-    def _no_collection(self) -> str:
+    def _explain_no_collection(self) -> str:
         name = self._topic.collection
-        meant = nearest(name, self._collections)
-        self._say(
+        meant = nearest_name(name, self._collections)
+        self._add_lines(
             "topic",
             f'there is no collection "{name}"' + (f'; perhaps "{meant}"' if meant else ""),
             "such a subscription is accepted and stays silent, as in PocketBase",
         )
         return "the topic names nothing"
 
-    async def _weigh(self, asking: Asking, collection: Collection, row: Row) -> str:
+    async def _explain_row(self, session: ExplainSession, collection: Collection, row: Row) -> str:
         """Ask everybody who has a say."""
         is_whole = self._topic.record_id is None
         key = "list_rule" if is_whole else "view_rule"
         rule = collection.list_rule if is_whole else collection.view_rule
-        made = reference(self._collections, collection, rule, self._request)
-        self._say("record", *row_lines(collection, row, made))
+        made = reference_query(self._collections, collection, rule, self._request)
+        self._add_lines("record", *row_lines(collection, row, made))
         by_parts = [
-            await self._rule(asking, collection, row, key, rule),
-            await self._filter(asking, collection, row),
+            await self._explain_rule(session, collection, row, key, rule),
+            await self._explain_filter(session, collection, row),
         ]
-        plain = await self._plain(asking, made, row)
-        engine = await self._engine(asking, collection, row)
-        self._say("note", NOTE)
-        said = [plain, Truth(engine), *(part.truth for part in by_parts if part.truth.fault)]
-        parts = all(part.truth.value for part in by_parts)
-        if not any(one.fault for one in said) and {bool(plain.value), parts} != {engine}:
-            self._say("BUG", *disagreement(plain=bool(plain.value), engine=engine, parts=parts))
+        plain = await self._reference_verdict(session, made, row)
+        engine = await self._is_delivered_by_engine(session, collection, row)
+        self._add_lines("note", CAVEAT)
+        said = [
+            plain,
+            ConditionVerdict(engine),
+            *(part.verdict for part in by_parts if part.verdict.failure),
+        ]
+        parts = all(part.verdict.value for part in by_parts)
+        if not any(one.failure for one in said) and {bool(plain.value), parts} != {engine}:
+            self._add_lines(
+                "BUG", *disagreement_lines(plain=bool(plain.value), engine=engine, parts=parts)
+            )
         if engine:
             return ""
-        return "; ".join(p.reason for p in by_parts if p.reason) or plain.fault or "see BUG above"
+        return "; ".join(p.reason for p in by_parts if p.reason) or plain.failure or "see BUG above"
 
-    async def _rule(
-        self, asking: Asking, collection: Collection, row: Row, key: str, rule: str | None
-    ) -> _Said:
+    async def _explain_rule(
+        self, session: ExplainSession, collection: Collection, row: Row, key: str, rule: str | None
+    ) -> _RuleOutcome:
         """Weigh the collection's rule."""
         passes = isinstance(self._caller.principal, Superuser)
-        self._say(key, *rule_lines(rule, is_superuser=passes))
+        self._add_lines(key, *rule_lines(rule, is_superuser=passes))
         if passes or rule == "":
-            return _Said(Truth(True))
+            return _RuleOutcome(ConditionVerdict(True))
         if rule is None:
-            return _Said(Truth(False), f"{key} is missing: superusers only")
-        weighed = await self._part(asking, collection, row, split(rule), is_filter=False)
-        self.lines += lines_of(weighed, "  ")
-        return _said(weighed)
+            return _RuleOutcome(ConditionVerdict(False), f"{key} is missing: superusers only")
+        weighed = await self._evaluate_fragment(
+            session, collection, row, split_rule(rule), is_filter=False
+        )
+        self.lines += fragment_lines(weighed, "  ")
+        return _rule_outcome(weighed)
 
-    async def _filter(self, asking: Asking, collection: Collection, row: Row) -> _Said:
+    async def _explain_filter(
+        self, session: ExplainSession, collection: Collection, row: Row
+    ) -> _RuleOutcome:
         """Weigh the client's filter."""
         text = self._topic.query.get("filter", "")
         if not text:
-            return _Said(Truth(True))
-        self._say("filter", *text.splitlines())
+            return _RuleOutcome(ConditionVerdict(True))
+        self._add_lines("filter", *text.splitlines())
         is_superuser = isinstance(self._caller.principal, Superuser)
-        auth = auth_collection(self._collections, self._request)
+        auth = auth_collection_of(self._collections, self._request)
         try:
             filter_text(self._topic.query, is_superuser=is_superuser)
             resolve_filter(text, self._collections, collection, auth, is_superuser=is_superuser)
         except RuleError as error:
             self.lines += refusal_lines(text, error)
-            return _Said(Truth(False), f"the filter is refused: {error.message}")
-        weighed = await self._part(asking, collection, row, split(text), is_filter=True)
-        self.lines += lines_of(weighed, "  ")
-        return _said(weighed, "the filter: ")
+            return _RuleOutcome(ConditionVerdict(False), f"the filter is refused: {error.message}")
+        weighed = await self._evaluate_fragment(
+            session, collection, row, split_rule(text), is_filter=True
+        )
+        self.lines += fragment_lines(weighed, "  ")
+        return _rule_outcome(weighed, "the filter: ")
 
-    async def _part(
-        self, asking: Asking, collection: Collection, row: Row, piece: Piece, *, is_filter: bool
-    ) -> Weighed:
+    async def _evaluate_fragment(
+        self,
+        session: ExplainSession,
+        collection: Collection,
+        row: Row,
+        fragment: RuleFragment,
+        *,
+        is_filter: bool,
+    ) -> EvaluatedFragment:
         """Ask what a part is by itself, and what it is made of."""
         sides: tuple[tuple[str, str], ...] = ()
         try:
-            made = asked(
-                piece,
+            made = fragment_queries(
+                fragment,
                 self._collections,
                 collection,
                 request=self._request,
@@ -249,54 +285,69 @@ class _Judging:
                 is_filter=is_filter,
             )
         except RuleError as error:
-            truth = Truth(None, f"can't be used by this caller: {error.message}")
+            truth = ConditionVerdict(None, f"can't be used by this caller: {error.message}")
         else:
-            truth = await asking.truth(made.reference.truth(row, self._now))
-            sides = tuple([(side.text, await asking.told(side)) for side in made.sides])
-        if isinstance(piece, Clause):
-            return Weighed(text=piece.text, truth=truth, sides=sides)
+            truth = await session.fetch_verdict(made.reference_query.truth_query(row, self._now))
+            sides = tuple(
+                [(side.text, await session.format_operand(side)) for side in made.operand_values]
+            )
+        if isinstance(fragment, Clause):
+            return EvaluatedFragment(
+                display_text=fragment.display_text, verdict=truth, operand_values=sides
+            )
         parts = [
-            await self._part(asking, collection, row, part, is_filter=is_filter)
-            for part in piece.parts
+            await self._evaluate_fragment(session, collection, row, part, is_filter=is_filter)
+            for part in fragment.fragments
         ]
-        return Weighed(text=piece.text, truth=truth, is_all=piece.is_all, parts=tuple(parts))
+        return EvaluatedFragment(
+            display_text=fragment.display_text,
+            verdict=truth,
+            is_conjunction=fragment.is_conjunction,
+            fragments=tuple(parts),
+        )
 
-    async def _plain(self, asking: Asking, made: Everyone | Nobody | Reference, row: Row) -> Truth:
+    async def _reference_verdict(
+        self, session: ExplainSession, compiled: AdmitAll | DenyAll | ReferenceQuery, row: Row
+    ) -> ConditionVerdict:
         """Return what the reference query says to rule and filter."""
-        match made:
-            case Everyone():
-                return Truth(True)
-            case Nobody():
-                return Truth(False)
-            case Reference():
-                question = made.question([row], self._now)
+        match compiled:
+            case AdmitAll():
+                return ConditionVerdict(True)
+            case DenyAll():
+                return ConditionVerdict(False)
+            case ReferenceQuery():
+                question = compiled.sql_query([row], self._now)
                 if self._with_sql:
-                    self._say("sql", *sql_lines(question, made))
-                found = await asking.rows(question)
-                return found if isinstance(found, Truth) else Truth(bool(found))
+                    self._add_lines("sql", *sql_lines(question, compiled))
+                found = await session.fetch_rows(question)
+                return (
+                    found if isinstance(found, ConditionVerdict) else ConditionVerdict(bool(found))
+                )
 
-    async def _engine(self, asking: Asking, collection: Collection, row: Row) -> bool:
+    async def _is_delivered_by_engine(
+        self, session: ExplainSession, collection: Collection, row: Row
+    ) -> bool:
         """Return what the service does."""
         own = self._caller.own_row
-        bound = Matcher(self._collections).bind(
+        bound = Matcher(self._collections).bind_topic(
             collection, self._topic, self._caller.principal, own
         )
-        if isinstance(bound, Nobody):
+        if isinstance(bound, DenyAll):
             return False
-        at, member = moment(self._now), _Member(bound.variant, bound.values)
-        case: Case[_Member] = Case(Facts(row, frozenset(), at))
+        at, member = macro_values_at(self._now), _IndexMember(bound.specialization, bound.values)
+        case: RowEvaluation[_IndexMember] = RowEvaluation(RowVerdicts(row, frozenset(), at))
         if self._topic.record_id is None:
-            index: Index[_Member] = Index()
+            index: PredicateIndex[_IndexMember] = PredicateIndex()
             index.add(member)
-            case.search(index)
+            case.evaluate_index(index)
         else:
-            case.consider([member])
-        deciding = Deciding([case], at)
-        while inquiries := deciding.inquiries():
+            case.evaluate_members([member])
+        deciding = Evaluation([case], at)
+        while inquiries := deciding.questions():
             for inquiry in inquiries:
-                await asking.put(inquiry)
+                await session.answer_question(inquiry)
             deciding.resume()
         return member in case.hits
 
-    def _say(self, label: str, *lines: str) -> None:
-        self.lines += _entry(label, *lines)
+    def _add_lines(self, label: str, *lines: str) -> None:
+        self.lines += _labelled_lines(label, *lines)

@@ -7,110 +7,116 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pgrealtime.changes import Row
-from pgrealtime.cli.check.check import excerpt
+from pgrealtime.cli.check.check import underline_span
 from pgrealtime.collections.model import Collection, FieldKind
 from pgrealtime.errors import RuleError
 from pgrealtime.protocol.topic import Topic
 from pgrealtime.rules.language.parameters import Scalar
-from pgrealtime.rules.sql.reference import Everyone, Nobody, Question, Reference
+from pgrealtime.rules.sql.reference import AdmitAll, DenyAll, ReferenceQuery, SqlQuery
 
-_LONGEST_VALUE = 80
-HIDDEN = "[hidden]"
+_MAX_VALUE_CHARACTERS = 80
+HIDDEN_TEXT = "[hidden]"
 """Stands for what records don't show to everybody."""
-NOTE = (
+CAVEAT = (
     "judged by what the tables hold now, perhaps not what they held then;"
     " @request.query and @request.headers are as in the topic's options"
 )
-_MOST_NAMED = 3
+_MAX_NAMED_FRAGMENTS = 3
 """Parts that are named as what decided."""
 
 
 @dataclass(frozen=True, slots=True)
-class Truth:
+class ConditionVerdict:
     """What a condition is of a row."""
 
     value: bool | None
     """None is unknown, NULL in SQL, or that there was no answer."""
-    fault: str = ""
+    failure: str = ""
     """Why there was no answer: to the service as good as false."""
 
     @property
-    def word(self) -> str:
+    def label(self) -> str:
         """For people."""
-        if self.fault:
+        if self.failure:
             return "denied"
         return {True: "true", False: "false", None: "unknown"}[self.value]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weighed:
+class EvaluatedFragment:
     """A part of a rule or filter, and what it is by itself."""
 
-    text: str
-    truth: Truth
-    sides: tuple[tuple[str, str], ...] = ()
+    display_text: str
+    verdict: ConditionVerdict
+    operand_values: tuple[tuple[str, str], ...] = ()
     """Of a comparison: operands and what their values are, ready to be shown."""
-    is_all: bool = True
+    is_conjunction: bool = True
     """Of a join: all parts must be true, not any."""
-    parts: tuple[Weighed, ...] = ()
+    fragments: tuple[EvaluatedFragment, ...] = ()
 
 
-def decided_by(weighed: Weighed) -> list[Weighed]:
+def deciding_fragments(evaluated: EvaluatedFragment) -> list[EvaluatedFragment]:
     """Return the smallest parts that keep a part from being true.
 
     Of what must all be true the first that isn't is enough. A join of which every part is true by
     itself decides as a whole: no related row makes all of them true at once.
     """
-    failing = [part for part in weighed.parts if not part.truth.value]
+    failing = [part for part in evaluated.fragments if not part.verdict.value]
     if not failing:
-        return [weighed]
-    if weighed.is_all:
-        return decided_by(failing[0])
-    return [one for part in failing for one in decided_by(part)]
+        return [evaluated]
+    if evaluated.is_conjunction:
+        return deciding_fragments(failing[0])
+    return [one for part in failing for one in deciding_fragments(part)]
 
 
-def named(parts: Iterable[Weighed]) -> str:
+def describe_fragments(parts: Iterable[EvaluatedFragment]) -> str:
     """Return what decided, as the verdict names it."""
-    texts = [part.text for part in parts]
+    texts = [part.display_text for part in parts]
     if len(texts) == 1:
         return texts[0]
-    more = [f"{len(texts) - _MOST_NAMED} more"] if len(texts) > _MOST_NAMED else []
-    return f"none of: {'; '.join([*texts[:_MOST_NAMED], *more])}"
+    more = (
+        [f"{len(texts) - _MAX_NAMED_FRAGMENTS} more"] if len(texts) > _MAX_NAMED_FRAGMENTS else []
+    )
+    return f"none of: {'; '.join([*texts[:_MAX_NAMED_FRAGMENTS], *more])}"
 
 
-def lines_of(weighed: Weighed, indent: str = "") -> Iterator[str]:
+def fragment_lines(evaluated: EvaluatedFragment, indent: str = "") -> Iterator[str]:
     """Yield a part and what it is made of, in the order of the text."""
-    start, below = f"{indent}{weighed.truth.word:<9}", f"{indent}{'':<9}"
-    if weighed.parts:
-        yield f"{start}{'all of:' if weighed.is_all else 'any of:'}"
+    start, below = f"{indent}{evaluated.verdict.label:<9}", f"{indent}{'':<9}"
+    if evaluated.fragments:
+        yield f"{start}{'all of:' if evaluated.is_conjunction else 'any of:'}"
     else:
-        yield start + weighed.text
-        if weighed.sides:
-            yield below + "; ".join(f"{side} is {told}" for side, told in weighed.sides)
-    if weighed.truth.fault:
-        yield f"{below}{weighed.truth.fault}"
-    elif weighed.parts and decided_by(weighed) == [weighed] and not weighed.truth.value:
+        yield start + evaluated.display_text
+        if evaluated.operand_values:
+            yield below + "; ".join(f"{side} is {told}" for side, told in evaluated.operand_values)
+    if evaluated.verdict.failure:
+        yield f"{below}{evaluated.verdict.failure}"
+    elif (
+        evaluated.fragments
+        and deciding_fragments(evaluated) == [evaluated]
+        and not evaluated.verdict.value
+    ):
         yield f"{below}each is true of some related row, but no one row makes all of them true"
-    for part in weighed.parts:
-        yield from lines_of(part, f"{indent}  ")
+    for part in evaluated.fragments:
+        yield from fragment_lines(part, f"{indent}  ")
 
 
-def shown(value: Scalar) -> str:
+def format_value(value: Scalar) -> str:
     """Return a value as people read it; a long text is cut."""
     match value:
         case None:
             return "null"
         case bool():
             return "true" if value else "false"
-        case str() if len(value) > _LONGEST_VALUE:
-            return f"{json.dumps(value[:_LONGEST_VALUE], ensure_ascii=False)}..."
+        case str() if len(value) > _MAX_VALUE_CHARACTERS:
+            return f"{json.dumps(value[:_MAX_VALUE_CHARACTERS], ensure_ascii=False)}..."
         case str():
             return json.dumps(value, ensure_ascii=False)
         case _:
             return str(value).removesuffix(".0")
 
 
-def printable(line: str) -> str:
+def escape_unprintable(line: str) -> str:
     """Return the line without what a terminal would obey, be unable to print or hide."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
@@ -118,7 +124,7 @@ def printable(line: str) -> str:
 # --- what was looked at
 
 
-def disagreement(*, plain: bool, engine: bool, parts: bool) -> Iterator[str]:
+def disagreement_lines(*, plain: bool, engine: bool, parts: bool) -> Iterator[str]:
     """Yield that those who must agree don't."""
     yield "three ways to decide must agree and don't; please report this with the schema:"
     for name, verdict in (("plain query", plain), ("engine", engine), ("parts", parts)):
@@ -129,7 +135,7 @@ def disagreement(*, plain: bool, engine: bool, parts: bool) -> Iterator[str]:
 def refusal_lines(text: str, error: RuleError) -> Iterator[str]:
     """Yield what is wrong with a filter, and where."""
     yield f"  refused: {error.message}"
-    yield from excerpt(text, error.start, error.end).splitlines()
+    yield from underline_span(text, error.start, error.end).splitlines()
 
 
 def topic_lines(topic: Topic, collection: Collection) -> Iterator[str]:
@@ -139,7 +145,7 @@ def topic_lines(topic: Topic, collection: Collection) -> Iterator[str]:
     for name, values in (("query", topic.query), ("headers", topic.headers)):
         for key, value in values.items():
             if (name, key) != ("query", "filter"):
-                yield f"@request.{name}.{key} is {shown(value)}"
+                yield f"@request.{name}.{key} is {format_value(value)}"
 
 
 def rule_lines(rule: str | None, *, is_superuser: bool) -> list[str]:
@@ -155,12 +161,12 @@ def rule_lines(rule: str | None, *, is_superuser: bool) -> list[str]:
 
 
 def row_lines(
-    collection: Collection, row: Row, made: Everyone | Nobody | Reference
+    collection: Collection, row: Row, compiled: AdmitAll | DenyAll | ReferenceQuery
 ) -> Iterator[str]:
     """Yield that the row is there, and what rule and filter read of it."""
     yield f"{collection.name}/{row[collection.key.name]} is there"
-    for name in made.columns if isinstance(made, Reference) else ():
-        yield f"{_field_name(collection, name)} is {_cell(collection, name, row[name])}"
+    for name in compiled.columns if isinstance(compiled, ReferenceQuery) else ():
+        yield f"{_field_name(collection, name)} is {_format_cell(collection, name, row[name])}"
 
 
 def _field_name(collection: Collection, column: str) -> str:
@@ -174,24 +180,28 @@ def _is_hidden(collection: Collection, column: str) -> bool:
     return not shown_as or any(f.is_hidden or f.is_secret for f in shown_as)
 
 
-def _cell(collection: Collection, column: str, text: str | None) -> str:
+def _format_cell(collection: Collection, column: str, text: str | None) -> str:
     if _is_hidden(collection, column):
-        return HIDDEN
-    field_ = collection.by_name[_field_name(collection, column)]
+        return HIDDEN_TEXT
+    field_ = collection.fields_by_name[_field_name(collection, column)]
     if text is None or field_.is_multiple:
-        return shown(text)
+        return format_value(text)
     match field_.kind:
         case FieldKind.BOOL:
-            return shown(text == "t")
+            return format_value(text == "t")
         case FieldKind.NUMBER:
             return text
         case _:
-            return shown(text)
+            return format_value(text)
 
 
-def sql_lines(question: Question, made: Reference) -> Iterator[str]:
+def sql_lines(query: SqlQuery, compiled: ReferenceQuery) -> Iterator[str]:
     """Yield the statement and its parameters."""
-    hidden = {f"c{at}" for at, name in enumerate(made.columns) if _is_hidden(made.collection, name)}
-    yield question.sql
-    for name, value in question.params.items():
-        yield f"{name} = {HIDDEN if name in hidden else value!r}"
+    hidden = {
+        f"c{at}"
+        for at, name in enumerate(compiled.columns)
+        if _is_hidden(compiled.collection, name)
+    }
+    yield query.sql
+    for name, value in query.params.items():
+        yield f"{name} = {HIDDEN_TEXT if name in hidden else value!r}"

@@ -21,9 +21,9 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import structlog
 
-from pgrealtime.changelog.base import Entry, Gap, Mark
+from pgrealtime.changelog.base import Entry, Gap, Watermark
 from pgrealtime.changelog.memory import MemoryChangelog
-from pgrealtime.changes import Oversized, TableName, Transaction
+from pgrealtime.changes import OversizedTransaction, TableName, Transaction
 from pgrealtime.errors import PgRealtimeError, SlotBusyError, StreamInterruptedError
 from pgrealtime.lsn import LSN, Cursor, Xid, format_lsn
 from pgrealtime.wal.server import SystemIdentity
@@ -31,20 +31,20 @@ from pgrealtime.wal.stream import WalStream
 
 log = structlog.get_logger(__name__)
 
-_FIRST_PAUSE = 0.2
-_LONGEST_PAUSE = 10.0
+_FIRST_PAUSE_SECONDS = 0.2
+_LONGEST_PAUSE_SECONDS = 10.0
 _EXPIRE_SECONDS = 1.0
 _MARK_SECONDS = 10.0
 """Between two marks in the changelog where nothing of ours happens, but the server's WAL grows."""
 _REOPEN_SECONDS = 5.0
 """How long the server may take to see that a stream was closed; then its slot can be read anew."""
-_FAILURES = 5
+_MAX_DECODER_FAILURES = 5
 """How often in a row a decoder may fail at the same place: with the pauses, some seconds."""
-_LOOK_SECONDS = 0.02
+_POLL_SECONDS = 0.02
 """While another stream waits to go on: between two looks at how far this one has read."""
 
-_REACH_SECONDS = 1.0
-_REACH_LOOK_SECONDS = 0.003
+_LSN_WAIT_SECONDS = 1.0
+_LSN_POLL_SECONDS = 0.003
 _PAGE_BYTES = 8192
 _PAGE_HEADER_BYTES = 40
 
@@ -87,12 +87,12 @@ class _Successor:
     """A stream that is open already, and has all that commits after its start."""
 
     stream: WalStream
-    opened: AsyncExitStack
+    exit_stack: AsyncExitStack
     """Closes it."""
-    took_over: asyncio.Event
+    has_taken_over: asyncio.Event
 
 
-class _Identity(NamedTuple):
+class _TransactionIdentity(NamedTuple):
     """Which transaction: after a restore another one may have its place, and its id."""
 
     end_lsn: LSN
@@ -100,11 +100,11 @@ class _Identity(NamedTuple):
     commit_time: int
 
 
-def _identity(entry: Transaction | Oversized) -> _Identity:
-    return _Identity(entry.end_lsn, entry.xid, entry.commit_time)
+def _identity_of(entry: Transaction | OversizedTransaction) -> _TransactionIdentity:
+    return _TransactionIdentity(entry.end_lsn, entry.xid, entry.commit_time_us)
 
 
-class Relay:
+class ReplicationReader:
     """Keeps the changelog filled.
 
     Args:
@@ -114,7 +114,7 @@ class Relay:
         tables: What is streamed: part of what a position means.
         max_size: Bytes that may wait in the changelog for the follower. Beyond, reading stops,
             and the stream gives up after its ``max_pause``: a gap.
-        pass_over: Moves the durable slot to where the server's WAL ends.
+        advance_slot: Moves the durable slot to where the server's WAL ends.
         is_durable: Whether the streams have one slot, so that two can't be open at once.
     """
 
@@ -126,12 +126,12 @@ class Relay:
         *,
         tables: Iterable[TableName],
         max_size: int,
-        pass_over: Callable[[], Awaitable[None]],
+        advance_slot: Callable[[], Awaitable[None]],
         is_durable: bool = False,
     ) -> None:
         self._open_stream = open_stream
         self._is_durable = is_durable
-        self._pass_over = pass_over
+        self._advance_slot = advance_slot
         self._changelog = changelog
         self._follower = follower
         self._tables = tuple(tables)
@@ -140,33 +140,33 @@ class Relay:
         self._system: SystemIdentity | None = None
         self._read_upto = LSN(0)
         """The end of the last that came from a stream, or up to where it brought nothing."""
-        self._last: _Identity | None = None
+        self._last_kept: _TransactionIdentity | None = None
         """Of the last that was kept of the tables of now."""
-        self._awaited: _Identity | None = None
+        self._expected_repeat: _TransactionIdentity | None = None
         """What a durable slot must send again before anything new, as long as it hasn't."""
-        self._is_restored = False
+        self._has_other_history = False
         """Whether the server turned out to have another history than the changelog."""
         self._appended_at = time.monotonic()
-        self._reopened: asyncio.Future[None] | None = None
+        self._reopening: asyncio.Future[None] | None = None
         """Set while a durable slot's stream is opened anew on purpose."""
-        self._reopen_until = 0.0
-        self._failed_at: LSN | None = None
+        self._reopen_deadline = 0.0
+        self._failed_after: LSN | None = None
         """What was read before the durable slot's decoder failed last."""
-        self._failures = 0
+        self._failure_count = 0
         """How often it did so."""
-        self._restores = 0
+        self._restore_count = 0
         """How often the history went back without another system or timeline to tell it by."""
-        self._unreached = LSN(0)
+        self._timed_out_lsn = LSN(0)
         """What the stream had not come to in time, when it was waited for last."""
-        self._turn = asyncio.Lock()
+        self._switch_lock = asyncio.Lock()
         self._is_reading = False
         self._successor: _Successor | None = None
-        self._patience: asyncio.Timeout | None = None
+        self._read_timeout: asyncio.Timeout | None = None
         self.stream: WalStream | None = None
         """The stream being read, if any."""
-        self.changes = 0
+        self.changes_received = 0
         """Kept so far."""
-        self.breaks: Counter[str] = Counter()
+        self.stream_breaks: Counter[str] = Counter()
         """Of streams, or of attempts at one, by the error's code."""
 
     async def run(self) -> None:
@@ -175,7 +175,7 @@ class Relay:
         Raises:
             PgRealtimeError: Waiting doesn't mend it.
         """
-        pause = _FIRST_PAUSE
+        pause = _FIRST_PAUSE_SECONDS
         while True:
             open_stream = self._open_stream
             try:
@@ -183,23 +183,23 @@ class Relay:
                     stream = await opened.enter_async_context(open_stream())
                     if self._open_stream is not open_stream:
                         # Other tables are wanted by now.
-                        self._reopen_until = time.monotonic() + _REOPEN_SECONDS
+                        self._reopen_deadline = time.monotonic() + _REOPEN_SECONDS
                         continue
-                    self._begin(stream)
-                    pause = pause if self._failures else _FIRST_PAUSE
-                    await self._read_in_turn(stream, opened)
+                    self._on_stream_started(stream)
+                    pause = pause if self._failure_count else _FIRST_PAUSE_SECONDS
+                    await self._read_with_successors(stream, opened)
             except PgRealtimeError as error:
-                if self._reopened is not None and self._is_of_reopening(error):
-                    await asyncio.sleep(_LOOK_SECONDS)
+                if self._reopening is not None and self._is_expected_while_reopening(error):
+                    await asyncio.sleep(_POLL_SECONDS)
                     continue
                 is_durable = self.stream is not None and self.stream.is_durable
-                self._lose(error)
+                self._on_stream_lost(error)
                 if not error.retryable:
                     raise
                 if is_durable:
-                    await self._mind_failure(error)
+                    await self._handle_decoder_failure(error)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
-            pause = min(pause * 2, _LONGEST_PAUSE)
+            pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
     async def switch(self, open_stream: OpenStream, tables: Iterable[TableName]) -> None:
         """Read other tables from now on, with nothing missed or repeated; return when that is so.
@@ -212,17 +212,17 @@ class Relay:
         Raises:
             PgRealtimeError: The other stream can't be opened; the one of now goes on.
         """
-        async with self._turn, AsyncExitStack() as opened:
+        async with self._switch_lock, AsyncExitStack() as opened:
             if self._is_durable or (self.stream is not None and self.stream.is_durable):
                 before = self._open_stream, self._tables
                 self._open_stream, self._tables = open_stream, tuple(tables)
-                self._reopened = asyncio.get_running_loop().create_future()
-                self._reopen_until = time.monotonic() + _REOPEN_SECONDS
+                self._reopening = asyncio.get_running_loop().create_future()
+                self._reopen_deadline = time.monotonic() + _REOPEN_SECONDS
                 if self.stream is not None:
                     self.stream.stop()
                 # Else run() is opening one, or will: that has the other tables.
                 try:
-                    await self._reopened
+                    await self._reopening
                 except PgRealtimeError:
                     self._open_stream, self._tables = before
                     raise
@@ -239,13 +239,13 @@ class Relay:
                 return  # run() opens one of these itself
             took_over = asyncio.Event()
             self._successor = _Successor(
-                stream=stream, opened=opened.pop_all(), took_over=took_over
+                stream=stream, exit_stack=opened.pop_all(), has_taken_over=took_over
             )
-            if self._patience is not None:
-                self._patience.reschedule(asyncio.get_running_loop().time())
+            if self._read_timeout is not None:
+                self._read_timeout.reschedule(asyncio.get_running_loop().time())
             await took_over.wait()
 
-    def tell_gap(self, reason: str, tables: frozenset[TableName]) -> None:
+    def append_gap(self, reason: str, tables: frozenset[TableName]) -> None:
         """Announce that changes of the tables may be missing up to here."""
         # Beyond the last commit and before any to come: a commit record alone has more bytes.
         end_lsn = LSN(self._changelog.head.lsn + 1)
@@ -253,34 +253,34 @@ class Relay:
         _report_gap(reason, tables)
         self._follower.wake()
 
-    async def reach(self, lsn: LSN) -> bool:
+    async def wait_for_changelog(self, lsn: LSN) -> bool:
         """Wait until the changelog has all that commits up to a position; return whether it does.
 
         Who asks holds up events, so it is waited for a second at most; and where that wasn't
         enough, not again before the stream has got there.
         """
         lsn = _end_of_record(lsn)
-        if self._reached() < self._unreached:
+        if self._complete_upto() < self._timed_out_lsn:
             return False
-        until = time.monotonic() + _REACH_SECONDS
-        while self._reached() < lsn:
+        until = time.monotonic() + _LSN_WAIT_SECONDS
+        while self._complete_upto() < lsn:
             if time.monotonic() >= until:
-                self._unreached = lsn
+                self._timed_out_lsn = lsn
                 return False
             if self.stream is not None:
-                self.stream.ask()
-            await asyncio.sleep(_REACH_LOOK_SECONDS)
+                self.stream.request_keepalive()
+            await asyncio.sleep(_LSN_POLL_SECONDS)
         return True
 
-    def _reached(self) -> LSN:
+    def _complete_upto(self) -> LSN:
         head = self._changelog.head.lsn
         if self.stream is None:
             return head
         # What ends before a stream begins is in the changelog, or a gap in it; the last commit of
         # that may have ended earlier.
-        return self.stream.quiet_after(max(head, self.stream.start_lsn))
+        return self.stream.empty_until(max(head, self.stream.start_lsn))
 
-    async def _read_in_turn(self, stream: WalStream, opened: AsyncExitStack) -> None:
+    async def _read_with_successors(self, stream: WalStream, opened: AsyncExitStack) -> None:
         """Read a stream and those that go on after it, until one breaks.
 
         Args:
@@ -290,21 +290,21 @@ class Relay:
         self._is_reading = True
         try:
             while True:
-                successor = await self._read(stream)
+                successor = await self._read_until_successor(stream)
                 stream, self._successor = successor.stream, None
                 earlier = opened.pop_all()
-                opened.push_async_exit(successor.opened)
-                self._go_on(stream)
-                successor.took_over.set()
+                opened.push_async_exit(successor.exit_stack)
+                self._on_stream_continued(stream)
+                successor.has_taken_over.set()
                 await earlier.aclose()
         finally:
             self._is_reading = False
             if self._successor is not None:
-                await self._successor.opened.aclose()
-                self._successor.took_over.set()
+                await self._successor.exit_stack.aclose()
+                self._successor.has_taken_over.set()
                 self._successor = None
 
-    def _go_on(self, stream: WalStream) -> None:
+    def _on_stream_continued(self, stream: WalStream) -> None:
         self._epoch, self.stream = self._epoch_of(stream), stream
         log.info(
             "replication.continued",
@@ -314,26 +314,30 @@ class Relay:
         )
         self._follower.stream_continued(self._epoch)
 
-    def _begin(self, stream: WalStream) -> None:
+    def _on_stream_started(self, stream: WalStream) -> None:
         epoch = self._epoch_of(stream)
         head = self._changelog.head
         # Only a durable slot begins earlier: with what it was not told is needed no more.
-        begins_within = stream.start_lsn <= head.lsn and self._read_upto <= stream.reach
-        is_restored, self._is_restored, self._awaited = self._is_restored, False, None
-        if self._reopened is not None:
-            self._last = None  # which may have nothing of other tables
+        begins_within = stream.start_lsn <= head.lsn and self._read_upto <= stream.initial_wal_end
+        is_restored, self._has_other_history, self._expected_repeat = (
+            self._has_other_history,
+            False,
+            None,
+        )
+        if self._reopening is not None:
+            self._last_kept = None  # which may have nothing of other tables
         if begins_within and stream.system == self._system and not is_restored:
             if epoch != self._epoch:
                 self._follower.stream_continued(epoch)
-            if self._last is not None and stream.start_lsn < self._last.end_lsn:
-                self._awaited = self._last
+            if self._last_kept is not None and stream.start_lsn < self._last_kept.end_lsn:
+                self._expected_repeat = self._last_kept
         elif epoch != self._epoch or stream.start_lsn < head.lsn or is_restored:
             # Another history: first start, failover, restore. LSNs may be used again.
             if epoch == self._epoch:
-                self._restores += 1
+                self._restore_count += 1
                 epoch = self._epoch_of(stream)
-            self._read_upto, self._last = stream.start_lsn, None
-            self._unreached = LSN(0)
+            self._read_upto, self._last_kept = stream.start_lsn, None
+            self._timed_out_lsn = LSN(0)
             self._changelog.restart(stream.start_lsn)
         elif stream.start_lsn > head.lsn:
             self._append(Gap(stream.start_lsn, "slot_lost"), time.monotonic())
@@ -342,95 +346,95 @@ class Relay:
         log.info(
             "replication.started",
             plugin=stream.plugin,
-            reason=stream.reason or None,
+            reason=stream.plugin_reason or None,
             slot=stream.slot_name,
             lsn=format_lsn(stream.start_lsn),
         )
         self._follower.stream_started(epoch)
         self._follower.wake()
-        if self._reopened is not None and not self._reopened.done():
-            self._reopened.set_result(None)
-        self._reopened = None
+        if self._reopening is not None and not self._reopening.done():
+            self._reopening.set_result(None)
+        self._reopening = None
 
     def _epoch_of(self, stream: WalStream) -> str:
         epoch = epoch_of(stream.system, self._tables)
-        for _ in range(self._restores):
-            epoch = _next(epoch)
+        for _ in range(self._restore_count):
+            epoch = _next_epoch(epoch)
         return epoch
 
-    def _is_of_reopening(self, error: PgRealtimeError) -> bool:
+    def _is_expected_while_reopening(self, error: PgRealtimeError) -> bool:
         """Whether it only means that the stream before was closed, or that the server is at it."""
         is_closing = isinstance(error, SlotBusyError) or error.error_code == "stream_closed"
-        return is_closing and time.monotonic() < self._reopen_until
+        return is_closing and time.monotonic() < self._reopen_deadline
 
-    def _lose(self, error: PgRealtimeError) -> None:
-        if self._reopened is not None and not self._reopened.done():
-            self._reopened.set_exception(error)
-        self._reopened = None
+    def _on_stream_lost(self, error: PgRealtimeError) -> None:
+        if self._reopening is not None and not self._reopening.done():
+            self._reopening.set_exception(error)
+        self._reopening = None
         if self.stream is not None:
             self.stream = None
             self._follower.stream_lost()
-        self.breaks[error.error_code] += 1
+        self.stream_breaks[error.error_code] += 1
         log.warning(
             "replication.lost", code=error.error_code, reason=error.message, detail=error.detail
         )
 
-    async def _mind_failure(self, error: PgRealtimeError) -> None:
+    async def _handle_decoder_failure(self, error: PgRealtimeError) -> None:
         """Leave behind what a durable slot's decoder fails at for ever, and with it what follows.
 
         Each new stream begins before it. The server keeps all WAL until somebody gives in.
         """
-        before, self._failed_at = self._failed_at, None
+        before, self._failed_after = self._failed_after, None
         if error.error_code != "decoder_failed":
-            self._failures = 0
+            self._failure_count = 0
             return
         # Not by the server's words: a failure may name another address of its memory each time.
-        self._failed_at = self._read_upto
-        self._failures = self._failures + 1 if self._failed_at == before else 1
-        if self._failures >= _FAILURES:
-            self._failures = 0
+        self._failed_after = self._read_upto
+        self._failure_count = self._failure_count + 1 if self._failed_after == before else 1
+        if self._failure_count >= _MAX_DECODER_FAILURES:
+            self._failure_count = 0
             log.error("replication.passed_over", reason=error.message, detail=error.detail)
-            await self._pass_over()
+            await self._advance_slot()
 
-    async def _read(self, stream: WalStream) -> _Successor:
+    async def _read_until_successor(self, stream: WalStream) -> _Successor:
         """Keep what comes, until a successor has all that follows; return that."""
         while True:
             # Noted first: all that ends before it is in the batches of before, and in the next.
             wal_end, successor = stream.wal_end, self._successor
-            patience = _LOOK_SECONDS if successor or self._awaited else None
+            patience = _POLL_SECONDS if successor or self._expected_repeat else None
             try:
-                async with asyncio.timeout(patience) as self._patience:
+                async with asyncio.timeout(patience) as self._read_timeout:
                     batch = await anext(stream)
             except TimeoutError:
                 batch = []
             finally:
-                self._patience = None
-            await self._keep_new(batch)
-            if self._awaited is not None:
-                if wal_end >= self._awaited.end_lsn:
-                    self._disown()
-                stream.ask()
+                self._read_timeout = None
+            await self._append_new(batch)
+            if self._expected_repeat is not None:
+                if wal_end >= self._expected_repeat.end_lsn:
+                    self._raise_other_history()
+                stream.request_keepalive()
             if batch:
                 self._read_upto = max(self._read_upto, batch[-1].end_lsn)
                 if stream.is_durable:
-                    self._let_go(stream)
+                    self._acknowledge_floor(stream)
                 else:
-                    stream.keep(batch[-1].end_lsn)
+                    stream.confirm(batch[-1].end_lsn)
                 self._follower.wake()
             if successor is not None and wal_end >= successor.stream.start_lsn:
                 return successor
 
-    async def _keep_new(self, batch: Iterable[Transaction | Oversized]) -> None:
+    async def _append_new(self, batch: Iterable[Transaction | OversizedTransaction]) -> None:
         """Keep what the changelog doesn't have."""
         for entry in batch:
             is_new = entry.end_lsn > self._changelog.head.lsn
-            if self._awaited is not None or not is_new:
-                self._recognise(entry)
+            if self._expected_repeat is not None or not is_new:
+                self._verify_repeat(entry)
             if is_new:
-                await self._keep(entry)
-                self._last = _identity(entry)
+                await self._append_when_room(entry)
+                self._last_kept = _identity_of(entry)
 
-    def _recognise(self, entry: Transaction | Oversized) -> None:
+    def _verify_repeat(self, entry: Transaction | OversizedTransaction) -> None:
         """Compare with what was read before what a stream sends again.
 
         A server that was restored from a copy of its files has the same identifier and timeline,
@@ -439,28 +443,28 @@ class Relay:
         Raises:
             StreamInterruptedError: They differ; the next stream begins another history.
         """
-        if self._last is None or entry.end_lsn < self._last.end_lsn:
+        if self._last_kept is None or entry.end_lsn < self._last_kept.end_lsn:
             return
-        if _identity(entry) != self._last:
-            self._disown()
-        self._awaited = None
+        if _identity_of(entry) != self._last_kept:
+            self._raise_other_history()
+        self._expected_repeat = None
 
-    def _disown(self) -> None:
-        self._is_restored = True
+    def _raise_other_history(self) -> None:
+        self._has_other_history = True
         raise StreamInterruptedError(
             "the server's history is another",
             detail="It doesn't have a transaction that was read from it, as after a restore.",
         )
 
-    async def _keep(self, entry: Transaction | Oversized) -> None:
-        size = entry.size if isinstance(entry, Transaction) else 0
-        while self._waiting() and self._waiting() + size > self._max_size:
+    async def _append_when_room(self, entry: Transaction | OversizedTransaction) -> None:
+        size = entry.size_bytes if isinstance(entry, Transaction) else 0
+        while self._undelivered_bytes() and self._undelivered_bytes() + size > self._max_size:
             self._follower.progressed.clear()
             self._follower.wake()
             await self._follower.progressed.wait()
         self._append(entry, time.monotonic())
         if isinstance(entry, Transaction):
-            self.changes += len(entry.changes)
+            self.changes_received += len(entry.changes)
         else:
             _report_gap("too_large", entry.tables)
 
@@ -468,23 +472,23 @@ class Relay:
         self._changelog.append(entry, now, self._follower.head)
         self._appended_at = now
 
-    def _mark(self, stream: WalStream, now: float) -> None:
+    def _append_mark(self, stream: WalStream, now: float) -> None:
         """Take note that nothing of ours has happened, so that a durable slot moves in time."""
         head = self._changelog.head.lsn
-        quiet = stream.quiet_after(head)
+        quiet = stream.empty_until(head)
         if quiet > head and now - self._appended_at >= _MARK_SECONDS:
-            self._append(Mark(quiet), now)
+            self._append(Watermark(quiet), now)
             self._read_upto = max(self._read_upto, quiet)
             self._follower.wake()
 
-    def _let_go(self, stream: WalStream) -> None:
+    def _acknowledge_floor(self, stream: WalStream) -> None:
         """Say that nobody needs what the changelog doesn't have any more."""
         # A gap that was told ends within the record that follows, perhaps a commit; and a commit
         # that begins before what is let go of isn't sent again. Records begin at multiples of 8.
         floor = self._changelog.floor.lsn
-        stream.let_go(LSN(floor - floor % 8))
+        stream.release(LSN(floor - floor % 8))
 
-    def _waiting(self) -> int:
+    def _undelivered_bytes(self) -> int:
         return self._changelog.bytes_after(self._follower.head)
 
     async def expire(self) -> None:
@@ -494,8 +498,8 @@ class Relay:
             now = time.monotonic()
             self._changelog.expire(now, self._follower.head)
             if self.stream is not None and self.stream.is_durable:
-                self._mark(self.stream, now)
-                self._let_go(self.stream)
+                self._append_mark(self.stream, now)
+                self._acknowledge_floor(self.stream)
 
 
 def _end_of_record(insert_lsn: LSN) -> LSN:
@@ -515,7 +519,7 @@ def epoch_of(system: SystemIdentity, tables: Iterable[TableName]) -> str:
     return hashlib.blake2s(text.encode(), digest_size=3).hexdigest()
 
 
-def _next(epoch: str) -> str:
+def _next_epoch(epoch: str) -> str:
     """Another epoch, for a history that can't be told apart by system and timeline: a restore."""
     return hashlib.blake2s(epoch.encode(), digest_size=3).hexdigest()
 

@@ -22,48 +22,60 @@ from typing import Literal
 
 import structlog
 
-from pgrealtime.auth.principal import GUEST, Caller, is_same
+from pgrealtime.auth.principal import GUEST, Caller, is_same_principal
 from pgrealtime.changelog.base import Changelog, Entry
 from pgrealtime.changes import Transaction
 from pgrealtime.collections.model import Collections
-from pgrealtime.config.model import CollectionLoginConfig, HiddenFields, RealtimeConfig
+from pgrealtime.config.model import CollectionLoginConfig, HiddenFieldsMode, RealtimeConfig
 from pgrealtime.errors import PgRealtimeError, SubscriptionError, SubscriptionLimitError
-from pgrealtime.expand.plan import Viewer
-from pgrealtime.hub.catchup.tasks import REPLAYS_AT_ONCE, Replays
+from pgrealtime.expand.plan import ExpandViewer
+from pgrealtime.hub.catchup.tasks import MAX_CONCURRENT_CATCH_UPS, CatchUpTasks
 from pgrealtime.hub.connections.connection import (
     CURSOR_TOPIC,
-    NO_PARTS,
+    NO_MESSAGE_KEYS,
     RESYNC_TOPIC,
     Connection,
-    Sink,
-    State,
+    ConnectionState,
+    ResponseWriter,
     Subscription,
 )
 from pgrealtime.hub.connections.send_budget import SendBudget
-from pgrealtime.hub.delivery.compose import Composer, Portion, hand_out
-from pgrealtime.hub.delivery.render import NOTHING_BESIDE, Beside, sights_of_audiences
-from pgrealtime.hub.evaluation.evaluator import Asking, Unheard, Verdict, causes_of, where
+from pgrealtime.hub.delivery.compose import ComposedMessages, MessageComposer, enqueue_messages
+from pgrealtime.hub.delivery.render import NO_ENRICHMENT, Enrichment, needs_of_groups
+from pgrealtime.hub.evaluation.evaluator import (
+    EvaluationGap,
+    HubQueries,
+    SliceResult,
+    gap_xids,
+    raise_location,
+)
 from pgrealtime.hub.evaluation.matcher import Group, Matcher
 from pgrealtime.hub.events.event import Action, Event
-from pgrealtime.hub.events.slices import WIDE, Announcement, Slice, portions, slices
+from pgrealtime.hub.events.slices import (
+    LIVE_SLICE_CHANGES,
+    GapNotice,
+    Slice,
+    delivery_ranges,
+    split_into_slices,
+)
 from pgrealtime.hub.live_reads.caller_check import CallerCheck
-from pgrealtime.hub.live_reads.row_history import Reach, RowHistory
-from pgrealtime.hub.state.callers import Identities
-from pgrealtime.hub.state.epochs import History
-from pgrealtime.hub.state.gaps import Gaps
-from pgrealtime.hub.state.generation import Meaning
-from pgrealtime.hub.state.progress import Course
-from pgrealtime.hub.state.timeouts import Limits
-from pgrealtime.hub.state.totals import Counts
-from pgrealtime.hub.state.visibility import Visibility
-from pgrealtime.lsn import END, LSN, Cursor
+from pgrealtime.hub.live_reads.row_history import RowHistory, WaitForLSN
+from pgrealtime.hub.state.callers import CallerTracker
+from pgrealtime.hub.state.epochs import ResumableEpochs
+from pgrealtime.hub.state.gaps import GapNotifier
+from pgrealtime.hub.state.generation import Generation
+from pgrealtime.hub.state.progress import DispatchProgress
+from pgrealtime.hub.state.timeouts import ConnectionTimeouts
+from pgrealtime.hub.state.totals import HubCounters
+from pgrealtime.hub.state.visibility import VisibilityTracker
+from pgrealtime.lsn import END_ORDINAL, LSN, Cursor
 from pgrealtime.protocol.frame import connect_tail
 from pgrealtime.protocol.topic import Topic
 from pgrealtime.records.encode import View
 from pgrealtime.rule_queries.slow_filters import IsolatedConnections
-from pgrealtime.rules.engine.before_state import tables_of
-from pgrealtime.snapshot import Barrier, barrier_of
-from pgrealtime.turns import TurnQueue
+from pgrealtime.rules.engine.before_state import reachable_tables
+from pgrealtime.snapshot import ReadPoint, parse_read_point
+from pgrealtime.turns import FairLock
 
 log = structlog.get_logger(__name__)
 
@@ -71,13 +83,13 @@ _ID_LETTERS = string.ascii_letters + string.digits
 _ID_LENGTH = 40
 _NO_LOGINS: Mapping[str, CollectionLoginConfig] = MappingProxyType({})
 _START = Cursor(LSN(0), 0)
-_SCHEMA_SECONDS = 5.0
+_SCHEMA_TIMEOUT_SECONDS = 5.0
 """How long events are held back until the schema was read; as long as they wait to be visible."""
-_AGAIN_SECONDS = 1.0
+_CATALOG_RETRY_SECONDS = 1.0
 """Between two questions about the catalogue that have no answer."""
-_STEPS_AT_ONCE = 50
+_STEPS_PER_CHUNK = 50
 """Topics of a call that are taken or given at once; each takes 5 to 30 us."""
-_TOLD = 200
+_LOGGED_TOPIC_CHARACTERS = 200
 """Characters of a topic that are logged."""
 
 
@@ -88,13 +100,13 @@ class Hub:
         changelog: What the relay fills.
         logins: How people log in, by collection name.
         nulls: How NULL is shown.
-        hidden: Who may expand a hidden relation.
+        hidden_fields: Who may expand a hidden relation.
         epoch: Of the stream's positions; changes with ``restarted``.
         allows_guests: Whether a connection that has become a guest's keeps its topics, or ends.
-        replays_at_once: Connections that are served from the changelog at the same moment; what
-            they ask of the database must leave some of it to the others.
-        on_doubt: Told when a row doesn't fit what the catalogue says of its table.
-        reach: Waits until the changelog has what was committed by now.
+        max_concurrent_catch_ups: Connections that are served from the changelog at the same moment;
+            what they ask of the database must leave some of it to the others.
+        on_schema_mismatch: Told when a row doesn't fit what the catalogue says of its table.
+        wait_for_changelog: Waits until the changelog has what was committed by now.
         read_schema: Returns once the schema of now, or of later, is in force; False if it couldn't
             be read.
     """
@@ -103,83 +115,90 @@ class Hub:
         self,
         changelog: Changelog,
         matcher: Matcher,
-        probe: Asking,
+        executor: HubQueries,
         *,
         collections: Collections,
         limits: RealtimeConfig,
         logins: Mapping[str, CollectionLoginConfig] = _NO_LOGINS,
         nulls: Literal["null", "zero"] = "null",
-        hidden: HiddenFields = "strict",
+        hidden_fields: HiddenFieldsMode = "strict",
         epoch: str = "000000",
         can_resume: bool = True,
         allows_guests: bool = True,
-        replays_at_once: int = REPLAYS_AT_ONCE,
-        on_doubt: Callable[[], None] | None = None,
-        reach: Reach | None = None,
+        max_concurrent_catch_ups: int = MAX_CONCURRENT_CATCH_UPS,
+        on_schema_mismatch: Callable[[], None] | None = None,
+        wait_for_changelog: WaitForLSN | None = None,
         read_schema: Callable[[], Awaitable[bool]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._changelog = changelog
-        self._probe = probe
+        self._executor = executor
         self._limits = limits
         self._nulls: Literal["null", "zero"] = nulls
-        self._hidden: HiddenFields = hidden
-        self._on_doubt = on_doubt or (lambda: None)
+        self._hidden_fields: HiddenFieldsMode = hidden_fields
+        self._on_schema_mismatch = on_schema_mismatch or (lambda: None)
         self._read_schema = read_schema
         self._clock = clock
-        self._row_history = RowHistory(changelog, reach)
-        self.counts = Counts()
-        meaning = self._meaning_of(collections, matcher)
-        self._course = Course(changelog.head, changelog.head, meaning)
-        self._history = History(epoch, can_resume=can_resume)
-        self._visibility = Visibility(probe.snapshot, lambda: self._course.edition, clock)
+        self._row_history = RowHistory(changelog, wait_for_changelog)
+        self.counters = HubCounters()
+        meaning = self._make_generation(collections, matcher)
+        self._progress = DispatchProgress(changelog.head, changelog.head, meaning)
+        self._epochs = ResumableEpochs(epoch, can_resume=can_resume)
+        self._visibility = VisibilityTracker(
+            executor.fetch_snapshot, lambda: self._progress.revision, clock
+        )
         self._connections: dict[str, Connection] = {}
-        self._ends = Limits(
+        self._timeouts = ConnectionTimeouts(
             self._connections,
             limits,
-            head=lambda: self._course.head,
-            end=self._end,
-            drop=self._drop,
+            head=lambda: self._progress.head,
+            close=self._close_connection,
+            abort=self._abort_connection,
             clock=clock,
         )
-        self._identities = Identities(logins, allows_guests=allows_guests)
-        self._isolated = IsolatedConnections(self._course, clock)
-        self._gaps = Gaps(self._course, doom=self._doom, lose=self._lose, clock=clock)
-        self._budget = SendBudget(
-            per_connection=limits.send_buffer, total=limits.send_buffers, clock=clock
+        self._callers = CallerTracker(logins, allows_guests=allows_guests)
+        self._isolated = IsolatedConnections(self._progress, clock)
+        self._gap_notifier = GapNotifier(
+            self._progress,
+            request_close=self._request_close,
+            invalidate_caller=self._invalidate_caller,
+            clock=clock,
         )
-        self._replays = Replays(
+        self._send_budget = SendBudget(
+            per_connection_bytes=limits.send_buffer, total_bytes=limits.send_buffers, clock=clock
+        )
+        self._catch_up = CatchUpTasks(
             changelog,
-            self._course,
-            self._identities,
+            self._progress,
+            self._callers,
             self._isolated,
-            self._gaps,
-            history=self._row_history,
-            at_once=replays_at_once,
-            budget=self._budget,
+            self._gap_notifier,
+            row_history=self._row_history,
+            max_concurrent=max_concurrent_catch_ups,
+            send_budget=self._send_budget,
             stall_timeout=limits.stall_timeout,
-            turn=self._turn_or_end,
-            seen=self._visibility.seen,
-            end=self._end,
-            drop=self._drop,
+            apply_caller_change=self._apply_caller_change_or_close,
+            wait_until_visible=self._visibility.wait_until_visible,
+            close=self._close_connection,
+            abort=self._abort_connection,
             clock=clock,
         )
-        self._stream_is_up = False
+        self._is_stream_up = False
         self._is_closing = False
-        self._gate = False
-        self._waiting: deque[Callable[[], None]] = deque()
-        self._reconsider: Callable[[Caller], Caller] = _unchanged
-        self._calls = TurnQueue()
+        self._waits_for_visibility = False
+        self._deferred_callbacks: deque[Callable[[], None]] = deque()
+        self._revalidate_caller: Callable[[Caller], Caller] = _unchanged
+        self._subscribe_lock = FairLock()
         """Subscribe calls whose topics are read."""
-        self._fresh: dict[Subscription, None] = {}
+        self._subscriptions_with_read_point: dict[Subscription, None] = {}
         """Those that have a barrier."""
-        self._handed = changelog.head
+        self._delivered_upto = changelog.head
         """Where the last portion ended that was handed out."""
-        self._known_upto: Cursor | None = None
+        self._checked_upto: Cursor | None = None
         """Where the entries end that ``_known`` let pass in the dispatch under way."""
-        self._gone: Sequence[Event] = ()
+        self._account_deletions: Sequence[Event] = ()
         """The people whose rows that one deleted, until their connections were told."""
-        self._appended = asyncio.Event()
+        self._changelog_appended = asyncio.Event()
         self.progressed = asyncio.Event()
         """Set whenever the head moved; whoever waits for that clears it first."""
 
@@ -188,7 +207,7 @@ class Hub:
     @property
     def head(self) -> Cursor:
         """Everything up to here was handed to the connections that are LIVE."""
-        return self._course.head
+        return self._progress.head
 
     @property
     def connections(self) -> Sized[Connection]:
@@ -201,54 +220,54 @@ class Hub:
         return self._is_closing
 
     @property
-    def subscriptions(self) -> Mapping[str, int]:
+    def subscription_counts(self) -> Mapping[str, int]:
         """How many there are that something can match, by collection."""
-        return self._course.meaning.subscriptions
+        return self._progress.generation.subscription_counts
 
     @property
-    def gaps_told(self) -> Mapping[str, int]:
+    def gaps_notified(self) -> Mapping[str, int]:
         """How often a connection was told of a gap, or ended for it, by the gap's reason."""
-        return self._gaps.told
+        return self._gap_notifier.notified
 
     @property
-    def stream_is_up(self) -> bool:
+    def is_stream_up(self) -> bool:
         """Whether the stream from the database is being read."""
-        return self._stream_is_up
+        return self._is_stream_up
 
     def wake(self) -> None:
         """The changelog has more."""
-        self._appended.set()
+        self._changelog_appended.set()
 
     def stream_started(self, epoch: str) -> None:
         """The stream is being read: connections that waited for it get their PB_CONNECT."""
-        if epoch != self._history.epoch:
-            self._restarted(epoch)
-        self._stream_is_up = True
+        if epoch != self._epochs.epoch:
+            self._start_epoch(epoch)
+        self._is_stream_up = True
         if self._is_closing:
             return
         for connection in list(self._connections.values())[: self._limits.max_connections]:
-            if connection.state is State.CONNECTING:
+            if connection.state is ConnectionState.CONNECTING:
                 self._connect(connection)
 
     def stream_lost(self) -> None:
         """The stream is away: PB_CONNECT is held back and subscribe calls are refused."""
-        self._stream_is_up = False
+        self._is_stream_up = False
 
-    def gate_on_visibility(self, *, gate: bool) -> None:
+    def set_waits_for_visibility(self, *, waits: bool) -> None:
         """Whether events wait until their transactions are visible to readers."""
-        self._gate = gate
+        self._waits_for_visibility = waits
 
     def stream_continued(self, epoch: str) -> None:
         """Another stream goes on where the last one left off: nothing was missed or repeated."""
-        self._history.go_on(epoch, self._course.head)
+        self._epochs.continue_epoch(epoch, self._progress.head)
         for connection in self._connections.values():
             connection.epoch = epoch
 
-    async def use(
+    async def replace_generation(
         self,
         collections: Collections,
         matcher: Matcher,
-        reconsider: Callable[[Caller], Caller],
+        revalidate_caller: Callable[[Caller], Caller],
         *,
         logins: Mapping[str, CollectionLoginConfig] = _NO_LOGINS,
         allows_guests: bool = True,
@@ -261,8 +280,8 @@ class Hub:
         Args:
             collections: Instead of those of now.
             matcher: For them, without any subscription.
-            reconsider: What a caller who is known already is by the new configuration: the same,
-                changed, or a guest.
+            revalidate_caller: What a caller who is known already is by the new configuration: the
+                same, changed, or a guest.
             logins: How people log in, by collection name.
             allows_guests: Whether guests keep their topics.
         """
@@ -270,84 +289,92 @@ class Hub:
 
         def take() -> None:
             try:
-                self._identities.use(logins, allows_guests=allows_guests)
-                self._take(collections, matcher, reconsider)
+                self._callers.replace_settings(logins, allows_guests=allows_guests)
+                self._apply_generation(collections, matcher, revalidate_caller)
             except Exception as error:  # noqa: BLE001 (told to whoever waits)
                 if not in_force.done():
                     in_force.set_exception(error)
             if not in_force.done():
                 in_force.set_result(None)
 
-        if self._course.is_deciding:
-            self._waiting.append(take)
+        if self._progress.is_evaluating:
+            self._deferred_callbacks.append(take)
         else:
             take()
         await in_force
 
-    def _take(
+    def _apply_generation(
         self,
         collections: Collections,
         matcher: Matcher,
-        reconsider: Callable[[Caller], Caller],
+        revalidate_caller: Callable[[Caller], Caller],
     ) -> None:
-        self._course.meaning, self._reconsider = self._meaning_of(collections, matcher), reconsider
-        self._course.edition += 1
+        self._progress.generation, self._revalidate_caller = (
+            self._make_generation(collections, matcher),
+            revalidate_caller,
+        )
+        self._progress.revision += 1
         for connection in list(self._connections.values()):
             for subscription in connection.subscriptions.values():
                 subscription.group = None  # the other matcher's, which goes with it
-            with self._ending_if_it_fails(connection):
-                self._identities.become(connection, reconsider(connection.caller))
+            with self._closing_on_error(connection):
+                self._callers.set_caller(connection, revalidate_caller(connection.caller))
                 for subscription in connection.subscriptions.values():
-                    self._course.meaning.give(subscription, connection.caller)
-                self._mind_guest(connection, self._course.head)
+                    self._progress.generation.bind_subscription(subscription, connection.caller)
+                self._close_if_guest(connection, self._progress.head)
 
-    def _meaning_of(self, collections: Collections, matcher: Matcher) -> Meaning:
-        self._row_history.use(tables_of(collections))
-        return Meaning(
-            self._probe,
+    def _make_generation(self, collections: Collections, matcher: Matcher) -> Generation:
+        self._row_history.set_streamed_tables(reachable_tables(collections))
+        return Generation(
+            self._executor,
             collections,
             matcher,
             nulls=self._nulls,
-            hidden=self._hidden,
-            on_doubt=self._on_doubt,
-            history=self._row_history,
-            left_out=self.counts.left_out,
+            hidden_fields=self._hidden_fields,
+            on_schema_mismatch=self._on_schema_mismatch,
+            row_history=self._row_history,
+            incomplete_records=self.counters.incomplete_records,
         )
 
-    def _restarted(self, epoch: str) -> None:
+    def _start_epoch(self, epoch: str) -> None:
         """Positions of before mean nothing any more: the changelog was emptied as well."""
-        course = self._course
-        self._history.begin(epoch)
-        course.edition += 1
-        course.head = course.target = self._handed = self._changelog.head
-        self._gone = ()
+        course = self._progress
+        self._epochs.start_epoch(epoch)
+        course.revision += 1
+        course.head = course.evaluation_target = self._delivered_upto = self._changelog.head
+        self._account_deletions = ()
         self._visibility.clear()
         self._row_history.clear()
         # A snapshot of before takes ids that are used anew for seen.
-        for subscription in self._fresh:
-            subscription.barrier = None
-        self._fresh.clear()
-        self._identities.forget(course.head.lsn)
+        for subscription in self._subscriptions_with_read_point:
+            subscription.read_point = None
+        self._subscriptions_with_read_point.clear()
+        self._callers.forget_changes_upto(course.head.lsn)
         for connection in list(self._connections.values()):
             connection.epoch = epoch
             connection.cursor = course.head
-            connection.note_parts(course.head, NO_PARTS)
-            connection.known = None
-            if connection.state is State.HELD and connection.is_resumable:
-                connection.gap = connection.gap or "unknown"
-            elif connection.subscriptions or connection.state is State.PAUSED:
-                self._gaps.tell(connection, Announcement(None, "unknown", course.head))
-        self._let_go()
+            connection.record_messages_sent(course.head, NO_MESSAGE_KEYS)
+            connection.caller_read_point = None
+            if connection.state is ConnectionState.UNSUBSCRIBED and connection.is_resumable:
+                connection.pending_gap_reason = connection.pending_gap_reason or "unknown"
+            elif connection.subscriptions or connection.state is ConnectionState.SUBSCRIBING:
+                self._gap_notifier.notify(connection, GapNotice(None, "unknown", course.head))
+        self._run_deferred()
 
     # --- opening and closing --------------------------------------------------------------
 
-    def open(
-        self, sink: Sink, *, address: str, last_event_id: str | None, position: str | None
+    def open_connection(
+        self,
+        writer: ResponseWriter,
+        *,
+        address: str,
+        last_event_id: str | None,
+        position: str | None,
     ) -> Connection:
         """Take a new connection whose head is out.
 
         Args:
-            sink: Where its bytes go.
+            writer: Where its bytes go.
             address: The client's, which subscribe calls must share.
             last_event_id: The header ``Last-Event-ID``, if any. Without a cursor it is not ours.
             position: The query parameter ``lastEventId``, if any; ``""`` asks for positions
@@ -357,92 +384,96 @@ class Hub:
         client_id = "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH))
         connection = Connection(
             client_id,
-            sink,
+            writer,
             address=address,
-            epoch=self._history.epoch,
-            cursor=self._course.head,
+            epoch=self._epochs.epoch,
+            cursor=self._progress.head,
             now=now,
         )
-        connection.asked = (last_event_id, position)
+        connection.submitted_positions = (last_event_id, position)
         self._connections[client_id] = connection
         if len(self._connections) > self._limits.max_connections:
             # Any status but 200 is final to an EventSource: accept, wait, end (see the tick).
             log.warning("connection.refused", limit=self._limits.max_connections)
-        elif self._stream_is_up and not self._is_closing:
+        elif self._is_stream_up and not self._is_closing:
             self._connect(connection)
         return connection
 
     def _connect(self, connection: Connection) -> None:
-        connection.state = State.HELD
-        connection.cursor, connection.epoch = self._course.head, self._history.epoch
-        self._history.place(connection, self._course.head, self._changelog.floor)
+        connection.state = ConnectionState.UNSUBSCRIBED
+        connection.cursor, connection.epoch = self._progress.head, self._epochs.epoch
+        self._epochs.apply_submitted_position(
+            connection, self._progress.head, self._changelog.floor
+        )
         now = self._clock()
-        connection.connected_at = connection.active_at = connection.written_at = now
-        connection.say(connect_tail(connection.id), None)
+        connection.connected_at = connection.idle_since = connection.last_write_at = now
+        connection.write_message(connect_tail(connection.id), None)
 
-    def close(self, connection: Connection, reason: str = "client") -> None:
+    def remove_connection(self, connection: Connection, reason: str = "client") -> None:
         """Forget a connection whose client has gone, or that was ended. Idempotent."""
-        connection.mark_ended()
-        self._identities.remove(connection)
-        self._replays.stop(connection)
+        connection.mark_closed()
+        self._callers.remove(connection)
+        self._catch_up.stop(connection)
         for subscription in connection.subscriptions.values():
-            self._course.meaning.take(subscription)
-            self._fresh.pop(subscription, None)
+            self._progress.generation.unbind_subscription(subscription)
+            self._subscriptions_with_read_point.pop(subscription, None)
         connection.subscriptions = {}
         if self._connections.pop(connection.id, None) is not None:
-            self.counts.closed[reason] += 1
-            self.counts.events_of_closed += connection.events
-            log.debug("connection.closed", connection=connection.id, events=connection.events)
+            self.counters.closed_connections[reason] += 1
+            self.counters.events_sent_to_closed += connection.events_sent
+            log.debug("connection.closed", connection=connection.id, events=connection.events_sent)
 
-    def _drop(self, connection: Connection) -> None:
+    def _abort_connection(self, connection: Connection) -> None:
         log.warning("connection.dropped", connection=connection.id, reason="stalled")
-        connection.sink.abort()
-        self._budget.forget(connection)
-        self.close(connection, "stalled")
+        connection.writer.abort()
+        self._send_budget.remove(connection)
+        self.remove_connection(connection, "stalled")
 
-    def _doom(self, connection: Connection, reason: str) -> None:
+    def _request_close(self, connection: Connection, reason: str) -> None:
         """End the connection, as soon as its client can bear that."""
-        connection.doom = reason
-        if self._ends.is_settled(connection, self._clock()):
-            self._end(connection, reason)
+        connection.close_reason = reason
+        if self._timeouts.may_close(connection, self._clock()):
+            self._close_connection(connection, reason)
 
-    def _lose(self, connection: Connection, reason: str, at: Cursor) -> None:
+    def _invalidate_caller(self, connection: Connection, reason: str, upto: Cursor) -> None:
         """End a connection whose caller isn't known any more, and let it hear nothing till then.
 
         Args:
             connection: Which one.
             reason: Why it is ended.
-            at: What it was handed, if it is LIVE. It may go on from there when it is back.
+            upto: What it was handed, if it is LIVE. It may go on from there when it is back.
         """
         if connection.is_live:
-            connection.cursor = at
+            connection.cursor = upto
         connection.is_live = False
-        connection.state = State.LOST
-        self._doom(connection, reason)
+        connection.state = ConnectionState.CALLER_INVALID
+        self._request_close(connection, reason)
 
-    async def watch_limits(self) -> None:
+    async def run_timers(self) -> None:
         """Apply the time limits, send heartbeats, let go of what has become visible; for ever."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._ends.watch(), name="limits")
+            group.create_task(self._timeouts.watch(), name="limits")
             group.create_task(self._visibility.watch(), name="visibility")
-            group.create_task(self._row_history.watch(), name="row history")
+            group.create_task(self._row_history.trim_periodically(), name="row history")
 
-    async def shutdown(self, grace: float) -> None:
+    async def shutdown(self, grace_seconds: float) -> None:
         """End every connection in small groups, never taking longer than ``grace`` seconds."""
         self._is_closing = True
-        await self._ends.shutdown(grace)
+        await self._timeouts.shutdown(grace_seconds)
 
-    def _end(self, connection: Connection, reason: str) -> None:
-        if connection.is_ended:
+    def _close_connection(self, connection: Connection, reason: str) -> None:
+        if connection.is_closed:
             return
         log.debug("connection.ended", connection=connection.id, reason=reason)
         try:
-            self.close(connection, reason)  # first: the sink may say at once that its client went
+            self.remove_connection(
+                connection, reason
+            )  # first: the sink may say at once that its client went
         finally:
-            connection.sink.end()
+            connection.writer.close()
 
     @contextmanager
-    def _ending_if_it_fails(self, connection: Connection) -> Iterator[None]:
+    def _closing_on_error(self, connection: Connection) -> Iterator[None]:
         """End one connection for what fails on its account; the others go on.
 
         Its client comes back, and loads anew or goes on from its position: silence would be a gap.
@@ -451,21 +482,21 @@ class Hub:
             yield
         except SubscriptionLimitError as error:
             # By another caller or configuration its topics are too many: no call can be refused.
-            log.info("connection.refused", connection=connection.id, limit=error.limit)
-            self._end(connection, "limit")
+            log.info("connection.refused", connection=connection.id, limit=error.limit_name)
+            self._close_connection(connection, "limit")
         except Exception as error:  # noqa: BLE001 (a fault of ours, or a value nobody thought of)
-            self._give_up(connection, error)
+            self._close_failed(connection, error)
 
-    def _give_up(self, connection: Connection, error: Exception) -> None:
+    def _close_failed(self, connection: Connection, error: Exception) -> None:
         log.error(
             "connection.failed",
             connection=connection.id,
             error=type(error).__name__,
-            at=where(error),
+            at=raise_location(error),
         )
         connection.is_live = False
         try:
-            self._end(connection, "failed")
+            self._close_connection(connection, "failed")
         except Exception as another:  # noqa: BLE001 (as above)
             name = type(another).__name__
             log.error("connection.failed", connection=connection.id, error=name)  # noqa: TRY400 (see where)
@@ -493,27 +524,29 @@ class Hub:
             raise SubscriptionError("unknown client id", code="client_unknown")
         if self._limits.same_address and connection.address != address:
             raise SubscriptionError("another address", code="address_mismatch")
-        async with connection.turn:
-            if connection.is_ended:
+        async with connection.lock:
+            if connection.is_closed:
                 raise SubscriptionError("unknown client id", code="client_unknown")
             held = connection.caller.principal
-            if held != GUEST and not is_same(held, caller.principal):
+            if held != GUEST and not is_same_principal(held, caller.principal):
                 raise SubscriptionError("another caller", code="authorization_mismatch")
             try:
-                await self._replace(connection, list(dict.fromkeys(filter(None, topics))), caller)
+                await self._replace_topics(
+                    connection, list(dict.fromkeys(filter(None, topics))), caller
+                )
             except SubscriptionLimitError as error:
-                self.counts.filters_refused += 1
-                log.info("subscription.refused", connection=connection.id, limit=error.limit)
+                self.counters.refused_subscribe_calls += 1
+                log.info("subscription.refused", connection=connection.id, limit=error.limit_name)
                 raise
             except SubscriptionError as error:
-                if error.error_code == "stream_away" and connection.answered_at is None:
-                    connection.answered_at = self._clock()
-                    connection.doom = "stream_away"
+                if error.error_code == "stream_away" and connection.first_call_answered_at is None:
+                    connection.first_call_answered_at = self._clock()
+                    connection.close_reason = "stream_away"
                 raise
-            if connection.answered_at is None:
-                connection.answered_at = self._clock()
+            if connection.first_call_answered_at is None:
+                connection.first_call_answered_at = self._clock()
 
-    def mute_topics(self, client_id: str) -> frozenset[str]:
+    def unmatchable_topics(self, client_id: str) -> frozenset[str]:
         """Return the topics of a connection that nothing can match for its caller now."""
         connection = self._connections.get(client_id.partition(".")[0])
         if connection is None:
@@ -524,61 +557,65 @@ class Hub:
             if one.group is None and not one.topic.collection.startswith("PB_")
         )
 
-    async def _replace(self, connection: Connection, names: list[str], caller: Caller) -> None:
-        if not self._stream_is_up:
+    async def _replace_topics(
+        self, connection: Connection, topic_texts: list[str], caller: Caller
+    ) -> None:
+        if not self._is_stream_up:
             raise SubscriptionError("the stream is away", code="stream_away")
-        is_first = connection.state in (State.CONNECTING, State.HELD)
+        is_first = connection.state in (ConnectionState.CONNECTING, ConnectionState.UNSUBSCRIBED)
         if connection.is_live:
-            connection.cursor = self._course.head
+            connection.cursor = self._progress.head
         connection.is_live = False
-        self._replays.hold(connection)
-        if not is_first and not connection.is_lost():
-            connection.state = State.PAUSED
+        self._catch_up.prevent_going_live(connection)
+        if not is_first and not connection.is_caller_invalid():
+            connection.state = ConnectionState.SUBSCRIBING
         try:
-            topics = await self._course.meaning.read(names, caller, self._calls, connection.network)
-            barrier = await self._barrier_for(connection, names, is_first=is_first)
-            if connection.is_ended:
+            topics = await self._progress.generation.parse_topics(
+                topic_texts, caller, self._subscribe_lock, connection.network
+            )
+            barrier = await self._fetch_read_point(connection, topic_texts, is_first=is_first)
+            if connection.is_closed:
                 raise SubscriptionError("unknown client id", code="client_unknown")
-            await self._install(connection, topics, caller, barrier)
-            if connection.is_lost():
-                connection.state = State.PAUSED  # it has said anew who it is
+            await self._install_topics(connection, topics, caller, barrier)
+            if connection.is_caller_invalid():
+                connection.state = ConnectionState.SUBSCRIBING  # it has said anew who it is
         finally:
-            if not connection.is_lost():
-                self._resume(connection)
+            if not connection.is_caller_invalid():
+                self._end_call(connection)
 
-    def _resume(self, connection: Connection) -> None:
+    def _end_call(self, connection: Connection) -> None:
         """Let a connection hear of what came while a call was at work."""
-        if connection.subscriptions and not connection.is_ended:
-            connection.state = State.REPLAY
-            self._replays.start(connection)
-        elif connection.state is State.PAUSED:
-            connection.state = State.HELD
-            connection.cursor = self._course.head
+        if connection.subscriptions and not connection.is_closed:
+            connection.state = ConnectionState.CATCHING_UP
+            self._catch_up.start(connection)
+        elif connection.state is ConnectionState.SUBSCRIBING:
+            connection.state = ConnectionState.UNSUBSCRIBED
+            connection.cursor = self._progress.head
 
-    async def _barrier_for(
-        self, connection: Connection, names: list[str], *, is_first: bool
-    ) -> Barrier | None:
-        if all(name in connection.subscriptions for name in names):
+    async def _fetch_read_point(
+        self, connection: Connection, topic_texts: list[str], *, is_first: bool
+    ) -> ReadPoint | None:
+        if all(name in connection.subscriptions for name in topic_texts):
             return None
-        if is_first and connection.resumes:
+        if is_first and connection.is_resuming:
             if connection.cursor <= self._changelog.head:
                 return None
             # Another process may be ahead of us, or have seen it before a restore.
-            barrier = await self._visibility.barrier(_START)
+            barrier = await self._visibility.fetch_read_point(_START)
             if connection.cursor.lsn <= barrier.insert_lsn:
                 return None
-            connection.gap, connection.resumes = "unknown", False
+            connection.pending_gap_reason, connection.is_resuming = "unknown", False
         if is_first:
             # It has heard nothing yet, so nothing can come out of order: begin at the head.
-            connection.cursor = self._course.head
-        return await self._visibility.barrier(connection.cursor)
+            connection.cursor = self._progress.head
+        return await self._visibility.fetch_read_point(connection.cursor)
 
-    async def _install(
+    async def _install_topics(
         self,
         connection: Connection,
         topics: Mapping[str, Topic],
         caller: Caller,
-        barrier: Barrier | None,
+        read_point: ReadPoint | None,
     ) -> None:
         """Put the topics in place of those that there are, or leave these if that fails.
 
@@ -591,36 +628,38 @@ class Hub:
             SubscriptionLimitError: Likewise.
         """
         before = connection.subscriptions
-        known = None if caller.reading is None else barrier_of(*caller.reading)
+        known = None if caller.read_point is None else parse_read_point(*caller.read_point)
         try:
             while True:
-                epoch, now = connection.epoch, self._caller_now(connection, caller, known)
-                exchange = self._exchange(connection, before, topics, now, barrier)
-                if await self._in_turns(connection, exchange):
+                epoch, now = connection.epoch, self._current_caller(connection, caller, known)
+                exchange = self._replace_steps(connection, before, topics, now, read_point)
+                if await self._run_in_chunks(connection, exchange):
                     break
                 if connection.epoch != epoch:
                     # A snapshot of before takes ids that are used anew for seen.
-                    barrier = None
+                    read_point = None
                     for subscription in before.values():
-                        subscription.barrier = None
+                        subscription.read_point = None
         except asyncio.CancelledError:
-            deque(self._restore(connection, before), maxlen=0)
+            deque(self._restore_steps(connection, before), maxlen=0)
             raise
         except Exception:
-            await self._put_back(connection, before)
+            await self._restore_subscriptions(connection, before)
             raise
-        connection.known = known
-        self._identities.become(connection, now)
-        connection.wants_resync = RESYNC_TOPIC in topics
-        connection.wants_cursor = CURSOR_TOPIC in topics
-        if connection.wants_cursor and not connection.is_resumable:
+        connection.caller_read_point = known
+        self._callers.set_caller(connection, now)
+        connection.has_resync_topic = RESYNC_TOPIC in topics
+        connection.has_cursor_topic = CURSOR_TOPIC in topics
+        if connection.has_cursor_topic and not connection.is_resumable:
             connection.is_resumable = True
-            connection.position = connection.position_text(connection.cursor)
+            connection.position = connection.encode_position(connection.cursor)
         if topics:
-            self.counts.note_call(connection)
-            connection.resumes = False
+            self.counters.record_resume_outcome(connection)
+            connection.is_resuming = False
 
-    def _caller_now(self, connection: Connection, caller: Caller, known: Barrier | None) -> Caller:
+    def _current_caller(
+        self, connection: Connection, caller: Caller, caller_read_point: ReadPoint | None
+    ) -> Caller:
         """Return the caller as of the connection's cursor and the configuration in force.
 
         Both may have changed since the caller was recognised.
@@ -629,14 +668,14 @@ class Hub:
             SubscriptionError: ``stream_away``: nobody knows any more.
         """
         try:
-            caller = self._identities.caught_up(caller, known, connection.cursor)
+            caller = self._callers.caller_at(caller, caller_read_point, connection.cursor)
         except LookupError as error:
             raise SubscriptionError("the caller's row may have changed", code="stream_away") from (
                 error
             )
-        return replace(self._reconsider(caller), reading=None)
+        return replace(self._revalidate_caller(caller), read_point=None)
 
-    async def _in_turns(self, connection: Connection, steps: Generator[None]) -> bool:
+    async def _run_in_chunks(self, connection: Connection, steps: Generator[None]) -> bool:
         """Take steps for a call, the loop's other users having their turn in between.
 
         Few steps are taken at once; of long work one call's at a time is done.
@@ -648,109 +687,115 @@ class Hub:
         Raises:
             SubscriptionError: ``client_unknown``: the connection has ended meanwhile.
         """
-        edition = self._course.edition
+        edition = self._progress.revision
         with closing(steps):
-            if not any(True for _ in islice(steps, _STEPS_AT_ONCE - 1, _STEPS_AT_ONCE)):
+            if not any(True for _ in islice(steps, _STEPS_PER_CHUNK - 1, _STEPS_PER_CHUNK)):
                 return True
             is_done = False
             while not is_done:
-                async with self._calls.work(connection.network) as turn:
-                    if not connection.is_ended and self._course.edition == edition:
-                        is_done = not any(turn.is_over() for _ in steps)
-                if connection.is_ended:
+                async with self._subscribe_lock.acquire_for_loop_work(connection.network) as turn:
+                    if not connection.is_closed and self._progress.revision == edition:
+                        is_done = not any(turn.is_due() for _ in steps)
+                if connection.is_closed:
                     raise SubscriptionError("unknown client id", code="client_unknown")
-                if self._course.edition != edition:
+                if self._progress.revision != edition:
                     return False
             return True
 
-    async def _put_back(self, connection: Connection, before: Mapping[str, Subscription]) -> None:
+    async def _restore_subscriptions(
+        self, connection: Connection, previous: Mapping[str, Subscription]
+    ) -> None:
         """Let a connection have the subscriptions that it had before a call that is refused."""
         try:
-            while not await self._in_turns(connection, self._restore(connection, before)):
+            while not await self._run_in_chunks(
+                connection, self._restore_steps(connection, previous)
+            ):
                 pass
         except asyncio.CancelledError:
-            deque(self._restore(connection, before), maxlen=0)
+            deque(self._restore_steps(connection, previous), maxlen=0)
             raise
 
-    def _exchange(
+    def _replace_steps(
         self,
         connection: Connection,
-        before: Mapping[str, Subscription],
+        previous: Mapping[str, Subscription],
         topics: Mapping[str, Topic],
         caller: Caller,
-        barrier: Barrier | None,
+        read_point: ReadPoint | None,
     ) -> Generator[None]:
         """Put subscriptions to the topics in place of those that there are, step by step.
 
         Args:
             connection: Whose they are.
-            before: Those that it had before the call; what they must still hear goes on.
+            previous: Those that it had before the call; what they must still hear goes on.
             topics: What it wants to hear of.
             caller: Who calls.
-            barrier: What the others must still hear although they joined late.
+            read_point: What the others must still hear although they joined late.
 
         Raises:
             SubscriptionLimitError: There are too many of a kind. Some may be there then.
         """
-        yield from self._withdraw_all(connection)
+        yield from self._unbind_steps(connection)
         mute: defaultdict[str, list[str]] = defaultdict(list)
         for name, topic in topics.items():
             subscription = Subscription(connection, topic, View(), "")
-            kept = before.get(name)
-            subscription.barrier = kept.barrier if kept else barrier
-            if subscription.barrier is not None:
-                self._fresh[subscription] = None
+            kept = previous.get(name)
+            subscription.read_point = kept.read_point if kept else read_point
+            if subscription.read_point is not None:
+                self._subscriptions_with_read_point[subscription] = None
             # Among the connection's before it is given anything: a refusal takes all of it back.
             connection.subscriptions[name] = subscription
-            reason = self._course.meaning.give(subscription, caller)
+            reason = self._progress.generation.bind_subscription(subscription, caller)
             if reason:
                 mute[reason].append(name)
             yield
-        self._report_mute(connection, mute)
+        self._log_unmatchable(connection, mute)
 
-    def _withdraw_all(self, connection: Connection) -> Generator[None]:
+    def _unbind_steps(self, connection: Connection) -> Generator[None]:
         """Take all of a connection's subscriptions out of their groups, step by step."""
-        meaning = self._course.meaning
+        meaning = self._progress.generation
         subscriptions = iter(connection.subscriptions.values())
         connection.subscriptions = {}
         try:
             for subscription in subscriptions:
-                self._withdraw(subscription, meaning)
+                self._unbind(subscription, meaning)
                 yield
         finally:
             # It has ended, or other collections have come into force: all at once.
             for subscription in subscriptions:
-                self._withdraw(subscription, meaning)
+                self._unbind(subscription, meaning)
 
-    def _withdraw(self, subscription: Subscription, meaning: Meaning) -> None:
-        meaning.take(subscription)
-        self._fresh.pop(subscription, None)
+    def _unbind(self, subscription: Subscription, generation: Generation) -> None:
+        generation.unbind_subscription(subscription)
+        self._subscriptions_with_read_point.pop(subscription, None)
 
-    def _restore(
-        self, connection: Connection, before: Mapping[str, Subscription]
+    def _restore_steps(
+        self, connection: Connection, previous: Mapping[str, Subscription]
     ) -> Generator[None]:
-        """Do what ``_put_back`` does, step by step."""
-        if connection.is_ended:
+        """Do what ``_restore_subscriptions`` does, step by step."""
+        if connection.is_closed:
             return
-        yield from self._withdraw_all(connection)
-        with self._ending_if_it_fails(connection):
-            for name, subscription in before.items():
+        yield from self._unbind_steps(connection)
+        with self._closing_on_error(connection):
+            for name, subscription in previous.items():
                 connection.subscriptions[name] = subscription
                 if subscription.group is None:
-                    self._course.meaning.give(subscription, connection.caller)
-                if subscription.barrier is not None:
-                    self._fresh[subscription] = None
+                    self._progress.generation.bind_subscription(subscription, connection.caller)
+                if subscription.read_point is not None:
+                    self._subscriptions_with_read_point[subscription] = None
                 yield
 
-    def _report_mute(self, connection: Connection, mute: Mapping[str, Sequence[str]]) -> None:
-        for reason, topics in mute.items():
+    def _log_unmatchable(
+        self, connection: Connection, topics_by_reason: Mapping[str, Sequence[str]]
+    ) -> None:
+        for reason, topics in topics_by_reason.items():
             log.info(
                 "subscription.mute",
                 connection=connection.id,
                 reason=reason,
                 topics=len(topics),
                 # Of the first, and without its options: they may hold a token.
-                topic=topics[0].partition("?")[0][:_TOLD],
+                topic=topics[0].partition("?")[0][:_LOGGED_TOPIC_CHARACTERS],
             )
 
     # --- reading the changelog --------------------------------------------------------------
@@ -758,15 +803,15 @@ class Hub:
     async def run(self) -> None:
         """Hand the changelog to the LIVE connections, for ever."""
         while True:
-            await self._appended.wait()
-            self._appended.clear()
-            while self._is_behind():
+            await self._changelog_appended.wait()
+            self._changelog_appended.clear()
+            while self._has_undispatched():
                 await self._dispatch()
 
-    def _is_behind(self) -> bool:
+    def _has_undispatched(self) -> bool:
         """Whether there is more; if that can't be said, ``_dispatch`` finds out."""
         try:
-            return self._course.head < self._changelog.head
+            return self._progress.head < self._changelog.head
         except Exception:  # noqa: BLE001 (see _dispatch)
             return True
 
@@ -775,372 +820,396 @@ class Hub:
 
         What fails on nobody's account alone each connection reads by itself.
         """
-        edition = self._course.edition
+        edition = self._progress.revision
         try:
-            await self._hand_out_entries()
+            await self._dispatch_entries()
         except Exception as error:  # noqa: BLE001 (one row, rule or client may not end all)
-            log.error("dispatch.failed", error=type(error).__name__, at=where(error))  # noqa: TRY400 (see where)
-            if self._course.edition == edition:
+            log.error("dispatch.failed", error=type(error).__name__, at=raise_location(error))  # noqa: TRY400 (see where)
+            if self._progress.revision == edition:
                 # What lies beyond may not be visible yet, or of another schema.
-                self._leave_to_each(self._known_upto or self._changelog.head)
-            self._course.is_deciding = False
+                self._let_all_fall_behind(self._checked_upto or self._changelog.head)
+            self._progress.is_evaluating = False
         finally:
-            self._known_upto = None
+            self._checked_upto = None
 
-    def _leave_to_each(self, upto: Cursor) -> None:
+    def _let_all_fall_behind(self, upto: Cursor) -> None:
         """Let every connection read on by itself from where all were handed things.
 
         What fails for one of them there ends that one, and nobody else.
         """
-        self._course.head = max(self._course.head, self._handed)
+        self._progress.head = max(self._progress.head, self._delivered_upto)
         for connection in [one for one in self._connections.values() if one.is_live]:
-            with self._ending_if_it_fails(connection):
-                self._leave_behind(connection)
-        self._turn_gone()
+            with self._closing_on_error(connection):
+                self._fall_behind(connection)
+        self._apply_account_deletions()
         # What was to be told of people may not have been.
-        self._identities.forget(upto.lsn)
-        self._course.head = self._course.target = upto
-        self._let_go()
+        self._callers.forget_changes_upto(upto.lsn)
+        self._progress.head = self._progress.evaluation_target = upto
+        self._run_deferred()
 
-    def _turn_gone(self) -> None:
+    def _apply_account_deletions(self) -> None:
         """Make guests of those whose rows were deleted by what is handed out already."""
-        for event in self._gone:
-            for connection in list(self._identities.concerned(event)):
+        for event in self._account_deletions:
+            for connection in list(self._callers.connections_of(event)):
                 if connection.cursor >= event.cursor:
-                    self._turn_or_end(connection, event)
-        self._gone = ()
+                    self._apply_caller_change_or_close(connection, event)
+        self._account_deletions = ()
 
-    async def _hand_out_entries(self) -> None:
-        course = self._course
-        entries = self._changelog.read(course.head, self._changelog.head, WIDE)
-        self._visibility.told(entries)
-        edition, meaning = course.edition, course.meaning
-        entries = await self._known(entries)
-        if course.edition != edition:
+    async def _dispatch_entries(self) -> None:
+        course = self._progress
+        entries = self._changelog.read(course.head, self._changelog.head, LIVE_SLICE_CHANGES)
+        self._visibility.record_delivered(entries)
+        edition, meaning = course.revision, course.generation
+        entries = await self._checked_entries(entries)
+        if course.revision != edition:
             return
         if entries:
-            self._known_upto = Cursor(entries[-1].end_lsn, END)
-        turns, fits = self._identities.turns, meaning.shapes.fits
-        for part in slices(entries, course.head, meaning.collections, turns, WIDE, fits=fits):
-            course.target, course.is_deciding = part.upto, True
-            self._begin(part)
-            verdict = await self._judge(part)
-            beside = await self._look_beside(part, verdict)
-            if causes := causes_of(part.gap, part.events, verdict, meaning.subscriptions):
-                await self._visibility.seen(causes)
-            if not await self._hand_out(part, verdict, beside, edition):
+            self._checked_upto = Cursor(entries[-1].end_lsn, END_ORDINAL)
+        turns, fits = self._callers.changes_a_caller, meaning.shape_checker.fits
+        for part in split_into_slices(
+            entries, course.head, meaning.collections, turns, LIVE_SLICE_CHANGES, fits=fits
+        ):
+            course.evaluation_target, course.is_evaluating = part.end_cursor, True
+            self._apply_account_changes(part)
+            verdict = await self._evaluate(part)
+            beside = await self._enrich(part, verdict)
+            if causes := gap_xids(part.gap, part.events, verdict, meaning.subscription_counts):
+                await self._visibility.wait_until_visible(causes)
+            if not await self._compose_and_deliver(part, verdict, beside, edition):
                 return
-            self._turn_live(part.people, "delete")
-            self._advance(part)
-            self._gone = ()
+            self._apply_to_live_callers(part.account_events, "delete")
+            self._advance_head(part)
+            self._account_deletions = ()
             # Others of this loop get their turn: the reader, replays, HTTP.
             await asyncio.sleep(0)
-            if course.edition != edition:
+            if course.revision != edition:
                 return  # the rest was cut for other collections, or is of another history
 
-    async def _judge(self, part: Slice) -> Verdict:
+    async def _evaluate(self, slice_: Slice) -> SliceResult:
         """Judge a slice, and go on without those whose filters take too long, or might."""
-        meaning = self._course.meaning
+        meaning = self._progress.generation
         if meaning.matcher.trials.has_untried:
-            self._let_read_alone(self._isolated.untried(part.events), ())
-        verdict = await meaning.judge.judge_in_turns(part.events)
-        if verdict.late or verdict.dear:
-            self._let_read_alone(_connections_of(verdict.late), _connections_of(verdict.dear))
+            self._isolate_late(self._isolated.with_untried_filters(slice_.events), ())
+        verdict = await meaning.evaluator.evaluate_in_chunks(slice_.events)
+        if verdict.over_budget_groups or verdict.expensive_groups:
+            self._isolate_late(
+                _connections_of(verdict.over_budget_groups),
+                _connections_of(verdict.expensive_groups),
+            )
         return verdict
 
-    async def _hand_out(self, part: Slice, verdict: Verdict, beside: Beside, edition: int) -> bool:
+    async def _compose_and_deliver(
+        self, slice_: Slice, result: SliceResult, enrichment: Enrichment, revision: int
+    ) -> bool:
         """Hand out a judged slice, in portions, unless another history has begun since an edition.
 
         Returns:
             Whether all of it was handed out.
         """
-        course, events = self._course, part.events
-        composer = Composer(
-            course.meaning.display,
+        course, events = self._progress, slice_.events
+        composer = MessageComposer(
+            course.generation.renderer,
             events,
-            verdict.hits,
-            beside,
-            send_buffer=self._limits.send_buffer,
+            result.hits,
+            enrichment,
+            send_buffer_bytes=self._limits.send_buffer,
         )
-        for places in portions(events, verdict.hits):
+        for places in delivery_ranges(events, result.hits):
             stop = places.start
             while stop < places.stop or not places:
-                portion = await composer.portion(range(stop, places.stop))
-                if portion.failed:  # to somebody; readers see those before a gap is told
-                    await self._visibility.seen(events[place].xid for place in portion.failed)
-                if course.edition != edition:
+                portion = await composer.compose(range(stop, places.stop))
+                if portion.failed_indexes:  # to somebody; readers see those before a gap is told
+                    await self._visibility.wait_until_visible(
+                        events[place].xid for place in portion.failed_indexes
+                    )
+                if course.revision != revision:
                     return False
-                if portion.late:
-                    self._let_read_alone(portion.late, portion.dear)
-                stop = self._deliver(part, verdict, portion, start=stop)
+                if portion.over_budget_connections:
+                    self._isolate_late(
+                        portion.over_budget_connections, portion.expensive_connections
+                    )
+                stop = self._deliver(slice_, result, portion, first_index=stop)
                 if stop == len(events):
                     break
                 course.head = events[stop - 1].cursor
                 await asyncio.sleep(0)
         return True
 
-    async def _look_beside(self, part: Slice, verdict: Verdict) -> Beside:
+    async def _enrich(self, slice_: Slice, result: SliceResult) -> Enrichment:
         """Find out what is shown beside the rows, and go on without those who can't be served so.
 
         These are who waits for a slow expansion, and whose caller the database knows as another.
         """
-        judge = self._course.meaning.judge
-        if not judge.has_more_to_show(part.events, verdict):
-            return NOTHING_BESIDE
-        check = self._check_of(part, verdict)
-        beside = await judge.look_beside(
-            part.events,
-            verdict,
-            sights_of_audiences,
+        judge = self._progress.generation.evaluator
+        if not judge.needs_enrichment(slice_.events, result):
+            return NO_ENRICHMENT
+        check = self._caller_check_for(slice_, result)
+        beside = await judge.enrich(
+            slice_.events,
+            result,
+            needs_of_groups,
             check,
-            is_shared=not self._ends_callers(part),
+            is_shared=not self._deletes_live_callers(slice_),
         )
-        late = _viewing(verdict.hits, beside.late)
-        self._let_read_alone(late, late)
-        for connection in check.outdated:
+        late = _connections_with_viewers(result.hits, beside.excluded_viewers)
+        self._isolate_late(late, late)
+        for connection in check.outdated_connections:
             if connection.is_live:
-                self._leave_behind(connection)
+                self._fall_behind(connection)
         return beside
 
-    def _check_of(self, part: Slice, verdict: Verdict) -> CallerCheck:
+    def _caller_check_for(self, slice_: Slice, result: SliceResult) -> CallerCheck:
         """Return what finds the LIVE connections whose callers are others by now."""
 
-        def connections(viewers: Sized[Viewer], groups: Sized[Group]) -> Iterable[Connection]:
-            found = {*_viewing(verdict.hits, viewers), *_connections_of(groups)}
+        def connections(viewers: Sized[ExpandViewer], groups: Sized[Group]) -> Iterable[Connection]:
+            found = {*_connections_with_viewers(result.hits, viewers), *_connections_of(groups)}
             return (one for one in found if one.is_live)
 
         return CallerCheck(
-            self._identities,
-            self._course.meaning,
+            self._callers,
+            self._progress.generation,
             self._row_history,
-            events=part.events,
-            connections=connections,
+            events=slice_.events,
+            find_connections=connections,
         )
 
-    async def _known(self, entries: Sequence[Entry]) -> Sequence[Entry]:
+    async def _checked_entries(self, entries: Sequence[Entry]) -> Sequence[Entry]:
         """Return the first of the entries, which readers see if they have to.
 
         It is those whose rows are what the catalogue says. If that is none, the catalogue is read:
         at the first that it doesn't fit, before anything is made of it.
         """
-        edition, meaning = self._course.edition, self._course.meaning
-        shapes, definitions = meaning.shapes, meaning.definitions
-        if self._gate:
-            await self._visibility.wait_for(entries)
-            if self._course.edition != edition:
+        edition, meaning = self._progress.revision, self._progress.generation
+        shapes, definitions = meaning.shape_checker, meaning.catalog_assumptions
+        if self._waits_for_visibility:
+            await self._visibility.wait_for_entries(entries)
+            if self._progress.revision != edition:
                 return entries
-        is_so = await self._is_borne_out(entries)
-        if self._course.edition != edition:
+        is_so = await self._is_catalog_as_assumed(entries)
+        if self._progress.revision != edition:
             return entries
         for place, entry in enumerate(entries):
             if not isinstance(entry, Transaction):
                 continue
-            is_stale = not is_so and definitions.behind([entry]) is not None
-            if is_stale or shapes.is_doubtful(entry):
+            is_stale = not is_so and definitions.assumptions_for([entry]) is not None
+            if is_stale or shapes.needs_catalog_read(entry):
                 if place:
                     return entries[:place]
                 # The rows may have been committed together with what altered their table.
-                await self._visibility.seen([entry.xid])
+                await self._visibility.wait_until_visible([entry.xid])
                 is_read = False
                 if self._read_schema is not None:
                     with suppress(TimeoutError):
-                        async with asyncio.timeout(_SCHEMA_SECONDS):
+                        async with asyncio.timeout(_SCHEMA_TIMEOUT_SECONDS):
                             is_read = await self._read_schema()
-                shapes.settle(entry, is_read=is_read, is_stale=is_stale)
+                shapes.decide_without_waiting(
+                    entry, is_catalog_read=is_read, is_catalog_stale=is_stale
+                )
                 return entries[:1]
         return entries
 
-    async def _is_borne_out(self, entries: Sequence[Entry]) -> bool:
+    async def _is_catalog_as_assumed(self, entries: Sequence[Entry]) -> bool:
         """Whether tables are still what is believed of them, where the stream doesn't say.
 
         Nothing is handed out before that is known, or another schema is in force.
         """
-        edition = self._course.edition
-        belief = self._course.meaning.definitions.behind(entries)
-        while belief is not None and self._course.edition == edition:
+        edition = self._progress.revision
+        belief = self._progress.generation.catalog_assumptions.assumptions_for(entries)
+        while belief is not None and self._progress.revision == edition:
             try:
-                return await self._probe.bears_out(belief)
+                return await self._executor.verify_assumptions(belief)
             except Exception as error:  # noqa: BLE001 (as above)
                 reason = error.message if isinstance(error, PgRealtimeError) else repr(type(error))
                 log.warning("definitions.unknown", error=reason)
-                await asyncio.sleep(_AGAIN_SECONDS)
+                await asyncio.sleep(_CATALOG_RETRY_SECONDS)
         return True
 
-    def _let_read_alone(self, late: Iterable[Connection], dear: Iterable[Connection]) -> None:
+    def _isolate_late(self, late: Iterable[Connection], costly: Iterable[Connection]) -> None:
         """Go on without connections that keep others waiting; some of them are to blame for it."""
-        for connection in dear:
-            self._isolated.isolate_slow(connection)
+        for connection in costly:
+            self._isolated.isolate_with_backoff(connection)
         for connection in late:
             self._isolated.isolate(connection)
             if connection.is_live:
-                self._leave_behind(connection)
+                self._fall_behind(connection)
 
-    def _begin(self, part: Slice) -> None:
+    def _apply_account_changes(self, slice_: Slice) -> None:
         """Take note of what the slice tells of people and tables, before it is judged."""
-        if any(len(event.row) > len(event.collection.column_names) for event in part.events):
-            self._on_doubt()  # a column is new; one that is gone is missed where rows are judged
-        for event in part.people:
-            self._identities.tell(event)
-        self._turn_live(part.people, "update")
-        gap = part.gap
+        if any(len(event.row) > len(event.collection.column_names) for event in slice_.events):
+            # A column is new; one that is gone is missed where rows are evaluated.
+            self._on_schema_mismatch()
+        for event in slice_.account_events:
+            self._callers.remember_change(event)
+        self._apply_to_live_callers(slice_.account_events, "update")
+        gap = slice_.gap
         # The others are logged where they arise.
         if gap is not None and gap.xid is not None and gap.reason in {"truncate", "schema"}:
             log.warning(
                 "replication.gap", reason=gap.reason, collections=sorted(gap.collections or ())
             )
         if gap is not None and any(
-            collection.type == "auth" and gap.concerns(name)
-            for name, collection in self._course.meaning.collections.items()
+            collection.type == "auth" and gap.affects(name)
+            for name, collection in self._progress.generation.collections.items()
         ):
-            self._identities.forget(gap.at.lsn)
+            self._callers.forget_changes_upto(gap.cursor.lsn)
 
-    def _ends_callers(self, part: Slice) -> bool:
+    def _deletes_live_callers(self, slice_: Slice) -> bool:
         """Whether rows of connected people are deleted.
 
         They are shown their own deletion as who they were. Who reads it alone is told a gap
         instead, since the stream has told that they are nobody by now.
         """
-        deleted = (event for event in part.people if event.action == "delete")
-        return any(one.is_live for event in deleted for one in self._identities.concerned(event))
+        deleted = (event for event in slice_.account_events if event.action == "delete")
+        return any(one.is_live for event in deleted for one in self._callers.connections_of(event))
 
-    def _turn_live(self, people: Sequence[Event], action: Action) -> None:
-        for event in people:
+    def _apply_to_live_callers(self, account_events: Sequence[Event], action: Action) -> None:
+        for event in account_events:
             if event.action == action:
-                for connection in [c for c in self._identities.concerned(event) if c.is_live]:
-                    self._turn_or_end(connection, event)
+                for connection in [c for c in self._callers.connections_of(event) if c.is_live]:
+                    self._apply_caller_change_or_close(connection, event)
 
-    def _turn_or_end(self, connection: Connection, event: Event) -> None:
-        with self._ending_if_it_fails(connection):
-            self._turn(connection, event)
+    def _apply_caller_change_or_close(self, connection: Connection, event: Event) -> None:
+        with self._closing_on_error(connection):
+            self._apply_caller_change(connection, event)
 
-    def _turn(self, connection: Connection, event: Event) -> None:
+    def _apply_caller_change(self, connection: Connection, event: Event) -> None:
         """Make the connection's caller what the event makes of it; the client isn't told."""
-        caller = self._identities.caller_after(event, connection.caller, connection.known)
+        caller = self._callers.caller_after(event, connection.caller, connection.caller_read_point)
         if caller is connection.caller:
             return
-        self._identities.become(connection, caller)
+        self._callers.set_caller(connection, caller)
         for subscription in connection.subscriptions.values():
-            self._course.meaning.take(subscription)
-            self._course.meaning.give(subscription, caller)
-        at = event.cursor if event.action == "delete" else self._course.head
-        if caller.is_lost:
-            self._lose(connection, "caller_lost", at)
+            self._progress.generation.unbind_subscription(subscription)
+            self._progress.generation.bind_subscription(subscription, caller)
+        at = event.cursor if event.action == "delete" else self._progress.head
+        if caller.is_stale:
+            self._invalidate_caller(connection, "caller_lost", at)
         else:
-            self._mind_guest(connection, at)
+            self._close_if_guest(connection, at)
 
-    def _mind_guest(self, connection: Connection, at: Cursor) -> None:
+    def _close_if_guest(self, connection: Connection, upto: Cursor) -> None:
         """End a connection that has become a guest's where there shall be none: it is told so.
 
         Args:
             connection: Which one.
-            at: What it was handed, if it is LIVE.
+            upto: What it was handed, if it is LIVE.
         """
-        if not self._identities.is_welcome(connection):
-            self._lose(connection, "guest", at)
+        if not self._callers.may_keep_topics(connection):
+            self._invalidate_caller(connection, "guest", upto)
 
-    def _advance(self, part: Slice) -> None:
-        self._course.head = part.upto
-        self._let_go()
+    def _advance_head(self, slice_: Slice) -> None:
+        self._progress.head = slice_.end_cursor
+        self._run_deferred()
 
-    def _let_go(self) -> None:
+    def _run_deferred(self) -> None:
         """On with whoever waited for a head that moved, and for nothing being judged."""
-        self._course.is_deciding = False
+        self._progress.is_evaluating = False
         self.progressed.set()
-        while self._waiting:
-            self._waiting.popleft()()
-        if self._fresh:
-            self._clear_barriers()
-        self._replays.join_waiting()
+        while self._deferred_callbacks:
+            self._deferred_callbacks.popleft()()
+        if self._subscriptions_with_read_point:
+            self._clear_read_points()
+        self._catch_up.make_caught_up_live()
 
-    def _clear_barriers(self) -> None:
-        for subscription in list(self._fresh):
-            barrier = subscription.barrier
-            is_over = barrier is None or self._course.head.lsn > barrier.insert_lsn
+    def _clear_read_points(self) -> None:
+        for subscription in list(self._subscriptions_with_read_point):
+            barrier = subscription.read_point
+            is_over = barrier is None or self._progress.head.lsn > barrier.insert_lsn
             if is_over and subscription.connection.is_live:
                 # The caller was looked up before: everything that comes is news about it too.
-                subscription.barrier = subscription.connection.known = None
-                del self._fresh[subscription]
+                subscription.read_point = subscription.connection.caller_read_point = None
+                del self._subscriptions_with_read_point[subscription]
 
-    def _deliver(self, part: Slice, verdict: Verdict, portion: Portion, *, start: int) -> int:
+    def _deliver(
+        self, slice_: Slice, result: SliceResult, composed: ComposedMessages, *, first_index: int
+    ) -> int:
         """Hand out a portion of a slice, which begins at a place.
 
         With the last one goes the slice's gap, and with each what nobody could be asked about of
         its events: who breaks off later comes back from behind it. Returns the place of the first
         event left over.
         """
-        touched = hand_out(portion, part.events)
-        stop = portion.stop
-        is_last = stop == len(part.events)
-        upto = part.upto if is_last else part.events[stop - 1].cursor
-        gap = part.gap if is_last else None
-        unheard = verdict.unheard_in(part.events, range(start, stop), portion.failed)
-        self._flush(touched, part.events, unheard)
+        touched = enqueue_messages(composed, slice_.events)
+        stop = composed.stop_index
+        is_last = stop == len(slice_.events)
+        upto = slice_.end_cursor if is_last else slice_.events[stop - 1].cursor
+        gap = slice_.gap if is_last else None
+        unheard = result.gap_in(slice_.events, range(first_index, stop), composed.failed_indexes)
+        self._flush(touched, slice_.events, unheard)
         if stop:
-            self._handed = part.events[stop - 1].cursor
+            self._delivered_upto = slice_.events[stop - 1].cursor
         if is_last:
-            self._gone = [event for event in part.people if event.action == "delete"]
+            self._account_deletions = [
+                event for event in slice_.account_events if event.action == "delete"
+            ]
         if gap is not None or unheard is not None:
             touched = [c for c in self._connections.values() if c.is_live]
             for connection in touched:
-                with self._ending_if_it_fails(connection):
-                    self._gaps.tell_all(connection, gap, unheard, upto)
-        self._say_cursors(touched, upto)
+                with self._closing_on_error(connection):
+                    self._gap_notifier.notify_slice(connection, gap, unheard, upto)
+        self._write_cursor_events(touched, upto)
         return stop
 
-    def _say_cursors(self, connections: Sequence[Connection], at: Cursor) -> None:
+    def _write_cursor_events(self, connections: Sequence[Connection], cursor: Cursor) -> None:
         for connection in connections:
-            if connection.wants_cursor and connection.is_live:
-                with self._ending_if_it_fails(connection):
-                    connection.say_cursor(at)
+            if connection.has_cursor_topic and connection.is_live:
+                with self._closing_on_error(connection):
+                    connection.write_cursor_event(cursor)
 
     def _flush(
-        self, touched: Sequence[Connection], events: Sequence[Event], unheard: Unheard | None
+        self, touched: Sequence[Connection], events: Sequence[Event], unheard: EvaluationGap | None
     ) -> None:
         now = self._clock()
-        limit = self._budget.limit()
+        limit = self._send_budget.limit_bytes()
         for connection in touched:
             try:
-                size, buffered = connection.taken(), connection.sink.buffered()
+                size, buffered = connection.queued_bytes(), connection.writer.buffered_bytes()
                 is_larger = buffered + size > limit
-                if not size or (is_larger and not self._may_exceed(connection, size, buffered)):
-                    self._leave_behind(connection)
+                if not size or (
+                    is_larger and not self._may_exceed_limit(connection, size, buffered)
+                ):
+                    self._fall_behind(connection)
                     continue
-                hold = self._gaps.held_at(connection, unheard)
-                connection.write(connection.compose(events, hold))
-                connection.active_at = connection.written_at = now
-                if buffered + size >= self._budget.counted:
-                    self._budget.note(connection)
-                    limit = self._budget.limit()
-            except Exception as error:  # noqa: BLE001 (see _ending_if_it_fails; that is slower)
-                self._give_up(connection, error)
+                hold = self._gap_notifier.position_limit(connection, unheard)
+                connection.write(connection.encode_queued(events, hold))
+                connection.idle_since = connection.last_write_at = now
+                if buffered + size >= self._send_budget.counted_from_bytes:
+                    self._send_budget.update(connection)
+                    limit = self._send_budget.limit_bytes()
+            except Exception as error:  # noqa: BLE001 (see _closing_on_error; that is slower)
+                self._close_failed(connection, error)
 
-    def _may_exceed(self, connection: Connection, size: int, buffered: int) -> bool:
+    def _may_exceed_limit(self, connection: Connection, size: int, buffered: int) -> bool:
         """Whether it may be sent more than its limit: one message, when nothing else waits."""
-        return not buffered and connection.is_one_message() and self._budget.admits(size)
+        return (
+            not buffered and connection.has_one_queued_message() and self._send_budget.admits(size)
+        )
 
-    def _leave_behind(self, connection: Connection) -> None:
+    def _fall_behind(self, connection: Connection) -> None:
         """Let it read on from the changelog, at its own pace, from before this portion."""
-        connection.discard()
+        connection.drop_queued()
         connection.is_live = False
-        connection.state = State.REPLAY
-        connection.cursor = self._course.head
-        self._replays.start(connection)
+        connection.state = ConnectionState.CATCHING_UP
+        connection.cursor = self._progress.head
+        self._catch_up.start(connection)
 
 
 def _connections_of(groups: Iterable[Group]) -> dict[Connection, None]:
-    members = (one for group in groups for audience in group.audiences for one in audience)
+    members = (one for group in groups for audience in group.render_groups for one in audience)
     return {one.connection: None for one in members}
 
 
-def _viewing(hits: Iterable[Iterable[Group]], viewers: Sized[Viewer]) -> set[Connection]:
+def _connections_with_viewers(
+    hits: Iterable[Iterable[Group]], viewers: Sized[ExpandViewer]
+) -> set[Connection]:
     """Return whose subscriptions among those hit have one of the viewers."""
     if not viewers:
         return set()
     audiences = {
         audience
         for group in {group for groups in hits for group in groups}
-        for audience in group.audiences
-        if audience.receives[2] in viewers
+        for audience in group.render_groups
+        if audience.render_key[2] in viewers
     }
     return {one.connection for audience in audiences for one in audience}
 

@@ -23,10 +23,10 @@ from pgrealtime.config.model import LoggingConfig
 from pgrealtime.errors import PgRealtimeError
 from pgrealtime.observe.redact import describe_traceback, redact
 
-_OURS = "pgrealtime"
+_PACKAGE = "pgrealtime"
 
 
-def configure(config: LoggingConfig, stream: TextIO | None = None) -> None:
+def configure_logging(config: LoggingConfig, stream: TextIO | None = None) -> None:
     """Send every log line from now on to the stream, standard error by default.
 
     A terminal gets readable lines, anything else one JSON object per line, unless the
@@ -45,10 +45,10 @@ def configure(config: LoggingConfig, stream: TextIO | None = None) -> None:
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*common, structlog.stdlib.add_logger_name, _name_foreign],
+            foreign_pre_chain=[*common, structlog.stdlib.add_logger_name, _name_library_event],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                _unfold_error,
+                _flatten_error,
                 _describe_exc_info,
                 _redact_all,
                 _renderer(config, stream),
@@ -56,12 +56,12 @@ def configure(config: LoggingConfig, stream: TextIO | None = None) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
-    logging.getLogger(_OURS).setLevel(level)
+    logging.getLogger(_PACKAGE).setLevel(level)
     logging.captureWarnings(capture=True)
     structlog.configure(
         processors=[*common, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=lambda *_: logging.getLogger(_OURS),
+        logger_factory=lambda *_: logging.getLogger(_PACKAGE),
     )
 
 
@@ -78,14 +78,14 @@ def _renderer(config: LoggingConfig, stream: TextIO) -> Processor:
     )
 
 
-def _name_foreign(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+def _name_library_event(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Give a library's free text the name of an event, so that ours alone are constants."""
     event["message"] = event["event"]
     event["event"] = "library.logged"
     return event
 
 
-def _unfold_error(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+def _flatten_error(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Spread one of our errors over the keys that people filter by."""
     error = event.get("error")
     if isinstance(error, PgRealtimeError):
@@ -99,13 +99,13 @@ def _unfold_error(_logger: WrappedLogger, _method: str, event: EventDict) -> Eve
 
 
 def _describe_exc_info(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    error = _raised(event.pop("exc_info", None))
+    error = _exception_of(event.pop("exc_info", None))
     if error is not None:
         event["exception"] = describe_traceback(error)
     return event
 
 
-def _raised(exc_info: object) -> BaseException | None:
+def _exception_of(exc_info: object) -> BaseException | None:
     match exc_info:
         case BaseException() as error:
             return error

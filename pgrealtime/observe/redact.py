@@ -6,32 +6,32 @@ import re
 import traceback
 from collections.abc import Iterator, Mapping
 
-HIDDEN = "[hidden]"
+REDACTED = "[hidden]"
 
 _SECRET_WORDS = frozenset(
     ("authorization", "cookie", "jwt", "passwd", "password", "secret", "secrets", "token")
 )
-_WORDS = re.compile(r"[a-z0-9]+")
+_WORD = re.compile(r"[a-z0-9]+")
 
-_SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
+_SECRET_PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     # A JSON Web Token, wherever it stands: its header is the base64 of '{"'.
-    (re.compile(r"\beyJ[\w-]+\.[\w-]+\.[\w-]*"), HIDDEN),
-    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]+"), rf"\1 {HIDDEN}"),
+    (re.compile(r"\beyJ[\w-]+\.[\w-]+\.[\w-]*"), REDACTED),
+    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]+"), rf"\1 {REDACTED}"),
     # The password of a URL. Greedy: an unescaped "@" in it is no reason to show the rest.
-    (re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@]*:)\S*@"), rf"\1{HIDDEN}@"),
+    (re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@]*:)\S*@"), rf"\1{REDACTED}@"),
     # libpq's keyword form, URL parameters, and what people write into messages.
     (
         re.compile(
             r"(?i)\b((?:\w+_)?(?:password|passwd|secret|token))(\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&,;]+)"
         ),
-        rf"\1\2{HIDDEN}",
+        rf"\1\2{REDACTED}",
     ),
 )
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Control characters but for tab and line feed: a terminal would obey them."""
 
-_NO_VALUES = (
+_SQLSTATES_WITHOUT_VALUES = (
     *("08", "0A", "25", "26", "28", "3D", "3F", "40", "42", "53", "54", "55", "57", "58"),
 )
 """SQLSTATE classes whose messages name objects, settings and limits. Those of others may quote what
@@ -48,8 +48,8 @@ def redact(value: object, *, key: str = "") -> object:
     match value:
         case bool() | int() | float() | None:
             return value
-        case _ if not _SECRET_WORDS.isdisjoint(_WORDS.findall(key.lower().replace("_", " "))):
-            return HIDDEN
+        case _ if not _SECRET_WORDS.isdisjoint(_WORD.findall(key.lower().replace("_", " "))):
+            return REDACTED
         case str():
             return redact_text(value)
         case Mapping():
@@ -64,7 +64,7 @@ def redact(value: object, *, key: str = "") -> object:
 
 def redact_text(text: str) -> str:
     """Return the text without tokens and passwords."""
-    for pattern, replacement in _SECRETS:
+    for pattern, replacement in _SECRET_PATTERNS:
         text = pattern.sub(replacement, text)
     return text
 
@@ -72,16 +72,16 @@ def redact_text(text: str) -> str:
 def describe_exception(error: BaseException) -> str:
     """Return class and message, of a database error only what can't quote a row."""
     name = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
-    text = without_values(error)
+    text = message_without_values(error)
     return f"{name}: {text}" if text else redact_text(name)
 
 
-def names_no_values(sqlstate: str) -> bool:
+def is_free_of_row_values(sqlstate: str) -> bool:
     """Whether the server's own messages of that class don't quote what is in a row."""
-    return sqlstate.startswith(_NO_VALUES)
+    return sqlstate.startswith(_SQLSTATES_WITHOUT_VALUES)
 
 
-def without_values(error: BaseException) -> str:
+def message_without_values(error: BaseException) -> str:
     """Return the message, of a database error the SQLSTATE and only what can't quote a row.
 
     A function can raise an error of any class; what runs in one has a context.
@@ -92,9 +92,9 @@ def without_values(error: BaseException) -> str:
     else:
         told = getattr(error, "diag", None)
         primary = getattr(told, "message_primary", None)
-        is_plain = names_no_values(sqlstate) and not getattr(told, "context", None)
+        is_plain = is_free_of_row_values(sqlstate) and not getattr(told, "context", None)
         text = f"SQLSTATE {sqlstate}: {primary}" if primary and is_plain else f"SQLSTATE {sqlstate}"
-    return redact_text(_CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text))
+    return redact_text(_CONTROL_CHARACTER.sub(lambda match: f"\\x{ord(match[0]):02x}", text))
 
 
 def describe_traceback(error: BaseException) -> str:
@@ -103,18 +103,18 @@ def describe_traceback(error: BaseException) -> str:
     Python's own formatting would print a database error's message whole, and what prettier ones
     add, the local variables, is where rows and tokens are.
     """
-    return "".join(_lines(error, seen=set())).rstrip("\n")
+    return "".join(_traceback_lines(error, seen=set())).rstrip("\n")
 
 
-def _lines(error: BaseException, *, seen: set[int]) -> Iterator[str]:
+def _traceback_lines(error: BaseException, *, seen: set[int]) -> Iterator[str]:
     seen.add(id(error))
     cause = error.__cause__
     context = None if error.__suppress_context__ else error.__context__
     if cause is not None and id(cause) not in seen:
-        yield from _lines(cause, seen=seen)
+        yield from _traceback_lines(cause, seen=seen)
         yield "\nThe above exception was the direct cause of the following exception:\n\n"
     elif context is not None and id(context) not in seen:
-        yield from _lines(context, seen=seen)
+        yield from _traceback_lines(context, seen=seen)
         yield "\nDuring handling of the above exception, another exception occurred:\n\n"
     if error.__traceback__ is not None:
         yield "Traceback (most recent call last):\n"
@@ -123,5 +123,5 @@ def _lines(error: BaseException, *, seen: set[int]) -> Iterator[str]:
     if isinstance(error, BaseExceptionGroup):
         for number, inner in enumerate(error.exceptions, start=1):
             yield f"  [{number}]\n"
-            for line in _lines(inner, seen=seen):
+            for line in _traceback_lines(inner, seen=seen):
                 yield "".join(f"  {part}" for part in line.splitlines(keepends=True))

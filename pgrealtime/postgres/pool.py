@@ -27,14 +27,14 @@ from psycopg.rows import TupleRow
 from psycopg.sql import Composed, Literal
 from psycopg_pool import AsyncConnectionPool
 
-Connection: TypeAlias = psycopg.AsyncConnection[TupleRow]
+DatabaseConnection: TypeAlias = psycopg.AsyncConnection[TupleRow]
 
 _T = TypeVar("_T")
 
 _GRACE_SECONDS = 1.0
 """The server ends a statement itself; this long its word may take to arrive."""
 
-KEEPALIVE = {
+KEEPALIVE_SETTINGS = {
     "connect_timeout": "10",
     "tcp_user_timeout": "30000",
     "keepalives_idle": "30",
@@ -42,7 +42,7 @@ KEEPALIVE = {
 """For libpq: how long the kernel believes in a dead network, by default a quarter of an hour."""
 
 
-class QueryConnection(Connection):
+class QueryConnection(DatabaseConnection):
     """Waits for no answer much longer than the server may take for it.
 
     Attributes:
@@ -58,19 +58,19 @@ class QueryConnection(Connection):
             psycopg.OperationalError: None came.
         """
         patience = self.answer_seconds + _GRACE_SECONDS
-        hang_up = asyncio.get_running_loop().call_later(patience, self._hang_up)
+        hang_up = asyncio.get_running_loop().call_later(patience, self._shut_down_socket)
         try:
             return await super().wait(gen, *args, **more)
         finally:
             hang_up.cancel()
 
-    def _hang_up(self) -> None:
+    def _shut_down_socket(self) -> None:
         # Not a cancel: that asks the server, which says nothing, and waits for it.
         with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(self.fileno())) as ours:
             ours.shutdown(socket.SHUT_RDWR)
 
 
-_SETTINGS: Final = {
+_TRANSACTION_SETTINGS: Final = {
     # With another schema before pg_catalog even "=" could be somebody else's; a temporary type
     # or table comes before all that is listed unless pg_temp is listed too.
     "search_path": "pg_catalog, pg_temp",
@@ -89,39 +89,40 @@ _SETTINGS: Final = {
 """What a rule means and how values are printed must hang neither on the role's or the database's
 settings nor on those that another client of the pooler left in the session."""
 
-_BEGIN: Final = "; ".join(
+_BEGIN_SQL: Final = "; ".join(
     (
         "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
-        *(f"SET LOCAL {name} TO {value}" for name, value in _SETTINGS.items()),
+        *(f"SET LOCAL {name} TO {value}" for name, value in _TRANSACTION_SETTINGS.items()),
     )
 )
-_IS_FOR_US = """
+_POLICY_APPLIES = """
 EXISTS (SELECT FROM pg_catalog.unnest(p.polroles) r
         WHERE r = 0 OR pg_catalog.pg_has_role(r, 'USAGE'))
 """
-SEES_ALL: Final = f"""
+POLICIES_SHOW_ALL_ROWS: Final = f"""
 EXISTS (SELECT FROM pg_catalog.pg_policy p
-        WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd IN ('r', '*') AND {_IS_FOR_US}
+        WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd IN ('r', '*')
+          AND {_POLICY_APPLIES}
           AND pg_catalog.pg_get_expr(p.polqual, p.polrelid) = 'true')
 AND NOT EXISTS (SELECT FROM pg_catalog.pg_policy p
                 WHERE p.polrelid = c.oid AND NOT p.polpermissive AND p.polcmd IN ('r', '*')
-                  AND {_IS_FOR_US})
+                  AND {_POLICY_APPLIES})
 """  # noqa: S608 (text of ours)
 """Whether the policies of a table ``c`` let our role read every row: one with USING (true) does,
 unless another one restricts it."""
 
-_BY_POLICIES: Final = f"""
+_ROW_SECURITY_SQL: Final = f"""
 SELECT pg_catalog.set_config('row_security', 'on', true)
 WHERE NOT EXISTS (
   SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
   WHERE (n.nspname, c.relname) IN ({{tables}})
-    AND pg_catalog.row_security_active(c.oid) AND NOT ({SEES_ALL}))
+    AND pg_catalog.row_security_active(c.oid) AND NOT ({POLICIES_SHOW_ALL_ROWS}))
 """  # noqa: S608 (text of ours)
 
-_OWN_PROCESS = "SELECT pg_catalog.pg_backend_pid()"
+_BACKEND_PID_QUERY = "SELECT pg_catalog.pg_backend_pid()"
 
 
-class QueryPool(AsyncConnectionPool[Connection]):
+class QueryPool(AsyncConnectionPool[DatabaseConnection]):
     """Gives out connections that are alive, in read-only transactions that bring their settings.
 
     After a restart of the server all are dead at once, and whoever took one would be refused. The
@@ -154,14 +155,14 @@ class QueryPool(AsyncConnectionPool[Connection]):
             timeout=max(statement_timeout, 1.0) if timeout is None else timeout,
             connection_class=_Connection,
             kwargs={"autocommit": True},
-            configure=_prepare_nothing_through_a_pooler,
+            configure=_disable_prepare_behind_pooler,
             open=False,
             name="queries",
         )
         self.statement_timeout = statement_timeout
-        self._by_policies = ""
+        self._row_security_sql = ""
 
-    def rely_on_policies(self, tables: Collection[tuple[str, str]]) -> None:
+    def enable_row_security_for(self, tables: Collection[tuple[str, str]]) -> None:
         """Let policies count that show our role every row of some tables; none of none.
 
         Each transaction finds out anew whether they do. If one doesn't, row security stays off, and
@@ -171,23 +172,23 @@ class QueryPool(AsyncConnectionPool[Connection]):
             tables: Schema and name of every table that is asked about.
         """
         names = [f"({Literal(s).as_string()}, {Literal(t).as_string()})" for s, t in tables]
-        text = _BY_POLICIES.format(tables=", ".join(names))
-        self._by_policies = f"; {text}" if names else ""
+        text = _ROW_SECURITY_SQL.format(tables=", ".join(names))
+        self._row_security_sql = f"; {text}" if names else ""
 
-    def begin(self, seconds: float = math.inf) -> str:
+    def begin_sql(self, timeout_seconds: float = math.inf) -> str:
         """Return the statements that begin a transaction: one message, and so one round trip.
 
         Args:
-            seconds: What a statement may take, if that is less than the configured time.
+            timeout_seconds: What a statement may take, if that is less than the configured time.
         """
-        milliseconds = max(1, round(min(seconds, self.statement_timeout) * 1000))
+        milliseconds = max(1, round(min(timeout_seconds, self.statement_timeout) * 1000))
         return (
-            f"{_BEGIN}; SET LOCAL statement_timeout TO {milliseconds};"
-            f" SET LOCAL lock_timeout TO {milliseconds}{self._by_policies}"
+            f"{_BEGIN_SQL}; SET LOCAL statement_timeout TO {milliseconds};"
+            f" SET LOCAL lock_timeout TO {milliseconds}{self._row_security_sql}"
         )
 
     @asynccontextmanager
-    async def connection(self, timeout: float | None = None) -> AsyncIterator[Connection]:  # noqa: ASYNC109 (the library's)
+    async def connection(self, timeout: float | None = None) -> AsyncIterator[DatabaseConnection]:  # noqa: ASYNC109 (the library's)
         """Give a connection in a transaction, which ends with the block.
 
         Raises:
@@ -195,11 +196,11 @@ class QueryPool(AsyncConnectionPool[Connection]):
             psycopg.Error: The transaction can't begin.
         """
         async with self.session(timeout) as connection:
-            await connection.execute(self.begin().encode())
+            await connection.execute(self.begin_sql().encode())
             yield connection
 
     @asynccontextmanager
-    async def session(self, timeout: float | None = None) -> AsyncIterator[Connection]:  # noqa: ASYNC109 (the library's)
+    async def session(self, timeout: float | None = None) -> AsyncIterator[DatabaseConnection]:  # noqa: ASYNC109 (the library's)
         """Give a connection outside a transaction, to those who ``begin`` several.
 
         Raises:
@@ -208,7 +209,7 @@ class QueryPool(AsyncConnectionPool[Connection]):
         async with super().connection(timeout) as connection:
             yield connection
 
-    async def row(self, query: LiteralString | Composed) -> TupleRow:
+    async def fetch_row(self, query: LiteralString | Composed) -> TupleRow:
         """Return the row of a query without parameters, in one round trip.
 
         Raises:
@@ -217,13 +218,13 @@ class QueryPool(AsyncConnectionPool[Connection]):
         """
         async with self.session() as connection:
             text = query.as_string() if isinstance(query, Composed) else query
-            cursor = await connection.execute(f"{self.begin()}; {text}; COMMIT".encode())
+            cursor = await connection.execute(f"{self.begin_sql()}; {text}; COMMIT".encode())
             await cursor.set_result(-2)
             row = await cursor.fetchone()
             assert row is not None
             return row
 
-    async def getconn(self, timeout: float | None = None) -> Connection:  # noqa: ASYNC109 (the library's)
+    async def getconn(self, timeout: float | None = None) -> DatabaseConnection:  # noqa: ASYNC109 (the library's)
         """Return a connection; as the library does it.
 
         Raises:
@@ -238,7 +239,7 @@ class QueryPool(AsyncConnectionPool[Connection]):
             await self.putconn(connection)  # which makes another
 
 
-async def _is_alive(connection: Connection) -> bool:
+async def _is_alive(connection: DatabaseConnection) -> bool:
     """Whether the connection is well, without a round trip if it has nothing to say."""
     if connection.closed:
         return False
@@ -253,11 +254,11 @@ async def _is_alive(connection: Connection) -> bool:
     return True
 
 
-async def _prepare_nothing_through_a_pooler(connection: Connection) -> None:
+async def _disable_prepare_behind_pooler(connection: DatabaseConnection) -> None:
     """Keep the driver from preparing statements in a session that the next one isn't run in.
 
     A pooler has to make up the process id that it gives its client, as cancel requests come by it.
     """
-    cursor = await connection.execute(_OWN_PROCESS)
+    cursor = await connection.execute(_BACKEND_PID_QUERY)
     if await cursor.fetchone() != (connection.info.backend_pid,):
         connection.prepare_threshold = None

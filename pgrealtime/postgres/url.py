@@ -10,7 +10,7 @@ from psycopg.conninfo import conninfo_to_dict, timeout_from_conninfo
 from pgrealtime.errors import SetupError
 
 
-def settings_of(url: str) -> dict[str, Any]:
+def parse_database_url(url: str) -> dict[str, Any]:
     """Return libpq's settings, as the URL gives them.
 
     Raises:
@@ -20,18 +20,18 @@ def settings_of(url: str) -> dict[str, Any]:
         given = conninfo_to_dict(url)
         timeout_from_conninfo(given)  # else looked at while connecting
     except psycopg.ProgrammingError:
-        raise _unreadable() from None  # the driver's message quotes what may be a password
+        raise _invalid_url_error() from None  # the driver's message quotes what may be a password
     # To libpq a password ends at its first "@", and what follows would be told as the name of a
     # host that isn't found. At the front one makes an abstract socket.
     if any("@" in host[1:] for host in str(given.get("host", "")).split(",")):
-        raise _unreadable()
+        raise _invalid_url_error()
     # What is meant is the primary. libpq asks if the session may write: ours never may.
     if given.get("target_session_attrs") == "read-write":
         given["target_session_attrs"] = "primary"
     return given
 
 
-def _unreadable() -> SetupError:
+def _invalid_url_error() -> SetupError:
     return SetupError(
         "the database URL can't be understood",
         hint="Write postgresql://user:password@host:port/database, special characters in"

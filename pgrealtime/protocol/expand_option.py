@@ -11,30 +11,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final, TypeAlias
 
-Path: TypeAlias = tuple[str, ...]
+ExpandNames: TypeAlias = tuple[str, ...]
 """Names of relations, from the record outwards."""
 
-Tree: TypeAlias = "Mapping[str, Tree]"
+ExpandTree: TypeAlias = "Mapping[str, ExpandTree]"
 """Relations of a record, each with those wanted of the records it leads to."""
 
-DEPTH: Final = 6
+MAX_EXPAND_DEPTH: Final = 6
 
 
-def parse_expand(text: str) -> tuple[Path, ...]:
+def parse_expand(text: str) -> tuple[ExpandNames, ...]:
     """Return the paths asked for, without those that are the beginning of another.
 
     Spaces don't count wherever they stand, nor do dots at either end. Names beyond the sixth
     are cut off.
     """
     items = (item.strip(".") for item in text.replace(" ", "").split(","))
-    paths = dict.fromkeys(tuple(item.split(".")[:DEPTH]) for item in items if item)
+    paths = dict.fromkeys(tuple(item.split(".")[:MAX_EXPAND_DEPTH]) for item in items if item)
     beginnings = {path[:length] for path in paths for length in range(1, len(path))}
     return tuple(path for path in paths if path not in beginnings)
 
 
-def tree(paths: Iterable[Path]) -> Tree:
+def merge_into_tree(paths: Iterable[ExpandNames]) -> ExpandTree:
     """Join paths that begin alike."""
-    root: dict[str, Tree] = {}
+    root: dict[str, ExpandTree] = {}
     for path in paths:
         node = root
         for name in path:

@@ -15,7 +15,7 @@ from urllib.parse import unquote_to_bytes
 
 from pgrealtime.protocol.query_string import QueryString, parse_query_string
 
-Pair = tuple[bytes, bytes]
+FormPair = tuple[bytes, bytes]
 
 _TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`{|}~0-9A-Za-z]+")
 _QUOTED: Final = re.compile(r'"((?:[^"\\\r\n]|\\.)*)"')
@@ -26,15 +26,15 @@ _EQUALS: Final = re.compile(r"\s*=\s*")
 _HEADER_NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z ]+")
 _HEADER_TEXT: Final = re.compile(rb"[^\x00-\x08\x0a-\x1f\x7f]*")
 
-_MOST_PARTS: Final = 1000
+_MAX_PARTS: Final = 1000
 """Of one multipart body (Go's ``multipartmaxparts``)."""
-_MOST_HEADERS: Final = 10_000
+_MAX_HEADERS: Final = 10_000
 """Of one part (Go's ``multipartmaxheaders``)."""
-_MOST_PARAMETERS: Final = 1000
+_MAX_PARAMETERS: Final = 1000
 """Of one header. Go takes any number; four are known, and a body has room for millions."""
-_LONGEST_LINE: Final = 4096
+_MAX_LINE_BYTES: Final = 4096
 """Bytes of a line outside the parts: the size of Go's buffer there."""
-_LARGEST_FORM: Final = 10 << 20
+_MAX_FORM_BYTES: Final = 10 << 20
 """Bytes of an urlencoded body; Go's ``ParseForm`` refuses more."""
 
 
@@ -50,7 +50,7 @@ class MediaType:
     parameters: Mapping[str, str]
 
 
-def form_pairs(content_type: str, body: bytes, query: bytes) -> list[Pair]:
+def parse_form(content_type: str, body: bytes, query: bytes) -> list[FormPair]:
     """Return the values of a form in the order PocketBase finds them, the URL's among them.
 
     Args:
@@ -62,7 +62,7 @@ def form_pairs(content_type: str, body: bytes, query: bytes) -> list[Pair]:
         FormError: Body, content type or query string can't be read whole.
     """
     media_type = parse_media_type(content_type)
-    of_url = _sound(parse_query_string(query))
+    of_url = _well_formed_pairs(parse_query_string(query))
     if content_type.startswith("multipart/form-data"):
         boundary = media_type.parameters.get("boundary")
         if media_type.name != "multipart/form-data" or boundary is None:
@@ -70,13 +70,13 @@ def form_pairs(content_type: str, body: bytes, query: bytes) -> list[Pair]:
         return [*of_url, *parse_multipart(body, boundary.encode(errors="surrogateescape"))]
     if media_type.name != "application/x-www-form-urlencoded":
         return of_url
-    if len(body) > _LARGEST_FORM:
+    if len(body) > _MAX_FORM_BYTES:
         raise FormError("form too large")
-    return [*_sound(parse_query_string(body)), *of_url]
+    return [*_well_formed_pairs(parse_query_string(body)), *of_url]
 
 
-def _sound(query: QueryString) -> list[Pair]:
-    if not query.is_sound:
+def _well_formed_pairs(query: QueryString) -> list[FormPair]:
+    if not query.is_well_formed:
         raise FormError("broken pair in an urlencoded form")
     return list(query.pairs)
 
@@ -94,9 +94,9 @@ def parse_media_type(text: str) -> MediaType:
     parameters: dict[str, str] = {}
     end = len(text.rstrip().removesuffix(";").rstrip())
     at = len(base)
-    for _ in range(_MOST_PARAMETERS):
+    for _ in range(_MAX_PARAMETERS):
         if at >= end:
-            return MediaType(name, _decoded(parameters))
+            return MediaType(name, _resolve_extended_parameters(parameters))
         key, value, at = _next_parameter(text, at)
         if parameters.setdefault(key, value) != value:
             raise FormError("repeated parameter")
@@ -124,7 +124,7 @@ def _next_parameter(text: str, at: int) -> tuple[str, str, int]:
     return key[0].lower(), plain[0], plain.end()
 
 
-def _decoded(parameters: Mapping[str, str]) -> dict[str, str]:
+def _resolve_extended_parameters(parameters: Mapping[str, str]) -> dict[str, str]:
     """Resolve ``name*=utf-8''...`` (RFC 2231); the numbered pieces of that RFC stay unread."""
     plain = {key: value for key, value in parameters.items() if "*" not in key}
     for key, value in parameters.items():
@@ -135,21 +135,21 @@ def _decoded(parameters: Mapping[str, str]) -> dict[str, str]:
 
 
 @dataclass(slots=True)
-class _Lines:
+class _MultipartBody:
     """A multipart body and how far it has been read."""
 
     body: bytes
     delimiter: bytes
-    at: int = 0
+    offset: int = 0
     newline: bytes = b"\r\n"
     parts_read: int = 0
-    pairs: list[Pair] = field(default_factory=list)
+    pairs: list[FormPair] = field(default_factory=list)
 
     def next_line(self) -> bytes:
         """Return the next line with its end; the last one may have none, after it nothing."""
-        end = self.body.find(b"\n", self.at)
-        line = self.body[self.at : end + 1] if end >= 0 else self.body[self.at :]
-        self.at += len(line)
+        end = self.body.find(b"\n", self.offset)
+        line = self.body[self.offset : end + 1] if end >= 0 else self.body[self.offset :]
+        self.offset += len(line)
         return line
 
     def is_delimiter(self, line: bytes) -> bool:
@@ -161,13 +161,13 @@ class _Lines:
             self.newline = b"\n"
         return rest == self.newline
 
-    def is_last(self, line: bytes) -> bool:
+    def is_closing_delimiter(self, line: bytes) -> bool:
         """Whether this line closes the body."""
         last = self.delimiter + b"--"
         return line.startswith(last) and line[len(last) :].lstrip(b" \t") in (b"", self.newline)
 
 
-def parse_multipart(body: bytes, boundary: bytes) -> list[Pair]:
+def parse_multipart(body: bytes, boundary: bytes) -> list[FormPair]:
     """Return names and values of the parts that aren't files.
 
     Raises:
@@ -175,13 +175,13 @@ def parse_multipart(body: bytes, boundary: bytes) -> list[Pair]:
     """
     if not boundary:
         raise FormError("empty boundary")
-    lines = _Lines(body, b"--" + boundary)
+    lines = _MultipartBody(body, b"--" + boundary)
     after_part = False
     while True:
         line = lines.next_line()
-        if lines.is_last(line):
+        if lines.is_closing_delimiter(line):
             return lines.pairs
-        if not line.endswith(b"\n") or len(line) > _LONGEST_LINE:
+        if not line.endswith(b"\n") or len(line) > _MAX_LINE_BYTES:
             raise FormError("no delimiter where one must be")
         if lines.is_delimiter(line):
             if not _read_part(lines):
@@ -193,49 +193,49 @@ def parse_multipart(body: bytes, boundary: bytes) -> list[Pair]:
             after_part = True
 
 
-def _read_part(lines: _Lines) -> bool:
+def _read_part(multipart: _MultipartBody) -> bool:
     """Read one part; a file, and a part without a name, leaves no pair.
 
     Returns:
         False if the body ended among the headers, which Go takes for the end of the form.
     """
-    lines.parts_read += 1
-    if lines.parts_read > _MOST_PARTS:
+    multipart.parts_read += 1
+    if multipart.parts_read > _MAX_PARTS:
         raise FormError("too many parts")
-    headers = _read_headers(lines)
+    headers = _read_headers(multipart)
     if headers is None:
         return False
-    value = _read_content(lines)
-    disposition = _disposition(headers.get(b"content-disposition", b""))
+    value = _read_content(multipart)
+    disposition = _parse_disposition(headers.get(b"content-disposition", b""))
     name = disposition.parameters.get("name", "")
     if disposition.name != "form-data" or not name or disposition.parameters.get("filename"):
         return True
     if headers.get(b"content-transfer-encoding", b"").lower() == b"quoted-printable":
-        value = _unquoted(value)
-    lines.pairs.append((name.encode(errors="surrogateescape"), value))
+        value = _decode_quoted_printable(value)
+    multipart.pairs.append((name.encode(errors="surrogateescape"), value))
     return True
 
 
-def _unquoted(text: bytes) -> bytes:
+def _decode_quoted_printable(text: bytes) -> bytes:
     if _BAD_QUOTING.search(text):
         raise FormError("broken quoted-printable")
     return quopri.decodestring(text)
 
 
-def _disposition(header: bytes) -> MediaType:
+def _parse_disposition(header: bytes) -> MediaType:
     try:
         return parse_media_type(header.decode(errors="surrogateescape"))
     except FormError:
         return MediaType("", {})
 
 
-def _read_headers(lines: _Lines) -> dict[bytes, bytes] | None:
+def _read_headers(multipart: _MultipartBody) -> dict[bytes, bytes] | None:
     """Return the headers of a part by lower case name, the first of each; None at the end."""
     headers: dict[bytes, list[bytes]] = {}
     name = b""
-    left = _MOST_HEADERS
+    left = _MAX_HEADERS
     while True:
-        line = lines.next_line()
+        line = multipart.next_line()
         text = line.removesuffix(b"\r\n").removesuffix(b"\n")
         if not text:
             whole = {key: b" ".join(pieces) for key, pieces in headers.items()}
@@ -255,24 +255,24 @@ def _read_headers(lines: _Lines) -> dict[bytes, bytes] | None:
         headers.setdefault(name, [value.strip(b" \t")])
 
 
-def _read_content(lines: _Lines) -> bytes:
+def _read_content(multipart: _MultipartBody) -> bytes:
     """Return everything up to the next delimiter, which stays unread."""
-    if _ends_part(lines.body, lines.at, lines.delimiter):
+    if _is_delimiter_at(multipart.body, multipart.offset, multipart.delimiter):
         return b""
-    mark = lines.newline + lines.delimiter
-    start = lines.at
-    while (end := lines.body.find(mark, lines.at)) >= 0:
-        if _ends_part(lines.body, end, mark):
-            lines.at = end
-            return lines.body[start:end]
-        lines.at = end + len(mark)
+    mark = multipart.newline + multipart.delimiter
+    start = multipart.offset
+    while (end := multipart.body.find(mark, multipart.offset)) >= 0:
+        if _is_delimiter_at(multipart.body, end, mark):
+            multipart.offset = end
+            return multipart.body[start:end]
+        multipart.offset = end + len(mark)
     raise FormError("broken off in a part")
 
 
-def _ends_part(body: bytes, at: int, mark: bytes) -> bool:
+def _is_delimiter_at(body: bytes, at: int, delimiter: bytes) -> bool:
     """Whether the mark stands there and isn't the beginning of a longer word."""
-    after = at + len(mark)
-    if body[at:after] != mark:
+    after = at + len(delimiter)
+    if body[at:after] != delimiter:
         return False
     return body[after : after + 1] in (b"", b" ", b"\t", b"\r", b"\n") or (
         body[after : after + 2] == b"--"

@@ -24,9 +24,9 @@ def connect_tail(client_id: str) -> bytes:
     return b'\nevent:PB_CONNECT\ndata:{"clientId":"%b"}\n\n' % client_id.encode()
 
 
-def cursor_tail(full_id: bytes) -> bytes:
+def cursor_tail(event_id: bytes) -> bytes:
     """Return the tail of PB_CURSOR: the id once more, for clients that don't see ids."""
-    return b'\nevent:PB_CURSOR\ndata:{"id":"%b"}\n\n' % full_id
+    return b'\nevent:PB_CURSOR\ndata:{"id":"%b"}\n\n' % event_id
 
 
 def resync_tail(collections: Iterable[str], reason: str) -> bytes:

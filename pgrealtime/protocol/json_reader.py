@@ -12,23 +12,23 @@ from collections.abc import Iterator
 from math import isinf
 from typing import Final
 
-_SPACE: Final = re.compile(rb"[ \t\n\r]*")
+_WHITESPACE: Final = re.compile(rb"[ \t\n\r]*")
 _NUMBER: Final = re.compile(
     rb"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++|(?!\.))(?:[eE][+-]?[0-9]++|(?![eE]))"
 )
-_PLAIN: Final = re.compile(rb'"([^"\\\x00-\x1f]*+)"')
+_PLAIN_STRING: Final = re.compile(rb'"([^"\\\x00-\x1f]*+)"')
 _STRING: Final = re.compile(rb'"((?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+)"')
 _ESCAPE: Final = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))")
-_PAIR: Final = re.compile("([\ud800-\udbff])([\udc00-\udfff])")
+_SURROGATE_PAIR: Final = re.compile("([\ud800-\udbff])([\udc00-\udfff])")
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
-_SHORT: Final = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+_SHORT_ESCAPES: Final = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 _LITERALS: Final = (b"null", b"true", b"false")
 
-MOST_TOKENS: Final = 200_000
+MAX_TOKENS: Final = 200_000
 """What a text may hold, so that a small upload can't buy a long computation: a hundred times
 what the largest acceptable subscribe call needs."""
 
-_DEEPEST: Final = 10_000
+_MAX_DEPTH: Final = 10_000
 """Levels of nesting; as in Go's ``jsontext``."""
 
 
@@ -45,73 +45,73 @@ class JsonReader:
 
     Args:
         text: UTF-8; a byte order mark is a fault.
-        most_tokens: More of them than this are a fault too.
+        max_tokens: More of them than this are a fault too.
     """
 
-    def __init__(self, text: bytes, *, most_tokens: int = MOST_TOKENS) -> None:
+    def __init__(self, text: bytes, *, max_tokens: int = MAX_TOKENS) -> None:
         self._text = text
-        self._most_tokens = most_tokens
-        self._at = 0
-        self._colon_is_due = False
+        self._max_tokens = max_tokens
+        self._offset = 0
+        self._is_colon_due = False
         self._depth = 0
-        self._tokens = 0
+        self._token_count = 0
 
     @property
     def tokens_left(self) -> int:
         """How many more of them are no fault."""
-        return self._most_tokens - self._tokens
+        return self._max_tokens - self._token_count
 
     def peek(self) -> bytes:
         """Return the first byte of the next value; empty at the end."""
-        if self._colon_is_due:
-            self._colon_is_due = False
-            self._punctuation(b":")
-        space = _SPACE.match(self._text, self._at)
+        if self._is_colon_due:
+            self._is_colon_due = False
+            self._expect(b":")
+        space = _WHITESPACE.match(self._text, self._offset)
         assert space is not None  # it matches the empty text too
-        self._at = space.end()
-        return self._text[self._at : self._at + 1]
+        self._offset = space.end()
+        return self._text[self._offset : self._offset + 1]
 
-    def null(self) -> bool:
+    def consume_null(self) -> bool:
         """Whether the value is null; consumes it only then."""
         if self.peek() != b"n":
             return False
-        self._literal()
+        self._read_literal()
         return True
 
-    def string(self) -> str:
+    def read_string(self) -> str:
         """Return a string.
 
         Raises:
             JsonError: Anything else, also a lone surrogate or a text that isn't UTF-8.
         """
-        self._count()
+        self._count_token()
         if self.peek() != b'"':
             raise JsonError("not a string")
-        if plain := _PLAIN.match(self._text, self._at):
-            self._at = plain.end()
-            return _decoded(plain[1])
-        escaped = _STRING.match(self._text, self._at)
+        if plain := _PLAIN_STRING.match(self._text, self._offset):
+            self._offset = plain.end()
+            return _decode_utf8(plain[1])
+        escaped = _STRING.match(self._text, self._offset)
         if escaped is None:
             raise JsonError("broken string")
-        self._at = escaped.end()
-        return _unescaped(_decoded(escaped[1]))
+        self._offset = escaped.end()
+        return _unescape(_decode_utf8(escaped[1]))
 
-    def number(self) -> float:
+    def read_number(self) -> float:
         """Return a number, as a double.
 
         Raises:
             JsonError: Anything else; JsonRangeError if it is a number but no double.
         """
-        value = float(self._digits())
+        value = float(self._read_number_text())
         if isinf(value):
             raise JsonRangeError("number out of range")
         return value
 
-    def boolean(self) -> bool:
+    def read_boolean(self) -> bool:
         """Return true or false."""
         if self.peek() not in (b"t", b"f"):
             raise JsonError("not a boolean")
-        return self._literal() == b"true"
+        return self._read_literal() == b"true"
 
     def members(self) -> Iterator[str]:
         """Yield the names of an object's members; its caller takes each value in between.
@@ -121,16 +121,16 @@ class JsonReader:
 
         A colon that isn't there shows when the value is asked for, not before.
         """
-        self._open(b"{")
+        self._enter(b"{")
         seen: set[str] = set()
-        while self._another(b"}", first=not seen):
-            name = self.string()
+        while self._advance_to_next(b"}", first=not seen):
+            name = self.read_string()
             if name in seen:
                 raise JsonError("repeated name")
             seen.add(name)
-            self._colon_is_due = True
+            self._is_colon_due = True
             yield name
-        self._close()
+        self._leave()
 
     def elements(self) -> Iterator[None]:
         """Step through an array; its caller takes one value at each step.
@@ -138,12 +138,12 @@ class JsonReader:
         Raises:
             JsonError: Not an array, or broken.
         """
-        self._open(b"[")
+        self._enter(b"[")
         first = True
-        while self._another(b"]", first=first):
+        while self._advance_to_next(b"]", first=first):
             first = False
             yield
-        self._close()
+        self._leave()
 
     def skip(self) -> None:
         """Consume a value of any kind, however deep, checking it as if it were wanted."""
@@ -155,91 +155,91 @@ class JsonReader:
                 case b"[":
                     open_.append(self.elements())
                 case b'"':
-                    self.string()
+                    self.read_string()
                 case b"t" | b"f" | b"n":
-                    self._literal()
+                    self._read_literal()
                 case _:
-                    self._digits()
-            while open_ and next(open_[-1], _END) is _END:
+                    self._read_number_text()
+            while open_ and next(open_[-1], _EXHAUSTED) is _EXHAUSTED:
                 open_.pop()
             if not open_:
                 return
 
-    def end(self) -> None:
+    def expect_end(self) -> None:
         """Make sure that nothing but white space is left."""
         if self.peek():
             raise JsonError("something follows the value")
 
-    def _digits(self) -> bytes:
-        self._count()
+    def _read_number_text(self) -> bytes:
+        self._count_token()
         self.peek()
-        number = _NUMBER.match(self._text, self._at)
+        number = _NUMBER.match(self._text, self._offset)
         if number is None:
             raise JsonError("not a number")
-        self._at = number.end()
+        self._offset = number.end()
         return number[0]
 
-    def _literal(self) -> bytes:
-        self._count()
+    def _read_literal(self) -> bytes:
+        self._count_token()
         for word in _LITERALS:
-            if self._text.startswith(word, self._at):
-                self._at += len(word)
+            if self._text.startswith(word, self._offset):
+                self._offset += len(word)
                 return word
         raise JsonError("unknown word")
 
-    def _open(self, bracket: bytes) -> None:
-        self._count()
-        self._punctuation(bracket)
+    def _enter(self, bracket: bytes) -> None:
+        self._count_token()
+        self._expect(bracket)
         self._depth += 1
-        if self._depth > _DEEPEST:
+        if self._depth > _MAX_DEPTH:
             raise JsonError("nested too deeply")
 
-    def _close(self) -> None:
-        self._at += 1
+    def _leave(self) -> None:
+        self._offset += 1
         self._depth -= 1
 
-    def _another(self, bracket: bytes, *, first: bool) -> bool:
+    def _advance_to_next(self, bracket: bytes, *, first: bool) -> bool:
         """Step over the comma before the next member; whether there is one before the bracket."""
         found = self.peek()
         if found == bracket:
             return False
         if not first:
-            self._punctuation(b",")
+            self._expect(b",")
         return True
 
-    def _punctuation(self, mark: bytes) -> None:
+    def _expect(self, mark: bytes) -> None:
         if self.peek() != mark:
             raise JsonError("unexpected character")
-        self._at += 1
+        self._offset += 1
 
-    def _count(self) -> None:
-        self._tokens += 1
-        if self._tokens > self._most_tokens:
+    def _count_token(self) -> None:
+        self._token_count += 1
+        if self._token_count > self._max_tokens:
             raise JsonError("too many values")
 
 
-_END: Final = object()
+_EXHAUSTED: Final = object()
 
 
-def _decoded(text: bytes) -> str:
+def _decode_utf8(text: bytes) -> str:
     try:
         return text.decode()
     except UnicodeDecodeError as error:
         raise JsonError("not UTF-8") from error
 
 
-def _unescaped(text: str) -> str:
-    whole = _PAIR.sub(_joined, _ESCAPE.sub(_character, text))
+def _unescape(text: str) -> str:
+    whole = _SURROGATE_PAIR.sub(_join_surrogates, _ESCAPE.sub(_unescape_one, text))
     if _SURROGATE.search(whole):
         raise JsonError("lone surrogate")
     return whole
 
 
-def _character(escape: re.Match[str]) -> str:
+def _unescape_one(escape: re.Match[str]) -> str:
     digits, short = escape.groups()
-    return chr(int(digits, 16)) if digits else _SHORT.get(short, short)
+    return chr(int(digits, 16)) if digits else _SHORT_ESCAPES.get(short, short)
 
 
-def _joined(pair: re.Match[str]) -> str:
+def _join_surrogates(pair: re.Match[str]) -> str:
     high, low = (ord(half) for half in pair.groups())
     return chr(0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00))

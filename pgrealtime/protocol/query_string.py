@@ -9,7 +9,7 @@ from typing import Final
 _BAD_ESCAPE: Final = re.compile(rb"%(?![0-9a-fA-F]{2})")
 _ESCAPE: Final = re.compile(rb"%([0-9a-fA-F]{2})")
 
-_MOST_PAIRS: Final = 10_000
+_MAX_PAIRS: Final = 10_000
 """Go refuses more (``urlmaxqueryparams``)."""
 
 
@@ -21,7 +21,7 @@ class QueryString:
     """
 
     pairs: tuple[tuple[bytes, bytes], ...]
-    is_sound: bool
+    is_well_formed: bool
 
     def first(self, name: bytes) -> bytes | None:
         """Return the first value of that name, None if there is none."""
@@ -35,12 +35,12 @@ def has_bad_escape(text: bytes) -> bool:
 
 def parse_query_string(text: bytes) -> QueryString:
     """Return the pairs; one with a semicolon or a broken escape is left out and noted."""
-    if text.count(b"&") >= _MOST_PAIRS:
-        return QueryString((), is_sound=False)
+    if text.count(b"&") >= _MAX_PAIRS:
+        return QueryString((), is_well_formed=False)
     written = [pair for pair in text.split(b"&") if pair]
     readable = [pair for pair in written if b";" not in pair and not has_bad_escape(pair)]
     return QueryString(
-        tuple(_split(pair) for pair in readable), is_sound=len(readable) == len(written)
+        tuple(_split(pair) for pair in readable), is_well_formed=len(readable) == len(written)
     )
 
 

@@ -19,10 +19,10 @@ from pgrealtime.protocol.query_string import has_bad_escape, parse_query_string
 _LINE_BREAK: Final = re.compile(r"[\r\n]")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _WORD: Final = re.compile(r"[A-Za-z0-9]+")
-_HUMP: Final = re.compile(r"(?<=[^A-Z])(?=[A-Z])")
-_WHOLE_COLLECTION: Final = "*"
+_CASE_BOUNDARY: Final = re.compile(r"(?<=[^A-Z])(?=[A-Z])")
+_WILDCARD: Final = "*"
 
-_MOST_TOKENS: Final = 500
+_MAX_TOKENS: Final = 500
 """Of one topic's options, more than anybody writes: a call may bring a thousand topics, and at 2 us
 a token the 2500 that a topic has room for would be five seconds of the processor."""
 
@@ -59,7 +59,7 @@ def parse_topic(text: str) -> Topic:
     return Topic(
         text=text,
         collection=collection,
-        record_id=record_id if slash and record_id != _WHOLE_COLLECTION else None,
+        record_id=record_id if slash and record_id != _WILDCARD else None,
         query=query,
         headers=headers,
     )
@@ -88,7 +88,7 @@ def _read_options(text: bytes) -> tuple[dict[str, str], dict[str, str]]:
     """Return query and headers; of a faulty text what came before the fault."""
     query: dict[str, str] = {}
     headers: dict[str, str] = {}
-    reader = JsonReader(text, most_tokens=_MOST_TOKENS)
+    reader = JsonReader(text, max_tokens=_MAX_TOKENS)
     try:
         for name in reader.members():
             if name == "query":
@@ -104,7 +104,7 @@ def _read_options(text: bytes) -> tuple[dict[str, str], dict[str, str]]:
 
 def _read_strings(reader: JsonReader, into: dict[str, str]) -> None:
     """Read an object, adding its members to ``into`` as they come."""
-    if reader.null():
+    if reader.consume_null():
         return
     for name in reader.members():
         into[name] = ""
@@ -118,14 +118,14 @@ def _read_strings(reader: JsonReader, into: dict[str, str]) -> None:
 def _read_as_string(reader: JsonReader) -> str:
     match reader.peek():
         case b'"':
-            return reader.string()
+            return reader.read_string()
         case b"t" | b"f":
-            return "true" if reader.boolean() else "false"
+            return "true" if reader.read_boolean() else "false"
         case b"{" | b"[" | b"n":
             reader.skip()
             return ""
         case _:
-            return _plain_decimal(reader.number())
+            return _plain_decimal(reader.read_number())
 
 
 def _plain_decimal(number: float) -> str:
@@ -136,4 +136,4 @@ def _plain_decimal(number: float) -> str:
 
 def snake_case(name: str) -> str:
     """Return a header name as rules spell it: ``X-Token`` and ``xToken`` are ``x_token``."""
-    return "_".join(_HUMP.sub("_", word) for word in _WORD.findall(name)).lower()
+    return "_".join(_CASE_BOUNDARY.sub("_", word) for word in _WORD.findall(name)).lower()

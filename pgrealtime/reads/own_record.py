@@ -16,27 +16,27 @@ from psycopg_pool import PoolTimeout
 from pgrealtime.auth.principal import Caller
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections
-from pgrealtime.config.model import HiddenFields
+from pgrealtime.config.model import HiddenFieldsMode
 from pgrealtime.errors import DatabaseUnreachableError, RuleError
-from pgrealtime.expand.load import Expander, Place, Readings
-from pgrealtime.expand.plan import Node, Viewers
-from pgrealtime.hub.evaluation.point_evaluation import Looking
-from pgrealtime.records.encode import View, encoder
-from pgrealtime.rules.engine.plan import Planner, moment
-from pgrealtime.rules.language.request import Request
-from pgrealtime.rules.sql.reference import Nobody
+from pgrealtime.expand.load import ReadSessionFactory, RecordVersion, RelatedRecordLoader
+from pgrealtime.expand.plan import ExpandCompiler, RecordNode
+from pgrealtime.hub.evaluation.point_evaluation import PointEvaluation
+from pgrealtime.records.encode import View, compile_encoder
+from pgrealtime.rules.engine.plan import RuleCompiler, macro_values_at
+from pgrealtime.rules.language.request import RuleRequest
+from pgrealtime.rules.sql.reference import DenyAll
 
 log = structlog.get_logger(__name__)
 
-_PLANS = 64
+_MAX_PLANS = 64
 """Kept texts of ``expand``: in an URL they can be long."""
 
 
-class OwnRecords:
+class OwnRecordRenderer:
     """Makes people's own records, with the related ones they ask for and may see.
 
     Args:
-        readings: Where to ask.
+        sessions: Where to ask.
         collections: What there is.
         nulls: How NULL is shown.
         hidden: Who may expand a hidden relation.
@@ -44,23 +44,25 @@ class OwnRecords:
 
     def __init__(
         self,
-        readings: Readings,
+        sessions: ReadSessionFactory,
         collections: Collections,
         *,
         nulls: Literal["null", "zero"],
-        hidden: HiddenFields = "strict",
+        hidden: HiddenFieldsMode = "strict",
     ) -> None:
-        self._readings = readings
-        self._hidden: HiddenFields = hidden
+        self._sessions = sessions
+        self._hidden: HiddenFieldsMode = hidden
         self._nulls: Literal["null", "zero"] = nulls
-        self.use(collections)
+        self.replace_collections(collections)
 
-    def use(self, collections: Collections) -> None:
+    def replace_collections(self, collections: Collections) -> None:
         """Take other collections."""
         self._collections = collections
-        self._planner = Planner(collections)
-        self._viewers = Viewers(collections, self._planner, hidden=self._hidden, plans=_PLANS)
-        self._expander = Expander(self._readings, collections, self._show)
+        self._compiler = RuleCompiler(collections)
+        self._expand_compiler = ExpandCompiler(
+            collections, self._compiler, hidden=self._hidden, max_plans=_MAX_PLANS
+        )
+        self._related_loader = RelatedRecordLoader(self._sessions, collections, self._render_node)
 
     async def may_sign_in(
         self,
@@ -88,30 +90,32 @@ class OwnRecords:
         current = self._collections.get(collection.name)
         if current is None or current.auth_rule == "":
             return current is not None
-        asked = Request(
+        asked = RuleRequest(
             principal=caller.principal, query=query, headers=headers, context=context, method="POST"
         )
         try:
-            bound = self._planner.bind(
+            bound = self._compiler.bind_caller(
                 current, current.auth_rule, asked, caller.own_row, is_filtered=False
             )
         except RuleError as error:
             reason = error.message
             log.error("rule.error", collection=current.name, reason=reason)  # noqa: TRY400 (the rule's fault, not ours)
             return False
-        if isinstance(bound, Nobody):
+        if isinstance(bound, DenyAll):
             return False
-        place: Place = current.name, "", 0
-        looking: Looking[Place] = Looking(moment(datetime.now(UTC)))
-        looking.consider(place, current, row, [bound])
+        place: RecordVersion = current.name, "", 0
+        looking: PointEvaluation[RecordVersion] = PointEvaluation(
+            macro_values_at(datetime.now(UTC))
+        )
+        looking.add(place, current, row, [bound])
         try:
-            async with self._readings.reading(frozenset()) as reading:
-                await reading.judge(looking)
+            async with self._sessions.read_session(frozenset()) as reading:
+                await reading.answer_questions(looking)
         except (psycopg.Error, PoolTimeout, TimeoutError) as error:
             raise DatabaseUnreachableError("the rule can't be asked now") from error
-        return bound in looking.admitted(place)
+        return bound in looking.satisfied_predicates(place)
 
-    async def record(
+    async def render_record(
         self,
         collection: Collection,
         row: Row,
@@ -134,13 +138,19 @@ class OwnRecords:
         view = View(sees_email=True)
         if self._collections.get(collection.name) is not collection:
             # Other collections came while the password was checked.
-            return encoder(collection, nulls=self._nulls, view=view)(row)
-        request = Request(principal=owner.principal, query=query, headers=headers, method="POST")
+            return compile_encoder(collection, nulls=self._nulls, view=view)(row)
+        request = RuleRequest(
+            principal=owner.principal, query=query, headers=headers, method="POST"
+        )
         is_expanded = "expand" in query
-        viewer = self._viewers.viewer(collection, request, owner.own_row) if is_expanded else None
-        related, expand = await self._expander.beside(collection, row, viewer)
-        return encoder(collection, nulls=self._nulls, view=view)(row, related, expand)
+        viewer = (
+            self._expand_compiler.compile_expand(collection, request, owner.own_row)
+            if is_expanded
+            else None
+        )
+        related, expand = await self._related_loader.load_for_row(collection, row, viewer)
+        return compile_encoder(collection, nulls=self._nulls, view=view)(row, related, expand)
 
-    def _show(self, node: Node, view: View, expand: bytes | None) -> bytes:
-        show = encoder(node.collection, nulls=self._nulls, view=view)
-        return show(node.row, node.related, expand)
+    def _render_node(self, node: RecordNode, view: View, expand: bytes | None) -> bytes:
+        show = compile_encoder(node.collection, nulls=self._nulls, view=view)
+        return show(node.row, node.junction_ids, expand)

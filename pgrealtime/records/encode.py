@@ -15,16 +15,16 @@ from msgspec import Raw
 
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Field
-from pgrealtime.records.fields import Pick, parse_fields, picks_of, whole
-from pgrealtime.records.values import Converter, Json, converter, ids, zero
+from pgrealtime.records.fields import Projection, compile_projections, parse_fields, project_all
+from pgrealtime.records.values import Converter, Json, choose_converter, distinct_ids, zero_value
 
 Nulls = Literal["null", "zero"]
 
-_NONE_RELATED: Mapping[str, Sequence[str]] = MappingProxyType({})
+_NO_RELATED_IDS: Mapping[str, Sequence[str]] = MappingProxyType({})
 _ABSENT: Final = Raw()
 """Stands for a value that there isn't; told by identity."""
 
-_write: Final = msgspec.json.Encoder().encode
+_encode_json: Final = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class RecordEncoder(Protocol):
     def __call__(
         self,
         row: Row,
-        related: Mapping[str, Sequence[str]] = _NONE_RELATED,
+        related: Mapping[str, Sequence[str]] = _NO_RELATED_IDS,
         expand: bytes | None = None,
     ) -> bytes:
         """Return the record as one line of JSON, members sorted by name.
@@ -63,25 +63,27 @@ class _Member(NamedTuple):
     """One member of the record: where its value is, and how it is shown."""
 
     name: str
-    source: str
+    row_key: str
     """The column; or, for what comes from elsewhere, the key that ``_beside`` gives it."""
-    absent: Json
+    if_absent: Json
     """Shown if the row has no such column: a constant, or nothing."""
-    null: Json
+    if_null: Json
     convert: Converter
 
-    def picked(self, pick: Pick) -> _Member:
+    def projected(self, projection: Projection) -> _Member:
         """Show only what the pick leaves of each value."""
-        if pick is whole:
+        if projection is project_all:
             return self
-        convert = self.convert or whole
-        absent = self.absent if self.absent is _ABSENT else pick(self.absent)
+        convert = self.convert or project_all
+        absent = self.if_absent if self.if_absent is _ABSENT else projection(self.if_absent)
         return self._replace(
-            absent=absent, null=pick(self.null), convert=lambda value: pick(convert(value))
+            if_absent=absent,
+            if_null=projection(self.if_null),
+            convert=lambda value: projection(convert(value)),
         )
 
 
-def encoder(collection: Collection, *, nulls: Nulls, view: View) -> RecordEncoder:
+def compile_encoder(collection: Collection, *, nulls: Nulls, view: View) -> RecordEncoder:
     """Return the function that makes the records of the collection for that view.
 
     Args:
@@ -89,12 +91,12 @@ def encoder(collection: Collection, *, nulls: Nulls, view: View) -> RecordEncode
         nulls: What SQL NULL is shown as: null, or PocketBase's zero value of the field.
         view: Who looks.
     """
-    members = _picked(_members(collection, nulls, view), view.fields)
+    members = _select_members(_members(collection, nulls, view), view.fields)
     if collection.type != "auth" or view.sees_email:
-        return _writer(members)
-    with_email = _writer(members)
-    without_email = _writer(member for member in members if member.name != "email")
-    visibility = collection.by_name.get("emailVisibility")
+        return _compile_writer(members)
+    with_email = _compile_writer(members)
+    without_email = _compile_writer(member for member in members if member.name != "email")
+    visibility = collection.fields_by_name.get("emailVisibility")
     column = visibility.column if visibility is not None else None
     if column is None:
         return without_email
@@ -102,7 +104,7 @@ def encoder(collection: Collection, *, nulls: Nulls, view: View) -> RecordEncode
 
     def record(
         row: Row,
-        related: Mapping[str, Sequence[str]] = _NONE_RELATED,
+        related: Mapping[str, Sequence[str]] = _NO_RELATED_IDS,
         expand: bytes | None = None,
     ) -> bytes:
         write = with_email if row.get(decider) == "t" else without_email
@@ -113,66 +115,66 @@ def encoder(collection: Collection, *, nulls: Nulls, view: View) -> RecordEncode
 
 def _members(collection: Collection, nulls: Nulls, view: View) -> list[_Member]:
     return [
-        _of_field(field, nulls)
+        _member_of_field(field, nulls)
         for field in collection.fields
         if not field.is_secret and (view.sees_hidden or not field.is_hidden)
     ] + [
-        _Member("collectionId", _beside("collectionId"), collection.id, None, None),
-        _Member("collectionName", _beside("collectionName"), collection.name, None, None),
-        _Member("expand", _beside("expand"), _ABSENT, None, None),
+        _Member("collectionId", _extra_key("collectionId"), collection.id, None, None),
+        _Member("collectionName", _extra_key("collectionName"), collection.name, None, None),
+        _Member("expand", _extra_key("expand"), _ABSENT, None, None),
     ]
 
 
-def unshowable(collection: Collection, row: Row, *, nulls: Nulls) -> str:
+def unencodable_column(collection: Collection, row: Row, *, nulls: Nulls) -> str:
     """Return the column whose value can't be shown; empty if each can by itself."""
     view = View(sees_hidden=True, sees_email=True)
     for member in _members(collection, nulls, view):
-        value = row.get(member.source)
+        value = row.get(member.row_key)
         if value is not None and member.convert is not None:
             try:
-                _write(member.convert(value))
+                _encode_json(member.convert(value))
             except Exception:  # noqa: BLE001 (whatever it fails with is the answer)
-                return member.source
+                return member.row_key
     return ""
 
 
-def _picked(members: list[_Member], text: str | None) -> list[_Member]:
+def _select_members(members: list[_Member], text: str | None) -> list[_Member]:
     fields = parse_fields(text or "")
     if not fields:
         return members
-    pick_of = picks_of(fields)
+    pick_of = compile_projections(fields)
     picks = ((member, pick_of(member.name)) for member in members)
-    return [member.picked(pick) for member, pick in picks if pick is not None]
+    return [member.projected(pick) for member, pick in picks if pick is not None]
 
 
-def _of_field(field: Field, nulls: Nulls) -> _Member:
-    null = zero(field) if nulls == "zero" else None
+def _member_of_field(field: Field, nulls: Nulls) -> _Member:
+    null = zero_value(field) if nulls == "zero" else None
     if field.column is None:
-        return _Member(field.name, _beside(field.name), _ABSENT, null, None)
-    return _Member(field.name, field.column.name, _ABSENT, null, converter(field))
+        return _Member(field.name, _extra_key(field.name), _ABSENT, null, None)
+    return _Member(field.name, field.column.name, _ABSENT, null, choose_converter(field))
 
 
-def _beside(name: str) -> str:
+def _extra_key(name: str) -> str:
     """Return the key for a value that isn't a column's, which no column's name can be."""
     return f"\0{name}"
 
 
-def _writer(members: Iterable[_Member]) -> RecordEncoder:
+def _compile_writer(members: Iterable[_Member]) -> RecordEncoder:
     # Exact tuples unpack faster than named ones: 0.4 us per row of ten members.
     # Plain tuples unpack faster than named ones: 0.3 us less for a row of eight columns.
     in_order = [
-        (member.name, member.source, member.absent, member.null, member.convert)
+        (member.name, member.row_key, member.if_absent, member.if_null, member.convert)
         for member in sorted(members, key=lambda member: member.name.encode())
     ]
 
     def record(
         row: Row,
-        related: Mapping[str, Sequence[str]] = _NONE_RELATED,
+        related: Mapping[str, Sequence[str]] = _NO_RELATED_IDS,
         expand: bytes | None = None,
     ) -> bytes:
         values: Mapping[str, Json] = row
         if related or expand is not None:
-            values = _with(row, related, expand)
+            values = _row_with_extras(row, related, expand)
         get = values.get
         shown = {}
         for name, source, absent, null, convert in in_order:
@@ -185,14 +187,16 @@ def _writer(members: Iterable[_Member]) -> RecordEncoder:
                 shown[name] = value
             else:
                 shown[name] = convert(value)  # type: ignore[arg-type]  # a column's value is text
-        return _write(shown)
+        return _encode_json(shown)
 
     return record
 
 
-def _with(row: Row, related: Mapping[str, Sequence[str]], expand: bytes | None) -> dict[str, Json]:
+def _row_with_extras(
+    row: Row, related: Mapping[str, Sequence[str]], expand: bytes | None
+) -> dict[str, Json]:
     values: dict[str, Json] = {**row}
-    values.update((_beside(name), ids(of_field)) for name, of_field in related.items())
+    values.update((_extra_key(name), distinct_ids(of_field)) for name, of_field in related.items())
     if expand is not None:
-        values[_beside("expand")] = Raw(expand)
+        values[_extra_key("expand")] = Raw(expand)
     return values

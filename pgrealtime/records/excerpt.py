@@ -19,7 +19,7 @@ def _tags(*lines: str) -> frozenset[str]:
     return frozenset(name for line in lines for name in line.split())
 
 
-_UNSEEN: Final = _tags(
+_HIDDEN: Final = _tags(
     "applet button dialog form head iframe object option picture script select style svg",
     "template textarea",
 )
@@ -45,11 +45,11 @@ _IN_TABLE: Final = _tags("caption col colgroup tbody td tfoot th thead tr")
 """Elements that don't count outside a table."""
 
 _RAW: Final = _tags("iframe noembed noframes noscript plaintext script style xmp")
-_RAW_WITH_REFERENCES: Final = _tags("textarea title")
+_ESCAPABLE_RAW: Final = _tags("textarea title")
 """As raw ones, whose content holds no tags, but with character references."""
 
 _FOREIGN: Final = _tags("svg math")
-_NOT_FOREIGN: Final = _tags(
+_FOREIGN_BREAKOUT: Final = _tags(
     "b big blockquote body br center code dd div dl dt em embed h1 h2 h3 h4 h5 h6 head hr i img",
     "li listing menu meta nobr ol p pre ruby s small span strike strong sub sup table tt u ul var",
 )
@@ -71,134 +71,134 @@ _TOKEN = re.compile(
 _BLANKS = re.compile(r"[\t\n\f\r ]+")
 
 
-_REMEMBERED = range(512, 64 * 1024)
+_CACHED_LENGTHS = range(512, 64 * 1024)
 """Characters of a text whose excerpt is kept: several views and topics may show the same."""
 
 
-def excerpt(html: str, limit: int, *, with_ellipsis: bool) -> str:
+def excerpt(html: str, max_characters: int, *, with_ellipsis: bool) -> str:
     """Return the beginning of the text, blanks collapsed, at most so many characters.
 
     Args:
         html: Tags are dropped, blocks set apart by a blank, scripts and forms left out.
-        limit: In characters.
+        max_characters: In characters.
         with_ellipsis: Whether ``...`` follows what was cut; it doesn't count.
     """
-    if len(html) in _REMEMBERED:
-        return _excerpt_before(html, limit, with_ellipsis)
-    return _excerpt(html, limit, with_ellipsis)
+    if len(html) in _CACHED_LENGTHS:
+        return _cached_excerpt(html, max_characters, with_ellipsis)
+    return _excerpt(html, max_characters, with_ellipsis)
 
 
-def _excerpt(html: str, limit: int, with_ellipsis: bool) -> str:  # noqa: FBT001 (cached)
-    reader = _Reader(limit)
-    reader.read(html)
-    text = "".join(reader.parts).strip()
-    if len(text) <= limit:
+def _excerpt(html: str, max_characters: int, with_ellipsis: bool) -> str:  # noqa: FBT001 (cached)
+    reader = _TextExtractor(max_characters)
+    reader.extract(html)
+    text = "".join(reader.text_runs).strip()
+    if len(text) <= max_characters:
         return text
-    return text[:limit].strip() + ("..." if with_ellipsis else "")
+    return text[:max_characters].strip() + ("..." if with_ellipsis else "")
 
 
-_excerpt_before = lru_cache(maxsize=32)(_excerpt)
+_cached_excerpt = lru_cache(maxsize=32)(_excerpt)
 
 
-class _Reader:
+class _TextExtractor:
     """Collects the text of a document, tag by tag."""
 
-    def __init__(self, limit: int) -> None:
-        self.parts: list[str] = []
-        self._wanted = limit
+    def __init__(self, max_characters: int) -> None:
+        self.text_runs: list[str] = []
+        self._characters_left = max_characters
         """Characters still needed to know the answer; a blank between blocks doesn't count."""
-        self._bytes_left = limit + 1
+        self._bytes_left = max_characters + 1
         """PocketBase enters no further element once it has more bytes than that."""
-        self._ends_blank = True
-        self._open: list[tuple[str, bool]] = []
+        self._ends_with_blank = True
+        self._open_elements: list[tuple[str, bool]] = []
         """Names, and whether the text within is left out."""
-        self._counts: Counter[str] = Counter()
+        self._open_counts: Counter[str] = Counter()
         """How often each name is in there: nesting may be deep."""
-        self._unseen = 0
-        self._in_head = True
+        self._hidden_depth = 0
+        self._is_in_head = True
 
-    def read(self, html: str) -> None:
+    def extract(self, html: str) -> None:
         at = 0
-        while at < len(html) and self._wanted >= 0:
+        while at < len(html) and self._characters_left >= 0:
             token = _TOKEN.match(html, at)
             assert token is not None
             at = token.end()
             if token["text"] is not None:
-                self._text(unescape(token["text"]))
+                self._add_text(unescape(token["text"]))
             elif not token["closed"]:
                 continue  # a comment, or a tag cut off by the end
             elif token["end"]:
-                self._end(token["name"].lower())
+                self._end_element(token["name"].lower())
             else:
-                at = self._start(token["name"].lower(), html, at)
+                at = self._start_element(token["name"].lower(), html, at)
 
     def _is_open(self, names: frozenset[str]) -> bool:
-        return any(self._counts[name] for name in names)
+        return any(self._open_counts[name] for name in names)
 
-    def _start(self, name: str, html: str, at: int) -> int:
+    def _start_element(self, name: str, html: str, at: int) -> int:
         """Open the element; return where to read on, after its content if that is raw."""
         is_foreign = self._is_open(_FOREIGN)
-        if is_foreign and name in _NOT_FOREIGN:
+        if is_foreign and name in _FOREIGN_BREAKOUT:
             self._leave_foreign()
             is_foreign = False
         if name in _STRUCTURE or (name in _IN_TABLE and not self._is_open(_TABLE)):
-            self._in_head = self._in_head and name != "body"
+            self._is_in_head = self._is_in_head and name != "body"
             return at
-        self._in_head = self._in_head and name in _IN_HEAD
-        self._block(name)
+        self._is_in_head = self._is_in_head and name in _IN_HEAD
+        self._separate_block(name)
         if name in _VOID:
-            self._block(name)
+            self._separate_block(name)
             return at
-        is_unseen = name in _UNSEEN or self._bytes_left < 0
-        self._open.append((name, is_unseen))
-        self._counts[name] += 1
-        self._unseen += is_unseen
-        if is_foreign or (name not in _RAW and name not in _RAW_WITH_REFERENCES):
+        is_unseen = name in _HIDDEN or self._bytes_left < 0
+        self._open_elements.append((name, is_unseen))
+        self._open_counts[name] += 1
+        self._hidden_depth += is_unseen
+        if is_foreign or (name not in _RAW and name not in _ESCAPABLE_RAW):
             return at
         end = _end_of_raw(name, html, at)
         content = html[at:end]
-        self._text(unescape(content) if name in _RAW_WITH_REFERENCES else content)
+        self._add_text(unescape(content) if name in _ESCAPABLE_RAW else content)
         return end
 
-    def _end(self, name: str) -> None:
+    def _end_element(self, name: str) -> None:
         if name == "p":
             self._leave_foreign()
         if not self._is_open(frozenset((name,))):
             if name == "p":  # an end without a start makes an empty one
-                self._block(name)
+                self._separate_block(name)
             return
-        while self._close() != name:
+        while self._close_element() != name:
             pass
 
     def _leave_foreign(self) -> None:
         while self._is_open(_FOREIGN):
-            self._close()
+            self._close_element()
 
-    def _close(self) -> str:
-        name, is_unseen = self._open.pop()
-        self._counts[name] -= 1
-        self._unseen -= is_unseen
-        self._block(name)
+    def _close_element(self) -> str:
+        name, is_unseen = self._open_elements.pop()
+        self._open_counts[name] -= 1
+        self._hidden_depth -= is_unseen
+        self._separate_block(name)
         return name
 
-    def _block(self, name: str) -> None:
-        if name not in _INLINE and name not in _UNSEEN and not self._ends_blank:
-            self._add(" ")
+    def _separate_block(self, name: str) -> None:
+        if name not in _INLINE and name not in _HIDDEN and not self._ends_with_blank:
+            self._append(" ")
 
-    def _text(self, text: str) -> None:
+    def _add_text(self, text: str) -> None:
         text = _BLANKS.sub(" ", text)
-        if text != " " and not (self._in_head and self._open):
-            self._in_head = False
-        if self._ends_blank:
+        if text != " " and not (self._is_in_head and self._open_elements):
+            self._is_in_head = False
+        if self._ends_with_blank:
             text = text.removeprefix(" ")
-        self._add(text)
+        self._append(text)
 
-    def _add(self, text: str) -> None:
-        if text and not self._unseen and not self._in_head:
-            self.parts.append(text)
+    def _append(self, text: str) -> None:
+        if text and not self._hidden_depth and not self._is_in_head:
+            self.text_runs.append(text)
             self._bytes_left -= len(text.encode())
-            self._wanted -= len(text.strip())
-            self._ends_blank = text[-1] == " "
+            self._characters_left -= len(text.strip())
+            self._ends_with_blank = text[-1] == " "
 
 
 def _end_of_raw(name: str, html: str, at: int) -> int:

@@ -19,35 +19,35 @@ from pgrealtime.records.values import Json
 
 
 @dataclass(frozen=True, slots=True)
-class Excerpt:
+class ExcerptModifier:
     """The modifier ``excerpt(max,withEllipsis)``; touches strings only."""
 
-    limit: int
+    max_characters: int
     """In characters, at least 1."""
     with_ellipsis: bool = False
 
 
-Fields: TypeAlias = Mapping[str, Excerpt | None]
+Fields: TypeAlias = Mapping[str, ExcerptModifier | None]
 """Dotted paths, or ``*`` for what no path names, to their modifier."""
 
-Pick: TypeAlias = Callable[[Json], Json]
+Projection: TypeAlias = Callable[[Json], Json]
 """From a member's value to what is shown of it."""
 
-Picks: TypeAlias = Callable[[str], Pick | None]
+MemberProjections: TypeAlias = Callable[[str], Projection | None]
 """From a member's name to its pick; None leaves it out."""
 
 _BLANKS: Final = "\t\n\v\f\r \x85\xa0"
 _QUOTES: Final = "'\"`"
 _PIECE = re.compile(r"[^\\'\"`(), ]+|.", re.DOTALL)
 """What means nothing to ``_split``, in one; and each character that may mean something."""
-_BOOL_TRUE: Final = frozenset(("1", "t", "T", "true", "TRUE", "True"))
+_TRUE_WORDS: Final = frozenset(("1", "t", "T", "true", "TRUE", "True"))
 _INTEGER = re.compile(
     r"\+?(0[xX](?:_?[0-9a-fA-F])+|0[bB](?:_?[01])+|0[oO]?(?:_?[0-7])+|"
     r"[1-9](?:_?[0-9])*)",
     re.ASCII,
 )
 _WITH_FRACTION = re.compile(r"([+-]?[0-9]*)\.[0-9]*", re.ASCII)
-_GREATEST: Final = 2**63 - 1
+_MAX_INT64: Final = 2**63 - 1
 
 
 def parse_fields(text: str) -> Fields | None:
@@ -55,32 +55,32 @@ def parse_fields(text: str) -> Fields | None:
 
     Names need not exist: those that don't select nothing.
     """
-    items = _split(text, ",")
+    items = _split_unquoted(text, ",")
     if items is None:
         return None
-    fields: dict[str, Excerpt | None] = {}
+    fields: dict[str, ExcerptModifier | None] = {}
     for item in items:
         path, colon, modifier = item.partition(":")
         fields[path] = None
         if colon:
-            fields[path] = parsed = _modifier(modifier)
+            fields[path] = parsed = _parse_modifier(modifier)
             if parsed is None:
                 return None
     return fields
 
 
-def _modifier(text: str) -> Excerpt | None:
-    words = _split(text, "(), ", knows_brackets=False)
+def _parse_modifier(text: str) -> ExcerptModifier | None:
+    words = _split_unquoted(text, "(), ", respects_brackets=False)
     match words:
         case ["excerpt", limit, *more] if len(more) <= 1:
-            number = _integer(limit)
-            with_ellipsis = bool(more) and more[0] in _BOOL_TRUE
-            return Excerpt(number, with_ellipsis) if number else None
+            number = _parse_positive_integer(limit)
+            with_ellipsis = bool(more) and more[0] in _TRUE_WORDS
+            return ExcerptModifier(number, with_ellipsis) if number else None
         case _:
             return None
 
 
-def _integer(text: str) -> int | None:
+def _parse_positive_integer(text: str) -> int | None:
     """Read a positive number as PocketBase does: prefixes, underscores, a fraction cut off."""
     if fraction := _WITH_FRACTION.fullmatch(text):
         text = fraction[1]
@@ -90,10 +90,12 @@ def _integer(text: str) -> int | None:
     digits = integer[1].lower()
     is_octal = digits[0] == "0" and digits[1] not in "xbo"
     value = int(digits, 8) if is_octal else int(digits, 0)
-    return value if value <= _GREATEST else None
+    return value if value <= _MAX_INT64 else None
 
 
-def _split(text: str, separators: str, *, knows_brackets: bool = True) -> list[str] | None:
+def _split_unquoted(
+    text: str, separators: str, *, respects_brackets: bool = True
+) -> list[str] | None:
     """Cut at separators outside quotes and brackets; None if one of these stays open.
 
     Quotes and brackets remain part of the items. A backslash takes the meaning of the
@@ -106,9 +108,9 @@ def _split(text: str, separators: str, *, knows_brackets: bool = True) -> list[s
             pass
         elif piece in _QUOTES:
             quote = "" if quote == piece else quote or piece
-        elif knows_brackets and not quote and piece == "(":
+        elif respects_brackets and not quote and piece == "(":
             depth += 1
-        elif knows_brackets and not quote and piece == ")":
+        elif respects_brackets and not quote and piece == ")":
             depth = max(depth - 1, 0)
         before = piece[-1]
         if piece in separators and not depth and not quote:
@@ -120,37 +122,39 @@ def _split(text: str, separators: str, *, knows_brackets: bool = True) -> list[s
     return [item for item in ("".join(item).strip(_BLANKS) for item in items) if item]
 
 
-def picks_of(fields: Fields) -> Picks:
+def compile_projections(fields: Fields) -> MemberProjections:
     """Return what is shown of a member, by its name."""
     if not fields:
-        return lambda _name: whole
-    by_first: dict[str, dict[str, Excerpt | None]] = {}
+        return lambda _name: project_all
+    by_first: dict[str, dict[str, ExcerptModifier | None]] = {}
     for path, modifier in fields.items():
-        by_first.setdefault(_first(path), {})[path] = modifier
+        by_first.setdefault(_first_name(path), {})[path] = modifier
 
-    def pick_of(name: str) -> Pick | None:
-        near = by_first.get(_first(name), {})
+    def pick_of(name: str) -> Projection | None:
+        near = by_first.get(_first_name(name), {})
         below = {path: modifier for path, modifier in near.items() if _is_within(path, name)}
         if below:
-            return _pick_below(name, below)
-        return _modified(fields["*"]) if "*" in fields else None
+            return _nested_projection(name, below)
+        return _projection_of(fields["*"]) if "*" in fields else None
 
     return pick_of
 
 
-def _first(path: str) -> str:
+def _first_name(path: str) -> str:
     return path.partition(".")[0]
 
 
-def _pick_below(name: str, below: Fields) -> Pick:
-    for path, modifier in below.items():
+def _nested_projection(name: str, nested_fields: Fields) -> Projection:
+    for path, modifier in nested_fields.items():
         if path in (name, f"{name}."):
-            return _modified(modifier)
-    inner = picks_of({path[len(name) + 1 :]: modifier for path, modifier in below.items()})
+            return _projection_of(modifier)
+    inner = compile_projections(
+        {path[len(name) + 1 :]: modifier for path, modifier in nested_fields.items()}
+    )
 
     def pick(value: Json) -> Json:
         try:
-            return Raw(msgspec.json.encode(_pick(value, inner)))
+            return Raw(msgspec.json.encode(_project(value, inner)))
         except RecursionError:  # a path of hundreds of names into a value as deep
             return value
 
@@ -161,39 +165,39 @@ def _is_within(path: str, name: str) -> bool:
     return f"{path}.".startswith(f"{name}.")
 
 
-def whole(value: Json) -> Json:
+def project_all(value: Json) -> Json:
     """Return the value as it is: the pick that leaves all of it."""
     return value
 
 
-def _modified(modifier: Excerpt | None) -> Pick:
+def _projection_of(modifier: ExcerptModifier | None) -> Projection:
     if modifier is None:
-        return whole
+        return project_all
 
     def cut(value: Json) -> Json:
         if isinstance(value, Raw) and bytes(value)[:1] == b'"':
             value = msgspec.json.decode(value, type=str)
         if not isinstance(value, str):
             return value
-        return excerpt(value, modifier.limit, with_ellipsis=modifier.with_ellipsis)
+        return excerpt(value, modifier.max_characters, with_ellipsis=modifier.with_ellipsis)
 
     return cut
 
 
-def _pick(value: Json, inner: Picks) -> Json:
+def _project(value: Json, projections: MemberProjections) -> Json:
     """Pick from an object or a list of objects; anything else is taken whole."""
-    value = _opened(value)
+    value = _decode_one_level(value)
     match value:
         case dict():
-            picks = ((name, member, inner(name)) for name, member in value.items())
+            picks = ((name, member, projections(name)) for name, member in value.items())
             return {name: pick(member) for name, member, pick in picks if pick is not None}
-        case [first, *_] if isinstance(_opened(first), dict):
-            return [_pick(item, inner) for item in value]
+        case [first, *_] if isinstance(_decode_one_level(first), dict):
+            return [_project(item, projections) for item in value]
         case _:
             return value
 
 
-def _opened(value: Json) -> Json:
+def _decode_one_level(value: Json) -> Json:
     """Return an object or list of JSON as such, its members still closed."""
     if not isinstance(value, Raw):
         return value

@@ -15,120 +15,128 @@ from collections.abc import Callable
 from math import isfinite
 from typing import Final
 
-from pgrealtime.records.numbers import shortest
+from pgrealtime.records.numbers import format_double
 
 _HAS_Z: Final = 0x80000000
 _HAS_M: Final = 0x40000000
 _HAS_SRID: Final = 0x20000000
 _DECIMALS: Final = 9
 _WGS84: Final = 4326
-_FIRST_OF_ESRI: Final = 37000
+_FIRST_ESRI_SRID: Final = 37000
 
 _POINT, _LINE, _POLYGON, _COLLECTION, _TIN, _TRIANGLE = 1, 2, 3, 7, 16, 17
-_MULTIPLE: Final = {4: "MultiPoint", 5: "MultiLineString", 6: "MultiPolygon"}
-_SINGLE: Final = {_POINT: "Point", _LINE: "LineString", _POLYGON: "Polygon", _TRIANGLE: "Polygon"}
+_MULTI_TYPES: Final = {4: "MultiPoint", 5: "MultiLineString", 6: "MultiPolygon"}
+_SINGLE_TYPES: Final = {
+    _POINT: "Point",
+    _LINE: "LineString",
+    _POLYGON: "Polygon",
+    _TRIANGLE: "Polygon",
+}
 
 
-def geojson(text: str) -> str | None:
+def to_geojson(text: str) -> str | None:
     """Return the JSON of a geometry's text form; None if GeoJSON has no such shape."""
     try:
-        return _Reader(bytes.fromhex(text)).geometry()
+        return _EwkbReader(bytes.fromhex(text)).read_geometry()
     except (_NoShapeError, RecursionError):
         return None
 
 
-def position(text: str) -> tuple[float, float] | None:
+def point_coordinates(text: str) -> tuple[float, float] | None:
     """Return X and Y of a point's text form; None of any other geometry."""
-    return _Reader(bytes.fromhex(text)).position()
+    return _EwkbReader(bytes.fromhex(text)).read_point_coordinates()
 
 
 class _NoShapeError(Exception):
     """The geometry has a shape that GeoJSON doesn't know."""
 
 
-class _Reader:
+class _EwkbReader:
     """Goes once through the bytes. Every geometry in them has a head of its own."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
-        self._at = 0
-        self._order = "<"
+        self._offset = 0
+        self._byte_order = "<"
 
-    def geometry(self) -> str:
-        shape, dimensions, crs = self._head()
+    def read_geometry(self) -> str:
+        shape, dimensions, crs = self._read_header()
         if shape in {_COLLECTION, _TIN}:
-            members = self._list(self.geometry)
+            members = self._read_list(self.read_geometry)
             return f'{{"type":"GeometryCollection",{crs}"geometries":{members}}}'
-        name = _MULTIPLE.get(shape) or _SINGLE.get(shape)
+        name = _MULTI_TYPES.get(shape) or _SINGLE_TYPES.get(shape)
         if name is None:
             raise _NoShapeError
-        coordinates = self._coordinates(shape, dimensions)
+        coordinates = self._read_coordinates(shape, dimensions)
         return f'{{"type":"{name}",{crs}"coordinates":{coordinates}}}'
 
-    def position(self) -> tuple[float, float] | None:
-        shape, _, _ = self._head()
+    def read_point_coordinates(self) -> tuple[float, float] | None:
+        shape, _, _ = self._read_header()
         if shape != _POINT:
             return None
-        x, y = struct.unpack_from(f"{self._order}2d", self._data, self._at)
+        x, y = struct.unpack_from(f"{self._byte_order}2d", self._data, self._offset)
         return x, y
 
-    def _coordinates(self, shape: int, dimensions: tuple[int, int]) -> str:
+    def _read_coordinates(self, shape: int, dimensions: tuple[int, int]) -> str:
         if shape == _POINT:
-            return self._points(1, dimensions)[0]
+            return self._read_points(1, dimensions)[0]
         if shape == _LINE:
-            return self._line(dimensions)
+            return self._read_line(dimensions)
         if shape in {_POLYGON, _TRIANGLE}:
-            return self._list(lambda: self._line(dimensions))
-        return self._list(self._member)
+            return self._read_list(lambda: self._read_line(dimensions))
+        return self._read_list(self._read_member)
 
-    def _member(self) -> str:
+    def _read_member(self) -> str:
         """One of a multiple geometry: its coordinates alone."""
-        shape, dimensions, _ = self._head()
-        return self._coordinates(shape, dimensions)
+        shape, dimensions, _ = self._read_header()
+        return self._read_coordinates(shape, dimensions)
 
-    def _head(self) -> tuple[int, tuple[int, int], str]:
+    def _read_header(self) -> tuple[int, tuple[int, int], str]:
         """Return shape, how many dimensions are shown and how many there are, and the crs."""
-        self._order = "<" if self._data[self._at] else ">"
-        self._at += 1
-        kind = self._integer()
+        self._byte_order = "<" if self._data[self._offset] else ">"
+        self._offset += 1
+        kind = self._read_integer()
         shown = 3 if kind & _HAS_Z else 2
         stored = shown + bool(kind & _HAS_M)
-        srid = self._integer() if kind & _HAS_SRID else _WGS84
-        return kind & 0xFFFF, (shown, stored), _crs(srid)
+        srid = self._read_integer() if kind & _HAS_SRID else _WGS84
+        return kind & 0xFFFF, (shown, stored), _crs_member(srid)
 
-    def _integer(self) -> int:
-        (value,) = struct.unpack_from(f"{self._order}I", self._data, self._at)
-        self._at += 4
+    def _read_integer(self) -> int:
+        (value,) = struct.unpack_from(f"{self._byte_order}I", self._data, self._offset)
+        self._offset += 4
         return int(value)
 
-    def _list(self, read: Callable[[], str]) -> str:
-        return f"[{','.join([read() for _ in range(self._integer())])}]"
+    def _read_list(self, read: Callable[[], str]) -> str:
+        return f"[{','.join([read() for _ in range(self._read_integer())])}]"
 
-    def _line(self, dimensions: tuple[int, int]) -> str:
-        return f"[{','.join(self._points(self._integer(), dimensions))}]"
+    def _read_line(self, dimensions: tuple[int, int]) -> str:
+        return f"[{','.join(self._read_points(self._read_integer(), dimensions))}]"
 
-    def _points(self, count: int, dimensions: tuple[int, int]) -> list[str]:
+    def _read_points(self, count: int, dimensions: tuple[int, int]) -> list[str]:
         shown, stored = dimensions
-        form = f"{self._order}{count * stored}d"
-        numbers = struct.unpack_from(form, self._data, self._at)
-        self._at += struct.calcsize(form)
-        return [_point(numbers[first : first + shown]) for first in range(0, len(numbers), stored)]
+        form = f"{self._byte_order}{count * stored}d"
+        numbers = struct.unpack_from(form, self._data, self._offset)
+        self._offset += struct.calcsize(form)
+        return [
+            _format_point(numbers[first : first + shown])
+            for first in range(0, len(numbers), stored)
+        ]
 
 
-def _crs(srid: int) -> str:
+def _crs_member(srid: int) -> str:
     if srid in {0, _WGS84}:
         return ""
-    authority = "EPSG" if srid < _FIRST_OF_ESRI else "ESRI"
+    authority = "EPSG" if srid < _FIRST_ESRI_SRID else "ESRI"
     return f'"crs":{{"type":"name","properties":{{"name":"{authority}:{srid}"}}}},'
 
 
-def _point(numbers: tuple[float, ...]) -> str:
+def _format_point(numbers: tuple[float, ...]) -> str:
     if all(number != number for number in numbers):  # noqa: PLR0124 (an empty point is NaN only)
         return "[]"
-    return f"[{','.join(map(_coordinate, numbers))}]"
+    return f"[{','.join(map(_format_coordinate, numbers))}]"
 
 
-def _coordinate(number: float) -> str:
+def _format_coordinate(number: float) -> str:
     if not isfinite(number):
         return "null"
-    return shortest(round(number, _DECIMALS) + 0.0)  # + 0.0: no -0
+    return format_double(round(number, _DECIMALS) + 0.0)  # + 0.0: no -0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 
-def shortest(number: float) -> str:
+def format_double(number: float) -> str:
     """Print a finite double: the shortest digits that are read back as it."""
     text = repr(number).removesuffix(".0")
-    return ecmascript(text) if "e" in text else text
+    return format_exponent_form(text) if "e" in text else text
 
 
-def ecmascript(text: str) -> str:
+def format_exponent_form(text: str) -> str:
     """Print a number in exponent form as ECMAScript does (Number::toString), with its digits."""
     mantissa, _, exponent = text.partition("e")
     sign = "-" if mantissa[0] == "-" else ""

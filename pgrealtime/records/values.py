@@ -28,11 +28,11 @@ import msgspec
 from msgspec import Raw
 
 from pgrealtime.catalog.model import Type, TypeKind
-from pgrealtime.collections.build import kind_of
+from pgrealtime.collections.build import field_kind_of
 from pgrealtime.collections.model import Field, FieldKind
-from pgrealtime.records.geometry import geojson, position
-from pgrealtime.records.numbers import ecmascript, shortest
-from pgrealtime.text_forms import Element, parse_array, parse_row
+from pgrealtime.records.geometry import point_coordinates, to_geojson
+from pgrealtime.records.numbers import format_double, format_exponent_form
+from pgrealtime.text_forms import Element, parse_array, parse_composite
 
 Json: TypeAlias = "str | int | bool | Raw | list[Json] | dict[str, Json] | None"
 """What msgspec can write. Raw is JSON already: numbers in their spelling, json values."""
@@ -40,26 +40,26 @@ Json: TypeAlias = "str | int | bool | Raw | list[Json] | dict[str, Json] | None"
 Converter: TypeAlias = Callable[[str], Json] | None
 """From the text form of a value that isn't NULL; None if the text itself is the value."""
 
-_OPTIONS = ("S", "E")
+_OPTION_CATEGORIES = ("S", "E")
 """Categories of the types whose arrays can be a select: texts and enums, but not, say, uuid."""
 
 
-def converter(field: Field) -> Converter:
+def choose_converter(field: Field) -> Converter:
     """Return what makes JSON of the values of a field that has a column."""
     type_ = field.type.base
     if field.name == "id":
         return None
     if type_.kind is not TypeKind.ARRAY:
-        return _scalar(field.kind, type_)
-    element = _element(type_)
+        return _scalar_converter(field.kind, type_)
+    element = _element_type(type_)
     if field.kind in (FieldKind.RELATION, FieldKind.FILE):
-        return _ids
-    if field.is_select and element.category in _OPTIONS:
-        return _options
-    return _array(_scalar(field.kind, element), element)
+        return _convert_ids
+    if field.is_select and element.category in _OPTION_CATEGORIES:
+        return _convert_options
+    return _array_converter(_scalar_converter(field.kind, element), element)
 
 
-def zero(field: Field) -> Json:
+def zero_value(field: Field) -> Json:
     """Return PocketBase's value of a field without a value."""
     if field.is_multiple:
         return []
@@ -72,50 +72,50 @@ def zero(field: Field) -> Json:
             return False
         case FieldKind.JSON | FieldKind.COMPOSITE | FieldKind.GEOMETRY:
             return None
-        case FieldKind.GEO:
+        case FieldKind.GEO_POINT:
             return {"lon": 0, "lat": 0}
         case _:
             return ""
 
 
-def ids(values: Iterable[str | None]) -> Json:
+def distinct_ids(values: Iterable[str | None]) -> Json:
     """Return the ids or options as a multiple field holds them: none empty, none twice."""
     return list(dict.fromkeys(value for value in values if value))
 
 
-def _scalar(kind: FieldKind, type_: Type) -> Converter:
+def _scalar_converter(kind: FieldKind, type_: Type) -> Converter:
     match kind:
         case FieldKind.NUMBER:
-            return _number_of(type_)
+            return _number_converter(type_)
         case FieldKind.BOOL:
             return "t".__eq__
         case FieldKind.DATE:
             return _timestamptz if type_.name == "timestamptz" else _date
         case FieldKind.JSON:
             return _jsonb if type_.name == "jsonb" else _json
-        case FieldKind.GEO:
-            return _place_of(type_)
+        case FieldKind.GEO_POINT:
+            return _geo_point_converter(type_)
         case FieldKind.GEOMETRY:
             return _geometry
         case FieldKind.BYTES:
             return _bytea
         case FieldKind.COMPOSITE:
-            return _composite(type_)
+            return _composite_converter(type_)
         case FieldKind.TEXT | FieldKind.RELATION | FieldKind.FILE:
             return None
 
 
-def _of_type(type_: Type) -> Converter:
+def _type_converter(type_: Type) -> Converter:
     """What is inside arrays and composites has a type but is no field."""
     type_ = type_.base
     if type_.kind is TypeKind.ARRAY:
-        element = _element(type_)
-        return _array(_of_type(element), element)
-    kind, _ = kind_of(type_)
-    return _scalar(kind, type_)
+        element = _element_type(type_)
+        return _array_converter(_type_converter(element), element)
+    kind, _ = field_kind_of(type_)
+    return _scalar_converter(kind, type_)
 
 
-def _element(array: Type) -> Type:
+def _element_type(array: Type) -> Type:
     assert array.element is not None
     return array.element.base
 
@@ -123,15 +123,15 @@ def _element(array: Type) -> Type:
 # Arrays and composites.
 
 
-def _array(convert: Converter, element: Type) -> Converter:
+def _array_converter(convert: Converter, element: Type) -> Converter:
     if element.kind is TypeKind.ARRAY:  # a domain over an array, as an element
-        convert = _of_type(element)
-    return lambda text: _items(parse_array(text, element.delimiter), convert)
+        convert = _type_converter(element)
+    return lambda text: _convert_items(parse_array(text, element.delimiter), convert)
 
 
-def _items(items: list[Element], convert: Converter) -> list[Json]:
+def _convert_items(items: list[Element], convert: Converter) -> list[Json]:
     return [
-        _items(item, convert)
+        _convert_items(item, convert)
         if isinstance(item, list)
         else item
         if item is None or convert is None
@@ -140,31 +140,31 @@ def _items(items: list[Element], convert: Converter) -> list[Json]:
     ]
 
 
-def _ids(text: str) -> Json:
-    return ids(_leaves(parse_array(text)))
+def _convert_ids(text: str) -> Json:
+    return distinct_ids(_flatten(parse_array(text)))
 
 
-def _options(text: str) -> Json:
+def _convert_options(text: str) -> Json:
     """PocketBase's select of several values, which holds none twice. NULL isn't thrown away."""
     items = parse_array(text)
     if any(isinstance(item, list) for item in items):
-        return _items(items, None)
-    return list(dict.fromkeys(_leaves(items)))
+        return _convert_items(items, None)
+    return list(dict.fromkeys(_flatten(items)))
 
 
-def _leaves(items: list[Element]) -> Iterator[str | None]:
+def _flatten(items: list[Element]) -> Iterator[str | None]:
     for item in items:
         if isinstance(item, list):
-            yield from _leaves(item)
+            yield from _flatten(item)
         else:
             yield item
 
 
-def _composite(type_: Type) -> Converter:
-    members = [(name, _of_type(inner)) for name, inner in type_.attributes]
+def _composite_converter(type_: Type) -> Converter:
+    members = [(name, _type_converter(inner)) for name, inner in type_.attributes]
 
     def convert(text: str) -> Json:
-        values = parse_row(text)
+        values = parse_composite(text)
         if len(values) > max(len(members), 1):  # () is one value, or none
             # It was written before an attribute was dropped, and whose values they are isn't known.
             return text
@@ -180,7 +180,7 @@ def _composite(type_: Type) -> Converter:
 # Numbers.
 
 
-def _number_of(type_: Type) -> Converter:
+def _number_converter(type_: Type) -> Converter:
     match type_.name:
         case "int2" | "int4" | "int8":
             return int
@@ -200,7 +200,7 @@ def _numeric(text: str) -> Json:
 
 def _float4(text: str) -> Json:
     if "e" in text:
-        return Raw(ecmascript(text))
+        return Raw(format_exponent_form(text))
     return None if text[-1] in "Ny" else Raw(text)
 
 
@@ -257,7 +257,7 @@ def _jsonb(text: str) -> Json:
 
 def _json(text: str) -> Json:
     if "\\" in text:
-        return Raw(_STRING_OR_BLANKS.sub(_normal, text))
+        return Raw(_STRING_OR_BLANKS.sub(_normalize_string, text))
     return Raw(_without_blanks(text.strip(" \t\r\n")))
 
 
@@ -270,7 +270,7 @@ def _without_blanks(text: str) -> str:
         return _STRING_OR_BLANKS.sub(r"\1", text)
 
 
-def _normal(match: re.Match[str]) -> str:
+def _normalize_string(match: re.Match[str]) -> str:
     string = match[1]
     if string is None:
         return ""
@@ -280,39 +280,39 @@ def _normal(match: re.Match[str]) -> str:
     return msgspec.json.encode(_SURROGATE.sub("\ufffd", json.loads(string))).decode()
 
 
-def _point(text: str) -> Json:
+def _geo_point_of_point(text: str) -> Json:
     lon, _, lat = text[1:-1].partition(",")
     return {"lon": _float8(lon), "lat": _float8(lat)}
 
 
 def _geometry(text: str) -> Json:
-    shape = geojson(text)
+    shape = to_geojson(text)
     return text if shape is None else Raw(shape)
 
 
-def _place_of(type_: Type) -> Converter:
+def _geo_point_converter(type_: Type) -> Converter:
     """Choose by what a geoPoint may be stored as."""
     if type_.extension:
-        return _geometry_place
-    return _point if type_.name == "point" else _place
+        return _geo_point_of_geometry
+    return _geo_point_of_point if type_.name == "point" else _geo_point_of_json
 
 
-def _geometry_place(text: str) -> Json:
-    lon, lat = position(text) or (0.0, 0.0)
-    return {"lon": _coordinate(lon), "lat": _coordinate(lat)}
+def _geo_point_of_geometry(text: str) -> Json:
+    lon, lat = point_coordinates(text) or (0.0, 0.0)
+    return {"lon": _finite_or_zero(lon), "lat": _finite_or_zero(lat)}
 
 
-def _place(text: str) -> Json:
+def _geo_point_of_json(text: str) -> Json:
     """A place in a json column: an object with two numbers; what isn't one counts as 0."""
     try:
         value = json.loads(text, parse_int=float)
     except RecursionError:
         value = None
     place = value if isinstance(value, dict) else {}
-    return {"lon": _coordinate(place.get("lon")), "lat": _coordinate(place.get("lat"))}
+    return {"lon": _finite_or_zero(place.get("lon")), "lat": _finite_or_zero(place.get("lat"))}
 
 
-def _coordinate(value: object) -> Json:
+def _finite_or_zero(value: object) -> Json:
     if isinstance(value, float) and isfinite(value):
-        return Raw(shortest(value))
+        return Raw(format_double(value))
     return 0

@@ -16,9 +16,9 @@ from weakref import WeakSet
 
 if TYPE_CHECKING:
     from pgrealtime.hub.evaluation.matcher import Group
-    from pgrealtime.rules.engine.plan import Variant
+    from pgrealtime.rules.engine.plan import Specialization
 
-MANY_TAKERS = 50
+MANY_CONNECTIONS = 50
 """Live connections that ask for the same: for so many it is done once for all, whatever it takes.
 Apart, each of them would do it for itself."""
 
@@ -26,62 +26,65 @@ Apart, each of them would do it for itself."""
 class FilterTrials:
     """The groups whose filters ask PostgreSQL and that are evaluated for all, by their filters.
 
-    A filter is a ``Variant``: those that differ in nothing but values are one. Synchronous. The
-    matcher adds and removes groups; whoever evaluates filters says how long they took.
+    A filter is a ``Specialization``: those that differ in nothing but values are one. Synchronous.
+    The matcher adds and removes groups; whoever evaluates filters says how long they took.
     """
 
     def __init__(self) -> None:
-        self._groups: defaultdict[Variant, dict[Group, None]] = defaultdict(dict)
-        self._quick: WeakSet[Variant] = WeakSet()
-        self._untried: defaultdict[str, dict[Variant, None]] = defaultdict(dict)
+        self._groups: defaultdict[Specialization, dict[Group, None]] = defaultdict(dict)
+        self._quick_filters: WeakSet[Specialization] = WeakSet()
+        self._untried_filters: defaultdict[str, dict[Specialization, None]] = defaultdict(dict)
         """By collection, those of ``_groups`` that aren't quick."""
 
     def add(self, group: Group) -> None:
         """Take a group that is evaluated for all from now on."""
-        self._groups[group.variant][group] = None
-        if group.variant not in self._quick:
-            self._untried[group.variant.collection.name][group.variant] = None
+        self._groups[group.specialization][group] = None
+        if group.specialization not in self._quick_filters:
+            self._untried_filters[group.specialization.collection.name][group.specialization] = None
 
     def remove(self, group: Group) -> None:
         """Take a group out that isn't any more."""
-        groups = self._groups[group.variant]
+        groups = self._groups[group.specialization]
         del groups[group]
         if not groups:
-            del self._groups[group.variant]
-            self._untried[group.variant.collection.name].pop(group.variant, None)
+            del self._groups[group.specialization]
+            self._untried_filters[group.specialization.collection.name].pop(
+                group.specialization, None
+            )
 
-    def note_quick(self, variants: Iterable[Variant]) -> None:
+    def record_quick(self, variants: Iterable[Specialization]) -> None:
         """Take note that filters were quick when nobody waited."""
         for variant in variants:
-            self._quick.add(variant)
-            self._untried[variant.collection.name].pop(variant, None)
+            self._quick_filters.add(variant)
+            self._untried_filters[variant.collection.name].pop(variant, None)
 
-    def note_late(self, variants: Iterable[Variant]) -> None:
+    def record_over_budget(self, variants: Iterable[Specialization]) -> None:
         """Take note that filters were late, or others that were evaluated with them."""
         for variant in variants:
-            self._quick.discard(variant)
+            self._quick_filters.discard(variant)
             if variant in self._groups:
-                self._untried[variant.collection.name][variant] = None
+                self._untried_filters[variant.collection.name][variant] = None
 
     @property
     def has_untried(self) -> bool:
         """Whether there is any filter that must not be evaluated for all."""
-        return any(self._untried.values())
+        return any(self._untried_filters.values())
 
-    def untried(self, collections: Iterable[str]) -> Iterator[Group]:
+    def untried_groups(self, collection_names: Iterable[str]) -> Iterator[Group]:
         """Yield the groups whose filters must not be evaluated for all.
 
         Args:
-            collections: Names of those whose rows changed.
+            collection_names: Names of those whose rows changed.
         """
-        for name in collections:
-            for variant in self._untried.get(name, ()):
+        for name in collection_names:
+            for variant in self._untried_filters.get(name, ()):
                 groups = self._groups[variant]
-                if not _are_many(groups):
+                if not _are_widely_used(groups):
                     yield from groups
 
 
-def _are_many(groups: Sized[Group]) -> bool:
-    return len(groups) >= MANY_TAKERS or any(
-        takers >= MANY_TAKERS for takers in accumulate(group.shared for group in groups)
+def _are_widely_used(groups: Sized[Group]) -> bool:
+    return len(groups) >= MANY_CONNECTIONS or any(
+        takers >= MANY_CONNECTIONS
+        for takers in accumulate(group.shared_subscription_count for group in groups)
     )

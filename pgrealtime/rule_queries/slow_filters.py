@@ -19,9 +19,9 @@ from msgspec import Struct
 
 from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.state.progress import Course
-from pgrealtime.rules.engine.evaluation import Testing
-from pgrealtime.turns import TurnQueue
+from pgrealtime.hub.state.progress import DispatchProgress
+from pgrealtime.rules.engine.evaluation import FilterWorkBudget
+from pgrealtime.turns import FairLock
 
 if TYPE_CHECKING:
     from pgrealtime.hub.evaluation.matcher import Group
@@ -34,8 +34,9 @@ that runs out: many times what most take, and not much more than a slice takes w
 _QUICK_SECONDS = SLICE_FILTER_SECONDS / 2
 """What a connection's filters take at most to be evaluated with those of others: these share the
 time of a slice, and one that takes most of it alone would be late there again and again."""
-MANY_FILTER_SECONDS = 0.1
-"""The same, for filters that ``trials.MANY_TAKERS`` connections share: hardly a delay that people
+SHARED_FILTER_SECONDS = 0.1
+"""The same, for filters that ``trials.MANY_CONNECTIONS`` connections share: hardly a delay that
+people
 see. A database that is slow for a moment doesn't isolate so many at once."""
 
 _WORK_PER_FILTER = 500.0
@@ -50,7 +51,7 @@ _TOLERATED_TIMEOUTS = 3
 """Enough to find the row that is to blame."""
 _FIRST_OPEN_SECONDS = 5.0
 _LONGEST_OPEN_SECONDS = 600.0
-_FORGOTTEN_SECONDS = 600.0
+_RESET_SECONDS = 600.0
 """A subject without a timeout for so long begins anew."""
 
 Q = TypeVar("Q", bound=Hashable)
@@ -62,55 +63,59 @@ class TimeBudget:
 
     Args:
         is_limited: Whether others wait. If not, each statement has the whole timeout.
-        testing: What they may take in the process; None is no bound.
+        work_budget: What they may take in the process; None is no bound.
         queue: Where work in the process takes its turns; None is with everybody.
         network: Whose turns they are.
-        seconds: Of PostgreSQL, if others wait.
+        max_seconds: Of PostgreSQL, if others wait.
 
     Attributes:
         is_limited: As given.
-        seconds: As given.
-        used: Seconds that PostgreSQL took.
+        max_seconds: As given.
+        used_seconds: Seconds that PostgreSQL took.
     """
 
     def __init__(
         self,
         *,
         is_limited: bool = False,
-        testing: Testing[Group] | None = None,
-        queue: TurnQueue | None = None,
+        work_budget: FilterWorkBudget[Group] | None = None,
+        queue: FairLock | None = None,
         network: str = "",
-        seconds: float = SLICE_FILTER_SECONDS,
+        max_seconds: float = SLICE_FILTER_SECONDS,
     ) -> None:
         self.is_limited = is_limited
-        self.seconds = seconds
-        self.used = 0.0
-        self.testing: Testing[Group] = testing or Testing()
+        self.max_seconds = max_seconds
+        self.used_seconds = 0.0
+        self.work_budget: FilterWorkBudget[Group] = work_budget or FilterWorkBudget()
         self.queue = queue
         self.network = network
 
     @classmethod
-    def of_slice(cls, changes: int) -> TimeBudget:
+    def for_slice(cls, change_count: int) -> TimeBudget:
         """Return the budget of a slice that is evaluated for all connections."""
-        left = _WORK_PER_SLICE + _WORK_PER_CHANGE * changes
-        testing: Testing[Group] = Testing(each=_WORK_PER_FILTER, left=left, is_shared=True)
-        return cls(is_limited=True, testing=testing)
+        left = _WORK_PER_SLICE + _WORK_PER_CHANGE * change_count
+        testing: FilterWorkBudget[Group] = FilterWorkBudget(
+            work_per_filter=_WORK_PER_FILTER, total_work=left, is_shared=True
+        )
+        return cls(is_limited=True, work_budget=testing)
 
-    def for_many(self) -> TimeBudget:
+    def for_shared_filters(self) -> TimeBudget:
         """Return the budget of filters that many share, once the slice's own is spent."""
-        return TimeBudget(is_limited=True, testing=self.testing, seconds=MANY_FILTER_SECONDS)
+        return TimeBudget(
+            is_limited=True, work_budget=self.work_budget, max_seconds=SHARED_FILTER_SECONDS
+        )
 
     def is_spent(self) -> bool:
         """Whether what isn't answered yet must not be waited for; it changes between awaits."""
-        return self.is_limited and self.used >= self.seconds
+        return self.is_limited and self.used_seconds >= self.max_seconds
 
     def spend(self, seconds: float) -> None:
         """Count the seconds that a question took."""
-        self.used += seconds
+        self.used_seconds += seconds
 
     def exhaust(self) -> None:
         """Count a question that takes longer than all may."""
-        self.used = max(self.used, self.seconds)
+        self.used_seconds = max(self.used_seconds, self.max_seconds)
 
 
 class _Timeouts(Struct):
@@ -154,7 +159,7 @@ class CircuitBreakers(Generic[Q]):
         """
         now = self._clock()
         timeouts = self._timeouts.setdefault(subject, _Timeouts(retry_at=now))
-        if now - timeouts.retry_at > _FORGOTTEN_SECONDS:
+        if now - timeouts.retry_at > _RESET_SECONDS:
             timeouts.count = 0
         timeouts.count += 1
         if not is_tolerated:
@@ -177,31 +182,31 @@ class IsolatedConnections:
     when it was alone: then not before its breaker closes.
 
     Args:
-        course: Where the hub stands.
+        progress: Where the hub stands.
         clock: Monotonic seconds.
     """
 
-    def __init__(self, course: Course, clock: Callable[[], float]) -> None:
-        self._course = course
+    def __init__(self, progress: DispatchProgress, clock: Callable[[], float]) -> None:
+        self._progress = progress
         self._breakers: CircuitBreakers[Connection] = CircuitBreakers(clock)
-        self._queue = TurnQueue()
+        self._queue = FairLock()
         """Where their work in this process takes its turns: one connection at a time."""
 
     def isolate(self, connection: Connection) -> None:
         """Evaluate its filters for it alone, from the next slice on."""
-        self._course.meaning.matcher.isolate(connection, is_isolated=True)
+        self._progress.generation.matcher.set_isolated(connection, is_isolated=True)
 
-    def untried(self, events: Iterable[Event]) -> dict[Connection, None]:
+    def with_untried_filters(self, events: Iterable[Event]) -> dict[Connection, None]:
         """Return whose filters must not be evaluated with those of others for some events.
 
         They would be asked of PostgreSQL, weren't quick yet while nobody waited, and few use them.
         """
         collections = {event.collection.name for event in events}
-        groups = self._course.meaning.matcher.trials.untried(collections)
-        members = (one for group in groups for audience in group.audiences for one in audience)
+        groups = self._progress.generation.matcher.trials.untried_groups(collections)
+        members = (one for group in groups for audience in group.render_groups for one in audience)
         return {one.connection: None for one in members}
 
-    def isolate_slow(self, connection: Connection) -> None:
+    def isolate_with_backoff(self, connection: Connection) -> None:
         """Isolate a connection whose own filter took too long in the process, while others waited.
 
         The first times are tolerated; then it stays isolated for a while.
@@ -213,10 +218,10 @@ class IsolatedConnections:
         """Evaluate its filters with those of others if it may be; return whether that is so."""
         if self._breakers.is_open(connection):
             return False
-        self._course.meaning.matcher.isolate(connection, is_isolated=False)
+        self._progress.generation.matcher.set_isolated(connection, is_isolated=False)
         return True
 
-    def budget(self, connection: Connection, *, is_limited: bool) -> TimeBudget:
+    def budget_for(self, connection: Connection, *, is_limited: bool) -> TimeBudget:
         """Return what its filters may take for what it reads next.
 
         Args:
@@ -225,16 +230,20 @@ class IsolatedConnections:
         """
         is_limited = is_limited and not self._breakers.is_open(connection)
         if not connection.is_isolated:
-            testing: Testing[Group] = Testing(each=_WORK_PER_FILTER, is_shared=True)
-            return TimeBudget(is_limited=is_limited, testing=testing)
+            testing: FilterWorkBudget[Group] = FilterWorkBudget(
+                work_per_filter=_WORK_PER_FILTER, is_shared=True
+            )
+            return TimeBudget(is_limited=is_limited, work_budget=testing)
         return TimeBudget(
             is_limited=is_limited,
-            testing=Testing(each=_WORK_ISOLATED),
+            work_budget=FilterWorkBudget(work_per_filter=_WORK_ISOLATED),
             queue=self._queue,
             network=connection.network,
         )
 
-    def record(self, connection: Connection, budget: TimeBudget, events: Sequence[Event]) -> bool:
+    def record_usage(
+        self, connection: Connection, budget: TimeBudget, events: Sequence[Event]
+    ) -> bool:
         """Isolate a connection that read some events alone if its own filters were slow.
 
         For many changes they may take longer: where all are evaluated nobody waits for so many.
@@ -243,26 +252,30 @@ class IsolatedConnections:
         Returns:
             Whether they exceeded a limited budget, and need an unlimited one.
         """
-        if budget.testing.late:
+        if budget.work_budget.late_members:
             self.isolate(connection)
-        if budget.used < SLICE_FILTER_SECONDS:
-            if budget.used < _QUICK_SECONDS:
-                self._note_quick(connection, events)
+        if budget.used_seconds < SLICE_FILTER_SECONDS:
+            if budget.used_seconds < _QUICK_SECONDS:
+                self._record_quick(connection, events)
             return False
-        if budget.used < SLICE_FILTER_SECONDS * len({event.cursor for event in events}):
+        if budget.used_seconds < SLICE_FILTER_SECONDS * len({event.cursor for event in events}):
             return False
         self.isolate(connection)
         if not budget.is_limited:
             self._record_timeout(connection, is_tolerated=False)
         return budget.is_limited
 
-    def _note_quick(self, connection: Connection, events: Iterable[Event]) -> None:
-        if not self._course.meaning.matcher.has_costly:
+    def _record_quick(self, connection: Connection, events: Iterable[Event]) -> None:
+        if not self._progress.generation.matcher.has_remote_filters:
             return
         collections = {event.collection.name for event in events}
         groups = (one.group for one in connection.subscriptions.values())
-        variants = {group.variant for group in groups if group and group.variant.is_costly}
-        self._course.meaning.matcher.trials.note_quick(
+        variants = {
+            group.specialization
+            for group in groups
+            if group and group.specialization.has_remote_filter
+        }
+        self._progress.generation.matcher.trials.record_quick(
             variant for variant in variants if variant.collection.name in collections
         )
 

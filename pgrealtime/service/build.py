@@ -19,93 +19,98 @@ from aiohttp import web
 from psycopg.conninfo import make_conninfo
 
 from pgrealtime import __version__
-from pgrealtime.api.admin import build_admin
+from pgrealtime.api.admin import build_admin_app
 from pgrealtime.api.app import build_app, build_runner
 from pgrealtime.api.login import LoginRoutes
-from pgrealtime.auth.account import Accounts
+from pgrealtime.auth.account import AccountLoader
 from pgrealtime.auth.authenticator import Authenticator
-from pgrealtime.auth.login import Login
+from pgrealtime.auth.login import LoginService
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Catalog
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import TableName
 from pgrealtime.cli.check.check import rule_problems
-from pgrealtime.collections.build import build, table_names
-from pgrealtime.config.load import Origin, Reading
+from pgrealtime.collections.build import build_collections, configured_table_names
+from pgrealtime.config.load import ConfigLocations, ParsedConfig
 from pgrealtime.config.model import AdminConfig, Config, DatabaseConfig
 from pgrealtime.errors import (
     ConfigError,
     DatabaseUnreachableError,
     PgRealtimeError,
 )
-from pgrealtime.feed.reader import Relay
+from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.hub import Hub
 from pgrealtime.lsn import LSN
-from pgrealtime.observe.log import configure
+from pgrealtime.observe.log import configure_logging
 from pgrealtime.observe.metrics import Metrics
-from pgrealtime.observe.redact import without_values
-from pgrealtime.postgres.pool import KEEPALIVE, QueryPool
-from pgrealtime.postgres.url import settings_of
-from pgrealtime.reads.own_record import OwnRecords
-from pgrealtime.rule_queries.executor import Probe
-from pgrealtime.rules.engine.plan import columns_asked
-from pgrealtime.service.reload import Reload, Rooms, World, report_unreadable
-from pgrealtime.service.status import Vitals
+from pgrealtime.observe.redact import message_without_values
+from pgrealtime.postgres.pool import KEEPALIVE_SETTINGS, QueryPool
+from pgrealtime.postgres.url import parse_database_url
+from pgrealtime.reads.own_record import OwnRecordRenderer
+from pgrealtime.rule_queries.executor import QueryExecutor
+from pgrealtime.rules.engine.plan import caller_columns_read_by_rules
+from pgrealtime.service.reload import (
+    AppliedConfig,
+    Reloader,
+    ReloadTargets,
+    report_unreadable_tables,
+)
+from pgrealtime.service.status import StatusReader
 from pgrealtime.wal import durable
-from pgrealtime.wal.server import connect_plainly
+from pgrealtime.wal.server import open_ordinary_connection
 from pgrealtime.wal.slot import SlotWait
-from pgrealtime.wal.stream import WalStream, open_stream, rehearse_stream
+from pgrealtime.wal.stream import WalStream, dry_run_stream, open_stream
 
 log = structlog.get_logger(__name__)
 
 _RETRY_SECONDS = 0.5
-_SETTINGS_SECONDS = 10.0
-_OTHER_FILES = 100
+_STANDBY_POLL_SECONDS = 10.0
+_RESERVED_FILES = 100
 """Sessions of the database, logs, calls under way."""
-_OBJECTS_BETWEEN_COLLECTIONS = 10_000
+_GC_THRESHOLD = 10_000
 """A slice of changes makes thousands of objects that live until it is delivered. At Python's own
 700 looking for garbage among them was a fifth of the work; what garbage there is comes of requests.
 """
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningService:
     """A service that is up."""
 
     port: int
     hub: Hub
-    reloading: Reload
+    reloader: Reloader
 
     async def reload(self) -> bool:
         """Take the configuration as it stands now, without a restart; say if it was taken."""
-        return await self.reloading.reload()
+        return await self.reloader.reload()
 
 
-async def serve(config: Config, reread: Callable[[], Reading]) -> None:
+async def serve(config: Config, read_config: Callable[[], ParsedConfig]) -> None:
     """Run the service until SIGTERM or SIGINT; SIGHUP makes it take the configuration anew.
 
     Args:
         config: Of the whole.
-        reread: Reads the configuration as it stands at a later time.
+        read_config: Reads the configuration as it stands at a later time.
 
     Raises:
         PgRealtimeError: It can't start, or can't go on.
     """
-    configure(config.logging)
-    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS, 10, 10)
-    _allow_files(config.realtime.max_connections)
+    configure_logging(config.logging)
+    gc.set_threshold(_GC_THRESHOLD, 10, 10)
+    _raise_file_limit(config.realtime.max_connections)
     stop, changed = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, changed.set)
     async with AsyncExitStack() as stack:
-        starting = stack.enter_async_context(running(config, reread=reread))
-        service = await _unless_stopped(stop, starting)
+        starting = stack.enter_async_context(run_service(config, read_config=read_config))
+        service = await _start_unless_stopped(stop, starting)
         if service is None:
             return
-        await stack.enter_async_context(_together([_reload_whenever(changed, service)]))
+        await stack.enter_async_context(_background_tasks([_reload_on_signal(changed, service)]))
         log.info(
             "server.started", version=__version__, url=f"http://{config.server.host}:{service.port}"
         )
@@ -113,7 +118,9 @@ async def serve(config: Config, reread: Callable[[], Reading]) -> None:
         log.info("server.stopping", connections=len(service.hub.connections))
 
 
-async def _unless_stopped(stop: asyncio.Event, starting: Awaitable[Running]) -> Running | None:
+async def _start_unless_stopped(
+    stop: asyncio.Event, starting: Awaitable[RunningService]
+) -> RunningService | None:
     """Return the service once it is up, or nothing if it shall stop before that.
 
     It starts in this task, which has to be the one that ends it: so what is waited for gets a
@@ -137,16 +144,16 @@ async def _unless_stopped(stop: asyncio.Event, starting: Awaitable[Running]) -> 
         return None
 
 
-def _allow_files(connections: int) -> None:
+def _raise_file_limit(max_connections: int) -> None:
     """Raise the soft limit of open files, often 1024, to the hard one: a connection is a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if hard != resource.RLIM_INFINITY and hard < connections + _OTHER_FILES:
-        log.warning("files.limited", limit=hard, max_connections=connections)
+    if hard != resource.RLIM_INFINITY and hard < max_connections + _RESERVED_FILES:
+        log.warning("files.limited", limit=hard, max_connections=max_connections)
 
 
-async def _reload_whenever(changed: asyncio.Event, service: Running) -> None:
+async def _reload_on_signal(changed: asyncio.Event, service: RunningService) -> None:
     while True:
         await changed.wait()
         changed.clear()
@@ -154,36 +161,38 @@ async def _reload_whenever(changed: asyncio.Event, service: Running) -> None:
 
 
 @asynccontextmanager
-async def running(
+async def run_service(
     config: Config,
     *,
-    reread: Callable[[], Reading] | None = None,
-    extend: Callable[[web.Application], None] | None = None,
-) -> AsyncIterator[Running]:
+    read_config: Callable[[], ParsedConfig] | None = None,
+    extend_app: Callable[[web.Application], None] | None = None,
+) -> AsyncIterator[RunningService]:
     """Start everything; on leaving, stop it in order: accept, connections, stream, queries.
 
     Args:
         config: Of the whole.
-        reread: Reads the configuration anew for a reload; without it there is only this one.
-        extend: Adds routes and middlewares to what is served on the public port.
+        read_config: Reads the configuration anew for a reload; without it there is only this one.
+        extend_app: Adds routes and middlewares to what is served on the public port.
 
     Raises:
         PgRealtimeError: It can't start. A fault in a running part ends the block likewise.
     """
     async with AsyncExitStack() as stack:
-        pool = await stack.enter_async_context(query_pool(config.database))
-        catalog = await catalog_of(config, pool)
-        collections = build(config.collections, catalog)
+        pool = await stack.enter_async_context(open_query_pool(config.database))
+        catalog = await read_configured_catalog(config, pool)
+        collections = build_collections(config.collections, catalog)
         if problems := tuple(rule_problems(collections)):
             raise ConfigError(problems)
-        await report_unreadable(pool, collections)
-        world = World(config=config, collections=collections)
+        await report_unreadable_tables(pool, collections)
+        world = AppliedConfig(config=config, collections=collections)
         changelog = MemoryChangelog(
-            LSN(0), max_size=config.changelog.max_size, max_age=config.changelog.max_age
+            LSN(0), max_bytes=config.changelog.max_size, max_age_seconds=config.changelog.max_age
         )
         doubted = asyncio.Event()
         metrics = Metrics()
-        probe = Probe(pool, on_doubt=doubted.set, on_statement=metrics.note_rule_query)
+        probe = QueryExecutor(
+            pool, on_schema_mismatch=doubted.set, on_statement_seconds=metrics.observe_rule_query
+        )
         logins = {name: collection.login for name, collection in config.collections.items()}
         hub = Hub(
             changelog,
@@ -193,104 +202,116 @@ async def running(
             limits=config.realtime,
             logins=logins,
             nulls=config.records.nulls,
-            hidden=config.records.hidden,
+            hidden_fields=config.records.hidden,
             can_resume=config.changelog.max_age > 0,
             allows_guests=config.auth.allow_guests,
-            replays_at_once=max(1, config.database.pool_size // 2),
-            on_doubt=doubted.set,
-            reach=lambda lsn: relay.reach(lsn),  # noqa: PLW0108 (the relay is made after the hub)
-            read_schema=lambda: reloading.read_schema(),  # noqa: PLW0108 (likewise)
+            max_concurrent_catch_ups=max(1, config.database.pool_size // 2),
+            on_schema_mismatch=doubted.set,
+            wait_for_changelog=lambda lsn: relay.wait_for_changelog(lsn),  # noqa: PLW0108 (the relay is made after the hub)
+            read_schema=lambda: reloading.wait_for_schema_refresh(),  # noqa: PLW0108 (likewise)
         )
-        relay = Relay(
-            lambda: _stream(config, world),
+        relay = ReplicationReader(
+            lambda: _open_stream(config, world),
             changelog,
             hub,
-            tables=world.streamed,
+            tables=world.streamed_tables,
             max_size=config.changelog.max_size,
-            pass_over=lambda: _pass_over(config),
+            advance_slot=lambda: _advance_slot(config),
             is_durable=config.replication.slot.durable,
         )
-        accounts = Accounts(pool, on_doubt=doubted.set)
+        accounts = AccountLoader(pool, on_schema_mismatch=doubted.set)
         authenticator = Authenticator(
-            config.auth, collections, accounts, logins=logins, asked=columns_asked(collections)
+            config.auth,
+            collections,
+            accounts,
+            logins=logins,
+            rule_columns=caller_columns_read_by_rules(collections),
         )
-        login = Login(config.auth.login, accounts)
+        login = LoginService(config.auth.login, accounts)
         shown = config.records
-        records = OwnRecords(probe, collections, nulls=shown.nulls, hidden=shown.hidden)
+        records = OwnRecordRenderer(probe, collections, nulls=shown.nulls, hidden=shown.hidden)
         stack.callback(login.close)
-        reloading = Reload(
+        reloading = Reloader(
             world,
-            Rooms(
-                relay=relay,
+            ReloadTargets(
+                replication_reader=relay,
                 hub=hub,
                 authenticator=authenticator,
                 login=login,
-                records=records,
+                own_records=records,
                 pool=pool,
             ),
-            reread=reread
-            or (lambda: Reading(config=config, origin=Origin(source="configuration"))),
-            read_catalog=lambda wanted: catalog_of(wanted, pool),
-            open_stream=lambda wanted: _stream(config, wanted),
-            rehearse=lambda wanted: _rehearse(config, wanted),
-            doubted=doubted,
+            read_config=read_config
+            or (
+                lambda: ParsedConfig(
+                    config=config, locations=ConfigLocations(source="configuration")
+                )
+            ),
+            read_catalog=lambda wanted: read_configured_catalog(wanted, pool),
+            open_stream=lambda wanted: _open_stream(config, wanted),
+            check_stream=lambda wanted: _check_stream(config, wanted),
+            schema_mismatch=doubted,
         )
         parts = (
             relay.run(),
             relay.expire(),
             hub.run(),
-            hub.watch_limits(),
+            hub.run_timers(),
             authenticator.run(),
-            reloading.watch(),
+            reloading.watch_schema(),
             _watch_standbys(probe, hub),
         )
-        await stack.enter_async_context(_together(parts))
-        vitals = Vitals(
+        await stack.enter_async_context(_background_tasks(parts))
+        vitals = StatusReader(
             hub=hub,
-            relay=relay,
+            replication_reader=relay,
             changelog=changelog,
-            probe=probe,
+            executor=probe,
             authenticator=authenticator,
             login=login,
             pool=pool,
         )
-        await stack.enter_async_context(_admin_port(config.admin, vitals, metrics))
+        await stack.enter_async_context(_serve_admin(config.admin, vitals, metrics))
         app = build_app(hub, authenticator, config)
         routes = LoginRoutes(login, authenticator, config.server, records)
         routes.add_to(app.router)
-        if extend is not None:
-            extend(app)
+        if extend_app is not None:
+            extend_app(app)
         runner = build_runner(app)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         stack.push_async_callback(hub.shutdown, config.server.shutdown_grace)
         site = web.TCPSite(runner, config.server.host, config.server.port, backlog=4096)
-        await _start(site, "server")
+        await _start_listening(site, "server")
         stack.push_async_callback(site.stop)
-        yield Running(runner.addresses[0][1], hub, reloading)
+        yield RunningService(runner.addresses[0][1], hub, reloading)
 
 
 @asynccontextmanager
-async def _admin_port(config: AdminConfig, vitals: Vitals, metrics: Metrics) -> AsyncIterator[None]:
+async def _serve_admin(
+    config: AdminConfig, status: StatusReader, metrics: Metrics
+) -> AsyncIterator[None]:
     """Serve probes and metrics, if there is a port for them, until all else has stopped."""
     if not config.port:
         yield
         return
 
     async def exposition() -> bytes:
-        return metrics.exposition(await vitals.read())
+        return metrics.exposition(await status.read_metrics())
 
-    app = build_admin(config, faults=vitals.faults, metrics=exposition)
+    app = build_admin_app(
+        config, not_ready_reasons=status.not_ready_reasons, fetch_metrics=exposition
+    )
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
-        await _start(web.TCPSite(runner, config.host, config.port), "admin")
+        await _start_listening(web.TCPSite(runner, config.host, config.port), "admin")
         yield
     finally:
         await runner.cleanup()
 
 
-async def _start(site: web.TCPSite, section: str) -> None:
+async def _start_listening(site: web.TCPSite, section: str) -> None:
     try:
         await site.start()
     except OSError as error:
@@ -313,66 +334,68 @@ def _port_hint(error: OSError, section: str) -> str:
 
 
 @asynccontextmanager
-async def _together(parts: Iterable[Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+async def _background_tasks(coroutines: Iterable[Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
     """Run what runs all the time, until the block is left; one that fails ends them all."""
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(part) for part in parts]
+        tasks = [group.create_task(part) for part in coroutines]
         yield
         for task in tasks:
             task.cancel()
 
 
-async def _watch_standbys(probe: Probe, hub: Hub) -> None:
+async def _watch_standbys(probe: QueryExecutor, hub: Hub) -> None:
     """Let events wait for visibility as long as commits may wait for a synchronous standby."""
     while True:
-        hub.gate_on_visibility(gate=await probe.has_synchronous_standbys())
-        await asyncio.sleep(_SETTINGS_SECONDS)
+        hub.set_waits_for_visibility(waits=await probe.has_synchronous_standbys())
+        await asyncio.sleep(_STANDBY_POLL_SECONDS)
 
 
-def _stream(config: Config, world: World) -> AbstractAsyncContextManager[WalStream]:
-    shown = world.shown.values()
+def _open_stream(config: Config, applied: AppliedConfig) -> AbstractAsyncContextManager[WalStream]:
+    shown = applied.readable_collections.values()
     return open_stream(
         config.database.url,
         config.replication,
-        list(world.streamed.values()),
+        list(applied.streamed_tables.values()),
         record_keys={collection.table.name: (collection.key.name,) for collection in shown},
-        max_transaction_size=config.changelog.max_size,
-        on_wait=_report_wait,
+        max_transaction_bytes=config.changelog.max_size,
+        on_wait=_report_slot_wait,
     )
 
 
-async def _rehearse(config: Config, world: World) -> None:
+async def _check_stream(config: Config, applied: AppliedConfig) -> None:
     """Find out whether the durable slot's stream could be opened anew with a world's tables."""
     if config.replication.slot.durable:
-        tables = list(world.streamed.values())
-        await rehearse_stream(config.database.url, config.replication, tables)
+        tables = list(applied.streamed_tables.values())
+        await dry_run_stream(config.database.url, config.replication, tables)
 
 
-async def _pass_over(config: Config) -> None:
+async def _advance_slot(config: Config) -> None:
     """Move the durable slot to where the server's WAL ends, if that can be."""
     try:
-        async with await connect_plainly(config.database.url) as connection:
-            await durable.pass_over(connection, config.replication.slot.name)
+        async with await open_ordinary_connection(config.database.url) as connection:
+            await durable.advance_slot(connection, config.replication.slot.name)
     except psycopg.Error as error:
-        log.warning("slot.kept", slot=config.replication.slot.name, reason=without_values(error))
+        log.warning(
+            "slot.kept", slot=config.replication.slot.name, reason=message_without_values(error)
+        )
 
 
-def _report_wait(wait: SlotWait) -> None:
+def _report_slot_wait(wait: SlotWait) -> None:
     log.warning("slot.waiting", pids=wait.pids, prepared=wait.prepared)
 
 
 @asynccontextmanager
-async def query_pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
+async def open_query_pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
     """Open the connections on which rules are asked: read only, each statement bounded in time.
 
     Raises:
         DatabaseUnreachableError: Nobody answered for ``wait_for``.
         SetupError: Code ``database_url_invalid``.
     """
-    settings = settings_of(database.query_url or database.url) | {
+    settings = parse_database_url(database.query_url or database.url) | {
         "application_name": "pgrealtime",
         "client_encoding": "utf8",
-        **KEEPALIVE,
+        **KEEPALIVE_SETTINGS,
     }
     conninfo = make_conninfo("", **settings)
     await _wait_for_server(conninfo, database)
@@ -407,17 +430,19 @@ async def _wait_for_server(conninfo: str, database: DatabaseConfig) -> None:
             await asyncio.sleep(_RETRY_SECONDS)
 
 
-async def catalog_of(config: Config, pool: QueryPool) -> Catalog:
+async def read_configured_catalog(config: Config, pool: QueryPool) -> Catalog:
     """Read what the catalogue says of the configured tables.
 
     Raises:
         PgRealtimeError: Code ``catalog``: Postgres refuses.
     """
-    names: tuple[TableName, ...] = table_names(config.collections, config.database.schemas)
+    names: tuple[TableName, ...] = configured_table_names(
+        config.collections, config.database.schemas
+    )
     try:
         async with pool.connection() as connection:
             return await read_catalog(connection, names=names)
     except psycopg.Error as error:
         raise PgRealtimeError(
-            "the catalogue can't be read", detail=without_values(error), code="catalog"
+            "the catalogue can't be read", detail=message_without_values(error), code="catalog"
         ) from error

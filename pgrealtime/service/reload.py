@@ -15,232 +15,236 @@ from typing import TypeAlias
 import psycopg
 import structlog
 
-from pgrealtime.auth.authenticator import Authenticator, issuers_of
-from pgrealtime.auth.login import Login
+from pgrealtime.auth.authenticator import Authenticator, key_sources_of
+from pgrealtime.auth.login import LoginService
 from pgrealtime.catalog.model import Catalog, Table
 from pgrealtime.changes import TableName
 from pgrealtime.cli.check.check import (
-    key_problems,
-    rely_on_policies,
+    configure_row_security,
+    issuer_key_problems,
+    queried_privilege_errors,
+    queried_table_names,
     rule_problems,
-    rule_right_errors,
-    tables_asked,
 )
-from pgrealtime.collections.build import examine, table_names
+from pgrealtime.collections.build import build_with_problems, configured_table_names
 from pgrealtime.collections.model import Collections
-from pgrealtime.config.load import Reading
+from pgrealtime.config.load import ParsedConfig
 from pgrealtime.config.model import Config
-from pgrealtime.errors import ConfigError, PgRealtimeError, Problem, SetupError
-from pgrealtime.feed.reader import Relay
+from pgrealtime.errors import ConfigError, ConfigProblem, PgRealtimeError, SetupError
+from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.hub import Hub
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.reads.own_record import OwnRecords
-from pgrealtime.rules.engine.plan import columns_asked
-from pgrealtime.service.streamed_tables import collection_of, shown, streamed_tables
-from pgrealtime.wal.publication import check_publication, missed_by
+from pgrealtime.reads.own_record import OwnRecordRenderer
+from pgrealtime.rules.engine.plan import caller_columns_read_by_rules
+from pgrealtime.service.streamed_tables import (
+    collection_name_of,
+    readable_collections,
+    streamed_tables,
+)
+from pgrealtime.wal.publication import check_publication, tables_not_fully_published
 from pgrealtime.wal.slot import read_publication
 from pgrealtime.wal.stream import WalStream
 
 log = structlog.get_logger(__name__)
 
-_LOOK_SECONDS = 30.0
+_REFRESH_SECONDS = 30.0
 """Between two looks at the catalogue when nothing points to a change."""
-_DOUBT_SECONDS = 1.0
+_MIN_REFRESH_SECONDS = 1.0
 """Between two looks at the least, however much there is to doubt."""
 
-_TAKEN = ("collections", "auth")
+_RELOADABLE_SECTIONS = ("collections", "auth")
 """The sections that a reload takes; the others need a restart."""
 
 ReadCatalog: TypeAlias = Callable[[Config], Awaitable[Catalog]]
-OpenStream: TypeAlias = "Callable[[World], AbstractAsyncContextManager[WalStream]]"
+OpenStream: TypeAlias = "Callable[[AppliedConfig], AbstractAsyncContextManager[WalStream]]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rooms:
+class ReloadTargets:
     """Who is told of a reload."""
 
-    relay: Relay
+    replication_reader: ReplicationReader
     hub: Hub
     authenticator: Authenticator
-    login: Login
-    records: OwnRecords
+    login: LoginService
+    own_records: OwnRecordRenderer
     pool: QueryPool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class World:
+class AppliedConfig:
     """What is in force: what was configured, and what it makes of the schema."""
 
     config: Config
     collections: Collections
     """Those that the schema doesn't fit are locked, or left out if there is nothing to show."""
-    faults: tuple[Problem, ...] = ()
+    problems: tuple[ConfigProblem, ...] = ()
     """What doesn't fit."""
 
     @property
-    def shown(self) -> Collections:
+    def readable_collections(self) -> Collections:
         """The collections whose changes can be read."""
-        return shown(self.collections, self.faults)
+        return readable_collections(self.collections, self.problems)
 
     @property
-    def locked(self) -> set[TableName]:
+    def locked_tables(self) -> set[TableName]:
         """The tables of collections that the schema doesn't fit: nobody hears of their rows."""
-        faulty = {collection_of(fault) for fault in self.faults}
+        faulty = {collection_name_of(fault) for fault in self.problems}
         return {one.table.name for one in self.collections.values() if one.name in faulty}
 
     @property
-    def streamed(self) -> Mapping[TableName, Table]:
+    def streamed_tables(self) -> Mapping[TableName, Table]:
         """The tables whose changes are read."""
-        return streamed_tables(self.collections, self.faults)
+        return streamed_tables(self.collections, self.problems)
 
 
-def fitted(config: Config, catalog: Catalog) -> World:
+def fit_to_schema(config: Config, catalog: Catalog) -> AppliedConfig:
     """Return what a configuration that was fine makes of a schema that changed since.
 
     A collection that the schema doesn't fit any more, or whose rules don't, is locked: whatever
     can't be decided is denied. The others go on.
     """
-    collections, problems = examine(config.collections, catalog)
+    collections, problems = build_with_problems(config.collections, catalog)
     faults = (*problems, *rule_problems(collections))
-    faulty = {collection_of(fault) for fault in faults}
+    faulty = {collection_name_of(fault) for fault in faults}
     locked = (
         replace(one, list_rule=None, view_rule=None, manage_rule=None)
         if one.name in faulty
         else one
         for one in collections.values()
     )
-    return World(
+    return AppliedConfig(
         config=config,
-        collections=Collections(tuple(locked), encoding=collections.encoding),
-        faults=faults,
+        collections=Collections(tuple(locked), server_encoding=collections.server_encoding),
+        problems=faults,
     )
 
 
-class _Look:
+class _SchemaRead:
     """A look at the catalogue that somebody may wait for."""
 
     def __init__(self) -> None:
-        self.is_read = False
+        self.is_applied = False
         """Whether what was read is in force."""
-        self.is_over = asyncio.Event()
+        self.completed = asyncio.Event()
 
 
-class Reload:
+class Reloader:
     """Brings into force what is configured and what is there.
 
     Args:
-        world: What is in force at the start.
-        rooms: Who is told.
-        reread: Reads the configuration anew.
+        applied: What is in force at the start.
+        targets: Who is told.
+        read_config: Reads the configuration anew.
         read_catalog: Reads the tables that a configuration names.
         open_stream: Opens a stream of a world's tables.
-        rehearse: Raises what would keep that stream from being opened, where it can't be opened
+        check_stream: Raises what would keep that stream from being opened, where it can't be opened
             beside the one of now.
-        doubted: Set by whoever met something that doesn't fit the catalogue.
+        schema_mismatch: Set by whoever met something that doesn't fit the catalogue.
     """
 
     def __init__(
         self,
-        world: World,
-        rooms: Rooms,
+        applied: AppliedConfig,
+        targets: ReloadTargets,
         *,
-        reread: Callable[[], Reading],
+        read_config: Callable[[], ParsedConfig],
         read_catalog: ReadCatalog,
         open_stream: OpenStream,
-        rehearse: Callable[[World], Awaitable[None]],
-        doubted: asyncio.Event,
+        check_stream: Callable[[AppliedConfig], Awaitable[None]],
+        schema_mismatch: asyncio.Event,
     ) -> None:
-        self._world = world
-        self._rooms = rooms
-        self._reread = reread
+        self._applied = applied
+        self._targets = targets
+        self._read_config = read_config
         self._read_catalog = read_catalog
         self._open_stream = open_stream
-        self._rehearse = rehearse
-        self._doubted = doubted
-        self._streamed = world.streamed
-        self._unpublished: frozenset[TableName] = frozenset()
+        self._check_stream = check_stream
+        self._schema_mismatch = schema_mismatch
+        self._streamed_tables = applied.streamed_tables
+        self._unpublished_tables: frozenset[TableName] = frozenset()
         """Tables that pgoutput's publication lacks, or has not whole."""
-        self._turn = asyncio.Lock()
-        self._look, self._next_look = _Look(), _Look()
-        self._urgent = asyncio.Event()
+        self._lock = asyncio.Lock()
+        self._current_read, self._next_read = _SchemaRead(), _SchemaRead()
+        self._refresh_requested = asyncio.Event()
 
     async def reload(self) -> bool:
         """Take the configuration as it stands now; return whether it was taken.
 
         With any problem everything stays as it was, and the log says all of them.
         """
-        async with self._turn:
+        async with self._lock:
             began = time.monotonic()
             try:
-                reading = self._reread()
-                await self._bring_in(await self._world_of(reading))
+                reading = self._read_config()
+                await self._apply(await self._fit_config(reading))
             except PgRealtimeError as error:
                 _report_rejected(error)
                 return False
-            await self._look_at_publication()
-            await report_unreadable(self._rooms.pool, self._world.collections)
-            if waiting := _untaken(reading.whole(), self._world.config):
+            await self._check_publication()
+            await report_unreadable_tables(self._targets.pool, self._applied.collections)
+            if waiting := _sections_needing_restart(reading.require_valid(), self._applied.config):
                 log.warning("config.restart_needed", sections=waiting)
             log.info(
                 "config.reloaded",
-                collections=len(self._world.collections),
+                collections=len(self._applied.collections),
                 duration_ms=round((time.monotonic() - began) * 1000),
             )
             return True
 
-    async def _world_of(self, reading: Reading) -> World:
+    async def _fit_config(self, parsed: ParsedConfig) -> AppliedConfig:
         """Return what the configuration makes of the schema of now.
 
         Raises:
             PgRealtimeError: With every problem that was found.
         """
-        given = reading.whole()
-        taken = {name: getattr(given, name) for name in _TAKEN}
-        config = self._world.config.model_copy(update=taken)
-        world = fitted(config, await self._read_catalog(config))
-        if problems := (*world.faults, *key_problems(config)):
-            raise reading.origin.locate(ConfigError(problems))
+        given = parsed.require_valid()
+        taken = {name: getattr(given, name) for name in _RELOADABLE_SECTIONS}
+        config = self._applied.config.model_copy(update=taken)
+        world = fit_to_schema(config, await self._read_catalog(config))
+        if problems := (*world.problems, *issuer_key_problems(config)):
+            raise parsed.locations.locate(ConfigError(problems))
         return world
 
-    async def watch(self) -> None:
+    async def watch_schema(self) -> None:
         """Follow the schema, for ever."""
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(_DOUBT_SECONDS):
-                    await self._urgent.wait()
+                async with asyncio.timeout(_MIN_REFRESH_SECONDS):
+                    await self._refresh_requested.wait()
             with suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_SECONDS - _DOUBT_SECONDS):
-                    await self._doubted.wait()
-            self._urgent.clear()
-            self._doubted.clear()
-            await self.look()
+                async with asyncio.timeout(_REFRESH_SECONDS - _MIN_REFRESH_SECONDS):
+                    await self._schema_mismatch.wait()
+            self._refresh_requested.clear()
+            self._schema_mismatch.clear()
+            await self.refresh_schema()
 
-    async def read_schema(self) -> bool:
+    async def wait_for_schema_refresh(self) -> bool:
         """Return once the schema of now, or of later, is in force; False if it can't be read.
 
         ``watch`` must be running. The stream may be opened anew for it still.
         """
-        look = self._next_look
-        self._urgent.set()
-        self._doubted.set()
-        await look.is_over.wait()
-        return look.is_read
+        look = self._next_read
+        self._refresh_requested.set()
+        self._schema_mismatch.set()
+        await look.completed.wait()
+        return look.is_applied
 
-    async def look(self) -> None:
+    async def refresh_schema(self) -> None:
         """Read the catalogue, and bring into force what changed in it."""
-        async with self._turn:
-            before = self._world
-            look = self._look = self._next_look
-            self._next_look = _Look()
+        async with self._lock:
+            before = self._applied
+            look = self._current_read = self._next_read
+            self._next_read = _SchemaRead()
             try:
-                world = fitted(before.config, await self._read_catalog(before.config))
+                world = fit_to_schema(before.config, await self._read_catalog(before.config))
                 if world != before:
-                    await self._bring_in(world)
-                    _report_changed(before, world)
-                elif world.streamed != self._streamed:
-                    await self._stream(world)
-                look.is_read = True
+                    await self._apply(world)
+                    _report_schema_change(before, world)
+                elif world.streamed_tables != self._streamed_tables:
+                    await self._switch_stream(world)
+                look.is_applied = True
             except PgRealtimeError as error:
                 log.warning(
                     "schema.unknown",
@@ -250,29 +254,32 @@ class Reload:
                     hint=error.hint,
                 )
             finally:
-                look.is_over.set()
-            if look.is_read:
+                look.completed.set()
+            if look.is_applied:
                 with suppress(psycopg.Error):  # said by whoever has something to ask
-                    await rely_on_policies(self._rooms.pool, self._world.collections)
-            await self._look_at_publication()
+                    await configure_row_security(self._targets.pool, self._applied.collections)
+            await self._check_publication()
 
-    async def _look_at_publication(self) -> None:
+    async def _check_publication(self) -> None:
         """Say of which tables pgoutput sends nothing any more; what that hides is a gap.
 
         Told again once it sends them, since whoever loaded in between goes on from there.
         """
-        stream, config = self._rooms.relay.stream, self._world.config.replication
+        stream, config = self._targets.replication_reader.stream, self._applied.config.replication
         if stream is None or stream.plugin != "pgoutput":
             return
-        tables = list(self._streamed.values())
+        tables = list(self._streamed_tables.values())
         try:
-            async with self._rooms.pool.connection() as connection:
+            async with self._targets.pool.connection() as connection:
                 found = await read_publication(connection, config.publication)
                 version = connection.info.server_version
         except psycopg.Error:
             return  # said by whoever has something to ask
-        before, self._unpublished = self._unpublished, missed_by(found, tables)
-        if self._unpublished == before:
+        before, self._unpublished_tables = (
+            self._unpublished_tables,
+            tables_not_fully_published(found, tables),
+        )
+        if self._unpublished_tables == before:
             return
         try:
             check_publication(config.publication, found, tables, version)
@@ -280,96 +287,100 @@ class Reload:
             log.error(  # noqa: TRY400 (for the operator, not for us)
                 "publication.unfit", reason=error.message, detail=error.detail, hint=error.hint
             )
-        self._rooms.relay.tell_gap("schema", before | self._unpublished)
+        self._targets.replication_reader.append_gap("schema", before | self._unpublished_tables)
 
-    async def _bring_in(self, world: World) -> None:
+    async def _apply(self, applied: AppliedConfig) -> None:
         """Put a world into force.
 
         Raises:
             PgRealtimeError: Its tables can't be streamed; everything is as it was.
         """
-        before = self._world
+        before = self._applied
         schemas = before.config.database.schemas
-        named = table_names(before.config.collections, schemas)
-        known = _identities(self._streamed)
-        wanted = _identities(world.streamed)
+        named = configured_table_names(before.config.collections, schemas)
+        known = _table_identities(self._streamed_tables)
+        wanted = _table_identities(applied.streamed_tables)
         if wanted != known:
             # Before anybody may subscribe to what only the other stream has.
-            await self._stream(world)
+            await self._switch_stream(applied)
         # What is in force changes under questions: of all tables that may be asked about.
-        asked = tables_asked(before.collections, world.collections)
-        self._rooms.pool.rely_on_policies(asked)
-        await self._tell(world)
-        if world.streamed != before.streamed:
+        asked = queried_table_names(before.collections, applied.collections)
+        self._targets.pool.enable_row_security_for(asked)
+        await self._update_targets(applied)
+        if applied.streamed_tables != before.streamed_tables:
             # A statement prepared before a column's type changed fails from then on.
-            await self._rooms.pool.drain()
-        self._world = world
+            await self._targets.pool.drain()
+        self._applied = applied
         # A table that was there already and became another: what happened to it since then, and
         # until the stream followed, wasn't read.
         became = {name for name in named if name in wanted and wanted[name] != known.get(name)}
         # Nobody heard of the rows of a collection as long as it was locked.
-        became |= before.locked - world.locked
+        became |= before.locked_tables - applied.locked_tables
         if became:
-            self._rooms.relay.tell_gap("schema", frozenset(became))
+            self._targets.replication_reader.append_gap("schema", frozenset(became))
         # Events wait for this; the stream takes longer, and is of no use to them.
-        self._look.is_read = True
-        self._look.is_over.set()
-        if world.streamed != self._streamed:
-            await self._renew_stream(world)
+        self._current_read.is_applied = True
+        self._current_read.completed.set()
+        if applied.streamed_tables != self._streamed_tables:
+            await self._try_switch_stream(applied)
 
-    async def _tell(self, world: World) -> None:
-        auth, collections, rooms = world.config.auth, world.collections, self._rooms
-        logins = {name: one.login for name, one in world.config.collections.items()}
-        rooms.login.use(auth.login)
-        rooms.records.use(collections)
-        rooms.authenticator.use(
-            issuers_of(auth),
+    async def _update_targets(self, applied: AppliedConfig) -> None:
+        auth, collections, rooms = applied.config.auth, applied.collections, self._targets
+        logins = {name: one.login for name, one in applied.config.collections.items()}
+        rooms.login.replace_settings(auth.login)
+        rooms.own_records.replace_collections(collections)
+        rooms.authenticator.replace_settings(
+            key_sources_of(auth),
             auth.login,
             collections,
             logins=logins,
-            asked=columns_asked(collections),
+            rule_columns=caller_columns_read_by_rules(collections),
             allow_guests=auth.allow_guests,
         )
-        await rooms.hub.use(
+        await rooms.hub.replace_generation(
             collections,
             Matcher(collections),
-            rooms.authenticator.reconsider,
+            rooms.authenticator.revalidate_caller,
             logins=logins,
             allows_guests=auth.allow_guests,
         )
 
-    async def _stream(self, world: World) -> None:
-        await self._rehearse(world)
-        await self._rooms.relay.switch(lambda: self._open_stream(world), world.streamed)
-        self._streamed = world.streamed
+    async def _switch_stream(self, applied: AppliedConfig) -> None:
+        await self._check_stream(applied)
+        await self._targets.replication_reader.switch(
+            lambda: self._open_stream(applied), applied.streamed_tables
+        )
+        self._streamed_tables = applied.streamed_tables
 
-    async def _renew_stream(self, world: World) -> None:
+    async def _try_switch_stream(self, applied: AppliedConfig) -> None:
         """Let the decoder know the same tables' columns and identities of now.
 
         The stream of before goes on to read them, only less exactly; ``look`` tries again.
         """
         try:
-            await self._stream(world)
+            await self._switch_stream(applied)
         except PgRealtimeError as error:
             log.warning("replication.outdated", code=error.error_code, reason=error.message)
 
 
-def _identities(tables: Mapping[TableName, Table]) -> dict[TableName, tuple[object, ...]]:
+def _table_identities(tables: Mapping[TableName, Table]) -> dict[TableName, tuple[object, ...]]:
     """Return what makes a table the one that the stream reads, whatever its columns."""
     return {name: (table.oid, table.leaves) for name, table in tables.items()}
 
 
-def _untaken(given: Config, running: Config) -> list[str]:
+def _sections_needing_restart(configured: Config, running: Config) -> list[str]:
     """Return the sections that say something else than what is in force."""
-    return [name for name in Config.model_fields if getattr(given, name) != getattr(running, name)]
+    return [
+        name for name in Config.model_fields if getattr(configured, name) != getattr(running, name)
+    ]
 
 
-async def report_unreadable(pool: QueryPool, collections: Collections) -> None:
+async def report_unreadable_tables(pool: QueryPool, collections: Collections) -> None:
     """Say of which tables rules can't be asked: what has no answer is denied, to everybody."""
     try:
-        await rely_on_policies(pool, collections)
+        await configure_row_security(pool, collections)
         async with pool.connection() as connection:
-            errors = await rule_right_errors(connection, collections)
+            errors = await queried_privilege_errors(connection, collections)
     except psycopg.Error:
         return  # said by whoever has something to ask
     for error in errors:
@@ -387,19 +398,19 @@ def _report_rejected(error: PgRealtimeError) -> None:
     log.error("config.rejected", code=error.error_code, reason=error.message, problems=problems)
 
 
-def _report_changed(before: World, world: World) -> None:
-    log.warning("schema.changed", collections=sorted(_changed(before, world)))
-    for fault in world.faults:
-        if fault not in before.faults:
+def _report_schema_change(before: AppliedConfig, after: AppliedConfig) -> None:
+    log.warning("schema.changed", collections=sorted(_changed_collections(before, after)))
+    for fault in after.problems:
+        if fault not in before.problems:
             is_rule = fault.path.endswith("_rule")
             facts = {"path": fault.path, "reason": fault.message, "hint": fault.hint or None}
             if is_rule:
-                log.error("rule.error", collection=collection_of(fault), **facts)
+                log.error("rule.error", collection=collection_name_of(fault), **facts)
             else:
-                log.error("collection.locked", collection=collection_of(fault), **facts)
+                log.error("collection.locked", collection=collection_name_of(fault), **facts)
 
 
-def _changed(before: World, world: World) -> Iterator[str]:
-    for name in before.collections.keys() | world.collections.keys():
-        if before.collections.get(name) != world.collections.get(name):
+def _changed_collections(before: AppliedConfig, after: AppliedConfig) -> Iterator[str]:
+    for name in before.collections.keys() | after.collections.keys():
+        if before.collections.get(name) != after.collections.get(name):
             yield name

@@ -9,18 +9,18 @@ import psycopg
 from psycopg_pool import PoolTimeout
 
 from pgrealtime.auth.authenticator import Authenticator
-from pgrealtime.auth.login import Login
+from pgrealtime.auth.login import LoginService
 from pgrealtime.changelog.memory import MemoryChangelog
-from pgrealtime.feed.reader import Relay
+from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.hub.hub import Hub
-from pgrealtime.observe.metrics import Reading
+from pgrealtime.observe.metrics import MetricValues
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.rule_queries.executor import Probe
+from pgrealtime.rule_queries.executor import QueryExecutor
 
-_PATIENCE_SECONDS = 1.0
+_QUERY_TIMEOUT_SECONDS = 1.0
 """For the database's answer: whoever scrapes has a time-out of their own, often 10 s or less."""
 
-_SLOT = """
+_SLOT_LAG_QUERY = """
 SELECT pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_lsn(), confirmed_flush_lsn)::int8,
        pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_lsn(), restart_lsn)::int8
 FROM pg_catalog.pg_replication_slots
@@ -28,7 +28,7 @@ WHERE slot_name = %s AND confirmed_flush_lsn IS NOT NULL AND restart_lsn IS NOT 
 """
 
 
-class Vitals:
+class StatusReader:
     """Reads the rooms.
 
     Args:
@@ -39,66 +39,67 @@ class Vitals:
         self,
         *,
         hub: Hub,
-        relay: Relay,
+        replication_reader: ReplicationReader,
         changelog: MemoryChangelog,
-        probe: Probe,
+        executor: QueryExecutor,
         authenticator: Authenticator,
-        login: Login,
+        login: LoginService,
         pool: QueryPool,
     ) -> None:
         self._hub = hub
-        self._relay = relay
+        self._replication_reader = replication_reader
         self._changelog = changelog
-        self._probe = probe
+        self._executor = executor
         self._authenticator = authenticator
         self._login = login
         self._pool = pool
 
-    async def read(self) -> Reading:
+    async def read_metrics(self) -> MetricValues:
         """Return what is counted and measured."""
-        lag_bytes, retained_bytes = await self._slot()
-        hub, counts = self._hub, self._hub.counts
-        return Reading(
+        lag_bytes, retained_bytes = await self._read_slot_lag()
+        hub, counts = self._hub, self._hub.counters
+        return MetricValues(
             connections=len(hub.connections),
-            subscriptions=hub.subscriptions,
-            events_sent=counts.events_of_closed + sum(one.events for one in hub.connections),
-            closed=counts.closed,
-            gaps=hub.gaps_told,
-            resumes=counts.resumes,
-            filters_refused=counts.filters_refused,
-            left_out=counts.left_out,
-            rule_errors=self._probe.errors,
-            auth_checks=self._authenticator.checks,
-            logins=self._login.results,
-            changes=self._relay.changes,
-            stream_breaks=self._relay.breaks,
-            changelog_bytes=self._changelog.size,
-            is_streaming=self._relay.stream is not None,
+            subscription_counts=hub.subscription_counts,
+            events_sent=counts.events_sent_to_closed
+            + sum(one.events_sent for one in hub.connections),
+            closed_connections=counts.closed_connections,
+            gaps_notified=hub.gaps_notified,
+            resume_outcomes=counts.resume_outcomes,
+            refused_subscribe_calls=counts.refused_subscribe_calls,
+            incomplete_records=counts.incomplete_records,
+            rule_query_errors=self._executor.unanswered_counts,
+            auth_checks=self._authenticator.checks_by_result,
+            login_results=self._login.attempts_by_result,
+            changes_received=self._replication_reader.changes_received,
+            stream_breaks=self._replication_reader.stream_breaks,
+            changelog_bytes=self._changelog.size_bytes,
+            is_replication_connected=self._replication_reader.stream is not None,
             lag_bytes=lag_bytes,
             retained_bytes=retained_bytes,
         )
 
-    async def faults(self) -> list[str]:
+    async def not_ready_reasons(self) -> list[str]:
         """Return why no traffic should come here; nothing if it may."""
         found = []
         if self._hub.is_closing:
             found.append("shutting_down")
-        if not self._hub.stream_is_up:
+        if not self._hub.is_stream_up:
             found.append("stream_away")
-        if await self._ask("SELECT 1") is None or self._probe.outage.is_on:
+        if await self._fetch_row("SELECT 1") is None or self._executor.outage.is_ongoing:
             found.append("database_away")
         return found
 
-    async def _slot(self) -> tuple[int | None, int | None]:
-        stream = self._relay.stream
-        row = None if stream is None else await self._ask(_SLOT, stream.slot_name)
+    async def _read_slot_lag(self) -> tuple[int | None, int | None]:
+        stream = self._replication_reader.stream
+        row = None if stream is None else await self._fetch_row(_SLOT_LAG_QUERY, stream.slot_name)
         return (None, None) if row is None else (int(row[0]), int(row[1]))
 
-    async def _ask(self, query: str, *params: str) -> tuple[Any, ...] | None:
+    async def _fetch_row(self, query: str, *params: str) -> tuple[Any, ...] | None:
         try:
             async with (
-                asyncio.timeout(_PATIENCE_SECONDS),
-                self._pool.connection(_PATIENCE_SECONDS) as connection,
+                asyncio.timeout(_QUERY_TIMEOUT_SECONDS),
+                self._pool.connection(_QUERY_TIMEOUT_SECONDS) as connection,
             ):
                 cursor = await connection.execute(query.encode(), params or None)
                 row: tuple[Any, ...] | None = await cursor.fetchone()

@@ -7,18 +7,20 @@ from collections.abc import Iterable, Mapping
 from pgrealtime.catalog.model import Table
 from pgrealtime.changes import TableName
 from pgrealtime.collections.model import Collections
-from pgrealtime.errors import Problem
-from pgrealtime.rules.engine.before_state import tables_of
+from pgrealtime.errors import ConfigProblem
+from pgrealtime.rules.engine.before_state import reachable_tables
 
 
-def shown(collections: Collections, faults: Iterable[Problem]) -> Collections:
+def readable_collections(
+    collections: Collections, problems: Iterable[ConfigProblem]
+) -> Collections:
     """Return the collections whose changes can be read: all but those with an unfit table."""
-    unreadable = {collection_of(fault) for fault in faults if _is_of_table(fault)}
+    unreadable = {collection_name_of(fault) for fault in problems if _is_table_problem(fault)}
     return Collections(tuple(c for c in collections.values() if c.name not in unreadable))
 
 
 def streamed_tables(
-    collections: Collections, faults: Iterable[Problem] = ()
+    collections: Collections, problems: Iterable[ConfigProblem] = ()
 ) -> Mapping[TableName, Table]:
     """Return the tables whose changes are read: the collections' own and their junctions.
 
@@ -27,23 +29,23 @@ def streamed_tables(
 
     Args:
         collections: What is to be served.
-        faults: What doesn't fit in them.
+        problems: What doesn't fit in them.
     """
-    readable = shown(collections, faults)
+    readable = readable_collections(collections, problems)
     own = {collection.table.name for collection in readable.values()}
     return {
         name: table
-        for name, table in tables_of(readable).items()
-        if name in own or (table.identity_columns and not table.is_unlogged)
+        for name, table in reachable_tables(readable).items()
+        if name in own or (table.replica_identity_columns and not table.is_unlogged)
     }
 
 
-def collection_of(fault: Problem) -> str:
+def collection_name_of(problem: ConfigProblem) -> str:
     """Return the name of the collection that a fault's path leads into."""
-    _, _, rest = fault.path.partition(".")
+    _, _, rest = problem.path.partition(".")
     return rest.partition(".")[0]
 
 
-def _is_of_table(fault: Problem) -> bool:
+def _is_table_problem(problem: ConfigProblem) -> bool:
     """Whether the table's changes would not all reach us, or not say of what record."""
-    return fault.path.endswith((".table", ".id"))
+    return problem.path.endswith((".table", ".id"))

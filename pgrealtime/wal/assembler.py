@@ -11,8 +11,8 @@ from pgrealtime.changes import (
     Change,
     Delete,
     Insert,
-    Oversized,
-    Shape,
+    OversizedTransaction,
+    RowShape,
     TableName,
     Transaction,
     Truncate,
@@ -32,22 +32,22 @@ class TransactionAssembler:
     """Collects what lies between a begin and its commit; bounded in bytes.
 
     Args:
-        max_size: Bytes; of a larger transaction only the tables are kept.
+        max_bytes: Bytes; of a larger transaction only the tables are kept.
         record_keys: By partitioned table. A row that goes from one partition and comes to
             another with the same key was moved by an UPDATE.
     """
 
-    def __init__(self, *, max_size: int, record_keys: RecordKeys) -> None:
-        self._max_size = max_size
+    def __init__(self, *, max_bytes: int, record_keys: RecordKeys) -> None:
+        self._max_bytes = max_bytes
         self._record_keys = record_keys
         self._xid: Xid | None = None
         self._changes: list[Change] = []
-        self._size = 0
-        self._shape: Shape | None = None
+        self._size_bytes = 0
+        self._last_shape: RowShape | None = None
         """The last row's."""
-        self._shapes: dict[Shape, None] = {}
-        self._tables: set[TableName] | None = None
-        self._left: dict[_RecordKey, tuple[int, TableName]] = {}
+        self._shapes: dict[RowShape, None] = {}
+        self._oversized_tables: set[TableName] | None = None
+        self._partition_deletes: dict[_RecordKey, tuple[int, TableName]] = {}
         """Deletes in partitions: where they stand in the changes, and in which leaf they were."""
 
     @property
@@ -55,54 +55,58 @@ class TransactionAssembler:
         """Whether a transaction began and hasn't committed yet."""
         return self._xid is not None
 
-    def feed(self, message: Message, size: int) -> Transaction | Oversized | None:
+    def feed(
+        self, message: Message, payload_bytes: int
+    ) -> Transaction | OversizedTransaction | None:
         """Take the next message; return the transaction it completes, if that has changes.
 
         Args:
             message: What the decoder said.
-            size: Bytes of the payload it was made from.
+            payload_bytes: Bytes of the payload it was made from.
 
         Raises:
             UnexpectedMessageError: It can't follow what came before.
         """
-        self._size += size
+        self._size_bytes += payload_bytes
         match message:
-            case RowChange(change=change, leaf=leaf, overhead=overhead) if self._xid is not None:
-                self._size += overhead
+            case RowChange(change=change, leaf=leaf, overhead_bytes=overhead) if (
+                self._xid is not None
+            ):
+                self._size_bytes += overhead
                 shape = message.shape
-                if shape is not self._shape and shape is not None:
-                    self._shape = shape
+                if shape is not self._last_shape and shape is not None:
+                    self._last_shape = shape
                     self._shapes[shape] = None
-                if self._size > self._max_size:
-                    self._drop().add(change.table)
+                if self._size_bytes > self._max_bytes:
+                    self._drop_rows().add(change.table)
                 elif leaf is None:
                     self._changes.append(change)
                 else:
-                    self._take_of_partition(change, leaf)
+                    self._add_partition_change(change, leaf)
                 return None
             case Commit() if self._xid is not None:
                 return self._finish(self._xid, message)
             case Begin(xid=xid) if self._xid is None:
-                self._xid, self._size = xid, size
+                self._xid, self._size_bytes = xid, payload_bytes
                 return None
             case Truncated(tables=tables) if self._xid is not None:
-                if self._size > self._max_size:
-                    self._drop().update(tables)
+                if self._size_bytes > self._max_bytes:
+                    self._drop_rows().update(tables)
                 else:
-                    self._truncate(tables)
+                    self._add_truncates(tables)
                 return None
             case _:
                 place = "inside" if self.is_open else "outside"
                 raise UnexpectedMessageError(f"{type(message).__name__} came {place} a transaction")
 
-    def _drop(self) -> set[TableName]:
+    def _drop_rows(self) -> set[TableName]:
         """Let go of the rows; return the tables that changed, to be added to."""
-        if self._tables is None:
-            self._tables = {change.table for change in self._changes}
-            self._changes, self._left = [], {}
-        return self._tables
+        if self._oversized_tables is None:
+            self._oversized_tables = {change.table for change in self._changes}
+            self._changes, self._partition_deletes = [], {}
+        return self._oversized_tables
 
-    def _truncate(self, tables: tuple[TableName, ...]) -> None:
+    def _add_truncates(self, tables: tuple[TableName, ...]) -> None:
         """Add each table once per run of truncates: a partitioned one comes leaf by leaf."""
         run = {c.table for c in takewhile(_is_truncate, reversed(self._changes))}
         for table in tables:
@@ -110,9 +114,9 @@ class TransactionAssembler:
                 run.add(table)
                 self._changes.append(Truncate(table))
 
-    def _take_of_partition(self, change: Insert | Update | Delete, leaf: TableName) -> None:
+    def _add_partition_change(self, change: Insert | Update | Delete, leaf: TableName) -> None:
         key = self._record_key(change)
-        left = None if key is None else self._left.pop(key, None)
+        left = None if key is None else self._partition_deletes.pop(key, None)
         match change:
             case Insert(table=table, new=new) if left is not None and left[1] != leaf:
                 at, _ = left
@@ -121,7 +125,7 @@ class TransactionAssembler:
                 self._changes[at] = Update(table, new, gone.old)
                 return
             case Delete() if key is not None:
-                self._left[key] = len(self._changes), leaf
+                self._partition_deletes[key] = len(self._changes), leaf
             case _:
                 pass
         self._changes.append(change)
@@ -132,16 +136,23 @@ class TransactionAssembler:
         values = tuple(row.get(name) for name in self._record_keys.get(change.table, ()))
         return None if not values or None in values else (change.table, values)
 
-    def _finish(self, xid: Xid, commit: Commit) -> Transaction | Oversized | None:
-        changes, tables, size = self._changes, self._tables, self._size
+    def _finish(self, xid: Xid, commit: Commit) -> Transaction | OversizedTransaction | None:
+        changes, tables, size = self._changes, self._oversized_tables, self._size_bytes
         shapes = tuple(self._shapes)
-        self._xid, self._changes, self._tables, self._left = None, [], None, {}
-        self._shape, self._shapes = None, {}
+        self._xid, self._changes, self._oversized_tables, self._partition_deletes = (
+            None,
+            [],
+            None,
+            {},
+        )
+        self._last_shape, self._shapes = None, {}
         if tables is not None:
-            return Oversized(xid, commit.end_lsn, commit.time, frozenset(tables))
+            return OversizedTransaction(
+                xid, commit.end_lsn, commit.commit_time_us, frozenset(tables)
+            )
         if not changes:
             return None
-        return Transaction(xid, commit.end_lsn, commit.time, tuple(changes), size, shapes)
+        return Transaction(xid, commit.end_lsn, commit.commit_time_us, tuple(changes), size, shapes)
 
 
 def _is_truncate(change: Change) -> TypeGuard[Truncate]:

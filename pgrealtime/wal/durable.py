@@ -17,9 +17,9 @@ from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.errors import SetupError, SlotBusyError
 from pgrealtime.lsn import LSN, parse_lsn
 
-_FAILOVER_SINCE = 170000
+_FAILOVER_VERSION = 170000
 
-_SLOTS = """
+_SLOTS_QUERY = """
 SELECT slot_name, coalesce(plugin, ''), coalesce(database, ''), temporary, active_pid,
        wal_status, coalesce(confirmed_flush_lsn, '0/0')::text,
        coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::bigint,
@@ -27,12 +27,14 @@ SELECT slot_name, coalesce(plugin, ''), coalesce(database, ''), temporary, activ
        coalesce(to_jsonb(s) ->> 'invalidation_reason', '')
 FROM pg_replication_slots s
 """
-_NAMED = _SLOTS + "WHERE slot_name = %s"
-_OURS = _SLOTS + "WHERE slot_name = %s OR starts_with(slot_name, %s) ORDER BY slot_name"
+_SLOT_BY_NAME_QUERY = _SLOTS_QUERY + "WHERE slot_name = %s"
+_OWN_SLOTS_QUERY = (
+    _SLOTS_QUERY + "WHERE slot_name = %s OR starts_with(slot_name, %s) ORDER BY slot_name"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class SlotStatus:
     """A slot that the server has."""
 
     name: str
@@ -43,7 +45,7 @@ class Standing:
     active_pid: int | None
     """Of the walsender that reads from it."""
     wal_status: str
-    confirmed_flush: LSN
+    confirmed_flush_lsn: LSN
     retained_bytes: int
     has_failover: bool
     invalidation_reason: str
@@ -54,55 +56,57 @@ class Standing:
         return self.wal_status == "lost" or bool(self.invalidation_reason)
 
 
-def _standing(row: Sequence[Any]) -> Standing:
+def _slot_status(row: Sequence[Any]) -> SlotStatus:
     name, plugin, database, temporary, pid, status, flushed, retained, failover, reason = row
-    return Standing(
+    return SlotStatus(
         name=name,
         plugin=plugin,
         database=database,
         is_temporary=temporary,
         active_pid=pid,
         wal_status=status or "",
-        confirmed_flush=parse_lsn(flushed),
+        confirmed_flush_lsn=parse_lsn(flushed),
         retained_bytes=retained,
         has_failover=failover,
         invalidation_reason=reason,
     )
 
 
-async def find(connection: AsyncConnection[Any], name: str) -> Standing | None:
+async def find_slot(connection: AsyncConnection[Any], name: str) -> SlotStatus | None:
     """Return the slot of that name."""
-    row = await (await connection.execute(_NAMED.encode(), (name,))).fetchone()
-    return None if row is None else _standing(row)
+    row = await (await connection.execute(_SLOT_BY_NAME_QUERY.encode(), (name,))).fetchone()
+    return None if row is None else _slot_status(row)
 
 
-async def ours(connection: AsyncConnection[Any], name: str) -> list[Standing]:
+async def list_own_slots(connection: AsyncConnection[Any], name: str) -> list[SlotStatus]:
     """Return the slots that a configuration with that slot name may have made."""
-    rows = await (await connection.execute(_OURS.encode(), (name, f"{name}_"))).fetchall()
-    return [_standing(row) for row in rows]
+    rows = await (
+        await connection.execute(_OWN_SLOTS_QUERY.encode(), (name, f"{name}_"))
+    ).fetchall()
+    return [_slot_status(row) for row in rows]
 
 
-def check(
+def check_slot(
     config: ReplicationConfig,
-    standing: Standing | None,
+    status: SlotStatus | None,
     *,
     database: str,
-    version: int,
-    slot_wal_limit: int,
+    server_version: int,
+    max_slot_wal_keep_mb: int,
 ) -> None:
     """Let pass a durable slot that may be made, or be read from as it stands.
 
     Args:
         config: What is wanted.
-        standing: The slot of that name, if there is one.
+        status: The slot of that name, if there is one.
         database: The one that is read.
-        version: ``server_version_num``.
-        slot_wal_limit: ``max_slot_wal_keep_size`` in megabytes; -1 is none.
+        server_version: ``server_version_num``.
+        max_slot_wal_keep_mb: ``max_slot_wal_keep_size`` in megabytes; -1 is none.
 
     Raises:
         SetupError: It may not.
     """
-    if slot_wal_limit < 0 and not config.slot.allow_unlimited_wal:
+    if max_slot_wal_keep_mb < 0 and not config.slot.allow_unlimited_wal:
         raise SetupError(
             "a durable slot could fill the server's disk",
             detail="The server keeps all WAL that the slot has yet to send, also while nobody"
@@ -111,37 +115,37 @@ def check(
             " pg_reload_conf(); or set replication.slot.allow_unlimited_wal: true.",
             code="wal_unlimited",
         )
-    if config.slot.failover and version < _FAILOVER_SINCE:
+    if config.slot.failover and server_version < _FAILOVER_VERSION:
         raise SetupError(
             "slots for failover need PostgreSQL 17",
             hint="Set replication.slot.failover: false.",
             code="failover_unsupported",
         )
-    if standing is not None:
-        _check_fit(config, standing, database)
+    if status is not None:
+        _check_readable(config, status, database)
 
 
-def _check_fit(config: ReplicationConfig, standing: Standing, database: str) -> None:
+def _check_readable(config: ReplicationConfig, status: SlotStatus, database: str) -> None:
     wanted = ("wal2json", "pgoutput") if config.plugin == "auto" else (config.plugin,)
-    if standing.plugin in wanted and standing.database == database and not standing.is_temporary:
+    if status.plugin in wanted and status.database == database and not status.is_temporary:
         return
-    kind = f"of {standing.plugin}" if standing.plugin else "a physical one"
+    kind = f"of {status.plugin}" if status.plugin else "a physical one"
     raise SetupError(
-        f'slot "{standing.name}" is not one to read from',
-        detail=f"It is {kind}{f' in database {standing.database}' if standing.database else ''}"
-        f"{', and temporary' if standing.is_temporary else ''}.",
+        f'slot "{status.name}" is not one to read from',
+        detail=f"It is {kind}{f' in database {status.database}' if status.database else ''}"
+        f"{', and temporary' if status.is_temporary else ''}.",
         hint="Give replication.slot.name another name; or, if nobody needs that slot, drop it:"
-        f" pgrealtime slot drop {standing.name}",
+        f" pgrealtime slot drop {status.name}",
         code="slot_unfit",
     )
 
 
-async def set_failover(connection: AsyncConnection[Any], standing: Standing) -> None:
+async def enable_failover(connection: AsyncConnection[Any], status: SlotStatus) -> None:
     """Let standbys have the slot too."""
-    await connection.execute(f'ALTER_REPLICATION_SLOT "{standing.name}" (FAILOVER true)'.encode())
+    await connection.execute(f'ALTER_REPLICATION_SLOT "{status.name}" (FAILOVER true)'.encode())
 
 
-async def pass_over(connection: AsyncConnection[Any], name: str) -> None:
+async def advance_slot(connection: AsyncConnection[Any], name: str) -> None:
     """Move the slot to where the WAL ends, without asking its decoder what is before.
 
     Raises:
@@ -152,17 +156,17 @@ async def pass_over(connection: AsyncConnection[Any], name: str) -> None:
     )
 
 
-async def drop(connection: AsyncConnection[Any], standing: Standing) -> None:
+async def drop_slot(connection: AsyncConnection[Any], status: SlotStatus) -> None:
     """Remove the slot, and with it the server's reason to keep WAL for it.
 
     Raises:
         SlotBusyError: Somebody reads from it.
     """
     try:
-        await connection.execute("SELECT pg_drop_replication_slot(%s)", (standing.name,))
+        await connection.execute("SELECT pg_drop_replication_slot(%s)", (status.name,))
     except pg.ObjectInUse as error:
         raise SlotBusyError(
-            f'slot "{standing.name}" is being read',
+            f'slot "{status.name}" is being read',
             detail=str(error).strip(),
             hint="End the process that reads it first.",
         ) from error

@@ -8,7 +8,7 @@ from typing import Protocol, TypeAlias
 from msgspec import Struct
 
 from pgrealtime.catalog.model import ReplicaIdentity, Table
-from pgrealtime.changes import Delete, Insert, Row, Shape, TableName, Update
+from pgrealtime.changes import Delete, Insert, Row, RowShape, TableName, Update
 from pgrealtime.lsn import LSN, Xid
 
 
@@ -24,10 +24,10 @@ class RowChange(Struct, frozen=True, gc=False):
     change: Insert | Update | Delete
     leaf: TableName | None
     """The partition that holds the row, or held it; None if the table isn't partitioned."""
-    overhead: int = 0
+    overhead_bytes: int = 0
     """Bytes of memory that it takes beyond those of its payload. wal2json's names and types take
     as much in the payload as dicts and strings do in memory."""
-    shape: Shape | None = None
+    shape: RowShape | None = None
 
 
 class Truncated(Struct, frozen=True, gc=False):
@@ -40,7 +40,7 @@ class Commit(Struct, frozen=True, gc=False):
     """The transaction that began is whole."""
 
     end_lsn: LSN
-    time: int
+    commit_time_us: int
     """Microseconds since the Unix epoch, by the server's clock."""
 
 
@@ -60,47 +60,49 @@ class Decoder(Protocol):
         """
 
 
-class Source(Struct, frozen=True):
+class StreamedTable(Struct, frozen=True):
     """A table as it appears in the stream: under its own name, or a leaf of a partitioned one."""
 
     root: TableName
     """The name its changes go by."""
     leaf: TableName | None
     """Its own name where that is another. A leaf may order its columns differently."""
-    names: tuple[str, ...]
+    column_names: tuple[str, ...]
     """The root's columns in order."""
-    is_full: bool
+    has_full_identity: bool
     """Whether the old row is logged whole."""
-    identity_width: int
+    identity_column_count: int
     """How many columns of the old row are logged."""
 
-    def in_order(self, row: Row) -> Row:
+    def order_columns(self, row: Row) -> Row:
         """Return the row in the root's column order; columns that the catalogue lacks come last."""
-        ordered = {name: row[name] for name in self.names if name in row}
+        ordered = {name: row[name] for name in self.column_names if name in row}
         return ordered if len(ordered) == len(row) else ordered | row
 
-    def is_whole(self, old: Row, width: int) -> bool:
+    def is_whole_row(self, old: Row, column_count: int) -> bool:
         """Whether an old image is the whole row and not a key, where the decoder doesn't say.
 
         Args:
             old: What was logged.
-            width: Columns that the row has.
+            column_count: Columns that the row has.
 
         Its width counts too: a leaf may log more than its siblings, and the identity may have been
         changed since the catalogue was read.
         """
-        return len(old) >= width and (self.is_full or len(old) > self.identity_width)
+        return len(old) >= column_count and (
+            self.has_full_identity or len(old) > self.identity_column_count
+        )
 
 
-def sources(tables: Collection[Table]) -> Mapping[TableName, Source]:
+def streamed_tables_by_name(tables: Collection[Table]) -> Mapping[TableName, StreamedTable]:
     """Return how each table, and each leaf of a partitioned one, appears in the stream."""
     return {
-        name: Source(
+        name: StreamedTable(
             root=table.name,
             leaf=None if name == table.name else name,
-            names=tuple(column.name for column in table.columns),
-            is_full=table.replica_identity is ReplicaIdentity.FULL,
-            identity_width=len(table.identity_columns),
+            column_names=tuple(column.name for column in table.columns),
+            has_full_identity=table.replica_identity is ReplicaIdentity.FULL,
+            identity_column_count=len(table.replica_identity_columns),
         )
         for table in tables
         for name in (table.name, *table.leaves)

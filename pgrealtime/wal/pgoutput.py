@@ -19,14 +19,22 @@ from pgrealtime.changes import (
     Key,
     OldImage,
     Row,
-    Shape,
+    RowShape,
     TableName,
     Update,
     WholeRow,
 )
 from pgrealtime.errors import UnexpectedMessageError
 from pgrealtime.lsn import LSN, Xid
-from pgrealtime.wal.message import Begin, Commit, Message, RowChange, Source, Truncated, sources
+from pgrealtime.wal.message import (
+    Begin,
+    Commit,
+    Message,
+    RowChange,
+    StreamedTable,
+    Truncated,
+    streamed_tables_by_name,
+)
 from pgrealtime.wal.wire import UNIX_EPOCH_OFFSET
 
 _BEGIN = struct.Struct("!xQqI")
@@ -39,7 +47,7 @@ _LENGTH = struct.Struct("!I")
 
 _AFTER_RELATION_ID = 5
 _TEXT, _NULL, _UNCHANGED = b"tnu"
-_KEY, _OLD, _NEW = b"KON"
+_KEY_IMAGE, _OLD_IMAGE, _NEW_IMAGE = b"KON"
 _ROW_BYTES, _VALUE_BYTES = 250, 60
 """Of memory: what a row takes of it beside its payload, and what each of its values does. The
 test measures it."""
@@ -48,25 +56,25 @@ test measures it."""
 class _Relation(Struct, frozen=True):
     """A table as the stream described it last."""
 
-    source: Source
-    names: tuple[str, ...]
+    streamed_table: StreamedTable
+    column_names: tuple[str, ...]
     """Of its columns, in the order in which values come."""
-    key: tuple[str, ...]
+    identity_names: tuple[str, ...]
     """Those of the replica identity."""
-    overhead: int
+    overhead_bytes: int
     """As ``RowChange`` has it, of one row."""
-    shape: Shape
+    shape: RowShape
 
 
 class PgoutputDecoder:
     """Decodes the messages about some tables; keeps the descriptions of tables that came before."""
 
     def __init__(self, tables: Collection[Table]) -> None:
-        self._by_name = sources(tables)
+        self._tables_by_name = streamed_tables_by_name(tables)
         # The publication follows the table, not its name: a renamed one goes on.
-        self._by_oid = {table.oid: self._by_name[table.name] for table in tables}
+        self._tables_by_oid = {table.oid: self._tables_by_name[table.name] for table in tables}
         self._relations: dict[int, _Relation] = {}
-        self._readers: dict[int, _Reader] = {
+        self._handlers: dict[int, _Handler] = {
             ord("B"): _begin,
             ord("C"): _commit,
             ord("R"): self._relation,
@@ -75,24 +83,24 @@ class PgoutputDecoder:
             ord("D"): self._delete,
             ord("T"): self._truncate,
             # Types, origins and logical messages tell nothing of rows.
-            ord("Y"): _nothing,
-            ord("O"): _nothing,
-            ord("M"): _nothing,
+            ord("Y"): _ignore,
+            ord("O"): _ignore,
+            ord("M"): _ignore,
         }
 
     def decode(self, payload: memoryview | bytes) -> Message | None:
         """Return what one payload says, as ``wal.message.Decoder`` has it."""
         data = bytes(payload)
         try:
-            return self._readers[data[0]](data)
+            return self._handlers[data[0]](data)
         except (struct.error, LookupError, ValueError) as error:
             # The payload is not quoted: it holds a row.
             raise UnexpectedMessageError("pgoutput sent a message that can't be read") from error
 
     def _relation(self, data: bytes) -> None:
         (oid,) = _RELATION_ID.unpack_from(data)
-        schema, at = _string(data, _AFTER_RELATION_ID)
-        name, at = _string(data, at)
+        schema, at = _read_string(data, _AFTER_RELATION_ID)
+        name, at = _read_string(data, at)
         (count,) = _COLUMN_COUNT.unpack_from(data, at + 1)  # after the replica identity's letter
         at += 1 + _COLUMN_COUNT.size
         names: list[str] = []
@@ -100,79 +108,79 @@ class PgoutputDecoder:
         key: list[str] = []
         for _ in range(count):
             is_key = data[at] & 1
-            column, at = _string(data, at + 1)
+            column, at = _read_string(data, at + 1)
             types.append(_COLUMN_TYPE.unpack_from(data, at)[0])
             at += _COLUMN_TYPE.size
             names.append(column)
             if is_key:
                 key.append(column)
         # pg_catalog is sent as an empty name; no table of ours is in it.
-        source = self._by_oid.get(oid) or self._by_name.get(TableName(schema, name))
+        source = self._tables_by_oid.get(oid) or self._tables_by_name.get(TableName(schema, name))
         if source is None:
             self._relations.pop(oid, None)
         else:
             overhead = _ROW_BYTES + _VALUE_BYTES * count
             before = self._relations.get(oid)
             is_again = before is not None and source.leaf is not None
-            shape = Shape(
+            shape = RowShape(
                 source.root,
                 source.leaf,
                 tuple(zip(names, types, strict=True)),
-                before.shape.described + 1 if before is not None and is_again else 0,
+                before.shape.description_count + 1 if before is not None and is_again else 0,
             )
             self._relations[oid] = _Relation(source, tuple(names), tuple(key), overhead, shape)
 
     def _insert(self, data: bytes) -> RowChange | None:
-        relation = self._described(data)
+        relation = self._relation_of(data)
         if relation is None:
             return None
-        new, _ = _row(data, _AFTER_RELATION_ID + 1, relation.names)
-        source = relation.source
-        change = Insert(source.root, _ordered(new, source))
-        return RowChange(change, source.leaf, relation.overhead, relation.shape)
+        new, _ = _read_row(data, _AFTER_RELATION_ID + 1, relation.column_names)
+        source = relation.streamed_table
+        change = Insert(source.root, _in_root_order(new, source))
+        return RowChange(change, source.leaf, relation.overhead_bytes, relation.shape)
 
     def _update(self, data: bytes) -> RowChange | None:
-        relation = self._described(data)
+        relation = self._relation_of(data)
         if relation is None:
             return None
-        source, at, old = relation.source, _AFTER_RELATION_ID, None
-        if data[at] != _NEW:
-            old, at = _old(data, at, relation)
-        new, _ = _row(data, at + 1, relation.names)
+        source, at, old = relation.streamed_table, _AFTER_RELATION_ID, None
+        if data[at] != _NEW_IMAGE:
+            old, at = _read_old_image(data, at, relation)
+        new, _ = _read_row(data, at + 1, relation.column_names)
         if old is None:
             # The identity is logged only if it changed.
-            old = Key({name: new[name] for name in relation.key})
-        elif len(new) < len(relation.names):
+            old = Key({name: new[name] for name in relation.identity_names})
+        elif len(new) < len(relation.column_names):
             # Columns are missing that the update left in TOAST: FULL logs them in the old row,
             # the other identities do so for those of the key.
             known = old.row | new
-            new = {name: known[name] for name in relation.names if name in known}
-        overhead = relation.overhead * (2 if isinstance(old, WholeRow) else 1)
-        change = Update(source.root, _ordered(new, source), old)
+            new = {name: known[name] for name in relation.column_names if name in known}
+        overhead = relation.overhead_bytes * (2 if isinstance(old, WholeRow) else 1)
+        change = Update(source.root, _in_root_order(new, source), old)
         return RowChange(change, source.leaf, overhead, relation.shape)
 
     def _delete(self, data: bytes) -> RowChange | None:
-        relation = self._described(data)
+        relation = self._relation_of(data)
         if relation is None:
             return None
-        old, _ = _old(data, _AFTER_RELATION_ID, relation)
-        source = relation.source
+        old, _ = _read_old_image(data, _AFTER_RELATION_ID, relation)
+        source = relation.streamed_table
         change = Delete(source.root, old)
-        return RowChange(change, source.leaf, relation.overhead, relation.shape)
+        return RowChange(change, source.leaf, relation.overhead_bytes, relation.shape)
 
     def _truncate(self, data: bytes) -> Truncated | None:
         count, _ = _TRUNCATE.unpack_from(data)
         oids = struct.unpack_from(f"!{count}I", data, _TRUNCATE.size)
         known = (self._relations.get(oid) for oid in oids)
-        tables = tuple(relation.source.root for relation in known if relation is not None)
+        tables = tuple(relation.streamed_table.root for relation in known if relation is not None)
         return Truncated(tables) if tables else None
 
-    def _described(self, data: bytes) -> _Relation | None:
+    def _relation_of(self, data: bytes) -> _Relation | None:
         (oid,) = _RELATION_ID.unpack_from(data)
         return self._relations.get(oid)
 
 
-_Reader: TypeAlias = Callable[[bytes], Message | None]
+_Handler: TypeAlias = Callable[[bytes], Message | None]
 
 
 def _begin(data: bytes) -> Begin:
@@ -185,27 +193,29 @@ def _commit(data: bytes) -> Commit:
     return Commit(LSN(end), time + UNIX_EPOCH_OFFSET)
 
 
-def _nothing(_data: bytes) -> None:
+def _ignore(_data: bytes) -> None:
     return None
 
 
-def _string(data: bytes, at: int) -> tuple[str, int]:
+def _read_string(data: bytes, at: int) -> tuple[str, int]:
     end = data.index(0, at)
     return data[at:end].decode(), end + 1
 
 
-def _old(data: bytes, at: int, relation: _Relation) -> tuple[OldImage, int]:
-    row, end = _row(data, at + 1, relation.names)
-    source = relation.source
-    if data[at] == _OLD:
-        return WholeRow(_ordered(row, source)), end
-    if data[at] == _KEY:
+def _read_old_image(data: bytes, at: int, relation: _Relation) -> tuple[OldImage, int]:
+    row, end = _read_row(data, at + 1, relation.column_names)
+    source = relation.streamed_table
+    if data[at] == _OLD_IMAGE:
+        return WholeRow(_in_root_order(row, source)), end
+    if data[at] == _KEY_IMAGE:
         # The other columns come as NULL, which they needn't be.
-        return Key(_ordered({name: row[name] for name in relation.key}, source)), end
+        return Key(
+            _in_root_order({name: row[name] for name in relation.identity_names}, source)
+        ), end
     raise ValueError(data[at])
 
 
-def _row(data: bytes, at: int, names: tuple[str, ...]) -> tuple[Row, int]:
+def _read_row(data: bytes, at: int, names: tuple[str, ...]) -> tuple[Row, int]:
     """Return the row that starts there, without what is unchanged in TOAST, and where it ends."""
     (count,) = _COLUMN_COUNT.unpack_from(data, at)
     if count != len(names):
@@ -226,11 +236,11 @@ def _row(data: bytes, at: int, names: tuple[str, ...]) -> tuple[Row, int]:
     return row, at
 
 
-def _ordered(row: Row, source: Source) -> Row:
-    return row if source.leaf is None else source.in_order(row)
+def _in_root_order(row: Row, table: StreamedTable) -> Row:
+    return row if table.leaf is None else table.order_columns(row)
 
 
-def options(publication: str) -> dict[str, str]:
+def start_replication_options(publication: str) -> dict[str, str]:
     """Return the options of START_REPLICATION that ``PgoutputDecoder`` counts on."""
     quoted = publication.replace('"', '""')
     return {"proto_version": "1", "publication_names": f'"{quoted}"'}

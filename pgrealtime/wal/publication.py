@@ -25,24 +25,24 @@ class Publication:
 
     tables: frozenset[TableName]
     """Partitioned tables by their leaves."""
-    narrowed: frozenset[TableName]
+    partial_tables: frozenset[TableName]
     """Those of which only some rows or columns are published."""
-    is_open: bool
+    includes_future_tables: bool
     """FOR ALL TABLES or TABLES IN SCHEMA: tables made later are in it, unlooked at."""
-    via_root: bool
-    is_complete: bool
+    is_via_root: bool
+    publishes_all_actions: bool
     """It publishes INSERT, UPDATE, DELETE and TRUNCATE."""
     has_generated_columns: bool
     """publish_generated_columns is ``stored``."""
 
 
-def quote(name: str) -> str:
+def quote_identifier(name: str) -> str:
     """Return the name as an SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 
-def _qualified(name: TableName) -> str:
-    return f"{quote(name.schema)}.{quote(name.name)}"
+def _quote_table(name: TableName) -> str:
+    return f"{quote_identifier(name.schema)}.{quote_identifier(name.name)}"
 
 
 def publication_sql(name: str, tables: Collection[Table], server_version: int) -> str:
@@ -53,25 +53,26 @@ def publication_sql(name: str, tables: Collection[Table], server_version: int) -
         tables: What to stream, checked by ``check_tables``.
         server_version: As ``server_version_num``.
     """
-    return f"CREATE PUBLICATION {quote(name)} {_for_tables(tables)}{_with(tables, server_version)};"
+    clauses = f"{_for_clause(tables)}{_with_clause(tables, server_version)}"
+    return f"CREATE PUBLICATION {quote_identifier(name)} {clauses};"
 
 
-def _for_tables(tables: Iterable[Table]) -> str:
+def _for_clause(tables: Iterable[Table]) -> str:
     return "FOR TABLE " + ", ".join(
         # A partitioned table brings its partitions, those of later too. ONLY keeps out the
         # inheritance children of any other.
-        ("" if table.kind is TableKind.PARTITIONED else "ONLY ") + _qualified(table.name)
+        ("" if table.kind is TableKind.PARTITIONED else "ONLY ") + _quote_table(table.name)
         for table in sorted(tables, key=lambda table: table.name)
     )
 
 
-def _with(tables: Iterable[Table], server_version: int) -> str:
-    if server_version < GENERATED_COLUMNS_VERSION or not _any_generated(tables):
+def _with_clause(tables: Iterable[Table], server_version: int) -> str:
+    if server_version < GENERATED_COLUMNS_VERSION or not _has_generated_column(tables):
         return ""
     return " WITH (publish_generated_columns = stored)"
 
 
-def _any_generated(tables: Iterable[Table]) -> bool:
+def _has_generated_column(tables: Iterable[Table]) -> bool:
     return any(column.is_generated for table in tables for column in table.columns)
 
 
@@ -82,7 +83,9 @@ def check_tables(tables: Collection[Table]) -> None:
         SetupError: Names all of them, with the SQL that mends each.
     """
     streamed = {table.name for table in tables}
-    problems = [(table, problem) for table in tables if (problem := _problem(table, streamed))]
+    problems = [
+        (table, problem) for table in tables if (problem := _streaming_problem(table, streamed))
+    ]
     if not problems:
         return
     raise SetupError(
@@ -94,7 +97,9 @@ def check_tables(tables: Collection[Table]) -> None:
     )
 
 
-def _problem(table: Table, streamed: AbstractSet[TableName]) -> tuple[str, tuple[str, ...]] | None:
+def _streaming_problem(
+    table: Table, streamed: AbstractSet[TableName]
+) -> tuple[str, tuple[str, ...]] | None:
     if table.partition_of in streamed:
         return f'is a partition of "{table.partition_of}", under whose name its rows come.', ()
     if table.kind not in (TableKind.TABLE, TableKind.PARTITIONED):
@@ -103,12 +108,12 @@ def _problem(table: Table, streamed: AbstractSet[TableName]) -> tuple[str, tuple
     if table.is_unlogged:
         return (
             "is unlogged: its rows are not in the WAL.",
-            tuple(f"ALTER TABLE {_qualified(part)} SET LOGGED;" for part in parts),
+            tuple(f"ALTER TABLE {_quote_table(part)} SET LOGGED;" for part in parts),
         )
-    if table.replica_identity is ReplicaIdentity.NOTHING or not table.identity_columns:
+    if table.replica_identity is ReplicaIdentity.NOTHING or not table.replica_identity_columns:
         return (
             "has no replica identity: updates and deletes of it would be lost.",
-            tuple(f"ALTER TABLE {_qualified(part)} REPLICA IDENTITY FULL;" for part in parts),
+            tuple(f"ALTER TABLE {_quote_table(part)} REPLICA IDENTITY FULL;" for part in parts),
         )
     return None
 
@@ -129,7 +134,7 @@ def check_publication(
             code="publication_missing",
         )
     wanted = frozenset(leaf for table in tables for leaf in (table.leaves or (table.name,)))
-    needs_generated = server_version >= GENERATED_COLUMNS_VERSION and _any_generated(
+    needs_generated = server_version >= GENERATED_COLUMNS_VERSION and _has_generated_column(
         table for table in tables if table.replica_identity is ReplicaIdentity.FULL
     )
     detail = " ".join(_differences(found, wanted, needs_generated=needs_generated))
@@ -138,16 +143,18 @@ def check_publication(
             f'publication "{name}" is not what is needed',
             detail=detail,
             hint="Run as the owner of the tables or a superuser:"
-            f" BEGIN; DROP PUBLICATION {quote(name)}; {create} COMMIT;",
+            f" BEGIN; DROP PUBLICATION {quote_identifier(name)}; {create} COMMIT;",
             code="publication_mismatch",
         )
 
 
-def missed_by(found: Publication | None, tables: Iterable[Table]) -> frozenset[TableName]:
+def tables_not_fully_published(
+    found: Publication | None, tables: Iterable[Table]
+) -> frozenset[TableName]:
     """Return the tables of which not every change is published."""
-    if found is None or found.via_root or not found.is_complete:
+    if found is None or found.is_via_root or not found.publishes_all_actions:
         return frozenset(table.name for table in tables)
-    whole = found.tables - found.narrowed
+    whole = found.tables - found.partial_tables
     return frozenset(
         table.name for table in tables if not whole.issuperset(table.leaves or (table.name,))
     )
@@ -156,24 +163,24 @@ def missed_by(found: Publication | None, tables: Iterable[Table]) -> frozenset[T
 def _differences(
     found: Publication, wanted: frozenset[TableName], *, needs_generated: bool
 ) -> Iterable[str]:
-    if found.is_open:
+    if found.includes_future_tables:
         yield (
             "It is for all tables, or all of a schema: one without a key would have its updates"
             " refused."
         )
     if missing := wanted - found.tables:
-        yield f"It lacks {_listed(missing)}."
+        yield f"It lacks {_quoted_list(missing)}."
     if superfluous := found.tables - wanted:
-        yield f"It has {_listed(superfluous)} that nobody asked for."
-    if narrowed := found.narrowed & wanted:
-        yield f"It leaves out rows or columns of {_listed(narrowed)}."
-    if found.via_root:
+        yield f"It has {_quoted_list(superfluous)} that nobody asked for."
+    if narrowed := found.partial_tables & wanted:
+        yield f"It leaves out rows or columns of {_quoted_list(narrowed)}."
+    if found.is_via_root:
         yield "publish_via_partition_root is on, which hides moves between partitions."
-    if not found.is_complete:
+    if not found.publishes_all_actions:
         yield "It doesn't publish all of insert, update, delete, truncate."
     if needs_generated and not found.has_generated_columns:
         yield "It leaves out generated columns of whole rows: updates of them would be refused."
 
 
-def _listed(names: Iterable[TableName]) -> str:
+def _quoted_list(names: Iterable[TableName]) -> str:
     return ", ".join(f'"{name}"' for name in sorted(names))

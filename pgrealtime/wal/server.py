@@ -19,13 +19,13 @@ from pgrealtime.errors import (
     WalError,
 )
 from pgrealtime.lsn import LSN, parse_lsn
-from pgrealtime.observe.redact import without_values
-from pgrealtime.postgres.url import settings_of
-from pgrealtime.wal.publication import quote
+from pgrealtime.observe.redact import message_without_values
+from pgrealtime.postgres.url import parse_database_url
+from pgrealtime.wal.publication import quote_identifier
 
-Connection: TypeAlias = psycopg.AsyncConnection[tuple[Any, ...]]
+DatabaseConnection: TypeAlias = psycopg.AsyncConnection[tuple[Any, ...]]
 
-_PINNED = SQL(
+_PINNED_SETTINGS = SQL(
     "SET search_path = pg_catalog; SET DateStyle = ISO; SET TimeZone = UTC;"
     " SET IntervalStyle = postgres; SET extra_float_digits = 1; SET bytea_output = hex;"
     " SET client_encoding = UTF8"
@@ -62,16 +62,16 @@ class ServerFacts:
     is_standby: bool
     wal_sender_timeout: float
     """Seconds; 0 is never."""
-    standby_names: str
+    synchronous_standby_names: str
     """``synchronous_standby_names``."""
     application_name: str
     """Ours, as the server knows it."""
-    slot_wal_limit: int
+    max_slot_wal_keep_mb: int
     """``max_slot_wal_keep_size`` in megabytes; -1 is none."""
 
 
 @asynccontextmanager
-async def connect(url: str) -> AsyncIterator[Connection]:
+async def open_replication_connection(url: str) -> AsyncIterator[DatabaseConnection]:
     """Open a replication connection to the database, and close it at the end.
 
     Raises:
@@ -89,8 +89,8 @@ async def connect(url: str) -> AsyncIterator[Connection]:
     except psycopg.OperationalError as error:
         raise await _explain_refusal(url, error) from error
     try:
-        with translated():
-            await connection.execute(_PINNED)
+        with translate_driver_errors():
+            await connection.execute(_PINNED_SETTINGS)
         yield connection
     finally:
         # Not "async with": its commit is refused while the stream runs.
@@ -98,7 +98,7 @@ async def connect(url: str) -> AsyncIterator[Connection]:
 
 
 @contextmanager
-def translated() -> Iterator[None]:
+def translate_driver_errors() -> Iterator[None]:
     """Raise what the driver raises while things are set up as our own errors."""
     try:
         yield
@@ -107,21 +107,25 @@ def translated() -> Iterator[None]:
             "the server went away while the stream was set up", detail=str(error).strip()
         ) from error
     except psycopg.Error as error:
-        raise WalError("the stream can't be set up", detail=without_values(error)) from error
+        raise WalError(
+            "the stream can't be set up", detail=message_without_values(error)
+        ) from error
 
 
-async def connect_plainly(url: str) -> Connection:
+async def open_ordinary_connection(url: str) -> DatabaseConnection:
     """Open an ordinary connection in autocommit, to ask something beside the stream.
 
     Raises:
         psycopg.Error: As the driver has it.
     """
-    connection: Connection = await psycopg.AsyncConnection.connect(_conninfo(url), autocommit=True)
+    connection: DatabaseConnection = await psycopg.AsyncConnection.connect(
+        _conninfo(url), autocommit=True
+    )
     return connection
 
 
 def _conninfo(url: str, **more: str) -> str:
-    settings: dict[str, Any] = {**_CONNECT_DEFAULTS, **settings_of(url), **more}
+    settings: dict[str, Any] = {**_CONNECT_DEFAULTS, **parse_database_url(url), **more}
     return make_conninfo("", **settings)
 
 
@@ -131,7 +135,7 @@ async def _explain_refusal(url: str, error: psycopg.OperationalError) -> PgRealt
     The refusal itself has no SQLSTATE, and its text is in the server's language.
     """
     try:
-        async with await connect_plainly(url) as connection:
+        async with await open_ordinary_connection(url) as connection:
             cursor = await connection.execute(
                 "SELECT current_user, r.rolreplication OR r.rolsuper,"
                 " current_setting('wal_level'),"
@@ -141,15 +145,15 @@ async def _explain_refusal(url: str, error: psycopg.OperationalError) -> PgRealt
             )
             row = await cursor.fetchone()
     except psycopg.Error:
-        return _unreachable(error)
+        return _unreachable_error(error)
     if row is None:
-        return _unreachable(error)
+        return _unreachable_error(error)
     role, may_replicate, wal_level, senders, max_senders = row
     if not may_replicate:
         return SetupError(
             f'role "{role}" may not read the replication stream',
             detail="It lacks the REPLICATION attribute.",
-            hint=f"Run as a superuser: ALTER ROLE {quote(role)} REPLICATION;",
+            hint=f"Run as a superuser: ALTER ROLE {quote_identifier(role)} REPLICATION;",
             code="replication_attribute_missing",
         )
     if wal_level != "logical":
@@ -170,7 +174,7 @@ async def _explain_refusal(url: str, error: psycopg.OperationalError) -> PgRealt
     )
 
 
-def _unreachable(error: psycopg.OperationalError) -> DatabaseUnreachableError:
+def _unreachable_error(error: psycopg.OperationalError) -> DatabaseUnreachableError:
     return DatabaseUnreachableError("the database can't be reached", detail=str(error).strip())
 
 
@@ -183,7 +187,7 @@ def wal_level_error(wal_level: str) -> SetupError:
     )
 
 
-async def identify(connection: Connection) -> tuple[SystemIdentity, LSN]:
+async def identify_system(connection: DatabaseConnection) -> tuple[SystemIdentity, LSN]:
     """Return which system and timeline the connection reached, and how far its WAL goes."""
     row = await (await connection.execute("IDENTIFY_SYSTEM")).fetchone()
     assert row is not None
@@ -192,7 +196,7 @@ async def identify(connection: Connection) -> tuple[SystemIdentity, LSN]:
     return system, parse_lsn(flushed)
 
 
-async def read_facts(connection: Connection) -> ServerFacts:
+async def read_server_facts(connection: DatabaseConnection) -> ServerFacts:
     """Return what of the server matters here.
 
     Raises:
@@ -216,9 +220,9 @@ async def read_facts(connection: Connection) -> ServerFacts:
         wal_level=wal_level,
         is_standby=is_standby,
         wal_sender_timeout=timeout_ms / 1000,
-        standby_names=standby_names,
+        synchronous_standby_names=standby_names,
         application_name=application_name,
-        slot_wal_limit=slot_wal_limit,
+        max_slot_wal_keep_mb=slot_wal_limit,
     )
     if facts.is_standby:
         raise SetupError(

@@ -24,12 +24,17 @@ from pgrealtime.errors import (
 )
 from pgrealtime.lsn import LSN, parse_lsn
 from pgrealtime.wal import durable
-from pgrealtime.wal.publication import Publication, check_publication, check_tables, quote
-from pgrealtime.wal.server import Connection, ServerFacts, connect_plainly
+from pgrealtime.wal.publication import (
+    Publication,
+    check_publication,
+    check_tables,
+    quote_identifier,
+)
+from pgrealtime.wal.server import DatabaseConnection, ServerFacts, open_ordinary_connection
 
 Plugin: TypeAlias = Literal["wal2json", "pgoutput"]
 
-_WAIT_SECONDS = 2.0
+_WAIT_REPORT_SECONDS = 2.0
 """A slot that takes longer than this to make waits for somebody: say for whom."""
 
 
@@ -56,8 +61,8 @@ class Slot:
     """Whether it stays when the connection that made it ends."""
 
 
-async def choose(
-    connection: Connection,
+async def acquire_slot(
+    connection: DatabaseConnection,
     url: str,
     config: ReplicationConfig,
     *,
@@ -76,7 +81,7 @@ async def choose(
         SlotBusyError: As ``create``.
     """
     check_tables(tables)
-    if config.slot.durable and (found := await _take(connection, config, facts)):
+    if config.slot.durable and (found := await _reuse_durable_slot(connection, config, facts)):
         if found.plugin == "pgoutput":
             await _check_publication(connection, config, tables, facts)
         return found, ""
@@ -84,7 +89,7 @@ async def choose(
     if config.plugin != "pgoutput":
         try:
             _check_encoding("wal2json", facts)
-            return await create(connection, url, "wal2json", config, on_wait=on_wait), ""
+            return await create_slot(connection, url, "wal2json", config, on_wait=on_wait), ""
         except SetupError as error:
             if config.plugin == "wal2json":
                 raise
@@ -94,23 +99,23 @@ async def choose(
         # Before the slot: a change older than the publication stops the decoder for good up to
         # PostgreSQL 17, and from 18 on a missing publication is silence.
         await _check_publication(connection, config, tables, facts)
-        slot = await create(connection, url, "pgoutput", config, on_wait=on_wait)
+        slot = await create_slot(connection, url, "pgoutput", config, on_wait=on_wait)
     except SetupError as error:
-        raise (error if refusal is None else _neither(refusal, error)) from error
+        raise (error if refusal is None else _no_decoder_error(refusal, error)) from error
     return slot, "" if refusal is None else refusal.message
 
 
-async def rehearse(
-    connection: Connection,
+async def dry_run_slot(
+    connection: DatabaseConnection,
     url: str,
     config: ReplicationConfig,
     *,
     facts: ServerFacts,
     tables: Collection[Table],
-    seconds: float,
+    create_timeout_seconds: float,
     on_wait: Callable[[SlotWait], None] | None = None,
 ) -> tuple[Slot, str]:
-    """Make what ``choose`` would make or take, but for a moment: a temporary slot.
+    """Make what ``acquire_slot`` would make or take, but for a moment: a temporary slot.
 
     Args:
         connection: Of ``connect``.
@@ -118,23 +123,23 @@ async def rehearse(
         config: What is wanted.
         facts: Of the server.
         tables: What is to be streamed.
-        seconds: How long making it may take.
+        create_timeout_seconds: How long making it may take.
         on_wait: As in ``create``.
 
     Raises:
         PgRealtimeError: Whatever would keep the stream from being read.
     """
     plugin = config.plugin
-    if config.slot.durable and (standing := await check_durable(connection, config, facts)):
+    if config.slot.durable and (standing := await find_durable_slot(connection, config, facts)):
         plugin = "wal2json" if standing.plugin == "wal2json" else "pgoutput"
-    moment = {"durable": False, "failover": False, "create_timeout": seconds}
+    moment = {"durable": False, "failover": False, "create_timeout": create_timeout_seconds}
     slot = config.slot.model_copy(update=moment)
     config = config.model_copy(update={"slot": slot, "plugin": plugin})
-    return await choose(connection, url, config, facts=facts, tables=tables, on_wait=on_wait)
+    return await acquire_slot(connection, url, config, facts=facts, tables=tables, on_wait=on_wait)
 
 
-async def _take(
-    connection: Connection, config: ReplicationConfig, facts: ServerFacts
+async def _reuse_durable_slot(
+    connection: DatabaseConnection, config: ReplicationConfig, facts: ServerFacts
 ) -> Slot | None:
     """Return the durable slot if it is there and can be read; make room if it can't any more.
 
@@ -142,47 +147,50 @@ async def _take(
         SetupError: There is another slot of that name, or none may be made.
         SlotBusyError: What can't be read is being read.
     """
-    standing = await check_durable(connection, config, facts)
+    standing = await find_durable_slot(connection, config, facts)
     if standing is None:
         return None
     if standing.is_lost:
-        await durable.drop(connection, standing)
+        await durable.drop_slot(connection, standing)
         return None
     if config.slot.failover and not standing.has_failover:
-        await durable.set_failover(connection, standing)
+        await durable.enable_failover(connection, standing)
     plugin: Plugin = "wal2json" if standing.plugin == "wal2json" else "pgoutput"
     return Slot(
-        name=standing.name, plugin=plugin, start_lsn=standing.confirmed_flush, is_durable=True
+        name=standing.name, plugin=plugin, start_lsn=standing.confirmed_flush_lsn, is_durable=True
     )
 
 
-async def check_durable(
-    connection: Connection, config: ReplicationConfig, facts: ServerFacts
-) -> durable.Standing | None:
+async def find_durable_slot(
+    connection: DatabaseConnection, config: ReplicationConfig, facts: ServerFacts
+) -> durable.SlotStatus | None:
     """Return the slot that has the durable one's name, if any, once all is well with it.
 
     Raises:
         SetupError: It can't be read by us, or none may be made.
     """
-    standing = await durable.find(connection, config.slot.name)
-    durable.check(
+    standing = await durable.find_slot(connection, config.slot.name)
+    durable.check_slot(
         config,
         standing,
         database=connection.info.dbname,
-        version=facts.version,
-        slot_wal_limit=facts.slot_wal_limit,
+        server_version=facts.version,
+        max_slot_wal_keep_mb=facts.max_slot_wal_keep_mb,
     )
     return standing
 
 
 async def _check_publication(
-    connection: Connection, config: ReplicationConfig, tables: Collection[Table], facts: ServerFacts
+    connection: DatabaseConnection,
+    config: ReplicationConfig,
+    tables: Collection[Table],
+    facts: ServerFacts,
 ) -> None:
     found = await read_publication(connection, config.publication)
     check_publication(config.publication, found, tables, facts.version)
 
 
-def _neither(wal2json: SetupError, pgoutput: SetupError) -> SetupError:
+def _no_decoder_error(wal2json: SetupError, pgoutput: SetupError) -> SetupError:
     """Return the error of a server on which both decoders fail: either can be mended."""
     return SetupError(
         "neither wal2json nor pgoutput can be used",
@@ -210,7 +218,7 @@ def _check_encoding(plugin: Plugin, facts: ServerFacts) -> None:
     )
 
 
-async def read_publication(connection: Connection, name: str) -> Publication | None:
+async def read_publication(connection: DatabaseConnection, name: str) -> Publication | None:
     """Return the publication of that name in the connection's database."""
     row = await (
         await connection.execute(
@@ -238,16 +246,18 @@ async def read_publication(connection: Connection, name: str) -> Publication | N
     ).fetchall()
     return Publication(
         tables=frozenset(TableName(schema, table) for schema, table, _ in tables),
-        narrowed=frozenset(TableName(schema, table) for schema, table, part in tables if part),
-        is_open=is_open,
-        via_root=via_root,
-        is_complete=is_complete,
+        partial_tables=frozenset(
+            TableName(schema, table) for schema, table, part in tables if part
+        ),
+        includes_future_tables=is_open,
+        is_via_root=via_root,
+        publishes_all_actions=is_complete,
         has_generated_columns=has_generated_columns,
     )
 
 
-async def create(
-    connection: Connection,
+async def create_slot(
+    connection: DatabaseConnection,
     url: str,
     plugin: Plugin,
     config: ReplicationConfig,
@@ -287,17 +297,17 @@ async def create(
 
 
 async def _run_create(
-    connection: Connection, command: str, plugin: Plugin, seconds: float
+    connection: DatabaseConnection, command: str, plugin: Plugin, timeout_seconds: float
 ) -> LSN | PgRealtimeError:
     try:
         # Running out of time cancels the command on the server as well, which leaves no slot.
         # statement_timeout would not end this wait.
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(timeout_seconds):
             cursor = await connection.execute(command.encode())
             row = await cursor.fetchone()
     except TimeoutError:
         return SlotBusyError(
-            f"no slot could be made within {seconds:g} s",
+            f"no slot could be made within {timeout_seconds:g} s",
             detail="Making one waits for all transactions that have written and are open,"
             " prepared ones too, in every database of the server.",
             hint="Look for old ones in pg_stat_activity (xact_start) and pg_prepared_xacts.",
@@ -350,16 +360,16 @@ async def _watch_wait(
     if on_wait is None:
         return
     while True:
-        await asyncio.sleep(_WAIT_SECONDS)
+        await asyncio.sleep(_WAIT_REPORT_SECONDS)
         try:
-            async with await connect_plainly(url) as connection:
+            async with await open_ordinary_connection(url) as connection:
                 on_wait(await _read_wait(connection, backend_pid))
         except psycopg.Error:
             # It only explains. Whether the slot gets made is told by the making.
             continue
 
 
-async def _read_wait(connection: Connection, backend_pid: int) -> SlotWait:
+async def _read_wait(connection: DatabaseConnection, backend_pid: int) -> SlotWait:
     row = await (
         await connection.execute(
             "SELECT pg_catalog.pg_blocking_pids(%s),"
@@ -373,7 +383,9 @@ async def _read_wait(connection: Connection, backend_pid: int) -> SlotWait:
     return SlotWait(pids=pids, prepared=() if pids else tuple(row[1]))
 
 
-async def start(connection: Connection, slot: Slot, options: dict[str, str]) -> None:
+async def start_replication(
+    connection: DatabaseConnection, slot: Slot, options: dict[str, str]
+) -> None:
     """Start streaming from the slot; from here on the connection carries nothing else.
 
     Raises:
@@ -383,9 +395,10 @@ async def start(connection: Connection, slot: Slot, options: dict[str, str]) -> 
     # The replication commands have a grammar of their own: no parameters, and no E'' strings as
     # the driver would quote a backslash.
     listed = ", ".join(
-        f"{quote(name)} '{value.replace(chr(39), chr(39) * 2)}'" for name, value in options.items()
+        f"{quote_identifier(name)} '{value.replace(chr(39), chr(39) * 2)}'"
+        for name, value in options.items()
     )
-    command = f"START_REPLICATION SLOT {quote(slot.name)} LOGICAL 0/0 ({listed})"
+    command = f"START_REPLICATION SLOT {quote_identifier(slot.name)} LOGICAL 0/0 ({listed})"
     try:
         await connection.execute(command.encode())
     except psycopg.Error as error:

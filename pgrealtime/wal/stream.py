@@ -18,7 +18,7 @@ from psycopg import errors as pg
 from psycopg import pq
 
 from pgrealtime.catalog.model import Table
-from pgrealtime.changes import Oversized, Transaction
+from pgrealtime.changes import OversizedTransaction, Transaction
 from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.errors import (
     PgRealtimeError,
@@ -27,45 +27,45 @@ from pgrealtime.errors import (
     UnexpectedMessageError,
 )
 from pgrealtime.lsn import LSN
-from pgrealtime.observe.redact import names_no_values
+from pgrealtime.observe.redact import is_free_of_row_values
 from pgrealtime.wal import pgoutput, server, wal2json
 from pgrealtime.wal import slot as slots
 from pgrealtime.wal.assembler import RecordKeys, TransactionAssembler, default_record_keys
-from pgrealtime.wal.feedback import MOVE_SECONDS, Feedback
+from pgrealtime.wal.feedback import CONFIRM_SECONDS, Feedback
 from pgrealtime.wal.message import Commit, Decoder
-from pgrealtime.wal.server import Connection, ServerFacts, SystemIdentity
+from pgrealtime.wal.server import DatabaseConnection, ServerFacts, SystemIdentity
 from pgrealtime.wal.slot import Plugin, Slot, SlotWait
-from pgrealtime.wal.visible_lsn import could_be_taken_for_standby, watch_visibility
+from pgrealtime.wal.visible_lsn import may_match_standby_names, watch_visible_lsn
 from pgrealtime.wal.wire import PrimaryKeepalive, StandbyStatusUpdate, format_status, parse_message
 
-Batch = list[Transaction | Oversized]
+TransactionBatch = list[Transaction | OversizedTransaction]
 
-_STATUS_SECONDS = 10.0
+_MAX_STATUS_SECONDS = 10.0
 """Between status updates at the most, also where wal_sender_timeout is long or off."""
 
-_REHEARSAL_SECONDS = 10.0
+_DRY_RUN_SECONDS = 10.0
 """Making a slot waits for open transactions; who only wants to know has better things to do."""
 
-_SLICE_SECONDS = 0.005
+_MAX_DRAIN_SECONDS = 0.005
 """One drain of the socket ends after this, so that a flood doesn't keep the loop to itself."""
 
-_SILENCE_SECONDS = 300.0
+_DEFAULT_SILENCE_SECONDS = 300.0
 """Where the server itself has no wal_sender_timeout: how long it may say nothing at all."""
 
 _LOAD_MESSAGES = 64
 """A drain that brought so many is load: then waiting a little makes wake-ups fewer, on both sides.
 A lone event is far below and is never delayed."""
 
-_COOLING_SECONDS = 0.001
+_THROTTLE_SECONDS = 0.001
 
-_QUEUE_BYTES = 8 * 1024 * 1024
+_MAX_BATCH_BYTES = 8 * 1024 * 1024
 """What may wait for the consumer, in decoder bytes, before reading pauses."""
 
 
-class _Reading(Enum):
+class _ReadState(Enum):
     OPEN = "open"
     """The loop wakes us when the socket has something."""
-    COOLING = "cooling"
+    THROTTLED = "cooling"
     """Under load: waits a moment so that the next read finds more."""
     PAUSED = "paused"
     """The consumer has enough to do."""
@@ -82,32 +82,32 @@ class WalStream:
 
     def __init__(
         self,
-        connection: Connection,
+        connection: DatabaseConnection,
         slot: Slot,
         decoder: Decoder,
         *,
         tables: Collection[Table],
         facts: ServerFacts,
         system: SystemIdentity,
-        reach: LSN,
-        reason: str,
-        max_pause: float,
-        max_transaction_size: int,
+        initial_wal_end: LSN,
+        plugin_reason: str,
+        max_pause_seconds: float,
+        max_transaction_bytes: int,
         record_keys: RecordKeys | None = None,
     ) -> None:
         self.plugin = slot.plugin
-        self.reason = reason
+        self.plugin_reason = plugin_reason
         """Why this decoder and not the other; empty if it was told."""
         self.system = system
         self.start_lsn = slot.start_lsn
         self.slot_name = slot.name
         self.is_durable = slot.is_durable
         """Whether the next stream begins with what was not yet let go of this one."""
-        self.reach = reach
+        self.initial_wal_end = initial_wal_end
         """Up to where the server's WAL went when the stream was opened."""
         self.wal_end = slot.start_lsn
         """The last that is known of the end of the server's WAL."""
-        self.last_heard = time.monotonic()
+        self.last_received_at = time.monotonic()
         """Monotonic seconds of the last sign of life."""
         self._loop = asyncio.get_running_loop()
         self._pgconn = connection.pgconn
@@ -115,109 +115,112 @@ class WalStream:
         self._socket = connection.pgconn.socket
         self._decoder = decoder
         self._assembler = TransactionAssembler(
-            max_size=max_transaction_size,
+            max_bytes=max_transaction_bytes,
             record_keys={**default_record_keys(tables), **(record_keys or {})},
         )
-        self._max_pause = max_pause
+        self._max_pause_seconds = max_pause_seconds
         status_interval = _status_interval(facts.wal_sender_timeout)
         self._feedback = Feedback(
-            slot.start_lsn, interval=status_interval, now=self._loop.time(), is_log=slot.is_durable
+            slot.start_lsn,
+            interval=status_interval,
+            now=self._loop.time(),
+            is_durable=slot.is_durable,
         )
-        self._tick_seconds = min(status_interval, MOVE_SECONDS)
-        self._silence_seconds = facts.wal_sender_timeout or _SILENCE_SECONDS
+        self._tick_seconds = min(status_interval, CONFIRM_SECONDS)
+        self._silence_seconds = facts.wal_sender_timeout or _DEFAULT_SILENCE_SECONDS
         self._silent_ticks = 0
         """Not seconds: after a moment in which we did nothing, what came is still to be read."""
-        self._reading = _Reading.ENDED
-        self._batch: Batch = []
+        self._read_state = _ReadState.ENDED
+        self._batch: TransactionBatch = []
         self._batch_bytes = 0
-        self._changed = asyncio.Event()
+        self._wakeup = asyncio.Event()
         self._error: PgRealtimeError | None = None
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     def __aiter__(self) -> WalStream:
         return self
 
-    async def __anext__(self) -> Batch:
+    async def __anext__(self) -> TransactionBatch:
         while not self._batch:
             if self._error is not None:
                 raise self._error
-            self._changed.clear()
-            await self._changed.wait()
+            self._wakeup.clear()
+            await self._wakeup.wait()
         batch, self._batch, self._batch_bytes = self._batch, [], 0
-        if self._reading is _Reading.PAUSED:
-            self._open()
+        if self._read_state is _ReadState.PAUSED:
+            self._resume_reading()
         return batch
 
-    def keep(self, end_lsn: LSN) -> None:
+    def confirm(self, end_lsn: LSN) -> None:
         """Say that everything up to the end of that transaction is safe: the server may forget it.
 
         Raises:
             ValueError: No such transaction was handed out by this stream.
         """
-        self._feedback.kept(end_lsn)
+        self._feedback.confirm(end_lsn)
 
-    def quiet_after(self, end_lsn: LSN) -> LSN:
+    def empty_until(self, end_lsn: LSN) -> LSN:
         """Return up to where it is known that nothing follows the transaction that ends there."""
-        return self._feedback.quiet_after(end_lsn)
+        return self._feedback.empty_until(end_lsn)
 
-    def ask(self) -> None:
-        """Have the server say how far it has read; what it says moves ``quiet_after``."""
-        if self._reading is _Reading.ENDED:
+    def request_keepalive(self) -> None:
+        """Have the server say how far it has read; what it says moves ``empty_until``."""
+        if self._read_state is _ReadState.ENDED:
             return
-        with self._guarded():
-            self._feedback.ask(self._loop.time())
+        with self._ending_on_error():
+            self._feedback.request_keepalive(self._loop.time())
             self._send(self._feedback.due(self._loop.time()))
 
-    def let_go(self, lsn: LSN) -> None:
+    def release(self, lsn: LSN) -> None:
         """Say that nobody needs what ends up to there; as far as it came on this connection."""
-        self._feedback.let_go(lsn)
+        self._feedback.release(lsn)
 
-    def bound(self, lsn: LSN) -> None:
+    def limit_confirmation(self, lsn: LSN) -> None:
         """Move the slot up to there and no further, until told anew."""
-        self._feedback.bound(lsn)
+        self._feedback.limit_confirmation(lsn)
 
     def start(self) -> None:
         """Begin to read; called by ``open_stream``."""
         self._pgconn.nonblocking = 1
         self._tick()
         # What came together with the answer to START_REPLICATION is read from the socket already.
-        self._cool(0)
+        self._throttle(0)
 
     def stop(self) -> None:
         """Say what was kept last and let go of the socket; called by ``open_stream``."""
-        if self._reading is _Reading.ENDED:
+        if self._read_state is _ReadState.ENDED:
             return
         with suppress(psycopg.Error):
-            self._send(self._feedback.last())
-        self._end(StreamInterruptedError("the stream was closed", code="stream_closed"))
+            self._send(self._feedback.final_updates())
+        self._end_with(StreamInterruptedError("the stream was closed", code="stream_closed"))
 
     # Reading
 
-    def _open(self) -> None:
-        self._cancel("cooling")
-        self._cancel("pause")
-        self._reading = _Reading.OPEN
+    def _resume_reading(self) -> None:
+        self._cancel_timer("cooling")
+        self._cancel_timer("pause")
+        self._read_state = _ReadState.OPEN
         self._loop.add_reader(self._socket, self._on_readable)
 
-    def _cool(self, seconds: float) -> None:
+    def _throttle(self, seconds: float) -> None:
         """Come back later, whether or not the socket wakes us: bytes may wait in TLS."""
         self._loop.remove_reader(self._socket)
-        self._reading = _Reading.COOLING
-        self._set("cooling", seconds, self._on_cooled)
+        self._read_state = _ReadState.THROTTLED
+        self._set_timer("cooling", seconds, self._on_throttle_over)
 
-    def _on_cooled(self) -> None:
-        self._open()
+    def _on_throttle_over(self) -> None:
+        self._resume_reading()
         self._on_readable()
 
-    def _pause(self) -> None:
+    def _pause_reading(self) -> None:
         self._loop.remove_reader(self._socket)
-        self._reading = _Reading.PAUSED
-        self._set("pause", self._max_pause, self._on_pause_over)
+        self._read_state = _ReadState.PAUSED
+        self._set_timer("pause", self._max_pause_seconds, self._on_pause_over)
 
     def _on_pause_over(self) -> None:
-        self._end(
+        self._end_with(
             StreamInterruptedError(
-                f"delivery was held up for {self._max_pause:g} s",
+                f"delivery was held up for {self._max_pause_seconds:g} s",
                 detail="A reader that doesn't read can hold up the server's checkpoints, so the"
                 " connection was given up.",
                 code="delivery_held_up",
@@ -225,22 +228,22 @@ class WalStream:
         )
 
     def _on_readable(self) -> None:
-        with self._guarded():
+        with self._ending_on_error():
             count, is_dry = self._drain()
             self._send(self._feedback.due(self._loop.time()))
             if self._batch:
-                self._changed.set()
-            if self._batch_bytes > _QUEUE_BYTES:
-                self._pause()
+                self._wakeup.set()
+            if self._batch_bytes > _MAX_BATCH_BYTES:
+                self._pause_reading()
             elif not is_dry:
-                self._cool(0)
+                self._throttle(0)
             elif count >= _LOAD_MESSAGES:
-                self._cool(_COOLING_SECONDS)
+                self._throttle(_THROTTLE_SECONDS)
 
     def _drain(self) -> tuple[int, bool]:
         """Take what the socket holds; return how many messages that were and if it was all."""
-        pgconn, take = self._pgconn, self._take
-        until = self._loop.time() + _SLICE_SECONDS
+        pgconn, take = self._pgconn, self._handle_payload
+        until = self._loop.time() + _MAX_DRAIN_SECONDS
         count = 0
         while True:
             pgconn.consume_input()
@@ -251,19 +254,19 @@ class WalStream:
                 take(data)
                 length, data = pgconn.get_copy_data(1)
             if length < 0:
-                raise _end_of_stream(pgconn)
+                raise _end_of_stream_error(pgconn)
             is_dry = count == before
-            if is_dry or self._loop.time() > until or self._batch_bytes > _QUEUE_BYTES:
+            if is_dry or self._loop.time() > until or self._batch_bytes > _MAX_BATCH_BYTES:
                 break
         if count:
             self._silent_ticks = 0
-            self.last_heard = time.monotonic()
+            self.last_received_at = time.monotonic()
         return count, is_dry
 
-    def _take(self, data: memoryview) -> None:
+    def _handle_payload(self, data: memoryview) -> None:
         received = parse_message(data)
         if isinstance(received, PrimaryKeepalive):
-            self._take_keepalive(received)
+            self._handle_keepalive(received)
             return
         message = self._decoder.decode(received)
         if message is None:
@@ -271,36 +274,36 @@ class WalStream:
         done = self._assembler.feed(message, len(received))
         if done is not None:
             self._batch.append(done)
-            self._batch_bytes += done.size if isinstance(done, Transaction) else 0
-            self._feedback.handed(done.end_lsn)
+            self._batch_bytes += done.size_bytes if isinstance(done, Transaction) else 0
+            self._feedback.record_handed_out(done.end_lsn)
             self.wal_end = max(self.wal_end, done.end_lsn)
         elif isinstance(message, Commit):
-            self._feedback.quiet(message.end_lsn)
+            self._feedback.record_quiet(message.end_lsn)
             self.wal_end = max(self.wal_end, message.end_lsn)
 
-    def _take_keepalive(self, keepalive: PrimaryKeepalive) -> None:
+    def _handle_keepalive(self, keepalive: PrimaryKeepalive) -> None:
         self.wal_end = max(self.wal_end, keepalive.wal_end)
         if self._assembler.is_open:
-            self._feedback.received(keepalive.wal_end)
+            self._feedback.record_received(keepalive.wal_end)
         else:
-            self._feedback.quiet(keepalive.wal_end)
+            self._feedback.record_quiet(keepalive.wal_end)
         if keepalive.reply_requested:
-            self._feedback.reply_requested()
+            self._feedback.record_reply_request()
 
     # Writing
 
     def _tick(self) -> None:
-        self._set("tick", self._tick_seconds, self._tick)
-        with self._guarded():
-            self._mind_silence()
+        self._set_timer("tick", self._tick_seconds, self._tick)
+        with self._ending_on_error():
+            self._check_silence()
             self._send(self._feedback.due(self._loop.time()))
 
-    def _mind_silence(self) -> None:
+    def _check_silence(self) -> None:
         """Give up a server that leaves every request for a sign of life unanswered.
 
         It may be gone without the network or a proxy telling us; it would give us up as well.
         """
-        if self._reading in (_Reading.PAUSED, _Reading.ENDED):
+        if self._read_state in (_ReadState.PAUSED, _ReadState.ENDED):
             return
         self._silent_ticks += 1
         if self._silent_ticks * self._tick_seconds > self._silence_seconds:
@@ -320,55 +323,55 @@ class WalStream:
 
     def _on_writable(self) -> None:
         self._loop.remove_writer(self._socket)
-        with self._guarded():
+        with self._ending_on_error():
             self._flush()
 
     # Ending
 
     @contextmanager
-    def _guarded(self) -> Iterator[None]:
+    def _ending_on_error(self) -> Iterator[None]:
         """End the stream on whatever goes wrong in a callback, where no caller would see it."""
         try:
             yield
         except PgRealtimeError as error:
-            self._end(error)
+            self._end_with(error)
         except psycopg.Error as error:
-            self._end(_translate(error))
+            self._end_with(_translate_error(error))
         except BaseException:
-            self._end(UnexpectedMessageError("reading the stream failed", code="internal"))
+            self._end_with(UnexpectedMessageError("reading the stream failed", code="internal"))
             raise
 
-    def _end(self, error: PgRealtimeError) -> None:
-        if self._reading is _Reading.ENDED:
+    def _end_with(self, error: PgRealtimeError) -> None:
+        if self._read_state is _ReadState.ENDED:
             return
-        self._reading = _Reading.ENDED
+        self._read_state = _ReadState.ENDED
         self._error = error
         for timer in self._timers.values():
             timer.cancel()
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
         self._pgconn.finish()
-        self._changed.set()
+        self._wakeup.set()
 
-    def _set(self, name: str, seconds: float, callback: Callable[[], None]) -> None:
+    def _set_timer(self, name: str, seconds: float, callback: Callable[[], None]) -> None:
         self._timers[name] = self._loop.call_later(seconds, callback)
 
-    def _cancel(self, name: str) -> None:
+    def _cancel_timer(self, name: str) -> None:
         if timer := self._timers.pop(name, None):
             timer.cancel()
 
 
-def _end_of_stream(pgconn: pq.abc.PGconn) -> PgRealtimeError:
+def _end_of_stream_error(pgconn: pq.abc.PGconn) -> PgRealtimeError:
     """Return why the server ended the stream."""
     result = pgconn.get_result()
     if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
-        return _translate(pg.error_from_result(result))
+        return _translate_error(pg.error_from_result(result))
     return StreamInterruptedError(
         "the server ended the stream", detail="It is shutting down, or was told to end us."
     )
 
 
-def _translate(error: psycopg.Error) -> PgRealtimeError:
+def _translate_error(error: psycopg.Error) -> PgRealtimeError:
     detail = str(error).strip()
     match error:
         case pg.ObjectNotInPrerequisiteState():
@@ -376,7 +379,7 @@ def _translate(error: psycopg.Error) -> PgRealtimeError:
         case _ if error.sqlstate is None or error.sqlstate.startswith(("57", "08")):
             return StreamInterruptedError("the connection to the server was lost", detail=detail)
         case _:
-            said = error.diag.message_primary if names_no_values(error.sqlstate) else None
+            said = error.diag.message_primary if is_free_of_row_values(error.sqlstate) else None
             code = f"SQLSTATE {error.sqlstate}"
             return StreamInterruptedError(
                 "the decoder failed on the server",
@@ -392,7 +395,7 @@ async def open_stream(
     config: ReplicationConfig,
     tables: Collection[Table],
     *,
-    max_transaction_size: int,
+    max_transaction_bytes: int,
     record_keys: RecordKeys | None = None,
     on_wait: Callable[[SlotWait], None] | None = None,
 ) -> AsyncIterator[WalStream]:
@@ -402,7 +405,7 @@ async def open_stream(
         url: A direct connection to the primary, with the REPLICATION right.
         config: Names, time-outs and the choice of the decoder.
         tables: What to stream; partitioned ones by their leaves.
-        max_transaction_size: Bytes of decoder output; a larger transaction comes as Oversized.
+        max_transaction_bytes: Bytes of decoder output; a larger transaction comes as Oversized.
         record_keys: By partitioned table the columns that say which record a row is, where that
             isn't the primary key: a move between partitions that leaves them alone is an Update.
         on_wait: Told for whom the making of the slot waits, if it takes long.
@@ -412,15 +415,15 @@ async def open_stream(
         SlotBusyError: No free slot or walsender, or making the slot took too long.
         DatabaseUnreachableError: Nobody answers, or the login is refused.
     """
-    async with server.connect(url) as connection:
-        with server.translated():
-            facts = await server.read_facts(connection)
-            system, reach = await server.identify(connection)
-            slot, reason = await slots.choose(
+    async with server.open_replication_connection(url) as connection:
+        with server.translate_driver_errors():
+            facts = await server.read_server_facts(connection)
+            system, reach = await server.identify_system(connection)
+            slot, reason = await slots.acquire_slot(
                 connection, url, config, facts=facts, tables=tables, on_wait=on_wait
             )
-            decoder, options = decoding(slot.plugin, tables, config)
-            await slots.start(connection, slot, options)
+            decoder, options = make_decoder(slot.plugin, tables, config)
+            await slots.start_replication(connection, slot, options)
         stream = WalStream(
             connection,
             slot,
@@ -428,21 +431,21 @@ async def open_stream(
             tables=tables,
             facts=facts,
             system=system,
-            reach=reach,
-            reason=reason,
-            max_pause=config.max_pause,
-            max_transaction_size=max_transaction_size,
+            initial_wal_end=reach,
+            plugin_reason=reason,
+            max_pause_seconds=config.max_pause,
+            max_transaction_bytes=max_transaction_bytes,
             record_keys=record_keys,
         )
         stream.start()
         try:
-            async with _slot_bounded(stream, url, facts):
+            async with _confirming_visible_only(stream, url, facts):
                 yield stream
         finally:
             stream.stop()
 
 
-async def rehearse_stream(
+async def dry_run_stream(
     url: str,
     config: ReplicationConfig,
     tables: Collection[Table],
@@ -462,30 +465,34 @@ async def rehearse_stream(
     Raises:
         PgRealtimeError: What would keep the stream from being opened.
     """
-    async with server.connect(url) as connection:
-        with server.translated():
-            facts = await server.read_facts(connection)
-            system, _ = await server.identify(connection)
-            slot, reason = await slots.rehearse(
+    async with server.open_replication_connection(url) as connection:
+        with server.translate_driver_errors():
+            facts = await server.read_server_facts(connection)
+            system, _ = await server.identify_system(connection)
+            slot, reason = await slots.dry_run_slot(
                 connection,
                 url,
                 config,
                 facts=facts,
                 tables=tables,
-                seconds=_REHEARSAL_SECONDS,
+                create_timeout_seconds=_DRY_RUN_SECONDS,
                 on_wait=on_wait,
             )
     return system, slot, reason
 
 
 @asynccontextmanager
-async def _slot_bounded(stream: WalStream, url: str, facts: ServerFacts) -> AsyncIterator[None]:
+async def _confirming_visible_only(
+    stream: WalStream, url: str, facts: ServerFacts
+) -> AsyncIterator[None]:
     """Where we could pass for a synchronous standby, move the slot only over what is visible."""
-    if not could_be_taken_for_standby(facts.standby_names, facts.application_name):
+    if not may_match_standby_names(facts.synchronous_standby_names, facts.application_name):
         yield
         return
-    stream.bound(stream.start_lsn)
-    watch = asyncio.create_task(watch_visibility(url, stream.bound), name="visibility")
+    stream.limit_confirmation(stream.start_lsn)
+    watch = asyncio.create_task(
+        watch_visible_lsn(url, stream.limit_confirmation), name="visibility"
+    )
     try:
         yield
     finally:
@@ -493,18 +500,20 @@ async def _slot_bounded(stream: WalStream, url: str, facts: ServerFacts) -> Asyn
         await asyncio.wait((watch,))
 
 
-def decoding(
+def make_decoder(
     plugin: Plugin, tables: Collection[Table], config: ReplicationConfig
 ) -> tuple[Decoder, dict[str, str]]:
     """Return the decoder for a plugin and the options of START_REPLICATION it counts on."""
     match plugin:
         case "wal2json":
-            return wal2json.Wal2JsonDecoder(tables), wal2json.options(tables)
+            return wal2json.Wal2JsonDecoder(tables), wal2json.start_replication_options(tables)
         case "pgoutput":
-            return pgoutput.PgoutputDecoder(tables), pgoutput.options(config.publication)
+            return pgoutput.PgoutputDecoder(tables), pgoutput.start_replication_options(
+                config.publication
+            )
 
 
 def _status_interval(wal_sender_timeout: float) -> float:
     if wal_sender_timeout <= 0:
-        return _STATUS_SECONDS
-    return min(wal_sender_timeout / 3, _STATUS_SECONDS)
+        return _MAX_STATUS_SECONDS
+    return min(wal_sender_timeout / 3, _MAX_STATUS_SECONDS)

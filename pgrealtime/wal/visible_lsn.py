@@ -14,35 +14,38 @@ from typing import NoReturn
 import psycopg
 
 from pgrealtime.lsn import LSN, parse_lsn
-from pgrealtime.wal.server import Connection, connect_plainly
+from pgrealtime.wal.server import DatabaseConnection, open_ordinary_connection
 
-_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 """Between questions."""
 
 
-def could_be_taken_for_standby(standby_names: str, application_name: str) -> bool:
+def may_match_standby_names(synchronous_standby_names: str, application_name: str) -> bool:
     """Whether a setting of ``synchronous_standby_names`` may match a walsender of that name.
 
     It looks for the name anywhere in the setting: a match too many costs a question a second.
     """
-    return "*" in standby_names or application_name.lower() in standby_names.lower()
+    return (
+        "*" in synchronous_standby_names
+        or application_name.lower() in synchronous_standby_names.lower()
+    )
 
 
-async def watch_visibility(url: str, tell: Callable[[LSN], None]) -> NoReturn:
+async def watch_visible_lsn(url: str, notify: Callable[[LSN], None]) -> NoReturn:
     """Tell again and again up to where every commit is visible.
 
     Asks on a connection of its own, anew where that fails: without an answer the slot stays.
     """
     while True:
         try:
-            async with await connect_plainly(url) as connection:
+            async with await open_ordinary_connection(url) as connection:
                 while True:
-                    tell(await _next_visible(connection))
+                    notify(await _next_visible_lsn(connection))
         except psycopg.Error:
-            await asyncio.sleep(_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
 
 
-async def _next_visible(connection: Connection) -> LSN:
+async def _next_visible_lsn(connection: DatabaseConnection) -> LSN:
     """Return a position of now, once nothing is open any more that could have ended before it."""
     # A transaction whose commit record lies before the position had its id by then: it is below the
     # next id to be given out, asked for afterwards. (Not the snapshot's xmax, which is only the
@@ -59,7 +62,7 @@ async def _next_visible(connection: Connection) -> LSN:
     assert row is not None
     beyond = row[0]
     while True:
-        await asyncio.sleep(_SECONDS)
+        await asyncio.sleep(_POLL_SECONDS)
         cursor = await connection.execute(
             "SELECT pg_snapshot_xmin(pg_current_snapshot()) >= %s::text::xid8", (beyond,)
         )

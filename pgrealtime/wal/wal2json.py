@@ -23,7 +23,7 @@ from pgrealtime.changes import (
     Insert,
     Key,
     Row,
-    Shape,
+    RowShape,
     Update,
     WholeRow,
 )
@@ -34,18 +34,18 @@ from pgrealtime.wal.message import (
     Commit,
     Message,
     RowChange,
-    Source,
+    StreamedTable,
     Truncated,
-    sources,
+    streamed_tables_by_name,
 )
 
 _BOOL = 16
 _BYTEA = 17
-_TREATED = frozenset((_BOOL, _BYTEA))
+_CONVERTED_TYPES = frozenset((_BOOL, _BYTEA))
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
-_ESCAPED = frozenset("\\,.*\"' \t\n\r\v\f")
+_CHARACTERS_TO_ESCAPE = frozenset("\\,.*\"' \t\n\r\v\f")
 """What separates, ends or widens a name in ``add-tables``."""
 
 
@@ -110,7 +110,7 @@ def _line_decoder(name: Any) -> msgspec.json.Decoder[_Line]:
 _ANY_LINE = _line_decoder(str)
 
 
-def _known_line_decoder(tables: Collection[Table]) -> msgspec.json.Decoder[_Line]:
+def _line_decoder_of_tables(tables: Collection[Table]) -> msgspec.json.Decoder[_Line]:
     """Return a decoder that knows the columns' names, and refuses others.
 
     It gives the same string for the same name each time, so that the rows kept in the changelog
@@ -118,55 +118,59 @@ def _known_line_decoder(tables: Collection[Table]) -> msgspec.json.Decoder[_Line
     """
     names = {column.name for table in tables for column in table.columns}
     # A string that is the same each time is hashed once.
-    names.update(part for name in sources(tables) for part in name)
+    names.update(part for name in streamed_tables_by_name(tables) for part in name)
     return _line_decoder(Literal[tuple(sorted(names))]) if names else _ANY_LINE
 
 
-_SHAPES = 1000
+_MAX_SHAPES = 1000
 """Of one table that are kept: long values that updates leave alone make several, ALTER others."""
 
 
-class _Known(Struct, frozen=True):
+class _CachedShape(Struct, frozen=True):
     """A shape with what a row is compared with and made by."""
 
-    shape: Shape
+    shape: RowShape
     names: list[str]
     oids: list[int]
-    treated: tuple[str, ...]
+    converted_names: tuple[str, ...]
     """The columns that don't come as text."""
 
 
-class _Table:
+class _TableReader:
     """A table of the stream, or a partition; knows the shapes that its rows had."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self._last = _Known(Shape(source.root, source.leaf, (), NEVER_DESCRIBED), [], [], ())
-        self._shapes: dict[tuple[tuple[str, int], ...], _Known] = {}
+    def __init__(self, streamed_table: StreamedTable) -> None:
+        self.streamed_table = streamed_table
+        self._last_shape = _CachedShape(
+            RowShape(streamed_table.root, streamed_table.leaf, (), NEVER_DESCRIBED), [], [], ()
+        )
+        self._shapes: dict[tuple[tuple[str, int], ...], _CachedShape] = {}
 
-    def read(self, columns: list[_Column[str]]) -> tuple[Row, Shape]:
+    def read_row(self, columns: list[_Column[str]]) -> tuple[Row, RowShape]:
         """Return a row and its shape."""
         row: dict[str, Any] = {column.name: column.value for column in columns}
-        known = self._last
+        known = self._last_shape
         # Both compared as lists: hashing costs more, and a row is mostly as the one before.
         if [column.typeoid for column in columns] != known.oids or [*row] != known.names:
-            known = self._last = self._known(columns)
-        for name in known.treated:
+            known = self._last_shape = self._shape_of(columns)
+        for name in known.converted_names:
             value = row[name]
-            row[name] = "t" if value is True else _text(value)
+            row[name] = "t" if value is True else _convert_value(value)
         return row, known.shape
 
-    def _known(self, columns: list[_Column[str]]) -> _Known:
+    def _shape_of(self, columns: list[_Column[str]]) -> _CachedShape:
         types = tuple([(column.name, column.typeoid) for column in columns])
         known = self._shapes.get(types)
         if known is None:
-            if len(self._shapes) >= _SHAPES:
+            if len(self._shapes) >= _MAX_SHAPES:
                 self._shapes.clear()
-            known = self._shapes[types] = _Known(
-                Shape(self.source.root, self.source.leaf, types, NEVER_DESCRIBED),
+            known = self._shapes[types] = _CachedShape(
+                RowShape(
+                    self.streamed_table.root, self.streamed_table.leaf, types, NEVER_DESCRIBED
+                ),
                 [name for name, _ in types],
                 [oid for _, oid in types],
-                tuple(name for name, oid in types if oid in _TREATED),
+                tuple(name for name, oid in types if oid in _CONVERTED_TYPES),
             )
         return known
 
@@ -176,18 +180,19 @@ class Wal2JsonDecoder:
 
     def __init__(self, tables: Collection[Table]) -> None:
         self._tables = {
-            (leaf.schema, leaf.name): _Table(source) for leaf, source in sources(tables).items()
+            (leaf.schema, leaf.name): _TableReader(source)
+            for leaf, source in streamed_tables_by_name(tables).items()
         }
-        self._line = _known_line_decoder(tables)
+        self._line_decoder = _line_decoder_of_tables(tables)
 
     def decode(self, payload: memoryview | bytes) -> Message | None:
         """Return what one line says, as ``wal.message.Decoder`` has it."""
         try:
-            line = self._line.decode(payload)
+            line = self._line_decoder.decode(payload)
         except msgspec.ValidationError:
-            line = _any_line(payload)
+            line = _decode_any_line(payload)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise _unreadable() from error
+            raise _unreadable_line_error() from error
         # The commonest first: trying a class that doesn't fit costs as much as a column.
         match line:
             case _Insert():
@@ -199,64 +204,68 @@ class Wal2JsonDecoder:
             case _Begin(xid=xid):
                 return Begin(Xid(xid))
             case _Commit(nextlsn=end, timestamp=time):
-                return Commit(_lsn(end), _microseconds(time))
+                return Commit(_parse_lsn(end), _parse_commit_time_us(time))
             case _Delete():
                 table = self._tables.get((line.schema, line.table))
                 return None if table is None else _delete(line, table)
             case _Truncate():
                 table = self._tables.get((line.schema, line.table))
-                return None if table is None else Truncated((table.source.root,))
+                return None if table is None else Truncated((table.streamed_table.root,))
             case _LogicalMessage():
                 return None
 
 
-def _any_line(payload: memoryview | bytes) -> _Line:
+def _decode_any_line(payload: memoryview | bytes) -> _Line:
     """Return a line in which a column is new, unless it isn't a line at all."""
     try:
         return _ANY_LINE.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _unreadable() from error
+        raise _unreadable_line_error() from error
 
 
-def _insert(line: _Insert[str], table: _Table) -> RowChange:
-    source = table.source
-    new, shape = table.read(line.columns)
-    change = Insert(source.root, new if source.leaf is None else source.in_order(new))
+def _insert(line: _Insert[str], table: _TableReader) -> RowChange:
+    source = table.streamed_table
+    new, shape = table.read_row(line.columns)
+    change = Insert(source.root, new if source.leaf is None else source.order_columns(new))
     return RowChange(change, source.leaf, 0, shape)
 
 
-def _update(line: _Update[str], table: _Table) -> RowChange:
-    source = table.source
-    new, shape = table.read(line.columns)
-    old = _identity(line.identity)
-    if len(new) < len(source.names) or len(new) < len(old):
+def _update(line: _Update[str], table: _TableReader) -> RowChange:
+    source = table.streamed_table
+    new, shape = table.read_row(line.columns)
+    old = _identity_row(line.identity)
+    if len(new) < len(source.column_names) or len(new) < len(old):
         # Columns are missing that the update left in TOAST: FULL logs them in the old row, the
         # other identities do so for those of the key.
         if any(name not in new for name in old):
             left = [column for column in line.identity if column.name not in new]
-            _, shape = table.read([*line.columns, *left])
-        new = source.in_order(old | new)
+            _, shape = table.read_row([*line.columns, *left])
+        new = source.order_columns(old | new)
     elif source.leaf is not None:
-        new = source.in_order(new)
-    return RowChange(Update(source.root, new, _image(old, source, len(new))), source.leaf, 0, shape)
+        new = source.order_columns(new)
+    return RowChange(
+        Update(source.root, new, _old_image(old, source, len(new))), source.leaf, 0, shape
+    )
 
 
-def _delete(line: _Delete[str], table: _Table) -> RowChange:
-    source = table.source
-    old, shape = table.read(line.identity)
-    change = Delete(source.root, _image(old, source, len(source.names)))
+def _delete(line: _Delete[str], table: _TableReader) -> RowChange:
+    source = table.streamed_table
+    old, shape = table.read_row(line.identity)
+    change = Delete(source.root, _old_image(old, source, len(source.column_names)))
     return RowChange(change, source.leaf, 0, shape)
 
 
-def _identity(columns: list[_Column[str]]) -> Row:
+def _identity_row(columns: list[_Column[str]]) -> Row:
     """Return an old row whose shape is that of the new one."""
     return {
-        column.name: _text(column.value) if column.typeoid in _TREATED else column.value  # type: ignore[misc]  # only these two come as anything but text
+        column.name: _convert_value(column.value)
+        if column.typeoid in _CONVERTED_TYPES
+        else column.value  # type: ignore[misc]  # only these two come as anything but text
         for column in columns
     }
 
 
-def _text(value: str | bool | None) -> str | None:  # noqa: FBT001 (JSON's)
+def _convert_value(value: str | bool | None) -> str | None:  # noqa: FBT001 (JSON's)
     """Return the text of a boolean or a bytea."""
     match value:
         case None:
@@ -269,30 +278,30 @@ def _text(value: str | bool | None) -> str | None:  # noqa: FBT001 (JSON's)
             return "\\x" + digits
 
 
-def _image(old: Row, source: Source, width: int) -> Key | WholeRow:
-    row = old if source.leaf is None else source.in_order(old)
-    return WholeRow(row) if source.is_whole(row, width) else Key(row)
+def _old_image(old: Row, table: StreamedTable, column_count: int) -> Key | WholeRow:
+    row = old if table.leaf is None else table.order_columns(old)
+    return WholeRow(row) if table.is_whole_row(row, column_count) else Key(row)
 
 
-def _lsn(text: str) -> LSN:
+def _parse_lsn(text: str) -> LSN:
     """Return the LSN, as ``parse_lsn`` does at five times the cost: twice per transaction."""
     high, _, low = text.partition("/")
     try:
         return LSN(int(high, 16) << 32 | int(low, 16))
     except ValueError as error:
-        raise _unreadable() from error
+        raise _unreadable_line_error() from error
 
 
-def _microseconds(text: str) -> int:
+def _parse_commit_time_us(text: str) -> int:
     """Return a commit's time, printed as ``2026-11-24 12:37:04.08778+00``."""
     try:
         since = datetime.fromisoformat(text) - _EPOCH
     except (ValueError, TypeError) as error:
-        raise _unreadable() from error
+        raise _unreadable_line_error() from error
     return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
 
 
-def _unreadable() -> UnexpectedMessageError:
+def _unreadable_line_error() -> UnexpectedMessageError:
     # The line is not quoted: it holds a row.
     return UnexpectedMessageError(
         "wal2json sent a line that can't be read",
@@ -300,7 +309,7 @@ def _unreadable() -> UnexpectedMessageError:
     )
 
 
-def options(tables: Collection[Table]) -> dict[str, str]:
+def start_replication_options(tables: Collection[Table]) -> dict[str, str]:
     """Return the options of START_REPLICATION that ``Wal2JsonDecoder`` counts on.
 
     Never among them are ``include-types`` and ``include-default``: both print broken JSON for
@@ -317,9 +326,11 @@ def options(tables: Collection[Table]) -> dict[str, str]:
         "include-type-oids": "1",
         "numeric-data-types-as-string": "1",
         "add-msg-prefixes": "pgrealtime",
-        "add-tables": ",".join(f"{_escape(leaf.schema)}.{_escape(leaf.name)}" for leaf in leaves),
+        "add-tables": ",".join(
+            f"{_escape_name(leaf.schema)}.{_escape_name(leaf.name)}" for leaf in leaves
+        ),
     }
 
 
-def _escape(name: str) -> str:
-    return "".join(f"\\{c}" if c in _ESCAPED else c for c in name)
+def _escape_name(name: str) -> str:
+    return "".join(f"\\{c}" if c in _CHARACTERS_TO_ESCAPE else c for c in name)

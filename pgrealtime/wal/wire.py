@@ -60,18 +60,18 @@ def parse_message(data: memoryview) -> memoryview | PrimaryKeepalive:
     )
 
 
-def format_status(status: StandbyStatusUpdate, clock: int) -> bytes:
+def format_status(status: StandbyStatusUpdate, now_us: int) -> bytes:
     """Return the CopyData payload of a status update.
 
     Args:
         status: The positions. What is applied is said to be what is flushed.
-        clock: Microseconds since the Unix epoch.
+        now_us: Microseconds since the Unix epoch.
     """
     return _STATUS.pack(
         b"r",
         status.written,
         status.flushed,
         status.flushed,
-        clock - UNIX_EPOCH_OFFSET,
+        now_us - UNIX_EPOCH_OFFSET,
         status.reply_requested,
     )

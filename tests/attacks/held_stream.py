@@ -11,14 +11,14 @@ from typing import Any, LiteralString
 import psycopg
 from psycopg import sql
 
-from pgrealtime.auth.account import Accounts, Users
-from pgrealtime.auth.authenticator import caller_of
+from pgrealtime.auth.account import AccountLoader, UserCollection
+from pgrealtime.auth.authenticator import caller_of_account
 from pgrealtime.auth.principal import Caller
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changelog.base import Entry
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Delete, Insert, Transaction, Update
-from pgrealtime.collections.build import build
+from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import CollectionConfig, RealtimeConfig
 from pgrealtime.hub.connections.connection import Connection
@@ -26,8 +26,8 @@ from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.hub import Hub
 from pgrealtime.lsn import LSN, Xid, parse_lsn
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.rule_queries.executor import Probe
-from pgrealtime.rules.engine.plan import columns_asked
+from pgrealtime.rule_queries.executor import QueryExecutor
+from pgrealtime.rules.engine.plan import caller_columns_read_by_rules
 from tests.unit.hub.room import DEADLINE, MemorySink
 
 
@@ -36,7 +36,7 @@ class World:
     """A database, and a hub whose stream goes as far as a test lets it."""
 
     connection: psycopg.AsyncConnection[Any]
-    accounts: Accounts
+    accounts: AccountLoader
     collections: Collections
     hub: Hub
     changelog: MemoryChangelog
@@ -46,17 +46,19 @@ class World:
 
     async def user(self, record_id: str) -> Caller:
         """Recognise somebody of the collection "users" by the row of now."""
-        asked = columns_asked(self.collections).get("users", ())
-        users = Users(collection=self.collections["users"], asked=asked)
+        asked = caller_columns_read_by_rules(self.collections).get("users", ())
+        users = UserCollection(collection=self.collections["users"], rule_columns=asked)
         account = await self.accounts.load(users, record_id)
         assert account is not None
-        return caller_of(account, None)
+        return caller_of_account(account, None)
 
     async def listen(self, name: str, topic: str, who: Caller, position: str | None = None) -> None:
         """Connect and subscribe under a name; with a position, go on from there."""
         sink = self.sinks[name] = MemorySink()
         self.topics[name] = topic
-        connection = self.hub.open(sink, address="", last_event_id=None, position=position)
+        connection = self.hub.open_connection(
+            sink, address="", last_event_id=None, position=position
+        )
         await self.hub.subscribe(connection.id, [topic], who, "")
 
     async def write(self, statement: str, *changes: Insert | Update | Delete) -> Transaction:
@@ -66,7 +68,11 @@ class World:
             await self.connection.execute(sql.SQL(statement))
         end = await self._one("SELECT pg_catalog.pg_current_wal_insert_lsn()::text")
         return Transaction(
-            xid=Xid(int(xid)), end_lsn=parse_lsn(end), commit_time=0, changes=changes, size=100
+            xid=Xid(int(xid)),
+            end_lsn=parse_lsn(end),
+            commit_time_us=0,
+            changes=changes,
+            size_bytes=100,
         )
 
     async def _one(self, query: LiteralString) -> str:
@@ -87,9 +93,9 @@ class World:
                 await asyncio.sleep(0.001)
 
     def _is_behind(self, connection: Connection) -> bool:
-        sink = connection.sink
+        sink = connection.writer
         is_stuck = isinstance(sink, MemorySink) and sink.is_stuck
-        return connection.is_replaying() and connection.cursor < self.hub.head and not is_stuck
+        return connection.is_catching_up() and connection.cursor < self.hub.head and not is_stuck
 
     def data(self, name: str) -> list[str]:
         """What the connection was sent, PB_CONNECT aside."""
@@ -106,22 +112,24 @@ async def world_of(
         QueryPool(url, max_size=3, statement_timeout=30.0) as pool,
     ):
         await connection.execute(sql.SQL(schema))
-        collections = build(configured, await read_catalog(connection, schemas=["public"]))
+        collections = build_collections(
+            configured, await read_catalog(connection, schemas=["public"])
+        )
         hub.setdefault("limits", RealtimeConfig())
-        changelog = MemoryChangelog(LSN(100), max_size=1_000_000, max_age=300.0)
+        changelog = MemoryChangelog(LSN(100), max_bytes=1_000_000, max_age_seconds=300.0)
         made = Hub(
             changelog,
             Matcher(collections),
-            Probe(pool),
+            QueryExecutor(pool),
             collections=collections,
             **hub,
         )
         made.stream_started("abcdef")
         running = asyncio.create_task(made.run())
         try:
-            yield World(connection, Accounts(pool), collections, made, changelog)
+            yield World(connection, AccountLoader(pool), collections, made, changelog)
         finally:
             for one in list(made.connections):
-                made.close(one)
+                made.remove_connection(one)
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)

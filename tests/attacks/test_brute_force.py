@@ -15,10 +15,10 @@ import pytest
 from psycopg import sql
 from structlog.testing import capture_logs
 
-from pgrealtime.auth.account import Accounts, Users
-from pgrealtime.auth.login import Attempt, Login
+from pgrealtime.auth.account import AccountLoader, UserCollection
+from pgrealtime.auth.login import LoginAttempt, LoginService
 from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.collections.build import build
+from pgrealtime.collections.build import build_collections
 from pgrealtime.config.model import CollectionConfig, LoginConfig
 from pgrealtime.errors import AuthError
 from pgrealtime.postgres.pool import QueryPool
@@ -37,7 +37,7 @@ INSERT = "INSERT INTO people VALUES (1, 'ann', %s), (2, 'bob', %s)"
 @asynccontextmanager
 async def logging_in(
     url: str, ddl: str, *hashes: str, **login: Any
-) -> AsyncIterator[tuple[Login, Users]]:
+) -> AsyncIterator[tuple[LoginService, UserCollection]]:
     """A login over people with the names ann and bob."""
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         await connection.execute(sql.SQL(ddl))
@@ -46,13 +46,13 @@ async def logging_in(
         configured = CollectionConfig.model_validate(
             {"table": "public.people", "type": "auth", "login": given}
         )
-        collections = build(
+        collections = build_collections(
             {"people": configured}, await read_catalog(connection, schemas=["public"])
         )
-    users = Users(collection=collections["people"], login=configured.login)
+    users = UserCollection(collection=collections["people"], login=configured.login)
     config = LoginConfig(enabled=True, secret="s" * 40, attempts_per_minute=LIMIT, **login)
     async with QueryPool(url) as pool:
-        made = Login(config, Accounts(pool), stopwatch=lambda: 0.0)
+        made = LoginService(config, AccountLoader(pool), monotonic_clock=lambda: 0.0)
         try:
             yield made, users
         finally:
@@ -60,11 +60,15 @@ async def logging_in(
 
 
 async def outcome(
-    login: Login, users: Users, identity: str, password: str, address: str = "10.0.0.1"
+    login: LoginService,
+    users: UserCollection,
+    identity: str,
+    password: str,
+    address: str = "10.0.0.1",
 ) -> str:
     """``right``, or the code of the refusal."""
     try:
-        await login.with_password(users, Attempt(identity=identity, password=password), address)
+        await login.log_in(users, LoginAttempt(identity=identity, password=password), address)
     except AuthError as error:
         return error.error_code
     return "right"
@@ -150,7 +154,7 @@ async def test_who_signs_in_does_not_change_how_long_an_unknown_user_takes(
 ) -> None:
     """Or whoever has a hash unlike most could find out who has an account."""
 
-    async def spent(login: Login, users: Users, name: str) -> float:
+    async def spent(login: LoginService, users: UserCollection, name: str) -> float:
         started = time.process_time()
         assert await outcome(login, users, name, "wrong") == "login_failed"
         return time.process_time() - started

@@ -22,15 +22,15 @@ import pytest
 from pgrealtime.auth.principal import GUEST, AuthRecord, Principal
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row
-from pgrealtime.collections.build import build
+from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import CollectionConfig, RelationConfig
 from pgrealtime.errors import RuleError
-from pgrealtime.expand.relation_sql import Linking
-from pgrealtime.rules.engine.index import Index
-from pgrealtime.rules.engine.plan import Planner
-from pgrealtime.rules.language.request import Request
-from pgrealtime.rules.sql.reference import Everyone, Nobody, Reference, reference
+from pgrealtime.expand.relation_sql import RelationQuery
+from pgrealtime.rules.engine.index import PredicateIndex
+from pgrealtime.rules.engine.plan import RuleCompiler
+from pgrealtime.rules.language.request import RuleRequest
+from pgrealtime.rules.sql.reference import AdmitAll, DenyAll, ReferenceQuery, reference_query
 from tests.engine_driving import Asker, decided
 
 SECONDS = float(os.environ.get("PGREALTIME_FUZZ_SECONDS", "10"))
@@ -97,33 +97,35 @@ class Twin:
     posts: Sequence[Row]
     users: Sequence[Row]
 
-    def admitted(self, rule: str, request: Request, ask: str) -> frozenset[int] | str:
+    def admitted(self, rule: str, request: RuleRequest, ask: str) -> frozenset[int] | str:
         """Return the posts that are admitted, or that the rule is refused."""
         posts, now = self.collections["posts"], datetime.now(UTC)
         try:
             if ask == "reference":
-                made = reference(self.collections, posts, rule, request)
+                made = reference_query(self.collections, posts, rule, request)
                 match made:
-                    case Everyone():
+                    case AdmitAll():
                         return frozenset(range(len(self.posts)))
-                    case Nobody():
+                    case DenyAll():
                         return frozenset()
-                    case Reference():
-                        question = made.question(self.posts, now)
+                    case ReferenceQuery():
+                        question = made.sql_query(self.posts, now)
                         found = self.connection.execute(question.sql.encode(), question.params)
                         return frozenset(index for (index,) in found)
-            bound = Planner(self.collections).bind(posts, rule, request, self._own(request, ask))
+            bound = RuleCompiler(self.collections).bind_caller(
+                posts, rule, request, self._own(request, ask)
+            )
         except RuleError as error:
             return str(error)
-        if isinstance(bound, Nobody):
+        if isinstance(bound, DenyAll):
             return frozenset()
-        asker = Asker(request, bound.variant, bound.values)
-        index: Index[Asker] = Index()
+        asker = Asker(request, bound.specialization, bound.values)
+        index: PredicateIndex[Asker] = PredicateIndex()
         index.add(asker)
         hits = decided(self.connection, index, self.posts, now)
         return frozenset(n for n, some in enumerate(hits) if asker in some)
 
-    def _own(self, request: Request, ask: str) -> Row | None:
+    def _own(self, request: RuleRequest, ask: str) -> Row | None:
         principal = request.principal
         if ask != "knowing" or not isinstance(principal, AuthRecord):
             return None
@@ -169,7 +171,7 @@ def configured(schema: str) -> dict[str, CollectionConfig]:
 async def _collections(url: str, schema: str) -> Collections:
     async with await psycopg.AsyncConnection.connect(url) as connection:
         catalog = await read_catalog(connection, schemas=[schema])
-    return build(configured(schema), catalog)
+    return build_collections(configured(schema), catalog)
 
 
 def _rows(chance: Random) -> dict[str, list[tuple[object, ...]]]:
@@ -229,17 +231,17 @@ def twins(database_url: str) -> Iterator[tuple[Twin, Twin, Random]]:
         yield made[0], made[1], chance
 
 
-def requests(twin: Twin) -> list[Request]:
+def requests(twin: Twin) -> list[RuleRequest]:
     def principal(name: str) -> Principal:
         return AuthRecord(
             collection_id=twin.collections["users"].id, collection_name="users", id=name
         )
 
     people = [GUEST, *map(principal, [*ADMINS, "bob", "Bob"])]
-    return [Request(principal=one, query={"q": "ádmin"}) for one in people]
+    return [RuleRequest(principal=one, query={"q": "ádmin"}) for one in people]
 
 
-def differing(twins: tuple[Twin, Twin, Random], rule: str, asked: Sequence[Request]) -> str:
+def differing(twins: tuple[Twin, Twin, Random], rule: str, asked: Sequence[RuleRequest]) -> str:
     plain, loose, _ = twins
     for request in asked:
         for ask in ("reference", "knowing", "without"):
@@ -311,14 +313,14 @@ def test_no_record_is_expanded_in_anothers_place(
 
     def linked(twin: Twin) -> list[tuple[str, str]]:
         owner = twin.collections[table]
-        column = owner.table.column(match)
+        column = owner.table.find_column(match)
         assert column is not None
-        linking = Linking(
+        linking = RelationQuery(
             table=owner.table,
-            match=column,
-            result=owner.key,
+            match_column=column,
+            result_column=owner.key,
             source=owner,
-            is_of_record=True,
+            is_collection_table=True,
             limit=100,
         )
         ids = [*ADMINS, *BOBS, "p1", "p2", "p3", "5"]

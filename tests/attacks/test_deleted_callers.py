@@ -19,11 +19,11 @@ from pgrealtime.auth.principal import Caller
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changelog.base import Gap
 from pgrealtime.changes import Delete, Insert, Row, TableName, Transaction, Update, WholeRow
-from pgrealtime.collections.build import build
+from pgrealtime.collections.build import build_collections
 from pgrealtime.config.model import CollectionConfig, RealtimeConfig
 from pgrealtime.expand import load
 from pgrealtime.hub.evaluation.matcher import Matcher
-from pgrealtime.hub.events.slices import SLICE
+from pgrealtime.hub.events.slices import SLICE_CHANGES
 from pgrealtime.hub.live_reads import caller_check
 from tests.attacks.held_stream import World, world_of
 
@@ -238,7 +238,7 @@ async def test_rights_change_at_their_own_change_of_the_stream(
         least = heard(world, "", name_of(case, 1))
         if case.topic == EXPANDED:
             assert [heard(world, who, "p1") for who in (GOOD, BAD)] == ["withheld", least]
-            assert [c.doom for c in world.hub.connections] == ["", "gap", ""]
+            assert [c.close_reason for c in world.hub.connections] == ["", "gap", ""]
             return
         assert heard(world, GOOD, name_of(case, 1)) == "all"
         assert heard(world, BAD, name_of(case, 1)) == least != "all"
@@ -263,10 +263,10 @@ async def test_a_reload_that_asks_for_more_makes_nobody_else_of_a_caller(
         for who in (BAD, GOOD):
             await world.listen(who, case.topic, await world.user(who))
         await world.listen("", case.topic, Caller())
-        collections = build(
+        collections = build_collections(
             configured(case), await read_catalog(world.connection, schemas=["public"])
         )
-        await world.hub.use(collections, Matcher(collections), lambda caller: caller)
+        await world.hub.replace_generation(collections, Matcher(collections), lambda caller: caller)
         await world.stream(await event_of(world, case, name_of(case, 1)))
         found = {who: heard(world, who, name_of(case, 1)) for who in (BAD, GOOD, "")}
         assert found[GOOD] == "all"
@@ -302,7 +302,7 @@ async def test_who_may_have_changed_in_a_gap_is_shown_nothing_more(
             Gap(lost.end_lsn, "slot_lost"), await event_of(world, case, name_of(case, 2))
         )
         assert heard(world, GOOD, name_of(case, 2)) == ""
-        assert [connection.doom for connection in world.hub.connections] == ["gap"]
+        assert [connection.close_reason for connection in world.hub.connections] == ["gap"]
         await world.listen("again", case.topic, await world.user(GOOD))
         await world.listen("", case.topic, Caller())
         await world.stream(await event_of(world, case, name_of(case, 3)))
@@ -326,7 +326,7 @@ async def test_who_is_gone_hears_nothing_more_where_there_are_no_guests(database
         )
         await world.stream(deleted, await event_of(world, case, "p2"))
         assert [heard(world, GOOD, name) for name in ("p1", "p2")] == ["all", ""]
-        assert [connection.doom for connection in world.hub.connections] == ["guest"]
+        assert [connection.close_reason for connection in world.hub.connections] == ["guest"]
 
 
 EXPANDING = [name for name, case in CASES.items() if case.topic == EXPANDED and case.is_of_columns]
@@ -339,7 +339,7 @@ async def test_who_is_behind_is_not_shown_what_was_written_after_a_right_was_los
 ) -> None:
     """Related rows are read as they are by then: by who has the right still, and not by others."""
     case = CASES[name]
-    last = f'"p{SLICE + 2}"'.encode()
+    last = f'"p{SLICE_CHANGES + 2}"'.encode()
     limits = RealtimeConfig(send_buffer=1000)
     async with world_of(database_url, SCHEMA, configured(case), limits=limits) as world:
         for who in (GOOD, OTHER):
@@ -350,7 +350,7 @@ async def test_who_is_behind_is_not_shown_what_was_written_after_a_right_was_los
         for sink in world.sinks.values():
             await sink.wait_for_bytes(b'"p1"')
             sink.is_stuck = True
-        for number in range(2, SLICE + 3):
+        for number in range(2, SLICE_CHANGES + 3):
             await world.stream(await event_of(world, case, f"p{number}"))
         banned = {"role": "banned", "level": "9", "team": "closed", "teams": "{closed}"}
         lost = await world.write(
@@ -440,13 +440,13 @@ async def test_nor_columns_that_another_one_was_shown_a_moment_ago(
 ) -> None:
     """Who stands where another stood is given the same, if it may see that and needn't see more."""
     case = Case(rule=ROLE, place="secrets.list_rule", topic="secrets/*")
-    limits, last = RealtimeConfig(send_buffer=1000), f'"level":{SLICE + 19}'.encode()
+    limits, last = RealtimeConfig(send_buffer=1000), f'"level":{SLICE_CHANGES + 19}'.encode()
     async with world_of(database_url, SCHEMA, configured(case), limits=limits) as world:
         for who in (GOOD, OTHER):
             await world.listen(who, case.topic, await world.user(who), "")
             world.sinks[who].is_stuck = True
         row: Row = {"id": "s", "level": "6"}
-        for level in range(6, SLICE + 20):
+        for level in range(6, SLICE_CHANGES + 20):
             row = {"id": "s", "level": str(level)}
             change = Update(SECRETS, row, WholeRow({"id": "s"}))
             await world.stream(await world.write(f"UPDATE secrets SET level = {level}", change))
@@ -458,7 +458,7 @@ async def test_nor_columns_that_another_one_was_shown_a_moment_ago(
             world.sinks[who].unstick()
             await world.sinks[who].wait_for_bytes(last)
         assert b"NEW" not in world.sinks[GOOD].data
-        assert world.sinks[OTHER].data.count(b"NEW") > SLICE
+        assert world.sinks[OTHER].data.count(b"NEW") > SLICE_CHANGES
 
 
 @pytest.mark.parametrize("how", LOSSES)
@@ -549,8 +549,8 @@ async def test_who_callers_are_that_cannot_be_read_is_a_gap_for_them_alone(
         if fault == "no connection":
             raise psycopg.OperationalError
 
-    monkeypatch.setattr(caller_check, "rows_by_id", fail)
-    monkeypatch.setattr(load, "PATIENCE_WITH_CONNECTIONS", (0.0, None))
+    monkeypatch.setattr(caller_check, "fetch_rows_by_id", fail)
+    monkeypatch.setattr(load, "CONNECTION_RETRY_DELAYS", (0.0, None))
     rule = "@request.auth.role != 'banned'"
     case = replace(CASES["expand"], rule=rule)
     if of == "columns":
@@ -640,7 +640,7 @@ async def test_a_caller_that_the_stream_cannot_tell_of_comes_back(
         await world.stream(await world.write(statement, changed), await event_of(world, case, "p2"))
         await world.stream(await event_of(world, case, "public 1"))
         assert heard(world, GOOD, "p2") == heard(world, GOOD, "public 1") == ""
-        assert [connection.doom for connection in world.hub.connections] == ["caller_lost"]
+        assert [connection.close_reason for connection in world.hub.connections] == ["caller_lost"]
         position = world.sinks[GOOD].events()[-1][0]
         await world.listen("again", case.topic, await world.user(GOOD), position)
         await world.stream(await event_of(world, case, "p3"))

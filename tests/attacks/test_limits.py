@@ -10,9 +10,9 @@ from urllib.parse import quote
 import pytest
 
 from pgrealtime.hub.evaluation.matcher import (
-    COSTLY_PER_CONNECTION,
-    TRIED_PER_ADDRESS,
-    TRIED_PER_CONNECTION,
+    REMOTE_FILTERS_PER_CONNECTION,
+    UNINDEXED_FILTERS_PER_ADDRESS,
+    UNINDEXED_FILTERS_PER_CONNECTION,
     VIEWS_PER_CONNECTION,
 )
 from tests.conformance.http_client import send
@@ -45,12 +45,12 @@ async def call(running: Service, client: Listener, topics: list[str], language: 
 
 REFUSED = [
     pytest.param(
-        [topic(filter=f"title~'{n}'") for n in range(TRIED_PER_CONNECTION + 1)],
+        [topic(filter=f"title~'{n}'") for n in range(UNINDEXED_FILTERS_PER_CONNECTION + 1)],
         "A connection may have no more than 50 filters without an equality.",
         id="no-index",
     ),
     pytest.param(
-        [topic(filter=f"owner.name~'{n}'") for n in range(COSTLY_PER_CONNECTION + 1)],
+        [topic(filter=f"owner.name~'{n}'") for n in range(REMOTE_FILTERS_PER_CONNECTION + 1)],
         "A connection may have no more than 50 filters that need the database.",
         id="database",
     ),
@@ -106,13 +106,13 @@ async def test_one_address_mutes_nobody_else_with_filters_that_no_index_serves(
 ) -> None:
     """It is refused beyond its share; everybody else's calls count for themselves."""
     greedy, modest = Caller(source_ip="127.0.0.2"), Caller(source_ip="127.0.0.3")
-    asked = iter(topic(filter=f"title~'{n}!'") for n in range(TRIED_PER_ADDRESS + 50))
+    asked = iter(topic(filter=f"title~'{n}!'") for n in range(UNINDEXED_FILTERS_PER_ADDRESS + 50))
     async with service(database_url, tmp_path, schema=SCHEMA, collections=COLLECTIONS) as running:
         clients = [listener(running.address, caller=greedy) for _ in range(21)]
         opened = [await client.__aenter__() for client in clients]
         try:
             answers = [
-                await one.subscribe(*(next(asked) for _ in range(TRIED_PER_CONNECTION)))
+                await one.subscribe(*(next(asked) for _ in range(UNINDEXED_FILTERS_PER_CONNECTION)))
                 for one in opened
             ]
             mine = topic(filter="title~'mine'")

@@ -15,7 +15,7 @@ from psycopg import sql
 
 from pgrealtime.config.model import DatabaseConfig
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.service.build import query_pool
+from pgrealtime.service.build import open_query_pool
 from tests.e2e.listener import listener
 from tests.e2e.service import service, token
 from tests.pgbouncer import pgbouncer
@@ -95,7 +95,7 @@ async def leave_settings(url: str) -> None:
 
 @asynccontextmanager
 async def pool_behind(url: str) -> AsyncIterator[QueryPool]:
-    async with query_pool(DatabaseConfig(url=url, wait_for=0)) as pool:
+    async with open_query_pool(DatabaseConfig(url=url, wait_for=0)) as pool:
         yield pool
 
 
@@ -157,7 +157,7 @@ async def test_every_statement_behind_a_pooler_has_its_settings(database_url: st
                     *("pg_catalog, pg_temp", "off", "ISO, MDY", "UTC", "postgres", "on"),
                     *("1", "hex", "on", "2s", "2s", "on", "repeatable read"),
                 )
-                snapshot, _, in_recovery = await pool.row(
+                snapshot, _, in_recovery = await pool.fetch_row(
                     "SELECT pg_catalog.pg_current_snapshot()::text, 1, false"
                 )
                 assert snapshot.count(":") == 2
@@ -179,6 +179,6 @@ async def test_a_role_taken_in_a_shared_session_is_not_ours(database_url: str) -
             async with pool_behind(pooled) as pool:
                 async with await psycopg.AsyncConnection.connect(pooled, autocommit=True) as other:
                     await other.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(lesser)))
-                assert await pool.row("SELECT current_user") == (admin.info.user,)
+                assert await pool.fetch_row("SELECT current_user") == (admin.info.user,)
         finally:
             admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(lesser)))

@@ -18,13 +18,13 @@ import pytest
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row
-from pgrealtime.collections.build import build
+from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import CollectionConfig, FieldsConfig, RelationConfig
-from pgrealtime.rules.engine.index import Index
-from pgrealtime.rules.engine.plan import Planner
-from pgrealtime.rules.language.request import Request
-from pgrealtime.rules.sql.reference import Nobody, Reference, reference
+from pgrealtime.rules.engine.index import PredicateIndex
+from pgrealtime.rules.engine.plan import RuleCompiler
+from pgrealtime.rules.language.request import RuleRequest
+from pgrealtime.rules.sql.reference import DenyAll, ReferenceQuery, reference_query
 from tests.engine_driving import Asker, decided
 
 SETUP = """
@@ -62,11 +62,11 @@ class World:
     posts: list[Row]
     users: dict[int, Row]
 
-    def request(self, user: int) -> Request:
+    def request(self, user: int) -> RuleRequest:
         principal = AuthRecord(
             collection_id=self.collections["users"].id, collection_name="users", id=str(user)
         )
-        return Request(principal=principal, query={"own8": str(user), "q": str(user)})
+        return RuleRequest(principal=principal, query={"own8": str(user), "q": str(user)})
 
 
 def shown(connection: psycopg.Connection, table: str) -> list[Row]:
@@ -86,7 +86,7 @@ def shown(connection: psycopg.Connection, table: str) -> list[Row]:
 async def configured(url: str) -> Collections:
     async with await psycopg.AsyncConnection.connect(url) as connection:
         catalog = await read_catalog(connection, schemas=["public"])
-    return build(
+    return build_collections(
         {
             "users": CollectionConfig(table="public.users", type="auth", list_rule=""),
             "posts": CollectionConfig(
@@ -203,20 +203,20 @@ def admitted(world: World, rule: str, text: str) -> dict[str, dict[int, set[int]
             for user, request in requests.items()
         }
     for user, request in requests.items():
-        made = reference(world.collections, posts, rule, request)
-        assert isinstance(made, Reference), (rule, text, made)
-        question = made.question(world.posts, now)
+        made = reference_query(world.collections, posts, rule, request)
+        assert isinstance(made, ReferenceQuery), (rule, text, made)
+        question = made.sql_query(world.posts, now)
         found = world.connection.execute(question.sql.encode(), question.params).fetchall()
         ways["the reference"][user] = {index for (index,) in found}
     for name, is_known in (("knowing the user's row", True), ("without the user's row", False)):
-        index: Index[Asker] = Index()
+        index: PredicateIndex[Asker] = PredicateIndex()
         askers = {}
-        planner = Planner(world.collections)
+        planner = RuleCompiler(world.collections)
         for user, request in requests.items():
             own = world.users[user] if is_known else None
-            bound = planner.bind(posts, rule, request, own)
-            assert not isinstance(bound, Nobody), (rule, text, bound)
-            askers[user] = Asker(request, bound.variant, bound.values)
+            bound = planner.bind_caller(posts, rule, request, own)
+            assert not isinstance(bound, DenyAll), (rule, text, bound)
+            askers[user] = Asker(request, bound.specialization, bound.values)
             index.add(askers[user])
         for how, among in (("by the index", None), ("one by one", list(askers.values()))):
             hits = decided(world.connection, index, world.posts, now, among=among)

@@ -37,7 +37,7 @@ from pgrealtime.wal import server
 from pgrealtime.wal import slot as slots
 from pgrealtime.wal.publication import publication_sql
 from pgrealtime.wal.slot import Plugin, Slot
-from pgrealtime.wal.stream import WalStream, decoding
+from pgrealtime.wal.stream import WalStream, make_decoder
 
 SIZES = (1, 10, 1000)
 PLUGINS: tuple[Plugin, ...] = ("wal2json", "pgoutput")
@@ -116,13 +116,13 @@ async def drain_by_us(url: str, slot: Slot, table: Table, changes: int) -> Run:
     cpu = time.process_time()
     started = time.perf_counter()
     seen = 0
-    async with server.connect(url) as connection:
-        decoder, options = decoding(slot.plugin, [table], SETTINGS)
+    async with server.open_replication_connection(url) as connection:
+        decoder, options = make_decoder(slot.plugin, [table], SETTINGS)
         facts, (system, reach) = (
-            await server.read_facts(connection),
-            await server.identify(connection),
+            await server.read_server_facts(connection),
+            await server.identify_system(connection),
         )
-        await slots.start(connection, slot, options)
+        await slots.start_replication(connection, slot, options)
         stream = WalStream(
             connection,
             slot,
@@ -130,10 +130,10 @@ async def drain_by_us(url: str, slot: Slot, table: Table, changes: int) -> Run:
             tables=[table],
             facts=facts,
             system=system,
-            reach=reach,
-            reason="",
-            max_pause=SETTINGS.max_pause,
-            max_transaction_size=1 << 30,
+            initial_wal_end=reach,
+            plugin_reason="",
+            max_pause_seconds=SETTINGS.max_pause,
+            max_transaction_bytes=1 << 30,
         )
         stream.start()
         async for batch in stream:
@@ -198,7 +198,7 @@ def _origin(plugin: Plugin) -> str:
 def _round(
     admin: Connection, url: str, plugin: Plugin, *, table: Table, end: str, changes: int
 ) -> tuple[Run, Run]:
-    _, options = decoding(plugin, [table], SETTINGS)
+    _, options = make_decoder(plugin, [table], SETTINGS)
     with copied(admin, _origin(plugin)) as name:
         slot = Slot(name=name, plugin=plugin, start_lsn=LSN(0))
         theirs = drain_by_pg_recvlogical(url, slot, options, end)

@@ -14,7 +14,7 @@ import msgspec
 from pgrealtime.catalog.model import Column, Table, TableKind, Type, TypeKind
 from pgrealtime.changes import Row, TableName
 from pgrealtime.collections.model import Collection, Field, FieldKind
-from pgrealtime.records.encode import View, encoder
+from pgrealtime.records.encode import View, compile_encoder
 
 COLUMNS = {
     "id": (FieldKind.TEXT, "uuid", "0195b7a0-0000-7000-8000-000000000001"),
@@ -51,7 +51,7 @@ def microseconds(call: Callable[[], object]) -> float:
 
 def main() -> None:
     row: Row = {name: text for name, (_, _, text) in COLUMNS.items()}
-    encode = encoder(posts(), nulls="null", view=View())
+    encode = compile_encoder(posts(), nulls="null", view=View())
     values = msgspec.json.decode(encode(row))
     write = msgspec.json.Encoder().encode
     ours, theirs = microseconds(lambda: encode(row)), microseconds(lambda: write(values))

@@ -36,7 +36,7 @@ from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.protocol.topic import Topic
 from pgrealtime.records.encode import View
-from pgrealtime.rule_queries.executor import Probe
+from pgrealtime.rule_queries.executor import QueryExecutor
 
 MATCHES = 10
 """Subscribers that a change matches at each size, where the rule has a way to them."""
@@ -187,14 +187,14 @@ class Nowhere:
     def write(self, data: bytes) -> None:
         """Nothing is written."""
 
-    def buffered(self) -> int:
+    def buffered_bytes(self) -> int:
         """Nothing is."""
         return 0
 
     async def drain(self) -> None:
         """Nothing is to be waited for."""
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Nothing ends."""
 
     def abort(self) -> None:
@@ -282,7 +282,7 @@ def timed(matcher: Matcher, case: Case, size: int) -> tuple[float, float]:
         hits = 0
         start = time.perf_counter()
         for at in range(0, len(changes), BATCH):
-            judged = matcher.match(changes[at : at + BATCH], now).hits
+            judged = matcher.evaluate_in_process(changes[at : at + BATCH], now).hits
             hits += sum(map(len, judged))  # type: ignore[arg-type]  # dictionaries
         best = min(best, time.perf_counter() - start)
     return best / len(changes) * 1e6, hits / len(changes)
@@ -331,7 +331,7 @@ async def relations(url: str, sizes: Sequence[int]) -> list[str]:
         shown: list[str] = []
         for size in sizes:
             matcher, _ = filled(RELATION, size)
-            probe = Probe(pool)
+            probe = QueryExecutor(pool)
             changes = events(size // MATCHES, Random(7), BATCH)
             trips: list[float] = []
             costs: list[float] = []
@@ -339,11 +339,11 @@ async def relations(url: str, sizes: Sequence[int]) -> list[str]:
             for _ in range(30):
                 trips.append(await round_trip(pool))
                 start = time.perf_counter()
-                judging = matcher.match(changes, datetime.now(UTC))
-                await probe.ask(judging)
+                judging = matcher.evaluate_in_process(changes, datetime.now(UTC))
+                await probe.answer_questions(judging)
                 costs.append((time.perf_counter() - start) / len(changes) * 1e6)
                 hits = sum(map(len, judging.hits))  # type: ignore[arg-type]  # dictionaries
-            assert not probe.errors
+            assert not probe.unanswered_counts
             cost, trip = median(costs), median(trips)
             shown.append(f"{cost:8.1f} us {hits / len(changes):5.1f} hits, SELECT 1 {trip:.0f} us")
             if cost > trip / 3:

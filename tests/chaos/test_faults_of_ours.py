@@ -7,10 +7,10 @@ import asyncio
 import psycopg
 import pytest
 
-from pgrealtime.config.load import parse
-from pgrealtime.feed.reader import Relay
+from pgrealtime.config.load import parse_config
+from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.hub.hub import Hub
-from pgrealtime.service.build import running
+from pgrealtime.service.build import run_service
 from tests.conformance.http_client import Address, End
 from tests.e2e.listener import listener
 
@@ -27,7 +27,7 @@ async def fail(*_: object) -> None:
     ("of", "name"),
     [
         pytest.param(Hub, "_dispatch", id="delivery"),
-        pytest.param(Relay, "_keep", id="reading"),
+        pytest.param(ReplicationReader, "_append_when_room", id="reading"),
     ],
 )
 async def test_a_part_that_fails_ends_the_program_and_its_connections_in_an_orderly_way(
@@ -37,7 +37,7 @@ async def test_a_part_that_fails_ends_the_program_and_its_connections_in_an_orde
     monkeypatch.setattr(of, name, fail)
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as write:
         await write.execute("CREATE TABLE posts (id text PRIMARY KEY)")
-        config = parse(
+        config = parse_config(
             {
                 "version": 1,
                 "database": {"url": database_url},
@@ -48,7 +48,7 @@ async def test_a_part_that_fails_ends_the_program_and_its_connections_in_an_orde
         clients: list[asyncio.Task[End | None]] = []
 
         async def serve() -> None:
-            async with running(config) as service:
+            async with run_service(config) as service:
                 clients.append(asyncio.create_task(follow(service.port)))
                 await asyncio.Event().wait()
 

@@ -62,7 +62,7 @@ def command() -> str:
 
 
 class PgRealtimeServer:
-    """A running pgrealtime and a connection to write with; fulfils ``Target``."""
+    """A running pgrealtime and a connection to write with; fulfils ``ListenTarget``."""
 
     def __init__(
         self,

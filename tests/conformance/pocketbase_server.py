@@ -56,7 +56,7 @@ class PocketBaseApi:
         """Return the decoded answer, None if it is empty.
 
         Raises:
-            RefusedError: Any status but 2xx.
+            RequestRefusedError: Any status but 2xx.
         """
         headers = {"Authorization": self._token} if self._token else {}
         data = b"" if body is None else json.dumps(body).encode()
@@ -87,7 +87,7 @@ class PocketBaseApi:
 
 
 class PocketBaseServer:
-    """A running PocketBase; fulfils ``Target``."""
+    """A running PocketBase; fulfils ``ListenTarget``."""
 
     def __init__(self, directory: Path, port: int) -> None:
         self._directory = directory

@@ -20,14 +20,20 @@ import psycopg
 from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row, TableName
-from pgrealtime.collections.build import build
+from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import CollectionConfig, FieldsConfig, RelationConfig
 from pgrealtime.errors import RuleError, RuleUnsupportedError
-from pgrealtime.rules.engine.index import Index
-from pgrealtime.rules.engine.plan import Planner
-from pgrealtime.rules.language.request import Request
-from pgrealtime.rules.sql.reference import Everyone, Nobody, Reference, reference, validate
+from pgrealtime.rules.engine.index import PredicateIndex
+from pgrealtime.rules.engine.plan import RuleCompiler
+from pgrealtime.rules.language.request import RuleRequest
+from pgrealtime.rules.sql.reference import (
+    AdmitAll,
+    DenyAll,
+    ReferenceQuery,
+    check_rule,
+    reference_query,
+)
 from tests.engine_driving import Asker, decided
 
 CORPUS = Path(__file__).parent.parent / "rules-corpus"
@@ -75,7 +81,7 @@ class Corpus:
         request = self._request(case)
         try:
             if rule is not None and way is Way.REFERENCE:
-                validate(collections, collection, rule)
+                check_rule(collections, collection, rule)
         except RuleError as error:
             return Refused(error)
         rows = self.rows[collection.name]
@@ -86,13 +92,13 @@ class Corpus:
             except RuleError as error:
                 return Refused(error)
             return tuple(one for one, admitted in zip(ids, verdicts, strict=True) if admitted)
-        match reference(collections, collection, rule, request):
-            case Everyone():
+        match reference_query(collections, collection, rule, request):
+            case AdmitAll():
                 return tuple(ids)
-            case Nobody():
+            case DenyAll():
                 return ()
-            case Reference() as asked:
-                question = asked.question(rows, now)
+            case ReferenceQuery() as asked:
+                question = asked.sql_query(rows, now)
                 found = self.connection.execute(question.sql.encode(), question.params).fetchall()
                 return tuple(sorted(ids[index] for (index,) in found))
 
@@ -100,7 +106,7 @@ class Corpus:
         self,
         collections: Collections,
         collection: Collection,
-        request: Request,
+        request: RuleRequest,
         case: Case,
         way: Way,
         *,
@@ -109,14 +115,14 @@ class Corpus:
         """Return, row by row, what the engine says."""
         rows = self.rows[collection.name]
         own = self._own_row(request) if way is Way.ENGINE_KNOWING else None
-        bound = Planner(collections).bind(collection, case["rule"], request, own)
-        if isinstance(bound, Nobody):
+        bound = RuleCompiler(collections).bind_caller(collection, case["rule"], request, own)
+        if isinstance(bound, DenyAll):
             return [False for _ in rows]
-        index: Index[Asker] = Index()
-        index.add(Asker(request, bound.variant, bound.values))
+        index: PredicateIndex[Asker] = PredicateIndex()
+        index.add(Asker(request, bound.specialization, bound.values))
         return [bool(hits) for hits in decided(self.connection, index, rows, now)]
 
-    def _own_row(self, request: Request) -> Row | None:
+    def _own_row(self, request: RuleRequest) -> Row | None:
         match request.principal:
             case AuthRecord(collection_name=name, id=record_id):
                 return next(row for row in self.rows[name] if row["id"] == record_id)
@@ -134,9 +140,9 @@ class Corpus:
             )
         )
 
-    def _request(self, case: Case) -> Request:
+    def _request(self, case: Case) -> RuleRequest:
         headers = {_snake_case(name): value for name, value in case["headers"].items()}
-        return Request(
+        return RuleRequest(
             principal=self._principal(case["auth"]), query=case["query"], headers=headers
         )
 
@@ -165,7 +171,7 @@ async def load(database_url: str) -> Corpus:
     shown = {one["name"]: configured(one) for one in schema["collections"]}
     async with await psycopg.AsyncConnection.connect(database_url) as reading:
         catalog = await read_catalog(reading, schemas=["public"])
-    collections = build(shown, catalog)
+    collections = build_collections(shown, catalog)
     rows = {name: list(_rows_of(connection, name, collections)) for name in collections}
     connection.execute(_TOPIC_SETTINGS.encode())
     return Corpus(connection, collections, rows)

@@ -61,7 +61,7 @@ class CorpusPocketBase:
         """Make it the collection's list rule.
 
         Raises:
-            RefusedError: PocketBase doesn't take it.
+            RequestRefusedError: PocketBase doesn't take it.
         """
         if collection not in self._rules or self._rules[collection] != rule:
             path = f"/api/collections/{collection}"

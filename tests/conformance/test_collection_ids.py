@@ -7,7 +7,7 @@ import subprocess
 from contextlib import closing
 from pathlib import Path
 
-from pgrealtime.collections.model import collection_id
+from pgrealtime.collections.model import derive_collection_id
 from tests.conformance.pocketbase_server import pocketbase_binary
 
 _FIXED = {"_pb_users_auth_"}
@@ -29,4 +29,4 @@ def test_collection_ids_are_derived_as_pocketbase_derives_them(tmp_path: Path) -
         made = database.execute("SELECT id, type, name FROM _collections").fetchall()
     derived = {(one, kind, name) for one, kind, name in made if one not in _FIXED}
     assert {kind for _, kind, _ in derived} == {"auth", "base"}
-    assert derived == {(collection_id(kind, name), kind, name) for _, kind, name in derived}
+    assert derived == {(derive_collection_id(kind, name), kind, name) for _, kind, name in derived}

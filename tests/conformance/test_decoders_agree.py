@@ -13,7 +13,7 @@ from pgrealtime.changes import (
     Insert,
     Key,
     OldImage,
-    Oversized,
+    OversizedTransaction,
     Row,
     TableName,
     Transaction,
@@ -55,18 +55,18 @@ async def test_both_decoders_tell_the_same_transactions(database_url: str, workl
         assert _types(told) <= _types(described)
 
 
-def _comparable(one: Transaction | Oversized) -> Transaction:
+def _comparable(one: Transaction | OversizedTransaction) -> Transaction:
     assert isinstance(one, Transaction)
     changes = tuple(map(_shared, one.changes))
-    return msgspec.structs.replace(one, size=0, changes=changes, shapes=())
+    return msgspec.structs.replace(one, size_bytes=0, changes=changes, row_shapes=())
 
 
-def _types(one: Transaction | Oversized) -> set[tuple[object, ...]]:
+def _types(one: Transaction | OversizedTransaction) -> set[tuple[object, ...]]:
     """The columns' types; wal2json names only the columns that it has values of."""
     assert isinstance(one, Transaction)
     return {
         (shape.table, shape.leaf, name, oid)
-        for shape in one.shapes
+        for shape in one.row_shapes
         for name, oid in shape.columns
         if name not in IMPOSED.get(shape.table, ())
     }
@@ -98,7 +98,7 @@ def _old_without(old: OldImage, columns: tuple[str, ...]) -> OldImage:
             return WholeRow(_without(row, columns))
 
 
-def _rows_in_order(one: Transaction | Oversized) -> list[list[str]]:
+def _rows_in_order(one: Transaction | OversizedTransaction) -> list[list[str]]:
     """Column names as they stand: equality of dicts doesn't look at their order."""
     return [
         [*row]

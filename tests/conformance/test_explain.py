@@ -15,9 +15,9 @@ import pytest
 from pgrealtime.auth.principal import GUEST, Superuser
 from pgrealtime.config.model import CollectionConfig, Config, DatabaseConfig
 from pgrealtime.errors import RuleError
-from pgrealtime.explain.caller import User, Who
+from pgrealtime.explain.caller import CallerSpec, NamedUser
 from pgrealtime.explain.explain import explain
-from pgrealtime.rules.sql.breakdown import Joined, Piece, asked, split
+from pgrealtime.rules.sql.breakdown import ClauseGroup, RuleFragment, fragment_queries, split_rule
 from tests.conformance.rules_corpus import CORPUS, Case, Corpus, cases, configured, expected, load
 
 _EVERY = 20
@@ -36,14 +36,14 @@ def _config(url: str, case: Case) -> Config:
     return Config(version=1, database=database, collections=shown)
 
 
-def _who(auth: str) -> Who:
+def _who(auth: str) -> CallerSpec:
     match auth.split("/"):
         case ["guest"]:
             return GUEST
         case ["superuser"]:
             return Superuser("root")
         case [collection, record_id]:
-            return User(collection, record_id)
+            return NamedUser(collection, record_id)
         case _:
             raise AssertionError(auth)
 
@@ -101,10 +101,10 @@ async def test_parts_say_together_what_the_rule_says(database_url: str) -> None:
     try:
         for verdict, parts, join, case in _verdicts(corpus):
             joined += 1
-            together = all(parts) if join.is_all else any(parts)
-            is_one_row = join.is_all and together and "?" in join.text
+            together = all(parts) if join.is_conjunction else any(parts)
+            is_one_row = join.is_conjunction and together and "?" in join.display_text
             if verdict != together and not is_one_row:
-                odd.append(f"{case['id']} {join.text}: {verdict} of {parts}")
+                odd.append(f"{case['id']} {join.display_text}: {verdict} of {parts}")
     finally:
         corpus.connection.close()
 
@@ -112,7 +112,7 @@ async def test_parts_say_together_what_the_rule_says(database_url: str) -> None:
     assert joined > 300
 
 
-def _verdicts(corpus: Corpus) -> Iterator[tuple[bool, list[bool], Joined, Case]]:
+def _verdicts(corpus: Corpus) -> Iterator[tuple[bool, list[bool], ClauseGroup, Case]]:
     """Yield what a join and each of its parts is of a row, for a sample of the cases."""
     compound = [case for case in cases(CORPUS) if _joined(case["rule"])]
     for case in compound[::_EVERY]:
@@ -120,28 +120,28 @@ def _verdicts(corpus: Corpus) -> Iterator[tuple[bool, list[bool], Joined, Case]]
             for join in _joined(case["rule"]):
                 with suppress(RuleError):
                     verdict, *parts = (
-                        _truth(corpus, case, row, one) for one in (join, *join.parts)
+                        _truth(corpus, case, row, one) for one in (join, *join.fragments)
                     )
                     yield verdict, parts, join, case
 
 
-def _joined(rule: str | None) -> list[Joined]:
+def _joined(rule: str | None) -> list[ClauseGroup]:
     try:
-        return list(_joins(split(rule or "")))
+        return list(_joins(split_rule(rule or "")))
     except RuleError:
         return []
 
 
-def _joins(piece: Piece) -> Iterator[Joined]:
-    if isinstance(piece, Joined):
+def _joins(piece: RuleFragment) -> Iterator[ClauseGroup]:
+    if isinstance(piece, ClauseGroup):
         yield piece
-        for part in piece.parts:
+        for part in piece.fragments:
             yield from _joins(part)
 
 
-def _truth(corpus: Corpus, case: Case, row: Any, piece: Piece) -> bool:
+def _truth(corpus: Corpus, case: Case, row: Any, piece: RuleFragment) -> bool:
     now = datetime.now(UTC)
-    made = asked(
+    made = fragment_queries(
         piece,
         corpus.collections,
         corpus.collections[case["collection"]],
@@ -150,7 +150,7 @@ def _truth(corpus: Corpus, case: Case, row: Any, piece: Piece) -> bool:
         now=now,
         is_filter=False,
     )
-    question = made.reference.truth(row, now)
+    question = made.reference_query.truth_query(row, now)
     try:
         ((verdict,),) = corpus.connection.execute(question.sql.encode(), question.params)
     except psycopg.DataError:

@@ -21,8 +21,8 @@ from msgspec import Raw
 from pgrealtime.catalog.model import Column, Type, TypeKind
 from pgrealtime.collections.model import Field, FieldKind
 from pgrealtime.records.excerpt import excerpt
-from pgrealtime.records.fields import parse_fields, picks_of
-from pgrealtime.records.values import Json, converter
+from pgrealtime.records.fields import compile_projections, parse_fields
+from pgrealtime.records.values import Json, choose_converter
 from tests.conformance.fixtures import (
     FixtureCollection,
     FixtureField,
@@ -146,7 +146,10 @@ async def test_fields_pick_what_pocketbase_picks(seed: int, folder: Path) -> Non
             fields = parse_fields(text)
             assert (fields is None) == (answer is None), text
             if fields is not None:
-                picks = {name: (picks_of(fields)(name), value) for name, value in whole.items()}
+                picks = {
+                    name: (compile_projections(fields)(name), value)
+                    for name, value in whole.items()
+                }
                 picked = {name: pick(value) for name, (pick, value) in picks.items() if pick}
                 assert json.loads(msgspec.json.encode(picked)) == json.loads(answer), text
 
@@ -179,7 +182,7 @@ async def test_excerpts_are_pocketbases(seed: int, folder: Path) -> None:
 def shown(stored: str) -> Json:
     json_type = Type(oid=114, schema="pg_catalog", name="json", kind=TypeKind.BASE, category="U")
     column = Column(name="j", number=1, type=json_type)
-    convert = converter(Field(name="j", column=column, kind=FieldKind.JSON, type=json_type))
+    convert = choose_converter(Field(name="j", column=column, kind=FieldKind.JSON, type=json_type))
     assert convert is not None
     return convert(stored)
 

@@ -24,9 +24,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from pgrealtime.config.load import Origin, Reading, parse
+from pgrealtime.config.load import ConfigLocations, ParsedConfig, parse_config
 from pgrealtime.config.model import Config
-from pgrealtime.service.build import Running, running
+from pgrealtime.service.build import RunningService, run_service
 from tests.conformance.http_client import Address
 from tests.conformance.rules_corpus import CORPUS, Case, Report, cases, configured, expected
 from tests.e2e.listener import Listener, listener
@@ -138,11 +138,11 @@ class Room:
         self._url = database_url
         self._described = json.loads((CORPUS / "schema.json").read_text(encoding="utf-8"))
         self.config = self._with_rules({})
-        self.service: Running
+        self.service: RunningService
         self.subscribers: dict[str, Subscriber] = {}
 
-    def reading(self) -> Reading:
-        return Reading(config=self.config, origin=Origin(source="corpus"))
+    def reading(self) -> ParsedConfig:
+        return ParsedConfig(config=self.config, locations=ConfigLocations(source="corpus"))
 
     def _with_rules(self, rules: Rules) -> Config:
         collections = {one["name"]: configured(one) for one in self._described["collections"]}
@@ -152,7 +152,7 @@ class Room:
             )
             for name, one in collections.items()
         }
-        whole = parse(
+        whole = parse_config(
             {
                 "database": {"url": self._url},
                 "server": {"host": "127.0.0.1", "port": 0},
@@ -195,7 +195,9 @@ async def open_room(database_url: str, auths: Sequence[str]) -> AsyncIterator[Ro
         await loading.execute("CREATE TABLE sentinels (id text PRIMARY KEY)")
     room = Room(database_url)
     async with AsyncExitStack() as stack:
-        room.service = await stack.enter_async_context(running(room.config, reread=room.reading))
+        room.service = await stack.enter_async_context(
+            run_service(room.config, read_config=room.reading)
+        )
         address = Address(host="127.0.0.1", port=room.service.port)
 
         async def opened() -> Listener:

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from pgrealtime.auth.principal import GUEST
-from pgrealtime.config.load import parse
-from pgrealtime.explain.caller import Bearer, Who
+from pgrealtime.config.load import parse_config
+from pgrealtime.explain.caller import BearerToken, CallerSpec
 from pgrealtime.explain.explain import explain
 from tests.e2e.listener import Listener, listener
 from tests.e2e.service import service, token
@@ -59,8 +59,8 @@ def collections() -> dict[str, dict[str, Any]]:
     return made
 
 
-def who(bearer: str) -> Who:
-    return Bearer(bearer) if bearer else GUEST
+def who(bearer: str) -> CallerSpec:
+    return BearerToken(bearer) if bearer else GUEST
 
 
 async def heard(client: Listener) -> set[tuple[str, str]]:
@@ -94,7 +94,7 @@ async def test_the_service_does_what_explain_says(database_url: str, tmp_path: P
         for caller, client in clients.items():
             shown[caller] = await heard(client)
 
-    config = parse(yaml.safe_load((tmp_path / "pgrealtime.yaml").read_text()), {})
+    config = parse_config(yaml.safe_load((tmp_path / "pgrealtime.yaml").read_text()), {})
     said: dict[str, set[tuple[str, str]]] = {caller: set() for caller in TOKENS}
     for caller, bearer in TOKENS.items():
         for topic in topics:

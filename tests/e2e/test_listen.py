@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pgrealtime.cli.listen import Frame, frames
+from pgrealtime.cli.listen import ServerSentEvent, parse_events
 from tests.conformance.pgrealtime_server import command
 from tests.conformance.process import free_port
 from tests.e2e.breaker import breaker
@@ -188,10 +188,10 @@ async def test_events_are_read_wherever_the_bytes_are_cut() -> None:
         b"event: a\ndata: 1\ndata:2\n\nretry:5\n\nid:x\n\nevent:\xc3\xa9\ndata:\n\nid:half\n"
     )
     expected = [
-        Frame(id="c1", event="PB_CONNECT", data='{"clientId":"c1"}'),
-        Frame(event="a", data="1\n2"),
-        Frame(id="x"),
-        Frame(event="é"),
+        ServerSentEvent(id="c1", event="PB_CONNECT", data='{"clientId":"c1"}'),
+        ServerSentEvent(event="a", data="1\n2"),
+        ServerSentEvent(id="x"),
+        ServerSentEvent(event="é"),
     ]
 
     async def pieces(size: int) -> AsyncIterator[bytes]:
@@ -199,4 +199,4 @@ async def test_events_are_read_wherever_the_bytes_are_cut() -> None:
             yield stream[start : start + size]
 
     for size in range(1, len(stream) + 1):
-        assert [frame async for frame in frames(pieces(size))] == expected
+        assert [frame async for frame in parse_events(pieces(size))] == expected

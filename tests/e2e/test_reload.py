@@ -13,8 +13,8 @@ import psycopg
 import pytest
 import yaml
 
-from pgrealtime.auth.token import make_own
-from pgrealtime.collections.model import collection_id
+from pgrealtime.auth.token import make_login_token
+from pgrealtime.collections.model import derive_collection_id
 from tests.conformance.http_client import EventStream, Request
 from tests.e2e.listener import ANYBODY, Listener, Message, listener
 from tests.e2e.sdk import sdk
@@ -354,10 +354,10 @@ async def test_whoever_signed_in_under_another_auth_rule_is_a_guest(
         "login": {"password_hash": "password_hash"},
     }
     login = {"login": {"enabled": True, "secret": SECRET}}
-    key = make_own(
-        collection_id=collection_id("auth", "users"),
+    key = make_login_token(
+        collection_id=derive_collection_id("auth", "users"),
         record_id="ann",
-        key="a hash" + SECRET,
+        signing_key="a hash" + SECRET,
         expires_at=int(time.time()) + 1000,
     )
     update = "UPDATE users SET name = gen_random_uuid()::text"

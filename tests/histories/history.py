@@ -18,9 +18,9 @@ from psycopg import sql
 
 from pgrealtime.auth.principal import Caller
 from pgrealtime.feed import reader
-from pgrealtime.rule_queries.executor import Probe
+from pgrealtime.rule_queries.executor import QueryExecutor
 from pgrealtime.rule_queries.slow_filters import CircuitBreakers
-from pgrealtime.service.build import Running, running
+from pgrealtime.service.build import RunningService, run_service
 from tests.histories.audit import Audit, Findings, learn_cursors
 from tests.histories.ledger import ROOT, Ledger, Person
 from tests.histories.reader import Client, Kind, Message, Topic
@@ -62,7 +62,7 @@ class World:
 
     scene: Scene
     url: str
-    service: Running
+    service: RunningService
     ledger: Ledger
     connections: tuple[Connection, Connection]
     looking: psycopg.Connection
@@ -77,19 +77,21 @@ class World:
         if person == ROOT:
             claims["role"] = "root"
         token = jwt.encode(claims, SECRET, algorithm="HS256")
-        return await self.service.reloading._rooms.authenticator.admit(f"Bearer {token}")
+        return await self.service.reloader._targets.authenticator.authenticate_subscriber(
+            f"Bearer {token}"
+        )
 
     @property
-    def probe(self) -> Probe:
+    def probe(self) -> QueryExecutor:
         """What the program asks the database with."""
-        probe = self.service.hub._probe
-        assert isinstance(probe, Probe)
+        probe = self.service.hub._executor
+        assert isinstance(probe, QueryExecutor)
         return probe
 
     def forget_slowness(self) -> None:
         """Let the program forget what was slow, so that no history depends on those before."""
         self.probe._breakers = CircuitBreakers(time.monotonic)
-        self.probe._unreadable.clear()
+        self.probe._unreadable_until.clear()
 
     def look(self) -> int:
         """Return the last commit that readers see."""
@@ -151,10 +153,10 @@ async def open_world(scene: Scene, url: str) -> AsyncIterator[World]:
         ]
         looking = stack.enter_context(psycopg.connect(url, autocommit=True))
         # On a busy machine the stream takes longer than events would be kept waiting for it.
-        stack.enter_context(patch.object(reader, "_REACH_SECONDS", _REACH_SECONDS))
+        stack.enter_context(patch.object(reader, "_LSN_WAIT_SECONDS", _REACH_SECONDS))
         await first.execute(schema(scene).encode())
         slot = f"h_{url.rpartition('/')[2]}"
-        service = await stack.enter_async_context(running(configuration(scene, url, slot)))
+        service = await stack.enter_async_context(run_service(configuration(scene, url, slot)))
         yield World(scene, url, service, Ledger(scene), (first, second), looking)
     if scene.is_durable:
         await drop_slot(url, slot)
@@ -203,7 +205,7 @@ class History:
         self._start = world.service.hub._changelog.head
         self._decoder_failures = self._count_decoder_failures()
         world.forget_slowness()
-        self._unasked = world.probe.errors.copy()
+        self._unasked = world.probe.unanswered_counts.copy()
 
     async def run(self) -> Findings:
         """Live it, and return what is wrong."""
@@ -242,7 +244,7 @@ class History:
             # invalid pointer"). That place is passed over, with what follows it.
             world.ledger.happens("decoder")
             findings.counts["failures of the server's decoder"] += failures
-        for (_, why), count in (world.probe.errors - self._unasked).items():
+        for (_, why), count in (world.probe.unanswered_counts - self._unasked).items():
             findings.counts[f"questions: {why}"] += count
         changelog = world.service.hub._changelog
         learn_cursors(
@@ -279,7 +281,9 @@ class History:
         )
 
     def _count_decoder_failures(self) -> int:
-        return self.world.service.reloading._rooms.relay.breaks["decoder_failed"]
+        return self.world.service.reloader._targets.replication_reader.stream_breaks[
+            "decoder_failed"
+        ]
 
     # --- steps
 
@@ -307,7 +311,7 @@ class History:
         await self.writer.write(self.rng.choice([2, 3, 5]))
 
     async def _write_slowly(self) -> None:
-        if self.writer.is_open or self.world.service.hub.stream_is_up:
+        if self.writer.is_open or self.world.service.hub.is_stream_up:
             await self.writer.write_slowly()
 
     def _connect(self, client: Client) -> Move:

@@ -118,7 +118,7 @@ class _Sink:
             self.messages_taken = len(self._stream.messages)
         self.arrived.set()
 
-    def buffered(self) -> int:
+    def buffered_bytes(self) -> int:
         return self._waiting
 
     async def drain(self) -> None:
@@ -126,12 +126,12 @@ class _Sink:
             self._freed.clear()
             await self._freed.wait()
 
-    def end(self) -> None:
+    def close(self) -> None:
         self._stream.is_ended = True
         self._stream.ended_at = time.monotonic()
         self.arrived.set()
 
-    abort = end
+    abort = close
 
     def free(self) -> None:
         self.is_stuck, self._waiting = False, 0
@@ -239,7 +239,7 @@ class Client:
         header = self._last_id if goes_on and self.kind == "position" else None
         is_first_of_sdk = self.kind == "cursor" and not goes_on
         query = self._last_id if self.resumes and not header and not is_first_of_sdk else None
-        connection = self._connection = self._hub.open(
+        connection = self._connection = self._hub.open_connection(
             sink, address="127.0.0.1", last_event_id=header, position=query
         )
         self.streams.append(stream)
@@ -281,10 +281,10 @@ class Client:
 
     def _leave(self, taken: int | None) -> None:
         if self._connection is not None:
-            if self._connection.doom and not self.streams[-1].is_ended:
+            if self._connection.close_reason and not self.streams[-1].is_ended:
                 # It was about to be ended, as soon as its client could bear that.
                 self.streams[-1].is_ended, self.streams[-1].ended_at = True, time.monotonic()
-            self._hub.close(self._connection)
+            self._hub.remove_connection(self._connection)
             self._connection = None
         if not self.streams:
             return

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
-from pgrealtime.config.load import parse
+from pgrealtime.config.load import parse_config
 from pgrealtime.config.model import Config
 
 Values: TypeAlias = Mapping[str, Any]
@@ -283,7 +283,7 @@ def configuration(scene: Scene, url: str, slot: str) -> Config:
             "list_rule": scene.rule(docs, is_list=True).text,
             "view_rule": scene.rule(docs, is_list=False).text,
         }
-    return parse(
+    return parse_config(
         {
             "version": 1,
             "database": {"url": url, "statement_timeout": "500ms"},

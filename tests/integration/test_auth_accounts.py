@@ -13,7 +13,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from pgrealtime.auth.account import Accounts, Users, statement_by_id
+from pgrealtime.auth.account import AccountLoader, UserCollection, statement_by_id
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.principal import GUEST, AuthRecord, Caller, Superuser
 from pgrealtime.catalog.introspect import read_catalog
@@ -23,8 +23,8 @@ from pgrealtime.collections.model import Collection, Collections, Field, FieldKi
 from pgrealtime.config.model import AuthConfig, IssuerConfig
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
 from pgrealtime.lsn import Xid, parse_lsn
-from pgrealtime.postgres.pool import Connection, QueryPool
-from pgrealtime.snapshot import barrier_of
+from pgrealtime.postgres.pool import DatabaseConnection, QueryPool
+from pgrealtime.snapshot import parse_read_point
 
 SECRET = "a-secret-of-thirty-two-characters"
 ISSUER = IssuerConfig(name="app", secret=SECRET)
@@ -42,19 +42,19 @@ def collection_of(table: Table) -> Collection:
         )
         for column in table.columns
     )
-    key = table.column(table.primary_key[0])
+    key = table.find_column(table.primary_key[0])
     assert key is not None
     return Collection(
         name="users", id="_pb_users_auth_", type="auth", table=table, key=key, fields=fields
     )
 
 
-async def users_of(url: str, ddl: str) -> Users:
+async def users_of(url: str, ddl: str) -> UserCollection:
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         await connection.execute(sql.SQL(ddl))
         name = TableName("public", "Users")
         catalog = await read_catalog(connection, names=[name])
-    return Users(collection=collection_of(catalog.tables[name]))
+    return UserCollection(collection=collection_of(catalog.tables[name]))
 
 
 @pytest.fixture
@@ -71,7 +71,9 @@ INSERT INTO public."Users" VALUES
 """
 
 
-def authenticator(users: Users, accounts: Accounts, *issuers: IssuerConfig) -> Authenticator:
+def authenticator(
+    users: UserCollection, accounts: AccountLoader, *issuers: IssuerConfig
+) -> Authenticator:
     auth = AuthConfig(issuers=issuers or (ISSUER,))
     return Authenticator(auth, Collections((users.collection,)), accounts)
 
@@ -79,7 +81,7 @@ def authenticator(users: Users, accounts: Accounts, *issuers: IssuerConfig) -> A
 async def test_the_row_says_what_the_token_does_not(database_url: str, pool: QueryPool) -> None:
     """The plain fields are the database's, whatever a token claims about them."""
     users = await users_of(database_url, FULL)
-    door = authenticator(users, Accounts(pool))
+    door = authenticator(users, AccountLoader(pool))
     claims = {"sub": "u1", "exp": 4_000_000_000, "email": "x@y", "verified": False}
 
     assert await door.authenticate(jwt.encode(claims, SECRET)) == Caller(
@@ -105,7 +107,7 @@ async def test_a_table_of_ids_alone_is_enough(database_url: str, pool: QueryPool
         """INSERT INTO public."Users" VALUES ('u1')""",
     )
 
-    account = await Accounts(pool).load(users, "u1")
+    account = await AccountLoader(pool).load(users, "u1")
 
     assert account is not None
     assert account.record == AuthRecord(
@@ -116,7 +118,7 @@ async def test_a_table_of_ids_alone_is_enough(database_url: str, pool: QueryPool
 async def test_a_deleted_user_is_a_guest(database_url: str, pool: QueryPool) -> None:
     """Open connections turn guest with the row (protocol, 8); its token must not undo that."""
     users = await users_of(database_url, FULL)
-    door = authenticator(users, Accounts(pool))
+    door = authenticator(users, AccountLoader(pool))
     token = jwt.encode({"sub": "u1"}, SECRET)
     assert (await door.authenticate(token)).principal != GUEST
 
@@ -129,7 +131,7 @@ async def test_a_deleted_user_is_a_guest(database_url: str, pool: QueryPool) -> 
 async def test_a_superuser_needs_no_row(database_url: str, pool: QueryPool) -> None:
     users = await users_of(database_url, FULL)
     issuer = ISSUER.model_copy(update={"superuser_when": {"role": "service_role"}})
-    door = authenticator(users, Accounts(pool), issuer)
+    door = authenticator(users, AccountLoader(pool), issuer)
 
     named = jwt.encode({"sub": "s1", "role": "service_role"}, SECRET)
     nameless = jwt.encode({"role": "service_role"}, SECRET)
@@ -173,7 +175,7 @@ async def test_an_id_that_does_not_fit_the_key_is_nobodys(
         f'CREATE TABLE public."Users" (id {key_type} PRIMARY KEY);'
         f"""INSERT INTO public."Users" VALUES ('{stored}')""",
     )
-    accounts = Accounts(pool)
+    accounts = AccountLoader(pool)
 
     there = [await accounts.load(users, one) for one in found]
 
@@ -212,7 +214,7 @@ async def test_loads_at_the_same_time_share_a_query(database_url: str, pool: Que
         'CREATE TABLE public."Users" (id integer PRIMARY KEY);'
         'INSERT INTO public."Users" SELECT generate_series(1, 900)',
     )
-    accounts = Accounts(pool)
+    accounts = AccountLoader(pool)
     asked = pool.get_stats().get("requests_num", 0)
 
     answers = await asyncio.gather(*(accounts.load(users, str(n)) for n in range(1, 1001)))
@@ -232,7 +234,7 @@ class HeldUp(QueryPool):
         self.answered = asyncio.Event()
 
     @asynccontextmanager
-    async def connection(self, timeout: float | None = None) -> AsyncIterator[Connection]:  # noqa: ASYNC109 (the library's)
+    async def connection(self, timeout: float | None = None) -> AsyncIterator[DatabaseConnection]:  # noqa: ASYNC109 (the library's)
         async with super().connection(timeout) as connection:
             yield connection
             self.answered.set()
@@ -250,7 +252,7 @@ async def test_a_load_is_answered_by_a_query_sent_after_it(database_url: str) ->
         """INSERT INTO public."Users" VALUES ('u1', 'old'), ('u2', 'two')""",
     )
     async with HeldUp(database_url) as pool:
-        accounts = Accounts(pool)
+        accounts = AccountLoader(pool)
         early = asyncio.create_task(accounts.load(users, "u1"))
         await asyncio.wait_for(pool.answered.wait(), 10)
         with psycopg.connect(database_url, autocommit=True) as writer:
@@ -268,7 +270,7 @@ async def test_one_who_gives_up_does_not_take_the_answer_from_the_others(
     database_url: str, pool: QueryPool
 ) -> None:
     users = await users_of(database_url, FULL)
-    accounts = Accounts(pool)
+    accounts = AccountLoader(pool)
     first = asyncio.create_task(accounts.load(users, "u1"))
     second = asyncio.create_task(accounts.load(users, "u1"))
     await asyncio.sleep(0)
@@ -303,7 +305,7 @@ async def test_an_id_that_the_database_cannot_hold_spoils_nobodys_answer(
     """In a LATIN1 database a kanji is an error of the server or the driver, not a missing row."""
     users = await users_of(latin1_url, FULL)
     async with QueryPool(make_conninfo(latin1_url, client_encoding=client_encoding)) as pool:
-        accounts = Accounts(pool)
+        accounts = AccountLoader(pool)
         answers = await asyncio.gather(
             *(accounts.load(users, one) for one in ("u1", "\u65e5", "u2"))
         )
@@ -315,7 +317,7 @@ async def test_a_database_away_is_not_the_tokens_fault(database_url: str, pool: 
     """Answering "guest" would sign everybody out whenever the database restarts."""
     users = await users_of(database_url, FULL)
     await pool.close()
-    door = authenticator(users, Accounts(pool))
+    door = authenticator(users, AccountLoader(pool))
 
     with pytest.raises(DatabaseUnreachableError):
         await door.authenticate(jwt.encode({"sub": "u1"}, SECRET))
@@ -330,7 +332,7 @@ async def test_a_users_table_that_cannot_be_read_says_so(
         await other.execute('ALTER TABLE public."Users" RENAME email TO mail')
 
     with pytest.raises(SetupError, match=r"public\.Users"):
-        await Accounts(pool).load(users, "u1")
+        await AccountLoader(pool).load(users, "u1")
 
 
 async def test_tokens_that_hold_nowhere_ask_the_database_nothing(
@@ -338,7 +340,7 @@ async def test_tokens_that_hold_nowhere_ask_the_database_nothing(
 ) -> None:
     """Strangers must not be able to make load."""
     users = await users_of(database_url, FULL)
-    door = authenticator(users, Accounts(pool))
+    door = authenticator(users, AccountLoader(pool))
     asked = pool.get_stats().get("requests_num", 0)
 
     for token in (
@@ -367,17 +369,17 @@ async def test_a_user_is_as_of_a_snapshot_that_tells_old_news_from_new(
         during = await (
             await other.execute("SELECT pg_current_xact_id(), pg_current_wal_insert_lsn()::text")
         ).fetchone()
-        account = await Accounts(pool).load(users, "u1")
+        account = await AccountLoader(pool).load(users, "u1")
         await other.commit()
         after = await (await connection.execute(change, ["After"])).fetchone()
     assert before is not None
     assert during is not None
     assert after is not None
     assert account is not None
-    assert account.reading is not None
+    assert account.read_point is not None
 
-    known = barrier_of(*account.reading)
+    known = parse_read_point(*account.read_point)
     seen, unseen, lsn = Xid(int(before[0])), [Xid(int(during[0])), Xid(int(after[0]))], during[1]
     assert known.insert_lsn >= parse_lsn(lsn)
-    assert not known.admits(seen, known.insert_lsn)
-    assert [known.admits(xid, known.insert_lsn) for xid in unseen] == [True, True]
+    assert not known.predates(seen, known.insert_lsn)
+    assert [known.predates(xid, known.insert_lsn) for xid in unseen] == [True, True]

@@ -30,23 +30,23 @@ from aiohttp import web
 from psycopg import sql
 from pytest_postgresql.executor_noop import NoopExecutor
 
-from pgrealtime.api.app import Surface
+from pgrealtime.api.app import ResponseMiddleware
 from pgrealtime.api.login import LoginRoutes
-from pgrealtime.api.uploads import UPLOADS, Uploads
-from pgrealtime.auth.account import Accounts
+from pgrealtime.api.uploads import BODY_READER_KEY, BodyReader
+from pgrealtime.auth.account import AccountLoader
 from pgrealtime.auth.authenticator import Authenticator
-from pgrealtime.auth.login import Login
+from pgrealtime.auth.login import LoginService
 from pgrealtime.auth.principal import GUEST, AuthRecord, Caller
-from pgrealtime.auth.record import rebound
-from pgrealtime.auth.token import make_own
+from pgrealtime.auth.record import update_caller
+from pgrealtime.auth.token import make_login_token
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row
-from pgrealtime.collections.build import build
-from pgrealtime.config.load import parse as parse_config
+from pgrealtime.collections.build import build_collections
+from pgrealtime.config.load import parse_config
 from pgrealtime.config.model import Config
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.reads.own_record import OwnRecords
-from pgrealtime.rule_queries.executor import Probe
+from pgrealtime.reads.own_record import OwnRecordRenderer
+from pgrealtime.rule_queries.executor import QueryExecutor
 from tests.conformance.fixtures import SuperuserAccount
 from tests.conformance.http_client import Address, Answer, Request, send
 from tests.conformance.pocketbase_server import PocketBaseServer, _folders, pocketbase_binary
@@ -287,18 +287,18 @@ class Ours:
 async def serving(url: str, config: Config) -> AsyncIterator[Ours]:
     async with QueryPool(url) as pool:
         async with pool.connection() as connection:
-            collections = build(
+            collections = build_collections(
                 config.collections, await read_catalog(connection, schemas=["public"])
             )
-        accounts = Accounts(pool)
+        accounts = AccountLoader(pool)
         logins = {name: c.login for name, c in config.collections.items()}
         authenticator = Authenticator(config.auth, collections, accounts, logins=logins)
-        login = Login(config.auth.login, accounts)
-        surface = Surface(config.server)
-        app = web.Application(middlewares=[surface.answer])
-        app[UPLOADS] = Uploads()
+        login = LoginService(config.auth.login, accounts)
+        surface = ResponseMiddleware(config.server)
+        app = web.Application(middlewares=[surface.handle])
+        app[BODY_READER_KEY] = BodyReader()
         app.on_response_prepare.append(surface.add_headers)
-        records = OwnRecords(Probe(pool), collections, nulls=config.records.nulls)
+        records = OwnRecordRenderer(QueryExecutor(pool), collections, nulls=config.records.nulls)
         routes = LoginRoutes(login, authenticator, config.server, records)
         routes.add_to(app.router)
         runner = web.AppRunner(app)
@@ -551,10 +551,10 @@ async def _token_of(original: Original, collection: str, row: Mapping[str, Any])
     kind = f"/api/collections/{collection}"
     request = Request(method="GET", path=kind, headers={"Authorization": original.superuser_token})
     collection_id = json.loads((await send(request, original.address)).body)["id"]
-    return make_own(
+    return make_login_token(
         collection_id=collection_id,
         record_id=row["id"],
-        key=row["tokenKey"] + SECRET,
+        signing_key=row["tokenKey"] + SECRET,
         expires_at=int(time.time()) + 1000,
     )
 
@@ -911,11 +911,11 @@ async def test_a_new_hash_ends_our_own_tokens_alone(people_url: str, login: dict
     foreign = jwt.encode({"sub": "userann00000001", "exp": SOON}, SECRET)
     async with serving(people_url, config(collections)) as server:
         own = await log_in(server.address)
-        users = server.authenticator.users("users")
+        users = server.authenticator.find_user_collection("users")
         assert users is not None
         callers = [await server.authenticator.authenticate(token) for token in (own, foreign)]
         row: Row = {"id": "userann00000001", "password": "other", "tokenKey": "other"}
-        kept = [rebound(caller, users.collection, users.login, row) for caller in callers]
+        kept = [update_caller(caller, users.collection, users.login, row) for caller in callers]
         with psycopg.connect(people_url, autocommit=True) as connection:
             connection.execute("""UPDATE users SET password = 'other', "tokenKey" = 'other'""")
         back = [await server.authenticator.authenticate(token) for token in (own, foreign)]

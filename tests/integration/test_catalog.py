@@ -69,9 +69,9 @@ async def test_a_plain_table_is_read_whole(connection: AsyncConnection[Any]) -> 
             ),
         ),
         primary_key=("id",),
-        unique=(("id",),),
-        indexes=(("id",),),
-        identity_columns=("id",),
+        unique_keys=(("id",),),
+        index_prefixes=(("id",),),
+        replica_identity_columns=("id",),
     )
     assert (int8.oid, int8.category, varchar.oid, varchar.category) == (20, "N", 1043, "S")
     assert (shape(int8), shape(varchar)) == (
@@ -119,7 +119,7 @@ async def test_types_are_read_with_what_they_are_made_of(connection: AsyncConnec
         "i": ("pg_catalog.point", "BASE"),
         "j": ("pg_catalog._text", "ARRAY", text),
     }
-    c = table.column("c")
+    c = table.find_column("c")
     assert c is not None
     assert c.type.base.name == "text"
 
@@ -214,8 +214,8 @@ async def test_only_indexes_that_mean_uniqueness_count_as_unique(
         CREATE INDEX i4 ON t (c);
         """,
     )
-    assert table.unique == (("a", "b"), ("id",))
-    assert sorted(table.indexes) == [("a", "b"), ("b",), ("c",), ("d",), ("id",)]
+    assert table.unique_keys == (("a", "b"), ("id",))
+    assert sorted(table.index_prefixes) == [("a", "b"), ("b",), ("c",), ("d",), ("id",)]
 
 
 async def test_an_index_that_failed_to_build_does_not_count(
@@ -226,7 +226,7 @@ async def test_an_index_that_failed_to_build_does_not_count(
     with pytest.raises(psycopg.errors.UniqueViolation):
         await connection.execute("CREATE UNIQUE INDEX CONCURRENTLY ON t (a)")
     table = await table_of(connection, "t", "SELECT")
-    assert (table.unique, table.indexes) == ((("id",),), (("id",),))
+    assert (table.unique_keys, table.index_prefixes) == ((("id",),), (("id",),))
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ async def test_the_replica_identity_is_what_the_wal_carries(
         "t",
         f"CREATE TABLE t (no int, id int, a int NOT NULL UNIQUE, PRIMARY KEY (id, no));{ddl}",
     )
-    assert (table.replica_identity, table.identity_columns) == (identity, columns)
+    assert (table.replica_identity, table.replica_identity_columns) == (identity, columns)
     assert await logged_columns(connection, "t") == sorted(columns)
 
 
@@ -297,21 +297,24 @@ async def test_a_partitioned_table_has_its_leaves_and_what_all_of_them_log(
     assert table.leaves == (TableName("public", "late"), TableName("public", "early_1"))
     assert table.primary_key == ("at", "no")
     assert table.replica_identity is ReplicaIdentity.DEFAULT
-    assert table.identity_columns == ("at", "no")
+    assert table.replica_identity_columns == ("at", "no")
     assert table.partition_of is None
 
     mixed = await table_of(connection, "events", "ALTER TABLE late REPLICA IDENTITY FULL")
-    assert (mixed.replica_identity, mixed.identity_columns) == (
+    assert (mixed.replica_identity, mixed.replica_identity_columns) == (
         ReplicaIdentity.DEFAULT,
         ("at", "no"),
     )
     full = await table_of(connection, "events", "ALTER TABLE early_1 REPLICA IDENTITY FULL")
-    assert (full.replica_identity, full.identity_columns) == (
+    assert (full.replica_identity, full.replica_identity_columns) == (
         ReplicaIdentity.FULL,
         ("at", "no", "a"),
     )
     without = await table_of(connection, "events", "ALTER TABLE late REPLICA IDENTITY NOTHING")
-    assert (without.replica_identity, without.identity_columns) == (ReplicaIdentity.NOTHING, ())
+    assert (without.replica_identity, without.replica_identity_columns) == (
+        ReplicaIdentity.NOTHING,
+        (),
+    )
 
 
 async def test_partitions_know_their_root(connection: AsyncConnection[Any]) -> None:
@@ -369,7 +372,7 @@ async def test_the_catalogue_says_whose_it_is(connection: AsyncConnection[Any]) 
     cursor = await connection.execute(
         "SELECT current_setting('server_version_num')::int, current_setting('server_encoding')"
     )
-    assert (catalog.server_version, catalog.encoding) == await cursor.fetchone()
+    assert (catalog.server_version, catalog.server_encoding) == await cursor.fetchone()
     assert (dict(catalog.tables), catalog.schemas) == ({}, ("public",))
 
 
@@ -391,5 +394,5 @@ async def test_reading_twice_gives_the_same_values(connection: AsyncConnection[A
     assert await table_of(connection, "t", "SELECT") == first
     changed = await table_of(connection, "t", "ALTER TABLE t REPLICA IDENTITY FULL")
     assert changed == replace(
-        first, replica_identity=ReplicaIdentity.FULL, identity_columns=("id", "a", "b")
+        first, replica_identity=ReplicaIdentity.FULL, replica_identity_columns=("id", "a", "b")
     )

@@ -6,13 +6,13 @@ import psycopg
 import pytest
 
 from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.changes import NEVER_DESCRIBED, Shape, TableName, Transaction
-from pgrealtime.collections.build import build
-from pgrealtime.config.load import parse
-from pgrealtime.hub.live_reads.table_definitions import Definitions
+from pgrealtime.changes import NEVER_DESCRIBED, RowShape, TableName, Transaction
+from pgrealtime.collections.build import build_collections
+from pgrealtime.config.load import parse_config
+from pgrealtime.hub.live_reads.table_definitions import TableDefinitions
 from pgrealtime.lsn import LSN, Xid
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.rule_queries.executor import Probe
+from pgrealtime.rule_queries.executor import QueryExecutor
 
 SCHEMA = """
 CREATE TYPE "In ner" AS (a text, "b c" int);
@@ -54,7 +54,7 @@ LEAF = TableName("public", "Leaf 1")
 async def test_what_no_decoder_tells_is_seen_in_the_catalogue(
     database_url: str, statements: str, *, is_so: bool
 ) -> None:
-    config = parse(
+    config = parse_config(
         {
             "version": 1,
             "database": {"url": database_url},
@@ -62,21 +62,21 @@ async def test_what_no_decoder_tells_is_seen_in_the_catalogue(
         }
     )
     names = [TableName("public", "t")]
-    shape = Shape(names[0], LEAF, (), NEVER_DESCRIBED)
+    shape = RowShape(names[0], LEAF, (), NEVER_DESCRIBED)
     row = Transaction(Xid(3), LSN(8), 0, (), 0, (shape,))
     async with (
         await psycopg.AsyncConnection.connect(database_url, autocommit=True) as admin,
         QueryPool(database_url) as pool,
     ):
         await admin.execute(SCHEMA.encode())
-        before = build(config.collections, await read_catalog(admin, names=names))
-        belief = Definitions(before).behind([row])
+        before = build_collections(config.collections, await read_catalog(admin, names=names))
+        belief = TableDefinitions(before).assumptions_for([row])
         assert belief is not None
-        assert await Probe(pool).bears_out(belief)
+        assert await QueryExecutor(pool).verify_assumptions(belief)
         await admin.execute(statements.encode())
 
-        assert await Probe(pool).bears_out(belief) is is_so
-        after = build(config.collections, await read_catalog(admin, names=names))
-        again = Definitions(after).behind([row])
+        assert await QueryExecutor(pool).verify_assumptions(belief) is is_so
+        after = build_collections(config.collections, await read_catalog(admin, names=names))
+        again = TableDefinitions(after).assumptions_for([row])
         assert (again == belief) is is_so
-        assert again is None or await Probe(pool).bears_out(again)
+        assert again is None or await QueryExecutor(pool).verify_assumptions(again)

@@ -29,20 +29,20 @@ from pgrealtime.changes import (
     Update,
     WholeRow,
 )
-from pgrealtime.collections.build import build, table_names
+from pgrealtime.collections.build import build_collections, configured_table_names
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import CollectionConfig
 from pgrealtime.expand import load as loading
-from pgrealtime.expand.load import Expander, Reading
-from pgrealtime.expand.plan import Node, Viewer, Viewers
+from pgrealtime.expand.load import ReadSession, RelatedRecordLoader
+from pgrealtime.expand.plan import ExpandCompiler, ExpandViewer, RecordNode
 from pgrealtime.hub.events.event import Action, Event
 from pgrealtime.hub.live_reads.row_history import RowHistory
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.records.encode import View, encoder
-from pgrealtime.rule_queries.executor import Asked, Probe
-from pgrealtime.rules.engine.plan import Planner
-from pgrealtime.rules.language.request import Request
+from pgrealtime.records.encode import View, compile_encoder
+from pgrealtime.rule_queries.executor import PendingEvaluation, QueryExecutor
+from pgrealtime.rules.engine.plan import RuleCompiler
+from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.snapshot import Snapshot
 
 SCHEMA = """
@@ -112,7 +112,7 @@ def _configured() -> dict[str, CollectionConfig]:
 class CountingReading:
     """Counts the queries for links and rows."""
 
-    def __init__(self, reading: Reading, counts: list[int]) -> None:
+    def __init__(self, reading: ReadSession, counts: list[int]) -> None:
         self._reading = reading
         self._counts = counts
 
@@ -121,21 +121,21 @@ class CountingReading:
         return self._reading.snapshot
 
     @property
-    def reach(self) -> LSN:
-        return self._reading.reach
+    def insert_lsn(self) -> LSN:
+        return self._reading.insert_lsn
 
     @property
     def has_failed(self) -> bool:
         return self._reading.has_failed
 
-    async def texts(
+    async def fetch_texts(
         self, statement: sql.Composed, params: Mapping[str, object]
     ) -> list[tuple[str | None, ...]] | None:
         self._counts[-1] += 1
-        return await self._reading.texts(statement, params)
+        return await self._reading.fetch_texts(statement, params)
 
-    async def judge(self, asked: Asked) -> None:
-        await self._reading.judge(asked)
+    async def answer_questions(self, asked: PendingEvaluation) -> None:
+        await self._reading.answer_questions(asked)
 
 
 @dataclass
@@ -143,29 +143,29 @@ class World:
     """The tables as collections, and somebody to fetch from them."""
 
     connection: psycopg.AsyncConnection[Any]
-    probe: Probe
+    probe: QueryExecutor
     collections: Collections
     queries: list[int] = field(default_factory=lambda: [0])
 
     @asynccontextmanager
-    async def reading(
+    async def read_session(
         self, xids: frozenset[Xid], seconds: float | None = None
-    ) -> AsyncIterator[Reading]:
-        async with self.probe.reading(xids, seconds) as reading:
+    ) -> AsyncIterator[ReadSession]:
+        async with self.probe.read_session(xids, seconds) as reading:
             yield CountingReading(reading, self.queries)
 
     @property
-    def expander(self) -> Expander:
-        return Expander(self, self.collections, self._show)
+    def expander(self) -> RelatedRecordLoader:
+        return RelatedRecordLoader(self, self.collections, self._show)
 
-    def _show(self, node: Node, view: View, expand: bytes | None) -> bytes:
-        make = encoder(self.collections[node.collection.name], nulls="zero", view=view)
-        return make(node.row, node.related, expand)
+    def _show(self, node: RecordNode, view: View, expand: bytes | None) -> bytes:
+        make = compile_encoder(self.collections[node.collection.name], nulls="zero", view=view)
+        return make(node.row, node.junction_ids, expand)
 
-    def viewer(self, collection: str, expand: str, who: Principal = GUEST) -> Viewer:
-        viewers = Viewers(self.collections, Planner(self.collections))
-        request = Request(principal=who, query={"expand": expand})
-        found = viewers.viewer(self.collections[collection], request)
+    def viewer(self, collection: str, expand: str, who: Principal = GUEST) -> ExpandViewer:
+        viewers = ExpandCompiler(self.collections, RuleCompiler(self.collections))
+        request = RuleRequest(principal=who, query={"expand": expand})
+        found = viewers.compile_expand(self.collections[collection], request)
         assert found is not None
         return found
 
@@ -180,7 +180,7 @@ class World:
         found = self.collections[collection]
         cursor = Cursor(LSN(1), max(len(changes), 1))
         event = Event(found, action, record_id, {}, cursor, Xid(3), tuple(changes))
-        live, _ = await self.probe.live_rows([event])
+        live, _ = await self.probe.fetch_live_rows([event])
         event.row = live[collection, record_id].row
         return event
 
@@ -193,8 +193,8 @@ class World:
 
     async def expand_event(self, event: Event, expand: str, who: Principal = GUEST) -> Any:
         viewer = self.viewer(event.collection.name, expand, who)
-        related = await self.expander.related([event], [], [(0, viewer)])
-        found = related.expands.get((0, viewer))
+        related = await self.expander.load_for_events([event], [], [(0, viewer)])
+        found = related.expand_json.get((0, viewer))
         return None if found is None else json.loads(found)
 
     async def run(self, statement: LiteralString) -> None:
@@ -216,9 +216,9 @@ async def world(database_url: str) -> AsyncIterator[World]:
     ):
         await connection.execute(sql.SQL(SCHEMA))
         configured = _configured()
-        names = table_names(configured, ["public"])
+        names = configured_table_names(configured, ["public"])
         catalog = await read_catalog(connection, schemas=["public"], names=names)
-        yield World(connection, Probe(pool), build(configured, catalog))
+        yield World(connection, QueryExecutor(pool), build_collections(configured, catalog))
 
 
 def names(records: Any) -> Any:
@@ -285,9 +285,9 @@ async def test_ids_in_a_junction_table_are_part_of_the_record(world: World) -> N
     """No row holds them: they are looked up for the records that anybody hears of."""
     events = [await world.event("books", "10"), await world.event("books", "11")]
 
-    related = await world.expander.related(events, [0, 1], [])
+    related = await world.expander.load_for_events(events, [0, 1], [])
 
-    found = {place: ids["labels"] for place, ids in related.ids.items()}
+    found = {place: ids["labels"] for place, ids in related.junction_ids.items()}
     assert {place: [one.rstrip() for one in ids] for place, ids in found.items()} == {
         0: ["ab", "abcd"],
         1: ["zz"],
@@ -320,9 +320,9 @@ async def test_back_relations_are_in_the_order_of_creation(world: World) -> None
         "replies": CollectionConfig.model_validate({**replies, "relations": relations})
     }
     catalog = await read_catalog(
-        world.connection, schemas=["public"], names=table_names(configured, ["public"])
+        world.connection, schemas=["public"], names=configured_table_names(configured, ["public"])
     )
-    world.collections = build(configured, catalog)
+    world.collections = build_collections(configured, catalog)
     expand = await world.expand("notes", "n1", "replies_via_note")
     assert names(expand["replies_via_note"]) == ["b", "c", "m", "10", "z", "a"]
 
@@ -347,13 +347,13 @@ async def test_a_path_back_and_forth_is_left_out_where_it_shows_too_much(world: 
     modest = (0, world.viewer("books", "author"))
 
     began = time.monotonic()
-    related = await world.expander.related([event], [], [*bombs, modest])
+    related = await world.expander.load_for_events([event], [], [*bombs, modest])
     took = time.monotonic() - began
 
     shown = twenty["author"]["expand"]["books_via_author"][0]["expand"]["author"]
     assert len(shown["expand"]["books_via_author"]) == 20
-    assert [related.expands.get(bomb) for bomb in bombs] == [None] * len(bombs)
-    assert related.expands[modest] is not None
+    assert [related.expand_json.get(bomb) for bomb in bombs] == [None] * len(bombs)
+    assert related.expand_json[modest] is not None
     assert took < 5
 
 
@@ -362,8 +362,8 @@ async def test_what_a_batch_shows_in_all_is_bounded_and_what_is_small_is_always_
 ) -> None:
     """Each of them may be as large as one may; many together may not."""
     small = len("x" * 1000)
-    monkeypatch.setattr(loading, "_SMALL", 2 * small)
-    monkeypatch.setattr(loading, "_BYTES", 50 * small)
+    monkeypatch.setattr(loading, "_GUARANTEED_RECORD_BYTES", 2 * small)
+    monkeypatch.setattr(loading, "_MAX_BATCH_BYTES", 50 * small)
     await world.run(
         f"UPDATE public.people SET name = repeat('x', {10 * small}) WHERE id = '{ANN}';"
         f"INSERT INTO public.books (id, author) SELECT n, '{ANN}' FROM generate_series(100, 119) n;"
@@ -371,8 +371,8 @@ async def test_what_a_batch_shows_in_all_is_bounded_and_what_is_small_is_always_
     )
     events = [await world.event("books", str(n)) for n in range(100, 121)]
     viewer = world.viewer("books", "author")
-    related = await world.expander.related(events, [], [(at, viewer) for at in range(21)])
-    shown = [at for at in range(21) if related.expands.get((at, viewer))]
+    related = await world.expander.load_for_events(events, [], [(at, viewer) for at in range(21)])
+    shown = [at for at in range(21) if related.expand_json.get((at, viewer))]
 
     assert shown == [0, 1, 2, 3, 20]
 
@@ -390,9 +390,9 @@ async def test_a_batch_is_one_query_per_relation_and_level(world: World) -> None
     ]
     wanted = [(place, viewer) for place in range(50) for viewer in viewers]
 
-    related = await world.expander.related(events, [], wanted)
+    related = await world.expander.load_for_events(events, [], wanted)
 
-    assert len(related.expands) == 200
+    assert len(related.expand_json) == 200
     # notes' ids; people, teams | nobody's boss; members are people who are known already
     assert world.queries == [3]
 
@@ -403,11 +403,11 @@ def person(record_id: str) -> AuthRecord:
 
 async def test_who_sees_the_same_is_the_same_viewer(world: World) -> None:
     """Their records are made once."""
-    viewers = Viewers(world.collections, Planner(world.collections))
+    viewers = ExpandCompiler(world.collections, RuleCompiler(world.collections))
 
-    def viewer(collection: str, expand: str, who: Principal, **query: str) -> Viewer | None:
-        request = Request(principal=who, query={"expand": expand, **query})
-        return viewers.viewer(world.collections[collection], request)
+    def viewer(collection: str, expand: str, who: Principal, **query: str) -> ExpandViewer | None:
+        request = RuleRequest(principal=who, query={"expand": expand, **query})
+        return viewers.compile_expand(world.collections[collection], request)
 
     one = viewer("books", "team", person(ANN))
     assert viewer("books", "team", person(BOB), q="x", filter="id = 1") is one
@@ -482,11 +482,11 @@ async def test_without_a_database_records_go_without(world: World) -> None:
     event = await world.event("books", "10")
     viewer = world.viewer("books", "author")
     async with QueryPool("host=127.0.0.1 port=1", min_size=0, max_size=1, timeout=0.3) as pool:
-        world.probe = Probe(pool)
-        related = await world.expander.related([event], [0], [(0, viewer)])
+        world.probe = QueryExecutor(pool)
+        related = await world.expander.load_for_events([event], [0], [(0, viewer)])
 
-    assert related.expands == {}
-    assert related.ids == {}
+    assert related.expand_json == {}
+    assert related.junction_ids == {}
 
 
 # Deleted records
@@ -506,10 +506,10 @@ async def test_a_deleted_record_shows_what_was_there_when_it_went(world: World) 
         "DELETE FROM public.notes WHERE book = 10; DELETE FROM public.books WHERE id = 10"
     )
 
-    event.changes = (book, note, link)
+    event.transaction_changes = (book, note, link)
     event.cursor = Cursor(LSN(1), 1)
     first = await world.expand_event(event, "notes_via_book,labels,author")
-    event.changes = (note, link, book)
+    event.transaction_changes = (note, link, book)
     event.cursor = Cursor(LSN(1), 3)
     last = await world.expand_event(event, "notes_via_book,labels,author")
 
@@ -544,10 +544,13 @@ async def test_what_a_delete_s_transaction_hides_of_related_records_is_said(
     """They were there when the record went, and nobody knows them any more."""
     path, change = HIDING[name]
     event = await world.event("books", "10", "delete")
-    event.changes = (Delete(TableName("public", "books"), WholeRow(dict(event.row))), change)
+    event.transaction_changes = (
+        Delete(TableName("public", "books"), WholeRow(dict(event.row))),
+        change,
+    )
     event.cursor = Cursor(LSN(1), 1)
     viewer = world.viewer("books", path)
-    related = await world.expander.related([event], [], [(0, viewer)])
+    related = await world.expander.load_for_events([event], [], [(0, viewer)])
 
     assert (0, viewer) in related.failed
 
@@ -558,18 +561,21 @@ async def test_ids_that_a_delete_s_transaction_hides_are_left_out(
 ) -> None:
     """They are none, to whoever looks now, and that isn't so."""
     event = await world.event("books", "10", "delete")
-    event.changes = (Delete(TableName("public", "books"), WholeRow(dict(event.row))), change)
+    event.transaction_changes = (
+        Delete(TableName("public", "books"), WholeRow(dict(event.row))),
+        change,
+    )
     event.cursor = Cursor(LSN(1), 1)
-    related = await world.expander.related([event], [0], [])
+    related = await world.expander.load_for_events([event], [0], [])
 
-    assert (related.ids, 0 in related.live_ids) == ({0: {}}, True)
+    assert (related.junction_ids, 0 in related.live_junction_ids) == ({0: {}}, True)
 
 
 async def test_links_of_an_event_that_nobody_knows_any_more_are_said_to_be_missing(
     world: World,
 ) -> None:
     """They were truncated since, by what the reading sees; other paths are as they are."""
-    changelog = MemoryChangelog(LSN(1), max_size=1000, max_age=300)
+    changelog = MemoryChangelog(LSN(1), max_bytes=1000, max_age_seconds=300)
     changelog.append(Transaction(Xid(4), LSN(2), 0, (Truncate(TAGS),), 10))
 
     async def reach(_lsn: LSN) -> bool:
@@ -577,11 +583,13 @@ async def test_links_of_an_event_that_nobody_knows_any_more_are_said_to_be_missi
 
     event = await world.event("books", "10")
     labels, author = world.viewer("books", "labels"), world.viewer("books", "author")
-    expander = Expander(world, world.collections, world._show, RowHistory(changelog, reach))
-    related = await expander.related([event], [0], [(0, labels), (0, author)])
+    expander = RelatedRecordLoader(
+        world, world.collections, world._show, RowHistory(changelog, reach)
+    )
+    related = await expander.load_for_events([event], [0], [(0, labels), (0, author)])
 
     assert related.failed == {(0, labels)}
-    assert related.expands[0, author] is not None
+    assert related.expand_json[0, author] is not None
 
 
 @pytest.mark.parametrize("is_shared", [True, False])
@@ -589,7 +597,7 @@ async def test_what_is_expanded_over_links_are_those_of_the_event(
     world: World, *, is_shared: bool
 ) -> None:
     """A later transaction's link may be to what nobody who hears of the event may know of."""
-    changelog = MemoryChangelog(LSN(1), max_size=1000, max_age=300)
+    changelog = MemoryChangelog(LSN(1), max_bytes=1000, max_age_seconds=300)
     later = Insert(TAGS, {"book": "10", "tag": "abcd"})
     changelog.append(Transaction(Xid(4), LSN(2), 0, (later,), 10))
 
@@ -597,16 +605,18 @@ async def test_what_is_expanded_over_links_are_those_of_the_event(
         return True
 
     event, viewer = await world.event("books", "10"), world.viewer("books", "labels")
-    expander = Expander(world, world.collections, world._show, RowHistory(changelog, reach))
+    expander = RelatedRecordLoader(
+        world, world.collections, world._show, RowHistory(changelog, reach)
+    )
     wanted = [(0, viewer)]
     if is_shared:
-        related = await expander.related([event], [0], wanted)
+        related = await expander.load_for_events([event], [0], wanted)
     else:
-        found = await expander.expands_within(5, [event], wanted, [])
+        found = await expander.load_expands_within(5, [event], wanted, [])
         assert found is not None
         related = found
 
-    shown = json.loads(related.expands[0, viewer] or b"")
+    shown = json.loads(related.expand_json[0, viewer] or b"")
     assert names(shown["labels"]) == ["ab"]
 
 
@@ -616,7 +626,7 @@ async def test_taking_back_later_links_lets_others_have_their_turns(
     """A record that thousands are linked to has as many to take back for each of its events."""
     pauses = 0
 
-    class Turn(turns.Turn):
+    class Turn(turns.YieldTimer):
         def is_over(self) -> bool:
             return True
 
@@ -624,15 +634,17 @@ async def test_taking_back_later_links_lets_others_have_their_turns(
             nonlocal pauses
             pauses += 1
 
-    monkeypatch.setattr(loading, "Turn", Turn)
-    changelog = MemoryChangelog(LSN(1), max_size=1000, max_age=300)
+    monkeypatch.setattr(loading, "YieldTimer", Turn)
+    changelog = MemoryChangelog(LSN(1), max_bytes=1000, max_age_seconds=300)
     changelog.append(Transaction(Xid(4), LSN(2), 0, (Delete(TAGS, Key({})),), 10))
 
     async def reach(_lsn: LSN) -> bool:
         return True
 
     event = await world.event("books", "10")
-    expander = Expander(world, world.collections, world._show, RowHistory(changelog, reach))
-    await expander.related([event] * 20, range(20), [])
+    expander = RelatedRecordLoader(
+        world, world.collections, world._show, RowHistory(changelog, reach)
+    )
+    await expander.load_for_events([event] * 20, range(20), [])
 
     assert pauses == 40

@@ -22,9 +22,9 @@ import pytest
 import yaml
 
 from pgrealtime.auth.principal import GUEST, Superuser
-from pgrealtime.config.load import parse
+from pgrealtime.config.load import parse_config
 from pgrealtime.errors import AuthError, ConfigError, SetupError
-from pgrealtime.explain.caller import Bearer, User, Who
+from pgrealtime.explain.caller import BearerToken, CallerSpec, NamedUser
 from pgrealtime.explain.explain import Explanation, explain
 
 _ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ INSERT INTO posts VALUES
 INSERT INTO members VALUES (1, 1, 'ann', 'owner'), (2, 1, 'bob', 'guest');
 """
 
-ANN, BOB = User("users", "ann"), User("users", "bob")
+ANN, BOB = NamedUser("users", "ann"), NamedUser("users", "bob")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +78,14 @@ class World:
     async def ask(
         self,
         rule: str | None,
-        who: Who,
+        who: CallerSpec,
         topic: str = "posts/*",
         record: str | None = None,
         *,
         with_sql: bool = False,
         **settings: Any,
     ) -> Explanation:
-        config = parse(self.settings(rule, **settings), {})
+        config = parse_config(self.settings(rule, **settings), {})
         if record is None and topic.partition("?")[0].endswith("*"):
             record = "1"
         explanation = await explain(config, who, topic, record, with_sql=with_sql)
@@ -93,7 +93,7 @@ class World:
         assert explanation.is_delivered is (explanation.lines[-1] == "delivered")
         return explanation
 
-    async def verdict(self, rule: str | None, who: Who, *rest: str, **settings: Any) -> str:
+    async def verdict(self, rule: str | None, who: CallerSpec, *rest: str, **settings: Any) -> str:
         return (await self.ask(rule, who, *rest, **settings)).lines[-1]
 
 
@@ -104,9 +104,11 @@ def world(database_url: str) -> World:
     return World(database_url)
 
 
-def token(user: str, *, lifetime: float = 3600, secret: str = _SECRET, **claims: object) -> Bearer:
+def token(
+    user: str, *, lifetime: float = 3600, secret: str = _SECRET, **claims: object
+) -> BearerToken:
     made = {"sub": user, "exp": time.time() + lifetime, **claims}
-    return Bearer(jwt.encode(made, secret, algorithm="HS256"))
+    return BearerToken(jwt.encode(made, secret, algorithm="HS256"))
 
 
 def block(explanation: Explanation, label: str) -> list[str]:
@@ -259,14 +261,14 @@ async def test_a_clause_that_gets_no_answer_in_time_is_denied(world: World) -> N
     settings["database"]["statement_timeout"] = "300ms"
     with psycopg.connect(world.url) as other:
         other.execute("LOCK TABLE members")
-        told = await explain(parse(settings, {}), GUEST, "posts/*", "1")
+        told = await explain(parse_config(settings, {}), GUEST, "posts/*", "1")
 
     lines = block(told, "list_rule")
     assert lines[1].startswith("denied   all of:")
     assert lines[2].partition(": ")[2].startswith("canceling statement due to ")
     assert "true     public = false" in lines
     assert told.lines[-1] == 'not delivered: members_via_post.role ?= "owner"'
-    assert (await explain(parse(settings, {}), GUEST, "posts/*", "1")).is_delivered
+    assert (await explain(parse_config(settings, {}), GUEST, "posts/*", "1")).is_delivered
 
 
 async def test_a_clause_that_only_some_callers_may_use_is_named(world: World) -> None:
@@ -316,12 +318,12 @@ async def test_a_token_tells_who_it_is_and_until_when(world: World) -> None:
         (token("ann", lifetime=-1), "token_expired"),
         (token("ann", secret="x" * 40), "token_signature"),
         (token("zoe"), "account_unknown"),
-        (Bearer("nonsense"), "token_malformed"),
+        (BearerToken("nonsense"), "token_malformed"),
     ],
     ids=["expired", "signature", "unknown", "malformed"],
 )
 async def test_a_refused_token_says_why_and_is_a_guest(
-    world: World, bearer: Bearer, code: str
+    world: World, bearer: BearerToken, code: str
 ) -> None:
     told = await world.ask(_OWN, bearer)
 
@@ -348,9 +350,9 @@ async def test_guests_that_may_not_subscribe_hear_nothing(world: World) -> None:
 
 async def test_a_user_that_is_not_there_is_an_error(world: World) -> None:
     with pytest.raises(AuthError, match='"users" has no record "zoe"'):
-        await world.ask("", User("users", "zoe"))
+        await world.ask("", NamedUser("users", "zoe"))
     with pytest.raises(AuthError, match='no auth collection "people"'):
-        await world.ask("", User("people", "ann"))
+        await world.ask("", NamedUser("people", "ann"))
 
 
 # -- topics and records
@@ -578,7 +580,7 @@ async def test_a_table_that_may_not_be_read_is_not_permitted(world: World) -> No
             settings = world.settings("")
             settings["database"]["url"] = world.url.replace("postgres@", f"{role}@")
             with pytest.raises(SetupError) as refused:
-                await explain(parse(settings, {}), GUEST, "posts/1", None)
+                await explain(parse_config(settings, {}), GUEST, "posts/1", None)
         finally:
             connection.execute(f"DROP ROLE {role}".encode())
 

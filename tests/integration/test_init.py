@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from pgrealtime.cli.check.check import check
-from pgrealtime.cli.init.init import write
-from pgrealtime.config.load import read
+from pgrealtime.cli.check.check import run_check
+from pgrealtime.cli.init.init import write_config
+from pgrealtime.config.load import read_config
 from pgrealtime.config.model import CollectionConfig
 from tests.integration.test_check import Operator
 
@@ -288,14 +288,14 @@ def test_any_names_will_do(
     file = tmp_path / "fuzzed.yaml"
     file.unlink(missing_ok=True)
     environ = {"DATABASE_URL": database_url, **SECRETS}
-    asyncio.run(write(str(file), database_url, ["public"]))
-    locked = asyncio.run(check(read(file, environ), with_database=True))
+    asyncio.run(write_config(str(file), database_url, ["public"]))
+    locked = asyncio.run(run_check(read_config(file, environ), with_database=True))
     made = file.read_text(encoding="utf-8")
     file.write_text(unlocked(made), encoding="utf-8")
-    opened = asyncio.run(check(read(file, environ), with_database=True))
+    opened = asyncio.run(run_check(read_config(file, environ), with_database=True))
 
     assert (locked.errors, locked.warnings, opened.errors) == ((), (), ()), made
-    assert locked.facts[0].startswith(f"{len(tables)} collection"), made
+    assert locked.summary_lines[0].startswith(f"{len(tables)} collection"), made
 
 
 # -- what is suggested
@@ -462,7 +462,7 @@ def test_each_suggestion_can_be_taken_without_the_others(database_url: str, tmp_
         )
         operator.file.write_text(text, encoding="utf-8")
         secrets = {"APP_JWT_SECRET": "s" * 40, "LOGIN_SECRET": "s" * 40, "DATABASE_URL": "x"}
-        assert read(operator.file, secrets).problems == (), lines[place]
+        assert read_config(operator.file, secrets).problems == (), lines[place]
         assert yaml.safe_load(text) != yaml.safe_load("\n".join(lines)), lines[place]
         taken.append(lines[place].strip().partition(":")[0])
     assert set(taken) == {"#issuers", "#login", "#relations", "#list_rule", "#view_rule"}

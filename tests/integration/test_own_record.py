@@ -14,13 +14,13 @@ from psycopg.conninfo import make_conninfo
 from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row
-from pgrealtime.collections.build import build
+from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import CollectionConfig
 from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.reads.own_record import OwnRecords
-from pgrealtime.rule_queries.executor import Probe
+from pgrealtime.reads.own_record import OwnRecordRenderer
+from pgrealtime.rule_queries.executor import QueryExecutor
 
 SCHEMA = """
 CREATE TABLE people (id int PRIMARY KEY, email text, name text);
@@ -51,7 +51,7 @@ async def _collections(
         for name, more in raw.items()
     }
     async with await psycopg.AsyncConnection.connect(database_url) as connection:
-        return build(configured, await read_catalog(connection, schemas=["public"]))
+        return build_collections(configured, await read_catalog(connection, schemas=["public"]))
 
 
 async def test_own_record_has_its_relations_and_follows_the_rules_in_force(
@@ -63,17 +63,19 @@ async def test_own_record_has_its_relations_and_follows_the_rules_in_force(
     open_to_all = await _collections(database_url, "name = 'two'")
     locked = await _collections(database_url, None)
     async with QueryPool(database_url, max_size=2) as pool:
-        records = OwnRecords(Probe(pool), open_to_all, nulls="null")
+        records = OwnRecordRenderer(QueryExecutor(pool), open_to_all, nulls="null")
 
         async def shown(collections: Collections) -> dict[str, Any]:
             people = collections["people"]
             ann = Caller(AuthRecord(collection_id=people.id, collection_name="people", id="7"))
-            made = await records.record(people, ROW, ann, query={"expand": "teams"}, headers={})
+            made = await records.render_record(
+                people, ROW, ann, query={"expand": "teams"}, headers={}
+            )
             record: dict[str, Any] = json.loads(made)
             return {name: record.get(name) for name in ("email", "teams", "expand")}
 
         before = await shown(open_to_all)
-        records.use(locked)
+        records.replace_collections(locked)
         after = await shown(locked)
         late = await shown(open_to_all)  # whose password was checked while the rules changed
 
@@ -98,10 +100,10 @@ async def test_the_rule_in_force_says_who_may_sign_in(database_url: str) -> None
     each = [await _collections(database_url, None, auth_rule=rule) for rule in rules]
     before = each[1]["people"]
     async with QueryPool(database_url, max_size=2) as pool:
-        records = OwnRecords(Probe(pool), each[0], nulls="null")
+        records = OwnRecordRenderer(QueryExecutor(pool), each[0], nulls="null")
         found = []
         for collections in (*each, Collections(())):
-            records.use(collections)
+            records.replace_collections(collections)
             found.append(
                 await records.may_sign_in(
                     before, ROW, Caller(), query={}, headers={}, context="password"
@@ -134,7 +136,7 @@ async def test_a_rule_that_cannot_be_answered_lets_nobody_in(database_url: str, 
         collections = await _collections(database_url, None, auth_rule=rule)
         conninfo = make_conninfo(database_url, user=role)
         async with QueryPool(conninfo, statement_timeout=0.3, timeout=30) as pool:
-            records = OwnRecords(Probe(pool), collections, nulls="null")
+            records = OwnRecordRenderer(QueryExecutor(pool), collections, nulls="null")
 
             async def may_sign_in() -> bool:
                 people = collections["people"]
@@ -163,7 +165,7 @@ async def test_a_database_away_lets_nobody_in_and_is_told(database_url: str) -> 
     pool = QueryPool(database_url)
     await pool.open()
     await pool.close()
-    records = OwnRecords(Probe(pool), collections, nulls="null")
+    records = OwnRecordRenderer(QueryExecutor(pool), collections, nulls="null")
 
     with pytest.raises(DatabaseUnreachableError):
         await records.may_sign_in(

@@ -8,14 +8,14 @@ from psycopg import sql
 
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.collections.build import build
+from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import CollectionConfig
-from pgrealtime.rules.engine.batch_query import Pairs
-from pgrealtime.rules.engine.formula import leaves
-from pgrealtime.rules.engine.plan import Bound, Planner
-from pgrealtime.rules.language.request import Request
-from pgrealtime.rules.sql.reference import Question
+from pgrealtime.rules.engine.batch_query import PairQuestion
+from pgrealtime.rules.engine.formula import each_test_call
+from pgrealtime.rules.engine.plan import BoundPredicate, RuleCompiler
+from pgrealtime.rules.language.request import RuleRequest
+from pgrealtime.rules.sql.reference import SqlQuery
 
 SCHEMA = """
 CREATE EXTENSION citext;
@@ -46,7 +46,7 @@ KEYS = {
 async def collections_of(url: str, ddl: str) -> Collections:
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         await connection.execute(sql.SQL(ddl))
-        return build(
+        return build_collections(
             {
                 name: CollectionConfig.model_validate(
                     {
@@ -61,14 +61,14 @@ async def collections_of(url: str, ddl: str) -> Collections:
         )
 
 
-def asked(collections: Collections, *ids: str) -> Question:
+def asked(collections: Collections, *ids: str) -> SqlQuery:
     """The statement about one post and the callers of these ids."""
     users, posts = collections["users"], collections["posts"]
     who = AuthRecord(collection_id=users.id, collection_name="users", id=ids[0])
-    bound = Planner(collections).bind(posts, RULE, Request(principal=who))
-    assert isinstance(bound, Bound)
-    (leaf,) = leaves(bound.variant.formula)
-    question = Pairs(atom=leaf.atom, asked=[((), (one,)) for one in ids]).question()
+    bound = RuleCompiler(collections).bind_caller(posts, RULE, RuleRequest(principal=who))
+    assert isinstance(bound, BoundPredicate)
+    (leaf,) = each_test_call(bound.specialization.formula)
+    question = PairQuestion(test=leaf.test, pairs=[((), (one,)) for one in ids]).sql_query()
     assert question is not None
     return question
 

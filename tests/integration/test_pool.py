@@ -14,8 +14,8 @@ from psycopg.conninfo import make_conninfo
 
 from pgrealtime.config.model import DatabaseConfig
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.rule_queries.executor import Probe
-from pgrealtime.service.build import query_pool
+from pgrealtime.rule_queries.executor import QueryExecutor
+from pgrealtime.service.build import open_query_pool
 from tests.wire import wire
 
 
@@ -37,7 +37,7 @@ async def test_a_url_that_asks_for_a_session_that_may_write_leads_to_the_primary
 ) -> None:
     """As those over several hosts do; the pool's own sessions may only read."""
     url = make_conninfo(database_url, target_session_attrs="read-write")
-    async with query_pool(DatabaseConfig(url=url, wait_for=0)) as pool:
+    async with open_query_pool(DatabaseConfig(url=url, wait_for=0)) as pool:
         assert await answer(pool) == (1,)
 
 
@@ -102,8 +102,8 @@ async def _read_in_a_connection(pool: QueryPool) -> None:
 
 
 async def _read_in_a_session(pool: QueryPool) -> None:
-    async with Probe(pool).reading(frozenset()) as reading:
-        await reading.texts(sql.Composed([sql.SQL("SELECT body FROM public.docs")]), {})
+    async with QueryExecutor(pool).read_session(frozenset()) as reading:
+        await reading.fetch_texts(sql.Composed([sql.SQL("SELECT body FROM public.docs")]), {})
 
 
 @pytest.mark.parametrize("read", [_read_in_a_connection, _read_in_a_session])

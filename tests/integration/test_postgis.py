@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from pgrealtime.changes import Insert, TableName
 from pgrealtime.collections.model import Collections
 from pgrealtime.errors import RuleUnsupportedError
-from pgrealtime.observe.redact import without_values
-from pgrealtime.rules.language.request import Request
-from pgrealtime.rules.sql.reference import Reference, reference, validate
-from pgrealtime.wal.stream import _translate
+from pgrealtime.observe.redact import message_without_values
+from pgrealtime.rules.language.request import RuleRequest
+from pgrealtime.rules.sql.reference import ReferenceQuery, check_rule, reference_query
+from pgrealtime.wal.stream import _translate_error
 from tests.conftest import lacking
 from tests.one_row import Table
 from tests.stream_reading import PLUGINS, Plugin, changes_of, reading, writer
@@ -298,15 +298,17 @@ def test_rules_are_refused_a_geometry_that_is_no_geo_point(table: Table) -> None
     """Said when the rule is set, with what mends it."""
     all_of_them = Collections((table.collection,))
     with pytest.raises(RuleUnsupportedError, match="geometry") as refused:
-        validate(all_of_them, table.collection, "id = 1 && v ~ 2")
+        check_rule(all_of_them, table.collection, "id = 1 && v ~ 2")
     assert (refused.value.start, refused.value.end) == (10, 11)
     assert "geoPoint" in str(refused.value)
 
 
 def _is_admitted(url: str, table: Table, rule: str) -> bool:
-    decided = reference(Collections((table.collection,)), table.collection, rule, Request())
-    assert isinstance(decided, Reference)
-    question = decided.question([table.row()], datetime.now(UTC))
+    decided = reference_query(
+        Collections((table.collection,)), table.collection, rule, RuleRequest()
+    )
+    assert isinstance(decided, ReferenceQuery)
+    question = decided.sql_query([table.row()], datetime.now(UTC))
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("SET search_path = pg_catalog")
         found = connection.execute(question.sql.encode(), question.params).fetchall()
@@ -325,5 +327,5 @@ def test_coordinates_that_an_error_names_are_not_told(postgis_url: str) -> None:
         connection.execute(CROSSED)
     assert "at 39.24" in str(raised.value)
 
-    assert without_values(raised.value) == "SQLSTATE XX000"
-    assert _translate(raised.value).detail == "SQLSTATE XX000"
+    assert message_without_values(raised.value) == "SQLSTATE XX000"
+    assert _translate_error(raised.value).detail == "SQLSTATE XX000"

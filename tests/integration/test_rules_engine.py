@@ -17,34 +17,34 @@ import pytest
 
 from pgrealtime.changes import Row
 from pgrealtime.errors import RuleError
-from pgrealtime.rules.engine.before_state import Past, tables_of
-from pgrealtime.rules.engine.index import Index
-from pgrealtime.rules.engine.plan import Planner
-from pgrealtime.rules.language.request import Request
-from pgrealtime.rules.sql.reference import Everyone, Nobody, Reference, reference
+from pgrealtime.rules.engine.before_state import BeforeState, reachable_tables
+from pgrealtime.rules.engine.index import PredicateIndex
+from pgrealtime.rules.engine.plan import RuleCompiler
+from pgrealtime.rules.language.request import RuleRequest
+from pgrealtime.rules.sql.reference import AdmitAll, DenyAll, ReferenceQuery, reference_query
 from tests.engine_driving import Asker, decided
 from tests.rules_world import World
 
 
 def asked(
-    world: World, rule: str, request: Request, rows: Sequence[Row], now: datetime
+    world: World, rule: str, request: RuleRequest, rows: Sequence[Row], now: datetime
 ) -> set[int]:
     """Return the rows that the reference query admits."""
-    made = reference(world.collections, world.collections["posts"], rule, request)
+    made = reference_query(world.collections, world.collections["posts"], rule, request)
     match made:
-        case Everyone():
+        case AdmitAll():
             return set(range(len(rows)))
-        case Nobody():
+        case DenyAll():
             return set()
-        case Reference():
+        case ReferenceQuery():
             return _answer(world.connection, made, rows, now)
 
 
 def _answer(
-    connection: psycopg.Connection, made: Reference, rows: Sequence[Row], now: datetime
+    connection: psycopg.Connection, made: ReferenceQuery, rows: Sequence[Row], now: datetime
 ) -> set[int]:
     try:
-        question = made.question(rows, now)
+        question = made.sql_query(rows, now)
         found = connection.execute(question.sql.encode(), question.params).fetchall()
         return {index for (index,) in found}
     except psycopg.Error:
@@ -53,13 +53,13 @@ def _answer(
         return {n for n, row in enumerate(rows) if _answer(connection, made, [row], now)}
 
 
-def request_of(world: World, text: str) -> Request:
+def request_of(world: World, text: str) -> RuleRequest:
     chance = world.chance
     query = {} if chance.random() < 0.2 else {"q": chance.choice(["u1", "pub", "", "5", "hel%"])}
     if text:
         query["filter"] = text
     headers = {"x_key": chance.choice(["u2", "draft"])} if chance.random() < 0.5 else {}
-    return Request(principal=world.principal(), query=query, headers=headers)
+    return RuleRequest(principal=world.principal(), query=query, headers=headers)
 
 
 ROUNDS = 60
@@ -84,7 +84,7 @@ def test_deletes_are_judged_as_of_before_their_transaction(database_url: str) ->
     """What the same commit did to related rows doesn't count: the reference was asked before."""
     start = secrets.randbits(32)
     world = World(database_url, Random(start))
-    tables = tables_of(world.collections)
+    tables = reachable_tables(world.collections)
     with world.connection:
         for seed in range(start, start + DELETIONS):
             world.chance.seed(seed)
@@ -94,7 +94,7 @@ def test_deletes_are_judged_as_of_before_their_transaction(database_url: str) ->
             if made is None:
                 continue
             changes = world.transaction()
-            fault = _compared(world, made, Past(changes, tables))
+            fault = _compared(world, made, BeforeState(changes, tables))
             assert not fault, f"seed {start}, round {seed - start}: {rule}\n{changes}\n{fault}"
 
 
@@ -104,7 +104,7 @@ class Round:
 
     rows: list[Row]
     now: datetime
-    index: Index[Asker]
+    index: PredicateIndex[Asker]
     expected: dict[Asker, set[int]]
 
 
@@ -122,8 +122,8 @@ def _round(world: World, rule: str) -> str:
 def _asked(world: World, rule: str) -> Round | None:
     """Ask the reference; None if the rule is refused."""
     chance = world.chance
-    planner = Planner(world.collections)
-    made = Round([world.post() for _ in range(12)], datetime.now(UTC), Index(), {})
+    planner = RuleCompiler(world.collections)
+    made = Round([world.post() for _ in range(12)], datetime.now(UTC), PredicateIndex(), {})
     filters = ["", "", *(world.filter() for _ in range(2))]
     for _ in range(14):
         request = request_of(world, chance.choice(filters))
@@ -132,24 +132,24 @@ def _asked(world: World, rule: str) -> Round | None:
             wanted = asked(world, rule, request, made.rows, made.now)
         except RuleError:
             return None
-        bound = planner.bind(world.collections["posts"], rule, request, own)
-        if isinstance(bound, Nobody):
+        bound = planner.bind_caller(world.collections["posts"], rule, request, own)
+        if isinstance(bound, DenyAll):
             assert not wanted, f"{rule} of {request}: {wanted}, the engine has {bound}"
             continue
-        asker = Asker(request, bound.variant, bound.values)
+        asker = Asker(request, bound.specialization, bound.values)
         made.index.add(asker)
         made.expected[asker] = wanted
     return made
 
 
-def _compared(world: World, made: Round, past: Past | None) -> str:
+def _compared(world: World, made: Round, past: BeforeState | None) -> str:
     for among in (None, list(made.expected)):
         found = decided(world.connection, made.index, made.rows, made.now, among=among, past=past)
         for n, hits in enumerate(found):
             for asker, wanted in made.expected.items():
                 if (asker in hits) != (n in wanted):
                     return (
-                        f"{asker.request}\n{made.rows[n]}\nby paths {asker.variant.paths}\n"
+                        f"{asker.request}\n{made.rows[n]}\nby paths {asker.specialization.paths}\n"
                         f"values {asker.values}\nreference says {n in wanted}"
                     )
     return ""

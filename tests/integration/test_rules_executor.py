@@ -27,10 +27,10 @@ from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.protocol.topic import parse_topic
 from pgrealtime.records.encode import View
-from pgrealtime.rule_queries.executor import Probe
+from pgrealtime.rule_queries.executor import QueryExecutor
 from pgrealtime.rule_queries.slow_filters import SLICE_FILTER_SECONDS, TimeBudget
-from pgrealtime.rules.engine.batch_query import Pairs, Values
-from pgrealtime.rules.engine.formula import Atom, leaves
+from pgrealtime.rules.engine.batch_query import KeyQuestion, PairQuestion
+from pgrealtime.rules.engine.formula import Test, each_test_call
 from tests.rules_world import World
 from tests.unit.hub.room import MemorySink
 
@@ -45,7 +45,7 @@ class Desk:
 
     def __init__(self, world: World, pool: QueryPool) -> None:
         self.world = world
-        self.probe = Probe(pool)
+        self.probe = QueryExecutor(pool)
         self.matcher = Matcher(world.collections)
 
     def rule(self, text: str) -> None:
@@ -67,10 +67,12 @@ class Desk:
         """Return, per event, whose rule admits it."""
         heard: list[set[Subscription]] = [set() for _ in events]
         for costly in (False, True):
-            judging = self.matcher.match(events, datetime.now(UTC), costly=costly)
-            await self.probe.ask(judging)
+            judging = self.matcher.evaluate_in_process(
+                events, datetime.now(UTC), has_remote_filter=costly
+            )
+            await self.probe.answer_questions(judging)
             for found, groups in zip(heard, judging.hits, strict=True):
-                found.update(s for group in groups for a in group.audiences for s in a)
+                found.update(s for group in groups for a in group.render_groups for s in a)
         return heard
 
     def event(self, **columns: str | None) -> Event:
@@ -102,7 +104,7 @@ async def test_a_row_that_postgres_refuses_is_denied_alone(desk: Desk) -> None:
     events = [desk.event(project="px", views=views) for views in ("1000", "no number", "2000")]
 
     assert await desk.hear(events) == [{one}, set(), {one}]
-    assert set(desk.probe.errors) == {("posts", "error")}
+    assert set(desk.probe.unanswered_counts) == {("posts", "error")}
 
 
 async def test_what_postgres_quotes_of_a_row_is_not_logged(desk: Desk) -> None:
@@ -111,13 +113,13 @@ async def test_what_postgres_quotes_of_a_row_is_not_logged(desk: Desk) -> None:
     desk.rule("project.owner = @request.auth.id && project.owner.level != views")
     desk.subscribe("u1")
     posts = desk.world.collections["posts"]
-    views = posts.table.column("views")
+    views = posts.table.find_column("views")
     assert views is not None
     numbered = replace(posts, key=views)
     event = desk.event(project="px", views="secret")
     with capture_logs() as logged:
         await desk.hear([event])
-        await desk.probe.live_rows(
+        await desk.probe.fetch_live_rows(
             [structs.replace(event, collection=numbered, record_id="secret")]
         )
 
@@ -130,18 +132,18 @@ async def test_which_columns_there_are_is_asked_once(
 ) -> None:
     """Whatever the number of those that the row lacks: events wait for it."""
     asked: list[str] = []
-    existing = desk.probe._existing
+    existing = desk.probe._fetch_existing_columns
 
     async def counted(collection: Collection) -> frozenset[str]:
         asked.append(collection.name)
         return await existing(collection)
 
-    monkeypatch.setattr(desk.probe, "_existing", counted)
+    monkeypatch.setattr(desk.probe, "_fetch_existing_columns", counted)
     set_up(desk, "ALTER TABLE posts DROP COLUMN title")
     event = structs.replace(desk.event(), row={"id": "p"})
-    _, unread = await desk.probe.live_rows([event])
+    _, unread = await desk.probe.fetch_live_rows([event])
 
-    assert len(event.missing) > 1
+    assert len(event.missing_columns) > 1
     assert (asked, unread) == (["posts"], frozenset())
 
 
@@ -160,7 +162,7 @@ async def test_a_bad_rule_keeps_no_other_from_its_answer(desk: Desk) -> None:
     assert desk.matcher.add(broken, record) == ""
 
     assert await desk.hear([desk.event(project="px")]) == [{one}]
-    assert set(desk.probe.errors) == {("posts", "error")}
+    assert set(desk.probe.unanswered_counts) == {("posts", "error")}
 
 
 async def test_nothing_is_asked_before_the_commit_is_visible(desk: Desk) -> None:
@@ -198,7 +200,7 @@ async def test_a_deleted_row_is_judged_by_what_went_with_it(desk: Desk) -> None:
     set_up(desk, "DELETE FROM projects WHERE id = 'px'")
     went = desk.event(project="px")
     went.action = "delete"
-    went.changes = (
+    went.transaction_changes = (
         Delete(tables["projects"].table.name, WholeRow(project)),
         Delete(tables["members"].table.name, WholeRow(member)),
     )
@@ -213,10 +215,12 @@ async def test_what_went_without_a_trace_is_denied_and_counted(desk: Desk) -> No
     desk.subscribe("u1")
     went = desk.event(project="px")
     went.action = "delete"
-    went.changes = (Delete(desk.world.collections["projects"].table.name, Key({"id": "px"})),)
+    went.transaction_changes = (
+        Delete(desk.world.collections["projects"].table.name, Key({"id": "px"})),
+    )
 
     assert await desk.hear([went]) == [set()]
-    assert desk.probe.errors == {("posts", "unknown_rows"): 1}
+    assert desk.probe.unanswered_counts == {("posts", "unknown_rows"): 1}
 
 
 async def test_more_values_than_are_fetched_are_asked_for_by_name(desk: Desk) -> None:
@@ -232,7 +236,7 @@ async def test_more_values_than_are_fetched_are_asked_for_by_name(desk: Desk) ->
     desk.subscribe("w3001")
 
     assert await desk.hear([desk.event(project="px")]) == [members]
-    assert not desk.probe.errors
+    assert not desk.probe.unanswered_counts
 
 
 async def test_many_slow_filters_together_are_hurried(desk: Desk) -> None:
@@ -252,14 +256,14 @@ async def test_many_slow_filters_together_are_hurried(desk: Desk) -> None:
         QueryPool(desk.world.url, statement_timeout=0.8) as pool,
         await psycopg.AsyncConnection.connect(desk.world.url) as locker,
     ):
-        desk.probe = Probe(pool)
+        desk.probe = QueryExecutor(pool)
         await locker.execute("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
         began = time.monotonic()
         (heard,) = await desk.hear([desk.event(project="px")])
         waited = time.monotonic() - began
 
     assert heard == {one, made[-1]}
-    assert desk.probe.errors[("posts", "timeout")] == 12
+    assert desk.probe.unanswered_counts[("posts", "timeout")] == 12
     assert 3.2 < waited < 6  # four of 0.8 s and eight of 0.04 s; 9.6 s unhurried
 
 
@@ -279,39 +283,41 @@ async def test_what_is_late_while_others_wait_is_undecided_and_can_be_asked_agai
     made = [Subscription(one, parse_topic(topic), VIEW, "") for topic in topics]
     record = AuthRecord(collection_id="x", collection_name="users", id="u1")
     assert [desk.matcher.add(each, record) for each in made] == [""] * 3
-    judging = desk.matcher.match([desk.event(project="px")], datetime.now(UTC), costly=True)
-    assert {type(inquiry) for inquiry in judging.inquiries()} == {Pairs, Values}
+    judging = desk.matcher.evaluate_in_process(
+        [desk.event(project="px")], datetime.now(UTC), has_remote_filter=True
+    )
+    assert {type(inquiry) for inquiry in judging.questions()} == {PairQuestion, KeyQuestion}
     budget = TimeBudget(is_limited=True)
     async with (
         QueryPool(desk.world.url, statement_timeout=theirs) as pool,
         await psycopg.AsyncConnection.connect(desk.world.url) as locker,
     ):
-        probe = Probe(pool)
+        probe = QueryExecutor(pool)
         await locker.execute("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
         async with asyncio.timeout(DEADLINE):
-            assert await probe.ask(judging, budget) == frozenset()
+            assert await probe.answer_questions(judging, budget) == frozenset()
 
     assert budget.is_spent()
-    assert judging.undecided == {each.group for each in made}
+    assert judging.undecided_groups == {each.group for each in made}
     assert judging.hits == [{}]
-    assert not probe.errors
+    assert not probe.unanswered_counts
     assert not any(probe._breakers.has_timed_out(about) for about in abouts(made))
-    await probe.ask(judging, budget)  # whose connections are closed: it isn't asked
-    assert judging.undecided == {each.group for each in made}
-    await desk.probe.ask(judging, TimeBudget())
+    await probe.answer_questions(judging, budget)  # whose connections are closed: it isn't asked
+    assert judging.undecided_groups == {each.group for each in made}
+    await desk.probe.answer_questions(judging, TimeBudget())
 
     assert set(judging.hits[0]) == {each.group for each in made}
-    assert not judging.undecided
+    assert not judging.undecided_groups
 
 
 def filtered(text: str) -> str:
     return "posts/*?options=" + quote(json.dumps({"query": {"filter": text}}))
 
 
-def abouts(subscriptions: Sequence[Subscription]) -> Iterator[Atom]:
+def abouts(subscriptions: Sequence[Subscription]) -> Iterator[Test]:
     for one in subscriptions:
         assert one.group is not None
-        yield from (leaf.atom for leaf in leaves(one.group.variant.formula))
+        yield from (leaf.test for leaf in each_test_call(one.group.specialization.formula))
 
 
 @pytest.mark.parametrize(
@@ -325,7 +331,7 @@ async def test_the_short_time_never_is_longer_than_the_operator_s(
         QueryPool(database_url, statement_timeout=theirs) as pool,
         pool.session() as connection,
     ):
-        await connection.execute(pool.begin(SLICE_FILTER_SECONDS).encode())
+        await connection.execute(pool.begin_sql(SLICE_FILTER_SECONDS).encode())
         shown = await (await connection.execute("SHOW statement_timeout")).fetchone()
         await connection.execute("ROLLBACK")
         after = await (await connection.execute("SHOW statement_timeout")).fetchone()

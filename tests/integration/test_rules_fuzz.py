@@ -19,15 +19,15 @@ from psycopg import errors
 
 from pgrealtime.auth.principal import Superuser
 from pgrealtime.errors import RuleError
-from pgrealtime.rules.engine.plan import Planner
+from pgrealtime.rules.engine.plan import RuleCompiler
 from pgrealtime.rules.language.resolve import resolve_filter
 from pgrealtime.rules.sql.reference import (
-    Everyone,
-    Nobody,
-    Reference,
-    auth_collection,
-    reference,
-    validate,
+    AdmitAll,
+    DenyAll,
+    ReferenceQuery,
+    auth_collection_of,
+    check_rule,
+    reference_query,
 )
 from tests.conformance.rules_corpus import CORPUS, Case, Corpus, Refused, Way, cases, expected, load
 
@@ -162,8 +162,8 @@ def _look(corpus: Corpus, case: Case, text: str, said: str, *, is_filter: bool) 
     if isinstance(made, RuleError):
         assert 0 <= made.start <= made.end <= len(text), f"{made.start}-{made.end}: {said}"
         return "refused"
-    if isinstance(made, Reference):
-        assert MARK not in made.statement, said
+    if isinstance(made, ReferenceQuery):
+        assert MARK not in made.sql, said
     try:
         asked = [_asked(corpus, case, way) for way in (Way.REFERENCE, Way.ENGINE)]
     except psycopg.Error as error:
@@ -171,12 +171,12 @@ def _look(corpus: Corpus, case: Case, text: str, said: str, *, is_filter: bool) 
     if any(isinstance(one, type) for one in asked):
         return "not a value"
     assert asked[0] == asked[1], f"{asked}\n{said}"
-    return "decided" if isinstance(made, Reference) else "denied"
+    return "decided" if isinstance(made, ReferenceQuery) else "denied"
 
 
 def _timed(
     corpus: Corpus, case: Case, text: str, *, is_filter: bool
-) -> tuple[Everyone | Nobody | Reference | RuleError, float]:
+) -> tuple[AdmitAll | DenyAll | ReferenceQuery | RuleError, float]:
     began = time.process_time()
     made = _made(corpus, case, text, is_filter=is_filter)
     return made, time.process_time() - began
@@ -184,17 +184,17 @@ def _timed(
 
 def _made(
     corpus: Corpus, case: Case, text: str, *, is_filter: bool
-) -> Everyone | Nobody | Reference | RuleError:
+) -> AdmitAll | DenyAll | ReferenceQuery | RuleError:
     collection = corpus.collections[case["collection"]]
     request = corpus._request(case)
     try:
         if is_filter:
-            auth = auth_collection(corpus.collections, request)
+            auth = auth_collection_of(corpus.collections, request)
             is_superuser = isinstance(request.principal, Superuser)
             resolve_filter(text, corpus.collections, collection, auth, is_superuser=is_superuser)
         else:
-            validate(corpus.collections, collection, text)
+            check_rule(corpus.collections, collection, text)
     except RuleError as error:
         return error
-    Planner(corpus.collections).bind(collection, case["rule"], request)
-    return reference(corpus.collections, collection, case["rule"], request)
+    RuleCompiler(corpus.collections).bind_caller(collection, case["rule"], request)
+    return reference_query(corpus.collections, collection, case["rule"], request)

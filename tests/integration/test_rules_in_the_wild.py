@@ -17,18 +17,18 @@ import pytest_asyncio
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row
-from pgrealtime.collections.build import build
+from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import CollectionConfig, FieldsConfig, RelationConfig
 from pgrealtime.errors import RuleUnsupportedError
-from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.sql.reference import (
-    Everyone,
-    Nobody,
-    Question,
-    Reference,
-    reference,
-    validate,
+    AdmitAll,
+    DenyAll,
+    ReferenceQuery,
+    SqlQuery,
+    check_rule,
+    reference_query,
 )
 from pgrealtime.rules.sql.row_images import Overlay
 
@@ -107,7 +107,7 @@ async def collections(database_url: str) -> AsyncIterator[Collections]:
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute(_SCHEMA.encode())
     async with await psycopg.AsyncConnection.connect(database_url) as connection:
-        yield build(_CONFIG, await read_catalog(connection, schemas=["app"]))
+        yield build_collections(_CONFIG, await read_catalog(connection, schemas=["app"]))
 
 
 @pytest.fixture
@@ -122,21 +122,21 @@ def asking(database_url: str) -> Iterable[psycopg.Connection]:
 def ask(collections: Collections, asking: psycopg.Connection) -> Ask:
     def shown(rule: str) -> str:
         match _decided(collections, rule):
-            case Everyone():
+            case AdmitAll():
                 return "1 2 3"
-            case Nobody(reason):
+            case DenyAll(reason):
                 return reason
-            case Reference() as asked:
+            case ReferenceQuery() as asked:
                 rows = _docs(asking)
-                return _answer(asking, asked.question(rows, datetime.now(UTC)), rows)
+                return _answer(asking, asked.sql_query(rows, datetime.now(UTC)), rows)
 
     return shown
 
 
-def _decided(collections: Collections, rule: str) -> Everyone | Nobody | Reference:
+def _decided(collections: Collections, rule: str) -> AdmitAll | DenyAll | ReferenceQuery:
     people = collections["people"]
     ann = AuthRecord(collection_id=people.id, collection_name="people", id=_ANN)
-    return reference(collections, collections["docs"], rule, Request(principal=ann))
+    return reference_query(collections, collections["docs"], rule, RuleRequest(principal=ann))
 
 
 def _docs(connection: psycopg.Connection) -> list[Row]:
@@ -154,7 +154,7 @@ def _docs(connection: psycopg.Connection) -> list[Row]:
     return [dict(zip(columns, row, strict=True)) for row in connection.execute(query)]
 
 
-def _answer(connection: psycopg.Connection, question: Question, rows: Sequence[Row]) -> str:
+def _answer(connection: psycopg.Connection, question: SqlQuery, rows: Sequence[Row]) -> str:
     found = connection.execute(question.sql.encode(), question.params).fetchall()
     return " ".join(sorted(rows[index]["id"] or "" for (index,) in found))
 
@@ -282,7 +282,7 @@ def test_rule_means_the_same_whatever_the_type(ask: Ask, rule: str, ids: str) ->
 def test_bytes_are_refused_when_the_rule_is_set(collections: Collections) -> None:
     """What has no meaning in the language is said at start, with its place."""
     with pytest.raises(RuleUnsupportedError, match="bytea") as refused:
-        validate(collections, collections["docs"], "id = '1' || secret = 'x'")
+        check_rule(collections, collections["docs"], "id = '1' || secret = 'x'")
     assert (refused.value.start, refused.value.end) == (12, 18)
 
 
@@ -291,11 +291,11 @@ def test_row_without_a_column_that_is_read_is_not_admitted(
 ) -> None:
     """What the WAL left out is unknown, and unknown is denied; other columns don't matter."""
     asked = _decided(collections, "code != 'zz'")
-    assert isinstance(asked, Reference)
+    assert isinstance(asked, ReferenceQuery)
     whole, unread, lacking = _docs(asking)
     del unread["price"], lacking["code"]
 
-    question = asked.question([lacking, unread, whole], datetime.now(UTC))
+    question = asked.sql_query([lacking, unread, whole], datetime.now(UTC))
     found = asking.execute(question.sql.encode(), question.params).fetchall()
 
     assert sorted(found) == [(1,), (2,)]
@@ -308,7 +308,7 @@ def test_delete_is_judged_with_related_rows_as_they_were(
     people = collections["people"].table
     docs = _docs(asking)
     asked = _decided(collections, "owner.handle = 'before' || owner.people_via_boss.id ?!= ''")
-    assert isinstance(asked, Reference)
+    assert isinstance(asked, ReferenceQuery)
     before: Row = {
         "id": _BOB,
         "handle": "before",
@@ -316,13 +316,13 @@ def test_delete_is_judged_with_related_rows_as_they_were(
         "full%name": None,
         "boss": None,
     }
-    overlay = Overlay(table=people, before=[before], touched=[{"id": _BOB}])
+    overlay = Overlay(table=people, old_images=[before], changed_rows=[{"id": _BOB}])
 
-    question = asked.question_before(docs, datetime.now(UTC), [overlay])
+    question = asked.sql_query_before(docs, datetime.now(UTC), [overlay])
 
     assert question is not None
     assert _answer(asking, question, docs) == "2"
-    assert asked.question(docs, datetime.now(UTC)) != question
+    assert asked.sql_query(docs, datetime.now(UTC)) != question
 
 
 def test_delete_is_undecidable_without_the_old_image(
@@ -330,9 +330,9 @@ def test_delete_is_undecidable_without_the_old_image(
 ) -> None:
     """Without REPLICA IDENTITY FULL a touched related row is unknown: nothing is admitted."""
     asked = _decided(collections, "owner.handle != 'x'")
-    assert isinstance(asked, Reference)
+    assert isinstance(asked, ReferenceQuery)
     overlay = Overlay(
-        table=collections["people"].table, before=[{"id": _BOB}], touched=[{"id": _BOB}]
+        table=collections["people"].table, old_images=[{"id": _BOB}], changed_rows=[{"id": _BOB}]
     )
 
-    assert asked.question_before(_docs(asking), datetime.now(UTC), [overlay]) is None
+    assert asked.sql_query_before(_docs(asking), datetime.now(UTC), [overlay]) is None

@@ -23,16 +23,27 @@ from psycopg import sql
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row
-from pgrealtime.collections.build import build
+from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import CollectionConfig, FieldsConfig, RelationConfig
-from pgrealtime.rules.language.parameters import AuthColumn, Literal, Parameter, shape, value
-from pgrealtime.rules.language.predicate import parameters
-from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.language.parameters import (
+    CallerColumn,
+    LiteralParameter,
+    Parameter,
+    parameter_class,
+    parameter_value,
+)
+from pgrealtime.rules.language.predicate import condition_parameters
+from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import resolve_rule
 from pgrealtime.rules.memory.compare import UndecidedError
-from pgrealtime.rules.memory.conditions import Args, Ground, Test, compiled
-from pgrealtime.rules.sql.reference import Reference, reference
+from pgrealtime.rules.memory.conditions import (
+    Arguments,
+    CompileContext,
+    CompiledCondition,
+    compile_condition,
+)
+from pgrealtime.rules.sql.reference import ReferenceQuery, reference_query
 from tests.conftest import drop_database
 
 SETUP = """
@@ -198,7 +209,7 @@ class Judge:
         columns = {
             name: column
             for name in given[0]
-            if (column := self.collection.table.column(name)) is not None
+            if (column := self.collection.table.find_column(name)) is not None
         }
         casts = sql.SQL(", ").join(
             sql.SQL("{}::{}").format(
@@ -222,33 +233,37 @@ class Judge:
             for place in range(result.ntuples)
         ]
 
-    def asked(self, rule: str, request: Request, images: Images, now: datetime) -> set[int] | None:
+    def asked(
+        self, rule: str, request: RuleRequest, images: Images, now: datetime
+    ) -> set[int] | None:
         """Return the rows that Postgres admits, None if it can't say."""
-        made = reference(self.collections, self.collection, rule, request)
-        if not isinstance(made, Reference):
+        made = reference_query(self.collections, self.collection, rule, request)
+        if not isinstance(made, ReferenceQuery):
             return None
-        question = made.question(images, now)
+        question = made.sql_query(images, now)
         found = self.connection.execute(question.sql.encode(), question.params).fetchall()
         return {index for (index,) in found}
 
     def decided(
-        self, rule: str, request: Request, images: Images, now: datetime
+        self, rule: str, request: RuleRequest, images: Images, now: datetime
     ) -> list[bool | None] | None:
         """Return what the process decides; None where it leaves that to Postgres."""
         auth = self.collections["users"]
         where = resolve_rule(rule, self.collections, self.collection, auth).where
-        found = parameters(where)
-        free: list[Parameter] = [p for p in found if not isinstance(p, Literal)]
-        order: dict[Parameter | AuthColumn, int] = {p: n for n, p in enumerate(free)}
-        shapes = {p: shape(value(p, request, now)) for p in found}
-        test = compiled(where, Ground(shapes=shapes, order=order))
+        found = condition_parameters(where)
+        free: list[Parameter] = [p for p in found if not isinstance(p, LiteralParameter)]
+        order: dict[Parameter | CallerColumn, int] = {p: n for n, p in enumerate(free)}
+        shapes = {p: parameter_class(parameter_value(p, request, now)) for p in found}
+        test = compile_condition(
+            where, CompileContext(parameter_classes=shapes, argument_index=order)
+        )
         if test is None:
             return None
-        args = [value(p, request, now) for p in free]
+        args = [parameter_value(p, request, now) for p in free]
         return [_ask(test, row, args) for row in images]
 
 
-def _ask(test: Test, row: Row, args: Args) -> bool | None:
+def _ask(test: CompiledCondition, row: Row, args: Arguments) -> bool | None:
     try:
         return test(row, args)
     except UndecidedError:
@@ -270,7 +285,7 @@ async def _collections(url: str) -> Collections:
             },
         ),
     }
-    return build(configured, catalog)
+    return build_collections(configured, catalog)
 
 
 @pytest.fixture(params=["the server's locale", "Turkish"])
@@ -302,7 +317,7 @@ def turkish(url: str) -> Iterator[str]:
 
 
 requests = st.builds(
-    lambda q, verified, email: Request(
+    lambda q, verified, email: RuleRequest(
         principal=AuthRecord(
             collection_id="x", collection_name="users", id="u1", email=email, verified=verified
         ),
@@ -314,7 +329,7 @@ requests = st.builds(
 )
 
 
-def compare(judge: Judge, rule: str, request: Request, images: Images) -> str:
+def compare(judge: Judge, rule: str, request: RuleRequest, images: Images) -> str:
     """Fail if the two differ; return how it went."""
     now = datetime.now(UTC)
     decided = judge.decided(rule, request, images, now)
@@ -363,7 +378,7 @@ def test_each_field_is_compared_as_postgres_does(judge: Judge) -> None:
         *(quoted(text) for text in ("", "5", "a", "É", "a_b", "%b%", "2024-01-02", '["a"]', "u1")),
         *("0", "5", "0.5", "null", "true", "false", "@request.query.q", "@now"),
     ]
-    request = Request(query={"q": "a"})
+    request = RuleRequest(query={"q": "a"})
     for name, pool in VALUES.items():
         images = judge.images([{"id": "r1", name: value} for value in [None, *pool]])
         for path in (one for one in FIELDS if re.split("[:.]", one)[0] == name):
@@ -377,5 +392,5 @@ def test_an_array_is_counted_by_its_own_delimiter(judge: Judge) -> None:
     """Boxes have commas within."""
     boxes = (None, "{}", "{(1,1),(0,0)}", "{(1,1),(0,0);NULL}")
     images = judge.images([{"id": "r1", "boxes": value} for value in boxes])
-    went = {compare(judge, f"boxes:length = {n}", Request(), images) for n in range(4)}
+    went = {compare(judge, f"boxes:length = {n}", RuleRequest(), images) for n in range(4)}
     assert "left to Postgres" not in went

@@ -17,14 +17,14 @@ from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Change, Delete, Insert, Row, TableName, Transaction, Update, WholeRow
-from pgrealtime.collections.build import build, table_names
+from pgrealtime.collections.build import build_collections, configured_table_names
 from pgrealtime.config.model import CollectionConfig, RealtimeConfig
 from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.hub import Hub
 from pgrealtime.lsn import LSN, Xid
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.rule_queries.executor import Probe
+from pgrealtime.rule_queries.executor import QueryExecutor
 from tests.unit.hub.room import DEADLINE, MemorySink
 
 SCHEMA = """
@@ -110,7 +110,9 @@ class Stage:
         self, *topics: str, who: Caller, position: str | None = None
     ) -> tuple[Connection, MemorySink]:
         sink = MemorySink()
-        connection = self.hub.open(sink, address="", last_event_id=None, position=position)
+        connection = self.hub.open_connection(
+            sink, address="", last_event_id=None, position=position
+        )
         await self.hub.subscribe(connection.id, topics, who, "")
         return connection, sink
 
@@ -139,15 +141,15 @@ async def open_stage(database_url: str, seconds: float = 2.0) -> AsyncIterator[S
         QueryPool(database_url, statement_timeout=seconds) as pool,
     ):
         await connection.execute(SCHEMA.encode())
-        names = table_names(configured, ["public"])
-        collections = build(
+        names = configured_table_names(configured, ["public"])
+        collections = build_collections(
             configured, await read_catalog(connection, schemas=["public"], names=names)
         )
-        changelog = MemoryChangelog(LSN(FAR), max_size=1_000_000, max_age=300)
+        changelog = MemoryChangelog(LSN(FAR), max_bytes=1_000_000, max_age_seconds=300)
         hub = Hub(
             changelog,
             Matcher(collections),
-            Probe(pool),
+            QueryExecutor(pool),
             collections=collections,
             limits=RealtimeConfig(),
         )
@@ -158,7 +160,7 @@ async def open_stage(database_url: str, seconds: float = 2.0) -> AsyncIterator[S
         finally:
             task.cancel()
             for one in list(hub.connections):
-                hub.close(one)
+                hub.remove_connection(one)
             await asyncio.gather(task, return_exceptions=True)
 
 
@@ -200,7 +202,7 @@ async def test_reading_on_shows_what_live_connections_were_shown(database_url: s
         for name, who in CALLERS.items():
             connection, sink = await stage.listen("PB_CURSOR", who=who, position="")
             positions[name] = connection.position.decode()
-            stage.hub.close(connection)
+            stage.hub.remove_connection(connection)
         stage.commit(*(update(POSTS, n) for n in "123"), update(PEOPLE, "bob"))
         stage.commit(update(PEOPLE, "ann"), update(PEOPLE, "cid"))
         stage.commit(Insert(POSTS, ROWS[POSTS]["1"]), Delete(POSTS, WholeRow(ROWS[POSTS]["2"])))

@@ -21,11 +21,11 @@ from pgrealtime.changes import TableName
 from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.errors import PgRealtimeError, SetupError, SlotBusyError
 from pgrealtime.feed import reader as feed_reader
-from pgrealtime.feed.reader import OpenStream, Relay
+from pgrealtime.feed.reader import OpenStream, ReplicationReader
 from pgrealtime.lsn import LSN, parse_lsn
-from pgrealtime.wal.durable import pass_over
+from pgrealtime.wal.durable import advance_slot
 from pgrealtime.wal.publication import publication_sql
-from pgrealtime.wal.stream import WalStream, open_stream, rehearse_stream
+from pgrealtime.wal.stream import WalStream, dry_run_stream, open_stream
 from tests.conformance.pgrealtime_server import command
 from tests.feed_follower import Follower
 from tests.integration.test_stream_switch import NEW, OLD, Relaying
@@ -88,16 +88,16 @@ async def relaying_of(
     url: str, config: ReplicationConfig, tables: list[Table], *, max_age: float = 1e9
 ) -> AsyncIterator[Relaying]:
     def opening() -> AbstractAsyncContextManager[WalStream]:
-        return open_stream(url, config, tables, max_transaction_size=1 << 30)
+        return open_stream(url, config, tables, max_transaction_bytes=1 << 30)
 
     async def passing_over() -> None:
         async with writer(url) as connection:
-            await pass_over(connection, config.slot.name)
+            await advance_slot(connection, config.slot.name)
 
-    changelog = MemoryChangelog(LSN(0), max_size=1 << 30, max_age=max_age)
+    changelog = MemoryChangelog(LSN(0), max_bytes=1 << 30, max_age_seconds=max_age)
     reader = Follower(changelog, DEADLINE_SECONDS)
-    relay = Relay(
-        opening, changelog, reader, tables=[OLD], max_size=1 << 30, pass_over=passing_over
+    relay = ReplicationReader(
+        opening, changelog, reader, tables=[OLD], max_size=1 << 30, advance_slot=passing_over
     )
     running = [asyncio.create_task(relay.run()), asyncio.create_task(relay.expire())]
     try:
@@ -188,7 +188,7 @@ async def test_a_gap_that_is_let_go_takes_no_commit_along(database_url: str) -> 
             await connection.execute("INSERT INTO old VALUES (1)")
             await room.reader.until(lambda: room.inserted(OLD) == [1])
             end = room.changelog.head.lsn
-            room.relay.tell_gap("schema", frozenset({NEW}))
+            room.relay.append_gap("schema", frozenset({NEW}))
             told_at = time.monotonic()
             while time.monotonic() == told_at:
                 pass
@@ -255,7 +255,7 @@ async def test_other_tables_are_streamed_with_nothing_missed_or_repeated(
 
         def opening(names: Sequence[TableName]) -> OpenStream:
             wanted = [tables[name] for name in names]
-            return lambda: open_stream(database_url, config, wanted, max_transaction_size=1 << 30)
+            return lambda: open_stream(database_url, config, wanted, max_transaction_bytes=1 << 30)
 
         async with relaying(database_url, config, connection) as room:
             async with asyncio.TaskGroup() as group:
@@ -300,7 +300,7 @@ async def test_what_the_decoder_fails_at_for_ever_is_passed_over_and_a_gap(
             await room.reader.until(lambda: room.inserted(OLD) == [3])
             failures = room.reader.said.count("lost")
 
-    assert failures == feed_reader._FAILURES
+    assert failures == feed_reader._MAX_DECODER_FAILURES
 
 
 def _gaps(room: Relaying) -> list[str]:
@@ -316,7 +316,7 @@ async def test_second_process_waits_and_takes_over(database_url: str) -> None:
         async with relaying(database_url, config, connection) as first:
             tables = await old(connection)
             with pytest.raises(SlotBusyError) as refused:
-                async with open_stream(database_url, config, tables, max_transaction_size=1000):
+                async with open_stream(database_url, config, tables, max_transaction_bytes=1000):
                     pass
             assert refused.value.retryable
             second = asyncio.create_task(_first_of(database_url, config, tables))
@@ -338,14 +338,16 @@ async def test_tables_that_could_not_be_had_are_not_read_later_either(
     async def take() -> None:
         while not is_taken.is_set():
             with suppress(SlotBusyError):
-                async with open_stream(database_url, config, [new], max_transaction_size=1000):
+                async with open_stream(database_url, config, [new], max_transaction_bytes=1000):
                     is_taken.set()
                     await is_over.wait()
 
     @asynccontextmanager
     async def late() -> AsyncIterator[WalStream]:
         await is_taken.wait()
-        async with open_stream(database_url, config, [new], max_transaction_size=1 << 30) as stream:
+        async with open_stream(
+            database_url, config, [new], max_transaction_bytes=1 << 30
+        ) as stream:
             yield stream
 
     async with writer(database_url) as connection:
@@ -410,9 +412,9 @@ async def refusal(url: str, config: ReplicationConfig) -> PgRealtimeError:
         tables = await old(connection)
         before = await slots(connection)
         with pytest.raises(PgRealtimeError) as rehearsed:
-            await rehearse_stream(url, config, tables)
+            await dry_run_stream(url, config, tables)
         with pytest.raises(PgRealtimeError) as opened:
-            async with open_stream(url, config, tables, max_transaction_size=1000):
+            async with open_stream(url, config, tables, max_transaction_bytes=1000):
                 pass
         assert str(rehearsed.value) == str(opened.value)
         assert await slots(connection) == before

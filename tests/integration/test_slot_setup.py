@@ -61,7 +61,7 @@ async def opened(
     async with writer(superuser or url) as connection:
         tables = await read_tables(connection)
     async with open_stream(
-        url, config or ReplicationConfig(), tables, max_transaction_size=1000
+        url, config or ReplicationConfig(), tables, max_transaction_bytes=1000
     ) as stream:
         yield stream
 
@@ -120,7 +120,7 @@ async def test_a_slot_goes_with_its_connection_unless_it_shall_stay(
 
 async def test_auto_takes_wal2json_where_it_can(plain: OwnServer) -> None:
     async with opened(plain.url) as stream:
-        assert (stream.plugin, stream.reason) == ("wal2json", "")
+        assert (stream.plugin, stream.plugin_reason) == ("wal2json", "")
 
 
 async def test_auto_falls_back_to_pgoutput_and_says_why(plain: OwnServer) -> None:
@@ -135,7 +135,7 @@ async def test_auto_falls_back_to_pgoutput_and_says_why(plain: OwnServer) -> Non
         connection.execute(create.encode())
     async with opened(plain.url) as stream:
         assert stream.plugin == "pgoutput"
-        assert stream.reason == 'the server refuses the decoder "wal2json"'
+        assert stream.plugin_reason == 'the server refuses the decoder "wal2json"'
     with psycopg.connect(plain.url, autocommit=True) as connection:
         connection.execute("DROP PUBLICATION pgrealtime")
 
@@ -195,7 +195,7 @@ async def test_standby_is_refused(plain: OwnServer) -> None:
     (plain.folder / "data" / "standby.signal").touch()
     plain.configure()
     with pytest.raises(SetupError) as caught:
-        async with open_stream(plain.url, ReplicationConfig(), tables, max_transaction_size=1000):
+        async with open_stream(plain.url, ReplicationConfig(), tables, max_transaction_bytes=1000):
             pass
 
     assert caught.value.error_code == "standby"
@@ -222,7 +222,7 @@ async def test_server_that_is_away_is_told_and_worth_a_retry(plain: OwnServer) -
         tables = await read_tables(connection)
     plain.control("stop", "--mode=fast")
     with pytest.raises(DatabaseUnreachableError) as caught:
-        async with open_stream(plain.url, ReplicationConfig(), tables, max_transaction_size=1000):
+        async with open_stream(plain.url, ReplicationConfig(), tables, max_transaction_bytes=1000):
             pass
 
     assert caught.value.retryable
@@ -231,7 +231,7 @@ async def test_server_that_is_away_is_told_and_worth_a_retry(plain: OwnServer) -
 async def test_url_that_is_none_is_told_without_its_password() -> None:
     with pytest.raises(SetupError) as caught:
         async with open_stream(
-            "host=x pass word=s3cret", ReplicationConfig(), [], max_transaction_size=1000
+            "host=x pass word=s3cret", ReplicationConfig(), [], max_transaction_bytes=1000
         ):
             pass
 
@@ -260,7 +260,7 @@ async def test_wait_for_an_open_transaction_is_told(
                 database_url,
                 ReplicationConfig(),
                 tables,
-                max_transaction_size=1000,
+                max_transaction_bytes=1000,
                 on_wait=told.put_nowait,
             ) as stream:
                 return stream.slot_name
@@ -284,7 +284,7 @@ async def test_wait_is_given_up_and_leaves_nothing(database_url: str) -> None:
         async with await psycopg.AsyncConnection.connect(database_url) as other:
             await other.execute("CREATE TABLE held (id int)")
             with pytest.raises(SlotBusyError) as caught:
-                async with open_stream(database_url, config, tables, max_transaction_size=1000):
+                async with open_stream(database_url, config, tables, max_transaction_bytes=1000):
                     pass
         assert caught.value.error_code == "slot_create_timeout"
         left = await connection.execute(
@@ -302,7 +302,7 @@ async def test_server_that_leaves_during_set_up_is_told_in_our_words(database_ur
             database_url,
             ReplicationConfig(slot=SlotConfig(name="cut_off")),
             tables,
-            max_transaction_size=1000,
+            max_transaction_bytes=1000,
             on_wait=lambda _: seen.set(),
         ):
             pass
@@ -368,12 +368,12 @@ async def test_publication_is_mended_by_the_sql_that_is_told(
             await connection.execute("CREATE TABLE child () INHERITS (posts)")
         await connection.execute(f"CREATE PUBLICATION pgrealtime {definition}".encode())
         with pytest.raises(SetupError) as caught:
-            async with open_stream(database_url, config, tables, max_transaction_size=1 << 20):
+            async with open_stream(database_url, config, tables, max_transaction_bytes=1 << 20):
                 pass
         assert caught.value.error_code == "publication_mismatch"
         await connection.execute(caught.value.hint.partition("superuser: ")[2].encode())
         async with open_stream(
-            database_url, config, tables, max_transaction_size=1 << 20
+            database_url, config, tables, max_transaction_bytes=1 << 20
         ) as stream:
             await connection.execute("INSERT INTO posts VALUES (1); INSERT INTO tags VALUES (1, 1)")
             await connection.execute("UPDATE posts SET t = 'x'; DELETE FROM tags")
@@ -387,7 +387,7 @@ async def test_table_that_would_lose_changes_is_refused(database_url: str, plugi
         await connection.execute("CREATE TABLE no_key (a int); CREATE UNLOGGED TABLE u (a int)")
         tables = await read_tables(connection)
         with pytest.raises(SetupError) as caught:
-            async with open_stream(database_url, config, tables, max_transaction_size=1000):
+            async with open_stream(database_url, config, tables, max_transaction_bytes=1000):
                 pass
         assert caught.value.error_code == "table_not_streamable"
         await connection.execute(caught.value.hint.encode())

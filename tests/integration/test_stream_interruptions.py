@@ -230,7 +230,7 @@ async def test_keeping_what_did_not_come_on_this_stream_is_refused(
             await finish(connection)
             batch = await anext(stream)
             with pytest.raises(ValueError, match="nothing was handed out"):
-                stream.keep(type(batch[-1].end_lsn)(batch[-1].end_lsn + 1))
+                stream.confirm(type(batch[-1].end_lsn)(batch[-1].end_lsn + 1))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 import uvloop
 
-from pgrealtime.changes import Insert, Oversized, TableName, Transaction
+from pgrealtime.changes import Insert, OversizedTransaction, TableName, Transaction
 from pgrealtime.lsn import parse_lsn
 from tests.stream_reading import (
     DEADLINE_SECONDS,
@@ -150,7 +150,7 @@ async def test_position_and_time_are_those_of_the_commit(database_url: str, plug
     assert isinstance(one, Transaction)
     assert parse_lsn(before) < one.end_lsn <= parse_lsn(after)
     assert str(one.xid) == xid
-    assert 0 <= float(time) - one.commit_time / 1e6 < DEADLINE_SECONDS
+    assert 0 <= float(time) - one.commit_time_us / 1e6 < DEADLINE_SECONDS
 
 
 async def _one(connection: Connection, query: str) -> tuple[str, ...]:
@@ -172,7 +172,7 @@ async def test_transaction_beyond_the_bound_is_named_and_the_next_is_whole(
             await connection.execute("INSERT INTO t (n) VALUES (1)")
             await finish(connection)
             large, small = await read_to_finish(stream)
-    assert isinstance(large, Oversized)
+    assert isinstance(large, OversizedTransaction)
     assert large.tables == {T}
     assert large.end_lsn < small.end_lsn
     assert isinstance(small, Transaction)

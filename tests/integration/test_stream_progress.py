@@ -89,7 +89,7 @@ async def test_slot_does_not_move_over_what_is_not_kept(database_url: str, plugi
         async with reading(database_url + BRISK, connection, plugin) as stream:
             await connection.execute("INSERT INTO t (pad) VALUES ('kept')")
             batch = await anext(stream)
-            stream.keep(batch[-1].end_lsn)
+            stream.confirm(batch[-1].end_lsn)
             kept = await _wal_end(connection)
             await _confirmed(connection, stream, kept)
             await connection.execute("INSERT INTO t (pad) VALUES ('not kept')")
@@ -104,7 +104,7 @@ async def test_slot_does_not_move_over_what_is_not_kept(database_url: str, plugi
                 unkept,
                 stream.slot_name,
             )
-            stream.keep(batch[-1].end_lsn)
+            stream.confirm(batch[-1].end_lsn)
             await _confirmed(connection, stream, unkept)
 
 
@@ -116,7 +116,7 @@ async def test_quiet_stream_is_heard_from(database_url: str, plugin: Plugin) -> 
         async with reading(database_url + BRISK, connection, plugin) as stream:
             for _ in range(2):
                 await _heard_again(stream)
-            assert time.monotonic() - stream.last_heard < DEADLINE_SECONDS
+            assert time.monotonic() - stream.last_received_at < DEADLINE_SECONDS
 
 
 @both
@@ -156,7 +156,7 @@ async def test_stream_is_never_a_synchronous_standby(server: OwnServer, plugin: 
                     await until_true(connection, SOMEBODY_WAITS)
                     if table == "t":
                         batch = await anext(stream)  # decoded before anybody sees it
-                        stream.keep(batch[-1].end_lsn)
+                        stream.confirm(batch[-1].end_lsn)
                     for _ in range(4):
                         await _heard_again(stream)
                         await until_true(connection, WE_ARE_ASYNCHRONOUS)
@@ -187,9 +187,9 @@ WE_ARE_ASYNCHRONOUS = "SELECT flush_lsn IS NULL AND sync_state = 'async' FROM pg
 
 
 async def _heard_again(stream: WalStream) -> None:
-    before = stream.last_heard
+    before = stream.last_received_at
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while stream.last_heard <= before:
+        while stream.last_received_at <= before:
             await asyncio.sleep(0.05)
 
 
@@ -211,7 +211,7 @@ async def test_server_shuts_down_at_once(
             await connection.execute("INSERT INTO t (pad) SELECT 'x' FROM generate_series(1, 1000)")
             batch = await anext(stream)
             if is_kept:
-                stream.keep(batch[-1].end_lsn)
+                stream.confirm(batch[-1].end_lsn)
             started = time.monotonic()
             stopping = asyncio.to_thread(server.control, "stop", "--mode=fast", timeout=20.0)
             async with asyncio.TaskGroup() as group:

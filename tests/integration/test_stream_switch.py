@@ -18,7 +18,7 @@ from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Insert, TableName, Transaction
 from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.errors import SetupError
-from pgrealtime.feed.reader import Relay
+from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.lsn import LSN, Cursor, parse_lsn
 from pgrealtime.wal.stream import WalStream, open_stream
 from tests.feed_follower import Follower
@@ -31,7 +31,7 @@ SCHEMA = "CREATE TABLE old (id int PRIMARY KEY); CREATE TABLE new (id int PRIMAR
 
 @dataclass
 class Relaying:
-    relay: Relay
+    relay: ReplicationReader
     changelog: MemoryChangelog
     reader: Follower
     begun: Cursor
@@ -58,11 +58,11 @@ Opening = Callable[[Sequence[Table]], Callable[[], AbstractAsyncContextManager[W
 
 @asynccontextmanager
 async def relaying(opening: Opening, tables: Sequence[Table]) -> AsyncIterator[Relaying]:
-    changelog = MemoryChangelog(LSN(0), max_size=1 << 30, max_age=1e9)
+    changelog = MemoryChangelog(LSN(0), max_bytes=1 << 30, max_age_seconds=1e9)
     reader = Follower(changelog, DEADLINE_SECONDS)
     names = [table.name for table in tables]
-    relay = Relay(
-        opening(tables), changelog, reader, tables=names, max_size=1 << 30, pass_over=never
+    relay = ReplicationReader(
+        opening(tables), changelog, reader, tables=names, max_size=1 << 30, advance_slot=never
     )
     running = asyncio.create_task(relay.run())
     try:
@@ -75,7 +75,7 @@ async def relaying(opening: Opening, tables: Sequence[Table]) -> AsyncIterator[R
 
 def opening_at(url: str) -> Opening:
     config = ReplicationConfig(plugin="wal2json")
-    return lambda tables: lambda: open_stream(url, config, tables, max_transaction_size=1 << 30)
+    return lambda tables: lambda: open_stream(url, config, tables, max_transaction_bytes=1 << 30)
 
 
 async def _tables(connection: Connection) -> tuple[Table, Table]:
@@ -163,7 +163,7 @@ async def test_after_a_switch_it_is_known_at_once_how_far_the_stream_has_come(
             cursor = await connection.execute("SELECT pg_current_wal_insert_lsn()::text")
             row = await cursor.fetchone()
             assert row is not None
-            assert await room.relay.reach(parse_lsn(row[0]))
+            assert await room.relay.wait_for_changelog(parse_lsn(row[0]))
 
 
 async def test_a_stream_that_cannot_be_opened_leaves_the_one_of_now(database_url: str) -> None:

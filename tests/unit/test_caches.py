@@ -6,14 +6,14 @@ import gc
 from weakref import ref
 
 from pgrealtime.auth.principal import AuthRecord
-from pgrealtime.caches import Kept, kept_with
-from pgrealtime.rules.engine.plan import Planner
-from pgrealtime.rules.language.request import Request
+from pgrealtime.caches import WeightedCache, cached_per_object
+from pgrealtime.rules.engine.plan import RuleCompiler
+from pgrealtime.rules.language.request import RuleRequest
 from tests.unit.rules.schema import COLLECTIONS
 
 
 def test_what_was_not_used_for_longest_goes_first() -> None:
-    kept: Kept[str, str] = Kept(10)
+    kept: WeightedCache[str, str] = WeightedCache(10)
     made = []
 
     def get(key: str, weight: int) -> str:
@@ -42,7 +42,7 @@ def test_what_is_kept_with_something_goes_with_it() -> None:
 
     calls = []
 
-    @kept_with
+    @cached_per_object
     def name(of: Thing) -> str:
         calls.append(1)
         return str(type(of))
@@ -59,22 +59,24 @@ def test_what_is_kept_with_something_goes_with_it() -> None:
 
 def test_filters_that_nobody_uses_any_more_are_bounded_in_size() -> None:
     """One client could otherwise fill the memory with what it once subscribed to."""
-    planner = Planner(COLLECTIONS)
+    planner = RuleCompiler(COLLECTIONS)
     me = AuthRecord(collection_id="x", collection_name="users", id="u1")
     for n in range(200):
         # Another shape each time: "=" or "~" by the bits of the number.
         ops = ["=~"[n >> bit & 1] for bit in range(50)]
         text = " && ".join(f"title {op} '{n}'" for op in ops)
-        planner.bind(COLLECTIONS["posts"], "", Request(principal=me, query={"filter": text}))
+        planner.bind_caller(
+            COLLECTIONS["posts"], "", RuleRequest(principal=me, query={"filter": text})
+        )
 
-    assert len(planner._narrowed) <= 4096 // 50
-    assert len(planner._filters_of_texts) <= 200
+    assert len(planner._cached_filter_plans) <= 4096 // 50
+    assert len(planner._filters_by_text) <= 200
 
 
 def test_rules_are_kept_however_many_filters_come() -> None:
-    planner = Planner(COLLECTIONS)
+    planner = RuleCompiler(COLLECTIONS)
     posts = COLLECTIONS["posts"]
     for n in range(300):
-        planner.bind(posts, f"title = '{n}'", Request())
+        planner.bind_caller(posts, f"title = '{n}'", RuleRequest())
 
-    assert planner._template.cache_info().currsize == 300
+    assert planner._cached_rule_plan.cache_info().currsize == 300

@@ -46,7 +46,8 @@ def test_equal_changes_are_equal_values() -> None:
         for _ in range(2)
     ]
     one, other = (
-        Transaction(xid=Xid(7), end_lsn=LSN(32), commit_time=0, changes=c, size=10) for c in changes
+        Transaction(xid=Xid(7), end_lsn=LSN(32), commit_time_us=0, changes=c, size_bytes=10)
+        for c in changes
     )
     assert one == other
 

@@ -10,9 +10,9 @@ import pytest
 from pgrealtime import errors
 from pgrealtime.errors import (
     ConfigError,
+    ConfigProblem,
     DatabaseUnreachableError,
     PgRealtimeError,
-    Problem,
     RuleError,
     RuleNameError,
     RuleSyntaxError,
@@ -89,10 +89,12 @@ def test_a_configuration_is_faulted_for_everything_at_once() -> None:
     """Mending one typo per start is what operators hate."""
     fault = ConfigError(
         (
-            Problem("collections.posts.list_rul", "unknown key", 'perhaps "list_rule"', line=12),
-            Problem("database.url", "is empty"),
+            ConfigProblem(
+                "collections.posts.list_rul", "unknown key", 'perhaps "list_rule"', line=12
+            ),
+            ConfigProblem("database.url", "is empty"),
         ),
-        source="pgrealtime.yaml",
+        source_name="pgrealtime.yaml",
     )
     assert str(fault) == (
         "config_invalid: pgrealtime.yaml has 2 problems\n"
@@ -104,7 +106,7 @@ def test_a_configuration_is_faulted_for_everything_at_once() -> None:
 
 
 def test_one_problem_is_one_problem() -> None:
-    assert ConfigError((Problem("a", "b"),)).message == "configuration has 1 problem"
+    assert ConfigError((ConfigProblem("a", "b"),)).message == "configuration has 1 problem"
 
 
 def test_a_rule_fault_knows_its_place_in_the_text() -> None:

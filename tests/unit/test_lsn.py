@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgrealtime.lsn import (
-    END,
+    END_ORDINAL,
     LSN,
     Cursor,
     Position,
@@ -20,7 +20,7 @@ from pgrealtime.lsn import (
 )
 
 LSNS = st.integers(min_value=0, max_value=(1 << 64) - 1).map(LSN)
-CURSORS = st.builds(Cursor, LSNS, st.integers(min_value=0, max_value=END))
+CURSORS = st.builds(Cursor, LSNS, st.integers(min_value=0, max_value=END_ORDINAL))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,13 @@ def test_text_order_is_stream_order(one: Cursor, other: Cursor) -> None:
 
 def test_a_transaction_begins_before_its_changes_and_ends_after_them() -> None:
     lsn = LSN(32)
-    places = [Cursor(lsn, 0), Cursor(lsn, 1), Cursor(lsn, 2), Cursor(lsn, END), Cursor(LSN(33), 0)]
+    places = [
+        Cursor(lsn, 0),
+        Cursor(lsn, 1),
+        Cursor(lsn, 2),
+        Cursor(lsn, END_ORDINAL),
+        Cursor(LSN(33), 0),
+    ]
     assert all(one < other for one, other in pairwise(places))
 
 

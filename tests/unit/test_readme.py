@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from pgrealtime import errors
-from pgrealtime.config.load import parse
+from pgrealtime.config.load import parse_config
 
 _ROOT = Path(__file__).parents[2]
 _README = (_ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,7 +29,7 @@ def test_the_configuration_it_shows_is_one() -> None:
     text = re.sub(r"^ {3}", "", shown, flags=re.MULTILINE)
     environ = {"DATABASE_URL": "postgresql://127.0.0.1/app", "APP_JWT_SECRET": "x" * 32}
 
-    assert set(parse(yaml.safe_load(text), environ).collections) == {"users", "posts"}
+    assert set(parse_config(yaml.safe_load(text), environ).collections) == {"users", "posts"}
 
 
 def test_every_code_of_setting_up_is_listed() -> None:

@@ -7,9 +7,9 @@ import asyncio
 import pytest
 
 from pgrealtime.errors import DatabaseUnreachableError
-from pgrealtime.hub.state.visibility import Snapshots
+from pgrealtime.hub.state.visibility import SnapshotSource
 from pgrealtime.lsn import LSN, Xid
-from pgrealtime.snapshot import Barrier, Snapshot, parse_snapshot
+from pgrealtime.snapshot import ReadPoint, Snapshot, parse_snapshot
 
 
 @pytest.mark.parametrize(
@@ -40,11 +40,11 @@ def test_the_form_that_postgres_prints_is_read() -> None:
 
 def test_a_barrier_admits_what_was_invisible_and_all_that_commits_later() -> None:
     """A commit can be decoded before it is visible, and visible before it is decoded."""
-    barrier = Barrier(parse_snapshot("100:110:105"), LSN(1000))
+    barrier = ReadPoint(parse_snapshot("100:110:105"), LSN(1000))
 
-    assert barrier.admits(Xid(105), LSN(900))  # decoded, not visible: the read missed it
-    assert not barrier.admits(Xid(104), LSN(990))  # visible, not yet decoded: the read had it
-    assert barrier.admits(Xid(104), LSN(1001))  # beyond the end of WAL of then
+    assert barrier.predates(Xid(105), LSN(900))  # decoded, not visible: the read missed it
+    assert not barrier.predates(Xid(104), LSN(990))  # visible, not yet decoded: the read had it
+    assert barrier.predates(Xid(104), LSN(1001))  # beyond the end of WAL of then
 
 
 async def test_who_asks_meanwhile_shares_the_next_snapshot_and_not_the_running_one() -> None:
@@ -58,11 +58,11 @@ async def test_who_asks_meanwhile_shares_the_next_snapshot_and_not_the_running_o
         await gates[number].wait()
         return f"{number + 1}:{number + 1}:", "0/10", False
 
-    snapshots = Snapshots(fetch)
-    first = asyncio.create_task(snapshots.take())
+    snapshots = SnapshotSource(fetch)
+    first = asyncio.create_task(snapshots.fetch())
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    late = [asyncio.create_task(snapshots.take()) for _ in range(3)]
+    late = [asyncio.create_task(snapshots.fetch()) for _ in range(3)]
     gates[0].set()
     assert (await first).snapshot.xmin == 1
     gates[1].set()
@@ -80,8 +80,8 @@ async def test_a_failed_snapshot_fails_its_askers_and_not_the_next() -> None:
             raise DatabaseUnreachableError("away")
         return answer
 
-    snapshots = Snapshots(fetch)
+    snapshots = SnapshotSource(fetch)
     with pytest.raises(DatabaseUnreachableError):
-        await snapshots.take()
+        await snapshots.fetch()
 
-    assert (await snapshots.take()).snapshot.xmin == 5
+    assert (await snapshots.fetch()).snapshot.xmin == 5

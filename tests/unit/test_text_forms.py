@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from pgrealtime.text_forms import Element, parse_array, parse_row
+from pgrealtime.text_forms import Element, parse_array, parse_composite
 
 ARRAYS: dict[str, list[Element]] = {
     "{}": [],
@@ -56,4 +56,4 @@ ROWS: dict[str, list[str | None]] = {
 
 @pytest.mark.parametrize("text", ROWS, ids=repr)
 def test_row_is_read(text: str) -> None:
-    assert parse_row(text) == ROWS[text]
+    assert parse_composite(text) == ROWS[text]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 from time import perf_counter
 
-from pgrealtime.turns import TURN_SECONDS, Turn, TurnQueue
+from pgrealtime.turns import YIELD_AFTER_SECONDS, FairLock, YieldTimer
 
 
 async def test_those_who_wait_take_turns_whatever_each_has_to_do() -> None:
     """A call of somebody's waits for one of another's, not for all of them."""
-    queue, done = TurnQueue(), list[str]()
+    queue, done = FairLock(), list[str]()
 
     async def work(whose: str, name: str) -> None:
-        async with queue.turn(whose):
+        async with queue.acquire(whose):
             await asyncio.sleep(0)
             done.append(name)
 
@@ -27,20 +27,20 @@ async def test_those_who_wait_take_turns_whatever_each_has_to_do() -> None:
 
 
 async def test_who_gives_up_while_waiting_holds_up_nobody() -> None:
-    queue, done = TurnQueue(), list[str]()
+    queue, done = FairLock(), list[str]()
 
     async def work(whose: str) -> None:
-        async with queue.turn(whose):
+        async with queue.acquire(whose):
             await asyncio.sleep(0)
             done.append(whose)
 
-    async with asyncio.timeout(5.0), queue.turn("first"):
+    async with asyncio.timeout(5.0), queue.acquire("first"):
         tasks = [asyncio.create_task(work(whose)) for whose in ("a", "b", "c")]
         await asyncio.sleep(0)
         tasks[0].cancel()
     tasks[1].cancel()  # the turn was passed on to it, or is about to be
     await asyncio.gather(*tasks, return_exceptions=True)
-    async with asyncio.timeout(5.0), queue.turn("last"):
+    async with asyncio.timeout(5.0), queue.acquire("last"):
         pass
 
     assert "c" in done
@@ -48,13 +48,13 @@ async def test_who_gives_up_while_waiting_holds_up_nobody() -> None:
 
 async def test_long_turns_leave_the_loop_half_of_the_time() -> None:
     """However many wait for theirs."""
-    queue = TurnQueue()
+    queue = FairLock()
     worked = [0.0]
 
     async def work(number: int) -> None:
-        async with queue.work(str(number)):
+        async with queue.acquire_for_loop_work(str(number)):
             began = perf_counter()
-            while perf_counter() - began < 4 * TURN_SECONDS:
+            while perf_counter() - began < 4 * YIELD_AFTER_SECONDS:
                 pass
             worked[0] += perf_counter() - began
 
@@ -67,9 +67,9 @@ async def test_long_turns_leave_the_loop_half_of_the_time() -> None:
 
 
 async def test_a_turn_is_over_after_its_time_and_not_before() -> None:
-    turn = Turn()
-    assert not turn.is_over()
-    await asyncio.sleep(2 * TURN_SECONDS)
-    assert turn.is_over()
+    turn = YieldTimer()
+    assert not turn.is_due()
+    await asyncio.sleep(2 * YIELD_AFTER_SECONDS)
+    assert turn.is_due()
     await turn.pause()
-    assert not turn.is_over()
+    assert not turn.is_due()

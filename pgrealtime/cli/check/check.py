@@ -11,50 +11,59 @@ from typing import Any, LiteralString
 import psycopg
 from psycopg import AsyncConnection
 
-from pgrealtime.auth.authenticator import issuers_of
+from pgrealtime.auth.authenticator import key_sources_of
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Catalog, Table
 from pgrealtime.changes import TableName
 from pgrealtime.cli.check.indexes import index_warnings
 from pgrealtime.cli.check.warnings import collection_warnings, config_warnings
-from pgrealtime.collections.build import check_names, examine, quoted, table_names
+from pgrealtime.collections.build import (
+    build_with_problems,
+    check_names,
+    configured_table_names,
+    quote_name,
+)
 from pgrealtime.collections.model import Collection, Collections
-from pgrealtime.config.load import Reading
+from pgrealtime.config.load import ParsedConfig
 from pgrealtime.config.model import CollectionConfig, Config, DatabaseConfig
 from pgrealtime.errors import (
     ConfigError,
+    ConfigProblem,
     DatabaseUnreachableError,
     PgRealtimeError,
-    Problem,
     RuleError,
     SetupError,
-    describe,
+    describe_problem,
 )
-from pgrealtime.postgres.pool import SEES_ALL, QueryPool
-from pgrealtime.postgres.url import settings_of
-from pgrealtime.rules.language.syntax import parse
-from pgrealtime.rules.sql.reference import validate
+from pgrealtime.postgres.pool import POLICIES_SHOW_ALL_ROWS, QueryPool
+from pgrealtime.postgres.url import parse_database_url
+from pgrealtime.rules.language.syntax import parse_expression
+from pgrealtime.rules.sql.reference import check_rule
 from pgrealtime.service.streamed_tables import streamed_tables
 from pgrealtime.wal.slot import SlotWait
-from pgrealtime.wal.stream import rehearse_stream
+from pgrealtime.wal.stream import dry_run_stream
 
 _CONNECT_SECONDS = 10
-_URL = "database.url (DATABASE_URL), or the PG* variables if it is empty"
-_SYSTEM = """
+_URL_SETTING = "database.url (DATABASE_URL), or the PG* variables if it is empty"
+_SYSTEM_QUERY = """
 SELECT system_identifier::text, pg_catalog.pg_is_in_recovery() FROM pg_catalog.pg_control_system()
 """
 
-_SHORTENING = ("statement_timeout", "transaction_timeout", "idle_in_transaction_session_timeout")
-_TIMEOUTS = """
+_TIMEOUT_SETTINGS = (
+    "statement_timeout",
+    "transaction_timeout",
+    "idle_in_transaction_session_timeout",
+)
+_TIMEOUTS_QUERY = """
 SELECT current_user, name, setting::pg_catalog.int8 FROM pg_catalog.pg_settings
 WHERE name = ANY (%(names)s::pg_catalog.text[]) ORDER BY name
 """
 
-_RIGHTS = f"""
+_PRIVILEGES_QUERY = f"""
 SELECT n.nspname, c.relname, current_user,
        pg_catalog.has_schema_privilege(n.oid, 'USAGE')
          AND pg_catalog.has_table_privilege(c.oid, 'SELECT'),
-       pg_catalog.row_security_active(c.oid) AND NOT ({SEES_ALL}),
+       pg_catalog.row_security_active(c.oid) AND NOT ({POLICIES_SHOW_ALL_ROWS}),
        pg_catalog.row_security_active(c.oid)
 FROM pg_catalog.pg_class c
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -64,65 +73,70 @@ ORDER BY n.nspname, c.relname
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Findings:
+class CheckResult:
     """What a check found: errors, or what is there to be served."""
 
     errors: tuple[PgRealtimeError, ...]
-    facts: tuple[str, ...] = ()
+    summary_lines: tuple[str, ...] = ()
     """Lines for people."""
     warnings: tuple[str, ...] = ()
     """What runs, but hardly as it is meant; for people, with what mends it."""
 
 
-async def check(
-    reading: Reading, *, with_database: bool, note: Callable[[str], None] = lambda _: None
-) -> Findings:
+async def run_check(
+    parsed: ParsedConfig,
+    *,
+    with_database: bool,
+    report_progress: Callable[[str], None] = lambda _: None,
+) -> CheckResult:
     """Return everything that is wrong with the configuration, its rules and the database.
 
     A problem in one place keeps the others from being looked at only where they hang on it.
 
     Args:
-        reading: What the file says.
+        parsed: What the file says.
         with_database: Whether to connect.
-        note: Takes a line about what is waited for.
+        report_progress: Takes a line about what is waited for.
     """
-    config = reading.config
+    config = parsed.config
     if config is None:
-        return Findings(errors=(ConfigError(reading.problems, source=reading.origin.source),))
-    is_connectable = not any(path[:1] == ("database",) for path in reading.dropped)
+        return CheckResult(
+            errors=(ConfigError(parsed.problems, source_name=parsed.locations.source),)
+        )
+    is_connectable = not any(path[:1] == ("database",) for path in parsed.dropped_keys)
     if with_database and is_connectable:
-        problems, errors, facts, warnings = await _check_database(config, reading, note)
+        problems, errors, facts, warnings = await _check_database(config, parsed, report_progress)
     else:
-        problems, errors, facts = _without_database(config), (), (_counted(config),)
+        problems, errors, facts = _offline_problems(config), (), (_summarize_config(config),)
         warnings = ()
-    problems = (*problems, *key_problems(config))
+    problems = (*problems, *issuer_key_problems(config))
     said = ConfigError((*config_warnings(config), *warnings))
-    located = _in_file_order(reading.origin.locate(said).problems)
-    lines = tuple(describe(reading.origin.source, warning) for warning in located)
-    if reading.problems or problems:
-        located = reading.origin.locate(ConfigError(problems)).problems
-        all_problems = _in_file_order((*reading.problems, *located))
-        errors = (ConfigError(all_problems, source=reading.origin.source), *errors)
-    return Findings(errors=errors, facts=facts, warnings=lines)
+    located = _in_file_order(parsed.locations.locate(said).problems)
+    lines = tuple(describe_problem(parsed.locations.source, warning) for warning in located)
+    if parsed.problems or problems:
+        located = parsed.locations.locate(ConfigError(problems)).problems
+        all_problems = _in_file_order((*parsed.problems, *located))
+        errors = (ConfigError(all_problems, source_name=parsed.locations.source), *errors)
+    return CheckResult(errors=errors, summary_lines=facts, warnings=lines)
 
 
-def _in_file_order(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+def _in_file_order(problems: Iterable[ConfigProblem]) -> tuple[ConfigProblem, ...]:
     return tuple(sorted(problems, key=lambda p: (p.line is None, p.line or 0, p.path)))
 
 
-def _without_database(config: Config) -> tuple[Problem, ...]:
+def _offline_problems(config: Config) -> tuple[ConfigProblem, ...]:
     return (*check_names(config.collections), *syntax_problems(config.collections))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
+class _QueryConnectionResult:
     """What the connection that rules are asked on had to say."""
 
     collections: Collections
-    problems: tuple[Problem, ...]
+    problems: tuple[ConfigProblem, ...]
     errors: tuple[PgRealtimeError, ...]
-    warnings: tuple[Problem, ...]
-    server: str
+    warnings: tuple[ConfigProblem, ...]
+    server_description: str
     """For people."""
     system_id: str
     is_standby: bool
@@ -134,52 +148,57 @@ class _Asked:
 
 
 async def _check_database(
-    config: Config, reading: Reading, note: Callable[[str], None]
-) -> tuple[tuple[Problem, ...], tuple[PgRealtimeError, ...], tuple[str, ...], tuple[Problem, ...]]:
+    config: Config, parsed: ParsedConfig, report_progress: Callable[[str], None]
+) -> tuple[
+    tuple[ConfigProblem, ...],
+    tuple[PgRealtimeError, ...],
+    tuple[str, ...],
+    tuple[ConfigProblem, ...],
+]:
     """Return problems, errors, facts and warnings."""
     try:
-        asked = await _ask(config, reading)
+        asked = await _check_query_connection(config, parsed)
     except PgRealtimeError as error:
-        return _without_database(config), (error,), (), ()
+        return _offline_problems(config), (error,), (), ()
     try:
-        system, slot, reason = await rehearse_stream(
+        system, slot, reason = await dry_run_stream(
             config.database.url,
             config.replication,
             asked.tables,
-            on_wait=lambda wait: note(_waiting(wait)),
+            on_wait=lambda wait: report_progress(_describe_wait(wait)),
         )
     except PgRealtimeError as error:
         return asked.problems, (*asked.errors, error), (), asked.warnings
     if system.system_id != asked.system_id:
-        return asked.problems, (*asked.errors, _other_server()), (), asked.warnings
+        return asked.problems, (*asked.errors, _different_servers_error()), (), asked.warnings
     if asked.is_standby:
-        return asked.problems, (*asked.errors, _standby()), (), asked.warnings
+        return asked.problems, (*asked.errors, _standby_error()), (), asked.warnings
     facts = (
-        _counted_fields(asked.collections),
-        f"{asked.server}, {slot.plugin}{f' ({reason})' if reason else ''}",
+        _summarize_collections(asked.collections),
+        f"{asked.server_description}, {slot.plugin}{f' ({reason})' if reason else ''}",
     )
     return asked.problems, asked.errors, facts, asked.warnings
 
 
-async def _ask(config: Config, reading: Reading) -> _Asked:
+async def _check_query_connection(config: Config, parsed: ParsedConfig) -> _QueryConnectionResult:
     database = config.database
-    key = "database.query_url" if database.query_url else _URL
-    async with connected(database.query_url or database.url, key=key) as connection:
-        names = table_names(config.collections, database.schemas)
+    key = "database.query_url" if database.query_url else _URL_SETTING
+    async with connect_once(database.query_url or database.url, key=key) as connection:
+        names = configured_table_names(config.collections, database.schemas)
         catalog = await read_catalog(connection, schemas=database.schemas, names=names)
-        collections, problems = _collections(config, catalog, reading)
-        system_id, is_standby = await _row(connection, _SYSTEM)
+        collections, problems = _build_collections(config, catalog, parsed)
+        system_id, is_standby = await _fetch_row(connection, _SYSTEM_QUERY)
         # Where something is wrong, what it means is anybody's guess.
         warnings = [] if problems else list(collection_warnings(collections))
         if not problems:
             warnings += [one async for one in index_warnings(connection, collections)]
         warnings += await _timeout_warnings(connection, database)
-        return _Asked(
+        return _QueryConnectionResult(
             collections=collections,
             problems=problems,
-            errors=await rule_right_errors(connection, collections),
+            errors=await queried_privilege_errors(connection, collections),
             warnings=tuple(warnings),
-            server=_server(connection),
+            server_description=_describe_server(connection),
             system_id=system_id,
             is_standby=is_standby,
         )
@@ -187,28 +206,30 @@ async def _ask(config: Config, reading: Reading) -> _Asked:
 
 async def _timeout_warnings(
     connection: AsyncConnection[Any], database: DatabaseConfig
-) -> list[Problem]:
+) -> list[ConfigProblem]:
     """Say which time-outs that sessions begin with end what ours would let go on."""
     ours = database.statement_timeout * 1000
-    rows = await (await connection.execute(_TIMEOUTS, {"names": list(_SHORTENING)})).fetchall()
+    rows = await (
+        await connection.execute(_TIMEOUTS_QUERY, {"names": list(_TIMEOUT_SETTINGS)})
+    ).fetchall()
     return [
-        Problem(
+        ConfigProblem(
             "database.statement_timeout",
             f'sessions of role "{role}" begin with {name} = {milliseconds} ms, less than this',
-            f"ALTER ROLE {quoted(role)} RESET {name}; or the database's, whichever sets it",
+            f"ALTER ROLE {quote_name(role)} RESET {name}; or the database's, whichever sets it",
         )
         for role, name, milliseconds in rows
         if 0 < milliseconds < ours
     ]
 
 
-async def _row(connection: AsyncConnection[Any], query: LiteralString) -> tuple[Any, ...]:
+async def _fetch_row(connection: AsyncConnection[Any], query: LiteralString) -> tuple[Any, ...]:
     row = await (await connection.execute(query)).fetchone()
     assert row is not None
     return tuple(row)
 
 
-def _waiting(wait: SlotWait) -> str:
+def _describe_wait(wait: SlotWait) -> str:
     """Return what the slot's making waits for: every transaction that has written and is open."""
     whose = [f"process {pid}" for pid in wait.pids] or [
         f'prepared "{gid}"' for gid in wait.prepared
@@ -216,7 +237,7 @@ def _waiting(wait: SlotWait) -> str:
     return f"waiting for the open transaction of {', '.join(whose) or 'somebody'}"
 
 
-def _other_server() -> SetupError:
+def _different_servers_error() -> SetupError:
     return SetupError(
         "database.url and database.query_url lead to different servers",
         detail="Their system identifiers differ.",
@@ -225,7 +246,7 @@ def _other_server() -> SetupError:
     )
 
 
-def _standby() -> SetupError:
+def _standby_error() -> SetupError:
     return SetupError(
         "database.query_url leads to a standby",
         detail="Rules would be asked of rows that have yet to come there.",
@@ -235,65 +256,67 @@ def _standby() -> SetupError:
     )
 
 
-def _collections(
-    config: Config, catalog: Catalog, reading: Reading
-) -> tuple[Collections, tuple[Problem, ...]]:
+def _build_collections(
+    config: Config, catalog: Catalog, parsed: ParsedConfig
+) -> tuple[Collections, tuple[ConfigProblem, ...]]:
     """Return the collections, and what is wrong with them and their rules.
 
     Where a collection could not be made out, relations and rules may name it: then only the
     syntax of rules is judged.
     """
-    if any(path[0] == "collections" and len(path) <= 2 for path in reading.dropped):  # noqa: PLR2004 (collections.NAME)
+    if any(path[0] == "collections" and len(path) <= 2 for path in parsed.dropped_keys):  # noqa: PLR2004 (collections.NAME)
         return Collections(()), tuple(syntax_problems(config.collections))
-    collections, problems = examine(config.collections, catalog)
+    collections, problems = build_with_problems(config.collections, catalog)
     if len(collections) < len(config.collections):
         return collections, (*problems, *syntax_problems(config.collections))
     return collections, (*problems, *rule_problems(collections))
 
 
-def rule_problems(collections: Collections) -> Iterator[Problem]:
+def rule_problems(collections: Collections) -> Iterator[ConfigProblem]:
     """Yield each rule that can't be used, with the place in its text."""
     for collection in collections.values():
-        for key, rule in _rules(collection):
+        for key, rule in _nonempty_rules(collection):
             try:
-                validate(collections, collection, rule)
+                check_rule(collections, collection, rule)
             except RuleError as error:
                 yield _rule_problem(f"collections.{collection.name}.{key}", rule, error)
 
 
-def key_problems(config: Config) -> tuple[Problem, ...]:
+def issuer_key_problems(config: Config) -> tuple[ConfigProblem, ...]:
     """Return which public keys can't be used."""
     try:
-        issuers_of(config.auth)
+        key_sources_of(config.auth)
     except ConfigError as error:
         return error.problems
     return ()
 
 
-def syntax_problems(configured: Mapping[str, CollectionConfig]) -> Iterator[Problem]:
+def syntax_problems(configured: Mapping[str, CollectionConfig]) -> Iterator[ConfigProblem]:
     """Yield each rule that isn't of the language, whatever the tables are."""
     for name, config in configured.items():
-        for key, rule in _rules(config):
+        for key, rule in _nonempty_rules(config):
             try:
-                parse(rule)
+                parse_expression(rule)
             except RuleError as error:
                 yield _rule_problem(f"collections.{name}.{key}", rule, error)
 
 
-def _rules(ruled: Collection | CollectionConfig) -> Iterator[tuple[str, str]]:
+def _nonempty_rules(owner: Collection | CollectionConfig) -> Iterator[tuple[str, str]]:
     """Yield the rules that have a text: neither everyone's nor nobody's."""
     for key in ("list_rule", "view_rule", "manage_rule", "auth_rule"):
-        rule = getattr(ruled, key)
+        rule = getattr(owner, key)
         if rule:
             yield key, rule
 
 
-def _rule_problem(path: str, rule: str, error: RuleError) -> Problem:
+def _rule_problem(path: str, rule: str, error: RuleError) -> ConfigProblem:
     hint = (error.hint[:1].lower() + error.hint[1:]).removesuffix(".")
-    return Problem(path, error.message, hint, excerpt=excerpt(rule, error.start, error.end))
+    return ConfigProblem(
+        path, error.message, hint, marked_text=underline_span(rule, error.start, error.end)
+    )
 
 
-def excerpt(text: str, start: int, end: int) -> str:
+def underline_span(text: str, start: int, end: int) -> str:
     """Return the line of the text that a span begins in, and carets under the span.
 
     Args:
@@ -304,16 +327,16 @@ def excerpt(text: str, start: int, end: int) -> str:
     begin = text.rfind("\n", 0, start) + 1
     line = text[begin:].partition("\n")[0].replace("\t", " ")
     before, marked = line[: start - begin], line[start - begin : end - begin]
-    return f"    {line}\n    {' ' * _cells(before)}{'^' * max(1, _cells(marked))}"
+    return f"    {line}\n    {' ' * _terminal_width(before)}{'^' * max(1, _terminal_width(marked))}"
 
 
-def _cells(text: str) -> int:
+def _terminal_width(text: str) -> int:
     """Return how wide a terminal shows the text: ideographs take two cells."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 @asynccontextmanager
-async def connected(url: str, *, key: str = _URL) -> AsyncIterator[AsyncConnection[Any]]:
+async def connect_once(url: str, *, key: str = _URL_SETTING) -> AsyncIterator[AsyncConnection[Any]]:
     """Connect once, in autocommit mode; an empty URL is libpq's PG* variables.
 
     Args:
@@ -324,7 +347,7 @@ async def connected(url: str, *, key: str = _URL) -> AsyncIterator[AsyncConnecti
         DatabaseUnreachableError: Nobody answers, or the login is refused.
         SetupError: Code ``database_url_invalid``.
     """
-    settings = settings_of(url) | {
+    settings = parse_database_url(url) | {
         "connect_timeout": _CONNECT_SECONDS,
         "application_name": "pgrealtime",
         "client_encoding": "utf8",  # in SQL_ASCII, the driver would hand out bytes
@@ -341,12 +364,12 @@ async def connected(url: str, *, key: str = _URL) -> AsyncIterator[AsyncConnecti
         ) from error
 
 
-async def right_errors(
+async def privilege_errors(
     connection: AsyncConnection[Any], tables: Iterable[Table]
 ) -> Mapping[TableName, SetupError]:
     """Say which tables rules could not be asked of, or only through somebody's policies."""
     oids = [table.oid for table in tables]
-    rows = await (await connection.execute(_RIGHTS, {"oids": oids})).fetchall()
+    rows = await (await connection.execute(_PRIVILEGES_QUERY, {"oids": oids})).fetchall()
     return {
         (name := TableName(schema, table)): _policy_error(name, role)
         if is_readable
@@ -356,7 +379,7 @@ async def right_errors(
     }
 
 
-async def rely_on_policies(pool: QueryPool, collections: Collections) -> None:
+async def configure_row_security(pool: QueryPool, collections: Collections) -> None:
     """Let the pool read tables by policies that show every row, if there are such tables.
 
     Until that is known, and if there is no answer, each of its transactions asks itself.
@@ -365,27 +388,27 @@ async def rely_on_policies(pool: QueryPool, collections: Collections) -> None:
         psycopg.Error: There is no answer.
         PoolTimeout: No connection became free in time.
     """
-    pool.rely_on_policies(tables_asked(collections))
-    oids = [table.oid for table in _read_by_rules(collections)]
+    pool.enable_row_security_for(queried_table_names(collections))
+    oids = [table.oid for table in _queried_tables(collections)]
     async with pool.connection() as connection:
-        cursor = await connection.execute(_RIGHTS, {"oids": oids})
+        cursor = await connection.execute(_PRIVILEGES_QUERY, {"oids": oids})
         if not any(row[-1] for row in await cursor.fetchall()):
-            pool.rely_on_policies(())
+            pool.enable_row_security_for(())
 
 
-def tables_asked(*those: Collections) -> frozenset[TableName]:
+def queried_table_names(*collection_sets: Collections) -> frozenset[TableName]:
     """Return the tables that are asked about for some collections."""
-    return frozenset(table.name for one in those for table in _read_by_rules(one))
+    return frozenset(table.name for one in collection_sets for table in _queried_tables(one))
 
 
-async def rule_right_errors(
+async def queried_privilege_errors(
     connection: AsyncConnection[Any], collections: Collections
 ) -> tuple[SetupError, ...]:
     """Say of which of the tables that they read rules could not be asked."""
-    return tuple((await right_errors(connection, _read_by_rules(collections))).values())
+    return tuple((await privilege_errors(connection, _queried_tables(collections))).values())
 
 
-def _read_by_rules(collections: Collections) -> Iterator[Table]:
+def _queried_tables(collections: Collections) -> Iterator[Table]:
     for collection in collections.values():
         yield collection.table
         for field in collection.fields:
@@ -394,7 +417,7 @@ def _read_by_rules(collections: Collections) -> Iterator[Table]:
 
 
 def _grant_error(name: TableName, role: str) -> SetupError:
-    schema, table, to = (quoted(part) for part in (name.schema, name.name, role))
+    schema, table, to = (quote_name(part) for part in (name.schema, name.name, role))
     return SetupError(
         f'role "{role}" may not read "{name}"',
         hint=f"GRANT USAGE ON SCHEMA {schema} TO {to}; GRANT SELECT ON {schema}.{table} TO {to};",
@@ -407,34 +430,35 @@ def _policy_error(name: TableName, role: str) -> SetupError:
         f'row security hides rows of "{name}" from role "{role}"',
         detail="Rules would be decided without the rows that its policies hide, so that queries on"
         " the table are refused instead.",
-        hint=f"Run as a superuser: ALTER ROLE {quoted(role)} BYPASSRLS; or as the table's owner:"
-        f" CREATE POLICY pgrealtime ON {quoted(name.schema)}.{quoted(name.name)} FOR SELECT"
-        f" TO {quoted(role)} USING (true);",
+        hint=f"Run as a superuser: ALTER ROLE {quote_name(role)} BYPASSRLS;"
+        " or as the table's owner: CREATE POLICY pgrealtime"
+        f" ON {quote_name(name.schema)}.{quote_name(name.name)} FOR SELECT"
+        f" TO {quote_name(role)} USING (true);",
         code="row_security",
     )
 
 
-def _counted_fields(collections: Collections) -> str:
+def _summarize_collections(collections: Collections) -> str:
     fields = sum(len(collection.fields) for collection in collections.values())
     rules = _rule_count(collections.values())
     counts = ((len(collections), "collection"), (fields, "field"), (rules, "rule"))
-    return ", ".join(_count(count, word) for count, word in counts)
+    return ", ".join(_pluralize(count, word) for count, word in counts)
 
 
-def _counted(config: Config) -> str:
+def _summarize_config(config: Config) -> str:
     rules = _rule_count(config.collections.values())
-    return f"{_count(len(config.collections), 'collection')}, {_count(rules, 'rule')}"
+    return f"{_pluralize(len(config.collections), 'collection')}, {_pluralize(rules, 'rule')}"
 
 
-def _rule_count(ruled: Iterable[Collection | CollectionConfig]) -> int:
-    return sum(1 for one in ruled for _ in _rules(one))
+def _rule_count(owners: Iterable[Collection | CollectionConfig]) -> int:
+    return sum(1 for one in owners for _ in _nonempty_rules(one))
 
 
-def _count(count: int, word: str) -> str:
+def _pluralize(count: int, word: str) -> str:
     return f"{count} {word}{'' if count == 1 else 's'}"
 
 
-def _server(connection: AsyncConnection[Any]) -> str:
+def _describe_server(connection: AsyncConnection[Any]) -> str:
     info = connection.info
     major, minor = divmod(info.server_version, 10_000)
     return f'PostgreSQL {major}.{minor}, database "{info.dbname}"'

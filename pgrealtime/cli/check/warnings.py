@@ -15,50 +15,59 @@ from urllib.parse import urlsplit
 from pgrealtime.auth.principal import AuthRecord, Principal
 from pgrealtime.catalog.model import Column
 from pgrealtime.changes import TableName
-from pgrealtime.collections.build import quoted
+from pgrealtime.collections.build import quote_name
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
 from pgrealtime.config.model import CollectionConfig, Config
-from pgrealtime.errors import Problem, RuleError
+from pgrealtime.errors import ConfigProblem, RuleError
 from pgrealtime.rules.language import predicate, syntax
-from pgrealtime.rules.language.parameters import RequestValue, number_of
-from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.language.parameters import RequestValue, exact_number
+from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import resolve_rule
-from pgrealtime.rules.language.syntax import And, Cmp, Expression, Lit, Op, Operand, Or, Path
-from pgrealtime.rules.sql.reference import Reference, reference
-from pgrealtime.spelling import perhaps
+from pgrealtime.rules.language.syntax import (
+    AndNode,
+    ComparisonNode,
+    ExpressionNode,
+    IdentifierNode,
+    LiteralNode,
+    Op,
+    OperandNode,
+    OrNode,
+)
+from pgrealtime.rules.sql.reference import ReferenceQuery, reference_query
+from pgrealtime.spelling import did_you_mean
 
-_RULES = ("list_rule", "view_rule")
+_SUBSCRIPTION_RULES = ("list_rule", "view_rule")
 
 
-def config_warnings(config: Config) -> Iterator[Problem]:
+def config_warnings(config: Config) -> Iterator[ConfigProblem]:
     """Yield what can be said without a database."""
     if not config.collections:
         mend = "pgrealtime init makes them of the tables that are there"
-        yield Problem("collections", "there are none: nobody hears of anything", mend)
+        yield ConfigProblem("collections", "there are none: nobody hears of anything", mend)
     yield from _issuer_warnings(config)
-    yield from _key_warnings(config)
+    yield from _issuer_key_warnings(config)
     for name, collection in config.collections.items():
         for key, rule, expression in parsed_rules(collection):
-            yield from _all_of_collection(f"collections.{name}.{key}", rule, expression)
+            yield from _match_all_warnings(f"collections.{name}.{key}", rule, expression)
 
 
-def collection_warnings(collections: Collections) -> Iterator[Problem]:
+def collection_warnings(collections: Collections) -> Iterator[ConfigProblem]:
     """Yield what rules mean for tables as they are. The rules are fine each by itself."""
     for collection in collections.values():
         for key, rule, expression in parsed_rules(collection):
             path = f"collections.{collection.name}.{key}"
-            yield from _guest_trap(path, rule, expression, collections, collection)
-            yield from _inexact(path, rule, expression, collections, collection)
-        yield from _untold_deletes(collections, collection)
+            yield from _absent_value_warnings(path, rule, expression, collections, collection)
+            yield from _precision_warnings(path, rule, expression, collections, collection)
+        yield from _delete_warnings(collections, collection)
 
 
-def parsed_rules(ruled: Collection | CollectionConfig) -> Iterator[tuple[str, str, Expression]]:
+def parsed_rules(owner: Collection | CollectionConfig) -> Iterator[tuple[str, str, ExpressionNode]]:
     """Yield key, text and syntax of each rule that admits some and not all."""
-    for key in _RULES:
-        rule = getattr(ruled, key)
+    for key in _SUBSCRIPTION_RULES:
+        rule = getattr(owner, key)
         if rule:
             try:
-                yield key, rule, syntax.parse(rule)
+                yield key, rule, syntax.parse_expression(rule)
             except RuleError:
                 continue  # an error, and reported as one
 
@@ -66,7 +75,7 @@ def parsed_rules(ruled: Collection | CollectionConfig) -> Iterator[tuple[str, st
 # -- issuers
 
 
-def _issuer_warnings(config: Config) -> Iterator[Problem]:
+def _issuer_warnings(config: Config) -> Iterator[ConfigProblem]:
     auths = [name for name, one in config.collections.items() if one.type == "auth"]
     for n, issuer in enumerate(config.auth.issuers):
         path, name = f"auth.issuers.{n}.collection", issuer.collection
@@ -74,12 +83,12 @@ def _issuer_warnings(config: Config) -> Iterator[Problem]:
             continue
         if name in config.collections:
             hint = f"set type: auth of collections.{name}"
-            yield Problem(path, f'collection "{name}" is not of type auth', hint)
+            yield ConfigProblem(path, f'collection "{name}" is not of type auth', hint)
             continue
-        mend = perhaps(name, auths) or (
+        mend = did_you_mean(name, auths) or (
             f"with a table of users: collections: {{{name}: {{table: SCHEMA.TABLE, type: auth}}}}"
         )
-        yield Problem(
+        yield ConfigProblem(
             path,
             f'there is no collection "{name}": its users are who their tokens say, also after'
             " they were changed or deleted",
@@ -92,7 +101,7 @@ _SECRET_BYTES = 32
 token can try out shorter ones at home."""
 
 
-def _key_warnings(config: Config) -> Iterator[Problem]:
+def _issuer_key_warnings(config: Config) -> Iterator[ConfigProblem]:
     """Yield keys that others may find out or replace."""
     made = "openssl rand -base64 48 makes one"
     secrets = [("auth.login.secret", config.auth.login.secret, f"{made}; it signs everybody out")]
@@ -102,22 +111,22 @@ def _key_warnings(config: Config) -> Iterator[Problem]:
             (f"{path}.secret", issuer.secret, f"{made}; previous_secret keeps the old tokens good"),
             (f"{path}.previous_secret", issuer.previous_secret, "leave it out soon"),
         ]
-        if issuer.jwks_url.startswith("http:") and not _is_this_machine(issuer.jwks_url):
-            yield Problem(
+        if issuer.jwks_url.startswith("http:") and not _is_local_url(issuer.jwks_url):
+            yield ConfigProblem(
                 f"{path}.jwks_url",
                 "keys that come over plain http can be replaced on their way",
                 "https",
             )
     for path, secret, hint in secrets:
         if 0 < len(secret.encode()) < _SECRET_BYTES:
-            yield Problem(
+            yield ConfigProblem(
                 path,
                 f"it is shorter than {_SECRET_BYTES} bytes: it can be found out from one token",
                 hint,
             )
 
 
-def _is_this_machine(url: str) -> bool:
+def _is_local_url(url: str) -> bool:
     with suppress(ValueError):  # neither a host nor an address
         host = urlsplit(url).hostname or ""
         return host == "localhost" or ip_address(host).is_loopback
@@ -127,81 +136,90 @@ def _is_this_machine(url: str) -> bool:
 # -- @collection without "?"
 
 
-def _all_of_collection(path: str, rule: str, expression: Expression) -> Iterator[Problem]:
+def _match_all_warnings(
+    path: str, rule: str, expression: ExpressionNode
+) -> Iterator[ConfigProblem]:
     """``@collection.x.y = z`` demands it of every row of x; hardly anybody wants that.
 
     ``!=`` and ``!~`` are left alone: that no row is equal is what all of them say together.
     """
     found = [
         cmp
-        for cmp in syntax.comparisons(expression)
+        for cmp in syntax.comparison_nodes(expression)
         if not cmp.is_any
         and cmp.op not in {Op.NE, Op.NOT_LIKE}
-        and any(_text(side).startswith("@collection.") for side in (cmp.left, cmp.right))
+        and any(_path_text(side).startswith("@collection.") for side in (cmp.left, cmp.right))
     ]
     if found:
         first = found[0]
-        side = first.left if _text(first.left).startswith("@collection.") else first.right
-        places = [(_sign_at(rule, cmp), _sign_at(rule, cmp), "?") for cmp in found]
-        yield Problem(
+        side = first.left if _path_text(first.left).startswith("@collection.") else first.right
+        places = [
+            (_operator_position(rule, cmp), _operator_position(rule, cmp), "?") for cmp in found
+        ]
+        yield ConfigProblem(
             path,
-            f'every row of "{_text(side).split(".")[1]}" must fit, where one is meant as a rule',
-            f"write: {_edited(rule, places)}",
+            f'every row of "{_path_text(side).split(".")[1]}" must fit,'
+            " where one is meant as a rule",
+            f"write: {_replace_spans(rule, places)}",
         )
 
 
-def _sign_at(rule: str, cmp: Cmp) -> int:
+def _operator_position(rule: str, cmp: ComparisonNode) -> int:
     return rule.index(cmp.op.value, cmp.left.end, cmp.right.start)
 
 
-def _edited(text: str, places: Iterable[tuple[int, int, str]]) -> str:
+def _replace_spans(text: str, replacements: Iterable[tuple[int, int, str]]) -> str:
     """Return the text with some stretches, each from and up to, replaced."""
-    for start, end, new in sorted(places, reverse=True):
+    for start, end, new in sorted(replacements, reverse=True):
         text = text[:start] + new + text[end:]
     return text
 
 
-def _text(operand: Operand) -> str:
-    return operand.text if isinstance(operand, Path) else ""
+def _path_text(operand: OperandNode) -> str:
+    return operand.text if isinstance(operand, IdentifierNode) else ""
 
 
 # -- who has nothing to be compared with
 
 
 @dataclass(frozen=True, slots=True)
-class _Absent:
+class _AbsentValue:
     """What somebody lacks: all of ``@request.auth``, or one value of the options."""
 
     prefix: str
     """Of the paths that are empty then."""
     guard: str
     """A path that tells whether it is there."""
-    who: str
-    field: str = ""
+    caller_description: str
+    row_field: str = ""
     """A path of the row that is empty likewise."""
 
-    def covers(self, operand: Operand) -> bool:
-        text = _text(operand)
-        if text == self.field:
+    def covers(self, operand: OperandNode) -> bool:
+        text = _path_text(operand)
+        if text == self.row_field:
             return text != ""
         return text.startswith(self.prefix) and (self.prefix.endswith(".") or text == self.prefix)
 
 
-_GUEST = _Absent("@request.auth.", "@request.auth.id", "a guest")
-_OPTIONS = ("@request.query.", "@request.headers.")
+_GUEST = _AbsentValue("@request.auth.", "@request.auth.id", "a guest")
+_OPTION_PREFIXES = ("@request.query.", "@request.headers.")
 
 
-def _guest_trap(
-    path: str, rule: str, expression: Expression, collections: Collections, collection: Collection
-) -> Iterator[Problem]:
+def _absent_value_warnings(
+    path: str,
+    rule: str,
+    expression: ExpressionNode,
+    collections: Collections,
+    collection: Collection,
+) -> Iterator[ConfigProblem]:
     """Say that who lacks a value matches rows that lack theirs (rules, section 10.3)."""
-    for absent in _absences(expression):
+    for absent in _absent_values(expression):
         found = [
             (cmp, field)
-            for cmp in syntax.comparisons(expression)
-            if (field := _trapped(cmp, absent)) is not None
+            for cmp in syntax.comparison_nodes(expression)
+            if (field := _path_compared_with(cmp, absent)) is not None
             and (cmp.op is Op.NE or _may_be_empty(rule, cmp, collections, collection))
-            and _decides(cmp, expression, _with_empty(absent, cmp, field))
+            and _may_decide(cmp, expression, _with_empty_field(absent, cmp, field))
         ]
         if found:
             cmp, field = found[0]
@@ -210,28 +228,28 @@ def _guest_trap(
                 (cmp.start, cmp.end, f'({absent.guard} != "" && {rule[cmp.start : cmp.end]})')
                 for cmp, _ in found
             ]
-            message = f'{absent.who} may see every record {what} "{field}"'
-            yield Problem(path, message, f"write: {_edited(rule, guarded)}")
+            message = f'{absent.caller_description} may see every record {what} "{field}"'
+            yield ConfigProblem(path, message, f"write: {_replace_spans(rule, guarded)}")
 
 
-def _with_empty(absent: _Absent, cmp: Cmp, field: str) -> _Absent:
+def _with_empty_field(absent: _AbsentValue, cmp: ComparisonNode, field: str) -> _AbsentValue:
     """Return what is empty too where the comparison holds."""
-    return absent if cmp.op is Op.NE else replace(absent, field=field)
+    return absent if cmp.op is Op.NE else replace(absent, row_field=field)
 
 
-def _absences(expression: Expression) -> Iterator[_Absent]:
+def _absent_values(expression: ExpressionNode) -> Iterator[_AbsentValue]:
     yield _GUEST
-    sides = (side for cmp in syntax.comparisons(expression) for side in (cmp.left, cmp.right))
-    given = (_text(side) for side in sides if _text(side).startswith(_OPTIONS))
+    sides = (side for cmp in syntax.comparison_nodes(expression) for side in (cmp.left, cmp.right))
+    given = (_path_text(side) for side in sides if _path_text(side).startswith(_OPTION_PREFIXES))
     for text in dict.fromkeys(text for text in given if ":" not in text):
-        yield _Absent(text, text, f"who leaves out {text}")
+        yield _AbsentValue(text, text, f"who leaves out {text}")
 
 
-def _trapped(cmp: Cmp, absent: _Absent) -> str | None:
+def _path_compared_with(cmp: ComparisonNode, absent: _AbsentValue) -> str | None:
     """Return the path that is compared with what is absent; None for any other comparison."""
     is_equality = cmp.op is Op.EQ or (cmp.op is Op.NE and absent is _GUEST)
     for own, other in ((cmp.left, cmp.right), (cmp.right, cmp.left)):
-        text = _text(other)
+        text = _path_text(other)
         is_of_row = text.startswith("@collection.") or text[:1] not in ("", "@")
         if is_equality and absent.covers(own) and is_of_row and text not in _KEYWORDS:
             return text
@@ -239,37 +257,39 @@ def _trapped(cmp: Cmp, absent: _Absent) -> str | None:
 
 
 _KEYWORDS = {"null": "", "true": "True", "false": "False"}
-_TRUTHS = {"True", "False"}
+_BOOLEAN_TEXTS = {"True", "False"}
 
 
-def _may_be_empty(rule: str, cmp: Cmp, collections: Collections, collection: Collection) -> bool:
+def _may_be_empty(
+    rule: str, cmp: ComparisonNode, collections: Collections, collection: Collection
+) -> bool:
     """Whether the other side can be empty or missing, as far as the tables say."""
     resolved = resolve_rule(rule[cmp.start : cmp.end], collections, collection, None)
     terms = [
-        term for term in predicate.terms(resolved.where) if predicate.place_of(term) is not None
+        term for term in predicate.terms(resolved.where) if predicate.row_path_of(term) is not None
     ]
-    return not terms or any(not _is_always_there(term, collections) for term in terms)
+    return not terms or any(not _is_never_empty(term, collections) for term in terms)
 
 
-def _is_always_there(term: predicate.Term, collections: Collections) -> bool:
+def _is_never_empty(term: predicate.Term, collections: Collections) -> bool:
     if not isinstance(term, predicate.FieldValue) or isinstance(
-        term.place.origin, predicate.AllRows
+        term.row_path.root, predicate.CollectionRows
     ):
         return False
-    place = term.place
-    owners = [collections[before.collection] for before in _rows_before(place)]
+    place = term.row_path
+    owners = [collections[before.collection] for before in _path_prefixes(place)]
     return all(
-        isinstance(step, predicate.ToOne) and _is_filled(owner, step.field)
+        isinstance(step, predicate.ToOne) and _is_column_never_empty(owner, step.field)
         for owner, step in zip(owners, place.steps, strict=True)
-    ) and _is_filled(collections[place.collection], term.field)
+    ) and _is_column_never_empty(collections[place.collection], term.field)
 
 
-def _rows_before(place: predicate.Place) -> Iterator[predicate.Place]:
+def _path_prefixes(place: predicate.RowPath) -> Iterator[predicate.RowPath]:
     for length in range(len(place.steps)):
-        yield predicate.Place(place.origin, place.steps[:length])
+        yield predicate.RowPath(place.root, place.steps[:length])
 
 
-def _is_filled(owner: Collection, field: Field) -> bool:
+def _is_column_never_empty(owner: Collection, field: Field) -> bool:
     column = field.column
     if column is None or not column.not_null:
         return False
@@ -277,39 +297,39 @@ def _is_filled(owner: Collection, field: Field) -> bool:
     return column == owner.key or is_foreign or field.kind is not FieldKind.TEXT
 
 
-def _decides(cmp: Cmp, expression: Expression, absent: _Absent) -> bool:
+def _may_decide(cmp: ComparisonNode, expression: ExpressionNode, absent: _AbsentValue) -> bool:
     """Whether some row passes the rule by this comparison alone."""
     match expression:
-        case Cmp():
+        case ComparisonNode():
             return expression is cmp
-        case And(parts) | Or(parts):
-            decided = isinstance(expression, Or)  # what would make the comparison idle
-            own = next((part for part in parts if _decides(cmp, part, absent)), None)
+        case AndNode(parts) | OrNode(parts):
+            decided = isinstance(expression, OrNode)  # what would make the comparison idle
+            own = next((part for part in parts if _may_decide(cmp, part, absent)), None)
             return own is not None and all(
                 part is own or _verdict(part, absent) is not decided for part in parts
             )
 
 
-def _verdict(expression: Expression, absent: _Absent) -> bool | None:
+def _verdict(expression: ExpressionNode, absent: _AbsentValue) -> bool | None:
     """Return what the rule says to one who lacks the values; None where that is up to the row."""
     match expression:
-        case Cmp():
-            return _compared(expression, absent)
-        case And(parts):
+        case ComparisonNode():
+            return _comparison_verdict(expression, absent)
+        case AndNode(parts):
             verdicts = [_verdict(part, absent) for part in parts]
             return False if False in verdicts else None if None in verdicts else True
-        case Or(parts):
+        case OrNode(parts):
             verdicts = [_verdict(part, absent) for part in parts]
             return True if True in verdicts else None if None in verdicts else False
 
 
-def _compared(cmp: Cmp, absent: _Absent) -> bool | None:
+def _comparison_verdict(cmp: ComparisonNode, absent: _AbsentValue) -> bool | None:
     """Return what a comparison says in which no row takes part, where that is plain to see."""
-    left, right = _known(cmp.left, absent), _known(cmp.right, absent)
+    left, right = _static_text(cmp.left, absent), _static_text(cmp.right, absent)
     if left is None or right is None:
         return None
     match cmp.op:
-        case Op.EQ | Op.NE if not (left and right) or {left, right} <= _TRUTHS:
+        case Op.EQ | Op.NE if not (left and right) or {left, right} <= _BOOLEAN_TEXTS:
             return (left == right) is (cmp.op is Op.EQ)
         case Op.LT | Op.LE | Op.GT | Op.GE | Op.LIKE if not (left and right):
             return False
@@ -317,16 +337,16 @@ def _compared(cmp: Cmp, absent: _Absent) -> bool | None:
             return None
 
 
-def _known(operand: Operand, absent: _Absent) -> str | None:
+def _static_text(operand: OperandNode, absent: _AbsentValue) -> str | None:
     """Return the operand's value as text, empty for nothing; None if it isn't known here."""
     match operand:
-        case Lit(value):
+        case LiteralNode(value):
             return str(value)
-        case Path(text) if text in _KEYWORDS:
+        case IdentifierNode(text) if text in _KEYWORDS:
             return _KEYWORDS[text]
-        case Path(text) if text == f"{absent.prefix}:isset":
+        case IdentifierNode(text) if text == f"{absent.prefix}:isset":
             return str(False)
-        case Path() if absent.covers(operand):
+        case IdentifierNode() if absent.covers(operand):
             return ""
         case _:
             return None
@@ -335,31 +355,42 @@ def _known(operand: Operand, absent: _Absent) -> str | None:
 # -- numbers that can't be told apart
 
 
-def _inexact(
-    path: str, rule: str, expression: Expression, collections: Collections, collection: Collection
-) -> Iterator[Problem]:
+def _precision_warnings(
+    path: str,
+    rule: str,
+    expression: ExpressionNode,
+    collections: Collections,
+    collection: Collection,
+) -> Iterator[ConfigProblem]:
     """Say where numbers are compared that double precision can't hold."""
-    compared = syntax.comparisons(expression)
+    compared = syntax.comparison_nodes(expression)
     for operand in (side for cmp in compared for side in (cmp.left, cmp.right)):
-        if isinstance(operand, Lit) and not isinstance(operand.value, str):
+        if isinstance(operand, LiteralNode) and not isinstance(operand.value, str):
             text = rule[operand.start : operand.end]
-            if number_of(operand.value) != Decimal(text):
+            if exact_number(operand.value) != Decimal(text):
                 message = f"{text} has more digits than double precision, which it becomes"
-                yield Problem(path, message, f'write it as a text: "{text}"')
-    found: dict[tuple[str, str], Problem] = {}
+                yield ConfigProblem(path, message, f'write it as a text: "{text}"')
+    found: dict[tuple[str, str], ConfigProblem] = {}
     for comparison in _comparisons(rule, collections, collection):
         sides = comparison.left, comparison.right
         for one, other in (sides, sides[::-1]):
             column = _double_column(one)
-            if column is None or comparison.op in {Op.LIKE, Op.NOT_LIKE} or not _is_wide(other):
+            if (
+                column is None
+                or comparison.op in {Op.LIKE, Op.NOT_LIKE}
+                or not _may_exceed_double(other)
+            ):
                 continue
-            place = predicate.place_of(one)
+            place = predicate.row_path_of(one)
             assert place is not None
             table = collections[place.collection].table.name
             message = f'"{column}" is a float: numbers beyond 2^53 that differ may be equal to it'
-            type_ = "numeric[]" if isinstance(one, predicate.Item) else "numeric"
-            mend = f"ALTER TABLE {qualified(table)} ALTER COLUMN {quoted(column)} TYPE {type_};"
-            found[str(table), column] = Problem(path, message, mend)
+            type_ = "numeric[]" if isinstance(one, predicate.EachTerm) else "numeric"
+            mend = (
+                f"ALTER TABLE {quote_table_name(table)}"
+                f" ALTER COLUMN {quote_name(column)} TYPE {type_};"
+            )
+            found[str(table), column] = ConfigProblem(path, message, mend)
     yield from found.values()
 
 
@@ -382,82 +413,85 @@ def _double_column(term: predicate.Term) -> str | None:
     match term:
         case predicate.FieldValue(field=Field(column=column)) if column is not None:
             return column.name
-        case predicate.Item(predicate.Place(steps=(*_, predicate.Items(Field(column=column))))) if (
-            column is not None
-        ):
+        case predicate.EachTerm(
+            predicate.RowPath(steps=(*_, predicate.EachValue(Field(column=column))))
+        ) if column is not None:
             return column.name
         case _:
             return None
 
 
-def _is_wide(term: predicate.Term) -> bool:
+def _may_exceed_double(term: predicate.Term) -> bool:
     """Whether it may be a number that no double is."""
     match term:
-        case predicate.Constant(RequestValue(path=("auth", "id"))):
+        case predicate.ParameterTerm(RequestValue(path=("auth", "id"))):
             return True
-        case predicate.FieldValue(field=field, part=predicate.Part.WHOLE | predicate.Part.EACH):
-            return field.kind is FieldKind.NUMBER and field.type.base.name in _WIDE
-        case predicate.Item(predicate.Place(steps=(*_, predicate.Items(field)))):
+        case predicate.FieldValue(
+            field=field, modifier=predicate.Modifier.WHOLE | predicate.Modifier.EACH
+        ):
+            return field.kind is FieldKind.NUMBER and field.type.base.name in _WIDE_TYPES
+        case predicate.EachTerm(predicate.RowPath(steps=(*_, predicate.EachValue(field)))):
             element = field.type.base.element
-            return element is not None and element.base.name in _WIDE
+            return element is not None and element.base.name in _WIDE_TYPES
         case _:
             return False
 
 
-_WIDE = {"int8", "numeric"}
+_WIDE_TYPES = {"int8", "numeric"}
 
 
 # -- deletes
 
 
-def _untold_deletes(collections: Collections, collection: Collection) -> Iterator[Problem]:
+def _delete_warnings(collections: Collections, collection: Collection) -> Iterator[ConfigProblem]:
     """Say which columns of a deleted row a rule would need and the WAL doesn't have."""
     table = collection.table
     for key, _, _ in parsed_rules(collection):
         read = {
             name
-            for predicate in references(collections, collection, key)
+            for predicate in reference_queries(collections, collection, key)
             for name in predicate.columns
         }
         lacking = [
             column
             for column in table.columns
-            if column.name in read - {*table.identity_columns} and not column.is_generated
+            if column.name in read - {*table.replica_identity_columns} and not column.is_generated
         ]
         if lacking:
-            message = (
-                f'nobody hears of deletes: the old row of "{table.name}" lacks {_listed(lacking)}'
-            )
+            missing = _quoted_list(lacking)
+            message = f'nobody hears of deletes: the old row of "{table.name}" lacks {missing}'
             if long := [column for column in lacking if column.is_toastable]:
                 message += (
-                    f"; updates that leave a long {_listed(long)} alone may be told as gaps,"
+                    f"; updates that leave a long {_quoted_list(long)} alone may be told as gaps,"
                     " when others follow at once"
                 )
-            yield Problem(
+            yield ConfigProblem(
                 f"collections.{collection.name}.{key}",
                 message,
                 " ".join(
-                    f"ALTER TABLE {qualified(name)} REPLICA IDENTITY FULL;"
+                    f"ALTER TABLE {quote_table_name(name)} REPLICA IDENTITY FULL;"
                     for name in table.leaves or [table.name]
                 ),
             )
             return  # one statement mends it for both rules
 
 
-def _listed(columns: Iterable[Column]) -> str:
+def _quoted_list(columns: Iterable[Column]) -> str:
     return ", ".join(f'"{column.name}"' for column in columns)
 
 
-def references(collections: Collections, collection: Collection, key: str) -> Iterator[Reference]:
+def reference_queries(
+    collections: Collections, collection: Collection, key: str
+) -> Iterator[ReferenceQuery]:
     """Yield what decides the rule for subscribers of each kind."""
     rule = getattr(collection, key)
-    for principal in _subscribers(collections):
-        predicate = reference(collections, collection, rule, Request(principal=principal))
-        if isinstance(predicate, Reference):
+    for principal in _sample_principals(collections):
+        predicate = reference_query(collections, collection, rule, RuleRequest(principal=principal))
+        if isinstance(predicate, ReferenceQuery):
             yield predicate
 
 
-def _subscribers(collections: Collections) -> Iterator[Principal]:
+def _sample_principals(collections: Collections) -> Iterator[Principal]:
     """Yield somebody of each auth collection, of ids that their keys can have."""
     ids = {"uuid": "00000000-0000-0000-0000-000000000001"}
     auths = [collection for collection in collections.values() if collection.type == "auth"]
@@ -472,6 +506,6 @@ def _subscribers(collections: Collections) -> Iterator[Principal]:
         yield AuthRecord(collection_id="users", collection_name="users", id="1")
 
 
-def qualified(name: TableName) -> str:
+def quote_table_name(name: TableName) -> str:
     """Return the name as SQL has it."""
-    return f"{quoted(name.schema)}.{quoted(name.name)}"
+    return f"{quote_name(name.schema)}.{quote_name(name.name)}"

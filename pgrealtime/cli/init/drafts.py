@@ -1,6 +1,6 @@
 """What a schema suggests: a collection for each table, all rules locked, and rules to begin with.
 
-Pure. Whether a draft holds is for ``collections.examine`` and the rules room to say.
+Pure. Whether a draft holds is for ``collections.build_with_problems`` and the rules room to say.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from itertools import count
 
 from pgrealtime.catalog.model import Catalog, Column, ForeignKey, Table, TableKind
 from pgrealtime.changes import TableName
-from pgrealtime.cli.check.warnings import qualified
-from pgrealtime.cli.init.suggest import SIGNED_IN, Suggestions, words
+from pgrealtime.cli.check.warnings import quote_table_name
+from pgrealtime.cli.init.suggest import SIGNED_IN_RULE, RuleSuggestions, split_words
 from pgrealtime.collections.build import (
-    AUTH_KINDS,
-    RESERVED,
-    SECRETS,
-    examine,
-    kind_of,
-    name_fault,
-    quoted,
+    AUTH_FIELD_KINDS,
+    RESERVED_MEMBERS,
+    SECRET_FIELDS,
+    build_with_problems,
+    field_kind_of,
+    name_problem,
+    quote_name,
 )
 from pgrealtime.collections.model import Collections, FieldKind
 from pgrealtime.config.model import (
@@ -33,131 +33,135 @@ from pgrealtime.config.model import (
     FieldsConfig,
     RelationConfig,
 )
-from pgrealtime.errors import Problem
+from pgrealtime.errors import ConfigProblem
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class TableFault:
     """Why a table can't be served as it is."""
 
     reason: str
     """Lower case, no full stop."""
-    mend: str = ""
+    fix: str = ""
     """SQL, or in words what to do; may be unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Draft:
+class CollectionDraft:
     """A collection that a table suggests."""
 
     name: str
     table: Table
-    key: str
+    key_name: str
     """The column shown as id, or to be made for it."""
     config: CollectionConfig
     """Without rules."""
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[TableFault, ...] = ()
     """Any of them keeps it from being served."""
     lacks_identity: bool = False
     """There are passwords, and no unique column to log in with."""
-    guessed: Mapping[str, RelationConfig] = field(default_factory=dict)
+    guessed_relations: Mapping[str, RelationConfig] = field(default_factory=dict)
     """Relations that only names tell of."""
-    rule: str = ""
+    suggested_rule: str = ""
     """For ``list_rule`` and ``view_rule``; empty if it can't be served, or better isn't."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sketch:
+class ConfigDraft:
     """All that a schema suggests."""
 
-    drafts: tuple[Draft, ...]
+    drafts: tuple[CollectionDraft, ...]
     """People first, then in the order of schemas and names."""
-    left_out: Mapping[TableName, str]
+    omitted: Mapping[TableName, str]
     """Tables and views that are no collections, and why."""
 
 
-def sketch(
-    catalog: Catalog, *, extensions: Mapping[TableName, str], refused: Mapping[TableName, Fault]
-) -> Sketch:
+def draft_config(
+    catalog: Catalog,
+    *,
+    extensions: Mapping[TableName, str],
+    unreadable: Mapping[TableName, TableFault],
+) -> ConfigDraft:
     """Return a collection for each table of the catalogue that is one by itself.
 
     Args:
         catalog: Of the schemas to be served.
         extensions: Which tables belong to an extension, and to which.
-        refused: Tables that the role may not read.
+        unreadable: Tables that the role may not read.
     """
-    left_out = dict(_left_out(catalog, extensions))
-    tables = _in_order(
-        [table for name, table in catalog.tables.items() if _is_own(table, extensions)], catalog
+    left_out = dict(_omitted_tables(catalog, extensions))
+    tables = _sort_tables(
+        [table for name, table in catalog.tables.items() if _is_standalone(table, extensions)],
+        catalog,
     )
-    drafts = _judged(_drafts(tables), catalog, refused)
+    drafts = _with_table_faults(_draft_collections(tables), catalog, unreadable)
     served = {draft.table.name: draft for draft in drafts if not draft.faults}
     pairs = {
         draft.table.name: pair
         for draft in drafts
         if draft.faults
-        and draft.table.name not in refused
-        and (pair := _pair(draft.table, served)) is not None
+        and draft.table.name not in unreadable
+        and (pair := _junction_table_of(draft.table, served)) is not None
     }
     drafts = [draft for draft in drafts if draft.table.name not in pairs]
-    related = _with_relations(served, pairs, left_out)
-    settled, unfit = _settled(related, catalog)
-    finished = {**_with_rules(settled, catalog), **unfit}
-    return Sketch(
-        drafts=tuple(finished.get(draft.name, draft) for draft in drafts), left_out=left_out
+    related = _with_junctions(served, pairs, left_out)
+    settled, unfit = _drop_inconsistent(related, catalog)
+    finished = {**_with_suggested_rules(settled, catalog), **unfit}
+    return ConfigDraft(
+        drafts=tuple(finished.get(draft.name, draft) for draft in drafts), omitted=left_out
     )
 
 
 # -- which tables
 
 
-_NO_TABLES = {
+_OMITTED_TABLE_KINDS = {
     TableKind.VIEW: "a view, which sends no changes",
     TableKind.MATERIALIZED_VIEW: "a materialized view, which sends no changes",
     TableKind.FOREIGN: "a foreign table, which sends no changes",
 }
 
 
-def _is_own(table: Table, extensions: Container[TableName]) -> bool:
+def _is_standalone(table: Table, extensions: Container[TableName]) -> bool:
     is_table = table.kind in (TableKind.TABLE, TableKind.PARTITIONED)
     return is_table and table.partition_of is None and table.name not in extensions
 
 
-def _left_out(
+def _omitted_tables(
     catalog: Catalog, extensions: Mapping[TableName, str]
 ) -> Iterator[tuple[TableName, str]]:
     for name, table in catalog.tables.items():
         if name in extensions:
             yield name, f"belongs to the extension {extensions[name]}"
-        elif table.kind in _NO_TABLES:
-            yield name, _NO_TABLES[table.kind]
+        elif table.kind in _OMITTED_TABLE_KINDS:
+            yield name, _OMITTED_TABLE_KINDS[table.kind]
         elif table.partition_of is not None and table.partition_of not in catalog.tables:
             yield name, f"a partition of {table.partition_of}, whose schema isn't among these"
 
 
-def _in_order(tables: Sequence[Table], catalog: Catalog) -> list[Table]:
+def _sort_tables(tables: Sequence[Table], catalog: Catalog) -> list[Table]:
     auths = _auth_tables(tables)
     place = {schema: n for n, schema in enumerate(catalog.schemas)}
-    return sorted(tables, key=lambda t: (_rank(t, auths), place[t.name.schema], t.name.name))
+    return sorted(tables, key=lambda t: (_sort_rank(t, auths), place[t.name.schema], t.name.name))
 
 
-def _rank(table: Table, auths: Container[TableName]) -> int:
+def _sort_rank(table: Table, auths: Container[TableName]) -> int:
     """Return the place among all: people first, and of them those that a ``user_id`` means."""
     if table.name not in auths:
-        return len(_PEOPLE) + 1
+        return len(_USER_TABLES) + 1
     name = table.name.name.lower()
-    return _PEOPLE.index(name) if name in _PEOPLE else len(_PEOPLE)
+    return _USER_TABLES.index(name) if name in _USER_TABLES else len(_USER_TABLES)
 
 
 # -- people
 
-_EMAILS = ("email", "email_address", "emailaddress", "e_mail", "mail")
-_PASSWORDS = (
+_EMAIL_COLUMNS = ("email", "email_address", "emailaddress", "e_mail", "mail")
+_PASSWORD_COLUMNS = (
     *("password_hash", "passwordhash", "hashed_password", "encrypted_password"),
     *("password_digest", "crypted_password", "pass_hash", "pwd_hash", "password", "passwd", "pass"),
 )
-_LOGINS = ("username", "user_name", "login", "name")
-_PEOPLE = (
+_USERNAME_COLUMNS = ("username", "user_name", "login", "name")
+_USER_TABLES = (
     *("users", "user", "accounts", "account", "people", "persons", "person", "members", "member"),
     *("customers", "customer", "employees", "employee", "profiles", "profile"),
 )
@@ -165,114 +169,122 @@ _PEOPLE = (
 
 def _text_column(table: Table, names: Iterable[str]) -> Column | None:
     """Return the first of the named columns that holds one text."""
-    texts = {c.name.lower(): c for c in table.columns if kind_of(c.type) == (FieldKind.TEXT, False)}
+    texts = {
+        c.name.lower(): c for c in table.columns if field_kind_of(c.type) == (FieldKind.TEXT, False)
+    }
     return next((texts[name] for name in names if name in texts), None)
 
 
 def _auth_tables(tables: Iterable[Table]) -> frozenset[TableName]:
     """Return whose rows seem to be people: with address and password, else the one named so."""
     tables = list(tables)
-    found = {t.name for t in tables if _text_column(t, _EMAILS) and _text_column(t, _PASSWORDS)}
+    found = {
+        t.name
+        for t in tables
+        if _text_column(t, _EMAIL_COLUMNS) and _text_column(t, _PASSWORD_COLUMNS)
+    }
     if not found:
         named = {t.name.name.lower(): t.name for t in reversed(tables)}
-        found = {named[name] for name in _PEOPLE if name in named}
-        found = set(sorted(found, key=lambda name: _PEOPLE.index(name.name.lower()))[:1])
+        found = {named[name] for name in _USER_TABLES if name in named}
+        found = set(sorted(found, key=lambda name: _USER_TABLES.index(name.name.lower()))[:1])
     return frozenset(found)
 
 
-def _login(table: Table, renames: Mapping[str, str], key: str) -> CollectionLoginConfig:
-    secret = _text_column(table, _PASSWORDS)
-    who = _identity(table)
-    if secret is None or not who or key in (secret.name, *who):
+def _login_config(table: Table, renames: Mapping[str, str], key_name: str) -> CollectionLoginConfig:
+    secret = _text_column(table, _PASSWORD_COLUMNS)
+    who = _login_identity(table)
+    if secret is None or not who or key_name in (secret.name, *who):
         return CollectionLoginConfig()
     token_key = _text_column(table, ("token_key", "tokenkey"))
     return CollectionLoginConfig(
         identity=tuple(renames.get(name, name) for name in who),
         password_hash=secret.name,
-        token_key="" if token_key is None or token_key.name == key else token_key.name,
+        token_key="" if token_key is None or token_key.name == key_name else token_key.name,
     )
 
 
-def _identity(table: Table) -> tuple[str, ...]:
+def _login_identity(table: Table) -> tuple[str, ...]:
     """Return the column that tells people apart: the address, or a name if only that does."""
-    found = [_text_column(table, names) for names in (_EMAILS, _LOGINS)]
+    found = [_text_column(table, names) for names in (_EMAIL_COLUMNS, _USERNAME_COLUMNS)]
     names = (column.name for column in found if column is not None)
-    return tuple(name for name in names if (name,) in table.unique)[:1]
+    return tuple(name for name in names if (name,) in table.unique_keys)[:1]
 
 
-_LET_IN = ("is_active", "isactive", "active", "is_enabled", "enabled")
-_KEPT_OUT = (
+_ACTIVE_FLAGS = ("is_active", "isactive", "active", "is_enabled", "enabled")
+_BLOCKED_FLAGS = (
     *("is_disabled", "disabled", "is_blocked", "blocked", "is_banned", "banned"),
     *("is_suspended", "suspended"),
 )
 
 
-def _auth_rule(draft: Draft) -> str:
+def _auth_rule(draft: CollectionDraft) -> str:
     """Return what the table's flags say of who may log in; empty if there are none."""
     flags = {
         column.name.lower(): field
         for column in draft.table.columns
-        if kind_of(column.type) == (FieldKind.BOOL, False)
-        and name_fault(field := _field_of(draft, column)) is None
+        if field_kind_of(column.type) == (FieldKind.BOOL, False)
+        and name_problem(field := _field_name(draft, column)) is None
     }
-    let_in = [f"{flags[name]} = true" for name in _LET_IN if name in flags]
-    kept_out = [f"{flags[name]} = false" for name in _KEPT_OUT if name in flags]
+    let_in = [f"{flags[name]} = true" for name in _ACTIVE_FLAGS if name in flags]
+    kept_out = [f"{flags[name]} = false" for name in _BLOCKED_FLAGS if name in flags]
     return " && ".join(let_in + kept_out)
 
 
 # -- names
 
-_UNFIT = re.compile(r"[^A-Za-z0-9]+")
-_VIA = re.compile("_via_", re.IGNORECASE)
+_INVALID_CHARACTERS = re.compile(r"[^A-Za-z0-9]+")
+_VIA_PATTERN = re.compile("_via_", re.IGNORECASE)
 
 
-def _fit(name: str, otherwise: str) -> str:
+def _valid_name(name: str, fallback: str) -> str:
     """Return the name itself if rules can carry it, else one that is like it."""
-    if name_fault(name) is None:
+    if name_problem(name) is None:
         return name
     letters = unicodedata.normalize("NFKD", name)
-    fit = _UNFIT.sub("_", "".join(c for c in letters if not unicodedata.combining(c))).strip("_")
-    while _VIA.search(fit):
-        fit = _VIA.sub("_by_", fit)
-    return fit or otherwise
+    fit = _INVALID_CHARACTERS.sub(
+        "_", "".join(c for c in letters if not unicodedata.combining(c))
+    ).strip("_")
+    while _VIA_PATTERN.search(fit):
+        fit = _VIA_PATTERN.sub("_by_", fit)
+    return fit or fallback
 
 
-def _free(name: str, taken: Container[str]) -> str:
+def _unused_name(name: str, taken: Container[str]) -> str:
     """Return the name, with a number if it is taken."""
     if name not in taken:
         return name
     return next(tried for n in count(2) if (tried := f"{name}_{n}") not in taken)
 
 
-def _names(tables: Iterable[Table]) -> Iterator[tuple[str, Table]]:
+def _name_collections(tables: Iterable[Table]) -> Iterator[tuple[str, Table]]:
     """Yield the collections' names. They differ by more than case: ``@collection`` ignores it."""
     taken = {"_superusers"}  # PocketBase's own
     for table in tables:
-        name = _fit(table.name.name, "table")
+        name = _valid_name(table.name.name, "table")
         if name.casefold() in taken:
-            name = _fit(f"{table.name.schema}_{table.name.name}", "table")
+            name = _valid_name(f"{table.name.schema}_{table.name.name}", "table")
         if name.casefold() in taken:
             name = next(n for k in count(2) if (n := f"{name}_{k}").casefold() not in taken)
         taken.add(name.casefold())
         yield name, table
 
 
-def _renames(table: Table, key: str, *, is_auth: bool) -> dict[str, str]:
+def _field_renames(table: Table, key_name: str, *, is_auth: bool) -> dict[str, str]:
     """Return the fields of columns whose own names can't be had.
 
     Of two columns that want a name it goes to the one that is called so.
     """
-    others = [column for column in table.columns if column.name != key]
-    email = _text_column(table, _EMAILS) if is_auth else None
-    taken = {"id", *RESERVED}
+    others = [column for column in table.columns if column.name != key_name]
+    email = _text_column(table, _EMAIL_COLUMNS) if is_auth else None
+    taken = {"id", *RESERVED_MEMBERS}
     renames: dict[str, str] = {}
     unnamed: list[Column] = []
     for column in others:
-        usual = _usual(column, table, is_auth=is_auth)
+        usual = _default_field_name(column, table, is_auth=is_auth)
         if (
             usual not in taken
-            and name_fault(usual) is None
-            and _suits(usual, column, is_auth=is_auth)
+            and name_problem(usual) is None
+            and _fits_auth_kind(usual, column, is_auth=is_auth)
         ):
             taken.add(usual)
         else:
@@ -283,32 +295,43 @@ def _renames(table: Table, key: str, *, is_auth: bool) -> dict[str, str]:
         taken.add("email")
     for column in unnamed:
         # Not one that means something else to the server.
-        name = _free(_fit(column.name, "column"), taken | (AUTH_KINDS.keys() if is_auth else set()))
+        name = _unused_name(
+            _valid_name(column.name, "column"),
+            taken | (AUTH_FIELD_KINDS.keys() if is_auth else set()),
+        )
         renames[column.name] = name
         taken.add(name)
     return renames
 
 
-def _usual(column: Column, table: Table, *, is_auth: bool) -> str:
-    if is_auth and column.name == "email_visibility" and table.column("emailVisibility") is None:
+def _default_field_name(column: Column, table: Table, *, is_auth: bool) -> str:
+    if (
+        is_auth
+        and column.name == "email_visibility"
+        and table.find_column("emailVisibility") is None
+    ):
         return "emailVisibility"
     return column.name
 
 
-def _suits(name: str, column: Column, *, is_auth: bool) -> bool:
+def _fits_auth_kind(name: str, column: Column, *, is_auth: bool) -> bool:
     """Whether the column is of the kind that the name promises."""
-    wanted = AUTH_KINDS.get(name) if is_auth else None
-    return wanted is None or kind_of(column.type) == (wanted, False)
+    wanted = AUTH_FIELD_KINDS.get(name) if is_auth else None
+    return wanted is None or field_kind_of(column.type) == (wanted, False)
 
 
-def _field_of(draft: Draft, column: Column) -> str:
-    usual = _usual(column, draft.table, is_auth=draft.config.type == "auth")
-    return "id" if column.name == draft.key else draft.config.fields.rename.get(column.name, usual)
+def _field_name(draft: CollectionDraft, column: Column) -> str:
+    usual = _default_field_name(column, draft.table, is_auth=draft.config.type == "auth")
+    return (
+        "id"
+        if column.name == draft.key_name
+        else draft.config.fields.rename.get(column.name, usual)
+    )
 
 
 # -- secrets
 
-_SECRET = re.compile(
+_SECRET_PATTERN = re.compile(
     r"passw(?:or)?d|passphrase|passcode|(?:api|private|access|signing|encryption|secret)_?key"
     r"|(?:^|_)(?:pwd|salt|t?otp|credentials?)(?:_|$)|(?:secret|token)s?(?:_|$)"
 )
@@ -316,97 +339,104 @@ _SECRET = re.compile(
 
 def looks_secret(column: Column) -> bool:
     """Whether the column seems to hold what nobody else should know, going by its name."""
-    kind, _ = kind_of(column.type)
-    said = words(column.name)
+    kind, _ = field_kind_of(column.type)
+    said = split_words(column.name)
     # "password_changed_at", "has_password" and "token_count" tell none.
     is_about = kind in (FieldKind.DATE, FieldKind.BOOL) or (
         kind is FieldKind.NUMBER and len(said) > 1
     )
-    return _SECRET.search("_".join(said)) is not None and not is_about
+    return _SECRET_PATTERN.search("_".join(said)) is not None and not is_about
 
 
-_LETTING_IN = {"session", "sessions", "token", "tokens"}
+_CREDENTIAL_WORDS = {"session", "sessions", "token", "tokens"}
 
 
-def lets_in(draft: Draft) -> bool:
+def may_have_credential_ids(draft: CollectionDraft) -> bool:
     """Whether the ids seem to be what lets people in, as those of sessions and tokens do.
 
     An id can't be hidden: whoever hears of the row knows it.
     """
-    key = draft.table.column(draft.key)
-    if key is None or kind_of(key.type) != (FieldKind.TEXT, False) or key.type.base.name == "uuid":
+    key = draft.table.find_column(draft.key_name)
+    if (
+        key is None
+        or field_kind_of(key.type) != (FieldKind.TEXT, False)
+        or key.type.base.name == "uuid"
+    ):
         return False
-    named = {*words(draft.table.name.name), *words(key.name)}
-    return looks_secret(key) or not _LETTING_IN.isdisjoint(named)
+    named = {*split_words(draft.table.name.name), *split_words(key.name)}
+    return looks_secret(key) or not _CREDENTIAL_WORDS.isdisjoint(named)
 
 
 # -- drafts of single tables
 
 
-def _drafts(tables: Sequence[Table]) -> list[Draft]:
+def _draft_collections(tables: Sequence[Table]) -> list[CollectionDraft]:
     auths = _auth_tables(tables)
-    return [_draft(name, table, is_auth=table.name in auths) for name, table in _names(tables)]
+    return [
+        _draft_collection(name, table, is_auth=table.name in auths)
+        for name, table in _name_collections(tables)
+    ]
 
 
-def _draft(name: str, table: Table, *, is_auth: bool) -> Draft:
-    key, said = _key(table)
-    renames = _renames(table, key, is_auth=is_auth)
-    login = _login(table, renames, key) if is_auth else CollectionLoginConfig()
+def _draft_collection(name: str, table: Table, *, is_auth: bool) -> CollectionDraft:
+    key, said = _choose_key(table)
+    renames = _field_renames(table, key, is_auth=is_auth)
+    login = _login_config(table, renames, key) if is_auth else CollectionLoginConfig()
     config = CollectionConfig(
-        table=written(table.name),
+        table=config_table_name(table.name),
         type="auth" if is_auth else "base",
         id=said,
         fields=FieldsConfig(rename=renames),
         login=login,
     )
-    draft = Draft(name=name, table=table, key=key, config=config)
-    hide = tuple(_field_of(draft, column) for column in _hidden(draft))
+    draft = CollectionDraft(name=name, table=table, key_name=key, config=config)
+    hide = tuple(_field_name(draft, column) for column in _columns_to_hide(draft))
     fields = FieldsConfig(rename=renames, hide=hide)
     auth_rule = _auth_rule(draft) if login.password_hash else ""
-    has_passwords = is_auth and _text_column(table, _PASSWORDS) is not None
+    has_passwords = is_auth and _text_column(table, _PASSWORD_COLUMNS) is not None
     return replace(
         draft,
         config=config.model_copy(update={"fields": fields, "auth_rule": auth_rule}),
-        lacks_identity=has_passwords and not _identity(table),
+        lacks_identity=has_passwords and not _login_identity(table),
     )
 
 
-def _hidden(draft: Draft) -> Iterator[Column]:
+def _columns_to_hide(draft: CollectionDraft) -> Iterator[Column]:
     pointing = {name for key in draft.table.foreign_keys for name in key.columns}
     config = draft.config
     for column in draft.table.columns:
         is_in_no_record = column.name in config.login.secret_columns or (
-            config.type == "auth" and _field_of(draft, column) in SECRETS
+            config.type == "auth" and _field_name(draft, column) in SECRET_FIELDS
         )
-        is_key = column.name in pointing or column.name == draft.key
+        is_key = column.name in pointing or column.name == draft.key_name
         if looks_secret(column) and not is_key and not is_in_no_record:
             yield column
 
 
-def written(name: TableName) -> str:
+def config_table_name(name: TableName) -> str:
     """Return the table as the configuration names it."""
-    return ".".join(p if re.fullmatch(r"\w+", p) else quoted(p) for p in name)
+    return ".".join(p if re.fullmatch(r"\w+", p) else quote_name(p) for p in name)
 
 
-def _key(table: Table) -> tuple[str, str]:
+def _choose_key(table: Table) -> tuple[str, str]:
     """Return the column to be shown as id, and what the configuration has to say of it.
 
     Where there is none it is what will be there when the table is mended.
     """
     if len(table.primary_key) == 1:
         return table.primary_key[0], ""
-    unique = [c.name for c in table.columns if c.not_null and (c.name,) in table.unique]
-    logged = [name for name in unique if name in table.identity_columns]
+    unique = [c.name for c in table.columns if c.not_null and (c.name,) in table.unique_keys]
+    logged = [name for name in unique if name in table.replica_identity_columns]
     if logged:
         return logged[0], logged[0]
     if not table.primary_key:
-        return next((names[0] for names in table.unique if len(names) == 1), "id"), ""
+        return next((names[0] for names in table.unique_keys if len(names) == 1), "id"), ""
     if table.kind is TableKind.PARTITIONED:
         return "id" if "id" in table.primary_key else table.primary_key[0], ""
     if unique:
         return unique[0], unique[0]
-    new = _free(
-        "id" if table.column("id") is None else "record_id", {c.name for c in table.columns}
+    new = _unused_name(
+        "id" if table.find_column("id") is None else "record_id", {c.name for c in table.columns}
     )
     return new, new
 
@@ -414,58 +444,62 @@ def _key(table: Table) -> tuple[str, str]:
 # -- what keeps tables from being served
 
 
-def _judged(
-    drafts: Sequence[Draft], catalog: Catalog, refused: Mapping[TableName, Fault]
-) -> list[Draft]:
+def _with_table_faults(
+    drafts: Sequence[CollectionDraft], catalog: Catalog, unreadable: Mapping[TableName, TableFault]
+) -> list[CollectionDraft]:
     """Return the drafts with what is wrong with their tables and keys."""
     tried = {
         draft.name: draft.config
-        if draft.table.column(draft.config.id)
+        if draft.table.find_column(draft.config.id)
         else draft.config.model_copy(update={"id": ""})
         for draft in drafts
     }
     by_name = {draft.name: draft for draft in drafts}
-    faults: dict[str, list[Fault]] = defaultdict(list)
+    faults: dict[str, list[TableFault]] = defaultdict(list)
     for draft in drafts:
-        if draft.table.name in refused:
-            faults[draft.name].append(refused[draft.table.name])
-    for problem in examine(tried, catalog)[1]:
+        if draft.table.name in unreadable:
+            faults[draft.name].append(unreadable[draft.table.name])
+    for problem in build_with_problems(tried, catalog)[1]:
         _, name, key, *_ = (*problem.path.split("."), "")
         if key in ("table", "id"):
-            faults[name].append(Fault(problem.message, _mend(by_name[name], problem)))
+            faults[name].append(TableFault(problem.message, _fix_for(by_name[name], problem)))
     return [replace(draft, faults=tuple(faults[draft.name])) for draft in drafts]
 
 
-def _mend(draft: Draft, problem: Problem) -> str:
+def _fix_for(draft: CollectionDraft, problem: ConfigProblem) -> str:
     table = draft.table
     is_keyless = problem.message.startswith("the primary key of ")
-    if is_keyless and table.kind is not TableKind.PARTITIONED and table.column(draft.key) is None:
-        alter = f"ALTER TABLE {qualified(table.name)}"
-        made = f"ADD COLUMN {quoted(draft.key)} bigint GENERATED ALWAYS AS IDENTITY UNIQUE"
+    if (
+        is_keyless
+        and table.kind is not TableKind.PARTITIONED
+        and table.find_column(draft.key_name) is None
+    ):
+        alter = f"ALTER TABLE {quote_table_name(table.name)}"
+        made = f"ADD COLUMN {quote_name(draft.key_name)} bigint GENERATED ALWAYS AS IDENTITY UNIQUE"
         return f"{alter} {made}; {alter} REPLICA IDENTITY FULL;"
     return problem.hint
 
 
-def _settled(
-    served: Mapping[str, Draft], catalog: Catalog
-) -> tuple[Mapping[str, Draft], Mapping[str, Draft]]:
+def _drop_inconsistent(
+    served: Mapping[str, CollectionDraft], catalog: Catalog
+) -> tuple[Mapping[str, CollectionDraft], Mapping[str, CollectionDraft]]:
     """Return the drafts that hold together, and those that were taken out for that."""
-    unfit: dict[str, Draft] = {}
+    unfit: dict[str, CollectionDraft] = {}
     while True:
-        _, problems = examine({d.name: d.config for d in served.values()}, catalog)
+        _, problems = build_with_problems({d.name: d.config for d in served.values()}, catalog)
         if not problems:
             return served, unfit
-        faults: dict[str, list[Fault]] = defaultdict(list)
+        faults: dict[str, list[TableFault]] = defaultdict(list)
         for problem in problems:
-            faults[problem.path.split(".")[1]].append(Fault(problem.message, problem.hint))
+            faults[problem.path.split(".")[1]].append(TableFault(problem.message, problem.hint))
         unfit |= {n: replace(served[n], faults=tuple(found)) for n, found in faults.items()}
         kept = {name: draft for name, draft in served.items() if name not in unfit}
-        served = {name: _without(draft, unfit) for name, draft in kept.items()}
+        served = {name: _without_relations_to(draft, unfit) for name, draft in kept.items()}
 
 
-def _without(draft: Draft, gone: Container[str]) -> Draft:
+def _without_relations_to(draft: CollectionDraft, removed: Container[str]) -> CollectionDraft:
     relations = draft.config.relations
-    left = {name: said for name, said in relations.items() if said.collection not in gone}
+    left = {name: said for name, said in relations.items() if said.collection not in removed}
     return replace(draft, config=draft.config.model_copy(update={"relations": left}))
 
 
@@ -473,55 +507,57 @@ def _without(draft: Draft, gone: Container[str]) -> Draft:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class _JunctionTable:
     """A table that says no more than which row here belongs to which there."""
 
     table: Table
     source: ForeignKey
-    source_name: str
+    source_collection: str
     """The collection pointed to."""
     target: ForeignKey
-    target_name: str
+    target_collection: str
 
 
-def _pair(table: Table, served: Mapping[TableName, Draft]) -> _Pair | None:
+def _junction_table_of(
+    table: Table, served: Mapping[TableName, CollectionDraft]
+) -> _JunctionTable | None:
     """Return the pair if the table is identified by two foreign keys to served collections."""
     names = table.primary_key or tuple(column.name for column in table.columns)
-    ends = [_pointed_to(table, name, served)[:1] for name in names]
+    ends = [_referenced_drafts(table, name, served)[:1] for name in names]
     match ends:
         case [[one], [other]]:
-            return _directed(table, one, other)
+            return _orient_junction(table, one, other)
         case _:
             return None
 
 
-def _pointed_to(
-    table: Table, column: str, served: Mapping[TableName, Draft]
-) -> list[tuple[ForeignKey, Draft]]:
+def _referenced_drafts(
+    table: Table, column: str, served: Mapping[TableName, CollectionDraft]
+) -> list[tuple[ForeignKey, CollectionDraft]]:
     """Return the collections whose ids the column holds, and the foreign keys that say so."""
     return [
         (key, draft)
         for key in table.foreign_keys
         if key.columns == (column,)
         and (draft := served.get(key.target)) is not None
-        and key.target_columns == (draft.key,)
+        and key.target_columns == (draft.key_name,)
     ]
 
 
-def _directed(
-    table: Table, one: tuple[ForeignKey, Draft], other: tuple[ForeignKey, Draft]
-) -> _Pair:
+def _orient_junction(
+    table: Table, one: tuple[ForeignKey, CollectionDraft], other: tuple[ForeignKey, CollectionDraft]
+) -> _JunctionTable:
     """Say which side shows the pairs: the one that the table is named after, else no people."""
 
-    def claim(draft: Draft) -> tuple[bool, bool]:
-        return bool(_stem(table, draft.name)), draft.config.type != "auth"
+    def claim(draft: CollectionDraft) -> tuple[bool, bool]:
+        return bool(_suffix_after(table, draft.name)), draft.config.type != "auth"
 
     if claim(other[1]) > claim(one[1]):
         one, other = other, one
-    return _Pair(table, one[0], one[1].name, other[0], other[1].name)
+    return _JunctionTable(table, one[0], one[1].name, other[0], other[1].name)
 
 
-def _stem(table: Table, name: str) -> str:
+def _suffix_after(table: Table, name: str) -> str:
     """Return what follows a collection's name in the table's: "tags" of post_tags for posts."""
     for beginning in (name, name.removesuffix("s")):
         if table.name.name.casefold().startswith(f"{beginning}_".casefold()):
@@ -529,21 +565,23 @@ def _stem(table: Table, name: str) -> str:
     return ""
 
 
-def _with_relations(
-    served: Mapping[TableName, Draft],
-    pairs: Mapping[TableName, _Pair],
+def _with_junctions(
+    served: Mapping[TableName, CollectionDraft],
+    pairs: Mapping[TableName, _JunctionTable],
     left_out: dict[TableName, str],
-) -> Mapping[str, Draft]:
+) -> Mapping[str, CollectionDraft]:
     """Return the drafts with what foreign keys don't say by themselves."""
-    found = {draft.name: _foreign_keys_told(draft, served) for draft in served.values()}
+    found = {draft.name: _with_chosen_foreign_keys(draft, served) for draft in served.values()}
     for name, pair in pairs.items():
-        draft = found[pair.source_name]
-        taken = {_field_of(draft, column) for column in draft.table.columns}
-        taken |= {"id", *RESERVED, *draft.config.relations}
-        shown = _free(_fit(_stem(pair.table, draft.name) or name.name, "pairs"), taken)
+        draft = found[pair.source_collection]
+        taken = {_field_name(draft, column) for column in draft.table.columns}
+        taken |= {"id", *RESERVED_MEMBERS, *draft.config.relations}
+        shown = _unused_name(
+            _valid_name(_suffix_after(pair.table, draft.name) or name.name, "pairs"), taken
+        )
         relation = RelationConfig(
-            collection=pair.target_name,
-            through=written(name),
+            collection=pair.target_collection,
+            through=config_table_name(name),
             source=pair.source.columns[0],
             target=pair.target.columns[0],
         )
@@ -554,28 +592,32 @@ def _with_relations(
     return found
 
 
-def _foreign_keys_told(draft: Draft, served: Mapping[TableName, Draft]) -> Draft:
+def _with_chosen_foreign_keys(
+    draft: CollectionDraft, served: Mapping[TableName, CollectionDraft]
+) -> CollectionDraft:
     """Choose between keys of one column; leave out a column of a type that makes no relation."""
     relations: dict[str, RelationConfig] = {}
     unfit: set[str] = set()
     for column in draft.table.columns:
-        targets = sorted({other.name for _, other in _pointed_to(draft.table, column.name, served)})
-        if column.name == draft.key or not targets:
+        targets = sorted(
+            {other.name for _, other in _referenced_drafts(draft.table, column.name, served)}
+        )
+        if column.name == draft.key_name or not targets:
             continue
-        if kind_of(column.type)[0] not in (FieldKind.TEXT, FieldKind.NUMBER):
+        if field_kind_of(column.type)[0] not in (FieldKind.TEXT, FieldKind.NUMBER):
             unfit.add(column.name)
         elif len(targets) > 1:
-            relations[_field_of(draft, column)] = RelationConfig(collection=targets[0])
+            relations[_field_name(draft, column)] = RelationConfig(collection=targets[0])
     config = draft.config.model_copy(update={"relations": relations})
     if unfit:
-        config = config.model_copy(update={"fields": _leaving_out(draft, unfit)})
+        config = config.model_copy(update={"fields": _fields_without(draft, unfit)})
     return replace(draft, config=config)
 
 
-def _leaving_out(draft: Draft, unfit: Those[str]) -> FieldsConfig:
+def _fields_without(draft: CollectionDraft, unfit: Those[str]) -> FieldsConfig:
     kept = [column for column in draft.table.columns if column.name not in unfit]
     fields = draft.config.fields
-    hide = {_field_of(draft, column) for column in kept}
+    hide = {_field_name(draft, column) for column in kept}
     return FieldsConfig(
         include=tuple(column.name for column in kept),
         hide=tuple(name for name in fields.hide if name in hide),
@@ -586,26 +628,36 @@ def _leaving_out(draft: Draft, unfit: Those[str]) -> FieldsConfig:
 # -- rules
 
 
-def _with_rules(served: Mapping[str, Draft], catalog: Catalog) -> Mapping[str, Draft]:
-    collections = _built(served, catalog)
+def _with_suggested_rules(
+    served: Mapping[str, CollectionDraft], catalog: Catalog
+) -> Mapping[str, CollectionDraft]:
+    collections = _build_drafts(served, catalog)
     guessed = {
         name: {shown: RelationConfig(collection=to)}
-        for name, (shown, to) in Suggestions(collections).guesses()
+        for name, (shown, to) in RuleSuggestions(collections).guess_owner_fields()
     }
-    drafts = {name: replace(draft, guessed=guessed.get(name, {})) for name, draft in served.items()}
-    suggestions = Suggestions(_built(drafts, catalog))
+    drafts = {
+        name: replace(draft, guessed_relations=guessed.get(name, {}))
+        for name, draft in served.items()
+    }
+    suggestions = RuleSuggestions(_build_drafts(drafts, catalog))
     return {
-        name: replace(draft, rule="" if rule == SIGNED_IN and lets_in(draft) else rule)
+        name: replace(
+            draft,
+            suggested_rule=""
+            if rule == SIGNED_IN_RULE and may_have_credential_ids(draft)
+            else rule,
+        )
         for name, draft in drafts.items()
-        for rule in (suggestions.rule(name),)
+        for rule in (suggestions.suggest_rule(name),)
     }
 
 
-def _built(drafts: Mapping[str, Draft], catalog: Catalog) -> Collections:
+def _build_drafts(drafts: Mapping[str, CollectionDraft], catalog: Catalog) -> Collections:
     configs = {
         name: draft.config.model_copy(
-            update={"relations": {**draft.config.relations, **draft.guessed}}
+            update={"relations": {**draft.config.relations, **draft.guessed_relations}}
         )
         for name, draft in drafts.items()
     }
-    return examine(configs, catalog)[0]
+    return build_with_problems(configs, catalog)[0]

@@ -18,20 +18,28 @@ from psycopg import AsyncConnection
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Catalog, ReplicaIdentity, Table
 from pgrealtime.changes import TableName
-from pgrealtime.cli.check.check import connected, right_errors
-from pgrealtime.cli.check.warnings import qualified
-from pgrealtime.cli.init.drafts import Draft, Fault, Sketch, lets_in, sketch
-from pgrealtime.cli.init.suggest import SIGNED_IN
+from pgrealtime.cli.check.check import connect_once, privilege_errors
+from pgrealtime.cli.check.warnings import quote_table_name
+from pgrealtime.cli.init.drafts import (
+    CollectionDraft,
+    ConfigDraft,
+    TableFault,
+    draft_config,
+    may_have_credential_ids,
+)
+from pgrealtime.cli.init.suggest import SIGNED_IN_RULE
 from pgrealtime.config.model import RelationConfig
 from pgrealtime.errors import SetupError
-from pgrealtime.spelling import perhaps
+from pgrealtime.spelling import did_you_mean
 
 STDOUT = "-"
-_USUAL = "pgrealtime.yaml"
+_DEFAULT_FILE = "pgrealtime.yaml"
 
-_SCHEMAS = "SELECT nspname FROM pg_catalog.pg_namespace WHERE nspname !~ '^pg_' ORDER BY nspname"
+_SCHEMAS_QUERY = (
+    "SELECT nspname FROM pg_catalog.pg_namespace WHERE nspname !~ '^pg_' ORDER BY nspname"
+)
 
-_FACTS = """
+_TABLE_FACTS_QUERY = """
 SELECT n.nspname, c.relname, e.extname,
        CASE WHEN c.relkind = 'p' THEN (
          SELECT pg_catalog.sum(leaf.reltuples)
@@ -50,19 +58,19 @@ WHERE c.oid = ANY (%(oids)s::pg_catalog.oid[])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Schema:
+class SchemaSurvey:
     """What is there to be served."""
 
     catalog: Catalog
     extensions: Mapping[TableName, str]
     """Tables that came with an extension, and with which."""
-    rows: Mapping[TableName, int]
+    row_estimates: Mapping[TableName, int]
     """Estimates; of tables never analyzed there is none."""
-    refused: Mapping[TableName, Fault]
+    unreadable: Mapping[TableName, TableFault]
     """Tables that the role may not read, or not whole."""
 
 
-async def write(path: str, url: str, schemas: Sequence[str]) -> None:
+async def write_config(path: str, url: str, schemas: Sequence[str]) -> None:
     """Write a configuration for the tables of the schemas.
 
     Args:
@@ -75,17 +83,17 @@ async def write(path: str, url: str, schemas: Sequence[str]) -> None:
         SetupError: Code ``schema_missing`` or ``file_not_written``.
     """
     if path != STDOUT and Path(path).exists():  # noqa: ASYNC240 (nobody else is waiting)
-        raise _exists(path)
-    async with connected(url) as connection:
-        schema = await _read(connection, schemas)
-    text = compose(schema, is_url_known=bool(url))
+        raise _exists_error(path)
+    async with connect_once(url) as connection:
+        schema = await _survey_schemas(connection, schemas)
+    text = render_config(schema, is_url_known=bool(url))
     if path == STDOUT:
         sys.stdout.write(text)
     else:
-        _create(path, text)
+        _create_file(path, text)
 
 
-def next_steps(path: str, *, lacks_url: bool) -> str:
+def next_steps_text(path: str, *, lacks_url: bool) -> str:
     """Return what to do with the file, for people.
 
     Args:
@@ -93,7 +101,7 @@ def next_steps(path: str, *, lacks_url: bool) -> str:
         lacks_url: Whether the URL that the file refers to isn't in the environment.
     """
     file = "the file" if path == STDOUT else path
-    option = {STDOUT: " -c FILE", _USUAL: ""}.get(path, f" -c {shlex.quote(path)}")
+    option = {STDOUT: " -c FILE", _DEFAULT_FILE: ""}.get(path, f" -c {shlex.quote(path)}")
     return "\n".join(
         (
             f"1. Unlock rules in {file}: read a suggestion, change it, take its # away.",
@@ -108,7 +116,7 @@ def next_steps(path: str, *, lacks_url: bool) -> str:
     )
 
 
-def _exists(path: str) -> SetupError:
+def _exists_error(path: str) -> SetupError:
     return SetupError(
         f'"{path}" is there already',
         hint="Name another file by --config; --config - prints what would be written.",
@@ -116,12 +124,12 @@ def _exists(path: str) -> SetupError:
     )
 
 
-def _create(path: str, text: str) -> None:
+def _create_file(path: str, text: str) -> None:
     try:
         with Path(path).open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise _exists(path) from None
+        raise _exists_error(path) from None
     except OSError as error:
         raise SetupError(
             f'"{path}" can\'t be written',
@@ -131,11 +139,11 @@ def _create(path: str, text: str) -> None:
         ) from error
 
 
-async def _read(connection: AsyncConnection[Any], schemas: Sequence[str]) -> Schema:
-    known = [name for (name,) in await (await connection.execute(_SCHEMAS)).fetchall()]
+async def _survey_schemas(connection: AsyncConnection[Any], schemas: Sequence[str]) -> SchemaSurvey:
+    known = [name for (name,) in await (await connection.execute(_SCHEMAS_QUERY)).fetchall()]
     missing = [name for name in schemas if name not in known]
     if missing:
-        hint = perhaps(missing[0], known) or f"there are {', '.join(known)}"
+        hint = did_you_mean(missing[0], known) or f"there are {', '.join(known)}"
         raise SetupError(
             f'there is no schema "{missing[0]}"',
             hint=f"{hint[:1].upper()}{hint[1:]}.",
@@ -143,45 +151,47 @@ async def _read(connection: AsyncConnection[Any], schemas: Sequence[str]) -> Sch
         )
     catalog = await read_catalog(connection, schemas=schemas)
     oids = [table.oid for table in catalog.tables.values()]
-    facts = await (await connection.execute(_FACTS, {"oids": oids})).fetchall()
-    refused = await right_errors(connection, catalog.tables.values())
-    return Schema(
+    facts = await (await connection.execute(_TABLE_FACTS_QUERY, {"oids": oids})).fetchall()
+    refused = await privilege_errors(connection, catalog.tables.values())
+    return SchemaSurvey(
         catalog=catalog,
         extensions={TableName(s, name): extension for s, name, extension, _ in facts if extension},
-        rows={TableName(s, name): int(rows) for s, name, _, rows in facts if rows is not None},
-        refused={name: Fault(error.message, error.hint) for name, error in refused.items()},
+        row_estimates={
+            TableName(s, name): int(rows) for s, name, _, rows in facts if rows is not None
+        },
+        unreadable={name: TableFault(error.message, error.hint) for name, error in refused.items()},
     )
 
 
 # -- the text
 
-_WIDTH = 100
+_LINE_WIDTH = 100
 
 
-def compose(schema: Schema, *, is_url_known: bool) -> str:
+def render_config(survey: SchemaSurvey, *, is_url_known: bool) -> str:
     """Return the configuration, as people edit it.
 
     Args:
-        schema: What is there.
+        survey: What is there.
         is_url_known: Whether the database was named by a URL; else by libpq's variables.
     """
-    made = sketch(schema.catalog, extensions=schema.extensions, refused=schema.refused)
+    made = draft_config(survey.catalog, extensions=survey.extensions, unreadable=survey.unreadable)
     lines = [
-        *_HEAD,
+        *_HEADER,
         "version: 1",
         "",
         "database:",
         f'  url: "{"${DATABASE_URL}" if is_url_known else "${DATABASE_URL:-}"}"',
-        f"  schemas: [{', '.join(_value(name) for name in schema.catalog.schemas)}]",
+        f"  schemas: [{', '.join(_yaml_value(name) for name in survey.catalog.schemas)}]",
         "",
-        *_auth(made),
-        *_collections(made, schema),
-        *_left_out(made),
+        *_auth_lines(made),
+        *_collections_lines(made, survey),
+        *_omitted_lines(made),
     ]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-_HEAD = (
+_HEADER = (
     "# Made by pgrealtime init from the tables that were there. It is yours now: edit it.",
     "#",
     "# All rules are locked: nobody but a superuser receives anything. Lines that begin with # and",
@@ -191,51 +201,51 @@ _HEAD = (
 )
 
 
-def _auth(made: Sketch) -> Iterator[str]:
-    auths = [d.name for d in made.drafts if d.config.type == "auth" and not d.faults]
+def _auth_lines(draft: ConfigDraft) -> Iterator[str]:
+    auths = [d.name for d in draft.drafts if d.config.type == "auth" and not d.faults]
     yield "auth:"
     yield "  allow_guests: true"
     yield "  # Whose tokens count. Without it everybody is a guest, and @request.auth.id is empty."
     yield (
         '  #issuers: [{name: app, algorithms: [HS256], secret: "${APP_JWT_SECRET}",'
-        f" collection: {_value(auths[0] if auths else 'users')}}}]"
+        f" collection: {_yaml_value(auths[0] if auths else 'users')}}}]"
     )
-    if any(d.config.login.password_hash and not d.faults for d in made.drafts):
+    if any(d.config.login.password_hash and not d.faults for d in draft.drafts):
         yield "  # Lets people sign in here, by the hashes that login names below:"
         yield '  #login: {enabled: true, secret: "${LOGIN_SECRET}"}'
     yield ""
 
 
-def _collections(made: Sketch, schema: Schema) -> Iterator[str]:
-    if not made.drafts:
+def _collections_lines(config_draft: ConfigDraft, survey: SchemaSurvey) -> Iterator[str]:
+    if not config_draft.drafts:
         yield "# There is no table yet that could be served."
         yield "collections: {}"
         yield ""
         return
     # With nothing below it the key would be null.
-    is_any_served = any(not draft.faults for draft in made.drafts)
+    is_any_served = any(not draft.faults for draft in config_draft.drafts)
     yield "collections:" if is_any_served else "#collections:"
-    for draft in made.drafts:
-        yield from (f"  {line}".rstrip() for line in _collection(draft, schema))
+    for draft in config_draft.drafts:
+        yield from (f"  {line}".rstrip() for line in _collection_lines(draft, survey))
         yield ""
 
 
-def _collection(draft: Draft, schema: Schema) -> Iterator[str]:
-    yield from _remark(_about(draft, schema))
+def _collection_lines(draft: CollectionDraft, survey: SchemaSurvey) -> Iterator[str]:
+    yield from _comment_lines(_table_summary(draft, survey))
     if draft.faults:
-        yield from _remark("Not served:")
+        yield from _comment_lines("Not served:")
         for fault in draft.faults:
-            yield from _remark(f"{fault.reason}.", indent="  ")
-            yield from _mend(fault.mend)
-        yield from map(_off, _keys(draft))
+            yield from _comment_lines(f"{fault.reason}.", indent="  ")
+            yield from _fix_lines(fault.fix)
+        yield from map(_commented_out, _setting_lines(draft))
         return
-    yield from _of_deletes(draft.table)
-    yield from _keys(draft)
+    yield from _replica_identity_lines(draft.table)
+    yield from _setting_lines(draft)
 
 
-def _about(draft: Draft, schema: Schema) -> str:
+def _table_summary(draft: CollectionDraft, survey: SchemaSurvey) -> str:
     table = draft.table
-    rows = schema.rows.get(table.name)
+    rows = survey.row_estimates.get(table.name)
     facts = ["not analyzed yet" if rows is None else f"about {rows:,} row{'s' * (rows != 1)}"]
     if table.primary_key:
         facts.append(f"primary key {', '.join(table.primary_key)}")
@@ -244,94 +254,102 @@ def _about(draft: Draft, schema: Schema) -> str:
     return f"{table.name}: {', '.join(facts)}."
 
 
-_IDENTITIES = {
+_LOGGED_BY_IDENTITY = {
     ReplicaIdentity.DEFAULT: "the key alone",
     ReplicaIdentity.INDEX: "the columns of an index alone",
 }
 
 
-def _of_deletes(table: Table) -> Iterator[str]:
+def _replica_identity_lines(table: Table) -> Iterator[str]:
     if table.replica_identity is ReplicaIdentity.FULL:
-        yield from _remark("REPLICA IDENTITY FULL: deletes are judged by the whole row.")
+        yield from _comment_lines("REPLICA IDENTITY FULL: deletes are judged by the whole row.")
         return
-    logged = _IDENTITIES.get(table.replica_identity, "nothing")
+    logged = _LOGGED_BY_IDENTITY.get(table.replica_identity, "nothing")
     kind = table.replica_identity.name
-    yield from _remark(
+    yield from _comment_lines(
         f"REPLICA IDENTITY {kind}: of a deleted row {logged} is known, and an update brings no"
         " long value that it leaves alone. For rules that need more:"
     )
     for name in table.leaves or (table.name,):
-        yield f"#   ALTER TABLE {_shown(qualified(name))} REPLICA IDENTITY FULL;"
+        table_name = _escape_unprintable(quote_table_name(name))
+        yield f"#   ALTER TABLE {table_name} REPLICA IDENTITY FULL;"
 
 
-def _mend(mend: str) -> Iterator[str]:
-    if mend.endswith(";"):
-        for statement in re.split("(?<=;) (?=ALTER|GRANT)", mend):
-            yield f"#   {_shown(statement)}"
-    elif mend:
-        yield from _remark(f"{mend.removesuffix('.')}.", indent="  ")
+def _fix_lines(fix: str) -> Iterator[str]:
+    if fix.endswith(";"):
+        for statement in re.split("(?<=;) (?=ALTER|GRANT)", fix):
+            yield f"#   {_escape_unprintable(statement)}"
+    elif fix:
+        yield from _comment_lines(f"{fix.removesuffix('.')}.", indent="  ")
 
 
-def _keys(draft: Draft) -> Iterator[str]:
+def _setting_lines(draft: CollectionDraft) -> Iterator[str]:
     config = draft.config
-    yield f"{_key(draft.name)}:"
-    yield f"  table: {_value(config.table)}"
+    yield f"{_yaml_key(draft.name)}:"
+    yield f"  table: {_yaml_value(config.table)}"
     if config.type != "base":
         yield f"  type: {config.type}"
     if config.id:
-        yield f"  id: {_value(config.id)}"
-    yield from _fields(draft)
-    yield from _relations(draft)
-    yield from _login(draft)
-    if draft.rule:
-        if draft.rule == SIGNED_IN:
+        yield f"  id: {_yaml_value(config.id)}"
+    yield from _fields_lines(draft)
+    yield from _relations_lines(draft)
+    yield from _login_lines(draft)
+    if draft.suggested_rule:
+        if draft.suggested_rule == SIGNED_IN_RULE:
             yield "  # Nothing tells whose the rows are; this is everybody who is signed in:"
-        yield _off(f"  list_rule: {_value(draft.rule)}")
-        yield _off(f"  view_rule: {_value(draft.rule)}")
-    elif lets_in(draft) and not draft.faults:
+        yield _commented_out(f"  list_rule: {_yaml_value(draft.suggested_rule)}")
+        yield _commented_out(f"  view_rule: {_yaml_value(draft.suggested_rule)}")
+    elif may_have_credential_ids(draft) and not draft.faults:
         yield "  # By their names its ids let people in: whoever hears of one can use it."
 
 
-def _fields(draft: Draft) -> Iterator[str]:
+def _fields_lines(draft: CollectionDraft) -> Iterator[str]:
     fields = draft.config.fields
     if fields.include == ("*",) and not fields.hide and not fields.rename:
         return
     yield "  fields:"
     if fields.include != ("*",):
         yield "    # Without those that are foreign keys of a type that ids can't be."
-        yield f"    include: {_list(fields.include)}"
+        yield f"    include: {_yaml_list(fields.include)}"
     if fields.hide:
         yield "    # By their names they are secrets: for superusers only."
-        yield f"    hide: {_list(fields.hide)}"
+        yield f"    hide: {_yaml_list(fields.hide)}"
     if fields.rename:
-        renames = ", ".join(f"{_key(name)}: {_value(to)}" for name, to in fields.rename.items())
+        renames = ", ".join(
+            f"{_yaml_key(name)}: {_yaml_value(to)}" for name, to in fields.rename.items()
+        )
         yield f"    rename: {{{renames}}}"
 
 
-def _relations(draft: Draft) -> Iterator[str]:
+def _relations_lines(draft: CollectionDraft) -> Iterator[str]:
     told = draft.config.relations
     if told:
         yield "  relations:"
     for name, relation in told.items():
         if not relation.through:
             yield "    # Its foreign keys lead to several collections; one of them counts."
-        yield f"    {_key(name)}: {_relation(relation)}"
-    if draft.guessed:
+        yield f"    {_yaml_key(name)}: {_relation_mapping(relation)}"
+    if draft.guessed_relations:
         yield "  # By their names; no foreign key says so:"
-    guessed = [f"{_key(name)}: {_relation(one)}" for name, one in draft.guessed.items()]
+    guessed = [
+        f"{_yaml_key(name)}: {_relation_mapping(one)}"
+        for name, one in draft.guessed_relations.items()
+    ]
     if guessed and not told:
-        yield _off(f"  relations: {{{', '.join(guessed)}}}")  # taken or left by one line
+        yield _commented_out(f"  relations: {{{', '.join(guessed)}}}")  # taken or left by one line
     elif guessed:
-        yield from (_off(f"    {one}") for one in guessed)
+        yield from (_commented_out(f"    {one}") for one in guessed)
 
 
-def _relation(relation: RelationConfig) -> str:
+def _relation_mapping(relation: RelationConfig) -> str:
     keys = ("collection", "through", "source", "target")
-    said = [f"{key}: {_value(getattr(relation, key))}" for key in keys if getattr(relation, key)]
+    said = [
+        f"{key}: {_yaml_value(getattr(relation, key))}" for key in keys if getattr(relation, key)
+    ]
     return f"{{{', '.join(said)}}}"
 
 
-def _login(draft: Draft) -> Iterator[str]:
+def _login_lines(draft: CollectionDraft) -> Iterator[str]:
     login = draft.config.login
     if not login.password_hash:
         if draft.lacks_identity:
@@ -339,25 +357,25 @@ def _login(draft: Draft) -> Iterator[str]:
         return
     if draft.config.auth_rule:
         yield "  # Who may log in at all:"
-        yield f"  auth_rule: {_value(draft.config.auth_rule)}"
-    token_key = f", token_key: {_value(login.token_key)}" if login.token_key else ""
+        yield f"  auth_rule: {_yaml_value(draft.config.auth_rule)}"
+    token_key = f", token_key: {_yaml_value(login.token_key)}" if login.token_key else ""
     yield (
-        f"  login: {{identity: {_list(login.identity)},"
-        f" password_hash: {_value(login.password_hash)}{token_key}}}"
+        f"  login: {{identity: {_yaml_list(login.identity)},"
+        f" password_hash: {_yaml_value(login.password_hash)}{token_key}}}"
     )
 
 
-def _left_out(made: Sketch) -> Iterator[str]:
-    if made.left_out:
+def _omitted_lines(draft: ConfigDraft) -> Iterator[str]:
+    if draft.omitted:
         yield "# Left out:"
-        for name, reason in made.left_out.items():
-            yield from _remark(f"{name}: {reason}", indent="  ")
+        for name, reason in draft.omitted.items():
+            yield from _comment_lines(f"{name}: {reason}", indent="  ")
 
 
 # -- YAML
 
 
-def _off(line: str) -> str:
+def _commented_out(line: str) -> str:
     """Return the setting as a comment: without the "#" it is in its place."""
     setting = line.lstrip(" ")
     return f"{' ' * (len(line) - len(setting))}#{setting}"
@@ -366,18 +384,18 @@ def _off(line: str) -> str:
 _BLANK_OR_BREAK = re.compile(r"\s+")
 
 
-def _remark(text: str, indent: str = "") -> Iterator[str]:
+def _comment_lines(text: str, indent: str = "") -> Iterator[str]:
     """Yield the lines of a comment; what has no place in one is shown as Python has it."""
-    width = _WIDTH - 4 - len(indent)
-    shown = _shown(_BLANK_OR_BREAK.sub(" ", text))
+    width = _LINE_WIDTH - 4 - len(indent)
+    shown = _escape_unprintable(_BLANK_OR_BREAK.sub(" ", text))
     yield from (f"# {indent}{line}" for line in textwrap.wrap(shown, width, break_on_hyphens=False))
 
 
-def _shown(text: str) -> str:
+def _escape_unprintable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _key(text: str) -> str:
+def _yaml_key(text: str) -> str:
     """Return the text as a key. Nothing is filled into keys."""
     style = None if text.isprintable() else '"'
     dumped = yaml.safe_dump(
@@ -390,10 +408,10 @@ def _key(text: str) -> str:
     return dumped.strip()[1:-1]
 
 
-def _value(text: str) -> str:
+def _yaml_value(text: str) -> str:
     """Return the text as a value, in which ``${`` would be filled in."""
-    return _key(text.replace("${", "$${"))
+    return _yaml_key(text.replace("${", "$${"))
 
 
-def _list(texts: Iterable[str]) -> str:
-    return f"[{', '.join(_value(text) for text in texts)}]"
+def _yaml_list(texts: Iterable[str]) -> str:
+    return f"[{', '.join(_yaml_value(text) for text in texts)}]"

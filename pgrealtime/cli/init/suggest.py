@@ -9,124 +9,128 @@ from dataclasses import dataclass, field
 
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
 from pgrealtime.errors import RuleError
-from pgrealtime.rules.sql.reference import validate
+from pgrealtime.rules.sql.reference import check_rule
 
-SIGNED_IN = '@request.auth.id != ""'
+SIGNED_IN_RULE = '@request.auth.id != ""'
 """Whoever is no guest: guests' ids are empty."""
 
-_HANDLERS = {
+_ACTOR_WORDS = {
     *("updated", "modified", "changed", "edited", "deleted", "approved", "reviewed", "verified"),
     *("invited", "banned", "cancelled", "canceled", "rejected", "resolved", "closed", "locked"),
 }
 """Words of columns that name somebody who did something to a row without owning it."""
 
-_SHARING = {
+_SHARING_WORDS = {
     *("member", "members", "memberships", "membership", "participant", "participants", "users"),
     *("collaborator", "collaborators", "user", "assignee", "assignees", "viewers", "editors"),
     *("access", "permissions", "shares", "people", "attendees", "students", "guests"),
 }
 """Words of tables whose rows let people in."""
 
-_PUBLIC = ("published", "is_published", "public", "is_public", "isPublished", "isPublic")
-_OWNERS = (
+_PUBLIC_FIELDS = ("published", "is_published", "public", "is_public", "isPublished", "isPublic")
+_OWNER_COLUMNS = (
     *("user_id", "userId", "user", "owner_id", "ownerId", "owner", "author_id", "authorId"),
     *("author", "account_id", "accountId", "customer_id", "customerId", "created_by", "createdBy"),
 )
 """Columns that name people also where no foreign key says so."""
 
-_FARTHEST = 3
+_MAX_RELATION_STEPS = 3
 """Relations that are followed to somebody."""
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
-_SAYABLE = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_RULE_FIELD_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 """Fields that rules can begin with."""
 
 
-def words(name: str) -> list[str]:
+def split_words(name: str) -> list[str]:
     """Return the words of a name in snake or camel case, in lower case."""
     return [word.lower() for word in _WORD.findall(name)]
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
+class _OwnerPath:
     """A path from a row to the person it belongs to."""
 
     path: str
-    auth: str
+    auth_collection: str
     """The person's collection."""
-    is_certain: bool = False
+    is_never_empty: bool = False
     """Whether there always is somebody: otherwise guests, whose id is empty, would match."""
-    is_any: bool = False
+    is_multiple: bool = False
     """Whether it leads to several."""
 
-    def after(self, step: Field) -> _Way:
+    def via_relation(self, relation: Field) -> _OwnerPath:
         """The same, of a row that points to the one it begins at."""
-        is_certain = self.is_certain and step.column is not None and step.column.not_null
-        return _Way(f"{step.name}.{self.path}", self.auth, is_certain, self.is_any)
+        is_certain = (
+            self.is_never_empty and relation.column is not None and relation.column.not_null
+        )
+        return _OwnerPath(
+            f"{relation.name}.{self.path}", self.auth_collection, is_certain, self.is_multiple
+        )
 
     def __str__(self) -> str:
-        return f"{self.path} {'?=' if self.is_any else '='} @request.auth.id"
+        return f"{self.path} {'?=' if self.is_multiple else '='} @request.auth.id"
 
 
 @dataclass(frozen=True, slots=True)
-class Suggestions:
+class RuleSuggestions:
     """What suits the collections as they are, all of them together."""
 
     collections: Collections
-    _doors: Mapping[str, list[tuple[Collection, Field]]] = field(init=False)
+    _sharing_collections: Mapping[str, list[tuple[Collection, Field]]] = field(init=False)
     """By collection: those whose rows let people in to it, and the relation by which they do."""
 
     def __post_init__(self) -> None:
         doors = defaultdict(list)
         for other in self.collections.values():
-            if other.type != "auth" and not _SHARING.isdisjoint(words(other.name)):
+            if other.type != "auth" and not _SHARING_WORDS.isdisjoint(split_words(other.name)):
                 for one in other.fields:
-                    if one.relation is not None and _is_one(one):
+                    if one.relation is not None and _is_single_relation(one):
                         doors[one.relation.collection].append((other, one))
-        object.__setattr__(self, "_doors", doors)
+        object.__setattr__(self, "_sharing_collections", doors)
 
-    def rule(self, name: str) -> str:
+    def suggest_rule(self, name: str) -> str:
         """Return a rule that can be used; who is signed in, if nothing tells more."""
         collection = self.collections[name]
-        rule = self._rule(collection)
+        rule = self._build_rule(collection)
         try:
-            validate(self.collections, collection, rule)
+            check_rule(self.collections, collection, rule)
         except RuleError:
-            return SIGNED_IN
+            return SIGNED_IN_RULE
         return rule
 
-    def _rule(self, collection: Collection) -> str:
-        ways = self._ways(collection)
-        public = _public(collection)
+    def _build_rule(self, collection: Collection) -> str:
+        ways = self._owner_paths(collection)
+        public = _public_field(collection)
         if not ways:
-            return f"{public} = true" if public else SIGNED_IN
+            return f"{public} = true" if public else SIGNED_IN_RULE
         mine = " || ".join(map(str, ways))
         guard = self._guard(ways)
         if guard:
-            mine = f"{guard} && {_bracketed(mine) if len(ways) > 1 else mine}"
+            mine = f"{guard} && {_parenthesized(mine) if len(ways) > 1 else mine}"
         if public:
-            return f"{public} = true || {_bracketed(mine) if guard else mine}"
+            return f"{public} = true || {_parenthesized(mine) if guard else mine}"
         return mine
 
-    def _guard(self, ways: Sequence[_Way]) -> str:
+    def _guard(self, owner_paths: Sequence[_OwnerPath]) -> str:
         """Return what keeps out those who would match for want of an id, or by another's."""
         if sum(one.type == "auth" for one in self.collections.values()) > 1:
-            return f'@request.auth.collectionName = "{ways[0].auth}"'
-        return "" if all(way.is_certain for way in ways) else SIGNED_IN
+            return f'@request.auth.collectionName = "{owner_paths[0].auth_collection}"'
+        return "" if all(way.is_never_empty for way in owner_paths) else SIGNED_IN_RULE
 
-    def _ways(self, collection: Collection) -> list[_Way]:
+    def _owner_paths(self, collection: Collection) -> list[_OwnerPath]:
         """Return the shortest ways to people, all to those of one collection."""
-        found = self._far_ways(collection)
-        return [way for way in found if way.auth == found[0].auth]
+        found = self._nearest_owner_paths(collection)
+        return [way for way in found if way.auth_collection == found[0].auth_collection]
 
-    def _far_ways(self, collection: Collection) -> list[_Way]:
+    def _nearest_owner_paths(self, collection: Collection) -> list[_OwnerPath]:
         reached = {collection.name}
         at: list[tuple[Collection, tuple[Field, ...]]] = [(collection, ())]
-        for _ in range(_FARTHEST):
+        for _ in range(_MAX_RELATION_STEPS):
             for here, steps in at:
-                ways = list(self._near_ways(here))
+                ways = list(self._direct_owner_paths(here))
                 for step in reversed(steps):
-                    ways = [way.after(step) for way in ways]
+                    ways = [way.via_relation(step) for way in ways]
                 if ways:
                     return ways
             further = [(self._parents(here), steps) for here, steps in at]
@@ -143,101 +147,103 @@ class Suggestions:
         parents = [
             (one, self.collections[one.relation.collection])
             for one in collection.fields
-            if one.relation is not None and _is_one(one)
+            if one.relation is not None and _is_single_relation(one)
         ]
         return sorted(parents, key=lambda found: not (found[0].column and found[0].column.not_null))
 
-    def _near_ways(self, collection: Collection) -> Iterator[_Way]:
+    def _direct_owner_paths(self, collection: Collection) -> Iterator[_OwnerPath]:
         """Yield who the row is, or owns it, or shares it."""
         if collection.type == "auth":
-            yield _Way("id", collection.name, is_certain=True)
+            yield _OwnerPath("id", collection.name, is_never_empty=True)
             return
-        yield from self._as_key(collection)
-        yield from self._owners(collection)
-        yield from self._shared(collection)
-        yield from self._through_rows(collection)
+        yield from self._key_owner_paths(collection)
+        yield from self._field_owner_paths(collection)
+        yield from self._junction_owner_paths(collection)
+        yield from self._membership_owner_paths(collection)
 
-    def _as_key(self, collection: Collection) -> Iterator[_Way]:
+    def _key_owner_paths(self, collection: Collection) -> Iterator[_OwnerPath]:
         """Yield the key itself where it is somebody's: a profile, settings."""
         for key in collection.table.foreign_keys:
-            other = self.collections.of_table(key.target)
+            other = self.collections.find_by_table(key.target)
             if other is None or key.columns != (collection.key.name,) or other.type != "auth":
                 continue
             if key.target_columns == (other.key.name,):
-                yield _Way("id", other.name, is_certain=True)
+                yield _OwnerPath("id", other.name, is_never_empty=True)
 
-    def _owners(self, collection: Collection) -> list[_Way]:
+    def _field_owner_paths(self, collection: Collection) -> list[_OwnerPath]:
         people = [
             one
             for one in collection.fields
             if one.relation is not None
-            and _is_one(one)
+            and _is_single_relation(one)
             and self.collections[one.relation.collection].type == "auth"
         ]
-        owners = [one for one in people if _HANDLERS.isdisjoint(words(one.name))]
+        owners = [one for one in people if _ACTOR_WORDS.isdisjoint(split_words(one.name))]
         return [
-            _Way(
+            _OwnerPath(
                 one.name,
                 one.relation.collection,
-                is_certain=one.column is not None and one.column.not_null,
+                is_never_empty=one.column is not None and one.column.not_null,
             )
             for one in owners or people
             if one.relation is not None
         ]
 
-    def _shared(self, collection: Collection) -> Iterator[_Way]:
+    def _junction_owner_paths(self, collection: Collection) -> Iterator[_OwnerPath]:
         """Yield the people that a table of pairs lets in."""
         for one in collection.fields:
             if one.relation is None or one.relation.junction is None:
                 continue
-            is_shared = not _SHARING.isdisjoint(words(one.name)) and _SAYABLE.fullmatch(one.name)
+            is_shared = not _SHARING_WORDS.isdisjoint(
+                split_words(one.name)
+            ) and _RULE_FIELD_PATTERN.fullmatch(one.name)
             if is_shared and self.collections[one.relation.collection].type == "auth":
-                yield _Way(one.name, one.relation.collection, is_any=True)
+                yield _OwnerPath(one.name, one.relation.collection, is_multiple=True)
 
-    def _through_rows(self, collection: Collection) -> Iterator[_Way]:
+    def _membership_owner_paths(self, collection: Collection) -> Iterator[_OwnerPath]:
         """Yield who is named in rows that let people in, such as memberships."""
-        for other, one in self._doors.get(collection.name, ()):
-            for way in self._owners(other):
+        for other, one in self._sharing_collections.get(collection.name, ()):
+            for way in self._field_owner_paths(other):
                 path = f"{other.name}_via_{one.name}.{way.path}"
-                yield _Way(path, way.auth, is_any=True)
+                yield _OwnerPath(path, way.auth_collection, is_multiple=True)
 
-    def guesses(self) -> Iterator[tuple[str, tuple[str, str]]]:
+    def guess_owner_fields(self) -> Iterator[tuple[str, tuple[str, str]]]:
         """Yield collection, field and the people it seems to name, where no foreign key does.
 
         Only where nothing else tells whose the rows are.
         """
         auths = [one for one in self.collections.values() if one.type == "auth"]
         for collection in self.collections.values() if auths else ():
-            if self._ways(collection):
+            if self._owner_paths(collection):
                 continue
             by_column = {one.column.name: one for one in collection.fields if one.column}
-            for name in _OWNERS:
+            for name in _OWNER_COLUMNS:
                 one = by_column.get(name)
-                if one and _is_plain(one) and one.type.base == auths[0].key.type.base:
+                if one and _may_hold_id(one) and one.type.base == auths[0].key.type.base:
                     yield collection.name, (one.name, auths[0].name)
                     break
 
 
-def _is_one(one: Field) -> bool:
+def _is_single_relation(field_: Field) -> bool:
     """Whether it leads to one record, and rules can say so."""
-    is_sayable = _SAYABLE.fullmatch(one.name) is not None
-    return one.relation is not None and one.column is not None and is_sayable
+    is_sayable = _RULE_FIELD_PATTERN.fullmatch(field_.name) is not None
+    return field_.relation is not None and field_.column is not None and is_sayable
 
 
-def _is_plain(one: Field) -> bool:
-    is_id = one.kind in (FieldKind.TEXT, FieldKind.NUMBER) and not one.is_multiple
-    return is_id and one.name != "id" and _SAYABLE.fullmatch(one.name) is not None
+def _may_hold_id(field_: Field) -> bool:
+    is_id = field_.kind in (FieldKind.TEXT, FieldKind.NUMBER) and not field_.is_multiple
+    return is_id and field_.name != "id" and _RULE_FIELD_PATTERN.fullmatch(field_.name) is not None
 
 
-def _public(collection: Collection) -> str:
+def _public_field(collection: Collection) -> str:
     """Return the field that says that everybody may see the row; empty if there is none."""
     flags = {
         one.name
         for one in collection.fields
         if one.kind is FieldKind.BOOL and not one.is_multiple and collection.type != "auth"
     }
-    return next((name for name in _PUBLIC if name in flags), "")
+    return next((name for name in _PUBLIC_FIELDS if name in flags), "")
 
 
-def _bracketed(text: str) -> str:
+def _parenthesized(text: str) -> str:
     return f"({text})"

@@ -11,48 +11,48 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from pgrealtime.hub.connections.batch import Batch
+from pgrealtime.hub.connections.batch import MessageBatch
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import Cursor
 from pgrealtime.rule_queries.slow_filters import TimeBudget
 
 if TYPE_CHECKING:
-    from pgrealtime.hub.connections.connection import Connection, Receives
+    from pgrealtime.hub.connections.connection import Connection, RenderKey
     from pgrealtime.hub.evaluation.matcher import Group
-    from pgrealtime.hub.live_reads.caller_check import Checked
+    from pgrealtime.hub.live_reads.caller_check import CallerCheckResult
 
-_SECONDS = 1.0
+_MAX_AGE_SECONDS = 1.0
 """What rules ask the database has the answer of the moment, and may be as old as this."""
-_SIZE = 16 * 1024 * 1024
+_MAX_BYTES = 16 * 1024 * 1024
 """Bytes of messages that are kept."""
 
 
-class Standpoint(NamedTuple):
+class CatchUpCacheKey(NamedTuple):
     """Where a connection stands and what it may hear from there on; equal ones hear the same."""
 
-    edition: int
+    revision: int
     """Of the collections in force."""
     cursor: Cursor
     group: Group
-    receives: Receives
+    render_key: RenderKey
 
 
-class Stretch(NamedTuple):
+class CachedSlice(NamedTuple):
     """What follows for one standpoint."""
 
     events: Sequence[Event]
-    batch: Batch
-    upto: Cursor
+    batch: MessageBatch
+    end_cursor: Cursor
     budget: TimeBudget
     """What was used of it to find that out: who is handed it has filters that take as long."""
-    found_at: float
+    stored_at: float
     """Monotonic seconds."""
-    size: int
-    checked: Checked | None
+    size_bytes: int
+    checked: CallerCheckResult | None
     """What was found out about the caller that it was made for, where rules ask who that is."""
 
 
-def standpoint(connection: Connection, edition: int) -> Standpoint | None:
+def catch_up_cache_key(connection: Connection, revision: int) -> CatchUpCacheKey | None:
     """Return where the connection stands; None if what it hears is its own.
 
     That is so with several topics, with an own record, and soon after a topic was submitted.
@@ -60,14 +60,14 @@ def standpoint(connection: Connection, edition: int) -> Standpoint | None:
     if len(connection.subscriptions) != 1:
         return None
     (one,) = connection.subscriptions.values()
-    if one.group is None or one.own_id:
+    if one.group is None or one.own_record_id:
         return None
-    if one.barrier is not None and connection.cursor.lsn <= one.barrier.insert_lsn:
+    if one.read_point is not None and connection.cursor.lsn <= one.read_point.insert_lsn:
         return None
-    return Standpoint(edition, connection.cursor, one.group, one.receives)
+    return CatchUpCacheKey(revision, connection.cursor, one.group, one.render_key)
 
 
-class Recent:
+class CatchUpCache:
     """The last few stretches.
 
     Args:
@@ -76,43 +76,43 @@ class Recent:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._stretches: OrderedDict[Standpoint, Stretch] = OrderedDict()
-        self._size = 0
+        self._slices: OrderedDict[CatchUpCacheKey, CachedSlice] = OrderedDict()
+        self._total_bytes = 0
 
-    def find(self, at: Standpoint) -> Stretch | None:
+    def get(self, key: CatchUpCacheKey) -> CachedSlice | None:
         """Return what follows, if that was found out a moment ago."""
-        stretch = self._stretches.get(at)
-        if stretch is None or self._clock() - stretch.found_at > _SECONDS:
+        stretch = self._slices.get(key)
+        if stretch is None or self._clock() - stretch.stored_at > _MAX_AGE_SECONDS:
             return None
         return stretch
 
-    def keep(
+    def store(
         self,
-        at: Standpoint,
+        key: CatchUpCacheKey,
         events: Sequence[Event],
-        batch: Batch,
-        upto: Cursor,
+        batch: MessageBatch,
+        end_cursor: Cursor,
         budget: TimeBudget,
         *,
-        checked: Checked | None,
+        checked: CallerCheckResult | None,
     ) -> None:
         """Keep what follows for the next one that comes by; the oldest give way.
 
         What is too old goes as well: a stretch without a message has no size, but its events.
         """
         now = self._clock()
-        old = self._stretches.pop(at, None)
+        old = self._slices.pop(key, None)
         size = sum(map(len, batch.tails))
-        self._stretches[at] = Stretch(events, batch, upto, budget, now, size, checked)
-        self._size += size - (0 if old is None else old.size)
-        while self._stretches:
-            place, oldest = next(iter(self._stretches.items()))
-            if self._size <= _SIZE and now - oldest.found_at <= _SECONDS:
+        self._slices[key] = CachedSlice(events, batch, end_cursor, budget, now, size, checked)
+        self._total_bytes += size - (0 if old is None else old.size_bytes)
+        while self._slices:
+            place, oldest = next(iter(self._slices.items()))
+            if self._total_bytes <= _MAX_BYTES and now - oldest.stored_at <= _MAX_AGE_SECONDS:
                 return
-            del self._stretches[place]
-            self._size -= oldest.size
+            del self._slices[place]
+            self._total_bytes -= oldest.size_bytes
 
     def clear(self) -> None:
         """Let go of all, when nobody reads on any more."""
-        self._stretches.clear()
-        self._size = 0
+        self._slices.clear()
+        self._total_bytes = 0

@@ -10,131 +10,150 @@ from msgspec import Struct
 
 from pgrealtime.changelog.base import Changelog
 from pgrealtime.errors import ChangelogError
-from pgrealtime.hub.catchup.replay_cache import Recent, standpoint
-from pgrealtime.hub.connections.batch import Batch
-from pgrealtime.hub.connections.connection import NO_PARTS, Connection, State, Subscription
+from pgrealtime.hub.catchup.replay_cache import CatchUpCache, catch_up_cache_key
+from pgrealtime.hub.connections.batch import MessageBatch
+from pgrealtime.hub.connections.connection import (
+    NO_MESSAGE_KEYS,
+    Connection,
+    ConnectionState,
+    Subscription,
+)
 from pgrealtime.hub.connections.send_budget import SendBudget
-from pgrealtime.hub.delivery.compose import Piece, compose_for, subscriptions_by_group
-from pgrealtime.hub.delivery.render import NOTHING_BESIDE, Beside, Sight
-from pgrealtime.hub.evaluation.evaluator import Verdict, causes_of, where
+from pgrealtime.hub.delivery.compose import (
+    ConnectionMessages,
+    compose_for_connection,
+    subscriptions_by_group,
+)
+from pgrealtime.hub.delivery.render import NO_ENRICHMENT, Enrichment, EnrichmentNeed
+from pgrealtime.hub.evaluation.evaluator import SliceResult, gap_xids, raise_location
 from pgrealtime.hub.evaluation.matcher import Group
 from pgrealtime.hub.events.event import Action, Event
-from pgrealtime.hub.events.slices import SLICE, Announcement, Slice, beginning, slices
-from pgrealtime.hub.live_reads.caller_check import CallerCheck, Checked, may_have_changed
+from pgrealtime.hub.events.slices import (
+    SLICE_CHANGES,
+    GapNotice,
+    Slice,
+    slice_prefix,
+    split_into_slices,
+)
+from pgrealtime.hub.live_reads.caller_check import (
+    CallerCheck,
+    CallerCheckResult,
+    may_account_have_changed,
+)
 from pgrealtime.hub.live_reads.row_history import RowHistory
-from pgrealtime.hub.state.callers import Identities, person_of
-from pgrealtime.hub.state.gaps import Gaps
-from pgrealtime.hub.state.progress import Course
+from pgrealtime.hub.state.callers import CallerTracker, account_of_caller
+from pgrealtime.hub.state.gaps import GapNotifier
+from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.rule_queries.slow_filters import IsolatedConnections, TimeBudget
 
 log = structlog.get_logger(__name__)
 
-REPLAYS_AT_ONCE = 16
+MAX_CONCURRENT_CATCH_UPS = 16
 
-_PIECE_BYTES = 256 * 1024
+_MAX_WRITE_BYTES = 256 * 1024
 """Handed to a connection at once, though more may wait for it: others of the loop have their turn
 between two pieces."""
 
 
-class _Judged(Struct):
+class _EvaluatedSlice(Struct):
     """A slice as it was judged for one connection, whose first change isn't handed out whole."""
 
-    part: Slice
+    slice: Slice
     events: Sequence[Event]
-    verdict: Verdict
-    beside: Beside
-    upto: Cursor
+    slice_result: SliceResult
+    enrichment: Enrichment
+    end_cursor: Cursor
     budget: TimeBudget
-    edition: int
+    revision: int
     subscriptions: Mapping[str, Subscription]
-    checked: Checked | None = None
+    checked: CallerCheckResult | None = None
     """What was found out about its caller, as far as that was asked."""
-    is_outdated: bool = False
+    is_caller_outdated: bool = False
     """Whether its caller is another by now."""
 
-    def is_of(self, connection: Connection, edition: int) -> bool:
+    def is_next_for(self, connection: Connection, revision: int) -> bool:
         """Whether it is what the connection must be handed next, by topics and rules of now."""
         return (
-            self.edition == edition
+            self.revision == revision
             and self.subscriptions is connection.subscriptions
-            and connection.is_within_change()
+            and connection.is_amid_change()
             and connection.cursor < self.events[0].cursor
-            and bool(connection.parts_sent_of(self.events[0].cursor))
+            and bool(connection.messages_sent_of(self.events[0].cursor))
         )
 
 
-class _Progress(Struct):
+class _CatchUpState(Struct):
     """How one connection's task goes on."""
 
-    at_once: int = SLICE
+    max_events: int = SLICE_CHANGES
     """Events that are tried next."""
     is_limited: bool = True
     """Whether filters have a limited time for them; not if that was too little for the last."""
-    judged: _Judged | None = None
+    unsent: _EvaluatedSlice | None = None
     """What is left of a change too large to be sent at once."""
-    too_large: int = 0
+    oversized_message_bytes: int = 0
     """Bytes of the next message, if there was no room for it."""
 
 
-class Replays:
+class CatchUpTasks:
     """One task for each connection that reads on; it ends when the connection is LIVE.
 
     Args:
         changelog: What is read.
-        course: Where the hub stands.
-        identities: Whose connections they are.
+        progress: Where the hub stands.
+        callers: Whose connections they are.
         isolated: Those whose filters are slow.
-        gaps: Tells of what can't be delivered.
-        history: Knows what was done to rows later.
-        at_once: Connections that are served at the same moment, and half as many isolated ones;
-            what they ask of the database must leave some of it to the others.
-        budget: How much may wait for connections.
+        gap_notifier: Tells of what can't be delivered.
+        row_history: Knows what was done to rows later.
+        max_concurrent: Connections that are served at the same moment, and half as many isolated
+            ones; what they ask of the database must leave some of it to the others.
+        send_budget: How much may wait for connections.
         stall_timeout: Seconds that one waits for room before the connection that takes most of
             it is dropped.
-        seen: Returns once readers see some transactions.
-        turn: Makes a connection's caller what an event makes of it.
-        end: Ends a connection, for a reason.
-        drop: Ends one that takes too little.
+        wait_until_visible: Returns once readers see some transactions.
+        apply_caller_change: Makes a connection's caller what an event makes of it.
+        close: Ends a connection, for a reason.
+        abort: Ends one that takes too little.
         clock: Monotonic seconds.
     """
 
     def __init__(
         self,
         changelog: Changelog,
-        course: Course,
-        identities: Identities,
+        progress: DispatchProgress,
+        callers: CallerTracker,
         isolated: IsolatedConnections,
-        gaps: Gaps,
+        gap_notifier: GapNotifier,
         *,
-        history: RowHistory,
-        at_once: int,
-        budget: SendBudget,
+        row_history: RowHistory,
+        max_concurrent: int,
+        send_budget: SendBudget,
         stall_timeout: float,
-        seen: Callable[[Iterable[Xid]], Awaitable[None]],
-        turn: Callable[[Connection, Event], None],
-        end: Callable[[Connection, str], None],
-        drop: Callable[[Connection], None],
+        wait_until_visible: Callable[[Iterable[Xid]], Awaitable[None]],
+        apply_caller_change: Callable[[Connection, Event], None],
+        close: Callable[[Connection, str], None],
+        abort: Callable[[Connection], None],
         clock: Callable[[], float],
     ) -> None:
         self._changelog = changelog
-        self._course = course
-        self._identities = identities
+        self._progress = progress
+        self._callers = callers
         self._isolated = isolated
-        self._gaps = gaps
-        self._history = history
-        self._budget = budget
+        self._gap_notifier = gap_notifier
+        self._row_history = row_history
+        self._send_budget = send_budget
         self._stall_timeout = stall_timeout
-        self._drop = drop
-        self._seen = seen
-        self._turn = turn
-        self._end = end
+        self._abort = abort
+        self._wait_until_visible = wait_until_visible
+        self._apply_caller_change = apply_caller_change
+        self._close = close
         self._clock = clock
         self._tasks: dict[Connection, asyncio.Task[None]] = {}
-        self._turns = asyncio.Semaphore(at_once)
-        self._isolated_turns = asyncio.Semaphore(max(1, at_once // 2))
-        self._recent = Recent(clock)
-        self._waiting: dict[Connection, bool] = {}
+        self._semaphore = asyncio.Semaphore(max_concurrent)
+        self._isolated_semaphore = asyncio.Semaphore(max(1, max_concurrent // 2))
+        self._cache = CatchUpCache(clock)
+        self._caught_up: dict[Connection, bool] = {}
         """Those that have read all there is: they wait for the slice being evaluated, or (True)
         must stay isolated."""
 
@@ -142,173 +161,182 @@ class Replays:
         """Let a connection in the state REPLAY read on."""
         if connection not in self._tasks:
             self._tasks[connection] = asyncio.create_task(
-                self._read_on(connection), name=f"replay {connection.id[:8]}"
+                self._run(connection), name=f"replay {connection.id[:8]}"
             )
 
     def stop(self, connection: Connection) -> None:
         """Forget a connection that has ended."""
-        self.hold(connection)
+        self.prevent_going_live(connection)
         task = self._tasks.pop(connection, None)
         if task is not None:
             task.cancel()
 
-    def hold(self, connection: Connection) -> None:
+    def prevent_going_live(self, connection: Connection) -> None:
         """Don't let it become LIVE: a call is at work on it."""
-        self._waiting.pop(connection, None)
+        self._caught_up.pop(connection, None)
 
-    def join_waiting(self) -> None:
+    def make_caught_up_live(self) -> None:
         """Nothing is being judged: make those LIVE who have read all there is."""
-        for connection in list(self._waiting):
+        for connection in list(self._caught_up):
             if connection not in self._tasks:
                 try:
-                    self._join(connection)
-                except Exception as error:  # noqa: BLE001 (as in _read_on)
-                    self._fail(connection, error)
+                    self._try_go_live(connection)
+                except Exception as error:  # noqa: BLE001 (as in _run)
+                    self._close_failed(connection, error)
 
-    def _join(self, connection: Connection) -> None:
+    def _try_go_live(self, connection: Connection) -> None:
         """Make LIVE a connection that has read all there is; or let it wait, or read on."""
-        course = self._course
-        if connection.state is not State.REPLAY:
-            self._waiting.pop(connection, None)
+        course = self._progress
+        if connection.state is not ConnectionState.CATCHING_UP:
+            self._caught_up.pop(connection, None)
             return
-        if course.is_deciding or connection.cursor > course.head:
+        if course.is_evaluating or connection.cursor > course.head:
             # The slice being judged was judged without its groups; it has read that one itself.
-            self._waiting.setdefault(connection, False)
+            self._caught_up.setdefault(connection, False)
         elif connection.cursor < course.head:
             self._tasks.pop(connection, None)
             self.start(connection)
         elif self._isolated.try_rejoin(connection):
-            self._waiting.pop(connection, None)
-            connection.state = State.LIVE
+            self._caught_up.pop(connection, None)
+            connection.state = ConnectionState.LIVE
             connection.is_live = True
-            if connection.wants_cursor:
-                connection.say_cursor(course.head)
-        elif not self._waiting.get(connection):
-            self._waiting[connection] = True
-            if connection.wants_cursor:
-                connection.say_cursor(course.head)
+            if connection.has_cursor_topic:
+                connection.write_cursor_event(course.head)
+        elif not self._caught_up.get(connection):
+            self._caught_up[connection] = True
+            if connection.has_cursor_topic:
+                connection.write_cursor_event(course.head)
 
     # --- one connection's task
 
-    async def _read_on(self, connection: Connection) -> None:
+    async def _run(self, connection: Connection) -> None:
         try:
-            await connection.sink.drain()
-            progress = _Progress()
-            while await self._read_slice(connection, progress):
-                if connection.sink.buffered() >= self._budget.counted:
-                    progress.judged = None  # it would keep a transaction in memory meanwhile
-                await connection.sink.drain()
-                if progress.too_large:
-                    await self._read_alone(connection, progress)
+            await connection.writer.drain()
+            progress = _CatchUpState()
+            while await self._deliver_next(connection, progress):
+                if connection.writer.buffered_bytes() >= self._send_budget.counted_from_bytes:
+                    progress.unsent = None  # it would keep a transaction in memory meanwhile
+                await connection.writer.drain()
+                if progress.oversized_message_bytes:
+                    await self._deliver_oversized(connection, progress)
                 await asyncio.sleep(0)
         except Exception as error:  # noqa: BLE001 (a fault of ours ends this connection only)
-            self._fail(connection, error)
+            self._close_failed(connection, error)
         finally:
             if self._tasks.get(connection) is asyncio.current_task():
                 del self._tasks[connection]
             if not self._tasks:
-                self._recent.clear()
+                self._cache.clear()
 
-    def _fail(self, connection: Connection, error: Exception) -> None:
-        log.error("replay.failed", error=type(error).__name__, at=where(error))
-        self._end(connection, "failed")  # its client comes back; silence would be a gap
+    def _close_failed(self, connection: Connection, error: Exception) -> None:
+        log.error("replay.failed", error=type(error).__name__, at=raise_location(error))
+        self._close(connection, "failed")  # its client comes back; silence would be a gap
 
-    async def _read_alone(self, connection: Connection, progress: _Progress) -> None:
+    async def _deliver_oversized(self, connection: Connection, state: _CatchUpState) -> None:
         """Hand on a message that is larger than what may wait for one: when there is room.
 
         One after the other, so that none waits for ever. Clients that leave no room for too long
         are dropped, those that take least of what they are sent first.
         """
-        async with self._budget.line:
-            while not await self._budget.has_room(progress.too_large, self._stall_timeout):
-                largest = self._budget.largest()
+        async with self._send_budget.oversized_lock:
+            while not await self._send_budget.wait_for_room(
+                state.oversized_message_bytes, self._stall_timeout
+            ):
+                largest = self._send_budget.largest_connection()
                 if largest is not None:
-                    self._drop(largest)
-            await self._read_slice(connection, progress)
+                    self._abort(largest)
+            await self._deliver_next(connection, state)
 
-    async def _read_slice(self, connection: Connection, progress: _Progress) -> bool:
+    async def _deliver_next(self, connection: Connection, state: _CatchUpState) -> bool:
         """Hand the connection what is next for it; return whether there is a next time."""
-        course = self._course
-        async with connection.turn:
-            if not connection.is_replaying() or self._opens_with_gap(connection):
+        course = self._progress
+        async with connection.lock:
+            if not connection.is_catching_up() or self._notify_pending_gap(connection):
                 return False
-            if self._hand_again(connection):
+            if self._deliver_cached(connection):
                 return True
-            if connection.cursor >= course.target:
-                self._join(connection)
+            if connection.cursor >= course.evaluation_target:
+                self._try_go_live(connection)
                 return False
             is_isolated = connection.is_isolated
-            async with self._isolated_turns if is_isolated else self._turns:
+            async with self._isolated_semaphore if is_isolated else self._semaphore:
                 # Looked at once more: others had their turn, perhaps from the same cursor.
-                if self._has_more(connection) and not self._hand_again(connection):
-                    await self._hand(connection, progress)
+                if self._has_more(connection) and not self._deliver_cached(connection):
+                    await self._deliver_slice(connection, state)
                     # At once, so that those who wait to ask the same needn't be late as well.
-                    if is_isolated and not progress.is_limited and self._has_more(connection):
-                        await self._hand(connection, progress)
+                    if is_isolated and not state.is_limited and self._has_more(connection):
+                        await self._deliver_slice(connection, state)
             return True
 
     def _has_more(self, connection: Connection) -> bool:
         """Whether there is more for it to read; it changes between awaits."""
-        return connection.is_replaying() and connection.cursor < self._course.target
+        return connection.is_catching_up() and connection.cursor < self._progress.evaluation_target
 
-    def _opens_with_gap(self, connection: Connection) -> bool:
+    def _notify_pending_gap(self, connection: Connection) -> bool:
         """Tell a gap that the submitted position lies in; return whether nothing may follow."""
-        if not connection.gap:
+        if not connection.pending_gap_reason:
             return False
-        reason, connection.gap = connection.gap, ""
-        self._gaps.tell(connection, Announcement(None, reason, connection.cursor))
-        return not connection.is_replaying()
+        reason, connection.pending_gap_reason = connection.pending_gap_reason, ""
+        self._gap_notifier.notify(connection, GapNotice(None, reason, connection.cursor))
+        return not connection.is_catching_up()
 
-    def _hand_again(self, connection: Connection) -> bool:
+    def _deliver_cached(self, connection: Connection) -> bool:
         """Deliver what another one that stood there was given a moment ago, if any."""
-        if connection.is_within_change():
+        if connection.is_amid_change():
             return False
-        stands = standpoint(connection, self._course.edition)
-        stretch = None if stands is None else self._recent.find(stands)
-        if stretch is None or stretch.upto > self._course.target:
+        stands = catch_up_cache_key(connection, self._progress.revision)
+        stretch = None if stands is None else self._cache.get(stands)
+        if stretch is None or stretch.end_cursor > self._progress.evaluation_target:
             return False
-        if not self._may_share(connection, stretch.checked):
+        if not self._may_use_cached(connection, stretch.checked):
             return False
-        if stretch.size > self._budget.limit():
+        if stretch.size_bytes > self._send_budget.limit_bytes():
             return False
-        self._isolated.record(connection, stretch.budget, stretch.events)
-        self._give(connection, stretch.events, stretch.batch)
-        connection.cursor = stretch.upto
-        if connection.wants_cursor:
-            connection.say_cursor(stretch.upto)
+        self._isolated.record_usage(connection, stretch.budget, stretch.events)
+        self._write_batch(connection, stretch.events, stretch.batch)
+        connection.cursor = stretch.end_cursor
+        if connection.has_cursor_topic:
+            connection.write_cursor_event(stretch.end_cursor)
         return True
 
-    def _give(
+    def _write_batch(
         self,
         connection: Connection,
         events: Sequence[Event],
-        batch: Batch,
-        hold: Cursor | None = None,
+        batch: MessageBatch,
+        position_limit: Cursor | None = None,
     ) -> None:
-        if batch.places:
-            connection.take(batch)
-            connection.write(connection.compose(events, hold))
-            connection.active_at = connection.written_at = self._clock()
-            self._budget.note(connection)
+        if batch.event_indexes:
+            connection.enqueue(batch)
+            connection.write(connection.encode_queued(events, position_limit))
+            connection.idle_since = connection.last_write_at = self._clock()
+            self._send_budget.update(connection)
 
-    def _part_for(self, connection: Connection) -> Slice:
+    def _next_slice(self, connection: Connection) -> Slice:
         """Return the next slice of what the connection has yet to read."""
         try:
-            entries = self._changelog.read(connection.cursor, self._course.target, SLICE)
+            entries = self._changelog.read(
+                connection.cursor, self._progress.evaluation_target, SLICE_CHANGES
+            )
         except ChangelogError:
             floor = self._changelog.floor
-            return Slice([], Announcement(None, "expired", floor), floor)
+            return Slice([], GapNotice(None, "expired", floor), floor)
 
         def turns(event: Event) -> bool:
             caller = connection.caller
-            return self._identities.caller_after(event, caller, connection.known) is not caller
+            return (
+                self._callers.caller_after(event, caller, connection.caller_read_point)
+                is not caller
+            )
 
         # Always the first: so all who stand at a cursor are given the same.
-        meaning = self._course.meaning
-        fits = meaning.shapes.fits
-        return next(slices(entries, connection.cursor, meaning.collections, turns, fits=fits))
+        meaning = self._progress.generation
+        fits = meaning.shape_checker.fits
+        return next(
+            split_into_slices(entries, connection.cursor, meaning.collections, turns, fits=fits)
+        )
 
-    async def _hand(self, connection: Connection, progress: _Progress) -> None:
+    async def _deliver_slice(self, connection: Connection, state: _CatchUpState) -> None:
         """Deliver a slice to one connection, or a piece of it: what its own topics may see of it.
 
         What lies beyond the dispatch task's own is left for later, so that it is judged either
@@ -316,143 +344,160 @@ class Replays:
         those of now, and what would be too much at once. What isn't handed out was judged in
         vain, so fewer events are tried the next time.
         """
-        edition = self._course.edition
-        stands = None if connection.is_within_change() else standpoint(connection, edition)
-        judged, progress.judged = progress.judged, None
-        if judged is None or not judged.is_of(connection, edition):
-            budget = self._isolated.budget(connection, is_limited=progress.is_limited)
-            judged = await self._judge(connection, progress.at_once, budget)
-            await self._see_causes(judged)
-            if not connection.is_replaying() or self._course.edition != edition:
+        edition = self._progress.revision
+        stands = None if connection.is_amid_change() else catch_up_cache_key(connection, edition)
+        judged, state.unsent = state.unsent, None
+        if judged is None or not judged.is_next_for(connection, edition):
+            budget = self._isolated.budget_for(connection, is_limited=state.is_limited)
+            judged = await self._evaluate(connection, state.max_events, budget)
+            await self._wait_for_gap_causes(judged)
+            if not connection.is_catching_up() or self._progress.revision != edition:
                 return
-            was_late = self._isolated.record(connection, budget, judged.events)
-            progress.is_limited = not was_late
-            if judged.verdict.late:
+            was_late = self._isolated.record_usage(connection, budget, judged.events)
+            state.is_limited = not was_late
+            if judged.slice_result.over_budget_groups:
                 # Of one event Postgres may know in time; else it is slow, and may be that.
-                progress.at_once = 1
+                state.max_events = 1
                 return
-        part, events, verdict = judged.part, judged.events, judged.verdict
-        limit = self._budget.limit()
-        piece = await self._compose(connection, judged, min(limit, _PIECE_BYTES))
-        if connection.is_ended or self._course.edition != edition:
+        part, events, verdict = judged.slice, judged.events, judged.slice_result
+        limit = self._send_budget.limit_bytes()
+        piece = await self._compose(connection, judged, min(limit, _MAX_WRITE_BYTES))
+        if connection.is_closed or self._progress.revision != edition:
             return
-        size, progress.too_large = piece.batch.size, 0
-        if size > limit and not self._budget.admits(size):
-            progress.too_large, progress.judged = size, judged
+        size, state.oversized_message_bytes = piece.batch.size_bytes, 0
+        if size > limit and not self._send_budget.admits(size):
+            state.oversized_message_bytes, state.unsent = size, judged
             return
-        if piece.parts:
-            self._give(connection, events, piece.batch, events[0].cursor)
-            connection.note_parts(events[0].cursor, piece.parts)
-            progress.judged = judged
+        if piece.sent_messages:
+            self._write_batch(connection, events, piece.batch, events[0].cursor)
+            connection.record_messages_sent(events[0].cursor, piece.sent_messages)
+            state.unsent = judged
             return
-        is_cut = piece.stop < len(events)
-        upto = events[piece.stop - 1].cursor if is_cut else judged.upto
-        unheard = verdict.unheard_in(events, range(piece.stop), piece.failed)
-        self._give(connection, events, piece.batch, self._gaps.held_at(connection, unheard))
-        is_plain = part.gap is None and not part.people
-        if stands is not None and is_plain and unheard is None and not judged.is_outdated:
-            self._recent.keep(
+        is_cut = piece.stop_index < len(events)
+        upto = events[piece.stop_index - 1].cursor if is_cut else judged.end_cursor
+        unheard = verdict.gap_in(events, range(piece.stop_index), piece.failed_indexes)
+        self._write_batch(
+            connection, events, piece.batch, self._gap_notifier.position_limit(connection, unheard)
+        )
+        is_plain = part.gap is None and not part.account_events
+        if stands is not None and is_plain and unheard is None and not judged.is_caller_outdated:
+            self._cache.store(
                 stands, events, piece.batch, upto, judged.budget, checked=judged.checked
             )
         connection.cursor = upto
-        connection.note_parts(upto, NO_PARTS)
-        gap = part.gap if part.gap is not None and part.gap.at <= upto else None
-        self._gaps.tell_all(connection, gap, unheard, upto)
-        if not is_cut and not connection.is_ended:
+        connection.record_messages_sent(upto, NO_MESSAGE_KEYS)
+        gap = part.gap if part.gap is not None and part.gap.cursor <= upto else None
+        self._gap_notifier.notify_slice(connection, gap, unheard, upto)
+        if not is_cut and not connection.is_closed:
             # Not before the gap: what may be missed is told to who might have heard it.
-            people = [event for event in part.people if event.cursor <= upto]
-            self._turn_all(connection, people, "delete")
+            people = [event for event in part.account_events if event.cursor <= upto]
+            self._apply_caller_changes(connection, people, "delete")
         # Nor this: who breaks off in between would come back from behind the gap.
-        if connection.wants_cursor and not connection.is_ended:
-            connection.say_cursor(upto)
-        progress.at_once = piece.stop if is_cut else min(SLICE, max(1, len(events)) * 2)
+        if connection.has_cursor_topic and not connection.is_closed:
+            connection.write_cursor_event(upto)
+        state.max_events = (
+            piece.stop_index if is_cut else min(SLICE_CHANGES, max(1, len(events)) * 2)
+        )
 
-    async def _compose(self, connection: Connection, judged: _Judged, bound: int) -> Piece:
+    async def _compose(
+        self, connection: Connection, evaluated: _EvaluatedSlice, max_bytes: int
+    ) -> ConnectionMessages:
         """Make so many bytes of messages; on return readers see the events that can't be shown."""
-        events = judged.events
-        piece = await compose_for(
-            self._course.meaning.display,
+        events = evaluated.events
+        piece = await compose_for_connection(
+            self._progress.generation.renderer,
             connection,
             events,
-            judged.verdict.hits,
-            judged.beside,
-            bound=bound,
+            evaluated.slice_result.hits,
+            evaluated.enrichment,
+            max_bytes=max_bytes,
         )
-        if piece.failed:
-            await self._seen(events[place].xid for place in piece.failed)
+        if piece.failed_indexes:
+            await self._wait_until_visible(events[place].xid for place in piece.failed_indexes)
         return piece
 
-    async def _see_causes(self, judged: _Judged) -> None:
+    async def _wait_for_gap_causes(self, evaluated: _EvaluatedSlice) -> None:
         """Wait until readers see what caused the gaps that are about to be told."""
-        gap = judged.part.gap
-        if gap is not None and gap.at > judged.upto:
+        gap = evaluated.slice.gap
+        if gap is not None and gap.cursor > evaluated.end_cursor:
             gap = None
-        subscribed = self._course.meaning.subscriptions
-        if causes := causes_of(gap, judged.events, judged.verdict, subscribed):
-            await self._seen(causes)
+        subscribed = self._progress.generation.subscription_counts
+        if causes := gap_xids(gap, evaluated.events, evaluated.slice_result, subscribed):
+            await self._wait_until_visible(causes)
 
-    def _turn_all(self, connection: Connection, people: Sequence[Event], action: Action) -> None:
-        for event in people:
+    def _apply_caller_changes(
+        self, connection: Connection, account_events: Sequence[Event], action: Action
+    ) -> None:
+        for event in account_events:
             if event.action == action:
-                self._turn(connection, event)
+                self._apply_caller_change(connection, event)
 
-    async def _judge(self, connection: Connection, at_once: int, budget: TimeBudget) -> _Judged:
+    async def _evaluate(
+        self, connection: Connection, max_events: int, budget: TimeBudget
+    ) -> _EvaluatedSlice:
         """Judge what is next for a connection: so many events, if there are."""
-        course = self._course
-        part = beginning(self._part_for(connection), at_once)
-        upto = min(part.upto, course.target)
+        course = self._progress
+        part = slice_prefix(self._next_slice(connection), max_events)
+        upto = min(part.end_cursor, course.evaluation_target)
         events = [event for event in part.events if event.cursor <= upto]
-        people = [event for event in part.people if event.cursor <= upto]
-        self._turn_all(connection, people, "update")
-        judged = _Judged(
+        people = [event for event in part.account_events if event.cursor <= upto]
+        self._apply_caller_changes(connection, people, "update")
+        judged = _EvaluatedSlice(
             part,
             events,
-            Verdict([()] * len(events)),
-            NOTHING_BESIDE,
+            SliceResult([()] * len(events)),
+            NO_ENRICHMENT,
             upto,
             budget,
-            course.edition,
+            course.revision,
             connection.subscriptions,
         )
         by_group = subscriptions_by_group(connection)
         if not events or not by_group:
             return judged
-        judge = course.meaning.judge
-        judged.verdict = await judge.judge(events, budget, by_group.keys())
+        judge = course.generation.evaluator
+        judged.slice_result = await judge.evaluate(events, budget, by_group.keys())
 
-        def sights(groups: Iterable[Group]) -> Iterable[Sight]:
-            return ((one.viewer, one.manager) for group in groups for one in by_group[group])
+        def sights(groups: Iterable[Group]) -> Iterable[EnrichmentNeed]:
+            return (
+                (one.expand_viewer, one.bound_manage_rule)
+                for group in groups
+                for one in by_group[group]
+            )
 
-        if not judged.verdict.late:
-            check = self._check_of(connection, events)
-            judged.beside = await judge.try_to_look_beside(events, judged.verdict, sights, check)
-            judged.checked = check.checked
-            judged.is_outdated = connection in check.outdated
-            seconds = judged.beside.related.seconds
+        if not judged.slice_result.over_budget_groups:
+            check = self._caller_check_for(connection, events)
+            judged.enrichment = await judge.try_enrich(events, judged.slice_result, sights, check)
+            judged.checked = check.result
+            judged.is_caller_outdated = connection in check.outdated_connections
+            seconds = judged.enrichment.related_records.load_seconds
             budget.spend(seconds)
-            viewers = (one.viewer for one in connection.subscriptions.values() if one.viewer)
-            course.meaning.display.note_seconds(viewers, seconds, len(events))
-            if outdated := check.outdated.get(connection):
-                judge.withhold(events, judged.verdict, judged.beside, outdated)
+            viewers = (
+                one.expand_viewer for one in connection.subscriptions.values() if one.expand_viewer
+            )
+            course.generation.renderer.record_expand_seconds(viewers, seconds, len(events))
+            if outdated := check.outdated_connections.get(connection):
+                judge.withhold_expands(events, judged.slice_result, judged.enrichment, outdated)
         return judged
 
-    def _check_of(self, connection: Connection, events: Sequence[Event]) -> CallerCheck:
+    def _caller_check_for(self, connection: Connection, events: Sequence[Event]) -> CallerCheck:
         """Return what finds out whether the connection's caller is another by now."""
         return CallerCheck(
-            self._identities,
-            self._course.meaning,
-            self._history,
+            self._callers,
+            self._progress.generation,
+            self._row_history,
             events=events,
-            connections=lambda _viewers, _groups: [connection],
+            find_connections=lambda _viewers, _groups: [connection],
         )
 
-    def _may_share(self, connection: Connection, checked: Checked | None) -> bool:
+    def _may_use_cached(self, connection: Connection, checked: CallerCheckResult | None) -> bool:
         """Whether what was read live for another one that stood there may be shown to this one."""
-        person = person_of(connection.caller)
+        person = account_of_caller(connection.caller)
         if checked is None or person is None:
             return True
-        collection = self._course.meaning.collections.get(person[0])
-        before = LSN(checked.commit - 1)
-        return checked.is_complete and (
-            collection is None or not may_have_changed(self._history, collection, person, before)
+        collection = self._progress.generation.collections.get(person[0])
+        before = LSN(checked.commit_lsn - 1)
+        return checked.is_changelog_complete and (
+            collection is None
+            or not may_account_have_changed(self._row_history, collection, person, before)
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from pgrealtime.hub.connections.connection import Connection
 
-COUNTED = 64 * 1024
+COUNTED_FROM_BYTES = 64 * 1024
 """Send buffers smaller than this many bytes aren't counted against the total, unless a connection
 may not have so much anyway (``SendBudget.counted``). Each connection may have so much waiting
 however much waits for others, so clients that keep up aren't affected by those that don't."""
@@ -33,41 +33,45 @@ class SendBudget:
     ``admits``.
 
     Args:
-        per_connection: Bytes that may wait for one connection, unless it is one larger message
-            (``realtime.send_buffer``).
-        total: Bytes that may wait for all slow connections together (``realtime.send_buffers``).
+        per_connection_bytes: Bytes that may wait for one connection, unless it is one larger
+            message (``realtime.send_buffer``).
+        total_bytes: Bytes that may wait for all slow connections together
+            (``realtime.send_buffers``).
         clock: Monotonic seconds.
 
     Attributes:
-        counted: ``COUNTED``, or ``per_connection`` if that is less.
+        counted_from_bytes: ``COUNTED_FROM_BYTES``, or ``per_connection`` if that is less.
     """
 
-    def __init__(self, *, per_connection: int, total: int, clock: Callable[[], float]) -> None:
-        self._per_connection = per_connection
-        self._total = total
+    def __init__(
+        self, *, per_connection_bytes: int, total_bytes: int, clock: Callable[[], float]
+    ) -> None:
+        self._per_connection_bytes = per_connection_bytes
+        self._total_bytes = total_bytes
         self._clock = clock
-        self.counted = min(COUNTED, per_connection)
+        self.counted_from_bytes = min(COUNTED_FROM_BYTES, per_connection_bytes)
         self._slow: dict[Connection, int] = {}
         """Slow connections, and the bytes in their send buffers as last read."""
-        self._waiting = 0
+        self._waiting_bytes = 0
         """The sum of ``_slow``."""
         self._refreshed_at = clock()
-        self.line = asyncio.Lock()
+        self.oversized_lock = asyncio.Lock()
         """A queue for messages that are larger than a connection's limit and not admitted yet.
 
-        ``Replays`` holds it from before ``has_room`` until the message is written. They are thus
-        served one at a time in order of arrival: ``has_room`` reserves nothing, and two that wait
+        ``CatchUpTasks`` holds it from before ``wait_for_room`` until the message is written. They
+        are thus served one at a time in order of arrival: ``wait_for_room`` reserves nothing, and
+        two that wait
         at once could each use the room the other waits for, or each drop a connection for it."""
 
     @property
-    def waiting(self) -> int:
+    def waiting_bytes(self) -> int:
         """Bytes in the send buffers of slow connections.
 
         As last read; what clients have read since then, 20 ms or longer ago, isn't deducted yet.
         """
-        return self._waiting
+        return self._waiting_bytes
 
-    def limit(self) -> int:
+    def limit_bytes(self) -> int:
         """Return how many bytes may wait for one connection now.
 
         The same for every connection: between ``counted`` and ``per_connection``, and the less the
@@ -75,17 +79,17 @@ class SendBudget:
         """
         if self._slow and self._clock() - self._refreshed_at >= _REFRESH_SECONDS:
             self._refresh()
-        free = self._total - self._waiting
-        return max(self.counted, min(self._per_connection, free // _FREE_DIVISOR))
+        free = self._total_bytes - self._waiting_bytes
+        return max(self.counted_from_bytes, min(self._per_connection_bytes, free // _FREE_DIVISOR))
 
-    def note(self, connection: Connection) -> None:
+    def update(self, connection: Connection) -> None:
         """Read a connection's send buffer; to be called after a write that may make it slow."""
-        waiting = connection.sink.buffered()
+        waiting = connection.writer.buffered_bytes()
         before = self._slow.pop(connection, 0)
-        if waiting >= self.counted:
+        if waiting >= self.counted_from_bytes:
             self._slow[connection] = waiting
-            self._waiting += waiting
-        self._waiting -= before
+            self._waiting_bytes += waiting
+        self._waiting_bytes -= before
 
     def admits(self, size: int) -> bool:
         """Return whether a single message may be written though it is larger than ``limit()``.
@@ -95,9 +99,9 @@ class SendBudget:
         never be written, and one nearly as large only once nothing waits for anybody. So all
         buffers may hold up to ``size - total // 2`` bytes more than the total.
         """
-        return self._waiting + min(size, self._total // 2) <= self._total
+        return self._waiting_bytes + min(size, self._total_bytes // 2) <= self._total_bytes
 
-    async def has_room(self, size: int, seconds: float) -> bool:
+    async def wait_for_room(self, size: int, timeout_seconds: float) -> bool:
         """Wait until a message is admitted.
 
         Reserves nothing: other connections may fill the room before the caller writes, who checks
@@ -107,7 +111,7 @@ class SendBudget:
             False if it wasn't admitted in time; the caller then drops the ``largest`` connection
             and waits again.
         """
-        end = self._clock() + seconds
+        end = self._clock() + timeout_seconds
         while not self.admits(size):
             if self._clock() >= end:
                 return False
@@ -115,24 +119,26 @@ class SendBudget:
             self._refresh()
         return True
 
-    def largest(self) -> Connection | None:
+    def largest_connection(self) -> Connection | None:
         """Return the connection with the largest send buffer, None if none is slow.
 
         It is the one to drop when a message has found no room for too long.
         """
         return max(self._slow, key=self._slow.__getitem__, default=None)
 
-    def forget(self, connection: Connection) -> None:
+    def remove(self, connection: Connection) -> None:
         """Deduct a dropped connection, whose send buffer was discarded with it.
 
         Not for one that was ended in order: the bytes left in its send buffer are still sent, and
         count until then.
         """
-        self._waiting -= self._slow.pop(connection, 0)
+        self._waiting_bytes -= self._slow.pop(connection, 0)
 
     def _refresh(self) -> None:
         """Read the send buffers of slow connections again; those that shrank are slow no more."""
         self._refreshed_at = self._clock()
-        found = {connection: connection.sink.buffered() for connection in self._slow}
-        self._slow = {one: waiting for one, waiting in found.items() if waiting >= self.counted}
-        self._waiting = sum(self._slow.values())
+        found = {connection: connection.writer.buffered_bytes() for connection in self._slow}
+        self._slow = {
+            one: waiting for one, waiting in found.items() if waiting >= self.counted_from_bytes
+        }
+        self._waiting_bytes = sum(self._slow.values())

@@ -8,322 +8,355 @@ from time import perf_counter
 
 from msgspec import Struct
 
-from pgrealtime.hub.connections.batch import Batch
-from pgrealtime.hub.connections.connection import NO_PARTS, Connection, Part, Subscription
-from pgrealtime.hub.delivery.render import Beside, Display, Showing, showing_of
-from pgrealtime.hub.evaluation.matcher import Audience, Group
+from pgrealtime.hub.connections.batch import MessageBatch
+from pgrealtime.hub.connections.connection import (
+    NO_MESSAGE_KEYS,
+    Connection,
+    MessageKey,
+    Subscription,
+)
+from pgrealtime.hub.delivery.render import (
+    Enrichment,
+    EventRendering,
+    RecordRenderer,
+    event_rendering,
+)
+from pgrealtime.hub.evaluation.matcher import Group, RenderGroup
 from pgrealtime.hub.events.event import Event
-from pgrealtime.rule_queries.filter_trials import MANY_TAKERS
-from pgrealtime.turns import RestingTurn, Turn
+from pgrealtime.rule_queries.filter_trials import MANY_CONNECTIONS
+from pgrealtime.turns import BackgroundYieldTimer, YieldTimer
 
-_AUDIENCE_BYTES = 256 * 1024
+_RENDER_GROUP_BYTES = 256 * 1024
 """Of one portion for one audience: by so much a send buffer overruns at most, one change aside."""
-_PORTION_BYTES = 16 * 1024 * 1024
+_COMPOSED_BYTES = 16 * 1024 * 1024
 """Of one portion for all audiences, within one change as well: what is more than that is composed
 for one connection after the other."""
 _CHANGE_BYTES = 1024 * 1024
 """Of one change for all audiences, above which it counts how much of that is for whom."""
 
 
-_NO_AUDIENCES: frozenset[Audience] = frozenset()
+_NO_RENDER_GROUPS: frozenset[RenderGroup] = frozenset()
 
 
-_VIEW_SECONDS = 0.02
+_FIELDS_SECONDS = 0.02
 """That what clients ask to see of records may take of a slice, and for each change some more."""
-_VIEW_SECONDS_OF_CHANGE = 0.002
-_DEAR_SECONDS = 0.002
+_FIELDS_SECONDS_PER_CHANGE = 0.002
+_EXPENSIVE_RECORD_SECONDS = 0.002
 """From which on one such record is dear."""
 
 
-class Portion(Struct):
+class ComposedMessages(Struct):
     """The messages of some of a slice's events."""
 
-    audiences: list[Audience]
+    render_groups: list[RenderGroup]
     """Each with its batch."""
-    mine: dict[Subscription, Batch]
+    own_record_batches: dict[Subscription, MessageBatch]
     """What some see more of than their audience, instead of the same messages of its batch."""
-    stop: int
+    stop_index: int
     """Place of the first event that isn't in it."""
-    failed: list[int]
+    failed_indexes: list[int]
     """Places of events that could not be shown to somebody who may hear of them."""
-    left_out: set[Connection]
+    excluded_connections: set[Connection]
     """For whom it doesn't have everything: they read it from the changelog, by themselves."""
-    late: set[Connection]
+    over_budget_connections: set[Connection]
     """Those of whom that is so since what clients ask to see of records took too long."""
-    dear: set[Connection]
+    expensive_connections: set[Connection]
     """Those who ask for what took so long."""
 
 
-class Composer:
+class MessageComposer:
     """Makes the messages of some events for each audience, and for who sees more than it.
 
     Args:
-        display: Makes each.
+        renderer: Makes each.
         events: The slice's.
         hits: Per event, the groups that may receive it.
-        beside: What is shown beside their rows.
-        send_buffer: Bytes that one connection may be sent of one change here.
+        enrichment: What is shown beside their rows.
+        send_buffer_bytes: Bytes that one connection may be sent of one change here.
     """
 
     def __init__(
         self,
-        display: Display,
+        renderer: RecordRenderer,
         events: Sequence[Event],
         hits: Sequence[Iterable[Group]],
-        beside: Beside,
+        enrichment: Enrichment,
         *,
-        send_buffer: int,
+        send_buffer_bytes: int,
     ) -> None:
-        self._display = display
+        self._renderer = renderer
         self._events = events
         self._hits = hits
-        self._beside = beside
-        self._send_buffer = send_buffer
-        self._turn = Turn()
-        self._seconds = 0.0
+        self._enrichment = enrichment
+        self._send_buffer_bytes = send_buffer_bytes
+        self._turn = YieldTimer()
+        self._fields_seconds = 0.0
         """That clients' ``fields`` took."""
-        self._most_seconds = _VIEW_SECONDS + _VIEW_SECONDS_OF_CHANGE * len(events)
-        self._see_entire = _NO_AUDIENCES
+        self._max_fields_seconds = _FIELDS_SECONDS + _FIELDS_SECONDS_PER_CHANGE * len(events)
+        self._live_row_render_groups = _NO_RENDER_GROUPS
         """Who is shown the event with the columns of a live row."""
-        self._portion = _empty()
-        self._size = self._largest = 0
+        self._composed = _no_messages()
+        self._composed_bytes = self._largest_batch_bytes = 0
         """Bytes of its messages, and of those of its largest batch."""
-        self._messages = self._of_change = 0
+        self._change_message_count = self._change_bytes = 0
         """Messages of the change that is being composed, and their bytes."""
 
-    async def portion(self, places: range) -> Portion:
+    async def compose(self, event_indexes: range) -> ComposedMessages:
         """Compose the events at some places, in turns with the loop's other users.
 
         It stops at the end of the places, or between two changes when it was too much for one
         connection or for the process. Whoever is to be sent too much of a single change is left
         out: a client may have a thousand topics that hear the same.
         """
-        self._portion = _empty()
-        self._size = self._largest = self._messages = self._of_change = 0
-        self._portion.stop = await self._compose(places)
-        self._portion.late |= self._portion.dear
-        self._portion.left_out |= self._portion.late
-        return self._portion
+        self._composed = _no_messages()
+        self._composed_bytes = self._largest_batch_bytes = self._change_message_count = (
+            self._change_bytes
+        ) = 0
+        self._composed.stop_index = await self._compose_events(event_indexes)
+        self._composed.over_budget_connections |= self._composed.expensive_connections
+        self._composed.excluded_connections |= self._composed.over_budget_connections
+        return self._composed
 
-    async def _compose(self, places: range) -> int:
+    async def _compose_events(self, event_indexes: range) -> int:
         events = self._events
-        for place in places:
+        for place in event_indexes:
             event = events[place]
-            if place == places.start or event.cursor != events[place - 1].cursor:
-                if self._largest >= _AUDIENCE_BYTES or self._size >= _PORTION_BYTES:
+            if place == event_indexes.start or event.cursor != events[place - 1].cursor:
+                if (
+                    self._largest_batch_bytes >= _RENDER_GROUP_BYTES
+                    or self._composed_bytes >= _COMPOSED_BYTES
+                ):
                     return place
-                self._messages = self._of_change = 0
-            showing = showing_of(event, place, self._beside)
-            receivers = [one for group in self._hits[place] for one in group.audiences]
-            if showing.entire is not None:
-                self._see_entire = _seeing_entire(showing, self._hits[place])
+                self._change_message_count = self._change_bytes = 0
+            showing = event_rendering(event, place, self._enrichment)
+            receivers = [one for group in self._hits[place] for one in group.render_groups]
+            if showing.live_row_rendering is not None:
+                self._live_row_render_groups = _render_groups_seeing_live_row(
+                    showing, self._hits[place]
+                )
             for count, audience in enumerate(receivers):
-                if self._of_change > _CHANGE_BYTES:
-                    await self._compose_some(showing, receivers, count)
+                if self._change_bytes > _CHANGE_BYTES:
+                    await self._compose_rest_of_event(showing, receivers, count)
                     break
                 self._add(showing, audience)
-                if count and self._turn.is_over():
+                if count and self._turn.is_due():
                     await self._turn.pause()
-            if self._turn.is_over():
+            if self._turn.is_due():
                 await self._turn.pause()
-        return places.stop
+        return event_indexes.stop
 
-    async def _compose_some(
-        self, showing: Showing, receivers: Sequence[Audience], count: int
+    async def _compose_rest_of_event(
+        self, rendering: EventRendering, render_groups: Sequence[RenderGroup], composed_count: int
     ) -> None:
         """Compose the rest of a change that is much altogether, for those whom it isn't for.
 
         Args:
-            showing: The event.
-            receivers: All who hear of it.
-            count: For how many of them it was composed already.
+            rendering: The event.
+            render_groups: All who hear of it.
+            composed_count: For how many of them it was composed already.
         """
-        topics = Counter(one.connection for audience in receivers for one in audience)
-        left_out = self._portion.left_out
-        average = self._of_change // max(self._messages, 1)
+        topics = Counter(one.connection for audience in render_groups for one in audience)
+        left_out = self._composed.excluded_connections
+        average = self._change_bytes // max(self._change_message_count, 1)
         for connection, number in topics.items():
-            if number > 1 and number * average > self._send_buffer:
+            if number > 1 and number * average > self._send_buffer_bytes:
                 left_out.add(connection)
 
-        def least(audience: Audience) -> int:
+        def least(audience: RenderGroup) -> int:
             return min((topics[one.connection] for one in audience), default=0)
 
         # Those with few topics first: the others may be why it is so much.
-        for audience in sorted(receivers[count:], key=least):
+        for audience in sorted(render_groups[composed_count:], key=least):
             takers = [one.connection for one in audience]
             if left_out.issuperset(takers):
                 continue
-            if self._of_change > _PORTION_BYTES:
+            if self._change_bytes > _COMPOSED_BYTES:
                 left_out.update(takers)
                 continue
-            self._add(showing, audience)
-            if self._turn.is_over():
+            self._add(rendering, audience)
+            if self._turn.is_due():
                 await self._turn.pause()
 
-    def _add(self, showing: Showing, audience: Audience) -> None:
-        if audience.receives[1].fields is None:
-            self._add_message(showing, audience)
+    def _add(self, rendering: EventRendering, render_group: RenderGroup) -> None:
+        if render_group.render_key[1].fields is None:
+            self._add_message(rendering, render_group)
         else:
-            self._add_limited(showing, audience)
+            self._add_within_fields_budget(rendering, render_group)
 
-    def _add_limited(self, showing: Showing, audience: Audience) -> None:
+    def _add_within_fields_budget(
+        self, rendering: EventRendering, render_group: RenderGroup
+    ) -> None:
         """Add the message of a record whose ``fields`` a client chose, if there is time for it."""
-        takers = [one.connection for one in audience if one.connection.is_live]
+        takers = [one.connection for one in render_group if one.connection.is_live]
         if not takers:
             return  # they read by themselves, and for them it is made there
-        if len(takers) >= MANY_TAKERS:
-            self._add_message(showing, audience)
-        elif self._seconds >= self._most_seconds:
-            self._portion.late.update(takers)
+        if len(takers) >= MANY_CONNECTIONS:
+            self._add_message(rendering, render_group)
+        elif self._fields_seconds >= self._max_fields_seconds:
+            self._composed.over_budget_connections.update(takers)
         else:
             began = perf_counter()
-            self._add_message(showing, audience)
+            self._add_message(rendering, render_group)
             seconds = perf_counter() - began
-            self._seconds += seconds
-            if seconds >= _DEAR_SECONDS:
-                self._portion.dear.update(takers)
+            self._fields_seconds += seconds
+            if seconds >= _EXPENSIVE_RECORD_SECONDS:
+                self._composed.expensive_connections.update(takers)
 
-    def _add_message(self, showing: Showing, audience: Audience) -> None:
-        place, portion, batch = showing.place, self._portion, audience.batch
-        if batch is None or audience.portion is not portion:
+    def _add_message(self, rendering: EventRendering, render_group: RenderGroup) -> None:
+        place, portion, batch = rendering.event_index, self._composed, render_group.batch
+        if batch is None or render_group.composed_in is not portion:
             # What another portion left behind, when it failed, is no part of this one.
-            batch = audience.batch = Batch()
-            audience.portion = portion
-            portion.audiences.append(audience)
-        if showing.entire is not None and audience in self._see_entire:
-            showing = showing.entire
-        tail = self._display.tail(showing, audience.receives)
+            batch = render_group.batch = MessageBatch()
+            render_group.composed_in = portion
+            portion.render_groups.append(render_group)
+        if (
+            rendering.live_row_rendering is not None
+            and render_group in self._live_row_render_groups
+        ):
+            rendering = rendering.live_row_rendering
+        tail = self._renderer.render_message(rendering, render_group.render_key)
         if not tail:
-            portion.failed.append(place)
+            portion.failed_indexes.append(place)
             return
         batch.add(place, tail)
         size = len(tail)
-        if batch.size > self._largest:  # noqa: PLR1730 (for each message; max() takes thrice as long)
-            self._largest = batch.size
-        for owner in audience.owners(showing.event.record_id):
-            own = self._display.tail(showing, audience.receives, is_own=True)
-            portion.mine.setdefault(owner, Batch()).add(place, own)
+        if batch.size_bytes > self._largest_batch_bytes:  # noqa: PLR1730 (for each message; max() takes thrice as long)
+            self._largest_batch_bytes = batch.size_bytes
+        for owner in render_group.subscriptions_of_owner(rendering.event.record_id):
+            own = self._renderer.render_message(
+                rendering, render_group.render_key, is_own_record=True
+            )
+            portion.own_record_batches.setdefault(owner, MessageBatch()).add(place, own)
             size += len(own)
-        self._size += size
-        self._of_change += size
-        self._messages += 1
+        self._composed_bytes += size
+        self._change_bytes += size
+        self._change_message_count += 1
 
 
-def _empty() -> Portion:
-    return Portion([], {}, 0, [], set(), set(), set())
+def _no_messages() -> ComposedMessages:
+    return ComposedMessages([], {}, 0, [], set(), set(), set())
 
 
-def _seeing_entire(showing: Showing, hits: Iterable[Group]) -> frozenset[Audience]:
-    groups = (group for group in hits if group in showing.groups)
-    return frozenset(audience for group in groups for audience in group.audiences)
+def _render_groups_seeing_live_row(
+    rendering: EventRendering, hits: Iterable[Group]
+) -> frozenset[RenderGroup]:
+    groups = (group for group in hits if group in rendering.live_row_groups)
+    return frozenset(audience for group in groups for audience in group.render_groups)
 
 
-def hand_out(portion: Portion, events: Sequence[Event]) -> list[Connection]:
+def enqueue_messages(composed: ComposedMessages, events: Sequence[Event]) -> list[Connection]:
     """Give each audience's batch to its LIVE connections, the same object wherever it fits.
 
     Returns:
         The connections that took something, and those that are left out of the portion.
     """
-    touched: list[Connection] = [one for one in portion.left_out if one.is_live]
-    for audience in portion.audiences:
-        shared, audience.batch, audience.portion = audience.batch, None, None
-        if shared is None or not shared.places:
+    touched: list[Connection] = [one for one in composed.excluded_connections if one.is_live]
+    for audience in composed.render_groups:
+        shared, audience.batch, audience.composed_in = audience.batch, None, None
+        if shared is None or not shared.event_indexes:
             continue
         for subscription in audience:
             connection = subscription.connection
-            if not connection.is_live or connection in portion.left_out:
+            if not connection.is_live or connection in composed.excluded_connections:
                 continue
-            batch = _own(shared, subscription, events, portion.mine)
-            if batch.places and connection.take(batch):
+            batch = _batch_for_subscription(
+                shared, subscription, events, composed.own_record_batches
+            )
+            if batch.event_indexes and connection.enqueue(batch):
                 touched.append(connection)
     return touched
 
 
-def _own(
-    shared: Batch,
+def _batch_for_subscription(
+    shared_batch: MessageBatch,
     subscription: Subscription,
     events: Sequence[Event],
-    mine: Mapping[Subscription, Batch],
-) -> Batch:
-    batch = shared
-    if subscription in mine:
-        messages = {**dict(shared.messages()), **dict(mine[subscription].messages())}
-        batch = Batch(messages.items())
-    barrier = subscription.barrier
+    own_record_batches: Mapping[Subscription, MessageBatch],
+) -> MessageBatch:
+    batch = shared_batch
+    if subscription in own_record_batches:
+        messages = {
+            **dict(shared_batch.messages()),
+            **dict(own_record_batches[subscription].messages()),
+        }
+        batch = MessageBatch(messages.items())
+    barrier = subscription.read_point
     if barrier is None:
         return batch
-    return Batch(
+    return MessageBatch(
         (place, tail)
         for place, tail in batch.messages()
-        if barrier.admits(events[place].xid, events[place].cursor.lsn)
+        if barrier.predates(events[place].xid, events[place].cursor.lsn)
     )
 
 
-class Piece(Struct):
+class ConnectionMessages(Struct):
     """The messages that one connection is sent next."""
 
-    batch: Batch
-    stop: int
+    batch: MessageBatch
+    stop_index: int
     """Of how many of the events they are all. The batch ends with one of these events, or it has
     nothing but messages of the first change."""
-    failed: list[int]
+    failed_indexes: list[int]
     """Places of events that could not be shown to it."""
-    parts: set[Part] = set()
+    sent_messages: set[MessageKey] = set()
     """If not all of the first change is in the batch: what of it was sent by now."""
 
 
-async def compose_for(
-    display: Display,
+async def compose_for_connection(
+    renderer: RecordRenderer,
     connection: Connection,
     events: Sequence[Event],
     hits: Sequence[Iterable[Group]],
-    beside: Beside,
+    enrichment: Enrichment,
     *,
-    bound: int,
-) -> Piece:
+    max_bytes: int,
+) -> ConnectionMessages:
     """Make the messages for one connection's subscriptions, in turns with the loop's other users.
 
     Args:
-        display: Makes each.
+        renderer: Makes each.
         connection: The connection; of the first change it isn't sent again what it was sent.
         events: The slice's.
         hits: Per event, the groups that may receive it.
-        beside: What is shown beside their rows.
-        bound: Bytes that are enough. Only the first change is torn apart for it, and never a
+        enrichment: What is shown beside their rows.
+        max_bytes: Bytes that are enough. Only the first change is torn apart for it, and never a
             message.
     """
-    turn = RestingTurn() if connection.is_isolated else Turn()
-    batch = Batch()
-    sent = connection.parts_sent_of(events[0].cursor) if events else NO_PARTS
+    turn = BackgroundYieldTimer() if connection.is_isolated else YieldTimer()
+    batch = MessageBatch()
+    sent = connection.messages_sent_of(events[0].cursor) if events else NO_MESSAGE_KEYS
     parts = set(sent)
     failed: list[int] = []
-    showing: Showing | None = None
-    for first, place, subscription in _heard(connection, events, hits):
-        event, part = events[place], (place - first, subscription.name)
+    showing: EventRendering | None = None
+    for first, place, subscription in _subscription_hits(connection, events, hits):
+        event, part = events[place], (place - first, subscription.topic_bytes)
         if not first and part in sent:
             continue
-        if batch.size >= bound:
+        if batch.size_bytes >= max_bytes:
             if not first:
-                return Piece(batch, 0, failed, parts)
-            return Piece(batch.upto(first), first, [place for place in failed if place < first])
-        if showing is None or showing.place != place:
-            showing = showing_of(event, place, beside)
+                return ConnectionMessages(batch, 0, failed, parts)
+            return ConnectionMessages(
+                batch.messages_before(first), first, [place for place in failed if place < first]
+            )
+        if showing is None or showing.event_index != place:
+            showing = event_rendering(event, place, enrichment)
         shown = showing
-        if showing.entire is not None and subscription.group in showing.groups:
-            shown = showing.entire
-        is_own = subscription.own_id == event.record_id
-        if tail := display.tail(shown, subscription.receives, is_own=is_own):
+        if showing.live_row_rendering is not None and subscription.group in showing.live_row_groups:
+            shown = showing.live_row_rendering
+        is_own = subscription.own_record_id == event.record_id
+        if tail := renderer.render_message(shown, subscription.render_key, is_own_record=is_own):
             batch.add(place, tail)
             if not first:
                 parts.add(part)
         else:
             failed.append(place)
-        if turn.is_over():
+        if turn.is_due():
             await turn.pause()
-    return Piece(batch, len(events), failed)
+    return ConnectionMessages(batch, len(events), failed)
 
 
-def _heard(
+def _subscription_hits(
     connection: Connection, events: Sequence[Event], hits: Sequence[Iterable[Group]]
 ) -> Iterator[tuple[int, int, Subscription]]:
     """Yield who hears of which event, after the place at which the event's change begins."""
@@ -334,8 +367,8 @@ def _heard(
             first = place
         for group in groups:
             for subscription in by_group.get(group, ()):
-                barrier = subscription.barrier
-                if barrier is None or barrier.admits(event.xid, event.cursor.lsn):
+                barrier = subscription.read_point
+                if barrier is None or barrier.predates(event.xid, event.cursor.lsn):
                     yield first, place, subscription
 
 

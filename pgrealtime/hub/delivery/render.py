@@ -18,161 +18,184 @@ from msgspec import Struct
 from pgrealtime.auth.principal import Superuser
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections
-from pgrealtime.config.model import HiddenFields
-from pgrealtime.expand.load import Check, Enter, Expander, Reading, Related, Wanted
-from pgrealtime.expand.plan import Node, Plan, Viewer, Viewers, junction_steps
-from pgrealtime.hub.connections.connection import Receives, Subscription
+from pgrealtime.config.model import HiddenFieldsMode
+from pgrealtime.expand.load import (
+    CheckViewers,
+    ExpandRequest,
+    LoadLiveRows,
+    ReadSession,
+    RelatedRecordLoader,
+    RelatedRecords,
+)
+from pgrealtime.expand.plan import (
+    ExpandCompiler,
+    ExpandPlan,
+    ExpandViewer,
+    RecordNode,
+    junction_hops,
+)
+from pgrealtime.hub.connections.connection import RenderKey, Subscription
 from pgrealtime.hub.evaluation.matcher import Group
-from pgrealtime.hub.evaluation.point_evaluation import Looking
+from pgrealtime.hub.evaluation.point_evaluation import PointEvaluation
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.live_reads.row_history import RowHistory
 from pgrealtime.lsn import Xid
 from pgrealtime.protocol.frame import event_tail
-from pgrealtime.records.encode import RecordEncoder, View, encoder, unshowable
-from pgrealtime.rule_queries.executor import Asked
-from pgrealtime.rule_queries.filter_trials import MANY_TAKERS
-from pgrealtime.rules.engine.before_state import Pasts, tables_of
-from pgrealtime.rules.engine.plan import Bound, Planner, moment
-from pgrealtime.rules.language.request import Request
+from pgrealtime.records.encode import RecordEncoder, View, compile_encoder, unencodable_column
+from pgrealtime.rule_queries.executor import PendingEvaluation
+from pgrealtime.rule_queries.filter_trials import MANY_CONNECTIONS
+from pgrealtime.rules.engine.before_state import BeforeStates, reachable_tables
+from pgrealtime.rules.engine.plan import BoundPredicate, RuleCompiler, macro_values_at
+from pgrealtime.rules.language.request import RuleRequest
 
 log = structlog.get_logger(__name__)
 
 _EXPAND_SECONDS = 0.01
 """That the related records of all others may take of a slice, and for each change some more."""
-_EXPAND_SECONDS_OF_CHANGE = 0.001
-_ENCODERS = 1024
+_EXPAND_SECONDS_PER_CHANGE = 0.001
+_MAX_ENCODERS = 1024
 _NO_IDS: Mapping[str, Sequence[str]] = MappingProxyType({})
 
-Sight: TypeAlias = tuple[Viewer | None, Bound | None]
+EnrichmentNeed: TypeAlias = tuple[ExpandViewer | None, BoundPredicate | None]
 """What a subscription's records show beside their rows: to whom, and who manages them."""
 
 
-class Entire(Struct):
+class LiveRowEvent(Struct):
     """An event whose row has the columns of a live row where it lacks its own."""
 
     event: Event
     groups: frozenset[Group]
     """Who may see the live row."""
-    ids: Mapping[str, Sequence[str]] | None = None
+    live_junction_ids: Mapping[str, Sequence[str]] | None = None
     """By field, where the live row leads through junction tables, if it isn't known where the
     event's own did."""
 
 
-class Beside(Struct):
+class Enrichment(Struct):
     """What was found out about a slice's events beside their rows."""
 
-    looking: Looking[int]
+    manage_evaluation: PointEvaluation[int]
     """By place, what the managers asked."""
-    related: Related
-    entire: Mapping[int, Entire] = {}
+    related_records: RelatedRecords
+    live_row_events: Mapping[int, LiveRowEvent] = {}
     """By place, rows with more columns than are known of the event."""
-    late: frozenset[Viewer] = frozenset()
+    excluded_viewers: frozenset[ExpandViewer] = frozenset()
     """Viewers whose related records took too long: they are served apart."""
 
 
-NOTHING_BESIDE = Beside(Looking(moment(datetime.now(UTC))), Related())
+NO_ENRICHMENT = Enrichment(PointEvaluation(macro_values_at(datetime.now(UTC))), RelatedRecords())
 
 
-class Showing(Struct):
+class EventRendering(Struct):
     """An event that is being shown to those who hear of it."""
 
     event: Event
-    place: int
-    beside: Beside
-    records: dict[tuple[View, Viewer | None], bytes] = {}
+    event_index: int
+    enrichment: Enrichment
+    rendered_records: dict[tuple[View, ExpandViewer | None], bytes] = {}
     """Its record as it was made for who sees what."""
-    entire: Showing | None = None
+    live_row_rendering: EventRendering | None = None
     """With the columns of a live row as well."""
-    groups: Container[Group] = ()
+    live_row_groups: Container[Group] = ()
     """Those that see it so."""
-    ids: Mapping[str, Sequence[str]] | None = None
+    live_junction_ids: Mapping[str, Sequence[str]] | None = None
     """Instead of the event's ids in junction tables."""
 
-    def is_managed(self, manager: Bound) -> bool:
+    def satisfies_manage_predicate(self, manage_predicate: BoundPredicate) -> bool:
         """Whether the record's address is shown to them."""
-        return manager in self.beside.looking.admitted(self.place)
+        return manage_predicate in self.enrichment.manage_evaluation.satisfied_predicates(
+            self.event_index
+        )
 
 
-def showing_of(event: Event, place: int, beside: Beside) -> Showing:
+def event_rendering(event: Event, event_index: int, enrichment: Enrichment) -> EventRendering:
     """Return the event as it is being shown."""
-    entire = beside.entire.get(place) if beside.entire else None
+    entire = enrichment.live_row_events.get(event_index) if enrichment.live_row_events else None
     if entire is None:
-        return Showing(event, place, beside)
-    shown = Showing(entire.event, place, beside, ids=entire.ids)
-    return Showing(event, place, beside, entire=shown, groups=entire.groups)
+        return EventRendering(event, event_index, enrichment)
+    shown = EventRendering(
+        entire.event, event_index, enrichment, live_junction_ids=entire.live_junction_ids
+    )
+    return EventRendering(
+        event, event_index, enrichment, live_row_rendering=shown, live_row_groups=entire.groups
+    )
 
 
-class Asking(Protocol):
+class EnrichmentQueries(Protocol):
     """What is needed of ``hub.probe`` to show more than rows."""
 
-    async def ask(self, judging: Asked) -> frozenset[str]:
+    async def answer_questions(self, evaluation: PendingEvaluation) -> frozenset[str]:
         """Find out what the judging wants to know, until nothing is left to ask."""
         ...
 
-    def reading(
-        self, xids: frozenset[Xid], seconds: float | None = None
-    ) -> AbstractAsyncContextManager[Reading]:
+    def read_session(
+        self, xids: frozenset[Xid], max_seconds: float | None = None
+    ) -> AbstractAsyncContextManager[ReadSession]:
         """Open a snapshot for several questions."""
         ...
 
 
-class Display:
+class RecordRenderer:
     """Shows events as one set of collections says; another set has another display.
 
     Args:
-        probe: Where related records are asked for.
+        queries: Where related records are asked for.
         collections: What there is.
-        planner: Binds manage rules and the view rules of what is expanded.
+        compiler: Binds manage rules and the view rules of what is expanded.
         nulls: How NULL is shown.
         hidden: Who may expand a hidden relation.
-        on_doubt: Told when a row doesn't fit what the catalogue says of its table.
-        history: Knows what was done to junction tables later.
+        on_schema_mismatch: Told when a row doesn't fit what the catalogue says of its table.
+        row_history: Knows what was done to junction tables later.
 
     Attributes:
-        expanding: Subscriptions that want related records.
+        expanding_count: Subscriptions that want related records.
     """
 
     def __init__(
         self,
-        probe: Asking,
+        queries: EnrichmentQueries,
         collections: Collections,
-        planner: Planner,
+        compiler: RuleCompiler,
         *,
         nulls: Literal["null", "zero"],
-        hidden: HiddenFields = "strict",
-        on_doubt: Callable[[], None],
-        history: RowHistory | None = None,
+        hidden: HiddenFieldsMode = "strict",
+        on_schema_mismatch: Callable[[], None],
+        row_history: RowHistory | None = None,
     ) -> None:
-        self._probe = probe
+        self._queries = queries
         self._collections = collections
-        self._planner = planner
+        self._compiler = compiler
         self._nulls: Literal["null", "zero"] = nulls
-        self._on_doubt = on_doubt
-        self._viewers = Viewers(collections, planner, hidden=hidden)
-        self._expander = Expander(probe, collections, self._show, history)
-        self._pasts = Pasts(tables_of(collections))
-        self._rich = frozenset(
+        self._on_schema_mismatch = on_schema_mismatch
+        self._expand_compiler = ExpandCompiler(collections, compiler, hidden=hidden)
+        self._related_loader = RelatedRecordLoader(
+            queries, collections, self._render_node, row_history
+        )
+        self._before_states = BeforeStates(reachable_tables(collections))
+        self._enriched_collections = frozenset(
             one.name
             for one in collections.values()
-            if one.manage_rule is not None or junction_steps(collections, one)
+            if one.manage_rule is not None or junction_hops(collections, one)
         )
         """Collections whose records show more than their rows."""
-        self.expanding = 0
-        self._quick_plans: WeakSet[Plan] = WeakSet()
+        self.expanding_count = 0
+        self._quick_plans: WeakSet[ExpandPlan] = WeakSet()
         """The ``expand`` options that were quick when nobody waited, and not late since."""
         # Views hold what clients wrote as fields: bounded, so that nobody can fill the memory.
-        self._encoder = lru_cache(maxsize=_ENCODERS)(self._make_encoder)
+        self._encoder = lru_cache(maxsize=_MAX_ENCODERS)(self._make_encoder)
 
-    def viewer(self, collection: Collection, request: Request, own: Row | None) -> Viewer | None:
+    def compile_expand(
+        self, collection: Collection, request: RuleRequest, own_row: Row | None
+    ) -> ExpandViewer | None:
         """Return who the subscriber is to related records; None if it wants none."""
-        return self._viewers.viewer(collection, request, own)
+        return self._expand_compiler.compile_expand(collection, request, own_row)
 
-    def view(
+    def set_subscription_view(
         self,
         subscription: Subscription,
         collection: Collection,
-        request: Request,
-        own: Row | None,
+        request: RuleRequest,
+        own_row: Row | None,
     ) -> None:
         """Say what the subscriber sees of the collection's records.
 
@@ -180,7 +203,7 @@ class Display:
             subscription: Whose view it is.
             collection: That its topic is about.
             request: The subscriber.
-            own: Columns of its own row; None if there is none, or rules ask for none.
+            own_row: Columns of its own row; None if there is none, or rules ask for none.
 
         Raises:
             RuleError: The manage rule can't be used.
@@ -189,165 +212,194 @@ class Display:
         subscription.view = View(
             sees_hidden=is_superuser, sees_email=is_superuser, fields=request.query.get("fields")
         )
-        subscription.viewer = subscription.manager = None
+        subscription.expand_viewer = subscription.bound_manage_rule = None
         if "expand" in request.query:
-            subscription.viewer = self._viewers.viewer(collection, request, own)
+            subscription.expand_viewer = self._expand_compiler.compile_expand(
+                collection, request, own_row
+            )
         if collection.manage_rule is not None and not is_superuser:
-            bound = self._planner.bind(collection, collection.manage_rule, request, own)
-            subscription.manager = bound if isinstance(bound, Bound) else None
+            bound = self._compiler.bind_caller(collection, collection.manage_rule, request, own_row)
+            subscription.bound_manage_rule = bound if isinstance(bound, BoundPredicate) else None
 
-    def has_more_to_show(self, events: Sequence[Event]) -> bool:
+    def needs_enrichment(self, events: Sequence[Event]) -> bool:
         """Whether anything may be shown beside the events' rows."""
-        rich = self._rich
-        return bool(self.expanding) or (
+        rich = self._enriched_collections
+        return bool(self.expanding_count) or (
             bool(rich) and any(event.collection.name in rich for event in events)
         )
 
-    async def look_beside(
+    async def enrich(
         self,
         events: Sequence[Event],
-        judged: Sequence[Iterable[Group]],
-        sights: Callable[[Iterable[Group]], Iterable[Sight]],
-        partial: Sequence[int] = (),
-        enter: Enter | None = None,
+        hits: Sequence[Iterable[Group]],
+        find_needs: Callable[[Iterable[Group]], Iterable[EnrichmentNeed]],
+        partial_row_indexes: Sequence[int] = (),
+        load_live_rows: LoadLiveRows | None = None,
         *,
-        check: Check | None = None,
+        check_viewers: CheckViewers | None = None,
         is_shared: bool,
-    ) -> Beside:
+    ) -> Enrichment:
         """Find out what else is shown of the events' records, and to whom.
 
         Args:
             events: The slice's.
-            judged: Who hears of them.
-            sights: What those of some groups want to see whom this is done for.
-            partial: Places of events whose rows lack columns.
-            enter: Told of which events it isn't known what they held.
-            check: Told for whom something was expanded.
+            hits: Who hears of them.
+            find_needs: What those of some groups want to see whom this is done for.
+            partial_row_indexes: Places of events whose rows lack columns.
+            load_live_rows: Told of which events it isn't known what they held.
+            check_viewers: Told for whom something was expanded.
             is_shared: Whether all connections wait for it. Then an ``expand`` that few of them
                 ask for is done only if it was quick before, and may take a short time only.
         """
-        if not partial and not self.has_more_to_show(events):
-            return NOTHING_BESIDE
+        if not partial_row_indexes and not self.needs_enrichment(events):
+            return NO_ENRICHMENT
         xids = frozenset(event.xid for event in events)
-        looking: Looking[int] = Looking(moment(datetime.now(UTC)), xids)
-        wanted: list[Wanted] = []
+        looking: PointEvaluation[int] = PointEvaluation(macro_values_at(datetime.now(UTC)), xids)
+        wanted: list[ExpandRequest] = []
         asked: set[int] = set()
-        self._pasts.begin_batch()
-        heard = [place for place, groups in enumerate(judged) if groups]
+        self._before_states.begin_batch()
+        heard = [place for place, groups in enumerate(hits) if groups]
         for place in heard:
             event = events[place]
-            found = list(sights(judged[place]))
+            found = list(find_needs(hits[place]))
             wanted += ((place, viewer) for viewer, _ in found if viewer is not None)
             if event.collection.manage_rule is not None and event.hides_email:
-                past = self._pasts.of(event.changes) if event.action == "delete" else None
+                past = (
+                    self._before_states.state_before(event.transaction_changes)
+                    if event.action == "delete"
+                    else None
+                )
                 bounds = {manager for _, manager in found if manager is not None}
                 asked.add(place)
-                looking.consider(place, event.collection, event.row, bounds, past)
-        unanswered = await self._probe.ask(looking)
-        partial = [place for place in partial if judged[place]]
-        few: list[Wanted] = []
+                looking.add(place, event.collection, event.row, bounds, past)
+        unanswered = await self._queries.answer_questions(looking)
+        partial_row_indexes = [place for place in partial_row_indexes if hits[place]]
+        few: list[ExpandRequest] = []
         if is_shared and wanted:
-            many = _plans_of_many(judged)
+            many = _widely_used_plans(hits)
             few = [one for one in wanted if one[1].plan not in many]
             wanted = [one for one in wanted if one[1].plan in many]
-        related = await self._expander.related(
-            events, heard, wanted, partial, enter=enter, check=check
+        related = await self._related_loader.load_for_events(
+            events,
+            heard,
+            wanted,
+            partial_row_indexes,
+            load_live_rows=load_live_rows,
+            check_viewers=check_viewers,
         )
-        late: frozenset[Viewer] = frozenset()
+        late: frozenset[ExpandViewer] = frozenset()
         if few:
             quick = [one for one in few if one[1].plan in self._quick_plans]
             late = frozenset(viewer for _, viewer in few if viewer.plan not in self._quick_plans)
-            expanded: Related | None = Related()
+            expanded: RelatedRecords | None = RelatedRecords()
             if quick:
-                expanded = await self._expand_quickly(events, quick, partial, check)
+                expanded = await self._load_quick_expands(
+                    events, quick, partial_row_indexes, check_viewers
+                )
             if expanded is None:
                 late |= {viewer for _, viewer in quick}
             else:
-                related.expands |= expanded.expands
+                related.expand_json |= expanded.expand_json
                 related.failed |= expanded.failed
         if unanswered:
             related.failed.update((place, None) for place in heard if place in asked)
-        return Beside(looking, related, late=late)
+        return Enrichment(looking, related, excluded_viewers=late)
 
-    async def _expand_quickly(
+    async def _load_quick_expands(
         self,
         events: Sequence[Event],
-        wanted: Sequence[Wanted],
-        partial: Sequence[int],
-        check: Check | None,
-    ) -> Related | None:
+        requests: Sequence[ExpandRequest],
+        partial_row_indexes: Sequence[int],
+        check_viewers: CheckViewers | None,
+    ) -> RelatedRecords | None:
         """Return what is expanded in little time, and None if that was too little."""
-        seconds = _EXPAND_SECONDS + _EXPAND_SECONDS_OF_CHANGE * len(events)
-        found = await self._expander.expands_within(seconds, events, wanted, partial, check=check)
+        seconds = _EXPAND_SECONDS + _EXPAND_SECONDS_PER_CHANGE * len(events)
+        found = await self._related_loader.load_expands_within(
+            seconds, events, requests, partial_row_indexes, check_viewers=check_viewers
+        )
         if found is None:
-            self._quick_plans.difference_update({viewer.plan for _, viewer in wanted})
+            self._quick_plans.difference_update({viewer.plan for _, viewer in requests})
         return found
 
-    def note_seconds(self, viewers: Iterable[Viewer], seconds: float, events: int) -> None:
+    def record_expand_seconds(
+        self, viewers: Iterable[ExpandViewer], seconds: float, event_count: int
+    ) -> None:
         """Take note of how long it took to expand the records of events where nobody waits for it.
 
         What took half the time there that there is may be done in slices that all wait for, also
         for others who ask the same; what was never tried may not.
         """
-        if 0 < seconds < (_EXPAND_SECONDS + _EXPAND_SECONDS_OF_CHANGE * events) / 2:
+        if 0 < seconds < (_EXPAND_SECONDS + _EXPAND_SECONDS_PER_CHANGE * event_count) / 2:
             self._quick_plans.update(viewer.plan for viewer in viewers)
 
-    def tail(self, showing: Showing, receives: Receives, *, is_own: bool = False) -> bytes:
+    def render_message(
+        self, rendering: EventRendering, render_key: RenderKey, *, is_own_record: bool = False
+    ) -> bytes:
         """Return the message, or nothing if the row can't be shown: that row alone is lost."""
-        name, view, viewer, manager = receives
-        if is_own or (manager is not None and showing.is_managed(manager)):
+        name, view, viewer, manager = render_key
+        if is_own_record or (manager is not None and rendering.satisfies_manage_predicate(manager)):
             view = _with_email(view)
-        record = showing.records.get((view, viewer))
+        record = rendering.rendered_records.get((view, viewer))
         if record is None:
-            record = showing.records[view, viewer] = self._record(showing, view, viewer)
-        return event_tail(name, record, showing.event.action) if record else b""
+            record = rendering.rendered_records[view, viewer] = self._render_record(
+                rendering, view, viewer
+            )
+        return event_tail(name, record, rendering.event.action) if record else b""
 
-    def _record(self, showing: Showing, view: View, viewer: Viewer | None) -> bytes:
-        event, related = showing.event, showing.beside.related
-        ids = related.ids.get(showing.place, _NO_IDS) if showing.ids is None else showing.ids
+    def _render_record(
+        self, rendering: EventRendering, view: View, viewer: ExpandViewer | None
+    ) -> bytes:
+        event, related = rendering.event, rendering.enrichment.related_records
+        ids = (
+            related.junction_ids.get(rendering.event_index, _NO_IDS)
+            if rendering.live_junction_ids is None
+            else rendering.live_junction_ids
+        )
         try:
             return self._encoder(event.collection.name, view)(
                 event.row,
                 ids,
-                None if viewer is None else related.expands.get((showing.place, viewer)),
+                None
+                if viewer is None
+                else related.expand_json.get((rendering.event_index, viewer)),
             )
         except Exception as error:  # noqa: BLE001 (one row that can't be shown stops nobody)
             # A value that isn't of the type that the catalogue gave the column when it was read.
-            column = unshowable(event.collection, event.row, nulls=self._nulls)
+            column = unencodable_column(event.collection, event.row, nulls=self._nulls)
             log.error(  # noqa: TRY400 (the message may not show the row)
                 "record.failed",
                 collection=event.collection.name,
                 column=column or None,
                 error=type(error).__name__,
             )
-            self._on_doubt()
+            self._on_schema_mismatch()
             return b""
 
-    def _show(self, node: Node, view: View, expand: bytes | None) -> bytes:
-        return self._encoder(node.collection.name, view)(node.row, node.related, expand)
+    def _render_node(self, node: RecordNode, view: View, expand: bytes | None) -> bytes:
+        return self._encoder(node.collection.name, view)(node.row, node.junction_ids, expand)
 
-    def _make_encoder(self, name: str, view: View) -> RecordEncoder:
-        return encoder(self._collections[name], nulls=self._nulls, view=view)
+    def _make_encoder(self, collection_name: str, view: View) -> RecordEncoder:
+        return compile_encoder(self._collections[collection_name], nulls=self._nulls, view=view)
 
 
-def sights_of_audiences(groups: Iterable[Group]) -> Iterable[Sight]:
+def needs_of_groups(groups: Iterable[Group]) -> Iterable[EnrichmentNeed]:
     """What all subscriptions of the groups want to see."""
     for group in groups:
-        for audience in group.audiences:
-            _name, _view, viewer, manager = audience.receives
+        for audience in group.render_groups:
+            _name, _view, viewer, manager = audience.render_key
             yield viewer, manager
 
 
-def _plans_of_many(judged: Iterable[Iterable[Group]]) -> set[Plan]:
+def _widely_used_plans(hits: Iterable[Iterable[Group]]) -> set[ExpandPlan]:
     """Return the ``expand`` options that many live connections use on the events."""
-    takers: Counter[Plan] = Counter()
-    for group in {group for groups in judged for group in groups}:
-        for audience in group.audiences:
-            viewer = audience.receives[2]
-            if viewer is not None and takers[viewer.plan] < MANY_TAKERS:
+    takers: Counter[ExpandPlan] = Counter()
+    for group in {group for groups in hits for group in groups}:
+        for audience in group.render_groups:
+            viewer = audience.render_key[2]
+            if viewer is not None and takers[viewer.plan] < MANY_CONNECTIONS:
                 live = (None for one in audience if one.connection.is_live)
-                takers[viewer.plan] += sum(1 for _ in islice(live, MANY_TAKERS))
-    return {plan for plan, count in takers.items() if count >= MANY_TAKERS}
+                takers[viewer.plan] += sum(1 for _ in islice(live, MANY_CONNECTIONS))
+    return {plan for plan, count in takers.items() if count >= MANY_CONNECTIONS}
 
 
 def _with_email(view: View) -> View:

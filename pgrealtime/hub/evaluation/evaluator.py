@@ -16,37 +16,45 @@ from msgspec import Struct
 
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection
-from pgrealtime.expand.load import Reading
-from pgrealtime.expand.plan import Viewer
-from pgrealtime.expand.relation_sql import rows_statement
-from pgrealtime.hub.delivery.render import NOTHING_BESIDE, Beside, Display, Entire, Sight
-from pgrealtime.hub.evaluation.matcher import Group, Judging, Matcher
+from pgrealtime.expand.load import ReadSession
+from pgrealtime.expand.plan import ExpandViewer
+from pgrealtime.expand.relation_sql import rows_by_id_statement
+from pgrealtime.hub.delivery.render import (
+    NO_ENRICHMENT,
+    Enrichment,
+    EnrichmentNeed,
+    LiveRowEvent,
+    RecordRenderer,
+)
+from pgrealtime.hub.evaluation.matcher import EventEvaluation, Group, Matcher
 from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.events.slices import SLICE, Announcement
-from pgrealtime.hub.live_reads.table_definitions import Belief
-from pgrealtime.hub.live_reads.toast import Completion
+from pgrealtime.hub.events.slices import SLICE_CHANGES, GapNotice
+from pgrealtime.hub.live_reads.table_definitions import CatalogAssumptions
+from pgrealtime.hub.live_reads.toast import RowCompleter
 from pgrealtime.lsn import Cursor, Xid
-from pgrealtime.rule_queries.executor import Asked, LiveRow
-from pgrealtime.rule_queries.filter_trials import MANY_TAKERS
+from pgrealtime.rule_queries.executor import LiveRow, PendingEvaluation
+from pgrealtime.rule_queries.filter_trials import MANY_CONNECTIONS
 from pgrealtime.rule_queries.slow_filters import TimeBudget
-from pgrealtime.rules.engine.plan import Variant
-from pgrealtime.turns import Turn
+from pgrealtime.rules.engine.plan import Specialization
+from pgrealtime.turns import YieldTimer
 
 log = structlog.get_logger(__name__)
 
 
-class Asking(Protocol):
+class HubQueries(Protocol):
     """What the hub needs of ``hub.probe``."""
 
-    async def snapshot(self) -> tuple[str, str, bool]:
+    async def fetch_snapshot(self) -> tuple[str, str, bool]:
         """Return the row of ``SNAPSHOT_QUERY``."""
         ...
 
-    async def ask(self, judging: Asked, budget: TimeBudget | None = None) -> frozenset[str]:
+    async def answer_questions(
+        self, evaluation: PendingEvaluation, budget: TimeBudget | None = None
+    ) -> frozenset[str]:
         """Find out what the judging wants to know, until nothing is left to ask.
 
         Args:
-            judging: What wants to know.
+            evaluation: What wants to know.
             budget: What is asked once it is spent stays undecided; None is no bound.
 
         Returns:
@@ -54,7 +62,7 @@ class Asking(Protocol):
         """
         ...
 
-    async def bears_out(self, belief: Belief) -> bool:
+    async def verify_assumptions(self, assumptions: CatalogAssumptions) -> bool:
         """Return whether the catalogue says what is believed of tables.
 
         Raises:
@@ -62,13 +70,13 @@ class Asking(Protocol):
         """
         ...
 
-    def reading(
-        self, xids: Sized[Xid], seconds: float | None = None
-    ) -> AbstractAsyncContextManager[Reading]:
+    def read_session(
+        self, xids: Sized[Xid], max_seconds: float | None = None
+    ) -> AbstractAsyncContextManager[ReadSession]:
         """Open a snapshot for several questions."""
         ...
 
-    async def live_rows(
+    async def fetch_live_rows(
         self, events: Sequence[Event]
     ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
         """Return what the tables hold now of columns that the events' rows lack.
@@ -80,286 +88,306 @@ class Asking(Protocol):
 
 
 CheckCallers: TypeAlias = Callable[
-    [Reading, Sized[Viewer], Sized[Group]], Awaitable[frozenset[Group]]
+    [ReadSession, Sized[ExpandViewer], Sized[Group]], Awaitable[frozenset[Group]]
 ]
 """Finds those of viewers and groups to whom what was read live may not be shown, and returns such
 groups (``hub.caller_check``)."""
 
-Sights: TypeAlias = Callable[[Iterable[Group]], Iterable[Sight]]
+FindEnrichmentNeeds: TypeAlias = Callable[[Iterable[Group]], Iterable[EnrichmentNeed]]
 
 _NO_NAMES: frozenset[str] = frozenset()
 _NO_GROUPS: frozenset[Group] = frozenset()
 
 
-class Verdict(Struct):
+class SliceResult(Struct):
     """What was found out about events."""
 
     hits: list[Iterable[Group]]
     """Per event, the groups that may receive it."""
-    undecided: frozenset[str] = _NO_NAMES
+    undecided_collections: frozenset[str] = _NO_NAMES
     """Collections whose rules could not be asked: who depends on one may miss something."""
-    lost: frozenset[str] = _NO_NAMES
+    failed_collections: frozenset[str] = _NO_NAMES
     """Collections of which anybody may miss something."""
-    late: frozenset[Group] = frozenset()
+    over_budget_groups: frozenset[Group] = frozenset()
     """Groups whose filters took too long: they must be judged anew, alone."""
-    dear: frozenset[Group] = frozenset()
+    expensive_groups: frozenset[Group] = frozenset()
     """Those of them that took so long themselves, in the process."""
-    unprovable: frozenset[Group] = frozenset()
+    unprovable_groups: frozenset[Group] = frozenset()
     """Groups that may miss something, as their rules read columns that nobody knows any more."""
-    unseen: frozenset[tuple[Group, Viewer]] = frozenset()
+    incomplete_expands: frozenset[tuple[Group, ExpandViewer]] = frozenset()
     """Groups' viewers who may miss something of what they expand."""
-    unproved: Sequence[int] = ()
+    unproven_indexes: Sequence[int] = ()
     """Places of events that some of those may miss."""
-    partial: Sequence[int] = ()
+    partial_row_indexes: Sequence[int] = ()
     """Places of events whose rows lack columns."""
-    unheard: Sequence[int] = ()
+    gap_indexes: Sequence[int] = ()
     """Places, ascending, of the events that somebody may miss."""
 
-    def note_unprovable(self, judging: Judging) -> None:
+    def record_unprovable(self, evaluation: EventEvaluation) -> None:
         """Note who may miss which of the events, once nothing is left to ask."""
-        places, groups = judging.unprovable()
-        self.unproved = [*self.unproved, *places]
-        self.unprovable |= groups - self.late
+        places, groups = evaluation.groups_missing_columns()
+        self.unproven_indexes = [*self.unproven_indexes, *places]
+        self.unprovable_groups |= groups - self.over_budget_groups
 
-    def note_failed(
-        self, events: Sequence[Event], failed: Iterable[tuple[int, Viewer | None]]
+    def record_failed_enrichment(
+        self, events: Sequence[Event], failed: Iterable[tuple[int, ExpandViewer | None]]
     ) -> None:
         """Note of which events something couldn't be had, perhaps for one viewer alone."""
-        viewers: defaultdict[int, set[Viewer | None]] = defaultdict(set)
+        viewers: defaultdict[int, set[ExpandViewer | None]] = defaultdict(set)
         for place, viewer in failed:
             viewers[place].add(viewer)
         unprovable: set[Group] = set()
-        unseen: set[tuple[Group, Viewer]] = set()
+        unseen: set[tuple[Group, ExpandViewer]] = set()
         for place, missing in viewers.items():
             groups = self.hits[place]
             if None in missing:
                 unprovable.update(groups)
-            pairs = ((g, audience.receives[2]) for g in groups for audience in g.audiences)
+            pairs = ((g, audience.render_key[2]) for g in groups for audience in g.render_groups)
             unseen.update((g, one) for g, one in pairs if one is not None and one in missing)
-        self.unprovable |= unprovable
-        self.unseen |= unseen
-        self.unproved = [*self.unproved, *viewers]
-        self.note_unheard(events)
+        self.unprovable_groups |= unprovable
+        self.incomplete_expands |= unseen
+        self.unproven_indexes = [*self.unproven_indexes, *viewers]
+        self.update_gap_indexes(events)
 
-    def note_unheard(self, events: Sequence[Event]) -> None:
+    def update_gap_indexes(self, events: Sequence[Event]) -> None:
         """Note which of the events it was found about somebody may miss."""
-        names = self.undecided | self.lost
-        if names or self.unproved:
-            unproved = frozenset(self.unproved)
-            self.unheard = [
+        names = self.undecided_collections | self.failed_collections
+        if names or self.unproven_indexes:
+            unproved = frozenset(self.unproven_indexes)
+            self.gap_indexes = [
                 place
                 for place, event in enumerate(events)
                 if place in unproved or event.collection.name in names
             ]
 
-    def unheard_in(
-        self, events: Sequence[Event], places: range, failed: Sequence[int] = ()
-    ) -> Unheard | None:
+    def gap_in(
+        self, events: Sequence[Event], event_indexes: range, failed_indexes: Sequence[int] = ()
+    ) -> EvaluationGap | None:
         """Return what must be told of some of the events, if anything.
 
         Args:
             events: Those that were judged.
-            places: Of the events concerned.
-            failed: Places, ascending, of events that could not be shown to somebody.
+            event_indexes: Of the events concerned.
+            failed_indexes: Places, ascending, of events that could not be shown to somebody.
         """
-        doubted = [place for place in self.unheard if place in places]
-        if not doubted and not failed:
+        doubted = [place for place in self.gap_indexes if place in event_indexes]
+        if not doubted and not failed_indexes:
             return None
-        names = _names_in(events[place] for place in doubted)
-        first = min([*doubted[:1], *failed[:1]])
-        is_unproved = any(place in places for place in self.unproved)
-        return Unheard(
-            undecided=self.undecided & names,
-            lost=(self.lost & names) | _names_in(events[place] for place in failed),
-            unprovable=self.unprovable if is_unproved else _NO_GROUPS,
-            unseen=self.unseen if is_unproved else frozenset(),
-            since=events[first].cursor,
+        names = _collection_names(events[place] for place in doubted)
+        first = min([*doubted[:1], *failed_indexes[:1]])
+        is_unproved = any(place in event_indexes for place in self.unproven_indexes)
+        return EvaluationGap(
+            undecided_collections=self.undecided_collections & names,
+            failed_collections=(self.failed_collections & names)
+            | _collection_names(events[place] for place in failed_indexes),
+            unprovable_groups=self.unprovable_groups if is_unproved else _NO_GROUPS,
+            incomplete_expands=self.incomplete_expands if is_unproved else frozenset(),
+            first_cursor=events[first].cursor,
         )
 
 
-class Unheard(Struct, frozen=True):
+class EvaluationGap(Struct, frozen=True):
     """Events that somebody may miss and has to be told of."""
 
-    undecided: frozenset[str]
+    undecided_collections: frozenset[str]
     """As the verdict has it."""
-    lost: frozenset[str]
+    failed_collections: frozenset[str]
     """As the verdict has it."""
-    unprovable: frozenset[Group]
+    unprovable_groups: frozenset[Group]
     """As the verdict has it."""
-    unseen: frozenset[tuple[Group, Viewer]]
+    incomplete_expands: frozenset[tuple[Group, ExpandViewer]]
     """As the verdict has it."""
-    since: Cursor
+    first_cursor: Cursor
     """Of the first of them: until they are told no position may pass it."""
 
 
-def causes_of(
-    gap: Announcement | None,
+def gap_xids(
+    gap: GapNotice | None,
     events: Sequence[Event],
-    verdict: Verdict,
-    subscribed: Mapping[str, int],
+    result: SliceResult,
+    subscription_counts: Mapping[str, int],
 ) -> set[Xid]:
     """Return the transactions that readers must see before a slice's gaps are told.
 
     Args:
         gap: The slice's.
         events: The slice's.
-        verdict: On them.
-        subscribed: Collections that anybody may hear of; of the others nobody is told.
+        result: On them.
+        subscription_counts: Collections that anybody may hear of; of the others nobody is told.
     """
-    doubted = (events[place] for place in verdict.unheard)
-    causes = {event.xid for event in doubted if subscribed.get(event.collection.name)}
-    if gap is not None and gap.xid is not None and any(map(subscribed.get, gap.collections or ())):
+    doubted = (events[place] for place in result.gap_indexes)
+    causes = {event.xid for event in doubted if subscription_counts.get(event.collection.name)}
+    if (
+        gap is not None
+        and gap.xid is not None
+        and any(map(subscription_counts.get, gap.collections or ()))
+    ):
         causes.add(gap.xid)
     return causes
 
 
-class Judge:
+class SliceEvaluator:
     """Judges events by one set of collections; another set has another judge.
 
     Args:
-        probe: Asks Postgres.
+        queries: Asks Postgres.
         matcher: Knows the groups.
-        display: Knows what is shown beside rows.
-        completion: Fills in what the WAL left out of rows.
-        left_out: Counts records that were shown to somebody without a column, by collection.
+        renderer: Knows what is shown beside rows.
+        completer: Fills in what the WAL left out of rows.
+        omitted_column_counts: Counts records that were shown to somebody without a column, by
+            collection.
     """
 
     def __init__(
         self,
-        probe: Asking,
+        queries: HubQueries,
         matcher: Matcher,
-        display: Display,
-        completion: Completion,
-        left_out: Counter[str],
+        renderer: RecordRenderer,
+        completer: RowCompleter,
+        omitted_column_counts: Counter[str],
     ) -> None:
-        self._probe = probe
+        self._queries = queries
         self._matcher = matcher
-        self._display = display
-        self._completion = completion
-        self._left_out = left_out
+        self._renderer = renderer
+        self._completer = completer
+        self._omitted_column_counts = omitted_column_counts
 
-    async def judge(
-        self, events: list[Event], budget: TimeBudget, among: Sized[Group] | None = None
-    ) -> Verdict:
+    async def evaluate(
+        self, events: list[Event], budget: TimeBudget, only_groups: Sized[Group] | None = None
+    ) -> SliceResult:
         """Return who may receive the events; completes the rows on the way.
 
         Args:
             events: In stream order.
             budget: For the questions of filters.
-            among: The only groups to consider; None is all.
+            only_groups: The only groups to consider; None is all.
         """
         try:
-            verdict = await self._find_out(events, budget, among)
+            verdict = await self._evaluate_events(events, budget, only_groups)
         except Exception as error:  # noqa: BLE001 (a fault of ours in one rule or row stops nobody)
-            log.error("judging.failed", error=type(error).__name__, at=where(error))  # noqa: TRY400 (see where)
-            verdict = Verdict([()] * len(events), lost=_names_in(events))
-        verdict.note_unheard(events)
+            log.error("judging.failed", error=type(error).__name__, at=raise_location(error))  # noqa: TRY400 (see where)
+            verdict = SliceResult([()] * len(events), failed_collections=_collection_names(events))
+        verdict.update_gap_indexes(events)
         return verdict
 
-    async def judge_in_turns(self, events: list[Event]) -> Verdict:
+    async def evaluate_in_chunks(self, events: list[Event]) -> SliceResult:
         """Judge as many at a time as the loop's other users can wait for.
 
         What raises here is left to each connection to judge by itself.
         """
-        budget = TimeBudget.of_slice(len(events))
-        if len(events) <= SLICE:
-            verdict = await self._find_out(events, budget, None)
-            verdict.note_unheard(events)
+        budget = TimeBudget.for_slice(len(events))
+        if len(events) <= SLICE_CHANGES:
+            verdict = await self._evaluate_events(events, budget, None)
+            verdict.update_gap_indexes(events)
             return verdict
-        whole = Verdict([])
-        for first in range(0, len(events), SLICE):
+        whole = SliceResult([])
+        for first in range(0, len(events), SLICE_CHANGES):
             if first:
                 await asyncio.sleep(0)
-            some = events[first : first + SLICE]
-            part = await self._find_out(some, budget, None)
-            part.note_unheard(some)
+            some = events[first : first + SLICE_CHANGES]
+            part = await self._evaluate_events(some, budget, None)
+            part.update_gap_indexes(some)
             whole.hits += part.hits
-            whole.undecided |= part.undecided
-            whole.lost |= part.lost
-            whole.late |= part.late
-            whole.dear |= part.dear
-            whole.unheard = [*whole.unheard, *(first + place for place in part.unheard)]
-            whole.unprovable |= part.unprovable
-            if part.partial or part.unproved:
-                whole.unproved = [*whole.unproved, *(first + place for place in part.unproved)]
-                whole.partial = [*whole.partial, *(first + place for place in part.partial)]
+            whole.undecided_collections |= part.undecided_collections
+            whole.failed_collections |= part.failed_collections
+            whole.over_budget_groups |= part.over_budget_groups
+            whole.expensive_groups |= part.expensive_groups
+            whole.gap_indexes = [*whole.gap_indexes, *(first + place for place in part.gap_indexes)]
+            whole.unprovable_groups |= part.unprovable_groups
+            if part.partial_row_indexes or part.unproven_indexes:
+                whole.unproven_indexes = [
+                    *whole.unproven_indexes,
+                    *(first + place for place in part.unproven_indexes),
+                ]
+                whole.partial_row_indexes = [
+                    *whole.partial_row_indexes,
+                    *(first + place for place in part.partial_row_indexes),
+                ]
         return whole
 
-    async def try_to_look_beside(
-        self, events: Sequence[Event], verdict: Verdict, sights: Sights, check: CheckCallers
-    ) -> Beside:
-        """Return what is shown beside the rows; where that fails, the events count as lost."""
-        try:
-            return await self.look_beside(events, verdict, sights, check)
-        except Exception as error:  # noqa: BLE001 (as in judge)
-            log.error("display.failed", error=type(error).__name__, at=where(error))  # noqa: TRY400 (see where)
-            verdict.lost |= _names_in(events)
-            verdict.unheard = range(len(events))
-            return NOTHING_BESIDE
-
-    def has_more_to_show(self, events: Sequence[Event], verdict: Verdict) -> bool:
-        """Whether anything may be shown beside the rows, or of what they lack."""
-        return bool(verdict.partial) or self._display.has_more_to_show(events)
-
-    async def look_beside(
+    async def try_enrich(
         self,
         events: Sequence[Event],
-        verdict: Verdict,
-        sights: Sights,
-        check: CheckCallers,
+        result: SliceResult,
+        find_needs: FindEnrichmentNeeds,
+        check_callers: CheckCallers,
+    ) -> Enrichment:
+        """Return what is shown beside the rows; where that fails, the events count as lost."""
+        try:
+            return await self.enrich(events, result, find_needs, check_callers)
+        except Exception as error:  # noqa: BLE001 (as in judge)
+            log.error("display.failed", error=type(error).__name__, at=raise_location(error))  # noqa: TRY400 (see where)
+            result.failed_collections |= _collection_names(events)
+            result.gap_indexes = range(len(events))
+            return NO_ENRICHMENT
+
+    def needs_enrichment(self, events: Sequence[Event], result: SliceResult) -> bool:
+        """Whether anything may be shown beside the rows, or of what they lack."""
+        return bool(result.partial_row_indexes) or self._renderer.needs_enrichment(events)
+
+    async def enrich(
+        self,
+        events: Sequence[Event],
+        result: SliceResult,
+        find_needs: FindEnrichmentNeeds,
+        check_callers: CheckCallers,
         *,
         is_shared: bool = False,
-    ) -> Beside:
+    ) -> Enrichment:
         """Return what is shown beside the rows, and of what they lack.
 
         Args:
             events: The slice's.
-            verdict: On them.
-            sights: What those want to see for whom it is done.
-            check: Finds who of those may not be shown what is read live.
+            result: On them.
+            find_needs: What those want to see for whom it is done.
+            check_callers: Finds who of those may not be shown what is read live.
             is_shared: Whether all connections wait for it.
         """
-        found: dict[int, Entire] = {}
-        entire: dict[int, Entire] = {}
+        found: dict[int, LiveRowEvent] = {}
+        entire: dict[int, LiveRowEvent] = {}
 
-        async def enter(reading: Reading, places: Sized[int]) -> None:
+        async def enter(reading: ReadSession, places: Sized[int]) -> None:
             found.clear()
-            found.update(await self._entire_of(reading, events, verdict, places))
+            found.update(await self._live_row_events(reading, events, result, places))
 
-        async def check_all(reading: Reading, viewers: Sized[Viewer]) -> None:
+        async def check_all(reading: ReadSession, viewers: Sized[ExpandViewer]) -> None:
             seeing = frozenset[Group]().union(*(one.groups for one in found.values()))
-            withheld = await check(reading, viewers, seeing)
+            withheld = await check_callers(reading, viewers, seeing)
             for one in found.values():
                 one.groups -= withheld
             # Not before: it may fail, and then nobody is shown them.
             entire.update(found)
             found.clear()
 
-        beside = await self._display.look_beside(
+        beside = await self._renderer.enrich(
             events,
-            verdict.hits,
-            sights,
-            verdict.partial,
+            result.hits,
+            find_needs,
+            result.partial_row_indexes,
             enter,
-            check=check_all,
+            check_viewers=check_all,
             is_shared=is_shared,
         )
-        related = beside.related
-        if verdict.partial or related.live_ids:
-            for place in {*verdict.partial, *related.live_ids}:
-                self._count_left_out(events[place], verdict.hits[place], entire.get(place))
+        related = beside.related_records
+        if result.partial_row_indexes or related.live_junction_ids:
+            for place in {*result.partial_row_indexes, *related.live_junction_ids}:
+                self._count_omitted_columns(events[place], result.hits[place], entire.get(place))
             for place, one in entire.items():
-                one.ids = related.live_ids.get(place)
-            beside.entire = entire
+                one.live_junction_ids = related.live_junction_ids.get(place)
+            beside.live_row_events = entire
         if related.failed:
-            verdict.note_failed(events, related.failed)
+            result.record_failed_enrichment(events, related.failed)
         return beside
 
-    def withhold(
-        self, events: Sequence[Event], verdict: Verdict, beside: Beside, viewers: Sized[Viewer]
+    def withhold_expands(
+        self,
+        events: Sequence[Event],
+        result: SliceResult,
+        enrichment: Enrichment,
+        viewers: Sized[ExpandViewer],
     ) -> None:
         """Leave out the related records that some viewers would be shown, and note that."""
-        expands = beside.related.expands
+        expands = enrichment.related_records.expand_json
         # Where nothing was found nothing is withheld.
         withheld = [
             (place, viewer)
@@ -369,138 +397,171 @@ class Judge:
         for one in withheld:
             del expands[one]
         if withheld:
-            verdict.note_failed(events, withheld)
+            result.record_failed_enrichment(events, withheld)
 
-    def _count_left_out(self, event: Event, groups: Iterable[Group], entire: Entire | None) -> None:
-        seeing = () if entire is None else entire.groups
+    def _count_omitted_columns(
+        self, event: Event, groups: Iterable[Group], live_row_event: LiveRowEvent | None
+    ) -> None:
+        seeing = () if live_row_event is None else live_row_event.groups
         if any(group not in seeing for group in groups):
-            self._left_out[event.collection.name] += 1
+            self._omitted_column_counts[event.collection.name] += 1
 
-    async def _find_out(
-        self, events: list[Event], budget: TimeBudget, among: Sized[Group] | None
-    ) -> Verdict:
+    async def _evaluate_events(
+        self, events: list[Event], budget: TimeBudget, only_groups: Sized[Group] | None
+    ) -> SliceResult:
         partial = [
             place
             for place, event in enumerate(events)
             if event.action != "delete"
-            and event.missing
-            and self._matcher.is_heard(event.collection)
+            and event.missing_columns
+            and self._matcher.has_subscriptions(event.collection)
         ]
         lost = _NO_NAMES
         had_partial = bool(partial)
         if partial:
-            completed = await self._completion.complete([events[place] for place in partial])
-            lost = completed.unread
-            partial = [place for place in partial if not completed.is_whole(events[place])]
+            completed = await self._completer.complete([events[place] for place in partial])
+            lost = completed.unreadable_collections
+            partial = [place for place in partial if not completed.is_row_complete(events[place])]
         now = datetime.now(UTC)
-        testing = budget.testing
-        judging = self._matcher.matching(events, now, among, testing=testing)
-        await _tested(judging, budget)
-        undecided = await self._probe.ask(judging)
-        verdict = Verdict(judging.hits, undecided=undecided, lost=lost, partial=partial)
+        testing = budget.work_budget
+        judging = self._matcher.start_evaluation(events, now, only_groups, work_budget=testing)
+        await _run_in_process_tests(judging, budget)
+        undecided = await self._queries.answer_questions(judging)
+        verdict = SliceResult(
+            judging.hits,
+            undecided_collections=undecided,
+            failed_collections=lost,
+            partial_row_indexes=partial,
+        )
         if had_partial:
-            verdict.note_unprovable(judging)
-        deferred = judging.deferred
-        if self._matcher.has_costly or deferred:
-            filters = self._matcher.matching(
-                events, now, among, costly=True, testing=testing, deferred=deferred
+            verdict.record_unprovable(judging)
+        deferred = judging.deferred_groups
+        if self._matcher.has_remote_filters or deferred:
+            filters = self._matcher.start_evaluation(
+                events,
+                now,
+                only_groups,
+                has_remote_filter=True,
+                work_budget=testing,
+                deferred_groups=deferred,
             )
-            await _tested(filters, budget)
-            verdict.undecided |= await self._probe.ask(filters, budget)
-            verdict.hits = _joined(verdict.hits, filters.hits)
-            verdict.late = filters.undecided
+            await _run_in_process_tests(filters, budget)
+            verdict.undecided_collections |= await self._queries.answer_questions(filters, budget)
+            verdict.hits = _merge_hits(verdict.hits, filters.hits)
+            verdict.over_budget_groups = filters.undecided_groups
             if had_partial:
-                verdict.note_unprovable(filters)
-            if verdict.late and among is None:
-                await self._ask_for_many(events, verdict, budget, now)
-                self._matcher.trials.note_late({group.variant for group in verdict.late})
-        if testing.late:
-            verdict.late |= testing.late.keys()
-            verdict.dear |= testing.dear.keys()
-        verdict.unprovable -= verdict.late
+                verdict.record_unprovable(filters)
+            if verdict.over_budget_groups and only_groups is None:
+                await self._retry_shared_filters(events, verdict, budget, now)
+                self._matcher.trials.record_over_budget(
+                    {group.specialization for group in verdict.over_budget_groups}
+                )
+        if testing.late_members:
+            verdict.over_budget_groups |= testing.late_members.keys()
+            verdict.expensive_groups |= testing.costly_members.keys()
+        verdict.unprovable_groups -= verdict.over_budget_groups
         return verdict
 
-    async def _ask_for_many(
-        self, events: list[Event], verdict: Verdict, budget: TimeBudget, now: datetime
+    async def _retry_shared_filters(
+        self, events: list[Event], result: SliceResult, budget: TimeBudget, now: datetime
     ) -> None:
         """Evaluate filters once more that were late, and that many connections share."""
-        takers: Counter[Variant] = Counter()
-        for group in verdict.late:
-            if group.variant.is_costly:
-                takers[group.variant] += group.shared
-        again = {group for group in verdict.late if takers[group.variant] >= MANY_TAKERS}
+        takers: Counter[Specialization] = Counter()
+        for group in result.over_budget_groups:
+            if group.specialization.has_remote_filter:
+                takers[group.specialization] += group.shared_subscription_count
+        again = {
+            group
+            for group in result.over_budget_groups
+            if takers[group.specialization] >= MANY_CONNECTIONS
+        }
         if not again:
             return
-        filters = self._matcher.matching(
-            events, now, again, costly=True, testing=budget.testing, deferred={}
+        filters = self._matcher.start_evaluation(
+            events,
+            now,
+            again,
+            has_remote_filter=True,
+            work_budget=budget.work_budget,
+            deferred_groups={},
         )
-        await _tested(filters, budget)
-        verdict.undecided |= await self._probe.ask(filters, budget.for_many())
-        others = [tuple(group for group in groups if group not in again) for groups in verdict.hits]
-        verdict.hits = _joined(others, filters.hits)
-        verdict.late = (verdict.late - again) | filters.undecided
-        verdict.note_unprovable(filters)
+        await _run_in_process_tests(filters, budget)
+        result.undecided_collections |= await self._queries.answer_questions(
+            filters, budget.for_shared_filters()
+        )
+        others = [tuple(group for group in groups if group not in again) for groups in result.hits]
+        result.hits = _merge_hits(others, filters.hits)
+        result.over_budget_groups = (result.over_budget_groups - again) | filters.undecided_groups
+        result.record_unprovable(filters)
 
-    async def _entire_of(
-        self, reading: Reading, events: Sequence[Event], verdict: Verdict, places: Sized[int]
-    ) -> dict[int, Entire]:
+    async def _live_row_events(
+        self,
+        session: ReadSession,
+        events: Sequence[Event],
+        result: SliceResult,
+        event_indexes: Sized[int],
+    ) -> dict[int, LiveRowEvent]:
         """Return events with what live rows hold, for who may see these whole.
 
         Of what isn't known as it was, that is all that can be shown: who may see the row of now
         may know what it holds. To others it is left out.
         """
-        rows = await _live_rows(reading, [events[place] for place in places])
+        rows = await _fetch_whole_rows(session, [events[place] for place in event_indexes])
         asked = [
-            (place, event, row, verdict.hits[place])
-            for place, event in ((place, events[place]) for place in places)
+            (place, event, row, result.hits[place])
+            for place, event in ((place, events[place]) for place in event_indexes)
             if (row := rows.get((event.collection.name, event.record_id))) is not None
             and event.action != "delete"
         ]
-        budget = TimeBudget.of_slice(len(asked))
-        judging = self._matcher.matching_given(
+        budget = TimeBudget.for_slice(len(asked))
+        judging = self._matcher.start_evaluation_of_pairs(
             [(_with_row(event, row), groups) for _, event, row, groups in asked],
             datetime.now(UTC),
-            budget.testing,
+            budget.work_budget,
         )
-        await _tested(judging, budget)
-        await reading.judge(judging)
+        await _run_in_process_tests(judging, budget)
+        await session.answer_questions(judging)
         return {
-            place: Entire(_with_row(event, _shown_of(event, row) | event.row), frozenset(groups))
+            place: LiveRowEvent(
+                _with_row(event, _without_email(event, row) | event.row), frozenset(groups)
+            )
             for (place, event, row, _), groups in zip(asked, judging.hits, strict=True)
             if groups
         }
 
 
-def _joined(
-    some: Iterable[Iterable[Group]], more: Iterable[Iterable[Group]]
+def _merge_hits(
+    first_hits: Iterable[Iterable[Group]], second_hits: Iterable[Iterable[Group]]
 ) -> list[Iterable[Group]]:
-    return [(*a, *b) if b else a for a, b in zip(some, more, strict=True)]
+    return [(*a, *b) if b else a for a, b in zip(first_hits, second_hits, strict=True)]
 
 
-async def _tested(judging: Judging, budget: TimeBudget) -> None:
+async def _run_in_process_tests(evaluation: EventEvaluation, budget: TimeBudget) -> None:
     """Do what needs no Postgres, in turns with the loop's other users."""
     if budget.queue is None:
-        turn = Turn()
-        while not judging.go_on(turn.is_over):
+        turn = YieldTimer()
+        while not evaluation.run_in_process(turn.is_due):
             await turn.pause()
         return
     is_done = False
     while not is_done:
-        async with budget.queue.work(budget.network) as turn:
-            is_done = judging.go_on(turn.is_over)
+        async with budget.queue.acquire_for_loop_work(budget.network) as turn:
+            is_done = evaluation.run_in_process(turn.is_due)
 
 
-def where(error: BaseException) -> str:
+def raise_location(error: BaseException) -> str:
     """The line that raised it. What an error says, and its traceback with it, may show a row."""
     at = traceback.extract_tb(error.__traceback__)[-1]
     return f"{at.filename}:{at.lineno}"
 
 
-def _names_in(events: Iterable[Event]) -> frozenset[str]:
+def _collection_names(events: Iterable[Event]) -> frozenset[str]:
     return frozenset(event.collection.name for event in events)
 
 
-async def _live_rows(reading: Reading, events: Iterable[Event]) -> dict[tuple[str, str], Row]:
+async def _fetch_whole_rows(
+    session: ReadSession, events: Iterable[Event]
+) -> dict[tuple[str, str], Row]:
     """Return the whole rows that the tables hold now for the events' records."""
     wanted: dict[str, tuple[Collection, dict[str, None]]] = {}
     for event in events:
@@ -509,7 +570,9 @@ async def _live_rows(reading: Reading, events: Iterable[Event]) -> dict[tuple[st
     rows: dict[tuple[str, str], Row] = {}
     for name, (collection, ids) in wanted.items():
         columns = [column.name for column in collection.table.columns]
-        for values in await reading.texts(rows_statement(collection), {"ids": list(ids)}) or ():
+        for values in (
+            await session.fetch_texts(rows_by_id_statement(collection), {"ids": list(ids)}) or ()
+        ):
             row: Row = dict(zip(columns, values, strict=True))
             rows[name, row[collection.key.name] or ""] = row
     return rows
@@ -517,16 +580,24 @@ async def _live_rows(reading: Reading, events: Iterable[Event]) -> dict[tuple[st
 
 def _with_row(event: Event, row: Row) -> Event:
     return Event(
-        event.collection, event.action, event.record_id, row, event.cursor, event.xid, event.changes
+        event.collection,
+        event.action,
+        event.record_id,
+        row,
+        event.cursor,
+        event.xid,
+        event.transaction_changes,
     )
 
 
-def _shown_of(event: Event, row: Row) -> Row:
+def _without_email(event: Event, row: Row) -> Row:
     """Return what may be shown of a live row beside the columns that are known of the event.
 
     Not the address: whether it is shown is decided by the event's own columns.
     """
-    hidden = event.collection.by_name.get("email") if event.collection.type == "auth" else None
+    hidden = (
+        event.collection.fields_by_name.get("email") if event.collection.type == "auth" else None
+    )
     column = None if hidden is None else hidden.column
     if column is None:
         return row

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from msgspec import Struct
 
-from pgrealtime.caches import Kept
+from pgrealtime.caches import WeightedCache
 from pgrealtime.changes import (
     Change,
     Delete,
@@ -31,7 +31,8 @@ class Event(Struct, gc=False):
     Attributes:
         row: The image it is judged on and shown with: new for create and update, old for delete.
         cursor: Of the change that it belongs to; a changed key makes two events of one change.
-        changes: All of its transaction: a delete is judged by what was there before them.
+        transaction_changes: All of its transaction: a delete is judged by what was there before
+            them.
     """
 
     collection: Collection
@@ -40,10 +41,10 @@ class Event(Struct, gc=False):
     row: Row
     cursor: Cursor
     xid: Xid
-    changes: tuple[Change, ...] = ()
+    transaction_changes: tuple[Change, ...] = ()
 
     @property
-    def missing(self) -> frozenset[str]:
+    def missing_columns(self) -> frozenset[str]:
         """Columns that the image lacks: left out of the WAL, or not the table's any more.
 
         By name: a table that was altered since the catalogue was read has others instead.
@@ -53,61 +54,61 @@ class Event(Struct, gc=False):
     @property
     def hides_email(self) -> bool:
         """Whether not everybody is shown the record's e-mail address; of auth collections."""
-        visibility = self.collection.by_name.get("emailVisibility")
+        visibility = self.collection.fields_by_name.get("emailVisibility")
         column = visibility.column if visibility is not None else None
         return column is None or self.row.get(column.name) != "t"
 
 
-class Emptied(Struct, frozen=True):
+class Truncation(Struct, frozen=True):
     """A collection whose table was truncated: no rows are told, so it is a gap."""
 
     collection: Collection
     cursor: Cursor
 
 
-def events_of(
-    transaction: Transaction, collections: Collections, after: int = 0
-) -> Iterator[Event | Emptied]:
+def transaction_events(
+    transaction: Transaction, collections: Collections, skipped_changes: int = 0
+) -> Iterator[Event | Truncation]:
     """Yield what the transaction did to collections, in order.
 
     Args:
         transaction: The whole.
         collections: What it is told of.
-        after: Changes that are left out at the beginning.
+        skipped_changes: Changes that are left out at the beginning.
     """
     changes = transaction.changes
-    for ordinal in range(after + 1, len(changes) + 1):  # a copy of the rest may be long
+    for ordinal in range(skipped_changes + 1, len(changes) + 1):  # a copy of the rest may be long
         change = changes[ordinal - 1]
-        collection = collections.of_table(change.table)
+        collection = collections.find_by_table(change.table)
         if collection is None:
             continue
         cursor = Cursor(transaction.end_lsn, ordinal)
         key = collection.key.name
         match change:
             case Insert(new=row):
-                yield _event(collection, "create", row, cursor, transaction)
+                yield _row_event(collection, "create", row, cursor, transaction)
             case Update(new=row, old=old):
                 before = old.row.get(key)
                 if before is not None and before != row.get(key):
                     # PocketBase has no changed ids: to a client the one went, the other came.
-                    yield _event(collection, "delete", old.row, cursor, transaction)
-                    yield _event(collection, "create", row, cursor, transaction)
+                    yield _row_event(collection, "delete", old.row, cursor, transaction)
+                    yield _row_event(collection, "create", row, cursor, transaction)
                 else:
-                    yield _event(collection, "update", row, cursor, transaction)
+                    yield _row_event(collection, "update", row, cursor, transaction)
             case Delete(old=old):
-                yield _event(collection, "delete", old.row, cursor, transaction)
+                yield _row_event(collection, "delete", old.row, cursor, transaction)
             case Truncate():
-                yield Emptied(collection, cursor)
+                yield Truncation(collection, cursor)
 
 
-def _event(
-    collection: Collection, action: Action, row: Row, cursor: Cursor, of: Transaction
+def _row_event(
+    collection: Collection, action: Action, row: Row, cursor: Cursor, transaction: Transaction
 ) -> Event:
     record_id = row.get(collection.key.name) or ""
-    return Event(collection, action, record_id, row, cursor, of.xid, of.changes)
+    return Event(collection, action, record_id, row, cursor, transaction.xid, transaction.changes)
 
 
-class Versions:
+class LaterWrites:
     """Which columns a transaction writes again in a row, after one of the row's versions.
 
     Remembers that of the latest transactions asked about: a large one comes in many slices, and
@@ -115,43 +116,45 @@ class Versions:
     """
 
     def __init__(self) -> None:
-        self._kept: Kept[int, _LastWrites] = Kept(KEPT_CHANGES)
+        self._last_writes_cache: WeightedCache[int, _LastWrites] = WeightedCache(CACHED_CHANGES)
 
-    def written_after(self, event: Event) -> frozenset[str]:
+    def columns_written_later(self, event: Event) -> frozenset[str]:
         """Return the columns that a later change of the event's transaction brings.
 
         Another row under the same id brings all, also those that its image lacks. A generated
         column is in no image, and so counts as written by whatever writes the row.
         """
-        if len(event.changes) <= event.cursor.ordinal:
-            return _NONE
-        changes = event.changes
-        kept = self._kept.get(id(changes), lambda: (_LastWrites(changes), len(changes)))
-        last = kept.of(event.collection).get(event.record_id, {})
+        if len(event.transaction_changes) <= event.cursor.ordinal:
+            return _NO_COLUMNS
+        changes = event.transaction_changes
+        kept = self._last_writes_cache.get(
+            id(changes), lambda: (_LastWrites(changes), len(changes))
+        )
+        last = kept.by_record(event.collection).get(event.record_id, {})
         return frozenset(name for name, at in last.items() if at > event.cursor.ordinal)
 
 
-KEPT_CHANGES = 200_000
+CACHED_CHANGES = 200_000
 """Of transactions of which it is remembered what they did to which row, the latest one aside."""
 
 
 class _LastWrites:
     """Of one transaction's changes, which it holds: they are known by their identity."""
 
-    __slots__ = ("_by_table", "_changes")
+    __slots__ = ("_by_table_and_record", "_changes")
 
     def __init__(self, changes: Sequence[Change]) -> None:
         self._changes = changes
-        self._by_table: dict[TableName, Mapping[str, Mapping[str, int]]] = {}
+        self._by_table_and_record: dict[TableName, Mapping[str, Mapping[str, int]]] = {}
 
-    def of(self, collection: Collection) -> Mapping[str, Mapping[str, int]]:
+    def by_record(self, collection: Collection) -> Mapping[str, Mapping[str, int]]:
         table = collection.table.name
-        if table not in self._by_table:
-            self._by_table[table] = _last_writes(self._changes, collection)
-        return self._by_table[table]
+        if table not in self._by_table_and_record:
+            self._by_table_and_record[table] = _last_writes(self._changes, collection)
+        return self._by_table_and_record[table]
 
 
-_NONE: frozenset[str] = frozenset()
+_NO_COLUMNS: frozenset[str] = frozenset()
 
 
 def _last_writes(

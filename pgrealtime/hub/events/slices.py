@@ -6,93 +6,94 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 from msgspec import Struct
 
-from pgrealtime.changelog.base import Entry, Gap, Mark
-from pgrealtime.changes import Oversized, TableName, Transaction
+from pgrealtime.changelog.base import Entry, Gap, Watermark
+from pgrealtime.changes import OversizedTransaction, TableName, Transaction
 from pgrealtime.collections.model import Collections
-from pgrealtime.hub.events.event import Emptied, Event, events_of
-from pgrealtime.hub.state.callers import Person, person_in
-from pgrealtime.lsn import END, Cursor, Xid
+from pgrealtime.hub.events.event import Event, Truncation, transaction_events
+from pgrealtime.hub.state.callers import AccountKey, account_of_event
+from pgrealtime.lsn import END_ORDINAL, Cursor, Xid
 
-SLICE = 250
+SLICE_CHANGES = 250
 """Changes judged together, and messages handed to a subscription together: large enough to join
 frames, small enough to share the loop and for a send buffer to overrun by."""
 
-WIDE = 4000
-"""Changes delivered together if nobody gets more than ``SLICE`` messages by it. Where each concerns
-few of many connections that is what joins frames: a write to a socket costs 5 us, a message in it
+LIVE_SLICE_CHANGES = 4000
+"""Changes delivered together if nobody gets more than ``SLICE_CHANGES`` messages by it. Where each
+concerns few of many connections that is what joins frames: a write to a socket costs 5 us, a
+message in it
 0.5 us. Only a backlog brings so many, and whoever is in it waits longer than for this."""
 
 
-class Announcement(Struct, frozen=True):
+class GapNotice(Struct, frozen=True):
     """A gap as clients are told of it."""
 
     collections: frozenset[str] | None
     """Names; None is all."""
     reason: str
-    at: Cursor
+    cursor: Cursor
     xid: Xid | None = None
     """Of the transaction that caused it; None if that is over and visible for long."""
 
-    def concerns(self, collection: str) -> bool:
+    def affects(self, collection_name: str) -> bool:
         """Whether something of the collection of that name may be missing."""
-        return self.collections is None or collection in self.collections
+        return self.collections is None or collection_name in self.collections
 
 
 class Slice(Struct):
     """A stretch of the stream: events, then perhaps a gap; everything up to ``upto``."""
 
     events: list[Event]
-    gap: Announcement | None
-    upto: Cursor
-    people: list[Event] = []
+    gap: GapNotice | None
+    end_cursor: Cursor
+    account_events: list[Event] = []
     """Those of the events that may change callers. One that does change a caller of the reader is
     the first of the slice if it is an update, and part of its last change if it is a delete."""
 
 
-class _Cut:
+class _SliceBuilder:
     """A slice in the making.
 
     A row that comes changes no caller: nobody could be it before. One that changes begins a slice,
     for it is judged with its own news; one that goes ends it.
     """
 
-    __slots__ = ("events", "limit", "people", "turned")
+    __slots__ = ("account_events", "changed_account", "events", "max_events")
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, max_events: int) -> None:
         self.events: list[Event] = []
-        self.people: list[Event] = []
-        self.limit = limit
-        self.turned: Person | None = None
+        self.account_events: list[Event] = []
+        self.max_events = max_events
+        self.changed_account: AccountKey | None = None
         """Whom the first event changes: before the slice is handed out nobody can say whether
         another event changes that caller again."""
 
-    def may_turn(self, event: Event, turns: Callable[[Event], bool]) -> bool:
-        return self.turned == person_in(event) or turns(event)
+    def may_change_caller(self, event: Event, changes_a_caller: Callable[[Event], bool]) -> bool:
+        return self.changed_account == account_of_event(event) or changes_a_caller(event)
 
-    def is_over_before(self, event: Event, *, is_full: bool) -> bool:
+    def must_end_before(self, event: Event, *, is_full: bool) -> bool:
         """Whether the event, a turn or not, belongs to the next slice; no change is torn apart."""
         events = self.events
         is_apart = bool(events) and event.cursor != events[-1].cursor
         return is_apart and (is_full or event.action == "update")
 
-    def note(self, event: Event, *, is_turn: bool) -> None:
+    def add_account_event(self, event: Event, *, is_caller_change: bool) -> None:
         """Take note of an event about a person."""
-        self.people.append(event)
-        if is_turn and event.action == "delete":
-            self.limit = 0  # what follows is judged without this caller
-        elif is_turn:
-            self.turned = person_in(event)
+        self.account_events.append(event)
+        if is_caller_change and event.action == "delete":
+            self.max_events = 0  # what follows is judged without this caller
+        elif is_caller_change:
+            self.changed_account = account_of_event(event)
 
-    def slice(self, gap: Announcement | None, upto: Cursor) -> Slice:
-        return Slice(self.events, gap, upto, self.people)
+    def build(self, gap: GapNotice | None, end_cursor: Cursor) -> Slice:
+        return Slice(self.events, gap, end_cursor, self.account_events)
 
 
-def slices(
+def split_into_slices(
     entries: Sequence[Entry],
     after: Cursor,
     collections: Collections,
-    turns: Callable[[Event], bool],
-    limit: int = SLICE,
+    changes_a_caller: Callable[[Event], bool],
+    max_events: int = SLICE_CHANGES,
     *,
     fits: Callable[[Transaction], bool],
 ) -> Iterator[Slice]:
@@ -102,104 +103,111 @@ def slices(
         entries: In the order of the stream.
         after: What the reader has.
         collections: What is shown of them.
-        turns: Whether an event about a person changes a caller of the reader. The slice
+        changes_a_caller: Whether an event about a person changes a caller of the reader. The slice
             before must have been handed out when the next one is asked for.
-        limit: Of a slice's events, unless one change has more.
+        max_events: Of a slice's events, unless one change has more.
         fits: Whether a transaction's rows are what the collections are made for. If they aren't,
             they can't be judged or shown: what is left of the transaction is a gap.
     """
     if not entries:
         # All that the commit changed lies behind; to its very end there is nothing to read.
-        yield Slice([], None, Cursor(after.lsn, END))
+        yield Slice([], None, Cursor(after.lsn, END_ORDINAL))
         return
-    cut = _Cut(limit)
+    cut = _SliceBuilder(max_events)
     upto = after
     for entry in entries:
         if isinstance(entry, Transaction) and fits(entry):
             behind = after.ordinal if after.lsn == entry.end_lsn else 0
-            for event in events_of(entry, collections, behind):
-                if isinstance(event, Emptied):
+            for event in transaction_events(entry, collections, behind):
+                if isinstance(event, Truncation):
                     names = frozenset({event.collection.name})
-                    gap = Announcement(names, "truncate", event.cursor, entry.xid)
-                    yield cut.slice(gap, event.cursor)
-                    cut = _Cut(limit)
+                    gap = GapNotice(names, "truncate", event.cursor, entry.xid)
+                    yield cut.build(gap, event.cursor)
+                    cut = _SliceBuilder(max_events)
                     continue
                 is_person = event.collection.type == "auth" and event.action != "create"
-                is_turn = is_person and cut.may_turn(event, turns)
-                is_full = len(cut.events) >= cut.limit
-                if (is_turn or is_full) and cut.is_over_before(event, is_full=is_full):
-                    yield cut.slice(None, cut.events[-1].cursor)
-                    cut = _Cut(limit)
+                is_turn = is_person and cut.may_change_caller(event, changes_a_caller)
+                is_full = len(cut.events) >= cut.max_events
+                if (is_turn or is_full) and cut.must_end_before(event, is_full=is_full):
+                    yield cut.build(None, cut.events[-1].cursor)
+                    cut = _SliceBuilder(max_events)
                 cut.events.append(event)
                 if is_person:
-                    cut.note(event, is_turn=is_turn)
-            upto = Cursor(entry.end_lsn, END)
-        elif isinstance(entry, Mark):
-            upto = Cursor(entry.end_lsn, END)
+                    cut.add_account_event(event, is_caller_change=is_turn)
+            upto = Cursor(entry.end_lsn, END_ORDINAL)
+        elif isinstance(entry, Watermark):
+            upto = Cursor(entry.end_lsn, END_ORDINAL)
         else:
-            upto = Cursor(entry.end_lsn, END)
-            yield cut.slice(_announcement(entry, after, collections, upto), upto)
-            cut = _Cut(limit)
+            upto = Cursor(entry.end_lsn, END_ORDINAL)
+            yield cut.build(_gap_notice(entry, after, collections, upto), upto)
+            cut = _SliceBuilder(max_events)
     if upto > after:
-        yield cut.slice(None, upto)
+        yield cut.build(None, upto)
 
 
-def beginning(part: Slice, count: int) -> Slice:
+def slice_prefix(whole: Slice, event_count: int) -> Slice:
     """Return a slice's beginning, which is all of it if it is short.
 
     Args:
-        part: The slice.
-        count: How many events; more if a change would be torn apart. At least 1.
+        whole: The slice.
+        event_count: How many events; more if a change would be torn apart. At least 1.
     """
-    events = part.events
-    while count < len(events) and events[count].cursor == events[count - 1].cursor:
-        count += 1
-    if count >= len(events):
-        return part
-    upto = events[count - 1].cursor
-    people = [event for event in part.people if event.cursor <= upto]
-    return Slice(events[:count], None, upto, people)
+    events = whole.events
+    while (
+        event_count < len(events) and events[event_count].cursor == events[event_count - 1].cursor
+    ):
+        event_count += 1
+    if event_count >= len(events):
+        return whole
+    upto = events[event_count - 1].cursor
+    people = [event for event in whole.account_events if event.cursor <= upto]
+    return Slice(events[:event_count], None, upto, people)
 
 
-def portions(events: Sequence[Event], judged: Sequence[Iterable[Hashable]]) -> Iterator[range]:
-    """Cut a judged slice so that no group receives much more than ``SLICE`` messages at once.
+def delivery_ranges(events: Sequence[Event], hits: Sequence[Iterable[Hashable]]) -> Iterator[range]:
+    """Cut a judged slice: no group receives much more than ``SLICE_CHANGES`` messages at once.
 
     Args:
         events: Of the slice.
-        judged: Per event the groups that hear of it.
+        hits: Per event the groups that hear of it.
 
     Yields:
         The events' places; at least once, and no change is torn apart.
     """
     first = 0
-    if len(events) > SLICE:
+    if len(events) > SLICE_CHANGES:
         counts: dict[Hashable, int] = {}
         is_full = False
-        for place, groups in enumerate(judged):
+        for place, groups in enumerate(hits):
             if is_full and events[place].cursor != events[place - 1].cursor:
                 yield range(first, place)
                 first, is_full, counts = place, False, {}
             for group in groups:
                 counts[group] = count = counts.get(group, 0) + 1
-                is_full = is_full or count >= SLICE
+                is_full = is_full or count >= SLICE_CHANGES
     yield range(first, len(events))
 
 
-def _announcement(
-    entry: Transaction | Oversized | Gap, after: Cursor, collections: Collections, at: Cursor
-) -> Announcement:
+def _gap_notice(
+    entry: Transaction | OversizedTransaction | Gap,
+    after: Cursor,
+    collections: Collections,
+    cursor: Cursor,
+) -> GapNotice:
     if isinstance(entry, Transaction):
         behind = after.ordinal if after.lsn == entry.end_lsn else 0
         left = frozenset(change.table for change in entry.changes[behind:])
-        return Announcement(_names(left, collections), "schema", at, entry.xid)
-    names = _names(entry.tables, collections)
-    if isinstance(entry, Oversized):
-        return Announcement(names, "too_large", at, entry.xid)
-    return Announcement(names, entry.reason, at)
+        return GapNotice(_collection_names(left, collections), "schema", cursor, entry.xid)
+    names = _collection_names(entry.tables, collections)
+    if isinstance(entry, OversizedTransaction):
+        return GapNotice(names, "too_large", cursor, entry.xid)
+    return GapNotice(names, entry.reason, cursor)
 
 
-def _names(tables: frozenset[TableName] | None, collections: Collections) -> frozenset[str] | None:
+def _collection_names(
+    tables: frozenset[TableName] | None, collections: Collections
+) -> frozenset[str] | None:
     if tables is None:
         return None
-    found = (collections.of_table(table) for table in tables)
+    found = (collections.find_by_table(table) for table in tables)
     return frozenset(collection.name for collection in found if collection is not None)

@@ -17,35 +17,44 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from itertools import takewhile
 from typing import NamedTuple, TypeAlias
 
-from pgrealtime.caches import Kept
-from pgrealtime.changelog.base import Changelog, Entry, Gap, Mark
-from pgrealtime.changes import Change, Insert, Oversized, TableName, Transaction, Truncate, Update
+from pgrealtime.caches import WeightedCache
+from pgrealtime.changelog.base import Changelog, Entry, Gap, Watermark
+from pgrealtime.changes import (
+    Change,
+    Insert,
+    OversizedTransaction,
+    TableName,
+    Transaction,
+    Truncate,
+    Update,
+)
 from pgrealtime.collections.model import Collection
 from pgrealtime.errors import ChangelogError
-from pgrealtime.hub.events.event import KEPT_CHANGES, Event
-from pgrealtime.lsn import END, LSN, Cursor, Xid
+from pgrealtime.hub.events.event import CACHED_CHANGES, Event
+from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, Xid
 
 _CHANGES_PER_READ = 4000
 """Changes (not entries) indexed before yielding to the event loop. A single transaction that is
 larger than this is still read whole."""
 _TRIM_SECONDS = 5.0
 """Between two runs of ``RowHistory.watch``."""
-_UNKNOWN = "\0"
+_UNKNOWN_VALUE = "\0"
 """Index key for changes whose row isn't known; a text of Postgres can't contain this character."""
 
-Reach: TypeAlias = Callable[[LSN], Awaitable[bool]]
+WaitForLSN: TypeAlias = Callable[[LSN], Awaitable[bool]]
 """Waits until the changelog has every transaction that commits up to an LSN. Returns True once it
-has them, False if it doesn't have them in time; ``Relay.reach`` waits one second at most."""
+has them, False if it doesn't have them in time; ``ReplicationReader.reach`` waits one second at
+most."""
 
 
-Lookup: TypeAlias = tuple[TableName, str]
+LookupColumn: TypeAlias = tuple[TableName, str]
 """A table, and the column by whose value its changes are looked up."""
 
 
-class Write(NamedTuple):
+class RowWrite(NamedTuple):
     """A change of a row, or an entry that may stand for one (a truncation, missing changes)."""
 
-    lsn: LSN
+    end_lsn: LSN
     """Where its transaction ends."""
     xid: Xid | None
     """The 32-bit id of its top-level transaction; None for a gap, which may hide several.
@@ -71,22 +80,24 @@ class TableHistory:
         self._changelog = changelog
         self._table = table
         self._column = column
-        self._since = self._upto = LSN(0)
-        """The indexed range: entries that end after ``_since`` and up to ``_upto``. Both are 0
+        self._indexed_after = self._indexed_upto = LSN(0)
+        """The indexed range: entries that end after ``_since`` and up to ``_indexed_upto``. Both
+        are 0
         until the first ``extend``."""
-        self._writes: defaultdict[str, deque[Write]] = defaultdict(deque)
+        self._writes: defaultdict[str, deque[RowWrite]] = defaultdict(deque)
         """By value of the column, oldest first."""
-        self._order: deque[tuple[LSN, str]] = deque()
+        self._write_order: deque[tuple[LSN, str]] = deque()
         """One entry for each in ``_writes``, oldest first: which values ``trim`` must visit."""
-        self._of_any_row: deque[Write] = deque()
+        self._unknown_row_writes: deque[RowWrite] = deque()
         """Writes whose row isn't known, oldest first: truncations, missing changes, old images
         without the column."""
-        self._extending = asyncio.Lock()
+        self._extend_lock = asyncio.Lock()
         """Held by ``extend``, which yields between reading entries and advancing ``_since`` or
-        ``_upto``: two at once would index the same entries twice. ``trim`` and ``writes`` don't
+        ``_indexed_upto``: two at once would index the same entries twice. ``trim`` and ``writes``
+        don't
         await, so each sees and leaves the fields consistent and needs no lock."""
 
-    def writes(self, value: str, after: LSN) -> list[Write]:
+    def writes(self, value: str, after: LSN) -> list[RowWrite]:
         """Return the writes that may concern a row, oldest first.
 
         Call it after ``extend(after)`` returned True. What the changelog has discarded since then
@@ -97,19 +108,23 @@ class TableHistory:
             value: What the row has in the column, before or after the write.
             after: The end LSN of a transaction; its own writes and earlier ones are left out.
         """
-        found = _later(self._writes.get(value, ()), after)
-        of_any = _later(self._of_any_row, after)
-        if after < self._since:
-            of_any.insert(0, Write(self._since, None, None))
+        found = _writes_after(self._writes.get(value, ()), after)
+        of_any = _writes_after(self._unknown_row_writes, after)
+        if after < self._indexed_after:
+            of_any.insert(0, RowWrite(self._indexed_after, None, None))
         return sorted([*found, *of_any], key=_lsn_of) if of_any else found
 
-    def is_written(self, after: LSN) -> bool:
+    def has_writes(self, after: LSN) -> bool:
         """Whether a write may end after an LSN: ``writes`` isn't empty for every value.
 
         Call it as ``writes``.
         """
-        last = self._order[-1][0] if self._order else self._since
-        of_any = self._of_any_row[-1].lsn if self._of_any_row else self._since
+        last = self._write_order[-1][0] if self._write_order else self._indexed_after
+        of_any = (
+            self._unknown_row_writes[-1].end_lsn
+            if self._unknown_row_writes
+            else self._indexed_after
+        )
         return max(last, of_any) > after
 
     async def extend(self, after: LSN) -> bool:
@@ -119,27 +134,27 @@ class TableHistory:
             False if some of these entries were already discarded by the changelog; ``writes``
             would then be incomplete.
         """
-        async with self._extending:
+        async with self._extend_lock:
             try:
                 self.trim()
-                if not self._upto:
-                    self._since = self._upto = after
-                if after < self._since:
+                if not self._indexed_upto:
+                    self._indexed_after = self._indexed_upto = after
+                if after < self._indexed_after:
                     await self._extend_back(after)
                 await self._extend_forward()
             except ChangelogError:
                 return False
-            return self._since <= after
+            return self._indexed_after <= after
 
     async def _extend_forward(self) -> None:
-        while entries := self._read(self._upto, self._changelog.head):
-            for write, values in self._found_in(entries):
-                self._order.extend((write.lsn, value) for value in values)
+        while entries := self._read(self._indexed_upto, self._changelog.head):
+            for write, values in self._writes_in(entries):
+                self._write_order.extend((write.end_lsn, value) for value in values)
                 for value in values:
                     self._writes[value].append(write)
                 if not values:
-                    self._of_any_row.append(write)
-            self._upto = entries[-1].end_lsn
+                    self._unknown_row_writes.append(write)
+            self._indexed_upto = entries[-1].end_lsn
             await asyncio.sleep(0)
 
     async def _extend_back(self, after: LSN) -> None:
@@ -147,24 +162,24 @@ class TableHistory:
 
         Nothing is stored before all of it was read: ``ChangelogError`` leaves the index as it was.
         """
-        found: list[tuple[Write, Sequence[str]]] = []
+        found: list[tuple[RowWrite, Sequence[str]]] = []
         at = after
-        while entries := self._read(at, Cursor(self._since, END)):
-            found += self._found_in(entries)
+        while entries := self._read(at, Cursor(self._indexed_after, END_ORDINAL)):
+            found += self._writes_in(entries)
             at = entries[-1].end_lsn
             await asyncio.sleep(0)
         for write, values in reversed(found):
-            self._order.extendleft((write.lsn, value) for value in values)
+            self._write_order.extendleft((write.end_lsn, value) for value in values)
             for value in values:
                 self._writes[value].appendleft(write)
             if not values:
-                self._of_any_row.appendleft(write)
-        self._since = after
+                self._unknown_row_writes.appendleft(write)
+        self._indexed_after = after
 
     def _read(self, after: LSN, upto: Cursor) -> Sequence[Entry]:
-        return self._changelog.read(Cursor(after, END), upto, _CHANGES_PER_READ)
+        return self._changelog.read(Cursor(after, END_ORDINAL), upto, _CHANGES_PER_READ)
 
-    def _found_in(self, entries: Sequence[Entry]) -> Iterator[tuple[Write, Sequence[str]]]:
+    def _writes_in(self, entries: Sequence[Entry]) -> Iterator[tuple[RowWrite, Sequence[str]]]:
         """Yield the table's writes, each with the values of the column that it concerns.
 
         Without values, the write may concern any row.
@@ -174,48 +189,51 @@ class TableHistory:
                 case Transaction(xid=xid, end_lsn=lsn, changes=changes):
                     for change in changes:
                         if change.table == self._table:
-                            yield Write(lsn, xid, change), values_of(change, self._column)
-                case Oversized(xid=xid, end_lsn=lsn, tables=tables):
+                            yield RowWrite(lsn, xid, change), column_values(change, self._column)
+                case OversizedTransaction(xid=xid, end_lsn=lsn, tables=tables):
                     if self._table in tables:
-                        yield Write(lsn, xid, None), ()
+                        yield RowWrite(lsn, xid, None), ()
                 case Gap(end_lsn=lsn, tables=tables):
                     if tables is None or self._table in tables:
-                        yield Write(lsn, None, None), ()
-                case Mark():
+                        yield RowWrite(lsn, None, None), ()
+                case Watermark():
                     pass
 
     def trim(self) -> None:
         """Discard the writes of entries that the changelog has discarded."""
         floor = self._changelog.floor.lsn
-        while self._order and self._order[0][0] <= floor:
-            _, value = self._order.popleft()
+        while self._write_order and self._write_order[0][0] <= floor:
+            _, value = self._write_order.popleft()
             writes = self._writes[value]
             writes.popleft()
             if not writes:
                 del self._writes[value]
-        while self._of_any_row and self._of_any_row[0].lsn <= floor:
-            self._of_any_row.popleft()
-        if self._upto:
-            self._since, self._upto = max(self._since, floor), max(self._upto, floor)
+        while self._unknown_row_writes and self._unknown_row_writes[0].end_lsn <= floor:
+            self._unknown_row_writes.popleft()
+        if self._indexed_upto:
+            self._indexed_after, self._indexed_upto = (
+                max(self._indexed_after, floor),
+                max(self._indexed_upto, floor),
+            )
 
 
-def key_lookup(collection: Collection) -> Lookup:
+def id_lookup_column(collection: Collection) -> LookupColumn:
     """Return how the changes of a collection's records are looked up by their ids."""
     return collection.table.name, collection.key.name
 
 
-def _lsn_of(write: Write) -> LSN:
-    return write.lsn
+def _lsn_of(write: RowWrite) -> LSN:
+    return write.end_lsn
 
 
-def _later(writes: Sequence[Write], after: LSN) -> list[Write]:
+def _writes_after(writes: Sequence[RowWrite], after: LSN) -> list[RowWrite]:
     """Return the writes after an LSN, most often few of many: from the end back."""
-    found = list(takewhile(lambda write: write.lsn > after, reversed(writes)))
+    found = list(takewhile(lambda write: write.end_lsn > after, reversed(writes)))
     found.reverse()
     return found
 
 
-def values_of(change: Change, column: str) -> Sequence[str]:
+def column_values(change: Change, column: str) -> Sequence[str]:
     """Return the values of a column in the row that a change wrote, before and after it.
 
     One value where both are the same; "" for NULL. Empty if the row isn't known: a truncation,
@@ -235,13 +253,13 @@ def values_of(change: Change, column: str) -> Sequence[str]:
             return (change.old.row[column] or "",) if column in change.old.row else ()
 
 
-class Sequels:
+class TransactionLinkChanges:
     """Link changes that an event's own transaction made after it changed the event's row again.
 
     A transaction may write a record, link it in a junction table, then write the record and link it
     once more. The links are read live, so the event of the first version would show the links of
     the second, which its subscribers may not be allowed to see. ``hub.expand`` undoes what
-    ``after_version`` returns. (Later transactions' changes come from ``TableHistory``.)
+    ``after_next_version`` returns. (Later transactions' changes come from ``TableHistory``.)
 
     Keeps an index of the latest transactions asked about, because a large transaction is evaluated
     in several slices (runs of changes), each of which asks, and readers at different ones take
@@ -249,9 +267,11 @@ class Sequels:
     """
 
     def __init__(self) -> None:
-        self._kept: Kept[int, _Ordinals] = Kept(KEPT_CHANGES)
+        self._ordinals_cache: WeightedCache[int, _ChangeOrdinals] = WeightedCache(CACHED_CHANGES)
 
-    def after_version(self, event: Event, table: TableName, column: str) -> Sequence[Change] | None:
+    def after_next_version(
+        self, event: Event, table: TableName, column: str
+    ) -> Sequence[Change] | None:
         """Return the link changes that don't belong to the event's version of its row.
 
         These are changes of ``table``'s rows that have the event's record id in ``column`` and that
@@ -263,53 +283,55 @@ class Sequels:
             that can't be decided, as the row of a change isn't known (a truncation, an old image
             without the key or the column); the caller then doesn't show the links as the event's.
         """
-        if len(event.changes) <= event.cursor.ordinal:
+        if len(event.transaction_changes) <= event.cursor.ordinal:
             return ()  # the event's change is the last one (ordinals count from 1)
-        own = self._places(event, event.collection.table.name, event.collection.key.name)
-        same_row = _after(own.get(event.record_id, ()), event.cursor.ordinal)
-        any_row = _after(own.get(_UNKNOWN, ()), event.cursor.ordinal)
+        own = self._ordinals(event, event.collection.table.name, event.collection.key.name)
+        same_row = _ordinals_after(own.get(event.record_id, ()), event.cursor.ordinal)
+        any_row = _ordinals_after(own.get(_UNKNOWN_VALUE, ()), event.cursor.ordinal)
         next_change = min([*same_row[:1], *any_row[:1]], default=None)
         if next_change is None:
             return ()
-        links = self._places(event, table, column)
-        found = _after(links.get(event.record_id, ()), next_change)
-        unknown = _after(links.get(_UNKNOWN, ()), next_change)
+        links = self._ordinals(event, table, column)
+        found = _ordinals_after(links.get(event.record_id, ()), next_change)
+        unknown = _ordinals_after(links.get(_UNKNOWN_VALUE, ()), next_change)
         # A truncation of the event's own table counts as a change that may be the row's: links made
         # after it may be those of another row with this id.
         if unknown or (found and next_change in any_row[:1]):
             return None
-        return [event.changes[place - 1] for place in found]
+        return [event.transaction_changes[place - 1] for place in found]
 
-    def _places(self, event: Event, table: TableName, column: str) -> Mapping[str, Sequence[int]]:
-        changes = event.changes
-        kept = self._kept.get(id(changes), lambda: (_Ordinals(changes), len(changes)))
-        return kept.of(table, column)
+    def _ordinals(self, event: Event, table: TableName, column: str) -> Mapping[str, Sequence[int]]:
+        changes = event.transaction_changes
+        kept = self._ordinals_cache.get(
+            id(changes), lambda: (_ChangeOrdinals(changes), len(changes))
+        )
+        return kept.by_value(table, column)
 
 
-class _Ordinals:
+class _ChangeOrdinals:
     """The ordinals, from 1, of a transaction's changes by table and column, then by value.
 
     Holds the changes, which it is known by the identity of.
     """
 
-    __slots__ = ("_changes", "_found")
+    __slots__ = ("_by_column", "_changes")
 
     def __init__(self, changes: Sequence[Change]) -> None:
         self._changes = changes
-        self._found: dict[tuple[TableName, str], dict[str, list[int]]] = {}
+        self._by_column: dict[tuple[TableName, str], dict[str, list[int]]] = {}
 
-    def of(self, table: TableName, column: str) -> Mapping[str, Sequence[int]]:
-        found = self._found.get((table, column))
+    def by_value(self, table: TableName, column: str) -> Mapping[str, Sequence[int]]:
+        found = self._by_column.get((table, column))
         if found is None:
-            found = self._found[table, column] = {}
+            found = self._by_column[table, column] = {}
             for ordinal, change in enumerate(self._changes, start=1):
                 if change.table == table:
-                    for value in values_of(change, column) or (_UNKNOWN,):
+                    for value in column_values(change, column) or (_UNKNOWN_VALUE,):
                         found.setdefault(value, []).append(ordinal)
         return found
 
 
-def _after(ordinals: Sequence[int], ordinal: int) -> Sequence[int]:
+def _ordinals_after(ordinals: Sequence[int], ordinal: int) -> Sequence[int]:
     return ordinals[bisect_right(ordinals, ordinal) :]
 
 
@@ -318,18 +340,18 @@ class RowHistory:
 
     Args:
         changelog: What they index.
-        reach: Waits for the changelog to contain an LSN. Without it nothing is waited for:
-            ``reaches`` answers by what the changelog contains now.
+        wait_for_lsn: Waits for the changelog to contain an LSN. Without it nothing is waited for:
+            ``wait_for_lsn`` answers by what the changelog contains now.
     """
 
-    def __init__(self, changelog: Changelog, reach: Reach | None = None) -> None:
+    def __init__(self, changelog: Changelog, wait_for_lsn: WaitForLSN | None = None) -> None:
         self._changelog = changelog
-        self._reach = reach
-        self._tables: dict[Lookup, TableHistory] = {}
+        self._wait_for_lsn = wait_for_lsn
+        self._tables: dict[LookupColumn, TableHistory] = {}
         self._streamed_since: dict[TableName, LSN] = {}
         """Of the tables that the stream carries, from where the changelog has their changes."""
 
-    def use(self, tables: Iterable[TableName]) -> None:
+    def set_streamed_tables(self, tables: Iterable[TableName]) -> None:
         """Take note of which tables the stream carries from now on, and discard all indexes.
 
         Called when collections come into force: tables and key columns may be others.
@@ -340,7 +362,7 @@ class RowHistory:
         self._streamed_since = {table: before.get(table, new) for table in tables}
         self._tables.clear()
 
-    async def of(self, table: TableName, column: str, after: LSN) -> TableHistory | None:
+    async def table_history(self, table: TableName, column: str, after: LSN) -> TableHistory | None:
         """Return a table's changes since a transaction, up to the changelog's head.
 
         Args:
@@ -361,20 +383,20 @@ class RowHistory:
         history = self._tables[key]
         return history if await history.extend(after) else None
 
-    def may_have_written(self, lookup: Lookup, value: str, after: LSN) -> bool:
+    def may_be_written(self, lookup_column: LookupColumn, value: str, after: LSN) -> bool:
         """Whether a row may have been written in commits that end after an LSN.
 
         Call it after ``of`` returned a history for the lookup and that LSN.
 
         Args:
-            lookup: The table and column.
+            lookup_column: The table and column.
             value: The row's value in the column.
             after: The LSN.
         """
-        history = self._tables.get(lookup)
+        history = self._tables.get(lookup_column)
         return history is None or bool(history.writes(value, after))
 
-    async def reaches(self, lsn: LSN) -> bool:
+    async def wait_for_lsn(self, lsn: LSN) -> bool:
         """Return whether the changelog has every transaction that commits up to an LSN.
 
         Callers pass where the WAL ended when they read the live rows: after True, ``of`` returns
@@ -383,7 +405,7 @@ class RowHistory:
         """
         if self._changelog.head.lsn >= lsn:
             return True
-        return self._reach is not None and await self._reach(lsn)
+        return self._wait_for_lsn is not None and await self._wait_for_lsn(lsn)
 
     def clear(self) -> None:
         """Discard all indexes.
@@ -393,7 +415,7 @@ class RowHistory:
         self._tables.clear()
         self._streamed_since = dict.fromkeys(self._streamed_since, LSN(0))
 
-    async def watch(self) -> None:
+    async def trim_periodically(self) -> None:
         """Discard every few seconds what the changelog has discarded; runs until cancelled.
 
         Without it an index that nobody asks any more would keep its changes in memory.

@@ -8,16 +8,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from pgrealtime.changes import Shape, Transaction
+from pgrealtime.changes import RowShape, Transaction
 from pgrealtime.collections.model import Collections
-from pgrealtime.rules.engine.before_state import tables_of
+from pgrealtime.rules.engine.before_state import reachable_tables
 
-_KEPT = 10_000
-_UNREAD_SECONDS = 5.0
+_MAX_SHAPES = 10_000
+_REREAD_SECONDS = 5.0
 """A catalogue that could not be read isn't read again before that: events wait for it."""
 
 
-class Shapes:
+class ShapeChecker:
     """The shapes that were seen since the collections came into force.
 
     Args:
@@ -28,75 +28,84 @@ class Shapes:
     def __init__(
         self, collections: Collections, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._tables = tables_of(collections)
-        self._fitting: set[Shape] = set()
-        self._unfit: set[Shape] = set()
-        self._unread: dict[Shape, float] = {}
+        self._tables = reachable_tables(collections)
+        self._fitting_shapes: set[RowShape] = set()
+        self._unfit_shapes: set[RowShape] = set()
+        self._reread_times: dict[RowShape, float] = {}
         """Those that would fit if nothing has changed, and until when nobody asks again."""
         self._clock = clock
 
-    def is_doubtful(self, transaction: Transaction) -> bool:
+    def needs_catalog_read(self, transaction: Transaction) -> bool:
         """Whether the catalogue must be read before anything is made of the transaction's rows."""
-        shapes = transaction.shapes
-        if self._fitting.issuperset(shapes):
+        shapes = transaction.row_shapes
+        if self._fitting_shapes.issuperset(shapes):
             return False
-        return any(self._is_doubtful(shape) for shape in shapes)
+        return any(self._shape_needs_catalog_read(shape) for shape in shapes)
 
     def fits(self, transaction: Transaction) -> bool:
         """Whether its rows can be judged and shown by the collections in force."""
-        shapes = transaction.shapes
-        return self._fitting.issuperset(shapes) or all(map(self._fits, shapes))
+        shapes = transaction.row_shapes
+        return self._fitting_shapes.issuperset(shapes) or all(map(self._shape_fits, shapes))
 
-    def settle(self, transaction: Transaction, *, is_read: bool, is_stale: bool = False) -> None:
+    def decide_without_waiting(
+        self, transaction: Transaction, *, is_catalog_read: bool, is_catalog_stale: bool = False
+    ) -> None:
         """Take note that waiting can't tell more about the transaction's rows.
 
         Args:
             transaction: One that was doubtful.
-            is_read: Whether the catalogue was read since it became visible.
-            is_stale: Whether it is known to say something else than what is in force.
+            is_catalog_read: Whether the catalogue was read since it became visible.
+            is_catalog_stale: Whether it is known to say something else than what is in force.
         """
-        for shape in transaction.shapes:
-            is_open = self._is_doubtful(shape) or shape in self._unread
-            if is_open or (is_stale and not is_read):
-                self._fitting.discard(shape)
-                self._settle(shape, is_read=is_read)
+        for shape in transaction.row_shapes:
+            is_open = self._shape_needs_catalog_read(shape) or shape in self._reread_times
+            if is_open or (is_catalog_stale and not is_catalog_read):
+                self._fitting_shapes.discard(shape)
+                self._decide_shape(shape, is_catalog_read=is_catalog_read)
 
-    def _settle(self, shape: Shape, *, is_read: bool) -> None:
-        is_matching = self._matches(shape)
-        self._unread.pop(shape, None)
-        if is_matching and not is_read:
-            self._make_room()
-            self._unread[shape] = self._clock() + _UNREAD_SECONDS
+    def _decide_shape(self, shape: RowShape, *, is_catalog_read: bool) -> None:
+        is_matching = self._matches_catalog(shape)
+        self._reread_times.pop(shape, None)
+        if is_matching and not is_catalog_read:
+            self._clear_if_full()
+            self._reread_times[shape] = self._clock() + _REREAD_SECONDS
         else:
-            self._keep(shape, is_fit=is_matching)
+            self._store_decision(shape, is_fit=is_matching)
 
-    def _is_doubtful(self, shape: Shape) -> bool:
-        if shape in self._fitting or shape in self._unfit:
+    def _shape_needs_catalog_read(self, shape: RowShape) -> bool:
+        if shape in self._fitting_shapes or shape in self._unfit_shapes:
             return False
-        if shape in self._unread:
-            return self._clock() >= self._unread[shape]
-        return shape.described > 0 or not self._fits(shape)
+        if shape in self._reread_times:
+            return self._clock() >= self._reread_times[shape]
+        return shape.description_count > 0 or not self._shape_fits(shape)
 
-    def _fits(self, shape: Shape) -> bool:
-        if shape in self._fitting:
+    def _shape_fits(self, shape: RowShape) -> bool:
+        if shape in self._fitting_shapes:
             return True
-        if shape in self._unfit or shape in self._unread or not self._matches(shape):
+        if (
+            shape in self._unfit_shapes
+            or shape in self._reread_times
+            or not self._matches_catalog(shape)
+        ):
             return False
-        if shape.described <= 0:
-            self._keep(shape, is_fit=True)
+        if shape.description_count <= 0:
+            self._store_decision(shape, is_fit=True)
         return True
 
-    def _keep(self, shape: Shape, *, is_fit: bool) -> None:
-        self._make_room()
-        (self._fitting if is_fit else self._unfit).add(shape)
+    def _store_decision(self, shape: RowShape, *, is_fit: bool) -> None:
+        self._clear_if_full()
+        (self._fitting_shapes if is_fit else self._unfit_shapes).add(shape)
 
-    def _make_room(self) -> None:
-        if len(self._fitting) + len(self._unfit) + len(self._unread) >= _KEPT:
-            self._fitting.clear()
-            self._unfit.clear()
-            self._unread.clear()
+    def _clear_if_full(self) -> None:
+        if (
+            len(self._fitting_shapes) + len(self._unfit_shapes) + len(self._reread_times)
+            >= _MAX_SHAPES
+        ):
+            self._fitting_shapes.clear()
+            self._unfit_shapes.clear()
+            self._reread_times.clear()
 
-    def _matches(self, shape: Shape) -> bool:
+    def _matches_catalog(self, shape: RowShape) -> bool:
         """Whether the catalogue has such rows, apart from columns only added or only dropped.
 
         A name that is unknown beside one that is missing may be a column renamed; and a partition

@@ -15,17 +15,17 @@ from typing import NamedTuple, Protocol
 
 from pgrealtime.changes import TableName, Update
 from pgrealtime.collections.model import Collection
-from pgrealtime.hub.events.event import Event, Versions
-from pgrealtime.hub.live_reads.row_history import RowHistory, TableHistory, Write
+from pgrealtime.hub.events.event import Event, LaterWrites
+from pgrealtime.hub.live_reads.row_history import RowHistory, RowWrite, TableHistory
 from pgrealtime.lsn import LSN
 from pgrealtime.rule_queries.executor import LiveRow
-from pgrealtime.turns import Turn
+from pgrealtime.turns import YieldTimer
 
 
-class Rows(Protocol):
+class LiveRowQueries(Protocol):
     """What this needs of ``hub.probe``."""
 
-    async def live_rows(
+    async def fetch_live_rows(
         self, events: Sequence[Event]
     ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
         """Return what the tables hold now of columns that the events' rows lack.
@@ -38,156 +38,177 @@ class Rows(Protocol):
         ...
 
 
-class Completed(NamedTuple):
+class CompletionResult(NamedTuple):
     """What became of rows.
 
     Attributes:
-        unread: The names of collections whose rows couldn't be read.
-        gone: By collection, columns that the table doesn't have any more.
+        unreadable_collections: The names of collections whose rows couldn't be read.
+        dropped_columns: By collection, columns that the table doesn't have any more.
     """
 
-    unread: frozenset[str]
-    gone: Mapping[str, frozenset[str]]
+    unreadable_collections: frozenset[str]
+    dropped_columns: Mapping[str, frozenset[str]]
 
-    def is_whole(self, event: Event) -> bool:
+    def is_row_complete(self, event: Event) -> bool:
         """Whether the event's row lacks nothing that its table has."""
-        return not event.missing - self.gone.get(event.collection.name, _NONE)
+        return not event.missing_columns - self.dropped_columns.get(
+            event.collection.name, _NO_COLUMNS
+        )
 
 
-_NONE: frozenset[str] = frozenset()
+_NO_COLUMNS: frozenset[str] = frozenset()
 
 
-class _Kept(NamedTuple):
+class _CompletableEvent(NamedTuple):
     """An event whose row may be completed."""
 
     event: Event
-    columns: frozenset[str]
+    provable_columns: frozenset[str]
     """Those of the live row that its own transaction left alone after it."""
 
 
-class _Version:
+class _UndatedLiveRow:
     """A live row that a later transaction wrote, or a subtransaction, and what it may complete."""
 
-    __slots__ = ("collection", "events", "found", "record_id")
+    __slots__ = ("collection", "events", "live_row", "record_id")
 
-    def __init__(self, event: Event, found: LiveRow) -> None:
+    def __init__(self, event: Event, live_row: LiveRow) -> None:
         self.collection = event.collection
         self.record_id = event.record_id
-        self.found = found
-        self.events: list[_Kept] = []
+        self.live_row = live_row
+        self.events: list[_CompletableEvent] = []
         """In the order of the stream."""
 
     @property
-    def first(self) -> LSN:
+    def first_commit_lsn(self) -> LSN:
         """Where the transaction of the first event ends."""
         return self.events[0].event.cursor.lsn
 
 
-class Completion:
+class RowCompleter:
     """Completes rows.
 
     Args:
-        rows: Reads live rows.
-        history: Knows what was done to them later.
+        queries: Reads live rows.
+        row_history: Knows what was done to them later.
     """
 
-    def __init__(self, rows: Rows, history: RowHistory) -> None:
-        self._rows = rows
-        self._history = history
-        self._versions = Versions()
+    def __init__(self, queries: LiveRowQueries, row_history: RowHistory) -> None:
+        self._queries = queries
+        self._row_history = row_history
+        self._later_writes = LaterWrites()
 
-    async def complete(self, events: Sequence[Event]) -> Completed:
+    async def complete(self, events: Sequence[Event]) -> CompletionResult:
         """Fill in the columns that can be proved; the others stay missing."""
-        live, unread = await self._rows.live_rows(events)
-        undated: dict[tuple[str, str], _Version] = {}
+        live, unread = await self._queries.fetch_live_rows(events)
+        undated: dict[tuple[str, str], _UndatedLiveRow] = {}
         gone: defaultdict[str, frozenset[str]] = defaultdict(frozenset)
         for event in events:
             record = event.collection.name, event.record_id
             found = live.get(record)
             if found is None:
                 continue
-            gone[event.collection.name] |= event.missing.difference(found.row)
-            columns = event.missing.intersection(found.row) - self._versions.written_after(event)
+            gone[event.collection.name] |= event.missing_columns.difference(found.row)
+            columns = event.missing_columns.intersection(
+                found.row
+            ) - self._later_writes.columns_written_later(event)
             if found.xid == event.xid:
-                _fill(event, found, columns)
+                _fill_columns(event, found, columns)
             elif columns:
-                version = undated.setdefault(record, _Version(event, found))
-                version.events.append(_Kept(event, columns))
+                version = undated.setdefault(record, _UndatedLiveRow(event, found))
+                version.events.append(_CompletableEvent(event, columns))
         if undated:
-            await self._date(undated.values())
-        return Completed(unread, gone)
+            await self._complete_undated(undated.values())
+        return CompletionResult(unread, gone)
 
-    async def _date(self, undated: Iterable[_Version]) -> None:
+    async def _complete_undated(self, undated_rows: Iterable[_UndatedLiveRow]) -> None:
         """Fill in rows that a later transaction wrote again, or a subtransaction."""
-        histories = await self._histories(undated)
-        waiting: list[_Version] = []
-        turn = Turn()
-        for version in undated:
-            history, found = histories.get(version.collection.table.name), version.found
-            writes = [] if history is None else history.writes(version.record_id, version.first)
-            at = max((write.lsn for write in writes if write.xid == found.xid), default=LSN(0))
+        histories = await self._table_histories(undated_rows)
+        waiting: list[_UndatedLiveRow] = []
+        turn = YieldTimer()
+        for version in undated_rows:
+            history, found = histories.get(version.collection.table.name), version.live_row
+            writes = (
+                []
+                if history is None
+                else history.writes(version.record_id, version.first_commit_lsn)
+            )
+            at = max((write.end_lsn for write in writes if write.xid == found.xid), default=LSN(0))
             dated = [kept for kept in version.events if kept.event.cursor.lsn < at]
-            await _fill_all(dated, found, [write for write in writes if write.lsn <= at], turn)
+            await _fill_unwritten_columns(
+                dated, found, [write for write in writes if write.end_lsn <= at], turn
+            )
             version.events = version.events[len(dated) :]
             if version.events:
                 waiting.append(version)
         # The id may be a subtransaction's, or that of a commit that has yet to come. By the time
         # that the stream has passed what the snapshots saw, all that they saw is known.
-        if waiting and await self._history.reaches(max(one.found.reach for one in waiting)):
-            histories = await self._histories(waiting)
+        if waiting and await self._row_history.wait_for_lsn(
+            max(one.live_row.insert_lsn for one in waiting)
+        ):
+            histories = await self._table_histories(waiting)
             for version in waiting:
                 history = histories.get(version.collection.table.name)
                 if history is not None:
-                    await _fill_all(version.events, version.found, _seen(history, version), turn)
+                    await _fill_unwritten_columns(
+                        version.events, version.live_row, _visible_writes(history, version), turn
+                    )
 
-    async def _histories(self, versions: Iterable[_Version]) -> Mapping[TableName, TableHistory]:
+    async def _table_histories(
+        self, undated_rows: Iterable[_UndatedLiveRow]
+    ) -> Mapping[TableName, TableHistory]:
         first: dict[TableName, tuple[Collection, LSN]] = {}
-        for version in versions:
-            collection, lsn = version.collection, version.first
+        for version in undated_rows:
+            collection, lsn = version.collection, version.first_commit_lsn
             _, known = first.get(collection.table.name, (collection, lsn))
             first[collection.table.name] = collection, min(lsn, known)
         histories: dict[TableName, TableHistory] = {}
         for table, (collection, after) in first.items():
-            history = await self._history.of(table, collection.key.name, after)
+            history = await self._row_history.table_history(table, collection.key.name, after)
             if history is not None:
                 histories[table] = history
         return histories
 
 
-async def _fill_all(
-    events: Sequence[_Kept], found: LiveRow, later: Sequence[Write], turn: Turn
+async def _fill_unwritten_columns(
+    events: Sequence[_CompletableEvent],
+    live_row: LiveRow,
+    later_writes: Sequence[RowWrite],
+    turn: YieldTimer,
 ) -> None:
     """Fill in what no later transaction brought since each event, of one row all together.
 
     From the last event back: so each write is looked at once, however many events there are. In
     turns with the loop's other users, for of a row that is written again and again there are many.
     """
-    rest = list(later)
-    open_ = frozenset[str]().union(*(kept.columns for kept in events))
+    rest = list(later_writes)
+    open_ = frozenset[str]().union(*(kept.provable_columns for kept in events))
     for event, columns in reversed(events):
-        while open_ and rest and rest[-1].lsn > event.cursor.lsn:
-            open_ -= brought(rest.pop(), event.collection, open_)
-            if turn.is_over():
+        while open_ and rest and rest[-1].end_lsn > event.cursor.lsn:
+            open_ -= columns_written(rest.pop(), event.collection, open_)
+            if turn.is_due():
                 await turn.pause()
-        _fill(event, found, columns & open_)
+        _fill_columns(event, live_row, columns & open_)
 
 
-def _fill(event: Event, found: LiveRow, columns: frozenset[str]) -> None:
+def _fill_columns(event: Event, live_row: LiveRow, columns: frozenset[str]) -> None:
     if columns:
-        kept = {name: text for name, text in found.row.items() if name in columns}
+        kept = {name: text for name, text in live_row.row.items() if name in columns}
         event.row = {**kept, **event.row}
 
 
-def _seen(history: TableHistory, version: _Version) -> list[Write]:
+def _visible_writes(table_history: TableHistory, undated_row: _UndatedLiveRow) -> list[RowWrite]:
     """Return what was done to the row later, as far as the live row shows it."""
     return [
         write
-        for write in history.writes(version.record_id, version.first)
-        if write.xid is None or version.found.snapshot.sees(write.xid)
+        for write in table_history.writes(undated_row.record_id, undated_row.first_commit_lsn)
+        if write.xid is None or undated_row.live_row.snapshot.sees(write.xid)
     ]
 
 
-def brought(write: Write, collection: Collection, columns: frozenset[str]) -> frozenset[str]:
+def columns_written(
+    write: RowWrite, collection: Collection, columns: frozenset[str]
+) -> frozenset[str]:
     """Return which of some columns a change may have given another value."""
     match write.change:
         case Update(new=new, old=old) if old.row.get(collection.key.name) == new.get(

@@ -15,28 +15,28 @@ from typing import TypeAlias
 from msgspec.structs import replace
 
 from pgrealtime.auth.principal import AuthRecord, Caller, Guest
-from pgrealtime.auth.record import plain_id, rebound
+from pgrealtime.auth.record import unpadded_id, update_caller
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection
 from pgrealtime.config.model import CollectionLoginConfig
 from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor
-from pgrealtime.snapshot import Barrier
+from pgrealtime.snapshot import ReadPoint
 
-Person: TypeAlias = tuple[str, str]
+AccountKey: TypeAlias = tuple[str, str]
 """Name of an auth collection and id of a record in it."""
 
-_KEPT = 4096
+_MAX_REMEMBERED_CHANGES = 4096
 """Changes of rows of people that are remembered. Each call needs those of its own few
 milliseconds; who was looked up before the oldest is looked up again."""
-_KEPT_SIZE = 4 * 1024 * 1024
+_MAX_REMEMBERED_CHARACTERS = 4 * 1024 * 1024
 """Characters of those rows, the newest aside."""
 
 _NO_LOGIN = CollectionLoginConfig()
 
 
-def person_of(caller: Caller) -> Person | None:
+def account_of_caller(caller: Caller) -> AccountKey | None:
     """Whose row makes the caller what it is; None for guests and superusers."""
     match caller.principal:
         case AuthRecord() as record:
@@ -45,12 +45,12 @@ def person_of(caller: Caller) -> Person | None:
             return None
 
 
-def person_in(event: Event) -> Person:
+def account_of_event(event: Event) -> AccountKey:
     """Whose row the event is about."""
-    return event.collection.name, plain_id(event.collection, event.record_id)
+    return event.collection.name, unpadded_id(event.collection, event.record_id)
 
 
-class Identities:
+class CallerTracker:
     """The connections by person, and the latest changes of people's rows.
 
     Args:
@@ -63,73 +63,75 @@ class Identities:
     ) -> None:
         self._logins = logins
         self._allows_guests = allows_guests
-        self._connections: dict[Person, dict[Connection, None]] = {}
-        self._told: dict[Person, deque[Event]] = {}
-        self._order: deque[tuple[Person, int]] = deque()
+        self._connections_by_account: dict[AccountKey, dict[Connection, None]] = {}
+        self._recent_changes: dict[AccountKey, deque[Event]] = {}
+        self._change_order: deque[tuple[AccountKey, int]] = deque()
         """Whose change each was, and its size."""
-        self._size = 0
-        self._forgotten = LSN(0)
+        self._remembered_characters = 0
+        self._forgotten_upto = LSN(0)
 
     def add(self, connection: Connection) -> None:
         """Count the connection among its caller's."""
-        person = person_of(connection.caller)
+        person = account_of_caller(connection.caller)
         if person is not None:
-            self._connections.setdefault(person, {})[connection] = None
+            self._connections_by_account.setdefault(person, {})[connection] = None
 
     def remove(self, connection: Connection) -> None:
         """Take it out, before its caller becomes another. Idempotent."""
-        person = person_of(connection.caller)
-        theirs = self._connections.get(person) if person is not None else None
+        person = account_of_caller(connection.caller)
+        theirs = self._connections_by_account.get(person) if person is not None else None
         if person is not None and theirs is not None:
             theirs.pop(connection, None)
             if not theirs:
-                del self._connections[person]
+                del self._connections_by_account[person]
 
-    def become(self, connection: Connection, caller: Caller) -> None:
+    def set_caller(self, connection: Connection, caller: Caller) -> None:
         """Make the caller the connection's."""
         self.remove(connection)
         connection.caller = caller
-        if not connection.is_ended:
+        if not connection.is_closed:
             self.add(connection)
 
-    def use(self, logins: Mapping[str, CollectionLoginConfig], *, allows_guests: bool) -> None:
+    def replace_settings(
+        self, logins: Mapping[str, CollectionLoginConfig], *, allows_guests: bool
+    ) -> None:
         """Let people log in otherwise from now on, and guests in or not."""
         self._logins, self._allows_guests = logins, allows_guests
 
-    def is_welcome(self, connection: Connection) -> bool:
+    def may_keep_topics(self, connection: Connection) -> bool:
         """Whether the connection may have the topics that it has."""
         is_guest = isinstance(connection.caller.principal, Guest)
         return self._allows_guests or not is_guest or not connection.subscriptions
 
-    def turns(self, event: Event) -> bool:
+    def changes_a_caller(self, event: Event) -> bool:
         """Whether the event changes the caller of any connection."""
         return any(
-            self.caller_after(event, one.caller, one.known) is not one.caller
-            for one in self.concerned(event)
+            self.caller_after(event, one.caller, one.caller_read_point) is not one.caller
+            for one in self.connections_of(event)
         )
 
-    def concerned(self, event: Event) -> Sized[Connection]:
+    def connections_of(self, event: Event) -> Sized[Connection]:
         """The connections whose caller is the record that the event is about."""
-        return self._connections.get(person_in(event), {}).keys()
+        return self._connections_by_account.get(account_of_event(event), {}).keys()
 
-    def caller_after(self, event: Event, caller: Caller, known: Barrier | None) -> Caller:
+    def caller_after(self, event: Event, caller: Caller, read_point: ReadPoint | None) -> Caller:
         """Return what the event makes of the caller; the same object if nothing changes.
 
         Args:
             event: Of the caller's row or of any other.
             caller: As it was before.
-            known: What was visible when its row was read: older news would undo newer.
+            read_point: What was visible when its row was read: older news would undo newer.
         """
-        if person_of(caller) != person_in(event):
+        if account_of_caller(caller) != account_of_event(event):
             return caller
-        if known is not None and not known.admits(event.xid, event.cursor.lsn):
+        if read_point is not None and not read_point.predates(event.xid, event.cursor.lsn):
             return caller
         if event.action == "delete":
             return Caller()
-        after = self.caller_of_row(caller, event.collection, event.row)
+        after = self.caller_from_row(caller, event.collection, event.row)
         return caller if after == caller else after
 
-    def caller_of_row(self, caller: Caller, collection: Collection, row: Row | None) -> Caller:
+    def caller_from_row(self, caller: Caller, collection: Collection, row: Row | None) -> Caller:
         """Return the caller, who is a record of the collection, as its row makes it.
 
         Args:
@@ -139,54 +141,58 @@ class Identities:
         """
         if row is None:
             return Caller()
-        return rebound(caller, collection, self._logins.get(collection.name, _NO_LOGIN), row)
+        return update_caller(caller, collection, self._logins.get(collection.name, _NO_LOGIN), row)
 
     # --- between the look-up of a caller and the answer to its call
 
-    def tell(self, event: Event) -> None:
+    def remember_change(self, event: Event) -> None:
         """Remember the event for calls whose callers were looked up before it."""
-        person = person_in(event)
+        person = account_of_event(event)
         size = sum(len(value) for value in event.row.values() if value is not None)
         # Without all that its transaction changed, which the changelog may let go of meanwhile.
-        self._told.setdefault(person, deque()).append(replace(event, changes=()))
-        self._order.append((person, size))
-        self._size += size
-        while len(self._order) > _KEPT or (self._size > _KEPT_SIZE and len(self._order) > 1):
+        self._recent_changes.setdefault(person, deque()).append(
+            replace(event, transaction_changes=())
+        )
+        self._change_order.append((person, size))
+        self._remembered_characters += size
+        while len(self._change_order) > _MAX_REMEMBERED_CHANGES or (
+            self._remembered_characters > _MAX_REMEMBERED_CHARACTERS and len(self._change_order) > 1
+        ):
             self._forget_oldest()
 
     def _forget_oldest(self) -> None:
-        oldest, size = self._order.popleft()
-        self._size -= size
-        theirs = self._told[oldest]
-        self._forgotten = max(self._forgotten, theirs.popleft().cursor.lsn)
+        oldest, size = self._change_order.popleft()
+        self._remembered_characters -= size
+        theirs = self._recent_changes[oldest]
+        self._forgotten_upto = max(self._forgotten_upto, theirs.popleft().cursor.lsn)
         if not theirs:
-            del self._told[oldest]
+            del self._recent_changes[oldest]
 
-    def forget(self, upto: LSN) -> None:
+    def forget_changes_upto(self, upto: LSN) -> None:
         """Take note that changes up to there were never told: a gap, or another history."""
-        self._told.clear()
-        self._order.clear()
-        self._size = 0
-        self._forgotten = upto
+        self._recent_changes.clear()
+        self._change_order.clear()
+        self._remembered_characters = 0
+        self._forgotten_upto = upto
 
-    def caught_up(self, caller: Caller, known: Barrier | None, upto: Cursor) -> Caller:
+    def caller_at(self, caller: Caller, read_point: ReadPoint | None, cursor: Cursor) -> Caller:
         """Return the caller as it is at a position of the stream.
 
         Args:
             caller: As it was looked up.
-            known: What was visible then; None if there was no row.
-            upto: Where its connection stands. What comes later it hears itself.
+            read_point: What was visible then; None if there was no row.
+            cursor: Where its connection stands. What comes later it hears itself.
 
         Raises:
             LookupError: That look-up is too old to say, or what followed doesn't tell enough.
         """
-        if known is None:
+        if read_point is None:
             return caller
-        if known.insert_lsn < self._forgotten:
+        if read_point.insert_lsn < self._forgotten_upto:
             raise LookupError("the caller was looked up too long ago")
-        for event in self._told.get(person_of(caller) or ("", ""), ()):
-            if event.cursor <= upto:
-                caller = self.caller_after(event, caller, known)
-        if caller.is_lost:
+        for event in self._recent_changes.get(account_of_caller(caller) or ("", ""), ()):
+            if event.cursor <= cursor:
+                caller = self.caller_after(event, caller, read_point)
+        if caller.is_stale:
             raise LookupError("the caller's row changed in what the stream doesn't have")
         return caller

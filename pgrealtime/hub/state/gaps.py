@@ -6,74 +6,84 @@ from collections import Counter
 from collections.abc import Callable
 
 from pgrealtime.hub.connections.connection import Connection
-from pgrealtime.hub.evaluation.evaluator import Unheard
-from pgrealtime.hub.events.slices import Announcement
-from pgrealtime.hub.state.callers import person_of
-from pgrealtime.hub.state.progress import Course
+from pgrealtime.hub.evaluation.evaluator import EvaluationGap
+from pgrealtime.hub.events.slices import GapNotice
+from pgrealtime.hub.state.callers import account_of_caller
+from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.lsn import Cursor
 from pgrealtime.protocol.frame import resync_tail
 
 
-class Gaps:
+class GapNotifier:
     """Tells of gaps, or ends who can't be told.
 
     Args:
-        course: Where the hub stands.
-        doom: Ends a connection as soon as its client can bear that, for a reason.
-        lose: As well, and lets it hear nothing more than what it had up to a place.
+        progress: Where the hub stands.
+        request_close: Ends a connection as soon as its client can bear that, for a reason.
+        invalidate_caller: As well, and lets it hear nothing more than what it had up to a place.
         clock: Monotonic seconds.
     """
 
     def __init__(
         self,
-        course: Course,
+        progress: DispatchProgress,
         *,
-        doom: Callable[[Connection, str], None],
-        lose: Callable[[Connection, str, Cursor], None],
+        request_close: Callable[[Connection, str], None],
+        invalidate_caller: Callable[[Connection, str, Cursor], None],
         clock: Callable[[], float],
     ) -> None:
-        self._course = course
-        self._doom = doom
-        self._lose = lose
+        self._progress = progress
+        self._request_close = request_close
+        self._invalidate_caller = invalidate_caller
         self._clock = clock
-        self.told: Counter[str] = Counter()
+        self.notified: Counter[str] = Counter()
         """Connections that were told, or ended, by the gap's reason."""
 
-    def tell_all(
-        self, connection: Connection, gap: Announcement | None, unheard: Unheard | None, at: Cursor
+    def notify_slice(
+        self,
+        connection: Connection,
+        gap: GapNotice | None,
+        unheard: EvaluationGap | None,
+        upto: Cursor,
     ) -> None:
         """Tell a connection of a gap in the stream, and of what nobody could be asked about.
 
         Of both only the last moves its position: who breaks off in between is told again.
         """
         gaps = [] if gap is None else [gap]
-        if unheard is not None and (unknown := _unknown_to(connection, unheard)):
-            gaps.insert(0, Announcement(unknown, "unknown", at))
-        is_held = len(gaps) > 1 and self._concerns(connection, gaps[-1])
+        if unheard is not None and (unknown := _collections_missed_by(connection, unheard)):
+            gaps.insert(0, GapNotice(unknown, "unknown", upto))
+        is_held = len(gaps) > 1 and self._affects(connection, gaps[-1])
         for one in gaps:
-            if not connection.is_ended:
-                self.tell(connection, one, is_held=is_held and one is not gaps[-1])
+            if not connection.is_closed:
+                self.notify(connection, one, keeps_position=is_held and one is not gaps[-1])
 
-    def held_at(self, connection: Connection, unheard: Unheard | None) -> Cursor | None:
+    def position_limit(
+        self, connection: Connection, unheard: EvaluationGap | None
+    ) -> Cursor | None:
         """Return what the connection's position may not pass before it was told; None if nothing.
 
         An id says that all up to it was delivered or told.
         """
         if unheard is None:
             return None
-        names = _unknown_to(connection, unheard)
-        return unheard.since if self._subscribed(connection) & names else None
+        names = _collections_missed_by(connection, unheard)
+        return unheard.first_cursor if self._subscribed_collections(connection) & names else None
 
-    def _subscribed(self, connection: Connection) -> set[str]:
+    def _subscribed_collections(self, connection: Connection) -> set[str]:
         """Return the names of the collections that the connection has topics of."""
-        collections = self._course.meaning.collections
+        collections = self._progress.generation.collections
         topics = (s.topic.collection for s in connection.subscriptions.values())
         return {c.name for c in map(collections.find, topics) if c is not None}
 
-    def _concerns(self, connection: Connection, gap: Announcement) -> bool:
-        return gap.collections is None or bool(self._subscribed(connection) & gap.collections)
+    def _affects(self, connection: Connection, gap: GapNotice) -> bool:
+        return gap.collections is None or bool(
+            self._subscribed_collections(connection) & gap.collections
+        )
 
-    def tell(self, connection: Connection, gap: Announcement, *, is_held: bool = False) -> None:
+    def notify(
+        self, connection: Connection, gap: GapNotice, *, keeps_position: bool = False
+    ) -> None:
         """Tell a connection of a gap that concerns it; a plain one is ended, so that it reloads.
 
         So is one whose caller's row may have changed in the gap: coming back it says anew who
@@ -82,47 +92,54 @@ class Gaps:
         Args:
             connection: Who is told.
             gap: Of what.
-            is_held: Whether its position stays, since another gap is about to be told.
+            keeps_position: Whether its position stays, since another gap is about to be told.
         """
-        is_concerned = self._concerns(connection, gap)
-        is_told = connection.is_resumable or connection.wants_resync
+        is_concerned = self._affects(connection, gap)
+        is_told = connection.is_resumable or connection.has_resync_topic
         if is_concerned and is_told:
-            at = None if is_held else gap.at
-            connection.say(resync_tail(gap.collections or (), gap.reason), at)
+            at = None if keeps_position else gap.cursor
+            connection.write_message(resync_tail(gap.collections or (), gap.reason), at)
             connection.cursor = at or connection.cursor
-            connection.active_at = connection.written_at = self._clock()
-        is_caller_lost = self._is_caller_lost(connection, gap)
-        self.told[gap.reason] += is_concerned or is_caller_lost
+            connection.idle_since = connection.last_write_at = self._clock()
+        is_caller_lost = self._may_caller_have_changed(connection, gap)
+        self.notified[gap.reason] += is_concerned or is_caller_lost
         if is_caller_lost:
-            self._lose(connection, "gap", gap.at)
+            self._invalidate_caller(connection, "gap", gap.cursor)
         elif is_concerned and not is_told:
-            self._doom(connection, "gap")
+            self._request_close(connection, "gap")
 
-    def _is_caller_lost(self, connection: Connection, gap: Announcement) -> bool:
+    def _may_caller_have_changed(self, connection: Connection, gap: GapNotice) -> bool:
         """Whether the caller's row may have changed in the gap since it was read."""
-        name, _ = person_of(connection.caller) or ("", "")
-        if name not in self._course.meaning.collections or not gap.concerns(name):
+        name, _ = account_of_caller(connection.caller) or ("", "")
+        if name not in self._progress.generation.collections or not gap.affects(name):
             return False
-        return connection.known is None or connection.known.insert_lsn < gap.at.lsn
+        return (
+            connection.caller_read_point is None
+            or connection.caller_read_point.insert_lsn < gap.cursor.lsn
+        )
 
 
-def _unknown_to(connection: Connection, unheard: Unheard) -> frozenset[str]:
+def _collections_missed_by(connection: Connection, unheard: EvaluationGap) -> frozenset[str]:
     """The collections of which the connection may miss something."""
-    unknown = unheard.lost | (unheard.undecided & _asked_about(connection))
-    if not (unheard.unprovable or unheard.unseen):
+    unknown = unheard.failed_collections | (
+        unheard.undecided_collections & _collections_queried_for(connection)
+    )
+    if not (unheard.unprovable_groups or unheard.incomplete_expands):
         return unknown
     return unknown.union(
-        subscription.group.variant.collection.name
+        subscription.group.specialization.collection.name
         for subscription in connection.subscriptions.values()
         if subscription.group is not None
         and (
-            subscription.group in unheard.unprovable
-            or (subscription.group, subscription.viewer) in unheard.unseen
+            subscription.group in unheard.unprovable_groups
+            or (subscription.group, subscription.expand_viewer) in unheard.incomplete_expands
         )
     )
 
 
-def _asked_about(connection: Connection) -> frozenset[str]:
+def _collections_queried_for(connection: Connection) -> frozenset[str]:
     """The collections about whose rows something may be asked for the connection's sake."""
     groups = (s.group for s in connection.subscriptions.values() if s.group is not None)
-    return frozenset(g.variant.collection.name for g in groups if g.variant.formula is not True)
+    return frozenset(
+        g.specialization.collection.name for g in groups if g.specialization.formula is not True
+    )

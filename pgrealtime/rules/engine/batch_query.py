@@ -14,221 +14,233 @@ from typing import TypeAlias
 
 from sqlglot import exp
 
-from pgrealtime.caches import kept_with
+from pgrealtime.caches import cached_per_object
 from pgrealtime.changes import Row, TableName
 from pgrealtime.collections.model import Collection
-from pgrealtime.rules.engine.formula import Atom, Moment
-from pgrealtime.rules.engine.index_paths import RemoteSource
-from pgrealtime.rules.language.parameters import Binding, Form, Literal, Macro, render
-from pgrealtime.rules.memory.compare import Comparable, Scalar
-from pgrealtime.rules.memory.conditions import Args
+from pgrealtime.rules.engine.formula import MacroValues, Test
+from pgrealtime.rules.engine.index_paths import RemoteKey
+from pgrealtime.rules.language.parameters import (
+    Binding,
+    LiteralParameter,
+    Macro,
+    SqlForm,
+    to_sql_value,
+)
+from pgrealtime.rules.memory.compare import Scalar, SqliteValue
+from pgrealtime.rules.memory.conditions import Arguments
 from pgrealtime.rules.sql import nodes
-from pgrealtime.rules.sql.conditions import ROW, LoweredValues, lower_values
+from pgrealtime.rules.sql.conditions import ROW_ALIAS, SqlValues, translate_key_values
 from pgrealtime.rules.sql.nodes import Sql, all_of
-from pgrealtime.rules.sql.reference import Question
+from pgrealtime.rules.sql.reference import SqlQuery
 from pgrealtime.rules.sql.row_images import (
-    Judged,
     Overlay,
-    before,
-    columns_of,
-    free_name,
-    images,
-    numbers,
-    unnested,
+    RowImages,
+    find_columns,
+    images_table,
+    integer_array,
+    unnest_arrays,
+    unused_column_name,
+    with_overlays,
 )
 
-Cells: TypeAlias = tuple[str | None, ...]
+ColumnTexts: TypeAlias = tuple[str | None, ...]
 """The columns that are read of a row, in text form."""
 
 
 @dataclass(slots=True, kw_only=True)
-class Pairs:
+class PairQuestion:
     """Which of some (row, arguments) make an atom true."""
 
-    atom: Atom
-    asked: Sequence[tuple[Cells, Args]]
+    test: Test
+    pairs: Sequence[tuple[ColumnTexts, Arguments]]
     """Distinct; rows by the columns that ``atom.lowered`` reads."""
     overlays: Sequence[Overlay] = ()
     """Related tables that the rows' transaction touched, for rows that it deleted."""
-    admitted: set[int] = field(default_factory=set)
+    matching_positions: set[int] = field(default_factory=set)
     """The answer: places in ``asked``."""
-    is_left: bool = False
+    is_postponed: bool = False
     """Whether nobody waited for the answer: what depends on it is undecided and not denied."""
 
     @property
-    def collection(self) -> str:
+    def collection_name(self) -> str:
         """Whose rows it is about."""
-        return self.atom.collection.name
+        return self.test.collection.name
 
     @property
-    def about(self) -> Atom:
+    def subject(self) -> Test:
         """What is the same in all inquiries of the kind."""
-        return self.atom
+        return self.test
 
-    def question(self) -> Question | None:
+    def sql_query(self) -> SqlQuery | None:
         """Return the statement, whose rows are places in ``asked``; None if it can't be made."""
-        atom = self.atom
-        places, rows = _distinct([cells for cells, _ in self.asked])
-        params = _columns(rows)
-        free = _free(atom)
-        for name, binding in atom.lowered.bindings.items():
+        atom = self.test
+        places, rows = _number_distinct_rows([cells for cells, _ in self.pairs])
+        params = _column_params(rows)
+        free = _pair_placeholders(atom)
+        for name, binding in atom.sql_predicate.bindings.items():
             if name in free:
                 at = free[name]
-                params[name] = [render(args[at], binding.form) for _, args in self.asked]
+                params[name] = [to_sql_value(args[at], binding.form) for _, args in self.pairs]
             else:
-                params[name] = self._fixed(binding)
+                params[name] = self._shared_value(binding)
         if free:
             params |= {"n": list(range(len(places))), "at": places}
         if not self.overlays:
-            return Question(_statement(atom), params)
-        judged = Judged(columns_of(atom.collection.table, atom.lowered.columns), rows)
-        made = before([atom.lowered.condition], self.overlays, params, judged)
+            return SqlQuery(_matching_pairs_sql(atom), params)
+        judged = RowImages(find_columns(atom.collection.table, atom.sql_predicate.columns), rows)
+        made = with_overlays([atom.sql_predicate.condition], self.overlays, params, judged)
         if made is None:
             return None
         (condition,), views = made
-        return Question(_print(_pairs(atom, condition), views), params)
+        return SqlQuery(_to_sql_text(_matching_pairs_select(atom, condition), views), params)
 
-    def _fixed(self, binding: Binding) -> Scalar:
+    def _shared_value(self, binding: Binding) -> Scalar:
         match binding.parameter:
-            case Literal(constant):
-                return render(constant, binding.form)
+            case LiteralParameter(constant):
+                return to_sql_value(constant, binding.form)
             case Macro() as macro:
-                _, args = self.asked[0]
-                at = len(self.atom.free) + self.atom.macros.index(macro)
-                return render(args[at], binding.form)
+                _, args = self.pairs[0]
+                at = len(self.test.caller_parameters) + self.test.macros.index(macro)
+                return to_sql_value(args[at], binding.form)
             case _:
                 raise AssertionError("any other parameter is free")
 
-    def take(self, rows: Sequence[tuple[object, ...]]) -> None:
+    def accept(self, rows: Sequence[tuple[object, ...]]) -> None:
         """Note the statement's result."""
-        self.admitted.update(int(str(place)) for (place,) in rows)
+        self.matching_positions.update(int(str(place)) for (place,) in rows)
 
-    def split(self) -> Iterator[Pairs]:
+    def split(self) -> Iterator[PairQuestion]:
         """Yield the questions that this one is made of, by row, or by pair if it is of one row."""
-        by_row: defaultdict[Cells, list[int]] = defaultdict(list)
-        for place, (cells, _) in enumerate(self.asked):
+        by_row: defaultdict[ColumnTexts, list[int]] = defaultdict(list)
+        for place, (cells, _) in enumerate(self.pairs):
             by_row[cells].append(place)
-        parts = list(by_row.values()) if len(by_row) > 1 else [[n] for n in range(len(self.asked))]
+        parts = list(by_row.values()) if len(by_row) > 1 else [[n] for n in range(len(self.pairs))]
         if len(parts) == 1:
             return
         for places in parts:
-            asked = [self.asked[place] for place in places]
-            part = Pairs(atom=self.atom, asked=asked, overlays=self.overlays)
+            asked = [self.pairs[place] for place in places]
+            part = PairQuestion(test=self.test, pairs=asked, overlays=self.overlays)
             yield part
-            self.admitted.update(places[place] for place in part.admitted)
+            self.matching_positions.update(places[place] for place in part.matching_positions)
 
 
 @dataclass(slots=True, kw_only=True)
-class Values:
+class KeyQuestion:
     """Which values of a subscriber satisfy a condition on some rows."""
 
-    source: RemoteSource
-    rows: Sequence[Cells]
+    remote_key: RemoteKey
+    rows: Sequence[ColumnTexts]
     """Distinct."""
-    moment: Moment
-    limit: int
+    macro_values: MacroValues
+    max_texts_per_row: int
     """Texts of one row that are fetched at most; numbers are all fetched."""
-    wanted: Sequence[str] | None = None
+    wanted_keys: Sequence[str] | None = None
     """The only values that matter; None is all."""
     overlays: Sequence[Overlay] = ()
-    found: list[set[Comparable]] = field(default_factory=list)
+    keys_by_row: list[set[SqliteValue]] = field(default_factory=list)
     """The answer, by row."""
-    is_left: bool = False
+    is_postponed: bool = False
     """Whether nobody waited for the answer: what depends on it is undecided and not denied."""
 
     def __post_init__(self) -> None:
-        self.found = [set() for _ in self.rows]
+        self.keys_by_row = [set() for _ in self.rows]
 
     @property
-    def collection(self) -> str:
+    def collection_name(self) -> str:
         """Whose rows it is about."""
-        return self.source.whole.collection
+        return self.remote_key.predicate.collection
 
     @property
-    def about(self) -> RemoteSource:
+    def subject(self) -> RemoteKey:
         """What is the same in all inquiries of the kind."""
-        return self.source
+        return self.remote_key
 
     @property
-    def _is_limited(self) -> bool:
-        return self.wanted is None and not self.source.is_number
+    def _has_limit(self) -> bool:
+        return self.wanted_keys is None and not self.remote_key.is_numeric
 
-    def is_cut(self, found: Sized) -> bool:
+    def is_truncated(self, keys: Sized) -> bool:
         """Whether a row has more values than were found."""
-        return self._is_limited and len(found) > self.limit
+        return self._has_limit and len(keys) > self.max_texts_per_row
 
-    def question(self) -> Question | None:
+    def sql_query(self) -> SqlQuery | None:
         """Return the statement: places in ``rows``, and values. None if it can't be made."""
-        lowered = values_of(self.source)
-        params = _columns(self.rows)
+        lowered = sql_values_of(self.remote_key)
+        params = _column_params(self.rows)
         for name, binding in lowered.bindings.items():
             match binding.parameter:
-                case Literal(constant):
-                    params[name] = render(constant, binding.form)
+                case LiteralParameter(constant):
+                    params[name] = to_sql_value(constant, binding.form)
                 case Macro() as macro:
-                    params[name] = render(self.moment[macro], binding.form)
+                    params[name] = to_sql_value(self.macro_values[macro], binding.form)
                 case _:
                     raise AssertionError("a source has no free parameters")
-        params["limit"] = self.limit + 1 if self._is_limited else None
-        params["wanted"] = self.wanted
+        params["limit"] = self.max_texts_per_row + 1 if self._has_limit else None
+        params["wanted"] = self.wanted_keys
         if not self.overlays:
-            statement = _values_of_all if self.wanted is None else _values_of_some
-            return Question(statement(self.source), params)
-        collection = self.source.collections[self.source.whole.collection]
-        judged = Judged(columns_of(collection.table, lowered.columns), self.rows)
-        made = before([lowered.select], self.overlays, params, judged)
+            statement = _all_keys_sql if self.wanted_keys is None else _wanted_keys_sql
+            return SqlQuery(statement(self.remote_key), params)
+        collection = self.remote_key.collections[self.remote_key.predicate.collection]
+        judged = RowImages(find_columns(collection.table, lowered.columns), self.rows)
+        made = with_overlays([lowered.select], self.overlays, params, judged)
         if made is None:
             return None
         (select,), views = made
-        return Question(
-            _print(_values(self.source, select, is_wanted=self.wanted is not None), views), params
+        return SqlQuery(
+            _to_sql_text(
+                _keys_select(self.remote_key, select, has_wanted_keys=self.wanted_keys is not None),
+                views,
+            ),
+            params,
         )
 
-    def take(self, rows: Sequence[tuple[object, ...]]) -> None:
+    def accept(self, rows: Sequence[tuple[object, ...]]) -> None:
         """Note the statement's result."""
         for place, text in rows:
-            self.found[int(str(place))].add(self.source.key(str(text)))
+            self.keys_by_row[int(str(place))].add(self.remote_key.parse_key(str(text)))
 
-    def split(self) -> Iterator[Values]:
+    def split(self) -> Iterator[KeyQuestion]:
         """Yield the questions that this one is made of, by row."""
         if len(self.rows) == 1:
             return
         for place, cells in enumerate(self.rows):
-            part = Values(
-                source=self.source,
+            part = KeyQuestion(
+                remote_key=self.remote_key,
                 rows=[cells],
-                moment=self.moment,
-                limit=self.limit,
-                wanted=self.wanted,
+                macro_values=self.macro_values,
+                max_texts_per_row=self.max_texts_per_row,
+                wanted_keys=self.wanted_keys,
                 overlays=self.overlays,
             )
             yield part
-            self.found[place] = part.found[0]
+            self.keys_by_row[place] = part.keys_by_row[0]
 
 
-Inquiry: TypeAlias = Pairs | Values
+Question: TypeAlias = PairQuestion | KeyQuestion
 
 
-def tables_of(inquiry: Inquiry) -> frozenset[TableName]:
+def tables_read(question: Question) -> frozenset[TableName]:
     """Return what a question reads beside the rows."""
-    match inquiry:
-        case Pairs(atom=atom):
-            return atom.lowered.tables
-        case Values(source=source):
-            return values_of(source).tables
+    match question:
+        case PairQuestion(test=atom):
+            return atom.sql_predicate.tables
+        case KeyQuestion(remote_key=source):
+            return sql_values_of(source).tables
 
 
-@kept_with
-def values_of(source: RemoteSource) -> LoweredValues:
+@cached_per_object
+def sql_values_of(remote_key: RemoteKey) -> SqlValues:
     """Return the SELECT of a source's values.
 
     Raises:
         RuleUnsupportedError: It can't be decided exactly.
     """
-    return lower_values(source.term, source.where, source.collections, source.shapes)
+    return translate_key_values(
+        remote_key.term, remote_key.where, remote_key.collections, remote_key.parameter_classes
+    )
 
 
-def cells_of(row: Row, columns: Sequence[str]) -> Cells:
+def column_texts(row: Row, columns: Sequence[str]) -> ColumnTexts:
     """Return the columns of a row image, which must be there."""
     return tuple([row[name] for name in columns])
 
@@ -236,57 +248,61 @@ def cells_of(row: Row, columns: Sequence[str]) -> Cells:
 # --- statements
 
 
-def _distinct(rows: Sequence[Cells]) -> tuple[list[int], list[Cells]]:
+def _number_distinct_rows(rows: Sequence[ColumnTexts]) -> tuple[list[int], list[ColumnTexts]]:
     """Return the distinct rows, and for each given one its place among them."""
-    known: dict[Cells, int] = {}
+    known: dict[ColumnTexts, int] = {}
     return [known.setdefault(cells, len(known)) for cells in rows], list(known)
 
 
-def _columns(rows: Sequence[Cells]) -> dict[str, object]:
+def _column_params(rows: Sequence[ColumnTexts]) -> dict[str, object]:
     params: dict[str, object] = {"i": list(range(len(rows)))}
     for at, column in enumerate(zip(*rows, strict=True)):
         params[f"c{at}"] = list(column)
     return params
 
 
-def _free(atom: Atom) -> dict[str, int]:
+def _pair_placeholders(test: Test) -> dict[str, int]:
     """Return the placeholders that differ per pair, and which argument each is."""
     return {
-        name: atom.free.index(binding.parameter)
-        for name, binding in atom.lowered.bindings.items()
-        if not isinstance(binding.parameter, (Literal, Macro))
+        name: test.caller_parameters.index(binding.parameter)
+        for name, binding in test.sql_predicate.bindings.items()
+        if not isinstance(binding.parameter, (LiteralParameter, Macro))
     }
 
 
-_ARRAYS = {
-    Form.TEXT: "text[]",
-    Form.NUMBER: "text[]",
-    Form.PATTERN: "text[]",
-    Form.UUID: "uuid[]",
-    Form.INTEGER: "bigint[]",
-    Form.JSON: "text[]",
+_ARRAY_TYPES = {
+    SqlForm.TEXT: "text[]",
+    SqlForm.NUMBER: "text[]",
+    SqlForm.PATTERN: "text[]",
+    SqlForm.UUID: "uuid[]",
+    SqlForm.INTEGER: "bigint[]",
+    SqlForm.JSON: "text[]",
 }
 
 
-@kept_with
-def _statement(atom: Atom) -> str:
-    return _print(_pairs(atom, atom.lowered.condition), [])
+@cached_per_object
+def _matching_pairs_sql(test: Test) -> str:
+    return _to_sql_text(_matching_pairs_select(test, test.sql_predicate.condition), [])
 
 
-def _pairs(atom: Atom, condition: Sql) -> exp.Select:
+def _matching_pairs_select(test: Test, condition: Sql) -> exp.Select:
     """Return the SELECT of the pairs that meet the condition; of rows if nothing else differs."""
-    rows, ordinal = _images(atom.collection, atom.lowered.columns)
-    free = _free(atom)
+    rows, ordinal = _row_images_table(test.collection, test.sql_predicate.columns)
+    free = _pair_placeholders(test)
     if not free:
         return exp.Select(
-            expressions=[nodes.column(ROW, ordinal)],
+            expressions=[nodes.column(ROW_ALIAS, ordinal)],
             from_=exp.From(this=rows),
-            where=exp.Where(this=nodes.own(condition)),
+            where=exp.Where(this=nodes.copy_if_attached(condition)),
         )
-    bindings = atom.lowered.bindings
-    arrays = [nodes.cast(nodes.placeholder(name), _ARRAYS[bindings[name].form]) for name in free]
-    pairs = unnested("q", ["n", "at", *free], [numbers("n"), numbers("at"), *arrays])
-    is_row = nodes.binary(exp.EQ, nodes.column(ROW, ordinal), nodes.column("q", "at"))
+    bindings = test.sql_predicate.bindings
+    arrays = [
+        nodes.cast(nodes.placeholder(name), _ARRAY_TYPES[bindings[name].form]) for name in free
+    ]
+    pairs = unnest_arrays(
+        "q", ["n", "at", *free], [integer_array("n"), integer_array("at"), *arrays]
+    )
+    is_row = nodes.binary(exp.EQ, nodes.column(ROW_ALIAS, ordinal), nodes.column("q", "at"))
     return exp.Select(
         expressions=[nodes.column("q", "n")],
         from_=exp.From(this=pairs),
@@ -295,58 +311,62 @@ def _pairs(atom: Atom, condition: Sql) -> exp.Select:
     )
 
 
-def _correlated(condition: Sql, free: Mapping[str, int]) -> Sql:
+def _correlated(condition: Sql, placeholders: Mapping[str, int]) -> Sql:
     """Return the condition reading the pair's values in place of parameters."""
 
     def replaced(node: exp.Expr) -> exp.Expr:
-        if isinstance(node, exp.Placeholder) and node.name in free:
+        if isinstance(node, exp.Placeholder) and node.name in placeholders:
             return nodes.column("q", node.name)
         return node
 
     return condition.copy().transform(replaced)
 
 
-@kept_with
-def _values_of_all(source: RemoteSource) -> str:
-    return _print(_values(source, values_of(source).select, is_wanted=False), [])
+@cached_per_object
+def _all_keys_sql(remote_key: RemoteKey) -> str:
+    return _to_sql_text(
+        _keys_select(remote_key, sql_values_of(remote_key).select, has_wanted_keys=False), []
+    )
 
 
-@kept_with
-def _values_of_some(source: RemoteSource) -> str:
-    return _print(_values(source, values_of(source).select, is_wanted=True), [])
+@cached_per_object
+def _wanted_keys_sql(remote_key: RemoteKey) -> str:
+    return _to_sql_text(
+        _keys_select(remote_key, sql_values_of(remote_key).select, has_wanted_keys=True), []
+    )
 
 
-def _values(source: RemoteSource, select: Sql, *, is_wanted: bool) -> exp.Select:
+def _keys_select(remote_key: RemoteKey, select: Sql, *, has_wanted_keys: bool) -> exp.Select:
     """Return the SELECT of places of rows and the distinct values of each."""
-    lowered = values_of(source)
-    collection = source.collections[source.whole.collection]
-    rows, ordinal = _images(collection, lowered.columns)
+    lowered = sql_values_of(remote_key)
+    collection = remote_key.collections[remote_key.predicate.collection]
+    rows, ordinal = _row_images_table(collection, lowered.columns)
     inner = select.copy()
     assert isinstance(inner, exp.Select)
-    if is_wanted:
+    if has_wanted_keys:
         (text,) = inner.expressions
         wanted = exp.Any(this=exp.Paren(this=nodes.cast(nodes.placeholder("wanted"), "text[]")))
-        is_one = exp.EQ(this=nodes.collated(text), expression=wanted)
+        is_one = exp.EQ(this=nodes.collate_c(text), expression=wanted)
         inner.set("where", exp.Where(this=all_of(inner.args["where"].this, is_one)))
     inner.set("distinct", exp.Distinct())
-    inner.set("limit", exp.Limit(expression=nodes.cast(nodes.placeholder("limit"), nodes.INTEGER)))
+    inner.set("limit", exp.Limit(expression=nodes.cast(nodes.placeholder("limit"), nodes.BIGINT)))
     found = exp.Lateral(
         this=exp.Subquery(this=inner),
-        alias=exp.TableAlias(this=nodes.name("found"), columns=[nodes.name("value")]),
+        alias=exp.TableAlias(this=nodes.quoted_name("found"), columns=[nodes.quoted_name("value")]),
     )
     return exp.Select(
-        expressions=[nodes.column(ROW, ordinal), nodes.column("found", "value")],
+        expressions=[nodes.column(ROW_ALIAS, ordinal), nodes.column("found", "value")],
         from_=exp.From(this=rows),
         joins=[exp.Join(this=found, kind="CROSS")],
     )
 
 
-def _images(collection: Collection, names: Sequence[str]) -> tuple[Sql, str]:
-    ordinal = free_name(names)
-    return images(columns_of(collection.table, names), ordinal), ordinal
+def _row_images_table(collection: Collection, names: Sequence[str]) -> tuple[Sql, str]:
+    ordinal = unused_column_name(names)
+    return images_table(find_columns(collection.table, names), ordinal), ordinal
 
 
-def _print(select: exp.Select, views: Sequence[exp.CTE]) -> str:
-    if views:
-        select.set("with_", exp.With(expressions=list(views)))
+def _to_sql_text(select: exp.Select, overlay_ctes: Sequence[exp.CTE]) -> str:
+    if overlay_ctes:
+        select.set("with_", exp.With(expressions=list(overlay_ctes)))
     return select.sql(dialect="postgres", copy=False)

@@ -13,15 +13,15 @@ from pgrealtime.collections.model import Collections
 from pgrealtime.rules.sql.row_images import Overlay
 
 
-class Past:
+class BeforeState:
     """The state before one transaction, table by table; made when it is asked for."""
 
-    __slots__ = ("_changes", "_overlays", "_tables", "_touched")
+    __slots__ = ("_changed_tables", "_changes", "_overlays", "_tables")
 
     def __init__(self, changes: Iterable[Change], tables: Mapping[TableName, Table]) -> None:
         self._changes = tuple(changes)
         self._tables = tables
-        self._touched: frozenset[TableName] | None = None
+        self._changed_tables: frozenset[TableName] | None = None
         """Made when it is asked for: of the changes there may be many more than are judged."""
         self._overlays: dict[TableName, Overlay | None] = {}
 
@@ -30,55 +30,55 @@ class Past:
         wanted = frozenset(tables)
         if not wanted:
             return ()
-        if self._touched is None:
-            self._touched = frozenset(change.table for change in self._changes)
-        touched = sorted(self._touched & wanted)
-        found = (self._overlay(name) for name in touched)
+        if self._changed_tables is None:
+            self._changed_tables = frozenset(change.table for change in self._changes)
+        touched = sorted(self._changed_tables & wanted)
+        found = (self._overlay_of(name) for name in touched)
         return tuple(overlay for overlay in found if overlay is not None)
 
-    def _overlay(self, name: TableName) -> Overlay | None:
+    def _overlay_of(self, name: TableName) -> Overlay | None:
         if name not in self._overlays:
             table = self._tables.get(name)
-            self._overlays[name] = None if table is None else _overlay(table, self._changes)
+            self._overlays[name] = None if table is None else _make_overlay(table, self._changes)
         return self._overlays[name]
 
 
-_KEPT_FOR = 8
+_BATCHES_BEFORE_EVICTION = 8
 """Batches that a state is kept for although none of them needs it: some readers of the changelog
 may be at different transactions, and take turns."""
 
 
-class Pasts:
+class BeforeStates:
     """The states before transactions: one each, however many events and batches it has.
 
     A large transaction is judged in many batches. Were its state found out for each of them, that
     would take time by the square of its changes.
     """
 
-    __slots__ = ("_batch", "_pasts", "_tables")
+    __slots__ = ("_batch_number", "_states", "_tables")
 
     def __init__(self, tables: Mapping[TableName, Table]) -> None:
         self._tables = tables
-        self._batch = 0
-        self._pasts: dict[int, tuple[Past, int]] = {}
+        self._batch_number = 0
+        self._states: dict[int, tuple[BeforeState, int]] = {}
         """By the identity of the changes, which each holds; and the batch that needed it last."""
 
     def begin_batch(self) -> None:
         """Let go of what wasn't needed for a while: it holds its transaction."""
-        self._batch += 1
-        if self._pasts:
-            oldest = self._batch - _KEPT_FOR
-            self._pasts = {at: kept for at, kept in self._pasts.items() if kept[1] >= oldest}
+        self._batch_number += 1
+        if self._states:
+            oldest = self._batch_number - _BATCHES_BEFORE_EVICTION
+            self._states = {at: kept for at, kept in self._states.items() if kept[1] >= oldest}
 
-    def of(self, changes: tuple[Change, ...]) -> Past:
+    def state_before(self, changes: tuple[Change, ...]) -> BeforeState:
         """Return the state before the transaction of those changes."""
-        kept = self._pasts.get(id(changes))
-        past = Past(changes, self._tables) if kept is None else kept[0]
-        self._pasts[id(changes)] = past, self._batch
+        kept = self._states.get(id(changes))
+        past = BeforeState(changes, self._tables) if kept is None else kept[0]
+        self._states[id(changes)] = past, self._batch_number
         return past
 
 
-def _overlay(table: Table, changes: Iterable[Change]) -> Overlay:
+def _make_overlay(table: Table, changes: Iterable[Change]) -> Overlay:
     before: list[Row] = []
     touched: dict[tuple[str | None, ...], Row] = {}
     for change in changes:
@@ -86,31 +86,31 @@ def _overlay(table: Table, changes: Iterable[Change]) -> Overlay:
             continue
         match change:
             case Insert(new=new):
-                touched.setdefault(_key(table, new), new)
+                touched.setdefault(_primary_key_texts(table, new), new)
             case Update(new=new, old=old):
-                _note(table, old.row, before, touched)
-                touched.setdefault(_key(table, new), new)
+                _add_old_row(table, old.row, before, touched)
+                touched.setdefault(_primary_key_texts(table, new), new)
             case Delete(old=old):
-                _note(table, old.row, before, touched)
+                _add_old_row(table, old.row, before, touched)
             case Truncate():
                 before.append({})  # any row may have been there: covers nothing that is read
-    return Overlay(table=table, before=before, touched=list(touched.values()))
+    return Overlay(table=table, old_images=before, changed_rows=list(touched.values()))
 
 
-def _note(
-    table: Table, row: Row, before: list[Row], touched: dict[tuple[str | None, ...], Row]
+def _add_old_row(
+    table: Table, row: Row, before: list[Row], touched_rows: dict[tuple[str | None, ...], Row]
 ) -> None:
-    key = _key(table, row)
-    if key not in touched:
-        touched[key] = row
+    key = _primary_key_texts(table, row)
+    if key not in touched_rows:
+        touched_rows[key] = row
         before.append(row)
 
 
-def _key(table: Table, row: Row) -> tuple[str | None, ...]:
+def _primary_key_texts(table: Table, row: Row) -> tuple[str | None, ...]:
     return tuple(row.get(name) for name in table.primary_key)
 
 
-def tables_of(collections: Collections) -> Mapping[TableName, Table]:
+def reachable_tables(collections: Collections) -> Mapping[TableName, Table]:
     """Return every table that rules and filters can reach: what the stream must carry.
 
     Beside the collections' own tables those are the junctions of their relations: a transaction

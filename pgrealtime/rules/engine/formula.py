@@ -15,51 +15,63 @@ from typing import TypeAlias
 
 from pgrealtime.changes import Row, TableName
 from pgrealtime.collections.model import Collection, Collections, Field
-from pgrealtime.rules.language.parameters import AuthColumn, Literal, Macro, Parameter, Shape
+from pgrealtime.rules.language.parameters import (
+    CallerColumn,
+    LiteralParameter,
+    Macro,
+    Parameter,
+    ParameterClass,
+)
 from pgrealtime.rules.language.predicate import (
-    AllRows,
-    AuthRow,
+    CallerRow,
+    CollectionRows,
     Comparison,
     Condition,
     Conjunction,
     Disjunction,
+    EachValue,
     FieldValue,
     GeoDistance,
-    Items,
     JsonValue,
-    Nested,
-    Place,
+    NestedRule,
     Predicate,
+    RowPath,
     Strftime,
     Term,
     ToOne,
-    parameters,
-    place_of,
+    condition_parameters,
+    row_path_of,
     terms,
 )
 from pgrealtime.rules.memory.compare import Scalar
-from pgrealtime.rules.memory.conditions import Args, Ground, Test, columns_read, compiled
-from pgrealtime.rules.sql.conditions import Lowered, lower
-from pgrealtime.rules.sql.joins import AUTH_ID
+from pgrealtime.rules.memory.conditions import (
+    Arguments,
+    CompileContext,
+    CompiledCondition,
+    columns_read,
+    compile_condition,
+)
+from pgrealtime.rules.sql.conditions import SqlPredicate, translate_predicate
+from pgrealtime.rules.sql.joins import CALLER_ID_PARAMETER
 
 
-class Atom:
+class Test:
     """A condition about one row of a collection. Its identity is what verdicts are kept by.
 
     Attributes:
-        free: Its parameters that differ per subscriber, in the order of its arguments.
+        caller_parameters: Its parameters that differ per subscriber, in the order of its arguments.
         macros: Those that differ per moment; their values follow.
-        test: Decides it in the process; None if only Postgres can.
+        in_process: Decides it in the process; None if only Postgres can.
         columns: What must be known of the row.
 
     Args:
         collections: All there are.
         collection: Whose rows it is about.
         condition: The condition.
-        shapes: The class of each of its parameters.
-        auth: The collection of the subscriber's own row; None if there is no such row.
-        is_own_known: The columns that are read of it come with the parameters.
-        is_utf8: As ``Ground`` has it.
+        parameter_classes: The class of each of its parameters.
+        auth_collection: The collection of the subscriber's own row; None if there is no such row.
+        is_caller_row_bound: The columns that are read of it come with the parameters.
+        is_utf8: As ``CompileContext`` has it.
     """
 
     def __init__(
@@ -67,197 +79,203 @@ class Atom:
         collections: Collections,
         collection: Collection,
         condition: Condition,
-        shapes: Mapping[Parameter, Shape],
+        parameter_classes: Mapping[Parameter, ParameterClass],
         *,
-        auth: Collection | None = None,
-        is_own_known: bool = False,
+        auth_collection: Collection | None = None,
+        is_caller_row_bound: bool = False,
         is_utf8: bool = True,
     ) -> None:
         self.collections = collections
         self.collection = collection
         self.condition = condition
-        self.shapes = shapes
-        self._auth = auth
-        self._is_own_known = is_own_known
-        found = [p for p in parameters(condition) if not isinstance(p, Literal)]
-        own = list(own_columns(condition)) if is_own_known else []
-        free: list[Parameter | AuthColumn] = [p for p in found if not isinstance(p, Macro)]
-        if asks_own_row(condition) and AUTH_ID not in free:
-            free.append(AUTH_ID)
-        self.macros = _macros(condition, found)
-        self.free = (*free, *own)
-        order = {p: n for n, p in enumerate([*self.free, *self.macros])}
-        self.ground = Ground(shapes=shapes, order=order, is_utf8=is_utf8)
-        self.test: Test | None = compiled(condition, self.ground)
+        self.parameter_classes = parameter_classes
+        self._auth_collection = auth_collection
+        self._is_caller_row_bound = is_caller_row_bound
+        found = [p for p in condition_parameters(condition) if not isinstance(p, LiteralParameter)]
+        own = list(caller_columns(condition)) if is_caller_row_bound else []
+        free: list[Parameter | CallerColumn] = [p for p in found if not isinstance(p, Macro)]
+        if reads_caller_row(condition) and CALLER_ID_PARAMETER not in free:
+            free.append(CALLER_ID_PARAMETER)
+        self.macros = _macros_read(condition, found)
+        self.caller_parameters = (*free, *own)
+        order = {p: n for n, p in enumerate([*self.caller_parameters, *self.macros])}
+        self.memory_context = CompileContext(
+            parameter_classes=parameter_classes, argument_index=order, is_utf8=is_utf8
+        )
+        self.in_process: CompiledCondition | None = compile_condition(
+            condition, self.memory_context
+        )
         self.columns = (
-            frozenset(self.lowered.columns) if self.test is None else columns_read(condition)
+            frozenset(self.sql_predicate.columns)
+            if self.in_process is None
+            else columns_read(condition)
         )
 
     @cached_property
-    def lowered(self) -> Lowered:
+    def sql_predicate(self) -> SqlPredicate:
         """The condition in SQL.
 
         Raises:
             RuleUnsupportedError: It can't be decided exactly there either.
         """
         predicate = Predicate(collection=self.collection.name, where=self.condition)
-        return lower(
+        return translate_predicate(
             predicate,
             self.collections,
-            self.shapes,
-            caller=self._auth,
-            is_own_bound=self._is_own_known,
+            self.parameter_classes,
+            auth_collection=self._auth_collection,
+            is_caller_row_bound=self._is_caller_row_bound,
         )
 
     @property
     def tables(self) -> frozenset[TableName]:
         """What Postgres reads to decide it, beside the row."""
-        return self.lowered.tables
+        return self.sql_predicate.tables
 
     @property
-    def is_constant(self) -> bool:
+    def is_row_independent(self) -> bool:
         """Whether it is decided here once for a subscriber, whatever the row and the moment."""
-        return self.test is not None and not self.columns and not self.macros
+        return self.in_process is not None and not self.columns and not self.macros
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
+class TestCall:
     """An atom in a formula."""
 
-    atom: Atom
-    picks: tuple[int, ...]
+    test: Test
+    argument_positions: tuple[int, ...]
     """Where its free parameters' values are among those of the whole."""
 
     @property
-    def is_guard(self) -> bool:
+    def is_caller_independent(self) -> bool:
         """Whether all subscribers share its verdict."""
-        return not self.picks
+        return not self.argument_positions
 
 
 @dataclass(frozen=True, slots=True)
-class All:
+class AllOf:
     """True if every part is."""
 
-    parts: tuple[Formula, ...]
+    operands: tuple[Formula, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Some:
+class AnyOf:
     """True if some part is."""
 
-    parts: tuple[Formula, ...]
+    operands: tuple[Formula, ...]
 
 
-Formula: TypeAlias = bool | Leaf | All | Some
+Formula: TypeAlias = bool | TestCall | AllOf | AnyOf
 
 
-def leaves(formula: Formula) -> Iterator[Leaf]:
+def each_test_call(formula: Formula) -> Iterator[TestCall]:
     """Every leaf, in order."""
     match formula:
-        case Leaf():
+        case TestCall():
             yield formula
-        case All(parts) | Some(parts):
+        case AllOf(parts) | AnyOf(parts):
             for part in parts:
-                yield from leaves(part)
+                yield from each_test_call(part)
         case bool():
             return
 
 
-def rebuilt(formula: Formula, make: Callable[[Leaf], Formula]) -> Formula:
+def map_test_calls(formula: Formula, replace: Callable[[TestCall], Formula]) -> Formula:
     """Return the formula with other leaves, simplified where they became constants."""
     match formula:
-        case Leaf():
-            return make(formula)
-        case All(parts):
-            return all_of(rebuilt(part, make) for part in parts)
-        case Some(parts):
-            return some_of(rebuilt(part, make) for part in parts)
+        case TestCall():
+            return replace(formula)
+        case AllOf(parts):
+            return conjunction(map_test_calls(part, replace) for part in parts)
+        case AnyOf(parts):
+            return disjunction(map_test_calls(part, replace) for part in parts)
         case bool():
             return formula
 
 
-def all_of(parts: Iterator[Formula]) -> Formula:
+def conjunction(operands: Iterator[Formula]) -> Formula:
     """Return the conjunction, flat and without constants."""
     kept: list[Formula] = []
-    for part in parts:
+    for part in operands:
         match part:
             case True:
                 continue
             case False:
                 return False
-            case All(inner):
+            case AllOf(inner):
                 kept.extend(inner)
             case _:
                 kept.append(part)
-    return All(tuple(kept)) if len(kept) > 1 else kept[0] if kept else True
+    return AllOf(tuple(kept)) if len(kept) > 1 else kept[0] if kept else True
 
 
-def some_of(parts: Iterator[Formula]) -> Formula:
+def disjunction(operands: Iterator[Formula]) -> Formula:
     """Return the disjunction, flat and without constants."""
     kept: list[Formula] = []
-    for part in parts:
+    for part in operands:
         match part:
             case False:
                 continue
             case True:
                 return True
-            case Some(inner):
+            case AnyOf(inner):
                 kept.extend(inner)
             case _:
                 kept.append(part)
-    return Some(tuple(kept)) if len(kept) > 1 else kept[0] if kept else False
+    return AnyOf(tuple(kept)) if len(kept) > 1 else kept[0] if kept else False
 
 
 # --- the subscriber's own row
 
 
-def asks_own_row(condition: Condition) -> bool:
+def reads_caller_row(condition: Condition) -> bool:
     """Whether it reads the subscriber's row, or anything reached through it."""
-    return any(isinstance(place.origin, AuthRow) for place in _places(condition))
+    return any(isinstance(place.root, CallerRow) for place in _row_paths(condition))
 
 
-def own_columns(condition: Condition) -> Iterator[AuthColumn]:
+def caller_columns(condition: Condition) -> Iterator[CallerColumn]:
     """Yield the columns of the subscriber's row that it reads, first that for whether there is."""
     names = {
         field.column.name
         for term in terms(condition)
-        if (place := place_of(term)) is not None and isinstance(place.origin, AuthRow)
-        for field in _fields_read(term, place)
+        if (place := row_path_of(term)) is not None and isinstance(place.root, CallerRow)
+        for field in _root_fields_read(term, place)
         if field.column is not None
     }
     if names:
-        yield AuthColumn("")
-        yield from map(AuthColumn, sorted(names))
+        yield CallerColumn("")
+        yield from map(CallerColumn, sorted(names))
 
 
-def _fields_read(term: Term, place: Place) -> Iterator[Field]:
+def _root_fields_read(term: Term, path: RowPath) -> Iterator[Field]:
     """Yield the field that is read of the row where the place begins, if any."""
-    match place.steps, term:
+    match path.steps, term:
         case (), (FieldValue(field=field) | JsonValue(field=field)):
             yield field
-        case ((ToOne(field) | Items(field)), *_), _:
+        case ((ToOne(field) | EachValue(field)), *_), _:
             yield field
         case _:
             return
 
 
-def _places(condition: Condition) -> Iterator[Place]:
+def _row_paths(condition: Condition) -> Iterator[RowPath]:
     """Every place that is read, in nested conditions too."""
     match condition:
         case Comparison():
-            found = (place_of(term) for term in terms(condition))
+            found = (row_path_of(term) for term in terms(condition))
             yield from (place for place in found if place is not None)
         case Conjunction(parts) | Disjunction(parts):
             for part in parts:
-                yield from _places(part)
-        case Nested(place, where):
+                yield from _row_paths(part)
+        case NestedRule(place, where):
             yield place
-            yield from _places(where)
+            yield from _row_paths(where)
 
 
-def _macros(condition: Condition, found: Sequence[Parameter]) -> tuple[Macro, ...]:
+def _macros_read(condition: Condition, found_parameters: Sequence[Parameter]) -> tuple[Macro, ...]:
     """Return the macros among the parameters, and ``@now`` where a format has no other time."""
-    macros = [p for p in found if isinstance(p, Macro)]
+    macros = [p for p in found_parameters if isinstance(p, Macro)]
     is_now = any(isinstance(term, Strftime) for term in terms(condition))
     if is_now and Macro.NOW not in macros:
         macros.append(Macro.NOW)
@@ -267,116 +285,117 @@ def _macros(condition: Condition, found: Sequence[Parameter]) -> tuple[Macro, ..
 # --- verdicts
 
 
-class Moment:
+class MacroValues:
     """What macros mean while one batch is decided."""
 
-    __slots__ = ("_read", "_values")
+    __slots__ = ("_compute", "_values")
 
-    def __init__(self, read: Callable[[Macro], Scalar]) -> None:
-        self._read = read
+    def __init__(self, compute: Callable[[Macro], Scalar]) -> None:
+        self._compute = compute
         self._values: dict[Macro, Scalar] = {}
 
     def __getitem__(self, macro: Macro) -> Scalar:
         if macro not in self._values:
-            self._values[macro] = self._read(macro)
+            self._values[macro] = self._compute(macro)
         return self._values[macro]
 
 
-class Facts:
+class RowVerdicts:
     """What is known about one row while a batch is decided.
 
     Attributes:
         row: The image.
-        missing: Columns that the image lacks.
-        is_missing_unknown: Whether an atom that reads a missing column is neither true nor false,
-            for ever; else it is false.
+        missing_columns: Columns that the image lacks.
+        is_missing_column_unknown: Whether an atom that reads a missing column is neither true nor
+            false, for ever; else it is false.
         answers: What Postgres said of atoms, by their arguments.
     """
 
     __slots__ = (
-        "_guards",
-        "_undecided",
+        "_guard_verdicts",
+        "_undecided_in_process",
         "answers",
-        "is_missing_unknown",
-        "missing",
-        "moment",
+        "is_missing_column_unknown",
+        "macro_values",
+        "missing_columns",
         "row",
     )
 
     def __init__(
         self,
         row: Row,
-        missing: frozenset[str],
-        moment: Moment,
+        missing_columns: frozenset[str],
+        macro_values: MacroValues,
         *,
-        is_missing_unknown: bool = False,
+        is_missing_column_unknown: bool = False,
     ) -> None:
         self.row = row
-        self.missing = missing
-        self.is_missing_unknown = is_missing_unknown
-        self.moment = moment
-        self.answers: dict[tuple[Atom, Args], bool] = {}
-        self._guards: dict[Atom, bool] = {}
-        self._undecided: set[tuple[Atom, Args]] = set()
+        self.missing_columns = missing_columns
+        self.is_missing_column_unknown = is_missing_column_unknown
+        self.macro_values = macro_values
+        self.answers: dict[tuple[Test, Arguments], bool] = {}
+        self._guard_verdicts: dict[Test, bool] = {}
+        self._undecided_in_process: set[tuple[Test, Arguments]] = set()
         """What only Postgres can say although its atom has a test: it isn't tried again."""
 
-    def args(self, leaf: Leaf, values: Sequence[Scalar]) -> tuple[Scalar, ...]:
+    def arguments(self, test_call: TestCall, values: Sequence[Scalar]) -> tuple[Scalar, ...]:
         """Return the leaf's arguments for a subscriber's values."""
-        picked = tuple([values[at] for at in leaf.picks])
-        macros = leaf.atom.macros
-        return picked + tuple([self.moment[macro] for macro in macros]) if macros else picked
+        picked = tuple([values[at] for at in test_call.argument_positions])
+        macros = test_call.test.macros
+        return picked + tuple([self.macro_values[macro] for macro in macros]) if macros else picked
 
-    def verdict(self, leaf: Leaf, values: Sequence[Scalar]) -> bool | None:
+    def test_verdict(self, test_call: TestCall, values: Sequence[Scalar]) -> bool | None:
         """Return whether the leaf is true; None if Postgres has yet to say."""
-        atom = leaf.atom
-        if not leaf.picks:
-            known = self._guards.get(atom)
+        atom = test_call.test
+        if not test_call.argument_positions:
+            known = self._guard_verdicts.get(atom)
             if known is None:
-                known = self._ask(atom, self.args(leaf, values))
+                known = self._run_test(atom, self.arguments(test_call, values))
                 if known is not None:
-                    self._guards[atom] = known
+                    self._guard_verdicts[atom] = known
             return known
-        return self._ask(atom, self.args(leaf, values))
+        return self._run_test(atom, self.arguments(test_call, values))
 
-    def _ask(self, atom: Atom, args: tuple[Scalar, ...]) -> bool | None:
-        if self.missing and not self.missing.isdisjoint(atom.columns):
-            return None if self.is_missing_unknown else False
-        if atom.test is not None and (atom, args) not in self._undecided:
+    def _run_test(self, test: Test, arguments: tuple[Scalar, ...]) -> bool | None:
+        if self.missing_columns and not self.missing_columns.isdisjoint(test.columns):
+            return None if self.is_missing_column_unknown else False
+        if test.in_process is not None and (test, arguments) not in self._undecided_in_process:
             try:
-                return atom.test(self.row, args)
+                return test.in_process(self.row, arguments)
             except Exception:  # noqa: BLE001 (Postgres decides what can't be decided here)
-                self._undecided.add((atom, args))
-        return self.answers.get((atom, args)) if self.answers else None
+                self._undecided_in_process.add((test, arguments))
+        return self.answers.get((test, arguments)) if self.answers else None
 
-    def is_undecided(
-        self, formula: Formula, values: Sequence[Scalar], atoms: AbstractSet[Atom]
+    def is_undecided_in_process(
+        self, formula: Formula, values: Sequence[Scalar], tests: AbstractSet[Test]
     ) -> bool:
         """Whether it is open for one of the atoms that has a test, which couldn't say."""
-        return bool(self._undecided) and any(
-            leaf.atom in atoms and (leaf.atom, self.args(leaf, values)) in self._undecided
-            for leaf in self.open_leaves(formula, values)
+        return bool(self._undecided_in_process) and any(
+            leaf.test in tests
+            and (leaf.test, self.arguments(leaf, values)) in self._undecided_in_process
+            for leaf in self.unknown_test_calls(formula, values)
         )
 
-    def decide(self, formula: Formula, values: Sequence[Scalar]) -> bool | None:
+    def evaluate(self, formula: Formula, values: Sequence[Scalar]) -> bool | None:
         """Return whether the formula is true for a subscriber; None if Postgres has yet to say."""
         match formula:
-            case Leaf():
-                return self.verdict(formula, values)
-            case All(parts):
+            case TestCall():
+                return self.test_verdict(formula, values)
+            case AllOf(parts):
                 is_known = True
                 for part in parts:
-                    if isinstance(part, Leaf):
-                        verdict = self.verdict(part, values)
+                    if isinstance(part, TestCall):
+                        verdict = self.test_verdict(part, values)
                     else:
-                        verdict = self.decide(part, values)
+                        verdict = self.evaluate(part, values)
                     if verdict is False:
                         return False
                     is_known = is_known and verdict is not None
                 return True if is_known else None
-            case Some(parts):
+            case AnyOf(parts):
                 is_known = True
                 for part in parts:
-                    verdict = self.decide(part, values)
+                    verdict = self.evaluate(part, values)
                     if verdict:
                         return True
                     is_known = is_known and verdict is not None
@@ -384,16 +403,16 @@ class Facts:
             case bool():
                 return formula
 
-    def open_leaves(self, formula: Formula, values: Sequence[Scalar]) -> Iterator[Leaf]:
+    def unknown_test_calls(self, formula: Formula, values: Sequence[Scalar]) -> Iterator[TestCall]:
         """Yield the leaves that keep the formula from being decided."""
         match formula:
-            case Leaf():
-                if self.verdict(formula, values) is None:
+            case TestCall():
+                if self.test_verdict(formula, values) is None:
                     yield formula
-            case All(parts) | Some(parts):
+            case AllOf(parts) | AnyOf(parts):
                 for part in parts:
-                    if self.decide(part, values) is None:
-                        yield from self.open_leaves(part, values)
+                    if self.evaluate(part, values) is None:
+                        yield from self.unknown_test_calls(part, values)
             case bool():
                 return
 
@@ -401,41 +420,41 @@ class Facts:
 # --- cutting
 
 
-Part: TypeAlias = Condition | tuple[str, tuple["Part", ...]]
+SplitCondition: TypeAlias = Condition | tuple[str, tuple["SplitCondition", ...]]
 """A condition that stays whole, or ``("all" | "some", parts)``."""
 
 
-def cut(condition: Condition) -> Part:
+def split_condition(condition: Condition) -> SplitCondition:
     """Return the condition in as many parts as are independent of one another."""
     match condition:
-        case Comparison() | Nested():
+        case Comparison() | NestedRule():
             return condition
         case Disjunction(parts):
-            return ("some", tuple(cut(part) for part in parts))
+            return ("some", tuple(split_condition(part) for part in parts))
         case Conjunction(parts):
-            groups = _grouped(_flat(parts))
+            groups = _group_by_shared_joins(_flatten_conjunction(parts))
             if len(groups) == 1 and len(groups[0]) > 1:
                 return Conjunction(tuple(groups[0]))
-            return ("all", tuple(_whole(group) for group in groups))
+            return ("all", tuple(_split_group(group) for group in groups))
 
 
-def _whole(group: Sequence[Condition]) -> Part:
-    return cut(group[0]) if len(group) == 1 else Conjunction(tuple(group))
+def _split_group(group: Sequence[Condition]) -> SplitCondition:
+    return split_condition(group[0]) if len(group) == 1 else Conjunction(tuple(group))
 
 
-def _flat(parts: Sequence[Condition]) -> Iterator[Condition]:
+def _flatten_conjunction(parts: Sequence[Condition]) -> Iterator[Condition]:
     for part in parts:
         if isinstance(part, Conjunction):
-            yield from _flat(part.parts)
+            yield from _flatten_conjunction(part.conditions)
         else:
             yield part
 
 
-def _grouped(parts: Iterator[Condition]) -> list[list[Condition]]:
+def _group_by_shared_joins(parts: Iterator[Condition]) -> list[list[Condition]]:
     """Put together what shares a join, directly or through others."""
-    groups: list[tuple[set[Place], list[Condition]]] = []
+    groups: list[tuple[set[RowPath], list[Condition]]] = []
     for part in parts:
-        joins, members = set(_joins(part)), [part]
+        joins, members = set(_joins_of_condition(part)), [part]
         rest = []
         for other in groups:
             if joins.isdisjoint(other[0]):
@@ -447,43 +466,43 @@ def _grouped(parts: Iterator[Condition]) -> list[list[Condition]]:
     return [members for _, members in groups]
 
 
-def _joins(condition: Condition) -> Iterator[Place]:
+def _joins_of_condition(condition: Condition) -> Iterator[RowPath]:
     """Every join that the condition's own scope makes."""
     match condition:
         case Comparison(left, _, _, right):
             for term in (left, right):
-                yield from _joins_of(term)
+                yield from _joins_of_term(term)
         case Conjunction(parts) | Disjunction(parts):
             for part in parts:
-                yield from _joins(part)
-        case Nested(place, _):
-            yield from _on_the_way(place)
+                yield from _joins_of_condition(part)
+        case NestedRule(place, _):
+            yield from _joins_of_path(place)
 
 
-def _joins_of(term: Term) -> Iterator[Place]:
+def _joins_of_term(term: Term) -> Iterator[RowPath]:
     match term:
         case GeoDistance(args):
             for arg in args:
-                yield from _joins_of(arg)
+                yield from _joins_of_term(arg)
         case Strftime(time=time):
             if time is not None:
-                yield from _joins_of(time)
+                yield from _joins_of_term(time)
         case _:
-            place = place_of(term)
+            place = row_path_of(term)
             if place is not None:
-                yield from _on_the_way(place)
+                yield from _joins_of_path(place)
 
 
-def _on_the_way(place: Place) -> Iterator[Place]:
+def _joins_of_path(path: RowPath) -> Iterator[RowPath]:
     """Yield the joins that lead to a place, those excepted that give a subscriber's one row.
 
     The subscriber's own row, and what it points to by single relations, is the same in every
     combination of joined rows: comparisons that share it are independent all the same.
     """
-    if isinstance(place.origin, AllRows):
-        yield Place(place.origin)
-    is_one = isinstance(place.origin, AuthRow)
-    for length, step in enumerate(place.steps, start=1):
+    if isinstance(path.root, CollectionRows):
+        yield RowPath(path.root)
+    is_one = isinstance(path.root, CallerRow)
+    for length, step in enumerate(path.steps, start=1):
         is_one = is_one and isinstance(step, ToOne)
         if not is_one:
-            yield Place(place.origin, place.steps[:length])
+            yield RowPath(path.root, path.steps[:length])

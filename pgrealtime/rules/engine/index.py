@@ -13,19 +13,19 @@ from enum import Enum, auto
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from pgrealtime.changes import Row
-from pgrealtime.rules.engine.batch_query import values_of
-from pgrealtime.rules.engine.formula import Facts, Formula
-from pgrealtime.rules.engine.index_paths import Kind, Path, RemoteSource, RowSource
-from pgrealtime.rules.engine.plan import Variant
+from pgrealtime.rules.engine.batch_query import sql_values_of
+from pgrealtime.rules.engine.formula import Formula, RowVerdicts
+from pgrealtime.rules.engine.index_paths import IndexPath, LookupKind, RemoteKey, RowKeyReader
+from pgrealtime.rules.engine.plan import Specialization
 from pgrealtime.rules.language.syntax import Op
-from pgrealtime.rules.memory.compare import Comparable, Scalar
+from pgrealtime.rules.memory.compare import Scalar, SqliteValue
 
 
 class Member(Hashable, Protocol):
     """What an index holds. Compared by identity."""
 
     @property
-    def variant(self) -> Variant:
+    def specialization(self) -> Specialization:
         """What it asks."""
         ...
 
@@ -39,10 +39,10 @@ M = TypeVar("M", bound=Member)
 
 
 _NO_KEY = object()
-_NOT_MADE = object()
+_UNKNOWN_KEY = object()
 
 
-class Entries(Generic[M]):
+class KeyEntries(Generic[M]):
     """Members under keys: one is stored as it is, several as a set that keeps their order."""
 
     __slots__ = ("_by_key",)
@@ -93,9 +93,9 @@ class Entries(Generic[M]):
 
     def all(self) -> Iterator[M]:
         """Yield all members."""
-        return self.but(_NO_KEY)
+        return self.all_except(_NO_KEY)
 
-    def but(self, key: Hashable | None) -> Iterator[M]:
+    def all_except(self, key: Hashable | None) -> Iterator[M]:
         """Yield all members but those under a key."""
         for other, found in self._by_key.items():
             if other != key:
@@ -105,42 +105,42 @@ class Entries(Generic[M]):
                     yield found
 
 
-class Bounds(Entries[M]):
+class RangeEntries(KeyEntries[M]):
     """Members under bounds of one type, found by order."""
 
-    __slots__ = ("_sorted",)
+    __slots__ = ("_sorted_bounds",)
 
     def __init__(self) -> None:
         super().__init__()
-        self._sorted: list[Any] | None = None
+        self._sorted_bounds: list[Any] | None = None
         """None until it is searched: adding many at once sorts them once."""
 
     def add(self, key: Hashable, member: M) -> bool:
         """Put a member under its bound."""
         is_first = super().add(key, member)
-        if is_first and self._sorted is not None:
-            insort(self._sorted, key)
+        if is_first and self._sorted_bounds is not None:
+            insort(self._sorted_bounds, key)
         return is_first
 
     def remove(self, key: Hashable, member: M) -> bool:
         """Take a member out."""
         is_last = super().remove(key, member)
-        if is_last and self._sorted is not None:
-            del self._sorted[bisect_left(self._sorted, key)]
+        if is_last and self._sorted_bounds is not None:
+            del self._sorted_bounds[bisect_left(self._sorted_bounds, key)]
         return is_last
 
-    def fitting(self, op: Op, value: Comparable) -> Iterator[M]:
+    def matching(self, op: Op, value: SqliteValue) -> Iterator[M]:
         """Yield the members for whose bound ``value op bound`` is true."""
         if value is None:
             return
-        if self._sorted is None:
-            self._sorted = list(self._by_key)
-            self._sorted.sort()
-        for bound in self._sorted[_span(self._sorted, op, value)]:
+        if self._sorted_bounds is None:
+            self._sorted_bounds = list(self._by_key)
+            self._sorted_bounds.sort()
+        for bound in self._sorted_bounds[_matching_range(self._sorted_bounds, op, value)]:
             yield from self.get(bound)
 
 
-def _span(bounds: list[Any], op: Op, value: Comparable) -> slice:
+def _matching_range(bounds: list[Any], op: Op, value: SqliteValue) -> slice:
     if value != value:  # noqa: PLR0124 (NaN, which is above every bound)
         return slice(0, len(bounds) if op in {Op.GT, Op.GE} else 0)
     match op:
@@ -154,187 +154,204 @@ def _span(bounds: list[Any], op: Op, value: Comparable) -> slice:
             return slice(bisect_left(bounds, value), None)
 
 
-class Asked(Generic[M]):
+class RemoteEntries(Generic[M]):
     """Members whose keys Postgres is asked for."""
 
-    __slots__ = ("entries", "guards")
+    __slots__ = ("entries", "guard_counts")
 
     def __init__(self) -> None:
-        self.entries: Entries[M] = Entries()
-        self.guards: Counter[tuple[Formula, ...]] = Counter()
+        self.entries: KeyEntries[M] = KeyEntries()
+        self.guard_counts: Counter[tuple[Formula, ...]] = Counter()
         """How many members have which guards: where none can be true, nothing is asked."""
 
 
 _Guards: TypeAlias = tuple[Formula, ...]
 
 
-class Index(Generic[M]):
+class PredicateIndex(Generic[M]):
     """The members of one collection, by what leads from a row to them.
 
     Attributes:
-        free: Those to whom nothing leads, by their guards and whether they are admitted by them.
-        asked: Those that Postgres must name, by what it is asked.
+        unindexed: Those to whom nothing leads, by their guards and whether they are admitted by
+            them.
+        remote_entries: Those that Postgres must name, by what it is asked.
     """
 
-    __slots__ = ("_bounds", "_keyed", "_others", "_unkeyed", "asked", "free")
+    __slots__ = (
+        "_except_entries",
+        "_key_entries",
+        "_range_entries",
+        "_without_key",
+        "remote_entries",
+        "unindexed",
+    )
 
     def __init__(self) -> None:
-        self._keyed: dict[tuple[RowSource, ...], Entries[M]] = {}
-        self._bounds: dict[tuple[RowSource, Op], Bounds[M]] = {}
-        self._others: dict[RowSource, Entries[M]] = {}
-        self._unkeyed: dict[M, None] = {}
+        self._key_entries: dict[tuple[RowKeyReader, ...], KeyEntries[M]] = {}
+        self._range_entries: dict[tuple[RowKeyReader, Op], RangeEntries[M]] = {}
+        self._except_entries: dict[RowKeyReader, KeyEntries[M]] = {}
+        self._without_key: dict[M, None] = {}
         """Those of whose values no key can be made: a date 'infinity', a number beyond a double."""
-        self.free: dict[tuple[_Guards, bool], dict[M, None]] = {}
-        self.asked: dict[RemoteSource, Asked[M]] = {}
+        self.unindexed: dict[tuple[_Guards, bool], dict[M, None]] = {}
+        self.remote_entries: dict[RemoteKey, RemoteEntries[M]] = {}
 
     def __bool__(self) -> bool:
         return bool(
-            self._keyed or self._bounds or self._others or self._unkeyed or self.free or self.asked
+            self._key_entries
+            or self._range_entries
+            or self._except_entries
+            or self._without_key
+            or self.unindexed
+            or self.remote_entries
         )
 
     def add(self, member: M) -> None:
         """Put a member wherever a row may find it."""
-        for path in member.variant.paths:
-            key = _key_of(path, member)
-            if path.kind is Kind.FREE:
-                self.free.setdefault((path.guards, path.is_exact), {})[member] = None
-            elif key is _NOT_MADE:
-                self._unkeyed[member] = None
-            elif key is not None or path.kind is Kind.NOT:  # else its value fits nothing
-                self._entries(path).add(key, member)
-                if path.remote is not None:
-                    self.asked[path.remote].guards[path.guards] += 1
+        for path in member.specialization.paths:
+            key = _member_key(path, member)
+            if path.kind is LookupKind.ALL:
+                self.unindexed.setdefault((path.guards, path.is_exact), {})[member] = None
+            elif key is _UNKNOWN_KEY:
+                self._without_key[member] = None
+            elif key is not None or path.kind is LookupKind.EXCEPT:  # else its value fits nothing
+                self._entries_for(path).add(key, member)
+                if path.remote_key is not None:
+                    self.remote_entries[path.remote_key].guard_counts[path.guards] += 1
 
-    def _entries(self, path: Path) -> Entries[M]:
+    def _entries_for(self, path: IndexPath) -> KeyEntries[M]:
         match path.kind:
-            case Kind.KEY:
-                return self._keyed.setdefault(path.sources, Entries())
-            case Kind.RANGE:
+            case LookupKind.KEY:
+                return self._key_entries.setdefault(path.row_key_readers, KeyEntries())
+            case LookupKind.RANGE:
                 assert path.op is not None
-                return self._bounds.setdefault((path.sources[0], path.op), Bounds())
-            case Kind.REMOTE:
-                assert path.remote is not None
-                return self.asked.setdefault(path.remote, Asked()).entries
+                return self._range_entries.setdefault(
+                    (path.row_key_readers[0], path.op), RangeEntries()
+                )
+            case LookupKind.REMOTE:
+                assert path.remote_key is not None
+                return self.remote_entries.setdefault(path.remote_key, RemoteEntries()).entries
             case _:
-                return self._others.setdefault(path.sources[0], Entries())
+                return self._except_entries.setdefault(path.row_key_readers[0], KeyEntries())
 
     def remove(self, member: M) -> None:
         """Take a member out, and whatever was there for it alone."""
-        for path in member.variant.paths:
-            key = _key_of(path, member)
-            if path.kind is Kind.FREE:
-                members = self.free.get((path.guards, path.is_exact), {})
+        for path in member.specialization.paths:
+            key = _member_key(path, member)
+            if path.kind is LookupKind.ALL:
+                members = self.unindexed.get((path.guards, path.is_exact), {})
                 members.pop(member, None)
                 if not members:  # or gone already: two paths may lead there
-                    self.free.pop((path.guards, path.is_exact), None)
-            elif key is _NOT_MADE:
-                self._unkeyed.pop(member, None)
-            elif key is not None or path.kind is Kind.NOT:
-                self._take_out(path, key, member)
+                    self.unindexed.pop((path.guards, path.is_exact), None)
+            elif key is _UNKNOWN_KEY:
+                self._without_key.pop(member, None)
+            elif key is not None or path.kind is LookupKind.EXCEPT:
+                self._remove_entry(path, key, member)
 
-    def _take_out(self, path: Path, key: Hashable, member: M) -> None:
-        entries = self._entries(path)
+    def _remove_entry(self, path: IndexPath, key: Hashable, member: M) -> None:
+        entries = self._entries_for(path)
         entries.remove(key, member)
-        if path.remote is not None:
-            guards = self.asked[path.remote].guards
+        if path.remote_key is not None:
+            guards = self.remote_entries[path.remote_key].guard_counts
             guards[path.guards] -= 1
             if not guards[path.guards]:
                 del guards[path.guards]
         if not entries:
-            self._places(path.kind).pop(path.lead, None)
+            self._entries_by_key(path.kind).pop(path.entries_key, None)
 
-    def _places(self, kind: Kind) -> dict[Any, Any]:
+    def _entries_by_key(self, kind: LookupKind) -> dict[Any, Any]:
         match kind:
-            case Kind.KEY:
-                return self._keyed
-            case Kind.RANGE:
-                return self._bounds
-            case Kind.REMOTE:
-                return self.asked
+            case LookupKind.KEY:
+                return self._key_entries
+            case LookupKind.RANGE:
+                return self._range_entries
+            case LookupKind.REMOTE:
+                return self.remote_entries
             case _:
-                return self._others
+                return self._except_entries
 
-    def found(self, facts: Facts) -> Iterator[tuple[Hashable | None, Iterable[M]]]:
+    def candidates(self, verdicts: RowVerdicts) -> Iterator[tuple[Hashable | None, Iterable[M]]]:
         """Yield the members to which the row itself leads, with what led there.
 
         None leads to members of whom only Postgres knows what the row means to them.
         """
-        row, missing = facts.row, facts.missing
-        if self._unkeyed:
-            yield None, self._unkeyed
-        for sources, entries in self._keyed.items():
+        row, missing = verdicts.row, verdicts.missing_columns
+        if self._without_key:
+            yield None, self._without_key
+        for sources, entries in self._key_entries.items():
             if not missing or all(missing.isdisjoint(source.columns) for source in sources):
-                yield from _under_keys(sources, entries, row)
-        for lead, bounds in self._bounds.items():
+                yield from _candidates_by_key(sources, entries, row)
+        for lead, bounds in self._range_entries.items():
             source, op = lead
             if missing.isdisjoint(source.columns):
-                value = _value(source, row)
-                if isinstance(value, _Undecided):
+                value = _row_key(source, row)
+                if isinstance(value, _UndecidedKey):
                     yield None, bounds.all()
                 else:
-                    yield lead, bounds.fitting(op, value)
-        for source, entries in self._others.items():
+                    yield lead, bounds.matching(op, value)
+        for source, entries in self._except_entries.items():
             if missing.isdisjoint(source.columns):
-                value = _value(source, row)
-                if isinstance(value, _Undecided):
+                value = _row_key(source, row)
+                if isinstance(value, _UndecidedKey):
                     yield None, entries.all()
                 else:
-                    yield source, entries.but(value)
+                    yield source, entries.all_except(value)
 
-    def unreached(self, missing: frozenset[str]) -> Iterator[Entries[M]]:
+    def entries_of_missing_columns(
+        self, missing_columns: frozenset[str]
+    ) -> Iterator[KeyEntries[M]]:
         """Yield the members to whom only columns lead that a row lacks."""
-        for sources, entries in self._keyed.items():
-            if not all(missing.isdisjoint(source.columns) for source in sources):
+        for sources, entries in self._key_entries.items():
+            if not all(missing_columns.isdisjoint(source.columns) for source in sources):
                 yield entries
-        for (source, _), bounds in self._bounds.items():
-            if not missing.isdisjoint(source.columns):
+        for (source, _), bounds in self._range_entries.items():
+            if not missing_columns.isdisjoint(source.columns):
                 yield bounds
-        for source, entries in self._others.items():
-            if not missing.isdisjoint(source.columns):
+        for source, entries in self._except_entries.items():
+            if not missing_columns.isdisjoint(source.columns):
                 yield entries
-        for remote, asked in self.asked.items():
-            if not missing.isdisjoint(values_of(remote).columns):
+        for remote, asked in self.remote_entries.items():
+            if not missing_columns.isdisjoint(sql_values_of(remote).columns):
                 yield asked.entries
 
 
-class _Undecided(Enum):
+class _UndecidedKey(Enum):
     """Stands for a value that only Postgres knows."""
 
-    IT = auto()
+    VALUE = auto()
 
 
-def _key_of(path: Path, member: Member) -> Hashable | None:
-    """Return what the member is found by; ``_NOT_MADE`` if that can't be said of its values."""
+def _member_key(path: IndexPath, member: Member) -> Hashable | None:
+    """Return what the member is found by; ``_UNKNOWN_KEY`` if that can't be said of its values."""
     try:
-        return path.key(member.values)
+        return path.caller_key(member.values)
     except Exception:  # noqa: BLE001 (whatever it is, the member is tried each time)
-        return _NOT_MADE
+        return _UNKNOWN_KEY
 
 
-def _value(source: RowSource, row: Row) -> Comparable | _Undecided:
+def _row_key(reader: RowKeyReader, row: Row) -> SqliteValue | _UndecidedKey:
     try:
-        (value,) = source.read(row)
+        (value,) = reader.read_keys(row)
     except Exception:  # noqa: BLE001 (whatever it is, members are tried each)
-        return _Undecided.IT
+        return _UndecidedKey.VALUE
     return value
 
 
-def _under_keys(
-    sources: tuple[RowSource, ...], entries: Entries[M], row: Row
+def _candidates_by_key(
+    readers: tuple[RowKeyReader, ...], entries: KeyEntries[M], row: Row
 ) -> Iterator[tuple[Hashable | None, Iterable[M]]]:
     try:
-        keys = _keys(sources, row)
+        keys = _row_keys(readers, row)
     except Exception:  # noqa: BLE001 (likewise)
         yield None, entries.all()
         return
     for key in keys:
         members = entries.get(key)
         if members:
-            yield sources, members
+            yield readers, members
 
 
-def _keys(sources: tuple[RowSource, ...], row: Row) -> Iterable[Hashable]:
-    if len(sources) == 1:
-        return [value for value in sources[0].read(row) if value is not None]
-    values = tuple([source.read(row)[0] for source in sources])
+def _row_keys(readers: tuple[RowKeyReader, ...], row: Row) -> Iterable[Hashable]:
+    if len(readers) == 1:
+        return [value for value in readers[0].read_keys(row) if value is not None]
+    values = tuple([source.read_keys(row)[0] for source in readers])
     return () if None in values else (values,)

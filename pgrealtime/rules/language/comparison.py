@@ -9,26 +9,26 @@ from enum import Enum, auto
 from pgrealtime.collections.model import Field, FieldKind
 from pgrealtime.rules.language.parameters import (
     Parameter,
+    ParameterClass,
     RequestValue,
-    Shape,
-    shape,
+    parameter_class,
 )
 from pgrealtime.rules.language.predicate import (
-    Constant,
+    AbsentEach,
+    EachTerm,
     FieldValue,
     GeoDistance,
-    Hidden,
-    Item,
     JsonValue,
     Keyword,
-    NoItem,
-    Part,
+    Modifier,
+    ParameterTerm,
+    SecretTerm,
     Strftime,
     Term,
 )
 
 
-class Rank(Enum):
+class Affinity(Enum):
     """SQLite's affinity: which side is converted to the other's kind."""
 
     NUMERIC = auto()
@@ -36,12 +36,12 @@ class Rank(Enum):
     NONE = auto()
 
 
-class Nulls(Enum):
+class NullFallback(Enum):
     """How ``=`` treats NULL on this side."""
 
     AUTO = auto()
     """NULL and the empty text are alike."""
-    OFF = auto()
+    DISABLED = auto()
     """NULL is only itself."""
     ENFORCED = auto()
     """As AUTO, and nothing is known about the value beforehand."""
@@ -51,100 +51,117 @@ class Nulls(Enum):
 class Traits:
     """All that decides how an operand is compared."""
 
-    rank: Rank
-    nulls: Nulls = Nulls.AUTO
+    affinity: Affinity
+    null_fallback: NullFallback = NullFallback.AUTO
     is_empty: bool = False
     """Known beforehand to be NULL or the empty text."""
-    is_filled: bool = False
+    is_nonempty: bool = False
     """Known beforehand to be neither."""
-    is_flag: bool = False
+    is_isset: bool = False
     """``:isset``, which SQLite sees as the word TRUE or FALSE. On the right side of ``IS`` and
-    ``IS NOT`` (``NULL_SAFE``, and ``!=`` of ``PLAIN``) that asks for the other side's truth."""
+    ``IS EXCEPT`` (``NULL_SAFE``, and ``!=`` of ``PLAIN``) that asks for the other side's truth."""
     has_constants: bool = False
     """A function with something in its arguments that isn't empty, whatever comes out of it."""
 
-    def opposed(self) -> Traits:
+    def for_counterexample(self) -> Traits:
         """Return how it counts while a counter-example is sought among the other side's values.
 
         PocketBase takes NULL for empty then, whatever the operand, and a function with constants
         in its arguments for something, as it does with a constant.
         """
-        is_filled = self.is_filled or (self.nulls is not Nulls.AUTO and self.has_constants)
-        return replace(self, nulls=Nulls.AUTO, is_filled=is_filled)
+        is_filled = self.is_nonempty or (
+            self.null_fallback is not NullFallback.AUTO and self.has_constants
+        )
+        return replace(self, null_fallback=NullFallback.AUTO, is_nonempty=is_filled)
 
 
 class Equality(Enum):
     """Which of the five meanings ``=`` and ``!=`` have."""
 
     NULL_SAFE = auto()
-    """``L IS R``; ``L IS NOT R``."""
+    """``L IS R``; ``L IS EXCEPT R``."""
     CONSTANT = auto()
     """Both are empty: true; false."""
     PLAIN = auto()
-    """``L = R``; ``L IS NOT R``."""
+    """``L = R``; ``L IS EXCEPT R``."""
     EMPTY = auto()
     """One is empty, ``X = '' OR X IS NULL`` of the other; the opposite of it."""
     COALESCED = auto()
     """``COALESCE(L, '') = COALESCE(R, '')`` without conversion; the opposite of it."""
 
 
-def traits(term: Term, shapes: Mapping[Parameter, Shape]) -> Traits:
+def traits(term: Term, parameter_classes: Mapping[Parameter, ParameterClass]) -> Traits:
     """Return the traits of an operand whose parameters have these classes."""
     match term:
-        case Constant(parameter):
-            is_empty = shapes[parameter].is_empty
-            is_flag = isinstance(parameter, RequestValue) and parameter.is_set
+        case ParameterTerm(parameter):
+            is_empty = parameter_classes[parameter].is_empty
+            is_flag = isinstance(parameter, RequestValue) and parameter.is_isset
             return Traits(
-                rank=Rank.NONE, is_empty=is_empty, is_filled=not is_empty, is_flag=is_flag
+                affinity=Affinity.NONE,
+                is_empty=is_empty,
+                is_nonempty=not is_empty,
+                is_isset=is_flag,
             )
-        case NoItem():
-            return Traits(rank=Rank.NONE, is_filled=True)
+        case AbsentEach():
+            return Traits(affinity=Affinity.NONE, is_nonempty=True)
         case Keyword(value):
-            return Traits(rank=Rank.NONE, is_empty=value is None, is_filled=value is not None)
-        case FieldValue(field=field_, part=Part.WHOLE):
-            return Traits(rank=_rank(field_))
-        case Hidden(part=Part.WHOLE):
-            return Traits(rank=Rank.TEXT)
-        case FieldValue() | Hidden() | Item():
-            return Traits(rank=_rank_of_part(term))
+            return Traits(
+                affinity=Affinity.NONE, is_empty=value is None, is_nonempty=value is not None
+            )
+        case FieldValue(field=field_, modifier=Modifier.WHOLE):
+            return Traits(affinity=_affinity(field_))
+        case SecretTerm(modifier=Modifier.WHOLE):
+            return Traits(affinity=Affinity.TEXT)
+        case FieldValue() | SecretTerm() | EachTerm():
+            return Traits(affinity=_affinity_with_modifier(term))
         case JsonValue():
-            return Traits(rank=Rank.NONE, nulls=Nulls.OFF)
+            return Traits(affinity=Affinity.NONE, null_fallback=NullFallback.DISABLED)
         case GeoDistance(args):
-            given = [shapes[arg.parameter] for arg in args if isinstance(arg, Constant)]
-            return Traits(rank=Rank.NONE, nulls=Nulls.OFF, has_constants=_are_something(given))
+            given = [
+                parameter_classes[arg.parameter] for arg in args if isinstance(arg, ParameterTerm)
+            ]
+            return Traits(
+                affinity=Affinity.NONE,
+                null_fallback=NullFallback.DISABLED,
+                has_constants=_has_constants(given),
+            )
         case Strftime(layout, time, modifiers):
-            given = [shape(text) for text in (layout, *modifiers)]
-            given += [shapes[time.parameter]] if isinstance(time, Constant) else []
-            return Traits(rank=Rank.NONE, nulls=Nulls.ENFORCED, has_constants=_are_something(given))
+            given = [parameter_class(text) for text in (layout, *modifiers)]
+            given += [parameter_classes[time.parameter]] if isinstance(time, ParameterTerm) else []
+            return Traits(
+                affinity=Affinity.NONE,
+                null_fallback=NullFallback.ENFORCED,
+                has_constants=_has_constants(given),
+            )
 
 
-def _are_something(given: Iterable[Shape]) -> bool:
+def _has_constants(classes: Iterable[ParameterClass]) -> bool:
     """Whether there are constants, none of them the empty text; missing ones are no constants."""
-    present = [one for one in given if one is not Shape.ABSENT]
-    return bool(present) and Shape.EMPTY not in present
+    present = [one for one in classes if one is not ParameterClass.ABSENT]
+    return bool(present) and ParameterClass.EMPTY not in present
 
 
-_NUMERIC = frozenset({FieldKind.NUMBER, FieldKind.BOOL})
+_NUMERIC_KINDS = frozenset({FieldKind.NUMBER, FieldKind.BOOL})
 
 
-def _rank_of_part(term: FieldValue | Hidden | Item) -> Rank:
-    is_numeric = isinstance(term, Item) and term.kind in _NUMERIC
-    return Rank.NUMERIC if is_numeric else Rank.NONE
+def _affinity_with_modifier(term: FieldValue | SecretTerm | EachTerm) -> Affinity:
+    is_numeric = isinstance(term, EachTerm) and term.kind in _NUMERIC_KINDS
+    return Affinity.NUMERIC if is_numeric else Affinity.NONE
 
 
-def _rank(field_: Field) -> Rank:
-    if field_.is_multiple or field_.kind in _NUMERIC or field_.kind is FieldKind.GEO:
-        return Rank.NUMERIC
-    return Rank.TEXT
+def _affinity(field_: Field) -> Affinity:
+    if field_.is_multiple or field_.kind in _NUMERIC_KINDS or field_.kind is FieldKind.GEO_POINT:
+        return Affinity.NUMERIC
+    return Affinity.TEXT
 
 
 def equality(left: Traits, right: Traits) -> Equality:
     """Return what ``=`` between the two means; the first case that applies."""
-    if Nulls.OFF in {left.nulls, right.nulls}:
+    if NullFallback.DISABLED in {left.null_fallback, right.null_fallback}:
         return Equality.NULL_SAFE
     if left.is_empty and right.is_empty:
         return Equality.CONSTANT
-    if left.is_filled or right.is_filled:
+    if left.is_nonempty or right.is_nonempty:
         return Equality.PLAIN
     if left.is_empty or right.is_empty:
         return Equality.EMPTY

@@ -17,27 +17,27 @@ from enum import Enum, auto
 from typing import Self, TypeAlias
 
 from pgrealtime.auth.principal import AuthRecord, Guest, Superuser
-from pgrealtime.rules.language.request import Request
-from pgrealtime.rules.language.syntax import double_or_whole
+from pgrealtime.rules.language.request import RuleRequest
+from pgrealtime.rules.language.syntax import double_or_exact_integer
 
 Number: TypeAlias = float | int | Decimal
 """Exact unless it is a float: those are double precision, infinity and NaN."""
 Scalar: TypeAlias = str | float | int | None
 """A parameter's value: None is absent or NULL, a bool counts as the integer it is in SQLite."""
 
-SUPERUSERS_ID = "pbc_3142635823"
+SUPERUSERS_COLLECTION_ID = "pbc_3142635823"
 """Id of PocketBase's collection of superusers, the same in every installation."""
 
 
 @dataclass(frozen=True, slots=True)
-class Literal:
+class LiteralParameter:
     """A literal of the text, known with it."""
 
     value: str | float
 
 
 @dataclass(frozen=True, slots=True)
-class Lifted:
+class LiftedLiteral:
     """The n-th literal of a text that was compiled without its literals."""
 
     index: int
@@ -48,10 +48,10 @@ class RequestValue:
     """A constant of ``@request``: ``("query", "k")``, ``("auth", "id")``, ``("context",)``."""
 
     path: tuple[str, ...]
-    as_number: bool = False
+    is_read_as_number: bool = False
     """It bears the name of a number field, so a text that is a number becomes one."""
     is_lower: bool = False
-    is_set: bool = False
+    is_isset: bool = False
     """Not the value, but 1 or 0 for whether there is one."""
 
 
@@ -76,11 +76,11 @@ class Macro(Enum):
     WEEKDAY = "@weekday"
 
 
-Parameter: TypeAlias = Literal | Lifted | RequestValue | Macro
+Parameter: TypeAlias = LiteralParameter | LiftedLiteral | RequestValue | Macro
 
 
 @dataclass(frozen=True, slots=True)
-class AuthColumn:
+class CallerColumn:
     """A column of the subscriber's own row, handed over in text form."""
 
     name: str
@@ -90,7 +90,7 @@ class AuthColumn:
 MACROS: dict[str, Macro] = {macro.value: macro for macro in Macro}
 
 
-class Shape(Enum):
+class ParameterClass(Enum):
     """The class of a parameter's value: all that a translation depends on."""
 
     ABSENT = auto()
@@ -99,11 +99,11 @@ class Shape(Enum):
     """The empty text."""
     TEXT = auto()
     """Any other text that doesn't look like a number."""
-    DANGLING = auto()
+    DANGLING_ESCAPE = auto()
     """Such a text whose LIKE pattern would end within an escape, and so can match nothing."""
-    NUMERIC = auto()
+    NUMERIC_TEXT = auto()
     """A text that looks like a number."""
-    NUMBER = auto()
+    FLOAT = auto()
     """A float."""
     INTEGER = auto()
     """An integer; flags are such, and whole numbers that no double holds."""
@@ -111,15 +111,15 @@ class Shape(Enum):
     @property
     def is_empty(self) -> bool:
         """Known to be NULL or the empty text before anything runs."""
-        return self in {Shape.ABSENT, Shape.EMPTY}
+        return self in {ParameterClass.ABSENT, ParameterClass.EMPTY}
 
     @property
     def is_number(self) -> bool:
         """A number, not a text that looks like one."""
-        return self in {Shape.NUMBER, Shape.INTEGER}
+        return self in {ParameterClass.FLOAT, ParameterClass.INTEGER}
 
 
-class Form(Enum):
+class SqlForm(Enum):
     """How a value is handed to Postgres."""
 
     TEXT = "text"
@@ -140,12 +140,12 @@ class Form(Enum):
 class Binding:
     """A placeholder's content."""
 
-    parameter: Parameter | AuthColumn
-    form: Form
+    parameter: Parameter | CallerColumn
+    form: SqlForm
 
 
-def value(
-    parameter: Parameter, request: Request, now: datetime, literals: Sequence[str | float] = ()
+def parameter_value(
+    parameter: Parameter, request: RuleRequest, now: datetime, literals: Sequence[str | float] = ()
 ) -> Scalar:
     """Return what the parameter stands for.
 
@@ -156,42 +156,42 @@ def value(
         literals: What was lifted out of the text.
     """
     match parameter:
-        case Literal(constant):
-            return _cleaned(constant)
-        case Lifted(index):
-            return _cleaned(literals[index])
+        case LiteralParameter(constant):
+            return _storable(constant)
+        case LiftedLiteral(index):
+            return _storable(literals[index])
         case RequestValue():
             return _request_value(parameter, request)
         case Macro():
-            return _macro(parameter, now.astimezone(UTC))
+            return _macro_value(parameter, now.astimezone(UTC))
 
 
-def shape(content: Scalar) -> Shape:
+def parameter_class(content: Scalar) -> ParameterClass:
     """Return the class of the value."""
     match content:
         case None:
-            return Shape.ABSENT
+            return ParameterClass.ABSENT
         case str():
-            return _text_shape(content)
+            return _text_class(content)
         case int():
-            return Shape.INTEGER
+            return ParameterClass.INTEGER
         case float():
-            return Shape.NUMBER
+            return ParameterClass.FLOAT
 
 
-def static_shape(parameter: Parameter) -> Shape | None:
+def fixed_parameter_class(parameter: Parameter) -> ParameterClass | None:
     """Return the class that the parameter has for everybody, or None if that differs."""
     match parameter:
-        case Literal(constant):
-            return shape(_cleaned(constant))
+        case LiteralParameter(constant):
+            return parameter_class(_storable(constant))
         case Macro():
-            is_text = parameter in _MOMENTS
-            return Shape.TEXT if is_text else Shape.INTEGER
-        case Lifted() | RequestValue():
+            is_text = parameter in _DATE_MACROS
+            return ParameterClass.TEXT if is_text else ParameterClass.INTEGER
+        case LiftedLiteral() | RequestValue():
             return None
 
 
-def render(content: Scalar, form: Form) -> Scalar:
+def to_sql_value(content: Scalar, form: SqlForm) -> Scalar:
     """Return the value as the placeholder of that form wants it."""
     if content is None:
         return None
@@ -199,39 +199,41 @@ def render(content: Scalar, form: Form) -> Scalar:
     if text is None:
         return None
     match form:
-        case Form.TEXT:
+        case SqlForm.TEXT:
             return text
-        case Form.NUMBER:
-            return _spelt(number_of(content))
-        case Form.PATTERN:
-            return pattern(content)
-        case Form.UUID:
+        case SqlForm.NUMBER:
+            return _number_digits(exact_number(content))
+        case SqlForm.PATTERN:
+            return like_pattern(content)
+        case SqlForm.UUID:
             return text if _UUID.fullmatch(text) else None
-        case Form.INTEGER:
-            return text if _INTEGER.fullmatch(text) and int(text) in _BIGINT else None
-        case Form.JSON:
-            return json_text(text)
+        case SqlForm.INTEGER:
+            return (
+                text if _CANONICAL_INTEGER.fullmatch(text) and int(text) in _BIGINT_RANGE else None
+            )
+        case SqlForm.JSON:
+            return json_in_jsonb_order(text)
 
 
 # --- texts and numbers as SQLite has them
 
 
-_NUMERIC = re.compile(
+_NUMERIC_TEXT = re.compile(
     r"[ \t\n\v\f\r]*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?[ \t\n\v\f\r]*", re.ASCII
 )
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
-_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
+_CANONICAL_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _GO_FLOAT = re.compile(
     r"[+-]?(?:\d(?:_?\d)*\.?(?:\d(?:_?\d)*)?|\.\d(?:_?\d)*)(?:[eE][+-]?\d(?:_?\d)*)?"
     r"|[+-]?inf(?:inity)?|nan",
     re.ASCII | re.IGNORECASE,
 )
-_TINY_EXPONENT, _WIDE_EXPONENT = -5, 17
+_MIN_PLAIN_EXPONENT, _MAX_PLAIN_EXPONENT = -5, 17
 """From these on numbers are written with an exponent."""
-_BIGINT = range(-(1 << 63), 1 << 63)
+_BIGINT_RANGE = range(-(1 << 63), 1 << 63)
 
 
-def number_of(content: str | float) -> Number | None:
+def exact_number(content: str | float) -> Number | None:
     """Return the number that a number, or a text that looks like one, stands for: exactly.
 
     A double stands for the shortest decimal that reads back as it, or for the whole number that it
@@ -239,7 +241,7 @@ def number_of(content: str | float) -> Number | None:
     """
     match content:
         case str():
-            return _number_of_text(content)
+            return _exact_number_of_text(content)
         case int():
             return int(content)
         case float() if content.is_integer():
@@ -250,8 +252,8 @@ def number_of(content: str | float) -> Number | None:
             return None if math.isnan(content) else content
 
 
-def _number_of_text(text: str) -> Number:
-    if len(text) <= _SHORT and _WHOLE.fullmatch(text):
+def _exact_number_of_text(text: str) -> Number:
+    if len(text) <= _MAX_SHORT_NUMBER_LENGTH and _WHOLE_NUMBER.fullmatch(text):
         return int(text)
     double = float(text)
     if math.isinf(double):
@@ -259,11 +261,11 @@ def _number_of_text(text: str) -> Number:
     return Decimal(text) if double else 0
 
 
-_SHORT = 30
-_WHOLE = re.compile(r"[ \t\n\v\f\r]*[+-]?[0-9]+[ \t\n\v\f\r]*")
+_MAX_SHORT_NUMBER_LENGTH = 30
+_WHOLE_NUMBER = re.compile(r"[ \t\n\v\f\r]*[+-]?[0-9]+[ \t\n\v\f\r]*")
 
 
-def _spelt(number: Number | None) -> str | None:
+def _number_digits(number: Number | None) -> str | None:
     match number:
         case None:
             return None
@@ -275,10 +277,10 @@ def _spelt(number: Number | None) -> str | None:
 
 def looks_numeric(text: str) -> bool:
     """Whether SQLite's numeric affinity would turn the text into a number."""
-    return _NUMERIC.fullmatch(text) is not None
+    return _NUMERIC_TEXT.fullmatch(text) is not None
 
 
-def number_text(number: float) -> str:
+def sqlite_float_text(number: float) -> str:
     """Return the float as SQLite turns it to text, always with a point.
 
     15 digits if they read back as the same number, else 17; with an exponent from 1e17 on and
@@ -292,23 +294,23 @@ def number_text(number: float) -> str:
     shown = Decimal(f"{number:.14e}")
     if float(shown) != number:
         shown = _TO_17_DIGITS.plus(_TO_18_DIGITS.create_decimal(number))
-    if _TINY_EXPONENT < shown.adjusted() < _WIDE_EXPONENT:
-        return _pointed(f"{shown:f}")
+    if _MIN_PLAIN_EXPONENT < shown.adjusted() < _MAX_PLAIN_EXPONENT:
+        return _with_decimal_point(f"{shown:f}")
     digits, exponent = f"{shown:.16e}".split("e")
-    return f"{_pointed(digits)}e{int(exponent):+03d}"
+    return f"{_with_decimal_point(digits)}e{int(exponent):+03d}"
 
 
 _TO_18_DIGITS = Context(prec=18, rounding=ROUND_HALF_EVEN)
 _TO_17_DIGITS = Context(prec=17, rounding=ROUND_HALF_UP)
 
 
-def _pointed(digits: str) -> str:
+def _with_decimal_point(digits: str) -> str:
     """Return a decimal without trailing zeros, but with one digit behind its point."""
     trimmed = digits.rstrip("0").rstrip(".") if "." in digits else digits
     return trimmed if "." in trimmed else f"{trimmed}.0"
 
 
-def pattern(content: str | float) -> str:
+def like_pattern(content: str | float) -> str:
     """Return the LIKE pattern of a constant.
 
     A text with an unescaped ``%`` is one already. Any other is looked for as it stands; a number
@@ -316,13 +318,13 @@ def pattern(content: str | float) -> str:
     """
     if isinstance(content, _LoweredNumber):
         return content.pattern
-    text = content if isinstance(content, str) else _decimal(content)
+    text = content if isinstance(content, str) else _shortest_decimal(content)
     if _has_wildcard(text):
         return text
-    return f"%{_escape(text)}%"
+    return f"%{_escape_wildcards(text)}%"
 
 
-def json_text(text: str) -> str:
+def json_in_jsonb_order(text: str) -> str:
     """Return a compact JSON container as jsonb would order it; any other text as it is.
 
     jsonb forgets the order of keys, and SQL compares with its own. A text with blanks between its
@@ -332,55 +334,56 @@ def json_text(text: str) -> str:
         return text
     try:
         parsed = json.loads(
-            text, object_pairs_hook=_Members, parse_int=_Number, parse_float=_Number
+            text, object_pairs_hook=_ObjectMembers, parse_int=_NumberToken, parse_float=_NumberToken
         )
-        return _compact(parsed, is_sorted=True) if _compact(parsed) == text else text
+        return _compact_json(parsed, is_sorted=True) if _compact_json(parsed) == text else text
     except (ValueError, RecursionError):
         return text
 
 
-class _Number(str):
+class _NumberToken(str):
     """A number of a JSON text, as written there."""
 
     __slots__ = ()
 
 
-class _Members(list[tuple[str, object]]):
+class _ObjectMembers(list[tuple[str, object]]):
     """The members of a JSON object, in the text's order."""
 
     __slots__ = ()
 
 
-def _compact(node: object, *, is_sorted: bool = False) -> str:
+def _compact_json(node: object, *, is_sorted: bool = False) -> str:
     match node:
-        case _Members():
-            members = sorted(dict(node).items(), key=_jsonb_order) if is_sorted else node
+        case _ObjectMembers():
+            members = sorted(dict(node).items(), key=_jsonb_key_order) if is_sorted else node
             shown = (
-                f"{_compact(name)}:{_compact(item, is_sorted=is_sorted)}" for name, item in members
+                f"{_compact_json(name)}:{_compact_json(item, is_sorted=is_sorted)}"
+                for name, item in members
             )
             return "{" + ",".join(shown) + "}"
         case list():
-            return "[" + ",".join(_compact(item, is_sorted=is_sorted) for item in node) + "]"
-        case _Number():
+            return "[" + ",".join(_compact_json(item, is_sorted=is_sorted) for item in node) + "]"
+        case _NumberToken():
             return node
         case _:
             return json.dumps(node, ensure_ascii=False)
 
 
-def _jsonb_order(member: tuple[str, object]) -> tuple[int, bytes]:
+def _jsonb_key_order(member: tuple[str, object]) -> tuple[int, bytes]:
     name = member[0].encode("utf-8", "replace")
     return len(name), name
 
 
-def _clean(text: str) -> str:
+def _replace_unstorable(text: str) -> str:
     """What Postgres can't hold, NUL and lone surrogates, becomes what Go makes of it or near."""
     if not text.isascii():
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text.replace("\0", "\ufffd")
 
 
-def _cleaned(content: str | float) -> str | float:
-    return _clean(content) if isinstance(content, str) else content
+def _storable(content: str | float) -> str | float:
+    return _replace_unstorable(content) if isinstance(content, str) else content
 
 
 def _sqlite_text(content: str | float) -> str | None:
@@ -392,10 +395,10 @@ def _sqlite_text(content: str | float) -> str | None:
         case int():
             return str(int(content))
         case float():
-            return number_text(content)
+            return sqlite_float_text(content)
 
 
-def _decimal(number: float) -> str:
+def _shortest_decimal(number: float) -> str:
     """Shortest decimal that reads back as the same number, without an exponent."""
     match number:
         case bool():
@@ -405,7 +408,7 @@ def _decimal(number: float) -> str:
         case _ if math.isfinite(number):
             return f"{Decimal(repr(number)):f}".removesuffix(".0")
         case _:
-            return "NaN" if math.isnan(number) else number_text(number).replace("I", "+I")
+            return "NaN" if math.isnan(number) else sqlite_float_text(number).replace("I", "+I")
 
 
 def _has_wildcard(text: str) -> bool:
@@ -413,37 +416,37 @@ def _has_wildcard(text: str) -> bool:
     return re.search(r"(?<!\\)(?:\\\\)*%", text) is not None
 
 
-def _escape(text: str) -> str:
+def _escape_wildcards(text: str) -> str:
     r"""Put ``\`` before each ``\``, ``%``, ``_`` that has none before it yet."""
     return re.sub(r"\\([\\%_])|([\\%_])", lambda found: "\\" + (found[1] or found[2]), text)
 
 
-def _text_shape(text: str) -> Shape:
+def _text_class(text: str) -> ParameterClass:
     if not text:
-        return Shape.EMPTY
+        return ParameterClass.EMPTY
     if looks_numeric(text):
-        return Shape.NUMERIC
-    made = pattern(text)
+        return ParameterClass.NUMERIC_TEXT
+    made = like_pattern(text)
     trailing = len(made) - len(made.rstrip("\\"))
-    return Shape.DANGLING if trailing % 2 else Shape.TEXT
+    return ParameterClass.DANGLING_ESCAPE if trailing % 2 else ParameterClass.TEXT
 
 
 # --- the subscriber and the moment
 
 
-def _request_value(parameter: RequestValue, request: Request) -> Scalar:
-    content = _looked_up(parameter.path, request)
-    if parameter.is_set:
+def _request_value(parameter: RequestValue, request: RuleRequest) -> Scalar:
+    content = _request_member(parameter.path, request)
+    if parameter.is_isset:
         return int(content is not None)
     if isinstance(content, str):
-        content = _clean(content)
-        if parameter.as_number:
-            content = _go_number(content)
+        content = _replace_unstorable(content)
+        if parameter.is_read_as_number:
+            content = _go_number_or_text(content)
     if not parameter.is_lower or content is None:
         return content
     lowered = _ascii_lower(_sqlite_text(content))
     if isinstance(content, float) and lowered is not None:
-        return _LoweredNumber(lowered, pattern(content).lower())
+        return _LoweredNumber(lowered, like_pattern(content).lower())
     return lowered
 
 
@@ -459,16 +462,16 @@ class _LoweredNumber(str):
         return made
 
 
-def _go_number(text: str) -> str | float:
+def _go_number_or_text(text: str) -> str | float:
     """Return the number that Go reads, or the text; a number beyond all doubles is a text."""
     if _GO_FLOAT.fullmatch(text) is None:
         return text
     number = float(text)
     is_too_large = math.isinf(number) and "n" not in text.lower()
-    return text if is_too_large else double_or_whole(text.replace("_", ""), number)
+    return text if is_too_large else double_or_exact_integer(text.replace("_", ""), number)
 
 
-def _looked_up(path: tuple[str, ...], request: Request) -> Scalar:
+def _request_member(path: tuple[str, ...], request: RuleRequest) -> Scalar:
     match path:
         case ("context",):
             return request.context
@@ -479,12 +482,12 @@ def _looked_up(path: tuple[str, ...], request: Request) -> Scalar:
         case ("headers", key):
             return request.headers.get(key)
         case ("auth", field):
-            return _plain_field(field, request)
+            return _principal_field(field, request)
         case _:
             return None
 
 
-def _plain_field(field: str, request: Request) -> Scalar:
+def _principal_field(field: str, request: RuleRequest) -> Scalar:
     match request.principal:
         case Guest():
             return None
@@ -501,7 +504,7 @@ def _plain_field(field: str, request: Request) -> Scalar:
         case Superuser(id):
             fixed: dict[str, Scalar] = {
                 "id": id,
-                "collectionId": SUPERUSERS_ID,
+                "collectionId": SUPERUSERS_COLLECTION_ID,
                 "collectionName": "_superusers",
                 "email": "",
                 "emailVisibility": False,
@@ -511,12 +514,12 @@ def _plain_field(field: str, request: Request) -> Scalar:
 
 
 def _ascii_lower(text: str | None) -> str | None:
-    return None if text is None else text.translate(_LOWER)
+    return None if text is None else text.translate(_ASCII_LOWER)
 
 
-_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
+_ASCII_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 
-_MOMENTS = {
+_DATE_MACROS = {
     Macro.NOW,
     Macro.YESTERDAY,
     Macro.TOMORROW,
@@ -530,21 +533,21 @@ _MOMENTS = {
 """The macros that are texts; the others are integers."""
 
 
-def _macro(macro: Macro, now: datetime) -> str | int:
+def _macro_value(macro: Macro, now: datetime) -> str | int:
     day = timedelta(days=1)
     today = now.replace(hour=0, minute=0, second=0, microsecond=0)
     month = today.replace(day=1)
     year = month.replace(month=1)
     values: dict[Macro, str | int] = {
-        Macro.NOW: _moment(now),
-        Macro.YESTERDAY: _moment(now - day),
-        Macro.TOMORROW: _moment(now + day),
-        Macro.TODAY_START: _moment(today),
-        Macro.TODAY_END: _last_before(today + day),
-        Macro.MONTH_START: _moment(month),
-        Macro.MONTH_END: _last_before((month + 31 * day).replace(day=1)),
-        Macro.YEAR_START: _moment(year),
-        Macro.YEAR_END: _last_before((year + 366 * day).replace(day=1, month=1)),
+        Macro.NOW: _date_text(now),
+        Macro.YESTERDAY: _date_text(now - day),
+        Macro.TOMORROW: _date_text(now + day),
+        Macro.TODAY_START: _date_text(today),
+        Macro.TODAY_END: _last_millisecond_before(today + day),
+        Macro.MONTH_START: _date_text(month),
+        Macro.MONTH_END: _last_millisecond_before((month + 31 * day).replace(day=1)),
+        Macro.YEAR_START: _date_text(year),
+        Macro.YEAR_END: _last_millisecond_before((year + 366 * day).replace(day=1, month=1)),
         Macro.SECOND: now.second,
         Macro.MINUTE: now.minute,
         Macro.HOUR: now.hour,
@@ -556,10 +559,10 @@ def _macro(macro: Macro, now: datetime) -> str | int:
     return values[macro]
 
 
-def _moment(when: datetime) -> str:
+def _date_text(when: datetime) -> str:
     """Return the moment as PocketBase writes dates."""
     return f"{when:%Y-%m-%d %H:%M:%S}.{when.microsecond // 1000:03d}Z"
 
 
-def _last_before(when: datetime) -> str:
-    return _moment(when - timedelta(milliseconds=1))
+def _last_millisecond_before(when: datetime) -> str:
+    return _date_text(when - timedelta(milliseconds=1))

@@ -13,8 +13,8 @@ from typing import TypeAlias
 
 from pgrealtime.collections.model import Field, FieldKind
 from pgrealtime.rules.language.parameters import (
-    Lifted,
-    Literal,
+    LiftedLiteral,
+    LiteralParameter,
     Parameter,
 )
 from pgrealtime.rules.language.syntax import Op
@@ -23,28 +23,28 @@ from pgrealtime.rules.language.syntax import Op
 
 
 @dataclass(frozen=True, slots=True)
-class Here:
-    """The row that the rule, or the ``Nested`` part around, is about."""
+class ScopeRow:
+    """The row that the rule, or the ``NestedRule`` part around, is about."""
 
     collection: str
 
 
 @dataclass(frozen=True, slots=True)
-class AuthRow:
+class CallerRow:
     """The subscriber's own row, found by ``@request.auth.id``."""
 
     collection: str
 
 
 @dataclass(frozen=True, slots=True)
-class AllRows:
+class CollectionRows:
     """Every row of a collection: ``@collection.name`` or ``@collection.name:alias``."""
 
     collection: str
     alias: str | None
 
 
-Origin: TypeAlias = Here | AuthRow | AllRows
+PathRoot: TypeAlias = ScopeRow | CallerRow | CollectionRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +56,21 @@ class ToOne:
 
 
 @dataclass(frozen=True, slots=True)
-class Items:
+class EachValue:
     """To each id, or each value, that a multiple field holds; not a row yet."""
 
     field: Field
 
 
 @dataclass(frozen=True, slots=True)
-class ToItem:
+class ToEach:
     """From one of the ids to the row it names."""
 
     collection: str
 
 
 @dataclass(frozen=True, slots=True)
-class Back:
+class BackRelation:
     """To the rows of ``collection`` whose relation ``field`` points here."""
 
     collection: str
@@ -79,57 +79,57 @@ class Back:
     """At most one row can point here."""
 
 
-Step: TypeAlias = ToOne | Items | ToItem | Back
+PathStep: TypeAlias = ToOne | EachValue | ToEach | BackRelation
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RowPath:
     """A chain of LEFT JOINs. Within one scope equal places are one join, shared by all leaves."""
 
-    origin: Origin
-    steps: tuple[Step, ...] = ()
+    root: PathRoot
+    steps: tuple[PathStep, ...] = ()
 
     @property
-    def is_here(self) -> bool:
+    def is_scope_row(self) -> bool:
         """The row itself, no join."""
-        return isinstance(self.origin, Here) and not self.steps
+        return isinstance(self.root, ScopeRow) and not self.steps
 
     @property
     def is_multiple(self) -> bool:
         """Whether more than one row may be found there, so that comparisons need match-all."""
-        return isinstance(self.origin, AllRows) or any(map(_is_multiple, self.steps))
+        return isinstance(self.root, CollectionRows) or any(map(_is_multiple, self.steps))
 
     @property
     def collection(self) -> str:
         """The collection whose rows are found there; of items, the one that holds them."""
         for step in reversed(self.steps):
             match step:
-                case ToOne() | ToItem() | Back():
+                case ToOne() | ToEach() | BackRelation():
                     return step.collection
-                case Items():
+                case EachValue():
                     continue
-        return self.origin.collection
+        return self.root.collection
 
-    def to(self, *steps: Step) -> Place:
+    def extended_by(self, *steps: PathStep) -> RowPath:
         """The place these steps further on."""
         return replace(self, steps=self.steps + steps)
 
-    def joined(self) -> Iterator[Place]:
+    def joined_rows(self) -> Iterator[RowPath]:
         """Every place on the way that is a row of a collection reached by a join, in order."""
-        if not isinstance(self.origin, Here):
-            yield Place(self.origin)
+        if not isinstance(self.root, ScopeRow):
+            yield RowPath(self.root)
         for length, step in enumerate(self.steps, start=1):
-            if not isinstance(step, Items):
-                yield Place(self.origin, self.steps[:length])
+            if not isinstance(step, EachValue):
+                yield RowPath(self.root, self.steps[:length])
 
 
-def _is_multiple(step: Step) -> bool:
+def _is_multiple(step: PathStep) -> bool:
     match step:
-        case Items():
+        case EachValue():
             return True
-        case Back():
+        case BackRelation():
             return not step.is_unique
-        case ToOne() | ToItem():
+        case ToOne() | ToEach():
             return False
 
 
@@ -137,7 +137,7 @@ def _is_multiple(step: Step) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Constant:
+class ParameterTerm:
     """A value that doesn't depend on any row."""
 
     parameter: Parameter
@@ -151,7 +151,7 @@ class Keyword:
 
 
 @dataclass(frozen=True, slots=True)
-class NoItem:
+class AbsentEach:
     """``:each`` of a field that the request's body would hold: in realtime NULL.
 
     PocketBase takes it for something, since it comes from a parameter, and for one of many values
@@ -161,7 +161,7 @@ class NoItem:
     is_multiple: bool
 
 
-class Part(Enum):
+class Modifier(Enum):
     """What of a field's value is meant."""
 
     WHOLE = auto()
@@ -177,22 +177,22 @@ class Part(Enum):
 class FieldValue:
     """A field of the row at a place; of many values, their JSON text."""
 
-    place: Place
+    row_path: RowPath
     field: Field
-    part: Part = Part.WHOLE
+    modifier: Modifier = Modifier.WHOLE
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """``:each``: one of a multiple field's values; the place ends with its ``Items``."""
+class EachTerm:
+    """``:each``: one of a multiple field's values; the path ends with its ``EachValue``."""
 
-    place: Place
+    row_path: RowPath
 
     @property
     def kind(self) -> FieldKind:
         """What the field holds several of."""
-        last = self.place.steps[-1]
-        assert isinstance(last, Items)
+        last = self.row_path.steps[-1]
+        assert isinstance(last, EachValue)
         return last.field.kind
 
 
@@ -200,18 +200,18 @@ class Item:
 class JsonValue:
     """What a json or geo field holds under the keys, the whole of a json field without any."""
 
-    place: Place
+    row_path: RowPath
     field: Field
     keys: tuple[str, ...]
     is_lower: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Hidden:
+class SecretTerm:
     """A secret that PocketBase has and the table hasn't: a text that nobody can name."""
 
-    place: Place
-    part: Part = Part.WHOLE
+    row_path: RowPath
+    modifier: Modifier = Modifier.WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +232,15 @@ class GeoDistance:
 
 
 Term: TypeAlias = (
-    Constant | Keyword | NoItem | FieldValue | Item | JsonValue | Hidden | Strftime | GeoDistance
+    ParameterTerm
+    | Keyword
+    | AbsentEach
+    | FieldValue
+    | EachTerm
+    | JsonValue
+    | SecretTerm
+    | Strftime
+    | GeoDistance
 )
 
 
@@ -255,25 +263,25 @@ class Comparison:
 class Conjunction:
     """True if every part is."""
 
-    parts: tuple[Condition, ...]
+    conditions: tuple[Condition, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Disjunction:
     """True if some part is."""
 
-    parts: tuple[Condition, ...]
+    conditions: tuple[Condition, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Nested:
+class NestedRule:
     """A condition about the row at ``place`` with joins of its own: another collection's rule."""
 
-    place: Place
+    row_path: RowPath
     where: Condition
 
 
-Condition: TypeAlias = Comparison | Conjunction | Disjunction | Nested
+Condition: TypeAlias = Comparison | Conjunction | Disjunction | NestedRule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,7 +303,7 @@ def comparisons(condition: Condition) -> Iterator[Comparison]:
         case Conjunction(parts) | Disjunction(parts):
             for part in parts:
                 yield from comparisons(part)
-        case Nested(_, where):
+        case NestedRule(_, where):
             yield from comparisons(where)
 
 
@@ -314,21 +322,21 @@ def _with_arguments(term: Term) -> Iterator[Term]:
         yield from term.args
 
 
-def parameters(condition: Condition) -> tuple[Parameter, ...]:
+def condition_parameters(condition: Condition) -> tuple[Parameter, ...]:
     """The distinct parameters in order of appearance: shapes and values are given in this order."""
-    found = (term.parameter for term in terms(condition) if isinstance(term, Constant))
+    found = (term.parameter for term in terms(condition) if isinstance(term, ParameterTerm))
     return tuple(dict.fromkeys(found))
 
 
-def lifted(predicate: Predicate) -> tuple[Predicate, tuple[str | float, ...]]:
+def lift_literals(predicate: Predicate) -> tuple[Predicate, tuple[str | float, ...]]:
     """Return the predicate without its literals, and those: equal ones share a translation."""
     literals: list[str | float] = []
 
     def lift(term: Term) -> Term:
         match term:
-            case Constant(Literal(value)):
+            case ParameterTerm(LiteralParameter(value)):
                 literals.append(value)
-                return Constant(Lifted(len(literals) - 1))
+                return ParameterTerm(LiftedLiteral(len(literals) - 1))
             case Strftime(time=time) if time is not None:
                 return replace(term, time=lift(time))
             case GeoDistance((one, two, three, four)):
@@ -345,31 +353,36 @@ def lifted(predicate: Predicate) -> tuple[Predicate, tuple[str | float, ...]]:
                 return Conjunction(tuple(walk(part) for part in parts))
             case Disjunction(parts):
                 return Disjunction(tuple(walk(part) for part in parts))
-            case Nested(place, where):
-                return Nested(place, walk(where))
+            case NestedRule(place, where):
+                return NestedRule(place, walk(where))
 
     return replace(predicate, where=walk(predicate.where)), tuple(literals)
 
 
-def place_of(term: Term) -> Place | None:
+def row_path_of(term: Term) -> RowPath | None:
     """Where the operand's value is found, for match-all; None if it is the same for every row.
 
     ``geoDistance`` has none: PocketBase never asks it for all.
     """
     match term:
-        case FieldValue(place=place) | Item(place) | JsonValue(place=place) | Hidden(place=place):
+        case (
+            FieldValue(row_path=place)
+            | EachTerm(place)
+            | JsonValue(row_path=place)
+            | SecretTerm(row_path=place)
+        ):
             return place
         case Strftime(time=time):
-            return None if time is None else place_of(time)
-        case Constant() | Keyword() | NoItem() | GeoDistance():
+            return None if time is None else row_path_of(time)
+        case ParameterTerm() | Keyword() | AbsentEach() | GeoDistance():
             return None
 
 
 def is_multiple(term: Term) -> bool:
     """Whether a comparison of it without ``?`` must hold for all of its values."""
-    if isinstance(term, NoItem):
+    if isinstance(term, AbsentEach):
         return term.is_multiple
-    place = place_of(term)
+    place = row_path_of(term)
     return place is not None and place.is_multiple
 
 
@@ -382,18 +395,20 @@ def is_double(term: Term) -> bool:
     What is compared with them is compared as doubles.
     """
     match term:
-        case FieldValue(field=field_, part=Part.WHOLE | Part.EACH) if not field_.is_multiple:
-            return field_.kind is FieldKind.NUMBER and field_.type.base.name in _DOUBLES
-        case Item(place) if isinstance(place.steps[-1], Items):
+        case FieldValue(field=field_, modifier=Modifier.WHOLE | Modifier.EACH) if (
+            not field_.is_multiple
+        ):
+            return field_.kind is FieldKind.NUMBER and field_.type.base.name in _DOUBLE_TYPES
+        case EachTerm(place) if isinstance(place.steps[-1], EachValue):
             element = place.steps[-1].field.type.base.element
             is_number = term.kind is FieldKind.NUMBER
-            return is_number and element is not None and element.base.name in _DOUBLES
+            return is_number and element is not None and element.base.name in _DOUBLE_TYPES
         case JsonValue(field=field_):
-            return field_.kind is FieldKind.GEO and not field_.is_stored_as_json
+            return field_.kind is FieldKind.GEO_POINT and not field_.is_stored_as_json
         case GeoDistance():
             return True
         case _:
             return False
 
 
-_DOUBLES = frozenset({"float4", "float8"})
+_DOUBLE_TYPES = frozenset({"float4", "float8"})

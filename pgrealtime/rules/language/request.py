@@ -9,7 +9,7 @@ from pgrealtime.auth.principal import GUEST, Principal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class RuleRequest:
     """One subscription's ``@request``. Query and header values come from the topic's options."""
 
     principal: Principal = GUEST

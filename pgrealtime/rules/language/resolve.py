@@ -13,48 +13,48 @@ from typing import NoReturn
 
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
 from pgrealtime.errors import RuleError, RuleNameError, RuleSyntaxError, RuleUnsupportedError
-from pgrealtime.rules.language.parameters import MACROS, Literal, RequestValue
+from pgrealtime.rules.language.parameters import MACROS, LiteralParameter, RequestValue
 from pgrealtime.rules.language.predicate import (
-    AllRows,
-    AuthRow,
-    Back,
+    AbsentEach,
+    BackRelation,
+    CallerRow,
+    CollectionRows,
     Comparison,
     Condition,
     Conjunction,
-    Constant,
     Disjunction,
+    EachTerm,
+    EachValue,
     FieldValue,
     GeoDistance,
-    Here,
-    Hidden,
-    Item,
-    Items,
     JsonValue,
     Keyword,
-    Nested,
-    NoItem,
-    Part,
-    Place,
+    Modifier,
+    NestedRule,
+    ParameterTerm,
     Predicate,
+    RowPath,
+    ScopeRow,
+    SecretTerm,
     Strftime,
     Term,
-    ToItem,
+    ToEach,
     ToOne,
     comparisons,
 )
 from pgrealtime.rules.language.syntax import (
-    And,
-    Call,
-    Cmp,
-    Expression,
-    Lit,
+    AndNode,
+    CallNode,
+    ComparisonNode,
+    ExpressionNode,
+    IdentifierNode,
+    LiteralNode,
     Op,
-    Operand,
-    Or,
-    Path,
-    parse,
+    OperandNode,
+    OrNode,
+    parse_expression,
 )
-from pgrealtime.spelling import nearest
+from pgrealtime.spelling import nearest_name
 
 MAX_HOPS = 6
 """PocketBase's own limit of relations in one path."""
@@ -65,7 +65,7 @@ MAX_STRFTIME_ARGUMENTS = 10
 
 
 def resolve_rule(
-    text: str, collections: Collections, collection: Collection, auth: Collection | None
+    text: str, collections: Collections, collection: Collection, auth_collection: Collection | None
 ) -> Predicate:
     """Return what the rule means for subscribers of one auth collection.
 
@@ -73,22 +73,22 @@ def resolve_rule(
         text: The rule, not empty.
         collections: All there are.
         collection: The one whose rows are judged.
-        auth: The collection of the subscriber's record; None for a guest, or if there is none of
-            that name: then paths of ``@request.auth`` are NULL.
+        auth_collection: The collection of the subscriber's record; None for a guest, or if there is
+            none of that name: then paths of ``@request.auth`` are NULL.
 
     Raises:
         RuleError: The text is not of the language, names what isn't there or asks for what can't
             be decided exactly. Paths of ``@request.auth`` are checked for this ``auth`` only.
     """
-    resolver = _Resolver(collections, collection, auth, is_filter=False)
-    return _predicate(collection, resolver.condition(parse(text)))
+    resolver = _Resolver(collections, collection, auth_collection, is_filter=False)
+    return _make_predicate(collection, resolver.resolve_condition(parse_expression(text)))
 
 
 def resolve_filter(
     text: str,
     collections: Collections,
     collection: Collection,
-    auth: Collection | None,
+    auth_collection: Collection | None,
     *,
     is_superuser: bool = False,
 ) -> Predicate:
@@ -105,12 +105,12 @@ def resolve_filter(
             f"a filter takes at most {MAX_FILTER_BYTES} bytes", start=0, end=len(text)
         )
     if not is_superuser:
-        _refuse_words(text)
-    resolver = _Resolver(collections, collection, auth, is_filter=True)
-    where = resolver.condition(parse(text))
-    conditions = [where, *resolver.list_rules()]
+        _refuse_superuser_identifiers(text)
+    resolver = _Resolver(collections, collection, auth_collection, is_filter=True)
+    where = resolver.resolve_condition(parse_expression(text))
+    conditions = [where, *resolver.list_rule_conditions()]
     joined = where if len(conditions) == 1 else Conjunction(tuple(conditions))
-    return _predicate(collection, joined)
+    return _make_predicate(collection, joined)
 
 
 def filter_text(query: Mapping[str, str], *, is_superuser: bool) -> str:
@@ -123,11 +123,11 @@ def filter_text(query: Mapping[str, str], *, is_superuser: bool) -> str:
     """
     text = query.get("filter", "")
     if text and not is_superuser:
-        _refuse_words(query.get("sort", ""))
+        _refuse_superuser_identifiers(query.get("sort", ""))
     return text
 
 
-def _refuse_words(text: str) -> None:
+def _refuse_superuser_identifiers(text: str) -> None:
     for banned in ("@request.", "@collection."):
         if banned in text:
             start = text.index(banned)
@@ -136,36 +136,36 @@ def _refuse_words(text: str) -> None:
             )
 
 
-def _predicate(collection: Collection, where: Condition) -> Predicate:
+def _make_predicate(collection: Collection, where: Condition) -> Predicate:
     """Return the predicate; one that PocketBase fails to evaluate admits nothing.
 
     A list of items that is made a pattern is no list any more, and that breaks all of its query.
     """
     breaks = any(
-        cmp.op in {Op.LIKE, Op.NOT_LIKE} and isinstance(cmp.right, NoItem)
+        cmp.op in {Op.LIKE, Op.NOT_LIKE} and isinstance(cmp.right, AbsentEach)
         for cmp in comparisons(where)
     )
-    return Predicate(collection=collection.name, where=_NEVER if breaks else where)
+    return Predicate(collection=collection.name, where=_ALWAYS_FALSE if breaks else where)
 
 
-_NEVER = Comparison(Keyword(False), Op.EQ, True, Keyword(True))
+_ALWAYS_FALSE = Comparison(Keyword(False), Op.EQ, True, Keyword(True))
 
 
-_ALLOWED = re.compile(
+_ALLOWED_IDENTIFIER = re.compile(
     r"\w+[\w.:]*"
     r"|@request\.context|@request\.method"
     r"|@request\.(?:auth|body|query|headers)\.[\w.:]*\w+"
     r"|@collection\.\w+(?::\w+)?\.[\w.:]*\w+",
     re.ASCII,
 )
-_BACK = re.compile(r"(\w+)_via_(\w+)", re.ASCII)
+_BACK_RELATION = re.compile(r"(\w+)_via_(\w+)", re.ASCII)
 _MODIFIERS = {"isset", "changed", "each", "length", "lower"}
-_PLAIN = {"id", "collectionId", "collectionName", "email", "emailVisibility", "verified"}
+_PRINCIPAL_FIELDS = {"id", "collectionId", "collectionName", "email", "emailVisibility", "verified"}
 """Fields of ``@request.auth`` that come with the authentication, without asking the database."""
 _KEYWORDS = {"null": None, "true": True, "false": False}
-_MAX_GUESSED = 100
+_MAX_SUGGESTION_LENGTH = 100
 """Longer names get no suggestion: comparing is quadratic in their length."""
-_REFUSED_TYPES = {"money", "refcursor", "hstore"}
+_UNSUPPORTED_TYPES = {"money", "refcursor", "hstore"}
 
 
 class _Resolver:
@@ -175,68 +175,71 @@ class _Resolver:
         self,
         collections: Collections,
         collection: Collection,
-        auth: Collection | None,
+        auth_collection: Collection | None,
         *,
         is_filter: bool,
     ) -> None:
         self._collections = collections
         self._collection = collection
-        self._auth = auth
+        self._auth_collection = auth_collection
         self._is_filter = is_filter
         self._aliases: dict[str, str] = {}
-        self._joined: dict[Place, None] = {}
-        self._guards: list[Comparison] = []
-        self._at: Operand = Path("", 0, 0)
+        self._joined_paths: dict[RowPath, None] = {}
+        self._email_conditions: list[Comparison] = []
+        self._current_operand: OperandNode = IdentifierNode("", 0, 0)
 
     # --- expressions
 
-    def condition(self, expression: Expression) -> Condition:
+    def resolve_condition(self, expression: ExpressionNode) -> Condition:
         match expression:
-            case Cmp():
-                return self._comparison(expression)
-            case And(parts):
-                return Conjunction(tuple(self.condition(part) for part in parts))
-            case Or(parts):
-                return Disjunction(tuple(self.condition(part) for part in parts))
+            case ComparisonNode():
+                return self._resolve_comparison(expression)
+            case AndNode(parts):
+                return Conjunction(tuple(self.resolve_condition(part) for part in parts))
+            case OrNode(parts):
+                return Disjunction(tuple(self.resolve_condition(part) for part in parts))
 
-    def list_rules(self) -> list[Condition]:
+    def list_rule_conditions(self) -> list[Condition]:
         """What the collections joined so far demand of their rows, missing ones excepted."""
         demands: list[Condition] = []
-        for place in self._joined:
+        for place in self._joined_paths:
             collection = self._collections[place.collection]
             if not collection.list_rule:
                 continue
-            inner = _Resolver(self._collections, collection, self._auth, is_filter=False)
-            where = inner.condition(parse(collection.list_rule))
+            inner = _Resolver(self._collections, collection, self._auth_collection, is_filter=False)
+            where = inner.resolve_condition(parse_expression(collection.list_rule))
             missing = Comparison(
-                FieldValue(place, collection.by_name["id"]), Op.EQ, True, Constant(Literal(""))
+                FieldValue(place, collection.fields_by_name["id"]),
+                Op.EQ,
+                True,
+                ParameterTerm(LiteralParameter("")),
             )
-            demands.append(Disjunction((missing, Nested(place, where))))
+            demands.append(Disjunction((missing, NestedRule(place, where))))
         return demands
 
-    def _comparison(self, cmp: Cmp) -> Condition:
-        self._guards = []
-        left = self._operand(cmp.left)
-        right = self._operand(cmp.right)
+    def _resolve_comparison(self, cmp: ComparisonNode) -> Condition:
+        self._email_conditions = []
+        left = self._resolve_operand(cmp.left)
+        right = self._resolve_operand(cmp.right)
         leaf = Comparison(left, cmp.op, cmp.is_any, right, cmp.start, cmp.end)
-        return Conjunction((leaf, *self._guards)) if self._guards else leaf
+        return Conjunction((leaf, *self._email_conditions)) if self._email_conditions else leaf
 
-    def _operand(self, operand: Operand) -> Term:
-        self._at = operand
+    def _resolve_operand(self, operand: OperandNode) -> Term:
+        self._current_operand = operand
         match operand:
-            case Lit(value):
-                return Constant(Literal(value))
-            case Path(text):
-                return self._identifier(text)
-            case Call():
-                return self._call(operand)
+            case LiteralNode(value):
+                return ParameterTerm(LiteralParameter(value))
+            case IdentifierNode(text):
+                return self._resolve_identifier(text)
+            case CallNode():
+                return self._resolve_call(operand)
 
-    def _identifier(self, text: str) -> Term:
+    def _resolve_identifier(self, text: str) -> Term:
         """Macros first, then fields, and only then keywords: a field called true wins."""
         if text in MACROS:
-            return Constant(MACROS[text])
+            return ParameterTerm(MACROS[text])
         try:
-            return self._path(text)
+            return self._resolve_path(text)
         except RuleError:
             keyword = text.lower()
             if keyword in _KEYWORDS:
@@ -245,55 +248,57 @@ class _Resolver:
 
     # --- functions
 
-    def _call(self, call: Call) -> Term:
-        guards = len(self._guards)
+    def _resolve_call(self, call: CallNode) -> Term:
+        guards = len(self._email_conditions)
         match call.name:
             case "geoDistance":
                 term = self._geo_distance(call)
             case "strftime":
                 term = self._strftime(call)
             case _:
-                return self._unknown("function", call.name, ("geoDistance", "strftime"))
+                return self._refuse_unknown("function", call.name, ("geoDistance", "strftime"))
         # What a function makes of an address is no address: PocketBase asks nobody.
-        del self._guards[guards:]
+        del self._email_conditions[guards:]
         return term
 
-    def _geo_distance(self, call: Call) -> Term:
+    def _geo_distance(self, call: CallNode) -> Term:
         if len(call.args) != 4:  # noqa: PLR2004 (two points of two numbers)
             self._refuse(f"geoDistance takes 4 arguments, got {len(call.args)}")
         for arg in call.args:
-            if isinstance(arg, Call) or (isinstance(arg, Lit) and isinstance(arg.value, str)):
+            if isinstance(arg, CallNode) or (
+                isinstance(arg, LiteralNode) and isinstance(arg.value, str)
+            ):
                 self._refuse("arguments of geoDistance are identifiers or numbers")
-        one, two, three, four = (self._operand(arg) for arg in call.args)
+        one, two, three, four = (self._resolve_operand(arg) for arg in call.args)
         return GeoDistance((one, two, three, four))
 
-    def _strftime(self, call: Call) -> Term:
+    def _strftime(self, call: CallNode) -> Term:
         if not 1 <= len(call.args) <= MAX_STRFTIME_ARGUMENTS:
             self._refuse(
                 f"strftime takes 1 to {MAX_STRFTIME_ARGUMENTS} arguments, got {len(call.args)}"
             )
         layout, *rest = call.args
-        if not isinstance(layout, Lit) or not isinstance(layout.value, str):
+        if not isinstance(layout, LiteralNode) or not isinstance(layout.value, str):
             self._refuse("the first argument of strftime is a text, the format")
         modifiers: list[str] = []
         for arg in rest[1:]:
-            if not isinstance(arg, Lit) or not isinstance(arg.value, str):
+            if not isinstance(arg, LiteralNode) or not isinstance(arg.value, str):
                 self._refuse("modifiers of strftime are texts")
             modifiers.append(arg.value)
-        if rest and isinstance(rest[0], Call):
+        if rest and isinstance(rest[0], CallNode):
             self._refuse("the time of strftime is an identifier, a text or a number")
-        time = self._operand(rest[0]) if rest else None
+        time = self._resolve_operand(rest[0]) if rest else None
         return Strftime(layout.value, time, tuple(modifiers))
 
     # --- paths
 
-    def _path(self, text: str) -> Term:
-        if _ALLOWED.fullmatch(text) is None:
-            return self._unknown("field", text, [*self._collection.by_name, *MACROS])
+    def _resolve_path(self, text: str) -> Term:
+        if _ALLOWED_IDENTIFIER.fullmatch(text) is None:
+            return self._refuse_unknown("field", text, [*self._collection.fields_by_name, *MACROS])
         parts = text.split(".")
         match parts:
             case ["@collection", name, *rest]:
-                return self._walk(self._all_rows(name), rest)
+                return self._follow_path(self._collection_rows(name), rest)
             case ["@request", "auth", *rest]:
                 return self._auth_path(rest)
             case ["@request", "body", *rest]:
@@ -301,18 +306,18 @@ class _Resolver:
             case ["@request", *rest]:
                 return self._request_value(rest)
             case _:
-                return self._walk(Place(Here(self._collection.name)), parts)
+                return self._follow_path(RowPath(ScopeRow(self._collection.name)), parts)
 
-    def _all_rows(self, text: str) -> Place:
+    def _collection_rows(self, text: str) -> RowPath:
         name, _, alias = text.partition(":")
-        collection = self._named(name)
+        collection = self._find_collection(name)
         if collection is None:
-            self._unknown("collection", name, self._collections)
+            self._refuse_unknown("collection", name, self._collections)
         if alias and self._aliases.setdefault(alias, collection.name) != collection.name:
-            self._unsupported(f'alias "{alias}" stands for two collections')
-        return self._join(Place(AllRows(collection.name, alias or None)))
+            self._refuse_unsupported(f'alias "{alias}" stands for two collections')
+        return self._record_joins(RowPath(CollectionRows(collection.name, alias or None)))
 
-    def _named(self, name_or_id: str) -> Collection | None:
+    def _find_collection(self, name_or_id: str) -> Collection | None:
         """The collection of that id or name; PocketBase ignores the name's case here."""
         found = self._collections.find(name_or_id)
         if found is not None:
@@ -321,96 +326,101 @@ class _Resolver:
         return next((c for c in self._collections.values() if c.name.lower() == wanted), None)
 
     def _auth_path(self, parts: list[str]) -> Term:
-        if len(parts) == 1 and parts[0] in _PLAIN:
-            return Constant(RequestValue(("auth", parts[0])))
-        if self._auth is None:
+        if len(parts) == 1 and parts[0] in _PRINCIPAL_FIELDS:
+            return ParameterTerm(RequestValue(("auth", parts[0])))
+        if self._auth_collection is None:
             return Keyword(None)
-        place = self._join(Place(AuthRow(self._auth.name)))
-        return self._walk(place, parts, nullify=True)
+        place = self._record_joins(RowPath(CallerRow(self._auth_collection.name)))
+        return self._follow_path(place, parts, is_missing_null=True)
 
     def _body_path(self, parts: list[str]) -> Term:
         """What a request's body holds: in realtime nothing."""
-        name, modifier = self._split(parts[0])
-        field = self._collection.by_name.get(name)
+        name, modifier = self._split_modifier(parts[0])
+        field = self._collection.fields_by_name.get(name)
         if field is None:
             return self._request_value(["body", *parts])
         if len(parts) > 1:
             is_relation = field.kind is FieldKind.RELATION
             return Keyword(None) if is_relation else self._request_value(["body", *parts])
-        if modifier in {"each", "length"} and not _holds_values(field):
+        if modifier in {"each", "length"} and not _has_countable_values(field):
             self._refuse(f'field "{name}" has no values to count')
         match modifier:
             case "isset":
-                return Constant(RequestValue(("body", name), is_set=True))
+                return ParameterTerm(RequestValue(("body", name), is_isset=True))
             case "changed" | "length":
                 return Keyword(False)
             case "lower":
-                return Constant(Literal(""))
+                return ParameterTerm(LiteralParameter(""))
             case "each":
-                return NoItem(field.is_multiple)
+                return AbsentEach(field.is_multiple)
             case _:
                 return Keyword(None)
 
     def _request_value(self, parts: list[str]) -> Term:
         """A value that is known with the subscription."""
-        last, modifier = self._split(parts[-1])
+        last, modifier = self._split_modifier(parts[-1])
         if modifier not in {"", "isset", "lower"}:
             self._refuse(f'":{modifier}" is not for "@request.{parts[0]}"')
-        field = self._collection.by_name.get(last)
+        field = self._collection.fields_by_name.get(last)
         plain = RequestValue(
             (*parts[:-1], last),
-            as_number=field is not None
+            is_read_as_number=field is not None
             and field.kind is FieldKind.NUMBER
             and not field.is_multiple,
         )
         match modifier:
             case "isset":
-                return Constant(replace(plain, as_number=False, is_set=True))
+                return ParameterTerm(replace(plain, is_read_as_number=False, is_isset=True))
             case "lower":
-                return Constant(replace(plain, is_lower=True))
+                return ParameterTerm(replace(plain, is_lower=True))
             case _:
-                return Constant(plain)
+                return ParameterTerm(plain)
 
-    def _walk(self, place: Place, parts: list[str], *, nullify: bool = False) -> Term:
+    def _follow_path(
+        self, start: RowPath, parts: list[str], *, is_missing_null: bool = False
+    ) -> Term:
         """Follow the parts from a place to a value.
 
         Args:
-            place: Where the path begins.
+            start: Where the path begins.
             parts: Names of relations, and last of a field with its modifier.
-            nullify: What isn't there is NULL and no error, as under ``@request.auth``.
+            is_missing_null: What isn't there is NULL and no error, as under ``@request.auth``.
         """
         for index, part in enumerate(parts[:-1]):
-            collection = self._collections[place.collection]
-            field = self._field(collection, part)
-            if field is not None and field.kind in {FieldKind.JSON, FieldKind.GEO}:
-                self._check(field)
-                return self._json(place, field, parts[index + 1 :])
+            collection = self._collections[start.collection]
+            field = self._find_field(collection, part)
+            if field is not None and field.kind in {FieldKind.JSON, FieldKind.GEO_POINT}:
+                self._check_supported(field)
+                return self._json_value(start, field, parts[index + 1 :])
             if index >= MAX_HOPS:
                 self._refuse(f"a path takes at most {MAX_HOPS} relations")
             if field is None:
-                back = self._back(collection, part, nullify=nullify)
+                back = self._back_relation(collection, part, is_missing_null=is_missing_null)
                 if back is None:
                     return Keyword(None)
-                place = self._join(place.to(back))
+                start = self._record_joins(start.extended_by(back))
                 continue
             if field.relation is None:
                 self._refuse(f'field "{part}" is no relation')
             if not field.is_multiple and parts[index + 1 :] == ["id"]:
-                return FieldValue(place, self._check(field))
+                return FieldValue(start, self._check_supported(field))
             target = self._collections[field.relation.collection].name
             if field.is_multiple:
-                place = self._join(place.to(Items(field), ToItem(target)))
+                start = self._record_joins(start.extended_by(EachValue(field), ToEach(target)))
             else:
-                place = self._join(place.to(ToOne(field, target)))
-        return self._last(place, parts[-1], nullify=nullify)
+                start = self._record_joins(start.extended_by(ToOne(field, target)))
+        return self._last_field(start, parts[-1], is_missing_null=is_missing_null)
 
-    def _back(self, collection: Collection, part: str, *, nullify: bool) -> Back | None:
+    def _back_relation(
+        self, collection: Collection, part: str, *, is_missing_null: bool
+    ) -> BackRelation | None:
         """Return the step over a back relation; None if there is none and that is no error."""
-        found = _BACK.fullmatch(part)
-        source = None if found is None else self._named(found[1])
-        field = None if found is None or source is None else self._field(source, found[2])
+        found = _BACK_RELATION.fullmatch(part)
+        source = None if found is None else self._find_collection(found[1])
+        field = None if found is None or source is None else self._find_field(source, found[2])
         if field is not None and (
-            field.relation is None or (field.relation.collection != collection.name and not nullify)
+            field.relation is None
+            or (field.relation.collection != collection.name and not is_missing_null)
         ):
             self._refuse(f'"{part}" doesn\'t point to "{collection.name}"')
         if (
@@ -419,80 +429,82 @@ class _Resolver:
             or field.relation is None
             or field.relation.collection != collection.name
         ):
-            if nullify:
+            if is_missing_null:
                 return None
-            return self._unknown("field", part, _paths(self._collections, collection))
+            return self._refuse_unknown("field", part, _path_names(self._collections, collection))
         is_unique = (
             not field.is_multiple
             and field.column is not None
-            and (field.column.name,) in source.table.unique
+            and (field.column.name,) in source.table.unique_keys
         )
-        return Back(source.name, field, is_unique)
+        return BackRelation(source.name, field, is_unique)
 
-    def _json(self, place: Place, field: Field, keys: list[str]) -> Term:
+    def _json_value(self, path: RowPath, field: Field, keys: list[str]) -> Term:
         if field.is_multiple:
-            self._unsupported(f'field "{field.name}" holds several values, which have no keys')
-        if field.kind is FieldKind.GEO and not field.is_stored_as_json and len(keys) != 1:
+            self._refuse_unsupported(
+                f'field "{field.name}" holds several values, which have no keys'
+            )
+        if field.kind is FieldKind.GEO_POINT and not field.is_stored_as_json and len(keys) != 1:
             return Keyword(None)
-        return JsonValue(place, field, tuple(key.replace(":", "") for key in keys))
+        return JsonValue(path, field, tuple(key.replace(":", "") for key in keys))
 
-    def _last(self, place: Place, part: str, *, nullify: bool) -> Term:
+    def _last_field(self, path: RowPath, part: str, *, is_missing_null: bool) -> Term:
         """The field that ends a path, with its modifier."""
-        name, modifier = self._split(part)
-        collection = self._collections[place.collection]
-        field = self._field(collection, name)
+        name, modifier = self._split_modifier(part)
+        collection = self._collections[path.collection]
+        field = self._find_field(collection, name)
         if field is None:
             if collection.type == "auth" and name in {"password", "tokenKey"}:
-                return self._secret(place, name, modifier)
-            if nullify:
+                return self._secret_term(path, name, modifier)
+            if is_missing_null:
                 return Keyword(None)
-            known = _paths(self._collections, collection)
+            known = _path_names(self._collections, collection)
             if name in known:
                 self._refuse_name(f'"{name}" needs a field', hint=f'Perhaps you meant "{name}.id".')
-            self._unknown("field", name, known)
-        self._check(field)
-        if modifier == "length" and _holds_values(field):
-            return FieldValue(place, field, Part.LENGTH)
-        if modifier == "each" and _holds_values(field):
+            self._refuse_unknown("field", name, known)
+        self._check_supported(field)
+        if modifier == "length" and _has_countable_values(field):
+            return FieldValue(path, field, Modifier.LENGTH)
+        if modifier == "each" and _has_countable_values(field):
             if field.is_multiple:
-                return Item(place.to(Items(field)))
-            return FieldValue(place, field, Part.EACH)
+                return EachTerm(path.extended_by(EachValue(field)))
+            return FieldValue(path, field, Modifier.EACH)
         if name == "email" and self._is_filter and collection.type == "auth":
-            self._guard_email(place, collection)
+            self._require_visible_email(path, collection)
         is_lower = modifier == "lower"
         if field.kind is FieldKind.JSON and not field.is_multiple:
-            return JsonValue(place, field, (), is_lower=is_lower)
-        return FieldValue(place, field, Part.LOWER if is_lower else Part.WHOLE)
+            return JsonValue(path, field, (), is_lower=is_lower)
+        return FieldValue(path, field, Modifier.LOWER if is_lower else Modifier.WHOLE)
 
-    def _secret(self, place: Place, name: str, modifier: str) -> Term:
+    def _secret_term(self, path: RowPath, name: str, modifier: str) -> Term:
         if self._is_filter:
             self._refuse_name(f'field "{name}" is hidden')
-        return Hidden(place, Part.LOWER if modifier == "lower" else Part.WHOLE)
+        return SecretTerm(path, Modifier.LOWER if modifier == "lower" else Modifier.WHOLE)
 
-    def _guard_email(self, place: Place, collection: Collection) -> None:
+    def _require_visible_email(self, path: RowPath, collection: Collection) -> None:
         """A filter finds an address only where its owner shows it."""
-        visible = collection.by_name.get("emailVisibility")
-        shown: Term = Keyword(False) if visible is None else FieldValue(place, visible)
-        self._guards.append(Comparison(shown, Op.EQ, True, Keyword(True)))
+        visible = collection.fields_by_name.get("emailVisibility")
+        shown: Term = Keyword(False) if visible is None else FieldValue(path, visible)
+        self._email_conditions.append(Comparison(shown, Op.EQ, True, Keyword(True)))
 
     # --- names
 
-    def _field(self, collection: Collection, name: str) -> Field | None:
-        field = collection.by_name.get(name)
+    def _find_field(self, collection: Collection, name: str) -> Field | None:
+        field = collection.fields_by_name.get(name)
         if field is not None and self._is_filter and (field.is_hidden or field.is_secret):
             self._refuse_name(f'field "{name}" is hidden')
         return field
 
-    def _check(self, field: Field) -> Field:
+    def _check_supported(self, field: Field) -> Field:
         """Refuse fields that have no meaning in the language."""
         base = field.type.base
         element = base if base.element is None else base.element.base
         if (
             field.kind in {FieldKind.BYTES, FieldKind.COMPOSITE, FieldKind.GEOMETRY}
-            or element.name in _REFUSED_TYPES
-            or (field.kind is FieldKind.GEO and field.is_multiple)
+            or element.name in _UNSUPPORTED_TYPES
+            or (field.kind is FieldKind.GEO_POINT and field.is_multiple)
         ):
-            self._unsupported(
+            self._refuse_unsupported(
                 f'field "{field.name}" of type {base.name} can\'t be used in rules',
                 hint="Show it as geoPoint (fields.types) to use its lon and lat."
                 if field.kind is FieldKind.GEOMETRY and not field.is_multiple
@@ -500,51 +512,60 @@ class _Resolver:
             )
         return field
 
-    def _join(self, place: Place) -> Place:
+    def _record_joins(self, path: RowPath) -> RowPath:
         """Note that the place's rows are read; refuse those that a filter may not reach."""
-        if self._is_filter and place not in self._joined:
-            for joined in place.joined():
+        if self._is_filter and path not in self._joined_paths:
+            for joined in path.joined_rows():
                 if self._collections[joined.collection].list_rule is None:
                     self._refuse_name(f'collection "{joined.collection}" can\'t be listed')
-                self._joined.setdefault(joined)
-        return place
+                self._joined_paths.setdefault(joined)
+        return path
 
-    def _split(self, part: str) -> tuple[str, str]:
+    def _split_modifier(self, part: str) -> tuple[str, str]:
         """Take the modifier off; with more than one colon it is all a name."""
         name, colon, modifier = part.partition(":")
         if not colon or ":" in modifier:
             return part, ""
         if modifier not in _MODIFIERS:
-            self._unknown("modifier", modifier, _MODIFIERS)
+            self._refuse_unknown("modifier", modifier, _MODIFIERS)
         return name, modifier
 
     # --- errors
 
     def _refuse(self, message: str) -> NoReturn:
-        raise RuleSyntaxError(message, start=self._at.start, end=self._at.end)
+        raise RuleSyntaxError(
+            message, start=self._current_operand.start, end=self._current_operand.end
+        )
 
     def _refuse_name(self, message: str, *, hint: str = "") -> NoReturn:
-        raise RuleNameError(message, start=self._at.start, end=self._at.end, hint=hint)
+        raise RuleNameError(
+            message, start=self._current_operand.start, end=self._current_operand.end, hint=hint
+        )
 
-    def _unsupported(self, message: str, *, hint: str = "") -> NoReturn:
-        raise RuleUnsupportedError(message, start=self._at.start, end=self._at.end, hint=hint)
+    def _refuse_unsupported(self, message: str, *, hint: str = "") -> NoReturn:
+        raise RuleUnsupportedError(
+            message, start=self._current_operand.start, end=self._current_operand.end, hint=hint
+        )
 
-    def _unknown(self, what: str, name: str, known: Iterable[str]) -> NoReturn:
-        meant = nearest(name, known) if len(name) <= _MAX_GUESSED else None
+    def _refuse_unknown(self, what: str, name: str, known: Iterable[str]) -> NoReturn:
+        meant = nearest_name(name, known) if len(name) <= _MAX_SUGGESTION_LENGTH else None
         hint = "" if meant is None else f'Perhaps you meant "{meant}".'
         raise RuleNameError(
-            f'there is no {what} "{name}"', start=self._at.start, end=self._at.end, hint=hint
+            f'there is no {what} "{name}"',
+            start=self._current_operand.start,
+            end=self._current_operand.end,
+            hint=hint,
         )
 
 
-def _holds_values(field: Field) -> bool:
-    """Whether ``:each`` and ``:length`` mean something: PocketBase's selects, relations, files."""
+def _has_countable_values(field: Field) -> bool:
+    """Whether ``:each`` and ``:length`` apply: PocketBase's selects, relations and files."""
     return (
         field.is_multiple or field.is_select or field.kind in {FieldKind.RELATION, FieldKind.FILE}
     )
 
 
-def _paths(collections: Collections, collection: Collection) -> list[str]:
+def _path_names(collections: Collections, collection: Collection) -> list[str]:
     """The names that a path may go on with from a row of the collection, for suggestions."""
     back = [
         f"{source.name}_via_{field.name}"

@@ -25,12 +25,12 @@ MAX_DEPTH = 100
 
 PocketBase has no limit; the SQL printer recurses, so there must be one.
 """
-_MAX_RESCANS = 1000
+_MAX_BRACKET_RESCANS = 1000
 """Groups whose end must be looked for anew because comments hide brackets from one another."""
 
 
 @dataclass(frozen=True, slots=True)
-class Lit:
+class LiteralNode:
     """A text or a number; numbers are floats, but for whole ones that no float is."""
 
     value: str | float
@@ -39,7 +39,7 @@ class Lit:
 
 
 @dataclass(frozen=True, slots=True)
-class Path:
+class IdentifierNode:
     """An identifier as written: field path, ``@request...``, macro or keyword."""
 
     text: str
@@ -48,16 +48,16 @@ class Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class CallNode:
     """A function with its arguments."""
 
     name: str
-    args: tuple[Operand, ...]
+    args: tuple[OperandNode, ...]
     start: int = field(compare=False)
     end: int = field(compare=False)
 
 
-Operand: TypeAlias = Lit | Path | Call
+OperandNode: TypeAlias = LiteralNode | IdentifierNode | CallNode
 
 
 class Op(Enum):
@@ -74,35 +74,35 @@ class Op(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Cmp:
+class ComparisonNode:
     """Two operands compared; ``is_any`` is the leading ``?``."""
 
-    left: Operand
+    left: OperandNode
     op: Op
     is_any: bool
-    right: Operand
+    right: OperandNode
     start: int = field(compare=False)
     end: int = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
-class And:
+class AndNode:
     """True if every part is; at least two parts, none of them an And."""
 
-    parts: tuple[Expression, ...]
+    children: tuple[ExpressionNode, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Or:
+class OrNode:
     """True if some part is; at least two parts, none of them an Or."""
 
-    parts: tuple[Expression, ...]
+    children: tuple[ExpressionNode, ...]
 
 
-Expression: TypeAlias = Cmp | And | Or
+ExpressionNode: TypeAlias = ComparisonNode | AndNode | OrNode
 
 
-def parse(text: str) -> Expression:
+def parse_expression(text: str) -> ExpressionNode:
     """Return what the text says.
 
     ``&&`` binds stronger than ``||``. A group is accepted in any position, as in PocketBase: a
@@ -116,40 +116,40 @@ def parse(text: str) -> Expression:
     if found := _SURROGATE.search(text):
         # No text that Postgres could be asked with; YAML can write one, a topic can't.
         raise RuleSyntaxError("half a character", start=found.start(), end=found.end())
-    return _Parser(text).run()
+    return _Parser(text).parse()
 
 
-def comparisons(expression: Expression) -> Iterator[Cmp]:
+def comparison_nodes(expression: ExpressionNode) -> Iterator[ComparisonNode]:
     """Every comparison of the expression, from left to right."""
     match expression:
-        case Cmp():
+        case ComparisonNode():
             yield expression
-        case And(parts) | Or(parts):
+        case AndNode(parts) | OrNode(parts):
             for part in parts:
-                yield from comparisons(part)
+                yield from comparison_nodes(part)
 
 
 _BLANK = re.compile(r"(?:[ \t\n]+|//[^\n]*)*")
 _NUMBER = re.compile(r"-?[0-9]*(?:\.[0-9]*)?")
-_GOOD_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?|-\.[0-9]+")
+_VALID_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?|-\.[0-9]+")
 _IDENTIFIER = re.compile(r"[A-Za-z@_#][A-Za-z0-9_.:]*")
 _TEXT = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _ESCAPE = re.compile(r"""\\([\\'"nrt])""")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_SIGN = re.compile(r"[=!><~?]+")
-_JOIN = re.compile(r"[&|]+")
+_OPERATOR_SIGN = re.compile(r"[=!><~?]+")
+_CONNECTIVE = re.compile(r"[&|]+")
 _BRACKET = re.compile(r"""[()'"]""")
-_ESCAPED = {"\\": "\\", "'": "'", '"': '"', "n": "\n", "r": "\r", "t": "\t"}
+_ESCAPED_CHARACTERS = {"\\": "\\", "'": "'", '"': '"', "n": "\n", "r": "\r", "t": "\t"}
 _OPERATORS = {op.value: op for op in Op}
 
 
-class _Sign(str):
+class _OperatorToken(str):
     """A comparison sign, as written."""
 
     __slots__ = ()
 
 
-class _Join(str):
+class _ConnectiveToken(str):
     """``&&`` or ``||``."""
 
     __slots__ = ()
@@ -163,38 +163,38 @@ class _Group:
     end: int
 
 
-_Token: TypeAlias = Operand | _Sign | _Join | _Group
+_Token: TypeAlias = OperandNode | _OperatorToken | _ConnectiveToken | _Group
 
 
-class _Step(Enum):
+class _Expected(Enum):
     LEFT = auto()
-    SIGN = auto()
+    OPERATOR = auto()
     RIGHT = auto()
-    JOIN = auto()
+    CONNECTIVE = auto()
 
 
 @dataclass(slots=True)
-class _Level:
+class _OpenGroup:
     """A group being read: what it has so far and what may follow."""
 
     start: int
     end: int
-    step: _Step = _Step.LEFT
+    expected: _Expected = _Expected.LEFT
     is_or: bool = False
-    left: Operand | None = None
-    sign: str = ""
-    alternatives: list[list[_Node]] = field(default_factory=list)
+    left: OperandNode | None = None
+    operator: str = ""
+    alternatives: list[list[_Subtree]] = field(default_factory=list)
 
-    def add(self, node: _Node) -> None:
+    def add(self, node: _Subtree) -> None:
         if self.is_or or not self.alternatives:
             self.alternatives.append([])
         self.alternatives[-1].append(node)
-        self.step = _Step.JOIN
+        self.expected = _Expected.CONNECTIVE
 
 
 @dataclass(frozen=True, slots=True)
-class _Node:
-    expression: Expression
+class _Subtree:
+    expression: ExpressionNode
     depth: int
 
 
@@ -204,62 +204,64 @@ class _Parser:
     def __init__(self, text: str) -> None:
         # PocketBase's scanner takes NUL for the end.
         self._text = text.partition("\0")[0]
-        self._at = 0
-        self._closing: dict[int, int] = {}
-        self._rescans = 0
-        self._comparisons = 0
+        self._position = 0
+        self._closing_brackets: dict[int, int] = {}
+        self._rescan_count = 0
+        self._comparison_count = 0
 
-    def run(self) -> Expression:
-        levels = [_Level(0, len(self._text))]
+    def parse(self) -> ExpressionNode:
+        levels = [_OpenGroup(0, len(self._text))]
         while True:
             level = levels[-1]
-            begin, token = self._next(level.end)
+            begin, token = self._next_token(level.end)
             if isinstance(token, _Group):
-                levels.append(_Level(token.start, token.end))
-                self._at = token.start
+                levels.append(_OpenGroup(token.start, token.end))
+                self._position = token.start
             elif token is not None:
-                self._feed(level, token, begin)
+                self._accept_token(level, token, begin)
             else:
-                node = self._finish(levels.pop())
+                node = self._close_group(levels.pop())
                 if not levels:
                     return node.expression
-                self._at = level.end + 1
+                self._position = level.end + 1
                 levels[-1].add(node)
 
-    def _feed(self, level: _Level, token: _Token, begin: int) -> None:
+    def _accept_token(self, level: _OpenGroup, token: _Token, begin: int) -> None:
         """Take one token that isn't a group."""
-        match level.step, token:
-            case _Step.LEFT, Lit() | Path() | Call():
-                level.left, level.step = token, _Step.SIGN
-            case _Step.SIGN, _Sign():
-                level.sign, level.step = token, _Step.RIGHT
-            case _Step.RIGHT, Lit() | Path() | Call():
-                level.add(_Node(self._compare(level, token), 0))
-            case _Step.JOIN, _Join():
-                level.is_or, level.step = token == "||", _Step.LEFT  # noqa: S105 (a token of the text)
+        match level.expected, token:
+            case _Expected.LEFT, LiteralNode() | IdentifierNode() | CallNode():
+                level.left, level.expected = token, _Expected.OPERATOR
+            case _Expected.OPERATOR, _OperatorToken():
+                level.operator, level.expected = token, _Expected.RIGHT
+            case _Expected.RIGHT, LiteralNode() | IdentifierNode() | CallNode():
+                level.add(_Subtree(self._make_comparison(level, token), 0))
+            case _Expected.CONNECTIVE, _ConnectiveToken():
+                level.is_or, level.expected = token == "||", _Expected.LEFT  # noqa: S105 (a token of the text)
             case _:
-                self._fail(f"expected {_EXPECTED[level.step]}", begin, self._at)
+                self._fail(f"expected {_EXPECTED_TEXT[level.expected]}", begin, self._position)
 
-    def _compare(self, level: _Level, right: Operand) -> Cmp:
+    def _make_comparison(self, level: _OpenGroup, right: OperandNode) -> ComparisonNode:
         assert level.left is not None
-        self._comparisons += 1
-        if self._comparisons > MAX_COMPARISONS:
+        self._comparison_count += 1
+        if self._comparison_count > MAX_COMPARISONS:
             self._fail(
                 f"more than {MAX_COMPARISONS} comparisons in one expression",
                 level.left.start,
                 right.end,
             )
-        is_any = level.sign.startswith("?")
-        op = _OPERATORS[level.sign[is_any:]]
-        return Cmp(level.left, op, is_any, right, level.left.start, right.end)
+        is_any = level.operator.startswith("?")
+        op = _OPERATORS[level.operator[is_any:]]
+        return ComparisonNode(level.left, op, is_any, right, level.left.start, right.end)
 
-    def _finish(self, level: _Level) -> _Node:
+    def _close_group(self, level: _OpenGroup) -> _Subtree:
         """Join what the level has, now that its end is reached."""
-        if level.step is not _Step.JOIN:
+        if level.expected is not _Expected.CONNECTIVE:
             is_empty = not level.alternatives and level.left is None
             message = "empty expression" if is_empty else "incomplete expression"
             self._fail(message, level.start, level.end)
-        node = _join(Or, [_join(And, alternative) for alternative in level.alternatives])
+        node = _combine(
+            OrNode, [_combine(AndNode, alternative) for alternative in level.alternatives]
+        )
         if node.depth > MAX_DEPTH:
             raise RuleUnsupportedError(
                 f'"&&" and "||" alternate deeper than {MAX_DEPTH} levels',
@@ -268,99 +270,105 @@ class _Parser:
             )
         return node
 
-    def _next(self, limit: int) -> tuple[int, _Token | None]:
+    def _next_token(self, limit: int) -> tuple[int, _Token | None]:
         """Where the next token begins, and it; None at the limit. Leaves ``_at`` behind it."""
         self._skip_blanks(limit)
-        begin = self._at
+        begin = self._position
         if begin >= limit:
             return begin, None
         char = self._text[begin]
         if char == "(":
             return begin, _Group(begin + 1, self._group_end(begin, limit))
-        operand = self._operand(limit, MAX_CALL_DEPTH)
+        operand = self._parse_operand(limit, MAX_CALL_DEPTH)
         if operand is not None:
             return begin, operand
-        if sign := self._take(_SIGN, limit):
+        if sign := self._match(_OPERATOR_SIGN, limit):
             if sign.removeprefix("?") not in _OPERATORS:
-                self._fail(f'invalid comparison "{sign}"', begin, self._at)
-            return begin, _Sign(sign)
-        if join := self._take(_JOIN, limit):
+                self._fail(f'invalid comparison "{sign}"', begin, self._position)
+            return begin, _OperatorToken(sign)
+        if join := self._match(_CONNECTIVE, limit):
             if join not in {"&&", "||"}:
-                self._fail(f'invalid join "{join}"', begin, self._at)
-            return begin, _Join(join)
+                self._fail(f'invalid join "{join}"', begin, self._position)
+            return begin, _ConnectiveToken(join)
         if char == "/":
             self._fail('a comment begins with "//"', begin, begin + 1)
         return self._fail(f"unexpected character {char!r}", begin, begin + 1)
 
-    def _operand(self, limit: int, depth: int) -> Operand | None:
+    def _parse_operand(self, limit: int, depth: int) -> OperandNode | None:
         """Take the operand that begins here, if one does."""
-        begin = self._at
+        begin = self._position
         char = self._text[begin]
         if char in "'\"":
-            return self._quoted(limit)
+            return self._parse_text(limit)
         if char == "-" or "0" <= char <= "9":
-            number = self._take(_NUMBER, limit)
-            if not _GOOD_NUMBER.fullmatch(number):
-                self._fail(f'invalid number "{number}"', begin, self._at)
+            number = self._match(_NUMBER, limit)
+            if not _VALID_NUMBER.fullmatch(number):
+                self._fail(f'invalid number "{number}"', begin, self._position)
             double = float(number)
             # A number too large for a double is 0 to PocketBase.
-            value = 0.0 if math.isinf(double) else double_or_whole(number, double)
-            return Lit(value, begin, self._at)
-        name = self._take(_IDENTIFIER, limit)
+            value = 0.0 if math.isinf(double) else double_or_exact_integer(number, double)
+            return LiteralNode(value, begin, self._position)
+        name = self._match(_IDENTIFIER, limit)
         if not name:
             return None
-        is_call = self._at < limit and self._text[self._at] == "("
+        is_call = self._position < limit and self._text[self._position] == "("
         if name[-1] in ".:" or name in {"@", "_", "#"}:
             kind = "function name" if is_call else "identifier"
-            self._fail(f'invalid {kind} "{name}"', begin, self._at)
-        return self._call(name, begin, limit, depth) if is_call else Path(name, begin, self._at)
+            self._fail(f'invalid {kind} "{name}"', begin, self._position)
+        return (
+            self._parse_call(name, begin, limit, depth)
+            if is_call
+            else IdentifierNode(name, begin, self._position)
+        )
 
-    def _quoted(self, limit: int) -> Lit:
-        begin = self._at
-        quoted = self._take(_TEXT, limit)
+    def _parse_text(self, limit: int) -> LiteralNode:
+        begin = self._position
+        quoted = self._match(_TEXT, limit)
         if not quoted:
             self._fail("unterminated text", begin, limit)
-        value = _ESCAPE.sub(lambda found: _ESCAPED[found[1]], quoted[1:-1])
-        return Lit(value, begin, self._at)
+        value = _ESCAPE.sub(lambda found: _ESCAPED_CHARACTERS[found[1]], quoted[1:-1])
+        return LiteralNode(value, begin, self._position)
 
-    def _call(self, name: str, begin: int, limit: int, depth: int) -> Call:
+    def _parse_call(self, name: str, begin: int, limit: int, depth: int) -> CallNode:
         """Take the arguments; a comma may follow the last one."""
         if depth <= 0:
-            self._fail(f"functions nest deeper than {MAX_CALL_DEPTH}", begin, self._at)
-        self._at += 1
-        args: list[Operand] = []
+            self._fail(f"functions nest deeper than {MAX_CALL_DEPTH}", begin, self._position)
+        self._position += 1
+        args: list[OperandNode] = []
         wants_comma = False
         while True:
             self._skip_blanks(limit)
-            if self._at >= limit:
+            if self._position >= limit:
                 self._fail(f'function "{name}" is not closed', begin, limit)
-            char = self._text[self._at]
+            char = self._text[self._position]
             if char == ")":
-                self._at += 1
-                return Call(name, tuple(args), begin, self._at)
+                self._position += 1
+                return CallNode(name, tuple(args), begin, self._position)
             if (char == ",") is not wants_comma:
                 what = "expected" if wants_comma else "unexpected"
-                self._fail(f'{what} comma in function "{name}"', self._at, self._at + 1)
+                self._fail(f'{what} comma in function "{name}"', self._position, self._position + 1)
             if wants_comma:
-                self._at += 1
+                self._position += 1
             else:
-                args.append(self._argument(name, limit, depth))
+                args.append(self._parse_argument(name, limit, depth))
             wants_comma = not wants_comma
 
-    def _argument(self, name: str, limit: int, depth: int) -> Operand:
-        operand = self._operand(limit, depth - 1)
+    def _parse_argument(self, name: str, limit: int, depth: int) -> OperandNode:
+        operand = self._parse_operand(limit, depth - 1)
         if operand is None:
-            self._fail(f'unexpected character in function "{name}"', self._at, self._at + 1)
+            self._fail(
+                f'unexpected character in function "{name}"', self._position, self._position + 1
+            )
         return operand
 
     def _skip_blanks(self, limit: int) -> None:
-        self._take(_BLANK, limit)
+        self._match(_BLANK, limit)
 
-    def _take(self, pattern: re.Pattern[str], limit: int) -> str:
-        found = pattern.match(self._text, self._at, limit)
+    def _match(self, pattern: re.Pattern[str], limit: int) -> str:
+        found = pattern.match(self._text, self._position, limit)
         if found is None:
             return ""
-        self._at = found.end()
+        self._position = found.end()
         return found[0]
 
     def _group_end(self, begin: int, limit: int) -> int:
@@ -370,14 +378,14 @@ class _Parser:
         bracket within a comment within a group counts. One count finds the ends of all brackets
         that it sees; only one that an outer count took for part of a text needs a count of its own.
         """
-        if begin not in self._closing:
-            self._rescans += 1
-            if self._rescans > _MAX_RESCANS:
+        if begin not in self._closing_brackets:
+            self._rescan_count += 1
+            if self._rescan_count > _MAX_BRACKET_RESCANS:
                 raise RuleUnsupportedError(
                     "too many groups with quotes in their comments", start=begin, end=begin + 1
                 )
             self._count_brackets(begin, limit)
-        return self._closing[begin]
+        return self._closing_brackets[begin]
 
     def _count_brackets(self, begin: int, limit: int) -> None:
         opened: list[int] = []
@@ -387,7 +395,7 @@ class _Parser:
             if found[0] == "(":
                 opened.append(found.start())
             elif found[0] == ")":
-                self._closing[opened.pop()] = found.start()
+                self._closing_brackets[opened.pop()] = found.start()
                 if not opened:
                     return
             else:
@@ -401,38 +409,40 @@ class _Parser:
         raise RuleSyntaxError(message, start=start, end=end)
 
 
-def double_or_whole(text: str, double: float) -> float:
+def double_or_exact_integer(number_text: str, double: float) -> float:
     """Return the double that PocketBase makes of a number, or the number if no double is it.
 
     A rule that names somebody's id must not mean the neighbour's.
     """
-    digits = text.lstrip("+-0")
-    if len(digits) <= _DIGITS_OF_DOUBLES or not digits.isdigit():
+    digits = number_text.lstrip("+-0")
+    if len(digits) <= _EXACT_DOUBLE_DIGITS or not digits.isdigit():
         return double
     whole = int(digits)
-    return double if int(abs(double)) == whole else -whole if text.startswith("-") else whole
+    return double if int(abs(double)) == whole else -whole if number_text.startswith("-") else whole
 
 
-_DIGITS_OF_DOUBLES = 15
+_EXACT_DOUBLE_DIGITS = 15
 """All whole numbers of so many digits are doubles."""
 
 
-_EXPECTED = {
-    _Step.LEFT: "an identifier, text, number, function or group",
-    _Step.SIGN: "a comparison",
-    _Step.RIGHT: "an identifier, text, number or function",
-    _Step.JOIN: '"&&" or "||"',
+_EXPECTED_TEXT = {
+    _Expected.LEFT: "an identifier, text, number, function or group",
+    _Expected.OPERATOR: "a comparison",
+    _Expected.RIGHT: "an identifier, text, number or function",
+    _Expected.CONNECTIVE: '"&&" or "||"',
 }
 
 
-def _join(kind: type[And | Or], nodes: list[_Node]) -> _Node:
+def _combine(kind: type[AndNode | OrNode], nodes: list[_Subtree]) -> _Subtree:
     """One node for many: those of the same kind are taken apart, a single one stays itself."""
     if len(nodes) == 1:
         return nodes[0]
-    parts: list[Expression] = []
+    parts: list[ExpressionNode] = []
     depth = 0
     for node in nodes:
         same = isinstance(node.expression, kind)
-        parts += node.expression.parts if isinstance(node.expression, kind) else [node.expression]
+        parts += (
+            node.expression.children if isinstance(node.expression, kind) else [node.expression]
+        )
         depth = max(depth, node.depth if same else node.depth + 1)
-    return _Node(kind(tuple(parts)), depth)
+    return _Subtree(kind(tuple(parts)), depth)

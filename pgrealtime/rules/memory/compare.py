@@ -16,13 +16,13 @@ from typing import TypeAlias
 
 from pgrealtime.rules.language import parameters
 from pgrealtime.rules.language.syntax import Op
-from pgrealtime.rules.sql.operands import LONGEST_NUMBER, NUMERIC
+from pgrealtime.rules.sql.operands import MAX_NUMERIC_TEXT_LENGTH, NUMERIC_TEXT_REGEX
 
 Scalar: TypeAlias = parameters.Scalar
 Number: TypeAlias = float | int | Decimal
-Comparable: TypeAlias = str | Number | None
+SqliteValue: TypeAlias = str | Number | None
 
-_LOOKS_NUMERIC = re.compile(NUMERIC[1:-1], re.ASCII)
+_LOOKS_NUMERIC = re.compile(NUMERIC_TEXT_REGEX[1:-1], re.ASCII)
 
 
 class UndecidedError(Exception):
@@ -32,84 +32,88 @@ class UndecidedError(Exception):
 # --- equality and order
 
 
-def equal(one: Comparable, other: Comparable) -> bool | None:
+def equals(one: SqliteValue, other: SqliteValue) -> bool | None:
     """Return ``=``: unknown if a side is NULL, false if one is a number and the other a text."""
     if one is None or other is None:
         return None
-    return same(one, other)
+    return is_not_distinct(one, other)
 
 
-def same(one: Comparable, other: Comparable) -> bool:
+def is_not_distinct(one: SqliteValue, other: SqliteValue) -> bool:
     """Return ``IS``: NULL is NULL, and so is NaN NaN."""
     if isinstance(one, str) or one is None or isinstance(other, str) or other is None:
         return one == other
     return one == other or (_is_nan(one) and _is_nan(other))
 
 
-def is_blank(value: Comparable) -> bool:
+def is_blank(value: SqliteValue) -> bool:
     """Return ``X = '' OR X IS NULL``."""
     return value is None or value == ""
 
 
-def ordered(op: Op, one: Comparable, other: Comparable) -> bool | None:
+def compare_order(op: Op, one: SqliteValue, other: SqliteValue) -> bool | None:
     """Return an order: code points for texts, NaN above all numbers, numbers below texts."""
     if one is None or other is None:
         return None
     if isinstance(one, str) or isinstance(other, str):
         if isinstance(one, str) and isinstance(other, str):
-            return _in_order(op, one < other, one == other)
-        return (op in _LESS) == isinstance(other, str)
+            return _satisfies_order(op, one < other, one == other)
+        return (op in _LESS_OPERATORS) == isinstance(other, str)
     if _is_nan(one) or _is_nan(other):
-        return _in_order(op, not _is_nan(one), _is_nan(one) and _is_nan(other))
-    return _in_order(op, one < other, one == other)
+        return _satisfies_order(op, not _is_nan(one), _is_nan(one) and _is_nan(other))
+    return _satisfies_order(op, one < other, one == other)
 
 
 def _is_nan(number: Number) -> bool:
     return number != number  # noqa: PLR0124 (unlike math.isnan for integers of any size)
 
 
-_LESS = frozenset({Op.LT, Op.LE})
+_LESS_OPERATORS = frozenset({Op.LT, Op.LE})
 
 
-def _in_order(op: Op, is_less: bool, is_same: bool) -> bool:  # noqa: FBT001 (both are results)
+def _satisfies_order(op: Op, is_less: bool, is_equal: bool) -> bool:  # noqa: FBT001 (both are results)
     match op:
         case Op.LT:
-            return is_less and not is_same
+            return is_less and not is_equal
         case Op.LE:
-            return is_less or is_same
+            return is_less or is_equal
         case Op.GT:
-            return not is_less and not is_same
+            return not is_less and not is_equal
         case _:
-            return not is_less or is_same
+            return not is_less or is_equal
 
 
 # --- conversion
 
 
-def to_number(value: Comparable) -> Comparable:
+def number_if_numeric(value: SqliteValue) -> SqliteValue:
     """Return the number of a text that looks like one; anything else as it is."""
-    if isinstance(value, str) and len(value) < LONGEST_NUMBER and _LOOKS_NUMERIC.fullmatch(value):
+    if (
+        isinstance(value, str)
+        and len(value) < MAX_NUMERIC_TEXT_LENGTH
+        and _LOOKS_NUMERIC.fullmatch(value)
+    ):
         return Decimal(value)
     return value
 
 
-def exact(text: str) -> Number:
+def parse_numeric(text: str) -> Number:
     """Return the number of a numeric's text form."""
-    if "." in text or len(text) > _LONG:
+    if "." in text or len(text) > _MAX_INT_DIGITS:
         return Decimal(text)
     return float(text) if text[-1] in "Ny" else int(text)  # NaN, Infinity
 
 
-_LONG = 1000
+_MAX_INT_DIGITS = 1000
 """Digits; Python makes no integer of very many."""
 
 
-def exact_text(text: str) -> str:
+def trim_numeric_text(text: str) -> str:
     """Return a numeric's text without trailing zeros, as ``trim_scale`` makes it."""
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def as_double(value: Comparable) -> Comparable:
+def nearest_double(value: SqliteValue) -> SqliteValue:
     """Return the nearest double of a number; anything else as it is.
 
     Raises:
@@ -132,7 +136,7 @@ def number_text(number: float) -> str:
     Raises:
         UndecidedError: It would have an exponent, or is none.
     """
-    if number.is_integer() and abs(number) < _WHOLE:
+    if number.is_integer() and abs(number) < _MAX_WHOLE_FLOAT:
         return str(int(number))
     return float_text(number)
 
@@ -145,36 +149,36 @@ def float_text(number: float) -> str:
     """
     if number == 0:
         return "0.0"
-    if not _TINY <= abs(number) < _HUGE:
+    if not _MIN_PLAIN_FLOAT <= abs(number) < _MAX_PLAIN_FLOAT:
         raise UndecidedError
-    return parameters.number_text(number)
+    return parameters.sqlite_float_text(number)
 
 
-_TINY, _HUGE, _WHOLE = 1e-4, 1e15, 1e18
+_MIN_PLAIN_FLOAT, _MAX_PLAIN_FLOAT, _MAX_WHOLE_FLOAT = 1e-4, 1e15, 1e18
 
 
-def lower(text: str) -> str:
+def ascii_lower(text: str) -> str:
     """Return the text with ASCII letters in lower case, which is all that COLLATE "C" knows."""
-    return text.lower() if text.isascii() else text.translate(_LOWER)
+    return text.lower() if text.isascii() else text.translate(_ASCII_LOWER)
 
 
-_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
+_ASCII_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 
 
 # --- work
 
 
-class Work:
+class WorkBudget:
     """What the evaluation under way may still cost; one for all, since none waits for anything.
 
     Attributes:
-        left: Units of about a microsecond. Whoever evaluates sets it before.
+        units_left: Units of about a microsecond. Whoever evaluates sets it before.
     """
 
-    __slots__ = ("left",)
+    __slots__ = ("units_left",)
 
     def __init__(self) -> None:
-        self.left = math.inf
+        self.units_left = math.inf
 
     def spend(self, units: float) -> None:
         """Count some work.
@@ -182,50 +186,50 @@ class Work:
         Raises:
             UndecidedError: It was more than it may be: Postgres has to decide.
         """
-        self.left -= units
-        if self.left < 0:
+        self.units_left -= units
+        if self.units_left < 0:
             raise UndecidedError
 
 
-WORK = Work()
+WORK_BUDGET = WorkBudget()
 
-_PER_UNIT = 512
+_CHARACTERS_PER_UNIT = 512
 """Characters that are gone through in a unit."""
 
 
 # --- LIKE
 
 
-def like(pattern: str) -> Callable[[str], bool]:
+def like_matcher(pattern: str) -> Callable[[str], bool]:
     """Return what tells whether a text matches the pattern, ASCII letters alike.
 
     Segment by segment, the leftmost place of each: never the exponential or even the quadratic
     search of one regular expression per pattern, which a client could choose. What comes near it
     (a segment with many ``_`` that nearly fits everywhere) is counted, and left to Postgres.
     """
-    if len(pattern) > _PER_UNIT:  # it may be a column's value, another one in each row
-        WORK.spend(len(pattern) / 32)
-        return _long_matcher(pattern)
-    if plain := _CONTAINED.fullmatch(pattern):
-        part = lower(plain[1])
-        return lambda text: part in _lowered(text)
-    return _matcher(pattern)
+    if len(pattern) > _CHARACTERS_PER_UNIT:  # it may be a column's value, another one in each row
+        WORK_BUDGET.spend(len(pattern) / 32)
+        return _cached_long_matcher(pattern)
+    if plain := _SUBSTRING_PATTERN.fullmatch(pattern):
+        part = ascii_lower(plain[1])
+        return lambda text: part in _shared_lower(text)
+    return _cached_matcher(pattern)
 
 
-_CONTAINED = re.compile(r"%([^%_\\]*)%")
+_SUBSTRING_PATTERN = re.compile(r"%([^%_\\]*)%")
 """The pattern that nearly all are. Of as many as there are subscribers not all can be kept."""
 
 
-def _made(pattern: str) -> Callable[[str], bool]:
-    first, *middle = _segments(lower(pattern))
+def _compile_pattern(pattern: str) -> Callable[[str], bool]:
+    first, *middle = _split_pattern(ascii_lower(pattern))
     if not middle:
-        return lambda text: len(text) == first.length and first.is_at(_lowered(text), 0)
+        return lambda text: len(text) == first.length and first.matches_at(_shared_lower(text), 0)
     last = middle.pop()
 
     def matches(text: str) -> bool:
-        text = _lowered(text)
+        text = _shared_lower(text)
         end = len(text) - last.length
-        if end < first.length or not first.is_at(text, 0) or not last.is_at(text, end):
+        if end < first.length or not first.matches_at(text, 0) or not last.matches_at(text, end):
             return False
         start = first.length
         for segment in middle:
@@ -238,18 +242,21 @@ def _made(pattern: str) -> Callable[[str], bool]:
     return matches
 
 
-_matcher, _long_matcher = lru_cache(maxsize=4096)(_made), lru_cache(maxsize=4)(_made)
+_cached_matcher, _cached_long_matcher = (
+    lru_cache(maxsize=4096)(_compile_pattern),
+    lru_cache(maxsize=4)(_compile_pattern),
+)
 
 
-def _lowered(text: str) -> str:
+def _shared_lower(text: str) -> str:
     """Return the text in lower case; of a long one that is found out once for many patterns."""
-    if len(text) < _PER_UNIT:
-        return lower(text)
-    WORK.spend(len(text) / _PER_UNIT)
-    return _lowered_before(text)
+    if len(text) < _CHARACTERS_PER_UNIT:
+        return ascii_lower(text)
+    WORK_BUDGET.spend(len(text) / _CHARACTERS_PER_UNIT)
+    return _cached_lower(text)
 
 
-_lowered_before = lru_cache(maxsize=4)(lower)
+_cached_lower = lru_cache(maxsize=4)(ascii_lower)
 
 
 class _Segment:
@@ -260,32 +267,32 @@ class _Segment:
         length: With every ``_``.
     """
 
-    __slots__ = ("_anchor", "_others", "length")
+    __slots__ = ("_longest_run", "_other_runs", "length")
 
     def __init__(self, runs: Sequence[tuple[int, str]], length: int) -> None:
         self.length = length
-        self._anchor = max(runs, key=lambda run: len(run[1]), default=(0, ""))
-        self._others = [run for run in runs if run is not self._anchor]
+        self._longest_run = max(runs, key=lambda run: len(run[1]), default=(0, ""))
+        self._other_runs = [run for run in runs if run is not self._longest_run]
 
-    def is_at(self, text: str, start: int) -> bool:
+    def matches_at(self, text: str, start: int) -> bool:
         """Whether it stands there."""
-        offset, run = self._anchor
-        return text.startswith(run, start + offset) and self._fits(text, start)
+        offset, run = self._longest_run
+        return text.startswith(run, start + offset) and self._other_runs_match(text, start)
 
-    def _fits(self, text: str, start: int) -> bool:
+    def _other_runs_match(self, text: str, start: int) -> bool:
         """Whether all stands there but for the anchor."""
-        for count, (offset, run) in enumerate(self._others):
+        for count, (offset, run) in enumerate(self._other_runs):
             if not text.startswith(run, start + offset):
-                WORK.spend((count + 2) / 3)
+                WORK_BUDGET.spend((count + 2) / 3)
                 return False
-        if self._others:
-            WORK.spend(len(self._others) / 3)
+        if self._other_runs:
+            WORK_BUDGET.spend(len(self._other_runs) / 3)
         return True
 
     def find(self, text: str, start: int, end: int) -> int:
         """Return the first place in between where it stands, or -1."""
-        offset, run = self._anchor
-        WORK.spend(0.25)
+        offset, run = self._longest_run
+        WORK_BUDGET.spend(0.25)
         if not run:
             return start if start + self.length <= end else -1
         last = end - self.length + offset + len(run)
@@ -294,25 +301,25 @@ class _Segment:
             found = text.find(run, place + offset, last)
             if found < 0:
                 return -1
-            WORK.spend(len(run) / _PER_UNIT)
+            WORK_BUDGET.spend(len(run) / _CHARACTERS_PER_UNIT)
             place = found - offset
-            if self._fits(text, place):
+            if self._other_runs_match(text, place):
                 return place
             place += 1
 
 
-_SYMBOL = re.compile(r"\\.?|%|_|[^\\%_]+", re.DOTALL)
+_PATTERN_TOKEN = re.compile(r"\\.?|%|_|[^\\%_]+", re.DOTALL)
 
 
-def _segments(pattern: str) -> list[_Segment]:
+def _split_pattern(pattern: str) -> list[_Segment]:
     segments: list[_Segment] = []
     runs: list[tuple[int, list[str]]] = []
     length = 0
     is_within = False
-    for symbol in _SYMBOL.findall(pattern):
+    for symbol in _PATTERN_TOKEN.findall(pattern):
         match symbol:
             case "%":
-                segments.append(_segment(runs, length))
+                segments.append(_make_segment(runs, length))
                 runs, length, is_within = [], 0, False
             case "_":
                 length += 1
@@ -326,9 +333,9 @@ def _segments(pattern: str) -> list[_Segment]:
                 runs[-1][1].append(characters)
                 length += len(characters)
                 is_within = True
-    segments.append(_segment(runs, length))
+    segments.append(_make_segment(runs, length))
     return segments
 
 
-def _segment(runs: Sequence[tuple[int, list[str]]], length: int) -> _Segment:
+def _make_segment(runs: Sequence[tuple[int, list[str]]], length: int) -> _Segment:
     return _Segment([(start, "".join(parts)) for start, parts in runs], length)

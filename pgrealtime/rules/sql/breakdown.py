@@ -17,52 +17,57 @@ from pgrealtime.auth.principal import Superuser
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
 from pgrealtime.rules.language.parameters import (
-    AuthColumn,
-    Literal,
+    CallerColumn,
+    LiteralParameter,
     Parameter,
     RequestValue,
     Scalar,
-    render,
-    shape,
-    value,
+    parameter_class,
+    parameter_value,
+    to_sql_value,
 )
 from pgrealtime.rules.language.predicate import (
+    AbsentEach,
     Comparison,
-    Constant,
     FieldValue,
     GeoDistance,
-    Hidden,
     JsonValue,
     Keyword,
-    NoItem,
-    Part,
+    Modifier,
+    ParameterTerm,
+    SecretTerm,
     Strftime,
     Term,
-    ToItem,
+    ToEach,
     comparisons,
-    parameters,
-    place_of,
+    condition_parameters,
+    row_path_of,
 )
-from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import resolve_filter, resolve_rule
 from pgrealtime.rules.language.syntax import (
-    And,
-    Call,
-    Cmp,
-    Expression,
-    Lit,
+    AndNode,
+    CallNode,
+    ComparisonNode,
+    ExpressionNode,
+    IdentifierNode,
+    LiteralNode,
     Op,
-    Operand,
-    Or,
-    Path,
-    parse,
+    OperandNode,
+    OrNode,
+    parse_expression,
 )
 from pgrealtime.rules.sql import nodes
-from pgrealtime.rules.sql.conditions import LoweredValues, lower_shown
-from pgrealtime.rules.sql.reference import Question, Reference, alone, auth_collection
-from pgrealtime.rules.sql.row_images import columns_of, free_name, images
+from pgrealtime.rules.sql.conditions import SqlValues, translate_explained_values
+from pgrealtime.rules.sql.reference import (
+    ReferenceQuery,
+    SqlQuery,
+    auth_collection_of,
+    query_of_predicate,
+)
+from pgrealtime.rules.sql.row_images import find_columns, images_table, unused_column_name
 
-MOST_VALUES = 5
+MAX_SHOWN_VALUES = 5
 """Of one side that are told; one more is asked for, to see that there are more."""
 
 
@@ -75,117 +80,123 @@ class Clause:
     right: str
 
     @property
-    def text(self) -> str:
+    def display_text(self) -> str:
         """For people."""
         return f"{self.left} {self.operator} {self.right}"
 
     @property
-    def rule(self) -> str:
+    def rule_text(self) -> str:
         """No longer than what it was made of: filters have a limit."""
         return f"{self.left}{self.operator}{self.right}"
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
+class ClauseGroup:
     """Parts of which all, or any, must be true; two at least, in the text's order."""
 
-    is_all: bool
-    parts: tuple[Piece, ...]
+    is_conjunction: bool
+    fragments: tuple[RuleFragment, ...]
 
     @property
-    def text(self) -> str:
+    def display_text(self) -> str:
         """For people."""
-        sign = " && " if self.is_all else " || "
-        return sign.join(f"({p.text})" if isinstance(p, Joined) else p.text for p in self.parts)
+        sign = " && " if self.is_conjunction else " || "
+        return sign.join(
+            f"({p.display_text})" if isinstance(p, ClauseGroup) else p.display_text
+            for p in self.fragments
+        )
 
     @property
-    def rule(self) -> str:
+    def rule_text(self) -> str:
         """No longer than what it was made of: ``&&`` binds stronger and needs no brackets."""
-        if not self.is_all:
-            return "||".join(part.rule for part in self.parts)
-        return "&&".join(f"({p.rule})" if isinstance(p, Joined) else p.rule for p in self.parts)
+        if not self.is_conjunction:
+            return "||".join(part.rule_text for part in self.fragments)
+        return "&&".join(
+            f"({p.rule_text})" if isinstance(p, ClauseGroup) else p.rule_text
+            for p in self.fragments
+        )
 
 
-Piece: TypeAlias = Clause | Joined
+RuleFragment: TypeAlias = Clause | ClauseGroup
 
 
-def split(text: str) -> Piece:
+def split_rule(text: str) -> RuleFragment:
     """Return the parts of a rule or filter.
 
     Raises:
         RuleError: It is not of the language.
     """
-    return _piece(parse(text), text)
+    return _fragment(parse_expression(text), text)
 
 
-def _piece(expression: Expression, text: str) -> Piece:
+def _fragment(expression: ExpressionNode, text: str) -> RuleFragment:
     match expression:
-        case Cmp(left, op, is_any, right):
+        case ComparisonNode(left, op, is_any, right):
             sign = f"?{op.value}" if is_any else op.value
-            return Clause(_operand(left, text), sign, _operand(right, text))
-        case And(parts):
-            return Joined(True, tuple(_piece(part, text) for part in parts))
-        case Or(parts):
-            return Joined(False, tuple(_piece(part, text) for part in parts))
+            return Clause(_operand_text(left, text), sign, _operand_text(right, text))
+        case AndNode(parts):
+            return ClauseGroup(True, tuple(_fragment(part, text) for part in parts))
+        case OrNode(parts):
+            return ClauseGroup(False, tuple(_fragment(part, text) for part in parts))
 
 
-def _operand(operand: Operand, text: str) -> str:
+def _operand_text(operand: OperandNode, text: str) -> str:
     match operand:
-        case Lit() | Path():
+        case LiteralNode() | IdentifierNode():
             return text[operand.start : operand.end]
-        case Call(name, args):
-            return f"{name}({','.join(_operand(arg, text) for arg in args)})"
+        case CallNode(name, args):
+            return f"{name}({','.join(_operand_text(arg, text) for arg in args)})"
 
 
 # --- what a part means
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class KnownValue:
     """A value that needs no look at any row."""
 
     value: Scalar
 
 
 @dataclass(frozen=True, slots=True)
-class Masked:
+class HiddenValue:
     """The value of a field that records don't show."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Side:
+class OperandValue:
     """One side of a comparison whose text doesn't say its value."""
 
     text: str
-    value: Told | Masked | Question
+    value: KnownValue | HiddenValue | SqlQuery
     """A question's result has a row for each related row: the text, and whether it is a number."""
-    is_flag: bool = False
+    is_boolean: bool = False
     """1 and 0 stand for true and false."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class FragmentQueries:
     """A part, ready to be asked."""
 
-    reference: Reference
-    sides: tuple[Side, ...]
+    reference_query: ReferenceQuery
+    operand_values: tuple[OperandValue, ...]
     """Of a comparison; of a join none."""
 
 
-def asked(
-    piece: Piece,
+def fragment_queries(
+    fragment: RuleFragment,
     collections: Collections,
     collection: Collection,
     *,
-    request: Request,
+    request: RuleRequest,
     row: Row,
     now: datetime,
     is_filter: bool,
-) -> Asked:
+) -> FragmentQueries:
     """Return how to ask what a part of a rule or of a client's filter means by itself.
 
     Args:
-        piece: The part.
+        fragment: The part.
         collections: All there are.
         collection: The one whose row is judged.
         request: The subscriber.
@@ -196,83 +207,92 @@ def asked(
     Raises:
         RuleError: The part can't be used by this subscriber.
     """
-    auth = auth_collection(collections, request)
+    auth = auth_collection_of(collections, request)
     if is_filter:
         is_superuser = isinstance(request.principal, Superuser)
         predicate = resolve_filter(
-            piece.rule, collections, collection, auth, is_superuser=is_superuser
+            fragment.rule_text, collections, collection, auth, is_superuser=is_superuser
         )
     else:
-        predicate = resolve_rule(piece.rule, collections, collection, auth)
-    sides: tuple[Side, ...] = ()
-    if isinstance(piece, Clause):
-        looking = _Looking(collections, collection, request, row, now)
+        predicate = resolve_rule(fragment.rule_text, collections, collection, auth)
+    sides: tuple[OperandValue, ...] = ()
+    if isinstance(fragment, Clause):
+        looking = _OperandValues(collections, collection, request, row, now)
         # What a filter is held to comes behind what it says.
         first = next(comparisons(predicate.where))
-        texts = (piece.left, first.left), (piece.right, first.right)
-        sides = tuple(side for text, term in texts for side in looking.side(text, term))
-    return Asked(reference=alone(collections, collection, predicate, request), sides=sides)
+        texts = (fragment.left, first.left), (fragment.right, first.right)
+        sides = tuple(side for text, term in texts for side in looking.operand_value(text, term))
+    return FragmentQueries(
+        reference_query=query_of_predicate(collections, collection, predicate, request),
+        operand_values=sides,
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class _Looking:
+class _OperandValues:
     collections: Collections
     collection: Collection
-    request: Request
+    request: RuleRequest
     row: Row
     now: datetime
 
-    def side(self, text: str, term: Term) -> Iterator[Side]:
+    def operand_value(self, text: str, term: Term) -> Iterator[OperandValue]:
         """Yield the side, unless its text says it all."""
         match term:
-            case Constant(Literal()):
+            case ParameterTerm(LiteralParameter()):
                 return
             case Keyword() if text.lower() in {"true", "false", "null"}:
                 return
             case Keyword(flag):
-                yield Side(text=text, value=Told(flag))
-            case NoItem():
-                yield Side(text=text, value=Told(None))
-            case Constant(RequestValue(is_set=True) as parameter):
-                yield Side(text=text, value=Told(bool(self._value(parameter))))
-            case Constant(parameter):
-                yield Side(text=text, value=Told(self._value(parameter)))
+                yield OperandValue(text=text, value=KnownValue(flag))
+            case AbsentEach():
+                yield OperandValue(text=text, value=KnownValue(None))
+            case ParameterTerm(RequestValue(is_isset=True) as parameter):
+                yield OperandValue(
+                    text=text, value=KnownValue(bool(self._parameter_value(parameter)))
+                )
+            case ParameterTerm(parameter):
+                yield OperandValue(text=text, value=KnownValue(self._parameter_value(parameter)))
             case _ if _is_hidden(term):
-                yield Side(text=text, value=Masked())
-            case FieldValue(field=Field(kind=FieldKind.BOOL, is_multiple=False), part=Part.WHOLE):
-                yield Side(text=text, value=self._question(term), is_flag=True)
+                yield OperandValue(text=text, value=HiddenValue())
+            case FieldValue(
+                field=Field(kind=FieldKind.BOOL, is_multiple=False), modifier=Modifier.WHOLE
+            ):
+                yield OperandValue(text=text, value=self._values_query(term), is_boolean=True)
             case _:
-                yield Side(text=text, value=self._question(term))
+                yield OperandValue(text=text, value=self._values_query(term))
 
-    def _value(self, parameter: Parameter) -> Scalar:
-        return value(parameter, self.request, self.now)
+    def _parameter_value(self, parameter: Parameter) -> Scalar:
+        return parameter_value(parameter, self.request, self.now)
 
-    def _question(self, term: Term) -> Question:
-        """Return the query for the values, at most ``MOST_VALUES`` and one more."""
-        found = parameters(Comparison(term, Op.EQ, True, Keyword(None)))
-        shapes = {parameter: shape(self._value(parameter)) for parameter in found}
-        lowered = lower_shown(term, self.collections, shapes)
+    def _values_query(self, term: Term) -> SqlQuery:
+        """Return the query for the values, at most ``MAX_SHOWN_VALUES`` and one more."""
+        found = condition_parameters(Comparison(term, Op.EQ, True, Keyword(None)))
+        shapes = {
+            parameter: parameter_class(self._parameter_value(parameter)) for parameter in found
+        }
+        lowered = translate_explained_values(term, self.collections, shapes)
         params: dict[str, object] = {"i": [0]}
         for at, column in enumerate(lowered.columns):
             params[f"c{at}"] = [self.row[column]]
         for key, binding in lowered.bindings.items():
-            assert not isinstance(binding.parameter, AuthColumn)  # its own row is read
-            params[key] = render(self._value(binding.parameter), binding.form)
-        return Question(_print(lowered, self.collection), params)
+            assert not isinstance(binding.parameter, CallerColumn)  # its own row is read
+            params[key] = to_sql_value(self._parameter_value(binding.parameter), binding.form)
+        return SqlQuery(_shown_values_sql(lowered, self.collection), params)
 
 
-def _print(lowered: LoweredValues, collection: Collection) -> str:
+def _shown_values_sql(lowered: SqlValues, collection: Collection) -> str:
     lowered.select.set("distinct", exp.Distinct())
-    lowered.select.set("limit", exp.Limit(expression=nodes.number(MOST_VALUES + 1)))
-    columns = columns_of(collection.table, lowered.columns)
-    names = [nodes.name("value"), nodes.name("is_number")]
+    lowered.select.set("limit", exp.Limit(expression=nodes.number(MAX_SHOWN_VALUES + 1)))
+    columns = find_columns(collection.table, lowered.columns)
+    names = [nodes.quoted_name("value"), nodes.quoted_name("is_number")]
     found = exp.Lateral(
         this=exp.Subquery(this=lowered.select),
-        alias=exp.TableAlias(this=nodes.name("found"), columns=names),
+        alias=exp.TableAlias(this=nodes.quoted_name("found"), columns=names),
     )
     select = exp.Select(
         expressions=[nodes.column("found", "value"), nodes.column("found", "is_number")],
-        from_=exp.From(this=images(columns, free_name(lowered.columns))),
+        from_=exp.From(this=images_table(columns, unused_column_name(lowered.columns))),
         joins=[exp.Join(this=found, kind="CROSS")],
     )
     return select.sql(dialect="postgres", copy=False)
@@ -281,20 +301,20 @@ def _print(lowered: LoweredValues, collection: Collection) -> str:
 def _is_hidden(term: Term) -> bool:
     """Whether it is made of what not everybody is shown, or found by way of it."""
     match term:
-        case Hidden():
+        case SecretTerm():
             return True
         case GeoDistance(args):
             return any(_is_hidden(arg) for arg in args)
         case Strftime(time=time):
             return time is not None and _is_hidden(time)
         case _:
-            return any(field.is_hidden or field.is_secret for field in _fields(term))
+            return any(field.is_hidden or field.is_secret for field in _fields_read(term))
 
 
-def _fields(term: Term) -> Iterator[Field]:
+def _fields_read(term: Term) -> Iterator[Field]:
     if isinstance(term, FieldValue | JsonValue):
         yield term.field
-    place = place_of(term)
+    place = row_path_of(term)
     for step in () if place is None else place.steps:
-        if not isinstance(step, ToItem):
+        if not isinstance(step, ToEach):
             yield step.field

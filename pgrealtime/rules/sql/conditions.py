@@ -1,7 +1,7 @@
 """The resolved rule to a sqlglot tree. Before reference and plan.
 
 The tree is a boolean about one row, whose alias the caller knows. What differs per subscriber is
-left to placeholders; ``Lowered.bindings`` says what goes there.
+left to placeholders; ``SqlPredicate.bindings`` says what goes there.
 """
 
 from __future__ import annotations
@@ -15,20 +15,26 @@ from sqlglot import exp
 from pgrealtime.changes import TableName
 from pgrealtime.collections.model import Collection, Collections, FieldKind
 from pgrealtime.errors import RuleUnsupportedError
-from pgrealtime.rules.language.comparison import Equality, Rank, Traits, equality, traits
-from pgrealtime.rules.language.parameters import Binding, Form, Parameter, Shape, pattern
+from pgrealtime.rules.language.comparison import Affinity, Equality, Traits, equality, traits
+from pgrealtime.rules.language.parameters import (
+    Binding,
+    Parameter,
+    ParameterClass,
+    SqlForm,
+    like_pattern,
+)
 from pgrealtime.rules.language.predicate import (
+    AbsentEach,
     Comparison,
     Condition,
     Conjunction,
-    Constant,
     Disjunction,
     FieldValue,
     GeoDistance,
     JsonValue,
-    Nested,
-    NoItem,
-    Part,
+    Modifier,
+    NestedRule,
+    ParameterTerm,
     Predicate,
     Strftime,
     Term,
@@ -36,16 +42,23 @@ from pgrealtime.rules.language.predicate import (
 )
 from pgrealtime.rules.language.syntax import Op
 from pgrealtime.rules.sql import nodes
-from pgrealtime.rules.sql.joins import Scope, Statement, native_form
-from pgrealtime.rules.sql.nodes import Sql, all_of, any_of, is_known, negation
-from pgrealtime.rules.sql.operands import Value, alike, leading_number, to_number, to_text, value
+from pgrealtime.rules.sql.joins import Scope, Translation, native_id_form
+from pgrealtime.rules.sql.nodes import Sql, all_of, any_of, is_not_null, negation
+from pgrealtime.rules.sql.operands import (
+    SqlOperand,
+    align_precision,
+    convert_to_number,
+    convert_to_text,
+    leading_number,
+    translate_operand,
+)
 
-ROW = "r"
+ROW_ALIAS = "r"
 """Alias of the judged row, unless the caller has another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lowered:
+class SqlPredicate:
     """A predicate in SQL, the same for all subscribers whose parameters have these classes."""
 
     condition: exp.Expr
@@ -58,40 +71,43 @@ class Lowered:
     """Tables that it reads beside the row."""
 
 
-def lower(
+def translate_predicate(
     predicate: Predicate,
     collections: Collections,
-    shapes: Mapping[Parameter, Shape],
+    parameter_classes: Mapping[Parameter, ParameterClass],
     *,
-    row: str = ROW,
-    prefix: str = "p",
-    caller: Collection | None = None,
-    is_own_bound: bool = False,
-) -> Lowered:
+    row_alias: str = ROW_ALIAS,
+    placeholder_prefix: str = "p",
+    auth_collection: Collection | None = None,
+    is_caller_row_bound: bool = False,
+) -> SqlPredicate:
     """Return the predicate in SQL.
 
     Args:
         predicate: What to translate.
         collections: All there are.
-        shapes: The class of each of ``ir.parameters(predicate.where)``.
-        row: Alias of the judged row; its columns bear the names and types of the table's.
-        prefix: Of the placeholders, so that two predicates fit into one statement.
-        caller: Of the subscriber's own row. If anything beside the judged row is read for it, that
-            row must be there: it may be deleted already, and what pointed to it with it, while the
-            stream has yet to tell. None doesn't ask.
-        is_own_bound: Columns of that row are parameters (``AuthColumn``), and not read.
+        parameter_classes: The class of each of ``ir.parameters(predicate.where)``.
+        row_alias: Alias of the judged row; its columns bear the names and types of the table's.
+        placeholder_prefix: Of the placeholders, so that two predicates fit into one statement.
+        auth_collection: Of the subscriber's own row. If anything beside the judged row is read for
+            it, that row must be there: it may be deleted already, and what pointed to it with it,
+            while the stream has yet to tell. None doesn't ask.
+        is_caller_row_bound: Columns of that row are parameters (``CallerColumn``), and not read.
 
     Raises:
         RuleUnsupportedError: It can't be decided exactly.
     """
-    statement = Statement(
-        collections=collections, shapes=shapes, prefix=prefix, is_own_bound=is_own_bound
+    statement = Translation(
+        collections=collections,
+        parameter_classes=parameter_classes,
+        placeholder_prefix=placeholder_prefix,
+        is_caller_row_bound=is_caller_row_bound,
     )
-    scope = Scope(statement, row, is_judged=True)
-    condition = _closed(predicate.where, scope)
-    if caller is not None and statement.tables:
-        condition = all_of(condition, scope.is_there(caller))
-    return Lowered(
+    scope = Scope(statement, row_alias, is_row_image=True)
+    condition = _condition_with_joins(predicate.where, scope)
+    if auth_collection is not None and statement.tables:
+        condition = all_of(condition, scope.caller_row_exists(auth_collection))
+    return SqlPredicate(
         condition=condition,
         bindings=statement.bindings,
         columns=tuple(statement.columns),
@@ -100,7 +116,7 @@ def lower(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoweredValues:
+class SqlValues:
     """The values of an operand for the judged row, where a condition is true."""
 
     select: exp.Select
@@ -110,14 +126,14 @@ class LoweredValues:
     tables: frozenset[TableName]
 
 
-def lower_values(
+def translate_key_values(
     term: Term,
     where: Condition | None,
     collections: Collections,
-    shapes: Mapping[Parameter, Shape],
+    parameter_classes: Mapping[Parameter, ParameterClass],
     *,
-    row: str = ROW,
-) -> LoweredValues:
+    row_alias: str = ROW_ALIAS,
+) -> SqlValues:
     """Return the values that ``term`` has in the joins of one scope; numbers as their text.
 
     One column, none of it NULL: without a missing row's and an empty relation's.
@@ -126,21 +142,25 @@ def lower_values(
         term: An operand that is either a text or a number, whatever the row.
         where: What else must be true in the same joins.
         collections: All there are.
-        shapes: The class of each parameter of ``where``.
-        row: Alias of the judged row.
+        parameter_classes: The class of each parameter of ``where``.
+        row_alias: Alias of the judged row.
 
     Raises:
         RuleUnsupportedError: It can't be decided exactly.
     """
-    statement = Statement(collections=collections, shapes=shapes)
-    scope = Scope(statement, row, is_judged=True)
-    shown = value(term, scope, is_strict=False)
+    statement = Translation(collections=collections, parameter_classes=parameter_classes)
+    scope = Scope(statement, row_alias, is_row_image=True)
+    shown = translate_operand(term, scope, is_strict=False)
     text = shown.text
     if text is None:
         assert shown.number is not None
         text = nodes.cast(shown.number, nodes.TEXT)
-    conditions = [is_known(text)] if where is None else [is_known(text), _condition(where, scope)]
-    return LoweredValues(
+    conditions = (
+        [is_not_null(text)]
+        if where is None
+        else [is_not_null(text), _translate_condition(where, scope)]
+    )
+    return SqlValues(
         select=scope.select(text, all_of(*conditions)),
         bindings=statement.bindings,
         columns=tuple(statement.columns),
@@ -148,9 +168,13 @@ def lower_values(
     )
 
 
-def lower_shown(
-    term: Term, collections: Collections, shapes: Mapping[Parameter, Shape], *, row: str = ROW
-) -> LoweredValues:
+def translate_explained_values(
+    term: Term,
+    collections: Collections,
+    parameter_classes: Mapping[Parameter, ParameterClass],
+    *,
+    row_alias: str = ROW_ALIAS,
+) -> SqlValues:
     """Return what ``term`` is for the judged row, NULL included; one row per row of its place.
 
     A second column says whether it is a number.
@@ -158,20 +182,20 @@ def lower_shown(
     Args:
         term: Any operand.
         collections: All there are.
-        shapes: The class of each of its parameters.
-        row: Alias of the judged row.
+        parameter_classes: The class of each of its parameters.
+        row_alias: Alias of the judged row.
 
     Raises:
         RuleUnsupportedError: It can't be decided exactly.
     """
-    statement = Statement(collections=collections, shapes=shapes)
-    scope = Scope(statement, row, is_judged=True)
-    told = value(term, scope, is_strict=False)
-    is_number = nodes.truth(False) if told.number is None else is_known(told.number)
-    text = told.shown
-    select = scope.select(text, nodes.truth(True))
-    select.append("expressions", nodes.own(is_number))
-    return LoweredValues(
+    statement = Translation(collections=collections, parameter_classes=parameter_classes)
+    scope = Scope(statement, row_alias, is_row_image=True)
+    told = translate_operand(term, scope, is_strict=False)
+    is_number = nodes.boolean(False) if told.number is None else is_not_null(told.number)
+    text = told.as_text
+    select = scope.select(text, nodes.boolean(True))
+    select.append("expressions", nodes.copy_if_attached(is_number))
+    return SqlValues(
         select=select,
         bindings=statement.bindings,
         columns=tuple(statement.columns),
@@ -182,24 +206,24 @@ def lower_shown(
 # --- conditions
 
 
-def _closed(condition: Condition, scope: Scope) -> Sql:
+def _condition_with_joins(condition: Condition, scope: Scope) -> Sql:
     """Return a condition with all joins that it made within itself."""
-    where = _condition(condition, scope)
+    where = _translate_condition(condition, scope)
     return scope.exists(where) if scope.has_joins else where
 
 
-def _condition(condition: Condition, scope: Scope) -> Sql:
+def _translate_condition(condition: Condition, scope: Scope) -> Sql:
     match condition:
         case Conjunction(parts):
-            return all_of(*[_condition(part, scope) for part in parts])
+            return all_of(*[_translate_condition(part, scope) for part in parts])
         case Disjunction(parts):
-            return any_of(*[_condition(part, scope) for part in parts])
-        case Nested(place, where):
-            inner = Scope(scope.statement, scope.row(place), is_judged=False)
-            return _closed(where, inner)
+            return any_of(*[_translate_condition(part, scope) for part in parts])
+        case NestedRule(place, where):
+            inner = Scope(scope.translation, scope.join_row(place), is_row_image=False)
+            return _condition_with_joins(where, inner)
         case Comparison():
             try:
-                return _comparison(condition, scope)
+                return _translate_comparison(condition, scope)
             except RuleUnsupportedError as error:
                 raise RuleUnsupportedError(
                     error.message, start=condition.start, end=condition.end, hint=error.hint
@@ -214,7 +238,7 @@ class _Wildcards(Enum):
     of them there.
     """
 
-    OF_CONSTANTS = auto()
+    FROM_CONSTANTS = auto()
     NONE = auto()
     AROUND = auto()
 
@@ -226,48 +250,48 @@ class _Side:
     term: Term
     scope: Scope
     traits: Traits
-    wildcards: _Wildcards = _Wildcards.OF_CONSTANTS
+    wildcards: _Wildcards = _Wildcards.FROM_CONSTANTS
 
 
-def _comparison(comparison: Comparison, scope: Scope) -> Sql:
-    shapes = scope.statement.shapes
+def _translate_comparison(comparison: Comparison, scope: Scope) -> Sql:
+    shapes = scope.translation.parameter_classes
     left = _Side(comparison.left, scope, traits(comparison.left, shapes))
     right = _Side(comparison.right, scope, traits(comparison.right, shapes))
     multiple = is_multiple(left.term), is_multiple(right.term)
     if comparison.is_any or not any(multiple):
-        return _leaf(comparison.op, left, right, is_strict=False)
+        return _compare_values(comparison.op, left, right, is_strict=False)
     if multiple[1]:
         right = replace(right, wildcards=_Wildcards.NONE)
-    leaf = _leaf(comparison.op, left, right, is_strict=False)
+    leaf = _compare_values(comparison.op, left, right, is_strict=False)
     sides = [
-        _opposed(side, scope.fresh() if is_fresh else None)
+        _side_for_counterexample(side, scope.without_joins() if is_fresh else None)
         for side, is_fresh in zip((left, right), multiple, strict=True)
     ]
-    counter = negation(_leaf(comparison.op, *sides, is_strict=True))
+    counter = negation(_compare_values(comparison.op, *sides, is_strict=True))
     for side, is_fresh in zip(sides, multiple, strict=True):
         if is_fresh:
             counter = side.scope.exists(counter)
     return all_of(leaf, negation(counter))
 
 
-def _opposed(side: _Side, others: Scope | None) -> _Side:
+def _side_for_counterexample(side: _Side, own_scope: Scope | None) -> _Side:
     """Return a side as the search for a counter-example has it.
 
     A side whose values are searched gets joins of its own, not shared with the other side either:
     all are compared with all. Any other keeps the shared row, and its NULLs count as empty there,
     whatever it is.
     """
-    if others is not None:
+    if own_scope is not None:
         return replace(
             side,
-            scope=others,
-            traits=replace(side.traits, is_filled=False),
+            scope=own_scope,
+            traits=replace(side.traits, is_nonempty=False),
             wildcards=_Wildcards.AROUND,
         )
-    return replace(side, traits=side.traits.opposed())
+    return replace(side, traits=side.traits.for_counterexample())
 
 
-def _leaf(op: Op, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
+def _compare_values(op: Op, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
     """Return a comparison of two values.
 
     Args:
@@ -280,25 +304,30 @@ def _leaf(op: Op, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
         return _like(op, left, right)
     if op in {Op.EQ, Op.NE}:
         return _equality(op, left, right, is_strict=is_strict)
-    one, other = _converted(_value(left), _value(right), left.scope)
+    one, other = _make_comparable(_translate_side(left), _translate_side(right), left.scope)
     return _order(op, one, other)
 
 
-def _value(side: _Side, *, is_strict: bool = True) -> Value:
-    return value(side.term, side.scope, is_strict=is_strict)
+def _translate_side(side: _Side, *, is_strict: bool = True) -> SqlOperand:
+    return translate_operand(side.term, side.scope, is_strict=is_strict)
 
 
 # --- equality
 
 
-def _spelt(left: _Side, right: _Side, *, is_strict: bool) -> tuple[Value, Value]:
+def _values_with_json_order(
+    left: _Side, right: _Side, *, is_strict: bool
+) -> tuple[SqlOperand, SqlOperand]:
     """Return both values, a constant spelt as jsonb spells containers if it meets one."""
     values = []
     for side, other in ((left, right), (right, left)):
-        shown = _value(side, is_strict=is_strict)
-        if isinstance(other.term, JsonValue) and _shape(side) in {Shape.TEXT, Shape.DANGLING}:
+        shown = _translate_side(side, is_strict=is_strict)
+        if isinstance(other.term, JsonValue) and _class_of_side(side) in {
+            ParameterClass.TEXT,
+            ParameterClass.DANGLING_ESCAPE,
+        }:
             assert shown.parameter is not None
-            spelt = side.scope.statement.bind(shown.parameter, Form.JSON)
+            spelt = side.scope.translation.bind(shown.parameter, SqlForm.JSON)
             shown = replace(shown, text=spelt)
         values.append(shown)
     return values[0], values[1]
@@ -307,120 +336,130 @@ def _spelt(left: _Side, right: _Side, *, is_strict: bool) -> tuple[Value, Value]
 def _equality(op: Op, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
     case = equality(left.traits, right.traits)
     is_null_safe = case is Equality.NULL_SAFE or (case is Equality.PLAIN and op is Op.NE)
-    if is_null_safe and right.traits.is_flag:
-        same = _has_truth(left, right)
+    if is_null_safe and right.traits.is_isset:
+        same = _equals_truth(left, right)
         return same if op is Op.EQ else negation(same)
     match case:
         case Equality.NULL_SAFE:
-            one, other = _converted(*_spelt(left, right, is_strict=True), left.scope)
-            return _same(one, other) if op is Op.EQ else negation(_same(one, other))
+            one, other = _make_comparable(
+                *_values_with_json_order(left, right, is_strict=True), left.scope
+            )
+            return (
+                _is_not_distinct(one, other)
+                if op is Op.EQ
+                else negation(_is_not_distinct(one, other))
+            )
         case Equality.CONSTANT:
-            return nodes.truth(op is Op.EQ)
+            return nodes.boolean(op is Op.EQ)
         case Equality.PLAIN:
-            return _plain(op, left, right, is_strict=is_strict)
+            return _plain_equality(op, left, right, is_strict=is_strict)
         case Equality.EMPTY:
             filled = right if left.traits.is_empty else left
-            blank = _is_blank(_value(filled, is_strict=False))
+            blank = _is_blank(_translate_side(filled, is_strict=False))
             return blank if op is Op.EQ else negation(blank)
         case Equality.COALESCED:
-            same = _coalesced(_value(left, is_strict=False), _value(right, is_strict=False))
+            same = _coalesced_equality(
+                _translate_side(left, is_strict=False), _translate_side(right, is_strict=False)
+            )
             return same if op is Op.EQ else negation(same)
 
 
-def _has_truth(side: _Side, flag: _Side) -> Sql:
+def _equals_truth(side: _Side, flag: _Side) -> Sql:
     """Return ``X IS TRUE`` or ``X IS FALSE``, which asks for X's truth and not for its value.
 
     In SQLite a number is true unless it is 0, and a text is as true as the number it begins with.
     """
-    truth = nodes.truth(False) if side.traits.is_empty else _truth(_value(side))
-    number = _value(flag).number
+    truth = nodes.boolean(False) if side.traits.is_empty else _truth(_translate_side(side))
+    number = _translate_side(flag).number
     assert number is not None
     return nodes.binary(exp.NullSafeEQ, truth, nodes.binary(exp.NEQ, number, nodes.number(0)))
 
 
-def _truth(operand: Value) -> Sql:
+def _truth(operand: SqlOperand) -> Sql:
     cases: list[tuple[Sql, Sql]] = []
     if operand.number is not None:
         is_true = nodes.binary(exp.NEQ, operand.number, nodes.number(0))
-        cases.append((is_known(operand.number), is_true))
+        cases.append((is_not_null(operand.number), is_true))
     if operand.text is not None:
-        begins = nodes.coalesced(leading_number(operand.text), nodes.number(0))
+        begins = nodes.coalesce(leading_number(operand.text), nodes.number(0))
         is_true = nodes.binary(exp.NEQ, begins, nodes.number(0))
-        cases.append((is_known(operand.text), is_true))
+        cases.append((is_not_null(operand.text), is_true))
     return nodes.case(*cases)
 
 
-def _plain(op: Op, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
-    """Return ``=`` or ``IS NOT`` where one side is always something."""
+def _plain_equality(op: Op, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
+    """Return ``=`` or ``IS EXCEPT`` where one side is always something."""
     if op is Op.EQ and not is_strict:
-        native = _native(left, right) or _native(right, left)
+        native = _native_id_equality(left, right) or _native_id_equality(right, left)
         if native is not None:
             return native
-    one, other = _spelt(left, right, is_strict=is_strict)
+    one, other = _values_with_json_order(left, right, is_strict=is_strict)
     if left.traits.is_empty or right.traits.is_empty:
-        nothing = _blank_text()
+        nothing = _empty_text()
         one, other = (
             nothing if side.traits.is_empty else shown
             for side, shown in ((left, one), (right, other))
         )
-    one, other = _converted(one, other, left.scope)
-    return _equal(one, other) if op is Op.EQ else negation(_same(one, other))
+    one, other = _make_comparable(one, other, left.scope)
+    return _equal(one, other) if op is Op.EQ else negation(_is_not_distinct(one, other))
 
 
-def _native(side: _Side, constant: _Side) -> Sql | None:
+def _native_id_equality(side: _Side, constant: _Side) -> Sql | None:
     """Return equality of an id column with a text by the column's own operator, if it has one."""
     match side.term, constant.term:
-        case FieldValue(part=Part.WHOLE, field=field), Constant(parameter):
-            shape = side.scope.statement.shapes[parameter]
-            form = native_form(field.type)
+        case FieldValue(modifier=Modifier.WHOLE, field=field), ParameterTerm(parameter):
+            shape = side.scope.translation.parameter_classes[parameter]
+            form = native_id_form(field.type)
             is_id = field.kind in {FieldKind.TEXT, FieldKind.RELATION} and not field.is_multiple
             if form is None or not is_id or shape.is_number:
                 return None
-            shown = _value(side, is_strict=False)
-            assert shown.native is not None
-            wanted = side.scope.statement.bind(parameter, form)
-            return nodes.binary(exp.EQ, shown.native, wanted)
+            shown = _translate_side(side, is_strict=False)
+            assert shown.native_column is not None
+            wanted = side.scope.translation.bind(parameter, form)
+            return nodes.binary(exp.EQ, shown.native_column, wanted)
         case _:
             return None
 
 
-def _blank_text() -> Value:
-    return Value(rank=Rank.NONE, text=nodes.string(""), show=lambda: nodes.string(""))
+def _empty_text() -> SqlOperand:
+    return SqlOperand(
+        affinity=Affinity.NONE, text=nodes.string(""), make_text=lambda: nodes.string("")
+    )
 
 
-def _equal(one: Value, other: Value) -> Sql:
+def _equal(one: SqlOperand, other: SqlOperand) -> Sql:
     """Return ``=``: unknown if a side is NULL, false if one is a number and the other a text."""
     match one, other:
-        case Value(number=a, text=None), Value(number=b, text=None) if (
+        case SqlOperand(number=a, text=None), SqlOperand(number=b, text=None) if (
             a is not None and b is not None
         ):
             return nodes.binary(exp.EQ, a, b)
-        case Value(number=None, text=a), Value(number=None, text=b) if (
+        case SqlOperand(number=None, text=a), SqlOperand(number=None, text=b) if (
             a is not None and b is not None
         ):
             return _text_equal(exp.EQ, one, other)
         case _:
             return nodes.case(
-                *_both(one.number, other.number, exp.EQ),
-                *_both(_by_bytes(one.text), other.text, exp.EQ),
-                (all_of(_is_something(one), _is_something(other)), nodes.truth(False)),
+                *_case_of_same_type(one.number, other.number, exp.EQ),
+                *_case_of_same_type(_collate_c_or_none(one.text), other.text, exp.EQ),
+                (all_of(_is_not_null(one), _is_not_null(other)), nodes.boolean(False)),
             )
 
 
-def _same(one: Value, other: Value) -> Sql:
+def _is_not_distinct(one: SqlOperand, other: SqlOperand) -> Sql:
     """Return ``IS``: NULL is NULL."""
     pairs = []
     if one.number is not None or other.number is not None:
-        pairs.append(_same_or_null(one.number, other.number))
+        pairs.append(_is_not_distinct_sql(one.number, other.number))
     if one.text is not None or other.text is not None:
         if one.text is not None and other.text is not None:
             pairs.append(_text_equal(exp.NullSafeEQ, one, other))
         else:
-            pairs.append(_same_or_null(one.text, other.text))
+            pairs.append(_is_not_distinct_sql(one.text, other.text))
     return all_of(*pairs)
 
 
-def _same_or_null(one: Sql | None, other: Sql | None) -> Sql:
+def _is_not_distinct_sql(one: Sql | None, other: Sql | None) -> Sql:
     if one is None or other is None:
         there = one if one is not None else other
         assert there is not None
@@ -428,48 +467,50 @@ def _same_or_null(one: Sql | None, other: Sql | None) -> Sql:
     return nodes.binary(exp.NullSafeEQ, one, other)
 
 
-def _is_blank(operand: Value) -> Sql:
+def _is_blank(operand: SqlOperand) -> Sql:
     """Return ``X = '' OR X IS NULL``, which is never unknown."""
     if operand.text is None:
         assert operand.number is not None
         return nodes.is_null(operand.number)
-    blank = nodes.binary(exp.EQ, nodes.coalesced(operand.text, nodes.string("")), nodes.string(""))
+    blank = nodes.binary(exp.EQ, nodes.coalesce(operand.text, nodes.string("")), nodes.string(""))
     if operand.number is None:
         empty = nodes.binary(exp.EQ, operand.text, nodes.string(""))
-        return any_of(all_of(is_known(operand.text), empty), nodes.is_null(operand.text))
+        return any_of(all_of(is_not_null(operand.text), empty), nodes.is_null(operand.text))
     return all_of(nodes.is_null(operand.number), blank)
 
 
-def _coalesced(one: Value, other: Value) -> Sql:
+def _coalesced_equality(one: SqlOperand, other: SqlOperand) -> Sql:
     """Return ``COALESCE(L, '') = COALESCE(R, '')``: no conversions, never unknown."""
-    return _same(*alike(_filled(one), _filled(other)))
+    return _is_not_distinct(
+        *align_precision(_empty_text_for_null(one), _empty_text_for_null(other))
+    )
 
 
-def _filled(operand: Value) -> Value:
+def _empty_text_for_null(operand: SqlOperand) -> SqlOperand:
     """Return the operand with '' for NULL."""
     if operand.number is None:
         assert operand.text is not None
-        text = nodes.coalesced(operand.text, nodes.string(""))
+        text = nodes.coalesce(operand.text, nodes.string(""))
     else:
         blank = nodes.string("")
-        rest = blank if operand.text is None else nodes.coalesced(operand.text, blank)
+        rest = blank if operand.text is None else nodes.coalesce(operand.text, blank)
         text = nodes.case((nodes.is_null(operand.number), rest))
     return replace(operand, text=text)
 
 
-def _text_equal(kind: type[exp.Binary], one: Value, other: Value) -> Sql:
+def _text_equal(kind: type[exp.Binary], one: SqlOperand, other: SqlOperand) -> Sql:
     """Return equality of texts: with a constant in the column's collation, which indexes have."""
     assert one.text is not None
     assert other.text is not None
     is_constant = one.parameter is not None or other.parameter is not None
-    left = one.text if is_constant else nodes.collated(one.text)
+    left = one.text if is_constant else nodes.collate_c(one.text)
     return nodes.binary(kind, left, other.text)
 
 
 # --- order
 
 
-_ORDER: Mapping[Op, type[exp.Binary]] = {
+_ORDER_OPERATORS: Mapping[Op, type[exp.Binary]] = {
     Op.LT: exp.LT,
     Op.LE: exp.LTE,
     Op.GT: exp.GT,
@@ -477,71 +518,79 @@ _ORDER: Mapping[Op, type[exp.Binary]] = {
 }
 
 
-def _order(op: Op, one: Value, other: Value) -> Sql:
+def _order(op: Op, one: SqlOperand, other: SqlOperand) -> Sql:
     """Return an order: bytes for texts, and any number below any text."""
-    kind = _ORDER[op]
+    kind = _ORDER_OPERATORS[op]
     match one, other:
-        case Value(number=a, text=None), Value(number=b, text=None) if (
+        case SqlOperand(number=a, text=None), SqlOperand(number=b, text=None) if (
             a is not None and b is not None
         ):
             return nodes.binary(kind, a, b)
-        case Value(number=None, text=a), Value(number=None, text=b) if (
+        case SqlOperand(number=None, text=a), SqlOperand(number=None, text=b) if (
             a is not None and b is not None
         ):
-            return nodes.binary(kind, nodes.collated(a), b)
+            return nodes.binary(kind, nodes.collate_c(a), b)
         case _:
             is_less = op in {Op.LT, Op.LE}
             return nodes.case(
-                *_both(one.number, other.number, kind),
-                *_both(_by_bytes(one.text), other.text, kind),
-                *_unlike(one.number, other.text, is_true=is_less),
-                *_unlike(one.text, other.number, is_true=not is_less),
+                *_case_of_same_type(one.number, other.number, kind),
+                *_case_of_same_type(_collate_c_or_none(one.text), other.text, kind),
+                *_case_of_number_and_text(one.number, other.text, is_true=is_less),
+                *_case_of_number_and_text(one.text, other.number, is_true=not is_less),
             )
 
 
-def _both(a: Sql | None, b: Sql | None, kind: type[exp.Binary]) -> list[tuple[Sql, Sql]]:
+def _case_of_same_type(
+    a: Sql | None, b: Sql | None, kind: type[exp.Binary]
+) -> list[tuple[Sql, Sql]]:
     """Return the case that both are there, as a list to be unpacked; none if that can't be."""
     if a is None or b is None:
         return []
-    return [(all_of(is_known(a), is_known(b)), nodes.binary(kind, a, b))]
+    return [(all_of(is_not_null(a), is_not_null(b)), nodes.binary(kind, a, b))]
 
 
-def _by_bytes(text: Sql | None) -> Sql | None:
-    return None if text is None else nodes.collated(text)
+def _collate_c_or_none(text: Sql | None) -> Sql | None:
+    return None if text is None else nodes.collate_c(text)
 
 
-def _unlike(a: Sql | None, b: Sql | None, *, is_true: bool) -> list[tuple[Sql, Sql]]:
+def _case_of_number_and_text(
+    a: Sql | None, b: Sql | None, *, is_true: bool
+) -> list[tuple[Sql, Sql]]:
     if a is None or b is None:
         return []
-    return [(all_of(is_known(a), is_known(b)), nodes.truth(is_true))]
+    return [(all_of(is_not_null(a), is_not_null(b)), nodes.boolean(is_true))]
 
 
-def _is_something(operand: Value) -> Sql:
-    parts = [is_known(part) for part in (operand.number, operand.text) if part is not None]
+def _is_not_null(operand: SqlOperand) -> Sql:
+    parts = [is_not_null(part) for part in (operand.number, operand.text) if part is not None]
     return any_of(*parts)
 
 
 # --- conversion
 
 
-def _converted(one: Value, other: Value, scope: Scope) -> tuple[Value, Value]:
+def _make_comparable(
+    one: SqlOperand, other: SqlOperand, scope: Scope
+) -> tuple[SqlOperand, SqlOperand]:
     """Apply SQLite's affinities, and make numbers comparable."""
-    return alike(*_of_affinity(one, other, scope))
+    return align_precision(*_apply_affinity(one, other, scope))
 
 
-def _of_affinity(one: Value, other: Value, scope: Scope) -> tuple[Value, Value]:
+def _apply_affinity(
+    one: SqlOperand, other: SqlOperand, scope: Scope
+) -> tuple[SqlOperand, SqlOperand]:
     """Apply SQLite's affinities: numeric before text, and either before none."""
-    match one.rank, other.rank:
-        case Rank.NUMERIC, Rank.NUMERIC:
+    match one.affinity, other.affinity:
+        case Affinity.NUMERIC, Affinity.NUMERIC:
             return one, other
-        case Rank.NUMERIC, _:
-            return one, to_number(other, scope)
-        case _, Rank.NUMERIC:
-            return to_number(one, scope), other
-        case Rank.TEXT, Rank.NONE:
-            return one, to_text(other)
-        case Rank.NONE, Rank.TEXT:
-            return to_text(one), other
+        case Affinity.NUMERIC, _:
+            return one, convert_to_number(other, scope)
+        case _, Affinity.NUMERIC:
+            return convert_to_number(one, scope), other
+        case Affinity.TEXT, Affinity.NONE:
+            return one, convert_to_text(other)
+        case Affinity.NONE, Affinity.TEXT:
+            return convert_to_text(one), other
         case _:
             return one, other
 
@@ -551,43 +600,45 @@ def _of_affinity(one: Value, other: Value, scope: Scope) -> tuple[Value, Value]:
 
 def _like(op: Op, left: _Side, right: _Side) -> Sql:
     """Return ``~`` or ``!~``: LIKE that takes ASCII letters for alike, whatever their case."""
-    shown = _value(left).shown
-    shape = _shape(right)
-    if shape is Shape.DANGLING:
-        return nodes.case((is_known(shown), nodes.truth(op is Op.NOT_LIKE)))
-    like = exp.ILike(this=nodes.collated(shown), expression=_pattern(right))
+    shown = _translate_side(left).as_text
+    shape = _class_of_side(right)
+    if shape is ParameterClass.DANGLING_ESCAPE:
+        return nodes.case((is_not_null(shown), nodes.boolean(op is Op.NOT_LIKE)))
+    like = exp.ILike(this=nodes.collate_c(shown), expression=_like_pattern(right))
     return like if op is Op.LIKE else negation(like)
 
 
-def _shape(side: _Side) -> Shape | None:
+def _class_of_side(side: _Side) -> ParameterClass | None:
     match side.term:
-        case Constant(parameter):
-            return side.scope.statement.shapes[parameter]
+        case ParameterTerm(parameter):
+            return side.scope.translation.parameter_classes[parameter]
         case _:
             return None
 
 
-def _pattern(side: _Side) -> Sql:
+def _like_pattern(side: _Side) -> Sql:
     """Return the right side of LIKE: constants were made patterns, columns are one as they are.
 
     PocketBase makes patterns of all constants on that side, those in a function's arguments
     included: a distance from a constant becomes NULL, and a format without ``%`` gets two.
     """
     match side.term:
-        case Constant(parameter):
-            if side.scope.statement.shapes[parameter] is Shape.ABSENT:
+        case ParameterTerm(parameter):
+            if side.scope.translation.parameter_classes[parameter] is ParameterClass.ABSENT:
                 return nodes.null()
-            return side.scope.statement.bind(parameter, Form.PATTERN)
-        case NoItem():
+            return side.scope.translation.bind(parameter, SqlForm.PATTERN)
+        case AbsentEach():
             return nodes.null()
-        case GeoDistance(args) if any(isinstance(arg, Constant) for arg in args):
+        case GeoDistance(args) if any(isinstance(arg, ParameterTerm) for arg in args):
             return nodes.null()
         case Strftime() if side.wildcards is _Wildcards.NONE:
-            return _value(side).shown
-        case Strftime(layout, time, modifiers) if side.wildcards is _Wildcards.OF_CONSTANTS:
-            if modifiers or isinstance(time, Constant):
+            return _translate_side(side).as_text
+        case Strftime(layout, time, modifiers) if side.wildcards is _Wildcards.FROM_CONSTANTS:
+            if modifiers or isinstance(time, ParameterTerm):
                 return nodes.null()
-            return _value(replace(side, term=Strftime(pattern(layout), time, ()))).shown
+            return _translate_side(
+                replace(side, term=Strftime(like_pattern(layout), time, ()))
+            ).as_text
         case _:
             wildcard = nodes.string("%")
-            return nodes.joined(wildcard, _value(side).shown, wildcard)
+            return nodes.concatenate(wildcard, _translate_side(side).as_text, wildcard)

@@ -17,28 +17,28 @@ from pgrealtime.changes import TableName
 from pgrealtime.collections.model import Collection, Collections, Field
 from pgrealtime.errors import RuleUnsupportedError
 from pgrealtime.rules.language.parameters import (
-    AuthColumn,
     Binding,
-    Form,
+    CallerColumn,
     Parameter,
+    ParameterClass,
     RequestValue,
-    Shape,
+    SqlForm,
 )
 from pgrealtime.rules.language.predicate import (
-    AllRows,
-    AuthRow,
-    Back,
-    Here,
-    Items,
-    Place,
-    Step,
-    ToItem,
+    BackRelation,
+    CallerRow,
+    CollectionRows,
+    EachValue,
+    PathStep,
+    RowPath,
+    ScopeRow,
+    ToEach,
     ToOne,
 )
 from pgrealtime.rules.sql import nodes
-from pgrealtime.rules.sql.nodes import Sql, Typed, typed_column
+from pgrealtime.rules.sql.nodes import Sql, TypedSql, typed_column
 
-_On: TypeAlias = Callable[[str], Sql]
+_JoinCondition: TypeAlias = Callable[[str], Sql]
 """Makes the condition of a join, given the alias of the joined row."""
 
 MAX_JOINS = 300
@@ -47,61 +47,63 @@ MAX_JOINS = 300
 PocketBase has no limit; a filter of many long paths would cost whoever plans it seconds.
 """
 
-AUTH_ID = RequestValue(("auth", "id"))
+CALLER_ID_PARAMETER = RequestValue(("auth", "id"))
 """What finds the subscriber's own row."""
 
 
 @dataclass(slots=True, kw_only=True)
-class Statement:
+class Translation:
     """What all scopes of one statement share."""
 
     collections: Collections
-    shapes: Mapping[Parameter, Shape]
-    prefix: str = "p"
+    parameter_classes: Mapping[Parameter, ParameterClass]
+    placeholder_prefix: str = "p"
     """Of the placeholders' names."""
-    is_own_bound: bool = False
+    is_caller_row_bound: bool = False
     """Columns of the subscriber's own row are parameters, and not read."""
     bindings: dict[str, Binding] = field(default_factory=dict)
     columns: dict[str, None] = field(default_factory=dict)
     """Columns read of the judged row, in order of first use."""
     tables: dict[TableName, None] = field(default_factory=dict)
     """Tables read beside it."""
-    aliases: int = 0
-    joins: int = 0
+    alias_count: int = 0
+    join_count: int = 0
 
-    def bind(self, parameter: Parameter | AuthColumn, form: Form) -> Sql:
+    def bind(self, parameter: Parameter | CallerColumn, form: SqlForm) -> Sql:
         """Return the placeholder of a parameter in a form, cast to the form's type."""
         binding = Binding(parameter, form)
         key = next((key for key, known in self.bindings.items() if known == binding), None)
         if key is None:
-            key = f"{self.prefix}{len(self.bindings)}"
+            key = f"{self.placeholder_prefix}{len(self.bindings)}"
             self.bindings[key] = binding
-        return nodes.cast(nodes.placeholder(key), _TYPES[form])
+        return nodes.cast(nodes.placeholder(key), _FORM_TYPES[form])
 
-    def given(self, node: Sql, body: Callable[[Sql], Sql]) -> Sql:
+    def let(self, expression: Sql, body: Callable[[Sql], Sql]) -> Sql:
         """Return an expression that uses another one many times and holds it once."""
-        alias = self.alias()
+        alias = self.new_alias()
         row = exp.Subquery(
-            this=nodes.one_row({"v": node}), alias=exp.TableAlias(this=nodes.name(alias))
+            this=nodes.one_row_select({"v": expression}),
+            alias=exp.TableAlias(this=nodes.quoted_name(alias)),
         )
         select = exp.Select(
-            expressions=[nodes.own(body(nodes.column(alias, "v")))], from_=exp.From(this=row)
+            expressions=[nodes.copy_if_attached(body(nodes.column(alias, "v")))],
+            from_=exp.From(this=row),
         )
         return exp.Subquery(this=select)
 
-    def alias(self) -> str:
+    def new_alias(self) -> str:
         """Return a name that no other row of the statement has."""
-        self.aliases += 1
-        return f"j{self.aliases}"
+        self.alias_count += 1
+        return f"j{self.alias_count}"
 
 
-_TYPES = {
-    Form.TEXT: "text",
-    Form.NUMBER: "text",
-    Form.PATTERN: "text",
-    Form.UUID: "uuid",
-    Form.INTEGER: "bigint",
-    Form.JSON: "text",
+_FORM_TYPES = {
+    SqlForm.TEXT: "text",
+    SqlForm.NUMBER: "text",
+    SqlForm.PATTERN: "text",
+    SqlForm.UUID: "uuid",
+    SqlForm.INTEGER: "bigint",
+    SqlForm.JSON: "text",
 }
 
 
@@ -109,214 +111,230 @@ class Scope:
     """The rows that the conditions of one SELECT speak of.
 
     Args:
-        statement: What it is part of.
-        here: Alias of the row that the rule is about; it belongs to an outer query.
-        is_judged: That row is the changed one, whose columns come from the stream.
+        translation: What it is part of.
+        scope_row_alias: Alias of the row that the rule is about; it belongs to an outer query.
+        is_row_image: That row is the changed one, whose columns come from the stream.
     """
 
-    def __init__(self, statement: Statement, here: str, *, is_judged: bool) -> None:
-        self.statement = statement
-        self.here = here
-        self.is_judged = is_judged
-        self._rows: dict[Place, str] = {}
-        self._values: dict[Place, Typed] = {}
+    def __init__(
+        self, translation: Translation, scope_row_alias: str, *, is_row_image: bool
+    ) -> None:
+        self.translation = translation
+        self.scope_row_alias = scope_row_alias
+        self.is_row_image = is_row_image
+        self._row_aliases: dict[RowPath, str] = {}
+        self._each_values: dict[RowPath, TypedSql] = {}
         self._joins: list[exp.Join] = []
-        self._named: dict[object, str] = {}
+        self._computed_aliases: dict[object, str] = {}
 
     @property
     def has_joins(self) -> bool:
         """Whether anything but the row itself is read."""
         return bool(self._joins)
 
-    def fresh(self) -> Scope:
+    def without_joins(self) -> Scope:
         """Return a scope about the same row with no joins yet."""
-        return Scope(self.statement, self.here, is_judged=self.is_judged)
+        return Scope(self.translation, self.scope_row_alias, is_row_image=self.is_row_image)
 
-    def collection(self, place: Place) -> Collection:
+    def collection(self, path: RowPath) -> Collection:
         """The collection whose rows are found at the place."""
-        return self.statement.collections[place.collection]
+        return self.translation.collections[path.collection]
 
-    def column(self, place: Place, column_name: str) -> Sql:
+    def column(self, path: RowPath, column_name: str) -> Sql:
         """Return a column of the row at the place."""
-        if place.is_here and self.is_judged:
-            self.statement.columns.setdefault(column_name)
-        if self.statement.is_own_bound and isinstance(place.origin, AuthRow) and not place.steps:
-            return self._own_column(self.collection(place), column_name)
-        return nodes.column(self.row(place), column_name)
+        if path.is_scope_row and self.is_row_image:
+            self.translation.columns.setdefault(column_name)
+        if (
+            self.translation.is_caller_row_bound
+            and isinstance(path.root, CallerRow)
+            and not path.steps
+        ):
+            return self._caller_column(self.collection(path), column_name)
+        return nodes.column(self.join_row(path), column_name)
 
-    def _own_column(self, collection: Collection, column_name: str) -> Sql:
+    def _caller_column(self, collection: Collection, column_name: str) -> Sql:
         """Return a column of the subscriber's own row as it is known."""
-        found = collection.table.column(column_name)
+        found = collection.table.find_column(column_name)
         assert found is not None
-        parameter = AUTH_ID if found == collection.key else AuthColumn(column_name)
-        return nodes.typed(self.statement.bind(parameter, Form.TEXT), found.type)
+        parameter = CALLER_ID_PARAMETER if found == collection.key else CallerColumn(column_name)
+        return nodes.cast_to_type(self.translation.bind(parameter, SqlForm.TEXT), found.type)
 
-    def is_there(self, collection: Collection) -> Sql:
+    def caller_row_exists(self, collection: Collection) -> Sql:
         """Return whether the subscriber's own row can be read.
 
         The id is one of that very table's, so it is of the key's type and its index serves.
         """
-        alias, key = self.statement.alias(), collection.key
+        alias, key = self.translation.new_alias(), collection.key
         row = self._table(collection.table.name, alias)
         own = typed_column(alias, key)
-        known = nodes.typed(self.statement.bind(AUTH_ID, Form.TEXT), key.type)
+        known = nodes.cast_to_type(
+            self.translation.bind(CALLER_ID_PARAMETER, SqlForm.TEXT), key.type
+        )
         is_own = nodes.equal_keys(own, replace(own, node=known))
         select = exp.Select(
             expressions=[nodes.number(1)], from_=exp.From(this=row), where=exp.Where(this=is_own)
         )
         return exp.Exists(this=select)
 
-    def key(self, place: Place) -> Typed:
+    def row_id(self, path: RowPath) -> TypedSql:
         """Return the id of the row at the place, NULL where there is none."""
-        return self._typed(place, self.collection(place).key)
+        return self._typed_column(path, self.collection(path).key)
 
-    def _typed(self, place: Place, column: Column) -> Typed:
-        return Typed(self.column(place, column.name), column.type, column.is_deterministic)
+    def _typed_column(self, path: RowPath, column: Column) -> TypedSql:
+        return TypedSql(self.column(path, column.name), column.type, column.is_deterministic)
 
-    def item(self, place: Place) -> Typed:
+    def each_value(self, path: RowPath) -> TypedSql:
         """Return one of the values of a multiple field; the place ends with Items."""
-        self.row(place)
-        return self._values[place]
+        self.join_row(path)
+        return self._each_values[path]
 
-    def row(self, place: Place) -> str:
+    def join_row(self, path: RowPath) -> str:
         """Return the alias of the row at the place, joining what leads there."""
-        if place.is_here:
-            return self.here
-        if place not in self._rows:
-            self._rows[place] = self._join(place)
-        return self._rows[place]
+        if path.is_scope_row:
+            return self.scope_row_alias
+        if path not in self._row_aliases:
+            self._row_aliases[path] = self._join_path(path)
+        return self._row_aliases[path]
 
-    def named(self, what: object, columns: Callable[[], Mapping[str, Sql]]) -> Callable[[str], Sql]:
+    def compute_once(
+        self, cache_key: object, columns: Callable[[], Mapping[str, Sql]]
+    ) -> Callable[[str], Sql]:
         """Compute expressions once per row of the scope, however often they are used.
 
         Args:
-            what: What they are; the same thing is not computed twice.
+            cache_key: What they are; the same thing is not computed twice.
             columns: Makes the expressions; called only if there are none yet.
 
         Returns:
             What gives each by its name.
         """
-        if what not in self._named:
+        if cache_key not in self._computed_aliases:
             made = columns()
-            alias = self._named[what] = self.statement.alias()
-            row = exp.Subquery(this=nodes.one_row(made))
-            named = exp.TableAlias(this=nodes.name(alias))
-            self._add(exp.Lateral(this=row, alias=named), nodes.truth(True))
-        alias = self._named[what]
+            alias = self._computed_aliases[cache_key] = self.translation.new_alias()
+            row = exp.Subquery(this=nodes.one_row_select(made))
+            named = exp.TableAlias(this=nodes.quoted_name(alias))
+            self._add_join(exp.Lateral(this=row, alias=named), nodes.boolean(True))
+        alias = self._computed_aliases[cache_key]
         return lambda column_name: nodes.column(alias, column_name)
 
     def exists(self, where: Sql) -> Sql:
         """Return EXISTS over the joins made so far; they all are LEFT JOINs of one row."""
         return exp.Exists(this=self.select(nodes.number(1), where))
 
-    def select(self, what: Sql, where: Sql) -> exp.Select:
+    def select(self, expression: Sql, where: Sql) -> exp.Select:
         """Return a SELECT over the joins made so far."""
         one = exp.Subquery(
             this=exp.Select(expressions=[nodes.number(1)]),
-            alias=exp.TableAlias(this=nodes.name("one")),
+            alias=exp.TableAlias(this=nodes.quoted_name("one")),
         )
         return exp.Select(
-            expressions=[nodes.own(what)],
+            expressions=[nodes.copy_if_attached(expression)],
             from_=exp.From(this=one),
-            joins=[nodes.own(join) for join in self._joins],
-            where=exp.Where(this=nodes.own(where)),
+            joins=[nodes.copy_if_attached(join) for join in self._joins],
+            where=exp.Where(this=nodes.copy_if_attached(where)),
         )
 
     # --- joins
 
-    def _join(self, place: Place) -> str:
-        if not place.steps:
-            return self._join_origin(place)
-        before = Place(place.origin, place.steps[:-1])
-        return self._join_step(place, before, place.steps[-1])
+    def _join_path(self, path: RowPath) -> str:
+        if not path.steps:
+            return self._join_root(path)
+        before = RowPath(path.root, path.steps[:-1])
+        return self._join_step(path, before, path.steps[-1])
 
-    def _join_origin(self, place: Place) -> str:
-        collection = self.collection(place)
-        match place.origin:
-            case AuthRow():
-                return self._left_join(collection, self._is_auth_id(collection))
-            case AllRows():
-                return self._left_join(collection, lambda _: nodes.truth(True))
-            case Here():
+    def _join_root(self, path: RowPath) -> str:
+        collection = self.collection(path)
+        match path.root:
+            case CallerRow():
+                return self._left_join(collection, self._is_caller_id(collection))
+            case CollectionRows():
+                return self._left_join(collection, lambda _: nodes.boolean(True))
+            case ScopeRow():
                 raise AssertionError("the row itself is no join")
 
-    def _is_auth_id(self, collection: Collection) -> _On:
-        bind, key = self.statement.bind, collection.key
+    def _is_caller_id(self, collection: Collection) -> _JoinCondition:
+        bind, key = self.translation.bind, collection.key
 
         def on(alias: str) -> Sql:
             own = typed_column(alias, key)
-            native = native_form(key.type)
+            native = native_id_form(key.type)
             if native is None:
-                return nodes.binary(exp.EQ, nodes.plain_text(own), bind(AUTH_ID, Form.TEXT))
-            return nodes.binary(exp.EQ, own.node, bind(AUTH_ID, native))
+                return nodes.binary(
+                    exp.EQ, nodes.bytewise_text(own), bind(CALLER_ID_PARAMETER, SqlForm.TEXT)
+                )
+            return nodes.binary(exp.EQ, own.node, bind(CALLER_ID_PARAMETER, native))
 
         return on
 
-    def _join_step(self, place: Place, before: Place, step: Step) -> str:
+    def _join_step(self, path: RowPath, parent: RowPath, step: PathStep) -> str:
         match step:
             case ToOne(field, name):
                 assert field.column is not None
-                return self._join_by_key(name, self._typed(before, field.column))
-            case Items(field):
-                return self._join_items(place, before, field)
-            case ToItem(name):
-                return self._join_by_key(name, self.item(before))
-            case Back(name, field):
-                return self._join_back(before, self.statement.collections[name], field)
+                return self._join_by_key(name, self._typed_column(parent, field.column))
+            case EachValue(field):
+                return self._join_each_value(path, parent, field)
+            case ToEach(name):
+                return self._join_by_key(name, self.each_value(parent))
+            case BackRelation(name, field):
+                return self._join_back(parent, self.translation.collections[name], field)
 
-    def _join_by_key(self, name: str, source: Typed) -> str:
-        target = self.statement.collections[name]
+    def _join_by_key(self, name: str, source: TypedSql) -> str:
+        target = self.translation.collections[name]
         return self._left_join(
             target, lambda alias: nodes.equal_keys(typed_column(alias, target.key), source)
         )
 
-    def _join_items(self, place: Place, before: Place, field: Field) -> str:
+    def _join_each_value(self, path: RowPath, parent: RowPath, field: Field) -> str:
         junction = None if field.relation is None else field.relation.junction
-        alias = self.statement.alias()
+        alias = self.translation.new_alias()
         if junction is not None:
-            source = junction.table.column(junction.source)
-            target = junction.table.column(junction.target)
+            source = junction.table.find_column(junction.source_column)
+            target = junction.table.find_column(junction.target_column)
             assert source is not None
             assert target is not None
-            self._add(
+            self._add_join(
                 self._table(junction.table.name, alias),
-                nodes.equal_keys(typed_column(alias, source), self.key(before)),
+                nodes.equal_keys(typed_column(alias, source), self.row_id(parent)),
             )
-            self._values[place] = typed_column(alias, target)
+            self._each_values[path] = typed_column(alias, target)
             return alias
         assert field.column is not None
         element = field.type.base.element
         assert element is not None
-        unnest = exp.Unnest(expressions=[self.column(before, field.column.name)])
-        columns = exp.TableAlias(this=nodes.name(alias), columns=[nodes.name("value")])
-        self._add(exp.Lateral(this=unnest, alias=columns), nodes.truth(True))
+        unnest = exp.Unnest(expressions=[self.column(parent, field.column.name)])
+        columns = exp.TableAlias(
+            this=nodes.quoted_name(alias), columns=[nodes.quoted_name("value")]
+        )
+        self._add_join(exp.Lateral(this=unnest, alias=columns), nodes.boolean(True))
         item = nodes.column(alias, "value")
-        self._values[place] = Typed(item, element, field.column.is_deterministic)
+        self._each_values[path] = TypedSql(item, element, field.column.is_deterministic)
         return alias
 
-    def _join_back(self, before: Place, source: Collection, field: Field) -> str:
-        key = self.key(before)
+    def _join_back(self, parent: RowPath, source: Collection, field: Field) -> str:
+        key = self.row_id(parent)
         junction = None if field.relation is None else field.relation.junction
         if junction is not None:
-            return self._join_back_through(key, source, field)
+            return self._join_back_by_junction(key, source, field)
         assert field.column is not None
         column = field.column
         if not field.is_multiple:
             return self._left_join(
                 source, lambda alias: nodes.equal_keys(typed_column(alias, column), key)
             )
-        return self._left_join(source, lambda alias: _contains(typed_column(alias, column), key))
+        return self._left_join(
+            source, lambda alias: _array_contains(typed_column(alias, column), key)
+        )
 
-    def _join_back_through(self, key: Typed, source: Collection, field: Field) -> str:
+    def _join_back_by_junction(self, key: TypedSql, source: Collection, field: Field) -> str:
         assert field.relation is not None
         junction = field.relation.junction
         assert junction is not None
-        near = junction.table.column(junction.target)
-        far = junction.table.column(junction.source)
+        near = junction.table.find_column(junction.target_column)
+        far = junction.table.find_column(junction.source_column)
         assert near is not None
         assert far is not None
-        pairs = self.statement.alias()
-        self._add(
+        pairs = self.translation.new_alias()
+        self._add_join(
             self._table(junction.table.name, pairs),
             nodes.equal_keys(typed_column(pairs, near), key),
         )
@@ -327,46 +345,46 @@ class Scope:
             ),
         )
 
-    def _left_join(self, collection: Collection, on: _On) -> str:
-        alias = self.statement.alias()
+    def _left_join(self, collection: Collection, on: _JoinCondition) -> str:
+        alias = self.translation.new_alias()
         condition = on(alias)
-        self._add(self._table(collection.table.name, alias), condition)
+        self._add_join(self._table(collection.table.name, alias), condition)
         return alias
 
     def _table(self, table_name: TableName, alias: str) -> exp.Table:
-        self.statement.tables.setdefault(table_name)
+        self.translation.tables.setdefault(table_name)
         return nodes.table(table_name, alias)
 
-    def _add(self, row: Sql, on: Sql) -> None:
-        self.statement.joins += 1
-        if self.statement.joins > MAX_JOINS:
+    def _add_join(self, row: Sql, on: Sql) -> None:
+        self.translation.join_count += 1
+        if self.translation.join_count > MAX_JOINS:
             raise RuleUnsupportedError(
                 f"more than {MAX_JOINS} joins in one expression", start=0, end=0
             )
-        self._joins.append(exp.Join(this=row, side="LEFT", on=nodes.own(on)))
+        self._joins.append(exp.Join(this=row, side="LEFT", on=nodes.copy_if_attached(on)))
 
 
-def native_form(type_: Type) -> Form | None:
+def native_id_form(type_: Type) -> SqlForm | None:
     """Return the form in which a text compares with an id by the id's own operator, if any."""
     base = type_.base
     if base.schema != "pg_catalog":
         return None
     return {
-        "uuid": Form.UUID,
-        "int2": Form.INTEGER,
-        "int4": Form.INTEGER,
-        "int8": Form.INTEGER,
+        "uuid": SqlForm.UUID,
+        "int2": SqlForm.INTEGER,
+        "int4": SqlForm.INTEGER,
+        "int8": SqlForm.INTEGER,
     }.get(base.name)
 
 
-def _contains(array: Typed, key: Typed) -> Sql:
+def _array_contains(array: TypedSql, key: TypedSql) -> Sql:
     """Return whether the array holds the id; by ``@>``, which a GIN index serves, if it can."""
     element = array.type.base.element
     assert element is not None
     is_deterministic = array.is_deterministic and key.is_deterministic
     is_native = element.oid == key.type.base.oid and element.schema == "pg_catalog"
     if is_native and is_deterministic:
-        wanted = exp.Array(expressions=[nodes.own(nodes.of_base(key))])
-        return exp.ArrayContainsAll(this=nodes.own(array.node), expression=wanted)
+        wanted = exp.Array(expressions=[nodes.copy_if_attached(nodes.cast_to_base_type(key))])
+        return exp.ArrayContainsAll(this=nodes.copy_if_attached(array.node), expression=wanted)
     values = exp.Any(this=exp.Paren(this=nodes.cast(array.node, "text[]")))
-    return exp.EQ(this=nodes.collated(nodes.cast(key.node, nodes.TEXT)), expression=values)
+    return exp.EQ(this=nodes.collate_c(nodes.cast(key.node, nodes.TEXT)), expression=values)

@@ -4,8 +4,8 @@ A sqlglot node belongs to one tree. Each maker here therefore takes a copy of an
 part of a tree already, so that callers may use an expression as often as they like. ``%`` is
 doubled wherever it isn't a placeholder's: the driver reads the printed text as a format.
 
-``And``, ``Or`` and ``Not`` are made here and nowhere else. Texts are compared byte by byte: what is
-of a nondeterministic collation is never compared by that alone.
+``AndNode``, ``Or`` and ``Not`` are made here and nowhere else. Texts are compared byte by byte:
+what is of a nondeterministic collation is never compared by that alone.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ Sql: TypeAlias = exp.Expr
 
 TEXT = "text"
 DOUBLE = "double precision"
-INTEGER = "bigint"
-EXACT = "numeric"
+BIGINT = "bigint"
+NUMERIC = "numeric"
 """Of numbers with all their digits; an integer type is as exact."""
 TIMESTAMP = "timestamp"
 
-_CASTS = {
+_CAST_TYPES = {
     TEXT: exp.DataType.Type.TEXT,
     DOUBLE: exp.DataType.Type.DOUBLE,
-    INTEGER: exp.DataType.Type.BIGINT,
+    BIGINT: exp.DataType.Type.BIGINT,
     TIMESTAMP: exp.DataType.Type.TIMESTAMP,
     "int": exp.DataType.Type.INT,
     "boolean": exp.DataType.Type.BOOLEAN,
     "uuid": exp.DataType.Type.UUID,
     "jsonb": exp.DataType.Type.JSONB,
     "interval": exp.DataType.Type.INTERVAL,
-    EXACT: exp.DataType.Type.DECIMAL,
+    NUMERIC: exp.DataType.Type.DECIMAL,
     "jsonpath": exp.DataType.Type.USERDEFINED,
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Typed:
+class TypedSql:
     """An expression of a type."""
 
     node: Sql
@@ -53,32 +53,34 @@ class Typed:
     """As ``catalog.Column`` has it."""
 
 
-def typed_column(alias: str, of: Column) -> Typed:
+def typed_column(alias: str, table_column: Column) -> TypedSql:
     """Return ``"alias"."column"`` with its type."""
-    return Typed(column(alias, of.name), of.type, of.is_deterministic)
+    return TypedSql(
+        column(alias, table_column.name), table_column.type, table_column.is_deterministic
+    )
 
 
-def own(node: Sql) -> Sql:
+def copy_if_attached(node: Sql) -> Sql:
     """Return the node if it is free, else a copy."""
     return node if node.parent is None else node.copy()
 
 
-def name(text: str) -> exp.Identifier:
+def quoted_name(text: str) -> exp.Identifier:
     """Return a quoted identifier."""
-    return exp.to_identifier(_doubled(text), quoted=True)
+    return exp.to_identifier(_escape_percent(text), quoted=True)
 
 
 def column(alias: str, column_name: str) -> Sql:
     """Return ``"alias"."column"``."""
-    return exp.Column(this=name(column_name), table=name(alias))
+    return exp.Column(this=quoted_name(column_name), table=quoted_name(alias))
 
 
 def table(table_name: TableName, alias: str) -> exp.Table:
     """Return ``"schema"."table" AS "alias"``."""
     return exp.Table(
-        this=name(table_name.name),
-        db=name(table_name.schema),
-        alias=exp.TableAlias(this=name(alias)),
+        this=quoted_name(table_name.name),
+        db=quoted_name(table_name.schema),
+        alias=exp.TableAlias(this=quoted_name(alias)),
     )
 
 
@@ -89,7 +91,7 @@ def placeholder(key: str) -> Sql:
 
 def string(text: str) -> Sql:
     """Return a text of the program's own; what a rule says goes through placeholders."""
-    return exp.Literal.string(_doubled(text))
+    return exp.Literal.string(_escape_percent(text))
 
 
 def number(value: float) -> Sql:
@@ -102,92 +104,97 @@ def null(type_: str = TEXT) -> Sql:
     return cast(exp.Null(), type_)
 
 
-def truth(value: bool) -> Sql:  # noqa: FBT001 (the value is the point)
+def boolean(is_true: bool) -> Sql:  # noqa: FBT001 (the value is the point)
     """Return TRUE or FALSE."""
-    return exp.Boolean(this=value)
+    return exp.Boolean(this=is_true)
 
 
 def cast(node: Sql, type_: str) -> Sql:
     """Return the node as one of the built-in types; ``text[]`` and the like are arrays of them."""
     element = type_.removesuffix("[]")
-    target = exp.DataType(this=_CASTS[element], kind=element)
+    target = exp.DataType(this=_CAST_TYPES[element], kind=element)
     if element != type_:
         target = exp.DataType(this=exp.DataType.Type.ARRAY, expressions=[target], nested=True)
-    return exp.Cast(this=own(node), to=target)
+    return exp.Cast(this=copy_if_attached(node), to=target)
 
 
-def typed(node: Sql, type_: Type) -> Sql:
+def cast_to_type(node: Sql, type_: Type) -> Sql:
     """Return the node as any type of the database, named with its schema."""
-    qualified = f"{name(type_.schema).sql('postgres')}.{name(type_.name).sql('postgres')}"
+    qualified = (
+        f"{quoted_name(type_.schema).sql('postgres')}.{quoted_name(type_.name).sql('postgres')}"
+    )
     target = exp.DataType(this=exp.DataType.Type.USERDEFINED, kind=qualified)
-    return exp.Cast(this=own(node), to=target)
+    return exp.Cast(this=copy_if_attached(node), to=target)
 
 
 def call(function: str, *args: Sql) -> Sql:
     """Return a call of a function of pg_catalog."""
-    return exp.Anonymous(this=function, expressions=[own(arg) for arg in args])
+    return exp.Anonymous(this=function, expressions=[copy_if_attached(arg) for arg in args])
 
 
-def call_in(schema: str, function: str, *args: Sql) -> Sql:
+def call_in_schema(schema: str, function: str, *args: Sql) -> Sql:
     """Return a call of a function of another schema."""
-    return exp.Dot(this=name(schema), expression=call(function, *args))
+    return exp.Dot(this=quoted_name(schema), expression=call(function, *args))
 
 
 def case(*whens: tuple[Sql, Sql], default: Sql | None = None) -> Sql:
     """Return CASE; without default NULL."""
-    ifs = [exp.If(this=own(when), true=own(then)) for when, then in whens]
-    return exp.Case(ifs=ifs, default=None if default is None else own(default))
+    ifs = [exp.If(this=copy_if_attached(when), true=copy_if_attached(then)) for when, then in whens]
+    return exp.Case(ifs=ifs, default=None if default is None else copy_if_attached(default))
 
 
-def one_row(columns: Mapping[str, Sql]) -> exp.Select:
+def one_row_select(columns: Mapping[str, Sql]) -> exp.Select:
     """Return a SELECT of one row, for a derived table.
 
     OFFSET 0 keeps the planner from putting each column's expression back to where it is used.
     """
-    shown = [exp.Alias(this=own(node), alias=name(key)) for key, node in columns.items()]
+    shown = [
+        exp.Alias(this=copy_if_attached(node), alias=quoted_name(key))
+        for key, node in columns.items()
+    ]
     return exp.Select(expressions=shown, offset=exp.Offset(expression=number(0)))
 
 
 def is_null(node: Sql) -> Sql:
     """Return ``node IS NULL``."""
-    return exp.Is(this=own(node), expression=exp.Null())
+    return exp.Is(this=copy_if_attached(node), expression=exp.Null())
 
 
 def binary(kind: type[exp.Binary], left: Sql, right: Sql) -> Sql:
     """Return an operator between two operands, each in brackets if it is an operator itself."""
-    return kind(this=_operand(left), expression=_operand(right))
+    return kind(this=_parenthesized(left), expression=_parenthesized(right))
 
 
-def collated(node: Sql) -> Sql:
+def collate_c(node: Sql) -> Sql:
     """Return the text compared byte by byte."""
-    return exp.Collate(this=_operand(node), expression=name("C"))
+    return exp.Collate(this=_parenthesized(node), expression=quoted_name("C"))
 
 
-def matches(node: Sql, regex: str) -> Sql:
+def matches_regex(node: Sql, regex: str) -> Sql:
     """Return ``node ~ 'regex'``."""
-    return exp.RegexpLike(this=_operand(node), expression=string(regex))
+    return exp.RegexpLike(this=_parenthesized(node), expression=string(regex))
 
 
-def joined(*parts: Sql) -> Sql:
+def concatenate(*texts: Sql) -> Sql:
     """Return texts put together; NULL if one is."""
-    first, *rest = parts
-    result = own(first)
+    first, *rest = texts
+    result = copy_if_attached(first)
     for part in rest:
-        result = exp.DPipe(this=result, expression=own(part))
+        result = exp.DPipe(this=result, expression=copy_if_attached(part))
     return exp.Paren(this=result)
 
 
-def coalesced(node: Sql, default: Sql) -> Sql:
+def coalesce(node: Sql, default: Sql) -> Sql:
     """Return COALESCE of two."""
-    return exp.Coalesce(this=own(node), expressions=[own(default)])
+    return exp.Coalesce(this=copy_if_attached(node), expressions=[copy_if_attached(default)])
 
 
 def in_utc(node: Sql) -> Sql:
     """Return ``node AT TIME ZONE 'UTC'``."""
-    return exp.AtTimeZone(this=_operand(node), zone=string("UTC"))
+    return exp.AtTimeZone(this=_parenthesized(node), zone=string("UTC"))
 
 
-def equal_keys(left: Typed, right: Typed) -> Sql:
+def equal_keys(left: TypedSql, right: TypedSql) -> Sql:
     """Return equality of two ids by the operator that their indexes serve, or as texts.
 
     An operator under a nondeterministic collation finds candidates only: their bytes decide. Those
@@ -197,42 +204,52 @@ def equal_keys(left: Typed, right: Typed) -> Sql:
     native = _native_equality(left, right)
     if native is not None and left.is_deterministic and right.is_deterministic:
         return native
-    bytewise = binary(exp.EQ, collated(cast(left.node, TEXT)), cast(right.node, TEXT))
+    bytewise = binary(exp.EQ, collate_c(cast(left.node, TEXT)), cast(right.node, TEXT))
     return bytewise if native is None else all_of(native, bytewise)
 
 
-def _native_equality(left: Typed, right: Typed) -> Sql | None:
+def _native_equality(left: TypedSql, right: TypedSql) -> Sql | None:
     one, other = left.type.base, right.type.base
     if one.oid == other.oid and one.schema != "pg_catalog" and one.kind is TypeKind.BASE:
-        operator = f"{name(one.schema).sql('postgres')}.="
-        return exp.Operator(this=own(left.node), operator=operator, expression=own(right.node))
+        operator = f"{quoted_name(one.schema).sql('postgres')}.="
+        return exp.Operator(
+            this=copy_if_attached(left.node),
+            operator=operator,
+            expression=copy_if_attached(right.node),
+        )
     if one.oid == other.oid and one.kind is TypeKind.ENUM:
-        return binary(exp.EQ, of_base(left), of_base(right))
-    if one.oid == other.oid or any({one.name, other.name} <= family for family in _FAMILIES):
+        return binary(exp.EQ, cast_to_base_type(left), cast_to_base_type(right))
+    if one.oid == other.oid or any(
+        {one.name, other.name} <= family for family in _OPERATOR_FAMILIES
+    ):
         return binary(exp.EQ, left.node, right.node)
     return None
 
 
-_FAMILIES = ({"int2", "int4", "int8"}, {"text", "varchar"})
+_OPERATOR_FAMILIES = ({"int2", "int4", "int8"}, {"text", "varchar"})
 """Built-in types whose values compare with one another by one operator family."""
 
 
-def of_base(of: Typed) -> Sql:
+def cast_to_base_type(expression: TypedSql) -> Sql:
     """Return it as what its domain is made of: no enum or array is, to Postgres, a domain."""
-    return of.node if of.type.domain_of is None else typed(of.node, of.type.base)
+    return (
+        expression.node
+        if expression.type.domain_of is None
+        else cast_to_type(expression.node, expression.type.base)
+    )
 
 
-def plain_text(of: Typed) -> Sql:
+def bytewise_text(expression: TypedSql) -> Sql:
     """Return a value as text that compares byte by byte.
 
     char(n) loses its padding, citext and nondeterministic collations their indifference.
     """
-    base = of.type.base
+    base = expression.type.base
     if is_inet(base):  # whose cast to text adds what its output leaves out, "/32"
-        return call("textin", call("inet_out", of.node))
+        return call("textin", call("inet_out", expression.node))
     is_text = base.schema == "pg_catalog" and base.name in {"text", "varchar"}
-    text = of.node if is_text else cast(of.node, TEXT)
-    return text if of.is_deterministic else collated(text)
+    text = expression.node if is_text else cast(expression.node, TEXT)
+    return text if expression.is_deterministic else collate_c(text)
 
 
 def is_inet(base: Type) -> bool:
@@ -243,31 +260,31 @@ def is_inet(base: Type) -> bool:
 # --- connectives
 
 
-def all_of(*parts: Sql) -> Sql:
+def all_of(*conditions: Sql) -> Sql:
     """Return the conjunction, each part in brackets where it needs them."""
-    return exp.and_(*map(own, parts), copy=False)
+    return exp.and_(*map(copy_if_attached, conditions), copy=False)
 
 
-def any_of(*parts: Sql) -> Sql:
+def any_of(*conditions: Sql) -> Sql:
     """Return the disjunction, each part in brackets where it needs them."""
-    return exp.or_(*map(own, parts), copy=False)
+    return exp.or_(*map(copy_if_attached, conditions), copy=False)
 
 
-def negation(part: Sql) -> Sql:
+def negation(condition: Sql) -> Sql:
     """Return NOT; unknown stays unknown."""
-    return exp.not_(exp.Paren(this=own(part)), copy=False)
+    return exp.not_(exp.Paren(this=copy_if_attached(condition)), copy=False)
 
 
-def is_known(node: Sql) -> Sql:
-    """Return ``node IS NOT NULL``."""
+def is_not_null(node: Sql) -> Sql:
+    """Return ``node IS EXCEPT NULL``."""
     return exp.not_(is_null(node), copy=False)
 
 
-def _operand(node: Sql) -> Sql:
-    node = own(node)
+def _parenthesized(node: Sql) -> Sql:
+    node = copy_if_attached(node)
     needs = isinstance(node, (exp.Binary, exp.Collate, exp.Unary, exp.AtTimeZone, exp.Is))
     return exp.Paren(this=node) if needs and not isinstance(node, exp.Paren) else node
 
 
-def _doubled(text: str) -> str:
+def _escape_percent(text: str) -> str:
     return text.replace("%", "%%")

@@ -13,62 +13,69 @@ from sqlglot import exp
 
 from pgrealtime.catalog.model import Type
 from pgrealtime.collections.model import Field, FieldKind
-from pgrealtime.rules.language.comparison import Rank, traits
-from pgrealtime.rules.language.parameters import Form, Literal, Parameter, Shape
+from pgrealtime.rules.language.comparison import Affinity, traits
+from pgrealtime.rules.language.parameters import (
+    LiteralParameter,
+    Parameter,
+    ParameterClass,
+    SqlForm,
+)
 from pgrealtime.rules.language.predicate import (
-    Constant,
+    AbsentEach,
+    EachTerm,
     FieldValue,
     GeoDistance,
-    Hidden,
-    Item,
     JsonValue,
     Keyword,
-    NoItem,
-    Part,
-    Place,
+    Modifier,
+    ParameterTerm,
+    RowPath,
+    SecretTerm,
     Strftime,
     Term,
 )
 from pgrealtime.rules.sql import nodes
-from pgrealtime.rules.sql.joins import Scope, Statement
-from pgrealtime.rules.sql.nodes import Sql, Typed, typed_column
-from pgrealtime.rules.sql.strftime import formatted, moment
+from pgrealtime.rules.sql.joins import Scope, Translation
+from pgrealtime.rules.sql.nodes import Sql, TypedSql, typed_column
+from pgrealtime.rules.sql.strftime import format_time, translate_time
 
-NUMERIC = r"^[ \t\n\v\f\r]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?[ \t\n\v\f\r]*$"
+NUMERIC_TEXT_REGEX = (
+    r"^[ \t\n\v\f\r]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?[ \t\n\v\f\r]*$"
+)
 """What SQLite would take for a number, as long as a double can hold it."""
-LONGEST_NUMBER = 200
-END_OF_INTEGERS = 1 << 63
+MAX_NUMERIC_TEXT_LENGTH = 200
+INT64_END = 1 << 63
 """From here on SQLite keeps whole numbers as floats too."""
-_BIGGEST_INTEGER = 9223372036854774784
+_MAX_DOUBLE_IN_INT64 = 9223372036854774784
 """The largest double below."""
-HASH = "$2a$"
+PASSWORD_HASH_PREFIX = "$2a$"  # noqa: S105 (of any hash)
 """Stands for a secret that the table doesn't hold: the beginning of every password hash."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Value:
+class SqlOperand:
     """An operand in SQL. At least one of number and text is there."""
 
-    rank: Rank
+    affinity: Affinity
     number: Sql | None = None
     """Numeric or an integer type, which are exact, or double precision."""
     text: Sql | None = None
-    show: Callable[[], Sql]
+    make_text: Callable[[], Sql]
     """Makes the value as text, whichever it is; long for numbers, and seldom wanted."""
     parameter: Parameter | None = None
     """Of a constant: what a conversion needs before anything runs."""
     is_double: bool = False
     """The number is double precision, and what is compared with it becomes that too."""
-    native: Sql | None = None
+    native_column: Sql | None = None
     """The bare column, where its own equality means the same for texts of its type."""
 
     @property
-    def shown(self) -> Sql:
+    def as_text(self) -> Sql:
         """The value as text, for LIKE and for conversions."""
-        return self.show()
+        return self.make_text()
 
 
-def value(term: Term, scope: Scope, *, is_strict: bool = True) -> Value:
+def translate_operand(term: Term, scope: Scope, *, is_strict: bool = True) -> SqlOperand:
     """Return the operand's value.
 
     Args:
@@ -77,40 +84,40 @@ def value(term: Term, scope: Scope, *, is_strict: bool = True) -> Value:
         is_strict: An empty relation or date must be '' and not NULL. Without it either may stand
             for it: shorter, for where NULL and false are alike.
     """
-    rank = traits(term, scope.statement.shapes).rank
+    rank = traits(term, scope.translation.parameter_classes).affinity
     match term:
-        case Constant(parameter):
-            return _constant(parameter, scope)
+        case ParameterTerm(parameter):
+            return _parameter_operand(parameter, scope)
         case Keyword(flag):
-            return _keyword(flag)
-        case NoItem():
-            return _keyword(None)
+            return _keyword_operand(flag)
+        case AbsentEach():
+            return _keyword_operand(None)
         case FieldValue():
-            return replace(_field_part(term, scope, is_strict=is_strict), rank=rank)
-        case Item(place, kind=kind):
-            return replace(_item(kind, scope.item(place), scope), rank=rank)
+            return replace(_field_with_modifier(term, scope, is_strict=is_strict), affinity=rank)
+        case EachTerm(place, kind=kind):
+            return replace(_each_operand(kind, scope.each_value(place), scope), affinity=rank)
         case JsonValue():
-            return _json_value(term, scope)
-        case Hidden(place, part):
-            there = _where_found(place, scope, nodes.string(HASH))
-            return _text(_lower(there) if part is Part.LOWER else there, rank)
+            return _json_operand(term, scope)
+        case SecretTerm(place, part):
+            there = _null_without_row(place, scope, nodes.string(PASSWORD_HASH_PREFIX))
+            return _text_operand(_lower(there) if part is Modifier.LOWER else there, rank)
         case Strftime():
-            of = scope.named(term, lambda: {"t": _strftime(term, scope)})
-            return _text(of("t"), rank)
+            of = scope.compute_once(term, lambda: {"t": _strftime(term, scope)})
+            return _text_operand(of("t"), rank)
         case GeoDistance():
-            of = scope.named(term, lambda: {"n": _geo_distance(term, scope)})
-            return _float(of("n"), rank, scope)
+            of = scope.compute_once(term, lambda: {"n": _geo_distance(term, scope)})
+            return _double_operand(of("n"), rank, scope)
 
 
-def _text(text: Sql, rank: Rank) -> Value:
-    return Value(rank=rank, text=text, show=lambda: text)
+def _text_operand(text: Sql, rank: Affinity) -> SqlOperand:
+    return SqlOperand(affinity=rank, text=text, make_text=lambda: text)
 
 
-def _float(number: Sql, rank: Rank, scope: Scope) -> Value:
-    return Value(
-        rank=rank,
+def _double_operand(number: Sql, rank: Affinity, scope: Scope) -> SqlOperand:
+    return SqlOperand(
+        affinity=rank,
         number=number,
-        show=lambda: float_text(scope.statement, number),
+        make_text=lambda: float_text_sql(scope.translation, number),
         is_double=True,
     )
 
@@ -118,141 +125,163 @@ def _float(number: Sql, rank: Rank, scope: Scope) -> Value:
 # --- constants
 
 
-def _constant(parameter: Parameter, scope: Scope) -> Value:
-    shape = scope.statement.shapes[parameter]
-    if shape is Shape.ABSENT:
-        return _keyword(None)
+def _parameter_operand(parameter: Parameter, scope: Scope) -> SqlOperand:
+    shape = scope.translation.parameter_classes[parameter]
+    if shape is ParameterClass.ABSENT:
+        return _keyword_operand(None)
     if shape.is_number:
-        return Value(
-            rank=Rank.NONE,
+        return SqlOperand(
+            affinity=Affinity.NONE,
             number=_bound_number(parameter, scope),
-            show=lambda: scope.statement.bind(parameter, Form.TEXT),
+            make_text=lambda: scope.translation.bind(parameter, SqlForm.TEXT),
             parameter=parameter,
         )
-    text = scope.statement.bind(parameter, Form.TEXT)
-    return replace(_text(text, Rank.NONE), parameter=parameter)
+    text = scope.translation.bind(parameter, SqlForm.TEXT)
+    return replace(_text_operand(text, Affinity.NONE), parameter=parameter)
 
 
 def _bound_number(parameter: Parameter, scope: Scope) -> Sql:
-    return nodes.cast(scope.statement.bind(parameter, Form.NUMBER), nodes.EXACT)
+    return nodes.cast(scope.translation.bind(parameter, SqlForm.NUMBER), nodes.NUMERIC)
 
 
-def _keyword(flag: bool | None) -> Value:  # noqa: FBT001 (the keyword itself)
+def _keyword_operand(flag: bool | None) -> SqlOperand:  # noqa: FBT001 (the keyword itself)
     if flag is None:
-        return _text(nodes.null(), Rank.NONE)
+        return _text_operand(nodes.null(), Affinity.NONE)
     digit = str(int(flag))
-    return Value(rank=Rank.NONE, number=nodes.number(int(flag)), show=lambda: nodes.string(digit))
+    return SqlOperand(
+        affinity=Affinity.NONE,
+        number=nodes.number(int(flag)),
+        make_text=lambda: nodes.string(digit),
+    )
 
 
 # --- fields
 
 
-def _field_part(term: FieldValue, scope: Scope, *, is_strict: bool) -> Value:
-    match term.part:
-        case Part.WHOLE | Part.EACH:
-            return _field(term.place, term.field, scope, is_strict=is_strict)
-        case Part.LOWER:
-            whole = _field(term.place, term.field, scope, is_strict=True)
-            return _text(_lower(whole.shown), Rank.NONE)
-        case Part.LENGTH:
-            length = _length(term.place, term.field, scope)
-            return Value(rank=Rank.NONE, number=length, show=lambda: nodes.cast(length, nodes.TEXT))
+def _field_with_modifier(term: FieldValue, scope: Scope, *, is_strict: bool) -> SqlOperand:
+    match term.modifier:
+        case Modifier.WHOLE | Modifier.EACH:
+            return _whole_field(term.row_path, term.field, scope, is_strict=is_strict)
+        case Modifier.LOWER:
+            whole = _whole_field(term.row_path, term.field, scope, is_strict=True)
+            return _text_operand(_lower(whole.as_text), Affinity.NONE)
+        case Modifier.LENGTH:
+            length = _length(term.row_path, term.field, scope)
+            return SqlOperand(
+                affinity=Affinity.NONE,
+                number=length,
+                make_text=lambda: nodes.cast(length, nodes.TEXT),
+            )
 
 
-def _field(place: Place, field: Field, scope: Scope, *, is_strict: bool) -> Value:
+def _whole_field(path: RowPath, field: Field, scope: Scope, *, is_strict: bool) -> SqlOperand:
     if field.is_multiple:
-        return _text(_list_text(place, field, scope), Rank.NUMERIC)
+        return _text_operand(_list_text(path, field, scope), Affinity.NUMERIC)
     assert field.column is not None
-    column = scope.column(place, field.column.name)
+    column = scope.column(path, field.column.name)
     match field.kind:
         case FieldKind.NUMBER:
-            return _number(column, field.type, scope)
+            return _number_operand(column, field.type, scope)
         case FieldKind.BOOL:
-            return _flag(column)
-        case FieldKind.GEO:
-            return _text(_geo_text(column, field), Rank.NUMERIC)
+            return _bool_operand(column)
+        case FieldKind.GEO_POINT:
+            return _text_operand(_geo_text(column, field), Affinity.NUMERIC)
         case FieldKind.DATE:
-            text = _empty_where_found(place, scope, _date(column, field.type), is_strict=is_strict)
-            return _text(text, Rank.TEXT)
+            text = _empty_text_for_null(
+                path, scope, _date_column_text(column, field.type), is_strict=is_strict
+            )
+            return _text_operand(text, Affinity.TEXT)
         case FieldKind.RELATION:
-            text = _empty_where_found(place, scope, _plain_text(column, field), is_strict=is_strict)
-            return replace(_text(text, Rank.TEXT), native=column)
+            text = _empty_text_for_null(
+                path, scope, _bytewise_text(column, field), is_strict=is_strict
+            )
+            return replace(_text_operand(text, Affinity.TEXT), native_column=column)
         case FieldKind.TEXT | FieldKind.FILE:
-            return replace(_text(_plain_text(column, field), Rank.TEXT), native=column)
+            return replace(
+                _text_operand(_bytewise_text(column, field), Affinity.TEXT), native_column=column
+            )
         case FieldKind.JSON | FieldKind.BYTES | FieldKind.COMPOSITE | FieldKind.GEOMETRY:
             raise AssertionError(f"the resolver lets no {field.kind} through")
 
 
-def _plain_text(column: Sql, field: Field) -> Sql:
+def _bytewise_text(column: Sql, field: Field) -> Sql:
     assert field.column is not None
-    return nodes.plain_text(Typed(column, field.type, field.column.is_deterministic))
+    return nodes.bytewise_text(TypedSql(column, field.type, field.column.is_deterministic))
 
 
-def _empty_where_found(place: Place, scope: Scope, text: Sql, *, is_strict: bool) -> Sql:
+def _empty_text_for_null(path: RowPath, scope: Scope, text: Sql, *, is_strict: bool) -> Sql:
     """Return the text, with '' for NULL in a row that exists."""
     if not is_strict:
         return text
-    return _where_found(place, scope, nodes.coalesced(text, nodes.string("")))
+    return _null_without_row(path, scope, nodes.coalesce(text, nodes.string("")))
 
 
-def _where_found(place: Place, scope: Scope, text: Sql) -> Sql:
+def _null_without_row(path: RowPath, scope: Scope, text: Sql) -> Sql:
     """Return the text where the place has a row, else NULL."""
-    if place.is_here:
+    if path.is_scope_row:
         return text
-    return nodes.case((nodes.is_null(scope.key(place).node), nodes.null()), default=text)
+    return nodes.case((nodes.is_null(scope.row_id(path).node), nodes.null()), default=text)
 
 
-def _number(column: Sql, type_: Type, scope: Scope) -> Value:
+def _number_operand(column: Sql, type_: Type, scope: Scope) -> SqlOperand:
     base = type_.base.name
     if base in {"int2", "int4", "int8"}:
-        return Value(rank=Rank.NUMERIC, number=column, show=lambda: nodes.cast(column, nodes.TEXT))
-    if base == "numeric":
-        return Value(
-            rank=Rank.NUMERIC,
+        return SqlOperand(
+            affinity=Affinity.NUMERIC,
             number=column,
-            show=lambda: nodes.cast(nodes.call("trim_scale", column), nodes.TEXT),
+            make_text=lambda: nodes.cast(column, nodes.TEXT),
+        )
+    if base == "numeric":
+        return SqlOperand(
+            affinity=Affinity.NUMERIC,
+            number=column,
+            make_text=lambda: nodes.cast(nodes.call("trim_scale", column), nodes.TEXT),
         )
     # A real is shown with fewer digits than its double has, and means what is shown.
     shown = nodes.cast(column, nodes.TEXT) if base == "float4" else column
     number = nodes.cast(shown, nodes.DOUBLE)
 
     def show() -> Sql:
-        of = scope.named(("shown", column), lambda: {"t": number_text(scope.statement, number)})
+        of = scope.compute_once(
+            ("shown", column), lambda: {"t": number_text_sql(scope.translation, number)}
+        )
         return of("t")
 
-    return Value(rank=Rank.NUMERIC, number=number, show=show, is_double=True)
+    return SqlOperand(affinity=Affinity.NUMERIC, number=number, make_text=show, is_double=True)
 
 
-def _flag(column: Sql) -> Value:
+def _bool_operand(column: Sql) -> SqlOperand:
     number = nodes.cast(column, "int")
-    return Value(rank=Rank.NUMERIC, number=number, show=lambda: nodes.cast(number, nodes.TEXT))
+    return SqlOperand(
+        affinity=Affinity.NUMERIC, number=number, make_text=lambda: nodes.cast(number, nodes.TEXT)
+    )
 
 
-def _item(kind: FieldKind, item: Typed, scope: Scope) -> Value:
+def _each_operand(kind: FieldKind, item: TypedSql, scope: Scope) -> SqlOperand:
     """Return one of many values: the same as if the field held it alone."""
     match kind:
         case FieldKind.NUMBER:
-            return _number(item.node, item.type, scope)
+            return _number_operand(item.node, item.type, scope)
         case FieldKind.BOOL:
-            return _flag(item.node)
+            return _bool_operand(item.node)
         case FieldKind.DATE:
-            return _text(_date(item.node, item.type), Rank.NONE)
+            return _text_operand(_date_column_text(item.node, item.type), Affinity.NONE)
         case _:
-            return _text(nodes.plain_text(item), Rank.NONE)
+            return _text_operand(nodes.bytewise_text(item), Affinity.NONE)
 
 
-def _date(column: Sql, type_: Type) -> Sql:
+def _date_column_text(column: Sql, type_: Type) -> Sql:
     """Return the moment as PocketBase writes it; infinities order last and first.
 
     Years before 1 are counted as records count them: 1 BC is 0000, 44 BC is -0043.
     """
-    in_utc = moment_of(column, type_)
+    in_utc = utc_timestamp(column, type_)
     shown = nodes.call("to_char", in_utc, nodes.string(f"YYYY{_DAY_AND_TIME}"))
     year = nodes.cast(nodes.call("to_char", in_utc, nodes.string("YYYY")), "int")
     counted = nodes.call(
         "to_char", nodes.binary(exp.Sub, nodes.number(1), year), nodes.string("FM0000")
     )
-    early = nodes.joined(counted, nodes.call("to_char", in_utc, nodes.string(_DAY_AND_TIME)))
+    early = nodes.concatenate(counted, nodes.call("to_char", in_utc, nodes.string(_DAY_AND_TIME)))
     is_early = nodes.binary(exp.LT, in_utc, nodes.cast(nodes.string("0001-01-01"), nodes.TIMESTAMP))
     finite = nodes.case((is_early, early), default=shown)
     return nodes.case(
@@ -263,23 +292,23 @@ def _date(column: Sql, type_: Type) -> Sql:
 _DAY_AND_TIME = '-MM-DD HH24:MI:SS.MS"Z"'
 
 
-def moment_of(column: Sql, type_: Type) -> Sql:
+def utc_timestamp(column: Sql, type_: Type) -> Sql:
     """Return a date column as a timestamp without zone, in UTC."""
     if type_.base.name == "timestamptz":
         return nodes.in_utc(column)
     return nodes.cast(column, nodes.TIMESTAMP)
 
 
-def _list_text(place: Place, field: Field, scope: Scope) -> Sql:
+def _list_text(path: RowPath, field: Field, scope: Scope) -> Sql:
     """Return many values as the JSON text that PocketBase keeps."""
     junction = None if field.relation is None else field.relation.junction
     if junction is not None:
-        ids = nodes.call("array_to_json", _junction_ids(place, field, scope))
-        return _where_found(
-            place, scope, nodes.coalesced(nodes.cast(ids, nodes.TEXT), nodes.string("[]"))
+        ids = nodes.call("array_to_json", _junction_ids(path, field, scope))
+        return _null_without_row(
+            path, scope, nodes.coalesce(nodes.cast(ids, nodes.TEXT), nodes.string("[]"))
         )
     assert field.column is not None
-    column = scope.column(place, field.column.name)
+    column = scope.column(path, field.column.name)
     element = field.type.base.element
     assert element is not None
     is_native = field.kind in {FieldKind.NUMBER, FieldKind.BOOL, FieldKind.JSON}
@@ -287,83 +316,87 @@ def _list_text(place: Place, field: Field, scope: Scope) -> Sql:
     return nodes.cast(nodes.call("array_to_json", array), nodes.TEXT)
 
 
-def _junction_ids(place: Place, field: Field, scope: Scope) -> Sql:
+def _junction_ids(path: RowPath, field: Field, scope: Scope) -> Sql:
     """Return the ids that the junction table holds, as an array in their own order."""
     assert field.relation is not None
     junction = field.relation.junction
     assert junction is not None
-    source = junction.table.column(junction.source)
-    target = junction.table.column(junction.target)
+    source = junction.table.find_column(junction.source_column)
+    target = junction.table.find_column(junction.target_column)
     assert source is not None
     assert target is not None
-    alias = scope.statement.alias()
-    scope.statement.tables.setdefault(junction.table.name)
-    ids = nodes.plain_text(typed_column(alias, target))
-    own = nodes.equal_keys(typed_column(alias, source), scope.key(place))
+    alias = scope.translation.new_alias()
+    scope.translation.tables.setdefault(junction.table.name)
+    ids = nodes.bytewise_text(typed_column(alias, target))
+    own = nodes.equal_keys(typed_column(alias, source), scope.row_id(path))
     select = exp.Select(
         expressions=[ids],
         from_=exp.From(this=nodes.table(junction.table.name, alias)),
         where=exp.Where(this=own),
-        order=exp.Order(expressions=[exp.Ordered(this=nodes.own(ids), nulls_first=False)]),
+        order=exp.Order(
+            expressions=[exp.Ordered(this=nodes.copy_if_attached(ids), nulls_first=False)]
+        ),
     )
     return exp.Array(expressions=[select])
 
 
-def _length(place: Place, field: Field, scope: Scope) -> Sql:
+def _length(path: RowPath, field: Field, scope: Scope) -> Sql:
     """Return how many values there are; 0 where there is no row."""
     if not field.is_multiple:
-        whole = _field(place, field, scope, is_strict=False)
-        is_something = nodes.binary(exp.NEQ, whole.shown, nodes.string(""))
+        whole = _whole_field(path, field, scope, is_strict=False)
+        is_something = nodes.binary(exp.NEQ, whole.as_text, nodes.string(""))
         return nodes.case((is_something, nodes.number(1)), default=nodes.number(0))
     if field.column is None:
-        count = nodes.call("cardinality", _junction_ids(place, field, scope))
+        count = nodes.call("cardinality", _junction_ids(path, field, scope))
     else:
-        count = nodes.call("cardinality", scope.column(place, field.column.name))
-    return nodes.coalesced(count, nodes.number(0))
+        count = nodes.call("cardinality", scope.column(path, field.column.name))
+    return nodes.coalesce(count, nodes.number(0))
 
 
 def _lower(text: Sql) -> Sql:
-    return nodes.call("lower", nodes.collated(text))
+    return nodes.call("lower", nodes.collate_c(text))
 
 
 # --- json and points
 
 
-def _json_value(term: JsonValue, scope: Scope) -> Value:
+def _json_operand(term: JsonValue, scope: Scope) -> SqlOperand:
     column = term.field.column
     assert column is not None
-    raw = scope.column(term.place, column.name)
-    if term.field.kind is FieldKind.GEO and not term.field.is_stored_as_json:
+    raw = scope.column(term.row_path, column.name)
+    if term.field.kind is FieldKind.GEO_POINT and not term.field.is_stored_as_json:
         number = _coordinate(raw, term.keys[0], term.field.type)
         # PocketBase's points are JSON, whose whole numbers have no point.
-        return Value(
-            rank=Rank.NONE,
+        return SqlOperand(
+            affinity=Affinity.NONE,
             number=number,
-            show=lambda: number_text(scope.statement, number),
+            make_text=lambda: number_text_sql(scope.translation, number),
             is_double=True,
         )
-    if any(key.isdigit() and len(key) > _LONGEST_INDEX for key in term.keys):
-        return _text(nodes.null(), Rank.NONE)
+    if any(key.isdigit() and len(key) > _MAX_INDEX_DIGITS for key in term.keys):
+        return _text_operand(nodes.null(), Affinity.NONE)
     plain = replace(term, is_lower=False)
 
     def columns() -> dict[str, Sql]:
         node = _json_node(plain, raw, scope)
-        number = scope.statement.given(node, _json_number)
-        text = scope.statement.given(node, _json_text)
+        number = scope.translation.let(node, _json_number)
+        text = scope.translation.let(node, _json_text)
         return {"v": node, "n": number, "t": text}
 
-    of = scope.named(plain, columns)
+    of = scope.compute_once(plain, columns)
 
     def show() -> Sql:
-        shown = scope.named(("shown", plain), lambda: {"t": _json_shown(scope.statement, of)})
+        shown = scope.compute_once(
+            ("shown", plain), lambda: {"t": _json_as_text(scope.translation, of)}
+        )
         return shown("t")
 
     if term.is_lower:
-        return _text(_lower(show()), Rank.NONE)
-    return Value(rank=Rank.NONE, number=of("n"), text=of("t"), show=show)
+        return _text_operand(_lower(show()), Affinity.NONE)
+    return SqlOperand(affinity=Affinity.NONE, number=of("n"), text=of("t"), make_text=show)
 
 
-_LONGEST_INDEX = 9
+_MAX_INDEX_DIGITS = 9
 """Digits of an array's index: no array is that long, and int4 ends there."""
 
 
@@ -377,47 +410,47 @@ def _json_node(term: JsonValue, column: Sql, scope: Scope) -> Sql:
     if not term.keys:
         return document
     steps = (f"[{int(key)}]" if key.isdigit() else f'."{key}"' for key in term.keys)
-    path = scope.statement.bind(Literal(f"strict ${''.join(steps)}"), Form.TEXT)
+    path = scope.translation.bind(LiteralParameter(f"strict ${''.join(steps)}"), SqlForm.TEXT)
     return nodes.call(
         "jsonb_path_query_first",
         document,
         nodes.cast(path, "jsonpath"),
         nodes.cast(nodes.string("{}"), "jsonb"),
-        nodes.truth(True),
+        nodes.boolean(True),
     )
 
 
 def _json_number(node: Sql) -> Sql:
     """Return what SQLite's json_extract makes a number: numbers and booleans."""
-    number = nodes.cast(node, nodes.EXACT)
+    number = nodes.cast(node, nodes.NUMERIC)
     flag = nodes.cast(nodes.cast(node, "boolean"), "int")
-    return _by_kind(node, {"number": number, "boolean": nodes.cast(flag, nodes.EXACT)})
+    return _case_by_json_type(node, {"number": number, "boolean": nodes.cast(flag, nodes.NUMERIC)})
 
 
 def _json_text(node: Sql) -> Sql:
     """Return what SQLite's json_extract makes a text: strings, and the text of containers."""
     wrapped = nodes.call("jsonb_build_array", node)
     bare = nodes.call("jsonb_array_element_text", wrapped, nodes.number(0))
-    compact = _compact(nodes.cast(node, nodes.TEXT))
-    return _by_kind(node, {"string": bare, "object": compact, "array": compact})
+    compact = _compact_json(nodes.cast(node, nodes.TEXT))
+    return _case_by_json_type(node, {"string": bare, "object": compact, "array": compact})
 
 
-def _json_shown(statement: Statement, of: Callable[[str], Sql]) -> Sql:
+def _json_as_text(statement: Translation, of: Callable[[str], Sql]) -> Sql:
     """Return the value as text: a number without a point is an integer to SQLite."""
     spelt = nodes.cast(of("v"), nodes.TEXT)
     point = nodes.call("strpos", spelt, nodes.string("."))
     is_whole = nodes.binary(exp.EQ, point, nodes.number(0))
     is_integer = nodes.case(
-        (is_whole, _is_below(of("n"), END_OF_INTEGERS)), default=nodes.truth(False)
+        (is_whole, _is_magnitude_below(of("n"), INT64_END)), default=nodes.boolean(False)
     )
     double = nodes.cast(of("n"), nodes.DOUBLE)
-    digits = nodes.case((is_integer, spelt), default=float_text(statement, double))
+    digits = nodes.case((is_integer, spelt), default=float_text_sql(statement, double))
     flag = nodes.cast(nodes.cast(of("n"), "int"), nodes.TEXT)
-    shown = _by_kind(of("v"), {"number": digits, "boolean": flag})
-    return nodes.coalesced(of("t"), shown)
+    shown = _case_by_json_type(of("v"), {"number": digits, "boolean": flag})
+    return nodes.coalesce(of("t"), shown)
 
 
-def _by_kind(node: Sql, results: Mapping[str, Sql]) -> Sql:
+def _case_by_json_type(node: Sql, results: Mapping[str, Sql]) -> Sql:
     """Return the result for the JSON value's kind; NULL for other kinds."""
     kind = nodes.call("jsonb_typeof", node)
     return nodes.case(
@@ -428,7 +461,7 @@ def _by_kind(node: Sql, results: Mapping[str, Sql]) -> Sql:
     )
 
 
-def _compact(text: Sql) -> Sql:
+def _compact_json(text: Sql) -> Sql:
     """Return jsonb's text without the blanks between its tokens."""
     tokens = nodes.string(r'("([^"\\]|\\.)*")|([,:]) ')
     return nodes.call("regexp_replace", text, tokens, nodes.string(r"\1\3"), nodes.string("g"))
@@ -441,11 +474,15 @@ def _coordinate(point: Sql, key: str, type_: Type) -> Sql:
         return nodes.null(nodes.DOUBLE)
     base = type_.base
     if not base.extension:
-        return exp.Bracket(this=nodes.own(point), expressions=[nodes.number(index)], offset=1)
-    geometry = nodes.typed(point, replace(base, name="geometry"))
-    shape = nodes.call_in(base.schema, "st_geometrytype", geometry)
+        return exp.Bracket(
+            this=nodes.copy_if_attached(point), expressions=[nodes.number(index)], offset=1
+        )
+    geometry = nodes.cast_to_type(point, replace(base, name="geometry"))
+    shape = nodes.call_in_schema(base.schema, "st_geometrytype", geometry)
     is_point = nodes.binary(exp.EQ, shape, nodes.string("ST_Point"))
-    return nodes.case((is_point, nodes.call_in(base.schema, ("st_x", "st_y")[index], geometry)))
+    return nodes.case(
+        (is_point, nodes.call_in_schema(base.schema, ("st_x", "st_y")[index], geometry))
+    )
 
 
 def _geo_text(column: Sql, field: Field) -> Sql:
@@ -460,7 +497,7 @@ def _geo_text(column: Sql, field: Field) -> Sql:
             nodes.cast(nodes.call("jsonb_object_field", node, nodes.string(key)), nodes.TEXT)
             for key in ("lon", "lat")
         )
-    return nodes.joined(
+    return nodes.concatenate(
         nodes.string('{"lon":'), lon, nodes.string(',"lat":'), lat, nodes.string("}")
     )
 
@@ -468,46 +505,51 @@ def _geo_text(column: Sql, field: Field) -> Sql:
 # --- conversions
 
 
-def to_number(operand: Value, scope: Scope) -> Value:
+def convert_to_number(operand: SqlOperand, scope: Scope) -> SqlOperand:
     """Return the operand with texts that look like numbers turned into numbers."""
     if operand.text is None:
         return operand
     if operand.parameter is not None:
-        if scope.statement.shapes[operand.parameter] is not Shape.NUMERIC:
+        if (
+            scope.translation.parameter_classes[operand.parameter]
+            is not ParameterClass.NUMERIC_TEXT
+        ):
             return operand
         number = _bound_number(operand.parameter, scope)
-        return Value(rank=operand.rank, number=number, show=operand.show)
-    number, text = _split(operand.text)
+        return SqlOperand(affinity=operand.affinity, number=number, make_text=operand.make_text)
+    number, text = _split_numeric_text(operand.text)
     if operand.number is not None:
-        number = nodes.coalesced(operand.number, number)
-    return replace(operand, number=number, text=text, parameter=None, native=None)
+        number = nodes.coalesce(operand.number, number)
+    return replace(operand, number=number, text=text, parameter=None, native_column=None)
 
 
-def alike(one: Value, other: Value) -> tuple[Value, Value]:
+def align_precision(one: SqlOperand, other: SqlOperand) -> tuple[SqlOperand, SqlOperand]:
     """Return both with numbers that can be compared: exact ones, unless one is a double."""
     if one.is_double is other.is_double:
         return one, other
-    return _as_double(one), _as_double(other)
+    return _convert_to_double(one), _convert_to_double(other)
 
 
-def _as_double(operand: Value) -> Value:
+def _convert_to_double(operand: SqlOperand) -> SqlOperand:
     if operand.is_double or operand.number is None:
         return operand
     return replace(operand, number=nodes.cast(operand.number, nodes.DOUBLE), is_double=True)
 
 
-def to_text(operand: Value) -> Value:
+def convert_to_text(operand: SqlOperand) -> SqlOperand:
     """Return the operand with numbers turned into texts."""
     if operand.number is None:
         return operand
-    return replace(operand, number=None, text=operand.shown, is_double=False)
+    return replace(operand, number=None, text=operand.as_text, is_double=False)
 
 
-def _split(text: Sql) -> tuple[Sql, Sql]:
+def _split_numeric_text(text: Sql) -> tuple[Sql, Sql]:
     """Return the number of a text that looks like one, and the text if it doesn't."""
-    looks = nodes.matches(text, NUMERIC)
-    is_short = nodes.binary(exp.LT, nodes.call("length", text), nodes.number(LONGEST_NUMBER))
-    number = nodes.case((is_short, nodes.case((looks, nodes.cast(text, nodes.EXACT)))))
+    looks = nodes.matches_regex(text, NUMERIC_TEXT_REGEX)
+    is_short = nodes.binary(
+        exp.LT, nodes.call("length", text), nodes.number(MAX_NUMERIC_TEXT_LENGTH)
+    )
+    number = nodes.case((is_short, nodes.case((looks, nodes.cast(text, nodes.NUMERIC)))))
     rest = nodes.case((is_short, nodes.case((looks, nodes.null()), default=text)), default=text)
     return number, rest
 
@@ -518,12 +560,12 @@ def leading_number(text: Sql) -> Sql:
     return nodes.cast(nodes.call("substring", text, digits), nodes.DOUBLE)
 
 
-def _as_number(operand: Value, scope: Scope) -> Sql:
+def _double_or_null(operand: SqlOperand, scope: Scope) -> Sql:
     """Return the operand's number as a double, NULL if it is a text that doesn't look like one.
 
     A number beyond all doubles is NULL too, for functions that couldn't do anything with it.
     """
-    converted = to_number(operand, scope)
+    converted = convert_to_number(operand, scope)
     number = converted.number
     if number is None:
         return nodes.null(nodes.DOUBLE)
@@ -531,35 +573,36 @@ def _as_number(operand: Value, scope: Scope) -> Sql:
         return number
 
     def body(given: Sql) -> Sql:
-        is_double = _is_below(given, nodes.cast(nodes.string("1e300"), nodes.EXACT))
+        is_double = _is_magnitude_below(given, nodes.cast(nodes.string("1e300"), nodes.NUMERIC))
         not_tiny = nodes.call("round", given, nodes.number(300))
         return nodes.case((is_double, nodes.cast(not_tiny, nodes.DOUBLE)))
 
-    return scope.statement.given(nodes.cast(number, nodes.EXACT), body)
+    return scope.translation.let(nodes.cast(number, nodes.NUMERIC), body)
 
 
-def _date_text(operand: Value) -> Sql:
+def _text_or_null(operand: SqlOperand) -> Sql:
     return nodes.null() if operand.text is None else operand.text
 
 
 # --- numbers as SQLite shows them
 
 
-def number_text(statement: Statement, number: Sql) -> Sql:
+def number_text_sql(statement: Translation, number: Sql) -> Sql:
     """Return a number column's text: a whole number has no point, as integers haven't."""
 
     def body(given: Sql) -> Sql:
-        whole = nodes.cast(nodes.cast(given, nodes.INTEGER), nodes.TEXT)
+        whole = nodes.cast(nodes.cast(given, nodes.BIGINT), nodes.TEXT)
         is_whole = nodes.binary(exp.EQ, given, nodes.call("trunc", given))
         is_integer = nodes.case(
-            (_is_below(given, _BIGGEST_INTEGER), is_whole), default=nodes.truth(False)
+            (_is_magnitude_below(given, _MAX_DOUBLE_IN_INT64), is_whole),
+            default=nodes.boolean(False),
         )
-        return nodes.case((is_integer, whole), default=float_text(statement, given))
+        return nodes.case((is_integer, whole), default=float_text_sql(statement, given))
 
-    return statement.given(number, body)
+    return statement.let(number, body)
 
 
-def float_text(statement: Statement, number: Sql) -> Sql:
+def float_text_sql(statement: Translation, number: Sql) -> Sql:
     """Return a float's text as ``parameters.number_text`` has it."""
 
     def body(given: Sql) -> Sql:
@@ -568,29 +611,32 @@ def float_text(statement: Statement, number: Sql) -> Sql:
         return nodes.case(
             (nodes.is_null(given), nodes.null()),
             (nodes.binary(exp.EQ, given, nodes.number(0)), nodes.string("0.0")),
-            (_is_below(given, nodes.string("Infinity")), statement.given(_digits(given), _shown)),
+            (
+                _is_magnitude_below(given, nodes.string("Infinity")),
+                statement.let(_float_digits(given), _digits_as_text),
+            ),
             default=infinite,
         )
 
-    return statement.given(number, body)
+    return statement.let(number, body)
 
 
 _DIGITS_17 = "9.9999999999999999EEEE"
 _DIGITS_18 = "9.99999999999999999EEEE"
 
 
-def _is_below(number: Sql, limit: Sql | int) -> Sql:
+def _is_magnitude_below(number: Sql, limit: Sql | int) -> Sql:
     bound = nodes.number(limit) if isinstance(limit, int) else limit
     return nodes.binary(exp.LT, nodes.call("abs", number), bound)
 
 
-def _digits(number: Sql) -> Sql:
+def _float_digits(number: Sql) -> Sql:
     """Return the finite number with the digits that SQLite shows, as numeric."""
     short = nodes.cast(number, "numeric")
     reads_back = nodes.binary(exp.EQ, nodes.cast(short, nodes.DOUBLE), number)
     # Beyond this a number rounded to 15 digits may be none any more.
-    is_safe = _is_below(number, nodes.string("1e308"))
-    is_short = nodes.case((is_safe, reads_back), default=nodes.truth(False))
+    is_safe = _is_magnitude_below(number, nodes.string("1e308"))
+    is_short = nodes.case((is_safe, reads_back), default=nodes.boolean(False))
     spelt = nodes.call("to_char", number, nodes.string(_DIGITS_18))
     mantissa, exponent = (
         nodes.call("split_part", spelt, nodes.string("e"), nodes.number(part)) for part in (1, 2)
@@ -598,24 +644,26 @@ def _digits(number: Sql) -> Sql:
     rounded = nodes.cast(
         nodes.call("round", nodes.cast(mantissa, "numeric"), nodes.number(16)), nodes.TEXT
     )
-    long = nodes.cast(nodes.joined(rounded, nodes.string("e"), exponent), "numeric")
+    long = nodes.cast(nodes.concatenate(rounded, nodes.string("e"), exponent), "numeric")
     return nodes.case((is_short, short), default=long)
 
 
-def _shown(digits: Sql) -> Sql:
+def _digits_as_text(digits: Sql) -> Sql:
     """Return digits as text: plain if they are of common size, else with an exponent."""
     decimal = nodes.cast(nodes.call("trim_scale", digits), nodes.TEXT)
     has_no_point = nodes.binary(
         exp.EQ, nodes.call("strpos", decimal, nodes.string(".")), nodes.number(0)
     )
-    plain = nodes.case((has_no_point, nodes.joined(decimal, nodes.string(".0"))), default=decimal)
+    plain = nodes.case(
+        (has_no_point, nodes.concatenate(decimal, nodes.string(".0"))), default=decimal
+    )
     spelt = nodes.call("ltrim", nodes.call("to_char", digits, nodes.string(_DIGITS_17)))
     wide = nodes.call(
         "regexp_replace", spelt, nodes.string(r"(\.[0-9]+?)0*e"), nodes.string(r"\1e")
     )
     return nodes.case(
-        (_is_below(digits, nodes.string("0.0001")), wide),
-        (_is_below(digits, 10**17), plain),
+        (_is_magnitude_below(digits, nodes.string("0.0001")), wide),
+        (_is_magnitude_below(digits, 10**17), plain),
         default=wide,
     )
 
@@ -625,7 +673,9 @@ def _shown(digits: Sql) -> Sql:
 
 def _geo_distance(term: GeoDistance, scope: Scope) -> Sql:
     """Return kilometres by the arc cosine. Rounding may exceed 1, which acos would refuse."""
-    lon_a, lat_a, lon_b, lat_b = (_radians(value(arg, scope), scope) for arg in term.args)
+    lon_a, lat_a, lon_b, lat_b = (
+        _radians(translate_operand(arg, scope), scope) for arg in term.args
+    )
 
     def times(*factors: Sql) -> Sql:
         product, *rest = factors
@@ -647,29 +697,29 @@ def _geo_distance(term: GeoDistance, scope: Scope) -> Sql:
         times(nodes.call("cos", lat_a), nodes.call("cos", lat_b), apart),
         times(nodes.call("sin", lat_a), nodes.call("sin", lat_b)),
     )
-    return scope.statement.given(cosine, body)
+    return scope.translation.let(cosine, body)
 
 
-def _radians(degrees: Value, scope: Scope) -> Sql:
+def _radians(degrees: SqlOperand, scope: Scope) -> Sql:
     """Return the angle; NULL if it is endless, of which PostgreSQL would refuse the cosine."""
 
     def body(given: Sql) -> Sql:
-        is_finite = _is_below(given, nodes.string("Infinity"))
+        is_finite = _is_magnitude_below(given, nodes.string("Infinity"))
         return nodes.case((is_finite, nodes.call("radians", given)))
 
-    return scope.statement.given(_as_number(degrees, scope), body)
+    return scope.translation.let(_double_or_null(degrees, scope), body)
 
 
 # --- moments
 
 
 def _strftime(term: Strftime, scope: Scope) -> Sql:
-    when = None if term.time is None else value(term.time, scope)
-    start = moment(
+    when = None if term.time is None else translate_operand(term.time, scope)
+    start = translate_time(
         scope,
         time=term.time,
-        number=None if when is None else _as_number(when, scope),
-        text=None if when is None else _date_text(when),
+        number=None if when is None else _double_or_null(when, scope),
+        text=None if when is None else _text_or_null(when),
         modifiers=term.modifiers,
     )
-    return formatted(scope, start, term.format, term.modifiers)
+    return format_time(scope, start, term.format, term.modifiers)

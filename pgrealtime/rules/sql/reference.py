@@ -16,26 +16,38 @@ from pgrealtime.auth.principal import AuthRecord, Superuser
 from pgrealtime.changes import Row, TableName
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.errors import RuleError, RuleUnsupportedError
-from pgrealtime.rules.language.parameters import AuthColumn, Binding, render, shape, value
-from pgrealtime.rules.language.predicate import Predicate, parameters
-from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.language.parameters import (
+    Binding,
+    CallerColumn,
+    parameter_class,
+    parameter_value,
+    to_sql_value,
+)
+from pgrealtime.rules.language.predicate import Predicate, condition_parameters
+from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import filter_text, resolve_filter, resolve_rule
 from pgrealtime.rules.sql import nodes
-from pgrealtime.rules.sql.conditions import ROW, Lowered, lower
+from pgrealtime.rules.sql.conditions import ROW_ALIAS, SqlPredicate, translate_predicate
 from pgrealtime.rules.sql.nodes import Sql, all_of
-from pgrealtime.rules.sql.row_images import Overlay, before, columns_of, free_name, images
+from pgrealtime.rules.sql.row_images import (
+    Overlay,
+    find_columns,
+    images_table,
+    unused_column_name,
+    with_overlays,
+)
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_ANY_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 """Any moment: the class of a macro is the same at all of them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Everyone:
+class AdmitAll:
     """No row needs to be asked about: all are admitted."""
 
 
 @dataclass(frozen=True, slots=True)
-class Nobody:
+class DenyAll:
     """No row is admitted."""
 
     reason: str
@@ -43,7 +55,7 @@ class Nobody:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class SqlQuery:
     """A statement to run read-only, with ``search_path`` at pg_catalog."""
 
     sql: str
@@ -53,27 +65,27 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
+class ReferenceQuery:
     """What one subscriber may see of one collection."""
 
     collection: Collection
-    request: Request
-    lowered: tuple[Lowered, ...]
+    request: RuleRequest
+    sql_predicates: tuple[SqlPredicate, ...]
     """The rule and the filter, each a scope of its own; at least one of the two."""
-    statement: str
+    sql: str
     """What ``question`` asks, printed once."""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of a row image that are read."""
-        return _columns_of(self.lowered)
+        return _columns_of(self.sql_predicates)
 
     @property
     def tables(self) -> frozenset[TableName]:
         """The tables that are read beside the row image."""
-        return frozenset().union(*(part.tables for part in self.lowered))
+        return frozenset().union(*(part.tables for part in self.sql_predicates))
 
-    def question(self, rows: Sequence[Row], now: datetime) -> Question:
+    def sql_query(self, rows: Sequence[Row], now: datetime) -> SqlQuery:
         """Return the query for the admitted ones of some row images.
 
         A row that lacks a column which is read is not asked about, and so not admitted.
@@ -82,35 +94,37 @@ class Reference:
             rows: Images of rows of the collection's table, in text form.
             now: What macros mean; with its zone.
         """
-        return Question(self.statement, self._params(rows, now))
+        return SqlQuery(self.sql, self._params(rows, now))
 
-    def question_before(
+    def sql_query_before(
         self, rows: Sequence[Row], now: datetime, overlays: Sequence[Overlay]
-    ) -> Question | None:
+    ) -> SqlQuery | None:
         """Return the same query with related tables as they were before a transaction.
 
         Returns:
             None if an old image lacks a column that is read: then nothing can be admitted.
         """
         params = self._params(rows, now)
-        made = before([part.condition for part in self.lowered], overlays, params)
+        made = with_overlays([part.condition for part in self.sql_predicates], overlays, params)
         if made is None:
             return None
         redirected, views = made
-        return Question(_statement(self.collection, self.columns, redirected, views), params)
+        return SqlQuery(
+            _matching_rows_sql(self.collection, self.columns, redirected, views), params
+        )
 
-    def truth(self, row: Row, now: datetime) -> Question:
+    def truth_query(self, row: Row, now: datetime) -> SqlQuery:
         """Return the query for what the condition is of one row, which must be whole.
 
         Its result is one value: TRUE, FALSE, or NULL, which admits no more than FALSE does.
         """
-        conditions = [part.condition for part in self.lowered]
-        columns = columns_of(self.collection.table, self.columns)
+        conditions = [part.condition for part in self.sql_predicates]
+        columns = find_columns(self.collection.table, self.columns)
         select = exp.Select(
             expressions=[all_of(*conditions)],
-            from_=exp.From(this=images(columns, free_name(self.columns))),
+            from_=exp.From(this=images_table(columns, unused_column_name(self.columns))),
         )
-        return Question(select.sql(dialect="postgres", copy=False), self._params([row], now))
+        return SqlQuery(select.sql(dialect="postgres", copy=False), self._params([row], now))
 
     def _params(self, rows: Sequence[Row], now: datetime) -> dict[str, object]:
         columns = self.columns
@@ -122,14 +136,14 @@ class Reference:
         params: dict[str, object] = {"i": [index for index, _ in known]}
         for at, column in enumerate(columns):
             params[f"c{at}"] = [row[column] for _, row in known]
-        for part in self.lowered:
-            params |= _rendered(part.bindings, self.request, now)
+        for part in self.sql_predicates:
+            params |= _sql_params(part.bindings, self.request, now)
         return params
 
 
-def reference(
-    collections: Collections, collection: Collection, rule: str | None, request: Request
-) -> Everyone | Nobody | Reference:
+def reference_query(
+    collections: Collections, collection: Collection, rule: str | None, request: RuleRequest
+) -> AdmitAll | DenyAll | ReferenceQuery:
     """Return what decides which rows of the collection the subscriber may see.
 
     Args:
@@ -143,42 +157,42 @@ def reference(
             kind, and a bad filter, admit nobody.
     """
     predicates: list[Predicate] = []
-    auth = auth_collection(collections, request)
+    auth = auth_collection_of(collections, request)
     is_superuser = isinstance(request.principal, Superuser)
     if not is_superuser:
         if rule is None:
-            return Nobody("the rule is for superusers only")
+            return DenyAll("the rule is for superusers only")
         if rule:
             try:
                 predicates.append(resolve_rule(rule, collections, collection, auth))
             except RuleError as error:
-                validate(collections, collection, rule)
-                return Nobody(f"the rule doesn't hold for this subscriber: {error}")
+                check_rule(collections, collection, rule)
+                return DenyAll(f"the rule doesn't hold for this subscriber: {error}")
     text = request.query.get("filter", "")
     try:
         if filter_text(request.query, is_superuser=is_superuser):
             predicates.append(
                 resolve_filter(text, collections, collection, auth, is_superuser=is_superuser)
             )
-        return _translated(collections, collection, predicates, request)
+        return _translate(collections, collection, predicates, request)
     except RuleError as error:
-        return Nobody(f"the filter is refused: {error}" if text else str(error))
+        return DenyAll(f"the filter is refused: {error}" if text else str(error))
 
 
-def alone(
-    collections: Collections, collection: Collection, predicate: Predicate, request: Request
-) -> Reference:
+def query_of_predicate(
+    collections: Collections, collection: Collection, predicate: Predicate, request: RuleRequest
+) -> ReferenceQuery:
     """Return what decides about one predicate, whatever the collection's rule and the filter.
 
     Raises:
         RuleUnsupportedError: It can't be decided exactly.
     """
-    made = _translated(collections, collection, [predicate], request)
-    assert isinstance(made, Reference)
+    made = _translate(collections, collection, [predicate], request)
+    assert isinstance(made, ReferenceQuery)
     return made
 
 
-def validate(collections: Collections, collection: Collection, rule: str) -> None:
+def check_rule(collections: Collections, collection: Collection, rule: str) -> None:
     """Check a rule as it is when it is set, for a subscriber of any kind.
 
     Raises:
@@ -186,53 +200,55 @@ def validate(collections: Collections, collection: Collection, rule: str) -> Non
     """
     if not rule:
         return
-    guest = Request()
+    guest = RuleRequest()
     checked = resolve_rule(rule, collections, collection, None)
-    _translated(collections, collection, [checked], guest)
+    _translate(collections, collection, [checked], guest)
     for auth in collections.values():
         if auth.type == "auth" and "@request.auth." in rule:
-            _check_support(collections, collection, rule, auth)
+            _check_supported_for(collections, collection, rule, auth)
 
 
-def _check_support(
-    collections: Collections, collection: Collection, rule: str, auth: Collection
+def _check_supported_for(
+    collections: Collections, collection: Collection, rule: str, auth_collection: Collection
 ) -> None:
     """Refuse what can't be decided for this kind; what PocketBase too finds wrong only denies."""
-    guest = Request()
+    guest = RuleRequest()
     try:
-        checked = resolve_rule(rule, collections, collection, auth)
-        _translated(collections, collection, [checked], guest)
+        checked = resolve_rule(rule, collections, collection, auth_collection)
+        _translate(collections, collection, [checked], guest)
     except RuleUnsupportedError:
         raise
     except RuleError:
         return
 
 
-def _translated(
+def _translate(
     collections: Collections,
     collection: Collection,
     predicates: Sequence[Predicate],
-    request: Request,
-) -> Everyone | Reference:
+    request: RuleRequest,
+) -> AdmitAll | ReferenceQuery:
     if not predicates:
-        return Everyone()
+        return AdmitAll()
     lowered = []
     for prefix, predicate in zip("pf", predicates, strict=False):
         shapes = {
-            parameter: shape(value(parameter, request, _EPOCH))
-            for parameter in parameters(predicate.where)
+            parameter: parameter_class(parameter_value(parameter, request, _ANY_TIME))
+            for parameter in condition_parameters(predicate.where)
         }
-        lowered.append(lower(predicate, collections, shapes, prefix=prefix))
+        lowered.append(
+            translate_predicate(predicate, collections, shapes, placeholder_prefix=prefix)
+        )
     conditions = [part.condition for part in lowered]
-    return Reference(
+    return ReferenceQuery(
         collection=collection,
         request=request,
-        lowered=tuple(lowered),
-        statement=_statement(collection, _columns_of(lowered), conditions, []),
+        sql_predicates=tuple(lowered),
+        sql=_matching_rows_sql(collection, _columns_of(lowered), conditions, []),
     )
 
 
-def auth_collection(collections: Collections, request: Request) -> Collection | None:
+def auth_collection_of(collections: Collections, request: RuleRequest) -> Collection | None:
     """Return the collection of the subscriber's record; None for guests and superusers."""
     """Return the collection of the subscriber's record; None for others, or if there is none."""
     match request.principal:
@@ -243,35 +259,35 @@ def auth_collection(collections: Collections, request: Request) -> Collection | 
             return None
 
 
-def _rendered(
-    bindings: Mapping[str, Binding], request: Request, now: datetime
+def _sql_params(
+    bindings: Mapping[str, Binding], request: RuleRequest, now: datetime
 ) -> dict[str, object]:
     found: dict[str, object] = {}
     for key, binding in bindings.items():
-        assert not isinstance(binding.parameter, AuthColumn)  # its own row is read
-        found[key] = render(value(binding.parameter, request, now), binding.form)
+        assert not isinstance(binding.parameter, CallerColumn)  # its own row is read
+        found[key] = to_sql_value(parameter_value(binding.parameter, request, now), binding.form)
     return found
 
 
 # --- rows as SQL
 
 
-def _columns_of(lowered: Sequence[Lowered]) -> tuple[str, ...]:
+def _columns_of(lowered: Sequence[SqlPredicate]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for part in lowered for name in part.columns))
 
 
-def _statement(
+def _matching_rows_sql(
     collection: Collection,
     names: Sequence[str],
     conditions: Sequence[Sql],
     views: Sequence[exp.CTE],
 ) -> str:
     """Print the query for the rows that meet all conditions."""
-    columns = columns_of(collection.table, names)
-    ordinal = free_name(names)
+    columns = find_columns(collection.table, names)
+    ordinal = unused_column_name(names)
     select = exp.Select(
-        expressions=[nodes.column(ROW, ordinal)],
-        from_=exp.From(this=images(columns, ordinal)),
+        expressions=[nodes.column(ROW_ALIAS, ordinal)],
+        from_=exp.From(this=images_table(columns, ordinal)),
         where=exp.Where(this=all_of(*conditions)),
     )
     if views:

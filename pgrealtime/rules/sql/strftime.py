@@ -15,8 +15,8 @@ from sqlglot import exp
 
 from pgrealtime.collections.model import FieldKind
 from pgrealtime.errors import RuleUnsupportedError
-from pgrealtime.rules.language.parameters import Form, Literal, Macro
-from pgrealtime.rules.language.predicate import FieldValue, Part, Term
+from pgrealtime.rules.language.parameters import LiteralParameter, Macro, SqlForm
+from pgrealtime.rules.language.predicate import FieldValue, Modifier, Term
 from pgrealtime.rules.sql import nodes
 from pgrealtime.rules.sql.joins import Scope
 from pgrealtime.rules.sql.nodes import Sql
@@ -25,22 +25,22 @@ _DATE = r"(?!0000)[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
 _TIME = r"([01][0-9]|2[0-4]):[0-5][0-9](:[0-5][0-9](\.[0-9]+)?)?"
 _BLANK = r"[ \t\n\v\f\r]"
 _ZONE = rf"{_BLANK}*([Zz]|[+-](0[0-9]|1[0-4]):[0-5][0-9])?{_BLANK}*"
-_READABLE = rf"^({_DATE}[ \t\n\v\f\rT]*({_TIME}{_ZONE})?|{_TIME}{_ZONE})$"
+_TIME_VALUE = rf"^({_DATE}[ \t\n\v\f\rT]*({_TIME}{_ZONE})?|{_TIME}{_ZONE})$"
 """The dates that SQLite reads, but for years before 1."""
 
-_LAST_JULIAN = 5373484.5
-_FIRST_UNIX, _LAST_UNIX = -210866760000, 253402300800
+_END_JULIAN_DAY = 5373484.5
+_FIRST_UNIX_SECOND, _END_UNIX_SECOND = -210866760000, 253402300800
 _DAY_SECONDS = 86400
-_BASES = {"unixepoch", "julianday", "auto"}
-_SHIFT = re.compile(
+_NUMBER_MODIFIERS = {"unixepoch", "julianday", "auto"}
+_SHIFT_MODIFIER = re.compile(
     rf"([+-]?(?:\d+\.?\d*|(?<=[+-])\.\d+)(?:[eE][+-]?\d+)?){_BLANK}+"
     r"(day|hour|minute|second|month|year)s?",
     re.ASCII,
 )
-_WEEKDAY = re.compile(
+_WEEKDAY_MODIFIER = re.compile(
     rf"weekday {_BLANK}*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?){_BLANK}*", re.ASCII
 )
-_SECONDS = {
+_SECONDS_PER_UNIT = {
     "second": 1,
     "minute": 60,
     "hour": 3600,
@@ -49,7 +49,7 @@ _SECONDS = {
     "year": 365 * _DAY_SECONDS,
 }
 """Of months and years it is what a part of one is worth."""
-_MOST = {
+_MAX_SHIFT = {
     "second": 4.6427e11,
     "minute": 7.7379e9,
     "hour": 1.2897e8,
@@ -58,19 +58,23 @@ _MOST = {
     "year": 14713.0,
 }
 """A longer way than this leads out of what SQLite can hold, from wherever."""
-_OF_CALENDAR = ("month", "year")
+_CALENDAR_UNITS = ("month", "year")
 """Of these SQLite must know the year before and after, so that no detour leads beyond its own."""
-_FINER = frozenset({"subsec", "subsecond"})
+_SUBSECOND_MODIFIERS = frozenset({"subsec", "subsecond"})
 """With these the seconds since 1970 have three decimals."""
-_LONGEST_FORMAT = 250
-_CYCLES_DAYS = 300 * 146097
+_MAX_FORMAT_LENGTH = 250
+_SHIFTED_BY_DAYS = 300 * 146097
 """120,000 years. The calendar repeats itself every 400, weekdays too, so that modifiers can be
 applied that much later: there no detour leaves what PostgreSQL can hold."""
-_FIRST_YEAR, _FIRST, _END = "115287-01-01", "115287-11-24 12:00:00", "130000-01-01"
+_SHIFTED_FIRST_YEAR, _SHIFTED_FIRST, _SHIFTED_END = (
+    "115287-01-01",
+    "115287-11-24 12:00:00",
+    "130000-01-01",
+)
 """What SQLite can hold, so much later: of a calendar's years, of Julian days."""
 
 
-def moment(
+def translate_time(
     scope: Scope,
     *,
     time: Term | None,
@@ -91,56 +95,66 @@ def moment(
         RuleUnsupportedError: A modifier depends on the server's time zone or isn't supported.
     """
     rest = list(modifiers)
-    base = rest.pop(0).lower() if rest and rest[0].lower() in _BASES else ""
-    start = _start(scope, time, number, text, base)
-    given = scope.statement.given
+    base = rest.pop(0).lower() if rest and rest[0].lower() in _NUMBER_MODIFIERS else ""
+    start = _time_value_timestamp(scope, time, number, text, base)
+    given = scope.translation.let
     if not rest:
-        return given(start, lambda one: _within(one, "4714-11-24 12:00:00 BC", "10000-01-01"))
-    cycles = nodes.call("make_interval", *[nodes.number(0)] * 3, nodes.number(_CYCLES_DAYS))
+        return given(
+            start, lambda one: _null_unless_within(one, "4714-11-24 12:00:00 BC", "10000-01-01")
+        )
+    cycles = nodes.call("make_interval", *[nodes.number(0)] * 3, nodes.number(_SHIFTED_BY_DAYS))
     start = nodes.binary(exp.Add, start, cycles)
     for modifier in map(str.lower, rest):
-        start = given(start, partial(_modified, modifier=modifier))
-        if modifier.rstrip("s").endswith(_OF_CALENDAR):
-            start = given(start, lambda one: _within(one, _FIRST_YEAR, _END))
-    start = given(start, lambda one: _within(one, _FIRST, _END))
+        start = given(start, partial(_apply_modifier, modifier=modifier))
+        if modifier.rstrip("s").endswith(_CALENDAR_UNITS):
+            start = given(
+                start, lambda one: _null_unless_within(one, _SHIFTED_FIRST_YEAR, _SHIFTED_END)
+            )
+    start = given(start, lambda one: _null_unless_within(one, _SHIFTED_FIRST, _SHIFTED_END))
     return nodes.binary(exp.Sub, start, cycles)
 
 
-def _start(scope: Scope, time: Term | None, number: Sql | None, text: Sql | None, base: str) -> Sql:
+def _time_value_timestamp(
+    scope: Scope, time: Term | None, number: Sql | None, text: Sql | None, base: str
+) -> Sql:
     if time is None:
-        return _read(scope, scope.statement.bind(Macro.NOW, Form.TEXT))
+        return _parse_time_text(scope, scope.translation.bind(Macro.NOW, SqlForm.TEXT))
     is_date = isinstance(time, FieldValue) and time.field.kind is FieldKind.DATE
-    if is_date and isinstance(time, FieldValue) and time.part in {Part.WHOLE, Part.EACH}:
+    if (
+        is_date
+        and isinstance(time, FieldValue)
+        and time.modifier in {Modifier.WHOLE, Modifier.EACH}
+    ):
         assert text is not None
         return (
             nodes.null(nodes.TIMESTAMP)
             if base in {"unixepoch", "julianday"}
-            else _read(scope, text)
+            else _parse_time_text(scope, text)
         )
     assert number is not None
     assert text is not None
-    from_number = scope.statement.given(number, lambda given: _of_number(given, base))
+    from_number = scope.translation.let(number, lambda given: _number_timestamp(given, base))
     if base in {"unixepoch", "julianday"}:
         return from_number
-    return nodes.coalesced(from_number, _read(scope, _with_now(scope, text)))
+    return nodes.coalesce(from_number, _parse_time_text(scope, _with_now(scope, text)))
 
 
 def _with_now(scope: Scope, text: Sql) -> Sql:
     """Return the text with the moment for "now", whatever the text comes from."""
-    is_now = nodes.binary(exp.EQ, nodes.call("lower", nodes.collated(text)), nodes.string("now"))
-    return nodes.case((is_now, scope.statement.bind(Macro.NOW, Form.TEXT)), default=text)
+    is_now = nodes.binary(exp.EQ, nodes.call("lower", nodes.collate_c(text)), nodes.string("now"))
+    return nodes.case((is_now, scope.translation.bind(Macro.NOW, SqlForm.TEXT)), default=text)
 
 
-def _read(scope: Scope, text: Sql) -> Sql:
+def _parse_time_text(scope: Scope, text: Sql) -> Sql:
     """Return the moment that a text spells; days beyond the month's end run on into the next."""
-    return scope.statement.given(text, _spelt)
+    return scope.translation.let(text, _time_text_timestamp)
 
 
-def _spelt(text: Sql) -> Sql:
+def _time_text_timestamp(text: Sql) -> Sql:
 
     def part(regex: str, default: str) -> Sql:
         found = nodes.call("substring", text, nodes.string(regex))
-        return nodes.coalesced(found, nodes.string(default))
+        return nodes.coalesce(found, nodes.string(default))
 
     year = nodes.cast(part(r"^([0-9]{4})-", "2000"), "int")
     month = nodes.cast(part(r"^[0-9]{4}-([0-9]{2})", "01"), "int")
@@ -163,13 +177,13 @@ def _spelt(text: Sql) -> Sql:
         hour,
         minute,
         # What is more than 999 milliseconds isn't rounded to the next second.
-        _milliseconds(nodes.call("least", second, last)),
+        _round_to_milliseconds(nodes.call("least", second, last)),
     )
     spelt = nodes.binary(exp.Sub, nodes.binary(exp.Add, first, since), zone)
-    return nodes.case((nodes.matches(text, _READABLE), spelt))
+    return nodes.case((nodes.matches_regex(text, _TIME_VALUE), spelt))
 
 
-def _milliseconds(seconds: Sql) -> Sql:
+def _round_to_milliseconds(seconds: Sql) -> Sql:
     """Return seconds rounded to whole milliseconds as SQLite rounds them."""
     scaled = nodes.binary(exp.Mul, seconds, nodes.number(1000))
     whole = nodes.call(
@@ -178,28 +192,30 @@ def _milliseconds(seconds: Sql) -> Sql:
     return nodes.binary(exp.Div, whole, nodes.cast(nodes.number(1000), nodes.DOUBLE))
 
 
-def _of_number(number: Sql, base: str) -> Sql:
+def _number_timestamp(number: Sql, base: str) -> Sql:
     """Return the moment of a Julian day, or of seconds since 1970."""
     julian = nodes.binary(exp.Mul, number, nodes.number(_DAY_SECONDS * 1000))
     since_epoch = nodes.binary(exp.Mul, number, nodes.number(1000))
-    unix = nodes.binary(exp.Add, since_epoch, nodes.number(-_FIRST_UNIX * 1000))
-    from_julian = _between(number, 0, _LAST_JULIAN, _since_first(julian))
-    from_unix = _between(number, _FIRST_UNIX, _LAST_UNIX, _since_first(unix))
+    unix = nodes.binary(exp.Add, since_epoch, nodes.number(-_FIRST_UNIX_SECOND * 1000))
+    from_julian = _null_outside(number, 0, _END_JULIAN_DAY, _after_julian_day_zero(julian))
+    from_unix = _null_outside(
+        number, _FIRST_UNIX_SECOND, _END_UNIX_SECOND, _after_julian_day_zero(unix)
+    )
     match base:
         case "unixepoch":
             return from_unix
         case "auto":
-            return nodes.coalesced(from_julian, from_unix)
+            return nodes.coalesce(from_julian, from_unix)
         case _:
             return from_julian
 
 
-def _since_first(milliseconds: Sql) -> Sql:
+def _after_julian_day_zero(milliseconds: Sql) -> Sql:
     """Return the moment so long after the Julian day 0 began, in whole milliseconds."""
     half = nodes.cast(nodes.string("0.5"), nodes.DOUBLE)
     rounded = nodes.call("floor", nodes.binary(exp.Add, milliseconds, half))
     since_epoch = nodes.binary(
-        exp.Add, nodes.cast(rounded, nodes.INTEGER), nodes.number(_FIRST_UNIX * 1000)
+        exp.Add, nodes.cast(rounded, nodes.BIGINT), nodes.number(_FIRST_UNIX_SECOND * 1000)
     )
     a_day = nodes.number(_DAY_SECONDS * 1000)
     # An interval's seconds are doubles, too small for thousands of years of milliseconds.
@@ -212,29 +228,29 @@ def _since_first(milliseconds: Sql) -> Sql:
     return nodes.binary(exp.Add, nodes.cast(nodes.string("1970-01-01"), nodes.TIMESTAMP), interval)
 
 
-def _between(number: Sql, low: float, high: float, result: Sql) -> Sql:
+def _null_outside(number: Sql, low: float, high: float, result: Sql) -> Sql:
     """Return the result if the number is in the half-open range, else NULL."""
     is_high = nodes.binary(exp.LT, number, nodes.cast(nodes.string(str(high)), nodes.DOUBLE))
     is_low = nodes.binary(exp.GTE, number, nodes.number(low))
     return nodes.case((is_low, nodes.case((is_high, result))))
 
 
-def _modified(start: Sql, modifier: str) -> Sql:
+def _apply_modifier(start: Sql, modifier: str) -> Sql:
     """Return the moment changed by one modifier, in lower case."""
-    if modifier in {*_FINER, "ceiling"}:
+    if modifier in {*_SUBSECOND_MODIFIERS, "ceiling"}:
         return start
     if modifier in {"start of day", "start of month", "start of year"}:
         unit = nodes.string(modifier.removeprefix("start of "))
-        return _held(start, nodes.call("date_trunc", unit, start))
-    if weekday := _WEEKDAY.fullmatch(modifier):
+        return _null_unless_representable(start, nodes.call("date_trunc", unit, start))
+    if weekday := _WEEKDAY_MODIFIER.fullmatch(modifier):
         wanted = float(weekday[1])
         is_day = 0 <= wanted < 7 and wanted.is_integer()  # noqa: PLR2004 (days of a week)
         if not is_day:
             return nodes.null(nodes.TIMESTAMP)
-        return _held(start, _next_weekday(start, int(wanted)))
-    if shift := _SHIFT.fullmatch(modifier):
-        later = _shifted(start, float(shift[1]), shift[2])
-        return _held(start, later) if shift[2] in _OF_CALENDAR else later
+        return _null_unless_representable(start, _next_weekday(start, int(wanted)))
+    if shift := _SHIFT_MODIFIER.fullmatch(modifier):
+        later = _shift(start, float(shift[1]), shift[2])
+        return _null_unless_representable(start, later) if shift[2] in _CALENDAR_UNITS else later
     if modifier in {"utc", "localtime"} or re.match(r"[+-]?\d+[-:]", modifier) is not None:
         _refuse(modifier)
     if modifier == "floor":
@@ -249,18 +265,18 @@ def _refuse(modifier: str) -> None:
 
 
 def _next_weekday(start: Sql, weekday: int) -> Sql:
-    ahead = nodes.binary(exp.Sub, nodes.number(weekday + 7), _part("dow", start))
+    ahead = nodes.binary(exp.Sub, nodes.number(weekday + 7), _date_part("dow", start))
     days = nodes.call("mod", ahead, nodes.number(7))
     zero = nodes.number(0)
     return nodes.binary(exp.Add, start, nodes.call("make_interval", zero, zero, zero, days))
 
 
-def _shifted(start: Sql, amount: float, unit: str) -> Sql:
+def _shift(start: Sql, amount: float, unit: str) -> Sql:
     """Return the moment some units later. Months keep the day's number, beyond the end too."""
-    if abs(amount) >= _MOST[unit]:
+    if abs(amount) >= _MAX_SHIFT[unit]:
         return nodes.null(nodes.TIMESTAMP)
     zero = nodes.number(0)
-    if unit in _OF_CALENDAR:
+    if unit in _CALENDAR_UNITS:
         count = int(amount) * (12 if unit == "year" else 1)
         month = nodes.call("date_trunc", nodes.string("month"), start)
         rest = nodes.binary(exp.Sub, start, month)
@@ -269,23 +285,25 @@ def _shifted(start: Sql, amount: float, unit: str) -> Sql:
         half, amount = math.copysign(0.5, amount), amount - int(amount)
     else:
         half = math.copysign(0.5, amount)
-    days, milliseconds = divmod(int(amount * 1000.0 * _SECONDS[unit] + half), _DAY_SECONDS * 1000)
+    days, milliseconds = divmod(
+        int(amount * 1000.0 * _SECONDS_PER_UNIT[unit] + half), _DAY_SECONDS * 1000
+    )
     seconds = nodes.string(str(milliseconds / 1000))
     apart = nodes.call("make_interval", *[zero] * 3, nodes.number(days), zero, zero, seconds)
     return nodes.binary(exp.Add, start, apart)
 
 
-def _held(start: Sql, result: Sql) -> Sql:
+def _null_unless_representable(start: Sql, result: Sql) -> Sql:
     """Return the result if SQLite can tell the calendar's day of the moment, else NULL."""
-    return _if_within(start, _FIRST, _END, result)
+    return _result_if_within(start, _SHIFTED_FIRST, _SHIFTED_END, result)
 
 
-def _within(start: Sql, first: str, end: str) -> Sql:
+def _null_unless_within(start: Sql, first: str, end: str) -> Sql:
     """Return the moment if SQLite can hold it, else NULL."""
-    return _if_within(start, first, end, start)
+    return _result_if_within(start, first, end, start)
 
 
-def _if_within(start: Sql, first: str, end: str, result: Sql) -> Sql:
+def _result_if_within(start: Sql, first: str, end: str, result: Sql) -> Sql:
     is_late = nodes.binary(exp.GTE, start, nodes.cast(nodes.string(first), nodes.TIMESTAMP))
     is_early = nodes.binary(exp.LT, start, nodes.cast(nodes.string(end), nodes.TIMESTAMP))
     return nodes.case((is_late, nodes.case((is_early, result))))
@@ -294,47 +312,47 @@ def _if_within(start: Sql, first: str, end: str, result: Sql) -> Sql:
 # --- letters
 
 
-def formatted(scope: Scope, start: Sql, layout: str, modifiers: Sequence[str]) -> Sql:
+def format_time(scope: Scope, timestamp: Sql, layout: str, modifiers: Sequence[str]) -> Sql:
     """Return the moment in SQLite's format; NULL for a format that it refuses.
 
     Args:
         scope: Where the value is found.
-        start: The moment, modified already.
+        timestamp: The moment, modified already.
         layout: The format.
         modifiers: Some of them change what a letter shows.
 
     Raises:
         RuleUnsupportedError: The format wants the Julian day, or is far too long.
     """
-    if len(layout) > _LONGEST_FORMAT:
+    if len(layout) > _MAX_FORMAT_LENGTH:
         raise RuleUnsupportedError(
-            f"the format of strftime is longer than {_LONGEST_FORMAT} characters", start=0, end=0
+            f"the format of strftime is longer than {_MAX_FORMAT_LENGTH} characters", start=0, end=0
         )
-    is_fine = any(modifier.lower() in _FINER for modifier in modifiers)
-    return scope.statement.given(
-        start, lambda given: _put_together(scope, given, layout, is_fine=is_fine)
+    is_fine = any(modifier.lower() in _SUBSECOND_MODIFIERS for modifier in modifiers)
+    return scope.translation.let(
+        timestamp, lambda given: _concatenate_format(scope, given, layout, has_subseconds=is_fine)
     )
 
 
-def _put_together(scope: Scope, start: Sql, layout: str, *, is_fine: bool) -> Sql:
+def _concatenate_format(scope: Scope, start: Sql, layout: str, *, has_subseconds: bool) -> Sql:
     pieces: list[Sql] = []
     for plain, letter in re.findall(r"([^%]+)|%(.?)", layout, re.DOTALL):
         if plain:
-            pieces.append(scope.statement.bind(Literal(plain), Form.TEXT))
+            pieces.append(scope.translation.bind(LiteralParameter(plain), SqlForm.TEXT))
         elif letter == "%":
             pieces.append(nodes.string("%"))
         elif letter == "J":
             raise RuleUnsupportedError('format "%J" of strftime is not supported', start=0, end=0)
         else:
-            made = _letter(start, letter, is_fine=is_fine)
+            made = _format_letter(start, letter, has_subseconds=has_subseconds)
             if made is None:
                 return nodes.null()
             pieces.append(made)
-    shown = nodes.joined(*pieces) if pieces else nodes.string("")
+    shown = nodes.concatenate(*pieces) if pieces else nodes.string("")
     return nodes.case((nodes.is_null(start), nodes.null()), default=shown)
 
 
-_TO_CHAR = {
+_TO_CHAR_LETTERS = {
     "d": "DD",
     "f": "SS.MS",
     "H": "HH24",
@@ -351,68 +369,68 @@ _TO_CHAR = {
     "V": "IW",
 }
 """Letters that PostgreSQL has too."""
-_PADDED = {"e": "FMDD", "k": "FMHH24", "l": "FMHH12"}
+_BLANK_PADDED_LETTERS = {"e": "FMDD", "k": "FMHH24", "l": "FMHH12"}
 """Those with a blank in front instead of a zero."""
 
 
-def _letter(start: Sql, letter: str, *, is_fine: bool) -> Sql | None:
-    if layout := _TO_CHAR.get(letter):
+def _format_letter(start: Sql, letter: str, *, has_subseconds: bool) -> Sql | None:
+    if layout := _TO_CHAR_LETTERS.get(letter):
         return nodes.call("to_char", start, nodes.string(layout))
-    if layout := _PADDED.get(letter):
+    if layout := _BLANK_PADDED_LETTERS.get(letter):
         return nodes.call(
             "lpad", nodes.call("to_char", start, nodes.string(layout)), nodes.number(2)
         )
     if letter == "s":
-        return _seconds(start, is_fine=is_fine)
-    make = _MAKERS.get(letter)
+        return _epoch_seconds(start, has_subseconds=has_subseconds)
+    make = _COMPUTED_LETTERS.get(letter)
     return None if make is None else make(start)
 
 
-def _seconds(start: Sql, *, is_fine: bool) -> Sql:
-    epoch = _part("epoch", start)
-    if is_fine:
+def _epoch_seconds(start: Sql, *, has_subseconds: bool) -> Sql:
+    epoch = _date_part("epoch", start)
+    if has_subseconds:
         return nodes.call("to_char", epoch, nodes.string("FM999999999990.000"))
-    return nodes.cast(nodes.cast(nodes.call("floor", epoch), nodes.INTEGER), nodes.TEXT)
+    return nodes.cast(nodes.cast(nodes.call("floor", epoch), nodes.BIGINT), nodes.TEXT)
 
 
-def _date(start: Sql) -> Sql:
-    return nodes.joined(_year(start), nodes.call("to_char", start, nodes.string("-MM-DD")))
+def _iso_date(start: Sql) -> Sql:
+    return nodes.concatenate(_year(start), nodes.call("to_char", start, nodes.string("-MM-DD")))
 
 
-def _weekday(start: Sql) -> Sql:
-    return nodes.cast(_part("dow", start), nodes.TEXT)
+def _weekday_number(start: Sql) -> Sql:
+    return nodes.cast(_date_part("dow", start), nodes.TEXT)
 
 
 def _week_from_sunday(start: Sql) -> Sql:
-    return _week(start, _part("dow", start))
+    return _week(start, _date_part("dow", start))
 
 
 def _week_from_monday(start: Sql) -> Sql:
-    return _week(start, nodes.binary(exp.Sub, _part("isodow", start), nodes.number(1)))
+    return _week(start, nodes.binary(exp.Sub, _date_part("isodow", start), nodes.number(1)))
 
 
-def _part(field: str, start: Sql) -> Sql:
+def _date_part(field: str, start: Sql) -> Sql:
     part = nodes.call("date_part", nodes.string(field), start)
     return part if field == "epoch" else nodes.cast(part, "int")
 
 
-def _thursday(start: Sql) -> Sql:
+def _iso_week_thursday(start: Sql) -> Sql:
     """Return a moment in the year that the week counts to."""
-    days = nodes.binary(exp.Sub, nodes.number(4), _part("isodow", start))
+    days = nodes.binary(exp.Sub, nodes.number(4), _date_part("isodow", start))
     zero = nodes.number(0)
     return nodes.binary(exp.Add, start, nodes.call("make_interval", zero, zero, zero, days))
 
 
-def _counted_year(start: Sql) -> Sql:
+def _astronomical_year(start: Sql) -> Sql:
     """Return the year; SQLite counts a year 0, PostgreSQL calls it 1 BC and -1."""
-    year = _part("year", start)
+    year = _date_part("year", start)
     is_before = nodes.binary(exp.LT, year, nodes.number(0))
     return nodes.case((is_before, nodes.binary(exp.Add, year, nodes.number(1))), default=year)
 
 
 def _year(start: Sql) -> Sql:
     """Return the year in four characters, a sign among them."""
-    year = _counted_year(start)
+    year = _astronomical_year(start)
     is_signed = nodes.binary(exp.LT, year, nodes.number(0))
     layout = nodes.case((is_signed, nodes.string("FM9000")), default=nodes.string("FM0000"))
     return nodes.call("to_char", year, layout)
@@ -420,7 +438,7 @@ def _year(start: Sql) -> Sql:
 
 def _year_of_century(start: Sql) -> Sql:
     """Return the year's last two digits, a sign before those of a year before 0."""
-    year = nodes.call("mod", _counted_year(start), nodes.number(100))
+    year = nodes.call("mod", _astronomical_year(start), nodes.number(100))
     is_signed = nodes.binary(exp.LT, year, nodes.number(0))
     layout = nodes.case((is_signed, nodes.string("FM90")), default=nodes.string("FM00"))
     return nodes.call("to_char", year, layout)
@@ -429,18 +447,18 @@ def _year_of_century(start: Sql) -> Sql:
 def _week(start: Sql, days_since_first: Sql) -> Sql:
     """Return the week of the year, 00 before the first day of the week in question."""
     days = nodes.binary(
-        exp.Sub, nodes.binary(exp.Add, _part("doy", start), nodes.number(6)), days_since_first
+        exp.Sub, nodes.binary(exp.Add, _date_part("doy", start), nodes.number(6)), days_since_first
     )
     week = nodes.call("div", nodes.cast(days, "numeric"), nodes.number(7))
     return nodes.call("to_char", week, nodes.string("FM00"))
 
 
-_MAKERS: Mapping[str, Callable[[Sql], Sql]] = {
-    "F": _date,
-    "g": lambda start: _year_of_century(_thursday(start)),
-    "G": lambda start: _year(_thursday(start)),
+_COMPUTED_LETTERS: Mapping[str, Callable[[Sql], Sql]] = {
+    "F": _iso_date,
+    "g": lambda start: _year_of_century(_iso_week_thursday(start)),
+    "G": lambda start: _year(_iso_week_thursday(start)),
     "U": _week_from_sunday,
-    "w": _weekday,
+    "w": _weekday_number,
     "W": _week_from_monday,
     "Y": _year,
 }

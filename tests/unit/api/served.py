@@ -13,8 +13,8 @@ import jwt
 from aiohttp import web
 
 from pgrealtime.api.app import build_app, build_runner
-from pgrealtime.api.uploads import UPLOADS, Uploads
-from pgrealtime.auth.account import Accounts
+from pgrealtime.api.uploads import BODY_READER_KEY, BodyReader
+from pgrealtime.auth.account import AccountLoader
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import Config
@@ -81,17 +81,17 @@ async def served(
     server: Mapping[str, object] | None = None,
     *,
     is_up: bool = True,
-    uploads: Uploads | None = None,
+    uploads: BodyReader | None = None,
     **limits: Any,
 ) -> AsyncIterator[Served]:
     """Serve with the given keys of ``server``; the others are of ``realtime``."""
     config = Config.model_validate({**CONFIG, "server": server or {}, "realtime": limits})
     # Never opened: issuers whose collection isn't configured need no rows.
     pool = QueryPool()
-    authenticator = Authenticator(config.auth, Collections(()), Accounts(pool))
+    authenticator = Authenticator(config.auth, Collections(()), AccountLoader(pool))
     async with open_room(is_up=is_up, **limits) as open_:
         app = build_app(open_.hub, authenticator, config)
-        app[UPLOADS] = uploads or Uploads()
+        app[BODY_READER_KEY] = uploads or BodyReader()
         runner = build_runner(app)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -6,7 +6,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from pgrealtime.api.address import seen_through
+from pgrealtime.api.address import address_behind_proxies
 
 PROXIES = [ip_network("10.0.0.0/8"), ip_network("fd00::/8")]
 
@@ -37,4 +37,4 @@ def test_entries_count_as_far_as_a_proxy_wrote_them(
     peer: str, forwarded_for: list[str], address: str
 ) -> None:
     """What the client itself put into the header mustn't make it somebody else."""
-    assert seen_through(peer, forwarded_for, PROXIES) == address
+    assert address_behind_proxies(peer, forwarded_for, PROXIES) == address

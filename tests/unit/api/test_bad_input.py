@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 import pytest
 import structlog
 
-from pgrealtime.api.uploads import Uploads
+from pgrealtime.api.uploads import BodyReader
 from tests.conformance.http_client import EventStream, Request, send
 from tests.unit.api.served import Served, served, until
 from tests.unit.hub.room import DEADLINE
@@ -39,7 +39,7 @@ STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
 
 @asynccontextmanager
 async def unimpressed(
-    caplog: pytest.LogCaptureFixture, uploads: Uploads | None = None
+    caplog: pytest.LogCaptureFixture, uploads: BodyReader | None = None
 ) -> AsyncIterator[Served]:
     """A service that afterwards is well, has forgotten everything and complained of nothing."""
     caplog.set_level(logging.WARNING)
@@ -211,7 +211,7 @@ async def test_call_that_breaks_off_leaves_nothing(caplog: pytest.LogCaptureFixt
 
 
 async def test_body_that_comes_too_slowly_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
-    async with unimpressed(caplog, Uploads(seconds=0.1)) as service:
+    async with unimpressed(caplog, BodyReader(timeout_seconds=0.1)) as service:
         reader, writer = await service.raw(POST + b"Content-Length: 1000\r\n\r\n{")
         async with asyncio.timeout(DEADLINE):
             answer = await reader.read()

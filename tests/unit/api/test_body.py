@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgrealtime.api.body import SubscribeCall, faults_of, read_call
-from pgrealtime.api.problems import encode, invalid
+from pgrealtime.api.body import SubscribeCall, find_call_faults, parse_subscribe_call
+from pgrealtime.api.problems import encode_error_response, invalid_members
 from pgrealtime.errors import SubscriptionError
 
 JSON = "application/json"
@@ -77,7 +77,7 @@ def test_readable_body(content_type: str, body: str, call: SubscribeCall | None)
     """Protocol 3.1."""
     wanted = call or SubscribeCall("c", ("a/*", "b c"))
 
-    assert read_call(content_type, body.encode(), b"") == wanted
+    assert parse_subscribe_call(content_type, body.encode(), b"") == wanted
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_readable_body(content_type: str, body: str, call: SubscribeCall | None)
 def test_unreadable_body(content_type: str, body: str) -> None:
     """Protocol 3.1: one code whatever the reason, so that nothing is told about the parser."""
     with pytest.raises(SubscriptionError) as refusal:
-        read_call(content_type, body.encode(errors="surrogateescape"), b"")
+        parse_subscribe_call(content_type, body.encode(errors="surrogateescape"), b"")
 
     assert refusal.value.error_code == "body_unreadable"
 
@@ -136,11 +136,13 @@ def test_url_counts_for_forms_and_not_for_json() -> None:
     query = b"clientId=u&subscriptions=q"
     form = part("clientId", "c") + part("subscriptions", "a") + "--B--"
 
-    assert read_call(JSON, b"{}", query) == SubscribeCall()
-    assert read_call(URLENCODED, b"subscriptions=a", query) == SubscribeCall("u", ("a", "q"))
-    assert read_call(MULTIPART, form.encode(), query) == SubscribeCall("u", ("q", "a"))
+    assert parse_subscribe_call(JSON, b"{}", query) == SubscribeCall()
+    assert parse_subscribe_call(URLENCODED, b"subscriptions=a", query) == SubscribeCall(
+        "u", ("a", "q")
+    )
+    assert parse_subscribe_call(MULTIPART, form.encode(), query) == SubscribeCall("u", ("q", "a"))
     with pytest.raises(SubscriptionError):
-        read_call(URLENCODED, b"clientId=c", b"a;b")
+        parse_subscribe_call(URLENCODED, b"clientId=c", b"a;b")
 
 
 @given(client=st.text(), subscriptions=st.lists(st.text()), ascii_only=st.booleans())
@@ -151,7 +153,9 @@ def test_json_body_says_what_was_put_in(
 ) -> None:
     body = json.dumps({"clientId": client, "subscriptions": subscriptions}, ensure_ascii=ascii_only)
 
-    assert read_call(JSON, body.encode(), b"") == SubscribeCall(client, tuple(subscriptions))
+    assert parse_subscribe_call(JSON, body.encode(), b"") == SubscribeCall(
+        client, tuple(subscriptions)
+    )
 
 
 BLANK = '{"code":"validation_required","message":"Cannot be blank."}'
@@ -185,13 +189,15 @@ def too_long(most: int) -> str:
 )
 def test_all_faults_are_reported_at_once(call: SubscribeCall, data: str) -> None:
     """Protocol 3.2; lengths are of the UTF-8."""
-    told = encode(invalid(faults_of(call)), "en").decode()
+    told = encode_error_response(invalid_members(find_call_faults(call)), "en").decode()
 
     assert told.partition(',"message":"Something')[0] == f'{{"data":{data}'
 
 
 def test_blank_client_in_chinese_is_the_documents() -> None:
-    assert encode(invalid(faults_of(SubscribeCall())), "zh").decode() == (
+    assert encode_error_response(
+        invalid_members(find_call_faults(SubscribeCall())), "zh"
+    ).decode() == (
         '{"data":{"clientId":{"code":"validation_required","message":"缺少必填值。"}},'
         '"message":"处理请求时出错。","status":400}'
     )
@@ -218,7 +224,7 @@ def test_large_headers_of_a_part_take_no_longer_than_their_length(
     """A part with too many parameters has no name, a body with too many headers is refused."""
     started = time.process_time()
     try:
-        read = read_call(MULTIPART, HEADER.format(more).encode(), b"").client_id
+        read = parse_subscribe_call(MULTIPART, HEADER.format(more).encode(), b"").client_id
     except SubscriptionError:
         read = None
 
@@ -229,10 +235,10 @@ def test_large_headers_of_a_part_take_no_longer_than_their_length(
 def test_payloads_of_a_form_hold_no_more_than_one_text() -> None:
     """Else a form of 32 MB would be a minute of computation."""
     payload = part("@jsonPayload", '{"x":[' + "1," * 110_000 + "1]}")
-    assert read_call(MULTIPART, f"{payload}--B--".encode(), b"") == SubscribeCall()
+    assert parse_subscribe_call(MULTIPART, f"{payload}--B--".encode(), b"") == SubscribeCall()
 
     with pytest.raises(SubscriptionError):
-        read_call(MULTIPART, f"{payload * 2}--B--".encode(), b"")
+        parse_subscribe_call(MULTIPART, f"{payload * 2}--B--".encode(), b"")
 
 
 @pytest.mark.parametrize("text", ["[" * 9_000_000, '{"a":' * 5_000_000, "[1," * 9_000_000])
@@ -240,6 +246,6 @@ def test_large_nonsense_is_given_up_early(text: str) -> None:
     """Nobody buys minutes of computation with one upload."""
     started = time.process_time()
     with pytest.raises(SubscriptionError):
-        read_call(JSON, text.encode(), b"")
+        parse_subscribe_call(JSON, text.encode(), b"")
 
     assert time.process_time() - started < 2

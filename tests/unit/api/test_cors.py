@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pgrealtime.api.cors import Origins
+from pgrealtime.api.cors import AllowedOrigins
 
 APP = "https://app.example"
 
@@ -32,16 +32,18 @@ def test_origin_is_allowed_by_name_or_pattern(
     origins: list[str], origin: str, allowed: str | None
 ) -> None:
     """Protocol 1.2; the patterns are PocketBase's."""
-    assert Origins(origins).allowed(origin) == allowed
+    assert AllowedOrigins(origins).allow_origin(origin) == allowed
 
 
 def test_preflight_of_a_stranger_is_bare() -> None:
     """Protocol 1.2: a browser takes the missing header for a no."""
-    assert Origins([APP]).preflight("https://evil.example", "x") == [("Vary", "Origin")]
+    assert AllowedOrigins([APP]).preflight_headers("https://evil.example", "x") == [
+        ("Vary", "Origin")
+    ]
 
 
 def test_preflight_gives_the_asked_headers_back() -> None:
-    headers = Origins([APP]).preflight(APP, "authorization,content-type")
+    headers = AllowedOrigins([APP]).preflight_headers(APP, "authorization,content-type")
 
     assert headers == [
         ("Vary", "Origin"),

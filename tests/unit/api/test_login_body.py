@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgrealtime.api.login_body import LoginCall, check, read_login
-from pgrealtime.api.problems import RefusedError
+from pgrealtime.api.login_body import LoginCall, check_login_call, parse_login_call
+from pgrealtime.api.problems import RequestRefusedError
 
 TYPES = [
     "application/json",
@@ -22,8 +22,8 @@ TYPES = [
 
 @given(st.sampled_from(TYPES), st.binary(), st.binary())
 def test_any_body_is_a_call_or_refused(content_type: str, body: bytes, query: bytes) -> None:
-    with contextlib.suppress(RefusedError):
-        assert isinstance(read_login(content_type, body, query), LoginCall)
+    with contextlib.suppress(RequestRefusedError):
+        assert isinstance(parse_login_call(content_type, body, query), LoginCall)
 
 
 @given(st.text(), st.text(), st.text())
@@ -31,18 +31,22 @@ def test_what_passes_has_a_length_that_can_be_tried(
     identity: str, password: str, name: str
 ) -> None:
     call = LoginCall(identity, password, name)
-    with contextlib.suppress(RefusedError):
-        check(call, ["email"])
+    with contextlib.suppress(RequestRefusedError):
+        check_login_call(call, ["email"])
         assert 1 <= len(identity.encode()) <= 255
         assert 1 <= len(password.encode()) <= 255
         assert name in {"", "email"}
 
 
 def test_everything_wrong_is_told_at_once() -> None:
-    with pytest.raises(RefusedError) as error:
-        check(LoginCall("", "x" * 256, "name"), ["email"])
+    with pytest.raises(RequestRefusedError) as error:
+        check_login_call(LoginCall("", "x" * 256, "name"), ["email"])
 
-    assert set(error.value.problem.faults) == {"identity", "password", "identityField"}
+    assert set(error.value.error_response.member_faults) == {
+        "identity",
+        "password",
+        "identityField",
+    }
 
 
 def test_a_password_is_not_printed() -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from pgrealtime.api.problems import (
-    INTERNAL,
-    Fault,
-    RefusedError,
-    Text,
-    encode,
-    invalid,
+    INTERNAL_ERROR,
+    LocalizedText,
+    MemberFault,
+    RequestRefusedError,
+    encode_error_response,
+    error_response_of,
+    invalid_members,
     preferred_language,
-    problem_of,
 )
 from pgrealtime.errors import DatabaseUnreachableError, SetupError, SubscriptionError
 
@@ -54,18 +54,20 @@ from pgrealtime.errors import DatabaseUnreachableError, SetupError, Subscription
     ],
 )
 def test_refused_calls_say_why(code: str, english: str, chinese: str) -> None:
-    problem = problem_of(SubscriptionError("whatever", code=code))
+    problem = error_response_of(SubscriptionError("whatever", code=code))
 
-    assert encode(problem, "en").decode() == english
-    assert encode(problem, "zh").decode() == chinese
+    assert encode_error_response(problem, "en").decode() == english
+    assert encode_error_response(problem, "zh").decode() == chinese
 
 
 def test_faults_are_nested_and_sorted() -> None:
     """Protocol 1.4: element errors under the index as a string, all objects sorted by name."""
-    fault = Fault("some_code", Text("Wrong.", "错。"), {"min": 1, "max": 2})
-    problem = invalid({"b": fault, "a": {"10": fault, "9": Fault("other", Text("No.", "不。"))}})
+    fault = MemberFault("some_code", LocalizedText("Wrong.", "错。"), {"min": 1, "max": 2})
+    problem = invalid_members(
+        {"b": fault, "a": {"10": fault, "9": MemberFault("other", LocalizedText("No.", "不。"))}}
+    )
 
-    assert encode(problem, "en").decode() == (
+    assert encode_error_response(problem, "en").decode() == (
         '{"data":{"a":{"10":{"code":"some_code","message":"Wrong.","params":{"max":2,"min":1}},'
         '"9":{"code":"other","message":"No."}},'
         '"b":{"code":"some_code","message":"Wrong.","params":{"max":2,"min":1}}},'
@@ -76,19 +78,19 @@ def test_faults_are_nested_and_sorted() -> None:
 def test_unforeseen_error_tells_nothing() -> None:
     error = SetupError('permission denied for table "secrets"', detail="a row", hint="GRANT")
 
-    assert problem_of(error) is INTERNAL
-    assert b"secrets" not in encode(problem_of(error), "en")
+    assert error_response_of(error) is INTERNAL_ERROR
+    assert b"secrets" not in encode_error_response(error_response_of(error), "en")
 
 
 def test_unreachable_database_is_temporary() -> None:
     """A 500 would say that trying again is no use."""
-    assert problem_of(DatabaseUnreachableError("gone")).status == 503
+    assert error_response_of(DatabaseUnreachableError("gone")).status == 503
 
 
 def test_refusal_found_on_the_way_is_what_is_answered() -> None:
-    problem = invalid({})
+    problem = invalid_members({})
 
-    assert problem_of(RefusedError(problem)) is problem
+    assert error_response_of(RequestRefusedError(problem)) is problem
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgrealtime.api.redirect import plain_path
+from pgrealtime.api.redirect import clean_path
 from tests.conformance.http_client import Request, send
 from tests.unit.api.served import served
 
@@ -28,17 +28,17 @@ from tests.unit.api.served import served
     ],
 )
 def test_segments_that_say_nothing_go(path: str, plain: str) -> None:
-    assert plain_path(path) == plain
+    assert clean_path(path) == plain
 
 
 @given(st.lists(st.sampled_from(["/", ".", "..", "a", "%2F"]), max_size=12))
 def test_a_plain_path_is_on_this_server_and_stays_as_it_is(pieces: list[str]) -> None:
     """A client that is sent on isn't sent on again, nor to another host."""
-    plain = plain_path("/" + "".join(pieces))
+    plain = clean_path("/" + "".join(pieces))
 
     assert plain.startswith("/")
     assert not plain.startswith("//")
-    assert plain_path(plain) == plain
+    assert clean_path(plain) == plain
 
 
 async def test_base_url_with_a_slash_too_many_leads_to_the_api() -> None:

@@ -275,12 +275,12 @@ async def test_client_that_takes_nothing_is_dropped_and_shows_meanwhile() -> Non
         (connection,) = service.room.hub.connections
         for _ in range(200):
             connection.write(b"x" * 100_000)
-        waits = asyncio.create_task(connection.sink.drain())
+        waits = asyncio.create_task(connection.writer.drain())
         await asyncio.sleep(0)
 
-        assert connection.sink.buffered() > 1_000_000
+        assert connection.writer.buffered_bytes() > 1_000_000
         assert not waits.done()
-        connection.sink.abort()
+        connection.writer.abort()
         async with asyncio.timeout(DEADLINE):
             await waits
         await service.until_forgotten()
@@ -297,11 +297,11 @@ async def test_slow_client_gets_everything_once_it_reads() -> None:
         for n in range(200):
             connection.write(b"%d" % n * 10_000)
         async with asyncio.timeout(DEADLINE):
-            drained = asyncio.create_task(connection.sink.drain())
+            drained = asyncio.create_task(connection.writer.drain())
             for n in range(200):
                 assert await read_chunk(reader) == b"%d" % n * 10_000
             await drained
-        assert connection.sink.buffered() == 0
+        assert connection.writer.buffered_bytes() == 0
         writer.close()
 
 
@@ -312,10 +312,10 @@ async def test_end_is_not_waited_for_by_who_never_reads() -> None:
         await read_head(reader)
         (connection,) = service.room.hub.connections
         connection.write(b"x" * 20_000_000)
-        connection.sink.end()
-        connection.mark_ended()
-        assert connection.sink.buffered() > 1_000_000
-        await until(lambda: connection.sink.buffered() == 0)
+        connection.writer.close()
+        connection.mark_closed()
+        assert connection.writer.buffered_bytes() > 1_000_000
+        await until(lambda: connection.writer.buffered_bytes() == 0)
 
         with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
             await reader.readexactly(20_000_000)
@@ -334,11 +334,11 @@ async def test_a_stream_that_has_ended_drops_who_takes_the_rest_bit_by_bit() -> 
             await until(lambda: len(service.room.hub.connections) == 1)
             (connection,) = service.room.hub.connections
             connection.write(b"x" * 20_000_000)
-            service.room.hub.close(connection)
-            connection.sink.end()
+            service.room.hub.remove_connection(connection)
+            connection.writer.close()
             taken = 0
             async with asyncio.timeout(DEADLINE):
-                while connection.sink.buffered():
+                while connection.writer.buffered_bytes():
                     taken += len(await loop.sock_recv(client, 8192))
                     await asyncio.sleep(0.01)
 
@@ -351,10 +351,10 @@ async def test_a_connection_whose_stream_s_end_had_to_wait_serves_on_and_stays()
         reader, writer = await service.raw(GET)
         await read_head(reader)
         (connection,) = service.room.hub.connections
-        while not connection.sink.buffered():
+        while not connection.writer.buffered_bytes():
             connection.write(b"x" * 10_000)
-        service.room.hub.close(connection)
-        connection.sink.end()
+        service.room.hub.remove_connection(connection)
+        connection.writer.close()
         async with asyncio.timeout(DEADLINE):
             rest = b""
             while not rest.endswith(b"\r\n0\r\n\r\n"):

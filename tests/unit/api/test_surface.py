@@ -457,7 +457,7 @@ async def test_failure_behind_a_head_cuts_the_connection(monkeypatch: pytest.Mon
         raise ZeroDivisionError
 
     async with served() as service:
-        monkeypatch.setattr(service.room.hub, "open", fail)
+        monkeypatch.setattr(service.room.hub, "open_connection", fail)
         with structlog.testing.capture_logs():
             answer = await service.answer_to(b"GET /api/realtime HTTP/1.1\r\nHost: x\r\n\r\n")
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from aiohttp import web
 
-from pgrealtime.api.uploads import LARGE_BODY, Uploads
+from pgrealtime.api.uploads import LARGE_BODY_BYTES, BodyReader
 
 _BODIES = 20
 _PIECES = 30
@@ -37,7 +37,7 @@ def request(loop: Loop, taken: Counter[int]) -> web.Request:
         for n in range(_PIECES):
             if n > _FIRST:
                 taken[loop.rounds] += 1
-            yield b"x" * (LARGE_BODY // _FIRST + 1)
+            yield b"x" * (LARGE_BODY_BYTES // _FIRST + 1)
 
     made: Any = SimpleNamespace(
         headers={},
@@ -49,7 +49,7 @@ def request(loop: Loop, taken: Counter[int]) -> web.Request:
 
 async def test_of_many_large_bodies_one_piece_is_taken_each_time_round() -> None:
     loop, taken = Loop(), Counter[int]()
-    uploads = Uploads()
+    uploads = BodyReader()
     counting = asyncio.create_task(loop.run())
 
     def size(_type: str, body: bytes, _query: bytes) -> int:
@@ -60,5 +60,5 @@ async def test_of_many_large_bodies_one_piece_is_taken_each_time_round() -> None
     )
     counting.cancel()
 
-    assert sizes == [_PIECES * (LARGE_BODY // _FIRST + 1)] * _BODIES
+    assert sizes == [_PIECES * (LARGE_BODY_BYTES // _FIRST + 1)] * _BODIES
     assert max(taken.values()) <= 2

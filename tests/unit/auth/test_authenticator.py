@@ -14,10 +14,10 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgrealtime.auth.account import Accounts
+from pgrealtime.auth.account import AccountLoader
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
-from pgrealtime.collections.model import Collections, collection_id
+from pgrealtime.collections.model import Collections, derive_collection_id
 from pgrealtime.config.model import AuthConfig, IssuerConfig, LoginConfig
 from pgrealtime.errors import AuthError, ConfigError
 from pgrealtime.postgres.pool import QueryPool
@@ -32,8 +32,8 @@ def door(*issuers: IssuerConfig, login: LoginConfig | None = None) -> Authentica
     return Authenticator(
         AuthConfig(issuers=issuers, login=login or LoginConfig()),
         Collections(()),
-        Accounts(QueryPool()),
-        clock=lambda: NOW,
+        AccountLoader(QueryPool()),
+        unix_clock=lambda: NOW,
     )
 
 
@@ -50,7 +50,7 @@ CLAIMS: dict[str, Any] = {"iss": "https://app", "aud": "rt", "sub": "u1", "exp":
 
 def record(record_id: str, **fields: Any) -> AuthRecord:
     return AuthRecord(
-        collection_id=collection_id("auth", "users"),
+        collection_id=derive_collection_id("auth", "users"),
         collection_name="users",
         id=record_id,
         **fields,
@@ -120,7 +120,7 @@ async def test_whatever_is_wrong_the_caller_is_a_guest(
 
     assert await door(APP).authenticate(token) == Caller()
     with pytest.raises(AuthError) as error:
-        await door(APP).identify(token)
+        await door(APP).authenticate_token(token)
     assert error.value.error_code == code
     assert token not in str(error.value)
 

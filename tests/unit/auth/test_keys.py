@@ -32,8 +32,14 @@ from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from pydantic import ValidationError
 
-from pgrealtime.auth.keys import GivenKeys, PublishedKeys, key_source, read_jwks, read_pem
-from pgrealtime.auth.token import Key, Token, check_signature, read
+from pgrealtime.auth.keys import (
+    ConfiguredKeySource,
+    JwksKeySource,
+    key_source,
+    parse_jwks,
+    parse_pem,
+)
+from pgrealtime.auth.token import Token, VerificationKey, check_signature, parse_token
 from pgrealtime.config.model import IssuerConfig
 from pgrealtime.errors import AuthError
 
@@ -56,7 +62,9 @@ def jwk(algorithm: str, **members: object) -> dict[str, Any]:
 
 def token_of(algorithm: str, kid: str | None = None) -> Token:
     headers = None if kid is None else {"kid": kid}
-    return read(jwt.encode({"sub": "u1"}, PRIVATE[algorithm], algorithm=algorithm, headers=headers))
+    return parse_token(
+        jwt.encode({"sub": "u1"}, PRIVATE[algorithm], algorithm=algorithm, headers=headers)
+    )
 
 
 def published(url: str = "https://id/keys", **members: Any) -> IssuerConfig:
@@ -82,13 +90,13 @@ async def test_a_public_key_is_no_secret(algorithm: str) -> None:
     """HS256 over the public key's text: the oldest way in. PyJWT's own refusal isn't relied on."""
     text = pem(PRIVATE[algorithm])
     issuer = IssuerConfig(name="app", public_key=text)
-    head = read(jwt.encode({"sub": "admin"}, "x" * 32)).text.rpartition(".")[0]
+    head = parse_token(jwt.encode({"sub": "admin"}, "x" * 32)).text.rpartition(".")[0]
     signature = hmac.digest(text.encode(), head.encode(), hashlib.sha256)
-    forged = read(f"{head}.{urlsafe_b64encode(signature).rstrip(b'=').decode()}")
+    forged = parse_token(f"{head}.{urlsafe_b64encode(signature).rstrip(b'=').decode()}")
 
     assert await key_source(issuer).keys_for(forged) == []
     with pytest.raises(AuthError):
-        check_signature(forged, read_pem(text))
+        check_signature(forged, parse_pem(text))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +114,7 @@ async def test_a_public_key_is_no_secret(algorithm: str) -> None:
 )
 def test_a_key_that_serves_no_accepted_algorithm_is_refused(text: str) -> None:
     with pytest.raises(AuthError) as error:
-        read_pem(text)
+        parse_pem(text)
 
     assert error.value.error_code == "key_invalid"
 
@@ -139,16 +147,16 @@ def test_an_issuer_has_one_kind_of_key_and_what_it_can_check(members: dict[str, 
 async def test_a_previous_secret_still_counts() -> None:
     """Secrets are changed without signing everybody out."""
     source = key_source(IssuerConfig(name="app", secret="new" * 11, previous_secret="old" * 11))
-    token = read(jwt.encode({"sub": "u1"}, "old" * 11))
+    token = parse_token(jwt.encode({"sub": "u1"}, "old" * 11))
 
     assert [key.material for key in await source.keys_for(token)] == ["new" * 11, "old" * 11]
 
 
 def test_nothing_prints_a_secret() -> None:
     issuer = IssuerConfig(name="app", secret="hush-1", previous_secret="hush-2")
-    token = read(jwt.encode({"sub": "u1"}, "hush" * 8))
+    token = parse_token(jwt.encode({"sub": "u1"}, "hush" * 8))
 
-    printed = f"{issuer!r} {issuer} {Key('HS256', 'hush-3')!r} {token!r}"
+    printed = f"{issuer!r} {issuer} {VerificationKey('HS256', 'hush-3')!r} {token!r}"
 
     assert "hush" not in printed
     assert token.text not in printed
@@ -175,7 +183,7 @@ def test_what_a_key_set_holds_for_others_is_passed_over() -> None:
         None,
     ]
 
-    keys = read_jwks(json.dumps({"keys": entries}).encode(), published())
+    keys = parse_jwks(json.dumps({"keys": entries}).encode(), published())
 
     assert [(key.algorithm, key.id) for key in keys] == [
         ("RS256", "a"),
@@ -187,7 +195,7 @@ def test_what_a_key_set_holds_for_others_is_passed_over() -> None:
 @pytest.mark.parametrize("text", [b"", b"<html>", b"[]", b"{}", b'{"keys":{}}', b'{"keys":[]}'])
 def test_what_holds_no_key_is_no_key_set(text: bytes) -> None:
     with pytest.raises(AuthError):
-        read_jwks(text, published())
+        parse_jwks(text, published())
 
 
 _JSON = st.recursive(
@@ -206,7 +214,7 @@ _JSON = st.recursive(
 def test_no_entry_breaks_the_reading_of_the_others(entry: dict[str, Any]) -> None:
     good = jwk("ES256", kid="good")
 
-    keys = read_jwks(json.dumps({"keys": [entry, good]}).encode(), published())
+    keys = parse_jwks(json.dumps({"keys": [entry, good]}).encode(), published())
 
     assert keys[-1].id == "good"
 
@@ -250,7 +258,7 @@ class Clock:
 
 async def test_keys_are_fetched_when_a_token_needs_them(issuer: Issuer, url: str) -> None:
     issuer.keys = [jwk("RS256", kid="a"), jwk("ES256", kid="b"), jwk("EdDSA", kid="c")]
-    source = PublishedKeys(published(url))
+    source = JwksKeySource(published(url))
 
     for algorithm, kid in (("RS256", "a"), ("ES256", "b"), ("EdDSA", "c")):
         token = token_of(algorithm, kid)
@@ -265,7 +273,7 @@ async def test_a_key_without_an_id_and_a_token_without_one_fit_all(
 ) -> None:
     """A token that names another key is not tried with a key that has a name (RFC 7515, 4.1.4)."""
     issuer.keys = [jwk("RS256"), jwk("RS256", kid="b")]
-    source = PublishedKeys(published(url))
+    source = JwksKeySource(published(url))
 
     assert [key.id for key in await source.keys_for(token_of("RS256", "b"))] == [None, "b"]
     assert [key.id for key in await source.keys_for(token_of("RS256", "a"))] == [None]
@@ -275,7 +283,7 @@ async def test_a_key_without_an_id_and_a_token_without_one_fit_all(
 async def test_an_unknown_kid_is_asked_for_once_a_minute(issuer: Issuer, url: str) -> None:
     """Strangers must not be able to make us pester the issuer; a new key is found all the same."""
     clock = Clock()
-    source = PublishedKeys(published(url), clock=clock)
+    source = JwksKeySource(published(url), clock=clock)
     issuer.keys = [jwk("RS256", kid="a")]
     assert await source.keys_for(token_of("RS256", "a"))
     issuer.keys = [jwk("ES256", kid="b")]
@@ -293,7 +301,7 @@ async def test_an_unknown_kid_is_asked_for_once_a_minute(issuer: Issuer, url: st
 async def test_all_who_wait_for_a_fetch_share_it(issuer: Issuer, url: str) -> None:
     issuer.keys = [jwk("RS256", kid="a")]
     issuer.may_answer.clear()
-    source = PublishedKeys(published(url))
+    source = JwksKeySource(published(url))
     waiting = [asyncio.create_task(source.keys_for(token_of("RS256", "a"))) for _ in range(50)]
     impatient = asyncio.create_task(source.keys_for(token_of("RS256", "a")))
     await asyncio.sleep(0)
@@ -311,7 +319,7 @@ async def test_a_failed_fetch_leaves_the_old_keys_in_force(
     issuer: Issuer, url: str, fault: str
 ) -> None:
     clock = Clock()
-    source = PublishedKeys(published(url), clock=clock)
+    source = JwksKeySource(published(url), clock=clock)
     issuer.keys = [jwk("RS256", kid="a")]
     assert await source.keys_for(token_of("RS256", "a"))
     clock.now += 60
@@ -327,14 +335,14 @@ async def test_a_failed_fetch_leaves_the_old_keys_in_force(
 async def test_keys_are_refreshed_in_the_background(issuer: Issuer, url: str) -> None:
     """A key that the issuer withdrew stops counting, though nobody shows an unknown one."""
     issuer.keys = [jwk("RS256", kid="a")]
-    source = PublishedKeys(published(url), refresh_seconds=0.01)
+    source = JwksKeySource(published(url), refresh_seconds=0.01)
     task = asyncio.create_task(source.run())
     try:
         assert await source.keys_for(token_of("RS256", "a"))
         issuer.keys = [jwk("ES256", kid="b")]
         async with asyncio.timeout(5):
             while await source.keys_for(token_of("RS256", "a")):
-                await asyncio.shield(source._fetch())
+                await asyncio.shield(source._start_or_join_fetch())
         assert await source.keys_for(token_of("ES256", "b"))
     finally:
         task.cancel()
@@ -343,10 +351,10 @@ async def test_keys_are_refreshed_in_the_background(issuer: Issuer, url: str) ->
 async def test_a_token_of_an_algorithm_not_asked_for_never_makes_a_fetch(
     issuer: Issuer, url: str
 ) -> None:
-    source = PublishedKeys(published(url, algorithms=["ES256"]))
+    source = JwksKeySource(published(url, algorithms=["ES256"]))
 
     assert await source.keys_for(token_of("RS256", "a")) == []
-    assert await source.keys_for(read(jwt.encode({}, "x" * 32))) == []
+    assert await source.keys_for(parse_token(jwt.encode({}, "x" * 32))) == []
     assert issuer.asked == 0
 
 
@@ -380,14 +388,14 @@ async def test_tokens_and_keys_of_another_maker_are_read_alike(issuer: Issuer, u
     )
     tokens = json.loads(made.stdout)
     issuer.keys = [one["jwk"] for one in tokens]
-    source = PublishedKeys(published(url))
+    source = JwksKeySource(published(url))
 
     for one in tokens:
-        token = read(one["token"])
+        token = parse_token(one["token"])
         (key,) = await source.keys_for(token)
         check_signature(token, key)
-        check_signature(token, read_pem(one["pem"]))
-        assert await GivenKeys([read_pem(one["pem"])]).keys_for(token)
+        check_signature(token, parse_pem(one["pem"]))
+        assert await ConfiguredKeySource([parse_pem(one["pem"])]).keys_for(token)
 
 
 @pytest.mark.parametrize("host", ["a..b", f"{'a' * 70}.example"])
@@ -404,7 +412,7 @@ async def test_a_host_that_is_no_name_leaves_the_keys_in_force(host: str) -> Non
     app.router.add_get("/keys", answer)
     async with TestServer(app) as server:
         url = str(server.make_url("/keys"))
-        source = PublishedKeys(published(url), refresh_seconds=0.01)
+        source = JwksKeySource(published(url), refresh_seconds=0.01)
         running = asyncio.create_task(source.run())
         while not await source.keys_for(token_of("RS256", "one")):
             await asyncio.sleep(0.01)

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import pytest
 
 from pgrealtime.auth import password_threads
-from pgrealtime.auth.password_threads import PasswordThreads
-from pgrealtime.auth.passwords import StoredHash, decoy_of
+from pgrealtime.auth.password_threads import PasswordVerifier
+from pgrealtime.auth.passwords import StoredHash, dummy_hash_for
 from pgrealtime.errors import AuthError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads have no policy there")
@@ -21,12 +21,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads have no
 SLOW = f"pbkdf2_sha256$12000000$salt${'A' * 43}="
 """Takes a second and more."""
 
-DECOY = decoy_of([])
+DECOY = dummy_hash_for([])
 
 
 @pytest.fixture
-def passwords() -> Iterator[PasswordThreads]:
-    threads = PasswordThreads()
+def passwords() -> Iterator[PasswordVerifier]:
+    threads = PasswordVerifier()
     yield threads
     threads.close()
 
@@ -48,12 +48,12 @@ async def until(policy: int, checking: asyncio.Future[bool | None]) -> None:
 
 
 async def test_password_is_checked_with_what_the_event_loop_leaves(
-    passwords: PasswordThreads, monkeypatch: pytest.MonkeyPatch
+    passwords: PasswordVerifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a while; then as any other thread, since a loop may leave nothing; and so each anew."""
-    monkeypatch.setattr(password_threads, "_MEEK_SECONDS", 0.1)
+    monkeypatch.setattr(password_threads, "_IDLE_PRIORITY_SECONDS", 0.1)
     for _ in range(2):
-        checking = asyncio.ensure_future(passwords.check("x", SLOW, DECOY, whose="ann"))
+        checking = asyncio.ensure_future(passwords.verify("x", SLOW, DECOY, network="ann"))
         await until(os.SCHED_IDLE, checking)
         await until(os.SCHED_OTHER, checking)
         assert not checking.done()
@@ -61,7 +61,7 @@ async def test_password_is_checked_with_what_the_event_loop_leaves(
 
 
 async def test_password_is_checked_where_policies_are_forbidden(
-    passwords: PasswordThreads, monkeypatch: pytest.MonkeyPatch
+    passwords: PasswordVerifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As some containers forbid them."""
 
@@ -69,11 +69,11 @@ async def test_password_is_checked_where_policies_are_forbidden(
         raise PermissionError
 
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
-    assert not await passwords.check("x", None, DECOY, whose="ann")
+    assert not await passwords.verify("x", None, DECOY, network="ann")
 
 
 async def test_no_queue_is_longer_than_somebody_would_wait(
-    passwords: PasswordThreads, monkeypatch: pytest.MonkeyPatch
+    passwords: PasswordVerifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dear hashes make fewer who wait; whoever finds a thread free is served all the same."""
 
@@ -81,33 +81,34 @@ async def test_no_queue_is_longer_than_somebody_would_wait(
         time.sleep(0.1)
         return True
 
-    monkeypatch.setattr(password_threads, "is_correct", dear)
-    monkeypatch.setattr(password_threads, "_LONGEST_WAIT", 0.3)
+    monkeypatch.setattr(password_threads, "verify_password", dear)
+    monkeypatch.setattr(password_threads, "_MAX_WAIT_SECONDS", 0.3)
     for _ in range(6):
-        assert await passwords.check("x", SLOW, DECOY, whose="ann")
+        assert await passwords.verify("x", SLOW, DECOY, network="ann")
     results = await asyncio.gather(
-        *(passwords.check("x", SLOW, DECOY, whose="ann") for _ in range(60)), return_exceptions=True
+        *(passwords.verify("x", SLOW, DECOY, network="ann") for _ in range(60)),
+        return_exceptions=True,
     )
 
     served = results.count(True)
     refused = [one for one in results if isinstance(one, AuthError)]
-    workers = password_threads._WORKERS
+    workers = password_threads._THREAD_COUNT
     assert workers <= served <= workers * 6
     assert [one.error_code for one in refused] == ["login_refused"] * (60 - served)
-    assert await passwords.check("x", SLOW, DECOY, whose="ann")
+    assert await passwords.verify("x", SLOW, DECOY, network="ann")
 
 
 async def test_as_many_wait_as_the_bound_says_beside_those_that_have_a_thread(
-    passwords: PasswordThreads, monkeypatch: pytest.MonkeyPatch
+    passwords: PasswordVerifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever comes on top is refused at once, before anything is hashed."""
     let_go = threading.Event()
-    monkeypatch.setattr(password_threads, "is_correct", lambda *_: let_go.wait(10))
-    monkeypatch.setattr(password_threads, "_MOST_WAITING", 3)
-    room = password_threads._WORKERS + 3
+    monkeypatch.setattr(password_threads, "verify_password", lambda *_: let_go.wait(10))
+    monkeypatch.setattr(password_threads, "_MAX_WAITING", 3)
+    room = password_threads._THREAD_COUNT + 3
 
     checks = [
-        asyncio.ensure_future(passwords.check("x", SLOW, DECOY, whose="ann"))
+        asyncio.ensure_future(passwords.verify("x", SLOW, DECOY, network="ann"))
         for _ in range(room + 2)
     ]
     done, _ = await asyncio.wait(checks, return_when=asyncio.FIRST_COMPLETED, timeout=10)
@@ -129,13 +130,13 @@ async def test_who_fills_the_queue_locks_nobody_else_out(monkeypatch: pytest.Mon
         order.append(password)
         return True
 
-    monkeypatch.setattr(password_threads, "is_correct", slow)
-    monkeypatch.setattr(password_threads, "_MOST_WAITING", 4)
-    monkeypatch.setattr(password_threads, "_WORKERS", 1)
-    passwords = PasswordThreads()
+    monkeypatch.setattr(password_threads, "verify_password", slow)
+    monkeypatch.setattr(password_threads, "_MAX_WAITING", 4)
+    monkeypatch.setattr(password_threads, "_THREAD_COUNT", 1)
+    passwords = PasswordVerifier()
 
     def come(name: str, whose: str) -> asyncio.Future[bool | None]:
-        return asyncio.ensure_future(passwords.check(name, SLOW, DECOY, whose=whose))
+        return asyncio.ensure_future(passwords.verify(name, SLOW, DECOY, network=whose))
 
     flood = [come(f"eve{n}", "eve") for n in range(5)]
     await asyncio.sleep(0)
@@ -152,7 +153,7 @@ async def test_who_fills_the_queue_locks_nobody_else_out(monkeypatch: pytest.Mon
     passwords.close()
 
     assert order == ["eve0", "eve2", "ann", "bob", "last"]
-    assert passwords._free == 1
+    assert passwords._free_threads == 1
     assert not passwords._waiting
 
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from pgrealtime.auth.passwords import (
     Scheme,
     StoredHash,
-    decoy_like,
-    decoy_of,
-    is_correct,
-    name_of,
-    read_hash,
+    dummy_hash_for,
+    dummy_hash_like,
+    parse_hash,
+    scheme_name_of,
+    verify_password,
 )
 
 VECTORS = [
@@ -90,7 +90,7 @@ VECTORS = [
 
 
 def known(text: str) -> StoredHash:
-    stored = read_hash(text)
+    stored = parse_hash(text)
     assert stored is not None
     return stored
 
@@ -100,8 +100,8 @@ def test_published_hashes_are_understood(password: str, text: str, scheme: Schem
     stored = known(text)
 
     assert stored.scheme is scheme
-    assert is_correct(password, stored) is True
-    assert is_correct(password + "x", stored) is False
+    assert verify_password(password, stored) is True
+    assert verify_password(password + "x", stored) is False
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node isn't installed")
@@ -115,8 +115,8 @@ def test_djangos_hashes_are_understood() -> None:
     stored = known(made.stdout)
 
     assert stored.scheme is Scheme.PBKDF2_SHA256
-    assert is_correct("lètmein", stored) is True
-    assert is_correct("letmein", stored) is False
+    assert verify_password("lètmein", stored) is True
+    assert verify_password("letmein", stored) is False
 
 
 @pytest.mark.parametrize("prefix", ["$2a$", "$2b$", "$2y$"])
@@ -124,15 +124,15 @@ def test_bcrypt_has_three_prefixes_in_the_wild(prefix: str) -> None:
     """Go and Python, newer libraries, PHP."""
     text = bcrypt.hashpw(b"secret", bcrypt.gensalt(4)).decode()
 
-    assert is_correct("secret", known(prefix + text[4:])) is True
+    assert verify_password("secret", known(prefix + text[4:])) is True
 
 
 def test_bcrypt_sees_72_bytes() -> None:
     """Applications whose library cuts longer passwords have stored hashes of the beginning."""
     text = bcrypt.hashpw(b"x" * 72, bcrypt.gensalt(4)).decode()
 
-    assert is_correct("x" * 200, known(text)) is True
-    assert is_correct("x" * 71, known(text)) is False
+    assert verify_password("x" * 200, known(text)) is True
+    assert verify_password("x" * 71, known(text)) is False
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_bcrypt_sees_72_bytes() -> None:
 )
 def test_what_is_no_known_hash_lets_nobody_in(text: str) -> None:
     """Least of all a password stored as it is. Django marks unusable ones by "!"."""
-    assert read_hash(text) is None
+    assert parse_hash(text) is None
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_what_is_no_known_hash_lets_nobody_in(text: str) -> None:
 )
 def test_a_hash_that_looks_right_and_is_not_is_unusable(text: str) -> None:
     """Not wrong but nothing: the time it didn't take must be made up for."""
-    assert is_correct("secret", known(text)) is None
+    assert verify_password("secret", known(text)) is None
 
 
 @pytest.mark.parametrize(
@@ -196,8 +196,8 @@ def test_a_hash_that_looks_right_and_is_not_is_unusable(text: str) -> None:
 )
 def test_a_hash_that_costs_too_much_is_not_checked(bearable: str, absurd: str) -> None:
     """Its parameters are spent on everybody who tries that name, knowing the password or not."""
-    assert read_hash(bearable) is not None
-    assert read_hash(absurd) is None
+    assert parse_hash(bearable) is not None
+    assert parse_hash(absurd) is None
 
 
 @pytest.mark.parametrize(
@@ -215,8 +215,8 @@ def test_a_hash_that_costs_too_much_is_not_checked(bearable: str, absurd: str) -
     ],
 )
 def test_of_an_unreadable_hash_no_more_than_its_scheme_is_told(text: str, name: str) -> None:
-    assert read_hash(text) is None
-    assert name_of(text) == name
+    assert parse_hash(text) is None
+    assert scheme_name_of(text) == name
 
 
 @given(
@@ -224,9 +224,9 @@ def test_of_an_unreadable_hash_no_more_than_its_scheme_is_told(text: str, name: 
     st.text(max_size=9),
 )
 def test_no_stored_text_raises(text: str, password: str) -> None:
-    stored = read_hash(text)
+    stored = parse_hash(text)
     if stored is not None and len(text) < 70:
-        assert is_correct(password, stored) is not True
+        assert verify_password(password, stored) is not True
 
 
 MADE = [
@@ -239,19 +239,19 @@ MADE = [
 
 @pytest.mark.parametrize("text", MADE, ids=lambda text: text[:14])
 def test_a_decoy_costs_the_same_and_opens_nothing(text: str) -> None:
-    decoy = decoy_like(known(text))
+    decoy = dummy_hash_like(known(text))
 
-    assert read_hash(decoy.text) == decoy
+    assert parse_hash(decoy.text) == decoy
     assert decoy.text.rsplit("$", 1)[0] == text.rsplit("$", 1)[0]
     assert len(decoy.text) == len(text)
-    assert is_correct("secret", decoy) is False
+    assert verify_password("secret", decoy) is False
 
 
 def test_there_is_a_decoy_where_no_hash_can_be_read() -> None:
     for texts in ([], ["", "secret", "md5$salt$5f4dcc3b5aa765d61d8327deb882cf99"]):
-        decoy = decoy_of(texts)
-        assert read_hash(decoy.text) == decoy
-        assert is_correct("", decoy) is False
+        decoy = dummy_hash_for(texts)
+        assert parse_hash(decoy.text) == decoy
+        assert verify_password("", decoy) is False
 
 
 def test_a_decoy_is_like_most_hashes() -> None:
@@ -263,4 +263,4 @@ def test_a_decoy_is_like_most_hashes() -> None:
         *(["unreadable"] * 9),
     ]
 
-    assert decoy_of(hashes) == decoy_like(known(f"pbkdf2_sha256$20$one${'A' * 43}="))
+    assert dummy_hash_for(hashes) == dummy_hash_like(known(f"pbkdf2_sha256$20$one${'A' * 43}="))

@@ -7,8 +7,8 @@ from typing import Any
 import jwt
 import pytest
 
-from pgrealtime.auth.account import Accounts
-from pgrealtime.auth.authenticator import Authenticator, issuers_of
+from pgrealtime.auth.account import AccountLoader
+from pgrealtime.auth.authenticator import Authenticator, key_sources_of
 from pgrealtime.auth.principal import Caller
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import AuthConfig, IssuerConfig, LoginConfig
@@ -26,14 +26,14 @@ def issuer(**said: Any) -> IssuerConfig:
 
 
 async def known(*issuers: IssuerConfig, **claims: str) -> tuple[Authenticator, Caller]:
-    door = Authenticator(AuthConfig(issuers=issuers), NONE, Accounts(QueryPool()))
+    door = Authenticator(AuthConfig(issuers=issuers), NONE, AccountLoader(QueryPool()))
     caller = await door.authenticate(jwt.encode({"sub": "u1", **claims}, SECRET))
     assert caller != Caller()
     return door, caller
 
 
 def use(door: Authenticator, *issuers: IssuerConfig) -> None:
-    door.use(issuers_of(AuthConfig(issuers=issuers)), LoginConfig(), NONE)
+    door.replace_settings(key_sources_of(AuthConfig(issuers=issuers)), LoginConfig(), NONE)
 
 
 HOLDS = [
@@ -58,7 +58,7 @@ async def test_whose_token_still_holds_stays(after: IssuerConfig, role: str) -> 
 
     use(door, issuer(name="first", secret=OTHER), after)
 
-    assert door.reconsider(caller) == caller
+    assert door.revalidate_caller(caller) == caller
 
 
 @pytest.mark.parametrize("role", ["user", "root"])
@@ -68,7 +68,7 @@ async def test_whose_token_no_issuer_would_take_is_a_guest(after: IssuerConfig, 
 
     use(door, after)
 
-    assert door.reconsider(caller) == Caller()
+    assert door.revalidate_caller(caller) == Caller()
 
 
 async def test_what_makes_a_superuser_matters_to_superusers_alone() -> None:
@@ -77,7 +77,7 @@ async def test_what_makes_a_superuser_matters_to_superusers_alone() -> None:
         door, caller = await known(issuer(), role=role)
         use(door, after)
 
-        assert door.reconsider(caller) == (caller if role == "user" else Caller())
+        assert door.revalidate_caller(caller) == (caller if role == "user" else Caller())
 
 
 async def test_without_its_issuer_nobody_is_known() -> None:
@@ -85,7 +85,7 @@ async def test_without_its_issuer_nobody_is_known() -> None:
 
     use(door)
 
-    assert door.reconsider(caller) == Caller()
+    assert door.revalidate_caller(caller) == Caller()
 
 
 async def test_an_issuer_of_another_collection_knows_other_people() -> None:
@@ -93,10 +93,10 @@ async def test_an_issuer_of_another_collection_knows_other_people() -> None:
 
     use(door, issuer(collection="staff"))
 
-    assert door.reconsider(caller) == Caller()
+    assert door.revalidate_caller(caller) == Caller()
 
 
 async def test_a_guest_stays_one() -> None:
     door, _ = await known(issuer())
 
-    assert door.reconsider(Caller()) == Caller()
+    assert door.revalidate_caller(Caller()) == Caller()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pgrealtime.auth.principal import AuthRecord, Caller
-from pgrealtime.auth.record import auth_record, digest_of, rebound, token_key
+from pgrealtime.auth.record import auth_record_of, digest_token_key, token_key_of, update_caller
 from pgrealtime.catalog.model import Column, Table, TableKind, Type, TypeKind
 from pgrealtime.changes import Row, TableName
 from pgrealtime.collections.model import Collection, Field, FieldKind
@@ -56,29 +56,29 @@ LOGIN = CollectionLoginConfig(password_hash="hash", token_key="key")
 
 
 def test_the_plain_fields_are_found_by_their_names() -> None:
-    assert auth_record(users(), ROW) == ANN
+    assert auth_record_of(users(), ROW) == ANN
 
 
 def test_null_is_empty_or_false() -> None:
     row: Row = {"id": "u1", "mail": None, "visible": None, "verified": None}
 
-    assert auth_record(users(), row) == AuthRecord(
+    assert auth_record_of(users(), row) == AuthRecord(
         collection_id="c1", collection_name="users", id="u1"
     )
 
 
 def test_only_a_boolean_verifies() -> None:
     """A text "t" may mean anything."""
-    assert auth_record(users(verified=TEXT), {**ROW, "verified": "t"}).verified is False
+    assert auth_record_of(users(verified=TEXT), {**ROW, "verified": "t"}).verified is False
 
 
 def test_padding_is_no_part_of_an_id() -> None:
-    assert auth_record(users(key_type=CHAR), {**ROW, "id": "u1  "}).id == "u1"
+    assert auth_record_of(users(key_type=CHAR), {**ROW, "id": "u1  "}).id == "u1"
 
 
 def test_a_row_without_a_key_is_nobody() -> None:
     with pytest.raises(AuthError):
-        auth_record(users(), {"id": None})
+        auth_record_of(users(), {"id": None})
 
 
 @pytest.mark.parametrize(
@@ -92,43 +92,43 @@ def test_a_row_without_a_key_is_nobody() -> None:
     ],
 )
 def test_a_user_has_a_key_of_its_own_or_none(row: Row, expected: str | None) -> None:
-    assert token_key(LOGIN, row) == expected
+    assert token_key_of(LOGIN, row) == expected
 
 
-SIGNED = Caller(ANN, 1000.0, digest_of("k"))
+SIGNED = Caller(ANN, 1000.0, digest_token_key("k"))
 
 
 def test_a_changed_row_changes_its_caller() -> None:
     """Roles and addresses take effect at the next event (protocol, 8)."""
     row = {**ROW, "mail": "new@b.c", "verified": "t", "hash": "other"}
 
-    assert rebound(SIGNED, users(), LOGIN, row) == replace(
+    assert update_caller(SIGNED, users(), LOGIN, row) == replace(
         SIGNED, principal=replace(ANN, email="new@b.c", verified=True)
     )
 
 
 def test_a_changed_token_key_makes_a_guest() -> None:
     """PocketBase changes it with every password and address; the token is worth nothing then."""
-    assert rebound(SIGNED, users(), LOGIN, {**ROW, "key": "k2"}) == Caller()
-    assert rebound(SIGNED, users(), LOGIN, {**ROW, "key": None}) == Caller()
+    assert update_caller(SIGNED, users(), LOGIN, {**ROW, "key": "k2"}) == Caller()
+    assert update_caller(SIGNED, users(), LOGIN, {**ROW, "key": None}) == Caller()
 
 
 def test_without_a_token_key_a_changed_password_makes_a_guest() -> None:
     login = CollectionLoginConfig(password_hash="hash")
-    caller = Caller(ANN, None, digest_of("h"))
+    caller = Caller(ANN, None, digest_token_key("h"))
 
-    assert rebound(caller, users(), login, ROW) == caller
-    assert rebound(caller, users(), login, {**ROW, "hash": "h2"}) == Caller()
+    assert update_caller(caller, users(), login, ROW) == caller
+    assert update_caller(caller, users(), login, {**ROW, "hash": "h2"}) == Caller()
 
 
 def test_tokens_made_elsewhere_do_not_depend_on_the_row() -> None:
     caller = Caller(ANN, 1000.0)
 
-    assert rebound(caller, users(), LOGIN, {**ROW, "key": "k2", "hash": "h2"}) == caller
+    assert update_caller(caller, users(), LOGIN, {**ROW, "key": "k2", "hash": "h2"}) == caller
 
 
 def test_what_the_wal_left_out_is_unchanged() -> None:
-    assert rebound(SIGNED, users(), LOGIN, {"id": "u1", "verified": "t"}) == replace(
+    assert update_caller(SIGNED, users(), LOGIN, {"id": "u1", "verified": "t"}) == replace(
         SIGNED, principal=replace(ANN, verified=True)
     )
 
@@ -141,22 +141,24 @@ def test_a_generated_column_is_not_unchanged_because_no_image_has_it(name: str) 
     fields = tuple(replace(f, column=c) for f, c in zip(users().fields, columns, strict=True))
     made = replace(users(), table=replace(table, columns=columns), fields=fields)
     image = {column: value for column, value in ROW.items() if column != name}
-    foreign = replace(SIGNED, key_digest=None)
+    foreign = replace(SIGNED, token_key_digest=None)
     is_secret = name in {"hash", "key"}
 
-    assert rebound(SIGNED, made, LOGIN, image) == Caller(is_lost=True)
-    assert rebound(foreign, made, LOGIN, image) == (foreign if is_secret else Caller(is_lost=True))
-    assert rebound(SIGNED, made, LOGIN, ROW) == SIGNED
+    assert update_caller(SIGNED, made, LOGIN, image) == Caller(is_stale=True)
+    assert update_caller(foreign, made, LOGIN, image) == (
+        foreign if is_secret else Caller(is_stale=True)
+    )
+    assert update_caller(SIGNED, made, LOGIN, ROW) == SIGNED
 
 
 def test_a_generated_column_that_rules_ask_for_is_known_no_more() -> None:
     table = users().table
     columns = tuple(replace(c, is_generated=c.name == "hash") for c in table.columns)
     made = replace(users(), table=replace(table, columns=columns))
-    caller = replace(SIGNED, key_digest=None, own=(("mail", "a@b.c"), ("hash", "h")))
+    caller = replace(SIGNED, token_key_digest=None, row_values=(("mail", "a@b.c"), ("hash", "h")))
 
-    assert rebound(caller, made, LOGIN, {"id": "u1"}).own == (("mail", "a@b.c"),)
-    assert rebound(caller, made, LOGIN, ROW).own == caller.own
+    assert update_caller(caller, made, LOGIN, {"id": "u1"}).row_values == (("mail", "a@b.c"),)
+    assert update_caller(caller, made, LOGIN, ROW).row_values == caller.row_values
 
 
 def test_a_caller_does_not_print_its_digest() -> None:
@@ -165,10 +167,10 @@ def test_a_caller_does_not_print_its_digest() -> None:
 
 def test_what_rules_ask_of_the_row_changes_with_it() -> None:
     """Another role takes effect at the next event, also where only rules know of it."""
-    caller = replace(SIGNED, own=(("mail", "a@b.c"), ("hash", None)))
+    caller = replace(SIGNED, row_values=(("mail", "a@b.c"), ("hash", None)))
 
-    assert rebound(caller, users(), LOGIN, {**ROW, "mail": "n@b.c"}).own == (
+    assert update_caller(caller, users(), LOGIN, {**ROW, "mail": "n@b.c"}).row_values == (
         ("mail", "n@b.c"),
         ("hash", "h"),
     )
-    assert rebound(caller, users(), LOGIN, {"id": "u1"}).own == caller.own
+    assert update_caller(caller, users(), LOGIN, {"id": "u1"}).row_values == caller.row_values

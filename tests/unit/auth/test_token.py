@@ -16,20 +16,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgrealtime.auth.token import (
-    Key,
     Token,
-    check_purpose,
+    VerificationKey,
+    check_issuer_and_audience,
     check_signature,
     check_times,
+    id_from_claim,
     is_superuser,
-    named_id,
-    read,
+    parse_token,
 )
 from pgrealtime.config.model import IssuerConfig
 from pgrealtime.errors import AuthError
 
 SECRET = "a-secret-of-thirty-two-characters"
-KEY = Key("HS256", SECRET)
+KEY = VerificationKey("HS256", SECRET)
 
 
 def code_of(error: pytest.ExceptionInfo[AuthError]) -> str:
@@ -50,7 +50,7 @@ HEADER = b'{"alg":"HS256","typ":"JWT"}'
 @pytest.mark.parametrize("prefix", ["", "Bearer ", "bearer ", "BEARER ", "bEaReR "])
 def test_a_token_is_read_with_and_without_its_scheme(prefix: str) -> None:
     """The SDKs send the bare token, everybody else the scheme (protocol, 3.5)."""
-    token = read(prefix + jwt.encode({"sub": "u1"}, SECRET))
+    token = parse_token(prefix + jwt.encode({"sub": "u1"}, SECRET))
 
     check_signature(token, KEY)
     assert token.claims == {"sub": "u1"}
@@ -61,7 +61,7 @@ def test_a_token_is_read_with_and_without_its_scheme(prefix: str) -> None:
 )
 def test_any_other_prefix_makes_the_token_invalid(prefix: str) -> None:
     with pytest.raises(AuthError) as error:
-        read(prefix + jwt.encode({"sub": "u1"}, SECRET))
+        parse_token(prefix + jwt.encode({"sub": "u1"}, SECRET))
 
     assert code_of(error) == "token_malformed"
 
@@ -69,7 +69,7 @@ def test_any_other_prefix_makes_the_token_invalid(prefix: str) -> None:
 @pytest.mark.parametrize("nothing", [None, ""])
 def test_no_header_is_no_token(nothing: str | None) -> None:
     with pytest.raises(AuthError) as error:
-        read(nothing)
+        parse_token(nothing)
 
     assert code_of(error) == "token_missing"
 
@@ -101,7 +101,7 @@ def test_no_header_is_no_token(nothing: str | None) -> None:
 def test_a_rightly_signed_oddity_is_malformed(header: bytes, payload: bytes) -> None:
     """A signature buys no way around the form: each of these once was a hole somewhere."""
     with pytest.raises(AuthError) as error:
-        read(raw(header, payload))
+        parse_token(raw(header, payload))
 
     assert code_of(error) == "token_malformed"
 
@@ -109,7 +109,7 @@ def test_a_rightly_signed_oddity_is_malformed(header: bytes, payload: bytes) -> 
 @given(st.text())
 def test_any_text_is_a_token_or_an_auth_error(text: str) -> None:
     with contextlib.suppress(AuthError):
-        assert isinstance(read(text), Token)
+        assert isinstance(parse_token(text), Token)
 
 
 @given(st.lists(st.binary(max_size=64), min_size=2, max_size=4), st.booleans())
@@ -117,7 +117,7 @@ def test_any_segments_are_a_token_or_an_auth_error(segments: list[bytes], has_he
     parts = [HEADER, *segments] if has_header else segments
     text = b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in parts).decode()
     try:
-        token = read(text)
+        token = parse_token(text)
     except AuthError:
         return
     with pytest.raises(AuthError):
@@ -133,17 +133,19 @@ def test_no_bit_of_a_token_can_change(data: st.DataObject) -> None:
     if changed == text:
         return
     with pytest.raises(AuthError):
-        check_signature(read(changed), KEY)
+        check_signature(parse_token(changed), KEY)
 
 
 @pytest.mark.parametrize("secret", ["short", "0", "12345", "ä" * 20, '"quoted"', " "])
 def test_any_secret_that_an_application_has_chosen_serves(secret: str) -> None:
-    check_signature(read(raw(HEADER, b'{"sub":"u1"}', secret)), Key("HS256", secret))
+    check_signature(
+        parse_token(raw(HEADER, b'{"sub":"u1"}', secret)), VerificationKey("HS256", secret)
+    )
 
 
 def test_another_secret_makes_another_signature() -> None:
     with pytest.raises(AuthError) as error:
-        check_signature(read(jwt.encode({"sub": "u1"}, SECRET + "x")), KEY)
+        check_signature(parse_token(jwt.encode({"sub": "u1"}, SECRET + "x")), KEY)
 
     assert code_of(error) == "token_signature"
 
@@ -163,7 +165,7 @@ def test_a_token_of_another_maker_is_read_alike() -> None:
         ["node", "-e", script, SECRET], capture_output=True, text=True, check=True, timeout=30
     )
 
-    token = read(f"Bearer {made.stdout}")
+    token = parse_token(f"Bearer {made.stdout}")
 
     check_signature(token, KEY)
     assert token.claims == {"sub": "ü-1", "exp": 4102444800}
@@ -217,7 +219,7 @@ ISSUER = IssuerConfig(name="app", secret=SECRET, issuer="https://app", audience=
 
 @pytest.mark.parametrize("audience", ["rt", ["other", "rt"]])
 def test_a_token_for_us_may_be_for_others_too(audience: str | list[str]) -> None:
-    check_purpose({"iss": "https://app", "aud": audience}, ISSUER)
+    check_issuer_and_audience({"iss": "https://app", "aud": audience}, ISSUER)
 
 
 @pytest.mark.parametrize(
@@ -234,14 +236,14 @@ def test_a_token_for_us_may_be_for_others_too(audience: str | list[str]) -> None
 )
 def test_a_token_of_others_or_for_others_is_refused(claims: dict[str, Any], code: str) -> None:
     with pytest.raises(AuthError) as error:
-        check_purpose(claims, ISSUER)
+        check_issuer_and_audience(claims, ISSUER)
 
     assert code_of(error) == code
 
 
 def test_what_is_not_configured_is_not_asked_for() -> None:
     """Hosted issuers put an audience into every token."""
-    check_purpose({"aud": "authenticated"}, IssuerConfig(name="app", secret=SECRET))
+    check_issuer_and_audience({"aud": "authenticated"}, IssuerConfig(name="app", secret=SECRET))
 
 
 @pytest.mark.parametrize(
@@ -286,4 +288,4 @@ def test_a_superuser_has_every_claim_exactly(
     ],
 )
 def test_an_id_is_a_text_or_an_integer(value: object, expected: str | None) -> None:
-    assert named_id({"sub": value}, "sub") == expected
+    assert id_from_claim({"sub": value}, "sub") == expected

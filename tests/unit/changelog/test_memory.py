@@ -10,7 +10,7 @@ from pgrealtime.changelog.base import Gap
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Insert, TableName, Transaction
 from pgrealtime.errors import ChangelogError
-from pgrealtime.lsn import END, LSN, Cursor, Xid
+from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, Xid
 
 TABLE = TableName("public", "posts")
 
@@ -21,7 +21,7 @@ def transaction(end_lsn: int, *, changes: int = 1, size: int = 10) -> Transactio
 
 
 def changelog(*end_lsns: int, max_size: int = 1000, max_age: float = 60.0) -> MemoryChangelog:
-    made = MemoryChangelog(LSN(0), max_size=max_size, max_age=max_age)
+    made = MemoryChangelog(LSN(0), max_bytes=max_size, max_age_seconds=max_age)
     for end_lsn in end_lsns:
         made.append(transaction(end_lsn))
     return made
@@ -34,19 +34,19 @@ def read(log: MemoryChangelog, after: Cursor, *, limit: int = 1000) -> list[int]
 def test_what_was_appended_is_read_in_order() -> None:
     log = changelog(10, 20, 30)
 
-    assert read(log, Cursor(LSN(0), END)) == [10, 20, 30]
-    assert log.head == Cursor(LSN(30), END)
+    assert read(log, Cursor(LSN(0), END_ORDINAL)) == [10, 20, 30]
+    assert log.head == Cursor(LSN(30), END_ORDINAL)
 
 
 def test_reading_begins_after_the_cursor() -> None:
-    assert read(changelog(10, 20, 30), Cursor(LSN(10), END)) == [20, 30]
+    assert read(changelog(10, 20, 30), Cursor(LSN(10), END_ORDINAL)) == [20, 30]
     assert read(changelog(10, 20, 30), Cursor(LSN(15), 1)) == [20, 30]
-    assert read(changelog(10, 20, 30), Cursor(LSN(30), END)) == []
+    assert read(changelog(10, 20, 30), Cursor(LSN(30), END_ORDINAL)) == []
 
 
 def test_a_cursor_within_a_transaction_reads_that_one_again_for_its_rest() -> None:
     """A connection that broke in the middle of a large commit loses none of it."""
-    log = MemoryChangelog(LSN(0), max_size=1000, max_age=60)
+    log = MemoryChangelog(LSN(0), max_bytes=1000, max_age_seconds=60)
     log.append(transaction(10, changes=3))
     log.append(transaction(20))
 
@@ -57,39 +57,41 @@ def test_a_cursor_within_a_transaction_reads_that_one_again_for_its_rest() -> No
 def test_reading_stops_at_the_given_end_and_about_the_limit() -> None:
     log = changelog(10, 20, 30, 40)
 
-    assert [e.end_lsn for e in log.read(Cursor(LSN(0), END), Cursor(LSN(30), END), 1000)] == [
+    assert [
+        e.end_lsn for e in log.read(Cursor(LSN(0), END_ORDINAL), Cursor(LSN(30), END_ORDINAL), 1000)
+    ] == [
         10,
         20,
         30,
     ]
-    assert read(log, Cursor(LSN(0), END), limit=2) == [10, 20]
+    assert read(log, Cursor(LSN(0), END_ORDINAL), limit=2) == [10, 20]
 
 
 def test_a_transaction_larger_than_the_limit_is_read_all_the_same() -> None:
-    log = MemoryChangelog(LSN(0), max_size=1000, max_age=60)
+    log = MemoryChangelog(LSN(0), max_bytes=1000, max_age_seconds=60)
     log.append(transaction(10, changes=500))
 
-    assert read(log, Cursor(LSN(0), END), limit=250) == [10]
+    assert read(log, Cursor(LSN(0), END_ORDINAL), limit=250) == [10]
 
 
 def test_bytes_are_bounded_and_the_oldest_goes_first() -> None:
     log = changelog(10, 20, 30, max_size=25)
 
-    assert log.size == 20
-    assert log.floor == Cursor(LSN(10), END)
+    assert log.size_bytes == 20
+    assert log.floor == Cursor(LSN(10), END_ORDINAL)
     with pytest.raises(ChangelogError) as refused:
-        log.read(Cursor(LSN(5), END), log.head, 10)
+        log.read(Cursor(LSN(5), END_ORDINAL), log.head, 10)
     assert refused.value.error_code == "changelog_trimmed"
     assert read(log, log.floor) == [20, 30]
 
 
 def test_age_is_bounded_but_nothing_undelivered_is_trimmed() -> None:
-    log = MemoryChangelog(LSN(0), max_size=1000, max_age=60)
+    log = MemoryChangelog(LSN(0), max_bytes=1000, max_age_seconds=60)
     for at, end_lsn in enumerate((10, 20, 30)):
         log.append(transaction(end_lsn), now=float(at))
 
-    log.expire(now=61.5, upto=Cursor(LSN(10), END))
-    assert log.floor == Cursor(LSN(10), END)
+    log.expire(now=61.5, upto=Cursor(LSN(10), END_ORDINAL))
+    assert log.floor == Cursor(LSN(10), END_ORDINAL)
     log.expire(now=61.5, upto=log.head)
     assert read(log, log.floor) == [30]
 
@@ -102,8 +104,8 @@ def test_an_entry_out_of_order_is_refused() -> None:
 def test_bytes_after_counts_what_a_reader_has_yet_to_read() -> None:
     log = changelog(10, 20, 30)
 
-    assert log.bytes_after(Cursor(LSN(0), END)) == 30
-    assert log.bytes_after(Cursor(LSN(20), END)) == 10
+    assert log.bytes_after(Cursor(LSN(0), END_ORDINAL)) == 30
+    assert log.bytes_after(Cursor(LSN(20), END_ORDINAL)) == 10
     assert log.bytes_after(log.head) == 0
 
 
@@ -112,7 +114,7 @@ def test_gaps_stand_in_order_between_transactions() -> None:
     log.append(Gap(LSN(15), "slot_lost"))
     log.append(transaction(20))
 
-    assert read(log, Cursor(LSN(0), END)) == [10, 15, 20]
+    assert read(log, Cursor(LSN(0), END_ORDINAL)) == [10, 15, 20]
 
 
 def test_a_restart_forgets_everything_and_begins_at_a_lower_position() -> None:
@@ -120,9 +122,9 @@ def test_a_restart_forgets_everything_and_begins_at_a_lower_position() -> None:
     log.restart(LSN(5))
     log.append(transaction(8))
 
-    assert (log.floor, log.head) == (Cursor(LSN(5), END), Cursor(LSN(8), END))
+    assert (log.floor, log.head) == (Cursor(LSN(5), END_ORDINAL), Cursor(LSN(8), END_ORDINAL))
     assert read(log, log.floor) == [8]
-    assert log.size == 10
+    assert log.size_bytes == 10
 
 
 def test_trimming_ten_thousand_entries_keeps_every_answer_right() -> None:
@@ -136,20 +138,20 @@ def test_trimming_ten_thousand_entries_keeps_every_answer_right() -> None:
 
 def test_what_its_reader_is_in_the_middle_of_is_kept_for_it() -> None:
     """It holds those rows anyway; without them it could not go on after a reload."""
-    log = MemoryChangelog(LSN(0), max_size=100, max_age=60)
+    log = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=60)
     log.append(transaction(10, size=60), 0.0)
-    log.append(transaction(20, changes=3, size=60), 0.0, Cursor(LSN(10), END))
+    log.append(transaction(20, changes=3, size=60), 0.0, Cursor(LSN(10), END_ORDINAL))
     log.append(transaction(30, size=60), 0.0, Cursor(LSN(20), 2))
     log.expire(1000.0, Cursor(LSN(20), 2))
 
     assert read(log, Cursor(LSN(20), 2)) == [20, 30]
-    log.expire(1000.0, Cursor(LSN(20), END))
-    assert log.floor == Cursor(LSN(20), END)
+    log.expire(1000.0, Cursor(LSN(20), END_ORDINAL))
+    assert log.floor == Cursor(LSN(20), END_ORDINAL)
 
 
 def test_what_was_trimmed_is_no_longer_held() -> None:
     """The bound is on memory, not on what can be read."""
-    log = MemoryChangelog(LSN(0), max_size=100, max_age=60)
+    log = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=60)
     made = transaction(10, size=60)
     before = sys.getrefcount(made)
     log.append(made)

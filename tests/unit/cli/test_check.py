@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from pgrealtime.cli.check.check import excerpt, syntax_problems
-from pgrealtime.config.load import parse
+from pgrealtime.cli.check.check import syntax_problems, underline_span
+from pgrealtime.config.load import parse_config
 
 
 @pytest.mark.parametrize(
@@ -24,11 +24,11 @@ from pgrealtime.config.load import parse
 def test_carets_stand_under_the_place(text: str, span: tuple[int, int], expected: str) -> None:
     """Also behind ideographs, which take two cells of a terminal each."""
     indented = "\n".join(f"    {line}" for line in expected.split("\n"))
-    assert excerpt(text, *span) == indented
+    assert underline_span(text, *span) == indented
 
 
 def test_rules_for_everyone_and_for_nobody_have_no_syntax() -> None:
-    config = parse(
+    config = parse_config(
         {
             "collections": {
                 "a": {"table": "a", "list_rule": "", "view_rule": None},

@@ -17,7 +17,7 @@ from pgrealtime.catalog.model import (
     TypeKind,
 )
 from pgrealtime.changes import TableName
-from pgrealtime.collections.build import build, kind_of, table_names
+from pgrealtime.collections.build import build_collections, configured_table_names, field_kind_of
 from pgrealtime.collections.model import (
     Collection,
     Collections,
@@ -25,10 +25,10 @@ from pgrealtime.collections.model import (
     FieldKind,
     Junction,
     Relation,
-    collection_id,
+    derive_collection_id,
 )
-from pgrealtime.config.load import parse
-from pgrealtime.errors import ConfigError, Problem
+from pgrealtime.config.load import parse_config
+from pgrealtime.errors import ConfigError, ConfigProblem
 
 # -- small words for catalogues
 
@@ -85,8 +85,8 @@ def table(
             for number, (column, type_) in enumerate(columns.items(), start=1)
         ),
         primary_key=key,
-        unique=(key,) if key else (),
-        identity_columns=key,
+        unique_keys=(key,) if key else (),
+        replica_identity_columns=key,
     )
     return replace(made, **more)
 
@@ -118,17 +118,17 @@ def built(configured: Mapping[str, Any], *tables: Table) -> Collections:
     catalog = Catalog(
         tables={one.name: one for one in tables}, server_version=170000, schemas=("public",)
     )
-    return build(parse({"collections": configured}).collections, catalog)
+    return build_collections(parse_config({"collections": configured}).collections, catalog)
 
 
-def problems_of(configured: Mapping[str, Any], *tables: Table) -> tuple[Problem, ...]:
+def problems_of(configured: Mapping[str, Any], *tables: Table) -> tuple[ConfigProblem, ...]:
     with pytest.raises(ConfigError) as caught:
         built(configured, *tables)
     return caught.value.problems
 
 
 def field_of(collection: Collection, name: str) -> Field:
-    return collection.by_name[name]
+    return collection.fields_by_name[name]
 
 
 # -- collections
@@ -146,7 +146,7 @@ def field_of(collection: Collection, name: str) -> Field:
 )
 def test_ids_are_derived_as_pocketbase_does(kind: str, name: str, expected: str) -> None:
     """Clients may subscribe by id. These are of a new PocketBase 0.40.6."""
-    assert collection_id(kind, name) == expected
+    assert derive_collection_id(kind, name) == expected
 
 
 def test_a_table_becomes_a_collection() -> None:
@@ -176,7 +176,7 @@ def test_table_names_are_exact() -> None:
     odd = table('Odd."Name', {"id": "text"})
     assert built({"odd": {"table": 'public."Odd.""Name"'}}, odd)["odd"].table == odd
     assert problems_of({"p": {"table": "public.Posts"}}, POSTS) == (
-        Problem(
+        ConfigProblem(
             "collections.p.table",
             'there is no table "public.Posts"',
             'perhaps you meant "public.posts"',
@@ -191,12 +191,12 @@ def test_an_unqualified_name_is_looked_up_in_the_schemas_in_their_order() -> Non
         server_version=170000,
         schemas=("app", "public"),
     )
-    config = parse({"collections": {"posts": {"table": "posts"}}}).collections
-    assert build(config, catalog)["posts"].table == other
+    config = parse_config({"collections": {"posts": {"table": "posts"}}}).collections
+    assert build_collections(config, catalog)["posts"].table == other
 
 
 def test_the_tables_to_read_are_those_named_and_those_of_junctions() -> None:
-    config = parse(
+    config = parse_config(
         {
             "collections": {
                 "posts": {
@@ -207,7 +207,7 @@ def test_the_tables_to_read_are_those_named_and_those_of_junctions() -> None:
             }
         }
     )
-    assert table_names(config.collections, ["public", "app"]) == (
+    assert configured_table_names(config.collections, ["public", "app"]) == (
         TableName("public", "posts"),
         TableName("app", "posts"),
         TableName("auth", "Users"),
@@ -230,7 +230,7 @@ def test_the_tables_to_read_are_those_named_and_those_of_junctions() -> None:
         *((base_type(name), (FieldKind.DATE, False)) for name in ("timestamptz", "date")),
         (base_type("timestamp"), (FieldKind.DATE, False)),
         *((base_type(name), (FieldKind.JSON, False)) for name in ("json", "jsonb")),
-        (base_type("point"), (FieldKind.GEO, False)),
+        (base_type("point"), (FieldKind.GEO_POINT, False)),
         (base_type("bytea"), (FieldKind.BYTES, False)),
         (ADDRESS, (FieldKind.COMPOSITE, False)),
         (MOOD, (FieldKind.TEXT, False)),
@@ -247,7 +247,7 @@ def test_the_tables_to_read_are_those_named_and_those_of_junctions() -> None:
 def test_a_columns_type_says_the_kind_of_field(
     data_type: Type, expected: tuple[FieldKind, bool]
 ) -> None:
-    assert kind_of(data_type) == expected
+    assert field_kind_of(data_type) == expected
 
 
 def test_what_types_can_not_say_the_configuration_does() -> None:
@@ -274,7 +274,7 @@ def test_what_types_can_not_say_the_configuration_does() -> None:
         ("id", FieldKind.TEXT, False, False),
         ("file", FieldKind.FILE, False, False),
         ("files", FieldKind.FILE, True, False),
-        ("place", FieldKind.GEO, False, False),
+        ("place", FieldKind.GEO_POINT, False, False),
         ("state", FieldKind.TEXT, False, True),
         ("number", FieldKind.TEXT, False, False),
     ]
@@ -310,9 +310,9 @@ def test_a_unique_column_can_be_the_id() -> None:
         "events",
         {"at": "date", "no": "int4", "slug": "text"},
         key=("at", "no"),
-        unique=(("at", "no"), ("slug",)),
+        unique_keys=(("at", "no"), ("slug",)),
         replica_identity=ReplicaIdentity.FULL,
-        identity_columns=("at", "no", "slug"),
+        replica_identity_columns=("at", "no", "slug"),
     )
     slug = replace(events.columns[2], not_null=True)
     events = replace(events, columns=(*events.columns[:2], slug))
@@ -398,7 +398,7 @@ def test_a_junction_table_is_a_relation_and_finds_its_columns_by_itself() -> Non
         is_hidden=True,
         relation=Relation(
             collection="users",
-            junction=Junction(table=LIKES, source="post_id", target="user_id"),
+            junction=Junction(table=LIKES, source_column="post_id", target_column="user_id"),
         ),
     )
     assert built(config, POSTS, USERS, LIKES)["posts"].fields[-1] == expected
@@ -407,7 +407,9 @@ def test_a_junction_table_is_a_relation_and_finds_its_columns_by_itself() -> Non
     without_keys = replace(LIKES, foreign_keys=())
     found = built(config, POSTS, USERS, without_keys)["posts"].fields[-1].relation
     assert found is not None
-    assert found.junction == Junction(table=without_keys, source="post_id", target="user_id")
+    assert found.junction == Junction(
+        table=without_keys, source_column="post_id", target_column="user_id"
+    )
 
 
 def test_a_junction_from_a_table_to_itself_must_be_told_its_columns() -> None:
@@ -421,8 +423,8 @@ def test_a_junction_from_a_table_to_itself_must_be_told_its_columns() -> None:
     config = {"users": {"table": "users", "relations": {"follows": relation}}}
     message = 'more than one foreign key of "public.follows" points to "users"'
     assert problems_of(config, USERS, follows) == (
-        Problem("collections.users.relations.follows.source", message, "name the column"),
-        Problem("collections.users.relations.follows.target", message, "name the column"),
+        ConfigProblem("collections.users.relations.follows.source", message, "name the column"),
+        ConfigProblem("collections.users.relations.follows.target", message, "name the column"),
     )
 
 
@@ -435,22 +437,22 @@ def test_a_junction_from_a_table_to_itself_must_be_told_its_columns() -> None:
         (
             replace(POSTS, kind=TableKind.VIEW),
             {},
-            Problem("table", '"public.posts" is a view: it sends no changes'),
+            ConfigProblem("table", '"public.posts" is a view: it sends no changes'),
         ),
         (
             replace(POSTS, kind=TableKind.MATERIALIZED_VIEW),
             {},
-            Problem("table", '"public.posts" is a materialized view: it sends no changes'),
+            ConfigProblem("table", '"public.posts" is a materialized view: it sends no changes'),
         ),
         (
             replace(POSTS, kind=TableKind.FOREIGN),
             {},
-            Problem("table", '"public.posts" is a foreign table: it sends no changes'),
+            ConfigProblem("table", '"public.posts" is a foreign table: it sends no changes'),
         ),
         (
             replace(POSTS, partition_of=TableName("public", "all_posts")),
             {},
-            Problem(
+            ConfigProblem(
                 "table",
                 '"public.posts" is a partition of "public.all_posts"',
                 "set table: public.all_posts",
@@ -459,16 +461,16 @@ def test_a_junction_from_a_table_to_itself_must_be_told_its_columns() -> None:
         (
             replace(POSTS, is_unlogged=True),
             {},
-            Problem(
+            ConfigProblem(
                 "table",
                 '"public.posts" is unlogged: it sends no changes',
                 'ALTER TABLE "public"."posts" SET LOGGED;',
             ),
         ),
         (
-            replace(POSTS, replica_identity=ReplicaIdentity.NOTHING, identity_columns=()),
+            replace(POSTS, replica_identity=ReplicaIdentity.NOTHING, replica_identity_columns=()),
             {},
-            Problem(
+            ConfigProblem(
                 "table",
                 '"public.posts" has REPLICA IDENTITY NOTHING: its updates and deletes name no row',
                 'ALTER TABLE "public"."posts" REPLICA IDENTITY DEFAULT;',
@@ -477,16 +479,16 @@ def test_a_junction_from_a_table_to_itself_must_be_told_its_columns() -> None:
         (
             table("posts", {"id": "int8"}, key=()),
             {},
-            Problem(
+            ConfigProblem(
                 "table",
                 '"public.posts" has no primary key: its updates and deletes name no row',
                 'ALTER TABLE "public"."posts" ADD PRIMARY KEY ("id");',
             ),
         ),
         (
-            table("posts", {"a b": "int8"}, key=(), unique=(("a b",),)),
+            table("posts", {"a b": "int8"}, key=(), unique_keys=(("a b",),)),
             {},
-            Problem(
+            ConfigProblem(
                 "table",
                 '"public.posts" has no primary key: its updates and deletes name no row',
                 'ALTER TABLE "public"."posts" ADD PRIMARY KEY ("a b");',
@@ -495,7 +497,7 @@ def test_a_junction_from_a_table_to_itself_must_be_told_its_columns() -> None:
         (
             table("posts", {"title": "text"}, key=()),
             {},
-            Problem(
+            ConfigProblem(
                 "table",
                 '"public.posts" has no primary key: its updates and deletes name no row',
                 'ALTER TABLE "public"."posts" ADD COLUMN "id" bigint'
@@ -505,7 +507,7 @@ def test_a_junction_from_a_table_to_itself_must_be_told_its_columns() -> None:
         (
             table("posts", {"a": "int8", "b": "int8"}, key=("a", "b")),
             {},
-            Problem(
+            ConfigProblem(
                 "id",
                 'the primary key of "public.posts" has 2 columns: a, b',
                 "set id to one column that is unique and NOT NULL",
@@ -517,7 +519,7 @@ def test_a_junction_from_a_table_to_itself_must_be_told_its_columns() -> None:
                 kind=TableKind.PARTITIONED,
             ),
             {},
-            Problem(
+            ConfigProblem(
                 "id",
                 'the primary key of "public.posts" has 2 columns: id, at',
                 "a partitioned table can be served if it is partitioned by its id alone",
@@ -526,7 +528,7 @@ def test_a_junction_from_a_table_to_itself_must_be_told_its_columns() -> None:
         (
             replace(table("posts", {"id": "int8"}, key=()), kind=TableKind.PARTITIONED),
             {},
-            Problem(
+            ConfigProblem(
                 "table",
                 '"public.posts" has no primary key: its updates and deletes name no row',
                 "a partitioned table can be served if it is partitioned by its id alone",
@@ -535,32 +537,32 @@ def test_a_junction_from_a_table_to_itself_must_be_told_its_columns() -> None:
         (
             POSTS,
             {"id": "titel"},
-            Problem(
+            ConfigProblem(
                 "id", 'there is no column "titel" in "public.posts"', 'perhaps you meant "title"'
             ),
         ),
         (
             POSTS,
             {"id": "title", "fields": {"rename": {"id": "no"}}},
-            Problem(
+            ConfigProblem(
                 "id",
                 'column "title" is not unique by itself',
                 'ALTER TABLE "public"."posts" ADD UNIQUE ("title");',
             ),
         ),
         (
-            replace(POSTS, unique=(("title",),)),
+            replace(POSTS, unique_keys=(("title",),)),
             {"id": "title", "fields": {"rename": {"id": "no"}}},
-            Problem(
+            ConfigProblem(
                 "id",
                 'column "title" may be NULL',
                 'ALTER TABLE "public"."posts" ALTER COLUMN "title" SET NOT NULL;',
             ),
         ),
         (
-            replace(POSTS, identity_columns=(), leaves=(TableName("public", "posts_1"),)),
+            replace(POSTS, replica_identity_columns=(), leaves=(TableName("public", "posts_1"),)),
             {},
-            Problem(
+            ConfigProblem(
                 "id",
                 'the replica identity of "public.posts" lacks "id":'
                 " deletes would not say of what record",
@@ -570,7 +572,7 @@ def test_a_junction_from_a_table_to_itself_must_be_told_its_columns() -> None:
     ],
 )
 def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
-    faulty: Table, config: Mapping[str, Any], problem: Problem
+    faulty: Table, config: Mapping[str, Any], problem: ConfigProblem
 ) -> None:
     """Its changes would be lost without a word, or not say of what record they are."""
     expected = replace(problem, path=f"collections.posts.{problem.path}")
@@ -582,7 +584,7 @@ def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
     [
         (
             {"fields": {"include": ["titel"]}},
-            Problem(
+            ConfigProblem(
                 "fields.include",
                 'there is no column "titel" in "public.posts"',
                 'perhaps you meant "title"',
@@ -590,7 +592,7 @@ def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
         ),
         (
             {"fields": {"rename": {"autor_id": "author"}}},
-            Problem(
+            ConfigProblem(
                 "fields.rename.autor_id",
                 'there is no column "autor_id" in "public.posts"',
                 'perhaps you meant "author_id"',
@@ -598,15 +600,15 @@ def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
         ),
         (
             {"fields": {"rename": {"id": "key"}}},
-            Problem("fields.rename.id", 'the key is always shown as "id"'),
+            ConfigProblem("fields.rename.id", 'the key is always shown as "id"'),
         ),
         (
             {"fields": {"rename": {"title": "author_id"}}},
-            Problem("fields", 'two fields are named "author_id"', "rename one of them"),
+            ConfigProblem("fields", 'two fields are named "author_id"', "rename one of them"),
         ),
         (
             {"fields": {"rename": {"title": "expand"}}},
-            Problem(
+            ConfigProblem(
                 "fields",
                 'a field can\'t be named "expand": every record has that member',
                 "rename it",
@@ -614,7 +616,7 @@ def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
         ),
         (
             {"fields": {"rename": {"title": "the title"}}},
-            Problem(
+            ConfigProblem(
                 "fields",
                 'a field can\'t be named "the title": names are made of letters, digits and'
                 " underscores",
@@ -623,11 +625,11 @@ def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
         ),
         (
             {"fields": {"hide": ["id"]}},
-            Problem("fields.hide", "the id can't be hidden"),
+            ConfigProblem("fields.hide", "the id can't be hidden"),
         ),
         (
             {"fields": {"rename": {"author_id": "author"}, "hide": ["author_id"]}},
-            Problem(
+            ConfigProblem(
                 "fields.hide",
                 'there is no field "author_id"',
                 'the column is shown as "author"',
@@ -635,7 +637,7 @@ def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
         ),
         (
             {"fields": {"include": ["title"], "hide": ["author_id"]}},
-            Problem(
+            ConfigProblem(
                 "fields.hide",
                 'there is no field "author_id"',
                 "fields.include leaves the column out",
@@ -643,7 +645,7 @@ def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
         ),
         (
             {"fields": {"types": {"title": "number"}}},
-            Problem(
+            ConfigProblem(
                 "fields.types.title",
                 'its column can\'t be shown as "number"',
                 "possible are text, editor, email, url, select, file",
@@ -651,11 +653,13 @@ def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
         ),
         (
             {"fields": {"types": {"titel": "text"}}},
-            Problem("fields.types.titel", 'there is no field "titel"', 'perhaps you meant "title"'),
+            ConfigProblem(
+                "fields.types.titel", 'there is no field "titel"', 'perhaps you meant "title"'
+            ),
         ),
         (
             {"relations": {"title": {"collection": "userz"}}},
-            Problem(
+            ConfigProblem(
                 "relations.title.collection",
                 'there is no collection "userz"',
                 'perhaps you meant "users"',
@@ -663,13 +667,13 @@ def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
         ),
         (
             {"relations": {"author": {"collection": "users"}}},
-            Problem(
+            ConfigProblem(
                 "relations.author", 'there is no field "author"', 'perhaps you meant "author_id"'
             ),
         ),
         (
             {"relations": {"author_id": {"collection": "users", "source": "x"}}},
-            Problem(
+            ConfigProblem(
                 "relations.author_id",
                 "source and target are columns of a junction table",
                 "set through too",
@@ -677,11 +681,11 @@ def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
         ),
         (
             {"relations": {"title": {"collection": "users", "through": "likes"}}},
-            Problem("relations.title", 'a column is shown as "title" already'),
+            ConfigProblem("relations.title", 'a column is shown as "title" already'),
         ),
         (
             {"relations": {"l": {"collection": "users", "through": "like"}}},
-            Problem(
+            ConfigProblem(
                 "relations.l.through",
                 'there is no table "like"',
                 'perhaps you meant "likes"',
@@ -689,7 +693,7 @@ def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
         ),
         (
             {"relations": {"l": {"collection": "users", "through": "likes", "target": "user"}}},
-            Problem(
+            ConfigProblem(
                 "relations.l.target",
                 'there is no column "user" in "public.likes"',
                 'perhaps you meant "user_id"',
@@ -697,39 +701,43 @@ def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
         ),
         (
             {"collection_id": "users"},
-            Problem("collection_id", "another collection has this id or name"),
+            ConfigProblem("collection_id", "another collection has this id or name"),
         ),
         (
             {"table": "users"},
-            Problem("table", 'collection "users" shows "public.users" already'),
+            ConfigProblem("table", 'collection "users" shows "public.users" already'),
         ),
         (
             {"table": "a.b.c"},
-            Problem("table", "not a table's name: write it as schema.table"),
+            ConfigProblem("table", "not a table's name: write it as schema.table"),
         ),
         (
             {"login": {"password_hash": "title", "identity": ["title"]}},
-            Problem("login", "nobody logs in to a base collection", "set type: auth"),
+            ConfigProblem("login", "nobody logs in to a base collection", "set type: auth"),
         ),
         (
             {"manage_rule": "title = 'x'"},
-            Problem("manage_rule", "a base collection holds nobody's address", "set type: auth"),
+            ConfigProblem(
+                "manage_rule", "a base collection holds nobody's address", "set type: auth"
+            ),
         ),
         (
             {"auth_rule": None},
-            Problem("auth_rule", "nobody logs in to a base collection", "set type: auth"),
+            ConfigProblem("auth_rule", "nobody logs in to a base collection", "set type: auth"),
         ),
         (
             {"type": "auth", "login": {"password_hash": "hash", "identity": ["title"]}},
-            Problem("login.password_hash", 'there is no column "hash" in "public.posts"'),
+            ConfigProblem("login.password_hash", 'there is no column "hash" in "public.posts"'),
         ),
         (
             {"type": "auth", "login": {"password_hash": "title", "identity": ["titel"]}},
-            Problem("login.identity", 'there is no field "titel"', 'perhaps you meant "title"'),
+            ConfigProblem(
+                "login.identity", 'there is no field "titel"', 'perhaps you meant "title"'
+            ),
         ),
         (
             {"type": "auth", "fields": {"rename": {"title": "verified"}}},
-            Problem(
+            ConfigProblem(
                 "fields",
                 '"verified" of an auth collection must be a bool column',
                 "rename it, or leave it out",
@@ -738,7 +746,7 @@ def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
     ],
 )
 def test_names_that_nothing_answers_to_are_problems_with_the_nearest_name(
-    config: Mapping[str, Any], problem: Problem
+    config: Mapping[str, Any], problem: ConfigProblem
 ) -> None:
     expected = replace(problem, path=f"collections.posts.{problem.path}")
     posts = {"table": "posts", **config}

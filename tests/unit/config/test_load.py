@@ -9,10 +9,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgrealtime.config.load import _parse, _refuse_secret_file, load, parse, read
+from pgrealtime.config.load import (
+    _parse_document,
+    _refuse_secret_file,
+    load_config,
+    parse_config,
+    read_config,
+)
 from pgrealtime.config.model import Config, Section
-from pgrealtime.config.sources import read_yaml
-from pgrealtime.errors import ConfigError, Problem
+from pgrealtime.config.sources import parse_yaml
+from pgrealtime.errors import ConfigError, ConfigProblem
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "config").glob("*.yaml"))
 
@@ -23,12 +29,12 @@ def written(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def problems_of(tmp_path: Path, text: str, environ: Mapping[str, str]) -> tuple[Problem, ...]:
-    return read(written(tmp_path, text), environ).problems
+def problems_of(tmp_path: Path, text: str, environ: Mapping[str, str]) -> tuple[ConfigProblem, ...]:
+    return read_config(written(tmp_path, text), environ).problems
 
 
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
-    assert load(written(tmp_path, ""), {}) == Config()
+    assert load_config(written(tmp_path, ""), {}) == Config()
 
 
 def test_all_problems_are_reported_in_one_run_with_their_lines(tmp_path: Path) -> None:
@@ -50,26 +56,26 @@ collections:
   comments: []
 """
     assert problems_of(tmp_path, text, {}) == (
-        Problem("version", "input should be 1", line=1),
-        Problem("database.schema", 'unknown key "schema"', 'perhaps you meant "schemas"', 3),
-        Problem("server.port", "input should be less than or equal to 65535", line=5),
-        Problem(
+        ConfigProblem("version", "input should be 1", line=1),
+        ConfigProblem("database.schema", 'unknown key "schema"', 'perhaps you meant "schemas"', 3),
+        ConfigProblem("server.port", "input should be less than or equal to 65535", line=5),
+        ConfigProblem(
             "server.shutdown_grace",
             "not a duration; write it as 500ms, 25s, 5m, 1h or 5d",
             line=6,
         ),
-        Problem("server.cors_origins", "must be a list", line=7),
-        Problem("changelog.max_size", "not a size; write it as 64KiB, 16MiB or 1GiB", line=8),
-        Problem(
+        ConfigProblem("server.cors_origins", "must be a list", line=7),
+        ConfigProblem("changelog.max_size", "not a size; write it as 64KiB, 16MiB or 1GiB", line=8),
+        ConfigProblem(
             "realtime.max_connections",
             "input should be a valid integer, unable to parse string as an integer",
             line=10,
         ),
-        Problem("collections.posts.table", "is required", line=12),
-        Problem(
+        ConfigProblem("collections.posts.table", "is required", line=12),
+        ConfigProblem(
             "collections.posts.tabel", 'unknown key "tabel"', 'perhaps you meant "table"', line=13
         ),
-        Problem("collections.comments", "must be a mapping", line=14),
+        ConfigProblem("collections.comments", "must be a mapping", line=14),
     )
 
 
@@ -77,7 +83,7 @@ def test_a_problem_is_printed_with_file_line_path_and_hint(tmp_path: Path) -> No
     path = written(tmp_path, "server:\n  prot: 1\n")
 
     with pytest.raises(ConfigError) as caught:
-        load(path, {})
+        load_config(path, {})
 
     assert str(caught.value) == (
         f"config_invalid: {path} has 1 problem\n"
@@ -87,21 +93,23 @@ def test_a_problem_is_printed_with_file_line_path_and_hint(tmp_path: Path) -> No
 
 def test_what_is_right_can_still_be_checked_further(tmp_path: Path) -> None:
     text = "server: {prot: 1, port: 9}\ncollections: {a: {}, b: {table: t, list_rul: x}}\n"
-    reading = read(written(tmp_path, text), {})
+    reading = read_config(written(tmp_path, text), {})
 
-    assert reading.config == parse({"server": {"port": 9}, "collections": {"b": {"table": "t"}}})
-    assert reading.dropped == {
+    assert reading.config == parse_config(
+        {"server": {"port": 9}, "collections": {"b": {"table": "t"}}}
+    )
+    assert reading.dropped_keys == {
         ("server", "prot"),
         ("collections", "a"),
         ("collections", "b", "list_rul"),
     }
     with pytest.raises(ConfigError):
-        reading.whole()
+        reading.require_valid()
 
 
 def test_a_missing_file_is_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="1 problem") as caught:
-        load(tmp_path / "none.yaml", {})
+        load_config(tmp_path / "none.yaml", {})
     assert (
         "can't read the file: No such file or directory"
         " (pgrealtime init writes one, and --config names another)"
@@ -166,7 +174,7 @@ def test_a_repeated_key_is_a_problem(tmp_path: Path) -> None:
     """YAML readers take the last one silently: a rule would be replaced unseen."""
     text = "collections:\n  posts: {table: a}\n  users: {table: b}\n  posts: {table: c}\n"
     assert problems_of(tmp_path, text, {}) == (
-        Problem("collections.posts", "given twice, first in line 2", line=4),
+        ConfigProblem("collections.posts", "given twice, first in line 2", line=4),
     )
 
 
@@ -178,7 +186,7 @@ collections:
     <<: *posts
     table: drafts
 """
-    drafts = load(written(tmp_path, text), {}).collections["drafts"]
+    drafts = load_config(written(tmp_path, text), {}).collections["drafts"]
     assert (drafts.table, drafts.list_rule) == ("drafts", "")
 
 
@@ -203,7 +211,7 @@ collections:
     ],
 )
 def test_variables_are_filled_in(text: str, environ: Mapping[str, str], expected: str) -> None:
-    rule = parse({"collections": {"c": {"table": "t", "list_rule": text}}}, environ)
+    rule = parse_config({"collections": {"c": {"table": "t", "list_rule": text}}}, environ)
     assert rule.collections["c"].list_rule == expected
 
 
@@ -224,18 +232,18 @@ def test_a_variable_that_is_not_there_is_told_once(
 ) -> None:
     """Also where the key is required, or checked otherwise: one fault, one problem."""
     with pytest.raises(ConfigError) as caught:
-        parse({"auth": {"issuers": [{"name": "a", "secret": text}]}}, environ)
-    assert caught.value.problems == (Problem("auth.issuers.0.secret", message),)
+        parse_config({"auth": {"issuers": [{"name": "a", "secret": text}]}}, environ)
+    assert caught.value.problems == (ConfigProblem("auth.issuers.0.secret", message),)
 
 
 def test_variables_are_filled_into_values_and_not_into_keys() -> None:
     """Neither names nor structure of a configuration change with the environment."""
-    config = parse({"collections": {"${A}": {"table": "${A}"}}}, {"A": "t: [u]"})
+    config = parse_config({"collections": {"${A}": {"table": "${A}"}}}, {"A": "t: [u]"})
     assert config.collections["${A}"].table == "t: [u]"
 
 
 def test_numbers_booleans_and_lists_may_come_from_variables() -> None:
-    config = parse(
+    config = parse_config(
         {
             "server": {"port": "${PORT_}", "cors_origins": "${ORIGINS}"},
             "realtime": {"same_address": "${SAME}"},
@@ -252,7 +260,9 @@ def test_numbers_booleans_and_lists_may_come_from_variables() -> None:
 
 def test_the_environment_goes_before_the_file_and_the_file_before_defaults() -> None:
     file = {"server": {"port": 1, "host": "file"}, "realtime": {"max_connections": 7}}
-    config = parse(file, {"PGREALTIME_SERVER__PORT": "2", "PGREALTIME_RECORDS__NULLS": "zero"})
+    config = parse_config(
+        file, {"PGREALTIME_SERVER__PORT": "2", "PGREALTIME_RECORDS__NULLS": "zero"}
+    )
 
     assert (config.server.port, config.server.host) == (2, "file")
     assert config.realtime.max_connections == 7
@@ -282,7 +292,7 @@ def test_what_platforms_set_is_honoured(
     environ: Mapping[str, str], expected: tuple[str, int]
 ) -> None:
     file = {"database": {"url": "postgresql://file/"}, "server": {"port": 1}}
-    config = parse(file, environ)
+    config = parse_config(file, environ)
     assert (config.database.url, config.server.port) == expected
 
 
@@ -291,7 +301,7 @@ def test_every_kind_of_key_can_be_set_by_a_variable() -> None:
         "collections": {"Posts": {"table": "a"}},
         "auth": {"issuers": [{"name": "app", "secret": "old"}]},
     }
-    config = parse(
+    config = parse_config(
         file,
         {
             "PGREALTIME_DATABASE__SCHEMAS": "app,public",
@@ -314,7 +324,7 @@ def test_every_kind_of_key_can_be_set_by_a_variable() -> None:
 
 def test_variables_without_a_double_underscore_are_not_keys() -> None:
     environ = {"PGREALTIME_CONFIG": "x.yaml", "PGREALTIME_TEST_PG_PORT": "1", "SERVER__PORT": "2"}
-    assert parse({}, environ) == Config()
+    assert parse_config({}, environ) == Config()
 
 
 @pytest.mark.parametrize(
@@ -322,7 +332,7 @@ def test_variables_without_a_double_underscore_are_not_keys() -> None:
     [
         (
             "PGREALTIME_SERVER__PROT",
-            Problem(
+            ConfigProblem(
                 "server.prot",
                 'unknown key "prot" (set by PGREALTIME_SERVER__PROT)',
                 'perhaps you meant "port"',
@@ -330,23 +340,25 @@ def test_variables_without_a_double_underscore_are_not_keys() -> None:
         ),
         (
             "PGREALTIME_SERVER__PORT__DEEPER",
-            Problem("server.port.deeper", "PGREALTIME_SERVER__PORT__DEEPER names no key"),
+            ConfigProblem("server.port.deeper", "PGREALTIME_SERVER__PORT__DEEPER names no key"),
         ),
         (
             "PGREALTIME_AUTH__ISSUERS__0__SECRET",
-            Problem("auth.issuers.0.secret", "PGREALTIME_AUTH__ISSUERS__0__SECRET names no key"),
+            ConfigProblem(
+                "auth.issuers.0.secret", "PGREALTIME_AUTH__ISSUERS__0__SECRET names no key"
+            ),
         ),
         (
             "PGREALTIME_SERVER__",
-            Problem("server.", 'unknown key "" (set by PGREALTIME_SERVER__)'),
+            ConfigProblem("server.", 'unknown key "" (set by PGREALTIME_SERVER__)'),
         ),
     ],
     ids=["unknown", "too deep", "no such item", "nothing"],
 )
-def test_a_variable_that_names_no_key_is_a_problem(variable: str, expected: Problem) -> None:
+def test_a_variable_that_names_no_key_is_a_problem(variable: str, expected: ConfigProblem) -> None:
     """A mistyped variable must not be silently without effect."""
     with pytest.raises(ConfigError) as caught:
-        parse({"server": {"port": 1}, "auth": {"issuers": []}}, {variable: "1"})
+        parse_config({"server": {"port": 1}, "auth": {"issuers": []}}, {variable: "1"})
     assert caught.value.problems == (expected,)
 
 
@@ -363,7 +375,7 @@ auth:
     - name: app
       secret_file: {tmp_path}/jwt
 """
-    config = load(written(tmp_path, text), {})
+    config = load_config(written(tmp_path, text), {})
     assert config.database.url == "postgresql://u:p@h/d"
     assert config.auth.issuers[0].secret == "two\nlines"
 
@@ -372,11 +384,13 @@ def test_a_variable_may_name_the_file_and_replaces_what_the_yaml_says(tmp_path: 
     (tmp_path / "url").write_text("postgresql://secret/")
     path = written(tmp_path, "database: {url: postgresql://yaml/}")
 
-    config = load(path, {"PGREALTIME_DATABASE__URL_FILE": str(tmp_path / "url")})
+    config = load_config(path, {"PGREALTIME_DATABASE__URL_FILE": str(tmp_path / "url")})
     assert config.database.url == "postgresql://secret/"
 
     path = written(tmp_path, f"database: {{url_file: {tmp_path}/none}}")
-    assert load(path, {"DATABASE_URL": "postgresql://env/"}).database.url == "postgresql://env/"
+    assert (
+        load_config(path, {"DATABASE_URL": "postgresql://env/"}).database.url == "postgresql://env/"
+    )
 
 
 def test_a_secret_given_twice_or_in_a_file_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
@@ -388,8 +402,8 @@ auth:
       secret_file: {tmp_path}/none
 """
     assert problems_of(tmp_path, text, {}) == (
-        Problem("database.url_file", 'both "url" and "url_file" are given', line=1),
-        Problem(
+        ConfigProblem("database.url_file", 'both "url" and "url_file" are given', line=1),
+        ConfigProblem(
             "auth.issuers.0.secret_file", "can't read the file: No such file or directory", line=5
         ),
     )
@@ -406,9 +420,9 @@ def test_only_secrets_can_be_read_from_files(tmp_path: Path) -> None:
 )
 def test_who_allows_no_guests_names_somebody_else(who: Mapping[str, Any]) -> None:
     """A service that nobody could subscribe to is a mistake."""
-    assert not parse({"auth": {"allow_guests": False, **who}}).auth.allow_guests
+    assert not parse_config({"auth": {"allow_guests": False, **who}}).auth.allow_guests
     with pytest.raises(ConfigError) as caught:
-        parse({"auth": {"allow_guests": False}})
+        parse_config({"auth": {"allow_guests": False}})
     (problem,) = caught.value.problems
     assert (problem.path, "nobody can subscribe" in problem.message) == ("auth", True)
 
@@ -422,14 +436,14 @@ def test_no_secret_is_ever_printed(tmp_path: Path) -> None:
             "login": {"enabled": True, "secret": "hunter2"},
         },
     }
-    assert "hunter2" not in repr(parse(good))
+    assert "hunter2" not in repr(parse_config(good))
 
     bad = {
         "database": {"url": ["hunter2"], "urll": "hunter2"},
         "auth": {"issuers": [{"name": "app", "secret": {"hunter2": "hunter2"}}]},
     }
     with pytest.raises(ConfigError) as caught:
-        load(written(tmp_path, yaml.safe_dump(bad)), {"PGREALTIME_SERVER__PORT": "hunter2"})
+        load_config(written(tmp_path, yaml.safe_dump(bad)), {"PGREALTIME_SERVER__PORT": "hunter2"})
     assert len(caught.value.problems) == 4
     assert "hunter2" not in str(caught.value)
 
@@ -439,22 +453,24 @@ def test_no_secret_is_ever_printed(tmp_path: Path) -> None:
 
 def test_durations_that_can_not_be_nothing_are_checked() -> None:
     with pytest.raises(ConfigError) as caught:
-        parse({"realtime": {"heartbeat": "0s"}, "database": {"statement_timeout": 0}})
+        parse_config({"realtime": {"heartbeat": "0s"}, "database": {"statement_timeout": 0}})
     assert {problem.path for problem in caught.value.problems} == {
         "realtime.heartbeat",
         "database.statement_timeout",
     }
-    assert parse({"changelog": {"max_age": 0}}).changelog.max_age == 0
+    assert parse_config({"changelog": {"max_age": 0}}).changelog.max_age == 0
 
 
 def test_the_word_null_may_stand_without_quotes() -> None:
     """YAML reads ``nulls: null`` as no value at all."""
-    assert parse({"records": {"nulls": None}}).records.nulls == "null"
+    assert parse_config({"records": {"nulls": None}}).records.nulls == "null"
 
 
 def test_a_missing_rule_is_null_and_an_empty_one_is_not() -> None:
     """Null is for superusers only, the empty text for everyone: they must not be mixed up."""
-    config = parse({"collections": {"a": {"table": "t", "list_rule": "", "view_rule": None}}})
+    config = parse_config(
+        {"collections": {"a": {"table": "t", "list_rule": "", "view_rule": None}}}
+    )
     assert config.collections["a"].list_rule == ""
     assert config.collections["a"].view_rule is None
 
@@ -462,19 +478,19 @@ def test_a_missing_rule_is_null_and_an_empty_one_is_not() -> None:
 def test_nobody_manages_everybody() -> None:
     """PocketBase refuses an empty manage rule: it would show every address to everyone."""
     with pytest.raises(ConfigError) as caught:
-        parse({"collections": {"a": {"table": "t", "type": "auth", "manage_rule": ""}}})
+        parse_config({"collections": {"a": {"table": "t", "type": "auth", "manage_rule": ""}}})
     assert [problem.path for problem in caught.value.problems] == ["collections.a.manage_rule"]
 
 
 def test_the_configuration_can_not_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        parse({}).server.port = 1
+        parse_config({}).server.port = 1
 
 
 @given(st.text(alphabet=st.sampled_from("abc:-[]{}&*!|>'\"%@`$?,#~<. \n\t0\x00é"), max_size=60))
 def test_any_text_is_a_configuration_or_a_list_of_problems(text: str) -> None:
     """Nobody sees a traceback for a typing error."""
-    reading = _parse(read_yaml(text), {}, _refuse_secret_file, "text")
+    reading = _parse_document(parse_yaml(text), {}, _refuse_secret_file, "text")
     assert reading.problems or reading.config is not None
 
 
@@ -486,20 +502,20 @@ def test_examples_load(path: Path) -> None:
         "DEMO_SECRET": "z" * 32,
         "DATABASE_URL": "postgresql://127.0.0.1/app",
     }
-    assert load(path, environ).collections
+    assert load_config(path, environ).collections
 
 
 def test_the_annotated_example_has_every_key_and_the_defaults_it_claims() -> None:
     """It is the reference of the configuration."""
     text = (Path(__file__).parents[3] / "config" / "pgrealtime.yaml").read_text(encoding="utf-8")
-    example = read_yaml(text).value
+    example = parse_yaml(text).value
     assert isinstance(example, dict)
 
     assert keys_of(Config) - keys_in(Config, example) == set()
     environ = {"APP_JWT_SECRET": "x" * 32}
-    assert parse(example, environ).model_copy(
-        update={"collections": {}, "auth": parse({}).auth}
-    ) == parse({})
+    assert parse_config(example, environ).model_copy(
+        update={"collections": {}, "auth": parse_config({}).auth}
+    ) == parse_config({})
 
 
 def keys_of(section: type[Section], prefix: str = "") -> set[str]:
@@ -535,8 +551,10 @@ def below(annotation: object) -> tuple[type[Section] | None, str]:
 def test_metrics_that_others_reach_need_a_token(host: str) -> None:
     """Collections' names and loads are nobody else's business."""
     with pytest.raises(ConfigError, match="need a token"):
-        parse({"admin": {"host": host, "port": 8091}}, {})
+        parse_config({"admin": {"host": host, "port": 8091}}, {})
 
-    assert parse({"admin": {"host": host, "port": 8091, "token": "t"}}, {}).admin.token == "t"
-    assert parse({"admin": {"host": host}}, {}).admin.port == 0
-    assert parse({"admin": {"host": "::1", "port": 8091}}, {}).admin.port == 8091
+    assert (
+        parse_config({"admin": {"host": host, "port": 8091, "token": "t"}}, {}).admin.token == "t"
+    )
+    assert parse_config({"admin": {"host": host}}, {}).admin.port == 0
+    assert parse_config({"admin": {"host": "::1", "port": 8091}}, {}).admin.port == 8091

@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from pgrealtime.demo.account import environment
-from pgrealtime.demo.directory import PREFIX, directory, remove, sweep
+from pgrealtime.demo.account import clean_environment
+from pgrealtime.demo.directory import (
+    PREFIX,
+    remove_directory,
+    remove_stale_directories,
+    server_directory,
+)
 
 
 @pytest.fixture
@@ -19,7 +24,7 @@ def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_folder_is_there_while_it_is_used_and_gone_afterwards(parent: Path) -> None:
-    with directory(None) as folder:
+    with server_directory(None) as folder:
         assert folder.parent == parent
         assert folder.stat().st_mode & 0o777 == 0o700
         (folder / "data").mkdir()
@@ -29,7 +34,7 @@ def test_a_folder_is_there_while_it_is_used_and_gone_afterwards(parent: Path) ->
 
 def test_a_folder_in_use_is_left_alone(parent: Path) -> None:
     """Two demos can run side by side."""
-    with directory(None) as first, directory(None) as second:
+    with server_directory(None) as first, server_directory(None) as second:
         assert sorted(parent.iterdir()) == sorted([first, second])
 
 
@@ -38,7 +43,7 @@ def test_what_was_left_behind_goes_whatever_is_missing_of_it(parent: Path) -> No
     (parent / f"{PREFIX}half" / "data").mkdir(parents=True)
     (parent / f"{PREFIX}half" / "data" / "postmaster.pid").write_text("no number\n")
     (parent / f"{PREFIX}whole" / "data" / "base").mkdir(parents=True)
-    with directory(None) as folder:
+    with server_directory(None) as folder:
         assert list(parent.iterdir()) == [folder]
 
 
@@ -51,9 +56,9 @@ def test_what_is_not_ours_stays(parent: Path) -> None:
     (parent / f"{PREFIX}theirs").mkdir()
     (parent / f"{PREFIX}file").write_text("x")
     before = sorted(parent.rglob("*"))
-    sweep(parent, owners={os.geteuid() + 1})
+    remove_stale_directories(parent, owners={os.geteuid() + 1})
     assert sorted(parent.rglob("*")) == before
-    sweep(parent, owners={os.geteuid()})
+    remove_stale_directories(parent, owners={os.geteuid()})
     assert sorted(set(before) - set(parent.rglob("*"))) == [parent / f"{PREFIX}theirs"]
 
 
@@ -62,7 +67,7 @@ def test_a_process_that_only_got_the_server_s_number_is_not_ended(parent: Path) 
     left = parent / f"{PREFIX}old"
     (left / "data").mkdir(parents=True)
     (left / "data" / "postmaster.pid").write_text(f"{os.getpid()}\n")
-    remove(left)
+    remove_directory(left)
     assert not left.exists()
 
 
@@ -70,5 +75,5 @@ def test_the_server_is_told_of_no_other_database(monkeypatch: pytest.MonkeyPatch
     for name in ("PGDATA", "PGHOST", "PGOPTIONS"):
         monkeypatch.setenv(name, "elsewhere")
     monkeypatch.setenv("PGREALTIME_TEST", "kept")
-    assert {name for name in environment() if name.startswith("PG")} >= {"PGREALTIME_TEST"}
-    assert not {"PGDATA", "PGHOST", "PGOPTIONS"} & set(environment())
+    assert {name for name in clean_environment() if name.startswith("PG")} >= {"PGREALTIME_TEST"}
+    assert not {"PGDATA", "PGHOST", "PGOPTIONS"} & set(clean_environment())

@@ -6,8 +6,8 @@ from itertools import count
 from random import Random
 from typing import Any
 
-from pgrealtime.demo.application import STATEMENTS, Step
-from pgrealtime.demo.writer import IDEAS, fresh_title, next_step
+from pgrealtime.demo.application import STATEMENTS, Operation
+from pgrealtime.demo.writer import TASK_TITLES, new_task_title, next_operation
 
 
 def _rows() -> dict[str, Any]:
@@ -18,10 +18,10 @@ def _rows() -> dict[str, Any]:
     }
 
 
-def _do(rows: dict[str, Any], step: Step, new_id: str) -> None:
+def _do(rows: dict[str, Any], step: Operation, new_id: str) -> None:
     """Do to the rows what the statement does to the tables."""
-    tasks, values = rows["tasks"], step.values
-    match step.name:
+    tasks, values = rows["tasks"], step.arguments
+    match step.statement_name:
         case "add":
             tasks.append({"id": new_id, "project": values["id"], "title": values["title"]})
             tasks[-1] |= {"done": False, "assignee": None}
@@ -38,9 +38,9 @@ def test_it_can_go_on_for_ever_without_filling_the_page() -> None:
     rows, random = _rows(), Random(7)
     done = set()
     for number in count(1):
-        step = next_step(rows, random)
-        assert step.name in STATEMENTS
-        done.add(step.name)
+        step = next_operation(rows, random)
+        assert step.statement_name in STATEMENTS
+        done.add(step.statement_name)
         _do(rows, step, str(number))
         for project in rows["projects"]:
             assert sum(task["project"] == project["id"] for task in rows["tasks"]) <= 5
@@ -53,18 +53,18 @@ def test_it_never_decides_who_takes_part() -> None:
     """What the page's three buttons are about is left to whoever presses them."""
     rows, random = _rows(), Random(1)
     for number in range(500):
-        step = next_step(rows, random)
-        assert step.name not in ("publish", "join", "leave")
-        if step.name == "assign":
-            assert step.values["user"] == "ann"
+        step = next_operation(rows, random)
+        assert step.statement_name not in ("publish", "join", "leave")
+        if step.statement_name == "assign":
+            assert step.arguments["user"] == "ann"
         _do(rows, step, str(number))
 
 
 def test_a_title_is_not_given_twice_while_there_are_others() -> None:
     rows, random = _rows(), Random(3)
-    for title in IDEAS["1"][1:]:
+    for title in TASK_TITLES["1"][1:]:
         rows["tasks"].append({"id": title, "project": "1", "title": title})
-    assert fresh_title(rows, "1", random) == IDEAS["1"][0]
-    rows["tasks"].append({"id": "x", "project": "1", "title": IDEAS["1"][0]})
-    assert fresh_title(rows, "1", random) in IDEAS["1"]
-    assert fresh_title(rows, "no such project", random)
+    assert new_task_title(rows, "1", random) == TASK_TITLES["1"][0]
+    rows["tasks"].append({"id": "x", "project": "1", "title": TASK_TITLES["1"][0]})
+    assert new_task_title(rows, "1", random) in TASK_TITLES["1"]
+    assert new_task_title(rows, "no such project", random)

@@ -8,11 +8,11 @@ from pgrealtime.catalog.model import Column, Table, TableKind, Type, TypeKind
 from pgrealtime.changes import Change, Delete, Insert, Key, Row, TableName, Truncate, Update
 from pgrealtime.collections.model import Collection
 from pgrealtime.expand.relation_sql import (
-    Linking,
-    in_order,
-    links_before,
-    links_undone,
-    rows_before,
+    RelationQuery,
+    id_sort_key,
+    ids_before_changes,
+    ids_before_overlay,
+    rows_before_overlay,
 )
 from pgrealtime.rules.sql.row_images import Overlay
 
@@ -41,16 +41,16 @@ NOTES = Collection(name="notes", id="n", type="base", table=TABLE, key=COLUMNS[0
 
 
 def overlay(before: list[Row], touched: list[Row]) -> Overlay:
-    return Overlay(table=TABLE, before=before, touched=touched)
+    return Overlay(table=TABLE, old_images=before, changed_rows=touched)
 
 
-def linking(match: Column, *, is_of_record: bool = True) -> Linking:
-    return Linking(
+def linking(match: Column, *, is_of_record: bool = True) -> RelationQuery:
+    return RelationQuery(
         table=TABLE,
-        match=match,
-        result=COLUMNS[0],
+        match_column=match,
+        result_column=COLUMNS[0],
         source=NOTES,
-        is_of_record=is_of_record,
+        is_collection_table=is_of_record,
         limit=10,
     )
 
@@ -73,13 +73,14 @@ def linking(match: Column, *, is_of_record: bool = True) -> Linking:
 def test_links_are_as_they_were(
     before: list[Row], touched: list[Row], ids: set[str], expected: set[str]
 ) -> None:
-    assert links_before(linking(COLUMNS[1]), overlay(before, touched), "1", ids) == expected
+    assert ids_before_overlay(linking(COLUMNS[1]), overlay(before, touched), "1", ids) == expected
 
 
 def test_an_array_leads_to_each_of_its_ids() -> None:
     row: Row = {"id": "b", "posts": "{1,2}"}
     found = [
-        links_before(linking(COLUMNS[2]), overlay([row], [row]), source, set()) for source in "123"
+        ids_before_overlay(linking(COLUMNS[2]), overlay([row], [row]), source, set())
+        for source in "123"
     ]
 
     assert found == [{"b"}, {"b"}, set()]
@@ -89,7 +90,7 @@ def test_a_pair_that_was_touched_leaves_the_other_pairs_alone() -> None:
     """A junction table has many rows for one target; a collection has one per record."""
     elsewhere: Row = {"id": "a", "post": "2"}
 
-    pairs = links_before(
+    pairs = ids_before_overlay(
         linking(COLUMNS[1], is_of_record=False), overlay([], [elsewhere]), "1", {"a"}
     )
 
@@ -100,13 +101,13 @@ def test_rows_are_as_they_were() -> None:
     old: Row = {"id": "a", "post": "1"}
     new: Row = {"id": "b", "post": "1"}
 
-    assert rows_before(NOTES, overlay([old], [old, new])) == {"a": old, "b": None}
+    assert rows_before_overlay(NOTES, overlay([old], [old, new])) == {"a": old, "b": None}
 
 
 def test_numbers_come_in_their_order_and_before_texts() -> None:
     ids = ["b", "10", "9", "a", "-1", "007"]
 
-    assert sorted(ids, key=in_order) == ["007", "9", "10", "-1", "a", "b"]
+    assert sorted(ids, key=id_sort_key) == ["007", "9", "10", "-1", "a", "b"]
 
 
 def link(post: str, to: str) -> Row:
@@ -141,4 +142,4 @@ def test_links_that_came_later_are_taken_back(
 ) -> None:
     """Whatever was done to them, in the order in which it was done."""
     by_junction = linking(COLUMNS[1], is_of_record=False)
-    assert links_undone(by_junction, changes, "1", {"a", "b"}) == expected
+    assert ids_before_changes(by_junction, changes, "1", {"a", "b"}) == expected

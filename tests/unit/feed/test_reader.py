@@ -16,8 +16,8 @@ from pgrealtime.changelog.base import Gap
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Insert, TableName, Transaction
 from pgrealtime.errors import PgRealtimeError, SlotBusyError, StreamInterruptedError
-from pgrealtime.feed.reader import OpenStream, Relay
-from pgrealtime.lsn import END, LSN, Cursor, Xid
+from pgrealtime.feed.reader import OpenStream, ReplicationReader
+from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, Xid
 from pgrealtime.wal.server import SystemIdentity
 from pgrealtime.wal.stream import WalStream
 from tests.feed_follower import Follower
@@ -60,51 +60,55 @@ def large(end_lsn: int) -> Transaction:
 
 def test_a_gap_that_is_told_takes_nothing_from_who_has_yet_to_read_it() -> None:
     """What is being read may be as much as there is room for, and what waits as well."""
-    changelog = MemoryChangelog(LSN(0), max_size=100, max_age=1e9)
+    changelog = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
     follower = Behind(Cursor(LSN(10), 1))
     for end_lsn in (10, 20):
         changelog.append(large(end_lsn), 0.0, follower.head)
-    relay = Relay(no_stream, changelog, follower, tables=[POSTS], max_size=100, pass_over=not_asked)
-    relay.tell_gap("schema", frozenset({POSTS}))
+    relay = ReplicationReader(
+        no_stream, changelog, follower, tables=[POSTS], max_size=100, advance_slot=not_asked
+    )
+    relay.append_gap("schema", frozenset({POSTS}))
 
     gap = Gap(LSN(21), "schema", frozenset({POSTS}))
     assert changelog.read(follower.head, changelog.head, 10) == [large(10), large(20), gap]
 
 
-def relay_of(changelog: MemoryChangelog) -> Relay:
+def relay_of(changelog: MemoryChangelog) -> ReplicationReader:
     follower = Behind(changelog.head)
-    return Relay(no_stream, changelog, follower, tables=[POSTS], max_size=100, pass_over=not_asked)
+    return ReplicationReader(
+        no_stream, changelog, follower, tables=[POSTS], max_size=100, advance_slot=not_asked
+    )
 
 
 async def test_who_dates_a_row_waits_for_the_stream_and_not_for_ever() -> None:
     """What came in time, or was there; and no second wait before it has come."""
-    changelog = MemoryChangelog(LSN(0), max_size=100, max_age=1e9)
+    changelog = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
     relay = relay_of(changelog)
     changelog.append(large(1000))
-    assert await relay.reach(LSN(1000))
+    assert await relay.wait_for_changelog(LSN(1000))
 
     asyncio.get_running_loop().call_later(0.05, changelog.append, large(1100))
-    assert await relay.reach(LSN(1100))
+    assert await relay.wait_for_changelog(LSN(1100))
 
     began = asyncio.get_running_loop().time()
-    assert not await relay.reach(LSN(1200))
+    assert not await relay.wait_for_changelog(LSN(1200))
     waited = asyncio.get_running_loop().time() - began
-    assert not await relay.reach(LSN(1300))
+    assert not await relay.wait_for_changelog(LSN(1300))
     assert asyncio.get_running_loop().time() - began < waited + 0.5
     changelog.append(large(1200))
     changelog.append(large(1300))
-    assert await relay.reach(LSN(1300))
+    assert await relay.wait_for_changelog(LSN(1300))
 
 
 async def test_the_header_of_a_page_is_not_waited_for() -> None:
     """The insert position lies behind it where the last record ended with the page before."""
-    changelog = MemoryChangelog(LSN(0), max_size=100, max_age=1e9)
+    changelog = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
     changelog.append(large(8192))
     relay = relay_of(changelog)
 
-    assert await relay.reach(LSN(8192 + 24))
-    assert await relay.reach(LSN(8192 + 40))
-    assert not await relay.reach(LSN(8192 + 48))
+    assert await relay.wait_for_changelog(LSN(8192 + 24))
+    assert await relay.wait_for_changelog(LSN(8192 + 40))
+    assert not await relay.wait_for_changelog(LSN(8192 + 48))
 
 
 async def test_what_a_decoder_fails_at_is_passed_over_whatever_the_server_says_of_it() -> None:
@@ -114,19 +118,19 @@ async def test_what_a_decoder_fails_at_is_passed_over_whatever_the_server_says_o
     async def pass_over() -> None:
         passed.append(None)
 
-    changelog = MemoryChangelog(LSN(0), max_size=100, max_age=1e9)
-    relay = Relay(
+    changelog = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
+    relay = ReplicationReader(
         no_stream,
         changelog,
         Behind(changelog.head),
         tables=[POSTS],
         max_size=100,
-        pass_over=pass_over,
+        advance_slot=pass_over,
     )
     for number in range(5):
         assert not passed
         error = StreamInterruptedError("failed", detail=f"0x{number}", code="decoder_failed")
-        await relay._mind_failure(error)
+        await relay._handle_decoder_failure(error)
     assert passed
 
 
@@ -139,10 +143,10 @@ DEADLINE = 10.0
 class GivenStream:
     """A stream that hands out what it is given; ends when it is told to."""
 
-    plugin, reason, slot_name = "wal2json", "", "pgrealtime"
+    plugin, plugin_reason, slot_name = "wal2json", "", "pgrealtime"
 
     def __init__(self, start: int, *, reach: int = 0, is_durable: bool = False) -> None:
-        self.start_lsn, self.reach = LSN(start), LSN(max(reach, start))
+        self.start_lsn, self.initial_wal_end = LSN(start), LSN(max(reach, start))
         self.wal_end = self.start_lsn
         self.system = HERE
         self.quiet = self.start_lsn
@@ -177,16 +181,16 @@ class GivenStream:
         batch, self._given = list(self._given), deque()
         return batch
 
-    def keep(self, end_lsn: LSN) -> None:
+    def confirm(self, end_lsn: LSN) -> None:
         """Nothing is forgotten here."""
 
-    def let_go(self, lsn: LSN) -> None:
+    def release(self, lsn: LSN) -> None:
         """Likewise."""
 
-    def quiet_after(self, end_lsn: LSN) -> LSN:
+    def empty_until(self, end_lsn: LSN) -> LSN:
         return max(end_lsn, self.quiet)
 
-    def ask(self) -> None:
+    def request_keepalive(self) -> None:
         """Nothing is answered here."""
 
 
@@ -204,16 +208,16 @@ def opening(*streams: GivenStream) -> OpenStream:
 @asynccontextmanager
 async def relaying(
     open_stream: OpenStream, *, is_durable: bool = False
-) -> AsyncIterator[tuple[Relay, MemoryChangelog, Follower]]:
-    changelog = MemoryChangelog(LSN(0), max_size=1 << 20, max_age=1e9)
+) -> AsyncIterator[tuple[ReplicationReader, MemoryChangelog, Follower]]:
+    changelog = MemoryChangelog(LSN(0), max_bytes=1 << 20, max_age_seconds=1e9)
     follower = Follower(changelog, DEADLINE)
-    relay = Relay(
+    relay = ReplicationReader(
         open_stream,
         changelog,
         follower,
         tables=[POSTS],
         max_size=1 << 20,
-        pass_over=not_asked,
+        advance_slot=not_asked,
         is_durable=is_durable,
     )
     running = asyncio.create_task(relay.run())
@@ -240,7 +244,7 @@ async def test_a_restored_server_begins_another_history() -> None:
         before.breaks()
         await follower.until(lambda: len(follower.said) == 3)
         assert ends(changelog) == []
-        assert changelog.head == Cursor(LSN(100), END)
+        assert changelog.head == Cursor(LSN(100), END_ORDINAL)
         restored.give(large(160))
         await follower.until(lambda: ends(changelog) == [160])
 
@@ -289,7 +293,7 @@ async def test_another_commit_of_the_same_id_and_end_is_another_history() -> Non
         await follower.until(lambda: ends(changelog) == [200])
         before.breaks()
         await follower.until(lambda: len(follower.said) == 3)
-        restored.give(msgspec.structs.replace(large(200), commit_time=1))
+        restored.give(msgspec.structs.replace(large(200), commit_time_us=1))
         await follower.until(lambda: len(follower.said) == 5)
 
     assert follower.said[2] != follower.said[4]
@@ -304,8 +308,8 @@ async def test_what_was_only_marked_as_quiet_belongs_to_a_history_as_well() -> N
         before.give(large(200))
         await follower.until(lambda: ends(changelog) == [200])
         before.quiet = LSN(300)
-        relay._mark(cast("WalStream", before), time.monotonic() + 60)
-        assert changelog.head == Cursor(LSN(300), END)
+        relay._append_mark(cast("WalStream", before), time.monotonic() + 60)
+        assert changelog.head == Cursor(LSN(300), END_ORDINAL)
         before.breaks()
         await follower.until(lambda: len(follower.said) == 3)
         restored.give(large(200), large(250))

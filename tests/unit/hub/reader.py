@@ -92,7 +92,7 @@ class Reader:
             self._forget()
         position = self.position
         sink = Sink(self.world)
-        connection = self.world.hub.open(
+        connection = self.world.hub.open_connection(
             sink,
             address="here",
             last_event_id=None,
@@ -150,7 +150,7 @@ class Reader:
             return
         await self._drop_call()
         self._take(rng.randint(stream.read, max(stream.read, stream.sink.taken)))
-        self.world.hub.close(stream.connection)
+        self.world.hub.remove_connection(stream.connection)
         self.stream = None
 
     async def _drop_call(self) -> None:

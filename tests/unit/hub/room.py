@@ -19,7 +19,7 @@ from pgrealtime.changes import (
     Delete,
     Insert,
     Row,
-    Shape,
+    RowShape,
     TableName,
     Transaction,
     Update,
@@ -28,14 +28,14 @@ from pgrealtime.changes import (
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
 from pgrealtime.config.model import CollectionLoginConfig, RealtimeConfig
 from pgrealtime.errors import DatabaseUnreachableError
-from pgrealtime.expand.load import Reading
+from pgrealtime.expand.load import ReadSession
 from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.hub import Hub
-from pgrealtime.hub.live_reads.table_definitions import Belief
+from pgrealtime.hub.live_reads.table_definitions import CatalogAssumptions
 from pgrealtime.lsn import LSN, Xid
-from pgrealtime.rule_queries.executor import Asked, LiveRow
+from pgrealtime.rule_queries.executor import LiveRow, PendingEvaluation
 from pgrealtime.rule_queries.slow_filters import TimeBudget
 from pgrealtime.snapshot import Snapshot
 
@@ -56,7 +56,7 @@ def _collection(name: TableName) -> Collection:
         columns=columns,
         primary_key=("id",),
         replica_identity=ReplicaIdentity.FULL,
-        identity_columns=("id", "title"),
+        replica_identity_columns=("id", "title"),
     )
     fields = tuple(Field(name=c.name, column=c, kind=FieldKind.TEXT, type=TEXT) for c in columns)
     return Collection(
@@ -83,7 +83,7 @@ def _people() -> Collection:
         columns=columns,
         primary_key=("id",),
         replica_identity=ReplicaIdentity.FULL,
-        identity_columns=("id", "email", "key"),
+        replica_identity_columns=("id", "email", "key"),
     )
     fields = tuple(
         Field(
@@ -143,15 +143,15 @@ class MemorySink:
         self.data = b""
         self._take()
 
-    def buffered(self) -> int:
+    def buffered_bytes(self) -> int:
         return len(self.data) - self.taken + self._added
 
     async def drain(self) -> None:
-        while self.buffered():
+        while self.buffered_bytes():
             self._unstuck.clear()
             await self._unstuck.wait()
 
-    def end(self) -> None:
+    def close(self) -> None:
         self.state = "ended"
         self._arrived.set()
 
@@ -206,16 +206,16 @@ class NoRows:
     """What a reading finds in empty tables."""
 
     snapshot = Snapshot(1, 1, frozenset())
-    reach = LSN(0)
+    insert_lsn = LSN(0)
     has_failed = False
 
-    async def texts(
+    async def fetch_texts(
         self, _statement: sql.Composed, _params: Mapping[str, object]
     ) -> list[tuple[str | None, ...]]:
         return []
 
-    async def judge(self, asked: Asked) -> None:
-        assert not asked.inquiries(), "nothing to ask"
+    async def answer_questions(self, asked: PendingEvaluation) -> None:
+        assert not asked.questions(), "nothing to ask"
 
 
 class GivenDatabase:
@@ -237,7 +237,7 @@ class GivenDatabase:
         """What a row that the WAL left columns out of waits for; so a test holds up judging."""
         self.is_holding = asyncio.Event()
 
-    async def snapshot(self) -> tuple[str, str, bool]:
+    async def fetch_snapshot(self) -> tuple[str, str, bool]:
         self._asked.release()
         if self.gate is not None:
             await self.gate.wait()
@@ -253,23 +253,25 @@ class GivenDatabase:
             for _ in range(times):
                 await self._asked.acquire()
 
-    async def ask(self, judging: Asked, _budget: TimeBudget | None = None) -> frozenset[str]:
-        assert not judging.inquiries(), "nothing to ask"
+    async def answer_questions(
+        self, judging: PendingEvaluation, _budget: TimeBudget | None = None
+    ) -> frozenset[str]:
+        assert not judging.questions(), "nothing to ask"
         if self.fault is not None:
             raise self.fault
         return self.undecided
 
-    def reading(
+    def read_session(
         self, _xids: Sized[Xid], _seconds: float | None = None
-    ) -> AbstractAsyncContextManager[Reading]:
+    ) -> AbstractAsyncContextManager[ReadSession]:
         return nullcontext(NoRows())
 
-    async def bears_out(self, _belief: Belief) -> bool:
+    async def verify_assumptions(self, _belief: CatalogAssumptions) -> bool:
         if self.is_away:
             raise DatabaseUnreachableError("nobody answers")
         return self.is_borne_out
 
-    async def live_rows(
+    async def fetch_live_rows(
         self, _events: Sequence[Event]
     ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
         if self.rows_gate is not None:
@@ -295,7 +297,7 @@ class Room:
     ) -> tuple[Connection, MemorySink]:
         sink = MemorySink()
         self.sinks.append(sink)
-        connection = self.hub.open(
+        connection = self.hub.open_connection(
             sink, address=address, last_event_id=last_event_id, position=position
         )
         return connection, sink
@@ -310,17 +312,17 @@ class Room:
         *changes: Change,
         xid: int | None = None,
         size: int = 100,
-        shapes: tuple[Shape, ...] = (),
+        shapes: tuple[RowShape, ...] = (),
     ) -> Transaction:
         """Append a transaction and let the hub know, as the relay would."""
         self._end += 100
         made = Transaction(
             xid=Xid(self._end if xid is None else xid),
             end_lsn=LSN(self._end),
-            commit_time=0,
+            commit_time_us=0,
             changes=changes,
-            size=size,
-            shapes=shapes,
+            size_bytes=size,
+            row_shapes=shapes,
         )
         self.changelog.append(made)
         self.hub.wake()
@@ -359,7 +361,7 @@ async def open_room(
     **limits: object,
 ) -> AsyncIterator[Room]:
     """A hub whose tasks run; ``limits`` are RealtimeConfig's, in seconds and bytes."""
-    changelog = MemoryChangelog(LSN(100), max_size=max_size, max_age=max_age)
+    changelog = MemoryChangelog(LSN(100), max_bytes=max_size, max_age_seconds=max_age)
     database = database or GivenDatabase()
     hub = Hub(
         changelog,
@@ -374,14 +376,14 @@ async def open_room(
     )
     if is_up:
         hub.stream_started("abcdef")
-    tasks = [asyncio.create_task(hub.run()), asyncio.create_task(hub.watch_limits())]
+    tasks = [asyncio.create_task(hub.run()), asyncio.create_task(hub.run_timers())]
     try:
         yield Room(hub, changelog, database)
     finally:
         for task in tasks:
             task.cancel()
         for connection in list(hub.connections):
-            hub.close(connection)
+            hub.remove_connection(connection)
         await asyncio.gather(*tasks, return_exceptions=True)
 
 

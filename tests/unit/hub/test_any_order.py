@@ -29,7 +29,7 @@ _KINDS: tuple[Kind, ...] = ("plain", "told", "position", "cursor")
 async def live(seed: int) -> None:
     rng = random.Random(seed)
     world = World(rng, is_gated=rng.random() < 0.4)
-    tasks = [asyncio.create_task(world.hub.run()), asyncio.create_task(world.hub.watch_limits())]
+    tasks = [asyncio.create_task(world.hub.run()), asyncio.create_task(world.hub.run_timers())]
     readers = [Reader(world, rng.choice(_KINDS), f"reader {n}") for n in range(4)]
     try:
         for _ in range(rng.choice([50, 200])):
@@ -166,7 +166,10 @@ async def is_calm(world: World, readers: list[Reader]) -> bool:
     return all(
         reader.is_served()
         and reader.stream is not None
-        and (is_at_rest(world, reader.stream.connection) and not reader.stream.connection.doom)
+        and (
+            is_at_rest(world, reader.stream.connection)
+            and not reader.stream.connection.close_reason
+        )
         and (reader.call is None or reader.call.done())
         for reader in readers
     )
@@ -174,38 +177,38 @@ async def is_calm(world: World, readers: list[Reader]) -> bool:
 
 def is_at_rest(world: World, connection: Connection) -> bool:
     """Whether it has all there is."""
-    replays = world.hub._replays
-    is_parked = replays._waiting.get(connection, False) and connection not in replays._tasks
+    replays = world.hub._catch_up
+    is_parked = replays._caught_up.get(connection, False) and connection not in replays._tasks
     return connection.is_live or (is_parked and connection.cursor == world.hub.head)
 
 
 def check_rest(world: World, readers: list[Reader]) -> None:
     """Nothing is left over of all that was under way."""
     hub = world.hub
-    assert (hub._replays._tasks, list(hub._waiting)) == ({}, [])
-    assert (hub._replays._turns._value, hub._replays._isolated_turns._value) == (16, 8)
-    assert set(hub._replays._waiting) <= {c for c in hub.connections if c.is_isolated}
-    assert all(hub._replays._waiting.values())
+    assert (hub._catch_up._tasks, list(hub._deferred_callbacks)) == ({}, [])
+    assert (hub._catch_up._semaphore._value, hub._catch_up._isolated_semaphore._value) == (16, 8)
+    assert set(hub._catch_up._caught_up) <= {c for c in hub.connections if c.is_isolated}
+    assert all(hub._catch_up._caught_up.values())
     topics_of = [(c, one.group) for c in hub.connections for one in c.subscriptions.values()]
     members = [(connection, group) for connection, group in topics_of if group is not None]
-    shared = Counter(g for c, g in members if not (c.is_isolated and g.variant.filtered))
-    assert all(group.shared == shared[group] for _, group in members)
-    assert not any(connection.turn.locked() for connection in hub.connections)
+    shared = Counter(g for c, g in members if not (c.is_isolated and g.specialization.filter_tests))
+    assert all(group.shared_subscription_count == shared[group] for _, group in members)
+    assert not any(connection.lock.locked() for connection in hub.connections)
     assert len(hub.connections) == len(readers)
     topics = sum(len(connection.subscriptions) for connection in hub.connections)
-    assert len(hub._fresh) <= topics
+    assert len(hub._subscriptions_with_read_point) <= topics
 
 
 @pytest.fixture
 def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a handful of changes is cut as hundreds are."""
     for module in (evaluator, tasks, slices):
-        monkeypatch.setattr(module, "SLICE", 3)
+        monkeypatch.setattr(module, "SLICE_CHANGES", 3)
     for module in (hub, slices):
-        monkeypatch.setattr(module, "WIDE", 10)
-    monkeypatch.setattr(slices.slices, "__defaults__", (3,))
-    monkeypatch.setattr(compose, "_AUDIENCE_BYTES", 400)
-    monkeypatch.setattr(compose, "_PORTION_BYTES", 1500)
+        monkeypatch.setattr(module, "LIVE_SLICE_CHANGES", 10)
+    monkeypatch.setattr(slices.split_into_slices, "__defaults__", (3,))
+    monkeypatch.setattr(compose, "_RENDER_GROUP_BYTES", 400)
+    monkeypatch.setattr(compose, "_COMPOSED_BYTES", 1500)
 
 
 @pytest.mark.usefixtures("_small_slices")

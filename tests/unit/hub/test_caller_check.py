@@ -19,12 +19,16 @@ from pgrealtime.collections.model import (
     Junction,
     Relation,
 )
-from pgrealtime.expand.plan import Plan, Viewer, Viewers
+from pgrealtime.expand.plan import ExpandCompiler, ExpandPlan, ExpandViewer
 from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.live_reads.caller_check import CallerCheck, Checked, may_have_changed
+from pgrealtime.hub.live_reads.caller_check import (
+    CallerCheck,
+    CallerCheckResult,
+    may_account_have_changed,
+)
 from pgrealtime.hub.live_reads.row_history import RowHistory
 from pgrealtime.lsn import LSN, Cursor, Xid
-from pgrealtime.rules.engine.plan import Planner
+from pgrealtime.rules.engine.plan import RuleCompiler
 from tests.unit.hub.room import COLLECTIONS, NOTES, PEOPLE, POSTS, TEXT, NoRows, insert, open_room
 from tests.unit.hub.test_callers import caller, changed, listening
 
@@ -35,19 +39,21 @@ class Unanswered(NoRows):
     def __init__(self, reach: LSN) -> None:
         self.reach = reach
 
-    async def texts(self, _statement: sql.Composed, _params: Mapping[str, object]) -> None:  # type: ignore[override]
+    async def fetch_texts(self, _statement: sql.Composed, _params: Mapping[str, object]) -> None:  # type: ignore[override]
         return None
 
 
 LOOKUPS = frozenset({(POSTS, "id")})
-PLAIN = Plan((), {}, (), lookups=LOOKUPS)
-ASKING = Plan((), {}, (), asks_caller=True, lookups=LOOKUPS)
+PLAIN = ExpandPlan((), {}, (), lookup_columns=LOOKUPS)
+ASKING = ExpandPlan((), {}, (), depends_on_caller=True, lookup_columns=LOOKUPS)
 """An ``expand`` whose rules ask who the subscriber is."""
 EVENT = Event(COLLECTIONS["posts"], "update", "p", {"id": "p"}, Cursor(LSN(8), 1), Xid(3))
 
 
-def viewer_of(plan: Plan, own: tuple[str, str] | None = None) -> Viewer:
-    return Viewer(plan=plan, sees_hidden=False, own=own, seen={}, managed={})
+def viewer_of(plan: ExpandPlan, own: tuple[str, str] | None = None) -> ExpandViewer:
+    return ExpandViewer(
+        plan=plan, sees_hidden=False, own_record=own, view_predicates={}, manage_predicates={}
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,38 +72,42 @@ def viewer_of(plan: Plan, own: tuple[str, str] | None = None) -> Viewer:
     ],
 )
 async def test_who_cannot_be_read_is_shown_nothing_that_depends_on_who_that_is(
-    viewer: Viewer, reach: LSN, *, is_asking: bool
+    viewer: ExpandViewer, reach: LSN, *, is_asking: bool
 ) -> None:
     async with open_room() as room:
         connection, _ = await listening(room, "posts/*", who=caller())
-        connection.subscriptions["posts/*"].viewer = viewer
+        connection.subscriptions["posts/*"].expand_viewer = viewer
         hub = room.hub
         check = CallerCheck(
-            hub._identities,
-            hub._course.meaning,
+            hub._callers,
+            hub._progress.generation,
             RowHistory(room.changelog),
             events=[EVENT],
-            connections=lambda _viewers, _groups: [connection],
+            find_connections=lambda _viewers, _groups: [connection],
         )
         await check(Unanswered(reach), [viewer], [])
-        assert check.outdated == ({connection: {viewer}} if is_asking else {})
-        assert check.checked == (Checked(LSN(8), is_complete=False) if is_asking else None)
+        assert check.outdated_connections == ({connection: {viewer}} if is_asking else {})
+        assert check.result == (
+            CallerCheckResult(LSN(8), is_changelog_complete=False) if is_asking else None
+        )
 
 
 def test_a_table_that_the_stream_carries_since_a_reload_has_no_history_of_before() -> None:
     """It wasn't in what the changelog had of then."""
 
     async def known(history: RowHistory) -> list[bool]:
-        found = [await history.of(table, "id", LSN(100)) for table in (POSTS, NOTES)]
-        found += [await history.of(table, "id", LSN(200)) for table in (POSTS, NOTES)]
+        found = [await history.table_history(table, "id", LSN(100)) for table in (POSTS, NOTES)]
+        found += [await history.table_history(table, "id", LSN(200)) for table in (POSTS, NOTES)]
         return [one is not None for one in found]
 
-    changelog = MemoryChangelog(LSN(100), max_size=1000, max_age=300.0)
+    changelog = MemoryChangelog(LSN(100), max_bytes=1000, max_age_seconds=300.0)
     history = RowHistory(changelog)
-    history.use([POSTS])
-    changelog.append(Transaction(xid=Xid(1), end_lsn=LSN(200), commit_time=0, changes=(), size=1))
+    history.set_streamed_tables([POSTS])
+    changelog.append(
+        Transaction(xid=Xid(1), end_lsn=LSN(200), commit_time_us=0, changes=(), size_bytes=1)
+    )
     assert asyncio.run(known(history)) == [True, False, True, False]
-    history.use([POSTS, NOTES])
+    history.set_streamed_tables([POSTS, NOTES])
     assert asyncio.run(known(history)) == [True, False, True, True]
     history.clear()
     assert asyncio.run(known(history)) == [True] * 4
@@ -114,10 +124,12 @@ def test_an_option_knows_what_its_records_are_read_from(rule: str) -> None:
     )
     people = replace(COLLECTIONS["people"], view_rule=rule)
     collections = Collections((posts, COLLECTIONS["notes"], people))
-    plan = Viewers(collections, Planner(collections))._plan("posts", "title", False)
+    plan = ExpandCompiler(collections, RuleCompiler(collections))._cached_plan(
+        "posts", "title", False
+    )
     assert plan is not None
-    assert plan.asks_caller == ("@request.auth" in rule)
-    assert plan.lookups == {(POSTS, "id"), (PEOPLE, "id")}
+    assert plan.depends_on_caller == ("@request.auth" in rule)
+    assert plan.lookup_columns == {(POSTS, "id"), (PEOPLE, "id")}
 
 
 def test_an_option_reads_junction_tables_as_well() -> None:
@@ -129,14 +141,18 @@ def test_an_option_reads_junction_tables_as_well() -> None:
         people, fields=(*people.fields, *through(likes, people, "notes").fields[-1:])
     )
     collections = Collections((by_links, COLLECTIONS["notes"], by_likes))
-    plan = Viewers(collections, Planner(collections))._plan("posts", "others", False)
+    plan = ExpandCompiler(collections, RuleCompiler(collections))._cached_plan(
+        "posts", "others", False
+    )
     assert plan is not None
-    assert {(links, "here"), (likes, "here")} <= plan.lookups
+    assert {(links, "here"), (likes, "here")} <= plan.lookup_columns
 
 
 def through(table: TableName, collection: Collection, to: str) -> Collection:
     """Return the collection with a relation ``others`` through a junction table."""
-    junction = Junction(table=replace(collection.table, name=table), source="here", target="there")
+    junction = Junction(
+        table=replace(collection.table, name=table), source_column="here", target_column="there"
+    )
     made = Field(
         name="others",
         column=None,
@@ -152,10 +168,10 @@ def through(table: TableName, collection: Collection, to: str) -> Collection:
 async def test_a_table_is_written_by_changes_of_known_and_unknown_rows(change: Change) -> None:
     async with open_room() as room:
         end = room.commit(change).end_lsn
-        history = await RowHistory(room.changelog).of(POSTS, "id", LSN(end - 1))
+        history = await RowHistory(room.changelog).table_history(POSTS, "id", LSN(end - 1))
         assert history is not None
-        assert history.is_written(LSN(end - 1))
-        assert not history.is_written(end)
+        assert history.has_writes(LSN(end - 1))
+        assert not history.has_writes(end)
 
 
 async def test_ids_with_padding_are_not_looked_up() -> None:
@@ -165,8 +181,8 @@ async def test_ids_with_padding_are_not_looked_up() -> None:
         history = RowHistory(room.changelog)
         after = room.changelog.head.lsn
         room.commit(changed("bob"))
-        assert await history.of(PEOPLE, "id", after) is not None
+        assert await history.table_history(PEOPLE, "id", after) is not None
         key = replace(people.key, type=replace(people.key.type, name="bpchar"))
-        assert may_have_changed(history, people, ("people", "bob"), after)
-        assert not may_have_changed(history, people, ("people", "ann"), after)
-        assert may_have_changed(history, replace(people, key=key), ("people", "ann"), after)
+        assert may_account_have_changed(history, people, ("people", "bob"), after)
+        assert not may_account_have_changed(history, people, ("people", "ann"), after)
+        assert may_account_have_changed(history, replace(people, key=key), ("people", "ann"), after)

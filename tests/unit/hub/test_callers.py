@@ -9,16 +9,16 @@ from weakref import ReferenceType, ref
 
 import pytest
 
-from pgrealtime.auth.principal import GUEST, AuthRecord, Caller, Reading
-from pgrealtime.auth.record import digest_of
+from pgrealtime.auth.principal import GUEST, AuthRecord, Caller, ReadPointText
+from pgrealtime.auth.record import digest_token_key
 from pgrealtime.changelog.base import Gap
 from pgrealtime.changes import Delete, Insert, Row, TableName, Truncate, Update, WholeRow
 from pgrealtime.errors import SubscriptionError
 from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.state.callers import Identities
-from pgrealtime.lsn import END, LSN, Cursor, Xid
-from pgrealtime.snapshot import barrier_of
+from pgrealtime.hub.state.callers import CallerTracker
+from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, Xid
+from pgrealtime.snapshot import parse_read_point
 from tests.unit.hub.room import (
     COLLECTIONS,
     LOGINS,
@@ -31,11 +31,11 @@ from tests.unit.hub.room import (
 )
 
 
-def caller(name: str = "ann", key: str = "k1", reading: Reading | None = None) -> Caller:
+def caller(name: str = "ann", key: str = "k1", reading: ReadPointText | None = None) -> Caller:
     record = AuthRecord(
         collection_id="pbc_people", collection_name="people", id=name, email=f"{name}@x"
     )
-    return Caller(record, key_digest=digest_of(key), reading=reading)
+    return Caller(record, token_key_digest=digest_token_key(key), read_point=reading)
 
 
 def row(name: str, key: str = "k1") -> Row:
@@ -116,7 +116,7 @@ async def test_new_data_is_the_caller_s_from_its_own_event_on() -> None:
         principal = connection.caller.principal
         assert isinstance(principal, AuthRecord)
         assert principal.email == "new@x"
-        assert connection.caller.key_digest == digest_of("k1")
+        assert connection.caller.token_key_digest == digest_token_key("k1")
 
 
 async def test_a_guest_of_that_kind_may_become_anybody() -> None:
@@ -145,7 +145,7 @@ async def test_others_keep_what_they_are() -> None:
 async def test_what_changed_between_look_up_and_answer_is_not_lost() -> None:
     """The key changes when the caller was looked up, and is told before it is registered."""
     async with open_room() as room:
-        who = caller(reading=Reading("50:50:", "0/64"))
+        who = caller(reading=ReadPointText("50:50:", "0/64"))
         room.commit(changed(key="k2"), xid=60)
         await room.settled()
         connection, sink = await listening(room, "people/*", who=who)
@@ -157,7 +157,7 @@ async def test_what_changed_between_look_up_and_answer_is_not_lost() -> None:
 
 async def test_a_deletion_between_look_up_and_answer_is_not_lost() -> None:
     async with open_room() as room:
-        who = caller(reading=Reading("50:50:", "0/64"))
+        who = caller(reading=ReadPointText("50:50:", "0/64"))
         room.commit(gone(), Insert(PEOPLE, row("ann")), xid=60)
         await room.settled()
         connection, _ = await listening(room, "people/*", who=who)
@@ -171,7 +171,9 @@ async def test_what_changes_while_the_call_waits_is_not_lost() -> None:
         room.database.gate = asyncio.Event()
         connection, sink = room.connect()
         call = asyncio.create_task(
-            room.subscribe(connection, "people/*", caller=caller(reading=Reading("50:50:", "0/64")))
+            room.subscribe(
+                connection, "people/*", caller=caller(reading=ReadPointText("50:50:", "0/64"))
+            )
         )
         await room.database.asked_again(1)
         room.database.snapshot_text = "70:70:"
@@ -186,20 +188,22 @@ async def test_what_changes_while_the_call_waits_is_not_lost() -> None:
 
 def test_a_caller_is_as_of_its_connection_s_place_and_not_a_change_later() -> None:
     """What comes later the connection hears itself, and has other rights from there on."""
-    identities = Identities(LOGINS)
+    identities = CallerTracker(LOGINS)
     people = COLLECTIONS["people"]
     renamed = {**row("ann"), "email": "new@x"}
     for lsn, told in ((200, renamed), (300, row("ann", "k2"))):
-        identities.tell(Event(people, "update", "ann", told, Cursor(LSN(lsn), 3), Xid(lsn), ()))
-    known = barrier_of("1:1:", "0/1")
+        identities.remember_change(
+            Event(people, "update", "ann", told, Cursor(LSN(lsn), 3), Xid(lsn), ())
+        )
+    known = parse_read_point("1:1:", "0/1")
 
     def at(lsn: int, ordinal: int) -> str:
-        who = identities.caught_up(caller(), known, Cursor(LSN(lsn), ordinal)).principal
+        who = identities.caller_at(caller(), known, Cursor(LSN(lsn), ordinal)).principal
         return who.email if isinstance(who, AuthRecord) else "guest"
 
-    assert [at(100, END), at(200, 2)] == ["ann@x"] * 2
-    assert [at(200, 3), at(200, END), at(300, 2)] == ["new@x"] * 3
-    assert [at(300, 3), at(400, END)] == ["guest"] * 2
+    assert [at(100, END_ORDINAL), at(200, 2)] == ["ann@x"] * 2
+    assert [at(200, 3), at(200, END_ORDINAL), at(300, 2)] == ["new@x"] * 3
+    assert [at(300, 3), at(400, END_ORDINAL)] == ["guest"] * 2
 
 
 async def test_a_call_in_the_middle_of_a_slice_begins_with_the_rights_of_before_it() -> None:
@@ -210,7 +214,7 @@ async def test_a_call_in_the_middle_of_a_slice_begins_with_the_rights_of_before_
         room.database.snapshot_text = "50:50:"
         room.commit(Insert(POSTS, {"id": "held up"}), changed(), changed(key="k2"), xid=60)
         await room.database.is_holding.wait()
-        who = caller(reading=Reading("50:50:", "0/64"))
+        who = caller(reading=ReadPointText("50:50:", "0/64"))
         connection, sink = await listening(room, "people/*", who=who)
         assert connection.caller == who
         room.database.rows_gate.set()
@@ -223,7 +227,7 @@ async def test_what_the_look_up_saw_already_does_not_undo_it() -> None:
     """Two new passwords, then a login with the second, while the stream is still at the first."""
     async with open_room() as room:
         room.database.snapshot_text, room.database.insert_lsn = "70:70:", "0/5000"
-        who = caller(key="k3", reading=Reading("70:70:", "0/5000"))
+        who = caller(key="k3", reading=ReadPointText("70:70:", "0/5000"))
         connection, sink = await listening(room, "people/*", "posts/*", who=who)
         room.commit(changed(key="k2"), xid=60)
         room.commit(changed(key="k3"), xid=61)
@@ -243,9 +247,9 @@ async def test_a_caller_looked_up_before_a_gap_is_looked_up_again() -> None:
         await room.settled()
 
         with pytest.raises(SubscriptionError) as caught:
-            await listening(room, "people/*", who=caller(reading=Reading("1:1:", "0/1")))
+            await listening(room, "people/*", who=caller(reading=ReadPointText("1:1:", "0/1")))
         assert caught.value.error_code == "stream_away"
-        await listening(room, "people/*", who=caller(reading=Reading("1:1:", "0/FFFF")))
+        await listening(room, "people/*", who=caller(reading=ReadPointText("1:1:", "0/FFFF")))
 
 
 # Connections at a position of their own
@@ -288,13 +292,13 @@ async def test_a_slow_connection_whose_topics_become_too_many_is_ended_for_that(
         for _ in range(3):
             room.commit(changed())
             await room.settled()
-        monkeypatch.setattr("pgrealtime.hub.evaluation.matcher.TRIED_PER_CONNECTION", 1)
+        monkeypatch.setattr("pgrealtime.hub.evaluation.matcher.UNINDEXED_FILTERS_PER_CONNECTION", 1)
         room.commit(changed(key="k2"))
         await room.settled()
         sink.unstick()
         await sink.wait_until("ended")
 
-        assert room.hub.counts.closed == {"limit": 1}
+        assert room.hub.counters.closed_connections == {"limit": 1}
 
 
 async def test_who_resumes_is_who_it_is_now() -> None:
@@ -304,13 +308,13 @@ async def test_who_resumes_is_who_it_is_now() -> None:
         await room.subscribe(connection, "posts/*", caller=caller())
         room.commit(insert("a"), xid=50)
         last = (await sink.wait_for(2))[-1][0]
-        room.hub.close(connection)
+        room.hub.remove_connection(connection)
         room.commit(changed(key="k2"), xid=60)
         room.commit(changed(key="k3"), xid=61)
         await room.settled()
 
         again, heard_again = room.connect(position=last)
-        who = caller(key="k3", reading=Reading("70:70:", "0/FFFF"))
+        who = caller(key="k3", reading=ReadPointText("70:70:", "0/FFFF"))
         await room.subscribe(again, "people/*", caller=who)
         assert await heard(heard_again, 2) == [("update", "ann", True), ("update", "ann", True)]
         room.commit(gone(key="k3"), xid=80)
@@ -359,7 +363,7 @@ async def test_who_may_be_another_after_a_gap_hears_nothing_until_it_is_ended(
         told = [event for _, event, _ in sink.events() if event != "PB_CURSOR"]
         assert told == ["PB_CONNECT", "people/*", "PB_RESYNC"]
         again, heard_again = room.connect(position=sink.events()[-1][0])
-        who = caller(reading=Reading("9999:9999:", "0/FFFF"))
+        who = caller(reading=ReadPointText("9999:9999:", "0/FFFF"))
         await room.subscribe(again, "people/*", caller=who)
         assert await heard(heard_again, 1) == [("update", "ann", True)]
 
@@ -374,7 +378,7 @@ async def test_a_refused_call_gives_nobody_back_whom_a_gap_took_away() -> None:
         await room.settled()
         with pytest.raises(SubscriptionError):
             await room.subscribe(
-                connection, "people/*", caller=caller(reading=Reading("1:1:", "0/1"))
+                connection, "people/*", caller=caller(reading=ReadPointText("1:1:", "0/1"))
             )
         room.commit(changed())
         await sink.wait_until("ended")
@@ -390,10 +394,10 @@ async def test_who_was_looked_up_before_a_gap_over_people_s_rows_is_looked_up_ag
         room.hub.wake()
         await room.settled()
         connection, _ = room.connect()
-        before = caller(reading=Reading("1:1:", f"0/{end:X}"))
+        before = caller(reading=ReadPointText("1:1:", f"0/{end:X}"))
         with pytest.raises(SubscriptionError):
             await room.subscribe(connection, "posts/*", caller=before)
-        after = caller(reading=Reading("9999:9999:", f"0/{end + 1:X}"))
+        after = caller(reading=ReadPointText("9999:9999:", f"0/{end + 1:X}"))
         await room.subscribe(connection, "posts/*", caller=after)
 
 
@@ -419,7 +423,7 @@ class SeenRow(dict[str, str | None]):
 
 def test_what_is_remembered_of_people_is_little() -> None:
     """Neither what else their transactions did, nor rows without end."""
-    identities = Identities({})
+    identities = CallerTracker({})
     changes = (insert("a"),)
     before = sys.getrefcount(changes)
     rows: list[ReferenceType[SeenRow]] = []
@@ -427,14 +431,16 @@ def test_what_is_remembered_of_people_is_little() -> None:
         told = SeenRow(row("ann"), key="k" * 1_000_000)
         rows.append(ref(told))
         at = Cursor(LSN(number), 1)
-        identities.tell(
+        identities.remember_change(
             Event(COLLECTIONS["people"], "update", "ann", told, at, Xid(number), changes)
         )
         del told
 
     assert sys.getrefcount(changes) == before
     assert [number for number, one in enumerate(rows, 1) if one() is not None] == [96, 97, 98, 99]
-    known = barrier_of("1:1:", "0/5F")
+    known = parse_read_point("1:1:", "0/5F")
     with pytest.raises(LookupError):
-        identities.caught_up(caller(), barrier_of("1:1:", "0/5E"), Cursor(LSN(200), END))
-    assert identities.caught_up(caller(), known, Cursor(LSN(200), END)) == Caller()
+        identities.caller_at(
+            caller(), parse_read_point("1:1:", "0/5E"), Cursor(LSN(200), END_ORDINAL)
+        )
+    assert identities.caller_at(caller(), known, Cursor(LSN(200), END_ORDINAL)) == Caller()

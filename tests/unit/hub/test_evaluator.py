@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 
 from pgrealtime.auth.principal import AuthRecord
-from pgrealtime.expand.plan import Plan, Viewer
+from pgrealtime.expand.plan import ExpandPlan, ExpandViewer
 from pgrealtime.hub.connections.connection import Connection, Subscription
-from pgrealtime.hub.evaluation.evaluator import Verdict
+from pgrealtime.hub.evaluation.evaluator import SliceResult
 from pgrealtime.hub.evaluation.matcher import Group, Matcher
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor, Xid
@@ -22,11 +22,17 @@ EVENTS = [
 ]
 
 
-def viewer() -> Viewer:
-    return Viewer(plan=Plan((), {}, ()), sees_hidden=False, own=None, seen={}, managed={})
+def viewer() -> ExpandViewer:
+    return ExpandViewer(
+        plan=ExpandPlan((), {}, ()),
+        sees_hidden=False,
+        own_record=None,
+        view_predicates={},
+        manage_predicates={},
+    )
 
 
-def expanding(count: int) -> tuple[list[Group], list[Viewer]]:
+def expanding(count: int) -> tuple[list[Group], list[ExpandViewer]]:
     """Groups of one subscription each, which sees related records in its own way."""
     matcher, start = Matcher(COLLECTIONS), Cursor(LSN(0), 0)
     groups: list[Group] = []
@@ -35,27 +41,29 @@ def expanding(count: int) -> tuple[list[Group], list[Viewer]]:
         client = Connection("c", MemorySink(), address="", epoch="", cursor=start, now=0.0)
         topic = parse_topic(f'posts/*?options={{"query":{{"filter":"title = \'{number}\'"}}}}')
         made = Subscription(client, topic, View(), "")
-        made.viewer = one
+        made.expand_viewer = one
         matcher.add(made, AuthRecord(collection_id="c", collection_name="people", id="ann"))
         assert made.group is not None
         groups.append(made.group)
     return groups, viewers
 
 
-def failing(groups: Sequence[Group], viewers: Sequence[Viewer]) -> Verdict:
+def failing(groups: Sequence[Group], viewers: Sequence[ExpandViewer]) -> SliceResult:
     """All that is shown of all events failed, for everybody."""
-    verdict = Verdict([dict.fromkeys(groups)] * len(EVENTS))
-    verdict.note_failed(EVENTS, {(at, one) for at in range(len(EVENTS)) for one in viewers})
+    verdict = SliceResult([dict.fromkeys(groups)] * len(EVENTS))
+    verdict.record_failed_enrichment(
+        EVENTS, {(at, one) for at in range(len(EVENTS)) for one in viewers}
+    )
     return verdict
 
 
 def test_who_may_miss_a_related_record_are_those_who_would_have_seen_it() -> None:
     groups, viewers = expanding(3)
-    verdict = Verdict([groups, groups[:2], groups, groups])
-    verdict.note_failed(EVENTS, {(1, viewers[0]), (1, viewers[2]), (2, viewers[1])})
+    verdict = SliceResult([groups, groups[:2], groups, groups])
+    verdict.record_failed_enrichment(EVENTS, {(1, viewers[0]), (1, viewers[2]), (2, viewers[1])})
 
-    assert verdict.unseen == {(groups[0], viewers[0]), (groups[1], viewers[1])}
-    assert list(verdict.unheard) == [1, 2]
+    assert verdict.incomplete_expands == {(groups[0], viewers[0]), (groups[1], viewers[1])}
+    assert list(verdict.gap_indexes) == [1, 2]
 
 
 def test_what_is_noted_of_them_costs_as_much_more_as_there_are() -> None:

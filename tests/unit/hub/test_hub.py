@@ -10,7 +10,7 @@ import pytest
 
 from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
 from pgrealtime.changelog.base import Gap
-from pgrealtime.changes import Oversized, Truncate
+from pgrealtime.changes import OversizedTransaction, Truncate
 from pgrealtime.errors import SubscriptionError, SubscriptionLimitError
 from pgrealtime.lsn import LSN, Xid
 from tests.unit.hub.room import NOTES, POSTS, Room, at, delete, insert, open_room, update
@@ -216,7 +216,7 @@ async def test_unknown_clients_and_other_addresses_are_refused() -> None:
             await room.hub.subscribe("x" * 40, ["posts/*"], Caller(), "10.0.0.1")
         with pytest.raises(SubscriptionError) as foreign:
             await room.hub.subscribe(connection.id, ["posts/*"], Caller(), "10.0.0.2")
-        room.hub.close(connection)
+        room.hub.remove_connection(connection)
         with pytest.raises(SubscriptionError) as gone:
             await room.hub.subscribe(connection.id, ["posts/*"], Caller(), "10.0.0.1")
 
@@ -374,7 +374,7 @@ async def test_a_slow_connection_reads_on_from_the_changelog_and_loses_nothing()
             if n % 50 == 0:
                 await room.settled()
         await fast_sink.wait_for(501)
-        assert slow_sink.buffered() < 50_000
+        assert slow_sink.buffered_bytes() < 50_000
         slow_sink.unstick()
         events = await slow_sink.wait_for(501)
         room.commit(insert("live"))
@@ -437,7 +437,7 @@ async def test_truncate_and_oversized_transactions_are_gaps_of_their_tables_only
         await room.subscribe(posts, "posts/*")
         await room.subscribe(notes, "notes/*")
         room.commit(insert("a"), Truncate(POSTS), insert("b"))
-        room.changelog.append(Oversized(Xid(1), LSN(300), 0, frozenset({POSTS})))
+        room.changelog.append(OversizedTransaction(Xid(1), LSN(300), 0, frozenset({POSTS})))
         room._end = 300
         room.commit(insert("n", table=NOTES))
         events = await posts_sink.wait_for(5)
@@ -591,10 +591,10 @@ async def test_what_a_closed_connection_subscribed_to_is_forgotten() -> None:
         for _ in range(3):
             connection, _sink = room.connect()
             await room.subscribe(connection, "posts/*", "posts/a", "notes/*")
-            room.hub.close(connection)
+            room.hub.remove_connection(connection)
 
-        matcher = room.hub._course.meaning.matcher
-        assert (matcher._groups, matcher._tried) == ({}, {})
+        matcher = room.hub._progress.generation.matcher
+        assert (matcher._tables, matcher._unindexed_groups) == ({}, {})
 
 
 @pytest.mark.parametrize("before", [(), ("notes/*",)])
@@ -602,17 +602,20 @@ async def test_a_refused_call_leaves_nothing_of_its_topics(
     monkeypatch: pytest.MonkeyPatch, before: tuple[str, ...]
 ) -> None:
     """Not the topic that was too many either; and what was there before waits as it did."""
-    monkeypatch.setattr("pgrealtime.hub.evaluation.matcher.TRIED_PER_CONNECTION", 1)
+    monkeypatch.setattr("pgrealtime.hub.evaluation.matcher.UNINDEXED_FILTERS_PER_CONNECTION", 1)
     many = [f'posts/*?options={{"query":{{"filter":"title ~ \'{n}\'"}}}}' for n in range(3)]
     async with open_room() as room:
         connection, _sink = room.connect()
         if before:
             await room.subscribe(connection, *before)
-        waiting = dict(room.hub._fresh)
+        waiting = dict(room.hub._subscriptions_with_read_point)
         with pytest.raises(SubscriptionLimitError):
             await room.subscribe(connection, "posts/*", *many)
 
-        assert (tuple(connection.subscriptions), room.hub._fresh) == (before, waiting)
+        assert (tuple(connection.subscriptions), room.hub._subscriptions_with_read_point) == (
+            before,
+            waiting,
+        )
 
 
 async def test_a_long_batch_tells_the_position_every_sixteen_messages_to_who_asked_for_it() -> None:

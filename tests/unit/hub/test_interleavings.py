@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pgrealtime.changes import Insert, Oversized, Truncate
+from pgrealtime.changes import Insert, OversizedTransaction, Truncate
 from pgrealtime.errors import SubscriptionError
 from pgrealtime.lsn import LSN, Xid
 from tests.unit.hub.room import DEADLINE, NOTES, POSTS, Room, at, delete, insert, open_room
@@ -103,7 +103,7 @@ async def test_another_history_begins_while_events_wait_to_be_visible() -> None:
     async with open_room() as room:
         connection, sink = room.connect(position="")
         await room.subscribe(connection, "posts/*")
-        room.hub.gate_on_visibility(gate=True)
+        room.hub.set_waits_for_visibility(waits=True)
         room.database.snapshot_text = "50:50:"
         room.commit(insert("lost"), xid=60)
         await room.database.asked_again(3)
@@ -169,7 +169,7 @@ async def test_a_replay_that_waits_for_its_client_goes_on_where_a_call_has_put_i
 
 def commit_oversized(room: Room, xid: int) -> None:
     room._end += 100
-    room.changelog.append(Oversized(Xid(xid), LSN(room._end), 0, frozenset({POSTS})))
+    room.changelog.append(OversizedTransaction(Xid(xid), LSN(room._end), 0, frozenset({POSTS})))
     room.hub.wake()
 
 
@@ -178,7 +178,7 @@ async def test_a_commit_too_large_is_told_when_it_can_be_read_and_not_before() -
     async with open_room() as room:
         connection, sink = room.connect(position="")
         await room.subscribe(connection, "posts/*")
-        room.hub.gate_on_visibility(gate=True)
+        room.hub.set_waits_for_visibility(waits=True)
         room.database.snapshot_text = "50:50:"
         commit_oversized(room, xid=50)
         await room.database.asked_again(3)
@@ -420,11 +420,11 @@ async def test_a_row_that_cannot_be_shown_is_a_gap(monkeypatch: pytest.MonkeyPat
         await room.subscribe(connection, "posts/*")
         await room.subscribe(other, "notes/*")
         await asyncio.sleep(0)
-        display = room.hub._course.meaning.display
-        make = display._record
+        display = room.hub._progress.generation.renderer
+        make = display._render_record
         monkeypatch.setattr(
             display,
-            "_record",
+            "_render_record",
             lambda showing, *rest: (
                 b"" if showing.event.record_id == "bad" else make(showing, *rest)
             ),
@@ -454,8 +454,8 @@ async def test_a_gap_is_told_once_its_cause_is_visible(
     """Who loads anew at once would otherwise keep the rows of before, and hear no more of it."""
     async with open_room() as room:
         if cause == "not to be shown":
-            display = room.hub._course.meaning.display
-            monkeypatch.setattr(display, "_record", lambda *_: b"")
+            display = room.hub._progress.generation.renderer
+            monkeypatch.setattr(display, "_render_record", lambda *_: b"")
         start = room.changelog.head
         first, first_sink = room.connect(position="")
         await room.subscribe(first, FILTERED)
@@ -463,7 +463,9 @@ async def test_a_gap_is_told_once_its_cause_is_visible(
         room.database.snapshot_text = "50:50:"
         if cause == "too large":
             room._end += 100
-            room.changelog.append(Oversized(Xid(60), LSN(room._end), 0, frozenset({POSTS})))
+            room.changelog.append(
+                OversizedTransaction(Xid(60), LSN(room._end), 0, frozenset({POSTS}))
+            )
             room.hub.wake()
         else:
             room.database.undecided = frozenset({"posts"} if cause == "undecided" else ())
@@ -498,7 +500,7 @@ async def test_of_two_gaps_at_one_place_only_the_last_moves_the_position() -> No
 
 async def test_a_gap_is_told_though_the_database_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody reads it then either; and the others' events wait behind it."""
-    monkeypatch.setattr("pgrealtime.hub.state.visibility._UNANSWERED_SECONDS", 0.05)
+    monkeypatch.setattr("pgrealtime.hub.state.visibility._UNANSWERED_GAP_DELAY_SECONDS", 0.05)
     async with open_room() as room:
         connection, sink = room.connect(position="")
         await room.subscribe(connection, "posts/*")
@@ -540,10 +542,10 @@ async def test_subscriptions_that_went_are_not_kept_for_their_barriers() -> None
         for _ in range(50):
             other, _ = room.connect()
             await room.subscribe(other, "posts/*")
-            room.hub.close(other)
+            room.hub.remove_connection(other)
             await room.subscribe(connection, "posts/*", "notes/*")
 
-        assert len(room.hub._fresh) == 2
+        assert len(room.hub._subscriptions_with_read_point) == 2
 
 
 @pytest.mark.parametrize("is_behind", [False, True], ids=["live", "replay"])
@@ -566,7 +568,7 @@ async def test_a_client_that_takes_nothing_is_not_given_a_thousand_times_a_long_
         await room.settled()
         for _ in range(1000):
             await asyncio.sleep(0)
-        most = sink.buffered()
+        most = sink.buffered_bytes()
         sink.unstick()
         events = await sink.wait_for(1 + 40 * 50)
 

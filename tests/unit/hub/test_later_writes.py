@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pgrealtime.changes import Change, Insert, Key, Update
-from pgrealtime.hub.events.event import Event, Versions
+from pgrealtime.hub.events.event import Event, LaterWrites
 from pgrealtime.lsn import LSN, Cursor, Xid
 from tests.unit.hub.room import COLLECTIONS, POSTS
 
@@ -20,7 +20,7 @@ def written_after(*changes: Change, ordinal: int, is_title_generated: bool = Fal
     )
     collection = replace(ALL, table=replace(ALL.table, columns=columns))
     event = Event(collection, "update", "a", {}, Cursor(LSN(8), ordinal), Xid(3), changes)
-    return set(Versions().written_after(event))
+    return set(LaterWrites().columns_written_later(event))
 
 
 def update(record_id: str, **more: str) -> Update:

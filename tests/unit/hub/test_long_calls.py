@@ -18,7 +18,7 @@ from pgrealtime.changes import Delete, Row, WholeRow
 from pgrealtime.collections.model import Collections
 from pgrealtime.errors import SubscriptionError, SubscriptionLimitError
 from pgrealtime.hub.connections.connection import Connection
-from pgrealtime.hub.evaluation.matcher import TRIED_PER_CONNECTION, Matcher
+from pgrealtime.hub.evaluation.matcher import UNINDEXED_FILTERS_PER_CONNECTION, Matcher
 from pgrealtime.lsn import LSN
 from tests.unit.hub.room import COLLECTIONS, DEADLINE, PEOPLE, MemorySink, Room, insert, open_room
 
@@ -28,7 +28,7 @@ TOO_MANY = (
     *(f"posts/bad{n}" for n in range(200)),
     *(
         "posts/*?options=" + quote(json.dumps({"query": {"filter": f"title ~ '{n}'"}}))
-        for n in range(TRIED_PER_CONNECTION + 1)
+        for n in range(UNINDEXED_FILTERS_PER_CONNECTION + 1)
     ),
 )
 """The last one is refused."""
@@ -45,7 +45,7 @@ PHASES: list[tuple[tuple[str, ...], Phase]] = [
 @pytest.fixture(autouse=True)
 def _short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step each."""
-    monkeypatch.setattr(turns, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(turns, "YIELD_AFTER_SECONDS", 0.0)
 
 
 @asynccontextmanager
@@ -131,16 +131,16 @@ async def test_a_connection_that_ends_meanwhile_leaves_nothing_behind(
 ) -> None:
     """Be it between two turns or while another call has its turn."""
     async with open_room() as room, called(room, *topics, phase=phase) as (connection, _):
-        async with room.hub._calls.turn("another") if is_waiting else nullcontext():
+        async with room.hub._subscribe_lock.acquire("another") if is_waiting else nullcontext():
             if is_waiting:
                 await asyncio.sleep(0.01)
-            room.hub.close(connection)
+            room.hub.remove_connection(connection)
         with pytest.raises(SubscriptionError) as caught:
             await over(connection)
         assert caught.value.error_code == "client_unknown"
-        meaning = room.hub._course.meaning
-        assert (meaning.matcher._groups, +meaning.subscriptions) == ({}, {})
-        assert room.hub._fresh == {}
+        meaning = room.hub._progress.generation
+        assert (meaning.matcher._tables, +meaning.subscription_counts) == ({}, {})
+        assert room.hub._subscriptions_with_read_point == {}
 
 
 @pytest.mark.parametrize(("topics", "phase"), PHASES)
@@ -160,7 +160,9 @@ def only_for(principal_id: str) -> Collections:
 
 
 async def use(room: Room, collections: Collections, *, known: bool = True) -> None:
-    await room.hub.use(collections, Matcher(collections), lambda one: one if known else Caller())
+    await room.hub.replace_generation(
+        collections, Matcher(collections), lambda one: one if known else Caller()
+    )
 
 
 @pytest.mark.parametrize("phase", ["taking", "giving"])
@@ -196,8 +198,8 @@ async def test_a_refused_call_during_a_reload_leaves_all_to_the_new_collections(
         with pytest.raises(SubscriptionLimitError):
             await over(connection)
         await hears(room, sink, "old0", "old199")
-        room.hub.close(connection)
-        assert room.hub._course.meaning.matcher._groups == {}
+        room.hub.remove_connection(connection)
+        assert room.hub._progress.generation.matcher._tables == {}
 
 
 @pytest.mark.parametrize("phase", ["taking", "giving"])
@@ -213,7 +215,7 @@ async def test_another_history_meanwhile_is_told_and_goes_on_with_the_new_topics
         room.hub.wake()
         await over(connection)
         assert '"reason":"unknown"' in sink.data.decode()
-        assert all(one.barrier is None for one in connection.subscriptions.values())
+        assert all(one.read_point is None for one in connection.subscriptions.values())
         await hears(room, sink, "new0", "new199")
 
 

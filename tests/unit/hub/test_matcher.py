@@ -14,14 +14,14 @@ from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collections
 from pgrealtime.errors import SubscriptionLimitError
 from pgrealtime.hub.connections.connection import Connection, Subscription
-from pgrealtime.hub.evaluation.matcher import COSTLY_PER_CONNECTION as COSTLY
-from pgrealtime.hub.evaluation.matcher import TRIED_PER_ADDRESS, Group, Matcher
+from pgrealtime.hub.evaluation.matcher import REMOTE_FILTERS_PER_CONNECTION as COSTLY
+from pgrealtime.hub.evaluation.matcher import UNINDEXED_FILTERS_PER_ADDRESS, Group, Matcher
 from pgrealtime.hub.evaluation.matcher import VIEWS_PER_CONNECTION as VIEWS
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.protocol.topic import parse_topic
 from pgrealtime.records.encode import View
-from pgrealtime.rules.engine.batch_query import Pairs
+from pgrealtime.rules.engine.batch_query import PairQuestion
 from tests.unit.hub.room import COLLECTIONS, MemorySink
 from tests.unit.rules.schema import COLLECTIONS as RELATED
 
@@ -49,7 +49,7 @@ def subscribe(
     try:
         reason = there.add(made, record)
     except SubscriptionLimitError as error:
-        return error.limit
+        return error.limit_name
     made.connection.subscriptions[name] = made
     return reason or made
 
@@ -64,10 +64,10 @@ def hearing(there: Matcher, record_id: str, title: str = "t") -> set[Subscriptio
     """Who hears of a change."""
     row: Row = {"id": record_id, "title": title}
     event = Event(COLLECTIONS["posts"], "update", record_id, row, Cursor(LSN(8), 1), Xid(3))
-    judging = there.match([event], NOW)
-    assert judging.inquiries() == []
+    judging = there.evaluate_in_process([event], NOW)
+    assert judging.questions() == []
     (groups,) = judging.hits
-    return {one for group in groups for audience in group.audiences for one in audience}
+    return {one for group in groups for audience in group.render_groups for one in audience}
 
 
 def filtered(text: str) -> str:
@@ -126,7 +126,7 @@ def test_who_asks_the_same_is_judged_together() -> None:
 
     assert isinstance(ann.group, Group)
     assert ann.group is bob.group is not narrow.group
-    assert [list(audience) for audience in ann.group.audiences] == [[ann], [bob]]
+    assert [list(audience) for audience in ann.group.render_groups] == [[ann], [bob]]
 
 
 def test_nothing_is_left_of_who_has_gone() -> None:
@@ -136,8 +136,8 @@ def test_nothing_is_left_of_who_has_gone() -> None:
     for one in made:
         there.remove(one)
 
-    assert there._groups == {}
-    assert there._tried == {}
+    assert there._tables == {}
+    assert there._unindexed_groups == {}
     assert all(one.group is None for one in made)
 
 
@@ -166,8 +166,8 @@ def test_a_client_has_a_share_of_what_is_tried_one_by_one() -> None:
 def test_an_address_has_a_share_of_what_is_tried_one_by_one(address: str, another: str) -> None:
     """However many connections it opens; what others there ask as well costs nothing more."""
     there = matcher()
-    mine = [connection(address.format(n)) for n in range(TRIED_PER_ADDRESS // 50 + 1)]
-    for n in range(TRIED_PER_ADDRESS):
+    mine = [connection(address.format(n)) for n in range(UNINDEXED_FILTERS_PER_ADDRESS // 50 + 1)]
+    for n in range(UNINDEXED_FILTERS_PER_ADDRESS):
         made = subscribe(there, filtered(f"title~'{n}'"), on=mine[n // 50])
         assert isinstance(made, Subscription)
     other = connection(another)
@@ -289,7 +289,7 @@ def test_a_row_that_lacks_a_column_is_denied_to_rules_that_read_it(more: Row) ->
     put(there, "posts/*")
     row = {"id": "a", **more}
     event = Event(COLLECTIONS["posts"], "update", "a", row, Cursor(LSN(8), 1), Xid(3))
-    judging = there.match([event], NOW)
+    judging = there.evaluate_in_process([event], NOW)
 
     assert not any(judging.hits)
 
@@ -306,13 +306,15 @@ def test_events_don_t_find_filters_of_isolated_connections(collection: str) -> N
     def asked() -> int:
         row: Row = dict.fromkeys((c.name for c in RELATED["posts"].table.columns), "1")
         event = Event(RELATED["posts"], "update", "a", row, Cursor(LSN(8), 1), Xid(3))
-        judging = there.match([event], NOW, costly=True)
-        alone = there.match([event], NOW, [made.group] if made.group else [], costly=True)
-        assert len(alone.inquiries()) == 1
-        return sum(len(i.asked) for i in judging.inquiries() if isinstance(i, Pairs))
+        judging = there.evaluate_in_process([event], NOW, has_remote_filter=True)
+        alone = there.evaluate_in_process(
+            [event], NOW, [made.group] if made.group else [], has_remote_filter=True
+        )
+        assert len(alone.questions()) == 1
+        return sum(len(i.pairs) for i in judging.questions() if isinstance(i, PairQuestion))
 
     assert asked() == 2
-    there.isolate(mine, is_isolated=True)
+    there.set_isolated(mine, is_isolated=True)
     assert asked() == 1
     same = subscribe(there, topic, on=other)
     assert isinstance(same, Subscription)
@@ -323,19 +325,19 @@ def test_events_don_t_find_filters_of_isolated_connections(collection: str) -> N
     new = subscribe(there, asking("z").replace("posts/*", collection), on=mine)
     assert isinstance(new, Subscription)
     assert asked() == 1
-    there.isolate(mine, is_isolated=False)
+    there.set_isolated(mine, is_isolated=False)
     assert asked() == 3
 
 
 def test_who_goes_while_isolated_leaves_nothing_behind() -> None:
     there, mine = with_relations(), connection()
-    there.isolate(mine, is_isolated=True)
+    there.set_isolated(mine, is_isolated=True)
     made = [subscribe(there, asking(text), on=mine) for text in "xy"]
     for one in made:
         assert isinstance(one, Subscription)
         there.remove(one)
 
-    assert (there._groups, there._costly, there._tried) == ({}, {}, {})
+    assert (there._tables, there._remote_filter_tables, there._unindexed_groups) == ({}, {}, {})
 
 
 def test_many_who_share_a_slow_filter_are_isolated_in_time_by_their_number() -> None:
@@ -346,7 +348,7 @@ def test_many_who_share_a_slow_filter_are_isolated_in_time_by_their_number() -> 
         clients = [put(there, filtered("title ~ 'x'")).connection for _ in range(count)]
         began = time.process_time()
         for one in clients:
-            there.isolate(one, is_isolated=True)
+            there.set_isolated(one, is_isolated=True)
         took = time.process_time() - began
         assert not hearing(there, "a", "x")
         return took

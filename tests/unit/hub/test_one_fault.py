@@ -18,15 +18,15 @@ import pgrealtime
 from pgrealtime import turns
 from pgrealtime.auth.principal import GUEST, AuthRecord, Caller
 from pgrealtime.changes import Delete, Update, WholeRow
-from pgrealtime.hub.catchup.tasks import Replays
+from pgrealtime.hub.catchup.tasks import CatchUpTasks
 from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.delivery import compose
-from pgrealtime.hub.delivery.render import Display
+from pgrealtime.hub.delivery.render import RecordRenderer
 from pgrealtime.hub.events.slices import Slice
 from pgrealtime.hub.hub import Hub
-from pgrealtime.rule_queries.executor import Asked
+from pgrealtime.rule_queries.executor import PendingEvaluation
 from pgrealtime.rule_queries.slow_filters import TimeBudget
-from pgrealtime.rules.engine.batch_query import Pairs
+from pgrealtime.rules.engine.batch_query import PairQuestion
 from tests.unit.hub.room import (
     DEADLINE,
     NOTES,
@@ -83,7 +83,7 @@ def watching(on_call: Callable[[CodeType], None]) -> Iterator[None]:
 
 def _shows(frame: FrameType | None) -> bool:
     while frame is not None and frame.f_code is not Hub._deliver.__code__:
-        if frame.f_code is Display._record.__code__:
+        if frame.f_code is RecordRenderer._render_record.__code__:
             return True
         frame = frame.f_back
     return False
@@ -97,19 +97,21 @@ def person(record_id: str) -> Caller:
 
 async def at_rest(room: Room) -> None:
     async with asyncio.timeout(DEADLINE):
-        while room.hub._replays._tasks:
+        while room.hub._catch_up._tasks:
             await asyncio.sleep(0)
 
 
 class Database(GivenDatabase):
     """Says of whatever it is asked that it is so."""
 
-    async def ask(self, judging: Asked, budget: TimeBudget | None = None) -> frozenset[str]:
+    async def answer_questions(
+        self, judging: PendingEvaluation, budget: TimeBudget | None = None
+    ) -> frozenset[str]:
         del budget
-        while inquiries := judging.inquiries():
+        while inquiries := judging.questions():
             for inquiry in inquiries:
-                assert isinstance(inquiry, Pairs)
-                inquiry.take([(place,) for place in range(len(inquiry.asked))])
+                assert isinstance(inquiry, PairQuestion)
+                inquiry.accept([(place,) for place in range(len(inquiry.pairs))])
             judging.resume()
         return frozenset()
 
@@ -117,7 +119,7 @@ class Database(GivenDatabase):
 async def scenario(on_call: Callable[[CodeType], None] | None) -> list[tuple[str, list[str]]]:
     """Whether each connection is still open, and what it heard of."""
     async with open_room(database=Database()) as room:
-        room.hub.gate_on_visibility(gate=True)
+        room.hub.set_waits_for_visibility(waits=True)
         open_: list[tuple[Connection, MemorySink]] = []
         for n, topics in enumerate(TOPICS):
             connection, sink = room.connect()
@@ -169,7 +171,7 @@ def functions() -> list[CodeType]:
     """What the dispatch task calls, but for what makes a record: that row alone isn't shown."""
     seen: dict[CodeType, None] = {}
     run(seen.setdefault)
-    spared = {f.__code__ for f in (Hub.run, Hub._dispatch, Hub._is_behind)}
+    spared = {f.__code__ for f in (Hub.run, Hub._dispatch, Hub._has_undispatched)}
     return [code for code in seen if code not in spared]
 
 
@@ -178,8 +180,8 @@ def test_a_fault_in_any_call_of_the_dispatch_task_ends_one_connection_at_most(
 ) -> None:
     """Each function that it calls raises once: the others hear all, in order, and once."""
     # Every turn is over when it is asked and nothing is dear, however fast the machine is.
-    monkeypatch.setattr(turns, "perf_counter", count(step=turns.TURN_SECONDS).__next__)
-    monkeypatch.setattr(turns, "_LONGEST_REST", 0)
+    monkeypatch.setattr(turns, "perf_counter", count(step=turns.YIELD_AFTER_SECONDS).__next__)
+    monkeypatch.setattr(turns, "_MAX_PAUSE_SECONDS", 0)
     monkeypatch.setattr(compose, "perf_counter", lambda: 0.0)
     whole = run(None)
     found = functions()
@@ -208,8 +210,8 @@ def test_a_fault_in_any_call_of_the_dispatch_task_ends_one_connection_at_most(
     assert not wrong
     assert not unraised
     assert len(found) > 150
-    assert turns.Turn.pause.__code__ in found
-    assert Replays.join_waiting.__code__ in found
+    assert turns.YieldTimer.pause.__code__ in found
+    assert CatchUpTasks.make_caught_up_live.__code__ in found
 
 
 async def test_a_connection_whose_bytes_cannot_be_written_is_ended_alone(
@@ -242,20 +244,22 @@ class _FaultyOnce(GivenDatabase):
         self.is_asked, self.may_raise = asyncio.Event(), asyncio.Event()
         self._is_over = False
 
-    async def ask(self, judging: Asked, budget: TimeBudget | None = None) -> frozenset[str]:
+    async def answer_questions(
+        self, judging: PendingEvaluation, budget: TimeBudget | None = None
+    ) -> frozenset[str]:
         if not self._is_over:
             self.is_asked.set()
             await self.may_raise.wait()
             self._is_over = True
             raise InjectedError
-        return await super().ask(judging, budget)
+        return await super().answer_questions(judging, budget)
 
 
 async def test_after_a_fault_nothing_is_handed_out_before_readers_see_it() -> None:
     """What came meanwhile waits as if nothing had happened: for it others wait too."""
     database = _FaultyOnce()
     async with open_room(database=database) as room:
-        room.hub.gate_on_visibility(gate=True)
+        room.hub.set_waits_for_visibility(waits=True)
         connection, sink = room.connect()
         await room.subscribe(connection, "posts/*")
         await at_rest(room)
@@ -279,7 +283,7 @@ async def test_after_a_fault_who_was_deleted_in_what_was_handed_out_is_a_guest(
 ) -> None:
     """The event of its deletion was delivered, and nothing reads it again."""
     faults = [InjectedError()]
-    advance = Hub._advance
+    advance = Hub._advance_head
 
     def fail_once(hub: Hub, part: Slice) -> None:
         if faults:
@@ -290,8 +294,8 @@ async def test_after_a_fault_who_was_deleted_in_what_was_handed_out_is_a_guest(
         connection, sink = room.connect()
         await room.subscribe(connection, "people/*", caller=person("u1"))
         await at_rest(room)
-        monkeypatch.setattr(Hub, "_turn_live", lambda *_: None)
-        monkeypatch.setattr(Hub, "_advance", fail_once)
+        monkeypatch.setattr(Hub, "_apply_to_live_callers", lambda *_: None)
+        monkeypatch.setattr(Hub, "_advance_head", fail_once)
         room.commit(Delete(PEOPLE, WholeRow({"id": "u1", "email": "e", "key": "k"})))
         await sink.wait_for(2)
         await room.settled()

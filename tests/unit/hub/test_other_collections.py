@@ -42,7 +42,7 @@ async def use(
     reconsider: Callable[[Caller], Caller] = lambda caller: caller,
 ) -> None:
     async with asyncio.timeout(DEADLINE):
-        await room.hub.use(collections, Matcher(collections), reconsider)
+        await room.hub.replace_generation(collections, Matcher(collections), reconsider)
 
 
 def heard(sink: MemorySink) -> list[tuple[str, str]]:
@@ -235,11 +235,11 @@ async def test_whose_topics_become_too_many_by_a_reload_is_ended_and_not_mute(
         (many, many_sink), (few, few_sink) = room.connect(), room.connect()
         await room.subscribe(many, *topics)
         await room.subscribe(few, topics[0])
-        monkeypatch.setattr("pgrealtime.hub.evaluation.matcher.TRIED_PER_CONNECTION", 1)
-        await room.hub.use(COLLECTIONS, Matcher(COLLECTIONS), lambda caller: caller)
+        monkeypatch.setattr("pgrealtime.hub.evaluation.matcher.UNINDEXED_FILTERS_PER_CONNECTION", 1)
+        await room.hub.replace_generation(COLLECTIONS, Matcher(COLLECTIONS), lambda caller: caller)
         room.commit(insert("x", "ab"))
         await room.settled()
         await few_sink.wait_for(2)
 
         assert (many_sink.state, few_sink.state) == ("ended", "open")
-        assert room.hub.counts.closed == {"limit": 1}
+        assert room.hub.counters.closed_connections == {"limit": 1}

@@ -21,7 +21,7 @@ def collections() -> Collections:
 
 def caller(email: str) -> Caller:
     record = AuthRecord(collection_id="pbc_people", collection_name="people", id="ann", email=email)
-    return Caller(record, own=(("email", email),))
+    return Caller(record, row_values=(("email", email),))
 
 
 def row(email: str) -> Row:
@@ -35,7 +35,7 @@ def became(before: str, after: str) -> Update:
 async def titles(room: Room, email: str) -> list[str]:
     """What Ann hears of posts, whose titles say whether she should."""
     made = collections()
-    await room.hub.use(made, Matcher(made), lambda one: one, logins=LOGINS)
+    await room.hub.replace_generation(made, Matcher(made), lambda one: one, logins=LOGINS)
     connection, sink = room.connect()
     await room.subscribe(connection, "posts/*", caller=caller(email))
     room.commit(insert("a", "before"), insert("b", "secret"))
@@ -49,7 +49,7 @@ async def test_who_becomes_something_hears_what_that_may_hear() -> None:
     """Nothing was in the index for her before, and nothing is after."""
     async with open_room() as room:
         assert await titles(room, "ann@x") == ["promoted"]
-        assert room.hub._course.meaning.matcher._groups == {}
+        assert room.hub._progress.generation.matcher._tables == {}
 
 
 async def test_who_is_something_hears_until_it_changes() -> None:

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 import pytest
 
 from pgrealtime.auth.principal import GUEST
-from pgrealtime.expand.load import Check, Enter, Related, Wanted
-from pgrealtime.expand.plan import Plan, Viewer
+from pgrealtime.expand.load import CheckViewers, ExpandRequest, LoadLiveRows, RelatedRecords
+from pgrealtime.expand.plan import ExpandPlan, ExpandViewer
 from pgrealtime.hub.connections.connection import Connection, Subscription
-from pgrealtime.hub.delivery.render import Display, sights_of_audiences
+from pgrealtime.hub.delivery.render import RecordRenderer, needs_of_groups
 from pgrealtime.hub.evaluation.matcher import Group, Matcher
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.protocol.topic import parse_topic
 from pgrealtime.records.encode import View
-from pgrealtime.rule_queries.filter_trials import MANY_TAKERS
+from pgrealtime.rule_queries.filter_trials import MANY_CONNECTIONS
 from tests.unit.hub.room import COLLECTIONS, GivenDatabase, MemorySink
 
 EVENT = Event(COLLECTIONS["posts"], "update", "p", {"id": "p"}, Cursor(LSN(8), 1), Xid(3))
@@ -27,30 +27,30 @@ class Expansions:
 
     def __init__(self) -> None:
         self.is_late = False
-        self.shared: list[Viewer] = []
-        self.limited: list[Viewer] = []
+        self.shared: list[ExpandViewer] = []
+        self.limited: list[ExpandViewer] = []
 
-    async def related(
+    async def load_for_events(
         self,
         _events: Sequence[Event],
         _places: Iterable[int],
-        wanted: Iterable[Wanted],
+        wanted: Iterable[ExpandRequest],
         _partial: Iterable[int] = (),
-        **_told: Enter | Check | None,
-    ) -> Related:
+        **_told: LoadLiveRows | CheckViewers | None,
+    ) -> RelatedRecords:
         self.shared += [viewer for _, viewer in wanted]
-        return Related()
+        return RelatedRecords()
 
-    async def expands_within(
+    async def load_expands_within(
         self,
         _seconds: float,
         _events: Sequence[Event],
-        wanted: Iterable[Wanted],
+        wanted: Iterable[ExpandRequest],
         _partial: Sequence[int],
-        **_told: Check | None,
-    ) -> Related | None:
+        **_told: CheckViewers | None,
+    ) -> RelatedRecords | None:
         self.limited += [viewer for _, viewer in wanted]
-        return None if self.is_late else Related()
+        return None if self.is_late else RelatedRecords()
 
 
 @pytest.fixture
@@ -59,29 +59,29 @@ def expansions() -> Expansions:
 
 
 @pytest.fixture
-def display(expansions: Expansions) -> Display:
-    made = Display(
+def display(expansions: Expansions) -> RecordRenderer:
+    made = RecordRenderer(
         GivenDatabase(),
         COLLECTIONS,
-        Matcher(COLLECTIONS).planner,
+        Matcher(COLLECTIONS).compiler,
         nulls="zero",
-        on_doubt=lambda: None,
+        on_schema_mismatch=lambda: None,
     )
-    made.expanding = 1
-    made._expander = expansions  # type: ignore[assignment]
+    made.expanding_count = 1
+    made._related_loader = expansions  # type: ignore[assignment]
     return made
 
 
 @pytest.fixture
-def group() -> Callable[[Viewer, int], Group]:
-    def make(viewer: Viewer, takers: int) -> Group:
+def group() -> Callable[[ExpandViewer, int], Group]:
+    def make(viewer: ExpandViewer, takers: int) -> Group:
         matcher = Matcher(COLLECTIONS)
         for _ in range(takers):
             start = Cursor(LSN(0), 0)
             client = Connection("c", MemorySink(), address="", epoch="", cursor=start, now=0.0)
             client.is_live = True
             made = Subscription(client, parse_topic("posts/*"), View(), "")
-            made.viewer = viewer
+            made.expand_viewer = viewer
             matcher.add(made, GUEST)
         assert made.group is not None
         return made.group
@@ -89,29 +89,31 @@ def group() -> Callable[[Viewer, int], Group]:
     return make
 
 
-def viewer_of(plan: Plan) -> Viewer:
-    return Viewer(plan=plan, sees_hidden=False, own=None, seen={}, managed={})
+def viewer_of(plan: ExpandPlan) -> ExpandViewer:
+    return ExpandViewer(
+        plan=plan, sees_hidden=False, own_record=None, view_predicates={}, manage_predicates={}
+    )
 
 
-async def late_of(display: Display, group: Group) -> frozenset[Viewer]:
-    beside = await display.look_beside([EVENT], [[group]], sights_of_audiences, is_shared=True)
-    return beside.late
+async def late_of(display: RecordRenderer, group: Group) -> frozenset[ExpandViewer]:
+    beside = await display.enrich([EVENT], [[group]], needs_of_groups, is_shared=True)
+    return beside.excluded_viewers
 
 
 async def test_what_few_ask_for_is_tried_where_nobody_waits_first(
-    display: Display, expansions: Expansions, group: Callable[[Viewer, int], Group]
+    display: RecordRenderer, expansions: Expansions, group: Callable[[ExpandViewer, int], Group]
 ) -> None:
     """Once it was quick there all who ask the same are served together, until it is late."""
-    plan = Plan((), {}, ())
+    plan = ExpandPlan((), {}, ())
     one, other = viewer_of(plan), viewer_of(plan)
     assert await late_of(display, group(one, 1)) == {one}
-    display.note_seconds([one], 0.0, 1)  # none of its events was of interest
-    display.note_seconds([one], 0.006, 1)
+    display.record_expand_seconds([one], 0.0, 1)  # none of its events was of interest
+    display.record_expand_seconds([one], 0.006, 1)
     assert await late_of(display, group(one, 1)) == {one}
     assert expansions.limited == []
 
-    display.note_seconds([one], 0.005, 1)
-    assert await late_of(display, group(other, MANY_TAKERS - 1)) == frozenset()
+    display.record_expand_seconds([one], 0.005, 1)
+    assert await late_of(display, group(other, MANY_CONNECTIONS - 1)) == frozenset()
     assert expansions.limited == [other]
 
     expansions.is_late = True
@@ -123,9 +125,9 @@ async def test_what_few_ask_for_is_tried_where_nobody_waits_first(
 
 
 async def test_what_many_ask_for_is_made_for_all_at_once(
-    display: Display, expansions: Expansions, group: Callable[[Viewer, int], Group]
+    display: RecordRenderer, expansions: Expansions, group: Callable[[ExpandViewer, int], Group]
 ) -> None:
-    viewer = viewer_of(Plan((), {}, ()))
-    assert await late_of(display, group(viewer, MANY_TAKERS)) == frozenset()
+    viewer = viewer_of(ExpandPlan((), {}, ()))
+    assert await late_of(display, group(viewer, MANY_CONNECTIONS)) == frozenset()
     assert expansions.shared == [viewer]
     assert expansions.limited == []

@@ -12,8 +12,13 @@ import pytest
 
 from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
 from pgrealtime.changes import Delete, Insert, Truncate, WholeRow
-from pgrealtime.hub.catchup.replay_cache import Recent, Standpoint, Stretch, standpoint
-from pgrealtime.hub.connections.batch import Batch
+from pgrealtime.hub.catchup.replay_cache import (
+    CachedSlice,
+    CatchUpCache,
+    CatchUpCacheKey,
+    catch_up_cache_key,
+)
+from pgrealtime.hub.connections.batch import MessageBatch
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor
 from pgrealtime.rule_queries.slow_filters import TimeBudget
@@ -31,13 +36,13 @@ def ids(sink: MemorySink) -> list[str]:
 def count_judged(room: Room, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many events each call judges from now on."""
     counts: list[int] = []
-    match = room.hub._course.meaning.matcher.match
+    match = room.hub._progress.generation.matcher.evaluate_in_process
 
     def counted(events: Sequence[Event], *rest: Any, **more: Any) -> Any:
         counts.append(len(events))
         return match(events, *rest, **more)
 
-    monkeypatch.setattr(room.hub._course.meaning.matcher, "match", counted)
+    monkeypatch.setattr(room.hub._progress.generation.matcher, "evaluate_in_process", counted)
     return counts
 
 
@@ -77,9 +82,9 @@ async def test_who_fell_behind_together_is_judged_once(monkeypatch: pytest.Monke
 
         assert sum(counts) < 2 * COUNT + 500
         async with asyncio.timeout(5.0):
-            while room.hub._replays._tasks:
+            while room.hub._catch_up._tasks:
                 await asyncio.sleep(0)
-        assert not room.hub._replays._recent._stretches
+        assert not room.hub._catch_up._cache._slices
     assert [ids(sink) for sink in sinks] == [[str(n) for n in range(COUNT)]] * CONNECTIONS
 
 
@@ -166,7 +171,7 @@ async def test_what_is_remembered_hides_no_gap(kind: str) -> None:
         for _ in range(2):
             connection, sink = room.connect(position=start)
             await room.subscribe(connection, ALL_POSTS)
-            assert standpoint(connection, 0) is not None
+            assert catch_up_cache_key(connection, 0) is not None
             heard.append([name for _, name, _ in await sink.wait_for(4)])
 
     assert heard == [["PB_CONNECT", ALL_POSTS, ALL_POSTS, "PB_RESYNC"]] * 2
@@ -196,12 +201,14 @@ async def test_what_is_remembered_hides_no_change_of_a_caller() -> None:
         assert connection.caller == Caller()
 
 
-async def standing(room: Room, *topics: str, caller: Caller | None = None) -> Standpoint | None:
+async def standing(
+    room: Room, *topics: str, caller: Caller | None = None
+) -> CatchUpCacheKey | None:
     connection, _ = room.connect()
     await room.subscribe(connection, *topics, caller=caller)
     for subscription in connection.subscriptions.values():
-        subscription.barrier = None
-    return standpoint(connection, 0)
+        subscription.read_point = None
+    return catch_up_cache_key(connection, 0)
 
 
 async def test_what_concerns_one_connection_alone_is_not_shared() -> None:
@@ -216,9 +223,9 @@ async def test_what_concerns_one_connection_alone_is_not_shared() -> None:
         await room.subscribe(fresh, "posts/*")
 
         assert await standing(room, "posts/*") is not None
-        assert standpoint(fresh, 0) is None
+        assert catch_up_cache_key(fresh, 0) is None
         fresh.cursor = Cursor(LSN(0x65), 0)
-        assert standpoint(fresh, 0) is not None
+        assert catch_up_cache_key(fresh, 0) is not None
         assert await standing(room, "posts/*", "notes/*") is None
         assert await standing(room, "people/*", caller=ann) is None
         assert await standing(room, "nowhere/*") is None
@@ -235,7 +242,7 @@ async def test_standpoints_are_equal_for_the_same_rule_of_the_same_collections()
 
     assert here == there
     assert here != here._replace(group=another.group)
-    assert here != here._replace(edition=1)
+    assert here != here._replace(revision=1)
 
 
 class Clock:
@@ -245,19 +252,21 @@ class Clock:
         return self.now
 
 
-def at_lsn(lsn: int) -> Standpoint:
-    return Standpoint(0, Cursor(LSN(lsn), 0), None, None)  # type: ignore[arg-type]  # only compared
+def at_lsn(lsn: int) -> CatchUpCacheKey:
+    return CatchUpCacheKey(0, Cursor(LSN(lsn), 0), None, None)  # type: ignore[arg-type]  # only compared
 
 
-def found(recent: Recent, lsn: int) -> Stretch | None:
-    return recent.find(at_lsn(lsn))
+def found(recent: CatchUpCache, lsn: int) -> CachedSlice | None:
+    return recent.get(at_lsn(lsn))
 
 
 def test_what_was_found_out_is_true_for_a_moment() -> None:
     """A rule that asks the database may have another answer later."""
     clock = Clock()
-    recent = Recent(clock)
-    recent.keep(at_lsn(1), [], Batch([(0, b"x")]), Cursor(LSN(2), 0), TimeBudget(), checked=None)
+    recent = CatchUpCache(clock)
+    recent.store(
+        at_lsn(1), [], MessageBatch([(0, b"x")]), Cursor(LSN(2), 0), TimeBudget(), checked=None
+    )
 
     assert found(recent, 1) is not None
     clock.now = 1.1
@@ -266,10 +275,10 @@ def test_what_was_found_out_is_true_for_a_moment() -> None:
 
 def test_what_is_kept_is_bounded() -> None:
     """The oldest give way, also to themselves found out anew."""
-    recent = Recent(Clock())
-    batch = Batch([(0, b"x" * 6_000_000)])
+    recent = CatchUpCache(Clock())
+    batch = MessageBatch([(0, b"x" * 6_000_000)])
     for lsn in (1, 1, 2, 3):
-        recent.keep(at_lsn(lsn), [], batch, Cursor(LSN(9), 0), TimeBudget(), checked=None)
+        recent.store(at_lsn(lsn), [], batch, Cursor(LSN(9), 0), TimeBudget(), checked=None)
 
     assert [found(recent, lsn) is not None for lsn in (1, 2, 3)] == [False, True, True]
 
@@ -277,24 +286,24 @@ def test_what_is_kept_is_bounded() -> None:
 def test_what_nobody_may_have_any_more_is_let_go() -> None:
     """Also where nothing was heard: then there are no bytes to bound, but events."""
     clock = Clock()
-    recent = Recent(clock)
+    recent = CatchUpCache(clock)
     for lsn in range(1, 100):
         clock.now += 0.1
-        recent.keep(at_lsn(lsn), [], Batch(), Cursor(LSN(9), 0), TimeBudget(), checked=None)
+        recent.store(at_lsn(lsn), [], MessageBatch(), Cursor(LSN(9), 0), TimeBudget(), checked=None)
 
-    assert len(recent._stretches) <= 11
+    assert len(recent._slices) <= 11
 
 
 def test_what_is_too_large_is_not_kept() -> None:
-    recent = Recent(Clock())
+    recent = CatchUpCache(Clock())
     for lsn in (1, 2):
-        recent.keep(
+        recent.store(
             at_lsn(lsn),
             [],
-            Batch([(0, b"x" * 17_000_000)]),
+            MessageBatch([(0, b"x" * 17_000_000)]),
             Cursor(LSN(9), 0),
             TimeBudget(),
             checked=None,
         )
 
-    assert not recent._stretches
+    assert not recent._slices

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from pgrealtime.hub.connections.connection import Connection, State
-from pgrealtime.hub.connections.send_budget import COUNTED, SendBudget
+from pgrealtime.hub.connections.connection import Connection, ConnectionState
+from pgrealtime.hub.connections.send_budget import COUNTED_FROM_BYTES, SendBudget
 from pgrealtime.hub.delivery import compose
 from pgrealtime.lsn import LSN, Cursor
-from tests.unit.hub.room import MemorySink, at, insert, open_room, update
+from tests.unit.hub.room import MemorySink, Room, at, insert, open_room, update
 
 KIB, MIB = 1024, 1024 * 1024
 MESSAGE = 1000
@@ -33,7 +33,7 @@ class SlowSink(MemorySink):
 
     def write(self, data: bytes) -> None:
         super().write(data)
-        self.most = max(self.most, self.buffered())
+        self.most = max(self.most, self.buffered_bytes())
 
     def take(self) -> None:
         self._take()
@@ -48,9 +48,11 @@ class SlowSink(MemorySink):
         return self.events()
 
 
-def slow_connection(room: object, *, position: str | None = None) -> tuple[Connection, SlowSink]:
+def slow_connection(room: Room, *, position: str | None = None) -> tuple[Connection, SlowSink]:
     sink = SlowSink()
-    connection = room.hub.open(sink, address="127.0.0.1", last_event_id=None, position=position)  # type: ignore[attr-defined]
+    connection = room.hub.open_connection(
+        sink, address="127.0.0.1", last_event_id=None, position=position
+    )
     return connection, sink
 
 
@@ -148,8 +150,8 @@ async def test_many_topics_of_stalled_clients_cost_others_neither_time_nor_memor
         finally:
             tracemalloc.stop()
 
-        assert honest.state is State.LIVE
-        assert {connection.state for connection, _ in stalled} == {State.REPLAY}
+        assert honest.state is ConnectionState.LIVE
+        assert {connection.state for connection, _ in stalled} == {ConnectionState.CATCHING_UP}
     waiting = sum(len(sink.data) for _, sink in stalled)
     assert waiting < 20 * (256 + 64) * KIB
     # What this test's sinks keep counts as well, twice while they grow.
@@ -161,7 +163,7 @@ async def test_what_is_too_much_for_all_is_left_to_each_of_them(
 ) -> None:
     """Somebody with few topics is the first who isn't served with the others, and not the last."""
     monkeypatch.setattr(compose, "_CHANGE_BYTES", 2 * MESSAGE)
-    monkeypatch.setattr(compose, "_PORTION_BYTES", 4 * MESSAGE)
+    monkeypatch.setattr(compose, "_COMPOSED_BYTES", 4 * MESSAGE)
     async with open_room() as room:
         sinks = []
         for number, count in enumerate((4, 3, 4)):
@@ -187,7 +189,7 @@ async def test_one_large_message_after_the_other_waits_until_there_is_room() -> 
             sink.is_stuck = True
         room.commit(insert("a", "x" * 400 * KIB))
         await room.settled()
-        waiting = sum(sink.buffered() for _, sink in slow)
+        waiting = sum(sink.buffered_bytes() for _, sink in slow)
         assert waiting <= 1 * MIB
         last = slow[-1][1]
         last.unstick()
@@ -206,7 +208,7 @@ async def test_small_buffers_count_as_well_where_none_may_be_large() -> None:
         room.commit(insert("a", "x" * 30 * KIB))
         await room.settled()
         await asyncio.sleep(0.1)
-        waiting = sum(sink.buffered() for _, sink in slow)
+        waiting = sum(sink.buffered_bytes() for _, sink in slow)
 
     assert 128 * KIB < waiting <= 256 * KIB
 
@@ -224,28 +226,28 @@ def _connection(size: int) -> Connection:
 
 
 def test_the_more_waits_for_others_the_less_may_wait_for_one() -> None:
-    budget = SendBudget(per_connection=MIB, total=8 * MIB, clock=lambda: 0.0)
-    assert budget.limit() == MIB
+    budget = SendBudget(per_connection_bytes=MIB, total_bytes=8 * MIB, clock=lambda: 0.0)
+    assert budget.limit_bytes() == MIB
     waiting = []
     for _ in range(100):
-        waiting.append(budget.limit())
-        budget.note(_connection(waiting[-1]))
+        waiting.append(budget.limit_bytes())
+        budget.update(_connection(waiting[-1]))
 
     assert waiting == sorted(waiting, reverse=True)
-    assert sum(size for size in waiting if size > COUNTED) <= 8 * MIB
-    assert waiting[-1] == COUNTED
+    assert sum(size for size in waiting if size > COUNTED_FROM_BYTES) <= 8 * MIB
+    assert waiting[-1] == COUNTED_FROM_BYTES
 
 
 @pytest.mark.parametrize("is_taken", [True, False])
 def test_what_was_taken_is_free_again(*, is_taken: bool) -> None:
     now = [0.0]
-    budget = SendBudget(per_connection=MIB, total=MIB, clock=lambda: now[0])
+    budget = SendBudget(per_connection_bytes=MIB, total_bytes=MIB, clock=lambda: now[0])
     connection = _connection(MIB)
-    budget.note(connection)
-    assert budget.limit() == COUNTED
+    budget.update(connection)
+    assert budget.limit_bytes() == COUNTED_FROM_BYTES
     if is_taken:
-        connection.sink.unstick()  # type: ignore[attr-defined]
+        connection.writer.unstick()  # type: ignore[attr-defined]
     now[0] = 1.0
-    budget.limit()
+    budget.limit_bytes()
 
     assert budget.admits(MIB // 2) is is_taken

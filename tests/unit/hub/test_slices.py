@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterable, Sequence
 
 from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.events.slices import SLICE, WIDE, portions
+from pgrealtime.hub.events.slices import LIVE_SLICE_CHANGES, SLICE_CHANGES, delivery_ranges
 from pgrealtime.lsn import LSN, Cursor, Xid
 from tests.unit.hub.room import COLLECTIONS, MemorySink, Room, insert, open_room
 
 KINDS = 50
-COUNT = 2 * WIDE + 500
+COUNT = 2 * LIVE_SLICE_CHANGES + 500
 
 
 def event(place: int, *, lsn: int = 100, ordinal: int | None = None) -> Event:
@@ -23,34 +23,39 @@ def event(place: int, *, lsn: int = 100, ordinal: int | None = None) -> Event:
 
 
 def cut(events: Sequence[Event], judged: Sequence[Iterable[str]]) -> list[tuple[int, int]]:
-    return [(places.start, places.stop) for places in portions(events, judged)]
+    return [(places.start, places.stop) for places in delivery_ranges(events, judged)]
 
 
 def test_a_group_that_hears_everything_is_given_a_slice_at_a_time() -> None:
     """Its connections' buffers are checked in between, so nobody's grows by a whole backlog."""
-    events = [event(place) for place in range(3 * SLICE + 10)]
+    events = [event(place) for place in range(3 * SLICE_CHANGES + 10)]
 
     assert cut(events, [["all"]] * len(events)) == [
-        (0, SLICE),
-        (SLICE, 2 * SLICE),
-        (2 * SLICE, 3 * SLICE),
-        (3 * SLICE, 3 * SLICE + 10),
+        (0, SLICE_CHANGES),
+        (SLICE_CHANGES, 2 * SLICE_CHANGES),
+        (2 * SLICE_CHANGES, 3 * SLICE_CHANGES),
+        (3 * SLICE_CHANGES, 3 * SLICE_CHANGES + 10),
     ]
 
 
 def test_groups_that_hear_little_are_given_everything_at_once() -> None:
     """Joined messages cost a tenth of single ones."""
-    events = [event(place) for place in range(WIDE)]
+    events = [event(place) for place in range(LIVE_SLICE_CHANGES)]
 
-    assert cut(events, [[str(place % KINDS)] for place in range(WIDE)]) == [(0, WIDE)]
+    assert cut(events, [[str(place % KINDS)] for place in range(LIVE_SLICE_CHANGES)]) == [
+        (0, LIVE_SLICE_CHANGES)
+    ]
 
 
 def test_two_events_of_one_change_stay_together() -> None:
     """A position lies between changes, never within one."""
-    events = [event(place) for place in range(2 * SLICE)]
-    events[SLICE] = event(SLICE, ordinal=SLICE - 1)
+    events = [event(place) for place in range(2 * SLICE_CHANGES)]
+    events[SLICE_CHANGES] = event(SLICE_CHANGES, ordinal=SLICE_CHANGES - 1)
 
-    assert cut(events, [["all"]] * len(events)) == [(0, SLICE + 1), (SLICE + 1, 2 * SLICE)]
+    assert cut(events, [["all"]] * len(events)) == [
+        (0, SLICE_CHANGES + 1),
+        (SLICE_CHANGES + 1, 2 * SLICE_CHANGES),
+    ]
 
 
 def test_nothing_is_a_portion_too() -> None:
@@ -92,7 +97,7 @@ async def test_backlog_reaches_everybody_whole_and_in_order() -> None:
     assert ids(all_of_it) == list(range(COUNT))
     for number, sink in enumerate(sinks):
         assert ids(sink) == list(range(number, COUNT, KINDS))
-    assert all_of_it.writes > COUNT / SLICE
+    assert all_of_it.writes > COUNT / SLICE_CHANGES
 
 
 async def test_backlog_of_little_for_each_takes_few_writes() -> None:
@@ -121,7 +126,7 @@ async def test_who_subscribes_anew_between_portions_hears_everything_once() -> N
         await asyncio.sleep(0)
         await write_backlog(room)
         for portion in range(1, 12):
-            await sink.wait_for(1 + portion * SLICE)
+            await sink.wait_for(1 + portion * SLICE_CHANGES)
             await room.subscribe(connection, "posts/*", *([kind(3)] if portion % 2 else []))
         await room.subscribe(connection, "posts/*")
         await sink.wait_for(1 + COUNT)
@@ -140,7 +145,7 @@ async def test_who_becomes_slow_between_portions_misses_nothing() -> None:
         await room.subscribe(connection, "posts/*")
         await asyncio.sleep(0)
         await write_backlog(room)
-        await sink.wait_for(1 + 2 * SLICE)
+        await sink.wait_for(1 + 2 * SLICE_CHANGES)
         sink.is_stuck = True
         await room.settled()
         sink.unstick()

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 
 from pgrealtime.catalog.model import Column, Type, TypeKind
-from pgrealtime.changelog.base import Mark
-from pgrealtime.changes import NEVER_DESCRIBED, Shape, TableName, Transaction
+from pgrealtime.changelog.base import Watermark
+from pgrealtime.changes import NEVER_DESCRIBED, RowShape, TableName, Transaction
 from pgrealtime.collections.model import Collections
 from pgrealtime.hub import hub
 from pgrealtime.hub.evaluation.matcher import Matcher
-from pgrealtime.hub.live_reads.table_definitions import Belief, Definitions
+from pgrealtime.hub.live_reads.table_definitions import CatalogAssumptions, TableDefinitions
 from pgrealtime.lsn import LSN, Xid
 from tests.unit.hub.room import COLLECTIONS, NOTES, POSTS, Room, insert, open_room
 from tests.unit.hub.test_table_shapes import heard
@@ -45,11 +45,11 @@ def collections(*, leaves: tuple[TableName, ...] = (), of: Type = TEXT) -> Colle
     )
 
 
-def shape(table: TableName, leaf: TableName | None = None, described: int = 0) -> Shape:
-    return Shape(table, leaf, (("id", TEXT.oid),), described)
+def shape(table: TableName, leaf: TableName | None = None, described: int = 0) -> RowShape:
+    return RowShape(table, leaf, (("id", TEXT.oid),), described)
 
 
-def of(*shapes: Shape) -> Transaction:
+def of(*shapes: RowShape) -> Transaction:
     return Transaction(Xid(7), LSN(32), 0, (), 100, shapes)
 
 
@@ -57,19 +57,23 @@ UNDESCRIBED = shape(POSTS, LEAF, NEVER_DESCRIBED)
 
 
 def test_partitions_are_asked_about_where_the_decoder_does_not_describe_them() -> None:
-    definitions = Definitions(collections(leaves=(LEAF, OTHER_LEAF)))
+    definitions = TableDefinitions(collections(leaves=(LEAF, OTHER_LEAF)))
 
-    assert definitions.behind([Mark(LSN(9)), of(UNDESCRIBED)]) == Belief({LEAF: 7}, {})
-    assert definitions.behind([of(shape(POSTS, LEAF))]) is None
-    assert definitions.behind([of(shape(NOTES))]) is None
-    assert Definitions(collections()).behind([of(UNDESCRIBED)]) is None
+    assert definitions.assumptions_for([Watermark(LSN(9)), of(UNDESCRIBED)]) == CatalogAssumptions(
+        {LEAF: 7}, {}
+    )
+    assert definitions.assumptions_for([of(shape(POSTS, LEAF))]) is None
+    assert definitions.assumptions_for([of(shape(NOTES))]) is None
+    assert TableDefinitions(collections()).assumptions_for([of(UNDESCRIBED)]) is None
 
 
 def test_composites_are_asked_about_however_deep_they_are() -> None:
-    definitions = Definitions(collections(of=ARRAY))
+    definitions = TableDefinitions(collections(of=ARRAY))
 
-    assert definitions.behind([of(shape(NOTES))]) == Belief({}, {901: ("b", "c"), 900: ("a",)})
-    assert definitions.behind([of(shape(POSTS))]) is None
+    assert definitions.assumptions_for([of(shape(NOTES))]) == CatalogAssumptions(
+        {}, {901: ("b", "c"), 900: ("a",)}
+    )
+    assert definitions.assumptions_for([of(shape(POSTS))]) is None
 
 
 @pytest.mark.parametrize(
@@ -84,13 +88,13 @@ def test_composites_are_asked_about_however_deep_they_are() -> None:
 def test_all_of_a_belief_must_be_so(
     roots: list[int | None], attributes: list[str], *, is_so: bool
 ) -> None:
-    belief = Belief({LEAF: 7}, {901: ("b", "c"), 900: ("a",)})
+    belief = CatalogAssumptions({LEAF: 7}, {901: ("b", "c"), 900: ("a",)})
 
-    assert belief.is_borne_out(roots, attributes) is is_so
+    assert belief.is_confirmed_by(roots, attributes) is is_so
 
 
 async def use(room: Room, found: Collections) -> None:
-    await room.hub.use(found, Matcher(found), lambda caller: caller)
+    await room.hub.replace_generation(found, Matcher(found), lambda caller: caller)
 
 
 async def test_the_schema_is_read_where_the_catalogue_says_something_else() -> None:
@@ -131,7 +135,7 @@ async def test_rows_are_a_gap_where_the_schema_can_not_be_read_then() -> None:
 async def test_nothing_is_handed_out_before_the_catalogue_has_answered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hub, "_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(hub, "_CATALOG_RETRY_SECONDS", 0.01)
     async with open_room() as room:
         await use(room, collections(leaves=(LEAF,)))
         connection, sink = room.connect()

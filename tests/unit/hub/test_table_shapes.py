@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from pgrealtime.catalog.model import Column
-from pgrealtime.changes import Shape, TableName, Transaction
+from pgrealtime.changes import RowShape, TableName, Transaction
 from pgrealtime.collections.model import Collections, Field, FieldKind, Junction, Relation
 from pgrealtime.hub.evaluation.matcher import Matcher
-from pgrealtime.hub.live_reads.table_shapes import Shapes
+from pgrealtime.hub.live_reads.table_shapes import ShapeChecker
 from pgrealtime.lsn import LSN, Xid
 from tests.unit.hub.room import COLLECTIONS, NOTES, POSTS, MemorySink, Room, at, insert, open_room
 
@@ -22,19 +22,19 @@ LEAF = TableName("public", "posts_1")
 LINKS = TableName("public", "links")
 
 
-def shape(leaf: TableName | None = None, described: int = 0, **types: int) -> Shape:
-    return Shape(POSTS, leaf, tuple(types.items()), described)
+def shape(leaf: TableName | None = None, described: int = 0, **types: int) -> RowShape:
+    return RowShape(POSTS, leaf, tuple(types.items()), described)
 
 
-def links(**types: int) -> Shape:
-    return Shape(LINKS, None, tuple(types.items()))
+def links(**types: int) -> RowShape:
+    return RowShape(LINKS, None, tuple(types.items()))
 
 
 AS_READ = shape(id=OID, title=OID)
 ALTERED = shape(id=OID, title=OTHER)
 
 
-def of(*shapes: Shape) -> Transaction:
+def of(*shapes: RowShape) -> Transaction:
     return Transaction(Xid(7), LSN(32), 0, (insert("1"),), 100, shapes)
 
 
@@ -56,7 +56,8 @@ def collections(title: int = OID, *, leaves: tuple[TableName, ...] = ()) -> Coll
         type=TYPE,
         is_multiple=True,
         relation=Relation(
-            collection="notes", junction=Junction(table=links, source="post", target="note")
+            collection="notes",
+            junction=Junction(table=links, source_column="post", target_column="note"),
         ),
     )
     fields = (*posts.fields, notes)
@@ -75,53 +76,53 @@ def collections(title: int = OID, *, leaves: tuple[TableName, ...] = ()) -> Coll
         pytest.param(links(post=OID, note=OID), True, id="a junction as read"),
         pytest.param(links(post=OID, note=OTHER), False, id="a junction of another type"),
         pytest.param(links(post=OID, remark=OID), False, id="a junction renamed"),
-        pytest.param(Shape(TableName("public", "x"), None, (("a", 1),)), True, id="not shown"),
+        pytest.param(RowShape(TableName("public", "x"), None, (("a", 1),)), True, id="not shown"),
     ],
 )
-def test_rows_fit_unless_a_value_may_be_taken_for_another(found: Shape, *, fits: bool) -> None:
-    shapes = Shapes(collections())
+def test_rows_fit_unless_a_value_may_be_taken_for_another(found: RowShape, *, fits: bool) -> None:
+    shapes = ShapeChecker(collections())
 
     assert shapes.fits(of(found)) is fits
-    assert shapes.is_doubtful(of(found)) is not fits
+    assert shapes.needs_catalog_read(of(found)) is not fits
     assert shapes.fits(of(AS_READ, found)) is fits
 
 
 @pytest.mark.parametrize("is_read", [True, False])
 def test_what_the_catalogue_was_read_for_is_not_doubtful_again(*, is_read: bool) -> None:
-    shapes = Shapes(collections())
-    shapes.settle(of(ALTERED), is_read=is_read)
+    shapes = ShapeChecker(collections())
+    shapes.decide_without_waiting(of(ALTERED), is_catalog_read=is_read)
 
-    assert not shapes.is_doubtful(of(ALTERED))
+    assert not shapes.needs_catalog_read(of(ALTERED))
     assert not shapes.fits(of(ALTERED))
 
 
 @pytest.mark.parametrize("is_read", [True, False])
 def test_a_partition_that_is_described_again_is_doubtful_until_read(*, is_read: bool) -> None:
     """It may have been detached; if nobody can say, its rows aren't shown."""
-    shapes = Shapes(collections(leaves=(LEAF,)))
+    shapes = ShapeChecker(collections(leaves=(LEAF,)))
     again = of(shape(leaf=LEAF, described=1, id=OID, title=OID))
-    assert shapes.is_doubtful(again)
-    shapes.settle(again, is_read=is_read)
+    assert shapes.needs_catalog_read(again)
+    shapes.decide_without_waiting(again, is_catalog_read=is_read)
 
-    assert not shapes.is_doubtful(again)
+    assert not shapes.needs_catalog_read(again)
     assert shapes.fits(again) is is_read
 
 
 def test_a_partition_is_not_gone_for_good_since_nobody_could_say_so_once() -> None:
     """A second failure counts from then; who reads on behind meanwhile is told of a gap."""
     now = [0.0]
-    shapes = Shapes(collections(leaves=(LEAF,)), clock=lambda: now[0])
+    shapes = ShapeChecker(collections(leaves=(LEAF,)), clock=lambda: now[0])
     again = of(shape(leaf=LEAF, described=1, id=OID, title=OID))
     for _ in range(2):
-        shapes.settle(again, is_read=False)
-        assert not shapes.is_doubtful(again)
+        shapes.decide_without_waiting(again, is_catalog_read=False)
+        assert not shapes.needs_catalog_read(again)
         now[0] += 5
-        assert shapes.is_doubtful(again)
+        assert shapes.needs_catalog_read(again)
         assert not shapes.fits(again)
-    shapes.settle(again, is_read=True)
+    shapes.decide_without_waiting(again, is_catalog_read=True)
 
     assert shapes.fits(again)
-    assert not shapes.is_doubtful(again)
+    assert not shapes.needs_catalog_read(again)
 
 
 class Schema:
@@ -137,7 +138,7 @@ class Schema:
         self.times += 1
         if self.times == 1:
             found = collections(self._title)
-            await self.room.hub.use(found, Matcher(found), lambda caller: caller)
+            await self.room.hub.replace_generation(found, Matcher(found), lambda caller: caller)
         return True
 
 

@@ -25,7 +25,7 @@ def _due(room: Room, connection: Connection) -> None:
 
 def _doomed(room: Room, connection: Connection) -> None:
     """As by a gap that can't be told, or a guest where there shall be none."""
-    room.hub._doom(connection, "gap")
+    room.hub._request_close(connection, "gap")
 
 
 async def _open_at(
@@ -99,7 +99,7 @@ def test_who_takes_nothing_is_let_go_whatever_it_waits_for() -> None:
         await room.subscribe(connection, "posts/*")
         sink.is_stuck = True
         sink.overhead = 1
-        connection.beat(room.hub.head)
+        connection.write_heartbeat(room.hub.head)
         await asyncio.sleep(3.0)
         assert sink.state == "aborted"
 

@@ -10,19 +10,28 @@ import pytest
 
 from pgrealtime.changelog.base import Entry, Gap
 from pgrealtime.changelog.memory import MemoryChangelog
-from pgrealtime.changes import Change, Delete, Insert, Key, Oversized, Transaction, Truncate, Update
+from pgrealtime.changes import (
+    Change,
+    Delete,
+    Insert,
+    Key,
+    OversizedTransaction,
+    Transaction,
+    Truncate,
+    Update,
+)
 from pgrealtime.collections.model import Collection
-from pgrealtime.hub.events.event import Event, events_of
+from pgrealtime.hub.events.event import Event, transaction_events
 from pgrealtime.hub.live_reads import row_history, toast
 from pgrealtime.hub.live_reads.row_history import (
     RowHistory,
-    Sequels,
+    RowWrite,
     TableHistory,
-    Write,
-    values_of,
+    TransactionLinkChanges,
+    column_values,
 )
-from pgrealtime.hub.live_reads.toast import Completion, brought
-from pgrealtime.lsn import END, LSN, Cursor, Xid
+from pgrealtime.hub.live_reads.toast import RowCompleter, columns_written
+from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, Xid
 from pgrealtime.rule_queries.executor import LiveRow
 from pgrealtime.snapshot import Snapshot
 from tests.unit.hub.room import COLLECTIONS, NOTES, POSTS
@@ -49,13 +58,13 @@ class Table:
 
     live: LiveRow
     changelog: MemoryChangelog = field(
-        default_factory=lambda: MemoryChangelog(LSN(100), max_size=10**6, max_age=300)
+        default_factory=lambda: MemoryChangelog(LSN(100), max_bytes=10**6, max_age_seconds=300)
     )
     to_come: list[Entry] = field(default_factory=list)
     asked: list[LSN] = field(default_factory=list)
     _end: int = 100
 
-    async def live_rows(
+    async def fetch_live_rows(
         self, _events: Sequence[Event]
     ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
         return {("posts", "a"): self.live}, frozenset()
@@ -72,7 +81,7 @@ class Table:
 
     async def title(self, event: Event) -> str | None:
         """What the event's row has as title once it was completed; None for nothing."""
-        toast = Completion(self, RowHistory(self.changelog, self.reach))
+        toast = RowCompleter(self, RowHistory(self.changelog, self.reach))
         await toast.complete([event])
         return event.row.get("title")
 
@@ -82,7 +91,7 @@ def table(xid: int, *, reach: int = 200, snapshot: Snapshot = SEES_ALL) -> Table
 
 
 def first_event(entry: Transaction, collection: Collection = ALL) -> Event:
-    made = next(iter(events_of(entry, COLLECTIONS)))
+    made = next(iter(transaction_events(entry, COLLECTIONS)))
     assert isinstance(made, Event)
     made.collection = collection
     return made
@@ -169,7 +178,7 @@ async def test_what_the_snapshot_does_not_see_has_not_happened_to_the_row() -> N
     [
         Gap(LSN(300), "slot_lost"),
         Gap(LSN(300), "schema", frozenset({POSTS})),
-        Oversized(NEXT, LSN(300), 0, frozenset({POSTS})),
+        OversizedTransaction(NEXT, LSN(300), 0, frozenset({POSTS})),
     ],
 )
 async def test_changes_that_are_missing_may_have_written_anything(missing: Entry) -> None:
@@ -187,7 +196,7 @@ async def test_what_was_trimmed_proves_nothing() -> None:
     entry = world.entry(OWN, update("a"))
     for one in (entry, world.entry(LAST), world.entry(NEXT, update("a"))):
         world.changelog.append(one)
-    world.changelog.expire(10**9, Cursor(LSN(300), END))
+    world.changelog.expire(10**9, Cursor(LSN(300), END_ORDINAL))
 
     assert await world.title(first_event(entry)) is None
 
@@ -202,15 +211,15 @@ async def test_a_row_that_is_written_again_and_again_costs_a_reader_behind_it_li
     def counted(*given: Any) -> frozenset[str]:
         nonlocal looked
         looked += 1
-        return brought(*given)
+        return columns_written(*given)
 
-    monkeypatch.setattr(toast, "brought", counted)
+    monkeypatch.setattr(toast, "columns_written", counted)
     world = table(live)
     updates = [world.entry(n, update("a", other="x")) for n in range(2000)]
     for entry in updates:
         world.changelog.append(entry)
     events = [first_event(entry) for entry in updates[:250]]
-    await Completion(world, RowHistory(world.changelog, world.reach)).complete(events)
+    await RowCompleter(world, RowHistory(world.changelog, world.reach)).complete(events)
 
     assert {event.row["title"] for event in events} == {"live"}
     assert looked < 2000
@@ -227,13 +236,13 @@ async def test_a_write_ends_what_is_known_of_the_events_before_it_and_of_no_othe
     for entry in entries:
         world.changelog.append(entry)
     events = [first_event(entry) for entry in (entries[0], *entries[2:])]
-    await Completion(world, RowHistory(world.changelog, world.reach)).complete(events)
+    await RowCompleter(world, RowHistory(world.changelog, world.reach)).complete(events)
 
     assert [event.row.get("title") for event in events] == [None, "live", "live"]
 
 
 async def test_a_history_grows_both_ways_and_looks_at_each_change_once() -> None:
-    changelog = MemoryChangelog(LSN(0), max_size=10**6, max_age=300)
+    changelog = MemoryChangelog(LSN(0), max_bytes=10**6, max_age_seconds=300)
     history = TableHistory(changelog, POSTS, "id")
     looked = 0
 
@@ -248,7 +257,7 @@ async def test_a_history_grows_both_ways_and_looks_at_each_change_once() -> None
         changelog.append(Transaction(Xid(n), LSN(n * 10), 0, (update("ab"[n % 2]),), 100))
 
     def lsns(value: str, after: int) -> list[int]:
-        return [int(write.lsn) for write in history.writes(value, LSN(after))]
+        return [int(write.end_lsn) for write in history.writes(value, LSN(after))]
 
     assert await history.extend(LSN(50))
     assert (lsns("a", 50), lsns("b", 50)) == ([60, 80], [70])
@@ -256,11 +265,11 @@ async def test_a_history_grows_both_ways_and_looks_at_each_change_once() -> None
     assert await history.extend(LSN(20))
     assert (lsns("a", 20), lsns("b", 60)) == ([40, 60, 80, 90], [70, 90])
     assert looked == 7
-    changelog.expire(10**9, Cursor(LSN(60), END))
+    changelog.expire(10**9, Cursor(LSN(60), END_ORDINAL))
     history.trim()
     assert (lsns("a", 60), lsns("b", 60)) == ([80, 90], [70, 90])
     # Whoever asks for what is gone by now is told that something may have been written there.
-    assert history.writes("a", LSN(50))[0] == Write(LSN(60), None, None)
+    assert history.writes("a", LSN(50))[0] == RowWrite(LSN(60), None, None)
     assert (lsns("a", 50), lsns("b", 50)) == ([60, 80, 90], [60, 70, 90])
     assert not await history.extend(LSN(50))
     assert await history.extend(LSN(60))
@@ -299,7 +308,7 @@ def test_links_belong_to_the_version_of_the_row_before_them(
     }
     changes = (update("a", title="w"), *(made[name] for name in after))
     entry = Transaction(OWN, LSN(200), 0, changes, 100)
-    found = Sequels().after_version(first_event(entry), NOTES, "title")
+    found = TransactionLinkChanges().after_next_version(first_event(entry), NOTES, "title")
 
     assert (None if found is None else list(found)) == (
         None if expected is None else [made[name] for name in expected]
@@ -315,18 +324,18 @@ def test_readers_at_two_large_transactions_index_each_of_them_once(
     def counted(change: Change, column: str) -> Sequence[str]:
         nonlocal looked
         looked += 1
-        return values_of(change, column)
+        return column_values(change, column)
 
-    monkeypatch.setattr(row_history, "values_of", counted)
+    monkeypatch.setattr(row_history, "column_values", counted)
     large = [
         Transaction(Xid(n), LSN(n), 0, tuple(update(f"r{place}") for place in range(100)), 10)
         for n in (1, 2)
     ]
-    slices = [list(events_of(one, COLLECTIONS)) for one in large]
-    sequels = Sequels()
+    slices = [list(transaction_events(one, COLLECTIONS)) for one in large]
+    sequels = TransactionLinkChanges()
     for pair in zip(*slices, strict=True):
         for event in pair:
             assert isinstance(event, Event)
-            assert sequels.after_version(event, NOTES, "id") == ()
+            assert sequels.after_next_version(event, NOTES, "id") == ()
 
     assert looked == 200

@@ -13,7 +13,7 @@ from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import (
     Change,
     Insert,
-    Oversized,
+    OversizedTransaction,
     Row,
     Transaction,
     Truncate,
@@ -25,11 +25,11 @@ from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.hub import Hub
-from pgrealtime.hub.live_reads.table_definitions import Belief
+from pgrealtime.hub.live_reads.table_definitions import CatalogAssumptions
 from pgrealtime.lsn import LSN, Cursor, Xid, format_lsn
-from pgrealtime.rule_queries.executor import Asked, LiveRow
+from pgrealtime.rule_queries.executor import LiveRow, PendingEvaluation
 from pgrealtime.rule_queries.slow_filters import TimeBudget
-from pgrealtime.rules.engine.batch_query import Pairs
+from pgrealtime.rules.engine.batch_query import PairQuestion
 from tests.unit.hub.room import (
     COLLECTIONS,
     LOGINS,
@@ -99,7 +99,7 @@ class Database(GivenDatabase):
         super().__init__()
         self._world = world
 
-    async def snapshot(self) -> tuple[str, str, bool]:
+    async def fetch_snapshot(self) -> tuple[str, str, bool]:
         await self._world.moment()
         if self._world.rng.random() < self._world.failing:
             raise DatabaseUnreachableError("nobody answers")
@@ -107,25 +107,27 @@ class Database(GivenDatabase):
         await self._world.moment()
         return row
 
-    async def ask(self, judging: Asked, budget: TimeBudget | None = None) -> frozenset[str]:
-        while inquiries := judging.inquiries():
+    async def answer_questions(
+        self, judging: PendingEvaluation, budget: TimeBudget | None = None
+    ) -> frozenset[str]:
+        while inquiries := judging.questions():
             for inquiry in inquiries:
                 await self._world.moment()
                 if budget is not None:
                     budget.spend(self._world.rng.choice([0.0, 0.0, self._world.slowness]))
-                    inquiry.is_left = budget.is_spent()
-                assert isinstance(inquiry, Pairs)
-                if not inquiry.is_left:
-                    inquiry.take([(place,) for place in range(len(inquiry.asked))])
+                    inquiry.is_postponed = budget.is_spent()
+                assert isinstance(inquiry, PairQuestion)
+                if not inquiry.is_postponed:
+                    inquiry.accept([(place,) for place in range(len(inquiry.pairs))])
             judging.resume()
             if budget is not None and budget.is_spent():
                 break
         return frozenset()
 
-    async def bears_out(self, _belief: Belief) -> bool:
+    async def verify_assumptions(self, _belief: CatalogAssumptions) -> bool:
         return True
 
-    async def live_rows(
+    async def fetch_live_rows(
         self, _events: Sequence[Event]
     ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
         await self._world.moment()
@@ -153,7 +155,7 @@ class World:
         # Far enough that the 32 bits of the stream overflow now and then.
         self.next_xid = self.rng.choice([1000, (1 << 32) - 5, (5 << 32) - 9])
         self._undecoded: deque[Commit] = deque()
-        self.changelog = MemoryChangelog(LSN(100), max_size=WINDOW, max_age=1.0)
+        self.changelog = MemoryChangelog(LSN(100), max_bytes=WINDOW, max_age_seconds=1.0)
         self.hub = Hub(
             self.changelog,
             Matcher(COLLECTIONS),
@@ -169,7 +171,7 @@ class World:
             logins=LOGINS,
             clock=asyncio.get_running_loop().time,
         )
-        self.hub.gate_on_visibility(gate=self.is_gated)
+        self.hub.set_waits_for_visibility(waits=self.is_gated)
         self.hub.stream_started(self._epoch())
 
     def _epoch(self) -> str:
@@ -261,20 +263,20 @@ class World:
 
     def decode(self) -> bool:
         """Append the next commit if the relay would; return whether it did."""
-        if not self.hub.stream_is_up or not self._undecoded:
+        if not self.hub.is_stream_up or not self._undecoded:
             return False
         commit = self._undecoded[0]
         size = 0 if commit.is_oversized else 100 * len(commit.changes)
         waiting = self.changelog.bytes_after(self.hub.head)
         if waiting and waiting + size > WINDOW:
             return False
-        if self.changelog.size + size > WINDOW:
+        if self.changelog.size_bytes + size > WINDOW:
             self._let_settle()
         self._undecoded.popleft()
         xid, end_lsn = Xid(commit.xid % (1 << 32)), LSN(commit.end_lsn)
         if commit.is_oversized:
             tables = frozenset(change.table for change in commit.changes)
-            self.changelog.append(Oversized(xid, end_lsn, 0, tables), 0.0, self.hub.head)
+            self.changelog.append(OversizedTransaction(xid, end_lsn, 0, tables), 0.0, self.hub.head)
         else:
             entry = Transaction(xid, end_lsn, 0, commit.changes, size)
             self.changelog.append(entry, 0.0, self.hub.head)
@@ -314,7 +316,7 @@ class World:
 
     def regain_stream(self) -> None:
         """With another slot: making it waits for every transaction that is open."""
-        if self.hub.stream_is_up:
+        if self.hub.is_stream_up:
             return
         for commit in self._invisible():
             if not commit.end_lsn:
@@ -348,4 +350,6 @@ class World:
 
     async def reload(self) -> None:
         """Take the same collections anew, in other objects."""
-        await self.hub.use(COLLECTIONS, Matcher(COLLECTIONS), lambda caller: caller, logins=LOGINS)
+        await self.hub.replace_generation(
+            COLLECTIONS, Matcher(COLLECTIONS), lambda caller: caller, logins=LOGINS
+        )

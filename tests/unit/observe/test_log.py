@@ -19,7 +19,7 @@ import structlog
 import pgrealtime
 from pgrealtime.config.model import LoggingConfig
 from pgrealtime.errors import SlotLostError
-from pgrealtime.observe.log import configure
+from pgrealtime.observe.log import configure_logging
 
 log = structlog.get_logger()
 
@@ -50,7 +50,7 @@ def _without_time(stream: io.StringIO) -> list[dict[str, Any]]:
 
 def test_elsewhere_than_on_a_terminal_a_line_is_one_json_object() -> None:
     stream = io.StringIO()
-    configure(LoggingConfig(), stream)
+    configure_logging(LoggingConfig(), stream)
     log.info("slot.created", slot="pgrealtime", lsn="16/B374D848", temporary=True)
     assert _without_time(stream) == [
         {
@@ -66,7 +66,7 @@ def test_elsewhere_than_on_a_terminal_a_line_is_one_json_object() -> None:
 def test_a_value_cannot_start_a_line_of_its_own() -> None:
     """A topic with a line break in it forges no log entry."""
     stream = io.StringIO()
-    configure(LoggingConfig(), stream)
+    configure_logging(LoggingConfig(), stream)
     log.warning("topic.refused", topic='x\n{"event": "server.stopped"}', odd="\ud800")
     assert [line["event"] for line in _lines(stream)] == ["topic.refused"]
 
@@ -75,7 +75,7 @@ def _on_a_terminal(config: LoggingConfig) -> str:
     reader, writer = os.openpty()
     try:
         with os.fdopen(writer, "w", encoding="utf-8") as terminal:
-            configure(config, terminal)
+            configure_logging(config, terminal)
             log.warning("connection.dropped", reason="stalled", topic="a\x1b[2J\nb")
             terminal.flush()
             return os.read(reader, 10_000).decode()
@@ -101,7 +101,7 @@ def test_a_terminal_gets_colours_unless_it_refuses_them(monkeypatch: pytest.Monk
 def test_the_format_can_be_chosen() -> None:
     assert json.loads(_on_a_terminal(LoggingConfig(format="json")))["reason"] == "stalled"
     stream = io.StringIO()
-    configure(LoggingConfig(format="console"), stream)
+    configure_logging(LoggingConfig(format="console"), stream)
     log.info("server.started")
     assert re.fullmatch(r"\S+Z \[info     \] server\.started\s*\n", stream.getvalue())
 
@@ -117,7 +117,7 @@ def test_the_format_can_be_chosen() -> None:
 )
 def test_only_the_configured_level_and_above_are_heard(level: Any, heard: list[str]) -> None:
     stream = io.StringIO()
-    configure(LoggingConfig(level=level), stream)
+    configure_logging(LoggingConfig(level=level), stream)
     log.debug("a.debugged")
     log.info("a.informed")
     log.warning("a.warned")
@@ -128,7 +128,7 @@ def test_only_the_configured_level_and_above_are_heard(level: Any, heard: list[s
 def test_one_of_our_errors_becomes_keys() -> None:
     """People filter and alert by the code."""
     stream = io.StringIO()
-    configure(LoggingConfig(), stream)
+    configure_logging(LoggingConfig(), stream)
     log.error("slot.lost", error=SlotLostError("was invalidated", detail="D.", hint="H."))
     log.error("slot.lost", error=SlotLostError("was invalidated"))
     log.error("page.failed", error=ValueError("token=abc"))
@@ -148,7 +148,7 @@ def test_one_of_our_errors_becomes_keys() -> None:
 
 def test_secrets_are_hidden_in_keys_values_context_and_exceptions() -> None:
     stream = io.StringIO()
-    configure(LoggingConfig(), stream)
+    configure_logging(LoggingConfig(), stream)
     with structlog.contextvars.bound_contextvars(authorization="abc"):
         try:
             raise ValueError("password=s3cret")
@@ -164,7 +164,7 @@ def test_secrets_are_hidden_in_keys_values_context_and_exceptions() -> None:
 def test_libraries_are_heard_from_warning_on_through_the_same_redaction() -> None:
     """A library's free text is no event name of ours, and its secrets are secrets too."""
     stream = io.StringIO()
-    configure(LoggingConfig(level="debug"), stream)
+    configure_logging(LoggingConfig(level="debug"), stream)
     library = logging.getLogger("aiohttp.server")
     library.info("chatter")
     library.warning("refused %s", "password=s3cret")
@@ -185,7 +185,7 @@ def test_libraries_are_heard_from_warning_on_through_the_same_redaction() -> Non
 def test_warnings_become_lines_too() -> None:
     """One stray line that isn't JSON spoils a log pipeline."""
     stream = io.StringIO()
-    configure(LoggingConfig(), stream)
+    configure_logging(LoggingConfig(), stream)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         logging.captureWarnings(capture=True)
@@ -204,7 +204,7 @@ def test_a_reader_that_went_away_does_not_break_the_one_who_logs(
     os.close(reader)
     with os.fdopen(writer, "wb", buffering=0) as raw:
         pipe = io.TextIOWrapper(raw, write_through=True)
-        configure(LoggingConfig(), pipe)
+        configure_logging(LoggingConfig(), pipe)
         log.info("server.started")
         pipe.detach()
     assert "BrokenPipeError" in capsys.readouterr().err
@@ -212,9 +212,9 @@ def test_a_reader_that_went_away_does_not_break_the_one_who_logs(
 
 def test_configuring_again_moves_loggers_that_exist() -> None:
     first, second = io.StringIO(), io.StringIO()
-    configure(LoggingConfig(), first)
+    configure_logging(LoggingConfig(), first)
     log.info("a.happened")
-    configure(LoggingConfig(level="error"), second)
+    configure_logging(LoggingConfig(level="error"), second)
     log.info("b.happened")
     log.error("c.failed")
     assert [line["event"] for line in _lines(first)] == ["a.happened"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pgrealtime.errors import AuthError
 from pgrealtime.observe.redact import (
-    HIDDEN,
+    REDACTED,
     describe_exception,
     describe_traceback,
     redact,
@@ -49,7 +49,7 @@ def test_a_token_is_hidden_whatever_stands_around_it(before: str, after: str) ->
 
 @given(st.text(st.characters(exclude_categories=["Z", "C"]), min_size=8).filter(str.isalnum))
 def test_the_password_of_a_url_is_never_shown(password: str) -> None:
-    assert redact_text(f"postgresql://u:{password}@h/d") == f"postgresql://u:{HIDDEN}@h/d"
+    assert redact_text(f"postgresql://u:{password}@h/d") == f"postgresql://u:{REDACTED}@h/d"
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_the_password_of_a_url_is_never_shown(password: str) -> None:
     ["token", "Authorization", "previous_secret", "token_key", "password_hash", "set-cookie"],
 )
 def test_a_key_that_names_a_secret_hides_its_value(key: str) -> None:
-    assert redact("anything", key=key) == HIDDEN
-    assert redact(["any", "thing"], key=key) == HIDDEN
+    assert redact("anything", key=key) == REDACTED
+    assert redact(["any", "thing"], key=key) == REDACTED
 
 
 @pytest.mark.parametrize("value", [5, 0.5, True, None])
@@ -75,8 +75,8 @@ def test_other_keys_hide_nothing(key: str) -> None:
 def test_secrets_are_found_at_any_depth() -> None:
     value = {"issuers": [{"name": "app", "secret": "abc"}], "urls": ("http://u:p@h/",)}
     assert redact(value) == {
-        "issuers": [{"name": "app", "secret": HIDDEN}],
-        "urls": [f"http://u:{HIDDEN}@h/"],
+        "issuers": [{"name": "app", "secret": REDACTED}],
+        "urls": [f"http://u:{REDACTED}@h/"],
     }
 
 

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from pgrealtime.protocol.expand_option import Path, Tree, parse_expand, tree
+from pgrealtime.protocol.expand_option import ExpandNames, ExpandTree, merge_into_tree, parse_expand
 
-TEXTS: dict[str, tuple[Path, ...]] = {
+TEXTS: dict[str, tuple[ExpandNames, ...]] = {
     "": (),
     " , ,, ": (),
     ".": (),
@@ -49,5 +49,5 @@ def test_many_paths_take_no_longer_than_their_number() -> None:
 
 def test_paths_that_begin_alike_are_joined() -> None:
     paths = parse_expand("author.team,editors,author.boss.team")
-    joined: Tree = {"author": {"team": {}, "boss": {"team": {}}}, "editors": {}}
-    assert tree(paths) == joined
+    joined: ExpandTree = {"author": {"team": {}, "boss": {"team": {}}}, "editors": {}}
+    assert merge_into_tree(paths) == joined

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgrealtime.protocol.json_reader import MOST_TOKENS, JsonError, JsonRangeError, JsonReader
+from pgrealtime.protocol.json_reader import MAX_TOKENS, JsonError, JsonRangeError, JsonReader
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -24,13 +24,13 @@ def read(reader: JsonReader) -> object:
         case b"[":
             return [read(reader) for _ in reader.elements()]
         case b'"':
-            return reader.string()
+            return reader.read_string()
         case b"t" | b"f":
-            return reader.boolean()
+            return reader.read_boolean()
         case b"n":
-            return None if reader.null() else reader.string()
+            return None if reader.consume_null() else reader.read_string()
         case _:
-            return reader.number()
+            return reader.read_number()
 
 
 @given(value=JSON, ascii_only=st.booleans())
@@ -39,7 +39,7 @@ def test_every_value_reads_as_it_was_written(value: object, ascii_only: bool) ->
     reader = JsonReader(text)
 
     assert read(reader) == value
-    reader.end()
+    reader.expect_end()
 
 
 @given(value=JSON)
@@ -51,7 +51,7 @@ def test_skipping_ends_where_reading_does(value: object) -> None:
     reader.skip()
     next(steps)
 
-    assert reader.string() == "after"
+    assert reader.read_string() == "after"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_skipping_ends_where_reading_does(value: object) -> None:
         b'"\xff"',
         b'"\xed\xa0\x80"',
         b"[" * 10_001 + b"]" * 10_001,
-        b"[" + b"1," * MOST_TOKENS + b"1]",
+        b"[" + b"1," * MAX_TOKENS + b"1]",
     ],
 )
 def test_fault_is_found_whether_wanted_or_skipped(text: bytes) -> None:
@@ -103,7 +103,7 @@ def test_fault_is_found_whether_wanted_or_skipped(text: bytes) -> None:
 
     with pytest.raises(JsonError):  # noqa: PT012 (the fault may sit at either call)
         reader.skip()
-        reader.end()
+        reader.expect_end()
 
 
 def test_nesting_goes_as_deep_as_in_pocketbase() -> None:
@@ -113,7 +113,7 @@ def test_nesting_goes_as_deep_as_in_pocketbase() -> None:
 def test_number_beyond_doubles_matters_only_when_wanted() -> None:
     JsonReader(b"1e999").skip()
     with pytest.raises(JsonRangeError):
-        JsonReader(b"1e999").number()
+        JsonReader(b"1e999").read_number()
 
 
 def test_what_follows_the_value_is_the_callers_business() -> None:
@@ -121,4 +121,4 @@ def test_what_follows_the_value_is_the_callers_business() -> None:
     reader.skip()
 
     with pytest.raises(JsonError):
-        reader.end()
+        reader.expect_end()

@@ -12,7 +12,7 @@ import pytest
 from pgrealtime.catalog.model import Column, Table, TableKind, Type, TypeKind
 from pgrealtime.changes import Row, TableName
 from pgrealtime.collections.model import Collection, Field, FieldKind, Relation
-from pgrealtime.records.encode import View, encoder, unshowable
+from pgrealtime.records.encode import View, compile_encoder, unencodable_column
 
 SUPERUSER = View(sees_hidden=True, sees_email=True)
 
@@ -64,7 +64,7 @@ POSTS = collection(
     field("active", FieldKind.BOOL, "bool"),
     field("published", FieldKind.DATE, "timestamptz"),
     field("meta", FieldKind.JSON, "json"),
-    field("loc", FieldKind.GEO, "point"),
+    field("loc", FieldKind.GEO_POINT, "point"),
     field("kind", FieldKind.TEXT, is_select=True),
     field("tags", FieldKind.TEXT, is_multiple=True, is_select=True),
     field("doc", FieldKind.FILE),
@@ -116,19 +116,19 @@ EMPTY_RECORD = (
 
 def test_full_row_is_the_recorded_record() -> None:
     """Recording ``field_types_full``, byte for byte."""
-    assert encoder(POSTS, nulls="null", view=View())(FULL).decode() == FULL_RECORD
-    assert encoder(POSTS, nulls="zero", view=View())(FULL).decode() == FULL_RECORD
+    assert compile_encoder(POSTS, nulls="null", view=View())(FULL).decode() == FULL_RECORD
+    assert compile_encoder(POSTS, nulls="zero", view=View())(FULL).decode() == FULL_RECORD
 
 
 def test_row_of_nulls_is_the_recorded_record_with_zero_values() -> None:
     """Recording ``field_types_empty``, byte for byte."""
     row: Row = {**dict.fromkeys(FULL), "id": "postempty000001"}
-    assert encoder(POSTS, nulls="zero", view=View())(row).decode() == EMPTY_RECORD
+    assert compile_encoder(POSTS, nulls="zero", view=View())(row).decode() == EMPTY_RECORD
 
 
 def test_null_is_null_unless_zero_values_are_asked_for() -> None:
     row: Row = {**dict.fromkeys(FULL), "id": "p1"}
-    record = json.loads(encoder(POSTS, nulls="null", view=View())(row))
+    record = json.loads(compile_encoder(POSTS, nulls="null", view=View())(row))
     always = {"id": "p1", "collectionId": "pbc_posts0000001", "collectionName": "posts"}
     assert record == {**dict.fromkeys(FULL.keys() - {"secret"}), **always}
 
@@ -150,7 +150,7 @@ def test_members_stand_in_byte_order_whatever_the_column_order() -> None:
     ]
     columns = collection(*(field(n, FieldKind.TEXT, column=f"c{i}") for i, n in enumerate(names)))
     row: Row = {"id": "1", **{f"c{i}": "x" for i in range(len(names))}}
-    members = list(json.loads(encoder(columns, nulls="null", view=View())(row)))
+    members = list(json.loads(compile_encoder(columns, nulls="null", view=View())(row)))
     assert members == sorted(
         [*names, "id", "collectionId", "collectionName"], key=lambda name: name.encode()
     )
@@ -159,7 +159,7 @@ def test_members_stand_in_byte_order_whatever_the_column_order() -> None:
 def test_a_column_that_is_not_in_the_row_is_not_in_the_record() -> None:
     """Unknown isn't NULL: nothing is made up for it."""
     row = {name: value for name, value in FULL.items() if name not in {"meta", "views"}}
-    record = json.loads(encoder(POSTS, nulls="zero", view=View())(row))
+    record = json.loads(compile_encoder(POSTS, nulls="zero", view=View())(row))
     assert record == {
         name: value
         for name, value in json.loads(FULL_RECORD).items()
@@ -169,11 +169,11 @@ def test_a_column_that_is_not_in_the_row_is_not_in_the_record() -> None:
 
 def test_hidden_fields_are_for_superusers() -> None:
     """Nor does asking for one by name bring it out."""
-    seen = encoder(POSTS, nulls="null", view=SUPERUSER)(FULL)
+    seen = compile_encoder(POSTS, nulls="null", view=SUPERUSER)(FULL)
     assert json.loads(seen) == {**json.loads(FULL_RECORD), "secret": "hush"}
 
     picked = View(fields="secret,title")
-    assert encoder(POSTS, nulls="null", view=picked)(FULL) == b'{"title":"Full 2"}'
+    assert compile_encoder(POSTS, nulls="null", view=picked)(FULL) == b'{"title":"Full 2"}'
 
 
 USERS = collection(
@@ -197,7 +197,7 @@ USER: Row = {
 
 
 def shown(users: Collection, row: Row, view: View) -> Mapping[str, Any]:
-    record: Mapping[str, Any] = json.loads(encoder(users, nulls="zero", view=view)(row))
+    record: Mapping[str, Any] = json.loads(compile_encoder(users, nulls="zero", view=view)(row))
     return record
 
 
@@ -251,7 +251,7 @@ def test_junction_relations_and_expand_are_given_beside_the_row() -> None:
         relation=Relation(collection="members"),
     )
     posts = collection(editors, field("zip", FieldKind.TEXT))
-    encode = encoder(posts, nulls="null", view=View())
+    encode = compile_encoder(posts, nulls="null", view=View())
     row: Row = {"id": "p1", "zip": "z"}
     head = b'{"collectionId":"pbc_posts0000001","collectionName":"posts",'
 
@@ -268,7 +268,7 @@ def test_fields_reach_into_what_a_column_holds() -> None:
     """Numbers keep their spelling, also when picked."""
     row: Row = {**FULL, "meta": '{"a": {"x": 1.50, "y": 2}, "b": 1}'}
     view = View(fields="title:excerpt(4,true), meta.a.x, loc.lat, expand.author.name, tags, nope")
-    encode = encoder(POSTS, nulls="null", view=view)
+    encode = compile_encoder(POSTS, nulls="null", view=view)
     assert encode(row, expand=b'{"author":{"id":"1","name":"Ann"},"editors":[]}') == (
         b'{"expand":{"author":{"name":"Ann"}},"loc":{"lat":-56.78},"meta":{"a":{"x":1.50}},'
         b'"tags":["red","blue"],"title":"Full..."}'
@@ -280,7 +280,7 @@ def test_fields_reach_into_what_a_column_holds() -> None:
 
 def test_fields_that_cannot_be_read_count_as_none() -> None:
     for text in ("title:nope(1)", "title:excerpt(", "'title", ""):
-        encode = encoder(POSTS, nulls="null", view=View(fields=text))
+        encode = compile_encoder(POSTS, nulls="null", view=View(fields=text))
         assert encode(FULL).decode() == FULL_RECORD
 
 
@@ -294,4 +294,4 @@ def test_fields_that_cannot_be_read_count_as_none() -> None:
 )
 def test_the_column_that_cannot_be_shown_is_found(row: dict[str, str | None], column: str) -> None:
     """The log names it: of a record that is missing its operator knows nothing else."""
-    assert unshowable(POSTS, {"id": "a", **row}, nulls="null") == column
+    assert unencodable_column(POSTS, {"id": "a", **row}, nulls="null") == column

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from msgspec import Raw
 
-from pgrealtime.records.fields import Excerpt, Fields, parse_fields, picks_of
+from pgrealtime.records.fields import ExcerptModifier, Fields, compile_projections, parse_fields
 
 TEXTS: dict[str, Fields | None] = {
     "": {},
@@ -19,15 +19,15 @@ TEXTS: dict[str, Fields | None] = {
     "*": {"*": None},
     " title , body ": {"title": None, "body": None},
     "author.name": {"author.name": None},
-    "t:excerpt(3)": {"t": Excerpt(3)},
-    "t:excerpt(3,true), n": {"t": Excerpt(3, with_ellipsis=True), "n": None},
-    "t: excerpt( 3 , 1 )": {"t": Excerpt(3, with_ellipsis=True)},
-    "t:excerpt 3 true": {"t": Excerpt(3, with_ellipsis=True)},
-    "t:excerpt(3,yes)": {"t": Excerpt(3)},
-    "t:excerpt(0x1F)": {"t": Excerpt(31)},
-    "t:excerpt(010)": {"t": Excerpt(8)},
-    "t:excerpt(10.9)": {"t": Excerpt(10)},
-    "t,t:excerpt(2)": {"t": Excerpt(2)},
+    "t:excerpt(3)": {"t": ExcerptModifier(3)},
+    "t:excerpt(3,true), n": {"t": ExcerptModifier(3, with_ellipsis=True), "n": None},
+    "t: excerpt( 3 , 1 )": {"t": ExcerptModifier(3, with_ellipsis=True)},
+    "t:excerpt 3 true": {"t": ExcerptModifier(3, with_ellipsis=True)},
+    "t:excerpt(3,yes)": {"t": ExcerptModifier(3)},
+    "t:excerpt(0x1F)": {"t": ExcerptModifier(31)},
+    "t:excerpt(010)": {"t": ExcerptModifier(8)},
+    "t:excerpt(10.9)": {"t": ExcerptModifier(10)},
+    "t,t:excerpt(2)": {"t": ExcerptModifier(2)},
     "t:excerpt(2),t": {"t": None},
     "'a,b',c": {"'a,b'": None, "c": None},
     "(a,b),c)": {"(a,b)": None, "c)": None},
@@ -86,7 +86,7 @@ def test_members_are_picked(text: str) -> None:
     fields = parse_fields(text)
     assert fields is not None
     members = msgspec.json.decode(RECORD, type=dict[str, Raw])
-    picks = ((name, value, picks_of(fields)(name)) for name, value in members.items())
+    picks = ((name, value, compile_projections(fields)(name)) for name, value in members.items())
     picked = {name: pick(value) for name, value, pick in picks if pick is not None}
     assert msgspec.json.encode(picked).decode() == PICKS[text]
 
@@ -99,7 +99,7 @@ def test_many_names_take_no_longer_than_their_number() -> None:
 
     fields = parse_fields(",".join(f"j.{name}" for name in names))
     assert fields is not None
-    pick = picks_of(fields)("j")
+    pick = compile_projections(fields)("j")
     assert pick is not None
     assert pick(value) == value
     assert time.perf_counter() - start < 2.0
@@ -111,6 +111,6 @@ def test_what_is_nested_too_deep_to_pick_from_is_taken_whole() -> None:
     for path in ("a.a", "a" + ".a" * 1200):
         fields = parse_fields(path)
         assert fields is not None
-        pick = picks_of(fields)("a")
+        pick = compile_projections(fields)("a")
         assert pick is not None
         assert pick(deep) == deep

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pgrealtime.catalog.model import Type, TypeKind
-from pgrealtime.records.values import Json, _composite
+from pgrealtime.records.values import Json, _composite_converter
 
 TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")
 SPOT = Type(
@@ -28,7 +28,7 @@ SPOT = Type(
 )
 def test_no_attribute_has_the_value_of_another(text: str, shown: Json) -> None:
     """Which one was dropped isn't known: then the text is all that can be said."""
-    convert = _composite(SPOT)
+    convert = _composite_converter(SPOT)
 
     assert convert is not None
     assert convert(text) == shown

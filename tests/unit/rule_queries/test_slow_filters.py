@@ -9,15 +9,15 @@ from urllib.parse import quote
 import pytest
 
 from pgrealtime.hub.connections.connection import Connection
-from pgrealtime.rule_queries.executor import Asked
-from pgrealtime.rule_queries.filter_trials import MANY_TAKERS
+from pgrealtime.rule_queries.executor import PendingEvaluation
+from pgrealtime.rule_queries.filter_trials import MANY_CONNECTIONS
 from pgrealtime.rule_queries.slow_filters import (
-    MANY_FILTER_SECONDS,
+    SHARED_FILTER_SECONDS,
     SLICE_FILTER_SECONDS,
     CircuitBreakers,
     TimeBudget,
 )
-from pgrealtime.rules.engine.batch_query import Inquiry, Pairs
+from pgrealtime.rules.engine.batch_query import PairQuestion, Question
 from tests.unit.hub.room import (
     DEADLINE,
     NOTES,
@@ -59,26 +59,28 @@ class Filters(GivenDatabase):
         self.put: list[bool] = []
         """Of each slow question whether others waited for it."""
 
-    async def ask(self, judging: Asked, budget: TimeBudget | None = None) -> frozenset[str]:
-        while inquiries := judging.inquiries():
+    async def answer_questions(
+        self, judging: PendingEvaluation, budget: TimeBudget | None = None
+    ) -> frozenset[str]:
+        while inquiries := judging.questions():
             assert budget is not None
             for inquiry in inquiries:
                 await self._answer(inquiry, budget)
-                inquiry.is_left = budget.is_spent()
+                inquiry.is_postponed = budget.is_spent()
             judging.resume()
             if budget.is_spent():
                 break
         return frozenset()
 
-    async def _answer(self, inquiry: Inquiry, budget: TimeBudget) -> None:
-        assert isinstance(inquiry, Pairs)
-        if "title" in inquiry.atom.columns:
+    async def _answer(self, inquiry: Question, budget: TimeBudget) -> None:
+        assert isinstance(inquiry, PairQuestion)
+        if "title" in inquiry.test.columns:
             self.put.append(budget.is_limited)
             budget.spend(self.first.pop(0) if self.first else self.seconds)
             if self.gates_all or not budget.is_limited:
                 self.is_waiting.set()
                 await self.open_gate.wait()
-        inquiry.take([(place,) for place in range(len(inquiry.asked))])
+        inquiry.accept([(place,) for place in range(len(inquiry.pairs))])
 
 
 class Clock:
@@ -113,7 +115,7 @@ def is_isolated(connection: Connection) -> bool:
 
 async def at_rest(room: Room) -> None:
     async with asyncio.timeout(DEADLINE):
-        while room.hub._replays._tasks:
+        while room.hub._catch_up._tasks:
             await asyncio.sleep(0)
 
 
@@ -177,7 +179,7 @@ async def test_nobody_waits_for_a_filter_that_was_never_tried_or_was_slow_when_i
             database.open_gate.set()
             await at_rest(room)
             assert ids(slow_sink) == [f"n{n}"]
-            room.hub.close(slow)
+            room.hub.remove_connection(slow)
 
 
 @pytest.mark.parametrize(("share", "is_quick"), [(0.0, True), (0.4, True), (0.6, False)])
@@ -297,7 +299,7 @@ async def test_many_with_the_same_slow_filter_share_the_answers_of_a_few() -> No
         assert database.put.count(True) == 8
 
 
-@pytest.mark.parametrize("count", [MANY_TAKERS - 1, MANY_TAKERS])
+@pytest.mark.parametrize("count", [MANY_CONNECTIONS - 1, MANY_CONNECTIONS])
 async def test_what_many_share_has_more_time_before_they_are_isolated(count: int) -> None:
     """Apart each of them would ask; for a few that is better than to let all others wait."""
     database = Filters()
@@ -311,15 +313,15 @@ async def test_what_many_share_has_more_time_before_they_are_isolated(count: int
 
     heard = [name for n in range(3) for name in (f"n{n}", f"n{n}")]
     assert all(ids(sink) == heard for _, sink in many)
-    assert {is_isolated(connection) for connection, _ in many} == {count < MANY_TAKERS}
-    assert (database.put == [True, True] * 3) == (count >= MANY_TAKERS)
+    assert {is_isolated(connection) for connection, _ in many} == {count < MANY_CONNECTIONS}
+    assert (database.put == [True, True] * 3) == (count >= MANY_CONNECTIONS)
 
 
 async def test_what_many_share_is_isolated_when_it_takes_longer_than_that_as_well() -> None:
     database = Filters()
-    database.seconds = MANY_FILTER_SECONDS
+    database.seconds = SHARED_FILTER_SECONDS
     async with open_room(database=database) as room:
-        many = [await subscribed(room, SLOW) for _ in range(MANY_TAKERS)]
+        many = [await subscribed(room, SLOW) for _ in range(MANY_CONNECTIONS)]
         room.commit(insert("n0"))
         await room.settled()
         await at_rest(room)
@@ -351,7 +353,7 @@ async def test_a_slow_one_that_the_changelog_has_passed_is_told_or_ended(
     database = Filters()
     async with open_room(database=database, max_size=500) as room:
         slow, sink = await subscribed(room, *topics)
-        slow.answered_at = 0.0  # long ago: it may be ended
+        slow.first_call_answered_at = 0.0  # long ago: it may be ended
         database.open_gate.clear()
         room.commit(insert("first"))
         await database.is_waiting.wait()
@@ -375,14 +377,14 @@ async def test_a_slow_one_that_leaves_while_it_waits_leaves_nothing_behind() -> 
         database.open_gate.clear()
         room.commit(insert("a"))
         await database.is_waiting.wait()
-        room.hub.close(slow)
+        room.hub.remove_connection(slow)
         async with asyncio.timeout(DEADLINE):
-            while room.hub._replays._isolated_turns._value < 8:
+            while room.hub._catch_up._isolated_semaphore._value < 8:
                 await asyncio.sleep(0)
 
-        replays = room.hub._replays
-        assert (replays._waiting, replays._tasks) == ({}, {})
-        assert room.hub._course.meaning.matcher._costly == {}
+        replays = room.hub._catch_up
+        assert (replays._caught_up, replays._tasks) == ({}, {})
+        assert room.hub._progress.generation.matcher._remote_filter_tables == {}
 
 
 async def test_who_asked_for_it_is_told_its_position_although_it_stays_isolated() -> None:

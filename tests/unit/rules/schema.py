@@ -21,7 +21,7 @@ _TYPES = {
     FieldKind.BOOL: _type(16, "bool", "B"),
     FieldKind.DATE: _type(1184, "timestamptz", "D"),
     FieldKind.JSON: _type(3802, "jsonb", "U"),
-    FieldKind.GEO: _type(600, "point", "G"),
+    FieldKind.GEO_POINT: _type(600, "point", "G"),
     FieldKind.BYTES: _type(17, "bytea", "U"),
 }
 _TEXTS = replace(_type(1009, "_text", "A"), kind=TypeKind.ARRAY, element=_TEXT)
@@ -76,7 +76,7 @@ def collection(
             kind=TableKind.TABLE,
             columns=columns,
             primary_key=("id",),
-            unique=(("id",),),
+            unique_keys=(("id",),),
         ),
         key=columns[0],
         fields=own,
@@ -104,7 +104,7 @@ POSTS = collection(
     field("published", FieldKind.BOOL),
     field("pub_date", FieldKind.DATE),
     field("data", FieldKind.JSON),
-    field("loc", FieldKind.GEO),
+    field("loc", FieldKind.GEO_POINT),
     field("blob", FieldKind.BYTES),
     field("status", is_select=True),
     field("tags", is_multiple=True),

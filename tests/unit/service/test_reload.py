@@ -13,22 +13,22 @@ import jwt
 import pytest
 from structlog.testing import capture_logs
 
-from pgrealtime.auth.account import Accounts
-from pgrealtime.auth.authenticator import Authenticator, _own_voucher
-from pgrealtime.auth.login import Attempt, Login
+from pgrealtime.auth.account import AccountLoader
+from pgrealtime.auth.authenticator import Authenticator, _login_trust_digest
+from pgrealtime.auth.login import LoginAttempt, LoginService
 from pgrealtime.auth.principal import GUEST, AuthRecord, Caller, Superuser
-from pgrealtime.auth.record import digest_of
+from pgrealtime.auth.record import digest_token_key
 from pgrealtime.catalog.model import Catalog, Table
 from pgrealtime.changes import Row, Update, WholeRow
-from pgrealtime.collections.build import build
-from pgrealtime.config.load import Origin, Reading, parse
+from pgrealtime.collections.build import build_collections
+from pgrealtime.config.load import ConfigLocations, ParsedConfig, parse_config
 from pgrealtime.config.model import Config
 from pgrealtime.errors import AuthError, DatabaseUnreachableError
-from pgrealtime.feed.reader import Relay
+from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.reads.own_record import OwnRecords
-from pgrealtime.rule_queries.executor import Probe
-from pgrealtime.service.reload import Reload, Rooms, World, fitted
+from pgrealtime.reads.own_record import OwnRecordRenderer
+from pgrealtime.rule_queries.executor import QueryExecutor
+from pgrealtime.service.reload import AppliedConfig, Reloader, ReloadTargets, fit_to_schema
 from tests.unit.hub.room import COLLECTIONS, NOTES, PEOPLE, POSTS, Room, insert, open_room, update
 
 SECRET = "made up for the tests, and long enough"
@@ -39,7 +39,7 @@ def _with_key(table: Table) -> Table:
     key, *others = table.columns
     others.append(replace(others[0], name="role", number=len(table.columns) + 1))
     columns = (replace(key, not_null=True), *others)
-    return replace(table, columns=columns, unique=(("id",),))
+    return replace(table, columns=columns, unique_keys=(("id",),))
 
 
 TABLES = {one.table.name: _with_key(one.table) for one in COLLECTIONS.values()}
@@ -69,7 +69,9 @@ def configured(
         },
     }
     login = {"enabled": True, "secret": "s" * 40, "attempts_per_minute": 1}
-    return parse({"collections": collections, "auth": {"login": login, **(auth or {})}, **sections})
+    return parse_config(
+        {"collections": collections, "auth": {"login": login, **(auth or {})}, **sections}
+    )
 
 
 @dataclass
@@ -77,8 +79,8 @@ class Running:
     """A service without a database, and what it is to be next."""
 
     room: Room
-    rooms: Rooms
-    reloading: Reload
+    rooms: ReloadTargets
+    reloading: Reloader
     config: Config
     catalog: Catalog
 
@@ -91,7 +93,7 @@ def _no_stream(*_: object) -> NoReturn:
     raise AssertionError("the tables are the same")
 
 
-async def _no_rehearsal(_world: World) -> None:
+async def _no_rehearsal(_world: AppliedConfig) -> None:
     _no_stream()
 
 
@@ -102,26 +104,26 @@ async def _no_slot() -> None:
 @asynccontextmanager
 async def running() -> AsyncIterator[Running]:
     config = configured()
-    collections = build(config.collections, CATALOG)
+    collections = build_collections(config.collections, CATALOG)
     logins = {name: one.login for name, one in config.collections.items()}
-    world = World(config=config, collections=collections)
+    world = AppliedConfig(config=config, collections=collections)
     async with open_room() as room:
         pool = QueryPool()  # never opened: nobody answers
-        accounts = Accounts(pool)
-        login = Login(config.auth.login, accounts)
-        rooms = Rooms(
-            relay=Relay(
+        accounts = AccountLoader(pool)
+        login = LoginService(config.auth.login, accounts)
+        rooms = ReloadTargets(
+            replication_reader=ReplicationReader(
                 _no_stream,
                 room.changelog,
                 room.hub,
-                tables=world.streamed,
+                tables=world.streamed_tables,
                 max_size=1000,
-                pass_over=_no_slot,
+                advance_slot=_no_slot,
             ),
             hub=room.hub,
             authenticator=Authenticator(config.auth, collections, accounts, logins=logins),
             login=login,
-            records=OwnRecords(Probe(pool), collections, nulls="null"),
+            own_records=OwnRecordRenderer(QueryExecutor(pool), collections, nulls="null"),
             pool=pool,
         )
         made: Running
@@ -129,14 +131,16 @@ async def running() -> AsyncIterator[Running]:
         async def read_catalog(_config: Config) -> Catalog:
             return made.catalog
 
-        reloading = Reload(
+        reloading = Reloader(
             world,
             rooms,
-            reread=lambda: Reading(config=made.config, origin=Origin(source="test.yaml")),
+            read_config=lambda: ParsedConfig(
+                config=made.config, locations=ConfigLocations(source="test.yaml")
+            ),
             read_catalog=read_catalog,
             open_stream=_no_stream,
-            rehearse=_no_rehearsal,
-            doubted=asyncio.Event(),
+            check_stream=_no_rehearsal,
+            schema_mismatch=asyncio.Event(),
         )
         made = Running(room, rooms, reloading, config, CATALOG)
         try:
@@ -179,7 +183,7 @@ async def test_who_signs_in_is_judged_and_shown_by_the_new_rules() -> None:
 
     async def may_sign_in(service: Running) -> bool:
         people = COLLECTIONS["people"]
-        return await service.rooms.records.may_sign_in(
+        return await service.rooms.own_records.may_sign_in(
             people, row, Caller(), query={}, headers={}, context="password"
         )
 
@@ -194,11 +198,11 @@ async def test_who_signs_in_is_judged_and_shown_by_the_new_rules() -> None:
 
 async def test_the_login_takes_its_new_settings() -> None:
     async def outcome(service: Running) -> str:
-        users = service.rooms.authenticator.users("people")
+        users = service.rooms.authenticator.find_user_collection("people")
         assert users is not None
-        attempt = Attempt(identity="ann", password="x")
+        attempt = LoginAttempt(identity="ann", password="x")
         try:
-            await service.rooms.login.with_password(users, attempt, "10.0.0.1")
+            await service.rooms.login.log_in(users, attempt, "10.0.0.1")
         except AuthError as error:
             return error.error_code
         return ""
@@ -216,16 +220,16 @@ async def test_the_login_takes_its_new_settings() -> None:
 async def test_how_people_log_in_and_what_is_read_of_them_is_taken_from_the_collections() -> None:
     async with running() as service:
         authenticator = service.rooms.authenticator
-        before = authenticator.users("people")
+        before = authenticator.find_user_collection("people")
         other = {"login": {**LOGIN, "identity": ["id"]}}
         rule = "@request.auth.role = title"
         assert await service.reload(configured(people=other, posts={"list_rule": rule}))
-        after = authenticator.users("people")
+        after = authenticator.find_user_collection("people")
 
     assert before is not None
     assert after is not None
     assert (before.login.identity, after.login.identity) == (("email",), ("id",))
-    assert (before.asked, after.asked) == ((), ("role",))
+    assert (before.rule_columns, after.rule_columns) == ((), ("role",))
 
 
 @pytest.mark.parametrize(("key", "is_still_ann"), [("k1", True), ("k2", False)])
@@ -234,12 +238,12 @@ async def test_a_new_password_ends_the_login_s_tokens_after_a_reload_too(
 ) -> None:
     """And any other change of the row doesn't."""
     async with running() as service:
-        users = service.rooms.authenticator.users("people")
+        users = service.rooms.authenticator.find_user_collection("people")
         assert users is not None
         ann = Caller(
             AuthRecord(collection_id=users.collection.id, collection_name="people", id="ann"),
-            voucher=_own_voucher(service.config.auth.login, users),
-            key_digest=digest_of("k1"),
+            trust_digest=_login_trust_digest(service.config.auth.login, users),
+            token_key_digest=digest_token_key("k1"),
         )
         connection, _ = service.room.connect()
         await service.room.subscribe(connection, "posts/*", caller=ann)
@@ -262,19 +266,19 @@ async def test_policies_count_all_through_a_reload(monkeypatch: pytest.MonkeyPat
 
     async with running() as service:
         pool, hub = service.rooms.pool, service.rooms.hub
-        use = hub.use
+        use = hub.replace_generation
 
         async def noting(*args: Any, **more: Any) -> None:
-            counted.append("'posts'" in pool.begin())
+            counted.append("'posts'" in pool.begin_sql())
             await use(*args, **more)
-            counted.append("'posts'" in pool.begin())
+            counted.append("'posts'" in pool.begin_sql())
 
-        monkeypatch.setattr(hub, "use", noting)
+        monkeypatch.setattr(hub, "replace_generation", noting)
         assert await service.reload(configured(posts={"list_rule": "title = 'x'"}))
-        counted.append("'posts'" in pool.begin())
-        pool.rely_on_policies(())
-        await service.reloading.look()
-        counted.append("'posts'" in pool.begin())
+        counted.append("'posts'" in pool.begin_sql())
+        pool.enable_row_security_for(())
+        await service.reloading.refresh_schema()
+        counted.append("'posts'" in pool.begin_sql())
 
     assert counted == [True, True, True, True]
 
@@ -296,7 +300,7 @@ async def test_guests_are_ended_where_they_are_not_allowed_any_more() -> None:
     async with running() as service:
         connection, sink = service.room.connect()
         await service.room.subscribe(connection, "posts/*")
-        admit = service.rooms.authenticator.admit
+        admit = service.rooms.authenticator.authenticate_subscriber
         assert (await admit(None)).principal == GUEST
         assert await service.reload(configured(auth={"allow_guests": False}))
         await sink.wait_until("ended")
@@ -339,13 +343,13 @@ def test_a_collection_that_its_table_does_not_fit_any_more_is_locked() -> None:
     renamed = replace(table, columns=(table.columns[0], replace(table.columns[1], name="name")))
     catalog = replace(CATALOG, tables={**TABLES, POSTS: renamed})
 
-    world = fitted(configured(posts={"view_rule": "title = 't'"}), catalog)
+    world = fit_to_schema(configured(posts={"view_rule": "title = 't'"}), catalog)
 
     locked = world.collections["posts"]
     assert (locked.list_rule, locked.view_rule) == (None, None)
-    assert [fault.path for fault in world.faults] == ["collections.posts.view_rule"]
+    assert [fault.path for fault in world.problems] == ["collections.posts.view_rule"]
     assert world.collections["notes"].list_rule == ""
-    assert set(world.streamed) == set(TABLES)
+    assert set(world.streamed_tables) == set(TABLES)
 
 
 # What a row that doesn't fit is waited for
@@ -367,7 +371,7 @@ def _with_title(oid: int) -> Catalog:
 
 def _title(service: Running) -> int:
     """The type by which the title of posts is judged."""
-    column = service.room.hub._course.meaning.collections["posts"].table.column("title")
+    column = service.room.hub._progress.generation.collections["posts"].table.find_column("title")
     assert column is not None
     return column.type.oid
 
@@ -375,10 +379,10 @@ def _title(service: Running) -> int:
 @asynccontextmanager
 async def watching(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
     async with running() as service:
-        monkeypatch.setattr(service.rooms.relay, "switch", _nothing)
+        monkeypatch.setattr(service.rooms.replication_reader, "switch", _nothing)
         monkeypatch.setattr(service.rooms.pool, "drain", _nothing)
-        monkeypatch.setattr(service.reloading, "_rehearse", _nothing)
-        watch = asyncio.create_task(service.reloading.watch())
+        monkeypatch.setattr(service.reloading, "_check_stream", _nothing)
+        watch = asyncio.create_task(service.reloading.watch_schema())
         try:
             async with asyncio.timeout(10):
                 yield service
@@ -394,10 +398,10 @@ async def test_the_schema_of_now_is_in_force_when_it_was_asked_for(
     async with watching(monkeypatch) as service:
         service.catalog = _with_title(4711)
         began = time.monotonic()
-        assert await service.reloading.read_schema()
+        assert await service.reloading.wait_for_schema_refresh()
         assert time.monotonic() - began < 1
         assert _title(service) == 4711
-        assert await service.reloading.read_schema(), "nothing is new"
+        assert await service.reloading.wait_for_schema_refresh(), "nothing is new"
 
 
 async def test_who_asks_for_the_schema_hears_that_it_can_not_be_read(
@@ -408,7 +412,7 @@ async def test_who_asks_for_the_schema_hears_that_it_can_not_be_read(
 
     async with watching(monkeypatch) as service:
         monkeypatch.setattr(service.reloading, "_read_catalog", fail)
-        assert not await service.reloading.read_schema()
+        assert not await service.reloading.wait_for_schema_refresh()
 
 
 async def test_a_look_that_began_before_it_was_asked_for_does_not_count(
@@ -425,10 +429,10 @@ async def test_a_look_that_began_before_it_was_asked_for_does_not_count(
 
     async with watching(monkeypatch) as service:
         monkeypatch.setattr(service.reloading, "_read_catalog", read)
-        first = asyncio.create_task(service.reloading.read_schema())
+        first = asyncio.create_task(service.reloading.wait_for_schema_refresh())
         await reading.wait()
         service.catalog = _with_title(4711)
-        second = asyncio.create_task(service.reloading.read_schema())
+        second = asyncio.create_task(service.reloading.wait_for_schema_refresh())
         await asyncio.sleep(0)
         go_on.set()
         assert await first

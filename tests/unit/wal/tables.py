@@ -27,6 +27,6 @@ def table(
         columns=tuple(Column(name=n, number=i, type=TEXT) for i, n in enumerate(names, 1)),
         primary_key=tuple(key.split()),
         replica_identity=identity,
-        identity_columns=names if whole else tuple(key.split()),
+        replica_identity_columns=names if whole else tuple(key.split()),
         leaves=tuple(TableName("public", leaf) for leaf in leaves),
     )

@@ -8,9 +8,9 @@ from pgrealtime.changes import (
     Delete,
     Insert,
     Key,
-    Oversized,
+    OversizedTransaction,
     Row,
-    Shape,
+    RowShape,
     TableName,
     Transaction,
     Truncate,
@@ -33,14 +33,14 @@ INSERT = Insert(POSTS, {"id": "1"})
 
 
 def assembler(max_size: int = 1000) -> TransactionAssembler:
-    return TransactionAssembler(max_size=max_size, record_keys={PARTS: ("id",)})
+    return TransactionAssembler(max_bytes=max_size, record_keys={PARTS: ("id",)})
 
 
 def whole(*changes: Insert | Update | Delete | Truncate, size: int) -> Transaction:
     return Transaction(Xid(7), LSN(32), 1234, changes, size)
 
 
-def feed(*messages: Message) -> Transaction | Oversized | None:
+def feed(*messages: Message) -> Transaction | OversizedTransaction | None:
     """Feed a begin, the messages and a commit, of one byte each."""
     target = assembler()
     assert [target.feed(message, 1) for message in (BEGIN, *messages)] == [None] * (
@@ -100,7 +100,7 @@ def test_transaction_beyond_the_bound_leaves_only_its_tables() -> None:
     assert target._changes == []
     target.feed(RowChange(Insert(PARTS, {"id": "1"}), NORTH), 20)
 
-    assert target.feed(COMMIT, 1) == Oversized(
+    assert target.feed(COMMIT, 1) == OversizedTransaction(
         Xid(7), LSN(32), 1234, frozenset({POSTS, TAGS, PARTS})
     )
 
@@ -110,18 +110,18 @@ def test_what_a_change_takes_beside_its_payload_counts_for_the_bound() -> None:
     target = assembler(max_size=1000)
     target.feed(BEGIN, 1)
     for _ in range(4):
-        target.feed(RowChange(INSERT, None, overhead=200), 10)
+        target.feed(RowChange(INSERT, None, overhead_bytes=200), 10)
     assert len(target._changes) == 4
-    target.feed(RowChange(INSERT, None, overhead=200), 10)
+    target.feed(RowChange(INSERT, None, overhead_bytes=200), 10)
 
-    assert target.feed(COMMIT, 1) == Oversized(Xid(7), LSN(32), 1234, frozenset({POSTS}))
+    assert target.feed(COMMIT, 1) == OversizedTransaction(Xid(7), LSN(32), 1234, frozenset({POSTS}))
 
 
 def test_a_transaction_s_size_is_what_its_changes_take() -> None:
     """The changelog is bounded by it."""
     target = assembler()
     target.feed(BEGIN, 1)
-    target.feed(RowChange(INSERT, None, overhead=200), 10)
+    target.feed(RowChange(INSERT, None, overhead_bytes=200), 10)
     assert target.feed(COMMIT, 1) == whole(INSERT, size=212)
 
 
@@ -224,16 +224,16 @@ def test_row_deleted_after_another_use_of_its_key_has_not_moved() -> None:
 
 def test_a_transaction_has_each_shape_of_its_rows_once() -> None:
     """And none of the transaction before."""
-    first, second = (Shape(POSTS, None, (("id", oid),)) for oid in (23, 25))
+    first, second = (RowShape(POSTS, None, (("id", oid),)) for oid in (23, 25))
     target = assembler()
 
-    def shapes(*of_rows: Shape) -> tuple[Shape, ...]:
+    def shapes(*of_rows: RowShape) -> tuple[RowShape, ...]:
         target.feed(BEGIN, 1)
         for shape in of_rows:
             target.feed(RowChange(INSERT, None, 0, shape), 1)
         told = target.feed(COMMIT, 1)
         assert isinstance(told, Transaction)
-        return told.shapes
+        return told.row_shapes
 
     assert shapes(first, first, second, first) == (first, second)
     assert shapes(second) == (second,)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgrealtime.lsn import LSN
-from pgrealtime.wal.feedback import ASK_SECONDS, MOVE_SECONDS, Feedback
+from pgrealtime.wal.feedback import CONFIRM_SECONDS, KEEPALIVE_REQUEST_SECONDS, Feedback
 from pgrealtime.wal.wire import StandbyStatusUpdate
 
 START = LSN(100)
@@ -35,8 +35,8 @@ def test_status_is_due_each_interval_and_asks_for_a_sign_of_life() -> None:
 
 def test_status_is_due_at_once_when_the_server_asks() -> None:
     feedback = machine()
-    feedback.received(LSN(150))
-    feedback.reply_requested()
+    feedback.record_received(LSN(150))
+    feedback.record_reply_request()
 
     assert feedback.due(0.1) == (standing(LSN(150)),)
     assert feedback.due(0.2) == ()
@@ -45,24 +45,24 @@ def test_status_is_due_at_once_when_the_server_asks() -> None:
 def test_slot_moves_by_a_flush_directly_followed_by_none() -> None:
     """A standing flush would make us a synchronous standby, or hold up the server's shutdown."""
     feedback = machine()
-    feedback.handed(LSN(200))
-    feedback.kept(LSN(200))
+    feedback.record_handed_out(LSN(200))
+    feedback.confirm(LSN(200))
 
-    assert feedback.due(MOVE_SECONDS) == (
+    assert feedback.due(CONFIRM_SECONDS) == (
         StandbyStatusUpdate(LSN(200), LSN(200)),
         standing(LSN(200)),
     )
-    assert feedback.due(MOVE_SECONDS + 0.1) == ()
+    assert feedback.due(CONFIRM_SECONDS + 0.1) == ()
 
 
 def test_move_claims_nothing_beyond_itself() -> None:
     """A commit with synchronous_commit = remote_write may be waiting for what we only received."""
     feedback = machine()
-    feedback.handed(LSN(200))
-    feedback.kept(LSN(200))
-    feedback.received(LSN(300))
+    feedback.record_handed_out(LSN(200))
+    feedback.confirm(LSN(200))
+    feedback.record_received(LSN(300))
 
-    assert feedback.due(MOVE_SECONDS) == (
+    assert feedback.due(CONFIRM_SECONDS) == (
         StandbyStatusUpdate(LSN(200), LSN(200)),
         standing(LSN(300)),
     )
@@ -70,79 +70,79 @@ def test_move_claims_nothing_beyond_itself() -> None:
 
 def test_slot_moves_no_further_than_its_bound() -> None:
     feedback = machine()
-    feedback.bound(LSN(150))
-    feedback.handed(LSN(200))
-    feedback.kept(LSN(200))
-    assert feedback.movable == LSN(150)
+    feedback.limit_confirmation(LSN(150))
+    feedback.record_handed_out(LSN(200))
+    feedback.confirm(LSN(200))
+    assert feedback.confirmable_lsn == LSN(150)
 
-    feedback.bound(LSN(500))
-    assert feedback.movable == LSN(200)
+    feedback.limit_confirmation(LSN(500))
+    assert feedback.confirmable_lsn == LSN(200)
 
 
 def test_slot_does_not_move_over_what_is_only_received() -> None:
     feedback = machine()
-    feedback.handed(LSN(200))
-    feedback.handed(LSN(300))
-    feedback.kept(LSN(200))
+    feedback.record_handed_out(LSN(200))
+    feedback.record_handed_out(LSN(300))
+    feedback.confirm(LSN(200))
 
-    assert feedback.movable == LSN(200)
+    assert feedback.confirmable_lsn == LSN(200)
 
 
 def test_slot_moves_with_keepalives_while_nothing_is_ours() -> None:
     """A quiet table in a busy cluster would hold its WAL for ever otherwise."""
     feedback = machine()
-    feedback.quiet(LSN(500))
+    feedback.record_quiet(LSN(500))
 
-    assert feedback.movable == LSN(500)
+    assert feedback.confirmable_lsn == LSN(500)
 
 
 def test_keepalive_counts_once_all_before_it_is_kept() -> None:
     feedback = machine()
-    feedback.handed(LSN(200))
-    feedback.quiet(LSN(500))
-    assert feedback.movable == START
+    feedback.record_handed_out(LSN(200))
+    feedback.record_quiet(LSN(500))
+    assert feedback.confirmable_lsn == START
 
-    feedback.kept(LSN(200))
-    assert feedback.movable == LSN(500)
+    feedback.confirm(LSN(200))
+    assert feedback.confirmable_lsn == LSN(500)
 
 
 def test_later_transaction_does_not_undo_an_earlier_keepalive() -> None:
     feedback = machine()
-    feedback.handed(LSN(200))
-    feedback.quiet(LSN(500))
-    feedback.handed(LSN(600))
-    feedback.kept(LSN(200))
+    feedback.record_handed_out(LSN(200))
+    feedback.record_quiet(LSN(500))
+    feedback.record_handed_out(LSN(600))
+    feedback.confirm(LSN(200))
 
-    assert feedback.movable == LSN(500)
+    assert feedback.confirmable_lsn == LSN(500)
 
 
 def test_moves_are_spaced_out() -> None:
     feedback = machine()
     for end in (LSN(200), LSN(300)):
-        feedback.handed(end)
-        feedback.kept(end)
-        feedback.due(MOVE_SECONDS)
+        feedback.record_handed_out(end)
+        feedback.confirm(end)
+        feedback.due(CONFIRM_SECONDS)
 
-    assert feedback.due(MOVE_SECONDS * 1.5) == ()
-    assert feedback.due(MOVE_SECONDS * 2)[0] == StandbyStatusUpdate(LSN(300), LSN(300))
+    assert feedback.due(CONFIRM_SECONDS * 1.5) == ()
+    assert feedback.due(CONFIRM_SECONDS * 2)[0] == StandbyStatusUpdate(LSN(300), LSN(300))
 
 
 def test_last_word_moves_the_slot_to_what_is_kept() -> None:
     feedback = machine()
-    feedback.handed(LSN(200))
-    feedback.kept(LSN(200))
+    feedback.record_handed_out(LSN(200))
+    feedback.confirm(LSN(200))
 
-    assert feedback.last() == (StandbyStatusUpdate(LSN(200), LSN(200)),)
-    assert feedback.last() == ()
+    assert feedback.final_updates() == (StandbyStatusUpdate(LSN(200), LSN(200)),)
+    assert feedback.final_updates() == ()
 
 
 def test_keeping_what_never_came_is_refused() -> None:
     """The server would believe it and drop everything up to there, silently."""
     feedback = machine()
-    feedback.received(LSN(400))
+    feedback.record_received(LSN(400))
 
     with pytest.raises(ValueError, match="nothing was handed out"):
-        feedback.kept(LSN(300))
+        feedback.confirm(LSN(300))
 
 
 @given(
@@ -161,16 +161,16 @@ def test_no_order_of_events_moves_the_slot_over_something_unkept(
             case "handed":
                 position += step
                 unkept.append(position)
-                feedback.handed(LSN(position))
+                feedback.record_handed_out(LSN(position))
             case "quiet":
                 position += step
-                feedback.quiet(LSN(position))
+                feedback.record_quiet(LSN(position))
             case "kept":
                 kept = unkept[: step % len(unkept) + 1][-1]
                 unkept = [end for end in unkept if end >= kept]
-                feedback.kept(LSN(kept))
+                feedback.confirm(LSN(kept))
             case "reply":
-                feedback.reply_requested()
+                feedback.record_reply_request()
             case _:
                 now += step / 10
         updates = feedback.due(now)
@@ -187,11 +187,11 @@ def test_no_order_of_events_moves_the_slot_over_something_unkept(
 def test_a_sign_of_life_is_asked_for_when_somebody_waits_for_it() -> None:
     """However often it is asked for, the server isn't flooded; and the timer goes on from there."""
     feedback = machine()
-    feedback.ask(5.0)
+    feedback.request_keepalive(5.0)
     assert feedback.due(5.0) == (standing(START, asks=True),)
-    feedback.ask(5.0 + ASK_SECONDS / 2)
-    assert feedback.due(5.0 + ASK_SECONDS / 2) == ()
-    feedback.ask(5.0 + ASK_SECONDS)
-    assert feedback.due(5.0 + ASK_SECONDS) == (standing(START, asks=True),)
+    feedback.request_keepalive(5.0 + KEEPALIVE_REQUEST_SECONDS / 2)
+    assert feedback.due(5.0 + KEEPALIVE_REQUEST_SECONDS / 2) == ()
+    feedback.request_keepalive(5.0 + KEEPALIVE_REQUEST_SECONDS)
+    assert feedback.due(5.0 + KEEPALIVE_REQUEST_SECONDS) == (standing(START, asks=True),)
     assert feedback.due(24.9) == ()
     assert feedback.due(25.1) == (standing(START, asks=True),)

@@ -7,11 +7,11 @@ import tracemalloc
 
 import pytest
 
-from pgrealtime.changes import Delete, Insert, Key, Shape, TableName, Update, WholeRow
+from pgrealtime.changes import Delete, Insert, Key, RowShape, TableName, Update, WholeRow
 from pgrealtime.errors import UnexpectedMessageError
 from pgrealtime.lsn import LSN, Xid
 from pgrealtime.wal.message import Begin, Commit, RowChange, Truncated
-from pgrealtime.wal.pgoutput import PgoutputDecoder, options
+from pgrealtime.wal.pgoutput import PgoutputDecoder, start_replication_options
 from tests.unit.wal.tables import table
 
 T = TableName("public", "t")
@@ -192,7 +192,10 @@ def test_unreadable_message_is_refused_without_being_quoted(message: bytes) -> N
 
 
 def test_publication_is_named_as_an_identifier_in_the_option() -> None:
-    assert options('My "pub"') == {"proto_version": "1", "publication_names": '"My ""pub"""'}
+    assert start_replication_options('My "pub"') == {
+        "proto_version": "1",
+        "publication_names": '"My ""pub"""',
+    }
 
 
 @pytest.mark.parametrize("columns", [3, 8, 40])
@@ -217,7 +220,7 @@ def test_changes_are_counted_with_the_memory_that_they_take(columns: int, *, is_
     finally:
         tracemalloc.stop()
 
-    overheads = [one.overhead for one in kept if isinstance(one, RowChange)]
+    overheads = [one.overhead_bytes for one in kept if isinstance(one, RowChange)]
     assert 0.7 < (sum(map(len, messages)) + sum(overheads)) / taken < 1.4
 
 
@@ -226,7 +229,7 @@ def test_a_row_has_the_shape_that_its_table_was_described_with_last() -> None:
     message = change(b"I", b"N", row("1", "x"), oid=OID + 1)
     made = PgoutputDecoder([table("t", "id a", oid=OID, leaves=("t_1",))])
 
-    def shape() -> Shape | None:
+    def shape() -> RowShape | None:
         made.decode(relation("t_1", "id", "a", oid=OID + 1))
         (first, second) = (made.decode(message), made.decode(message))
         assert isinstance(first, RowChange)
@@ -235,10 +238,10 @@ def test_a_row_has_the_shape_that_its_table_was_described_with_last() -> None:
         return first.shape
 
     types, leaf = (("id", 25), ("a", 25)), TableName("public", "t_1")
-    assert shape() == Shape(T, leaf, types)
-    assert shape() == Shape(T, leaf, types, described=1)
+    assert shape() == RowShape(T, leaf, types)
+    assert shape() == RowShape(T, leaf, types, description_count=1)
     made.decode(relation("t", "id", "a"))
     made.decode(relation("t", "id", "b"))
     told = made.decode(change(b"D", b"K", row("1", None)))
     assert isinstance(told, RowChange)
-    assert told.shape == Shape(T, None, (("id", 25), ("b", 25)))
+    assert told.shape == RowShape(T, None, (("id", 25), ("b", 25)))

@@ -13,8 +13,8 @@ from pgrealtime.wal.publication import (
     Publication,
     check_publication,
     check_tables,
-    missed_by,
     publication_sql,
+    tables_not_fully_published,
 )
 from tests.unit.wal.tables import table
 
@@ -72,12 +72,12 @@ def test_publication_names_its_tables(
             id="identity nothing",
         ),
         pytest.param(
-            replace(POSTS, identity_columns=()),
+            replace(POSTS, replica_identity_columns=()),
             'ALTER TABLE "public"."posts" REPLICA IDENTITY FULL;',
             id="no primary key",
         ),
         pytest.param(
-            replace(PARTS, identity_columns=()),
+            replace(PARTS, replica_identity_columns=()),
             'ALTER TABLE "public"."parts_1" REPLICA IDENTITY FULL;\n'
             'ALTER TABLE "public"."parts_2" REPLICA IDENTITY FULL;',
             id="leaves have identities of their own",
@@ -119,10 +119,10 @@ def test_good_tables_pass() -> None:
 
 EXACT = Publication(
     tables=frozenset({POSTS.name, *PARTS.leaves}),
-    narrowed=frozenset(),
-    is_open=False,
-    via_root=False,
-    is_complete=True,
+    partial_tables=frozenset(),
+    includes_future_tables=False,
+    is_via_root=False,
+    publishes_all_actions=True,
     has_generated_columns=False,
 )
 
@@ -141,13 +141,17 @@ EXACT = Publication(
             id="has one more",
         ),
         pytest.param(
-            replace(EXACT, narrowed=frozenset({POSTS.name})),
+            replace(EXACT, partial_tables=frozenset({POSTS.name})),
             'It leaves out rows or columns of "public.posts".',
             id="row filter or column list",
         ),
-        pytest.param(replace(EXACT, is_open=True), "for all tables", id="for all tables"),
-        pytest.param(replace(EXACT, via_root=True), "publish_via_partition_root", id="via root"),
-        pytest.param(replace(EXACT, is_complete=False), "insert, update, delete", id="no deletes"),
+        pytest.param(
+            replace(EXACT, includes_future_tables=True), "for all tables", id="for all tables"
+        ),
+        pytest.param(replace(EXACT, is_via_root=True), "publish_via_partition_root", id="via root"),
+        pytest.param(
+            replace(EXACT, publishes_all_actions=False), "insert, update, delete", id="no deletes"
+        ),
     ],
 )
 def test_publication_that_is_not_exact_is_refused_with_what_mends_it(
@@ -181,10 +185,16 @@ def test_exact_publication_passes() -> None:
         pytest.param(
             replace(EXACT, tables=EXACT.tables - {PARTS.leaves[1]}), (PARTS,), id="a partition"
         ),
-        pytest.param(replace(EXACT, narrowed=frozenset({POSTS.name})), (POSTS,), id="narrowed"),
-        pytest.param(replace(EXACT, is_complete=False), (POSTS, PARTS), id="no deletes"),
         pytest.param(
-            replace(EXACT, tables=EXACT.tables | {TableName("public", "more")}, is_open=True),
+            replace(EXACT, partial_tables=frozenset({POSTS.name})), (POSTS,), id="narrowed"
+        ),
+        pytest.param(replace(EXACT, publishes_all_actions=False), (POSTS, PARTS), id="no deletes"),
+        pytest.param(
+            replace(
+                EXACT,
+                tables=EXACT.tables | {TableName("public", "more")},
+                includes_future_tables=True,
+            ),
             (),
             id="more than is needed",
         ),
@@ -193,7 +203,7 @@ def test_exact_publication_passes() -> None:
 def test_what_is_not_published_is_missed(
     found: Publication | None, missed: tuple[Table, ...]
 ) -> None:
-    assert missed_by(found, [POSTS, PARTS]) == {table.name for table in missed}
+    assert tables_not_fully_published(found, [POSTS, PARTS]) == {table.name for table in missed}
 
 
 def test_whole_rows_need_their_generated_columns_published() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pgrealtime.wal.visible_lsn import could_be_taken_for_standby
+from pgrealtime.wal.visible_lsn import may_match_standby_names
 
 
 @pytest.mark.parametrize(
@@ -19,4 +19,4 @@ from pgrealtime.wal.visible_lsn import could_be_taken_for_standby
     ],
 )
 def test_setting_is_matched_generously(setting: str, verdict: object) -> None:
-    assert could_be_taken_for_standby(setting, "pgrealtime") is verdict
+    assert may_match_standby_names(setting, "pgrealtime") is verdict

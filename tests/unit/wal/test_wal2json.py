@@ -6,11 +6,11 @@ import pytest
 from msgspec.structs import replace
 
 from pgrealtime.catalog.model import ReplicaIdentity
-from pgrealtime.changes import Delete, Insert, Key, OldImage, Shape, TableName, Update, WholeRow
+from pgrealtime.changes import Delete, Insert, Key, OldImage, RowShape, TableName, Update, WholeRow
 from pgrealtime.errors import UnexpectedMessageError
 from pgrealtime.lsn import Xid, parse_lsn
 from pgrealtime.wal.message import Begin, Commit, Message, RowChange, Truncated
-from pgrealtime.wal.wal2json import Wal2JsonDecoder, options
+from pgrealtime.wal.wal2json import Wal2JsonDecoder, start_replication_options
 from tests.unit.wal.tables import table
 
 T = TableName("public", "t")
@@ -208,24 +208,24 @@ def test_names_are_escaped_for_add_tables() -> None:
     """Else a dot, a comma or an asterisk would name other tables; proved on a server elsewhere."""
     odd = table("We.ird, \"T'\\*", "id")
 
-    assert options([odd])["add-tables"] == "public.We\\.ird\\,\\ \\\"T\\'\\\\\\*"
+    assert start_replication_options([odd])["add-tables"] == "public.We\\.ird\\,\\ \\\"T\\'\\\\\\*"
 
 
 def test_partitioned_table_is_added_by_its_leaves() -> None:
     parts = table("parts", "id", leaves=("parts_2", "parts_1"))
 
-    assert options([parts, table("a", "id")])["add-tables"] == (
+    assert start_replication_options([parts, table("a", "id")])["add-tables"] == (
         "public.a,public.parts_1,public.parts_2"
     )
 
 
 def test_no_tables_add_none() -> None:
     """wal2json takes an empty list as none, and a missing one as all."""
-    assert options([])["add-tables"] == ""
+    assert start_replication_options([])["add-tables"] == ""
     assert Wal2JsonDecoder([]).decode(b'{"action":"B","xid":1}') == Begin(Xid(1))
 
 
-def shapes(*lines: str, columns: str = "id a b") -> list[Shape | None]:
+def shapes(*lines: str, columns: str = "id a b") -> list[RowShape | None]:
     decoder = Wal2JsonDecoder([table("t", columns)])
     told = [decoder.decode(text.encode()) for text in lines]
     return [one.shape for one in told if isinstance(one, RowChange)]

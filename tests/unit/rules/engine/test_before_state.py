@@ -11,9 +11,9 @@ import pytest
 
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.changes import Change, Delete, Insert, Row, TableName, Truncate, Update, WholeRow
-from pgrealtime.rules.engine.before_state import Past, Pasts, tables_of
-from pgrealtime.rules.language.request import Request
-from pgrealtime.rules.sql.reference import Reference, reference
+from pgrealtime.rules.engine.before_state import BeforeState, BeforeStates, reachable_tables
+from pgrealtime.rules.language.request import RuleRequest
+from pgrealtime.rules.sql.reference import ReferenceQuery, reference_query
 from tests.unit.rules.schema import COLLECTIONS, USERS, collection
 from tests.unit.rules.schema import POSTS as POSTS_COLLECTION
 
@@ -35,12 +35,12 @@ def test_a_transaction_is_not_looked_through_before_somebody_asks_and_then_once(
     """Most deletes are judged by their rows alone, some at a time of very many."""
     change = CountingChange()
     changes = (cast("Change", change),)
-    pasts = Pasts({})
+    pasts = BeforeStates({})
     for _ in range(3):
-        assert pasts.of(changes).overlays([]) == ()
+        assert pasts.state_before(changes).overlays([]) == ()
     assert change.looks == 0
     for _ in range(3):
-        assert pasts.of(changes).overlays([NOTES]) == ()
+        assert pasts.state_before(changes).overlays([NOTES]) == ()
     assert change.looks == 1
 
 
@@ -109,30 +109,32 @@ def test_a_table_is_as_it_was_before_the_transaction(
     changes: list[Change], before: list[Row], touched: set[str]
 ) -> None:
     """The first image of each row that was there, and no row that wasn't."""
-    (overlay,) = Past(changes, tables_of(COLLECTIONS)).overlays([PEOPLE])
+    (overlay,) = BeforeState(changes, reachable_tables(COLLECTIONS)).overlays([PEOPLE])
 
     assert overlay.table == USERS.table
-    assert list(overlay.before) == before
-    assert {row["id"] for row in overlay.touched} == touched
+    assert list(overlay.old_images) == before
+    assert {row["id"] for row in overlay.changed_rows} == touched
 
 
 def test_a_row_is_told_by_its_whole_key() -> None:
     one = collection("pairs")
     table = replace(one.table, primary_key=("a", "b"))
     rows: list[Row] = [{"a": "1", "b": "1"}, {"a": "1", "b": "2"}, {"a": None, "b": "1"}]
-    past = Past([Delete(table.name, WholeRow(row)) for row in rows], {table.name: table})
+    past = BeforeState([Delete(table.name, WholeRow(row)) for row in rows], {table.name: table})
     (overlay,) = past.overlays([table.name])
-    assert list(overlay.before) == rows
+    assert list(overlay.old_images) == rows
 
 
 def _question(changes: list[Change]) -> object:
     """Return what is asked about a deleted post whose rule reads its author's row."""
-    request = Request(principal=AuthRecord(collection_id="x", collection_name="users", id="ann"))
-    asked = reference(COLLECTIONS, POSTS_COLLECTION, "author.name = 'Ann'", request)
-    assert isinstance(asked, Reference)
-    overlays = Past(changes, tables_of(COLLECTIONS)).overlays(asked.tables)
+    request = RuleRequest(
+        principal=AuthRecord(collection_id="x", collection_name="users", id="ann")
+    )
+    asked = reference_query(COLLECTIONS, POSTS_COLLECTION, "author.name = 'Ann'", request)
+    assert isinstance(asked, ReferenceQuery)
+    overlays = BeforeState(changes, reachable_tables(COLLECTIONS)).overlays(asked.tables)
     row: Row = {"id": "p", "author": "1"}
-    return asked.question_before([row], datetime.now(UTC), overlays)
+    return asked.sql_query_before([row], datetime.now(UTC), overlays)
 
 
 def test_what_was_truncated_is_not_known_and_not_taken_for_empty() -> None:
@@ -153,10 +155,10 @@ def test_a_large_transaction_is_looked_through_once_for_all_of_its_batches() -> 
     """Else a DELETE of many rows takes time by the square of them."""
     change = CountingChange()
     changes = (cast("Change", change),)
-    pasts = Pasts({})
+    pasts = BeforeStates({})
     for _ in range(100):
         pasts.begin_batch()
-        pasts.of(changes).overlays([NOTES])
+        pasts.state_before(changes).overlays([NOTES])
         pasts.begin_batch()  # of another reader of the changelog, somewhere else in it
     assert change.looks == 1
 
@@ -165,8 +167,8 @@ def test_a_transaction_that_no_batch_needs_any_more_is_let_go_of() -> None:
     """The changelog may have trimmed it long ago."""
     change = CountingChange()
     changes = (cast("Change", change),)
-    pasts = Pasts({})
-    pasts.of(changes)
+    pasts = BeforeStates({})
+    pasts.state_before(changes)
     held = sys.getrefcount(changes)
     for _ in range(20):
         pasts.begin_batch()

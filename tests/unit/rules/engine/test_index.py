@@ -14,12 +14,17 @@ import pytest
 
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.changes import Row
-from pgrealtime.rules.engine.evaluation import Case
-from pgrealtime.rules.engine.formula import Facts
-from pgrealtime.rules.engine.index import Index
-from pgrealtime.rules.engine.plan import Bound, Planner, Variant, moment
-from pgrealtime.rules.language.request import Request
-from pgrealtime.rules.memory.compare import WORK, Scalar
+from pgrealtime.rules.engine.evaluation import RowEvaluation
+from pgrealtime.rules.engine.formula import RowVerdicts
+from pgrealtime.rules.engine.index import PredicateIndex
+from pgrealtime.rules.engine.plan import (
+    BoundPredicate,
+    RuleCompiler,
+    Specialization,
+    macro_values_at,
+)
+from pgrealtime.rules.language.request import RuleRequest
+from pgrealtime.rules.memory.compare import WORK_BUDGET, Scalar
 from tests.unit.rules.schema import COLLECTIONS, POSTS
 
 NOW = datetime(2024, 5, 6, tzinfo=UTC)
@@ -42,7 +47,7 @@ LOCAL = (
 
 @dataclass(eq=False, slots=True)
 class Asker:
-    variant: Variant
+    specialization: Specialization
     values: tuple[Scalar, ...]
 
 
@@ -57,22 +62,22 @@ def test_what_holds_for_all_items_is_found_out_once(
     rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not for each combination of the items that the comparisons share."""
-    bound = Planner(COLLECTIONS).bind(POSTS, rule, Request())
-    assert isinstance(bound, Bound)
+    bound = RuleCompiler(COLLECTIONS).bind_caller(POSTS, rule, RuleRequest())
+    assert isinstance(bound, BoundPredicate)
     row = dict.fromkeys(column.name for column in POSTS.table.columns)
     lists = {
         name: "{" + ",".join(f"{name}{n:02}" for n in range(20)) + "}"
         for name in ("tags", "reviewers")
     }
-    monkeypatch.setattr(WORK, "left", 10_000.0)
+    monkeypatch.setattr(WORK_BUDGET, "units_left", 10_000.0)
 
-    facts = Facts({**row, **lists}, frozenset(), moment(NOW))
-    assert facts.decide(bound.variant.formula, bound.values) is not None
-    assert WORK.left > 8_000  # 400 pairs for all of it, and 400 for what is searched
+    facts = RowVerdicts({**row, **lists}, frozenset(), macro_values_at(NOW))
+    assert facts.evaluate(bound.specialization.formula, bound.values) is not None
+    assert WORK_BUDGET.units_left > 8_000  # 400 pairs for all of it, and 400 for what is searched
 
 
 def askers(rule: str, count: int, chance: Random) -> Iterator[Asker]:
-    planner = Planner(COLLECTIONS)
+    planner = RuleCompiler(COLLECTIONS)
     for _ in range(count):
         who = AuthRecord(
             collection_id="pbc_users", collection_name="users", id=f"u{chance.randrange(5)}"
@@ -81,9 +86,9 @@ def askers(rule: str, count: int, chance: Random) -> Iterator[Asker]:
             "q": chance.choice(["", "a", "u1", "5", "b%"]),
             "n": chance.choice(["0", "2", "x"]),
         }
-        bound = planner.bind(POSTS, rule, Request(principal=who, query=query))
-        if isinstance(bound, Bound):
-            yield Asker(bound.variant, bound.values)
+        bound = planner.bind_caller(POSTS, rule, RuleRequest(principal=who, query=query))
+        if isinstance(bound, BoundPredicate):
+            yield Asker(bound.specialization, bound.values)
 
 
 def post(chance: Random) -> Row:
@@ -104,17 +109,17 @@ def post(chance: Random) -> Row:
     }
 
 
-def found(index: Index[Asker], row: Row) -> set[Asker]:
-    case: Case[Asker] = Case(Facts(row, frozenset(), moment(NOW)))
-    case.search(index)
-    assert not case.is_open
+def found(index: PredicateIndex[Asker], row: Row) -> set[Asker]:
+    case: RowEvaluation[Asker] = RowEvaluation(RowVerdicts(row, frozenset(), macro_values_at(NOW)))
+    case.evaluate_index(index)
+    assert not case.has_open_tests
     return set(case.hits)
 
 
 def tried(members: list[Asker], row: Row) -> set[Asker]:
     """Ask everybody, without any index."""
-    facts = Facts(row, frozenset(), moment(NOW))
-    return {one for one in members if facts.decide(one.variant.formula, one.values)}
+    facts = RowVerdicts(row, frozenset(), macro_values_at(NOW))
+    return {one for one in members if facts.evaluate(one.specialization.formula, one.values)}
 
 
 @pytest.mark.parametrize("rule", LOCAL)
@@ -122,7 +127,7 @@ def test_a_row_leads_to_whom_it_concerns_and_nobody_else(rule: str) -> None:
     """By every path the same as by asking everybody, while members come and go."""
     seed = Random().randrange(1 << 32)
     chance = Random(seed)
-    index: Index[Asker] = Index()
+    index: PredicateIndex[Asker] = PredicateIndex()
     members = list(askers(rule, 40, chance))
     for member in members:
         index.add(member)
@@ -137,13 +142,13 @@ def test_a_row_leads_to_whom_it_concerns_and_nobody_else(rule: str) -> None:
 
 
 def one_each(count: int, rule: str = "author = @request.auth.id") -> list[Asker]:
-    planner = Planner(COLLECTIONS)
+    planner = RuleCompiler(COLLECTIONS)
     made = []
     for n in range(count):
         who = AuthRecord(collection_id="pbc_users", collection_name="users", id=f"u{n}")
-        bound = planner.bind(POSTS, rule, Request(principal=who))
-        assert isinstance(bound, Bound)
-        made.append(Asker(bound.variant, bound.values))
+        bound = planner.bind_caller(POSTS, rule, RuleRequest(principal=who))
+        assert isinstance(bound, BoundPredicate)
+        made.append(Asker(bound.specialization, bound.values))
     return made
 
 
@@ -154,7 +159,7 @@ def test_a_subscriber_takes_few_bytes() -> None:
     gc.collect()
     tracemalloc.start()
     members = one_each(count)
-    index: Index[Asker] = Index()
+    index: PredicateIndex[Asker] = PredicateIndex()
     for member in members:
         index.add(member)
     taken = tracemalloc.get_traced_memory()[0]
@@ -178,7 +183,7 @@ def test_the_cost_of_a_row_does_not_grow_with_who_is_there(rule: str) -> None:
     rows = [{**post(Random(n)), "author": f"u{n}", "tags": f"{{u{n}}}"} for n in range(200)]
 
     def cost(count: int) -> float:
-        index: Index[Asker] = Index()
+        index: PredicateIndex[Asker] = PredicateIndex()
         for member in one_each(count, rule):
             index.add(member)
         best = float("inf")

@@ -10,34 +10,36 @@ from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collections
 from pgrealtime.errors import RuleError, RuleUnsupportedError
-from pgrealtime.rules.engine.formula import Leaf, leaves
-from pgrealtime.rules.engine.index_paths import Kind
-from pgrealtime.rules.engine.plan import Bound, Planner, columns_asked
-from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.engine.formula import TestCall, each_test_call
+from pgrealtime.rules.engine.index_paths import LookupKind
+from pgrealtime.rules.engine.plan import BoundPredicate, RuleCompiler, caller_columns_read_by_rules
+from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.memory.compare import UndecidedError
 from pgrealtime.rules.sql.joins import MAX_JOINS
-from pgrealtime.rules.sql.reference import Nobody, Reference, reference, validate
+from pgrealtime.rules.sql.reference import DenyAll, ReferenceQuery, check_rule, reference_query
 from tests.unit.rules.schema import COLLECTIONS, POSTS
 
 ANN = AuthRecord(collection_id="pbc_users", collection_name="users", id="uann")
 BOB = replace(ANN, id="ubob")
 OWN: Row = {"id": "uann", "name": "Ann", "level": "3"}
 
-PLANNER = Planner(COLLECTIONS)
+PLANNER = RuleCompiler(COLLECTIONS)
 
 
-def bind(rule: str | None, who: Principal = ANN, text: str = "", **query: str) -> Bound:
+def bind(rule: str | None, who: Principal = ANN, text: str = "", **query: str) -> BoundPredicate:
     """Bind it for somebody whom it doesn't exclude."""
     if text:
         query["filter"] = text
-    bound = PLANNER.bind(POSTS, rule, Request(principal=who, query=query))
-    assert isinstance(bound, Bound)
+    bound = PLANNER.bind_caller(POSTS, rule, RuleRequest(principal=who, query=query))
+    assert isinstance(bound, BoundPredicate)
     return bound
 
 
-def ways(bound: Bound) -> list[tuple[str, bool, int]]:
+def ways(bound: BoundPredicate) -> list[tuple[str, bool, int]]:
     """Kind, exactness and number of guards of each path."""
-    return [(path.kind.name, path.is_exact, len(path.guards)) for path in bound.variant.paths]
+    return [
+        (path.kind.name, path.is_exact, len(path.guards)) for path in bound.specialization.paths
+    ]
 
 
 def _of_reviewers(comparisons: int) -> str:
@@ -48,16 +50,21 @@ def _of_reviewers(comparisons: int) -> str:
 def test_joins_are_counted_those_for_counter_examples_included() -> None:
     """PocketBase has no limit; whoever plans thousands of joins has to wait for seconds."""
     most = (MAX_JOINS - 2) // 2
-    guest = Request()
-    assert isinstance(reference(COLLECTIONS, POSTS, _of_reviewers(most), guest), Reference)
-    assert isinstance(PLANNER.bind(POSTS, _of_reviewers(most), guest), Bound)
+    guest = RuleRequest()
+    assert isinstance(
+        reference_query(COLLECTIONS, POSTS, _of_reviewers(most), guest), ReferenceQuery
+    )
+    assert isinstance(PLANNER.bind_caller(POSTS, _of_reviewers(most), guest), BoundPredicate)
 
     text = _of_reviewers(most + 1)
     with pytest.raises(RuleUnsupportedError, match="more than 300 joins"):
-        validate(COLLECTIONS, POSTS, text)
-    asked = Request(query={"filter": text})
-    for refused in (reference(COLLECTIONS, POSTS, "", asked), PLANNER.bind(POSTS, "", asked)):
-        assert isinstance(refused, Nobody)
+        check_rule(COLLECTIONS, POSTS, text)
+    asked = RuleRequest(query={"filter": text})
+    for refused in (
+        reference_query(COLLECTIONS, POSTS, "", asked),
+        PLANNER.bind_caller(POSTS, "", asked),
+    ):
+        assert isinstance(refused, DenyAll)
         assert "more than 300 joins" in refused.reason
 
 
@@ -67,7 +74,9 @@ def test_combinations_of_items_are_counted_before_they_are_gone_through() -> Non
     more = hundred[:-1] + ",y}"
     for rule in ("tags:each ?= reviewers:each && title = 'x'", "tags:each = reviewers:each"):
         (test,) = (
-            leaf.atom.test for leaf in leaves(bind(rule).variant.formula) if _has_lists(leaf)
+            leaf.test.in_process
+            for leaf in each_test_call(bind(rule).specialization.formula)
+            if _has_lists(leaf)
         )
         assert test is not None
         row: Row = {"title": "x", "tags": hundred, "reviewers": hundred}
@@ -76,8 +85,8 @@ def test_combinations_of_items_are_counted_before_they_are_gone_through() -> Non
             test({**row, "tags": more}, ())
 
 
-def _has_lists(leaf: Leaf) -> bool:
-    return "tags" in leaf.atom.columns
+def _has_lists(leaf: TestCall) -> bool:
+    return "tags" in leaf.test.columns
 
 
 @pytest.mark.parametrize(
@@ -90,16 +99,16 @@ def _has_lists(leaf: Leaf) -> bool:
             "author = @request.auth.id || title = @request.query.q",
             [("KEY", True, 0), ("KEY", True, 0)],
         ),
-        ("author = @request.auth.id || published = 1", [("KEY", True, 0), ("FREE", True, 1)]),
+        ("author = @request.auth.id || published = 1", [("KEY", True, 0), ("ALL", True, 1)]),
         ("tags:each ?= @request.query.q", [("KEY", True, 0)]),
         ("tags:each = @request.query.q", [("KEY", False, 0)]),
         ("tags:each ?= @request.query.q && tags:each ?~ 'x'", [("KEY", False, 0)]),
-        ("author != @request.auth.id", [("NOT", True, 0)]),
+        ("author != @request.auth.id", [("EXCEPT", True, 0)]),
         ("title < @request.query.q", [("RANGE", True, 0)]),
         ("@request.query.q >= title && published = 1", [("RANGE", True, 1)]),
-        ("title ~ @request.query.q", [("FREE", False, 0)]),
-        ("title ~ @request.query.q && published = 1", [("FREE", False, 1)]),
-        ("published = 1 && pub_date < @now", [("FREE", True, 1)]),
+        ("title ~ @request.query.q", [("ALL", False, 0)]),
+        ("title ~ @request.query.q && published = 1", [("ALL", False, 1)]),
+        ("published = 1 && pub_date < @now", [("ALL", True, 1)]),
         ("author.manager = @request.auth.id", [("REMOTE", True, 0)]),
         ("comments_via_post.post.author ?= @request.auth.id", [("REMOTE", True, 0)]),
         ("comments_via_post.post.author = @request.auth.id", [("REMOTE", False, 0)]),
@@ -112,8 +121,8 @@ def _has_lists(leaf: Leaf) -> bool:
             [("REMOTE", False, 0)],
         ),
         ("author = @request.auth.id && author.name ~ 'x'", [("KEY", True, 1)]),
-        ("author.name ~ 'x'", [("FREE", True, 1)]),
-        ("author.name ~ @request.query.q", [("FREE", False, 0)]),
+        ("author.name ~ 'x'", [("ALL", True, 1)]),
+        ("author.name ~ @request.query.q", [("ALL", False, 0)]),
     ],
 )
 def test_the_way_to_subscribers(rule: str, expected: list[tuple[str, bool, int]]) -> None:
@@ -124,25 +133,27 @@ def test_the_way_to_subscribers(rule: str, expected: list[tuple[str, bool, int]]
 def test_equalities_that_must_all_hold_are_one_key() -> None:
     """In whatever order they stand, also when one is the client's."""
     paths = [
-        *bind("author = @request.auth.id && title = @request.query.q", q="x").variant.paths,
-        *bind("author = @request.auth.id", text="title = 'y'").variant.paths,
-        *bind("title = @request.query.q && author = @request.auth.id", q="z").variant.paths,
+        *bind("author = @request.auth.id && title = @request.query.q", q="x").specialization.paths,
+        *bind("author = @request.auth.id", text="title = 'y'").specialization.paths,
+        *bind("title = @request.query.q && author = @request.auth.id", q="z").specialization.paths,
     ]
 
-    assert [path.kind for path in paths] == [Kind.KEY] * 3
-    assert len({path.lead for path in paths}) == 1
+    assert [path.kind for path in paths] == [LookupKind.KEY] * 3
+    assert len({path.entries_key for path in paths}) == 1
 
 
 def test_literals_of_filters_are_values_and_not_templates() -> None:
     one, other = (bind("", text=f"title = '{text}' && views > {n}") for n, text in enumerate("ab"))
 
-    assert one.variant is other.variant
+    assert one.specialization is other.specialization
     assert (one.values, other.values) == (("a", 0.0), ("b", 1.0))
 
 
 def test_a_class_of_values_has_a_template_of_its_own() -> None:
     """``title = 5`` asks for the text 5.0, and an empty literal for what is missing as well."""
-    made = {bind("", text=f"title = {literal}").variant for literal in ("'a'", "5", "''", "'7'")}
+    made = {
+        bind("", text=f"title = {literal}").specialization for literal in ("'a'", "5", "''", "'7'")
+    }
 
     assert len(made) == 4
 
@@ -154,8 +165,8 @@ def test_what_depends_on_the_subscriber_alone_is_decided_once() -> None:
 
     assert bind(rule, ANN) == bind(rule, BOB)
     assert bind(rule, ANN).values == ()
-    assert bind(rule, verified).variant.formula is True
-    assert PLANNER.bind(POSTS, rule, Request(principal=GUEST)) == Nobody("")
+    assert bind(rule, verified).specialization.formula is True
+    assert PLANNER.bind_caller(POSTS, rule, RuleRequest(principal=GUEST)) == DenyAll("")
 
 
 @pytest.mark.parametrize(
@@ -170,17 +181,19 @@ def test_what_depends_on_the_subscriber_alone_is_decided_once() -> None:
 )
 def test_what_asks_of_the_subscriber_is_marked(rule: str, text: str, *, expected: bool) -> None:
     """It is no longer asked of rows that came after somebody was deleted."""
-    assert bind(rule, text=text, auth="x", q="y").variant.asks_caller is expected
+    assert bind(rule, text=text, auth="x", q="y").specialization.reads_caller is expected
 
 
 def test_a_known_row_of_the_subscriber_s_own_is_a_value() -> None:
     rule = "@request.auth.name = 'Ann' && views > @request.auth.level"
-    known = PLANNER.bind(POSTS, rule, Request(principal=ANN), OWN)
-    unknown = PLANNER.bind(POSTS, rule, Request(principal=ANN))
-    partly = PLANNER.bind(POSTS, rule, Request(principal=ANN), {"id": "uann", "name": "Ann"})
+    known = PLANNER.bind_caller(POSTS, rule, RuleRequest(principal=ANN), OWN)
+    unknown = PLANNER.bind_caller(POSTS, rule, RuleRequest(principal=ANN))
+    partly = PLANNER.bind_caller(
+        POSTS, rule, RuleRequest(principal=ANN), {"id": "uann", "name": "Ann"}
+    )
 
-    assert isinstance(known, Bound)
-    assert isinstance(unknown, Bound)
+    assert isinstance(known, BoundPredicate)
+    assert isinstance(unknown, BoundPredicate)
     assert known.values == ("uann", "there", "3")
     assert unknown.values == ("uann",)
     assert partly == unknown
@@ -195,29 +208,33 @@ def test_columns_that_rules_ask_of_people() -> None:
     )
     others = (c for c in COLLECTIONS.values() if c.name != "posts")
 
-    assert columns_asked(Collections((posts, *others))) == {"users": ("groups", "manager", "name")}
+    assert caller_columns_read_by_rules(Collections((posts, *others))) == {
+        "users": ("groups", "manager", "name")
+    }
 
 
 def test_superusers_pass_every_rule_and_no_filter() -> None:
     root = Superuser("root")
 
-    assert bind(None, root).variant.formula is True
+    assert bind(None, root).specialization.formula is True
     assert ways(bind(None, root, text="title = 'x'")) == [("KEY", True, 0)]
 
 
 def test_nobody_else_passes_a_locked_rule() -> None:
-    assert isinstance(PLANNER.bind(POSTS, None, Request(principal=ANN)), Nobody)
+    assert isinstance(PLANNER.bind_caller(POSTS, None, RuleRequest(principal=ANN)), DenyAll)
 
 
 def test_a_rule_that_is_bad_for_everybody_is_an_error() -> None:
     with pytest.raises(RuleError):
-        PLANNER.bind(POSTS, "titel = 'x'", Request(principal=ANN))
+        PLANNER.bind_caller(POSTS, "titel = 'x'", RuleRequest(principal=ANN))
 
 
 def test_a_refused_filter_admits_nobody() -> None:
-    bound = PLANNER.bind(POSTS, "", Request(principal=ANN, query={"filter": "internal = 'x'"}))
+    bound = PLANNER.bind_caller(
+        POSTS, "", RuleRequest(principal=ANN, query={"filter": "internal = 'x'"})
+    )
 
-    assert isinstance(bound, Nobody)
+    assert isinstance(bound, DenyAll)
     assert bound.reason == 'the filter is refused: rule_name: field "internal" is hidden'
 
 
@@ -227,21 +244,26 @@ def test_a_sort_that_is_refused_refuses_the_filter_beside_it(word: str) -> None:
     sort = {"sort": f"-{word}x"}
     both = {"filter": "title = 'x'", **sort}
 
-    assert isinstance(PLANNER.bind(POSTS, "", Request(principal=ANN, query=both)), Nobody)
-    assert isinstance(reference(COLLECTIONS, POSTS, "", Request(query=both)), Nobody)
-    assert isinstance(PLANNER.bind(POSTS, "", Request(principal=ANN, query=sort)), Bound)
-    root = Request(principal=Superuser("root"), query=both)
-    assert isinstance(PLANNER.bind(POSTS, "", root), Bound)
+    assert isinstance(
+        PLANNER.bind_caller(POSTS, "", RuleRequest(principal=ANN, query=both)), DenyAll
+    )
+    assert isinstance(reference_query(COLLECTIONS, POSTS, "", RuleRequest(query=both)), DenyAll)
+    assert isinstance(
+        PLANNER.bind_caller(POSTS, "", RuleRequest(principal=ANN, query=sort)), BoundPredicate
+    )
+    root = RuleRequest(principal=Superuser("root"), query=both)
+    assert isinstance(PLANNER.bind_caller(POSTS, "", root), BoundPredicate)
 
 
 def test_texts_are_put_in_order_by_postgres_where_bytes_are_no_code_points() -> None:
     """In LATIN9 the euro comes before every accented letter."""
-    planner = Planner(Collections(tuple(COLLECTIONS.values()), encoding="LATIN9"))
-    request = Request(principal=ANN, query={"q": "a"})
-    bound = planner.bind(POSTS, "title < @request.query.q && views < 3", request)
+    planner = RuleCompiler(Collections(tuple(COLLECTIONS.values()), server_encoding="LATIN9"))
+    request = RuleRequest(principal=ANN, query={"q": "a"})
+    bound = planner.bind_caller(POSTS, "title < @request.query.q && views < 3", request)
 
-    assert isinstance(bound, Bound)
+    assert isinstance(bound, BoundPredicate)
     decided = {
-        leaf.atom.test is not None: leaf.atom.columns for leaf in leaves(bound.variant.formula)
+        leaf.test.in_process is not None: leaf.test.columns
+        for leaf in each_test_call(bound.specialization.formula)
     }
     assert decided == {False: {"title"}, True: {"views"}}

@@ -10,24 +10,24 @@ import pytest
 
 from pgrealtime.auth.principal import AuthRecord, Superuser
 from pgrealtime.rules.language.parameters import (
-    Form,
-    Lifted,
-    Literal,
+    LiftedLiteral,
+    LiteralParameter,
     Macro,
     Parameter,
+    ParameterClass,
     RequestValue,
     Scalar,
-    Shape,
-    json_text,
+    SqlForm,
+    fixed_parameter_class,
+    json_in_jsonb_order,
+    like_pattern,
     looks_numeric,
-    number_text,
-    pattern,
-    render,
-    shape,
-    static_shape,
-    value,
+    parameter_class,
+    parameter_value,
+    sqlite_float_text,
+    to_sql_value,
 )
-from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.language.request import RuleRequest
 
 NOW = datetime(2024, 2, 29, 23, 5, 7, 89_999, tzinfo=UTC)
 
@@ -56,41 +56,41 @@ NOW = datetime(2024, 2, 29, 23, 5, 7, 89_999, tzinfo=UTC)
 def test_macro_is_taken_in_utc(macro: Macro, expected: str | int) -> None:
     """Wherever the service runs; and its class is known without a moment."""
     elsewhere = NOW.astimezone(timezone(timedelta(hours=5)))
-    found = value(macro, Request(), elsewhere)
+    found = parameter_value(macro, RuleRequest(), elsewhere)
     assert found == expected
-    assert static_shape(macro) is shape(found)
+    assert fixed_parameter_class(macro) is parameter_class(found)
 
 
 def test_weekday_of_a_sunday_is_0() -> None:
-    assert value(Macro.WEEKDAY, Request(), datetime(2024, 3, 3, tzinfo=UTC)) == 0
+    assert parameter_value(Macro.WEEKDAY, RuleRequest(), datetime(2024, 3, 3, tzinfo=UTC)) == 0
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (None, Shape.ABSENT),
-        ("", Shape.EMPTY),
-        (" ", Shape.TEXT),
-        ("abc", Shape.TEXT),
-        ("5", Shape.NUMERIC),
-        (" 5.0 ", Shape.NUMERIC),
-        ("-.5e1", Shape.NUMERIC),
-        ("0x5", Shape.TEXT),
-        ("5a", Shape.TEXT),
-        ("1_0", Shape.TEXT),
-        ("inf", Shape.TEXT),
-        ("\u0665", Shape.TEXT),
-        ("a\\", Shape.TEXT),
-        ("%\\", Shape.DANGLING),
-        ("%\\\\", Shape.TEXT),
-        (5.0, Shape.NUMBER),
-        (math.nan, Shape.NUMBER),
-        (5, Shape.INTEGER),
-        (False, Shape.INTEGER),
+        (None, ParameterClass.ABSENT),
+        ("", ParameterClass.EMPTY),
+        (" ", ParameterClass.TEXT),
+        ("abc", ParameterClass.TEXT),
+        ("5", ParameterClass.NUMERIC_TEXT),
+        (" 5.0 ", ParameterClass.NUMERIC_TEXT),
+        ("-.5e1", ParameterClass.NUMERIC_TEXT),
+        ("0x5", ParameterClass.TEXT),
+        ("5a", ParameterClass.TEXT),
+        ("1_0", ParameterClass.TEXT),
+        ("inf", ParameterClass.TEXT),
+        ("\u0665", ParameterClass.TEXT),
+        ("a\\", ParameterClass.TEXT),
+        ("%\\", ParameterClass.DANGLING_ESCAPE),
+        ("%\\\\", ParameterClass.TEXT),
+        (5.0, ParameterClass.FLOAT),
+        (math.nan, ParameterClass.FLOAT),
+        (5, ParameterClass.INTEGER),
+        (False, ParameterClass.INTEGER),
     ],
 )
-def test_shape_is_all_that_a_translation_sees(content: Scalar, expected: Shape) -> None:
-    assert shape(content) is expected
+def test_shape_is_all_that_a_translation_sees(content: Scalar, expected: ParameterClass) -> None:
+    assert parameter_class(content) is expected
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_shape_is_all_that_a_translation_sees(content: Scalar, expected: Shape) 
 )
 def test_constant_becomes_a_pattern_once(content: str | float, expected: str) -> None:
     """A text with an unescaped ``%`` is one already; any other is looked for as it stands."""
-    assert pattern(content) == expected
+    assert like_pattern(content) == expected
 
 
 @pytest.mark.parametrize(
@@ -143,38 +143,42 @@ def test_number_is_shown_as_sqlite_shows_it(number: float, text: str) -> None:
 
     The texts are what PocketBase 0.40.6 was seen to make of the numbers.
     """
-    assert number_text(number) == text
+    assert sqlite_float_text(number) == text
 
 
 @pytest.mark.parametrize(
     ("content", "form", "expected"),
     [
-        (5.0, Form.TEXT, "5.0"),
-        (5, Form.TEXT, "5"),
-        (True, Form.TEXT, "1"),
-        (" 5 ", Form.NUMBER, "5"),
-        (5.0, Form.NUMBER, "5"),
-        (0.1, Form.NUMBER, "0.1"),
-        ("9007199254740993", Form.NUMBER, "9007199254740993"),
-        ("1e999", Form.NUMBER, "Infinity"),
-        ("1e-999", Form.NUMBER, "0"),
-        (math.nan, Form.NUMBER, None),
-        (math.nan, Form.TEXT, None),
-        ("00000000-0000-0000-0000-00000000000a", Form.UUID, "00000000-0000-0000-0000-00000000000a"),
-        ("00000000-0000-0000-0000-00000000000A", Form.UUID, None),
-        ("7", Form.INTEGER, "7"),
-        ("07", Form.INTEGER, None),
-        ("-0", Form.INTEGER, None),
-        ("9223372036854775807", Form.INTEGER, "9223372036854775807"),
-        ("9223372036854775808", Form.INTEGER, None),
-        (None, Form.PATTERN, None),
+        (5.0, SqlForm.TEXT, "5.0"),
+        (5, SqlForm.TEXT, "5"),
+        (True, SqlForm.TEXT, "1"),
+        (" 5 ", SqlForm.NUMBER, "5"),
+        (5.0, SqlForm.NUMBER, "5"),
+        (0.1, SqlForm.NUMBER, "0.1"),
+        ("9007199254740993", SqlForm.NUMBER, "9007199254740993"),
+        ("1e999", SqlForm.NUMBER, "Infinity"),
+        ("1e-999", SqlForm.NUMBER, "0"),
+        (math.nan, SqlForm.NUMBER, None),
+        (math.nan, SqlForm.TEXT, None),
+        (
+            "00000000-0000-0000-0000-00000000000a",
+            SqlForm.UUID,
+            "00000000-0000-0000-0000-00000000000a",
+        ),
+        ("00000000-0000-0000-0000-00000000000A", SqlForm.UUID, None),
+        ("7", SqlForm.INTEGER, "7"),
+        ("07", SqlForm.INTEGER, None),
+        ("-0", SqlForm.INTEGER, None),
+        ("9223372036854775807", SqlForm.INTEGER, "9223372036854775807"),
+        ("9223372036854775808", SqlForm.INTEGER, None),
+        (None, SqlForm.PATTERN, None),
     ],
 )
 def test_value_is_handed_over_in_the_form_asked_for(
-    content: Scalar, form: Form, expected: Scalar
+    content: Scalar, form: SqlForm, expected: Scalar
 ) -> None:
     """What isn't of a key's type becomes NULL, which matches nothing, and no error."""
-    assert render(content, form) == expected
+    assert to_sql_value(content, form) == expected
 
 
 @pytest.mark.parametrize(
@@ -190,7 +194,7 @@ def test_value_is_handed_over_in_the_form_asked_for(
 )
 def test_json_text_has_its_keys_in_the_order_of_jsonb(text: str, expected: str) -> None:
     """The order is forgotten there; only compact texts can equal a container at all."""
-    assert json_text(text) == expected
+    assert json_in_jsonb_order(text) == expected
 
 
 ANN = AuthRecord(
@@ -201,21 +205,21 @@ ANN = AuthRecord(
 @pytest.mark.parametrize(
     ("parameter", "expected"),
     [
-        (Literal("x\0"), "x\ufffd"),
-        (Literal("\ud800"), "\ufffd"),
-        (Lifted(1), "two"),
+        (LiteralParameter("x\0"), "x\ufffd"),
+        (LiteralParameter("\ud800"), "\ufffd"),
+        (LiftedLiteral(1), "two"),
         (RequestValue(("context",)), "realtime"),
         (RequestValue(("method",)), "GET"),
         (RequestValue(("query", "n")), "5.50"),
-        (RequestValue(("query", "n"), as_number=True), 5.5),
-        (RequestValue(("query", "n"), as_number=True, is_lower=True), "5.5"),
-        (RequestValue(("query", "k"), as_number=True), "ÄbC"),
+        (RequestValue(("query", "n"), is_read_as_number=True), 5.5),
+        (RequestValue(("query", "n"), is_read_as_number=True, is_lower=True), "5.5"),
+        (RequestValue(("query", "k"), is_read_as_number=True), "ÄbC"),
         (RequestValue(("query", "k"), is_lower=True), "Äbc"),
-        (RequestValue(("query", "big"), as_number=True), "1e999"),
+        (RequestValue(("query", "big"), is_read_as_number=True), "1e999"),
         (RequestValue(("query", "nope")), None),
         (RequestValue(("query", "nope"), is_lower=True), None),
-        (RequestValue(("query", "nope"), is_set=True), 0),
-        (RequestValue(("query", "k"), is_set=True), 1),
+        (RequestValue(("query", "nope"), is_isset=True), 0),
+        (RequestValue(("query", "k"), is_isset=True), 1),
         (RequestValue(("query", "k", "deeper")), None),
         (RequestValue(("body", "k")), None),
         (RequestValue(("headers", "x_token")), "t"),
@@ -225,28 +229,31 @@ ANN = AuthRecord(
     ],
 )
 def test_value_comes_from_the_subscription(parameter: Parameter, expected: Scalar) -> None:
-    request = Request(
+    request = RuleRequest(
         principal=ANN,
         query={"n": "5.50", "k": "ÄbC", "big": "1e999"},
         headers={"x_token": "t"},
     )
-    found = value(parameter, request, NOW, ("one", "two"))
+    found = parameter_value(parameter, request, NOW, ("one", "two"))
     assert found == expected
     assert isinstance(found, type(expected))
 
 
 def test_lowered_number_is_a_text_and_as_a_pattern_the_number() -> None:
     """``title ~ @request.query.views:lower`` looks for 5, and ``title =`` it for 5.0."""
-    parameter = RequestValue(("query", "views"), as_number=True, is_lower=True)
-    found = value(parameter, Request(query={"views": "5"}), NOW)
-    assert (render(found, Form.TEXT), render(found, Form.PATTERN)) == ("5.0", "%5%")
+    parameter = RequestValue(("query", "views"), is_read_as_number=True, is_lower=True)
+    found = parameter_value(parameter, RuleRequest(query={"views": "5"}), NOW)
+    assert (to_sql_value(found, SqlForm.TEXT), to_sql_value(found, SqlForm.PATTERN)) == (
+        "5.0",
+        "%5%",
+    )
 
 
 @pytest.mark.parametrize("field", ["id", "email", "verified", "collectionId"])
 def test_guest_has_no_plain_fields_and_a_superuser_has(field: str) -> None:
     parameter = RequestValue(("auth", field))
-    assert value(parameter, Request(), NOW) is None
-    assert value(parameter, Request(principal=Superuser("s")), NOW) is not None
+    assert parameter_value(parameter, RuleRequest(), NOW) is None
+    assert parameter_value(parameter, RuleRequest(principal=Superuser("s")), NOW) is not None
 
 
 def test_what_looks_numeric_is_what_sqlite_takes_for_a_number() -> None:

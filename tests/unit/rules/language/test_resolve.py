@@ -12,18 +12,23 @@ from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.errors import RuleError, RuleNameError, RuleSyntaxError, RuleUnsupportedError
 from pgrealtime.rules.language import predicate
-from pgrealtime.rules.language.parameters import Lifted, Literal, Macro, RequestValue
-from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.language.parameters import (
+    LiftedLiteral,
+    LiteralParameter,
+    Macro,
+    RequestValue,
+)
+from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import resolve_filter, resolve_rule
 from pgrealtime.rules.language.syntax import Op
-from pgrealtime.rules.sql.reference import Nobody, Reference, reference, validate
+from pgrealtime.rules.sql.reference import DenyAll, ReferenceQuery, check_rule, reference_query
 from tests.unit.rules.schema import COLLECTIONS, COMMENTS, POSTS, TEAMS, USERS
 
-HERE = predicate.Place(predicate.Here("posts"))
-AUTHOR = HERE.to(predicate.ToOne(POSTS.by_name["author"], "users"))
-REVIEWS = HERE.to(predicate.Items(POSTS.by_name["reviewers"]))
-REVIEWERS = REVIEWS.to(predicate.ToItem("users"))
-SELF = predicate.Place(predicate.AuthRow("users"))
+HERE = predicate.RowPath(predicate.ScopeRow("posts"))
+AUTHOR = HERE.extended_by(predicate.ToOne(POSTS.fields_by_name["author"], "users"))
+REVIEWS = HERE.extended_by(predicate.EachValue(POSTS.fields_by_name["reviewers"]))
+REVIEWERS = REVIEWS.extended_by(predicate.ToEach("users"))
+SELF = predicate.RowPath(predicate.CallerRow("users"))
 
 
 def _left(path: str, auth: Collection | None = USERS) -> predicate.Term:
@@ -32,94 +37,104 @@ def _left(path: str, auth: Collection | None = USERS) -> predicate.Term:
     return where.left
 
 
-def _own(name: str, part: predicate.Part = predicate.Part.WHOLE) -> predicate.FieldValue:
-    return predicate.FieldValue(HERE, POSTS.by_name[name], part)
+def _own(name: str, part: predicate.Modifier = predicate.Modifier.WHOLE) -> predicate.FieldValue:
+    return predicate.FieldValue(HERE, POSTS.fields_by_name[name], part)
 
 
 @pytest.mark.parametrize(
     ("path", "term"),
     [
         ("title", _own("title")),
-        ("title:lower", _own("title", predicate.Part.LOWER)),
+        ("title:lower", _own("title", predicate.Modifier.LOWER)),
         ("author", _own("author")),
         ("author.id", _own("author")),
         (
             "author.id:lower",
-            predicate.FieldValue(AUTHOR, USERS.by_name["id"], predicate.Part.LOWER),
+            predicate.FieldValue(AUTHOR, USERS.fields_by_name["id"], predicate.Modifier.LOWER),
         ),
-        ("author.name", predicate.FieldValue(AUTHOR, USERS.by_name["name"])),
-        ("author.pin", predicate.FieldValue(AUTHOR, USERS.by_name["pin"])),
+        ("author.name", predicate.FieldValue(AUTHOR, USERS.fields_by_name["name"])),
+        ("author.pin", predicate.FieldValue(AUTHOR, USERS.fields_by_name["pin"])),
         ("reviewers", _own("reviewers")),
-        ("reviewers.id", predicate.FieldValue(REVIEWERS, USERS.by_name["id"])),
-        ("reviewers:each", predicate.Item(REVIEWS)),
-        ("reviewers:length", _own("reviewers", predicate.Part.LENGTH)),
-        ("author:each", _own("author", predicate.Part.EACH)),
-        ("status:length", _own("status", predicate.Part.LENGTH)),
+        ("reviewers.id", predicate.FieldValue(REVIEWERS, USERS.fields_by_name["id"])),
+        ("reviewers:each", predicate.EachTerm(REVIEWS)),
+        ("reviewers:length", _own("reviewers", predicate.Modifier.LENGTH)),
+        ("author:each", _own("author", predicate.Modifier.EACH)),
+        ("status:length", _own("status", predicate.Modifier.LENGTH)),
         # modifiers that a field doesn't have are ignored
         ("title:length", _own("title")),
         ("title:isset", _own("title")),
         ("views:each", _own("views")),
         # json and points
-        ("data", predicate.JsonValue(HERE, POSTS.by_name["data"], ())),
-        ("data:each", predicate.JsonValue(HERE, POSTS.by_name["data"], ())),
-        ("data.a.0", predicate.JsonValue(HERE, POSTS.by_name["data"], ("a", "0"))),
-        ("data.a:lower", predicate.JsonValue(HERE, POSTS.by_name["data"], ("alower",))),
-        ("loc.lon", predicate.JsonValue(HERE, POSTS.by_name["loc"], ("lon",))),
+        ("data", predicate.JsonValue(HERE, POSTS.fields_by_name["data"], ())),
+        ("data:each", predicate.JsonValue(HERE, POSTS.fields_by_name["data"], ())),
+        ("data.a.0", predicate.JsonValue(HERE, POSTS.fields_by_name["data"], ("a", "0"))),
+        ("data.a:lower", predicate.JsonValue(HERE, POSTS.fields_by_name["data"], ("alower",))),
+        ("loc.lon", predicate.JsonValue(HERE, POSTS.fields_by_name["loc"], ("lon",))),
         ("loc", _own("loc")),
         # back relations
         (
             "comments_via_post.score",
             predicate.FieldValue(
-                HERE.to(predicate.Back("comments", COMMENTS.by_name["post"], is_unique=False)),
-                COMMENTS.by_name["score"],
+                HERE.extended_by(
+                    predicate.BackRelation(
+                        "comments", COMMENTS.fields_by_name["post"], is_unique=False
+                    )
+                ),
+                COMMENTS.fields_by_name["score"],
             ),
         ),
         # other collections
         (
             "@collection.teams:x.name",
             predicate.FieldValue(
-                predicate.Place(predicate.AllRows("teams", "x")), TEAMS.by_name["name"]
+                predicate.RowPath(predicate.CollectionRows("teams", "x")),
+                TEAMS.fields_by_name["name"],
             ),
         ),
         (
             "@collection.Teams.name",
             predicate.FieldValue(
-                predicate.Place(predicate.AllRows("teams", None)), TEAMS.by_name["name"]
+                predicate.RowPath(predicate.CollectionRows("teams", None)),
+                TEAMS.fields_by_name["name"],
             ),
         ),
         (
             "@collection.pbc_teams.name",
             predicate.FieldValue(
-                predicate.Place(predicate.AllRows("teams", None)), TEAMS.by_name["name"]
+                predicate.RowPath(predicate.CollectionRows("teams", None)),
+                TEAMS.fields_by_name["name"],
             ),
         ),
         # the subscriber
-        ("@request.auth.id", predicate.Constant(RequestValue(("auth", "id")))),
-        ("@request.auth.name", predicate.FieldValue(SELF, USERS.by_name["name"])),
+        ("@request.auth.id", predicate.ParameterTerm(RequestValue(("auth", "id")))),
+        ("@request.auth.name", predicate.FieldValue(SELF, USERS.fields_by_name["name"])),
         (
             "@request.auth.id:lower",
-            predicate.FieldValue(SELF, USERS.by_name["id"], predicate.Part.LOWER),
+            predicate.FieldValue(SELF, USERS.fields_by_name["id"], predicate.Modifier.LOWER),
         ),
         ("@request.auth.nope", predicate.Keyword(None)),
         ("@request.auth.nope.deeper", predicate.Keyword(None)),
         ("@request.auth.posts_via_nope.id", predicate.Keyword(None)),
-        ("@request.query.k", predicate.Constant(RequestValue(("query", "k")))),
+        ("@request.query.k", predicate.ParameterTerm(RequestValue(("query", "k")))),
         (
             "@request.query.views",
-            predicate.Constant(RequestValue(("query", "views"), as_number=True)),
+            predicate.ParameterTerm(RequestValue(("query", "views"), is_read_as_number=True)),
         ),
-        ("@request.query.k:isset", predicate.Constant(RequestValue(("query", "k"), is_set=True))),
+        (
+            "@request.query.k:isset",
+            predicate.ParameterTerm(RequestValue(("query", "k"), is_isset=True)),
+        ),
         (
             "@request.headers.k:lower",
-            predicate.Constant(RequestValue(("headers", "k"), is_lower=True)),
+            predicate.ParameterTerm(RequestValue(("headers", "k"), is_lower=True)),
         ),
-        ("@request.context", predicate.Constant(RequestValue(("context",)))),
+        ("@request.context", predicate.ParameterTerm(RequestValue(("context",)))),
         ("@request.body.title", predicate.Keyword(None)),
-        ("@request.body.title:lower", predicate.Constant(Literal(""))),
+        ("@request.body.title:lower", predicate.ParameterTerm(LiteralParameter(""))),
         ("@request.body.tags:length", predicate.Keyword(False)),
-        ("@request.body.tags:each", predicate.NoItem(is_multiple=True)),
+        ("@request.body.tags:each", predicate.AbsentEach(is_multiple=True)),
         # macros before fields, fields before keywords
-        ("@now", predicate.Constant(Macro.NOW)),
+        ("@now", predicate.ParameterTerm(Macro.NOW)),
         ("true", _own("true")),
         ("True", predicate.Keyword(True)),
         ("NULL", predicate.Keyword(None)),
@@ -202,7 +217,7 @@ def test_bad_rule_is_refused_where_it_is_bad(
 ) -> None:
     """At start an operator reads what is wrong, where, and what was probably meant."""
     with pytest.raises(error) as refused:
-        validate(COLLECTIONS, POSTS, rule)
+        check_rule(COLLECTIONS, POSTS, rule)
     assert (refused.value.start, refused.value.end) == place
     assert refused.value.hint == hint
 
@@ -220,7 +235,7 @@ def test_bad_rule_is_refused_where_it_is_bad(
 )
 def test_nonsense_that_is_no_error_is_accepted(rule: str) -> None:
     """Types that don't fit and requests that lack a key are no mistakes of the language."""
-    validate(COLLECTIONS, POSTS, rule)
+    check_rule(COLLECTIONS, POSTS, rule)
 
 
 # --- filters
@@ -250,23 +265,25 @@ def test_filter_joins_only_what_can_be_listed() -> None:
     """A collection's list rule is demanded of every row of it that the filter reads."""
     guarded = Collections((_with_rule(USERS, "level > 0"), TEAMS, POSTS, COMMENTS))
     leaf = predicate.Comparison(
-        predicate.FieldValue(AUTHOR, USERS.by_name["name"]),
+        predicate.FieldValue(AUTHOR, USERS.fields_by_name["name"]),
         Op.EQ,
         False,
-        predicate.Constant(Literal("x")),
+        predicate.ParameterTerm(LiteralParameter("x")),
     )
     missing = predicate.Comparison(
-        predicate.FieldValue(AUTHOR, USERS.by_name["id"]),
+        predicate.FieldValue(AUTHOR, USERS.fields_by_name["id"]),
         Op.EQ,
         True,
-        predicate.Constant(Literal("")),
+        predicate.ParameterTerm(LiteralParameter("")),
     )
-    level = predicate.FieldValue(predicate.Place(predicate.Here("users")), USERS.by_name["level"])
-    rule = predicate.Comparison(level, Op.GT, False, predicate.Constant(Literal(0.0)))
+    level = predicate.FieldValue(
+        predicate.RowPath(predicate.ScopeRow("users")), USERS.fields_by_name["level"]
+    )
+    rule = predicate.Comparison(level, Op.GT, False, predicate.ParameterTerm(LiteralParameter(0.0)))
 
     found = resolve_filter("author.name = 'x'", guarded, POSTS, None)
 
-    demanded = predicate.Disjunction((missing, predicate.Nested(AUTHOR, rule)))
+    demanded = predicate.Disjunction((missing, predicate.NestedRule(AUTHOR, rule)))
     assert found.where == predicate.Conjunction((leaf, demanded))
 
 
@@ -277,17 +294,17 @@ def _with_rule(collection: Collection, rule: str | None) -> Collection:
 def test_filter_finds_an_address_only_where_it_is_shown() -> None:
     """Each comparison with an e-mail address asks for emailVisibility of the same row."""
     where = resolve_filter("email != ''", COLLECTIONS, USERS, None).where
-    here = predicate.Place(predicate.Here("users"))
+    here = predicate.RowPath(predicate.ScopeRow("users"))
     assert where == predicate.Conjunction(
         (
             predicate.Comparison(
-                predicate.FieldValue(here, USERS.by_name["email"]),
+                predicate.FieldValue(here, USERS.fields_by_name["email"]),
                 Op.NE,
                 False,
-                predicate.Constant(Literal("")),
+                predicate.ParameterTerm(LiteralParameter("")),
             ),
             predicate.Comparison(
-                predicate.FieldValue(here, USERS.by_name["emailVisibility"]),
+                predicate.FieldValue(here, USERS.fields_by_name["emailVisibility"]),
                 Op.EQ,
                 True,
                 predicate.Keyword(True),
@@ -302,9 +319,12 @@ def test_filters_that_differ_in_literals_share_a_predicate() -> None:
     other = resolve_filter("title  =  'b' && views > 22", COLLECTIONS, POSTS, None)
 
     assert one != other
-    assert predicate.lifted(one)[0] == predicate.lifted(other)[0]
-    assert predicate.lifted(other)[1] == ("b", 22.0)
-    assert predicate.parameters(predicate.lifted(one)[0].where) == (Lifted(0), Lifted(1))
+    assert predicate.lift_literals(one)[0] == predicate.lift_literals(other)[0]
+    assert predicate.lift_literals(other)[1] == ("b", 22.0)
+    assert predicate.condition_parameters(predicate.lift_literals(one)[0].where) == (
+        LiftedLiteral(0),
+        LiftedLiteral(1),
+    )
 
 
 # --- what comes of it
@@ -315,10 +335,10 @@ def test_rule_that_fails_for_one_kind_of_subscriber_admits_none_of_them() -> Non
     ann = AuthRecord(collection_id="pbc_users", collection_name="users", id="uann")
     rule = "@request.auth.level.x = 1 || id != ''"
 
-    validate(COLLECTIONS, POSTS, rule)
-    asked = reference(COLLECTIONS, POSTS, rule, Request(principal=ann))
-    assert isinstance(asked, Nobody)
-    assert isinstance(reference(COLLECTIONS, POSTS, rule, Request()), Reference)
+    check_rule(COLLECTIONS, POSTS, rule)
+    asked = reference_query(COLLECTIONS, POSTS, rule, RuleRequest(principal=ann))
+    assert isinstance(asked, DenyAll)
+    assert isinstance(reference_query(COLLECTIONS, POSTS, rule, RuleRequest()), ReferenceQuery)
 
 
 _WORDS = st.sampled_from(
@@ -337,6 +357,6 @@ _WORDS = st.sampled_from(
 def test_any_text_is_validated_or_refused_with_a_place(text: str) -> None:
     """Whatever stands in a configuration or comes from a client: a RuleError or a translation."""
     try:
-        validate(COLLECTIONS, POSTS, text)
+        check_rule(COLLECTIONS, POSTS, text)
     except RuleError as error:
         assert 0 <= error.start <= error.end <= len(text)  # noqa: PT017 (most texts are refused)

@@ -13,29 +13,29 @@ from pgrealtime.errors import RuleError, RuleSyntaxError, RuleUnsupportedError
 from pgrealtime.rules.language.syntax import (
     MAX_COMPARISONS,
     MAX_DEPTH,
-    And,
-    Call,
-    Cmp,
-    Expression,
-    Lit,
+    AndNode,
+    CallNode,
+    ComparisonNode,
+    ExpressionNode,
+    IdentifierNode,
+    LiteralNode,
     Op,
-    Operand,
-    Or,
-    Path,
-    parse,
+    OperandNode,
+    OrNode,
+    parse_expression,
 )
 
 
-def _path(text: str) -> Path:
-    return Path(text, 0, 0)
+def _path(text: str) -> IdentifierNode:
+    return IdentifierNode(text, 0, 0)
 
 
-def _lit(value: str | float) -> Lit:
-    return Lit(value, 0, 0)
+def _lit(value: str | float) -> LiteralNode:
+    return LiteralNode(value, 0, 0)
 
 
-def _is(name: str, value: str | float, op: Op = Op.EQ, *, is_any: bool = False) -> Cmp:
-    return Cmp(_path(name), op, is_any, _lit(value), 0, 0)
+def _is(name: str, value: str | float, op: Op = Op.EQ, *, is_any: bool = False) -> ComparisonNode:
+    return ComparisonNode(_path(name), op, is_any, _lit(value), 0, 0)
 
 
 A, B, C = _is("a", 1), _is("b", 2), _is("c", 3)
@@ -52,18 +52,18 @@ A, B, C = _is("a", 1), _is("b", 2), _is("c", 3)
         ("a !~ 'x'", _is("a", "x", Op.NOT_LIKE)),
         ("a>=007", _is("a", 7.0, Op.GE)),
         ("a=-.5", _is("a", -0.5)),
-        ("a=1||b=2&&c=3", Or((A, And((B, C))))),
-        ("a=1&&b=2||c=3", Or((And((A, B)), C))),
-        ("(a=1||b=2)&&c=3", And((Or((A, B)), C))),
-        ("a=1&&(b=2&&c=3)", And((A, B, C))),
-        ("a=1||(b=2||c=3)", Or((A, B, C))),
+        ("a=1||b=2&&c=3", OrNode((A, AndNode((B, C))))),
+        ("a=1&&b=2||c=3", OrNode((AndNode((A, B)), C))),
+        ("(a=1||b=2)&&c=3", AndNode((OrNode((A, B)), C))),
+        ("a=1&&(b=2&&c=3)", AndNode((A, B, C))),
+        ("a=1||(b=2||c=3)", OrNode((A, B, C))),
         ("((((a=1))))", A),
         ("a=1\0 and more", A),
     ],
 )
-def test_text_means(text: str, expression: Expression) -> None:
+def test_text_means(text: str, expression: ExpressionNode) -> None:
     """``&&`` binds stronger than ``||``; blanks, comments and idle brackets mean nothing."""
-    assert parse(text) == expression
+    assert parse_expression(text) == expression
 
 
 @pytest.mark.parametrize(
@@ -71,16 +71,16 @@ def test_text_means(text: str, expression: Expression) -> None:
     [
         ("x = (a=1)", A),
         ("x (a=1)", A),
-        ("a=1 (b=2)", And((A, B))),
-        ("(a=1)(b=2)", And((A, B))),
-        ("a=1 || b=2 (c=3)", Or((A, B, C))),
+        ("a=1 (b=2)", AndNode((A, B))),
+        ("(a=1)(b=2)", AndNode((A, B))),
+        ("a=1 || b=2 (c=3)", OrNode((A, B, C))),
     ],
 )
 def test_group_in_an_odd_position_drops_what_is_half_finished(
-    text: str, expression: Expression
+    text: str, expression: ExpressionNode
 ) -> None:
     """As PocketBase reads it: the last join counts, and a comparison before it may be lost."""
-    assert parse(text) == expression
+    assert parse_expression(text) == expression
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ def test_six_escapes_are_folded_in_both_quotes_everywhere(
     quoted: str, value: str, form: str
 ) -> None:
     """A backslash before anything else stays, and so does what follows it."""
-    found = parse(form.format(quoted))
-    assert isinstance(found, Cmp)
-    operand: Operand = found.left.args[0] if isinstance(found.left, Call) else found.right
+    found = parse_expression(form.format(quoted))
+    assert isinstance(found, ComparisonNode)
+    operand: OperandNode = found.left.args[0] if isinstance(found.left, CallNode) else found.right
     assert operand == _lit(value)
 
 
@@ -119,13 +119,13 @@ def test_six_escapes_are_folded_in_both_quotes_everywhere(
 def test_comment_in_a_group_counts_for_its_brackets(text: str) -> None:
     """PocketBase's bracket counter knows no comments; the same text ungrouped is fine."""
     with pytest.raises(RuleSyntaxError):
-        parse(text)
-    parse(text.removeprefix("(").removesuffix(")"))
+        parse_expression(text)
+    parse_expression(text.removeprefix("(").removesuffix(")"))
 
 
 def test_comment_may_hide_a_bracket_from_the_group_around() -> None:
     """A quote in a comment opens a text for the counter, which the next one closes."""
-    assert parse("(a=1 // it's\n && (b=2) // it's\n)") == And((A, B))
+    assert parse_expression("(a=1 // it's\n && (b=2) // it's\n)") == AndNode((A, B))
 
 
 @pytest.mark.parametrize(
@@ -146,33 +146,33 @@ def test_comment_may_hide_a_bracket_from_the_group_around() -> None:
 def test_what_is_not_the_language_is_refused_with_its_place(text: str) -> None:
     """The span lies within the text, so that an operator sees what is meant."""
     with pytest.raises(RuleSyntaxError) as refused:
-        parse(text)
+        parse_expression(text)
     assert 0 <= refused.value.start <= refused.value.end <= len(text)
 
 
 def test_operands_remember_their_place() -> None:
     """Errors of later steps point into the text, too."""
-    found = parse("x=1 || (title ~ 'ab')")
-    assert isinstance(found, Or)
-    last = found.parts[1]
-    assert isinstance(last, Cmp)
+    found = parse_expression("x=1 || (title ~ 'ab')")
+    assert isinstance(found, OrNode)
+    last = found.children[1]
+    assert isinstance(last, ComparisonNode)
     places = [(part.start, part.end) for part in (last.left, last.right, last)]
     assert places == [(8, 13), (16, 20), (8, 20)]
 
 
 def test_comparisons_are_limited() -> None:
     """PocketBase's own limit: 200, however they are grouped."""
-    parse(" || ".join(["(a=1)"] * MAX_COMPARISONS))
+    parse_expression(" || ".join(["(a=1)"] * MAX_COMPARISONS))
     with pytest.raises(RuleSyntaxError):
-        parse(" || ".join(["(a=1)"] * (MAX_COMPARISONS + 1)))
+        parse_expression(" || ".join(["(a=1)"] * (MAX_COMPARISONS + 1)))
 
 
 def test_nesting_is_limited_only_where_it_means_something() -> None:
     """A hundred thousand idle brackets are no depth; alternation is."""
-    assert parse("(" * 100_000 + "a=1" + ")" * 100_000) == A
+    assert parse_expression("(" * 100_000 + "a=1" + ")" * 100_000) == A
     with pytest.raises(RuleUnsupportedError):
-        parse(_alternating(MAX_DEPTH + 1))
-    parse(_alternating(MAX_DEPTH))
+        parse_expression(_alternating(MAX_DEPTH + 1))
+    parse_expression(_alternating(MAX_DEPTH))
 
 
 def _alternating(depth: int) -> str:
@@ -202,7 +202,7 @@ def test_time_is_bounded_whatever_the_text(text: str) -> None:
     """Long nonsense is refused, or understood, about as fast as it is read."""
     before = time.perf_counter()
     with contextlib.suppress(RuleError):
-        parse(text)
+        parse_expression(text)
     assert time.perf_counter() - before < 10
 
 
@@ -218,7 +218,7 @@ _TOKENS = st.sampled_from(
 def test_any_text_is_parsed_or_refused_with_a_place(text: str) -> None:
     """Nothing but a RuleError comes out, and its span lies within the text."""
     try:
-        parse(text)
+        parse_expression(text)
     except RuleError as error:
         assert 0 <= error.start <= error.end <= len(text)  # noqa: PT017 (most texts are refused)
 
@@ -226,6 +226,6 @@ def test_any_text_is_parsed_or_refused_with_a_place(text: str) -> None:
 def test_half_a_character_is_refused_where_it_stands() -> None:
     """UTF-8 has no such text, so no database could be asked with it; YAML can write one."""
     with pytest.raises(RuleSyntaxError, match="half a character") as found:
-        parse("title = 'a' || title = 'b\ud800'")
+        parse_expression("title = 'a' || title = 'b\ud800'")
 
     assert (found.value.start, found.value.end) == (25, 26)

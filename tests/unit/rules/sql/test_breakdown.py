@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pgrealtime.errors import RuleError
-from pgrealtime.rules.language.syntax import parse
-from pgrealtime.rules.sql.breakdown import Clause, Joined, split
+from pgrealtime.rules.language.syntax import parse_expression
+from pgrealtime.rules.sql.breakdown import Clause, ClauseGroup, split_rule
 
 _TESTS = Path(__file__).parents[3]
 
@@ -29,14 +29,14 @@ def test_what_was_taken_apart_reads_back_as_it_was() -> None:
     compared = 0
     for text in recorded():
         try:
-            meant = parse(text)
+            meant = parse_expression(text)
         except RuleError:
             continue
-        piece = split(text)
+        piece = split_rule(text)
         compared += 1
-        assert parse(piece.text) == meant
-        assert parse(piece.rule) == meant
-        assert len(piece.rule) <= len(text)
+        assert parse_expression(piece.display_text) == meant
+        assert parse_expression(piece.rule_text) == meant
+        assert len(piece.rule_text) <= len(text)
     assert compared > 1500
 
 
@@ -47,21 +47,21 @@ def test_parts_stand_in_the_order_of_the_text() -> None:
         Clause("c", "~", "strftime('%Y',b)"),
     )
 
-    assert split("a = 1 // one\n && (b ?!= 'x' || c ~ strftime( '%Y', b ))") == Joined(
-        True, (a, Joined(False, (b, c)))
+    assert split_rule("a = 1 // one\n && (b ?!= 'x' || c ~ strftime( '%Y', b ))") == ClauseGroup(
+        True, (a, ClauseGroup(False, (b, c)))
     )
-    assert split("(b?!='x' && a=1) || c~strftime('%Y',b)") == Joined(
-        False, (Joined(True, (b, a)), c)
+    assert split_rule("(b?!='x' && a=1) || c~strftime('%Y',b)") == ClauseGroup(
+        False, (ClauseGroup(True, (b, a)), c)
     )
 
 
 def test_brackets_are_where_they_are_needed() -> None:
-    piece = split("a = 1 && (b = 2 || c = 3 && d = 4)")
+    piece = split_rule("a = 1 && (b = 2 || c = 3 && d = 4)")
 
-    assert piece.text == "a = 1 && (b = 2 || (c = 3 && d = 4))"
-    assert piece.rule == "a=1&&(b=2||c=3&&d=4)"
+    assert piece.display_text == "a = 1 && (b = 2 || (c = 3 && d = 4))"
+    assert piece.rule_text == "a=1&&(b=2||c=3&&d=4)"
 
 
 def test_what_is_no_rule_is_refused() -> None:
     with pytest.raises(RuleError):
-        split("a =")
+        split_rule("a =")

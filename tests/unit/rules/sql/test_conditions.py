@@ -20,22 +20,22 @@ from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.catalog.model import Column
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.rules.language import predicate
-from pgrealtime.rules.language.parameters import Shape, shape, value
-from pgrealtime.rules.language.request import Request
+from pgrealtime.rules.language.parameters import ParameterClass, parameter_class, parameter_value
+from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import resolve_rule
 from pgrealtime.rules.sql import nodes
-from pgrealtime.rules.sql.conditions import ROW, lower
-from pgrealtime.rules.sql.reference import Nobody, Reference, reference
+from pgrealtime.rules.sql.conditions import ROW_ALIAS, translate_predicate
+from pgrealtime.rules.sql.reference import DenyAll, ReferenceQuery, reference_query
 from tests.unit.rules.schema import COLLECTIONS, POSTS, USERS
 
 ANN = AuthRecord(collection_id="pbc_users", collection_name="users", id="uann")
 
 
-def _sql(rule: str, request: Request | None = None) -> str:
-    request = request or Request(principal=ANN)
-    asked = reference(COLLECTIONS, POSTS, rule, request)
-    assert isinstance(asked, Reference)
-    return asked.statement
+def _sql(rule: str, request: RuleRequest | None = None) -> str:
+    request = request or RuleRequest(principal=ANN)
+    asked = reference_query(COLLECTIONS, POSTS, rule, request)
+    assert isinstance(asked, ReferenceQuery)
+    return asked.sql
 
 
 _SOURCES = sorted(Path(pgrealtime.rules.__file__).parent.rglob("*.py"))
@@ -43,7 +43,7 @@ _SOURCES = sorted(Path(pgrealtime.rules.__file__).parent.rglob("*.py"))
 
 @pytest.mark.parametrize("path", _SOURCES, ids=lambda path: path.name)
 def test_connectives_are_made_in_one_place(path: Path) -> None:
-    """A bare ``exp.And`` prints no brackets and changes the meaning; one module makes them."""
+    """A bare ``exp.AndNode`` prints no brackets and changes the meaning; one module makes them."""
     made = {
         node.attr
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
@@ -57,11 +57,11 @@ def test_connectives_are_made_in_one_place(path: Path) -> None:
 
 def test_no_value_of_a_rule_is_in_the_text() -> None:
     """Literals, request values and keys of json go through placeholders, always."""
-    request = Request(principal=ANN, query={"q": "quux'--", "filter": "title != 'fi%lt'"})
+    request = RuleRequest(principal=ANN, query={"q": "quux'--", "filter": "title != 'fi%lt'"})
     rule = "title ~ 'lit%eral' && views > 4711 && data.somekey = @request.query.q && id = @now"
-    asked = reference(COLLECTIONS, POSTS, rule, request)
-    assert isinstance(asked, Reference)
-    question = asked.question([], datetime.now(UTC))
+    asked = reference_query(COLLECTIONS, POSTS, rule, request)
+    assert isinstance(asked, ReferenceQuery)
+    question = asked.sql_query([], datetime.now(UTC))
     for secret in ("lit", "4711", "somekey", "quux", "fi%", "uann"):
         assert secret not in question.sql
     given = [content for content in question.params.values() if content is not None]
@@ -81,11 +81,11 @@ def test_translation_depends_on_classes_only() -> None:
     rule = "title = @request.query.q || views > @request.query.q || title ~ @request.query.q"
 
     def of(text: str) -> str:
-        return _sql(rule, Request(query={"q": text}))
+        return _sql(rule, RuleRequest(query={"q": text}))
 
     assert of("a") == of("something else")
     assert of("1") == of(" 22.5 ")
-    assert len({of("a"), of("1"), of(""), of("%\\"), _sql(rule, Request())}) == 5
+    assert len({of("a"), of("1"), of(""), of("%\\"), _sql(rule, RuleRequest())}) == 5
 
 
 def test_leaves_over_one_path_share_its_join() -> None:
@@ -119,11 +119,17 @@ def test_table_is_qualified_and_names_are_quoted() -> None:
 def test_every_column_is_one_of_the_row_it_is_asked_of(rule: str) -> None:
     """The resolver of sqlglot finds all columns in the schema, case and all."""
     shapes = {
-        parameter: shape(value(parameter, Request(principal=ANN), datetime.now(UTC)))
-        for parameter in predicate.parameters(resolve_rule(rule, COLLECTIONS, POSTS, USERS).where)
+        parameter: parameter_class(
+            parameter_value(parameter, RuleRequest(principal=ANN), datetime.now(UTC))
+        )
+        for parameter in predicate.condition_parameters(
+            resolve_rule(rule, COLLECTIONS, POSTS, USERS).where
+        )
     }
-    lowered = lower(resolve_rule(rule, COLLECTIONS, POSTS, USERS), COLLECTIONS, shapes)
-    row = nodes.table(POSTS.table.name, ROW)
+    lowered = translate_predicate(
+        resolve_rule(rule, COLLECTIONS, POSTS, USERS), COLLECTIONS, shapes
+    )
+    row = nodes.table(POSTS.table.name, ROW_ALIAS)
     select = exp.Select(
         expressions=[exp.Literal.number(1)],
         from_=exp.From(this=row),
@@ -146,23 +152,23 @@ def test_every_column_is_one_of_the_row_it_is_asked_of(rule: str) -> None:
 
 def test_columns_and_tables_that_are_read_are_told() -> None:
     """A row image must have the columns, and whoever decides deletes the tables."""
-    asked = reference(
+    asked = reference_query(
         COLLECTIONS,
         POSTS,
         "author.name = 'x' || views > 1",
-        Request(query={"filter": "title ~ 'y'"}),
+        RuleRequest(query={"filter": "title ~ 'y'"}),
     )
-    assert isinstance(asked, Reference)
+    assert isinstance(asked, ReferenceQuery)
     assert asked.columns == ("author", "views", "title")
     assert asked.tables == {USERS.table.name}
 
 
 def test_absent_parameters_are_folded_into_the_text() -> None:
     """A guest's ``author = @request.auth.id`` asks for rows without author."""
-    guest = _sql("author = @request.auth.id", Request())
+    guest = _sql("author = @request.auth.id", RuleRequest())
     assert "IS NULL" in guest
     assert "%(p0)s" not in guest
-    assert Shape.ABSENT.is_empty
+    assert ParameterClass.ABSENT.is_empty
 
 
 def _repeated(part: str) -> str:
@@ -187,10 +193,10 @@ def _repeated(part: str) -> str:
 def test_any_filter_is_small_in_sql_and_quickly_made(text: str) -> None:
     """What a stranger sends can't cost seconds or megabytes: it is translated or refused."""
     before = time.perf_counter()
-    asked = reference(COLLECTIONS, POSTS, "", Request(query={"filter": text}))
+    asked = reference_query(COLLECTIONS, POSTS, "", RuleRequest(query={"filter": text}))
     assert time.perf_counter() - before < 10
-    assert isinstance(asked, Nobody | Reference)
-    assert isinstance(asked, Nobody) or len(asked.statement) < 300_000
+    assert isinstance(asked, DenyAll | ReferenceQuery)
+    assert isinstance(asked, DenyAll) or len(asked.sql) < 300_000
 
 
 def _loosened(collection: Collection) -> Collection:
@@ -276,10 +282,10 @@ def test_every_text_comparison_is_of_bytes(left: str) -> None:
     for place, right in enumerate(others, _PATHS.index(left)):
         for op in ("=", ("!=", "?=", "<", "?>=", "~", "!~", "?!=")[place % 7]):
             rule = f"{left} {op} {right}"
-            request = Request(principal=ANN, query={"q": "x"})
-            asked = reference(_LOOSE, _LOOSE["posts"], rule, request)
-            assert isinstance(asked, Reference), rule
-            for part in asked.lowered:
+            request = RuleRequest(principal=ANN, query={"q": "x"})
+            asked = reference_query(_LOOSE, _LOOSE["posts"], rule, request)
+            assert isinstance(asked, ReferenceQuery), rule
+            for part in asked.sql_predicates:
                 for comparison in part.condition.find_all(*_COMPARISONS):
                     assert _is_bytewise(comparison), f"{rule}: {comparison.sql('postgres')}"
 
