@@ -81,3 +81,16 @@ class Caller:
     def own_row(self) -> dict[str, str | None] | None:
         """``own`` as a row; None if rules ask for none of it."""
         return dict(self.row_values) or None
+
+
+AccountKey: TypeAlias = tuple[str, str]
+"""Name of an auth collection and id of a record in it."""
+
+
+def account_of_caller(caller: Caller) -> AccountKey | None:
+    """Whose row makes the caller what it is; None for guests and superusers."""
+    match caller.principal:
+        case AuthRecord() as record:
+            return record.collection_name, record.id
+        case _:
+            return None

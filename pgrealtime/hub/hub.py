@@ -36,6 +36,7 @@ from pgrealtime.hub.connections.connection import (
     RESYNC_TOPIC,
     Connection,
     ConnectionState,
+    Group,
     ResponseWriter,
     Subscription,
 )
@@ -49,7 +50,7 @@ from pgrealtime.hub.evaluation.evaluator import (
     gap_xids,
     raise_location,
 )
-from pgrealtime.hub.evaluation.matcher import Group, Matcher
+from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.events.event import Action, Event
 from pgrealtime.hub.events.slices import (
     LIVE_SLICE_CHANGES,
@@ -58,12 +59,13 @@ from pgrealtime.hub.events.slices import (
     delivery_ranges,
     split_into_slices,
 )
-from pgrealtime.hub.live_reads.caller_check import CallerCheck
 from pgrealtime.hub.live_reads.row_history import RowHistory, WaitForLSN
+from pgrealtime.hub.state.caller_check import CallerCheck
 from pgrealtime.hub.state.callers import CallerTracker
 from pgrealtime.hub.state.epochs import ResumableEpochs
 from pgrealtime.hub.state.gaps import GapNotifier
 from pgrealtime.hub.state.generation import Generation
+from pgrealtime.hub.state.isolation import IsolatedConnections
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.hub.state.timeouts import ConnectionTimeouts
 from pgrealtime.hub.state.totals import HubCounters
@@ -72,7 +74,6 @@ from pgrealtime.lsn import END_ORDINAL, LSN, Cursor
 from pgrealtime.protocol.frame import connect_tail
 from pgrealtime.protocol.topic import Topic
 from pgrealtime.records.encode import View
-from pgrealtime.rule_queries.slow_filters import IsolatedConnections
 from pgrealtime.rules.engine.before_state import reachable_tables
 from pgrealtime.snapshot import ReadPoint, parse_read_point
 from pgrealtime.turns import FairLock

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 if TYPE_CHECKING:
-    from pgrealtime.hub.evaluation.matcher import Group
+    from pgrealtime.hub.connections.connection import Group
     from pgrealtime.rules.engine.plan import Specialization
 
 MANY_CONNECTIONS = 50

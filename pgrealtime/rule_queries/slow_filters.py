@@ -2,7 +2,7 @@
 
 While others wait for a slice, all filters together have a ``TimeBudget``. A connection whose filter
 exceeds it is isolated: it reads on from the changelog by itself, with a budget of its own, and is
-no part of the slices that are evaluated for all (``IsolatedConnections``). So is one whose filter
+no part of the slices that are evaluated for all (``hub.state.isolation``). So is one whose filter
 asks PostgreSQL and was never tried (``trials``), until it was quick alone. A question that runs
 into the operator's ``statement_timeout`` again and again, of a rule or a filter, isn't asked for a
 while (``CircuitBreakers``, also in ``probe``).
@@ -10,42 +10,31 @@ while (``CircuitBreakers``, also in ``probe``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, MutableMapping
 from typing import TYPE_CHECKING, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
-import structlog
 from msgspec import Struct
 
-from pgrealtime.hub.connections.connection import Connection
-from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.rules.engine.evaluation import FilterWorkBudget
 from pgrealtime.turns import FairLock
 
 if TYPE_CHECKING:
-    from pgrealtime.hub.evaluation.matcher import Group
-
-log = structlog.get_logger(__name__)
+    from pgrealtime.hub.connections.connection import Group
 
 SLICE_FILTER_SECONDS = 0.01
 """Of PostgreSQL, for all filters of a slice together, and once more for the question during which
 that runs out: many times what most take, and not much more than a slice takes without filters."""
-_QUICK_SECONDS = SLICE_FILTER_SECONDS / 2
-"""What a connection's filters take at most to be evaluated with those of others: these share the
-time of a slice, and one that takes most of it alone would be late there again and again."""
 SHARED_FILTER_SECONDS = 0.1
 """The same, for filters that ``trials.MANY_CONNECTIONS`` connections share: hardly a delay that
 people
 see. A database that is slow for a moment doesn't isolate so many at once."""
 
-_WORK_PER_FILTER = 500.0
+WORK_PER_FILTER = 500.0
 """Units of work, a microsecond each, that one filter may take for one row while others wait."""
 _WORK_PER_SLICE = 20_000.0
 """That all filters may take for a slice, and for each of its changes ``_WORK_PER_CHANGE`` more."""
 _WORK_PER_CHANGE = 2_000.0
-_WORK_ISOLATED = 5_000.0
-"""That one filter may take for one row while nobody waits; then PostgreSQL is asked."""
 
 _TOLERATED_TIMEOUTS = 3
 """Enough to find the row that is to blame."""
@@ -95,7 +84,7 @@ class TimeBudget:
         """Return the budget of a slice that is evaluated for all connections."""
         left = _WORK_PER_SLICE + _WORK_PER_CHANGE * change_count
         testing: FilterWorkBudget[Group] = FilterWorkBudget(
-            work_per_filter=_WORK_PER_FILTER, total_work=left, is_shared=True
+            work_per_filter=WORK_PER_FILTER, total_work=left, is_shared=True
         )
         return cls(is_limited=True, work_budget=testing)
 
@@ -172,115 +161,3 @@ class CircuitBreakers(Generic[Q]):
         )
         timeouts.retry_at = now + seconds
         return seconds
-
-
-class IsolatedConnections:
-    """Connections whose filters are evaluated for each of them alone.
-
-    ``Connection.is_isolated`` says which, and is set by the matcher for these methods only. A
-    connection rejoins the others once it has read all there is, unless its filters were slow even
-    when it was alone: then not before its breaker closes.
-
-    Args:
-        progress: Where the hub stands.
-        clock: Monotonic seconds.
-    """
-
-    def __init__(self, progress: DispatchProgress, clock: Callable[[], float]) -> None:
-        self._progress = progress
-        self._breakers: CircuitBreakers[Connection] = CircuitBreakers(clock)
-        self._queue = FairLock()
-        """Where their work in this process takes its turns: one connection at a time."""
-
-    def isolate(self, connection: Connection) -> None:
-        """Evaluate its filters for it alone, from the next slice on."""
-        self._progress.generation.matcher.set_isolated(connection, is_isolated=True)
-
-    def with_untried_filters(self, events: Iterable[Event]) -> dict[Connection, None]:
-        """Return whose filters must not be evaluated with those of others for some events.
-
-        They would be asked of PostgreSQL, weren't quick yet while nobody waited, and few use them.
-        """
-        collections = {event.collection.name for event in events}
-        groups = self._progress.generation.matcher.trials.untried_groups(collections)
-        members = (one for group in groups for audience in group.render_groups for one in audience)
-        return {one.connection: None for one in members}
-
-    def isolate_with_backoff(self, connection: Connection) -> None:
-        """Isolate a connection whose own filter took too long in the process, while others waited.
-
-        The first times are tolerated; then it stays isolated for a while.
-        """
-        self.isolate(connection)
-        self._record_timeout(connection, is_tolerated=True)
-
-    def try_rejoin(self, connection: Connection) -> bool:
-        """Evaluate its filters with those of others if it may be; return whether that is so."""
-        if self._breakers.is_open(connection):
-            return False
-        self._progress.generation.matcher.set_isolated(connection, is_isolated=False)
-        return True
-
-    def budget_for(self, connection: Connection, *, is_limited: bool) -> TimeBudget:
-        """Return what its filters may take for what it reads next.
-
-        Args:
-            connection: Who reads.
-            is_limited: Whether it is to be found out if its filters are quick now.
-        """
-        is_limited = is_limited and not self._breakers.is_open(connection)
-        if not connection.is_isolated:
-            testing: FilterWorkBudget[Group] = FilterWorkBudget(
-                work_per_filter=_WORK_PER_FILTER, is_shared=True
-            )
-            return TimeBudget(is_limited=is_limited, work_budget=testing)
-        return TimeBudget(
-            is_limited=is_limited,
-            work_budget=FilterWorkBudget(work_per_filter=_WORK_ISOLATED),
-            queue=self._queue,
-            network=connection.network,
-        )
-
-    def record_usage(
-        self, connection: Connection, budget: TimeBudget, events: Sequence[Event]
-    ) -> bool:
-        """Isolate a connection that read some events alone if its own filters were slow.
-
-        For many changes they may take longer: where all are evaluated nobody waits for so many.
-        If they were quick, they may be evaluated with those of others.
-
-        Returns:
-            Whether they exceeded a limited budget, and need an unlimited one.
-        """
-        if budget.work_budget.late_members:
-            self.isolate(connection)
-        if budget.used_seconds < SLICE_FILTER_SECONDS:
-            if budget.used_seconds < _QUICK_SECONDS:
-                self._record_quick(connection, events)
-            return False
-        if budget.used_seconds < SLICE_FILTER_SECONDS * len({event.cursor for event in events}):
-            return False
-        self.isolate(connection)
-        if not budget.is_limited:
-            self._record_timeout(connection, is_tolerated=False)
-        return budget.is_limited
-
-    def _record_quick(self, connection: Connection, events: Iterable[Event]) -> None:
-        if not self._progress.generation.matcher.has_remote_filters:
-            return
-        collections = {event.collection.name for event in events}
-        groups = (one.group for one in connection.subscriptions.values())
-        variants = {
-            group.specialization
-            for group in groups
-            if group and group.specialization.has_remote_filter
-        }
-        self._progress.generation.matcher.trials.record_quick(
-            variant for variant in variants if variant.collection.name in collections
-        )
-
-    def _record_timeout(self, connection: Connection, *, is_tolerated: bool) -> None:
-        was_open = self._breakers.is_open(connection)
-        seconds = self._breakers.record_timeout(connection, is_tolerated=is_tolerated)
-        if seconds and not was_open:  # it may be slow at each change, and so may a thousand
-            log.info("connection.isolated", connection=connection.id, seconds=seconds)

@@ -24,7 +24,7 @@ from pgrealtime.config.model import CollectionConfig, RealtimeConfig
 from pgrealtime.expand import load
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.events.slices import SLICE_CHANGES
-from pgrealtime.hub.live_reads import caller_check
+from pgrealtime.hub.state import caller_check
 from tests.attacks.held_stream import World, world_of
 
 SCHEMA = """

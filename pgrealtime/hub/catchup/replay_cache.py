@@ -17,9 +17,9 @@ from pgrealtime.lsn import Cursor
 from pgrealtime.rule_queries.slow_filters import TimeBudget
 
 if TYPE_CHECKING:
-    from pgrealtime.hub.connections.connection import Connection, RenderKey
-    from pgrealtime.hub.evaluation.matcher import Group
-    from pgrealtime.hub.live_reads.caller_check import CallerCheckResult
+    from pgrealtime.hub.connections.connection import Connection, Group
+    from pgrealtime.hub.connections.group import RenderKey
+    from pgrealtime.hub.state.caller_check import CallerCheckResult
 
 _MAX_AGE_SECONDS = 1.0
 """What rules ask the database has the answer of the moment, and may be as old as this."""

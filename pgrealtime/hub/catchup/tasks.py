@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 import structlog
 from msgspec import Struct
 
+from pgrealtime.auth.principal import account_of_caller
 from pgrealtime.changelog.base import Changelog
 from pgrealtime.errors import ChangelogError
 from pgrealtime.hub.catchup.replay_cache import CatchUpCache, catch_up_cache_key
@@ -16,6 +17,7 @@ from pgrealtime.hub.connections.connection import (
     NO_MESSAGE_KEYS,
     Connection,
     ConnectionState,
+    Group,
     Subscription,
 )
 from pgrealtime.hub.connections.send_budget import SendBudget
@@ -26,7 +28,6 @@ from pgrealtime.hub.delivery.compose import (
 )
 from pgrealtime.hub.delivery.render import NO_ENRICHMENT, Enrichment, EnrichmentNeed
 from pgrealtime.hub.evaluation.evaluator import SliceResult, gap_xids, raise_location
-from pgrealtime.hub.evaluation.matcher import Group
 from pgrealtime.hub.events.event import Action, Event
 from pgrealtime.hub.events.slices import (
     SLICE_CHANGES,
@@ -35,17 +36,18 @@ from pgrealtime.hub.events.slices import (
     slice_prefix,
     split_into_slices,
 )
-from pgrealtime.hub.live_reads.caller_check import (
+from pgrealtime.hub.live_reads.row_history import RowHistory
+from pgrealtime.hub.state.caller_check import (
     CallerCheck,
     CallerCheckResult,
     may_account_have_changed,
 )
-from pgrealtime.hub.live_reads.row_history import RowHistory
-from pgrealtime.hub.state.callers import CallerTracker, account_of_caller
+from pgrealtime.hub.state.callers import CallerTracker
 from pgrealtime.hub.state.gaps import GapNotifier
+from pgrealtime.hub.state.isolation import IsolatedConnections
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.lsn import LSN, Cursor, Xid
-from pgrealtime.rule_queries.slow_filters import IsolatedConnections, TimeBudget
+from pgrealtime.rule_queries.slow_filters import TimeBudget
 
 log = structlog.get_logger(__name__)
 

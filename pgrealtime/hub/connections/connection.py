@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from pgrealtime.auth.principal import Caller
 from pgrealtime.hub.connections.batch import MessageBatch, merge_batches
+from pgrealtime.hub.connections.group import MemberGroup, MemberRenderGroup, RenderKey
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import Cursor, Position, format_position
 from pgrealtime.networks import client_network
@@ -20,11 +21,8 @@ from pgrealtime.records.encode import View
 
 if TYPE_CHECKING:
     from pgrealtime.expand.plan import ExpandViewer
-    from pgrealtime.hub.evaluation.matcher import Group
     from pgrealtime.rules.engine.plan import BoundPredicate
     from pgrealtime.snapshot import ReadPoint
-
-RenderKey: TypeAlias = "tuple[bytes, View, ExpandViewer | None, BoundPredicate | None]"
 
 MessageKey: TypeAlias = tuple[int, bytes]
 """A message of a change: which of its events, and the topic."""
@@ -124,6 +122,10 @@ class Subscription:
     def render_key(self) -> RenderKey:
         """What decides, beside its group, which bytes it is sent, its own record's aside."""
         return self.topic_bytes, self.view, self.expand_viewer, self.bound_manage_rule
+
+
+Group: TypeAlias = MemberGroup[Subscription]
+RenderGroup: TypeAlias = MemberRenderGroup[Subscription]
 
 
 @lru_cache(maxsize=4096)

@@ -12,7 +12,9 @@ from pgrealtime.hub.connections.batch import MessageBatch
 from pgrealtime.hub.connections.connection import (
     NO_MESSAGE_KEYS,
     Connection,
+    Group,
     MessageKey,
+    RenderGroup,
     Subscription,
 )
 from pgrealtime.hub.delivery.render import (
@@ -21,7 +23,6 @@ from pgrealtime.hub.delivery.render import (
     RecordRenderer,
     event_rendering,
 )
-from pgrealtime.hub.evaluation.matcher import Group, RenderGroup
 from pgrealtime.hub.events.event import Event
 from pgrealtime.rule_queries.filter_trials import MANY_CONNECTIONS
 from pgrealtime.turns import BackgroundYieldTimer, YieldTimer

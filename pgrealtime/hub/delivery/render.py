@@ -34,8 +34,8 @@ from pgrealtime.expand.plan import (
     RecordNode,
     junction_hops,
 )
-from pgrealtime.hub.connections.connection import RenderKey, Subscription
-from pgrealtime.hub.evaluation.matcher import Group
+from pgrealtime.hub.connections.connection import Group, Subscription
+from pgrealtime.hub.connections.group import RenderKey
 from pgrealtime.hub.evaluation.point_evaluation import PointEvaluation
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.live_reads.row_history import RowHistory

@@ -19,6 +19,7 @@ from pgrealtime.collections.model import Collection
 from pgrealtime.expand.load import ReadSession
 from pgrealtime.expand.plan import ExpandViewer
 from pgrealtime.expand.relation_sql import rows_by_id_statement
+from pgrealtime.hub.connections.connection import Group
 from pgrealtime.hub.delivery.render import (
     NO_ENRICHMENT,
     Enrichment,
@@ -26,7 +27,7 @@ from pgrealtime.hub.delivery.render import (
     LiveRowEvent,
     RecordRenderer,
 )
-from pgrealtime.hub.evaluation.matcher import EventEvaluation, Group, Matcher
+from pgrealtime.hub.evaluation.matcher import EventEvaluation, Matcher
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.slices import SLICE_CHANGES, GapNotice
 from pgrealtime.hub.live_reads.table_definitions import CatalogAssumptions

@@ -17,8 +17,7 @@ from pgrealtime.auth.principal import Principal
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.errors import SubscriptionLimitError
-from pgrealtime.hub.connections.batch import MessageBatch
-from pgrealtime.hub.connections.connection import Connection, RenderKey, Subscription
+from pgrealtime.hub.connections.connection import Connection, Group, Subscription
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import Xid
 from pgrealtime.protocol.topic import Topic
@@ -56,132 +55,6 @@ _BindKey: TypeAlias = tuple[
     str, str | None, Principal, Mapping[str, str], Mapping[str, str], Row | None
 ]
 """Collection, rule, who asks, with which query and headers, and their own row."""
-
-
-class RenderGroup:
-    """Subscriptions of one group that receive the same bytes. A single one is kept as it is.
-
-    Attributes:
-        render_key: What decides about the bytes: the topic as submitted, what is seen of records.
-        batch: What the slice being delivered has for them; None between slices.
-        composed_in: Which portion that is of.
-    """
-
-    __slots__ = ("_by_owner", "_subscriptions", "batch", "composed_in", "render_key")
-
-    def __init__(self, subscription: Subscription) -> None:
-        self.render_key = subscription.render_key
-        self.batch: MessageBatch | None = None
-        self.composed_in: object = None
-        self._subscriptions: Subscription | dict[Subscription, None] = subscription
-        self._by_owner: dict[str, dict[Subscription, None]] | None = None
-
-    def __iter__(self) -> Iterator[Subscription]:
-        if isinstance(self._subscriptions, dict):
-            return iter(self._subscriptions)
-        return iter((self._subscriptions,))
-
-    def subscriptions_of_owner(self, record_id: str) -> Iterable[Subscription]:
-        """Those whose own record it is, and who so see its email."""
-        if self._by_owner is not None:
-            return self._by_owner.get(record_id, ())
-        return [one for one in self if one.own_record_id == record_id]
-
-    def add(self, subscription: Subscription) -> None:
-        """Let it receive what the others do."""
-        if not isinstance(self._subscriptions, dict):
-            first, self._subscriptions, self._by_owner = self._subscriptions, {}, {}
-            self.add(first)
-        self._subscriptions[subscription] = None
-        if subscription.own_record_id and self._by_owner is not None:
-            self._by_owner.setdefault(subscription.own_record_id, {})[subscription] = None
-
-    def remove(self, subscription: Subscription) -> bool:
-        """Take it out; return whether it was the last one."""
-        if not isinstance(self._subscriptions, dict):
-            return True
-        del self._subscriptions[subscription]
-        if subscription.own_record_id and self._by_owner is not None:
-            owners = self._by_owner[subscription.own_record_id]
-            del owners[subscription]
-            if not owners:
-                del self._by_owner[subscription.own_record_id]
-        return not self._subscriptions
-
-
-class Group:
-    """Subscriptions that are judged together; a member of the index.
-
-    Attributes:
-        specialization: What they ask.
-        values: What they ask it with.
-        record_id: Of a record topic; None for the whole collection.
-        shared_subscription_count: How many of its subscriptions are evaluated for all: those
-            without a filter, and those whose connections aren't isolated. Events find a group that
-            has any.
-    """
-
-    __slots__ = (
-        "_render_groups",
-        "record_id",
-        "shared_subscription_count",
-        "specialization",
-        "values",
-    )
-
-    def __init__(self, bound: BoundPredicate, record_id: str | None) -> None:
-        self.specialization = bound.specialization
-        self.values = bound.values
-        self.record_id = record_id
-        self.shared_subscription_count = 0
-        self._render_groups: RenderGroup | dict[RenderKey, RenderGroup] | None = None
-
-    @property
-    def is_unindexed(self) -> bool:
-        """Whether each change of the collection costs something for its filter."""
-        return self.record_id is None and self.specialization.has_unindexed_filter
-
-    @property
-    def render_groups(self) -> Iterable[RenderGroup]:
-        """By what they receive."""
-        match self._render_groups:
-            case None:
-                return ()
-            case RenderGroup() as only:
-                return (only,)
-            case several:
-                return several.values()
-
-    def add(self, subscription: Subscription) -> None:
-        """Put a subscription into its audience."""
-        place = subscription.render_key
-        match self._render_groups:
-            case None:
-                self._render_groups = RenderGroup(subscription)
-            case RenderGroup(render_key=receives) as only if receives == place:
-                only.add(subscription)
-            case RenderGroup(render_key=receives) as only:
-                self._render_groups = {receives: only, place: RenderGroup(subscription)}
-            case several if place in several:
-                several[place].add(subscription)
-            case several:
-                several[place] = RenderGroup(subscription)
-
-    def remove(self, subscription: Subscription) -> bool:
-        """Take a subscription out; return whether it was the last one."""
-        if isinstance(self._render_groups, dict):
-            place = subscription.render_key
-            if self._render_groups[place].remove(subscription):
-                del self._render_groups[place]
-            return not self._render_groups
-        assert self._render_groups is not None
-        return self._render_groups.remove(subscription)
-
-    def covers(self, event: Event) -> bool:
-        """Whether the event is about what its topic points to."""
-        return self.specialization.collection.name == event.collection.name and (
-            self.record_id in {None, event.record_id}
-        )
 
 
 class _GroupTable:
@@ -659,13 +532,11 @@ def _is_evaluated_alone(connection: Connection, group: Group) -> bool:
 def _find_groups(row_evaluation: RowEvaluation[Group], table: _GroupTable, event: Event) -> None:
     """Find the groups that an event may concern."""
     row_evaluation.add_candidates(table.index)
-    match table.by_record_id.get(event.record_id):
-        case Group() as only if only.shared_subscription_count:
-            row_evaluation.add_untested((only,))
-        case _GroupTable(index=index):
-            row_evaluation.add_candidates(index)
-        case _:
-            pass
+    found = table.by_record_id.get(event.record_id)
+    if isinstance(found, _GroupTable):
+        row_evaluation.add_candidates(found.index)
+    elif found is not None and found.shared_subscription_count:
+        row_evaluation.add_untested((found,))
 
 
 def _limit_error(subscription: Subscription, limit: str, maximum: int) -> SubscriptionLimitError:

@@ -8,6 +8,8 @@ from typing import Literal, TypeAlias
 
 from msgspec import Struct
 
+from pgrealtime.auth.principal import AccountKey
+from pgrealtime.auth.record import unpadded_id
 from pgrealtime.caches import WeightedCache
 from pgrealtime.changes import (
     Change,
@@ -57,6 +59,11 @@ class Event(Struct, gc=False):
         visibility = self.collection.fields_by_name.get("emailVisibility")
         column = visibility.column if visibility is not None else None
         return column is None or self.row.get(column.name) != "t"
+
+
+def account_of_event(event: Event) -> AccountKey:
+    """Return the account whose row an event of an auth collection is about."""
+    return event.collection.name, unpadded_id(event.collection, event.record_id)
 
 
 class Truncation(Struct, frozen=True):

@@ -6,11 +6,11 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 from msgspec import Struct
 
+from pgrealtime.auth.principal import AccountKey
 from pgrealtime.changelog.base import Entry, Gap, Watermark
 from pgrealtime.changes import OversizedTransaction, TableName, Transaction
 from pgrealtime.collections.model import Collections
-from pgrealtime.hub.events.event import Event, Truncation, transaction_events
-from pgrealtime.hub.state.callers import AccountKey, account_of_event
+from pgrealtime.hub.events.event import Event, Truncation, account_of_event, transaction_events
 from pgrealtime.lsn import END_ORDINAL, Cursor, Xid
 
 SLICE_CHANGES = 250

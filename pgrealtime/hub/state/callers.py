@@ -10,22 +10,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection as Sized
 from collections.abc import Mapping
-from typing import TypeAlias
 
 from msgspec.structs import replace
 
-from pgrealtime.auth.principal import AuthRecord, Caller, Guest
-from pgrealtime.auth.record import unpadded_id, update_caller
+from pgrealtime.auth.principal import AccountKey, Caller, Guest, account_of_caller
+from pgrealtime.auth.record import update_caller
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection
 from pgrealtime.config.model import CollectionLoginConfig
 from pgrealtime.hub.connections.connection import Connection
-from pgrealtime.hub.events.event import Event
+from pgrealtime.hub.events.event import Event, account_of_event
 from pgrealtime.lsn import LSN, Cursor
 from pgrealtime.snapshot import ReadPoint
-
-AccountKey: TypeAlias = tuple[str, str]
-"""Name of an auth collection and id of a record in it."""
 
 _MAX_REMEMBERED_CHANGES = 4096
 """Changes of rows of people that are remembered. Each call needs those of its own few
@@ -34,20 +30,6 @@ _MAX_REMEMBERED_CHARACTERS = 4 * 1024 * 1024
 """Characters of those rows, the newest aside."""
 
 _NO_LOGIN = CollectionLoginConfig()
-
-
-def account_of_caller(caller: Caller) -> AccountKey | None:
-    """Whose row makes the caller what it is; None for guests and superusers."""
-    match caller.principal:
-        case AuthRecord() as record:
-            return record.collection_name, record.id
-        case _:
-            return None
-
-
-def account_of_event(event: Event) -> AccountKey:
-    """Whose row the event is about."""
-    return event.collection.name, unpadded_id(event.collection, event.record_id)
 
 
 class CallerTracker:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+from pgrealtime.auth.principal import account_of_caller
 from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.evaluation.evaluator import EvaluationGap
 from pgrealtime.hub.events.slices import GapNotice
-from pgrealtime.hub.state.callers import account_of_caller
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.lsn import Cursor
 from pgrealtime.protocol.frame import resync_tail

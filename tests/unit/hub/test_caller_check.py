@@ -21,12 +21,12 @@ from pgrealtime.collections.model import (
 )
 from pgrealtime.expand.plan import ExpandCompiler, ExpandPlan, ExpandViewer
 from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.live_reads.caller_check import (
+from pgrealtime.hub.live_reads.row_history import RowHistory
+from pgrealtime.hub.state.caller_check import (
     CallerCheck,
     CallerCheckResult,
     may_account_have_changed,
 )
-from pgrealtime.hub.live_reads.row_history import RowHistory
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.rules.engine.plan import RuleCompiler
 from tests.unit.hub.room import COLLECTIONS, NOTES, PEOPLE, POSTS, TEXT, NoRows, insert, open_room

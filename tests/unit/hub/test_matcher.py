@@ -15,7 +15,7 @@ from pgrealtime.collections.model import Collections
 from pgrealtime.errors import SubscriptionLimitError
 from pgrealtime.hub.connections.connection import Connection, Subscription
 from pgrealtime.hub.evaluation.matcher import REMOTE_FILTERS_PER_CONNECTION as COSTLY
-from pgrealtime.hub.evaluation.matcher import UNINDEXED_FILTERS_PER_ADDRESS, Group, Matcher
+from pgrealtime.hub.evaluation.matcher import UNINDEXED_FILTERS_PER_ADDRESS, Matcher
 from pgrealtime.hub.evaluation.matcher import VIEWS_PER_CONNECTION as VIEWS
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor, Xid
@@ -124,7 +124,7 @@ def test_who_asks_the_same_is_judged_together() -> None:
     ann, bob = put(there, "posts/*"), put(there, "posts", "bob")
     narrow = put(there, filtered("title='a'"))
 
-    assert isinstance(ann.group, Group)
+    assert ann.group is not None
     assert ann.group is bob.group is not narrow.group
     assert [list(audience) for audience in ann.group.render_groups] == [[ann], [bob]]
 

@@ -9,9 +9,9 @@ import pytest
 from pgrealtime.auth.principal import GUEST
 from pgrealtime.expand.load import CheckViewers, ExpandRequest, LoadLiveRows, RelatedRecords
 from pgrealtime.expand.plan import ExpandPlan, ExpandViewer
-from pgrealtime.hub.connections.connection import Connection, Subscription
+from pgrealtime.hub.connections.connection import Connection, Group, Subscription
 from pgrealtime.hub.delivery.render import RecordRenderer, needs_of_groups
-from pgrealtime.hub.evaluation.matcher import Group, Matcher
+from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.protocol.topic import parse_topic

@@ -12,15 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Collection as Sized
 from typing import NamedTuple, TypeAlias
 
-from pgrealtime.auth.principal import Caller
+from pgrealtime.auth.principal import AccountKey, Caller, account_of_caller
 from pgrealtime.collections.model import Collection
 from pgrealtime.expand.load import ReadSession, fetch_rows_by_id
 from pgrealtime.expand.plan import ExpandViewer
-from pgrealtime.hub.connections.connection import Connection
-from pgrealtime.hub.evaluation.matcher import Group
+from pgrealtime.hub.connections.connection import Connection, Group
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.live_reads.row_history import LookupColumn, RowHistory, id_lookup_column
-from pgrealtime.hub.state.callers import AccountKey, CallerTracker, account_of_caller
+from pgrealtime.hub.state.callers import CallerTracker
 from pgrealtime.hub.state.generation import Generation
 from pgrealtime.lsn import LSN
 from pgrealtime.turns import YieldTimer
