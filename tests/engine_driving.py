@@ -16,7 +16,7 @@ from pgrealtime.rules.engine.formula import RowVerdicts
 from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import Specialization, macro_values_at
 from pgrealtime.rules.language.request import RuleRequest
-from pgrealtime.rules.memory.compare import Scalar
+from pgrealtime.rules.language.sqlite_values import Scalar
 
 
 @dataclass(eq=False)

@@ -26,8 +26,8 @@ from pgrealtime.protocol.expand_option import ExpandNames, parse_expand
 from pgrealtime.records.encode import View
 from pgrealtime.rules.engine.before_state import BeforeState
 from pgrealtime.rules.engine.plan import BoundPredicate, RuleCompiler
+from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
-from pgrealtime.rules.sql.reference import DenyAll
 from pgrealtime.text_forms import parse_array
 
 _BACK_RELATION = re.compile(r"(\w+)_via_(\w+)", re.ASCII)

@@ -47,17 +47,12 @@ from pgrealtime.rules.engine.evaluation import Evaluation, RowEvaluation
 from pgrealtime.rules.engine.formula import RowVerdicts
 from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import Specialization, macro_values_at
-from pgrealtime.rules.language.parameters import Scalar
+from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import filter_text, resolve_filter
+from pgrealtime.rules.language.sqlite_values import Scalar
 from pgrealtime.rules.sql.breakdown import Clause, RuleFragment, fragment_queries, split_rule
-from pgrealtime.rules.sql.reference import (
-    AdmitAll,
-    DenyAll,
-    ReferenceQuery,
-    auth_collection_of,
-    reference_query,
-)
+from pgrealtime.rules.sql.reference import ReferenceQuery, auth_collection_of, reference_query
 from pgrealtime.service.build import open_query_pool, read_configured_catalog
 from pgrealtime.spelling import nearest_name
 

@@ -11,8 +11,9 @@ from pgrealtime.cli.check.check import underline_span
 from pgrealtime.collections.model import Collection, FieldKind
 from pgrealtime.errors import RuleError
 from pgrealtime.protocol.topic import Topic
-from pgrealtime.rules.language.parameters import Scalar
-from pgrealtime.rules.sql.reference import AdmitAll, DenyAll, ReferenceQuery, SqlQuery
+from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
+from pgrealtime.rules.language.sqlite_values import Scalar
+from pgrealtime.rules.sql.reference import ReferenceQuery, SqlQuery
 
 _MAX_VALUE_CHARACTERS = 80
 HIDDEN_TEXT = "[hidden]"

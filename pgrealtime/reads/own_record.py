@@ -23,8 +23,8 @@ from pgrealtime.expand.plan import ExpandCompiler, RecordNode
 from pgrealtime.hub.evaluation.point_evaluation import PointEvaluation
 from pgrealtime.records.encode import View, compile_encoder
 from pgrealtime.rules.engine.plan import RuleCompiler, macro_values_at
+from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
-from pgrealtime.rules.sql.reference import DenyAll
 
 log = structlog.get_logger(__name__)
 

@@ -23,8 +23,9 @@ from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import CollectionConfig, FieldsConfig, RelationConfig
 from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import RuleCompiler
+from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
-from pgrealtime.rules.sql.reference import DenyAll, ReferenceQuery, reference_query
+from pgrealtime.rules.sql.reference import ReferenceQuery, reference_query
 from tests.engine_driving import Asker, decided
 
 SETUP = """

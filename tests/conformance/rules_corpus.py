@@ -26,14 +26,9 @@ from pgrealtime.config.model import CollectionConfig, FieldsConfig, RelationConf
 from pgrealtime.errors import RuleError, RuleUnsupportedError
 from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import RuleCompiler
+from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.request import RuleRequest
-from pgrealtime.rules.sql.reference import (
-    AdmitAll,
-    DenyAll,
-    ReferenceQuery,
-    check_rule,
-    reference_query,
-)
+from pgrealtime.rules.sql.reference import ReferenceQuery, check_rule, reference_query
 from tests.engine_driving import Asker, decided
 
 CORPUS = Path(__file__).parent.parent / "rules-corpus"

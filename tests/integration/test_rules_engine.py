@@ -20,8 +20,9 @@ from pgrealtime.errors import RuleError
 from pgrealtime.rules.engine.before_state import BeforeState, reachable_tables
 from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import RuleCompiler
+from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.request import RuleRequest
-from pgrealtime.rules.sql.reference import AdmitAll, DenyAll, ReferenceQuery, reference_query
+from pgrealtime.rules.sql.reference import ReferenceQuery, reference_query
 from tests.engine_driving import Asker, decided
 from tests.rules_world import World
 

@@ -20,10 +20,9 @@ from psycopg import errors
 from pgrealtime.auth.principal import Superuser
 from pgrealtime.errors import RuleError
 from pgrealtime.rules.engine.plan import RuleCompiler
+from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.resolve import resolve_filter
 from pgrealtime.rules.sql.reference import (
-    AdmitAll,
-    DenyAll,
     ReferenceQuery,
     auth_collection_of,
     check_rule,

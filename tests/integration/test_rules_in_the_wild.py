@@ -21,15 +21,9 @@ from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import CollectionConfig, FieldsConfig, RelationConfig
 from pgrealtime.errors import RuleUnsupportedError
+from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.request import RuleRequest
-from pgrealtime.rules.sql.reference import (
-    AdmitAll,
-    DenyAll,
-    ReferenceQuery,
-    SqlQuery,
-    check_rule,
-    reference_query,
-)
+from pgrealtime.rules.sql.reference import ReferenceQuery, SqlQuery, check_rule, reference_query
 from pgrealtime.rules.sql.row_images import Overlay
 
 _SCHEMA = """

@@ -26,23 +26,19 @@ from pgrealtime.changes import Row
 from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import CollectionConfig, FieldsConfig, RelationConfig
+from pgrealtime.rules.language.parameter_values import parameter_value
 from pgrealtime.rules.language.parameters import (
     CallerColumn,
     LiteralParameter,
     Parameter,
     parameter_class,
-    parameter_value,
 )
 from pgrealtime.rules.language.predicate import condition_parameters
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import resolve_rule
 from pgrealtime.rules.memory.compare import UndecidedError
-from pgrealtime.rules.memory.conditions import (
-    Arguments,
-    CompileContext,
-    CompiledCondition,
-    compile_condition,
-)
+from pgrealtime.rules.memory.conditions import CompiledCondition, compile_condition
+from pgrealtime.rules.memory.operands import Arguments, CompileContext
 from pgrealtime.rules.sql.reference import ReferenceQuery, reference_query
 from tests.conftest import drop_database
 

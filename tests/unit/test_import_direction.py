@@ -46,7 +46,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "records": (*_FLOOR, "catalog.model", "collections"),
     "rules.language": (*_FLOOR, "catalog.model", "collections", "auth.principal"),
     "rules.sql": (*_FLOOR, "catalog.model", "collections", "auth.principal", "rules.language"),
-    "rules.memory": (*_FLOOR, "catalog.model", "collections", "rules.language", "rules.sql"),
+    "rules.memory": (*_FLOOR, "catalog.model", "collections", "rules.language"),
     "rules.engine": (*_FLOOR, "catalog.model", "collections", "auth.principal", "rules"),
     "rules": _FLOOR,
     "rule_queries": (

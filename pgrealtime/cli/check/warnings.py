@@ -20,9 +20,11 @@ from pgrealtime.collections.model import Collection, Collections, Field, FieldKi
 from pgrealtime.config.model import CollectionConfig, Config
 from pgrealtime.errors import ConfigProblem, RuleError
 from pgrealtime.rules.language import predicate, syntax
-from pgrealtime.rules.language.parameters import RequestValue, exact_number
+from pgrealtime.rules.language.comparison import is_double
+from pgrealtime.rules.language.parameters import RequestValue
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import resolve_rule
+from pgrealtime.rules.language.sqlite_values import exact_number
 from pgrealtime.rules.language.syntax import (
     AndNode,
     ComparisonNode,
@@ -408,7 +410,7 @@ def _comparisons(
 
 
 def _double_column(term: predicate.Term) -> str | None:
-    if not predicate.is_double(term):
+    if not is_double(term):
         return None
     match term:
         case predicate.FieldValue(field=Field(column=column)) if column is not None:

@@ -33,9 +33,9 @@ from pgrealtime.rules.engine.plan import (
     Specialization,
     macro_values_at,
 )
+from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
-from pgrealtime.rules.memory.compare import Scalar
-from pgrealtime.rules.sql.reference import DenyAll
+from pgrealtime.rules.language.sqlite_values import Scalar
 
 UNINDEXED_FILTERS_PER_CONNECTION = 50
 """Different filters that no index serves: each costs something at each event, 2 us and more."""

@@ -19,18 +19,14 @@ from pgrealtime.changes import Row, TableName
 from pgrealtime.collections.model import Collection
 from pgrealtime.rules.engine.formula import MacroValues, Test
 from pgrealtime.rules.engine.index_paths import RemoteKey
-from pgrealtime.rules.language.parameters import (
-    Binding,
-    LiteralParameter,
-    Macro,
-    SqlForm,
-    to_sql_value,
-)
-from pgrealtime.rules.memory.compare import Scalar, SqliteValue
-from pgrealtime.rules.memory.conditions import Arguments
+from pgrealtime.rules.language.parameter_values import to_sql_value
+from pgrealtime.rules.language.parameters import Binding, LiteralParameter, Macro, SqlForm
+from pgrealtime.rules.language.sqlite_values import Scalar
+from pgrealtime.rules.memory.compare import SqliteValue
+from pgrealtime.rules.memory.operands import Arguments
 from pgrealtime.rules.sql import nodes
-from pgrealtime.rules.sql.conditions import ROW_ALIAS, SqlValues, translate_key_values
-from pgrealtime.rules.sql.nodes import Sql, all_of
+from pgrealtime.rules.sql.conditions import SqlValues, translate_key_values
+from pgrealtime.rules.sql.nodes import ROW_ALIAS, Sql, all_of
 from pgrealtime.rules.sql.reference import SqlQuery
 from pgrealtime.rules.sql.row_images import (
     Overlay,

@@ -28,7 +28,7 @@ from pgrealtime.rules.engine.index import KeyEntries, Member, PredicateIndex
 from pgrealtime.rules.engine.index_paths import RemoteKey
 from pgrealtime.rules.engine.plan import RecheckCondition
 from pgrealtime.rules.memory.compare import WORK_BUDGET, SqliteValue
-from pgrealtime.rules.memory.conditions import Arguments
+from pgrealtime.rules.memory.operands import Arguments
 from pgrealtime.rules.sql.row_images import Overlay
 
 M = TypeVar("M", bound=Member)

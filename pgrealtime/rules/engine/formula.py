@@ -43,14 +43,9 @@ from pgrealtime.rules.language.predicate import (
     row_path_of,
     terms,
 )
-from pgrealtime.rules.memory.compare import Scalar
-from pgrealtime.rules.memory.conditions import (
-    Arguments,
-    CompileContext,
-    CompiledCondition,
-    columns_read,
-    compile_condition,
-)
+from pgrealtime.rules.language.sqlite_values import Scalar
+from pgrealtime.rules.memory.conditions import CompiledCondition, columns_read, compile_condition
+from pgrealtime.rules.memory.operands import Arguments, CompileContext
 from pgrealtime.rules.sql.conditions import SqlPredicate, translate_predicate
 from pgrealtime.rules.sql.joins import CALLER_ID_PARAMETER
 

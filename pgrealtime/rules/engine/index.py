@@ -17,8 +17,9 @@ from pgrealtime.rules.engine.batch_query import sql_values_of
 from pgrealtime.rules.engine.formula import Formula, RowVerdicts
 from pgrealtime.rules.engine.index_paths import IndexPath, LookupKind, RemoteKey, RowKeyReader
 from pgrealtime.rules.engine.plan import Specialization
+from pgrealtime.rules.language.sqlite_values import Scalar
 from pgrealtime.rules.language.syntax import Op
-from pgrealtime.rules.memory.compare import Scalar, SqliteValue
+from pgrealtime.rules.memory.compare import SqliteValue
 
 
 class Member(Hashable, Protocol):

@@ -25,16 +25,21 @@ from pgrealtime.rules.engine.formula import (
     each_test_call,
     reads_caller_row,
 )
-from pgrealtime.rules.language.comparison import Affinity, Equality, equality, traits
+from pgrealtime.rules.language.comparison import (
+    Affinity,
+    Equality,
+    equality,
+    is_double,
+    is_multiple,
+    traits,
+)
+from pgrealtime.rules.language.parameter_values import to_sql_value
 from pgrealtime.rules.language.parameters import (
     LiteralParameter,
     Macro,
     Parameter,
     ParameterClass,
-    Scalar,
     SqlForm,
-    exact_number,
-    to_sql_value,
 )
 from pgrealtime.rules.language.predicate import (
     CallerRow,
@@ -50,13 +55,12 @@ from pgrealtime.rules.language.predicate import (
     Predicate,
     Term,
     condition_parameters,
-    is_double,
-    is_multiple,
     row_path_of,
 )
+from pgrealtime.rules.language.sqlite_values import Scalar, exact_number
 from pgrealtime.rules.language.syntax import Op
 from pgrealtime.rules.memory.compare import SqliteValue, nearest_double, parse_numeric
-from pgrealtime.rules.memory.conditions import KeyComparison, key_comparison
+from pgrealtime.rules.memory.index_key import KeyComparison, key_comparison
 
 CallerValues: TypeAlias = Sequence[Scalar]
 

@@ -34,6 +34,7 @@ from pgrealtime.rules.engine.formula import (
     split_condition,
 )
 from pgrealtime.rules.engine.index_paths import IndexPath, KeyRegistry, LookupKind, index_paths
+from pgrealtime.rules.language.parameter_values import parameter_value
 from pgrealtime.rules.language.parameters import (
     CallerColumn,
     LiftedLiteral,
@@ -43,10 +44,10 @@ from pgrealtime.rules.language.parameters import (
     RequestValue,
     fixed_parameter_class,
     parameter_class,
-    parameter_value,
 )
 from pgrealtime.rules.language.predicate import (
     Condition,
+    DenyAll,
     Predicate,
     comparisons,
     condition_parameters,
@@ -54,9 +55,9 @@ from pgrealtime.rules.language.predicate import (
 )
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import filter_text, resolve_filter, resolve_rule
-from pgrealtime.rules.memory.compare import Scalar
+from pgrealtime.rules.language.sqlite_values import Scalar
 from pgrealtime.rules.sql.joins import CALLER_ID_PARAMETER
-from pgrealtime.rules.sql.reference import DenyAll, auth_collection_of, check_rule
+from pgrealtime.rules.sql.reference import auth_collection_of, check_rule
 
 _ANY_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 """Any moment: parameters that aren't macros are the same at all of them."""

@@ -16,6 +16,7 @@ from pgrealtime.rules.language.parameters import (
 from pgrealtime.rules.language.predicate import (
     AbsentEach,
     EachTerm,
+    EachValue,
     FieldValue,
     GeoDistance,
     JsonValue,
@@ -25,6 +26,7 @@ from pgrealtime.rules.language.predicate import (
     SecretTerm,
     Strftime,
     Term,
+    row_path_of,
 )
 
 
@@ -166,3 +168,36 @@ def equality(left: Traits, right: Traits) -> Equality:
     if left.is_empty or right.is_empty:
         return Equality.EMPTY
     return Equality.COALESCED
+
+
+def is_multiple(term: Term) -> bool:
+    """Whether a comparison of it without ``?`` must hold for all of its values."""
+    if isinstance(term, AbsentEach):
+        return term.is_multiple
+    place = row_path_of(term)
+    return place is not None and place.is_multiple
+
+
+def is_double(term: Term) -> bool:
+    """Whether its numbers are double precision: all others are exact.
+
+    What is compared with them is compared as doubles.
+    """
+    match term:
+        case FieldValue(field=field_, modifier=Modifier.WHOLE | Modifier.EACH) if (
+            not field_.is_multiple
+        ):
+            return field_.kind is FieldKind.NUMBER and field_.type.base.name in _DOUBLE_TYPES
+        case EachTerm(place) if isinstance(place.steps[-1], EachValue):
+            element = place.steps[-1].field.type.base.element
+            is_number = term.kind is FieldKind.NUMBER
+            return is_number and element is not None and element.base.name in _DOUBLE_TYPES
+        case JsonValue(field=field_):
+            return field_.kind is FieldKind.GEO_POINT and not field_.is_stored_as_json
+        case GeoDistance():
+            return True
+        case _:
+            return False
+
+
+_DOUBLE_TYPES = frozenset({"float4", "float8"})

@@ -378,37 +378,17 @@ def row_path_of(term: Term) -> RowPath | None:
             return None
 
 
-def is_multiple(term: Term) -> bool:
-    """Whether a comparison of it without ``?`` must hold for all of its values."""
-    if isinstance(term, AbsentEach):
-        return term.is_multiple
-    place = row_path_of(term)
-    return place is not None and place.is_multiple
-
-
 # --- what a comparison means
 
 
-def is_double(term: Term) -> bool:
-    """Whether its numbers are double precision: all others are exact.
-
-    What is compared with them is compared as doubles.
-    """
-    match term:
-        case FieldValue(field=field_, modifier=Modifier.WHOLE | Modifier.EACH) if (
-            not field_.is_multiple
-        ):
-            return field_.kind is FieldKind.NUMBER and field_.type.base.name in _DOUBLE_TYPES
-        case EachTerm(place) if isinstance(place.steps[-1], EachValue):
-            element = place.steps[-1].field.type.base.element
-            is_number = term.kind is FieldKind.NUMBER
-            return is_number and element is not None and element.base.name in _DOUBLE_TYPES
-        case JsonValue(field=field_):
-            return field_.kind is FieldKind.GEO_POINT and not field_.is_stored_as_json
-        case GeoDistance():
-            return True
-        case _:
-            return False
+@dataclass(frozen=True, slots=True)
+class AdmitAll:
+    """No row needs to be asked about: all are admitted."""
 
 
-_DOUBLE_TYPES = frozenset({"float4", "float8"})
+@dataclass(frozen=True, slots=True)
+class DenyAll:
+    """No row is admitted."""
+
+    reason: str
+    """For the log; says nothing about any row."""

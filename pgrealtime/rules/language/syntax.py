@@ -15,6 +15,7 @@ from enum import Enum, auto
 from typing import NoReturn, TypeAlias
 
 from pgrealtime.errors import RuleSyntaxError, RuleUnsupportedError
+from pgrealtime.rules.language.sqlite_values import double_or_exact_integer
 
 MAX_COMPARISONS = 200
 """PocketBase's own limit for one rule or filter."""
@@ -407,22 +408,6 @@ class _Parser:
 
     def _fail(self, message: str, start: int, end: int) -> NoReturn:
         raise RuleSyntaxError(message, start=start, end=end)
-
-
-def double_or_exact_integer(number_text: str, double: float) -> float:
-    """Return the double that PocketBase makes of a number, or the number if no double is it.
-
-    A rule that names somebody's id must not mean the neighbour's.
-    """
-    digits = number_text.lstrip("+-0")
-    if len(digits) <= _EXACT_DOUBLE_DIGITS or not digits.isdigit():
-        return double
-    whole = int(digits)
-    return double if int(abs(double)) == whole else -whole if number_text.startswith("-") else whole
-
-
-_EXACT_DOUBLE_DIGITS = 15
-"""All whole numbers of so many digits are doubles."""
 
 
 _EXPECTED_TEXT = {

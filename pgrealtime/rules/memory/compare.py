@@ -14,12 +14,15 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import TypeAlias
 
-from pgrealtime.rules.language import parameters
+from pgrealtime.rules.language.sqlite_values import (
+    MAX_NUMERIC_TEXT_LENGTH,
+    NUMERIC_TEXT_REGEX,
+    Number,
+    ascii_lower,
+    sqlite_float_text,
+)
 from pgrealtime.rules.language.syntax import Op
-from pgrealtime.rules.sql.operands import MAX_NUMERIC_TEXT_LENGTH, NUMERIC_TEXT_REGEX
 
-Scalar: TypeAlias = parameters.Scalar
-Number: TypeAlias = float | int | Decimal
 SqliteValue: TypeAlias = str | Number | None
 
 _LOOKS_NUMERIC = re.compile(NUMERIC_TEXT_REGEX[1:-1], re.ASCII)
@@ -151,18 +154,10 @@ def float_text(number: float) -> str:
         return "0.0"
     if not _MIN_PLAIN_FLOAT <= abs(number) < _MAX_PLAIN_FLOAT:
         raise UndecidedError
-    return parameters.sqlite_float_text(number)
+    return sqlite_float_text(number)
 
 
 _MIN_PLAIN_FLOAT, _MAX_PLAIN_FLOAT, _MAX_WHOLE_FLOAT = 1e-4, 1e15, 1e18
-
-
-def ascii_lower(text: str) -> str:
-    """Return the text with ASCII letters in lower case, which is all that COLLATE "C" knows."""
-    return text.lower() if text.isascii() else text.translate(_ASCII_LOWER)
-
-
-_ASCII_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 
 
 # --- work

@@ -16,15 +16,13 @@ from sqlglot import exp
 from pgrealtime.auth.principal import Superuser
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
+from pgrealtime.rules.language.parameter_values import parameter_value, to_sql_value
 from pgrealtime.rules.language.parameters import (
     CallerColumn,
     LiteralParameter,
     Parameter,
     RequestValue,
-    Scalar,
     parameter_class,
-    parameter_value,
-    to_sql_value,
 )
 from pgrealtime.rules.language.predicate import (
     AbsentEach,
@@ -45,6 +43,7 @@ from pgrealtime.rules.language.predicate import (
 )
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import resolve_filter, resolve_rule
+from pgrealtime.rules.language.sqlite_values import Scalar
 from pgrealtime.rules.language.syntax import (
     AndNode,
     CallNode,

@@ -15,14 +15,15 @@ from sqlglot import exp
 from pgrealtime.changes import TableName
 from pgrealtime.collections.model import Collection, Collections, FieldKind
 from pgrealtime.errors import RuleUnsupportedError
-from pgrealtime.rules.language.comparison import Affinity, Equality, Traits, equality, traits
-from pgrealtime.rules.language.parameters import (
-    Binding,
-    Parameter,
-    ParameterClass,
-    SqlForm,
-    like_pattern,
+from pgrealtime.rules.language.comparison import (
+    Affinity,
+    Equality,
+    Traits,
+    equality,
+    is_multiple,
+    traits,
 )
+from pgrealtime.rules.language.parameters import Binding, Parameter, ParameterClass, SqlForm
 from pgrealtime.rules.language.predicate import (
     AbsentEach,
     Comparison,
@@ -38,12 +39,12 @@ from pgrealtime.rules.language.predicate import (
     Predicate,
     Strftime,
     Term,
-    is_multiple,
 )
+from pgrealtime.rules.language.sqlite_values import like_pattern
 from pgrealtime.rules.language.syntax import Op
 from pgrealtime.rules.sql import nodes
 from pgrealtime.rules.sql.joins import Scope, Translation, native_id_form
-from pgrealtime.rules.sql.nodes import Sql, all_of, any_of, is_not_null, negation
+from pgrealtime.rules.sql.nodes import ROW_ALIAS, Sql, all_of, any_of, is_not_null, negation
 from pgrealtime.rules.sql.operands import (
     SqlOperand,
     align_precision,
@@ -52,9 +53,6 @@ from pgrealtime.rules.sql.operands import (
     leading_number,
     translate_operand,
 )
-
-ROW_ALIAS = "r"
-"""Alias of the judged row, unless the caller has another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

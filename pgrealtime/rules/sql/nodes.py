@@ -288,3 +288,7 @@ def _parenthesized(node: Sql) -> Sql:
 
 def _escape_percent(text: str) -> str:
     return text.replace("%", "%%")
+
+
+ROW_ALIAS = "r"
+"""Alias of the judged row, unless the caller has another."""

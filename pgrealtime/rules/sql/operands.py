@@ -34,22 +34,19 @@ from pgrealtime.rules.language.predicate import (
     Strftime,
     Term,
 )
+from pgrealtime.rules.language.sqlite_values import (
+    INT64_END,
+    MAX_NUMERIC_TEXT_LENGTH,
+    NUMERIC_TEXT_REGEX,
+    PASSWORD_HASH_PREFIX,
+)
 from pgrealtime.rules.sql import nodes
 from pgrealtime.rules.sql.joins import Scope, Translation
 from pgrealtime.rules.sql.nodes import Sql, TypedSql, typed_column
 from pgrealtime.rules.sql.strftime import format_time, translate_time
 
-NUMERIC_TEXT_REGEX = (
-    r"^[ \t\n\v\f\r]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?[ \t\n\v\f\r]*$"
-)
-"""What SQLite would take for a number, as long as a double can hold it."""
-MAX_NUMERIC_TEXT_LENGTH = 200
-INT64_END = 1 << 63
-"""From here on SQLite keeps whole numbers as floats too."""
 _MAX_DOUBLE_IN_INT64 = 9223372036854774784
 """The largest double below."""
-PASSWORD_HASH_PREFIX = "$2a$"  # noqa: S105 (of any hash)
-"""Stands for a secret that the table doesn't hold: the beginning of every password hash."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

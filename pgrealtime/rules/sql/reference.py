@@ -16,19 +16,14 @@ from pgrealtime.auth.principal import AuthRecord, Superuser
 from pgrealtime.changes import Row, TableName
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.errors import RuleError, RuleUnsupportedError
-from pgrealtime.rules.language.parameters import (
-    Binding,
-    CallerColumn,
-    parameter_class,
-    parameter_value,
-    to_sql_value,
-)
-from pgrealtime.rules.language.predicate import Predicate, condition_parameters
+from pgrealtime.rules.language.parameter_values import parameter_value, to_sql_value
+from pgrealtime.rules.language.parameters import Binding, CallerColumn, parameter_class
+from pgrealtime.rules.language.predicate import AdmitAll, DenyAll, Predicate, condition_parameters
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import filter_text, resolve_filter, resolve_rule
 from pgrealtime.rules.sql import nodes
-from pgrealtime.rules.sql.conditions import ROW_ALIAS, SqlPredicate, translate_predicate
-from pgrealtime.rules.sql.nodes import Sql, all_of
+from pgrealtime.rules.sql.conditions import SqlPredicate, translate_predicate
+from pgrealtime.rules.sql.nodes import ROW_ALIAS, Sql, all_of
 from pgrealtime.rules.sql.row_images import (
     Overlay,
     find_columns,
@@ -39,19 +34,6 @@ from pgrealtime.rules.sql.row_images import (
 
 _ANY_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 """Any moment: the class of a macro is the same at all of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class AdmitAll:
-    """No row needs to be asked about: all are admitted."""
-
-
-@dataclass(frozen=True, slots=True)
-class DenyAll:
-    """No row is admitted."""
-
-    reason: str
-    """For the log; says nothing about any row."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,7 @@ from sqlglot import exp
 from pgrealtime.catalog.model import Column, Table
 from pgrealtime.changes import Row, TableName
 from pgrealtime.rules.sql import nodes
-from pgrealtime.rules.sql.conditions import ROW_ALIAS
-from pgrealtime.rules.sql.nodes import Sql, TypedSql, all_of, negation, typed_column
+from pgrealtime.rules.sql.nodes import ROW_ALIAS, Sql, TypedSql, all_of, negation, typed_column
 
 
 def find_columns(table: Table, names: Iterable[str]) -> list[Column]:

@@ -24,7 +24,8 @@ from pgrealtime.rules.engine.plan import (
     macro_values_at,
 )
 from pgrealtime.rules.language.request import RuleRequest
-from pgrealtime.rules.memory.compare import WORK_BUDGET, Scalar
+from pgrealtime.rules.language.sqlite_values import Scalar
+from pgrealtime.rules.memory.compare import WORK_BUDGET
 from tests.unit.rules.schema import COLLECTIONS, POSTS
 
 NOW = datetime(2024, 5, 6, tzinfo=UTC)

@@ -13,10 +13,11 @@ from pgrealtime.errors import RuleError, RuleUnsupportedError
 from pgrealtime.rules.engine.formula import TestCall, each_test_call
 from pgrealtime.rules.engine.index_paths import LookupKind
 from pgrealtime.rules.engine.plan import BoundPredicate, RuleCompiler, caller_columns_read_by_rules
+from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.memory.compare import UndecidedError
 from pgrealtime.rules.sql.joins import MAX_JOINS
-from pgrealtime.rules.sql.reference import DenyAll, ReferenceQuery, check_rule, reference_query
+from pgrealtime.rules.sql.reference import ReferenceQuery, check_rule, reference_query
 from tests.unit.rules.schema import COLLECTIONS, POSTS
 
 ANN = AuthRecord(collection_id="pbc_users", collection_name="users", id="uann")

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta, timezone
 import pytest
 
 from pgrealtime.auth.principal import AuthRecord, Superuser
+from pgrealtime.rules.language.parameter_values import parameter_value, to_sql_value
 from pgrealtime.rules.language.parameters import (
     LiftedLiteral,
     LiteralParameter,
@@ -16,18 +17,18 @@ from pgrealtime.rules.language.parameters import (
     Parameter,
     ParameterClass,
     RequestValue,
-    Scalar,
     SqlForm,
     fixed_parameter_class,
+    parameter_class,
+)
+from pgrealtime.rules.language.request import RuleRequest
+from pgrealtime.rules.language.sqlite_values import (
+    Scalar,
     json_in_jsonb_order,
     like_pattern,
     looks_numeric,
-    parameter_class,
-    parameter_value,
     sqlite_float_text,
-    to_sql_value,
 )
-from pgrealtime.rules.language.request import RuleRequest
 
 NOW = datetime(2024, 2, 29, 23, 5, 7, 89_999, tzinfo=UTC)
 

@@ -18,10 +18,11 @@ from pgrealtime.rules.language.parameters import (
     Macro,
     RequestValue,
 )
+from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import resolve_filter, resolve_rule
 from pgrealtime.rules.language.syntax import Op
-from pgrealtime.rules.sql.reference import DenyAll, ReferenceQuery, check_rule, reference_query
+from pgrealtime.rules.sql.reference import ReferenceQuery, check_rule, reference_query
 from tests.unit.rules.schema import COLLECTIONS, COMMENTS, POSTS, TEAMS, USERS
 
 HERE = predicate.RowPath(predicate.ScopeRow("posts"))

@@ -20,12 +20,15 @@ from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.catalog.model import Column
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.rules.language import predicate
-from pgrealtime.rules.language.parameters import ParameterClass, parameter_class, parameter_value
+from pgrealtime.rules.language.parameter_values import parameter_value
+from pgrealtime.rules.language.parameters import ParameterClass, parameter_class
+from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import resolve_rule
 from pgrealtime.rules.sql import nodes
-from pgrealtime.rules.sql.conditions import ROW_ALIAS, translate_predicate
-from pgrealtime.rules.sql.reference import DenyAll, ReferenceQuery, reference_query
+from pgrealtime.rules.sql.conditions import translate_predicate
+from pgrealtime.rules.sql.nodes import ROW_ALIAS
+from pgrealtime.rules.sql.reference import ReferenceQuery, reference_query
 from tests.unit.rules.schema import COLLECTIONS, POSTS, USERS
 
 ANN = AuthRecord(collection_id="pbc_users", collection_name="users", id="uann")
