@@ -11,7 +11,7 @@ None of these values can be part of a cycle, so none is the garbage collector's 
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from msgspec import Struct
 
@@ -126,3 +126,6 @@ class OversizedTransaction(Struct, frozen=True, gc=False):
     end_lsn: LSN
     commit_time_us: int
     tables: frozenset[TableName]
+
+
+Action: TypeAlias = Literal["create", "update", "delete"]

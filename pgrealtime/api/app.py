@@ -11,12 +11,24 @@ import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from pgrealtime.api import problems, redirect
+from pgrealtime.api import redirect
+from pgrealtime.api.body_reader import BODY_READER_KEY, MAX_BODY_BYTES, BodyReader
 from pgrealtime.api.cors import AllowedOrigins
+from pgrealtime.api.error_responses import (
+    BODY_TOO_LARGE,
+    FILE_NOT_FOUND,
+    INTERNAL_ERROR,
+    REQUEST_TIMEOUT,
+    ROUTE_NOT_FOUND,
+    TOO_MANY_REQUESTS,
+    ErrorResponse,
+    Language,
+    encode_error_response,
+    error_response_of,
+    preferred_language,
+)
 from pgrealtime.api.health import HealthRoute
-from pgrealtime.api.problems import ErrorResponse, Language, error_response_of, preferred_language
 from pgrealtime.api.realtime import RUNNER_KEY, SHUTDOWN_SECONDS, RealtimeRoutes
-from pgrealtime.api.uploads import BODY_READER_KEY, MAX_BODY_BYTES, BodyReader
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.config.model import Config, ServerConfig
 from pgrealtime.errors import PgRealtimeError
@@ -96,16 +108,16 @@ class ResponseMiddleware:
         if request.method == "OPTIONS":
             return web.Response(status=204)
         if (request.content_length or 0) > MAX_BODY_BYTES:
-            return self._respond_with_error(request, problems.BODY_TOO_LARGE)
+            return self._respond_with_error(request, BODY_TOO_LARGE)
         try:
             return await handler(request)
         except PgRealtimeError as error:
-            problem = error_response_of(error)
-            if problem is problems.INTERNAL_ERROR:
+            refusal = error_response_of(error)
+            if refusal is INTERNAL_ERROR:
                 log.error("request.failed", path=request.path, error=error)  # noqa: TRY400 (expected kind, known code)
         except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
             is_file = request.method in ("GET", "HEAD")
-            problem = problems.FILE_NOT_FOUND if is_file else problems.ROUTE_NOT_FOUND
+            refusal = FILE_NOT_FOUND if is_file else ROUTE_NOT_FOUND
         except web.HTTPException:
             raise
         except ConnectionError:
@@ -115,19 +127,22 @@ class ResponseMiddleware:
             log.exception("request.failed", path=request.path)
             if request.writer.output_size and request.transport is not None:
                 request.transport.abort()  # the head is out, another can't follow
-            problem = problems.INTERNAL_ERROR
-        return self._respond_with_error(request, problem)
+            refusal = INTERNAL_ERROR
+        return self._respond_with_error(request, refusal)
 
     def _respond_with_error(
         self, request: web.Request, error_response: ErrorResponse
     ) -> web.Response:
         response = web.Response(
             status=error_response.status,
-            body=problems.encode_error_response(error_response, self._response_language(request)),
+            body=encode_error_response(error_response, self._response_language(request)),
             content_type="application/json",
         )
-        is_unread = error_response is problems.TOO_MANY_REQUESTS and not request.content.at_eof()
-        if is_unread or error_response in (problems.BODY_TOO_LARGE, problems.REQUEST_TIMEOUT):
+        is_unread = error_response is TOO_MANY_REQUESTS and not request.content.at_eof()
+        if is_unread or error_response in (
+            BODY_TOO_LARGE,
+            REQUEST_TIMEOUT,
+        ):
             response.force_close()
         return response
 

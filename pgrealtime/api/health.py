@@ -7,7 +7,7 @@ from typing import Final
 from aiohttp import web
 
 from pgrealtime.api.address import client_address
-from pgrealtime.api.answers import respond_json
+from pgrealtime.api.json_response import respond_json
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.principal import Superuser
 from pgrealtime.config.model import ServerConfig

@@ -9,21 +9,21 @@ from aiohttp import web
 from msgspec import Raw
 
 from pgrealtime.api.address import client_address
-from pgrealtime.api.answers import query_values, respond_json
-from pgrealtime.api.login_body import (
-    LoginCall,
-    check_body_readable,
-    check_login_call,
-    parse_login_call,
-)
-from pgrealtime.api.problems import (
+from pgrealtime.api.body_reader import BODY_READER_KEY
+from pgrealtime.api.error_responses import (
     TOKEN_REQUIRED,
     TOO_MANY_REQUESTS,
     ErrorResponse,
     LocalizedText,
     RequestRefusedError,
 )
-from pgrealtime.api.uploads import BODY_READER_KEY
+from pgrealtime.api.json_response import query_values, respond_json
+from pgrealtime.api.login_body import (
+    LoginCall,
+    check_body_readable,
+    check_login_call,
+    parse_login_call,
+)
 from pgrealtime.auth.account import UserCollection
 from pgrealtime.auth.authenticator import AuthenticatedCaller, Authenticator, caller_of_account
 from pgrealtime.auth.login import LoginAttempt, LoginService, LoginSession
@@ -162,8 +162,8 @@ class LoginRoutes:
         if not request.body_exists or request.content_length == 0:
             return None
         address = client_address(request, self._server.trusted_proxies)
-        uploads = request.app[BODY_READER_KEY]
-        return await uploads.read(request, address, parse, max_bytes=_MAX_BODY_BYTES)
+        reader = request.app[BODY_READER_KEY]
+        return await reader.read(request, address, parse, max_bytes=_MAX_BODY_BYTES)
 
     async def _authenticate_token(self, request: web.Request) -> AuthenticatedCaller:
         try:

@@ -6,21 +6,17 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from pgrealtime.api import problems
-from pgrealtime.api.body import (
+from pgrealtime.api.error_responses import (
+    BAD_REQUEST,
     BLANK_MEMBER,
-    fold_name,
-    json_payloads,
-    length_out_of_range,
-    read_string_or_empty,
-)
-from pgrealtime.api.problems import (
     ErrorResponse,
     LocalizedText,
     MemberFault,
     MemberFaults,
     RequestRefusedError,
+    length_out_of_range,
 )
+from pgrealtime.protocol.form_json import fold_name, json_payloads, read_string_or_empty
 from pgrealtime.protocol.forms import FormError, parse_form
 from pgrealtime.protocol.json_reader import JsonError, JsonReader
 
@@ -87,7 +83,7 @@ def check_body_readable(content_type: str, body: bytes, query: bytes) -> None:
         else:
             raise RequestRefusedError(_UNSUPPORTED_CONTENT_TYPE)
     except (JsonError, FormError) as error:
-        raise RequestRefusedError(problems.BAD_REQUEST) from error
+        raise RequestRefusedError(BAD_REQUEST) from error
 
 
 def _skip_object(reader: JsonReader) -> None:

@@ -10,20 +10,20 @@ from typing import Final
 from aiohttp import web
 
 from pgrealtime.api.address import client_address
-from pgrealtime.api.body import SubscribeCall, find_call_faults, parse_subscribe_call
-from pgrealtime.api.problems import (
+from pgrealtime.api.body_reader import BODY_READER_KEY
+from pgrealtime.api.error_responses import (
     ErrorResponse,
     RequestRefusedError,
     invalid_members,
     limit_reached,
 )
-from pgrealtime.api.stream import (
+from pgrealtime.api.sse_transport import (
     EventStreamResponse,
     SseTransport,
     make_sse_transport,
     take_over_connection,
 )
-from pgrealtime.api.uploads import BODY_READER_KEY
+from pgrealtime.api.subscribe_body import SubscribeCall, find_call_faults, parse_subscribe_call
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.principal import Caller, Guest
 from pgrealtime.config.model import RealtimeConfig, ServerConfig

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import structlog
 
 from pgrealtime.auth.account import Account, AccountLoader, UserCollection
-from pgrealtime.auth.attempts import RateLimiter
 from pgrealtime.auth.authenticator import AuthenticatedCaller
-from pgrealtime.auth.password_threads import PasswordVerifier
+from pgrealtime.auth.password_verifier import PasswordVerifier
 from pgrealtime.auth.passwords import StoredHash, dummy_hash_for, has_cost_of, scheme_name_of
+from pgrealtime.auth.rate_limiter import RateLimiter
 from pgrealtime.auth.token import make_login_token
 from pgrealtime.config.model import CollectionLoginConfig, LoginConfig
 from pgrealtime.errors import AuthError

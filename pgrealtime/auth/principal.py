@@ -87,7 +87,7 @@ AccountKey: TypeAlias = tuple[str, str]
 """Name of an auth collection and id of a record in it."""
 
 
-def account_of_caller(caller: Caller) -> AccountKey | None:
+def account_of(caller: Caller) -> AccountKey | None:
     """Whose row makes the caller what it is; None for guests and superusers."""
     match caller.principal:
         case AuthRecord() as record:

@@ -6,7 +6,7 @@ from pgrealtime.cli.check.check import connect_once
 from pgrealtime.config.model import Config
 from pgrealtime.errors import SetupError
 from pgrealtime.spelling import nearest_name
-from pgrealtime.wal import durable
+from pgrealtime.wal import slot_status
 
 
 async def list_slots(config: Config) -> list[str]:
@@ -16,11 +16,11 @@ async def list_slots(config: Config) -> list[str]:
         PgRealtimeError: The server can't be asked.
     """
     async with connect_once(config.database.url) as connection:
-        standing = await durable.list_own_slots(connection, config.replication.slot.name)
+        standing = await slot_status.list_own_slots(connection, config.replication.slot.name)
     return [_slot_line(slot) for slot in standing]
 
 
-def _slot_line(slot: durable.SlotStatus) -> str:
+def _slot_line(slot: slot_status.SlotStatus) -> str:
     reader = "nobody reads it" if slot.active_pid is None else f"read by pid {slot.active_pid}"
     state = f"lost ({slot.invalidation_reason or 'its WAL is gone'})" if slot.is_lost else reader
     kind = "temporary" if slot.is_temporary else "durable"
@@ -40,10 +40,10 @@ async def drop_slot(config: Config, name: str) -> None:
         PgRealtimeError: The server can't be asked.
     """
     async with connect_once(config.database.url) as connection:
-        standing = await durable.list_own_slots(connection, config.replication.slot.name)
+        standing = await slot_status.list_own_slots(connection, config.replication.slot.name)
         for slot in standing:
             if slot.name == name:
-                await durable.drop_slot(connection, slot)
+                await slot_status.drop_slot(connection, slot)
                 return
     meant = nearest_name(name, [slot.name for slot in standing])
     raise SetupError(

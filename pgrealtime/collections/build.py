@@ -16,6 +16,7 @@ from pgrealtime.catalog.model import (
     Type,
     TypeKind,
 )
+from pgrealtime.catalog.naming import quote_identifier, quote_table_name
 from pgrealtime.changes import TableName
 from pgrealtime.collections.model import (
     Collection,
@@ -233,17 +234,8 @@ def _table_problems(table: Table, path: str) -> Iterator[ConfigProblem]:
 def _alter_leaf_tables(table: Table, action: str) -> str:
     """Return the SQL that changes every table that holds the rows."""
     return " ".join(
-        f"ALTER TABLE {_quote_table_name(name)} {action};" for name in table.leaves or [table.name]
+        f"ALTER TABLE {quote_table_name(name)} {action};" for name in table.leaves or [table.name]
     )
-
-
-def _quote_table_name(name: TableName) -> str:
-    return f"{quote_name(name.schema)}.{quote_name(name.name)}"
-
-
-def quote_name(name: str) -> str:
-    """Return the name as SQL has it, for people to paste."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _find_key(table: Table, config: CollectionConfig, path: str) -> Column | ConfigProblem:
@@ -270,14 +262,14 @@ def _find_key(table: Table, config: CollectionConfig, path: str) -> Column | Con
         f'"{table.name}" has no primary key: its updates and deletes name no row',
         whole
         if is_partitioned
-        else f"ALTER TABLE {_quote_table_name(table.name)} {_key_to_add(table)};",
+        else f"ALTER TABLE {quote_table_name(table.name)} {_key_to_add(table)};",
     )
 
 
 def _key_to_add(table: Table) -> str:
     unique = next((names[0] for names in table.unique_keys if len(names) == 1), None)
     if unique is not None:
-        return f"ADD PRIMARY KEY ({quote_name(unique)})"
+        return f"ADD PRIMARY KEY ({quote_identifier(unique)})"
     if table.find_column("id") is not None:
         return 'ADD PRIMARY KEY ("id")'
     return 'ADD COLUMN "id" bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY'
@@ -293,12 +285,12 @@ def _unknown_column_problem(path: str, table: Table, name: str) -> ConfigProblem
 
 def _key_problems(table: Table, key: Column, path: str) -> list[ConfigProblem]:
     """Say why the key would not name one row, or not be known of a deleted one."""
-    column = quote_name(key.name)
+    column = quote_identifier(key.name)
     if (key.name,) not in table.unique_keys:
-        add = f"ALTER TABLE {_quote_table_name(table.name)} ADD UNIQUE ({column});"
+        add = f"ALTER TABLE {quote_table_name(table.name)} ADD UNIQUE ({column});"
         return [ConfigProblem(f"{path}.id", f'column "{key.name}" is not unique by itself', add)]
     if not key.not_null:
-        add = f"ALTER TABLE {_quote_table_name(table.name)} ALTER COLUMN {column} SET NOT NULL;"
+        add = f"ALTER TABLE {quote_table_name(table.name)} ALTER COLUMN {column} SET NOT NULL;"
         return [ConfigProblem(f"{path}.id", f'column "{key.name}" may be NULL', add)]
     if key.name not in table.replica_identity_columns:
         return [

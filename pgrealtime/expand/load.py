@@ -49,6 +49,7 @@ from pgrealtime.expand.relation_sql import (
     rows_before_overlay,
     rows_by_id_statement,
 )
+from pgrealtime.fairness import YieldTimer
 from pgrealtime.hub.evaluation.point_evaluation import PointEvaluation
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.live_reads.row_history import RowHistory, TableHistory, TransactionLinkChanges
@@ -59,7 +60,6 @@ from pgrealtime.rule_queries.outage import CONNECTION_RETRY_DELAYS
 from pgrealtime.rules.engine.before_state import BeforeState, reachable_tables
 from pgrealtime.rules.engine.plan import BoundPredicate, macro_values_at
 from pgrealtime.snapshot import Snapshot
-from pgrealtime.turns import YieldTimer
 
 log = structlog.get_logger(__name__)
 

@@ -24,11 +24,12 @@ import structlog
 
 from pgrealtime.auth.principal import GUEST, Caller, is_same_principal
 from pgrealtime.changelog.base import Changelog, Entry
-from pgrealtime.changes import Transaction
+from pgrealtime.changes import Action, Transaction
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import CollectionLoginConfig, HiddenFieldsMode, RealtimeConfig
 from pgrealtime.errors import PgRealtimeError, SubscriptionError, SubscriptionLimitError
 from pgrealtime.expand.plan import ExpandViewer
+from pgrealtime.fairness import FairLock
 from pgrealtime.hub.catchup.tasks import MAX_CONCURRENT_CATCH_UPS, CatchUpTasks
 from pgrealtime.hub.connections.connection import (
     CURSOR_TOPIC,
@@ -51,7 +52,7 @@ from pgrealtime.hub.evaluation.evaluator import (
     raise_location,
 )
 from pgrealtime.hub.evaluation.matcher import Matcher
-from pgrealtime.hub.events.event import Action, Event
+from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.slices import (
     LIVE_SLICE_CHANGES,
     GapNotice,
@@ -76,7 +77,6 @@ from pgrealtime.protocol.topic import Topic
 from pgrealtime.records.encode import View
 from pgrealtime.rules.engine.before_state import reachable_tables
 from pgrealtime.snapshot import ReadPoint, parse_read_point
-from pgrealtime.turns import FairLock
 
 log = structlog.get_logger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from pgrealtime.hub.events.event import Action
+from pgrealtime.changes import Action
 
 # A message is b"id:" + id + tail, the tail being everything after the id, which is all that
 # differs between connections: the end of the id line, the event line, the data line, the blank.

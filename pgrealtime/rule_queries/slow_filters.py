@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 
 from msgspec import Struct
 
+from pgrealtime.fairness import FairLock
 from pgrealtime.rules.engine.evaluation import FilterWorkBudget
-from pgrealtime.turns import FairLock
 
 if TYPE_CHECKING:
     from pgrealtime.hub.connections.connection import Group

@@ -57,7 +57,7 @@ from pgrealtime.service.reload import (
     report_unreadable_tables,
 )
 from pgrealtime.service.status import StatusReader
-from pgrealtime.wal import durable
+from pgrealtime.wal import slot_status
 from pgrealtime.wal.server import open_ordinary_connection
 from pgrealtime.wal.slot import SlotWait
 from pgrealtime.wal.stream import WalStream, dry_run_stream, open_stream
@@ -373,7 +373,7 @@ async def _advance_slot(config: Config) -> None:
     """Move the durable slot to where the server's WAL ends, if that can be."""
     try:
         async with await open_ordinary_connection(config.database.url) as connection:
-            await durable.advance_slot(connection, config.replication.slot.name)
+            await slot_status.advance_slot(connection, config.replication.slot.name)
     except psycopg.Error as error:
         log.warning(
             "slot.kept", slot=config.replication.slot.name, reason=message_without_values(error)

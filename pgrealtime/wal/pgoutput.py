@@ -13,6 +13,7 @@ from typing import TypeAlias
 from msgspec import Struct
 
 from pgrealtime.catalog.model import Table
+from pgrealtime.catalog.naming import quote_identifier
 from pgrealtime.changes import (
     Delete,
     Insert,
@@ -242,5 +243,4 @@ def _in_root_order(row: Row, table: StreamedTable) -> Row:
 
 def start_replication_options(publication: str) -> dict[str, str]:
     """Return the options of START_REPLICATION that ``PgoutputDecoder`` counts on."""
-    quoted = publication.replace('"', '""')
-    return {"proto_version": "1", "publication_names": f'"{quoted}"'}
+    return {"proto_version": "1", "publication_names": quote_identifier(publication)}

@@ -12,6 +12,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from pgrealtime.catalog.model import ReplicaIdentity, Table, TableKind
+from pgrealtime.catalog.naming import quote_identifier, quote_table_name
 from pgrealtime.changes import TableName
 from pgrealtime.errors import SetupError
 
@@ -36,15 +37,6 @@ class Publication:
     """publish_generated_columns is ``stored``."""
 
 
-def quote_identifier(name: str) -> str:
-    """Return the name as an SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _quote_table(name: TableName) -> str:
-    return f"{quote_identifier(name.schema)}.{quote_identifier(name.name)}"
-
-
 def publication_sql(name: str, tables: Collection[Table], server_version: int) -> str:
     """Return the SQL that makes the publication, ready to paste.
 
@@ -61,7 +53,7 @@ def _for_clause(tables: Iterable[Table]) -> str:
     return "FOR TABLE " + ", ".join(
         # A partitioned table brings its partitions, those of later too. ONLY keeps out the
         # inheritance children of any other.
-        ("" if table.kind is TableKind.PARTITIONED else "ONLY ") + _quote_table(table.name)
+        ("" if table.kind is TableKind.PARTITIONED else "ONLY ") + quote_table_name(table.name)
         for table in sorted(tables, key=lambda table: table.name)
     )
 
@@ -108,12 +100,12 @@ def _streaming_problem(
     if table.is_unlogged:
         return (
             "is unlogged: its rows are not in the WAL.",
-            tuple(f"ALTER TABLE {_quote_table(part)} SET LOGGED;" for part in parts),
+            tuple(f"ALTER TABLE {quote_table_name(part)} SET LOGGED;" for part in parts),
         )
     if table.replica_identity is ReplicaIdentity.NOTHING or not table.replica_identity_columns:
         return (
             "has no replica identity: updates and deletes of it would be lost.",
-            tuple(f"ALTER TABLE {_quote_table(part)} REPLICA IDENTITY FULL;" for part in parts),
+            tuple(f"ALTER TABLE {quote_table_name(part)} REPLICA IDENTITY FULL;" for part in parts),
         )
     return None
 

@@ -11,6 +11,7 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 from psycopg.sql import SQL
 
+from pgrealtime.catalog.naming import quote_identifier
 from pgrealtime.errors import (
     DatabaseUnreachableError,
     PgRealtimeError,
@@ -21,7 +22,6 @@ from pgrealtime.errors import (
 from pgrealtime.lsn import LSN, parse_lsn
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.url import parse_database_url
-from pgrealtime.wal.publication import quote_identifier
 
 DatabaseConnection: TypeAlias = psycopg.AsyncConnection[tuple[Any, ...]]
 

@@ -12,6 +12,7 @@ import psycopg
 from psycopg import errors as pg
 
 from pgrealtime.catalog.model import Table
+from pgrealtime.catalog.naming import quote_identifier
 from pgrealtime.changes import TableName
 from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.errors import (
@@ -23,13 +24,8 @@ from pgrealtime.errors import (
     WalError,
 )
 from pgrealtime.lsn import LSN, parse_lsn
-from pgrealtime.wal import durable
-from pgrealtime.wal.publication import (
-    Publication,
-    check_publication,
-    check_tables,
-    quote_identifier,
-)
+from pgrealtime.wal import slot_status
+from pgrealtime.wal.publication import Publication, check_publication, check_tables
 from pgrealtime.wal.server import DatabaseConnection, ServerFacts, open_ordinary_connection
 
 Plugin: TypeAlias = Literal["wal2json", "pgoutput"]
@@ -151,10 +147,10 @@ async def _reuse_durable_slot(
     if standing is None:
         return None
     if standing.is_lost:
-        await durable.drop_slot(connection, standing)
+        await slot_status.drop_slot(connection, standing)
         return None
     if config.slot.failover and not standing.has_failover:
-        await durable.enable_failover(connection, standing)
+        await slot_status.enable_failover(connection, standing)
     plugin: Plugin = "wal2json" if standing.plugin == "wal2json" else "pgoutput"
     return Slot(
         name=standing.name, plugin=plugin, start_lsn=standing.confirmed_flush_lsn, is_durable=True
@@ -163,14 +159,14 @@ async def _reuse_durable_slot(
 
 async def find_durable_slot(
     connection: DatabaseConnection, config: ReplicationConfig, facts: ServerFacts
-) -> durable.SlotStatus | None:
+) -> slot_status.SlotStatus | None:
     """Return the slot that has the durable one's name, if any, once all is well with it.
 
     Raises:
         SetupError: It can't be read by us, or none may be made.
     """
-    standing = await durable.find_slot(connection, config.slot.name)
-    durable.check_slot(
+    standing = await slot_status.find_slot(connection, config.slot.name)
+    slot_status.check_slot(
         config,
         standing,
         database=connection.info.dbname,

@@ -15,8 +15,8 @@ from urllib.parse import quote
 
 import pytest
 
-from pgrealtime.api.problems import BAD_REQUEST, RequestRefusedError
-from pgrealtime.api.uploads import LARGE_BODY_BYTES, BodyReader
+from pgrealtime.api.body_reader import LARGE_BODY_BYTES, BodyReader
+from pgrealtime.api.error_responses import BAD_REQUEST, RequestRefusedError
 from tests.conformance.http_client import EventStream, Request, send
 from tests.unit.api.served import Served, served, until
 from tests.unit.hub.room import DEADLINE, insert

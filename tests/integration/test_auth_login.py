@@ -31,8 +31,8 @@ from psycopg import sql
 from pytest_postgresql.executor_noop import NoopExecutor
 
 from pgrealtime.api.app import ResponseMiddleware
+from pgrealtime.api.body_reader import BODY_READER_KEY, BodyReader
 from pgrealtime.api.login import LoginRoutes
-from pgrealtime.api.uploads import BODY_READER_KEY, BodyReader
 from pgrealtime.auth.account import AccountLoader
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.login import LoginService

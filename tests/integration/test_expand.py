@@ -14,11 +14,12 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from pgrealtime import turns
+from pgrealtime import fairness
 from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import (
+    Action,
     Change,
     Delete,
     Insert,
@@ -35,7 +36,7 @@ from pgrealtime.config.model import CollectionConfig
 from pgrealtime.expand import load as loading
 from pgrealtime.expand.load import ReadSession, RelatedRecordLoader
 from pgrealtime.expand.plan import ExpandCompiler, ExpandViewer, RecordNode
-from pgrealtime.hub.events.event import Action, Event
+from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.live_reads.row_history import RowHistory
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.postgres.pool import QueryPool
@@ -626,7 +627,7 @@ async def test_taking_back_later_links_lets_others_have_their_turns(
     """A record that thousands are linked to has as many to take back for each of its events."""
     pauses = 0
 
-    class Turn(turns.YieldTimer):
+    class Turn(fairness.YieldTimer):
         def is_over(self) -> bool:
             return True
 

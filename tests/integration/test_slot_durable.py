@@ -23,8 +23,8 @@ from pgrealtime.errors import PgRealtimeError, SetupError, SlotBusyError
 from pgrealtime.feed import reader as feed_reader
 from pgrealtime.feed.reader import OpenStream, ReplicationReader
 from pgrealtime.lsn import LSN, parse_lsn
-from pgrealtime.wal.durable import advance_slot
 from pgrealtime.wal.publication import publication_sql
+from pgrealtime.wal.slot_status import advance_slot
 from pgrealtime.wal.stream import WalStream, dry_run_stream, open_stream
 from tests.conformance.pgrealtime_server import command
 from tests.feed_follower import Follower

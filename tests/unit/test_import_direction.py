@@ -16,7 +16,7 @@ _PACKAGE = Path(pgrealtime.__file__).parent
 
 _FLOOR = (
     *("errors", "lsn", "changes", "snapshot", "text_forms", "networks", "spelling", "caches"),
-    *("turns", "config"),
+    *("fairness", "config"),
 )
 """What every room stands on."""
 
@@ -28,20 +28,20 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "networks": (),
     "spelling": (),
     "caches": (),
-    "turns": (),
+    "fairness": (),
     "changes": ("lsn",),
     "snapshot": ("lsn",),
     "config": ("errors", "spelling"),
     "catalog": _FLOOR,
     "postgres": _FLOOR,
-    "protocol": (*_FLOOR, "hub.events.event"),
+    "protocol": _FLOOR,
     "changelog": _FLOOR,
     "observe": _FLOOR,
     "collections": (*_FLOOR, "catalog"),
     "auth.principal": (),
     "auth.record": (*_FLOOR, "catalog", "collections", "auth.principal"),
     "auth": (*_FLOOR, "catalog", "collections", "postgres", "observe.redact"),
-    "wal": (*_FLOOR, "catalog.model", "postgres.url", "observe.redact"),
+    "wal": (*_FLOOR, "catalog.model", "catalog.naming", "postgres.url", "observe.redact"),
     "feed": (*_FLOOR, "catalog.model", "wal", "changelog", "observe"),
     "records": (*_FLOOR, "catalog.model", "collections"),
     "rules.language": (*_FLOOR, "catalog.model", "collections", "auth.principal"),
@@ -87,7 +87,8 @@ _PURE = (
     *("wal.wire", "wal.message", "wal.wal2json", "wal.pgoutput", "wal.assembler", "wal.feedback"),
     *("changelog.base", "changelog.memory"),
     *("auth.principal", "auth.record", "auth.token", "auth.passwords"),
-    *("hub.events", "hub.evaluation.matcher", "api.problems", "api.body", "api.cors"),
+    *("hub.events", "hub.evaluation.matcher"),
+    *("api.error_responses", "api.subscribe_body", "api.login_body", "api.cors"),
     "explain.text",
 )
 """Code without loop, socket, clock and log; what keeps state does so without touching the world."""

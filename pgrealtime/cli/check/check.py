@@ -14,6 +14,7 @@ from psycopg import AsyncConnection
 from pgrealtime.auth.authenticator import key_sources_of
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Catalog, Table
+from pgrealtime.catalog.naming import quote_identifier
 from pgrealtime.changes import TableName
 from pgrealtime.cli.check.indexes import index_warnings
 from pgrealtime.cli.check.warnings import collection_warnings, config_warnings
@@ -21,7 +22,6 @@ from pgrealtime.collections.build import (
     build_with_problems,
     check_names,
     configured_table_names,
-    quote_name,
 )
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.load import ParsedConfig
@@ -216,7 +216,8 @@ async def _timeout_warnings(
         ConfigProblem(
             "database.statement_timeout",
             f'sessions of role "{role}" begin with {name} = {milliseconds} ms, less than this',
-            f"ALTER ROLE {quote_name(role)} RESET {name}; or the database's, whichever sets it",
+            f"ALTER ROLE {quote_identifier(role)} RESET {name};"
+            " or the database's, whichever sets it",
         )
         for role, name, milliseconds in rows
         if 0 < milliseconds < ours
@@ -417,7 +418,7 @@ def _queried_tables(collections: Collections) -> Iterator[Table]:
 
 
 def _grant_error(name: TableName, role: str) -> SetupError:
-    schema, table, to = (quote_name(part) for part in (name.schema, name.name, role))
+    schema, table, to = (quote_identifier(part) for part in (name.schema, name.name, role))
     return SetupError(
         f'role "{role}" may not read "{name}"',
         hint=f"GRANT USAGE ON SCHEMA {schema} TO {to}; GRANT SELECT ON {schema}.{table} TO {to};",
@@ -430,10 +431,10 @@ def _policy_error(name: TableName, role: str) -> SetupError:
         f'row security hides rows of "{name}" from role "{role}"',
         detail="Rules would be decided without the rows that its policies hide, so that queries on"
         " the table are refused instead.",
-        hint=f"Run as a superuser: ALTER ROLE {quote_name(role)} BYPASSRLS;"
+        hint=f"Run as a superuser: ALTER ROLE {quote_identifier(role)} BYPASSRLS;"
         " or as the table's owner: CREATE POLICY pgrealtime"
-        f" ON {quote_name(name.schema)}.{quote_name(name.name)} FOR SELECT"
-        f" TO {quote_name(role)} USING (true);",
+        f" ON {quote_identifier(name.schema)}.{quote_identifier(name.name)} FOR SELECT"
+        f" TO {quote_identifier(role)} USING (true);",
         code="row_security",
     )
 

@@ -11,9 +11,9 @@ import psycopg
 from psycopg import AsyncConnection
 
 from pgrealtime.catalog.model import Table
+from pgrealtime.catalog.naming import quote_identifier, quote_table_name
 from pgrealtime.changes import TableName
-from pgrealtime.cli.check.warnings import parsed_rules, quote_table_name, reference_queries
-from pgrealtime.collections.build import quote_name
+from pgrealtime.cli.check.warnings import parsed_rules, reference_queries
 from pgrealtime.collections.model import Collection, Collections, Field
 from pgrealtime.errors import ConfigProblem, RuleError
 from pgrealtime.rules.language import predicate
@@ -42,7 +42,7 @@ class _NeededIndex:
 
     def __str__(self) -> str:
         using = "USING gin " if self.is_array else ""
-        table, column = quote_table_name(self.table.name), quote_name(self.column)
+        table, column = quote_table_name(self.table.name), quote_identifier(self.column)
         return f"CREATE INDEX ON {table} {using}({column});"
 
 

@@ -14,8 +14,7 @@ from urllib.parse import urlsplit
 
 from pgrealtime.auth.principal import AuthRecord, Principal
 from pgrealtime.catalog.model import Column
-from pgrealtime.changes import TableName
-from pgrealtime.collections.build import quote_name
+from pgrealtime.catalog.naming import quote_identifier, quote_table_name
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
 from pgrealtime.config.model import CollectionConfig, Config
 from pgrealtime.errors import ConfigProblem, RuleError
@@ -390,7 +389,7 @@ def _precision_warnings(
             type_ = "numeric[]" if isinstance(one, predicate.EachTerm) else "numeric"
             mend = (
                 f"ALTER TABLE {quote_table_name(table)}"
-                f" ALTER COLUMN {quote_name(column)} TYPE {type_};"
+                f" ALTER COLUMN {quote_identifier(column)} TYPE {type_};"
             )
             found[str(table), column] = ConfigProblem(path, message, mend)
     yield from found.values()
@@ -506,8 +505,3 @@ def _sample_principals(collections: Collections) -> Iterator[Principal]:
         )
     if not auths:
         yield AuthRecord(collection_id="users", collection_name="users", id="1")
-
-
-def quote_table_name(name: TableName) -> str:
-    """Return the name as SQL has it."""
-    return f"{quote_name(name.schema)}.{quote_name(name.name)}"

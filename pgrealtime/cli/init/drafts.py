@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 from pgrealtime.catalog.model import Catalog, Column, ForeignKey, Table, TableKind
+from pgrealtime.catalog.naming import quote_identifier, quote_table_name
 from pgrealtime.changes import TableName
-from pgrealtime.cli.check.warnings import quote_table_name
 from pgrealtime.cli.init.suggest import SIGNED_IN_RULE, RuleSuggestions, split_words
 from pgrealtime.collections.build import (
     AUTH_FIELD_KINDS,
@@ -24,7 +24,6 @@ from pgrealtime.collections.build import (
     build_with_problems,
     field_kind_of,
     name_problem,
-    quote_name,
 )
 from pgrealtime.collections.model import Collections, FieldKind
 from pgrealtime.config.model import (
@@ -415,7 +414,7 @@ def _columns_to_hide(draft: CollectionDraft) -> Iterator[Column]:
 
 def config_table_name(name: TableName) -> str:
     """Return the table as the configuration names it."""
-    return ".".join(p if re.fullmatch(r"\w+", p) else quote_name(p) for p in name)
+    return ".".join(p if re.fullmatch(r"\w+", p) else quote_identifier(p) for p in name)
 
 
 def _choose_key(table: Table) -> tuple[str, str]:
@@ -475,7 +474,8 @@ def _fix_for(draft: CollectionDraft, problem: ConfigProblem) -> str:
         and table.find_column(draft.key_name) is None
     ):
         alter = f"ALTER TABLE {quote_table_name(table.name)}"
-        made = f"ADD COLUMN {quote_name(draft.key_name)} bigint GENERATED ALWAYS AS IDENTITY UNIQUE"
+        column = quote_identifier(draft.key_name)
+        made = f"ADD COLUMN {column} bigint GENERATED ALWAYS AS IDENTITY UNIQUE"
         return f"{alter} {made}; {alter} REPLICA IDENTITY FULL;"
     return problem.hint
 

@@ -17,9 +17,9 @@ from psycopg import AsyncConnection
 
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Catalog, ReplicaIdentity, Table
+from pgrealtime.catalog.naming import quote_table_name
 from pgrealtime.changes import TableName
 from pgrealtime.cli.check.check import connect_once, privilege_errors
-from pgrealtime.cli.check.warnings import quote_table_name
 from pgrealtime.cli.init.drafts import (
     CollectionDraft,
     ConfigDraft,

@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 import structlog
 from msgspec import Struct
 
-from pgrealtime.auth.principal import account_of_caller
+from pgrealtime.auth.principal import account_of
 from pgrealtime.changelog.base import Changelog
+from pgrealtime.changes import Action
 from pgrealtime.errors import ChangelogError
 from pgrealtime.hub.catchup.replay_cache import CatchUpCache, catch_up_cache_key
 from pgrealtime.hub.connections.batch import MessageBatch
@@ -28,7 +29,7 @@ from pgrealtime.hub.delivery.compose import (
 )
 from pgrealtime.hub.delivery.render import NO_ENRICHMENT, Enrichment, EnrichmentNeed
 from pgrealtime.hub.evaluation.evaluator import SliceResult, gap_xids, raise_location
-from pgrealtime.hub.events.event import Action, Event
+from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.slices import (
     SLICE_CHANGES,
     GapNotice,
@@ -494,7 +495,7 @@ class CatchUpTasks:
 
     def _may_use_cached(self, connection: Connection, checked: CallerCheckResult | None) -> bool:
         """Whether what was read live for another one that stood there may be shown to this one."""
-        person = account_of_caller(connection.caller)
+        person = account_of(connection.caller)
         if checked is None or person is None:
             return True
         collection = self._progress.generation.collections.get(person[0])

@@ -8,6 +8,7 @@ from time import perf_counter
 
 from msgspec import Struct
 
+from pgrealtime.fairness import BackgroundYieldTimer, YieldTimer
 from pgrealtime.hub.connections.batch import MessageBatch
 from pgrealtime.hub.connections.connection import (
     NO_MESSAGE_KEYS,
@@ -25,7 +26,6 @@ from pgrealtime.hub.delivery.render import (
 )
 from pgrealtime.hub.events.event import Event
 from pgrealtime.rule_queries.filter_trials import MANY_CONNECTIONS
-from pgrealtime.turns import BackgroundYieldTimer, YieldTimer
 
 _RENDER_GROUP_BYTES = 256 * 1024
 """Of one portion for one audience: by so much a send buffer overruns at most, one change aside."""

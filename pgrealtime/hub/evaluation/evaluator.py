@@ -19,6 +19,7 @@ from pgrealtime.collections.model import Collection
 from pgrealtime.expand.load import ReadSession
 from pgrealtime.expand.plan import ExpandViewer
 from pgrealtime.expand.relation_sql import rows_by_id_statement
+from pgrealtime.fairness import YieldTimer
 from pgrealtime.hub.connections.connection import Group
 from pgrealtime.hub.delivery.render import (
     NO_ENRICHMENT,
@@ -37,7 +38,6 @@ from pgrealtime.rule_queries.executor import LiveRow, PendingEvaluation
 from pgrealtime.rule_queries.filter_trials import MANY_CONNECTIONS
 from pgrealtime.rule_queries.slow_filters import TimeBudget
 from pgrealtime.rules.engine.plan import Specialization
-from pgrealtime.turns import YieldTimer
 
 log = structlog.get_logger(__name__)
 

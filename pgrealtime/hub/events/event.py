@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, TypeAlias
 
 from msgspec import Struct
 
@@ -12,6 +11,7 @@ from pgrealtime.auth.principal import AccountKey
 from pgrealtime.auth.record import unpadded_id
 from pgrealtime.caches import WeightedCache
 from pgrealtime.changes import (
+    Action,
     Change,
     Delete,
     Insert,
@@ -23,8 +23,6 @@ from pgrealtime.changes import (
 )
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.lsn import Cursor, Xid
-
-Action: TypeAlias = Literal["create", "update", "delete"]
 
 
 class Event(Struct, gc=False):

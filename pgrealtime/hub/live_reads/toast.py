@@ -15,11 +15,11 @@ from typing import NamedTuple, Protocol
 
 from pgrealtime.changes import TableName, Update
 from pgrealtime.collections.model import Collection
+from pgrealtime.fairness import YieldTimer
 from pgrealtime.hub.events.event import Event, LaterWrites
 from pgrealtime.hub.live_reads.row_history import RowHistory, RowWrite, TableHistory
 from pgrealtime.lsn import LSN
 from pgrealtime.rule_queries.executor import LiveRow
-from pgrealtime.turns import YieldTimer
 
 
 class LiveRowQueries(Protocol):

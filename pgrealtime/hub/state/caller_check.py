@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Collection as Sized
 from typing import NamedTuple, TypeAlias
 
-from pgrealtime.auth.principal import AccountKey, Caller, account_of_caller
+from pgrealtime.auth.principal import AccountKey, Caller, account_of
 from pgrealtime.collections.model import Collection
 from pgrealtime.expand.load import ReadSession, fetch_rows_by_id
 from pgrealtime.expand.plan import ExpandViewer
+from pgrealtime.fairness import YieldTimer
 from pgrealtime.hub.connections.connection import Connection, Group
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.live_reads.row_history import LookupColumn, RowHistory, id_lookup_column
 from pgrealtime.hub.state.callers import CallerTracker
 from pgrealtime.hub.state.generation import Generation
 from pgrealtime.lsn import LSN
-from pgrealtime.turns import YieldTimer
 
 FindConnections: TypeAlias = Callable[[Sized[ExpandViewer], Sized[Group]], Iterable[Connection]]
 """Returns those to be checked that have one of the viewers or are in one of the groups."""
@@ -167,7 +167,7 @@ class CallerCheck:
             people: dict[AccountKey, list[Connection]] = {}
             turn = YieldTimer()
             for connection in self._find_connections(viewers, groups):
-                person = account_of_caller(connection.caller)
+                person = account_of(connection.caller)
                 if person is None or person[0] != collection.name:
                     continue
                 if not is_changelog_complete or may_account_have_changed(
@@ -197,7 +197,7 @@ class CallerCheck:
             row = None if rows is None else rows.get(person[1])
             for connection in connections:
                 now = None
-                if rows is not None and account_of_caller(connection.caller) == person:
+                if rows is not None and account_of(connection.caller) == person:
                     now = self._caller_tracker.caller_from_row(connection.caller, collection, row)
                 if now is None or now != connection.caller:
                     changed[connection] = now

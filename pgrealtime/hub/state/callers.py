@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from msgspec.structs import replace
 
-from pgrealtime.auth.principal import AccountKey, Caller, Guest, account_of_caller
+from pgrealtime.auth.principal import AccountKey, Caller, Guest, account_of
 from pgrealtime.auth.record import update_caller
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection
@@ -54,13 +54,13 @@ class CallerTracker:
 
     def add(self, connection: Connection) -> None:
         """Count the connection among its caller's."""
-        person = account_of_caller(connection.caller)
+        person = account_of(connection.caller)
         if person is not None:
             self._connections_by_account.setdefault(person, {})[connection] = None
 
     def remove(self, connection: Connection) -> None:
         """Take it out, before its caller becomes another. Idempotent."""
-        person = account_of_caller(connection.caller)
+        person = account_of(connection.caller)
         theirs = self._connections_by_account.get(person) if person is not None else None
         if person is not None and theirs is not None:
             theirs.pop(connection, None)
@@ -104,7 +104,7 @@ class CallerTracker:
             caller: As it was before.
             read_point: What was visible when its row was read: older news would undo newer.
         """
-        if account_of_caller(caller) != account_of_event(event):
+        if account_of(caller) != account_of_event(event):
             return caller
         if read_point is not None and not read_point.predates(event.xid, event.cursor.lsn):
             return caller
@@ -172,7 +172,7 @@ class CallerTracker:
             return caller
         if read_point.insert_lsn < self._forgotten_upto:
             raise LookupError("the caller was looked up too long ago")
-        for event in self._recent_changes.get(account_of_caller(caller) or ("", ""), ()):
+        for event in self._recent_changes.get(account_of(caller) or ("", ""), ()):
             if event.cursor <= cursor:
                 caller = self.caller_after(event, caller, read_point)
         if caller.is_stale:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from pgrealtime.auth.principal import account_of_caller
+from pgrealtime.auth.principal import account_of
 from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.evaluation.evaluator import EvaluationGap
 from pgrealtime.hub.events.slices import GapNotice
@@ -110,7 +110,7 @@ class GapNotifier:
 
     def _may_caller_have_changed(self, connection: Connection, gap: GapNotice) -> bool:
         """Whether the caller's row may have changed in the gap since it was read."""
-        name, _ = account_of_caller(connection.caller) or ("", "")
+        name, _ = account_of(connection.caller) or ("", "")
         if name not in self._progress.generation.collections or not gap.affects(name):
             return False
         return (

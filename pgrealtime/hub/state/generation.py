@@ -14,6 +14,7 @@ from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import HiddenFieldsMode
 from pgrealtime.errors import RuleError
 from pgrealtime.expand.plan import ExpandViewer
+from pgrealtime.fairness import FairLock
 from pgrealtime.hub.connections.connection import Subscription
 from pgrealtime.hub.delivery.render import RecordRenderer
 from pgrealtime.hub.evaluation.evaluator import HubQueries, SliceEvaluator
@@ -24,7 +25,6 @@ from pgrealtime.hub.live_reads.table_shapes import ShapeChecker
 from pgrealtime.hub.live_reads.toast import RowCompleter
 from pgrealtime.protocol.topic import Topic, parse_topic
 from pgrealtime.rules.language.request import RuleRequest
-from pgrealtime.turns import FairLock
 
 log = structlog.get_logger(__name__)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 
+from pgrealtime.fairness import FairLock
 from pgrealtime.hub.connections.connection import Connection, Group
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.state.progress import DispatchProgress
@@ -16,7 +17,6 @@ from pgrealtime.rule_queries.slow_filters import (
     TimeBudget,
 )
 from pgrealtime.rules.engine.evaluation import FilterWorkBudget
-from pgrealtime.turns import FairLock
 
 log = structlog.get_logger(__name__)
 

@@ -13,7 +13,7 @@ import jwt
 from aiohttp import web
 
 from pgrealtime.api.app import build_app, build_runner
-from pgrealtime.api.uploads import BODY_READER_KEY, BodyReader
+from pgrealtime.api.body_reader import BODY_READER_KEY, BodyReader
 from pgrealtime.auth.account import AccountLoader
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.collections.model import Collections

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 import pytest
 import structlog
 
-from pgrealtime.api.uploads import BodyReader
+from pgrealtime.api.body_reader import BodyReader
 from tests.conformance.http_client import EventStream, Request, send
 from tests.unit.api.served import Served, served, until
 from tests.unit.hub.room import DEADLINE

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pgrealtime.api.error_responses import RequestRefusedError
 from pgrealtime.api.login_body import LoginCall, check_login_call, parse_login_call
-from pgrealtime.api.problems import RequestRefusedError
 
 TYPES = [
     "application/json",

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import pytest
 
-from pgrealtime import turns
+from pgrealtime import fairness
 from pgrealtime.auth.principal import GUEST, AuthRecord, Caller
 from pgrealtime.changes import Delete, Row, WholeRow
 from pgrealtime.collections.model import Collections
@@ -45,7 +45,7 @@ PHASES: list[tuple[tuple[str, ...], Phase]] = [
 @pytest.fixture(autouse=True)
 def _short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step each."""
-    monkeypatch.setattr(turns, "YIELD_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(fairness, "YIELD_AFTER_SECONDS", 0.0)
 
 
 @asynccontextmanager

@@ -15,7 +15,7 @@ from types import CodeType, FrameType
 import pytest
 
 import pgrealtime
-from pgrealtime import turns
+from pgrealtime import fairness
 from pgrealtime.auth.principal import GUEST, AuthRecord, Caller
 from pgrealtime.changes import Delete, Update, WholeRow
 from pgrealtime.hub.catchup.tasks import CatchUpTasks
@@ -180,8 +180,8 @@ def test_a_fault_in_any_call_of_the_dispatch_task_ends_one_connection_at_most(
 ) -> None:
     """Each function that it calls raises once: the others hear all, in order, and once."""
     # Every turn is over when it is asked and nothing is dear, however fast the machine is.
-    monkeypatch.setattr(turns, "perf_counter", count(step=turns.YIELD_AFTER_SECONDS).__next__)
-    monkeypatch.setattr(turns, "_MAX_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(fairness, "perf_counter", count(step=fairness.YIELD_AFTER_SECONDS).__next__)
+    monkeypatch.setattr(fairness, "_MAX_PAUSE_SECONDS", 0)
     monkeypatch.setattr(compose, "perf_counter", lambda: 0.0)
     whole = run(None)
     found = functions()
@@ -210,7 +210,7 @@ def test_a_fault_in_any_call_of_the_dispatch_task_ends_one_connection_at_most(
     assert not wrong
     assert not unraised
     assert len(found) > 150
-    assert turns.YieldTimer.pause.__code__ in found
+    assert fairness.YieldTimer.pause.__code__ in found
     assert CatchUpTasks.make_caught_up_live.__code__ in found
 
 

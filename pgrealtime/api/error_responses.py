@@ -201,3 +201,29 @@ def _parse_language_range(entry: str) -> tuple[str, float]:
         return tag.strip().lower(), float(weight)
     except ValueError:
         return tag.strip().lower(), 0.0
+
+
+BLANK_MEMBER: Final = MemberFault(
+    "validation_required", LocalizedText("Cannot be blank.", "缺少必填值。")
+)
+"""What is wrong with a member that must be there."""
+
+
+def length_out_of_range(min_bytes: int, max_bytes: int) -> MemberFault:
+    """Return what is wrong with a text that is too short or too long, in bytes."""
+    return MemberFault(
+        "validation_length_out_of_range",
+        LocalizedText(
+            f"The length must be between {min_bytes} and {max_bytes}.",
+            f"长度必须在 {min_bytes} 到 {max_bytes} 之间。",
+        ),
+        {"max": max_bytes, "min": min_bytes},
+    )
+
+
+def _length_too_long(maximum: int) -> MemberFault:
+    return MemberFault(
+        "validation_length_too_long",
+        LocalizedText(f"The length must be no more than {maximum}.", f"长度不得超过 {maximum}。"),
+        {"max": maximum, "min": 0},
+    )

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from aiohttp import web
 
-from pgrealtime.api.uploads import LARGE_BODY_BYTES, BodyReader
+from pgrealtime.api.body_reader import LARGE_BODY_BYTES, BodyReader
 
 _BODIES = 20
 _PIECES = 30

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from pgrealtime.api.problems import LocalizedText, MemberFault, MemberFaults
+from pgrealtime.api.error_responses import (
+    BLANK_MEMBER,
+    MemberFault,
+    MemberFaults,
+    _length_too_long,
+    length_out_of_range,
+)
 from pgrealtime.errors import SubscriptionError
+from pgrealtime.protocol.form_json import fold_name, json_payloads, read_string_or_empty
 from pgrealtime.protocol.forms import FormError, parse_form
-from pgrealtime.protocol.json_reader import MAX_TOKENS, JsonError, JsonReader
+from pgrealtime.protocol.json_reader import JsonError, JsonReader
 
 _FORM_CONTENT_TYPES: Final = ("multipart/form-data", "application/x-www-form-urlencoded")
 
@@ -80,20 +87,6 @@ def _call_from_form(pairs: list[tuple[bytes, bytes]]) -> SubscribeCall:
     return draft.build()
 
 
-def json_payloads(pairs: Iterable[tuple[bytes, bytes]]) -> Iterator[JsonReader]:
-    """Yield a reader for the one value of each ``@jsonPayload`` of a form.
-
-    Together they hold no more than one text may: a form has room for thousands.
-    """
-    left = MAX_TOKENS
-    for name, value in pairs:
-        if name == b"@jsonPayload":
-            reader = JsonReader(value, max_tokens=left)
-            yield reader
-            reader.expect_end()
-            left = reader.tokens_left
-
-
 def _read_members(
     builder: _SubscribeCallBuilder, reader: JsonReader, *, normalize_name: Callable[[str], str]
 ) -> None:
@@ -122,20 +115,6 @@ def _read_members(
         seen.add(member)
 
 
-def fold_name(name: str) -> str:
-    """Return a member's name as ``encoding/json/v2`` compares it without case.
-
-    Hyphens and underscores don't count either; of the letters that fold to ASCII only the long s
-    could occur in our two names.
-    """
-    return name.replace("-", "").replace("_", "").replace("\u017f", "s").lower()
-
-
-def read_string_or_empty(reader: JsonReader) -> str:
-    """Return a string, empty for null."""
-    return "" if reader.consume_null() else reader.read_string()
-
-
 def _read_strings_or_empty(reader: JsonReader) -> list[str]:
     return (
         [] if reader.consume_null() else [read_string_or_empty(reader) for _ in reader.elements()]
@@ -158,29 +137,3 @@ def find_call_faults(call: SubscribeCall) -> MemberFaults:
     }:
         faults["subscriptions"] = too_long
     return faults
-
-
-BLANK_MEMBER: Final = MemberFault(
-    "validation_required", LocalizedText("Cannot be blank.", "缺少必填值。")
-)
-"""What is wrong with a member that must be there."""
-
-
-def length_out_of_range(min_bytes: int, max_bytes: int) -> MemberFault:
-    """Return what is wrong with a text that is too short or too long, in bytes."""
-    return MemberFault(
-        "validation_length_out_of_range",
-        LocalizedText(
-            f"The length must be between {min_bytes} and {max_bytes}.",
-            f"长度必须在 {min_bytes} 到 {max_bytes} 之间。",
-        ),
-        {"max": max_bytes, "min": min_bytes},
-    )
-
-
-def _length_too_long(maximum: int) -> MemberFault:
-    return MemberFault(
-        "validation_length_too_long",
-        LocalizedText(f"The length must be no more than {maximum}.", f"长度不得超过 {maximum}。"),
-        {"max": maximum, "min": 0},
-    )

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgrealtime.api.body import SubscribeCall, find_call_faults, parse_subscribe_call
-from pgrealtime.api.problems import encode_error_response, invalid_members
+from pgrealtime.api.error_responses import encode_error_response, invalid_members
+from pgrealtime.api.subscribe_body import SubscribeCall, find_call_faults, parse_subscribe_call
 from pgrealtime.errors import SubscriptionError
 
 JSON = "application/json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from time import perf_counter
 
-from pgrealtime.turns import YIELD_AFTER_SECONDS, FairLock, YieldTimer
+from pgrealtime.fairness import YIELD_AFTER_SECONDS, FairLock, YieldTimer
 
 
 async def test_those_who_wait_take_turns_whatever_each_has_to_do() -> None:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pgrealtime.auth import password_threads
-from pgrealtime.auth.password_threads import PasswordVerifier
+from pgrealtime.auth import password_verifier as password_threads
+from pgrealtime.auth.password_verifier import PasswordVerifier
 from pgrealtime.auth.passwords import StoredHash, dummy_hash_for
 from pgrealtime.errors import AuthError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pgrealtime.api.problems import (
+from pgrealtime.api.error_responses import (
     INTERNAL_ERROR,
     LocalizedText,
     MemberFault,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import msgspec
 from aiohttp import web
 
-from pgrealtime.api.problems import BAD_REQUEST, RequestRefusedError
+from pgrealtime.api.error_responses import BAD_REQUEST, RequestRefusedError
 from pgrealtime.protocol.query_string import parse_query_string
 from pgrealtime.records.fields import compile_projections, parse_fields
 from pgrealtime.records.values import Json

@@ -11,15 +11,15 @@ from typing import Final, TypeVar
 
 from aiohttp import web
 
-from pgrealtime.api.problems import (
+from pgrealtime.api.error_responses import (
     BAD_REQUEST,
     BODY_TOO_LARGE,
     REQUEST_TIMEOUT,
     TOO_MANY_REQUESTS,
     RequestRefusedError,
 )
+from pgrealtime.fairness import FairLock
 from pgrealtime.networks import client_network
-from pgrealtime.turns import FairLock
 
 _Content = TypeVar("_Content")
 
@@ -226,5 +226,5 @@ def _set_or_delete(bytes_by_network: Counter[str], network: str, size: int) -> N
         del bytes_by_network[network]
 
 
-BODY_READER_KEY: Final = web.AppKey("uploads", BodyReader)
+BODY_READER_KEY: Final = web.AppKey("body_reader", BodyReader)
 """Of an application: one for all its routes."""
