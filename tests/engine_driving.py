@@ -11,10 +11,10 @@ import psycopg
 from pgrealtime.changes import Row
 from pgrealtime.rules.engine.batch_query import Question
 from pgrealtime.rules.engine.before_state import BeforeState
-from pgrealtime.rules.engine.evaluation import Evaluation, RowEvaluation
-from pgrealtime.rules.engine.formula import RowVerdicts
+from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import Specialization, macro_values_at
+from pgrealtime.rules.engine.row_evaluation import RowEvaluation
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.sqlite_values import Scalar
 
@@ -59,18 +59,18 @@ def decided(
         among: Those to consider without the index; None is all, by the index.
         past: What was before the transaction that deleted the rows.
     """
-    at = macro_values_at(now)
-    cases: list[RowEvaluation[Asker]] = [
-        RowEvaluation(RowVerdicts(row, frozenset(), at), past) for row in rows
-    ]
-    for case in cases:
+    evaluation: Evaluation[int, Asker] = Evaluation(macro_values_at(now))
+    for number, row in enumerate(rows):
+        evaluated: RowEvaluation[Asker] = RowEvaluation(
+            row, frozenset(), evaluation.macro_values, past
+        )
+        evaluation.rows[number] = evaluated
         if among is None:
-            case.evaluate_index(index)
+            evaluated.evaluate_index(index)
         else:
-            case.evaluate_members(among)
-    deciding = Evaluation(cases, at)
-    while inquiries := deciding.questions():
-        for inquiry in inquiries:
-            put(connection, inquiry)
-        deciding.resume()
-    return [set(case.hits) for case in cases]
+            evaluated.evaluate_members(among)
+    while questions := evaluation.questions():
+        for question in questions:
+            put(connection, question)
+        evaluation.resume()
+    return [set(evaluation.hits(number)) for number in range(len(rows))]

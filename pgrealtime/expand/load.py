@@ -50,7 +50,6 @@ from pgrealtime.expand.relation_sql import (
     rows_by_id_statement,
 )
 from pgrealtime.fairness import YieldTimer
-from pgrealtime.hub.evaluation.point_evaluation import PointEvaluation
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.live_reads.row_history import RowHistory, TableHistory, TransactionLinkChanges
 from pgrealtime.lsn import LSN, Xid
@@ -58,6 +57,7 @@ from pgrealtime.protocol.expand_option import MAX_EXPAND_DEPTH
 from pgrealtime.rule_queries.executor import PendingEvaluation
 from pgrealtime.rule_queries.outage import CONNECTION_RETRY_DELAYS
 from pgrealtime.rules.engine.before_state import BeforeState, reachable_tables
+from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.plan import BoundPredicate, macro_values_at
 from pgrealtime.snapshot import Snapshot
 
@@ -583,7 +583,7 @@ class _LoadBatch:
             for branch in branches.values()
         ]
         await self._load_targets([way for way in ways if way.may_query_target])
-        looking: PointEvaluation[RecordVersion] = PointEvaluation(self._macro_values)
+        looking: Evaluation[RecordVersion, BoundPredicate] = Evaluation(self._macro_values)
         turn = YieldTimer()
         for way in ways:
             bounds = way.predicates
@@ -758,7 +758,7 @@ async def fetch_rows_by_id(
 
 def _attach_visible_children(
     traversal: _Traversal,
-    evaluation: PointEvaluation[RecordVersion],
+    evaluation: Evaluation[RecordVersion, BoundPredicate],
     visible_nodes: _NodesByTraversal,
 ) -> _Level:
     """Let a record have those of its related records that the viewer sees; return new ones."""
@@ -770,7 +770,7 @@ def _attach_visible_children(
     shown: list[RecordNode] = []
     fresh: _Level = []
     for child in traversal.children:
-        admitted = evaluation.satisfied_predicates(child.version)
+        admitted = evaluation.hits(child.version)
         if seen not in admitted:
             continue
         place = viewer, branch, child.version

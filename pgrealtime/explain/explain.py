@@ -43,10 +43,10 @@ from pgrealtime.explain.text import (
 )
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.protocol.topic import Topic, parse_topic
-from pgrealtime.rules.engine.evaluation import Evaluation, RowEvaluation
-from pgrealtime.rules.engine.formula import RowVerdicts
+from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import Specialization, macro_values_at
+from pgrealtime.rules.engine.row_evaluation import RowEvaluation
 from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import filter_text, resolve_filter
@@ -329,20 +329,23 @@ class _Explainer:
         )
         if isinstance(bound, DenyAll):
             return False
-        at, member = macro_values_at(self._now), _IndexMember(bound.specialization, bound.values)
-        case: RowEvaluation[_IndexMember] = RowEvaluation(RowVerdicts(row, frozenset(), at))
+        member = _IndexMember(bound.specialization, bound.values)
+        evaluation: Evaluation[int, _IndexMember] = Evaluation(macro_values_at(self._now))
+        evaluated: RowEvaluation[_IndexMember] = RowEvaluation(
+            row, frozenset(), evaluation.macro_values
+        )
+        evaluation.rows[0] = evaluated
         if self._topic.record_id is None:
             index: PredicateIndex[_IndexMember] = PredicateIndex()
             index.add(member)
-            case.evaluate_index(index)
+            evaluated.evaluate_index(index)
         else:
-            case.evaluate_members([member])
-        deciding = Evaluation([case], at)
-        while inquiries := deciding.questions():
-            for inquiry in inquiries:
-                await session.answer_question(inquiry)
-            deciding.resume()
-        return member in case.hits
+            evaluated.evaluate_members([member])
+        while questions := evaluation.questions():
+            for question in questions:
+                await session.answer_question(question)
+            evaluation.resume()
+        return member in evaluation.hits(0)
 
     def _add_lines(self, label: str, *lines: str) -> None:
         self.lines += _labelled_lines(label, *lines)

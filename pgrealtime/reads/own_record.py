@@ -20,9 +20,9 @@ from pgrealtime.config.model import HiddenFieldsMode
 from pgrealtime.errors import DatabaseUnreachableError, RuleError
 from pgrealtime.expand.load import ReadSessionFactory, RecordVersion, RelatedRecordLoader
 from pgrealtime.expand.plan import ExpandCompiler, RecordNode
-from pgrealtime.hub.evaluation.point_evaluation import PointEvaluation
 from pgrealtime.records.encode import View, compile_encoder
-from pgrealtime.rules.engine.plan import RuleCompiler, macro_values_at
+from pgrealtime.rules.engine.evaluation import Evaluation
+from pgrealtime.rules.engine.plan import BoundPredicate, RuleCompiler, macro_values_at
 from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 
@@ -104,7 +104,7 @@ class OwnRecordRenderer:
         if isinstance(bound, DenyAll):
             return False
         place: RecordVersion = current.name, "", 0
-        looking: PointEvaluation[RecordVersion] = PointEvaluation(
+        looking: Evaluation[RecordVersion, BoundPredicate] = Evaluation(
             macro_values_at(datetime.now(UTC))
         )
         looking.add(place, current, row, [bound])
@@ -113,7 +113,7 @@ class OwnRecordRenderer:
                 await reading.answer_questions(looking)
         except (psycopg.Error, PoolTimeout, TimeoutError) as error:
             raise DatabaseUnreachableError("the rule can't be asked now") from error
-        return bound in looking.satisfied_predicates(place)
+        return bound in looking.hits(place)
 
     async def render_record(
         self,

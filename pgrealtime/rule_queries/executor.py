@@ -94,7 +94,7 @@ class LiveRow:
 
 
 class PendingEvaluation(Protocol):
-    """What is found out in rounds: a ``EventEvaluation``, a ``PointEvaluation``."""
+    """An ``Evaluation`` of the rule engine: questions to answer, in rounds."""
 
     @property
     def xids(self) -> Sized[Xid]:

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from msgspec import Struct
 
 from pgrealtime.fairness import FairLock
-from pgrealtime.rules.engine.evaluation import FilterWorkBudget
+from pgrealtime.rules.engine.work_budget import FilterWorkBudget
 
 if TYPE_CHECKING:
     from pgrealtime.hub.connections.connection import Group

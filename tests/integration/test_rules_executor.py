@@ -71,8 +71,10 @@ class Desk:
                 events, datetime.now(UTC), has_remote_filter=costly
             )
             await self.probe.answer_questions(judging)
-            for found, groups in zip(heard, judging.hits, strict=True):
-                found.update(s for group in groups for a in group.render_groups for s in a)
+            for index, found in enumerate(heard):
+                found.update(
+                    s for group in judging.hits(index) for a in group.render_groups for s in a
+                )
         return heard
 
     def event(self, **columns: str | None) -> Event:
@@ -298,16 +300,16 @@ async def test_what_is_late_while_others_wait_is_undecided_and_can_be_asked_agai
             assert await probe.answer_questions(judging, budget) == frozenset()
 
     assert budget.is_spent()
-    assert judging.undecided_groups == {each.group for each in made}
-    assert judging.hits == [{}]
+    assert judging.undecided_members == {each.group for each in made}
+    assert not judging.hits(0)
     assert not probe.unanswered_counts
     assert not any(probe._breakers.has_timed_out(about) for about in abouts(made))
     await probe.answer_questions(judging, budget)  # whose connections are closed: it isn't asked
-    assert judging.undecided_groups == {each.group for each in made}
+    assert judging.undecided_members == {each.group for each in made}
     await desk.probe.answer_questions(judging, TimeBudget())
 
-    assert set(judging.hits[0]) == {each.group for each in made}
-    assert not judging.undecided_groups
+    assert judging.hits(0) == {each.group for each in made}
+    assert not judging.undecided_members
 
 
 def filtered(text: str) -> str:

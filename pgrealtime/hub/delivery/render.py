@@ -36,7 +36,6 @@ from pgrealtime.expand.plan import (
 )
 from pgrealtime.hub.connections.connection import Group, Subscription
 from pgrealtime.hub.connections.group import RenderKey
-from pgrealtime.hub.evaluation.point_evaluation import PointEvaluation
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.live_reads.row_history import RowHistory
 from pgrealtime.lsn import Xid
@@ -45,6 +44,7 @@ from pgrealtime.records.encode import RecordEncoder, View, compile_encoder, unen
 from pgrealtime.rule_queries.executor import PendingEvaluation
 from pgrealtime.rule_queries.filter_trials import MANY_CONNECTIONS
 from pgrealtime.rules.engine.before_state import BeforeStates, reachable_tables
+from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.plan import BoundPredicate, RuleCompiler, macro_values_at
 from pgrealtime.rules.language.request import RuleRequest
 
@@ -74,7 +74,7 @@ class LiveRowEvent(Struct):
 class Enrichment(Struct):
     """What was found out about a slice's events beside their rows."""
 
-    manage_evaluation: PointEvaluation[int]
+    manage_evaluation: Evaluation[int, BoundPredicate]
     """By place, what the managers asked."""
     related_records: RelatedRecords
     live_row_events: Mapping[int, LiveRowEvent] = {}
@@ -83,7 +83,7 @@ class Enrichment(Struct):
     """Viewers whose related records took too long: they are served apart."""
 
 
-NO_ENRICHMENT = Enrichment(PointEvaluation(macro_values_at(datetime.now(UTC))), RelatedRecords())
+NO_ENRICHMENT = Enrichment(Evaluation(macro_values_at(datetime.now(UTC))), RelatedRecords())
 
 
 class EventRendering(Struct):
@@ -103,9 +103,7 @@ class EventRendering(Struct):
 
     def satisfies_manage_predicate(self, manage_predicate: BoundPredicate) -> bool:
         """Whether the record's address is shown to them."""
-        return manage_predicate in self.enrichment.manage_evaluation.satisfied_predicates(
-            self.event_index
-        )
+        return manage_predicate in self.enrichment.manage_evaluation.hits(self.event_index)
 
 
 def event_rendering(event: Event, event_index: int, enrichment: Enrichment) -> EventRendering:
@@ -254,7 +252,9 @@ class RecordRenderer:
         if not partial_row_indexes and not self.needs_enrichment(events):
             return NO_ENRICHMENT
         xids = frozenset(event.xid for event in events)
-        looking: PointEvaluation[int] = PointEvaluation(macro_values_at(datetime.now(UTC)), xids)
+        looking: Evaluation[int, BoundPredicate] = Evaluation(
+            macro_values_at(datetime.now(UTC)), xids
+        )
         wanted: list[ExpandRequest] = []
         asked: set[int] = set()
         self._before_states.begin_batch()

@@ -28,7 +28,7 @@ from pgrealtime.hub.delivery.render import (
     LiveRowEvent,
     RecordRenderer,
 )
-from pgrealtime.hub.evaluation.matcher import EventEvaluation, Matcher
+from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.slices import SLICE_CHANGES, GapNotice
 from pgrealtime.hub.live_reads.table_definitions import CatalogAssumptions
@@ -37,6 +37,7 @@ from pgrealtime.lsn import Cursor, Xid
 from pgrealtime.rule_queries.executor import LiveRow, PendingEvaluation
 from pgrealtime.rule_queries.filter_trials import MANY_CONNECTIONS
 from pgrealtime.rule_queries.slow_filters import TimeBudget
+from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.plan import Specialization
 
 log = structlog.get_logger(__name__)
@@ -124,9 +125,9 @@ class SliceResult(Struct):
     gap_indexes: Sequence[int] = ()
     """Places, ascending, of the events that somebody may miss."""
 
-    def record_unprovable(self, evaluation: EventEvaluation) -> None:
+    def record_unprovable(self, evaluation: Evaluation[int, Group]) -> None:
         """Note who may miss which of the events, once nothing is left to ask."""
-        places, groups = evaluation.groups_missing_columns()
+        places, groups = evaluation.members_missing_columns()
         self.unproven_indexes = [*self.unproven_indexes, *places]
         self.unprovable_groups |= groups - self.over_budget_groups
 
@@ -429,14 +430,14 @@ class SliceEvaluator:
         await _run_in_process_tests(judging, budget)
         undecided = await self._queries.answer_questions(judging)
         verdict = SliceResult(
-            judging.hits,
+            _hits_per_event(judging, len(events)),
             undecided_collections=undecided,
             failed_collections=lost,
             partial_row_indexes=partial,
         )
         if had_partial:
             verdict.record_unprovable(judging)
-        deferred = judging.deferred_groups
+        deferred = judging.deferred_members
         if self._matcher.has_remote_filters or deferred:
             filters = self._matcher.start_evaluation(
                 events,
@@ -448,8 +449,8 @@ class SliceEvaluator:
             )
             await _run_in_process_tests(filters, budget)
             verdict.undecided_collections |= await self._queries.answer_questions(filters, budget)
-            verdict.hits = _merge_hits(verdict.hits, filters.hits)
-            verdict.over_budget_groups = filters.undecided_groups
+            verdict.hits = _merge_hits(verdict.hits, _hits_per_event(filters, len(events)))
+            verdict.over_budget_groups = filters.undecided_members
             if had_partial:
                 verdict.record_unprovable(filters)
             if verdict.over_budget_groups and only_groups is None:
@@ -491,8 +492,8 @@ class SliceEvaluator:
             filters, budget.for_shared_filters()
         )
         others = [tuple(group for group in groups if group not in again) for groups in result.hits]
-        result.hits = _merge_hits(others, filters.hits)
-        result.over_budget_groups = (result.over_budget_groups - again) | filters.undecided_groups
+        result.hits = _merge_hits(others, _hits_per_event(filters, len(events)))
+        result.over_budget_groups = (result.over_budget_groups - again) | filters.undecided_members
         result.record_unprovable(filters)
 
     async def _live_row_events(
@@ -526,9 +527,13 @@ class SliceEvaluator:
             place: LiveRowEvent(
                 _with_row(event, _without_email(event, row) | event.row), frozenset(groups)
             )
-            for (place, event, row, _), groups in zip(asked, judging.hits, strict=True)
-            if groups
+            for index, (place, event, row, _) in enumerate(asked)
+            if (groups := judging.hits(index))
         }
+
+
+def _hits_per_event(evaluation: Evaluation[int, Group], event_count: int) -> list[Iterable[Group]]:
+    return [evaluation.hits(index) for index in range(event_count)]
 
 
 def _merge_hits(
@@ -537,7 +542,7 @@ def _merge_hits(
     return [(*a, *b) if b else a for a, b in zip(first_hits, second_hits, strict=True)]
 
 
-async def _run_in_process_tests(evaluation: EventEvaluation, budget: TimeBudget) -> None:
+async def _run_in_process_tests(evaluation: Evaluation[int, Group], budget: TimeBudget) -> None:
     """Do what needs no Postgres, in turns with the loop's other users."""
     if budget.queue is None:
         turn = YieldTimer()

@@ -7,8 +7,8 @@ through the index of ``rules``, so an event costs what matches it and not what i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import takewhile
 from typing import TypeAlias
@@ -19,20 +19,19 @@ from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.errors import SubscriptionLimitError
 from pgrealtime.hub.connections.connection import Connection, Group, Subscription
 from pgrealtime.hub.events.event import Event
-from pgrealtime.lsn import Xid
 from pgrealtime.protocol.topic import Topic
 from pgrealtime.rule_queries.filter_trials import FilterTrials
-from pgrealtime.rules.engine.batch_query import Question
 from pgrealtime.rules.engine.before_state import BeforeStates, reachable_tables
-from pgrealtime.rules.engine.evaluation import Evaluation, FilterWorkBudget, RowEvaluation
-from pgrealtime.rules.engine.formula import MacroValues, RowVerdicts
-from pgrealtime.rules.engine.index import KeyEntries, PredicateIndex
+from pgrealtime.rules.engine.evaluation import Evaluation
+from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import (
     BoundPredicate,
     RuleCompiler,
     Specialization,
     macro_values_at,
 )
+from pgrealtime.rules.engine.row_evaluation import RowEvaluation
+from pgrealtime.rules.engine.work_budget import FilterWorkBudget
 from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.sqlite_values import Scalar
@@ -147,92 +146,6 @@ class _GroupTable:
         del there[group.values]
         if not there:
             del self._by_specialization[group.specialization]
-
-
-class EventEvaluation:
-    """A batch of events being judged: what is sure, and what Postgres must be asked."""
-
-    def __init__(
-        self,
-        events: Sequence[Event],
-        row_evaluations: dict[int, RowEvaluation[Group]],
-        macro_values: MacroValues,
-        steps: Iterator[None],
-    ) -> None:
-        self._events = events
-        self._row_evaluations = row_evaluations
-        self._macro_values = macro_values
-        self._steps = steps
-        self._evaluation: Evaluation[Group] = Evaluation([], macro_values)
-
-    def run_in_process(self, should_yield: Callable[[], bool]) -> bool:
-        """Go on with what needs no Postgres; before anything is asked, and until all is done.
-
-        Args:
-            should_yield: Says when others are to have their turn.
-
-        Returns:
-            Whether all is done.
-        """
-        for _ in self._steps:
-            if should_yield():
-                return False
-        self._evaluation = Evaluation(list(self._row_evaluations.values()), self._macro_values)
-        return True
-
-    @property
-    def deferred_groups(self) -> dict[int, dict[Group, None]]:
-        """By event, the groups whose filters only Postgres can decide for it."""
-        return {
-            place: case.deferred_members
-            for place, case in self._row_evaluations.items()
-            if case.deferred_members
-        }
-
-    @property
-    def undecided_groups(self) -> frozenset[Group]:
-        """The groups of which it isn't known whether they may receive all that they are to."""
-        return frozenset(
-            group for case in self._row_evaluations.values() for group in case.undecided_members
-        )
-
-    def groups_missing_columns(self) -> tuple[list[int], frozenset[Group]]:
-        """Return the events that some may miss whose rules read what isn't known of the rows.
-
-        Returns:
-            Their places, and the groups.
-        """
-        places: list[int] = []
-        found: set[Group] = set()
-        unreached: dict[int, KeyEntries[Group]] = {}
-        for place, case in self._row_evaluations.items():
-            groups = case.members_missing_columns
-            if groups or case.unreached_entries:
-                places.append(place)
-                found.update(groups)
-                unreached.update((id(entries), entries) for entries in case.unreached_entries)
-        return places, frozenset(found.union(*(one.all() for one in unreached.values())))
-
-    @property
-    def hits(self) -> list[Iterable[Group]]:
-        """Per event, the groups that may receive it; complete when nothing is left to ask."""
-        return [
-            () if (case := self._row_evaluations.get(place)) is None else case.hits
-            for place in range(len(self._events))
-        ]
-
-    @property
-    def xids(self) -> frozenset[Xid]:
-        """The transactions that must be visible to whoever answers."""
-        return frozenset(self._events[place].xid for place in self._row_evaluations)
-
-    def questions(self) -> list[Question]:
-        """Return what Postgres must be asked now; nothing if all is judged."""
-        return self._evaluation.questions()
-
-    def resume(self) -> None:
-        """Go on when the inquiries have been put; what has no answer is denied."""
-        self._evaluation.resume()
 
 
 class Matcher:
@@ -415,7 +328,7 @@ class Matcher:
         rows: Sequence[tuple[Event, Iterable[Group]]],
         now: datetime,
         work_budget: FilterWorkBudget[Group],
-    ) -> EventEvaluation:
+    ) -> Evaluation[int, Group]:
         """Return what given groups make of a row each, as ``matching`` does.
 
         Those whose filters Postgres would have to be asked for aren't admitted. Who the subscriber
@@ -426,21 +339,26 @@ class Matcher:
             now: What macros mean; with its zone.
             work_budget: What filters may take in the process.
         """
-        at = macro_values_at(now)
-        cases: dict[int, RowEvaluation[Group]] = {}
+        evaluation: Evaluation[int, Group] = Evaluation(macro_values_at(now))
 
         def steps() -> Iterator[None]:
-            for place, (event, groups) in enumerate(rows):
-                case = cases[place] = RowEvaluation(
-                    RowVerdicts(event.row, event.missing_columns, at), work_budget=work_budget
+            for index, (event, groups) in enumerate(rows):
+                row: RowEvaluation[Group] = RowEvaluation(
+                    event.row,
+                    event.missing_columns,
+                    evaluation.macro_values,
+                    work_budget=work_budget,
                 )
-                case.deferred_members = {}
-                case.add_untested(
+                row.deferred_members = {}
+                evaluation.rows[index] = row
+                evaluation.xids.add(event.xid)
+                row.add_untested(
                     group for group in groups if not group.specialization.has_remote_filter
                 )
-                yield from case.test_in_steps()
+                yield from row.test_in_steps()
 
-        return EventEvaluation([event for event, _ in rows], cases, at, steps())
+        evaluation.steps = steps()
+        return evaluation
 
     def evaluate_in_process(
         self,
@@ -449,13 +367,13 @@ class Matcher:
         only_groups: Sized[Group] | None = None,
         *,
         has_remote_filter: bool = False,
-    ) -> EventEvaluation:
+    ) -> Evaluation[int, Group]:
         """Return what the groups make of events, as far as it can be said without Postgres."""
-        judging = self.start_evaluation(
+        evaluation = self.start_evaluation(
             events, now, only_groups, has_remote_filter=has_remote_filter
         )
-        judging.run_in_process(lambda: False)
-        return judging
+        evaluation.run_in_process(lambda: False)
+        return evaluation
 
     def start_evaluation(
         self,
@@ -466,7 +384,7 @@ class Matcher:
         has_remote_filter: bool = False,
         work_budget: FilterWorkBudget[Group] | None = None,
         deferred_groups: Mapping[int, Sized[Group]] | None = None,
-    ) -> EventEvaluation:
+    ) -> Evaluation[int, Group]:
         """Return what says so bit by bit.
 
         Args:
@@ -479,8 +397,7 @@ class Matcher:
             deferred_groups: By event, groups to consider as well, which others have left over;
                 None is that groups are left over for others.
         """
-        at = macro_values_at(now)
-        cases: dict[int, RowEvaluation[Group]] = {}
+        evaluation: Evaluation[int, Group] = Evaluation(macro_values_at(now))
         if only_groups is not None:
             only_groups = [
                 group
@@ -491,37 +408,40 @@ class Matcher:
         self._before_states.begin_batch()
 
         def steps() -> Iterator[None]:
-            for place, event in enumerate(events):
-                there = by_collection.get(event.collection.name)
-                more = () if deferred_groups is None else deferred_groups.get(place, ())
-                if there is None and not more:
+            for index, event in enumerate(events):
+                table = by_collection.get(event.collection.name)
+                deferred = () if deferred_groups is None else deferred_groups.get(index, ())
+                if table is None and not deferred:
                     continue
                 # Of deletes only the replica identity may be known: check warns of that.
                 is_delete = event.action == "delete"
-                facts = RowVerdicts(
-                    event.row, event.missing_columns, at, is_missing_column_unknown=not is_delete
-                )
-                past = (
+                row: RowEvaluation[Group] = RowEvaluation(
+                    event.row,
+                    event.missing_columns,
+                    evaluation.macro_values,
                     self._before_states.state_before(event.transaction_changes)
                     if is_delete
-                    else None
+                    else None,
+                    work_budget,
+                    is_missing_column_unknown=not is_delete,
                 )
-                case: RowEvaluation[Group] = RowEvaluation(facts, past, work_budget)
-                case.deferred_members = (
+                row.deferred_members = (
                     {} if deferred_groups is None and work_budget is not None else None
                 )
-                cases[place] = case
-                if more:
-                    case.add_untested(more)
+                evaluation.rows[index] = row
+                evaluation.xids.add(event.xid)
+                if deferred:
+                    row.add_untested(deferred)
                 if only_groups is not None:
-                    case.add_untested([group for group in only_groups if group.covers(event)])
-                elif there is not None:
-                    _find_groups(case, there, event)
-                if not case.is_fully_tested:
-                    yield from case.test_in_steps()
+                    row.add_untested([group for group in only_groups if group.covers(event)])
+                elif table is not None:
+                    _find_groups(row, table, event)
+                if not row.is_fully_tested:
+                    yield from row.test_in_steps()
                 yield
 
-        return EventEvaluation(events, cases, at, steps())
+        evaluation.steps = steps()
+        return evaluation
 
 
 def _is_evaluated_alone(connection: Connection, group: Group) -> bool:

@@ -16,7 +16,7 @@ from pgrealtime.rule_queries.slow_filters import (
     CircuitBreakers,
     TimeBudget,
 )
-from pgrealtime.rules.engine.evaluation import FilterWorkBudget
+from pgrealtime.rules.engine.work_budget import FilterWorkBudget
 
 log = structlog.get_logger(__name__)
 

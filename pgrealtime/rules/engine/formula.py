@@ -8,12 +8,11 @@ over *atoms*: conditions with joins of their own, each decided in the process or
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
-from pgrealtime.changes import Row, TableName
+from pgrealtime.changes import TableName
 from pgrealtime.collections.model import Collection, Collections, Field
 from pgrealtime.rules.language.parameters import (
     CallerColumn,
@@ -44,8 +43,12 @@ from pgrealtime.rules.language.predicate import (
     terms,
 )
 from pgrealtime.rules.language.sqlite_values import Scalar
-from pgrealtime.rules.memory.conditions import CompiledCondition, columns_read, compile_condition
-from pgrealtime.rules.memory.operands import Arguments, CompileContext
+from pgrealtime.rules.memory.conditions import (
+    CompiledCondition,
+    columns_read,
+    compile_condition,
+)
+from pgrealtime.rules.memory.operands import CompileContext
 from pgrealtime.rules.sql.conditions import SqlPredicate, translate_predicate
 from pgrealtime.rules.sql.joins import CALLER_ID_PARAMETER
 
@@ -293,123 +296,6 @@ class MacroValues:
         if macro not in self._values:
             self._values[macro] = self._compute(macro)
         return self._values[macro]
-
-
-class RowVerdicts:
-    """What is known about one row while a batch is decided.
-
-    Attributes:
-        row: The image.
-        missing_columns: Columns that the image lacks.
-        is_missing_column_unknown: Whether an atom that reads a missing column is neither true nor
-            false, for ever; else it is false.
-        answers: What Postgres said of atoms, by their arguments.
-    """
-
-    __slots__ = (
-        "_guard_verdicts",
-        "_undecided_in_process",
-        "answers",
-        "is_missing_column_unknown",
-        "macro_values",
-        "missing_columns",
-        "row",
-    )
-
-    def __init__(
-        self,
-        row: Row,
-        missing_columns: frozenset[str],
-        macro_values: MacroValues,
-        *,
-        is_missing_column_unknown: bool = False,
-    ) -> None:
-        self.row = row
-        self.missing_columns = missing_columns
-        self.is_missing_column_unknown = is_missing_column_unknown
-        self.macro_values = macro_values
-        self.answers: dict[tuple[Test, Arguments], bool] = {}
-        self._guard_verdicts: dict[Test, bool] = {}
-        self._undecided_in_process: set[tuple[Test, Arguments]] = set()
-        """What only Postgres can say although its atom has a test: it isn't tried again."""
-
-    def arguments(self, test_call: TestCall, values: Sequence[Scalar]) -> tuple[Scalar, ...]:
-        """Return the leaf's arguments for a subscriber's values."""
-        picked = tuple([values[at] for at in test_call.argument_positions])
-        macros = test_call.test.macros
-        return picked + tuple([self.macro_values[macro] for macro in macros]) if macros else picked
-
-    def test_verdict(self, test_call: TestCall, values: Sequence[Scalar]) -> bool | None:
-        """Return whether the leaf is true; None if Postgres has yet to say."""
-        atom = test_call.test
-        if not test_call.argument_positions:
-            known = self._guard_verdicts.get(atom)
-            if known is None:
-                known = self._run_test(atom, self.arguments(test_call, values))
-                if known is not None:
-                    self._guard_verdicts[atom] = known
-            return known
-        return self._run_test(atom, self.arguments(test_call, values))
-
-    def _run_test(self, test: Test, arguments: tuple[Scalar, ...]) -> bool | None:
-        if self.missing_columns and not self.missing_columns.isdisjoint(test.columns):
-            return None if self.is_missing_column_unknown else False
-        if test.in_process is not None and (test, arguments) not in self._undecided_in_process:
-            try:
-                return test.in_process(self.row, arguments)
-            except Exception:  # noqa: BLE001 (Postgres decides what can't be decided here)
-                self._undecided_in_process.add((test, arguments))
-        return self.answers.get((test, arguments)) if self.answers else None
-
-    def is_undecided_in_process(
-        self, formula: Formula, values: Sequence[Scalar], tests: AbstractSet[Test]
-    ) -> bool:
-        """Whether it is open for one of the atoms that has a test, which couldn't say."""
-        return bool(self._undecided_in_process) and any(
-            leaf.test in tests
-            and (leaf.test, self.arguments(leaf, values)) in self._undecided_in_process
-            for leaf in self.unknown_test_calls(formula, values)
-        )
-
-    def evaluate(self, formula: Formula, values: Sequence[Scalar]) -> bool | None:
-        """Return whether the formula is true for a subscriber; None if Postgres has yet to say."""
-        match formula:
-            case TestCall():
-                return self.test_verdict(formula, values)
-            case AllOf(parts):
-                is_known = True
-                for part in parts:
-                    if isinstance(part, TestCall):
-                        verdict = self.test_verdict(part, values)
-                    else:
-                        verdict = self.evaluate(part, values)
-                    if verdict is False:
-                        return False
-                    is_known = is_known and verdict is not None
-                return True if is_known else None
-            case AnyOf(parts):
-                is_known = True
-                for part in parts:
-                    verdict = self.evaluate(part, values)
-                    if verdict:
-                        return True
-                    is_known = is_known and verdict is not None
-                return False if is_known else None
-            case bool():
-                return formula
-
-    def unknown_test_calls(self, formula: Formula, values: Sequence[Scalar]) -> Iterator[TestCall]:
-        """Yield the leaves that keep the formula from being decided."""
-        match formula:
-            case TestCall():
-                if self.test_verdict(formula, values) is None:
-                    yield formula
-            case AllOf(parts) | AnyOf(parts):
-                for part in parts:
-                    if self.evaluate(part, values) is None:
-                        yield from self.unknown_test_calls(part, values)
-            case bool():
-                return
 
 
 # --- cutting

@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from pgrealtime.changes import Row
 from pgrealtime.rules.engine.batch_query import sql_values_of
-from pgrealtime.rules.engine.formula import Formula, RowVerdicts
+from pgrealtime.rules.engine.formula import Formula
 from pgrealtime.rules.engine.index_paths import IndexPath, LookupKind, RemoteKey, RowKeyReader
 from pgrealtime.rules.engine.plan import Specialization
 from pgrealtime.rules.language.sqlite_values import Scalar
@@ -270,12 +270,14 @@ class PredicateIndex(Generic[M]):
             case _:
                 return self._except_entries
 
-    def candidates(self, verdicts: RowVerdicts) -> Iterator[tuple[Hashable | None, Iterable[M]]]:
+    def candidates(
+        self, row: Row, missing_columns: frozenset[str]
+    ) -> Iterator[tuple[Hashable | None, Iterable[M]]]:
         """Yield the members to which the row itself leads, with what led there.
 
         None leads to members of whom only Postgres knows what the row means to them.
         """
-        row, missing = verdicts.row, verdicts.missing_columns
+        missing = missing_columns
         if self._without_key:
             yield None, self._without_key
         for sources, entries in self._key_entries.items():

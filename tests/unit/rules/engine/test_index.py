@@ -14,8 +14,6 @@ import pytest
 
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.changes import Row
-from pgrealtime.rules.engine.evaluation import RowEvaluation
-from pgrealtime.rules.engine.formula import RowVerdicts
 from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import (
     BoundPredicate,
@@ -23,6 +21,7 @@ from pgrealtime.rules.engine.plan import (
     Specialization,
     macro_values_at,
 )
+from pgrealtime.rules.engine.row_evaluation import RowEvaluation
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.sqlite_values import Scalar
 from pgrealtime.rules.memory.compare import WORK_BUDGET
@@ -72,8 +71,10 @@ def test_what_holds_for_all_items_is_found_out_once(
     }
     monkeypatch.setattr(WORK_BUDGET, "units_left", 10_000.0)
 
-    facts = RowVerdicts({**row, **lists}, frozenset(), macro_values_at(NOW))
-    assert facts.evaluate(bound.specialization.formula, bound.values) is not None
+    evaluated: RowEvaluation[Asker] = RowEvaluation(
+        {**row, **lists}, frozenset(), macro_values_at(NOW)
+    )
+    assert evaluated.evaluate(bound.specialization.formula, bound.values) is not None
     assert WORK_BUDGET.units_left > 8_000  # 400 pairs for all of it, and 400 for what is searched
 
 
@@ -111,16 +112,16 @@ def post(chance: Random) -> Row:
 
 
 def found(index: PredicateIndex[Asker], row: Row) -> set[Asker]:
-    case: RowEvaluation[Asker] = RowEvaluation(RowVerdicts(row, frozenset(), macro_values_at(NOW)))
-    case.evaluate_index(index)
-    assert not case.has_open_tests
-    return set(case.hits)
+    evaluated: RowEvaluation[Asker] = RowEvaluation(row, frozenset(), macro_values_at(NOW))
+    evaluated.evaluate_index(index)
+    assert not evaluated.has_open_tests
+    return set(evaluated.hits)
 
 
 def tried(members: list[Asker], row: Row) -> set[Asker]:
     """Ask everybody, without any index."""
-    facts = RowVerdicts(row, frozenset(), macro_values_at(NOW))
-    return {one for one in members if facts.evaluate(one.specialization.formula, one.values)}
+    evaluated: RowEvaluation[Asker] = RowEvaluation(row, frozenset(), macro_values_at(NOW))
+    return {one for one in members if evaluated.evaluate(one.specialization.formula, one.values)}
 
 
 @pytest.mark.parametrize("rule", LOCAL)

@@ -1,0 +1,68 @@
+"""Bounds of the work that rules and filters may do in the process for the rows of one batch.
+
+Work is counted by ``rules.memory.compare.WORK_BUDGET`` while a test runs. ``RowEvaluation`` sets
+that budget for each member; the evaluator and ``rule_queries`` make the ``FilterWorkBudget``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Generic, TypeVar
+
+from pgrealtime.rules.engine.index import Member
+from pgrealtime.rules.memory.compare import WORK_BUDGET
+
+M = TypeVar("M", bound=Member)
+
+MAX_RULE_WORK = 20_000.0
+"""Units of ``WORK_BUDGET`` that a rule may use for one row; beyond, PostgreSQL is faster."""
+_WORK_PER_TEST = 2.0
+"""Units that any test counts for."""
+
+
+class FilterWorkBudget(Generic[M]):
+    """Limits the work of clients' filters for the rows of a batch. Rules are not limited here.
+
+    Args:
+        work_per_filter: Units of ``WORK_BUDGET`` that one filter may use for one row.
+        total_work: Units that all filters may use together, for all rows.
+        is_shared: Whether other connections wait for the batch. If so, a filter that uses more is
+            late: its members must be evaluated again, apart. If not, PostgreSQL is asked.
+
+    Attributes:
+        late_members: Members whose filter used more, or was not run as nothing was left.
+        costly_members: Those of them whose own filter used more.
+        work_used: Units used so far.
+    """
+
+    def __init__(
+        self,
+        *,
+        work_per_filter: float = math.inf,
+        total_work: float = math.inf,
+        is_shared: bool = False,
+    ) -> None:
+        self.work_per_filter = work_per_filter
+        self.total_work = total_work
+        self.is_shared = is_shared
+        self.late_members: dict[M, None] = {}
+        self.costly_members: dict[M, None] = {}
+        self.work_used = 0.0
+
+    def may_test(self, member: M) -> bool:
+        """Whether a member's filter is run; a member that may not is late from now on."""
+        if self.work_used >= self.total_work:
+            self.late_members[member] = None
+        return member not in self.late_members
+
+    def record_work(self, member: M) -> bool:
+        """Add what the member's filter has used of ``WORK_BUDGET``; return whether it is late."""
+        self.work_used += (
+            _WORK_PER_TEST + self.work_per_filter - WORK_BUDGET.units_left
+            if self.work_per_filter < math.inf
+            else _WORK_PER_TEST
+        )
+        if WORK_BUDGET.units_left >= 0 or not self.is_shared:
+            return False
+        self.late_members[member] = self.costly_members[member] = None
+        return True
