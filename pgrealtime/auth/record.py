@@ -8,7 +8,7 @@ from hashlib import sha256
 
 from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.changes import Row
-from pgrealtime.collections.model import Collection, FieldKind
+from pgrealtime.collections.model import Collection, FieldKind, unpadded_id
 from pgrealtime.config.model import CollectionLoginConfig
 from pgrealtime.errors import AuthError
 
@@ -34,14 +34,6 @@ def auth_record_of(collection: Collection, row: Row) -> AuthRecord:
         email_visibility=_bool_field_value(collection, row, "emailVisibility"),
         verified=_bool_field_value(collection, row, "verified"),
     )
-
-
-def unpadded_id(collection: Collection, key: str) -> str:
-    """The id as callers carry it, from the key's text in a row.
-
-    Padding is no part of a char(n): casts and comparisons drop it.
-    """
-    return key.rstrip(" ") if collection.key.type.base.name == "bpchar" else key
 
 
 def token_key_of(login: CollectionLoginConfig, row: Row) -> str | None:

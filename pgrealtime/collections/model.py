@@ -107,6 +107,11 @@ class Collection:
     """All that the table has."""
     generated_columns: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
+    @property
+    def id_lookup_column(self) -> tuple[TableName, str]:
+        """The table and its key column: how changes of a record are found in the changelog."""
+        return self.table.name, self.key.name
+
     def __post_init__(self) -> None:
         generated = frozenset(c.name for c in self.table.columns if c.is_generated)
         object.__setattr__(self, "generated_columns", generated)
@@ -150,3 +155,11 @@ class Collections(Mapping[str, Collection]):
 def derive_collection_id(kind: str, name: str) -> str:
     """Return the id that PocketBase derives: ``pbc_`` and the CRC-32 of type and name."""
     return f"pbc_{zlib.crc32(f'{kind}{name}'.encode())}"
+
+
+def unpadded_id(collection: Collection, key: str) -> str:
+    """The id as callers carry it, from the key's text in a row.
+
+    Padding is no part of a char(n): casts and comparisons drop it.
+    """
+    return key.rstrip(" ") if collection.key.type.base.name == "bpchar" else key

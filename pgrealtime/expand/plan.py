@@ -6,29 +6,22 @@ Between the option's text (``records.expand``) and who fetches the records (``hu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from types import MappingProxyType
 from typing import TypeAlias
 from weakref import WeakValueDictionary
 
-import msgspec
-from msgspec import Raw
-
 from pgrealtime.auth.principal import AuthRecord, Superuser
-from pgrealtime.changes import Change, Row
+from pgrealtime.changelog.row_history import LookupColumn
+from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections, Field
 from pgrealtime.config.model import HiddenFieldsMode
 from pgrealtime.errors import RuleError
-from pgrealtime.hub.live_reads.row_history import LookupColumn, id_lookup_column
 from pgrealtime.protocol.expand_option import ExpandNames, parse_expand
-from pgrealtime.records.encode import View
-from pgrealtime.rules.engine.before_state import BeforeState
 from pgrealtime.rules.engine.plan import BoundPredicate, RuleCompiler
 from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
-from pgrealtime.text_forms import parse_array
 
 _BACK_RELATION = re.compile(r"(\w+)_via_(\w+)", re.ASCII)
 _MAX_PLANS = 4096
@@ -280,7 +273,7 @@ def junction_hops(collections: Collections, collection: Collection) -> tuple[Rel
 
 def _lookup_columns(collection: Collection) -> Iterator[LookupColumn]:
     """Yield the collection's table and the junction tables of its relations."""
-    yield id_lookup_column(collection)
+    yield collection.id_lookup_column
     for field in collection.fields:
         junction = None if field.relation is None else field.relation.junction
         if junction is not None:
@@ -296,165 +289,3 @@ def _merge_paths(paths: Sequence[Sequence[RelationHop]]) -> Mapping[str, ExpandB
         name: ExpandBranch(below[0][0], _merge_paths([steps[1:] for steps in below]))
         for name, below in by_first.items()
     }
-
-
-# --- records as they are found
-
-
-LaterLinkChanges: TypeAlias = Mapping[RelationKey, Sequence[Change] | None]
-_NO_LATER_LINK_CHANGES: LaterLinkChanges = MappingProxyType({})
-
-
-class RecordNode:
-    """A record with the related ones that one viewer sees of it.
-
-    Attributes:
-        junction_ids: Ids by field name, of relations through junction tables.
-        children: By step, in order; None where they may not or could not be looked for.
-        before_state: What related tables were like; None is as they are.
-        later_link_changes: By relation through a junction table, later changes of its links that
-            are taken back; None where they aren't known.
-    """
-
-    __slots__ = (
-        "before_state",
-        "children",
-        "collection",
-        "junction_ids",
-        "later_link_changes",
-        "record_id",
-        "row",
-        "sees_email",
-    )
-
-    def __init__(
-        self,
-        collection: Collection,
-        record_id: str,
-        row: Row,
-        *,
-        before_state: BeforeState | None = None,
-        later_link_changes: LaterLinkChanges = _NO_LATER_LINK_CHANGES,
-    ) -> None:
-        self.collection = collection
-        self.record_id = record_id
-        self.row = row
-        self.before_state = before_state
-        self.later_link_changes = later_link_changes
-        self.sees_email = False
-        self.junction_ids: Mapping[str, Sequence[str]] = {}
-        self.children: dict[str, list[RecordNode] | None] = {}
-
-    @property
-    def version(self) -> tuple[str, str, int]:
-        """Its collection, its id and the state it is seen in."""
-        return self.collection.name, self.record_id, id(self.before_state)
-
-
-def ids_in_row(hop: RelationHop, row: Row) -> list[str]:
-    """Return the ids that a row holds, none empty, none twice."""
-    assert hop.field.column is not None
-    text = row.get(hop.field.column.name)
-    if not text:
-        return []
-    return ids_in_array(text) if hop.field.is_multiple else [text]
-
-
-def ids_in_array(text: str) -> list[str]:
-    """Return the ids of an array in text form, none empty, none twice."""
-    return list(dict.fromkeys(item for item in parse_array(text) if isinstance(item, str) and item))
-
-
-RenderRecord: TypeAlias = Callable[[RecordNode, View, bytes | None], bytes]
-"""Makes the record of a node, given what it shows as ``expand``."""
-
-_encode_json = msgspec.json.Encoder().encode
-
-
-class ExpandTooLargeError(Exception):
-    """What a record would show as ``expand`` is larger than it may be."""
-
-
-def render_expand(
-    root: RecordNode, viewer: ExpandViewer, render_record: RenderRecord, *, max_bytes: int
-) -> bytes | None:
-    """Return the JSON of the member ``expand``; None for a record without one.
-
-    Args:
-        root: The record.
-        viewer: Who sees it.
-        render_record: Makes the related ones.
-        max_bytes: Bytes that it may have.
-
-    Raises:
-        ExpandTooLargeError: It has more. Few rows make many bytes: a path that leads back and forth
-            shows them again and again, a hundred posts of one author a million times in six steps.
-        ValueError: A related row can't be shown.
-        LookupError: Likewise.
-    """
-    whole = [route.hops for route in viewer.plan.paths if _is_path_visible(root, route)]
-    branches = _merge_paths(whole)
-    return (
-        _ExpandWriter(viewer, render_record, max_bytes).write_members(root, branches)
-        if branches
-        else None
-    )
-
-
-def _is_path_visible(root: RecordNode, path: ExpandPath) -> bool:
-    """Whether nothing on the way was refused: one refusal and the path adds nothing at all."""
-    level: Iterable[RecordNode] = [root]
-    for step in path.hops:
-        following: dict[RecordNode, None] = {}
-        for node in level:
-            children = node.children.get(step.name)
-            if children is None:
-                return False
-            following.update(dict.fromkeys(children))
-        level = following
-    return not (path.has_unknown_name and any(level))
-
-
-class _ExpandWriter:
-    """Writes related records, each once however often it is shown.
-
-    Args:
-        viewer: Who sees them.
-        render_record: Makes records.
-        max_bytes: Bytes that those beside each other may have.
-    """
-
-    def __init__(self, viewer: ExpandViewer, render_record: RenderRecord, max_bytes: int) -> None:
-        self._viewer = viewer
-        self._render_record = render_record
-        self._max_bytes = max_bytes
-        self._written_records: dict[RecordNode, Raw] = {}
-        """A node stands for a record at one place of the plan, so the same is below it."""
-
-    def write_members(self, node: RecordNode, branches: Mapping[str, ExpandBranch]) -> bytes:
-        """Return the JSON of ``expand``.
-
-        Raises:
-            ExpandTooLargeError: It has more bytes than it may.
-        """
-        members: dict[str, Raw | list[Raw]] = {}
-        size = 0
-        for name in sorted(branches, key=str.encode):
-            records: list[Raw] = []
-            for child in node.children.get(name) or ():
-                record = self._write_record(child, branches[name])
-                size += len(record)
-                if size > self._max_bytes:
-                    raise ExpandTooLargeError
-                records.append(record)
-            if records:
-                members[name] = records if branches[name].hop.is_list else records[0]
-        return _encode_json(members)
-
-    def _write_record(self, child: RecordNode, branch: ExpandBranch) -> Raw:
-        record = self._written_records.get(child)
-        if record is None:
-            below = self.write_members(child, branch.branches) if branch.branches else None
-            view = View(sees_hidden=self._viewer.sees_hidden, sees_email=child.sees_email)
-            record = self._written_records[child] = Raw(self._render_record(child, view, below))
-        return record

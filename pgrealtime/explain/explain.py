@@ -18,6 +18,7 @@ from pgrealtime.auth.principal import Caller, Guest, Superuser
 from pgrealtime.changes import Row
 from pgrealtime.cli.check.check import configure_row_security, rule_problems
 from pgrealtime.collections.build import build_collections
+from pgrealtime.collections.load import read_configured_catalog
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import Config
 from pgrealtime.errors import (
@@ -42,6 +43,7 @@ from pgrealtime.explain.text import (
     topic_lines,
 )
 from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.postgres.pool import open_query_pool
 from pgrealtime.protocol.topic import Topic, parse_topic
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.index import PredicateIndex
@@ -53,7 +55,6 @@ from pgrealtime.rules.language.resolve import filter_text, resolve_filter
 from pgrealtime.rules.language.sqlite_values import Scalar
 from pgrealtime.rules.sql.breakdown import Clause, RuleFragment, fragment_queries, split_rule
 from pgrealtime.rules.sql.reference import ReferenceQuery, auth_collection_of, reference_query
-from pgrealtime.service.build import open_query_pool, read_configured_catalog
 from pgrealtime.spelling import nearest_name
 
 

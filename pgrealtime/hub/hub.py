@@ -24,6 +24,7 @@ import structlog
 
 from pgrealtime.auth.principal import GUEST, Caller, is_same_principal
 from pgrealtime.changelog.base import Changelog, Entry
+from pgrealtime.changelog.row_history import RowHistory, WaitForLSN
 from pgrealtime.changes import Action, Transaction
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import CollectionLoginConfig, HiddenFieldsMode, RealtimeConfig
@@ -60,7 +61,6 @@ from pgrealtime.hub.events.slices import (
     delivery_ranges,
     split_into_slices,
 )
-from pgrealtime.hub.live_reads.row_history import RowHistory, WaitForLSN
 from pgrealtime.hub.state.caller_check import CallerCheck
 from pgrealtime.hub.state.callers import CallerTracker
 from pgrealtime.hub.state.epochs import ResumableEpochs

@@ -22,10 +22,20 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, LiteralString, TypeAlias, TypeVar
 
 import psycopg
+import structlog
 from psycopg.abc import PQGen
+from psycopg.conninfo import make_conninfo
 from psycopg.rows import TupleRow
 from psycopg.sql import Composed, Literal
 from psycopg_pool import AsyncConnectionPool
+
+from pgrealtime.config.model import DatabaseConfig
+from pgrealtime.errors import (
+    DatabaseUnreachableError,
+)
+from pgrealtime.postgres.url import parse_database_url
+
+log = structlog.get_logger(__name__)
 
 DatabaseConnection: TypeAlias = psycopg.AsyncConnection[TupleRow]
 
@@ -262,3 +272,52 @@ async def _disable_prepare_behind_pooler(connection: DatabaseConnection) -> None
     cursor = await connection.execute(_BACKEND_PID_QUERY)
     if await cursor.fetchone() != (connection.info.backend_pid,):
         connection.prepare_threshold = None
+
+
+_RETRY_SECONDS = 0.5
+
+
+@asynccontextmanager
+async def open_query_pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
+    """Open the connections on which rules are asked: read only, each statement bounded in time.
+
+    Raises:
+        DatabaseUnreachableError: Nobody answered for ``wait_for``.
+        SetupError: Code ``database_url_invalid``.
+    """
+    settings = parse_database_url(database.query_url or database.url) | {
+        "application_name": "pgrealtime",
+        "client_encoding": "utf8",
+        **KEEPALIVE_SETTINGS,
+    }
+    conninfo = make_conninfo("", **settings)
+    await _wait_for_server(conninfo, database)
+
+    pool = QueryPool(
+        conninfo, statement_timeout=database.statement_timeout, max_size=database.pool_size
+    )
+    async with pool:
+        yield pool
+
+
+async def _wait_for_server(conninfo: str, database: DatabaseConfig) -> None:
+    deadline = time.monotonic() + database.wait_for
+    key = "database.query_url" if database.query_url else "database.url"
+    told = ""
+    while True:
+        try:
+            async with await psycopg.AsyncConnection.connect(conninfo):
+                return
+        except psycopg.OperationalError as error:
+            detail = str(error).strip()
+            if time.monotonic() >= deadline:
+                raise DatabaseUnreachableError(
+                    "the database can't be reached",
+                    detail=detail,
+                    hint=f"Check {key}; it has to lead to the primary.",
+                ) from error
+            if detail != told:
+                # A wrong password looks like a server that is still starting.
+                log.warning("database.waiting", wait_for=database.wait_for, detail=detail)
+                told = detail
+            await asyncio.sleep(_RETRY_SECONDS)

@@ -8,24 +8,25 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Sized
 from contextlib import asynccontextmanager
-from typing import Protocol
 
 import psycopg
 import structlog
 from psycopg import sql
 from psycopg_pool import PoolTimeout
 
+from pgrealtime.catalog.assumptions import CatalogAssumptions
 from pgrealtime.catalog.naming import identifier
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection
 from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.live_reads.table_definitions import CatalogAssumptions
 from pgrealtime.lsn import LSN, Xid, parse_lsn
 from pgrealtime.observe.redact import message_without_values
+from pgrealtime.postgres.outage import DatabaseOutage
 from pgrealtime.postgres.pool import DatabaseConnection, QueryPool
-from pgrealtime.rule_queries.outage import DatabaseOutage
-from pgrealtime.rule_queries.slow_filters import CircuitBreakers, TimeBudget
+from pgrealtime.rule_queries.live_rows import LiveRow
+from pgrealtime.rule_queries.session import PendingEvaluation
+from pgrealtime.rule_queries.slow_queries import CircuitBreakers, TimeBudget
 from pgrealtime.rules.engine.batch_query import Question
 from pgrealtime.rules.engine.formula import Test
 from pgrealtime.rules.engine.index_paths import RemoteKey
@@ -72,42 +73,6 @@ _SHORT_TIMEOUT_DIVISOR = 20
 aren't slow need no more, and many that are slow together hold everybody up."""
 _MAX_LOGGED_REASONS = 1000
 """Different reasons that are logged."""
-
-
-class LiveRow:
-    """What a table holds now for a key, to fill in what the WAL left out.
-
-    Attributes:
-        xid: 32-bit id of the (sub)transaction that wrote this version.
-        row: The columns that were asked for.
-        snapshot: What it was read in.
-        insert_lsn: Where the WAL ended then: all that the snapshot sees commits before.
-    """
-
-    __slots__ = ("insert_lsn", "row", "snapshot", "xid")
-
-    def __init__(self, xid: int, row: Row, snapshot: Snapshot, insert_lsn: LSN) -> None:
-        self.xid = xid
-        self.row = row
-        self.snapshot = snapshot
-        self.insert_lsn = insert_lsn
-
-
-class PendingEvaluation(Protocol):
-    """An ``Evaluation`` of the rule engine: questions to answer, in rounds."""
-
-    @property
-    def xids(self) -> Sized[Xid]:
-        """The transactions that must be visible to whoever answers."""
-        ...
-
-    def questions(self) -> list[Question]:
-        """Return what must be asked now; nothing if all is known."""
-        ...
-
-    def resume(self) -> None:
-        """Go on when the inquiries have been put."""
-        ...
 
 
 class QueryExecutor:

@@ -7,7 +7,6 @@ import errno
 import gc
 import resource
 import signal
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import Any
 import psycopg
 import structlog
 from aiohttp import web
-from psycopg.conninfo import make_conninfo
 
 from pgrealtime import __version__
 from pgrealtime.api.admin import build_admin_app
@@ -25,17 +23,14 @@ from pgrealtime.api.login import LoginRoutes
 from pgrealtime.auth.account import AccountLoader
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.login import LoginService
-from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.catalog.model import Catalog
 from pgrealtime.changelog.memory import MemoryChangelog
-from pgrealtime.changes import TableName
 from pgrealtime.cli.check.check import rule_problems
-from pgrealtime.collections.build import build_collections, configured_table_names
+from pgrealtime.collections.build import build_collections
+from pgrealtime.collections.load import read_configured_catalog
 from pgrealtime.config.load import ConfigLocations, ParsedConfig
-from pgrealtime.config.model import AdminConfig, Config, DatabaseConfig
+from pgrealtime.config.model import AdminConfig, Config
 from pgrealtime.errors import (
     ConfigError,
-    DatabaseUnreachableError,
     PgRealtimeError,
 )
 from pgrealtime.feed.reader import ReplicationReader
@@ -45,8 +40,7 @@ from pgrealtime.lsn import LSN
 from pgrealtime.observe.log import configure_logging
 from pgrealtime.observe.metrics import Metrics
 from pgrealtime.observe.redact import message_without_values
-from pgrealtime.postgres.pool import KEEPALIVE_SETTINGS, QueryPool
-from pgrealtime.postgres.url import parse_database_url
+from pgrealtime.postgres.pool import open_query_pool
 from pgrealtime.reads.own_record import OwnRecordRenderer
 from pgrealtime.rule_queries.executor import QueryExecutor
 from pgrealtime.rules.engine.plan import caller_columns_read_by_rules
@@ -64,7 +58,6 @@ from pgrealtime.wal.stream import WalStream, dry_run_stream, open_stream
 
 log = structlog.get_logger(__name__)
 
-_RETRY_SECONDS = 0.5
 _STANDBY_POLL_SECONDS = 10.0
 _RESERVED_FILES = 100
 """Sessions of the database, logs, calls under way."""
@@ -382,67 +375,3 @@ async def _advance_slot(config: Config) -> None:
 
 def _report_slot_wait(wait: SlotWait) -> None:
     log.warning("slot.waiting", pids=wait.pids, prepared=wait.prepared)
-
-
-@asynccontextmanager
-async def open_query_pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
-    """Open the connections on which rules are asked: read only, each statement bounded in time.
-
-    Raises:
-        DatabaseUnreachableError: Nobody answered for ``wait_for``.
-        SetupError: Code ``database_url_invalid``.
-    """
-    settings = parse_database_url(database.query_url or database.url) | {
-        "application_name": "pgrealtime",
-        "client_encoding": "utf8",
-        **KEEPALIVE_SETTINGS,
-    }
-    conninfo = make_conninfo("", **settings)
-    await _wait_for_server(conninfo, database)
-
-    pool = QueryPool(
-        conninfo, statement_timeout=database.statement_timeout, max_size=database.pool_size
-    )
-    async with pool:
-        yield pool
-
-
-async def _wait_for_server(conninfo: str, database: DatabaseConfig) -> None:
-    deadline = time.monotonic() + database.wait_for
-    key = "database.query_url" if database.query_url else "database.url"
-    told = ""
-    while True:
-        try:
-            async with await psycopg.AsyncConnection.connect(conninfo):
-                return
-        except psycopg.OperationalError as error:
-            detail = str(error).strip()
-            if time.monotonic() >= deadline:
-                raise DatabaseUnreachableError(
-                    "the database can't be reached",
-                    detail=detail,
-                    hint=f"Check {key}; it has to lead to the primary.",
-                ) from error
-            if detail != told:
-                # A wrong password looks like a server that is still starting.
-                log.warning("database.waiting", wait_for=database.wait_for, detail=detail)
-                told = detail
-            await asyncio.sleep(_RETRY_SECONDS)
-
-
-async def read_configured_catalog(config: Config, pool: QueryPool) -> Catalog:
-    """Read what the catalogue says of the configured tables.
-
-    Raises:
-        PgRealtimeError: Code ``catalog``: Postgres refuses.
-    """
-    names: tuple[TableName, ...] = configured_table_names(
-        config.collections, config.database.schemas
-    )
-    try:
-        async with pool.connection() as connection:
-            return await read_catalog(connection, names=names)
-    except psycopg.Error as error:
-        raise PgRealtimeError(
-            "the catalogue can't be read", detail=message_without_values(error), code="catalog"
-        ) from error

@@ -14,8 +14,7 @@ import pytest
 from psycopg import sql
 
 from pgrealtime.config.model import DatabaseConfig
-from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.service.build import open_query_pool
+from pgrealtime.postgres.pool import QueryPool, open_query_pool
 from tests.e2e.listener import listener
 from tests.e2e.service import service, token
 from tests.pgbouncer import pgbouncer

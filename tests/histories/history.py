@@ -19,7 +19,7 @@ from psycopg import sql
 from pgrealtime.auth.principal import Caller
 from pgrealtime.feed import reader
 from pgrealtime.rule_queries.executor import QueryExecutor
-from pgrealtime.rule_queries.slow_filters import CircuitBreakers
+from pgrealtime.rule_queries.slow_queries import CircuitBreakers
 from pgrealtime.service.build import RunningService, run_service
 from tests.histories.audit import Audit, Findings, learn_cursors
 from tests.histories.ledger import ROOT, Ledger, Person

@@ -18,6 +18,7 @@ from pgrealtime import fairness
 from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.row_history import RowHistory
 from pgrealtime.changes import (
     Action,
     Change,
@@ -33,15 +34,17 @@ from pgrealtime.changes import (
 from pgrealtime.collections.build import build_collections, configured_table_names
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import CollectionConfig
+from pgrealtime.expand import batch
 from pgrealtime.expand import load as loading
-from pgrealtime.expand.load import ReadSession, RelatedRecordLoader
-from pgrealtime.expand.plan import ExpandCompiler, ExpandViewer, RecordNode
+from pgrealtime.expand.load import RelatedRecordLoader
+from pgrealtime.expand.node import RecordNode
+from pgrealtime.expand.plan import ExpandCompiler, ExpandViewer
 from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.live_reads.row_history import RowHistory
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.records.encode import View, compile_encoder
-from pgrealtime.rule_queries.executor import PendingEvaluation, QueryExecutor
+from pgrealtime.rule_queries.executor import QueryExecutor
+from pgrealtime.rule_queries.session import PendingEvaluation, ReadSession
 from pgrealtime.rules.engine.plan import RuleCompiler
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.snapshot import Snapshot
@@ -628,14 +631,15 @@ async def test_taking_back_later_links_lets_others_have_their_turns(
     pauses = 0
 
     class Turn(fairness.YieldTimer):
-        def is_over(self) -> bool:
+        def is_due(self) -> bool:
             return True
 
         async def pause(self) -> None:
             nonlocal pauses
             pauses += 1
 
-    monkeypatch.setattr(loading, "YieldTimer", Turn)
+    for module in (loading, batch):
+        monkeypatch.setattr(module, "YieldTimer", Turn)
     changelog = MemoryChangelog(LSN(1), max_bytes=1000, max_age_seconds=300)
     changelog.append(Transaction(Xid(4), LSN(2), 0, (Delete(TAGS, Key({})),), 10))
 

@@ -28,7 +28,7 @@ from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.protocol.topic import parse_topic
 from pgrealtime.records.encode import View
 from pgrealtime.rule_queries.executor import QueryExecutor
-from pgrealtime.rule_queries.slow_filters import SLICE_FILTER_SECONDS, TimeBudget
+from pgrealtime.rule_queries.slow_queries import SLICE_FILTER_SECONDS, TimeBudget
 from pgrealtime.rules.engine.batch_query import KeyQuestion, PairQuestion
 from pgrealtime.rules.engine.formula import Test, each_test_call
 from tests.rules_world import World

@@ -38,6 +38,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "changelog": _FLOOR,
     "observe": _FLOOR,
     "collections": (*_FLOOR, "catalog"),
+    "collections.load": (*_FLOOR, "catalog", "collections", "postgres.pool", "observe.redact"),
     "auth.principal": (),
     "auth.record": (*_FLOOR, "catalog", "collections", "auth.principal"),
     "auth": (*_FLOOR, "catalog", "collections", "postgres", "observe.redact"),
@@ -51,20 +52,20 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "rules": _FLOOR,
     "rule_queries": (
         *(*_FLOOR, "catalog", "collections", "postgres", "observe", "rules"),
-        *("auth.principal", "auth.record", "hub"),
+        *("auth.principal", "hub.events.event"),
     ),
     "expand": (
         *(*_FLOOR, "catalog", "collections", "postgres", "protocol", "records", "rules"),
-        *("auth.principal", "auth.record", "rule_queries", "hub"),
+        *("auth.principal", "changelog.row_history", "rule_queries", "hub.events.event"),
     ),
     "reads": (
         *(*_FLOOR, "catalog", "collections", "postgres", "protocol", "records", "rules"),
-        *("auth.principal", "auth.record", "rule_queries", "expand", "hub"),
+        *("auth.principal", "rule_queries", "expand"),
     ),
     "hub": (
         *(*_FLOOR, "catalog", "collections", "postgres", "protocol", "records", "rules"),
         *("auth.principal", "auth.record", "rule_queries", "expand"),
-        *("changelog.base", "observe"),
+        *("changelog.base", "changelog.row_history", "observe"),
     ),
     # Answers are trimmed by the same "fields" as records.
     "api": (*_FLOOR, "collections", "protocol", "records", "auth", "reads", "hub", "observe"),

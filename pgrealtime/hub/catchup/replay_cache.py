@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pgrealtime.hub.connections.batch import MessageBatch
+from pgrealtime.hub.evaluation.filter_budget import FilterBudget
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import Cursor
-from pgrealtime.rule_queries.slow_filters import TimeBudget
 
 if TYPE_CHECKING:
     from pgrealtime.hub.connections.connection import Connection, Group
@@ -43,7 +43,7 @@ class CachedSlice(NamedTuple):
     events: Sequence[Event]
     batch: MessageBatch
     end_cursor: Cursor
-    budget: TimeBudget
+    budget: FilterBudget
     """What was used of it to find that out: who is handed it has filters that take as long."""
     stored_at: float
     """Monotonic seconds."""
@@ -92,7 +92,7 @@ class CatchUpCache:
         events: Sequence[Event],
         batch: MessageBatch,
         end_cursor: Cursor,
-        budget: TimeBudget,
+        budget: FilterBudget,
         *,
         checked: CallerCheckResult | None,
     ) -> None:

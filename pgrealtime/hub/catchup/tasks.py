@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from pgrealtime.auth.principal import account_of
 from pgrealtime.changelog.base import Changelog
+from pgrealtime.changelog.row_history import RowHistory
 from pgrealtime.changes import Action
 from pgrealtime.errors import ChangelogError
 from pgrealtime.hub.catchup.replay_cache import CatchUpCache, catch_up_cache_key
@@ -29,6 +30,7 @@ from pgrealtime.hub.delivery.compose import (
 )
 from pgrealtime.hub.delivery.render import NO_ENRICHMENT, Enrichment, EnrichmentNeed
 from pgrealtime.hub.evaluation.evaluator import SliceResult, gap_xids, raise_location
+from pgrealtime.hub.evaluation.filter_budget import FilterBudget
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.slices import (
     SLICE_CHANGES,
@@ -37,7 +39,6 @@ from pgrealtime.hub.events.slices import (
     slice_prefix,
     split_into_slices,
 )
-from pgrealtime.hub.live_reads.row_history import RowHistory
 from pgrealtime.hub.state.caller_check import (
     CallerCheck,
     CallerCheckResult,
@@ -48,7 +49,6 @@ from pgrealtime.hub.state.gaps import GapNotifier
 from pgrealtime.hub.state.isolation import IsolatedConnections
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.lsn import LSN, Cursor, Xid
-from pgrealtime.rule_queries.slow_filters import TimeBudget
 
 log = structlog.get_logger(__name__)
 
@@ -67,7 +67,7 @@ class _EvaluatedSlice(Struct):
     slice_result: SliceResult
     enrichment: Enrichment
     end_cursor: Cursor
-    budget: TimeBudget
+    budget: FilterBudget
     revision: int
     subscriptions: Mapping[str, Subscription]
     checked: CallerCheckResult | None = None
@@ -436,7 +436,7 @@ class CatchUpTasks:
                 self._apply_caller_change(connection, event)
 
     async def _evaluate(
-        self, connection: Connection, max_events: int, budget: TimeBudget
+        self, connection: Connection, max_events: int, budget: FilterBudget
     ) -> _EvaluatedSlice:
         """Judge what is next for a connection: so many events, if there are."""
         course = self._progress

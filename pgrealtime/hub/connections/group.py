@@ -16,6 +16,11 @@ RenderKey: TypeAlias = tuple[bytes, View, ExpandViewer | None, BoundPredicate | 
 submitted, the view of records, the viewer of related records, and the manage rule."""
 
 
+MANY_CONNECTIONS = 50
+"""Live connections that make work shared: what so many ask for is done once for all of them,
+whatever it takes. If they were isolated, each would do it for itself."""
+
+
 class GroupMember(Protocol):
     """What groups know of a subscription."""
 

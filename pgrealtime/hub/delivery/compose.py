@@ -18,6 +18,7 @@ from pgrealtime.hub.connections.connection import (
     RenderGroup,
     Subscription,
 )
+from pgrealtime.hub.connections.group import MANY_CONNECTIONS
 from pgrealtime.hub.delivery.render import (
     Enrichment,
     EventRendering,
@@ -25,7 +26,6 @@ from pgrealtime.hub.delivery.render import (
     event_rendering,
 )
 from pgrealtime.hub.events.event import Event
-from pgrealtime.rule_queries.filter_trials import MANY_CONNECTIONS
 
 _RENDER_GROUP_BYTES = 256 * 1024
 """Of one portion for one audience: by so much a send buffer overruns at most, one change aside."""

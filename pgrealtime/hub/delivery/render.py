@@ -16,6 +16,7 @@ import structlog
 from msgspec import Struct
 
 from pgrealtime.auth.principal import Superuser
+from pgrealtime.changelog.row_history import RowHistory
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import HiddenFieldsMode
@@ -23,26 +24,23 @@ from pgrealtime.expand.load import (
     CheckViewers,
     ExpandRequest,
     LoadLiveRows,
-    ReadSession,
     RelatedRecordLoader,
     RelatedRecords,
 )
+from pgrealtime.expand.node import RecordNode
 from pgrealtime.expand.plan import (
     ExpandCompiler,
     ExpandPlan,
     ExpandViewer,
-    RecordNode,
     junction_hops,
 )
 from pgrealtime.hub.connections.connection import Group, Subscription
-from pgrealtime.hub.connections.group import RenderKey
+from pgrealtime.hub.connections.group import MANY_CONNECTIONS, RenderKey
 from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.live_reads.row_history import RowHistory
 from pgrealtime.lsn import Xid
 from pgrealtime.protocol.frame import event_tail
 from pgrealtime.records.encode import RecordEncoder, View, compile_encoder, unencodable_column
-from pgrealtime.rule_queries.executor import PendingEvaluation
-from pgrealtime.rule_queries.filter_trials import MANY_CONNECTIONS
+from pgrealtime.rule_queries.session import PendingEvaluation, ReadSession
 from pgrealtime.rules.engine.before_state import BeforeStates, reachable_tables
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.plan import BoundPredicate, RuleCompiler, macro_values_at

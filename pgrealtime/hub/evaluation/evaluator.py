@@ -14,13 +14,13 @@ from typing import Protocol, TypeAlias
 import structlog
 from msgspec import Struct
 
+from pgrealtime.catalog.assumptions import CatalogAssumptions
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection
-from pgrealtime.expand.load import ReadSession
 from pgrealtime.expand.plan import ExpandViewer
-from pgrealtime.expand.relation_sql import rows_by_id_statement
 from pgrealtime.fairness import YieldTimer
 from pgrealtime.hub.connections.connection import Group
+from pgrealtime.hub.connections.group import MANY_CONNECTIONS
 from pgrealtime.hub.delivery.render import (
     NO_ENRICHMENT,
     Enrichment,
@@ -28,15 +28,15 @@ from pgrealtime.hub.delivery.render import (
     LiveRowEvent,
     RecordRenderer,
 )
+from pgrealtime.hub.evaluation.filter_budget import FilterBudget
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.slices import SLICE_CHANGES, GapNotice
-from pgrealtime.hub.live_reads.table_definitions import CatalogAssumptions
 from pgrealtime.hub.live_reads.toast import RowCompleter
 from pgrealtime.lsn import Cursor, Xid
-from pgrealtime.rule_queries.executor import LiveRow, PendingEvaluation
-from pgrealtime.rule_queries.filter_trials import MANY_CONNECTIONS
-from pgrealtime.rule_queries.slow_filters import TimeBudget
+from pgrealtime.rule_queries.live_rows import LiveRow
+from pgrealtime.rule_queries.session import PendingEvaluation, ReadSession, rows_by_id_statement
+from pgrealtime.rule_queries.slow_queries import TimeBudget
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.plan import Specialization
 
@@ -255,7 +255,7 @@ class SliceEvaluator:
         self._omitted_column_counts = omitted_column_counts
 
     async def evaluate(
-        self, events: list[Event], budget: TimeBudget, only_groups: Sized[Group] | None = None
+        self, events: list[Event], budget: FilterBudget, only_groups: Sized[Group] | None = None
     ) -> SliceResult:
         """Return who may receive the events; completes the rows on the way.
 
@@ -277,7 +277,7 @@ class SliceEvaluator:
 
         What raises here is left to each connection to judge by itself.
         """
-        budget = TimeBudget.for_slice(len(events))
+        budget = FilterBudget.for_slice(len(events))
         if len(events) <= SLICE_CHANGES:
             verdict = await self._evaluate_events(events, budget, None)
             verdict.update_gap_indexes(events)
@@ -409,7 +409,7 @@ class SliceEvaluator:
             self._omitted_column_counts[event.collection.name] += 1
 
     async def _evaluate_events(
-        self, events: list[Event], budget: TimeBudget, only_groups: Sized[Group] | None
+        self, events: list[Event], budget: FilterBudget, only_groups: Sized[Group] | None
     ) -> SliceResult:
         partial = [
             place
@@ -465,7 +465,7 @@ class SliceEvaluator:
         return verdict
 
     async def _retry_shared_filters(
-        self, events: list[Event], result: SliceResult, budget: TimeBudget, now: datetime
+        self, events: list[Event], result: SliceResult, budget: FilterBudget, now: datetime
     ) -> None:
         """Evaluate filters once more that were late, and that many connections share."""
         takers: Counter[Specialization] = Counter()
@@ -515,7 +515,7 @@ class SliceEvaluator:
             if (row := rows.get((event.collection.name, event.record_id))) is not None
             and event.action != "delete"
         ]
-        budget = TimeBudget.for_slice(len(asked))
+        budget = FilterBudget.for_slice(len(asked))
         judging = self._matcher.start_evaluation_of_pairs(
             [(_with_row(event, row), groups) for _, event, row, groups in asked],
             datetime.now(UTC),
@@ -542,16 +542,16 @@ def _merge_hits(
     return [(*a, *b) if b else a for a, b in zip(first_hits, second_hits, strict=True)]
 
 
-async def _run_in_process_tests(evaluation: Evaluation[int, Group], budget: TimeBudget) -> None:
+async def _run_in_process_tests(evaluation: Evaluation[int, Group], budget: FilterBudget) -> None:
     """Do what needs no Postgres, in turns with the loop's other users."""
-    if budget.queue is None:
+    if budget.work_lock is None:
         turn = YieldTimer()
         while not evaluation.run_in_process(turn.is_due):
             await turn.pause()
         return
     is_done = False
     while not is_done:
-        async with budget.queue.acquire_for_loop_work(budget.network) as turn:
+        async with budget.work_lock.acquire_for_loop_work(budget.network) as turn:
             is_done = evaluation.run_in_process(turn.is_due)
 
 

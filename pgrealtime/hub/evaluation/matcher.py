@@ -18,9 +18,9 @@ from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.errors import SubscriptionLimitError
 from pgrealtime.hub.connections.connection import Connection, Group, Subscription
+from pgrealtime.hub.evaluation.filter_trials import FilterTrials
 from pgrealtime.hub.events.event import Event
 from pgrealtime.protocol.topic import Topic
-from pgrealtime.rule_queries.filter_trials import FilterTrials
 from pgrealtime.rules.engine.before_state import BeforeStates, reachable_tables
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.index import PredicateIndex
@@ -161,7 +161,7 @@ class Matcher:
     def __init__(self, collections: Collections) -> None:
         self._collections = collections
         self.compiler = RuleCompiler(collections)
-        self.trials = FilterTrials()
+        self.trials: FilterTrials[Group] = FilterTrials()
         self._before_states = BeforeStates(reachable_tables(collections))
         self._tables: dict[str, _GroupTable] = {}
         self._remote_filter_tables: dict[str, _GroupTable] = {}

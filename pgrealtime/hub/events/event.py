@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from msgspec import Struct
 
 from pgrealtime.auth.principal import AccountKey
-from pgrealtime.auth.record import unpadded_id
 from pgrealtime.caches import WeightedCache
 from pgrealtime.changes import (
     Action,
@@ -21,7 +20,7 @@ from pgrealtime.changes import (
     Truncate,
     Update,
 )
-from pgrealtime.collections.model import Collection, Collections
+from pgrealtime.collections.model import Collection, Collections, unpadded_id
 from pgrealtime.lsn import Cursor, Xid
 
 

@@ -13,13 +13,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from pgrealtime.changelog.row_history import RowHistory, RowWrite, TableHistory
 from pgrealtime.changes import TableName, Update
 from pgrealtime.collections.model import Collection
 from pgrealtime.fairness import YieldTimer
 from pgrealtime.hub.events.event import Event, LaterWrites
-from pgrealtime.hub.live_reads.row_history import RowHistory, RowWrite, TableHistory
 from pgrealtime.lsn import LSN
-from pgrealtime.rule_queries.executor import LiveRow
+from pgrealtime.rule_queries.live_rows import LiveRow
 
 
 class LiveRowQueries(Protocol):

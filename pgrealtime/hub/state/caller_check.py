@@ -13,16 +13,16 @@ from collections.abc import Collection as Sized
 from typing import NamedTuple, TypeAlias
 
 from pgrealtime.auth.principal import AccountKey, Caller, account_of
+from pgrealtime.changelog.row_history import LookupColumn, RowHistory
 from pgrealtime.collections.model import Collection
-from pgrealtime.expand.load import ReadSession, fetch_rows_by_id
 from pgrealtime.expand.plan import ExpandViewer
 from pgrealtime.fairness import YieldTimer
 from pgrealtime.hub.connections.connection import Connection, Group
 from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.live_reads.row_history import LookupColumn, RowHistory, id_lookup_column
 from pgrealtime.hub.state.callers import CallerTracker
 from pgrealtime.hub.state.generation import Generation
 from pgrealtime.lsn import LSN
+from pgrealtime.rule_queries.session import ReadSession, fetch_rows_by_id
 
 FindConnections: TypeAlias = Callable[[Sized[ExpandViewer], Sized[Group]], Iterable[Connection]]
 """Returns those to be checked that have one of the viewers or are in one of the groups."""
@@ -156,7 +156,7 @@ class CallerCheck:
         for collection in self._generation.collections.values():
             if collection.type != "auth":
                 continue
-            history = await self._row_history.table_history(*id_lookup_column(collection), before)
+            history = await self._row_history.table_history(*collection.id_lookup_column, before)
             if history is None:
                 is_changelog_complete = False
                 self.result = CallerCheckResult(
@@ -231,4 +231,4 @@ def may_account_have_changed(
     """
     if collection.key.type.base.name == "bpchar":
         return True  # rows hold the id with its padding
-    return row_history.may_be_written(id_lookup_column(collection), account[1], after)
+    return row_history.may_be_written(collection.id_lookup_column, account[1], after)

@@ -10,6 +10,7 @@ from typing import Literal
 import structlog
 
 from pgrealtime.auth.principal import AuthRecord, Caller
+from pgrealtime.changelog.row_history import RowHistory
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import HiddenFieldsMode
 from pgrealtime.errors import RuleError
@@ -19,7 +20,6 @@ from pgrealtime.hub.connections.connection import Subscription
 from pgrealtime.hub.delivery.render import RecordRenderer
 from pgrealtime.hub.evaluation.evaluator import HubQueries, SliceEvaluator
 from pgrealtime.hub.evaluation.matcher import FILTER_CHARACTERS_PER_CONNECTION, Matcher
-from pgrealtime.hub.live_reads.row_history import RowHistory
 from pgrealtime.hub.live_reads.table_definitions import TableDefinitions
 from pgrealtime.hub.live_reads.table_shapes import ShapeChecker
 from pgrealtime.hub.live_reads.toast import RowCompleter

@@ -8,25 +8,20 @@ import structlog
 
 from pgrealtime.fairness import FairLock
 from pgrealtime.hub.connections.connection import Connection, Group
+from pgrealtime.hub.evaluation.filter_budget import WORK_PER_FILTER, FilterBudget
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.state.progress import DispatchProgress
-from pgrealtime.rule_queries.slow_filters import (
-    SLICE_FILTER_SECONDS,
-    WORK_PER_FILTER,
-    CircuitBreakers,
-    TimeBudget,
-)
+from pgrealtime.rule_queries.slow_queries import SLICE_FILTER_SECONDS, CircuitBreakers
 from pgrealtime.rules.engine.work_budget import FilterWorkBudget
 
 log = structlog.get_logger(__name__)
 
 _QUICK_SECONDS = SLICE_FILTER_SECONDS / 2
-"""What a connection's filters take at most to be evaluated with those of others: these share the
-time of a slice, and one that takes most of it alone would be late there again and again."""
-
-
+"""What a connection's filters take at most to be evaluated with those of others. All share the time
+of a slice, and a filter that takes most of it alone would exceed it there again and again."""
 _WORK_ISOLATED = 5_000.0
-"""That one filter may take for one row while nobody waits; then PostgreSQL is asked."""
+"""Units of work, a microsecond each, that one filter may take for one row while nobody waits; then
+PostgreSQL is asked."""
 
 
 class IsolatedConnections:
@@ -44,7 +39,7 @@ class IsolatedConnections:
     def __init__(self, progress: DispatchProgress, clock: Callable[[], float]) -> None:
         self._progress = progress
         self._breakers: CircuitBreakers[Connection] = CircuitBreakers(clock)
-        self._queue = FairLock()
+        self._work_lock = FairLock()
         """Where their work in this process takes its turns: one connection at a time."""
 
     def isolate(self, connection: Connection) -> None:
@@ -76,7 +71,7 @@ class IsolatedConnections:
         self._progress.generation.matcher.set_isolated(connection, is_isolated=False)
         return True
 
-    def budget_for(self, connection: Connection, *, is_limited: bool) -> TimeBudget:
+    def budget_for(self, connection: Connection, *, is_limited: bool) -> FilterBudget:
         """Return what its filters may take for what it reads next.
 
         Args:
@@ -88,16 +83,16 @@ class IsolatedConnections:
             testing: FilterWorkBudget[Group] = FilterWorkBudget(
                 work_per_filter=WORK_PER_FILTER, is_shared=True
             )
-            return TimeBudget(is_limited=is_limited, work_budget=testing)
-        return TimeBudget(
+            return FilterBudget(is_limited=is_limited, work_budget=testing)
+        return FilterBudget(
             is_limited=is_limited,
             work_budget=FilterWorkBudget(work_per_filter=_WORK_ISOLATED),
-            queue=self._queue,
+            work_lock=self._work_lock,
             network=connection.network,
         )
 
     def record_usage(
-        self, connection: Connection, budget: TimeBudget, events: Sequence[Event]
+        self, connection: Connection, budget: FilterBudget, events: Sequence[Event]
     ) -> bool:
         """Isolate a connection that read some events alone if its own filters were slow.
 

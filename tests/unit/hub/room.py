@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from psycopg import sql
 
 from pgrealtime.auth.principal import Caller
+from pgrealtime.catalog.assumptions import CatalogAssumptions
 from pgrealtime.catalog.model import Column, ReplicaIdentity, Table, TableKind, Type, TypeKind
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import (
@@ -28,15 +29,14 @@ from pgrealtime.changes import (
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
 from pgrealtime.config.model import CollectionLoginConfig, RealtimeConfig
 from pgrealtime.errors import DatabaseUnreachableError
-from pgrealtime.expand.load import ReadSession
 from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.hub import Hub
-from pgrealtime.hub.live_reads.table_definitions import CatalogAssumptions
 from pgrealtime.lsn import LSN, Xid
-from pgrealtime.rule_queries.executor import LiveRow, PendingEvaluation
-from pgrealtime.rule_queries.slow_filters import TimeBudget
+from pgrealtime.rule_queries.live_rows import LiveRow
+from pgrealtime.rule_queries.session import PendingEvaluation, ReadSession
+from pgrealtime.rule_queries.slow_queries import TimeBudget
 from pgrealtime.snapshot import Snapshot
 
 TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")

@@ -10,6 +10,7 @@ import pytest
 from psycopg import sql
 
 from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.row_history import RowHistory
 from pgrealtime.changes import Change, TableName, Transaction, Truncate
 from pgrealtime.collections.model import (
     Collection,
@@ -21,7 +22,6 @@ from pgrealtime.collections.model import (
 )
 from pgrealtime.expand.plan import ExpandCompiler, ExpandPlan, ExpandViewer
 from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.live_reads.row_history import RowHistory
 from pgrealtime.hub.state.caller_check import (
     CallerCheck,
     CallerCheckResult,

@@ -24,8 +24,8 @@ from pgrealtime.hub.delivery import compose
 from pgrealtime.hub.delivery.render import RecordRenderer
 from pgrealtime.hub.events.slices import Slice
 from pgrealtime.hub.hub import Hub
-from pgrealtime.rule_queries.executor import PendingEvaluation
-from pgrealtime.rule_queries.slow_filters import TimeBudget
+from pgrealtime.rule_queries.session import PendingEvaluation
+from pgrealtime.rule_queries.slow_queries import TimeBudget
 from pgrealtime.rules.engine.batch_query import PairQuestion
 from tests.unit.hub.room import (
     DEADLINE,

@@ -10,13 +10,13 @@ from pgrealtime.auth.principal import GUEST
 from pgrealtime.expand.load import CheckViewers, ExpandRequest, LoadLiveRows, RelatedRecords
 from pgrealtime.expand.plan import ExpandPlan, ExpandViewer
 from pgrealtime.hub.connections.connection import Connection, Group, Subscription
+from pgrealtime.hub.connections.group import MANY_CONNECTIONS
 from pgrealtime.hub.delivery.render import RecordRenderer, needs_of_groups
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.protocol.topic import parse_topic
 from pgrealtime.records.encode import View
-from pgrealtime.rule_queries.filter_trials import MANY_CONNECTIONS
 from tests.unit.hub.room import COLLECTIONS, GivenDatabase, MemorySink
 
 EVENT = Event(COLLECTIONS["posts"], "update", "p", {"id": "p"}, Cursor(LSN(8), 1), Xid(3))

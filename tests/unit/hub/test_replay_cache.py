@@ -19,9 +19,9 @@ from pgrealtime.hub.catchup.replay_cache import (
     catch_up_cache_key,
 )
 from pgrealtime.hub.connections.batch import MessageBatch
+from pgrealtime.hub.evaluation.filter_budget import FilterBudget
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor
-from pgrealtime.rule_queries.slow_filters import TimeBudget
 from tests.unit.hub.room import NOTES, PEOPLE, POSTS, MemorySink, Room, insert, open_room
 
 COUNT = 1500
@@ -265,7 +265,7 @@ def test_what_was_found_out_is_true_for_a_moment() -> None:
     clock = Clock()
     recent = CatchUpCache(clock)
     recent.store(
-        at_lsn(1), [], MessageBatch([(0, b"x")]), Cursor(LSN(2), 0), TimeBudget(), checked=None
+        at_lsn(1), [], MessageBatch([(0, b"x")]), Cursor(LSN(2), 0), FilterBudget(), checked=None
     )
 
     assert found(recent, 1) is not None
@@ -278,7 +278,7 @@ def test_what_is_kept_is_bounded() -> None:
     recent = CatchUpCache(Clock())
     batch = MessageBatch([(0, b"x" * 6_000_000)])
     for lsn in (1, 1, 2, 3):
-        recent.store(at_lsn(lsn), [], batch, Cursor(LSN(9), 0), TimeBudget(), checked=None)
+        recent.store(at_lsn(lsn), [], batch, Cursor(LSN(9), 0), FilterBudget(), checked=None)
 
     assert [found(recent, lsn) is not None for lsn in (1, 2, 3)] == [False, True, True]
 
@@ -289,7 +289,9 @@ def test_what_nobody_may_have_any_more_is_let_go() -> None:
     recent = CatchUpCache(clock)
     for lsn in range(1, 100):
         clock.now += 0.1
-        recent.store(at_lsn(lsn), [], MessageBatch(), Cursor(LSN(9), 0), TimeBudget(), checked=None)
+        recent.store(
+            at_lsn(lsn), [], MessageBatch(), Cursor(LSN(9), 0), FilterBudget(), checked=None
+        )
 
     assert len(recent._slices) <= 11
 
@@ -302,7 +304,7 @@ def test_what_is_too_large_is_not_kept() -> None:
             [],
             MessageBatch([(0, b"x" * 17_000_000)]),
             Cursor(LSN(9), 0),
-            TimeBudget(),
+            FilterBudget(),
             checked=None,
         )
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 
+from pgrealtime.catalog.assumptions import CatalogAssumptions
 from pgrealtime.catalog.model import Column, Type, TypeKind
 from pgrealtime.changelog.base import Watermark
 from pgrealtime.changes import NEVER_DESCRIBED, RowShape, TableName, Transaction
 from pgrealtime.collections.model import Collections
 from pgrealtime.hub import hub
 from pgrealtime.hub.evaluation.matcher import Matcher
-from pgrealtime.hub.live_reads.table_definitions import CatalogAssumptions, TableDefinitions
+from pgrealtime.hub.live_reads.table_definitions import TableDefinitions
 from pgrealtime.lsn import LSN, Xid
 from tests.unit.hub.room import COLLECTIONS, NOTES, POSTS, Room, insert, open_room
 from tests.unit.hub.test_table_shapes import heard

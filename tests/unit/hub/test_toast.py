@@ -10,6 +10,7 @@ import pytest
 
 from pgrealtime.changelog.base import Entry, Gap
 from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.row_history import RowHistory, RowWrite, TableHistory, column_values
 from pgrealtime.changes import (
     Change,
     Delete,
@@ -21,18 +22,13 @@ from pgrealtime.changes import (
     Update,
 )
 from pgrealtime.collections.model import Collection
+from pgrealtime.expand import link_history
+from pgrealtime.expand.link_history import TransactionLinkChanges
 from pgrealtime.hub.events.event import Event, transaction_events
-from pgrealtime.hub.live_reads import row_history, toast
-from pgrealtime.hub.live_reads.row_history import (
-    RowHistory,
-    RowWrite,
-    TableHistory,
-    TransactionLinkChanges,
-    column_values,
-)
+from pgrealtime.hub.live_reads import toast
 from pgrealtime.hub.live_reads.toast import RowCompleter, columns_written
 from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, Xid
-from pgrealtime.rule_queries.executor import LiveRow
+from pgrealtime.rule_queries.live_rows import LiveRow
 from pgrealtime.snapshot import Snapshot
 from tests.unit.hub.room import COLLECTIONS, NOTES, POSTS
 
@@ -326,7 +322,7 @@ def test_readers_at_two_large_transactions_index_each_of_them_once(
         looked += 1
         return column_values(change, column)
 
-    monkeypatch.setattr(row_history, "column_values", counted)
+    monkeypatch.setattr(link_history, "column_values", counted)
     large = [
         Transaction(Xid(n), LSN(n), 0, tuple(update(f"r{place}") for place in range(100)), 10)
         for n in (1, 2)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pgrealtime.catalog.assumptions import CatalogAssumptions
 from pgrealtime.changelog.base import Gap
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import (
@@ -25,10 +26,10 @@ from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.hub import Hub
-from pgrealtime.hub.live_reads.table_definitions import CatalogAssumptions
 from pgrealtime.lsn import LSN, Cursor, Xid, format_lsn
-from pgrealtime.rule_queries.executor import LiveRow, PendingEvaluation
-from pgrealtime.rule_queries.slow_filters import TimeBudget
+from pgrealtime.rule_queries.live_rows import LiveRow
+from pgrealtime.rule_queries.session import PendingEvaluation
+from pgrealtime.rule_queries.slow_queries import TimeBudget
 from pgrealtime.rules.engine.batch_query import PairQuestion
 from tests.unit.hub.room import (
     COLLECTIONS,

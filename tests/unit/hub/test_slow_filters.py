@@ -9,12 +9,11 @@ from urllib.parse import quote
 import pytest
 
 from pgrealtime.hub.connections.connection import Connection
-from pgrealtime.rule_queries.executor import PendingEvaluation
-from pgrealtime.rule_queries.filter_trials import MANY_CONNECTIONS
-from pgrealtime.rule_queries.slow_filters import (
-    SHARED_FILTER_SECONDS,
+from pgrealtime.hub.connections.group import MANY_CONNECTIONS
+from pgrealtime.hub.evaluation.filter_budget import SHARED_FILTER_SECONDS
+from pgrealtime.rule_queries.session import PendingEvaluation
+from pgrealtime.rule_queries.slow_queries import (
     SLICE_FILTER_SECONDS,
-    CircuitBreakers,
     TimeBudget,
 )
 from pgrealtime.rules.engine.batch_query import PairQuestion, Question
@@ -458,51 +457,3 @@ async def test_a_filter_that_is_dear_in_the_process_waits_for_itself_alone(topic
 
         assert not is_isolated(dear)
         assert (other.is_live, len(ids(other_sink))) == (True, 5)
-
-
-class Kind:
-    """Something that questions are about."""
-
-
-def test_three_time_outs_are_borne_and_each_further_one_suspends_for_twice_as_long() -> None:
-    clock = Clock()
-    breakers, slow, other = CircuitBreakers[Kind](clock), Kind(), Kind()
-    told = []
-    for _ in range(13):
-        assert not breakers.is_open(slow)
-        told.append(breakers.record_timeout(slow, is_tolerated=True))
-        assert breakers.is_open(slow) == bool(told[-1])
-        clock.now += told[-1]
-
-    assert told == [0, 0, 0, 5, 10, 20, 40, 80, 160, 320, 600, 600, 600]
-    assert breakers.has_timed_out(slow)
-    assert not breakers.has_timed_out(other)
-    assert not breakers.is_open(other)
-
-
-def test_without_patience_the_first_time_out_suspends() -> None:
-    """Many that are slow together are as bad as one that is slow often."""
-    breakers, slow = CircuitBreakers[Kind](Clock()), Kind()
-
-    assert breakers.record_timeout(slow, is_tolerated=False) == 5
-    assert breakers.record_timeout(slow, is_tolerated=True) == 10
-
-
-def test_after_ten_good_minutes_a_question_begins_anew() -> None:
-    clock = Clock()
-    breakers, slow = CircuitBreakers[Kind](clock), Kind()
-    breakers.record_timeout(slow, is_tolerated=False)
-    clock.now += 5 + 600
-    again = breakers.record_timeout(slow, is_tolerated=False)
-    clock.now += 10 + 601
-
-    assert again == 10
-    assert breakers.record_timeout(slow, is_tolerated=True) == 0
-
-
-def test_nothing_is_kept_of_what_nobody_asks_any_more() -> None:
-    breakers, slow = CircuitBreakers[Kind](Clock()), Kind()
-    breakers.record_timeout(slow, is_tolerated=True)
-    del slow
-
-    assert not breakers._timeouts

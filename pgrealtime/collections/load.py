@@ -1,0 +1,34 @@
+"""Reads the configured tables from the catalogue."""
+
+from __future__ import annotations
+
+import psycopg
+
+from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.catalog.model import Catalog
+from pgrealtime.changes import TableName
+from pgrealtime.collections.build import configured_table_names
+from pgrealtime.config.model import Config
+from pgrealtime.errors import (
+    PgRealtimeError,
+)
+from pgrealtime.observe.redact import message_without_values
+from pgrealtime.postgres.pool import QueryPool
+
+
+async def read_configured_catalog(config: Config, pool: QueryPool) -> Catalog:
+    """Read what the catalogue says of the configured tables.
+
+    Raises:
+        PgRealtimeError: Code ``catalog``: Postgres refuses.
+    """
+    names: tuple[TableName, ...] = configured_table_names(
+        config.collections, config.database.schemas
+    )
+    try:
+        async with pool.connection() as connection:
+            return await read_catalog(connection, names=names)
+    except psycopg.Error as error:
+        raise PgRealtimeError(
+            "the catalogue can't be read", detail=message_without_values(error), code="catalog"
+        ) from error
