@@ -13,8 +13,9 @@ from pgrealtime.rules.engine.batch_query import Question
 from pgrealtime.rules.engine.before_state import BeforeState
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.index import PredicateIndex
-from pgrealtime.rules.engine.plan import Specialization, macro_values_at
+from pgrealtime.rules.engine.plan import Specialization
 from pgrealtime.rules.engine.row_evaluation import RowEvaluation
+from pgrealtime.rules.language.parameter_values import macro_values_at
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.sqlite_values import Scalar
 

@@ -19,7 +19,8 @@ from pgrealtime.collections.model import Collection, Collections, Field
 from pgrealtime.config.model import HiddenFieldsMode
 from pgrealtime.errors import RuleError
 from pgrealtime.protocol.expand_option import ExpandNames, parse_expand
-from pgrealtime.rules.engine.plan import BoundPredicate, RuleCompiler
+from pgrealtime.rules.engine.compiler import RuleCompiler
+from pgrealtime.rules.engine.plan import BoundPredicate
 from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 

@@ -47,8 +47,9 @@ from pgrealtime.postgres.pool import open_query_pool
 from pgrealtime.protocol.topic import Topic, parse_topic
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.index import PredicateIndex
-from pgrealtime.rules.engine.plan import Specialization, macro_values_at
+from pgrealtime.rules.engine.plan import Specialization
 from pgrealtime.rules.engine.row_evaluation import RowEvaluation
+from pgrealtime.rules.language.parameter_values import macro_values_at
 from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import filter_text, resolve_filter

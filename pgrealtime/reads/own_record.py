@@ -24,8 +24,10 @@ from pgrealtime.expand.node import RecordNode
 from pgrealtime.expand.plan import ExpandCompiler
 from pgrealtime.records.encode import View, compile_encoder
 from pgrealtime.rule_queries.session import ReadSessionFactory
+from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.evaluation import Evaluation
-from pgrealtime.rules.engine.plan import BoundPredicate, RuleCompiler, macro_values_at
+from pgrealtime.rules.engine.plan import BoundPredicate
+from pgrealtime.rules.language.parameter_values import macro_values_at
 from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 

@@ -28,8 +28,8 @@ from pgrealtime.rule_queries.live_rows import LiveRow
 from pgrealtime.rule_queries.session import PendingEvaluation
 from pgrealtime.rule_queries.slow_queries import CircuitBreakers, TimeBudget
 from pgrealtime.rules.engine.batch_query import Question
-from pgrealtime.rules.engine.formula import Test
-from pgrealtime.rules.engine.index_paths import RemoteKey
+from pgrealtime.rules.engine.index_keys import RemoteKey
+from pgrealtime.rules.engine.test import Test
 from pgrealtime.rules.sql.reference import SqlQuery
 from pgrealtime.snapshot import SNAPSHOT_QUERY, Snapshot, parse_snapshot
 

@@ -43,7 +43,7 @@ from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.pool import open_query_pool
 from pgrealtime.reads.own_record import OwnRecordRenderer
 from pgrealtime.rule_queries.executor import QueryExecutor
-from pgrealtime.rules.engine.plan import caller_columns_read_by_rules
+from pgrealtime.rules.engine.compiler import caller_columns_read_by_rules
 from pgrealtime.service.reload import (
     AppliedConfig,
     Reloader,

@@ -36,7 +36,7 @@ from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.hub import Hub
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.reads.own_record import OwnRecordRenderer
-from pgrealtime.rules.engine.plan import caller_columns_read_by_rules
+from pgrealtime.rules.engine.compiler import caller_columns_read_by_rules
 from pgrealtime.service.streamed_tables import (
     collection_name_of,
     readable_collections,

@@ -27,8 +27,8 @@ from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import CollectionConfig, RelationConfig
 from pgrealtime.errors import RuleError
 from pgrealtime.expand.relation_sql import RelationQuery
+from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.index import PredicateIndex
-from pgrealtime.rules.engine.plan import RuleCompiler
 from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.sql.reference import ReferenceQuery, reference_query

@@ -21,8 +21,8 @@ from pgrealtime.changes import Row
 from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import CollectionConfig, FieldsConfig, RelationConfig
+from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.index import PredicateIndex
-from pgrealtime.rules.engine.plan import RuleCompiler
 from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.sql.reference import ReferenceQuery, reference_query

@@ -24,8 +24,8 @@ from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import CollectionConfig, FieldsConfig, RelationConfig
 from pgrealtime.errors import RuleError, RuleUnsupportedError
+from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.index import PredicateIndex
-from pgrealtime.rules.engine.plan import RuleCompiler
 from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.sql.reference import ReferenceQuery, check_rule, reference_query

@@ -45,7 +45,7 @@ from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.records.encode import View, compile_encoder
 from pgrealtime.rule_queries.executor import QueryExecutor
 from pgrealtime.rule_queries.session import PendingEvaluation, ReadSession
-from pgrealtime.rules.engine.plan import RuleCompiler
+from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.snapshot import Snapshot
 

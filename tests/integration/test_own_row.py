@@ -12,8 +12,9 @@ from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import CollectionConfig
 from pgrealtime.rules.engine.batch_query import PairQuestion
+from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.formula import each_test_call
-from pgrealtime.rules.engine.plan import BoundPredicate, RuleCompiler
+from pgrealtime.rules.engine.plan import BoundPredicate
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.sql.reference import SqlQuery
 

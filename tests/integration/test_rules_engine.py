@@ -18,8 +18,8 @@ import pytest
 from pgrealtime.changes import Row
 from pgrealtime.errors import RuleError
 from pgrealtime.rules.engine.before_state import BeforeState, reachable_tables
+from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.index import PredicateIndex
-from pgrealtime.rules.engine.plan import RuleCompiler
 from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.sql.reference import ReferenceQuery, reference_query

@@ -19,7 +19,7 @@ from psycopg import errors
 
 from pgrealtime.auth.principal import Superuser
 from pgrealtime.errors import RuleError
-from pgrealtime.rules.engine.plan import RuleCompiler
+from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.resolve import resolve_filter
 from pgrealtime.rules.sql.reference import (

@@ -7,7 +7,7 @@ from weakref import ref
 
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.caches import WeightedCache, cached_per_object
-from pgrealtime.rules.engine.plan import RuleCompiler
+from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.language.request import RuleRequest
 from tests.unit.rules.schema import COLLECTIONS
 

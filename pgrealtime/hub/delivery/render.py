@@ -42,8 +42,10 @@ from pgrealtime.protocol.frame import event_tail
 from pgrealtime.records.encode import RecordEncoder, View, compile_encoder, unencodable_column
 from pgrealtime.rule_queries.session import PendingEvaluation, ReadSession
 from pgrealtime.rules.engine.before_state import BeforeStates, reachable_tables
+from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.evaluation import Evaluation
-from pgrealtime.rules.engine.plan import BoundPredicate, RuleCompiler, macro_values_at
+from pgrealtime.rules.engine.plan import BoundPredicate
+from pgrealtime.rules.language.parameter_values import macro_values_at
 from pgrealtime.rules.language.request import RuleRequest
 
 log = structlog.get_logger(__name__)

@@ -22,16 +22,13 @@ from pgrealtime.hub.evaluation.filter_trials import FilterTrials
 from pgrealtime.hub.events.event import Event
 from pgrealtime.protocol.topic import Topic
 from pgrealtime.rules.engine.before_state import BeforeStates, reachable_tables
+from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.index import PredicateIndex
-from pgrealtime.rules.engine.plan import (
-    BoundPredicate,
-    RuleCompiler,
-    Specialization,
-    macro_values_at,
-)
+from pgrealtime.rules.engine.plan import BoundPredicate, Specialization
 from pgrealtime.rules.engine.row_evaluation import RowEvaluation
 from pgrealtime.rules.engine.work_budget import FilterWorkBudget
+from pgrealtime.rules.language.parameter_values import macro_values_at
 from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.sqlite_values import Scalar

@@ -20,13 +20,13 @@ from pgrealtime.rules.engine.batch_query import (
     PairQuestion,
     Question,
     column_texts,
-    sql_values_of,
 )
 from pgrealtime.rules.engine.before_state import BeforeState
-from pgrealtime.rules.engine.formula import MacroValues, Test
 from pgrealtime.rules.engine.index import KeyEntries, Member
-from pgrealtime.rules.engine.index_paths import RemoteKey
+from pgrealtime.rules.engine.index_keys import RemoteKey
 from pgrealtime.rules.engine.row_evaluation import RowEvaluation
+from pgrealtime.rules.engine.test import Test
+from pgrealtime.rules.language.parameter_values import MacroValues
 from pgrealtime.rules.memory.operands import Arguments
 from pgrealtime.rules.sql.row_images import Overlay
 
@@ -144,7 +144,7 @@ class Evaluation(Generic[K, M]):
         gathered: dict[_Topic[tuple[RemoteKey, bool]], _Gathered[ColumnTexts, M]] = {}
         for row in self.rows.values():
             for remote_key, is_all in row.open_keys.items():
-                sql_values = sql_values_of(remote_key)
+                sql_values = remote_key.sql_values
                 overlays = row.overlays(sql_values.tables)
                 topic = (remote_key, is_all), tuple(map(id, overlays))
                 _, images = gathered.setdefault(topic, (overlays, {}))

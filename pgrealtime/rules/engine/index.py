@@ -1,7 +1,8 @@
-"""From a row to the subscribers that it may concern: one index per collection. After plan.
+"""Finds the members that a row may concern: an index over specializations and callers' values.
 
-A *member* is whatever the caller tells apart: all subscribers with the same variant and values. The
-index is synchronous and has one writer; a search sees it as it is, and is done before it changes.
+The matcher keeps one per collection and searches it with ``RowEvaluation``. A member is a group of
+subscriptions with the same ``BoundPredicate``. The index has one writer and no lock: both run in
+the event loop, and a search is done before the loop runs anything else.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from enum import Enum, auto
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from pgrealtime.changes import Row
-from pgrealtime.rules.engine.batch_query import sql_values_of
 from pgrealtime.rules.engine.formula import Formula
-from pgrealtime.rules.engine.index_paths import IndexPath, LookupKind, RemoteKey, RowKeyReader
+from pgrealtime.rules.engine.index_keys import RemoteKey, RowKeyReader
+from pgrealtime.rules.engine.index_paths import IndexPath, LookupKind
 from pgrealtime.rules.engine.plan import Specialization
 from pgrealtime.rules.language.sqlite_values import Scalar
 from pgrealtime.rules.language.syntax import Op
@@ -23,16 +24,16 @@ from pgrealtime.rules.memory.compare import SqliteValue
 
 
 class Member(Hashable, Protocol):
-    """What an index holds. Compared by identity."""
+    """What an index keeps; compared by identity."""
 
     @property
     def specialization(self) -> Specialization:
-        """What it asks."""
+        """What a row must satisfy."""
         ...
 
     @property
     def values(self) -> tuple[Scalar, ...]:
-        """What it asks it with."""
+        """The caller's values for it."""
         ...
 
 
@@ -44,7 +45,7 @@ _UNKNOWN_KEY = object()
 
 
 class KeyEntries(Generic[M]):
-    """Members under keys: one is stored as it is, several as a set that keeps their order."""
+    """Members by key. A single one is stored as it is, which saves a dictionary for most keys."""
 
     __slots__ = ("_by_key",)
 
@@ -55,14 +56,14 @@ class KeyEntries(Generic[M]):
         return bool(self._by_key)
 
     def __len__(self) -> int:
-        """How many keys there are."""
+        """Return the number of keys."""
         return len(self._by_key)
 
     def __iter__(self) -> Iterator[Hashable]:
         return iter(self._by_key)
 
     def add(self, key: Hashable, member: M) -> bool:
-        """Put a member under a key; return whether it is the first there."""
+        """Add a member under a key; return whether the key is new."""
         found = self._by_key.get(key)
         if found is None:
             self._by_key[key] = member
@@ -73,7 +74,7 @@ class KeyEntries(Generic[M]):
         return found is None
 
     def remove(self, key: Hashable, member: M) -> bool:
-        """Take a member out; return whether it was the last there."""
+        """Remove a member; return whether its key is gone."""
         found = self._by_key.get(key)
         if isinstance(found, dict):
             found.pop(member, None)
@@ -97,7 +98,7 @@ class KeyEntries(Generic[M]):
         return self.all_except(_NO_KEY)
 
     def all_except(self, key: Hashable | None) -> Iterator[M]:
-        """Yield all members but those under a key."""
+        """Yield all members except those under a key."""
         for other, found in self._by_key.items():
             if other != key:
                 if isinstance(found, dict):
@@ -107,24 +108,24 @@ class KeyEntries(Generic[M]):
 
 
 class RangeEntries(KeyEntries[M]):
-    """Members under bounds of one type, found by order."""
+    """Members by bound, found by order. The bounds are all texts or all numbers."""
 
     __slots__ = ("_sorted_bounds",)
 
     def __init__(self) -> None:
         super().__init__()
         self._sorted_bounds: list[Any] | None = None
-        """None until it is searched: adding many at once sorts them once."""
+        """None until the first search, so that many bounds added at once are sorted once."""
 
     def add(self, key: Hashable, member: M) -> bool:
-        """Put a member under its bound."""
+        """Add a member under its bound; return whether the bound is new."""
         is_first = super().add(key, member)
         if is_first and self._sorted_bounds is not None:
             insort(self._sorted_bounds, key)
         return is_first
 
     def remove(self, key: Hashable, member: M) -> bool:
-        """Take a member out."""
+        """Remove a member; return whether its bound is gone."""
         is_last = super().remove(key, member)
         if is_last and self._sorted_bounds is not None:
             del self._sorted_bounds[bisect_left(self._sorted_bounds, key)]
@@ -142,7 +143,7 @@ class RangeEntries(KeyEntries[M]):
 
 
 def _matching_range(bounds: list[Any], op: Op, value: SqliteValue) -> slice:
-    if value != value:  # noqa: PLR0124 (NaN, which is above every bound)
+    if value != value:  # noqa: PLR0124 (NaN: PostgreSQL sorts it above every number)
         return slice(0, len(bounds) if op in {Op.GT, Op.GE} else 0)
     match op:
         case Op.GT:
@@ -156,26 +157,25 @@ def _matching_range(bounds: list[Any], op: Op, value: SqliteValue) -> slice:
 
 
 class RemoteEntries(Generic[M]):
-    """Members whose keys Postgres is asked for."""
+    """Members under keys that PostgreSQL names for a row."""
 
     __slots__ = ("entries", "guard_counts")
 
     def __init__(self) -> None:
         self.entries: KeyEntries[M] = KeyEntries()
         self.guard_counts: Counter[tuple[Formula, ...]] = Counter()
-        """How many members have which guards: where none can be true, nothing is asked."""
+        """The members' guards, counted: PostgreSQL isn't asked about a row that satisfies none."""
 
 
 _Guards: TypeAlias = tuple[Formula, ...]
 
 
 class PredicateIndex(Generic[M]):
-    """The members of one collection, by what leads from a row to them.
+    """Members by the index paths of their specializations.
 
     Attributes:
-        unindexed: Those to whom nothing leads, by their guards and whether they are admitted by
-            them.
-        remote_entries: Those that Postgres must name, by what it is asked.
+        unindexed: Members without a key, by their guards and whether these alone decide.
+        remote_entries: Members under keys that PostgreSQL names.
     """
 
     __slots__ = (
@@ -192,7 +192,7 @@ class PredicateIndex(Generic[M]):
         self._range_entries: dict[tuple[RowKeyReader, Op], RangeEntries[M]] = {}
         self._except_entries: dict[RowKeyReader, KeyEntries[M]] = {}
         self._without_key: dict[M, None] = {}
-        """Those of whose values no key can be made: a date 'infinity', a number beyond a double."""
+        """Members whose values make no key, such as a date 'infinity': every row tests them."""
         self.unindexed: dict[tuple[_Guards, bool], dict[M, None]] = {}
         self.remote_entries: dict[RemoteKey, RemoteEntries[M]] = {}
 
@@ -207,14 +207,14 @@ class PredicateIndex(Generic[M]):
         )
 
     def add(self, member: M) -> None:
-        """Put a member wherever a row may find it."""
+        """Add a member under all its paths."""
         for path in member.specialization.paths:
             key = _member_key(path, member)
             if path.kind is LookupKind.ALL:
                 self.unindexed.setdefault((path.guards, path.is_exact), {})[member] = None
             elif key is _UNKNOWN_KEY:
                 self._without_key[member] = None
-            elif key is not None or path.kind is LookupKind.EXCEPT:  # else its value fits nothing
+            elif key is not None or path.kind is LookupKind.EXCEPT:  # NULL equals no row's key
                 self._entries_for(path).add(key, member)
                 if path.remote_key is not None:
                     self.remote_entries[path.remote_key].guard_counts[path.guards] += 1
@@ -235,13 +235,13 @@ class PredicateIndex(Generic[M]):
                 return self._except_entries.setdefault(path.row_key_readers[0], KeyEntries())
 
     def remove(self, member: M) -> None:
-        """Take a member out, and whatever was there for it alone."""
+        """Remove a member, and the entries that it leaves empty."""
         for path in member.specialization.paths:
             key = _member_key(path, member)
             if path.kind is LookupKind.ALL:
                 members = self.unindexed.get((path.guards, path.is_exact), {})
                 members.pop(member, None)
-                if not members:  # or gone already: two paths may lead there
+                if not members:  # maybe gone already: two paths may have the same guards
                     self.unindexed.pop((path.guards, path.is_exact), None)
             elif key is _UNKNOWN_KEY:
                 self._without_key.pop(member, None)
@@ -273,68 +273,69 @@ class PredicateIndex(Generic[M]):
     def candidates(
         self, row: Row, missing_columns: frozenset[str]
     ) -> Iterator[tuple[Hashable | None, Iterable[M]]]:
-        """Yield the members to which the row itself leads, with what led there.
+        """Yield the members that a row's own keys find, with the key of the index entries.
 
-        None leads to members of whom only Postgres knows what the row means to them.
+        The key is None for members that must be tested as a whole, since the row's keys could not
+        be read in the process.
         """
         missing = missing_columns
         if self._without_key:
             yield None, self._without_key
-        for sources, entries in self._key_entries.items():
-            if not missing or all(missing.isdisjoint(source.columns) for source in sources):
-                yield from _candidates_by_key(sources, entries, row)
-        for lead, bounds in self._range_entries.items():
-            source, op = lead
-            if missing.isdisjoint(source.columns):
-                value = _row_key(source, row)
+        for readers, entries in self._key_entries.items():
+            if not missing or all(missing.isdisjoint(reader.columns) for reader in readers):
+                yield from _candidates_by_key(readers, entries, row)
+        for entries_key, bounds in self._range_entries.items():
+            reader, op = entries_key
+            if missing.isdisjoint(reader.columns):
+                value = _row_key(reader, row)
                 if isinstance(value, _UndecidedKey):
                     yield None, bounds.all()
                 else:
-                    yield lead, bounds.matching(op, value)
-        for source, entries in self._except_entries.items():
-            if missing.isdisjoint(source.columns):
-                value = _row_key(source, row)
+                    yield entries_key, bounds.matching(op, value)
+        for reader, entries in self._except_entries.items():
+            if missing.isdisjoint(reader.columns):
+                value = _row_key(reader, row)
                 if isinstance(value, _UndecidedKey):
                     yield None, entries.all()
                 else:
-                    yield source, entries.all_except(value)
+                    yield reader, entries.all_except(value)
 
     def entries_of_missing_columns(
         self, missing_columns: frozenset[str]
     ) -> Iterator[KeyEntries[M]]:
-        """Yield the members to whom only columns lead that a row lacks."""
-        for sources, entries in self._key_entries.items():
-            if not all(missing_columns.isdisjoint(source.columns) for source in sources):
+        """Yield the entries that can't be searched for a row which lacks these columns."""
+        for readers, entries in self._key_entries.items():
+            if not all(missing_columns.isdisjoint(reader.columns) for reader in readers):
                 yield entries
-        for (source, _), bounds in self._range_entries.items():
-            if not missing_columns.isdisjoint(source.columns):
+        for (reader, _), bounds in self._range_entries.items():
+            if not missing_columns.isdisjoint(reader.columns):
                 yield bounds
-        for source, entries in self._except_entries.items():
-            if not missing_columns.isdisjoint(source.columns):
+        for reader, entries in self._except_entries.items():
+            if not missing_columns.isdisjoint(reader.columns):
                 yield entries
-        for remote, asked in self.remote_entries.items():
-            if not missing_columns.isdisjoint(sql_values_of(remote).columns):
-                yield asked.entries
+        for remote_key, remote in self.remote_entries.items():
+            if not missing_columns.isdisjoint(remote_key.sql_values.columns):
+                yield remote.entries
 
 
 class _UndecidedKey(Enum):
-    """Stands for a value that only Postgres knows."""
+    """Stands for a key that only PostgreSQL can compute."""
 
     VALUE = auto()
 
 
 def _member_key(path: IndexPath, member: Member) -> Hashable | None:
-    """Return what the member is found by; ``_UNKNOWN_KEY`` if that can't be said of its values."""
+    """Return the key a member is found by; ``_UNKNOWN_KEY`` if its values make none."""
     try:
         return path.caller_key(member.values)
-    except Exception:  # noqa: BLE001 (whatever it is, the member is tried each time)
+    except Exception:  # noqa: BLE001 (whatever it is, every row tests the member)
         return _UNKNOWN_KEY
 
 
 def _row_key(reader: RowKeyReader, row: Row) -> SqliteValue | _UndecidedKey:
     try:
         (value,) = reader.read_keys(row)
-    except Exception:  # noqa: BLE001 (whatever it is, members are tried each)
+    except Exception:  # noqa: BLE001 (whatever it is, all members are tested)
         return _UndecidedKey.VALUE
     return value
 
@@ -344,7 +345,7 @@ def _candidates_by_key(
 ) -> Iterator[tuple[Hashable | None, Iterable[M]]]:
     try:
         keys = _row_keys(readers, row)
-    except Exception:  # noqa: BLE001 (likewise)
+    except Exception:  # noqa: BLE001 (as in _row_key)
         yield None, entries.all()
         return
     for key in keys:
@@ -355,6 +356,6 @@ def _candidates_by_key(
 
 def _row_keys(readers: tuple[RowKeyReader, ...], row: Row) -> Iterable[Hashable]:
     if len(readers) == 1:
-        return [value for value in readers[0].read_keys(row) if value is not None]
-    values = tuple([source.read_keys(row)[0] for source in readers])
-    return () if None in values else (values,)
+        return [key for key in readers[0].read_keys(row) if key is not None]
+    composite = tuple([reader.read_keys(row)[0] for reader in readers])
+    return () if None in composite else (composite,)

@@ -15,13 +15,14 @@ from typing import Generic, TypeAlias, TypeVar
 
 from pgrealtime.changes import Row, TableName
 from pgrealtime.errors import RuleError
-from pgrealtime.rules.engine.batch_query import sql_values_of
 from pgrealtime.rules.engine.before_state import BeforeState
-from pgrealtime.rules.engine.formula import AllOf, AnyOf, Formula, MacroValues, Test, TestCall
+from pgrealtime.rules.engine.formula import AllOf, AnyOf, Formula, TestCall
 from pgrealtime.rules.engine.index import KeyEntries, Member, PredicateIndex
-from pgrealtime.rules.engine.index_paths import RemoteKey
-from pgrealtime.rules.engine.plan import RecheckCondition
+from pgrealtime.rules.engine.index_keys import RemoteKey
+from pgrealtime.rules.engine.index_paths import IndexPath
+from pgrealtime.rules.engine.test import Test
 from pgrealtime.rules.engine.work_budget import MAX_RULE_WORK, FilterWorkBudget
+from pgrealtime.rules.language.parameter_values import MacroValues
 from pgrealtime.rules.language.sqlite_values import Scalar
 from pgrealtime.rules.memory.compare import WORK_BUDGET, SqliteValue
 from pgrealtime.rules.memory.operands import Arguments
@@ -134,7 +135,7 @@ class RowEvaluation(Generic[M]):
                 continue
             untested: list[M] = []
             for member in members:
-                found = member.specialization.rechecks[entries_key]
+                found = member.specialization.paths_by_key[entries_key]
                 if found.residual is True and not found.guards and not missing:
                     hits[member] = None
                 else:
@@ -151,7 +152,7 @@ class RowEvaluation(Generic[M]):
         """Ask for the index's remote keys, except where no member's guards can hold."""
         missing = self.missing_columns
         for remote_key, remote in index.remote_entries.items():
-            is_known = not missing or missing.isdisjoint(sql_values_of(remote_key).columns)
+            is_known = not missing or missing.isdisjoint(remote_key.sql_values.columns)
             if is_known and any(
                 self._guards_verdict(guards) is not False for guards in remote.guard_counts
             ):
@@ -195,7 +196,7 @@ class RowEvaluation(Generic[M]):
         )
         try:
             if entries_key is not None:
-                self._recheck(member, member.specialization.rechecks[entries_key])
+                self._recheck(member, member.specialization.paths_by_key[entries_key])
             elif self._has_columns_for(member):
                 self._record_verdict(
                     member, self.evaluate(member.specialization.formula, member.values)
@@ -227,13 +228,13 @@ class RowEvaluation(Generic[M]):
             for call in self.unknown_test_calls(specialization.formula, member.values)
         )
 
-    def _recheck(self, member: M, condition: RecheckCondition) -> None:
+    def _recheck(self, member: M, path: IndexPath) -> None:
         """Test what the index entries that the member was found in leave undecided."""
         if not self._has_columns_for(member):
             return
-        verdict = self._guards_verdict(condition.guards) if condition.guards else True
-        if verdict is not False and condition.residual is not True:
-            residual = self.evaluate(condition.residual, member.values)
+        verdict = self._guards_verdict(path.guards) if path.guards else True
+        if verdict is not False and path.residual is not True:
+            residual = self.evaluate(path.residual, member.values)
             verdict = residual if residual is False or verdict else None
         self._record_verdict(member, verdict)
 
@@ -398,7 +399,7 @@ class RowEvaluation(Generic[M]):
         for entries in self._remote_entries(remote_key):
             for key in keys:
                 for member in entries.get(key):
-                    implied = member.specialization.rechecks[remote_key].implied_test_call
+                    implied = member.specialization.paths_by_key[remote_key].implied_test_call
                     if implied is not None:
                         self.answers[implied.test, self.arguments(implied, member.values)] = True
                     self._evaluate_member(member, remote_key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from pgrealtime.auth.principal import AuthRecord, Guest, Superuser
@@ -55,6 +55,26 @@ def parameter_value(
             return _request_value(parameter, request)
         case Macro():
             return _macro_value(parameter, now.astimezone(UTC))
+
+
+class MacroValues:
+    """Values of macros for one batch of rows, each computed when it is first read."""
+
+    __slots__ = ("_compute", "_values")
+
+    def __init__(self, compute: Callable[[Macro], Scalar]) -> None:
+        self._compute = compute
+        self._values: dict[Macro, Scalar] = {}
+
+    def __getitem__(self, macro: Macro) -> Scalar:
+        if macro not in self._values:
+            self._values[macro] = self._compute(macro)
+        return self._values[macro]
+
+
+def macro_values_at(now: datetime) -> MacroValues:
+    """Return the values of macros at a time, which has its zone."""
+    return MacroValues(lambda macro: _macro_value(macro, now.astimezone(UTC)))
 
 
 def to_sql_value(content: Scalar, form: SqlForm) -> Scalar:

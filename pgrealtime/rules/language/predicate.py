@@ -6,7 +6,7 @@ What a comparison means follows from the ``Traits`` of its two sides alone, so b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import TypeAlias
@@ -328,35 +328,46 @@ def condition_parameters(condition: Condition) -> tuple[Parameter, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def lift_literals(predicate: Predicate) -> tuple[Predicate, tuple[str | float, ...]]:
-    """Return the predicate without its literals, and those: equal ones share a translation."""
-    literals: list[str | float] = []
+def map_parameters(condition: Condition, replaced: Callable[[Parameter], Parameter]) -> Condition:
+    """Return the condition with each parameter replaced, from left to right."""
 
-    def lift(term: Term) -> Term:
+    def map_term(term: Term) -> Term:
         match term:
-            case ParameterTerm(LiteralParameter(value)):
-                literals.append(value)
-                return ParameterTerm(LiftedLiteral(len(literals) - 1))
+            case ParameterTerm(parameter):
+                return ParameterTerm(replaced(parameter))
             case Strftime(time=time) if time is not None:
-                return replace(term, time=lift(time))
+                return replace(term, time=map_term(time))
             case GeoDistance((one, two, three, four)):
-                return GeoDistance((lift(one), lift(two), lift(three), lift(four)))
+                return GeoDistance((map_term(one), map_term(two), map_term(three), map_term(four)))
             case _:
                 return term
 
-    def walk(condition: Condition) -> Condition:
-        match condition:
-            case Comparison():
-                left = lift(condition.left)
-                return replace(condition, left=left, right=lift(condition.right))
-            case Conjunction(parts):
-                return Conjunction(tuple(walk(part) for part in parts))
-            case Disjunction(parts):
-                return Disjunction(tuple(walk(part) for part in parts))
-            case NestedRule(place, where):
-                return NestedRule(place, walk(where))
+    match condition:
+        case Comparison():
+            left = map_term(condition.left)
+            return replace(condition, left=left, right=map_term(condition.right))
+        case Conjunction(parts):
+            return Conjunction(tuple(map_parameters(part, replaced) for part in parts))
+        case Disjunction(parts):
+            return Disjunction(tuple(map_parameters(part, replaced) for part in parts))
+        case NestedRule(path, where):
+            return NestedRule(path, map_parameters(where, replaced))
 
-    return replace(predicate, where=walk(predicate.where)), tuple(literals)
+
+def lift_literals(predicate: Predicate) -> tuple[Predicate, tuple[str | float, ...]]:
+    """Return the predicate with its literals as parameters, and the literals.
+
+    Predicates that differ only in literals become equal, and share what is compiled of them.
+    """
+    literals: list[str | float] = []
+
+    def lift(parameter: Parameter) -> Parameter:
+        if not isinstance(parameter, LiteralParameter):
+            return parameter
+        literals.append(parameter.value)
+        return LiftedLiteral(len(literals) - 1)
+
+    return replace(predicate, where=map_parameters(predicate.where, lift)), tuple(literals)
 
 
 def row_path_of(term: Term) -> RowPath | None:

@@ -28,7 +28,7 @@ from pgrealtime.hub.state.caller_check import (
     may_account_have_changed,
 )
 from pgrealtime.lsn import LSN, Cursor, Xid
-from pgrealtime.rules.engine.plan import RuleCompiler
+from pgrealtime.rules.engine.compiler import RuleCompiler
 from tests.unit.hub.room import COLLECTIONS, NOTES, PEOPLE, POSTS, TEXT, NoRows, insert, open_room
 from tests.unit.hub.test_callers import caller, changed, listening
 

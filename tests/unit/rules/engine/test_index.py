@@ -14,14 +14,11 @@ import pytest
 
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.changes import Row
+from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.index import PredicateIndex
-from pgrealtime.rules.engine.plan import (
-    BoundPredicate,
-    RuleCompiler,
-    Specialization,
-    macro_values_at,
-)
+from pgrealtime.rules.engine.plan import BoundPredicate, Specialization
 from pgrealtime.rules.engine.row_evaluation import RowEvaluation
+from pgrealtime.rules.language.parameter_values import macro_values_at
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.sqlite_values import Scalar
 from pgrealtime.rules.memory.compare import WORK_BUDGET

@@ -1,0 +1,386 @@
+"""Compiles the rule and filter of a topic for a caller; caches what callers have in common.
+
+The matcher, the renderer's managers, ``expand`` and ``reads`` call ``bind_caller``. A text is
+resolved into a ``Predicate``, cached by the text; split into tests that make a ``Plan``, cached by
+the classes of its parameters' values; specialized for the caller. What is in use is shared however
+small the caches are: tests, index keys and specializations are held weakly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import NamedTuple
+from weakref import WeakValueDictionary
+
+from pgrealtime.auth.principal import Superuser
+from pgrealtime.caches import WeightedCache
+from pgrealtime.changes import Row
+from pgrealtime.collections.model import Collection, Collections
+from pgrealtime.errors import RuleError
+from pgrealtime.rules.engine.formula import TestCall
+from pgrealtime.rules.engine.index_keys import KeyRegistry
+from pgrealtime.rules.engine.plan import BoundPredicate, Plan
+from pgrealtime.rules.engine.split import split_condition
+from pgrealtime.rules.engine.test import Test, caller_columns, reads_caller_row
+from pgrealtime.rules.language.parameter_values import parameter_value
+from pgrealtime.rules.language.parameters import (
+    CallerColumn,
+    LiftedLiteral,
+    LiteralParameter,
+    Parameter,
+    ParameterClass,
+    RequestValue,
+    fixed_parameter_class,
+    parameter_class,
+)
+from pgrealtime.rules.language.predicate import (
+    Condition,
+    Conjunction,
+    DenyAll,
+    Predicate,
+    comparisons,
+    condition_parameters,
+    lift_literals,
+    map_parameters,
+)
+from pgrealtime.rules.language.request import RuleRequest
+from pgrealtime.rules.language.resolve import filter_text, resolve_filter, resolve_rule
+from pgrealtime.rules.language.sqlite_values import Scalar
+from pgrealtime.rules.sql.joins import CALLER_ID_PARAMETER
+from pgrealtime.rules.sql.reference import auth_collection_of, check_rule
+
+_ANY_TIME = datetime(1970, 1, 1, tzinfo=UTC)
+"""Parameters other than macros have the same value at any time."""
+_MAX_CACHED_RULES = 4096
+_MAX_CACHED_RULE_PLANS = 16384
+"""Plans without a filter: of rules, which the operator writes."""
+_MAX_CACHED_FILTER_CHARACTERS = 256 * 1024
+"""Length together of the filters that are cached resolved."""
+_MAX_CACHED_FILTER_COMPARISONS = 4096
+"""Comparisons together of the filters whose plans are cached unused, at up to 36 KB each."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class _SharedPredicate:
+    """A resolved rule or filter, compared by identity; equal filters are the same object."""
+
+    where: Condition
+    """With its literals, if it is a rule; a filter's are lifted out of it."""
+    parameters: tuple[Parameter, ...]
+    """Without literals."""
+
+    @property
+    def reads_caller(self) -> bool:
+        """Whether it reads anything of the caller's record but that there is one."""
+        return any(
+            isinstance(parameter, RequestValue) and parameter.path[0] == "auth"
+            for parameter in self.parameters
+        ) or bool(caller_columns(self.where))
+
+
+_ALWAYS_TRUE = _SharedPredicate(Conjunction(()), ())
+"""An empty rule, or no filter."""
+
+
+class _PlanKey(NamedTuple):
+    """All that a plan depends on."""
+
+    collection_name: str
+    auth_name: str | None
+    """The collection of the caller's record, if there is one."""
+    rule: _SharedPredicate
+    filter: _SharedPredicate
+    parameter_classes: tuple[ParameterClass, ...]
+    """Of the parameters of rule and filter, in this order."""
+    is_caller_row_bound: bool
+    """Whether columns of the caller's row are parameters; else PostgreSQL reads them."""
+
+
+class RuleCompiler:
+    """Compiles rules and filters for callers.
+
+    Args:
+        collections: All collections.
+    """
+
+    def __init__(self, collections: Collections) -> None:
+        self._collections = collections
+        # In other encodings PostgreSQL's order of bytes is not that of code points.
+        self._is_utf8 = collections.server_encoding == "UTF8"
+        self._registry = KeyRegistry()
+        self._tests: WeakValueDictionary[Hashable, Test] = WeakValueDictionary()
+        self._shared_filters: WeakValueDictionary[Predicate, _SharedPredicate] = (
+            WeakValueDictionary()
+        )
+        self._cached_rule = lru_cache(maxsize=_MAX_CACHED_RULES)(self._resolve_rule)
+        self._filters_by_text: WeightedCache[
+            Hashable, tuple[_SharedPredicate, tuple[str | float, ...]]
+        ] = WeightedCache(_MAX_CACHED_FILTER_CHARACTERS)
+        self._cached_rule_plan = lru_cache(maxsize=_MAX_CACHED_RULE_PLANS)(self._make_plan)
+        self._cached_filter_plans: WeightedCache[_PlanKey, Plan] = WeightedCache(
+            _MAX_CACHED_FILTER_COMPARISONS
+        )
+
+    def bind_caller(
+        self,
+        collection: Collection,
+        rule: str | None,
+        request: RuleRequest,
+        caller_row: Row | None = None,
+        *,
+        is_filtered: bool = True,
+    ) -> BoundPredicate | DenyAll:
+        """Return what a row of the collection must satisfy for the caller to see it.
+
+        Args:
+            collection: The rows' collection.
+            rule: The collection's rule for the topic; None is for superusers only.
+            request: The caller; its filter is ``request.query["filter"]``.
+            caller_row: Columns of the caller's own row, if there is one and it is known. PostgreSQL
+                reads the row if a column is missing that the rule reads.
+            is_filtered: Whether the filter counts.
+
+        Raises:
+            RuleError: The rule can't be used for any caller. Where it can't be used for this one
+                only, or the filter can't, no row matches.
+        """
+        is_superuser = isinstance(request.principal, Superuser)
+        if rule is None and not is_superuser:
+            return DenyAll("the rule is for superusers only")
+        auth = auth_collection_of(self._collections, request)
+        auth_name = None if auth is None else auth.name
+        rule_text = "" if is_superuser or rule is None else rule
+        try:
+            shared_rule = self._cached_rule(collection.name, rule_text, auth_name)
+        except RuleError as error:
+            check_rule(self._collections, collection, rule_text)
+            return DenyAll(f"the rule doesn't hold for this subscriber: {error}")
+        text = request.query.get("filter", "") if is_filtered else ""
+        try:
+            if text:
+                filter_text(request.query, is_superuser=is_superuser)
+            shared_filter, literals = self._find_filter(
+                collection.name, text, auth_name, is_superuser=is_superuser
+            )
+            names = (collection.name, auth_name)
+            return self._bind(names, (shared_rule, shared_filter), request, literals, caller_row)
+        except RuleError as error:
+            return DenyAll(f"the filter is refused: {error}" if text else str(error))
+
+    def _bind(
+        self,
+        names: tuple[str, str | None],
+        predicates: tuple[_SharedPredicate, _SharedPredicate],
+        request: RuleRequest,
+        literals: Sequence[str | float],
+        caller_row: Row | None,
+    ) -> BoundPredicate | DenyAll:
+        """Specialize the plan of rule and filter for a caller."""
+
+        def value_of(parameter: Parameter | CallerColumn) -> Scalar:
+            if isinstance(parameter, CallerColumn):
+                assert caller_row is not None
+                return caller_row.get(parameter.name) if parameter.name else "there"
+            return parameter_value(parameter, request, _ANY_TIME, literals)
+
+        classes = tuple(
+            [
+                fixed_parameter_class(parameter) or parameter_class(value_of(parameter))
+                for predicate in predicates
+                for parameter in predicate.parameters
+            ]
+        )
+        key = _PlanKey(*names, *predicates, classes, caller_row is not None)
+        plan = self._find_plan(key)
+        if caller_row is not None and not all(_is_in(caller_row, p) for p in plan.parameters):
+            plan = self._find_plan(key._replace(is_caller_row_bound=False))
+        bound = plan.specialize([value_of(parameter) for parameter in plan.parameters])
+        return DenyAll("") if bound is None else bound
+
+    # --- resolving
+
+    def _resolve_rule(
+        self, collection_name: str, text: str, auth_name: str | None
+    ) -> _SharedPredicate:
+        if not text:
+            return _ALWAYS_TRUE
+        collection, auth = self._collection_and_auth(collection_name, auth_name)
+        where = resolve_rule(text, self._collections, collection, auth).where
+        return _SharedPredicate(where, _parameters_of(where))
+
+    def _find_filter(
+        self, collection_name: str, text: str, auth_name: str | None, *, is_superuser: bool
+    ) -> tuple[_SharedPredicate, tuple[str | float, ...]]:
+        """Return a filter without its literals, and these."""
+        if not text:
+            return _ALWAYS_TRUE, ()
+
+        def make() -> tuple[tuple[_SharedPredicate, tuple[str | float, ...]], int]:
+            collection, auth = self._collection_and_auth(collection_name, auth_name)
+            predicate, literals = lift_literals(
+                resolve_filter(text, self._collections, collection, auth, is_superuser=is_superuser)
+            )
+            shared = self._shared_filters.get(predicate)
+            if shared is None:
+                shared = _SharedPredicate(predicate.where, _parameters_of(predicate.where))
+                self._shared_filters[predicate] = shared
+            return (shared, literals), len(text)
+
+        return self._filters_by_text.get((collection_name, text, auth_name, is_superuser), make)
+
+    def _collection_and_auth(
+        self, collection_name: str, auth_name: str | None
+    ) -> tuple[Collection, Collection | None]:
+        auth = None if auth_name is None else self._collections[auth_name]
+        return self._collections[collection_name], auth
+
+    # --- planning
+
+    def _find_plan(self, key: _PlanKey) -> Plan:
+        if key.filter is _ALWAYS_TRUE:
+            return self._cached_rule_plan(key)
+        return self._cached_filter_plans.get(
+            key, lambda: (self._make_plan(key), sum(1 for _ in comparisons(key.filter.where)))
+        )
+
+    def _make_plan(self, key: _PlanKey) -> Plan:
+        parameters = (*key.rule.parameters, *key.filter.parameters)
+        classes = dict(zip(parameters, key.parameter_classes, strict=True))
+        positions: dict[Parameter | CallerColumn, int] = {}
+        rule, filter_ = (
+            split_condition(
+                predicate.where, lambda part: self._make_test_call(key, part, classes, positions)
+            )
+            for predicate in (key.rule, key.filter)
+        )
+        return Plan(
+            self._collections[key.collection_name],
+            rule,
+            filter_,
+            tuple(positions),
+            self._registry,
+            reads_caller=key.auth_name is not None
+            and (key.rule.reads_caller or key.filter.reads_caller),
+        )
+
+    def _make_test_call(
+        self,
+        key: _PlanKey,
+        part: Condition,
+        classes: Mapping[Parameter, ParameterClass],
+        positions: dict[Parameter | CallerColumn, int],
+    ) -> TestCall:
+        """Return a test of a part of the plan, and where its arguments are among the plan's values.
+
+        The part's literals are numbered from 0, so that filters share tests.
+
+        Args:
+            key: Of the plan.
+            part: A condition with joins of its own.
+            classes: The classes of the plan's parameters.
+            positions: Where the plan's values are; those that the test adds are put last.
+        """
+        original: dict[Parameter | CallerColumn, Parameter] = {}
+
+        def renumber(parameter: Parameter) -> Parameter:
+            if not isinstance(parameter, LiftedLiteral):
+                return parameter
+            local = LiftedLiteral(len(original))
+            original[local] = parameter
+            return local
+
+        condition = map_parameters(part, renumber)
+        test = self._find_test(
+            key,
+            condition,
+            {
+                parameter: parameter_class(parameter.value)
+                if isinstance(parameter, LiteralParameter)
+                else classes[original.get(parameter, parameter)]
+                for parameter in condition_parameters(condition)
+            },
+        )
+        return TestCall(
+            test,
+            tuple(
+                [
+                    positions.setdefault(original.get(parameter, parameter), len(positions))
+                    for parameter in test.caller_parameters
+                ]
+            ),
+        )
+
+    def _find_test(
+        self,
+        key: _PlanKey,
+        condition: Condition,
+        parameter_classes: Mapping[Parameter, ParameterClass],
+    ) -> Test:
+        """Return the one test of a condition, for parameters of those classes."""
+        collection, auth = self._collection_and_auth(key.collection_name, key.auth_name)
+        reads_row = reads_caller_row(condition)
+        if not reads_row and CALLER_ID_PARAMETER not in parameter_classes:
+            auth = None  # the same test for callers of every auth collection
+        is_caller_row_bound = key.is_caller_row_bound and reads_row
+        # 0.0 and -0.0 are equal, but not the same text.
+        literals = tuple(str(p.value) for p in parameter_classes if isinstance(p, LiteralParameter))
+        identity = (
+            collection.name,
+            None if auth is None else auth.name,
+            condition,
+            tuple(parameter_classes.values()),
+            literals,
+            is_caller_row_bound,
+        )
+        test = self._tests.get(identity)
+        if test is None:
+            test = self._tests[identity] = Test(
+                self._collections,
+                collection,
+                condition,
+                parameter_classes,
+                auth_collection=auth,
+                is_caller_row_bound=is_caller_row_bound,
+                is_utf8=self._is_utf8,
+            )
+        return test
+
+
+def caller_columns_read_by_rules(collections: Collections) -> Mapping[str, tuple[str, ...]]:
+    """Return the columns of people's own rows that rules read, by auth collection.
+
+    Whoever has them with a subscriber asks as of its place in the stream, spares Postgres the
+    look-up for each change and the index a subscriber that would be tried each time. Rules that
+    don't hold are left out.
+    """
+    asked: dict[str, set[str]] = {}
+    for collection in collections.values():
+        for auth in (one for one in collections.values() if one.type == "auth"):
+            for rule in set(_rules_of(collection)) - {None, ""}:
+                try:
+                    where = resolve_rule(rule or "", collections, collection, auth).where
+                except RuleError:
+                    continue
+                names = {column.name for column in caller_columns(where)} - {""}
+                asked.setdefault(auth.name, set()).update(names)
+    return {name: tuple(sorted(columns)) for name, columns in asked.items() if columns}
+
+
+def _rules_of(collection: Collection) -> tuple[str | None, ...]:
+    return (
+        collection.list_rule,
+        collection.view_rule,
+        collection.manage_rule,
+        collection.auth_rule,
+    )
+
+
+def _parameters_of(where: Condition) -> tuple[Parameter, ...]:
+    return tuple(p for p in condition_parameters(where) if not isinstance(p, LiteralParameter))
+
+
+def _is_in(caller_row: Row, parameter: Parameter | CallerColumn) -> bool:
+    return not isinstance(parameter, CallerColumn) or parameter.name in {"", *caller_row}
