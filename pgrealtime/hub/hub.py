@@ -45,14 +45,9 @@ from pgrealtime.hub.connections.connection import (
 from pgrealtime.hub.connections.send_budget import SendBudget
 from pgrealtime.hub.delivery.compose import ComposedMessages, MessageComposer, enqueue_messages
 from pgrealtime.hub.delivery.render import NO_ENRICHMENT, Enrichment, needs_of_groups
-from pgrealtime.hub.evaluation.evaluator import (
-    EvaluationGap,
-    HubQueries,
-    SliceResult,
-    gap_xids,
-    raise_location,
-)
+from pgrealtime.hub.evaluation.evaluator import HubQueries, raise_location
 from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.hub.evaluation.slice_result import EvaluationGap, SliceResult, gap_xids
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.slices import (
     LIVE_SLICE_CHANGES,

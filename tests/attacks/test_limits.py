@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import pytest
 
-from pgrealtime.hub.evaluation.matcher import (
+from pgrealtime.hub.evaluation.quotas import (
     REMOTE_FILTERS_PER_CONNECTION,
     UNINDEXED_FILTERS_PER_ADDRESS,
     UNINDEXED_FILTERS_PER_CONNECTION,

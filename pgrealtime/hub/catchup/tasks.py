@@ -29,8 +29,9 @@ from pgrealtime.hub.delivery.compose import (
     subscriptions_by_group,
 )
 from pgrealtime.hub.delivery.render import NO_ENRICHMENT, Enrichment, EnrichmentNeed
-from pgrealtime.hub.evaluation.evaluator import SliceResult, gap_xids, raise_location
+from pgrealtime.hub.evaluation.evaluator import raise_location
 from pgrealtime.hub.evaluation.filter_budget import FilterBudget
+from pgrealtime.hub.evaluation.slice_result import SliceResult, gap_xids
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.slices import (
     SLICE_CHANGES,

@@ -6,19 +6,17 @@ through the index of ``rules``, so an event costs what matches it and not what i
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection as Sized
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from itertools import takewhile
 from typing import TypeAlias
 
 from pgrealtime.auth.principal import Principal
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections
-from pgrealtime.errors import SubscriptionLimitError
 from pgrealtime.hub.connections.connection import Connection, Group, Subscription
 from pgrealtime.hub.evaluation.filter_trials import FilterTrials
+from pgrealtime.hub.evaluation.quotas import UnindexedFilters, check_remote_filters, check_topic
 from pgrealtime.hub.events.event import Event
 from pgrealtime.protocol.topic import Topic
 from pgrealtime.rules.engine.before_state import BeforeStates, reachable_tables
@@ -33,20 +31,6 @@ from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.sqlite_values import Scalar
 
-UNINDEXED_FILTERS_PER_CONNECTION = 50
-"""Different filters that no index serves: each costs something at each event, 2 us and more."""
-UNINDEXED_FILTERS_PER_ADDRESS = 1000
-"""Of all connections from one address (IPv6: one /64) together. Rules aren't counted: they are the
-operator's, and whoever asks the same by them is one group."""
-REMOTE_FILTERS_PER_CONNECTION = 50
-"""Subscriptions of one connection whose filters take questions to Postgres beyond their rules':
-each of those may take the whole ``statement_timeout``."""
-FILTER_CHARACTERS_PER_CONNECTION = 32 * 1024
-"""Characters of one connection's different filters. Compiling takes up to 50 ms for a thousand,
-and all of it is done anew when rules or the caller change."""
-VIEWS_PER_CONNECTION = 100
-"""Different ``fields`` and ``expand`` of one connection: each is a record to be made for it at each
-event, which may take several milliseconds, and everybody's next event waits for that."""
 _BindKey: TypeAlias = tuple[
     str, str | None, Principal, Mapping[str, str], Mapping[str, str], Row | None
 ]
@@ -163,8 +147,7 @@ class Matcher:
         self._tables: dict[str, _GroupTable] = {}
         self._remote_filter_tables: dict[str, _GroupTable] = {}
         """Those whose filters take questions to Postgres beyond their rules'."""
-        self._unindexed_groups: dict[str, Counter[Group]] = {}
-        """By network, the groups that no index serves for a filter's sake, and how often."""
+        self._unindexed_filters = UnindexedFilters()
         self._last_bound: tuple[_BindKey, BoundPredicate | DenyAll] | None = None
 
     def add(
@@ -185,30 +168,17 @@ class Matcher:
         collection = self._collections.find(topic.collection)
         if collection is None:
             return ""
-        if (
-            _view_options(topic) != _PLAIN_VIEW
-            and _other_views_before(subscription) >= VIEWS_PER_CONNECTION
-        ):
-            raise _limit_error(subscription, "views", VIEWS_PER_CONNECTION)
-        if (
-            "filter" in topic.query
-            and _filter_characters_upto(subscription) > FILTER_CHARACTERS_PER_CONNECTION
-        ):
-            raise _limit_error(subscription, "filter_characters", FILTER_CHARACTERS_PER_CONNECTION)
+        check_topic(subscription)
         bound = self.bind_topic(collection, topic, principal, caller_row)
         if isinstance(bound, DenyAll):
             return bound.reason
-        if (
-            bound.specialization.has_remote_filter
-            and _remote_filters_before(subscription) >= REMOTE_FILTERS_PER_CONNECTION
-        ):
-            raise _limit_error(subscription, "asking_filters", REMOTE_FILTERS_PER_CONNECTION)
+        check_remote_filters(subscription, bound.specialization)
         by_collection = self._tables_for(bound.specialization)
         there = by_collection.get(collection.name) or _GroupTable()
         found = there.find(bound, topic.record_id)
         group = found or Group(bound, topic.record_id)
         if group.is_unindexed:
-            self._count_unindexed(subscription, group)
+            self._unindexed_filters.add(subscription, group)
         if found is None:
             there.add(group)
             by_collection[collection.name] = there
@@ -262,42 +232,13 @@ class Matcher:
             )
         return self._last_bound[1]
 
-    def _count_unindexed(self, subscription: Subscription, group: Group) -> None:
-        """Count a subscription among its network's that no index serves.
-
-        Raises:
-            SubscriptionLimitError: It is one too many.
-        """
-        mine = {
-            one.group
-            for one in _submitted_before(subscription)
-            if one.group and one.group.is_unindexed
-        }
-        if group not in mine and len(mine) >= UNINDEXED_FILTERS_PER_CONNECTION:
-            raise _limit_error(subscription, "unindexed_filters", UNINDEXED_FILTERS_PER_CONNECTION)
-        theirs = self._unindexed_groups.setdefault(subscription.connection.network, Counter())
-        if group not in theirs and len(theirs) >= UNINDEXED_FILTERS_PER_ADDRESS:
-            raise _limit_error(
-                subscription, "unindexed_filters_of_address", UNINDEXED_FILTERS_PER_ADDRESS
-            )
-        theirs[group] += 1
-
-    def _uncount_unindexed(self, subscription: Subscription, group: Group) -> None:
-        network = subscription.connection.network
-        theirs = self._unindexed_groups[network]
-        theirs[group] -= 1
-        if not theirs[group]:
-            del theirs[group]
-        if not theirs:
-            del self._unindexed_groups[network]
-
     def remove(self, subscription: Subscription) -> None:
         """Take the subscription out; its group goes with its last one."""
         group, subscription.group = subscription.group, None
         if group is None:
             return
         if group.is_unindexed:
-            self._uncount_unindexed(subscription, group)
+            self._unindexed_filters.remove(subscription, group)
         name, by_collection = (
             group.specialization.collection.name,
             self._tables_for(group.specialization),
@@ -454,51 +395,3 @@ def _find_groups(row_evaluation: RowEvaluation[Group], table: _GroupTable, event
         row_evaluation.add_candidates(found.index)
     elif found is not None and found.shared_subscription_count:
         row_evaluation.add_untested((found,))
-
-
-def _limit_error(subscription: Subscription, limit: str, maximum: int) -> SubscriptionLimitError:
-    topic = subscription.topic.text
-    return SubscriptionLimitError(
-        f"more than {maximum} {limit}", topic=topic, limit_name=limit, maximum=maximum
-    )
-
-
-def _submitted_before(subscription: Subscription) -> Iterator[Subscription]:
-    """Yield the connection's subscriptions that were submitted before this one.
-
-    Only those count, so that topics mean the same whether they are new or bound again.
-    """
-    theirs = subscription.connection.subscriptions.values()
-    return takewhile(lambda one: one is not subscription, theirs)
-
-
-def _remote_filters_before(subscription: Subscription) -> int:
-    return sum(
-        one.group is not None and one.group.specialization.has_remote_filter
-        for one in _submitted_before(subscription)
-    )
-
-
-def _filter_characters_upto(subscription: Subscription) -> int:
-    texts = {one.topic.query.get("filter", "") for one in _submitted_before(subscription)}
-    texts.add(subscription.topic.query["filter"])
-    return sum(map(len, texts))
-
-
-def _other_views_before(subscription: Subscription) -> int:
-    """Return how many other views than its own were submitted before the first of its own."""
-    own, others = _view_options(subscription.topic), {_PLAIN_VIEW}
-    for one in _submitted_before(subscription):
-        view = _view_options(one.topic)
-        if view == own or len(others) > VIEWS_PER_CONNECTION:
-            break
-        others.add(view)
-    return len(others) - 1
-
-
-def _view_options(topic: Topic) -> tuple[str, str]:
-    return topic.query.get("fields", ""), topic.query.get("expand", "")
-
-
-_PLAIN_VIEW = ("", "")
-"""The record as it is."""

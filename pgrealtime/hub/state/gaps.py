@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from pgrealtime.auth.principal import account_of
 from pgrealtime.hub.connections.connection import Connection
-from pgrealtime.hub.evaluation.evaluator import EvaluationGap
+from pgrealtime.hub.evaluation.slice_result import EvaluationGap
 from pgrealtime.hub.events.slices import GapNotice
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.lsn import Cursor

@@ -19,7 +19,8 @@ from pgrealtime.fairness import FairLock
 from pgrealtime.hub.connections.connection import Subscription
 from pgrealtime.hub.delivery.render import RecordRenderer
 from pgrealtime.hub.evaluation.evaluator import HubQueries, SliceEvaluator
-from pgrealtime.hub.evaluation.matcher import FILTER_CHARACTERS_PER_CONNECTION, Matcher
+from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.hub.evaluation.quotas import FILTER_CHARACTERS_PER_CONNECTION
 from pgrealtime.hub.live_reads.table_definitions import TableDefinitions
 from pgrealtime.hub.live_reads.table_shapes import ShapeChecker
 from pgrealtime.hub.live_reads.toast import RowCompleter

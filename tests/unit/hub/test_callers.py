@@ -292,7 +292,7 @@ async def test_a_slow_connection_whose_topics_become_too_many_is_ended_for_that(
         for _ in range(3):
             room.commit(changed())
             await room.settled()
-        monkeypatch.setattr("pgrealtime.hub.evaluation.matcher.UNINDEXED_FILTERS_PER_CONNECTION", 1)
+        monkeypatch.setattr("pgrealtime.hub.evaluation.quotas.UNINDEXED_FILTERS_PER_CONNECTION", 1)
         room.commit(changed(key="k2"))
         await room.settled()
         sink.unstick()

@@ -594,7 +594,8 @@ async def test_what_a_closed_connection_subscribed_to_is_forgotten() -> None:
             room.hub.remove_connection(connection)
 
         matcher = room.hub._progress.generation.matcher
-        assert (matcher._tables, matcher._unindexed_groups) == ({}, {})
+        assert matcher._tables == {}
+        assert not matcher._unindexed_filters
 
 
 @pytest.mark.parametrize("before", [(), ("notes/*",)])
@@ -602,7 +603,7 @@ async def test_a_refused_call_leaves_nothing_of_its_topics(
     monkeypatch: pytest.MonkeyPatch, before: tuple[str, ...]
 ) -> None:
     """Not the topic that was too many either; and what was there before waits as it did."""
-    monkeypatch.setattr("pgrealtime.hub.evaluation.matcher.UNINDEXED_FILTERS_PER_CONNECTION", 1)
+    monkeypatch.setattr("pgrealtime.hub.evaluation.quotas.UNINDEXED_FILTERS_PER_CONNECTION", 1)
     many = [f'posts/*?options={{"query":{{"filter":"title ~ \'{n}\'"}}}}' for n in range(3)]
     async with open_room() as room:
         connection, _sink = room.connect()

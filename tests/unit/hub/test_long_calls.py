@@ -18,7 +18,8 @@ from pgrealtime.changes import Delete, Row, WholeRow
 from pgrealtime.collections.model import Collections
 from pgrealtime.errors import SubscriptionError, SubscriptionLimitError
 from pgrealtime.hub.connections.connection import Connection
-from pgrealtime.hub.evaluation.matcher import UNINDEXED_FILTERS_PER_CONNECTION, Matcher
+from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.hub.evaluation.quotas import UNINDEXED_FILTERS_PER_CONNECTION
 from pgrealtime.lsn import LSN
 from tests.unit.hub.room import COLLECTIONS, DEADLINE, PEOPLE, MemorySink, Room, insert, open_room
 

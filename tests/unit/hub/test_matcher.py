@@ -14,9 +14,10 @@ from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collections
 from pgrealtime.errors import SubscriptionLimitError
 from pgrealtime.hub.connections.connection import Connection, Subscription
-from pgrealtime.hub.evaluation.matcher import REMOTE_FILTERS_PER_CONNECTION as COSTLY
-from pgrealtime.hub.evaluation.matcher import UNINDEXED_FILTERS_PER_ADDRESS, Matcher
-from pgrealtime.hub.evaluation.matcher import VIEWS_PER_CONNECTION as VIEWS
+from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.hub.evaluation.quotas import REMOTE_FILTERS_PER_CONNECTION as COSTLY
+from pgrealtime.hub.evaluation.quotas import UNINDEXED_FILTERS_PER_ADDRESS
+from pgrealtime.hub.evaluation.quotas import VIEWS_PER_CONNECTION as VIEWS
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.protocol.topic import parse_topic
@@ -138,7 +139,7 @@ def test_nothing_is_left_of_who_has_gone() -> None:
         there.remove(one)
 
     assert there._tables == {}
-    assert there._unindexed_groups == {}
+    assert not there._unindexed_filters
     assert all(one.group is None for one in made)
 
 
@@ -338,7 +339,8 @@ def test_who_goes_while_isolated_leaves_nothing_behind() -> None:
         assert isinstance(one, Subscription)
         there.remove(one)
 
-    assert (there._tables, there._remote_filter_tables, there._unindexed_groups) == ({}, {}, {})
+    assert (there._tables, there._remote_filter_tables) == ({}, {})
+    assert not there._unindexed_filters
 
 
 def test_many_who_share_a_slow_filter_are_isolated_in_time_by_their_number() -> None:

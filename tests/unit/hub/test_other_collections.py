@@ -235,7 +235,7 @@ async def test_whose_topics_become_too_many_by_a_reload_is_ended_and_not_mute(
         (many, many_sink), (few, few_sink) = room.connect(), room.connect()
         await room.subscribe(many, *topics)
         await room.subscribe(few, topics[0])
-        monkeypatch.setattr("pgrealtime.hub.evaluation.matcher.UNINDEXED_FILTERS_PER_CONNECTION", 1)
+        monkeypatch.setattr("pgrealtime.hub.evaluation.quotas.UNINDEXED_FILTERS_PER_CONNECTION", 1)
         await room.hub.replace_generation(COLLECTIONS, Matcher(COLLECTIONS), lambda caller: caller)
         room.commit(insert("x", "ab"))
         await room.settled()
