@@ -1,12 +1,12 @@
-r"""What one committed transaction did, the same whichever decoder told it.
+r"""Row changes and transactions, the same for both decoders.
 
-Values are PostgreSQL's own text output under the settings pinned on the replication connection
-(``wal.server``): booleans ``t`` and ``f``, bytea ``\x...``, dates ISO in UTC. None is SQL NULL. A
-column that the WAL didn't carry (an unchanged TOASTed value, a generated column) is *absent* from
-the row: absent and NULL are different things.
+Made by ``wal``, kept by ``changelog``, read by ``hub``. Values are PostgreSQL's text output under
+the settings pinned on the replication connection (``wal.server``): booleans ``t`` and ``f``, bytea
+``\x...``, dates ISO in UTC. None is SQL NULL. A column that the WAL didn't carry (an unchanged
+TOASTed value, a generated column) is *absent* from the row, which is not the same as NULL.
 
-None of these values can be part of a cycle, so none is the garbage collector's business
-(``gc=False``): it would walk through the whole changelog again and again.
+No value can be part of a reference cycle. ``gc=False`` keeps them from the garbage collector, which
+would otherwise traverse the whole changelog at each full collection.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TableName(NamedTuple):
 
 
 class Key(Struct, frozen=True, gc=False):
-    """The old row's replica identity columns, all that DEFAULT or INDEX log of it."""
+    """The replica identity columns of the old row: all that DEFAULT or INDEX log of it."""
 
     row: Row
 
@@ -47,17 +47,17 @@ OldImage: TypeAlias = Key | WholeRow
 
 
 class Insert(Struct, frozen=True, gc=False):
-    """A row that came to be."""
+    """A row was inserted."""
 
     table: TableName
     new: Row
 
 
 class Update(Struct, frozen=True, gc=False):
-    """A row that changed.
+    """A row was updated.
 
-    With ``Key`` the old image holds the identity as it was, whether it changed or not.
-    Values that FULL still knew were filled into ``new``; what is absent there is unknown.
+    A ``Key`` holds the identity columns before the update, also if they are unchanged. Unchanged
+    TOASTed values that a ``WholeRow`` has are copied to ``new``; a column absent there is unknown.
     """
 
     table: TableName
@@ -66,14 +66,14 @@ class Update(Struct, frozen=True, gc=False):
 
 
 class Delete(Struct, frozen=True, gc=False):
-    """A row that went."""
+    """A row was deleted."""
 
     table: TableName
     old: OldImage
 
 
 class Truncate(Struct, frozen=True, gc=False):
-    """A table that was emptied; no rows are told."""
+    """A table was truncated; the WAL doesn't have its rows."""
 
     table: TableName
 
@@ -82,45 +82,46 @@ Change: TypeAlias = Insert | Update | Delete | Truncate
 
 
 NEVER_DESCRIBED = -1
+"""``RowShape.description_count`` of a decoder that sends no table descriptions, as wal2json."""
 
 
 class RowShape(Struct, frozen=True, gc=False, cache_hash=True):
-    """What a row was made of when it was written: its columns and their types.
+    """Columns and types of a row when it was written.
 
-    A decoder gives the same object for rows alike, and so do the transactions of one stream.
+    Equal shapes of one stream are the same object.
     """
 
     table: TableName
-    """The root's name, as changes have it."""
+    """Name of the root table, as changes have it."""
     leaf: TableName | None
-    """The partition that the row is or was in; None if the table isn't partitioned."""
+    """The partition that has or had the row; None if the table isn't partitioned."""
     columns: tuple[tuple[str, int], ...]
-    """Names and type oids; without those of which the WAL carried no value."""
+    """Names and type oids, without columns of which the WAL has no value."""
     description_count: int = 0
-    """How often the stream described the partition anew, which it does after a DETACH, among
-    others; ``NEVER_DESCRIBED`` where it describes no tables, as wal2json."""
+    """How often the stream repeated the partition's description, which it does after a DETACH,
+    among others; ``NEVER_DESCRIBED`` where it has no descriptions."""
 
 
 class Transaction(Struct, frozen=True, gc=False):
-    """All that one commit did to the streamed tables, in order.
+    """The changes of one committed transaction to the streamed tables, in order.
 
-    The ordinal of a change is its 1-based index in ``changes``, counted before any rule is asked.
+    The ordinal of a change is its 1-based index in ``changes``.
     """
 
     xid: Xid
     end_lsn: LSN
-    """End of the commit record: rises strictly along the stream."""
+    """End of the commit record: strictly increasing along the stream."""
     commit_time_us: int
-    """Microseconds since the Unix epoch, by the server's clock; 0 if the decoder didn't say."""
+    """Microseconds since the Unix epoch by the server's clock; 0 if unknown."""
     changes: tuple[Change, ...]
     size_bytes: int
-    """Bytes of memory it takes, about; what the changelog is bounded by."""
+    """Approximate bytes of memory; the changelog's bound counts them."""
     row_shapes: tuple[RowShape, ...] = ()
-    """Those that its rows have, each once."""
+    """The distinct shapes of its rows."""
 
 
 class OversizedTransaction(Struct, frozen=True, gc=False):
-    """A transaction that was larger than the bound and so was not kept: a gap of its tables."""
+    """A transaction that exceeded the size limit and was dropped: a gap for its tables."""
 
     xid: Xid
     end_lsn: LSN
@@ -129,3 +130,4 @@ class OversizedTransaction(Struct, frozen=True, gc=False):
 
 
 Action: TypeAlias = Literal["create", "update", "delete"]
+"""What happened to a record, as clients receive it."""

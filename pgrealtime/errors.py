@@ -1,4 +1,8 @@
-"""Every exception of the program, in one tree, in PostgreSQL's form with a stable code."""
+"""Every exception of the program, in PostgreSQL's form (message, detail, hint) with a stable code.
+
+Raised by all rooms. The edges print it: commands as text, the API as a JSON error
+(``api.error_responses``), the service in its log.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,18 @@ from typing import ClassVar
 
 
 class PgRealtimeError(Exception):
-    """A fault with a stable code, a short message and, where known, what mends it.
+    """An error with a stable code, a short message and, where known, a remedy.
 
     Args:
         message: Lower case, factual, no full stop; names in double quotes.
-        detail: What was seen, in whole sentences.
-        hint: What to do about it, in whole sentences; SQL and commands ready to paste.
-        code: Overrides the class's code where one class stands for several faults.
+        detail: The observed facts, in whole sentences.
+        hint: The remedy, in whole sentences; SQL and commands ready to paste.
+        code: Overrides the class's code where one class has several errors.
     """
 
     code: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
-    """Whether waiting and trying again can succeed without anybody doing anything."""
+    """Whether a later attempt can succeed without an operator's action."""
 
     def __init__(
         self, message: str, *, detail: str = "", hint: str = "", code: str | None = None
@@ -31,7 +35,7 @@ class PgRealtimeError(Exception):
 
     @property
     def error_code(self) -> str:
-        """The stable word that the README lists."""
+        """The stable code that the README lists."""
         return self._code or type(self).code
 
     def __str__(self) -> str:
@@ -45,7 +49,7 @@ class PgRealtimeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ConfigProblem:
-    """One finding in a configuration: where, what, and how to mend it."""
+    """A problem of the configuration: its key, a message and, where known, a remedy."""
 
     path: str
     """Dotted path of the key, such as ``collections.posts.list_rule``."""
@@ -54,11 +58,11 @@ class ConfigProblem:
     line: int | None = None
     """1-based line in the file, where it is known."""
     marked_text: str = ""
-    """Lines that show the place, such as a rule with carets under it."""
+    """Further lines that mark the error, such as a rule with carets under it."""
 
 
 class ConfigError(PgRealtimeError):
-    """The configuration can't be used; carries every problem found in one run."""
+    """The configuration can't be used. Has every problem found in one run."""
 
     code = "config_invalid"
 
@@ -74,7 +78,7 @@ class ConfigError(PgRealtimeError):
 
 
 def describe_problem(source_name: str, problem: ConfigProblem) -> str:
-    """Return the finding as people read it, with its place in the file."""
+    """Return the problem as text, with file and line."""
     place = source_name if problem.line is None else f"{source_name}:{problem.line}"
     text = f"{place}: {problem.path}: {problem.message}"
     if problem.hint:
@@ -83,58 +87,58 @@ def describe_problem(source_name: str, problem: ConfigProblem) -> str:
 
 
 class SetupError(PgRealtimeError):
-    """The server or the schema isn't ready: wal_level, wal2json, rights, replica identity."""
+    """Server or schema isn't set up: wal_level, wal2json, privileges, replica identity."""
 
     code = "setup_incomplete"
 
 
 class DatabaseUnreachableError(PgRealtimeError):
-    """The server doesn't answer, or refuses the login."""
+    """The database server doesn't answer, or refuses the login."""
 
     code = "database_unreachable"
     retryable = True
 
 
 class WalError(PgRealtimeError):
-    """Something about the slot or the stream from Postgres."""
+    """An error of the replication slot or stream."""
 
     code = "wal"
 
 
 class SlotBusyError(WalError):
-    """The slot, or the last free slot or walsender, is in use; later it may not be."""
+    """The slot is in use, or all slots or walsenders are; a later attempt may succeed."""
 
     code = "slot_busy"
     retryable = True
 
 
 class SlotLostError(WalError):
-    """The slot is gone or invalidated: changes were missed."""
+    """The slot was dropped or invalidated: changes were missed."""
 
     code = "slot_lost"
     retryable = True
 
 
 class StreamInterruptedError(WalError):
-    """The connection carrying the stream ended; a new one may succeed."""
+    """The replication connection ended; a new one may succeed."""
 
     code = "stream_interrupted"
     retryable = True
 
 
 class UnexpectedMessageError(WalError):
-    """The decoder said something that can't follow what it said before."""
+    """The stream has a message that can't be read, or can't follow the one before."""
 
     code = "unexpected_message"
     retryable = True
 
 
 class RuleError(PgRealtimeError):
-    """A rule or filter that can't be used; knows the place in its text.
+    """A rule or filter can't be used.
 
     Args:
         message: As in PgRealtimeError.
-        start: Offset in characters of the first character concerned.
+        start: Offset in its text of the first character concerned, in characters.
         end: Offset after the last one.
     """
 
@@ -149,43 +153,43 @@ class RuleError(PgRealtimeError):
 
 
 class RuleSyntaxError(RuleError):
-    """The text is not of the language."""
+    """The text is not a rule: a syntax error."""
 
     code = "rule_syntax"
 
 
 class RuleNameError(RuleError):
-    """A name in the rule that nothing answers to."""
+    """The rule has a name that no collection, field or function has."""
 
     code = "rule_name"
 
 
 class RuleUnsupportedError(RuleError):
-    """PocketBase accepts it, this program can't decide it exactly and so refuses it."""
+    """PocketBase accepts the rule; this program can't evaluate it exactly and refuses it."""
 
     code = "rule_unsupported"
 
 
 class AuthError(PgRealtimeError):
-    """A token or password that doesn't hold. The message never contains it."""
+    """A token or password is not valid. The message never contains it."""
 
     code = "auth_failed"
 
 
 class SubscriptionError(PgRealtimeError):
-    """A subscribe call that must be refused."""
+    """A subscribe call is refused."""
 
     code = "subscription_refused"
 
 
 class SubscriptionLimitError(SubscriptionError):
-    """A topic that is fine by itself, and one too many of its kind.
+    """A topic of a subscribe call is valid by itself but exceeds a limit.
 
     Args:
-        message: Of which there are too many.
+        message: Names the limit, for the log.
         topic: As submitted.
-        limit_name: Which one; the API has its words.
-        maximum: How many there may be.
+        limit_name: Key of the text that ``api.error_responses`` has for the limit.
+        maximum: The limit.
     """
 
     code = "subscription_limit"
@@ -198,6 +202,6 @@ class SubscriptionLimitError(SubscriptionError):
 
 
 class ChangelogError(PgRealtimeError):
-    """A position that the changelog can't serve."""
+    """The changelog can't serve a position or append an entry."""
 
     code = "changelog"

@@ -1,22 +1,25 @@
-"""Long work on the event loop, cut so that the loop's other users never wait long for it."""
+"""Shares the event loop and exclusive resources fairly between clients.
+
+``YieldTimer`` splits long work; ``FairQueue`` and ``FairLock`` let waiting keys (clients, networks)
+take turns. Used by ``api``, ``auth`` and ``hub``.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from time import perf_counter
 
 YIELD_AFTER_SECONDS = 0.002
-"""Of work between two pauses: what a connection's event may be late by for each user of the loop
-that has such work to do. A pause that nobody needs costs some ten microseconds."""
+"""Work between two pauses. Each task with such work delays an event by up to this; a pause without
+other work to run costs about ten microseconds."""
 _MAX_PAUSE_SECONDS = 0.1
-"""Seconds that work waits for after a turn, at most."""
 
 
 class YieldTimer:
-    """Says when work has gone on for long enough; begins when it is made."""
+    """Tells long work when to let the event loop run other tasks; started when constructed."""
 
     __slots__ = ("_deadline",)
 
@@ -24,53 +27,117 @@ class YieldTimer:
         self._deadline = perf_counter() + YIELD_AFTER_SECONDS
 
     def is_due(self) -> bool:
-        """Whether others should be let in now."""
+        """Whether ``YIELD_AFTER_SECONDS`` have passed since the start or the last pause."""
         return perf_counter() >= self._deadline
 
     async def pause(self) -> None:
-        """Let the loop's other users work, then begin anew."""
+        """Let other tasks run once, then restart the timer."""
         await asyncio.sleep(0)
         self._deadline = perf_counter() + YIELD_AFTER_SECONDS
 
 
 class BackgroundYieldTimer(YieldTimer):
-    """A turn of work that nobody else waits for, and of which there may be much."""
+    """For work that nothing waits for, of which there may be much: takes 2 % of the loop."""
 
     __slots__ = ()
 
     async def pause(self) -> None:
-        """Let others work for much longer."""
+        """Let other tasks run for 0.1 s, then restart the timer."""
         await asyncio.sleep(_MAX_PAUSE_SECONDS)
         self._deadline = perf_counter() + YIELD_AFTER_SECONDS
 
 
-class FairLock:
-    """Work that one does at a time, those who wait taking turns; each does its own in order.
+class FairQueue:
+    """Waiting tasks in one queue per key; the keys take turns.
 
-    So whoever has much to do waits for himself: others wait for one turn of each who has some.
+    A key with many waiting tasks delays itself: any other waits for one task of each key.
     """
 
     def __init__(self) -> None:
-        self._is_locked = False
         self._waiters: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiters.values()))
+
+    def count(self, key: str) -> int:
+        """Return how many tasks wait under the key."""
+        return len(self._waiters.get(key, ()))
+
+    def longest_key(self) -> str | None:
+        """Return the key with the most waiting tasks, None if none waits."""
+        return max(self._waiters, key=self.count, default=None)
+
+    async def wait(self, key: str, release: Callable[[], None]) -> None:
+        """Wait until ``wake_next`` wakes this task.
+
+        Args:
+            key: Whose queue to wait in.
+            release: Gives up what the wake-up granted. Called if this task is cancelled after it
+                was woken and before it ran; without it the grant would be lost.
+        """
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.setdefault(key, deque()).append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter.cancelled():
+                self._remove(key, waiter)
+            elif waiter.exception() is None:
+                release()
+            raise
+
+    def wake_next(self) -> bool:
+        """Wake the first task of the next key; return False if none waits."""
+        while self._waiters:
+            key, waiters = self._waiters.popitem(last=False)
+            waiter = waiters.popleft()
+            if waiters:
+                self._waiters[key] = waiters
+            if not waiter.done():
+                waiter.set_result(None)
+                return True
+        return False
+
+    def fail_last(self, key: str, error: Exception) -> None:
+        """Remove the key's last task from its queue, where ``wait`` raises the error."""
+        last = self._waiters[key][-1]
+        self._remove(key, last)
+        if not last.done():
+            last.set_exception(error)
+
+    def _remove(self, key: str, waiter: asyncio.Future[None]) -> None:
+        waiters = self._waiters.get(key, deque())
+        if waiter in waiters:
+            waiters.remove(waiter)
+            if not waiters:
+                del self._waiters[key]
+
+
+class FairLock:
+    """A lock for which the waiting keys take turns; the tasks of one key get it in order."""
+
+    def __init__(self) -> None:
+        self._is_locked = False
+        self._waiting = FairQueue()
 
     @asynccontextmanager
     async def acquire(self, key: str) -> AsyncIterator[None]:
-        """Wait for a turn, and pass it on at the end."""
+        """Hold the lock."""
         if self._is_locked:
-            await self._wait(key)
+            # The lock stays locked while it is passed on: no task that comes between can take it.
+            await self._waiting.wait(key, self._release)
         self._is_locked = True
         try:
             yield
         finally:
-            self._wake_next()
+            self._release()
 
     @asynccontextmanager
     async def acquire_for_loop_work(self, key: str) -> AsyncIterator[YieldTimer]:
-        """As ``turn``, for work on the event loop: of long work others get half the time.
+        """Hold the lock for work on the event loop; afterwards leave the loop as much time.
 
         Yields:
-            Says when the next turn should be waited for.
+            Is due when the lock should be released and acquired again.
         """
         async with self.acquire(key):
             began = perf_counter()
@@ -80,23 +147,6 @@ class FairLock:
                 min(seconds, _MAX_PAUSE_SECONDS) if seconds > YIELD_AFTER_SECONDS else 0
             )
 
-    async def _wait(self, key: str) -> None:
-        passed = asyncio.get_running_loop().create_future()
-        self._waiters.setdefault(key, deque()).append(passed)
-        try:
-            await passed
-        except asyncio.CancelledError:
-            if passed.done() and not passed.cancelled():
-                self._wake_next()  # it was passed on to nobody
-            raise
-
-    def _wake_next(self) -> None:
-        while self._waiters:
-            whose, theirs = self._waiters.popitem(last=False)
-            passed = theirs.popleft()
-            if theirs:
-                self._waiters[whose] = theirs
-            if not passed.done():
-                passed.set_result(None)
-                return
-        self._is_locked = False
+    def _release(self) -> None:
+        if not self._waiting.wake_next():
+            self._is_locked = False

@@ -1,4 +1,4 @@
-"""Positions: the LSN as Postgres prints it, and the cursor that orders what clients receive."""
+"""WAL positions, cursors that order changes, and the positions that clients receive and submit."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ LSN = NewType("LSN", int)
 """A byte position in the WAL, 64 bits."""
 
 Xid = NewType("Xid", int)
-"""A 32-bit transaction id as the stream has it: wraps, neither ordered nor unique over time."""
+"""A 32-bit transaction id: it wraps around, so it is neither ordered nor unique over time."""
 
 _LSN_LIMIT = 1 << 64
 
 
 class Cursor(NamedTuple):
-    """A place in the stream: the end of a commit, and how many of its changes lie behind.
+    """A point between two changes of the stream: the end LSN of a commit and a change's ordinal.
 
-    Tuple order is stream order. ``Cursor(lsn, 0)`` stands before the first change of the
-    transaction that ends at ``lsn``; ``Cursor(lsn, n)`` after its n-th (1-based) change.
-    ``END_ORDINAL`` as ordinal stands after the whole transaction, however many changes it has.
+    Tuple order is stream order. ``Cursor(lsn, 0)`` is before the first change of the transaction
+    that ends at ``lsn``, ``Cursor(lsn, n)`` after its n-th (1-based) change, ``Cursor(lsn,
+    END_ORDINAL)`` after the transaction, however many changes it has.
     """
 
     lsn: LSN
@@ -26,14 +26,14 @@ class Cursor(NamedTuple):
 
 
 END_ORDINAL = 0xFFFF_FFFF
-"""Ordinal after every change of a transaction; the largest that the wire form can hold."""
+"""Ordinal after every change of a transaction: the largest of the client's form."""
 
 
 def parse_lsn(text: str) -> LSN:
-    """Return the LSN that Postgres prints as two hexadecimal halves, such as ``16/B374D848``.
+    """Parse an LSN as PostgreSQL prints it: two hexadecimal halves, such as ``16/B374D848``.
 
     Raises:
-        ValueError: The text isn't of that form.
+        ValueError: The text has another form.
     """
     high, slash, low = text.partition("/")
     if not slash or not _is_half(high) or not _is_half(low):
@@ -46,14 +46,14 @@ def _is_half(text: str) -> bool:
 
 
 def format_lsn(lsn: LSN) -> str:
-    """Return the LSN as Postgres prints it."""
+    """Return the LSN as PostgreSQL prints it."""
     if not 0 <= lsn < _LSN_LIMIT:
         raise ValueError(f"not a 64-bit LSN: {lsn}")
     return f"{lsn >> 32:X}/{lsn & 0xFFFF_FFFF:X}"
 
 
 class Position(NamedTuple):
-    """A cursor together with the epoch it is valid in; what a client keeps and sends back."""
+    """A cursor and the epoch it is valid in: the id of an SSE message, submitted to resume."""
 
     epoch: str
     """Six lower case hexadecimal digits: digest of system, timeline, database and tables."""
@@ -64,7 +64,7 @@ _WIDTHS = (6, 16, 8)
 
 
 def format_position(position: Position) -> str:
-    """Return ``EPOCH-LSN-ORDINAL``, fixed width lower case hex, so that text order is order."""
+    """Return ``EPOCH-LSN-ORDINAL``: lower case hex of fixed width, so texts sort as cursors."""
     return f"{position.epoch}-{position.cursor.lsn:016x}-{position.cursor.ordinal:08x}"
 
 

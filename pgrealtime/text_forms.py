@@ -1,4 +1,4 @@
-"""Reads PostgreSQL's text form of arrays and rows, as its output functions write it.
+"""Parses PostgreSQL's text output of arrays and composite values.
 
 Source: PostgreSQL docs, "Array Input and Output Syntax", "Composite Type Input and Output Syntax".
 The text comes from the server, so its syntax isn't checked.
@@ -20,12 +20,12 @@ _ESCAPED_OR_DOUBLED = re.compile(r'\\(.)|"(")', re.DOTALL)
 
 
 def parse_array(text: str, delimiter: str = ",") -> list[Element]:
-    """Return the elements; those of several dimensions as lists of lists.
+    """Return the elements; of several dimensions, lists of lists.
 
     Args:
-        text: Such as ``{1,NULL,"a b"}``; lower bounds (``[0:1]={a,b}``) are stepped over.
-        delimiter: ``pg_type.typdelim``: the comma for all but ``box`` (``;``) and what
-            extensions define, such as PostGIS' types (``:``).
+        text: Such as ``{1,NULL,"a b"}``; lower bounds (``[0:1]={a,b}``) are ignored.
+        delimiter: ``pg_type.typdelim``: a comma except for ``box`` (``;``) and types of
+            extensions, such as PostGIS' (``:``).
     """
     if text.startswith("["):
         text = text[text.index("=") + 1 :]

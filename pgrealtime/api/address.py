@@ -1,4 +1,4 @@
-"""Which client a request comes from, when proxies stand in between."""
+"""The address of the client that sent a request, through trusted proxies. Used by all routes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Address: TypeAlias = IPv4Address | IPv6Address
 
 
 def peer_address(request: web.Request) -> str:
-    """Return the address at the other end of the TCP connection; empty over a Unix socket."""
+    """Return the address of the TCP peer; empty for a Unix socket."""
     name = request.transport and request.transport.get_extra_info("peername")
     return str(name[0]) if isinstance(name, tuple) else ""
 
 
 def client_address(request: web.Request, trusted_proxies: Sequence[Network]) -> str:
-    """Return the address that subscribe calls of one client must share."""
+    """Return the client's address, which must be equal in all requests for one connection."""
     forwarded_for = request.headers.getall("X-Forwarded-For", [])
     return address_behind_proxies(peer_address(request), forwarded_for, trusted_proxies)
 
@@ -27,15 +27,15 @@ def client_address(request: web.Request, trusted_proxies: Sequence[Network]) -> 
 def address_behind_proxies(
     peer: str, forwarded_for: Sequence[str], trusted_proxies: Sequence[Network]
 ) -> str:
-    """Return the address of the client behind the proxies.
+    """Return the address of the client behind trusted proxies.
 
     Args:
-        peer: Of the TCP connection; empty over a Unix socket.
+        peer: Of the TCP connection; empty for a Unix socket.
         forwarded_for: Values of the ``X-Forwarded-For`` headers, in order.
-        trusted_proxies: Networks of the proxies whose word counts.
+        trusted_proxies: Their networks.
 
-    Each proxy appends whom it heard from, so the list is read from its end, for as long as the
-    one who wrote the entry is trusted. The first address that isn't a proxy's is the client.
+    Each proxy appends the address of its own peer. Anything before that is the client's own text
+    and may be forged, so the list is read from its end, while the author of an entry is trusted.
     """
     address = _parse_address(peer)
     entries = [entry.strip() for value in forwarded_for for entry in value.split(",")]
@@ -50,7 +50,7 @@ def address_behind_proxies(
 
 
 def _parse_address(text: str) -> Address | None:
-    """Return an address that may carry a port, or None; IPv4 within IPv6 is IPv4."""
+    """Parse an address, with or without a port; None if it is none. Maps IPv4 in IPv6 to IPv4."""
     if text.startswith("["):
         text = text[1:].partition("]")[0]
     elif text.count(":") == 1:

@@ -1,4 +1,4 @@
-"""The operator's port: ``/live``, ``/ready`` and ``/metrics``."""
+"""The private port for operators: ``/live``, ``/ready`` and ``/metrics``. Served by ``service``."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def build_admin_app(
     """Return the application.
 
     Args:
-        config: With the token, if there is one: probes never need it, metrics do.
-        not_ready_reasons: Why no traffic should come.
-        fetch_metrics: The text that Prometheus reads.
+        config: With the token that ``/metrics`` requires, if any. Probes never require it.
+        not_ready_reasons: Returns why no traffic should be sent here; empty if ready.
+        fetch_metrics: Returns Prometheus' text format.
     """
 
     async def live(_request: web.Request) -> web.Response:

@@ -1,4 +1,4 @@
-"""The public port: routes, and what every answer has in common."""
+"""The public port: its routes, and what all responses have in common. Served by ``service``."""
 
 from __future__ import annotations
 
@@ -46,19 +46,20 @@ _SECURITY_HEADERS: Final = (
 )
 
 _MAX_LINE_BYTES: Final = 32 * 1024
-"""Bytes of the request line and of one header: a native EventSource for which a long
-Last-Event-ID were refused would never come back."""
+"""Of the request line and of one header. A native EventSource never reconnects after an error
+response, so a long Last-Event-ID must not cause one."""
 
 _IDLE_SECONDS: Final = 300
-"""How long a connection may take over its request's head, and live between two requests; as
-PocketBase, and longer than proxies keep theirs."""
+"""Time limit of a request's head, and of an idle connection between requests: PocketBase's, and
+longer than that of common proxies, which otherwise would reuse a connection closed here."""
 
 _LINGERING_SECONDS: Final = 1
-"""How long the rest of a refused body is read and dropped, so that the client sees the answer."""
+"""How long the rest of a refused body is read and dropped. Closing at once would reset the
+connection, and the client might lose the response."""
 
 
 def build_app(hub: Hub, authenticator: Authenticator, config: Config) -> web.Application:
-    """Return the application; ``build_runner`` serves it with the limits it counts on."""
+    """Return the application, to be served by ``build_runner``, which sets its limits."""
     surface = ResponseMiddleware(config.server)
     app = web.Application(middlewares=[redirect.redirect_to_clean_path, surface.handle])
     app[BODY_READER_KEY] = BodyReader()
@@ -74,7 +75,7 @@ def build_app(hub: Hub, authenticator: Authenticator, config: Config) -> web.App
 
 
 def build_runner(app: web.Application) -> web.AppRunner:
-    """Return the runner that notices at once when a client goes away, and keeps its limits."""
+    """Return a runner with this module's limits, whose handlers are cancelled on disconnect."""
     runner = web.AppRunner(
         app,
         handler_cancellation=True,
@@ -92,10 +93,10 @@ def build_runner(app: web.Application) -> web.AppRunner:
 
 
 class ResponseMiddleware:
-    """What is the same whatever the route: headers, preflights, the form of a refusal.
+    """Responds to preflights, encodes errors and adds headers, for all routes.
 
     Args:
-        server: Origins and language.
+        server: Has the allowed origins and the language of messages.
     """
 
     def __init__(self, server: ServerConfig) -> None:
@@ -104,7 +105,7 @@ class ResponseMiddleware:
 
     @web.middleware
     async def handle(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
-        """Let the handler answer, and say in the API's form why it can't."""
+        """Call the handler; respond to its errors in the API's form."""
         if request.method == "OPTIONS":
             return web.Response(status=204)
         if (request.content_length or 0) > MAX_BODY_BYTES:
@@ -121,12 +122,12 @@ class ResponseMiddleware:
         except web.HTTPException:
             raise
         except ConnectionError:
-            return web.Response()  # nobody is there to read it, and aiohttp drops it quietly
+            return web.Response()  # the client is gone: aiohttp drops the response silently
         except Exception:
-            # The last resort: whoever asked still gets an answer of the API's form.
+            # A defect of this program: the client gets a response of the API's form all the same.
             log.exception("request.failed", path=request.path)
             if request.writer.output_size and request.transport is not None:
-                request.transport.abort()  # the head is out, another can't follow
+                request.transport.abort()  # the head was sent, so no second one can follow
             refusal = INTERNAL_ERROR
         return self._respond_with_error(request, refusal)
 
@@ -152,14 +153,14 @@ class ResponseMiddleware:
         return preferred_language(",".join(request.headers.getall("Accept-Language", [])))
 
     async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Add what every answer of ours carries; to PocketBase a redirect is its router's."""
+        """Add the headers of all responses; PocketBase's router sends redirects without them."""
         response.headers.popall("Server", None)  # aiohttp's; PocketBase sends none
         if response.status == redirect.REDIRECT_STATUS:
             return
         origin = request.headers.get("Origin", "")
         if request.method == "OPTIONS":
-            asked = request.headers.get("Access-Control-Request-Headers", "")
-            response.headers.extend(self._allowed_origins.preflight_headers(origin, asked))
+            requested = request.headers.get("Access-Control-Request-Headers", "")
+            response.headers.extend(self._allowed_origins.preflight_headers(origin, requested))
         else:
             response.headers.extend(
                 (*_SECURITY_HEADERS, *self._allowed_origins.response_headers(origin))
@@ -167,17 +168,17 @@ class ResponseMiddleware:
 
 
 async def _handle_expect(request: web.Request) -> None:
-    """Answer ``Expect: 100-continue``, unless what would come is too large anyway."""
+    """Answer ``Expect: 100-continue``, unless the declared body is too large."""
     if request.headers["Expect"].lower() != "100-continue":
         raise web.HTTPExpectationFailed(text="")
     if (request.content_length or 0) <= MAX_BODY_BYTES:
         with suppress(ConnectionError):
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # as aiohttp's own: not yet the answer
+        request.writer.output_size = 0  # as aiohttp's own handler: the response is yet to come
 
 
 class _ClientErrorFilter(logging.Filter):
-    """Lowers what aiohttp says of requests that aren't HTTP: nobody here must act on those."""
+    """Drops aiohttp's log entries about requests that aren't HTTP: no operator can act on them."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None

@@ -1,4 +1,8 @@
-"""Bodies of requests: read and taken apart, within the bytes and seconds that there are."""
+"""Reads request bodies and parses them, within limits of bytes and time.
+
+Called by the routes that have a body. A body of up to 64 KiB is parsed on the event loop; a larger
+one in a thread, one at a time, after its bytes were counted against the limits of large bodies.
+"""
 
 from __future__ import annotations
 
@@ -24,58 +28,54 @@ from pgrealtime.networks import client_network
 _Content = TypeVar("_Content")
 
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024
-"""Bytes; a body that declares more is refused before it is read (protocol, 1.7)."""
+"""A body that declares more is refused before it is read (protocol, 1.7)."""
 
 LARGE_BODY_BYTES: Final = 64 * 1024
-"""Bytes above which a body is taken apart in a thread, so that nobody else waits for it; up to here
-it doesn't count as large either."""
+"""A larger body is parsed in a thread, so that no event waits for it."""
 
-_MAX_LARGE_BYTES_PER_ADDRESS: Final = 40 * 1024 * 1024
-"""Of large bodies from one address that are here at a time: one of the largest, and some more."""
+_MAX_LARGE_BYTES_PER_NETWORK: Final = 40 * 1024 * 1024
+"""Bytes of large bodies from one network at a time: one of the maximum size, and some more."""
 _MAX_LARGE_BYTES: Final = 128 * 1024 * 1024
-"""Of large bodies that are here at a time. Smaller ones are read beside them: calls for topics go
-on while somebody fills this."""
-_MAX_SMALL_BYTES_PER_ADDRESS = 16 * 1024 * 1024
-"""Of smaller bodies from one address."""
+"""Bytes of all large bodies at a time. Small bodies have limits of their own: subscribe calls are
+served while this limit is reached."""
+_MAX_SMALL_BYTES_PER_NETWORK: Final = 16 * 1024 * 1024
+"""Bytes of small bodies from one network at a time."""
 
 _BODY_TIMEOUT_SECONDS: Final = 60.0
 """How long a client may take to send its body."""
 
 
 class BodyReader:
-    """The bodies that are being read or taken apart.
+    """Reads and parses bodies; one per application, because its limits are of all routes.
 
     Args:
-        max_large_bytes_per_address: Bytes of one address' large bodies at a time.
-        max_large_bytes: Of all.
-        max_small_bytes_per_address: Bytes of one address' smaller bodies at a time.
+        max_large_bytes_per_network: Bytes of one network's large bodies at a time.
+        max_large_bytes: Bytes of all large bodies at a time.
+        max_small_bytes_per_network: Bytes of one network's small bodies at a time.
         timeout_seconds: That a client may take to send its body.
     """
 
     def __init__(
         self,
         *,
-        max_large_bytes_per_address: int = _MAX_LARGE_BYTES_PER_ADDRESS,
+        max_large_bytes_per_network: int = _MAX_LARGE_BYTES_PER_NETWORK,
         max_large_bytes: int = _MAX_LARGE_BYTES,
-        max_small_bytes_per_address: int = _MAX_SMALL_BYTES_PER_ADDRESS,
+        max_small_bytes_per_network: int = _MAX_SMALL_BYTES_PER_NETWORK,
         timeout_seconds: float = _BODY_TIMEOUT_SECONDS,
     ) -> None:
-        self._max_large_bytes_per_address = max_large_bytes_per_address
-        self._max_large_bytes = max_large_bytes
         self._timeout_seconds = timeout_seconds
-        self._max_small_bytes_per_address = max_small_bytes_per_address
-        self._large_bytes_by_network: Counter[str] = Counter()
-        self._small_bytes_by_network: Counter[str] = Counter()
-        self._large_bytes = 0
-        self._thread_turns = FairLock()
-        self._chunk_turns = FairLock()
-        """For the next piece of a large body, one each time the loop has seen to all others: of
-        some dozen bodies at once a piece each would hold up events for as long."""
+        self._large = _ByteQuota(max_large_bytes_per_network, max_large_bytes)
+        self._small = _ByteQuota(max_small_bytes_per_network)
+        self._parse_lock = FairLock()
+        """Held while a thread parses: several would compete for the interpreter's lock."""
+        self._chunk_lock = FairLock()
+        """Held while the next chunk of a large body is taken, one per pass of the loop: a chunk
+        of each of some dozen bodies at once would delay events for as long."""
 
     @property
     def large_bytes(self) -> int:
-        """Bytes of the large bodies that are here."""
-        return self._large_bytes
+        """Bytes of the large bodies that are being read or parsed."""
+        return self._large.total_bytes
 
     async def read(
         self,
@@ -85,95 +85,105 @@ class BodyReader:
         *,
         max_bytes: int = MAX_BODY_BYTES,
     ) -> _Content:
-        """Return what a function makes of the body.
+        """Read the body and return what ``parse`` returns for it.
 
         Args:
-            request: It has a body.
-            address: Whose; of IPv6 its network's bodies are counted together.
-            parse: Is given content type, body and query string; runs in a thread if that is long,
-                one at a time: several would only keep each other from the interpreter.
-            max_bytes: Bytes of the body.
+            request: With a body.
+            address: Of the client; limits count by its network.
+            parse: Called with content type, body and query string; for a large body in a thread.
+            max_bytes: Maximum size of the body.
 
         Raises:
-            RequestRefusedError: The body is larger than it may be, broken, too slow in coming, or
-                more than there is room for.
+            RequestRefusedError: The body is too large, broken or too slow, or a limit is reached.
         """
         content_type = request.headers.get("Content-Type", "")
         query = request.rel_url.raw_query_string.encode()
         network = client_network(address)
         body = _BodyBuffer()
-        counted = small = 0
+        large_bytes = small_bytes = 0
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                async for piece in request.content.iter_any():
-                    body.append(piece)
+                async for chunk in request.content.iter_any():
+                    body.append(chunk)
                     if body.size_bytes > max_bytes:
                         raise RequestRefusedError(BODY_TOO_LARGE)
                     if body.size_bytes > LARGE_BODY_BYTES:
-                        self._count_large(network, body.size_bytes - counted)
-                        counted = body.size_bytes
-                        async with self._chunk_turns.acquire(network):
+                        self._large.add(network, body.size_bytes - large_bytes)
+                        large_bytes = body.size_bytes
+                        async with self._chunk_lock.acquire(network):
                             await asyncio.sleep(0)
                     else:
-                        self._count_small(network, len(piece))
-                        small = body.size_bytes
-            if not counted:
+                        self._small.add(network, len(chunk))
+                        small_bytes = body.size_bytes
+            if not large_bytes:
                 return parse(content_type, body.join_and_clear(), query)
-            # Shielded: who hangs up doesn't make room before the thread is free.
+            # Shielded: the thread keeps the bytes until it ends, so they stay counted until then,
+            # also if the client disconnects. From here the task subtracts them.
             work = partial(_parse_and_release, parse, content_type, body, query)
-            taking = asyncio.create_task(self._parse_in_thread(work, network, counted))
-            counted, body = 0, _BodyBuffer()
-            return await asyncio.shield(taking)
+            parsing = asyncio.create_task(self._parse_in_thread(work, network, large_bytes))
+            large_bytes, body = 0, _BodyBuffer()
+            return await asyncio.shield(parsing)
         except TimeoutError as error:
             raise RequestRefusedError(REQUEST_TIMEOUT) from error
         except web.RequestPayloadError as error:
             raise RequestRefusedError(BAD_REQUEST) from error
         finally:
             body.clear()
-            self._count_large(network, -counted)
-            self._count_small(network, -small)
+            self._large.subtract(network, large_bytes)
+            self._small.subtract(network, small_bytes)
 
     async def _parse_in_thread(
-        self, parse: Callable[[], _Content], network: str, size: int
+        self, parse: Callable[[], _Content], network: str, size_bytes: int
     ) -> _Content:
-        """Return what work in a thread makes of a body; its bytes go then."""
         try:
-            async with self._thread_turns.acquire(network):
+            async with self._parse_lock.acquire(network):
                 return await asyncio.to_thread(parse)
         finally:
-            self._count_large(network, -size)
+            self._large.subtract(network, size_bytes)
 
-    def _count_large(self, network: str, size: int) -> None:
-        """Count bytes that came or went.
+
+class _ByteQuota:
+    """Bytes held, per network and in total, and their limits."""
+
+    def __init__(self, max_per_network: int, max_total: int | None = None) -> None:
+        self.total_bytes = 0
+        self._max_per_network = max_per_network
+        self._max_total = max_total
+        self._by_network: Counter[str] = Counter()
+
+    def add(self, network: str, size_bytes: int) -> None:
+        """Count bytes that arrived.
 
         Raises:
-            RequestRefusedError: There is no room for them.
+            RequestRefusedError: A limit is exceeded; the bytes are not counted.
         """
-        held, total = self._large_bytes_by_network[network] + size, self._large_bytes + size
-        if size > 0 and (held > self._max_large_bytes_per_address or total > self._max_large_bytes):
+        total = self.total_bytes + size_bytes
+        if self._by_network[network] + size_bytes > self._max_per_network or (
+            self._max_total is not None and total > self._max_total
+        ):
             raise RequestRefusedError(TOO_MANY_REQUESTS)
-        self._large_bytes = total
-        _set_or_delete(self._large_bytes_by_network, network, held)
+        self._by_network[network] += size_bytes
+        self.total_bytes = total
 
-    def _count_small(self, network: str, size: int) -> None:
-        held = self._small_bytes_by_network[network] + size
-        if size > 0 and held > self._max_small_bytes_per_address:
-            raise RequestRefusedError(TOO_MANY_REQUESTS)
-        _set_or_delete(self._small_bytes_by_network, network, held)
+    def subtract(self, network: str, size_bytes: int) -> None:
+        """Count bytes that are freed."""
+        self.total_bytes -= size_bytes
+        self._by_network[network] -= size_bytes
+        if not self._by_network[network]:
+            del self._by_network[network]
 
 
 class _BodyBuffer:
-    """What has come of a body, in pieces that stay where they are.
+    """The received part of a body, in chunks of 64 KiB or more that are never moved.
 
-    One block that grows would be moved again and again, which leaves holes of its size in the
-    process's memory.
+    One growing block would be reallocated again and again, which fragments the process's memory.
     """
 
     def __init__(self) -> None:
         self.size_bytes = 0
         self._chunks: list[bytes] = []
         self._open_chunk = bytearray()
-        """What came in many small parts must not be kept as many."""
+        """Collects small chunks: a client may send a body byte by byte."""
 
     def append(self, chunk: bytes) -> None:
         self.size_bytes += len(chunk)
@@ -183,13 +193,12 @@ class _BodyBuffer:
             self._open_chunk.clear()
 
     def join_and_clear(self) -> bytes:
-        """Return the whole; the pieces go."""
+        """Return the whole body and free the chunks."""
         whole = b"".join((*self._chunks, self._open_chunk))
         self.clear()
         return whole
 
     def clear(self) -> None:
-        """Let go of it."""
         self._chunks.clear()
         self._open_chunk.clear()
 
@@ -200,10 +209,11 @@ def _parse_and_release(
     body: _BodyBuffer,
     query: bytes,
 ) -> _Content:
-    """Return what a function makes of a body, of which nothing is left then.
+    """Parse a body in a thread, leaving no reference to its bytes.
 
-    A task that fails and the frames that its error came through hold each other, and with them all
-    that was in those frames, until the garbage collector comes: it may take hundreds of bodies.
+    A task that failed and the frames of its exception refer to each other: without clearing them
+    the body would stay in memory until the garbage collector runs, perhaps hundreds of bodies
+    later.
     """
     try:
         return parse(content_type, body.join_and_clear(), query)
@@ -218,13 +228,4 @@ def _clear_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _set_or_delete(bytes_by_network: Counter[str], network: str, size: int) -> None:
-    """Keep what a network has, if that is anything."""
-    if size:
-        bytes_by_network[network] = size
-    else:
-        del bytes_by_network[network]
-
-
 BODY_READER_KEY: Final = web.AppKey("body_reader", BodyReader)
-"""Of an application: one for all its routes."""

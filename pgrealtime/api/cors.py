@@ -1,4 +1,4 @@
-"""The headers that let a browser's page of another origin in (protocol, 1.2 and 1.3)."""
+"""CORS response headers, for ``api.app`` (protocol, 1.2 and 1.3)."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import re
 from collections.abc import Sequence
 
 Headers = list[tuple[str, str]]
-"""In order; a name may come more than once."""
+"""In order; a name may occur more than once."""
 
 _ANY_ORIGIN = "*"
 _ALLOWED_METHODS = "GET,HEAD,PUT,PATCH,POST,DELETE"
 _MAX_ORIGIN_CHARACTERS = 261
-"""A longer one can't be real; kept from the patterns, as PocketBase does."""
+"""Longest origin that is matched against patterns, as in PocketBase; no real one is longer."""
 
 
 class AllowedOrigins:
-    """The configured origins: ``*``, exact ones, or with ``*`` and ``?`` as wildcards in them."""
+    """The configured origins: ``*``, exact origins, and patterns with ``*`` and ``?``."""
 
     def __init__(self, origins: Sequence[str]) -> None:
         self._exact = frozenset(origins)
         self._patterns = [_origin_pattern(origin) for origin in origins if origin != _ANY_ORIGIN]
 
     def allow_origin(self, origin: str) -> str | None:
-        """Return the value of ``Access-Control-Allow-Origin``; None if it must stay away."""
+        """Return the value of ``Access-Control-Allow-Origin``; None for no such header."""
         if _ANY_ORIGIN in self._exact:
             return _ANY_ORIGIN
         if origin in self._exact or self._matches(origin):
@@ -34,17 +34,17 @@ class AllowedOrigins:
         return could_be_one and any(pattern.fullmatch(origin) for pattern in self._patterns)
 
     def response_headers(self, origin: str) -> Headers:
-        """Return the headers of an answer that isn't a preflight's."""
+        """Return the headers of a response that answers no preflight request."""
         allowed = self.allow_origin(origin) if origin else None
         vary = ("Vary", "Origin")
         return [vary] if allowed is None else [vary, ("Access-Control-Allow-Origin", allowed)]
 
     def preflight_headers(self, origin: str, request_headers: str) -> Headers:
-        """Return the headers of the answer to an OPTIONS request.
+        """Return the headers of the response to a preflight (OPTIONS) request.
 
         Args:
             origin: The header, empty without one.
-            request_headers: ``Access-Control-Request-Headers``, given back as it came.
+            request_headers: ``Access-Control-Request-Headers``, returned unchanged.
         """
         headers = self.response_headers(origin)
         if len(headers) == 1:

@@ -1,7 +1,8 @@
-"""What a client is told when its request can't be served: PocketBase's words, in two languages.
+"""Error responses of the API: PocketBase's statuses and messages, in two languages.
 
-The English is PocketBase's to the byte. The Chinese is that of the API document this program
-started from, and in its manner where the document is silent.
+Raised by the routes as ``RequestRefusedError``; ``api.app`` encodes them. The English is
+PocketBase's to the byte. The Chinese is that of the API document this program implements, and in
+its style where the document has none.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ Language: TypeAlias = Literal["en", "zh"]
 
 @dataclass(frozen=True, slots=True)
 class LocalizedText:
-    """One sentence, in each language."""
+    """One sentence in each language."""
 
     en: str
     zh: str
 
     def in_language(self, language: Language) -> str:
-        """Return the sentence."""
+        """Return the sentence in that language."""
         return self.en if language == "en" else self.zh
 
 
 @dataclass(frozen=True, slots=True)
 class MemberFault:
-    """What is wrong with one member of a body."""
+    """Why one member of a body is invalid."""
 
     code: str
     text: LocalizedText
@@ -38,12 +39,12 @@ class MemberFault:
 
 
 MemberFaults: TypeAlias = Mapping[str, "MemberFault | MemberFaults"]
-"""By member name; an element of a list by its zero based index, one level down."""
+"""By member name; one level below a list, by the index of the element."""
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorResponse:
-    """A refusal: the status, the sentence, and the members at fault, if any."""
+    """Status and body of an error response."""
 
     status: int
     text: LocalizedText
@@ -99,7 +100,7 @@ _RESPONSE_BY_CODE: Final[Mapping[str, ErrorResponse]] = {
 
 
 class RequestRefusedError(PgRealtimeError):
-    """A request that gets this answer, found out on the way."""
+    """The request gets this response."""
 
     code = "request_refused"
 
@@ -109,14 +110,14 @@ class RequestRefusedError(PgRealtimeError):
 
 
 def error_response_of(error: PgRealtimeError) -> ErrorResponse:
-    """Return what the client is told of this error; an unforeseen code is our own failure."""
+    """Return the response for an error; an unexpected code is an internal error."""
     if isinstance(error, RequestRefusedError):
         return error.error_response
     return _RESPONSE_BY_CODE.get(error.error_code, INTERNAL_ERROR)
 
 
 def invalid_members(faults: MemberFaults) -> ErrorResponse:
-    """Return the refusal of a body that could be read but doesn't hold."""
+    """Return the response for a body with invalid members."""
     return ErrorResponse(400, _SOMETHING_WENT_WRONG, faults)
 
 
@@ -142,18 +143,18 @@ _LIMIT_TEXTS: Final[Mapping[str, LocalizedText]] = {
         "每个地址不含等值条件的过滤器不得超过 {most} 个。",
     ),
 }
-"""Ours: PocketBase has no such limits."""
+"""Limits of this program; PocketBase has none of them."""
 
 
 def limit_reached(limit_name: str, maximum: int) -> MemberFault:
-    """Return what is wrong with a topic that is one too many of its kind."""
+    """Return the fault of a topic that exceeds the limit."""
     text = _LIMIT_TEXTS[limit_name]
-    told = LocalizedText(text.en.format(most=maximum), text.zh.format(most=maximum))
-    return MemberFault("validation_limit_reached", told, {"max": maximum})
+    message = LocalizedText(text.en.format(most=maximum), text.zh.format(most=maximum))
+    return MemberFault("validation_limit_reached", message, {"max": maximum})
 
 
 def encode_error_response(error_response: ErrorResponse, language: Language) -> bytes:
-    """Return the body of the answer: sorted members, no spaces, no newline at the end."""
+    """Return the response's JSON: sorted members, no blanks, no final newline."""
     return json.dumps(
         {
             "data": _encode_faults(error_response.member_faults, language),
@@ -176,12 +177,12 @@ def _encode_faults(faults: MemberFaults, language: Language) -> dict[str, object
 
 
 def _encode_fault(fault: MemberFault, language: Language) -> dict[str, object]:
-    told: dict[str, object] = {"code": fault.code, "message": fault.text.in_language(language)}
-    return {**told, "params": dict(fault.params)} if fault.params else told
+    members: dict[str, object] = {"code": fault.code, "message": fault.text.in_language(language)}
+    return {**members, "params": dict(fault.params)} if fault.params else members
 
 
 def preferred_language(accept_language: str) -> Language:
-    """Return the language an ``Accept-Language`` header asks for; English unless Chinese leads.
+    """Return the preferred language of an ``Accept-Language`` header, English by default.
 
     Equal weights keep the order they are written in (RFC 9110, section 12.5.4).
     """
@@ -206,11 +207,11 @@ def _parse_language_range(entry: str) -> tuple[str, float]:
 BLANK_MEMBER: Final = MemberFault(
     "validation_required", LocalizedText("Cannot be blank.", "缺少必填值。")
 )
-"""What is wrong with a member that must be there."""
+"""The fault of a required member that is missing or empty."""
 
 
 def length_out_of_range(min_bytes: int, max_bytes: int) -> MemberFault:
-    """Return what is wrong with a text that is too short or too long, in bytes."""
+    """Return the fault of a text that is too short or too long, in bytes."""
     return MemberFault(
         "validation_length_out_of_range",
         LocalizedText(
@@ -221,7 +222,8 @@ def length_out_of_range(min_bytes: int, max_bytes: int) -> MemberFault:
     )
 
 
-def _length_too_long(maximum: int) -> MemberFault:
+def length_too_long(maximum: int) -> MemberFault:
+    """Return the fault of a text of too many bytes, or a list of too many elements."""
     return MemberFault(
         "validation_length_too_long",
         LocalizedText(f"The length must be no more than {maximum}.", f"长度不得超过 {maximum}。"),

@@ -1,4 +1,4 @@
-"""``/api/health`` in PocketBase's shape (protocol, 9.4): whether somebody is there to answer."""
+"""The route ``/api/health`` in PocketBase's form (protocol, 9.4): whether the process responds."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class HealthRoute:
     """The handler.
 
     Args:
-        authenticator: Superusers are told more.
-        server: Whose proxies are believed.
+        authenticator: To recognize superusers, who receive more.
+        server: Has the trusted proxies.
     """
 
     def __init__(self, authenticator: Authenticator, server: ServerConfig) -> None:
@@ -30,7 +30,7 @@ class HealthRoute:
         self._trusted_proxies = server.trusted_proxies
 
     async def get_health(self, request: web.Request) -> web.StreamResponse:
-        """Answer."""
+        """Respond 200."""
         return respond_json(
             request,
             {"message": "API is healthy.", "code": 200, "data": await self._health_data(request)},
@@ -40,7 +40,7 @@ class HealthRoute:
         try:
             caller = await self._authenticator.authenticate(request.headers.get("Authorization"))
         except PgRealtimeError:
-            return {}  # who it is can't be found out now, and health isn't about that
+            return {}  # the users table can't be read now; this process is healthy all the same
         if not isinstance(caller.principal, Superuser):
             return {}
         return {

@@ -1,4 +1,4 @@
-"""JSON answers: the query parameter ``fields`` trims every one that isn't an error."""
+"""JSON responses of the routes other than the stream, reduced by the query parameter ``fields``."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from pgrealtime.records.values import Json
 
 
 def respond_json(request: web.Request, members: Mapping[str, Json]) -> web.Response:
-    """Return a 200 whose object has the members in this order.
+    """Return a 200 with an object of the members that ``fields`` selects, in this order.
 
     Raises:
-        RequestRefusedError: ``fields`` can't be read.
+        RequestRefusedError: ``fields`` can't be parsed.
     """
     fields = parse_fields(query_values(request).get("fields", ""))
     if fields is None:
         raise RequestRefusedError(BAD_REQUEST)
-    pick_of = compile_projections(fields)
-    picks = ((name, value, pick_of(name)) for name, value in members.items())
-    picked = {name: pick(value) for name, value, pick in picks if pick is not None}
-    return web.Response(body=msgspec.json.encode(picked), content_type="application/json")
+    projection_of = compile_projections(fields)
+    shown = {
+        name: project(value)
+        for name, value in members.items()
+        if (project := projection_of(name)) is not None
+    }
+    return web.Response(body=msgspec.json.encode(shown), content_type="application/json")
 
 
 def query_values(request: web.Request) -> dict[str, str]:
-    """Return the values of the URL's query, the first of each name, as PocketBase reads them."""
+    """Return the first value of each name in the URL's query, parsed as PocketBase does."""
     values: dict[str, str] = {}
     for name, value in parse_query_string(request.rel_url.raw_query_string.encode()).pairs:
         values.setdefault(name.decode(errors="replace"), value.decode(errors="replace"))

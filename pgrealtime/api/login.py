@@ -1,4 +1,4 @@
-"""``/api/collections/COLL/auth-…``: logging in and staying so, on an existing users table."""
+"""The routes ``/api/collections/COLL/auth-…``: log in, renew a token, list the ways to log in."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from pgrealtime.records.values import Json
 _Content = TypeVar("_Content")
 
 _MAX_BODY_BYTES: Final = 1024 * 1024
-"""Bytes; two texts of 255 bytes are no longer in any encoding."""
+"""More than two texts of 255 bytes take in any encoding."""
 
 _COLLECTION_NOT_FOUND: Final = ErrorResponse(
     404, LocalizedText("Missing or invalid collection context.", "缺少或无效的集合上下文。")
@@ -70,9 +70,9 @@ class LoginRoutes:
 
     Args:
         login: Checks passwords and makes tokens.
-        authenticator: Knows the collections and who a token means.
-        server: Where the routes begin, and whose word on addresses counts.
-        own_records: Makes the records that are answered.
+        authenticator: Finds users tables and callers.
+        server: Has the base path and the trusted proxies.
+        own_records: Evaluates the ``auth_rule`` and renders the record of the response.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class LoginRoutes:
         router.add_post(f"{path}/auth-refresh", self.auth_refresh)
 
     async def auth_methods(self, request: web.Request) -> web.Response:
-        """Say how people of the collection can log in."""
+        """Respond with the ways to log in to the collection."""
         login = self._requested_auth_users(request).login
         is_enabled = bool(login.password_hash)
         names: list[Json] = [*login.identity] if is_enabled else []
@@ -107,7 +107,7 @@ class LoginRoutes:
                 "oauth2": {"providers": [], "enabled": False},
                 "mfa": off,
                 "otp": off,
-                # What SDKs before 0.23 read.
+                # Read by SDKs before 0.23.
                 "authProviders": [],
                 "usernamePassword": "username" in names,
                 "emailPassword": "email" in names,
@@ -115,7 +115,7 @@ class LoginRoutes:
         )
 
     async def auth_with_password(self, request: web.Request) -> web.Response:
-        """Log in."""
+        """Log in by password; respond with token and record."""
         users = self._requested_auth_users(request)
         if not users.login.password_hash:
             raise RequestRefusedError(_PASSWORD_AUTH_DISABLED)
@@ -134,10 +134,10 @@ class LoginRoutes:
         return await self._respond_with_session(request, session, caller, context="password")
 
     async def auth_refresh(self, request: web.Request) -> web.Response:
-        """Give whoever has a token that holds the record, and if possible a newer token."""
+        """Respond with the record of the token's user and, if it is refreshable, a new token."""
         users = self._requested_users(request)
-        identity = await self._authenticate_token(request)
-        match identity.caller.principal:
+        authenticated = await self._authenticate_token(request)
+        match authenticated.caller.principal:
             case AuthRecord(collection_id=collection, id=record_id) if (
                 collection == users.collection.id
             ):
@@ -148,17 +148,17 @@ class LoginRoutes:
                 raise RequestRefusedError(_wrong_collection("_superusers"))
         await self._read_body(request, check_body_readable)
         try:
-            session = await self._login.refresh_session(users, record_id, identity)
+            session = await self._login.refresh_session(users, record_id, authenticated)
         except AuthError as error:
             raise RequestRefusedError(TOKEN_REQUIRED) from error
         return await self._respond_with_session(
-            request, session, identity.caller, context="default"
+            request, session, authenticated.caller, context="default"
         )
 
     async def _read_body(
         self, request: web.Request, parse: Callable[[str, bytes, bytes], _Content]
     ) -> _Content | None:
-        """Return what the body says, None if there is none."""
+        """Return the parsed body, None if there is none."""
         if not request.body_exists or request.content_length == 0:
             return None
         address = client_address(request, self._server.trusted_proxies)
@@ -190,13 +190,13 @@ class LoginRoutes:
     async def _respond_with_session(
         self, request: web.Request, session: LoginSession, caller: Caller, *, context: str
     ) -> web.Response:
-        """Let somebody in, if the collection's rule does.
+        """Respond with token and record, if the collection's ``auth_rule`` holds.
 
         Args:
-            request: Of either kind.
-            session: Theirs.
-            caller: Who asks, as the request's own token says.
-            context: What rules call it.
+            request: Log in or refresh.
+            session: Of the user.
+            caller: By the token of the request.
+            context: ``@request.context`` of the rule.
         """
         account = session.account
         collection, row = account.users.collection, account.row
@@ -212,7 +212,7 @@ class LoginRoutes:
 
 
 def _headers_for_rules(request: web.Request) -> dict[str, str]:
-    """The first value of each header; Go keeps ``Host`` apart from them."""
+    """Return the first value of each header but ``Host``, which Go keeps apart from headers."""
     headers: dict[str, str] = {}
     for name, value in request.headers.items():
         headers.setdefault(snake_case(name), value)

@@ -1,8 +1,8 @@
-"""The body of a login: from bytes to a checked ``LoginCall``, as the subscribe call's is."""
+"""The body of a login: from bytes to a checked ``LoginCall``. Used by ``api.login``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,17 +16,18 @@ from pgrealtime.api.error_responses import (
     RequestRefusedError,
     length_out_of_range,
 )
-from pgrealtime.protocol.form_json import fold_name, json_payloads, read_string_or_empty
-from pgrealtime.protocol.forms import FormError, parse_form
+from pgrealtime.protocol.form_json import fold_name, json_payloads, open_body, read_string_or_empty
+from pgrealtime.protocol.forms import FormError, FormPair
 from pgrealtime.protocol.json_reader import JsonError, JsonReader
 
-_FORM_CONTENT_TYPES: Final = ("multipart/form-data", "application/x-www-form-urlencoded")
 _MAX_MEMBER_BYTES: Final = 255
-"""Bytes of each member."""
 
 LOGIN_UNREADABLE: Final = ErrorResponse(
     400,
     LocalizedText("An error occurred while loading the submitted data.", "加载提交的数据时出错。"),
+)
+_LOGIN_INVALID: Final = LocalizedText(
+    "An error occurred while validating the submitted data.", "验证提交的数据时出错。"
 )
 _UNSUPPORTED_CONTENT_TYPE: Final = ErrorResponse(
     400, LocalizedText("Unsupported Content-Type.", "不支持的 Content-Type。")
@@ -38,7 +39,7 @@ _INVALID_VALUE: Final = MemberFault(
 
 @dataclass(frozen=True, slots=True)
 class LoginCall:
-    """What a client submitted, as it submitted it."""
+    """A login as submitted, unchecked. One without a body has the defaults."""
 
     identity: str = ""
     password: str = field(default="", repr=False)
@@ -53,35 +54,38 @@ _ATTRIBUTE_BY_MEMBER: Final = {
 
 
 def parse_login_call(content_type: str, body: bytes, query: bytes) -> LoginCall:
-    """Return what the body says; see ``body.parse_subscribe_call``, whose readers these are.
+    """Parse a body; for the arguments see ``form_json.open_body``.
 
     Raises:
-        RequestRefusedError: It can't be read, or is of a type that isn't known.
+        RequestRefusedError: It can't be read, or has an unknown content type.
     """
     try:
-        if content_type.startswith("application/json"):
-            return LoginCall(**_members_from_json(JsonReader(body), fold_name))
-        if content_type.startswith(_FORM_CONTENT_TYPES):
-            return LoginCall(**_members_from_form(parse_form(content_type, body, query)))
+        match open_body(content_type, body, query):
+            case JsonReader() as reader:
+                return LoginCall(**_members_from_json(reader, fold_name))
+            case list() as pairs:
+                return LoginCall(**_members_from_form(pairs))
+            case None:
+                raise RequestRefusedError(_UNSUPPORTED_CONTENT_TYPE)
     except (JsonError, FormError) as error:
         raise RequestRefusedError(LOGIN_UNREADABLE) from error
-    raise RequestRefusedError(_UNSUPPORTED_CONTENT_TYPE)
 
 
 def check_body_readable(content_type: str, body: bytes, query: bytes) -> None:
-    """Let pass what can be read, for a call that wants nothing of it.
+    """Check that a body can be read whose members don't matter; arguments as above.
 
     Raises:
-        RequestRefusedError: It can't be read, or is of a type that isn't known.
+        RequestRefusedError: It can't be read, or has an unknown content type.
     """
     try:
-        if content_type.startswith("application/json"):
-            _skip_object(JsonReader(body))
-        elif content_type.startswith(_FORM_CONTENT_TYPES):
-            for reader in json_payloads(parse_form(content_type, body, query)):
+        match open_body(content_type, body, query):
+            case JsonReader() as reader:
                 _skip_object(reader)
-        else:
-            raise RequestRefusedError(_UNSUPPORTED_CONTENT_TYPE)
+            case list() as pairs:
+                for reader in json_payloads(pairs):
+                    _skip_object(reader)
+            case None:
+                raise RequestRefusedError(_UNSUPPORTED_CONTENT_TYPE)
     except (JsonError, FormError) as error:
         raise RequestRefusedError(BAD_REQUEST) from error
 
@@ -108,8 +112,8 @@ def _members_from_json(reader: JsonReader, normalize_name: Callable[[str], str])
     return found
 
 
-def _members_from_form(pairs: list[tuple[bytes, bytes]]) -> dict[str, str]:
-    """The first value of each key counts; ``@jsonPayload`` overwrites them, null empties all."""
+def _members_from_form(pairs: list[FormPair]) -> dict[str, str]:
+    """Return the first value of each key, overwritten by ``@jsonPayload``; its null resets all."""
     found: dict[str, str] = {}
     for name, value in pairs:
         attribute = _ATTRIBUTE_BY_MEMBER.get(name.decode(errors="replace"))
@@ -121,27 +125,19 @@ def _members_from_form(pairs: list[tuple[bytes, bytes]]) -> dict[str, str]:
 
 
 def check_login_call(call: LoginCall, identity_fields: Collection[str]) -> None:
-    """Let pass what can be tried.
-
-    Args:
-        call: As read.
-        identity_fields: What people of this collection log in by.
+    """Check the members of a call; the collection logs in by ``identity_fields``.
 
     Raises:
-        RequestRefusedError: With everything that is wrong.
+        RequestRefusedError: With all invalid members.
     """
-    texts: Mapping[str, str] = {"identity": call.identity, "password": call.password}
-    faults: MemberFaults = {
+    faults: dict[str, MemberFault | MemberFaults] = {
         name: BLANK_MEMBER if not text else length_out_of_range(1, _MAX_MEMBER_BYTES)
-        for name, text in texts.items()
+        for name, text in (("identity", call.identity), ("password", call.password))
         if not 0 < len(text.encode()) <= _MAX_MEMBER_BYTES
     }
     if len(call.identity_field.encode()) > _MAX_MEMBER_BYTES:
-        faults = {**faults, "identityField": length_out_of_range(1, _MAX_MEMBER_BYTES)}
+        faults["identityField"] = length_out_of_range(1, _MAX_MEMBER_BYTES)
     elif call.identity_field and call.identity_field not in identity_fields:
-        faults = {**faults, "identityField": _INVALID_VALUE}
+        faults["identityField"] = _INVALID_VALUE
     if faults:
-        message = LocalizedText(
-            "An error occurred while validating the submitted data.", "验证提交的数据时出错。"
-        )
-        raise RequestRefusedError(ErrorResponse(400, message, faults))
+        raise RequestRefusedError(ErrorResponse(400, _LOGIN_INVALID, faults))

@@ -1,4 +1,4 @@
-"""``/api/realtime``: GET opens the stream, POST says what is to be heard on it."""
+"""The route ``/api/realtime``: GET opens an SSE response, POST submits its topics."""
 
 from __future__ import annotations
 
@@ -32,30 +32,28 @@ from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.hub import Hub
 
 RUNNER_KEY: Final = web.AppKey("runner", web.AppRunner)
-"""What serves the application: it takes connections back when their streams end."""
+"""The runner that serves the application; it serves a connection again after its SSE response."""
 
 SHUTDOWN_SECONDS: Final = 5
-"""For what is still being answered or sent when the hub has ended its connections."""
+"""For responses and send buffers that are unfinished when the hub has closed its connections."""
 
 _MAX_POSITION_CHARACTERS: Final = 128
-"""Characters that are looked at; ours are shorter, and one that was cut is not ours."""
-
+"""Submitted positions are cut to this; a valid one is shorter, and a cut one never parses."""
 
 OUTCOME_HEADER: Final = "X-Pgrealtime-Outcome"
-"""Header of a subscribe call that asks what came of it, and of the answer: whether the caller is
-``known`` or a ``guest``, and the places of the topics that can bring nothing, as in
-``caller=guest; mute=0,2``. It doesn't tell a collection that isn't there from one that the caller
-may not see."""
+"""A subscribe call with this header gets it in the response: whether the caller is ``known`` or a
+``guest``, and the indexes of the topics that can match nothing, as in ``caller=guest; mute=0,2``.
+It must not distinguish a collection that doesn't exist from one that the caller may not see."""
 
 
 class RealtimeRoutes:
     """The two handlers.
 
     Args:
-        hub: Delivers.
-        authenticator: Knows the callers.
-        server: Whose proxies are believed.
-        config: How long a client may take no byte.
+        hub: Has the connections.
+        authenticator: Finds the caller of a request.
+        server: Has the trusted proxies.
+        config: Has the stall timeout.
     """
 
     def __init__(
@@ -73,28 +71,29 @@ class RealtimeRoutes:
         self._all_closed = asyncio.Event()
 
     async def connect(self, request: web.Request) -> web.StreamResponse:
-        """Send the head and let go; what follows is between the hub and the socket.
+        """Send the head, open a connection of the hub and detach the socket from aiohttp.
 
         Raises:
-            CancelledError: Always: to aiohttp it is a client that has gone.
+            CancelledError: Always: aiohttp then forgets the request, as after a disconnect.
         """
         response = EventStreamResponse(stall_timeout=self._stall_timeout)
         await response.prepare(request)
-        stream = make_sse_transport(
+        transport = make_sse_transport(
             request,
             response,
             stall_timeout=self._stall_timeout,
             next_protocol=request.app[RUNNER_KEY].server,
         )
         connection = self._hub.open_connection(
-            stream,
+            transport,
             address=client_address(request, self._trusted_proxies),
             last_event_id=_truncate_position(request.headers.get("Last-Event-ID")),
             position=_truncate_position(request.query.get("lastEventId")),
         )
-        self._transports.add(stream)
-        stream.on_closed = partial(self._on_closed, stream, connection)
-        take_over_connection(request, stream)
+        self._transports.add(transport)
+        transport.on_closed = partial(self._on_closed, transport, connection)
+        # No await from here to the end: the socket must not get data that nobody owns.
+        take_over_connection(request, transport)
         raise asyncio.CancelledError
 
     def _on_closed(self, transport: SseTransport, connection: Connection) -> None:
@@ -104,23 +103,25 @@ class RealtimeRoutes:
             self._all_closed.set()
 
     async def close_streams(self, _app: web.Application) -> None:
-        """Let streams that were ended send what they have, and drop the others."""
-        for stream in list(self._transports):
-            stream.next_protocol = None  # aiohttp has closed what it knew of, and looks no more
-            if not stream.is_ended:
-                stream.abort()
+        """Let closed transports send their buffers, within a time limit; abort the others."""
+        for transport in list(self._transports):
+            # aiohttp has closed the connections that it had, and would not close a returned one.
+            transport.next_protocol = None
+            if not transport.is_ended:
+                transport.abort()
         with suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_SECONDS):
                 while self._transports:
                     self._all_closed.clear()
                     await self._all_closed.wait()
-        for stream in self._transports:
-            stream.abort()
+        for transport in self._transports:
+            transport.abort()
 
     async def subscribe(self, request: web.Request) -> web.StreamResponse:
-        """Check in PocketBase's order: body, its members, client, address, authorization.
+        """Carry out a subscribe call.
 
-        Where guests aren't allowed they are told so once the body can be read.
+        Errors have PocketBase's order: body, its members, client id, address, authorization.
+        Guests, where they aren't allowed, are refused after the body was checked.
         """
         address = client_address(request, self._trusted_proxies)
         call = SubscribeCall()
@@ -139,19 +140,16 @@ class RealtimeRoutes:
         return web.Response(status=204, headers=headers)
 
     def _outcome_header(self, call: SubscribeCall, caller: Caller) -> dict[str, str]:
-        """Return what a 204 of PocketBase's leaves unsaid, for whoever asks for it."""
-        mute = self._hub.unmatchable_topics(call.client_id)
-        places = [str(n) for n, name in enumerate(call.subscriptions) if name in mute]
+        unmatchable = self._hub.unmatchable_topics(call.client_id)
+        indexes = [str(n) for n, name in enumerate(call.subscriptions) if name in unmatchable]
         kind = "guest" if isinstance(caller.principal, Guest) else "known"
-        return {OUTCOME_HEADER: f"caller={kind}; mute={','.join(places)}"}
+        return {OUTCOME_HEADER: f"caller={kind}; mute={','.join(indexes)}"}
 
 
 def _limit_response(error: SubscriptionLimitError, call: SubscribeCall) -> ErrorResponse:
-    """Return the refusal of a call for the first of its topics that is too many."""
-    at = call.subscriptions.index(error.topic)
-    return invalid_members(
-        {"subscriptions": {str(at): limit_reached(error.limit_name, error.maximum)}}
-    )
+    index = str(call.subscriptions.index(error.topic))
+    fault = limit_reached(error.limit_name, error.maximum)
+    return invalid_members({"subscriptions": {index: fault}})
 
 
 def _truncate_position(text: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Paths that aren't written plainly (``//api/realtime``) are sent on, as Go's router does it."""
+"""Redirects paths that aren't in canonical form (``//api/realtime``), as Go's router does."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from aiohttp import web
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 REDIRECT_STATUS: Final = 307
-"""Method and body are sent again."""
+"""Temporary Redirect: the client repeats method and body."""
 
 _SAFE_IN_PATHS: Final = "%/!$&'()*+,;=:@~[]"
-"""What stays as it is beside letters, digits and ``-._``; escapes among it."""
+"""Characters that stay unescaped besides letters, digits and ``-._``; existing escapes too."""
 
 _HTML_ESCAPES: Final = str.maketrans(
     {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&#34;", "'": "&#39;"}
@@ -23,7 +23,7 @@ _HTML_ESCAPES: Final = str.maketrans(
 
 
 def clean_path(path: str) -> str:
-    """Return the path without empty and dot segments; a slash at its end stays.
+    """Return the path without empty and dot segments; a final slash stays.
 
     Args:
         path: Still escaped: ``%2F`` and ``%2E`` are neither slash nor dot.
@@ -34,7 +34,7 @@ def clean_path(path: str) -> str:
 
 @web.middleware
 async def redirect_to_clean_path(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    """Say where to ask instead; let the handler answer if the path is plain already."""
+    """Redirect to the canonical path, or call the handler if this is one."""
     path = request.rel_url.raw_path
     plain = clean_path(path)
     if plain == path or not path.startswith("/"):

@@ -1,9 +1,12 @@
-"""One SSE response: PocketBase's head by aiohttp, and then the socket without it.
+"""One SSE response: aiohttp sends the head, ``SseTransport`` writes the body to the socket.
 
-What aiohttp keeps for a request under way is 13 KB: parser, tasks, request, response. None of it is
-of use once the head is out, so ``hand_over`` makes a ``SseTransport`` the transport's protocol and
-lets aiohttp forget the connection, as if the client had gone. At the body's end the connection goes
-back to aiohttp, which serves the client's next request on it.
+aiohttp keeps 13 KB for a request in progress: parser, tasks, request, response. None of it is used
+after the head, so ``take_over_connection`` makes an ``SseTransport`` the protocol of the socket and
+lets aiohttp forget the request as after a disconnect. At the end of the body the connection is
+returned to aiohttp, which serves the client's next request on it.
+
+Backpressure: ``write`` never waits. What the kernel doesn't accept stays in asyncio's buffer, whose
+size the hub reads (``buffered_bytes``) to decide what to queue and when to close a slow client.
 """
 
 from __future__ import annotations
@@ -17,27 +20,28 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp_sse import EventSourceResponse
 
 _MAX_PIPELINED_BYTES: Final = 64 * 1024
-"""Bytes kept of requests that a client sends while its stream goes on."""
+"""Bytes kept of requests that a client pipelines behind its SSE response; more aborts it."""
 
 
 class EventStreamResponse(EventSourceResponse):
-    """The response, with the head PocketBase sends and no events of its own.
+    """A response with PocketBase's head, whose body an ``SseTransport`` writes.
 
     Args:
-        stall_timeout: Seconds after which the kernel drops a client that acknowledges nothing.
+        stall_timeout: Seconds without an acknowledgement after which the kernel closes the
+            connection (``TCP_USER_TIMEOUT``).
     """
 
     def __init__(self, *, stall_timeout: float) -> None:
-        # HEAD runs the same handler (protocol, 2.10).
+        # HEAD has the same handler (protocol, 2.10).
         super().__init__(send_timeout=stall_timeout, allow_all_methods=True)
         self.headers["Cache-Control"] = "no-store"
         del self.headers["Connection"]
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Send the head at once. The library's pings are stopped before the first.
+        """Send the head at once, without the library's pings.
 
-        What keeps a connection alive is the hub's to say, and one timer for all of them costs a
-        fraction of a task each.
+        The hub sends heartbeats from one timer for all connections; a ping task of each would
+        cost many times as much.
         """
         writer = await super().prepare(request)
         self.stop_streaming()
@@ -45,21 +49,24 @@ class EventStreamResponse(EventSourceResponse):
 
 
 class SseTransport(asyncio.Protocol):
-    """The body of a response whose head is out: the hub's sink, and the transport's protocol.
+    """The body of a response whose head was sent: the hub's transport, and asyncio's protocol.
 
-    One call to ``write`` is one chunk, so a client that takes each read for a message is right
-    as often as with PocketBase.
+    States: open; ended (``close``: the end of the body may still be in the buffer); closed (the
+    connection was returned or is lost, and ``on_closed`` was called).
+
+    One call of ``write`` is one HTTP chunk: some clients take each chunk for a message, and
+    PocketBase writes a message at a time.
 
     Args:
-        transport: Of the connection.
-        is_chunked: Whether the body has the chunked coding.
+        transport: The socket's.
+        is_chunked: Whether the body has chunked transfer coding (HTTP/1.1).
         has_body: False for HEAD.
-        stall_timeout: Seconds that the client has to take the end of the body.
+        stall_timeout: Seconds that the client has to receive the end of the body.
         next_protocol: See below.
 
     Attributes:
-        next_protocol: Makes the protocol that serves the connection after the body; None closes it.
-        on_closed: Called once when the body's end was taken or the connection is gone.
+        next_protocol: Makes the protocol that serves the connection afterwards; None closes it.
+        on_closed: Called once, when the end of the body was sent or the connection is lost.
     """
 
     __slots__ = (
@@ -92,37 +99,38 @@ class SseTransport(asyncio.Protocol):
         self._is_ended = False
         self._pipelined = b""
         self._writable: asyncio.Event | None = None
-        """While the buffer is full: set when it isn't any more."""
+        """Exists while the buffer is above its high-water mark; set when it is low again."""
         self._abort_timer: asyncio.TimerHandle | None = None
         self.on_closed: Callable[[], None] = _do_nothing
 
     @property
     def is_ended(self) -> bool:
-        """Whether nothing more is taken."""
+        """Whether the body has ended: writes are ignored."""
         return self._is_ended
 
-    # --- the hub's side ---------------------------------------------------------------------
+    # --- called by the hub ------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
-        """Send bytes; after the end, and to a client that has gone, they are dropped."""
+        """Write bytes without waiting; drop them after the end or a lost connection."""
         if self._is_ended or not self._has_body or not data or self._transport.is_closing():
             return
         self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
 
     def buffered_bytes(self) -> int:
-        """Bytes the kernel hasn't taken yet."""
+        """Return the bytes written that the kernel hasn't accepted yet."""
         return self._transport.get_write_buffer_size()
 
     async def drain(self) -> None:
-        """Wait until the buffer is low or the client gone."""
+        """Wait until the buffer is below its low-water mark or the connection is lost."""
         if self._writable is not None:
             await self._writable.wait()
 
     def close(self) -> None:
-        """End the body after everything before it, dropping a client that doesn't take it."""
+        """End the body after what was written; abort if the client doesn't receive it in time."""
         if self._is_ended:
             return
         if self._is_chunked and self._has_body and not self._transport.is_closing():
+            # With a high-water mark of 0, resume_writing means that the buffer is empty.
             self._transport.set_write_buffer_limits(high=0)
             self._transport.write(b"0\r\n\r\n")
         self._is_ended = True
@@ -133,37 +141,37 @@ class SseTransport(asyncio.Protocol):
             self._return_connection()
 
     def abort(self) -> None:
-        """Drop the connection and what is buffered."""
+        """Close the connection at once and drop the buffer."""
         self._is_ended = True
         self._transport.abort()
 
-    # --- the transport's side ---------------------------------------------------------------
+    # --- called by asyncio (asyncio.Protocol) -----------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Keep the client's next requests for later."""
+        """Keep pipelined requests for the next protocol."""
         self._pipelined += data
         if len(self._pipelined) > _MAX_PIPELINED_BYTES:
             self._transport.abort()
 
     def pause_writing(self) -> None:
-        """Be told that the buffer is full."""
+        """Make ``drain`` wait: the buffer is above its high-water mark."""
         self._writable = asyncio.Event()
 
     def resume_writing(self) -> None:
-        """Be told that the buffer is low; after the end, that it is empty."""
+        """End ``drain``; after the end of the body, which is sent now, return the connection."""
         self._stop_waiting()
         if self._is_ended:
             self._return_connection()
 
     def connection_lost(self, _error: Exception | None) -> None:
-        """Be told that the connection is gone."""
+        """Close: the connection is lost."""
         self._is_ended = True
         self._stop_waiting()
         self._notify_closed()
 
     def _notify_closed(self) -> None:
-        over, self.on_closed = self.on_closed, _do_nothing
-        over()
+        on_closed, self.on_closed = self.on_closed, _do_nothing
+        on_closed()
 
     def _stop_waiting(self) -> None:
         if self._writable is not None:
@@ -179,15 +187,15 @@ class SseTransport(asyncio.Protocol):
             self._transport.close()
             return
         self._transport.set_write_buffer_limits()
-        following = self.next_protocol()
-        self._transport.set_protocol(following)
-        following.connection_made(self._transport)
-        if self._pipelined and isinstance(following, asyncio.Protocol):
-            following.data_received(self._pipelined)
+        protocol = self.next_protocol()
+        self._transport.set_protocol(protocol)
+        protocol.connection_made(self._transport)
+        if self._pipelined and isinstance(protocol, asyncio.Protocol):
+            protocol.data_received(self._pipelined)
 
 
 def _do_nothing() -> None:
-    """Stand for nobody who wants to know."""
+    pass
 
 
 def make_sse_transport(
@@ -197,19 +205,14 @@ def make_sse_transport(
     stall_timeout: float,
     next_protocol: Callable[[], asyncio.BaseProtocol] | None,
 ) -> SseTransport:
-    """Return the stream of a response whose head is out, for ``hand_over``.
-
-    Args:
-        request: What is answered.
-        response: Its head is out.
-        stall_timeout: Seconds that the client has to take the end of the body.
-        next_protocol: Makes the protocol that serves the client's next request.
+    """Return the transport for the body of a response whose head was sent.
 
     Raises:
-        ConnectionResetError: The client has gone.
+        ConnectionResetError: The client has disconnected.
     """
     if request.transport is None:
-        raise ConnectionResetError("the client went away before the head was out")
+        raise ConnectionResetError("the client disconnected before the head was sent")
+    # An unread request body would be taken for the next request.
     is_reusable = bool(response.keep_alive) and request.content.at_eof()
     return SseTransport(
         request.transport,
@@ -221,15 +224,15 @@ def make_sse_transport(
 
 
 def take_over_connection(request: web.Request, sse_transport: SseTransport) -> None:
-    """Make the stream the transport's protocol; aiohttp cancels and forgets the handler.
+    """Make the SSE transport the socket's protocol; aiohttp cancels and forgets the handler.
 
-    By the interfaces of asyncio: ``set_protocol``, and ``connection_lost`` on the protocol that
-    has the transport no more.
+    Uses asyncio's interfaces only: ``set_protocol``, then ``connection_lost`` on aiohttp's
+    protocol, whose transport is taken away first so that it can't close it.
     """
     protocol, transport = request.protocol, request.transport
     assert transport is not None
     transport.set_protocol(sse_transport)
     protocol.transport = None
     protocol.connection_lost(None)
-    if not transport.is_reading():  # a client sent more than aiohttp wanted to read
+    if not transport.is_reading():  # aiohttp paused reading because of pipelined requests
         transport.resume_reading()

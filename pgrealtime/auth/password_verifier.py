@@ -1,4 +1,10 @@
-"""Checks passwords in threads that stand behind the event loop."""
+"""Checks passwords in threads of low priority, a bounded number at a time. Used by ``auth.login``.
+
+Hashing takes tens to hundreds of milliseconds of a processor and releases the interpreter's lock,
+so a thread does not stop the event loop but competes with it for the core. A thread therefore runs
+under SCHED_IDLE, which leaves the loop every slice it can use. A loop that is busy all the time
+would starve it, so after a second its priority becomes ordinary.
+"""
 
 from __future__ import annotations
 
@@ -7,60 +13,55 @@ import os
 import sys
 import threading
 import time
-from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
 from pgrealtime.auth.passwords import StoredHash, parse_hash, verify_password
 from pgrealtime.errors import AuthError
+from pgrealtime.fairness import FairQueue
 
 _THREAD_COUNT = max(1, min(4, (os.cpu_count() or 1) - 1))
 """Threads that hash. One processor is left to delivery where there is more than one."""
 
 _MAX_WAITING = 64
-"""Passwords waiting for a thread. At 50 ms each the last one waits for a few seconds; beyond, the
-client is told to come back rather than to wait longer; and of several it is one of who has most."""
+"""Passwords waiting for a thread. At 50 ms each the last one waits for a few seconds; beyond that
+one is refused, of the network that has most waiting."""
 
 _MAX_WAIT_SECONDS = 10.0
-"""Seconds that the last one waits at most, by what passwords took lately: a hash may be worth some
-seconds of a processor."""
+"""Expected wait of the last one, from the mean time of recent checks: a hash may take seconds."""
 
 _IDLE_PRIORITY_SECONDS = 1.0
-"""How long a password gives way to the event loop."""
+"""How long a check runs with idle priority."""
 
 
 class PasswordVerifier:
-    """Checks passwords off the event loop, a bounded number at a time.
-
-    Events can't wait for a thread that shares their core, so the threads only have what the event
-    loop leaves; and since a loop may leave nothing, their fair share after a while.
-    """
+    """Verifies passwords off the event loop. Networks take turns for a thread."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_THREAD_COUNT, thread_name_prefix="passwords")
         self._busy_thread_ids: set[int] = set()
-        """Threads, by the kernel's ids."""
+        """The kernel's ids of threads that are hashing."""
         self._free_threads = _THREAD_COUNT
-        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
-        """For a thread, by whose they are: they take turns."""
+        self._waiting = FairQueue()
+        """Tasks that wait for a thread, by network."""
         self._mean_seconds = 0.0
-        """Seconds that a password takes a thread."""
+        """Moving mean of the seconds that a check takes."""
 
     async def verify(
         self, password: str, stored: str | None, dummy_hash: StoredHash, *, network: str
     ) -> bool | None:
-        """Return whether the password makes the stored hash; None if no hash could be checked.
+        """Return whether the password matches the stored hash; None if that can't be checked.
 
         Args:
-            password: As given.
+            password: As submitted.
             stored: The hash; None if there is none.
-            dummy_hash: Checked where there is no hash that can be, so that the answer takes as
-                long.
-            network: Who gave it: where too many wait, one of whoever has most gives way.
+            dummy_hash: Checked instead of a hash that is missing or can't be checked: the time of
+                the response must not tell whether an account exists.
+            network: Of the client.
 
         Raises:
-            AuthError: Code ``login_refused``: too many wait already.
+            AuthError: Code ``login_refused``: too many checks wait.
         """
         known = None if stored is None else parse_hash(stored)
         verdict = None if known is None else await self._verify_when_free(password, known, network)
@@ -71,70 +72,43 @@ class PasswordVerifier:
     async def _verify_when_free(
         self, password: str, stored: StoredHash, network: str
     ) -> bool | None:
-        await self._acquire_thread(network)
-        loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(self._threads, self._verify_in_thread, password, stored)
-        hurrying = loop.call_later(_IDLE_PRIORITY_SECONDS, self._raise_priority)
-        work.add_done_callback(partial(self._on_verified, hurrying))
-        # Shielded: who hangs up doesn't make room before the thread is free.
-        return await asyncio.shield(work)
-
-    async def _acquire_thread(self, network: str) -> None:
         if self._free_threads:
             self._free_threads -= 1
-            return
-        self._refuse_if_crowded(network)
-        place = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(network, deque()).append(place)
-        try:
-            await place
-        except asyncio.CancelledError:
-            if not place.cancelled() and place.exception() is None:
-                self._release_thread()  # it was passed on to nobody
-            elif place in self._waiting.get(network, ()):
-                self._remove_waiter(network, place)
-            raise
+        else:
+            self._refuse_if_crowded(network)
+            await self._waiting.wait(network, self._release_thread)
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(self._threads, self._verify_in_thread, password, stored)
+        priority_timer = loop.call_later(_IDLE_PRIORITY_SECONDS, self._raise_priority)
+        work.add_done_callback(partial(self._on_verified, priority_timer))
+        # Shielded: a thread can't be interrupted. If the client disconnects, its place must stay
+        # taken until the thread is free, or disconnecting would admit any number of checks.
+        return await asyncio.shield(work)
 
     def _refuse_if_crowded(self, network: str) -> None:
-        """Let one more wait.
+        """Make room for one more waiting check where too many wait.
+
+        The last check of the network with most of them is refused, or this one unless that
+        network has at least two more: a flood from one network locks out no other.
 
         Raises:
-            AuthError: Too many do, and nobody has two more than this one.
+            AuthError: This check is refused.
         """
-        waiting = sum(map(len, self._waiting.values()))
+        waiting = len(self._waiting)
         is_long = (waiting + 1) * self._mean_seconds > _MAX_WAIT_SECONDS * _THREAD_COUNT
         if waiting < _MAX_WAITING and not is_long:
             return
         error = AuthError("too many passwords are being checked", code="login_refused")
-        fullest = max(self._waiting, key=lambda one: len(self._waiting[one]), default=network)
-        theirs, own = self._waiting.get(fullest, deque()), self._waiting.get(network, ())
-        if len(theirs) < len(own) + 2:
+        longest = self._waiting.longest_key() or network
+        if self._waiting.count(longest) < self._waiting.count(network) + 2:
             raise error
-        last = theirs[-1]
-        self._remove_waiter(fullest, last)
-        if not last.done():
-            last.set_exception(error)
-
-    def _remove_waiter(self, network: str, waiter: asyncio.Future[None]) -> None:
-        theirs = self._waiting[network]
-        theirs.remove(waiter)
-        if not theirs:
-            del self._waiting[network]
+        self._waiting.fail_last(longest, error)
 
     def _release_thread(self) -> None:
-        """Give a thread that is free to whoever is next."""
-        while self._waiting:
-            whose, theirs = next(iter(self._waiting.items()))
-            place = theirs[0]
-            self._waiting.move_to_end(whose)
-            self._remove_waiter(whose, place)
-            if not place.done():
-                place.set_result(None)
-                return
-        self._free_threads += 1
+        if not self._waiting.wake_next():
+            self._free_threads += 1
 
     def _verify_in_thread(self, password: str, stored: StoredHash) -> bool | None:
-        """Run in one of the threads."""
         thread = threading.get_native_id()
         _set_priority(thread, is_idle=True)
         self._busy_thread_ids.add(thread)
@@ -156,14 +130,13 @@ class PasswordVerifier:
         self._release_thread()
 
     def close(self) -> None:
-        """Let the threads go; what they are at they finish."""
+        """Stop accepting checks; running ones finish."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _set_priority(thread_id: int, *, is_idle: bool) -> None:
-    """Let a thread go behind all others of its core, or beside them."""
-    if sys.platform != "linux":  # where a policy is a thread's, not the process's
+    if sys.platform != "linux":  # only there a scheduling policy belongs to a thread
         return
-    with suppress(OSError):  # a sandbox may forbid it; passwords are checked all the same
+    with suppress(OSError):  # sandboxes may forbid it; passwords are checked without
         policy = os.SCHED_IDLE if is_idle else os.SCHED_OTHER
         os.sched_setscheduler(thread_id, policy, os.sched_param(0))

@@ -1,4 +1,4 @@
-"""How often a password may be guessed. Keeps state, touches nothing outside."""
+"""Limits how often a password may be guessed. Used by ``auth.login``; time is an argument."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ RateKey: TypeAlias = tuple[str, ...]
 """Network and identity, or network and account."""
 
 _MAX_KEYS = 20_000
-"""Of those that are remembered; the one not seen for longest is forgotten first: some megabytes."""
+"""Keys remembered, some megabytes. Beyond, the one unused for longest is forgotten: an attacker
+needs as many networks or identities to reset a key of somebody else."""
 
 
 class RateLimiter:
-    """A bucket of attempts for each of those who try, filling up steadily.
+    """A token bucket for each key.
 
     Args:
-        per_minute: What a full bucket holds, and what flows in within a minute.
+        per_minute: Attempts that a full bucket holds, and that are refilled per minute.
     """
 
     def __init__(self, per_minute: int) -> None:
         self._per_minute = per_minute
         self._used: OrderedDict[RateKey, tuple[float, float]] = OrderedDict()
+        """Attempts used, and the monotonic second for which that was computed."""
 
     def try_acquire(self, key: RateKey, now: float) -> bool:
-        """Take one attempt, before it is known how it ends; False if there is none left.
+        """Use one attempt of the key; False if none is left.
+
+        Called before the attempt's result is known, so that parallel attempts count too.
 
         Args:
-            key: Who tries, and as whom.
+            key: Whose bucket.
             now: Monotonic seconds.
         """
         used, since = self._used.get(key, (0.0, now))
@@ -40,5 +44,5 @@ class RateLimiter:
         return is_admitted
 
     def reset(self, key: RateKey) -> None:
-        """Give all attempts back to one who knew the password."""
+        """Refill the key's bucket, after the right password."""
         self._used.pop(key, None)

@@ -1,16 +1,42 @@
-"""Reads members of a JSON object or of a form's ``@jsonPayload`` as PocketBase binds them."""
+"""Bodies in JSON or as a form, and the members that PocketBase binds from them.
+
+Between the bytes of ``api.body_reader`` and the calls of ``api.subscribe_body`` and
+``api.login_body``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Final
 
+from pgrealtime.protocol.forms import FormPair, parse_form
 from pgrealtime.protocol.json_reader import MAX_TOKENS, JsonReader
 
+_FORM_CONTENT_TYPES: Final = ("multipart/form-data", "application/x-www-form-urlencoded")
 
-def json_payloads(pairs: Iterable[tuple[bytes, bytes]]) -> Iterator[JsonReader]:
-    """Yield a reader for the one value of each ``@jsonPayload`` of a form.
 
-    Together they hold no more than one text may: a form has room for thousands.
+def open_body(content_type: str, body: bytes, query: bytes) -> JsonReader | list[FormPair] | None:
+    """Return a reader of a JSON body, or the pairs of a form; None for another content type.
+
+    Args:
+        content_type: The header as sent; compared by prefix and case, as PocketBase does.
+        body: The whole body.
+        query: The query string of the URL, whose pairs belong to a form.
+
+    Raises:
+        FormError: The form can't be read.
+    """
+    if content_type.startswith("application/json"):
+        return JsonReader(body)
+    if content_type.startswith(_FORM_CONTENT_TYPES):
+        return parse_form(content_type, body, query)
+    return None
+
+
+def json_payloads(pairs: Iterable[FormPair]) -> Iterator[JsonReader]:
+    """Yield a reader for the single value of each ``@jsonPayload`` of a form.
+
+    All of them share one token limit: a form may have thousands.
     """
     left = MAX_TOKENS
     for name, value in pairs:
@@ -22,10 +48,10 @@ def json_payloads(pairs: Iterable[tuple[bytes, bytes]]) -> Iterator[JsonReader]:
 
 
 def fold_name(name: str) -> str:
-    """Return a member's name as ``encoding/json/v2`` compares it without case.
+    """Return a member's name in the form in which ``encoding/json/v2`` compares without case.
 
-    Hyphens and underscores don't count either; of the letters that fold to ASCII only the long s
-    could occur in our two names.
+    It ignores hyphens and underscores. Of the letters that fold to ASCII only the long s occurs in
+    the names that are bound here.
     """
     return name.replace("-", "").replace("_", "").replace("\u017f", "s").lower()
 

@@ -64,21 +64,21 @@ async def unfinished(
 
 async def test_unfinished_bodies_fill_no_more_than_there_is_for_an_address() -> None:
     """The others are refused in the API's form; small calls go on beside them."""
-    uploads = BodyReader(max_large_bytes_per_address=4 * MIB, max_large_bytes=100 * MIB)
-    async with served(uploads=uploads) as service:
+    body_reader = BodyReader(max_large_bytes_per_network=4 * MIB, max_large_bytes=100 * MIB)
+    async with served(body_reader=body_reader) as service:
         stream, client_id = await opened(service, "honest")
         async with unfinished(service, 12, MIB) as readers:
             ends = [asyncio.create_task(reader.read()) for reader in readers]
             async with asyncio.timeout(DEADLINE):
                 while sum(end.done() for end in ends) < 8:
-                    assert uploads.large_bytes <= 4 * MIB
+                    assert body_reader.large_bytes <= 4 * MIB
                     await asyncio.sleep(0.001)
-            assert uploads.large_bytes == 4 * MIB
+            assert body_reader.large_bytes == 4 * MIB
             refused = [end.result() for end in ends if end.done()]
             status = await subscribe(service, client_id, "posts/*")
             for end in ends:
                 end.cancel()
-        await until(lambda: uploads.large_bytes == 0)
+        await until(lambda: body_reader.large_bytes == 0)
         await stream.close()
 
     assert status == 204
@@ -88,16 +88,16 @@ async def test_unfinished_bodies_fill_no_more_than_there_is_for_an_address() -> 
 
 async def test_small_bodies_of_one_address_are_bounded_apart() -> None:
     """However many connections send them; they take no room from large ones."""
-    uploads = BodyReader(max_large_bytes_per_address=4 * MIB, max_small_bytes_per_address=MIB)
+    body_reader = BodyReader(max_large_bytes_per_network=4 * MIB, max_small_bytes_per_network=MIB)
     async with (
-        served(uploads=uploads) as service,
+        served(body_reader=body_reader) as service,
         unfinished(service, 20, LARGE_BODY_BYTES) as readers,
     ):
         ends = [asyncio.create_task(reader.read()) for reader in readers]
         await until(lambda: sum(end.done() for end in ends) == 4)
         await asyncio.sleep(0.05)
         refused = [end.result() for end in ends if end.done()]
-        assert uploads.large_bytes == 0
+        assert body_reader.large_bytes == 0
         body = b'{"clientId":"%b"}' % (b"x" * MIB)
         headers = {"Content-Type": "application/json"}
         request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
@@ -105,7 +105,7 @@ async def test_small_bodies_of_one_address_are_bounded_apart() -> None:
         for end in ends:
             end.cancel()
 
-    assert not uploads._small_bytes_by_network
+    assert not body_reader._small._by_network
     assert large == 400
     assert len(refused) == 4
     assert all(answer.endswith(TOO_MANY) for answer in refused)
@@ -114,15 +114,21 @@ async def test_small_bodies_of_one_address_are_bounded_apart() -> None:
 @pytest.mark.parametrize(
     ("bounds", "address"),
     [
-        pytest.param({"per_address": 100 * MIB, "in_all": 2 * MIB}, b"10.0.0.%d", id="IPv4"),
-        pytest.param({"per_address": 2 * MIB}, b"2001:db8::%d", id="a network of IPv6"),
+        pytest.param(
+            {"max_large_bytes_per_network": 100 * MIB, "max_large_bytes": 2 * MIB},
+            b"10.0.0.%d",
+            id="IPv4",
+        ),
+        pytest.param(
+            {"max_large_bytes_per_network": 2 * MIB}, b"2001:db8::%d", id="a network of IPv6"
+        ),
     ],
 )
 async def test_unfinished_bodies_of_many_addresses_are_bounded_together(
     bounds: Mapping[str, int], address: bytes
 ) -> None:
-    uploads = BodyReader(**bounds)
-    async with served({"trusted_proxies": ["127.0.0.1"]}, uploads=uploads) as service:
+    body_reader = BodyReader(**bounds)
+    async with served({"trusted_proxies": ["127.0.0.1"]}, body_reader=body_reader) as service:
         ends = []
         for number in range(4):
             forwarded = b"X-Forwarded-For: %b\r\n" % (address % number)
@@ -130,18 +136,18 @@ async def test_unfinished_bodies_of_many_addresses_are_bounded_together(
             reader, writer = await service.raw(head + b"x" * MIB)
             ends.append((asyncio.create_task(reader.read()), writer))
         await until(lambda: sum(end.done() for end, _ in ends) >= 2)
-        held = uploads.large_bytes
+        held = body_reader.large_bytes
         for end, writer in ends:
             end.cancel()
             writer.transport.abort()
-        await until(lambda: uploads.large_bytes == 0)
+        await until(lambda: body_reader.large_bytes == 0)
 
     assert held <= 2 * MIB
 
 
 async def test_what_was_refused_or_read_holds_no_room() -> None:
-    uploads = BodyReader(max_large_bytes_per_address=MIB, max_large_bytes=MIB)
-    async with served(uploads=uploads) as service:
+    body_reader = BodyReader(max_large_bytes_per_network=MIB, max_large_bytes=MIB)
+    async with served(body_reader=body_reader) as service:
         for size in (2 * MIB, MIB // 2, LARGE_BODY_BYTES + 1, 10):
             for _ in range(3):
                 body = b'{"clientId":"%b"}' % (b"x" * size)
@@ -149,7 +155,7 @@ async def test_what_was_refused_or_read_holds_no_room() -> None:
                 request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
                 status = (await send(request, service.address)).head.status
                 assert status == (429 if size > MIB else 400 if size > 10 else 404)
-            await until(lambda: uploads.large_bytes == 0)
+            await until(lambda: body_reader.large_bytes == 0)
 
 
 async def test_who_hangs_up_makes_no_room_before_the_thread_is_free(
@@ -163,22 +169,22 @@ async def test_who_hangs_up_makes_no_room_before_the_thread_is_free(
         may_go.wait(DEADLINE)
         raise RequestRefusedError(BAD_REQUEST)
 
-    monkeypatch.setattr("pgrealtime.api.realtime.read_call", slow)
-    uploads = BodyReader()
-    async with served(uploads=uploads) as service:
+    monkeypatch.setattr("pgrealtime.api.realtime.parse_subscribe_call", slow)
+    body_reader = BodyReader()
+    async with served(body_reader=body_reader) as service:
         for number in range(1, 4):
             _, writer = await service.raw(HEAD + b"Content-Length: %d\r\n\r\n" % MIB + b"x" * MIB)
-            await until(lambda: uploads.large_bytes == number * MIB)  # noqa: B023
+            await until(lambda: body_reader.large_bytes == number * MIB)  # noqa: B023
             if number == 1:
                 assert await asyncio.to_thread(begun.acquire, timeout=DEADLINE)
             await asyncio.sleep(0.05)
             writer.transport.abort()
             await service.until_forgotten()
             await asyncio.sleep(0.05)
-            assert uploads.large_bytes == number * MIB
+            assert body_reader.large_bytes == number * MIB
             assert not begun.acquire(blocking=False)
         may_go.set()
-        await until(lambda: uploads.large_bytes == 0)
+        await until(lambda: body_reader.large_bytes == 0)
 
 
 async def test_bodies_that_can_not_be_read_leave_nothing_in_memory() -> None:

@@ -81,7 +81,7 @@ async def served(
     server: Mapping[str, object] | None = None,
     *,
     is_up: bool = True,
-    uploads: BodyReader | None = None,
+    body_reader: BodyReader | None = None,
     **limits: Any,
 ) -> AsyncIterator[Served]:
     """Serve with the given keys of ``server``; the others are of ``realtime``."""
@@ -91,7 +91,7 @@ async def served(
     authenticator = Authenticator(config.auth, Collections(()), AccountLoader(pool))
     async with open_room(is_up=is_up, **limits) as open_:
         app = build_app(open_.hub, authenticator, config)
-        app[BODY_READER_KEY] = uploads or BodyReader()
+        app[BODY_READER_KEY] = body_reader or BodyReader()
         runner = build_runner(app)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)

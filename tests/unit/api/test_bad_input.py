@@ -39,12 +39,12 @@ STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
 
 @asynccontextmanager
 async def unimpressed(
-    caplog: pytest.LogCaptureFixture, uploads: BodyReader | None = None
+    caplog: pytest.LogCaptureFixture, body_reader: BodyReader | None = None
 ) -> AsyncIterator[Served]:
     """A service that afterwards is well, has forgotten everything and complained of nothing."""
     caplog.set_level(logging.WARNING)
     with structlog.testing.capture_logs() as events:
-        async with served(uploads=uploads) as service:
+        async with served(body_reader=body_reader) as service:
             tasks = len(asyncio.all_tasks())
             yield service
             await service.until_forgotten()

@@ -49,14 +49,14 @@ def request(loop: Loop, taken: Counter[int]) -> web.Request:
 
 async def test_of_many_large_bodies_one_piece_is_taken_each_time_round() -> None:
     loop, taken = Loop(), Counter[int]()
-    uploads = BodyReader()
+    body_reader = BodyReader()
     counting = asyncio.create_task(loop.run())
 
     def size(_type: str, body: bytes, _query: bytes) -> int:
         return len(body)
 
     sizes = await asyncio.gather(
-        *(uploads.read(request(loop, taken), f"10.0.0.{n}", size) for n in range(_BODIES))
+        *(body_reader.read(request(loop, taken), f"10.0.0.{n}", size) for n in range(_BODIES))
     )
     counting.cancel()
 

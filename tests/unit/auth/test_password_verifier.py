@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pgrealtime.auth import password_verifier as password_threads
+from pgrealtime.auth import password_verifier
 from pgrealtime.auth.password_verifier import PasswordVerifier
 from pgrealtime.auth.passwords import StoredHash, dummy_hash_for
 from pgrealtime.errors import AuthError
@@ -51,7 +51,7 @@ async def test_password_is_checked_with_what_the_event_loop_leaves(
     passwords: PasswordVerifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a while; then as any other thread, since a loop may leave nothing; and so each anew."""
-    monkeypatch.setattr(password_threads, "_IDLE_PRIORITY_SECONDS", 0.1)
+    monkeypatch.setattr(password_verifier, "_IDLE_PRIORITY_SECONDS", 0.1)
     for _ in range(2):
         checking = asyncio.ensure_future(passwords.verify("x", SLOW, DECOY, network="ann"))
         await until(os.SCHED_IDLE, checking)
@@ -81,8 +81,8 @@ async def test_no_queue_is_longer_than_somebody_would_wait(
         time.sleep(0.1)
         return True
 
-    monkeypatch.setattr(password_threads, "verify_password", dear)
-    monkeypatch.setattr(password_threads, "_MAX_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(password_verifier, "verify_password", dear)
+    monkeypatch.setattr(password_verifier, "_MAX_WAIT_SECONDS", 0.3)
     for _ in range(6):
         assert await passwords.verify("x", SLOW, DECOY, network="ann")
     results = await asyncio.gather(
@@ -92,7 +92,7 @@ async def test_no_queue_is_longer_than_somebody_would_wait(
 
     served = results.count(True)
     refused = [one for one in results if isinstance(one, AuthError)]
-    workers = password_threads._THREAD_COUNT
+    workers = password_verifier._THREAD_COUNT
     assert workers <= served <= workers * 6
     assert [one.error_code for one in refused] == ["login_refused"] * (60 - served)
     assert await passwords.verify("x", SLOW, DECOY, network="ann")
@@ -103,9 +103,9 @@ async def test_as_many_wait_as_the_bound_says_beside_those_that_have_a_thread(
 ) -> None:
     """Whoever comes on top is refused at once, before anything is hashed."""
     let_go = threading.Event()
-    monkeypatch.setattr(password_threads, "verify_password", lambda *_: let_go.wait(10))
-    monkeypatch.setattr(password_threads, "_MAX_WAITING", 3)
-    room = password_threads._THREAD_COUNT + 3
+    monkeypatch.setattr(password_verifier, "verify_password", lambda *_: let_go.wait(10))
+    monkeypatch.setattr(password_verifier, "_MAX_WAITING", 3)
+    room = password_verifier._THREAD_COUNT + 3
 
     checks = [
         asyncio.ensure_future(passwords.verify("x", SLOW, DECOY, network="ann"))
@@ -130,9 +130,9 @@ async def test_who_fills_the_queue_locks_nobody_else_out(monkeypatch: pytest.Mon
         order.append(password)
         return True
 
-    monkeypatch.setattr(password_threads, "verify_password", slow)
-    monkeypatch.setattr(password_threads, "_MAX_WAITING", 4)
-    monkeypatch.setattr(password_threads, "_THREAD_COUNT", 1)
+    monkeypatch.setattr(password_verifier, "verify_password", slow)
+    monkeypatch.setattr(password_verifier, "_MAX_WAITING", 4)
+    monkeypatch.setattr(password_verifier, "_THREAD_COUNT", 1)
     passwords = PasswordVerifier()
 
     def come(name: str, whose: str) -> asyncio.Future[bool | None]:
