@@ -6,6 +6,7 @@ Raised by all rooms. The edges print it: commands as text, the API as a JSON err
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -205,3 +206,22 @@ class ChangelogError(PgRealtimeError):
     """The changelog can't serve a position or append an entry."""
 
     code = "changelog"
+
+
+def underline_span(text: str, start: int, end: int) -> str:
+    """Return the line of the text that a span begins in, and carets under the span.
+
+    Args:
+        text: A rule, maybe of several lines.
+        start: Offset in characters.
+        end: Offset after the last one; at least one caret is drawn.
+    """
+    begin = text.rfind("\n", 0, start) + 1
+    line = text[begin:].partition("\n")[0].replace("\t", " ")
+    before, marked = line[: start - begin], line[start - begin : end - begin]
+    return f"    {line}\n    {' ' * _terminal_width(before)}{'^' * max(1, _terminal_width(marked))}"
+
+
+def _terminal_width(text: str) -> int:
+    """Return how wide a terminal shows the text: ideographs take two cells."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

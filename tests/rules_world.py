@@ -19,8 +19,8 @@ from pgrealtime.catalog.model import Table
 from pgrealtime.changes import Change, Delete, Insert, Row, Truncate, Update, WholeRow
 from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collections
+from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.config.model import CollectionConfig, RelationConfig
-from pgrealtime.rules.engine.before_state import reachable_tables
 
 SCHEMA = """
 CREATE TABLE teams (id text PRIMARY KEY, name text, open boolean);

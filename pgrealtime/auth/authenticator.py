@@ -30,8 +30,18 @@ from pgrealtime.auth.token import (
     parse_token,
 )
 from pgrealtime.collections.model import Collections, derive_collection_id
-from pgrealtime.config.model import AuthConfig, CollectionLoginConfig, IssuerConfig, LoginConfig
-from pgrealtime.errors import AuthError, ConfigError, ConfigProblem
+from pgrealtime.config.model import (
+    AuthConfig,
+    CollectionLoginConfig,
+    Config,
+    IssuerConfig,
+    LoginConfig,
+)
+from pgrealtime.errors import (
+    AuthError,
+    ConfigError,
+    ConfigProblem,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -402,3 +412,12 @@ def _record_of_claims(claims: Claims, collection: str, record_id: str) -> AuthRe
         email_visibility=claims.get("emailVisibility") is True,
         verified=claims.get("verified", claims.get("email_verified")) is True,
     )
+
+
+def issuer_key_problems(config: Config) -> tuple[ConfigProblem, ...]:
+    """Return which public keys can't be used."""
+    try:
+        key_sources_of(config.auth)
+    except ConfigError as error:
+        return error.problems
+    return ()

@@ -1,4 +1,4 @@
-"""Quoted names of tables and columns: for psycopg's statements, and for SQL as text."""
+"""Quotes the names of schemas, tables, columns and roles for SQL."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from pgrealtime.changes import TableName
 
 
 def identifier(*names: str) -> sql.Identifier:
-    """Return a name, quoted, for a statement that is run with parameters.
+    """Return the quoted name for a statement that psycopg runs with parameters.
 
-    psycopg takes each ``%`` of such a statement for the beginning of a parameter, quoted or not.
+    psycopg takes every ``%`` of such a statement for the start of a placeholder, also between
+    quotes.
     """
     return sql.Identifier(*(name.replace("%", "%%") for name in names))
 
 
 def quote_identifier(name: str) -> str:
-    """Return the name as a quoted SQL identifier, for SQL that is shown or run as text."""
+    """Return the name as SQL text, always in double quotes."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def quote_table_name(name: TableName) -> str:
-    """Return schema and name, both quoted."""
+    """Return schema and table as SQL text, each in double quotes."""
     return f"{quote_identifier(name.schema)}.{quote_identifier(name.name)}"

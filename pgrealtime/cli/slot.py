@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pgrealtime.cli.check.check import connect_once
 from pgrealtime.config.model import Config
 from pgrealtime.errors import SetupError
+from pgrealtime.postgres.connect import connect_once
 from pgrealtime.spelling import nearest_name
 from pgrealtime.wal import slot_status
 

@@ -1,4 +1,4 @@
-"""Reads the configured tables from the catalogue."""
+"""Reads the catalogue of the configured tables."""
 
 from __future__ import annotations
 

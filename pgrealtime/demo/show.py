@@ -19,6 +19,7 @@ import psycopg
 
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.collections.build import build_collections, configured_table_names
+from pgrealtime.collections.streamed_tables import streamed_tables
 from pgrealtime.config.load import load_config
 from pgrealtime.config.model import Config
 from pgrealtime.demo.account import is_libpq_variable
@@ -29,7 +30,6 @@ from pgrealtime.demo.writer import Writer
 from pgrealtime.errors import PgRealtimeError, SetupError
 from pgrealtime.observe.log import configure_logging
 from pgrealtime.service.build import run_service
-from pgrealtime.service.streamed_tables import streamed_tables
 from pgrealtime.wal.publication import publication_sql
 
 _HOST = "127.0.0.1"

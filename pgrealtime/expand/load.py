@@ -21,6 +21,7 @@ from psycopg_pool import PoolTimeout
 from pgrealtime.changelog.row_history import RowHistory, TableHistory
 from pgrealtime.changes import Change, Row, Truncate
 from pgrealtime.collections.model import Collection, Collections, unpadded_id
+from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.expand.batch import _LoadBatch
 from pgrealtime.expand.link_history import TransactionLinkChanges
 from pgrealtime.expand.node import LaterLinkChanges, RecordNode, _state_key
@@ -39,7 +40,7 @@ from pgrealtime.rule_queries.session import (
     ReadSession,
     ReadSessionFactory,
 )
-from pgrealtime.rules.engine.before_state import BeforeState, reachable_tables
+from pgrealtime.rules.engine.before_state import BeforeState
 
 log = structlog.get_logger(__name__)
 

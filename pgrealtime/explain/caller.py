@@ -13,7 +13,7 @@ from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import Config
 from pgrealtime.errors import AuthError
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.rules.engine.compiler import caller_columns_read_by_rules
+from pgrealtime.rules.rule_set import caller_columns_read_by_rules
 
 _MAX_TIMESTAMP = 253_402_300_799.0
 """Of the year 9999, and of what a date can show."""

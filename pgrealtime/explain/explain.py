@@ -16,10 +16,10 @@ import psycopg
 
 from pgrealtime.auth.principal import Caller, Guest, Superuser
 from pgrealtime.changes import Row
-from pgrealtime.cli.check.check import configure_row_security, rule_problems
 from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.load import read_configured_catalog
 from pgrealtime.collections.model import Collection, Collections
+from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.config.model import Config
 from pgrealtime.errors import (
     ConfigError,
@@ -43,7 +43,7 @@ from pgrealtime.explain.text import (
     topic_lines,
 )
 from pgrealtime.hub.evaluation.matcher import Matcher
-from pgrealtime.postgres.pool import open_query_pool
+from pgrealtime.postgres.connect import open_query_pool
 from pgrealtime.protocol.topic import Topic, parse_topic
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.index import PredicateIndex
@@ -54,6 +54,7 @@ from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import filter_text, resolve_filter
 from pgrealtime.rules.language.sqlite_values import Scalar
+from pgrealtime.rules.rule_set import rule_problems
 from pgrealtime.rules.sql.breakdown import Clause, RuleFragment, fragment_queries, split_rule
 from pgrealtime.rules.sql.reference import ReferenceQuery, auth_collection_of, reference_query
 from pgrealtime.spelling import nearest_name
@@ -100,7 +101,7 @@ async def explain(
         if problems := tuple(rule_problems(collections)):
             raise ConfigError(problems)
         with suppress(psycopg.Error):  # said where the record is read
-            await configure_row_security(pool, collections)
+            await pool.configure_row_security(reachable_tables(collections).values())
         caller, lines = await resolve_caller(config, collections, pool, caller_spec)
         told = parse_topic(topic)
         about = told.record_id if record_id is None else record_id

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pgrealtime.changes import Row
-from pgrealtime.cli.check.check import underline_span
 from pgrealtime.collections.model import Collection, FieldKind
-from pgrealtime.errors import RuleError
+from pgrealtime.errors import RuleError, underline_span
 from pgrealtime.protocol.topic import Topic
 from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.sqlite_values import Scalar

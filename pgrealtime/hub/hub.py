@@ -27,6 +27,7 @@ from pgrealtime.changelog.base import Changelog, Entry
 from pgrealtime.changelog.row_history import RowHistory, WaitForLSN
 from pgrealtime.changes import Action, Transaction
 from pgrealtime.collections.model import Collections
+from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.config.model import CollectionLoginConfig, HiddenFieldsMode, RealtimeConfig
 from pgrealtime.errors import PgRealtimeError, SubscriptionError, SubscriptionLimitError
 from pgrealtime.expand.plan import ExpandViewer
@@ -70,7 +71,6 @@ from pgrealtime.lsn import END_ORDINAL, LSN, Cursor
 from pgrealtime.protocol.frame import connect_tail
 from pgrealtime.protocol.topic import Topic
 from pgrealtime.records.encode import View
-from pgrealtime.rules.engine.before_state import reachable_tables
 from pgrealtime.snapshot import ReadPoint, parse_read_point
 
 log = structlog.get_logger(__name__)

@@ -22,20 +22,13 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, LiteralString, TypeAlias, TypeVar
 
 import psycopg
-import structlog
 from psycopg.abc import PQGen
-from psycopg.conninfo import make_conninfo
 from psycopg.rows import TupleRow
 from psycopg.sql import Composed, Literal
 from psycopg_pool import AsyncConnectionPool
 
-from pgrealtime.config.model import DatabaseConfig
-from pgrealtime.errors import (
-    DatabaseUnreachableError,
-)
-from pgrealtime.postgres.url import parse_database_url
-
-log = structlog.get_logger(__name__)
+from pgrealtime.catalog.model import Table
+from pgrealtime.catalog.privileges import POLICIES_SHOW_ALL_ROWS, has_row_security
 
 DatabaseConnection: TypeAlias = psycopg.AsyncConnection[TupleRow]
 
@@ -43,13 +36,6 @@ _T = TypeVar("_T")
 
 _GRACE_SECONDS = 1.0
 """The server ends a statement itself; this long its word may take to arrive."""
-
-KEEPALIVE_SETTINGS = {
-    "connect_timeout": "10",
-    "tcp_user_timeout": "30000",
-    "keepalives_idle": "30",
-}
-"""For libpq: how long the kernel believes in a dead network, by default a quarter of an hour."""
 
 
 class QueryConnection(DatabaseConnection):
@@ -105,21 +91,6 @@ _BEGIN_SQL: Final = "; ".join(
         *(f"SET LOCAL {name} TO {value}" for name, value in _TRANSACTION_SETTINGS.items()),
     )
 )
-_POLICY_APPLIES = """
-EXISTS (SELECT FROM pg_catalog.unnest(p.polroles) r
-        WHERE r = 0 OR pg_catalog.pg_has_role(r, 'USAGE'))
-"""
-POLICIES_SHOW_ALL_ROWS: Final = f"""
-EXISTS (SELECT FROM pg_catalog.pg_policy p
-        WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd IN ('r', '*')
-          AND {_POLICY_APPLIES}
-          AND pg_catalog.pg_get_expr(p.polqual, p.polrelid) = 'true')
-AND NOT EXISTS (SELECT FROM pg_catalog.pg_policy p
-                WHERE p.polrelid = c.oid AND NOT p.polpermissive AND p.polcmd IN ('r', '*')
-                  AND {_POLICY_APPLIES})
-"""  # noqa: S608 (text of ours)
-"""Whether the policies of a table ``c`` let our role read every row: one with USING (true) does,
-unless another one restricts it."""
 
 _ROW_SECURITY_SQL: Final = f"""
 SELECT pg_catalog.set_config('row_security', 'on', true)
@@ -184,6 +155,20 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
         names = [f"({Literal(s).as_string()}, {Literal(t).as_string()})" for s, t in tables]
         text = _ROW_SECURITY_SQL.format(tables=", ".join(names))
         self._row_security_sql = f"; {text}" if names else ""
+
+    async def configure_row_security(self, tables: Collection[Table]) -> None:
+        """Enable row security in every transaction if it applies to any of the tables.
+
+        Until PostgreSQL has answered, and if it doesn't, each transaction finds out by itself.
+
+        Raises:
+            psycopg.Error: PostgreSQL didn't answer.
+            PoolTimeout: No connection became free in time.
+        """
+        self.enable_row_security_for([table.name for table in tables])
+        async with self.connection() as connection:
+            if not await has_row_security(connection, tables):
+                self.enable_row_security_for(())
 
     def begin_sql(self, timeout_seconds: float = math.inf) -> str:
         """Return the statements that begin a transaction: one message, and so one round trip.
@@ -272,52 +257,3 @@ async def _disable_prepare_behind_pooler(connection: DatabaseConnection) -> None
     cursor = await connection.execute(_BACKEND_PID_QUERY)
     if await cursor.fetchone() != (connection.info.backend_pid,):
         connection.prepare_threshold = None
-
-
-_RETRY_SECONDS = 0.5
-
-
-@asynccontextmanager
-async def open_query_pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
-    """Open the connections on which rules are asked: read only, each statement bounded in time.
-
-    Raises:
-        DatabaseUnreachableError: Nobody answered for ``wait_for``.
-        SetupError: Code ``database_url_invalid``.
-    """
-    settings = parse_database_url(database.query_url or database.url) | {
-        "application_name": "pgrealtime",
-        "client_encoding": "utf8",
-        **KEEPALIVE_SETTINGS,
-    }
-    conninfo = make_conninfo("", **settings)
-    await _wait_for_server(conninfo, database)
-
-    pool = QueryPool(
-        conninfo, statement_timeout=database.statement_timeout, max_size=database.pool_size
-    )
-    async with pool:
-        yield pool
-
-
-async def _wait_for_server(conninfo: str, database: DatabaseConfig) -> None:
-    deadline = time.monotonic() + database.wait_for
-    key = "database.query_url" if database.query_url else "database.url"
-    told = ""
-    while True:
-        try:
-            async with await psycopg.AsyncConnection.connect(conninfo):
-                return
-        except psycopg.OperationalError as error:
-            detail = str(error).strip()
-            if time.monotonic() >= deadline:
-                raise DatabaseUnreachableError(
-                    "the database can't be reached",
-                    detail=detail,
-                    hint=f"Check {key}; it has to lead to the primary.",
-                ) from error
-            if detail != told:
-                # A wrong password looks like a server that is still starting.
-                log.warning("database.waiting", wait_for=database.wait_for, detail=detail)
-                told = detail
-            await asyncio.sleep(_RETRY_SECONDS)

@@ -24,7 +24,6 @@ from pgrealtime.auth.account import AccountLoader
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.login import LoginService
 from pgrealtime.changelog.memory import MemoryChangelog
-from pgrealtime.cli.check.check import rule_problems
 from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.load import read_configured_catalog
 from pgrealtime.config.load import ConfigLocations, ParsedConfig
@@ -40,16 +39,12 @@ from pgrealtime.lsn import LSN
 from pgrealtime.observe.log import configure_logging
 from pgrealtime.observe.metrics import Metrics
 from pgrealtime.observe.redact import message_without_values
-from pgrealtime.postgres.pool import open_query_pool
+from pgrealtime.postgres.connect import open_query_pool
 from pgrealtime.reads.own_record import OwnRecordRenderer
 from pgrealtime.rule_queries.executor import QueryExecutor
-from pgrealtime.rules.engine.compiler import caller_columns_read_by_rules
-from pgrealtime.service.reload import (
-    AppliedConfig,
-    Reloader,
-    ReloadTargets,
-    report_unreadable_tables,
-)
+from pgrealtime.rules.rule_set import caller_columns_read_by_rules, rule_problems
+from pgrealtime.service.applied_config import AppliedConfig
+from pgrealtime.service.reload import Reloader, ReloadTargets, report_unreadable_tables
 from pgrealtime.service.status import StatusReader
 from pgrealtime.wal import slot_status
 from pgrealtime.wal.server import open_ordinary_connection

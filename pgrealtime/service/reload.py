@@ -9,39 +9,30 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import psycopg
 import structlog
 
-from pgrealtime.auth.authenticator import Authenticator, key_sources_of
+from pgrealtime.auth.authenticator import Authenticator, issuer_key_problems, key_sources_of
 from pgrealtime.auth.login import LoginService
 from pgrealtime.catalog.model import Catalog, Table
+from pgrealtime.catalog.privileges import read_privilege_errors
 from pgrealtime.changes import TableName
-from pgrealtime.cli.check.check import (
-    configure_row_security,
-    issuer_key_problems,
-    queried_privilege_errors,
-    queried_table_names,
-    rule_problems,
-)
-from pgrealtime.collections.build import build_with_problems, configured_table_names
+from pgrealtime.collections.build import configured_table_names
 from pgrealtime.collections.model import Collections
+from pgrealtime.collections.streamed_tables import collection_name_of, reachable_tables
 from pgrealtime.config.load import ParsedConfig
 from pgrealtime.config.model import Config
-from pgrealtime.errors import ConfigError, ConfigProblem, PgRealtimeError, SetupError
+from pgrealtime.errors import ConfigError, PgRealtimeError, SetupError
 from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.hub import Hub
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.reads.own_record import OwnRecordRenderer
-from pgrealtime.rules.engine.compiler import caller_columns_read_by_rules
-from pgrealtime.service.streamed_tables import (
-    collection_name_of,
-    readable_collections,
-    streamed_tables,
-)
+from pgrealtime.rules.rule_set import caller_columns_read_by_rules
+from pgrealtime.service.applied_config import AppliedConfig, fit_to_schema
 from pgrealtime.wal.publication import check_publication, tables_not_fully_published
 from pgrealtime.wal.slot import read_publication
 from pgrealtime.wal.stream import WalStream
@@ -70,55 +61,6 @@ class ReloadTargets:
     login: LoginService
     own_records: OwnRecordRenderer
     pool: QueryPool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AppliedConfig:
-    """What is in force: what was configured, and what it makes of the schema."""
-
-    config: Config
-    collections: Collections
-    """Those that the schema doesn't fit are locked, or left out if there is nothing to show."""
-    problems: tuple[ConfigProblem, ...] = ()
-    """What doesn't fit."""
-
-    @property
-    def readable_collections(self) -> Collections:
-        """The collections whose changes can be read."""
-        return readable_collections(self.collections, self.problems)
-
-    @property
-    def locked_tables(self) -> set[TableName]:
-        """The tables of collections that the schema doesn't fit: nobody hears of their rows."""
-        faulty = {collection_name_of(fault) for fault in self.problems}
-        return {one.table.name for one in self.collections.values() if one.name in faulty}
-
-    @property
-    def streamed_tables(self) -> Mapping[TableName, Table]:
-        """The tables whose changes are read."""
-        return streamed_tables(self.collections, self.problems)
-
-
-def fit_to_schema(config: Config, catalog: Catalog) -> AppliedConfig:
-    """Return what a configuration that was fine makes of a schema that changed since.
-
-    A collection that the schema doesn't fit any more, or whose rules don't, is locked: whatever
-    can't be decided is denied. The others go on.
-    """
-    collections, problems = build_with_problems(config.collections, catalog)
-    faults = (*problems, *rule_problems(collections))
-    faulty = {collection_name_of(fault) for fault in faults}
-    locked = (
-        replace(one, list_rule=None, view_rule=None, manage_rule=None)
-        if one.name in faulty
-        else one
-        for one in collections.values()
-    )
-    return AppliedConfig(
-        config=config,
-        collections=Collections(tuple(locked), server_encoding=collections.server_encoding),
-        problems=faults,
-    )
 
 
 class _SchemaRead:
@@ -257,7 +199,9 @@ class Reloader:
                 look.completed.set()
             if look.is_applied:
                 with suppress(psycopg.Error):  # said by whoever has something to ask
-                    await configure_row_security(self._targets.pool, self._applied.collections)
+                    await self._targets.pool.configure_row_security(
+                        reachable_tables(self._applied.collections).values()
+                    )
             await self._check_publication()
 
     async def _check_publication(self) -> None:
@@ -304,8 +248,9 @@ class Reloader:
             # Before anybody may subscribe to what only the other stream has.
             await self._switch_stream(applied)
         # What is in force changes under questions: of all tables that may be asked about.
-        asked = queried_table_names(before.collections, applied.collections)
-        self._targets.pool.enable_row_security_for(asked)
+        self._targets.pool.enable_row_security_for(
+            {*reachable_tables(before.collections), *reachable_tables(applied.collections)}
+        )
         await self._update_targets(applied)
         if applied.streamed_tables != before.streamed_tables:
             # A statement prepared before a column's type changed fails from then on.
@@ -378,12 +323,13 @@ def _sections_needing_restart(configured: Config, running: Config) -> list[str]:
 async def report_unreadable_tables(pool: QueryPool, collections: Collections) -> None:
     """Say of which tables rules can't be asked: what has no answer is denied, to everybody."""
     try:
-        await configure_row_security(pool, collections)
+        tables = reachable_tables(collections).values()
+        await pool.configure_row_security(tables)
         async with pool.connection() as connection:
-            errors = await queried_privilege_errors(connection, collections)
+            errors = await read_privilege_errors(connection, tables)
     except psycopg.Error:
         return  # said by whoever has something to ask
-    for error in errors:
+    for error in errors.values():
         log.error(
             "table.unreadable",
             code=error.error_code,

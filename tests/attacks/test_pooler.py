@@ -14,7 +14,8 @@ import pytest
 from psycopg import sql
 
 from pgrealtime.config.model import DatabaseConfig
-from pgrealtime.postgres.pool import QueryPool, open_query_pool
+from pgrealtime.postgres.connect import open_query_pool
+from pgrealtime.postgres.pool import QueryPool
 from tests.e2e.listener import listener
 from tests.e2e.service import service, token
 from tests.pgbouncer import pgbouncer

@@ -13,7 +13,8 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from pgrealtime.config.model import DatabaseConfig
-from pgrealtime.postgres.pool import QueryPool, open_query_pool
+from pgrealtime.postgres.connect import open_query_pool
+from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.rule_queries.executor import QueryExecutor
 from tests.wire import wire
 

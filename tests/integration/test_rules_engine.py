@@ -16,8 +16,9 @@ import psycopg
 import pytest
 
 from pgrealtime.changes import Row
+from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.errors import RuleError
-from pgrealtime.rules.engine.before_state import BeforeState, reachable_tables
+from pgrealtime.rules.engine.before_state import BeforeState
 from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.language.predicate import AdmitAll, DenyAll

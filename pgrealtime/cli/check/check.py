@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, LiteralString
 
-import psycopg
 from psycopg import AsyncConnection
 
-from pgrealtime.auth.authenticator import key_sources_of
+from pgrealtime.auth.authenticator import issuer_key_problems
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Catalog, Table
 from pgrealtime.catalog.naming import quote_identifier
-from pgrealtime.changes import TableName
+from pgrealtime.catalog.privileges import (
+    read_privilege_errors,
+)
 from pgrealtime.cli.check.indexes import index_warnings
 from pgrealtime.cli.check.warnings import collection_warnings, config_warnings
 from pgrealtime.collections.build import (
@@ -24,27 +23,21 @@ from pgrealtime.collections.build import (
     configured_table_names,
 )
 from pgrealtime.collections.model import Collection, Collections
+from pgrealtime.collections.streamed_tables import reachable_tables, streamed_tables
 from pgrealtime.config.load import ParsedConfig
 from pgrealtime.config.model import CollectionConfig, Config, DatabaseConfig
 from pgrealtime.errors import (
     ConfigError,
     ConfigProblem,
-    DatabaseUnreachableError,
     PgRealtimeError,
-    RuleError,
     SetupError,
     describe_problem,
 )
-from pgrealtime.postgres.pool import POLICIES_SHOW_ALL_ROWS, QueryPool
-from pgrealtime.postgres.url import parse_database_url
-from pgrealtime.rules.language.syntax import parse_expression
-from pgrealtime.rules.sql.reference import check_rule
-from pgrealtime.service.streamed_tables import streamed_tables
+from pgrealtime.postgres.connect import URL_SETTING, connect_once
+from pgrealtime.rules.rule_set import rule_problems, rule_texts, syntax_problems
 from pgrealtime.wal.slot import SlotWait
 from pgrealtime.wal.stream import dry_run_stream
 
-_CONNECT_SECONDS = 10
-_URL_SETTING = "database.url (DATABASE_URL), or the PG* variables if it is empty"
 _SYSTEM_QUERY = """
 SELECT system_identifier::text, pg_catalog.pg_is_in_recovery() FROM pg_catalog.pg_control_system()
 """
@@ -58,18 +51,6 @@ _TIMEOUTS_QUERY = """
 SELECT current_user, name, setting::pg_catalog.int8 FROM pg_catalog.pg_settings
 WHERE name = ANY (%(names)s::pg_catalog.text[]) ORDER BY name
 """
-
-_PRIVILEGES_QUERY = f"""
-SELECT n.nspname, c.relname, current_user,
-       pg_catalog.has_schema_privilege(n.oid, 'USAGE')
-         AND pg_catalog.has_table_privilege(c.oid, 'SELECT'),
-       pg_catalog.row_security_active(c.oid) AND NOT ({POLICIES_SHOW_ALL_ROWS}),
-       pg_catalog.row_security_active(c.oid)
-FROM pg_catalog.pg_class c
-JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-WHERE c.oid = ANY (%(oids)s::oid[])
-ORDER BY n.nspname, c.relname
-"""  # noqa: S608 (text of ours)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +163,7 @@ async def _check_database(
 
 async def _check_query_connection(config: Config, parsed: ParsedConfig) -> _QueryConnectionResult:
     database = config.database
-    key = "database.query_url" if database.query_url else _URL_SETTING
+    key = "database.query_url" if database.query_url else URL_SETTING
     async with connect_once(database.query_url or database.url, key=key) as connection:
         names = configured_table_names(config.collections, database.schemas)
         catalog = await read_catalog(connection, schemas=database.schemas, names=names)
@@ -196,7 +177,11 @@ async def _check_query_connection(config: Config, parsed: ParsedConfig) -> _Quer
         return _QueryConnectionResult(
             collections=collections,
             problems=problems,
-            errors=await queried_privilege_errors(connection, collections),
+            errors=tuple(
+                (
+                    await read_privilege_errors(connection, reachable_tables(collections).values())
+                ).values()
+            ),
             warnings=tuple(warnings),
             server_description=_describe_server(connection),
             system_id=system_id,
@@ -273,172 +258,6 @@ def _build_collections(
     return collections, (*problems, *rule_problems(collections))
 
 
-def rule_problems(collections: Collections) -> Iterator[ConfigProblem]:
-    """Yield each rule that can't be used, with the place in its text."""
-    for collection in collections.values():
-        for key, rule in _nonempty_rules(collection):
-            try:
-                check_rule(collections, collection, rule)
-            except RuleError as error:
-                yield _rule_problem(f"collections.{collection.name}.{key}", rule, error)
-
-
-def issuer_key_problems(config: Config) -> tuple[ConfigProblem, ...]:
-    """Return which public keys can't be used."""
-    try:
-        key_sources_of(config.auth)
-    except ConfigError as error:
-        return error.problems
-    return ()
-
-
-def syntax_problems(configured: Mapping[str, CollectionConfig]) -> Iterator[ConfigProblem]:
-    """Yield each rule that isn't of the language, whatever the tables are."""
-    for name, config in configured.items():
-        for key, rule in _nonempty_rules(config):
-            try:
-                parse_expression(rule)
-            except RuleError as error:
-                yield _rule_problem(f"collections.{name}.{key}", rule, error)
-
-
-def _nonempty_rules(owner: Collection | CollectionConfig) -> Iterator[tuple[str, str]]:
-    """Yield the rules that have a text: neither everyone's nor nobody's."""
-    for key in ("list_rule", "view_rule", "manage_rule", "auth_rule"):
-        rule = getattr(owner, key)
-        if rule:
-            yield key, rule
-
-
-def _rule_problem(path: str, rule: str, error: RuleError) -> ConfigProblem:
-    hint = (error.hint[:1].lower() + error.hint[1:]).removesuffix(".")
-    return ConfigProblem(
-        path, error.message, hint, marked_text=underline_span(rule, error.start, error.end)
-    )
-
-
-def underline_span(text: str, start: int, end: int) -> str:
-    """Return the line of the text that a span begins in, and carets under the span.
-
-    Args:
-        text: A rule, maybe of several lines.
-        start: Offset in characters.
-        end: Offset after the last one; at least one caret is drawn.
-    """
-    begin = text.rfind("\n", 0, start) + 1
-    line = text[begin:].partition("\n")[0].replace("\t", " ")
-    before, marked = line[: start - begin], line[start - begin : end - begin]
-    return f"    {line}\n    {' ' * _terminal_width(before)}{'^' * max(1, _terminal_width(marked))}"
-
-
-def _terminal_width(text: str) -> int:
-    """Return how wide a terminal shows the text: ideographs take two cells."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-@asynccontextmanager
-async def connect_once(url: str, *, key: str = _URL_SETTING) -> AsyncIterator[AsyncConnection[Any]]:
-    """Connect once, in autocommit mode; an empty URL is libpq's PG* variables.
-
-    Args:
-        url: Of the database.
-        key: Where it is configured, for people.
-
-    Raises:
-        DatabaseUnreachableError: Nobody answers, or the login is refused.
-        SetupError: Code ``database_url_invalid``.
-    """
-    settings = parse_database_url(url) | {
-        "connect_timeout": _CONNECT_SECONDS,
-        "application_name": "pgrealtime",
-        "client_encoding": "utf8",  # in SQL_ASCII, the driver would hand out bytes
-    }
-    try:
-        connection = await AsyncConnection.connect("", autocommit=True, **settings)
-        async with connection:
-            yield connection
-    except psycopg.OperationalError as error:
-        raise DatabaseUnreachableError(
-            "the database can't be reached",
-            detail=str(error).strip(),
-            hint=f"Check {key}.",
-        ) from error
-
-
-async def privilege_errors(
-    connection: AsyncConnection[Any], tables: Iterable[Table]
-) -> Mapping[TableName, SetupError]:
-    """Say which tables rules could not be asked of, or only through somebody's policies."""
-    oids = [table.oid for table in tables]
-    rows = await (await connection.execute(_PRIVILEGES_QUERY, {"oids": oids})).fetchall()
-    return {
-        (name := TableName(schema, table)): _policy_error(name, role)
-        if is_readable
-        else _grant_error(name, role)
-        for schema, table, role, is_readable, is_filtered, _ in rows
-        if is_filtered or not is_readable
-    }
-
-
-async def configure_row_security(pool: QueryPool, collections: Collections) -> None:
-    """Let the pool read tables by policies that show every row, if there are such tables.
-
-    Until that is known, and if there is no answer, each of its transactions asks itself.
-
-    Raises:
-        psycopg.Error: There is no answer.
-        PoolTimeout: No connection became free in time.
-    """
-    pool.enable_row_security_for(queried_table_names(collections))
-    oids = [table.oid for table in _queried_tables(collections)]
-    async with pool.connection() as connection:
-        cursor = await connection.execute(_PRIVILEGES_QUERY, {"oids": oids})
-        if not any(row[-1] for row in await cursor.fetchall()):
-            pool.enable_row_security_for(())
-
-
-def queried_table_names(*collection_sets: Collections) -> frozenset[TableName]:
-    """Return the tables that are asked about for some collections."""
-    return frozenset(table.name for one in collection_sets for table in _queried_tables(one))
-
-
-async def queried_privilege_errors(
-    connection: AsyncConnection[Any], collections: Collections
-) -> tuple[SetupError, ...]:
-    """Say of which of the tables that they read rules could not be asked."""
-    return tuple((await privilege_errors(connection, _queried_tables(collections))).values())
-
-
-def _queried_tables(collections: Collections) -> Iterator[Table]:
-    for collection in collections.values():
-        yield collection.table
-        for field in collection.fields:
-            if field.relation is not None and field.relation.junction is not None:
-                yield field.relation.junction.table
-
-
-def _grant_error(name: TableName, role: str) -> SetupError:
-    schema, table, to = (quote_identifier(part) for part in (name.schema, name.name, role))
-    return SetupError(
-        f'role "{role}" may not read "{name}"',
-        hint=f"GRANT USAGE ON SCHEMA {schema} TO {to}; GRANT SELECT ON {schema}.{table} TO {to};",
-        code="select_not_granted",
-    )
-
-
-def _policy_error(name: TableName, role: str) -> SetupError:
-    return SetupError(
-        f'row security hides rows of "{name}" from role "{role}"',
-        detail="Rules would be decided without the rows that its policies hide, so that queries on"
-        " the table are refused instead.",
-        hint=f"Run as a superuser: ALTER ROLE {quote_identifier(role)} BYPASSRLS;"
-        " or as the table's owner: CREATE POLICY pgrealtime"
-        f" ON {quote_identifier(name.schema)}.{quote_identifier(name.name)} FOR SELECT"
-        f" TO {quote_identifier(role)} USING (true);",
-        code="row_security",
-    )
-
-
 def _summarize_collections(collections: Collections) -> str:
     fields = sum(len(collection.fields) for collection in collections.values())
     rules = _rule_count(collections.values())
@@ -452,7 +271,7 @@ def _summarize_config(config: Config) -> str:
 
 
 def _rule_count(owners: Iterable[Collection | CollectionConfig]) -> int:
-    return sum(1 for one in owners for _ in _nonempty_rules(one))
+    return sum(1 for one in owners for _ in rule_texts(one))
 
 
 def _pluralize(count: int, word: str) -> str:

@@ -474,8 +474,8 @@ def _fix_for(draft: CollectionDraft, problem: ConfigProblem) -> str:
         and table.find_column(draft.key_name) is None
     ):
         alter = f"ALTER TABLE {quote_table_name(table.name)}"
-        column = quote_identifier(draft.key_name)
-        made = f"ADD COLUMN {column} bigint GENERATED ALWAYS AS IDENTITY UNIQUE"
+        key = quote_identifier(draft.key_name)
+        made = f"ADD COLUMN {key} bigint GENERATED ALWAYS AS IDENTITY UNIQUE"
         return f"{alter} {made}; {alter} REPLICA IDENTITY FULL;"
     return problem.hint
 

@@ -18,8 +18,8 @@ from psycopg import AsyncConnection
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Catalog, ReplicaIdentity, Table
 from pgrealtime.catalog.naming import quote_table_name
+from pgrealtime.catalog.privileges import read_privilege_errors
 from pgrealtime.changes import TableName
-from pgrealtime.cli.check.check import connect_once, privilege_errors
 from pgrealtime.cli.init.drafts import (
     CollectionDraft,
     ConfigDraft,
@@ -30,6 +30,7 @@ from pgrealtime.cli.init.drafts import (
 from pgrealtime.cli.init.suggest import SIGNED_IN_RULE
 from pgrealtime.config.model import RelationConfig
 from pgrealtime.errors import SetupError
+from pgrealtime.postgres.connect import connect_once
 from pgrealtime.spelling import did_you_mean
 
 STDOUT = "-"
@@ -152,7 +153,7 @@ async def _survey_schemas(connection: AsyncConnection[Any], schemas: Sequence[st
     catalog = await read_catalog(connection, schemas=schemas)
     oids = [table.oid for table in catalog.tables.values()]
     facts = await (await connection.execute(_TABLE_FACTS_QUERY, {"oids": oids})).fetchall()
-    refused = await privilege_errors(connection, catalog.tables.values())
+    refused = await read_privilege_errors(connection, catalog.tables.values())
     return SchemaSurvey(
         catalog=catalog,
         extensions={TableName(s, name): extension for s, name, extension, _ in facts if extension},

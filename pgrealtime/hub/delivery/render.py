@@ -19,6 +19,7 @@ from pgrealtime.auth.principal import Superuser
 from pgrealtime.changelog.row_history import RowHistory
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections
+from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.config.model import HiddenFieldsMode
 from pgrealtime.expand.load import (
     CheckViewers,
@@ -41,7 +42,7 @@ from pgrealtime.lsn import Xid
 from pgrealtime.protocol.frame import event_tail
 from pgrealtime.records.encode import RecordEncoder, View, compile_encoder, unencodable_column
 from pgrealtime.rule_queries.session import PendingEvaluation, ReadSession
-from pgrealtime.rules.engine.before_state import BeforeStates, reachable_tables
+from pgrealtime.rules.engine.before_state import BeforeStates
 from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.plan import BoundPredicate

@@ -14,12 +14,13 @@ from typing import TypeAlias
 from pgrealtime.auth.principal import Principal
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections
+from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.hub.connections.connection import Connection, Group, Subscription
 from pgrealtime.hub.evaluation.filter_trials import FilterTrials
 from pgrealtime.hub.evaluation.quotas import UnindexedFilters, check_remote_filters, check_topic
 from pgrealtime.hub.events.event import Event
 from pgrealtime.protocol.topic import Topic
-from pgrealtime.rules.engine.before_state import BeforeStates, reachable_tables
+from pgrealtime.rules.engine.before_state import BeforeStates
 from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.index import PredicateIndex

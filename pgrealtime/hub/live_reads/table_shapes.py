@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from pgrealtime.changes import RowShape, Transaction
 from pgrealtime.collections.model import Collections
-from pgrealtime.rules.engine.before_state import reachable_tables
+from pgrealtime.collections.streamed_tables import reachable_tables
 
 _MAX_SHAPES = 10_000
 _REREAD_SECONDS = 5.0

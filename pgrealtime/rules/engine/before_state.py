@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 
 from pgrealtime.catalog.model import Table
 from pgrealtime.changes import Change, Delete, Insert, Row, TableName, Truncate, Update
-from pgrealtime.collections.model import Collections
 from pgrealtime.rules.sql.row_images import Overlay
 
 
@@ -108,18 +107,3 @@ def _add_old_row(
 
 def _primary_key_texts(table: Table, row: Row) -> tuple[str | None, ...]:
     return tuple(row.get(name) for name in table.primary_key)
-
-
-def reachable_tables(collections: Collections) -> Mapping[TableName, Table]:
-    """Return every table that rules and filters can reach: what the stream must carry.
-
-    Beside the collections' own tables those are the junctions of their relations: a transaction
-    that deletes a row and what linked it to others is judged by the links of before.
-    """
-    tables = {collection.table.name: collection.table for collection in collections.values()}
-    for collection in collections.values():
-        for field in collection.fields:
-            if field.relation is not None and field.relation.junction is not None:
-                table = field.relation.junction.table
-                tables.setdefault(table.name, table)
-    return tables

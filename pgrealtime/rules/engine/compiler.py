@@ -349,35 +349,6 @@ class RuleCompiler:
         return test
 
 
-def caller_columns_read_by_rules(collections: Collections) -> Mapping[str, tuple[str, ...]]:
-    """Return the columns of people's own rows that rules read, by auth collection.
-
-    Whoever has them with a subscriber asks as of its place in the stream, spares Postgres the
-    look-up for each change and the index a subscriber that would be tried each time. Rules that
-    don't hold are left out.
-    """
-    asked: dict[str, set[str]] = {}
-    for collection in collections.values():
-        for auth in (one for one in collections.values() if one.type == "auth"):
-            for rule in set(_rules_of(collection)) - {None, ""}:
-                try:
-                    where = resolve_rule(rule or "", collections, collection, auth).where
-                except RuleError:
-                    continue
-                names = {column.name for column in caller_columns(where)} - {""}
-                asked.setdefault(auth.name, set()).update(names)
-    return {name: tuple(sorted(columns)) for name, columns in asked.items() if columns}
-
-
-def _rules_of(collection: Collection) -> tuple[str | None, ...]:
-    return (
-        collection.list_rule,
-        collection.view_rule,
-        collection.manage_rule,
-        collection.auth_rule,
-    )
-
-
 def _parameters_of(where: Condition) -> tuple[Parameter, ...]:
     return tuple(p for p in condition_parameters(where) if not isinstance(p, LiteralParameter))
 

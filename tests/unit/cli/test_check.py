@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from pgrealtime.cli.check.check import syntax_problems, underline_span
 from pgrealtime.config.load import parse_config
+from pgrealtime.errors import underline_span
+from pgrealtime.rules.rule_set import syntax_problems
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.reads.own_record import OwnRecordRenderer
 from pgrealtime.rule_queries.executor import QueryExecutor
-from pgrealtime.service.reload import AppliedConfig, Reloader, ReloadTargets, fit_to_schema
+from pgrealtime.service.applied_config import AppliedConfig, fit_to_schema
+from pgrealtime.service.reload import Reloader, ReloadTargets
 from tests.unit.hub.room import COLLECTIONS, NOTES, PEOPLE, POSTS, Room, insert, open_room, update
 
 SECRET = "made up for the tests, and long enough"

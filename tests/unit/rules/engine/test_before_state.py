@@ -11,7 +11,8 @@ import pytest
 
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.changes import Change, Delete, Insert, Row, TableName, Truncate, Update, WholeRow
-from pgrealtime.rules.engine.before_state import BeforeState, BeforeStates, reachable_tables
+from pgrealtime.collections.streamed_tables import reachable_tables
+from pgrealtime.rules.engine.before_state import BeforeState, BeforeStates
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.sql.reference import ReferenceQuery, reference_query
 from tests.unit.rules.schema import COLLECTIONS, USERS, collection

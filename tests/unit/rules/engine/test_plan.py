@@ -10,13 +10,14 @@ from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collections
 from pgrealtime.errors import RuleError, RuleUnsupportedError
-from pgrealtime.rules.engine.compiler import RuleCompiler, caller_columns_read_by_rules
+from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.formula import TestCall, each_test_call
 from pgrealtime.rules.engine.index_paths import LookupKind
 from pgrealtime.rules.engine.plan import BoundPredicate
 from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.memory.compare import UndecidedError
+from pgrealtime.rules.rule_set import caller_columns_read_by_rules
 from pgrealtime.rules.sql.joins import MAX_JOINS
 from pgrealtime.rules.sql.reference import ReferenceQuery, check_rule, reference_query
 from tests.unit.rules.schema import COLLECTIONS, POSTS

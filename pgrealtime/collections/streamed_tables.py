@@ -1,0 +1,66 @@
+"""Lists the tables that rules can read, and those of them that the replication stream carries.
+
+The service, a reload, ``check`` and the demo must agree on both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from pgrealtime.catalog.model import Table
+from pgrealtime.changes import TableName
+from pgrealtime.collections.model import Collections
+from pgrealtime.errors import ConfigProblem
+
+
+def reachable_tables(collections: Collections) -> Mapping[TableName, Table]:
+    """Return every table that rules and filters can read, the junctions of relations included.
+
+    Junctions are streamed because a transaction may delete a row together with the rows that link
+    it to others; the rule for that row is evaluated with the links from before the transaction.
+    """
+    tables = {collection.table.name: collection.table for collection in collections.values()}
+    for collection in collections.values():
+        for field in collection.fields:
+            if field.relation is not None and field.relation.junction is not None:
+                table = field.relation.junction.table
+                tables.setdefault(table.name, table)
+    return tables
+
+
+def streamed_tables(
+    collections: Collections, problems: Iterable[ConfigProblem] = ()
+) -> Mapping[TableName, Table]:
+    """Return the tables that the stream carries: those of readable collections, their junctions.
+
+    A junction without replica identity is left out, because decoders drop or refuse its deletes.
+    The rule for a deleted record is then evaluated with the links that are left.
+    """
+    readable = readable_collections(collections, problems)
+    own = {collection.table.name for collection in readable.values()}
+    return {
+        name: table
+        for name, table in reachable_tables(readable).items()
+        if name in own or (table.replica_identity_columns and not table.is_unlogged)
+    }
+
+
+def readable_collections(
+    collections: Collections, problems: Iterable[ConfigProblem]
+) -> Collections:
+    """Return the collections without a problem of their table or key.
+
+    Of the others the stream would lack changes, or changes would not say which record they concern.
+    """
+    unreadable = {
+        collection_name_of(problem)
+        for problem in problems
+        if problem.path.endswith((".table", ".id"))
+    }
+    return Collections(tuple(c for c in collections.values() if c.name not in unreadable))
+
+
+def collection_name_of(problem: ConfigProblem) -> str:
+    """Return the name of the collection that a path such as ``collections.posts.id`` is in."""
+    _, _, rest = problem.path.partition(".")
+    return rest.partition(".")[0]
