@@ -82,6 +82,7 @@ TEXTS = [
     *("a_b", "a%b", "a\\b", "a\\", "\\", "%", "_", "a%", "%a", "x_b%", "\\%", "a\\%", "%\\%"),
     *("2024", "2024-01-02", "2024-01-02 03:04:05.678Z", "2024-01-02T03:04:05.678Z", "9999"),
     *("true", "1", "[]", '["a"]', '["a","b"]', '["a\\"b"]', "[1,2]", '{"k":1}', "null"),
+    *('{"bb":1,"a":[2]}', '{"a":[2],"bb":1}'),
     *("00000000-0000-0000-0000-00000000000a", "u1", "u2", "sad", "Ok", "\n", "a\nb", "\U0001f600"),
     *("1234567890123456789", "9007199254740993", "0.1", "0.30000000000000004", "x" * 210),
 ]
@@ -98,6 +99,7 @@ ARRAYS = [
 DOCUMENTS = [
     *("null", "1", "5.0", "0.5", '"a"', "true", "[]", "{}", '{"a": 1}', '{"a": "5", "b": [1, 2]}'),
     *('{"a": {"0": "x", "b": true}}', '["a", 5, null, {"a": 1.50}]', '{"a": "É\\n\\u0001\\""}'),
+    '{"a": [2], "bb": 1}',
     *('{"a": null}', '{"a": 1e400}', '{"a": 12345678901234567890}', '{"a": [{"b": "x y: , z"}]}'),
 ]
 VALUES: dict[str, list[str]] = {
@@ -390,3 +392,14 @@ def test_an_array_is_counted_by_its_own_delimiter(judge: Judge) -> None:
     images = judge.images([{"id": "r1", "boxes": value} for value in boxes])
     went = {compare(judge, f"boxes:length = {n}", RuleRequest(), images) for n in range(4)}
     assert "left to Postgres" not in went
+
+
+def test_json_is_compared_whatever_the_order_of_its_keys(judge: Judge) -> None:
+    """Jsonb orders the keys of an object its own way; the text of a rule has its author's."""
+    images = judge.images([{"id": "r1", "doc": value} for value in VALUES["doc"]])
+    given = '{"bb":1,"a":[2]}'
+    request = RuleRequest(query={"q": given})
+    for rule in (
+        f"doc {op} {one}" for op in ("=", "!=") for one in (f"'{given}'", "@request.query.q")
+    ):
+        assert compare(judge, rule, request, images) == "decided"

@@ -17,8 +17,9 @@ from pgrealtime.rules.engine.test import Test
 from pgrealtime.rules.language.comparison import is_double
 from pgrealtime.rules.language.parameters import Parameter, ParameterClass
 from pgrealtime.rules.language.predicate import Condition, Term, condition_parameters
-from pgrealtime.rules.memory.compare import SqliteValue, parse_numeric
+from pgrealtime.rules.memory.compare import SqliteValue
 from pgrealtime.rules.memory.index_key import KeyComparison
+from pgrealtime.rules.memory.text_values import parse_numeric
 from pgrealtime.rules.sql.conditions import SqlValues, translate_key_values
 
 

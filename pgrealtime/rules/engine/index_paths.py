@@ -25,10 +25,10 @@ from pgrealtime.rules.engine.index_keys import KeyRegistry, RemoteKey, RowKeyRea
 from pgrealtime.rules.engine.test import reads_caller_row
 from pgrealtime.rules.language.comparison import (
     Affinity,
-    Equality,
-    equality,
+    ComparisonKind,
     is_double,
     is_multiple,
+    plan_values,
     traits,
 )
 from pgrealtime.rules.language.parameter_values import to_sql_value
@@ -329,9 +329,9 @@ def _remote_key_path(
     path = row_path_of(term)
     if path is None or isinstance(path.root, CallerRow):
         return None
-    kind = equality(traits(term, test.parameter_classes), traits(other, test.parameter_classes))
+    plan = plan_values(Op.EQ, term, other, test.parameter_classes)
     form = _key_form(term, test.parameter_classes[other.parameter])
-    if kind is not Equality.PLAIN or form is None:
+    if plan.kind is not ComparisonKind.EQUAL or form is None:
         return None
     shared = [one for one in other_conjuncts if not _is_caller_dependent(one)]
     where = None if not shared else shared[0] if len(shared) == 1 else Conjunction(tuple(shared))

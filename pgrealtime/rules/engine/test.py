@@ -32,11 +32,12 @@ from pgrealtime.rules.language.predicate import (
     Strftime,
     Term,
     ToOne,
+    columns_read,
     condition_parameters,
     row_path_of,
     terms,
 )
-from pgrealtime.rules.memory.conditions import CompiledCondition, columns_read, compile_condition
+from pgrealtime.rules.memory.conditions import CompiledCondition, compile_condition
 from pgrealtime.rules.memory.operands import CompileContext
 from pgrealtime.rules.sql.conditions import SqlPredicate, translate_predicate
 from pgrealtime.rules.sql.joins import CALLER_ID_PARAMETER

@@ -1,4 +1,11 @@
-"""Decides what a comparison means in SQLite: affinity, NULL, match-all. Both backends obey it."""
+"""Decides what a comparison means in SQLite: affinity, NULL, match-all, LIKE patterns.
+
+``plan_comparison`` is called once per comparison when a rule is compiled. ``sql.conditions`` and
+``memory.conditions`` only render its result, so that the two cannot disagree about the meaning.
+The rules are those of PocketBase's ``tools/search/filter.go`` (``resolveEqualExpr``,
+``manyVsManyExpr``, ``manyVsOneExpr``, ``wrapLikeParams``) and of SQLite's documentation,
+"Datatypes In SQLite", sections 3 and 4.2.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +22,7 @@ from pgrealtime.rules.language.parameters import (
 )
 from pgrealtime.rules.language.predicate import (
     AbsentEach,
+    Comparison,
     EachTerm,
     EachValue,
     FieldValue,
@@ -28,6 +36,315 @@ from pgrealtime.rules.language.predicate import (
     Term,
     row_path_of,
 )
+from pgrealtime.rules.language.sqlite_values import like_pattern
+from pgrealtime.rules.language.syntax import Op
+
+# --- the plan
+
+
+class ComparisonKind(Enum):
+    """What two values are asked. ``is_negated`` asks for the opposite of all but ORDER."""
+
+    LIKE = auto()
+    """LIKE with the right side as the pattern, ASCII letters without case."""
+    LIKE_NOTHING = auto()
+    """LIKE with a pattern that matches no text: unknown if the left side is NULL, else false."""
+    ORDER = auto()
+    """``L < R`` and the other orders."""
+    CONSTANT = auto()
+    """True: both sides are known to be empty."""
+    BLANK = auto()
+    """``L = '' OR L IS NULL``; the right side is known to be empty and is not evaluated."""
+    TRUTH = auto()
+    """``L IS TRUE`` or ``L IS FALSE``: the right side is ``:isset``."""
+    EQUAL = auto()
+    """``L = R``: unknown if a side is NULL."""
+    NOT_DISTINCT = auto()
+    """``L IS R``, which is never unknown."""
+    COALESCED = auto()
+    """``COALESCE(L, '') = COALESCE(R, '')``, without conversion."""
+
+
+class Conversion(Enum):
+    """What SQLite's affinity makes of an operand before it is compared."""
+
+    NONE = auto()
+    NUMBER = auto()
+    """Texts that look like numbers become numbers."""
+    TEXT = auto()
+    """Numbers become texts."""
+
+
+class Pattern(Enum):
+    """Where the pattern of a LIKE comes from."""
+
+    NULL = auto()
+    """There is none: the result is unknown."""
+    BOUND = auto()
+    """The right side's parameter, in the form ``SqlForm.PATTERN``."""
+    TEXT = auto()
+    """The right side's text as it is."""
+    WRAPPED = auto()
+    """The right side's text between two ``%``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedOperand:
+    """One side of a comparison and what is done with its value."""
+
+    term: Term
+    conversion: Conversion = Conversion.NONE
+    is_made_double: bool = False
+    """Its exact numbers become double precision, because the other side's numbers are."""
+    is_empty_text: bool = False
+    """It is known to be empty, and is compared as the empty text whatever it is."""
+    is_json_text: bool = False
+    """A constant that meets a JSON value: compared in the form ``SqlForm.JSON``."""
+    is_searched: bool = False
+    """All of its values are compared: it needs joins, or items, of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueComparison:
+    """A comparison of one value with one value."""
+
+    kind: ComparisonKind
+    op: Op
+    left: PlannedOperand
+    right: PlannedOperand
+    is_null_safe: bool = False
+    """NULL and the empty text are different values."""
+    pattern: Pattern = Pattern.NULL
+    """Of LIKE."""
+
+    @property
+    def is_negated(self) -> bool:
+        """Whether the opposite of ``kind`` is asked; unknown stays unknown."""
+        return self.op in {Op.NE, Op.NOT_LIKE}
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonPlan:
+    """What a comparison of a rule asks: ``shared``, and no value for which ``searched`` is false.
+
+    ``shared`` speaks of the rows that all comparisons of the scope share. ``searched`` is None
+    unless every value of a multiple path must agree (match-all).
+    """
+
+    shared: ValueComparison
+    searched: ValueComparison | None = None
+
+
+def plan_comparison(
+    comparison: Comparison, parameter_classes: Mapping[Parameter, ParameterClass]
+) -> ComparisonPlan:
+    """Return what the comparison means for parameters of these classes."""
+    op = comparison.op
+    left, right = (_side(t, parameter_classes) for t in (comparison.left, comparison.right))
+    is_left_multiple, is_right_multiple = is_multiple(left.term), is_multiple(right.term)
+    if comparison.is_any or not (is_left_multiple or is_right_multiple):
+        return ComparisonPlan(_plan_values(op, left, right))
+    shared_right = replace(right, wildcards=_Wildcards.NONE) if is_right_multiple else right
+    return ComparisonPlan(
+        _plan_values(op, left, shared_right),
+        _plan_values(
+            op,
+            _side_of_search(left, is_searched=is_left_multiple),
+            _side_of_search(right, is_searched=is_right_multiple),
+        ),
+    )
+
+
+def plan_values(
+    op: Op, left: Term, right: Term, parameter_classes: Mapping[Parameter, ParameterClass]
+) -> ValueComparison:
+    """Return what ``left op right`` means for one value of either."""
+    return _plan_values(op, _side(left, parameter_classes), _side(right, parameter_classes))
+
+
+# --- planning
+
+
+class _Wildcards(Enum):
+    """Where LIKE with a formatted time on its right side has its ``%`` from.
+
+    PocketBase makes patterns of the constants, which are the format and its modifiers. Where the
+    times are searched for a counter-example it undoes that, and puts the ``%`` around each of them.
+    """
+
+    FROM_CONSTANTS = auto()
+    NONE = auto()
+    AROUND = auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Side:
+    term: Term
+    traits: Traits
+    parameter_class: ParameterClass | None
+    """Of a parameter."""
+    wildcards: _Wildcards = _Wildcards.FROM_CONSTANTS
+    is_searched: bool = False
+
+
+def _side(term: Term, parameter_classes: Mapping[Parameter, ParameterClass]) -> _Side:
+    return _Side(
+        term=term,
+        traits=traits(term, parameter_classes),
+        parameter_class=(
+            parameter_classes[term.parameter] if isinstance(term, ParameterTerm) else None
+        ),
+    )
+
+
+def _side_of_search(side: _Side, *, is_searched: bool) -> _Side:
+    """Return a side as it is compared while a counter-example is searched.
+
+    A side that isn't searched keeps the shared row. PocketBase takes its NULL for empty then,
+    whatever the operand, and a function with constants in its arguments for something, as it does
+    with a constant.
+    """
+    if is_searched:
+        counted = replace(side.traits, is_nonempty=False)
+        return replace(side, traits=counted, wildcards=_Wildcards.AROUND, is_searched=True)
+    is_something = side.traits.is_nonempty or (
+        side.traits.null_fallback is not NullFallback.AUTO and side.traits.has_constants
+    )
+    counted = replace(side.traits, null_fallback=NullFallback.AUTO, is_nonempty=is_something)
+    return replace(side, traits=counted)
+
+
+def _plan_values(op: Op, left: _Side, right: _Side) -> ValueComparison:
+    match op:
+        case Op.LIKE | Op.NOT_LIKE:
+            return _plan_like(op, left, right)
+        case Op.EQ | Op.NE:
+            return _plan_equality(op, left, right)
+        case Op.LT | Op.LE | Op.GT | Op.GE:
+            one, other = _comparable(left, right)
+            return ValueComparison(kind=ComparisonKind.ORDER, op=op, left=one, right=other)
+
+
+def _plan_equality(op: Op, left: _Side, right: _Side) -> ValueComparison:
+    """Return the first meaning of ``=`` and ``!=`` that applies."""
+    one, other = left.traits, right.traits
+    is_null_safe = NullFallback.DISABLED in {one.null_fallback, other.null_fallback}
+    if not is_null_safe and not (one.is_nonempty or other.is_nonempty):
+        return _plan_equality_of_unknown(op, left, right)
+    if op is Op.EQ and not is_null_safe:
+        kind = ComparisonKind.EQUAL
+    else:
+        kind = ComparisonKind.TRUTH if other.is_isset else ComparisonKind.NOT_DISTINCT
+    if kind is ComparisonKind.TRUTH:
+        operands = _unconverted(left), _unconverted(right)
+    else:
+        operands = _comparable(left, right)
+    one_operand, other_operand = (
+        replace(
+            operand,
+            is_empty_text=side.traits.is_empty and not is_null_safe,
+            is_json_text=isinstance(opposite.term, JsonValue)
+            and side.parameter_class in _JSON_SPELLED_CLASSES,
+        )
+        for operand, side, opposite in zip(operands, (left, right), (right, left), strict=True)
+    )
+    return ValueComparison(
+        kind=kind, op=op, left=one_operand, right=other_operand, is_null_safe=is_null_safe
+    )
+
+
+_JSON_SPELLED_CLASSES = frozenset({ParameterClass.TEXT, ParameterClass.DANGLING_ESCAPE})
+"""Texts among which are JSON containers. jsonb has an order of keys of its own."""
+
+
+def _plan_equality_of_unknown(op: Op, left: _Side, right: _Side) -> ValueComparison:
+    """Return the meaning where neither side is known to be something, and NULL equals ``''``."""
+    is_empty = left.traits.is_empty, right.traits.is_empty
+    if any(is_empty):
+        kind = ComparisonKind.CONSTANT if all(is_empty) else ComparisonKind.BLANK
+        if is_empty[0]:
+            left, right = right, left
+        one, other = _unconverted(left), _unconverted(right)
+    else:
+        kind = ComparisonKind.COALESCED
+        one, other = _of_one_precision(_unconverted(left), _unconverted(right))
+    return ValueComparison(kind=kind, op=op, left=one, right=other)
+
+
+def _comparable(left: _Side, right: _Side) -> tuple[PlannedOperand, PlannedOperand]:
+    """Return both sides with SQLite's affinities applied: numeric before text before none."""
+    one, other = _unconverted(left), _unconverted(right)
+    match left.traits.affinity, right.traits.affinity:
+        case (Affinity.NUMERIC, Affinity.NUMERIC) | (Affinity.TEXT, Affinity.TEXT):
+            pass
+        case Affinity.NUMERIC, _:
+            other = replace(other, conversion=Conversion.NUMBER)
+        case _, Affinity.NUMERIC:
+            one = replace(one, conversion=Conversion.NUMBER)
+        case Affinity.TEXT, Affinity.NONE:
+            other = replace(other, conversion=Conversion.TEXT)
+        case Affinity.NONE, Affinity.TEXT:
+            one = replace(one, conversion=Conversion.TEXT)
+        case _:
+            pass
+    return _of_one_precision(one, other)
+
+
+def _unconverted(side: _Side) -> PlannedOperand:
+    return PlannedOperand(term=side.term, is_searched=side.is_searched)
+
+
+def _of_one_precision(
+    one: PlannedOperand, other: PlannedOperand
+) -> tuple[PlannedOperand, PlannedOperand]:
+    """Return both with numbers that can be compared: exact ones, unless one side is a double."""
+    is_one_double, is_other_double = (
+        is_double(operand.term) and operand.conversion is not Conversion.TEXT
+        for operand in (one, other)
+    )
+    if is_one_double is is_other_double:
+        return one, other
+    return (
+        replace(one, is_made_double=not is_one_double),
+        replace(other, is_made_double=not is_other_double),
+    )
+
+
+def _plan_like(op: Op, left: _Side, right: _Side) -> ValueComparison:
+    pattern_term, pattern = _like_pattern(right)
+    is_dangling = right.parameter_class is ParameterClass.DANGLING_ESCAPE
+    return ValueComparison(
+        kind=ComparisonKind.LIKE_NOTHING if is_dangling else ComparisonKind.LIKE,
+        op=op,
+        left=_unconverted(left),
+        right=replace(_unconverted(right), term=pattern_term),
+        pattern=pattern,
+    )
+
+
+def _like_pattern(side: _Side) -> tuple[Term, Pattern]:
+    """Return what the pattern is read from, and how.
+
+    PocketBase makes patterns of all constants on the right side, those in a function's arguments
+    included: a distance from a constant becomes NULL, and a format without ``%`` gets two.
+    """
+    match side.term:
+        case ParameterTerm():
+            is_absent = side.parameter_class is ParameterClass.ABSENT
+            return side.term, Pattern.NULL if is_absent else Pattern.BOUND
+        case GeoDistance(args) if any(isinstance(arg, ParameterTerm) for arg in args):
+            return side.term, Pattern.NULL
+        case Strftime() if side.wildcards is _Wildcards.NONE:
+            return side.term, Pattern.TEXT
+        case Strftime(layout, time, modifiers) if side.wildcards is _Wildcards.FROM_CONSTANTS:
+            if modifiers or isinstance(time, ParameterTerm):
+                return side.term, Pattern.NULL
+            return Strftime(like_pattern(layout), time, ()), Pattern.TEXT
+        case _:
+            return side.term, Pattern.WRAPPED
+
+
+# --- operands
 
 
 class Affinity(Enum):
@@ -46,50 +363,24 @@ class NullFallback(Enum):
     DISABLED = auto()
     """NULL is only itself."""
     ENFORCED = auto()
-    """As AUTO, and nothing is known about the value beforehand."""
+    """As AUTO, and nothing is known about the value before it is evaluated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traits:
-    """All that decides how an operand is compared."""
+    """All that decides how an operand is compared, before its value is known."""
 
     affinity: Affinity
     null_fallback: NullFallback = NullFallback.AUTO
     is_empty: bool = False
-    """Known beforehand to be NULL or the empty text."""
+    """Known to be NULL or the empty text."""
     is_nonempty: bool = False
-    """Known beforehand to be neither."""
+    """Known to be neither."""
     is_isset: bool = False
-    """``:isset``, which SQLite sees as the word TRUE or FALSE. On the right side of ``IS`` and
-    ``IS EXCEPT`` (``NULL_SAFE``, and ``!=`` of ``PLAIN``) that asks for the other side's truth."""
+    """``:isset``, which SQLite sees as the keyword TRUE or FALSE. On the right side of ``IS`` that
+    asks for the other side's truth."""
     has_constants: bool = False
-    """A function with something in its arguments that isn't empty, whatever comes out of it."""
-
-    def for_counterexample(self) -> Traits:
-        """Return how it counts while a counter-example is sought among the other side's values.
-
-        PocketBase takes NULL for empty then, whatever the operand, and a function with constants
-        in its arguments for something, as it does with a constant.
-        """
-        is_filled = self.is_nonempty or (
-            self.null_fallback is not NullFallback.AUTO and self.has_constants
-        )
-        return replace(self, null_fallback=NullFallback.AUTO, is_nonempty=is_filled)
-
-
-class Equality(Enum):
-    """Which of the five meanings ``=`` and ``!=`` have."""
-
-    NULL_SAFE = auto()
-    """``L IS R``; ``L IS EXCEPT R``."""
-    CONSTANT = auto()
-    """Both are empty: true; false."""
-    PLAIN = auto()
-    """``L = R``; ``L IS EXCEPT R``."""
-    EMPTY = auto()
-    """One is empty, ``X = '' OR X IS NULL`` of the other; the opposite of it."""
-    COALESCED = auto()
-    """``COALESCE(L, '') = COALESCE(R, '')`` without conversion; the opposite of it."""
+    """A function with constants in its arguments, none of them the empty text."""
 
 
 def traits(term: Term, parameter_classes: Mapping[Parameter, ParameterClass]) -> Traits:
@@ -97,12 +388,11 @@ def traits(term: Term, parameter_classes: Mapping[Parameter, ParameterClass]) ->
     match term:
         case ParameterTerm(parameter):
             is_empty = parameter_classes[parameter].is_empty
-            is_flag = isinstance(parameter, RequestValue) and parameter.is_isset
             return Traits(
                 affinity=Affinity.NONE,
                 is_empty=is_empty,
                 is_nonempty=not is_empty,
-                is_isset=is_flag,
+                is_isset=isinstance(parameter, RequestValue) and parameter.is_isset,
             )
         case AbsentEach():
             return Traits(affinity=Affinity.NONE, is_nonempty=True)
@@ -110,90 +400,82 @@ def traits(term: Term, parameter_classes: Mapping[Parameter, ParameterClass]) ->
             return Traits(
                 affinity=Affinity.NONE, is_empty=value is None, is_nonempty=value is not None
             )
-        case FieldValue(field=field_, modifier=Modifier.WHOLE):
-            return Traits(affinity=_affinity(field_))
-        case SecretTerm(modifier=Modifier.WHOLE):
-            return Traits(affinity=Affinity.TEXT)
-        case FieldValue() | SecretTerm() | EachTerm():
-            return Traits(affinity=_affinity_with_modifier(term))
+        case FieldValue() | EachTerm() | SecretTerm():
+            return Traits(affinity=_affinity(term))
         case JsonValue():
             return Traits(affinity=Affinity.NONE, null_fallback=NullFallback.DISABLED)
         case GeoDistance(args):
-            given = [
-                parameter_classes[arg.parameter] for arg in args if isinstance(arg, ParameterTerm)
-            ]
             return Traits(
                 affinity=Affinity.NONE,
                 null_fallback=NullFallback.DISABLED,
-                has_constants=_has_constants(given),
+                has_constants=_has_constants(args, (), parameter_classes),
             )
         case Strftime(layout, time, modifiers):
-            given = [parameter_class(text) for text in (layout, *modifiers)]
-            given += [parameter_classes[time.parameter]] if isinstance(time, ParameterTerm) else []
             return Traits(
                 affinity=Affinity.NONE,
                 null_fallback=NullFallback.ENFORCED,
-                has_constants=_has_constants(given),
+                has_constants=_has_constants((time,), (layout, *modifiers), parameter_classes),
             )
 
 
-def _has_constants(classes: Iterable[ParameterClass]) -> bool:
-    """Whether there are constants, none of them the empty text; missing ones are no constants."""
-    present = [one for one in classes if one is not ParameterClass.ABSENT]
-    return bool(present) and ParameterClass.EMPTY not in present
+def _has_constants(
+    args: Iterable[Term | None],
+    texts: Iterable[str],
+    parameter_classes: Mapping[Parameter, ParameterClass],
+) -> bool:
+    """Return whether there are constants, none of them empty; an absent one is no constant."""
+    classes = {parameter_class(text) for text in texts}
+    classes |= {parameter_classes[arg.parameter] for arg in args if isinstance(arg, ParameterTerm)}
+    classes.discard(ParameterClass.ABSENT)
+    return bool(classes) and ParameterClass.EMPTY not in classes
 
 
 _NUMERIC_KINDS = frozenset({FieldKind.NUMBER, FieldKind.BOOL})
 
 
-def _affinity_with_modifier(term: FieldValue | SecretTerm | EachTerm) -> Affinity:
-    is_numeric = isinstance(term, EachTerm) and term.kind in _NUMERIC_KINDS
-    return Affinity.NUMERIC if is_numeric else Affinity.NONE
+def _affinity(term: FieldValue | EachTerm | SecretTerm) -> Affinity:
+    match term:
+        case EachTerm(kind=kind):
+            return Affinity.NUMERIC if kind in _NUMERIC_KINDS else Affinity.NONE
+        case FieldValue(field=field, modifier=Modifier.WHOLE):
+            return _field_affinity(field)
+        case SecretTerm(modifier=Modifier.WHOLE):
+            return Affinity.TEXT
+        case FieldValue() | SecretTerm():
+            return Affinity.NONE
 
 
-def _affinity(field_: Field) -> Affinity:
-    if field_.is_multiple or field_.kind in _NUMERIC_KINDS or field_.kind is FieldKind.GEO_POINT:
+def _field_affinity(field: Field) -> Affinity:
+    """Return the affinity of PocketBase's column; lists and points are of type JSON there."""
+    if field.is_multiple or field.kind in _NUMERIC_KINDS or field.kind is FieldKind.GEO_POINT:
         return Affinity.NUMERIC
     return Affinity.TEXT
 
 
-def equality(left: Traits, right: Traits) -> Equality:
-    """Return what ``=`` between the two means; the first case that applies."""
-    if NullFallback.DISABLED in {left.null_fallback, right.null_fallback}:
-        return Equality.NULL_SAFE
-    if left.is_empty and right.is_empty:
-        return Equality.CONSTANT
-    if left.is_nonempty or right.is_nonempty:
-        return Equality.PLAIN
-    if left.is_empty or right.is_empty:
-        return Equality.EMPTY
-    return Equality.COALESCED
-
-
 def is_multiple(term: Term) -> bool:
-    """Whether a comparison of it without ``?`` must hold for all of its values."""
+    """Return whether a comparison of it without ``?`` must hold for all of its values."""
     if isinstance(term, AbsentEach):
         return term.is_multiple
-    place = row_path_of(term)
-    return place is not None and place.is_multiple
+    path = row_path_of(term)
+    return path is not None and path.is_multiple
 
 
 def is_double(term: Term) -> bool:
-    """Whether its numbers are double precision: all others are exact.
+    """Return whether its numbers are double precision. All others are exact.
 
-    What is compared with them is compared as doubles.
+    What is compared with a double is compared as a double.
     """
     match term:
-        case FieldValue(field=field_, modifier=Modifier.WHOLE | Modifier.EACH) if (
-            not field_.is_multiple
+        case FieldValue(field=field, modifier=Modifier.WHOLE | Modifier.EACH) if (
+            not field.is_multiple
         ):
-            return field_.kind is FieldKind.NUMBER and field_.type.base.name in _DOUBLE_TYPES
-        case EachTerm(place) if isinstance(place.steps[-1], EachValue):
-            element = place.steps[-1].field.type.base.element
+            return field.kind is FieldKind.NUMBER and field.type.base.name in _DOUBLE_TYPES
+        case EachTerm(path) if isinstance(path.steps[-1], EachValue):
+            element = path.steps[-1].field.type.base.element
             is_number = term.kind is FieldKind.NUMBER
             return is_number and element is not None and element.base.name in _DOUBLE_TYPES
-        case JsonValue(field=field_):
-            return field_.kind is FieldKind.GEO_POINT and not field_.is_stored_as_json
+        case JsonValue(field=field):
+            return field.kind is FieldKind.GEO_POINT and not field.is_stored_as_json
         case GeoDistance():
             return True
         case _:

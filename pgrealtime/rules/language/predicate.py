@@ -328,6 +328,24 @@ def condition_parameters(condition: Condition) -> tuple[Parameter, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def columns_read(condition: Condition) -> frozenset[str]:
+    """Return the columns that a condition without nested rules reads of the scope's row."""
+    columns: set[str] = set()
+    for term in terms(condition):
+        path = row_path_of(term)
+        if path is None or not isinstance(path.root, ScopeRow):
+            continue
+        field_: Field | None = None
+        if path.steps:
+            first = path.steps[0]
+            field_ = first.field if isinstance(first, EachValue) else None
+        elif isinstance(term, FieldValue | JsonValue):
+            field_ = term.field
+        if field_ is not None and field_.column is not None:
+            columns.add(field_.column.name)
+    return frozenset(columns)
+
+
 def map_parameters(condition: Condition, replaced: Callable[[Parameter], Parameter]) -> Condition:
     """Return the condition with each parameter replaced, from left to right."""
 

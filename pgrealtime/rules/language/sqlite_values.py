@@ -120,14 +120,14 @@ def json_in_jsonb_order(text: str) -> str:
         return text
     try:
         parsed = json.loads(
-            text, object_pairs_hook=_ObjectMembers, parse_int=_NumberToken, parse_float=_NumberToken
+            text, object_pairs_hook=_ObjectMembers, parse_int=JsonNumber, parse_float=JsonNumber
         )
-        return _compact_json(parsed, is_sorted=True) if _compact_json(parsed) == text else text
+        return compact_json(parsed, is_sorted=True) if compact_json(parsed) == text else text
     except (ValueError, RecursionError):
         return text
 
 
-class _NumberToken(str):
+class JsonNumber(str):
     """A number of a JSON text, as written there."""
 
     __slots__ = ()
@@ -139,18 +139,21 @@ class _ObjectMembers(list[tuple[str, object]]):
     __slots__ = ()
 
 
-def _compact_json(node: object, *, is_sorted: bool = False) -> str:
+def compact_json(node: object, *, is_sorted: bool = False) -> str:
+    """Return parsed JSON as text without blanks, its members as they are or in jsonb's order."""
     match node:
-        case _ObjectMembers():
-            members = sorted(dict(node).items(), key=_jsonb_key_order) if is_sorted else node
+        case _ObjectMembers() | dict():
+            members = list(node.items() if isinstance(node, dict) else node)
+            if is_sorted:
+                members = sorted(dict(members).items(), key=_jsonb_key_order)
             shown = (
-                f"{_compact_json(name)}:{_compact_json(item, is_sorted=is_sorted)}"
+                f"{compact_json(name)}:{compact_json(item, is_sorted=is_sorted)}"
                 for name, item in members
             )
             return "{" + ",".join(shown) + "}"
         case list():
-            return "[" + ",".join(_compact_json(item, is_sorted=is_sorted) for item in node) + "]"
-        case _NumberToken():
+            return "[" + ",".join(compact_json(item, is_sorted=is_sorted) for item in node) + "]"
+        case JsonNumber():
             return node
         case _:
             return json.dumps(node, ensure_ascii=False)

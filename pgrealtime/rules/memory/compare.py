@@ -19,7 +19,6 @@ from pgrealtime.rules.language.sqlite_values import (
     NUMERIC_TEXT_REGEX,
     Number,
     ascii_lower,
-    sqlite_float_text,
 )
 from pgrealtime.rules.language.syntax import Op
 
@@ -100,22 +99,6 @@ def number_if_numeric(value: SqliteValue) -> SqliteValue:
     return value
 
 
-def parse_numeric(text: str) -> Number:
-    """Return the number of a numeric's text form."""
-    if "." in text or len(text) > _MAX_INT_DIGITS:
-        return Decimal(text)
-    return float(text) if text[-1] in "Ny" else int(text)  # NaN, Infinity
-
-
-_MAX_INT_DIGITS = 1000
-"""Digits; Python makes no integer of very many."""
-
-
-def trim_numeric_text(text: str) -> str:
-    """Return a numeric's text without trailing zeros, as ``trim_scale`` makes it."""
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
 def nearest_double(value: SqliteValue) -> SqliteValue:
     """Return the nearest double of a number; anything else as it is.
 
@@ -131,33 +114,6 @@ def nearest_double(value: SqliteValue) -> SqliteValue:
     if math.isinf(double) or (double == 0 and value != 0):
         raise UndecidedError
     return double
-
-
-def number_text(number: float) -> str:
-    """Return a number column's text, as ``values.number_text`` does.
-
-    Raises:
-        UndecidedError: It would have an exponent, or is none.
-    """
-    if number.is_integer() and abs(number) < _MAX_WHOLE_FLOAT:
-        return str(int(number))
-    return float_text(number)
-
-
-def float_text(number: float) -> str:
-    """Return a float's text, as ``values.float_text`` does.
-
-    Raises:
-        UndecidedError: As above.
-    """
-    if number == 0:
-        return "0.0"
-    if not _MIN_PLAIN_FLOAT <= abs(number) < _MAX_PLAIN_FLOAT:
-        raise UndecidedError
-    return sqlite_float_text(number)
-
-
-_MIN_PLAIN_FLOAT, _MAX_PLAIN_FLOAT, _MAX_WHOLE_FLOAT = 1e-4, 1e15, 1e18
 
 
 # --- work

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import TypeAlias, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from pgrealtime.catalog.model import Type, TypeKind
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Field, FieldKind
-from pgrealtime.rules.language.comparison import (
-    Affinity,
-    traits,
-)
+from pgrealtime.rules.language.comparison import Conversion, PlannedOperand
 from pgrealtime.rules.language.parameter_values import to_sql_value
 from pgrealtime.rules.language.parameters import (
     CallerColumn,
@@ -38,25 +32,30 @@ from pgrealtime.rules.language.predicate import (
     Term,
 )
 from pgrealtime.rules.language.sqlite_values import (
-    INT64_END,
     PASSWORD_HASH_PREFIX,
     Scalar,
     ascii_lower,
     exact_number,
 )
 from pgrealtime.rules.memory.compare import (
-    WORK_BUDGET,
     SqliteValue,
-    UndecidedError,
-    float_text,
     is_blank,
     nearest_double,
     number_if_numeric,
+)
+from pgrealtime.rules.memory.text_values import (
+    DATE_CONVERTERS,
+    array_items,
+    array_json_converter,
+    convert_text_form,
+    json_at_path,
+    json_string,
     number_text,
+    parse_bool,
+    parse_double,
     parse_numeric,
     trim_numeric_text,
 )
-from pgrealtime.text_forms import Element, parse_array
 
 Arguments: TypeAlias = Sequence[Scalar]
 """The values of a condition's parameters, literals of a rule aside, in the order given."""
@@ -103,14 +102,14 @@ def is_caller_row(path: RowPath) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ListScope:
-    """The lists that a condition's leaves share the items of."""
+    """The lists whose items the comparisons of a condition share, as joins are shared in SQL."""
 
     context: CompileContext
-    list_readers: dict[RowPath, ItemsReader]
+    list_readers: dict[RowPath, ItemsReader] = field(default_factory=dict)
     first_item_index: int = 0
 
     def item_index(self, path: RowPath, read: ItemsReader) -> int:
-        """Return which of the chosen items is one of that place's list."""
+        """Return where a combination of items holds the item of the path's list."""
         self.list_readers.setdefault(path, read)
         return self.first_item_index + list(self.list_readers).index(path)
 
@@ -119,28 +118,57 @@ class ListScope:
 class MemoryOperand:
     """An operand, as functions that read its value and its text."""
 
-    affinity: Affinity
     read_value: ValueReader
     read_text: ValueReader
     """The same as text."""
     only_type: type[str | float] | None
-    """The only class of its values beside NULL; None if there are both."""
-    is_double: bool = False
-    """Its numbers are double precision, and what is compared with them becomes that too."""
+    """The only type of its values beside NULL; None if there are both."""
     parameter: Parameter | None = None
     read_number: ValueReader | None = None
     """Of a constant: the number, if it is a text that looks like one."""
 
-
-def _text_operand(rank: Affinity, read: ValueReader) -> MemoryOperand:
-    return MemoryOperand(affinity=rank, read_value=read, read_text=read, only_type=str)
-
-
-def _constant_reader(value: SqliteValue) -> ValueReader:
-    return lambda _row, _args, _chosen: value
+    @classmethod
+    def of_text(cls, read: ValueReader) -> MemoryOperand:
+        """Return an operand that is a text in every row."""
+        return cls(read_value=read, read_text=read, only_type=str)
 
 
-EMPTY_TEXT = _text_operand(Affinity.NONE, _constant_reader(""))
+def constant_reader(value: SqliteValue) -> ValueReader:
+    """Return a function that reads the same value from any row."""
+    return lambda _row, _args, _items: value
+
+
+def empty_text_for_null(read: ValueReader) -> ValueReader:
+    """Return a function that reads '' where the value is NULL."""
+
+    def filled(row: Row, args: Arguments, items: ItemCombination) -> SqliteValue:
+        value = read(row, args, items)
+        return "" if value is None else value
+
+    return filled
+
+
+def compile_planned(planned: PlannedOperand, scope: ListScope) -> MemoryOperand:
+    """Return one side of a comparison compiled, with the conversions that are planned.
+
+    Raises:
+        NotInProcessError: Only PostgreSQL can evaluate it.
+    """
+    if planned.is_empty_text:
+        return MemoryOperand.of_text(constant_reader(""))
+    operand = compile_operand(planned.term, scope)
+    if planned.is_json_text:
+        assert operand.parameter is not None
+        spelled = argument_reader(operand.parameter, SqlForm.JSON, scope.context)
+        operand = replace(operand, read_value=spelled)
+    match planned.conversion:
+        case Conversion.NUMBER:
+            operand = _convert_to_number(operand)
+        case Conversion.TEXT:
+            operand = replace(operand, read_value=operand.read_text, only_type=str)
+        case Conversion.NONE:
+            pass
+    return _convert_to_double(operand) if planned.is_made_double else operand
 
 
 def compile_operand(term: Term, scope: ListScope) -> MemoryOperand:
@@ -154,25 +182,14 @@ def compile_operand(term: Term, scope: ListScope) -> MemoryOperand:
             return _parameter_operand(parameter, scope.context)
         case Keyword(flag):
             if flag is None:
-                return _text_operand(Affinity.NONE, _constant_reader(None))
-            number, text = _constant_reader(int(flag)), _constant_reader(str(int(flag)))
-            return MemoryOperand(
-                affinity=Affinity.NONE, read_value=number, read_text=text, only_type=float
-            )
+                return MemoryOperand.of_text(constant_reader(None))
+            number, text = constant_reader(int(flag)), constant_reader(str(int(flag)))
+            return MemoryOperand(read_value=number, read_text=text, only_type=float)
         case FieldValue(place, field_, part):
             cells = _ColumnReaders(place, scope.context)
-            return replace(
-                _field_with_modifier(cells, field_, part), affinity=traits(term, {}).affinity
-            )
-        case SecretTerm(place, part) if place.is_scope_row:
-            return _text_operand(
-                traits(term, {}).affinity,
-                _constant_reader(
-                    ascii_lower(PASSWORD_HASH_PREFIX)
-                    if part is Modifier.LOWER
-                    else PASSWORD_HASH_PREFIX
-                ),
-            )
+            return _field_with_modifier(cells, field_, part)
+        case SecretTerm(path, _) if path.is_scope_row:  # lower case already
+            return MemoryOperand.of_text(constant_reader(PASSWORD_HASH_PREFIX))
         case JsonValue(place, field_, keys, is_lower):
             return _json_operand(
                 _ColumnReaders(place, scope.context), field_, keys, is_lower=is_lower
@@ -183,42 +200,17 @@ def compile_operand(term: Term, scope: ListScope) -> MemoryOperand:
                 raise NotInProcessError
             if term.kind is FieldKind.NUMBER:
                 return _number_operand(*(_item_reader(at, convert) for convert in (int, str)))
-            return _text_operand(Affinity.NONE, _item_reader(at, str))
+            return MemoryOperand.of_text(_item_reader(at, str))
         case _:
             raise NotInProcessError
 
 
 def _item_reader(index: int, convert: Callable[[str], SqliteValue]) -> ValueReader:
-    def read(_row: Row, _args: Arguments, chosen: ItemCombination) -> SqliteValue:
-        text = chosen[index]
-        return None if text is None else _convert_text_form(convert, text)
+    def read(_row: Row, _args: Arguments, items: ItemCombination) -> SqliteValue:
+        text = items[index]
+        return None if text is None else convert_text_form(convert, text)
 
     return read
-
-
-def make_comparable(
-    one: MemoryOperand, other: MemoryOperand
-) -> tuple[MemoryOperand, MemoryOperand]:
-    """Return both operands with SQLite's affinities applied and numbers of one precision."""
-    return align_precision(*_apply_affinity(one, other))
-
-
-def _apply_affinity(
-    one: MemoryOperand, other: MemoryOperand
-) -> tuple[MemoryOperand, MemoryOperand]:
-    match one.affinity, other.affinity:
-        case Affinity.NUMERIC, Affinity.NUMERIC:
-            return one, other
-        case Affinity.NUMERIC, _:
-            return one, _convert_to_number(other)
-        case _, Affinity.NUMERIC:
-            return _convert_to_number(one), other
-        case Affinity.TEXT, Affinity.NONE:
-            return one, _convert_to_text(other)
-        case Affinity.NONE, Affinity.TEXT:
-            return _convert_to_text(one), other
-        case _:
-            return one, other
 
 
 def _convert_to_number(operand: MemoryOperand) -> MemoryOperand:
@@ -231,51 +223,36 @@ def _convert_to_number(operand: MemoryOperand) -> MemoryOperand:
     read = operand.read_value
     return replace(
         operand,
-        read_value=lambda row, args, chosen: number_if_numeric(read(row, args, chosen)),
+        read_value=lambda row, args, items: number_if_numeric(read(row, args, items)),
         only_type=None,
     )
 
 
-def _convert_to_text(operand: MemoryOperand) -> MemoryOperand:
-    return replace(operand, read_value=operand.read_text, only_type=str, is_double=False)
-
-
-def align_precision(
-    one: MemoryOperand, other: MemoryOperand
-) -> tuple[MemoryOperand, MemoryOperand]:
-    """Return both with numbers that can be compared: exact ones, unless one is a double."""
-    if one.is_double is other.is_double:
-        return one, other
-    return _convert_to_double(one), _convert_to_double(other)
-
-
 def _convert_to_double(operand: MemoryOperand) -> MemoryOperand:
-    if operand.is_double or operand.only_type is str:
+    if operand.only_type is str:
         return operand
     read = operand.read_value
     return replace(
         operand,
-        read_value=lambda row, args, chosen: nearest_double(read(row, args, chosen)),
-        is_double=True,
+        read_value=lambda row, args, items: nearest_double(read(row, args, items)),
     )
 
 
 def _parameter_operand(parameter: Parameter, context: CompileContext) -> MemoryOperand:
     shape = context.parameter_classes[parameter]
     if shape is ParameterClass.ABSENT:
-        return _text_operand(Affinity.NONE, _constant_reader(None))
+        return MemoryOperand.of_text(constant_reader(None))
     shown = argument_reader(parameter, SqlForm.TEXT, context)
     number = argument_reader(parameter, SqlForm.NUMBER, context)
     if shape.is_number:
         return MemoryOperand(
-            affinity=Affinity.NONE,
             read_value=number,
             read_text=shown,
             only_type=float,
             parameter=parameter,
         )
     return replace(
-        _text_operand(Affinity.NONE, shown),
+        MemoryOperand.of_text(shown),
         parameter=parameter,
         read_number=number if shape is ParameterClass.NUMERIC_TEXT else None,
     )
@@ -285,20 +262,20 @@ def argument_reader(parameter: Parameter, form: SqlForm, context: CompileContext
     """Return the function that reads a parameter's value in a form."""
     if isinstance(parameter, LiteralParameter):
         if form is not SqlForm.NUMBER:
-            return _constant_reader(to_sql_value(parameter.value, form))
+            return constant_reader(to_sql_value(parameter.value, form))
         shape = context.parameter_classes[parameter]
         is_number = shape.is_number or shape is ParameterClass.NUMERIC_TEXT
-        return _constant_reader(exact_number(parameter.value) if is_number else None)
+        return constant_reader(exact_number(parameter.value) if is_number else None)
     at = context.argument_index[parameter]
     if form is SqlForm.NUMBER:
-        return lambda _row, args, _chosen: (
+        return lambda _row, args, _items: (
             None if (content := args[at]) is None else exact_number(content)
         )
     if form is SqlForm.TEXT:
-        return lambda _row, args, _chosen: (
+        return lambda _row, args, _items: (
             value if isinstance(value := args[at], str) else to_sql_value(value, form)
         )
-    return lambda _row, args, _chosen: to_sql_value(args[at], form)
+    return lambda _row, args, _items: to_sql_value(args[at], form)
 
 
 _INTEGERS = frozenset({"int2", "int4", "int8"})
@@ -361,26 +338,15 @@ class _ColumnReaders:
         cell = self.column_reader(field_)
         present = None if self._is_scope_row else self._argument_index[CallerColumn("")]
 
-        def read(row: Row, args: Arguments, _chosen: ItemCombination) -> SqliteValue:
+        def read(row: Row, args: Arguments, _items: ItemCombination) -> SqliteValue:
             text = cell(row, args)
             if text is not None:
-                return _convert_text_form(convert, text)
+                return convert_text_form(convert, text)
             if not reads_null_as_empty or (present is not None and args[present] is None):
                 return None
             return ""
 
         return read
-
-
-_T = TypeVar("_T")
-
-
-def _convert_text_form(convert: Callable[[str], _T], text: str) -> _T:
-    """Convert a text form that may be of another type: the catalogue can be behind the stream."""
-    try:
-        return convert(text)
-    except (ValueError, IndexError, AssertionError):
-        raise UndecidedError from None
 
 
 def _require_text_form(value: Scalar) -> str | None:
@@ -393,16 +359,14 @@ def _field_with_modifier(cells: _ColumnReaders, field_: Field, modifier: Modifie
         case Modifier.WHOLE | Modifier.EACH:
             return _whole_field(cells, field_)
         case Modifier.LOWER:
-            return _text_operand(
-                Affinity.NONE, _lower_reader(_whole_field(cells, field_).read_text)
-            )
+            return MemoryOperand.of_text(_lower_reader(_whole_field(cells, field_).read_text))
         case Modifier.LENGTH:
             return _length_operand(cells, field_)
 
 
 def _lower_reader(shown: ValueReader) -> ValueReader:
-    def lowered(row: Row, args: Arguments, chosen: ItemCombination) -> SqliteValue:
-        text = shown(row, args, chosen)
+    def lowered(row: Row, args: Arguments, items: ItemCombination) -> SqliteValue:
+        text = shown(row, args, items)
         return ascii_lower(text) if isinstance(text, str) else None
 
     return lowered
@@ -411,9 +375,7 @@ def _lower_reader(shown: ValueReader) -> ValueReader:
 def _whole_field(cells: _ColumnReaders, field_: Field) -> MemoryOperand:
     base = field_.type.base
     if field_.is_multiple:
-        return _text_operand(
-            Affinity.NUMERIC, cells.value_reader(field_, _list_text_converter(field_))
-        )
+        return MemoryOperand.of_text(cells.value_reader(field_, _list_text_converter(field_)))
     match field_.kind:
         case FieldKind.NUMBER if base.name in _INTEGERS:
             return _number_operand(cells.value_reader(field_, int), cells.value_reader(field_, str))
@@ -426,108 +388,44 @@ def _whole_field(cells: _ColumnReaders, field_: Field) -> MemoryOperand:
             shown = cells.value_reader(field_, lambda text: number_text(parse_double(text)))
             return _number_operand(cells.value_reader(field_, parse_double), shown)
         case FieldKind.BOOL:
-            shown = cells.value_reader(field_, lambda text: str(_parse_bool(text)))
-            return _number_operand(cells.value_reader(field_, _parse_bool), shown)
-        case FieldKind.DATE if base.name in _DATE_CONVERTERS:
-            return _text_operand(
-                Affinity.TEXT,
-                cells.value_reader(field_, _DATE_CONVERTERS[base.name], reads_null_as_empty=True),
+            shown = cells.value_reader(field_, lambda text: str(parse_bool(text)))
+            return _number_operand(cells.value_reader(field_, parse_bool), shown)
+        case FieldKind.DATE if base.name in DATE_CONVERTERS:
+            return MemoryOperand.of_text(
+                cells.value_reader(field_, DATE_CONVERTERS[base.name], reads_null_as_empty=True),
             )
         case FieldKind.RELATION if _has_cast_like_output(base):
-            return _text_operand(
-                Affinity.TEXT, cells.value_reader(field_, str, reads_null_as_empty=True)
-            )
+            return MemoryOperand.of_text(cells.value_reader(field_, str, reads_null_as_empty=True))
         case FieldKind.TEXT | FieldKind.FILE if _has_cast_like_output(base):
-            return _text_operand(Affinity.TEXT, cells.value_reader(field_, str))
+            return MemoryOperand.of_text(cells.value_reader(field_, str))
         case _:
             raise NotInProcessError
 
 
-def _parse_bool(text: str) -> int:
-    return int(text.startswith("t"))
-
-
 def _number_operand(read: ValueReader, shown: ValueReader) -> MemoryOperand:
-    return MemoryOperand(
-        affinity=Affinity.NUMERIC, read_value=read, read_text=shown, only_type=float
-    )
-
-
-def parse_double(text: str) -> float:
-    """Return the double of a number's text form.
-
-    Raises:
-        UndecidedError: There is none: Postgres reports an error.
-    """
-    number = float(text)
-    if number == 0 or number in _INFINITIES:
-        digits = text.partition("e")[0]
-        if number != 0 and digits[-1].isdigit():
-            raise UndecidedError
-        if number == 0 and digits.strip("-0."):
-            raise UndecidedError
-    return number
-
-
-_INFINITIES = (float("inf"), float("-inf"))
-
-
-_DATE_TEXT = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
-
-
-_TIMESTAMP_TEXT = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:\.(\d{1,6}))?", re.ASCII)
-
-
-def _convert_date(text: str) -> str:
-    if _DATE_TEXT.fullmatch(text) is None:
-        raise UndecidedError
-    return f"{text} 00:00:00.000Z"
-
-
-def _convert_timestamp(text: str) -> str:
-    found = _TIMESTAMP_TEXT.fullmatch(text)
-    if found is None:
-        raise UndecidedError
-    return f"{found[1]}.{found[2] or '':0<3.3}Z"
-
-
-def _convert_timestamptz(text: str) -> str:
-    if not text.endswith("+00"):
-        raise UndecidedError
-    return _convert_timestamp(text[:-3])
-
-
-_DATE_CONVERTERS: Mapping[str, Callable[[str], str]] = {
-    "date": _convert_date,
-    "timestamp": _convert_timestamp,
-    "timestamptz": _convert_timestamptz,
-}
-
-
-def _flatten(items: Sequence[Element]) -> Iterator[str | None]:
-    for item in items:
-        if isinstance(item, list):
-            yield from _flatten(item)
-        else:
-            yield item
+    return MemoryOperand(read_value=read, read_text=shown, only_type=float)
 
 
 def _length_operand(cells: _ColumnReaders, field_: Field) -> MemoryOperand:
     read: ValueReader
     if field_.is_multiple:
         cell, delimiter = cells.column_reader(field_), _delimiter(field_)
-        read = lambda row, args, _chosen: _count_items(  # noqa: E731 (one expression)
+        read = lambda row, args, _items: _count_items(  # noqa: E731 (one expression)
             cell(row, args), delimiter
         )
     else:
         shown = _whole_field(cells, field_).read_text
-        read = lambda row, args, chosen: int(  # noqa: E731 (likewise)
-            not is_blank(shown(row, args, chosen))
+        read = lambda row, args, items: int(  # noqa: E731 (likewise)
+            not is_blank(shown(row, args, items))
         )
-    as_text: ValueReader = lambda row, args, chosen: str(read(row, args, chosen))  # noqa: E731
-    return MemoryOperand(
-        affinity=Affinity.NONE, read_value=read, read_text=as_text, only_type=float
-    )
+    as_text: ValueReader = lambda row, args, items: str(read(row, args, items))  # noqa: E731
+    return MemoryOperand(read_value=read, read_text=as_text, only_type=float)
+
+
+def _count_items(text: str | None, delimiter: str) -> int:
+    if text is None:
+        return 0
+    return len(convert_text_form(lambda given: array_items(given, delimiter), text))
 
 
 def _delimiter(field_: Field) -> str:
@@ -535,29 +433,6 @@ def _delimiter(field_: Field) -> str:
     if element is None:
         raise NotInProcessError
     return element.base.delimiter
-
-
-def _count_items(text: str | None, delimiter: str) -> int:
-    if text is None:
-        return 0
-    return len(_convert_text_form(lambda given: _array_items(given, delimiter), text))
-
-
-def _array_items(text: str, delimiter: str = ",") -> tuple[str | None, ...]:
-    """Return the items of an array; of a long one that is found out once for many filters."""
-    if len(text) < _MIN_CACHED_LENGTH:
-        return tuple(_flatten(parse_array(text, delimiter)))
-    WORK_BUDGET.spend(len(text) / 512)
-    return _cached_array_items(text, delimiter)
-
-
-_MIN_CACHED_LENGTH = 128
-"""Characters from which on it is worth keeping what was made of a text."""
-
-
-@lru_cache(maxsize=16)
-def _cached_array_items(text: str, delimiter: str) -> tuple[str | None, ...]:
-    return tuple(_flatten(parse_array(text, delimiter)))
 
 
 def _items_reader(path: RowPath, context: CompileContext) -> ItemsReader:
@@ -573,62 +448,27 @@ def _items_reader(path: RowPath, context: CompileContext) -> ItemsReader:
 
     def read(row: Row, args: Arguments) -> Sequence[str | None]:
         text = cell(row, args)
-        return (() if text is None else _convert_text_form(_array_items, text)) or (None,)
+        return (() if text is None else convert_text_form(array_items, text)) or (None,)
 
     return read
 
 
 def _list_text_converter(field_: Field) -> Callable[[str], SqliteValue]:
-    """Return what makes of an array the JSON text that ``array_to_json`` makes."""
+    """Return what converts an array's text form to JSON, for element types where that is exact."""
     element = field_.type.base.element
     if element is None:
         raise NotInProcessError
-    show: Callable[[str], str]
     match field_.kind, element.base.name:
         case FieldKind.BOOL, _:
-            show = lambda text: "true" if text.startswith("t") else "false"  # noqa: E731
+            return array_json_converter(lambda text: "true" if text.startswith("t") else "false")
         case FieldKind.NUMBER, name if name in _INTEGERS:
-            show = str
+            return array_json_converter(str)
         case ((FieldKind.TEXT | FieldKind.RELATION | FieldKind.FILE), _) if _has_cast_like_output(
             element
         ):
-            show = _json_string
+            return array_json_converter(json_string)
         case _:
             raise NotInProcessError
-
-    def dump(items: Sequence[Element]) -> str:
-        shown = (
-            dump(item) if isinstance(item, list) else "null" if item is None else show(item)
-            for item in items
-        )
-        return f"[{','.join(shown)}]"
-
-    dumped = lru_cache(maxsize=4)(lambda text: dump(parse_array(text)))
-
-    def shown(text: str) -> str:
-        WORK_BUDGET.spend(len(text) / 512)
-        return dumped(text)
-
-    return shown
-
-
-def _json_string(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-class _NumberToken(str):
-    """A number of a JSON text, as written there."""
-
-    __slots__ = ()
-
-
-@lru_cache(maxsize=64)
-def _parsed_json(text: str) -> object:
-    """Several comparisons look at one document."""
-    try:
-        return json.loads(text, parse_int=_NumberToken, parse_float=_NumberToken)
-    except (ValueError, RecursionError):
-        raise UndecidedError from None
 
 
 def _json_operand(
@@ -638,88 +478,13 @@ def _json_operand(
         raise NotInProcessError
     cell, path = cells.column_reader(field_), tuple(keys)
 
-    def shown(row: Row, args: Arguments, _chosen: ItemCombination) -> SqliteValue:
-        return _json_at_path(cell(row, args), path, is_as_text=True)
+    def shown(row: Row, args: Arguments, _items: ItemCombination) -> SqliteValue:
+        return json_at_path(cell(row, args), path, is_as_text=True)
 
     if is_lower:
-        return _text_operand(Affinity.NONE, _lower_reader(shown))
+        return MemoryOperand.of_text(_lower_reader(shown))
 
-    def read(row: Row, args: Arguments, _chosen: ItemCombination) -> SqliteValue:
-        return _json_at_path(cell(row, args), path, is_as_text=False)
+    def read(row: Row, args: Arguments, _items: ItemCombination) -> SqliteValue:
+        return json_at_path(cell(row, args), path, is_as_text=False)
 
-    return MemoryOperand(affinity=Affinity.NONE, read_value=read, read_text=shown, only_type=None)
-
-
-def _json_at_path(text: str | None, path: tuple[str, ...], *, is_as_text: bool) -> SqliteValue:
-    """Return what is at the path; of a long document that is found out once for many filters."""
-    if text is None:
-        return None
-    if len(text) < _MIN_CACHED_LENGTH:
-        return _follow_json_path(text, path, is_as_text)
-    WORK_BUDGET.spend(len(text) / 512)
-    return _cached_follow_json_path(text, path, is_as_text)
-
-
-def _follow_json_path(text: str, path: tuple[str, ...], is_as_text: bool) -> SqliteValue:  # noqa: FBT001 (cached)
-    node = _parsed_json(text)
-    for key in path:
-        node = _json_member(node, key)
-    return _json_as_text(node) if is_as_text else _json_value(node)
-
-
-_cached_follow_json_path = lru_cache(maxsize=64)(_follow_json_path)
-
-
-_MAX_INDEX_DIGITS = 9
-
-
-def _json_member(node: object, key: str) -> object:
-    if not key.isdigit():
-        return node.get(key) if isinstance(node, dict) else None
-    if not isinstance(node, list) or len(key) > _MAX_INDEX_DIGITS or int(key) >= len(node):
-        return None
-    return node[int(key)]
-
-
-def _json_value(node: object) -> SqliteValue:
-    match node:
-        case None:
-            return None
-        case bool():
-            return int(node)
-        case _NumberToken():
-            return parse_numeric(node)
-        case str():
-            return node
-        case _:
-            return _compact_json(node)
-
-
-def _json_as_text(node: object) -> SqliteValue:
-    match node:
-        case bool():
-            return str(int(node))
-        case _NumberToken():
-            return _json_number_text(node)
-        case _:
-            return _json_value(node)
-
-
-def _json_number_text(digits: str) -> str:
-    """Return a number without a point as it is, if SQLite has it as an integer."""
-    if "." not in digits and -INT64_END < parse_numeric(digits) < INT64_END:
-        return digits
-    return float_text(parse_double(digits))
-
-
-def _compact_json(node: object) -> str:
-    match node:
-        case _NumberToken():
-            return node
-        case dict():
-            members = (f"{_json_string(name)}:{_compact_json(item)}" for name, item in node.items())
-            return "{" + ",".join(members) + "}"
-        case list():
-            return "[" + ",".join(map(_compact_json, node)) + "]"
-        case _:
-            return json.dumps(node, ensure_ascii=False)
+    return MemoryOperand(read_value=read, read_text=shown, only_type=None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import Enum, auto
 
 from sqlglot import exp
 
@@ -16,43 +15,38 @@ from pgrealtime.changes import TableName
 from pgrealtime.collections.model import Collection, Collections, FieldKind
 from pgrealtime.errors import RuleUnsupportedError
 from pgrealtime.rules.language.comparison import (
-    Affinity,
-    Equality,
-    Traits,
-    equality,
-    is_multiple,
-    traits,
+    ComparisonKind,
+    Conversion,
+    Pattern,
+    PlannedOperand,
+    ValueComparison,
+    plan_comparison,
 )
 from pgrealtime.rules.language.parameters import Binding, Parameter, ParameterClass, SqlForm
 from pgrealtime.rules.language.predicate import (
-    AbsentEach,
     Comparison,
     Condition,
     Conjunction,
     Disjunction,
     FieldValue,
-    GeoDistance,
-    JsonValue,
     Modifier,
     NestedRule,
     ParameterTerm,
     Predicate,
-    Strftime,
     Term,
 )
-from pgrealtime.rules.language.sqlite_values import like_pattern
 from pgrealtime.rules.language.syntax import Op
 from pgrealtime.rules.sql import nodes
-from pgrealtime.rules.sql.joins import Scope, Translation, native_id_form
-from pgrealtime.rules.sql.nodes import ROW_ALIAS, Sql, all_of, any_of, is_not_null, negation
-from pgrealtime.rules.sql.operands import (
+from pgrealtime.rules.sql.conversions import (
     SqlOperand,
-    align_precision,
+    convert_to_double,
     convert_to_number,
     convert_to_text,
     leading_number,
-    translate_operand,
 )
+from pgrealtime.rules.sql.joins import Scope, Translation, native_id_form
+from pgrealtime.rules.sql.nodes import ROW_ALIAS, Sql, all_of, any_of, is_not_null, negation
+from pgrealtime.rules.sql.operands import translate_operand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +199,7 @@ def translate_explained_values(
 
 
 def _condition_with_joins(condition: Condition, scope: Scope) -> Sql:
-    """Return a condition with all joins that it made within itself."""
+    """Return a condition as EXISTS over the joins that it made, if it made any."""
     where = _translate_condition(condition, scope)
     return scope.exists(where) if scope.has_joins else where
 
@@ -216,8 +210,8 @@ def _translate_condition(condition: Condition, scope: Scope) -> Sql:
             return all_of(*[_translate_condition(part, scope) for part in parts])
         case Disjunction(parts):
             return any_of(*[_translate_condition(part, scope) for part in parts])
-        case NestedRule(place, where):
-            inner = Scope(scope.translation, scope.join_row(place), is_row_image=False)
+        case NestedRule(path, where):
+            inner = Scope(scope.translation, scope.join_row(path), is_row_image=False)
             return _condition_with_joins(where, inner)
         case Comparison():
             try:
@@ -228,138 +222,116 @@ def _translate_condition(condition: Condition, scope: Scope) -> Sql:
                 ) from None
 
 
-class _Wildcards(Enum):
-    """Where LIKE with a formatted moment on its right side has its ``%`` from.
-
-    PocketBase makes patterns of the constants, which are the format and its modifiers. Where the
-    moments are searched for a counter-example it takes that back, and puts the ``%`` around each
-    of them there.
-    """
-
-    FROM_CONSTANTS = auto()
-    NONE = auto()
-    AROUND = auto()
-
-
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """An operand, where its value is found, and how it is compared."""
+    """A planned operand and the scope in which its rows are joined."""
 
-    term: Term
+    planned: PlannedOperand
     scope: Scope
-    traits: Traits
-    wildcards: _Wildcards = _Wildcards.FROM_CONSTANTS
+
+    def translate(self, *, is_strict: bool = True) -> SqlOperand:
+        """Return the operand, converted as planned. For ``is_strict`` see translate_operand."""
+        if self.planned.is_empty_text:
+            return SqlOperand.of_text(nodes.string(""))
+        operand = translate_operand(self.planned.term, self.scope, is_strict=is_strict)
+        if self.planned.is_json_text:
+            assert operand.parameter is not None
+            spelled = self.scope.translation.bind(operand.parameter, SqlForm.JSON)
+            operand = replace(operand, text=spelled)
+        match self.planned.conversion:
+            case Conversion.NUMBER:
+                operand = convert_to_number(operand, self.scope)
+            case Conversion.TEXT:
+                operand = convert_to_text(operand)
+            case Conversion.NONE:
+                pass
+        return convert_to_double(operand) if self.planned.is_made_double else operand
 
 
 def _translate_comparison(comparison: Comparison, scope: Scope) -> Sql:
-    shapes = scope.translation.parameter_classes
-    left = _Side(comparison.left, scope, traits(comparison.left, shapes))
-    right = _Side(comparison.right, scope, traits(comparison.right, shapes))
-    multiple = is_multiple(left.term), is_multiple(right.term)
-    if comparison.is_any or not any(multiple):
-        return _compare_values(comparison.op, left, right, is_strict=False)
-    if multiple[1]:
-        right = replace(right, wildcards=_Wildcards.NONE)
-    leaf = _compare_values(comparison.op, left, right, is_strict=False)
+    plan = plan_comparison(comparison, scope.translation.parameter_classes)
+    shared = plan.shared
+    condition = _compare_values(
+        shared, _Side(shared.left, scope), _Side(shared.right, scope), is_strict=False
+    )
+    if plan.searched is None:
+        return condition
+    # A searched side has joins of its own, not shared with the other side either: all values are
+    # compared with all.
     sides = [
-        _side_for_counterexample(side, scope.without_joins() if is_fresh else None)
-        for side, is_fresh in zip((left, right), multiple, strict=True)
+        _Side(planned, scope.without_joins() if planned.is_searched else scope)
+        for planned in (plan.searched.left, plan.searched.right)
     ]
-    counter = negation(_compare_values(comparison.op, *sides, is_strict=True))
-    for side, is_fresh in zip(sides, multiple, strict=True):
-        if is_fresh:
-            counter = side.scope.exists(counter)
-    return all_of(leaf, negation(counter))
+    counterexample = negation(_compare_values(plan.searched, *sides, is_strict=True))
+    for side in sides:
+        if side.planned.is_searched:
+            counterexample = side.scope.exists(counterexample)
+    return all_of(condition, negation(counterexample))
 
 
-def _side_for_counterexample(side: _Side, own_scope: Scope | None) -> _Side:
-    """Return a side as the search for a counter-example has it.
-
-    A side whose values are searched gets joins of its own, not shared with the other side either:
-    all are compared with all. Any other keeps the shared row, and its NULLs count as empty there,
-    whatever it is.
-    """
-    if own_scope is not None:
-        return replace(
-            side,
-            scope=own_scope,
-            traits=replace(side.traits, is_nonempty=False),
-            wildcards=_Wildcards.AROUND,
-        )
-    return replace(side, traits=side.traits.for_counterexample())
-
-
-def _compare_values(op: Op, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
+def _compare_values(plan: ValueComparison, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
     """Return a comparison of two values.
 
     Args:
-        op: What is asked.
+        plan: What is asked.
         left: One side.
         right: The other.
-        is_strict: It will be negated, so that false and unknown differ.
+        is_strict: The result will be negated, so that false and unknown differ.
     """
-    if op in {Op.LIKE, Op.NOT_LIKE}:
-        return _like(op, left, right)
-    if op in {Op.EQ, Op.NE}:
-        return _equality(op, left, right, is_strict=is_strict)
-    one, other = _make_comparable(_translate_side(left), _translate_side(right), left.scope)
-    return _order(op, one, other)
+    positive = _compare_unnegated(plan, left, right, is_strict=is_strict)
+    return negation(positive) if plan.is_negated else positive
 
 
-def _translate_side(side: _Side, *, is_strict: bool = True) -> SqlOperand:
-    return translate_operand(side.term, side.scope, is_strict=is_strict)
+def _compare_unnegated(plan: ValueComparison, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
+    match plan.kind:
+        case ComparisonKind.ORDER:
+            return _order(plan.op, left.translate(), right.translate())
+        case ComparisonKind.LIKE:
+            text = nodes.collate_c(left.translate().as_text)
+            return exp.ILike(this=text, expression=_like_pattern(plan.pattern, right))
+        case ComparisonKind.LIKE_NOTHING:
+            return nodes.case((is_not_null(left.translate().as_text), nodes.boolean(False)))
+        case ComparisonKind.CONSTANT:
+            return nodes.boolean(True)
+        case ComparisonKind.BLANK:
+            return _is_blank(left.translate(is_strict=False))
+        case ComparisonKind.TRUTH:
+            return _equals_truth(left, right)
+        case ComparisonKind.EQUAL:
+            return _equality(left, right, is_strict=is_strict)
+        case ComparisonKind.NOT_DISTINCT:
+            is_strict = is_strict or plan.is_null_safe
+            return _is_not_distinct(*_translate(left, right, is_strict=is_strict))
+        case ComparisonKind.COALESCED:
+            return _is_not_distinct(
+                *map(_empty_text_for_null, _translate(left, right, is_strict=False))
+            )
+
+
+def _translate(left: _Side, right: _Side, *, is_strict: bool) -> tuple[SqlOperand, SqlOperand]:
+    return left.translate(is_strict=is_strict), right.translate(is_strict=is_strict)
+
+
+def _like_pattern(pattern: Pattern, side: _Side) -> Sql:
+    match pattern:
+        case Pattern.NULL:
+            return nodes.null()
+        case Pattern.BOUND:
+            assert isinstance(side.planned.term, ParameterTerm)
+            return side.scope.translation.bind(side.planned.term.parameter, SqlForm.PATTERN)
+        case Pattern.TEXT:
+            return side.translate().as_text
+        case Pattern.WRAPPED:
+            wildcard = nodes.string("%")
+            return nodes.concatenate(wildcard, side.translate().as_text, wildcard)
 
 
 # --- equality
 
 
-def _values_with_json_order(
-    left: _Side, right: _Side, *, is_strict: bool
-) -> tuple[SqlOperand, SqlOperand]:
-    """Return both values, a constant spelt as jsonb spells containers if it meets one."""
-    values = []
-    for side, other in ((left, right), (right, left)):
-        shown = _translate_side(side, is_strict=is_strict)
-        if isinstance(other.term, JsonValue) and _class_of_side(side) in {
-            ParameterClass.TEXT,
-            ParameterClass.DANGLING_ESCAPE,
-        }:
-            assert shown.parameter is not None
-            spelt = side.scope.translation.bind(shown.parameter, SqlForm.JSON)
-            shown = replace(shown, text=spelt)
-        values.append(shown)
-    return values[0], values[1]
-
-
-def _equality(op: Op, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
-    case = equality(left.traits, right.traits)
-    is_null_safe = case is Equality.NULL_SAFE or (case is Equality.PLAIN and op is Op.NE)
-    if is_null_safe and right.traits.is_isset:
-        same = _equals_truth(left, right)
-        return same if op is Op.EQ else negation(same)
-    match case:
-        case Equality.NULL_SAFE:
-            one, other = _make_comparable(
-                *_values_with_json_order(left, right, is_strict=True), left.scope
-            )
-            return (
-                _is_not_distinct(one, other)
-                if op is Op.EQ
-                else negation(_is_not_distinct(one, other))
-            )
-        case Equality.CONSTANT:
-            return nodes.boolean(op is Op.EQ)
-        case Equality.PLAIN:
-            return _plain_equality(op, left, right, is_strict=is_strict)
-        case Equality.EMPTY:
-            filled = right if left.traits.is_empty else left
-            blank = _is_blank(_translate_side(filled, is_strict=False))
-            return blank if op is Op.EQ else negation(blank)
-        case Equality.COALESCED:
-            same = _coalesced_equality(
-                _translate_side(left, is_strict=False), _translate_side(right, is_strict=False)
-            )
-            return same if op is Op.EQ else negation(same)
+def _equality(left: _Side, right: _Side, *, is_strict: bool) -> Sql:
+    native = None if is_strict else _native_id_equality(left, right)
+    return _equal(*_translate(left, right, is_strict=is_strict)) if native is None else native
 
 
 def _equals_truth(side: _Side, flag: _Side) -> Sql:
@@ -367,8 +339,8 @@ def _equals_truth(side: _Side, flag: _Side) -> Sql:
 
     In SQLite a number is true unless it is 0, and a text is as true as the number it begins with.
     """
-    truth = nodes.boolean(False) if side.traits.is_empty else _truth(_translate_side(side))
-    number = _translate_side(flag).number
+    truth = nodes.boolean(False) if side.planned.is_empty_text else _truth(side.translate())
+    number = flag.translate().number
     assert number is not None
     return nodes.binary(exp.NullSafeEQ, truth, nodes.binary(exp.NEQ, number, nodes.number(0)))
 
@@ -385,44 +357,25 @@ def _truth(operand: SqlOperand) -> Sql:
     return nodes.case(*cases)
 
 
-def _plain_equality(op: Op, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
-    """Return ``=`` or ``IS EXCEPT`` where one side is always something."""
-    if op is Op.EQ and not is_strict:
-        native = _native_id_equality(left, right) or _native_id_equality(right, left)
-        if native is not None:
-            return native
-    one, other = _values_with_json_order(left, right, is_strict=is_strict)
-    if left.traits.is_empty or right.traits.is_empty:
-        nothing = _empty_text()
-        one, other = (
-            nothing if side.traits.is_empty else shown
-            for side, shown in ((left, one), (right, other))
-        )
-    one, other = _make_comparable(one, other, left.scope)
-    return _equal(one, other) if op is Op.EQ else negation(_is_not_distinct(one, other))
-
-
-def _native_id_equality(side: _Side, constant: _Side) -> Sql | None:
+def _native_id_equality(left: _Side, right: _Side) -> Sql | None:
     """Return equality of an id column with a text by the column's own operator, if it has one."""
-    match side.term, constant.term:
-        case FieldValue(modifier=Modifier.WHOLE, field=field), ParameterTerm(parameter):
-            shape = side.scope.translation.parameter_classes[parameter]
-            form = native_id_form(field.type)
-            is_id = field.kind in {FieldKind.TEXT, FieldKind.RELATION} and not field.is_multiple
-            if form is None or not is_id or shape.is_number:
-                return None
-            shown = _translate_side(side, is_strict=False)
-            assert shown.native_column is not None
-            wanted = side.scope.translation.bind(parameter, form)
-            return nodes.binary(exp.EQ, shown.native_column, wanted)
-        case _:
-            return None
-
-
-def _empty_text() -> SqlOperand:
-    return SqlOperand(
-        affinity=Affinity.NONE, text=nodes.string(""), make_text=lambda: nodes.string("")
-    )
+    for side, other in ((left, right), (right, left)):
+        match side.planned.term, other.planned.term:
+            case FieldValue(modifier=Modifier.WHOLE, field=field), ParameterTerm(parameter):
+                translation = side.scope.translation
+                form = native_id_form(field.type)
+                is_id = field.kind in {FieldKind.TEXT, FieldKind.RELATION} and not field.is_multiple
+                if form is None or not is_id:
+                    continue
+                if translation.parameter_classes[parameter].is_number:
+                    continue
+                shown = translate_operand(side.planned.term, side.scope, is_strict=False)
+                assert shown.native_column is not None
+                wanted = translation.bind(parameter, form)
+                return nodes.binary(exp.EQ, shown.native_column, wanted)
+            case _:
+                continue
+    return None
 
 
 def _equal(one: SqlOperand, other: SqlOperand) -> Sql:
@@ -475,13 +428,6 @@ def _is_blank(operand: SqlOperand) -> Sql:
         empty = nodes.binary(exp.EQ, operand.text, nodes.string(""))
         return any_of(all_of(is_not_null(operand.text), empty), nodes.is_null(operand.text))
     return all_of(nodes.is_null(operand.number), blank)
-
-
-def _coalesced_equality(one: SqlOperand, other: SqlOperand) -> Sql:
-    """Return ``COALESCE(L, '') = COALESCE(R, '')``: no conversions, never unknown."""
-    return _is_not_distinct(
-        *align_precision(_empty_text_for_null(one), _empty_text_for_null(other))
-    )
 
 
 def _empty_text_for_null(operand: SqlOperand) -> SqlOperand:
@@ -562,81 +508,3 @@ def _case_of_number_and_text(
 def _is_not_null(operand: SqlOperand) -> Sql:
     parts = [is_not_null(part) for part in (operand.number, operand.text) if part is not None]
     return any_of(*parts)
-
-
-# --- conversion
-
-
-def _make_comparable(
-    one: SqlOperand, other: SqlOperand, scope: Scope
-) -> tuple[SqlOperand, SqlOperand]:
-    """Apply SQLite's affinities, and make numbers comparable."""
-    return align_precision(*_apply_affinity(one, other, scope))
-
-
-def _apply_affinity(
-    one: SqlOperand, other: SqlOperand, scope: Scope
-) -> tuple[SqlOperand, SqlOperand]:
-    """Apply SQLite's affinities: numeric before text, and either before none."""
-    match one.affinity, other.affinity:
-        case Affinity.NUMERIC, Affinity.NUMERIC:
-            return one, other
-        case Affinity.NUMERIC, _:
-            return one, convert_to_number(other, scope)
-        case _, Affinity.NUMERIC:
-            return convert_to_number(one, scope), other
-        case Affinity.TEXT, Affinity.NONE:
-            return one, convert_to_text(other)
-        case Affinity.NONE, Affinity.TEXT:
-            return convert_to_text(one), other
-        case _:
-            return one, other
-
-
-# --- LIKE
-
-
-def _like(op: Op, left: _Side, right: _Side) -> Sql:
-    """Return ``~`` or ``!~``: LIKE that takes ASCII letters for alike, whatever their case."""
-    shown = _translate_side(left).as_text
-    shape = _class_of_side(right)
-    if shape is ParameterClass.DANGLING_ESCAPE:
-        return nodes.case((is_not_null(shown), nodes.boolean(op is Op.NOT_LIKE)))
-    like = exp.ILike(this=nodes.collate_c(shown), expression=_like_pattern(right))
-    return like if op is Op.LIKE else negation(like)
-
-
-def _class_of_side(side: _Side) -> ParameterClass | None:
-    match side.term:
-        case ParameterTerm(parameter):
-            return side.scope.translation.parameter_classes[parameter]
-        case _:
-            return None
-
-
-def _like_pattern(side: _Side) -> Sql:
-    """Return the right side of LIKE: constants were made patterns, columns are one as they are.
-
-    PocketBase makes patterns of all constants on that side, those in a function's arguments
-    included: a distance from a constant becomes NULL, and a format without ``%`` gets two.
-    """
-    match side.term:
-        case ParameterTerm(parameter):
-            if side.scope.translation.parameter_classes[parameter] is ParameterClass.ABSENT:
-                return nodes.null()
-            return side.scope.translation.bind(parameter, SqlForm.PATTERN)
-        case AbsentEach():
-            return nodes.null()
-        case GeoDistance(args) if any(isinstance(arg, ParameterTerm) for arg in args):
-            return nodes.null()
-        case Strftime() if side.wildcards is _Wildcards.NONE:
-            return _translate_side(side).as_text
-        case Strftime(layout, time, modifiers) if side.wildcards is _Wildcards.FROM_CONSTANTS:
-            if modifiers or isinstance(time, ParameterTerm):
-                return nodes.null()
-            return _translate_side(
-                replace(side, term=Strftime(like_pattern(layout), time, ()))
-            ).as_text
-        case _:
-            wildcard = nodes.string("%")
-            return nodes.concatenate(wildcard, _translate_side(side).as_text, wildcard)

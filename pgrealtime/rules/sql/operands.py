@@ -1,19 +1,19 @@
-"""What an operand is in SQL: its number, its text, and how it is shown as text. For lower.py.
+"""Translates an operand of a comparison to a number and a text expression. Called by conditions.
 
-SQLite types values, PostgreSQL types columns. So a value is a pair of expressions, number and
-text, of which at most one is not NULL in any row; where the type is known there is only one.
+Paths are joined by the ``Scope`` as they are met; what an operand's text looks like follows
+PocketBase's records and SQLite's printing of numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from sqlglot import exp
 
 from pgrealtime.catalog.model import Type
 from pgrealtime.collections.model import Field, FieldKind
-from pgrealtime.rules.language.comparison import Affinity, traits
+from pgrealtime.rules.language.comparison import is_double
 from pgrealtime.rules.language.parameters import (
     LiteralParameter,
     Parameter,
@@ -36,52 +36,31 @@ from pgrealtime.rules.language.predicate import (
 )
 from pgrealtime.rules.language.sqlite_values import (
     INT64_END,
-    MAX_NUMERIC_TEXT_LENGTH,
-    NUMERIC_TEXT_REGEX,
     PASSWORD_HASH_PREFIX,
 )
 from pgrealtime.rules.sql import nodes
+from pgrealtime.rules.sql.conversions import (
+    SqlOperand,
+    bound_number,
+    double_or_null,
+    float_text_sql,
+    is_magnitude_below,
+    number_text_sql,
+)
 from pgrealtime.rules.sql.joins import Scope, Translation
 from pgrealtime.rules.sql.nodes import Sql, TypedSql, typed_column
 from pgrealtime.rules.sql.strftime import format_time, translate_time
 
-_MAX_DOUBLE_IN_INT64 = 9223372036854774784
-"""The largest double below."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SqlOperand:
-    """An operand in SQL. At least one of number and text is there."""
-
-    affinity: Affinity
-    number: Sql | None = None
-    """Numeric or an integer type, which are exact, or double precision."""
-    text: Sql | None = None
-    make_text: Callable[[], Sql]
-    """Makes the value as text, whichever it is; long for numbers, and seldom wanted."""
-    parameter: Parameter | None = None
-    """Of a constant: what a conversion needs before anything runs."""
-    is_double: bool = False
-    """The number is double precision, and what is compared with it becomes that too."""
-    native_column: Sql | None = None
-    """The bare column, where its own equality means the same for texts of its type."""
-
-    @property
-    def as_text(self) -> Sql:
-        """The value as text, for LIKE and for conversions."""
-        return self.make_text()
-
 
 def translate_operand(term: Term, scope: Scope, *, is_strict: bool = True) -> SqlOperand:
-    """Return the operand's value.
+    """Return the operand's value, without any conversion.
 
     Args:
         term: The operand.
-        scope: Where its places are joined.
+        scope: Where its paths are joined.
         is_strict: An empty relation or date must be '' and not NULL. Without it either may stand
             for it: shorter, for where NULL and false are alike.
     """
-    rank = traits(term, scope.translation.parameter_classes).affinity
     match term:
         case ParameterTerm(parameter):
             return _parameter_operand(parameter, scope)
@@ -90,33 +69,23 @@ def translate_operand(term: Term, scope: Scope, *, is_strict: bool = True) -> Sq
         case AbsentEach():
             return _keyword_operand(None)
         case FieldValue():
-            return replace(_field_with_modifier(term, scope, is_strict=is_strict), affinity=rank)
-        case EachTerm(place, kind=kind):
-            return replace(_each_operand(kind, scope.each_value(place), scope), affinity=rank)
+            return _field_with_modifier(term, scope, is_strict=is_strict)
+        case EachTerm(path, kind=kind):
+            return _each_operand(kind, scope.each_value(path), scope)
         case JsonValue():
             return _json_operand(term, scope)
-        case SecretTerm(place, part):
-            there = _null_without_row(place, scope, nodes.string(PASSWORD_HASH_PREFIX))
-            return _text_operand(_lower(there) if part is Modifier.LOWER else there, rank)
+        case SecretTerm(path, modifier):
+            secret = _null_without_row(path, scope, nodes.string(PASSWORD_HASH_PREFIX))
+            return SqlOperand.of_text(_lower(secret) if modifier is Modifier.LOWER else secret)
         case Strftime():
             of = scope.compute_once(term, lambda: {"t": _strftime(term, scope)})
-            return _text_operand(of("t"), rank)
+            return SqlOperand.of_text(of("t"))
         case GeoDistance():
             of = scope.compute_once(term, lambda: {"n": _geo_distance(term, scope)})
-            return _double_operand(of("n"), rank, scope)
-
-
-def _text_operand(text: Sql, rank: Affinity) -> SqlOperand:
-    return SqlOperand(affinity=rank, text=text, make_text=lambda: text)
-
-
-def _double_operand(number: Sql, rank: Affinity, scope: Scope) -> SqlOperand:
-    return SqlOperand(
-        affinity=rank,
-        number=number,
-        make_text=lambda: float_text_sql(scope.translation, number),
-        is_double=True,
-    )
+            distance = of("n")
+            return SqlOperand(
+                number=distance, make_text=lambda: float_text_sql(scope.translation, distance)
+            )
 
 
 # --- constants
@@ -128,25 +97,19 @@ def _parameter_operand(parameter: Parameter, scope: Scope) -> SqlOperand:
         return _keyword_operand(None)
     if shape.is_number:
         return SqlOperand(
-            affinity=Affinity.NONE,
-            number=_bound_number(parameter, scope),
+            number=bound_number(parameter, scope),
             make_text=lambda: scope.translation.bind(parameter, SqlForm.TEXT),
             parameter=parameter,
         )
     text = scope.translation.bind(parameter, SqlForm.TEXT)
-    return replace(_text_operand(text, Affinity.NONE), parameter=parameter)
-
-
-def _bound_number(parameter: Parameter, scope: Scope) -> Sql:
-    return nodes.cast(scope.translation.bind(parameter, SqlForm.NUMBER), nodes.NUMERIC)
+    return replace(SqlOperand.of_text(text), parameter=parameter)
 
 
 def _keyword_operand(flag: bool | None) -> SqlOperand:  # noqa: FBT001 (the keyword itself)
     if flag is None:
-        return _text_operand(nodes.null(), Affinity.NONE)
+        return SqlOperand.of_text(nodes.null())
     digit = str(int(flag))
     return SqlOperand(
-        affinity=Affinity.NONE,
         number=nodes.number(int(flag)),
         make_text=lambda: nodes.string(digit),
     )
@@ -161,11 +124,10 @@ def _field_with_modifier(term: FieldValue, scope: Scope, *, is_strict: bool) -> 
             return _whole_field(term.row_path, term.field, scope, is_strict=is_strict)
         case Modifier.LOWER:
             whole = _whole_field(term.row_path, term.field, scope, is_strict=True)
-            return _text_operand(_lower(whole.as_text), Affinity.NONE)
+            return SqlOperand.of_text(_lower(whole.as_text))
         case Modifier.LENGTH:
             length = _length(term.row_path, term.field, scope)
             return SqlOperand(
-                affinity=Affinity.NONE,
                 number=length,
                 make_text=lambda: nodes.cast(length, nodes.TEXT),
             )
@@ -173,7 +135,7 @@ def _field_with_modifier(term: FieldValue, scope: Scope, *, is_strict: bool) -> 
 
 def _whole_field(path: RowPath, field: Field, scope: Scope, *, is_strict: bool) -> SqlOperand:
     if field.is_multiple:
-        return _text_operand(_list_text(path, field, scope), Affinity.NUMERIC)
+        return SqlOperand.of_text(_list_text(path, field, scope))
     assert field.column is not None
     column = scope.column(path, field.column.name)
     match field.kind:
@@ -182,21 +144,19 @@ def _whole_field(path: RowPath, field: Field, scope: Scope, *, is_strict: bool) 
         case FieldKind.BOOL:
             return _bool_operand(column)
         case FieldKind.GEO_POINT:
-            return _text_operand(_geo_text(column, field), Affinity.NUMERIC)
+            return SqlOperand.of_text(_geo_text(column, field))
         case FieldKind.DATE:
             text = _empty_text_for_null(
                 path, scope, _date_column_text(column, field.type), is_strict=is_strict
             )
-            return _text_operand(text, Affinity.TEXT)
+            return SqlOperand.of_text(text)
         case FieldKind.RELATION:
             text = _empty_text_for_null(
                 path, scope, _bytewise_text(column, field), is_strict=is_strict
             )
-            return replace(_text_operand(text, Affinity.TEXT), native_column=column)
+            return replace(SqlOperand.of_text(text), native_column=column)
         case FieldKind.TEXT | FieldKind.FILE:
-            return replace(
-                _text_operand(_bytewise_text(column, field), Affinity.TEXT), native_column=column
-            )
+            return replace(SqlOperand.of_text(_bytewise_text(column, field)), native_column=column)
         case FieldKind.JSON | FieldKind.BYTES | FieldKind.COMPOSITE | FieldKind.GEOMETRY:
             raise AssertionError(f"the resolver lets no {field.kind} through")
 
@@ -224,13 +184,11 @@ def _number_operand(column: Sql, type_: Type, scope: Scope) -> SqlOperand:
     base = type_.base.name
     if base in {"int2", "int4", "int8"}:
         return SqlOperand(
-            affinity=Affinity.NUMERIC,
             number=column,
             make_text=lambda: nodes.cast(column, nodes.TEXT),
         )
     if base == "numeric":
         return SqlOperand(
-            affinity=Affinity.NUMERIC,
             number=column,
             make_text=lambda: nodes.cast(nodes.call("trim_scale", column), nodes.TEXT),
         )
@@ -244,14 +202,12 @@ def _number_operand(column: Sql, type_: Type, scope: Scope) -> SqlOperand:
         )
         return of("t")
 
-    return SqlOperand(affinity=Affinity.NUMERIC, number=number, make_text=show, is_double=True)
+    return SqlOperand(number=number, make_text=show)
 
 
 def _bool_operand(column: Sql) -> SqlOperand:
     number = nodes.cast(column, "int")
-    return SqlOperand(
-        affinity=Affinity.NUMERIC, number=number, make_text=lambda: nodes.cast(number, nodes.TEXT)
-    )
+    return SqlOperand(number=number, make_text=lambda: nodes.cast(number, nodes.TEXT))
 
 
 def _each_operand(kind: FieldKind, item: TypedSql, scope: Scope) -> SqlOperand:
@@ -262,9 +218,9 @@ def _each_operand(kind: FieldKind, item: TypedSql, scope: Scope) -> SqlOperand:
         case FieldKind.BOOL:
             return _bool_operand(item.node)
         case FieldKind.DATE:
-            return _text_operand(_date_column_text(item.node, item.type), Affinity.NONE)
+            return SqlOperand.of_text(_date_column_text(item.node, item.type))
         case _:
-            return _text_operand(nodes.bytewise_text(item), Affinity.NONE)
+            return SqlOperand.of_text(nodes.bytewise_text(item))
 
 
 def _date_column_text(column: Sql, type_: Type) -> Sql:
@@ -365,13 +321,11 @@ def _json_operand(term: JsonValue, scope: Scope) -> SqlOperand:
         number = _coordinate(raw, term.keys[0], term.field.type)
         # PocketBase's points are JSON, whose whole numbers have no point.
         return SqlOperand(
-            affinity=Affinity.NONE,
             number=number,
             make_text=lambda: number_text_sql(scope.translation, number),
-            is_double=True,
         )
     if any(key.isdigit() and len(key) > _MAX_INDEX_DIGITS for key in term.keys):
-        return _text_operand(nodes.null(), Affinity.NONE)
+        return SqlOperand.of_text(nodes.null())
     plain = replace(term, is_lower=False)
 
     def columns() -> dict[str, Sql]:
@@ -389,8 +343,8 @@ def _json_operand(term: JsonValue, scope: Scope) -> SqlOperand:
         return shown("t")
 
     if term.is_lower:
-        return _text_operand(_lower(show()), Affinity.NONE)
-    return SqlOperand(affinity=Affinity.NONE, number=of("n"), text=of("t"), make_text=show)
+        return SqlOperand.of_text(_lower(show()))
+    return SqlOperand(number=of("n"), text=of("t"), make_text=show)
 
 
 _MAX_INDEX_DIGITS = 9
@@ -438,7 +392,7 @@ def _json_as_text(statement: Translation, of: Callable[[str], Sql]) -> Sql:
     point = nodes.call("strpos", spelt, nodes.string("."))
     is_whole = nodes.binary(exp.EQ, point, nodes.number(0))
     is_integer = nodes.case(
-        (is_whole, _is_magnitude_below(of("n"), INT64_END)), default=nodes.boolean(False)
+        (is_whole, is_magnitude_below(of("n"), INT64_END)), default=nodes.boolean(False)
     )
     double = nodes.cast(of("n"), nodes.DOUBLE)
     digits = nodes.case((is_integer, spelt), default=float_text_sql(statement, double))
@@ -502,177 +456,12 @@ def _geo_text(column: Sql, field: Field) -> Sql:
 # --- conversions
 
 
-def convert_to_number(operand: SqlOperand, scope: Scope) -> SqlOperand:
-    """Return the operand with texts that look like numbers turned into numbers."""
-    if operand.text is None:
-        return operand
-    if operand.parameter is not None:
-        if (
-            scope.translation.parameter_classes[operand.parameter]
-            is not ParameterClass.NUMERIC_TEXT
-        ):
-            return operand
-        number = _bound_number(operand.parameter, scope)
-        return SqlOperand(affinity=operand.affinity, number=number, make_text=operand.make_text)
-    number, text = _split_numeric_text(operand.text)
-    if operand.number is not None:
-        number = nodes.coalesce(operand.number, number)
-    return replace(operand, number=number, text=text, parameter=None, native_column=None)
-
-
-def align_precision(one: SqlOperand, other: SqlOperand) -> tuple[SqlOperand, SqlOperand]:
-    """Return both with numbers that can be compared: exact ones, unless one is a double."""
-    if one.is_double is other.is_double:
-        return one, other
-    return _convert_to_double(one), _convert_to_double(other)
-
-
-def _convert_to_double(operand: SqlOperand) -> SqlOperand:
-    if operand.is_double or operand.number is None:
-        return operand
-    return replace(operand, number=nodes.cast(operand.number, nodes.DOUBLE), is_double=True)
-
-
-def convert_to_text(operand: SqlOperand) -> SqlOperand:
-    """Return the operand with numbers turned into texts."""
-    if operand.number is None:
-        return operand
-    return replace(operand, number=None, text=operand.as_text, is_double=False)
-
-
-def _split_numeric_text(text: Sql) -> tuple[Sql, Sql]:
-    """Return the number of a text that looks like one, and the text if it doesn't."""
-    looks = nodes.matches_regex(text, NUMERIC_TEXT_REGEX)
-    is_short = nodes.binary(
-        exp.LT, nodes.call("length", text), nodes.number(MAX_NUMERIC_TEXT_LENGTH)
-    )
-    number = nodes.case((is_short, nodes.case((looks, nodes.cast(text, nodes.NUMERIC)))))
-    rest = nodes.case((is_short, nodes.case((looks, nodes.null()), default=text)), default=text)
-    return number, rest
-
-
-def leading_number(text: Sql) -> Sql:
-    """Return the number that a text begins with, NULL if it begins with none."""
-    digits = nodes.string(r"^[ \t\n\v\f\r]*([+-]?(?:[0-9]{1,200}(?:\.[0-9]{0,99})?|\.[0-9]{1,99}))")
-    return nodes.cast(nodes.call("substring", text, digits), nodes.DOUBLE)
-
-
-def _double_or_null(operand: SqlOperand, scope: Scope) -> Sql:
-    """Return the operand's number as a double, NULL if it is a text that doesn't look like one.
-
-    A number beyond all doubles is NULL too, for functions that couldn't do anything with it.
-    """
-    converted = convert_to_number(operand, scope)
-    number = converted.number
-    if number is None:
-        return nodes.null(nodes.DOUBLE)
-    if converted.is_double:
-        return number
-
-    def body(given: Sql) -> Sql:
-        is_double = _is_magnitude_below(given, nodes.cast(nodes.string("1e300"), nodes.NUMERIC))
-        not_tiny = nodes.call("round", given, nodes.number(300))
-        return nodes.case((is_double, nodes.cast(not_tiny, nodes.DOUBLE)))
-
-    return scope.translation.let(nodes.cast(number, nodes.NUMERIC), body)
-
-
-def _text_or_null(operand: SqlOperand) -> Sql:
-    return nodes.null() if operand.text is None else operand.text
-
-
-# --- numbers as SQLite shows them
-
-
-def number_text_sql(statement: Translation, number: Sql) -> Sql:
-    """Return a number column's text: a whole number has no point, as integers haven't."""
-
-    def body(given: Sql) -> Sql:
-        whole = nodes.cast(nodes.cast(given, nodes.BIGINT), nodes.TEXT)
-        is_whole = nodes.binary(exp.EQ, given, nodes.call("trunc", given))
-        is_integer = nodes.case(
-            (_is_magnitude_below(given, _MAX_DOUBLE_IN_INT64), is_whole),
-            default=nodes.boolean(False),
-        )
-        return nodes.case((is_integer, whole), default=float_text_sql(statement, given))
-
-    return statement.let(number, body)
-
-
-def float_text_sql(statement: Translation, number: Sql) -> Sql:
-    """Return a float's text as ``parameters.number_text`` has it."""
-
-    def body(given: Sql) -> Sql:
-        is_negative = nodes.binary(exp.LT, given, nodes.number(0))
-        infinite = nodes.case((is_negative, nodes.string("-Inf")), default=nodes.string("Inf"))
-        return nodes.case(
-            (nodes.is_null(given), nodes.null()),
-            (nodes.binary(exp.EQ, given, nodes.number(0)), nodes.string("0.0")),
-            (
-                _is_magnitude_below(given, nodes.string("Infinity")),
-                statement.let(_float_digits(given), _digits_as_text),
-            ),
-            default=infinite,
-        )
-
-    return statement.let(number, body)
-
-
-_DIGITS_17 = "9.9999999999999999EEEE"
-_DIGITS_18 = "9.99999999999999999EEEE"
-
-
-def _is_magnitude_below(number: Sql, limit: Sql | int) -> Sql:
-    bound = nodes.number(limit) if isinstance(limit, int) else limit
-    return nodes.binary(exp.LT, nodes.call("abs", number), bound)
-
-
-def _float_digits(number: Sql) -> Sql:
-    """Return the finite number with the digits that SQLite shows, as numeric."""
-    short = nodes.cast(number, "numeric")
-    reads_back = nodes.binary(exp.EQ, nodes.cast(short, nodes.DOUBLE), number)
-    # Beyond this a number rounded to 15 digits may be none any more.
-    is_safe = _is_magnitude_below(number, nodes.string("1e308"))
-    is_short = nodes.case((is_safe, reads_back), default=nodes.boolean(False))
-    spelt = nodes.call("to_char", number, nodes.string(_DIGITS_18))
-    mantissa, exponent = (
-        nodes.call("split_part", spelt, nodes.string("e"), nodes.number(part)) for part in (1, 2)
-    )
-    rounded = nodes.cast(
-        nodes.call("round", nodes.cast(mantissa, "numeric"), nodes.number(16)), nodes.TEXT
-    )
-    long = nodes.cast(nodes.concatenate(rounded, nodes.string("e"), exponent), "numeric")
-    return nodes.case((is_short, short), default=long)
-
-
-def _digits_as_text(digits: Sql) -> Sql:
-    """Return digits as text: plain if they are of common size, else with an exponent."""
-    decimal = nodes.cast(nodes.call("trim_scale", digits), nodes.TEXT)
-    has_no_point = nodes.binary(
-        exp.EQ, nodes.call("strpos", decimal, nodes.string(".")), nodes.number(0)
-    )
-    plain = nodes.case(
-        (has_no_point, nodes.concatenate(decimal, nodes.string(".0"))), default=decimal
-    )
-    spelt = nodes.call("ltrim", nodes.call("to_char", digits, nodes.string(_DIGITS_17)))
-    wide = nodes.call(
-        "regexp_replace", spelt, nodes.string(r"(\.[0-9]+?)0*e"), nodes.string(r"\1e")
-    )
-    return nodes.case(
-        (_is_magnitude_below(digits, nodes.string("0.0001")), wide),
-        (_is_magnitude_below(digits, 10**17), plain),
-        default=wide,
-    )
-
-
 # --- distance
 
 
 def _geo_distance(term: GeoDistance, scope: Scope) -> Sql:
     """Return kilometres by the arc cosine. Rounding may exceed 1, which acos would refuse."""
-    lon_a, lat_a, lon_b, lat_b = (
-        _radians(translate_operand(arg, scope), scope) for arg in term.args
-    )
+    lon_a, lat_a, lon_b, lat_b = (_radians(arg, scope) for arg in term.args)
 
     def times(*factors: Sql) -> Sql:
         product, *rest = factors
@@ -697,26 +486,27 @@ def _geo_distance(term: GeoDistance, scope: Scope) -> Sql:
     return scope.translation.let(cosine, body)
 
 
-def _radians(degrees: SqlOperand, scope: Scope) -> Sql:
+def _radians(term: Term, scope: Scope) -> Sql:
     """Return the angle; NULL if it is endless, of which PostgreSQL would refuse the cosine."""
 
     def body(given: Sql) -> Sql:
-        is_finite = _is_magnitude_below(given, nodes.string("Infinity"))
+        is_finite = is_magnitude_below(given, nodes.string("Infinity"))
         return nodes.case((is_finite, nodes.call("radians", given)))
 
-    return scope.translation.let(_double_or_null(degrees, scope), body)
+    degrees = translate_operand(term, scope)
+    return scope.translation.let(double_or_null(degrees, scope, is_double=is_double(term)), body)
 
 
-# --- moments
+# --- times
 
 
 def _strftime(term: Strftime, scope: Scope) -> Sql:
-    when = None if term.time is None else translate_operand(term.time, scope)
+    number, text = None, None
+    if term.time is not None:
+        operand = translate_operand(term.time, scope)
+        number = double_or_null(operand, scope, is_double=is_double(term.time))
+        text = nodes.null() if operand.text is None else operand.text
     start = translate_time(
-        scope,
-        time=term.time,
-        number=None if when is None else _double_or_null(when, scope),
-        text=None if when is None else _text_or_null(when),
-        modifiers=term.modifiers,
+        scope, time=term.time, number=number, text=text, modifiers=term.modifiers
     )
     return format_time(scope, start, term.format, term.modifiers)

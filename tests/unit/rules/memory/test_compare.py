@@ -21,9 +21,8 @@ from pgrealtime.rules.memory.compare import (
     like_matcher,
     nearest_double,
     number_if_numeric,
-    number_text,
-    parse_numeric,
 )
+from pgrealtime.rules.memory.text_values import number_text, parse_numeric
 
 
 def naive(pattern: str, text: str) -> bool:
