@@ -30,9 +30,9 @@ from pgrealtime.hub.delivery.render import (
 from pgrealtime.hub.evaluation.filter_budget import FilterBudget
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.evaluation.slice_result import SliceResult, collection_names
+from pgrealtime.hub.evaluation.toast import RowCompleter
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.slices import SLICE_CHANGES
-from pgrealtime.hub.live_reads.toast import RowCompleter
 from pgrealtime.lsn import Xid
 from pgrealtime.rule_queries.live_rows import LiveRow
 from pgrealtime.rule_queries.session import PendingEvaluation, ReadSession, rows_by_id_statement

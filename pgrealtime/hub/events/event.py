@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 
 from msgspec import Struct
 
 from pgrealtime.auth.principal import AccountKey
-from pgrealtime.caches import WeightedCache
 from pgrealtime.changes import (
     Action,
     Change,
     Delete,
     Insert,
     Row,
-    TableName,
     Transaction,
     Truncate,
     Update,
@@ -110,76 +107,3 @@ def _row_event(
 ) -> Event:
     record_id = row.get(collection.key.name) or ""
     return Event(collection, action, record_id, row, cursor, transaction.xid, transaction.changes)
-
-
-class LaterWrites:
-    """Which columns a transaction writes again in a row, after one of the row's versions.
-
-    Remembers that of the latest transactions asked about: a large one comes in many slices, and
-    readers at different ones take turns.
-    """
-
-    def __init__(self) -> None:
-        self._last_writes_cache: WeightedCache[int, _LastWrites] = WeightedCache(CACHED_CHANGES)
-
-    def columns_written_later(self, event: Event) -> frozenset[str]:
-        """Return the columns that a later change of the event's transaction brings.
-
-        Another row under the same id brings all, also those that its image lacks. A generated
-        column is in no image, and so counts as written by whatever writes the row.
-        """
-        if len(event.transaction_changes) <= event.cursor.ordinal:
-            return _NO_COLUMNS
-        changes = event.transaction_changes
-        kept = self._last_writes_cache.get(
-            id(changes), lambda: (_LastWrites(changes), len(changes))
-        )
-        last = kept.by_record(event.collection).get(event.record_id, {})
-        return frozenset(name for name, at in last.items() if at > event.cursor.ordinal)
-
-
-CACHED_CHANGES = 200_000
-"""Of transactions of which it is remembered what they did to which row, the latest one aside."""
-
-
-class _LastWrites:
-    """Of one transaction's changes, which it holds: they are known by their identity."""
-
-    __slots__ = ("_by_table_and_record", "_changes")
-
-    def __init__(self, changes: Sequence[Change]) -> None:
-        self._changes = changes
-        self._by_table_and_record: dict[TableName, Mapping[str, Mapping[str, int]]] = {}
-
-    def by_record(self, collection: Collection) -> Mapping[str, Mapping[str, int]]:
-        table = collection.table.name
-        if table not in self._by_table_and_record:
-            self._by_table_and_record[table] = _last_writes(self._changes, collection)
-        return self._by_table_and_record[table]
-
-
-_NO_COLUMNS: frozenset[str] = frozenset()
-
-
-def _last_writes(
-    changes: Sequence[Change], collection: Collection
-) -> Mapping[str, Mapping[str, int]]:
-    """Return, of rows that are written several times, which change is the last with a column."""
-    key = collection.key.name
-    written = [
-        (ordinal, change.new.get(key) or "", change)
-        for ordinal, change in enumerate(changes, start=1)
-        if isinstance(change, (Insert, Update)) and change.table == collection.table.name
-    ]
-    times = Counter(record_id for _, record_id, _ in written)
-    found: dict[str, dict[str, int]] = {}
-    for ordinal, record_id, change in written:
-        if times[record_id] > 1:
-            is_same_row = isinstance(change, Update) and change.old.row.get(key) == record_id
-            columns = (
-                [*change.new, *collection.generated_columns]
-                if is_same_row
-                else collection.column_names
-            )
-            found.setdefault(record_id, {}).update(dict.fromkeys(columns, ordinal))
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,9 +22,8 @@ from pgrealtime.hub.delivery.render import RecordRenderer
 from pgrealtime.hub.evaluation.evaluator import HubQueries, SliceEvaluator
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.evaluation.quotas import FILTER_CHARACTERS_PER_CONNECTION
-from pgrealtime.hub.live_reads.table_definitions import TableDefinitions
-from pgrealtime.hub.live_reads.table_shapes import ShapeChecker
-from pgrealtime.hub.live_reads.toast import RowCompleter
+from pgrealtime.hub.evaluation.toast import RowCompleter
+from pgrealtime.hub.events.row_shapes import ShapeChecker, TableDefinitions
 from pgrealtime.protocol.topic import Topic, parse_topic
 from pgrealtime.rules.language.request import RuleRequest
 
@@ -66,7 +66,7 @@ class Generation:
     ) -> None:
         self.collections = collections
         self.matcher = matcher
-        self.shape_checker = ShapeChecker(collections)
+        self.shape_checker = ShapeChecker(collections, time.monotonic)
         self.catalog_assumptions = TableDefinitions(collections)
         self.renderer = RecordRenderer(
             executor,

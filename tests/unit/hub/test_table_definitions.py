@@ -14,7 +14,7 @@ from pgrealtime.changes import NEVER_DESCRIBED, RowShape, TableName, Transaction
 from pgrealtime.collections.model import Collections
 from pgrealtime.hub import hub
 from pgrealtime.hub.evaluation.matcher import Matcher
-from pgrealtime.hub.live_reads.table_definitions import TableDefinitions
+from pgrealtime.hub.events.row_shapes import TableDefinitions
 from pgrealtime.lsn import LSN, Xid
 from tests.unit.hub.room import COLLECTIONS, NOTES, POSTS, Room, insert, open_room
 from tests.unit.hub.test_table_shapes import heard

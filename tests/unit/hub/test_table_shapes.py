@@ -11,7 +11,7 @@ from pgrealtime.catalog.model import Column
 from pgrealtime.changes import RowShape, TableName, Transaction
 from pgrealtime.collections.model import Collections, Field, FieldKind, Junction, Relation
 from pgrealtime.hub.evaluation.matcher import Matcher
-from pgrealtime.hub.live_reads.table_shapes import ShapeChecker
+from pgrealtime.hub.events.row_shapes import ShapeChecker
 from pgrealtime.lsn import LSN, Xid
 from tests.unit.hub.room import COLLECTIONS, NOTES, POSTS, MemorySink, Room, at, insert, open_room
 
@@ -80,7 +80,7 @@ def collections(title: int = OID, *, leaves: tuple[TableName, ...] = ()) -> Coll
     ],
 )
 def test_rows_fit_unless_a_value_may_be_taken_for_another(found: RowShape, *, fits: bool) -> None:
-    shapes = ShapeChecker(collections())
+    shapes = ShapeChecker(collections(), lambda: 0.0)
 
     assert shapes.fits(of(found)) is fits
     assert shapes.needs_catalog_read(of(found)) is not fits
@@ -89,7 +89,7 @@ def test_rows_fit_unless_a_value_may_be_taken_for_another(found: RowShape, *, fi
 
 @pytest.mark.parametrize("is_read", [True, False])
 def test_what_the_catalogue_was_read_for_is_not_doubtful_again(*, is_read: bool) -> None:
-    shapes = ShapeChecker(collections())
+    shapes = ShapeChecker(collections(), lambda: 0.0)
     shapes.decide_without_waiting(of(ALTERED), is_catalog_read=is_read)
 
     assert not shapes.needs_catalog_read(of(ALTERED))
@@ -99,7 +99,7 @@ def test_what_the_catalogue_was_read_for_is_not_doubtful_again(*, is_read: bool)
 @pytest.mark.parametrize("is_read", [True, False])
 def test_a_partition_that_is_described_again_is_doubtful_until_read(*, is_read: bool) -> None:
     """It may have been detached; if nobody can say, its rows aren't shown."""
-    shapes = ShapeChecker(collections(leaves=(LEAF,)))
+    shapes = ShapeChecker(collections(leaves=(LEAF,)), lambda: 0.0)
     again = of(shape(leaf=LEAF, described=1, id=OID, title=OID))
     assert shapes.needs_catalog_read(again)
     shapes.decide_without_waiting(again, is_catalog_read=is_read)

@@ -24,9 +24,9 @@ from pgrealtime.changes import (
 from pgrealtime.collections.model import Collection
 from pgrealtime.expand import link_history
 from pgrealtime.expand.link_history import TransactionLinkChanges
+from pgrealtime.hub.evaluation import toast
+from pgrealtime.hub.evaluation.toast import RowCompleter, columns_written
 from pgrealtime.hub.events.event import Event, transaction_events
-from pgrealtime.hub.live_reads import toast
-from pgrealtime.hub.live_reads.toast import RowCompleter, columns_written
 from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, Xid
 from pgrealtime.rule_queries.live_rows import LiveRow
 from pgrealtime.snapshot import Snapshot

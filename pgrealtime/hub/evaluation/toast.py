@@ -9,15 +9,21 @@ other in the order of the stream.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from pgrealtime.caches import WeightedCache
 from pgrealtime.changelog.row_history import RowHistory, RowWrite, TableHistory
-from pgrealtime.changes import TableName, Update
+from pgrealtime.changes import (
+    Change,
+    Insert,
+    TableName,
+    Update,
+)
 from pgrealtime.collections.model import Collection
 from pgrealtime.fairness import YieldTimer
-from pgrealtime.hub.events.event import Event, LaterWrites
+from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN
 from pgrealtime.rule_queries.live_rows import LiveRow
 
@@ -57,6 +63,8 @@ class CompletionResult(NamedTuple):
 
 
 _NO_COLUMNS: frozenset[str] = frozenset()
+_CACHED_CHANGES = 200_000
+"""Changes of the transactions whose last writes are kept; the latest transaction counts nothing."""
 
 
 class _CompletableEvent(NamedTuple):
@@ -217,3 +225,69 @@ def columns_written(
             return columns.intersection(new) | columns.intersection(collection.generated_columns)
         case _:
             return columns  # another row came, or went, or nobody knows
+
+
+class LaterWrites:
+    """Which columns a transaction writes again in a row, after one of the row's versions.
+
+    Remembers that of the latest transactions asked about: a large one comes in many slices, and
+    readers at different ones take turns.
+    """
+
+    def __init__(self) -> None:
+        self._last_writes_cache: WeightedCache[int, _LastWrites] = WeightedCache(_CACHED_CHANGES)
+
+    def columns_written_later(self, event: Event) -> frozenset[str]:
+        """Return the columns that a later change of the event's transaction brings.
+
+        Another row under the same id brings all, also those that its image lacks. A generated
+        column is in no image, and so counts as written by whatever writes the row.
+        """
+        if len(event.transaction_changes) <= event.cursor.ordinal:
+            return _NO_COLUMNS
+        changes = event.transaction_changes
+        kept = self._last_writes_cache.get(
+            id(changes), lambda: (_LastWrites(changes), len(changes))
+        )
+        last = kept.by_record(event.collection).get(event.record_id, {})
+        return frozenset(name for name, at in last.items() if at > event.cursor.ordinal)
+
+
+class _LastWrites:
+    """Of one transaction's changes, which it holds: they are known by their identity."""
+
+    __slots__ = ("_by_table_and_record", "_changes")
+
+    def __init__(self, changes: Sequence[Change]) -> None:
+        self._changes = changes
+        self._by_table_and_record: dict[TableName, Mapping[str, Mapping[str, int]]] = {}
+
+    def by_record(self, collection: Collection) -> Mapping[str, Mapping[str, int]]:
+        table = collection.table.name
+        if table not in self._by_table_and_record:
+            self._by_table_and_record[table] = _last_writes(self._changes, collection)
+        return self._by_table_and_record[table]
+
+
+def _last_writes(
+    changes: Sequence[Change], collection: Collection
+) -> Mapping[str, Mapping[str, int]]:
+    """Return, of rows that are written several times, which change is the last with a column."""
+    key = collection.key.name
+    written = [
+        (ordinal, change.new.get(key) or "", change)
+        for ordinal, change in enumerate(changes, start=1)
+        if isinstance(change, (Insert, Update)) and change.table == collection.table.name
+    ]
+    times = Counter(record_id for _, record_id, _ in written)
+    found: dict[str, dict[str, int]] = {}
+    for ordinal, record_id, change in written:
+        if times[record_id] > 1:
+            is_same_row = isinstance(change, Update) and change.old.row.get(key) == record_id
+            columns = (
+                [*change.new, *collection.generated_columns]
+                if is_same_row
+                else collection.column_names
+            )
+            found.setdefault(record_id, {}).update(dict.fromkeys(columns, ordinal))
+    return found

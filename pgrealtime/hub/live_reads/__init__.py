@@ -1,1 +1,0 @@
-"""Whether rows that are read now may be shown with an event committed earlier."""
