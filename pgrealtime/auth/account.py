@@ -1,10 +1,13 @@
-"""The rows of users tables: one indexed query however many callers ask at the same moment."""
+"""Reads the rows of users tables; simultaneous reads of one table share one indexed query.
+
+Used by ``auth.authenticator`` (by id) and ``auth.login`` (by identity).
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psycopg
@@ -24,10 +27,10 @@ from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.pool import QueryPool
 
 _BATCH_IDS = 500
-"""Ids per query. A herd of reconnecting clients makes queries of this size, not one each."""
+"""Ids per query. Clients that all reconnect at once cause queries of this size."""
 
 _SAMPLED_HASHES = 1000
-"""Rows that are read to learn what most hashes of a table are like."""
+"""Rows read to find the commonest scheme and cost of a table's hashes."""
 
 _PLAIN_FIELDS = ("email", "emailVisibility", "verified")
 
@@ -36,16 +39,16 @@ _NO_LOGIN = CollectionLoginConfig()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserCollection:
-    """A collection that tokens may name, and how its people log in, if they do."""
+    """A collection whose records tokens may name, and how its users log in."""
 
     collection: Collection
     login: CollectionLoginConfig = _NO_LOGIN
     rule_columns: tuple[str, ...] = ()
-    """Columns that rules ask for, beside those that make the user."""
+    """Further columns that rules read."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What is read of a row to know its user: the key first, each column once."""
+        """The columns that are read to make a caller: the key first, each once."""
         fields = (self.collection.fields_by_name.get(name) for name in _PLAIN_FIELDS)
         plain = (f.column.name for f in fields if f is not None and f.column is not None)
         names = (self.collection.key.name, *plain, *self.login.secret_columns, *self.rule_columns)
@@ -54,28 +57,28 @@ class UserCollection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """A user as the database has it."""
+    """A user's row and auth record."""
 
     users: UserCollection
     record: AuthRecord
     row: Row = field(repr=False)
-    """In the stream's text forms. Secrets are among the columns, so it is never printed."""
+    """In the stream's text forms. Has secrets, so it is never printed."""
     read_point: ReadPointText | None = None
-    """When the row was read; None if it wasn't asked for by id."""
+    """When the row was read; None if it was read by identity."""
 
     @property
     def password_hash(self) -> str | None:
-        """The stored hash, None where there is none to log in with."""
+        """The stored hash; None if the user has none."""
         return self.row.get(self.users.login.password_hash) or None
 
     @property
     def token_key(self) -> str | None:
-        """The user's own part of the key that signs login tokens; None: no token is the user's."""
+        """See ``auth.record.token_key_of``."""
         return token_key_of(self.users.login, self.row)
 
 
 class _AccountBatch:
-    """Ids that will be asked for together, and the answer to come."""
+    """Ids that one query will read, and the task of that query."""
 
     def __init__(self, users: UserCollection) -> None:
         self.users = users
@@ -84,15 +87,15 @@ class _AccountBatch:
 
 
 class AccountLoader:
-    """Finds users.
+    """Reads users' rows.
 
-    A load is answered by a query sent *after* it was called, never by one already under way: that
-    one may have read the row before a change which the caller counts on being seen. So while a
-    query runs, all who come meanwhile share the next one.
+    A load waits for a query sent *after* it was called, never for a running one: that may have
+    read the row before a change which the caller relies on seeing. So all loads during a query
+    share the next one.
 
     Args:
         pool: Connections that may read the users tables.
-        on_schema_mismatch: Told when Postgres refuses a query as if the schema were another.
+        on_schema_mismatch: Called when PostgreSQL refuses a query as if the schema had changed.
     """
 
     def __init__(
@@ -104,7 +107,7 @@ class AccountLoader:
         self._query_locks: dict[int, asyncio.Lock] = {}
 
     async def load(self, users: UserCollection, record_id: str) -> Account | None:
-        """The user of that id, with ``UserCollection.columns``; None if the table has none.
+        """Return the user with that id and ``UserCollection.columns``, None if there is none.
 
         Raises:
             DatabaseUnreachableError: No connection, or no answer in time.
@@ -115,11 +118,11 @@ class AccountLoader:
             return None
         batch = self._join_batch(users, wanted)
         assert batch.task is not None
-        # Shielded: one caller going away must not take the answer from the others.
+        # Shielded: a cancelled caller must not cancel the query that others await.
         return (await asyncio.shield(batch.task)).get(wanted)
 
     async def load_whole_row(self, users: UserCollection, record_id: str) -> Account | None:
-        """As ``load``, with the whole row and a query of its own."""
+        """As ``load``, with the whole row, in a separate query."""
         columns = [column.name for column in users.collection.table.columns]
         wanted = canonical_id(record_id, users.collection.key.type)
         try:
@@ -131,9 +134,9 @@ class AccountLoader:
     async def find_by_value(
         self, users: UserCollection, column: Column, value: str
     ) -> Account | None:
-        """The one user with that value, with the whole row; None if none or several have it.
+        """Return the user with that value and its whole row; None unless exactly one has it.
 
-        Case counts, unless the column's type or the index that keeps it unique says otherwise.
+        Case matters, unless the column's type or its unique index ignores it.
 
         Raises:
             DatabaseUnreachableError: No connection, or no answer in time.
@@ -141,9 +144,9 @@ class AccountLoader:
         """
         table = users.collection.table
         columns = [column.name for column in table.columns]
-        place = {"table": table.oid, "column": column.name}
+        parameters = {"table": table.oid, "column": column.name}
         try:
-            folds = await self._select(users, _FOLDS_CASE_QUERY, place, ["is_unique"])
+            folds = await self._select(users, _FOLDS_CASE_QUERY, parameters, ["is_unique"])
             statement = statement_by_value(users, columns, column, folds_case=bool(folds))
             rows = await self._select(users, statement, {"value": value}, columns)
         except (psycopg.DataError, UnicodeEncodeError):
@@ -151,7 +154,7 @@ class AccountLoader:
         return _account_of_row(users, rows[0]) if len(rows) == 1 else None
 
     async def sample_password_hashes(self, users: UserCollection) -> list[str]:
-        """Return some of the stored password hashes; none if they can't be had now."""
+        """Return some of the stored password hashes; none if they can't be read now."""
         name = users.login.password_hash
         statement = sql.SQL("SELECT {column} FROM {table} LIMIT {most}").format(
             column=identifier(name),
@@ -165,13 +168,13 @@ class AccountLoader:
         return [text for row in rows if (text := row[name])]
 
     def _join_batch(self, users: UserCollection, record_id: str) -> _AccountBatch:
-        # By identity: hashing a collection means hashing its whole table. The batch keeps the
-        # object alive, so the number can't pass to another one meanwhile.
-        place = id(users)
-        batch = self._open_batches.get(place)
+        # Keyed by id(): hashing a collection hashes its whole table. The batch keeps the object
+        # alive, so the id isn't reused meanwhile.
+        key = id(users)
+        batch = self._open_batches.get(key)
         if batch is None or len(batch.ids) >= _BATCH_IDS:
-            batch = self._open_batches[place] = _AccountBatch(users)
-            batch.task = asyncio.create_task(self._run_batch(place, batch), name="auth.accounts")
+            batch = self._open_batches[key] = _AccountBatch(users)
+            batch.task = asyncio.create_task(self._run_batch(key, batch), name="auth.accounts")
             batch.task.add_done_callback(_retrieve_exception)
         batch.ids.add(record_id)
         return batch
@@ -183,8 +186,8 @@ class AccountLoader:
             try:
                 return await self._select_by_id(batch.users, batch.ids, batch.users.columns)
             except (psycopg.DataError, UnicodeEncodeError):
-                # An id that the database's encoding can't hold. Alone it has no row; in company
-                # it must not spoil the others' answer.
+                # One of the ids can't be encoded in the database's encoding. It has no row; the
+                # other ids must be read all the same.
                 return await self._select_one_by_one(batch.users, batch.ids)
 
     async def _select_one_by_one(
@@ -229,27 +232,25 @@ class AccountLoader:
             ) from error
         result = cursor.pgresult
         assert result is not None  # an executed query has one
-        # Raw text: the forms of the stream, whatever the columns' types.
+        # The raw text, as in the stream, whatever the columns' types.
         encoding = connection.info.encoding
         return [
             {
                 name: None if value is None else value.decode(encoding)
                 for n, name in enumerate(names)
-                for value in (result.get_value(place, n),)
+                for value in (result.get_value(row, n),)
             }
-            for place in range(result.ntuples)
+            for row in range(result.ntuples)
         ]
 
 
 _SNAPSHOT_KEY, _INSERT_LSN_KEY = "\0snapshot", "\0insert_lsn"
-"""Keys in a row for when it was read; no column has such a name."""
+"""Keys in a row for its read point; no column can have such a name."""
 
 
 def _account_with_read_point(users: UserCollection, row: Row) -> Account:
-    reading = ReadPointText(row.pop(_SNAPSHOT_KEY) or "", row.pop(_INSERT_LSN_KEY) or "")
-    return Account(
-        users=users, record=auth_record_of(users.collection, row), row=row, read_point=reading
-    )
+    read_point = ReadPointText(row.pop(_SNAPSHOT_KEY) or "", row.pop(_INSERT_LSN_KEY) or "")
+    return replace(_account_of_row(users, row), read_point=read_point)
 
 
 def _account_of_row(users: UserCollection, row: Row) -> Account:
@@ -257,19 +258,17 @@ def _account_of_row(users: UserCollection, row: Row) -> Account:
 
 
 def _retrieve_exception(task: asyncio.Task[Mapping[str, Account]]) -> None:
-    """Take note of the outcome, in case everybody who waited for it has gone."""
+    """Keep asyncio from logging the exception if every waiting caller was cancelled."""
     if not task.cancelled():
         task.exception()
 
 
 def statement_by_id(users: UserCollection, columns: Sequence[str]) -> sql.Composed:
-    """The query for users by id; its parameter ``ids`` is a list of canonical texts.
+    """Return the query for users by id; its parameter ``ids`` is a list of canonical texts.
 
-    After the columns come the statement's snapshot and the end of the WAL (``Reading``).
-
-    Key types that can be asked in their own type use the primary key's index; a key of another
-    type (a domain over text counts as text, citext and enum don't) is compared as text, exactly
-    but without the index.
+    The columns are followed by snapshot and WAL insert LSN (``ReadPointText``). A key whose type
+    has a native comparison (``native_key_type``) uses the primary key's index; any other, such as
+    citext or an enum, is compared as text without the index.
     """
     collection = users.collection
     key = identifier(collection.key.name)
@@ -293,22 +292,21 @@ WHERE i.indrelid = %(table)s AND i.indisunique AND i.indisvalid AND i.indnkeyatt
         pg_catalog.format('lower(%%I::text)', %(column)s::pg_catalog.text))
 LIMIT 1
 """)
-"""Whether a unique index on lower(column) makes values that differ in case the same."""
+"""Whether a unique index on ``lower(column)`` makes values equal that differ in case."""
 
 
 def statement_by_value(
     users: UserCollection, columns: Sequence[str], column: Column, *, folds_case: bool = False
 ) -> sql.Composed:
-    """The query for the users that have a value; its parameter ``value`` is a text.
+    """Return the query for up to two users with a value; its parameter ``value`` is a text.
 
-    Texts are compared by their own type's equality: citext without case, as its owner wants it.
-    Anything else is compared as text. Two rows are enough to see that there isn't just one.
+    String types are compared by their own equality, so citext ignores case; others as text.
 
     Args:
-        users: Where to look.
+        users: The table.
         columns: To be read.
-        column: That has the value.
-        folds_case: Compare ``lower`` of both, as the index does.
+        column: To be compared.
+        folds_case: Compare ``lower`` of both, as the unique index does.
     """
     own = column.type.base
     is_own = own.category == "S" and not folds_case

@@ -1,4 +1,8 @@
-"""From an ``Authorization`` header to the caller: the one way into the program with an identity."""
+"""From an ``Authorization`` header to a caller. Every route that needs a caller calls this.
+
+A token is checked against each issuer's keys, then as a token of our login. Its user is read from
+the users table each time (``auth.account``), so that a deleted user's token is refused.
+"""
 
 from __future__ import annotations
 
@@ -51,28 +55,28 @@ _NO_RULE_COLUMNS: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuthenticatedCaller:
-    """A caller, with the token that said so."""
+    """A caller with the verified token."""
 
     caller: Caller
     token: Token
     is_login_token: bool
-    """Whether it is a token of our own login, or of a PocketBase with the same secrets."""
+    """Whether our login made it, or a PocketBase with the same secrets."""
 
 
 class Authenticator:
-    """Tells who a request comes from.
+    """Returns the caller of a request.
 
     Args:
-        auth: The issuers whose tokens count, and the login.
-        collections: Where the records that tokens name are kept. An issuer whose collection isn't
-            among them has users without rows: its tokens alone say who they are.
-        accounts: Loads the rows.
-        logins: How people log in, by collection name.
-        rule_columns: Columns of people's rows that rules ask for, by collection name.
+        auth: Issuers and login.
+        collections: All collections. An issuer whose collection isn't among them has users
+            without rows, known by the claims of their tokens only.
+        accounts: Reads the rows of users.
+        logins: How users log in, by collection name.
+        rule_columns: Columns of users' rows that rules read, by collection name.
         unix_clock: Unix seconds.
 
     Raises:
-        ConfigError: A public key that can't be used.
+        ConfigError: A public key can't be used.
     """
 
     def __init__(
@@ -91,7 +95,7 @@ class Authenticator:
         self._issuers_replaced = asyncio.Event()
         self._past_collection_ids: set[str] = set()
         self.checks_by_result: Counter[str] = Counter()
-        """Callers by what became of their tokens: ``accepted``, or the code of the refusal."""
+        """Counts of authentications by ``accepted`` or the error's code."""
         self.replace_settings(
             key_sources_of(auth),
             auth.login,
@@ -111,15 +115,9 @@ class Authenticator:
         rule_columns: Mapping[str, tuple[str, ...]] = _NO_RULE_COLUMNS,
         allow_guests: bool = True,
     ) -> None:
-        """Take another configuration; keys fetched from issuers are kept.
+        """Replace the configuration (see the constructor), keeping fetched keys.
 
-        Args:
-            issuers: Made by ``key_sources_of``.
-            login: Our own.
-            collections: As in the constructor.
-            logins: As in the constructor.
-            rule_columns: As in the constructor.
-            allow_guests: Whether guests may subscribe.
+        ``issuers`` are made by ``key_sources_of``; ``allow_guests``: whether guests may subscribe.
         """
         self._allow_guests = allow_guests
         fetched = {_jwks_identity(issuer): source for issuer, source in self._issuers}
@@ -129,7 +127,7 @@ class Authenticator:
         )
         self._issuers_replaced.set()
         self._issuer_by_trust_digest = {
-            voucher: issuer for issuer, _ in self._issuers for voucher in _trust_digests_of(issuer)
+            digest: issuer for issuer, _ in self._issuers for digest in _trust_digests_of(issuer)
         }
         self._login = login
         self._users_by_name = {
@@ -147,9 +145,9 @@ class Authenticator:
         self._past_collection_ids |= self._users_by_id.keys()
 
     def revalidate_caller(self, caller: Caller) -> Caller:
-        """The caller by the configuration of now: a guest if its token doesn't hold any more.
+        """Return the caller under the present configuration; a guest if its token became invalid.
 
-        The database isn't asked. Users whose collection is gone are gone with it (protocol, 8).
+        The database isn't read. Without its collection a user is a guest (protocol, 8).
         """
         issuer = self._issuer_by_trust_digest.get(caller.trust_digest or b"")
         match caller.principal:
@@ -180,15 +178,12 @@ class Authenticator:
         )
 
     def find_user_collection(self, name_or_id: str) -> UserCollection | None:
-        """The collection of that name or id, as tokens and the login's addresses name it.
-
-        Unlike topics these don't mind the case of a name.
-        """
+        """Return the collection of a token or of a login route, by name (case ignored) or id."""
         exact = self._users_by_name.get(name_or_id) or self._users_by_id.get(name_or_id)
         return exact or self._users_by_folded_name.get(name_or_id.lower())
 
     async def run(self) -> None:
-        """Keep the issuers' published keys fresh, for ever."""
+        """Refresh the issuers' keys until cancelled; restart when the issuers are replaced."""
         while True:
             self._issuers_replaced.clear()
             async with asyncio.TaskGroup() as tasks:
@@ -201,14 +196,14 @@ class Authenticator:
                     task.cancel()
 
     async def authenticate(self, authorization: str | None) -> Caller:
-        """The caller; a guest if there is no token or anything is wrong with it.
+        """Return the caller; a guest without a valid token.
 
         Args:
-            authorization: The header's value, None if there was none.
+            authorization: The header, None if there is none.
 
         Raises:
-            DatabaseUnreachableError: The token may hold, but its user can't be looked up now. That
-                is not the token's fault, and answering "guest" would sign its owner out.
+            DatabaseUnreachableError: The token's user can't be read now. A guest instead would
+                log out a user whose token may be valid.
             SetupError: The users table can't be read as configured.
         """
         try:
@@ -216,19 +211,17 @@ class Authenticator:
         except AuthError as error:
             self.checks_by_result[error.error_code] += 1
             if error.error_code != "token_missing":
-                # Debug: anybody can make as many of these as they like.
+                # Debug level: any client can cause any number of these.
                 log.debug("auth.rejected", reason=error.error_code)
             return Caller()
         self.checks_by_result["accepted"] += 1
         return caller
 
     async def authenticate_subscriber(self, authorization: str | None) -> Caller:
-        """As ``authenticate``, for who wants to subscribe.
+        """As ``authenticate``, for a subscribe call.
 
         Raises:
-            AuthError: Code ``guest_refused``: guests aren't allowed.
-            DatabaseUnreachableError: As above.
-            SetupError: As above.
+            AuthError: Code ``guest_refused``: the caller is a guest, and guests aren't allowed.
         """
         caller = await self.authenticate(authorization)
         if isinstance(caller.principal, Guest) and not self._allow_guests:
@@ -236,12 +229,10 @@ class Authenticator:
         return caller
 
     async def authenticate_token(self, authorization: str | None) -> AuthenticatedCaller:
-        """As ``authenticate``, but says why a token doesn't hold.
+        """As ``authenticate``, but raises an error for an invalid or missing token.
 
         Raises:
-            AuthError: Its code is the reason; of several issuers' reasons the most telling one.
-            DatabaseUnreachableError: As above.
-            SetupError: As above.
+            AuthError: Why the token is invalid; of several issuers' errors the most specific one.
         """
         token = parse_token(authorization)
         refusals: list[AuthError] = []
@@ -254,10 +245,10 @@ class Authenticator:
                 continue
             expires_at = check_times(token.claims, now=self._unix_clock(), leeway=issuer.leeway)
             caller = await self._caller_of_claims(token.claims, issuer, expires_at)
-            voucher = _trust_digest(
+            trust_digest = _trust_digest(
                 issuer, key.material, is_superuser=isinstance(caller.principal, Superuser)
             )
-            caller = replace(caller, trust_digest=voucher)
+            caller = replace(caller, trust_digest=trust_digest)
             return AuthenticatedCaller(caller=caller, token=token, is_login_token=False)
         if self._login.enabled and not _is_by_known_issuer(refusals):
             return await self._authenticate_login_token(token)
@@ -268,7 +259,7 @@ class Authenticator:
     ) -> Caller:
         record_id = id_from_claim(claims, issuer.id_claim)
         if is_superuser(claims, issuer):
-            # Service keys of hosted databases name nobody.
+            # Service keys of hosted databases have no id.
             return Caller(Superuser(record_id or ""), expires_at)
         if record_id is None:
             raise AuthError(f'the token has no "{issuer.id_claim}"', code="token_id")
@@ -276,14 +267,14 @@ class Authenticator:
         if users is None:
             record = _record_of_claims(claims, issuer.collection, record_id)
             return Caller(record, expires_at)
-        # A deleted user turns guest on open connections (protocol, 8); coming back with the same
-        # token must not undo that.
+        # Open connections of a deleted user become guests (protocol, 8). The same token on a new
+        # connection must not undo that.
         return caller_of_account(
             _require_account(await self._accounts.load(users, record_id)), expires_at
         )
 
     async def _authenticate_login_token(self, token: Token) -> AuthenticatedCaller:
-        """The user of a login token. Its key has a part in the user's row, hence the order."""
+        """Verify a token of our login: its key is partly in the user's row, which is read first."""
         claims = login_claims(token)
         users = self.find_user_collection(claims.collection)
         if users is None or not users.login.password_hash:
@@ -302,10 +293,10 @@ class Authenticator:
 
 
 def key_sources_of(auth: AuthConfig) -> tuple[tuple[IssuerConfig, KeySource], ...]:
-    """Each issuer with where its keys come from.
+    """Return each issuer with its key source.
 
     Raises:
-        ConfigError: A public key that can't be used.
+        ConfigError: A public key can't be used.
     """
     sources: list[tuple[IssuerConfig, KeySource]] = []
     problems: list[ConfigProblem] = []
@@ -320,12 +311,12 @@ def key_sources_of(auth: AuthConfig) -> tuple[tuple[IssuerConfig, KeySource], ..
 
 
 def _jwks_identity(issuer: IssuerConfig) -> tuple[object, ...]:
-    """What published keys hang on."""
+    """Return what identifies the keys that an issuer publishes."""
     return issuer.jwks_url, issuer.accepted_algorithms
 
 
 def _trust_digests_of(issuer: IssuerConfig) -> list[bytes]:
-    """The vouchers of all tokens that the issuer can make: users' and superusers', per secret."""
+    """Return the trust digests of all valid tokens of the issuer: per secret, and of superusers."""
     secrets = [secret for secret in (issuer.secret, issuer.previous_secret) if secret]
     return [
         _trust_digest(issuer, secret, is_superuser=is_superuser)
@@ -335,13 +326,13 @@ def _trust_digests_of(issuer: IssuerConfig) -> list[bytes]:
 
 
 def _trust_digest(issuer: IssuerConfig, key_material: object, *, is_superuser: bool) -> bytes:
-    """What makes a token count, as a digest: the same as long as the configuration says the same.
+    """Return a digest of the configuration that makes a token valid (``Caller.trust_digest``).
 
     Args:
-        issuer: Whose token it is.
-        key_material: What checked it. Only secrets count, of public keys the configuration says
-            which.
-        is_superuser: Whether what makes a superuser matters.
+        issuer: Of the token.
+        key_material: The key that verified it. A public key is in the issuer's configuration
+            already, a secret may be the previous one.
+        is_superuser: Whether the claims that make a superuser are part of it.
     """
     secret = key_material if isinstance(key_material, str) else ""
     claims = issuer.superuser_when if is_superuser else None
@@ -373,8 +364,8 @@ def _is_by_known_issuer(refusals: list[AuthError]) -> bool:
 
 
 def _most_specific(refusals: list[AuthError]) -> AuthError:
-    telling = (r for r in refusals if r.error_code != "token_signature")
-    return next(telling, AuthError("no issuer made this token", code="token_signature"))
+    specific = (r for r in refusals if r.error_code != "token_signature")
+    return next(specific, AuthError("no issuer made this token", code="token_signature"))
 
 
 def _require_account(account: Account | None) -> Account:
@@ -384,12 +375,7 @@ def _require_account(account: Account | None) -> Account:
 
 
 def caller_of_account(account: Account, expires_at: float | None) -> Caller:
-    """The caller that a user is.
-
-    Args:
-        account: As the database has it.
-        expires_at: When the token expires, Unix seconds; None if it never does.
-    """
+    """Return the caller of a token, in Unix seconds valid until ``expires_at`` (None: forever)."""
     return Caller(
         account.record,
         expires_at,
@@ -399,9 +385,9 @@ def caller_of_account(account: Account, expires_at: float | None) -> Caller:
 
 
 def _record_of_claims(claims: Claims, collection: str, record_id: str) -> AuthRecord:
-    """The plain fields from the token, where users are kept elsewhere (rules, section 17).
+    """Return the record of a user without a row, from the claims (rules, section 17).
 
-    ``verified`` is OpenID Connect's ``email_verified`` too.
+    ``verified`` may be named ``email_verified``, as in OpenID Connect.
     """
     email = claims.get("email")
     return AuthRecord(

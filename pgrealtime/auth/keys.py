@@ -1,4 +1,7 @@
-"""The keys that check an issuer's tokens: those configured, and those the issuer publishes."""
+"""The keys that verify an issuer's tokens: configured ones, or a JWKS fetched from the issuer.
+
+Used by ``auth.authenticator``; ``service`` runs the fetching as a task.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,10 @@ from pgrealtime.errors import AuthError
 log = structlog.get_logger(__name__)
 
 _REFRESH_SECONDS = 600.0
-"""A key that the issuer withdrew counts for so long at most."""
+"""How long a key that the issuer has withdrawn is accepted at most."""
 _RETRY_SECONDS = 15.0
 _UNKNOWN_KID_SECONDS = 60.0
-"""Anybody can write an unknown ``kid`` into a token: it sends us to the issuer no oftener."""
+"""Between two fetches because of an unknown ``kid``, which anybody can put into a token."""
 _FETCH_TIMEOUT_SECONDS = 5.0
 _MAX_JWKS_BYTES = 1 << 20
 _MIN_RSA_BITS = 2048
@@ -35,20 +38,20 @@ _MIN_RSA_BITS = 2048
 
 
 class KeySource(Protocol):
-    """Where the keys of one issuer come from."""
+    """The keys of one issuer."""
 
     async def keys_for(self, token: Token) -> Sequence[VerificationKey]:
-        """The keys that may have signed the token: of its algorithm, and of its ``kid``."""
+        """Return the keys with the token's algorithm and, if both have one, its ``kid``."""
 
     async def run(self) -> None:
-        """Keep the keys fresh; returns if there is nothing to do."""
+        """Refresh the keys until cancelled; return at once if they are constant."""
 
 
 def key_source(issuer: IssuerConfig) -> KeySource:
-    """The source that the configuration says.
+    """Return the key source of the issuer's configuration.
 
     Raises:
-        AuthError: Code ``key_invalid``: the PEM text is no key that can be used.
+        AuthError: Code ``key_invalid``: the PEM text is not a usable key.
     """
     if issuer.jwks_url:
         return JwksKeySource(issuer)
@@ -59,25 +62,25 @@ def key_source(issuer: IssuerConfig) -> KeySource:
 
 
 class ConfiguredKeySource:
-    """Keys of the configuration; the ``kid`` of a token means nothing to them."""
+    """Constant keys of the configuration, whatever the token's ``kid``."""
 
     def __init__(self, keys: Iterable[VerificationKey]) -> None:
         self._keys = tuple(keys)
 
     async def keys_for(self, token: Token) -> Sequence[VerificationKey]:
-        """The keys of the token's algorithm."""
+        """Return the keys with the token's algorithm."""
         return [key for key in self._keys if key.algorithm == token.algorithm]
 
     async def run(self) -> None:
-        """Return: these keys don't age."""
+        """Return at once."""
 
 
 class JwksKeySource:
-    """A JSON Web Key Set, fetched and fetched again. A failed fetch leaves the old keys in force.
+    """A JSON Web Key Set, fetched periodically. After a failed fetch the old keys stay valid.
 
     Args:
         issuer: With its ``jwks_url``.
-        refresh_seconds: From one fetch to the next.
+        refresh_seconds: Between fetches.
         clock: Monotonic seconds.
     """
 
@@ -96,7 +99,7 @@ class JwksKeySource:
         self._fetch_task: asyncio.Task[bool] | None = None
 
     async def keys_for(self, token: Token) -> Sequence[VerificationKey]:
-        """The keys that fit; for an unknown ``kid`` the issuer is asked, once a minute at most."""
+        """Return the matching keys, after a fetch if none matches (one a minute at most)."""
         found = self._matching_keys(token)
         if found or token.algorithm not in self._issuer.accepted_algorithms:
             return found
@@ -104,12 +107,12 @@ class JwksKeySource:
             self._next_unknown_kid_fetch_at = self._clock() + _UNKNOWN_KID_SECONDS
             self._start_or_join_fetch()
         if self._fetch_task is not None:
-            # Shielded: whoever gives up waiting must not take the keys from the others.
+            # Shielded: a cancelled caller must not cancel the fetch that others await.
             await asyncio.shield(self._fetch_task)
         return self._matching_keys(token)
 
     async def run(self) -> None:
-        """Fetch now and then, for ever; after a failure soon again."""
+        """Fetch periodically until cancelled; after a failure, sooner."""
         while True:
             is_fresh = await asyncio.shield(self._start_or_join_fetch())
             await asyncio.sleep(self._refresh_seconds if is_fresh else _RETRY_SECONDS)
@@ -123,7 +126,7 @@ class JwksKeySource:
         ]
 
     def _start_or_join_fetch(self) -> asyncio.Task[bool]:
-        """Start a fetch, or join the one under way."""
+        """Return the task of the running fetch, or start one."""
         if self._fetch_task is None:
             self._fetch_task = asyncio.create_task(self._fetch_keys(), name="auth.jwks")
             self._fetch_task.add_done_callback(self._on_fetched)
@@ -136,7 +139,7 @@ class JwksKeySource:
         try:
             keys = parse_jwks(await _download(self._issuer.jwks_url), self._issuer)
         except (aiohttp.ClientError, TimeoutError, ValueError, AuthError) as error:
-            # ValueError: a host, of a redirect perhaps, that is no name.
+            # ValueError: a host that is no name, perhaps of a redirect.
             reason = error.message if isinstance(error, AuthError) else type(error).__name__
             log.warning(
                 "jwks.failed", issuer=self._issuer.name, reason=reason, kept=len(self._keys)
@@ -150,7 +153,7 @@ class JwksKeySource:
 async def _download(url: str) -> bytes:
     timeout = aiohttp.ClientTimeout(total=_FETCH_TIMEOUT_SECONDS)
     async with (
-        # One session per fetch: there is one fetch in ten minutes, and nothing to close later.
+        # A session per fetch: fetches are rare, and nothing is left to close at shutdown.
         aiohttp.ClientSession(timeout=timeout, raise_for_status=True) as session,
         session.get(url, headers={"Accept": "application/json"}) as response,
     ):
@@ -163,7 +166,7 @@ async def _download(url: str) -> bytes:
 
 
 def parse_pem(text: str) -> VerificationKey:
-    """The public key in a PEM text, with the algorithm it serves.
+    """Return the public key in a PEM text, with its algorithm.
 
     Raises:
         AuthError: Code ``key_invalid``.
@@ -176,10 +179,10 @@ def parse_pem(text: str) -> VerificationKey:
 
 
 def parse_jwks(text: bytes, issuer: IssuerConfig) -> tuple[VerificationKey, ...]:
-    """The keys of a JSON Web Key Set that can check this issuer's tokens; others are passed over.
+    """Return the keys of a JSON Web Key Set that can verify this issuer's tokens.
 
     Raises:
-        AuthError: Code ``key_invalid``: there is no such key, or no key set.
+        AuthError: Code ``key_invalid``: it has no such key, or isn't a key set.
     """
     try:
         entries = msgspec.json.decode(text)["keys"]
@@ -193,7 +196,7 @@ def parse_jwks(text: bytes, issuer: IssuerConfig) -> tuple[VerificationKey, ...]
 
 
 _ALGORITHM_BY_KEY_TYPE: dict[object, Algorithm] = {"RSA": "RS256", "EC": "ES256", "OKP": "EdDSA"}
-"""Not "oct": that is a shared secret, and whoever publishes one lets everybody sign."""
+"""Without ``oct``, a shared secret: once it is published, anybody can sign with it."""
 
 
 def _parse_jwk(entry: Any, issuer: IssuerConfig) -> VerificationKey | None:
@@ -213,7 +216,7 @@ def _parse_jwk(entry: Any, issuer: IssuerConfig) -> VerificationKey | None:
 
 
 def _key_with_algorithm(public_key: object) -> VerificationKey:
-    """Bind the key to its one algorithm; here an algorithm is chosen, never from a token."""
+    """Return the key with the algorithm that its type determines; a token never chooses it."""
     match public_key:
         case RSAPublicKey(key_size=bits) if bits >= _MIN_RSA_BITS:
             return VerificationKey("RS256", public_key)

@@ -1,4 +1,9 @@
-"""Logging in on an existing users table: a password against the row, a token for who knows it."""
+"""Logs users in by password on an existing users table, and renews their tokens.
+
+Between ``api.login`` and ``auth.account``. The response to a failed login and its time are the
+same for an unknown identity, an account without a usable hash and a wrong password, so that
+accounts can't be enumerated.
+"""
 
 from __future__ import annotations
 
@@ -22,39 +27,39 @@ from pgrealtime.networks import client_network
 log = structlog.get_logger(__name__)
 
 _UNUSABLE_PASSWORD_PREFIX = "!"  # noqa: S105 (of a hash)
-"""How the hash begins of somebody who has no password, in Django as in Unix."""
+"""Of a hash that means "no password", in Django as in Unix."""
 
 _MAX_LOGGED_KINDS = 100
-"""Kinds of hashes that can't be read and are told of."""
+"""Distinct log entries about unsupported hashes, per process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoginAttempt:
-    """What somebody claims to be and to know."""
+    """Submitted credentials."""
 
     identity: str
     password: str = field(repr=False)
     identity_field: str = ""
-    """The one field to look the identity up in; empty tries those configured."""
+    """The only field to look the identity up in; empty for all configured fields."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoginSession:
-    """Somebody who is logged in."""
+    """A user who has logged in or renewed the token."""
 
     account: Account
-    """With the whole row."""
+    """Has the whole row."""
     token: str = field(repr=False)
 
 
 class LoginService:
-    """Passwords to tokens, and tokens to newer ones.
+    """Checks passwords, makes and renews tokens.
 
     Args:
         config: ``auth.login``.
-        accounts: Finds the rows.
-        unix_clock: Unix seconds, for the ends of tokens.
-        monotonic_clock: Monotonic seconds, for counting attempts.
+        accounts: Reads the rows.
+        unix_clock: Unix seconds, for the expiry of tokens.
+        monotonic_clock: Monotonic seconds, for the rate limits.
     """
 
     def __init__(
@@ -73,29 +78,25 @@ class LoginService:
         self._refusal_log_limiter = RateLimiter(per_minute=1)
         self._password_verifier = PasswordVerifier()
         self._dummy_hashes: dict[tuple[str, str], StoredHash] = {}
-        """By table and column, of the scheme and cost that most of its hashes had."""
+        """By table and column, with the commonest scheme and cost of the column's hashes."""
         self._logged_unreadable: set[tuple[str, str]] = set()
         self.attempts_by_result: Counter[str] = Counter()
-        """Attempts by password: ``ok``, or the code of the refusal."""
+        """Counts by ``ok`` or the error's code."""
 
     async def log_in(
         self, users: UserCollection, attempt: LoginAttempt, address: str
     ) -> LoginSession:
-        """Return the session of whoever knows the password; count and log who doesn't.
-
-        An unknown identity, a user without a usable hash and a wrong password get the same answer
-        after the same work.
+        """Log in by password; count and log the result.
 
         Args:
-            users: Where people log in; ``login.password_hash`` is set.
-            attempt: Checked for form already.
-            address: Of the client. Failed attempts count against it and the identity together, and
-                against it and the account: types and collations have many spellings of one text.
+            users: With ``login.password_hash`` set.
+            attempt: Syntactically checked.
+            address: Of the client.
 
         Raises:
             AuthError: Code ``login_failed``, or ``login_refused``: too many attempts, or too many
-                passwords being checked already.
-            DatabaseUnreachableError: The users can't be looked up now.
+                passwords being checked.
+            DatabaseUnreachableError: The users table can't be read now.
             SetupError: The users table can't be read as configured.
         """
         try:
@@ -108,10 +109,10 @@ class LoginService:
         return session
 
     def _log_refusal(self, users: UserCollection, error: AuthError, address: str) -> None:
-        """Log that somebody was refused, not as whom: people type passwords into the wrong field.
+        """Log a refusal, without the identity: users type passwords into the wrong field.
 
-        Attempts beyond the limit cost little but their log entries, a millisecond each: of those
-        one is logged per network and minute.
+        Of attempts beyond the limit one per network and minute is logged: they cost little apart
+        from the log entry, which takes a millisecond.
         """
         is_beyond = error.error_code == "login_refused"
         network = client_network(address)
@@ -130,37 +131,36 @@ class LoginService:
         self, users: UserCollection, attempt: LoginAttempt, address: str
     ) -> LoginSession:
         network = client_network(address)
-        who = (network, attempt.identity.casefold())
-        if not self._attempt_limiter.try_acquire(who, self._monotonic_clock()):
+        by_identity = (network, attempt.identity.casefold())
+        if not self._attempt_limiter.try_acquire(by_identity, self._monotonic_clock()):
             raise AuthError("too many attempts", code="login_refused")
-        decoy = await self._dummy_hash(users)
+        # Before the account is looked up: the first attempt's time would show that it exists.
+        dummy_hash = await self._dummy_hash(users)
         account = await self._find_account(users, attempt)
         stored = None
         if account is not None:
-            owner = (network, account.record.collection_id, account.record.id)
-            # Answered as a wrong password: "too many attempts" at a spelling that was never tried
-            # before would say that there is such an account.
-            if self._attempt_limiter.try_acquire(owner, self._monotonic_clock()):
+            # Limited by account too, since types and collations have many spellings of one text.
+            # Refused as a wrong password: "too many attempts" for a spelling that was never tried
+            # would show that the account exists.
+            by_account = (network, account.record.collection_id, account.record.id)
+            if self._attempt_limiter.try_acquire(by_account, self._monotonic_clock()):
                 stored = account.password_hash
         verdict = await self._password_verifier.verify(
-            attempt.password, stored, decoy, network=network
+            attempt.password, stored, dummy_hash, network=network
         )
         if not verdict or account is None:
             if verdict is None and stored is not None:
                 self._log_unreadable_hash(users, stored)
             raise AuthError("no such user, or another password", code="login_failed")
-        self._attempt_limiter.reset(who)
-        self._attempt_limiter.reset(owner)
-        if stored is not None and not has_cost_of(stored, decoy):
-            # Perhaps most are like that by now, which the table can say.
+        self._attempt_limiter.reset(by_identity)
+        self._attempt_limiter.reset(by_account)
+        if stored is not None and not has_cost_of(stored, dummy_hash):
+            # The application may have changed the cost: sample the table again.
             self._dummy_hashes.pop(_hash_column_of(users), None)
         return LoginSession(account=account, token=self._make_token(account))
 
     async def _dummy_hash(self, users: UserCollection) -> StoredHash:
-        """Return what is checked where there is no hash; the same work as of what most users have.
-
-        It is asked for before anybody is looked up, or the first attempt would tell by its time.
-        """
+        """Return the hash that is checked where an account has none, from a sample of the table."""
         place = _hash_column_of(users)
         if place not in self._dummy_hashes:
             hashes = await self._accounts.sample_password_hashes(users)
@@ -170,7 +170,7 @@ class LoginService:
         return self._dummy_hashes[place]
 
     def _log_unreadable_hash(self, users: UserCollection, stored: str) -> None:
-        """Say once of each kind of hash that it lets nobody in."""
+        """Log once per collection and scheme that its hashes can't be checked."""
         if stored.startswith(_UNUSABLE_PASSWORD_PREFIX):
             return
         kind = users.collection.name, scheme_name_of(stored)
@@ -181,18 +181,16 @@ class LoginService:
     async def refresh_session(
         self, users: UserCollection, record_id: str, authenticated: AuthenticatedCaller
     ) -> LoginSession:
-        """Return the session that goes on from a token that holds.
-
-        Only a refreshable token of our own becomes a new one; any other comes back as it is.
+        """Return the session of a valid token: a new token if it is ours and refreshable.
 
         Args:
-            users: Where the token's user is kept.
-            record_id: Whom the token names.
-            authenticated: What the token was found to be.
+            users: The token's collection.
+            record_id: Of the token's user.
+            authenticated: With the token; any other token is returned unchanged.
 
         Raises:
-            AuthError: Code ``account_unknown``: the user has gone in this moment.
-            DatabaseUnreachableError: The user can't be looked up now.
+            AuthError: Code ``account_unknown``: the user was deleted meanwhile.
+            DatabaseUnreachableError: The users table can't be read now.
             SetupError: The users table can't be read as configured.
         """
         account = await self._accounts.load_whole_row(users, record_id)
@@ -206,23 +204,23 @@ class LoginService:
 
     @property
     def is_enabled(self) -> bool:
-        """Whether anybody can log in here."""
+        """Whether the configuration allows logging in."""
         return self._config.enabled
 
     def replace_settings(self, config: LoginConfig) -> None:
-        """Take another configuration; failed attempts go on counting."""
+        """Replace the configuration; attempts stay counted if their limit is unchanged."""
         if config.attempts_per_minute != self._config.attempts_per_minute:
             self._attempt_limiter = RateLimiter(config.attempts_per_minute)
         self._config = config
 
     def close(self) -> None:
-        """Let the threads go; what they are at they finish."""
+        """Stop the threads; running checks finish."""
         self._password_verifier.close()
 
     async def _find_account(self, users: UserCollection, attempt: LoginAttempt) -> Account | None:
-        """The user of that identity, by the first of the fields that has one.
+        """Return the account with that identity in the first field that has one.
 
-        All fields are asked even so: how many were must not be seen from outside.
+        All fields are queried even so: the number of queries would show in the time.
         """
         found: Account | None = None
         for name in _identity_fields_to_try(users.login, attempt):
@@ -234,7 +232,7 @@ class LoginService:
 
     def _make_token(self, account: Account) -> str:
         key = account.token_key
-        assert key is not None  # whoever has a password hash has a key
+        assert key is not None  # an account with a password hash has one
         return make_login_token(
             collection_id=account.record.collection_id,
             record_id=account.record.id,
@@ -248,7 +246,7 @@ def _hash_column_of(users: UserCollection) -> tuple[str, str]:
 
 
 def _identity_fields_to_try(login: CollectionLoginConfig, attempt: LoginAttempt) -> tuple[str, ...]:
-    """``email`` comes first for what looks like an address, and not at all for anything else."""
+    """Return the fields in order: ``email`` first for an e-mail address, otherwise not at all."""
     if attempt.identity_field:
         return (attempt.identity_field,)
     others = tuple(name for name in login.identity if name != "email")

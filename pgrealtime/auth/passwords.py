@@ -1,4 +1,8 @@
-"""Passwords against stored hashes, whichever scheme made them. Pure, slow on purpose."""
+"""Verifies passwords against stored hashes of several schemes. Pure; slow on purpose.
+
+Called in threads by ``auth.password_verifier``. A hash is data of the users table: its parameters
+decide how much time and memory a login attempt takes, so they are bounded.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +19,21 @@ import argon2
 import bcrypt
 
 _BCRYPT_PASSWORD_BYTES = 72
-"""What bcrypt looks at. Go, PHP and Node cut longer passwords there; Python's library refuses."""
+"""bcrypt's limit. Go, PHP and Node cut longer passwords there; Python's library refuses them."""
 
 _BCRYPT = r"\$2[aby]\$(?P<cost>\d\d)\$[./A-Za-z0-9]{22}"
 _BCRYPT_DIGEST = r"(?P<digest>[./A-Za-z0-9]{31})"
 
 
 class Scheme(Enum):
-    """How a hash was made; its beginning tells.
+    """The hashing schemes, by the form of their hashes.
 
-    Django writes the name of its hasher in front (django/contrib/auth/hashers.py, up to 5.2).
+    Django prefixes the name of its hasher (django/contrib/auth/hashers.py, up to 5.2).
     """
 
     BCRYPT = re.compile(rf"(?P<head>(?:bcrypt\$)?{_BCRYPT}){_BCRYPT_DIGEST}")
     BCRYPT_SHA256 = re.compile(rf"(?P<head>bcrypt_sha256\${_BCRYPT}){_BCRYPT_DIGEST}")
-    """Django's: bcrypt of the hexadecimal SHA-256, so that long passwords count whole."""
+    """Django's: bcrypt of the hexadecimal SHA-256, which has no limit of 72 bytes."""
     ARGON2 = re.compile(
         r"(?P<head>(?:argon2)?\$argon2(?:id|i|d)\$(?:v=\d{1,3}\$)?"
         r"m=(?P<memory>\d{1,10}),t=(?P<time>\d{1,10}),p=(?P<lanes>\d{1,10})\$[+/A-Za-z0-9]+\$)"
@@ -51,7 +55,7 @@ class Scheme(Enum):
 
 
 class StoredHash(NamedTuple):
-    """A hash taken apart."""
+    """A hash of a known scheme, whose cost is within the limits."""
 
     scheme: Scheme
     text: str
@@ -63,23 +67,19 @@ _DEFAULT_DUMMY_HASH = StoredHash(Scheme.BCRYPT, "$2b$10$" + "." * 53)
 _MAX_BCRYPT_COST = 17
 """About 6 seconds of one processor."""
 _MAX_PBKDF2_ROUNDS = 20_000_000
-"""Of PBKDF2, about 4 seconds. Django 5.2 makes 1,000,000."""
+"""About 4 seconds. Django 5.2 uses 1,000,000."""
 _MAX_MEMORY_BYTES = 2**30
-"""Bytes that one check may take: half of what RFC 9106 recommends first, ten times Django's."""
+"""Of one check: half of RFC 9106's first recommendation, ten times Django's."""
 _MAX_ARGON2_BYTES = 4 * 2**30
-"""Bytes filled in all passes together, about 6 seconds."""
+"""Memory times passes, about 6 seconds."""
 _MAX_ARGON2_LANES = 64
-"""Each is a thread while it is filled, beside those that check. RFC 9106 and Django name 1 to 8."""
+"""Each lane takes a further thread. RFC 9106 and Django use 1 to 8."""
 _MAX_SCRYPT_BYTES = 2 * 2**30
-"""Bytes of all blocks together, about 6 seconds; Django's scrypt fills 80 MiB."""
+"""Of all blocks, about 6 seconds; Django's scrypt fills 80 MiB."""
 
 
 def parse_hash(text: str) -> StoredHash | None:
-    """Return the hash; None if its scheme isn't known here, or checking it would cost too much.
-
-    A hash is what somebody wrote into the table: its parameters say how much memory and time are
-    spent on whoever tries to log in.
-    """
+    """Return the hash; None if its scheme is unknown or its cost exceeds the limits."""
     for scheme in Scheme:
         found = scheme.value.fullmatch(text)
         if found is not None:
@@ -106,14 +106,14 @@ def _is_within_cost_limits(scheme: Scheme, found: re.Match[str]) -> bool:
 
 
 def _scrypt_memory_bytes(n: int, r: int, p: int) -> int:
-    """Return the bytes that scrypt takes, as OpenSSL counts them against its limit."""
+    """Return the memory of scrypt as OpenSSL computes it for ``maxmem``."""
     return 128 * r * (n + p + 2)
 
 
 def scheme_name_of(text: str) -> str:
-    """Return what an unreadable hash calls itself, for a log; "unknown" if that is no known name.
+    """Return the scheme's name in a hash that can't be checked, for the log, or "unknown".
 
-    Nothing else of the text is told: it may be a password stored as it is.
+    Only known names are returned, because the text may be a password in the clear.
     """
     found = _SCHEME_NAMES.match(text)
     return "unknown" if found is None else found[0].strip("$")
@@ -129,9 +129,10 @@ _SCHEME_NAMES = re.compile(
 
 
 def verify_password(password: str, stored: StoredHash) -> bool | None:
-    """Whether the password makes the hash; None if the hash turns out to be unusable.
+    """Whether the password matches; None if the library can't use the hash.
 
-    Takes tens to hundreds of milliseconds of one processor, without the interpreter's lock.
+    Takes tens to hundreds of milliseconds of a processor, without the interpreter's lock. Digests
+    are compared in constant time.
     """
     secret = password.encode()
     try:
@@ -164,19 +165,16 @@ def _verify_pbkdf2(secret: bytes, text: str) -> bool:
 def _verify_scrypt(secret: bytes, text: str) -> bool:
     _, n_text, salt, r_text, p_text, digest = text.split("$")
     n, r, p = int(n_text), int(r_text), int(p_text)
-    # OpenSSL refuses what needs more than it was told; left alone it allows 32 MiB.
+    # OpenSSL refuses to use more than ``maxmem``, by default 32 MiB.
     memory = _scrypt_memory_bytes(n, r, p) + 4096
     made = hashlib.scrypt(secret, salt=salt.encode(), n=n, r=r, p=p, maxmem=memory, dklen=64)
     return hmac.compare_digest(base64.b64encode(made).decode(), digest)
 
 
 def dummy_hash_like(stored: StoredHash) -> StoredHash:
-    """A hash of the same scheme and cost that no password is known for.
-
-    Checked where there is no hash to check, so that the answer takes as long.
-    """
+    """Return a hash of the same scheme and cost that matches no known password."""
     found = stored.scheme.value.fullmatch(stored.text)
-    assert found is not None  # read_hash made it
+    assert found is not None  # parse_hash made it
     padding = "=" * found["digest"].count("=")
     is_bcrypt = stored.scheme in {Scheme.BCRYPT, Scheme.BCRYPT_SHA256}
     blank = "." if is_bcrypt else "A"
@@ -186,9 +184,10 @@ def dummy_hash_like(stored: StoredHash) -> StoredHash:
 
 
 def dummy_hash_for(texts: Iterable[str]) -> StoredHash:
-    """Return a decoy of the scheme and cost that most of some stored hashes have.
+    """Return a dummy hash with the commonest scheme and cost of some stored hashes.
 
-    Where none of them can be read it has PocketBase's.
+    It is checked where an account or hash is missing, so that the response takes as long as with
+    most accounts. If none can be parsed, it has PocketBase's scheme and cost.
     """
     known = [stored for text in texts if (stored := parse_hash(text)) is not None]
     if not known:
@@ -198,15 +197,15 @@ def dummy_hash_for(texts: Iterable[str]) -> StoredHash:
 
 
 def has_cost_of(text: str, other: StoredHash) -> bool:
-    """Whether a stored hash that can be checked takes as long as another one."""
+    """Whether the hash can be checked and has the same scheme and cost as the other."""
     known = parse_hash(text)
     return known is not None and _cost_parameters(known) == _cost_parameters(other)
 
 
 def _cost_parameters(stored: StoredHash) -> tuple[object, ...]:
-    """Return what the time of a check depends on."""
+    """Return what determines the time of a check."""
     found = stored.scheme.value.fullmatch(stored.text)
-    assert found is not None  # read_hash made it
+    assert found is not None  # parse_hash made it
     parameters = found.groupdict().items()
     return stored.scheme, *(item for item in parameters if item[0] not in _GROUPS_WITHOUT_COST)
 

@@ -1,4 +1,8 @@
-"""The three kinds of callers, as rules and records see them."""
+"""Who makes a request: guest, auth record or superuser, and how long that is valid.
+
+Made by ``auth.authenticator``, changed by the stream (``auth.record.update_caller``), read by rules
+and records. Imports nothing of this program.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,12 @@ from typing import NamedTuple, TypeAlias
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """Nobody in particular: no token, or one that doesn't hold."""
+    """A caller without a token, or with one that isn't valid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuthRecord:
-    """A record of an auth collection. The six plain fields of ``@request.auth`` and no more."""
+    """A record of an auth collection: the six fields that ``@request.auth`` always has."""
 
     collection_id: str
     collection_name: str
@@ -25,10 +29,10 @@ class AuthRecord:
 
 @dataclass(frozen=True, slots=True)
 class Superuser:
-    """Passes every rule, sees every field."""
+    """A caller for whom every rule is true and no field hidden."""
 
     id: str
-    """As the token names it; two superusers are the same caller only if it is equal."""
+    """Of the token; superusers with different ids are different callers."""
 
 
 Principal: TypeAlias = Guest | AuthRecord | Superuser
@@ -37,7 +41,7 @@ GUEST = Guest()
 
 
 def is_same_principal(first: Principal, second: Principal) -> bool:
-    """Whether both are the same record, whatever token or state of it they carry."""
+    """Whether both are the same record or superuser, with whatever values of its fields."""
     match first, second:
         case AuthRecord(), AuthRecord():
             return (first.collection_id, first.id) == (second.collection_id, second.id)
@@ -46,40 +50,38 @@ def is_same_principal(first: Principal, second: Principal) -> bool:
 
 
 class ReadPointText(NamedTuple):
-    """When a row was read, in Postgres's own words: what is newer may have changed it."""
+    """When a row was read, in PostgreSQL's text forms. A newer commit may have changed it."""
 
     snapshot: str
     """``pg_current_snapshot()`` of the statement that read it."""
     insert_lsn: str
-    """``pg_current_wal_insert_lsn()`` at that time or a little later."""
+    """``pg_current_wal_insert_lsn()``, read in the same statement after the snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who a request comes from, and until when that holds."""
+    """A principal with what decides how long it is valid."""
 
     principal: Principal = GUEST
     expires_at: float | None = None
-    """Unix seconds at which the token expires; None for guests and tokens without an end."""
+    """Unix seconds at which the token expires; None for guests and tokens without ``exp``."""
     token_key_digest: bytes | None = field(default=None, repr=False)
-    """Of the user's token key, if that has signed the token, as with those of our login. When
-    the row's key has another digest, connections opened with this one are nobody's. None for the
-    tokens of issuers: an application that stores a new hash at a login doesn't end those."""
+    """Digest of the user's token key, for tokens of our login, which it signs. When the row has
+    another key, the caller becomes a guest. None for tokens of issuers, which stay valid when an
+    application stores a new password hash."""
     trust_digest: bytes | None = field(default=None, repr=False, compare=False)
-    """Of the configured key, and of what else is asked of tokens signed with it: when no issuer has
-    this digest any more, the token is nobody's. None for guests."""
+    """Digest of the configured key that verified the token and of the claims required with it.
+    When no issuer has this digest any more, the caller becomes a guest. None for guests."""
     read_point: ReadPointText | None = field(default=None, repr=False, compare=False)
     """When the principal's row was read; None if there is no row."""
     row_values: tuple[tuple[str, str | None], ...] = field(default=(), repr=False)
-    """Columns of that row, in text form, which rules ask for under ``@request.auth``: those that
-    the principal doesn't carry."""
+    """Name and text of further columns of the row that rules read as ``@request.auth``."""
     is_stale: bool = False
-    """A guest for want of knowing better: its row changed in what no image of it has, so that it
-    must be looked up anew."""
+    """A guest until its row is read again: the row changed in columns that the WAL doesn't have."""
 
     @property
     def own_row(self) -> dict[str, str | None] | None:
-        """``own`` as a row; None if rules ask for none of it."""
+        """``row_values`` as a row; None if rules read none."""
         return dict(self.row_values) or None
 
 
@@ -88,7 +90,7 @@ AccountKey: TypeAlias = tuple[str, str]
 
 
 def account_of(caller: Caller) -> AccountKey | None:
-    """Whose row makes the caller what it is; None for guests and superusers."""
+    """Return the account of a caller; None for guests and superusers."""
     match caller.principal:
         case AuthRecord() as record:
             return record.collection_name, record.id

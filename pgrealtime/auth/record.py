@@ -1,4 +1,4 @@
-"""A row of a users table as the caller it makes. The same for a row asked for and one streamed."""
+"""Makes a caller from a row of a users table, be it read (``auth.account``) or streamed (hub)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pgrealtime.errors import AuthError
 
 
 def auth_record_of(collection: Collection, row: Row) -> AuthRecord:
-    """The six plain fields of ``@request.auth`` from a row image.
+    """Return the auth record of a row.
 
-    ``email``, ``emailVisibility`` and ``verified`` are found by the names of the fields; one that
-    the collection doesn't have, or that is NULL, is empty or false. A visible e-mail address is an
-    explicit choice: without an ``emailVisibility`` field nobody made it (rules, section 17).
+    ``email``, ``emailVisibility`` and ``verified`` are the columns of the fields with these names;
+    missing or NULL they are empty or false, so that an address is visible only by an explicit
+    choice (rules, section 17).
 
     Raises:
-        AuthError: Code ``account_unknown``: the row has no key, as under an outer join.
+        AuthError: Code ``account_unknown``: the key is NULL, as under an outer join.
     """
     key = row.get(collection.key.name)
     if key is None:
@@ -37,32 +37,30 @@ def auth_record_of(collection: Collection, row: Row) -> AuthRecord:
 
 
 def token_key_of(login: CollectionLoginConfig, row: Row) -> str | None:
-    """The user's own part of the key that signs login tokens; None: no token is the user's.
+    """Return the user's part of the key that signs login tokens; None if no token can be valid.
 
-    Rows that never got a token key have their password hash instead, as tables without that
-    column: an empty one would leave all those users with one and the same signing key.
+    A table without that column, or a row where it is empty, uses the password hash: an empty
+    part would leave all such users with the same signing key.
     """
     return row.get(login.token_key) or row.get(login.password_hash) or None
 
 
 def digest_token_key(key: str) -> bytes:
-    """What a caller carries of a token key: enough to see it change, of no use to anybody else."""
+    """Return what a caller keeps of a token key: enough to see it change, not to sign with."""
     return sha256(key.encode()).digest()
 
 
 def update_caller(
     caller: Caller, collection: Collection, login: CollectionLoginConfig, row: Row
 ) -> Caller:
-    """The caller as the new image of its row makes it; a guest if its token key is another.
-
-    A lost one (``Caller.is_lost``) if the image doesn't have what its principal or key is made of.
+    """Return the caller after its row was updated; a guest if its token key changed.
 
     Args:
-        caller: Whose principal is the record of this row.
+        caller: Its principal is the record of this row.
         collection: Of the record.
-        login: How its people log in.
-        row: The new image. Columns that the WAL left out are unchanged, generated ones aside, which
-            no image has: what they are now is not known, and so asked for again.
+        login: Has the columns of hash and token key.
+        row: The new image. A column that it lacks is unchanged, except a generated one, which
+            the WAL never has: if the caller needs one, it becomes stale (``Caller.is_stale``).
     """
     assert isinstance(caller.principal, AuthRecord)
     if any(name not in row for name in _required_generated_columns(caller, collection, login)):
@@ -84,7 +82,7 @@ def update_caller(
 def _required_generated_columns(
     caller: Caller, collection: Collection, login: CollectionLoginConfig
 ) -> Iterator[str]:
-    """Yield the generated columns among those that the caller can't be without."""
+    """Yield the generated columns of which the principal or the token key is made."""
     assert isinstance(caller.principal, AuthRecord)
     secret = login.secret_columns if caller.token_key_digest is not None else ()
     for name in (*_row_of_record(collection, caller.principal), *secret):
@@ -98,7 +96,7 @@ def _is_generated(collection: Collection, name: str) -> bool:
 
 
 def _row_of_record(collection: Collection, record: AuthRecord) -> Row:
-    """The columns that the record was made of."""
+    """Return the columns from which the record was made."""
     values = {
         "email": record.email,
         "emailVisibility": "t" if record.email_visibility else "f",

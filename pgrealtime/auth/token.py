@@ -1,7 +1,7 @@
-"""Tokens: taken apart, checked against a key and a clock. Pure; knows no account and no server.
+"""Parses tokens and checks signature, times and claims. Pure; used by ``auth.authenticator``.
 
-Nothing a token says is believed before ``check_signature``. PyJWT checks the signatures; the claims
-are checked here, because its own checks read the system's clock and take ``"17"`` for a time.
+No claim is trusted before ``check_signature``. PyJWT verifies signatures; the claims are checked
+here, because PyJWT reads the system's clock and accepts ``"17"`` as a time.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ Claims: TypeAlias = Mapping[str, Any]
 _ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 _BEARER_PREFIX = "bearer "
 _MAX_UNIX_SECONDS = 253_402_300_799.0
-"""The last second of the year 9999: what a later ``exp`` comes to, so that it fits a float."""
+"""The last second of the year 9999. Later times are cut to it: a JSON integer may be too large for
+a float."""
 
 
 class _AnyLengthHmac(HMACAlgorithm):
-    """HS256 without PyJWT's warning at each token: the secret's length is the configuration's."""
+    """HS256 without PyJWT's warning for each token; ``config`` checks the secret's length."""
 
     def check_key_length(self, key: bytes) -> None:  # noqa: ARG002 (PyJWT's signature)
         return None
@@ -39,26 +40,26 @@ def _make_jws() -> jwt.PyJWS:
 
 
 _JWS = _make_jws()
-"""Knows the four algorithms and no other: "none" isn't refused, it doesn't exist."""
+"""Has these four algorithms only, so ``alg: none`` does not exist here."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerificationKey:
-    """A key and the one algorithm it serves.
+    """A key and its only algorithm.
 
-    The algorithm comes with the key and never from the token, so that a public key can't be taken
-    for an HMAC secret. (RFC 8725, section 3.1.)
+    The algorithm is never taken from the token: otherwise an attacker could sign with HS256 and
+    the public key as secret. (RFC 8725, section 3.1.)
     """
 
     algorithm: Algorithm
     material: str | AllowedPublicKeys = field(repr=False)
     id: str | None = None
-    """``kid``, where the issuer names its keys."""
+    """``kid``; None if the issuer doesn't name its keys."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """A token taken apart. Anybody can have written it."""
+    """A parsed token, not verified: anybody may have made it."""
 
     text: str = field(repr=False)
     algorithm: Algorithm
@@ -67,11 +68,11 @@ class Token:
 
 
 def parse_token(authorization: str | None) -> Token:
-    """Take apart the value of an ``Authorization`` header.
+    """Parse an ``Authorization`` header.
 
     Args:
-        authorization: The token with or without ``BearerToken `` before it, in any case and with
-            exactly one space (protocol, 3.5). None if there was no header.
+        authorization: The token, with or without ``Bearer`` in any case and exactly one space
+            before it (protocol, 3.5). None without header.
 
     Raises:
         AuthError: Code ``token_missing`` or ``token_malformed``.
@@ -96,7 +97,7 @@ def parse_token(authorization: str | None) -> Token:
 
 
 def check_signature(token: Token, key: VerificationKey) -> None:
-    """Let pass what was signed with the key by the key's own algorithm.
+    """Check that the token was signed with the key by the key's algorithm.
 
     Raises:
         AuthError: Code ``token_signature``.
@@ -108,12 +109,12 @@ def check_signature(token: Token, key: VerificationKey) -> None:
 
 
 def check_times(claims: Claims, *, now: float, leeway: float = 0.0) -> float | None:
-    """Let pass what holds now; return the Unix second until which it does, None if for ever.
+    """Check that the token is valid now; return the Unix second at which it expires, or None.
 
     Args:
-        claims: ``exp``, ``nbf`` and ``iat`` count where they are present; each must be a number.
+        claims: Each of ``exp``, ``nbf`` and ``iat`` is optional and must be a number.
         now: Unix seconds. An ``exp`` equal to it is past (protocol, 9.3).
-        leeway: Seconds by which clocks may differ; the returned end includes it.
+        leeway: Seconds by which clocks may differ; the returned time includes it.
 
     Raises:
         AuthError: Code ``token_expired``, ``token_early`` or ``token_malformed``.
@@ -136,9 +137,9 @@ def _time_claim(claims: Claims, name: str) -> float | None:
 
 
 def check_issuer_and_audience(claims: Claims, issuer: IssuerConfig) -> None:
-    """Let pass what the issuer made, for us.
+    """Check ``iss`` and ``aud`` against the configuration.
 
-    An ``aud`` that nobody configured isn't looked at: hosted issuers put one into every token.
+    Without a configured audience ``aud`` is ignored: hosted issuers put one into every token.
 
     Raises:
         AuthError: Code ``token_issuer`` or ``token_audience``.
@@ -152,7 +153,7 @@ def check_issuer_and_audience(claims: Claims, issuer: IssuerConfig) -> None:
 
 
 def is_superuser(claims: Claims, issuer: IssuerConfig) -> bool:
-    """Whether all claims that make a superuser are there and equal, also in type."""
+    """Whether all claims that make a superuser are present and equal, type included."""
     wanted = issuer.superuser_when
     return bool(wanted) and all(
         type(claims.get(name)) is type(value) and claims[name] == value
@@ -161,7 +162,7 @@ def is_superuser(claims: Claims, issuer: IssuerConfig) -> bool:
 
 
 def id_from_claim(claims: Claims, claim: str) -> str | None:
-    """The id in the claim, as text; None if there is none. Issuers with integer keys send those."""
+    """Return the id in the claim as text, also of an integer; None if there is none."""
     match claims.get(claim):
         case bool():
             return None
@@ -175,7 +176,7 @@ def id_from_claim(claims: Claims, claim: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class LoginClaims:
-    """What a token of our own login, or of a PocketBase with the same secrets, names."""
+    """The user of a token of our login, or of a PocketBase with the same secrets."""
 
     collection: str
     """Id or name of the auth collection."""
@@ -183,12 +184,12 @@ class LoginClaims:
 
 
 def login_claims(token: Token) -> LoginClaims:
-    """The claims of a token that PocketBase would take for an auth token (protocol, 9.3).
+    """Return the user of a token that PocketBase would accept as auth token (protocol, 9.3).
 
-    Padding, which PyJWT bears, is none of a token's (RFC 7515, section 2).
+    A token with padding, which PyJWT accepts, is refused (RFC 7515, section 2).
 
     Raises:
-        AuthError: Code ``token_signature``: it is another kind of token, for whatever purpose.
+        AuthError: Code ``token_signature``: it has another type or algorithm.
     """
     claims = token.claims
     match claims.get("type"), claims.get("collectionId"), claims.get("id"):
@@ -203,12 +204,12 @@ def login_claims(token: Token) -> LoginClaims:
 def make_login_token(
     *, collection_id: str, record_id: str, signing_key: str, expires_at: int
 ) -> str:
-    """Sign a login token, byte for byte as PocketBase writes them.
+    """Return a signed login token, byte for byte as PocketBase makes it.
 
     Args:
         collection_id: Of the auth collection.
         record_id: Of the user.
-        signing_key: The user's token key and the login secret, one directly after the other.
+        signing_key: The user's token key and the login secret, concatenated.
         expires_at: Unix seconds.
     """
     claims = {

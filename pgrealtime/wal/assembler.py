@@ -1,4 +1,4 @@
-"""Messages of a decoder into whole transactions, on the way from the stream to the changelog."""
+"""Assembles a decoder's messages to whole transactions, for ``wal.stream``. Pure."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from pgrealtime.lsn import Xid
 from pgrealtime.wal.message import Begin, Commit, Message, RowChange, Truncated
 
 RecordKeys = Mapping[TableName, tuple[str, ...]]
-"""The columns that say which record a row is: what a move between partitions leaves alone."""
+"""By table the columns that identify a record; a move between partitions leaves them unchanged."""
 
 _RecordKey = tuple[TableName, tuple[str | None, ...]]
 
 
 class TransactionAssembler:
-    """Collects what lies between a begin and its commit; bounded in bytes.
+    """Collects the changes between a begin and its commit, in bounded memory.
 
     Args:
-        max_bytes: Bytes; of a larger transaction only the tables are kept.
-        record_keys: By partitioned table. A row that goes from one partition and comes to
-            another with the same key was moved by an UPDATE.
+        max_bytes: Of a larger transaction only the table names are kept.
+        record_keys: By partitioned table. A delete in one partition and an insert into another
+            with the same key are an UPDATE that moved the row, and become an ``Update``.
     """
 
     def __init__(self, *, max_bytes: int, record_keys: RecordKeys) -> None:
@@ -44,28 +44,28 @@ class TransactionAssembler:
         self._changes: list[Change] = []
         self._size_bytes = 0
         self._last_shape: RowShape | None = None
-        """The last row's."""
+        """Of the last row: most rows have the same, and comparing by identity is fast."""
         self._shapes: dict[RowShape, None] = {}
         self._oversized_tables: set[TableName] | None = None
         self._partition_deletes: dict[_RecordKey, tuple[int, TableName]] = {}
-        """Deletes in partitions: where they stand in the changes, and in which leaf they were."""
+        """Deletes in partitions: index in ``_changes``, and the leaf."""
 
     @property
     def is_open(self) -> bool:
-        """Whether a transaction began and hasn't committed yet."""
+        """Whether a transaction has begun and not committed."""
         return self._xid is not None
 
     def feed(
         self, message: Message, payload_bytes: int
     ) -> Transaction | OversizedTransaction | None:
-        """Take the next message; return the transaction it completes, if that has changes.
+        """Add the next message; return the transaction it completes, None if that has no changes.
 
         Args:
-            message: What the decoder said.
-            payload_bytes: Bytes of the payload it was made from.
+            message: Of the decoder.
+            payload_bytes: Size of its payload.
 
         Raises:
-            UnexpectedMessageError: It can't follow what came before.
+            UnexpectedMessageError: The message can't follow the one before.
         """
         self._size_bytes += payload_bytes
         match message:
@@ -100,14 +100,14 @@ class TransactionAssembler:
                 raise UnexpectedMessageError(f"{type(message).__name__} came {place} a transaction")
 
     def _drop_rows(self) -> set[TableName]:
-        """Let go of the rows; return the tables that changed, to be added to."""
+        """Drop the rows of a transaction that is too large; return the set of its tables."""
         if self._oversized_tables is None:
             self._oversized_tables = {change.table for change in self._changes}
             self._changes, self._partition_deletes = [], {}
         return self._oversized_tables
 
     def _add_truncates(self, tables: tuple[TableName, ...]) -> None:
-        """Add each table once per run of truncates: a partitioned one comes leaf by leaf."""
+        """Add each table once per run of truncates: of a partitioned one each leaf is sent."""
         run = {c.table for c in takewhile(_is_truncate, reversed(self._changes))}
         for table in tables:
             if table not in run:
@@ -116,13 +116,13 @@ class TransactionAssembler:
 
     def _add_partition_change(self, change: Insert | Update | Delete, leaf: TableName) -> None:
         key = self._record_key(change)
-        left = None if key is None else self._partition_deletes.pop(key, None)
+        deleted = None if key is None else self._partition_deletes.pop(key, None)
         match change:
-            case Insert(table=table, new=new) if left is not None and left[1] != leaf:
-                at, _ = left
-                gone = self._changes[at]
-                assert isinstance(gone, Delete)
-                self._changes[at] = Update(table, new, gone.old)
+            case Insert(table=table, new=new) if deleted is not None and deleted[1] != leaf:
+                index, _ = deleted
+                delete = self._changes[index]
+                assert isinstance(delete, Delete)
+                self._changes[index] = Update(table, new, delete.old)
                 return
             case Delete() if key is not None:
                 self._partition_deletes[key] = len(self._changes), leaf
@@ -131,7 +131,7 @@ class TransactionAssembler:
         self._changes.append(change)
 
     def _record_key(self, change: Insert | Update | Delete) -> _RecordKey | None:
-        """Return table and key of the record changed; None if it isn't told or not unique."""
+        """Return table and key of the changed record; None if the image doesn't have the key."""
         row = change.old.row if isinstance(change, Delete) else change.new
         values = tuple(row.get(name) for name in self._record_keys.get(change.table, ()))
         return None if not values or None in values else (change.table, values)
@@ -162,7 +162,7 @@ def _is_truncate(change: Change) -> TypeGuard[Truncate]:
 def default_record_keys(tables: Collection[Table]) -> RecordKeys:
     """Return the primary key of each table that has one.
 
-    A partitioned table's primary key holds its partition key, so few moves leave it alone: whoever
-    knows a narrower key that identifies a record should name that.
+    A partitioned table's primary key contains its partition key, so few moves leave it unchanged:
+    the caller should override it with a narrower key where it knows one.
     """
     return {table.name: table.primary_key for table in tables if table.primary_key}

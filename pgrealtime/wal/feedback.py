@@ -1,9 +1,10 @@
-"""What to tell the server of our progress, and when: between the stream and its status updates.
+"""Decides which status updates the stream sends, and when. Pure; time is an argument.
 
-A status update holds two positions. *Written* says what was received; *flushed* moves the slot, and
-with it what the server may forget. A standing *flushed* would make us a synchronous standby where
-``synchronous_standby_names`` matches, and one behind what was received would keep the server from
-shutting down. So it is 0, which leaves the slot as it is, except in the one update that moves it.
+A status update has two positions. *Written* is what was received; *flushed* advances the slot's
+confirmed flush LSN, up to which the server may remove WAL. A *flushed* in every update would make
+this process a synchronous standby where ``synchronous_standby_names`` matches, and while it is
+behind *written* the server could not shut down. So it is 0, which leaves the slot unchanged, except
+in the single update that advances it.
 """
 
 from __future__ import annotations
@@ -12,24 +13,25 @@ from pgrealtime.lsn import LSN
 from pgrealtime.wal.wire import StandbyStatusUpdate
 
 CONFIRM_SECONDS = 1.0
-"""The slot is moved at most so often: each move is two messages, and a write on the server."""
+"""Between two updates that advance the slot: each is two messages, and a write on the server."""
 
 KEEPALIVE_REQUEST_SECONDS = 0.02
-"""Between two status updates that somebody waits for the answers of."""
+"""Between two updates that request a keepalive on behalf of a caller."""
 
 _INVALID_LSN = LSN(0)
+"""PostgreSQL's InvalidXLogRecPtr."""
 
 
 class Feedback:
-    """Positions of one connection to the server; they start anew with the next.
+    """The positions of one replication connection, and when the next updates are due.
 
     Args:
         start: Where the stream begins.
-        interval: Seconds between status updates. The server drops a reader that is silent for
-            wal_sender_timeout; a third of it leaves room for a slow loop.
-        now: Monotonic seconds, as everywhere here.
-        is_durable: Whether the slot is also what is read from after a restart: then it moves up to
-            what was let go and no further, where another takes what is ``quiet`` for kept.
+        interval: Seconds between status updates. The server ends a connection that is silent for
+            wal_sender_timeout; a third of it leaves time for a slow loop.
+        now: Monotonic seconds, here and below.
+        is_durable: Whether the slot outlives the process. It is then advanced over released
+            transactions only; a temporary one also over WAL without changes of ours.
     """
 
     def __init__(
@@ -40,69 +42,66 @@ class Feedback:
         self._received = start
         self._handed_out = self._confirmed = self._sent_flush = start
         self._quiet_until: tuple[LSN, LSN] | None = None
-        """A position with nothing of ours before it, apart from what ends at the second one."""
+        """A position before which everything was received, and the end of the last transaction
+        handed out by then, which must be confirmed before the slot may be advanced to it."""
         self._next_status_at = now
         self._next_confirm_at = self._next_request_at = now
         self._is_reply_requested = False
         self._confirm_limit: LSN | None = None
 
     def record_received(self, lsn: LSN) -> None:
-        """Something up to there arrived on this connection."""
+        """Record that the stream was received up to there."""
         self._received = max(self._received, lsn)
 
     def record_handed_out(self, end_lsn: LSN) -> None:
-        """A transaction that has to be kept arrived whole."""
+        """Record that a transaction, which the consumer must confirm, was received."""
         self.record_received(end_lsn)
         self._handed_out = end_lsn
 
     def record_quiet(self, lsn: LSN) -> None:
-        """All before that position that is ours has arrived, and no transaction is open."""
+        """Record that no transaction is open and nothing of ours before there is outstanding."""
         self.record_received(lsn)
         self._quiet_until = lsn, self._handed_out
 
     def confirm(self, end_lsn: LSN) -> None:
-        """Transactions up to there are safe with us.
+        """Record that the consumer keeps the transactions up to there.
 
         Raises:
-            ValueError: They didn't come on this connection. The server would believe it, and
-                forget what it never sent.
+            ValueError: They were not received on this connection. The server would remove WAL
+                that it never sent.
         """
         if end_lsn > self._handed_out:
             raise ValueError(f"nothing was handed out beyond {self._handed_out}, got {end_lsn}")
         self._confirmed = max(self._confirmed, end_lsn)
 
     def release(self, lsn: LSN) -> None:
-        """Nobody needs what ends up to there; as far as it came on this connection."""
-        arrived = (
-            self._handed_out
-            if self._quiet_until is None
-            else max(self._handed_out, self._quiet_until[0])
-        )
-        self._confirmed = max(self._confirmed, min(lsn, arrived))
+        """Record that nothing up to there is needed any more, as far as it was received."""
+        quiet = self._handed_out if self._quiet_until is None else self._quiet_until[0]
+        self._confirmed = max(self._confirmed, min(lsn, max(self._handed_out, quiet)))
 
     def empty_until(self, end_lsn: LSN) -> LSN:
-        """Return up to where nothing of ours follows the transaction that ends there."""
+        """Return up to where nothing of ours follows the transaction that ends at ``end_lsn``."""
         if self._quiet_until is None or self._quiet_until[1] > end_lsn:
             return end_lsn
         return max(end_lsn, self._quiet_until[0])
 
     def record_reply_request(self) -> None:
-        """The server wants a status update at once."""
+        """Record that the server requested a status update."""
         self._is_reply_requested = True
 
     def request_keepalive(self, now: float) -> None:
-        """Let the next status update ask for a keepalive, unless one did a moment ago."""
+        """Make an update due that requests a keepalive, unless one was a moment ago."""
         if now >= self._next_request_at:
             self._next_request_at = now + KEEPALIVE_REQUEST_SECONDS
             self._next_status_at = now
 
     def limit_confirmation(self, lsn: LSN) -> None:
-        """From now on the slot may move up to there and no further, until told anew."""
+        """Advance the slot no further than there until the next call."""
         self._confirm_limit = lsn
 
     @property
     def confirmable_lsn(self) -> LSN:
-        """Up to where the server may forget."""
+        """The LSN to which the slot may be advanced now."""
         position = self._confirmed
         if self._quiet_until is not None and not self._is_durable:
             quiet, needed = self._quiet_until
@@ -116,8 +115,8 @@ class Feedback:
         if self.confirmable_lsn > self._sent_flush and now >= self._next_confirm_at:
             updates.append(self._confirm_update(now))
         if updates or self._is_reply_requested or now >= self._next_status_at:
-            # The timer's update asks for a keepalive: its position moves the slot of a quiet
-            # database, and its coming shows that the server lives.
+            # The periodic update requests a keepalive: its position advances the slot of an idle
+            # database, and its arrival shows that the server is alive.
             asks = now >= self._next_status_at
             updates.append(StandbyStatusUpdate(self._received, _INVALID_LSN, reply_requested=asks))
             self._is_reply_requested = False
@@ -126,7 +125,7 @@ class Feedback:
         return tuple(updates)
 
     def final_updates(self) -> tuple[StandbyStatusUpdate, ...]:
-        """Return what is left to say before the connection is closed."""
+        """Return the updates to send before the connection is closed."""
         if self.confirmable_lsn > self._sent_flush:
             return (self._confirm_update(0.0),)
         return ()
@@ -134,6 +133,6 @@ class Feedback:
     def _confirm_update(self, now: float) -> StandbyStatusUpdate:
         self._sent_flush = self.confirmable_lsn
         self._next_confirm_at = now + CONFIRM_SECONDS
-        # Not as written what was received: for this one moment we may pass for a synchronous
-        # standby, and commits may be waiting for a write beyond.
+        # *Written* is not what was received: with this update the server may take this process
+        # for a synchronous standby, and commits beyond may be waiting for *written*.
         return StandbyStatusUpdate(self._sent_flush, self._sent_flush)

@@ -1,4 +1,4 @@
-"""What a decoder says, wal2json or pgoutput alike: the words between it and the assembler."""
+"""The messages of a decoder, wal2json or pgoutput alike, for ``wal.assembler``. Pure."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from pgrealtime.lsn import LSN, Xid
 
 
 class Begin(Struct, frozen=True, gc=False):
-    """A transaction starts. Its id is the top-level one, also for rows of a subtransaction."""
+    """A transaction begins. ``xid`` is the top-level id, also for rows of a subtransaction."""
 
     xid: Xid
 
 
 class RowChange(Struct, frozen=True, gc=False):
-    """One row's change, already under the root's name."""
+    """A row changed; the change has the root table's name."""
 
     change: Insert | Update | Delete
     leaf: TableName | None
-    """The partition that holds the row, or held it; None if the table isn't partitioned."""
+    """The partition that has or had the row; None if the table isn't partitioned."""
     overhead_bytes: int = 0
-    """Bytes of memory that it takes beyond those of its payload. wal2json's names and types take
-    as much in the payload as dicts and strings do in memory."""
+    """Bytes of memory beyond the size of the payload. 0 with wal2json, whose names and types take
+    as much in the payload as dicts and strings in memory."""
     shape: RowShape | None = None
 
 
 class Truncated(Struct, frozen=True, gc=False):
-    """Tables emptied by one statement, under their roots' names."""
+    """One statement truncated tables; they have the root tables' names."""
 
     tables: tuple[TableName, ...]
 
 
 class Commit(Struct, frozen=True, gc=False):
-    """The transaction that began is whole."""
+    """The transaction is complete."""
 
     end_lsn: LSN
     commit_time_us: int
@@ -48,46 +48,46 @@ Message: TypeAlias = Begin | RowChange | Truncated | Commit
 
 
 class Decoder(Protocol):
-    """Turns the payloads of one stream into messages; may keep what the stream told earlier."""
+    """Decodes the payloads of one stream, in order; may keep descriptions that they contain."""
 
     def decode(self, payload: memoryview) -> Message | None:
-        """Return what one payload says; None if it concerns no transaction or no table of ours.
+        """Return the payload's message; None if it concerns no streamed table or transaction.
 
-        The payload may be a view of a buffer that is reused: nothing of it is kept.
+        Keeps no reference to the payload, which may be a view of a buffer that is reused.
 
         Raises:
-            UnexpectedMessageError: The payload is not of the decoder's format.
+            UnexpectedMessageError: The payload can't be read.
         """
 
 
 class StreamedTable(Struct, frozen=True):
-    """A table as it appears in the stream: under its own name, or a leaf of a partitioned one."""
+    """A table as the stream names it: an ordinary one, or a leaf of a partitioned one."""
 
     root: TableName
-    """The name its changes go by."""
+    """The name that its changes get."""
     leaf: TableName | None
-    """Its own name where that is another. A leaf may order its columns differently."""
+    """Its own name if it is a partition, whose columns may have another order."""
     column_names: tuple[str, ...]
     """The root's columns in order."""
     has_full_identity: bool
-    """Whether the old row is logged whole."""
+    """Whether the WAL has the whole old row."""
     identity_column_count: int
-    """How many columns of the old row are logged."""
+    """How many columns of the old row the WAL has."""
 
     def order_columns(self, row: Row) -> Row:
-        """Return the row in the root's column order; columns that the catalogue lacks come last."""
+        """Return the row in the root's column order, columns unknown to the catalogue last."""
         ordered = {name: row[name] for name in self.column_names if name in row}
         return ordered if len(ordered) == len(row) else ordered | row
 
     def is_whole_row(self, old: Row, column_count: int) -> bool:
-        """Whether an old image is the whole row and not a key, where the decoder doesn't say.
+        """Whether an old image is the whole row and not a key, where the stream doesn't tell.
+
+        Its width matters too: a leaf may have another replica identity than its siblings, and it
+        may have changed since the catalogue was read.
 
         Args:
-            old: What was logged.
-            column_count: Columns that the row has.
-
-        Its width counts too: a leaf may log more than its siblings, and the identity may have been
-        changed since the catalogue was read.
+            old: The image.
+            column_count: Columns of the row.
         """
         return len(old) >= column_count and (
             self.has_full_identity or len(old) > self.identity_column_count
@@ -95,7 +95,7 @@ class StreamedTable(Struct, frozen=True):
 
 
 def streamed_tables_by_name(tables: Collection[Table]) -> Mapping[TableName, StreamedTable]:
-    """Return how each table, and each leaf of a partitioned one, appears in the stream."""
+    """Return the tables by their names in the stream: those of leaves for partitioned ones."""
     return {
         name: StreamedTable(
             root=table.name,

@@ -1,7 +1,19 @@
-r"""pgoutput's messages (protocol 1, text) into ours, on the way from the stream to the assembler.
+r"""Decodes pgoutput's messages (protocol 1, text) to messages of ours, for ``wal.stream``. Pure.
 
 Source: PostgreSQL documentation, "Logical Replication Message Formats". Values are PostgreSQL's
-text output in client_encoding, so that nothing has to be converted.
+text output in client_encoding (UTF8), so none is converted. Integers are big-endian, strings end
+with a zero byte:
+
+    Begin 'B'     final:int64 time:int64 xid:int32
+    Commit 'C'    flags:int8 commit:int64 end:int64 time:int64
+    Relation 'R'  oid:int32 schema name identity:int8 count:int16, then per column
+                  flags:int8 (1: of the identity) name type:int32 modifier:int32
+    Insert 'I'    oid:int32 'N' row
+    Update 'U'    oid:int32 ['K' or 'O' row] 'N' row
+    Delete 'D'    oid:int32 'K' or 'O' row
+    Truncate 'T'  count:int32 options:int8 oid:int32 ...
+
+A row is count:int16, then per column 'n' (NULL), 'u' (unchanged in TOAST) or 't' length:int32 text.
 """
 
 from __future__ import annotations
@@ -50,29 +62,29 @@ _AFTER_RELATION_ID = 5
 _TEXT, _NULL, _UNCHANGED = b"tnu"
 _KEY_IMAGE, _OLD_IMAGE, _NEW_IMAGE = b"KON"
 _ROW_BYTES, _VALUE_BYTES = 250, 60
-"""Of memory: what a row takes of it beside its payload, and what each of its values does. The
-test measures it."""
+"""Bytes of memory that a row, and each of its values, takes beyond the payload; a test measures
+them."""
 
 
 class _Relation(Struct, frozen=True):
-    """A table as the stream described it last."""
+    """A table by its last Relation message."""
 
     streamed_table: StreamedTable
     column_names: tuple[str, ...]
-    """Of its columns, in the order in which values come."""
+    """In the order of a row's values."""
     identity_names: tuple[str, ...]
-    """Those of the replica identity."""
+    """Columns of the replica identity."""
     overhead_bytes: int
-    """As ``RowChange`` has it, of one row."""
+    """Of one row, see ``RowChange``."""
     shape: RowShape
 
 
 class PgoutputDecoder:
-    """Decodes the messages about some tables; keeps the descriptions of tables that came before."""
+    """Implements ``wal.message.Decoder``. Keeps the descriptions of tables, sent before rows."""
 
     def __init__(self, tables: Collection[Table]) -> None:
         self._tables_by_name = streamed_tables_by_name(tables)
-        # The publication follows the table, not its name: a renamed one goes on.
+        # A publication has tables, not names: a renamed table is streamed further.
         self._tables_by_oid = {table.oid: self._tables_by_name[table.name] for table in tables}
         self._relations: dict[int, _Relation] = {}
         self._handlers: dict[int, _Handler] = {
@@ -83,19 +95,19 @@ class PgoutputDecoder:
             ord("U"): self._update,
             ord("D"): self._delete,
             ord("T"): self._truncate,
-            # Types, origins and logical messages tell nothing of rows.
+            # Types, origins and logical messages.
             ord("Y"): _ignore,
             ord("O"): _ignore,
             ord("M"): _ignore,
         }
 
     def decode(self, payload: memoryview | bytes) -> Message | None:
-        """Return what one payload says, as ``wal.message.Decoder`` has it."""
+        """Return the payload's message, see ``wal.message.Decoder``."""
         data = bytes(payload)
         try:
             return self._handlers[data[0]](data)
         except (struct.error, LookupError, ValueError) as error:
-            # The payload is not quoted: it holds a row.
+            # Doesn't quote the payload, which has a row's values.
             raise UnexpectedMessageError("pgoutput sent a message that can't be read") from error
 
     def _relation(self, data: bytes) -> None:
@@ -115,7 +127,7 @@ class PgoutputDecoder:
             names.append(column)
             if is_key:
                 key.append(column)
-        # pg_catalog is sent as an empty name; no table of ours is in it.
+        # The schema pg_catalog is sent as an empty name; no streamed table is in it.
         source = self._tables_by_oid.get(oid) or self._tables_by_name.get(TableName(schema, name))
         if source is None:
             self._relations.pop(oid, None)
@@ -149,11 +161,11 @@ class PgoutputDecoder:
             old, at = _read_old_image(data, at, relation)
         new, _ = _read_row(data, at + 1, relation.column_names)
         if old is None:
-            # The identity is logged only if it changed.
+            # The WAL has the identity only if it changed.
             old = Key({name: new[name] for name in relation.identity_names})
         elif len(new) < len(relation.column_names):
-            # Columns are missing that the update left in TOAST: FULL logs them in the old row,
-            # the other identities do so for those of the key.
+            # Unchanged TOASTed values are missing. The old image has them: all with FULL, those
+            # of the identity otherwise.
             known = old.row | new
             new = {name: known[name] for name in relation.column_names if name in known}
         overhead = relation.overhead_bytes * (2 if isinstance(old, WholeRow) else 1)
@@ -209,7 +221,7 @@ def _read_old_image(data: bytes, at: int, relation: _Relation) -> tuple[OldImage
     if data[at] == _OLD_IMAGE:
         return WholeRow(_in_root_order(row, source)), end
     if data[at] == _KEY_IMAGE:
-        # The other columns come as NULL, which they needn't be.
+        # The other columns are sent as NULL, whatever their values.
         return Key(
             _in_root_order({name: row[name] for name in relation.identity_names}, source)
         ), end
@@ -217,7 +229,7 @@ def _read_old_image(data: bytes, at: int, relation: _Relation) -> tuple[OldImage
 
 
 def _read_row(data: bytes, at: int, names: tuple[str, ...]) -> tuple[Row, int]:
-    """Return the row that starts there, without what is unchanged in TOAST, and where it ends."""
+    """Return the row at the offset, without unchanged TOASTed values, and the offset after it."""
     (count,) = _COLUMN_COUNT.unpack_from(data, at)
     if count != len(names):
         raise ValueError(count)
@@ -242,5 +254,5 @@ def _in_root_order(row: Row, table: StreamedTable) -> Row:
 
 
 def start_replication_options(publication: str) -> dict[str, str]:
-    """Return the options of START_REPLICATION that ``PgoutputDecoder`` counts on."""
+    """Return the options of START_REPLICATION that ``PgoutputDecoder`` requires."""
     return {"proto_version": "1", "publication_names": quote_identifier(publication)}

@@ -1,8 +1,8 @@
-"""Which tables can be streamed at all, and the publication that lists them for pgoutput.
+"""Checks which tables can be streamed, and the publication that pgoutput needs. Pure.
 
-Publishing is dangerous for the writers, not for us: the server refuses UPDATE and DELETE on a
-published table without replica identity. So nothing is published that wasn't looked at: table by
-table, without inheritance children, never FOR ALL TABLES.
+Used by ``wal.slot`` and the command ``check``. A publication can break an application: the server
+refuses UPDATE and DELETE on a published table without replica identity. So only checked tables are
+published: one by one, without inheritance children, never FOR ALL TABLES.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ GENERATED_COLUMNS_VERSION = 180_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publication:
-    """A publication as the catalogue has it, with the tables whose rows it sends."""
+    """A publication of the database."""
 
     tables: frozenset[TableName]
-    """Partitioned tables by their leaves."""
+    """Of partitioned tables the leaves."""
     partial_tables: frozenset[TableName]
-    """Those of which only some rows or columns are published."""
+    """Those published with a row filter or column list."""
     includes_future_tables: bool
-    """FOR ALL TABLES or TABLES IN SCHEMA: tables made later are in it, unlooked at."""
+    """FOR ALL TABLES or TABLES IN SCHEMA: tables created later are published unchecked."""
     is_via_root: bool
     publishes_all_actions: bool
-    """It publishes INSERT, UPDATE, DELETE and TRUNCATE."""
+    """INSERT, UPDATE, DELETE and TRUNCATE."""
     has_generated_columns: bool
     """publish_generated_columns is ``stored``."""
 
 
 def publication_sql(name: str, tables: Collection[Table], server_version: int) -> str:
-    """Return the SQL that makes the publication, ready to paste.
+    """Return the SQL that creates the publication.
 
     Args:
         name: Of the publication.
-        tables: What to stream, checked by ``check_tables``.
+        tables: Checked by ``check_tables``.
         server_version: As ``server_version_num``.
     """
     clauses = f"{_for_clause(tables)}{_with_clause(tables, server_version)}"
@@ -51,8 +51,8 @@ def publication_sql(name: str, tables: Collection[Table], server_version: int) -
 
 def _for_clause(tables: Iterable[Table]) -> str:
     return "FOR TABLE " + ", ".join(
-        # A partitioned table brings its partitions, those of later too. ONLY keeps out the
-        # inheritance children of any other.
+        # A partitioned table includes its partitions, also later ones. Without ONLY any other
+        # includes its inheritance children.
         ("" if table.kind is TableKind.PARTITIONED else "ONLY ") + quote_table_name(table.name)
         for table in sorted(tables, key=lambda table: table.name)
     )
@@ -69,10 +69,10 @@ def _has_generated_column(tables: Iterable[Table]) -> bool:
 
 
 def check_tables(tables: Collection[Table]) -> None:
-    """Refuse tables that never stream, or of which updates and deletes would be lost.
+    """Check that the WAL has all changes of the tables, with a replica identity.
 
     Raises:
-        SetupError: Names all of them, with the SQL that mends each.
+        SetupError: With all tables that can't be streamed, and SQL to change that.
     """
     streamed = {table.name for table in tables}
     problems = [
@@ -113,10 +113,10 @@ def _streaming_problem(
 def check_publication(
     name: str, found: Publication | None, tables: Collection[Table], server_version: int
 ) -> None:
-    """Refuse a publication that isn't exactly what is needed.
+    """Check that a publication has exactly these tables and the options that are needed.
 
     Raises:
-        SetupError: With the SQL that makes or mends it.
+        SetupError: With the SQL that creates it anew.
     """
     create = publication_sql(name, tables, server_version)
     if found is None:
@@ -143,7 +143,7 @@ def check_publication(
 def tables_not_fully_published(
     found: Publication | None, tables: Iterable[Table]
 ) -> frozenset[TableName]:
-    """Return the tables of which not every change is published."""
+    """Return the tables of which some changes are not published."""
     if found is None or found.is_via_root or not found.publishes_all_actions:
         return frozenset(table.name for table in tables)
     whole = found.tables - found.partial_tables

@@ -1,4 +1,8 @@
-"""The connection that the stream is read over: opened, pinned, refusals explained, facts read."""
+"""Opens connections to the server for ``wal``, explains refusals, reads what decides on streaming.
+
+A replication connection has settings pinned that decide how values are printed, so that the texts
+in ``changes`` do not depend on settings of the role, the database or the environment.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +34,11 @@ _PINNED_SETTINGS = SQL(
     " SET IntervalStyle = postgres; SET extra_float_digits = 1; SET bytea_output = hex;"
     " SET client_encoding = UTF8"
 )
-"""How values are printed must not hang on settings of the role, the database or our environment."""
-
 _CONNECT_DEFAULTS = {
     "fallback_application_name": "pgrealtime",
     "connect_timeout": "10",
-    # Our status updates are the traffic that shows a dead network; the kernel's own patience is
-    # a quarter of an hour.
+    # Unacknowledged status updates show that the network is dead; the kernel's default is a
+    # quarter of an hour.
     "tcp_user_timeout": "30000",
     "keepalives_idle": "30",
 }
@@ -44,7 +46,7 @@ _CONNECT_DEFAULTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystemIdentity:
-    """Which server, in which of its histories: positions of another are not ours."""
+    """Identifies the WAL that positions belong to: cluster, timeline and database."""
 
     system_id: str
     timeline: int
@@ -53,7 +55,7 @@ class SystemIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerFacts:
-    """What of the server decides whether and how it can be read."""
+    """Settings and state of the server that decide whether and how it can be streamed."""
 
     version: int
     """As ``server_version_num``."""
@@ -63,21 +65,19 @@ class ServerFacts:
     wal_sender_timeout: float
     """Seconds; 0 is never."""
     synchronous_standby_names: str
-    """``synchronous_standby_names``."""
     application_name: str
-    """Ours, as the server knows it."""
+    """Of this session."""
     max_slot_wal_keep_mb: int
-    """``max_slot_wal_keep_size`` in megabytes; -1 is none."""
+    """``max_slot_wal_keep_size`` in megabytes; -1 is unlimited."""
 
 
 @asynccontextmanager
 async def open_replication_connection(url: str) -> AsyncIterator[DatabaseConnection]:
-    """Open a replication connection to the database, and close it at the end.
+    """Open a replication connection to the database; close it on exit.
 
     Raises:
-        DatabaseUnreachableError: Nobody answers, or the login is refused.
-        SetupError: The server answers and can't be read: no REPLICATION attribute, a standby,
-            wal_level.
+        DatabaseUnreachableError: No answer, or the login is refused.
+        SetupError: The role lacks REPLICATION, or wal_level isn't logical.
         SlotBusyError: All walsenders are in use.
     """
     try:
@@ -93,13 +93,13 @@ async def open_replication_connection(url: str) -> AsyncIterator[DatabaseConnect
             await connection.execute(_PINNED_SETTINGS)
         yield connection
     finally:
-        # Not "async with": its commit is refused while the stream runs.
+        # Not "async with", whose COMMIT is refused while the connection streams.
         await connection.close()
 
 
 @contextmanager
 def translate_driver_errors() -> Iterator[None]:
-    """Raise what the driver raises while things are set up as our own errors."""
+    """Translate the driver's errors while a stream is set up."""
     try:
         yield
     except psycopg.OperationalError as error:
@@ -113,10 +113,10 @@ def translate_driver_errors() -> Iterator[None]:
 
 
 async def open_ordinary_connection(url: str) -> DatabaseConnection:
-    """Open an ordinary connection in autocommit, to ask something beside the stream.
+    """Open an ordinary connection in autocommit, for queries besides the stream.
 
     Raises:
-        psycopg.Error: As the driver has it.
+        psycopg.Error: Untranslated.
     """
     connection: DatabaseConnection = await psycopg.AsyncConnection.connect(
         _conninfo(url), autocommit=True
@@ -130,7 +130,7 @@ def _conninfo(url: str, **more: str) -> str:
 
 
 async def _explain_refusal(url: str, error: psycopg.OperationalError) -> PgRealtimeError:
-    """Return why a replication connection was refused, asking over an ordinary one.
+    """Return why a replication connection was refused, from queries on an ordinary one.
 
     The refusal itself has no SQLSTATE, and its text is in the server's language.
     """
@@ -179,7 +179,7 @@ def _unreachable_error(error: psycopg.OperationalError) -> DatabaseUnreachableEr
 
 
 def wal_level_error(wal_level: str) -> SetupError:
-    """Return the error of a server that doesn't write what decoding needs."""
+    """Return the error for a server whose WAL has too little for decoding."""
     return SetupError(
         f'wal_level is "{wal_level}" and has to be "logical"',
         hint="Run as a superuser: ALTER SYSTEM SET wal_level = logical; and restart the server.",
@@ -188,7 +188,7 @@ def wal_level_error(wal_level: str) -> SetupError:
 
 
 async def identify_system(connection: DatabaseConnection) -> tuple[SystemIdentity, LSN]:
-    """Return which system and timeline the connection reached, and how far its WAL goes."""
+    """Return the identity of the connected server, and the flush LSN of its WAL."""
     row = await (await connection.execute("IDENTIFY_SYSTEM")).fetchone()
     assert row is not None
     system_id, timeline, flushed, database = row
@@ -197,10 +197,10 @@ async def identify_system(connection: DatabaseConnection) -> tuple[SystemIdentit
 
 
 async def read_server_facts(connection: DatabaseConnection) -> ServerFacts:
-    """Return what of the server matters here.
+    """Return the server's facts.
 
     Raises:
-        SetupError: The server can't be read by anybody: wal_level, or a standby.
+        SetupError: The server can't be streamed: wal_level, or it is a standby.
     """
     row = await (
         await connection.execute(

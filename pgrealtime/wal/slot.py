@@ -1,4 +1,7 @@
-"""The slot that the stream is read from: chosen, made or taken, started, faults explained."""
+"""Chooses the decoder, creates or reuses the slot and starts replication; explains refusals.
+
+Between ``wal.server`` (the connection) and ``wal.stream``, which reads what is sent.
+"""
 
 from __future__ import annotations
 
@@ -31,30 +34,30 @@ from pgrealtime.wal.server import DatabaseConnection, ServerFacts, open_ordinary
 Plugin: TypeAlias = Literal["wal2json", "pgoutput"]
 
 _WAIT_REPORT_SECONDS = 2.0
-"""A slot that takes longer than this to make waits for somebody: say for whom."""
+"""Creating a slot that takes longer waits for open transactions, which are then reported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotWait:
-    """For whom the making of a slot waits: for each transaction that has written and is open."""
+    """The open transactions for which creating a slot waits."""
 
     pids: tuple[int, ...]
-    """Of the backends concerned."""
+    """Of their backends."""
     prepared: tuple[str, ...]
-    """Prepared transactions of the cluster, if no backend is to blame."""
+    """Prepared transactions of the cluster, if no backend is waited for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """A slot to read from."""
+    """A slot to stream from."""
 
     name: str
     plugin: Plugin
     start_lsn: LSN
-    """Every transaction that commits later is sent: the consistent point of a new slot, of one that
-    was there what the server was told is kept."""
+    """Every transaction that commits later is sent. The consistent point of a new slot, the
+    confirmed flush LSN of a reused one."""
     is_durable: bool = False
-    """Whether it stays when the connection that made it ends."""
+    """Whether it outlives the connection that created it."""
 
 
 async def acquire_slot(
@@ -66,15 +69,15 @@ async def acquire_slot(
     tables: Collection[Table],
     on_wait: Callable[[SlotWait], None] | None = None,
 ) -> tuple[Slot, str]:
-    """Make the slot for the decoder that is asked for or can be had; or take the one that is there.
+    """Create a slot for the configured or the first usable decoder, or reuse the durable one.
 
     Returns:
-        The slot, and why it is this decoder's and not wal2json's; empty if there is nothing to say.
+        The slot, and why ``auto`` chose pgoutput; empty otherwise.
 
     Raises:
-        SetupError: The decoder asked for, or with ``auto`` both of them, can't be used; a durable
-            slot can't be had.
-        SlotBusyError: As ``create``.
+        SetupError: The configured decoder, or with ``auto`` each, can't be used; or the durable
+            slot can't.
+        SlotBusyError: As ``create_slot``.
     """
     check_tables(tables)
     if config.slot.durable and (found := await _reuse_durable_slot(connection, config, facts)):
@@ -92,8 +95,8 @@ async def acquire_slot(
             refusal = error
     try:
         _check_encoding("pgoutput", facts)
-        # Before the slot: a change older than the publication stops the decoder for good up to
-        # PostgreSQL 17, and from 18 on a missing publication is silence.
+        # Before the slot is created: up to PostgreSQL 17 a change older than the publication stops
+        # the decoder for good, and from 18 on a missing publication sends nothing, without error.
         await _check_publication(connection, config, tables, facts)
         slot = await create_slot(connection, url, "pgoutput", config, on_wait=on_wait)
     except SetupError as error:
@@ -111,25 +114,16 @@ async def dry_run_slot(
     create_timeout_seconds: float,
     on_wait: Callable[[SlotWait], None] | None = None,
 ) -> tuple[Slot, str]:
-    """Make what ``acquire_slot`` would make or take, but for a moment: a temporary slot.
-
-    Args:
-        connection: Of ``connect``.
-        url: As in ``create``.
-        config: What is wanted.
-        facts: Of the server.
-        tables: What is to be streamed.
-        create_timeout_seconds: How long making it may take.
-        on_wait: As in ``create``.
+    """As ``acquire_slot``, but create a temporary slot within a timeout, whatever is configured.
 
     Raises:
-        PgRealtimeError: Whatever would keep the stream from being read.
+        PgRealtimeError: Why the stream could not be opened.
     """
     plugin = config.plugin
-    if config.slot.durable and (standing := await find_durable_slot(connection, config, facts)):
-        plugin = "wal2json" if standing.plugin == "wal2json" else "pgoutput"
-    moment = {"durable": False, "failover": False, "create_timeout": create_timeout_seconds}
-    slot = config.slot.model_copy(update=moment)
+    if config.slot.durable and (found := await find_durable_slot(connection, config, facts)):
+        plugin = _plugin_of(found)
+    temporary = {"durable": False, "failover": False, "create_timeout": create_timeout_seconds}
+    slot = config.slot.model_copy(update=temporary)
     config = config.model_copy(update={"slot": slot, "plugin": plugin})
     return await acquire_slot(connection, url, config, facts=facts, tables=tables, on_wait=on_wait)
 
@@ -137,43 +131,49 @@ async def dry_run_slot(
 async def _reuse_durable_slot(
     connection: DatabaseConnection, config: ReplicationConfig, facts: ServerFacts
 ) -> Slot | None:
-    """Return the durable slot if it is there and can be read; make room if it can't any more.
+    """Return the durable slot, None if there is none; drop one that was invalidated.
 
     Raises:
-        SetupError: There is another slot of that name, or none may be made.
-        SlotBusyError: What can't be read is being read.
+        SetupError: Another slot has that name, or none may be created.
+        SlotBusyError: The invalidated slot is in use.
     """
-    standing = await find_durable_slot(connection, config, facts)
-    if standing is None:
+    found = await find_durable_slot(connection, config, facts)
+    if found is None:
         return None
-    if standing.is_lost:
-        await slot_status.drop_slot(connection, standing)
+    if found.is_lost:
+        await slot_status.drop_slot(connection, found)
         return None
-    if config.slot.failover and not standing.has_failover:
-        await slot_status.enable_failover(connection, standing)
-    plugin: Plugin = "wal2json" if standing.plugin == "wal2json" else "pgoutput"
+    if config.slot.failover and not found.has_failover:
+        await slot_status.enable_failover(connection, found)
     return Slot(
-        name=standing.name, plugin=plugin, start_lsn=standing.confirmed_flush_lsn, is_durable=True
+        name=found.name,
+        plugin=_plugin_of(found),
+        start_lsn=found.confirmed_flush_lsn,
+        is_durable=True,
     )
+
+
+def _plugin_of(slot: slot_status.SlotStatus) -> Plugin:
+    return "wal2json" if slot.plugin == "wal2json" else "pgoutput"  # check_slot refuses others
 
 
 async def find_durable_slot(
     connection: DatabaseConnection, config: ReplicationConfig, facts: ServerFacts
 ) -> slot_status.SlotStatus | None:
-    """Return the slot that has the durable one's name, if any, once all is well with it.
+    """Return the checked slot with the configured name, None if there is none.
 
     Raises:
-        SetupError: It can't be read by us, or none may be made.
+        SetupError: As ``slot_status.check_slot``.
     """
-    standing = await slot_status.find_slot(connection, config.slot.name)
+    found = await slot_status.find_slot(connection, config.slot.name)
     slot_status.check_slot(
         config,
-        standing,
+        found,
         database=connection.info.dbname,
         server_version=facts.version,
         max_slot_wal_keep_mb=facts.max_slot_wal_keep_mb,
     )
-    return standing
+    return found
 
 
 async def _check_publication(
@@ -187,7 +187,7 @@ async def _check_publication(
 
 
 def _no_decoder_error(wal2json: SetupError, pgoutput: SetupError) -> SetupError:
-    """Return the error of a server on which both decoders fail: either can be mended."""
+    """Return the error of a server with which neither decoder can be used, with both hints."""
     return SetupError(
         "neither wal2json nor pgoutput can be used",
         detail="\n".join(
@@ -202,7 +202,7 @@ def _no_decoder_error(wal2json: SetupError, pgoutput: SetupError) -> SetupError:
 
 
 def _check_encoding(plugin: Plugin, facts: ServerFacts) -> None:
-    """Refuse what isn't sent as UTF-8: wal2json writes in the database's encoding."""
+    """Check that the decoder sends UTF-8; wal2json writes in the database's encoding."""
     if facts.encoding == "UTF8" or (plugin == "pgoutput" and facts.encoding != "SQL_ASCII"):
         return
     raise SetupError(
@@ -215,7 +215,7 @@ def _check_encoding(plugin: Plugin, facts: ServerFacts) -> None:
 
 
 async def read_publication(connection: DatabaseConnection, name: str) -> Publication | None:
-    """Return the publication of that name in the connection's database."""
+    """Return the publication of that name, None if the database has none."""
     row = await (
         await connection.execute(
             "SELECT puballtables OR EXISTS (SELECT FROM pg_publication_namespace"
@@ -260,21 +260,20 @@ async def create_slot(
     *,
     on_wait: Callable[[SlotWait], None] | None = None,
 ) -> Slot:
-    """Make a slot for the plugin: a temporary one, unless the configuration wants a durable one.
+    """Create a slot, temporary unless a durable one is configured.
 
-    Waits for every transaction that has written and is open anywhere in the cluster, prepared
-    ones too.
+    The server waits for every open transaction of the cluster that has written, prepared ones too.
 
     Args:
-        connection: Of ``connect``; a temporary slot lives as long as it does.
-        url: Where to ask whom it waits for.
+        connection: A replication connection; a temporary slot lives as long as it does.
+        url: For the connection that reads what the server waits for.
         plugin: The decoder.
-        config: The slot's base name and how long to wait.
-        on_wait: Told every few seconds for whom it waits, if it does.
+        config: The slot's name and the timeout.
+        on_wait: Called every few seconds with the transactions waited for.
 
     Raises:
         SetupError: The plugin is refused or missing.
-        SlotBusyError: No slot is free, or the wait took too long.
+        SlotBusyError: No slot is free, or the timeout ended.
     """
     slot = config.slot
     name = slot.name if slot.durable else f"{slot.name}_{secrets.token_hex(4)}"
@@ -296,8 +295,8 @@ async def _run_create(
     connection: DatabaseConnection, command: str, plugin: Plugin, timeout_seconds: float
 ) -> LSN | PgRealtimeError:
     try:
-        # Running out of time cancels the command on the server as well, which leaves no slot.
-        # statement_timeout would not end this wait.
+        # The timeout cancels the command on the server too, so that no slot is left.
+        # statement_timeout does not end this wait.
         async with asyncio.timeout(timeout_seconds):
             cursor = await connection.execute(command.encode())
             row = await cursor.fetchone()
@@ -352,7 +351,7 @@ def _create_error(error: psycopg.Error, plugin: Plugin) -> PgRealtimeError:
 async def _watch_wait(
     url: str, backend_pid: int, on_wait: Callable[[SlotWait], None] | None
 ) -> None:
-    """Say from time to time for whom the backend waits."""
+    """Report periodically which transactions the backend waits for."""
     if on_wait is None:
         return
     while True:
@@ -361,8 +360,7 @@ async def _watch_wait(
             async with await open_ordinary_connection(url) as connection:
                 on_wait(await _read_wait(connection, backend_pid))
         except psycopg.Error:
-            # It only explains. Whether the slot gets made is told by the making.
-            continue
+            continue  # only the report fails; creating the slot raises its own errors
 
 
 async def _read_wait(connection: DatabaseConnection, backend_pid: int) -> SlotWait:
@@ -374,7 +372,7 @@ async def _read_wait(connection: DatabaseConnection, backend_pid: int) -> SlotWa
         )
     ).fetchone()
     assert row is not None
-    # A prepared transaction blocks as pid 0.
+    # A prepared transaction has pid 0 there.
     pids = tuple(pid for pid in row[0] if pid)
     return SlotWait(pids=pids, prepared=() if pids else tuple(row[1]))
 
@@ -382,14 +380,14 @@ async def _read_wait(connection: DatabaseConnection, backend_pid: int) -> SlotWa
 async def start_replication(
     connection: DatabaseConnection, slot: Slot, options: dict[str, str]
 ) -> None:
-    """Start streaming from the slot; from here on the connection carries nothing else.
+    """Start streaming from the slot; afterwards the connection can run no other command.
 
     Raises:
         SlotLostError, SlotBusyError, SetupError, WalError: The server refuses.
     """
-    # From 0/0: a position lower than the slot's own is raised to that.
-    # The replication commands have a grammar of their own: no parameters, and no E'' strings as
-    # the driver would quote a backslash.
+    # From 0/0: the server starts at the slot's confirmed flush LSN if that is higher.
+    # The grammar of replication commands has neither parameters nor E'' strings, which the driver
+    # would use for a backslash: options are quoted here.
     listed = ", ".join(
         f"{quote_identifier(name)} '{value.replace(chr(39), chr(39) * 2)}'"
         for name, value in options.items()

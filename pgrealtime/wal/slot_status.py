@@ -1,7 +1,7 @@
-"""Durable slots: found under their name, judged, taken or made anew, listed, dropped.
+"""Finds, checks, lists, advances and drops durable replication slots.
 
-Such a slot outlives the process, and with it the server keeps all WAL that the process has yet to
-read; so one is made only where the server bounds that.
+Used by ``wal.slot`` and the command ``slot``. A durable slot outlives the process, and the server
+keeps all WAL that was not read from it; so one is created only where the server limits that.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _OWN_SLOTS_QUERY = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotStatus:
-    """A slot that the server has."""
+    """A row of ``pg_replication_slots``."""
 
     name: str
     plugin: str
@@ -43,7 +43,7 @@ class SlotStatus:
     database: str
     is_temporary: bool
     active_pid: int | None
-    """Of the walsender that reads from it."""
+    """Of the walsender that reads it; None if none does."""
     wal_status: str
     confirmed_flush_lsn: LSN
     retained_bytes: int
@@ -52,7 +52,7 @@ class SlotStatus:
 
     @property
     def is_lost(self) -> bool:
-        """Whether nobody can read from it any more."""
+        """Whether it was invalidated and can't be read any more."""
         return self.wal_status == "lost" or bool(self.invalidation_reason)
 
 
@@ -73,13 +73,13 @@ def _slot_status(row: Sequence[Any]) -> SlotStatus:
 
 
 async def find_slot(connection: AsyncConnection[Any], name: str) -> SlotStatus | None:
-    """Return the slot of that name."""
+    """Return the slot of that name, None if there is none."""
     row = await (await connection.execute(_SLOT_BY_NAME_QUERY.encode(), (name,))).fetchone()
     return None if row is None else _slot_status(row)
 
 
 async def list_own_slots(connection: AsyncConnection[Any], name: str) -> list[SlotStatus]:
-    """Return the slots that a configuration with that slot name may have made."""
+    """Return the slots that a process with this configured slot name may have created."""
     rows = await (
         await connection.execute(_OWN_SLOTS_QUERY.encode(), (name, f"{name}_"))
     ).fetchall()
@@ -94,17 +94,17 @@ def check_slot(
     server_version: int,
     max_slot_wal_keep_mb: int,
 ) -> None:
-    """Let pass a durable slot that may be made, or be read from as it stands.
+    """Check that a durable slot may be created, or the existing one be read.
 
     Args:
-        config: What is wanted.
-        status: The slot of that name, if there is one.
-        database: The one that is read.
+        config: The requested slot.
+        status: The existing slot of that name, None if there is none.
+        database: To be streamed.
         server_version: ``server_version_num``.
-        max_slot_wal_keep_mb: ``max_slot_wal_keep_size`` in megabytes; -1 is none.
+        max_slot_wal_keep_mb: ``max_slot_wal_keep_size`` in megabytes; -1 is unlimited.
 
     Raises:
-        SetupError: It may not.
+        SetupError: Why not.
     """
     if max_slot_wal_keep_mb < 0 and not config.slot.allow_unlimited_wal:
         raise SetupError(
@@ -141,15 +141,15 @@ def _check_readable(config: ReplicationConfig, status: SlotStatus, database: str
 
 
 async def enable_failover(connection: AsyncConnection[Any], status: SlotStatus) -> None:
-    """Let standbys have the slot too."""
+    """Make the slot one that is synchronized to standbys (PostgreSQL 17)."""
     await connection.execute(f'ALTER_REPLICATION_SLOT "{status.name}" (FAILOVER true)'.encode())
 
 
 async def advance_slot(connection: AsyncConnection[Any], name: str) -> None:
-    """Move the slot to where the WAL ends, without asking its decoder what is before.
+    """Advance the slot to the end of the WAL, without decoding the transactions before it.
 
     Raises:
-        psycopg.Error: Somebody reads from it, or it is gone.
+        psycopg.Error: It is being read, or was dropped.
     """
     await connection.execute(
         "SELECT pg_replication_slot_advance(%s, pg_current_wal_insert_lsn())", (name,)
@@ -157,10 +157,10 @@ async def advance_slot(connection: AsyncConnection[Any], name: str) -> None:
 
 
 async def drop_slot(connection: AsyncConnection[Any], status: SlotStatus) -> None:
-    """Remove the slot, and with it the server's reason to keep WAL for it.
+    """Drop the slot; the server may then remove the WAL that it kept for it.
 
     Raises:
-        SlotBusyError: Somebody reads from it.
+        SlotBusyError: It is being read.
     """
     try:
         await connection.execute("SELECT pg_drop_replication_slot(%s)", (status.name,))

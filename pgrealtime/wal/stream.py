@@ -1,8 +1,9 @@
-"""The replication stream as an async iterator of whole transactions, in batches.
+"""The replication stream as an async iterator of batches of whole transactions. Read by ``feed``.
 
-psycopg has no API for replication, but its ``pq`` layer is libpq's, which is enough: the loop's
-reader wakes us, what the socket holds is taken and decoded in one go, and what that completed is
-handed out as one batch. Status updates go out by a timer, whether or not anybody takes batches.
+psycopg has no API for replication, so this uses libpq's functions through ``psycopg.pq``. The event
+loop's reader calls ``_on_readable``, which decodes everything that the socket has; the transactions
+completed by it are one batch. Status updates are sent from a timer, whether or not the consumer
+takes batches: it may be busy for longer than wal_sender_timeout.
 """
 
 from __future__ import annotations
@@ -41,43 +42,42 @@ from pgrealtime.wal.wire import PrimaryKeepalive, StandbyStatusUpdate, format_st
 TransactionBatch = list[Transaction | OversizedTransaction]
 
 _MAX_STATUS_SECONDS = 10.0
-"""Between status updates at the most, also where wal_sender_timeout is long or off."""
+"""Between status updates, also where wal_sender_timeout is longer or off."""
 
 _DRY_RUN_SECONDS = 10.0
-"""Making a slot waits for open transactions; who only wants to know has better things to do."""
+"""Timeout of creating a slot in a dry run; it waits for open transactions."""
 
 _MAX_DRAIN_SECONDS = 0.005
-"""One drain of the socket ends after this, so that a flood doesn't keep the loop to itself."""
+"""After this a drain of the socket ends, so that other tasks run under load."""
 
 _DEFAULT_SILENCE_SECONDS = 300.0
-"""Where the server itself has no wal_sender_timeout: how long it may say nothing at all."""
+"""Silence of the server after which the stream ends, if wal_sender_timeout is off."""
 
 _LOAD_MESSAGES = 64
-"""A drain that brought so many is load: then waiting a little makes wake-ups fewer, on both sides.
-A lone event is far below and is never delayed."""
+"""Messages of one drain from which on the next is delayed: fewer wake-ups, on both sides. A single
+event has far fewer and is never delayed."""
 
 _THROTTLE_SECONDS = 0.001
 
 _MAX_BATCH_BYTES = 8 * 1024 * 1024
-"""What may wait for the consumer, in decoder bytes, before reading pauses."""
+"""Decoder bytes waiting for the consumer above which reading pauses."""
 
 
 class _ReadState(Enum):
     OPEN = "open"
-    """The loop wakes us when the socket has something."""
-    THROTTLED = "cooling"
-    """Under load: waits a moment so that the next read finds more."""
+    """The event loop watches the socket."""
+    THROTTLED = "throttled"
+    """A timer will read next; the socket isn't watched."""
     PAUSED = "paused"
-    """The consumer has enough to do."""
+    """The consumer has too much to do; nothing is read until it takes the batch."""
     ENDED = "ended"
 
 
 class WalStream:
-    """Whole transactions in commit order, as batches; an async iterator. Made by ``open_stream``.
+    """Iterates over batches of transactions in commit order. Made by ``open_stream``.
 
-    A batch is everything that one draining of the socket completed. Iteration ends by raising:
-    StreamInterruptedError when the connection ended or was given up, SlotLostError when the slot
-    is gone, UnexpectedMessageError when the decoder made no sense.
+    Raises on iteration: StreamInterruptedError if the connection ended or timed out, SlotLostError
+    if the slot can't be read any more, UnexpectedMessageError if a message can't be decoded.
     """
 
     def __init__(
@@ -97,21 +97,22 @@ class WalStream:
     ) -> None:
         self.plugin = slot.plugin
         self.plugin_reason = plugin_reason
-        """Why this decoder and not the other; empty if it was told."""
+        """Why ``auto`` chose this decoder; empty otherwise."""
         self.system = system
         self.start_lsn = slot.start_lsn
         self.slot_name = slot.name
         self.is_durable = slot.is_durable
-        """Whether the next stream begins with what was not yet let go of this one."""
+        """Whether the next stream begins with the transactions not released of this one."""
         self.initial_wal_end = initial_wal_end
-        """Up to where the server's WAL went when the stream was opened."""
+        """End of the server's WAL when the stream was opened."""
         self.wal_end = slot.start_lsn
-        """The last that is known of the end of the server's WAL."""
+        """Last known end of the server's WAL."""
         self.last_received_at = time.monotonic()
-        """Monotonic seconds of the last sign of life."""
+        """Monotonic seconds."""
         self._loop = asyncio.get_running_loop()
         self._pgconn = connection.pgconn
-        # The property raises once the connection is lost, and the reader must go even then.
+        # Kept, because the property raises once the connection is lost, and the loop's reader must
+        # be removed even then.
         self._socket = connection.pgconn.socket
         self._decoder = decoder
         self._assembler = TransactionAssembler(
@@ -129,7 +130,8 @@ class WalStream:
         self._tick_seconds = min(status_interval, CONFIRM_SECONDS)
         self._silence_seconds = facts.wal_sender_timeout or _DEFAULT_SILENCE_SECONDS
         self._silent_ticks = 0
-        """Not seconds: after a moment in which we did nothing, what came is still to be read."""
+        """Counted in ticks, not seconds: after the process was stopped for a while, what arrived
+        meanwhile must be read before the server counts as silent."""
         self._read_state = _ReadState.ENDED
         self._batch: TransactionBatch = []
         self._batch_bytes = 0
@@ -152,19 +154,19 @@ class WalStream:
         return batch
 
     def confirm(self, end_lsn: LSN) -> None:
-        """Say that everything up to the end of that transaction is safe: the server may forget it.
+        """Let the server remove WAL up to the end of that transaction, which is kept here.
 
         Raises:
-            ValueError: No such transaction was handed out by this stream.
+            ValueError: This stream didn't return such a transaction.
         """
         self._feedback.confirm(end_lsn)
 
     def empty_until(self, end_lsn: LSN) -> LSN:
-        """Return up to where it is known that nothing follows the transaction that ends there."""
+        """Return the LSN up to which nothing of ours follows the transaction ending there."""
         return self._feedback.empty_until(end_lsn)
 
     def request_keepalive(self) -> None:
-        """Have the server say how far it has read; what it says moves ``empty_until``."""
+        """Request a keepalive from the server, whose position advances ``empty_until``."""
         if self._read_state is _ReadState.ENDED:
             return
         with self._ending_on_error():
@@ -172,22 +174,23 @@ class WalStream:
             self._send(self._feedback.due(self._loop.time()))
 
     def release(self, lsn: LSN) -> None:
-        """Say that nobody needs what ends up to there; as far as it came on this connection."""
+        """Let the server remove WAL up to there, as far as it was received."""
         self._feedback.release(lsn)
 
     def limit_confirmation(self, lsn: LSN) -> None:
-        """Move the slot up to there and no further, until told anew."""
+        """Advance the slot no further than there until the next call."""
         self._feedback.limit_confirmation(lsn)
 
     def start(self) -> None:
-        """Begin to read; called by ``open_stream``."""
+        """Start reading; called by ``open_stream``."""
         self._pgconn.nonblocking = 1
         self._tick()
-        # What came together with the answer to START_REPLICATION is read from the socket already.
+        # libpq may have read the first messages together with the answer to START_REPLICATION:
+        # then the socket doesn't become readable for them.
         self._throttle(0)
 
     def stop(self) -> None:
-        """Say what was kept last and let go of the socket; called by ``open_stream``."""
+        """Send the last confirmed position and close; called by ``open_stream``."""
         if self._read_state is _ReadState.ENDED:
             return
         with suppress(psycopg.Error):
@@ -197,16 +200,16 @@ class WalStream:
     # Reading
 
     def _resume_reading(self) -> None:
-        self._cancel_timer("cooling")
+        self._cancel_timer("throttle")
         self._cancel_timer("pause")
         self._read_state = _ReadState.OPEN
         self._loop.add_reader(self._socket, self._on_readable)
 
     def _throttle(self, seconds: float) -> None:
-        """Come back later, whether or not the socket wakes us: bytes may wait in TLS."""
+        """Read next from a timer: with TLS, bytes may be buffered while the socket has none."""
         self._loop.remove_reader(self._socket)
         self._read_state = _ReadState.THROTTLED
-        self._set_timer("cooling", seconds, self._on_throttle_over)
+        self._set_timer("throttle", seconds, self._on_throttle_over)
 
     def _on_throttle_over(self) -> None:
         self._resume_reading()
@@ -241,8 +244,8 @@ class WalStream:
                 self._throttle(_THROTTLE_SECONDS)
 
     def _drain(self) -> tuple[int, bool]:
-        """Take what the socket holds; return how many messages that were and if it was all."""
-        pgconn, take = self._pgconn, self._handle_payload
+        """Read what the socket has; return the number of messages and whether that was all."""
+        pgconn, handle_payload = self._pgconn, self._handle_payload
         until = self._loop.time() + _MAX_DRAIN_SECONDS
         count = 0
         while True:
@@ -251,7 +254,7 @@ class WalStream:
             length, data = pgconn.get_copy_data(1)
             while length > 0:
                 count += 1
-                take(data)
+                handle_payload(data)
                 length, data = pgconn.get_copy_data(1)
             if length < 0:
                 raise _end_of_stream_error(pgconn)
@@ -299,9 +302,10 @@ class WalStream:
             self._send(self._feedback.due(self._loop.time()))
 
     def _check_silence(self) -> None:
-        """Give up a server that leaves every request for a sign of life unanswered.
+        """End the stream if the server hasn't answered for its own wal_sender_timeout.
 
-        It may be gone without the network or a proxy telling us; it would give us up as well.
+        Each periodic status update requests a keepalive. A dead peer behind a network or proxy
+        that drops packets would otherwise go unnoticed.
         """
         if self._read_state in (_ReadState.PAUSED, _ReadState.ENDED):
             return
@@ -330,7 +334,7 @@ class WalStream:
 
     @contextmanager
     def _ending_on_error(self) -> Iterator[None]:
-        """End the stream on whatever goes wrong in a callback, where no caller would see it."""
+        """End the stream with an error raised in a callback of the loop, which has no caller."""
         try:
             yield
         except PgRealtimeError as error:
@@ -362,7 +366,7 @@ class WalStream:
 
 
 def _end_of_stream_error(pgconn: pq.abc.PGconn) -> PgRealtimeError:
-    """Return why the server ended the stream."""
+    """Return the server's error, or a generic one, after it ended the stream."""
     result = pgconn.get_result()
     if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
         return _translate_error(pg.error_from_result(result))
@@ -383,7 +387,7 @@ def _translate_error(error: psycopg.Error) -> PgRealtimeError:
             code = f"SQLSTATE {error.sqlstate}"
             return StreamInterruptedError(
                 "the decoder failed on the server",
-                # The context says where: at which LSN.
+                # The context has the LSN.
                 detail="\n".join(filter(None, (said or code, error.diag.context))),
                 code="decoder_failed",
             )
@@ -399,26 +403,25 @@ async def open_stream(
     record_keys: RecordKeys | None = None,
     on_wait: Callable[[SlotWait], None] | None = None,
 ) -> AsyncIterator[WalStream]:
-    """Connect, make or take the slot, and stream the committed changes of the tables from it.
+    """Connect, create or reuse the slot, and stream the committed changes of the tables.
 
     Args:
-        url: A direct connection to the primary, with the REPLICATION right.
-        config: Names, time-outs and the choice of the decoder.
-        tables: What to stream; partitioned ones by their leaves.
-        max_transaction_bytes: Bytes of decoder output; a larger transaction comes as Oversized.
-        record_keys: By partitioned table the columns that say which record a row is, where that
-            isn't the primary key: a move between partitions that leaves them alone is an Update.
-        on_wait: Told for whom the making of the slot waits, if it takes long.
+        url: Of the primary itself, for a role with REPLICATION.
+        config: Names, timeouts and the choice of the decoder.
+        tables: To be streamed; partitioned ones by their leaves.
+        max_transaction_bytes: Of decoder output; a larger transaction becomes Oversized.
+        record_keys: See ``TransactionAssembler``; by default the primary keys.
+        on_wait: Called with the transactions that creating the slot waits for.
 
     Raises:
-        SetupError: Server or schema aren't ready; the hint says what to run.
-        SlotBusyError: No free slot or walsender, or making the slot took too long.
-        DatabaseUnreachableError: Nobody answers, or the login is refused.
+        SetupError: Server or schema aren't set up; the hint has the SQL.
+        SlotBusyError: No slot or walsender is free, or creating the slot timed out.
+        DatabaseUnreachableError: No answer, or the login is refused.
     """
     async with server.open_replication_connection(url) as connection:
         with server.translate_driver_errors():
             facts = await server.read_server_facts(connection)
-            system, reach = await server.identify_system(connection)
+            system, wal_end = await server.identify_system(connection)
             slot, reason = await slots.acquire_slot(
                 connection, url, config, facts=facts, tables=tables, on_wait=on_wait
             )
@@ -431,7 +434,7 @@ async def open_stream(
             tables=tables,
             facts=facts,
             system=system,
-            initial_wal_end=reach,
+            initial_wal_end=wal_end,
             plugin_reason=reason,
             max_pause_seconds=config.max_pause,
             max_transaction_bytes=max_transaction_bytes,
@@ -452,18 +455,12 @@ async def dry_run_stream(
     *,
     on_wait: Callable[[SlotWait], None] | None = None,
 ) -> tuple[SystemIdentity, Slot, str]:
-    """Return the server, a slot and the reason for its decoder as ``open_stream`` would have them.
+    """Return server, slot and reason for its decoder as ``open_stream`` would have them.
 
-    Nothing is left of it: the slot is a temporary one, whatever is wanted.
-
-    Args:
-        url: As for ``open_stream``, and so the others.
-        config: Names, time-outs and the choice of the decoder.
-        tables: What would be streamed.
-        on_wait: Told for whom the making of the slot waits, if it takes long.
+    The slot is temporary, whatever is configured, so that nothing remains. See ``open_stream``.
 
     Raises:
-        PgRealtimeError: What would keep the stream from being opened.
+        PgRealtimeError: Why the stream could not be opened.
     """
     async with server.open_replication_connection(url) as connection:
         with server.translate_driver_errors():
@@ -485,13 +482,13 @@ async def dry_run_stream(
 async def _confirming_visible_only(
     stream: WalStream, url: str, facts: ServerFacts
 ) -> AsyncIterator[None]:
-    """Where we could pass for a synchronous standby, move the slot only over what is visible."""
+    """If this process may count as a synchronous standby, advance over visible commits only."""
     if not may_match_standby_names(facts.synchronous_standby_names, facts.application_name):
         yield
         return
     stream.limit_confirmation(stream.start_lsn)
     watch = asyncio.create_task(
-        watch_visible_lsn(url, stream.limit_confirmation), name="visibility"
+        watch_visible_lsn(url, stream.limit_confirmation), name="visible-lsn"
     )
     try:
         yield
@@ -503,7 +500,7 @@ async def _confirming_visible_only(
 def make_decoder(
     plugin: Plugin, tables: Collection[Table], config: ReplicationConfig
 ) -> tuple[Decoder, dict[str, str]]:
-    """Return the decoder for a plugin and the options of START_REPLICATION it counts on."""
+    """Return the plugin's decoder and the options of START_REPLICATION that it requires."""
     match plugin:
         case "wal2json":
             return wal2json.Wal2JsonDecoder(tables), wal2json.start_replication_options(tables)

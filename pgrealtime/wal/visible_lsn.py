@@ -1,8 +1,8 @@
-"""Up to where all commits are visible: what bounds the slot beside synchronous standbys.
+"""Reports up to which LSN all commits are visible; with synchronous standbys it limits the slot.
 
-A commit that waits for synchronous standbys is in the WAL, and decoded, before anybody sees it. If
-``synchronous_standby_names`` matches us, moving the slot past it would end its wait: it would count
-as safe with us, who keep nothing on disk.
+A commit that waits for synchronous standbys is in the WAL, and decoded, before it is visible. If
+``synchronous_standby_names`` matches this process, advancing the slot past the commit would end its
+wait: the server would count it as safe here, where nothing is on disk. Used by ``wal.stream``.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from pgrealtime.lsn import LSN, parse_lsn
 from pgrealtime.wal.server import DatabaseConnection, open_ordinary_connection
 
 _POLL_SECONDS = 1.0
-"""Between questions."""
 
 
 def may_match_standby_names(synchronous_standby_names: str, application_name: str) -> bool:
     """Whether a setting of ``synchronous_standby_names`` may match a walsender of that name.
 
-    It looks for the name anywhere in the setting: a match too many costs a question a second.
+    The name is searched anywhere in the setting: a false match costs a query per second only.
     """
     return (
         "*" in synchronous_standby_names
@@ -32,9 +31,9 @@ def may_match_standby_names(synchronous_standby_names: str, application_name: st
 
 
 async def watch_visible_lsn(url: str, notify: Callable[[LSN], None]) -> NoReturn:
-    """Tell again and again up to where every commit is visible.
+    """Call ``notify`` with increasing LSNs up to which every commit is visible, until cancelled.
 
-    Asks on a connection of its own, anew where that fails: without an answer the slot stays.
+    Queries on its own connection, and reconnects. While that fails, the slot isn't advanced.
     """
     while True:
         try:
@@ -46,10 +45,10 @@ async def watch_visible_lsn(url: str, notify: Callable[[LSN], None]) -> NoReturn
 
 
 async def _next_visible_lsn(connection: DatabaseConnection) -> LSN:
-    """Return a position of now, once nothing is open any more that could have ended before it."""
-    # A transaction whose commit record lies before the position had its id by then: it is below the
-    # next id to be given out, asked for afterwards. (Not the snapshot's xmax, which is only the
-    # last completed one's successor.) Once xmin is there, all below are visible.
+    """Return the present WAL insert LSN, once all commits before it are visible."""
+    # A transaction with a commit record before that LSN already had its id, so its id is below the
+    # next id to be assigned, which is read afterwards. (The snapshot's xmax would not do: it is
+    # the successor of the last *completed* id.) Once xmin reaches that id, all below are visible.
     row = await (await connection.execute("SELECT pg_current_wal_insert_lsn()::text")).fetchone()
     assert row is not None
     position = parse_lsn(row[0])

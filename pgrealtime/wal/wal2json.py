@@ -1,8 +1,8 @@
-r"""wal2json's lines (format-version 2) into messages, on the way from the stream to the assembler.
+r"""Decodes wal2json's lines (format-version 2) to messages, for ``wal.stream``. Pure.
 
-Values come as PostgreSQL's text inside JSON strings, apart from two types that wal2json treats by
-oid: boolean is a JSON literal, and bytea is hex without its ``\x``. Domains over them are text as
-usual, having another oid. (wal2json.c, ``pg_decode_write_value``.)
+A line is a JSON object. Values are PostgreSQL's text in JSON strings, except for two types that
+wal2json recognizes by oid: boolean is a JSON literal, bytea is hex without its ``\x``. Domains over
+them have other oids and so are ordinary text. (wal2json.c, ``pg_decode_write_value``.)
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _CONVERTED_TYPES = frozenset((_BOOL, _BYTEA))
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _CHARACTERS_TO_ESCAPE = frozenset("\\,.*\"' \t\n\r\v\f")
-"""What separates, ends or widens a name in ``add-tables``."""
+"""Characters that separate or end a name in ``add-tables``, or are wildcards in it."""
 
 
 _Name = TypeVar("_Name", bound=str)
@@ -92,7 +92,7 @@ class _Commit(Struct, tag_field="action", tag="C", gc=False):
 
 
 class _LogicalMessage(Struct, tag_field="action", tag="M", gc=False):
-    """Of ``pg_logical_emit_message``: nothing of it is read."""
+    """Of ``pg_logical_emit_message``; ignored."""
 
 
 _Line: TypeAlias = (
@@ -101,7 +101,7 @@ _Line: TypeAlias = (
 
 
 def _line_decoder(name: Any) -> msgspec.json.Decoder[_Line]:
-    """Return a decoder of lines in which columns have names of the given type."""
+    """Return a decoder of lines whose tables and columns have names of the given type."""
     with_names: tuple[Any, ...] = (_Insert, _Update, _Delete)
     kinds = (_Begin, *(kind[name] for kind in with_names), _Truncate, _Commit, _LogicalMessage)
     return msgspec.json.Decoder(reduce(or_, kinds))
@@ -111,33 +111,33 @@ _ANY_LINE = _line_decoder(str)
 
 
 def _line_decoder_of_tables(tables: Collection[Table]) -> msgspec.json.Decoder[_Line]:
-    """Return a decoder that knows the columns' names, and refuses others.
+    """Return a decoder that accepts the names in these tables only.
 
-    It gives the same string for the same name each time, so that the rows kept in the changelog
-    share their keys.
+    msgspec returns the same string object for a literal each time: the rows in the changelog
+    share their keys, and a string is hashed once.
     """
     names = {column.name for table in tables for column in table.columns}
-    # A string that is the same each time is hashed once.
     names.update(part for name in streamed_tables_by_name(tables) for part in name)
     return _line_decoder(Literal[tuple(sorted(names))]) if names else _ANY_LINE
 
 
 _MAX_SHAPES = 1000
-"""Of one table that are kept: long values that updates leave alone make several, ALTER others."""
+"""Shapes cached per table. Updates that leave TOASTed values alone make several, ALTER TABLE
+others."""
 
 
 class _CachedShape(Struct, frozen=True):
-    """A shape with what a row is compared with and made by."""
+    """A shape in the forms that rows are compared with and converted by."""
 
     shape: RowShape
     names: list[str]
     oids: list[int]
     converted_names: tuple[str, ...]
-    """The columns that don't come as text."""
+    """Columns whose values aren't text."""
 
 
 class _TableReader:
-    """A table of the stream, or a partition; knows the shapes that its rows had."""
+    """Reads rows of a streamed table; caches the shapes that they had."""
 
     def __init__(self, streamed_table: StreamedTable) -> None:
         self.streamed_table = streamed_table
@@ -150,7 +150,7 @@ class _TableReader:
         """Return a row and its shape."""
         row: dict[str, Any] = {column.name: column.value for column in columns}
         known = self._last_shape
-        # Both compared as lists: hashing costs more, and a row is mostly as the one before.
+        # Compared as lists: hashing costs more, and most rows have the shape of the one before.
         if [column.typeoid for column in columns] != known.oids or [*row] != known.names:
             known = self._last_shape = self._shape_of(columns)
         for name in known.converted_names:
@@ -176,7 +176,7 @@ class _TableReader:
 
 
 class Wal2JsonDecoder:
-    """Decodes the lines about some tables; keeps nothing between lines but the tables' shapes."""
+    """Implements ``wal.message.Decoder``. Keeps nothing between lines but the rows' shapes."""
 
     def __init__(self, tables: Collection[Table]) -> None:
         self._tables = {
@@ -186,14 +186,14 @@ class Wal2JsonDecoder:
         self._line_decoder = _line_decoder_of_tables(tables)
 
     def decode(self, payload: memoryview | bytes) -> Message | None:
-        """Return what one line says, as ``wal.message.Decoder`` has it."""
+        """Return the line's message, see ``wal.message.Decoder``."""
         try:
             line = self._line_decoder.decode(payload)
         except msgspec.ValidationError:
             line = _decode_any_line(payload)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _unreadable_line_error() from error
-        # The commonest first: trying a class that doesn't fit costs as much as a column.
+        # The commonest class first: each one tried in vain costs as much as reading a column.
         match line:
             case _Insert():
                 table = self._tables.get((line.schema, line.table))
@@ -216,7 +216,7 @@ class Wal2JsonDecoder:
 
 
 def _decode_any_line(payload: memoryview | bytes) -> _Line:
-    """Return a line in which a column is new, unless it isn't a line at all."""
+    """Decode a line with a name that the catalogue didn't have when it was read."""
     try:
         return _ANY_LINE.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -235,11 +235,11 @@ def _update(line: _Update[str], table: _TableReader) -> RowChange:
     new, shape = table.read_row(line.columns)
     old = _identity_row(line.identity)
     if len(new) < len(source.column_names) or len(new) < len(old):
-        # Columns are missing that the update left in TOAST: FULL logs them in the old row, the
-        # other identities do so for those of the key.
+        # Unchanged TOASTed values are missing. The old image has them: all with FULL, those of
+        # the identity otherwise.
         if any(name not in new for name in old):
-            left = [column for column in line.identity if column.name not in new]
-            _, shape = table.read_row([*line.columns, *left])
+            missing = [column for column in line.identity if column.name not in new]
+            _, shape = table.read_row([*line.columns, *missing])
         new = source.order_columns(old | new)
     elif source.leaf is not None:
         new = source.order_columns(new)
@@ -256,7 +256,7 @@ def _delete(line: _Delete[str], table: _TableReader) -> RowChange:
 
 
 def _identity_row(columns: list[_Column[str]]) -> Row:
-    """Return an old row whose shape is that of the new one."""
+    """Return an old image without looking up its shape."""
     return {
         column.name: _convert_value(column.value)
         if column.typeoid in _CONVERTED_TYPES
@@ -266,7 +266,7 @@ def _identity_row(columns: list[_Column[str]]) -> Row:
 
 
 def _convert_value(value: str | bool | None) -> str | None:  # noqa: FBT001 (JSON's)
-    """Return the text of a boolean or a bytea."""
+    """Return PostgreSQL's text of a boolean or a bytea."""
     match value:
         case None:
             return None
@@ -284,7 +284,7 @@ def _old_image(old: Row, table: StreamedTable, column_count: int) -> Key | Whole
 
 
 def _parse_lsn(text: str) -> LSN:
-    """Return the LSN, as ``parse_lsn`` does at five times the cost: twice per transaction."""
+    """Return the LSN, unlike ``parse_lsn`` without checking its form: five times faster."""
     high, _, low = text.partition("/")
     try:
         return LSN(int(high, 16) << 32 | int(low, 16))
@@ -293,7 +293,7 @@ def _parse_lsn(text: str) -> LSN:
 
 
 def _parse_commit_time_us(text: str) -> int:
-    """Return a commit's time, printed as ``2026-11-24 12:37:04.08778+00``."""
+    """Return a commit's time from its text, such as ``2026-11-24 12:37:04.08778+00``."""
     try:
         since = datetime.fromisoformat(text) - _EPOCH
     except (ValueError, TypeError) as error:
@@ -302,7 +302,7 @@ def _parse_commit_time_us(text: str) -> int:
 
 
 def _unreadable_line_error() -> UnexpectedMessageError:
-    # The line is not quoted: it holds a row.
+    # Doesn't quote the line, which has a row's values.
     return UnexpectedMessageError(
         "wal2json sent a line that can't be read",
         hint="Check that the server's wal2json is version 2.6 or newer.",
@@ -310,10 +310,10 @@ def _unreadable_line_error() -> UnexpectedMessageError:
 
 
 def start_replication_options(tables: Collection[Table]) -> dict[str, str]:
-    """Return the options of START_REPLICATION that ``Wal2JsonDecoder`` counts on.
+    """Return the options of START_REPLICATION that ``Wal2JsonDecoder`` requires.
 
-    Never among them are ``include-types`` and ``include-default``: both print broken JSON for
-    some quoted names. An empty ``add-tables`` selects nothing, which is what no tables means.
+    Not ``include-types`` or ``include-default``, which print invalid JSON for some quoted names.
+    Without tables ``add-tables`` is empty and selects nothing.
     """
     leaves = sorted(leaf for table in tables for leaf in (table.leaves or (table.name,)))
     return {

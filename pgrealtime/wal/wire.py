@@ -1,4 +1,11 @@
-"""Payloads of CopyData in the streaming replication protocol, between libpq and the stream."""
+"""The CopyData payloads of the streaming replication protocol. Pure; used by ``wal.stream``.
+
+Source: PostgreSQL documentation, "Streaming Replication Protocol". All integers are big-endian.
+
+    XLogData             'w' start:int64 end:int64 clock:int64, then the decoder's output
+    Primary keepalive    'k' end:int64 clock:int64 reply:byte
+    Standby status       'r' written:int64 flushed:int64 applied:int64 clock:int64 reply:byte
+"""
 
 from __future__ import annotations
 
@@ -19,35 +26,33 @@ UNIX_EPOCH_OFFSET = 946_684_800_000_000
 
 
 class PrimaryKeepalive(NamedTuple):
-    """The server is alive."""
+    """The server's sign of life and how far it has read."""
 
     wal_end: LSN
-    """Everything before it has been decoded, and sent where it was for us."""
+    """Everything before it was decoded, and what concerns this stream was sent."""
     reply_requested: bool
     """The server wants a status update at once."""
 
 
 class StandbyStatusUpdate(NamedTuple):
-    """What we tell the server of our progress."""
+    """The positions that the server is informed of."""
 
     written: LSN
     flushed: LSN
-    """Up to here the server may forget; 0 leaves that as it is."""
+    """The confirmed flush LSN: the server may remove WAL up to it. 0 leaves it unchanged."""
     reply_requested: bool = False
     """Asks the server for a keepalive at once."""
 
 
 def parse_message(data: memoryview) -> memoryview | PrimaryKeepalive:
-    """Return what one CopyData payload from the server holds: decoder output, or a keepalive.
+    """Return the decoder's output, a view of the same buffer, or a keepalive.
 
-    XLogData's own header is passed over: its positions are those of the change, which may lie
-    before others that were sent; what counts is the end of a commit, and the decoder tells that.
-    Decoder output is a view into the same buffer.
-
-    Source: PostgreSQL documentation, "Streaming Replication Protocol".
+    The positions in the header of XLogData are ignored: they are of the change, which may be
+    before changes already sent. Only the end of a commit is in stream order, and the decoder's
+    output has it.
 
     Raises:
-        UnexpectedMessageError: It is of neither form.
+        UnexpectedMessageError: The payload is neither of them.
     """
     if data and data[0] == _XLOG_DATA:
         return data[_XLOG_HEADER_BYTES:]
@@ -61,11 +66,9 @@ def parse_message(data: memoryview) -> memoryview | PrimaryKeepalive:
 
 
 def format_status(status: StandbyStatusUpdate, now_us: int) -> bytes:
-    """Return the CopyData payload of a status update.
+    """Return the payload of a status update; ``now_us`` is in microseconds since the Unix epoch.
 
-    Args:
-        status: The positions. What is applied is said to be what is flushed.
-        now_us: Microseconds since the Unix epoch.
+    The applied position is sent equal to the flushed one.
     """
     return _STATUS.pack(
         b"r",
