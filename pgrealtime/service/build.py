@@ -33,8 +33,8 @@ from pgrealtime.errors import (
     PgRealtimeError,
 )
 from pgrealtime.feed.reader import ReplicationReader
-from pgrealtime.hub.evaluation.matcher import Matcher
-from pgrealtime.hub.hub import Hub
+from pgrealtime.hub.hub import Hub, HubCallbacks
+from pgrealtime.hub.state.settings import HubSettings
 from pgrealtime.lsn import LSN
 from pgrealtime.observe.log import configure_logging
 from pgrealtime.observe.metrics import Metrics
@@ -148,6 +148,19 @@ async def _reload_on_signal(changed: asyncio.Event, service: RunningService) -> 
         await service.reload()
 
 
+def hub_settings(config: Config) -> HubSettings:
+    """Return the hub's settings by the configuration."""
+    return HubSettings(
+        limits=config.realtime,
+        logins={name: collection.login for name, collection in config.collections.items()},
+        allows_guests=config.auth.allow_guests,
+        nulls=config.records.nulls,
+        hidden_fields=config.records.hidden,
+        can_resume=config.changelog.max_age > 0,
+        max_concurrent_catch_ups=max(1, config.database.pool_size // 2),
+    )
+
+
 @asynccontextmanager
 async def run_service(
     config: Config,
@@ -184,19 +197,14 @@ async def run_service(
         logins = {name: collection.login for name, collection in config.collections.items()}
         hub = Hub(
             changelog,
-            Matcher(collections),
             probe,
-            collections=collections,
-            limits=config.realtime,
-            logins=logins,
-            nulls=config.records.nulls,
-            hidden_fields=config.records.hidden,
-            can_resume=config.changelog.max_age > 0,
-            allows_guests=config.auth.allow_guests,
-            max_concurrent_catch_ups=max(1, config.database.pool_size // 2),
-            on_schema_mismatch=doubted.set,
-            wait_for_changelog=lambda lsn: relay.wait_for_changelog(lsn),  # noqa: PLW0108 (the relay is made after the hub)
-            read_schema=lambda: reloading.wait_for_schema_refresh(),  # noqa: PLW0108 (likewise)
+            collections,
+            hub_settings(config),
+            callbacks=HubCallbacks(
+                on_schema_mismatch=doubted.set,
+                wait_for_changelog=lambda lsn: relay.wait_for_changelog(lsn),  # noqa: PLW0108 (made after the hub)
+                refresh_schema=lambda: reloading.wait_for_schema_refresh(),  # noqa: PLW0108 (likewise)
+            ),
         )
         relay = ReplicationReader(
             lambda: _open_stream(config, world),

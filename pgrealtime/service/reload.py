@@ -27,7 +27,6 @@ from pgrealtime.config.load import ParsedConfig
 from pgrealtime.config.model import Config
 from pgrealtime.errors import ConfigError, PgRealtimeError, SetupError
 from pgrealtime.feed.reader import ReplicationReader
-from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.hub import Hub
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.reads.own_record import OwnRecordRenderer
@@ -284,7 +283,6 @@ class Reloader:
         )
         await rooms.hub.replace_generation(
             collections,
-            Matcher(collections),
             rooms.authenticator.revalidate_caller,
             logins=logins,
             allows_guests=auth.allow_guests,

@@ -20,10 +20,10 @@ from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Delete, Insert, Transaction, Update
 from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collections
-from pgrealtime.config.model import CollectionConfig, RealtimeConfig
+from pgrealtime.config.model import CollectionConfig
 from pgrealtime.hub.connections.connection import Connection
-from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.hub import Hub
+from pgrealtime.hub.state.settings import HubSettings
 from pgrealtime.lsn import LSN, Xid, parse_lsn
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.rule_queries.executor import QueryExecutor
@@ -106,7 +106,7 @@ class World:
 async def world_of(
     url: str, schema: str, configured: Mapping[str, CollectionConfig], **hub: Any
 ) -> AsyncIterator[World]:
-    """Make the tables, and a hub over them; ``hub`` are more of its arguments."""
+    """Make the tables, and a hub over them; ``hub`` are its settings."""
     async with (
         await psycopg.AsyncConnection.connect(url, autocommit=True) as connection,
         QueryPool(url, max_size=3, statement_timeout=30.0) as pool,
@@ -115,15 +115,8 @@ async def world_of(
         collections = build_collections(
             configured, await read_catalog(connection, schemas=["public"])
         )
-        hub.setdefault("limits", RealtimeConfig())
         changelog = MemoryChangelog(LSN(100), max_bytes=1_000_000, max_age_seconds=300.0)
-        made = Hub(
-            changelog,
-            Matcher(collections),
-            QueryExecutor(pool),
-            collections=collections,
-            **hub,
-        )
+        made = Hub(changelog, QueryExecutor(pool), collections, HubSettings(**hub))
         made.stream_started("abcdef")
         running = asyncio.create_task(made.run())
         try:

@@ -22,7 +22,7 @@ from pgrealtime.changes import Delete, Insert, Row, TableName, Transaction, Upda
 from pgrealtime.collections.build import build_collections
 from pgrealtime.config.model import CollectionConfig, RealtimeConfig
 from pgrealtime.expand import load
-from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.hub.connections.connection import LIVE
 from pgrealtime.hub.events.slices import SLICE_CHANGES
 from pgrealtime.hub.state import caller_check
 from tests.attacks.held_stream import World, world_of
@@ -266,7 +266,7 @@ async def test_a_reload_that_asks_for_more_makes_nobody_else_of_a_caller(
         collections = build_collections(
             configured(case), await read_catalog(world.connection, schemas=["public"])
         )
-        await world.hub.replace_generation(collections, Matcher(collections), lambda caller: caller)
+        await world.hub.replace_generation(collections, lambda caller: caller)
         await world.stream(await event_of(world, case, name_of(case, 1)))
         found = {who: heard(world, who, name_of(case, 1)) for who in (BAD, GOOD, "")}
         assert found[GOOD] == "all"
@@ -383,7 +383,7 @@ async def live(world: World, case: Case, *people: str) -> None:
         await world.listen(who, case.topic, await world.user(who), "")
     for number in range(3):
         await world.stream(await event_of(world, case, f"before {number}"))
-    assert all(one.is_live for one in world.hub.connections)
+    assert all(one.state is LIVE for one in world.hub.connections)
     for sink in world.sinks.values():
         sink.forget()
 

@@ -9,7 +9,7 @@ import pytest
 
 from pgrealtime.config.load import parse_config
 from pgrealtime.feed.reader import ReplicationReader
-from pgrealtime.hub.hub import Hub
+from pgrealtime.hub.dispatcher import Dispatcher
 from pgrealtime.service.build import run_service
 from tests.conformance.http_client import Address, End
 from tests.e2e.listener import listener
@@ -26,7 +26,7 @@ async def fail(*_: object) -> None:
 @pytest.mark.parametrize(
     ("of", "name"),
     [
-        pytest.param(Hub, "_dispatch", id="delivery"),
+        pytest.param(Dispatcher, "_dispatch", id="delivery"),
         pytest.param(ReplicationReader, "_append_when_room", id="reading"),
     ],
 )

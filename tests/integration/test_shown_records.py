@@ -18,10 +18,10 @@ from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Change, Delete, Insert, Row, TableName, Transaction, Update, WholeRow
 from pgrealtime.collections.build import build_collections, configured_table_names
-from pgrealtime.config.model import CollectionConfig, RealtimeConfig
+from pgrealtime.config.model import CollectionConfig
 from pgrealtime.hub.connections.connection import Connection
-from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.hub import Hub
+from pgrealtime.hub.state.settings import HubSettings
 from pgrealtime.lsn import LSN, Xid
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.rule_queries.executor import QueryExecutor
@@ -146,13 +146,7 @@ async def open_stage(database_url: str, seconds: float = 2.0) -> AsyncIterator[S
             configured, await read_catalog(connection, schemas=["public"], names=names)
         )
         changelog = MemoryChangelog(LSN(FAR), max_bytes=1_000_000, max_age_seconds=300)
-        hub = Hub(
-            changelog,
-            Matcher(collections),
-            QueryExecutor(pool),
-            collections=collections,
-            limits=RealtimeConfig(),
-        )
+        hub = Hub(changelog, QueryExecutor(pool), collections, HubSettings())
         hub.stream_started("abcdef")
         task = asyncio.create_task(hub.run())
         try:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import structlog
 from msgspec import Struct
 
 from pgrealtime.auth.principal import account_of
 from pgrealtime.changelog.base import Changelog
-from pgrealtime.changelog.row_history import RowHistory
 from pgrealtime.changes import Action
 from pgrealtime.errors import ChangelogError
 from pgrealtime.hub.catchup.replay_cache import CatchUpCache, catch_up_cache_key
@@ -18,11 +17,9 @@ from pgrealtime.hub.connections.batch import MessageBatch
 from pgrealtime.hub.connections.connection import (
     NO_MESSAGE_KEYS,
     Connection,
-    ConnectionState,
     Group,
     Subscription,
 )
-from pgrealtime.hub.connections.send_budget import SendBudget
 from pgrealtime.hub.delivery.compose import (
     ConnectionMessages,
     compose_for_connection,
@@ -45,15 +42,15 @@ from pgrealtime.hub.state.caller_check import (
     CallerCheckResult,
     may_account_have_changed,
 )
-from pgrealtime.hub.state.callers import CallerTracker
 from pgrealtime.hub.state.gaps import GapNotifier
 from pgrealtime.hub.state.isolation import IsolatedConnections
 from pgrealtime.hub.state.progress import DispatchProgress
-from pgrealtime.lsn import LSN, Cursor, Xid
+from pgrealtime.hub.state.registry import ConnectionRegistry
+from pgrealtime.hub.state.settings import HubSettings
+from pgrealtime.hub.state.visibility import VisibilityTracker
+from pgrealtime.lsn import LSN, Cursor
 
 log = structlog.get_logger(__name__)
-
-MAX_CONCURRENT_CATCH_UPS = 16
 
 _MAX_WRITE_BYTES = 256 * 1024
 """Handed to a connection at once, though more may wait for it: others of the loop have their turn
@@ -101,58 +98,42 @@ class _CatchUpState(Struct):
 
 
 class CatchUpTasks:
-    """One task for each connection that reads on; it ends when the connection is LIVE.
+    """One task for each connection that catches up; it ends when the connection is LIVE.
 
     Args:
-        changelog: What is read.
-        progress: Where the hub stands.
-        callers: Whose connections they are.
-        isolated: Those whose filters are slow.
-        gap_notifier: Tells of what can't be delivered.
-        row_history: Knows what was done to rows later.
-        max_concurrent: Connections that are served at the same moment, and half as many isolated
-            ones; what they ask of the database must leave some of it to the others.
-        send_budget: How much may wait for connections.
-        stall_timeout: Seconds that one waits for room before the connection that takes most of
-            it is dropped.
-        wait_until_visible: Returns once readers see some transactions.
-        apply_caller_change: Makes a connection's caller what an event makes of it.
-        close: Ends a connection, for a reason.
-        abort: Ends one that takes too little.
+        changelog: Read by each connection at its own cursor.
+        progress: The dispatcher's.
+        registry: Closes connections and applies changes of their callers.
+        visibility: Waits until transactions are visible.
+        gap_notifier: Notifies of what cannot be delivered.
+        settings: How many are served at the same time, and when a slow one is dropped.
         clock: Monotonic seconds.
+
+    Attributes:
+        isolated: The connections whose filters are slow.
     """
 
     def __init__(
         self,
         changelog: Changelog,
         progress: DispatchProgress,
-        callers: CallerTracker,
-        isolated: IsolatedConnections,
-        gap_notifier: GapNotifier,
+        registry: ConnectionRegistry,
         *,
-        row_history: RowHistory,
-        max_concurrent: int,
-        send_budget: SendBudget,
-        stall_timeout: float,
-        wait_until_visible: Callable[[Iterable[Xid]], Awaitable[None]],
-        apply_caller_change: Callable[[Connection, Event], None],
-        close: Callable[[Connection, str], None],
-        abort: Callable[[Connection], None],
+        visibility: VisibilityTracker,
+        gap_notifier: GapNotifier,
+        settings: HubSettings,
         clock: Callable[[], float],
     ) -> None:
+        max_concurrent = settings.max_concurrent_catch_ups
         self._changelog = changelog
         self._progress = progress
-        self._callers = callers
-        self._isolated = isolated
+        self._registry = registry
+        self._visibility = visibility
         self._gap_notifier = gap_notifier
-        self._row_history = row_history
-        self._send_budget = send_budget
-        self._stall_timeout = stall_timeout
-        self._abort = abort
-        self._wait_until_visible = wait_until_visible
-        self._apply_caller_change = apply_caller_change
-        self._close = close
+        self._send_budget = registry.send_budget
+        self._stall_timeout = settings.limits.stall_timeout
         self._clock = clock
+        self.isolated = IsolatedConnections(progress, clock)
         self._tasks: dict[Connection, asyncio.Task[None]] = {}
         self._semaphore = asyncio.Semaphore(max_concurrent)
         self._isolated_semaphore = asyncio.Semaphore(max(1, max_concurrent // 2))
@@ -160,6 +141,7 @@ class CatchUpTasks:
         self._caught_up: dict[Connection, bool] = {}
         """Those that have read all there is: they wait for the slice being evaluated, or (True)
         must stay isolated."""
+        registry.when_removed(self._stop)
 
     def start(self, connection: Connection) -> None:
         """Let a connection in the state REPLAY read on."""
@@ -168,8 +150,8 @@ class CatchUpTasks:
                 self._run(connection), name=f"replay {connection.id[:8]}"
             )
 
-    def stop(self, connection: Connection) -> None:
-        """Forget a connection that has ended."""
+    def _stop(self, connection: Connection) -> None:
+        """Forget a connection that was closed."""
         self.prevent_going_live(connection)
         task = self._tasks.pop(connection, None)
         if task is not None:
@@ -191,7 +173,7 @@ class CatchUpTasks:
     def _try_go_live(self, connection: Connection) -> None:
         """Make LIVE a connection that has read all there is; or let it wait, or read on."""
         course = self._progress
-        if connection.state is not ConnectionState.CATCHING_UP:
+        if not connection.is_catching_up():
             self._caught_up.pop(connection, None)
             return
         if course.is_evaluating or connection.cursor > course.head:
@@ -200,10 +182,9 @@ class CatchUpTasks:
         elif connection.cursor < course.head:
             self._tasks.pop(connection, None)
             self.start(connection)
-        elif self._isolated.try_rejoin(connection):
+        elif self.isolated.try_rejoin(connection):
             self._caught_up.pop(connection, None)
-            connection.state = ConnectionState.LIVE
-            connection.is_live = True
+            connection.go_live()
             if connection.has_cursor_topic:
                 connection.write_cursor_event(course.head)
         elif not self._caught_up.get(connection):
@@ -234,7 +215,7 @@ class CatchUpTasks:
 
     def _close_failed(self, connection: Connection, error: Exception) -> None:
         log.error("replay.failed", error=type(error).__name__, at=raise_location(error))
-        self._close(connection, "failed")  # its client comes back; silence would be a gap
+        self._registry.close(connection, "failed")  # its client comes back; silence would be a gap
 
     async def _deliver_oversized(self, connection: Connection, state: _CatchUpState) -> None:
         """Hand on a message that is larger than what may wait for one: when there is room.
@@ -248,7 +229,7 @@ class CatchUpTasks:
             ):
                 largest = self._send_budget.largest_connection()
                 if largest is not None:
-                    self._abort(largest)
+                    self._registry.abort(largest)
             await self._deliver_next(connection, state)
 
     async def _deliver_next(self, connection: Connection, state: _CatchUpState) -> bool:
@@ -280,7 +261,7 @@ class CatchUpTasks:
         """Tell a gap that the submitted position lies in; return whether nothing may follow."""
         if not connection.pending_gap_reason:
             return False
-        reason, connection.pending_gap_reason = connection.pending_gap_reason, ""
+        reason = connection.take_pending_gap()
         self._gap_notifier.notify(connection, GapNotice(None, reason, connection.cursor))
         return not connection.is_catching_up()
 
@@ -296,9 +277,9 @@ class CatchUpTasks:
             return False
         if stretch.size_bytes > self._send_budget.limit_bytes():
             return False
-        self._isolated.record_usage(connection, stretch.budget, stretch.events)
+        self.isolated.record_usage(connection, stretch.budget, stretch.events)
         self._write_batch(connection, stretch.events, stretch.batch)
-        connection.cursor = stretch.end_cursor
+        connection.advance(stretch.end_cursor)
         if connection.has_cursor_topic:
             connection.write_cursor_event(stretch.end_cursor)
         return True
@@ -313,7 +294,7 @@ class CatchUpTasks:
         if batch.event_indexes:
             connection.enqueue(batch)
             connection.write(connection.encode_queued(events, position_limit))
-            connection.idle_since = connection.last_write_at = self._clock()
+            connection.mark_event_sent(self._clock())
             self._send_budget.update(connection)
 
     def _next_slice(self, connection: Connection) -> Slice:
@@ -329,7 +310,7 @@ class CatchUpTasks:
         def turns(event: Event) -> bool:
             caller = connection.caller
             return (
-                self._callers.caller_after(event, caller, connection.caller_read_point)
+                self._registry.callers.caller_after(event, caller, connection.caller_read_point)
                 is not caller
             )
 
@@ -352,12 +333,12 @@ class CatchUpTasks:
         stands = None if connection.is_amid_change() else catch_up_cache_key(connection, edition)
         judged, state.unsent = state.unsent, None
         if judged is None or not judged.is_next_for(connection, edition):
-            budget = self._isolated.budget_for(connection, is_limited=state.is_limited)
+            budget = self.isolated.budget_for(connection, is_limited=state.is_limited)
             judged = await self._evaluate(connection, state.max_events, budget)
             await self._wait_for_gap_causes(judged)
             if not connection.is_catching_up() or self._progress.revision != edition:
                 return
-            was_late = self._isolated.record_usage(connection, budget, judged.events)
+            was_late = self.isolated.record_usage(connection, budget, judged.events)
             state.is_limited = not was_late
             if judged.slice_result.over_budget_groups:
                 # Of one event Postgres may know in time; else it is slow, and may be that.
@@ -366,7 +347,7 @@ class CatchUpTasks:
         part, events, verdict = judged.slice, judged.events, judged.slice_result
         limit = self._send_budget.limit_bytes()
         piece = await self._compose(connection, judged, min(limit, _MAX_WRITE_BYTES))
-        if connection.is_closed or self._progress.revision != edition:
+        if connection.is_closed() or self._progress.revision != edition:
             return
         size, state.oversized_message_bytes = piece.batch.size_bytes, 0
         if size > limit and not self._send_budget.admits(size):
@@ -388,16 +369,16 @@ class CatchUpTasks:
             self._cache.store(
                 stands, events, piece.batch, upto, judged.budget, checked=judged.checked
             )
-        connection.cursor = upto
+        connection.advance(upto)
         connection.record_messages_sent(upto, NO_MESSAGE_KEYS)
         gap = part.gap if part.gap is not None and part.gap.cursor <= upto else None
         self._gap_notifier.notify_slice(connection, gap, unheard, upto)
-        if not is_cut and not connection.is_closed:
+        if not is_cut and not connection.is_closed():
             # Not before the gap: what may be missed is told to who might have heard it.
             people = [event for event in part.account_events if event.cursor <= upto]
             self._apply_caller_changes(connection, people, "delete")
         # Nor this: who breaks off in between would come back from behind the gap.
-        if connection.has_cursor_topic and not connection.is_closed:
+        if connection.has_cursor_topic and not connection.is_closed():
             connection.write_cursor_event(upto)
         state.max_events = (
             piece.stop_index if is_cut else min(SLICE_CHANGES, max(1, len(events)) * 2)
@@ -417,7 +398,9 @@ class CatchUpTasks:
             max_bytes=max_bytes,
         )
         if piece.failed_indexes:
-            await self._wait_until_visible(events[place].xid for place in piece.failed_indexes)
+            await self._visibility.wait_until_visible(
+                events[place].xid for place in piece.failed_indexes
+            )
         return piece
 
     async def _wait_for_gap_causes(self, evaluated: _EvaluatedSlice) -> None:
@@ -427,14 +410,14 @@ class CatchUpTasks:
             gap = None
         subscribed = self._progress.generation.subscription_counts
         if causes := gap_xids(gap, evaluated.events, evaluated.slice_result, subscribed):
-            await self._wait_until_visible(causes)
+            await self._visibility.wait_until_visible(causes)
 
     def _apply_caller_changes(
         self, connection: Connection, account_events: Sequence[Event], action: Action
     ) -> None:
         for event in account_events:
             if event.action == action:
-                self._apply_caller_change(connection, event)
+                self._registry.apply_caller_change(connection, event)
 
     async def _evaluate(
         self, connection: Connection, max_events: int, budget: FilterBudget
@@ -487,9 +470,8 @@ class CatchUpTasks:
     def _caller_check_for(self, connection: Connection, events: Sequence[Event]) -> CallerCheck:
         """Return what finds out whether the connection's caller is another by now."""
         return CallerCheck(
-            self._callers,
+            self._registry.callers,
             self._progress.generation,
-            self._row_history,
             events=events,
             find_connections=lambda _viewers, _groups: [connection],
         )
@@ -499,9 +481,10 @@ class CatchUpTasks:
         person = account_of(connection.caller)
         if checked is None or person is None:
             return True
-        collection = self._progress.generation.collections.get(person[0])
+        generation = self._progress.generation
+        collection = generation.collections.get(person[0])
         before = LSN(checked.commit_lsn - 1)
         return checked.is_changelog_complete and (
             collection is None
-            or not may_account_have_changed(self._row_history, collection, person, before)
+            or not may_account_have_changed(generation.row_history, collection, person, before)
         )

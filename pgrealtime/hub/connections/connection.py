@@ -1,21 +1,24 @@
-"""One client's SSE response as the hub sees it: its state, its topics, its bytes."""
+"""One client's SSE response: its state, its subscriptions, its position and its queued messages.
+
+``hub.state.registry`` opens a connection. While it is LIVE it receives slices from
+``hub.dispatcher``, while it is catching up from ``hub.catchup``; ``hub.subscribe`` changes its
+topics. They call its transitions; nothing outside of its class assigns its fields.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from enum import Enum
-from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from pgrealtime.auth.principal import Caller
-from pgrealtime.hub.connections.batch import MessageBatch, merge_batches
 from pgrealtime.hub.connections.group import MemberGroup, MemberRenderGroup, RenderKey
-from pgrealtime.hub.events.event import Event
-from pgrealtime.lsn import Cursor, Position, format_position
+from pgrealtime.hub.connections.output import ConnectionOutput, ResponseWriter
+from pgrealtime.lsn import Cursor
 from pgrealtime.networks import client_network
-from pgrealtime.protocol.frame import HEARTBEAT, cursor_tail
+from pgrealtime.protocol.frame import HEARTBEAT, connect_tail
 from pgrealtime.protocol.topic import Topic
 from pgrealtime.records.encode import View
 
@@ -25,72 +28,62 @@ if TYPE_CHECKING:
     from pgrealtime.snapshot import ReadPoint
 
 MessageKey: TypeAlias = tuple[int, bytes]
-"""A message of a change: which of its events, and the topic."""
+"""One message of a change: the index of its event among the change's events, and the topic."""
 
 NO_MESSAGE_KEYS: AbstractSet[MessageKey] = frozenset()
 
 CURSOR_TOPIC = "PB_CURSOR"
 RESYNC_TOPIC = "PB_RESYNC"
 
-_MESSAGES_PER_CURSOR_EVENT = 16
-"""Messages between two PB_CURSOR within a batch: a client that has no other way to know its
-position hears no more than these again after a break."""
-
-
-class ResponseWriter(Protocol):
-    """Where a connection's bytes go; HTTP's side of it is the API's business."""
-
-    def write(self, data: bytes) -> None:
-        """Take bytes of the event stream; never blocks."""
-        ...
-
-    def buffered_bytes(self) -> int:
-        """Bytes taken that the kernel hasn't."""
-        ...
-
-    async def drain(self) -> None:
-        """Wait until the buffer is low."""
-        ...
-
-    def close(self) -> None:
-        """End the body in an orderly way, after what was written."""
-        ...
-
-    def abort(self) -> None:
-        """Drop the connection and what is buffered."""
-        ...
+_CLOSE_DELAY_SECONDS = 1.0
+"""Seconds that a connection stays open after its first call was answered. The PocketBase JS SDK
+does not reconnect if its connection ends between PB_CONNECT and the answer to its first call."""
 
 
 class ConnectionState(Enum):
-    """Where a connection stands (the design's state machine, OPENING being ``Hub.open``)."""
+    """The state of a connection; ``Connection``'s methods are the transitions."""
 
     CONNECTING = "connecting"
-    """The head is out, PB_CONNECT waits for the stream from the database."""
-    UNSUBSCRIBED = "held"
-    """PB_CONNECT is out, no call with topics was accepted yet: nothing is delivered."""
-    SUBSCRIBING = "paused"
-    """A subscribe call is at work: output waits at ``cursor``."""
-    CATCHING_UP = "replay"
+    """The response's head was sent; PB_CONNECT waits for the replication stream."""
+    UNSUBSCRIBED = "unsubscribed"
+    """PB_CONNECT was sent and there is no topic: nothing is delivered."""
+    SUBSCRIBING = "subscribing"
+    """A subscribe call is in progress: delivery waits at ``cursor``."""
+    CATCHING_UP = "catching up"
     """Reads on from the changelog at ``cursor``: after a break, when slow, after a call."""
     LIVE = "live"
-    """Gets what the hub delivers as it comes."""
-    CALLER_INVALID = "lost"
-    """Nobody knows who its caller is by now: it is about to be ended, and until its client is back,
-    or calls once more, nothing is delivered and its position stays."""
-    CLOSED = "ended"
+    """Receives each slice as the dispatcher delivers it."""
+    CALLER_INVALID = "caller invalid"
+    """Its caller is not known any more, so it is about to be closed. Nothing is delivered and its
+    position stays, until its client reconnects or calls again."""
+    CLOSED = "closed"
+
+
+# Not Final: mypy would narrow ``connection.state`` by it, and it changes between awaits. Hot loops
+# compare with a module's global: 2 ns a comparison on Python 3.11, ``ConnectionState.LIVE`` 100 ns.
+LIVE: ConnectionState = ConnectionState.LIVE
+
+_CALL_STATES = (
+    ConnectionState.CONNECTING,
+    ConnectionState.UNSUBSCRIBED,
+    ConnectionState.SUBSCRIBING,
+)
+"""While a subscribe call is in progress, if the caller is valid."""
+_OPEN_STATES = tuple(state for state in ConnectionState if state is not ConnectionState.CLOSED)
 
 
 class Subscription:
     """One topic of one connection.
 
     Attributes:
-        own_record_id: Of an auth collection: the id of the subscriber's own record, whose email it
-            sees.
-        read_point: What it must still hear although it joined late; None once everything is.
-        group: The subscriptions it is judged with; None if nothing can ever match.
-        expand_viewer: Who it is to related records; None if it wants none.
-        bound_manage_rule: What is asked of a record whose address isn't public; None if nothing
-            helps.
+        own_record_id: For topics of the caller's auth collection, the id of the caller's record:
+            its email is shown to it. Otherwise empty.
+        read_point: For a topic that was added to a connection: a snapshot and a WAL position.
+            Transactions visible in it are not delivered for this topic. None once all later
+            transactions are invisible in it.
+        group: The subscriptions that it is evaluated with; None if no event can match.
+        expand_viewer: The viewer of related records; None without ``expand``.
+        bound_manage_rule: The rule that shows an email which is not public; None if none can.
     """
 
     __slots__ = (
@@ -120,34 +113,82 @@ class Subscription:
 
     @property
     def render_key(self) -> RenderKey:
-        """What decides, beside its group, which bytes it is sent, its own record's aside."""
+        """What decides the bytes of its messages, beside its group and its own record."""
         return self.topic_bytes, self.view, self.expand_viewer, self.bound_manage_rule
+
+    def set_own_record(self, record_id: str) -> None:
+        """Set the id of the caller's own record; only while it is in no group."""
+        self.own_record_id = record_id
+
+    def set_view(
+        self,
+        view: View,
+        expand_viewer: ExpandViewer | None = None,
+        bound_manage_rule: BoundPredicate | None = None,
+    ) -> None:
+        """Set what it sees of records; only while it is in no group."""
+        self.view = view
+        self.expand_viewer = expand_viewer
+        self.bound_manage_rule = bound_manage_rule
+
+    def set_group(self, group: Group | None) -> None:
+        """Set the group that the matcher put it into; None when it was taken out."""
+        self.group = group
+
+    def set_read_point(self, read_point: ReadPoint | None) -> None:
+        """Set the snapshot whose transactions are not delivered for it."""
+        self.read_point = read_point
 
 
 Group: TypeAlias = MemberGroup[Subscription]
 RenderGroup: TypeAlias = MemberRenderGroup[Subscription]
 
 
-@lru_cache(maxsize=4096)
-def _encode_position(epoch: str, cursor: Cursor) -> bytes:
-    return format_position(Position(epoch, cursor)).encode()
+class Resumption(NamedTuple):
+    """The place that the position which a client submitted leads to."""
+
+    cursor: Cursor
+    """Delivery begins after it."""
+    position: bytes
+    """The position to send until something was delivered."""
+    gap_reason: str = ""
+    """Why changes are missing before ``cursor``; empty if none are."""
+    is_resuming: bool = False
+    """Whether delivery goes on from the submitted position."""
 
 
-class Connection:
-    """A client's response.
+class Connection(ConnectionOutput):
+    """The state machine of one client's response.
+
+    A transition from a state that it doesn't exist for raises ``RuntimeError``: a fault of this
+    program, which ends the connection.
+
+    Args:
+        client_id: Sent in PB_CONNECT, submitted by subscribe calls.
+        writer: The transport.
+        address: The client's IP address.
+        submitted_positions: ``Last-Event-ID`` and ``lastEventId`` as submitted; resolved when
+            PB_CONNECT is sent.
+        epoch: Of the stream's positions.
+        cursor: The dispatcher's head.
+        now: Monotonic seconds, as wherever ``now`` is a parameter.
 
     Attributes:
-        is_resumable: Whether messages carry positions; who didn't ask gets PocketBase's bytes.
-        cursor: Everything up to here was handed to it. Stale while LIVE: the hub's head is it.
-        position: What the last id said, once positions were asked for.
+        cursor: Everything up to here was delivered to it. While LIVE it is stale: the dispatcher's
+            head holds.
+        pending_gap_reason: Reason of a gap to announce once the first call was accepted, or empty.
+        is_resuming: Whether it goes on from a submitted position and has had no call since.
+        is_isolated: Whether its filters are evaluated for it alone because they were slow. Set by
+            the matcher, whose groups depend on it.
+        close_reason: Why it is to be closed as soon as its client can bear that, or empty.
+        caller_read_point: The snapshot in which the caller's row was read; None without a row.
+        lock: Held while a subscribe call or one slice of catching up moves ``cursor`` or changes
+            the subscriptions.
     """
 
     # Thousands of these wait for hours: 0.9 KB each with a dict.
     __slots__ = (
         "__weakref__",
-        "_drained_bytes",
-        "_id_prefix",
-        "_queued_batches",
         "_sent_of_change",
         "address",
         "caller",
@@ -155,29 +196,17 @@ class Connection:
         "close_reason",
         "connected_at",
         "cursor",
-        "epoch",
-        "events_sent",
         "first_call_answered_at",
-        "has_cursor_topic",
         "has_resync_topic",
-        "id",
-        "idle_since",
         "is_isolated",
-        "is_live",
-        "is_resumable",
         "is_resuming",
-        "last_drained_at",
-        "last_write_at",
         "lock",
         "network",
         "opened_at",
         "pending_gap_reason",
-        "position",
         "state",
         "submitted_positions",
         "subscriptions",
-        "writer",
-        "written_bytes",
     )
 
     def __init__(
@@ -186,124 +215,261 @@ class Connection:
         writer: ResponseWriter,
         *,
         address: str,
+        submitted_positions: tuple[str | None, str | None] = (None, None),
         epoch: str,
         cursor: Cursor,
         now: float,
     ) -> None:
-        self.id = client_id
-        self.writer = writer
+        super().__init__(client_id, writer, epoch, now)
         self.address = address
         self.network = client_network(address)
-        self.epoch = epoch
-        self.cursor = cursor
+        self.submitted_positions = submitted_positions
         self.state = ConnectionState.CONNECTING
-        self.is_live = False
-        self.is_isolated = False
-        """Whether its filters kept others waiting, and are evaluated for it alone. Written by the
-        matcher: its groups depend on it."""
-        self.is_resumable = False
-        self.submitted_positions: tuple[str | None, str | None] = (None, None)
-        """``Last-Event-ID`` and ``lastEventId`` as they came, read when PB_CONNECT goes out."""
+        self.cursor = cursor
         self.pending_gap_reason: str = ""
-        """Reason to announce when the first call is accepted; empty if there is none."""
         self.is_resuming = False
-        """Whether it came with a position that the changelog reaches back to."""
+        self.is_isolated = False
         self.close_reason = ""
-        """Why it is to be ended as soon as that can be, so that its client comes back; a call
-        that could not be answered, a gap that can't be told."""
-        self.connected_at = now
-        self.position: bytes = b""
         self.caller = Caller()
         self.caller_read_point: ReadPoint | None = None
-        """What was visible when the caller's row was read; None if it has no row."""
         self.subscriptions: dict[str, Subscription] = {}
-        self.has_cursor_topic = False
         self.has_resync_topic = False
         self.lock = asyncio.Lock()
-        """Held by whoever moves ``cursor`` or the subscriptions: one replay slice, one call."""
         self.opened_at = now
+        self.connected_at = now
         self.first_call_answered_at: float | None = None
-        self.idle_since = now
-        """When it connected or was last sent an event: the idle limit counts from here."""
-        self.last_write_at = now
-        self.last_drained_at = now
-        self.written_bytes = 0
-        self._drained_bytes = 0
-        self.events_sent = 0
-        self._queued_batches: tuple[MessageBatch, ...] = ()
         self._sent_of_change: tuple[Cursor, AbstractSet[MessageKey]] | None = None
-        """What was sent of the change after ``cursor``, if that is too large to be sent at once."""
-        self._id_prefix = b"id:" + client_id.encode()
+        """Messages sent of the change after ``cursor``, if it is too large for one write."""
 
-    @property
+    # Methods and not properties: mypy narrows properties, and the state changes between awaits.
+
     def is_closed(self) -> bool:
-        """Whether it is over."""
+        """Whether it was closed."""
         return self.state is ConnectionState.CLOSED
 
     def is_catching_up(self) -> bool:
-        """Whether it reads on from the changelog; no property, for it changes between awaits."""
+        """Whether it reads on from the changelog."""
         return self.state is ConnectionState.CATCHING_UP
 
     def is_caller_invalid(self) -> bool:
-        """Whether its caller isn't known any more; no property, as ``is_catching_up``."""
+        """Whether its caller is not known any more."""
         return self.state is ConnectionState.CALLER_INVALID
 
-    def mark_closed(self) -> None:
-        """Make it over: nothing is written any more."""
+    def may_close(self, now: float) -> bool:
+        """Whether closing it cannot fall between PB_CONNECT and the answer to its first call."""
+        if self.first_call_answered_at is None:
+            is_called = self.lock.locked()
+            return not is_called and now - self.connected_at >= _CLOSE_DELAY_SECONDS
+        return now - self.first_call_answered_at >= _CLOSE_DELAY_SECONDS
+
+    # --- transitions ------------------------------------------------------------------------
+
+    def _require(self, *states: ConnectionState) -> None:
+        if self.state not in states:
+            raise RuntimeError(f"no such transition of a connection that is {self.state.value}")
+
+    def connect(self, epoch: str, head: Cursor, resumption: Resumption | None, now: float) -> None:
+        """CONNECTING -> UNSUBSCRIBED: send PB_CONNECT, now that there is a replication stream.
+
+        Args:
+            epoch: Of the stream's positions.
+            head: The dispatcher's.
+            resumption: Of the submitted position; None if there is none.
+            now: See the class.
+        """
+        self._require(ConnectionState.CONNECTING)
+        self.state = ConnectionState.UNSUBSCRIBED
+        self.epoch = epoch
+        self.cursor = head
+        if resumption is not None:
+            self.is_resumable = True
+            self.cursor, self.position, self.pending_gap_reason, self.is_resuming = resumption
+        self.connected_at = self.idle_since = self.last_write_at = now
+        self.write_message(connect_tail(self.id), None)
+
+    def begin_call(self, head: Cursor) -> bool:
+        """-> SUBSCRIBING, unless it has no topics or no valid caller: stop delivery for a call.
+
+        Returns:
+            Whether it has no topics, so that nothing was delivered to it.
+        """
+        match self.state:
+            case ConnectionState.CONNECTING | ConnectionState.UNSUBSCRIBED:
+                return True
+            case ConnectionState.CALLER_INVALID:
+                return False
+            case ConnectionState.LIVE:
+                self.cursor = head
+            case _:
+                self._require(ConnectionState.CATCHING_UP)
+        self.state = ConnectionState.SUBSCRIBING
+        return False
+
+    def start_at(self, head: Cursor, *, loses_position: bool) -> None:
+        """Begin delivery at the head; only in a call that finds it without topics.
+
+        Args:
+            head: The dispatcher's.
+            loses_position: Whether the submitted position turned out not to be the stream's.
+        """
+        if loses_position:
+            self.pending_gap_reason, self.is_resuming = "unknown", False
+        self.cursor = head
+
+    def accept_call(self, topics: Mapping[str, Topic], read_point: ReadPoint | None) -> None:
+        """Take over what a call says beside subscriptions and caller, which are set already.
+
+        CALLER_INVALID -> SUBSCRIBING: the call authenticated the caller anew.
+
+        Args:
+            topics: By their text.
+            read_point: The snapshot in which the caller's row was read.
+        """
+        self._require(*_CALL_STATES, ConnectionState.CALLER_INVALID)
+        self.caller_read_point = read_point
+        self.has_resync_topic = RESYNC_TOPIC in topics
+        self.has_cursor_topic = CURSOR_TOPIC in topics
+        if self.has_cursor_topic and not self.is_resumable:
+            self.is_resumable = True
+            self.position = self._encode_position(self.cursor)
+        if topics:
+            self.is_resuming = False
+        if self.state is ConnectionState.CALLER_INVALID:
+            self.state = ConnectionState.SUBSCRIBING
+
+    def end_call(self, head: Cursor) -> bool:
+        """-> CATCHING_UP with topics, else UNSUBSCRIBED: resume delivery after a call.
+
+        Returns:
+            Whether it is catching up now.
+        """
+        if self.state in (ConnectionState.CALLER_INVALID, ConnectionState.CLOSED):
+            return False
+        self._require(*_CALL_STATES)
+        if self.subscriptions:
+            self.state = ConnectionState.CATCHING_UP
+            return True
+        if self.state is ConnectionState.SUBSCRIBING:
+            self.state = ConnectionState.UNSUBSCRIBED
+            self.cursor = head
+        return False
+
+    def mark_answered(self, now: float, *, close_reason: str = "") -> None:
+        """Note that its first call was answered; later calls change nothing.
+
+        Args:
+            now: See the class.
+            close_reason: Why it must be closed after that answer, or empty.
+        """
+        if self.first_call_answered_at is None:
+            self.first_call_answered_at = now
+            self.close_reason = close_reason or self.close_reason
+
+    def advance(self, cursor: Cursor) -> None:
+        """Move the cursor while it catches up, or has become invalid within a slice."""
+        self._require(ConnectionState.CATCHING_UP, ConnectionState.CALLER_INVALID)
+        self.cursor = cursor
+
+    def go_live(self) -> None:
+        """CATCHING_UP -> LIVE: it has received everything up to the dispatcher's head."""
+        self._require(ConnectionState.CATCHING_UP)
+        self.state = LIVE
+
+    def fall_behind(self, head: Cursor) -> None:
+        """LIVE -> CATCHING_UP from the head; what was queued is read again from the changelog."""
+        self._require(LIVE)
+        self._queued_batches = ()
+        self.state = ConnectionState.CATCHING_UP
+        self.cursor = head
+
+    def invalidate_caller(self, delivered: Cursor) -> None:
+        """-> CALLER_INVALID: deliver nothing more.
+
+        Args:
+            delivered: What was delivered if it is LIVE; it resumes from there.
+        """
+        self._require(*_OPEN_STATES)
+        if self.state is LIVE:
+            self.cursor = delivered
+        self.state = ConnectionState.CALLER_INVALID
+
+    def restart(self, epoch: str, head: Cursor) -> bool:
+        """Begin at the head of another history: earlier positions and snapshots are void.
+
+        Returns:
+            Whether it must be notified of a gap now, for it has topics or a call in progress.
+        """
+        self.epoch = epoch
+        self.cursor = head
+        self._sent_of_change = None
+        self.caller_read_point = None
+        if self.state is ConnectionState.UNSUBSCRIBED and self.is_resumable:
+            self.pending_gap_reason = self.pending_gap_reason or "unknown"
+            return False
+        return bool(self.subscriptions) or self.state is ConnectionState.SUBSCRIBING
+
+    def continue_epoch(self, epoch: str) -> None:
+        """Write positions of another epoch from now on, in which the stream goes on."""
+        self.epoch = epoch
+
+    def request_close(self, reason: str) -> None:
+        """Have it closed as soon as ``may_close`` allows."""
+        self.close_reason = reason
+
+    def close(self) -> None:
+        """-> CLOSED, from any state: nothing is written any more."""
         self.state = ConnectionState.CLOSED
-        self.is_live = False
 
-    def write_message(self, tail: bytes, cursor: Cursor | None) -> None:
-        """Write one message of ours; ``at`` moves a resumable connection's position."""
-        if cursor is not None and self.is_resumable:
-            self.position = self.encode_position(cursor)
-        self.write(self._event_id() + tail)
+    # --- subscriptions and caller -------------------------------------------------------------
 
-    def write_cursor_event(self, cursor: Cursor) -> None:
-        """Write PB_CURSOR with the position."""
-        self.position = self.encode_position(cursor)
-        full_id = self._event_id()
-        self.write(full_id + cursor_tail(full_id[3:]))
+    def set_caller(self, caller: Caller) -> None:
+        """Set the caller; called by ``CallerTracker``, which keeps the index by account."""
+        self.caller = caller
 
-    def write_heartbeat(self, cursor: Cursor) -> None:
-        """Write what keeps the connection alive: the position if it moved, else a comment."""
+    def forget_caller_read_point(self) -> None:
+        """Apply every further change of the caller's row: none is older than the row read."""
+        self.caller_read_point = None
+
+    def set_isolated(self, *, is_isolated: bool) -> None:
+        """Set whether its filters are evaluated for it alone; called by the matcher."""
+        self.is_isolated = is_isolated
+
+    def add_subscription(self, name: str, subscription: Subscription) -> None:
+        """Add the subscription of a topic."""
+        self.subscriptions[name] = subscription
+
+    def take_subscriptions(self) -> Mapping[str, Subscription]:
+        """Return all subscriptions and have none any more."""
+        taken, self.subscriptions = self.subscriptions, {}
+        return taken
+
+    def take_pending_gap(self) -> str:
+        """Return the reason of the gap to announce, which counts as announced now."""
+        reason, self.pending_gap_reason = self.pending_gap_reason, ""
+        return reason
+
+    def write_gap(self, tail: bytes, cursor: Cursor | None, now: float) -> None:
+        """Write PB_RESYNC; its cursor, if any, is what it has received then."""
+        self.write_message(tail, cursor)
+        self.cursor = cursor or self.cursor
+        self.mark_event_sent(now)
+
+    def write_heartbeat(self, cursor: Cursor, now: float) -> None:
+        """Write PB_CURSOR if the position moved, else an SSE comment."""
+        self.last_write_at = now
         if (
             self.is_resumable
             and not self.pending_gap_reason
-            and self.encode_position(cursor) != self.position
+            and self._encode_position(cursor) != self.position
         ):
             self.write_cursor_event(cursor)
         else:
             self.write(HEARTBEAT)
 
-    def encode_position(self, cursor: Cursor) -> bytes:
-        """The position as ids carry it."""
-        return _encode_position(self.epoch, cursor)
-
-    def _event_id(self) -> bytes:
-        return b"%b.%b" % (self._id_prefix, self.position) if self.is_resumable else self._id_prefix
-
-    def write(self, data: bytes) -> None:
-        """Hand bytes to the sink."""
-        self.writer.write(data)
-        self.written_bytes += len(data)
-
-    def enqueue(self, batch: MessageBatch) -> bool:
-        """Take part of a slice's messages; return whether it is the first part."""
-        is_first = not self._queued_batches
-        self._queued_batches += (batch,)
-        return is_first
-
-    def queued_bytes(self) -> int:
-        """Bytes of what was taken."""
-        return sum([batch.size_bytes for batch in self._queued_batches])
-
-    def has_one_queued_message(self) -> bool:
-        """Whether what was taken can't be divided."""
-        return sum([len(batch.event_indexes) for batch in self._queued_batches]) == 1
+    # --- changes too large for one write -------------------------------------------------------
 
     def messages_sent_of(self, change: Cursor) -> AbstractSet[MessageKey]:
-        """Return which messages of a change were sent, if that wasn't all of them."""
+        """Return the messages sent of a change that is not sent completely."""
         return (
             self._sent_of_change[1]
             if self._sent_of_change is not None and self._sent_of_change[0] == change
@@ -311,58 +477,9 @@ class Connection:
         )
 
     def record_messages_sent(self, change: Cursor, sent: AbstractSet[MessageKey]) -> None:
-        """Take note of the messages that were sent of a change, if that isn't all of them."""
+        """Note the messages sent of a change; none if it was sent completely."""
         self._sent_of_change = (change, sent) if sent else None
 
     def is_amid_change(self) -> bool:
         """Whether it was sent some of the messages of the change after ``cursor``."""
         return self._sent_of_change is not None and self.cursor < self._sent_of_change[0]
-
-    def encode_queued(self, events: Sequence[Event], position_limit: Cursor | None = None) -> bytes:
-        """Return what was taken of the slice as bytes; moves the position.
-
-        Args:
-            events: The slice's.
-            position_limit: Where something begins that the connection has yet to be told: its
-                position stays before that.
-        """
-        if not self._queued_batches:
-            return b""
-        batch = merge_batches(self._queued_batches)
-        self._queued_batches = ()
-        self.events_sent += len(batch.event_indexes)
-        if not self.is_resumable:
-            return self._id_prefix.join(batch.tails)
-        cursors = [events[place].cursor for place in batch.event_indexes]
-        return b"".join(self._with_positions(batch.tails[1:], cursors, position_limit))
-
-    def _with_positions(
-        self, tails: Sequence[bytes], cursors: Sequence[Cursor], position_limit: Cursor | None
-    ) -> list[bytes]:
-        """Put an id before each tail; of several for one change only the last moves it."""
-        prefix = self._id_prefix + b"."
-        parts: list[bytes] = []
-        for place, (tail, cursor) in enumerate(zip(tails, cursors, strict=True), start=1):
-            is_last_of_change = place == len(cursors) or cursors[place] != cursor
-            if is_last_of_change and (position_limit is None or cursor < position_limit):
-                self.position = self.encode_position(cursor)
-            parts += (prefix, self.position, tail)
-            if self.has_cursor_topic and place % _MESSAGES_PER_CURSOR_EVENT == 0:
-                full_id = prefix + self.position
-                parts += (full_id, cursor_tail(full_id[3:]))
-        return parts
-
-    def drop_queued(self) -> None:
-        """Forget what was taken; the changelog still has it."""
-        self._queued_batches = ()
-
-    def record_drained(self, now: float) -> None:
-        """See whether the client took bytes since the last look.
-
-        What the sink adds to each write is in ``buffered`` and not in ``written``, so less may
-        seem to be taken than before; that is no sign of life.
-        """
-        buffered = self.writer.buffered_bytes()
-        taken = self.written_bytes - buffered
-        if taken > self._drained_bytes or buffered == 0:
-            self._drained_bytes, self.last_drained_at = taken, now

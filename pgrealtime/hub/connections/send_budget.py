@@ -40,13 +40,14 @@ class SendBudget:
         clock: Monotonic seconds.
 
     Attributes:
+        per_connection_bytes: As given.
         counted_from_bytes: ``COUNTED_FROM_BYTES``, or ``per_connection`` if that is less.
     """
 
     def __init__(
         self, *, per_connection_bytes: int, total_bytes: int, clock: Callable[[], float]
     ) -> None:
-        self._per_connection_bytes = per_connection_bytes
+        self.per_connection_bytes = per_connection_bytes
         self._total_bytes = total_bytes
         self._clock = clock
         self.counted_from_bytes = min(COUNTED_FROM_BYTES, per_connection_bytes)
@@ -80,7 +81,7 @@ class SendBudget:
         if self._slow and self._clock() - self._refreshed_at >= _REFRESH_SECONDS:
             self._refresh()
         free = self._total_bytes - self._waiting_bytes
-        return max(self.counted_from_bytes, min(self._per_connection_bytes, free // _FREE_DIVISOR))
+        return max(self.counted_from_bytes, min(self.per_connection_bytes, free // _FREE_DIVISOR))
 
     def update(self, connection: Connection) -> None:
         """Read a connection's send buffer; to be called after a write that may make it slow."""

@@ -11,6 +11,7 @@ from msgspec import Struct
 from pgrealtime.fairness import BackgroundYieldTimer, YieldTimer
 from pgrealtime.hub.connections.batch import MessageBatch
 from pgrealtime.hub.connections.connection import (
+    LIVE,
     NO_MESSAGE_KEYS,
     Connection,
     Group,
@@ -188,7 +189,7 @@ class MessageComposer:
         self, rendering: EventRendering, render_group: RenderGroup
     ) -> None:
         """Add the message of a record whose ``fields`` a client chose, if there is time for it."""
-        takers = [one.connection for one in render_group if one.connection.is_live]
+        takers = [one.connection for one in render_group if one.connection.state is LIVE]
         if not takers:
             return  # they read by themselves, and for them it is made there
         if len(takers) >= MANY_CONNECTIONS:
@@ -251,14 +252,14 @@ def enqueue_messages(composed: ComposedMessages, events: Sequence[Event]) -> lis
     Returns:
         The connections that took something, and those that are left out of the portion.
     """
-    touched: list[Connection] = [one for one in composed.excluded_connections if one.is_live]
+    touched: list[Connection] = [one for one in composed.excluded_connections if one.state is LIVE]
     for audience in composed.render_groups:
         shared, audience.batch, audience.composed_in = audience.batch, None, None
         if shared is None or not shared.event_indexes:
             continue
         for subscription in audience:
             connection = subscription.connection
-            if not connection.is_live or connection in composed.excluded_connections:
+            if connection.state is not LIVE or connection in composed.excluded_connections:
                 continue
             batch = _batch_for_subscription(
                 shared, subscription, events, composed.own_record_batches

@@ -35,7 +35,7 @@ from pgrealtime.expand.plan import (
     ExpandViewer,
     junction_hops,
 )
-from pgrealtime.hub.connections.connection import Group, Subscription
+from pgrealtime.hub.connections.connection import LIVE, Group, Subscription
 from pgrealtime.hub.connections.group import MANY_CONNECTIONS, RenderKey
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import Xid
@@ -208,17 +208,17 @@ class RecordRenderer:
             RuleError: The manage rule can't be used.
         """
         is_superuser = isinstance(request.principal, Superuser)
-        subscription.view = View(
+        view = View(
             sees_hidden=is_superuser, sees_email=is_superuser, fields=request.query.get("fields")
         )
-        subscription.expand_viewer = subscription.bound_manage_rule = None
+        expand_viewer = manage_rule = None
+        subscription.set_view(view)  # also if a rule can't be used
         if "expand" in request.query:
-            subscription.expand_viewer = self._expand_compiler.compile_expand(
-                collection, request, own_row
-            )
+            expand_viewer = self._expand_compiler.compile_expand(collection, request, own_row)
         if collection.manage_rule is not None and not is_superuser:
             bound = self._compiler.bind_caller(collection, collection.manage_rule, request, own_row)
-            subscription.bound_manage_rule = bound if isinstance(bound, BoundPredicate) else None
+            manage_rule = bound if isinstance(bound, BoundPredicate) else None
+        subscription.set_view(view, expand_viewer, manage_rule)
 
     def needs_enrichment(self, events: Sequence[Event]) -> bool:
         """Whether anything may be shown beside the events' rows."""
@@ -398,7 +398,7 @@ def _widely_used_plans(hits: Iterable[Iterable[Group]]) -> set[ExpandPlan]:
         for audience in group.render_groups:
             viewer = audience.render_key[2]
             if viewer is not None and takers[viewer.plan] < MANY_CONNECTIONS:
-                live = (None for one in audience if one.connection.is_live)
+                live = (None for one in audience if one.connection.state is LIVE)
                 takers[viewer.plan] += sum(1 for _ in islice(live, MANY_CONNECTIONS))
     return {plan for plan, count in takers.items() if count >= MANY_CONNECTIONS}
 

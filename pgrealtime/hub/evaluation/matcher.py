@@ -184,7 +184,7 @@ class Matcher:
             there.add(group)
             by_collection[collection.name] = there
         group.add(subscription)
-        subscription.group = group
+        subscription.set_group(group)
         if not _is_evaluated_alone(subscription.connection, group):
             self._increment_shared(there, group)
         return ""
@@ -206,7 +206,7 @@ class Matcher:
         """Let events find the groups of the connection's filters for its sake, or not any more."""
         if connection.is_isolated == is_isolated:
             return
-        connection.is_isolated = is_isolated
+        connection.set_isolated(is_isolated=is_isolated)
         for subscription in connection.subscriptions.values():
             group = subscription.group
             if group is not None and group.specialization.filter_tests:
@@ -235,7 +235,8 @@ class Matcher:
 
     def remove(self, subscription: Subscription) -> None:
         """Take the subscription out; its group goes with its last one."""
-        group, subscription.group = subscription.group, None
+        group = subscription.group
+        subscription.set_group(None)
         if group is None:
             return
         if group.is_unindexed:

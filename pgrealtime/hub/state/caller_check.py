@@ -50,8 +50,6 @@ class CallerCheck:
     Args:
         caller_tracker: Makes callers of rows.
         generation: The collections in force; says who a caller is to related records.
-        row_history: Says what was written after the events, once the stream has told all that the
-            snapshot sees; for a second it waits for that.
         events: The slice's.
         find_connections: Finds those to be checked.
 
@@ -65,14 +63,13 @@ class CallerCheck:
         self,
         caller_tracker: CallerTracker,
         generation: Generation,
-        row_history: RowHistory,
         *,
         events: Sequence[Event],
         find_connections: FindConnections,
     ) -> None:
         self._caller_tracker = caller_tracker
         self._generation = generation
-        self._row_history = row_history
+        self._row_history = generation.row_history
         self._events = events
         self._find_connections = find_connections
         self.outdated_connections: dict[Connection, frozenset[ExpandViewer]] = {}

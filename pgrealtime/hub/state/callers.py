@@ -8,8 +8,8 @@ up, so what the stream told meanwhile is kept here for a while.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Mapping
 from collections.abc import Collection as Sized
-from collections.abc import Mapping
 
 from msgspec.structs import replace
 
@@ -45,6 +45,7 @@ class CallerTracker:
     ) -> None:
         self._logins = logins
         self._allows_guests = allows_guests
+        self._revalidate: Callable[[Caller], Caller] | None = None
         self._connections_by_account: dict[AccountKey, dict[Connection, None]] = {}
         self._recent_changes: dict[AccountKey, deque[Event]] = {}
         self._change_order: deque[tuple[AccountKey, int]] = deque()
@@ -70,15 +71,29 @@ class CallerTracker:
     def set_caller(self, connection: Connection, caller: Caller) -> None:
         """Make the caller the connection's."""
         self.remove(connection)
-        connection.caller = caller
-        if not connection.is_closed:
+        connection.set_caller(caller)
+        if not connection.is_closed():
             self.add(connection)
 
     def replace_settings(
-        self, logins: Mapping[str, CollectionLoginConfig], *, allows_guests: bool
+        self,
+        logins: Mapping[str, CollectionLoginConfig],
+        revalidate: Callable[[Caller], Caller],
+        *,
+        allows_guests: bool,
     ) -> None:
-        """Let people log in otherwise from now on, and guests in or not."""
-        self._logins, self._allows_guests = logins, allows_guests
+        """Replace what the configuration says of callers.
+
+        Args:
+            logins: As for the class.
+            revalidate: Returns a known caller by the configuration: the same, changed, or a guest.
+            allows_guests: As for the class.
+        """
+        self._logins, self._revalidate, self._allows_guests = logins, revalidate, allows_guests
+
+    def revalidate(self, caller: Caller) -> Caller:
+        """Return what the configuration in force makes of a known caller."""
+        return caller if self._revalidate is None else self._revalidate(caller)
 
     def may_keep_topics(self, connection: Connection) -> bool:
         """Whether the connection may have the topics that it has."""

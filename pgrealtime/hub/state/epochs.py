@@ -1,42 +1,47 @@
-"""Which submitted positions the changelog goes on from."""
+"""Resolves the positions that clients submit: the epochs from which the changelog can go on."""
 
 from __future__ import annotations
 
-from pgrealtime.hub.connections.connection import Connection
+from pgrealtime.changelog.base import Changelog
+from pgrealtime.hub.connections.connection import Resumption
+from pgrealtime.hub.connections.output import encode_position
 from pgrealtime.lsn import LSN, Cursor, Position, parse_position
 
 _MAX_POSITION_LENGTH = 128
-"""Bytes of a submitted position that are looked at; anything longer is not ours."""
+"""Bytes of a submitted position that are read; a longer one is not ours."""
 _START = Cursor(LSN(0), 0)
 _UNREACHABLE_CURSOR = Cursor(LSN(1 << 64), 0)
 
 
 class ResumableEpochs:
-    """The stream's epochs: the one of now and the one before, if the stream went on from it.
+    """The stream's epoch, and the one before it if the stream went on from that.
 
     Args:
         epoch: Of the stream's positions.
-        can_resume: Whether any position is taken.
+        changelog: Its floor bounds the positions that can be resumed.
+        can_resume: Whether any position is accepted.
 
     Attributes:
-        epoch: That of now.
+        epoch: In force.
     """
 
-    def __init__(self, epoch: str, *, can_resume: bool) -> None:
+    def __init__(self, epoch: str, changelog: Changelog, *, can_resume: bool) -> None:
         self.epoch = epoch
+        self._changelog = changelog
         self._can_resume = can_resume
         self._resumable_from = {epoch: _START}
-        """Tables that come back were not streamed in between."""
+        """A table that returns to the stream was not streamed in between, so an epoch that returns
+        is resumable from where it returned."""
         self._past_epochs = {epoch}
 
     def start_epoch(self, epoch: str) -> None:
-        """Another history: positions of before mean nothing any more."""
+        """Begin another history: positions of earlier epochs are void."""
         self.epoch = epoch
         self._resumable_from = {epoch: _START}
         self._past_epochs = {epoch}
 
     def continue_epoch(self, epoch: str, head: Cursor) -> None:
-        """Another stream goes on from there: nothing was missed or repeated."""
+        """Go on from the head under another epoch: nothing was missed or repeated."""
         if epoch == self.epoch:
             return  # the same tables with other columns
         since = head if epoch in self._past_epochs else _START
@@ -44,38 +49,34 @@ class ResumableEpochs:
         self._past_epochs.add(epoch)
         self.epoch = epoch
 
-    def apply_submitted_position(self, connection: Connection, head: Cursor, floor: Cursor) -> None:
-        """Put a connection where the position that it came with says.
+    def resolve(self, submitted: tuple[str | None, str | None], head: Cursor) -> Resumption | None:
+        """Return where a connection begins by the positions that it submitted; None without any.
 
         Args:
-            connection: Fresh, at the head.
-            head: Of the hub.
-            floor: What the changelog reaches back to.
+            submitted: ``Last-Event-ID`` and ``lastEventId``. The first is another server's if it
+                holds no position; an empty second one asks for positions from now on.
+            head: The dispatcher's.
         """
-        last_event_id, position = connection.submitted_positions
+        last_event_id, position = submitted
         asked = _parse_submitted_position(last_event_id)
         if asked is None and position is None:
-            return
-        connection.is_resumable = True
+            return None
         given = last_event_id if asked is not None else position
         if not given:
-            connection.position = connection.encode_position(head)
-            return
+            return Resumption(head, encode_position(self.epoch, head))
         asked = asked or _parse_submitted_position(position)
+        # Until something was delivered the id stays the submitted position, also after a gap: a
+        # client that breaks off now submits it again and is notified again.
+        text = given.rpartition(".")[2][:_MAX_POSITION_LENGTH]
+        sent = text.encode() if asked else encode_position(self.epoch, head)
         is_ours = asked is not None and asked.cursor >= self._resumable_from.get(
             asked.epoch, _UNREACHABLE_CURSOR
         )
         if asked is None or not is_ours or not self._can_resume:
-            connection.pending_gap_reason = "unknown"
-        elif asked.cursor < floor:
-            connection.pending_gap_reason = "expired"
-        else:
-            connection.cursor = asked.cursor
-            connection.is_resuming = True
-        # Until something was delivered the id stays the old position, also after a gap: who
-        # breaks off now asks again and is told again.
-        text = given.rpartition(".")[2][:_MAX_POSITION_LENGTH]
-        connection.position = text.encode() if asked else connection.encode_position(head)
+            return Resumption(head, sent, gap_reason="unknown")
+        if asked.cursor < self._changelog.floor:
+            return Resumption(head, sent, gap_reason="expired")
+        return Resumption(asked.cursor, sent, is_resuming=True)
 
 
 def _parse_submitted_position(text: str | None) -> Position | None:

@@ -1,4 +1,4 @@
-"""Telling connections of changes that can't be delivered to them."""
+"""Notifies connections of changes that cannot be delivered to them."""
 
 from __future__ import annotations
 
@@ -10,68 +10,73 @@ from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.evaluation.slice_result import EvaluationGap
 from pgrealtime.hub.events.slices import GapNotice
 from pgrealtime.hub.state.progress import DispatchProgress
+from pgrealtime.hub.state.registry import ConnectionRegistry
 from pgrealtime.lsn import Cursor
 from pgrealtime.protocol.frame import resync_tail
 
 
 class GapNotifier:
-    """Tells of gaps, or ends who can't be told.
+    """Sends PB_RESYNC for a gap, or closes connections whose clients don't know it.
 
     Args:
-        progress: Where the hub stands.
-        request_close: Ends a connection as soon as its client can bear that, for a reason.
-        invalidate_caller: As well, and lets it hear nothing more than what it had up to a place.
+        progress: The dispatcher's.
+        registry: Closes connections.
         clock: Monotonic seconds.
+
+    Attributes:
+        notified: By the gap's reason, how many times a connection was notified or closed for it.
     """
 
     def __init__(
         self,
         progress: DispatchProgress,
-        *,
-        request_close: Callable[[Connection, str], None],
-        invalidate_caller: Callable[[Connection, str, Cursor], None],
+        registry: ConnectionRegistry,
         clock: Callable[[], float],
     ) -> None:
         self._progress = progress
-        self._request_close = request_close
-        self._invalidate_caller = invalidate_caller
+        self._registry = registry
         self._clock = clock
         self.notified: Counter[str] = Counter()
-        """Connections that were told, or ended, by the gap's reason."""
 
     def notify_slice(
         self,
         connection: Connection,
         gap: GapNotice | None,
-        unheard: EvaluationGap | None,
-        upto: Cursor,
+        evaluation_gap: EvaluationGap | None,
+        end_cursor: Cursor,
     ) -> None:
-        """Tell a connection of a gap in the stream, and of what nobody could be asked about.
+        """Notify a connection of a slice's gap, and of events that could not be evaluated for it.
 
-        Of both only the last moves its position: who breaks off in between is told again.
+        Only the last moves its position: if it breaks off in between, it is notified again.
         """
         gaps = [] if gap is None else [gap]
-        if unheard is not None and (unknown := _collections_missed_by(connection, unheard)):
-            gaps.insert(0, GapNotice(unknown, "unknown", upto))
-        is_held = len(gaps) > 1 and self._affects(connection, gaps[-1])
+        if evaluation_gap is not None and (
+            missed := _collections_missed_by(connection, evaluation_gap)
+        ):
+            gaps.insert(0, GapNotice(missed, "unknown", end_cursor))
+        are_both_sent = len(gaps) > 1 and self._affects(connection, gaps[-1])
         for one in gaps:
-            if not connection.is_closed:
-                self.notify(connection, one, keeps_position=is_held and one is not gaps[-1])
+            if not connection.is_closed():
+                self.notify(connection, one, keeps_position=are_both_sent and one is not gaps[-1])
 
     def position_limit(
-        self, connection: Connection, unheard: EvaluationGap | None
+        self, connection: Connection, evaluation_gap: EvaluationGap | None
     ) -> Cursor | None:
-        """Return what the connection's position may not pass before it was told; None if nothing.
+        """Return the cursor that the position may not reach before a gap was sent, if any.
 
-        An id says that all up to it was delivered or told.
+        A position says that everything up to it was delivered, or announced as a gap.
         """
-        if unheard is None:
+        if evaluation_gap is None:
             return None
-        names = _collections_missed_by(connection, unheard)
-        return unheard.first_cursor if self._subscribed_collections(connection) & names else None
+        names = _collections_missed_by(connection, evaluation_gap)
+        return (
+            evaluation_gap.first_cursor
+            if self._subscribed_collections(connection) & names
+            else None
+        )
 
     def _subscribed_collections(self, connection: Connection) -> set[str]:
-        """Return the names of the collections that the connection has topics of."""
+        """Return the names of the collections of the connection's topics."""
         collections = self._progress.generation.collections
         topics = (s.topic.collection for s in connection.subscriptions.values())
         return {c.name for c in map(collections.find, topics) if c is not None}
@@ -84,29 +89,28 @@ class GapNotifier:
     def notify(
         self, connection: Connection, gap: GapNotice, *, keeps_position: bool = False
     ) -> None:
-        """Tell a connection of a gap that concerns it; a plain one is ended, so that it reloads.
+        """Notify a connection of a gap that affects it, or close it so that its client reloads.
 
-        So is one whose caller's row may have changed in the gap: coming back it says anew who
-        it is, and until then hears nothing.
+        A connection whose caller's row may have changed in the gap is closed too: on reconnecting
+        its client authenticates anew, and until then nothing is delivered.
 
         Args:
-            connection: Who is told.
-            gap: Of what.
-            keeps_position: Whether its position stays, since another gap is about to be told.
+            connection: The connection.
+            gap: The gap.
+            keeps_position: Whether its position stays, since another gap is sent next.
         """
-        is_concerned = self._affects(connection, gap)
-        is_told = connection.is_resumable or connection.has_resync_topic
-        if is_concerned and is_told:
-            at = None if keeps_position else gap.cursor
-            connection.write_message(resync_tail(gap.collections or (), gap.reason), at)
-            connection.cursor = at or connection.cursor
-            connection.idle_since = connection.last_write_at = self._clock()
+        is_affected = self._affects(connection, gap)
+        knows_gaps = connection.is_resumable or connection.has_resync_topic
+        if is_affected and knows_gaps:
+            cursor = None if keeps_position else gap.cursor
+            tail = resync_tail(gap.collections or (), gap.reason)
+            connection.write_gap(tail, cursor, self._clock())
         is_caller_lost = self._may_caller_have_changed(connection, gap)
-        self.notified[gap.reason] += is_concerned or is_caller_lost
+        self.notified[gap.reason] += is_affected or is_caller_lost
         if is_caller_lost:
-            self._invalidate_caller(connection, "gap", gap.cursor)
-        elif is_concerned and not is_told:
-            self._request_close(connection, "gap")
+            self._registry.invalidate_caller(connection, "gap", gap.cursor)
+        elif is_affected and not knows_gaps:
+            self._registry.request_close(connection, "gap")
 
     def _may_caller_have_changed(self, connection: Connection, gap: GapNotice) -> bool:
         """Whether the caller's row may have changed in the gap since it was read."""
@@ -119,26 +123,26 @@ class GapNotifier:
         )
 
 
-def _collections_missed_by(connection: Connection, unheard: EvaluationGap) -> frozenset[str]:
-    """The collections of which the connection may miss something."""
-    unknown = unheard.failed_collections | (
-        unheard.undecided_collections & _collections_queried_for(connection)
+def _collections_missed_by(connection: Connection, gap: EvaluationGap) -> frozenset[str]:
+    """Return the names of the collections of which the connection may miss events."""
+    missed = gap.failed_collections | (
+        gap.undecided_collections & _collections_queried_for(connection)
     )
-    if not (unheard.unprovable_groups or unheard.incomplete_expands):
-        return unknown
-    return unknown.union(
+    if not (gap.unprovable_groups or gap.incomplete_expands):
+        return missed
+    return missed.union(
         subscription.group.specialization.collection.name
         for subscription in connection.subscriptions.values()
         if subscription.group is not None
         and (
-            subscription.group in unheard.unprovable_groups
-            or (subscription.group, subscription.expand_viewer) in unheard.incomplete_expands
+            subscription.group in gap.unprovable_groups
+            or (subscription.group, subscription.expand_viewer) in gap.incomplete_expands
         )
     )
 
 
 def _collections_queried_for(connection: Connection) -> frozenset[str]:
-    """The collections about whose rows something may be asked for the connection's sake."""
+    """Return the names of the collections whose rows are queried to evaluate its topics."""
     groups = (s.group for s in connection.subscriptions.values() if s.group is not None)
     return frozenset(
         g.specialization.collection.name for g in groups if g.specialization.formula is not True

@@ -23,6 +23,7 @@ from pgrealtime.hub.evaluation.evaluator import HubQueries, SliceEvaluator
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.evaluation.quotas import FILTER_CHARACTERS_PER_CONNECTION
 from pgrealtime.hub.evaluation.toast import RowCompleter
+from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.row_shapes import ShapeChecker, TableDefinitions
 from pgrealtime.protocol.topic import Topic, parse_topic
 from pgrealtime.rules.language.request import RuleRequest
@@ -36,7 +37,6 @@ class Generation:
     Args:
         executor: Asks Postgres.
         collections: What there is.
-        matcher: For them, without any subscription.
         nulls: How NULL is shown.
         hidden_fields: Who may expand a hidden relation.
         on_schema_mismatch: Told when a row doesn't fit what the catalogue says of its table.
@@ -56,16 +56,16 @@ class Generation:
         self,
         executor: HubQueries,
         collections: Collections,
-        matcher: Matcher,
         *,
         nulls: Literal["null", "zero"],
-        hidden_fields: HiddenFieldsMode = "strict",
+        hidden_fields: HiddenFieldsMode,
         on_schema_mismatch: Callable[[], None],
         row_history: RowHistory,
         incomplete_records: Counter[str],
     ) -> None:
         self.collections = collections
-        self.matcher = matcher
+        self.matcher = matcher = Matcher(collections)
+        self.row_history = row_history
         self.shape_checker = ShapeChecker(collections, time.monotonic)
         self.catalog_assumptions = TableDefinitions(collections)
         self.renderer = RecordRenderer(
@@ -82,7 +82,16 @@ class Generation:
             executor, matcher, self.renderer, completion, incomplete_records
         )
         self.subscription_counts: Counter[str] = Counter()
+        self._on_schema_mismatch = on_schema_mismatch
         self._reported_rule_errors: set[tuple[str, str]] = set()
+
+    def report_unknown_columns(self, events: Sequence[Event]) -> None:
+        """Report a schema mismatch if a row has a column that its collection does not know.
+
+        A column that is gone is noticed where rows are evaluated.
+        """
+        if any(len(event.row) > len(event.collection.column_names) for event in events):
+            self._on_schema_mismatch()
 
     async def parse_topics(
         self, topic_texts: Sequence[str], caller: Caller, work_lock: FairLock, network: str
@@ -135,14 +144,14 @@ class Generation:
             SubscriptionLimitError: It is one too many; it is in no group then.
         """
         topic = subscription.topic
-        subscription.own_record_id = ""
+        subscription.set_own_record("")
         collection = self.collections.find(topic.collection)
         if collection is None:
             is_ours = topic.collection.startswith("PB_")
             return "" if is_ours else "there is no such collection"
         principal = caller.principal
         if isinstance(principal, AuthRecord) and principal.collection_id == collection.id:
-            subscription.own_record_id = principal.id
+            subscription.set_own_record(principal.id)
         try:
             own = caller.own_row
             self.renderer.set_subscription_view(

@@ -1,10 +1,10 @@
-"""Where the dispatch task stands, and by which collections it judges: shared by what it drives."""
+"""How far the dispatcher is and the generation it evaluates by; read by all parts of the hub."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
-
-from msgspec import Struct
 
 from pgrealtime.lsn import Cursor
 
@@ -12,20 +12,62 @@ if TYPE_CHECKING:
     from pgrealtime.hub.state.generation import Generation
 
 
-class DispatchProgress(Struct):
-    """Written by the hub alone.
+class DispatchProgress:
+    """The dispatcher's head, the generation in force and the revision.
+
+    Args:
+        head: The changelog's.
+        generation: The first one.
 
     Attributes:
-        head: Everything up to here was handed to the connections that are LIVE.
-        evaluation_target: Everything up to here is judged, or being judged, for them.
-        generation: Of the collections in force.
-        revision: Counts the collections and the histories that were in use: what was read or
-            judged by those of before counts no more.
-        is_evaluating: Whether a slice is being judged: who becomes LIVE now isn't among its groups.
+        head: Everything up to here was delivered to the LIVE connections.
+        evaluation_target: Everything up to here was evaluated for them, or is being evaluated.
+        generation: In force.
+        revision: Counts generations and histories. Whoever awaits compares it with the one read
+            before, and drops results of an older one.
+        is_evaluating: Whether a slice is being evaluated. The groups of a connection that becomes
+            LIVE meanwhile are not among those evaluated.
     """
 
-    head: Cursor
-    evaluation_target: Cursor
-    generation: Generation
-    revision: int = 0
-    is_evaluating: bool = False
+    def __init__(self, head: Cursor, generation: Generation) -> None:
+        self.head = head
+        self.evaluation_target = head
+        self.generation = generation
+        self.revision = 0
+        self.is_evaluating = False
+        self._deferred: deque[Callable[[], None]] = deque()
+
+    def begin_slice(self, end_cursor: Cursor) -> None:
+        """Begin the evaluation of a slice."""
+        self.evaluation_target, self.is_evaluating = end_cursor, True
+
+    def advance(self, head: Cursor) -> None:
+        """Move the head: everything up to it was delivered."""
+        self.head = head
+
+    def restart(self, head: Cursor) -> None:
+        """Continue from a head that the slice being evaluated, if any, does not lead to."""
+        self.head = self.evaluation_target = head
+
+    def replace_generation(self, generation: Generation) -> None:
+        """Evaluate by another generation from now on; no slice may be in progress."""
+        self.generation = generation
+        self.revision += 1
+
+    def begin_history(self, head: Cursor) -> None:
+        """Begin another history: results of the one before are void."""
+        self.revision += 1
+        self.restart(head)
+
+    def when_idle(self, callback: Callable[[], None]) -> None:
+        """Run the callback at once, or after the slice being evaluated."""
+        if self.is_evaluating:
+            self._deferred.append(callback)
+        else:
+            callback()
+
+    def end_evaluation(self) -> None:
+        """Run the callbacks deferred until no slice is being evaluated."""
+        self.is_evaluating = False
+        while self._deferred:
+            self._deferred.popleft()()

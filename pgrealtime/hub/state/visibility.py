@@ -11,6 +11,7 @@ import structlog
 from pgrealtime.changelog.base import Entry
 from pgrealtime.changes import OversizedTransaction, Transaction
 from pgrealtime.errors import PgRealtimeError, SubscriptionError
+from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.snapshot import ReadPoint, Snapshot, parse_read_point
 
@@ -31,18 +32,18 @@ class VisibilityTracker:
 
     Args:
         run_query: Runs ``SNAPSHOT_QUERY`` and returns its row.
-        revision: Counts the histories: what was read before it changed counts no more.
+        progress: The dispatcher's; what was read before its revision changed is dropped.
         clock: Monotonic seconds.
     """
 
     def __init__(
         self,
         run_query: Callable[[], Awaitable[tuple[str, str, bool]]],
-        revision: Callable[[], int],
+        progress: DispatchProgress,
         clock: Callable[[], float],
     ) -> None:
         self._snapshots = SnapshotSource(run_query)
-        self._revision = revision
+        self._progress = progress
         self._clock = clock
         self._not_yet_visible: deque[tuple[LSN, Xid]] = deque()
 
@@ -66,12 +67,12 @@ class VisibilityTracker:
         """
         deadline = self._clock() + _READ_POINT_TIMEOUT_SECONDS
         while True:
-            edition = self._revision()
+            edition = self._progress.revision
             try:
                 barrier = await self._snapshots.fetch()
             except PgRealtimeError as error:
                 raise SubscriptionError("no snapshot", code="stream_away") from error
-            if self._revision() != edition:
+            if self._progress.revision != edition:
                 continue  # it may be another history's
             self._discard_visible(barrier.snapshot)
             if not any(end_lsn <= delivered_upto.lsn for end_lsn, _xid in self._not_yet_visible):
@@ -85,8 +86,8 @@ class VisibilityTracker:
         xids = [
             entry.xid for entry in entries if isinstance(entry, Transaction | OversizedTransaction)
         ]
-        edition = self._revision()
-        while xids and self._revision() == edition:
+        edition = self._progress.revision
+        while xids and self._progress.revision == edition:
             try:
                 snapshot = (await self._snapshots.fetch()).snapshot
             except Exception as error:  # noqa: BLE001 (nothing may be handed out before)
@@ -104,9 +105,10 @@ class VisibilityTracker:
         Whoever is told of a gap loads anew at once: it has to find what the gap is about.
         """
         wanted = frozenset(xids)
-        edition, began = self._revision(), self._clock()
+        edition, began = self._progress.revision, self._clock()
         while (
-            any(xid in wanted for _, xid in self._not_yet_visible) and self._revision() == edition
+            any(xid in wanted for _, xid in self._not_yet_visible)
+            and self._progress.revision == edition
         ):
             try:
                 self._discard_visible((await self._snapshots.fetch()).snapshot)

@@ -313,7 +313,7 @@ async def test_end_is_not_waited_for_by_who_never_reads() -> None:
         (connection,) = service.room.hub.connections
         connection.write(b"x" * 20_000_000)
         connection.writer.close()
-        connection.mark_closed()
+        connection.close()
         assert connection.writer.buffered_bytes() > 1_000_000
         await until(lambda: connection.writer.buffered_bytes() == 0)
 

@@ -30,9 +30,9 @@ from pgrealtime.collections.model import Collection, Collections, Field, FieldKi
 from pgrealtime.config.model import CollectionLoginConfig, RealtimeConfig
 from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.connections.connection import Connection
-from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.hub import Hub
+from pgrealtime.hub.hub import Hub, HubCallbacks
+from pgrealtime.hub.state.settings import HubSettings
 from pgrealtime.lsn import LSN, Xid
 from pgrealtime.rule_queries.live_rows import LiveRow
 from pgrealtime.rule_queries.session import PendingEvaluation, ReadSession
@@ -365,13 +365,12 @@ async def open_room(
     database = database or GivenDatabase()
     hub = Hub(
         changelog,
-        Matcher(COLLECTIONS),
         database,
-        collections=COLLECTIONS,
-        limits=RealtimeConfig.model_validate(limits),
-        logins=LOGINS,
-        can_resume=max_age > 0,
-        read_schema=read_schema,
+        COLLECTIONS,
+        HubSettings(
+            limits=RealtimeConfig.model_validate(limits), logins=LOGINS, can_resume=max_age > 0
+        ),
+        callbacks=HubCallbacks(refresh_schema=read_schema),
         clock=clock,
     )
     if is_up:

@@ -12,9 +12,9 @@ from typing import TypeAlias
 
 import pytest
 
-from pgrealtime.hub import hub
+from pgrealtime.hub import dispatcher
 from pgrealtime.hub.catchup import tasks
-from pgrealtime.hub.connections.connection import Connection
+from pgrealtime.hub.connections.connection import LIVE, Connection
 from pgrealtime.hub.delivery import compose
 from pgrealtime.hub.evaluation import evaluator
 from pgrealtime.hub.events import slices
@@ -179,13 +179,13 @@ def is_at_rest(world: World, connection: Connection) -> bool:
     """Whether it has all there is."""
     replays = world.hub._catch_up
     is_parked = replays._caught_up.get(connection, False) and connection not in replays._tasks
-    return connection.is_live or (is_parked and connection.cursor == world.hub.head)
+    return connection.state is LIVE or (is_parked and connection.cursor == world.hub.head)
 
 
 def check_rest(world: World, readers: list[Reader]) -> None:
     """Nothing is left over of all that was under way."""
     hub = world.hub
-    assert (hub._catch_up._tasks, list(hub._deferred_callbacks)) == ({}, [])
+    assert (hub._catch_up._tasks, list(hub._progress._deferred)) == ({}, [])
     assert (hub._catch_up._semaphore._value, hub._catch_up._isolated_semaphore._value) == (16, 8)
     assert set(hub._catch_up._caught_up) <= {c for c in hub.connections if c.is_isolated}
     assert all(hub._catch_up._caught_up.values())
@@ -196,7 +196,7 @@ def check_rest(world: World, readers: list[Reader]) -> None:
     assert not any(connection.lock.locked() for connection in hub.connections)
     assert len(hub.connections) == len(readers)
     topics = sum(len(connection.subscriptions) for connection in hub.connections)
-    assert len(hub._subscriptions_with_read_point) <= topics
+    assert len(hub._registry.subscriptions_with_read_point) <= topics
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a handful of changes is cut as hundreds are."""
     for module in (evaluator, tasks, slices):
         monkeypatch.setattr(module, "SLICE_CHANGES", 3)
-    for module in (hub, slices):
+    for module in (dispatcher, slices):
         monkeypatch.setattr(module, "LIVE_SLICE_CHANGES", 10)
     monkeypatch.setattr(slices.split_into_slices, "__defaults__", (3,))
     monkeypatch.setattr(compose, "_RENDER_GROUP_BYTES", 400)

@@ -79,9 +79,8 @@ async def test_who_cannot_be_read_is_shown_nothing_that_depends_on_who_that_is(
         connection.subscriptions["posts/*"].expand_viewer = viewer
         hub = room.hub
         check = CallerCheck(
-            hub._callers,
+            hub._registry.callers,
             hub._progress.generation,
-            RowHistory(room.changelog),
             events=[EVENT],
             find_connections=lambda _viewers, _groups: [connection],
         )

@@ -609,11 +609,14 @@ async def test_a_refused_call_leaves_nothing_of_its_topics(
         connection, _sink = room.connect()
         if before:
             await room.subscribe(connection, *before)
-        waiting = dict(room.hub._subscriptions_with_read_point)
+        waiting = dict(room.hub._registry.subscriptions_with_read_point)
         with pytest.raises(SubscriptionLimitError):
             await room.subscribe(connection, "posts/*", *many)
 
-        assert (tuple(connection.subscriptions), room.hub._subscriptions_with_read_point) == (
+        assert (
+            tuple(connection.subscriptions),
+            room.hub._registry.subscriptions_with_read_point,
+        ) == (
             before,
             waiting,
         )

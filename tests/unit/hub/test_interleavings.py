@@ -545,7 +545,7 @@ async def test_subscriptions_that_went_are_not_kept_for_their_barriers() -> None
             room.hub.remove_connection(other)
             await room.subscribe(connection, "posts/*", "notes/*")
 
-        assert len(room.hub._subscriptions_with_read_point) == 2
+        assert len(room.hub._registry.subscriptions_with_read_point) == 2
 
 
 @pytest.mark.parametrize("is_behind", [False, True], ids=["live", "replay"])

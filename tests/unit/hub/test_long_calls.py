@@ -18,7 +18,6 @@ from pgrealtime.changes import Delete, Row, WholeRow
 from pgrealtime.collections.model import Collections
 from pgrealtime.errors import SubscriptionError, SubscriptionLimitError
 from pgrealtime.hub.connections.connection import Connection
-from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.evaluation.quotas import UNINDEXED_FILTERS_PER_CONNECTION
 from pgrealtime.lsn import LSN
 from tests.unit.hub.room import COLLECTIONS, DEADLINE, PEOPLE, MemorySink, Room, insert, open_room
@@ -132,7 +131,9 @@ async def test_a_connection_that_ends_meanwhile_leaves_nothing_behind(
 ) -> None:
     """Be it between two turns or while another call has its turn."""
     async with open_room() as room, called(room, *topics, phase=phase) as (connection, _):
-        async with room.hub._subscribe_lock.acquire("another") if is_waiting else nullcontext():
+        async with (
+            room.hub._subscribe_calls._work_lock.acquire("another") if is_waiting else nullcontext()
+        ):
             if is_waiting:
                 await asyncio.sleep(0.01)
             room.hub.remove_connection(connection)
@@ -141,7 +142,7 @@ async def test_a_connection_that_ends_meanwhile_leaves_nothing_behind(
         assert caught.value.error_code == "client_unknown"
         meaning = room.hub._progress.generation
         assert (meaning.matcher._tables, +meaning.subscription_counts) == ({}, {})
-        assert room.hub._subscriptions_with_read_point == {}
+        assert room.hub._registry.subscriptions_with_read_point == {}
 
 
 @pytest.mark.parametrize(("topics", "phase"), PHASES)
@@ -161,9 +162,7 @@ def only_for(principal_id: str) -> Collections:
 
 
 async def use(room: Room, collections: Collections, *, known: bool = True) -> None:
-    await room.hub.replace_generation(
-        collections, Matcher(collections), lambda one: one if known else Caller()
-    )
+    await room.hub.replace_generation(collections, lambda one: one if known else Caller())
 
 
 @pytest.mark.parametrize("phase", ["taking", "giving"])

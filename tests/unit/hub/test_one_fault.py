@@ -22,6 +22,7 @@ from pgrealtime.hub.catchup.tasks import CatchUpTasks
 from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.delivery import compose
 from pgrealtime.hub.delivery.render import RecordRenderer
+from pgrealtime.hub.dispatcher import Dispatcher
 from pgrealtime.hub.events.slices import Slice
 from pgrealtime.hub.hub import Hub
 from pgrealtime.rule_queries.session import PendingEvaluation
@@ -82,7 +83,7 @@ def watching(on_call: Callable[[CodeType], None]) -> Iterator[None]:
 
 
 def _shows(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code is not Hub._deliver.__code__:
+    while frame is not None and frame.f_code is not Dispatcher._deliver.__code__:
         if frame.f_code is RecordRenderer._render_record.__code__:
             return True
         frame = frame.f_back
@@ -171,7 +172,10 @@ def functions() -> list[CodeType]:
     """What the dispatch task calls, but for what makes a record: that row alone isn't shown."""
     seen: dict[CodeType, None] = {}
     run(seen.setdefault)
-    spared = {f.__code__ for f in (Hub.run, Hub._dispatch, Hub._has_undispatched)}
+    spared = {
+        f.__code__
+        for f in (Hub.run, Dispatcher.run, Dispatcher._dispatch, Dispatcher._has_undispatched)
+    }
     return [code for code in seen if code not in spared]
 
 
@@ -283,19 +287,19 @@ async def test_after_a_fault_who_was_deleted_in_what_was_handed_out_is_a_guest(
 ) -> None:
     """The event of its deletion was delivered, and nothing reads it again."""
     faults = [InjectedError()]
-    advance = Hub._advance_head
+    advance = Dispatcher._advance_head
 
-    def fail_once(hub: Hub, part: Slice) -> None:
+    def fail_once(dispatcher: Dispatcher, part: Slice) -> None:
         if faults:
             raise faults.pop()
-        advance(hub, part)
+        advance(dispatcher, part)
 
     async with open_room() as room:
         connection, sink = room.connect()
         await room.subscribe(connection, "people/*", caller=person("u1"))
         await at_rest(room)
-        monkeypatch.setattr(Hub, "_apply_to_live_callers", lambda *_: None)
-        monkeypatch.setattr(Hub, "_advance_head", fail_once)
+        monkeypatch.setattr(Dispatcher, "_apply_to_live_callers", lambda *_: None)
+        monkeypatch.setattr(Dispatcher, "_advance_head", fail_once)
         room.commit(Delete(PEOPLE, WholeRow({"id": "u1", "email": "e", "key": "k"})))
         await sink.wait_for(2)
         await room.settled()

@@ -12,7 +12,6 @@ import pytest
 from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.changes import Insert
 from pgrealtime.collections.model import Collections
-from pgrealtime.hub.evaluation.matcher import Matcher
 from tests.unit.hub.room import (
     COLLECTIONS,
     DEADLINE,
@@ -42,7 +41,7 @@ async def use(
     reconsider: Callable[[Caller], Caller] = lambda caller: caller,
 ) -> None:
     async with asyncio.timeout(DEADLINE):
-        await room.hub.replace_generation(collections, Matcher(collections), reconsider)
+        await room.hub.replace_generation(collections, reconsider)
 
 
 def heard(sink: MemorySink) -> list[tuple[str, str]]:
@@ -236,7 +235,7 @@ async def test_whose_topics_become_too_many_by_a_reload_is_ended_and_not_mute(
         await room.subscribe(many, *topics)
         await room.subscribe(few, topics[0])
         monkeypatch.setattr("pgrealtime.hub.evaluation.quotas.UNINDEXED_FILTERS_PER_CONNECTION", 1)
-        await room.hub.replace_generation(COLLECTIONS, Matcher(COLLECTIONS), lambda caller: caller)
+        await room.hub.replace_generation(COLLECTIONS, lambda caller: caller)
         room.commit(insert("x", "ab"))
         await room.settled()
         await few_sink.wait_for(2)

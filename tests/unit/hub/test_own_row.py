@@ -7,7 +7,6 @@ from dataclasses import replace
 from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.changes import Row, Update, WholeRow
 from pgrealtime.collections.model import Collections
-from pgrealtime.hub.evaluation.matcher import Matcher
 from tests.unit.hub.room import COLLECTIONS, LOGINS, PEOPLE, Room, insert, open_room
 
 RULE = "@request.auth.email:lower = 'boss@x' && title != 'secret'"
@@ -35,7 +34,7 @@ def became(before: str, after: str) -> Update:
 async def titles(room: Room, email: str) -> list[str]:
     """What Ann hears of posts, whose titles say whether she should."""
     made = collections()
-    await room.hub.replace_generation(made, Matcher(made), lambda one: one, logins=LOGINS)
+    await room.hub.replace_generation(made, lambda one: one, logins=LOGINS)
     connection, sink = room.connect()
     await room.subscribe(connection, "posts/*", caller=caller(email))
     room.commit(insert("a", "before"), insert("b", "secret"))

@@ -79,9 +79,12 @@ def group() -> Callable[[ExpandViewer, int], Group]:
         for _ in range(takers):
             start = Cursor(LSN(0), 0)
             client = Connection("c", MemorySink(), address="", epoch="", cursor=start, now=0.0)
-            client.is_live = True
             made = Subscription(client, parse_topic("posts/*"), View(), "")
-            made.expand_viewer = viewer
+            made.set_view(View(), viewer)
+            client.connect("", start, None, 0.0)
+            client.add_subscription("posts/*", made)
+            client.end_call(start)
+            client.go_live()
             matcher.add(made, GUEST)
         assert made.group is not None
         return made.group

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import pytest
 
-from pgrealtime.hub.connections.connection import Connection
+from pgrealtime.hub.connections.connection import LIVE, Connection
 from pgrealtime.hub.connections.group import MANY_CONNECTIONS
 from pgrealtime.hub.evaluation.filter_budget import SHARED_FILTER_SECONDS
 from pgrealtime.rule_queries.session import PendingEvaluation
@@ -104,7 +104,7 @@ async def subscribed(room: Room, *topics: str) -> tuple[Connection, MemorySink]:
 
 async def live(connection: Connection) -> None:
     async with asyncio.timeout(DEADLINE):
-        while not connection.is_live:
+        while connection.state is not LIVE:
             await asyncio.sleep(0)
 
 
@@ -135,8 +135,8 @@ async def test_others_go_on_and_the_slow_one_hears_all_in_order_when_it_is_answe
         await database.is_waiting.wait()
 
         assert ids(other_sink) == ids(quick_sink) == ["tried", *(f"n{n}" for n in range(5))]
-        assert (quick.is_live, quick.is_isolated) == (True, False)
-        assert (slow.is_live, slow.is_isolated) == (False, True)
+        assert (quick.state is LIVE, quick.is_isolated) == (True, False)
+        assert (slow.state is LIVE, slow.is_isolated) == (False, True)
         assert ids(slow_sink) == []
         database.open_gate.set()
         await slow_sink.wait_for(1 + 10)
@@ -441,7 +441,7 @@ async def test_a_filter_that_is_dear_in_the_process_waits_for_itself_alone(topic
             await live(dear)
             room.commit(insert(f"n{n}", "a" * 900))
             await room.settled()
-            assert not dear.is_live
+            assert dear.state is not LIVE
             assert ids(other_sink) == [f"n{m}" for m in range(n + 1)]
             await at_rest(room)
         await live(dear)
@@ -456,4 +456,4 @@ async def test_a_filter_that_is_dear_in_the_process_waits_for_itself_alone(topic
         await live(dear)
 
         assert not is_isolated(dear)
-        assert (other.is_live, len(ids(other_sink))) == (True, 5)
+        assert (other.state is LIVE, len(ids(other_sink))) == (True, 5)

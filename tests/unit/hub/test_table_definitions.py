@@ -12,8 +12,7 @@ from pgrealtime.catalog.model import Column, Type, TypeKind
 from pgrealtime.changelog.base import Watermark
 from pgrealtime.changes import NEVER_DESCRIBED, RowShape, TableName, Transaction
 from pgrealtime.collections.model import Collections
-from pgrealtime.hub import hub
-from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.hub import entry_checks
 from pgrealtime.hub.events.row_shapes import TableDefinitions
 from pgrealtime.lsn import LSN, Xid
 from tests.unit.hub.room import COLLECTIONS, NOTES, POSTS, Room, insert, open_room
@@ -95,7 +94,7 @@ def test_all_of_a_belief_must_be_so(
 
 
 async def use(room: Room, found: Collections) -> None:
-    await room.hub.replace_generation(found, Matcher(found), lambda caller: caller)
+    await room.hub.replace_generation(found, lambda caller: caller)
 
 
 async def test_the_schema_is_read_where_the_catalogue_says_something_else() -> None:
@@ -136,7 +135,7 @@ async def test_rows_are_a_gap_where_the_schema_can_not_be_read_then() -> None:
 async def test_nothing_is_handed_out_before_the_catalogue_has_answered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hub, "_CATALOG_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(entry_checks, "_CATALOG_RETRY_SECONDS", 0.01)
     async with open_room() as room:
         await use(room, collections(leaves=(LEAF,)))
         connection, sink = room.connect()

@@ -10,7 +10,6 @@ import pytest
 from pgrealtime.catalog.model import Column
 from pgrealtime.changes import RowShape, TableName, Transaction
 from pgrealtime.collections.model import Collections, Field, FieldKind, Junction, Relation
-from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.events.row_shapes import ShapeChecker
 from pgrealtime.lsn import LSN, Xid
 from tests.unit.hub.room import COLLECTIONS, NOTES, POSTS, MemorySink, Room, at, insert, open_room
@@ -138,7 +137,7 @@ class Schema:
         self.times += 1
         if self.times == 1:
             found = collections(self._title)
-            await self.room.hub.replace_generation(found, Matcher(found), lambda caller: caller)
+            await self.room.hub.replace_generation(found, lambda caller: caller)
         return True
 
 

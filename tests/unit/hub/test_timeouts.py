@@ -25,7 +25,7 @@ def _due(room: Room, connection: Connection) -> None:
 
 def _doomed(room: Room, connection: Connection) -> None:
     """As by a gap that can't be told, or a guest where there shall be none."""
-    room.hub._request_close(connection, "gap")
+    room.hub._registry.request_close(connection, "gap")
 
 
 async def _open_at(
@@ -94,12 +94,12 @@ def test_a_call_that_was_given_up_holds_nothing_open() -> None:
 def test_who_takes_nothing_is_let_go_whatever_it_waits_for() -> None:
     """It doesn't read: the end is nothing that it could take for an answer."""
 
-    async def scenario(room: Room, _clock: Callable[[], float]) -> None:
+    async def scenario(room: Room, clock: Callable[[], float]) -> None:
         connection, sink = room.connect()
         await room.subscribe(connection, "posts/*")
         sink.is_stuck = True
         sink.overhead = 1
-        connection.write_heartbeat(room.hub.head)
+        connection.write_heartbeat(room.hub.head, clock())
         await asyncio.sleep(3.0)
         assert sink.state == "aborted"
 

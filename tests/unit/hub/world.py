@@ -23,9 +23,9 @@ from pgrealtime.changes import (
 )
 from pgrealtime.config.model import RealtimeConfig
 from pgrealtime.errors import DatabaseUnreachableError
-from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.hub import Hub
+from pgrealtime.hub.state.settings import HubSettings
 from pgrealtime.lsn import LSN, Cursor, Xid, format_lsn
 from pgrealtime.rule_queries.live_rows import LiveRow
 from pgrealtime.rule_queries.session import PendingEvaluation
@@ -159,17 +159,18 @@ class World:
         self.changelog = MemoryChangelog(LSN(100), max_bytes=WINDOW, max_age_seconds=1.0)
         self.hub = Hub(
             self.changelog,
-            Matcher(COLLECTIONS),
             Database(self),
-            collections=COLLECTIONS,
-            limits=RealtimeConfig.model_validate(
-                {
-                    "send_buffer": self.rng.choice([300, 2000, 100_000]),
-                    "heartbeat": self.rng.choice([0.3, 25.0]),
-                    "idle_timeout": 500.0,
-                }
+            COLLECTIONS,
+            HubSettings(
+                limits=RealtimeConfig.model_validate(
+                    {
+                        "send_buffer": self.rng.choice([300, 2000, 100_000]),
+                        "heartbeat": self.rng.choice([0.3, 25.0]),
+                        "idle_timeout": 500.0,
+                    }
+                ),
+                logins=LOGINS,
             ),
-            logins=LOGINS,
             clock=asyncio.get_running_loop().time,
         )
         self.hub.set_waits_for_visibility(waits=self.is_gated)
@@ -351,6 +352,4 @@ class World:
 
     async def reload(self) -> None:
         """Take the same collections anew, in other objects."""
-        await self.hub.replace_generation(
-            COLLECTIONS, Matcher(COLLECTIONS), lambda caller: caller, logins=LOGINS
-        )
+        await self.hub.replace_generation(COLLECTIONS, lambda caller: caller, logins=LOGINS)

@@ -1,0 +1,184 @@
+"""Writes one client's messages: their ids and positions, and the queue of a slice's messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol
+
+from pgrealtime.hub.connections.batch import MessageBatch, merge_batches
+from pgrealtime.hub.events.event import Event
+from pgrealtime.lsn import Cursor, Position, format_position
+from pgrealtime.protocol.frame import cursor_tail
+
+_MESSAGES_PER_CURSOR_EVENT = 16
+"""Messages between two PB_CURSOR within a batch. A client that learns its position from PB_CURSOR
+alone receives at most so many messages a second time after a break."""
+
+
+class ResponseWriter(Protocol):
+    """The transport of a connection's bytes; the API implements it."""
+
+    def write(self, data: bytes) -> None:
+        """Buffer bytes of the event stream; never blocks."""
+        ...
+
+    def buffered_bytes(self) -> int:
+        """Bytes that were written and the kernel has not accepted yet."""
+        ...
+
+    async def drain(self) -> None:
+        """Wait until the buffer is low."""
+        ...
+
+    def close(self) -> None:
+        """End the response body in order, after what was written."""
+        ...
+
+    def abort(self) -> None:
+        """Drop the connection and what is buffered."""
+        ...
+
+
+@lru_cache(maxsize=4096)
+def encode_position(epoch: str, cursor: Cursor) -> bytes:
+    """Return a position as event ids carry it."""
+    return format_position(Position(epoch, cursor)).encode()
+
+
+class ConnectionOutput:
+    """Encodes and writes the messages of one connection, its base class.
+
+    Args:
+        client_id: The first part of each message's id.
+        writer: The transport.
+        epoch: Of the stream's positions.
+        now: Monotonic seconds.
+
+    Attributes:
+        is_resumable: Whether ids carry positions. Other clients receive PocketBase's bytes.
+        position: The position in the last id sent, if ids carry positions.
+        idle_since: When it connected or last received an event: the idle timeout counts from here.
+        last_write_at: The heartbeat counts from here.
+        last_drained_at: When the client last read bytes, or had none to read.
+        events_sent: Total, for metrics.
+    """
+
+    __slots__ = (
+        "_drained_bytes",
+        "_id_prefix",
+        "_queued_batches",
+        "_written_bytes",
+        "epoch",
+        "events_sent",
+        "has_cursor_topic",
+        "id",
+        "idle_since",
+        "is_resumable",
+        "last_drained_at",
+        "last_write_at",
+        "position",
+        "writer",
+    )
+
+    def __init__(self, client_id: str, writer: ResponseWriter, epoch: str, now: float) -> None:
+        self.id = client_id
+        self.writer = writer
+        self.epoch = epoch
+        self.is_resumable = False
+        self.position: bytes = b""
+        self.has_cursor_topic = False
+        self.idle_since = now
+        self.last_write_at = now
+        self.last_drained_at = now
+        self.events_sent = 0
+        self._id_prefix = b"id:" + client_id.encode()
+        self._written_bytes = 0
+        self._drained_bytes = 0
+        self._queued_batches: tuple[MessageBatch, ...] = ()
+
+    def write(self, data: bytes) -> None:
+        """Write bytes to the transport."""
+        self.writer.write(data)
+        self._written_bytes += len(data)
+
+    def write_message(self, tail: bytes, cursor: Cursor | None) -> None:
+        """Write one message; its cursor, if any, becomes a resumable connection's position."""
+        if cursor is not None and self.is_resumable:
+            self.position = self._encode_position(cursor)
+        self.write(self._event_id() + tail)
+
+    def write_cursor_event(self, cursor: Cursor) -> None:
+        """Write PB_CURSOR with the position."""
+        self.position = self._encode_position(cursor)
+        full_id = self._event_id()
+        self.write(full_id + cursor_tail(full_id[3:]))
+
+    def mark_event_sent(self, now: float) -> None:
+        """Restart the idle timeout and the heartbeat."""
+        self.idle_since = self.last_write_at = now
+
+    def _encode_position(self, cursor: Cursor) -> bytes:
+        return encode_position(self.epoch, cursor)
+
+    def _event_id(self) -> bytes:
+        return b"%b.%b" % (self._id_prefix, self.position) if self.is_resumable else self._id_prefix
+
+    def enqueue(self, batch: MessageBatch) -> bool:
+        """Queue messages of a slice; return whether they are the first."""
+        is_first = not self._queued_batches
+        self._queued_batches += (batch,)
+        return is_first
+
+    def queued_bytes(self) -> int:
+        """Return the size of the queued messages."""
+        return sum([batch.size_bytes for batch in self._queued_batches])
+
+    def has_one_queued_message(self) -> bool:
+        """Whether a single message is queued, which cannot be divided."""
+        return sum([len(batch.event_indexes) for batch in self._queued_batches]) == 1
+
+    def encode_queued(self, events: Sequence[Event], position_limit: Cursor | None = None) -> bytes:
+        """Return the queued messages as bytes and empty the queue; the position moves with them.
+
+        Args:
+            events: The slice's.
+            position_limit: Start of a gap of which it has yet to be notified: its position stays
+                before that, so that it is notified again if it breaks off in between.
+        """
+        if not self._queued_batches:
+            return b""
+        batch = merge_batches(self._queued_batches)
+        self._queued_batches = ()
+        self.events_sent += len(batch.event_indexes)
+        if not self.is_resumable:
+            return self._id_prefix.join(batch.tails)
+        cursors = [events[index].cursor for index in batch.event_indexes]
+        return b"".join(self._with_positions(batch.tails[1:], cursors, position_limit))
+
+    def _with_positions(
+        self, tails: Sequence[bytes], cursors: Sequence[Cursor], position_limit: Cursor | None
+    ) -> list[bytes]:
+        """Put an id before each tail; of several for one change only the last moves it."""
+        prefix = self._id_prefix + b"."
+        parts: list[bytes] = []
+        for count, (tail, cursor) in enumerate(zip(tails, cursors, strict=True), start=1):
+            is_last_of_change = count == len(cursors) or cursors[count] != cursor
+            if is_last_of_change and (position_limit is None or cursor < position_limit):
+                self.position = self._encode_position(cursor)
+            parts += (prefix, self.position, tail)
+            if self.has_cursor_topic and count % _MESSAGES_PER_CURSOR_EVENT == 0:
+                full_id = prefix + self.position
+                parts += (full_id, cursor_tail(full_id[3:]))
+        return parts
+
+    def record_drained(self, now: float) -> None:
+        """Note whether the client read bytes since the last call.
+
+        ``buffered_bytes`` includes what the transport adds to each write and ``_written_bytes``
+        does not, so the difference may shrink; that is no sign of life.
+        """
+        buffered = self.writer.buffered_bytes()
+        drained = self._written_bytes - buffered
+        if drained > self._drained_bytes or buffered == 0:
+            self._drained_bytes, self.last_drained_at = drained, now

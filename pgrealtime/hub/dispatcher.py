@@ -1,0 +1,447 @@
+"""Reads the changelog in slices, evaluates each and delivers it to the LIVE connections.
+
+One task runs ``Dispatcher.run``; feed wakes it through ``hub.hub``. A connection that is not LIVE,
+or cannot receive a slice with the others, reads it from the changelog by itself: ``hub.catchup``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection as Sized
+
+import structlog
+
+from pgrealtime.changelog.base import Changelog
+from pgrealtime.changes import Action
+from pgrealtime.expand.plan import ExpandViewer
+from pgrealtime.hub.catchup.tasks import CatchUpTasks
+from pgrealtime.hub.connections.connection import LIVE, Connection, Group
+from pgrealtime.hub.delivery.compose import ComposedMessages, MessageComposer, enqueue_messages
+from pgrealtime.hub.delivery.render import NO_ENRICHMENT, Enrichment, needs_of_groups
+from pgrealtime.hub.entry_checks import EntryChecks
+from pgrealtime.hub.evaluation.evaluator import raise_location
+from pgrealtime.hub.evaluation.slice_result import EvaluationGap, SliceResult, gap_xids
+from pgrealtime.hub.events.event import Event
+from pgrealtime.hub.events.slices import (
+    LIVE_SLICE_CHANGES,
+    GapNotice,
+    Slice,
+    delivery_ranges,
+    split_into_slices,
+)
+from pgrealtime.hub.state.caller_check import CallerCheck
+from pgrealtime.hub.state.gaps import GapNotifier
+from pgrealtime.hub.state.progress import DispatchProgress
+from pgrealtime.hub.state.registry import ConnectionRegistry
+from pgrealtime.hub.state.visibility import VisibilityTracker
+from pgrealtime.lsn import END_ORDINAL, Cursor
+
+log = structlog.get_logger(__name__)
+
+
+class Dispatcher:
+    """Delivers the changelog to the LIVE connections.
+
+    Args:
+        changelog: Filled by the feed.
+        progress: Written by the dispatcher, and by ``hub.hub`` when a history or a generation
+            begins.
+        registry: The open connections.
+        visibility: Knows which delivered transactions are not visible yet.
+        entry_checks: Holds entries back until they may be evaluated.
+        gap_notifier: Notifies of what cannot be delivered.
+        catch_up: Serves connections that fall behind.
+        clock: Monotonic seconds.
+
+    Attributes:
+        progressed: Set whenever the head has moved; a waiter clears it first.
+    """
+
+    def __init__(
+        self,
+        changelog: Changelog,
+        progress: DispatchProgress,
+        registry: ConnectionRegistry,
+        *,
+        visibility: VisibilityTracker,
+        entry_checks: EntryChecks,
+        gap_notifier: GapNotifier,
+        catch_up: CatchUpTasks,
+        clock: Callable[[], float],
+    ) -> None:
+        self._changelog = changelog
+        self._progress = progress
+        self._registry = registry
+        self._visibility = visibility
+        self._entry_checks = entry_checks
+        self._gap_notifier = gap_notifier
+        self._catch_up = catch_up
+        self._clock = clock
+        self._delivered_upto = changelog.head
+        """Where the messages end that were delivered last; the head may be before that."""
+        self._checked_upto: Cursor | None = None
+        """Where the entries end that may be evaluated, of those being dispatched."""
+        self._account_deletions: Sequence[Event] = ()
+        """Deletions of accounts that were delivered and not yet applied to their connections."""
+        self._changelog_appended = asyncio.Event()
+        self.progressed = asyncio.Event()
+
+    # --- the loop ---------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Read on: the changelog has new entries."""
+        self._changelog_appended.set()
+
+    async def run(self) -> None:
+        """Deliver the changelog to the LIVE connections, for ever."""
+        while True:
+            await self._changelog_appended.wait()
+            self._changelog_appended.clear()
+            while self._has_undispatched():
+                await self._dispatch()
+
+    def _has_undispatched(self) -> bool:
+        """Whether the changelog has entries after the head; ``_dispatch`` finds why it raises."""
+        try:
+            return self._progress.head < self._changelog.head
+        except Exception:  # noqa: BLE001 (see _dispatch)
+            return True
+
+    async def _dispatch(self) -> None:
+        """Deliver some entries. After an error that is no single connection's all catch up."""
+        revision = self._progress.revision
+        try:
+            await self._dispatch_entries()
+        except Exception as error:  # noqa: BLE001 (one row, rule or client may not end all)
+            log.error("dispatch.failed", error=type(error).__name__, at=raise_location(error))  # noqa: TRY400 (at says where)
+            if self._progress.revision == revision:
+                # Entries after that may not be visible yet, or have another schema.
+                self._let_all_fall_behind(self._checked_upto or self._changelog.head)
+        finally:
+            self._checked_upto = None
+
+    def _let_all_fall_behind(self, upto: Cursor) -> None:
+        """Let every connection read by itself what was not delivered up to a cursor.
+
+        An error there closes the connection whose task it is, and no other.
+        """
+        progress = self._progress
+        progress.advance(max(progress.head, self._delivered_upto))
+        for connection in self._registry.live_connections():
+            with self._registry.closing_on_error(connection):
+                self._fall_behind(connection)
+        self._apply_account_deletions()
+        # Changes of accounts up to there may not have been remembered.
+        self._registry.callers.forget_changes_upto(upto.lsn)
+        progress.restart(upto)
+        self.settle()
+
+    def _apply_account_deletions(self) -> None:
+        """Apply the deletions of accounts that were delivered: their connections become guests'."""
+        for event in self._account_deletions:
+            for connection in list(self._registry.callers.connections_of(event)):
+                if connection.cursor >= event.cursor:
+                    self._registry.apply_caller_change(connection, event)
+        self._account_deletions = ()
+
+    def restart(self) -> None:
+        """Begin at the changelog's head; another history was begun."""
+        self._delivered_upto = self._changelog.head
+        self._account_deletions = ()
+
+    def settle(self) -> None:
+        """Run what waits for the head to move and for no slice to be in evaluation."""
+        self.progressed.set()
+        self._progress.end_evaluation()
+        if self._registry.subscriptions_with_read_point:
+            self._registry.clear_passed_read_points()
+        self._catch_up.make_caught_up_live()
+
+    # --- slices -----------------------------------------------------------------------------
+
+    async def _dispatch_entries(self) -> None:
+        progress, registry = self._progress, self._registry
+        revision, generation = progress.revision, progress.generation
+        entries = self._changelog.read(progress.head, self._changelog.head, LIVE_SLICE_CHANGES)
+        self._visibility.record_delivered(entries)
+        entries = await self._entry_checks.leading_valid(entries)
+        if progress.revision != revision:
+            return
+        if entries:
+            self._checked_upto = Cursor(entries[-1].end_lsn, END_ORDINAL)
+        for slice_ in split_into_slices(
+            entries,
+            progress.head,
+            generation.collections,
+            registry.callers.changes_a_caller,
+            LIVE_SLICE_CHANGES,
+            fits=generation.shape_checker.fits,
+        ):
+            progress.begin_slice(slice_.end_cursor)
+            if not await self._dispatch_slice(slice_, revision):
+                return
+            self._apply_to_live_callers(slice_.account_events, "delete")
+            self._advance_head(slice_)
+            self._account_deletions = ()
+            # The loop is shared with the feed, catching up and HTTP.
+            await asyncio.sleep(0)
+            if progress.revision != revision:
+                return  # the rest was split by another generation, or is of another history
+
+    async def _dispatch_slice(self, slice_: Slice, revision: int) -> bool:
+        """Evaluate and deliver a slice; return whether all of it was delivered."""
+        self._apply_account_changes(slice_)
+        result = await self._evaluate(slice_)
+        enrichment = await self._enrich(slice_, result)
+        subscribed = self._progress.generation.subscription_counts
+        if causes := gap_xids(slice_.gap, slice_.events, result, subscribed):
+            # A client that is notified of a gap reloads at once and must find its changes.
+            await self._visibility.wait_until_visible(causes)
+        return await self._compose_and_deliver(slice_, result, enrichment, revision)
+
+    def _advance_head(self, slice_: Slice) -> None:
+        self._progress.advance(slice_.end_cursor)
+        self.settle()
+
+    def _apply_account_changes(self, slice_: Slice) -> None:
+        """Apply a slice's changes of accounts and columns before it is evaluated."""
+        self._progress.generation.report_unknown_columns(slice_.events)
+        callers, gap = self._registry.callers, slice_.gap
+        for event in slice_.account_events:
+            callers.remember_change(event)
+        self._apply_to_live_callers(slice_.account_events, "update")
+        if gap is None:
+            return
+        if gap.xid is not None and gap.reason in {"truncate", "schema"}:
+            # The other gaps are logged where they arise.
+            log.warning(
+                "replication.gap", reason=gap.reason, collections=sorted(gap.collections or ())
+            )
+        collections = self._progress.generation.collections.items()
+        if any(one.type == "auth" and gap.affects(name) for name, one in collections):
+            callers.forget_changes_upto(gap.cursor.lsn)
+
+    def _apply_to_live_callers(self, account_events: Sequence[Event], action: Action) -> None:
+        for event in account_events:
+            if event.action == action:
+                for connection in self._live_connections_of(event):
+                    self._registry.apply_caller_change(connection, event)
+
+    def _live_connections_of(self, account_event: Event) -> list[Connection]:
+        found = self._registry.callers.connections_of(account_event)
+        return [one for one in found if one.state is LIVE]
+
+    async def _evaluate(self, slice_: Slice) -> SliceResult:
+        """Evaluate a slice, without the connections whose filters are slow or may be."""
+        generation, isolated = self._progress.generation, self._catch_up.isolated
+        if generation.matcher.trials.has_untried:
+            self._isolate(isolated.with_untried_filters(slice_.events), ())
+        result = await generation.evaluator.evaluate_in_chunks(slice_.events)
+        if result.over_budget_groups or result.expensive_groups:
+            self._isolate(
+                _connections_of(result.over_budget_groups), _connections_of(result.expensive_groups)
+            )
+        return result
+
+    async def _enrich(self, slice_: Slice, result: SliceResult) -> Enrichment:
+        """Load what records show beside their rows.
+
+        Connections fall behind whose expands are slow, or whose callers have changed in the
+        database since the slice.
+        """
+        evaluator = self._progress.generation.evaluator
+        if not evaluator.needs_enrichment(slice_.events, result):
+            return NO_ENRICHMENT
+        check = self._caller_check_for(slice_, result)
+        # LIVE callers whose rows the slice deletes receive it as who they were. A connection that
+        # catches up could not: the stream has made it a guest's, and it is notified of a gap.
+        deleted = (event for event in slice_.account_events if event.action == "delete")
+        is_shared = not any(self._live_connections_of(event) for event in deleted)
+        enrichment = await evaluator.enrich(
+            slice_.events, result, needs_of_groups, check, is_shared=is_shared
+        )
+        late = _connections_with_viewers(result.hits, enrichment.excluded_viewers)
+        self._isolate(late, late)
+        for connection in check.outdated_connections:
+            if connection.state is LIVE:
+                self._fall_behind(connection)
+        return enrichment
+
+    def _caller_check_for(self, slice_: Slice, result: SliceResult) -> CallerCheck:
+        """Return the check for LIVE connections whose callers have changed in the database."""
+
+        def connections(viewers: Sized[ExpandViewer], groups: Sized[Group]) -> Iterable[Connection]:
+            found = {*_connections_with_viewers(result.hits, viewers), *_connections_of(groups)}
+            return (one for one in found if one.state is LIVE)
+
+        return CallerCheck(
+            self._registry.callers,
+            self._progress.generation,
+            events=slice_.events,
+            find_connections=connections,
+        )
+
+    def _isolate(self, late: Iterable[Connection], slow: Iterable[Connection]) -> None:
+        """Go on without connections that delay the others.
+
+        Args:
+            late: Those that are not served with this slice.
+            slow: Those among them that took the time.
+        """
+        isolated = self._catch_up.isolated
+        for connection in slow:
+            isolated.isolate_with_backoff(connection)
+        for connection in late:
+            isolated.isolate(connection)
+            if connection.state is LIVE:
+                self._fall_behind(connection)
+
+    # --- delivery ---------------------------------------------------------------------------
+
+    async def _compose_and_deliver(
+        self, slice_: Slice, result: SliceResult, enrichment: Enrichment, revision: int
+    ) -> bool:
+        """Deliver an evaluated slice in bounded parts, unless the revision changes.
+
+        Returns:
+            Whether all of it was delivered.
+        """
+        progress, events = self._progress, slice_.events
+        composer = MessageComposer(
+            progress.generation.renderer,
+            events,
+            result.hits,
+            enrichment,
+            send_buffer_bytes=self._registry.send_budget.per_connection_bytes,
+        )
+        for indexes in delivery_ranges(events, result.hits):
+            stop = indexes.start
+            while stop < indexes.stop or not indexes:
+                composed = await composer.compose(range(stop, indexes.stop))
+                if composed.failed_indexes:
+                    # Their subscribers are notified of a gap, and must find them on reloading.
+                    await self._visibility.wait_until_visible(
+                        events[index].xid for index in composed.failed_indexes
+                    )
+                if progress.revision != revision:
+                    return False
+                if composed.over_budget_connections:
+                    self._isolate(composed.over_budget_connections, composed.expensive_connections)
+                stop = self._deliver(slice_, result, composed, first_index=stop)
+                if stop == len(events):
+                    break
+                progress.advance(events[stop - 1].cursor)
+                await asyncio.sleep(0)
+        return True
+
+    def _deliver(
+        self, slice_: Slice, result: SliceResult, composed: ComposedMessages, *, first_index: int
+    ) -> int:
+        """Deliver the messages composed of a slice from an event on.
+
+        The slice's gap is sent with the last of them. A gap for events that could not be evaluated
+        is sent with the messages of the events around it: a client that breaks off later resumes
+        after it.
+
+        Returns:
+            The index of the first event that is left.
+        """
+        events = slice_.events
+        touched = enqueue_messages(composed, events)
+        stop = composed.stop_index
+        is_last = stop == len(events)
+        end_cursor = slice_.end_cursor if is_last else events[stop - 1].cursor
+        evaluation_gap = result.gap_in(events, range(first_index, stop), composed.failed_indexes)
+        self._flush(touched, events, evaluation_gap)
+        if stop:
+            self._delivered_upto = events[stop - 1].cursor
+        if is_last:
+            self._account_deletions = [
+                event for event in slice_.account_events if event.action == "delete"
+            ]
+        gap = slice_.gap if is_last else None
+        if gap is not None or evaluation_gap is not None:
+            touched = self._registry.live_connections()
+            self._notify(touched, gap, evaluation_gap, end_cursor)
+        self._write_cursor_events(touched, end_cursor)
+        return stop
+
+    def _notify(
+        self,
+        connections: Sequence[Connection],
+        gap: GapNotice | None,
+        evaluation_gap: EvaluationGap | None,
+        end_cursor: Cursor,
+    ) -> None:
+        for connection in connections:
+            with self._registry.closing_on_error(connection):
+                self._gap_notifier.notify_slice(connection, gap, evaluation_gap, end_cursor)
+
+    def _write_cursor_events(self, connections: Sequence[Connection], cursor: Cursor) -> None:
+        for connection in connections:
+            if connection.has_cursor_topic and connection.state is LIVE:
+                with self._registry.closing_on_error(connection):
+                    connection.write_cursor_event(cursor)
+
+    def _flush(
+        self,
+        touched: Sequence[Connection],
+        events: Sequence[Event],
+        evaluation_gap: EvaluationGap | None,
+    ) -> None:
+        """Write what is queued for connections; those whose send buffer is full fall behind."""
+        now, budget = self._clock(), self._registry.send_budget
+        limit = budget.limit_bytes()
+        for connection in touched:
+            try:
+                size, buffered = connection.queued_bytes(), connection.writer.buffered_bytes()
+                is_larger = buffered + size > limit
+                if not size or (
+                    is_larger and not self._may_exceed_limit(connection, size, buffered)
+                ):
+                    self._fall_behind(connection)
+                    continue
+                position_limit = self._gap_notifier.position_limit(connection, evaluation_gap)
+                connection.write(connection.encode_queued(events, position_limit))
+                connection.mark_event_sent(now)
+                if buffered + size >= budget.counted_from_bytes:
+                    budget.update(connection)
+                    limit = budget.limit_bytes()
+            except Exception as error:  # noqa: BLE001 (as closing_on_error, which is slower)
+                self._registry.close_failed(connection, error)
+
+    def _may_exceed_limit(self, connection: Connection, size: int, buffered: int) -> bool:
+        """Whether it may be sent more than its limit: one message, when nothing else waits."""
+        return (
+            not buffered
+            and connection.has_one_queued_message()
+            and self._registry.send_budget.admits(size)
+        )
+
+    def _fall_behind(self, connection: Connection) -> None:
+        """Let a LIVE connection read on from the head, which is before what is being delivered."""
+        connection.fall_behind(self._progress.head)
+        self._catch_up.start(connection)
+
+
+def _connections_of(groups: Iterable[Group]) -> dict[Connection, None]:
+    members = (
+        one for group in groups for render_group in group.render_groups for one in render_group
+    )
+    return {one.connection: None for one in members}
+
+
+def _connections_with_viewers(
+    hits: Iterable[Iterable[Group]], viewers: Sized[ExpandViewer]
+) -> set[Connection]:
+    """Return the connections of subscriptions among the hits that have one of the viewers."""
+    if not viewers:
+        return set()
+    render_groups = {
+        render_group
+        for group in {group for groups in hits for group in groups}
+        for render_group in group.render_groups
+        if render_group.render_key[2] in viewers
+    }
+    return {one.connection for render_group in render_groups for one in render_group}

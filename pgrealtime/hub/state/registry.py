@@ -1,0 +1,292 @@
+"""The open connections: opens, connects and closes them, and applies changes of their callers.
+
+Feed and API reach it through ``hub.hub``; the dispatcher, catching up, subscribe calls, gaps and
+timeouts close connections here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Callable, Iterator
+from collections.abc import Collection as Sized
+from contextlib import contextmanager
+
+import structlog
+
+from pgrealtime.errors import SubscriptionLimitError
+from pgrealtime.hub.connections.connection import (
+    LIVE,
+    Connection,
+    ConnectionState,
+    Subscription,
+)
+from pgrealtime.hub.connections.output import ResponseWriter
+from pgrealtime.hub.connections.send_budget import SendBudget
+from pgrealtime.hub.evaluation.evaluator import raise_location
+from pgrealtime.hub.events.event import Event
+from pgrealtime.hub.state.callers import CallerTracker
+from pgrealtime.hub.state.epochs import ResumableEpochs
+from pgrealtime.hub.state.generation import Generation
+from pgrealtime.hub.state.progress import DispatchProgress
+from pgrealtime.hub.state.settings import HubSettings
+from pgrealtime.hub.state.totals import HubCounters
+from pgrealtime.lsn import Cursor
+
+log = structlog.get_logger(__name__)
+
+_ID_LETTERS = string.ascii_letters + string.digits
+_ID_LENGTH = 40
+
+
+class ConnectionRegistry:
+    """The open connections by id.
+
+    Args:
+        progress: The dispatcher's.
+        epochs: Resolve submitted positions.
+        settings: The limits, and how callers log in.
+        counters: Where closed connections are counted.
+        clock: Monotonic seconds.
+
+    Attributes:
+        callers: The connections by account.
+        counters: As given.
+        send_budget: What may wait in their send buffers.
+        is_stream_up: Whether the replication stream is being read. While it is not, PB_CONNECT is
+            held back and subscribe calls are refused.
+        is_closing: Whether new connections get no PB_CONNECT any more.
+        subscriptions_with_read_point: Those added late that must not repeat what their connection
+            has received for other topics.
+    """
+
+    def __init__(
+        self,
+        progress: DispatchProgress,
+        epochs: ResumableEpochs,
+        settings: HubSettings,
+        counters: HubCounters,
+        clock: Callable[[], float],
+    ) -> None:
+        limits = settings.limits
+        self._progress = progress
+        self._epochs = epochs
+        self._max_connections = limits.max_connections
+        self._clock = clock
+        self._connections: dict[str, Connection] = {}
+        self._removal_callbacks: list[Callable[[Connection], None]] = []
+        self.callers = CallerTracker(settings.logins, allows_guests=settings.allows_guests)
+        self.counters = counters
+        self.send_budget = SendBudget(
+            per_connection_bytes=limits.send_buffer, total_bytes=limits.send_buffers, clock=clock
+        )
+        self.is_stream_up = False
+        self.is_closing = False
+        self.subscriptions_with_read_point: dict[Subscription, None] = {}
+
+    @property
+    def connections(self) -> Sized[Connection]:
+        """The open connections, in order of opening."""
+        return self._connections.values()
+
+    def find(self, client_id: str) -> Connection | None:
+        """Return the connection of an id, with or without a position after a dot."""
+        return self._connections.get(client_id.partition(".")[0])
+
+    def live_connections(self) -> list[Connection]:
+        """Return the connections that are LIVE now."""
+        return [one for one in self._connections.values() if one.state is LIVE]
+
+    # --- opening ----------------------------------------------------------------------------
+
+    def open(
+        self,
+        writer: ResponseWriter,
+        address: str,
+        submitted_positions: tuple[str | None, str | None],
+    ) -> Connection:
+        """Add a connection whose response head was sent, and connect it if there is a stream."""
+        connection = Connection(
+            "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH)),
+            writer,
+            address=address,
+            submitted_positions=submitted_positions,
+            epoch=self._epochs.epoch,
+            cursor=self._progress.head,
+            now=self._clock(),
+        )
+        self._connections[connection.id] = connection
+        if len(self._connections) > self._max_connections:
+            # An EventSource never retries after a status other than 200: accept it, and let the
+            # connect timeout close it.
+            log.warning("connection.refused", limit=self._max_connections)
+        elif self.is_stream_up and not self.is_closing:
+            self._connect(connection)
+        return connection
+
+    def connect_waiting(self) -> None:
+        """Send PB_CONNECT to the connections that waited for the stream."""
+        if self.is_closing:
+            return
+        for connection in list(self._connections.values())[: self._max_connections]:
+            if connection.state is ConnectionState.CONNECTING:
+                self._connect(connection)
+
+    def _connect(self, connection: Connection) -> None:
+        head = self._progress.head
+        resumption = self._epochs.resolve(connection.submitted_positions, head)
+        connection.connect(self._epochs.epoch, head, resumption, self._clock())
+
+    # --- closing ----------------------------------------------------------------------------
+
+    def when_removed(self, callback: Callable[[Connection], None]) -> None:
+        """Call back with each connection that is removed, before its subscriptions go."""
+        self._removal_callbacks.append(callback)
+
+    def remove(self, connection: Connection, reason: str) -> None:
+        """Remove a connection whose response has ended, or is about to. Idempotent."""
+        connection.close()
+        self.callers.remove(connection)
+        for callback in self._removal_callbacks:
+            callback(connection)
+        for subscription in connection.take_subscriptions().values():
+            self.unbind(subscription, self._progress.generation)
+        if self._connections.pop(connection.id, None) is not None:
+            self.counters.closed_connections[reason] += 1
+            self.counters.events_sent_to_closed += connection.events_sent
+            log.debug("connection.closed", connection=connection.id, events=connection.events_sent)
+
+    def close(self, connection: Connection, reason: str) -> None:
+        """End a connection's response in order. Idempotent."""
+        if connection.is_closed():
+            return
+        log.debug("connection.ended", connection=connection.id, reason=reason)
+        try:
+            # First: the writer may report at once that its client has gone.
+            self.remove(connection, reason)
+        finally:
+            connection.writer.close()
+
+    def abort(self, connection: Connection) -> None:
+        """Drop a connection that reads too slowly, with what is buffered for it."""
+        log.warning("connection.dropped", connection=connection.id, reason="stalled")
+        connection.writer.abort()
+        self.send_budget.remove(connection)
+        self.remove(connection, "stalled")
+
+    def request_close(self, connection: Connection, reason: str) -> None:
+        """Close a connection as soon as its client can bear that."""
+        connection.request_close(reason)
+        if connection.may_close(self._clock()):
+            self.close(connection, reason)
+
+    def invalidate_caller(self, connection: Connection, reason: str, delivered: Cursor) -> None:
+        """Close a connection whose caller is not known any more, and deliver nothing until then.
+
+        Args:
+            connection: The connection.
+            reason: Why it is closed.
+            delivered: What it has received if it is LIVE. Its client may resume from there.
+        """
+        connection.invalidate_caller(delivered)
+        self.request_close(connection, reason)
+
+    @contextmanager
+    def closing_on_error(self, connection: Connection) -> Iterator[None]:
+        """Close one connection for an error in what is done for it; the others are not affected.
+
+        Its client reconnects, and loads anew or resumes from its position: silence would be a gap.
+        """
+        try:
+            yield
+        except SubscriptionLimitError as error:
+            # With another caller or configuration its topics are too many, and there is no call to
+            # refuse.
+            log.info("connection.refused", connection=connection.id, limit=error.limit_name)
+            self.close(connection, "limit")
+        except Exception as error:  # noqa: BLE001 (a fault of ours, or a value that nobody foresaw)
+            self.close_failed(connection, error)
+
+    def close_failed(self, connection: Connection, error: Exception) -> None:
+        """Close a connection for an error; never raises."""
+        log.error(
+            "connection.failed",
+            connection=connection.id,
+            error=type(error).__name__,
+            at=raise_location(error),
+        )
+        try:
+            self.close(connection, "failed")
+        except Exception as another:  # noqa: BLE001 (as above)
+            connection.close()  # at least nothing more is delivered
+            name = type(another).__name__
+            log.error("connection.failed", connection=connection.id, error=name)  # noqa: TRY400 (the error's place is logged above)
+
+    # --- callers and subscriptions ------------------------------------------------------------
+
+    def unbind(self, subscription: Subscription, generation: Generation) -> None:
+        """Take a subscription out of its group for good."""
+        generation.unbind_subscription(subscription)
+        self.subscriptions_with_read_point.pop(subscription, None)
+
+    def add_read_point(self, subscription: Subscription) -> None:
+        """Count a subscription among those with a read point, if it has one."""
+        if subscription.read_point is not None:
+            self.subscriptions_with_read_point[subscription] = None
+
+    def clear_passed_read_points(self) -> None:
+        """Remove read points that no later transaction can be visible in."""
+        head = self._progress.head.lsn
+        for subscription in list(self.subscriptions_with_read_point):
+            read_point, connection = subscription.read_point, subscription.connection
+            if (read_point is None or head > read_point.insert_lsn) and connection.state is LIVE:
+                subscription.set_read_point(None)
+                # The caller's row was read before: every further change of it is newer.
+                connection.forget_caller_read_point()
+                del self.subscriptions_with_read_point[subscription]
+
+    def clear_read_points(self) -> None:
+        """Remove all read points: in another history their transaction ids are assigned again."""
+        for subscription in self.subscriptions_with_read_point:
+            subscription.set_read_point(None)
+        self.subscriptions_with_read_point.clear()
+
+    def rebind(self) -> None:
+        """Bind all callers and subscriptions by the generation in force, which has none yet.
+
+        A connection whose topics are too many now is closed.
+        """
+        for connection in list(self._connections.values()):
+            for subscription in connection.subscriptions.values():
+                subscription.set_group(None)  # the other generation's, which is gone
+            with self.closing_on_error(connection):
+                self.callers.set_caller(connection, self.callers.revalidate(connection.caller))
+                for subscription in connection.subscriptions.values():
+                    self._progress.generation.bind_subscription(subscription, connection.caller)
+                self._close_if_guest(connection, self._progress.head)
+
+    def apply_caller_change(self, connection: Connection, event: Event) -> None:
+        """Change the connection's caller as an event of its row says; no message is sent.
+
+        An error closes the connection.
+        """
+        with self.closing_on_error(connection):
+            callers = self.callers
+            caller = callers.caller_after(event, connection.caller, connection.caller_read_point)
+            if caller is connection.caller or connection.is_closed():
+                return
+            callers.set_caller(connection, caller)
+            generation = self._progress.generation
+            for subscription in connection.subscriptions.values():
+                generation.unbind_subscription(subscription)
+                generation.bind_subscription(subscription, caller)
+            delivered = event.cursor if event.action == "delete" else self._progress.head
+            if caller.is_stale:
+                self.invalidate_caller(connection, "caller_lost", delivered)
+            else:
+                self._close_if_guest(connection, delivered)
+
+    def _close_if_guest(self, connection: Connection, delivered: Cursor) -> None:
+        """Close a connection whose caller has become a guest, where guests may have no topics."""
+        if not self.callers.may_keep_topics(connection):
+            self.invalidate_caller(connection, "guest", delivered)

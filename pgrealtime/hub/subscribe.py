@@ -1,0 +1,363 @@
+"""Carries out subscribe calls: the API passes them on through ``hub.hub``.
+
+A call replaces a connection's topics and its caller. Meanwhile the connection receives nothing;
+after it, it catches up from its cursor. The work is done in chunks, for a call may bring a thousand
+topics and the loop is shared with all other connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from itertools import islice
+
+import structlog
+
+from pgrealtime.auth.principal import GUEST, Caller, is_same_principal
+from pgrealtime.changelog.base import Changelog
+from pgrealtime.errors import SubscriptionError, SubscriptionLimitError
+from pgrealtime.fairness import FairLock
+from pgrealtime.hub.catchup.tasks import CatchUpTasks
+from pgrealtime.hub.connections.connection import Connection, Subscription
+from pgrealtime.hub.state.progress import DispatchProgress
+from pgrealtime.hub.state.registry import ConnectionRegistry
+from pgrealtime.hub.state.visibility import VisibilityTracker
+from pgrealtime.lsn import LSN, Cursor
+from pgrealtime.protocol.topic import Topic
+from pgrealtime.records.encode import View
+from pgrealtime.snapshot import ReadPoint, parse_read_point
+
+log = structlog.get_logger(__name__)
+
+_START = Cursor(LSN(0), 0)
+_STEPS_PER_CHUNK = 50
+"""Topics of a call that are bound or unbound at once; each takes 5 to 30 us."""
+_LOGGED_TOPIC_CHARACTERS = 200
+"""Characters of a topic that are logged."""
+
+
+class SubscribeCalls:
+    """Carries out subscribe calls, of one connection one at a time.
+
+    Args:
+        changelog: Its head says whether a submitted position may be of another process.
+        progress: The dispatcher's.
+        registry: The open connections.
+        visibility: Fetches the snapshot from which new topics begin.
+        catch_up: Serves the connection after its call.
+        same_address: Whether a call must come from the address of its connection.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        changelog: Changelog,
+        progress: DispatchProgress,
+        registry: ConnectionRegistry,
+        visibility: VisibilityTracker,
+        catch_up: CatchUpTasks,
+        *,
+        same_address: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self._changelog = changelog
+        self._progress = progress
+        self._registry = registry
+        self._visibility = visibility
+        self._catch_up = catch_up
+        self._same_address = same_address
+        self._clock = clock
+        self._work_lock = FairLock()
+        """Held by the one call that uses the loop for long work."""
+
+    async def subscribe(
+        self, client_id: str, topic_texts: Sequence[str], caller: Caller, address: str
+    ) -> None:
+        """Replace a connection's topics and caller; on return the promise of a 204 holds.
+
+        Args:
+            client_id: As submitted, with or without a position after a dot.
+            topic_texts: As submitted; empty strings and repetitions are skipped.
+            caller: Of the call.
+            address: From which it came.
+
+        Raises:
+            SubscriptionError: ``client_unknown``, ``address_mismatch``,
+                ``authorization_mismatch``, ``stream_away``. Nothing was changed then.
+            SubscriptionLimitError: There are too many topics of a kind. Nothing was changed then.
+        """
+        connection = self._registry.find(client_id)
+        if connection is None:
+            raise SubscriptionError("unknown client id", code="client_unknown")
+        if self._same_address and connection.address != address:
+            raise SubscriptionError("another address", code="address_mismatch")
+        async with connection.lock:
+            _require_open(connection)
+            before = connection.caller.principal
+            if before != GUEST and not is_same_principal(before, caller.principal):
+                raise SubscriptionError("another caller", code="authorization_mismatch")
+            try:
+                await self._replace_topics(
+                    connection, list(dict.fromkeys(filter(None, topic_texts))), caller
+                )
+            except SubscriptionLimitError as error:
+                self._registry.counters.refused_subscribe_calls += 1
+                log.info("subscription.refused", connection=connection.id, limit=error.limit_name)
+                raise
+            except SubscriptionError as error:
+                if error.error_code == "stream_away":
+                    # The JS SDK doesn't call again by itself, but when its connection has ended.
+                    connection.mark_answered(self._clock(), close_reason="stream_away")
+                raise
+            connection.mark_answered(self._clock())
+
+    def unmatchable_topics(self, client_id: str) -> frozenset[str]:
+        """Return the topics of a connection that no event can match for its caller now."""
+        connection = self._registry.find(client_id)
+        if connection is None:
+            return frozenset()
+        return frozenset(
+            name
+            for name, one in connection.subscriptions.items()
+            if one.group is None and not one.topic.collection.startswith("PB_")
+        )
+
+    async def _replace_topics(
+        self, connection: Connection, topic_texts: list[str], caller: Caller
+    ) -> None:
+        if not self._registry.is_stream_up:
+            raise SubscriptionError("the stream is away", code="stream_away")
+        with self._delivery_paused(connection) as is_first:
+            topics = await self._progress.generation.parse_topics(
+                topic_texts, caller, self._work_lock, connection.network
+            )
+            read_point = await self._fetch_read_point(connection, topic_texts, is_first=is_first)
+            _require_open(connection)
+            await self._install(connection, topics, caller, read_point)
+
+    @contextmanager
+    def _delivery_paused(self, connection: Connection) -> Iterator[bool]:
+        """Deliver nothing to a connection in the block; yield whether it has no topics yet."""
+        self._catch_up.prevent_going_live(connection)
+        is_first = connection.begin_call(self._progress.head)
+        try:
+            yield is_first
+        finally:
+            if connection.end_call(self._progress.head):
+                self._catch_up.start(connection)
+
+    async def _fetch_read_point(
+        self, connection: Connection, topic_texts: list[str], *, is_first: bool
+    ) -> ReadPoint | None:
+        """Return the snapshot from which the call's new topics begin.
+
+        None if there is no new topic, or delivery of all of them resumes from a position.
+
+        Raises:
+            SubscriptionError: ``stream_away``: the database did not answer.
+        """
+        if all(name in connection.subscriptions for name in topic_texts):
+            return None
+        loses_position = False
+        if is_first and connection.is_resuming:
+            if connection.cursor <= self._changelog.head:
+                return None
+            # The position is another process's that is ahead of this one, or it was sent before
+            # the database was restored. The end of the WAL tells which.
+            newest = await self._visibility.fetch_read_point(_START)
+            if connection.cursor.lsn <= newest.insert_lsn:
+                return None
+            loses_position = True
+        if is_first:
+            # Nothing was delivered to it, so nothing can be out of order: begin at the head.
+            connection.start_at(self._progress.head, loses_position=loses_position)
+        return await self._visibility.fetch_read_point(connection.cursor)
+
+    # --- replacing the subscriptions ----------------------------------------------------------
+
+    async def _install(
+        self,
+        connection: Connection,
+        topics: Mapping[str, Topic],
+        caller: Caller,
+        read_point: ReadPoint | None,
+    ) -> None:
+        """Replace the subscriptions, or restore those before if that fails.
+
+        The loop is yielded in between. Meanwhile the connection is not LIVE and its cursor stays,
+        so no event is delivered for some of its topics only. If another generation or history
+        begins meanwhile, all is done again.
+
+        Raises:
+            SubscriptionError: As ``subscribe`` says.
+            SubscriptionLimitError: Likewise.
+        """
+        before = connection.subscriptions
+        caller_read_point = (
+            None if caller.read_point is None else parse_read_point(*caller.read_point)
+        )
+        try:
+            while True:
+                epoch = connection.epoch
+                current = self._current_caller(connection, caller, caller_read_point)
+                steps = self._replace_steps(connection, before, topics, current, read_point)
+                if await self._run_in_chunks(connection, steps):
+                    break
+                if connection.epoch != epoch:
+                    # The transaction ids of an earlier snapshot are assigned again.
+                    read_point = None
+                    for subscription in before.values():
+                        subscription.set_read_point(None)
+        except asyncio.CancelledError:
+            deque(self._restore_steps(connection, before), maxlen=0)
+            raise
+        except Exception:
+            await self._restore(connection, before)
+            raise
+        if topics:
+            self._count_resume_outcome(connection)
+        connection.accept_call(topics, caller_read_point)
+        self._registry.callers.set_caller(connection, current)
+
+    def _count_resume_outcome(self, connection: Connection) -> None:
+        reason = connection.pending_gap_reason
+        if connection.first_call_answered_at is None and (connection.is_resuming or reason):
+            self._registry.counters.resume_outcomes[reason or "resumed"] += 1
+
+    def _current_caller(
+        self, connection: Connection, caller: Caller, read_point: ReadPoint | None
+    ) -> Caller:
+        """Return the caller as of the connection's cursor and the configuration in force.
+
+        Both may have changed since the caller was authenticated.
+
+        Raises:
+            SubscriptionError: ``stream_away``: the changes since then are not known any more.
+        """
+        callers = self._registry.callers
+        try:
+            caller = callers.caller_at(caller, read_point, connection.cursor)
+        except LookupError as error:
+            raise SubscriptionError("the caller's row may have changed", code="stream_away") from (
+                error
+            )
+        return replace(callers.revalidate(caller), read_point=None)
+
+    async def _run_in_chunks(self, connection: Connection, steps: Generator[None]) -> bool:
+        """Run steps of a call, yielding the loop in between.
+
+        A few steps run at once. Longer work is done for one call at a time.
+
+        Returns:
+            Whether all were run; False if another generation or history has begun meanwhile.
+
+        Raises:
+            SubscriptionError: ``client_unknown``: the connection was closed meanwhile.
+        """
+        revision = self._progress.revision
+        with closing(steps):
+            if not any(True for _ in islice(steps, _STEPS_PER_CHUNK - 1, _STEPS_PER_CHUNK)):
+                return True
+            is_done = False
+            while not is_done:
+                async with self._work_lock.acquire_for_loop_work(connection.network) as turn:
+                    if not connection.is_closed() and self._progress.revision == revision:
+                        is_done = not any(turn.is_due() for _ in steps)
+                _require_open(connection)
+                if self._progress.revision != revision:
+                    return False
+            return True
+
+    def _replace_steps(
+        self,
+        connection: Connection,
+        previous: Mapping[str, Subscription],
+        topics: Mapping[str, Topic],
+        caller: Caller,
+        read_point: ReadPoint | None,
+    ) -> Generator[None]:
+        """Replace the connection's subscriptions by those of the topics, one a step.
+
+        Args:
+            connection: The connection.
+            previous: Its subscriptions before the call; their read points go on.
+            topics: Of the call.
+            caller: Of the call.
+            read_point: Of topics that it did not have before.
+
+        Raises:
+            SubscriptionLimitError: There are too many of a kind; some are installed then.
+        """
+        yield from self._unbind_steps(connection)
+        unmatchable: defaultdict[str, list[str]] = defaultdict(list)
+        for name, topic in topics.items():
+            subscription = Subscription(connection, topic, View(), "")
+            kept = previous.get(name)
+            subscription.set_read_point(kept.read_point if kept else read_point)
+            self._registry.add_read_point(subscription)
+            # Before it is bound: a refusal unbinds all that the connection has.
+            connection.add_subscription(name, subscription)
+            reason = self._progress.generation.bind_subscription(subscription, caller)
+            if reason:
+                unmatchable[reason].append(name)
+            yield
+        _log_unmatchable(connection, unmatchable)
+
+    def _unbind_steps(self, connection: Connection) -> Generator[None]:
+        """Take all of a connection's subscriptions out of their groups, one a step."""
+        generation = self._progress.generation
+        subscriptions = iter(connection.take_subscriptions().values())
+        try:
+            for subscription in subscriptions:
+                self._registry.unbind(subscription, generation)
+                yield
+        finally:
+            # All at once if the connection was closed or another generation is in force.
+            for subscription in subscriptions:
+                self._registry.unbind(subscription, generation)
+
+    async def _restore(self, connection: Connection, previous: Mapping[str, Subscription]) -> None:
+        """Restore the subscriptions that a connection had before a call that is refused."""
+        try:
+            while not await self._run_in_chunks(
+                connection, self._restore_steps(connection, previous)
+            ):
+                pass
+        except asyncio.CancelledError:
+            deque(self._restore_steps(connection, previous), maxlen=0)
+            raise
+
+    def _restore_steps(
+        self, connection: Connection, previous: Mapping[str, Subscription]
+    ) -> Generator[None]:
+        """Restore the subscriptions, one a step; an error closes the connection."""
+        if connection.is_closed():
+            return
+        yield from self._unbind_steps(connection)
+        with self._registry.closing_on_error(connection):
+            for name, subscription in previous.items():
+                connection.add_subscription(name, subscription)
+                if subscription.group is None:
+                    self._progress.generation.bind_subscription(subscription, connection.caller)
+                self._registry.add_read_point(subscription)
+                yield
+
+
+def _require_open(connection: Connection) -> None:
+    if connection.is_closed():
+        raise SubscriptionError("unknown client id", code="client_unknown")
+
+
+def _log_unmatchable(connection: Connection, topics_by_reason: Mapping[str, Sequence[str]]) -> None:
+    for reason, topics in topics_by_reason.items():
+        log.info(
+            "subscription.mute",
+            connection=connection.id,
+            reason=reason,
+            topics=len(topics),
+            # The first one's, without its options: they may hold a token.
+            topic=topics[0].partition("?")[0][:_LOGGED_TOPIC_CHARACTERS],
+        )
