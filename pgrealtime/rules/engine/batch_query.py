@@ -8,8 +8,9 @@ PostgreSQL can't process denies nothing else.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 from pgrealtime.caches import cached_per_object
@@ -61,35 +62,26 @@ class PairQuestion:
         predicate, table = self.test.sql_predicate, self.test.collection.table
         row_numbers, rows = _number_distinct([row for row, _ in self.pairs])
         argument_of = _pair_parameters(self.test)
+        _, arguments = self.pairs[0]
+        own_count = len(self.test.caller_parameters)
+        macro_values = dict(zip(self.test.macros, arguments[own_count:], strict=True))
         params = image_params(rows)
         for name, binding in predicate.bindings.items():
             if name in argument_of:
                 at = argument_of[name]
                 params[name] = [to_sql_value(args[at], binding.form) for _, args in self.pairs]
             else:
-                params[name] = self._shared_value(binding)
+                params[name] = _shared_value(binding, macro_values)
         if argument_of:
             params |= {"n": list(range(len(self.pairs))), "at": row_numbers}
         if not self.overlays:
-            return SqlQuery(_matching_pairs_sql(self.test), params)
+            return SqlQuery(_pairs_sql(self.test), params)
         images = RowImages(find_columns(table, predicate.columns), rows)
         replaced = with_overlays([predicate.condition], self.overlays, params, images)
         if replaced is None:
             return None
         (condition,), ctes = replaced
         return SqlQuery(matching_pairs_sql(table, predicate, argument_of, condition, ctes), params)
-
-    def _shared_value(self, binding: Binding) -> Scalar:
-        """Return the value of a parameter that is the same for all pairs."""
-        match binding.parameter:
-            case LiteralParameter(constant):
-                return to_sql_value(constant, binding.form)
-            case Macro() as macro:
-                _, arguments = self.pairs[0]
-                at = len(self.test.caller_parameters) + self.test.macros.index(macro)
-                return to_sql_value(arguments[at], binding.form)
-            case _:
-                raise AssertionError("any other parameter differs per pair")
 
     def accept(self, rows: Sequence[tuple[object, ...]]) -> None:
         """Take the statement's result."""
@@ -162,32 +154,19 @@ class KeyQuestion:
         has_wanted_keys = self.wanted_keys is not None
         params = image_params(self.rows)
         for name, binding in values.bindings.items():
-            params[name] = self._shared_value(binding)
+            params[name] = _shared_value(binding, self.macro_values)
         params["limit"] = self.max_texts_per_row + 1 if self._has_limit else None
         params["wanted"] = self.wanted_keys
         if not self.overlays:
-            sql = _wanted_keys_sql if has_wanted_keys else _all_keys_sql
-            return SqlQuery(sql(self.remote_key), params)
+            keys_sql = _wanted_keys_sql if has_wanted_keys else _all_keys_sql
+            return SqlQuery(keys_sql(self.remote_key), params)
         images = RowImages(find_columns(table, values.columns), self.rows)
         replaced = with_overlays([values.select], self.overlays, params, images)
         if replaced is None:
             return None
         (select,), ctes = replaced
-        return SqlQuery(
-            matching_keys_sql(
-                table, values, has_wanted_keys=has_wanted_keys, select=select, overlay_ctes=ctes
-            ),
-            params,
-        )
-
-    def _shared_value(self, binding: Binding) -> Scalar:
-        match binding.parameter:
-            case LiteralParameter(constant):
-                return to_sql_value(constant, binding.form)
-            case Macro() as macro:
-                return to_sql_value(self.macro_values[macro], binding.form)
-            case _:
-                raise AssertionError("a remote key has no caller's parameters")
+        sql = matching_keys_sql(table, values, select, ctes, has_wanted_keys=has_wanted_keys)
+        return SqlQuery(sql, params)
 
     def accept(self, rows: Sequence[tuple[object, ...]]) -> None:
         """Take the statement's result."""
@@ -237,20 +216,31 @@ def _pair_parameters(test: Test) -> dict[str, int]:
     }
 
 
-@cached_per_object
-def _matching_pairs_sql(test: Test) -> str:
-    return matching_pairs_sql(test.collection.table, test.sql_predicate, _pair_parameters(test))
+def _shared_value(binding: Binding, macro_values: MacroValues | Mapping[Macro, Scalar]) -> Scalar:
+    """Return the value of an SQL parameter that is the same for all pairs, or rows."""
+    match binding.parameter:
+        case LiteralParameter(constant):
+            return to_sql_value(constant, binding.form)
+        case Macro() as macro:
+            return to_sql_value(macro_values[macro], binding.form)
+        case _:
+            raise AssertionError("a caller's parameter differs per pair")
 
 
 @cached_per_object
-def _all_keys_sql(remote_key: RemoteKey) -> str:
-    return matching_keys_sql(
-        remote_key.collection.table, remote_key.sql_values, has_wanted_keys=False
+def _pairs_sql(test: Test) -> str:
+    predicate = test.sql_predicate
+    return matching_pairs_sql(
+        test.collection.table, predicate, _pair_parameters(test), predicate.condition
     )
 
 
-@cached_per_object
-def _wanted_keys_sql(remote_key: RemoteKey) -> str:
+def _keys_sql(remote_key: RemoteKey, *, has_wanted_keys: bool) -> str:
+    values = remote_key.sql_values
     return matching_keys_sql(
-        remote_key.collection.table, remote_key.sql_values, has_wanted_keys=True
+        remote_key.collection.table, values, values.select, has_wanted_keys=has_wanted_keys
     )
+
+
+_all_keys_sql = cached_per_object(partial(_keys_sql, has_wanted_keys=False))
+_wanted_keys_sql = cached_per_object(partial(_keys_sql, has_wanted_keys=True))

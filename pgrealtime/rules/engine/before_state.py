@@ -1,6 +1,7 @@
-"""Related tables as they were before a transaction: what its deletes are judged against.
+"""Related tables before a transaction: PostgreSQL evaluates the rows that it deleted against them.
 
-Of each row that the transaction touched stands the first old image, of those that it inserted none.
+By then the rows that a deleted row pointed to may be gone or changed as well. The matcher and the
+renderer keep ``BeforeStates``; ``Evaluation`` puts the overlays into its questions.
 """
 
 from __future__ import annotations
@@ -11,9 +12,18 @@ from pgrealtime.catalog.model import Table
 from pgrealtime.changes import Change, Delete, Insert, Row, TableName, Truncate, Update
 from pgrealtime.rules.sql.row_images import Overlay
 
+_BATCHES_BEFORE_EVICTION = 8
+"""Batches that a state outlives its last use by: some readers of the changelog may take turns at
+different transactions."""
+
 
 class BeforeState:
-    """The state before one transaction, table by table; made when it is asked for."""
+    """The state before one transaction, computed table by table when it is first needed.
+
+    Args:
+        changes: The transaction's.
+        tables: The tables that rules can read.
+    """
 
     __slots__ = ("_changed_tables", "_changes", "_overlays", "_tables")
 
@@ -21,18 +31,18 @@ class BeforeState:
         self._changes = tuple(changes)
         self._tables = tables
         self._changed_tables: frozenset[TableName] | None = None
-        """Made when it is asked for: of the changes there may be many more than are judged."""
+        """Computed when needed: most deletes are decided by their row alone, and a transaction may
+        have very many changes."""
         self._overlays: dict[TableName, Overlay | None] = {}
 
     def overlays(self, tables: Iterable[TableName]) -> tuple[Overlay, ...]:
-        """Return those of the tables that the transaction touched, as they were."""
+        """Return the former state of those of the tables that the transaction changed."""
         wanted = frozenset(tables)
         if not wanted:
             return ()
         if self._changed_tables is None:
             self._changed_tables = frozenset(change.table for change in self._changes)
-        touched = sorted(self._changed_tables & wanted)
-        found = (self._overlay_of(name) for name in touched)
+        found = (self._overlay_of(name) for name in sorted(self._changed_tables & wanted))
         return tuple(overlay for overlay in found if overlay is not None)
 
     def _overlay_of(self, name: TableName) -> Overlay | None:
@@ -42,16 +52,11 @@ class BeforeState:
         return self._overlays[name]
 
 
-_BATCHES_BEFORE_EVICTION = 8
-"""Batches that a state is kept for although none of them needs it: some readers of the changelog
-may be at different transactions, and take turns."""
-
-
 class BeforeStates:
-    """The states before transactions: one each, however many events and batches it has.
+    """The states before transactions, one for each, shared by its events and batches.
 
-    A large transaction is judged in many batches. Were its state found out for each of them, that
-    would take time by the square of its changes.
+    A large transaction is evaluated in many batches. Computing its state for each of them would
+    take time by the square of its changes.
     """
 
     __slots__ = ("_batch_number", "_states", "_tables")
@@ -60,50 +65,49 @@ class BeforeStates:
         self._tables = tables
         self._batch_number = 0
         self._states: dict[int, tuple[BeforeState, int]] = {}
-        """By the identity of the changes, which each holds; and the batch that needed it last."""
+        """By the identity of the changes, which the state holds; with the last batch to use it."""
 
     def begin_batch(self) -> None:
-        """Let go of what wasn't needed for a while: it holds its transaction."""
+        """Drop states that were not used for a while; each holds its transaction in memory."""
         self._batch_number += 1
         if self._states:
             oldest = self._batch_number - _BATCHES_BEFORE_EVICTION
-            self._states = {at: kept for at, kept in self._states.items() if kept[1] >= oldest}
+            self._states = {at: known for at, known in self._states.items() if known[1] >= oldest}
 
     def state_before(self, changes: tuple[Change, ...]) -> BeforeState:
-        """Return the state before the transaction of those changes."""
-        kept = self._states.get(id(changes))
-        past = BeforeState(changes, self._tables) if kept is None else kept[0]
-        self._states[id(changes)] = past, self._batch_number
-        return past
+        """Return the state before the transaction of these changes."""
+        known = self._states.get(id(changes))
+        state = BeforeState(changes, self._tables) if known is None else known[0]
+        self._states[id(changes)] = state, self._batch_number
+        return state
 
 
 def _make_overlay(table: Table, changes: Iterable[Change]) -> Overlay:
-    before: list[Row] = []
-    touched: dict[tuple[str | None, ...], Row] = {}
+    """Return the first old image of each row of the table that was there before."""
+    old_images: list[Row] = []
+    changed: dict[tuple[str | None, ...], Row] = {}
+
+    def add_old(row: Row) -> None:
+        key = _primary_key(table, row)
+        if key not in changed:
+            changed[key] = row
+            old_images.append(row)
+
     for change in changes:
         if change.table != table.name:
             continue
         match change:
             case Insert(new=new):
-                touched.setdefault(_primary_key_texts(table, new), new)
+                changed.setdefault(_primary_key(table, new), new)
             case Update(new=new, old=old):
-                _add_old_row(table, old.row, before, touched)
-                touched.setdefault(_primary_key_texts(table, new), new)
+                add_old(old.row)
+                changed.setdefault(_primary_key(table, new), new)
             case Delete(old=old):
-                _add_old_row(table, old.row, before, touched)
+                add_old(old.row)
             case Truncate():
-                before.append({})  # any row may have been there: covers nothing that is read
-    return Overlay(table=table, old_images=before, changed_rows=list(touched.values()))
+                old_images.append({})  # any rows: has no column, so that no reader is answered
+    return Overlay(table=table, old_images=old_images, changed_rows=list(changed.values()))
 
 
-def _add_old_row(
-    table: Table, row: Row, before: list[Row], touched_rows: dict[tuple[str | None, ...], Row]
-) -> None:
-    key = _primary_key_texts(table, row)
-    if key not in touched_rows:
-        touched_rows[key] = row
-        before.append(row)
-
-
-def _primary_key_texts(table: Table, row: Row) -> tuple[str | None, ...]:
+def _primary_key(table: Table, row: Row) -> tuple[str | None, ...]:
     return tuple(row.get(name) for name in table.primary_key)

@@ -71,31 +71,25 @@ def map_test_calls(formula: Formula, replace: Callable[[TestCall], Formula]) -> 
 
 def conjunction(operands: Iterable[Formula]) -> Formula:
     """Return the conjunction, flat and without constants inside."""
-    found: list[Formula] = []
-    for operand in operands:
-        match operand:
-            case True:
-                continue
-            case False:
-                return False
-            case AllOf(inner):
-                found.extend(inner)
-            case _:
-                found.append(operand)
-    return AllOf(tuple(found)) if len(found) > 1 else found[0] if found else True
+    return _flattened(AllOf, operands, neutral=True)
 
 
 def disjunction(operands: Iterable[Formula]) -> Formula:
     """Return the disjunction, flat and without constants inside."""
+    return _flattened(AnyOf, operands, neutral=False)
+
+
+def _flattened(
+    connective: type[AllOf | AnyOf], operands: Iterable[Formula], *, neutral: bool
+) -> Formula:
+    """Join operands; ``neutral`` is the constant that changes nothing, the other one decides."""
     found: list[Formula] = []
     for operand in operands:
-        match operand:
-            case False:
-                continue
-            case True:
-                return True
-            case AnyOf(inner):
-                found.extend(inner)
-            case _:
-                found.append(operand)
-    return AnyOf(tuple(found)) if len(found) > 1 else found[0] if found else False
+        if isinstance(operand, bool):
+            if operand is not neutral:
+                return operand
+        elif isinstance(operand, connective):
+            found.extend(operand.operands)
+        else:
+            found.append(operand)
+    return connective(tuple(found)) if len(found) > 1 else found[0] if found else neutral

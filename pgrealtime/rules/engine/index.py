@@ -156,18 +156,24 @@ def _matching_range(bounds: list[Any], op: Op, value: SqliteValue) -> slice:
             return slice(bisect_left(bounds, value), None)
 
 
-class RemoteEntries(Generic[M]):
+class RemoteEntries(KeyEntries[M]):
     """Members under keys that PostgreSQL names for a row."""
 
-    __slots__ = ("entries", "guard_counts")
+    __slots__ = ("guard_counts",)
 
     def __init__(self) -> None:
-        self.entries: KeyEntries[M] = KeyEntries()
+        super().__init__()
         self.guard_counts: Counter[tuple[Formula, ...]] = Counter()
         """The members' guards, counted: PostgreSQL isn't asked about a row that satisfies none."""
 
 
 _Guards: TypeAlias = tuple[Formula, ...]
+_ENTRIES_CLASSES: dict[LookupKind, type[KeyEntries[Any]]] = {
+    LookupKind.KEY: KeyEntries,
+    LookupKind.REMOTE: RemoteEntries,
+    LookupKind.RANGE: RangeEntries,
+    LookupKind.EXCEPT: KeyEntries,
+}
 
 
 class PredicateIndex(Generic[M]):
@@ -215,24 +221,10 @@ class PredicateIndex(Generic[M]):
             elif key is _UNKNOWN_KEY:
                 self._without_key[member] = None
             elif key is not None or path.kind is LookupKind.EXCEPT:  # NULL equals no row's key
-                self._entries_for(path).add(key, member)
-                if path.remote_key is not None:
-                    self.remote_entries[path.remote_key].guard_counts[path.guards] += 1
-
-    def _entries_for(self, path: IndexPath) -> KeyEntries[M]:
-        match path.kind:
-            case LookupKind.KEY:
-                return self._key_entries.setdefault(path.row_key_readers, KeyEntries())
-            case LookupKind.RANGE:
-                assert path.op is not None
-                return self._range_entries.setdefault(
-                    (path.row_key_readers[0], path.op), RangeEntries()
-                )
-            case LookupKind.REMOTE:
-                assert path.remote_key is not None
-                return self.remote_entries.setdefault(path.remote_key, RemoteEntries()).entries
-            case _:
-                return self._except_entries.setdefault(path.row_key_readers[0], KeyEntries())
+                entries = self._entries_for(path)
+                entries.add(key, member)
+                if isinstance(entries, RemoteEntries):
+                    entries.guard_counts[path.guards] += 1
 
     def remove(self, member: M) -> None:
         """Remove a member, and the entries that it leaves empty."""
@@ -251,15 +243,22 @@ class PredicateIndex(Generic[M]):
     def _remove_entry(self, path: IndexPath, key: Hashable, member: M) -> None:
         entries = self._entries_for(path)
         entries.remove(key, member)
-        if path.remote_key is not None:
-            guards = self.remote_entries[path.remote_key].guard_counts
-            guards[path.guards] -= 1
-            if not guards[path.guards]:
-                del guards[path.guards]
+        if isinstance(entries, RemoteEntries):
+            entries.guard_counts[path.guards] -= 1
+            if not entries.guard_counts[path.guards]:
+                del entries.guard_counts[path.guards]
         if not entries:
-            self._entries_by_key(path.kind).pop(path.entries_key, None)
+            self._entries_of_kind(path.kind).pop(path.entries_key, None)
 
-    def _entries_by_key(self, kind: LookupKind) -> dict[Any, Any]:
+    def _entries_for(self, path: IndexPath) -> KeyEntries[M]:
+        """Return the entries of a path, which are made if there are none."""
+        of_kind = self._entries_of_kind(path.kind)
+        entries: KeyEntries[M] | None = of_kind.get(path.entries_key)
+        if entries is None:
+            entries = of_kind[path.entries_key] = _ENTRIES_CLASSES[path.kind]()
+        return entries
+
+    def _entries_of_kind(self, kind: LookupKind) -> dict[Any, Any]:
         match kind:
             case LookupKind.KEY:
                 return self._key_entries
@@ -315,7 +314,7 @@ class PredicateIndex(Generic[M]):
                 yield entries
         for remote_key, remote in self.remote_entries.items():
             if not missing_columns.isdisjoint(remote_key.sql_values.columns):
-                yield remote.entries
+                yield remote
 
 
 class _UndecidedKey(Enum):

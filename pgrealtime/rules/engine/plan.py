@@ -27,62 +27,30 @@ from pgrealtime.rules.language.parameters import CallerColumn, Parameter
 from pgrealtime.rules.language.sqlite_values import Scalar
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Specialization:
-    """What a row must satisfy, for callers that differ in nothing but a few values.
+    """What a row must satisfy, for callers that differ in nothing but a few values."""
 
-    Attributes:
-        collection: The rows' collection.
-        formula: What must be true; True for every row.
-        value_positions: Which of the plan's values tell callers apart, in order.
-        columns: Columns of the row that the plan reads.
-        paths: How a row finds callers.
-        paths_by_key: The same by what the index keeps entries by: what is to be tested of callers
-            found there. Where paths with different conditions share entries, the whole formula.
-        filter_tests: The tests that only the client's filter has.
-        has_remote_filter: Whether PostgreSQL must be asked about some of these.
-        reads_caller: Whether the rule or filter reads the caller's record: a row that is read later
-            than the event was written may find another one there, or none.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "collection",
-        "columns",
-        "filter_tests",
-        "formula",
-        "has_remote_filter",
-        "paths",
-        "paths_by_key",
-        "reads_caller",
-        "value_positions",
-    )
-
-    def __init__(
-        self,
-        collection: Collection,
-        formula: Formula,
-        value_positions: tuple[int, ...],
-        columns: frozenset[str],
-        registry: KeyRegistry,
-        *,
-        filter_tests: frozenset[Test] = frozenset(),
-        reads_caller: bool = False,
-    ) -> None:
-        self.collection = collection
-        self.formula = formula
-        self.value_positions = value_positions
-        self.columns = columns
-        self.filter_tests = filter_tests
-        self.has_remote_filter = any(test.in_process is None for test in filter_tests)
-        self.reads_caller = reads_caller
-        self.paths: tuple[IndexPath, ...] = tuple(index_paths(formula, registry))
-        self.paths_by_key: dict[Hashable, IndexPath] = {}
-        for path in self.paths:
-            known = self.paths_by_key.setdefault(path.entries_key, path)
-            if _conditions_of(known) != _conditions_of(path):
-                self.paths_by_key[path.entries_key] = replace(
-                    path, guards=(), residual=formula, implied_test_call=None
-                )
+    collection: Collection
+    """The rows' collection."""
+    formula: Formula
+    """What must be true; True for every row."""
+    value_positions: tuple[int, ...]
+    """Which of the plan's values tell callers apart."""
+    columns: frozenset[str]
+    """Columns of the row that the plan reads."""
+    paths: tuple[IndexPath, ...]
+    """How a row finds callers."""
+    paths_by_key: Mapping[Hashable, IndexPath]
+    """The paths by what the index keeps entries by: what is to be tested of callers found there.
+    Where paths with different conditions share entries, it is the whole formula."""
+    filter_tests: frozenset[Test]
+    """The tests that only the client's filter has."""
+    has_remote_filter: bool
+    """Whether PostgreSQL must be asked about some of these."""
+    reads_caller: bool
+    """Whether rule or filter read the caller's record: when a row is read later than its event was
+    written, that record may be another one, or gone."""
 
     @property
     def has_unindexed_filter(self) -> bool:
@@ -90,10 +58,6 @@ class Specialization:
         return bool(self.filter_tests) and any(
             path.kind is LookupKind.ALL or path.is_scan for path in self.paths
         )
-
-
-def _conditions_of(path: IndexPath) -> tuple[object, ...]:
-    return path.guards, path.residual, path.implied_test_call
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,15 +139,35 @@ class Plan:
         formula = map_test_calls(self._formula, known_verdict)
         used = sorted({at for call in each_test_call(formula) for at in call.argument_positions})
         renumbering = {at: number for number, at in enumerate(used)}
+        formula = map_test_calls(formula, renumbered)
+        filter_tests = self._filter_tests & _tests_of(formula)
+        paths = tuple(index_paths(formula, self._registry))
         return Specialization(
-            self._collection,
-            map_test_calls(formula, renumbered),
-            tuple(used),
-            self._columns,
-            self._registry,
-            filter_tests=self._filter_tests & _tests_of(formula),
+            collection=self._collection,
+            formula=formula,
+            value_positions=tuple(used),
+            columns=self._columns,
+            paths=paths,
+            paths_by_key=_by_entries_key(paths, formula),
+            filter_tests=filter_tests,
+            has_remote_filter=any(test.in_process is None for test in filter_tests),
             reads_caller=self._reads_caller,
         )
+
+
+def _by_entries_key(paths: Sequence[IndexPath], formula: Formula) -> dict[Hashable, IndexPath]:
+    found: dict[Hashable, IndexPath] = {}
+    for path in paths:
+        known = found.setdefault(path.entries_key, path)
+        if (known.guards, known.residual, known.implied_test_call) != (
+            path.guards,
+            path.residual,
+            path.implied_test_call,
+        ):
+            found[path.entries_key] = replace(
+                path, guards=(), residual=formula, implied_test_call=None
+            )
+    return found
 
 
 def _tests_of(formula: Formula) -> frozenset[Test]:

@@ -412,7 +412,7 @@ class RowEvaluation(Generic[M]):
     def _remote_entries(self, remote_key: RemoteKey) -> list[KeyEntries[M]]:
         """Return the members under a remote key; they may have been removed since it was asked."""
         found = (index.remote_entries.get(remote_key) for index in self._searched_indexes)
-        return [remote.entries for remote in found if remote is not None]
+        return [entries for entries in found if entries is not None]
 
     @property
     def undecided_members(self) -> Iterator[M]:

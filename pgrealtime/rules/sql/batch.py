@@ -47,20 +47,19 @@ def matching_pairs_sql(
     table: Table,
     predicate: SqlPredicate,
     pair_parameters: Sized[str],
-    condition: Sql | None = None,
+    condition: Sql,
     overlay_ctes: Sequence[exp.CTE] = (),
 ) -> str:
     """Return the statement for the numbers of the pairs of a row and values that match.
 
     Args:
         table: The rows' table.
-        predicate: What must match; ``condition`` in its place if that is given.
+        predicate: What must match.
         pair_parameters: Its parameters that differ per pair, given as arrays, as are ``n``, the
             pairs' numbers, and ``at``, the rows' numbers. If there are none, rows are numbered.
-        condition: The predicate's condition, reading other relations.
+        condition: The predicate's, perhaps reading other relations.
         overlay_ctes: These relations.
     """
-    condition = predicate.condition if condition is None else condition
     rows, ordinal = _row_images(table, predicate.columns)
     if not pair_parameters:
         rows_only = exp.Select(
@@ -104,23 +103,23 @@ def _reading_pairs(condition: Sql, pair_parameters: Sized[str]) -> Sql:
 def matching_keys_sql(
     table: Table,
     values: SqlValues,
+    select: Sql,
+    overlay_ctes: Sequence[exp.CTE] = (),
     *,
     has_wanted_keys: bool,
-    select: Sql | None = None,
-    overlay_ctes: Sequence[exp.CTE] = (),
 ) -> str:
     """Return the statement for the numbers of rows, and the distinct keys of each.
 
     Args:
         table: The rows' table.
-        values: The SELECT of one row's keys; ``select`` in its place if that is given.
+        values: The keys of one row.
+        select: Their SELECT, perhaps reading other relations.
+        overlay_ctes: These relations.
         has_wanted_keys: Whether only the keys in the array ``wanted`` are returned. ``limit``
             bounds how many of one row are.
-        select: The SELECT, reading other relations.
-        overlay_ctes: These relations.
     """
     rows, ordinal = _row_images(table, values.columns)
-    inner = (values.select if select is None else select).copy()
+    inner = select.copy()
     assert isinstance(inner, exp.Select)
     if has_wanted_keys:
         (text,) = inner.expressions
