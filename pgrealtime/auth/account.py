@@ -16,7 +16,7 @@ from psycopg_pool import PoolTimeout
 
 from pgrealtime.auth.principal import AuthRecord, ReadPointText
 from pgrealtime.auth.record import auth_record_of, token_key_of
-from pgrealtime.catalog.keys import canonical_id, native_key_type
+from pgrealtime.catalog.keys import canonical_id
 from pgrealtime.catalog.model import Column
 from pgrealtime.catalog.naming import identifier
 from pgrealtime.changes import Row
@@ -25,6 +25,7 @@ from pgrealtime.config.model import CollectionLoginConfig
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.postgres.rows import fetch_texts, rows_by_key_statement
 
 _BATCH_IDS = 500
 """Ids per query. Clients that all reconnect at once cause queries of this size."""
@@ -219,7 +220,7 @@ class AccountLoader:
     ) -> list[Row]:
         try:
             async with self._pool.connection() as connection:
-                cursor = await connection.execute(statement, values)
+                rows = await fetch_texts(connection, statement, values)
         except psycopg.DataError:
             raise
         except (psycopg.OperationalError, PoolTimeout) as error:
@@ -230,22 +231,13 @@ class AccountLoader:
                 f'table "{users.collection.table.name}" can\'t be read as users',
                 detail=message_without_values(error),
             ) from error
-        result = cursor.pgresult
-        assert result is not None  # an executed query has one
-        # The raw text, as in the stream, whatever the columns' types.
-        encoding = connection.info.encoding
-        return [
-            {
-                name: None if value is None else value.decode(encoding)
-                for n, name in enumerate(names)
-                for value in (result.get_value(row, n),)
-            }
-            for row in range(result.ntuples)
-        ]
+        return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 _SNAPSHOT_KEY, _INSERT_LSN_KEY = "\0snapshot", "\0insert_lsn"
 """Keys in a row for its read point; no column can have such a name."""
+_SNAPSHOT = sql.SQL("pg_catalog.pg_current_snapshot()")
+_INSERT_LSN = sql.SQL("pg_catalog.pg_current_wal_insert_lsn()")
 
 
 def _account_with_read_point(users: UserCollection, row: Row) -> Account:
@@ -266,22 +258,10 @@ def _retrieve_exception(task: asyncio.Task[Mapping[str, Account]]) -> None:
 def statement_by_id(users: UserCollection, columns: Sequence[str]) -> sql.Composed:
     """Return the query for users by id; its parameter ``ids`` is a list of canonical texts.
 
-    The columns are followed by snapshot and WAL insert LSN (``ReadPointText``). A key whose type
-    has a native comparison (``native_key_type``) uses the primary key's index; any other, such as
-    citext or an enum, is compared as text without the index.
+    The columns are followed by snapshot and WAL insert LSN (``ReadPointText``).
     """
     collection = users.collection
-    key = identifier(collection.key.name)
-    native = native_key_type(collection.key.type)
-    return sql.SQL(
-        "SELECT {columns}, pg_catalog.pg_current_snapshot(), pg_catalog.pg_current_wal_insert_lsn()"
-        " FROM {table} WHERE {key} OPERATOR(pg_catalog.=) ANY (%(ids)s::{type}[])"
-    ).format(
-        columns=_column_list(columns),
-        table=identifier(*collection.table.name),
-        key=key if native else sql.SQL("{}::pg_catalog.text").format(key),
-        type=identifier("pg_catalog", native or "text"),
-    )
+    return rows_by_key_statement(collection.table, collection.key, columns, _SNAPSHOT, _INSERT_LSN)
 
 
 _FOLDS_CASE_QUERY = sql.SQL("""

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, unpadded_id
-from pgrealtime.expand.node import RecordNode, _state_key, ids_in_row
+from pgrealtime.expand.node import RecordNode, RecordVersion, ids_in_row
 from pgrealtime.expand.plan import (
     ExpandBranch,
     ExpandViewer,
@@ -41,10 +41,6 @@ _MAX_ROWS = 20_000
 
 
 Ids: TypeAlias = list[str]
-
-
-RecordVersion: TypeAlias = tuple[str, str, int]
-"""Collection and id of a related record, and in which state."""
 
 
 @dataclass(slots=True, eq=False)
@@ -190,7 +186,7 @@ class _LoadBatch:
         return children
 
     def _record_unknown_state(self, traversal: _Traversal) -> None:
-        self.unknown_states.add((_state_key(traversal.node), traversal.viewer))
+        self.unknown_states.add((traversal.node.state_key, traversal.viewer))
 
     def live_junction_ids(self, node: RecordNode) -> Mapping[str, Ids]:
         """Return, by field, where a record leads now, if some of where it led isn't known."""

@@ -11,7 +11,7 @@ from pgrealtime.changes import (
     Change,
     TableName,
 )
-from pgrealtime.hub.events.event import Event
+from pgrealtime.expand.node import ChangedRecord
 
 _CACHED_CHANGES = 200_000
 """Bounds the index: changes of the transactions that it covers, the latest one not counted."""
@@ -34,7 +34,7 @@ class TransactionLinkChanges:
         self._ordinals_cache: WeightedCache[int, _ChangeOrdinals] = WeightedCache(_CACHED_CHANGES)
 
     def after_next_version(
-        self, event: Event, table: TableName, column: str
+        self, event: ChangedRecord, table: TableName, column: str
     ) -> Sequence[Change] | None:
         """Return the link changes that don't belong to the event's version of its row.
 
@@ -64,7 +64,9 @@ class TransactionLinkChanges:
             return None
         return [event.transaction_changes[place - 1] for place in found]
 
-    def _ordinals(self, event: Event, table: TableName, column: str) -> Mapping[str, Sequence[int]]:
+    def _ordinals(
+        self, event: ChangedRecord, table: TableName, column: str
+    ) -> Mapping[str, Sequence[int]]:
         changes = event.transaction_changes
         kept = self._ordinals_cache.get(
             id(changes), lambda: (_ChangeOrdinals(changes), len(changes))

@@ -24,7 +24,7 @@ from pgrealtime.collections.model import Collection, Collections, unpadded_id
 from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.expand.batch import _LoadBatch
 from pgrealtime.expand.link_history import TransactionLinkChanges
-from pgrealtime.expand.node import LaterLinkChanges, RecordNode, _state_key
+from pgrealtime.expand.node import ChangedRecord, LaterLinkChanges, RecordNode
 from pgrealtime.expand.plan import (
     ExpandViewer,
     RelationKey,
@@ -33,7 +33,6 @@ from pgrealtime.expand.plan import (
 from pgrealtime.expand.relation_sql import relation_query
 from pgrealtime.expand.render import ExpandTooLargeError, RenderRecord, render_expand
 from pgrealtime.fairness import YieldTimer
-from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN
 from pgrealtime.postgres.outage import CONNECTION_RETRY_DELAYS
 from pgrealtime.rule_queries.session import (
@@ -114,7 +113,7 @@ class RelatedRecordLoader:
 
     async def load_for_events(
         self,
-        events: Sequence[Event],
+        events: Sequence[ChangedRecord],
         event_indexes: Iterable[int],
         requests: Iterable[ExpandRequest],
         partial_row_indexes: Iterable[int] = (),
@@ -166,7 +165,7 @@ class RelatedRecordLoader:
     async def load_expands_within(
         self,
         max_seconds: float,
-        events: Sequence[Event],
+        events: Sequence[ChangedRecord],
         requests: Iterable[ExpandRequest],
         partial_row_indexes: Sequence[int],
         *,
@@ -231,7 +230,7 @@ class RelatedRecordLoader:
 
     async def _load(
         self,
-        events: Sequence[Event],
+        events: Sequence[ChangedRecord],
         junction_indexes: Sequence[int],
         requests: Sequence[ExpandRequest],
         found: RelatedRecords,
@@ -278,7 +277,7 @@ class RelatedRecordLoader:
             found.failed.update(
                 (place, viewer)
                 for (place, viewer), (root, _) in zip(requests, roots, strict=True)
-                if (_state_key(root), viewer) in fetching.unknown_states
+                if (root.state_key, viewer) in fetching.unknown_states
             )
             began_check = time.perf_counter()
             if check_viewers is not None:
@@ -309,7 +308,7 @@ class RelatedRecordLoader:
                 await turn.pause()
 
     async def _later_link_changes(
-        self, session: ReadSession, events: Sequence[Event], junction_indexes: Sequence[int]
+        self, session: ReadSession, events: Sequence[ChangedRecord], junction_indexes: Sequence[int]
     ) -> dict[int, LaterLinkChanges]:
         """Return what was done to the links of records later, as far as the reading sees it.
 
@@ -347,7 +346,7 @@ class RelatedRecordLoader:
                 undone[place] = by_link
         return undone
 
-    def _before_state(self, event: Event) -> BeforeState | None:
+    def _before_state(self, event: ChangedRecord) -> BeforeState | None:
         """Return the state that a deleted record is shown in: that in which it was deleted.
 
         What its transaction did before has been done, what followed has not: records that go with
@@ -374,7 +373,7 @@ class RelatedRecordLoader:
 
 
 def _event_node(
-    event: Event, before_state: BeforeState | None, later_link_changes: LaterLinkChanges
+    event: ChangedRecord, before_state: BeforeState | None, later_link_changes: LaterLinkChanges
 ) -> RecordNode:
     record_id = unpadded_id(event.collection, event.record_id)
     return RecordNode(
@@ -394,7 +393,7 @@ def _lacks_relation_column(viewer: ExpandViewer, row: Row) -> bool:
 
 
 def _visible_link_changes(
-    table_history: TableHistory, event: Event, session: ReadSession
+    table_history: TableHistory, event: ChangedRecord, session: ReadSession
 ) -> list[Change] | None:
     """Return later transactions' changes of the links; None if some aren't known."""
     found: list[Change] = []

@@ -1,35 +1,80 @@
-"""A record on its way through expand: its row, its state and the related records found."""
+"""The records that ``expand`` starts from and leads to, each in the state that it is shown in.
+
+``load`` makes a node of each event's record, ``batch`` adds the related ones, ``render`` writes
+them. Pure.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
-from pgrealtime.changes import Change, Row
+from pgrealtime.changes import Action, Change, Row
 from pgrealtime.collections.model import Collection
-from pgrealtime.expand.plan import (
-    RelationHop,
-    RelationKey,
-)
+from pgrealtime.expand.plan import RelationHop, RelationKey
+from pgrealtime.lsn import Cursor, Xid
 from pgrealtime.rules.engine.before_state import BeforeState
 from pgrealtime.text_forms import parse_array
 
 LaterLinkChanges: TypeAlias = Mapping[RelationKey, Sequence[Change] | None]
-
-
+"""By relation through a junction table, changes of a record's links that are later than its event
+and must be undone; None where they aren't known."""
 _NO_LATER_LINK_CHANGES: LaterLinkChanges = MappingProxyType({})
 
 
+RecordVersion: TypeAlias = tuple[str, str, int]
+"""Collection, id and the identity of the state that a related record is read in."""
+
+
+class ChangedRecord(Protocol):
+    """A record as a change left it, or found it: an event of the hub."""
+
+    @property
+    def collection(self) -> Collection:
+        """Whose record it is."""
+        ...
+
+    @property
+    def record_id(self) -> str:
+        """Its key, as the stream has it."""
+        ...
+
+    @property
+    def row(self) -> Row:
+        """The row image it is shown with: the old one of a delete, else the new one."""
+        ...
+
+    @property
+    def action(self) -> Action:
+        """What the change did to it."""
+        ...
+
+    @property
+    def cursor(self) -> Cursor:
+        """Of the change."""
+        ...
+
+    @property
+    def xid(self) -> Xid:
+        """Of the transaction."""
+        ...
+
+    @property
+    def transaction_changes(self) -> Sequence[Change]:
+        """All changes of the transaction; that at ``cursor.ordinal``, from 1, is the record's."""
+        ...
+
+
 class RecordNode:
-    """A record with the related ones that one viewer sees of it.
+    """A record with the related records that one viewer sees of it.
 
     Attributes:
         junction_ids: Ids by field name, of relations through junction tables.
-        children: By step, in order; None where they may not or could not be looked for.
-        before_state: What related tables were like; None is as they are.
-        later_link_changes: By relation through a junction table, later changes of its links that
-            are taken back; None where they aren't known.
+        children: Related records by the name of their ``RelationHop``, in order; None if they may
+            not be looked for, or could not be found.
+        before_state: The state that related tables are read in; None is their present one.
+        later_link_changes: Changes of its links that are undone.
     """
 
     __slots__ = (
@@ -62,13 +107,20 @@ class RecordNode:
         self.children: dict[str, list[RecordNode] | None] = {}
 
     @property
-    def version(self) -> tuple[str, str, int]:
-        """Its collection, its id and the state it is seen in."""
+    def version(self) -> RecordVersion:
+        """Its collection, its id and the state it is read in."""
         return self.collection.name, self.record_id, id(self.before_state)
+
+    @property
+    def state_key(self) -> int:
+        """What distinguishes the events for which a record is read; 0 if it is read as it is."""
+        if self.before_state is not None:
+            return id(self.before_state)
+        return id(self.later_link_changes) if self.later_link_changes else 0
 
 
 def ids_in_row(hop: RelationHop, row: Row) -> list[str]:
-    """Return the ids that a row holds, none empty, none twice."""
+    """Return the ids that a row holds for a relation, none empty, none twice."""
     assert hop.field.column is not None
     text = row.get(hop.field.column.name)
     if not text:
@@ -79,10 +131,3 @@ def ids_in_row(hop: RelationHop, row: Row) -> list[str]:
 def ids_in_array(text: str) -> list[str]:
     """Return the ids of an array in text form, none empty, none twice."""
     return list(dict.fromkeys(item for item in parse_array(text) if isinstance(item, str) and item))
-
-
-def _state_key(node: RecordNode) -> int:
-    """Return what tells apart for which event a record is read; 0 if that doesn't matter."""
-    if node.before_state is not None:
-        return id(node.before_state)
-    return id(node.later_link_changes) if node.later_link_changes else 0

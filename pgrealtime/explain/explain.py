@@ -344,10 +344,7 @@ class _Explainer:
             evaluated.evaluate_index(index)
         else:
             evaluated.evaluate_members([member])
-        while questions := evaluation.questions():
-            for question in questions:
-                await session.answer_question(question)
-            evaluation.resume()
+        await session.answer_questions(evaluation)
         return member in evaluation.hits(0)
 
     def _add_lines(self, label: str, *lines: str) -> None:

@@ -6,37 +6,39 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import psycopg
-from psycopg import sql
 from psycopg_pool import PoolTimeout
 
-from pgrealtime.catalog.keys import canonical_id, native_key_type
-from pgrealtime.catalog.naming import identifier
+from pgrealtime.catalog.keys import canonical_id
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
 from pgrealtime.explain.text import HIDDEN_TEXT, ConditionVerdict, format_value
 from pgrealtime.observe.redact import message_without_values
-from pgrealtime.postgres.pool import DatabaseConnection, QueryPool
-from pgrealtime.rules.engine.batch_query import Question
+from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.postgres.rows import rows_by_key_statement
+from pgrealtime.rule_queries.rounds import (
+    BudgetedTransaction,
+    PendingEvaluation,
+    QuestionRounds,
+    UnansweredQuestions,
+)
 from pgrealtime.rules.sql.breakdown import MAX_SHOWN_VALUES, HiddenValue, KnownValue, OperandValue
 from pgrealtime.rules.sql.reference import SqlQuery
-
-_ROW_QUERY = sql.SQL(
-    "SELECT {columns} FROM {table}"
-    " WHERE {key} OPERATOR(pg_catalog.=) %(id)s::pg_catalog.text::{type}"
-)
 
 
 @asynccontextmanager
 async def open_explain_session(pool: QueryPool) -> AsyncIterator[ExplainSession]:
-    """Open a snapshot to ask in: the pool's transactions have one each.
+    """Open a snapshot to ask in.
 
     Raises:
-        DatabaseUnreachableError: The connection breaks, or there is none.
+        DatabaseUnreachableError: There is no connection, or it breaks.
     """
     try:
-        async with pool.connection() as connection:
-            yield ExplainSession(connection)
+        async with pool.session() as connection:
+            transaction = BudgetedTransaction(pool, connection, (), keeps_snapshot=True)
+            await transaction.begin()
+            yield ExplainSession(transaction)
+            await transaction.end()
     except (psycopg.OperationalError, PoolTimeout) as error:
         raise DatabaseUnreachableError(
             "the database doesn't answer", detail=message_without_values(error)
@@ -44,20 +46,20 @@ async def open_explain_session(pool: QueryPool) -> AsyncIterator[ExplainSession]
 
 
 class ExplainSession:
-    """Asks in one snapshot; a question that fails leaves it as it was."""
+    """Asks in one snapshot, in which it goes on when a question fails."""
 
-    def __init__(self, connection: DatabaseConnection) -> None:
-        self._connection = connection
+    def __init__(self, transaction: BudgetedTransaction) -> None:
+        self._transaction = transaction
+        self._rounds = QuestionRounds(UnansweredQuestions(is_logged=False))
 
     async def fetch_rows(self, query: SqlQuery) -> list[tuple[object, ...]] | ConditionVerdict:
-        """Return the result, or why there is none."""
+        """Return a query's rows, or why there are none."""
         try:
-            async with self._connection.transaction():
-                cursor = await self._connection.execute(query.sql.encode(), query.params)
-                return await cursor.fetchall()
+            return await self._transaction.fetch_values(query.sql, query.params)
         except psycopg.Error as error:
-            if self._connection.closed:
+            if self._transaction.is_broken:
                 raise
+            await self._transaction.restart()
             # Without what may show a value of the row.
             return ConditionVerdict(None, message_without_values(error))
 
@@ -81,15 +83,9 @@ class ExplainSession:
         if wanted is None:
             return None
         names = [column.name for column in collection.table.columns]
-        key, native = identifier(collection.key.name), native_key_type(collection.key.type)
-        query = _ROW_QUERY.format(
-            columns=sql.SQL(", ").join(map(identifier, names)),
-            table=identifier(*collection.table.name),
-            key=key if native else sql.SQL("{}::pg_catalog.text").format(key),
-            type=identifier("pg_catalog", native or "text"),
-        )
+        statement = rows_by_key_statement(collection.table, collection.key, names)
         try:
-            result = (await self._connection.execute(query, {"id": wanted})).pgresult
+            rows = await self._transaction.fetch_texts(statement, {"ids": [wanted]})
         except (psycopg.DataError, UnicodeEncodeError):
             return None  # no text of this database
         except psycopg.ProgrammingError as error:
@@ -99,24 +95,11 @@ class ExplainSession:
                 hint="pgrealtime check says what is missing.",
                 code="select_not_granted",
             ) from error
-        assert result is not None  # an executed query has one
-        if not result.ntuples:
-            return None
-        values = [result.get_value(0, n) for n in range(result.nfields)]
-        texts = [None if value is None else value.decode() for value in values]
-        return dict(zip(names, texts, strict=True))
+        return dict(zip(names, rows[0], strict=True)) if rows else None
 
-    async def answer_question(self, inquiry: Question) -> None:
-        """Put a question of the engine, its parts if it fails."""
-        question = inquiry.sql_query()
-        if question is None:
-            return
-        match await self.fetch_rows(question):
-            case ConditionVerdict():
-                for part in inquiry.split():
-                    await self.answer_question(part)
-            case rows:
-                inquiry.accept(rows)
+    async def answer_questions(self, evaluation: PendingEvaluation) -> None:
+        """Answer the engine's questions; what can't be answered is denied."""
+        await self._rounds.answer(self._transaction, evaluation)
 
     async def format_operand(self, operand: OperandValue) -> str:
         """Return the values of a comparison's side, for people."""

@@ -18,9 +18,8 @@ from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import HiddenFieldsMode
 from pgrealtime.errors import DatabaseUnreachableError, RuleError
-from pgrealtime.expand.batch import RecordVersion
 from pgrealtime.expand.load import RelatedRecordLoader
-from pgrealtime.expand.node import RecordNode
+from pgrealtime.expand.node import RecordNode, RecordVersion
 from pgrealtime.expand.plan import ExpandCompiler
 from pgrealtime.records.encode import View, compile_encoder
 from pgrealtime.rule_queries.session import ReadSessionFactory

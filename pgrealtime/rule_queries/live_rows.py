@@ -1,26 +1,196 @@
-"""Reads rows as they are now, to complete images from which the WAL left out columns."""
+"""Reads rows as they are now, to complete row images from which the WAL left out columns.
+
+``hub.live_reads.toast`` decides which of the columns read are what they were at the event.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import psycopg
+import structlog
+from psycopg import sql
+from psycopg_pool import PoolTimeout
+
 from pgrealtime.changes import Row
-from pgrealtime.lsn import LSN
+from pgrealtime.collections.model import Collection
+from pgrealtime.lsn import LSN, Xid
+from pgrealtime.observe.redact import message_without_values
+from pgrealtime.postgres.outage import DatabaseOutage
+from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.postgres.rows import rows_by_key_statement
+from pgrealtime.postgres.session import TIMEOUT_ERRORS, ReadTransaction, is_connection_error
+from pgrealtime.rule_queries.rounds import UnansweredQuestions
 from pgrealtime.snapshot import Snapshot
 
+log = structlog.get_logger(__name__)
 
-class LiveRow:
-    """What a table holds now for a key, to fill in what the WAL left out.
+_EXISTING_COLUMNS_QUERY = """
+SELECT attname FROM pg_catalog.pg_attribute
+WHERE attrelid = pg_catalog.to_regclass(%s) AND attnum > 0 AND NOT attisdropped
+"""
+_XMIN = sql.SQL("t.xmin::pg_catalog.text")
+_UNREADABLE_SECONDS = 5.0
+"""A table whose rows could not be read in time isn't read again before that."""
 
-    Attributes:
-        xid: 32-bit id of the (sub)transaction that wrote this version.
-        row: The columns that were asked for.
-        snapshot: What it was read in.
-        insert_lsn: Where the WAL ended then: all that the snapshot sees commits before.
+
+class IncompleteRow(Protocol):
+    """A row image that lacks columns; an event of the hub."""
+
+    @property
+    def collection(self) -> Collection:
+        """Whose row it is."""
+        ...
+
+    @property
+    def record_id(self) -> str:
+        """Its key, as the stream has it."""
+        ...
+
+    @property
+    def xid(self) -> Xid:
+        """The transaction that wrote it."""
+        ...
+
+    @property
+    def missing_columns(self) -> frozenset[str]:
+        """Names of the columns that it lacks."""
+        ...
+
+
+class LiveRow(NamedTuple):
+    """What a table holds now for a key."""
+
+    xid: int
+    """32-bit id of the (sub)transaction that wrote this version."""
+    row: Row
+    """The columns that were asked for."""
+    snapshot: Snapshot
+    """What it was read in."""
+    insert_lsn: LSN
+    """Where the WAL ended then: all that the snapshot sees commits before."""
+
+
+class LiveRowReader:
+    """Reads live rows, in snapshots that see the transactions that wrote the images.
+
+    Args:
+        pool: The query connections.
+        outage: Says how long to retry while the database is away.
+        unanswered: Counts what could not be read, and reports schema mismatches.
     """
 
-    __slots__ = ("insert_lsn", "row", "snapshot", "xid")
+    def __init__(
+        self, pool: QueryPool, outage: DatabaseOutage, unanswered: UnansweredQuestions
+    ) -> None:
+        self._pool = pool
+        self._outage = outage
+        self._unanswered = unanswered
+        self._unreadable_until: dict[str, float] = {}
+        """By collection, until when its rows aren't read: a statement timed out twice."""
 
-    def __init__(self, xid: int, row: Row, snapshot: Snapshot, insert_lsn: LSN) -> None:
-        self.xid = xid
-        self.row = row
-        self.snapshot = snapshot
-        self.insert_lsn = insert_lsn
+    async def fetch(
+        self, images: Sequence[IncompleteRow]
+    ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
+        """Return what the tables hold now of the columns that row images lack.
+
+        A record that is gone leaves its key out, and a column that was dropped itself.
+
+        Returns:
+            The rows by collection name and record id, and the collections whose rows couldn't be
+            read.
+        """
+        by_collection: defaultdict[str, list[IncompleteRow]] = defaultdict(list)
+        for image in images:
+            by_collection[image.collection.name].append(image)
+        found: dict[tuple[str, str], LiveRow] = {}
+        unread: set[str] = set()
+        for name, some in by_collection.items():
+            try:
+                rows = await self._fetch_with_retries(some)
+            except (psycopg.Error, PoolTimeout, TimeoutError) as error:
+                log.warning("live_row.failed", collection=name, error=message_without_values(error))
+                self._unanswered.counts[name, "rows_unread"] += 1
+                unread.add(name)
+            else:
+                found.update({(name, record_id): row for record_id, row in rows.items()})
+        return found, frozenset(unread)
+
+    async def _fetch_with_retries(self, images: Sequence[IncompleteRow]) -> dict[str, LiveRow]:
+        """Read rows of one collection; retry where another attempt may succeed.
+
+        Raises:
+            psycopg.Error: No attempt succeeded.
+            TimeoutError: A commit stays invisible, or the table was unreadable a moment ago.
+        """
+        collection = images[0].collection
+        if time.monotonic() < self._unreadable_until.get(collection.name, 0.0):
+            raise TimeoutError("the table couldn't be read in time a moment ago")
+        missing = frozenset[str]().union(*(image.missing_columns for image in images))
+        columns = [column.name for column in collection.table.columns if column.name in missing]
+        is_repeated = False
+        for retry_delay in self._outage.retry_delays():
+            try:
+                rows = await self._fetch(images, columns)
+            except psycopg.errors.UndefinedColumn as error:
+                self._unanswered.check_schema_mismatch(error)
+                if is_repeated:
+                    raise
+                existing = await self._fetch_existing_columns(collection)
+                columns = [name for name in columns if name in existing]
+                is_repeated = True
+            except TIMEOUT_ERRORS:
+                if is_repeated:
+                    self._unreadable_until[collection.name] = time.monotonic() + _UNREADABLE_SECONDS
+                    raise
+                is_repeated = True
+            except psycopg.Error as error:
+                self._unanswered.check_schema_mismatch(error)
+                if retry_delay is None or not is_connection_error(error):
+                    raise
+                await asyncio.sleep(retry_delay)
+            else:
+                self._outage.record_answer()
+                return rows
+        raise TimeoutError("the table changes all the time")  # pragma: no cover
+
+    async def _fetch_existing_columns(self, collection: Collection) -> frozenset[str]:
+        """Return the columns that the table has now."""
+        name = sql.Identifier(*collection.table.name).as_string()
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute(_EXISTING_COLUMNS_QUERY, (name,))
+            return frozenset([column async for (column,) in cursor])
+
+    async def _fetch(
+        self, images: Sequence[IncompleteRow], columns: Sequence[str]
+    ) -> dict[str, LiveRow]:
+        """Read rows once, by id.
+
+        Raises:
+            TimeoutError: One of the images' transactions stays invisible.
+        """
+        collection = images[0].collection
+        statement = rows_by_key_statement(
+            collection.table,
+            collection.key,
+            [collection.key.name, *columns],
+            _XMIN,
+            compares_own_type=True,
+        )
+        ids = list({image.record_id: None for image in images})
+        async with self._pool.session() as connection:
+            transaction = ReadTransaction(self._pool, connection, {image.xid for image in images})
+            await transaction.begin()
+            found = await transaction.fetch_texts(statement, {"ids": ids})
+            await transaction.end()
+        rows: dict[str, LiveRow] = {}
+        for key, *values, xmin in found:
+            row: Row = dict(zip(columns, values, strict=True))
+            rows[key or ""] = LiveRow(
+                int(xmin or 0), row, transaction.snapshot, transaction.insert_lsn
+            )
+        return rows

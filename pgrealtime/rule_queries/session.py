@@ -1,73 +1,127 @@
-"""A snapshot in which rows are read and rules asked."""
+"""A snapshot in which rows are read and rules are asked, for what is shown beside an event's row.
+
+Related records, live rows and callers' own rows are read in one ``ReadSession``, so that all of
+them are of one moment. ``QueryExecutor.read_session`` opens it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection as Sized
-from collections.abc import (
-    Iterable,
-    Mapping,
-)
+import time
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
+import psycopg
 from psycopg import sql
 
-from pgrealtime.catalog.keys import canonical_id, native_key_type
-from pgrealtime.catalog.naming import identifier
+from pgrealtime.catalog.keys import canonical_id
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, unpadded_id
 from pgrealtime.fairness import YieldTimer
 from pgrealtime.lsn import LSN, Xid
-from pgrealtime.rules.engine.batch_query import Question
+from pgrealtime.postgres.rows import TextRow, rows_by_key_statement
+from pgrealtime.postgres.session import TIMEOUT_ERRORS
+from pgrealtime.rule_queries.rounds import (
+    BudgetedTransaction,
+    PendingEvaluation,
+    QuestionRounds,
+    UnansweredQuestions,
+)
 from pgrealtime.snapshot import Snapshot
 
 
-class ReadSession(Protocol):
-    """One snapshot to read in."""
+class ReadSession:
+    """One snapshot to read in; after an error a younger one.
+
+    Args:
+        transaction: Has begun.
+        rounds: Asks rules.
+        unanswered: Logs what a query fails with.
+    """
+
+    def __init__(
+        self,
+        transaction: BudgetedTransaction,
+        rounds: QuestionRounds,
+        unanswered: UnansweredQuestions,
+    ) -> None:
+        self._transaction = transaction
+        self._rounds = rounds
+        self._unanswered = unanswered
+        self._has_failed = False
 
     @property
     def snapshot(self) -> Snapshot:
         """Which transactions are seen."""
-        ...
+        return self._transaction.snapshot
 
     @property
     def insert_lsn(self) -> LSN:
-        """Where the WAL ended when the snapshot was there."""
-        ...
+        """Where the WAL ended when the snapshot was taken: all that it sees commits before."""
+        return self._transaction.insert_lsn
 
     @property
     def has_failed(self) -> bool:
-        """Whether a query had no answer, or not in time, though it should have had one."""
-        ...
+        """Whether a query failed, or took too long, that should have had an answer."""
+        return self._has_failed
 
     async def fetch_texts(
         self, statement: sql.Composed, params: Mapping[str, object]
-    ) -> list[tuple[str | None, ...]] | None:
-        """Return the rows in the stream's text forms; None if the query fails."""
-        ...
+    ) -> list[TextRow] | None:
+        """Return a query's rows in the stream's text forms; None if it fails.
+
+        A query that times out is run once more, unless one failed before in this session: a lock
+        may be gone by then.
+
+        Raises:
+            psycopg.Error: The connection broke.
+            TimeoutError: The session's seconds are over.
+        """
+        transaction = self._transaction
+        for is_last in (self._has_failed, True):
+            began = time.perf_counter()
+            try:
+                rows = await transaction.fetch_texts(statement, params)
+            except psycopg.Error as error:
+                if transaction.is_broken:
+                    raise
+                if transaction.budget.is_limited and isinstance(error, TIMEOUT_ERRORS):
+                    raise TimeoutError from error
+                self._unanswered.log_error("", error)
+                await transaction.restart()
+                if isinstance(error, psycopg.errors.InsufficientPrivilege):
+                    return None  # as the operator wants it, or reported at start
+                if is_last or not isinstance(error, TIMEOUT_ERRORS):
+                    break
+            else:
+                transaction.budget.spend(time.perf_counter() - began)
+                self._raise_if_spent()
+                return rows
+        self._has_failed = True
+        return None
 
     async def answer_questions(self, evaluation: PendingEvaluation) -> None:
-        """Put what is to be known, until nothing is left."""
-        ...
+        """Answer an evaluation's questions; deny what can't be answered.
+
+        Raises:
+            psycopg.Error: The connection broke.
+            TimeoutError: The session's seconds are over.
+        """
+        await self._rounds.answer(self._transaction, evaluation)
+        self._raise_if_spent()
+
+    def _raise_if_spent(self) -> None:
+        if self._transaction.budget.is_spent():
+            raise TimeoutError
 
 
 class ReadSessionFactory(Protocol):
-    """What this needs of ``hub.probe``."""
+    """Opens read sessions: ``QueryExecutor``."""
 
     def read_session(
         self, xids: frozenset[Xid], max_seconds: float | None = None
     ) -> AbstractAsyncContextManager[ReadSession]:
-        """Open a snapshot that sees the transactions.
-
-        Args:
-            xids: The transactions.
-            max_seconds: That all questions may take together; None is no bound.
-
-        Raises:
-            psycopg.Error: There is none to be had.
-            PoolTimeout: Likewise.
-            TimeoutError: Likewise.
-        """
+        """Open a snapshot that sees the transactions; see ``QueryExecutor.read_session``."""
         ...
 
 
@@ -76,53 +130,21 @@ async def fetch_rows_by_id(
 ) -> dict[str, Row] | None:
     """Return a collection's rows by id, in the stream's text forms; None if the query fails.
 
-    Args:
-        session: The snapshot to read in.
-        collection: Whose rows.
-        ids: Of them; what no key can be is left out, as are ids of which there is no row.
+    An id that no row can have is left out, as is one of which there is no row.
     """
     names = [column.name for column in collection.table.columns]
     key = collection.key
-    usable = [one for one in (canonical_id(one, key.type) for one in ids) if one is not None]
-    found = await session.fetch_texts(rows_by_id_statement(collection), {"ids": usable})
+    canonical = [one for one in (canonical_id(given, key.type) for given in ids) if one is not None]
+    found = await session.fetch_texts(
+        rows_by_key_statement(collection.table, key, names), {"ids": canonical}
+    )
     if found is None:
         return None
     rows: dict[str, Row] = {}
-    turn = YieldTimer()
+    yield_timer = YieldTimer()
     for values in found:
         row: Row = dict(zip(names, values, strict=True))
         rows[unpadded_id(collection, row[key.name] or "")] = row
-        if turn.is_due():
-            await turn.pause()
+        if yield_timer.is_due():
+            await yield_timer.pause()
     return rows
-
-
-class PendingEvaluation(Protocol):
-    """An ``Evaluation`` of the rule engine: questions to answer, in rounds."""
-
-    @property
-    def xids(self) -> Sized[Xid]:
-        """The transactions that must be visible to whoever answers."""
-        ...
-
-    def questions(self) -> list[Question]:
-        """Return what must be asked now; nothing if all is known."""
-        ...
-
-    def resume(self) -> None:
-        """Go on when the inquiries have been put."""
-        ...
-
-
-def rows_by_id_statement(collection: Collection) -> sql.Composed:
-    """Return the query for rows by id, in the table's column order."""
-    native = native_key_type(collection.key.type)
-    key = identifier(collection.key.name)
-    return sql.SQL(
-        "SELECT {columns} FROM {table} WHERE {key} OPERATOR(pg_catalog.=) ANY (%(ids)s::{type}[])"
-    ).format(
-        columns=sql.SQL(", ").join(identifier(one.name) for one in collection.table.columns),
-        table=identifier(*collection.table.name),
-        key=key if native else sql.SQL("{}::pg_catalog.text").format(key),
-        type=identifier("pg_catalog", native or "text"),
-    )

@@ -127,7 +127,7 @@ async def test_rules_behind_a_pooler_are_judged_by_our_settings(
 
             (first,) = await bob.take(1)
             assert first.data["record"]["name"] == "two"
-            for event in ("rule.error", "questions.unanswered", "request.failed"):
+            for event in ("rule.error", "rule_query.unanswered", "request.failed"):
                 assert running.process.logged(event) == []
 
 

@@ -90,8 +90,8 @@ class World:
 
     def forget_slowness(self) -> None:
         """Let the program forget what was slow, so that no history depends on those before."""
-        self.probe._breakers = CircuitBreakers(time.monotonic)
-        self.probe._unreadable_until.clear()
+        self.probe._rounds.breakers = CircuitBreakers(time.monotonic)
+        self.probe._live_rows._unreadable_until.clear()
 
     def look(self) -> int:
         """Return the last commit that readers see."""

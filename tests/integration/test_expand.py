@@ -44,7 +44,8 @@ from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.records.encode import View, compile_encoder
 from pgrealtime.rule_queries.executor import QueryExecutor
-from pgrealtime.rule_queries.session import PendingEvaluation, ReadSession
+from pgrealtime.rule_queries.rounds import PendingEvaluation
+from pgrealtime.rule_queries.session import ReadSession
 from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.snapshot import Snapshot
@@ -113,7 +114,7 @@ def _configured() -> dict[str, CollectionConfig]:
     }
 
 
-class CountingReading:
+class CountingSession(ReadSession):
     """Counts the queries for links and rows."""
 
     def __init__(self, reading: ReadSession, counts: list[int]) -> None:
@@ -156,7 +157,7 @@ class World:
         self, xids: frozenset[Xid], seconds: float | None = None
     ) -> AsyncIterator[ReadSession]:
         async with self.probe.read_session(xids, seconds) as reading:
-            yield CountingReading(reading, self.queries)
+            yield CountingSession(reading, self.queries)
 
     @property
     def expander(self) -> RelatedRecordLoader:

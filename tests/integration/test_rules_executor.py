@@ -135,13 +135,14 @@ async def test_which_columns_there_are_is_asked_once(
 ) -> None:
     """Whatever the number of those that the row lacks: events wait for it."""
     asked: list[str] = []
-    existing = desk.probe._fetch_existing_columns
+    reader = desk.probe._live_rows
+    existing = reader._fetch_existing_columns
 
     async def counted(collection: Collection) -> frozenset[str]:
         asked.append(collection.name)
         return await existing(collection)
 
-    monkeypatch.setattr(desk.probe, "_fetch_existing_columns", counted)
+    monkeypatch.setattr(reader, "_fetch_existing_columns", counted)
     set_up(desk, "ALTER TABLE posts DROP COLUMN title")
     event = structs.replace(desk.event(), row={"id": "p"})
     _, unread = await desk.probe.fetch_live_rows([event])
@@ -304,7 +305,7 @@ async def test_what_is_late_while_others_wait_is_undecided_and_can_be_asked_agai
     assert judging.undecided_members == {each.group for each in made}
     assert not judging.hits(0)
     assert not probe.unanswered_counts
-    assert not any(probe._breakers.has_timed_out(about) for about in abouts(made))
+    assert not any(probe._rounds.breakers.has_timed_out(about) for about in abouts(made))
     await probe.answer_questions(judging, budget)  # whose connections are closed: it isn't asked
     assert judging.undecided_members == {each.group for each in made}
     await desk.probe.answer_questions(judging, TimeBudget())

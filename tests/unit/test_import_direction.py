@@ -51,13 +51,10 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "rules.engine": (*_FLOOR, "catalog.model", "collections", "auth.principal", "rules"),
     "rules": _FLOOR,
     "rules.rule_set": (*_FLOOR, "collections", "rules"),
-    "rule_queries": (
-        *(*_FLOOR, "catalog", "collections", "postgres", "observe", "rules"),
-        *("auth.principal", "hub.events.event"),
-    ),
+    "rule_queries": (*_FLOOR, "catalog", "collections", "postgres", "observe.redact", "rules"),
     "expand": (
         *(*_FLOOR, "catalog", "collections", "postgres", "protocol", "records", "rules"),
-        *("auth.principal", "changelog.row_history", "rule_queries", "hub.events.event"),
+        *("auth.principal", "changelog.row_history", "rule_queries"),
     ),
     "reads": (
         *(*_FLOOR, "catalog", "collections", "postgres", "protocol", "records", "rules"),
@@ -72,7 +69,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "api": (*_FLOOR, "collections", "protocol", "records", "auth", "reads", "hub", "observe"),
     "explain": (
         *(*_FLOOR, "catalog", "collections", "postgres", "protocol", "auth", "rules"),
-        *("hub.evaluation", "observe.redact"),
+        *("rule_queries", "hub.evaluation", "observe.redact"),
     ),
     "service": ("",),
     "cli": ("",),
@@ -100,7 +97,8 @@ _PURE = (
     *("auth.principal", "auth.record", "auth.token", "auth.passwords"),
     *("hub.events", "hub.evaluation.matcher"),
     *("api.error_responses", "api.subscribe_body", "api.login_body", "api.cors"),
-    "explain.text",
+    *("rule_queries.slow_queries", "explain.text"),
+    *("expand.plan", "expand.node", "expand.render", "expand.undo", "expand.link_history"),
 )
 """Code without loop, socket, clock and log; what keeps state does so without touching the world."""
 
@@ -235,6 +233,9 @@ def test_pure_code_touches_nothing_outside() -> None:
         ("hub.hub", "wal.slot", False),
         ("hub.evaluation.matcher", "auth.principal", True),
         ("hub.evaluation.matcher", "auth.token", False),
+        ("rule_queries.executor", "hub.events.event", False),
+        ("expand.load", "hub.events.event", False),
+        ("expand.load", "rule_queries.session", True),
         ("rules.sql.conditions", "hub.evaluation.matcher", False),
         ("auth.principal", "auth.token", False),
         ("lsn", "config.model", False),

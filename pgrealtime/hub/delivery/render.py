@@ -41,7 +41,8 @@ from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import Xid
 from pgrealtime.protocol.frame import event_tail
 from pgrealtime.records.encode import RecordEncoder, View, compile_encoder, unencodable_column
-from pgrealtime.rule_queries.session import PendingEvaluation, ReadSession
+from pgrealtime.rule_queries.rounds import PendingEvaluation
+from pgrealtime.rule_queries.session import ReadSession
 from pgrealtime.rules.engine.before_state import BeforeStates
 from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.evaluation import Evaluation

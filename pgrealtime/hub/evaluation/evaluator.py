@@ -15,7 +15,7 @@ import structlog
 
 from pgrealtime.catalog.assumptions import CatalogAssumptions
 from pgrealtime.changes import Row
-from pgrealtime.collections.model import Collection
+from pgrealtime.collections.model import Collection, unpadded_id
 from pgrealtime.expand.plan import ExpandViewer
 from pgrealtime.fairness import YieldTimer
 from pgrealtime.hub.connections.connection import Group
@@ -35,7 +35,8 @@ from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.slices import SLICE_CHANGES
 from pgrealtime.lsn import Xid
 from pgrealtime.rule_queries.live_rows import LiveRow
-from pgrealtime.rule_queries.session import PendingEvaluation, ReadSession, rows_by_id_statement
+from pgrealtime.rule_queries.rounds import PendingEvaluation
+from pgrealtime.rule_queries.session import ReadSession, fetch_rows_by_id
 from pgrealtime.rule_queries.slow_queries import TimeBudget
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.plan import Specialization
@@ -441,12 +442,11 @@ async def _fetch_whole_rows(
         wanted.setdefault(collection.name, (collection, {}))[1][event.record_id] = None
     rows: dict[tuple[str, str], Row] = {}
     for name, (collection, ids) in wanted.items():
-        columns = [column.name for column in collection.table.columns]
-        for values in (
-            await session.fetch_texts(rows_by_id_statement(collection), {"ids": list(ids)}) or ()
-        ):
-            row: Row = dict(zip(columns, values, strict=True))
-            rows[name, row[collection.key.name] or ""] = row
+        found = await fetch_rows_by_id(session, collection, ids) or {}
+        for record_id in ids:
+            row = found.get(unpadded_id(collection, record_id))
+            if row is not None:
+                rows[name, record_id] = row
     return rows
 
 

@@ -35,7 +35,8 @@ from pgrealtime.hub.hub import Hub, HubCallbacks
 from pgrealtime.hub.state.settings import HubSettings
 from pgrealtime.lsn import LSN, Xid
 from pgrealtime.rule_queries.live_rows import LiveRow
-from pgrealtime.rule_queries.session import PendingEvaluation, ReadSession
+from pgrealtime.rule_queries.rounds import PendingEvaluation
+from pgrealtime.rule_queries.session import ReadSession
 from pgrealtime.rule_queries.slow_queries import TimeBudget
 from pgrealtime.snapshot import Snapshot
 
@@ -202,12 +203,15 @@ class MemorySink:
                 await self._arrived.wait()
 
 
-class NoRows:
-    """What a reading finds in empty tables."""
+class NoRows(ReadSession):
+    """What a read session finds in empty tables."""
 
     snapshot = Snapshot(1, 1, frozenset())
     insert_lsn = LSN(0)
     has_failed = False
+
+    def __init__(self) -> None:
+        pass
 
     async def fetch_texts(
         self, _statement: sql.Composed, _params: Mapping[str, object]

@@ -25,7 +25,7 @@ from pgrealtime.hub.delivery.render import RecordRenderer
 from pgrealtime.hub.dispatcher import Dispatcher
 from pgrealtime.hub.events.slices import Slice
 from pgrealtime.hub.hub import Hub
-from pgrealtime.rule_queries.session import PendingEvaluation
+from pgrealtime.rule_queries.rounds import PendingEvaluation
 from pgrealtime.rule_queries.slow_queries import TimeBudget
 from pgrealtime.rules.engine.batch_query import PairQuestion
 from tests.unit.hub.room import (

@@ -28,7 +28,7 @@ from pgrealtime.hub.hub import Hub
 from pgrealtime.hub.state.settings import HubSettings
 from pgrealtime.lsn import LSN, Cursor, Xid, format_lsn
 from pgrealtime.rule_queries.live_rows import LiveRow
-from pgrealtime.rule_queries.session import PendingEvaluation
+from pgrealtime.rule_queries.rounds import PendingEvaluation
 from pgrealtime.rule_queries.slow_queries import TimeBudget
 from pgrealtime.rules.engine.batch_query import PairQuestion
 from tests.unit.hub.room import (

@@ -1,0 +1,84 @@
+"""Rows by key, and query results in the text forms that the stream has.
+
+Whatever reads the rows of given ids builds its statement here: live rows, related records, the
+callers' accounts, ``explain``. Values are returned as PostgreSQL prints them, whatever their types,
+because rules and records are evaluated on texts of the same form as in the replication stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
+
+from psycopg import sql
+
+from pgrealtime.catalog.keys import native_key_type
+from pgrealtime.catalog.model import Column, Table
+from pgrealtime.catalog.naming import identifier
+from pgrealtime.postgres.pool import DatabaseConnection
+
+TextRow: TypeAlias = tuple[str | None, ...]
+
+
+def rows_by_key_statement(
+    table: Table,
+    key: Column,
+    columns: Iterable[str],
+    *extra: sql.Composable,
+    compares_own_type: bool = False,
+) -> sql.Composed:
+    """Return the SELECT of the rows whose key is in the parameter ``ids``, a list of texts.
+
+    Ids are compared in the key's built-in type, so that the primary key's index is used. A key of
+    another type (citext, enum; a domain counts as what it is made of) is compared as text: exactly,
+    but without the index.
+
+    Args:
+        table: The table; ``t`` in the statement.
+        key: Its key column.
+        columns: The columns to select, in order.
+        extra: Expressions to select after the columns.
+        compares_own_type: Whether a key without a built-in type is compared in its own type, by the
+            index. Only for ids that were read from the table: the type's equality may take other
+            texts for the same, and refuses what is no value of it.
+    """
+    native, base = native_key_type(key.type), key.type.base
+    type_ = identifier(base.schema, base.name)
+    name: sql.Composable = identifier("t", key.name)
+    if native is None and not compares_own_type:
+        type_ = identifier("pg_catalog", "text")
+        name = sql.SQL("{}::pg_catalog.text").format(name)
+    return sql.SQL(
+        "SELECT {selected} FROM {table} t"
+        " WHERE {key} OPERATOR(pg_catalog.=) ANY (%(ids)s::pg_catalog.text[]::{type}[])"
+    ).format(
+        selected=sql.SQL(", ").join([*(identifier("t", one) for one in columns), *extra]),
+        table=identifier(*table.name),
+        key=name,
+        type=type_,
+    )
+
+
+async def fetch_texts(
+    connection: DatabaseConnection,
+    statement: sql.SQL | sql.Composed,
+    params: Mapping[str, object],
+) -> list[TextRow]:
+    """Return a query's rows as PostgreSQL prints them.
+
+    Raises:
+        psycopg.Error: The query fails.
+        UnicodeEncodeError: A parameter can't be encoded.
+    """
+    result = (await connection.execute(statement, params)).pgresult
+    assert result is not None  # an executed query has one
+    # Without the driver's loaders, which would make numbers and dates of the texts.
+    return [
+        tuple(
+            [
+                None if value is None else value.decode()
+                for value in (result.get_value(row, n) for n in range(result.nfields))
+            ]
+        )
+        for row in range(result.ntuples)
+    ]

@@ -1,0 +1,141 @@
+"""A read-only transaction whose snapshot sees given transactions, bounded in time.
+
+Questions about rules, related records and live rows are asked in one, because what they read must
+not be older than the event they are asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Mapping
+
+import psycopg
+from psycopg import sql
+
+from pgrealtime.lsn import LSN, Xid, parse_lsn
+from pgrealtime.postgres.pool import DatabaseConnection, QueryPool
+from pgrealtime.postgres.rows import TextRow, fetch_texts
+from pgrealtime.snapshot import Snapshot, parse_snapshot
+
+TIMEOUT_ERRORS = (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable)
+"""``lock_timeout`` equals ``statement_timeout``, and PostgreSQL reports the lock's of two equal."""
+
+_SNAPSHOT_QUERY = (
+    "SELECT pg_catalog.pg_current_snapshot()::pg_catalog.text,"
+    " pg_catalog.pg_current_wal_insert_lsn()::pg_catalog.text"
+)
+"""The LSN is read while the snapshot is held: it lies behind every commit that this sees."""
+_UNAVAILABLE_SQLSTATES = ("08", "57P", "53300")
+"""Classes of errors: connections, the server's end or start, too many connections."""
+_VISIBILITY_TIMEOUT_SECONDS = 5.0
+_VISIBILITY_RETRY_SECONDS = 0.005
+
+
+def is_connection_error(error: Exception) -> bool:
+    """Whether an error is the connection's and not the statement's."""
+    if isinstance(error, psycopg.Error) and error.sqlstate is not None:
+        return error.sqlstate.startswith(_UNAVAILABLE_SQLSTATES)
+    return isinstance(error, psycopg.OperationalError)
+
+
+class ReadTransaction:
+    """One read-only transaction on a connection; ``restart`` goes on after an error.
+
+    Args:
+        pool: Gives the statements that begin a transaction.
+        connection: From ``QueryPool.session``, outside a transaction.
+        xids: Transactions that the snapshot must see.
+        keeps_snapshot: Whether ``restart`` goes on in the same snapshot, by a savepoint, and not in
+            a younger one. Then there is nothing to wait for: ``snapshot`` and ``insert_lsn`` are
+            not read, and ``xids`` must be empty.
+
+    Attributes:
+        snapshot: Which transactions are seen.
+        insert_lsn: Where the WAL ended when the snapshot was taken; all that it sees commits
+            before.
+    """
+
+    def __init__(
+        self,
+        pool: QueryPool,
+        connection: DatabaseConnection,
+        xids: Collection[Xid],
+        *,
+        keeps_snapshot: bool = False,
+    ) -> None:
+        self._pool = pool
+        self._connection = connection
+        self._xids = xids
+        self._keeps_snapshot = keeps_snapshot
+        self.snapshot = Snapshot(0, 0, frozenset())
+        self.insert_lsn = LSN(0)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the connection can't be used any more."""
+        return self._connection.closed
+
+    @property
+    def statement_seconds(self) -> float:
+        """What a statement of the transaction that begins next may take."""
+        return self._pool.statement_timeout
+
+    async def begin(self) -> None:
+        """Take a snapshot that sees the transactions.
+
+        A commit can be in the stream before any snapshot sees it: PostgreSQL writes the commit
+        record first and then removes the transaction from the list of those that run. Until it is
+        visible a new snapshot is taken every few milliseconds.
+
+        Raises:
+            TimeoutError: A transaction stays invisible.
+            psycopg.Error: The transaction can't begin.
+        """
+        deadline = time.monotonic() + _VISIBILITY_TIMEOUT_SECONDS
+        begin = self._pool.begin_sql(self.statement_seconds)
+        if self._keeps_snapshot:
+            await self._connection.execute(f"{begin}; SAVEPOINT question".encode())
+            return
+        while True:
+            cursor = await self._connection.execute(f"{begin}; {_SNAPSHOT_QUERY}".encode())
+            await cursor.set_result(-1)
+            row = await cursor.fetchone()
+            assert row is not None
+            self.snapshot, self.insert_lsn = parse_snapshot(row[0]), parse_lsn(row[1])
+            if all(self.snapshot.sees(xid) for xid in self._xids):
+                return
+            await self.end()
+            if time.monotonic() > deadline:
+                raise TimeoutError("a commit stays invisible")
+            await asyncio.sleep(_VISIBILITY_RETRY_SECONDS)
+
+    async def fetch_texts(
+        self, statement: sql.SQL | sql.Composed, params: Mapping[str, object]
+    ) -> list[TextRow]:
+        """Return a query's rows in the stream's text forms."""
+        return await fetch_texts(self._connection, statement, params)
+
+    async def fetch_values(
+        self, statement: str, params: Mapping[str, object]
+    ) -> list[tuple[object, ...]]:
+        """Return a query's rows as the driver's values."""
+        cursor = await self._connection.execute(statement.encode(), params)
+        return await cursor.fetchall()
+
+    async def end(self) -> None:
+        """Leave the transaction, whatever state it is in; one that failed is rolled back.
+
+        A SELECT may write WAL, as it prunes pages. After a COMMIT the server flushes that soon,
+        after a ROLLBACK only with the next commit of any session: until then the stream would not
+        reach the insert LSN that a later snapshot reads.
+        """
+        await self._connection.execute("COMMIT")
+
+    async def restart(self) -> None:
+        """Go on after an error, in a younger snapshot or, if it is kept, in the same one."""
+        if self._keeps_snapshot:
+            await self._connection.execute("ROLLBACK TO SAVEPOINT question")
+        else:
+            await self.end()
+            await self.begin()
