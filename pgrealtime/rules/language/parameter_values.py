@@ -19,7 +19,6 @@ from pgrealtime.rules.language.parameters import (
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.sqlite_values import (
     LoweredNumber,
-    Number,
     Scalar,
     ascii_lower,
     double_or_exact_integer,
@@ -31,24 +30,21 @@ from pgrealtime.rules.language.sqlite_values import (
     storable,
 )
 
-_SUPERUSERS_COLLECTION_ID = "pbc_3142635823"
-"""Id of PocketBase's collection of superusers, the same in every installation."""
-
 
 def parameter_value(
     parameter: Parameter, request: RuleRequest, now: datetime, literals: Sequence[str | float] = ()
 ) -> Scalar:
-    """Return what the parameter stands for.
+    """Return the parameter's value.
 
     Args:
         parameter: The parameter.
-        request: The subscriber.
-        now: The moment of the batch, with its zone.
-        literals: What was lifted out of the text.
+        request: The caller's request.
+        now: The time of the batch, with its zone.
+        literals: The literals that were lifted out of the filter.
     """
     match parameter:
-        case LiteralParameter(constant):
-            return storable(constant)
+        case LiteralParameter(value):
+            return storable(value)
         case LiftedLiteral(index):
             return storable(literals[index])
         case RequestValue():
@@ -57,92 +53,34 @@ def parameter_value(
             return _macro_value(parameter, now.astimezone(UTC))
 
 
-class MacroValues:
-    """Values of macros for one batch of rows, each computed when it is first read."""
-
-    __slots__ = ("_compute", "_values")
-
-    def __init__(self, compute: Callable[[Macro], Scalar]) -> None:
-        self._compute = compute
-        self._values: dict[Macro, Scalar] = {}
-
-    def __getitem__(self, macro: Macro) -> Scalar:
-        if macro not in self._values:
-            self._values[macro] = self._compute(macro)
-        return self._values[macro]
-
-
-def macro_values_at(now: datetime) -> MacroValues:
-    """Return the values of macros at a time, which has its zone."""
-    return MacroValues(lambda macro: _macro_value(macro, now.astimezone(UTC)))
-
-
-def to_sql_value(content: Scalar, form: SqlForm) -> Scalar:
-    """Return the value as the placeholder of that form wants it."""
-    if content is None:
-        return None
-    text = sqlite_text(content)
-    if text is None:
-        return None
-    match form:
-        case SqlForm.TEXT:
-            return text
-        case SqlForm.NUMBER:
-            return _number_digits(exact_number(content))
-        case SqlForm.PATTERN:
-            return like_pattern(content)
-        case SqlForm.UUID:
-            return text if _UUID.fullmatch(text) else None
-        case SqlForm.INTEGER:
-            return (
-                text if _CANONICAL_INTEGER.fullmatch(text) and int(text) in _BIGINT_RANGE else None
-            )
-        case SqlForm.JSON:
-            return json_in_jsonb_order(text)
-
-
-_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
-
-
-_CANONICAL_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
-
+# --- values of a request
 
 _GO_FLOAT = re.compile(
     r"[+-]?(?:\d(?:_?\d)*\.?(?:\d(?:_?\d)*)?|\.\d(?:_?\d)*)(?:[eE][+-]?\d(?:_?\d)*)?"
     r"|[+-]?inf(?:inity)?|nan",
     re.ASCII | re.IGNORECASE,
 )
-
-
-_BIGINT_RANGE = range(-(1 << 63), 1 << 63)
-
-
-def _number_digits(number: Number | None) -> str | None:
-    match number:
-        case None:
-            return None
-        case float():
-            return str(number).replace("inf", "Infinity")
-        case _:
-            return str(number)
+"""What Go's ``strconv.ParseFloat`` reads, hexadecimal numbers excepted."""
+_SUPERUSERS_COLLECTION_ID = "pbc_3142635823"
+"""Id of PocketBase's collection of superusers, the same in every installation."""
 
 
 def _request_value(parameter: RequestValue, request: RuleRequest) -> Scalar:
-    content = _request_member(parameter.path, request)
+    value = _request_member(parameter.path, request)
     if parameter.is_isset:
-        return int(content is not None)
-    if isinstance(content, str):
-        content = replace_unstorable(content)
+        return int(value is not None)
+    if isinstance(value, str):
+        value = replace_unstorable(value)
         if parameter.is_read_as_number:
-            content = _go_number_or_text(content)
-    if not parameter.is_lower or content is None:
-        return content
-    text = sqlite_text(content)
+            value = _go_number_or_text(value)
+    if not parameter.is_lower or value is None:
+        return value
+    text = sqlite_text(value)
     if text is None:
         return None
     lowered = ascii_lower(text)
-    is_float = isinstance(content, float)
-    return LoweredNumber(lowered, like_pattern(content).lower()) if is_float else lowered
+    is_float = isinstance(value, float)
+    return LoweredNumber(lowered, like_pattern(value).lower()) if is_float else lowered
 
 
 def _go_number_or_text(text: str) -> str | float:
@@ -171,11 +109,12 @@ def _request_member(path: tuple[str, ...], request: RuleRequest) -> Scalar:
 
 
 def _principal_field(field: str, request: RuleRequest) -> Scalar:
+    fields: dict[str, Scalar]
     match request.principal:
         case Guest():
             return None
         case AuthRecord() as record:
-            own: dict[str, Scalar] = {
+            fields = {
                 "id": record.id,
                 "collectionId": record.collection_id,
                 "collectionName": record.collection_name,
@@ -183,9 +122,8 @@ def _principal_field(field: str, request: RuleRequest) -> Scalar:
                 "emailVisibility": record.email_visibility,
                 "verified": record.verified,
             }
-            return own[field]
         case Superuser(id):
-            fixed: dict[str, Scalar] = {
+            fields = {
                 "id": id,
                 "collectionId": _SUPERUSERS_COLLECTION_ID,
                 "collectionName": "_superusers",
@@ -193,7 +131,30 @@ def _principal_field(field: str, request: RuleRequest) -> Scalar:
                 "emailVisibility": False,
                 "verified": True,
             }
-            return fixed[field]
+    return fields[field]
+
+
+# --- values of a time
+
+
+class MacroValues:
+    """Values of macros for one batch of rows, each computed when it is first read."""
+
+    __slots__ = ("_compute", "_values")
+
+    def __init__(self, compute: Callable[[Macro], Scalar]) -> None:
+        self._compute = compute
+        self._values: dict[Macro, Scalar] = {}
+
+    def __getitem__(self, macro: Macro) -> Scalar:
+        if macro not in self._values:
+            self._values[macro] = self._compute(macro)
+        return self._values[macro]
+
+
+def macro_values_at(now: datetime) -> MacroValues:
+    """Return the values of macros at a time, which has its zone."""
+    return MacroValues(lambda macro: _macro_value(macro, now.astimezone(UTC)))
 
 
 def _macro_value(macro: Macro, now: datetime) -> str | int:
@@ -223,9 +184,39 @@ def _macro_value(macro: Macro, now: datetime) -> str | int:
 
 
 def _date_text(when: datetime) -> str:
-    """Return the moment as PocketBase writes dates."""
+    """Return the time as PocketBase writes dates."""
     return f"{when:%Y-%m-%d %H:%M:%S}.{when.microsecond // 1000:03d}Z"
 
 
 def _last_millisecond_before(when: datetime) -> str:
     return _date_text(when - timedelta(milliseconds=1))
+
+
+# --- forms
+
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_CANONICAL_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
+_BIGINT_RANGE = range(-(1 << 63), 1 << 63)
+
+
+def to_sql_value(value: Scalar, form: SqlForm) -> Scalar:
+    """Return the value as a placeholder of that form takes it."""
+    text = None if value is None else sqlite_text(value)
+    if value is None or text is None:
+        return None
+    match form:
+        case SqlForm.TEXT:
+            return text
+        case SqlForm.NUMBER:
+            number = exact_number(value)
+            # PostgreSQL's spelling of an infinite numeric.
+            return None if number is None else str(number).replace("inf", "Infinity")
+        case SqlForm.PATTERN:
+            return like_pattern(value)
+        case SqlForm.UUID:
+            return text if _UUID.fullmatch(text) else None
+        case SqlForm.INTEGER:
+            is_bigint = _CANONICAL_INTEGER.fullmatch(text) and int(text) in _BIGINT_RANGE
+            return text if is_bigint else None
+        case SqlForm.JSON:
+            return json_in_jsonb_order(text)

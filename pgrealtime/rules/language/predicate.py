@@ -1,7 +1,7 @@
-"""The resolved rule: paths are places and fields, the rest is parameters. Built by resolve.py.
+"""The predicate: a rule or filter resolved to row paths, terms and comparisons.
 
-``lower.py`` turns it into SQL; a planner or an evaluator in the process may read it part by part.
-What a comparison means follows from the ``Traits`` of its two sides alone, so both ask here.
+Made by ``resolve``; knows no SQL. ``rules.sql`` translates it, ``rules.memory`` compiles parts of
+it, ``rules.engine`` splits it. What a comparison of two terms means is decided in ``comparison``.
 """
 
 from __future__ import annotations
@@ -12,26 +12,22 @@ from enum import Enum, auto
 from typing import TypeAlias
 
 from pgrealtime.collections.model import Field, FieldKind
-from pgrealtime.rules.language.parameters import (
-    LiftedLiteral,
-    LiteralParameter,
-    Parameter,
-)
+from pgrealtime.rules.language.parameters import LiftedLiteral, LiteralParameter, Parameter
 from pgrealtime.rules.language.syntax import Op
 
-# --- where a value is found
+# --- row paths
 
 
 @dataclass(frozen=True, slots=True)
 class ScopeRow:
-    """The row that the rule, or the ``NestedRule`` part around, is about."""
+    """The row that the rule, or the ``NestedRule`` around, is about."""
 
     collection: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallerRow:
-    """The subscriber's own row, found by ``@request.auth.id``."""
+    """The caller's own row, found by ``@request.auth.id``."""
 
     collection: str
 
@@ -49,7 +45,7 @@ PathRoot: TypeAlias = ScopeRow | CallerRow | CollectionRows
 
 @dataclass(frozen=True, slots=True)
 class ToOne:
-    """Along a single relation to the row it names."""
+    """From a row to the row that its single relation names."""
 
     field: Field
     collection: str
@@ -57,26 +53,26 @@ class ToOne:
 
 @dataclass(frozen=True, slots=True)
 class EachValue:
-    """To each id, or each value, that a multiple field holds; not a row yet."""
+    """From a row to each id, or each value, of a multiple field; this isn't a row yet."""
 
     field: Field
 
 
 @dataclass(frozen=True, slots=True)
 class ToEach:
-    """From one of the ids to the row it names."""
+    """From one of those ids to the row that it names."""
 
     collection: str
 
 
 @dataclass(frozen=True, slots=True)
 class BackRelation:
-    """To the rows of ``collection`` whose relation ``field`` points here."""
+    """From a row to the rows of ``collection`` whose relation ``field`` points to it."""
 
     collection: str
     field: Field
     is_unique: bool
-    """At most one row can point here."""
+    """At most one row can point to it."""
 
 
 PathStep: TypeAlias = ToOne | EachValue | ToEach | BackRelation
@@ -84,38 +80,38 @@ PathStep: TypeAlias = ToOne | EachValue | ToEach | BackRelation
 
 @dataclass(frozen=True, slots=True)
 class RowPath:
-    """A chain of LEFT JOINs. Within one scope equal places are one join, shared by all leaves."""
+    """A chain of LEFT JOINs. Equal paths of a scope are one join, shared by all comparisons."""
 
     root: PathRoot
     steps: tuple[PathStep, ...] = ()
 
     @property
     def is_scope_row(self) -> bool:
-        """The row itself, no join."""
+        """Whether it is the scope's row itself, without a join."""
         return isinstance(self.root, ScopeRow) and not self.steps
 
     @property
     def is_multiple(self) -> bool:
-        """Whether more than one row may be found there, so that comparisons need match-all."""
-        return isinstance(self.root, CollectionRows) or any(map(_is_multiple, self.steps))
+        """Whether it can lead to more than one row or value, so that comparisons match all."""
+        return isinstance(self.root, CollectionRows) or any(
+            isinstance(step, EachValue) or (isinstance(step, BackRelation) and not step.is_unique)
+            for step in self.steps
+        )
 
     @property
     def collection(self) -> str:
-        """The collection whose rows are found there; of items, the one that holds them."""
+        """The collection of the rows at its end; of values, that of the rows that hold them."""
         for step in reversed(self.steps):
-            match step:
-                case ToOne() | ToEach() | BackRelation():
-                    return step.collection
-                case EachValue():
-                    continue
+            if not isinstance(step, EachValue):
+                return step.collection
         return self.root.collection
 
     def extended_by(self, *steps: PathStep) -> RowPath:
-        """The place these steps further on."""
+        """Return the path with these steps added."""
         return replace(self, steps=self.steps + steps)
 
     def joined_rows(self) -> Iterator[RowPath]:
-        """Every place on the way that is a row of a collection reached by a join, in order."""
+        """Yield every path on the way, itself included, that is a joined row of a collection."""
         if not isinstance(self.root, ScopeRow):
             yield RowPath(self.root)
         for length, step in enumerate(self.steps, start=1):
@@ -123,39 +119,29 @@ class RowPath:
                 yield RowPath(self.root, self.steps[:length])
 
 
-def _is_multiple(step: PathStep) -> bool:
-    match step:
-        case EachValue():
-            return True
-        case BackRelation():
-            return not step.is_unique
-        case ToOne() | ToEach():
-            return False
-
-
 # --- operands
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterTerm:
-    """A value that doesn't depend on any row."""
+    """A value that depends on no row."""
 
     parameter: Parameter
 
 
 @dataclass(frozen=True, slots=True)
 class Keyword:
-    """``null``, ``true``, ``false`` and what is one of them for everybody."""
+    """``null``, ``true``, ``false``, and what has one of these values for every request."""
 
     value: bool | None
 
 
 @dataclass(frozen=True, slots=True)
 class AbsentEach:
-    """``:each`` of a field that the request's body would hold: in realtime NULL.
+    """``:each`` of a field of the request's body, which realtime hasn't: NULL.
 
-    PocketBase takes it for something, since it comes from a parameter, and for one of many values
-    if the field is multiple.
+    PocketBase takes it for nonempty, since it comes from a parameter, and for one of many values if
+    the field is multiple.
     """
 
     is_multiple: bool
@@ -170,12 +156,12 @@ class Modifier(Enum):
     LENGTH = auto()
     """``:length``; 0 where there is nothing."""
     EACH = auto()
-    """``:each`` of a single field: the value, without a class of its own."""
+    """``:each`` of a single field: the value, without its affinity."""
 
 
 @dataclass(frozen=True, slots=True)
 class FieldValue:
-    """A field of the row at a place; of many values, their JSON text."""
+    """A field of the row at a path; of many values, their JSON text."""
 
     row_path: RowPath
     field: Field
@@ -184,13 +170,13 @@ class FieldValue:
 
 @dataclass(frozen=True, slots=True)
 class EachTerm:
-    """``:each``: one of a multiple field's values; the path ends with its ``EachValue``."""
+    """``:each``: one of a multiple field's values. The path ends with its ``EachValue``."""
 
     row_path: RowPath
 
     @property
     def kind(self) -> FieldKind:
-        """What the field holds several of."""
+        """The kind of one value."""
         last = self.row_path.steps[-1]
         assert isinstance(last, EachValue)
         return last.field.kind
@@ -198,7 +184,7 @@ class EachTerm:
 
 @dataclass(frozen=True, slots=True)
 class JsonValue:
-    """What a json or geo field holds under the keys, the whole of a json field without any."""
+    """What a json or geo field has under the keys; without keys the whole of a json field."""
 
     row_path: RowPath
     field: Field
@@ -208,7 +194,7 @@ class JsonValue:
 
 @dataclass(frozen=True, slots=True)
 class SecretTerm:
-    """A secret that PocketBase has and the table hasn't: a text that nobody can name."""
+    """A secret that PocketBase has and the table hasn't: a text that no rule can name."""
 
     row_path: RowPath
     modifier: Modifier = Modifier.WHOLE
@@ -216,7 +202,7 @@ class SecretTerm:
 
 @dataclass(frozen=True, slots=True)
 class Strftime:
-    """A moment in SQLite's format; without ``time``, the moment of the batch."""
+    """A time in SQLite's format; without ``time``, the time of the batch."""
 
     format: str
     time: Term | None
@@ -249,7 +235,7 @@ Term: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two operands compared; without ``is_any`` every value of a multiple place must agree."""
+    """Two operands compared. Without ``is_any`` every value of a multiple path must agree."""
 
     left: Term
     op: Op
@@ -261,21 +247,21 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Conjunction:
-    """True if every part is."""
+    """True if every condition is."""
 
     conditions: tuple[Condition, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Disjunction:
-    """True if some part is."""
+    """True if some condition is."""
 
     conditions: tuple[Condition, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class NestedRule:
-    """A condition about the row at ``place`` with joins of its own: another collection's rule."""
+    """Another collection's rule about the row at a path, with joins of its own."""
 
     row_path: RowPath
     where: Condition
@@ -286,17 +272,30 @@ Condition: TypeAlias = Comparison | Conjunction | Disjunction | NestedRule
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicate:
-    """A rule or a filter, resolved: one scope of joins about a row of ``collection``."""
+    """A rule or filter about a row of ``collection``: one scope of joins."""
 
     collection: str
     where: Condition
+
+
+@dataclass(frozen=True, slots=True)
+class AdmitAll:
+    """In place of a predicate: all rows are admitted."""
+
+
+@dataclass(frozen=True, slots=True)
+class DenyAll:
+    """In place of a predicate: no row is admitted."""
+
+    reason: str
+    """For the log; says nothing about any row."""
 
 
 # --- walking
 
 
 def comparisons(condition: Condition) -> Iterator[Comparison]:
-    """Every comparison, those of nested conditions included."""
+    """Yield every comparison, those of nested rules included, from left to right."""
     match condition:
         case Comparison():
             yield condition
@@ -308,22 +307,18 @@ def comparisons(condition: Condition) -> Iterator[Comparison]:
 
 
 def terms(condition: Condition) -> Iterator[Term]:
-    """Every operand and every argument of one."""
+    """Yield every operand, each followed by its arguments."""
     for comparison in comparisons(condition):
-        yield from _with_arguments(comparison.left)
-        yield from _with_arguments(comparison.right)
-
-
-def _with_arguments(term: Term) -> Iterator[Term]:
-    yield term
-    if isinstance(term, Strftime) and term.time is not None:
-        yield term.time
-    if isinstance(term, GeoDistance):
-        yield from term.args
+        for term in (comparison.left, comparison.right):
+            yield term
+            if isinstance(term, Strftime) and term.time is not None:
+                yield term.time
+            if isinstance(term, GeoDistance):
+                yield from term.args
 
 
 def condition_parameters(condition: Condition) -> tuple[Parameter, ...]:
-    """The distinct parameters in order of appearance: shapes and values are given in this order."""
+    """Return the distinct parameters in order of appearance."""
     found = (term.parameter for term in terms(condition) if isinstance(term, ParameterTerm))
     return tuple(dict.fromkeys(found))
 
@@ -344,6 +339,25 @@ def columns_read(condition: Condition) -> frozenset[str]:
         if field_ is not None and field_.column is not None:
             columns.add(field_.column.name)
     return frozenset(columns)
+
+
+def row_path_of(term: Term) -> RowPath | None:
+    """Return the path to the operand's value; None if it is the same for every row.
+
+    ``geoDistance`` has none: PocketBase never matches all of its values.
+    """
+    match term:
+        case (
+            FieldValue(row_path=path)
+            | EachTerm(path)
+            | JsonValue(row_path=path)
+            | SecretTerm(row_path=path)
+        ):
+            return path
+        case Strftime(time=time):
+            return None if time is None else row_path_of(time)
+        case ParameterTerm() | Keyword() | AbsentEach() | GeoDistance():
+            return None
 
 
 def map_parameters(condition: Condition, replaced: Callable[[Parameter], Parameter]) -> Condition:
@@ -386,38 +400,3 @@ def lift_literals(predicate: Predicate) -> tuple[Predicate, tuple[str | float, .
         return LiftedLiteral(len(literals) - 1)
 
     return replace(predicate, where=map_parameters(predicate.where, lift)), tuple(literals)
-
-
-def row_path_of(term: Term) -> RowPath | None:
-    """Where the operand's value is found, for match-all; None if it is the same for every row.
-
-    ``geoDistance`` has none: PocketBase never asks it for all.
-    """
-    match term:
-        case (
-            FieldValue(row_path=place)
-            | EachTerm(place)
-            | JsonValue(row_path=place)
-            | SecretTerm(row_path=place)
-        ):
-            return place
-        case Strftime(time=time):
-            return None if time is None else row_path_of(time)
-        case ParameterTerm() | Keyword() | AbsentEach() | GeoDistance():
-            return None
-
-
-# --- what a comparison means
-
-
-@dataclass(frozen=True, slots=True)
-class AdmitAll:
-    """No row needs to be asked about: all are admitted."""
-
-
-@dataclass(frozen=True, slots=True)
-class DenyAll:
-    """No row is admitted."""
-
-    reason: str
-    """For the log; says nothing about any row."""

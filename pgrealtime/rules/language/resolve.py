@@ -1,7 +1,8 @@
-"""Syntax to meaning: every path becomes a place and a field, or a parameter. Before lower.py.
+"""Resolves the names of a rule or filter against the collections: from syntax to a predicate.
 
-A rule may read every field; a client's filter (``Filter``) is held to what its sender could see
-anyway: no hidden fields, no rows of collections that cannot be listed.
+A rule may read every field. A client's filter may read only what its sender can see anyway: no
+hidden fields, and rows of other collections only as their list rules admit them. What isn't
+supported is refused here, with its place in the text.
 """
 
 from __future__ import annotations
@@ -57,28 +58,28 @@ from pgrealtime.rules.language.syntax import (
 from pgrealtime.spelling import nearest_name
 
 MAX_HOPS = 6
-"""PocketBase's own limit of relations in one path."""
+"""PocketBase's limit of relations in one path."""
 MAX_FILTER_BYTES = 3500
-"""PocketBase's own limit for lists; a topic can't carry more anyway."""
+"""PocketBase's limit for lists; a topic can't be longer anyway."""
 MAX_STRFTIME_ARGUMENTS = 10
-"""PocketBase's own limit."""
+"""PocketBase's limit."""
 
 
 def resolve_rule(
     text: str, collections: Collections, collection: Collection, auth_collection: Collection | None
 ) -> Predicate:
-    """Return what the rule means for subscribers of one auth collection.
+    """Return the rule resolved for callers of one auth collection.
 
     Args:
         text: The rule, not empty.
-        collections: All there are.
-        collection: The one whose rows are judged.
-        auth_collection: The collection of the subscriber's record; None for a guest, or if there is
+        collections: All collections.
+        collection: The one whose rows the rule is about.
+        auth_collection: The collection of the caller's record; None for a guest, or if there is
             none of that name: then paths of ``@request.auth`` are NULL.
 
     Raises:
-        RuleError: The text is not of the language, names what isn't there or asks for what can't
-            be decided exactly. Paths of ``@request.auth`` are checked for this ``auth`` only.
+        RuleError: The text is not of the language, names something unknown, or can't be evaluated
+            exactly. Paths of ``@request.auth`` are checked for this ``auth_collection`` only.
     """
     resolver = _Resolver(collections, collection, auth_collection, is_filter=False)
     return _make_predicate(collection, resolver.resolve_condition(parse_expression(text)))
@@ -92,10 +93,10 @@ def resolve_filter(
     *,
     is_superuser: bool = False,
 ) -> Predicate:
-    """Return what a client's filter means, list rules of joined collections included.
+    """Return a client's filter resolved, with the list rules of the collections that it joins.
 
-    Superusers may name ``@request`` and ``@collection``, and get no other relief: PocketBase's
-    realtime gives them none.
+    Superusers may name ``@request`` and ``@collection``; nothing else is different for them, as in
+    PocketBase's realtime.
 
     Raises:
         RuleError: As for rules; or the filter reads what its sender may not see.
@@ -116,7 +117,7 @@ def resolve_filter(
 def filter_text(query: Mapping[str, str], *, is_superuser: bool) -> str:
     """Return the client's filter, empty if there is none.
 
-    A sort means nothing here, but PocketBase looks at it wherever there is a filter.
+    A sort key has no meaning in realtime, but PocketBase checks it wherever there is a filter.
 
     Raises:
         RuleNameError: The sort has a word that only superusers may use.
@@ -137,15 +138,15 @@ def _refuse_superuser_identifiers(text: str) -> None:
 
 
 def _make_predicate(collection: Collection, where: Condition) -> Predicate:
-    """Return the predicate; one that PocketBase fails to evaluate admits nothing.
+    """Return the predicate; one whose query fails in PocketBase admits nothing.
 
-    A list of items that is made a pattern is no list any more, and that breaks all of its query.
+    PocketBase makes a LIKE pattern of the JSON array of ``:each``, which is no array any more.
     """
-    breaks = any(
-        cmp.op in {Op.LIKE, Op.NOT_LIKE} and isinstance(cmp.right, AbsentEach)
-        for cmp in comparisons(where)
+    is_broken = any(
+        comparison.op in {Op.LIKE, Op.NOT_LIKE} and isinstance(comparison.right, AbsentEach)
+        for comparison in comparisons(where)
     )
-    return Predicate(collection=collection.name, where=_ALWAYS_FALSE if breaks else where)
+    return Predicate(collection=collection.name, where=_ALWAYS_FALSE if is_broken else where)
 
 
 _ALWAYS_FALSE = Comparison(Keyword(False), Op.EQ, True, Keyword(True))
@@ -161,15 +162,15 @@ _ALLOWED_IDENTIFIER = re.compile(
 _BACK_RELATION = re.compile(r"(\w+)_via_(\w+)", re.ASCII)
 _MODIFIERS = {"isset", "changed", "each", "length", "lower"}
 _PRINCIPAL_FIELDS = {"id", "collectionId", "collectionName", "email", "emailVisibility", "verified"}
-"""Fields of ``@request.auth`` that come with the authentication, without asking the database."""
+"""Fields of ``@request.auth`` that are known from the authentication, without a query."""
 _KEYWORDS = {"null": None, "true": True, "false": False}
 _MAX_SUGGESTION_LENGTH = 100
-"""Longer names get no suggestion: comparing is quadratic in their length."""
+"""Longer names get no suggestion: the comparison is quadratic in their length."""
 _UNSUPPORTED_TYPES = {"money", "refcursor", "hstore"}
 
 
 class _Resolver:
-    """Resolves one scope: all of its paths begin at the row of ``collection``."""
+    """Resolves one scope: its paths begin at a row of ``collection``, unless they say otherwise."""
 
     def __init__(
         self,
@@ -200,29 +201,30 @@ class _Resolver:
                 return Disjunction(tuple(self.resolve_condition(part) for part in parts))
 
     def list_rule_conditions(self) -> list[Condition]:
-        """What the collections joined so far demand of their rows, missing ones excepted."""
-        demands: list[Condition] = []
-        for place in self._joined_paths:
-            collection = self._collections[place.collection]
+        """Return the list rules of the rows joined so far; a missing row needs to meet none."""
+        conditions: list[Condition] = []
+        for path in self._joined_paths:
+            collection = self._collections[path.collection]
             if not collection.list_rule:
                 continue
             inner = _Resolver(self._collections, collection, self._auth_collection, is_filter=False)
             where = inner.resolve_condition(parse_expression(collection.list_rule))
             missing = Comparison(
-                FieldValue(place, collection.fields_by_name["id"]),
+                FieldValue(path, collection.fields_by_name["id"]),
                 Op.EQ,
                 True,
                 ParameterTerm(LiteralParameter("")),
             )
-            demands.append(Disjunction((missing, NestedRule(place, where))))
-        return demands
+            conditions.append(Disjunction((missing, NestedRule(path, where))))
+        return conditions
 
-    def _resolve_comparison(self, cmp: ComparisonNode) -> Condition:
+    def _resolve_comparison(self, node: ComparisonNode) -> Condition:
         self._email_conditions = []
-        left = self._resolve_operand(cmp.left)
-        right = self._resolve_operand(cmp.right)
-        leaf = Comparison(left, cmp.op, cmp.is_any, right, cmp.start, cmp.end)
-        return Conjunction((leaf, *self._email_conditions)) if self._email_conditions else leaf
+        left, right = self._resolve_operand(node.left), self._resolve_operand(node.right)
+        resolved = Comparison(left, node.op, node.is_any, right, node.start, node.end)
+        if not self._email_conditions:
+            return resolved
+        return Conjunction((resolved, *self._email_conditions))
 
     def _resolve_operand(self, operand: OperandNode) -> Term:
         self._current_operand = operand
@@ -235,7 +237,7 @@ class _Resolver:
                 return self._resolve_call(operand)
 
     def _resolve_identifier(self, text: str) -> Term:
-        """Macros first, then fields, and only then keywords: a field called true wins."""
+        """Return the operand: a macro, else a field, else a keyword. A field named true wins."""
         if text in MACROS:
             return ParameterTerm(MACROS[text])
         try:
@@ -249,7 +251,7 @@ class _Resolver:
     # --- functions
 
     def _resolve_call(self, call: CallNode) -> Term:
-        guards = len(self._email_conditions)
+        email_conditions = len(self._email_conditions)
         match call.name:
             case "geoDistance":
                 term = self._geo_distance(call)
@@ -257,8 +259,8 @@ class _Resolver:
                 term = self._strftime(call)
             case _:
                 return self._refuse_unknown("function", call.name, ("geoDistance", "strftime"))
-        # What a function makes of an address is no address: PocketBase asks nobody.
-        del self._email_conditions[guards:]
+        # PocketBase doesn't check the visibility of an address in a function's arguments.
+        del self._email_conditions[email_conditions:]
         return term
 
     def _geo_distance(self, call: CallNode) -> Term:
@@ -314,11 +316,11 @@ class _Resolver:
         if collection is None:
             self._refuse_unknown("collection", name, self._collections)
         if alias and self._aliases.setdefault(alias, collection.name) != collection.name:
-            self._refuse_unsupported(f'alias "{alias}" stands for two collections')
+            self._refuse(f'alias "{alias}" stands for two collections', RuleUnsupportedError)
         return self._record_joins(RowPath(CollectionRows(collection.name, alias or None)))
 
     def _find_collection(self, name_or_id: str) -> Collection | None:
-        """The collection of that id or name; PocketBase ignores the name's case here."""
+        """Return the collection of that id or name; PocketBase ignores the name's case here."""
         found = self._collections.find(name_or_id)
         if found is not None:
             return found
@@ -330,11 +332,11 @@ class _Resolver:
             return ParameterTerm(RequestValue(("auth", parts[0])))
         if self._auth_collection is None:
             return Keyword(None)
-        place = self._record_joins(RowPath(CallerRow(self._auth_collection.name)))
-        return self._follow_path(place, parts, is_missing_null=True)
+        caller_row = self._record_joins(RowPath(CallerRow(self._auth_collection.name)))
+        return self._follow_path(caller_row, parts, is_missing_null=True)
 
     def _body_path(self, parts: list[str]) -> Term:
-        """What a request's body holds: in realtime nothing."""
+        """Return a field of the request's body, which is empty in realtime."""
         name, modifier = self._split_modifier(parts[0])
         field = self._collection.fields_by_name.get(name)
         if field is None:
@@ -357,7 +359,7 @@ class _Resolver:
                 return Keyword(None)
 
     def _request_value(self, parts: list[str]) -> Term:
-        """A value that is known with the subscription."""
+        """Return a value of the request, which is known when the subscription is made."""
         last, modifier = self._split_modifier(parts[-1])
         if modifier not in {"", "isset", "lower"}:
             self._refuse(f'":{modifier}" is not for "@request.{parts[0]}"')
@@ -379,59 +381,55 @@ class _Resolver:
     def _follow_path(
         self, start: RowPath, parts: list[str], *, is_missing_null: bool = False
     ) -> Term:
-        """Follow the parts from a place to a value.
+        """Follow relations from a row to a field.
 
         Args:
-            start: Where the path begins.
+            start: The path of the row.
             parts: Names of relations, and last of a field with its modifier.
-            is_missing_null: What isn't there is NULL and no error, as under ``@request.auth``.
+            is_missing_null: An unknown name is NULL and no error, as under ``@request.auth``.
         """
+        path = start
         for index, part in enumerate(parts[:-1]):
-            collection = self._collections[start.collection]
+            collection = self._collections[path.collection]
             field = self._find_field(collection, part)
+            rest = parts[index + 1 :]
             if field is not None and field.kind in {FieldKind.JSON, FieldKind.GEO_POINT}:
                 self._check_supported(field)
-                return self._json_value(start, field, parts[index + 1 :])
+                return self._json_value(path, field, rest)
             if index >= MAX_HOPS:
                 self._refuse(f"a path takes at most {MAX_HOPS} relations")
             if field is None:
                 back = self._back_relation(collection, part, is_missing_null=is_missing_null)
                 if back is None:
                     return Keyword(None)
-                start = self._record_joins(start.extended_by(back))
+                path = self._record_joins(path.extended_by(back))
                 continue
             if field.relation is None:
                 self._refuse(f'field "{part}" is no relation')
-            if not field.is_multiple and parts[index + 1 :] == ["id"]:
-                return FieldValue(start, self._check_supported(field))
+            if not field.is_multiple and rest == ["id"]:
+                return FieldValue(path, self._check_supported(field))
             target = self._collections[field.relation.collection].name
-            if field.is_multiple:
-                start = self._record_joins(start.extended_by(EachValue(field), ToEach(target)))
-            else:
-                start = self._record_joins(start.extended_by(ToOne(field, target)))
-        return self._last_field(start, parts[-1], is_missing_null=is_missing_null)
+            steps = (
+                (EachValue(field), ToEach(target)) if field.is_multiple else (ToOne(field, target),)
+            )
+            path = self._record_joins(path.extended_by(*steps))
+        return self._last_field(path, parts[-1], is_missing_null=is_missing_null)
 
     def _back_relation(
         self, collection: Collection, part: str, *, is_missing_null: bool
     ) -> BackRelation | None:
-        """Return the step over a back relation; None if there is none and that is no error."""
+        """Return the step over ``collection_via_field``; None if it is unknown and that is NULL."""
         found = _BACK_RELATION.fullmatch(part)
         source = None if found is None else self._find_collection(found[1])
         field = None if found is None or source is None else self._find_field(source, found[2])
-        if field is not None and (
-            field.relation is None
-            or (field.relation.collection != collection.name and not is_missing_null)
-        ):
-            self._refuse(f'"{part}" doesn\'t point to "{collection.name}"')
-        if (
-            source is None
-            or field is None
-            or field.relation is None
-            or field.relation.collection != collection.name
-        ):
+        if source is None or field is None:
             if is_missing_null:
                 return None
             return self._refuse_unknown("field", part, _path_names(self._collections, collection))
+        if field.relation is None or field.relation.collection != collection.name:
+            if is_missing_null and field.relation is not None:
+                return None
+            self._refuse(f'"{part}" doesn\'t point to "{collection.name}"')
         is_unique = (
             not field.is_multiple
             and field.column is not None
@@ -441,15 +439,16 @@ class _Resolver:
 
     def _json_value(self, path: RowPath, field: Field, keys: list[str]) -> Term:
         if field.is_multiple:
-            self._refuse_unsupported(
-                f'field "{field.name}" holds several values, which have no keys'
+            self._refuse(
+                f'field "{field.name}" holds several values, which have no keys',
+                RuleUnsupportedError,
             )
         if field.kind is FieldKind.GEO_POINT and not field.is_stored_as_json and len(keys) != 1:
             return Keyword(None)
         return JsonValue(path, field, tuple(key.replace(":", "") for key in keys))
 
     def _last_field(self, path: RowPath, part: str, *, is_missing_null: bool) -> Term:
-        """The field that ends a path, with its modifier."""
+        """Return the field that ends a path, with its modifier."""
         name, modifier = self._split_modifier(part)
         collection = self._collections[path.collection]
         field = self._find_field(collection, name)
@@ -460,7 +459,8 @@ class _Resolver:
                 return Keyword(None)
             known = _path_names(self._collections, collection)
             if name in known:
-                self._refuse_name(f'"{name}" needs a field', hint=f'Perhaps you meant "{name}.id".')
+                hint = f'Perhaps you meant "{name}.id".'
+                self._refuse(f'"{name}" needs a field', RuleNameError, hint=hint)
             self._refuse_unknown("field", name, known)
         self._check_supported(field)
         if modifier == "length" and _has_countable_values(field):
@@ -478,11 +478,11 @@ class _Resolver:
 
     def _secret_term(self, path: RowPath, name: str, modifier: str) -> Term:
         if self._is_filter:
-            self._refuse_name(f'field "{name}" is hidden')
+            self._refuse(f'field "{name}" is hidden', RuleNameError)
         return SecretTerm(path, Modifier.LOWER if modifier == "lower" else Modifier.WHOLE)
 
     def _require_visible_email(self, path: RowPath, collection: Collection) -> None:
-        """A filter finds an address only where its owner shows it."""
+        """Add the condition that an address which a filter reads is shown by its owner."""
         visible = collection.fields_by_name.get("emailVisibility")
         shown: Term = Keyword(False) if visible is None else FieldValue(path, visible)
         self._email_conditions.append(Comparison(shown, Op.EQ, True, Keyword(True)))
@@ -492,11 +492,11 @@ class _Resolver:
     def _find_field(self, collection: Collection, name: str) -> Field | None:
         field = collection.fields_by_name.get(name)
         if field is not None and self._is_filter and (field.is_hidden or field.is_secret):
-            self._refuse_name(f'field "{name}" is hidden')
+            self._refuse(f'field "{name}" is hidden', RuleNameError)
         return field
 
     def _check_supported(self, field: Field) -> Field:
-        """Refuse fields that have no meaning in the language."""
+        """Return the field, unless its type has no meaning in rules."""
         base = field.type.base
         element = base if base.element is None else base.element.base
         if (
@@ -504,25 +504,32 @@ class _Resolver:
             or element.name in _UNSUPPORTED_TYPES
             or (field.kind is FieldKind.GEO_POINT and field.is_multiple)
         ):
-            self._refuse_unsupported(
+            is_geometry = field.kind is FieldKind.GEOMETRY and not field.is_multiple
+            self._refuse(
                 f'field "{field.name}" of type {base.name} can\'t be used in rules',
+                RuleUnsupportedError,
                 hint="Show it as geoPoint (fields.types) to use its lon and lat."
-                if field.kind is FieldKind.GEOMETRY and not field.is_multiple
+                if is_geometry
                 else "",
             )
         return field
 
     def _record_joins(self, path: RowPath) -> RowPath:
-        """Note that the place's rows are read; refuse those that a filter may not reach."""
+        """Return the path. Of a filter its joins are recorded, for the list rules of their rows.
+
+        A collection without list rule is for superusers only, so no filter may join it.
+        """
         if self._is_filter and path not in self._joined_paths:
             for joined in path.joined_rows():
                 if self._collections[joined.collection].list_rule is None:
-                    self._refuse_name(f'collection "{joined.collection}" can\'t be listed')
+                    self._refuse(
+                        f'collection "{joined.collection}" can\'t be listed', RuleNameError
+                    )
                 self._joined_paths.setdefault(joined)
         return path
 
     def _split_modifier(self, part: str) -> tuple[str, str]:
-        """Take the modifier off; with more than one colon it is all a name."""
+        """Return the name and its modifier; with more than one colon it is all a name."""
         name, colon, modifier = part.partition(":")
         if not colon or ":" in modifier:
             return part, ""
@@ -532,41 +539,27 @@ class _Resolver:
 
     # --- errors
 
-    def _refuse(self, message: str) -> NoReturn:
-        raise RuleSyntaxError(
-            message, start=self._current_operand.start, end=self._current_operand.end
-        )
-
-    def _refuse_name(self, message: str, *, hint: str = "") -> NoReturn:
-        raise RuleNameError(
-            message, start=self._current_operand.start, end=self._current_operand.end, hint=hint
-        )
-
-    def _refuse_unsupported(self, message: str, *, hint: str = "") -> NoReturn:
-        raise RuleUnsupportedError(
-            message, start=self._current_operand.start, end=self._current_operand.end, hint=hint
-        )
+    def _refuse(
+        self, message: str, error: type[RuleError] = RuleSyntaxError, *, hint: str = ""
+    ) -> NoReturn:
+        operand = self._current_operand
+        raise error(message, start=operand.start, end=operand.end, hint=hint)
 
     def _refuse_unknown(self, what: str, name: str, known: Iterable[str]) -> NoReturn:
         meant = nearest_name(name, known) if len(name) <= _MAX_SUGGESTION_LENGTH else None
         hint = "" if meant is None else f'Perhaps you meant "{meant}".'
-        raise RuleNameError(
-            f'there is no {what} "{name}"',
-            start=self._current_operand.start,
-            end=self._current_operand.end,
-            hint=hint,
-        )
+        self._refuse(f'there is no {what} "{name}"', RuleNameError, hint=hint)
 
 
 def _has_countable_values(field: Field) -> bool:
-    """Whether ``:each`` and ``:length`` apply: PocketBase's selects, relations and files."""
+    """Return whether ``:each`` and ``:length`` apply: PocketBase's selects, relations and files."""
     return (
         field.is_multiple or field.is_select or field.kind in {FieldKind.RELATION, FieldKind.FILE}
     )
 
 
 def _path_names(collections: Collections, collection: Collection) -> list[str]:
-    """The names that a path may go on with from a row of the collection, for suggestions."""
+    """Return the names that can follow a row of the collection in a path, for suggestions."""
     back = [
         f"{source.name}_via_{field.name}"
         for source in collections.values()

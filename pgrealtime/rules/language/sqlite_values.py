@@ -1,4 +1,9 @@
-"""Numbers and texts as SQLite prints, converts and matches them."""
+"""Numbers and texts as SQLite prints, converts and matches them. Read by all of ``rules``.
+
+PocketBase evaluates rules in SQLite, so what a number looks like as text, which texts are numbers,
+and which pattern LIKE gets are SQLite's. ``sql.conversions`` does the same in SQL; tests compare
+both with SQLite.
+"""
 
 from __future__ import annotations
 
@@ -10,42 +15,57 @@ from typing import Self, TypeAlias
 
 Number: TypeAlias = float | int | Decimal
 """Exact unless it is a float: those are double precision, infinity and NaN."""
-
-
 Scalar: TypeAlias = str | float | int | None
 """A parameter's value: None is absent or NULL, a bool counts as the integer it is in SQLite."""
 
+PASSWORD_HASH_PREFIX = "$2a$"  # noqa: S105 (of any hash)
+"""Stands for a secret that the table doesn't hold: the beginning of every password hash."""
+INT64_END = 1 << 63
+"""From here on SQLite keeps whole numbers as floats too."""
 
+# --- numbers of texts
+
+NUMERIC_TEXT_REGEX = (
+    r"^[ \t\n\v\f\r]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?[ \t\n\v\f\r]*$"
+)
+"""A text in a column that SQLite's numeric affinity would turn into a number, as far as PostgreSQL
+and Python can: a larger exponent would need memory without bound."""
+MAX_NUMERIC_TEXT_LENGTH = 200
 _NUMERIC_TEXT = re.compile(
     r"[ \t\n\v\f\r]*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?[ \t\n\v\f\r]*", re.ASCII
 )
+_WHOLE_NUMBER_TEXT = re.compile(r"[ \t\n\v\f\r]*[+-]?[0-9]+[ \t\n\v\f\r]*")
+_MAX_SHORT_NUMBER_LENGTH = 30
+_EXACT_DOUBLE_DIGITS = 15
+"""All whole numbers of so many digits are doubles."""
 
 
-_MIN_PLAIN_EXPONENT, _MAX_PLAIN_EXPONENT = -5, 17
-"""From these on numbers are written with an exponent."""
+def looks_numeric(text: str) -> bool:
+    """Return whether SQLite's numeric affinity would turn the text into a number."""
+    return _NUMERIC_TEXT.fullmatch(text) is not None
 
 
-def exact_number(content: str | float) -> Number | None:
-    """Return the number that a number, or a text that looks like one, stands for: exactly.
+def exact_number(value: str | float) -> Number | None:
+    """Return exactly the number that a number, or a text that looks like one, stands for.
 
     A double stands for the shortest decimal that reads back as it, or for the whole number that it
     is. What no double reaches is infinite or 0, as in SQLite. None is for NaN.
     """
-    match content:
+    match value:
         case str():
-            return _exact_number_of_text(content)
+            return _exact_number_of_text(value)
         case int():
-            return int(content)
-        case float() if content.is_integer():
-            return int(content)
-        case float() if math.isfinite(content):
-            return Decimal(repr(content))
+            return int(value)
+        case float() if value.is_integer():
+            return int(value)
+        case float() if math.isfinite(value):
+            return Decimal(repr(value))
         case float():
-            return None if math.isnan(content) else content
+            return None if math.isnan(value) else value
 
 
 def _exact_number_of_text(text: str) -> Number:
-    if len(text) <= _MAX_SHORT_NUMBER_LENGTH and _WHOLE_NUMBER.fullmatch(text):
+    if len(text) <= _MAX_SHORT_NUMBER_LENGTH and _WHOLE_NUMBER_TEXT.fullmatch(text):
         return int(text)
     double = float(text)
     if math.isinf(double):
@@ -53,15 +73,37 @@ def _exact_number_of_text(text: str) -> Number:
     return Decimal(text) if double else 0
 
 
-_MAX_SHORT_NUMBER_LENGTH = 30
+def double_or_exact_integer(number_text: str, double: float) -> float:
+    """Return the double that PocketBase makes of a number, or the integer if no double is it.
+
+    A rule that names an id must not mean the neighbouring one.
+    """
+    digits = number_text.lstrip("+-0")
+    if len(digits) <= _EXACT_DOUBLE_DIGITS or not digits.isdigit():
+        return double
+    whole = int(digits)
+    return double if int(abs(double)) == whole else -whole if number_text.startswith("-") else whole
 
 
-_WHOLE_NUMBER = re.compile(r"[ \t\n\v\f\r]*[+-]?[0-9]+[ \t\n\v\f\r]*")
+# --- texts of numbers
+
+_MIN_PLAIN_EXPONENT, _MAX_PLAIN_EXPONENT = -5, 17
+"""From these on numbers are printed with an exponent."""
+_TO_18_DIGITS = Context(prec=18, rounding=ROUND_HALF_EVEN)
+_TO_17_DIGITS = Context(prec=17, rounding=ROUND_HALF_UP)
 
 
-def looks_numeric(text: str) -> bool:
-    """Whether SQLite's numeric affinity would turn the text into a number."""
-    return _NUMERIC_TEXT.fullmatch(text) is not None
+def sqlite_text(value: str | float) -> str | None:
+    """Return the value as SQLite turns it to text; None for NaN, which SQLite stores as NULL."""
+    match value:
+        case str():
+            return value
+        case float() if math.isnan(value):
+            return None
+        case int():
+            return str(int(value))
+        case float():
+            return sqlite_float_text(value)
 
 
 def sqlite_float_text(number: float) -> str:
@@ -84,37 +126,101 @@ def sqlite_float_text(number: float) -> str:
     return f"{_with_decimal_point(digits)}e{int(exponent):+03d}"
 
 
-_TO_18_DIGITS = Context(prec=18, rounding=ROUND_HALF_EVEN)
-
-
-_TO_17_DIGITS = Context(prec=17, rounding=ROUND_HALF_UP)
-
-
 def _with_decimal_point(digits: str) -> str:
     """Return a decimal without trailing zeros, but with one digit behind its point."""
     trimmed = digits.rstrip("0").rstrip(".") if "." in digits else digits
     return trimmed if "." in trimmed else f"{trimmed}.0"
 
 
-def like_pattern(content: str | float) -> str:
-    """Return the LIKE pattern of a constant.
+def _shortest_decimal(number: float) -> str:
+    """Return the shortest decimal that reads back as the same number, without an exponent."""
+    match number:
+        case bool():
+            return str(number).lower()
+        case int():
+            return str(number)
+        case _ if math.isfinite(number):
+            return f"{Decimal(repr(number)):f}".removesuffix(".0")
+        case _:
+            return "NaN" if math.isnan(number) else sqlite_float_text(number).replace("I", "+I")
 
-    A text with an unescaped ``%`` is one already. Any other is looked for as it stands; a number
+
+# --- texts
+
+
+def storable(value: str | float) -> str | float:
+    """Return a value that PostgreSQL can hold; for texts see ``replace_unstorable``."""
+    return replace_unstorable(value) if isinstance(value, str) else value
+
+
+def replace_unstorable(text: str) -> str:
+    """Return the text with NUL and unpaired surrogates replaced by U+FFFD, as Go does or nearly."""
+    if not text.isascii():
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.replace("\0", "\ufffd")
+
+
+def ascii_lower(text: str) -> str:
+    """Return the text with its ASCII letters in lower case, which is all that COLLATE "C" folds."""
+    return text.lower() if text.isascii() else text.translate(_ASCII_LOWER)
+
+
+_ASCII_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
+
+
+class LoweredNumber(str):
+    """A number made text by ``:lower``; as a LIKE pattern it is still the number."""
+
+    __slots__ = ("pattern",)
+    pattern: str
+
+    def __new__(cls, text: str, pattern: str) -> Self:
+        """Return the text, with the LIKE pattern of the number."""
+        made = super().__new__(cls, text)
+        made.pattern = pattern
+        return made
+
+
+def like_pattern(value: str | float) -> str:
+    """Return the LIKE pattern of a constant, as PocketBase's ``wrapLikeParams`` makes it.
+
+    A text with an unescaped ``%`` is a pattern already. Any other is searched literally; a number
     in its shortest decimal form.
     """
-    if isinstance(content, LoweredNumber):
-        return content.pattern
-    text = content if isinstance(content, str) else _shortest_decimal(content)
-    if _has_wildcard(text):
+    if isinstance(value, LoweredNumber):
+        return value.pattern
+    text = value if isinstance(value, str) else _shortest_decimal(value)
+    if _UNESCAPED_PERCENT.search(text) is not None:
         return text
-    return f"%{_escape_wildcards(text)}%"
+    # A backslash before each of \ % _ that has none before it yet.
+    escaped = re.sub(r"\\([\\%_])|([\\%_])", lambda found: "\\" + (found[1] or found[2]), text)
+    return f"%{escaped}%"
+
+
+_UNESCAPED_PERCENT = re.compile(r"(?<!\\)(?:\\\\)*%")
+"""A ``%`` behind an even number of backslashes."""
+
+
+# --- json
+
+
+class JsonNumber(str):
+    """A number of a JSON text, with the digits that it has there."""
+
+    __slots__ = ()
+
+
+class _ObjectMembers(list[tuple[str, object]]):
+    """The members of a JSON object in the text's order, a name that is repeated included."""
+
+    __slots__ = ()
 
 
 def json_in_jsonb_order(text: str) -> str:
-    """Return a compact JSON container as jsonb would order it; any other text as it is.
+    """Return a compact JSON container with its keys in jsonb's order; any other text as it is.
 
-    jsonb forgets the order of keys, and SQL compares with its own. A text with blanks between its
-    tokens stays as it is: it equals no container, in PocketBase neither.
+    jsonb doesn't keep the order of keys, and a container is compared by its text. A text with
+    blanks between its tokens stays as it is: it equals no container, in PocketBase neither.
     """
     if text[:1] not in {"{", "["}:
         return text
@@ -125,18 +231,6 @@ def json_in_jsonb_order(text: str) -> str:
         return compact_json(parsed, is_sorted=True) if compact_json(parsed) == text else text
     except (ValueError, RecursionError):
         return text
-
-
-class JsonNumber(str):
-    """A number of a JSON text, as written there."""
-
-    __slots__ = ()
-
-
-class _ObjectMembers(list[tuple[str, object]]):
-    """The members of a JSON object, in the text's order."""
-
-    __slots__ = ()
 
 
 def compact_json(node: object, *, is_sorted: bool = False) -> str:
@@ -160,107 +254,6 @@ def compact_json(node: object, *, is_sorted: bool = False) -> str:
 
 
 def _jsonb_key_order(member: tuple[str, object]) -> tuple[int, bytes]:
+    """Return what jsonb sorts by: shorter keys first, then by bytes."""
     name = member[0].encode("utf-8", "replace")
     return len(name), name
-
-
-def replace_unstorable(text: str) -> str:
-    """What Postgres can't hold, NUL and lone surrogates, becomes what Go makes of it or near."""
-    if not text.isascii():
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text.replace("\0", "\ufffd")
-
-
-def storable(content: str | float) -> str | float:
-    """Return a value that PostgreSQL can hold: see ``replace_unstorable`` for texts."""
-    return replace_unstorable(content) if isinstance(content, str) else content
-
-
-def sqlite_text(content: str | float) -> str | None:
-    """Return the value as SQLite turns it to text; None for NaN, which SQLite stores as NULL."""
-    match content:
-        case str():
-            return content
-        case float() if math.isnan(content):
-            return None
-        case int():
-            return str(int(content))
-        case float():
-            return sqlite_float_text(content)
-
-
-def _shortest_decimal(number: float) -> str:
-    """Shortest decimal that reads back as the same number, without an exponent."""
-    match number:
-        case bool():
-            return str(number).lower()
-        case int():
-            return str(number)
-        case _ if math.isfinite(number):
-            return f"{Decimal(repr(number)):f}".removesuffix(".0")
-        case _:
-            return "NaN" if math.isnan(number) else sqlite_float_text(number).replace("I", "+I")
-
-
-def _has_wildcard(text: str) -> bool:
-    """Whether a ``%`` stands behind an even number of backslashes."""
-    return re.search(r"(?<!\\)(?:\\\\)*%", text) is not None
-
-
-def _escape_wildcards(text: str) -> str:
-    r"""Put ``\`` before each ``\``, ``%``, ``_`` that has none before it yet."""
-    return re.sub(r"\\([\\%_])|([\\%_])", lambda found: "\\" + (found[1] or found[2]), text)
-
-
-class LoweredNumber(str):
-    """A number made text by ``:lower``; as a pattern it is still the number."""
-
-    __slots__ = ("pattern",)
-    pattern: str
-
-    def __new__(cls, text: str, as_pattern: str) -> Self:
-        """Return the text, with the LIKE pattern of the number."""
-        made = super().__new__(cls, text)
-        made.pattern = as_pattern
-        return made
-
-
-def ascii_lower(text: str) -> str:
-    """Return the text with its ASCII letters in lower case, which is all that COLLATE "C" folds."""
-    return text.lower() if text.isascii() else text.translate(_ASCII_LOWER)
-
-
-_ASCII_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
-
-
-def double_or_exact_integer(number_text: str, double: float) -> float:
-    """Return the double that PocketBase makes of a number, or the number if no double is it.
-
-    A rule that names somebody's id must not mean the neighbour's.
-    """
-    digits = number_text.lstrip("+-0")
-    if len(digits) <= _EXACT_DOUBLE_DIGITS or not digits.isdigit():
-        return double
-    whole = int(digits)
-    return double if int(abs(double)) == whole else -whole if number_text.startswith("-") else whole
-
-
-_EXACT_DOUBLE_DIGITS = 15
-"""All whole numbers of so many digits are doubles."""
-
-
-NUMERIC_TEXT_REGEX = (
-    r"^[ \t\n\v\f\r]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?[ \t\n\v\f\r]*$"
-)
-"""What SQLite would take for a number, as long as a double can hold it."""
-
-
-MAX_NUMERIC_TEXT_LENGTH = 200
-
-
-INT64_END = 1 << 63
-"""From here on SQLite keeps whole numbers as floats too."""
-
-
-PASSWORD_HASH_PREFIX = "$2a$"  # noqa: S105 (of any hash)
-"""Stands for a secret that the table doesn't hold: the beginning of every password hash."""

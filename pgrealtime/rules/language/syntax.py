@@ -1,8 +1,9 @@
-"""Rule or filter text to syntax that remembers its place; first step of rules/.
+"""Parses the text of a rule or filter into a syntax tree with positions. The first step of a rule.
 
-The grammar is PocketBase's, odd corners included: see ``parse`` and ``_group_end``.
-Nesting is kept on a stack of our own, so no text can exhaust Python's, and every step is linear
-but for one that is budgeted.
+The grammar is that of PocketBase's parser (github.com/ganigeorgiev/fexpr), its oddities included:
+see ``parse_expression`` and ``_group_end``. Filters come from clients: groups nest on a stack of
+the parser's own, so no text can exhaust Python's, and every step is linear in the text's length but
+one, which is bounded.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from pgrealtime.errors import RuleSyntaxError, RuleUnsupportedError
 from pgrealtime.rules.language.sqlite_values import double_or_exact_integer
 
 MAX_COMPARISONS = 200
-"""PocketBase's own limit for one rule or filter."""
+"""PocketBase's limit for one rule or filter."""
 MAX_CALL_DEPTH = 3
-"""PocketBase's own limit for functions within functions."""
+"""PocketBase's limit for functions within functions."""
 MAX_DEPTH = 100
-"""Alternations of ``&&`` and ``||``, after brackets that change nothing are gone.
+"""Alternations of ``&&`` and ``||``, after brackets without effect are removed.
 
 PocketBase has no limit; the SQL printer recurses, so there must be one.
 """
 _MAX_BRACKET_RESCANS = 1000
-"""Groups whose end must be looked for anew because comments hide brackets from one another."""
+"""Groups whose end must be searched anew because comments hide brackets from one another."""
 
 
 @dataclass(frozen=True, slots=True)
 class LiteralNode:
-    """A text or a number; numbers are floats, but for whole ones that no float is."""
+    """A text or a number; numbers are floats, except whole ones that no float is."""
 
     value: str | float
     start: int = field(compare=False)
@@ -62,7 +63,7 @@ OperandNode: TypeAlias = LiteralNode | IdentifierNode | CallNode
 
 
 class Op(Enum):
-    """What a comparison asks, without the ``?`` that makes it ask for any."""
+    """A comparison operator, without the ``?`` that makes it match any value."""
 
     EQ = "="
     NE = "!="
@@ -88,14 +89,14 @@ class ComparisonNode:
 
 @dataclass(frozen=True, slots=True)
 class AndNode:
-    """True if every part is; at least two parts, none of them an And."""
+    """True if every child is; at least two children, none of them an AndNode."""
 
     children: tuple[ExpressionNode, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class OrNode:
-    """True if some part is; at least two parts, none of them an Or."""
+    """True if some child is; at least two children, none of them an OrNode."""
 
     children: tuple[ExpressionNode, ...]
 
@@ -104,24 +105,24 @@ ExpressionNode: TypeAlias = ComparisonNode | AndNode | OrNode
 
 
 def parse_expression(text: str) -> ExpressionNode:
-    """Return what the text says.
+    """Return the syntax tree of the text.
 
-    ``&&`` binds stronger than ``||``. A group is accepted in any position, as in PocketBase: a
-    half-finished comparison before it is dropped, and without a join it takes the last one seen,
-    or AND.
+    ``&&`` binds stronger than ``||``. A group is accepted in any position, as in PocketBase: an
+    unfinished comparison before it is dropped, and without a connective it takes the last one, or
+    AND.
 
     Raises:
         RuleSyntaxError: The text is not of the language, an empty one included.
-        RuleUnsupportedError: It nests deeper than this program goes.
+        RuleUnsupportedError: It nests deeper than MAX_DEPTH.
     """
     if found := _SURROGATE.search(text):
-        # No text that Postgres could be asked with; YAML can write one, a topic can't.
+        # PostgreSQL has no such text. YAML can contain one, a topic can't.
         raise RuleSyntaxError("half a character", start=found.start(), end=found.end())
     return _Parser(text).parse()
 
 
 def comparison_nodes(expression: ExpressionNode) -> Iterator[ComparisonNode]:
-    """Every comparison of the expression, from left to right."""
+    """Yield every comparison of the expression, from left to right."""
     match expression:
         case ComparisonNode():
             yield expression
@@ -145,7 +146,7 @@ _OPERATORS = {op.value: op for op in Op}
 
 
 class _OperatorToken(str):
-    """A comparison sign, as written."""
+    """A comparison operator, as written."""
 
     __slots__ = ()
 
@@ -176,7 +177,7 @@ class _Expected(Enum):
 
 @dataclass(slots=True)
 class _OpenGroup:
-    """A group being read: what it has so far and what may follow."""
+    """A group that isn't closed yet: its comparisons so far and what may follow."""
 
     start: int
     end: int
@@ -200,10 +201,10 @@ class _Subtree:
 
 
 class _Parser:
-    """Reads one text; the whole state of it."""
+    """Parses one text. ``_position`` is behind the last token that was read."""
 
     def __init__(self, text: str) -> None:
-        # PocketBase's scanner takes NUL for the end.
+        # PocketBase's scanner takes NUL for the end of the text.
         self._text = text.partition("\0")[0]
         self._position = 0
         self._closing_brackets: dict[int, int] = {}
@@ -211,68 +212,63 @@ class _Parser:
         self._comparison_count = 0
 
     def parse(self) -> ExpressionNode:
-        levels = [_OpenGroup(0, len(self._text))]
+        groups = [_OpenGroup(0, len(self._text))]
         while True:
-            level = levels[-1]
-            begin, token = self._next_token(level.end)
+            group = groups[-1]
+            begin, token = self._next_token(group.end)
             if isinstance(token, _Group):
-                levels.append(_OpenGroup(token.start, token.end))
+                groups.append(_OpenGroup(token.start, token.end))
                 self._position = token.start
             elif token is not None:
-                self._accept_token(level, token, begin)
+                self._accept_token(group, token, begin)
             else:
-                node = self._close_group(levels.pop())
-                if not levels:
-                    return node.expression
-                self._position = level.end + 1
-                levels[-1].add(node)
+                tree = self._close_group(groups.pop())
+                if not groups:
+                    return tree.expression
+                self._position = group.end + 1
+                groups[-1].add(tree)
 
-    def _accept_token(self, level: _OpenGroup, token: _Token, begin: int) -> None:
-        """Take one token that isn't a group."""
-        match level.expected, token:
+    def _accept_token(self, group: _OpenGroup, token: _Token, begin: int) -> None:
+        """Add a token that isn't a group to the innermost open group."""
+        match group.expected, token:
             case _Expected.LEFT, LiteralNode() | IdentifierNode() | CallNode():
-                level.left, level.expected = token, _Expected.OPERATOR
+                group.left, group.expected = token, _Expected.OPERATOR
             case _Expected.OPERATOR, _OperatorToken():
-                level.operator, level.expected = token, _Expected.RIGHT
+                group.operator, group.expected = token, _Expected.RIGHT
             case _Expected.RIGHT, LiteralNode() | IdentifierNode() | CallNode():
-                level.add(_Subtree(self._make_comparison(level, token), 0))
+                group.add(_Subtree(self._make_comparison(group, token), 0))
             case _Expected.CONNECTIVE, _ConnectiveToken():
-                level.is_or, level.expected = token == "||", _Expected.LEFT  # noqa: S105 (a token of the text)
+                group.is_or, group.expected = token == "||", _Expected.LEFT  # noqa: S105 (a token of the text)
             case _:
-                self._fail(f"expected {_EXPECTED_TEXT[level.expected]}", begin, self._position)
+                self._fail(f"expected {_EXPECTED_TEXT[group.expected]}", begin, self._position)
 
-    def _make_comparison(self, level: _OpenGroup, right: OperandNode) -> ComparisonNode:
-        assert level.left is not None
+    def _make_comparison(self, group: _OpenGroup, right: OperandNode) -> ComparisonNode:
+        left = group.left
+        assert left is not None
         self._comparison_count += 1
         if self._comparison_count > MAX_COMPARISONS:
-            self._fail(
-                f"more than {MAX_COMPARISONS} comparisons in one expression",
-                level.left.start,
-                right.end,
-            )
-        is_any = level.operator.startswith("?")
-        op = _OPERATORS[level.operator[is_any:]]
-        return ComparisonNode(level.left, op, is_any, right, level.left.start, right.end)
+            message = f"more than {MAX_COMPARISONS} comparisons in one expression"
+            self._fail(message, left.start, right.end)
+        is_any = group.operator.startswith("?")
+        op = _OPERATORS[group.operator[is_any:]]
+        return ComparisonNode(left, op, is_any, right, left.start, right.end)
 
-    def _close_group(self, level: _OpenGroup) -> _Subtree:
-        """Join what the level has, now that its end is reached."""
-        if level.expected is not _Expected.CONNECTIVE:
-            is_empty = not level.alternatives and level.left is None
+    def _close_group(self, group: _OpenGroup) -> _Subtree:
+        """Return the tree of a group whose end is reached."""
+        if group.expected is not _Expected.CONNECTIVE:
+            is_empty = not group.alternatives and group.left is None
             message = "empty expression" if is_empty else "incomplete expression"
-            self._fail(message, level.start, level.end)
-        node = _combine(
-            OrNode, [_combine(AndNode, alternative) for alternative in level.alternatives]
+            self._fail(message, group.start, group.end)
+        tree = _combine(
+            OrNode, [_combine(AndNode, alternative) for alternative in group.alternatives]
         )
-        if node.depth > MAX_DEPTH:
-            raise RuleUnsupportedError(
-                f'"&&" and "||" alternate deeper than {MAX_DEPTH} levels',
-                start=level.start,
-                end=level.end,
-            )
-        return node
+        if tree.depth > MAX_DEPTH:
+            message = f'"&&" and "||" alternate deeper than {MAX_DEPTH} levels'
+            raise RuleUnsupportedError(message, start=group.start, end=group.end)
+        return tree
 
     def _next_token(self, limit: int) -> tuple[int, _Token | None]:
-        """Where the next token begins, and it; None at the limit. Leaves ``_at`` behind it."""
+        """Return where the next token begins, and the token; None at the limit."""
         self._skip_blanks(limit)
         begin = self._position
         if begin >= limit:
@@ -296,7 +292,7 @@ class _Parser:
         return self._fail(f"unexpected character {char!r}", begin, begin + 1)
 
     def _parse_operand(self, limit: int, depth: int) -> OperandNode | None:
-        """Take the operand that begins here, if one does."""
+        """Return the operand that begins here, if one does."""
         begin = self._position
         char = self._text[begin]
         if char in "'\"":
@@ -331,7 +327,7 @@ class _Parser:
         return LiteralNode(value, begin, self._position)
 
     def _parse_call(self, name: str, begin: int, limit: int, depth: int) -> CallNode:
-        """Take the arguments; a comma may follow the last one."""
+        """Return a call whose arguments begin here; a comma may follow the last one."""
         if depth <= 0:
             self._fail(f"functions nest deeper than {MAX_CALL_DEPTH}", begin, self._position)
         self._position += 1
@@ -373,11 +369,12 @@ class _Parser:
         return found[0]
 
     def _group_end(self, begin: int, limit: int) -> int:
-        """Where the bracket that closes the one at ``begin`` stands.
+        """Return the position of the bracket that closes the one at ``begin``.
 
-        PocketBase counts brackets and steps over texts, but knows no comments here: a quote or a
-        bracket within a comment within a group counts. One count finds the ends of all brackets
-        that it sees; only one that an outer count took for part of a text needs a count of its own.
+        PocketBase counts brackets and skips texts, but not comments: a quote or a bracket within a
+        comment within a group counts. One count finds the ends of all brackets that it sees; only a
+        bracket that an outer count took for part of a text needs a count of its own. Without the
+        bound on those a text could take time by the square of its length.
         """
         if begin not in self._closing_brackets:
             self._rescan_count += 1
@@ -419,15 +416,16 @@ _EXPECTED_TEXT = {
 
 
 def _combine(kind: type[AndNode | OrNode], nodes: list[_Subtree]) -> _Subtree:
-    """One node for many: those of the same kind are taken apart, a single one stays itself."""
+    """Return one node of the kind; children of that kind are replaced by their own children."""
     if len(nodes) == 1:
         return nodes[0]
-    parts: list[ExpressionNode] = []
+    children: list[ExpressionNode] = []
     depth = 0
     for node in nodes:
-        same = isinstance(node.expression, kind)
-        parts += (
-            node.expression.children if isinstance(node.expression, kind) else [node.expression]
-        )
-        depth = max(depth, node.depth if same else node.depth + 1)
-    return _Subtree(kind(tuple(parts)), depth)
+        if isinstance(node.expression, kind):
+            children += node.expression.children
+            depth = max(depth, node.depth)
+        else:
+            children.append(node.expression)
+            depth = max(depth, node.depth + 1)
+    return _Subtree(kind(tuple(children)), depth)
