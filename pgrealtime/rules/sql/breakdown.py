@@ -1,12 +1,16 @@
-"""A rule taken apart for people: its comparisons, each a rule of its own, and what they compare.
+"""Splits a rule into its comparisons for ``explain``, with a query for each and for its operands.
 
-What a part means is asked of the reference query, never worked out here. That of a join may differ
-from what its parts say one by one: ``?`` comparisons of one path speak of one and the same row.
+Nothing is evaluated here: a fragment is a rule of its own, and its verdict is that of the reference
+query. The verdict of a group may differ from what those of its comparisons suggest, because ``?``
+comparisons over one path are about one and the same row.
+
+It doesn't share the engine's split of a predicate, for exactness' sake: the engine splits by joins
+and lifts literals, while a person wants the comparisons as they were written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeAlias
@@ -21,6 +25,7 @@ from pgrealtime.rules.language.parameters import (
     CallerColumn,
     LiteralParameter,
     Parameter,
+    ParameterClass,
     RequestValue,
     parameter_class,
 )
@@ -57,7 +62,9 @@ from pgrealtime.rules.language.syntax import (
     parse_expression,
 )
 from pgrealtime.rules.sql import nodes
-from pgrealtime.rules.sql.conditions import SqlValues, translate_explained_values
+from pgrealtime.rules.sql.conditions import SqlValues
+from pgrealtime.rules.sql.joins import Scope, Translation
+from pgrealtime.rules.sql.operands import translate_operand
 from pgrealtime.rules.sql.reference import (
     ReferenceQuery,
     SqlQuery,
@@ -67,12 +74,12 @@ from pgrealtime.rules.sql.reference import (
 from pgrealtime.rules.sql.row_images import find_columns, images_table, unused_column_name
 
 MAX_SHOWN_VALUES = 5
-"""Of one side that are told; one more is asked for, to see that there are more."""
+"""Values shown of one operand; one more is fetched, to see whether there are more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clause:
-    """One comparison. Comments are left out."""
+    """One comparison, without its comments."""
 
     left: str
     operator: str
@@ -80,25 +87,25 @@ class Clause:
 
     @property
     def display_text(self) -> str:
-        """For people."""
+        """The text to print."""
         return f"{self.left} {self.operator} {self.right}"
 
     @property
     def rule_text(self) -> str:
-        """No longer than what it was made of: filters have a limit."""
+        """The text to resolve, no longer than the original: the length of filters is limited."""
         return f"{self.left}{self.operator}{self.right}"
 
 
 @dataclass(frozen=True, slots=True)
 class ClauseGroup:
-    """Parts of which all, or any, must be true; two at least, in the text's order."""
+    """Fragments of which all, or any, must be true; at least two, in the text's order."""
 
     is_conjunction: bool
     fragments: tuple[RuleFragment, ...]
 
     @property
     def display_text(self) -> str:
-        """For people."""
+        """The text to print."""
         sign = " && " if self.is_conjunction else " || "
         return sign.join(
             f"({p.display_text})" if isinstance(p, ClauseGroup) else p.display_text
@@ -107,7 +114,7 @@ class ClauseGroup:
 
     @property
     def rule_text(self) -> str:
-        """No longer than what it was made of: ``&&`` binds stronger and needs no brackets."""
+        """The text to resolve, no longer than the original: ``&&`` needs no brackets in ``||``."""
         if not self.is_conjunction:
             return "||".join(part.rule_text for part in self.fragments)
         return "&&".join(
@@ -120,7 +127,7 @@ RuleFragment: TypeAlias = Clause | ClauseGroup
 
 
 def split_rule(text: str) -> RuleFragment:
-    """Return the parts of a rule or filter.
+    """Return the fragments of a rule or filter.
 
     Raises:
         RuleError: It is not of the language.
@@ -147,39 +154,39 @@ def _operand_text(operand: OperandNode, text: str) -> str:
             return f"{name}({','.join(_operand_text(arg, text) for arg in args)})"
 
 
-# --- what a part means
+# --- what a fragment means
 
 
 @dataclass(frozen=True, slots=True)
 class KnownValue:
-    """A value that needs no look at any row."""
+    """A value that is known without reading a row."""
 
     value: Scalar
 
 
 @dataclass(frozen=True, slots=True)
 class HiddenValue:
-    """The value of a field that records don't show."""
+    """A value made of a field that records don't show."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperandValue:
-    """One side of a comparison whose text doesn't say its value."""
+    """An operand of a comparison whose text isn't its value."""
 
     text: str
     value: KnownValue | HiddenValue | SqlQuery
-    """A question's result has a row for each related row: the text, and whether it is a number."""
+    """A query's result has a row for each related row: the text, and whether it is a number."""
     is_boolean: bool = False
     """1 and 0 stand for true and false."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FragmentQueries:
-    """A part, ready to be asked."""
+    """The queries that evaluate a fragment and its operands."""
 
     reference_query: ReferenceQuery
     operand_values: tuple[OperandValue, ...]
-    """Of a comparison; of a join none."""
+    """Of a comparison; none of a group."""
 
 
 def fragment_queries(
@@ -192,38 +199,39 @@ def fragment_queries(
     now: datetime,
     is_filter: bool,
 ) -> FragmentQueries:
-    """Return how to ask what a part of a rule or of a client's filter means by itself.
+    """Return the queries for a fragment of a rule or of a client's filter.
 
     Args:
-        fragment: The part.
-        collections: All there are.
-        collection: The one whose row is judged.
-        request: The subscriber.
-        row: The judged row, whole.
-        now: What macros mean; with its zone.
-        is_filter: It is part of the filter: held to what its sender may see.
+        fragment: The fragment.
+        collections: All collections.
+        collection: The row's collection.
+        request: The caller's request.
+        row: The row, with all columns.
+        now: The time of macros, with its zone.
+        is_filter: It is of the filter: it can read no more than its sender may see.
 
     Raises:
-        RuleError: The part can't be used by this subscriber.
+        RuleError: The fragment can't be used by this caller.
     """
     auth = auth_collection_of(collections, request)
+    text = fragment.rule_text
     if is_filter:
         is_superuser = isinstance(request.principal, Superuser)
-        predicate = resolve_filter(
-            fragment.rule_text, collections, collection, auth, is_superuser=is_superuser
-        )
+        predicate = resolve_filter(text, collections, collection, auth, is_superuser=is_superuser)
     else:
-        predicate = resolve_rule(fragment.rule_text, collections, collection, auth)
-    sides: tuple[OperandValue, ...] = ()
+        predicate = resolve_rule(text, collections, collection, auth)
+    operands: tuple[OperandValue, ...] = ()
     if isinstance(fragment, Clause):
-        looking = _OperandValues(collections, collection, request, row, now)
-        # What a filter is held to comes behind what it says.
+        values = _OperandValues(collections, collection, request, row, now)
+        # The conditions that a filter adds by itself follow its own.
         first = next(comparisons(predicate.where))
-        texts = (fragment.left, first.left), (fragment.right, first.right)
-        sides = tuple(side for text, term in texts for side in looking.operand_value(text, term))
+        operands = (
+            *values.operand_value(fragment.left, first.left),
+            *values.operand_value(fragment.right, first.right),
+        )
     return FragmentQueries(
         reference_query=query_of_predicate(collections, collection, predicate, request),
-        operand_values=sides,
+        operand_values=operands,
     )
 
 
@@ -236,69 +244,85 @@ class _OperandValues:
     now: datetime
 
     def operand_value(self, text: str, term: Term) -> Iterator[OperandValue]:
-        """Yield the side, unless its text says it all."""
+        """Yield the operand's value, unless its text is the value."""
+        value: KnownValue | HiddenValue | SqlQuery
+        is_boolean = False
         match term:
             case ParameterTerm(LiteralParameter()):
                 return
             case Keyword() if text.lower() in {"true", "false", "null"}:
                 return
-            case Keyword(flag):
-                yield OperandValue(text=text, value=KnownValue(flag))
+            case Keyword(keyword):
+                value = KnownValue(keyword)
             case AbsentEach():
-                yield OperandValue(text=text, value=KnownValue(None))
+                value = KnownValue(None)
             case ParameterTerm(RequestValue(is_isset=True) as parameter):
-                yield OperandValue(
-                    text=text, value=KnownValue(bool(self._parameter_value(parameter)))
-                )
+                value = KnownValue(bool(self._parameter_value(parameter)))
             case ParameterTerm(parameter):
-                yield OperandValue(text=text, value=KnownValue(self._parameter_value(parameter)))
+                value = KnownValue(self._parameter_value(parameter))
             case _ if _is_hidden(term):
-                yield OperandValue(text=text, value=HiddenValue())
-            case FieldValue(
-                field=Field(kind=FieldKind.BOOL, is_multiple=False), modifier=Modifier.WHOLE
-            ):
-                yield OperandValue(text=text, value=self._values_query(term), is_boolean=True)
+                value = HiddenValue()
             case _:
-                yield OperandValue(text=text, value=self._values_query(term))
+                value = self._values_query(term)
+                is_boolean = (
+                    isinstance(term, FieldValue)
+                    and term.field.kind is FieldKind.BOOL
+                    and not term.field.is_multiple
+                    and term.modifier is Modifier.WHOLE
+                )
+        yield OperandValue(text=text, value=value, is_boolean=is_boolean)
 
     def _parameter_value(self, parameter: Parameter) -> Scalar:
         return parameter_value(parameter, self.request, self.now)
 
     def _values_query(self, term: Term) -> SqlQuery:
         """Return the query for the values, at most ``MAX_SHOWN_VALUES`` and one more."""
-        found = condition_parameters(Comparison(term, Op.EQ, True, Keyword(None)))
-        shapes = {
-            parameter: parameter_class(self._parameter_value(parameter)) for parameter in found
-        }
-        lowered = translate_explained_values(term, self.collections, shapes)
+        parameters = condition_parameters(Comparison(term, Op.EQ, True, Keyword(None)))
+        classes = {one: parameter_class(self._parameter_value(one)) for one in parameters}
+        values = _translate_values(term, self.collections, classes)
         params: dict[str, object] = {"i": [0]}
-        for at, column in enumerate(lowered.columns):
+        for at, column in enumerate(values.columns):
             params[f"c{at}"] = [self.row[column]]
-        for key, binding in lowered.bindings.items():
-            assert not isinstance(binding.parameter, CallerColumn)  # its own row is read
+        for key, binding in values.bindings.items():
+            assert not isinstance(binding.parameter, CallerColumn)  # the caller's row is read
             params[key] = to_sql_value(self._parameter_value(binding.parameter), binding.form)
-        return SqlQuery(_shown_values_sql(lowered, self.collection), params)
+        return SqlQuery(_shown_values_sql(values, self.collection), params)
 
 
-def _shown_values_sql(lowered: SqlValues, collection: Collection) -> str:
-    lowered.select.set("distinct", exp.Distinct())
-    lowered.select.set("limit", exp.Limit(expression=nodes.number(MAX_SHOWN_VALUES + 1)))
-    columns = find_columns(collection.table, lowered.columns)
+def _translate_values(
+    term: Term, collections: Collections, parameter_classes: Mapping[Parameter, ParameterClass]
+) -> SqlValues:
+    """Return the values of an operand, NULL included: the text, and whether it is a number."""
+    translation = Translation(collections=collections, parameter_classes=parameter_classes)
+    scope = Scope(translation, nodes.ROW_ALIAS, is_row_image=True)
+    operand = translate_operand(term, scope, is_strict=False)
+    is_number = (
+        nodes.boolean(False) if operand.number is None else nodes.is_not_null(operand.number)
+    )
+    values = SqlValues.of_scope(scope, operand.as_text, nodes.boolean(True))
+    values.select.append("expressions", nodes.copy_if_attached(is_number))
+    return values
+
+
+def _shown_values_sql(values: SqlValues, collection: Collection) -> str:
+    values.select.set("distinct", exp.Distinct())
+    values.select.set("limit", exp.Limit(expression=nodes.number(MAX_SHOWN_VALUES + 1)))
+    columns = find_columns(collection.table, values.columns)
     names = [nodes.quoted_name("value"), nodes.quoted_name("is_number")]
     found = exp.Lateral(
-        this=exp.Subquery(this=lowered.select),
+        this=exp.Subquery(this=values.select),
         alias=exp.TableAlias(this=nodes.quoted_name("found"), columns=names),
     )
     select = exp.Select(
         expressions=[nodes.column("found", "value"), nodes.column("found", "is_number")],
-        from_=exp.From(this=images_table(columns, unused_column_name(lowered.columns))),
+        from_=exp.From(this=images_table(columns, unused_column_name(values.columns))),
         joins=[exp.Join(this=found, kind="CROSS")],
     )
     return select.sql(dialect="postgres", copy=False)
 
 
 def _is_hidden(term: Term) -> bool:
-    """Whether it is made of what not everybody is shown, or found by way of it."""
+    """Return whether the value is made of a field that records hide, or reached through one."""
     match term:
         case SecretTerm():
             return True

@@ -1,7 +1,8 @@
-"""The resolved rule to a sqlglot tree. Before reference and plan.
+"""Translates a predicate to a boolean SQL expression about one row.
 
-The tree is a boolean about one row, whose alias the caller knows. What differs per subscriber is
-left to placeholders; ``SqlPredicate.bindings`` says what goes there.
+The engine, the reference query and ``explain`` put it into their statements. What differs per
+caller becomes placeholders; ``SqlPredicate.bindings`` says what they stand for. What a comparison
+means is decided by ``language.comparison``; here it is only rendered.
 """
 
 from __future__ import annotations
@@ -51,16 +52,16 @@ from pgrealtime.rules.sql.operands import translate_operand
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SqlPredicate:
-    """A predicate in SQL, the same for all subscribers whose parameters have these classes."""
+    """A predicate in SQL, the same for all callers whose parameters have these classes."""
 
     condition: exp.Expr
-    """Boolean; NULL is as good as FALSE."""
+    """Boolean, about the row called ``ROW_ALIAS``; NULL admits no more than FALSE."""
     bindings: Mapping[str, Binding]
-    """Placeholder to what goes there."""
+    """Placeholder to its content."""
     columns: tuple[str, ...]
-    """Columns of the judged row that it reads."""
+    """Columns of the row that it reads."""
     tables: frozenset[TableName]
-    """Tables that it reads beside the row."""
+    """Other tables that it reads."""
 
 
 def translate_predicate(
@@ -68,7 +69,6 @@ def translate_predicate(
     collections: Collections,
     parameter_classes: Mapping[Parameter, ParameterClass],
     *,
-    row_alias: str = ROW_ALIAS,
     placeholder_prefix: str = "p",
     auth_collection: Collection | None = None,
     is_caller_row_bound: bool = False,
@@ -76,46 +76,56 @@ def translate_predicate(
     """Return the predicate in SQL.
 
     Args:
-        predicate: What to translate.
-        collections: All there are.
-        parameter_classes: The class of each of ``ir.parameters(predicate.where)``.
-        row_alias: Alias of the judged row; its columns bear the names and types of the table's.
-        placeholder_prefix: Of the placeholders, so that two predicates fit into one statement.
-        auth_collection: Of the subscriber's own row. If anything beside the judged row is read for
-            it, that row must be there: it may be deleted already, and what pointed to it with it,
-            while the stream has yet to tell. None doesn't ask.
-        is_caller_row_bound: Columns of that row are parameters (``CallerColumn``), and not read.
+        predicate: The predicate.
+        collections: All collections.
+        parameter_classes: The class of each of its parameters.
+        placeholder_prefix: Of the placeholders' names, so that two predicates fit in a statement.
+        auth_collection: The collection of the caller's own row, which is then required to exist if
+            other tables are read: it may be deleted, and what pointed to it with it, before the
+            stream tells so. None requires nothing.
+        is_caller_row_bound: Columns of the caller's row are parameters (``CallerColumn``).
 
     Raises:
-        RuleUnsupportedError: It can't be decided exactly.
+        RuleUnsupportedError: It can't be evaluated exactly.
     """
-    statement = Translation(
+    translation = Translation(
         collections=collections,
         parameter_classes=parameter_classes,
         placeholder_prefix=placeholder_prefix,
         is_caller_row_bound=is_caller_row_bound,
     )
-    scope = Scope(statement, row_alias, is_row_image=True)
+    scope = Scope(translation, ROW_ALIAS, is_row_image=True)
     condition = _condition_with_joins(predicate.where, scope)
-    if auth_collection is not None and statement.tables:
+    if auth_collection is not None and translation.tables:
         condition = all_of(condition, scope.caller_row_exists(auth_collection))
     return SqlPredicate(
         condition=condition,
-        bindings=statement.bindings,
-        columns=tuple(statement.columns),
-        tables=frozenset(statement.tables),
+        bindings=translation.bindings,
+        columns=tuple(translation.columns),
+        tables=frozenset(translation.tables),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SqlValues:
-    """The values of an operand for the judged row, where a condition is true."""
+    """The values that an operand has for a row, as a SELECT."""
 
     select: exp.Select
-    """First a column of texts; a value may come more than once."""
+    """Its first column are texts; a value may come more than once."""
     bindings: Mapping[str, Binding]
     columns: tuple[str, ...]
     tables: frozenset[TableName]
+
+    @classmethod
+    def of_scope(cls, scope: Scope, text: Sql, where: Sql) -> SqlValues:
+        """Return the values of an expression over the joins of a scope."""
+        translation = scope.translation
+        return cls(
+            select=scope.select(text, where),
+            bindings=translation.bindings,
+            columns=tuple(translation.columns),
+            tables=frozenset(translation.tables),
+        )
 
 
 def translate_key_values(
@@ -123,76 +133,31 @@ def translate_key_values(
     where: Condition | None,
     collections: Collections,
     parameter_classes: Mapping[Parameter, ParameterClass],
-    *,
-    row_alias: str = ROW_ALIAS,
 ) -> SqlValues:
-    """Return the values that ``term`` has in the joins of one scope; numbers as their text.
+    """Return the values that the term has where a condition is true; numbers as their text.
 
-    One column, none of it NULL: without a missing row's and an empty relation's.
+    NULL is left out: a missing row's value and that of an empty relation.
 
     Args:
         term: An operand that is either a text or a number, whatever the row.
-        where: What else must be true in the same joins.
-        collections: All there are.
+        where: The condition, in the same joins.
+        collections: All collections.
         parameter_classes: The class of each parameter of ``where``.
-        row_alias: Alias of the judged row.
 
     Raises:
-        RuleUnsupportedError: It can't be decided exactly.
+        RuleUnsupportedError: It can't be evaluated exactly.
     """
-    statement = Translation(collections=collections, parameter_classes=parameter_classes)
-    scope = Scope(statement, row_alias, is_row_image=True)
-    shown = translate_operand(term, scope, is_strict=False)
-    text = shown.text
+    translation = Translation(collections=collections, parameter_classes=parameter_classes)
+    scope = Scope(translation, ROW_ALIAS, is_row_image=True)
+    operand = translate_operand(term, scope, is_strict=False)
+    text = operand.text
     if text is None:
-        assert shown.number is not None
-        text = nodes.cast(shown.number, nodes.TEXT)
-    conditions = (
-        [is_not_null(text)]
-        if where is None
-        else [is_not_null(text), _translate_condition(where, scope)]
-    )
-    return SqlValues(
-        select=scope.select(text, all_of(*conditions)),
-        bindings=statement.bindings,
-        columns=tuple(statement.columns),
-        tables=frozenset(statement.tables),
-    )
-
-
-def translate_explained_values(
-    term: Term,
-    collections: Collections,
-    parameter_classes: Mapping[Parameter, ParameterClass],
-    *,
-    row_alias: str = ROW_ALIAS,
-) -> SqlValues:
-    """Return what ``term`` is for the judged row, NULL included; one row per row of its place.
-
-    A second column says whether it is a number.
-
-    Args:
-        term: Any operand.
-        collections: All there are.
-        parameter_classes: The class of each of its parameters.
-        row_alias: Alias of the judged row.
-
-    Raises:
-        RuleUnsupportedError: It can't be decided exactly.
-    """
-    statement = Translation(collections=collections, parameter_classes=parameter_classes)
-    scope = Scope(statement, row_alias, is_row_image=True)
-    told = translate_operand(term, scope, is_strict=False)
-    is_number = nodes.boolean(False) if told.number is None else is_not_null(told.number)
-    text = told.as_text
-    select = scope.select(text, nodes.boolean(True))
-    select.append("expressions", nodes.copy_if_attached(is_number))
-    return SqlValues(
-        select=select,
-        bindings=statement.bindings,
-        columns=tuple(statement.columns),
-        tables=frozenset(statement.tables),
-    )
+        assert operand.number is not None
+        text = nodes.cast(operand.number, nodes.TEXT)
+    conditions = [is_not_null(text)]
+    if where is not None:
+        conditions.append(_translate_condition(where, scope))
+    return SqlValues.of_scope(scope, text, all_of(*conditions))
 
 
 # --- conditions
@@ -361,7 +326,7 @@ def _native_id_equality(left: _Side, right: _Side) -> Sql | None:
     """Return equality of an id column with a text by the column's own operator, if it has one."""
     for side, other in ((left, right), (right, left)):
         match side.planned.term, other.planned.term:
-            case FieldValue(modifier=Modifier.WHOLE, field=field), ParameterTerm(parameter):
+            case FieldValue(path, field, Modifier.WHOLE), ParameterTerm(parameter):
                 translation = side.scope.translation
                 form = native_id_form(field.type)
                 is_id = field.kind in {FieldKind.TEXT, FieldKind.RELATION} and not field.is_multiple
@@ -369,10 +334,9 @@ def _native_id_equality(left: _Side, right: _Side) -> Sql | None:
                     continue
                 if translation.parameter_classes[parameter].is_number:
                     continue
-                shown = translate_operand(side.planned.term, side.scope, is_strict=False)
-                assert shown.native_column is not None
-                wanted = translation.bind(parameter, form)
-                return nodes.binary(exp.EQ, shown.native_column, wanted)
+                assert field.column is not None
+                column = side.scope.column(path, field.column.name)
+                return nodes.binary(exp.EQ, column, translation.bind(parameter, form))
             case _:
                 continue
     return None
@@ -380,42 +344,34 @@ def _native_id_equality(left: _Side, right: _Side) -> Sql | None:
 
 def _equal(one: SqlOperand, other: SqlOperand) -> Sql:
     """Return ``=``: unknown if a side is NULL, false if one is a number and the other a text."""
-    match one, other:
-        case SqlOperand(number=a, text=None), SqlOperand(number=b, text=None) if (
-            a is not None and b is not None
-        ):
-            return nodes.binary(exp.EQ, a, b)
-        case SqlOperand(number=None, text=a), SqlOperand(number=None, text=b) if (
-            a is not None and b is not None
-        ):
-            return _text_equal(exp.EQ, one, other)
-        case _:
-            return nodes.case(
-                *_case_of_same_type(one.number, other.number, exp.EQ),
-                *_case_of_same_type(_collate_c_or_none(one.text), other.text, exp.EQ),
-                (all_of(_is_not_null(one), _is_not_null(other)), nodes.boolean(False)),
-            )
+    if numbers := _only_numbers(one, other):
+        return nodes.binary(exp.EQ, *numbers)
+    if _only_texts(one, other):
+        return _text_equal(exp.EQ, one, other)
+    return nodes.case(
+        *_cases_of_same_type(one, other, exp.EQ),
+        (all_of(_is_not_null(one), _is_not_null(other)), nodes.boolean(False)),
+    )
 
 
 def _is_not_distinct(one: SqlOperand, other: SqlOperand) -> Sql:
     """Return ``IS``: NULL is NULL."""
     pairs = []
     if one.number is not None or other.number is not None:
-        pairs.append(_is_not_distinct_sql(one.number, other.number))
-    if one.text is not None or other.text is not None:
-        if one.text is not None and other.text is not None:
-            pairs.append(_text_equal(exp.NullSafeEQ, one, other))
-        else:
-            pairs.append(_is_not_distinct_sql(one.text, other.text))
+        pairs.append(_parts_not_distinct(one.number, other.number))
+    if one.text is not None and other.text is not None:
+        pairs.append(_text_equal(exp.NullSafeEQ, one, other))
+    elif one.text is not None or other.text is not None:
+        pairs.append(_parts_not_distinct(one.text, other.text))
     return all_of(*pairs)
 
 
-def _is_not_distinct_sql(one: Sql | None, other: Sql | None) -> Sql:
-    if one is None or other is None:
-        there = one if one is not None else other
-        assert there is not None
-        return nodes.is_null(there)
-    return nodes.binary(exp.NullSafeEQ, one, other)
+def _parts_not_distinct(one: Sql | None, other: Sql | None) -> Sql:
+    if one is not None and other is not None:
+        return nodes.binary(exp.NullSafeEQ, one, other)
+    part = other if one is None else one
+    assert part is not None
+    return nodes.is_null(part)
 
 
 def _is_blank(operand: SqlOperand) -> Sql:
@@ -423,32 +379,28 @@ def _is_blank(operand: SqlOperand) -> Sql:
     if operand.text is None:
         assert operand.number is not None
         return nodes.is_null(operand.number)
-    blank = nodes.binary(exp.EQ, nodes.coalesce(operand.text, nodes.string("")), nodes.string(""))
     if operand.number is None:
-        empty = nodes.binary(exp.EQ, operand.text, nodes.string(""))
-        return any_of(all_of(is_not_null(operand.text), empty), nodes.is_null(operand.text))
-    return all_of(nodes.is_null(operand.number), blank)
+        is_empty = nodes.binary(exp.EQ, operand.text, nodes.string(""))
+        return any_of(all_of(is_not_null(operand.text), is_empty), nodes.is_null(operand.text))
+    text = nodes.coalesce(operand.text, nodes.string(""))
+    return all_of(nodes.is_null(operand.number), nodes.binary(exp.EQ, text, nodes.string("")))
 
 
 def _empty_text_for_null(operand: SqlOperand) -> SqlOperand:
     """Return the operand with '' for NULL."""
-    if operand.number is None:
-        assert operand.text is not None
-        text = nodes.coalesce(operand.text, nodes.string(""))
-    else:
-        blank = nodes.string("")
-        rest = blank if operand.text is None else nodes.coalesce(operand.text, blank)
-        text = nodes.case((nodes.is_null(operand.number), rest))
+    empty = nodes.string("")
+    text = empty if operand.text is None else nodes.coalesce(operand.text, empty)
+    if operand.number is not None:
+        text = nodes.case((nodes.is_null(operand.number), text))
     return replace(operand, text=text)
 
 
 def _text_equal(kind: type[exp.Binary], one: SqlOperand, other: SqlOperand) -> Sql:
-    """Return equality of texts: with a constant in the column's collation, which indexes have."""
+    """Return equality of texts: with a constant in the column's collation, as its indexes have."""
     assert one.text is not None
     assert other.text is not None
     is_constant = one.parameter is not None or other.parameter is not None
-    left = one.text if is_constant else nodes.collate_c(one.text)
-    return nodes.binary(kind, left, other.text)
+    return nodes.binary(kind, one.text if is_constant else nodes.collate_c(one.text), other.text)
 
 
 # --- order
@@ -463,46 +415,57 @@ _ORDER_OPERATORS: Mapping[Op, type[exp.Binary]] = {
 
 
 def _order(op: Op, one: SqlOperand, other: SqlOperand) -> Sql:
-    """Return an order: bytes for texts, and any number below any text."""
+    """Return an order: texts by bytes, and any number below any text."""
     kind = _ORDER_OPERATORS[op]
-    match one, other:
-        case SqlOperand(number=a, text=None), SqlOperand(number=b, text=None) if (
-            a is not None and b is not None
-        ):
-            return nodes.binary(kind, a, b)
-        case SqlOperand(number=None, text=a), SqlOperand(number=None, text=b) if (
-            a is not None and b is not None
-        ):
-            return nodes.binary(kind, nodes.collate_c(a), b)
-        case _:
-            is_less = op in {Op.LT, Op.LE}
-            return nodes.case(
-                *_case_of_same_type(one.number, other.number, kind),
-                *_case_of_same_type(_collate_c_or_none(one.text), other.text, kind),
-                *_case_of_number_and_text(one.number, other.text, is_true=is_less),
-                *_case_of_number_and_text(one.text, other.number, is_true=not is_less),
-            )
+    if numbers := _only_numbers(one, other):
+        return nodes.binary(kind, *numbers)
+    if texts := _only_texts(one, other):
+        return nodes.binary(kind, nodes.collate_c(texts[0]), texts[1])
+    is_less = op in {Op.LT, Op.LE}
+    return nodes.case(
+        *_cases_of_same_type(one, other, kind),
+        *_case_of_both(one.number, other.text, nodes.boolean(is_less)),
+        *_case_of_both(one.text, other.number, nodes.boolean(not is_less)),
+    )
 
 
-def _case_of_same_type(
-    a: Sql | None, b: Sql | None, kind: type[exp.Binary]
+def _only_numbers(one: SqlOperand, other: SqlOperand) -> tuple[Sql, Sql] | None:
+    """Return both numbers, if neither side can be a text."""
+    if one.text is not None or other.text is not None:
+        return None
+    assert one.number is not None
+    assert other.number is not None
+    return one.number, other.number
+
+
+def _only_texts(one: SqlOperand, other: SqlOperand) -> tuple[Sql, Sql] | None:
+    """Return both texts, if neither side can be a number."""
+    if one.number is not None or other.number is not None:
+        return None
+    assert one.text is not None
+    assert other.text is not None
+    return one.text, other.text
+
+
+def _cases_of_same_type(
+    one: SqlOperand, other: SqlOperand, kind: type[exp.Binary]
 ) -> list[tuple[Sql, Sql]]:
-    """Return the case that both are there, as a list to be unpacked; none if that can't be."""
+    """Return the cases of CASE for two numbers and for two texts, as far as there can be any."""
+    cases: list[tuple[Sql, Sql]] = []
+    if one.number is not None and other.number is not None:
+        compared = nodes.binary(kind, one.number, other.number)
+        cases += _case_of_both(one.number, other.number, compared)
+    if one.text is not None and other.text is not None:
+        text = nodes.collate_c(one.text)
+        cases += _case_of_both(text, other.text, nodes.binary(kind, text, other.text))
+    return cases
+
+
+def _case_of_both(a: Sql | None, b: Sql | None, result: Sql) -> list[tuple[Sql, Sql]]:
+    """Return the case that both are not NULL; none if one never is."""
     if a is None or b is None:
         return []
-    return [(all_of(is_not_null(a), is_not_null(b)), nodes.binary(kind, a, b))]
-
-
-def _collate_c_or_none(text: Sql | None) -> Sql | None:
-    return None if text is None else nodes.collate_c(text)
-
-
-def _case_of_number_and_text(
-    a: Sql | None, b: Sql | None, *, is_true: bool
-) -> list[tuple[Sql, Sql]]:
-    if a is None or b is None:
-        return []
-    return [(all_of(is_not_null(a), is_not_null(b)), nodes.boolean(is_true))]
+    return [(all_of(is_not_null(a), is_not_null(b)), result)]
 
 
 def _is_not_null(operand: SqlOperand) -> Sql:

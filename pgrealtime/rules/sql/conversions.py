@@ -36,8 +36,6 @@ class SqlOperand:
     """Makes the value as text, whichever it is; long for numbers, and seldom wanted."""
     parameter: Parameter | None = None
     """Of a constant: its class tells a conversion whether it looks like a number."""
-    native_column: Sql | None = None
-    """The bare column, where its own equality means the same for texts of its type."""
 
     @classmethod
     def of_text(cls, text: Sql) -> SqlOperand:
@@ -65,7 +63,7 @@ def convert_to_number(operand: SqlOperand, scope: Scope) -> SqlOperand:
     number, text = _split_numeric_text(operand.text)
     if operand.number is not None:
         number = nodes.coalesce(operand.number, number)
-    return replace(operand, number=number, text=text, parameter=None, native_column=None)
+    return replace(operand, number=number, text=text, parameter=None)
 
 
 def convert_to_double(operand: SqlOperand) -> SqlOperand:

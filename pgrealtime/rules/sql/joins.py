@@ -1,14 +1,14 @@
-"""One FROM clause in the making: which row stands for which place, joined on demand.
+"""Builds a FROM clause: one LEFT JOIN per row path of a scope, made when the path is first read.
 
-All leaves of a scope share the joins of equal places: that is what makes two ``?`` comparisons
-over one path speak of one row.
+All comparisons of a scope share the joins of equal paths: two ``?`` comparisons over one path are
+about one and the same row, as in PocketBase.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from sqlglot import exp
 
@@ -42,30 +42,30 @@ _JoinCondition: TypeAlias = Callable[[str], Sql]
 """Makes the condition of a join, given the alias of the joined row."""
 
 MAX_JOINS = 300
-"""Of one rule or filter, those that look for counter-examples included.
+"""Joins of one rule or filter, those of the search for counter-examples included.
 
-PocketBase has no limit; a filter of many long paths would cost whoever plans it seconds.
+PocketBase has no limit; planning a filter of many long paths would take PostgreSQL seconds.
 """
 
 CALLER_ID_PARAMETER = RequestValue(("auth", "id"))
-"""What finds the subscriber's own row."""
+"""The id of the caller's own row."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Translation:
-    """What all scopes of one statement share."""
+    """What the scopes of one translated predicate share."""
 
     collections: Collections
     parameter_classes: Mapping[Parameter, ParameterClass]
     placeholder_prefix: str = "p"
-    """Of the placeholders' names."""
     is_caller_row_bound: bool = False
-    """Columns of the subscriber's own row are parameters, and not read."""
+    """Columns of the caller's own row are bound as parameters, and not read from its table."""
     bindings: dict[str, Binding] = field(default_factory=dict)
+    """Placeholder to its content."""
     columns: dict[str, None] = field(default_factory=dict)
-    """Columns read of the judged row, in order of first use."""
+    """Columns read of the row image, in order of first use."""
     tables: dict[TableName, None] = field(default_factory=dict)
-    """Tables read beside it."""
+    """Other tables that are read."""
     alias_count: int = 0
     join_count: int = 0
 
@@ -79,7 +79,7 @@ class Translation:
         return nodes.cast(nodes.placeholder(key), _FORM_TYPES[form])
 
     def let(self, expression: Sql, body: Callable[[Sql], Sql]) -> Sql:
-        """Return an expression that uses another one many times and holds it once."""
+        """Return ``body`` of an expression that is computed once, however often it is used."""
         alias = self.new_alias()
         row = exp.Subquery(
             this=nodes.one_row_select({"v": expression}),
@@ -92,7 +92,7 @@ class Translation:
         return exp.Subquery(this=select)
 
     def new_alias(self) -> str:
-        """Return a name that no other row of the statement has."""
+        """Return an alias that no other row of the statement has."""
         self.alias_count += 1
         return f"j{self.alias_count}"
 
@@ -108,12 +108,12 @@ _FORM_TYPES = {
 
 
 class Scope:
-    """The rows that the conditions of one SELECT speak of.
+    """The joined rows that the comparisons of one SELECT read.
 
     Args:
-        translation: What it is part of.
-        scope_row_alias: Alias of the row that the rule is about; it belongs to an outer query.
-        is_row_image: That row is the changed one, whose columns come from the stream.
+        translation: The translation that it is part of.
+        scope_row_alias: Alias of the row that the rule is about, in the outer query.
+        is_row_image: That row is a row image of the stream, whose columns are recorded as read.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Scope:
 
     @property
     def has_joins(self) -> bool:
-        """Whether anything but the row itself is read."""
+        """Whether any other row than the scope's is read."""
         return bool(self._joins)
 
     def without_joins(self) -> Scope:
@@ -137,11 +137,11 @@ class Scope:
         return Scope(self.translation, self.scope_row_alias, is_row_image=self.is_row_image)
 
     def collection(self, path: RowPath) -> Collection:
-        """The collection whose rows are found at the place."""
+        """Return the collection of the rows at the path."""
         return self.translation.collections[path.collection]
 
     def column(self, path: RowPath, column_name: str) -> Sql:
-        """Return a column of the row at the place."""
+        """Return a column of the row at the path."""
         if path.is_scope_row and self.is_row_image:
             self.translation.columns.setdefault(column_name)
         if (
@@ -153,16 +153,16 @@ class Scope:
         return nodes.column(self.join_row(path), column_name)
 
     def _caller_column(self, collection: Collection, column_name: str) -> Sql:
-        """Return a column of the subscriber's own row as it is known."""
+        """Return a bound column of the caller's own row."""
         found = collection.table.find_column(column_name)
         assert found is not None
         parameter = CALLER_ID_PARAMETER if found == collection.key else CallerColumn(column_name)
         return nodes.cast_to_type(self.translation.bind(parameter, SqlForm.TEXT), found.type)
 
     def caller_row_exists(self, collection: Collection) -> Sql:
-        """Return whether the subscriber's own row can be read.
+        """Return EXISTS of the caller's own row in its table.
 
-        The id is one of that very table's, so it is of the key's type and its index serves.
+        The id was read from that table, so it can be cast to the key's type, and an index is used.
         """
         alias, key = self.translation.new_alias(), collection.key
         row = self._table(collection.table.name, alias)
@@ -177,19 +177,19 @@ class Scope:
         return exp.Exists(this=select)
 
     def row_id(self, path: RowPath) -> TypedSql:
-        """Return the id of the row at the place, NULL where there is none."""
+        """Return the id of the row at the path, NULL where there is no row."""
         return self._typed_column(path, self.collection(path).key)
 
     def _typed_column(self, path: RowPath, column: Column) -> TypedSql:
         return TypedSql(self.column(path, column.name), column.type, column.is_deterministic)
 
     def each_value(self, path: RowPath) -> TypedSql:
-        """Return one of the values of a multiple field; the place ends with Items."""
+        """Return one of the values of a multiple field; the path ends with ``EachValue``."""
         self.join_row(path)
         return self._each_values[path]
 
     def join_row(self, path: RowPath) -> str:
-        """Return the alias of the row at the place, joining what leads there."""
+        """Return the alias of the row at the path, whose joins are made if there are none yet."""
         if path.is_scope_row:
             return self.scope_row_alias
         if path not in self._row_aliases:
@@ -199,14 +199,11 @@ class Scope:
     def compute_once(
         self, cache_key: object, columns: Callable[[], Mapping[str, Sql]]
     ) -> Callable[[str], Sql]:
-        """Compute expressions once per row of the scope, however often they are used.
+        """Return a function that gives expressions by name, computed once per row of the scope.
 
         Args:
-            cache_key: What they are; the same thing is not computed twice.
-            columns: Makes the expressions; called only if there are none yet.
-
-        Returns:
-            What gives each by its name.
+            cache_key: Equal for equal expressions, which share one LATERAL join.
+            columns: Makes the expressions; called if there are none of the key yet.
         """
         if cache_key not in self._computed_aliases:
             made = columns()
@@ -218,11 +215,11 @@ class Scope:
         return lambda column_name: nodes.column(alias, column_name)
 
     def exists(self, where: Sql) -> Sql:
-        """Return EXISTS over the joins made so far; they all are LEFT JOINs of one row."""
+        """Return EXISTS over the joins made so far."""
         return exp.Exists(this=self.select(nodes.number(1), where))
 
     def select(self, expression: Sql, where: Sql) -> exp.Select:
-        """Return a SELECT over the joins made so far."""
+        """Return a SELECT over the joins made so far: LEFT JOINs of a relation of one row."""
         one = exp.Subquery(
             this=exp.Select(expressions=[nodes.number(1)]),
             alias=exp.TableAlias(this=nodes.quoted_name("one")),
@@ -246,25 +243,18 @@ class Scope:
         collection = self.collection(path)
         match path.root:
             case CallerRow():
-                return self._left_join(collection, self._is_caller_id(collection))
+                return self._left_join(collection, lambda alias: self._is_caller(alias, collection))
             case CollectionRows():
                 return self._left_join(collection, lambda _: nodes.boolean(True))
             case ScopeRow():
-                raise AssertionError("the row itself is no join")
+                raise AssertionError("the scope's row is not joined")
 
-    def _is_caller_id(self, collection: Collection) -> _JoinCondition:
-        bind, key = self.translation.bind, collection.key
-
-        def on(alias: str) -> Sql:
-            own = typed_column(alias, key)
-            native = native_id_form(key.type)
-            if native is None:
-                return nodes.binary(
-                    exp.EQ, nodes.bytewise_text(own), bind(CALLER_ID_PARAMETER, SqlForm.TEXT)
-                )
-            return nodes.binary(exp.EQ, own.node, bind(CALLER_ID_PARAMETER, native))
-
-        return on
+    def _is_caller(self, alias: str, collection: Collection) -> Sql:
+        key = typed_column(alias, collection.key)
+        form = native_id_form(key.type)
+        own = nodes.bytewise_text(key) if form is None else key.node
+        caller_id = self.translation.bind(CALLER_ID_PARAMETER, form or SqlForm.TEXT)
+        return nodes.binary(exp.EQ, own, caller_id)
 
     def _join_step(self, path: RowPath, parent: RowPath, step: PathStep) -> str:
         match step:
@@ -285,18 +275,14 @@ class Scope:
         )
 
     def _join_each_value(self, path: RowPath, parent: RowPath, field: Field) -> str:
-        junction = None if field.relation is None else field.relation.junction
         alias = self.translation.new_alias()
+        junction = junction_columns(field)
         if junction is not None:
-            source = junction.table.find_column(junction.source_column)
-            target = junction.table.find_column(junction.target_column)
-            assert source is not None
-            assert target is not None
             self._add_join(
-                self._table(junction.table.name, alias),
-                nodes.equal_keys(typed_column(alias, source), self.row_id(parent)),
+                self._table(junction.table, alias),
+                nodes.equal_keys(typed_column(alias, junction.source), self.row_id(parent)),
             )
-            self._each_values[path] = typed_column(alias, target)
+            self._each_values[path] = typed_column(alias, junction.target)
             return alias
         assert field.column is not None
         element = field.type.base.element
@@ -312,38 +298,19 @@ class Scope:
 
     def _join_back(self, parent: RowPath, source: Collection, field: Field) -> str:
         key = self.row_id(parent)
-        junction = None if field.relation is None else field.relation.junction
+        junction = junction_columns(field)
         if junction is not None:
-            return self._join_back_by_junction(key, source, field)
+            pairs = self.translation.new_alias()
+            pointed_to = typed_column(pairs, junction.target)
+            self._add_join(self._table(junction.table, pairs), nodes.equal_keys(pointed_to, key))
+            id_ = typed_column(pairs, junction.source)
+            return self._left_join(
+                source, lambda alias: nodes.equal_keys(typed_column(alias, source.key), id_)
+            )
         assert field.column is not None
         column = field.column
-        if not field.is_multiple:
-            return self._left_join(
-                source, lambda alias: nodes.equal_keys(typed_column(alias, column), key)
-            )
-        return self._left_join(
-            source, lambda alias: _array_contains(typed_column(alias, column), key)
-        )
-
-    def _join_back_by_junction(self, key: TypedSql, source: Collection, field: Field) -> str:
-        assert field.relation is not None
-        junction = field.relation.junction
-        assert junction is not None
-        near = junction.table.find_column(junction.target_column)
-        far = junction.table.find_column(junction.source_column)
-        assert near is not None
-        assert far is not None
-        pairs = self.translation.new_alias()
-        self._add_join(
-            self._table(junction.table.name, pairs),
-            nodes.equal_keys(typed_column(pairs, near), key),
-        )
-        return self._left_join(
-            source,
-            lambda alias: nodes.equal_keys(
-                typed_column(alias, source.key), typed_column(pairs, far)
-            ),
-        )
+        matches = _array_contains if field.is_multiple else nodes.equal_keys
+        return self._left_join(source, lambda alias: matches(typed_column(alias, column), key))
 
     def _left_join(self, collection: Collection, on: _JoinCondition) -> str:
         alias = self.translation.new_alias()
@@ -364,8 +331,30 @@ class Scope:
         self._joins.append(exp.Join(this=row, side="LEFT", on=nodes.copy_if_attached(on)))
 
 
+class JunctionColumns(NamedTuple):
+    """A junction table with the columns of its pairs."""
+
+    table: TableName
+    source: Column
+    """Names the row of the field's collection."""
+    target: Column
+    """Names the related row."""
+
+
+def junction_columns(field: Field) -> JunctionColumns | None:
+    """Return the junction table of a relation field, if it has one."""
+    junction = None if field.relation is None else field.relation.junction
+    if junction is None:
+        return None
+    source = junction.table.find_column(junction.source_column)
+    target = junction.table.find_column(junction.target_column)
+    assert source is not None
+    assert target is not None
+    return JunctionColumns(junction.table.name, source, target)
+
+
 def native_id_form(type_: Type) -> SqlForm | None:
-    """Return the form in which a text compares with an id by the id's own operator, if any."""
+    """Return the form in which a text is bound to compare with an id by its type's operator."""
     base = type_.base
     if base.schema != "pg_catalog":
         return None
@@ -378,7 +367,7 @@ def native_id_form(type_: Type) -> SqlForm | None:
 
 
 def _array_contains(array: TypedSql, key: TypedSql) -> Sql:
-    """Return whether the array holds the id; by ``@>``, which a GIN index serves, if it can."""
+    """Return whether the array contains the id: by ``@>``, which a GIN index supports, if exact."""
     element = array.type.base.element
     assert element is not None
     is_deterministic = array.is_deterministic and key.is_deterministic

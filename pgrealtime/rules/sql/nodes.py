@@ -1,11 +1,9 @@
-"""Small parts of SQL trees, quoted and typed as rules need them. Used by everything that lowers.
+"""Builds sqlglot nodes: quoted, typed, copied. Used by all modules of ``rules.sql``.
 
-A sqlglot node belongs to one tree. Each maker here therefore takes a copy of an argument that is
-part of a tree already, so that callers may use an expression as often as they like. ``%`` is
-doubled wherever it isn't a placeholder's: the driver reads the printed text as a format.
-
-``AndNode``, ``Or`` and ``Not`` are made here and nowhere else. Texts are compared byte by byte:
-what is of a nondeterministic collation is never compared by that alone.
+A sqlglot node belongs to one tree. Each function here therefore copies an argument that is part of
+a tree already, so that callers can use an expression as often as they like. ``%`` is doubled
+wherever it isn't a placeholder's, because the driver reads the printed text as a format. Texts are
+compared by bytes: a nondeterministic collation alone never decides.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ TEXT = "text"
 DOUBLE = "double precision"
 BIGINT = "bigint"
 NUMERIC = "numeric"
-"""Of numbers with all their digits; an integer type is as exact."""
+"""The type of numbers with all their digits; an integer type is as exact."""
 TIMESTAMP = "timestamp"
 
 _CAST_TYPES = {
@@ -45,12 +43,12 @@ _CAST_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class TypedSql:
-    """An expression of a type."""
+    """An expression with its PostgreSQL type."""
 
     node: Sql
     type: Type
     is_deterministic: bool = True
-    """As ``catalog.Column`` has it."""
+    """Whether its collation is, as ``catalog.model.Column`` has it."""
 
 
 def typed_column(alias: str, table_column: Column) -> TypedSql:
@@ -61,7 +59,7 @@ def typed_column(alias: str, table_column: Column) -> TypedSql:
 
 
 def copy_if_attached(node: Sql) -> Sql:
-    """Return the node if it is free, else a copy."""
+    """Return the node if it is part of no tree, else a copy."""
     return node if node.parent is None else node.copy()
 
 
@@ -90,12 +88,12 @@ def placeholder(key: str) -> Sql:
 
 
 def string(text: str) -> Sql:
-    """Return a text of the program's own; what a rule says goes through placeholders."""
+    """Return a text literal of the program; texts of rules are always bound by placeholders."""
     return exp.Literal.string(_escape_percent(text))
 
 
 def number(value: float) -> Sql:
-    """Return a number of the program's own."""
+    """Return a number literal of the program."""
     return exp.Literal.number(value) if value >= 0 else exp.Neg(this=exp.Literal.number(-value))
 
 
@@ -104,13 +102,13 @@ def null(type_: str = TEXT) -> Sql:
     return cast(exp.Null(), type_)
 
 
-def boolean(is_true: bool) -> Sql:  # noqa: FBT001 (the value is the point)
+def boolean(is_true: bool) -> Sql:  # noqa: FBT001 (the value itself)
     """Return TRUE or FALSE."""
     return exp.Boolean(this=is_true)
 
 
 def cast(node: Sql, type_: str) -> Sql:
-    """Return the node as one of the built-in types; ``text[]`` and the like are arrays of them."""
+    """Return the node cast to one of ``_CAST_TYPES``, or to an array of one, as ``text[]``."""
     element = type_.removesuffix("[]")
     target = exp.DataType(this=_CAST_TYPES[element], kind=element)
     if element != type_:
@@ -119,7 +117,7 @@ def cast(node: Sql, type_: str) -> Sql:
 
 
 def cast_to_type(node: Sql, type_: Type) -> Sql:
-    """Return the node as any type of the database, named with its schema."""
+    """Return the node cast to any type of the database, named with its schema."""
     qualified = (
         f"{quoted_name(type_.schema).sql('postgres')}.{quoted_name(type_.name).sql('postgres')}"
     )
@@ -138,7 +136,7 @@ def call_in_schema(schema: str, function: str, *args: Sql) -> Sql:
 
 
 def case(*whens: tuple[Sql, Sql], default: Sql | None = None) -> Sql:
-    """Return CASE; without default NULL."""
+    """Return CASE. Without a default it is NULL where no condition is true."""
     ifs = [exp.If(this=copy_if_attached(when), true=copy_if_attached(then)) for when, then in whens]
     return exp.Case(ifs=ifs, default=None if default is None else copy_if_attached(default))
 
@@ -146,7 +144,7 @@ def case(*whens: tuple[Sql, Sql], default: Sql | None = None) -> Sql:
 def one_row_select(columns: Mapping[str, Sql]) -> exp.Select:
     """Return a SELECT of one row, for a derived table.
 
-    OFFSET 0 keeps the planner from putting each column's expression back to where it is used.
+    OFFSET 0 keeps the planner from computing a column's expression anew wherever it is used.
     """
     shown = [
         exp.Alias(this=copy_if_attached(node), alias=quoted_name(key))
@@ -176,7 +174,7 @@ def matches_regex(node: Sql, regex: str) -> Sql:
 
 
 def concatenate(*texts: Sql) -> Sql:
-    """Return texts put together; NULL if one is."""
+    """Return ``text || text ...``; NULL if one is."""
     first, *rest = texts
     result = copy_if_attached(first)
     for part in rest:
@@ -185,7 +183,7 @@ def concatenate(*texts: Sql) -> Sql:
 
 
 def coalesce(node: Sql, default: Sql) -> Sql:
-    """Return COALESCE of two."""
+    """Return ``COALESCE(node, default)``."""
     return exp.Coalesce(this=copy_if_attached(node), expressions=[copy_if_attached(default)])
 
 
@@ -195,9 +193,9 @@ def in_utc(node: Sql) -> Sql:
 
 
 def equal_keys(left: TypedSql, right: TypedSql) -> Sql:
-    """Return equality of two ids by the operator that their indexes serve, or as texts.
+    """Return equality of two ids by the operator that their indexes support, else as texts.
 
-    An operator under a nondeterministic collation finds candidates only: their bytes decide. Those
+    Under a nondeterministic collation the operator finds candidates and the bytes decide. Operators
     of types outside pg_catalog aren't on the search path and are named with the schema; to citext a
     row is found as its foreign keys find it.
     """
@@ -227,11 +225,11 @@ def _native_equality(left: TypedSql, right: TypedSql) -> Sql | None:
 
 
 _OPERATOR_FAMILIES = ({"int2", "int4", "int8"}, {"text", "varchar"})
-"""Built-in types whose values compare with one another by one operator family."""
+"""Built-in types whose values compare with one another within one operator family."""
 
 
 def cast_to_base_type(expression: TypedSql) -> Sql:
-    """Return it as what its domain is made of: no enum or array is, to Postgres, a domain."""
+    """Return the expression cast to its domain's base type: enum operators don't accept domains."""
     return (
         expression.node
         if expression.type.domain_of is None
@@ -240,9 +238,9 @@ def cast_to_base_type(expression: TypedSql) -> Sql:
 
 
 def bytewise_text(expression: TypedSql) -> Sql:
-    """Return a value as text that compares byte by byte.
+    """Return a value as text that compares by bytes.
 
-    char(n) loses its padding, citext and nondeterministic collations their indifference.
+    char(n) loses its padding; citext and nondeterministic collations distinguish case again.
     """
     base = expression.type.base
     if is_inet(base):  # whose cast to text adds what its output leaves out, "/32"
@@ -253,7 +251,7 @@ def bytewise_text(expression: TypedSql) -> Sql:
 
 
 def is_inet(base: Type) -> bool:
-    """Whether it is the built-in type ``inet``."""
+    """Return whether it is the built-in type ``inet``."""
     return base.schema == "pg_catalog" and base.name == "inet"
 
 
@@ -261,12 +259,12 @@ def is_inet(base: Type) -> bool:
 
 
 def all_of(*conditions: Sql) -> Sql:
-    """Return the conjunction, each part in brackets where it needs them."""
+    """Return the conjunction, with brackets where they are needed."""
     return exp.and_(*map(copy_if_attached, conditions), copy=False)
 
 
 def any_of(*conditions: Sql) -> Sql:
-    """Return the disjunction, each part in brackets where it needs them."""
+    """Return the disjunction, with brackets where they are needed."""
     return exp.or_(*map(copy_if_attached, conditions), copy=False)
 
 
@@ -276,7 +274,7 @@ def negation(condition: Sql) -> Sql:
 
 
 def is_not_null(node: Sql) -> Sql:
-    """Return ``node IS EXCEPT NULL``."""
+    """Return ``node IS NOT NULL``."""
     return exp.not_(is_null(node), copy=False)
 
 

@@ -47,7 +47,7 @@ from pgrealtime.rules.sql.conversions import (
     is_magnitude_below,
     number_text_sql,
 )
-from pgrealtime.rules.sql.joins import Scope, Translation
+from pgrealtime.rules.sql.joins import JunctionColumns, Scope, Translation, junction_columns
 from pgrealtime.rules.sql.nodes import Sql, TypedSql, typed_column
 from pgrealtime.rules.sql.strftime import format_time, translate_time
 
@@ -145,20 +145,19 @@ def _whole_field(path: RowPath, field: Field, scope: Scope, *, is_strict: bool) 
             return _bool_operand(column)
         case FieldKind.GEO_POINT:
             return SqlOperand.of_text(_geo_text(column, field))
-        case FieldKind.DATE:
-            text = _empty_text_for_null(
-                path, scope, _date_column_text(column, field.type), is_strict=is_strict
+        case FieldKind.DATE | FieldKind.RELATION:
+            is_date = field.kind is FieldKind.DATE
+            text = (
+                _date_column_text(column, field.type) if is_date else _bytewise_text(column, field)
             )
+            if is_strict:
+                empty_for_null = nodes.coalesce(text, nodes.string(""))
+                text = _null_without_row(path, scope, empty_for_null)
             return SqlOperand.of_text(text)
-        case FieldKind.RELATION:
-            text = _empty_text_for_null(
-                path, scope, _bytewise_text(column, field), is_strict=is_strict
-            )
-            return replace(SqlOperand.of_text(text), native_column=column)
         case FieldKind.TEXT | FieldKind.FILE:
-            return replace(SqlOperand.of_text(_bytewise_text(column, field)), native_column=column)
+            return SqlOperand.of_text(_bytewise_text(column, field))
         case FieldKind.JSON | FieldKind.BYTES | FieldKind.COMPOSITE | FieldKind.GEOMETRY:
-            raise AssertionError(f"the resolver lets no {field.kind} through")
+            raise AssertionError(f"the resolver refuses {field.kind}")
 
 
 def _bytewise_text(column: Sql, field: Field) -> Sql:
@@ -166,15 +165,8 @@ def _bytewise_text(column: Sql, field: Field) -> Sql:
     return nodes.bytewise_text(TypedSql(column, field.type, field.column.is_deterministic))
 
 
-def _empty_text_for_null(path: RowPath, scope: Scope, text: Sql, *, is_strict: bool) -> Sql:
-    """Return the text, with '' for NULL in a row that exists."""
-    if not is_strict:
-        return text
-    return _null_without_row(path, scope, nodes.coalesce(text, nodes.string("")))
-
-
 def _null_without_row(path: RowPath, scope: Scope, text: Sql) -> Sql:
-    """Return the text where the place has a row, else NULL."""
+    """Return the text where the path has a row, else NULL."""
     if path.is_scope_row:
         return text
     return nodes.case((nodes.is_null(scope.row_id(path).node), nodes.null()), default=text)
@@ -192,7 +184,7 @@ def _number_operand(column: Sql, type_: Type, scope: Scope) -> SqlOperand:
             number=column,
             make_text=lambda: nodes.cast(nodes.call("trim_scale", column), nodes.TEXT),
         )
-    # A real is shown with fewer digits than its double has, and means what is shown.
+    # A real is printed with fewer digits than its double has, and means what is printed.
     shown = nodes.cast(column, nodes.TEXT) if base == "float4" else column
     number = nodes.cast(shown, nodes.DOUBLE)
 
@@ -211,7 +203,7 @@ def _bool_operand(column: Sql) -> SqlOperand:
 
 
 def _each_operand(kind: FieldKind, item: TypedSql, scope: Scope) -> SqlOperand:
-    """Return one of many values: the same as if the field held it alone."""
+    """Return one of many values, as if the field had it alone."""
     match kind:
         case FieldKind.NUMBER:
             return _number_operand(item.node, item.type, scope)
@@ -224,9 +216,9 @@ def _each_operand(kind: FieldKind, item: TypedSql, scope: Scope) -> SqlOperand:
 
 
 def _date_column_text(column: Sql, type_: Type) -> Sql:
-    """Return the moment as PocketBase writes it; infinities order last and first.
+    """Return a date as PocketBase writes it; infinities as PostgreSQL writes them.
 
-    Years before 1 are counted as records count them: 1 BC is 0000, 44 BC is -0043.
+    Years before 1 are counted as in records: 1 BC is 0000, 44 BC is -0043.
     """
     in_utc = utc_timestamp(column, type_)
     shown = nodes.call("to_char", in_utc, nodes.string(f"YYYY{_DAY_AND_TIME}"))
@@ -253,10 +245,10 @@ def utc_timestamp(column: Sql, type_: Type) -> Sql:
 
 
 def _list_text(path: RowPath, field: Field, scope: Scope) -> Sql:
-    """Return many values as the JSON text that PocketBase keeps."""
-    junction = None if field.relation is None else field.relation.junction
+    """Return many values as the JSON text that PocketBase stores."""
+    junction = junction_columns(field)
     if junction is not None:
-        ids = nodes.call("array_to_json", _junction_ids(path, field, scope))
+        ids = nodes.call("array_to_json", _junction_ids(junction, path, scope))
         return _null_without_row(
             path, scope, nodes.coalesce(nodes.cast(ids, nodes.TEXT), nodes.string("[]"))
         )
@@ -269,22 +261,15 @@ def _list_text(path: RowPath, field: Field, scope: Scope) -> Sql:
     return nodes.cast(nodes.call("array_to_json", array), nodes.TEXT)
 
 
-def _junction_ids(path: RowPath, field: Field, scope: Scope) -> Sql:
-    """Return the ids that the junction table holds, as an array in their own order."""
-    assert field.relation is not None
-    junction = field.relation.junction
-    assert junction is not None
-    source = junction.table.find_column(junction.source_column)
-    target = junction.table.find_column(junction.target_column)
-    assert source is not None
-    assert target is not None
+def _junction_ids(junction: JunctionColumns, path: RowPath, scope: Scope) -> Sql:
+    """Return the related ids of a row as an array, in the order of the ids."""
     alias = scope.translation.new_alias()
-    scope.translation.tables.setdefault(junction.table.name)
-    ids = nodes.bytewise_text(typed_column(alias, target))
-    own = nodes.equal_keys(typed_column(alias, source), scope.row_id(path))
+    scope.translation.tables.setdefault(junction.table)
+    ids = nodes.bytewise_text(typed_column(alias, junction.target))
+    own = nodes.equal_keys(typed_column(alias, junction.source), scope.row_id(path))
     select = exp.Select(
         expressions=[ids],
-        from_=exp.From(this=nodes.table(junction.table.name, alias)),
+        from_=exp.From(this=nodes.table(junction.table, alias)),
         where=exp.Where(this=own),
         order=exp.Order(
             expressions=[exp.Ordered(this=nodes.copy_if_attached(ids), nulls_first=False)]
@@ -294,16 +279,18 @@ def _junction_ids(path: RowPath, field: Field, scope: Scope) -> Sql:
 
 
 def _length(path: RowPath, field: Field, scope: Scope) -> Sql:
-    """Return how many values there are; 0 where there is no row."""
+    """Return the number of values; 0 where there is no row."""
     if not field.is_multiple:
         whole = _whole_field(path, field, scope, is_strict=False)
         is_something = nodes.binary(exp.NEQ, whole.as_text, nodes.string(""))
         return nodes.case((is_something, nodes.number(1)), default=nodes.number(0))
-    if field.column is None:
-        count = nodes.call("cardinality", _junction_ids(path, field, scope))
+    junction = junction_columns(field)
+    if junction is not None:
+        values = _junction_ids(junction, path, scope)
     else:
-        count = nodes.call("cardinality", scope.column(path, field.column.name))
-    return nodes.coalesce(count, nodes.number(0))
+        assert field.column is not None
+        values = scope.column(path, field.column.name)
+    return nodes.coalesce(nodes.call("cardinality", values), nodes.number(0))
 
 
 def _lower(text: Sql) -> Sql:
@@ -352,10 +339,10 @@ _MAX_INDEX_DIGITS = 9
 
 
 def _json_node(term: JsonValue, column: Sql, scope: Scope) -> Sql:
-    """Return the JSON value under the keys; NULL where a step finds nothing of its kind.
+    """Return the JSON value under the keys; NULL where a key finds nothing of its kind.
 
-    Strict, so that an index is for arrays only and a name for objects only; silent, so that
-    anything else is NULL and no error.
+    The path is strict, so that an index is for arrays only and a name for objects only, and silent,
+    so that anything else is NULL and no error.
     """
     document = column if term.field.type.base.name == "jsonb" else nodes.cast(column, "jsonb")
     if not term.keys:
@@ -372,14 +359,14 @@ def _json_node(term: JsonValue, column: Sql, scope: Scope) -> Sql:
 
 
 def _json_number(node: Sql) -> Sql:
-    """Return what SQLite's json_extract makes a number: numbers and booleans."""
+    """Return the value where SQLite's json_extract gives a number: of numbers and booleans."""
     number = nodes.cast(node, nodes.NUMERIC)
     flag = nodes.cast(nodes.cast(node, "boolean"), "int")
     return _case_by_json_type(node, {"number": number, "boolean": nodes.cast(flag, nodes.NUMERIC)})
 
 
 def _json_text(node: Sql) -> Sql:
-    """Return what SQLite's json_extract makes a text: strings, and the text of containers."""
+    """Return the value where SQLite's json_extract gives a text: of strings and containers."""
     wrapped = nodes.call("jsonb_build_array", node)
     bare = nodes.call("jsonb_array_element_text", wrapped, nodes.number(0))
     compact = _compact_json(nodes.cast(node, nodes.TEXT))
@@ -387,7 +374,7 @@ def _json_text(node: Sql) -> Sql:
 
 
 def _json_as_text(statement: Translation, of: Callable[[str], Sql]) -> Sql:
-    """Return the value as text: a number without a point is an integer to SQLite."""
+    """Return the value as text. A number without a point is an integer to SQLite."""
     spelt = nodes.cast(of("v"), nodes.TEXT)
     point = nodes.call("strpos", spelt, nodes.string("."))
     is_whole = nodes.binary(exp.EQ, point, nodes.number(0))
@@ -419,7 +406,7 @@ def _compact_json(text: Sql) -> Sql:
 
 
 def _coordinate(point: Sql, key: str, type_: Type) -> Sql:
-    """Return X or Y of a point or of a PostGIS point; NULL for other geometries and keys."""
+    """Return ``lon`` or ``lat`` of a point; NULL of other PostGIS geometries and other keys."""
     index = {"lon": 0, "lat": 1}.get(key)
     if index is None:
         return nodes.null(nodes.DOUBLE)
@@ -437,7 +424,7 @@ def _coordinate(point: Sql, key: str, type_: Type) -> Sql:
 
 
 def _geo_text(column: Sql, field: Field) -> Sql:
-    """Return a point as the JSON text that PocketBase keeps."""
+    """Return a point as the JSON text that PocketBase stores."""
     if not field.is_stored_as_json:
         lon, lat = (
             nodes.cast(_coordinate(column, key, field.type), nodes.TEXT) for key in ("lon", "lat")
@@ -460,7 +447,10 @@ def _geo_text(column: Sql, field: Field) -> Sql:
 
 
 def _geo_distance(term: GeoDistance, scope: Scope) -> Sql:
-    """Return kilometres by the arc cosine. Rounding may exceed 1, which acos would refuse."""
+    """Return kilometres by the arc cosine, as PocketBase computes them.
+
+    Rounding may lead beyond 1, of which PostgreSQL's acos reports an error.
+    """
     lon_a, lat_a, lon_b, lat_b = (_radians(arg, scope) for arg in term.args)
 
     def times(*factors: Sql) -> Sql:
@@ -487,7 +477,7 @@ def _geo_distance(term: GeoDistance, scope: Scope) -> Sql:
 
 
 def _radians(term: Term, scope: Scope) -> Sql:
-    """Return the angle; NULL if it is endless, of which PostgreSQL would refuse the cosine."""
+    """Return the angle; NULL if it is infinite, since PostgreSQL has no cosine of that."""
 
     def body(given: Sql) -> Sql:
         is_finite = is_magnitude_below(given, nodes.string("Infinity"))
