@@ -115,7 +115,7 @@ async def test_a_hidden_relation_expands_as_one_that_does_not_exist(
 
 async def test_pocketbase_s_way_is_a_choice(database_url: str) -> None:
     """There a hidden relation expands for everybody; the conformance suite compares its bytes."""
-    async with world_of(database_url, SCHEMA, configured(), hidden="pocketbase") as world:
+    async with world_of(database_url, SCHEMA, configured(), hidden_fields="pocketbase") as world:
         found = await told(world, *(topic(expand=text) for text in PATHS))
 
     shown: list[dict[str, Any]] = [json.loads(event)["record"] for (event,) in found]
@@ -159,7 +159,7 @@ FILTERS = [
 async def test_no_filter_asks_about_a_hidden_field(database_url: str, hidden: str) -> None:
     """It is refused as one with an unknown name, whether it would be true or not."""
     texts = [topic(filter=text) for text in (*FILTERS, "reviewer.name = 'Ann'", "nosuch = 1")]
-    async with world_of(database_url, SCHEMA, configured(), hidden=hidden) as world:
+    async with world_of(database_url, SCHEMA, configured(), hidden_fields=hidden) as world:
         *refused, control, unknown = await told(world, *texts)
 
     assert len(control) == 1
