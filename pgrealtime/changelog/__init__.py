@@ -1,1 +1,1 @@
-"""Where a transaction is kept before Postgres may forget it."""
+"""Recent transactions, kept here so that the server may remove their WAL."""

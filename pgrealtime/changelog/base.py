@@ -1,4 +1,4 @@
-"""What a changelog is: the seam between the relay that appends and the hub that reads."""
+"""The interface of a changelog: ``feed`` appends transactions, the hub reads them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ from pgrealtime.lsn import LSN, Cursor
 
 
 class Gap(Struct, frozen=True):
-    """A place in the stream where changes are missing."""
+    """Changes that are missing in the stream."""
 
     end_lsn: LSN
-    """Everything up to here may be missing; what follows is complete again."""
+    """Changes up to here may be missing; what follows is complete."""
     reason: str
-    """The word that clients are told: ``slot_lost``, ``oversized_message_bytes``, ``decoder``,
-    ``schema``.
-    """
+    """Sent to clients: ``slot_lost``, ``too_large``, ``decoder`` or ``schema``."""
     tables: frozenset[TableName] | None = None
-    """What may have missed something; None is everything."""
+    """The tables concerned; None for all."""
 
 
 class Watermark(Struct, frozen=True):
-    """A place in the stream with nothing of ours before it since the entry before."""
+    """An LSN up to which the stream has no more changes since the previous entry."""
 
     end_lsn: LSN
 
@@ -34,11 +32,11 @@ Entry: TypeAlias = Transaction | OversizedTransaction | Gap | Watermark
 
 
 class Changelog(Protocol):
-    """A window of recent entries in stream order, addressed by cursor."""
+    """A window of recent entries in stream order, addressed by cursors."""
 
     @property
     def floor(self) -> Cursor:
-        """The oldest cursor that ``read`` serves: what lies before was trimmed or never held."""
+        """The oldest cursor that ``read`` accepts."""
         ...
 
     @property
@@ -47,24 +45,24 @@ class Changelog(Protocol):
         ...
 
     def append(self, entry: Entry) -> None:
-        """Keep the entry. Its end LSN must lie beyond the head's.
+        """Append the entry.
 
         Raises:
-            ChangelogError: It doesn't.
+            ChangelogError: Its end LSN isn't after the head's.
         """
         ...
 
     def read(self, after: Cursor, upto: Cursor, limit: int) -> Sequence[Entry]:
-        """Return entries in order with something after ``after``, none that ends beyond ``upto``.
+        """Return the entries in order that have a change after ``after`` and end by ``upto``.
 
-        The first may be a transaction of which ``after`` lies in the middle. At least one entry
-        is returned if there is one, then more until ``limit`` changes are reached.
+        ``after`` may be inside the first one, a transaction. Returns at least one entry if there
+        is one, then more until they have ``limit`` changes.
 
         Raises:
-            ChangelogError: ``after`` lies before the floor (code ``changelog_trimmed``).
+            ChangelogError: ``after`` is before the floor (code ``changelog_trimmed``).
         """
         ...
 
     def bytes_after(self, cursor: Cursor) -> int:
-        """Bytes of the entries that end after the cursor."""
+        """Return the bytes of the entries that end after the cursor."""
         ...

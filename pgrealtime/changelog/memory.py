@@ -1,4 +1,4 @@
-"""The changelog in the process's memory: a window bounded by bytes and by age."""
+"""The changelog in the process's memory, bounded by bytes and by age."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pgrealtime.errors import ChangelogError
 from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, format_lsn
 
 _COMPACT_AT = 4096
-"""Trimmed places at the front of the list before they are given back."""
+"""Trimmed elements at the front of the list from which on they are deleted."""
 
 
 class _StoredEntry(NamedTuple):
     end_lsn: LSN
     entry: Entry
     total_bytes: int
-    """Bytes appended up to and including this entry, ever."""
+    """Of all entries ever appended, up to and including this one."""
     appended_at: float
 
 
@@ -32,8 +32,8 @@ class MemoryChangelog:
 
     Args:
         start: Where the stream begins: floor and head of the empty changelog.
-        max_bytes: Bytes held at most, about, the newest entry aside.
-        max_age_seconds: Seconds that an entry is held at most; ``expire`` applies it.
+        max_bytes: Of all entries but the newest, approximately.
+        max_age_seconds: Applied by ``expire``.
     """
 
     def __init__(self, start: LSN, *, max_bytes: int, max_age_seconds: float) -> None:
@@ -64,12 +64,12 @@ class MemoryChangelog:
         return len(self._entries) - self._first_index
 
     def append(self, entry: Entry, now: float = 0.0, upto: Cursor = _MAX_CURSOR) -> None:
-        """Keep the entry; trim the oldest where the bound on bytes asks for it.
+        """Append the entry; trim the oldest ones above ``max_bytes``.
 
         Args:
             entry: The next one.
             now: Monotonic seconds.
-            upto: What ends after this is not trimmed: whoever reads it holds it anyway.
+            upto: Entries that end later aren't trimmed: the hub has yet to read them.
         """
         if entry.end_lsn <= self._head.lsn and self._entries:
             raise ChangelogError(
@@ -83,13 +83,13 @@ class MemoryChangelog:
             self._trim()
 
     def restart(self, start: LSN) -> None:
-        """Empty it: another history begins at ``start``, whose positions may be used again."""
+        """Remove all entries; the stream begins anew at ``start``, which may be a lower LSN."""
         self._entries, self._first_index = [], 0
         self._trimmed_bytes = self._total_bytes
         self._floor = self._head = Cursor(start, END_ORDINAL)
 
     def expire(self, now: float, upto: Cursor) -> None:
-        """Trim what is older than ``max_age``, but nothing that ends after ``upto``."""
+        """Trim entries older than ``max_age_seconds`` that end by ``upto``."""
         while len(self):
             is_young = now - self._entries[self._first_index].appended_at < self._max_age_seconds
             if is_young or not self._oldest_ends_by(upto):
@@ -97,23 +97,23 @@ class MemoryChangelog:
             self._trim()
 
     def _oldest_ends_by(self, upto: Cursor) -> bool:
-        """Whether the oldest entry lies before the cursor to its very end."""
+        """Whether the oldest entry ends before the cursor."""
         return Cursor(self._entries[self._first_index].end_lsn, END_ORDINAL) <= upto
 
     def _trim(self) -> None:
-        gone = self._entries[self._first_index]
-        self._floor = Cursor(gone.end_lsn, END_ORDINAL)
-        self._trimmed_bytes = gone.total_bytes
-        self._entries[self._first_index] = (
-            _TRIMMED  # its place stays for a while, its rows must not
-        )
+        oldest = self._entries[self._first_index]
+        self._floor = Cursor(oldest.end_lsn, END_ORDINAL)
+        self._trimmed_bytes = oldest.total_bytes
+        # Deleting at the front of a list moves the rest, so elements are deleted many at a time;
+        # the rows are freed at once.
+        self._entries[self._first_index] = _TRIMMED
         self._first_index += 1
         if self._first_index >= _COMPACT_AT and self._first_index * 2 >= len(self._entries):
             del self._entries[: self._first_index]
             self._first_index = 0
 
     def read(self, after: Cursor, upto: Cursor, limit: int) -> Sequence[Entry]:
-        """Return the entries in (after, upto], about ``limit`` changes of them."""
+        """Return the entries after ``after`` up to ``upto``, see ``Changelog.read``."""
         if after < self._floor:
             raise ChangelogError(
                 "the position lies before the changelog",
@@ -122,30 +122,31 @@ class MemoryChangelog:
             )
         entries: list[Entry] = []
         count = 0
-        for place in range(self._index_after(after), len(self._entries)):
-            kept = self._entries[place]
-            if kept.end_lsn > upto.lsn or count >= limit:
+        for index in range(self._index_after(after), len(self._entries)):
+            stored = self._entries[index]
+            if stored.end_lsn > upto.lsn or count >= limit:
                 break
-            entries.append(kept.entry)
-            count += len(kept.entry.changes) if isinstance(kept.entry, Transaction) else 1
+            entries.append(stored.entry)
+            count += _change_count(stored.entry)
         return entries
 
     def bytes_after(self, cursor: Cursor) -> int:
-        """Bytes of the entries that end after the cursor."""
-        place = self._index_after(Cursor(cursor.lsn, END_ORDINAL))
-        if place == self._first_index:
+        """Return the bytes of the entries that end after the cursor."""
+        index = self._index_after(Cursor(cursor.lsn, END_ORDINAL))
+        if index == self._first_index:
             return self.size_bytes
-        return self._total_bytes - self._entries[place - 1].total_bytes
+        return self._total_bytes - self._entries[index - 1].total_bytes
 
     def _index_after(self, cursor: Cursor) -> int:
-        place = bisect_right(
-            self._entries, cursor.lsn, lo=self._first_index, key=lambda kept: kept.end_lsn
+        """Return the index of the first entry with a change after the cursor."""
+        index = bisect_right(
+            self._entries, cursor.lsn, lo=self._first_index, key=lambda stored: stored.end_lsn
         )
-        if cursor.ordinal != END_ORDINAL and place > self._first_index:
-            before = self._entries[place - 1]
+        if cursor.ordinal != END_ORDINAL and index > self._first_index:
+            before = self._entries[index - 1]
             if before.end_lsn == cursor.lsn and _change_count(before.entry) > cursor.ordinal:
-                return place - 1
-        return place
+                return index - 1
+        return index
 
 
 def _change_count(entry: Entry) -> int:

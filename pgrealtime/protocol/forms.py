@@ -1,7 +1,9 @@
-"""Form bodies, read as Go's ``net/http``, ``mime`` and ``mime/multipart`` read them.
+"""Parses form bodies as Go's ``net/http``, ``mime`` and ``mime/multipart`` do.
 
-Which bodies count as broken is part of PocketBase's behaviour, and the parsers at hand (aiohttp's,
-the standard library's ``email``) forgive other things than Go does.
+Used by ``protocol.form_json``. Which bodies are valid is part of PocketBase's behaviour: lines may
+end with LF alone, a body may end within a part's headers, two equal parameters are valid, a
+numbered one is ignored. The available parsers (aiohttp's, ``multipart``, ``email``) decide these
+differently, so the rules are written out here; the conformance tests compare with PocketBase.
 """
 
 from __future__ import annotations
@@ -31,48 +33,48 @@ _MAX_PARTS: Final = 1000
 _MAX_HEADERS: Final = 10_000
 """Of one part (Go's ``multipartmaxheaders``)."""
 _MAX_PARAMETERS: Final = 1000
-"""Of one header. Go takes any number; four are known, and a body has room for millions."""
+"""Of one header. Go accepts any number; four are known, and a body could have millions."""
 _MAX_LINE_BYTES: Final = 4096
-"""Bytes of a line outside the parts: the size of Go's buffer there."""
+"""Of a line outside the parts: the size of Go's buffer."""
 _MAX_FORM_BYTES: Final = 10 << 20
-"""Bytes of an urlencoded body; Go's ``ParseForm`` refuses more."""
+"""Of an urlencoded body; Go's ``ParseForm`` refuses more."""
 
 
 class FormError(ValueError):
-    """The body isn't the form its content type says, or the content type is broken."""
+    """The body isn't a valid form of its content type, or the content type is invalid."""
 
 
 @dataclass(frozen=True, slots=True)
 class MediaType:
-    """A content type or disposition: ``form-data``, and its parameters by lower case name."""
+    """A content type or disposition, and its parameters by lower case name."""
 
     name: str
     parameters: Mapping[str, str]
 
 
 def parse_form(content_type: str, body: bytes, query: bytes) -> list[FormPair]:
-    """Return the values of a form in the order PocketBase finds them, the URL's among them.
+    """Return the pairs of form and URL in PocketBase's order.
 
     Args:
-        content_type: The header, its prefix already recognised as one of the two forms.
-        body: All of it.
+        content_type: The header; it begins with one of the two forms.
+        body: The whole body.
         query: The query string of the URL, still escaped.
 
     Raises:
-        FormError: Body, content type or query string can't be read whole.
+        FormError: Body, content type or query string is invalid.
     """
     media_type = parse_media_type(content_type)
-    of_url = _well_formed_pairs(parse_query_string(query))
+    url_pairs = _well_formed_pairs(parse_query_string(query))
     if content_type.startswith("multipart/form-data"):
         boundary = media_type.parameters.get("boundary")
         if media_type.name != "multipart/form-data" or boundary is None:
             raise FormError("not multipart/form-data, or no boundary")
-        return [*of_url, *parse_multipart(body, boundary.encode(errors="surrogateescape"))]
+        return [*url_pairs, *parse_multipart(body, boundary.encode(errors="surrogateescape"))]
     if media_type.name != "application/x-www-form-urlencoded":
-        return of_url
+        return url_pairs
     if len(body) > _MAX_FORM_BYTES:
         raise FormError("form too large")
-    return [*_well_formed_pairs(parse_query_string(body)), *of_url]
+    return [*_well_formed_pairs(parse_query_string(body)), *url_pairs]
 
 
 def _well_formed_pairs(query: QueryString) -> list[FormPair]:
@@ -82,10 +84,10 @@ def _well_formed_pairs(query: QueryString) -> list[FormPair]:
 
 
 def parse_media_type(text: str) -> MediaType:
-    """Return what the header says.
+    """Parse the header.
 
     Raises:
-        FormError: As Go's ``mime.ParseMediaType``, where it returns an error.
+        FormError: Where Go's ``mime.ParseMediaType`` returns an error.
     """
     base, _, _ = text.partition(";")
     name = base.strip().lower()
@@ -104,9 +106,9 @@ def parse_media_type(text: str) -> MediaType:
 
 
 def _next_parameter(text: str, at: int) -> tuple[str, str, int]:
-    """Return name and value of the parameter whose semicolon is next, and where they end.
+    """Return name and value of the parameter after the semicolon, and the offset after them.
 
-    By position: a header may be as long as a body.
+    Matches at an offset instead of cutting the text: a part's header may be as long as a body.
     """
     start = _PARAMETER.match(text, at)
     key = _TOKEN.match(text, start.end()) if start else None
@@ -125,7 +127,7 @@ def _next_parameter(text: str, at: int) -> tuple[str, str, int]:
 
 
 def _resolve_extended_parameters(parameters: Mapping[str, str]) -> dict[str, str]:
-    """Resolve ``name*=utf-8''...`` (RFC 2231); the numbered pieces of that RFC stay unread."""
+    """Resolve ``name*=utf-8''...`` (RFC 2231); numbered parts of a parameter are dropped."""
     plain = {key: value for key, value in parameters.items() if "*" not in key}
     for key, value in parameters.items():
         charset, *more = value.split("'", 2)
@@ -136,7 +138,7 @@ def _resolve_extended_parameters(parameters: Mapping[str, str]) -> dict[str, str
 
 @dataclass(slots=True)
 class _MultipartBody:
-    """A multipart body and how far it has been read."""
+    """A multipart body being parsed."""
 
     body: bytes
     delimiter: bytes
@@ -146,14 +148,14 @@ class _MultipartBody:
     pairs: list[FormPair] = field(default_factory=list)
 
     def next_line(self) -> bytes:
-        """Return the next line with its end; the last one may have none, after it nothing."""
+        """Return the next line with its line end; empty at the end of the body."""
         end = self.body.find(b"\n", self.offset)
         line = self.body[self.offset : end + 1] if end >= 0 else self.body[self.offset :]
         self.offset += len(line)
         return line
 
     def is_delimiter(self, line: bytes) -> bool:
-        """Whether a part follows this line. The first one decides how lines end."""
+        """Whether a part follows this line. The first one determines the line ends."""
         rest = line[len(self.delimiter) :].lstrip(b" \t")
         if not line.startswith(self.delimiter):
             return False
@@ -162,7 +164,7 @@ class _MultipartBody:
         return rest == self.newline
 
     def is_closing_delimiter(self, line: bytes) -> bool:
-        """Whether this line closes the body."""
+        """Whether the form ends with this line."""
         last = self.delimiter + b"--"
         return line.startswith(last) and line[len(last) :].lstrip(b" \t") in (b"", self.newline)
 
@@ -171,7 +173,7 @@ def parse_multipart(body: bytes, boundary: bytes) -> list[FormPair]:
     """Return names and values of the parts that aren't files.
 
     Raises:
-        FormError: The body breaks off, or something that is no part stands between parts.
+        FormError: The body has no closing delimiter, or text between parts.
     """
     if not boundary:
         raise FormError("empty boundary")
@@ -194,10 +196,10 @@ def parse_multipart(body: bytes, boundary: bytes) -> list[FormPair]:
 
 
 def _read_part(multipart: _MultipartBody) -> bool:
-    """Read one part; a file, and a part without a name, leaves no pair.
+    """Read one part; add a pair unless it is a file or has no name.
 
     Returns:
-        False if the body ended among the headers, which Go takes for the end of the form.
+        False if the body ends within the headers, for Go the end of the form.
     """
     multipart.parts_read += 1
     if multipart.parts_read > _MAX_PARTS:
@@ -230,7 +232,7 @@ def _parse_disposition(header: bytes) -> MediaType:
 
 
 def _read_headers(multipart: _MultipartBody) -> dict[bytes, bytes] | None:
-    """Return the headers of a part by lower case name, the first of each; None at the end."""
+    """Return the first header of each lower case name; None if the body ends within them."""
     headers: dict[bytes, list[bytes]] = {}
     name = b""
     left = _MAX_HEADERS
@@ -256,7 +258,7 @@ def _read_headers(multipart: _MultipartBody) -> dict[bytes, bytes] | None:
 
 
 def _read_content(multipart: _MultipartBody) -> bytes:
-    """Return everything up to the next delimiter, which stays unread."""
+    """Return the content up to the next delimiter, which is not consumed."""
     if _is_delimiter_at(multipart.body, multipart.offset, multipart.delimiter):
         return b""
     mark = multipart.newline + multipart.delimiter
@@ -270,7 +272,7 @@ def _read_content(multipart: _MultipartBody) -> bytes:
 
 
 def _is_delimiter_at(body: bytes, at: int, delimiter: bytes) -> bool:
-    """Whether the mark stands there and isn't the beginning of a longer word."""
+    """Whether the delimiter is at the offset and not the beginning of a longer word."""
     after = at + len(delimiter)
     if body[at:after] != delimiter:
         return False

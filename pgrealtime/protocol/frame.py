@@ -1,4 +1,8 @@
-"""The text of messages. Made once per group; a connection adds its own ``id:`` line in front."""
+"""Encodes SSE messages, except for their ``id:`` line.
+
+A message is ``id:``, the id, and a tail. Only the id differs between connections, so a tail is
+encoded once for all that receive it: the end of the id line, event line, data line, empty line.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +11,27 @@ from collections.abc import Iterable
 
 from pgrealtime.changes import Action
 
-# A message is b"id:" + id + tail, the tail being everything after the id, which is all that
-# differs between connections: the end of the id line, the event line, the data line, the blank.
-
 HEARTBEAT = b":\n"
-"""A comment without an empty line after it: some clients take that for a message."""
+"""A comment, without an empty line after it: some clients would take that for a message."""
 
 
 def event_tail(topic: bytes, record: bytes, action: Action) -> bytes:
-    """Return the tail of a record's message; ``topic`` is the subscription exactly as submitted."""
+    """Return the tail of a record's message; ``topic`` exactly as submitted, ``record`` JSON."""
     return b'\nevent:%b\ndata:{"record":%b,"action":"%b"}\n\n' % (topic, record, action.encode())
 
 
 def connect_tail(client_id: str) -> bytes:
-    """Return the tail of PB_CONNECT, which names the bare client id."""
+    """Return the tail of PB_CONNECT."""
     return b'\nevent:PB_CONNECT\ndata:{"clientId":"%b"}\n\n' % client_id.encode()
 
 
 def cursor_tail(event_id: bytes) -> bytes:
-    """Return the tail of PB_CURSOR: the id once more, for clients that don't see ids."""
+    """Return the tail of PB_CURSOR: the id as data, for clients that don't get ids."""
     return b'\nevent:PB_CURSOR\ndata:{"id":"%b"}\n\n' % event_id
 
 
 def resync_tail(collections: Iterable[str], reason: str) -> bytes:
-    """Return the tail of PB_RESYNC: what must be loaded anew; no collections means all."""
+    """Return the tail of PB_RESYNC: the collections to load anew; none means all."""
     data = json.dumps(
         {"collections": sorted(collections), "reason": reason},
         separators=(",", ":"),

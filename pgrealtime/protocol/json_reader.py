@@ -1,8 +1,12 @@
-"""A pull reader of JSON, exactly as strict as PocketBase's: Go's ``encoding/json/v2``.
+"""A pull parser of JSON, exactly as strict as PocketBase's: Go's ``encoding/json/v2``.
 
-The standard library's decoder is too kind (repeated names, lone surrogates, ``NaN``), keeps
-nothing of a text that breaks off, and builds whatever it is sent. This one hands out one token at
-a time, so its caller keeps what it read before a fault and skips what it has no use for.
+Used by ``protocol.topic`` and ``protocol.form_json``. It returns one value at a time, so a caller
+keeps what it read before an error (PocketBase keeps those options of a topic) and skips the rest
+without building it.
+
+``json.JSONDecoder`` can't replace it. Its hooks could refuse repeated names and ``NaN``, but it
+returns nothing of a text with an error; it builds all of 32 MB of ``[[],[],...`` before a hook
+could count the values; and it ends at Python's recursion limit, where Go accepts 10,000 levels.
 """
 
 from __future__ import annotations
@@ -25,27 +29,26 @@ _SHORT_ESCAPES: Final = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 _LITERALS: Final = (b"null", b"true", b"false")
 
 MAX_TOKENS: Final = 200_000
-"""What a text may hold, so that a small upload can't buy a long computation: a hundred times
-what the largest acceptable subscribe call needs."""
+"""Limits the time that a body can take: a hundred times what the largest valid call needs."""
 
 _MAX_DEPTH: Final = 10_000
 """Levels of nesting; as in Go's ``jsontext``."""
 
 
 class JsonError(ValueError):
-    """The text isn't JSON, or isn't of the shape its reader asked for."""
+    """The text isn't JSON, or a value isn't of the kind that was to be read."""
 
 
 class JsonRangeError(JsonError):
-    """A number so large that no double reaches it."""
+    """A number is too large for a double."""
 
 
 class JsonReader:
-    """The tokens of one text. Every method consumes one whole value unless it says otherwise.
+    """Reads the values of one text; each method consumes a whole value unless stated otherwise.
 
     Args:
-        text: UTF-8; a byte order mark is a fault.
-        max_tokens: More of them than this are a fault too.
+        text: UTF-8; a byte order mark is an error.
+        max_tokens: More of them are an error.
     """
 
     def __init__(self, text: bytes, *, max_tokens: int = MAX_TOKENS) -> None:
@@ -58,11 +61,11 @@ class JsonReader:
 
     @property
     def tokens_left(self) -> int:
-        """How many more of them are no fault."""
+        """How many more tokens are allowed."""
         return self._max_tokens - self._token_count
 
     def peek(self) -> bytes:
-        """Return the first byte of the next value; empty at the end."""
+        """Return the first byte of the next value, empty at the end; consume none of it."""
         if self._is_colon_due:
             self._is_colon_due = False
             self._expect(b":")
@@ -72,17 +75,17 @@ class JsonReader:
         return self._text[self._offset : self._offset + 1]
 
     def consume_null(self) -> bool:
-        """Whether the value is null; consumes it only then."""
+        """Return whether the value is null; consume it only then."""
         if self.peek() != b"n":
             return False
         self._read_literal()
         return True
 
     def read_string(self) -> str:
-        """Return a string.
+        """Read a string.
 
         Raises:
-            JsonError: Anything else, also a lone surrogate or a text that isn't UTF-8.
+            JsonError: Another value, a lone surrogate, or not UTF-8.
         """
         self._count_token()
         if self.peek() != b'"':
@@ -97,10 +100,10 @@ class JsonReader:
         return _unescape(_decode_utf8(escaped[1]))
 
     def read_number(self) -> float:
-        """Return a number, as a double.
+        """Read a number as a double.
 
         Raises:
-            JsonError: Anything else; JsonRangeError if it is a number but no double.
+            JsonError: Another value; JsonRangeError if it is too large.
         """
         value = float(self._read_number_text())
         if isinf(value):
@@ -108,18 +111,18 @@ class JsonReader:
         return value
 
     def read_boolean(self) -> bool:
-        """Return true or false."""
+        """Read true or false."""
         if self.peek() not in (b"t", b"f"):
             raise JsonError("not a boolean")
         return self._read_literal() == b"true"
 
     def members(self) -> Iterator[str]:
-        """Yield the names of an object's members; its caller takes each value in between.
+        """Yield the names of an object's members; the caller must read each value in between.
+
+        A missing colon is an error of reading the value.
 
         Raises:
-            JsonError: Not an object, broken, or a name that came before.
-
-        A colon that isn't there shows when the value is asked for, not before.
+            JsonError: Not an object, invalid, or a repeated name.
         """
         self._enter(b"{")
         seen: set[str] = set()
@@ -133,10 +136,10 @@ class JsonReader:
         self._leave()
 
     def elements(self) -> Iterator[None]:
-        """Step through an array; its caller takes one value at each step.
+        """Iterate over an array; the caller must read one value at each step.
 
         Raises:
-            JsonError: Not an array, or broken.
+            JsonError: Not an array, or invalid.
         """
         self._enter(b"[")
         first = True
@@ -146,7 +149,7 @@ class JsonReader:
         self._leave()
 
     def skip(self) -> None:
-        """Consume a value of any kind, however deep, checking it as if it were wanted."""
+        """Consume a value of any kind and depth, checking its syntax without building it."""
         open_: list[Iterator[object]] = []
         while True:
             match self.peek():
@@ -166,7 +169,7 @@ class JsonReader:
                 return
 
     def expect_end(self) -> None:
-        """Make sure that nothing but white space is left."""
+        """Check that only white space is left."""
         if self.peek():
             raise JsonError("something follows the value")
 
@@ -199,9 +202,8 @@ class JsonReader:
         self._depth -= 1
 
     def _advance_to_next(self, bracket: bytes, *, first: bool) -> bool:
-        """Step over the comma before the next member; whether there is one before the bracket."""
-        found = self.peek()
-        if found == bracket:
+        """Consume the comma before the next element; False if the bracket is next."""
+        if self.peek() == bracket:
             return False
         if not first:
             self._expect(b",")

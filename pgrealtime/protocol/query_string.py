@@ -1,13 +1,13 @@
-"""Query strings and form bodies, taken apart as Go's ``url.ParseQuery`` does."""
+"""Parses query strings and urlencoded bodies as Go's ``url.ParseQuery`` does."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import unquote_to_bytes
 
 _BAD_ESCAPE: Final = re.compile(rb"%(?![0-9a-fA-F]{2})")
-_ESCAPE: Final = re.compile(rb"%([0-9a-fA-F]{2})")
 
 _MAX_PAIRS: Final = 10_000
 """Go refuses more (``urlmaxqueryparams``)."""
@@ -15,13 +15,11 @@ _MAX_PAIRS: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class QueryString:
-    """The pairs that could be read, in order, and whether that was all of them.
-
-    Names and values are bytes, since an escape can make anything of them.
-    """
+    """The valid pairs in order. Bytes, because escapes may result in any byte."""
 
     pairs: tuple[tuple[bytes, bytes], ...]
     is_well_formed: bool
+    """Whether all pairs were valid."""
 
     def first(self, name: bytes) -> bytes | None:
         """Return the first value of that name, None if there is none."""
@@ -34,14 +32,12 @@ def has_bad_escape(text: bytes) -> bool:
 
 
 def parse_query_string(text: bytes) -> QueryString:
-    """Return the pairs; one with a semicolon or a broken escape is left out and noted."""
+    """Return the pairs, except those with a semicolon or an invalid escape."""
     if text.count(b"&") >= _MAX_PAIRS:
         return QueryString((), is_well_formed=False)
-    written = [pair for pair in text.split(b"&") if pair]
-    readable = [pair for pair in written if b";" not in pair and not has_bad_escape(pair)]
-    return QueryString(
-        tuple(_split(pair) for pair in readable), is_well_formed=len(readable) == len(written)
-    )
+    pairs = [pair for pair in text.split(b"&") if pair]
+    valid = [pair for pair in pairs if b";" not in pair and not has_bad_escape(pair)]
+    return QueryString(tuple(map(_split, valid)), is_well_formed=len(valid) == len(pairs))
 
 
 def _split(pair: bytes) -> tuple[bytes, bytes]:
@@ -50,4 +46,4 @@ def _split(pair: bytes) -> tuple[bytes, bytes]:
 
 
 def _unescape(text: bytes) -> bytes:
-    return _ESCAPE.sub(lambda escape: bytes.fromhex(escape[1].decode()), text.replace(b"+", b" "))
+    return unquote_to_bytes(text.replace(b"+", b" "))

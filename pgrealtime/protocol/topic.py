@@ -1,8 +1,8 @@
-"""What a submitted topic string asks for, and under which options.
+"""Parses a topic and its options as PocketBase does. Called for each topic of a subscribe call.
 
-A topic is matched as PocketBase matches: by comparing strings, with no percent decoding, trimming
-or slash normalisation of the part before the first ``?``. The rest is read as Go's ``net/url``
-and ``encoding/json/v2`` read it, because that is what decides which options PocketBase sees.
+The part before the first ``?`` is compared as it is, without percent decoding, trimming or
+normalizing slashes. The rest is parsed as by Go's ``net/url`` and ``encoding/json/v2``, which
+decide which options PocketBase sees.
 """
 
 from __future__ import annotations
@@ -23,21 +23,20 @@ _CASE_BOUNDARY: Final = re.compile(r"(?<=[^A-Z])(?=[A-Z])")
 _WILDCARD: Final = "*"
 
 _MAX_TOKENS: Final = 500
-"""Of one topic's options, more than anybody writes: a call may bring a thousand topics, and at 2 us
-a token the 2500 that a topic has room for would be five seconds of the processor."""
+"""Of one topic's options. A call may have a thousand topics; at 2 us a token the 2500 that fit into
+each would take five seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topic:
-    """One subscription string, taken apart.
+    """A parsed topic; whether the collection exists is not checked here.
 
-    A text that can match nothing by its form has the collection ``""``, which no collection is
-    called: one without a name before the slash, and one with a line break in it, which would
-    tear the event stream's frame. Everything else is compared by whoever knows the collections.
+    A text that can match nothing has the empty collection, a name that none has: one without a
+    name before the slash, and one with a line break, which would break the framing of SSE.
     """
 
     text: str
-    """As submitted; the name of its events."""
+    """As submitted; the event name of its messages."""
     collection: str
     """Name or id, exact and case sensitive."""
     record_id: str | None
@@ -49,7 +48,7 @@ class Topic:
 
 
 def parse_topic(text: str) -> Topic:
-    """Return what the text asks for; never raises, a text of no known form matches nothing."""
+    """Parse a topic; never raises: an invalid one matches nothing."""
     if _LINE_BREAK.search(text):
         return Topic(text=text, collection="", record_id=None, query={}, headers={})
     path, _, _ = text.partition("?")
@@ -68,8 +67,8 @@ def parse_topic(text: str) -> Topic:
 def _options_text(text: str) -> bytes:
     """Return the decoded value of the first parameter ``options``; empty if there is none.
 
-    A text that Go doesn't parse as a URL has no parameters: control characters, broken percent
-    escapes before the query or after the ``#``.
+    A text that Go doesn't accept as a URL has no parameters: one with control characters, or with
+    invalid percent escapes before the query or after the ``#``.
     """
     url, _, fragment = text.partition("#")
     path, _, query = url.partition("?")
@@ -85,7 +84,7 @@ def _encoded(text: str) -> bytes:
 
 
 def _read_options(text: bytes) -> tuple[dict[str, str], dict[str, str]]:
-    """Return query and headers; of a faulty text what came before the fault."""
+    """Return query and headers; of an invalid text, what precedes the error."""
     query: dict[str, str] = {}
     headers: dict[str, str] = {}
     reader = JsonReader(text, max_tokens=_MAX_TOKENS)
@@ -98,12 +97,12 @@ def _read_options(text: bytes) -> tuple[dict[str, str], dict[str, str]]:
             else:
                 reader.skip()
     except JsonError:
-        pass  # no error to PocketBase either: the subscription counts, with the options read
+        pass  # as in PocketBase: the subscription is valid, with the options read so far
     return query, {snake_case(name): value for name, value in headers.items()}
 
 
 def _read_strings(reader: JsonReader, into: dict[str, str]) -> None:
-    """Read an object, adding its members to ``into`` as they come."""
+    """Read an object's members into ``into``, which has them also if an error follows."""
     if reader.consume_null():
         return
     for name in reader.members():
@@ -129,11 +128,11 @@ def _read_as_string(reader: JsonReader) -> str:
 
 
 def _plain_decimal(number: float) -> str:
-    """Return the shortest digits that read back as this double, without an exponent."""
+    """Return the shortest digits that parse to this double, without exponent."""
     digits = format(Decimal(repr(number)), "f")
     return digits.removesuffix(".0")
 
 
 def snake_case(name: str) -> str:
-    """Return a header name as rules spell it: ``X-Token`` and ``xToken`` are ``x_token``."""
+    """Return a header's name in rules: ``X-Token`` and ``xToken`` are ``x_token``."""
     return "_".join(_CASE_BOUNDARY.sub("_", word) for word in _WORD.findall(name)).lower()

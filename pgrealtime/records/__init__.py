@@ -1,1 +1,1 @@
-"""Rows as PocketBase's JSON: field values, what is hidden from whom."""
+"""Rows as PocketBase's JSON: values of fields, hidden fields, the option ``fields``."""

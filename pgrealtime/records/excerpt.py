@@ -1,9 +1,14 @@
-"""The text of an HTML fragment, shortened: what ``fields=body:excerpt(200,true)`` shows.
+"""The shortened text of an HTML fragment, as ``fields=body:excerpt(200,true)`` shows it.
 
-PocketBase parses the HTML as a browser does and walks the tree. Here the tags are walked as they
-come with the list of those open, which gives the same text for what an editor produces; text
-directly in a table, which a browser moves out of it, stays in its place here.
-The lists of tags were found by asking PocketBase 0.40.6 about each element of HTML.
+Used by ``records.fields``. PocketBase parses the HTML as a browser does (Go's ``html.Parse``) and
+walks the tree. Here tags are processed in order with a stack of open elements, which gives the same
+text for what editors produce; only text directly in a table, which a browser moves before it, stays
+in its place. The sets of tags were found by testing each element of HTML with PocketBase 0.40.6.
+
+Tokens are matched here and not by ``html.parser`` because the text must be the same to the byte.
+``html.parser`` differs from Go's tokenizer and between patch releases of Python: in 3.11.7 it reads
+tags in ``title``, ``textarea`` and ``xmp``, ends ``<!-- a --!> b`` at no ``--!>``, and turns a tag
+that the end of the text cuts off into text.
 """
 
 from __future__ import annotations
@@ -23,13 +28,13 @@ _HIDDEN: Final = _tags(
     "applet button dialog form head iframe object option picture script select style svg",
     "template textarea",
 )
-"""Elements whose text isn't shown."""
+"""Elements whose text is left out."""
 
 _INLINE: Final = _tags(
     "a abbr acronym b bdo big br cite code em embed i image img input label q small span strike",
     "strong sub sup time",
 )
-"""Elements that don't set their text apart with blanks."""
+"""Elements whose text isn't separated by blanks."""
 
 _VOID: Final = _tags(
     "area base basefont bgsound br col embed frame hr image img input keygen link meta param",
@@ -38,22 +43,22 @@ _VOID: Final = _tags(
 _IN_HEAD: Final = _tags(
     "base basefont bgsound link meta noframes noscript script style template title"
 )
-"""Elements that belong to the head while nothing of the body has been seen."""
+"""Elements that belong to the head until content of the body begins."""
 
 _STRUCTURE: Final = _tags("html head body frameset frame")
 _IN_TABLE: Final = _tags("caption col colgroup tbody td tfoot th thead tr")
-"""Elements that don't count outside a table."""
+"""Elements that are ignored outside a table."""
 
 _RAW: Final = _tags("iframe noembed noframes noscript plaintext script style xmp")
 _ESCAPABLE_RAW: Final = _tags("textarea title")
-"""As raw ones, whose content holds no tags, but with character references."""
+"""As ``_RAW``, whose content has no tags, but with character references."""
 
 _FOREIGN: Final = _tags("svg math")
 _FOREIGN_BREAKOUT: Final = _tags(
     "b big blockquote body br center code dd div dl dt em embed h1 h2 h3 h4 h5 h6 head hr i img",
     "li listing menu meta nobr ol p pre ruby s small span strike strong sub sup table tt u ul var",
 )
-"""Elements of HTML that end a drawing or formula they are found in."""
+"""HTML elements that end an enclosing ``svg`` or ``math``."""
 
 _TABLE: Final = _tags("table")
 
@@ -70,18 +75,17 @@ _TOKEN = re.compile(
 )
 _BLANKS = re.compile(r"[\t\n\f\r ]+")
 
-
 _CACHED_LENGTHS = range(512, 64 * 1024)
-"""Characters of a text whose excerpt is kept: several views and topics may show the same."""
+"""Lengths of texts whose excerpts are cached: several views and topics may show the same one."""
 
 
 def excerpt(html: str, max_characters: int, *, with_ellipsis: bool) -> str:
-    """Return the beginning of the text, blanks collapsed, at most so many characters.
+    """Return the beginning of the text without tags, blocks separated by blanks.
 
     Args:
-        html: Tags are dropped, blocks set apart by a blank, scripts and forms left out.
-        max_characters: In characters.
-        with_ellipsis: Whether ``...`` follows what was cut; it doesn't count.
+        html: The fragment.
+        max_characters: Of the result, without the ellipsis.
+        with_ellipsis: Whether to append ``...`` if the text was cut.
     """
     if len(html) in _CACHED_LENGTHS:
         return _cached_excerpt(html, max_characters, with_ellipsis)
@@ -101,19 +105,19 @@ _cached_excerpt = lru_cache(maxsize=32)(_excerpt)
 
 
 class _TextExtractor:
-    """Collects the text of a document, tag by tag."""
+    """Collects the text of a document, token by token."""
 
     def __init__(self, max_characters: int) -> None:
         self.text_runs: list[str] = []
         self._characters_left = max_characters
-        """Characters still needed to know the answer; a blank between blocks doesn't count."""
+        """Below 0 the text is longer than the excerpt. Blanks between blocks don't count."""
         self._bytes_left = max_characters + 1
-        """PocketBase enters no further element once it has more bytes than that."""
+        """Below 0 PocketBase ignores the content of further elements."""
         self._ends_with_blank = True
         self._open_elements: list[tuple[str, bool]] = []
-        """Names, and whether the text within is left out."""
+        """Names, and whether the element's text is left out."""
         self._open_counts: Counter[str] = Counter()
-        """How often each name is in there: nesting may be deep."""
+        """Of names in ``_open_elements``, which may be deep."""
         self._hidden_depth = 0
         self._is_in_head = True
 
@@ -126,7 +130,7 @@ class _TextExtractor:
             if token["text"] is not None:
                 self._add_text(unescape(token["text"]))
             elif not token["closed"]:
-                continue  # a comment, or a tag cut off by the end
+                continue  # a comment, or a tag that the end cuts off
             elif token["end"]:
                 self._end_element(token["name"].lower())
             else:
@@ -136,7 +140,7 @@ class _TextExtractor:
         return any(self._open_counts[name] for name in names)
 
     def _start_element(self, name: str, html: str, at: int) -> int:
-        """Open the element; return where to read on, after its content if that is raw."""
+        """Open the element; return the offset to continue at, after its content if that is raw."""
         is_foreign = self._is_open(_FOREIGN)
         if is_foreign and name in _FOREIGN_BREAKOUT:
             self._leave_foreign()
@@ -164,7 +168,7 @@ class _TextExtractor:
         if name == "p":
             self._leave_foreign()
         if not self._is_open(frozenset((name,))):
-            if name == "p":  # an end without a start makes an empty one
+            if name == "p":  # an end tag without a start is an empty paragraph
                 self._separate_block(name)
             return
         while self._close_element() != name:

@@ -1,7 +1,8 @@
-"""The option ``fields``: which members of a record a subscriber asked for (protocol page 5.6).
+"""Parses the option ``fields`` and compiles it to projections of members (protocol, 5.6).
 
-What is left open there was seen on PocketBase 0.40.6, which the integration tests ask again.
-One deliberate difference: picked numbers keep their spelling, PocketBase prints them anew.
+Used by ``records.encode`` and ``api.json_response``. Details not in that document are as observed
+with PocketBase 0.40.6, with which the conformance tests compare. One deliberate difference: numbers
+in selected members keep their digits, PocketBase prints them anew.
 """
 
 from __future__ import annotations
@@ -20,26 +21,26 @@ from pgrealtime.records.values import Json
 
 @dataclass(frozen=True, slots=True)
 class ExcerptModifier:
-    """The modifier ``excerpt(max,withEllipsis)``; touches strings only."""
+    """The modifier ``excerpt(max,withEllipsis)``; applies to strings only."""
 
     max_characters: int
-    """In characters, at least 1."""
+    """At least 1."""
     with_ellipsis: bool = False
 
 
 Fields: TypeAlias = Mapping[str, ExcerptModifier | None]
-"""Dotted paths, or ``*`` for what no path names, to their modifier."""
+"""Modifiers by dotted path; the path ``*`` is for members that no other path names."""
 
 Projection: TypeAlias = Callable[[Json], Json]
-"""From a member's value to what is shown of it."""
+"""Returns what is shown of a member's value."""
 
 MemberProjections: TypeAlias = Callable[[str], Projection | None]
-"""From a member's name to its pick; None leaves it out."""
+"""Returns a member's projection by its name; None if it isn't shown."""
 
 _BLANKS: Final = "\t\n\v\f\r \x85\xa0"
 _QUOTES: Final = "'\"`"
 _PIECE = re.compile(r"[^\\'\"`(), ]+|.", re.DOTALL)
-"""What means nothing to ``_split``, in one; and each character that may mean something."""
+"""A run of characters without meaning to ``_split_unquoted``, or one that may have some."""
 _TRUE_WORDS: Final = frozenset(("1", "t", "T", "true", "TRUE", "True"))
 _INTEGER = re.compile(
     r"\+?(0[xX](?:_?[0-9a-fA-F])+|0[bB](?:_?[01])+|0[oO]?(?:_?[0-7])+|"
@@ -51,9 +52,9 @@ _MAX_INT64: Final = 2**63 - 1
 
 
 def parse_fields(text: str) -> Fields | None:
-    """Return what the text asks for; empty asks for everything, None is not of the language.
+    """Parse the option; empty selects everything, None is a syntax error.
 
-    Names need not exist: those that don't select nothing.
+    Names of members that don't exist are valid and select nothing.
     """
     items = _split_unquoted(text, ",")
     if items is None:
@@ -81,7 +82,7 @@ def _parse_modifier(text: str) -> ExcerptModifier | None:
 
 
 def _parse_positive_integer(text: str) -> int | None:
-    """Read a positive number as PocketBase does: prefixes, underscores, a fraction cut off."""
+    """Parse as PocketBase does: prefixes and underscores are allowed, a fraction is cut off."""
     if fraction := _WITH_FRACTION.fullmatch(text):
         text = fraction[1]
     integer = _INTEGER.fullmatch(text)
@@ -96,10 +97,10 @@ def _parse_positive_integer(text: str) -> int | None:
 def _split_unquoted(
     text: str, separators: str, *, respects_brackets: bool = True
 ) -> list[str] | None:
-    """Cut at separators outside quotes and brackets; None if one of these stays open.
+    """Split at separators outside quotes and brackets; None if one of these isn't closed.
 
-    Quotes and brackets remain part of the items. A backslash takes the meaning of the
-    character after it, except that of a separator.
+    Quotes and brackets stay in the items. A backslash escapes a quote or bracket, but no
+    separator.
     """
     items: list[list[str]] = [[]]
     depth, quote, before = 0, "", ""
@@ -123,21 +124,21 @@ def _split_unquoted(
 
 
 def compile_projections(fields: Fields) -> MemberProjections:
-    """Return what is shown of a member, by its name."""
+    """Return the projections of members, by name."""
     if not fields:
         return lambda _name: project_all
     by_first: dict[str, dict[str, ExcerptModifier | None]] = {}
     for path, modifier in fields.items():
         by_first.setdefault(_first_name(path), {})[path] = modifier
 
-    def pick_of(name: str) -> Projection | None:
-        near = by_first.get(_first_name(name), {})
-        below = {path: modifier for path, modifier in near.items() if _is_within(path, name)}
-        if below:
-            return _nested_projection(name, below)
-        return _projection_of(fields["*"]) if "*" in fields else None
+    def projection_of(name: str) -> Projection | None:
+        candidates = by_first.get(_first_name(name), {})
+        nested = {path: modifier for path, modifier in candidates.items() if _is_within(path, name)}
+        if nested:
+            return _nested_projection(name, nested)
+        return _modifier_projection(fields["*"]) if "*" in fields else None
 
-    return pick_of
+    return projection_of
 
 
 def _first_name(path: str) -> str:
@@ -147,18 +148,18 @@ def _first_name(path: str) -> str:
 def _nested_projection(name: str, nested_fields: Fields) -> Projection:
     for path, modifier in nested_fields.items():
         if path in (name, f"{name}."):
-            return _projection_of(modifier)
+            return _modifier_projection(modifier)
     inner = compile_projections(
         {path[len(name) + 1 :]: modifier for path, modifier in nested_fields.items()}
     )
 
-    def pick(value: Json) -> Json:
+    def project(value: Json) -> Json:
         try:
             return Raw(msgspec.json.encode(_project(value, inner)))
         except RecursionError:  # a path of hundreds of names into a value as deep
             return value
 
-    return pick
+    return project
 
 
 def _is_within(path: str, name: str) -> bool:
@@ -166,31 +167,34 @@ def _is_within(path: str, name: str) -> bool:
 
 
 def project_all(value: Json) -> Json:
-    """Return the value as it is: the pick that leaves all of it."""
+    """Return the value unchanged."""
     return value
 
 
-def _projection_of(modifier: ExcerptModifier | None) -> Projection:
+def _modifier_projection(modifier: ExcerptModifier | None) -> Projection:
     if modifier is None:
         return project_all
 
-    def cut(value: Json) -> Json:
+    def shorten(value: Json) -> Json:
         if isinstance(value, Raw) and bytes(value)[:1] == b'"':
             value = msgspec.json.decode(value, type=str)
         if not isinstance(value, str):
             return value
         return excerpt(value, modifier.max_characters, with_ellipsis=modifier.with_ellipsis)
 
-    return cut
+    return shorten
 
 
 def _project(value: Json, projections: MemberProjections) -> Json:
-    """Pick from an object or a list of objects; anything else is taken whole."""
+    """Project an object, or each of a list of objects; return anything else unchanged."""
     value = _decode_one_level(value)
     match value:
         case dict():
-            picks = ((name, member, projections(name)) for name, member in value.items())
-            return {name: pick(member) for name, member, pick in picks if pick is not None}
+            return {
+                name: project(member)
+                for name, member in value.items()
+                if (project := projections(name)) is not None
+            }
         case [first, *_] if isinstance(_decode_one_level(first), dict):
             return [_project(item, projections) for item in value]
         case _:
@@ -198,7 +202,7 @@ def _project(value: Json, projections: MemberProjections) -> Json:
 
 
 def _decode_one_level(value: Json) -> Json:
-    """Return an object or list of JSON as such, its members still closed."""
+    """Decode a JSON object or list, its members left as Raw; return anything else unchanged."""
     if not isinstance(value, Raw):
         return value
     match bytes(value)[:1]:

@@ -1,10 +1,11 @@
-"""Reads PostGIS' text form of a geometry or geography, EWKB in hex, as GeoJSON.
+"""Converts PostGIS' text form of a geometry or geography, EWKB in hex, to GeoJSON.
 
-The result is what ``ST_AsGeoJSON`` and ``to_json`` make of it: nine decimals, a measure (M)
-left out, a ``crs`` member unless the SRID is 4326 or unset. Where they refuse, we don't: curves and
-polyhedral surfaces, for which GeoJSON has no shape, stay text; a coordinate that is not finite is
-null. We don't have ``spatial_ref_sys``: an SRID counts as EPSG's, from 37000 on as ESRI's.
+Used by ``records.values``. The result equals that of ``ST_AsGeoJSON`` and ``to_json``: nine
+decimals, no measure (M), a ``crs`` member unless the SRID is 4326 or unset. Where they raise an
+error: curves and polyhedral surfaces, which GeoJSON lacks, stay text; a coordinate that isn't
+finite is null. Without ``spatial_ref_sys`` an SRID is EPSG's, from 37000 on ESRI's.
 
+Written out, and not left to a library, for byte equality with PostGIS (digits, crs, order).
 Source: PostGIS, "doc/ZMSgeoms.txt" and "liblwgeom/lwout_geojson.c"; RFC 7946.
 """
 
@@ -35,7 +36,7 @@ _SINGLE_TYPES: Final = {
 
 
 def to_geojson(text: str) -> str | None:
-    """Return the JSON of a geometry's text form; None if GeoJSON has no such shape."""
+    """Return the GeoJSON of a geometry's text form; None if GeoJSON has no such shape."""
     try:
         return _EwkbReader(bytes.fromhex(text)).read_geometry()
     except (_NoShapeError, RecursionError):
@@ -43,16 +44,16 @@ def to_geojson(text: str) -> str | None:
 
 
 def point_coordinates(text: str) -> tuple[float, float] | None:
-    """Return X and Y of a point's text form; None of any other geometry."""
+    """Return X and Y of a point's text form; None for any other geometry."""
     return _EwkbReader(bytes.fromhex(text)).read_point_coordinates()
 
 
 class _NoShapeError(Exception):
-    """The geometry has a shape that GeoJSON doesn't know."""
+    """The geometry has a shape that GeoJSON lacks."""
 
 
 class _EwkbReader:
-    """Goes once through the bytes. Every geometry in them has a head of its own."""
+    """Reads the bytes once, front to back. Each nested geometry has its own header."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -87,12 +88,12 @@ class _EwkbReader:
         return self._read_list(self._read_member)
 
     def _read_member(self) -> str:
-        """One of a multiple geometry: its coordinates alone."""
+        """Read a member of a multiple geometry; return its coordinates only."""
         shape, dimensions, _ = self._read_header()
         return self._read_coordinates(shape, dimensions)
 
     def _read_header(self) -> tuple[int, tuple[int, int], str]:
-        """Return shape, how many dimensions are shown and how many there are, and the crs."""
+        """Return shape, the number of dimensions shown and stored, and the crs member."""
         self._byte_order = "<" if self._data[self._offset] else ">"
         self._offset += 1
         kind = self._read_integer()

@@ -1,16 +1,16 @@
-"""Prints numbers as ECMAScript does, which is how PocketBase's records hold them."""
+"""Prints numbers as ECMAScript does, which is their form in PocketBase's records."""
 
 from __future__ import annotations
 
 
 def format_double(number: float) -> str:
-    """Print a finite double: the shortest digits that are read back as it."""
+    """Return a finite double as the shortest digits that parse to the same double."""
     text = repr(number).removesuffix(".0")
     return format_exponent_form(text) if "e" in text else text
 
 
 def format_exponent_form(text: str) -> str:
-    """Print a number in exponent form as ECMAScript does (Number::toString), with its digits."""
+    """Return a number in exponent form as ECMAScript prints it (Number::toString)."""
     mantissa, _, exponent = text.partition("e")
     sign = "-" if mantissa[0] == "-" else ""
     digits = mantissa.lstrip("-").replace(".", "")

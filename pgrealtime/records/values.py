@@ -1,17 +1,17 @@
-"""Turns one value from PostgreSQL's text form into what PocketBase would show of it.
+"""Converts values from PostgreSQL's text form to PocketBase's JSON.
 
 The text forms are those under the pinned settings of the replication connection (see
-``pgrealtime.changes``). A converter is chosen once per field; ``records.encode`` calls it per row
-and leaves the writing to msgspec, whose strings are escaped exactly as protocol page 6.7 wants.
-The forms are those of page 6.6 and 6.8. What PocketBase doesn't know:
+``pgrealtime.changes``). A converter is chosen once per field; ``records.encode`` calls it for each
+row and encodes the results by msgspec, which escapes strings as PocketBase does (protocol, 6.7).
+The JSON forms are those of protocol 6.6 and 6.8. For what PocketBase doesn't have:
 
-- integers and numerics keep all their digits, a numeric's trailing fraction zeros are dropped;
-  floats print as ECMAScript prints a number with these digits; NaN and infinity are null.
+- integers and numerics keep all digits but a fraction's trailing zeros; floats are printed as in
+  ECMAScript; NaN and infinity are null.
 - dates beyond 9999 have a longer year (``12024-...``), dates BC the astronomical one (1 BC is
   ``0000-...``, 44 BC ``-0043-...``). Infinite dates are empty.
 - a PostGIS geometry or geography is GeoJSON (see ``records.geometry``).
 - bytea is base64, a composite an object of its attributes in order, an array an array. NULL in
-  them is null, whatever a field's own NULL is shown as.
+  them is always null.
 - everything else is its text form.
 """
 
@@ -35,17 +35,17 @@ from pgrealtime.records.numbers import format_double, format_exponent_form
 from pgrealtime.text_forms import Element, parse_array, parse_composite
 
 Json: TypeAlias = "str | int | bool | Raw | list[Json] | dict[str, Json] | None"
-"""What msgspec can write. Raw is JSON already: numbers in their spelling, json values."""
+"""What msgspec encodes. Raw is JSON already: numbers with their digits, json values."""
 
 Converter: TypeAlias = Callable[[str], Json] | None
-"""From the text form of a value that isn't NULL; None if the text itself is the value."""
+"""Converts the text form of a value that isn't NULL; None if the text is the value."""
 
 _OPTION_CATEGORIES = ("S", "E")
-"""Categories of the types whose arrays can be a select: texts and enums, but not, say, uuid."""
+"""Type categories whose arrays can be a select: strings and enums, but not, say, uuid."""
 
 
 def choose_converter(field: Field) -> Converter:
-    """Return what makes JSON of the values of a field that has a column."""
+    """Return the converter of a field that has a column."""
     type_ = field.type.base
     if field.name == "id":
         return None
@@ -60,7 +60,7 @@ def choose_converter(field: Field) -> Converter:
 
 
 def zero_value(field: Field) -> Json:
-    """Return PocketBase's value of a field without a value."""
+    """Return PocketBase's value for an unset field."""
     if field.is_multiple:
         return []
     if field.name == "id":
@@ -79,7 +79,7 @@ def zero_value(field: Field) -> Json:
 
 
 def distinct_ids(values: Iterable[str | None]) -> Json:
-    """Return the ids or options as a multiple field holds them: none empty, none twice."""
+    """Return the ids or options of a multiple field, without empty and repeated ones."""
     return list(dict.fromkeys(value for value in values if value))
 
 
@@ -106,7 +106,7 @@ def _scalar_converter(kind: FieldKind, type_: Type) -> Converter:
 
 
 def _type_converter(type_: Type) -> Converter:
-    """What is inside arrays and composites has a type but is no field."""
+    """Return the converter of an array's elements or a composite's attribute."""
     type_ = type_.base
     if type_.kind is TypeKind.ARRAY:
         element = _element_type(type_)
@@ -145,7 +145,7 @@ def _convert_ids(text: str) -> Json:
 
 
 def _convert_options(text: str) -> Json:
-    """PocketBase's select of several values, which holds none twice. NULL isn't thrown away."""
+    """Convert to PocketBase's multiple select, which has no option twice. NULL is kept."""
     items = parse_array(text)
     if any(isinstance(item, list) for item in items):
         return _convert_items(items, None)
@@ -166,9 +166,9 @@ def _composite_converter(type_: Type) -> Converter:
     def convert(text: str) -> Json:
         values = parse_composite(text)
         if len(values) > max(len(members), 1):  # () is one value, or none
-            # It was written before an attribute was dropped, and whose values they are isn't known.
+            # Written before an attribute was dropped: which one each value belongs to is unknown.
             return text
-        # Attributes that came later are missing at the end.
+        # Values of attributes that were added later are missing at the end.
         return {
             name: value if value is None or of_member is None else of_member(value)
             for (name, of_member), value in zip(members, values, strict=False)
@@ -205,11 +205,11 @@ def _float4(text: str) -> Json:
 
 
 def _float8(text: str) -> Json:
-    """Print the digits that ECMAScript chooses, which Python's repr does too.
+    """Print ECMAScript's digits, which are those of Python's repr.
 
-    Where a shorter number lies exactly between two doubles and would be read as this one,
-    PostgreSQL doesn't take it: 40095404089409024 against 40095404089409020. That needs
-    53 bits before the point, so it is found among numbers in exponent form only.
+    PostgreSQL's differ where a shorter number is exactly between two doubles and parses to this
+    one: 40095404089409024 against 40095404089409020. That needs 53 bits before the point, so it
+    occurs with numbers in exponent form only.
     """
     if "e" in text:
         text = repr(float(text)).removesuffix(".0")
@@ -232,7 +232,7 @@ def _timestamptz(text: str) -> Json:
 
 def _date(text: str) -> Json:
     date = _DATE.fullmatch(text)
-    if date is None:  # infinity, -infinity; or no date at all
+    if date is None:  # infinity, -infinity, or no date
         return ""
     year, day, time, fraction, era = date.groups(default="")
     if era:
@@ -251,7 +251,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _jsonb(text: str) -> Json:
-    """What jsonb prints only has blanks to lose: its strings are escaped as ours."""
+    """Remove the blanks that jsonb's output has; its strings are escaped as ours."""
     return Raw(_without_blanks(text))
 
 
@@ -276,7 +276,7 @@ def _normalize_string(match: re.Match[str]) -> str:
         return ""
     if "\\" not in string:
         return string
-    # Half a surrogate pair, which the type json lets through, is U+FFFD to PocketBase.
+    # The type json accepts a lone surrogate, for which PocketBase has U+FFFD.
     return msgspec.json.encode(_SURROGATE.sub("\ufffd", json.loads(string))).decode()
 
 
@@ -291,7 +291,7 @@ def _geometry(text: str) -> Json:
 
 
 def _geo_point_converter(type_: Type) -> Converter:
-    """Choose by what a geoPoint may be stored as."""
+    """Return the converter for the column type that stores a geoPoint."""
     if type_.extension:
         return _geo_point_of_geometry
     return _geo_point_of_point if type_.name == "point" else _geo_point_of_json
@@ -303,13 +303,13 @@ def _geo_point_of_geometry(text: str) -> Json:
 
 
 def _geo_point_of_json(text: str) -> Json:
-    """A place in a json column: an object with two numbers; what isn't one counts as 0."""
+    """Convert an object with two numbers; anything else counts as 0."""
     try:
         value = json.loads(text, parse_int=float)
     except RecursionError:
         value = None
-    place = value if isinstance(value, dict) else {}
-    return {"lon": _finite_or_zero(place.get("lon")), "lat": _finite_or_zero(place.get("lat"))}
+    point = value if isinstance(value, dict) else {}
+    return {"lon": _finite_or_zero(point.get("lon")), "lat": _finite_or_zero(point.get("lat"))}
 
 
 def _finite_or_zero(value: object) -> Json:

@@ -63,7 +63,7 @@ async def unfinished(
 
 
 async def test_unfinished_bodies_fill_no_more_than_there_is_for_an_address() -> None:
-    """The others are refused in the API's form; small calls go on beside them."""
+    """Further large bodies are refused in the API's form; small calls are served meanwhile."""
     body_reader = BodyReader(max_large_bytes_per_network=4 * MIB, max_large_bytes=100 * MIB)
     async with served(body_reader=body_reader) as service:
         stream, client_id = await opened(service, "honest")
@@ -209,7 +209,7 @@ async def test_bodies_that_can_not_be_read_leave_nothing_in_memory() -> None:
 
 
 async def test_many_calls_with_long_filters_hold_up_no_events() -> None:
-    """Twenty calls, each with two filters that nobody compiled before, beside rows.
+    """Twenty calls, each with two filters not compiled before, while rows are delivered.
 
     Others of the loop have their turn after each filter, not after all that came at once.
     """

@@ -1,4 +1,4 @@
-"""Guessing passwords: other spellings of a name bring no more guesses, and times tell nobody."""
+"""Guessing passwords: other spellings of an identity allow no more attempts, times show nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ INSERT = "INSERT INTO people VALUES (1, 'ann', %s), (2, 'bob', %s)"
 async def logging_in(
     url: str, ddl: str, *hashes: str, **login: Any
 ) -> AsyncIterator[tuple[LoginService, UserCollection]]:
-    """A login over people with the names ann and bob."""
+    """Yield a login for users with the names ann and bob."""
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         await connection.execute(sql.SQL(ddl))
         await connection.execute(INSERT, hashes or (HASH, HASH))
@@ -88,10 +88,10 @@ SPELLINGS: list[tuple[str, Callable[[int], str]]] = [
 async def test_other_spellings_of_a_name_bring_no_more_guesses(
     database_url: str, ddl: str, spelled: Callable[[int], str]
 ) -> None:
-    """The column's type takes them for the same name, so they are tries at the same account.
+    """The column's type takes them for the same name, so they are attempts at the same account.
 
-    What is beyond the limit is answered as a wrong password: anything else would tell that the
-    new spelling is somebody's.
+    Attempts beyond the limit fail as a wrong password does: anything else would show that the new
+    spelling is an account's.
     """
     async with logging_in(database_url, ddl) as (login, users):
         assert await outcome(login, users, spelled(1), "right") == "right"
@@ -116,7 +116,7 @@ async def test_the_right_password_gives_all_attempts_back(database_url: str) -> 
 async def test_the_owner_of_an_ipv6_network_has_the_attempts_of_one_address(
     database_url: str,
 ) -> None:
-    """Whoever has one address of it has all 2**64; the neighbour's network is another."""
+    """A client of IPv6 has all addresses of its /64; the next network is another client's."""
     async with logging_in(database_url, TABLE.format("text")) as (login, users):
         there = [f"2001:0db8:0000:0001:0000:0000:0000:{n:04x}" for n in range(1, LIMIT + 2)]
         guesses = [await outcome(login, users, "ann", "wrong", one) for one in there]
@@ -134,7 +134,7 @@ SLOW = "pbkdf2_sha256$1200000$salt$" + "A" * 43 + "="
 async def test_the_very_first_attempt_takes_an_unknown_user_as_long_as_a_known_one(
     database_url: str, hashes: tuple[str, str]
 ) -> None:
-    """Before any password was right: a decoy of another scheme would tell who has an account."""
+    """Before the first successful login: another scheme's dummy would show who has an account."""
     spent: dict[str, list[float]] = {"ann": [], "eve": []}
     with psycopg.connect(database_url, autocommit=True) as connection:
         for _ in range(3):
@@ -152,7 +152,7 @@ async def test_the_very_first_attempt_takes_an_unknown_user_as_long_as_a_known_o
 async def test_who_signs_in_does_not_change_how_long_an_unknown_user_takes(
     database_url: str,
 ) -> None:
-    """Or whoever has a hash unlike most could find out who has an account."""
+    """Or a user with an uncommon hash could find out who has an account."""
 
     async def spent(login: LoginService, users: UserCollection, name: str) -> float:
         started = time.process_time()
@@ -173,8 +173,8 @@ async def test_a_hash_that_cannot_be_read_is_told_once_and_not_shown(database_ur
             for name in ("ann", "bob", "eve", "ann"):
                 assert await outcome(login, users, name, "right") == "login_failed"
 
-    told = [line for line in lines if line["event"] == "login.hash_unreadable"]
-    assert told == [
+    logged = [line for line in lines if line["event"] == "login.hash_unreadable"]
+    assert logged == [
         {
             "event": "login.hash_unreadable",
             "log_level": "warning",

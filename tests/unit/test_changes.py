@@ -31,7 +31,7 @@ def test_the_same_name_in_another_schema_is_another_table() -> None:
 
 
 def test_a_key_is_not_the_whole_row_even_if_it_holds_as_much() -> None:
-    """A rule judged on a key alone would take unknown columns for known ones."""
+    """A rule evaluated on a key alone would take unknown columns for known ones."""
     assert Delete(POSTS, Key(ROW)) != Delete(POSTS, WholeRow(ROW))
 
 

@@ -1,4 +1,4 @@
-"""Every fault is told in PostgreSQL's form, under a code that stays."""
+"""Every error is printed in PostgreSQL's form and has a stable code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Long work in turns: whoever has much of it waits for himself."""
+"""Keys with much work delay themselves, not each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pgrealtime.fairness import YIELD_AFTER_SECONDS, FairLock, YieldTimer
 
 
 async def test_those_who_wait_take_turns_whatever_each_has_to_do() -> None:
-    """A call of somebody's waits for one of another's, not for all of them."""
+    """A waiting task waits for one task of each other key, not for all of them."""
     queue, done = FairLock(), list[str]()
 
     async def work(whose: str, name: str) -> None:
@@ -47,7 +47,7 @@ async def test_who_gives_up_while_waiting_holds_up_nobody() -> None:
 
 
 async def test_long_turns_leave_the_loop_half_of_the_time() -> None:
-    """However many wait for theirs."""
+    """However many keys are waiting."""
     queue = FairLock()
     worked = [0.0]
 

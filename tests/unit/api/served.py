@@ -41,7 +41,7 @@ SUPERUSER = token("root", role="service")
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    """Wait for something that nobody announces."""
+    """Poll until the condition holds."""
     async with asyncio.timeout(DEADLINE):
         while not holds():
             await asyncio.sleep(0.001)

@@ -36,5 +36,5 @@ PROXIES = [ip_network("10.0.0.0/8"), ip_network("fd00::/8")]
 def test_entries_count_as_far_as_a_proxy_wrote_them(
     peer: str, forwarded_for: list[str], address: str
 ) -> None:
-    """What the client itself put into the header mustn't make it somebody else."""
+    """A client's own entries in the header must not change its address."""
     assert address_behind_proxies(peer, forwarded_for, PROXIES) == address

@@ -207,7 +207,7 @@ async def test_configured_origin_is_let_in_and_no_other() -> None:
 
 
 async def test_proxy_s_word_decides_whose_stream_it_is() -> None:
-    """Behind a proxy all clients share its address; without trust its header is anybody's."""
+    """Behind an untrusted proxy all clients share its address: anybody can send the header."""
     async with served({"trusted_proxies": ["127.0.0.0/8"]}) as service:
         stream = await EventStream.open(
             Request(method="GET", path="/api/realtime", headers={"X-Forwarded-For": "203.0.113.7"}),

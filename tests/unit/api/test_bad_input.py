@@ -1,4 +1,4 @@
-"""Input nobody meant well: it is refused, it is no error of ours, and nothing of it stays."""
+"""Malicious input is refused, is no internal error, and leaves nothing in memory."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ async def test_head_that_can_t_be_meant_is_refused(
 async def test_large_nonsense_is_refused_soon(
     caplog: pytest.LogCaptureFixture, body: bytes
 ) -> None:
-    """And whoever else is served meanwhile hardly waits."""
+    """Other requests are served meanwhile with little delay."""
     async with unimpressed(caplog) as service:
         status, longest = await subscribe(service, body)
 
@@ -170,7 +170,7 @@ async def test_large_nonsense_is_refused_soon(
 async def test_the_largest_call_is_read_in_turns(
     caplog: pytest.LogCaptureFixture, options: str
 ) -> None:
-    """A thousand topics, each as long as it may be, are seconds of work but for nobody else."""
+    """A thousand topics of maximum length take seconds, but delay no other request."""
     async with unimpressed(caplog) as service:
         get = Request(method="GET", path="/api/realtime", headers={})
         stream = await EventStream.open(get, service.address, "A")

@@ -268,7 +268,7 @@ async def test_client_that_goes_away_is_forgotten_at_once(how: str) -> None:
 
 
 async def test_client_that_takes_nothing_is_dropped_and_shows_meanwhile() -> None:
-    """The hub sees what waits, waits for it to go, and drops who never takes it."""
+    """The hub reads the buffer's size, waits until it is low, and aborts a stalled client."""
     async with served() as service:
         reader, writer = await service.raw(GET)
         await read_head(reader)

@@ -125,7 +125,7 @@ def test_readable_body(content_type: str, body: str, call: SubscribeCall | None)
     ],
 )
 def test_unreadable_body(content_type: str, body: str) -> None:
-    """Protocol 3.1: one code whatever the reason, so that nothing is told about the parser."""
+    """One code whatever the reason (protocol, 3.1)."""
     with pytest.raises(SubscriptionError) as refusal:
         parse_subscribe_call(content_type, body.encode(errors="surrogateescape"), b"")
 
@@ -189,9 +189,9 @@ def too_long(most: int) -> str:
 )
 def test_all_faults_are_reported_at_once(call: SubscribeCall, data: str) -> None:
     """Protocol 3.2; lengths are of the UTF-8."""
-    told = encode_error_response(invalid_members(find_call_faults(call)), "en").decode()
+    body = encode_error_response(invalid_members(find_call_faults(call)), "en").decode()
 
-    assert told.partition(',"message":"Something')[0] == f'{{"data":{data}'
+    assert body.partition(',"message":"Something')[0] == f'{{"data":{data}'
 
 
 def test_blank_client_in_chinese_is_the_documents() -> None:
@@ -243,7 +243,7 @@ def test_payloads_of_a_form_hold_no_more_than_one_text() -> None:
 
 @pytest.mark.parametrize("text", ["[" * 9_000_000, '{"a":' * 5_000_000, "[1," * 9_000_000])
 def test_large_nonsense_is_given_up_early(text: str) -> None:
-    """Nobody buys minutes of computation with one upload."""
+    """The time of parsing a body is bounded."""
     started = time.process_time()
     with pytest.raises(SubscriptionError):
         parse_subscribe_call(JSON, text.encode(), b"")

@@ -1,4 +1,4 @@
-"""Who comes through the door, where tokens alone say who they are. No server is asked."""
+"""Callers of requests whose users have no rows: the claims alone identify them."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ async def test_a_superuser_is_made_by_claims() -> None:
 async def test_whatever_is_wrong_the_caller_is_a_guest(
     claims: dict[str, Any], secret: str, code: str
 ) -> None:
-    """There is no 401 (protocol, 3.5); the reason is for whoever asks for it."""
+    """There is no 401 (protocol, 3.5); only ``authenticate_token`` raises the reason."""
     token = jwt.encode(CLAIMS | claims, secret)
 
     assert await door(APP).authenticate(token) == Caller()
@@ -183,7 +183,7 @@ _CLAIM = (
 
 @given(st.dictionaries(st.sampled_from(["iss", "aud", "sub", "exp", "nbf", "iat", "role"]), _CLAIM))
 async def test_no_claims_raise(claims: dict[str, Any]) -> None:
-    """Claims of the issuer itself may be odd as well; none makes anybody a superuser by chance."""
+    """An issuer's claims may have any type; none makes a caller a superuser by accident."""
     payload = json.dumps(CLAIMS | claims).encode()
     caller = await door(APP).authenticate(jwt.PyJWS().encode(payload, SECRET, "HS256"))
 

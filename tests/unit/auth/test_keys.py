@@ -333,7 +333,7 @@ async def test_a_failed_fetch_leaves_the_old_keys_in_force(
 
 
 async def test_keys_are_refreshed_in_the_background(issuer: Issuer, url: str) -> None:
-    """A key that the issuer withdrew stops counting, though nobody shows an unknown one."""
+    """A key that the issuer withdrew becomes invalid, also if no token has an unknown one."""
     issuer.keys = [jwk("RS256", kid="a")]
     source = JwksKeySource(published(url), refresh_seconds=0.01)
     task = asyncio.create_task(source.run())

@@ -1,4 +1,4 @@
-"""Who signs in doesn't hold up those who listen, and isn't held up by them for good."""
+"""Password checks do not delay the event loop, and are not starved by it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads have no
 SLOW = f"pbkdf2_sha256$12000000$salt${'A' * 43}="
 """Takes a second and more."""
 
-DECOY = dummy_hash_for([])
+DUMMY_HASH = dummy_hash_for([])
 
 
 @pytest.fixture
@@ -50,10 +50,10 @@ async def until(policy: int, checking: asyncio.Future[bool | None]) -> None:
 async def test_password_is_checked_with_what_the_event_loop_leaves(
     passwords: PasswordVerifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a while; then as any other thread, since a loop may leave nothing; and so each anew."""
+    """For a second; then with ordinary priority, since the loop may be busy all the time."""
     monkeypatch.setattr(password_verifier, "_IDLE_PRIORITY_SECONDS", 0.1)
     for _ in range(2):
-        checking = asyncio.ensure_future(passwords.verify("x", SLOW, DECOY, network="ann"))
+        checking = asyncio.ensure_future(passwords.verify("x", SLOW, DUMMY_HASH, network="ann"))
         await until(os.SCHED_IDLE, checking)
         await until(os.SCHED_OTHER, checking)
         assert not checking.done()
@@ -63,30 +63,30 @@ async def test_password_is_checked_with_what_the_event_loop_leaves(
 async def test_password_is_checked_where_policies_are_forbidden(
     passwords: PasswordVerifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As some containers forbid them."""
+    """Some containers forbid changing the scheduling policy."""
 
     def refuse(*_: object) -> None:
         raise PermissionError
 
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
-    assert not await passwords.verify("x", None, DECOY, network="ann")
+    assert not await passwords.verify("x", None, DUMMY_HASH, network="ann")
 
 
 async def test_no_queue_is_longer_than_somebody_would_wait(
     passwords: PasswordVerifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dear hashes make fewer who wait; whoever finds a thread free is served all the same."""
+    """Expensive hashes shorten the queue; a check that finds a free thread is never refused."""
 
-    def dear(_password: str, _stored: StoredHash) -> bool:
+    def expensive(_password: str, _stored: StoredHash) -> bool:
         time.sleep(0.1)
         return True
 
-    monkeypatch.setattr(password_verifier, "verify_password", dear)
+    monkeypatch.setattr(password_verifier, "verify_password", expensive)
     monkeypatch.setattr(password_verifier, "_MAX_WAIT_SECONDS", 0.3)
     for _ in range(6):
-        assert await passwords.verify("x", SLOW, DECOY, network="ann")
+        assert await passwords.verify("x", SLOW, DUMMY_HASH, network="ann")
     results = await asyncio.gather(
-        *(passwords.verify("x", SLOW, DECOY, network="ann") for _ in range(60)),
+        *(passwords.verify("x", SLOW, DUMMY_HASH, network="ann") for _ in range(60)),
         return_exceptions=True,
     )
 
@@ -95,26 +95,26 @@ async def test_no_queue_is_longer_than_somebody_would_wait(
     workers = password_verifier._THREAD_COUNT
     assert workers <= served <= workers * 6
     assert [one.error_code for one in refused] == ["login_refused"] * (60 - served)
-    assert await passwords.verify("x", SLOW, DECOY, network="ann")
+    assert await passwords.verify("x", SLOW, DUMMY_HASH, network="ann")
 
 
 async def test_as_many_wait_as_the_bound_says_beside_those_that_have_a_thread(
     passwords: PasswordVerifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever comes on top is refused at once, before anything is hashed."""
-    let_go = threading.Event()
-    monkeypatch.setattr(password_verifier, "verify_password", lambda *_: let_go.wait(10))
+    """Further checks are refused at once, before anything is hashed."""
+    released = threading.Event()
+    monkeypatch.setattr(password_verifier, "verify_password", lambda *_: released.wait(10))
     monkeypatch.setattr(password_verifier, "_MAX_WAITING", 3)
     room = password_verifier._THREAD_COUNT + 3
 
     checks = [
-        asyncio.ensure_future(passwords.verify("x", SLOW, DECOY, network="ann"))
+        asyncio.ensure_future(passwords.verify("x", SLOW, DUMMY_HASH, network="ann"))
         for _ in range(room + 2)
     ]
     done, _ = await asyncio.wait(checks, return_when=asyncio.FIRST_COMPLETED, timeout=10)
     assert len(done) == 2
     assert [one for one in checks if one in done] == checks[room:]
-    let_go.set()
+    released.set()
 
     results = await asyncio.gather(*checks, return_exceptions=True)
     assert results[:room] == [True] * room
@@ -122,11 +122,11 @@ async def test_as_many_wait_as_the_bound_says_beside_those_that_have_a_thread(
 
 
 async def test_who_fills_the_queue_locks_nobody_else_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others wait for one turn of each; who has most waiting gives way, his last one first."""
-    let_go, order = threading.Event(), list[str]()
+    """Networks take turns; beyond the limit the longest queue loses its last check."""
+    released, order = threading.Event(), list[str]()
 
     def slow(password: str, _stored: StoredHash) -> bool:
-        let_go.wait(10)
+        released.wait(10)
         order.append(password)
         return True
 
@@ -136,7 +136,7 @@ async def test_who_fills_the_queue_locks_nobody_else_out(monkeypatch: pytest.Mon
     passwords = PasswordVerifier()
 
     def come(name: str, whose: str) -> asyncio.Future[bool | None]:
-        return asyncio.ensure_future(passwords.verify(name, SLOW, DECOY, network=whose))
+        return asyncio.ensure_future(passwords.verify(name, SLOW, DUMMY_HASH, network=whose))
 
     flood = [come(f"eve{n}", "eve") for n in range(5)]
     await asyncio.sleep(0)
@@ -148,7 +148,7 @@ async def test_who_fills_the_queue_locks_nobody_else_out(monkeypatch: pytest.Mon
     flood[1].cancel()
     last = come("last", "eve")
     await asyncio.sleep(0)
-    let_go.set()
+    released.set()
     assert all(await asyncio.gather(ann, bob, flood[0], flood[2], last))
     passwords.close()
 

@@ -195,7 +195,7 @@ def test_a_hash_that_looks_right_and_is_not_is_unusable(text: str) -> None:
     ],
 )
 def test_a_hash_that_costs_too_much_is_not_checked(bearable: str, absurd: str) -> None:
-    """Its parameters are spent on everybody who tries that name, knowing the password or not."""
+    """Every attempt on that account costs the hash's parameters, with any password."""
     assert parse_hash(bearable) is not None
     assert parse_hash(absurd) is None
 
@@ -239,19 +239,19 @@ MADE = [
 
 @pytest.mark.parametrize("text", MADE, ids=lambda text: text[:14])
 def test_a_decoy_costs_the_same_and_opens_nothing(text: str) -> None:
-    decoy = dummy_hash_like(known(text))
+    dummy = dummy_hash_like(known(text))
 
-    assert parse_hash(decoy.text) == decoy
-    assert decoy.text.rsplit("$", 1)[0] == text.rsplit("$", 1)[0]
-    assert len(decoy.text) == len(text)
-    assert verify_password("secret", decoy) is False
+    assert parse_hash(dummy.text) == dummy
+    assert dummy.text.rsplit("$", 1)[0] == text.rsplit("$", 1)[0]
+    assert len(dummy.text) == len(text)
+    assert verify_password("secret", dummy) is False
 
 
 def test_there_is_a_decoy_where_no_hash_can_be_read() -> None:
     for texts in ([], ["", "secret", "md5$salt$5f4dcc3b5aa765d61d8327deb882cf99"]):
-        decoy = dummy_hash_for(texts)
-        assert parse_hash(decoy.text) == decoy
-        assert verify_password("", decoy) is False
+        dummy = dummy_hash_for(texts)
+        assert parse_hash(dummy.text) == dummy
+        assert verify_password("", dummy) is False
 
 
 def test_a_decoy_is_like_most_hashes() -> None:

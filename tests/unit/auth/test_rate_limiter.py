@@ -30,7 +30,7 @@ def test_a_refused_attempt_does_not_prolong_the_wait() -> None:
 
 
 def test_others_are_counted_apart() -> None:
-    """One who guesses can't lock out the owner at another address, nor the neighbours."""
+    """An attacker can't lock out the owner at another address, nor other accounts."""
     attempts = RateLimiter(3)
     assert tries(attempts, ANN, 0.0) == 3
 

@@ -1,4 +1,4 @@
-"""A caller who is known already, by a configuration that came later."""
+"""Callers of open connections after the configuration was replaced."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ FALLS = [
 @pytest.mark.parametrize("role", ["user", "root"])
 @pytest.mark.parametrize("after", HOLDS)
 async def test_whose_token_still_holds_stays(after: IssuerConfig, role: str) -> None:
-    """The secret may move to ``previous_secret`` without anybody being signed out."""
+    """The secret may move to ``previous_secret`` without logging users out."""
     door, caller = await known(issuer(), role=role)
 
     use(door, issuer(name="first", secret=OTHER), after)

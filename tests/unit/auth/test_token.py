@@ -268,7 +268,7 @@ def test_a_superuser_has_every_claim_exactly(
     claims: dict[str, Any],
     expected: bool,  # noqa: FBT001 (a column of the table)
 ) -> None:
-    """Nothing configured makes nobody a superuser, not everybody."""
+    """An empty configuration makes no token a superuser's, rather than every one."""
     issuer = IssuerConfig(name="app", secret=SECRET, superuser_when=wanted)
 
     assert is_superuser(claims, issuer) is expected

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from pgrealtime.protocol.expand_option import ExpandNames, ExpandTree, merge_into_tree, parse_expand
+from pgrealtime.protocol.expand_option import ExpandNames, parse_expand
 
 TEXTS: dict[str, tuple[ExpandNames, ...]] = {
     "": (),
@@ -45,9 +45,3 @@ def test_many_paths_take_no_longer_than_their_number() -> None:
 
     assert len(parse_expand(",".join(names))) == len(names)
     assert time.perf_counter() - start < 2.0
-
-
-def test_paths_that_begin_alike_are_joined() -> None:
-    paths = parse_expand("author.team,editors,author.boss.team")
-    joined: ExpandTree = {"author": {"team": {}, "boss": {"team": {}}}, "editors": {}}
-    assert merge_into_tree(paths) == joined

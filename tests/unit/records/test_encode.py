@@ -1,4 +1,4 @@
-"""Whole records: which members, in which order, for whom. The first two are recordings'."""
+"""Whole records: their members, the order, hidden ones. The first two are from recordings."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def test_delete_and_insert_that_are_no_move_stay_two(first: RowChange, second: R
 
 
 def test_row_that_left_one_partition_comes_to_another_in_a_later_transaction() -> None:
-    """A delete and a create: what was committed apart is told apart."""
+    """A delete and a create: separate commits stay separate."""
     target = assembler()
     for message in (BEGIN, gone(OLD, NORTH)):
         target.feed(message, 1)
@@ -231,9 +231,9 @@ def test_a_transaction_has_each_shape_of_its_rows_once() -> None:
         target.feed(BEGIN, 1)
         for shape in of_rows:
             target.feed(RowChange(INSERT, None, 0, shape), 1)
-        told = target.feed(COMMIT, 1)
-        assert isinstance(told, Transaction)
-        return told.row_shapes
+        done = target.feed(COMMIT, 1)
+        assert isinstance(done, Transaction)
+        return done.row_shapes
 
     assert shapes(first, first, second, first) == (first, second)
     assert shapes(second) == (second,)

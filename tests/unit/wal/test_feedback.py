@@ -1,4 +1,4 @@
-"""What the server is told: never more than is kept, and never a standing flush position."""
+"""Status updates never confirm more than is kept, and have no flush position otherwise."""
 
 from __future__ import annotations
 

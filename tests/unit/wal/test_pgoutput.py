@@ -57,8 +57,8 @@ def decoder(*first: bytes) -> PgoutputDecoder:
     return made
 
 
-def told(made: PgoutputDecoder, message: bytes) -> Insert | Update | Delete:
-    """The change of a table without partitions that a message tells of."""
+def decode_change(made: PgoutputDecoder, message: bytes) -> Insert | Update | Delete:
+    """Return the change of a message about a table without partitions."""
     match made.decode(message):
         case RowChange(change=found, leaf=None):
             return found
@@ -79,7 +79,7 @@ def test_commit_has_its_end_and_time() -> None:
 def test_insert_has_texts_and_nulls() -> None:
     message = change(b"I", b"N", row("1", None, "é\0x"[:1]))
 
-    assert told(decoder(), message) == Insert(T, {"id": "1", "a": None, "b": "é"})
+    assert decode_change(decoder(), message) == Insert(T, {"id": "1", "a": None, "b": "é"})
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_insert_has_texts_and_nulls() -> None:
 def test_update_has_the_old_identity(old: tuple[bytes, ...], image: Key | WholeRow) -> None:
     message = change(b"U", *old, b"N", row("2", "x", "y"))
 
-    assert told(decoder(), message) == Update(T, {"id": "2", "a": "x", "b": "y"}, image)
+    assert decode_change(decoder(), message) == Update(T, {"id": "2", "a": "x", "b": "y"}, image)
 
 
 @pytest.mark.parametrize(
@@ -106,13 +106,13 @@ def test_update_has_the_old_identity(old: tuple[bytes, ...], image: Key | WholeR
     ],
 )
 def test_delete_has_the_old_identity(old: tuple[bytes, ...], image: Key | WholeRow) -> None:
-    assert told(decoder(), change(b"D", *old)) == Delete(T, image)
+    assert decode_change(decoder(), change(b"D", *old)) == Delete(T, image)
 
 
 def test_unchanged_toast_is_absent_and_not_null() -> None:
     message = change(b"U", b"N", row("1", UNCHANGED, None))
 
-    assert told(decoder(), message) == Update(T, {"id": "1", "b": None}, Key({"id": "1"}))
+    assert decode_change(decoder(), message) == Update(T, {"id": "1", "b": None}, Key({"id": "1"}))
 
 
 def test_unchanged_toast_is_filled_from_a_whole_old_row_in_its_place() -> None:
@@ -130,13 +130,14 @@ def test_renamed_table_goes_on_under_the_name_we_know() -> None:
     made = decoder(relation(), relation("renamed"))
 
     message = change(b"I", b"N", row("1", None, None))
-    assert told(made, message) == Insert(T, {"id": "1", "a": None, "b": None})
+    assert decode_change(made, message) == Insert(T, {"id": "1", "a": None, "b": None})
 
 
 def test_altered_table_is_read_as_it_was_described_last() -> None:
     made = decoder(relation(), relation("t", "id", "new"))
 
-    assert told(made, change(b"I", b"N", row("1", "2"))) == Insert(T, {"id": "1", "new": "2"})
+    new = decode_change(made, change(b"I", b"N", row("1", "2")))
+    assert new == Insert(T, {"id": "1", "new": "2"})
 
 
 def test_leaf_goes_by_its_root_in_the_roots_column_order() -> None:
@@ -242,6 +243,6 @@ def test_a_row_has_the_shape_that_its_table_was_described_with_last() -> None:
     assert shape() == RowShape(T, leaf, types, description_count=1)
     made.decode(relation("t", "id", "a"))
     made.decode(relation("t", "id", "b"))
-    told = made.decode(change(b"D", b"K", row("1", None)))
-    assert isinstance(told, RowChange)
-    assert told.shape == RowShape(T, None, (("id", 25), ("b", 25)))
+    deleted = made.decode(change(b"D", b"K", row("1", None)))
+    assert isinstance(deleted, RowChange)
+    assert deleted.shape == RowShape(T, None, (("id", 25), ("b", 25)))

@@ -41,8 +41,8 @@ def decode(
     text: str, *, columns: str = "id a b", identity: ReplicaIdentity = ReplicaIdentity.DEFAULT
 ) -> Message | None:
     """What a line says, without the shape of its row."""
-    told = Wal2JsonDecoder([table("t", columns, identity=identity)]).decode(text.encode())
-    return replace(told, shape=None) if isinstance(told, RowChange) else told
+    message = Wal2JsonDecoder([table("t", columns, identity=identity)]).decode(text.encode())
+    return replace(message, shape=None) if isinstance(message, RowChange) else message
 
 
 def test_begin_has_the_transaction_id() -> None:
@@ -85,16 +85,16 @@ def test_commit_has_its_end_and_time(printed: str, microseconds: int) -> None:
 )
 def test_values_become_postgres_text(oid: str, value: str, text: str | None) -> None:
     """Domains over boolean and bytea (here 16388 and 16389) are printed as any other type."""
-    told = line("I", columns=[("id", oid, value)])
+    payload = line("I", columns=[("id", oid, value)])
 
-    assert decode(told, columns="id") == RowChange(Insert(T, {"id": text}), None)
+    assert decode(payload, columns="id") == RowChange(Insert(T, {"id": text}), None)
 
 
 def test_column_that_the_catalogue_lacks_is_read() -> None:
-    """The table was altered since; the row is told as it was written."""
-    told = line("I", columns=[ID, ("new", "16", "true")])
+    """The table was altered since; the row is decoded as it was written."""
+    text = line("I", columns=[ID, ("new", "16", "true")])
 
-    assert decode(told, columns="id") == RowChange(Insert(T, {"id": "1", "new": "t"}), None)
+    assert decode(text, columns="id") == RowChange(Insert(T, {"id": "1", "new": "t"}), None)
 
 
 WHOLE = [ID, ("a", "25", "null"), ("b", "25", '"y"')]
@@ -128,22 +128,22 @@ def test_old_image_is_what_was_logged(
 
 
 def test_unchanged_toast_is_absent_and_not_null() -> None:
-    told = line("U", columns=[ID, ("a", "25", "null")], identity=[ID])
+    text = line("U", columns=[ID, ("a", "25", "null")], identity=[ID])
 
-    assert decode(told) == RowChange(Update(T, {"id": "1", "a": None}, Key({"id": "1"})), None)
+    assert decode(text) == RowChange(Update(T, {"id": "1", "a": None}, Key({"id": "1"})), None)
 
 
 @pytest.mark.parametrize("added", [[], ["c"]], ids=["catalogued", "with a column that is new"])
 def test_unchanged_toast_is_filled_from_a_whole_old_row_in_its_place(added: list[str]) -> None:
     more = [(name, "25", '"more"') for name in added]
-    told = line(
+    text = line(
         "U",
         columns=[ID, ("b", "25", '"new"'), *more],
         identity=[ID, ("a", "25", '"big"'), ("b", "25", '"old"'), *more],
     )
     whole = {"id": "1", "a": "big", "b": "new"} | dict.fromkeys(added, "more")
 
-    match decode(told, identity=FULL):
+    match decode(text, identity=FULL):
         case RowChange(change=Update(new=row, old=WholeRow())):
             assert list(row.items()) == list(whole.items())
         case other:
@@ -152,9 +152,9 @@ def test_unchanged_toast_is_filled_from_a_whole_old_row_in_its_place(added: list
 
 def test_leaf_goes_by_its_root_in_the_roots_column_order() -> None:
     parts = table("parts", "id a b", leaves=("parts_1",))
-    told = line("I", "parts_1", columns=[("b", "25", '"2"'), ("new", "25", '"3"'), ID])
+    text = line("I", "parts_1", columns=[("b", "25", '"2"'), ("new", "25", '"3"'), ID])
 
-    match Wal2JsonDecoder([parts]).decode(told.encode()):
+    match Wal2JsonDecoder([parts]).decode(text.encode()):
         case RowChange(change=Insert(table=name, new=row), leaf=leaf):
             assert (name, leaf) == (parts.name, parts.leaves[0])
             assert list(row.items()) == [("id", "1"), ("b", "2"), ("new", "3")]
@@ -167,7 +167,7 @@ def test_truncate_names_the_table() -> None:
 
 
 @pytest.mark.parametrize(
-    "told",
+    "text",
     [
         pytest.param(
             '{"action":"M","xid":null,"lsn":"0/1","transactional":false,"prefix":"x"}',
@@ -179,12 +179,12 @@ def test_truncate_names_the_table() -> None:
         pytest.param(line("T", "other"), id="truncate elsewhere"),
     ],
 )
-def test_what_is_not_ours_is_nothing(told: str) -> None:
-    assert decode(told) is None
+def test_what_is_not_ours_is_nothing(text: str) -> None:
+    assert decode(text) is None
 
 
 @pytest.mark.parametrize(
-    "told",
+    "text",
     [
         "",
         "{",
@@ -196,10 +196,10 @@ def test_what_is_not_ours_is_nothing(told: str) -> None:
         line("I", columns=[("secret", "25", "1")]),
     ],
 )
-def test_unreadable_line_is_refused_without_being_quoted(told: str) -> None:
+def test_unreadable_line_is_refused_without_being_quoted(text: str) -> None:
     """An error text may end up in a log; a row may not."""
     with pytest.raises(UnexpectedMessageError) as caught:
-        decode(told)
+        decode(text)
 
     assert "secret" not in str(caught.value)
 
@@ -227,8 +227,8 @@ def test_no_tables_add_none() -> None:
 
 def shapes(*lines: str, columns: str = "id a b") -> list[RowShape | None]:
     decoder = Wal2JsonDecoder([table("t", columns)])
-    told = [decoder.decode(text.encode()) for text in lines]
-    return [one.shape for one in told if isinstance(one, RowChange)]
+    messages = [decoder.decode(text.encode()) for text in lines]
+    return [one.shape for one in messages if isinstance(one, RowChange)]
 
 
 def test_rows_alike_have_one_shape_and_others_another() -> None:
