@@ -1,4 +1,4 @@
-"""The rule engine driven by a plain connection, without the hub: index, tests, inquiries."""
+"""Drives the rule engine with a plain connection, without the hub: index, tests, questions."""
 
 from __future__ import annotations
 
@@ -21,49 +21,49 @@ from pgrealtime.rules.language.sqlite_values import Scalar
 
 
 @dataclass(eq=False)
-class Asker:
-    """A subscriber as a member of the index."""
+class CallerMember:
+    """A caller as a member of the index."""
 
     request: RuleRequest
     specialization: Specialization
     values: tuple[Scalar, ...]
 
 
-def put(connection: psycopg.Connection, inquiry: Question) -> None:
-    """Ask it, or its parts if it fails."""
-    question = inquiry.sql_query()
-    if question is None:
+def put(connection: psycopg.Connection, question: Question) -> None:
+    """Answer a question, or its parts if the statement fails."""
+    query = question.sql_query()
+    if query is None:
         return
     try:
-        inquiry.accept(connection.execute(question.sql.encode(), question.params).fetchall())
+        question.accept(connection.execute(query.sql.encode(), query.params).fetchall())
     except psycopg.Error:
-        for part in inquiry.split():
+        for part in question.split():
             put(connection, part)
 
 
-def decided(
+def evaluate_rows(
     connection: psycopg.Connection,
-    index: PredicateIndex[Asker],
+    index: PredicateIndex[CallerMember],
     rows: Sequence[Row],
     now: datetime,
     *,
-    among: Sequence[Asker] | None = None,
-    past: BeforeState | None = None,
-) -> list[set[Asker]]:
-    """Return, per row, whom the engine admits.
+    among: Sequence[CallerMember] | None = None,
+    before_state: BeforeState | None = None,
+) -> list[set[CallerMember]]:
+    """Return, per row, the members that match.
 
     Args:
-        connection: Where Postgres is asked.
-        index: The askers.
+        connection: Answers the questions.
+        index: The members.
         rows: Images of one collection.
-        now: What macros mean.
-        among: Those to consider without the index; None is all, by the index.
-        past: What was before the transaction that deleted the rows.
+        now: The time for macros.
+        among: The members to test without the index; None is all, by the index.
+        before_state: Related tables before the transaction that deleted the rows.
     """
-    evaluation: Evaluation[int, Asker] = Evaluation(macro_values_at(now))
+    evaluation: Evaluation[int, CallerMember] = Evaluation(macro_values_at(now))
     for number, row in enumerate(rows):
-        evaluated: RowEvaluation[Asker] = RowEvaluation(
-            row, frozenset(), evaluation.macro_values, past
+        evaluated: RowEvaluation[CallerMember] = RowEvaluation(
+            row, frozenset(), evaluation.macro_values, before_state
         )
         evaluation.rows[number] = evaluated
         if among is None:

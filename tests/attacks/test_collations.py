@@ -32,7 +32,7 @@ from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.sql.reference import ReferenceQuery, reference_query
-from tests.engine_driving import Asker, decided
+from tests.engine_driving import CallerMember, evaluate_rows
 
 SECONDS = float(os.environ.get("PGREALTIME_FUZZ_SECONDS", "10"))
 SETUP = """
@@ -120,11 +120,11 @@ class Twin:
             return str(error)
         if isinstance(bound, DenyAll):
             return frozenset()
-        asker = Asker(request, bound.specialization, bound.values)
-        index: PredicateIndex[Asker] = PredicateIndex()
-        index.add(asker)
-        hits = decided(self.connection, index, self.posts, now)
-        return frozenset(n for n, some in enumerate(hits) if asker in some)
+        member = CallerMember(request, bound.specialization, bound.values)
+        index: PredicateIndex[CallerMember] = PredicateIndex()
+        index.add(member)
+        hits = evaluate_rows(self.connection, index, self.posts, now)
+        return frozenset(n for n, some in enumerate(hits) if member in some)
 
     def _own(self, request: RuleRequest, ask: str) -> Row | None:
         principal = request.principal

@@ -26,7 +26,7 @@ from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.sql.reference import ReferenceQuery, reference_query
-from tests.engine_driving import Asker, decided
+from tests.engine_driving import CallerMember, evaluate_rows
 
 SETUP = """
 CREATE DOMAIN account AS int8;
@@ -210,17 +210,17 @@ def admitted(world: World, rule: str, text: str) -> dict[str, dict[int, set[int]
         found = world.connection.execute(question.sql.encode(), question.params).fetchall()
         ways["the reference"][user] = {index for (index,) in found}
     for name, is_known in (("knowing the user's row", True), ("without the user's row", False)):
-        index: PredicateIndex[Asker] = PredicateIndex()
+        index: PredicateIndex[CallerMember] = PredicateIndex()
         askers = {}
         planner = RuleCompiler(world.collections)
         for user, request in requests.items():
             own = world.users[user] if is_known else None
             bound = planner.bind_caller(posts, rule, request, own)
             assert not isinstance(bound, DenyAll), (rule, text, bound)
-            askers[user] = Asker(request, bound.specialization, bound.values)
+            askers[user] = CallerMember(request, bound.specialization, bound.values)
             index.add(askers[user])
         for how, among in (("by the index", None), ("one by one", list(askers.values()))):
-            hits = decided(world.connection, index, world.posts, now, among=among)
+            hits = evaluate_rows(world.connection, index, world.posts, now, among=among)
             ways[f"{how}, {name}"] = {
                 user: {n for n, some in enumerate(hits) if asker in some}
                 for user, asker in askers.items()

@@ -29,7 +29,7 @@ from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.sql.reference import ReferenceQuery, check_rule, reference_query
-from tests.engine_driving import Asker, decided
+from tests.engine_driving import CallerMember, evaluate_rows
 
 CORPUS = Path(__file__).parent.parent / "rules-corpus"
 
@@ -48,7 +48,7 @@ class Refused:
 
 
 class Way(Enum):
-    """How a case is decided."""
+    """How a case is evaluated."""
 
     REFERENCE = "the reference query"
     ENGINE = "the engine"
@@ -113,9 +113,9 @@ class Corpus:
         bound = RuleCompiler(collections).bind_caller(collection, case["rule"], request, own)
         if isinstance(bound, DenyAll):
             return [False for _ in rows]
-        index: PredicateIndex[Asker] = PredicateIndex()
-        index.add(Asker(request, bound.specialization, bound.values))
-        return [bool(hits) for hits in decided(self.connection, index, rows, now)]
+        index: PredicateIndex[CallerMember] = PredicateIndex()
+        index.add(CallerMember(request, bound.specialization, bound.values))
+        return [bool(hits) for hits in evaluate_rows(self.connection, index, rows, now)]
 
     def _own_row(self, request: RuleRequest) -> Row | None:
         match request.principal:

@@ -24,7 +24,7 @@ from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.sql.reference import ReferenceQuery, reference_query
-from tests.engine_driving import Asker, decided
+from tests.engine_driving import CallerMember, evaluate_rows
 from tests.rules_world import World
 
 
@@ -70,7 +70,7 @@ DELETIONS = 40
 
 @pytest.mark.timeout(300)
 def test_random_rules_admit_whom_the_reference_admits(database_url: str) -> None:
-    """Whatever is decided in the process, by keys that Postgres names or pair by pair."""
+    """Whatever is decided in the process, by keys that PostgreSQL names or pair by pair."""
     start = secrets.randbits(32)
     world = World(database_url, Random(start))
     with world.connection:
@@ -106,8 +106,8 @@ class Round:
 
     rows: list[Row]
     now: datetime
-    index: PredicateIndex[Asker]
-    expected: dict[Asker, set[int]]
+    index: PredicateIndex[CallerMember]
+    expected: dict[CallerMember, set[int]]
 
 
 def _round(world: World, rule: str) -> str:
@@ -116,8 +116,8 @@ def _round(world: World, rule: str) -> str:
     if made is None:
         return ""
     fault = _compared(world, made, None)
-    for asker in made.expected:
-        made.index.remove(asker)
+    for member in made.expected:
+        made.index.remove(member)
     return fault or ("something was left in the index" if made.index else "")
 
 
@@ -138,20 +138,28 @@ def _asked(world: World, rule: str) -> Round | None:
         if isinstance(bound, DenyAll):
             assert not wanted, f"{rule} of {request}: {wanted}, the engine has {bound}"
             continue
-        asker = Asker(request, bound.specialization, bound.values)
-        made.index.add(asker)
-        made.expected[asker] = wanted
+        member = CallerMember(request, bound.specialization, bound.values)
+        made.index.add(member)
+        made.expected[member] = wanted
     return made
 
 
-def _compared(world: World, made: Round, past: BeforeState | None) -> str:
+def _compared(world: World, made: Round, before_state: BeforeState | None) -> str:
     for among in (None, list(made.expected)):
-        found = decided(world.connection, made.index, made.rows, made.now, among=among, past=past)
+        found = evaluate_rows(
+            world.connection,
+            made.index,
+            made.rows,
+            made.now,
+            among=among,
+            before_state=before_state,
+        )
         for n, hits in enumerate(found):
-            for asker, wanted in made.expected.items():
-                if (asker in hits) != (n in wanted):
+            for member, wanted in made.expected.items():
+                if (member in hits) != (n in wanted):
                     return (
-                        f"{asker.request}\n{made.rows[n]}\nby paths {asker.specialization.paths}\n"
-                        f"values {asker.values}\nreference says {n in wanted}"
+                        f"{member.request}\n{made.rows[n]}\n"
+                        f"by paths {member.specialization.paths}\nvalues {member.values}\n"
+                        f"reference says {n in wanted}"
                     )
     return ""

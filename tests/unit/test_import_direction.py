@@ -20,6 +20,11 @@ _FLOOR = (
 )
 """What every room stands on."""
 
+_ENGINE = (
+    *(*_FLOOR, "catalog.model", "collections.model", "auth.principal"),
+    *("rules.language", "rules.sql", "rules.memory"),
+)
+
 _ALLOWED: dict[str, tuple[str, ...]] = {
     "": (),  # pgrealtime/__init__.py
     "errors": (),
@@ -48,7 +53,16 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "rules.language": (*_FLOOR, "catalog.model", "collections", "auth.principal"),
     "rules.sql": (*_FLOOR, "catalog.model", "collections", "auth.principal", "rules.language"),
     "rules.memory": (*_FLOOR, "catalog.model", "collections", "rules.language"),
-    "rules.engine": (*_FLOOR, "catalog.model", "collections", "auth.principal", "rules"),
+    "rules.engine": _ENGINE,
+    # From text to plan without index and evaluation; the index without questions.
+    "rules.engine.compiler": (
+        *_ENGINE,
+        *(f"rules.engine.{name}" for name in ("split", "test", "formula", "index_keys", "plan")),
+    ),
+    "rules.engine.index": (
+        *_ENGINE,
+        *(f"rules.engine.{name}" for name in ("formula", "index_keys", "index_paths", "plan")),
+    ),
     "rules": _FLOOR,
     "rules.rule_set": (*_FLOOR, "collections", "rules"),
     "rule_queries": (*_FLOOR, "catalog", "collections", "postgres", "observe.redact", "rules"),

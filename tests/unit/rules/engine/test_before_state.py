@@ -1,4 +1,4 @@
-"""What deletes are judged against; that it is right is proved by cascades on a server."""
+"""Related tables before a transaction. Integration tests compare them with a server's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POSTS, NOTES = TableName("public", "posts"), TableName("public", "notes")
 
 
 class CountingChange:
-    """Counts how often it is looked at."""
+    """Counts how often its table is read."""
 
     looks = 0
 
@@ -33,15 +33,15 @@ class CountingChange:
 
 
 def test_a_transaction_is_not_looked_through_before_somebody_asks_and_then_once() -> None:
-    """Most deletes are judged by their rows alone, some at a time of very many."""
+    """Most deletes are decided by their row alone, and a transaction may have very many."""
     change = CountingChange()
     changes = (cast("Change", change),)
-    pasts = BeforeStates({})
+    states = BeforeStates({})
     for _ in range(3):
-        assert pasts.state_before(changes).overlays([]) == ()
+        assert states.state_before(changes).overlays([]) == ()
     assert change.looks == 0
     for _ in range(3):
-        assert pasts.state_before(changes).overlays([NOTES]) == ()
+        assert states.state_before(changes).overlays([NOTES]) == ()
     assert change.looks == 1
 
 
@@ -121,25 +121,25 @@ def test_a_row_is_told_by_its_whole_key() -> None:
     one = collection("pairs")
     table = replace(one.table, primary_key=("a", "b"))
     rows: list[Row] = [{"a": "1", "b": "1"}, {"a": "1", "b": "2"}, {"a": None, "b": "1"}]
-    past = BeforeState([Delete(table.name, WholeRow(row)) for row in rows], {table.name: table})
-    (overlay,) = past.overlays([table.name])
+    state = BeforeState([Delete(table.name, WholeRow(row)) for row in rows], {table.name: table})
+    (overlay,) = state.overlays([table.name])
     assert list(overlay.old_images) == rows
 
 
 def _question(changes: list[Change]) -> object:
-    """Return what is asked about a deleted post whose rule reads its author's row."""
+    """Return the query about a deleted post whose rule reads its author's row."""
     request = RuleRequest(
         principal=AuthRecord(collection_id="x", collection_name="users", id="ann")
     )
-    asked = reference_query(COLLECTIONS, POSTS_COLLECTION, "author.name = 'Ann'", request)
-    assert isinstance(asked, ReferenceQuery)
-    overlays = BeforeState(changes, reachable_tables(COLLECTIONS)).overlays(asked.tables)
+    query = reference_query(COLLECTIONS, POSTS_COLLECTION, "author.name = 'Ann'", request)
+    assert isinstance(query, ReferenceQuery)
+    overlays = BeforeState(changes, reachable_tables(COLLECTIONS)).overlays(query.tables)
     row: Row = {"id": "p", "author": "1"}
-    return asked.sql_query_before([row], datetime.now(UTC), overlays)
+    return query.sql_query_before([row], datetime.now(UTC), overlays)
 
 
 def test_what_was_truncated_is_not_known_and_not_taken_for_empty() -> None:
-    """Any row may have been there: who could see a record by one can't be told."""
+    """Any row may have been there, so nothing can be decided by one."""
     assert _question([delete(ann("1"))]) is not None
     assert _question([Truncate(PEOPLE)]) is None
     assert _question([insert(ann("1")), Truncate(PEOPLE)]) is None
@@ -153,14 +153,14 @@ def test_an_old_row_without_the_columns_that_are_read_decides_nothing() -> None:
 
 
 def test_a_large_transaction_is_looked_through_once_for_all_of_its_batches() -> None:
-    """Else a DELETE of many rows takes time by the square of them."""
+    """Else a DELETE of many rows would take time by the square of their number."""
     change = CountingChange()
     changes = (cast("Change", change),)
-    pasts = BeforeStates({})
+    states = BeforeStates({})
     for _ in range(100):
-        pasts.begin_batch()
-        pasts.state_before(changes).overlays([NOTES])
-        pasts.begin_batch()  # of another reader of the changelog, somewhere else in it
+        states.begin_batch()
+        states.state_before(changes).overlays([NOTES])
+        states.begin_batch()  # of another reader of the changelog, somewhere else in it
     assert change.looks == 1
 
 
@@ -168,9 +168,9 @@ def test_a_transaction_that_no_batch_needs_any_more_is_let_go_of() -> None:
     """The changelog may have trimmed it long ago."""
     change = CountingChange()
     changes = (cast("Change", change),)
-    pasts = BeforeStates({})
-    pasts.state_before(changes)
+    states = BeforeStates({})
+    states.state_before(changes)
     held = sys.getrefcount(changes)
     for _ in range(20):
-        pasts.begin_batch()
+        states.begin_batch()
     assert sys.getrefcount(changes) == held - 1

@@ -1,4 +1,4 @@
-"""The index: whom a row leads to, and what is left when they have gone."""
+"""The index: the members that a row finds, and what is left when they are removed."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ LOCAL = (
     "reviewers:each ?= @request.auth.id || reviewers:length = @request.query.n",
     "data.a = @request.query.q || data.a > @request.query.n",
 )
-"""Rules that need no server, with every kind of path."""
+"""Rules that are evaluated in the process, with every kind of path."""
 
 
 @dataclass(eq=False, slots=True)
-class Asker:
+class Member:
     specialization: Specialization
     values: tuple[Scalar, ...]
 
@@ -58,7 +58,7 @@ class Asker:
 def test_what_holds_for_all_items_is_found_out_once(
     rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not for each combination of the items that the comparisons share."""
+    """Not for each combination of the items that the comparisons share."""
     bound = RuleCompiler(COLLECTIONS).bind_caller(POSTS, rule, RuleRequest())
     assert isinstance(bound, BoundPredicate)
     row = dict.fromkeys(column.name for column in POSTS.table.columns)
@@ -68,15 +68,15 @@ def test_what_holds_for_all_items_is_found_out_once(
     }
     monkeypatch.setattr(WORK_BUDGET, "units_left", 10_000.0)
 
-    evaluated: RowEvaluation[Asker] = RowEvaluation(
+    evaluated: RowEvaluation[Member] = RowEvaluation(
         {**row, **lists}, frozenset(), macro_values_at(NOW)
     )
     assert evaluated.evaluate(bound.specialization.formula, bound.values) is not None
     assert WORK_BUDGET.units_left > 8_000  # 400 pairs for all of it, and 400 for what is searched
 
 
-def askers(rule: str, count: int, chance: Random) -> Iterator[Asker]:
-    planner = RuleCompiler(COLLECTIONS)
+def make_members(rule: str, count: int, chance: Random) -> Iterator[Member]:
+    compiler = RuleCompiler(COLLECTIONS)
     for _ in range(count):
         who = AuthRecord(
             collection_id="pbc_users", collection_name="users", id=f"u{chance.randrange(5)}"
@@ -85,9 +85,9 @@ def askers(rule: str, count: int, chance: Random) -> Iterator[Asker]:
             "q": chance.choice(["", "a", "u1", "5", "b%"]),
             "n": chance.choice(["0", "2", "x"]),
         }
-        bound = planner.bind_caller(POSTS, rule, RuleRequest(principal=who, query=query))
+        bound = compiler.bind_caller(POSTS, rule, RuleRequest(principal=who, query=query))
         if isinstance(bound, BoundPredicate):
-            yield Asker(bound.specialization, bound.values)
+            yield Member(bound.specialization, bound.values)
 
 
 def post(chance: Random) -> Row:
@@ -108,26 +108,26 @@ def post(chance: Random) -> Row:
     }
 
 
-def found(index: PredicateIndex[Asker], row: Row) -> set[Asker]:
-    evaluated: RowEvaluation[Asker] = RowEvaluation(row, frozenset(), macro_values_at(NOW))
+def found(index: PredicateIndex[Member], row: Row) -> set[Member]:
+    evaluated: RowEvaluation[Member] = RowEvaluation(row, frozenset(), macro_values_at(NOW))
     evaluated.evaluate_index(index)
     assert not evaluated.has_open_tests
     return set(evaluated.hits)
 
 
-def tried(members: list[Asker], row: Row) -> set[Asker]:
-    """Ask everybody, without any index."""
-    evaluated: RowEvaluation[Asker] = RowEvaluation(row, frozenset(), macro_values_at(NOW))
+def tried(members: list[Member], row: Row) -> set[Member]:
+    """Test all members, without any index."""
+    evaluated: RowEvaluation[Member] = RowEvaluation(row, frozenset(), macro_values_at(NOW))
     return {one for one in members if evaluated.evaluate(one.specialization.formula, one.values)}
 
 
 @pytest.mark.parametrize("rule", LOCAL)
 def test_a_row_leads_to_whom_it_concerns_and_nobody_else(rule: str) -> None:
-    """By every path the same as by asking everybody, while members come and go."""
+    """By every path the same as by testing all, while members are added and removed."""
     seed = Random().randrange(1 << 32)
     chance = Random(seed)
-    index: PredicateIndex[Asker] = PredicateIndex()
-    members = list(askers(rule, 40, chance))
+    index: PredicateIndex[Member] = PredicateIndex()
+    members = list(make_members(rule, 40, chance))
     for member in members:
         index.add(member)
     while members:
@@ -140,25 +140,25 @@ def test_a_row_leads_to_whom_it_concerns_and_nobody_else(rule: str) -> None:
     assert not index, seed
 
 
-def one_each(count: int, rule: str = "author = @request.auth.id") -> list[Asker]:
-    planner = RuleCompiler(COLLECTIONS)
+def one_each(count: int, rule: str = "author = @request.auth.id") -> list[Member]:
+    compiler = RuleCompiler(COLLECTIONS)
     made = []
     for n in range(count):
         who = AuthRecord(collection_id="pbc_users", collection_name="users", id=f"u{n}")
-        bound = planner.bind_caller(POSTS, rule, RuleRequest(principal=who))
+        bound = compiler.bind_caller(POSTS, rule, RuleRequest(principal=who))
         assert isinstance(bound, BoundPredicate)
-        made.append(Asker(bound.specialization, bound.values))
+        made.append(Member(bound.specialization, bound.values))
     return made
 
 
 def test_a_subscriber_takes_few_bytes() -> None:
-    """Its entry, its values and its place in the index; what it asks is shared."""
+    """Its index entry and its values; the specialization is shared."""
     count = 20_000
     warm = one_each(1)
     gc.collect()
     tracemalloc.start()
     members = one_each(count)
-    index: PredicateIndex[Asker] = PredicateIndex()
+    index: PredicateIndex[Member] = PredicateIndex()
     for member in members:
         index.add(member)
     taken = tracemalloc.get_traced_memory()[0]
@@ -182,7 +182,7 @@ def test_the_cost_of_a_row_does_not_grow_with_who_is_there(rule: str) -> None:
     rows = [{**post(Random(n)), "author": f"u{n}", "tags": f"{{u{n}}}"} for n in range(200)]
 
     def cost(count: int) -> float:
-        index: PredicateIndex[Asker] = PredicateIndex()
+        index: PredicateIndex[Member] = PredicateIndex()
         for member in one_each(count, rule):
             index.add(member)
         best = float("inf")

@@ -1,4 +1,4 @@
-"""What becomes of a rule: parts, ways to its subscribers, and what they share."""
+"""What a rule is compiled to: tests, index paths to its callers, and what callers share."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ ANN = AuthRecord(collection_id="pbc_users", collection_name="users", id="uann")
 BOB = replace(ANN, id="ubob")
 OWN: Row = {"id": "uann", "name": "Ann", "level": "3"}
 
-PLANNER = RuleCompiler(COLLECTIONS)
+COMPILER = RuleCompiler(COLLECTIONS)
 
 
 def bind(rule: str | None, who: Principal = ANN, text: str = "", **query: str) -> BoundPredicate:
-    """Bind it for somebody whom it doesn't exclude."""
+    """Bind a rule and a filter for a caller for whom some row may match."""
     if text:
         query["filter"] = text
-    bound = PLANNER.bind_caller(POSTS, rule, RuleRequest(principal=who, query=query))
+    bound = COMPILER.bind_caller(POSTS, rule, RuleRequest(principal=who, query=query))
     assert isinstance(bound, BoundPredicate)
     return bound
 
 
-def ways(bound: BoundPredicate) -> list[tuple[str, bool, int]]:
-    """Kind, exactness and number of guards of each path."""
+def path_kinds(bound: BoundPredicate) -> list[tuple[str, bool, int]]:
+    """Return kind, exactness and number of guards of each path."""
     return [
         (path.kind.name, path.is_exact, len(path.guards)) for path in bound.specialization.paths
     ]
@@ -51,13 +51,13 @@ def _of_reviewers(comparisons: int) -> str:
 
 
 def test_joins_are_counted_those_for_counter_examples_included() -> None:
-    """PocketBase has no limit; whoever plans thousands of joins has to wait for seconds."""
+    """PocketBase has no limit; planning thousands of joins takes PostgreSQL seconds."""
     most = (MAX_JOINS - 2) // 2
     guest = RuleRequest()
     assert isinstance(
         reference_query(COLLECTIONS, POSTS, _of_reviewers(most), guest), ReferenceQuery
     )
-    assert isinstance(PLANNER.bind_caller(POSTS, _of_reviewers(most), guest), BoundPredicate)
+    assert isinstance(COMPILER.bind_caller(POSTS, _of_reviewers(most), guest), BoundPredicate)
 
     text = _of_reviewers(most + 1)
     with pytest.raises(RuleUnsupportedError, match="more than 300 joins"):
@@ -65,21 +65,21 @@ def test_joins_are_counted_those_for_counter_examples_included() -> None:
     asked = RuleRequest(query={"filter": text})
     for refused in (
         reference_query(COLLECTIONS, POSTS, "", asked),
-        PLANNER.bind_caller(POSTS, "", asked),
+        COMPILER.bind_caller(POSTS, "", asked),
     ):
         assert isinstance(refused, DenyAll)
         assert "more than 300 joins" in refused.reason
 
 
 def test_combinations_of_items_are_counted_before_they_are_gone_through() -> None:
-    """A hundred by a hundred are decided here, one more is for Postgres."""
+    """A hundred by a hundred are decided in the process; one more only by PostgreSQL."""
     hundred = "{" + ",".join(f"x{n}" for n in range(100)) + "}"
     more = hundred[:-1] + ",y}"
     for rule in ("tags:each ?= reviewers:each && title = 'x'", "tags:each = reviewers:each"):
         (test,) = (
-            leaf.test.in_process
-            for leaf in each_test_call(bind(rule).specialization.formula)
-            if _has_lists(leaf)
+            call.test.in_process
+            for call in each_test_call(bind(rule).specialization.formula)
+            if _has_lists(call)
         )
         assert test is not None
         row: Row = {"title": "x", "tags": hundred, "reviewers": hundred}
@@ -88,8 +88,8 @@ def test_combinations_of_items_are_counted_before_they_are_gone_through() -> Non
             test({**row, "tags": more}, ())
 
 
-def _has_lists(leaf: TestCall) -> bool:
-    return "tags" in leaf.test.columns
+def _has_lists(call: TestCall) -> bool:
+    return "tags" in call.test.columns
 
 
 @pytest.mark.parametrize(
@@ -129,12 +129,12 @@ def _has_lists(leaf: TestCall) -> bool:
     ],
 )
 def test_the_way_to_subscribers(rule: str, expected: list[tuple[str, bool, int]]) -> None:
-    """An equality is its own key; AND takes its cheapest part, OR all; the rest is tried."""
-    assert ways(bind(rule, q="hello")) == expected
+    """An equality is a key; AND takes its cheapest operand, OR all; else all are tested."""
+    assert path_kinds(bind(rule, q="hello")) == expected
 
 
 def test_equalities_that_must_all_hold_are_one_key() -> None:
-    """In whatever order they stand, also when one is the client's."""
+    """In whatever order they are written, also when one is the client's."""
     paths = [
         *bind("author = @request.auth.id && title = @request.query.q", q="x").specialization.paths,
         *bind("author = @request.auth.id", text="title = 'y'").specialization.paths,
@@ -153,7 +153,7 @@ def test_literals_of_filters_are_values_and_not_templates() -> None:
 
 
 def test_a_class_of_values_has_a_template_of_its_own() -> None:
-    """``title = 5`` asks for the text 5.0, and an empty literal for what is missing as well."""
+    """``title = 5`` compares with the text 5.0, and an empty literal matches NULL as well."""
     made = {
         bind("", text=f"title = {literal}").specialization for literal in ("'a'", "5", "''", "'7'")
     }
@@ -162,14 +162,14 @@ def test_a_class_of_values_has_a_template_of_its_own() -> None:
 
 
 def test_what_depends_on_the_subscriber_alone_is_decided_once() -> None:
-    """Everybody who is somebody is in one group then."""
+    """All callers with the same verdict are then in one group."""
     rule = "@request.auth.id != '' && (published = 1 || @request.auth.verified = 1)"
     verified = replace(BOB, verified=True)
 
     assert bind(rule, ANN) == bind(rule, BOB)
     assert bind(rule, ANN).values == ()
     assert bind(rule, verified).specialization.formula is True
-    assert PLANNER.bind_caller(POSTS, rule, RuleRequest(principal=GUEST)) == DenyAll("")
+    assert COMPILER.bind_caller(POSTS, rule, RuleRequest(principal=GUEST)) == DenyAll("")
 
 
 @pytest.mark.parametrize(
@@ -183,15 +183,15 @@ def test_what_depends_on_the_subscriber_alone_is_decided_once() -> None:
     ],
 )
 def test_what_asks_of_the_subscriber_is_marked(rule: str, text: str, *, expected: bool) -> None:
-    """It is no longer asked of rows that came after somebody was deleted."""
+    """Then rows that are read later are not evaluated by it, as the record may be gone."""
     assert bind(rule, text=text, auth="x", q="y").specialization.reads_caller is expected
 
 
 def test_a_known_row_of_the_subscriber_s_own_is_a_value() -> None:
     rule = "@request.auth.name = 'Ann' && views > @request.auth.level"
-    known = PLANNER.bind_caller(POSTS, rule, RuleRequest(principal=ANN), OWN)
-    unknown = PLANNER.bind_caller(POSTS, rule, RuleRequest(principal=ANN))
-    partly = PLANNER.bind_caller(
+    known = COMPILER.bind_caller(POSTS, rule, RuleRequest(principal=ANN), OWN)
+    unknown = COMPILER.bind_caller(POSTS, rule, RuleRequest(principal=ANN))
+    partly = COMPILER.bind_caller(
         POSTS, rule, RuleRequest(principal=ANN), {"id": "uann", "name": "Ann"}
     )
 
@@ -203,7 +203,7 @@ def test_a_known_row_of_the_subscriber_s_own_is_a_value() -> None:
 
 
 def test_columns_that_rules_ask_of_people() -> None:
-    """Behind a relation it is another row that is asked."""
+    """Only the caller's own row counts, not what it points to."""
     posts = replace(
         POSTS,
         list_rule="@request.auth.name = title && @request.auth.id = author",
@@ -220,20 +220,20 @@ def test_superusers_pass_every_rule_and_no_filter() -> None:
     root = Superuser("root")
 
     assert bind(None, root).specialization.formula is True
-    assert ways(bind(None, root, text="title = 'x'")) == [("KEY", True, 0)]
+    assert path_kinds(bind(None, root, text="title = 'x'")) == [("KEY", True, 0)]
 
 
 def test_nobody_else_passes_a_locked_rule() -> None:
-    assert isinstance(PLANNER.bind_caller(POSTS, None, RuleRequest(principal=ANN)), DenyAll)
+    assert isinstance(COMPILER.bind_caller(POSTS, None, RuleRequest(principal=ANN)), DenyAll)
 
 
 def test_a_rule_that_is_bad_for_everybody_is_an_error() -> None:
     with pytest.raises(RuleError):
-        PLANNER.bind_caller(POSTS, "titel = 'x'", RuleRequest(principal=ANN))
+        COMPILER.bind_caller(POSTS, "titel = 'x'", RuleRequest(principal=ANN))
 
 
 def test_a_refused_filter_admits_nobody() -> None:
-    bound = PLANNER.bind_caller(
+    bound = COMPILER.bind_caller(
         POSTS, "", RuleRequest(principal=ANN, query={"filter": "internal = 'x'"})
     )
 
@@ -243,30 +243,30 @@ def test_a_refused_filter_admits_nobody() -> None:
 
 @pytest.mark.parametrize("word", ["@request.", "@collection."])
 def test_a_sort_that_is_refused_refuses_the_filter_beside_it(word: str) -> None:
-    """As in PocketBase; without a filter, and for superusers, it means nothing."""
+    """As in PocketBase; without a filter, and for superusers, it is ignored."""
     sort = {"sort": f"-{word}x"}
     both = {"filter": "title = 'x'", **sort}
 
     assert isinstance(
-        PLANNER.bind_caller(POSTS, "", RuleRequest(principal=ANN, query=both)), DenyAll
+        COMPILER.bind_caller(POSTS, "", RuleRequest(principal=ANN, query=both)), DenyAll
     )
     assert isinstance(reference_query(COLLECTIONS, POSTS, "", RuleRequest(query=both)), DenyAll)
     assert isinstance(
-        PLANNER.bind_caller(POSTS, "", RuleRequest(principal=ANN, query=sort)), BoundPredicate
+        COMPILER.bind_caller(POSTS, "", RuleRequest(principal=ANN, query=sort)), BoundPredicate
     )
     root = RuleRequest(principal=Superuser("root"), query=both)
-    assert isinstance(PLANNER.bind_caller(POSTS, "", root), BoundPredicate)
+    assert isinstance(COMPILER.bind_caller(POSTS, "", root), BoundPredicate)
 
 
 def test_texts_are_put_in_order_by_postgres_where_bytes_are_no_code_points() -> None:
-    """In LATIN9 the euro comes before every accented letter."""
-    planner = RuleCompiler(Collections(tuple(COLLECTIONS.values()), server_encoding="LATIN9"))
+    """In LATIN9 the euro sign sorts before every accented letter."""
+    compiler = RuleCompiler(Collections(tuple(COLLECTIONS.values()), server_encoding="LATIN9"))
     request = RuleRequest(principal=ANN, query={"q": "a"})
-    bound = planner.bind_caller(POSTS, "title < @request.query.q && views < 3", request)
+    bound = compiler.bind_caller(POSTS, "title < @request.query.q && views < 3", request)
 
     assert isinstance(bound, BoundPredicate)
     decided = {
-        leaf.test.in_process is not None: leaf.test.columns
-        for leaf in each_test_call(bound.specialization.formula)
+        call.test.in_process is not None: call.test.columns
+        for call in each_test_call(bound.specialization.formula)
     }
     assert decided == {False: {"title"}, True: {"views"}}
