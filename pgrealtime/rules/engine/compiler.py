@@ -275,24 +275,13 @@ class RuleCompiler:
     ) -> TestCall:
         """Return a test of a part of the plan, and where its arguments are among the plan's values.
 
-        The part's literals are numbered from 0, so that filters share tests.
-
         Args:
             key: Of the plan.
             part: A condition with joins of its own.
             classes: The classes of the plan's parameters.
             positions: Where the plan's values are; those that the test adds are put last.
         """
-        original: dict[Parameter | CallerColumn, Parameter] = {}
-
-        def renumber(parameter: Parameter) -> Parameter:
-            if not isinstance(parameter, LiftedLiteral):
-                return parameter
-            local = LiftedLiteral(len(original))
-            original[local] = parameter
-            return local
-
-        condition = map_parameters(part, renumber)
+        condition, original = _number_literals_from_zero(part)
         test = self._find_test(
             key,
             condition,
@@ -303,15 +292,11 @@ class RuleCompiler:
                 for parameter in condition_parameters(condition)
             },
         )
-        return TestCall(
-            test,
-            tuple(
-                [
-                    positions.setdefault(original.get(parameter, parameter), len(positions))
-                    for parameter in test.caller_parameters
-                ]
-            ),
-        )
+        argument_positions = [
+            positions.setdefault(original.get(parameter, parameter), len(positions))
+            for parameter in test.caller_parameters
+        ]
+        return TestCall(test, tuple(argument_positions))
 
     def _find_test(
         self,
@@ -351,6 +336,25 @@ class RuleCompiler:
 
 def _parameters_of(where: Condition) -> tuple[Parameter, ...]:
     return tuple(p for p in condition_parameters(where) if not isinstance(p, LiteralParameter))
+
+
+def _number_literals_from_zero(
+    part: Condition,
+) -> tuple[Condition, Mapping[Parameter | CallerColumn, Parameter]]:
+    """Return a part of a filter as filters with other parts have it, and what its literals were.
+
+    So that filters share tests whatever else they ask for.
+    """
+    original: dict[Parameter | CallerColumn, Parameter] = {}
+
+    def renumber(parameter: Parameter) -> Parameter:
+        if not isinstance(parameter, LiftedLiteral):
+            return parameter
+        local = LiftedLiteral(len(original))
+        original[local] = parameter
+        return local
+
+    return map_parameters(part, renumber), original
 
 
 def _is_in(caller_row: Row, parameter: Parameter | CallerColumn) -> bool:
