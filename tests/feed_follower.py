@@ -1,4 +1,4 @@
-"""A follower of the relay for tests: it has read everything at once."""
+"""A follower of the changelog for tests, which has always delivered everything."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pgrealtime.lsn import Cursor
 
 
 class Follower:
-    """Notes what the relay tells it, and never holds the relay up.
+    """Records the calls of the intake and the reader, and never makes them wait.
 
     Args:
-        changelog: What the relay fills.
+        changelog: Written by the intake.
         deadline: Seconds that ``until`` waits at most.
 
     Attributes:
-        said: What it was told of streams, in order, with their epochs.
+        said: The streams' starts, continuations and losses, in order, with their epochs.
     """
 
     def __init__(self, changelog: MemoryChangelog, deadline: float) -> None:

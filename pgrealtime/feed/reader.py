@@ -1,31 +1,29 @@
-"""From the stream to the changelog, acknowledging only what is kept; opens the stream anew.
+"""Reads the replication stream, reopens or switches it, and acknowledges what needs no resending.
 
-From a temporary slot the server may forget what the changelog has. A durable one is the log behind
-the changelog: the server may forget what that has let go of, and sends the rest again after a
-break, in this process or the next.
-
-Knows neither connections nor rules: whoever reads the changelog is a ``Follower``.
+The service runs one reader; it hands transactions to the intake, which fills the changelog. Which
+WAL the server keeps depends on the slot. A temporary slot is confirmed as soon as a transaction is
+in the changelog. A durable slot stands behind the changelog: it is confirmed up to where the
+changelog begins, and the server sends the rest again after a break, in this process or the next.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import TypeAlias
 
 import structlog
 
-from pgrealtime.changelog.base import Entry, Gap, Watermark
-from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import OversizedTransaction, TableName, Transaction
 from pgrealtime.errors import PgRealtimeError, SlotBusyError, StreamInterruptedError
-from pgrealtime.lsn import LSN, Cursor, Xid, format_lsn
+from pgrealtime.feed.history import RepeatCheck, epoch_of
+from pgrealtime.feed.intake import Intake
+from pgrealtime.lsn import LSN, format_lsn
 from pgrealtime.wal.server import SystemIdentity
 from pgrealtime.wal.stream import WalStream
 
@@ -35,13 +33,13 @@ _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 10.0
 _EXPIRE_SECONDS = 1.0
 _MARK_SECONDS = 10.0
-"""Between two marks in the changelog where nothing of ours happens, but the server's WAL grows."""
+"""Between two watermarks while the streamed tables have no commits and the server's WAL grows."""
 _REOPEN_SECONDS = 5.0
-"""How long the server may take to see that a stream was closed; then its slot can be read anew."""
+"""How long the server may take to notice that a stream was closed and its slot is free."""
 _MAX_DECODER_FAILURES = 5
-"""How often in a row a decoder may fail at the same place: with the pauses, some seconds."""
+"""Decoder failures in a row at the same LSN before the slot is advanced: some seconds."""
 _POLL_SECONDS = 0.02
-"""While another stream waits to go on: between two looks at how far this one has read."""
+"""Between two looks at how far a stream has read, while a successor or a repeat is waited for."""
 
 _LSN_WAIT_SECONDS = 1.0
 _LSN_POLL_SECONDS = 0.003
@@ -49,42 +47,12 @@ _PAGE_BYTES = 8192
 _PAGE_HEADER_BYTES = 40
 
 OpenStream: TypeAlias = Callable[[], AbstractAsyncContextManager[WalStream]]
-"""Opens a stream with a slot of its own."""
-
-
-class Follower(Protocol):
-    """Who reads the changelog."""
-
-    @property
-    def head(self) -> Cursor:
-        """Everything up to here was delivered."""
-        ...
-
-    @property
-    def progressed(self) -> asyncio.Event:
-        """Set whenever the head moved."""
-        ...
-
-    def wake(self) -> None:
-        """The changelog has more."""
-        ...
-
-    def stream_started(self, epoch: str) -> None:
-        """The stream is being read."""
-        ...
-
-    def stream_continued(self, epoch: str) -> None:
-        """Another stream goes on exactly where the last one left off."""
-        ...
-
-    def stream_lost(self) -> None:
-        """The stream is away."""
-        ...
+"""Opens a stream on a slot of its own, or on the durable slot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Successor:
-    """A stream that is open already, and has all that commits after its start."""
+    """An open stream that will replace the current one; it has every commit after its start."""
 
     stream: WalStream
     exit_stack: AsyncExitStack
@@ -92,88 +60,65 @@ class _Successor:
     has_taken_over: asyncio.Event
 
 
-class _TransactionIdentity(NamedTuple):
-    """Which transaction: after a restore another one may have its place, and its id."""
-
-    end_lsn: LSN
-    xid: Xid
-    commit_time: int
-
-
-def _identity_of(entry: Transaction | OversizedTransaction) -> _TransactionIdentity:
-    return _TransactionIdentity(entry.end_lsn, entry.xid, entry.commit_time_us)
-
-
 class ReplicationReader:
-    """Keeps the changelog filled.
+    """Keeps a replication stream open and the changelog filled from it.
 
     Args:
-        open_stream: Opens a stream with a slot of its own.
-        changelog: Where transactions are kept; this is its only writer.
-        follower: Who reads it.
-        tables: What is streamed: part of what a position means.
-        max_size: Bytes that may wait in the changelog for the follower. Beyond, reading stops,
-            and the stream gives up after its ``max_pause``: a gap.
-        advance_slot: Moves the durable slot to where the server's WAL ends.
-        is_durable: Whether the streams have one slot, so that two can't be open at once.
+        open_stream: Opens a stream of the tables.
+        intake: Takes the transactions.
+        tables: The streamed tables; part of what a position means.
+        advance_slot: Moves the durable slot to the end of the server's WAL.
+        is_durable: Whether all streams read one durable slot, so that two can't be open at once.
+
+    Attributes:
+        stream: The stream being read, or None.
+        stream_breaks: Streams that broke or couldn't be opened, by error code.
     """
 
     def __init__(
         self,
         open_stream: OpenStream,
-        changelog: MemoryChangelog,
-        follower: Follower,
+        intake: Intake,
         *,
         tables: Iterable[TableName],
-        max_size: int,
         advance_slot: Callable[[], Awaitable[None]],
         is_durable: bool = False,
     ) -> None:
+        self.stream: WalStream | None = None
+        self.stream_breaks: Counter[str] = Counter()
         self._open_stream = open_stream
         self._is_durable = is_durable
         self._advance_slot = advance_slot
-        self._changelog = changelog
-        self._follower = follower
+        self._intake = intake
         self._tables = tuple(tables)
-        self._max_size = max_size
         self._epoch = ""
         self._system: SystemIdentity | None = None
+        self._restore_count = 0
+        """How often another history began under the same system identity."""
         self._read_upto = LSN(0)
-        """The end of the last that came from a stream, or up to where it brought nothing."""
-        self._last_kept: _TransactionIdentity | None = None
-        """Of the last that was kept of the tables of now."""
-        self._expected_repeat: _TransactionIdentity | None = None
-        """What a durable slot must send again before anything new, as long as it hasn't."""
-        self._has_other_history = False
-        """Whether the server turned out to have another history than the changelog."""
-        self._appended_at = time.monotonic()
+        """The end of the last transaction or of the last watermark."""
+        self._repeats = RepeatCheck()
         self._reopening: asyncio.Future[None] | None = None
-        """Set while a durable slot's stream is opened anew on purpose."""
+        """Pending while a durable slot's stream is reopened for other tables."""
         self._reopen_deadline = 0.0
         self._failed_after: LSN | None = None
-        """What was read before the durable slot's decoder failed last."""
+        """What had been read when the durable slot's decoder failed last."""
         self._failure_count = 0
-        """How often it did so."""
-        self._restore_count = 0
-        """How often the history went back without another system or timeline to tell it by."""
+        """Decoder failures in a row at that LSN."""
         self._timed_out_lsn = LSN(0)
-        """What the stream had not come to in time, when it was waited for last."""
+        """The LSN that ``wait_for_changelog`` last waited for in vain."""
         self._switch_lock = asyncio.Lock()
         self._is_reading = False
         self._successor: _Successor | None = None
         self._read_timeout: asyncio.Timeout | None = None
-        self.stream: WalStream | None = None
-        """The stream being read, if any."""
-        self.changes_received = 0
-        """Kept so far."""
-        self.stream_breaks: Counter[str] = Counter()
-        """Of streams, or of attempts at one, by the error's code."""
+
+    # -- opening
 
     async def run(self) -> None:
-        """Read the stream for ever; wait and open it anew where that can help.
+        """Read the stream for ever; reopen it after an error that can pass.
 
         Raises:
-            PgRealtimeError: Waiting doesn't mend it.
+            PgRealtimeError: The error isn't ``retryable``.
         """
         pause = _FIRST_PAUSE_SECONDS
         while True:
@@ -182,18 +127,18 @@ class ReplicationReader:
                 async with AsyncExitStack() as opened:
                     stream = await opened.enter_async_context(open_stream())
                     if self._open_stream is not open_stream:
-                        # Other tables are wanted by now.
+                        # switch() asked for other tables meanwhile: close this one first.
                         self._reopen_deadline = time.monotonic() + _REOPEN_SECONDS
                         continue
                     self._on_stream_started(stream)
                     pause = pause if self._failure_count else _FIRST_PAUSE_SECONDS
                     await self._read_with_successors(stream, opened)
             except PgRealtimeError as error:
-                if self._reopening is not None and self._is_expected_while_reopening(error):
+                if self._is_expected_while_reopening(error):
                     await asyncio.sleep(_POLL_SECONDS)
                     continue
                 is_durable = self.stream is not None and self.stream.is_durable
-                self._on_stream_lost(error)
+                self._on_stream_broken(error)
                 if not error.retryable:
                     raise
                 if is_durable:
@@ -201,32 +146,134 @@ class ReplicationReader:
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
+    def _on_stream_started(self, stream: WalStream) -> None:
+        self._epoch = self._place_in_changelog(stream)
+        self._system, self.stream = stream.system, stream
+        log.info(
+            "replication.started",
+            plugin=stream.plugin,
+            reason=stream.plugin_reason or None,
+            slot=stream.slot_name,
+            lsn=format_lsn(stream.start_lsn),
+        )
+        self._intake.follower.stream_started(self._epoch)
+        self._intake.follower.wake()
+        if self._reopening is not None and not self._reopening.done():
+            self._reopening.set_result(None)
+        self._reopening = None
+
+    def _place_in_changelog(self, stream: WalStream) -> str:
+        """Decide whether a stream continues the changelog, leaves a gap, or restarts it.
+
+        Returns:
+            The stream's epoch.
+        """
+        epoch = self._epoch_of(stream)
+        head_lsn = self._intake.head_lsn
+        # Only a durable slot begins before the head: at what it was last confirmed. A restored
+        # server's WAL may end before what was read from it.
+        begins_within = stream.start_lsn <= head_lsn and self._read_upto <= stream.initial_wal_end
+        is_restored = self._repeats.begin_stream()
+        if self._reopening is not None:
+            self._repeats.forget()  # the last transaction may have nothing of the new tables
+        if begins_within and stream.system == self._system and not is_restored:
+            if epoch != self._epoch:
+                self._intake.follower.stream_continued(epoch)
+            self._repeats.expect_from(stream.start_lsn)
+        elif epoch != self._epoch or stream.start_lsn < head_lsn or is_restored:
+            # Another history (first start, failover, restore): its LSNs may have been used before.
+            if epoch == self._epoch:
+                self._restore_count += 1
+                epoch = self._epoch_of(stream)
+            self._read_upto = stream.start_lsn
+            self._repeats.forget()
+            self._timed_out_lsn = LSN(0)
+            self._intake.restart(stream.start_lsn)
+        elif stream.start_lsn > head_lsn:
+            self._intake.append_lost_slot(stream.start_lsn)
+        return epoch
+
+    def _epoch_of(self, stream: WalStream) -> str:
+        return epoch_of(stream.system, self._tables, self._restore_count)
+
+    def _on_stream_broken(self, error: PgRealtimeError) -> None:
+        if self._reopening is not None and not self._reopening.done():
+            self._reopening.set_exception(error)
+        self._reopening = None
+        if self.stream is not None:
+            self.stream = None
+            self._intake.follower.stream_lost()
+        self.stream_breaks[error.error_code] += 1
+        log.warning(
+            "replication.broken", code=error.error_code, reason=error.message, detail=error.detail
+        )
+
+    def _is_expected_while_reopening(self, error: PgRealtimeError) -> bool:
+        """Whether the error only says that the old stream was closed, or isn't yet on the server.
+
+        Only while a durable slot is reopened on purpose, and for ``_REOPEN_SECONDS``.
+        """
+        is_closing = isinstance(error, SlotBusyError) or error.error_code == "stream_closed"
+        is_in_time = time.monotonic() < self._reopen_deadline
+        return self._reopening is not None and is_closing and is_in_time
+
+    async def _handle_decoder_failure(self, error: PgRealtimeError) -> None:
+        """Advance a durable slot whose decoder fails at the same LSN again and again.
+
+        Every new stream would begin before that LSN and fail there, and the server would keep all
+        WAL since. What is skipped reaches the changelog as a gap.
+        """
+        before, self._failed_after = self._failed_after, None
+        if error.error_code != "decoder_failed":
+            self._failure_count = 0
+            return
+        # Not recognized by the message, which may contain another memory address each time.
+        self._failed_after = self._read_upto
+        self._failure_count = self._failure_count + 1 if self._failed_after == before else 1
+        if self._failure_count >= _MAX_DECODER_FAILURES:
+            self._failure_count = 0
+            log.error("replication.decoder_stuck", reason=error.message, detail=error.detail)
+            await self._advance_slot()
+
+    # -- switching to other tables
+
     async def switch(self, open_stream: OpenStream, tables: Iterable[TableName]) -> None:
         """Read other tables from now on, with nothing missed or repeated; return when that is so.
 
-        The other stream is opened beside the one of now, which is read at least up to where the
-        other begins; what both have is taken once. Only if the earlier stream breaks before that is
-        there a gap, announced like any other. From a durable slot only one stream can be read: it
-        is closed and opened anew, and begins with what the changelog holds.
-
         Raises:
-            PgRealtimeError: The other stream can't be opened; the one of now goes on.
+            PgRealtimeError: The new stream can't be opened; the current one continues.
         """
-        async with self._switch_lock, AsyncExitStack() as opened:
+        async with self._switch_lock:
             if self._is_durable or (self.stream is not None and self.stream.is_durable):
-                before = self._open_stream, self._tables
-                self._open_stream, self._tables = open_stream, tuple(tables)
-                self._reopening = asyncio.get_running_loop().create_future()
-                self._reopen_deadline = time.monotonic() + _REOPEN_SECONDS
-                if self.stream is not None:
-                    self.stream.stop()
-                # Else run() is opening one, or will: that has the other tables.
-                try:
-                    await self._reopening
-                except PgRealtimeError:
-                    self._open_stream, self._tables = before
-                    raise
-                return
+                await self._reopen(open_stream, tuple(tables))
+            else:
+                await self._open_successor(open_stream, tuple(tables))
+
+    async def _reopen(self, open_stream: OpenStream, tables: tuple[TableName, ...]) -> None:
+        """Let ``run`` close the stream and open the new one on the same, durable slot.
+
+        Only one stream can read the slot. The new one begins with what the changelog holds.
+        """
+        before = self._open_stream, self._tables
+        self._open_stream, self._tables = open_stream, tables
+        self._reopening = asyncio.get_running_loop().create_future()
+        self._reopen_deadline = time.monotonic() + _REOPEN_SECONDS
+        if self.stream is not None:
+            self.stream.stop()
+        # Otherwise run() is opening a stream, or will; it notices that another one is wanted.
+        try:
+            await self._reopening
+        except PgRealtimeError:
+            self._open_stream, self._tables = before
+            raise
+
+    async def _open_successor(self, open_stream: OpenStream, tables: tuple[TableName, ...]) -> None:
+        """Open the new stream next to the current one, and let ``run`` continue with it.
+
+        The current stream is read at least up to where the new one begins; transactions that both
+        have are appended once. If it breaks before that, there is a gap like any other.
+        """
+        async with AsyncExitStack() as opened:
             stream = await opened.enter_async_context(open_stream())
             if self.stream is not None and self.stream.system != stream.system:
                 raise StreamInterruptedError(
@@ -234,7 +281,7 @@ class ReplicationReader:
                     detail="The stream of now and one opened beside it lead to different servers"
                     " or histories, so that neither goes on from the other.",
                 )
-            self._open_stream, self._tables = open_stream, tuple(tables)
+            self._open_stream, self._tables = open_stream, tables
             if not self._is_reading:
                 return  # run() opens one of these itself
             took_over = asyncio.Event()
@@ -245,43 +292,20 @@ class ReplicationReader:
                 self._read_timeout.reschedule(asyncio.get_running_loop().time())
             await took_over.wait()
 
-    def append_gap(self, reason: str, tables: frozenset[TableName]) -> None:
-        """Announce that changes of the tables may be missing up to here."""
-        # Beyond the last commit and before any to come: a commit record alone has more bytes.
-        end_lsn = LSN(self._changelog.head.lsn + 1)
-        self._append(Gap(end_lsn, reason, tables), time.monotonic())
-        _report_gap(reason, tables)
-        self._follower.wake()
+    def _on_stream_continued(self, stream: WalStream) -> None:
+        self._epoch, self.stream = self._epoch_of(stream), stream
+        log.info(
+            "replication.continued",
+            plugin=stream.plugin,
+            slot=stream.slot_name,
+            lsn=format_lsn(stream.start_lsn),
+        )
+        self._intake.follower.stream_continued(self._epoch)
 
-    async def wait_for_changelog(self, lsn: LSN) -> bool:
-        """Wait until the changelog has all that commits up to a position; return whether it does.
-
-        Who asks holds up events, so it is waited for a second at most; and where that wasn't
-        enough, not again before the stream has got there.
-        """
-        lsn = _end_of_record(lsn)
-        if self._complete_upto() < self._timed_out_lsn:
-            return False
-        until = time.monotonic() + _LSN_WAIT_SECONDS
-        while self._complete_upto() < lsn:
-            if time.monotonic() >= until:
-                self._timed_out_lsn = lsn
-                return False
-            if self.stream is not None:
-                self.stream.request_keepalive()
-            await asyncio.sleep(_LSN_POLL_SECONDS)
-        return True
-
-    def _complete_upto(self) -> LSN:
-        head = self._changelog.head.lsn
-        if self.stream is None:
-            return head
-        # What ends before a stream begins is in the changelog, or a gap in it; the last commit of
-        # that may have ended earlier.
-        return self.stream.empty_until(max(head, self.stream.start_lsn))
+    # -- reading
 
     async def _read_with_successors(self, stream: WalStream, opened: AsyncExitStack) -> None:
-        """Read a stream and those that go on after it, until one breaks.
+        """Read a stream and its successors until one breaks.
 
         Args:
             stream: The first.
@@ -304,225 +328,108 @@ class ReplicationReader:
                 self._successor.has_taken_over.set()
                 self._successor = None
 
-    def _on_stream_continued(self, stream: WalStream) -> None:
-        self._epoch, self.stream = self._epoch_of(stream), stream
-        log.info(
-            "replication.continued",
-            plugin=stream.plugin,
-            slot=stream.slot_name,
-            lsn=format_lsn(stream.start_lsn),
-        )
-        self._follower.stream_continued(self._epoch)
-
-    def _on_stream_started(self, stream: WalStream) -> None:
-        epoch = self._epoch_of(stream)
-        head = self._changelog.head
-        # Only a durable slot begins earlier: with what it was not told is needed no more.
-        begins_within = stream.start_lsn <= head.lsn and self._read_upto <= stream.initial_wal_end
-        is_restored, self._has_other_history, self._expected_repeat = (
-            self._has_other_history,
-            False,
-            None,
-        )
-        if self._reopening is not None:
-            self._last_kept = None  # which may have nothing of other tables
-        if begins_within and stream.system == self._system and not is_restored:
-            if epoch != self._epoch:
-                self._follower.stream_continued(epoch)
-            if self._last_kept is not None and stream.start_lsn < self._last_kept.end_lsn:
-                self._expected_repeat = self._last_kept
-        elif epoch != self._epoch or stream.start_lsn < head.lsn or is_restored:
-            # Another history: first start, failover, restore. LSNs may be used again.
-            if epoch == self._epoch:
-                self._restore_count += 1
-                epoch = self._epoch_of(stream)
-            self._read_upto, self._last_kept = stream.start_lsn, None
-            self._timed_out_lsn = LSN(0)
-            self._changelog.restart(stream.start_lsn)
-        elif stream.start_lsn > head.lsn:
-            self._append(Gap(stream.start_lsn, "slot_lost"), time.monotonic())
-            log.warning("replication.gap", reason="slot_lost", lsn=format_lsn(stream.start_lsn))
-        self._epoch, self._system, self.stream = epoch, stream.system, stream
-        log.info(
-            "replication.started",
-            plugin=stream.plugin,
-            reason=stream.plugin_reason or None,
-            slot=stream.slot_name,
-            lsn=format_lsn(stream.start_lsn),
-        )
-        self._follower.stream_started(epoch)
-        self._follower.wake()
-        if self._reopening is not None and not self._reopening.done():
-            self._reopening.set_result(None)
-        self._reopening = None
-
-    def _epoch_of(self, stream: WalStream) -> str:
-        epoch = epoch_of(stream.system, self._tables)
-        for _ in range(self._restore_count):
-            epoch = _next_epoch(epoch)
-        return epoch
-
-    def _is_expected_while_reopening(self, error: PgRealtimeError) -> bool:
-        """Whether it only means that the stream before was closed, or that the server is at it."""
-        is_closing = isinstance(error, SlotBusyError) or error.error_code == "stream_closed"
-        return is_closing and time.monotonic() < self._reopen_deadline
-
-    def _on_stream_lost(self, error: PgRealtimeError) -> None:
-        if self._reopening is not None and not self._reopening.done():
-            self._reopening.set_exception(error)
-        self._reopening = None
-        if self.stream is not None:
-            self.stream = None
-            self._follower.stream_lost()
-        self.stream_breaks[error.error_code] += 1
-        log.warning(
-            "replication.lost", code=error.error_code, reason=error.message, detail=error.detail
-        )
-
-    async def _handle_decoder_failure(self, error: PgRealtimeError) -> None:
-        """Leave behind what a durable slot's decoder fails at for ever, and with it what follows.
-
-        Each new stream begins before it. The server keeps all WAL until somebody gives in.
-        """
-        before, self._failed_after = self._failed_after, None
-        if error.error_code != "decoder_failed":
-            self._failure_count = 0
-            return
-        # Not by the server's words: a failure may name another address of its memory each time.
-        self._failed_after = self._read_upto
-        self._failure_count = self._failure_count + 1 if self._failed_after == before else 1
-        if self._failure_count >= _MAX_DECODER_FAILURES:
-            self._failure_count = 0
-            log.error("replication.passed_over", reason=error.message, detail=error.detail)
-            await self._advance_slot()
-
     async def _read_until_successor(self, stream: WalStream) -> _Successor:
-        """Keep what comes, until a successor has all that follows; return that."""
+        """Append what a stream brings until a successor has all that follows; return that."""
         while True:
-            # Noted first: all that ends before it is in the batches of before, and in the next.
+            # Read before the batch: all that ends before it is in earlier batches or in this one.
             wal_end, successor = stream.wal_end, self._successor
-            patience = _POLL_SECONDS if successor or self._expected_repeat else None
-            try:
-                async with asyncio.timeout(patience) as self._read_timeout:
-                    batch = await anext(stream)
-            except TimeoutError:
-                batch = []
-            finally:
-                self._read_timeout = None
+            batch = await self._next_batch(stream, must_poll=successor is not None)
             await self._append_new(batch)
-            if self._expected_repeat is not None:
-                if wal_end >= self._expected_repeat.end_lsn:
-                    self._raise_other_history()
+            if self._repeats.is_pending:
+                self._repeats.verify_reached(wal_end)
                 stream.request_keepalive()
             if batch:
                 self._read_upto = max(self._read_upto, batch[-1].end_lsn)
                 if stream.is_durable:
-                    self._acknowledge_floor(stream)
+                    self._release_expired(stream)
                 else:
                     stream.confirm(batch[-1].end_lsn)
-                self._follower.wake()
+                self._intake.follower.wake()
             if successor is not None and wal_end >= successor.stream.start_lsn:
                 return successor
 
+    async def _next_batch(
+        self, stream: WalStream, *, must_poll: bool
+    ) -> list[Transaction | OversizedTransaction]:
+        """Return the next transactions; nothing if others are waited for and none come soon."""
+        patience = _POLL_SECONDS if must_poll or self._repeats.is_pending else None
+        try:
+            async with asyncio.timeout(patience) as self._read_timeout:
+                return await anext(stream)
+        except TimeoutError:
+            return []
+        finally:
+            self._read_timeout = None
+
     async def _append_new(self, batch: Iterable[Transaction | OversizedTransaction]) -> None:
-        """Keep what the changelog doesn't have."""
+        """Append the transactions that the changelog doesn't have; verify the others."""
         for entry in batch:
-            is_new = entry.end_lsn > self._changelog.head.lsn
-            if self._expected_repeat is not None or not is_new:
-                self._verify_repeat(entry)
+            is_new = entry.end_lsn > self._intake.head_lsn
+            self._repeats.verify(entry, is_new=is_new)
             if is_new:
-                await self._append_when_room(entry)
-                self._last_kept = _identity_of(entry)
+                await self._intake.append(entry)
+                self._repeats.record(entry)
 
-    def _verify_repeat(self, entry: Transaction | OversizedTransaction) -> None:
-        """Compare with what was read before what a stream sends again.
-
-        A server that was restored from a copy of its files has the same identifier and timeline,
-        and writes other commits at the positions that the changelog has already.
-
-        Raises:
-            StreamInterruptedError: They differ; the next stream begins another history.
-        """
-        if self._last_kept is None or entry.end_lsn < self._last_kept.end_lsn:
-            return
-        if _identity_of(entry) != self._last_kept:
-            self._raise_other_history()
-        self._expected_repeat = None
-
-    def _raise_other_history(self) -> None:
-        self._has_other_history = True
-        raise StreamInterruptedError(
-            "the server's history is another",
-            detail="It doesn't have a transaction that was read from it, as after a restore.",
-        )
-
-    async def _append_when_room(self, entry: Transaction | OversizedTransaction) -> None:
-        size = entry.size_bytes if isinstance(entry, Transaction) else 0
-        while self._undelivered_bytes() and self._undelivered_bytes() + size > self._max_size:
-            self._follower.progressed.clear()
-            self._follower.wake()
-            await self._follower.progressed.wait()
-        self._append(entry, time.monotonic())
-        if isinstance(entry, Transaction):
-            self.changes_received += len(entry.changes)
-        else:
-            _report_gap("too_large", entry.tables)
-
-    def _append(self, entry: Entry, now: float) -> None:
-        self._changelog.append(entry, now, self._follower.head)
-        self._appended_at = now
-
-    def _append_mark(self, stream: WalStream, now: float) -> None:
-        """Take note that nothing of ours has happened, so that a durable slot moves in time."""
-        head = self._changelog.head.lsn
-        quiet = stream.empty_until(head)
-        if quiet > head and now - self._appended_at >= _MARK_SECONDS:
-            self._append(Watermark(quiet), now)
-            self._read_upto = max(self._read_upto, quiet)
-            self._follower.wake()
-
-    def _acknowledge_floor(self, stream: WalStream) -> None:
-        """Say that nobody needs what the changelog doesn't have any more."""
-        # A gap that was told ends within the record that follows, perhaps a commit; and a commit
-        # that begins before what is let go of isn't sent again. Records begin at multiples of 8.
-        floor = self._changelog.floor.lsn
-        stream.release(LSN(floor - floor % 8))
-
-    def _undelivered_bytes(self) -> int:
-        return self._changelog.bytes_after(self._follower.head)
+    # -- acknowledging
 
     async def expire(self) -> None:
-        """Let what is too old go, for ever."""
+        """Remove old entries from the changelog, and WAL behind them from the server, for ever."""
         while True:
             await asyncio.sleep(_EXPIRE_SECONDS)
             now = time.monotonic()
-            self._changelog.expire(now, self._follower.head)
+            self._intake.expire(now)
             if self.stream is not None and self.stream.is_durable:
-                self._append_mark(self.stream, now)
-                self._acknowledge_floor(self.stream)
+                self._append_watermark(self.stream, now)
+                self._release_expired(self.stream)
+
+    def _append_watermark(self, stream: WalStream, now: float) -> None:
+        """Let a durable slot advance while the WAL grows by other tables' commits alone."""
+        quiet_until = stream.empty_until(self._intake.head_lsn)
+        if self._intake.append_watermark(quiet_until, now, min_interval_seconds=_MARK_SECONDS):
+            self._read_upto = max(self._read_upto, quiet_until)
+
+    def _release_expired(self, stream: WalStream) -> None:
+        """Let the server forget the WAL of what the changelog has removed."""
+        # A gap that was appended on its own ends inside the record that follows, perhaps a commit;
+        # and a commit that begins before the released LSN isn't sent again. Records begin at
+        # multiples of 8 (MAXALIGN).
+        floor = self._intake.floor_lsn
+        stream.release(LSN(floor - floor % 8))
+
+    # -- waiting for an LSN
+
+    async def wait_for_changelog(self, lsn: LSN) -> bool:
+        """Wait until the changelog has all commits up to an LSN; return whether it does.
+
+        The caller holds up events. So this waits a second at most, and after a wait in vain not at
+        all until the stream has reached that LSN.
+        """
+        lsn = _end_of_record(lsn)
+        if self._complete_upto() < self._timed_out_lsn:
+            return False
+        deadline = time.monotonic() + _LSN_WAIT_SECONDS
+        while self._complete_upto() < lsn:
+            if time.monotonic() >= deadline:
+                self._timed_out_lsn = lsn
+                return False
+            if self.stream is not None:
+                self.stream.request_keepalive()
+            await asyncio.sleep(_LSN_POLL_SECONDS)
+        return True
+
+    def _complete_upto(self) -> LSN:
+        head_lsn = self._intake.head_lsn
+        if self.stream is None:
+            return head_lsn
+        # What ends before a stream begins is in the changelog, or is a gap in it; the last commit
+        # among it may have ended earlier.
+        return self.stream.empty_until(max(head_lsn, self.stream.start_lsn))
 
 
 def _end_of_record(insert_lsn: LSN) -> LSN:
-    """Return where the record before the insert position ends.
+    """Return where the last record before an insert position ends.
 
-    Between the two there may be the header of a page, which the stream comes to with the next
-    record alone.
+    Between the two there may be a page header, which the stream passes only with the next record.
     """
     into_page = insert_lsn % _PAGE_BYTES
     return LSN(insert_lsn - into_page) if into_page <= _PAGE_HEADER_BYTES else insert_lsn
-
-
-def epoch_of(system: SystemIdentity, tables: Iterable[TableName]) -> str:
-    """Return the six hexadecimal digits that positions of this history of these tables share."""
-    names = sorted(f"{table.schema}\0{table.name}" for table in tables)
-    text = "\n".join([system.system_id, str(system.timeline), system.database, *names])
-    return hashlib.blake2s(text.encode(), digest_size=3).hexdigest()
-
-
-def _next_epoch(epoch: str) -> str:
-    """Another epoch, for a history that can't be told apart by system and timeline: a restore."""
-    return hashlib.blake2s(epoch.encode(), digest_size=3).hexdigest()
-
-
-def _report_gap(reason: str, tables: Iterable[TableName]) -> None:
-    log.warning("replication.gap", reason=reason, tables=sorted(map(str, tables)))

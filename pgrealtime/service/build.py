@@ -32,6 +32,7 @@ from pgrealtime.errors import (
     ConfigError,
     PgRealtimeError,
 )
+from pgrealtime.feed.intake import Intake
 from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.hub.hub import Hub, HubCallbacks
 from pgrealtime.hub.state.settings import HubSettings
@@ -206,12 +207,11 @@ async def run_service(
                 refresh_schema=lambda: reloading.wait_for_schema_refresh(),  # noqa: PLW0108 (likewise)
             ),
         )
+        intake = Intake(changelog, hub, max_size=config.changelog.max_size)
         relay = ReplicationReader(
             lambda: _open_stream(config, world),
-            changelog,
-            hub,
+            intake,
             tables=world.streamed_tables,
-            max_size=config.changelog.max_size,
             advance_slot=lambda: _advance_slot(config),
             is_durable=config.replication.slot.durable,
         )
@@ -231,6 +231,7 @@ async def run_service(
             world,
             ReloadTargets(
                 replication_reader=relay,
+                intake=intake,
                 hub=hub,
                 authenticator=authenticator,
                 login=login,
@@ -261,6 +262,7 @@ async def run_service(
         vitals = StatusReader(
             hub=hub,
             replication_reader=relay,
+            intake=intake,
             changelog=changelog,
             executor=probe,
             authenticator=authenticator,

@@ -26,6 +26,7 @@ from pgrealtime.collections.streamed_tables import collection_name_of, reachable
 from pgrealtime.config.load import ParsedConfig
 from pgrealtime.config.model import Config
 from pgrealtime.errors import ConfigError, PgRealtimeError, SetupError
+from pgrealtime.feed.intake import Intake
 from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.hub.hub import Hub
 from pgrealtime.postgres.pool import QueryPool
@@ -55,6 +56,7 @@ class ReloadTargets:
     """Who is told of a reload."""
 
     replication_reader: ReplicationReader
+    intake: Intake
     hub: Hub
     authenticator: Authenticator
     login: LoginService
@@ -230,7 +232,7 @@ class Reloader:
             log.error(  # noqa: TRY400 (for the operator, not for us)
                 "publication.unfit", reason=error.message, detail=error.detail, hint=error.hint
             )
-        self._targets.replication_reader.append_gap("schema", before | self._unpublished_tables)
+        self._targets.intake.append_gap("schema", before | self._unpublished_tables)
 
     async def _apply(self, applied: AppliedConfig) -> None:
         """Put a world into force.
@@ -261,7 +263,7 @@ class Reloader:
         # Nobody heard of the rows of a collection as long as it was locked.
         became |= before.locked_tables - applied.locked_tables
         if became:
-            self._targets.replication_reader.append_gap("schema", frozenset(became))
+            self._targets.intake.append_gap("schema", frozenset(became))
         # Events wait for this; the stream takes longer, and is of no use to them.
         self._current_read.is_applied = True
         self._current_read.completed.set()

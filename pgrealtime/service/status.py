@@ -11,6 +11,7 @@ from psycopg_pool import PoolTimeout
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.login import LoginService
 from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.feed.intake import Intake
 from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.hub.hub import Hub
 from pgrealtime.observe.metrics import MetricValues
@@ -40,6 +41,7 @@ class StatusReader:
         *,
         hub: Hub,
         replication_reader: ReplicationReader,
+        intake: Intake,
         changelog: MemoryChangelog,
         executor: QueryExecutor,
         authenticator: Authenticator,
@@ -48,6 +50,7 @@ class StatusReader:
     ) -> None:
         self._hub = hub
         self._replication_reader = replication_reader
+        self._intake = intake
         self._changelog = changelog
         self._executor = executor
         self._authenticator = authenticator
@@ -71,7 +74,7 @@ class StatusReader:
             rule_query_errors=self._executor.unanswered_counts,
             auth_checks=self._authenticator.checks_by_result,
             login_results=self._login.attempts_by_result,
-            changes_received=self._replication_reader.changes_received,
+            changes_received=self._intake.changes_received,
             stream_breaks=self._replication_reader.stream_breaks,
             changelog_bytes=self._changelog.size_bytes,
             is_replication_connected=self._replication_reader.stream is not None,

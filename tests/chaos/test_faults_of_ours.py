@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 from pgrealtime.config.load import parse_config
-from pgrealtime.feed.reader import ReplicationReader
+from pgrealtime.feed.intake import Intake
 from pgrealtime.hub.dispatcher import Dispatcher
 from pgrealtime.service.build import run_service
 from tests.conformance.http_client import Address, End
@@ -27,7 +27,7 @@ async def fail(*_: object) -> None:
     ("of", "name"),
     [
         pytest.param(Dispatcher, "_dispatch", id="delivery"),
-        pytest.param(ReplicationReader, "_append_when_room", id="reading"),
+        pytest.param(Intake, "append", id="reading"),
     ],
 )
 async def test_a_part_that_fails_ends_the_program_and_its_connections_in_an_orderly_way(

@@ -21,6 +21,7 @@ from pgrealtime.changes import TableName
 from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.errors import PgRealtimeError, SetupError, SlotBusyError
 from pgrealtime.feed import reader as feed_reader
+from pgrealtime.feed.intake import Intake
 from pgrealtime.feed.reader import OpenStream, ReplicationReader
 from pgrealtime.lsn import LSN, parse_lsn
 from pgrealtime.wal.publication import publication_sql
@@ -28,7 +29,7 @@ from pgrealtime.wal.slot_status import advance_slot
 from pgrealtime.wal.stream import WalStream, dry_run_stream, open_stream
 from tests.conformance.pgrealtime_server import command
 from tests.feed_follower import Follower
-from tests.integration.test_stream_switch import NEW, OLD, Relaying
+from tests.integration.test_stream_switch import NEW, OLD, Reading
 from tests.own_server import OwnServer, own_server
 from tests.stream_reading import (
     DEADLINE_SECONDS,
@@ -71,11 +72,11 @@ async def confirmed(connection: Connection, config: ReplicationConfig) -> LSN:
 
 
 @asynccontextmanager
-async def relaying(
+async def reading(
     url: str, config: ReplicationConfig, connection: Connection, *, max_age: float = 1e9
-) -> AsyncIterator[Relaying]:
-    """A relay of the table ``old``, as a process would have it."""
-    async with relaying_of(url, config, await old(connection), max_age=max_age) as room:
+) -> AsyncIterator[Reading]:
+    """Read the table ``old`` as a process does."""
+    async with reading_of(url, config, await old(connection), max_age=max_age) as room:
         yield room
 
 
@@ -84,25 +85,24 @@ async def old(connection: Connection) -> list[Table]:
 
 
 @asynccontextmanager
-async def relaying_of(
+async def reading_of(
     url: str, config: ReplicationConfig, tables: list[Table], *, max_age: float = 1e9
-) -> AsyncIterator[Relaying]:
+) -> AsyncIterator[Reading]:
     def opening() -> AbstractAsyncContextManager[WalStream]:
         return open_stream(url, config, tables, max_transaction_bytes=1 << 30)
 
-    async def passing_over() -> None:
+    async def advance() -> None:
         async with writer(url) as connection:
             await advance_slot(connection, config.slot.name)
 
     changelog = MemoryChangelog(LSN(0), max_bytes=1 << 30, max_age_seconds=max_age)
-    reader = Follower(changelog, DEADLINE_SECONDS)
-    relay = ReplicationReader(
-        opening, changelog, reader, tables=[OLD], max_size=1 << 30, advance_slot=passing_over
-    )
-    running = [asyncio.create_task(relay.run()), asyncio.create_task(relay.expire())]
+    follower = Follower(changelog, DEADLINE_SECONDS)
+    intake = Intake(changelog, follower, max_size=1 << 30)
+    reader = ReplicationReader(opening, intake, tables=[OLD], advance_slot=advance)
+    running = [asyncio.create_task(reader.run()), asyncio.create_task(reader.expire())]
     try:
-        await reader.until(lambda: bool(reader.said))
-        yield Relaying(relay, changelog, reader, changelog.head)
+        await follower.until(lambda: bool(follower.said))
+        yield Reading(reader, intake, changelog, follower, changelog.head)
     finally:
         for task in running:
             task.cancel()
@@ -119,35 +119,35 @@ async def test_what_was_committed_without_us_comes_whole(database_url: str, plug
             version = connection.info.server_version
             publication = publication_sql("pgrealtime", await old(connection), version)
             await connection.execute(publication.encode())
-        async with relaying(database_url, config, connection) as room:
+        async with reading(database_url, config, connection) as room:
             await connection.execute("INSERT INTO old VALUES (1)")
-            await room.reader.until(lambda: room.inserted(OLD) == [1])
+            await room.follower.until(lambda: room.inserted(OLD) == [1])
         async with connection.transaction():
             await connection.execute("INSERT INTO old VALUES (2)")
             await connection.execute("INSERT INTO old VALUES (3)")
-        async with relaying(database_url, config, connection) as room:
-            await room.reader.until(lambda: room.inserted(OLD) == [1, 2, 3])
+        async with reading(database_url, config, connection) as room:
+            await room.follower.until(lambda: room.inserted(OLD) == [1, 2, 3])
             await connection.execute("INSERT INTO old VALUES (4)")
-            await room.reader.until(lambda: room.inserted(OLD) == [1, 2, 3, 4])
+            await room.follower.until(lambda: room.inserted(OLD) == [1, 2, 3, 4])
 
 
 async def test_broken_stream_is_no_gap_and_repeats_nothing(database_url: str) -> None:
     config = durable()
     async with writer(database_url) as connection:
         await prepared(connection)
-        async with relaying(database_url, config, connection) as room:
+        async with reading(database_url, config, connection) as room:
             for number in range(1, 6):
                 await connection.execute(f"INSERT INTO old VALUES ({number})".encode())
-                await room.reader.until(lambda last=number: last in room.inserted(OLD))  # type: ignore[misc]
+                await room.follower.until(lambda last=number: last in room.inserted(OLD))  # type: ignore[misc]
                 await connection.execute(
                     "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
                     " WHERE slot_name = %s",
                     (config.slot.name,),
                 )
-                await room.reader.until(lambda: room.reader.said.count("lost") == number)  # noqa: B023
-                await room.reader.until(lambda: room.reader.said[-1] != "lost")
+                await room.follower.until(lambda: room.follower.said.count("lost") == number)  # noqa: B023
+                await room.follower.until(lambda: room.follower.said[-1] != "lost")
             assert room.inserted(OLD) == [1, 2, 3, 4, 5]
-            assert len(set(room.reader.said) - {"lost"}) == 1, "its positions go on meaning it"
+            assert len(set(room.follower.said) - {"lost"}) == 1, "its positions go on meaning it"
 
 
 async def test_slot_moves_behind_what_clients_can_still_ask_for(
@@ -158,21 +158,21 @@ async def test_slot_moves_behind_what_clients_can_still_ask_for(
     config = durable()
     async with writer(database_url) as connection:
         await prepared(connection)
-        async with relaying(database_url, config, connection) as room:
+        async with reading(database_url, config, connection) as room:
             begun = await confirmed(connection, config)
             await connection.execute("INSERT INTO old VALUES (1)")
-            await room.reader.until(lambda: room.inserted(OLD) == [1])
+            await room.follower.until(lambda: room.inserted(OLD) == [1])
             one = room.changelog.head.lsn
             await asyncio.sleep(3)  # a temporary slot would have moved after a second
             assert await confirmed(connection, config) == begun
-        async with relaying(database_url, config, connection, max_age=0.2) as room:
+        async with reading(database_url, config, connection, max_age=0.2) as room:
             async with asyncio.timeout(DEADLINE_SECONDS):
                 while await confirmed(connection, config) < one:
                     await asyncio.sleep(0.05)
             assert room.changelog.floor.lsn >= one
         await connection.execute("INSERT INTO old VALUES (2)")
-        async with relaying(database_url, config, connection) as room:
-            await room.reader.until(lambda: room.inserted(OLD) == [2])
+        async with reading(database_url, config, connection) as room:
+            await room.follower.until(lambda: room.inserted(OLD) == [2])
 
 
 async def test_a_gap_that_is_let_go_takes_no_commit_along(database_url: str) -> None:
@@ -183,26 +183,26 @@ async def test_a_gap_that_is_let_go_takes_no_commit_along(database_url: str) -> 
         await psycopg.AsyncConnection.connect(database_url) as other,
     ):
         await prepared(connection)
-        async with relaying(database_url, config, connection, max_age=max_age) as room:
+        async with reading(database_url, config, connection, max_age=max_age) as room:
             await other.execute("INSERT INTO old VALUES (2)")
             await connection.execute("INSERT INTO old VALUES (1)")
-            await room.reader.until(lambda: room.inserted(OLD) == [1])
+            await room.follower.until(lambda: room.inserted(OLD) == [1])
             end = room.changelog.head.lsn
-            room.relay.append_gap("schema", frozenset({NEW}))
+            room.intake.append_gap("schema", frozenset({NEW}))
             told_at = time.monotonic()
             while time.monotonic() == told_at:
                 pass
             await other.commit()
-            await room.reader.until(lambda: room.changelog.head.lsn > end + 1)
-            assert room.relay.stream is not None
+            await room.follower.until(lambda: room.changelog.head.lsn > end + 1)
+            assert room.reader.stream is not None
             room.changelog.expire(told_at + max_age, room.changelog.head)
             assert room.changelog.floor.lsn == end + 1
             async with asyncio.timeout(DEADLINE_SECONDS):
                 while await confirmed(connection, config) < end:
                     await asyncio.sleep(0.01)  # moved once a second, of which nobody is told
-        async with relaying(database_url, config, connection) as room:
+        async with reading(database_url, config, connection) as room:
             room.begun = room.changelog.floor
-            await room.reader.until(lambda: room.inserted(OLD) == [2])
+            await room.follower.until(lambda: room.inserted(OLD) == [2])
 
 
 async def test_slot_moves_where_only_others_write(
@@ -214,7 +214,7 @@ async def test_slot_moves_where_only_others_write(
     config = durable()
     async with writer(database_url) as connection:
         await prepared(connection)
-        async with relaying(database_url, config, connection, max_age=0.5) as room:
+        async with reading(database_url, config, connection, max_age=0.5) as room:
             for number in range(3):
                 await connection.execute(
                     "INSERT INTO others SELECT generate_series(1, 1000)",
@@ -229,8 +229,8 @@ async def test_slot_moves_where_only_others_write(
                     config.slot.name,
                 )
                 await connection.execute(f"INSERT INTO old VALUES ({number})".encode())
-            await room.reader.until(lambda: room.changelog.head.lsn > 0)
-            assert "lost" not in room.reader.said
+            await room.follower.until(lambda: room.changelog.head.lsn > 0)
+            assert "lost" not in room.follower.said
 
 
 async def test_other_tables_are_streamed_with_nothing_missed_or_repeated(
@@ -257,23 +257,23 @@ async def test_other_tables_are_streamed_with_nothing_missed_or_repeated(
             wanted = [tables[name] for name in names]
             return lambda: open_stream(database_url, config, wanted, max_transaction_bytes=1 << 30)
 
-        async with relaying(database_url, config, connection) as room:
+        async with reading(database_url, config, connection) as room:
             async with asyncio.TaskGroup() as group:
                 for place in range(2):
                     group.create_task(write(place))
                 for number in range(8):
                     names = [OLD] if number % 2 else [OLD, NEW]
-                    await room.relay.switch(opening(names), names)
+                    await room.reader.switch(opening(names), names)
                     if NEW in names:
                         known = len(room.inserted(NEW))
-                        await room.reader.until(lambda: len(room.inserted(NEW)) > known)  # noqa: B023
+                        await room.follower.until(lambda: len(room.inserted(NEW)) > known)  # noqa: B023
                 is_over.set()
-            await room.reader.until(lambda: len(room.inserted(OLD)) >= sum(counts))
+            await room.follower.until(lambda: len(room.inserted(OLD)) >= sum(counts))
             heard, of_new = room.inserted(OLD), room.inserted(NEW)
     assert sorted(heard) == sorted(p + 2 * n for p in range(2) for n in range(counts[p]))
     assert 0 < len(of_new) < len(heard)
     assert len(of_new) == len(set(of_new))
-    assert "lost" not in room.reader.said
+    assert "lost" not in room.follower.said
 
 
 async def test_what_the_decoder_fails_at_for_ever_is_passed_over_and_a_gap(
@@ -287,23 +287,23 @@ async def test_what_the_decoder_fails_at_for_ever_is_passed_over_and_a_gap(
         await prepared(connection)
         publish = publication_sql("pgrealtime", await old(connection), 0).encode()
         await connection.execute(publish)
-        async with relaying(database_url, config, connection) as room:
+        async with reading(database_url, config, connection) as room:
             await connection.execute("INSERT INTO old VALUES (1)")
-            await room.reader.until(lambda: room.inserted(OLD) == [1])
+            await room.follower.until(lambda: room.inserted(OLD) == [1])
             async with connection.transaction():
                 await connection.execute("DROP PUBLICATION pgrealtime")
                 await connection.execute("INSERT INTO old VALUES (2)")
             await connection.execute(publish)
-            await room.reader.until(lambda: _gaps(room) == ["slot_lost"])
+            await room.follower.until(lambda: _gaps(room) == ["slot_lost"])
             room.begun = room.changelog.head
             await connection.execute("INSERT INTO old VALUES (3)")
-            await room.reader.until(lambda: room.inserted(OLD) == [3])
-            failures = room.reader.said.count("lost")
+            await room.follower.until(lambda: room.inserted(OLD) == [3])
+            failures = room.follower.said.count("lost")
 
     assert failures == feed_reader._MAX_DECODER_FAILURES
 
 
-def _gaps(room: Relaying) -> list[str]:
+def _gaps(room: Reading) -> list[str]:
     entries = room.changelog.read(room.begun, room.changelog.head, 100)
     return [entry.reason for entry in entries if isinstance(entry, Gap)]
 
@@ -313,7 +313,7 @@ async def test_second_process_waits_and_takes_over(database_url: str) -> None:
     config = durable()
     async with writer(database_url) as connection:
         await prepared(connection)
-        async with relaying(database_url, config, connection) as first:
+        async with reading(database_url, config, connection) as first:
             tables = await old(connection)
             with pytest.raises(SlotBusyError) as refused:
                 async with open_stream(database_url, config, tables, max_transaction_bytes=1000):
@@ -321,7 +321,7 @@ async def test_second_process_waits_and_takes_over(database_url: str) -> None:
             assert refused.value.retryable
             second = asyncio.create_task(_first_of(database_url, config, tables))
             await connection.execute("INSERT INTO old VALUES (1)")
-            await first.reader.until(lambda: first.inserted(OLD) == [1])
+            await first.follower.until(lambda: first.inserted(OLD) == [1])
             assert not second.done()
         await connection.execute("INSERT INTO old VALUES (2)")
         assert await second == [1, 2]
@@ -353,17 +353,17 @@ async def test_tables_that_could_not_be_had_are_not_read_later_either(
     async with writer(database_url) as connection:
         await prepared(connection)
         (new,) = [table for table in await read_tables(connection) if table.name == NEW]
-        async with relaying(database_url, config, connection) as room:
+        async with reading(database_url, config, connection) as room:
             other = asyncio.create_task(take())
             with pytest.raises(SlotBusyError):
-                await room.relay.switch(late, [NEW])
+                await room.reader.switch(late, [NEW])
             is_over.set()
             await other
             await connection.execute("INSERT INTO new VALUES (1)")
             await connection.execute("INSERT INTO old VALUES (1)")
-            await room.reader.until(lambda: room.changelog.head > room.begun)
+            await room.follower.until(lambda: room.changelog.head > room.begun)
             heard = room.inserted(OLD), room.inserted(NEW)
-            said = room.reader.said
+            said = room.follower.said
 
     assert heard == ([1], [])
     assert [word.partition(" ")[0] for word in said] == ["started", "lost", "started"]
@@ -371,8 +371,8 @@ async def test_tables_that_could_not_be_had_are_not_read_later_either(
 
 
 async def _first_of(url: str, config: ReplicationConfig, tables: list[Table]) -> list[int]:
-    async with relaying_of(url, config, tables) as room:
-        await room.reader.until(lambda: len(room.inserted(OLD)) == 2)
+    async with reading_of(url, config, tables) as room:
+        await room.follower.until(lambda: len(room.inserted(OLD)) == 2)
         return room.inserted(OLD)
 
 
@@ -436,7 +436,7 @@ async def test_unlimited_wal_is_refused_with_what_bounds_it(plain: OwnServer) ->
         for statement in statements.split(";"):
             if statement.strip():
                 await connection.execute(statement.strip().encode())
-        async with relaying(plain.url, config, connection):
+        async with reading(plain.url, config, connection):
             assert await slots(connection) == ["standing"]
         await connection.execute("ALTER SYSTEM RESET max_slot_wal_keep_size")
 
@@ -479,21 +479,21 @@ async def test_lost_slot_is_made_anew_and_the_gap_is_told(plain: OwnServer) -> N
     """The server dropped its WAL, as it was told to; nobody has to mend anything."""
     plain.configure(max_slot_wal_keep_size="1MB", max_wal_size="32MB", min_wal_size="32MB")
     config = durable("standing", allow_unlimited_wal=False)
-    async with writer(plain.url) as connection, relaying(plain.url, config, connection) as room:
+    async with writer(plain.url) as connection, reading(plain.url, config, connection) as room:
         await connection.execute("INSERT INTO old VALUES (1)")
-        await room.reader.until(lambda: room.inserted(OLD) == [1])
+        await room.follower.until(lambda: room.inserted(OLD) == [1])
         while "standing" in await lasting(connection):
             await connection.execute(
                 "SELECT pg_switch_wal(), pg_logical_emit_message(false, 'x', 'y')"
             )
             await connection.execute("CHECKPOINT")
-        await room.reader.until(lambda: room.reader.said[-1].startswith("started"))
-        await room.reader.until(lambda: room.reader.said.count("lost") == 1)
-        await room.reader.until(lambda: len(room.reader.said) == 3)
+        await room.follower.until(lambda: room.follower.said[-1].startswith("started"))
+        await room.follower.until(lambda: room.follower.said.count("lost") == 1)
+        await room.follower.until(lambda: len(room.follower.said) == 3)
         assert _gaps(room) == ["slot_lost"]
         room.begun = room.changelog.head
         await connection.execute("INSERT INTO old VALUES (2)")
-        await room.reader.until(lambda: room.inserted(OLD) == [2])
+        await room.follower.until(lambda: room.inserted(OLD) == [2])
 
 
 async def lasting(connection: Connection) -> list[str]:
@@ -513,13 +513,13 @@ async def test_standbys_have_the_slot_if_they_shall(plain: OwnServer) -> None:
                 "failover_unsupported"
             )
             return
-        async with relaying(plain.url, durable("standing"), connection):
+        async with reading(plain.url, durable("standing"), connection):
             assert await (await connection.execute(failover)).fetchone() == ("false",)
-        async with relaying(plain.url, durable("standing", failover=True), connection):
+        async with reading(plain.url, durable("standing", failover=True), connection):
             assert await (await connection.execute(failover)).fetchone() == ("true",)
         await connection.execute(_END_READERS)
         await connection.execute(_DROP_SLOTS)
-        async with relaying(plain.url, durable("standing", failover=True), connection):
+        async with reading(plain.url, durable("standing", failover=True), connection):
             assert await (await connection.execute(failover)).fetchone() == ("true",)
 
 

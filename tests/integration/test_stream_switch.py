@@ -18,6 +18,7 @@ from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Insert, TableName, Transaction
 from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.errors import SetupError
+from pgrealtime.feed.intake import Intake
 from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.lsn import LSN, Cursor, parse_lsn
 from pgrealtime.wal.stream import WalStream, open_stream
@@ -30,10 +31,11 @@ SCHEMA = "CREATE TABLE old (id int PRIMARY KEY); CREATE TABLE new (id int PRIMAR
 
 
 @dataclass
-class Relaying:
-    relay: ReplicationReader
+class Reading:
+    reader: ReplicationReader
+    intake: Intake
     changelog: MemoryChangelog
-    reader: Follower
+    follower: Follower
     begun: Cursor
 
     def inserted(self, table: TableName) -> list[int]:
@@ -57,17 +59,16 @@ Opening = Callable[[Sequence[Table]], Callable[[], AbstractAsyncContextManager[W
 
 
 @asynccontextmanager
-async def relaying(opening: Opening, tables: Sequence[Table]) -> AsyncIterator[Relaying]:
+async def reading(opening: Opening, tables: Sequence[Table]) -> AsyncIterator[Reading]:
     changelog = MemoryChangelog(LSN(0), max_bytes=1 << 30, max_age_seconds=1e9)
-    reader = Follower(changelog, DEADLINE_SECONDS)
+    follower = Follower(changelog, DEADLINE_SECONDS)
+    intake = Intake(changelog, follower, max_size=1 << 30)
     names = [table.name for table in tables]
-    relay = ReplicationReader(
-        opening(tables), changelog, reader, tables=names, max_size=1 << 30, advance_slot=never
-    )
-    running = asyncio.create_task(relay.run())
+    reader = ReplicationReader(opening(tables), intake, tables=names, advance_slot=never)
+    running = asyncio.create_task(reader.run())
     try:
-        await reader.until(lambda: bool(reader.said))
-        yield Relaying(relay, changelog, reader, changelog.head)
+        await follower.until(lambda: bool(follower.said))
+        yield Reading(reader, intake, changelog, follower, changelog.head)
     finally:
         running.cancel()
         await asyncio.wait([running])
@@ -103,25 +104,25 @@ async def test_nothing_is_missed_or_repeated_over_twenty_switches_under_load(
     async with writer(database_url) as connection:
         old, new = await _tables(connection)
         opening = opening_at(database_url)
-        async with relaying(opening, [old]) as room, asyncio.TaskGroup() as group:
+        async with reading(opening, [old]) as room, asyncio.TaskGroup() as group:
             for place in range(4):
                 group.create_task(write(place))
             for number in range(20):
                 tables = [old] if number % 2 else [old, new]
-                await room.relay.switch(opening(tables), [table.name for table in tables])
+                await room.reader.switch(opening(tables), [table.name for table in tables])
             wanted.set()
             total = None
             while total is None or total != sum(counts):
                 total = sum(counts)
                 await asyncio.sleep(0.05)  # until the writers have seen that they are done
-            await room.reader.until(lambda: len(room.inserted(OLD)) >= total)
+            await room.follower.until(lambda: len(room.inserted(OLD)) >= total)
 
         heard, of_new = room.inserted(OLD), room.inserted(NEW)
 
     assert sorted(heard) == sorted(p + 4 * n for p in range(4) for n in range(counts[p]))
     assert 0 < len(of_new) < len(heard)
     assert len(of_new) == len(set(of_new))
-    assert [word.split()[0] for word in room.reader.said] == ["started"] + ["continued"] * 20
+    assert [word.split()[0] for word in room.follower.said] == ["started"] + ["continued"] * 20
 
 
 async def test_a_commit_after_the_switch_is_told_of_the_new_table(database_url: str) -> None:
@@ -129,12 +130,12 @@ async def test_a_commit_after_the_switch_is_told_of_the_new_table(database_url: 
     async with writer(database_url) as connection:
         old, new = await _tables(connection)
         opening = opening_at(database_url)
-        async with relaying(opening, [old]) as room:
+        async with reading(opening, [old]) as room:
             await connection.execute("INSERT INTO new VALUES (1)")
-            await room.relay.switch(opening([old, new]), [OLD, NEW])
+            await room.reader.switch(opening([old, new]), [OLD, NEW])
             await connection.execute("INSERT INTO new VALUES (2)")
             await connection.execute("INSERT INTO old VALUES (3)")
-            await room.reader.until(lambda: room.inserted(OLD) == [3])
+            await room.follower.until(lambda: room.inserted(OLD) == [3])
             assert room.inserted(NEW) == [2]
 
 
@@ -143,9 +144,9 @@ async def test_a_quiet_database_does_not_hold_up_the_switch(database_url: str) -
     async with writer(database_url) as connection:
         old, new = await _tables(connection)
         opening = opening_at(database_url)
-        async with relaying(opening, [old]) as room:
+        async with reading(opening, [old]) as room:
             began = time.monotonic()
-            await room.relay.switch(opening([old, new]), [OLD, NEW])
+            await room.reader.switch(opening([old, new]), [OLD, NEW])
             assert time.monotonic() - began < 5
 
 
@@ -156,14 +157,14 @@ async def test_after_a_switch_it_is_known_at_once_how_far_the_stream_has_come(
     async with writer(database_url) as connection:
         old, new = await _tables(connection)
         opening = opening_at(database_url)
-        async with relaying(opening, [old]) as room:
+        async with reading(opening, [old]) as room:
             await connection.execute("INSERT INTO old VALUES (1)")
-            await room.reader.until(lambda: room.inserted(OLD) == [1])
-            await room.relay.switch(opening([old, new]), [OLD, NEW])
+            await room.follower.until(lambda: room.inserted(OLD) == [1])
+            await room.reader.switch(opening([old, new]), [OLD, NEW])
             cursor = await connection.execute("SELECT pg_current_wal_insert_lsn()::text")
             row = await cursor.fetchone()
             assert row is not None
-            assert await room.relay.wait_for_changelog(parse_lsn(row[0]))
+            assert await room.reader.wait_for_changelog(parse_lsn(row[0]))
 
 
 async def test_a_stream_that_cannot_be_opened_leaves_the_one_of_now(database_url: str) -> None:
@@ -172,12 +173,12 @@ async def test_a_stream_that_cannot_be_opened_leaves_the_one_of_now(database_url
         opening = opening_at(database_url)
         await connection.execute("ALTER TABLE new REPLICA IDENTITY NOTHING")
         catalog = await read_catalog(connection, names=[NEW])
-        async with relaying(opening, [old]) as room:
+        async with reading(opening, [old]) as room:
             with pytest.raises(SetupError):
-                await room.relay.switch(opening([old, catalog.tables[NEW]]), [OLD, NEW])
+                await room.reader.switch(opening([old, catalog.tables[NEW]]), [OLD, NEW])
             await connection.execute("INSERT INTO old VALUES (1)")
-            await room.reader.until(lambda: room.inserted(OLD) == [1])
-            assert [word.split()[0] for word in room.reader.said] == ["started"]
+            await room.follower.until(lambda: room.inserted(OLD) == [1])
+            assert [word.split()[0] for word in room.follower.said] == ["started"]
 
 
 async def test_a_stream_that_breaks_during_the_switch_is_a_gap(database_url: str) -> None:
@@ -185,14 +186,14 @@ async def test_a_stream_that_breaks_during_the_switch_is_a_gap(database_url: str
     async with writer(database_url) as connection:
         old, new = await _tables(connection)
         opening = opening_at(database_url)
-        async with relaying(opening, [old]) as room:
-            assert room.relay.stream is not None
-            room.relay.stream.stop()
-            await room.relay.switch(opening([old, new]), [OLD, NEW])
-            await room.reader.until(lambda: len(room.reader.said) == 3)
+        async with reading(opening, [old]) as room:
+            assert room.reader.stream is not None
+            room.reader.stream.stop()
+            await room.reader.switch(opening([old, new]), [OLD, NEW])
+            await room.follower.until(lambda: len(room.follower.said) == 3)
             room.begun = room.changelog.head
             await connection.execute("INSERT INTO new VALUES (1)")
-            await room.reader.until(lambda: room.inserted(NEW) == [1])
-            first, *others = room.reader.said
+            await room.follower.until(lambda: room.inserted(NEW) == [1])
+            first, *others = room.follower.said
             assert [word.split()[0] for word in others] == ["lost", "started"]
             assert others[-1].split()[1] != first.split()[1]

@@ -111,7 +111,7 @@ _PURE = (
     *("auth.principal", "auth.record", "auth.token", "auth.passwords"),
     *("hub.events", "hub.evaluation.matcher"),
     *("api.error_responses", "api.subscribe_body", "api.login_body", "api.cors"),
-    *("rule_queries.slow_queries", "explain.text"),
+    *("rule_queries.slow_queries", "explain.text", "feed.history"),
     *("expand.plan", "expand.node", "expand.render", "expand.undo", "expand.link_history"),
 )
 """Code without loop, socket, clock and log; what keeps state does so without touching the world."""

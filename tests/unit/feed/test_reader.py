@@ -1,4 +1,4 @@
-"""What the relay does with the changelog, whatever becomes of its streams."""
+"""The replication reader: what it appends to the changelog over streams that break or change."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pgrealtime.changelog.base import Gap
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Insert, TableName, Transaction
 from pgrealtime.errors import PgRealtimeError, SlotBusyError, StreamInterruptedError
+from pgrealtime.feed.intake import Intake
 from pgrealtime.feed.reader import OpenStream, ReplicationReader
 from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, Xid
 from pgrealtime.wal.server import SystemIdentity
@@ -26,14 +27,14 @@ POSTS = TableName("public", "posts")
 
 
 class Behind:
-    """A follower in the middle of a transaction."""
+    """A follower that has delivered part of a transaction."""
 
     def __init__(self, head: Cursor) -> None:
         self.head = head
         self.progressed = asyncio.Event()
 
     def wake(self) -> None:
-        """It has enough to do."""
+        """Ignored."""
 
     def stream_started(self, epoch: str) -> None:
         raise AssertionError(epoch)
@@ -64,84 +65,78 @@ def test_a_gap_that_is_told_takes_nothing_from_who_has_yet_to_read_it() -> None:
     follower = Behind(Cursor(LSN(10), 1))
     for end_lsn in (10, 20):
         changelog.append(large(end_lsn), 0.0, follower.head)
-    relay = ReplicationReader(
-        no_stream, changelog, follower, tables=[POSTS], max_size=100, advance_slot=not_asked
-    )
-    relay.append_gap("schema", frozenset({POSTS}))
+    intake = Intake(changelog, follower, max_size=100)
+    intake.append_gap("schema", frozenset({POSTS}))
 
     gap = Gap(LSN(21), "schema", frozenset({POSTS}))
     assert changelog.read(follower.head, changelog.head, 10) == [large(10), large(20), gap]
 
 
-def relay_of(changelog: MemoryChangelog) -> ReplicationReader:
-    follower = Behind(changelog.head)
-    return ReplicationReader(
-        no_stream, changelog, follower, tables=[POSTS], max_size=100, advance_slot=not_asked
-    )
+def reader_of(changelog: MemoryChangelog) -> ReplicationReader:
+    intake = Intake(changelog, Behind(changelog.head), max_size=100)
+    return ReplicationReader(no_stream, intake, tables=[POSTS], advance_slot=not_asked)
 
 
 async def test_who_dates_a_row_waits_for_the_stream_and_not_for_ever() -> None:
     """What came in time, or was there; and no second wait before it has come."""
     changelog = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
-    relay = relay_of(changelog)
+    reader = reader_of(changelog)
     changelog.append(large(1000))
-    assert await relay.wait_for_changelog(LSN(1000))
+    assert await reader.wait_for_changelog(LSN(1000))
 
     asyncio.get_running_loop().call_later(0.05, changelog.append, large(1100))
-    assert await relay.wait_for_changelog(LSN(1100))
+    assert await reader.wait_for_changelog(LSN(1100))
 
     began = asyncio.get_running_loop().time()
-    assert not await relay.wait_for_changelog(LSN(1200))
+    assert not await reader.wait_for_changelog(LSN(1200))
     waited = asyncio.get_running_loop().time() - began
-    assert not await relay.wait_for_changelog(LSN(1300))
+    assert not await reader.wait_for_changelog(LSN(1300))
     assert asyncio.get_running_loop().time() - began < waited + 0.5
     changelog.append(large(1200))
     changelog.append(large(1300))
-    assert await relay.wait_for_changelog(LSN(1300))
+    assert await reader.wait_for_changelog(LSN(1300))
 
 
 async def test_the_header_of_a_page_is_not_waited_for() -> None:
     """The insert position lies behind it where the last record ended with the page before."""
     changelog = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
     changelog.append(large(8192))
-    relay = relay_of(changelog)
+    reader = reader_of(changelog)
 
-    assert await relay.wait_for_changelog(LSN(8192 + 24))
-    assert await relay.wait_for_changelog(LSN(8192 + 40))
-    assert not await relay.wait_for_changelog(LSN(8192 + 48))
+    assert await reader.wait_for_changelog(LSN(8192 + 24))
+    assert await reader.wait_for_changelog(LSN(8192 + 40))
+    assert not await reader.wait_for_changelog(LSN(8192 + 48))
 
 
 async def test_what_a_decoder_fails_at_is_passed_over_whatever_the_server_says_of_it() -> None:
     """Its words may name an address in its memory, another one each time."""
-    passed: list[None] = []
+    advances: list[None] = []
 
-    async def pass_over() -> None:
-        passed.append(None)
+    async def advance() -> None:
+        advances.append(None)
 
     changelog = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
-    relay = ReplicationReader(
+    reader = ReplicationReader(
         no_stream,
-        changelog,
-        Behind(changelog.head),
+        Intake(changelog, Behind(changelog.head), max_size=100),
         tables=[POSTS],
-        max_size=100,
-        advance_slot=pass_over,
+        advance_slot=advance,
     )
     for number in range(5):
-        assert not passed
+        assert not advances
         error = StreamInterruptedError("failed", detail=f"0x{number}", code="decoder_failed")
-        await relay._handle_decoder_failure(error)
-    assert passed
+        await reader._handle_decoder_failure(error)
+    assert advances
 
 
-# Streams that end, servers that go back, and what is wanted meanwhile
+# Streams that break, restored servers, and switches to other tables
 
 HERE = SystemIdentity(system_id="1", timeline=1, database="app")
 DEADLINE = 10.0
 
 
 class GivenStream:
-    """A stream that hands out what it is given; ends when it is told to."""
+    """A stream of given transactions, which breaks or stops when the test says so."""
 
     plugin, plugin_reason, slot_name = "wal2json", "", "pgrealtime"
 
@@ -161,7 +156,7 @@ class GivenStream:
         self._changed.set()
 
     def reaches(self, lsn: int) -> None:
-        """The server says that nothing more ends before it."""
+        """Report that no further transaction ends before an LSN."""
         self.wal_end = LSN(lsn)
 
     def breaks(self) -> None:
@@ -182,20 +177,20 @@ class GivenStream:
         return batch
 
     def confirm(self, end_lsn: LSN) -> None:
-        """Nothing is forgotten here."""
+        """Ignored."""
 
     def release(self, lsn: LSN) -> None:
-        """Likewise."""
+        """Ignored."""
 
     def empty_until(self, end_lsn: LSN) -> LSN:
         return max(end_lsn, self.quiet)
 
     def request_keepalive(self) -> None:
-        """Nothing is answered here."""
+        """Ignored."""
 
 
 def opening(*streams: GivenStream) -> OpenStream:
-    """Opens one after the other; the last one again and again."""
+    """Open one stream after the other; the last one again and again."""
     left = deque(streams)
 
     @asynccontextmanager
@@ -206,23 +201,21 @@ def opening(*streams: GivenStream) -> OpenStream:
 
 
 @asynccontextmanager
-async def relaying(
+async def reading(
     open_stream: OpenStream, *, is_durable: bool = False
 ) -> AsyncIterator[tuple[ReplicationReader, MemoryChangelog, Follower]]:
     changelog = MemoryChangelog(LSN(0), max_bytes=1 << 20, max_age_seconds=1e9)
     follower = Follower(changelog, DEADLINE)
-    relay = ReplicationReader(
+    reader = ReplicationReader(
         open_stream,
-        changelog,
-        follower,
+        Intake(changelog, follower, max_size=1 << 20),
         tables=[POSTS],
-        max_size=1 << 20,
         advance_slot=not_asked,
         is_durable=is_durable,
     )
-    running = asyncio.create_task(relay.run())
+    running = asyncio.create_task(reader.run())
     try:
-        yield relay, changelog, follower
+        yield reader, changelog, follower
     finally:
         running.cancel()
         await asyncio.wait([running])
@@ -237,7 +230,7 @@ async def test_a_restored_server_begins_another_history() -> None:
     """Identifier and timeline are the same, but its WAL ends before what the changelog has."""
     before = GivenStream(100, is_durable=True)
     restored = GivenStream(100, reach=150, is_durable=True)
-    async with relaying(opening(before, restored)) as (_, changelog, follower):
+    async with reading(opening(before, restored)) as (_, changelog, follower):
         await follower.until(lambda: len(follower.said) == 1)
         before.give(large(200), large(300))
         await follower.until(lambda: ends(changelog) == [200, 300])
@@ -267,7 +260,7 @@ async def test_a_restored_server_that_has_gone_on_is_known_by_what_it_lacks(
     """Its WAL reaches further than the changelog does, with other commits in it."""
     before = GivenStream(100, is_durable=True)
     restored, anew = (GivenStream(100, reach=400, is_durable=True) for _ in range(2))
-    async with relaying(opening(before, restored, anew)) as (_, changelog, follower):
+    async with reading(opening(before, restored, anew)) as (_, changelog, follower):
         await follower.until(lambda: len(follower.said) == 1)
         before.give(large(200), large(300))
         await follower.until(lambda: ends(changelog) == [200, 300])
@@ -287,7 +280,7 @@ async def test_another_commit_of_the_same_id_and_end_is_another_history() -> Non
     """A restored server repeats ids and positions where the application repeats itself."""
     before = GivenStream(100, is_durable=True)
     restored, anew = (GivenStream(100, reach=400, is_durable=True) for _ in range(2))
-    async with relaying(opening(before, restored, anew)) as (_, changelog, follower):
+    async with reading(opening(before, restored, anew)) as (_, changelog, follower):
         await follower.until(lambda: len(follower.said) == 1)
         before.give(large(200))
         await follower.until(lambda: ends(changelog) == [200])
@@ -303,12 +296,12 @@ async def test_what_was_only_marked_as_quiet_belongs_to_a_history_as_well() -> N
     """What a restored server commits before the mark would be taken for read."""
     before = GivenStream(100, is_durable=True)
     restored, anew = (GivenStream(100, reach=400, is_durable=True) for _ in range(2))
-    async with relaying(opening(before, restored, anew)) as (relay, changelog, follower):
+    async with reading(opening(before, restored, anew)) as (reader, changelog, follower):
         await follower.until(lambda: len(follower.said) == 1)
         before.give(large(200))
         await follower.until(lambda: ends(changelog) == [200])
         before.quiet = LSN(300)
-        relay._append_mark(cast("WalStream", before), time.monotonic() + 60)
+        reader._append_watermark(cast("WalStream", before), time.monotonic() + 60)
         assert changelog.head == Cursor(LSN(300), END_ORDINAL)
         before.breaks()
         await follower.until(lambda: len(follower.said) == 3)
@@ -322,7 +315,7 @@ async def test_a_durable_stream_that_broke_goes_on_where_it_was() -> None:
     """What comes again is not kept again, and positions stay good."""
     before = GivenStream(100, is_durable=True)
     after = GivenStream(100, reach=300, is_durable=True)
-    async with relaying(opening(before, after)) as (_, changelog, follower):
+    async with reading(opening(before, after)) as (_, changelog, follower):
         await follower.until(lambda: len(follower.said) == 1)
         before.give(large(200), large(300))
         await follower.until(lambda: ends(changelog) == [200, 300])
@@ -337,10 +330,10 @@ async def test_a_durable_stream_that_broke_goes_on_where_it_was() -> None:
 async def test_what_ends_before_the_successor_begins_is_read_from_the_one_before() -> None:
     """And what both have is kept once."""
     before, after = GivenStream(100), GivenStream(250)
-    async with relaying(opening(before)) as (relay, changelog, follower):
+    async with reading(opening(before)) as (reader, changelog, follower):
         await follower.until(lambda: len(follower.said) == 1)
         after.give(large(300), large(400))
-        switch = asyncio.create_task(relay.switch(opening(after), [POSTS]))
+        switch = asyncio.create_task(reader.switch(opening(after), [POSTS]))
         await asyncio.sleep(0.1)
         assert not switch.done()
         before.give(large(200), large(300))
@@ -372,15 +365,15 @@ async def test_other_tables_that_are_wanted_while_a_durable_stream_is_opened() -
         return open_it
 
     first, second = (GivenStream(100, is_durable=True) for _ in range(2))
-    async with relaying(slow(first), is_durable=True) as (relay, _, follower):
+    async with reading(slow(first), is_durable=True) as (reader, _, follower):
         await opened.wait()
-        switch = asyncio.create_task(relay.switch(slow(second), [POSTS]))
+        switch = asyncio.create_task(reader.switch(slow(second), [POSTS]))
         await asyncio.sleep(0.05)
         assert not switch.done()
         may_open.set()
         async with asyncio.timeout(DEADLINE):
             await switch
-        assert relay.stream is cast("WalStream", second)
+        assert reader.stream is cast("WalStream", second)
         assert closings == 1
 
     assert [word.split()[0] for word in follower.said] == ["started"]

@@ -24,6 +24,7 @@ from pgrealtime.collections.build import build_collections
 from pgrealtime.config.load import ConfigLocations, ParsedConfig, parse_config
 from pgrealtime.config.model import Config
 from pgrealtime.errors import AuthError, DatabaseUnreachableError
+from pgrealtime.feed.intake import Intake
 from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.reads.own_record import OwnRecordRenderer
@@ -112,15 +113,12 @@ async def running() -> AsyncIterator[Running]:
         pool = QueryPool()  # never opened: nobody answers
         accounts = AccountLoader(pool)
         login = LoginService(config.auth.login, accounts)
+        intake = Intake(room.changelog, room.hub, max_size=1000)
         rooms = ReloadTargets(
             replication_reader=ReplicationReader(
-                _no_stream,
-                room.changelog,
-                room.hub,
-                tables=world.streamed_tables,
-                max_size=1000,
-                advance_slot=_no_slot,
+                _no_stream, intake, tables=world.streamed_tables, advance_slot=_no_slot
             ),
+            intake=intake,
             hub=room.hub,
             authenticator=Authenticator(config.auth, collections, accounts, logins=logins),
             login=login,

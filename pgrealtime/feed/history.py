@@ -1,0 +1,109 @@
+"""Tells one history of a server from another: epochs, and transactions sent again. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from pgrealtime.changes import OversizedTransaction, TableName, Transaction
+from pgrealtime.errors import StreamInterruptedError
+from pgrealtime.lsn import LSN, Xid
+from pgrealtime.wal.server import SystemIdentity
+
+
+def epoch_of(system: SystemIdentity, tables: Iterable[TableName], restore_count: int = 0) -> str:
+    """Return the six hexadecimal digits that all positions of one history of the tables share.
+
+    Args:
+        system: System identifier, timeline and database.
+        tables: The streamed tables.
+        restore_count: How often the history changed while the system identity didn't.
+    """
+    names = sorted(f"{table.schema}\0{table.name}" for table in tables)
+    text = "\n".join([system.system_id, str(system.timeline), system.database, *names])
+    for _ in range(restore_count + 1):
+        text = hashlib.blake2s(text.encode(), digest_size=3).hexdigest()
+    return text
+
+
+class _TransactionIdentity(NamedTuple):
+    """Identifies a transaction: after a restore another one may have its LSN, and its xid."""
+
+    end_lsn: LSN
+    xid: Xid
+    commit_time_us: int
+
+
+class RepeatCheck:
+    """Compares the transactions that a stream sends again with those already in the changelog.
+
+    A server that was restored from a copy of its files has the same system identifier and
+    timeline, and writes other commits at LSNs that the changelog already has. A durable slot sends
+    the last appended transaction again when it is reopened; a different one, or none, proves
+    another history.
+    """
+
+    def __init__(self) -> None:
+        self._last: _TransactionIdentity | None = None
+        """The last appended transaction of the tables streamed now."""
+        self._expected: _TransactionIdentity | None = None
+        """What the stream must send again before anything new, until it has."""
+        self._has_failed = False
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the stream has yet to repeat the last transaction."""
+        return self._expected is not None
+
+    def begin_stream(self) -> bool:
+        """Expect nothing of a new stream; return whether the last stream failed the check."""
+        has_failed, self._has_failed, self._expected = self._has_failed, False, None
+        return has_failed
+
+    def expect_from(self, start_lsn: LSN) -> None:
+        """Expect the last transaction again, if the stream begins before its end."""
+        if self._last is not None and start_lsn < self._last.end_lsn:
+            self._expected = self._last
+
+    def forget(self) -> None:
+        """Expect no repeat of what was appended so far: of another history, or other tables."""
+        self._last = None
+
+    def record(self, entry: Transaction | OversizedTransaction) -> None:
+        """Remember a transaction that was appended."""
+        self._last = _identity_of(entry)
+
+    def verify(self, entry: Transaction | OversizedTransaction, *, is_new: bool) -> None:
+        """Check a transaction before it is appended or, if it isn't new, dropped.
+
+        Raises:
+            StreamInterruptedError: The server has another history; the next stream begins it.
+        """
+        if is_new and self._expected is None:
+            return
+        if self._last is None or entry.end_lsn < self._last.end_lsn:
+            return
+        if _identity_of(entry) != self._last:
+            self._fail()
+        self._expected = None
+
+    def verify_reached(self, wal_end: LSN) -> None:
+        """Check that the repeat has come once the stream has read beyond it.
+
+        Raises:
+            StreamInterruptedError: The server has another history; the next stream begins it.
+        """
+        if self._expected is not None and wal_end >= self._expected.end_lsn:
+            self._fail()
+
+    def _fail(self) -> None:
+        self._has_failed = True
+        raise StreamInterruptedError(
+            "the server's history is another",
+            detail="It doesn't have a transaction that was read from it, as after a restore.",
+        )
+
+
+def _identity_of(entry: Transaction | OversizedTransaction) -> _TransactionIdentity:
+    return _TransactionIdentity(entry.end_lsn, entry.xid, entry.commit_time_us)
