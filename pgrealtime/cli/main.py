@@ -75,7 +75,7 @@ def main() -> None:
 def run(path: str) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     # Here, because a check needs nothing of what serving needs.
-    from pgrealtime.service.build import serve  # noqa: PLC0415
+    from pgrealtime.service.process import serve  # noqa: PLC0415
 
     with _report_errors():
         reading = read_config(path, os.environ)

@@ -1,4 +1,4 @@
-"""The configuration in force and the collections that it and the schema make."""
+"""The configuration in force, and the collections that it makes of the database's schema."""
 
 from __future__ import annotations
 
@@ -8,61 +8,67 @@ from dataclasses import dataclass, replace
 from pgrealtime.catalog.model import Catalog, Table
 from pgrealtime.changes import TableName
 from pgrealtime.collections.build import build_with_problems
-from pgrealtime.collections.model import Collections
+from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.collections.streamed_tables import (
     collection_name_of,
     readable_collections,
     streamed_tables,
 )
-from pgrealtime.config.model import Config
+from pgrealtime.config.model import CollectionLoginConfig, Config
 from pgrealtime.errors import ConfigProblem
 from pgrealtime.rules.rule_set import rule_problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppliedConfig:
-    """What is in force: what was configured, and what it makes of the schema."""
+    """A configuration together with the collections built from it. A reload makes another."""
 
     config: Config
     collections: Collections
-    """Those that the schema doesn't fit are locked, or left out if there is nothing to show."""
+    """Collections that the schema doesn't fit are locked; without table or key, left out."""
     problems: tuple[ConfigProblem, ...] = ()
-    """What doesn't fit."""
+    """Why collections are locked or left out."""
 
     @property
     def readable_collections(self) -> Collections:
-        """The collections whose changes can be read."""
+        """The collections whose changes the stream brings."""
         return readable_collections(self.collections, self.problems)
 
     @property
     def locked_tables(self) -> set[TableName]:
-        """The tables of collections that the schema doesn't fit: nobody hears of their rows."""
-        faulty = {collection_name_of(fault) for fault in self.problems}
-        return {one.table.name for one in self.collections.values() if one.name in faulty}
+        """The tables of locked collections: no subscriber receives their events."""
+        locked = {collection_name_of(problem) for problem in self.problems}
+        return {one.table.name for one in self.collections.values() if one.name in locked}
 
     @property
     def streamed_tables(self) -> Mapping[TableName, Table]:
-        """The tables whose changes are read."""
+        """The tables that the stream carries."""
         return streamed_tables(self.collections, self.problems)
+
+    @property
+    def logins(self) -> Mapping[str, CollectionLoginConfig]:
+        """The login settings, by collection name."""
+        return {name: one.login for name, one in self.config.collections.items()}
 
 
 def fit_to_schema(config: Config, catalog: Catalog) -> AppliedConfig:
-    """Return what a configuration that was fine makes of a schema that changed since.
+    """Return what a configuration makes of a schema that it may no longer fit.
 
-    A collection that the schema doesn't fit any more, or whose rules don't, is locked: whatever
-    can't be decided is denied. The others go on.
+    A collection with a problem, of its table or of a rule, is locked: what can't be decided is
+    denied. The other collections stay as they are.
     """
     collections, problems = build_with_problems(config.collections, catalog)
-    faults = (*problems, *rule_problems(collections))
-    faulty = {collection_name_of(fault) for fault in faults}
-    locked = (
-        replace(one, list_rule=None, view_rule=None, manage_rule=None)
-        if one.name in faulty
-        else one
-        for one in collections.values()
+    problems = (*problems, *rule_problems(collections))
+    with_problem = {collection_name_of(problem) for problem in problems}
+    locked = tuple(
+        _locked(one) if one.name in with_problem else one for one in collections.values()
     )
     return AppliedConfig(
         config=config,
-        collections=Collections(tuple(locked), server_encoding=collections.server_encoding),
-        problems=faults,
+        collections=Collections(locked, server_encoding=collections.server_encoding),
+        problems=problems,
     )
+
+
+def _locked(collection: Collection) -> Collection:
+    return replace(collection, list_rule=None, view_rule=None, manage_rule=None)

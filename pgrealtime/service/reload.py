@@ -1,6 +1,7 @@
-"""Takes another configuration, or another schema, while the service runs: all of it or nothing.
+"""Applies another configuration, or another schema, while the service runs: all of it or nothing.
 
-Connections stay open; what they hear from the next event on is judged by what was taken.
+Connections stay open; the events that follow are evaluated with what was applied. Started by
+``service.build``; SIGHUP calls ``reload``, and the hub waits for ``wait_for_schema_refresh``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pgrealtime.collections.model import Collections
 from pgrealtime.collections.streamed_tables import collection_name_of, reachable_tables
 from pgrealtime.config.load import ParsedConfig
 from pgrealtime.config.model import Config
-from pgrealtime.errors import ConfigError, PgRealtimeError, SetupError
+from pgrealtime.errors import ConfigError, PgRealtimeError
 from pgrealtime.feed.intake import Intake
 from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.hub.hub import Hub
@@ -33,27 +34,26 @@ from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.reads.own_record import OwnRecordRenderer
 from pgrealtime.rules.rule_set import caller_columns_read_by_rules
 from pgrealtime.service.applied_config import AppliedConfig, fit_to_schema
-from pgrealtime.wal.publication import check_publication, tables_not_fully_published
-from pgrealtime.wal.slot import read_publication
+from pgrealtime.service.published_tables import PublicationWatch
 from pgrealtime.wal.stream import WalStream
 
 log = structlog.get_logger(__name__)
 
 _REFRESH_SECONDS = 30.0
-"""Between two looks at the catalogue when nothing points to a change."""
+"""Between two reads of the catalogue if nothing indicates a change."""
 _MIN_REFRESH_SECONDS = 1.0
-"""Between two looks at the least, however much there is to doubt."""
+"""Between two reads of the catalogue, however many mismatches there are."""
 
 _RELOADABLE_SECTIONS = ("collections", "auth")
-"""The sections that a reload takes; the others need a restart."""
+"""Sections that a reload applies; the others need a restart."""
 
 ReadCatalog: TypeAlias = Callable[[Config], Awaitable[Catalog]]
-OpenStream: TypeAlias = "Callable[[AppliedConfig], AbstractAsyncContextManager[WalStream]]"
+OpenStream: TypeAlias = Callable[[AppliedConfig], AbstractAsyncContextManager[WalStream]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReloadTargets:
-    """Who is told of a reload."""
+    """The parts that receive the new configuration."""
 
     replication_reader: ReplicationReader
     intake: Intake
@@ -65,26 +65,30 @@ class ReloadTargets:
 
 
 class _SchemaRead:
-    """A look at the catalogue that somebody may wait for."""
+    """One read of the catalogue, which callers may wait for."""
 
     def __init__(self) -> None:
         self.is_applied = False
-        """Whether what was read is in force."""
         self.completed = asyncio.Event()
+
+    def complete(self) -> None:
+        """Report that the schema is in force."""
+        self.is_applied = True
+        self.completed.set()
 
 
 class Reloader:
-    """Brings into force what is configured and what is there.
+    """Keeps the applied configuration in step with its file and with the schema.
 
     Args:
-        applied: What is in force at the start.
-        targets: Who is told.
-        read_config: Reads the configuration anew.
+        applied: In force at the start.
+        targets: Receive what is applied.
+        read_config: Reads the configuration again.
         read_catalog: Reads the tables that a configuration names.
-        open_stream: Opens a stream of a world's tables.
+        open_stream: Opens a stream of the tables in force.
         check_stream: Raises what would keep that stream from being opened, where it can't be opened
-            beside the one of now.
-        schema_mismatch: Set by whoever met something that doesn't fit the catalogue.
+            while the current one is.
+        schema_mismatch: Set by any part that met a row or a rule that doesn't fit the catalogue.
     """
 
     def __init__(
@@ -106,28 +110,31 @@ class Reloader:
         self._check_stream = check_stream
         self._schema_mismatch = schema_mismatch
         self._streamed_tables = applied.streamed_tables
-        self._unpublished_tables: frozenset[TableName] = frozenset()
-        """Tables that pgoutput's publication lacks, or has not whole."""
+        """Of the current stream; differs from ``applied`` while the stream can't be switched."""
+        publication = applied.config.replication.publication
+        self._publication = PublicationWatch(targets.pool, publication)
         self._lock = asyncio.Lock()
         self._current_read, self._next_read = _SchemaRead(), _SchemaRead()
         self._refresh_requested = asyncio.Event()
 
-    async def reload(self) -> bool:
-        """Take the configuration as it stands now; return whether it was taken.
+    # -- the configuration
 
-        With any problem everything stays as it was, and the log says all of them.
+    async def reload(self) -> bool:
+        """Apply the configuration as it is now; return whether it was applied.
+
+        With any problem everything stays as it was; the log names all problems.
         """
         async with self._lock:
             began = time.monotonic()
             try:
-                reading = self._read_config()
-                await self._apply(await self._fit_config(reading))
+                parsed = self._read_config()
+                await self._apply(await self._fit_config(parsed))
             except PgRealtimeError as error:
-                _report_rejected(error)
+                _log_rejected(error)
                 return False
             await self._check_publication()
             await report_unreadable_tables(self._targets.pool, self._applied.collections)
-            if waiting := _sections_needing_restart(reading.require_valid(), self._applied.config):
+            if waiting := _sections_needing_restart(parsed.require_valid(), self._applied.config):
                 log.warning("config.restart_needed", sections=waiting)
             log.info(
                 "config.reloaded",
@@ -137,21 +144,23 @@ class Reloader:
             return True
 
     async def _fit_config(self, parsed: ParsedConfig) -> AppliedConfig:
-        """Return what the configuration makes of the schema of now.
+        """Return the reloadable sections of a configuration, fitted to the current schema.
 
         Raises:
-            PgRealtimeError: With every problem that was found.
+            PgRealtimeError: With every problem found.
         """
-        given = parsed.require_valid()
-        taken = {name: getattr(given, name) for name in _RELOADABLE_SECTIONS}
-        config = self._applied.config.model_copy(update=taken)
-        world = fit_to_schema(config, await self._read_catalog(config))
-        if problems := (*world.problems, *issuer_key_problems(config)):
+        read = parsed.require_valid()
+        update = {name: getattr(read, name) for name in _RELOADABLE_SECTIONS}
+        config = self._applied.config.model_copy(update=update)
+        applied = fit_to_schema(config, await self._read_catalog(config))
+        if problems := (*applied.problems, *issuer_key_problems(config)):
             raise parsed.locations.locate(ConfigError(problems))
-        return world
+        return applied
+
+    # -- the schema
 
     async def watch_schema(self) -> None:
-        """Follow the schema, for ever."""
+        """Refresh the schema for ever: at intervals, and soon after a mismatch."""
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_MIN_REFRESH_SECONDS):
@@ -164,129 +173,103 @@ class Reloader:
             await self.refresh_schema()
 
     async def wait_for_schema_refresh(self) -> bool:
-        """Return once the schema of now, or of later, is in force; False if it can't be read.
+        """Wait until the schema as of now, or a later one, is in force; return whether it is.
 
-        ``watch`` must be running. The stream may be opened anew for it still.
+        Requires ``watch_schema`` to run. The stream may not have been switched to it yet.
         """
-        look = self._next_read
+        # A read that has begun may have seen an older schema: wait for the next one.
+        read = self._next_read
         self._refresh_requested.set()
         self._schema_mismatch.set()
-        await look.completed.wait()
-        return look.is_applied
+        await read.completed.wait()
+        return read.is_applied
 
     async def refresh_schema(self) -> None:
-        """Read the catalogue, and bring into force what changed in it."""
+        """Read the catalogue and apply what changed; log a warning if it can't be read."""
         async with self._lock:
             before = self._applied
-            look = self._current_read = self._next_read
+            read = self._current_read = self._next_read
             self._next_read = _SchemaRead()
             try:
-                world = fit_to_schema(before.config, await self._read_catalog(before.config))
-                if world != before:
-                    await self._apply(world)
-                    _report_schema_change(before, world)
-                elif world.streamed_tables != self._streamed_tables:
-                    await self._switch_stream(world)
-                look.is_applied = True
+                applied = fit_to_schema(before.config, await self._read_catalog(before.config))
+                if applied != before:
+                    await self._apply(applied)
+                    _log_schema_change(before, applied)
+                elif applied.streamed_tables != self._streamed_tables:
+                    await self._switch_stream(applied)
+                read.is_applied = True
             except PgRealtimeError as error:
                 log.warning(
-                    "schema.unknown",
+                    "schema.read_failed",
                     code=error.error_code,
                     reason=error.message,
                     detail=error.detail,
                     hint=error.hint,
                 )
             finally:
-                look.completed.set()
-            if look.is_applied:
-                with suppress(psycopg.Error):  # said by whoever has something to ask
-                    await self._targets.pool.configure_row_security(
-                        reachable_tables(self._applied.collections).values()
-                    )
+                read.completed.set()
+            if read.is_applied:
+                with suppress(psycopg.Error):  # reported by the next query
+                    tables = reachable_tables(self._applied.collections)
+                    await self._targets.pool.configure_row_security(tables.values())
             await self._check_publication()
 
     async def _check_publication(self) -> None:
-        """Say of which tables pgoutput sends nothing any more; what that hides is a gap.
-
-        Told again once it sends them, since whoever loaded in between goes on from there.
-        """
-        stream, config = self._targets.replication_reader.stream, self._applied.config.replication
+        """Announce a gap of the tables that the publication doesn't send, or sends again."""
+        stream = self._targets.replication_reader.stream
         if stream is None or stream.plugin != "pgoutput":
             return
-        tables = list(self._streamed_tables.values())
-        try:
-            async with self._targets.pool.connection() as connection:
-                found = await read_publication(connection, config.publication)
-                version = connection.info.server_version
-        except psycopg.Error:
-            return  # said by whoever has something to ask
-        before, self._unpublished_tables = (
-            self._unpublished_tables,
-            tables_not_fully_published(found, tables),
-        )
-        if self._unpublished_tables == before:
-            return
-        try:
-            check_publication(config.publication, found, tables, version)
-        except SetupError as error:
-            log.error(  # noqa: TRY400 (for the operator, not for us)
-                "publication.unfit", reason=error.message, detail=error.detail, hint=error.hint
-            )
-        self._targets.intake.append_gap("schema", before | self._unpublished_tables)
+        if changed := await self._publication.check(list(self._streamed_tables.values())):
+            self._targets.intake.append_gap("schema", changed)
+
+    # -- applying
 
     async def _apply(self, applied: AppliedConfig) -> None:
-        """Put a world into force.
+        """Put a configuration in force.
+
+        The order keeps every event correct: first the stream, before anyone can subscribe to a
+        table that only the new stream has; then the collections and the pool; then the gaps.
 
         Raises:
             PgRealtimeError: Its tables can't be streamed; everything is as it was.
         """
-        before = self._applied
-        schemas = before.config.database.schemas
-        named = configured_table_names(before.config.collections, schemas)
+        before, targets = self._applied, self._targets
         known = _table_identities(self._streamed_tables)
         wanted = _table_identities(applied.streamed_tables)
         if wanted != known:
-            # Before anybody may subscribe to what only the other stream has.
             await self._switch_stream(applied)
-        # What is in force changes under questions: of all tables that may be asked about.
-        self._targets.pool.enable_row_security_for(
+        # Queries that are running use the old collections: allow the tables of both.
+        targets.pool.enable_row_security_for(
             {*reachable_tables(before.collections), *reachable_tables(applied.collections)}
         )
         await self._update_targets(applied)
         if applied.streamed_tables != before.streamed_tables:
             # A statement prepared before a column's type changed fails from then on.
-            await self._targets.pool.drain()
+            await targets.pool.drain()
         self._applied = applied
-        # A table that was there already and became another: what happened to it since then, and
-        # until the stream followed, wasn't read.
-        became = {name for name in named if name in wanted and wanted[name] != known.get(name)}
-        # Nobody heard of the rows of a collection as long as it was locked.
-        became |= before.locked_tables - applied.locked_tables
-        if became:
-            self._targets.intake.append_gap("schema", frozenset(became))
-        # Events wait for this; the stream takes longer, and is of no use to them.
-        self._current_read.is_applied = True
-        self._current_read.completed.set()
+        if replaced := _tables_with_gap(before, applied, known, wanted):
+            targets.intake.append_gap("schema", replaced)
+        # Events wait for this; switching the stream takes longer, and they don't need it.
+        self._current_read.complete()
         if applied.streamed_tables != self._streamed_tables:
             await self._try_switch_stream(applied)
 
     async def _update_targets(self, applied: AppliedConfig) -> None:
-        auth, collections, rooms = applied.config.auth, applied.collections, self._targets
-        logins = {name: one.login for name, one in applied.config.collections.items()}
-        rooms.login.replace_settings(auth.login)
-        rooms.own_records.replace_collections(collections)
-        rooms.authenticator.replace_settings(
+        auth, collections, targets = applied.config.auth, applied.collections, self._targets
+        targets.login.replace_settings(auth.login)
+        targets.own_records.replace_collections(collections)
+        targets.authenticator.replace_settings(
             key_sources_of(auth),
             auth.login,
             collections,
-            logins=logins,
+            logins=applied.logins,
             rule_columns=caller_columns_read_by_rules(collections),
             allow_guests=auth.allow_guests,
         )
-        await rooms.hub.replace_generation(
+        await targets.hub.replace_generation(
             collections,
-            rooms.authenticator.revalidate_caller,
-            logins=logins,
+            targets.authenticator.revalidate_caller,
+            logins=applied.logins,
             allows_guests=auth.allow_guests,
         )
 
@@ -298,37 +281,56 @@ class Reloader:
         self._streamed_tables = applied.streamed_tables
 
     async def _try_switch_stream(self, applied: AppliedConfig) -> None:
-        """Let the decoder know the same tables' columns and identities of now.
+        """Give the decoder the current columns and replica identities of the same tables.
 
-        The stream of before goes on to read them, only less exactly; ``look`` tries again.
+        If that fails, the old stream continues to read them, less exactly, and the next refresh
+        tries again.
         """
         try:
             await self._switch_stream(applied)
         except PgRealtimeError as error:
-            log.warning("replication.outdated", code=error.error_code, reason=error.message)
+            log.warning("replication.schema_outdated", code=error.error_code, reason=error.message)
 
 
-def _table_identities(tables: Mapping[TableName, Table]) -> dict[TableName, tuple[object, ...]]:
+_TableIdentities: TypeAlias = Mapping[TableName, tuple[object, ...]]
+
+
+def _table_identities(tables: Mapping[TableName, Table]) -> _TableIdentities:
     """Return what makes a table the one that the stream reads, whatever its columns."""
     return {name: (table.oid, table.leaves) for name, table in tables.items()}
 
 
+def _tables_with_gap(
+    before: AppliedConfig, after: AppliedConfig, known: _TableIdentities, wanted: _TableIdentities
+) -> frozenset[TableName]:
+    """Return the tables of which subscribers may lack events.
+
+    A configured table that was replaced by another one under its name: changes between its
+    creation and the switch of the stream weren't read. And the table of a collection that was
+    locked, and is no more.
+    """
+    schemas = before.config.database.schemas
+    configured = configured_table_names(before.config.collections, schemas)
+    replaced = {name for name in configured if name in wanted and wanted[name] != known.get(name)}
+    return frozenset(replaced | (before.locked_tables - after.locked_tables))
+
+
 def _sections_needing_restart(configured: Config, running: Config) -> list[str]:
-    """Return the sections that say something else than what is in force."""
+    """Return the sections in which the file differs from what is in force."""
     return [
         name for name in Config.model_fields if getattr(configured, name) != getattr(running, name)
     ]
 
 
 async def report_unreadable_tables(pool: QueryPool, collections: Collections) -> None:
-    """Say of which tables rules can't be asked: what has no answer is denied, to everybody."""
+    """Log each table that the role may not read in full: rules that read it deny everyone."""
+    tables = reachable_tables(collections).values()
     try:
-        tables = reachable_tables(collections).values()
         await pool.configure_row_security(tables)
         async with pool.connection() as connection:
             errors = await read_privilege_errors(connection, tables)
     except psycopg.Error:
-        return  # said by whoever has something to ask
+        return  # reported by the next query
     for error in errors.values():
         log.error(
             "table.unreadable",
@@ -339,21 +341,23 @@ async def report_unreadable_tables(pool: QueryPool, collections: Collections) ->
         )
 
 
-def _report_rejected(error: PgRealtimeError) -> None:
+def _log_rejected(error: PgRealtimeError) -> None:
     problems = error.detail.splitlines() if isinstance(error, ConfigError) else [str(error)]
     log.error("config.rejected", code=error.error_code, reason=error.message, problems=problems)
 
 
-def _report_schema_change(before: AppliedConfig, after: AppliedConfig) -> None:
+def _log_schema_change(before: AppliedConfig, after: AppliedConfig) -> None:
     log.warning("schema.changed", collections=sorted(_changed_collections(before, after)))
-    for fault in after.problems:
-        if fault not in before.problems:
-            is_rule = fault.path.endswith("_rule")
-            facts = {"path": fault.path, "reason": fault.message, "hint": fault.hint or None}
-            if is_rule:
-                log.error("rule.error", collection=collection_name_of(fault), **facts)
-            else:
-                log.error("collection.locked", collection=collection_name_of(fault), **facts)
+    for problem in after.problems:
+        if problem not in before.problems:
+            is_rule = problem.path.endswith("_rule")
+            log.error(
+                "rule.rejected" if is_rule else "collection.locked",
+                collection=collection_name_of(problem),
+                path=problem.path,
+                reason=problem.message,
+                hint=problem.hint or None,
+            )
 
 
 def _changed_collections(before: AppliedConfig, after: AppliedConfig) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""How the running service is, read off its rooms when somebody asks: metrics, readiness."""
+"""Reads metrics and readiness of the running service. Called by the admin port."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.rule_queries.executor import QueryExecutor
 
 _QUERY_TIMEOUT_SECONDS = 1.0
-"""For the database's answer: whoever scrapes has a time-out of their own, often 10 s or less."""
+"""For PostgreSQL's answer. Whoever scrapes has a timeout of their own, often 10 s or less."""
 
 _SLOT_LAG_QUERY = """
 SELECT pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_lsn(), confirmed_flush_lsn)::int8,
@@ -30,11 +30,7 @@ WHERE slot_name = %s AND confirmed_flush_lsn IS NOT NULL AND restart_lsn IS NOT 
 
 
 class StatusReader:
-    """Reads the rooms.
-
-    Args:
-        pool: Where rules are asked.
-    """
+    """Reads the counters of the parts, and asks PostgreSQL about the slot."""
 
     def __init__(
         self,
@@ -58,7 +54,7 @@ class StatusReader:
         self._pool = pool
 
     async def read_metrics(self) -> MetricValues:
-        """Return what is counted and measured."""
+        """Return the counters and gauges of this moment."""
         lag_bytes, retained_bytes = await self._read_slot_lag()
         hub, counts = self._hub, self._hub.counters
         return MetricValues(
@@ -83,7 +79,7 @@ class StatusReader:
         )
 
     async def not_ready_reasons(self) -> list[str]:
-        """Return why no traffic should come here; nothing if it may."""
+        """Return why no traffic should be sent here; empty if it may be."""
         found = []
         if self._hub.is_closing:
             found.append("shutting_down")

@@ -311,7 +311,7 @@ async def test_what_the_publication_lacks_by_now_is_a_gap_and_told_again_when_it
             assert await running.process.reload()
         (message,) = await guest.take(1)
         assert (message.event, message.data) == ("PB_RESYNC", resync)
-        (said,) = running.process.logged("publication.unfit")
+        (said,) = running.process.logged("publication.rejected")
         assert await heard(guest, running, said["hint"].partition("superuser: ")[2]) == []
         assert await running.process.reload()
         (message,) = await guest.take(1)
@@ -422,7 +422,7 @@ async def test_a_column_that_is_gone_locks_what_needs_it_and_nothing_else(
         await running.process.wait_logged("schema.changed")
         found = await heard(guest, running, *(one.format(2) for one in create))
         assert set(found) - {"unknown posts"} == {"create notes/2"}
-        said = [one for one in running.process.logged("rule.error") if "path" in one]
+        said = running.process.logged("rule.rejected")
         await running.write.execute("ALTER TABLE posts ADD COLUMN n int DEFAULT 1")
         assert await running.process.reload()
         (gap,) = await guest.take(1)

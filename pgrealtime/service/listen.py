@@ -1,0 +1,88 @@
+"""Serves the public and the admin port."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from aiohttp import web
+
+from pgrealtime.api.admin import build_admin_app
+from pgrealtime.api.app import build_runner
+from pgrealtime.config.model import AdminConfig, ServerConfig
+from pgrealtime.errors import PgRealtimeError
+from pgrealtime.hub.hub import Hub
+from pgrealtime.observe.metrics import Metrics
+from pgrealtime.service.status import StatusReader
+
+_BACKLOG = 4096
+"""Connections that the kernel may hold for us: all clients reconnect at once after a restart."""
+
+
+@asynccontextmanager
+async def serve_public(app: web.Application, hub: Hub, config: ServerConfig) -> AsyncIterator[int]:
+    """Serve the API and give its port; at the end stop listening, then end the connections.
+
+    Raises:
+        PgRealtimeError: Code ``port_unavailable``.
+    """
+    runner = build_runner(app)
+    await runner.setup()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(runner.cleanup)
+        stack.push_async_callback(hub.shutdown, config.shutdown_grace)
+        site = web.TCPSite(runner, config.host, config.port, backlog=_BACKLOG)
+        await _start_listening(site, "server")
+        stack.push_async_callback(site.stop)
+        yield runner.addresses[0][1]
+
+
+@asynccontextmanager
+async def serve_admin(
+    config: AdminConfig, status: StatusReader, metrics: Metrics
+) -> AsyncIterator[None]:
+    """Serve probes and metrics, if a port is configured for them.
+
+    Raises:
+        PgRealtimeError: Code ``port_unavailable``.
+    """
+    if not config.port:
+        yield
+        return
+
+    async def fetch_metrics() -> bytes:
+        return metrics.exposition(await status.read_metrics())
+
+    app = build_admin_app(
+        config, not_ready_reasons=status.not_ready_reasons, fetch_metrics=fetch_metrics
+    )
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        await _start_listening(web.TCPSite(runner, config.host, config.port), "admin")
+        yield
+    finally:
+        await runner.cleanup()
+
+
+async def _start_listening(site: web.TCPSite, section: str) -> None:
+    try:
+        await site.start()
+    except OSError as error:
+        raise PgRealtimeError(
+            f"{section}.port can't be listened on",
+            detail=str(error.strerror or error),
+            hint=_port_hint(error, section),
+            code="port_unavailable",
+        ) from error
+
+
+def _port_hint(error: OSError, section: str) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return f"Give {section}.port another number, or end what has it."
+        case errno.EACCES:
+            return f"Give {section}.port a number from 1024 on, or the process the right to lower."
+        case _:
+            return f"Let {section}.host be an address of this machine."

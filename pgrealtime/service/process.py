@@ -1,0 +1,102 @@
+"""Runs the service as a process: signals, open files, garbage collection, logging.
+
+Called by the command ``run``; tests and the demo use ``run_service`` alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import resource
+import signal
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+
+import structlog
+
+from pgrealtime import __version__
+from pgrealtime.config.load import ParsedConfig
+from pgrealtime.config.model import Config
+from pgrealtime.observe.log import configure_logging
+from pgrealtime.service.build import RunningService, background_tasks, run_service
+
+log = structlog.get_logger(__name__)
+
+_RESERVED_FILES = 100
+"""Files beyond the connections: database sessions, logs, calls being answered."""
+_GC_THRESHOLD = 10_000
+"""Objects between two garbage collections. A slice of changes makes thousands that live until it is
+delivered; with Python's default of 700, looking for garbage among them took a fifth of the CPU."""
+
+
+async def serve(config: Config, read_config: Callable[[], ParsedConfig]) -> None:
+    """Run the service until SIGTERM or SIGINT; reload its configuration on SIGHUP.
+
+    Args:
+        config: To start with.
+        read_config: Reads the configuration again, for a reload.
+
+    Raises:
+        PgRealtimeError: The service can't start, or can't continue.
+    """
+    configure_logging(config.logging)
+    gc.set_threshold(_GC_THRESHOLD, 10, 10)
+    _raise_file_limit(config.realtime.max_connections)
+    stop, hangup = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, hangup.set)
+    async with AsyncExitStack() as stack:
+        starting = stack.enter_async_context(run_service(config, read_config=read_config))
+        service = await _start_unless_stopped(stop, starting)
+        if service is None:
+            return
+        await stack.enter_async_context(background_tasks([_reload_on_signal(hangup, service)]))
+        log.info(
+            "server.started", version=__version__, url=f"http://{config.server.host}:{service.port}"
+        )
+        await stop.wait()
+        log.info("server.stopping", connections=len(service.hub.connections))
+
+
+async def _start_unless_stopped(
+    stop: asyncio.Event, starting: Awaitable[RunningService]
+) -> RunningService | None:
+    """Return the service once it runs, or None if the process is to stop before that.
+
+    The start is awaited in this task, because the task that enters the service's task group has to
+    leave it, too. So it is interrupted by a timeout, set to now once ``stop`` is set.
+    """
+
+    async def expire_when_stopped(start: asyncio.Timeout) -> None:
+        await stop.wait()
+        start.reschedule(asyncio.get_running_loop().time())
+
+    try:
+        async with asyncio.timeout(None) as start:
+            watcher = asyncio.create_task(expire_when_stopped(start))
+            try:
+                return await starting
+            finally:
+                watcher.cancel()
+    except TimeoutError:
+        if not stop.is_set():
+            raise
+        return None
+
+
+def _raise_file_limit(max_connections: int) -> None:
+    """Raise the soft limit of open files, often 1024, to the hard one: a connection is a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard != resource.RLIM_INFINITY and hard < max_connections + _RESERVED_FILES:
+        log.warning("files.limited", limit=hard, max_connections=max_connections)
+
+
+async def _reload_on_signal(hangup: asyncio.Event, service: RunningService) -> None:
+    while True:
+        await hangup.wait()
+        hangup.clear()
+        await service.reload()

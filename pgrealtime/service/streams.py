@@ -1,0 +1,71 @@
+"""Opens replication streams of the tables in force, and advances the durable slot.
+
+The replication reader and the reloader receive these methods as functions.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+
+import psycopg
+import structlog
+
+from pgrealtime.config.model import Config
+from pgrealtime.observe.redact import message_without_values
+from pgrealtime.service.applied_config import AppliedConfig
+from pgrealtime.wal import slot_status
+from pgrealtime.wal.server import open_ordinary_connection
+from pgrealtime.wal.slot import SlotWait
+from pgrealtime.wal.stream import WalStream, dry_run_stream, open_stream
+
+log = structlog.get_logger(__name__)
+
+
+class StreamOpener:
+    """Opens streams with the database, slot and size limits of a configuration.
+
+    Args:
+        config: The one that the process was started with; these sections need a restart.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._url = config.database.url
+        self._replication = config.replication
+        self._max_transaction_bytes = config.changelog.max_size
+
+    def open(self, applied: AppliedConfig) -> AbstractAsyncContextManager[WalStream]:
+        """Open a stream of the tables in force."""
+        shown = applied.readable_collections.values()
+        return open_stream(
+            self._url,
+            self._replication,
+            list(applied.streamed_tables.values()),
+            record_keys={collection.table.name: (collection.key.name,) for collection in shown},
+            max_transaction_bytes=self._max_transaction_bytes,
+            on_wait=_log_slot_wait,
+        )
+
+    async def check(self, applied: AppliedConfig) -> None:
+        """Check that the durable slot could be reopened with other tables.
+
+        Does nothing for a temporary slot: its successor is opened before the stream is replaced.
+
+        Raises:
+            PgRealtimeError: It couldn't be.
+        """
+        if self._replication.slot.durable:
+            tables = list(applied.streamed_tables.values())
+            await dry_run_stream(self._url, self._replication, tables)
+
+    async def advance_slot(self) -> None:
+        """Move the durable slot to the end of the server's WAL; log a warning if that fails."""
+        name = self._replication.slot.name
+        try:
+            async with await open_ordinary_connection(self._url) as connection:
+                await slot_status.advance_slot(connection, name)
+        except psycopg.Error as error:
+            log.warning("slot.advance_failed", slot=name, reason=message_without_values(error))
+
+
+def _log_slot_wait(wait: SlotWait) -> None:
+    log.warning("slot.waiting", pids=wait.pids, prepared=wait.prepared)
