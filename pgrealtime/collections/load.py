@@ -6,8 +6,7 @@ import psycopg
 
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Catalog
-from pgrealtime.changes import TableName
-from pgrealtime.collections.build import configured_table_names
+from pgrealtime.collections.names import configured_table_names
 from pgrealtime.config.model import Config
 from pgrealtime.errors import (
     PgRealtimeError,
@@ -17,14 +16,12 @@ from pgrealtime.postgres.pool import QueryPool
 
 
 async def read_configured_catalog(config: Config, pool: QueryPool) -> Catalog:
-    """Read what the catalogue says of the configured tables.
+    """Return the catalogue of the tables that the configuration may mean.
 
     Raises:
-        PgRealtimeError: Code ``catalog``: Postgres refuses.
+        PgRealtimeError: Code ``catalog``: PostgreSQL doesn't answer, or refuses.
     """
-    names: tuple[TableName, ...] = configured_table_names(
-        config.collections, config.database.schemas
-    )
+    names = configured_table_names(config.collections, config.database.schemas)
     try:
         async with pool.connection() as connection:
             return await read_catalog(connection, names=names)

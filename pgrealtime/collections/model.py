@@ -16,7 +16,7 @@ from pgrealtime.changes import TableName
 
 
 class FieldKind(Enum):
-    """What PocketBase would call the field; decides how it compares and how it is shown."""
+    """PocketBase's type of a field; decides how values are compared and shown."""
 
     TEXT = "text"
     """Also uuid, enum, citext, char(n), interval, ranges, inet, time, xml: shown as text."""
@@ -49,7 +49,7 @@ class Junction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relation:
-    """Where a relation field points."""
+    """The target of a relation field."""
 
     collection: str
     """Name of the collection pointed to."""
@@ -65,13 +65,13 @@ class Field:
     """None if the field lives in a junction table."""
     kind: FieldKind
     type: Type
-    """The column's type, of a junction's target column where there is no own one."""
+    """Of the column, or of a junction's target column."""
     is_multiple: bool = False
     """An array column, or a relation through a junction table."""
     is_select: bool = False
-    """One of a list of values, or several of them and none twice; else an array is kept as it is.
+    """Whether it is PocketBase's select: one of a list of values, or several without repetition.
 
-    ``:length`` and ``:each`` mean something then, as they do of any array.
+    Otherwise an array is shown as it is. ``:length`` and ``:each`` apply to both.
     """
     is_hidden: bool = False
     """Shown to superusers only; not usable in client filters; rules may read it."""
@@ -81,13 +81,13 @@ class Field:
 
     @property
     def is_stored_as_json(self) -> bool:
-        """Whether its keys are looked up in JSON, not in a point or a geometry."""
+        """Whether the column is json or jsonb, not a point or a geometry."""
         return self.type.base.name in {"json", "jsonb"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collection:
-    """A table under the name, the fields and the rules that clients know."""
+    """A table with the name, fields and rules under which clients see it."""
 
     name: str
     id: str
@@ -104,7 +104,7 @@ class Collection:
     auth_rule: str | None = ""
     fields_by_name: Mapping[str, Field] = field(default_factory=dict, repr=False, compare=False)
     column_names: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
-    """All that the table has."""
+    """Names of all columns of the table."""
     generated_columns: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
     @property
@@ -120,7 +120,7 @@ class Collection:
 
 
 class Collections(Mapping[str, Collection]):
-    """All collections, by name; by id and by table too.
+    """All collections, by name, id and table.
 
     Attributes:
         server_encoding: The database's.
@@ -144,11 +144,11 @@ class Collections(Mapping[str, Collection]):
         return len(self._by_name)
 
     def find(self, name_or_id: str) -> Collection | None:
-        """The collection of that name or id, exact and case sensitive as in topics."""
+        """Return the collection of that name or id, case sensitive as in topics."""
         return self._by_name.get(name_or_id) or self._by_id.get(name_or_id)
 
     def find_by_table(self, table: TableName) -> Collection | None:
-        """The collection that shows the table."""
+        """Return the collection of the table."""
         return self._by_table.get(table)
 
 

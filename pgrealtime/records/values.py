@@ -28,7 +28,7 @@ import msgspec
 from msgspec import Raw
 
 from pgrealtime.catalog.model import Type, TypeKind
-from pgrealtime.collections.build import field_kind_of
+from pgrealtime.collections.field_kinds import field_kind_of
 from pgrealtime.collections.model import Field, FieldKind
 from pgrealtime.records.geometry import point_coordinates, to_geojson
 from pgrealtime.records.numbers import format_double, format_exponent_form

@@ -31,8 +31,9 @@ from pgrealtime.changes import (
     Update,
     WholeRow,
 )
-from pgrealtime.collections.build import build_collections, configured_table_names
+from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collections
+from pgrealtime.collections.names import configured_table_names
 from pgrealtime.config.model import CollectionConfig
 from pgrealtime.expand import batch
 from pgrealtime.expand import load as loading

@@ -17,7 +17,8 @@ from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changelog.memory import MemoryChangelog
 from pgrealtime.changes import Change, Delete, Insert, Row, TableName, Transaction, Update, WholeRow
-from pgrealtime.collections.build import build_collections, configured_table_names
+from pgrealtime.collections.build import build_collections
+from pgrealtime.collections.names import configured_table_names
 from pgrealtime.config.model import CollectionConfig
 from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.hub import Hub

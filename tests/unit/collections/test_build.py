@@ -17,7 +17,8 @@ from pgrealtime.catalog.model import (
     TypeKind,
 )
 from pgrealtime.changes import TableName
-from pgrealtime.collections.build import build_collections, configured_table_names, field_kind_of
+from pgrealtime.collections.build import build_collections
+from pgrealtime.collections.field_kinds import field_kind_of
 from pgrealtime.collections.model import (
     Collection,
     Collections,
@@ -27,6 +28,7 @@ from pgrealtime.collections.model import (
     Relation,
     derive_collection_id,
 )
+from pgrealtime.collections.names import configured_table_names
 from pgrealtime.config.load import parse_config
 from pgrealtime.errors import ConfigError, ConfigProblem
 

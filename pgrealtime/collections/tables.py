@@ -1,0 +1,207 @@
+"""Finds the table and the key column of each configured collection, and says why they don't serve.
+
+The first step of ``build``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from pgrealtime.catalog.model import Catalog, Column, ReplicaIdentity, Table, TableKind
+from pgrealtime.catalog.naming import quote_identifier, quote_table_name
+from pgrealtime.changes import TableName
+from pgrealtime.collections.names import candidate_tables, is_table_name
+from pgrealtime.config.model import CollectionConfig
+from pgrealtime.errors import ConfigProblem
+from pgrealtime.spelling import did_you_mean
+
+_UNSERVED_TABLE_KINDS = {
+    TableKind.VIEW: "a view",
+    TableKind.MATERIALIZED_VIEW: "a materialized view",
+    TableKind.FOREIGN: "a foreign table",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedTable:
+    """A configured collection whose table and key are known."""
+
+    name: str
+    config: CollectionConfig
+    table: Table
+    key: Column
+    """The column shown as ``id``."""
+
+    @property
+    def is_auth(self) -> bool:
+        """Whether its records are accounts."""
+        return self.config.type == "auth"
+
+    def problem(self, key: str, message: str, hint: str = "") -> ConfigProblem:
+        """Return a problem of one of the collection's keys, such as ``fields.hide``."""
+        return ConfigProblem(f"collections.{self.name}.{key}", message, hint)
+
+    def is_included(self, column: Column) -> bool:
+        """Whether the column is a field."""
+        include = self.config.fields.include
+        return "*" in include or column.name in include or column == self.key
+
+    def field_name(self, column: Column) -> str:
+        """Return the name of the column's field."""
+        if column == self.key:
+            return "id"
+        name = column.name
+        has_own_column = self.table.find_column("emailVisibility") is not None
+        if self.is_auth and name == "email_visibility" and not has_own_column:
+            name = "emailVisibility"
+        return self.config.fields.rename.get(column.name, name)
+
+
+def resolve_tables(
+    configured: Mapping[str, CollectionConfig], catalog: Catalog, problems: list[ConfigProblem]
+) -> Mapping[str, ResolvedTable]:
+    """Return the collections whose table and key are found; append every problem to the list."""
+    found = {
+        name: resolved
+        for name, config in configured.items()
+        if (resolved := _resolve_table(name, config, catalog, problems)) is not None
+    }
+    problems += _duplicate_table_problems(found.values())
+    return found
+
+
+def _resolve_table(
+    name: str, config: CollectionConfig, catalog: Catalog, problems: list[ConfigProblem]
+) -> ResolvedTable | None:
+    path = f"collections.{name}"
+    table = find_table(config.table, catalog)
+    if isinstance(table, ConfigProblem):
+        if is_table_name(config.table):  # otherwise check_names reports it
+            problems.append(replace(table, path=f"{path}.table"))
+        return None
+    table_problems = list(_table_problems(table, f"{path}.table"))
+    key = _find_key(table, config, path)
+    if isinstance(key, Column):
+        problems += table_problems or _key_problems(table, key, path)
+        return ResolvedTable(name=name, config=config, table=table, key=key)
+    problems += table_problems or [key]
+    return None
+
+
+def find_table(text: str, catalog: Catalog) -> Table | ConfigProblem:
+    """Return the table that a text names, or a problem without path."""
+    schemas = catalog.schemas or tuple(dict.fromkeys(name.schema for name in catalog.tables))
+    candidates = candidate_tables(text, schemas)
+    found = next((catalog.tables[name] for name in candidates if name in catalog.tables), None)
+    if found is not None:
+        return found
+    known = {table.name: str(table) for table in catalog.tables}
+    hint = did_you_mean(text, known.values())
+    if not hint and candidates:
+        hint = did_you_mean(candidates[0].name, known)
+    return ConfigProblem("", f'there is no table "{text}"', hint)
+
+
+def unknown_column_problem(path: str, table: Table, name: str) -> ConfigProblem:
+    """Return the problem that a table lacks a column, with the nearest name as hint."""
+    return ConfigProblem(
+        path,
+        f'there is no column "{name}" in "{table.name}"',
+        did_you_mean(name, (column.name for column in table.columns)),
+    )
+
+
+def _table_problems(table: Table, path: str) -> Iterator[ConfigProblem]:
+    """Yield why the stream would lack changes of the table, with the SQL that mends it."""
+    name = table.name
+    if table.kind in _UNSERVED_TABLE_KINDS:
+        yield ConfigProblem(
+            path, f'"{name}" is {_UNSERVED_TABLE_KINDS[table.kind]}: it sends no changes'
+        )
+        return
+    if table.partition_of is not None:
+        root = table.partition_of
+        yield ConfigProblem(path, f'"{name}" is a partition of "{root}"', f"set table: {root}")
+        return
+    if table.is_unlogged:
+        yield ConfigProblem(
+            path,
+            f'"{name}" is unlogged: it sends no changes',
+            _alter_leaf_tables(table, "SET LOGGED"),
+        )
+    if table.replica_identity is ReplicaIdentity.NOTHING:
+        yield ConfigProblem(
+            path,
+            f'"{name}" has REPLICA IDENTITY NOTHING: its updates and deletes name no row',
+            _alter_leaf_tables(table, "REPLICA IDENTITY DEFAULT"),
+        )
+
+
+def _alter_leaf_tables(table: Table, action: str) -> str:
+    """Return the SQL that alters every table that holds the rows."""
+    return " ".join(
+        f"ALTER TABLE {quote_table_name(name)} {action};" for name in table.leaves or [table.name]
+    )
+
+
+def _find_key(table: Table, config: CollectionConfig, path: str) -> Column | ConfigProblem:
+    """Return the column shown as ``id``: the configured one, or the primary key.
+
+    A primary key of several columns has no text that every client would write alike. Such a table
+    needs another unique column.
+    """
+    if config.id:
+        column = table.find_column(config.id)
+        return unknown_column_problem(f"{path}.id", table, config.id) if column is None else column
+    names = table.primary_key
+    if len(names) == 1 and (column := table.find_column(names[0])) is not None:
+        return column
+    # Unique constraints of a partitioned table must include its partition key (PostgreSQL docs,
+    # "Table Partitioning"), so that no other column can be made unique.
+    by_id = "a partitioned table can be served if it is partitioned by its id alone"
+    is_partitioned = table.kind is TableKind.PARTITIONED
+    if names:
+        message = f'the primary key of "{table.name}" has {len(names)} columns: {", ".join(names)}'
+        hint = by_id if is_partitioned else "set id to one column that is unique and NOT NULL"
+        return ConfigProblem(f"{path}.id", message, hint)
+    message = f'"{table.name}" has no primary key: its updates and deletes name no row'
+    alter = f"ALTER TABLE {quote_table_name(table.name)} {_key_to_add(table)};"
+    return ConfigProblem(f"{path}.table", message, by_id if is_partitioned else alter)
+
+
+def _key_to_add(table: Table) -> str:
+    unique = next((names[0] for names in table.unique_keys if len(names) == 1), None)
+    if unique is not None:
+        return f"ADD PRIMARY KEY ({quote_identifier(unique)})"
+    if table.find_column("id") is not None:
+        return 'ADD PRIMARY KEY ("id")'
+    return 'ADD COLUMN "id" bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY'
+
+
+def _key_problems(table: Table, key: Column, path: str) -> list[ConfigProblem]:
+    """Return why the key doesn't identify one row, or isn't logged of a deleted one."""
+    path = f"{path}.id"
+    alter, column = f"ALTER TABLE {quote_table_name(table.name)}", quote_identifier(key.name)
+    if (key.name,) not in table.unique_keys:
+        message = f'column "{key.name}" is not unique by itself'
+        return [ConfigProblem(path, message, f"{alter} ADD UNIQUE ({column});")]
+    if not key.not_null:
+        hint = f"{alter} ALTER COLUMN {column} SET NOT NULL;"
+        return [ConfigProblem(path, f'column "{key.name}" may be NULL', hint)]
+    if key.name not in table.replica_identity_columns:
+        message = (
+            f'the replica identity of "{table.name}" lacks "{key.name}": '
+            "deletes would not say of what record"
+        )
+        return [ConfigProblem(path, message, _alter_leaf_tables(table, "REPLICA IDENTITY FULL"))]
+    return []
+
+
+def _duplicate_table_problems(resolved_tables: Iterable[ResolvedTable]) -> Iterator[ConfigProblem]:
+    first: dict[TableName, str] = {}
+    for resolved in resolved_tables:
+        name = resolved.table.name
+        if name in first:
+            yield resolved.problem("table", f'collection "{first[name]}" shows "{name}" already')
+        first.setdefault(name, resolved.name)
