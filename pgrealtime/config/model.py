@@ -19,17 +19,14 @@ from pgrealtime.config.units import parse_duration, parse_size
 Seconds = Annotated[float, BeforeValidator(parse_duration)]
 """Written ``500ms``, ``25s``, ``5m``, ``1h``; held in seconds."""
 
-
 PositiveSeconds = Annotated[Seconds, Field(gt=0)]
-"""A duration that can't be nothing."""
-
+"""A duration greater than zero."""
 
 Bytes = Annotated[int, BeforeValidator(parse_size)]
 """Written ``64KiB``, ``16MiB``; held in bytes."""
 
-
 PositiveBytes = Annotated[Bytes, Field(gt=0)]
-"""A size that can't be nothing."""
+"""A size greater than zero."""
 
 
 def _split_at_commas(value: object) -> object:
@@ -39,7 +36,7 @@ def _split_at_commas(value: object) -> object:
 
 
 TextList = Annotated[tuple[str, ...], BeforeValidator(_split_at_commas)]
-"""A list of texts; in one text, as variables are, separated by commas."""
+"""A list of texts; a single text, as of a variable, is split at commas."""
 
 
 def _parse_network(value: object) -> IPv4Network | IPv6Network:
@@ -53,50 +50,50 @@ Networks = Annotated[
     tuple[Annotated[IPv4Network | IPv6Network, BeforeValidator(_parse_network)], ...],
     BeforeValidator(_split_at_commas),
 ]
-"""A list of networks; in one text separated by commas."""
+"""A list of networks; a single text is split at commas."""
 
 
 class SecretMarker:
-    """Marks a key that may also be given as ``KEY_file``, and that no message shows."""
+    """Marks a key that may also be given as ``KEY_file``, and whose value no message shows."""
 
 
 Secret = Annotated[str, Field(repr=False), SecretMarker()]
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, and strict about its keys."""
+    """A section of the configuration: frozen, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class DatabaseConfig(Section):
-    """The database whose changes are told."""
+    """The database whose changes are delivered."""
 
     url: Secret = ""
     """Direct connection with the REPLICATION right; empty takes libpq's PG* variables."""
     query_url: Secret = ""
-    """Where rules are asked, if not at ``url``: same primary, may be a pooler."""
+    """For rule queries, if not ``url``: the same primary, perhaps through a pooler."""
     schemas: TextList = ("public",)
     pool_size: int = Field(default=8, ge=1, le=1000)
     statement_timeout: PositiveSeconds = 2.0
-    """Per rule query; running out of it denies."""
+    """Per rule query; a query that takes longer denies."""
     wait_for: Seconds = 60.0
-    """How long to wait at start for a server that doesn't answer yet."""
+    """How long to wait at the start for a server that doesn't answer yet."""
 
 
 class SlotConfig(Section):
     """The replication slot; temporary unless ``durable``, so that it can't outlive the process."""
 
     name: str = Field(default="pgrealtime", pattern=r"^[a-z0-9_]{1,48}$")
-    """Of a durable slot; to a temporary one's a random suffix is appended."""
+    """Name of the durable slot; a temporary one gets a random suffix."""
     durable: bool = False
     """The slot outlives the process: nothing is missed while it is down, and clients resume."""
     failover: bool = False
-    """A durable slot's standbys have it too (PostgreSQL 17 and newer)."""
+    """Whether standbys have the durable slot, too (PostgreSQL 17 and newer)."""
     allow_unlimited_wal: bool = False
-    """Whether a durable slot may be made where ``max_slot_wal_keep_size`` bounds nothing."""
+    """Whether a durable slot may be created although ``max_slot_wal_keep_size`` sets no limit."""
     create_timeout: PositiveSeconds = 300.0
-    """Creating waits for every open writing transaction of the cluster; longer than this fails."""
+    """Creating a slot waits for every open writing transaction of the cluster; then it fails."""
 
     @model_validator(mode="after")
     def _require_durable_for_failover(self) -> Self:
@@ -112,13 +109,13 @@ class ReplicationConfig(Section):
     """``auto`` takes wal2json where the server has it and allows it, else pgoutput."""
     slot: SlotConfig = SlotConfig()
     publication: str = Field(default="pgrealtime", min_length=1, max_length=63)
-    """pgoutput only: lists the tables; made by the operator from SQL that we print."""
+    """For pgoutput: lists the tables. The operator creates it with SQL that ``check`` prints."""
     max_pause: Seconds = 2.0
-    """Held-up delivery pauses reading for so long; then the connection is given up: a gap."""
+    """How long reading pauses while delivery is held up; then the stream is given up: a gap."""
 
 
 class ChangelogConfig(Section):
-    """What a returning connection can be given."""
+    """The window of transactions from which connections resume."""
 
     max_age: Seconds = 300.0
     """0 turns resume off."""
@@ -132,9 +129,9 @@ class ServerConfig(Section):
     host: str = "0.0.0.0"  # noqa: S104 (a sidecar's port is meant to be reached)
     port: int = Field(default=8090, ge=0, le=65535)
     base_path: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
-    """Before every route, as in ``/realtime-service``; for proxies that don't cut it off."""
+    """Prefix of every route, such as ``/realtime-service``, for proxies that don't remove it."""
     trusted_proxies: Networks = ()
-    """Networks, as in ``10.0.0.0/8``, whose ``X-Forwarded-For`` is believed."""
+    """Networks, such as ``10.0.0.0/8``, whose ``X-Forwarded-For`` is trusted."""
     cors_origins: TextList = ("*",)
     locale: Literal["auto", "en", "zh"] = "auto"
     """Language of error messages; ``auto`` follows ``Accept-Language``."""
@@ -149,20 +146,20 @@ class RealtimeConfig(Section):
     """Without a delivered event for so long a connection is ended, as PocketBase does."""
     max_lifetime: PositiveSeconds = 1800.0
     heartbeat: PositiveSeconds = 25.0
-    """Keeps proxies from cutting; doesn't count as activity."""
+    """Keeps proxies from closing idle connections; doesn't count as activity."""
     max_connections: int = Field(default=10_000, ge=1)
     send_buffer: PositiveBytes = 1024 * 1024
-    """Per connection; when full it reads on from the changelog instead."""
+    """Per connection; one whose buffer is full catches up from the changelog."""
     send_buffers: PositiveBytes = 256 * 1024 * 1024
-    """What waits for all connections together, beside 64 KiB for each."""
+    """For all connections together, in addition to 64 KiB for each."""
     stall_timeout: PositiveSeconds = 30.0
-    """A connection that takes no byte for so long is ended."""
+    """A connection that accepts no byte for so long is ended."""
     same_address: bool = True
     """Whether the subscribe call must come from the connection's address."""
 
 
 HiddenFieldsMode: TypeAlias = Literal["strict", "pocketbase"]
-"""How far fields that are shown to superusers only may be used by others."""
+"""How far others may use fields that only superusers see."""
 
 
 class RecordsConfig(Section):
@@ -171,24 +168,24 @@ class RecordsConfig(Section):
     nulls: Annotated[Literal["null", "zero"], BeforeValidator(lambda v: v or "null")] = "null"
     """``null``, or PocketBase's zero value of the field's type."""
     hidden: HiddenFieldsMode = "strict"
-    """``strict``: for all but superusers a hidden relation isn't there, so that nothing can be
-    expanded over it. ``pocketbase``: whoever may see its target can do so, as in PocketBase."""
+    """``strict``: only superusers can expand a hidden relation. ``pocketbase``: so can every caller
+    who may see its target, as in PocketBase."""
 
 
 Algorithm: TypeAlias = Literal["HS256", "RS256", "ES256", "EdDSA"]
 
 
 class IssuerConfig(Section):
-    """Who else makes tokens that count. It has one of ``secret``, ``public_key``, ``jwks_url``."""
+    """An issuer of accepted tokens. It has one of ``secret``, ``public_key``, ``jwks_url``."""
 
     name: str
     algorithms: Annotated[tuple[Algorithm, ...], BeforeValidator(_split_at_commas)] = ()
-    """Empty takes what the key can check: HS256 for a secret, the three others for public keys."""
+    """Empty accepts what the key can verify: HS256 for a secret, the others for a public key."""
     secret: Secret = ""
     previous_secret: Secret = ""
     """Still accepted; for changing the secret without signing everybody out."""
     public_key: Secret = ""
-    """PEM. No secret, but as well kept in a file."""
+    """PEM. Not secret, but may be kept in a file, too."""
     jwks_url: str = Field(default="", pattern=r"^(https?://\S+)?$")
     """Where the issuer publishes its keys, as a JSON Web Key Set."""
     issuer: str = ""
@@ -206,7 +203,7 @@ class IssuerConfig(Section):
         if len(given) != 1:
             found = " and ".join(given) or "none"
             raise ValueError(f"give one of secret, public_key and jwks_url; there is {found}")
-        # A public key is known to everybody: as an HMAC secret it would let anybody in.
+        # A public key is no secret: anyone could sign with it as an HMAC key.
         unfit = [a for a in self.algorithms if (a == "HS256") != (given == ["secret"])]
         if unfit:
             raise ValueError(f"{given[0]} can't check {', '.join(unfit)}")
@@ -225,10 +222,10 @@ class LoginConfig(Section):
 
     enabled: bool = False
     secret: Secret = ""
-    """Signs the tokens together with each user's token key; changing it signs everybody out."""
+    """Signs tokens, together with each user's token key; changing it signs everyone out."""
     token_lifetime: Seconds = 432_000.0
     attempts_per_minute: int = Field(default=10, ge=1)
-    """Failed ones, per address (IPv6: per /64) and account, however its name is spelled."""
+    """Failed ones, per address (IPv6: per /64) and account, whatever the spelling of its name."""
 
     @model_validator(mode="after")
     def _require_secret(self) -> Self:
@@ -238,10 +235,10 @@ class LoginConfig(Section):
 
 
 class AuthConfig(Section):
-    """Who is asking."""
+    """Which callers are accepted."""
 
     allow_guests: bool = True
-    """Whether a subscribe call needs no token that holds."""
+    """Whether callers without a valid token may subscribe."""
     issuers: tuple[IssuerConfig, ...] = ()
     login: LoginConfig = LoginConfig()
 
@@ -253,18 +250,18 @@ class AuthConfig(Section):
 
 
 class CollectionLoginConfig(Section):
-    """How the people of one users table log in."""
+    """How the accounts of one collection log in."""
 
     identity: TextList = ("email",)
-    """Fields, tried in this order, an e-mail address as ``email`` first."""
+    """Fields to look the identity up in, in this order; an e-mail address in ``email`` first."""
     password_hash: str = ""
-    """Column of the password hash; empty means that nobody logs in here."""
+    """Column of the password hash; empty means that there is no login."""
     token_key: str = ""
     """Column that is part of the key of the user's tokens; empty takes the password hash."""
 
     @property
     def secret_columns(self) -> tuple[str, ...]:
-        """The columns that are in no record."""
+        """The columns that no record contains."""
         return tuple(name for name in (self.password_hash, self.token_key) if name)
 
 
@@ -272,7 +269,7 @@ class FieldsConfig(Section):
     """Which columns become fields, and how."""
 
     include: TextList = ("*",)
-    """What is left out here is in no record and no rule."""
+    """Other columns are in no record and no rule."""
     hide: TextList = ()
     """PocketBase's hidden: shown to superusers only; not usable in client filters."""
     rename: dict[str, str] = Field(default_factory=dict)
@@ -282,7 +279,7 @@ class FieldsConfig(Section):
 
 
 class RelationConfig(Section):
-    """A relation that no foreign key tells of."""
+    """A relation without a foreign key."""
 
     collection: str
     """Name of the collection pointed to."""
@@ -301,12 +298,12 @@ def _forbid_empty_rule(rule: str | None) -> str | None:
 
 
 class CollectionConfig(Section):
-    """A table, shown as a collection."""
+    """A table that is served as a collection."""
 
     table: str
     type: Literal["base", "auth"] = "base"
     id: str = ""
-    """The column shown as id; empty is the primary key."""
+    """The column shown as id; empty takes the primary key."""
     collection_id: str = ""
     """Empty derives it from type and name as PocketBase does."""
     fields: FieldsConfig = FieldsConfig()
@@ -315,9 +312,9 @@ class CollectionConfig(Section):
     list_rule: str | None = None
     view_rule: str | None = None
     manage_rule: Annotated[str | None, AfterValidator(_forbid_empty_rule)] = None
-    """Of an auth collection: who sees e-mail addresses that aren't public."""
+    """Of an auth collection: who receives e-mail addresses that aren't public."""
     auth_rule: str | None = ""
-    """Of an auth collection: which of its people may sign in; null is nobody."""
+    """Of an auth collection: which accounts may log in; null is none."""
 
 
 class AdminConfig(Section):
@@ -327,7 +324,7 @@ class AdminConfig(Section):
     port: int = Field(default=0, ge=0, le=65535)
     """0 is off."""
     token: Secret = ""
-    """Metrics are for ``Authorization: BearerToken`` with it; probes never need it."""
+    """Metrics require ``Authorization: Bearer`` with it; probes never do."""
 
     @model_validator(mode="after")
     def _require_token_if_reachable(self) -> Self:
@@ -346,14 +343,14 @@ def _is_loopback(host: str) -> bool:
 
 
 class LoggingConfig(Section):
-    """What is logged, and how."""
+    """What is logged, and in which format."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "console", "json"] = "auto"
 
 
 class Config(Section):
-    """Everything an operator can say. A room receives its own section, never the whole."""
+    """The whole configuration. Each part of the program receives its own section of it."""
 
     version: Literal[1] = 1
     database: DatabaseConfig = DatabaseConfig()

@@ -1,6 +1,6 @@
-"""Where a configuration comes from: YAML text with its lines, ``${VAR}``, the environment.
+"""Reads YAML with the lines of its keys, ``${VAR}``, and overrides of the environment.
 
-Pure: text and mappings in, plain values and problems out. ``config`` gives them their meaning.
+Pure; called by ``load``, which gives the values their meaning.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _VARIABLE = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """A YAML document as plain values, with the places of its keys."""
+    """A YAML document as plain values, with the lines of its keys."""
 
     value: object
     lines: Mapping[KeyPath, int]
@@ -46,12 +46,12 @@ def dotted_path(path: Iterable[str | int]) -> str:
 
 
 _UNQUOTED_VALUE = re.compile(r"found character '[^\\]'|found '<scalar>'")
-"""PyYAML of a text whose beginning means something to YAML: ``@request.auth.id``, ``"a" = b``."""
+"""PyYAML's message for a value that begins with an indicator: ``@request.auth.id``, ``"a" = b``."""
 _QUOTES_HINT = "put the whole value in quotes, as in '@request.auth.id != \"\"'"
 
 
 def parse_yaml(text: str) -> Document:
-    """Return the document; text that isn't YAML gives an empty one and the problem."""
+    """Return the document; if the text isn't YAML, an empty one with a problem."""
     try:
         reader = _NodeReader(yaml.SafeLoader(text))
         node = reader.loader.get_single_node()
@@ -59,15 +59,15 @@ def parse_yaml(text: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = None if mark is None else mark.line + 1
-        said = str(error.problem or error.context)
-        hint = _QUOTES_HINT if _UNQUOTED_VALUE.search(said) else ""
-        problem = ConfigProblem("(document)", f"not YAML: {said}", hint, line)
+        reason = str(error.problem or error.context)
+        hint = _QUOTES_HINT if _UNQUOTED_VALUE.search(reason) else ""
+        problem = ConfigProblem("(document)", f"not YAML: {reason}", hint, line)
     except yaml.YAMLError:
         problem = ConfigProblem("(document)", "not YAML: it has characters that YAML doesn't allow")
     except RecursionError:
         problem = ConfigProblem("(document)", "nested too deeply, or a part of itself")
     except ValueError as error:
-        # PyYAML takes texts for dates and numbers by their look: 2024-13-01.
+        # PyYAML parses what looks like a date: 2024-13-01.
         problem = ConfigProblem("(document)", f"not YAML: {error}")
     else:
         return Document(value=value, lines=reader.lines, problems=tuple(reader.problems))
@@ -76,7 +76,7 @@ def parse_yaml(text: str) -> Document:
 
 @dataclass(slots=True)
 class _NodeReader:
-    """Turns nodes into values by hand, because PyYAML forgets lines and repeated keys."""
+    """Converts nodes to values; PyYAML itself keeps neither lines nor repeated keys."""
 
     loader: yaml.SafeLoader
     lines: dict[KeyPath, int] = field(default_factory=dict)
@@ -125,10 +125,10 @@ class VariableSubstitution:
 
     environ: Mapping[str, str]
     problems: list[tuple[KeyPath, str]] = field(default_factory=list)
-    """Where, and what was wrong."""
+    """Paths and messages."""
 
     def __call__(self, value: object, path: KeyPath = ()) -> object:
-        """Return the value with every text in it filled in."""
+        """Return the value with the variables of every text in it substituted."""
         match value:
             case str():
                 return _VARIABLE.sub(lambda found: self._replace(found, path), value)
@@ -158,7 +158,7 @@ class VariableSubstitution:
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """A value of the environment that replaces one of the file."""
+    """An environment variable that replaces a value of the file."""
 
     variable: str
     path: KeyPath
@@ -173,11 +173,11 @@ _PLATFORM_VARIABLES: Mapping[str, KeyPath] = {
 
 
 def environment_overrides(environ: Mapping[str, str]) -> tuple[Override, ...]:
-    """Return what the environment says, the weaker conventions first.
+    """Return the overrides of the environment; later ones win.
 
-    ``DATABASE_URL`` and ``PORT`` are what platforms set; empty ones count as unset. Our own are
-    spelled ``PGREALTIME_SERVER__PORT`` for ``server.port``; names without a double underscore,
-    such as ``PGREALTIME_CONFIG``, aren't keys of the configuration.
+    Platforms set ``DATABASE_URL`` and ``PORT``; empty they count as unset. The program's own are
+    named ``PGREALTIME_SERVER__PORT`` for ``server.port``; names without a double underscore, such
+    as ``PGREALTIME_CONFIG``, aren't keys of the configuration.
     """
     conventional = [
         Override(name, path, environ[name])
@@ -202,33 +202,33 @@ def apply_override(
 ) -> KeyPath:
     """Set one override in the tree and return the path with the tree's own spelling.
 
-    Keys are found whatever their case, since variables are upper case. ``KEY`` and ``KEY_file``
-    say the same thing, so that either replaces the other.
+    Keys are found whatever their case, because variables are upper case. ``KEY`` and ``KEY_file``
+    set the same thing, so that either replaces the other.
 
     Args:
         tree: Changed in place.
         override: What to set.
-        parse_text: What the text means at a path.
+        parse_text: Returns the value of a text at a path.
 
     Raises:
         LookupError: The path leads through a text, or to a list's item that isn't there.
     """
-    place: object = tree
+    node: object = tree
     path: KeyPath = ()
     *outer, last = override.path
     for part in outer:
-        key = _existing_key(place, part)
-        place = _descend(place, key)
+        key = _existing_key(node, part)
+        node = _descend(node, key)
         path = (*path, key)
-    key = _existing_key(place, last)
+    key = _existing_key(node, last)
     path = (*path, key)
-    match place, key:
+    match node, key:
         case dict(), str():
-            place.pop(f"{key}_file", None)
-            place.pop(key.removesuffix("_file"), None)
-            place[key] = parse_text(path, override.text)
-        case list(), int() if key < len(place):
-            place[key] = parse_text(path, override.text)
+            node.pop(f"{key}_file", None)
+            node.pop(key.removesuffix("_file"), None)
+            node[key] = parse_text(path, override.text)
+        case list(), int() if key < len(node):
+            node[key] = parse_text(path, override.text)
         case _:
             raise LookupError(override.variable)
     return path

@@ -1,4 +1,4 @@
-"""Durations and sizes as people write them."""
+"""Parses durations and sizes of the configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 def parse_duration(value: object) -> float:
     """Return seconds for ``500ms``, ``25s``, ``5m``, ``1h``, ``5d``; 0 needs no unit.
 
-    A float is seconds already: what this function made of a text can be given to it again.
+    A float is seconds already: the result may be parsed again.
 
     Raises:
         ValueError: Anything else, a whole number without a unit included.

@@ -9,14 +9,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgrealtime.config.load import (
-    _parse_document,
-    _refuse_secret_file,
-    load_config,
-    parse_config,
-    read_config,
-)
+from pgrealtime.config.load import _parse_document, load_config, parse_config, read_config
 from pgrealtime.config.model import Config, Section
+from pgrealtime.config.secret_files import refuse_secret_file
 from pgrealtime.config.sources import parse_yaml
 from pgrealtime.errors import ConfigError, ConfigProblem
 
@@ -490,7 +485,7 @@ def test_the_configuration_can_not_be_changed() -> None:
 @given(st.text(alphabet=st.sampled_from("abc:-[]{}&*!|>'\"%@`$?,#~<. \n\t0\x00é"), max_size=60))
 def test_any_text_is_a_configuration_or_a_list_of_problems(text: str) -> None:
     """Nobody sees a traceback for a typing error."""
-    reading = _parse_document(parse_yaml(text), {}, _refuse_secret_file, "text")
+    reading = _parse_document(parse_yaml(text), {}, refuse_secret_file, "text")
     assert reading.problems or reading.config is not None
 
 
