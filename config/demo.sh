@@ -66,7 +66,7 @@ folder=$(find_folder)
 wanted="$checkout $("$python" -c 'import sys; print(sys.executable, sys.version)' | tr '\n' ' ')
 $(cksum "$checkout/pyproject.toml" "$checkout/.ci/constraints.txt")"
 if [ "$(cat "$folder/installed" 2>/dev/null)" != "$wanted" ] ||
-    ! "$folder/venv/bin/python" -c 'import pgrealtime.demo.show' 2>/dev/null; then
+    ! "$folder/venv/bin/python" -c 'import pgrealtime.demo.run' 2>/dev/null; then
     install_demo
 fi
 

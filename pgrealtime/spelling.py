@@ -1,4 +1,4 @@
-"""Suggests the nearest known name for an unknown one."""
+"""Suggests the nearest known name for an unknown one. Used by errors of configuration and rules."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 
 def nearest_name(name: str, candidates: Iterable[str]) -> str | None:
-    """Return the known name that was probably meant, or None if none is close."""
+    """Return the most similar name, ignoring case; None if none is similar."""
     folded = {one.casefold(): one for one in candidates}
     close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)
     return folded[close[0]] if close else None
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """Return the hint that names what was probably meant, or nothing."""
+    """Return a hint with the most similar name; empty if none is similar."""
     meant = nearest_name(name, candidates)
     return f'perhaps you meant "{meant}"' if meant is not None else ""

@@ -1,4 +1,7 @@
-"""Reads ``pg_catalog`` into a Catalog: five queries in one snapshot."""
+"""Reads tables and types from ``pg_catalog`` in one snapshot.
+
+Called at the start, by each schema refresh, and by commands.
+"""
 
 from __future__ import annotations
 
@@ -217,7 +220,7 @@ class _Index:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TableDetails:
-    """What belongs to tables, by the table's oid."""
+    """Columns, keys and indexes, by the table's oid."""
 
     columns: Mapping[int, tuple[Column, ...]]
     foreign_keys: Mapping[int, tuple[ForeignKey, ...]]
@@ -238,7 +241,7 @@ def _group_by_table(
 
 
 def _type_lookup(rows: list[_CatalogRow]) -> Callable[[int], Type]:
-    """Return what looks a type up by oid, built from the types it is made of."""
+    """Return a function from oid to type."""
     by_oid = {row["oid"]: row for row in rows}
 
     @cache
@@ -326,9 +329,9 @@ def _table(row: _CatalogRow, details: _TableDetails) -> Table:
 def _common_replica_identity(
     tables: list[_CatalogRow], details: _TableDetails
 ) -> tuple[ReplicaIdentity, tuple[str, ...]]:
-    """Return what every one of the tables logs of an old row.
+    """Return the replica identity and the columns that all of the tables log.
 
-    Partitions have identities of their own: ALTER TABLE on the root doesn't reach them.
+    Each partition has its own: ALTER TABLE on the root doesn't change it.
     """
     kinds = {ReplicaIdentity(table["replica_identity"]) for table in tables}
     logged = [_logged_columns(table, details) for table in tables]

@@ -1,4 +1,4 @@
-"""Ids as texts, and which texts are no value of a key's type. Pure; for whoever asks by id."""
+"""Converts ids, which are texts for clients, to values of a key's type. Used by queries by id."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 def canonical_id(text: str, key: Type) -> str | None:
     """Return the id as the key's type prints it, or None if no row can have it.
 
-    Ids are texts in rules and tokens (rules, section 17). Asking a uuid column for "12" would be
-    an error in Postgres; here it is an id that nobody has. So is "007" for an integer.
+    To PostgreSQL "12" for a uuid column is an error; here it is an id that no row has. So is "007"
+    for an integer, whose text is "7".
     """
     base = key.base
     if bits := _INTEGER_BITS.get(base.name):
@@ -30,9 +30,9 @@ def canonical_id(text: str, key: Type) -> str | None:
 
 
 def native_key_type(type_: Type) -> str | None:
-    """Return the built-in type that ids of this type can be asked in, so that an index serves.
+    """Return the built-in type to compare ids of this type in, so that the key's index serves.
 
-    A domain counts as what it is made of. None where ids are compared as texts: citext, enum.
+    A domain counts as its base type. None if ids are compared as texts: citext, enums.
     """
     name = type_.base.name
     if type_.base.schema != "pg_catalog":

@@ -1,4 +1,4 @@
-"""Tables, columns, keys and types as plain frozen values. Read once; a change makes a new one."""
+"""Tables, columns, keys and types as frozen values, as ``introspect`` reads them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TypeKind(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Type:
-    """A data type. Domains carry what they are made of; ``base`` looks through them."""
+    """A data type; ``base`` is the type below its domains."""
 
     oid: int
     schema: str
@@ -70,8 +70,8 @@ class Column:
     not_null: bool = False
     is_generated: bool = False
     is_toastable: bool = False
-    """Whether a long value is kept outside of the row; an update that leaves it alone then doesn't
-    bring it, unless the whole old row is logged."""
+    """Whether long values are TOASTed. An update that doesn't change such a value doesn't log it,
+    unless the whole old row is logged."""
     is_deterministic: bool = True
     """False under a nondeterministic collation, where equal texts need not be the same bytes."""
 
@@ -98,7 +98,7 @@ class TableKind(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A table with all that rules, records and the stream need to know of it."""
+    """A table, view or foreign table."""
 
     oid: int
     name: TableName
@@ -127,7 +127,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Catalog:
-    """The named tables, and whose they are."""
+    """The tables that were read, with their server's version and encoding."""
 
     tables: Mapping[TableName, Table]
     server_version: int

@@ -1,28 +1,41 @@
-"""``pgrealtime listen``: a subscriber in the terminal, one that asks for positions."""
+"""``pgrealtime listen``: subscribes in the terminal, and resumes after a lost connection."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
+import click
 from aiohttp import ClientError, ClientSession, ClientTimeout
 
 from pgrealtime.api.realtime import OUTCOME_HEADER
+from pgrealtime.cli.options import config_option, read_token
+from pgrealtime.cli.report import report_errors
+from pgrealtime.cli.token import make_configured_token
+from pgrealtime.config.load import read_config
 from pgrealtime.errors import SubscriptionError
 
 _CONNECT_SECONDS = 10.0
 _SILENCE_SECONDS = 120.0
-"""Without a byte, heartbeats included, the connection counts as lost."""
+"""A connection without a byte for so long, heartbeats included, counts as lost."""
 
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 10.0
 
 _MAX_BODY_CHARACTERS = 500
-"""Characters of an answer that nobody expected."""
+"""Of an unexpected response, shown as the error's detail."""
+_TOKEN_SECONDS = 30 * 86400.0
+"""Lifetime of the token that --user makes."""
+
+_REACHABLE_HOSTS = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}  # noqa: S104 (looked up)
+"""Address that the service listens on -> host of a URL that reaches it."""
 
 _HINTS: dict[int, str] = {
     HTTPStatus.UNAUTHORIZED: "Guests aren't let in (auth.allow_guests): give a token that holds.",
@@ -30,9 +43,59 @@ _HINTS: dict[int, str] = {
 }
 
 
+@click.command()
+@config_option
+@click.argument("topics", nargs=-1, required=True, metavar="TOPIC...")
+@click.option("--url", help="Of the service; by default where the configuration lets it listen.")
+@click.option(
+    "--token", default="", metavar="JWT", help="Whom to listen as; - reads it from standard input."
+)
+@click.option("--user", metavar="COLLECTION/ID", help="The same, by a token made for it.")
+@click.option("--count", type=click.IntRange(min=1), help="End after so many events.")
+def listen(
+    path: str,
+    *,
+    topics: tuple[str, ...],
+    url: str | None,
+    token: str,
+    user: str | None,
+    count: int | None,
+) -> None:
+    """Subscribe in the terminal: a line per event, until Ctrl-C.
+
+    TOPIC is what a client subscribes to, such as posts/* or posts/ID. After a lost connection it
+    goes on where it was.
+    """
+    if token and user:
+        raise click.UsageError("give --token or --user, not both")
+    with report_errors():
+        if user is None:
+            token = read_token(token)
+        else:
+            token = make_configured_token(path, user, _TOKEN_SECONDS)
+        address = (url or _configured_url(path)).rstrip("/")
+        target = ListenTarget(url=address, topics=topics, token=token)
+        with suppress(KeyboardInterrupt):
+            asyncio.run(
+                receive_events(
+                    target,
+                    write_event=click.echo,
+                    write_status=partial(click.echo, err=True),
+                    max_events=count,
+                )
+            )
+
+
+def _configured_url(path: str) -> str:
+    """Return where the configured service is reached from this machine."""
+    server = read_config(path, os.environ).require_valid().server
+    host = _REACHABLE_HOSTS.get(server.host, server.host)
+    return f"http://{host}:{server.port}{server.base_path}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSentEvent:
-    """A Server-Sent Event as it came."""
+    """The fields of one Server-Sent Event."""
 
     id: str = ""
     event: str = ""
@@ -40,20 +103,20 @@ class ServerSentEvent:
 
 
 async def parse_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[ServerSentEvent]:
-    """Yield the events of a stream whose lines end with LF; comments have none.
+    """Yield the events of a stream whose lines end with LF, without comments.
 
     Source: HTML standard, section 9.2.6.
     """
     rest = bytearray()
     searched = 0
-    async for piece in chunks:
-        rest += piece
+    async for chunk in chunks:
+        rest += chunk
         while (end := rest.find(b"\n\n", searched)) >= 0:
-            frame = _parse_event(rest[:end].decode())
+            event = _parse_event(rest[:end].decode())
             del rest[: end + 2]
             searched = 0
-            if frame is not None:
-                yield frame
+            if event is not None:
+                yield event
         searched = max(0, len(rest) - 1)
 
 
@@ -69,7 +132,7 @@ def _parse_event(text: str) -> ServerSentEvent | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListenTarget:
-    """What is to be heard, and where."""
+    """The service, the topics and the token of a subscription."""
 
     url: str
     """Of the service, with its base path."""
@@ -77,23 +140,23 @@ class ListenTarget:
     token: str = field(default="", repr=False)
 
 
-async def listen(
+async def receive_events(
     target: ListenTarget,
     *,
     write_event: Callable[[str], None],
     write_status: Callable[[str], None],
     max_events: int | None,
 ) -> None:
-    """Tell what the topics bring, over lost connections, until there were so many events.
+    """Write the events of the topics until there were ``max_events``; reconnect when needed.
 
     Args:
-        target: What to listen to.
-        write_event: Takes a line per event: topic, action, record.
-        write_status: Takes a line about the connection, and about what was missed.
+        target: What to subscribe to.
+        write_event: Receives a line per event: topic, action, record.
+        write_status: Receives a line for each change of the connection and for each gap.
         max_events: None is for ever.
 
     Raises:
-        SubscriptionError: Nothing answers there at first, or the topics are refused.
+        SubscriptionError: There is no service at first, or it refuses the topics.
     """
     listener = _Listener(target, write_event, write_status)
     timeout = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
@@ -118,7 +181,7 @@ async def listen(
 
 
 class _Listener:
-    """What must be known from one connection to the next."""
+    """Subscribes on one connection after another, and remembers the position."""
 
     def __init__(
         self,
@@ -135,23 +198,23 @@ class _Listener:
         self.pause_seconds = _FIRST_PAUSE_SECONDS
 
     async def receive(self, http: ClientSession) -> AsyncIterator[int]:
-        """Listen on one connection; yield how many events there were so far."""
+        """Write the events of one connection; yield the count of events so far after each."""
         url = f"{self._target.url}/api/realtime"
         async with http.get(url, params={"lastEventId": self._position}) as response:
             if response.status != HTTPStatus.OK:
                 raise _refused_error(url, response.status, await response.text())
-            async for frame in parse_events(response.content.iter_any()):
-                self._position = frame.id or self._position
-                match frame.event:
+            async for event in parse_events(response.content.iter_any()):
+                self._position = event.id or self._position
+                match event.event:
                     case "PB_CONNECT":
-                        await self._subscribe(http, url, json.loads(frame.data)["clientId"])
+                        await self._subscribe(http, url, json.loads(event.data)["clientId"])
                     case "PB_CURSOR":
                         pass
                     case "PB_RESYNC":
-                        self._write_status(_describe_gap(json.loads(frame.data)))
+                        self._write_status(_describe_gap(json.loads(event.data)))
                     case _:
                         self._event_count += 1
-                        self._write_event(_event_line(frame))
+                        self._write_event(_event_line(event))
                         yield self._event_count
 
     async def _subscribe(self, http: ClientSession, url: str, client_id: str) -> None:
@@ -168,12 +231,12 @@ class _Listener:
         self._write_outcome(outcome)
 
     def _write_outcome(self, outcome: str) -> None:
-        """Say what the answer to the call leaves open; services of before say nothing."""
-        said = dict(part.split("=", 1) for part in outcome.split("; ") if "=" in part)
-        if self._target.token and said.get("caller") == "guest":
+        """Report a refused token and topics without events. Older services send no outcome."""
+        outcomes = dict(part.split("=", 1) for part in outcome.split("; ") if "=" in part)
+        if self._target.token and outcomes.get("caller") == "guest":
             self._write_status("the token is refused: this is what a guest hears")
-        for place in filter(None, said.get("mute", "").split(",")):
-            topic = self._target.topics[int(place)]
+        for index in filter(None, outcomes.get("mute", "").split(",")):
+            topic = self._target.topics[int(index)]
             self._write_status(
                 f"{topic} brings nothing: there is no such collection, or none of it is for this"
                 " caller, or its options can't be used"
@@ -181,7 +244,7 @@ class _Listener:
 
 
 def _event_line(event: ServerSentEvent) -> str:
-    """Return what is read at a glance, then the record as it came."""
+    """Return topic and action, then the record as it was received."""
     try:
         action = json.loads(event.data)["action"]
         record = event.data.removeprefix('{"record":').removesuffix(f',"action":"{action}"}}')

@@ -1,7 +1,15 @@
-"""``pgrealtime slot``: the slots that a configuration may have left on its server."""
+"""``pgrealtime slot``: lists and drops the slots that a configuration has left on its server."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+
+import click
+
+from pgrealtime.cli.options import config_option
+from pgrealtime.cli.report import report_errors
+from pgrealtime.config.load import read_config
 from pgrealtime.config.model import Config
 from pgrealtime.errors import SetupError
 from pgrealtime.postgres.connect import connect_once
@@ -9,15 +17,39 @@ from pgrealtime.spelling import nearest_name
 from pgrealtime.wal import slot_status
 
 
+@click.group()
+def slot() -> None:
+    """Tell of our slots on the server, or drop one that is left."""
+
+
+@slot.command("list")
+@config_option
+def list_(path: str) -> None:
+    """Print a line per slot: who reads it, and how much WAL it retains."""
+    with report_errors():
+        lines = asyncio.run(list_slots(read_config(path, os.environ).require_valid()))
+    click.echo("\n".join(lines) or "there are none")
+
+
+@slot.command()
+@config_option
+@click.argument("name")
+def drop(path: str, *, name: str) -> None:
+    """Drop a slot: what it has yet to send is missed."""
+    with report_errors():
+        asyncio.run(drop_slot(read_config(path, os.environ).require_valid(), name))
+    click.echo(f"dropped {name}")
+
+
 async def list_slots(config: Config) -> list[str]:
-    """Return a line per slot.
+    """Return a line of text per slot.
 
     Raises:
-        PgRealtimeError: The server can't be asked.
+        PgRealtimeError: The server doesn't answer, or refuses the query.
     """
     async with connect_once(config.database.url) as connection:
-        standing = await slot_status.list_own_slots(connection, config.replication.slot.name)
-    return [_slot_line(slot) for slot in standing]
+        statuses = await slot_status.list_own_slots(connection, config.replication.slot.name)
+    return [_slot_line(status) for status in statuses]
 
 
 def _slot_line(slot: slot_status.SlotStatus) -> str:
@@ -32,20 +64,20 @@ def _slot_line(slot: slot_status.SlotStatus) -> str:
 
 
 async def drop_slot(config: Config, name: str) -> None:
-    """Drop one of the slots that ``list_slots`` tells of.
+    """Drop one of the slots that ``list_slots`` returns.
 
     Raises:
         SetupError: There is none of that name.
-        SlotBusyError: Somebody reads from it.
-        PgRealtimeError: The server can't be asked.
+        SlotBusyError: It is being read.
+        PgRealtimeError: The server doesn't answer, or refuses.
     """
     async with connect_once(config.database.url) as connection:
-        standing = await slot_status.list_own_slots(connection, config.replication.slot.name)
-        for slot in standing:
-            if slot.name == name:
-                await slot_status.drop_slot(connection, slot)
+        statuses = await slot_status.list_own_slots(connection, config.replication.slot.name)
+        for status in statuses:
+            if status.name == name:
+                await slot_status.drop_slot(connection, status)
                 return
-    meant = nearest_name(name, [slot.name for slot in standing])
+    meant = nearest_name(name, [status.name for status in statuses])
     raise SetupError(
         f'there is no slot "{name}" of this configuration',
         detail=f'Its slots are named "{config.replication.slot.name}", with or without a suffix.',

@@ -1,14 +1,50 @@
-"""``pgrealtime token make``: a token for development, by an issuer of the configuration."""
+"""``pgrealtime token make``: signs a token for development with the secret of an issuer."""
 
 from __future__ import annotations
 
+import os
 import time
 
+import click
 import jwt
 
+from pgrealtime.cli.options import config_option, split_user
+from pgrealtime.cli.report import report_errors
+from pgrealtime.config.load import read_config
 from pgrealtime.config.model import AuthConfig, IssuerConfig
+from pgrealtime.config.units import parse_duration
 from pgrealtime.errors import AuthError
 from pgrealtime.spelling import nearest_name
+
+
+@click.group()
+def token() -> None:
+    """Make a token for development."""
+
+
+@token.command()
+@config_option
+@click.argument("user", metavar="COLLECTION/ID")
+@click.option("--lifetime", default="1h", show_default=True, help="Such as 5m, 12h, 5d.")
+def make(path: str, *, user: str, lifetime: str) -> None:
+    """Print a token that names a record, signed with an issuer's secret."""
+    try:
+        seconds = parse_duration(lifetime)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--lifetime") from error
+    with report_errors():
+        click.echo(make_configured_token(path, user, seconds))
+
+
+def make_configured_token(path: str, user: str, lifetime_seconds: float) -> str:
+    """Return a token of COLLECTION/ID by an issuer of the configuration file.
+
+    Raises:
+        PgRealtimeError: The file has problems, or no issuer that could sign the token.
+        click.UsageError: The user isn't COLLECTION/ID.
+    """
+    auth = read_config(path, os.environ).require_valid().auth
+    return make_token(auth, *split_user(user), lifetime=lifetime_seconds)
 
 
 def make_token(config: AuthConfig, collection: str, record_id: str, *, lifetime: float) -> str:
@@ -17,11 +53,11 @@ def make_token(config: AuthConfig, collection: str, record_id: str, *, lifetime:
     Args:
         config: With the issuers.
         collection: Name of the auth collection.
-        record_id: Whether there is such a record nobody looks up here.
+        record_id: Not looked up: there may be no such record.
         lifetime: Seconds from now.
 
     Raises:
-        AuthError: No issuer that has a secret makes tokens of the collection.
+        AuthError: No issuer of the collection has a secret.
     """
     issuer = _signing_issuer(config, collection)
     claims: dict[str, object] = {issuer.id_claim: record_id, "exp": int(time.time() + lifetime)}

@@ -1,4 +1,4 @@
-"""The demo's application: it reads and writes its tables by plain SQL and knows nothing of us."""
+"""The demo's application: reads and writes its tables by plain SQL; knows nothing of pgrealtime."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ STATEMENTS: Final[Mapping[str, LiteralString]] = {
     " ON CONFLICT DO NOTHING",
     "leave": "DELETE FROM members WHERE project_id = %(id)s AND user_id = %(user)s",
 }
-"""What can be done, by name. Each is one statement, and so one transaction."""
+"""The operations, by name. Each is one statement, and so one transaction."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One thing to do."""
+    """A statement to run, with its arguments."""
 
     statement_name: str
-    """Of a statement."""
+    """A key of ``STATEMENTS``."""
     arguments: Mapping[str, object]
-    """What the statement needs; more than that is no harm."""
+    """Values of the statement's parameters; others are ignored."""
 
 
 @dataclass(frozen=True, slots=True)
 class OperationResult:
-    """What a step came to."""
+    """What an operation did."""
 
     sql: str
-    """The statement with its values, as one would type it."""
+    """The statement with its values filled in."""
     row_id: str | None
     """Of the row that changed; None if there was none to change."""
 
 
 class Application:
-    """Reads and writes on one connection.
+    """Runs queries and operations on one connection.
 
     Args:
         connection: In autocommit.
@@ -76,7 +76,7 @@ class Application:
         return rows
 
     async def execute(self, operation: Operation) -> OperationResult:
-        """Run a step's statement.
+        """Run an operation in a transaction of its own.
 
         Raises:
             KeyError: There is no such statement, or a value is missing.

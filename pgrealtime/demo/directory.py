@@ -1,6 +1,6 @@
-"""The folder of a throwaway server: made, locked as long as it is used, and removed with all in it.
+"""Makes the directory of a throwaway server, locks it while in use, and removes it afterwards.
 
-Whoever is killed can't clean up, so each start looks for folders that nobody holds a lock on.
+A demo that is killed can't clean up. So each start removes directories without a lock.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pgrealtime.demo.account import OsAccount, change_owner
+from pgrealtime.demo.os_account import OsAccount, change_owner
 from pgrealtime.errors import SetupError
 
 PREFIX = "pgrealtime-demo."
 _UNLOCKED_PREFIX = "pgrealtime-new."
-"""Until it is locked a folder has another name, so that nobody takes it for left behind."""
+"""Name of a directory until it is locked, so that no other start takes it for abandoned."""
 
 _END_SECONDS = 10.0
 _POLL_SECONDS = 0.02
@@ -29,23 +29,23 @@ _POLL_SECONDS = 0.02
 
 @contextmanager
 def server_directory(account: OsAccount | None) -> Iterator[Path]:
-    """Make a folder that is the account's; remove what others left behind, and this at the end.
+    """Make a directory that belongs to the account; remove abandoned ones, and this at the end.
 
     Raises:
-        SetupError: There is no place to make it in.
+        SetupError: No directory can be written to.
     """
     parent = _parent()
     owners = {os.geteuid()} | ({account.uid} if account else set())
     remove_stale_directories(parent, owners)
     try:
-        unborn = Path(tempfile.mkdtemp(prefix=_UNLOCKED_PREFIX, dir=parent))
-        lock = os.open(unborn, os.O_RDONLY | os.O_DIRECTORY)
+        unlocked = Path(tempfile.mkdtemp(prefix=_UNLOCKED_PREFIX, dir=parent))
+        lock = os.open(unlocked, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise _unwritable_error(str(error)) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        change_owner(unborn, account)
-        path = unborn.rename(parent / unborn.name.replace(_UNLOCKED_PREFIX, PREFIX))
+        change_owner(unlocked, account)
+        path = unlocked.rename(parent / unlocked.name.replace(_UNLOCKED_PREFIX, PREFIX))
         try:
             yield path
         finally:
@@ -71,14 +71,14 @@ def _unwritable_error(detail: str) -> SetupError:
 
 
 def remove_stale_directories(parent: Path, owners: Collection[int]) -> None:
-    """Remove every folder of a demo that isn't running any more, and end its server.
+    """Remove the directory of every demo that isn't running any more, and end its server.
 
     Args:
-        parent: Where such folders are.
-        owners: User ids whose folders are ours to remove.
+        parent: Directory of these directories.
+        owners: User ids whose directories may be removed.
     """
     for path in (*parent.glob(f"{PREFIX}*"), *parent.glob(f"{_UNLOCKED_PREFIX}*")):
-        with suppress(OSError):  # another's, still in use, or gone meanwhile
+        with suppress(OSError):  # of another user, in use, or removed meanwhile
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 if os.fstat(fd).st_uid in owners and _is_abandoned(path, fd):
@@ -89,15 +89,15 @@ def remove_stale_directories(parent: Path, owners: Collection[int]) -> None:
 
 
 def _is_abandoned(path: Path, fd: int) -> bool:
-    """Whether nobody can be about to lock it."""
+    """Whether no demo can be about to lock it."""
     return path.name.startswith(PREFIX) or time.time() - os.fstat(fd).st_mtime > _END_SECONDS
 
 
 def remove_directory(path: Path) -> None:
-    """End the server of a folder, if it still runs, and remove the folder, whatever is missing."""
+    """End the server of a directory and remove the directory, as far as they exist."""
     _end_server(path / "data")
     shutil.rmtree(path, ignore_errors=True)
-    # A server that was killed may have left children that still write their last.
+    # Children of a server that was killed may still be writing.
     deadline = time.monotonic() + _END_SECONDS
     while path.exists() and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
@@ -128,10 +128,10 @@ def _server_pid(data: Path) -> int | None:
 
 
 def _is_server(pid: int, data: Path) -> bool:
-    """Whether that process is the data directory's server, and no other that got its pid.
+    """Whether the process is the data directory's server, and not another one that got its pid.
 
-    A server works in its data directory. Where there is no /proc to see that, it is left alone: it
-    ends by itself within a minute when its postmaster.pid is gone (postmaster.c, ServerLoop).
+    A server's working directory is its data directory. Without /proc it is left alone: it ends by
+    itself within a minute after its postmaster.pid was removed (postmaster.c, ServerLoop).
     """
     try:
         return stat.S_ISDIR(data.stat().st_mode) and data.samefile(f"/proc/{pid}/cwd")

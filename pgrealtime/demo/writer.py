@@ -1,4 +1,4 @@
-"""Somebody who is busy in the demo's application, so that there is something to see."""
+"""Writes to the demo's tables every second or two, so that the page has events to show."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pgrealtime.demo.application import Application, Operation
 
 _PAUSE_SECONDS = (1.1, 2.4)
 _DEFER_SECONDS = 8.0
-"""How long it waits after somebody did something on the page, who wants to see what came of it."""
+"""Pause after a button was pressed, so that the button's own events can be seen."""
 
 _MIN_TASKS = 3
 _MAX_TASKS = 5
 
 _ADD_PROBABILITY = 0.25
 _ASSIGN_PROBABILITY = 0.3
-"""How often it does that where it could as well tick something."""
+"""Otherwise a task is marked as done, or not done."""
 
 TASK_TITLES: Final[Mapping[str, Sequence[str]]] = {
     "1": (
@@ -53,7 +53,7 @@ TASK_TITLES: Final[Mapping[str, Sequence[str]]] = {
 
 
 def next_operation(rows: Mapping[str, Any], random: Random) -> Operation:
-    """Return something that a person might do next; projects stay at about four tasks each."""
+    """Return the next operation; each project stays at about four tasks."""
     project = random.choice(rows["projects"])["id"]
     tasks = [task for task in rows["tasks"] if task["project"] == project]
     done = [task for task in tasks if task["done"]]
@@ -69,18 +69,18 @@ def next_operation(rows: Mapping[str, Any], random: Random) -> Operation:
 
 
 def new_task_title(rows: Mapping[str, Any], project: str, random: Random) -> str:
-    """Return a title for a new task, one that isn't there already if possible."""
+    """Return a title for a new task, an unused one if possible."""
     ideas = TASK_TITLES.get(project, TASK_TITLES["2"])
     taken = {task["title"] for task in rows["tasks"]}
     return random.choice([idea for idea in ideas if idea not in taken] or list(ideas))
 
 
 class Writer:
-    """Does something every second or two, unless it is told not to.
+    """Runs operations until it is paused.
 
     Args:
-        application: What it uses.
-        random: What it does next is a matter of taste.
+        application: Runs the operations.
+        random: Chooses them.
     """
 
     def __init__(self, application: Application, random: Random) -> None:
@@ -96,7 +96,7 @@ class Writer:
         return self._may_write.is_set()
 
     def set_writing(self, *, writing: bool) -> None:
-        """Let it write from now on, or not."""
+        """Resume or pause writing."""
         if writing:
             self._deferred_until = 0.0
             self._may_write.set()
@@ -104,7 +104,7 @@ class Writer:
             self._may_write.clear()
 
     def defer(self) -> None:
-        """Leave the next few seconds to somebody else."""
+        """Pause for some seconds."""
         self._deferred_until = asyncio.get_running_loop().time() + _DEFER_SECONDS
 
     async def run(self) -> None:
@@ -115,7 +115,7 @@ class Writer:
             await self._may_write.wait()
             if loop.time() < self._deferred_until:
                 continue
-            # Somebody may have removed the row meanwhile.
+            # A button may have removed the row meanwhile.
             with suppress(psycopg.IntegrityError):
                 rows = await self._application.fetch_rows()
                 await self._application.execute(next_operation(rows, self._random))

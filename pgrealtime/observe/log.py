@@ -1,4 +1,4 @@
-"""Sets up logging: ours by structlog, the libraries' through the same redaction and renderer.
+"""Sets up logging: structlog for this program, and libraries through the same redaction.
 
 An event is a constant ``subject.fact`` in the past tense, everything else a key::
 
@@ -6,7 +6,7 @@ An event is a constant ``subject.fact`` in the past tense, everything else a key
     log.info("slot.created", slot=name, lsn=format_lsn(lsn))
     log.error("slot.lost", error=fault)
 
-``error`` takes the exception itself; of ours its code, detail and hint become keys of their own.
+``error`` takes the exception itself; code, detail and hint of a PgRealtimeError become keys.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _PACKAGE = "pgrealtime"
 
 
 def configure_logging(config: LoggingConfig, stream: TextIO | None = None) -> None:
-    """Send every log line from now on to the stream, standard error by default.
+    """Write every log line from now on to the stream, standard error by default.
 
-    A terminal gets readable lines, anything else one JSON object per line, unless the
-    configuration says which. Libraries are heard from ``warning`` on, whatever our own level is.
-    Can be called again; loggers obtained before follow.
+    A terminal gets readable lines, any other stream one JSON object per line, unless configured
+    otherwise. Libraries log from ``warning`` on, whatever the configured level is. May be called
+    again; it applies to loggers obtained before, too.
     """
     stream = sys.stderr if stream is None else stream
     level = logging.getLevelNamesMapping()[config.level.upper()]
@@ -40,8 +40,8 @@ def configure_logging(config: LoggingConfig, stream: TextIO | None = None) -> No
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    # A StreamHandler survives a reader that went away; structlog's own loggers would raise at
-    # whoever logs.
+    # A StreamHandler survives a closed pipe; structlog's own loggers would raise in the code that
+    # logs.
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -71,22 +71,21 @@ def _renderer(config: LoggingConfig, stream: TextIO) -> Processor:
         return structlog.processors.JSONRenderer()
     return structlog.dev.ConsoleRenderer(
         colors=is_terminal and not os.environ.get("NO_COLOR"),
-        # Values come from the network too: a line break or an escape sequence in one mustn't
-        # reach the terminal as such.
+        # Values may come from the network: escape line breaks and terminal sequences in them.
         repr_native_str=True,
         exception_formatter=structlog.dev.plain_traceback,
     )
 
 
 def _name_library_event(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Give a library's free text the name of an event, so that ours alone are constants."""
+    """Log a library's free text under the constant event ``library.logged``."""
     event["message"] = event["event"]
     event["event"] = "library.logged"
     return event
 
 
 def _flatten_error(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Spread one of our errors over the keys that people filter by."""
+    """Replace an error of this program by keys for its message, code, detail and hint."""
     error = event.get("error")
     if isinstance(error, PgRealtimeError):
         event["error"] = error.message
@@ -118,6 +117,6 @@ def _exception_of(exc_info: object) -> BaseException | None:
 
 
 def _redact_all(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Hide secrets, and put first what every line has."""
+    """Redact secrets, and put the keys of every line first."""
     first = {key: event.pop(key) for key in ("timestamp", "level", "event")}
     return first | {key: redact(value, key=key) for key, value in event.items()}

@@ -1,4 +1,4 @@
-"""What is measured, in Prometheus' form. The rooms count by themselves; here it gets its names."""
+"""The metrics in Prometheus' text format. Other packages count; here metrics get their names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 
 
 class MetricValues(Struct, kw_only=True):
-    """What the rooms say at one moment. Labels are bounded by the configuration or the program."""
+    """Counters and gauges of one moment. The configuration or the program bounds all labels."""
 
     connections: int
     subscription_counts: Mapping[str, int]
@@ -34,32 +34,32 @@ class MetricValues(Struct, kw_only=True):
     closed_connections: Mapping[str, int]
     """Connections, by reason."""
     gaps_notified: Mapping[str, int]
-    """Told to connections, by reason."""
+    """Gaps notified to connections, by reason."""
     resume_outcomes: Mapping[str, int]
     """By result."""
     refused_subscribe_calls: int
     incomplete_records: Mapping[str, int]
-    """Records without a column, by collection."""
+    """Records delivered without a column, by collection."""
     rule_query_errors: Mapping[tuple[str, str], int]
     """By collection and reason."""
     auth_checks: Mapping[str, int]
     """By result."""
     login_results: Mapping[str, int]
-    """By password, by result."""
+    """Logins by password, by result."""
     changes_received: int
-    """Taken from the stream."""
+    """Changes received from the stream."""
     stream_breaks: Mapping[str, int]
-    """By error code."""
+    """Streams that broke, by error code."""
     changelog_bytes: int
     is_replication_connected: bool
     lag_bytes: int | None
-    """What the slot has not confirmed of what the server wrote; None if it can't be asked."""
+    """WAL that the slot hasn't confirmed; None if PostgreSQL doesn't answer."""
     retained_bytes: int | None
-    """WAL that the slot keeps; None if it can't be asked."""
+    """WAL that the server keeps for the slot; None if PostgreSQL doesn't answer."""
 
 
 class Metrics:
-    """What is measured as it happens; all else is read when somebody looks."""
+    """The histogram that is filled as queries run; all other values are read at each scrape."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -72,16 +72,16 @@ class Metrics:
         )
 
     def observe_rule_query(self, seconds: float) -> None:
-        """Take note of how long a statement took."""
+        """Record how long a statement took."""
         self._rule_query_seconds.observe(seconds)
 
     def exposition(self, values: MetricValues) -> bytes:
-        """Return all of it as text, of the type ``CONTENT_TYPE``."""
+        """Return all metrics as text of the type ``CONTENT_TYPE``."""
         return generate_latest(_CombinedCollector(self._registry, values))
 
 
 class _CombinedCollector(Collector):
-    """The registry and a reading as one."""
+    """The registry and the values of a scrape as one collector."""
 
     def __init__(self, registry: CollectorRegistry, values: MetricValues) -> None:
         self._registry = registry
@@ -137,7 +137,7 @@ def _families(values: MetricValues) -> Iterable[Metric]:
     )
     yield _counter(
         "rule_query_errors",
-        "Statements about rules that failed, and questions that were not put.",
+        "Statements about rules that failed, and questions that were not sent.",
         ("collection", "reason"),
         values.rule_query_errors.items(),
     )
@@ -188,7 +188,7 @@ def _families(values: MetricValues) -> Iterable[Metric]:
 
 
 _Samples: TypeAlias = Iterable[tuple[Sequence[str], int]]
-"""Of each combination of labels."""
+"""Label values and value of each sample."""
 
 
 def _unlabelled(value: int) -> _Samples:

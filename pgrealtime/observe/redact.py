@@ -1,4 +1,4 @@
-"""What must not be read in a log is taken out here: the last step before a line is written."""
+"""Removes secrets and row values from log lines, as the last step before they are written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SECRET_PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]+"), rf"\1 {REDACTED}"),
     # The password of a URL. Greedy: an unescaped "@" in it is no reason to show the rest.
     (re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@]*:)\S*@"), rf"\1{REDACTED}@"),
-    # libpq's keyword form, URL parameters, and what people write into messages.
+    # libpq's keyword form, URL parameters, and key=value in messages.
     (
         re.compile(
             r"(?i)\b((?:\w+_)?(?:password|passwd|secret|token))(\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&,;]+)"
@@ -29,18 +29,18 @@ _SECRET_PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Control characters but for tab and line feed: a terminal would obey them."""
+"""Control characters except tab and line feed: a terminal would interpret them."""
 
 _SQLSTATES_WITHOUT_VALUES = (
     *("08", "0A", "25", "26", "28", "3D", "3F", "40", "42", "53", "54", "55", "57", "58"),
 )
-"""SQLSTATE classes whose messages name objects, settings and limits. Those of others may quote what
-is in a row: data exceptions, violated constraints, whatever a function raises, and internal errors
-(coordinates in PostGIS' words, bytes of memory in "pfree called with invalid pointer")."""
+"""SQLSTATE classes whose messages name objects, settings and limits. Messages of other classes may
+quote a row: data exceptions, violated constraints, errors that functions raise, and internal errors
+(coordinates in PostGIS' messages, memory in "pfree called with invalid pointer")."""
 
 
 def redact(value: object, *, key: str = "") -> object:
-    """Return the value without what looks like a token or a password.
+    """Return the value with everything that looks like a token or a password redacted.
 
     Mappings and sequences are looked through. Everything under a key such as ``previous_secret``
     or ``token_key`` is hidden unless it is a number, a boolean or None.
@@ -63,45 +63,45 @@ def redact(value: object, *, key: str = "") -> object:
 
 
 def redact_text(text: str) -> str:
-    """Return the text without tokens and passwords."""
+    """Return the text with tokens and passwords redacted."""
     for pattern, replacement in _SECRET_PATTERNS:
         text = pattern.sub(replacement, text)
     return text
 
 
 def describe_exception(error: BaseException) -> str:
-    """Return class and message, of a database error only what can't quote a row."""
+    """Return class and message; of a database error only what can't quote a row."""
     name = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
     text = message_without_values(error)
     return f"{name}: {text}" if text else redact_text(name)
 
 
 def is_free_of_row_values(sqlstate: str) -> bool:
-    """Whether the server's own messages of that class don't quote what is in a row."""
+    """Whether the server's own messages of the SQLSTATE's class don't quote rows."""
     return sqlstate.startswith(_SQLSTATES_WITHOUT_VALUES)
 
 
 def message_without_values(error: BaseException) -> str:
-    """Return the message, of a database error the SQLSTATE and only what can't quote a row.
+    """Return the message; of a database error the SQLSTATE, and what can't quote a row.
 
-    A function can raise an error of any class; what runs in one has a context.
+    A function can raise an error of any class; errors raised in a function have a context.
     """
     sqlstate = getattr(error, "sqlstate", None)
     if not isinstance(sqlstate, str):
         text = str(error)
     else:
-        told = getattr(error, "diag", None)
-        primary = getattr(told, "message_primary", None)
-        is_plain = is_free_of_row_values(sqlstate) and not getattr(told, "context", None)
+        diagnostic = getattr(error, "diag", None)
+        primary = getattr(diagnostic, "message_primary", None)
+        is_plain = is_free_of_row_values(sqlstate) and not getattr(diagnostic, "context", None)
         text = f"SQLSTATE {sqlstate}: {primary}" if primary and is_plain else f"SQLSTATE {sqlstate}"
     return redact_text(_CONTROL_CHARACTER.sub(lambda match: f"\\x{ord(match[0]):02x}", text))
 
 
 def describe_traceback(error: BaseException) -> str:
-    """Return the traceback with causes and groups as Python prints it, messages redacted.
+    """Return the traceback as Python prints it, with causes and groups, but with messages redacted.
 
-    Python's own formatting would print a database error's message whole, and what prettier ones
-    add, the local variables, is where rows and tokens are.
+    Python's own formatting would print a database error's message in full; other formatters add
+    local variables, which hold rows and tokens.
     """
     return "".join(_traceback_lines(error, seen=set())).rstrip("\n")
 

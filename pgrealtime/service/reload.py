@@ -21,8 +21,8 @@ from pgrealtime.auth.login import LoginService
 from pgrealtime.catalog.model import Catalog, Table
 from pgrealtime.catalog.privileges import read_privilege_errors
 from pgrealtime.changes import TableName
-from pgrealtime.collections.build import configured_table_names
 from pgrealtime.collections.model import Collections
+from pgrealtime.collections.names import configured_table_names
 from pgrealtime.collections.streamed_tables import collection_name_of, reachable_tables
 from pgrealtime.config.load import ParsedConfig
 from pgrealtime.config.model import Config
@@ -350,14 +350,16 @@ def _log_schema_change(before: AppliedConfig, after: AppliedConfig) -> None:
     log.warning("schema.changed", collections=sorted(_changed_collections(before, after)))
     for problem in after.problems:
         if problem not in before.problems:
-            is_rule = problem.path.endswith("_rule")
-            log.error(
-                "rule.rejected" if is_rule else "collection.locked",
-                collection=collection_name_of(problem),
-                path=problem.path,
-                reason=problem.message,
-                hint=problem.hint or None,
-            )
+            keys = {
+                "collection": collection_name_of(problem),
+                "path": problem.path,
+                "reason": problem.message,
+                "hint": problem.hint or None,
+            }
+            if problem.path.endswith("_rule"):
+                log.error("rule.rejected", **keys)
+            else:
+                log.error("collection.locked", **keys)
 
 
 def _changed_collections(before: AppliedConfig, after: AppliedConfig) -> Iterator[str]:

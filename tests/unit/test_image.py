@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import pytest
 
 from pgrealtime.cli.main import main
@@ -103,7 +104,7 @@ def test_signals_reach_the_process() -> None:
     [entrypoint], [command] = _arguments(FINAL, "ENTRYPOINT"), _arguments(FINAL, "CMD")
     assert json.loads(entrypoint) == ["pgrealtime"]
     assert list(_project()["scripts"]) == ["pgrealtime"]
-    assert json.loads(command)[0] in main.commands
+    assert json.loads(command)[0] in main.list_commands(click.Context(main))
 
 
 def test_the_port_is_the_one_that_is_served() -> None:
@@ -120,7 +121,7 @@ def test_a_health_check_asks_a_command_that_exists() -> None:
     for check in _arguments(FINAL, "HEALTHCHECK"):
         command = json.loads(check[check.index("[") :])
         assert command[0] == "pgrealtime"
-        assert command[1] in main.commands
+        assert command[1] in main.list_commands(click.Context(main))
 
 
 def test_no_secret_is_built_in() -> None:

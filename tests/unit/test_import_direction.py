@@ -104,8 +104,25 @@ _IMPORTERS: dict[str, tuple[str, ...]] = {
 
 _PURE = (
     *("errors", "lsn", "changes", "snapshot", "text_forms", "networks", "spelling"),
-    *("config.units", "catalog.model", "catalog.keys"),
-    *("protocol", "collections.model", "collections.build", "records", "rules"),
+    *(
+        "config.units",
+        "config.model",
+        "config.sources",
+        "config.validate",
+        "catalog.model",
+        "catalog.keys",
+    ),
+    *(
+        "protocol",
+        "collections.model",
+        "collections.build",
+        "collections.names",
+        "collections.tables",
+        "collections.field_kinds",
+        "collections.validate",
+        "records",
+        "rules",
+    ),
     *("wal.wire", "wal.message", "wal.wal2json", "wal.pgoutput", "wal.assembler", "wal.feedback"),
     *("changelog.base", "changelog.memory"),
     *("auth.principal", "auth.record", "auth.token", "auth.passwords"),

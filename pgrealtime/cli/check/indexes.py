@@ -1,4 +1,7 @@
-"""Which indexes rules lack: by the catalogue where that is plain, else by Postgres's own plans."""
+"""Warnings of ``pgrealtime check`` about tables that rules read without an index.
+
+Indexes for relations are looked up in the catalogue; for the rest PostgreSQL's plans decide.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ _PREFER_INDEXES_SQL = """
 SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL enable_seqscan = off;
 SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL jit = off
 """
-"""Makes reading a whole table the last resort, however few rows it has now."""
+"""Makes a sequential scan the planner's last resort, however few rows the table has now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +52,11 @@ class _NeededIndex:
 async def index_warnings(
     connection: AsyncConnection[Any], collections: Collections
 ) -> AsyncIterator[ConfigProblem]:
-    """Yield which tables are read whole for every change that a rule is asked about.
+    """Yield a warning for each table that evaluating a rule reads in full for every change.
 
-    Relations are followed by index in both directions: from a row to those who may see it as well
-    as the other way round, so that theirs must be there whatever the plan of one query. Of
-    ``@collection`` the plan decides.
+    Relations are followed in both directions, from a row to the callers who may see it and back, so
+    that their indexes are needed whatever the plan of one query is. For ``@collection`` the plan
+    decides.
     """
     for collection in collections.values():
         for field, index in _junction_indexes(collection):
@@ -83,7 +86,7 @@ def _full_scan_warning(path: str, table: TableName, fix: str) -> ConfigProblem:
 
 
 def _junction_indexes(collection: Collection) -> Iterator[tuple[Field, _NeededIndex]]:
-    """Yield the index by which the ids are found that a record shows."""
+    """Yield the index that finds the ids which a record shows, for each junction."""
     for field in collection.fields:
         junction = None if field.relation is None else field.relation.junction
         if junction is not None:
@@ -93,7 +96,7 @@ def _junction_indexes(collection: Collection) -> Iterator[tuple[Field, _NeededIn
 def _index_hints(
     conditions: Sequence[predicate.Condition], collections: Collections
 ) -> Mapping[TableName, str]:
-    """Return what lets rows of ``@collection`` be found, where no index does so far."""
+    """Return the SQL of an index that would find rows of ``@collection``, by table without one."""
     found = [index for one in conditions for index in _collection_indexes(one, collections)]
     served = {index.table.name for index in found if index.is_present}
     return {i.table.name: str(i) for i in reversed(found) if i.table.name not in served}
@@ -105,25 +108,25 @@ _NO_INDEX_HINT = "no index serves this rule: go by a relation to it instead of @
 def _resolved_conditions(
     rule: str, collections: Collections, collection: Collection
 ) -> Iterator[predicate.Condition]:
-    """Yield what the rule is to subscribers of each kind."""
+    """Yield the rule's condition as resolved for each auth collection and for guests."""
     auths = [one for one in collections.values() if one.type == "auth"]
     for auth in (*auths, None):
         try:
             yield resolve_rule(rule, collections, collection, auth).where
         except RuleError:
-            continue  # means nothing to them
+            continue  # denies these callers
 
 
 def _relation_indexes(
     condition: predicate.Condition, collections: Collections
 ) -> Iterator[_NeededIndex]:
-    """Yield the index by which each step along a relation finds its rows.
+    """Yield the index that each step along a back relation needs.
 
-    Keys have theirs, and of a junction's own direction ``_junction_indexes`` tells.
+    Steps to a key have its index; for the other direction of junctions see ``_junction_indexes``.
     """
     for term in predicate.terms(condition):
-        place = predicate.row_path_of(term)
-        for step in () if place is None else place.steps:
+        row_path = predicate.row_path_of(term)
+        for step in () if row_path is None else row_path.steps:
             match step:
                 case predicate.BackRelation(collection=name, field=field):
                     yield _back_relation_index(field, collections[name].table)
@@ -142,9 +145,9 @@ def _back_relation_index(field: Field, table: Table) -> _NeededIndex:
 def _collection_indexes(
     condition: predicate.Condition, collections: Collections
 ) -> Iterator[_NeededIndex]:
-    """Yield the indexes by any of which rows of ``@collection`` could be found.
+    """Yield the indexes each of which could find rows of ``@collection``.
 
-    Two rows' values are compared as texts, of which an index knows nothing.
+    Values of two rows are compared as texts, which no index of a column serves.
     """
     for cmp in predicate.comparisons(condition):
         for term, other in ((cmp.left, cmp.right), (cmp.right, cmp.left)):
@@ -152,13 +155,13 @@ def _collection_indexes(
                 continue
             if isinstance(other, predicate.FieldValue):
                 continue
-            place, column = term.row_path, term.field.column
+            row_path, column = term.row_path, term.field.column
             if (
-                isinstance(place.root, predicate.CollectionRows)
-                and not place.steps
+                isinstance(row_path.root, predicate.CollectionRows)
+                and not row_path.steps
                 and column is not None
             ):
-                yield _NeededIndex(collections[place.collection].table, column.name)
+                yield _NeededIndex(collections[row_path.collection].table, column.name)
 
 
 async def _fully_scanned_tables(
@@ -167,16 +170,16 @@ async def _fully_scanned_tables(
     found: list[TableName] = []
     for one in predicates:
         row = dict.fromkeys(column.name for column in one.collection.table.columns)
-        asked = one.sql_query([row], datetime.now(UTC))
-        statement = f"EXPLAIN (FORMAT JSON, VERBOSE) {asked.sql}".encode()
+        query = one.sql_query([row], datetime.now(UTC))
+        statement = f"EXPLAIN (FORMAT JSON, VERBOSE) {query.sql}".encode()
         try:
             async with connection.transaction(force_rollback=True):
                 await connection.execute(_PREFER_INDEXES_SQL)
-                cursor = await connection.execute(statement, asked.params)
+                cursor = await connection.execute(statement, query.params)
                 for (plan,) in await cursor.fetchall():
                     found += _full_scans(plan[0]["Plan"])
         except psycopg.Error:
-            continue  # why it can't be asked is said elsewhere
+            continue  # reported as an error of its own
     return list(dict.fromkeys(found))
 
 
@@ -184,15 +187,15 @@ def _full_scans(node: dict[str, Any]) -> Iterator[TableName]:
     plans = node.get("Plans", ())
     if "Relation Name" in node:
         # A bitmap's index is a node below.
-        ways = plans if node["Node Type"] == "Bitmap Heap Scan" else [node]
-        if any(map(_is_full_scan, ways)):
+        scans = plans if node["Node Type"] == "Bitmap Heap Scan" else [node]
+        if any(map(_is_full_scan, scans)):
             yield TableName(node["Schema"], node["Relation Name"])
     for below in plans:
         yield from _full_scans(below)
 
 
 def _is_full_scan(node: Mapping[str, Any]) -> bool:
-    """Whether a table, or an index, is read from its beginning to its end."""
+    """Whether the node reads a whole table, or a whole index."""
     kinds = {"Index Scan", "Index Only Scan", "Bitmap Index Scan"}
     kind = node["Node Type"]
     return kind == "Seq Scan" or (kind in kinds and "Index Cond" not in node)

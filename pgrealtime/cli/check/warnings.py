@@ -1,6 +1,6 @@
-"""Warnings of ``pgrealtime check``: what runs, but hardly as its operator means it.
+"""Warnings of ``pgrealtime check``: what is valid, but hardly what the operator means.
 
-Each comes with the SQL, the rule or the setting that mends it.
+Each has the SQL, the rule or the setting that mends it as its hint.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SUBSCRIPTION_RULES = ("list_rule", "view_rule")
 
 
 def config_warnings(config: Config) -> Iterator[ConfigProblem]:
-    """Yield what can be said without a database."""
+    """Yield the warnings that need no database."""
     if not config.collections:
         mend = "pgrealtime init makes them of the tables that are there"
         yield ConfigProblem("collections", "there are none: nobody hears of anything", mend)
@@ -53,7 +53,7 @@ def config_warnings(config: Config) -> Iterator[ConfigProblem]:
 
 
 def collection_warnings(collections: Collections) -> Iterator[ConfigProblem]:
-    """Yield what rules mean for tables as they are. The rules are fine each by itself."""
+    """Yield the warnings about valid rules that the tables' columns and keys give reason for."""
     for collection in collections.values():
         for key, rule, expression in parsed_rules(collection):
             path = f"collections.{collection.name}.{key}"
@@ -63,7 +63,7 @@ def collection_warnings(collections: Collections) -> Iterator[ConfigProblem]:
 
 
 def parsed_rules(owner: Collection | CollectionConfig) -> Iterator[tuple[str, str, ExpressionNode]]:
-    """Yield key, text and syntax of each rule that admits some and not all."""
+    """Yield key, text and syntax tree of each list or view rule that has a text and is valid."""
     for key in _SUBSCRIPTION_RULES:
         rule = getattr(owner, key)
         if rule:
@@ -98,12 +98,12 @@ def _issuer_warnings(config: Config) -> Iterator[ConfigProblem]:
 
 
 _SECRET_BYTES = 32
-"""An HMAC key as long as the hash's output is demanded by RFC 7518, section 3.2: whoever has one
-token can try out shorter ones at home."""
+"""RFC 7518, section 3.2 requires an HMAC key as long as the hash's output. A shorter one can be
+found offline by anyone who has one token."""
 
 
 def _issuer_key_warnings(config: Config) -> Iterator[ConfigProblem]:
-    """Yield keys that others may find out or replace."""
+    """Yield secrets that can be guessed, and key URLs whose answer can be replaced on the way."""
     made = "openssl rand -base64 48 makes one"
     secrets = [("auth.login.secret", config.auth.login.secret, f"{made}; it signs everybody out")]
     for n, issuer in enumerate(config.auth.issuers):
@@ -140,9 +140,10 @@ def _is_local_url(url: str) -> bool:
 def _match_all_warnings(
     path: str, rule: str, expression: ExpressionNode
 ) -> Iterator[ConfigProblem]:
-    """``@collection.x.y = z`` demands it of every row of x; hardly anybody wants that.
+    """Yield comparisons with ``@collection`` that every row must satisfy, for want of a "?".
 
-    ``!=`` and ``!~`` are left alone: that no row is equal is what all of them say together.
+    ``!=`` and ``!~`` are not reported: over all rows they mean that no row is equal, which is what
+    one expects.
     """
     found = [
         cmp
@@ -154,14 +155,14 @@ def _match_all_warnings(
     if found:
         first = found[0]
         side = first.left if _path_text(first.left).startswith("@collection.") else first.right
-        places = [
+        insertions = [
             (_operator_position(rule, cmp), _operator_position(rule, cmp), "?") for cmp in found
         ]
         yield ConfigProblem(
             path,
             f'every row of "{_path_text(side).split(".")[1]}" must fit,'
             " where one is meant as a rule",
-            f"write: {_replace_spans(rule, places)}",
+            f"write: {_replace_spans(rule, insertions)}",
         )
 
 
@@ -170,7 +171,7 @@ def _operator_position(rule: str, cmp: ComparisonNode) -> int:
 
 
 def _replace_spans(text: str, replacements: Iterable[tuple[int, int, str]]) -> str:
-    """Return the text with some stretches, each from and up to, replaced."""
+    """Return the text with spans (start, end, new text) replaced."""
     for start, end, new in sorted(replacements, reverse=True):
         text = text[:start] + new + text[end:]
     return text
@@ -180,20 +181,20 @@ def _path_text(operand: OperandNode) -> str:
     return operand.text if isinstance(operand, IdentifierNode) else ""
 
 
-# -- who has nothing to be compared with
+# -- callers without a value
 
 
 @dataclass(frozen=True, slots=True)
 class _AbsentValue:
-    """What somebody lacks: all of ``@request.auth``, or one value of the options."""
+    """A value that a caller may lack: all of ``@request.auth``, or one value of the options."""
 
     prefix: str
-    """Of the paths that are empty then."""
+    """Prefix of the paths that are empty then."""
     guard: str
-    """A path that tells whether it is there."""
+    """A path that is empty only then."""
     caller_description: str
     row_field: str = ""
-    """A path of the row that is empty likewise."""
+    """A path of the row that is empty, too."""
 
     def covers(self, operand: OperandNode) -> bool:
         text = _path_text(operand)
@@ -213,7 +214,10 @@ def _absent_value_warnings(
     collections: Collections,
     collection: Collection,
 ) -> Iterator[ConfigProblem]:
-    """Say that who lacks a value matches rows that lack theirs (rules, section 10.3)."""
+    """Yield comparisons by which a caller without a value matches rows without one.
+
+    An empty value is equal to an empty value, as in PocketBase.
+    """
     for absent in _absent_values(expression):
         found = [
             (cmp, field)
@@ -234,7 +238,7 @@ def _absent_value_warnings(
 
 
 def _with_empty_field(absent: _AbsentValue, cmp: ComparisonNode, field: str) -> _AbsentValue:
-    """Return what is empty too where the comparison holds."""
+    """Return the absent value with the field that is empty where the comparison is true."""
     return absent if cmp.op is Op.NE else replace(absent, row_field=field)
 
 
@@ -247,7 +251,7 @@ def _absent_values(expression: ExpressionNode) -> Iterator[_AbsentValue]:
 
 
 def _path_compared_with(cmp: ComparisonNode, absent: _AbsentValue) -> str | None:
-    """Return the path that is compared with what is absent; None for any other comparison."""
+    """Return the row's path that is compared with the absent value; None if there is none."""
     is_equality = cmp.op is Op.EQ or (cmp.op is Op.NE and absent is _GUEST)
     for own, other in ((cmp.left, cmp.right), (cmp.right, cmp.left)):
         text = _path_text(other)
@@ -264,7 +268,7 @@ _BOOLEAN_TEXTS = {"True", "False"}
 def _may_be_empty(
     rule: str, cmp: ComparisonNode, collections: Collections, collection: Collection
 ) -> bool:
-    """Whether the other side can be empty or missing, as far as the tables say."""
+    """Whether the row's side can be empty or missing, by the constraints of its table."""
     resolved = resolve_rule(rule[cmp.start : cmp.end], collections, collection, None)
     terms = [
         term for term in predicate.terms(resolved.where) if predicate.row_path_of(term) is not None
@@ -277,17 +281,17 @@ def _is_never_empty(term: predicate.Term, collections: Collections) -> bool:
         term.row_path.root, predicate.CollectionRows
     ):
         return False
-    place = term.row_path
-    owners = [collections[before.collection] for before in _path_prefixes(place)]
+    row_path = term.row_path
+    owners = [collections[prefix.collection] for prefix in _path_prefixes(row_path)]
     return all(
         isinstance(step, predicate.ToOne) and _is_column_never_empty(owner, step.field)
-        for owner, step in zip(owners, place.steps, strict=True)
-    ) and _is_column_never_empty(collections[place.collection], term.field)
+        for owner, step in zip(owners, row_path.steps, strict=True)
+    ) and _is_column_never_empty(collections[row_path.collection], term.field)
 
 
-def _path_prefixes(place: predicate.RowPath) -> Iterator[predicate.RowPath]:
-    for length in range(len(place.steps)):
-        yield predicate.RowPath(place.root, place.steps[:length])
+def _path_prefixes(row_path: predicate.RowPath) -> Iterator[predicate.RowPath]:
+    for length in range(len(row_path.steps)):
+        yield predicate.RowPath(row_path.root, row_path.steps[:length])
 
 
 def _is_column_never_empty(owner: Collection, field: Field) -> bool:
@@ -299,12 +303,12 @@ def _is_column_never_empty(owner: Collection, field: Field) -> bool:
 
 
 def _may_decide(cmp: ComparisonNode, expression: ExpressionNode, absent: _AbsentValue) -> bool:
-    """Whether some row passes the rule by this comparison alone."""
+    """Whether some row can pass the rule by this comparison alone."""
     match expression:
         case ComparisonNode():
             return expression is cmp
         case AndNode(parts) | OrNode(parts):
-            decided = isinstance(expression, OrNode)  # what would make the comparison idle
+            decided = isinstance(expression, OrNode)  # the verdict that makes cmp irrelevant
             own = next((part for part in parts if _may_decide(cmp, part, absent)), None)
             return own is not None and all(
                 part is own or _verdict(part, absent) is not decided for part in parts
@@ -312,7 +316,7 @@ def _may_decide(cmp: ComparisonNode, expression: ExpressionNode, absent: _Absent
 
 
 def _verdict(expression: ExpressionNode, absent: _AbsentValue) -> bool | None:
-    """Return what the rule says to one who lacks the values; None where that is up to the row."""
+    """Return the rule's verdict for a caller without the value; None if it depends on the row."""
     match expression:
         case ComparisonNode():
             return _comparison_verdict(expression, absent)
@@ -325,7 +329,7 @@ def _verdict(expression: ExpressionNode, absent: _AbsentValue) -> bool | None:
 
 
 def _comparison_verdict(cmp: ComparisonNode, absent: _AbsentValue) -> bool | None:
-    """Return what a comparison says in which no row takes part, where that is plain to see."""
+    """Return the verdict of a comparison that reads no row; None if it can't be told here."""
     left, right = _static_text(cmp.left, absent), _static_text(cmp.right, absent)
     if left is None or right is None:
         return None
@@ -339,7 +343,7 @@ def _comparison_verdict(cmp: ComparisonNode, absent: _AbsentValue) -> bool | Non
 
 
 def _static_text(operand: OperandNode, absent: _AbsentValue) -> str | None:
-    """Return the operand's value as text, empty for nothing; None if it isn't known here."""
+    """Return the operand's value as text, empty for a missing one; None if it isn't known here."""
     match operand:
         case LiteralNode(value):
             return str(value)
@@ -353,7 +357,7 @@ def _static_text(operand: OperandNode, absent: _AbsentValue) -> str | None:
             return None
 
 
-# -- numbers that can't be told apart
+# -- numbers beyond double precision
 
 
 def _precision_warnings(
@@ -363,7 +367,7 @@ def _precision_warnings(
     collections: Collections,
     collection: Collection,
 ) -> Iterator[ConfigProblem]:
-    """Say where numbers are compared that double precision can't hold."""
+    """Yield comparisons of numbers that double precision can't hold exactly."""
     compared = syntax.comparison_nodes(expression)
     for operand in (side for cmp in compared for side in (cmp.left, cmp.right)):
         if isinstance(operand, LiteralNode) and not isinstance(operand.value, str):
@@ -382,30 +386,30 @@ def _precision_warnings(
                 or not _may_exceed_double(other)
             ):
                 continue
-            place = predicate.row_path_of(one)
-            assert place is not None
-            table = collections[place.collection].table.name
+            row_path = predicate.row_path_of(one)
+            assert row_path is not None
+            table = collections[row_path.collection].table.name
             message = f'"{column}" is a float: numbers beyond 2^53 that differ may be equal to it'
             type_ = "numeric[]" if isinstance(one, predicate.EachTerm) else "numeric"
-            mend = (
+            hint = (
                 f"ALTER TABLE {quote_table_name(table)}"
                 f" ALTER COLUMN {quote_identifier(column)} TYPE {type_};"
             )
-            found[str(table), column] = ConfigProblem(path, message, mend)
+            found[str(table), column] = ConfigProblem(path, message, hint)
     yield from found.values()
 
 
 def _comparisons(
     rule: str, collections: Collections, collection: Collection
 ) -> Iterator[predicate.Comparison]:
-    """Yield the rule's comparisons as subscribers of each kind have them."""
+    """Yield the rule's comparisons as resolved for guests and for each auth collection."""
     for auth in (None, *(one for one in collections.values() if one.type == "auth")):
         try:
             yield from predicate.comparisons(
                 resolve_rule(rule, collections, collection, auth).where
             )
         except RuleError:
-            continue  # it denies people of that kind
+            continue  # it denies these callers
 
 
 def _double_column(term: predicate.Term) -> str | None:
@@ -423,7 +427,7 @@ def _double_column(term: predicate.Term) -> str | None:
 
 
 def _may_exceed_double(term: predicate.Term) -> bool:
-    """Whether it may be a number that no double is."""
+    """Whether its values may be numbers that no double is equal to."""
     match term:
         case predicate.ParameterTerm(RequestValue(path=("auth", "id"))):
             return True
@@ -445,7 +449,7 @@ _WIDE_TYPES = {"int8", "numeric"}
 
 
 def _delete_warnings(collections: Collections, collection: Collection) -> Iterator[ConfigProblem]:
-    """Say which columns of a deleted row a rule would need and the WAL doesn't have."""
+    """Yield rules that read columns which the WAL of a DELETE lacks under the replica identity."""
     table = collection.table
     for key, _, _ in parsed_rules(collection):
         read = {
@@ -484,7 +488,7 @@ def _quoted_list(columns: Iterable[Column]) -> str:
 def reference_queries(
     collections: Collections, collection: Collection, key: str
 ) -> Iterator[ReferenceQuery]:
-    """Yield what decides the rule for subscribers of each kind."""
+    """Yield the rule's plain query for a caller of each auth collection."""
     rule = getattr(collection, key)
     for principal in _sample_principals(collections):
         predicate = reference_query(collections, collection, rule, RuleRequest(principal=principal))
@@ -493,7 +497,7 @@ def reference_queries(
 
 
 def _sample_principals(collections: Collections) -> Iterator[Principal]:
-    """Yield somebody of each auth collection, of ids that their keys can have."""
+    """Yield a caller of each auth collection, with an id that the type of its key allows."""
     ids = {"uuid": "00000000-0000-0000-0000-000000000001"}
     auths = [collection for collection in collections.values() if collection.type == "auth"]
     for auth in auths:

@@ -1,6 +1,6 @@
-"""What a schema suggests: a collection for each table, all rules locked, and rules to begin with.
+"""Drafts a collection for each table of a schema, with all rules locked and a rule to begin with.
 
-Pure. Whether a draft holds is for ``collections.build_with_problems`` and the rules room to say.
+Pure; called by ``init``. Drafts are validated by ``collections.build`` and by ``rules``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection as Those
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -17,15 +16,15 @@ from pgrealtime.catalog.model import Catalog, Column, ForeignKey, Table, TableKi
 from pgrealtime.catalog.naming import quote_identifier, quote_table_name
 from pgrealtime.changes import TableName
 from pgrealtime.cli.init.suggest import SIGNED_IN_RULE, RuleSuggestions, split_words
-from pgrealtime.collections.build import (
+from pgrealtime.collections.build import build_with_problems
+from pgrealtime.collections.field_kinds import (
     AUTH_FIELD_KINDS,
     RESERVED_MEMBERS,
     SECRET_FIELDS,
-    build_with_problems,
     field_kind_of,
-    name_problem,
 )
 from pgrealtime.collections.model import Collections, FieldKind
+from pgrealtime.collections.names import name_problem
 from pgrealtime.config.model import (
     CollectionConfig,
     CollectionLoginConfig,
@@ -37,42 +36,42 @@ from pgrealtime.errors import ConfigProblem
 
 @dataclass(frozen=True, slots=True)
 class TableFault:
-    """Why a table can't be served as it is."""
+    """Why a table can't be served as it is, and what mends it."""
 
     reason: str
     """Lower case, no full stop."""
     fix: str = ""
-    """SQL, or in words what to do; may be unknown."""
+    """SQL, or a sentence; empty if unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectionDraft:
-    """A collection that a table suggests."""
+    """The draft of one collection."""
 
     name: str
     table: Table
     key_name: str
-    """The column shown as id, or to be made for it."""
+    """The column shown as id, or to be added for it."""
     config: CollectionConfig
     """Without rules."""
     faults: tuple[TableFault, ...] = ()
-    """Any of them keeps it from being served."""
+    """Each of them keeps it from being served."""
     lacks_identity: bool = False
-    """There are passwords, and no unique column to log in with."""
+    """Whether there are passwords, but no unique column to log in with."""
     guessed_relations: Mapping[str, RelationConfig] = field(default_factory=dict)
-    """Relations that only names tell of."""
+    """Relations that only the columns' names indicate."""
     suggested_rule: str = ""
-    """For ``list_rule`` and ``view_rule``; empty if it can't be served, or better isn't."""
+    """For ``list_rule`` and ``view_rule``; empty if it can't be served, or shouldn't be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigDraft:
-    """All that a schema suggests."""
+    """The drafts of all collections of a schema."""
 
     drafts: tuple[CollectionDraft, ...]
-    """People first, then in the order of schemas and names."""
+    """Auth collections first, then in the order of schemas and names."""
     omitted: Mapping[TableName, str]
-    """Tables and views that are no collections, and why."""
+    """Tables and views that become no collection -> the reason."""
 
 
 def draft_config(
@@ -81,11 +80,11 @@ def draft_config(
     extensions: Mapping[TableName, str],
     unreadable: Mapping[TableName, TableFault],
 ) -> ConfigDraft:
-    """Return a collection for each table of the catalogue that is one by itself.
+    """Return a draft for each table of the catalogue that becomes a collection.
 
     Args:
-        catalog: Of the schemas to be served.
-        extensions: Which tables belong to an extension, and to which.
+        catalog: Of the schemas to serve.
+        extensions: Tables of extensions, with the extension's name.
         unreadable: Tables that the role may not read.
     """
     left_out = dict(_omitted_tables(catalog, extensions))
@@ -140,19 +139,19 @@ def _omitted_tables(
 
 def _sort_tables(tables: Sequence[Table], catalog: Catalog) -> list[Table]:
     auths = _auth_tables(tables)
-    place = {schema: n for n, schema in enumerate(catalog.schemas)}
-    return sorted(tables, key=lambda t: (_sort_rank(t, auths), place[t.name.schema], t.name.name))
+    order = {schema: n for n, schema in enumerate(catalog.schemas)}
+    return sorted(tables, key=lambda t: (_sort_rank(t, auths), order[t.name.schema], t.name.name))
 
 
 def _sort_rank(table: Table, auths: Container[TableName]) -> int:
-    """Return the place among all: people first, and of them those that a ``user_id`` means."""
+    """Return the sort key: auth tables first, of these the one that a ``user_id`` refers to."""
     if table.name not in auths:
         return len(_USER_TABLES) + 1
     name = table.name.name.lower()
     return _USER_TABLES.index(name) if name in _USER_TABLES else len(_USER_TABLES)
 
 
-# -- people
+# -- accounts
 
 _EMAIL_COLUMNS = ("email", "email_address", "emailaddress", "e_mail", "mail")
 _PASSWORD_COLUMNS = (
@@ -175,7 +174,10 @@ def _text_column(table: Table, names: Iterable[str]) -> Column | None:
 
 
 def _auth_tables(tables: Iterable[Table]) -> frozenset[TableName]:
-    """Return whose rows seem to be people: with address and password, else the one named so."""
+    """Return the tables whose rows seem to be accounts.
+
+    Those with an e-mail address and a password; if there is none, the one that is named so.
+    """
     tables = list(tables)
     found = {
         t.name
@@ -191,19 +193,19 @@ def _auth_tables(tables: Iterable[Table]) -> frozenset[TableName]:
 
 def _login_config(table: Table, renames: Mapping[str, str], key_name: str) -> CollectionLoginConfig:
     secret = _text_column(table, _PASSWORD_COLUMNS)
-    who = _login_identity(table)
-    if secret is None or not who or key_name in (secret.name, *who):
+    identity = _login_identity(table)
+    if secret is None or not identity or key_name in (secret.name, *identity):
         return CollectionLoginConfig()
     token_key = _text_column(table, ("token_key", "tokenkey"))
     return CollectionLoginConfig(
-        identity=tuple(renames.get(name, name) for name in who),
+        identity=tuple(renames.get(name, name) for name in identity),
         password_hash=secret.name,
         token_key="" if token_key is None or token_key.name == key_name else token_key.name,
     )
 
 
 def _login_identity(table: Table) -> tuple[str, ...]:
-    """Return the column that tells people apart: the address, or a name if only that does."""
+    """Return the unique column to log in with: the e-mail address, or else a user name."""
     found = [_text_column(table, names) for names in (_EMAIL_COLUMNS, _USERNAME_COLUMNS)]
     names = (column.name for column in found if column is not None)
     return tuple(name for name in names if (name,) in table.unique_keys)[:1]
@@ -217,16 +219,16 @@ _BLOCKED_FLAGS = (
 
 
 def _auth_rule(draft: CollectionDraft) -> str:
-    """Return what the table's flags say of who may log in; empty if there are none."""
+    """Return a rule for who may log in from columns such as ``is_active``; empty without any."""
     flags = {
         column.name.lower(): field
         for column in draft.table.columns
         if field_kind_of(column.type) == (FieldKind.BOOL, False)
         and name_problem(field := _field_name(draft, column)) is None
     }
-    let_in = [f"{flags[name]} = true" for name in _ACTIVE_FLAGS if name in flags]
-    kept_out = [f"{flags[name]} = false" for name in _BLOCKED_FLAGS if name in flags]
-    return " && ".join(let_in + kept_out)
+    active = [f"{flags[name]} = true" for name in _ACTIVE_FLAGS if name in flags]
+    blocked = [f"{flags[name]} = false" for name in _BLOCKED_FLAGS if name in flags]
+    return " && ".join(active + blocked)
 
 
 # -- names
@@ -236,7 +238,7 @@ _VIA_PATTERN = re.compile("_via_", re.IGNORECASE)
 
 
 def _valid_name(name: str, fallback: str) -> str:
-    """Return the name itself if rules can carry it, else one that is like it."""
+    """Return the name itself if rules can contain it, or else the most similar one."""
     if name_problem(name) is None:
         return name
     letters = unicodedata.normalize("NFKD", name)
@@ -249,14 +251,17 @@ def _valid_name(name: str, fallback: str) -> str:
 
 
 def _unused_name(name: str, taken: Container[str]) -> str:
-    """Return the name, with a number if it is taken."""
+    """Return the name, with a number appended if it is taken."""
     if name not in taken:
         return name
     return next(tried for n in count(2) if (tried := f"{name}_{n}") not in taken)
 
 
 def _name_collections(tables: Iterable[Table]) -> Iterator[tuple[str, Table]]:
-    """Yield the collections' names. They differ by more than case: ``@collection`` ignores it."""
+    """Yield each table with its collection's name.
+
+    Names differ by more than case, which ``@collection`` ignores.
+    """
     taken = {"_superusers"}  # PocketBase's own
     for table in tables:
         name = _valid_name(table.name.name, "table")
@@ -269,9 +274,9 @@ def _name_collections(tables: Iterable[Table]) -> Iterator[tuple[str, Table]]:
 
 
 def _field_renames(table: Table, key_name: str, *, is_auth: bool) -> dict[str, str]:
-    """Return the fields of columns whose own names can't be had.
+    """Return the field names of the columns that can't be shown under their own.
 
-    Of two columns that want a name it goes to the one that is called so.
+    A name that two columns could have goes to the column of that name.
     """
     others = [column for column in table.columns if column.name != key_name]
     email = _text_column(table, _EMAIL_COLUMNS) if is_auth else None
@@ -293,7 +298,7 @@ def _field_renames(table: Table, key_name: str, *, is_auth: bool) -> dict[str, s
         renames[email.name] = "email"
         taken.add("email")
     for column in unnamed:
-        # Not one that means something else to the server.
+        # Not a name that the server itself reads.
         name = _unused_name(
             _valid_name(column.name, "column"),
             taken | (AUTH_FIELD_KINDS.keys() if is_auth else set()),
@@ -314,7 +319,7 @@ def _default_field_name(column: Column, table: Table, *, is_auth: bool) -> str:
 
 
 def _fits_auth_kind(name: str, column: Column, *, is_auth: bool) -> bool:
-    """Whether the column is of the kind that the name promises."""
+    """Whether the column has the kind that an auth collection's field of that name must have."""
     wanted = AUTH_FIELD_KINDS.get(name) if is_auth else None
     return wanted is None or field_kind_of(column.type) == (wanted, False)
 
@@ -337,23 +342,23 @@ _SECRET_PATTERN = re.compile(
 
 
 def looks_secret(column: Column) -> bool:
-    """Whether the column seems to hold what nobody else should know, going by its name."""
+    """Whether the column seems to hold a secret, by its name."""
     kind, _ = field_kind_of(column.type)
-    said = split_words(column.name)
-    # "password_changed_at", "has_password" and "token_count" tell none.
+    words = split_words(column.name)
+    # Not password_changed_at, has_password or token_count.
     is_about = kind in (FieldKind.DATE, FieldKind.BOOL) or (
-        kind is FieldKind.NUMBER and len(said) > 1
+        kind is FieldKind.NUMBER and len(words) > 1
     )
-    return _SECRET_PATTERN.search("_".join(said)) is not None and not is_about
+    return _SECRET_PATTERN.search("_".join(words)) is not None and not is_about
 
 
 _CREDENTIAL_WORDS = {"session", "sessions", "token", "tokens"}
 
 
 def may_have_credential_ids(draft: CollectionDraft) -> bool:
-    """Whether the ids seem to be what lets people in, as those of sessions and tokens do.
+    """Whether the ids seem to be credentials, as those of sessions and tokens are.
 
-    An id can't be hidden: whoever hears of the row knows it.
+    An id can't be hidden: it is part of every event of its row.
     """
     key = draft.table.find_column(draft.key_name)
     if (
@@ -378,13 +383,13 @@ def _draft_collections(tables: Sequence[Table]) -> list[CollectionDraft]:
 
 
 def _draft_collection(name: str, table: Table, *, is_auth: bool) -> CollectionDraft:
-    key, said = _choose_key(table)
+    key, configured_key = _choose_key(table)
     renames = _field_renames(table, key, is_auth=is_auth)
     login = _login_config(table, renames, key) if is_auth else CollectionLoginConfig()
     config = CollectionConfig(
         table=config_table_name(table.name),
         type="auth" if is_auth else "base",
-        id=said,
+        id=configured_key,
         fields=FieldsConfig(rename=renames),
         login=login,
     )
@@ -413,14 +418,14 @@ def _columns_to_hide(draft: CollectionDraft) -> Iterator[Column]:
 
 
 def config_table_name(name: TableName) -> str:
-    """Return the table as the configuration names it."""
+    """Return the table's name as the configuration writes it."""
     return ".".join(p if re.fullmatch(r"\w+", p) else quote_identifier(p) for p in name)
 
 
 def _choose_key(table: Table) -> tuple[str, str]:
-    """Return the column to be shown as id, and what the configuration has to say of it.
+    """Return the column to show as id, and the value of the setting ``id``.
 
-    Where there is none it is what will be there when the table is mended.
+    If no column is suitable, return the one that will be there once the table is mended.
     """
     if len(table.primary_key) == 1:
         return table.primary_key[0], ""
@@ -440,13 +445,13 @@ def _choose_key(table: Table) -> tuple[str, str]:
     return new, new
 
 
-# -- what keeps tables from being served
+# -- faults of tables
 
 
 def _with_table_faults(
     drafts: Sequence[CollectionDraft], catalog: Catalog, unreadable: Mapping[TableName, TableFault]
 ) -> list[CollectionDraft]:
-    """Return the drafts with what is wrong with their tables and keys."""
+    """Return the drafts with the faults of their tables and keys."""
     tried = {
         draft.name: draft.config
         if draft.table.find_column(draft.config.id)
@@ -483,7 +488,7 @@ def _fix_for(draft: CollectionDraft, problem: ConfigProblem) -> str:
 def _drop_inconsistent(
     served: Mapping[str, CollectionDraft], catalog: Catalog
 ) -> tuple[Mapping[str, CollectionDraft], Mapping[str, CollectionDraft]]:
-    """Return the drafts that hold together, and those that were taken out for that."""
+    """Return the drafts that are valid together, and those that had to be removed for it."""
     unfit: dict[str, CollectionDraft] = {}
     while True:
         _, problems = build_with_problems({d.name: d.config for d in served.values()}, catalog)
@@ -508,12 +513,12 @@ def _without_relations_to(draft: CollectionDraft, removed: Container[str]) -> Co
 
 @dataclass(frozen=True, slots=True)
 class _JunctionTable:
-    """A table that says no more than which row here belongs to which there."""
+    """A table that only pairs rows of two tables."""
 
     table: Table
     source: ForeignKey
     source_collection: str
-    """The collection pointed to."""
+    """The collection that ``source`` references."""
     target: ForeignKey
     target_collection: str
 
@@ -521,7 +526,7 @@ class _JunctionTable:
 def _junction_table_of(
     table: Table, served: Mapping[TableName, CollectionDraft]
 ) -> _JunctionTable | None:
-    """Return the pair if the table is identified by two foreign keys to served collections."""
+    """Return the junction if the table's key is two foreign keys to served collections."""
     names = table.primary_key or tuple(column.name for column in table.columns)
     ends = [_referenced_drafts(table, name, served)[:1] for name in names]
     match ends:
@@ -534,7 +539,7 @@ def _junction_table_of(
 def _referenced_drafts(
     table: Table, column: str, served: Mapping[TableName, CollectionDraft]
 ) -> list[tuple[ForeignKey, CollectionDraft]]:
-    """Return the collections whose ids the column holds, and the foreign keys that say so."""
+    """Return the foreign keys of the column alone, with the drafts whose key they reference."""
     return [
         (key, draft)
         for key in table.foreign_keys
@@ -547,7 +552,10 @@ def _referenced_drafts(
 def _orient_junction(
     table: Table, one: tuple[ForeignKey, CollectionDraft], other: tuple[ForeignKey, CollectionDraft]
 ) -> _JunctionTable:
-    """Say which side shows the pairs: the one that the table is named after, else no people."""
+    """Choose the collection that shows the pairs.
+
+    The one that the table is named after; or else the one that isn't an auth collection.
+    """
 
     def claim(draft: CollectionDraft) -> tuple[bool, bool]:
         return bool(_suffix_after(table, draft.name)), draft.config.type != "auth"
@@ -570,7 +578,7 @@ def _with_junctions(
     pairs: Mapping[TableName, _JunctionTable],
     left_out: dict[TableName, str],
 ) -> Mapping[str, CollectionDraft]:
-    """Return the drafts with what foreign keys don't say by themselves."""
+    """Return the drafts, by name, with the relations that foreign keys alone don't give."""
     found = {draft.name: _with_chosen_foreign_keys(draft, served) for draft in served.values()}
     for name, pair in pairs.items():
         draft = found[pair.source_collection]
@@ -595,7 +603,7 @@ def _with_junctions(
 def _with_chosen_foreign_keys(
     draft: CollectionDraft, served: Mapping[TableName, CollectionDraft]
 ) -> CollectionDraft:
-    """Choose between keys of one column; leave out a column of a type that makes no relation."""
+    """Choose among foreign keys of one column; leave out columns whose type can't hold ids."""
     relations: dict[str, RelationConfig] = {}
     unfit: set[str] = set()
     for column in draft.table.columns:
@@ -614,7 +622,7 @@ def _with_chosen_foreign_keys(
     return replace(draft, config=config)
 
 
-def _fields_without(draft: CollectionDraft, unfit: Those[str]) -> FieldsConfig:
+def _fields_without(draft: CollectionDraft, unfit: Container[str]) -> FieldsConfig:
     kept = [column for column in draft.table.columns if column.name not in unfit]
     fields = draft.config.fields
     hide = {_field_name(draft, column) for column in kept}

@@ -1,4 +1,7 @@
-"""``pgrealtime init``: a first configuration for the tables that are there, all rules locked."""
+"""Surveys a database and writes a first configuration for its tables, all rules locked.
+
+Called by the command ``init``. What to write is decided in ``drafts``; here it becomes YAML.
+"""
 
 from __future__ import annotations
 
@@ -60,15 +63,15 @@ WHERE c.oid = ANY (%(oids)s::pg_catalog.oid[])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchemaSurvey:
-    """What is there to be served."""
+    """The tables of the schemas, and what the role may do with them."""
 
     catalog: Catalog
     extensions: Mapping[TableName, str]
-    """Tables that came with an extension, and with which."""
+    """Extension of each table that belongs to one."""
     row_estimates: Mapping[TableName, int]
-    """Estimates; of tables never analyzed there is none."""
+    """By PostgreSQL's statistics; none for a table that was never analyzed."""
     unreadable: Mapping[TableName, TableFault]
-    """Tables that the role may not read, or not whole."""
+    """Tables that the role may not read, or not in full."""
 
 
 async def write_config(path: str, url: str, schemas: Sequence[str]) -> None:
@@ -77,10 +80,10 @@ async def write_config(path: str, url: str, schemas: Sequence[str]) -> None:
     Args:
         path: The file, which must not be there yet; ``-`` is the standard output.
         url: Of the database; empty takes libpq's PG* variables.
-        schemas: In the order in which tables get the names they want.
+        schemas: Of two tables with one name, that of the earlier schema keeps it.
 
     Raises:
-        DatabaseUnreachableError: Nobody answers, or the login is refused.
+        DatabaseUnreachableError: The server doesn't answer, or refuses the login.
         SetupError: Code ``schema_missing`` or ``file_not_written``.
     """
     if path != STDOUT and Path(path).exists():  # noqa: ASYNC240 (nobody else is waiting)
@@ -95,10 +98,10 @@ async def write_config(path: str, url: str, schemas: Sequence[str]) -> None:
 
 
 def next_steps_text(path: str, *, lacks_url: bool) -> str:
-    """Return what to do with the file, for people.
+    """Return the next steps for the operator, as lines of text.
 
     Args:
-        path: As for ``write``.
+        path: As for ``write_config``.
         lacks_url: Whether the URL that the file refers to isn't in the environment.
     """
     file = "the file" if path == STDOUT else path
@@ -170,13 +173,15 @@ _LINE_WIDTH = 100
 
 
 def render_config(survey: SchemaSurvey, *, is_url_known: bool) -> str:
-    """Return the configuration, as people edit it.
+    """Return the configuration as YAML with comments.
 
     Args:
-        survey: What is there.
-        is_url_known: Whether the database was named by a URL; else by libpq's variables.
+        survey: The tables.
+        is_url_known: Whether the database was given by a URL, not by libpq's variables.
     """
-    made = draft_config(survey.catalog, extensions=survey.extensions, unreadable=survey.unreadable)
+    config_draft = draft_config(
+        survey.catalog, extensions=survey.extensions, unreadable=survey.unreadable
+    )
     lines = [
         *_HEADER,
         "version: 1",
@@ -185,9 +190,9 @@ def render_config(survey: SchemaSurvey, *, is_url_known: bool) -> str:
         f'  url: "{"${DATABASE_URL}" if is_url_known else "${DATABASE_URL:-}"}"',
         f"  schemas: [{', '.join(_yaml_value(name) for name in survey.catalog.schemas)}]",
         "",
-        *_auth_lines(made),
-        *_collections_lines(made, survey),
-        *_omitted_lines(made),
+        *_auth_lines(config_draft),
+        *_collections_lines(config_draft, survey),
+        *_omitted_lines(config_draft),
     ]
     return "\n".join(lines).rstrip("\n") + "\n"
 
@@ -223,7 +228,7 @@ def _collections_lines(config_draft: ConfigDraft, survey: SchemaSurvey) -> Itera
         yield "collections: {}"
         yield ""
         return
-    # With nothing below it the key would be null.
+    # If all that follows is commented out, the key would be null.
     is_any_served = any(not draft.faults for draft in config_draft.drafts)
     yield "collections:" if is_any_served else "#collections:"
     for draft in config_draft.drafts:
@@ -323,10 +328,10 @@ def _fields_lines(draft: CollectionDraft) -> Iterator[str]:
 
 
 def _relations_lines(draft: CollectionDraft) -> Iterator[str]:
-    told = draft.config.relations
-    if told:
+    relations = draft.config.relations
+    if relations:
         yield "  relations:"
-    for name, relation in told.items():
+    for name, relation in relations.items():
         if not relation.through:
             yield "    # Its foreign keys lead to several collections; one of them counts."
         yield f"    {_yaml_key(name)}: {_relation_mapping(relation)}"
@@ -336,7 +341,7 @@ def _relations_lines(draft: CollectionDraft) -> Iterator[str]:
         f"{_yaml_key(name)}: {_relation_mapping(one)}"
         for name, one in draft.guessed_relations.items()
     ]
-    if guessed and not told:
+    if guessed and not relations:
         yield _commented_out(f"  relations: {{{', '.join(guessed)}}}")  # taken or left by one line
     elif guessed:
         yield from (_commented_out(f"    {one}") for one in guessed)
@@ -344,10 +349,10 @@ def _relations_lines(draft: CollectionDraft) -> Iterator[str]:
 
 def _relation_mapping(relation: RelationConfig) -> str:
     keys = ("collection", "through", "source", "target")
-    said = [
+    pairs = [
         f"{key}: {_yaml_value(getattr(relation, key))}" for key in keys if getattr(relation, key)
     ]
-    return f"{{{', '.join(said)}}}"
+    return f"{{{', '.join(pairs)}}}"
 
 
 def _login_lines(draft: CollectionDraft) -> Iterator[str]:
@@ -377,7 +382,7 @@ def _omitted_lines(draft: ConfigDraft) -> Iterator[str]:
 
 
 def _commented_out(line: str) -> str:
-    """Return the setting as a comment: without the "#" it is in its place."""
+    """Return the setting as a comment; without its "#" it has the right indentation."""
     setting = line.lstrip(" ")
     return f"{' ' * (len(line) - len(setting))}#{setting}"
 
@@ -386,7 +391,7 @@ _BLANK_OR_BREAK = re.compile(r"\s+")
 
 
 def _comment_lines(text: str, indent: str = "") -> Iterator[str]:
-    """Yield the lines of a comment; what has no place in one is shown as Python has it."""
+    """Yield the lines of a comment; characters that can't be printed are escaped as in Python."""
     width = _LINE_WIDTH - 4 - len(indent)
     shown = _escape_unprintable(_BLANK_OR_BREAK.sub(" ", text))
     yield from (f"# {indent}{line}" for line in textwrap.wrap(shown, width, break_on_hyphens=False))
@@ -397,7 +402,7 @@ def _escape_unprintable(text: str) -> str:
 
 
 def _yaml_key(text: str) -> str:
-    """Return the text as a key. Nothing is filled into keys."""
+    """Return the text as a YAML key. Variables aren't substituted in keys."""
     style = None if text.isprintable() else '"'
     dumped = yaml.safe_dump(
         [text],
@@ -410,7 +415,7 @@ def _yaml_key(text: str) -> str:
 
 
 def _yaml_value(text: str) -> str:
-    """Return the text as a value, in which ``${`` would be filled in."""
+    """Return the text as a YAML value, with ``${`` escaped from substitution."""
     return _yaml_key(text.replace("${", "$${"))
 
 

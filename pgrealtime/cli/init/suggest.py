@@ -1,4 +1,7 @@
-"""Rules that fit what tables have, to begin with: whose a row is, and who shares it. Pure."""
+"""Suggests a rule for each collection from its relations: who owns a row, and who shares it.
+
+Pure; called by ``drafts``.
+"""
 
 from __future__ import annotations
 
@@ -12,34 +15,34 @@ from pgrealtime.errors import RuleError
 from pgrealtime.rules.sql.reference import check_rule
 
 SIGNED_IN_RULE = '@request.auth.id != ""'
-"""Whoever is no guest: guests' ids are empty."""
+"""True for everyone but guests, whose id is empty."""
 
 _ACTOR_WORDS = {
     *("updated", "modified", "changed", "edited", "deleted", "approved", "reviewed", "verified"),
     *("invited", "banned", "cancelled", "canceled", "rejected", "resolved", "closed", "locked"),
 }
-"""Words of columns that name somebody who did something to a row without owning it."""
+"""Words in names of columns that refer to an account which acted on a row without owning it."""
 
 _SHARING_WORDS = {
     *("member", "members", "memberships", "membership", "participant", "participants", "users"),
     *("collaborator", "collaborators", "user", "assignee", "assignees", "viewers", "editors"),
     *("access", "permissions", "shares", "people", "attendees", "students", "guests"),
 }
-"""Words of tables whose rows let people in."""
+"""Words in names of tables whose rows give accounts access."""
 
 _PUBLIC_FIELDS = ("published", "is_published", "public", "is_public", "isPublished", "isPublic")
 _OWNER_COLUMNS = (
     *("user_id", "userId", "user", "owner_id", "ownerId", "owner", "author_id", "authorId"),
     *("author", "account_id", "accountId", "customer_id", "customerId", "created_by", "createdBy"),
 )
-"""Columns that name people also where no foreign key says so."""
+"""Columns that refer to accounts even without a foreign key."""
 
 _MAX_RELATION_STEPS = 3
-"""Relations that are followed to somebody."""
+"""Relations followed from a row to an account."""
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _RULE_FIELD_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-"""Fields that rules can begin with."""
+"""Field names that a rule's path can begin with."""
 
 
 def split_words(name: str) -> list[str]:
@@ -49,18 +52,18 @@ def split_words(name: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _OwnerPath:
-    """A path from a row to the person it belongs to."""
+    """A path from a row to the account that owns it."""
 
     path: str
     auth_collection: str
-    """The person's collection."""
+    """The account's collection."""
     is_never_empty: bool = False
-    """Whether there always is somebody: otherwise guests, whose id is empty, would match."""
+    """Whether there is always an account; otherwise guests, whose id is empty, would match."""
     is_multiple: bool = False
-    """Whether it leads to several."""
+    """Whether it leads to several accounts."""
 
     def via_relation(self, relation: Field) -> _OwnerPath:
-        """The same, of a row that points to the one it begins at."""
+        """Return the path from a row whose relation leads to the row where this path begins."""
         is_certain = (
             self.is_never_empty and relation.column is not None and relation.column.not_null
         )
@@ -74,23 +77,23 @@ class _OwnerPath:
 
 @dataclass(frozen=True, slots=True)
 class RuleSuggestions:
-    """What suits the collections as they are, all of them together."""
+    """Suggestions for collections, which may refer to each other."""
 
     collections: Collections
     _sharing_collections: Mapping[str, list[tuple[Collection, Field]]] = field(init=False)
-    """By collection: those whose rows let people in to it, and the relation by which they do."""
+    """Collection -> collections whose rows give access to it, with their relation to it."""
 
     def __post_init__(self) -> None:
-        doors = defaultdict(list)
+        sharing = defaultdict(list)
         for other in self.collections.values():
             if other.type != "auth" and not _SHARING_WORDS.isdisjoint(split_words(other.name)):
                 for one in other.fields:
                     if one.relation is not None and _is_single_relation(one):
-                        doors[one.relation.collection].append((other, one))
-        object.__setattr__(self, "_sharing_collections", doors)
+                        sharing[one.relation.collection].append((other, one))
+        object.__setattr__(self, "_sharing_collections", sharing)
 
     def suggest_rule(self, name: str) -> str:
-        """Return a rule that can be used; who is signed in, if nothing tells more."""
+        """Return a valid rule; ``SIGNED_IN_RULE`` if nothing better is found."""
         collection = self.collections[name]
         rule = self._build_rule(collection)
         try:
@@ -100,39 +103,39 @@ class RuleSuggestions:
         return rule
 
     def _build_rule(self, collection: Collection) -> str:
-        ways = self._owner_paths(collection)
+        paths = self._owner_paths(collection)
         public = _public_field(collection)
-        if not ways:
+        if not paths:
             return f"{public} = true" if public else SIGNED_IN_RULE
-        mine = " || ".join(map(str, ways))
-        guard = self._guard(ways)
+        mine = " || ".join(map(str, paths))
+        guard = self._guard(paths)
         if guard:
-            mine = f"{guard} && {_parenthesized(mine) if len(ways) > 1 else mine}"
+            mine = f"{guard} && {_parenthesized(mine) if len(paths) > 1 else mine}"
         if public:
             return f"{public} = true || {_parenthesized(mine) if guard else mine}"
         return mine
 
     def _guard(self, owner_paths: Sequence[_OwnerPath]) -> str:
-        """Return what keeps out those who would match for want of an id, or by another's."""
+        """Return the condition that excludes guests, and accounts of other auth collections."""
         if sum(one.type == "auth" for one in self.collections.values()) > 1:
             return f'@request.auth.collectionName = "{owner_paths[0].auth_collection}"'
-        return "" if all(way.is_never_empty for way in owner_paths) else SIGNED_IN_RULE
+        return "" if all(path.is_never_empty for path in owner_paths) else SIGNED_IN_RULE
 
     def _owner_paths(self, collection: Collection) -> list[_OwnerPath]:
-        """Return the shortest ways to people, all to those of one collection."""
+        """Return the shortest paths to accounts, all of one auth collection."""
         found = self._nearest_owner_paths(collection)
-        return [way for way in found if way.auth_collection == found[0].auth_collection]
+        return [path for path in found if path.auth_collection == found[0].auth_collection]
 
     def _nearest_owner_paths(self, collection: Collection) -> list[_OwnerPath]:
         reached = {collection.name}
         at: list[tuple[Collection, tuple[Field, ...]]] = [(collection, ())]
         for _ in range(_MAX_RELATION_STEPS):
             for here, steps in at:
-                ways = list(self._direct_owner_paths(here))
+                paths = list(self._direct_owner_paths(here))
                 for step in reversed(steps):
-                    ways = [way.via_relation(step) for way in ways]
-                if ways:
-                    return ways
+                    paths = [path.via_relation(step) for path in paths]
+                if paths:
+                    return paths
             further = [(self._parents(here), steps) for here, steps in at]
             at = []
             for parents, steps in further:
@@ -143,7 +146,7 @@ class RuleSuggestions:
         return []
 
     def _parents(self, collection: Collection) -> list[tuple[Field, Collection]]:
-        """Return what the rows point to; what they always do first."""
+        """Return the collections that rows refer to, those of NOT NULL columns first."""
         parents = [
             (one, self.collections[one.relation.collection])
             for one in collection.fields
@@ -152,7 +155,7 @@ class RuleSuggestions:
         return sorted(parents, key=lambda found: not (found[0].column and found[0].column.not_null))
 
     def _direct_owner_paths(self, collection: Collection) -> Iterator[_OwnerPath]:
-        """Yield who the row is, or owns it, or shares it."""
+        """Yield the paths to the account itself, to owners, and to those the row is shared with."""
         if collection.type == "auth":
             yield _OwnerPath("id", collection.name, is_never_empty=True)
             return
@@ -162,7 +165,7 @@ class RuleSuggestions:
         yield from self._membership_owner_paths(collection)
 
     def _key_owner_paths(self, collection: Collection) -> Iterator[_OwnerPath]:
-        """Yield the key itself where it is somebody's: a profile, settings."""
+        """Yield the key itself if it is also an account's, as of profiles and settings."""
         for key in collection.table.foreign_keys:
             other = self.collections.find_by_table(key.target)
             if other is None or key.columns != (collection.key.name,) or other.type != "auth":
@@ -171,26 +174,26 @@ class RuleSuggestions:
                 yield _OwnerPath("id", other.name, is_never_empty=True)
 
     def _field_owner_paths(self, collection: Collection) -> list[_OwnerPath]:
-        people = [
+        relations = [
             one
             for one in collection.fields
             if one.relation is not None
             and _is_single_relation(one)
             and self.collections[one.relation.collection].type == "auth"
         ]
-        owners = [one for one in people if _ACTOR_WORDS.isdisjoint(split_words(one.name))]
+        owners = [one for one in relations if _ACTOR_WORDS.isdisjoint(split_words(one.name))]
         return [
             _OwnerPath(
                 one.name,
                 one.relation.collection,
                 is_never_empty=one.column is not None and one.column.not_null,
             )
-            for one in owners or people
+            for one in owners or relations
             if one.relation is not None
         ]
 
     def _junction_owner_paths(self, collection: Collection) -> Iterator[_OwnerPath]:
-        """Yield the people that a table of pairs lets in."""
+        """Yield the accounts that a junction table gives access."""
         for one in collection.fields:
             if one.relation is None or one.relation.junction is None:
                 continue
@@ -201,16 +204,16 @@ class RuleSuggestions:
                 yield _OwnerPath(one.name, one.relation.collection, is_multiple=True)
 
     def _membership_owner_paths(self, collection: Collection) -> Iterator[_OwnerPath]:
-        """Yield who is named in rows that let people in, such as memberships."""
+        """Yield the accounts in rows of other collections that give access, such as memberships."""
         for other, one in self._sharing_collections.get(collection.name, ()):
-            for way in self._field_owner_paths(other):
-                path = f"{other.name}_via_{one.name}.{way.path}"
-                yield _OwnerPath(path, way.auth_collection, is_multiple=True)
+            for owner in self._field_owner_paths(other):
+                path = f"{other.name}_via_{one.name}.{owner.path}"
+                yield _OwnerPath(path, owner.auth_collection, is_multiple=True)
 
     def guess_owner_fields(self) -> Iterator[tuple[str, tuple[str, str]]]:
-        """Yield collection, field and the people it seems to name, where no foreign key does.
+        """Yield collection, (field, auth collection) where a field seems to refer to accounts.
 
-        Only where nothing else tells whose the rows are.
+        Only for collections without any path to their owners.
         """
         auths = [one for one in self.collections.values() if one.type == "auth"]
         for collection in self.collections.values() if auths else ():
@@ -225,7 +228,7 @@ class RuleSuggestions:
 
 
 def _is_single_relation(field_: Field) -> bool:
-    """Whether it leads to one record, and rules can say so."""
+    """Whether the field is a relation to one record, under a name that rules can use."""
     is_sayable = _RULE_FIELD_PATTERN.fullmatch(field_.name) is not None
     return field_.relation is not None and field_.column is not None and is_sayable
 
@@ -236,7 +239,7 @@ def _may_hold_id(field_: Field) -> bool:
 
 
 def _public_field(collection: Collection) -> str:
-    """Return the field that says that everybody may see the row; empty if there is none."""
+    """Return the name of the field that makes a row public; empty if there is none."""
     flags = {
         one.name
         for one in collection.fields

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from pgrealtime.demo.account import clean_environment
 from pgrealtime.demo.directory import (
     PREFIX,
     remove_directory,
     remove_stale_directories,
     server_directory,
 )
+from pgrealtime.demo.os_account import clean_environment
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""The process that keeps the throwaway server, and ends and removes it when its input ends.
+"""The process that runs the throwaway server, and ends and removes it when its input ends.
 
-Input ends when whoever started it closes the pipe, or dies in whatever way: so a demo that is
-killed leaves nothing behind either, and there is one way to end instead of two.
+The input is a pipe of the demo's process. It ends when the demo closes it, or dies in whatever way:
+a demo that is killed leaves nothing behind, and there is one way to end instead of two.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from pgrealtime.demo import account as accounts
-from pgrealtime.demo.account import OsAccount
+from pgrealtime.demo import os_account as accounts
 from pgrealtime.demo.directory import server_directory
+from pgrealtime.demo.os_account import OsAccount
 from pgrealtime.demo.programs import ServerPrograms, find_programs
 from pgrealtime.errors import PgRealtimeError, SetupError
 
@@ -32,7 +32,7 @@ _START_SECONDS = 60.0
 _POLL_SECONDS = 0.02
 _WATCH_SECONDS = 0.5
 _ATTEMPTS = 3
-"""A port that was free may be taken a moment later."""
+"""To start on a free port, which may be taken a moment later."""
 
 _STOP_SECONDS = 20.0
 _MAX_LOG_LINES = 5
@@ -43,13 +43,13 @@ _USER = "demo"
 _SERVER_SETTINGS = (
     *("listen_addresses=127.0.0.1", "unix_socket_directories="),
     *("wal_level=logical", "max_wal_senders=10", "max_replication_slots=10"),
-    # Small, and quick to make and to end: nobody needs it tomorrow.
+    # Small, and quick to make and to end: its data isn't kept.
     *("shared_buffers=32MB", "max_connections=40", "fsync=off", "autovacuum=off"),
 )
 
 
 def main(arguments: list[str]) -> int:
-    """Keep a server until the input ends; print one JSON line once it is there, or why it isn't."""
+    """Run a server until the input ends; print its facts, or the error, as one JSON line."""
     signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         account = accounts.server_account()
@@ -75,11 +75,11 @@ def _print_facts(**facts: object) -> None:
         sys.stdout.write(json.dumps(facts) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        raise SystemExit(1) from None  # nobody is there to be served
+        raise SystemExit(1) from None  # the demo has died
 
 
 def _wait_for_end(server: subprocess.Popen[bytes]) -> None:
-    """Return when the input ends, or the server."""
+    """Return when the input or the server ends."""
     while server.poll() is None:
         readable, _, _ = select.select([sys.stdin], [], [], _WATCH_SECONDS)
         if readable and not os.read(sys.stdin.fileno(), 1):
@@ -90,7 +90,7 @@ def _wait_for_end(server: subprocess.Popen[bytes]) -> None:
 def _running_server(
     programs: ServerPrograms, account: OsAccount | None, folder: Path
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Make a cluster and start its server; end it when the block is left.
+    """Make a cluster and run its server for the duration of the block.
 
     Raises:
         SetupError: One of them failed.
@@ -107,8 +107,8 @@ def _running_server(
 def _make_cluster(
     programs: ServerPrograms, account: OsAccount | None, folder: Path, password: str
 ) -> None:
-    # In a file, since arguments are for all to see; and a password at all, since others on this
-    # machine reach 127.0.0.1 too, and a superuser can run programs.
+    # In a file, because every user sees arguments. And a password at all, because other users of
+    # this machine reach 127.0.0.1, too, and a superuser can run programs.
     secret = folder / "password"
     secret.touch(mode=0o600)
     secret.write_text(password)
@@ -119,14 +119,14 @@ def _make_cluster(
         "--no-sync",
     ]
     try:
-        status, told = accounts.run_program(
+        status, output = accounts.run_program(
             command, account, folder=folder, seconds=_INITDB_SECONDS
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        status, told = 1, str(error)
+        status, output = 1, str(error)
     secret.unlink()
     if status != 0:
-        raise _start_error(told)
+        raise _start_error(output)
 
 
 def _start_server(
@@ -152,7 +152,7 @@ def _start_server(
 def _decoder_settings(
     programs: ServerPrograms, account: OsAccount | None, folder: Path
 ) -> tuple[str, ...]:
-    """Return the setting that allows both decoders, where the server knows it.
+    """Return the setting that allows both decoders, if the server has it.
 
     Minor releases of 2026 refuse other decoders than those named.
     """
@@ -165,7 +165,7 @@ def _decoder_settings(
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], data: Path) -> bool:
-    """Wait until the server takes connections; return False if it ended or took too long."""
+    """Wait until the server accepts connections; return False if it ended or took too long."""
     deadline = time.monotonic() + _START_SECONDS
     while server.poll() is None and time.monotonic() < deadline:
         # The eighth line is the state, for pg_ctl to read (miscadmin.h, LOCK_FILE_LINE_PM_STATUS).

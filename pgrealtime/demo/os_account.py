@@ -1,4 +1,7 @@
-"""Whom PostgreSQL's programs run as, and with what environment: never as root, never as yours."""
+"""Runs PostgreSQL's programs under another operating system account, in a clean environment.
+
+PostgreSQL refuses to run as root, and libpq's variables would lead it to other databases.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class OsAccount:
-    """Somebody to change to."""
+    """An account of the operating system."""
 
     name: str
     uid: int
@@ -20,7 +23,7 @@ class OsAccount:
 
 
 def server_account() -> OsAccount | None:
-    """Return whom to change to, as PostgreSQL refuses to run as root; None if we may stay."""
+    """Return the account to run PostgreSQL under; None if the current one will do."""
     if os.geteuid() != 0:
         return None
     nobody = pwd.getpwnam("nobody")
@@ -28,7 +31,7 @@ def server_account() -> OsAccount | None:
 
 
 def change_owner(path: Path, account: OsAccount | None) -> None:
-    """Make a file or folder the account's."""
+    """Give a file or directory to the account; do nothing for None."""
     if account is not None:
         os.chown(path, account.uid, account.gid)
 
@@ -40,14 +43,14 @@ def start_program(
 
     Args:
         command: The program's path and its arguments.
-        account: None is who we are.
-        folder: Where it works; ours may be closed to the account.
+        account: None is the current one.
+        folder: Its working directory; the current one may be closed to the account.
         output: File descriptor for all that it prints.
 
     Raises:
         OSError: It can't be started.
     """
-    return subprocess.Popen(  # noqa: S603 (PostgreSQL's own programs, found by us)
+    return subprocess.Popen(  # noqa: S603 (PostgreSQL's own programs, found by ``programs``)
         command,
         cwd=folder,
         env=clean_environment(),
@@ -81,7 +84,7 @@ def run_program(
 
 
 def clean_environment() -> dict[str, str]:
-    """Return our environment without what tells libpq and the server of other databases."""
+    """Return the environment without libpq's and the server's variables."""
     kept = {name: value for name, value in os.environ.items() if not is_libpq_variable(name)}
     return {**kept, "LC_ALL": "C"}
 

@@ -1,4 +1,7 @@
-"""Puts the demo together: server, application, pgrealtime itself, writer and page."""
+"""Runs the demo: database server, application, pgrealtime itself, writer and page.
+
+Called by the command ``demo``.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,13 @@ from random import Random
 import psycopg
 
 from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.collections.build import build_collections, configured_table_names
+from pgrealtime.collections.build import build_collections
+from pgrealtime.collections.names import configured_table_names
 from pgrealtime.collections.streamed_tables import streamed_tables
 from pgrealtime.config.load import load_config
 from pgrealtime.config.model import Config
-from pgrealtime.demo.account import is_libpq_variable
 from pgrealtime.demo.application import Application, DatabaseConnection
+from pgrealtime.demo.os_account import is_libpq_variable
 from pgrealtime.demo.page import Page
 from pgrealtime.demo.server import ThrowawayServer, throwaway_server
 from pgrealtime.demo.writer import Writer
@@ -39,22 +43,22 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 async def run_demo(
     *, port: int, embedded: bool, open_browser: bool, print_line: Callable[[str], object]
 ) -> None:
-    """Run the demo until a signal ends it; then nothing of it is left.
+    """Run the demo until a signal ends it, and remove all of it.
 
     Args:
         port: Of the page.
-        embedded: Take the wheel's server even if this machine has one.
+        embedded: Use the wheel's server even if this machine has one.
         open_browser: Open the page in a browser.
-        print_line: Takes lines for people.
+        print_line: Receives lines of text for the user.
 
     Raises:
-        PgRealtimeError: It can't start, or can't go on.
+        PgRealtimeError: The demo can't start, or can't continue.
     """
     stop = asyncio.Event()
     for number in _SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     for name in filter(is_libpq_variable, list(os.environ)):
-        del os.environ[name]  # they tell libpq of other databases
+        del os.environ[name]  # they lead libpq to other databases
     async with asyncio.TaskGroup() as group:
         showing = group.create_task(
             _run_until_cancelled(port, print_line, embedded=embedded, open_browser=open_browser)
@@ -96,15 +100,15 @@ async def _run_until_cancelled(
 
 
 def _has_display() -> bool:
-    """Whether a browser would open a window: one for the terminal would take ours."""
+    """Whether a browser would open a window; one for the terminal would take over this terminal."""
     return sys.platform == "darwin" or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
 
 
 def _check_port(port: int) -> None:
-    """Find out before anything is started, not after.
+    """Check that the port is free before anything is started.
 
     Raises:
-        SetupError: Somebody listens there, or we may not.
+        SetupError: It is taken, or the process may not listen on it.
     """
     try:
         with socket.create_server((_HOST, port)):
@@ -119,7 +123,7 @@ def _check_port(port: int) -> None:
 
 
 def _demo_config(url: str, port: int, secret: str) -> Config:
-    """Return what ``demo.yaml`` says, for this run; nothing of the environment gets in."""
+    """Return the configuration ``demo.yaml`` for this run, independent of the environment."""
     with as_file(files("pgrealtime.demo").joinpath("demo.yaml")) as path:
         return load_config(
             path,
@@ -128,7 +132,7 @@ def _demo_config(url: str, port: int, secret: str) -> Config:
                 "DEMO_SECRET": secret,
                 "PGREALTIME_SERVER__HOST": _HOST,
                 "PGREALTIME_SERVER__PORT": str(port),
-                # A page of another origin is let neither to the tokens nor to the API.
+                # Pages of other origins have access neither to the tokens nor to the API.
                 "PGREALTIME_SERVER__CORS_ORIGINS": "",
                 "PGREALTIME_SERVER__SHUTDOWN_GRACE": "1s",
                 "PGREALTIME_LOGGING__LEVEL": "warning",

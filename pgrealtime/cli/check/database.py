@@ -1,0 +1,213 @@
+"""Checks the configuration against the database: schema, rules, privileges, and the stream.
+
+The part of ``check`` that connects: once as the query role, once for a dry run of the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, LiteralString
+
+from psycopg import AsyncConnection
+
+from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.catalog.model import Catalog, Table
+from pgrealtime.catalog.naming import quote_identifier
+from pgrealtime.catalog.privileges import read_privilege_errors
+from pgrealtime.cli.check.indexes import index_warnings
+from pgrealtime.cli.check.warnings import collection_warnings
+from pgrealtime.collections.build import build_with_problems
+from pgrealtime.collections.model import Collections
+from pgrealtime.collections.names import configured_table_names
+from pgrealtime.collections.streamed_tables import reachable_tables, streamed_tables
+from pgrealtime.config.load import ParsedConfig
+from pgrealtime.config.model import Config, DatabaseConfig
+from pgrealtime.errors import ConfigProblem, PgRealtimeError, SetupError
+from pgrealtime.postgres.connect import URL_SETTING, connect_once
+from pgrealtime.rules.rule_set import rule_problems, rule_texts, syntax_problems
+from pgrealtime.wal.slot import SlotWait
+from pgrealtime.wal.stream import dry_run_stream
+
+_SYSTEM_QUERY = """
+SELECT system_identifier::text, pg_catalog.pg_is_in_recovery() FROM pg_catalog.pg_control_system()
+"""
+
+_TIMEOUT_SETTINGS = (
+    "statement_timeout",
+    "transaction_timeout",
+    "idle_in_transaction_session_timeout",
+)
+_TIMEOUTS_QUERY = """
+SELECT current_user, name, setting::pg_catalog.int8 FROM pg_catalog.pg_settings
+WHERE name = ANY (%(names)s::pg_catalog.text[]) ORDER BY name
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What was found, before paths have lines of the file."""
+
+    has_catalog: bool = False
+    """Whether the collections were checked against the catalogue."""
+    problems: tuple[ConfigProblem, ...] = ()
+    errors: tuple[PgRealtimeError, ...] = ()
+    warnings: tuple[ConfigProblem, ...] = ()
+    summary_lines: tuple[str, ...] = ()
+
+
+async def check_database(
+    config: Config, parsed: ParsedConfig, report_progress: Callable[[str], None]
+) -> Findings:
+    """Check both connections; the summary has lines only if there is no error."""
+    try:
+        schema = await _check_schema(config, parsed)
+    except PgRealtimeError as error:
+        return Findings(errors=(error,))
+    found = schema.findings
+    try:
+        system, slot, plugin_reason = await dry_run_stream(
+            config.database.url,
+            config.replication,
+            schema.streamed_tables,
+            on_wait=lambda wait: report_progress(_describe_wait(wait)),
+        )
+    except PgRealtimeError as error:
+        return replace(found, errors=(*found.errors, error))
+    if system.system_id != schema.system_id:
+        return replace(found, errors=(*found.errors, _different_servers_error()))
+    if schema.is_standby:
+        return replace(found, errors=(*found.errors, _standby_error()))
+    reason = f" ({plugin_reason})" if plugin_reason else ""
+    server_line = f"{schema.server_description}, {slot.plugin}{reason}"
+    return replace(found, summary_lines=(_summarize_collections(schema.collections), server_line))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SchemaCheck:
+    """What the connection of the query role showed."""
+
+    collections: Collections
+    findings: Findings
+    server_description: str
+    system_id: str
+    is_standby: bool
+
+    @property
+    def streamed_tables(self) -> list[Table]:
+        """The tables that the stream would carry."""
+        return list(streamed_tables(self.collections, self.findings.problems).values())
+
+
+async def _check_schema(config: Config, parsed: ParsedConfig) -> _SchemaCheck:
+    database = config.database
+    key = "database.query_url" if database.query_url else URL_SETTING
+    async with connect_once(database.query_url or database.url, key=key) as connection:
+        names = configured_table_names(config.collections, database.schemas)
+        catalog = await read_catalog(connection, schemas=database.schemas, names=names)
+        collections, problems = _build_collections(config, catalog, parsed)
+        system_id, is_standby = await _fetch_row(connection, _SYSTEM_QUERY)
+        warnings: list[ConfigProblem] = []
+        if not problems:  # otherwise warnings would be about collections that aren't meant
+            warnings += collection_warnings(collections)
+            warnings += [one async for one in index_warnings(connection, collections)]
+        warnings += await _timeout_warnings(connection, database)
+        tables = reachable_tables(collections).values()
+        errors = await read_privilege_errors(connection, tables)
+        return _SchemaCheck(
+            collections=collections,
+            findings=Findings(
+                has_catalog=True,
+                problems=problems,
+                errors=tuple(errors.values()),
+                warnings=tuple(warnings),
+            ),
+            server_description=_describe_server(connection),
+            system_id=system_id,
+            is_standby=is_standby,
+        )
+
+
+def _build_collections(
+    config: Config, catalog: Catalog, parsed: ParsedConfig
+) -> tuple[Collections, tuple[ConfigProblem, ...]]:
+    """Return the collections, with the problems of theirs and of their rules.
+
+    If a collection is missing, relations and rules may name it: then only the syntax of rules is
+    checked.
+    """
+    if any(path[0] == "collections" and len(path) <= 2 for path in parsed.dropped_keys):  # noqa: PLR2004 (collections.NAME)
+        return Collections(()), tuple(syntax_problems(config.collections))
+    collections, problems = build_with_problems(config.collections, catalog)
+    if len(collections) < len(config.collections):
+        return collections, (*problems, *syntax_problems(config.collections))
+    return collections, (*problems, *rule_problems(collections))
+
+
+async def _timeout_warnings(
+    connection: AsyncConnection[Any], database: DatabaseConfig
+) -> list[ConfigProblem]:
+    """Return a warning for each timeout of the role or database that is shorter than ours."""
+    statement_timeout_ms = database.statement_timeout * 1000
+    cursor = await connection.execute(_TIMEOUTS_QUERY, {"names": list(_TIMEOUT_SETTINGS)})
+    return [
+        ConfigProblem(
+            "database.statement_timeout",
+            f'sessions of role "{role}" begin with {name} = {milliseconds} ms, less than this',
+            f"ALTER ROLE {quote_identifier(role)} RESET {name};"
+            " or the database's, whichever sets it",
+        )
+        for role, name, milliseconds in await cursor.fetchall()
+        if 0 < milliseconds < statement_timeout_ms
+    ]
+
+
+async def _fetch_row(connection: AsyncConnection[Any], query: LiteralString) -> tuple[Any, ...]:
+    row = await (await connection.execute(query)).fetchone()
+    assert row is not None
+    return tuple(row)
+
+
+def _describe_wait(wait: SlotWait) -> str:
+    """Return which open transactions the creation of the slot waits for."""
+    open_transactions = [f"process {pid}" for pid in wait.pids] or [
+        f'prepared "{gid}"' for gid in wait.prepared
+    ]
+    return f"waiting for the open transaction of {', '.join(open_transactions) or 'somebody'}"
+
+
+def _different_servers_error() -> SetupError:
+    return SetupError(
+        "database.url and database.query_url lead to different servers",
+        detail="Their system identifiers differ.",
+        hint="Both must reach the same primary; query_url may do so through a pooler.",
+        code="different_servers",
+    )
+
+
+def _standby_error() -> SetupError:
+    return SetupError(
+        "database.query_url leads to a standby",
+        detail="Rules would be asked of rows that have yet to come there.",
+        hint="Let it lead to the primary, for instance by target_session_attrs=primary over all"
+        " hosts.",
+        code="standby",
+    )
+
+
+def _describe_server(connection: AsyncConnection[Any]) -> str:
+    info = connection.info
+    major, minor = divmod(info.server_version, 10_000)
+    return f'PostgreSQL {major}.{minor}, database "{info.dbname}"'
+
+
+def _summarize_collections(collections: Collections) -> str:
+    fields = sum(len(collection.fields) for collection in collections.values())
+    rules = sum(1 for one in collections.values() for _ in rule_texts(one))
+    counts = ((len(collections), "collection"), (fields, "field"), (rules, "rule"))
+    return ", ".join(count_text(count, noun) for count, noun in counts)
+
+
+def count_text(count: int, noun: str) -> str:
+    """Return ``1 rule``, ``2 rules``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

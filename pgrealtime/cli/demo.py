@@ -1,0 +1,26 @@
+"""``pgrealtime demo``: a throwaway PostgreSQL, an application that writes, and a page to watch."""
+
+from __future__ import annotations
+
+import click
+
+from pgrealtime.cli.event_loop import run_coroutine
+from pgrealtime.cli.report import report_errors
+from pgrealtime.demo.run import run_demo
+
+
+@click.command()
+@click.option("--port", default=8090, show_default=True, help="Of the page; 0 takes a free one.")
+@click.option("--embedded", is_flag=True, help="Leave a PostgreSQL of this machine alone.")
+@click.option("--no-browser", is_flag=True, help="Only print the page's address.")
+def demo(*, port: int, embedded: bool, no_browser: bool) -> None:
+    """Show what it does: a throwaway PostgreSQL, an application, a page to watch."""
+    with report_errors():
+        run_coroutine(
+            run_demo(
+                port=port,
+                embedded=embedded,
+                open_browser=not no_browser,
+                print_line=click.echo,
+            )
+        )

@@ -1,0 +1,88 @@
+"""``pgrealtime explain``: whether a caller receives events of a record, and why."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from urllib.parse import quote
+
+import click
+
+from pgrealtime.auth.principal import GUEST, Superuser
+from pgrealtime.cli.options import config_option, read_token, split_user
+from pgrealtime.cli.report import EXIT_NOT_DELIVERED, report_errors
+from pgrealtime.config.load import read_config
+from pgrealtime.explain.caller import BearerToken, CallerSpec, NamedUser
+from pgrealtime.explain.explain import explain as explain_record
+from pgrealtime.observe.log import configure_logging
+from pgrealtime.protocol.topic import parse_topic
+
+
+@click.command()
+@config_option
+@click.argument("topic")
+@click.option("--record", metavar="ID", help="The record, where the topic is of all: posts/*.")
+@click.option("--token", metavar="JWT", help="The caller's token; - reads it from standard input.")
+@click.option("--user", metavar="COLLECTION/ID", help="The caller is this record.")
+@click.option("--guest", is_flag=True, help="The caller has no token.")
+@click.option("--superuser", is_flag=True, help="The caller passes every rule.")
+@click.option("--filter", "filter_", metavar="TEXT", help="The client's filter.")
+@click.option("--options", metavar="JSON", help="All of the topic's options.")
+@click.option("-v", "--sql", "with_sql", is_flag=True, help="Tell the statement too.")
+def explain(
+    path: str,
+    *,
+    topic: str,
+    record: str | None,
+    token: str | None,
+    user: str | None,
+    guest: bool,
+    superuser: bool,
+    filter_: str | None,
+    options: str | None,
+    with_sql: bool,
+) -> None:
+    """Say whether a caller hears of a record, and why: clause by clause of the rule.
+
+    TOPIC is what the client subscribes to, such as posts/* or posts/ID. Exits with 3 when the
+    answer is no.
+    """
+    text = _with_options(topic, filter_, options)
+    if record is None and parse_topic(text).record_id is None:
+        raise click.UsageError("the topic is of all records: name one by --record")
+    caller_spec = _caller_spec(token, user, guest=guest, superuser=superuser)
+    with report_errors():
+        parsed = read_config(path, os.environ)
+        config = parsed.require_valid()
+    configure_logging(config.logging.model_copy(update={"level": "warning"}))
+    with report_errors(parsed.locations):
+        explanation = asyncio.run(
+            explain_record(config, caller_spec, text, record, with_sql=with_sql)
+        )
+    click.echo("\n".join(explanation.lines))
+    if not explanation.is_delivered:
+        sys.exit(EXIT_NOT_DELIVERED)
+
+
+def _with_options(topic: str, filter_: str | None, options: str | None) -> str:
+    """Return the topic as a client submits it."""
+    if filter_ is None and options is None:
+        return topic
+    if "?" in topic or None not in {filter_, options}:
+        raise click.UsageError("options are given once: in the topic, by --options or by --filter")
+    given = options if options is not None else json.dumps({"query": {"filter": filter_}})
+    return f"{topic}?options={quote(given, safe='', errors='replace')}"
+
+
+def _caller_spec(
+    token: str | None, user: str | None, *, guest: bool, superuser: bool
+) -> CallerSpec:
+    if [token is not None, user is not None, guest, superuser].count(True) != 1:
+        raise click.UsageError("one caller is wanted: --token, --user, --guest or --superuser")
+    if token is not None:
+        return BearerToken(read_token(token))
+    if user is None:
+        return GUEST if guest else Superuser("")
+    return NamedUser(*split_user(user))

@@ -1,0 +1,77 @@
+"""Prints a command's errors in PostgreSQL's form, and exits with the code that tells their kind."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from pgrealtime.config.load import ConfigLocations
+from pgrealtime.errors import (
+    AuthError,
+    ConfigError,
+    DatabaseUnreachableError,
+    PgRealtimeError,
+    RuleError,
+    SetupError,
+)
+
+EXIT_FAILED = 1
+EXIT_SETUP = 2
+EXIT_NOT_DELIVERED = 3
+EXIT_UNREACHABLE = 69
+EXIT_NOT_PERMITTED = 77
+EXIT_CONFIGURATION = 78
+
+_NOT_PERMITTED_CODES = ("replication_attribute_missing", "plugin_refused", "select_not_granted")
+
+
+@contextmanager
+def report_errors(locations: ConfigLocations | None = None) -> Iterator[None]:
+    """Print the program's own errors instead of a traceback, and exit with the first one's code.
+
+    Any other error is a bug and keeps its traceback, also in a group with errors of our own.
+
+    Args:
+        locations: Adds file and line to problems of the configuration.
+    """
+    try:
+        yield
+    except (PgRealtimeError, ExceptionGroup) as error:
+        errors = list(_flatten_errors(error))
+        ours = [one for one in errors if isinstance(one, PgRealtimeError)]
+        if len(ours) < len(errors):
+            raise
+    else:
+        return
+    for one in ours:
+        located = locations.locate(one) if locations and isinstance(one, ConfigError) else one
+        click.echo(str(located), err=True)
+    sys.exit(exit_code(ours[0]))
+
+
+def _flatten_errors(error: Exception) -> Iterator[Exception]:
+    if isinstance(error, ExceptionGroup):
+        for inner in error.exceptions:
+            yield from _flatten_errors(inner)
+    else:
+        yield error
+
+
+def exit_code(error: PgRealtimeError) -> int:
+    """Return the exit code of an error: that of sysexits.h where it has one."""
+    match error:
+        case ConfigError() | RuleError():
+            return EXIT_CONFIGURATION
+        case DatabaseUnreachableError():
+            return EXIT_UNREACHABLE
+        case SetupError() if error.error_code == "database_url_invalid":
+            return EXIT_CONFIGURATION
+        case SetupError() if error.error_code in _NOT_PERMITTED_CODES:
+            return EXIT_NOT_PERMITTED
+        case SetupError() | AuthError():
+            return EXIT_SETUP
+        case _:
+            return EXIT_FAILED
