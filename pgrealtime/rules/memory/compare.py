@@ -1,8 +1,10 @@
-"""Comparisons of single values in the process, exactly as the translated SQL makes them. For local.
+"""Compares and matches single values exactly as the translated SQL does. Called by ``conditions``.
 
-A value is None, a number or a text, as SQLite has it. An ``int`` or a ``Decimal`` is exact, as
-Postgres's integers and numerics are, a ``float`` a double precision, infinite or NaN. Python
-compares them by what they are, not by the nearest double; a bool never gets here.
+A value is None, a number or a text, as in SQLite. An ``int`` or a ``Decimal`` is exact, as
+PostgreSQL's integers and numerics are; a ``float`` is double precision, infinite or NaN. Python
+compares numbers by their exact values, not by the nearest double. A bool is never passed.
+
+Filters come from clients, so the work that they can cause is counted (``WorkBudget``).
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _LOOKS_NUMERIC = re.compile(NUMERIC_TEXT_REGEX[1:-1], re.ASCII)
 
 
 class UndecidedError(Exception):
-    """Only Postgres knows what this value means; a signal within the room, never shown."""
+    """The value can't be evaluated exactly in the process; PostgreSQL is asked. Never reported."""
 
 
 # --- equality and order
@@ -42,7 +44,7 @@ def equals(one: SqliteValue, other: SqliteValue) -> bool | None:
 
 
 def is_not_distinct(one: SqliteValue, other: SqliteValue) -> bool:
-    """Return ``IS``: NULL is NULL, and so is NaN NaN."""
+    """Return ``IS``: NULL is NULL, and NaN is NaN."""
     if isinstance(one, str) or one is None or isinstance(other, str) or other is None:
         return one == other
     return one == other or (_is_nan(one) and _is_nan(other))
@@ -54,7 +56,7 @@ def is_blank(value: SqliteValue) -> bool:
 
 
 def compare_order(op: Op, one: SqliteValue, other: SqliteValue) -> bool | None:
-    """Return an order: code points for texts, NaN above all numbers, numbers below texts."""
+    """Return an order: texts by code points, NaN above all numbers, numbers below texts."""
     if one is None or other is None:
         return None
     if isinstance(one, str) or isinstance(other, str):
@@ -120,10 +122,12 @@ def nearest_double(value: SqliteValue) -> SqliteValue:
 
 
 class WorkBudget:
-    """What the evaluation under way may still cost; one for all, since none waits for anything.
+    """The work that the evaluation in progress may still do.
+
+    There is one for the process: an evaluation never waits, so no two are in progress.
 
     Attributes:
-        units_left: Units of about a microsecond. Whoever evaluates sets it before.
+        units_left: Units of about a microsecond; the engine sets it before each evaluation.
     """
 
     __slots__ = ("units_left",)
@@ -135,7 +139,7 @@ class WorkBudget:
         """Count some work.
 
         Raises:
-            UndecidedError: It was more than it may be: Postgres has to decide.
+            UndecidedError: The budget is exhausted; PostgreSQL is asked.
         """
         self.units_left -= units
         if self.units_left < 0:
@@ -145,20 +149,21 @@ class WorkBudget:
 WORK_BUDGET = WorkBudget()
 
 _CHARACTERS_PER_UNIT = 512
-"""Characters that are gone through in a unit."""
+"""Characters that are searched in a unit."""
 
 
 # --- LIKE
 
 
 def like_matcher(pattern: str) -> Callable[[str], bool]:
-    """Return what tells whether a text matches the pattern, ASCII letters alike.
+    """Return a function that matches texts with a LIKE pattern, ASCII letters without case.
 
-    Segment by segment, the leftmost place of each: never the exponential or even the quadratic
-    search of one regular expression per pattern, which a client could choose. What comes near it
-    (a segment with many ``_`` that nearly fits everywhere) is counted, and left to Postgres.
+    It searches the leftmost occurrence of each segment between two ``%``. A regular expression per
+    pattern would search in quadratic or exponential time for patterns that a client can choose.
+    What comes near that here (a segment with many ``_`` that nearly matches everywhere) is counted
+    as work, until it is left to PostgreSQL.
     """
-    if len(pattern) > _CHARACTERS_PER_UNIT:  # it may be a column's value, another one in each row
+    if len(pattern) > _CHARACTERS_PER_UNIT:  # it can be a column's value, another one in each row
         WORK_BUDGET.spend(len(pattern) / 32)
         return _cached_long_matcher(pattern)
     if plain := _SUBSTRING_PATTERN.fullmatch(pattern):
@@ -168,7 +173,7 @@ def like_matcher(pattern: str) -> Callable[[str], bool]:
 
 
 _SUBSTRING_PATTERN = re.compile(r"%([^%_\\]*)%")
-"""The pattern that nearly all are. Of as many as there are subscribers not all can be kept."""
+"""What nearly all patterns are. They can differ per caller, so a cache couldn't hold them."""
 
 
 def _compile_pattern(pattern: str) -> Callable[[str], bool]:
@@ -200,7 +205,7 @@ _cached_matcher, _cached_long_matcher = (
 
 
 def _shared_lower(text: str) -> str:
-    """Return the text in lower case; of a long one that is found out once for many patterns."""
+    """Return the text in lower case; cached if it is long, for the many patterns of one row."""
     if len(text) < _CHARACTERS_PER_UNIT:
         return ascii_lower(text)
     WORK_BUDGET.spend(len(text) / _CHARACTERS_PER_UNIT)
@@ -211,11 +216,11 @@ _cached_lower = lru_cache(maxsize=4)(ascii_lower)
 
 
 class _Segment:
-    """What stands between two ``%``.
+    """The part of a pattern between two ``%``.
 
     Args:
-        runs: Characters, by where they begin.
-        length: With every ``_``.
+        runs: Runs of characters without ``_``, each with its offset.
+        length: In characters, each ``_`` included.
     """
 
     __slots__ = ("_longest_run", "_other_runs", "length")
@@ -226,12 +231,12 @@ class _Segment:
         self._other_runs = [run for run in runs if run is not self._longest_run]
 
     def matches_at(self, text: str, start: int) -> bool:
-        """Whether it stands there."""
+        """Return whether the text has it at ``start``."""
         offset, run = self._longest_run
         return text.startswith(run, start + offset) and self._other_runs_match(text, start)
 
     def _other_runs_match(self, text: str, start: int) -> bool:
-        """Whether all stands there but for the anchor."""
+        """Return whether the text has all of its runs but the longest."""
         for count, (offset, run) in enumerate(self._other_runs):
             if not text.startswith(run, start + offset):
                 WORK_BUDGET.spend((count + 2) / 3)
@@ -241,22 +246,22 @@ class _Segment:
         return True
 
     def find(self, text: str, start: int, end: int) -> int:
-        """Return the first place in between where it stands, or -1."""
+        """Return its first position between ``start`` and ``end``, or -1."""
         offset, run = self._longest_run
         WORK_BUDGET.spend(0.25)
         if not run:
             return start if start + self.length <= end else -1
         last = end - self.length + offset + len(run)
-        place = start
+        position = start
         while True:
-            found = text.find(run, place + offset, last)
+            found = text.find(run, position + offset, last)
             if found < 0:
                 return -1
             WORK_BUDGET.spend(len(run) / _CHARACTERS_PER_UNIT)
-            place = found - offset
-            if self._other_runs_match(text, place):
-                return place
-            place += 1
+            position = found - offset
+            if self._other_runs_match(text, position):
+                return position
+            position += 1
 
 
 _PATTERN_TOKEN = re.compile(r"\\.?|%|_|[^\\%_]+", re.DOTALL)
@@ -275,7 +280,7 @@ def _split_pattern(pattern: str) -> list[_Segment]:
             case "_":
                 length += 1
                 is_within = False
-            case "\\":  # an error in Postgres, if the search gets so far
+            case "\\":  # an error in PostgreSQL, if its search gets so far
                 raise UndecidedError
             case _:
                 characters = symbol[1:] if symbol[0] == "\\" else symbol

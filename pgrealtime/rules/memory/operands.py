@@ -1,4 +1,9 @@
-"""Compiles an operand to functions that read its value from a row image and arguments."""
+"""Compiles an operand to functions that read its value from a row image and arguments.
+
+Called by ``conditions`` and ``index_key``, once per test. Only operands of the row image, of the
+caller's row and of parameters are compiled, and only of types whose SQL value is exact here. Any
+other raises ``NotInProcessError``, and PostgreSQL evaluates the condition.
+"""
 
 from __future__ import annotations
 
@@ -58,41 +63,31 @@ from pgrealtime.rules.memory.text_values import (
 )
 
 Arguments: TypeAlias = Sequence[Scalar]
-"""The values of a condition's parameters, literals of a rule aside, in the order given."""
-
-
-ValueReader: TypeAlias = Callable[[Row, Arguments, "ItemCombination"], SqliteValue]
-
-
+"""The values of a condition's parameters but literals, ordered as in ``argument_index``."""
 ItemCombination: TypeAlias = tuple[str | None, ...]
-"""The item of each list that the moment's combination is about."""
-
-
+"""One item of each list that is read, in text form."""
+ValueReader: TypeAlias = Callable[[Row, Arguments, ItemCombination], SqliteValue]
 ItemsReader: TypeAlias = Callable[[Row, Arguments], Sequence[str | None]]
-
-
 _ColumnReader: TypeAlias = Callable[[Row, Arguments], str | None]
-"""Reads a column's text form, of the judged row or of the subscriber's own."""
-
+"""Reads a column's text form, of the row image or of the caller's row."""
 
 MAX_SHARED_LISTS = 8
 """Lists whose items the comparisons of one condition may share."""
 
 
 class NotInProcessError(Exception):
-    """The construct is not decided in the process; ends the compiling of a condition."""
+    """The condition has an operand that only PostgreSQL can evaluate; ends its compilation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileContext:
-    """What the compiling of a condition may know beforehand."""
+    """What is known of a condition when it is compiled."""
 
     parameter_classes: Mapping[Parameter, ParameterClass]
-    """The class of each parameter."""
     argument_index: Mapping[Parameter | CallerColumn, int]
-    """Where its value is among the arguments; literals of the text need none."""
+    """Where a parameter's value is among the arguments; literals have none."""
     is_utf8: bool = True
-    """Whether the database's bytes are in the order of code points."""
+    """Whether the database's encoding is UTF-8, whose bytes have the order of code points."""
 
 
 def is_caller_row(path: RowPath) -> bool:
@@ -185,17 +180,17 @@ def compile_operand(term: Term, scope: ListScope) -> MemoryOperand:
                 return MemoryOperand.of_text(constant_reader(None))
             number, text = constant_reader(int(flag)), constant_reader(str(int(flag)))
             return MemoryOperand(read_value=number, read_text=text, only_type=float)
-        case FieldValue(place, field_, part):
-            cells = _ColumnReaders(place, scope.context)
-            return _field_with_modifier(cells, field_, part)
+        case FieldValue(path, field_, modifier):
+            columns = _ColumnReaders(path, scope.context)
+            return _field_with_modifier(columns, field_, modifier)
         case SecretTerm(path, _) if path.is_scope_row:  # lower case already
             return MemoryOperand.of_text(constant_reader(PASSWORD_HASH_PREFIX))
-        case JsonValue(place, field_, keys, is_lower):
+        case JsonValue(path, field_, keys, is_lower):
             return _json_operand(
-                _ColumnReaders(place, scope.context), field_, keys, is_lower=is_lower
+                _ColumnReaders(path, scope.context), field_, keys, is_lower=is_lower
             )
-        case EachTerm(place):
-            at = scope.item_index(place, _items_reader(place, scope.context))
+        case EachTerm(path):
+            at = scope.item_index(path, _items_reader(path, scope.context))
             if at >= MAX_SHARED_LISTS and scope.first_item_index == 0:
                 raise NotInProcessError
             if term.kind is FieldKind.NUMBER:
@@ -239,22 +234,22 @@ def _convert_to_double(operand: MemoryOperand) -> MemoryOperand:
 
 
 def _parameter_operand(parameter: Parameter, context: CompileContext) -> MemoryOperand:
-    shape = context.parameter_classes[parameter]
-    if shape is ParameterClass.ABSENT:
+    parameter_class = context.parameter_classes[parameter]
+    if parameter_class is ParameterClass.ABSENT:
         return MemoryOperand.of_text(constant_reader(None))
-    shown = argument_reader(parameter, SqlForm.TEXT, context)
+    read_text = argument_reader(parameter, SqlForm.TEXT, context)
     number = argument_reader(parameter, SqlForm.NUMBER, context)
-    if shape.is_number:
+    if parameter_class.is_number:
         return MemoryOperand(
             read_value=number,
-            read_text=shown,
+            read_text=read_text,
             only_type=float,
             parameter=parameter,
         )
     return replace(
-        MemoryOperand.of_text(shown),
+        MemoryOperand.of_text(read_text),
         parameter=parameter,
-        read_number=number if shape is ParameterClass.NUMERIC_TEXT else None,
+        read_number=number if parameter_class is ParameterClass.NUMERIC_TEXT else None,
     )
 
 
@@ -263,8 +258,8 @@ def argument_reader(parameter: Parameter, form: SqlForm, context: CompileContext
     if isinstance(parameter, LiteralParameter):
         if form is not SqlForm.NUMBER:
             return constant_reader(to_sql_value(parameter.value, form))
-        shape = context.parameter_classes[parameter]
-        is_number = shape.is_number or shape is ParameterClass.NUMERIC_TEXT
+        parameter_class = context.parameter_classes[parameter]
+        is_number = parameter_class.is_number or parameter_class is ParameterClass.NUMERIC_TEXT
         return constant_reader(exact_number(parameter.value) if is_number else None)
     at = context.argument_index[parameter]
     if form is SqlForm.NUMBER:
@@ -279,13 +274,9 @@ def argument_reader(parameter: Parameter, form: SqlForm, context: CompileContext
 
 
 _INTEGERS = frozenset({"int2", "int4", "int8"})
-
-
 _FLOATS = frozenset({"float4", "float8"})
-
-
 _CAST_LIKE_OUTPUT_TYPES = frozenset({"text", "varchar", "uuid", *_INTEGERS})
-"""Built-in types whose output is what a cast to text gives."""
+"""Built-in types whose text form is the result of a cast to text."""
 
 
 def _has_cast_like_output(type_: Type) -> bool:
@@ -296,10 +287,10 @@ def _has_cast_like_output(type_: Type) -> bool:
 
 
 class _ColumnReaders:
-    """Reads columns of the row at a place, which needs no join.
+    """Makes functions that read columns of the row at a path.
 
     Raises:
-        NotInProcessError: It does.
+        NotInProcessError: The row must be joined.
     """
 
     def __init__(self, path: RowPath, context: CompileContext) -> None:
@@ -312,14 +303,20 @@ class _ColumnReaders:
             raise NotInProcessError
 
     def column_reader(self, field_: Field) -> _ColumnReader:
-        """Return what reads the field's column."""
+        """Return a function that reads the text form of the field's column."""
         if field_.column is None:
             raise NotInProcessError
         name = field_.column.name
         if self._is_scope_row:
             return lambda row, _args: row[name]
         at = self._argument_index[CallerColumn(name)]
-        return lambda _row, args: _require_text_form(args[at])
+
+        def read_caller_column(_row: Row, args: Arguments) -> str | None:
+            text = args[at]
+            assert text is None or isinstance(text, str)
+            return text
+
+        return read_caller_column
 
     def value_reader(
         self,
@@ -328,126 +325,130 @@ class _ColumnReaders:
         *,
         reads_null_as_empty: bool = False,
     ) -> ValueReader:
-        """Return what reads a value: the text form converted, or NULL.
+        """Return a function that reads the field's value: the text form converted, or NULL.
 
         Args:
-            field_: Whose column is read.
-            convert: What makes a value of the text form.
-            reads_null_as_empty: NULL counts as the empty text if there is a row.
+            field_: The field.
+            convert: Converts the text form.
+            reads_null_as_empty: NULL is read as the empty text, if there is a row.
         """
-        cell = self.column_reader(field_)
-        present = None if self._is_scope_row else self._argument_index[CallerColumn("")]
+        read_column = self.column_reader(field_)
+        row_exists = None if self._is_scope_row else self._argument_index[CallerColumn("")]
 
         def read(row: Row, args: Arguments, _items: ItemCombination) -> SqliteValue:
-            text = cell(row, args)
+            text = read_column(row, args)
             if text is not None:
                 return convert_text_form(convert, text)
-            if not reads_null_as_empty or (present is not None and args[present] is None):
+            if not reads_null_as_empty or (row_exists is not None and args[row_exists] is None):
                 return None
             return ""
 
         return read
 
 
-def _require_text_form(value: Scalar) -> str | None:
-    assert value is None or isinstance(value, str)
-    return value
-
-
-def _field_with_modifier(cells: _ColumnReaders, field_: Field, modifier: Modifier) -> MemoryOperand:
+def _field_with_modifier(
+    columns: _ColumnReaders, field_: Field, modifier: Modifier
+) -> MemoryOperand:
     match modifier:
         case Modifier.WHOLE | Modifier.EACH:
-            return _whole_field(cells, field_)
+            return _whole_field(columns, field_)
         case Modifier.LOWER:
-            return MemoryOperand.of_text(_lower_reader(_whole_field(cells, field_).read_text))
+            return MemoryOperand.of_text(_lower_reader(_whole_field(columns, field_).read_text))
         case Modifier.LENGTH:
-            return _length_operand(cells, field_)
+            return _length_operand(columns, field_)
 
 
-def _lower_reader(shown: ValueReader) -> ValueReader:
+def _lower_reader(read_text: ValueReader) -> ValueReader:
     def lowered(row: Row, args: Arguments, items: ItemCombination) -> SqliteValue:
-        text = shown(row, args, items)
+        text = read_text(row, args, items)
         return ascii_lower(text) if isinstance(text, str) else None
 
     return lowered
 
 
-def _whole_field(cells: _ColumnReaders, field_: Field) -> MemoryOperand:
+def _whole_field(columns: _ColumnReaders, field_: Field) -> MemoryOperand:
     base = field_.type.base
     if field_.is_multiple:
-        return MemoryOperand.of_text(cells.value_reader(field_, _list_text_converter(field_)))
+        return MemoryOperand.of_text(columns.value_reader(field_, _list_text_converter(field_)))
     match field_.kind:
         case FieldKind.NUMBER if base.name in _INTEGERS:
-            return _number_operand(cells.value_reader(field_, int), cells.value_reader(field_, str))
+            return _number_operand(
+                columns.value_reader(field_, int), columns.value_reader(field_, str)
+            )
         case FieldKind.NUMBER if base.name == "numeric":
             return _number_operand(
-                cells.value_reader(field_, parse_numeric),
-                cells.value_reader(field_, trim_numeric_text),
+                columns.value_reader(field_, parse_numeric),
+                columns.value_reader(field_, trim_numeric_text),
             )
         case FieldKind.NUMBER if base.name in _FLOATS:
-            shown = cells.value_reader(field_, lambda text: number_text(parse_double(text)))
-            return _number_operand(cells.value_reader(field_, parse_double), shown)
+            read_text = columns.value_reader(field_, lambda text: number_text(parse_double(text)))
+            return _number_operand(columns.value_reader(field_, parse_double), read_text)
         case FieldKind.BOOL:
-            shown = cells.value_reader(field_, lambda text: str(parse_bool(text)))
-            return _number_operand(cells.value_reader(field_, parse_bool), shown)
+            read_text = columns.value_reader(field_, lambda text: str(parse_bool(text)))
+            return _number_operand(columns.value_reader(field_, parse_bool), read_text)
         case FieldKind.DATE if base.name in DATE_CONVERTERS:
             return MemoryOperand.of_text(
-                cells.value_reader(field_, DATE_CONVERTERS[base.name], reads_null_as_empty=True),
+                columns.value_reader(field_, DATE_CONVERTERS[base.name], reads_null_as_empty=True),
             )
         case FieldKind.RELATION if _has_cast_like_output(base):
-            return MemoryOperand.of_text(cells.value_reader(field_, str, reads_null_as_empty=True))
+            return MemoryOperand.of_text(
+                columns.value_reader(field_, str, reads_null_as_empty=True)
+            )
         case FieldKind.TEXT | FieldKind.FILE if _has_cast_like_output(base):
-            return MemoryOperand.of_text(cells.value_reader(field_, str))
+            return MemoryOperand.of_text(columns.value_reader(field_, str))
         case _:
             raise NotInProcessError
 
 
-def _number_operand(read: ValueReader, shown: ValueReader) -> MemoryOperand:
-    return MemoryOperand(read_value=read, read_text=shown, only_type=float)
+def _number_operand(read_value: ValueReader, read_text: ValueReader) -> MemoryOperand:
+    return MemoryOperand(read_value=read_value, read_text=read_text, only_type=float)
 
 
-def _length_operand(cells: _ColumnReaders, field_: Field) -> MemoryOperand:
-    read: ValueReader
-    if field_.is_multiple:
-        cell, delimiter = cells.column_reader(field_), _delimiter(field_)
-        read = lambda row, args, _items: _count_items(  # noqa: E731 (one expression)
-            cell(row, args), delimiter
-        )
-    else:
-        shown = _whole_field(cells, field_).read_text
-        read = lambda row, args, items: int(  # noqa: E731 (likewise)
-            not is_blank(shown(row, args, items))
-        )
-    as_text: ValueReader = lambda row, args, items: str(read(row, args, items))  # noqa: E731
-    return MemoryOperand(read_value=read, read_text=as_text, only_type=float)
+def _length_operand(columns: _ColumnReaders, field_: Field) -> MemoryOperand:
+    read = (
+        _item_count_reader(columns, field_)
+        if field_.is_multiple
+        else _presence_reader(_whole_field(columns, field_).read_text)
+    )
+    return MemoryOperand(
+        read_value=read,
+        read_text=lambda row, args, items: str(read(row, args, items)),
+        only_type=float,
+    )
 
 
-def _count_items(text: str | None, delimiter: str) -> int:
-    if text is None:
-        return 0
-    return len(convert_text_form(lambda given: array_items(given, delimiter), text))
-
-
-def _delimiter(field_: Field) -> str:
+def _item_count_reader(columns: _ColumnReaders, field_: Field) -> ValueReader:
     element = field_.type.base.element
     if element is None:
         raise NotInProcessError
-    return element.base.delimiter
+    read_column, delimiter = columns.column_reader(field_), element.base.delimiter
+
+    def count(row: Row, args: Arguments, _items: ItemCombination) -> int:
+        text = read_column(row, args)
+        if text is None:
+            return 0
+        return len(convert_text_form(lambda given: array_items(given, delimiter), text))
+
+    return count
+
+
+def _presence_reader(read_text: ValueReader) -> ValueReader:
+    return lambda row, args, items: int(not is_blank(read_text(row, args, items)))
 
 
 def _items_reader(path: RowPath, context: CompileContext) -> ItemsReader:
-    """Return what reads the values of a list of a row at hand; NULL where there are none."""
+    """Return a function that reads the items of a list; one that is NULL if there are none."""
     match path.steps:
         case (EachValue(field_),):
             element = field_.type.base.element
             if element is None or not _has_cast_like_output(element):
                 raise NotInProcessError
-            cell = _ColumnReaders(RowPath(path.root), context).column_reader(field_)
+            read_column = _ColumnReaders(RowPath(path.root), context).column_reader(field_)
         case _:
             raise NotInProcessError
 
     def read(row: Row, args: Arguments) -> Sequence[str | None]:
-        text = cell(row, args)
+        text = read_column(row, args)
         return (() if text is None else convert_text_form(array_items, text)) or (None,)
 
     return read
@@ -472,19 +473,19 @@ def _list_text_converter(field_: Field) -> Callable[[str], SqliteValue]:
 
 
 def _json_operand(
-    cells: _ColumnReaders, field_: Field, keys: Sequence[str], *, is_lower: bool
+    columns: _ColumnReaders, field_: Field, keys: Sequence[str], *, is_lower: bool
 ) -> MemoryOperand:
     if field_.kind is not FieldKind.JSON or field_.type.base.name != "jsonb":
         raise NotInProcessError
-    cell, path = cells.column_reader(field_), tuple(keys)
+    read_column, path = columns.column_reader(field_), tuple(keys)
 
-    def shown(row: Row, args: Arguments, _items: ItemCombination) -> SqliteValue:
-        return json_at_path(cell(row, args), path, is_as_text=True)
+    def read_text(row: Row, args: Arguments, _items: ItemCombination) -> SqliteValue:
+        return json_at_path(read_column(row, args), path, is_as_text=True)
 
     if is_lower:
-        return MemoryOperand.of_text(_lower_reader(shown))
+        return MemoryOperand.of_text(_lower_reader(read_text))
 
-    def read(row: Row, args: Arguments, _items: ItemCombination) -> SqliteValue:
-        return json_at_path(cell(row, args), path, is_as_text=False)
+    def read_value(row: Row, args: Arguments, _items: ItemCombination) -> SqliteValue:
+        return json_at_path(read_column(row, args), path, is_as_text=False)
 
-    return MemoryOperand(read_value=read, read_text=shown, only_type=None)
+    return MemoryOperand(read_value=read_value, read_text=read_text, only_type=None)

@@ -1,4 +1,8 @@
-"""An operand in SQL, and SQLite's conversions between its numbers and texts."""
+"""An operand in SQL, and SQLite's conversions between its numbers and texts.
+
+``operands`` makes them, ``conditions`` compares them. ``language.sqlite_values`` converts
+parameters' values in the same way.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ class SqlOperand:
     """Numeric or an integer type, which are exact, or double precision."""
     text: Sql | None = None
     make_text: Callable[[], Sql]
-    """Makes the value as text, whichever it is; long for numbers, and seldom wanted."""
+    """Makes the value as text, of whatever type it is; long for numbers, and seldom needed."""
     parameter: Parameter | None = None
     """Of a constant: its class tells a conversion whether it looks like a number."""
 
@@ -53,10 +57,8 @@ def convert_to_number(operand: SqlOperand, scope: Scope) -> SqlOperand:
     if operand.text is None:
         return operand
     if operand.parameter is not None:
-        if (
-            scope.translation.parameter_classes[operand.parameter]
-            is not ParameterClass.NUMERIC_TEXT
-        ):
+        class_ = scope.translation.parameter_classes[operand.parameter]
+        if class_ is not ParameterClass.NUMERIC_TEXT:
             return operand
         number = bound_number(operand.parameter, scope)
         return SqlOperand(number=number, make_text=operand.make_text)
@@ -127,7 +129,7 @@ _MAX_DOUBLE_IN_INT64 = 9223372036854774784
 """From the next double on SQLite keeps whole numbers as floats too."""
 
 
-def number_text_sql(statement: Translation, number: Sql) -> Sql:
+def number_text_sql(translation: Translation, number: Sql) -> Sql:
     """Return a number column's text: a whole number is an integer to SQLite, without a point."""
 
     def body(given: Sql) -> Sql:
@@ -137,12 +139,12 @@ def number_text_sql(statement: Translation, number: Sql) -> Sql:
             (is_magnitude_below(given, _MAX_DOUBLE_IN_INT64), is_whole),
             default=nodes.boolean(False),
         )
-        return nodes.case((is_integer, whole), default=float_text_sql(statement, given))
+        return nodes.case((is_integer, whole), default=float_text_sql(translation, given))
 
-    return statement.let(number, body)
+    return translation.let(number, body)
 
 
-def float_text_sql(statement: Translation, number: Sql) -> Sql:
+def float_text_sql(translation: Translation, number: Sql) -> Sql:
     """Return a float's text, as ``sqlite_values.sqlite_float_text`` does."""
 
     def body(given: Sql) -> Sql:
@@ -153,12 +155,12 @@ def float_text_sql(statement: Translation, number: Sql) -> Sql:
             (nodes.binary(exp.EQ, given, nodes.number(0)), nodes.string("0.0")),
             (
                 is_magnitude_below(given, nodes.string("Infinity")),
-                statement.let(_float_digits(given), _digits_as_text),
+                translation.let(_float_digits(given), _digits_as_text),
             ),
             default=infinite,
         )
 
-    return statement.let(number, body)
+    return translation.let(number, body)
 
 
 _DIGITS_17 = "9.9999999999999999EEEE"

@@ -4,6 +4,8 @@ A sqlglot node belongs to one tree. Each function here therefore copies an argum
 a tree already, so that callers can use an expression as often as they like. ``%`` is doubled
 wherever it isn't a placeholder's, because the driver reads the printed text as a format. Texts are
 compared by bytes: a nondeterministic collation alone never decides.
+
+``exp.And``, ``exp.Or`` and ``exp.Not`` are made here only, since bare ones print no brackets.
 """
 
 from __future__ import annotations

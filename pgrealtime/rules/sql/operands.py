@@ -373,7 +373,7 @@ def _json_text(node: Sql) -> Sql:
     return _case_by_json_type(node, {"string": bare, "object": compact, "array": compact})
 
 
-def _json_as_text(statement: Translation, of: Callable[[str], Sql]) -> Sql:
+def _json_as_text(translation: Translation, of: Callable[[str], Sql]) -> Sql:
     """Return the value as text. A number without a point is an integer to SQLite."""
     spelt = nodes.cast(of("v"), nodes.TEXT)
     point = nodes.call("strpos", spelt, nodes.string("."))
@@ -382,7 +382,7 @@ def _json_as_text(statement: Translation, of: Callable[[str], Sql]) -> Sql:
         (is_whole, is_magnitude_below(of("n"), INT64_END)), default=nodes.boolean(False)
     )
     double = nodes.cast(of("n"), nodes.DOUBLE)
-    digits = nodes.case((is_integer, spelt), default=float_text_sql(statement, double))
+    digits = nodes.case((is_integer, spelt), default=float_text_sql(translation, double))
     flag = nodes.cast(nodes.cast(of("n"), "int"), nodes.TEXT)
     shown = _case_by_json_type(of("v"), {"number": digits, "boolean": flag})
     return nodes.coalesce(of("t"), shown)

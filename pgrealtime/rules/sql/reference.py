@@ -1,7 +1,8 @@
-"""The plain query per subscriber: what every faster way to decide is measured against.
+"""The plain query per caller: the oracle that the tests compare every faster evaluation with.
 
-One statement, parameters for everything that isn't the program's own, the row images as arrays of
-texts. It knows no driver: whoever has one runs the ``Question`` and reads row numbers.
+One statement: the rule and the filter about row images, which are bound as arrays of texts. It
+takes the whole predicate, unsplit, so that it shares no code with the engine's split. Also used to
+check rules and by ``explain``. It knows no driver: the caller runs the ``SqlQuery``.
 """
 
 from __future__ import annotations
@@ -33,58 +34,56 @@ from pgrealtime.rules.sql.row_images import (
 )
 
 _ANY_TIME = datetime(1970, 1, 1, tzinfo=UTC)
-"""Any moment: the class of a macro is the same at all of them."""
+"""Any time: the class of a macro is the same at all times."""
 
 
 @dataclass(frozen=True, slots=True)
 class SqlQuery:
-    """A statement to run read-only, with ``search_path`` at pg_catalog."""
+    """A statement to run read-only with ``search_path`` set to pg_catalog."""
 
     sql: str
-    """In psycopg's format style, ``%(name)s``."""
+    """With placeholders in psycopg's style, ``%(name)s``."""
     params: dict[str, object]
-    """One result row per admitted row image, of one column: its 0-based index, in no order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceQuery:
-    """What one subscriber may see of one collection."""
+    """The query for the rows of one collection that one caller may see."""
 
     collection: Collection
     request: RuleRequest
     sql_predicates: tuple[SqlPredicate, ...]
-    """The rule and the filter, each a scope of its own; at least one of the two."""
+    """The rule and the filter, each a scope of its own; at least one of them."""
     sql: str
-    """What ``question`` asks, printed once."""
+    """The text of ``sql_query``, printed once."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of a row image that are read."""
+        """The columns of a row image that it reads."""
         return _columns_of(self.sql_predicates)
 
     @property
     def tables(self) -> frozenset[TableName]:
-        """The tables that are read beside the row image."""
+        """The tables that it reads."""
         return frozenset().union(*(part.tables for part in self.sql_predicates))
 
     def sql_query(self, rows: Sequence[Row], now: datetime) -> SqlQuery:
-        """Return the query for the admitted ones of some row images.
+        """Return the query for the 0-based numbers of the admitted row images, in no order.
 
-        A row that lacks a column which is read is not asked about, and so not admitted.
+        A row that lacks a column that is read isn't admitted.
 
         Args:
             rows: Images of rows of the collection's table, in text form.
-            now: What macros mean; with its zone.
+            now: The time of macros, with its zone.
         """
         return SqlQuery(self.sql, self._params(rows, now))
 
     def sql_query_before(
         self, rows: Sequence[Row], now: datetime, overlays: Sequence[Overlay]
     ) -> SqlQuery | None:
-        """Return the same query with related tables as they were before a transaction.
+        """Return the same query on related tables as they were before a transaction.
 
-        Returns:
-            None if an old image lacks a column that is read: then nothing can be admitted.
+        None if an old image lacks a column that is read: then nothing is admitted.
         """
         params = self._params(rows, now)
         made = with_overlays([part.condition for part in self.sql_predicates], overlays, params)
@@ -96,9 +95,9 @@ class ReferenceQuery:
         )
 
     def truth_query(self, row: Row, now: datetime) -> SqlQuery:
-        """Return the query for what the condition is of one row, which must be whole.
+        """Return the query for the verdict on one row, which must have all columns.
 
-        Its result is one value: TRUE, FALSE, or NULL, which admits no more than FALSE does.
+        Its result is one value: TRUE, FALSE, or NULL, which admits no more than FALSE.
         """
         conditions = [part.condition for part in self.sql_predicates]
         columns = find_columns(self.collection.table, self.columns)
@@ -126,17 +125,17 @@ class ReferenceQuery:
 def reference_query(
     collections: Collections, collection: Collection, rule: str | None, request: RuleRequest
 ) -> AdmitAll | DenyAll | ReferenceQuery:
-    """Return what decides which rows of the collection the subscriber may see.
+    """Return the query for the rows of a collection that a caller may see.
 
     Args:
-        collections: All there are.
-        collection: The one whose rows are judged.
+        collections: All collections.
+        collection: The rows' collection.
         rule: The collection's rule for the topic; None is for superusers only.
-        request: The subscriber; a filter is ``request.query["filter"]``.
+        request: The caller's request; the filter is ``request.query["filter"]``.
 
     Raises:
-        RuleError: The rule is bad for everybody. One that is bad only for subscribers of this
-            kind, and a bad filter, admit nobody.
+        RuleError: The rule is invalid for every caller. A rule that is invalid only for callers of
+            this auth collection, and an invalid filter, deny all.
     """
     predicates: list[Predicate] = []
     auth = auth_collection_of(collections, request)
@@ -164,10 +163,10 @@ def reference_query(
 def query_of_predicate(
     collections: Collections, collection: Collection, predicate: Predicate, request: RuleRequest
 ) -> ReferenceQuery:
-    """Return what decides about one predicate, whatever the collection's rule and the filter.
+    """Return the query for one predicate, without the collection's rule and the request's filter.
 
     Raises:
-        RuleUnsupportedError: It can't be decided exactly.
+        RuleUnsupportedError: It can't be evaluated exactly.
     """
     made = _translate(collections, collection, [predicate], request)
     assert isinstance(made, ReferenceQuery)
@@ -175,10 +174,10 @@ def query_of_predicate(
 
 
 def check_rule(collections: Collections, collection: Collection, rule: str) -> None:
-    """Check a rule as it is when it is set, for a subscriber of any kind.
+    """Check that a rule can be used, for callers of every auth collection.
 
     Raises:
-        RuleError: It can't be used; with its place.
+        RuleError: It can't; with its place in the text.
     """
     if not rule:
         return
@@ -193,7 +192,7 @@ def check_rule(collections: Collections, collection: Collection, rule: str) -> N
 def _check_supported_for(
     collections: Collections, collection: Collection, rule: str, auth_collection: Collection
 ) -> None:
-    """Refuse what can't be decided for this kind; what PocketBase too finds wrong only denies."""
+    """Refuse what can't be evaluated for such callers; what PocketBase refuses too only denies."""
     guest = RuleRequest()
     try:
         checked = resolve_rule(rule, collections, collection, auth_collection)
@@ -212,27 +211,26 @@ def _translate(
 ) -> AdmitAll | ReferenceQuery:
     if not predicates:
         return AdmitAll()
-    lowered = []
+    translated = []
     for prefix, predicate in zip("pf", predicates, strict=False):
-        shapes = {
+        classes = {
             parameter: parameter_class(parameter_value(parameter, request, _ANY_TIME))
             for parameter in condition_parameters(predicate.where)
         }
-        lowered.append(
-            translate_predicate(predicate, collections, shapes, placeholder_prefix=prefix)
+        translated.append(
+            translate_predicate(predicate, collections, classes, placeholder_prefix=prefix)
         )
-    conditions = [part.condition for part in lowered]
+    conditions = [part.condition for part in translated]
     return ReferenceQuery(
         collection=collection,
         request=request,
-        sql_predicates=tuple(lowered),
-        sql=_matching_rows_sql(collection, _columns_of(lowered), conditions, []),
+        sql_predicates=tuple(translated),
+        sql=_matching_rows_sql(collection, _columns_of(translated), conditions, []),
     )
 
 
 def auth_collection_of(collections: Collections, request: RuleRequest) -> Collection | None:
-    """Return the collection of the subscriber's record; None for guests and superusers."""
-    """Return the collection of the subscriber's record; None for others, or if there is none."""
+    """Return the collection of the caller's record; None for others, or if there is none."""
     match request.principal:
         case AuthRecord() as record:
             found = collections.find(record.collection_name)
@@ -244,18 +242,18 @@ def auth_collection_of(collections: Collections, request: RuleRequest) -> Collec
 def _sql_params(
     bindings: Mapping[str, Binding], request: RuleRequest, now: datetime
 ) -> dict[str, object]:
-    found: dict[str, object] = {}
+    params: dict[str, object] = {}
     for key, binding in bindings.items():
-        assert not isinstance(binding.parameter, CallerColumn)  # its own row is read
-        found[key] = to_sql_value(parameter_value(binding.parameter, request, now), binding.form)
-    return found
+        assert not isinstance(binding.parameter, CallerColumn)  # the caller's row is read
+        params[key] = to_sql_value(parameter_value(binding.parameter, request, now), binding.form)
+    return params
 
 
 # --- rows as SQL
 
 
-def _columns_of(lowered: Sequence[SqlPredicate]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for part in lowered for name in part.columns))
+def _columns_of(predicates: Sequence[SqlPredicate]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for one in predicates for name in one.columns))
 
 
 def _matching_rows_sql(
@@ -264,7 +262,7 @@ def _matching_rows_sql(
     conditions: Sequence[Sql],
     views: Sequence[exp.CTE],
 ) -> str:
-    """Print the query for the rows that meet all conditions."""
+    """Return the text of the query for the rows that meet all conditions."""
     columns = find_columns(collection.table, names)
     ordinal = unused_column_name(names)
     select = exp.Select(

@@ -1,7 +1,7 @@
-"""Row images as relations of a statement: the rows that are judged, and related ones as they were.
+"""Row images as relations of a statement, and related tables as they were before a transaction.
 
-Used by whatever asks Postgres about rows of the stream. Values are text forms, cast to the types
-that the table's columns have.
+Used by every query about rows of the stream. The images are bound as arrays of text forms, which
+are cast to the types of the table's columns.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def find_columns(table: Table, names: Iterable[str]) -> list[Column]:
 
 
 def unused_column_name(column_names: Collection[str]) -> str:
-    """Return a name for the ordinal that no column has."""
+    """Return a name for the rows' numbers that no column has."""
     name = "ordinal"
     while name in column_names:
         name += "_"
@@ -47,7 +47,7 @@ def images_table(columns: Sequence[Column], ordinal: str) -> Sql:
 
 
 def unnest_arrays(alias: str, names: Sequence[str], arrays: Sequence[Sql]) -> Sql:
-    """Return arrays side by side as the columns of a relation."""
+    """Return ``UNNEST(...)``: arrays as the columns of a relation."""
     columns = [nodes.quoted_name(name) for name in names]
     return exp.Unnest(
         expressions=list(arrays),
@@ -56,7 +56,7 @@ def unnest_arrays(alias: str, names: Sequence[str], arrays: Sequence[Sql]) -> Sq
 
 
 def typed_columns(alias: str, names: Sequence[str], columns: Sequence[Column]) -> list[Sql]:
-    """Return texts of a relation as the columns that they are text forms of."""
+    """Return a relation's text forms as columns: cast to their types and named like them."""
     return [
         exp.Alias(
             this=nodes.cast_to_type(nodes.column(alias, name), column.type),
@@ -76,24 +76,27 @@ def text_arrays(names: Sequence[str]) -> list[Sql]:
     return [nodes.cast(nodes.placeholder(name), "text[]") for name in names]
 
 
-# --- related tables as they were
+# --- related tables before a transaction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlay:
-    """A related table as it was before a transaction: what a delete is judged against."""
+    """A related table as it was before a transaction, which rules on deletes are evaluated against.
+
+    The table is read without the rows that the transaction changed, and with their old images.
+    """
 
     table: Table
     old_images: Sequence[Row]
     """The first old image of each row that the transaction updated or deleted, as far as it is
-    known; an empty one stands for the rows that a TRUNCATE took."""
+    known; an empty one stands for the rows that a TRUNCATE removed."""
     changed_rows: Sequence[Row]
-    """Those rows and the inserted ones, the primary key's columns at least: not to be read live."""
+    """Those rows and the inserted ones, with the columns of the primary key at least."""
     _cache: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What was worked out of the images, once for all batches of the transaction."""
+    """What is computed of the images, once for all batches of the transaction."""
 
     def has_columns(self, columns: Iterable[str]) -> bool:
-        """Whether every old image has these columns, and every key is whole."""
+        """Return whether every old image has these columns, and every changed row its whole key."""
         keys = self.table.primary_key
         if "keys" not in self._cache:
             self._cache["keys"] = all(key in row for row in self.changed_rows for key in keys)
@@ -104,18 +107,18 @@ class Overlay:
 
     @property
     def was_truncated(self) -> bool:
-        """Whether the table was truncated: rows of which there is no image were there before."""
+        """Whether the table was truncated, so that not all old rows have images."""
         if "emptied" not in self._cache:
             self._cache["emptied"] = not all(self.old_images)
         return bool(self._cache["emptied"])
 
     def old_images_by(self, column: str) -> Mapping[str | None, Sequence[Row]]:
-        """Return the old images by the text of a column that all have."""
-        return self._rows_by("before", self.old_images, column)
+        """Return the old images by the text of a column, which all must have."""
+        return self._rows_by("old_images", self.old_images, column)
 
     def changed_rows_by(self, column: str) -> Mapping[str | None, Sequence[Row]]:
-        """Return the touched rows by the text of a column of the key."""
-        return self._rows_by("touched", self.changed_rows, column)
+        """Return the changed rows by the text of a column of the primary key."""
+        return self._rows_by("changed_rows", self.changed_rows, column)
 
     def _rows_by(
         self, what: str, rows: Sequence[Row], column: str
@@ -130,7 +133,7 @@ class Overlay:
 
 @dataclass(frozen=True, slots=True)
 class RowImages:
-    """The rows that a statement judges, by the columns that it reads of them."""
+    """The row images that a statement evaluates, with the columns that it reads of them."""
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[str | None]]
@@ -142,12 +145,12 @@ def with_overlays(
     params: dict[str, object],
     row_images: RowImages | None = None,
 ) -> tuple[list[Sql], list[exp.CTE]] | None:
-    """Return the conditions reading related tables as they were, and the relations they read.
+    """Return conditions that read related tables as they were, and the CTEs that they read.
 
     Args:
-        conditions: Conditions of one statement.
-        overlays: The tables that a transaction touched.
-        params: Of the statement; the old images are added.
+        conditions: The conditions of one statement.
+        overlays: The tables that a transaction changed.
+        params: The statement's parameters, to which the old images are added.
         row_images: The rows; only old images that they can reach are added then.
 
     Returns:
@@ -190,7 +193,7 @@ def _columns_read(conditions: Sequence[Sql], table: Table) -> list[Column]:
 
 
 def _covers(overlay: Overlay, conditions: Sequence[Sql]) -> bool:
-    """Whether the old images hold all that is read, and the keys are known."""
+    """Return whether the old images have all columns that are read, and the keys are known."""
     read = _columns_read(conditions, overlay.table)
     is_keyed = bool(overlay.table.primary_key) or not _table_aliases(conditions, overlay.table.name)
     return is_keyed and overlay.has_columns([column.name for column in read])
@@ -201,14 +204,14 @@ _TEXT_COMPARABLE_TYPES = (
     frozenset({"text", "varchar"}),
     {"uuid"},
 )
-"""Types whose values are equal exactly if their text forms are."""
+"""Types whose values are equal if and only if their text forms are."""
 
 
 class _ReachableRows:
-    """Which rows of related tables the judged rows can lead to, by equality of ids.
+    """The rows of related tables that the row images can reach over joins by equal ids.
 
-    Postgres looks through all old images for each judged row. Were those of the whole transaction
-    given to each of its batches, a large DELETE would take time by the square of its rows.
+    PostgreSQL scans all old images for each row image. If each batch of a transaction got the old
+    images of the whole transaction, a large DELETE would take time by the square of its rows.
     """
 
     def __init__(
@@ -231,26 +234,28 @@ class _ReachableRows:
                     self._join_equalities[node.alias] = link if link == known else None
 
     def restrict(self, overlay: Overlay) -> Overlay:
-        """Return the overlay with what can be reached of it; all of it if that can't be told."""
-        before: dict[int, Row] = {}
-        touched: dict[int, Row] | None = {}
+        """Return the overlay with the images that can be reached; with all if that isn't known."""
+        old_images: dict[int, Row] = {}
+        changed_rows: dict[int, Row] | None = {}
         for alias in self._aliases[overlay.table.name]:
-            reached = self._reachable_values(alias)
-            if reached is None:
+            found = self._reachable_values(alias)
+            if found is None:
                 return overlay
-            column, values = reached
+            column, values = found
             by = overlay.old_images_by(column)
-            before |= {id(row): row for value in values for row in by.get(value, ())}
+            old_images |= {id(row): row for value in values for row in by.get(value, ())}
             if column not in overlay.table.primary_key:
-                touched = None  # a live row of any key may have the value by now
-            elif touched is not None:
+                changed_rows = None  # a live row of any key can have the value by now
+            elif changed_rows is not None:
                 by = overlay.changed_rows_by(column)
-                touched |= {id(row): row for value in values for row in by.get(value, ())}
-        kept = overlay.changed_rows if touched is None else list(touched.values())
-        return replace(overlay, old_images=list(before.values()), changed_rows=kept, _cache={})
+                changed_rows |= {id(row): row for value in values for row in by.get(value, ())}
+        reached = overlay.changed_rows if changed_rows is None else list(changed_rows.values())
+        return replace(
+            overlay, old_images=list(old_images.values()), changed_rows=reached, _cache={}
+        )
 
     def _reachable_values(self, alias: str) -> tuple[str, AbstractSet[str]] | None:
-        """Return a column of the row of that alias and the only values that it can have."""
+        """Return the column that a table is joined by, and all values that it can have."""
         link = self._join_equalities.get(alias)
         if link is None:
             return None
@@ -263,7 +268,7 @@ class _ReachableRows:
         return (own.name, values) if _is_equal_by_text(own, column) else None
 
     def _column_values(self, alias: str, name: str) -> tuple[Column, AbstractSet[str]] | None:
-        """Return the column, and all values that it can have in the rows of that alias."""
+        """Return a column, and all values that it can have in the rows of that alias."""
         if alias == nodes.quoted_name(ROW_ALIAS).name:
             for at, column in enumerate(self._row_images.columns):
                 if nodes.quoted_name(column.name).name == name:
@@ -279,14 +284,14 @@ class _ReachableRows:
         if wanted is None or overlay.table.primary_key != (key,):
             return None
         if not values <= overlay.changed_rows_by(key).keys():
-            return None  # live rows are reached too
+            return None  # rows that the transaction didn't change are reached too
         by = overlay.old_images_by(key)
         cells = (row[wanted.name] for value in values for row in by.get(value, ()))
         return wanted, {text for text in cells if text is not None}
 
 
 def _join_equality(table: exp.Table) -> tuple[str, str, str] | None:
-    """Return the column by which a row is joined, and the row and column that it equals."""
+    """Return the column by which a table is joined, and the alias and column that it equals."""
     join = table.parent
     on = join.args.get("on") if isinstance(join, exp.Join) and join.this is table else None
     equality = None if on is None else on.unnest()
@@ -317,7 +322,7 @@ def _is_equal_by_text(one: Column, other: Column) -> bool:
 
 
 def _redirect_tables(condition: Sql, names: Mapping[TableName, str]) -> Sql:
-    """Return the condition reading other relations in place of some tables."""
+    """Return the condition with other relations in place of some tables."""
     copied = condition.copy()
     wanted = {
         (nodes.quoted_name(table.name).name, nodes.quoted_name(table.schema).name): name
@@ -334,42 +339,38 @@ def _redirect_tables(condition: Sql, names: Mapping[TableName, str]) -> Sql:
 def _overlay_cte(
     name: str, overlay: Overlay, columns: Sequence[Column], params: dict[str, object]
 ) -> exp.CTE:
-    """Return the table as it was, and put the old images into the statement's parameters."""
-    keys = find_columns(overlay.table, overlay.table.primary_key)
-    old_names = [f"{name}_c{at}" for at in range(len(columns))]
-    key_names = [f"{name}_k{at}" for at in range(len(keys))]
-    for key, column in zip(old_names, columns, strict=True):
+    """Return the table as it was, and add the old images to the statement's parameters."""
+    column_names = [f"{name}_c{at}" for at in range(len(columns))]
+    for key, column in zip(column_names, columns, strict=True):
         params[key] = [row[column.name] for row in overlay.old_images]
-    for key, column in zip(key_names, keys, strict=True):
-        params[key] = [row[column.name] for row in overlay.changed_rows]
     old = exp.Select(
-        expressions=typed_columns("k", old_names, columns),
-        from_=exp.From(this=unnest_arrays("k", old_names, text_arrays(old_names))),
+        expressions=typed_columns("k", column_names, columns),
+        from_=exp.From(this=unnest_arrays("k", column_names, text_arrays(column_names))),
     )
-    is_touched = exp.Select(
-        expressions=[nodes.number(1)],
-        from_=exp.From(this=unnest_arrays("g", key_names, text_arrays(key_names))),
-        where=exp.Where(
-            this=all_of(
-                *(
-                    nodes.equal_keys(
-                        typed_column("t", column),
-                        TypedSql(
-                            nodes.cast_to_type(nodes.column("g", key), column.type), column.type
-                        ),
-                    )
-                    for key, column in zip(key_names, keys, strict=True)
-                )
-            )
-        ),
-    )
-    live = exp.Select(
+    unchanged = exp.Select(
         expressions=[nodes.column("t", column.name) for column in columns],
         from_=exp.From(this=nodes.table(overlay.table.name, "t")),
-        where=exp.Where(this=negation(exp.Exists(this=is_touched))),
+        where=exp.Where(this=negation(_is_changed_row(name, overlay, params))),
     )
-    union = exp.Union(this=old, expression=live, distinct=False)
-    # Not computed whole, whatever the number of its uses: the indexes of the table serve it.
+    union = exp.Union(this=old, expression=unchanged, distinct=False)
+    # Never materialized, so that the indexes of the live table can be used.
     return exp.CTE(
         this=union, alias=exp.TableAlias(this=nodes.quoted_name(name)), materialized=False
     )
+
+
+def _is_changed_row(name: str, overlay: Overlay, params: dict[str, object]) -> Sql:
+    """Return whether the row ``t`` of the live table is one that the transaction changed."""
+    keys = find_columns(overlay.table, overlay.table.primary_key)
+    key_names = [f"{name}_k{at}" for at in range(len(keys))]
+    equalities: list[Sql] = []
+    for key_name, column in zip(key_names, keys, strict=True):
+        params[key_name] = [row[column.name] for row in overlay.changed_rows]
+        key = TypedSql(nodes.cast_to_type(nodes.column("g", key_name), column.type), column.type)
+        equalities.append(nodes.equal_keys(typed_column("t", column), key))
+    select = exp.Select(
+        expressions=[nodes.number(1)],
+        from_=exp.From(this=unnest_arrays("g", key_names, text_arrays(key_names))),
+        where=exp.Where(this=all_of(*equalities)),
+    )
+    return exp.Exists(this=select)

@@ -1,7 +1,10 @@
-"""SQLite's ``strftime`` in PostgreSQL: a moment, what modifiers make of it, its letters.
+"""SQLite's ``strftime`` in PostgreSQL: time values, modifiers and format letters.
 
-Moments are timestamps without zone, in UTC, whole milliseconds. What SQLite can't read is NULL
-there and here. What this can't do exactly is refused when the rule is compiled.
+Neither PostgreSQL nor a library has it: SQLite's reading of dates, its calendar with a year 0, its
+rounding and its range are reproduced here for exactness' sake, and the tests compare the results
+with SQLite. Times are timestamps without zone, in UTC, of whole milliseconds. What SQLite can't
+read is NULL, as in SQLite. What can't be done exactly is refused when the rule is compiled.
+(SQLite documentation, "Date And Time Functions".)
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ _TIME = r"([01][0-9]|2[0-4]):[0-5][0-9](:[0-5][0-9](\.[0-9]+)?)?"
 _BLANK = r"[ \t\n\v\f\r]"
 _ZONE = rf"{_BLANK}*([Zz]|[+-](0[0-9]|1[0-4]):[0-5][0-9])?{_BLANK}*"
 _TIME_VALUE = rf"^({_DATE}[ \t\n\v\f\rT]*({_TIME}{_ZONE})?|{_TIME}{_ZONE})$"
-"""The dates that SQLite reads, but for years before 1."""
+"""The dates that SQLite reads, except years before 1."""
 
 _END_JULIAN_DAY = 5373484.5
 _FIRST_UNIX_SECOND, _END_UNIX_SECOND = -210866760000, 253402300800
@@ -48,7 +51,7 @@ _SECONDS_PER_UNIT = {
     "month": 30 * _DAY_SECONDS,
     "year": 365 * _DAY_SECONDS,
 }
-"""Of months and years it is what a part of one is worth."""
+"""Of months and years it is the length of a fraction of one."""
 _MAX_SHIFT = {
     "second": 4.6427e11,
     "minute": 7.7379e9,
@@ -57,21 +60,21 @@ _MAX_SHIFT = {
     "month": 176546.0,
     "year": 14713.0,
 }
-"""A longer way than this leads out of what SQLite can hold, from wherever."""
+"""A longer shift leaves SQLite's range from every time, and is NULL."""
 _CALENDAR_UNITS = ("month", "year")
-"""Of these SQLite must know the year before and after, so that no detour leads beyond its own."""
+"""SQLite computes these by the calendar, so the time must be in its range before and after."""
 _SUBSECOND_MODIFIERS = frozenset({"subsec", "subsecond"})
 """With these the seconds since 1970 have three decimals."""
 _MAX_FORMAT_LENGTH = 250
 _SHIFTED_BY_DAYS = 300 * 146097
-"""120,000 years. The calendar repeats itself every 400, weekdays too, so that modifiers can be
-applied that much later: there no detour leaves what PostgreSQL can hold."""
+"""120,000 years. The calendar repeats every 400 years, weekdays too, so modifiers can be applied
+that much later, where no intermediate result leaves PostgreSQL's range."""
 _SHIFTED_FIRST_YEAR, _SHIFTED_FIRST, _SHIFTED_END = (
     "115287-01-01",
     "115287-11-24 12:00:00",
     "130000-01-01",
 )
-"""What SQLite can hold, so much later: of a calendar's years, of Julian days."""
+"""SQLite's range, so much later: of calendar years, and of Julian days."""
 
 
 def translate_time(
@@ -82,14 +85,14 @@ def translate_time(
     text: Sql | None,
     modifiers: Sequence[str],
 ) -> Sql:
-    """Return the moment that a time value and its modifiers mean, or NULL.
+    """Return the time that a time value and its modifiers stand for, or NULL.
 
     Args:
-        scope: Where the value is found.
+        scope: The scope whose joins are read.
         time: The value; None is now.
-        number: Its number, NULL where it is none: a Julian day, or what a modifier says it is.
+        number: Its number, NULL where it is a text: a Julian day, or what a modifier says.
         text: Its text.
-        modifiers: SQLite's, applied in order.
+        modifiers: SQLite's modifiers, applied in order.
 
     Raises:
         RuleUnsupportedError: A modifier depends on the server's time zone or isn't supported.
@@ -119,39 +122,33 @@ def _time_value_timestamp(
 ) -> Sql:
     if time is None:
         return _parse_time_text(scope, scope.translation.bind(Macro.NOW, SqlForm.TEXT))
-    is_date = isinstance(time, FieldValue) and time.field.kind is FieldKind.DATE
-    if (
-        is_date
-        and isinstance(time, FieldValue)
-        and time.modifier in {Modifier.WHOLE, Modifier.EACH}
-    ):
-        assert text is not None
-        return (
-            nodes.null(nodes.TIMESTAMP)
-            if base in {"unixepoch", "julianday"}
-            else _parse_time_text(scope, text)
-        )
+    is_number_wanted = base in {"unixepoch", "julianday"}
     assert number is not None
     assert text is not None
+    match time:
+        case FieldValue(modifier=Modifier.WHOLE | Modifier.EACH, field=field) if (
+            field.kind is FieldKind.DATE
+        ):
+            null = nodes.null(nodes.TIMESTAMP)
+            return null if is_number_wanted else _parse_time_text(scope, text)
     from_number = scope.translation.let(number, lambda given: _number_timestamp(given, base))
-    if base in {"unixepoch", "julianday"}:
+    if is_number_wanted:
         return from_number
     return nodes.coalesce(from_number, _parse_time_text(scope, _with_now(scope, text)))
 
 
 def _with_now(scope: Scope, text: Sql) -> Sql:
-    """Return the text with the moment for "now", whatever the text comes from."""
+    """Return the text, or the time of the batch where it is "now", also in a column."""
     is_now = nodes.binary(exp.EQ, nodes.call("lower", nodes.collate_c(text)), nodes.string("now"))
     return nodes.case((is_now, scope.translation.bind(Macro.NOW, SqlForm.TEXT)), default=text)
 
 
 def _parse_time_text(scope: Scope, text: Sql) -> Sql:
-    """Return the moment that a text spells; days beyond the month's end run on into the next."""
+    """Return the time that a text spells; days beyond the month's end are of the next month."""
     return scope.translation.let(text, _time_text_timestamp)
 
 
 def _time_text_timestamp(text: Sql) -> Sql:
-
     def part(regex: str, default: str) -> Sql:
         found = nodes.call("substring", text, nodes.string(regex))
         return nodes.coalesce(found, nodes.string(default))
@@ -176,7 +173,7 @@ def _time_text_timestamp(text: Sql) -> Sql:
         nodes.binary(exp.Sub, day, nodes.number(1)),
         hour,
         minute,
-        # What is more than 999 milliseconds isn't rounded to the next second.
+        # More than 999 milliseconds aren't rounded to the next second.
         _round_to_milliseconds(nodes.call("least", second, last)),
     )
     spelt = nodes.binary(exp.Sub, nodes.binary(exp.Add, first, since), zone)
@@ -193,7 +190,7 @@ def _round_to_milliseconds(seconds: Sql) -> Sql:
 
 
 def _number_timestamp(number: Sql, base: str) -> Sql:
-    """Return the moment of a Julian day, or of seconds since 1970."""
+    """Return the time of a Julian day, or of seconds since 1970."""
     julian = nodes.binary(exp.Mul, number, nodes.number(_DAY_SECONDS * 1000))
     since_epoch = nodes.binary(exp.Mul, number, nodes.number(1000))
     unix = nodes.binary(exp.Add, since_epoch, nodes.number(-_FIRST_UNIX_SECOND * 1000))
@@ -211,14 +208,14 @@ def _number_timestamp(number: Sql, base: str) -> Sql:
 
 
 def _after_julian_day_zero(milliseconds: Sql) -> Sql:
-    """Return the moment so long after the Julian day 0 began, in whole milliseconds."""
+    """Return the time so long after the Julian day 0 began, in whole milliseconds."""
     half = nodes.cast(nodes.string("0.5"), nodes.DOUBLE)
     rounded = nodes.call("floor", nodes.binary(exp.Add, milliseconds, half))
     since_epoch = nodes.binary(
         exp.Add, nodes.cast(rounded, nodes.BIGINT), nodes.number(_FIRST_UNIX_SECOND * 1000)
     )
     a_day = nodes.number(_DAY_SECONDS * 1000)
-    # An interval's seconds are doubles, too small for thousands of years of milliseconds.
+    # An interval's seconds are doubles, which can't hold the milliseconds of thousands of years.
     days = nodes.cast(nodes.call("div", nodes.cast(since_epoch, "numeric"), a_day), "int")
     seconds = nodes.binary(
         exp.Div, nodes.call("mod", since_epoch, a_day), nodes.cast(nodes.number(1000), nodes.DOUBLE)
@@ -236,7 +233,7 @@ def _null_outside(number: Sql, low: float, high: float, result: Sql) -> Sql:
 
 
 def _apply_modifier(start: Sql, modifier: str) -> Sql:
-    """Return the moment changed by one modifier, in lower case."""
+    """Return the time changed by one modifier, which is in lower case."""
     if modifier in {*_SUBSECOND_MODIFIERS, "ceiling"}:
         return start
     if modifier in {"start of day", "start of month", "start of year"}:
@@ -251,17 +248,11 @@ def _apply_modifier(start: Sql, modifier: str) -> Sql:
     if shift := _SHIFT_MODIFIER.fullmatch(modifier):
         later = _shift(start, float(shift[1]), shift[2])
         return _null_unless_representable(start, later) if shift[2] in _CALENDAR_UNITS else later
-    if modifier in {"utc", "localtime"} or re.match(r"[+-]?\d+[-:]", modifier) is not None:
-        _refuse(modifier)
-    if modifier == "floor":
-        _refuse(modifier)
+    if modifier in {"utc", "localtime", "floor"} or re.match(r"[+-]?\d+[-:]", modifier):
+        raise RuleUnsupportedError(
+            f'modifier "{modifier}" of strftime is not supported', start=0, end=0
+        )
     return nodes.null(nodes.TIMESTAMP)
-
-
-def _refuse(modifier: str) -> None:
-    raise RuleUnsupportedError(
-        f'modifier "{modifier}" of strftime is not supported', start=0, end=0
-    )
 
 
 def _next_weekday(start: Sql, weekday: int) -> Sql:
@@ -272,7 +263,7 @@ def _next_weekday(start: Sql, weekday: int) -> Sql:
 
 
 def _shift(start: Sql, amount: float, unit: str) -> Sql:
-    """Return the moment some units later. Months keep the day's number, beyond the end too."""
+    """Return the time some units later. Months keep the day's number, also beyond their end."""
     if abs(amount) >= _MAX_SHIFT[unit]:
         return nodes.null(nodes.TIMESTAMP)
     zero = nodes.number(0)
@@ -294,12 +285,12 @@ def _shift(start: Sql, amount: float, unit: str) -> Sql:
 
 
 def _null_unless_representable(start: Sql, result: Sql) -> Sql:
-    """Return the result if SQLite can tell the calendar's day of the moment, else NULL."""
+    """Return the result if SQLite can compute the calendar day of the time, else NULL."""
     return _result_if_within(start, _SHIFTED_FIRST, _SHIFTED_END, result)
 
 
 def _null_unless_within(start: Sql, first: str, end: str) -> Sql:
-    """Return the moment if SQLite can hold it, else NULL."""
+    """Return the time if it is in SQLite's range, else NULL."""
     return _result_if_within(start, first, end, start)
 
 
@@ -313,24 +304,25 @@ def _result_if_within(start: Sql, first: str, end: str, result: Sql) -> Sql:
 
 
 def format_time(scope: Scope, timestamp: Sql, layout: str, modifiers: Sequence[str]) -> Sql:
-    """Return the moment in SQLite's format; NULL for a format that it refuses.
+    """Return the time in SQLite's format; NULL for a format that SQLite refuses.
 
     Args:
-        scope: Where the value is found.
-        timestamp: The moment, modified already.
+        scope: The scope whose joins are read.
+        timestamp: The time, with its modifiers applied.
         layout: The format.
-        modifiers: Some of them change what a letter shows.
+        modifiers: The modifiers; some change what a letter prints.
 
     Raises:
-        RuleUnsupportedError: The format wants the Julian day, or is far too long.
+        RuleUnsupportedError: The format has the Julian day, or is too long.
     """
     if len(layout) > _MAX_FORMAT_LENGTH:
         raise RuleUnsupportedError(
             f"the format of strftime is longer than {_MAX_FORMAT_LENGTH} characters", start=0, end=0
         )
-    is_fine = any(modifier.lower() in _SUBSECOND_MODIFIERS for modifier in modifiers)
+    has_subseconds = any(modifier.lower() in _SUBSECOND_MODIFIERS for modifier in modifiers)
     return scope.translation.let(
-        timestamp, lambda given: _concatenate_format(scope, given, layout, has_subseconds=is_fine)
+        timestamp,
+        lambda given: _concatenate_format(scope, given, layout, has_subseconds=has_subseconds),
     )
 
 
@@ -368,9 +360,9 @@ _TO_CHAR_LETTERS = {
     "u": "ID",
     "V": "IW",
 }
-"""Letters that PostgreSQL has too."""
+"""Letters that are a format of PostgreSQL's ``to_char``."""
 _BLANK_PADDED_LETTERS = {"e": "FMDD", "k": "FMHH24", "l": "FMHH12"}
-"""Those with a blank in front instead of a zero."""
+"""Those padded with a blank instead of a zero."""
 
 
 def _format_letter(start: Sql, letter: str, *, has_subseconds: bool) -> Sql | None:
@@ -397,14 +389,6 @@ def _iso_date(start: Sql) -> Sql:
     return nodes.concatenate(_year(start), nodes.call("to_char", start, nodes.string("-MM-DD")))
 
 
-def _weekday_number(start: Sql) -> Sql:
-    return nodes.cast(_date_part("dow", start), nodes.TEXT)
-
-
-def _week_from_sunday(start: Sql) -> Sql:
-    return _week(start, _date_part("dow", start))
-
-
 def _week_from_monday(start: Sql) -> Sql:
     return _week(start, nodes.binary(exp.Sub, _date_part("isodow", start), nodes.number(1)))
 
@@ -415,21 +399,21 @@ def _date_part(field: str, start: Sql) -> Sql:
 
 
 def _iso_week_thursday(start: Sql) -> Sql:
-    """Return a moment in the year that the week counts to."""
+    """Return a time in the year that the ISO week belongs to: its Thursday."""
     days = nodes.binary(exp.Sub, nodes.number(4), _date_part("isodow", start))
     zero = nodes.number(0)
     return nodes.binary(exp.Add, start, nodes.call("make_interval", zero, zero, zero, days))
 
 
 def _astronomical_year(start: Sql) -> Sql:
-    """Return the year; SQLite counts a year 0, PostgreSQL calls it 1 BC and -1."""
+    """Return the year. SQLite has a year 0; to PostgreSQL it is 1 BC and -1."""
     year = _date_part("year", start)
     is_before = nodes.binary(exp.LT, year, nodes.number(0))
     return nodes.case((is_before, nodes.binary(exp.Add, year, nodes.number(1))), default=year)
 
 
 def _year(start: Sql) -> Sql:
-    """Return the year in four characters, a sign among them."""
+    """Return the year in four characters, including a sign."""
     year = _astronomical_year(start)
     is_signed = nodes.binary(exp.LT, year, nodes.number(0))
     layout = nodes.case((is_signed, nodes.string("FM9000")), default=nodes.string("FM0000"))
@@ -437,7 +421,7 @@ def _year(start: Sql) -> Sql:
 
 
 def _year_of_century(start: Sql) -> Sql:
-    """Return the year's last two digits, a sign before those of a year before 0."""
+    """Return the year's last two digits, with a sign if it is before 0."""
     year = nodes.call("mod", _astronomical_year(start), nodes.number(100))
     is_signed = nodes.binary(exp.LT, year, nodes.number(0))
     layout = nodes.case((is_signed, nodes.string("FM90")), default=nodes.string("FM00"))
@@ -445,7 +429,7 @@ def _year_of_century(start: Sql) -> Sql:
 
 
 def _week(start: Sql, days_since_first: Sql) -> Sql:
-    """Return the week of the year, 00 before the first day of the week in question."""
+    """Return the week of the year, 00 before the first such weekday of the year."""
     days = nodes.binary(
         exp.Sub, nodes.binary(exp.Add, _date_part("doy", start), nodes.number(6)), days_since_first
     )
@@ -457,9 +441,9 @@ _COMPUTED_LETTERS: Mapping[str, Callable[[Sql], Sql]] = {
     "F": _iso_date,
     "g": lambda start: _year_of_century(_iso_week_thursday(start)),
     "G": lambda start: _year(_iso_week_thursday(start)),
-    "U": _week_from_sunday,
-    "w": _weekday_number,
+    "U": lambda start: _week(start, _date_part("dow", start)),
+    "w": lambda start: nodes.cast(_date_part("dow", start), nodes.TEXT),
     "W": _week_from_monday,
     "Y": _year,
 }
-"""Letters that are made otherwise."""
+"""Letters that are computed."""

@@ -55,7 +55,7 @@ NOW = datetime(2024, 2, 29, 23, 5, 7, 89_999, tzinfo=UTC)
     ],
 )
 def test_macro_is_taken_in_utc(macro: Macro, expected: str | int) -> None:
-    """Wherever the service runs; and its class is known without a moment."""
+    """In whatever time zone the service runs; its class is the same at all times."""
     elsewhere = NOW.astimezone(timezone(timedelta(hours=5)))
     found = parameter_value(macro, RuleRequest(), elsewhere)
     assert found == expected
@@ -115,7 +115,7 @@ def test_shape_is_all_that_a_translation_sees(content: Scalar, expected: Paramet
     ],
 )
 def test_constant_becomes_a_pattern_once(content: str | float, expected: str) -> None:
-    """A text with an unescaped ``%`` is one already; any other is looked for as it stands."""
+    """A text with an unescaped ``%`` is a pattern already; any other is searched literally."""
     assert like_pattern(content) == expected
 
 
@@ -178,7 +178,7 @@ def test_number_is_shown_as_sqlite_shows_it(number: float, text: str) -> None:
 def test_value_is_handed_over_in_the_form_asked_for(
     content: Scalar, form: SqlForm, expected: Scalar
 ) -> None:
-    """What isn't of a key's type becomes NULL, which matches nothing, and no error."""
+    """A text that isn't of the key's type becomes NULL, which matches nothing, and no error."""
     assert to_sql_value(content, form) == expected
 
 
@@ -194,7 +194,7 @@ def test_value_is_handed_over_in_the_form_asked_for(
     ],
 )
 def test_json_text_has_its_keys_in_the_order_of_jsonb(text: str, expected: str) -> None:
-    """The order is forgotten there; only compact texts can equal a container at all."""
+    """Jsonb has an order of keys of its own; only a compact text can equal a container."""
     assert json_in_jsonb_order(text) == expected
 
 
@@ -241,7 +241,7 @@ def test_value_comes_from_the_subscription(parameter: Parameter, expected: Scala
 
 
 def test_lowered_number_is_a_text_and_as_a_pattern_the_number() -> None:
-    """``title ~ @request.query.views:lower`` looks for 5, and ``title =`` it for 5.0."""
+    """``title ~ @request.query.views:lower`` searches 5, and ``title =`` compares with 5.0."""
     parameter = RequestValue(("query", "views"), is_read_as_number=True, is_lower=True)
     found = parameter_value(parameter, RuleRequest(query={"views": "5"}), NOW)
     assert (to_sql_value(found, SqlForm.TEXT), to_sql_value(found, SqlForm.PATTERN)) == (
@@ -258,7 +258,7 @@ def test_guest_has_no_plain_fields_and_a_superuser_has(field: str) -> None:
 
 
 def test_what_looks_numeric_is_what_sqlite_takes_for_a_number() -> None:
-    """SQLite itself is the oracle: a text that it takes for a number equals it."""
+    """SQLite is the oracle: a text that it takes for a number equals that number."""
     texts = ["5", " 5", "5 ", "\t5\n", "+5", "-5", "5.", ".5", ".", "5e1", "5e", "e1", "5a", "",
              " ", "0x5", "1e+5", "--5", "5 5", "\u00a05", "\v5\f", "1_0", "inf", "nan"]  # fmt: skip
     connection = sqlite3.connect(":memory:")

@@ -1,4 +1,4 @@
-"""What paths mean, and what is refused."""
+"""The resolver: what each kind of path becomes, and what is refused."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_path_means(path: str, term: predicate.Term) -> None:
     "path", ["@request.auth.name", "@request.auth.id:isset", "@request.auth.nope.x"]
 )
 def test_paths_of_a_guest_are_null(path: str) -> None:
-    """Rules are shared by guests and several auth collections: nothing there is an error."""
+    """A rule serves guests and several auth collections, so an unknown name there is no error."""
     assert _left(path, None) == predicate.Keyword(None)
 
 
@@ -216,7 +216,7 @@ def test_paths_of_a_guest_are_null(path: str) -> None:
 def test_bad_rule_is_refused_where_it_is_bad(
     rule: str, error: type[RuleError], place: tuple[int, int], hint: str
 ) -> None:
-    """At start an operator reads what is wrong, where, and what was probably meant."""
+    """The operator reads what is wrong, where, and the nearest known name."""
     with pytest.raises(error) as refused:
         check_rule(COLLECTIONS, POSTS, rule)
     assert (refused.value.start, refused.value.end) == place
@@ -235,7 +235,7 @@ def test_bad_rule_is_refused_where_it_is_bad(
     ],
 )
 def test_nonsense_that_is_no_error_is_accepted(rule: str) -> None:
-    """Types that don't fit and requests that lack a key are no mistakes of the language."""
+    """Operands of different types and missing keys of a request are no errors."""
     check_rule(COLLECTIONS, POSTS, rule)
 
 
@@ -257,13 +257,13 @@ def test_nonsense_that_is_no_error_is_accepted(rule: str) -> None:
     ],
 )
 def test_filter_is_held_to_what_its_sender_may_see(text: str) -> None:
-    """Hidden fields, locked collections and the words @request. and @collection. are refused."""
+    """Hidden fields, collections without list rule, @request. and @collection. are refused."""
     with pytest.raises(RuleError):
         resolve_filter(text, COLLECTIONS, POSTS, USERS)
 
 
 def test_filter_joins_only_what_can_be_listed() -> None:
-    """A collection's list rule is demanded of every row of it that the filter reads."""
+    """Every row that a filter joins must meet its collection's list rule."""
     guarded = Collections((_with_rule(USERS, "level > 0"), TEAMS, POSTS, COMMENTS))
     leaf = predicate.Comparison(
         predicate.FieldValue(AUTHOR, USERS.fields_by_name["name"]),
@@ -293,7 +293,7 @@ def _with_rule(collection: Collection, rule: str | None) -> Collection:
 
 
 def test_filter_finds_an_address_only_where_it_is_shown() -> None:
-    """Each comparison with an e-mail address asks for emailVisibility of the same row."""
+    """Each comparison with an e-mail address requires emailVisibility of the same row."""
     where = resolve_filter("email != ''", COLLECTIONS, USERS, None).where
     here = predicate.RowPath(predicate.ScopeRow("users"))
     assert where == predicate.Conjunction(
@@ -315,7 +315,7 @@ def test_filter_finds_an_address_only_where_it_is_shown() -> None:
 
 
 def test_filters_that_differ_in_literals_share_a_predicate() -> None:
-    """What is compiled once per shape has no literal in it; a format's text stays."""
+    """A filter is compiled without its literals; the format of strftime stays."""
     one = resolve_filter("title = 'a' && views > 1", COLLECTIONS, POSTS, None)
     other = resolve_filter("title  =  'b' && views > 22", COLLECTIONS, POSTS, None)
 
@@ -332,7 +332,7 @@ def test_filters_that_differ_in_literals_share_a_predicate() -> None:
 
 
 def test_rule_that_fails_for_one_kind_of_subscriber_admits_none_of_them() -> None:
-    """At save time rules are checked as a guest; what only shows later denies and isn't raised."""
+    """PocketBase checks a rule as a guest when it is saved; what fails only later denies."""
     ann = AuthRecord(collection_id="pbc_users", collection_name="users", id="uann")
     rule = "@request.auth.level.x = 1 || id != ''"
 
@@ -356,7 +356,7 @@ _WORDS = st.sampled_from(
 @given(st.one_of(st.text(), st.lists(_WORDS, max_size=14).map(" ".join)))
 @settings(max_examples=300)
 def test_any_text_is_validated_or_refused_with_a_place(text: str) -> None:
-    """Whatever stands in a configuration or comes from a client: a RuleError or a translation."""
+    """Any text gives a RuleError or a translation, never another exception."""
     try:
         check_rule(COLLECTIONS, POSTS, text)
     except RuleError as error:

@@ -1,4 +1,4 @@
-"""The scanner and the parser, corner by corner."""
+"""The parser of rules and filters, with the oddities of PocketBase's."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ A, B, C = _is("a", 1), _is("b", 2), _is("c", 3)
     ],
 )
 def test_text_means(text: str, expression: ExpressionNode) -> None:
-    """``&&`` binds stronger than ``||``; blanks, comments and idle brackets mean nothing."""
+    """``&&`` binds stronger than ``||``; blanks, comments and redundant brackets have no effect."""
     assert parse_expression(text) == expression
 
 
@@ -79,7 +79,7 @@ def test_text_means(text: str, expression: ExpressionNode) -> None:
 def test_group_in_an_odd_position_drops_what_is_half_finished(
     text: str, expression: ExpressionNode
 ) -> None:
-    """As PocketBase reads it: the last join counts, and a comparison before it may be lost."""
+    """As in PocketBase: the last connective counts, and a comparison before it can be lost."""
     assert parse_expression(text) == expression
 
 
@@ -101,7 +101,7 @@ def test_group_in_an_odd_position_drops_what_is_half_finished(
 def test_six_escapes_are_folded_in_both_quotes_everywhere(
     quoted: str, value: str, form: str
 ) -> None:
-    """A backslash before anything else stays, and so does what follows it."""
+    """A backslash before any other character stays, and so does the character."""
     found = parse_expression(form.format(quoted))
     assert isinstance(found, ComparisonNode)
     operand: OperandNode = found.left.args[0] if isinstance(found.left, CallNode) else found.right
@@ -117,7 +117,7 @@ def test_six_escapes_are_folded_in_both_quotes_everywhere(
     ],
 )
 def test_comment_in_a_group_counts_for_its_brackets(text: str) -> None:
-    """PocketBase's bracket counter knows no comments; the same text ungrouped is fine."""
+    """PocketBase's bracket counter doesn't skip comments; the same text ungrouped is accepted."""
     with pytest.raises(RuleSyntaxError):
         parse_expression(text)
     parse_expression(text.removeprefix("(").removesuffix(")"))
@@ -144,14 +144,14 @@ def test_comment_may_hide_a_bracket_from_the_group_around() -> None:
     ],
 )
 def test_what_is_not_the_language_is_refused_with_its_place(text: str) -> None:
-    """The span lies within the text, so that an operator sees what is meant."""
+    """The span is within the text, so that an operator sees the place."""
     with pytest.raises(RuleSyntaxError) as refused:
         parse_expression(text)
     assert 0 <= refused.value.start <= refused.value.end <= len(text)
 
 
 def test_operands_remember_their_place() -> None:
-    """Errors of later steps point into the text, too."""
+    """Errors of later steps have a place in the text, too."""
     found = parse_expression("x=1 || (title ~ 'ab')")
     assert isinstance(found, OrNode)
     last = found.children[1]
@@ -161,14 +161,14 @@ def test_operands_remember_their_place() -> None:
 
 
 def test_comparisons_are_limited() -> None:
-    """PocketBase's own limit: 200, however they are grouped."""
+    """PocketBase's limit: 200, however they are grouped."""
     parse_expression(" || ".join(["(a=1)"] * MAX_COMPARISONS))
     with pytest.raises(RuleSyntaxError):
         parse_expression(" || ".join(["(a=1)"] * (MAX_COMPARISONS + 1)))
 
 
 def test_nesting_is_limited_only_where_it_means_something() -> None:
-    """A hundred thousand idle brackets are no depth; alternation is."""
+    """A hundred thousand redundant brackets don't count as depth; alternation does."""
     assert parse_expression("(" * 100_000 + "a=1" + ")" * 100_000) == A
     with pytest.raises(RuleUnsupportedError):
         parse_expression(_alternating(MAX_DEPTH + 1))
@@ -199,7 +199,7 @@ def _alternating(depth: int) -> str:
     ids=range(10),
 )
 def test_time_is_bounded_whatever_the_text(text: str) -> None:
-    """Long nonsense is refused, or understood, about as fast as it is read."""
+    """A long text is refused or parsed in time linear in its length."""
     before = time.perf_counter()
     with contextlib.suppress(RuleError):
         parse_expression(text)
@@ -216,7 +216,7 @@ _TOKENS = st.sampled_from(
 
 @given(st.one_of(st.text(), st.lists(_TOKENS, max_size=40).map("".join)))
 def test_any_text_is_parsed_or_refused_with_a_place(text: str) -> None:
-    """Nothing but a RuleError comes out, and its span lies within the text."""
+    """Only a RuleError is raised, and its span is within the text."""
     try:
         parse_expression(text)
     except RuleError as error:
@@ -224,7 +224,7 @@ def test_any_text_is_parsed_or_refused_with_a_place(text: str) -> None:
 
 
 def test_half_a_character_is_refused_where_it_stands() -> None:
-    """UTF-8 has no such text, so no database could be asked with it; YAML can write one."""
+    """UTF-8 has no such text, so PostgreSQL couldn't take it; YAML can contain one."""
     with pytest.raises(RuleSyntaxError, match="half a character") as found:
         parse_expression("title = 'a' || title = 'b\ud800'")
 

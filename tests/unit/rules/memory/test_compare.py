@@ -1,4 +1,4 @@
-"""Comparisons of single values; that Postgres makes them alike is proved on a server."""
+"""Comparisons of single values; the integration tests compare them with PostgreSQL's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pgrealtime.rules.memory.text_values import number_text, parse_numeric
 
 
 def naive(pattern: str, text: str) -> bool:
-    """LIKE as it is defined, character by character."""
+    """Return whether the pattern matches, by LIKE's definition, character by character."""
     if not pattern:
         return not text
     head, rest = pattern[0], pattern[1:]
@@ -69,7 +69,7 @@ def test_the_parts_of_a_pattern_stand_one_after_the_other(
 
 
 def test_a_pattern_that_backtracks_is_no_weapon() -> None:
-    """A client chooses the pattern, and everybody waits while it is matched."""
+    """A client chooses the pattern, and all other callers wait while it is matched."""
     matches = like_matcher("%" + "a%_" * 400 + "%b")
     text = "a" * 20_000
     start = time.process_time()
@@ -82,7 +82,7 @@ def test_a_pattern_that_backtracks_is_no_weapon() -> None:
 def test_a_pattern_that_nearly_fits_everywhere_is_counted_and_left_to_postgres(
     pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each place of the text is looked at for each of its characters: 9,000 times 1,500."""
+    """Each position of the text is compared for each ``_``: 9,000 times 1,500."""
     monkeypatch.setattr(WORK_BUDGET, "units_left", 2000.0)
     start = time.process_time()
 
@@ -92,7 +92,7 @@ def test_a_pattern_that_nearly_fits_everywhere_is_counted_and_left_to_postgres(
 
 
 def test_a_text_is_made_lower_case_once_for_many_patterns() -> None:
-    """That took longest of all where many filters read a long text."""
+    """Lower-casing took most of the time where many filters read a long text."""
     text = "Ä" * 1_000_000
     assert not like_matcher("%0%")(text)
     start = time.process_time()
@@ -102,7 +102,7 @@ def test_a_text_is_made_lower_case_once_for_many_patterns() -> None:
 
 
 def test_long_patterns_are_not_kept() -> None:
-    """A column's value may be one (``title ~ body``), another one in each row."""
+    """A column's value can be the pattern (``title ~ body``), another one in each row."""
     tracemalloc.start()
     try:
         for number in range(300):
@@ -127,7 +127,7 @@ VALUES = st.one_of(st.none(), NUMBERS, st.text("a5 .", max_size=3))
 def test_any_two_values_stand_in_exactly_one_order(
     one: float | str | None, other: float | str | None
 ) -> None:
-    """NaN too: above every number and equal to itself."""
+    """NaN included: above every number and equal to itself."""
     orders = [compare_order(Op.LT, one, other), compare_order(Op.GT, one, other)]
     if one is None or other is None:
         assert orders == [None, None]
@@ -199,7 +199,7 @@ def test_one_large_number_is_one_however_it_is_written(
     "number", [10**400, -(10**400), Decimal("1e-400"), parse_numeric("1" * 2000)]
 )
 def test_a_number_beyond_all_doubles_is_none(number: SqliteValue) -> None:
-    """Postgres reports an error where it would have to be one."""
+    """PostgreSQL reports an error where a double would have to be one."""
     with pytest.raises(UndecidedError):
         nearest_double(number)
 

@@ -1,4 +1,4 @@
-"""Rules taken apart keep their meaning."""
+"""Splitting a rule into its comparisons keeps its meaning."""
 
 from __future__ import annotations
 

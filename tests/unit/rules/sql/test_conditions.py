@@ -1,4 +1,4 @@
-"""The shape of the SQL: what it holds, what it depends on, who makes it."""
+"""The SQL of predicates: what it contains and depends on, and which module makes it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _SOURCES = sorted(Path(pgrealtime.rules.__file__).parent.rglob("*.py"))
 
 @pytest.mark.parametrize("path", _SOURCES, ids=lambda path: path.name)
 def test_connectives_are_made_in_one_place(path: Path) -> None:
-    """A bare ``exp.AndNode`` prints no brackets and changes the meaning; one module makes them."""
+    """A bare ``exp.And`` prints no brackets and changes the meaning; one module makes them."""
     made = {
         node.attr
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
@@ -59,7 +59,7 @@ def test_connectives_are_made_in_one_place(path: Path) -> None:
 
 
 def test_no_value_of_a_rule_is_in_the_text() -> None:
-    """Literals, request values and keys of json go through placeholders, always."""
+    """Literals, request values and JSON keys are always bound by placeholders."""
     request = RuleRequest(principal=ANN, query={"q": "quux'--", "filter": "title != 'fi%lt'"})
     rule = "title ~ 'lit%eral' && views > 4711 && data.somekey = @request.query.q && id = @now"
     asked = reference_query(COLLECTIONS, POSTS, rule, request)
@@ -80,7 +80,7 @@ def test_every_percent_is_a_placeholder_or_doubled() -> None:
 
 
 def test_translation_depends_on_classes_only() -> None:
-    """Two subscribers whose values have the same classes share it; others needn't."""
+    """Two callers whose values have the same classes share it; others needn't."""
     rule = "title = @request.query.q || views > @request.query.q || title ~ @request.query.q"
 
     def of(text: str) -> str:
@@ -92,7 +92,7 @@ def test_translation_depends_on_classes_only() -> None:
 
 
 def test_leaves_over_one_path_share_its_join() -> None:
-    """Two ``?`` comparisons speak of one reviewer; other paths join on their own."""
+    """Two ``?`` comparisons are about one reviewer; other paths have joins of their own."""
     shared = _sql("reviewers.name ?= 'a' && reviewers.level ?> 1 && reviewers:each ?= 'x'")
     assert shared.count("LEFT JOIN") == 2
     apart = _sql("@collection.users.name ?= 'a' && @collection.users:b.name ?= 'b'")
@@ -100,7 +100,7 @@ def test_leaves_over_one_path_share_its_join() -> None:
 
 
 def test_table_is_qualified_and_names_are_quoted() -> None:
-    """search_path is pg_catalog: nothing else would be found, and nothing can be shadowed."""
+    """search_path is pg_catalog, so an unqualified name can't be shadowed."""
     tree = parse_one(re.sub(r"%\(\w+\)s", "NULL", _sql("author.name = 'x'")), dialect="postgres")
     tables = {(table.db, table.name) for table in tree.find_all(exp.Table) if table.name}
     assert tables == {("public", "users")}
@@ -120,8 +120,8 @@ def test_table_is_qualified_and_names_are_quoted() -> None:
     ],
 )
 def test_every_column_is_one_of_the_row_it_is_asked_of(rule: str) -> None:
-    """The resolver of sqlglot finds all columns in the schema, case and all."""
-    shapes = {
+    """Sqlglot's resolver finds all columns in the schema, with their case."""
+    classes = {
         parameter: parameter_class(
             parameter_value(parameter, RuleRequest(principal=ANN), datetime.now(UTC))
         )
@@ -129,14 +129,14 @@ def test_every_column_is_one_of_the_row_it_is_asked_of(rule: str) -> None:
             resolve_rule(rule, COLLECTIONS, POSTS, USERS).where
         )
     }
-    lowered = translate_predicate(
-        resolve_rule(rule, COLLECTIONS, POSTS, USERS), COLLECTIONS, shapes
+    translated = translate_predicate(
+        resolve_rule(rule, COLLECTIONS, POSTS, USERS), COLLECTIONS, classes
     )
     row = nodes.table(POSTS.table.name, ROW_ALIAS)
     select = exp.Select(
         expressions=[exp.Literal.number(1)],
         from_=exp.From(this=row),
-        where=exp.Where(this=lowered.condition.copy()),
+        where=exp.Where(this=translated.condition.copy()),
     )
     schema: dict[str, object] = {
         "public": {
@@ -154,7 +154,7 @@ def test_every_column_is_one_of_the_row_it_is_asked_of(rule: str) -> None:
 
 
 def test_columns_and_tables_that_are_read_are_told() -> None:
-    """A row image must have the columns, and whoever decides deletes the tables."""
+    """A row image must have the columns; the tables need overlays on deletes."""
     asked = reference_query(
         COLLECTIONS,
         POSTS,
@@ -167,7 +167,7 @@ def test_columns_and_tables_that_are_read_are_told() -> None:
 
 
 def test_absent_parameters_are_folded_into_the_text() -> None:
-    """A guest's ``author = @request.auth.id`` asks for rows without author."""
+    """A guest's ``author = @request.auth.id`` matches rows without author."""
     guest = _sql("author = @request.auth.id", RuleRequest())
     assert "IS NULL" in guest
     assert "%(p0)s" not in guest
@@ -175,7 +175,7 @@ def test_absent_parameters_are_folded_into_the_text() -> None:
 
 
 def _repeated(part: str) -> str:
-    """Return a filter as long as a topic can carry."""
+    """Return a filter as long as a topic can be."""
     return "||".join([part] * (2400 // (len(part) + 2)))
 
 
@@ -194,7 +194,7 @@ def _repeated(part: str) -> str:
     ids=range(8),
 )
 def test_any_filter_is_small_in_sql_and_quickly_made(text: str) -> None:
-    """What a stranger sends can't cost seconds or megabytes: it is translated or refused."""
+    """A client's filter is translated or refused within bounded time and memory."""
     before = time.perf_counter()
     asked = reference_query(COLLECTIONS, POSTS, "", RuleRequest(query={"filter": text}))
     assert time.perf_counter() - before < 10
@@ -232,7 +232,7 @@ _COMPARISONS = (
 
 
 def _bare_texts(node: exp.Expr) -> Iterator[exp.Column]:
-    """Yield the text columns that a comparison compares under their own collation."""
+    """Yield the text columns that a comparison reads under their own collation."""
     match node:
         case exp.Collate() | exp.Subquery():
             return
@@ -280,7 +280,7 @@ _PATHS = (
 
 @pytest.mark.parametrize("left", _PATHS)
 def test_every_text_comparison_is_of_bytes(left: str) -> None:
-    """Whatever is compared with what, and however: no collation says what is equal."""
+    """No comparison of any operands depends on a nondeterministic collation alone."""
     others = [*_PATHS, "'a'", "5", "''", "null", "true", "@request.auth.id", "@request.query.q"]
     for place, right in enumerate(others, _PATHS.index(left)):
         for op in ("=", ("!=", "?=", "<", "?>=", "~", "!~", "?!=")[place % 7]):
@@ -294,7 +294,7 @@ def test_every_text_comparison_is_of_bytes(left: str) -> None:
 
 
 def test_a_comparison_by_collation_would_be_seen() -> None:
-    """The walk above tells them apart."""
+    """The walk above distinguishes them."""
     plain = parse_one('"r"."title" = %(p)s', dialect="postgres")
     collated = parse_one('"r"."title" COLLATE "C" = "a"."name"', dialect="postgres")
     narrowed = parse_one('"r"."title" = \'x\' AND "r"."title" COLLATE "C" = \'x\'')
