@@ -375,9 +375,8 @@ def map_parameters(condition: Condition, replaced: Callable[[Parameter], Paramet
                 return term
 
     match condition:
-        case Comparison():
-            left = map_term(condition.left)
-            return replace(condition, left=left, right=map_term(condition.right))
+        case Comparison(left, op, is_any, right, start, end):
+            return Comparison(map_term(left), op, is_any, map_term(right), start, end)
         case Conjunction(parts):
             return Conjunction(tuple(map_parameters(part, replaced) for part in parts))
         case Disjunction(parts):
