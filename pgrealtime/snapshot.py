@@ -1,4 +1,4 @@
-"""Which transactions readers see: Postgres's snapshots, and the barrier made of one."""
+"""PostgreSQL's snapshots: which transactions a reader sees, and the read point made of one."""
 
 from __future__ import annotations
 
@@ -39,21 +39,22 @@ def parse_snapshot(text: str) -> Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class ReadPoint:
-    """What a topic that joins must still hear: whatever was not visible when it joined.
+    """A snapshot and the WAL insert LSN read with it: what was visible when something was read.
 
-    Everything that commits beyond ``insert_lsn`` was not.
+    A topic that is subscribed at a read point must still receive what was not visible at it. What
+    commits beyond ``insert_lsn`` was not.
     """
 
     snapshot: Snapshot
     insert_lsn: LSN
 
     def predates(self, xid: Xid, end_lsn: LSN) -> bool:
-        """Whether the transaction was still invisible, and so is to be delivered."""
+        """Whether the transaction was not visible yet, and so must be delivered."""
         return end_lsn > self.insert_lsn or not self.snapshot.sees(xid)
 
 
 def parse_read_point(snapshot: str, insert_lsn: str) -> ReadPoint:
-    """Return the barrier from what Postgres printed."""
+    """Return the read point that PostgreSQL printed."""
     return ReadPoint(parse_snapshot(snapshot), parse_lsn(insert_lsn))
 
 
@@ -61,4 +62,4 @@ SNAPSHOT_QUERY = (
     "SELECT pg_catalog.pg_current_snapshot()::pg_catalog.text,"
     " pg_catalog.pg_current_wal_insert_lsn()::pg_catalog.text, pg_catalog.pg_is_in_recovery()"
 )
-"""The only query of its transaction: its snapshot is younger than its arrival."""
+"""The only query of its transaction, so its snapshot is taken after the query has arrived."""

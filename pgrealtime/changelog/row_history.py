@@ -1,11 +1,12 @@
 """Which changes in the changelog affected a given row after a given transaction.
 
-A row read from the table now may be newer than the event it is read for. ``hub.completion``
-(columns that the WAL left out) and ``hub.expand`` (links in junction tables) ask here what
-was done to the row since, and use of the live row only what no later change can have altered.
+A row read from the table now may be newer than the event it is read for. ``hub.evaluation``
+(columns that the WAL left out), ``hub.state.caller_check`` (callers' rows) and
+``expand.link_history`` (links in junction tables) ask here what was done to the row since, and use
+of the live row only what no later change can have altered.
 
-A table is indexed on the first question about it, each changelog entry once, so tables that nobody
-asks about cost nothing.
+A table is indexed on the first question about it, each changelog entry once, so tables that are
+never asked about cost nothing.
 """
 
 from __future__ import annotations
@@ -75,8 +76,7 @@ class TableHistory:
         self._table = table
         self._column = column
         self._indexed_after = self._indexed_upto = LSN(0)
-        """The indexed range: entries that end after ``_since`` and up to ``_indexed_upto``. Both
-        are 0
+        """The indexed range: entries that end after the one LSN and up to the other. Both are 0
         until the first ``extend``."""
         self._writes: defaultdict[str, deque[RowWrite]] = defaultdict(deque)
         """By value of the column, oldest first."""
@@ -86,10 +86,9 @@ class TableHistory:
         """Writes whose row isn't known, oldest first: truncations, missing changes, old images
         without the column."""
         self._extend_lock = asyncio.Lock()
-        """Held by ``extend``, which yields between reading entries and advancing ``_since`` or
-        ``_indexed_upto``: two at once would index the same entries twice. ``trim`` and ``writes``
-        don't
-        await, so each sees and leaves the fields consistent and needs no lock."""
+        """Held by ``extend``, which yields between reading entries and advancing the indexed range:
+        two at once would index the same entries twice. ``trim`` and ``writes`` don't await, so each
+        sees and leaves the fields consistent and needs no lock."""
 
     def writes(self, value: str, after: LSN) -> list[RowWrite]:
         """Return the writes that may concern a row, oldest first.
@@ -152,7 +151,7 @@ class TableHistory:
             await asyncio.sleep(0)
 
     async def _extend_back(self, after: LSN) -> None:
-        """Index what ends after ``after``, up to ``_since``.
+        """Index what ends after ``after``, up to the indexed range.
 
         Nothing is stored before all of it was read: ``ChangelogError`` leaves the index as it was.
         """
@@ -259,7 +258,7 @@ class RowHistory:
         """Of the tables that the stream carries, from where the changelog has their changes."""
 
     def set_streamed_tables(self, tables: Iterable[TableName]) -> None:
-        """Take note of which tables the stream carries from now on, and discard all indexes.
+        """Record which tables the stream carries from now on, and discard all indexes.
 
         Called when collections come into force: tables and key columns may be others.
         """
@@ -293,7 +292,7 @@ class RowHistory:
     def may_be_written(self, lookup_column: LookupColumn, value: str, after: LSN) -> bool:
         """Whether a row may have been written in commits that end after an LSN.
 
-        Call it after ``of`` returned a history for the lookup and that LSN.
+        Call it after ``table_history`` returned one for the column and that LSN.
 
         Args:
             lookup_column: The table and column.

@@ -1,8 +1,8 @@
-"""Fetches related records: those that subscriptions expand, and the ids in junction tables.
+"""Loads what records show beside their rows: related records, and ids in junction tables.
 
-Level by level for a whole batch: whatever viewers and records want of one relation is one query, of
-one collection's rows another, and rules are asked once for all who ask the same. Nothing here keeps
-an event back: what can't be fetched is left out, and said to be.
+The hub's renderer calls it once for all events of a slice, ``reads`` for one row. It makes nodes of
+the events' records, has ``batch`` find what they lead to, and ``render`` write it. Nothing here
+holds an event back: what can't be loaded is left out and reported as failed.
 """
 
 from __future__ import annotations
@@ -18,81 +18,101 @@ import psycopg
 import structlog
 from psycopg_pool import PoolTimeout
 
-from pgrealtime.changelog.row_history import RowHistory, TableHistory
-from pgrealtime.changes import Change, Row, Truncate
+from pgrealtime.changelog.row_history import RowHistory
+from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections, unpadded_id
 from pgrealtime.collections.streamed_tables import reachable_tables
-from pgrealtime.expand.batch import _LoadBatch
-from pgrealtime.expand.link_history import TransactionLinkChanges
+from pgrealtime.expand.batch import LoadBatch
+from pgrealtime.expand.link_history import LinkHistory
 from pgrealtime.expand.node import ChangedRecord, LaterLinkChanges, RecordNode
-from pgrealtime.expand.plan import (
-    ExpandViewer,
-    RelationKey,
-    junction_hops,
-)
-from pgrealtime.expand.relation_sql import relation_query
+from pgrealtime.expand.plan import ExpandViewer, JunctionHops, junction_hops
 from pgrealtime.expand.render import ExpandTooLargeError, RenderRecord, render_expand
 from pgrealtime.fairness import YieldTimer
-from pgrealtime.lsn import LSN
+from pgrealtime.lsn import Xid
 from pgrealtime.postgres.outage import CONNECTION_RETRY_DELAYS
-from pgrealtime.rule_queries.session import (
-    ReadSession,
-    ReadSessionFactory,
-)
+from pgrealtime.rule_queries.session import ReadSession, ReadSessionFactory
 from pgrealtime.rules.engine.before_state import BeforeState
 
 log = structlog.get_logger(__name__)
 
 _MAX_CHANGES_UNDONE = 1000
-"""Changes of a transaction that are taken back for each record that it deleted."""
+"""Changes of a transaction that are undone for each record that it deleted."""
 _MAX_BATCH_BYTES = 64 * 2**20
-"""Of what a batch shows in all; beyond, only what is small is shown."""
+"""JSON of all ``expand`` members of a batch; beyond, only small ones are shown."""
 _MAX_RECORD_BYTES = 4 * 2**20
-"""Bytes of what one record shows at most."""
+"""JSON of the ``expand`` member of one record."""
 _GUARANTEED_RECORD_BYTES = 64 * 2**10
-"""Bytes that are always shown: whoever asks for more than there is to give mustn't take it from
-those who ask for little."""
+"""JSON that each record may have even if the batch's bytes are used up, so that a client that
+expands much doesn't take it from those that expand little."""
 _MAX_BATCH_SECONDS = 5.0
-"""For one batch in all. Events wait meanwhile, those of other clients too."""
-
+"""For one batch in all. Events wait meanwhile, also those of other clients."""
 
 ExpandRequest: TypeAlias = tuple[int, ExpandViewer]
-"""An event's place, and for whom."""
-
+"""The index of an event, and for which viewer its record is expanded."""
 LoadLiveRows: TypeAlias = Callable[[ReadSession, Sized[int]], Awaitable[None]]
-"""Takes places of events whose live rows are of interest."""
-
+"""Takes the indexes of events of which the state at the event isn't fully known, to read their live
+rows in the same snapshot."""
 CheckViewers: TypeAlias = Callable[[ReadSession, Sized[ExpandViewer]], Awaitable[None]]
-"""Takes the viewers that related records were read for, at the end of a reading."""
+"""Takes the viewers for which related records were read, before the snapshot ends."""
+JunctionIds: TypeAlias = Mapping[str, Sequence[str]]
+"""Ids by field name, of relations through junction tables."""
 
 
 @dataclass(slots=True)
 class RelatedRecords:
-    """What is shown of events beside their rows.
+    """What is shown of events beside their rows, by event index."""
 
-    Attributes:
-        junction_ids: By place: ids by field name, of relations through junction tables.
-        expand_json: The JSON of the member ``expand``; None for a record without one.
-    """
-
-    junction_ids: dict[int, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    junction_ids: dict[int, JunctionIds] = field(default_factory=dict)
+    live_junction_ids: dict[int, JunctionIds] = field(default_factory=dict)
+    """The present ids, for events of which those at the event aren't all known."""
     expand_json: dict[ExpandRequest, bytes | None] = field(default_factory=dict)
-    live_junction_ids: dict[int, Mapping[str, Sequence[str]]] = field(default_factory=dict)
-    """As ``ids``, by places of which it isn't known what they were at the event."""
+    """The JSON of the member ``expand``; None for a record without one."""
     failed: set[tuple[int, ExpandViewer | None]] = field(default_factory=set)
-    """Of which events something couldn't be had, be it for one viewer alone."""
+    """Events of which something could not be loaded, and the viewer concerned; None is all."""
     load_seconds: float = 0.0
-    """What finding and writing the expanded records took, without the wait for a connection."""
+    """What finding and writing expanded records took, without the wait for a connection."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _EventBatch:
+    """What is wanted of some events."""
+
+    events: Sequence[ChangedRecord]
+    requests: Sequence[ExpandRequest]
+    junction_indexes: Sequence[int] = ()
+    """Events whose records show ids of junction tables."""
+    partial_row_indexes: Sequence[int] = ()
+    """Events whose rows lack columns."""
+    load_live_rows: LoadLiveRows | None = None
+    check_viewers: CheckViewers | None = None
+    max_seconds: float | None = None
+
+    @property
+    def records(self) -> dict[int, ChangedRecord]:
+        """The records that anything is wanted of, by event index."""
+        expanded = (index for index, _ in self.requests)
+        indexes = [*self.junction_indexes, *expanded, *self.partial_row_indexes]
+        return {index: self.events[index] for index in indexes}
+
+    def all_failed(self) -> set[tuple[int, ExpandViewer | None]]:
+        """Return what counts as failed if nothing can be loaded."""
+        indexes = (*self.junction_indexes, *self.partial_row_indexes)
+        return {*self.requests, *((index, None) for index in indexes)}
+
+
+_Roots: TypeAlias = list[tuple[RecordNode, ExpandViewer]]
+"""The node that each request starts from, and its viewer."""
 
 
 class RelatedRecordLoader:
-    """Fetches what is wanted of batches.
+    """Loads related records and ids in junction tables.
 
     Args:
-        sessions: Where to ask.
-        collections: All there are.
-        render_record: Makes records.
-        row_history: Knows what was done to junction tables later; without it they are as they are.
+        sessions: Opens the snapshots to read in.
+        collections: The collections in force.
+        render_record: Makes the JSON of a related record.
+        row_history: Returns what was done to junction tables later; without it links are shown as
+            they are now.
     """
 
     def __init__(
@@ -103,12 +123,13 @@ class RelatedRecordLoader:
         row_history: RowHistory | None = None,
     ) -> None:
         self._sessions = sessions
-        self._row_history = row_history
-        self._link_changes = TransactionLinkChanges()
         self._tables = reachable_tables(collections)
-        self._junction_hops = {
+        self._junction_hops: JunctionHops = {
             one.name: junction_hops(collections, one) for one in collections.values()
         }
+        self._link_history = (
+            None if row_history is None else LinkHistory(row_history, self._junction_hops)
+        )
         self._render_record = render_record
 
     async def load_for_events(
@@ -121,46 +142,38 @@ class RelatedRecordLoader:
         load_live_rows: LoadLiveRows | None = None,
         check_viewers: CheckViewers | None = None,
     ) -> RelatedRecords:
-        """Return what is wanted, as far as it can be had in time.
+        """Return what is wanted of events, as far as it can be loaded in time.
 
         Args:
-            events: The batch.
-            event_indexes: Of those that anybody hears of; ids in junction tables are found for
-                them.
+            events: The slice's.
+            event_indexes: Those that have recipients; ids in junction tables are loaded for them.
             requests: What is expanded, and for whom.
-            partial_row_indexes: Places of those whose rows lack columns.
-            load_live_rows: Told, in the same snapshot, of which events it isn't known what they
-                held.
-            check_viewers: Told, in the same snapshot, for whom something was read.
+            partial_row_indexes: Events whose rows lack columns.
+            load_live_rows: Called for events whose state isn't fully known.
+            check_viewers: Called with the viewers for which something was read.
         """
-        lacking = [p for p in event_indexes if self._junction_hops[events[p].collection.name]]
-        asked, partial_row_indexes = list(dict.fromkeys(requests)), list(partial_row_indexes)
-        if not (lacking or asked or partial_row_indexes):
+        batch = _EventBatch(
+            events=events,
+            requests=list(dict.fromkeys(requests)),
+            junction_indexes=[
+                index for index in event_indexes if self._has_junctions(events[index])
+            ],
+            partial_row_indexes=list(partial_row_indexes),
+            load_live_rows=load_live_rows,
+            check_viewers=check_viewers,
+        )
+        if not batch.records:
             return RelatedRecords()
-        for patience in CONNECTION_RETRY_DELAYS:
-            found = RelatedRecords()
+        for retry_delay in CONNECTION_RETRY_DELAYS:
             try:
-                async with asyncio.timeout(_MAX_BATCH_SECONDS):
-                    await self._load(
-                        events,
-                        lacking,
-                        asked,
-                        found,
-                        partial_row_indexes=partial_row_indexes,
-                        load_live_rows=load_live_rows,
-                        check_viewers=check_viewers,
-                    )
+                return await self._load(batch)
             except (psycopg.Error, PoolTimeout, TimeoutError) as error:
                 log.warning("expand.failed", error=type(error).__name__)
-                # A connection that broke says nothing of the next one.
-                if patience is None or isinstance(error, PoolTimeout | TimeoutError):
+                # Only a broken connection is worth a retry: the next one may be sound.
+                if retry_delay is None or isinstance(error, PoolTimeout | TimeoutError):
                     break
-                await asyncio.sleep(patience)
-            else:
-                return found
-        return RelatedRecords(
-            failed={*asked, *((place, None) for place in (*lacking, *partial_row_indexes))}
-        )
+                await asyncio.sleep(retry_delay)
+        return RelatedRecords(failed=batch.all_failed())
 
     async def load_expands_within(
         self,
@@ -171,41 +184,38 @@ class RelatedRecordLoader:
         *,
         check_viewers: CheckViewers | None = None,
     ) -> RelatedRecords | None:
-        """Return what is expanded for some viewers if that takes no longer than so many seconds.
+        """Return what is expanded for some viewers, or None if that takes too long or fails.
 
-        None is that it does, or that it failed: those viewers are served apart, where nobody waits
-        for them.
+        The connections of those viewers are then served apart, where no other waits for them.
 
         Args:
             max_seconds: For all of it.
-            events: The batch.
+            events: The slice's.
             requests: What is expanded, and for whom.
-            partial_row_indexes: Places of events whose rows lack columns.
-            check_viewers: As for ``related``.
+            partial_row_indexes: Events whose rows lack columns.
+            check_viewers: As for ``load_for_events``.
         """
-        asked, found = list(dict.fromkeys(requests)), RelatedRecords()
+        batch = _EventBatch(
+            events=events,
+            requests=list(dict.fromkeys(requests)),
+            partial_row_indexes=partial_row_indexes,
+            check_viewers=check_viewers,
+            max_seconds=max_seconds,
+        )
         try:
-            async with asyncio.timeout(_MAX_BATCH_SECONDS):
-                await self._load(
-                    events,
-                    [],
-                    asked,
-                    found,
-                    partial_row_indexes=partial_row_indexes,
-                    check_viewers=check_viewers,
-                    max_seconds=max_seconds,
-                )
+            return await self._load(batch)
         except (psycopg.Error, PoolTimeout, TimeoutError):
             return None
-        return found
 
     async def load_for_row(
         self, collection: Collection, row: Row, viewer: ExpandViewer | None
-    ) -> tuple[Mapping[str, Sequence[str]], bytes | None]:
-        """As ``related``, of a row as the table has it, for one viewer or none.
+    ) -> tuple[JunctionIds, bytes | None]:
+        """Return ids in junction tables and the JSON of ``expand``, for a row as the table has it.
 
-        Returns:
-            Ids by field name, and the JSON of the member ``expand``.
+        Args:
+            collection: Whose row it is.
+            row: The whole row.
+            viewer: For whom it is expanded; None if it is not.
         """
         root = RecordNode(collection, unpadded_id(collection, row[collection.key.name] or ""), row)
         if viewer is None and not self._junction_hops[collection.name]:
@@ -213,196 +223,160 @@ class RelatedRecordLoader:
         try:
             async with (
                 asyncio.timeout(_MAX_BATCH_SECONDS),
-                self._sessions.read_session(frozenset()) as reading,
+                self._sessions.read_session(frozenset()) as session,
             ):
-                fetching = _LoadBatch(reading, self._junction_hops)
-                await fetching.load_junction_ids([root])
-                await fetching.load_expands([] if viewer is None else [(root, viewer)])
+                loading = LoadBatch(session, self._junction_hops)
+                await loading.load_junction_ids([root])
+                await loading.load_expands([] if viewer is None else [(root, viewer)])
         except (psycopg.Error, PoolTimeout, TimeoutError) as error:
             log.warning("expand.failed", error=type(error).__name__)
-        try:
-            return root.junction_ids, None if viewer is None else self._try_render_expand(
-                root, viewer, _MAX_RECORD_BYTES
-            )
-        except ExpandTooLargeError:
-            log.debug("expand.too_large", collection=collection.name, limit=_MAX_RECORD_BYTES)
+        if viewer is None:
             return root.junction_ids, None
+        expand, _ = self._try_render_expand(root, viewer, _MAX_RECORD_BYTES)
+        return root.junction_ids, expand
 
-    async def _load(
-        self,
-        events: Sequence[ChangedRecord],
-        junction_indexes: Sequence[int],
-        requests: Sequence[ExpandRequest],
-        found: RelatedRecords,
-        *,
-        partial_row_indexes: Sequence[int] = (),
-        load_live_rows: LoadLiveRows | None = None,
-        check_viewers: CheckViewers | None = None,
-        max_seconds: float | None = None,
-    ) -> None:
-        concerned = dict.fromkeys(
-            [*junction_indexes, *(place for place, _ in requests), *partial_row_indexes]
-        )
-        pasts = {place: self._before_state(events[place]) for place in concerned}
-        xids = frozenset(events[place].xid for place in concerned)
-        began_all = time.perf_counter()
-        async with self._sessions.read_session(xids, max_seconds) as reading:
-            fetching = _LoadBatch(reading, self._junction_hops)
-            linked = [p for p in concerned if self._junction_hops[events[p].collection.name]]
-            undone = await self._later_link_changes(reading, events, linked)
-            nodes = {
-                place: _event_node(events[place], pasts[place], undone.get(place, {}))
-                for place in concerned
-            }
-            own = {place: nodes[place] for place in junction_indexes}
-            await fetching.load_junction_ids(own.values())
-            found.junction_ids.update((place, node.junction_ids) for place, node in own.items())
-            unknown = {place: fetching.live_junction_ids(node) for place, node in own.items()}
-            found.live_junction_ids.update((place, ids) for place, ids in unknown.items() if ids)
-            if load_live_rows is not None and (found.live_junction_ids or partial_row_indexes):
-                await load_live_rows(reading, {*found.live_junction_ids, *partial_row_indexes})
-            if reading.has_failed:
-                found.failed.update(
-                    (place, None) for place in (*junction_indexes, *partial_row_indexes)
-                )
-            roots = [
-                (_event_node(events[place], pasts[place], undone.get(place, {})), viewer)
-                for place, viewer in requests
-            ]
-            began = time.perf_counter()
-            await fetching.load_expands(roots)
-            found.load_seconds = time.perf_counter() - began
-            if reading.has_failed:
-                found.failed.update(requests)
-            found.failed.update(
-                (place, viewer)
-                for (place, viewer), (root, _) in zip(requests, roots, strict=True)
-                if (root.state_key, viewer) in fetching.unknown_states
-            )
-            began_check = time.perf_counter()
-            if check_viewers is not None:
-                await check_viewers(reading, {viewer for _, viewer in requests})
-            began_all += time.perf_counter() - began_check
-        lacking_columns = frozenset(partial_row_indexes)
-        found.failed.update(
-            (place, viewer)
-            for place, viewer in requests
-            if place in lacking_columns and _lacks_relation_column(viewer, events[place].row)
-        )
-        left, turn = _MAX_BATCH_BYTES, YieldTimer()
-        for one, (root, viewer) in zip(requests, roots, strict=True):
-            began = time.perf_counter()
-            if max_seconds is not None and began - began_all > max_seconds:
-                raise TimeoutError
-            most = min(_MAX_RECORD_BYTES, max(left, _GUARANTEED_RECORD_BYTES))
-            try:
-                shown = found.expand_json[one] = self._try_render_expand(root, viewer, most)
-                size = len(shown or b"")
-            except ExpandTooLargeError:
-                log.debug("expand.too_large", collection=root.collection.name, limit=most)
-                size = most
-            if size > _GUARANTEED_RECORD_BYTES:
-                left -= size
-            found.load_seconds += time.perf_counter() - began
-            if turn.is_due():
-                await turn.pause()
+    def _has_junctions(self, record: ChangedRecord) -> bool:
+        return bool(self._junction_hops[record.collection.name])
 
-    async def _later_link_changes(
-        self, session: ReadSession, events: Sequence[ChangedRecord], junction_indexes: Sequence[int]
-    ) -> dict[int, LaterLinkChanges]:
-        """Return what was done to the links of records later, as far as the reading sees it.
+    async def _load(self, batch: _EventBatch) -> RelatedRecords:
+        """Load and write all that is wanted.
 
-        A record leads where it led when its transaction was over or, if that changed the record
-        once more, right before. What follows is another version's, that others may see.
+        Raises:
+            psycopg.Error: The connection broke.
+            PoolTimeout: There was no connection.
+            TimeoutError: It took too long.
         """
-        if self._row_history is None or not junction_indexes:
-            return {}
-        is_complete = await self._row_history.wait_for_lsn(session.insert_lsn)
-        first = LSN(min(events[place].cursor.lsn for place in junction_indexes))
-        undone: dict[int, LaterLinkChanges] = {}
-        turn = YieldTimer()
-        for place in junction_indexes:
-            if turn.is_due():
-                await turn.pause()
-            event = events[place]
-            by_link: dict[RelationKey, Sequence[Change] | None] = {}
-            for step in self._junction_hops[event.collection.name]:
-                linking = relation_query(step)
-                table, column = linking.table.name, linking.match_column.name
-                own: Sequence[Change] | None = ()
-                if event.action != "delete":  # the past of which goes back behind it
-                    own = self._link_changes.after_next_version(event, table, column)
-                history = (
-                    await self._row_history.table_history(table, column, first)
-                    if is_complete
-                    else None
-                )
-                later = None if history is None else _visible_link_changes(history, event, session)
-                if later is None or own is None:
-                    by_link[step.relation_key] = None
-                elif own or later:
-                    by_link[step.relation_key] = [*own, *later]
-            if by_link:
-                undone[place] = by_link
-        return undone
+        found = RelatedRecords()
+        records = batch.records
+        xids: frozenset[Xid] = frozenset(record.xid for record in records.values())
+        began = time.perf_counter()
+        async with asyncio.timeout(_MAX_BATCH_SECONDS):
+            async with self._sessions.read_session(xids, batch.max_seconds) as session:
+                roots = await self._load_in(session, batch, records, found)
+                began_check = time.perf_counter()
+                if batch.check_viewers is not None:
+                    await batch.check_viewers(session, {viewer for _, viewer in batch.requests})
+                # Not what the viewers asked for, so it doesn't count as theirs.
+                began += time.perf_counter() - began_check
+            partial_rows = frozenset(batch.partial_row_indexes)
+            found.failed.update(
+                (index, viewer)
+                for index, viewer in batch.requests
+                if index in partial_rows and _lacks_relation_column(viewer, batch.events[index].row)
+            )
+            deadline = None if batch.max_seconds is None else began + batch.max_seconds
+            await self._render_all(batch.requests, roots, found, deadline)
+        return found
 
-    def _before_state(self, event: ChangedRecord) -> BeforeState | None:
+    async def _load_in(
+        self,
+        session: ReadSession,
+        batch: _EventBatch,
+        records: Mapping[int, ChangedRecord],
+        found: RelatedRecords,
+    ) -> _Roots:
+        """Load all that is wanted in one snapshot; return the nodes that are expanded."""
+        loading = LoadBatch(session, self._junction_hops)
+        states = {index: self._before_state(record) for index, record in records.items()}
+        later: dict[int, LaterLinkChanges] = {}
+        if self._link_history is not None:
+            linked = {index: one for index, one in records.items() if self._has_junctions(one)}
+            later = await self._link_history.later_changes(session, linked)
+
+        def make_node(index: int) -> RecordNode:
+            record = records[index]
+            return RecordNode(
+                record.collection,
+                unpadded_id(record.collection, record.record_id),
+                record.row,
+                before_state=states[index],
+                later_link_changes=later.get(index, {}),
+            )
+
+        nodes = {index: make_node(index) for index in batch.junction_indexes}
+        await loading.load_junction_ids(nodes.values())
+        for index, node in nodes.items():
+            found.junction_ids[index] = node.junction_ids
+            if live_ids := loading.live_junction_ids(node):
+                found.live_junction_ids[index] = live_ids
+        unknown = {*found.live_junction_ids, *batch.partial_row_indexes}
+        if batch.load_live_rows is not None and unknown:
+            await batch.load_live_rows(session, unknown)
+        if session.has_failed:
+            found.failed |= batch.all_failed().difference(batch.requests)
+        roots = [(make_node(index), viewer) for index, viewer in batch.requests]
+        began = time.perf_counter()
+        await loading.load_expands(roots)
+        found.load_seconds = time.perf_counter() - began
+        if session.has_failed:
+            found.failed.update(batch.requests)
+        found.failed.update(
+            request
+            for request, (root, viewer) in zip(batch.requests, roots, strict=True)
+            if (root.state_key, viewer) in loading.unknown_states
+        )
+        return roots
+
+    async def _render_all(
+        self,
+        requests: Sequence[ExpandRequest],
+        roots: _Roots,
+        found: RelatedRecords,
+        deadline: float | None,
+    ) -> None:
+        """Write the JSON of ``expand`` for each request.
+
+        Raises:
+            TimeoutError: The deadline has passed.
+        """
+        bytes_left, yield_timer = _MAX_BATCH_BYTES, YieldTimer()
+        for request, (root, viewer) in zip(requests, roots, strict=True):
+            began = time.perf_counter()
+            if deadline is not None and began > deadline:
+                raise TimeoutError
+            max_bytes = min(_MAX_RECORD_BYTES, max(bytes_left, _GUARANTEED_RECORD_BYTES))
+            expand, size = self._try_render_expand(root, viewer, max_bytes)
+            found.expand_json[request] = expand
+            if size > _GUARANTEED_RECORD_BYTES:
+                bytes_left -= size
+            found.load_seconds += time.perf_counter() - began
+            if yield_timer.is_due():
+                await yield_timer.pause()
+
+    def _before_state(self, record: ChangedRecord) -> BeforeState | None:
         """Return the state that a deleted record is shown in: that in which it was deleted.
 
-        What its transaction did before has been done, what followed has not: records that go with
-        their parent don't find it any more, while the parent still had them.
+        The changes of its transaction before the delete are kept, those from it on are undone: a
+        record that is deleted with its parent doesn't show the parent any more, while the parent
+        still shows it.
         """
-        if event.action != "delete":
+        if record.action != "delete":
             return None
-        first = event.cursor.ordinal - 1
+        first = record.cursor.ordinal - 1
         return BeforeState(
-            event.transaction_changes[first : first + _MAX_CHANGES_UNDONE], self._tables
+            record.transaction_changes[first : first + _MAX_CHANGES_UNDONE], self._tables
         )
 
     def _try_render_expand(
         self, root: RecordNode, viewer: ExpandViewer, max_bytes: int
-    ) -> bytes | None:
+    ) -> tuple[bytes | None, int]:
+        """Return the JSON of ``expand``, if it can be shown, and the bytes that count for it."""
         try:
-            return render_expand(root, viewer, self._render_record, max_bytes=max_bytes)
+            expand = render_expand(root, viewer, self._render_record, max_bytes=max_bytes)
+        except ExpandTooLargeError:
+            log.debug("expand.too_large", collection=root.collection.name, limit=max_bytes)
+            return None, max_bytes
         except (ValueError, LookupError) as error:
             # A value that isn't of the type that the catalogue gave its column.
             log.error(  # noqa: TRY400 (the message may not show the row)
                 "expand.failed", collection=root.collection.name, error=type(error).__name__
             )
-            return None
-
-
-def _event_node(
-    event: ChangedRecord, before_state: BeforeState | None, later_link_changes: LaterLinkChanges
-) -> RecordNode:
-    record_id = unpadded_id(event.collection, event.record_id)
-    return RecordNode(
-        event.collection,
-        record_id,
-        event.row,
-        before_state=before_state,
-        later_link_changes=later_link_changes,
-    )
+            return None, 0
+        return expand, len(expand or b"")
 
 
 def _lacks_relation_column(viewer: ExpandViewer, row: Row) -> bool:
-    """Whether the viewer expands a relation whose column isn't known."""
-    steps = (branch.hop for branch in viewer.plan.branches.values())
-    columns = (step.field.column for step in steps if step.is_in_row)
+    """Whether the viewer expands a relation whose column the row lacks."""
+    hops = (branch.hop for branch in viewer.plan.branches.values())
+    columns = (hop.field.column for hop in hops if hop.is_in_row)
     return any(column is not None and column.name not in row for column in columns)
-
-
-def _visible_link_changes(
-    table_history: TableHistory, event: ChangedRecord, session: ReadSession
-) -> list[Change] | None:
-    """Return later transactions' changes of the links; None if some aren't known."""
-    found: list[Change] = []
-    ids = {event.record_id, unpadded_id(event.collection, event.record_id)}
-    writes = [write for one in ids for write in table_history.writes(one, event.cursor.lsn)]
-    for write in writes:
-        if write.xid is not None and not session.snapshot.sees(write.xid):
-            continue
-        if write.change is None or isinstance(write.change, Truncate):
-            return None
-        found.append(write.change)
-    return found

@@ -1,12 +1,13 @@
-"""What subscriptions want to see of related records, and how it is put together (protocol, 5.6).
+"""Compiles the option ``expand`` and who may see what it leads to (protocol, 5.6).
 
-Between the option's text (``records.expand``) and who fetches the records (``hub.expand``). Pure.
+Its text is parsed by ``protocol.expand_option``; ``load`` loads the records that a plan leads to.
+Pure.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeAlias
@@ -28,25 +29,25 @@ _BACK_RELATION = re.compile(r"(\w+)_via_(\w+)", re.ASCII)
 _MAX_PLANS = 4096
 
 RelationKey: TypeAlias = tuple[str, str, bool]
-"""A relation in one of its directions: collection that has the field, field, whether backwards."""
+"""A relation in one of its directions: collection that has the field, field, whether backward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RelationHop:
-    """From the records of one collection to those that a relation leads to."""
+    """The step from one collection's records to those that a relation leads to."""
 
     name: str
     """As the client wrote it: the field, or ``COLLECTION_via_FIELD``."""
     field: Field
     owner: Collection
-    """Whose field it is: of the way there the source, of the way back the target."""
+    """Has the field: the source of a forward hop, the target of a back relation."""
     source: Collection
     target: Collection
     is_back: bool = False
 
     @property
     def relation_key(self) -> RelationKey:
-        """What is the same whoever asks."""
+        """The relation, the same under each name that clients may give it."""
         return self.owner.name, self.field.name, self.is_back
 
     @property
@@ -56,7 +57,7 @@ class RelationHop:
 
     @property
     def is_list(self) -> bool:
-        """Whether it is shown as a list, even of one."""
+        """Whether it is shown as a list, even of one record."""
         column = self.field.column
         if self.is_back:
             return column is None or (column.name,) not in self.owner.table.unique_keys
@@ -65,7 +66,7 @@ class RelationHop:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpandBranch:
-    """A step that somebody wants, with those from the records it leads to."""
+    """A hop that a plan takes, and the hops from the records that it leads to."""
 
     hop: RelationHop
     branches: Mapping[str, ExpandBranch]
@@ -73,54 +74,60 @@ class ExpandBranch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpandPath:
-    """A path that was asked for, as far as there are relations of these names."""
+    """One path of the option, as far as its names are relations."""
 
     hops: tuple[RelationHop, ...]
     has_unknown_name: bool
-    """Another name follows, which nothing answers to: where a record is reached that it would be
-    looked for in, the whole path adds nothing."""
+    """Whether a name follows that is no relation. Where a record is reached that would have it, the
+    whole path adds nothing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ExpandPlan:
-    """The option ``expand`` of a collection."""
+    """The compiled option ``expand`` of a collection."""
 
     paths: tuple[ExpandPath, ...]
     branches: Mapping[str, ExpandBranch]
-    """All routes together."""
+    """All paths, merged."""
     targets: tuple[Collection, ...]
+    """Each collection that it leads to, once."""
     depends_on_caller: bool = False
-    """Whether a rule of a related collection asks who the subscriber is.
-
-    It may do so without a value of the caller's being bound: a guest is denied at once.
-    """
+    """Whether a rule of a related collection names the caller. Such a rule need not bind a value of
+    the caller's: a guest is denied at once."""
     lookup_columns: frozenset[LookupColumn] = frozenset()
-    """The tables that the related records are read from."""
+    """The tables that the related records are read from, for ``RowHistory``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class ExpandViewer:
-    """Subscriptions that see the same related records in the same way; compared by identity."""
+    """What a subscriber may see of related records; equal subscribers share one object.
+
+    Compared by identity, because records are loaded and rendered once per viewer.
+    """
 
     plan: ExpandPlan
     sees_hidden: bool
     own_record: tuple[str, str] | None
-    """Collection and id of the viewer's record, if it can be among the related ones."""
+    """Collection and id of the subscriber's record, if it can be among the related ones."""
     view_predicates: Mapping[str, BoundPredicate | None]
-    """By collection, which records are seen, None being none. Those that aren't here may not even
-    be looked at: they are locked, or their rule can't be asked."""
+    """By collection, the predicate of the records that are seen; None if none are. A collection
+    that is missing may not even be queried: it is locked, or its rule can't be used."""
     manage_predicates: Mapping[str, BoundPredicate]
-    """By auth collection, of which records an address is seen that isn't public."""
+    """By auth collection, the predicate of records whose e-mail address is seen in any case."""
+
+
+JunctionHops: TypeAlias = Mapping[str, Sequence[RelationHop]]
+"""By collection name, its relations through junction tables."""
 
 
 class ExpandCompiler:
-    """Compiles who sees what; who sees the same is the same viewer, as long as it is kept.
+    """Compiles the option for subscribers; equal ones get the same viewer while it is in use.
 
     Args:
-        collections: All there are.
+        collections: The collections in force.
         compiler: Compiles rules.
-        hidden: Who may expand a hidden relation.
-        max_plans: Texts of ``expand`` that are kept.
+        hidden: Whether clients may expand a hidden relation.
+        max_plans: Option texts whose plans are cached.
     """
 
     def __init__(
@@ -141,53 +148,54 @@ class ExpandCompiler:
     def compile_expand(
         self, collection: Collection, request: RuleRequest, own_row: Row | None = None
     ) -> ExpandViewer | None:
-        """Return who the subscriber is to related records; None if it wants none.
+        """Return what a subscriber sees of related records; None if it expands none.
 
         Args:
-            collection: That the topic is about.
-            request: The subscriber.
-            own_row: Columns of its own row, as ``RuleCompiler.bind`` has them.
+            collection: The topic's.
+            request: The subscriber's.
+            own_row: Columns of the subscriber's own row, as for ``RuleCompiler.bind_caller``.
         """
         is_superuser = isinstance(request.principal, Superuser)
         follows_hidden = is_superuser or not self._is_strict
         plan = self._cached_plan(collection.name, request.query.get("expand", ""), follows_hidden)
         if plan is None:
             return None
-        asked = replace(request, context="expand")
-        seen: dict[str, BoundPredicate | None] = {}
-        managed: dict[str, BoundPredicate] = {}
+        rule_request = replace(request, context="expand")
+        view: dict[str, BoundPredicate | None] = {}
+        manage: dict[str, BoundPredicate] = {}
         for target in plan.targets:
-            bound = self._try_bind(target, target.view_rule, asked, own_row)
+            bound = self._try_bind(target, target.view_rule, rule_request, own_row)
             if isinstance(bound, BoundPredicate):
-                seen[target.name] = bound
+                view[target.name] = bound
             elif bound is not None and not bound.reason:
-                seen[target.name] = None
+                view[target.name] = None
             if target.type == "auth" and target.manage_rule is not None and not is_superuser:
-                manager = self._try_bind(target, target.manage_rule, asked, own_row)
+                manager = self._try_bind(target, target.manage_rule, rule_request, own_row)
                 if isinstance(manager, BoundPredicate):
-                    managed[target.name] = manager
-        record = None
+                    manage[target.name] = manager
+        own_record = None
         match request.principal:
-            case AuthRecord(collection_name=name, id=record_id) if name in seen:
-                record = name, record_id
-        identity = (plan, is_superuser, record, tuple(seen.items()), tuple(managed.items()))
-        viewer = self._viewers.get(identity)
+            case AuthRecord(collection_name=name, id=record_id) if name in view:
+                own_record = name, record_id
+        key = (plan, is_superuser, own_record, tuple(view.items()), tuple(manage.items()))
+        viewer = self._viewers.get(key)
         if viewer is None:
-            viewer = self._viewers[identity] = ExpandViewer(
+            viewer = self._viewers[key] = ExpandViewer(
                 plan=plan,
                 sees_hidden=is_superuser,
-                own_record=record,
-                view_predicates=seen,
-                manage_predicates=managed,
+                own_record=own_record,
+                view_predicates=view,
+                manage_predicates=manage,
             )
         return viewer
 
     def _try_bind(
         self, target: Collection, rule: str | None, request: RuleRequest, own_row: Row | None
     ) -> BoundPredicate | DenyAll | None:
-        """Return what decides; Nobody without a reason if the rule is false whatever the record.
+        """Return a related collection's rule for the subscriber; None if it can't be used.
 
-        The client's filter is about the topic's own records.
+        A ``DenyAll`` without a reason is a rule that is false for every record. The client's filter
+        doesn't count: it is about the topic's own records.
         """
         try:
             return self._compiler.bind_caller(target, rule, request, own_row, is_filtered=False)
@@ -201,46 +209,44 @@ class ExpandCompiler:
         follows_hidden: bool,  # noqa: FBT001 (cached)
     ) -> ExpandPlan | None:
         collection = self._collections[collection_name]
-        paths = parse_expand(expand_option)
-        routes = [
-            self._resolve_path(collection, path, follows_hidden=follows_hidden) for path in paths
+        resolved = [
+            self._resolve_path(collection, names, follows_hidden=follows_hidden)
+            for names in parse_expand(expand_option)
         ]
-        # A path whose first name is unknown adds nothing to any record.
-        kept = tuple(route for route in routes if route.hops)
-        if not kept:
+        # A path whose first name is no relation adds nothing to any record.
+        paths = tuple(path for path in resolved if path.hops)
+        if not paths:
             return None
-        steps = [step for route in kept for step in route.hops]
-        targets = tuple({step.target.name: step.target for step in steps}.values())
-        rules = [one.view_rule or "" for one in targets] + [
-            one.manage_rule or "" for one in targets
-        ]
+        hops = [hop for path in paths for hop in path.hops]
+        targets = tuple({hop.target.name: hop.target for hop in hops}.values())
+        rules = [rule for one in targets for rule in (one.view_rule, one.manage_rule) if rule]
         return ExpandPlan(
-            paths=kept,
-            branches=_merge_paths([route.hops for route in kept]),
+            paths=paths,
+            branches=merge_paths([path.hops for path in paths]),
             targets=targets,
             depends_on_caller=any("@request.auth" in rule for rule in rules),
             lookup_columns=frozenset(
-                lookup
-                for one in (*targets, *(step.owner for step in steps))
-                for lookup in _lookup_columns(one)
+                column
+                for one in (*targets, *(hop.owner for hop in hops))
+                for column in _lookup_columns(one)
             ),
         )
 
     def _resolve_path(
         self, collection: Collection, names: ExpandNames, *, follows_hidden: bool
     ) -> ExpandPath:
-        steps: list[RelationHop] = []
+        hops: list[RelationHop] = []
         for name in names:
-            step = self._resolve_hop(collection, name)
-            if step is None or (step.field.is_hidden and not follows_hidden):
-                return ExpandPath(tuple(steps), has_unknown_name=True)
-            steps.append(step)
-            collection = step.target
-        return ExpandPath(tuple(steps), has_unknown_name=False)
+            hop = self._resolve_hop(collection, name)
+            if hop is None or (hop.field.is_hidden and not follows_hidden):
+                return ExpandPath(tuple(hops), has_unknown_name=True)
+            hops.append(hop)
+            collection = hop.target
+        return ExpandPath(tuple(hops), has_unknown_name=False)
 
     def _resolve_hop(self, source: Collection, name: str) -> RelationHop | None:
         if back := _BACK_RELATION.fullmatch(name):
-            # Unlike in topics and rules the case of its name doesn't matter here.
+            # Unlike in topics and rules, the collection's name is matched without case.
             folded = self._by_folded_name.get(back[1].casefold())
             owner = self._collections.find(back[1]) or folded
             field = None if owner is None else owner.fields_by_name.get(back[2])
@@ -281,12 +287,13 @@ def _lookup_columns(collection: Collection) -> Iterator[LookupColumn]:
             yield junction.table.name, junction.source_column
 
 
-def _merge_paths(paths: Sequence[Sequence[RelationHop]]) -> Mapping[str, ExpandBranch]:
+def merge_paths(paths: Iterable[Sequence[RelationHop]]) -> Mapping[str, ExpandBranch]:
+    """Return paths as a tree: by the name of the first hop, that hop and what follows it."""
     by_first: dict[str, list[Sequence[RelationHop]]] = {}
-    for steps in paths:
-        if steps:
-            by_first.setdefault(steps[0].name, []).append(steps)
+    for hops in paths:
+        if hops:
+            by_first.setdefault(hops[0].name, []).append(hops)
     return {
-        name: ExpandBranch(below[0][0], _merge_paths([steps[1:] for steps in below]))
-        for name, below in by_first.items()
+        name: ExpandBranch(some[0][0], merge_paths(hops[1:] for hops in some))
+        for name, some in by_first.items()
     }

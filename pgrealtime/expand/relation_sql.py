@@ -1,6 +1,7 @@
-"""How related records are asked for, and how what a transaction did since is taken back.
+"""The SQL that finds the ids of one relation, for many records at once.
 
-Statements and images of rows; ``hub.expand`` runs the one and has the other from the stream.
+``batch`` runs it where a record's row doesn't hold the ids: for relations through junction tables
+and for back relations.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from pgrealtime.expand.plan import RelationHop
 _BACK_LIMIT = 1000
 """Records that point to one record (protocol, 5.6)."""
 _FORWARD_LIMIT = 10_000
-"""Ids in a junction table for one record; a junction without bound must not fill the memory."""
+"""Ids in a junction table for one record, so that a large junction doesn't fill the memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelationQuery:
-    """How the ids are found that a relation leads to, where the row doesn't hold them."""
+    """Finds the ids that a relation leads to from other records' ids, in a table."""
 
     table: Table
     match_column: Column
-    """Holds the id of the record that is asked about, perhaps in an array."""
+    """Holds the id of the source record, perhaps in an array."""
     result_column: Column
     source: Collection
-    """Whose ids are asked about."""
+    """The collection of the source records."""
     is_collection_table: bool
-    """The table is a collection's, and ``result`` its key."""
+    """Whether the table is a collection's and ``result_column`` its key; else it is a junction."""
     limit: int
 
     def source_ids(self, row: Row) -> list[str]:
-        """Return the ids that a row of the table matches."""
+        """Return the source ids that a row of the table matches."""
         text = row.get(self.match_column.name)
         if not text:
             return []
@@ -48,19 +49,19 @@ class RelationQuery:
         return ids_in_array(text)
 
     def valid_ids(self, ids: Iterable[str]) -> list[str]:
-        """Return the ids that can be asked for without an error."""
+        """Return the ids that can be cast to the column's type without an error."""
         type_ = self.match_column.type.base.element or self.match_column.type
         return [one for one in ids if canonical_id(one, type_) is not None]
 
     @property
     def statement(self) -> sql.Composed:
-        """Return the query; its rows are ids that are asked about and ids they lead to."""
+        """Return the query; its parameter ``ids`` are source ids, its rows source and target."""
         element = self.match_column.type.base.element
         type_ = element or self.match_column.type
         native = native_key_type(type_)
         match: sql.Composable = identifier("t", self.match_column.name)
         asked = sql.SQL("k.id::pg_catalog.{}").format(identifier(native or "text"))
-        if not self.match_column.is_deterministic:  # which would take other ids for the same
+        if not self.match_column.is_deterministic:  # its collation would match other ids too
             asked = sql.SQL('{} COLLATE pg_catalog."C"').format(asked)
         if element is None:
             shape = "{match} OPERATOR(pg_catalog.=) {asked}"
@@ -84,7 +85,7 @@ class RelationQuery:
 
 
 def relation_query(hop: RelationHop) -> RelationQuery:
-    """Return how the ids are found that a step leads to, unless they are in the row."""
+    """Return the query for the ids that a hop leads to; not for one that ``is_in_row``."""
     owner, relation = hop.owner, hop.field.relation
     assert relation is not None
     limit = _BACK_LIMIT if hop.is_back else _FORWARD_LIMIT
@@ -117,13 +118,13 @@ def _column(table: Table, name: str) -> Column:
 
 
 def id_sort_key(text: str) -> tuple[bool, int, str]:
-    """Sort numbers as such, before texts: a table keeps no order of its own."""
+    """Return what sorts ids: numbers by value, before texts. A table has no order of its own."""
     is_number = text.isascii() and text.isdigit()
     return not is_number, int(text) if is_number else 0, text
 
 
 def creation_sort_key(collection: Collection, row: Row) -> str:
-    """Return what sorts a collection's rows as they were created; the same for all if it can't.
+    """Return what sorts a collection's rows by creation; the same for all if no column tells.
 
     PocketBase shows back relations in that order, which SQLite keeps and PostgreSQL doesn't.
     """

@@ -1,4 +1,7 @@
-"""Writes the records found for an expand option as JSON, within a size limit."""
+"""Writes loaded related records as the JSON of the member ``expand``, within a size limit.
+
+``load`` calls it once the snapshot has ended. Pure.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,17 @@ import msgspec
 from msgspec import Raw
 
 from pgrealtime.expand.node import RecordNode
-from pgrealtime.expand.plan import ExpandBranch, ExpandPath, ExpandViewer, _merge_paths
+from pgrealtime.expand.plan import ExpandBranch, ExpandPath, ExpandViewer, merge_paths
 from pgrealtime.records.encode import View
 
 RenderRecord: TypeAlias = Callable[[RecordNode, View, bytes | None], bytes]
-"""Makes the record of a node, given what it shows as ``expand``."""
-
+"""Makes the JSON of a node's record; takes the JSON of its own ``expand``, if it has one."""
 
 _encode_json = msgspec.json.Encoder().encode
 
 
 class ExpandTooLargeError(Exception):
-    """What a record would show as ``expand`` is larger than it may be."""
+    """A record's ``expand`` has more bytes than it may have."""
 
 
 def render_expand(
@@ -29,62 +31,49 @@ def render_expand(
     """Return the JSON of the member ``expand``; None for a record without one.
 
     Args:
-        root: The record.
-        viewer: Who sees it.
-        render_record: Makes the related ones.
-        max_bytes: Bytes that it may have.
+        root: The record, with its children.
+        viewer: For whom it is written.
+        render_record: Makes the JSON of the related records.
+        max_bytes: The size limit. Few rows make many bytes: a path that leads back and forth shows
+            them again and again, a hundred posts of one author a million times in six hops.
 
     Raises:
-        ExpandTooLargeError: It has more. Few rows make many bytes: a path that leads back and forth
-            shows them again and again, a hundred posts of one author a million times in six steps.
-        ValueError: A related row can't be shown.
+        ExpandTooLargeError: It has more bytes.
+        ValueError: A related row can't be encoded.
         LookupError: Likewise.
     """
-    whole = [route.hops for route in viewer.plan.paths if _is_path_visible(root, route)]
-    branches = _merge_paths(whole)
-    return (
-        _ExpandWriter(viewer, render_record, max_bytes).write_members(root, branches)
-        if branches
-        else None
-    )
+    branches = merge_paths(path.hops for path in viewer.plan.paths if _is_path_visible(root, path))
+    if not branches:
+        return None
+    return _ExpandWriter(viewer, render_record, max_bytes).write_members(root, branches)
 
 
 def _is_path_visible(root: RecordNode, path: ExpandPath) -> bool:
-    """Whether nothing on the way was refused: one refusal and the path adds nothing at all."""
+    """Whether no record on the path was refused: a path with one refusal adds nothing at all."""
     level: Iterable[RecordNode] = [root]
-    for step in path.hops:
-        following: dict[RecordNode, None] = {}
+    for hop in path.hops:
+        next_level: dict[RecordNode, None] = {}
         for node in level:
-            children = node.children.get(step.name)
+            children = node.children.get(hop.name)
             if children is None:
                 return False
-            following.update(dict.fromkeys(children))
-        level = following
+            next_level.update(dict.fromkeys(children))
+        level = next_level
     return not (path.has_unknown_name and any(level))
 
 
 class _ExpandWriter:
-    """Writes related records, each once however often it is shown.
-
-    Args:
-        viewer: Who sees them.
-        render_record: Makes records.
-        max_bytes: Bytes that those beside each other may have.
-    """
+    """Writes related records; one that is shown several times is encoded once."""
 
     def __init__(self, viewer: ExpandViewer, render_record: RenderRecord, max_bytes: int) -> None:
         self._viewer = viewer
         self._render_record = render_record
         self._max_bytes = max_bytes
         self._written_records: dict[RecordNode, Raw] = {}
-        """A node stands for a record at one place of the plan, so the same is below it."""
+        """A node belongs to one branch of the plan, so its children are the same each time."""
 
     def write_members(self, node: RecordNode, branches: Mapping[str, ExpandBranch]) -> bytes:
-        """Return the JSON of ``expand``.
-
-        Raises:
-            ExpandTooLargeError: It has more bytes than it may.
-        """
+        """Return the JSON of a record's ``expand``, its names sorted by their bytes."""
         members: dict[str, Raw | list[Raw]] = {}
         size = 0
         for name in sorted(branches, key=str.encode):

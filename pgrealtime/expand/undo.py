@@ -1,4 +1,8 @@
-"""Related ids and rows as they were before changes, from the changes' row images."""
+"""Computes related ids and rows as they were before changes, from the changes' row images.
+
+``batch`` reads the present ids and rows and undoes here what was changed since the state that it
+wants: a transaction's changes as ``Overlay``, or later changes of links one by one. Pure.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,10 @@ from pgrealtime.rules.sql.row_images import Overlay
 def ids_before_overlay(
     query: RelationQuery, overlay: Overlay, source_id: str, target_ids: Iterable[str]
 ) -> set[str] | None:
-    """Return the ids that a record led to before the changes of an overlay of the table.
+    """Return the ids that a record led to before an overlay's changes of the table.
 
     Returns:
-        None if that isn't known, as an old image doesn't say whose link it was.
+        None if they aren't known, because an old image lacks a column.
     """
     if not overlay.has_columns((query.match_column.name, query.result_column.name)):
         return None
@@ -36,34 +40,36 @@ def ids_before_overlay(
 def ids_before_changes(
     query: RelationQuery, changes: Sequence[Change], source_id: str, target_ids: Iterable[str]
 ) -> set[str] | None:
-    """Return the ids that a record led to by a junction table before some changes of its rows.
+    """Return the ids that a record led to before some changes of a junction table's rows.
 
     Args:
-        query: By a junction table, in which no pair comes twice.
+        query: Of a junction table, in which no pair comes twice.
         changes: In order.
         source_id: The record's id.
-        target_ids: Where it leads after them.
+        target_ids: The ids that it leads to after them.
 
     Returns:
-        None if that isn't known.
+        None if they aren't known, because a row image lacks a column.
     """
     found = set(target_ids)
     match, result = query.match_column.name, query.result_column.name
     for change in reversed(changes):
-        came, went = _images_after_and_before(change)
-        if any(not (match in row and result in row) for row in (*came, *went)):
+        after, before = _images_after_and_before(change)
+        if any(not (match in row and result in row) for row in (*after, *before)):
             return None
         found.difference_update(
-            row[result] or "" for row in came if source_id in query.source_ids(row)
+            row[result] or "" for row in after if source_id in query.source_ids(row)
         )
         found.update(
-            row[result] or "" for row in went if row[result] and source_id in query.source_ids(row)
+            row[result] or ""
+            for row in before
+            if row[result] and source_id in query.source_ids(row)
         )
     return found
 
 
 def _images_after_and_before(change: Change) -> tuple[Sequence[Row], Sequence[Row]]:
-    """Return the row that is there after a change and the one before it, if any."""
+    """Return the row images after and before a change, none or one of each."""
     match change:
         case Insert(new=new):
             return (new,), ()
@@ -76,9 +82,9 @@ def _images_after_and_before(change: Change) -> tuple[Sequence[Row], Sequence[Ro
 
 
 def rows_before_overlay(collection: Collection, overlay: Overlay) -> dict[str, Row | None]:
-    """Return the rows that changes touched, by id, as they were before; None if they weren't.
+    """Return the rows that an overlay changed, by id, as they were before; None if not yet there.
 
-    Of some only the key may be known (``is_known``).
+    An image may have the key alone: see ``is_whole_row``.
     """
     key = collection.key.name
     found: dict[str, Row | None] = {}
@@ -92,6 +98,6 @@ def rows_before_overlay(collection: Collection, overlay: Overlay) -> dict[str, R
 def is_whole_row(table: Table, row: Row) -> bool:
     """Whether an image is a row of the table, and not its key alone.
 
-    A generated column, which pgoutput leaves out of every image, is not missed.
+    Generated columns don't count: pgoutput leaves them out of every image.
     """
     return all(one.name in row or one.is_generated for one in table.columns)

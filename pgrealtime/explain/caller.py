@@ -1,4 +1,4 @@
-"""Who ``explain`` is asked about: a caller as the service would have it."""
+"""Resolves the caller that ``explain`` is asked about, as the service would."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.rules.rule_set import caller_columns_read_by_rules
 
 _MAX_TIMESTAMP = 253_402_300_799.0
-"""Of the year 9999, and of what a date can show."""
+"""The end of the year 9999, the last that ``datetime`` can show."""
 
 
 @dataclass(frozen=True, slots=True)
 class BearerToken:
-    """Whoever sends this token."""
+    """The caller that sends a token."""
 
     token: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class NamedUser:
-    """A record of an auth collection, as if it had a token that holds."""
+    """A record of an auth collection, as if it had sent a valid token."""
 
     collection: str
     """Name or id."""
@@ -41,7 +41,7 @@ CallerSpec: TypeAlias = BearerToken | NamedUser | Guest | Superuser
 async def resolve_caller(
     config: Config, collections: Collections, pool: QueryPool, spec: CallerSpec
 ) -> tuple[Caller, list[str]]:
-    """Return the caller as the service would have it, and who that is."""
+    """Return the caller, and lines that describe it."""
     logins = {name: collection.login for name, collection in config.collections.items()}
     accounts = AccountLoader(pool)
     authenticator = Authenticator(

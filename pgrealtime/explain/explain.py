@@ -1,8 +1,8 @@
-"""``pgrealtime explain``: would this caller hear of this record on this topic, and why.
+"""Explains whether a caller would receive an event of a record on a topic, and why.
 
-The verdict is that of the service's own engine, and must be the reference query's too. What the
-parts of a rule mean is asked of Postgres likewise, each part as a rule of its own. All of it is
-asked of one snapshot, read only.
+``cli`` calls ``explain``. The verdict is the rule engine's, as in the service, and must equal that
+of the reference query. Each part of a rule is evaluated as a rule of its own. All of it is asked of
+one snapshot, read only.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ from pgrealtime.spelling import nearest_name
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What was found out."""
+    """The verdict and the lines that explain it."""
 
     is_delivered: bool
     lines: tuple[str, ...]
-    """For people and their terminals; the last one is the verdict."""
+    """Safe to print on a terminal; the last one is the verdict."""
 
 
 async def explain(
@@ -77,22 +77,22 @@ async def explain(
     *,
     with_sql: bool = False,
 ) -> Explanation:
-    """Judge a record as it is now.
+    """Evaluate a record as it is now for a caller's subscription.
 
     Args:
-        config: Of the service.
+        config: The service's.
         caller_spec: The subscriber.
         topic: As submitted, with its options.
-        record_id: Of the record; None if the topic names it.
-        with_sql: Tell the statements too, without the values of hidden fields.
+        record_id: The record's; None if the topic names it.
+        with_sql: Whether the lines show the statements too, without the values of hidden fields.
 
     Raises:
         ConfigError: The service wouldn't start with this configuration.
-        DatabaseUnreachableError: Nobody answers.
+        DatabaseUnreachableError: The database doesn't answer.
         AuthError: Code ``user_unknown``: there is no such user.
         SetupError: A table can't be read.
     """
-    # A person waits here, not a service for its database.
+    # A command must fail at once where the service would wait for its database.
     database = config.database.model_copy(update={"wait_for": 0.0})
     async with open_query_pool(database) as pool:
         collections = build_collections(
@@ -103,17 +103,17 @@ async def explain(
         with suppress(psycopg.Error):  # said where the record is read
             await pool.configure_row_security(reachable_tables(collections).values())
         caller, lines = await resolve_caller(config, collections, pool, caller_spec)
-        told = parse_topic(topic)
-        about = told.record_id if record_id is None else record_id
-        judging = _Explainer(collections, caller, told, with_sql=with_sql)
-        judging.lines = list(_labelled_lines("who", *lines))
+        parsed_topic = parse_topic(topic)
+        wanted_id = parsed_topic.record_id if record_id is None else record_id
+        explainer = _Explainer(collections, caller, parsed_topic, with_sql=with_sql)
+        explainer.lines = list(_labelled_lines("who", *lines))
         if isinstance(caller.principal, Guest) and not config.auth.allow_guests:
             reason = "guests may not subscribe here (auth.allow_guests)"
         else:
-            async with open_explain_session(pool) as asking:
-                reason = await judging.explain_record(asking, about or "")
+            async with open_explain_session(pool) as session:
+                reason = await explainer.explain_record(session, wanted_id or "")
     verdict = f"not delivered: {reason}" if reason else "delivered"
-    return Explanation(not reason, tuple(map(escape_unprintable, (*judging.lines, verdict))))
+    return Explanation(not reason, tuple(map(escape_unprintable, (*explainer.lines, verdict))))
 
 
 def _labelled_lines(label: str, *lines: str) -> Iterator[str]:
@@ -123,7 +123,7 @@ def _labelled_lines(label: str, *lines: str) -> Iterator[str]:
 
 @dataclass(frozen=True, eq=False)
 class _IndexMember:
-    """The subscriber as the index has it."""
+    """The subscriber as a member of the index."""
 
     specialization: Specialization
     values: tuple[Scalar, ...]
@@ -131,11 +131,11 @@ class _IndexMember:
 
 @dataclass(frozen=True, slots=True)
 class _RuleOutcome:
-    """What the rule or the filter says, by its parts."""
+    """The verdict of the rule or the filter, by its parts."""
 
     verdict: ConditionVerdict
     reason: str = ""
-    """Why it doesn't admit the row."""
+    """Why it isn't true of the row."""
 
 
 def _rule_outcome(evaluated: EvaluatedFragment, prefix: str = "") -> _RuleOutcome:
@@ -147,10 +147,10 @@ def _rule_outcome(evaluated: EvaluatedFragment, prefix: str = "") -> _RuleOutcom
 
 
 class _Explainer:
-    """One caller, one topic, one record.
+    """Explains one record to one caller of one topic.
 
     Attributes:
-        lines: What was found out so far.
+        lines: The lines so far.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class _Explainer:
         )
 
     async def explain_record(self, session: ExplainSession, record_id: str) -> str:
-        """Return why the caller doesn't hear of the record; empty if it does."""
+        """Return why the caller doesn't receive the record's events; empty if it does."""
         topic = self._topic
         collection = self._collections.find(topic.collection)
         if collection is None:
@@ -196,7 +196,7 @@ class _Explainer:
         return "the topic names nothing"
 
     async def _explain_row(self, session: ExplainSession, collection: Collection, row: Row) -> str:
-        """Ask everybody who has a say."""
+        """Evaluate by parts, by the reference query and by the engine, and compare the three."""
         is_whole = self._topic.record_id is None
         key = "list_rule" if is_whole else "view_rule"
         rule = collection.list_rule if is_whole else collection.view_rule
@@ -226,23 +226,23 @@ class _Explainer:
     async def _explain_rule(
         self, session: ExplainSession, collection: Collection, row: Row, key: str, rule: str | None
     ) -> _RuleOutcome:
-        """Weigh the collection's rule."""
+        """Evaluate the collection's rule by its parts."""
         passes = isinstance(self._caller.principal, Superuser)
         self._add_lines(key, *rule_lines(rule, is_superuser=passes))
         if passes or rule == "":
             return _RuleOutcome(ConditionVerdict(True))
         if rule is None:
             return _RuleOutcome(ConditionVerdict(False), f"{key} is missing: superusers only")
-        weighed = await self._evaluate_fragment(
+        evaluated = await self._evaluate_fragment(
             session, collection, row, split_rule(rule), is_filter=False
         )
-        self.lines += fragment_lines(weighed, "  ")
-        return _rule_outcome(weighed)
+        self.lines += fragment_lines(evaluated, "  ")
+        return _rule_outcome(evaluated)
 
     async def _explain_filter(
         self, session: ExplainSession, collection: Collection, row: Row
     ) -> _RuleOutcome:
-        """Weigh the client's filter."""
+        """Evaluate the client's filter by its parts."""
         text = self._topic.query.get("filter", "")
         if not text:
             return _RuleOutcome(ConditionVerdict(True))
@@ -255,11 +255,11 @@ class _Explainer:
         except RuleError as error:
             self.lines += refusal_lines(text, error)
             return _RuleOutcome(ConditionVerdict(False), f"the filter is refused: {error.message}")
-        weighed = await self._evaluate_fragment(
+        evaluated = await self._evaluate_fragment(
             session, collection, row, split_rule(text), is_filter=True
         )
-        self.lines += fragment_lines(weighed, "  ")
-        return _rule_outcome(weighed, "the filter: ")
+        self.lines += fragment_lines(evaluated, "  ")
+        return _rule_outcome(evaluated, "the filter: ")
 
     async def _evaluate_fragment(
         self,
@@ -270,7 +270,7 @@ class _Explainer:
         *,
         is_filter: bool,
     ) -> EvaluatedFragment:
-        """Ask what a part is by itself, and what it is made of."""
+        """Evaluate a part by itself, and the fragments that it consists of."""
         sides: tuple[tuple[str, str], ...] = ()
         try:
             made = fragment_queries(
@@ -307,7 +307,7 @@ class _Explainer:
     async def _reference_verdict(
         self, session: ExplainSession, compiled: AdmitAll | DenyAll | ReferenceQuery, row: Row
     ) -> ConditionVerdict:
-        """Return what the reference query says to rule and filter."""
+        """Return the reference query's verdict on rule and filter together."""
         match compiled:
             case AdmitAll():
                 return ConditionVerdict(True)
@@ -325,7 +325,7 @@ class _Explainer:
     async def _is_delivered_by_engine(
         self, session: ExplainSession, collection: Collection, row: Row
     ) -> bool:
-        """Return what the service does."""
+        """Return the rule engine's verdict, which the service obeys."""
         own = self._caller.own_row
         bound = Matcher(self._collections).bind_topic(
             collection, self._topic, self._caller.principal, own

@@ -1,4 +1,9 @@
-"""How ``explain`` asks Postgres: in one snapshot, read only, each question bounded in time."""
+"""How ``explain`` asks PostgreSQL: in one snapshot, read only, each statement bounded in time.
+
+The rule engine's questions go through the same rounds as in the service; the plain query and the
+parts of a rule are asked besides. A statement that fails is rolled back to a savepoint, so that the
+others are still asked of the same snapshot.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +69,7 @@ class ExplainSession:
             return ConditionVerdict(None, message_without_values(error))
 
     async def fetch_verdict(self, query: SqlQuery) -> ConditionVerdict:
-        """Return what a condition is."""
+        """Return the value of a condition."""
         match await self.fetch_rows(query):
             case ConditionVerdict() as fault:
                 return fault
@@ -87,7 +92,7 @@ class ExplainSession:
         try:
             rows = await self._transaction.fetch_texts(statement, {"ids": [wanted]})
         except (psycopg.DataError, UnicodeEncodeError):
-            return None  # no text of this database
+            return None  # the text can't be a value of this database
         except psycopg.ProgrammingError as error:
             raise SetupError(
                 f'"{collection.table.name}" can\'t be read',
@@ -102,7 +107,7 @@ class ExplainSession:
         await self._rounds.answer(self._transaction, evaluation)
 
     async def format_operand(self, operand: OperandValue) -> str:
-        """Return the values of a comparison's side, for people."""
+        """Return the values of an operand as text."""
         match operand.value:
             case HiddenValue():
                 return HIDDEN_TEXT

@@ -1,4 +1,4 @@
-"""What ``explain`` found out, as lines for people, and which part of a rule decided. Pure."""
+"""Writes what ``explain`` found as lines of text; says which part of a rule decided. Pure."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from pgrealtime.rules.sql.reference import ReferenceQuery, SqlQuery
 
 _MAX_VALUE_CHARACTERS = 80
 HIDDEN_TEXT = "[hidden]"
-"""Stands for what records don't show to everybody."""
+"""Stands for values that records don't show to every subscriber."""
 CAVEAT = (
     "judged by what the tables hold now, perhaps not what they held then;"
     " @request.query and @request.headers are as in the topic's options"
 )
 _MAX_NAMED_FRAGMENTS = 3
-"""Parts that are named as what decided."""
+"""Deciding parts that the verdict names at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConditionVerdict:
-    """What a condition is of a row."""
+    """The value of a condition for a row, or why there is none."""
 
     value: bool | None
-    """None is unknown, NULL in SQL, or that there was no answer."""
+    """None is UNKNOWN (NULL in SQL), or no answer."""
     failure: str = ""
-    """Why there was no answer: to the service as good as false."""
+    """Why there was no answer, which the service treats as FALSE."""
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The word that is printed."""
         if self.failure:
             return "denied"
         return {True: "true", False: "false", None: "unknown"}[self.value]
@@ -44,22 +44,22 @@ class ConditionVerdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluatedFragment:
-    """A part of a rule or filter, and what it is by itself."""
+    """A part of a rule or filter, and its value by itself."""
 
     display_text: str
     verdict: ConditionVerdict
     operand_values: tuple[tuple[str, str], ...] = ()
-    """Of a comparison: operands and what their values are, ready to be shown."""
+    """Of a comparison: its operands and their values, as text."""
     is_conjunction: bool = True
-    """Of a join: all parts must be true, not any."""
+    """Of a part with fragments: whether all must be true, or any."""
     fragments: tuple[EvaluatedFragment, ...] = ()
 
 
 def deciding_fragments(evaluated: EvaluatedFragment) -> list[EvaluatedFragment]:
     """Return the smallest parts that keep a part from being true.
 
-    Of what must all be true the first that isn't is enough. A join of which every part is true by
-    itself decides as a whole: no related row makes all of them true at once.
+    Of a conjunction the first part that isn't true is enough. If each part is true by itself, the
+    whole decides: no single related row makes all of them true.
     """
     failing = [part for part in evaluated.fragments if not part.verdict.value]
     if not failing:
@@ -70,7 +70,7 @@ def deciding_fragments(evaluated: EvaluatedFragment) -> list[EvaluatedFragment]:
 
 
 def describe_fragments(parts: Iterable[EvaluatedFragment]) -> str:
-    """Return what decided, as the verdict names it."""
+    """Return the deciding parts, as the verdict names them."""
     texts = [part.display_text for part in parts]
     if len(texts) == 1:
         return texts[0]
@@ -81,7 +81,7 @@ def describe_fragments(parts: Iterable[EvaluatedFragment]) -> str:
 
 
 def fragment_lines(evaluated: EvaluatedFragment, indent: str = "") -> Iterator[str]:
-    """Yield a part and what it is made of, in the order of the text."""
+    """Yield the lines of a part and of its fragments, in the order of the text."""
     start, below = f"{indent}{evaluated.verdict.label:<9}", f"{indent}{'':<9}"
     if evaluated.fragments:
         yield f"{start}{'all of:' if evaluated.is_conjunction else 'any of:'}"
@@ -102,7 +102,7 @@ def fragment_lines(evaluated: EvaluatedFragment, indent: str = "") -> Iterator[s
 
 
 def format_value(value: Scalar) -> str:
-    """Return a value as people read it; a long text is cut."""
+    """Return a value as it is printed; a long text is cut."""
     match value:
         case None:
             return "null"
@@ -117,15 +117,12 @@ def format_value(value: Scalar) -> str:
 
 
 def escape_unprintable(line: str) -> str:
-    """Return the line without what a terminal would obey, be unable to print or hide."""
+    """Return the line with control and other unprintable characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
-# --- what was looked at
-
-
 def disagreement_lines(*, plain: bool, engine: bool, parts: bool) -> Iterator[str]:
-    """Yield that those who must agree don't."""
+    """Yield the report that three evaluations differ that must agree."""
     yield "three ways to decide must agree and don't; please report this with the schema:"
     for name, verdict in (("plain query", plain), ("engine", engine), ("parts", parts)):
         yield f"  {name}: {'delivered' if verdict else 'not delivered'}"
@@ -133,13 +130,13 @@ def disagreement_lines(*, plain: bool, engine: bool, parts: bool) -> Iterator[st
 
 
 def refusal_lines(text: str, error: RuleError) -> Iterator[str]:
-    """Yield what is wrong with a filter, and where."""
+    """Yield why a filter is refused, and where in its text."""
     yield f"  refused: {error.message}"
     yield from underline_span(text, error.start, error.end).splitlines()
 
 
 def topic_lines(topic: Topic, collection: Collection) -> Iterator[str]:
-    """Yield what the topic means."""
+    """Yield the topic's collection, record and options."""
     what = "all records" if topic.record_id is None else f'the record "{topic.record_id}"'
     yield f'{what} of "{collection.name}", table {collection.table.name}'
     for name, values in (("query", topic.query), ("headers", topic.headers)):
@@ -149,7 +146,7 @@ def topic_lines(topic: Topic, collection: Collection) -> Iterator[str]:
 
 
 def rule_lines(rule: str | None, *, is_superuser: bool) -> list[str]:
-    """Return the rule as it stands."""
+    """Return the rule's text, or what its absence means."""
     match rule:
         case None:
             lines = ["missing: superusers only"]
@@ -163,7 +160,7 @@ def rule_lines(rule: str | None, *, is_superuser: bool) -> list[str]:
 def row_lines(
     collection: Collection, row: Row, compiled: AdmitAll | DenyAll | ReferenceQuery
 ) -> Iterator[str]:
-    """Yield that the row is there, and what rule and filter read of it."""
+    """Yield that the record exists, and the columns that rule and filter read."""
     yield f"{collection.name}/{row[collection.key.name]} is there"
     for name in compiled.columns if isinstance(compiled, ReferenceQuery) else ():
         yield f"{_field_name(collection, name)} is {_format_cell(collection, name, row[name])}"
@@ -175,7 +172,7 @@ def _field_name(collection: Collection, column: str) -> str:
 
 
 def _is_hidden(collection: Collection, column: str) -> bool:
-    """Whether records don't show the column to everybody, or not at all."""
+    """Whether records show the column not at all, or not to every subscriber."""
     shown_as = [f for f in collection.fields if f.column and f.column.name == column]
     return not shown_as or any(f.is_hidden or f.is_secret for f in shown_as)
 

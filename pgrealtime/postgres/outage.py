@@ -1,19 +1,22 @@
-"""How long questions are repeated while the database is away: for one outage all together."""
+"""How long queries are retried while the database is away: for one outage all of them together.
+
+The executor and the reader of live rows share one ``DatabaseOutage``; readiness asks it too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
 _MAX_RETRY_SECONDS = 10.0
-"""A restart takes less. What waits for answers holds up all that follows it."""
+"""A restart takes less; and what waits for an answer delays all that follows it."""
 CONNECTION_RETRY_DELAYS = (0.0, 0.1, 0.5, None)
-"""Seconds before a question that can do without is put to another connection; None: no more."""
+"""Seconds before a query is retried on another connection that may also fail; None: no more."""
 _FIRST_RETRY_DELAYS = (0.0, 0.1)
 _RETRY_DELAY_SECONDS = 0.5
 
 
 class DatabaseOutage:
-    """The time since which no question was answered.
+    """Since when no query has been answered.
 
     Args:
         clock: Monotonic seconds.
@@ -25,19 +28,19 @@ class DatabaseOutage:
 
     @property
     def is_ongoing(self) -> bool:
-        """Whether the last question failed because the database was away."""
+        """Whether the last query failed because the database was away."""
         return self._since is not None
 
     def record_answer(self) -> None:
-        """Note that the database has answered."""
+        """Record that the database has answered."""
         self._since = None
 
     def retry_delays(self) -> Iterator[float | None]:
         """Yield the seconds to wait before another attempt; None after the last one.
 
-        To be advanced once per attempt. A broken connection says nothing of the next one, so there
-        are a few attempts at once; then one again and again, until the outage has lasted too
-        long. After that nobody waits for long until the database has answered.
+        Advance it once per failed attempt. A broken connection says nothing about the next one, so
+        the first attempts follow at once; then one every half second, until the outage has lasted
+        too long. From then on no query waits, until the database has answered one.
         """
         yield from _FIRST_RETRY_DELAYS
         if self._since is None:

@@ -1,8 +1,8 @@
-"""The connections that rules, users and snapshots are asked through; ``run`` makes the pool.
+"""The pool of read-only connections for rules, accounts and snapshots; ``service.build`` opens it.
 
-A pooled connection may be dead without saying so. One that the server closed is passed over at
-once, and one that gives no answer is hung up: of a network or proxy that drops everything no
-error ever comes.
+A pooled connection may be dead without any error. One that the server closed is discarded when it
+is taken from the pool, and one that gives no answer is shut down: a network or proxy that drops all
+packets never reports an error.
 
 Every transaction brings its own settings. A setting of the session would not do: a pooler in
 transaction mode (PgBouncer's ``pool_mode = transaction``) runs each transaction in some session of
@@ -35,11 +35,11 @@ DatabaseConnection: TypeAlias = psycopg.AsyncConnection[TupleRow]
 _T = TypeVar("_T")
 
 _GRACE_SECONDS = 1.0
-"""The server ends a statement itself; this long its word may take to arrive."""
+"""For the answer to arrive after the server has ended the statement itself."""
 
 
 class QueryConnection(DatabaseConnection):
-    """Waits for no answer much longer than the server may take for it.
+    """A connection that is closed when an answer takes much longer than the server may take.
 
     Attributes:
         answer_seconds: What the server may take.
@@ -48,10 +48,10 @@ class QueryConnection(DatabaseConnection):
     answer_seconds = 60.0
 
     async def wait(self, gen: PQGen[_T], *args: Any, **more: Any) -> _T:
-        """As the driver does it, but the connection is closed when no answer comes.
+        """Wait as the driver does, and shut the socket down if no answer comes in time.
 
         Raises:
-            psycopg.OperationalError: None came.
+            psycopg.OperationalError: No answer came.
         """
         patience = self.answer_seconds + _GRACE_SECONDS
         hang_up = asyncio.get_running_loop().call_later(patience, self._shut_down_socket)
@@ -61,14 +61,15 @@ class QueryConnection(DatabaseConnection):
             hang_up.cancel()
 
     def _shut_down_socket(self) -> None:
-        # Not a cancel: that asks the server, which says nothing, and waits for it.
+        # Not a cancel: that would ask the same server and wait for its answer. The duplicated file
+        # descriptor lets Python close its socket object without closing libpq's.
         with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(self.fileno())) as ours:
             ours.shutdown(socket.SHUT_RDWR)
 
 
 _TRANSACTION_SETTINGS: Final = {
-    # With another schema before pg_catalog even "=" could be somebody else's; a temporary type
-    # or table comes before all that is listed unless pg_temp is listed too.
+    # With another schema before pg_catalog even "=" could be a user's operator. Temporary types and
+    # tables are searched first unless pg_temp is listed (PostgreSQL docs, "search_path").
     "search_path": "pg_catalog, pg_temp",
     "role": "DEFAULT",
     "row_security": "off",
@@ -78,12 +79,12 @@ _TRANSACTION_SETTINGS: Final = {
     "IntervalStyle": "'postgres'",
     "extra_float_digits": "1",
     "bytea_output": "'hex'",
-    # Else backslashes in our statements mean something else, and NULLs in our arrays are texts.
+    # Otherwise backslashes in statements are escapes, and NULL in array parameters is a text.
     "standard_conforming_strings": "on",
     "array_nulls": "on",
 }
-"""What a rule means and how values are printed must hang neither on the role's or the database's
-settings nor on those that another client of the pooler left in the session."""
+"""The meaning of a rule and the text forms of values must not depend on the settings of the role or
+the database, nor on those that another client of the pooler left in the session."""
 
 _BEGIN_SQL: Final = "; ".join(
     (
@@ -104,17 +105,17 @@ _BACKEND_PID_QUERY = "SELECT pg_catalog.pg_backend_pid()"
 
 
 class QueryPool(AsyncConnectionPool[DatabaseConnection]):
-    """Gives out connections that are alive, in read-only transactions that bring their settings.
+    """A pool whose connections are alive, in read-only transactions that bring their settings.
 
-    After a restart of the server all are dead at once, and whoever took one would be refused. The
-    library's own ``check`` waits a second after each that it finds dead.
+    After a restart of the server all pooled connections are dead at once, and each query that took
+    one would fail. The library's own ``check`` waits a second after each that it finds dead.
 
     Args:
         conninfo: libpq's, or a URL.
         statement_timeout: Seconds that the server may take for a statement.
-        min_size: Connections that are kept.
+        min_size: Connections that are kept open.
         max_size: Connections at most.
-        timeout: Seconds to wait for a free one; as long as for a statement if not given.
+        timeout: Seconds to wait for a free one; the statement timeout if not given.
     """
 
     def __init__(
@@ -184,10 +185,10 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
 
     @asynccontextmanager
     async def connection(self, timeout: float | None = None) -> AsyncIterator[DatabaseConnection]:  # noqa: ASYNC109 (the library's)
-        """Give a connection in a transaction, which ends with the block.
+        """Yield a connection in a transaction, which ends with the block.
 
         Raises:
-            PoolTimeout: None became free in time.
+            PoolTimeout: No connection became free in time.
             psycopg.Error: The transaction can't begin.
         """
         async with self.session(timeout) as connection:
@@ -196,10 +197,10 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
 
     @asynccontextmanager
     async def session(self, timeout: float | None = None) -> AsyncIterator[DatabaseConnection]:  # noqa: ASYNC109 (the library's)
-        """Give a connection outside a transaction, to those who ``begin`` several.
+        """Yield a connection outside a transaction, for callers that begin several.
 
         Raises:
-            PoolTimeout: None became free in time.
+            PoolTimeout: No connection became free in time.
         """
         async with super().connection(timeout) as connection:
             yield connection
@@ -220,22 +221,24 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
             return row
 
     async def getconn(self, timeout: float | None = None) -> DatabaseConnection:  # noqa: ASYNC109 (the library's)
-        """Return a connection; as the library does it.
+        """Return a connection that is alive.
 
         Raises:
-            PoolTimeout: None became free in time.
+            PoolTimeout: No connection became free in time.
         """
-        patience = self.timeout if timeout is None else timeout
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
         while True:
             connection = await super().getconn(max(deadline - time.monotonic(), 0.0))
             if await _is_alive(connection):
                 return connection
-            await self.putconn(connection)  # which makes another
+            await self.putconn(connection)  # the pool replaces it by another
 
 
 async def _is_alive(connection: DatabaseConnection) -> bool:
-    """Whether the connection is well, without a round trip if it has nothing to say."""
+    """Whether the connection is alive; without a round trip if nothing waits to be read.
+
+    A connection that the server closed is readable: an error message, or the end of the stream.
+    """
     if connection.closed:
         return False
     waiting = select.poll()
@@ -250,9 +253,11 @@ async def _is_alive(connection: DatabaseConnection) -> bool:
 
 
 async def _disable_prepare_behind_pooler(connection: DatabaseConnection) -> None:
-    """Keep the driver from preparing statements in a session that the next one isn't run in.
+    """Keep the driver from preparing statements behind a pooler in transaction mode.
 
-    A pooler has to make up the process id that it gives its client, as cancel requests come by it.
+    There the next transaction may run in another session, which hasn't prepared them. A pooler
+    is recognized by the process id that it gives its client: it has to make one up, because cancel
+    requests come by it.
     """
     cursor = await connection.execute(_BACKEND_PID_QUERY)
     if await cursor.fetchone() != (connection.info.backend_pid,):

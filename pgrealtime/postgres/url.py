@@ -1,4 +1,4 @@
-"""Reads a database URL, for every room that connects: what libpq would make of it, or our error."""
+"""Parses a database URL as libpq would, for everything that connects to PostgreSQL."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def parse_database_url(url: str) -> dict[str, Any]:
         timeout_from_conninfo(given)  # else looked at while connecting
     except psycopg.ProgrammingError:
         raise _invalid_url_error() from None  # the driver's message quotes what may be a password
-    # To libpq a password ends at its first "@", and what follows would be told as the name of a
-    # host that isn't found. At the front one makes an abstract socket.
+    # To libpq a password ends at its first "@", so the rest of it would be shown as the name of a
+    # host that isn't found. A host that begins with "@" is an abstract socket.
     if any("@" in host[1:] for host in str(given.get("host", "")).split(",")):
         raise _invalid_url_error()
-    # What is meant is the primary. libpq asks if the session may write: ours never may.
+    # The primary is meant. libpq would test whether the session may write, and ours never may.
     if given.get("target_session_attrs") == "read-write":
         given["target_session_attrs"] = "primary"
     return given

@@ -1,6 +1,6 @@
-"""Whether somebody may sign in, and the record that they are answered with.
+"""Decides whether an account may sign in, and renders the record that the answer holds.
 
-The record is made of a row as an event's record is.
+The login routes call it. The record is rendered from its row as an event's record is.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from pgrealtime.rules.language.request import RuleRequest
 log = structlog.get_logger(__name__)
 
 _MAX_PLANS = 64
-"""Kept texts of ``expand``: in an URL they can be long."""
+"""Texts of ``expand`` whose plans are cached. Few, because in a URL they can be long."""
 
 
 class OwnRecordRenderer:
-    """Makes people's own records, with the related ones they ask for and may see.
+    """Renders accounts' own records, with the related records that they expand and may see.
 
     Args:
-        sessions: Where to ask.
-        collections: What there is.
+        sessions: Opens the snapshots to read in.
+        collections: The collections in force.
         nulls: How NULL is shown.
-        hidden: Who may expand a hidden relation.
+        hidden: Whether clients may expand a hidden relation.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class OwnRecordRenderer:
         self.replace_collections(collections)
 
     def replace_collections(self, collections: Collections) -> None:
-        """Take other collections."""
+        """Use other collections from now on."""
         self._collections = collections
         self._compiler = RuleCompiler(collections)
         self._expand_compiler = ExpandCompiler(
@@ -78,28 +78,28 @@ class OwnRecordRenderer:
         headers: Mapping[str, str],
         context: str,
     ) -> bool:
-        """Return whether the collection's ``auth_rule`` of now lets somebody in.
+        """Return whether the collection's present ``auth_rule`` admits an account.
 
         Args:
-            collection: Of the record; another may have come while the password was checked.
-            row: The whole row.
-            caller: Who asks for it, as the request's own token says.
-            query: Of the request's URL.
-            headers: Of the request, their names in snake case.
-            context: What rules call such a request: ``password``, or ``default`` for a refresh.
+            collection: The account's; it may have been replaced while the password was checked.
+            row: The account's whole row.
+            caller: The caller by the request's own token.
+            query: The URL's query.
+            headers: The request's, their names in snake case.
+            context: ``@request.context``: ``password``, or ``default`` for a refresh.
 
         Raises:
-            DatabaseUnreachableError: The rule can't be asked now.
+            DatabaseUnreachableError: The rule can't be evaluated now.
         """
         current = self._collections.get(collection.name)
         if current is None or current.auth_rule == "":
             return current is not None
-        asked = RuleRequest(
+        request = RuleRequest(
             principal=caller.principal, query=query, headers=headers, context=context, method="POST"
         )
         try:
             bound = self._compiler.bind_caller(
-                current, current.auth_rule, asked, caller.own_row, is_filtered=False
+                current, current.auth_rule, request, caller.own_row, is_filtered=False
             )
         except RuleError as error:
             reason = error.message
@@ -107,17 +107,17 @@ class OwnRecordRenderer:
             return False
         if isinstance(bound, DenyAll):
             return False
-        place: RecordVersion = current.name, "", 0
-        looking: Evaluation[RecordVersion, BoundPredicate] = Evaluation(
+        version: RecordVersion = current.name, "", 0
+        evaluation: Evaluation[RecordVersion, BoundPredicate] = Evaluation(
             macro_values_at(datetime.now(UTC))
         )
-        looking.add(place, current, row, [bound])
+        evaluation.add(version, current, row, [bound])
         try:
-            async with self._sessions.read_session(frozenset()) as reading:
-                await reading.answer_questions(looking)
+            async with self._sessions.read_session(frozenset()) as session:
+                await session.answer_questions(evaluation)
         except (psycopg.Error, PoolTimeout, TimeoutError) as error:
             raise DatabaseUnreachableError("the rule can't be asked now") from error
-        return bound in looking.hits(place)
+        return bound in evaluation.hits(version)
 
     async def render_record(
         self,
@@ -128,20 +128,20 @@ class OwnRecordRenderer:
         query: Mapping[str, str],
         headers: Mapping[str, str],
     ) -> bytes:
-        """Return the JSON of somebody's record, the e-mail address in it whatever its visibility.
+        """Return the JSON of an account's record, with its e-mail address whatever its visibility.
 
-        Unlike in PocketBase the body of the login isn't there for rules to see.
+        Unlike in PocketBase, rules of expanded records can't read the body of the login.
 
         Args:
-            collection: Of the record.
-            row: The whole row.
-            owner: Whose it is, and who looks at what ``query["expand"]`` asks for.
-            query: Of the request's URL.
-            headers: Of the request, their names in snake case.
+            collection: The account's.
+            row: The account's whole row.
+            owner: The account as a caller; ``query["expand"]`` shows what it may see.
+            query: The URL's query.
+            headers: The request's, their names in snake case.
         """
         view = View(sees_email=True)
         if self._collections.get(collection.name) is not collection:
-            # Other collections came while the password was checked.
+            # The collections were replaced while the password was checked.
             return compile_encoder(collection, nulls=self._nulls, view=view)(row)
         request = RuleRequest(
             principal=owner.principal, query=query, headers=headers, method="POST"

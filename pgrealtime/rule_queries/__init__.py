@@ -1,1 +1,1 @@
-"""Puts the engine's questions to PostgreSQL, bounded in time."""
+"""Asks PostgreSQL about rules and rows, bounded in time."""

@@ -35,7 +35,7 @@ from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collections
 from pgrealtime.collections.names import configured_table_names
 from pgrealtime.config.model import CollectionConfig
-from pgrealtime.expand import batch
+from pgrealtime.expand import batch, link_history
 from pgrealtime.expand import load as loading
 from pgrealtime.expand.load import RelatedRecordLoader
 from pgrealtime.expand.node import RecordNode
@@ -640,7 +640,7 @@ async def test_taking_back_later_links_lets_others_have_their_turns(
             nonlocal pauses
             pauses += 1
 
-    for module in (loading, batch):
+    for module in (batch, link_history):
         monkeypatch.setattr(module, "YieldTimer", Turn)
     changelog = MemoryChangelog(LSN(1), max_bytes=1000, max_age_seconds=300)
     changelog.append(Transaction(Xid(4), LSN(2), 0, (Delete(TAGS, Key({})),), 10))
