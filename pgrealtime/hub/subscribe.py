@@ -109,7 +109,7 @@ class SubscribeCalls:
                 raise
             except SubscriptionError as error:
                 if error.error_code == "stream_away":
-                    # The JS SDK doesn't call again by itself, but when its connection has ended.
+                    # Its client must call again: it does so when it has reconnected.
                     connection.mark_answered(self._clock(), close_reason="stream_away")
                 raise
             connection.mark_answered(self._clock())

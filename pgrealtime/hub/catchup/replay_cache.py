@@ -1,8 +1,8 @@
-"""What one replay worked out a moment ago, for the others that stand where it stood.
+"""A cache of what one connection that caught up was just sent, for others at the same cursor.
 
-Connections fall behind together, when a burst is more than their clients take, and come back
-together, when something between them and us broke. Each would judge the same rows by the same rule
-and write the same text at 8 us a message; to take it from here costs 1 us, the write included.
+Connections fall behind together when a burst is larger than their send buffers, and reconnect
+together when a proxy restarts. Each would evaluate the same rows by the same rule and render the
+same messages, 8 us a message; from this cache that is 1 us, the write included.
 """
 
 from __future__ import annotations
@@ -22,40 +22,39 @@ if TYPE_CHECKING:
     from pgrealtime.hub.state.caller_check import CallerCheckResult
 
 _MAX_AGE_SECONDS = 1.0
-"""What rules ask the database has the answer of the moment, and may be as old as this."""
+"""Seconds. Rules query the database as it is now; the answers in the cache may be so old."""
 _MAX_BYTES = 16 * 1024 * 1024
-"""Bytes of messages that are kept."""
+"""Of messages in the cache."""
 
 
 class CatchUpCacheKey(NamedTuple):
-    """Where a connection stands and what it may hear from there on; equal ones hear the same."""
+    """What decides the messages a connection receives next; equal keys mean equal bytes."""
 
     revision: int
-    """Of the collections in force."""
     cursor: Cursor
     group: Group
     render_key: RenderKey
 
 
 class CachedSlice(NamedTuple):
-    """What follows for one standpoint."""
+    """The messages that follow one key."""
 
     events: Sequence[Event]
     batch: MessageBatch
     end_cursor: Cursor
     budget: FilterBudget
-    """What was used of it to find that out: who is handed it has filters that take as long."""
+    """Used to evaluate them: the filters of each connection that receives them take as long."""
     stored_at: float
     """Monotonic seconds."""
     size_bytes: int
     checked: CallerCheckResult | None
-    """What was found out about the caller that it was made for, where rules ask who that is."""
+    """What was found out about the caller for whom it was made, if rules depend on the caller."""
 
 
 def catch_up_cache_key(connection: Connection, revision: int) -> CatchUpCacheKey | None:
-    """Return where the connection stands; None if what it hears is its own.
+    """Return the connection's key; None if its messages differ from those of all others.
 
-    That is so with several topics, with an own record, and soon after a topic was submitted.
+    They do with several topics, with an own record, and soon after a topic was added.
     """
     if len(connection.subscriptions) != 1:
         return None
@@ -68,7 +67,7 @@ def catch_up_cache_key(connection: Connection, revision: int) -> CatchUpCacheKey
 
 
 class CatchUpCache:
-    """The last few stretches.
+    """The last few slices.
 
     Args:
         clock: Monotonic seconds.
@@ -80,11 +79,11 @@ class CatchUpCache:
         self._total_bytes = 0
 
     def get(self, key: CatchUpCacheKey) -> CachedSlice | None:
-        """Return what follows, if that was found out a moment ago."""
-        stretch = self._slices.get(key)
-        if stretch is None or self._clock() - stretch.stored_at > _MAX_AGE_SECONDS:
+        """Return what follows the key, if it is recent."""
+        cached = self._slices.get(key)
+        if cached is None or self._clock() - cached.stored_at > _MAX_AGE_SECONDS:
             return None
-        return stretch
+        return cached
 
     def store(
         self,
@@ -96,9 +95,9 @@ class CatchUpCache:
         *,
         checked: CallerCheckResult | None,
     ) -> None:
-        """Keep what follows for the next one that comes by; the oldest give way.
+        """Store what follows the key; the oldest are evicted.
 
-        What is too old goes as well: a stretch without a message has no size, but its events.
+        Also by age: a slice without messages has no size, but holds its events in memory.
         """
         now = self._clock()
         old = self._slices.pop(key, None)
@@ -106,13 +105,13 @@ class CatchUpCache:
         self._slices[key] = CachedSlice(events, batch, end_cursor, budget, now, size, checked)
         self._total_bytes += size - (0 if old is None else old.size_bytes)
         while self._slices:
-            place, oldest = next(iter(self._slices.items()))
+            oldest_key, oldest = next(iter(self._slices.items()))
             if self._total_bytes <= _MAX_BYTES and now - oldest.stored_at <= _MAX_AGE_SECONDS:
                 return
-            del self._slices[place]
+            del self._slices[oldest_key]
             self._total_bytes -= oldest.size_bytes
 
     def clear(self) -> None:
-        """Let go of all, when nobody reads on any more."""
+        """Evict all; called when no connection catches up any more."""
         self._slices.clear()
         self._total_bytes = 0

@@ -1,21 +1,21 @@
-"""The messages of one slice, shared by all who receive the same."""
+"""The messages of one slice, shared by all subscriptions that receive the same bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 _ID_LINE_BYTES = 76
-"""Of the id line before each tail, where it carries a position."""
+"""Size of the id line before each tail, if it carries a position."""
 
 
 class MessageBatch:
-    """Tails in order, each with the place of its event in the slice.
+    """Messages without their ids, in order, each with the index of its event in the slice.
 
     Attributes:
-        tails: After an empty first element, so that joining them with an id line puts one before
-            each: one call in C per connection, whatever the number of messages.
-        event_indexes: Of the events, ascending; one less than ``tails``.
-        size_bytes: Bytes of the messages, about.
+        tails: The messages after an empty first element: joining them with an id puts the id
+            before each, in one call per connection whatever the number of messages.
+        event_indexes: The events' indexes, ascending; one less than ``tails``.
+        size_bytes: Approximate size of the messages.
     """
 
     __slots__ = ("event_indexes", "size_bytes", "tails")
@@ -24,8 +24,8 @@ class MessageBatch:
         self.tails: list[bytes] = [b""]
         self.event_indexes: list[int] = []
         self.size_bytes = 0
-        for place, tail in messages:
-            self.add(place, tail)
+        for event_index, tail in messages:
+            self.add(event_index, tail)
 
     def add(self, event_index: int, tail: bytes) -> None:
         """Append a message."""
@@ -34,18 +34,18 @@ class MessageBatch:
         self.event_indexes.append(event_index)
 
     def messages_before(self, event_index: int) -> MessageBatch:
-        """Return the messages of the events before a place."""
+        """Return the messages of the events before an index."""
         if not self.event_indexes or self.event_indexes[-1] < event_index:
             return self
         return MessageBatch(message for message in self.messages() if message[0] < event_index)
 
     def messages(self) -> Iterable[tuple[int, bytes]]:
-        """Places and tails."""
+        """Return the events' indexes and the tails."""
         return zip(self.event_indexes, self.tails[1:], strict=True)
 
 
 def merge_batches(batches: Sequence[MessageBatch]) -> MessageBatch:
-    """Return one batch in the order of the events; equal places in the order given."""
+    """Return one batch in the order of the events; messages of one event in the order given."""
     if len(batches) == 1:
         return batches[0]
     messages = (message for batch in batches for message in batch.messages())

@@ -36,12 +36,14 @@ MemberT = TypeVar("MemberT", bound=GroupMember)
 
 
 class MemberRenderGroup(Generic[MemberT]):
-    """Subscriptions of one group that receive the same bytes. A single one is kept as it is.
+    """Subscriptions of one group that receive the same bytes.
+
+    A single one is stored without a dict: most groups have one.
 
     Attributes:
-        render_key: What decides about the bytes: the topic as submitted, what is seen of records.
-        batch: What the slice being delivered has for them; None between slices.
-        composed_in: Which portion that is of.
+        render_key: Of all of them.
+        batch: Their messages in the part of a slice being delivered; None between slices.
+        composed_in: The part that ``batch`` belongs to.
     """
 
     __slots__ = ("_by_owner", "_subscriptions", "batch", "composed_in", "render_key")
@@ -59,13 +61,13 @@ class MemberRenderGroup(Generic[MemberT]):
         return iter((self._subscriptions,))
 
     def subscriptions_of_owner(self, record_id: str) -> Iterable[MemberT]:
-        """Those whose own record it is, and who so see its email."""
+        """Return the subscriptions whose own record it is: they receive its email."""
         if self._by_owner is not None:
             return self._by_owner.get(record_id, ())
         return [one for one in self if one.own_record_id == record_id]
 
     def add(self, subscription: MemberT) -> None:
-        """Let it receive what the others do."""
+        """Add a subscription with the same render key."""
         if not isinstance(self._subscriptions, dict):
             first, self._subscriptions, self._by_owner = self._subscriptions, {}, {}
             self.add(first)
@@ -74,7 +76,7 @@ class MemberRenderGroup(Generic[MemberT]):
             self._by_owner.setdefault(subscription.own_record_id, {})[subscription] = None
 
     def remove(self, subscription: MemberT) -> bool:
-        """Take it out; return whether it was the last one."""
+        """Remove a subscription; return whether it was the last one."""
         if not isinstance(self._subscriptions, dict):
             return True
         del self._subscriptions[subscription]
@@ -87,11 +89,11 @@ class MemberRenderGroup(Generic[MemberT]):
 
 
 class MemberGroup(Generic[MemberT]):
-    """Subscriptions that are judged together; a member of the index.
+    """Subscriptions that always have the same verdict; a member of the index.
 
     Attributes:
-        specialization: What they ask.
-        values: What they ask it with.
+        specialization: Of their rule and filter.
+        values: The caller values and literals that the specialization takes.
         record_id: Of a record topic; None for the whole collection.
         shared_subscription_count: How many of its subscriptions are evaluated for all: those
             without a filter, and those whose connections aren't isolated. Events find a group that
@@ -117,12 +119,12 @@ class MemberGroup(Generic[MemberT]):
 
     @property
     def is_unindexed(self) -> bool:
-        """Whether each change of the collection costs something for its filter."""
+        """Whether its filter is evaluated for each change of the collection, without an index."""
         return self.record_id is None and self.specialization.has_unindexed_filter
 
     @property
     def render_groups(self) -> Iterable[MemberRenderGroup[MemberT]]:
-        """By what they receive."""
+        """Its subscriptions by render key."""
         match self._render_groups:
             case None:
                 return ()
@@ -132,32 +134,32 @@ class MemberGroup(Generic[MemberT]):
                 return several.values()
 
     def add(self, subscription: MemberT) -> None:
-        """Put a subscription into its audience."""
-        place = subscription.render_key
+        """Add a subscription."""
+        key = subscription.render_key
         match self._render_groups:
             case None:
                 self._render_groups = MemberRenderGroup(subscription)
-            case MemberRenderGroup(render_key=receives) as only if receives == place:
+            case MemberRenderGroup(render_key=only_key) as only if only_key == key:
                 only.add(subscription)
-            case MemberRenderGroup(render_key=receives) as only:
-                self._render_groups = {receives: only, place: MemberRenderGroup(subscription)}
-            case several if place in several:
-                several[place].add(subscription)
+            case MemberRenderGroup(render_key=only_key) as only:
+                self._render_groups = {only_key: only, key: MemberRenderGroup(subscription)}
+            case several if key in several:
+                several[key].add(subscription)
             case several:
-                several[place] = MemberRenderGroup(subscription)
+                several[key] = MemberRenderGroup(subscription)
 
     def remove(self, subscription: MemberT) -> bool:
-        """Take a subscription out; return whether it was the last one."""
+        """Remove a subscription; return whether it was the last one."""
         if isinstance(self._render_groups, dict):
-            place = subscription.render_key
-            if self._render_groups[place].remove(subscription):
-                del self._render_groups[place]
+            key = subscription.render_key
+            if self._render_groups[key].remove(subscription):
+                del self._render_groups[key]
             return not self._render_groups
         assert self._render_groups is not None
         return self._render_groups.remove(subscription)
 
     def covers(self, event: Event) -> bool:
-        """Whether the event is about what its topic points to."""
+        """Whether the event is about its topic's collection, and record if it names one."""
         return self.specialization.collection.name == event.collection.name and (
             self.record_id in {None, event.record_id}
         )

@@ -1,8 +1,7 @@
 """Limits the bytes in send buffers: of each connection, and of all connections together.
 
-``hub.dispatch`` and ``hub.replay`` ask before they write to a connection and report afterwards what
-its send buffer holds. A connection over its limit isn't written to: it catches up from the
-changelog as its client reads.
+The dispatcher and catching up check it before they write to a connection, and update it afterwards.
+A connection over its limit isn't written to: it catches up from the changelog as its client reads.
 """
 
 from __future__ import annotations
@@ -14,23 +13,23 @@ from pgrealtime.hub.connections.connection import Connection
 
 COUNTED_FROM_BYTES = 64 * 1024
 """Send buffers smaller than this many bytes aren't counted against the total, unless a connection
-may not have so much anyway (``SendBudget.counted``). Each connection may have so much waiting
-however much waits for others, so clients that keep up aren't affected by those that don't."""
+may not have so much anyway (``SendBudget.counted_from_bytes``). Each connection may have so much
+waiting however much waits for others: clients that keep up aren't affected by those that don't."""
 _FREE_DIVISOR = 4
 """A connection may have 1/4 of what is still free waiting. (The same threshold by which switches
 share memory among ports: Choudhury and Hahne, "Dynamic queue length thresholds", 1998.) A few slow
 connections get much each, many get little each, and some of the total is left for one more."""
 _REFRESH_SECONDS = 0.02
-"""Between two readings of all counted send buffers."""
+"""Seconds between two readings of all counted send buffers."""
 
 
 class SendBudget:
     """Counts the bytes waiting in the send buffers of slow connections.
 
-    A connection is slow while its send buffer holds at least ``counted`` bytes; then all of them
-    count. All send buffers together thus hold at most ``total`` and less than ``counted`` for each
-    connection. A message is written whole, so a single large one may pass both bounds: see
-    ``admits``.
+    A connection is slow while its send buffer holds at least ``counted_from_bytes``; then all its
+    bytes count. All send buffers together thus hold at most ``total_bytes``, and less than
+    ``counted_from_bytes`` for each connection. A message is written whole, so a single large one
+    may pass both bounds: see ``admits``.
 
     Args:
         per_connection_bytes: Bytes that may wait for one connection, unless it is one larger
@@ -41,7 +40,7 @@ class SendBudget:
 
     Attributes:
         per_connection_bytes: As given.
-        counted_from_bytes: ``COUNTED_FROM_BYTES``, or ``per_connection`` if that is less.
+        counted_from_bytes: ``COUNTED_FROM_BYTES``, or ``per_connection_bytes`` if that is less.
     """
 
     def __init__(
@@ -57,12 +56,11 @@ class SendBudget:
         """The sum of ``_slow``."""
         self._refreshed_at = clock()
         self.oversized_lock = asyncio.Lock()
-        """A queue for messages that are larger than a connection's limit and not admitted yet.
+        """Queues messages that are larger than a connection's limit and not admitted yet.
 
-        ``CatchUpTasks`` holds it from before ``wait_for_room`` until the message is written. They
-        are thus served one at a time in order of arrival: ``wait_for_room`` reserves nothing, and
-        two that wait
-        at once could each use the room the other waits for, or each drop a connection for it."""
+        ``CatchUpTasks`` holds it from before ``wait_for_room`` until the message is written:
+        ``wait_for_room`` reserves nothing, and two that wait at once could each use the room the
+        other waits for, or each drop a connection for it."""
 
     @property
     def waiting_bytes(self) -> int:
@@ -75,8 +73,8 @@ class SendBudget:
     def limit_bytes(self) -> int:
         """Return how many bytes may wait for one connection now.
 
-        The same for every connection: between ``counted`` and ``per_connection``, and the less the
-        more waits for others.
+        The same for every connection: between ``counted_from_bytes`` and
+        ``per_connection_bytes``, and the less the more waits for others.
         """
         if self._slow and self._clock() - self._refreshed_at >= _REFRESH_SECONDS:
             self._refresh()
@@ -93,24 +91,24 @@ class SendBudget:
         self._waiting_bytes -= before
 
     def admits(self, size: int) -> bool:
-        """Return whether a single message may be written though it is larger than ``limit()``.
+        """Return whether a single message may be written though it exceeds ``limit_bytes``.
 
-        A message up to half of the total must fit into what is free. A larger one counts as half
-        of the total: it is written once half is free. One larger than the total could otherwise
-        never be written, and one nearly as large only once nothing waits for anybody. So all
-        buffers may hold up to ``size - total // 2`` bytes more than the total.
+        A message up to half of the total must fit into what is free. A larger one is written once
+        half of the total is free: one larger than the total could otherwise never be written, and
+        one nearly as large only once nothing waits for any connection. So all buffers may hold up
+        to ``size - total // 2`` bytes more than the total.
         """
         return self._waiting_bytes + min(size, self._total_bytes // 2) <= self._total_bytes
 
     async def wait_for_room(self, size: int, timeout_seconds: float) -> bool:
         """Wait until a message is admitted.
 
-        Reserves nothing: other connections may fill the room before the caller writes, who checks
-        ``admits`` again then. The caller holds ``line``.
+        Reserves nothing: other connections may fill the room before the caller writes, so it checks
+        ``admits`` again then. The caller holds ``oversized_lock``.
 
         Returns:
-            False if it wasn't admitted in time; the caller then drops the ``largest`` connection
-            and waits again.
+            False if it wasn't admitted in time; the caller then drops ``largest_connection`` and
+            waits again.
         """
         end = self._clock() + timeout_seconds
         while not self.admits(size):
@@ -128,10 +126,10 @@ class SendBudget:
         return max(self._slow, key=self._slow.__getitem__, default=None)
 
     def remove(self, connection: Connection) -> None:
-        """Deduct a dropped connection, whose send buffer was discarded with it.
+        """Deduct an aborted connection, whose send buffer was discarded.
 
-        Not for one that was ended in order: the bytes left in its send buffer are still sent, and
-        count until then.
+        Not one that was closed in order: the bytes in its send buffer are still sent, and count
+        until then.
         """
         self._waiting_bytes -= self._slow.pop(connection, 0)
 

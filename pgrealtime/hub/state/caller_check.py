@@ -1,9 +1,9 @@
-"""Whether subscribers may be shown rows that were read live, though they may be others by now.
+"""Checks whether callers have changed in the database when rows are read live for them.
 
-An event shows its own record as it was, but related records, and columns that the WAL left out, as
-they are when it is delivered. By then the database may be ahead of the stream: a user was banned,
+An event shows its own record as of its change, but related records, and columns that the WAL left
+out, as they are on delivery. By then the database may be ahead of the stream: a user was banned,
 then a row was written that banned users may not see. So wherever such rows may have been written
-after the event, the subscribers' own rows are read in the same snapshot.
+after the event, the callers' own rows are read in the same snapshot.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from pgrealtime.lsn import LSN
 from pgrealtime.rule_queries.session import ReadSession, fetch_rows_by_id
 
 FindConnections: TypeAlias = Callable[[Sized[ExpandViewer], Sized[Group]], Iterable[Connection]]
-"""Returns those to be checked that have one of the viewers or are in one of the groups."""
+"""Returns the connections to check that have one of the viewers or are in one of the groups."""
 
 
 class CallerCheckResult(NamedTuple):
-    """What a check found out about a slice.
+    """The result of checking a slice.
 
     Attributes:
         commit_lsn: The end of the commit of the slice's first event.
-        is_changelog_complete: Whether the changelog has all that the snapshot sees.
+        is_changelog_complete: Whether the changelog holds everything that the snapshot sees.
     """
 
     commit_lsn: LSN
@@ -43,20 +43,21 @@ class CallerCheckResult(NamedTuple):
 class CallerCheck:
     """Finds the connections of one slice whose callers have changed before rows were read for them.
 
-    Called once for each snapshot that rows are read in, before it ends. Most often it asks the
-    database nothing: the changelog says that since the slice's first event nothing was written to
-    the tables that were read, or no row of a user.
+    Called once for each snapshot that rows are read in, before it ends. Most often it queries
+    nothing: by the changelog nothing was written since the slice's first event to the tables that
+    were read, or to no account's row.
 
     Args:
-        caller_tracker: Makes callers of rows.
-        generation: The collections in force; says who a caller is to related records.
+        caller_tracker: Makes a caller of its row.
+        generation: In force. Its row history says what was written after the events; it waits up
+            to a second for the stream to reach the snapshot.
         events: The slice's.
-        find_connections: Finds those to be checked.
+        find_connections: Finds the connections to check.
 
     Attributes:
-        outdated_connections: The connections found, each with those of its viewers for whom nothing
-            may be expanded. It is empty where only columns are to be withheld.
-        result: None if nothing read depends on who a subscriber is by now.
+        outdated_connections: Connections whose callers have changed, each with those of its viewers
+            for whom nothing may be expanded; none if only columns are to be withheld.
+        result: None if nothing that was read depends on the caller.
     """
 
     def __init__(
@@ -78,16 +79,16 @@ class CallerCheck:
     async def __call__(
         self, session: ReadSession, viewers: Iterable[ExpandViewer], groups: Iterable[Group]
     ) -> frozenset[Group]:
-        """Check those for whom rows were read.
+        """Check the callers for whom rows were read.
 
         Args:
-            session: The snapshot that they were read in.
+            session: Of the snapshot in which the rows were read.
             viewers: For whom related records were read.
-            groups: To whom columns of live rows of the events' records would be shown.
+            groups: That would be sent columns of live rows of the events' records.
 
         Returns:
-            Those of the groups, if any, of which every connection was found. Of the others the
-            connections found must be served apart.
+            The groups of which every connection is outdated. The outdated connections of other
+            groups must be served separately.
         """
         asking = {
             one for one in viewers if one.plan.depends_on_caller or one.own_record is not None
@@ -124,7 +125,7 @@ class CallerCheck:
         return asking_groups
 
     async def _may_be_written(self, viewers: Iterable[ExpandViewer], after: LSN) -> bool:
-        """Whether what viewers are shown may have been written in commits after an LSN."""
+        """Whether rows that viewers are shown may have been written in commits after an LSN."""
         lookups = frozenset[LookupColumn]().union(
             *(one.lookup_columns for one in {v.plan for v in viewers})
         )
@@ -142,12 +143,12 @@ class CallerCheck:
         *,
         is_changelog_complete: bool,
     ) -> dict[Connection, Caller | None]:
-        """Return the connections whose callers are others in the snapshot, each with that caller.
+        """Return the connections whose callers have changed in the snapshot, with the new callers.
 
-        It is None where it could not be read.
+        A caller is None if its row could not be read.
         """
         # Writes of the first event's own commit count as well: what was read may be later than it,
-        # and a LIVE connection's caller is what a deletion makes of it only after the slice.
+        # and a deletion changes a LIVE connection's caller only after the slice.
         before = LSN(self._events[0].cursor.lsn - 1)
         changed: dict[Connection, Caller | None] = {}
         for collection in self._generation.collections.values():
@@ -161,19 +162,19 @@ class CallerCheck:
                 )
             elif is_changelog_complete and not history.has_writes(before):
                 continue
-            people: dict[AccountKey, list[Connection]] = {}
+            accounts: dict[AccountKey, list[Connection]] = {}
             turn = YieldTimer()
             for connection in self._find_connections(viewers, groups):
-                person = account_of(connection.caller)
-                if person is None or person[0] != collection.name:
+                account = account_of(connection.caller)
+                if account is None or account[0] != collection.name:
                     continue
                 if not is_changelog_complete or may_account_have_changed(
-                    self._row_history, collection, person, before
+                    self._row_history, collection, account, before
                 ):
-                    people.setdefault(person, []).append(connection)
+                    accounts.setdefault(account, []).append(connection)
                 if turn.is_due():
                     await turn.pause()
-            changed |= await self._find_changed_accounts(session, collection, people)
+            changed |= await self._find_changed_accounts(session, collection, accounts)
         return changed
 
     async def _find_changed_accounts(
@@ -182,7 +183,7 @@ class CallerCheck:
         collection: Collection,
         connections_by_account: Mapping[AccountKey, Sequence[Connection]],
     ) -> dict[Connection, Caller | None]:
-        """Return the same of the connections of some people of one collection."""
+        """Return the same for the accounts of one collection."""
         if not connections_by_account:
             return {}
         rows = await fetch_rows_by_id(
@@ -190,11 +191,11 @@ class CallerCheck:
         )
         changed: dict[Connection, Caller | None] = {}
         turn = YieldTimer()
-        for person, connections in connections_by_account.items():
-            row = None if rows is None else rows.get(person[1])
+        for account, connections in connections_by_account.items():
+            row = None if rows is None else rows.get(account[1])
             for connection in connections:
                 now = None
-                if rows is not None and account_of(connection.caller) == person:
+                if rows is not None and account_of(connection.caller) == account:
                     now = self._caller_tracker.caller_from_row(connection.caller, collection, row)
                 if now is None or now != connection.caller:
                     changed[connection] = now
@@ -204,9 +205,10 @@ class CallerCheck:
 
 
 def _depends_on_caller(group: Group) -> bool:
-    """Whether who may see a record depends on who asks.
+    """Whether the rules of the group's collection depend on the caller.
 
-    A guest may be denied without a value of the caller's being asked for, hence the texts.
+    A rule that denies guests may be specialized without reading a value of the caller, hence its
+    text is searched too.
     """
     collection = group.specialization.collection
     rules = (collection.list_rule, collection.view_rule)
@@ -218,12 +220,12 @@ def _depends_on_caller(group: Group) -> bool:
 def may_account_have_changed(
     row_history: RowHistory, collection: Collection, account: AccountKey, after: LSN
 ) -> bool:
-    """Whether a user's row may have been written in commits that end after an LSN.
+    """Whether an account's row may have been written in commits that end after an LSN.
 
     Args:
-        row_history: Has been asked for the collection's table since then.
-        collection: Of the user.
-        account: Who it is.
+        row_history: Has read the collection's table since then.
+        collection: The account's.
+        account: The account.
         after: The LSN.
     """
     if collection.key.type.base.name == "bpchar":

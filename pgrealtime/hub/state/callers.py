@@ -1,8 +1,8 @@
-"""Whose connections they are, and what the stream tells of those people's rows (protocol, 8).
+"""The connections by account, and how the stream changes their callers.
 
-A connection's caller is as its row was when the subscribe call came, and from then on as the stream
-says at the connection's own position. Calls are answered later than their callers were looked
-up, so what the stream told meanwhile is kept here for a while.
+A connection's caller has the values that its row had when the subscribe call was authenticated, and
+from then on those of the stream at the connection's own cursor. A call is carried out later than it
+was authenticated, so recent changes of accounts' rows are remembered here.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from pgrealtime.lsn import LSN, Cursor
 from pgrealtime.snapshot import ReadPoint
 
 _MAX_REMEMBERED_CHANGES = 4096
-"""Changes of rows of people that are remembered. Each call needs those of its own few
-milliseconds; who was looked up before the oldest is looked up again."""
+"""Changes of accounts' rows that are remembered. A call needs those of its own few milliseconds;
+one whose caller was read before the oldest is refused, and its client calls again."""
 _MAX_REMEMBERED_CHARACTERS = 4 * 1024 * 1024
-"""Characters of those rows, the newest aside."""
+"""Characters of those rows, except the newest."""
 
 _NO_LOGIN = CollectionLoginConfig()
 
 
 class CallerTracker:
-    """The connections by person, and the latest changes of people's rows.
+    """The connections by account, and the latest changes of accounts' rows.
 
     Args:
-        logins: How people log in, by collection name.
+        logins: By collection name, the columns that make a caller of a row.
         allows_guests: Whether guests may have topics.
     """
 
@@ -49,27 +49,27 @@ class CallerTracker:
         self._connections_by_account: dict[AccountKey, dict[Connection, None]] = {}
         self._recent_changes: dict[AccountKey, deque[Event]] = {}
         self._change_order: deque[tuple[AccountKey, int]] = deque()
-        """Whose change each was, and its size."""
+        """The account and the size of each change."""
         self._remembered_characters = 0
         self._forgotten_upto = LSN(0)
 
     def add(self, connection: Connection) -> None:
-        """Count the connection among its caller's."""
-        person = account_of(connection.caller)
-        if person is not None:
-            self._connections_by_account.setdefault(person, {})[connection] = None
+        """Add the connection to its caller's account."""
+        account = account_of(connection.caller)
+        if account is not None:
+            self._connections_by_account.setdefault(account, {})[connection] = None
 
     def remove(self, connection: Connection) -> None:
-        """Take it out, before its caller becomes another. Idempotent."""
-        person = account_of(connection.caller)
-        theirs = self._connections_by_account.get(person) if person is not None else None
-        if person is not None and theirs is not None:
-            theirs.pop(connection, None)
-            if not theirs:
-                del self._connections_by_account[person]
+        """Remove the connection from its caller's account. Idempotent."""
+        account = account_of(connection.caller)
+        own = self._connections_by_account.get(account) if account is not None else None
+        if account is not None and own is not None:
+            own.pop(connection, None)
+            if not own:
+                del self._connections_by_account[account]
 
     def set_caller(self, connection: Connection, caller: Caller) -> None:
-        """Make the caller the connection's."""
+        """Set the connection's caller."""
         self.remove(connection)
         connection.set_caller(caller)
         if not connection.is_closed():
@@ -96,7 +96,7 @@ class CallerTracker:
         return caller if self._revalidate is None else self._revalidate(caller)
 
     def may_keep_topics(self, connection: Connection) -> bool:
-        """Whether the connection may have the topics that it has."""
+        """Whether the connection's caller may have topics, if it has any."""
         is_guest = isinstance(connection.caller.principal, Guest)
         return self._allows_guests or not is_guest or not connection.subscriptions
 
@@ -108,16 +108,17 @@ class CallerTracker:
         )
 
     def connections_of(self, event: Event) -> Sized[Connection]:
-        """The connections whose caller is the record that the event is about."""
+        """Return the connections whose caller's row the event is about."""
         return self._connections_by_account.get(account_of_event(event), {}).keys()
 
     def caller_after(self, event: Event, caller: Caller, read_point: ReadPoint | None) -> Caller:
-        """Return what the event makes of the caller; the same object if nothing changes.
+        """Return the caller after an event; the same object if the event doesn't change it.
 
         Args:
             event: Of the caller's row or of any other.
-            caller: As it was before.
-            read_point: What was visible when its row was read: older news would undo newer.
+            caller: Before the event.
+            read_point: The snapshot in which its row was read. A transaction that was visible in it
+                changes nothing: the row may be newer.
         """
         if account_of(caller) != account_of_event(event):
             return caller
@@ -129,28 +130,28 @@ class CallerTracker:
         return caller if after == caller else after
 
     def caller_from_row(self, caller: Caller, collection: Collection, row: Row | None) -> Caller:
-        """Return the caller, who is a record of the collection, as its row makes it.
+        """Return the caller with the values of its row.
 
         Args:
-            caller: As it was before.
-            collection: Of the record.
-            row: Of the record; None if there is none any more.
+            caller: A record of the collection.
+            collection: The caller's.
+            row: The caller's; None if it was deleted.
         """
         if row is None:
             return Caller()
         return update_caller(caller, collection, self._logins.get(collection.name, _NO_LOGIN), row)
 
-    # --- between the look-up of a caller and the answer to its call
+    # --- between the authentication of a call and its end
 
     def remember_change(self, event: Event) -> None:
-        """Remember the event for calls whose callers were looked up before it."""
-        person = account_of_event(event)
+        """Remember the event for calls whose callers were read before it."""
+        account = account_of_event(event)
         size = sum(len(value) for value in event.row.values() if value is not None)
-        # Without all that its transaction changed, which the changelog may let go of meanwhile.
-        self._recent_changes.setdefault(person, deque()).append(
+        # Without its transaction's changes: the changelog may have discarded those meanwhile.
+        self._recent_changes.setdefault(account, deque()).append(
             replace(event, transaction_changes=())
         )
-        self._change_order.append((person, size))
+        self._change_order.append((account, size))
         self._remembered_characters += size
         while len(self._change_order) > _MAX_REMEMBERED_CHANGES or (
             self._remembered_characters > _MAX_REMEMBERED_CHARACTERS and len(self._change_order) > 1
@@ -160,33 +161,33 @@ class CallerTracker:
     def _forget_oldest(self) -> None:
         oldest, size = self._change_order.popleft()
         self._remembered_characters -= size
-        theirs = self._recent_changes[oldest]
-        self._forgotten_upto = max(self._forgotten_upto, theirs.popleft().cursor.lsn)
-        if not theirs:
+        own = self._recent_changes[oldest]
+        self._forgotten_upto = max(self._forgotten_upto, own.popleft().cursor.lsn)
+        if not own:
             del self._recent_changes[oldest]
 
     def forget_changes_upto(self, upto: LSN) -> None:
-        """Take note that changes up to there were never told: a gap, or another history."""
+        """Note that changes up to there are not known: a gap, or another history."""
         self._recent_changes.clear()
         self._change_order.clear()
         self._remembered_characters = 0
         self._forgotten_upto = upto
 
     def caller_at(self, caller: Caller, read_point: ReadPoint | None, cursor: Cursor) -> Caller:
-        """Return the caller as it is at a position of the stream.
+        """Return the caller as of a cursor.
 
         Args:
-            caller: As it was looked up.
-            read_point: What was visible then; None if there was no row.
-            cursor: Where its connection stands. What comes later it hears itself.
+            caller: As it was authenticated.
+            read_point: The snapshot in which its row was read; None if it has none.
+            cursor: Its connection's. Later changes are applied as the connection reads them.
 
         Raises:
-            LookupError: That look-up is too old to say, or what followed doesn't tell enough.
+            LookupError: Its row was read too long ago, or a change since lacks columns.
         """
         if read_point is None:
             return caller
         if read_point.insert_lsn < self._forgotten_upto:
-            raise LookupError("the caller was looked up too long ago")
+            raise LookupError("the caller's row was read too long ago")
         for event in self._recent_changes.get(account_of(caller) or ("", ""), ()):
             if event.cursor <= cursor:
                 caller = self.caller_after(event, caller, read_point)

@@ -1,4 +1,7 @@
-"""What topics mean, and to whom, by the collections in force; a reload brings another meaning."""
+"""The collections in force with their groups, evaluator and renderer; a reload makes the next.
+
+The dispatcher and catching up evaluate and render by it; subscribe calls bind topics by it.
+"""
 
 from __future__ import annotations
 
@@ -32,24 +35,25 @@ log = structlog.get_logger(__name__)
 
 
 class Generation:
-    """Puts subscriptions into the groups that they are judged with.
+    """Collections, and what binds, evaluates and renders by them.
 
     Args:
-        executor: Asks Postgres.
-        collections: What there is.
+        executor: Queries the database.
+        collections: In force.
         nulls: How NULL is shown.
         hidden_fields: Who may expand a hidden relation.
-        on_schema_mismatch: Told when a row doesn't fit what the catalogue says of its table.
-        row_history: Knows what was done to rows later.
-        incomplete_records: Counts records that were shown to somebody without a column, by
-            collection.
+        on_schema_mismatch: Called when a row doesn't have the shape that the catalogue says.
+        row_history: Knows later writes of rows.
+        incomplete_records: Counts records sent without a column, by collection.
 
     Attributes:
-        renderer: Shows events by the same collections.
-        evaluator: Judges them.
-        shape_checker: Knows whether rows are what the collections are made for.
-        catalog_assumptions: Knows what of that must be asked.
-        subscription_counts: How many are in a group, by collection.
+        matcher: The groups of subscriptions.
+        renderer: Renders events as messages.
+        evaluator: Finds the groups that receive an event.
+        shape_checker: Checks that rows have the shape that the collections were made for.
+        catalog_assumptions: What must hold in the catalogue where the stream doesn't say.
+        row_history: As given.
+        subscription_counts: Subscriptions in groups, by collection.
     """
 
     def __init__(
@@ -96,16 +100,16 @@ class Generation:
     async def parse_topics(
         self, topic_texts: Sequence[str], caller: Caller, work_lock: FairLock, network: str
     ) -> dict[str, Topic]:
-        """Return the topics, what they ask for compiled for ``bind_subscription``.
+        """Return the topics by their text, with filters and expands compiled and cached.
 
-        In turns with the loop's other users, of which another call is none: one call may bring a
-        thousand topics that take 2 ms each, and there may be many calls.
+        Yields the loop in between, and works for one call at a time: a call may bring a thousand
+        topics that take 2 ms each, and there may be many calls.
 
         Args:
             topic_texts: As submitted.
-            caller: Who calls.
-            work_lock: Those that are being read.
-            network: Whose call it is.
+            caller: Of the call.
+            work_lock: Held while working.
+            network: The client's, which takes turns with others on the lock.
         """
         topics: dict[str, Topic] = {}
         left = FILTER_CHARACTERS_PER_CONNECTION
@@ -121,7 +125,7 @@ class Generation:
         return topics
 
     def _precompile(self, topic: Topic, caller: Caller, *, may_compile_filter: bool) -> None:
-        """Have ready what ``bind_subscription`` asks for."""
+        """Compile what ``bind_subscription`` will need; an invalid rule is its to report."""
         collection = self.collections.find(topic.collection)
         if collection is None:
             return
@@ -135,13 +139,14 @@ class Generation:
             self.matcher.bind_topic(collection, topic, caller.principal, caller.own_row)
 
     def bind_subscription(self, subscription: Subscription, caller: Caller) -> str:
-        """Give a subscription that is in no group what its topic means to the caller now.
+        """Put a subscription into the group of its topic, caller and view.
 
         Returns:
-            Why nothing can match, or ``""``.
+            Why no event can match it, or ``""``.
 
         Raises:
-            SubscriptionLimitError: It is one too many; it is in no group then.
+            SubscriptionLimitError: The connection or address has too many of the kind; the
+                subscription is in no group then.
         """
         topic = subscription.topic
         subscription.set_own_record("")
@@ -167,7 +172,7 @@ class Generation:
         return reason
 
     def compile_expand_viewer(self, topic: Topic, caller: Caller) -> ExpandViewer | None:
-        """Return who a caller with that topic is to related records; None if it wants none."""
+        """Return the viewer of related records for a topic and caller; None without ``expand``."""
         collection = self.collections.find(topic.collection)
         if collection is None:
             return None
@@ -183,7 +188,7 @@ class Generation:
             self.matcher.remove(subscription)
 
     def _report_rule_error(self, collection: str, error: RuleError) -> None:
-        """Say once that a collection's rule denies everybody."""
+        """Log once that a collection's rule is invalid and denies all."""
         if (collection, error.message) not in self._reported_rule_errors:
             self._reported_rule_errors.add((collection, error.message))
             log.error("rule.error", collection=collection, reason=error.message)

@@ -27,12 +27,12 @@ PostgreSQL is asked."""
 class IsolatedConnections:
     """Connections whose filters are evaluated for each of them alone.
 
-    ``Connection.is_isolated`` says which, and is set by the matcher for these methods only. A
-    connection rejoins the others once it has read all there is, unless its filters were slow even
-    when it was alone: then not before its breaker closes.
+    ``Connection.is_isolated`` says which; the matcher sets it, and these methods alone have it set.
+    A connection rejoins the others once it has caught up, unless its filters were slow even when it
+    was alone: then not before its breaker closes.
 
     Args:
-        progress: Where the hub stands.
+        progress: The dispatcher's.
         clock: Monotonic seconds.
     """
 
@@ -40,24 +40,29 @@ class IsolatedConnections:
         self._progress = progress
         self._breakers: CircuitBreakers[Connection] = CircuitBreakers(clock)
         self._work_lock = FairLock()
-        """Where their work in this process takes its turns: one connection at a time."""
+        """Held by the one of them whose filters are evaluated in this process."""
 
     def isolate(self, connection: Connection) -> None:
         """Evaluate its filters for it alone, from the next slice on."""
         self._progress.generation.matcher.set_isolated(connection, is_isolated=True)
 
     def with_untried_filters(self, events: Iterable[Event]) -> dict[Connection, None]:
-        """Return whose filters must not be evaluated with those of others for some events.
+        """Return the connections whose filters must not be evaluated with others for some events.
 
-        They would be asked of PostgreSQL, weren't quick yet while nobody waited, and few use them.
+        These filters query PostgreSQL, were not quick yet while no other connection waited, and
+        few connections use them.
         """
         collections = {event.collection.name for event in events}
         groups = self._progress.generation.matcher.trials.untried_groups(collections)
-        members = (one for group in groups for audience in group.render_groups for one in audience)
-        return {one.connection: None for one in members}
+        return {
+            one.connection: None
+            for group in groups
+            for render_group in group.render_groups
+            for one in render_group
+        }
 
     def isolate_with_backoff(self, connection: Connection) -> None:
-        """Isolate a connection whose own filter took too long in the process, while others waited.
+        """Isolate a connection whose filter took too long in this process while others waited.
 
         The first times are tolerated; then it stays isolated for a while.
         """
@@ -65,25 +70,25 @@ class IsolatedConnections:
         self._record_timeout(connection, is_tolerated=True)
 
     def try_rejoin(self, connection: Connection) -> bool:
-        """Evaluate its filters with those of others if it may be; return whether that is so."""
+        """Evaluate its filters with those of others, unless its breaker is open; return whether."""
         if self._breakers.is_open(connection):
             return False
         self._progress.generation.matcher.set_isolated(connection, is_isolated=False)
         return True
 
     def budget_for(self, connection: Connection, *, is_limited: bool) -> FilterBudget:
-        """Return what its filters may take for what it reads next.
+        """Return the time budget of its filters for the slice that it reads next.
 
         Args:
-            connection: Who reads.
-            is_limited: Whether it is to be found out if its filters are quick now.
+            connection: Catching up.
+            is_limited: Whether the slice is an attempt to see if its filters are quick now.
         """
         is_limited = is_limited and not self._breakers.is_open(connection)
         if not connection.is_isolated:
-            testing: FilterWorkBudget[Group] = FilterWorkBudget(
+            work_budget: FilterWorkBudget[Group] = FilterWorkBudget(
                 work_per_filter=WORK_PER_FILTER, is_shared=True
             )
-            return FilterBudget(is_limited=is_limited, work_budget=testing)
+            return FilterBudget(is_limited=is_limited, work_budget=work_budget)
         return FilterBudget(
             is_limited=is_limited,
             work_budget=FilterWorkBudget(work_per_filter=_WORK_ISOLATED),
@@ -94,10 +99,10 @@ class IsolatedConnections:
     def record_usage(
         self, connection: Connection, budget: FilterBudget, events: Sequence[Event]
     ) -> bool:
-        """Isolate a connection that read some events alone if its own filters were slow.
+        """Isolate a connection that read some events by itself if its filters were slow.
 
-        For many changes they may take longer: where all are evaluated nobody waits for so many.
-        If they were quick, they may be evaluated with those of others.
+        They may take ``SLICE_FILTER_SECONDS`` a change, for the dispatcher's slices have few. If
+        they were quick, they may be evaluated with those of others.
 
         Returns:
             Whether they exceeded a limited budget, and need an unlimited one.
@@ -120,17 +125,17 @@ class IsolatedConnections:
             return
         collections = {event.collection.name for event in events}
         groups = (one.group for one in connection.subscriptions.values())
-        variants = {
+        filters = {
             group.specialization
             for group in groups
             if group and group.specialization.has_remote_filter
         }
         self._progress.generation.matcher.trials.record_quick(
-            variant for variant in variants if variant.collection.name in collections
+            one for one in filters if one.collection.name in collections
         )
 
     def _record_timeout(self, connection: Connection, *, is_tolerated: bool) -> None:
         was_open = self._breakers.is_open(connection)
         seconds = self._breakers.record_timeout(connection, is_tolerated=is_tolerated)
-        if seconds and not was_open:  # it may be slow at each change, and so may a thousand
+        if seconds and not was_open:  # a thousand may be slow at each change
             log.info("connection.isolated", connection=connection.id, seconds=seconds)

@@ -1,4 +1,9 @@
-"""Which of the commits that were handed out readers can see yet; barriers for those who join."""
+"""Tracks which delivered transactions are not visible to readers yet.
+
+A commit is in the WAL, and may be delivered, a moment before a new snapshot sees it; with
+synchronous standbys that moment is a network round trip. Called by the dispatcher, by catching up
+and by subscribe calls.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +25,15 @@ log = structlog.get_logger(__name__)
 _READ_POINT_TIMEOUT_SECONDS = 10.0
 _SNAPSHOT_RETRY_SECONDS = 0.005
 _GAP_DELAY_SECONDS = 5.0
-"""How long a gap is held back until readers see what caused it."""
+"""How long a gap is held back until its cause is visible."""
 _UNANSWERED_GAP_DELAY_SECONDS = 1.0
-"""As much of that as is spent on a database that doesn't answer: then nobody reads it either."""
+"""The same while the database doesn't answer: then clients can't read from it either."""
 _FAILED_RETRY_SECONDS = 1.0
 _WATCH_INTERVAL_SECONDS = 0.5
 
 
 class VisibilityTracker:
-    """The commits that were told and not yet seen to be visible.
+    """The delivered transactions that were not seen to be visible yet.
 
     Args:
         run_query: Runs ``SNAPSHOT_QUERY`` and returns its row.
@@ -48,7 +53,7 @@ class VisibilityTracker:
         self._not_yet_visible: deque[tuple[LSN, Xid]] = deque()
 
     def record_delivered(self, entries: Iterable[Entry]) -> None:
-        """Take note of what is about to be handed out: a barrier must know of all that was."""
+        """Note transactions before they are delivered: a read point must see all that were."""
         self._not_yet_visible.extend(
             (entry.end_lsn, entry.xid)
             for entry in entries
@@ -56,38 +61,41 @@ class VisibilityTracker:
         )
 
     def clear(self) -> None:
-        """Forget everything: another history has begun."""
+        """Forget all: another history has begun."""
         self._not_yet_visible.clear()
 
     async def fetch_read_point(self, delivered_upto: Cursor) -> ReadPoint:
-        """Return a barrier whose snapshot sees every transaction up to ``record_handed_out``.
+        """Return a read point whose snapshot sees every transaction delivered up to a cursor.
 
-        One that it didn't see would have to reach the new topic after later ones that the
-        connection had already, and a resume from a later id would lose it.
+        A transaction that it doesn't see has to be delivered for the new topic. If it was before
+        the cursor, it would come after later ones, and resuming from a later id would lose it.
+
+        Raises:
+            SubscriptionError: ``stream_away``: the database doesn't answer, or not in time.
         """
         deadline = self._clock() + _READ_POINT_TIMEOUT_SECONDS
         while True:
-            edition = self._progress.revision
+            revision = self._progress.revision
             try:
-                barrier = await self._snapshots.fetch()
+                read_point = await self._snapshots.fetch()
             except PgRealtimeError as error:
                 raise SubscriptionError("no snapshot", code="stream_away") from error
-            if self._progress.revision != edition:
+            if self._progress.revision != revision:
                 continue  # it may be another history's
-            self._discard_visible(barrier.snapshot)
+            self._discard_visible(read_point.snapshot)
             if not any(end_lsn <= delivered_upto.lsn for end_lsn, _xid in self._not_yet_visible):
-                return barrier
+                return read_point
             if self._clock() > deadline:
                 raise SubscriptionError("a commit stays invisible", code="stream_away")
             await asyncio.sleep(_SNAPSHOT_RETRY_SECONDS)
 
     async def wait_for_entries(self, entries: Sequence[Entry]) -> None:
-        """Return once readers see all of them; at once if another history begins meanwhile."""
+        """Return once all transactions among the entries are visible, or the revision changes."""
         xids = [
             entry.xid for entry in entries if isinstance(entry, Transaction | OversizedTransaction)
         ]
-        edition = self._progress.revision
-        while xids and self._progress.revision == edition:
+        revision = self._progress.revision
+        while xids and self._progress.revision == revision:
             try:
                 snapshot = (await self._snapshots.fetch()).snapshot
             except Exception as error:  # noqa: BLE001 (nothing may be handed out before)
@@ -100,27 +108,27 @@ class VisibilityTracker:
                 await asyncio.sleep(_SNAPSHOT_RETRY_SECONDS)
 
     async def wait_until_visible(self, xids: Iterable[Xid]) -> None:
-        """Return once readers see the transactions, or after a while.
+        """Return once the transactions are visible, or after a few seconds.
 
-        Whoever is told of a gap loads anew at once: it has to find what the gap is about.
+        Called before a gap is sent: the client reloads at once and must find what the gap is about.
         """
         wanted = frozenset(xids)
-        edition, began = self._progress.revision, self._clock()
+        revision, began = self._progress.revision, self._clock()
         while (
             any(xid in wanted for _, xid in self._not_yet_visible)
-            and self._progress.revision == edition
+            and self._progress.revision == revision
         ):
             try:
                 self._discard_visible((await self._snapshots.fetch()).snapshot)
-                patience = _GAP_DELAY_SECONDS
+                timeout = _GAP_DELAY_SECONDS
             except PgRealtimeError:
-                patience = _UNANSWERED_GAP_DELAY_SECONDS
-            if self._clock() - began > patience:
+                timeout = _UNANSWERED_GAP_DELAY_SECONDS
+            if self._clock() - began > timeout:
                 return
             await asyncio.sleep(_SNAPSHOT_RETRY_SECONDS)
 
     async def watch(self) -> None:
-        """Let go of what has become visible, for ever."""
+        """Forget transactions that have become visible, for ever."""
         while True:
             await asyncio.sleep(_WATCH_INTERVAL_SECONDS)
             if not self._not_yet_visible:
@@ -138,13 +146,13 @@ class VisibilityTracker:
 
 
 def _retrieve_exception(task: asyncio.Task[ReadPoint]) -> None:
-    """A failure that nobody waits for any more is no news."""
+    """Retrieve the error of a fetch that is not awaited any more, or asyncio logs it."""
     if not task.cancelled():
         task.exception()
 
 
 class SnapshotSource:
-    """Takes snapshots; who asks while one is being taken shares the next.
+    """Fetches snapshots; callers that come while one is being fetched share the next.
 
     Args:
         run_query: Runs ``SNAPSHOT_QUERY`` and returns its row.
@@ -156,7 +164,7 @@ class SnapshotSource:
         self._next: asyncio.Task[ReadPoint] | None = None
 
     async def fetch(self) -> ReadPoint:
-        """Return a barrier whose snapshot was taken entirely after this call.
+        """Return a read point whose snapshot was taken entirely after this call.
 
         Raises:
             PgRealtimeError: The database didn't answer.
@@ -164,7 +172,7 @@ class SnapshotSource:
         if self._next is None:
             self._next = asyncio.create_task(self._fetch_after(self._running), name="snapshot")
             self._next.add_done_callback(_retrieve_exception)
-        # Shielded: others may be waiting for the same one.
+        # Shielded: other callers may await the same one.
         return await asyncio.shield(self._next)
 
     async def _fetch_after(self, running: asyncio.Task[ReadPoint] | None) -> ReadPoint:

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import pytest
 
 from pgrealtime.hub import dispatcher
-from pgrealtime.hub.catchup import tasks
+from pgrealtime.hub.catchup import slice_reader, tasks
 from pgrealtime.hub.connections.connection import LIVE, Connection
 from pgrealtime.hub.delivery import compose
 from pgrealtime.hub.evaluation import evaluator
@@ -202,7 +202,7 @@ def check_rest(world: World, readers: list[Reader]) -> None:
 @pytest.fixture
 def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a handful of changes is cut as hundreds are."""
-    for module in (evaluator, tasks, slices):
+    for module in (evaluator, slice_reader, tasks, slices):
         monkeypatch.setattr(module, "SLICE_CHANGES", 3)
     for module in (dispatcher, slices):
         monkeypatch.setattr(module, "LIVE_SLICE_CHANGES", 10)

@@ -342,7 +342,7 @@ async def test_a_slow_one_is_read_for_once_at_a_time_however_much_is_committed()
             await room.settled()
 
         names = [task.get_name() for task in asyncio.all_tasks()]
-        assert sum(name.startswith("replay ") for name in names) == 1
+        assert sum(name.startswith("catch-up ") for name in names) == 1
 
 
 @pytest.mark.parametrize("topics", [(SLOW, "PB_RESYNC"), (SLOW,)])

@@ -1,0 +1,206 @@
+"""Reads and evaluates the next slice of one connection that catches up; called by its task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from msgspec import Struct
+
+from pgrealtime.changelog.base import Changelog
+from pgrealtime.changes import Action
+from pgrealtime.errors import ChangelogError
+from pgrealtime.hub.connections.connection import Connection, Group, Subscription
+from pgrealtime.hub.delivery.compose import subscriptions_by_group
+from pgrealtime.hub.delivery.render import NO_ENRICHMENT, Enrichment, EnrichmentNeed
+from pgrealtime.hub.evaluation.filter_budget import FilterBudget
+from pgrealtime.hub.evaluation.slice_result import SliceResult, gap_xids
+from pgrealtime.hub.events.event import Event
+from pgrealtime.hub.events.slices import (
+    SLICE_CHANGES,
+    GapNotice,
+    Slice,
+    slice_prefix,
+    split_into_slices,
+)
+from pgrealtime.hub.state.caller_check import CallerCheck, CallerCheckResult
+from pgrealtime.hub.state.progress import DispatchProgress
+from pgrealtime.hub.state.registry import ConnectionRegistry
+from pgrealtime.hub.state.visibility import VisibilityTracker
+from pgrealtime.lsn import Cursor
+
+
+class EvaluatedSlice(Struct):
+    """The events that follow a connection's cursor, evaluated for its subscriptions.
+
+    Attributes:
+        events: Of the changes up to ``end_cursor``.
+        account_events: Those of them that may change its caller.
+        gap: After the events, if ``end_cursor`` reaches it.
+        end_cursor: At most the dispatcher's evaluation target.
+        budget: What the evaluation took.
+        revision: By which it was evaluated.
+        subscriptions: For which it was evaluated.
+        caller_check: What was found out about its caller, if rows were read live.
+        is_caller_outdated: Whether its caller has changed in the database.
+    """
+
+    events: list[Event]
+    account_events: Sequence[Event]
+    gap: GapNotice | None
+    end_cursor: Cursor
+    budget: FilterBudget
+    revision: int
+    subscriptions: Mapping[str, Subscription]
+    result: SliceResult
+    enrichment: Enrichment
+    caller_check: CallerCheckResult | None = None
+    is_caller_outdated: bool = False
+
+    def continues(self, connection: Connection, revision: int) -> bool:
+        """Whether the connection was sent part of its first change and must be sent the rest."""
+        return (
+            self.revision == revision
+            and self.subscriptions is connection.subscriptions
+            and connection.is_amid_change()
+            and connection.cursor < self.events[0].cursor
+            and bool(connection.messages_sent_of(self.events[0].cursor))
+        )
+
+
+class SliceReader:
+    """Reads slices from the changelog at connections' own cursors.
+
+    Args:
+        changelog: Read.
+        progress: The dispatcher's.
+        registry: Applies changes of callers.
+        visibility: Waits until the cause of a gap is visible.
+    """
+
+    def __init__(
+        self,
+        changelog: Changelog,
+        progress: DispatchProgress,
+        registry: ConnectionRegistry,
+        visibility: VisibilityTracker,
+    ) -> None:
+        self._changelog = changelog
+        self._progress = progress
+        self._registry = registry
+        self._visibility = visibility
+
+    async def read(
+        self, connection: Connection, max_events: int, budget: FilterBudget
+    ) -> EvaluatedSlice:
+        """Evaluate what follows the connection's cursor, and make its caller the one of then.
+
+        Nothing beyond the dispatcher's evaluation target is read: each event is evaluated either
+        there or here.
+
+        Args:
+            connection: Catching up; the caller holds its lock.
+            max_events: About how many events; no change is divided.
+            budget: Of its filters.
+        """
+        slice_ = slice_prefix(self._next_slice(connection), max_events)
+        end = min(slice_.end_cursor, self._progress.evaluation_target)
+        events = [event for event in slice_.events if event.cursor <= end]
+        evaluated = EvaluatedSlice(
+            events,
+            [event for event in slice_.account_events if event.cursor <= end],
+            slice_.gap if slice_.gap is not None and slice_.gap.cursor <= end else None,
+            end,
+            budget,
+            self._progress.revision,
+            connection.subscriptions,
+            SliceResult([()] * len(events)),
+            NO_ENRICHMENT,
+        )
+        self.apply_caller_changes(connection, evaluated.account_events, "update")
+        await self._evaluate(connection, evaluated)
+        subscribed = self._progress.generation.subscription_counts
+        if causes := gap_xids(evaluated.gap, events, evaluated.result, subscribed):
+            # A client that is notified of a gap reloads at once and must find its changes.
+            await self._visibility.wait_until_visible(causes)
+        return evaluated
+
+    def _next_slice(self, connection: Connection) -> Slice:
+        """Return the slice that follows the connection's cursor."""
+        try:
+            entries = self._changelog.read(
+                connection.cursor, self._progress.evaluation_target, SLICE_CHANGES
+            )
+        except ChangelogError:
+            floor = self._changelog.floor
+            return Slice([], GapNotice(None, "expired", floor), floor)
+
+        def changes_caller(event: Event) -> bool:
+            caller, read_point = connection.caller, connection.caller_read_point
+            return self._registry.callers.caller_after(event, caller, read_point) is not caller
+
+        # Always the first slice of the entries, so that all connections at a cursor read the same.
+        generation = self._progress.generation
+        return next(
+            split_into_slices(
+                entries,
+                connection.cursor,
+                generation.collections,
+                changes_caller,
+                fits=generation.shape_checker.fits,
+            )
+        )
+
+    async def _evaluate(self, connection: Connection, evaluated: EvaluatedSlice) -> None:
+        """Evaluate the events for the connection's groups, and load what records show."""
+        events, budget = evaluated.events, evaluated.budget
+        by_group = subscriptions_by_group(connection)
+        if not events or not by_group:
+            return
+        evaluator = self._progress.generation.evaluator
+        evaluated.result = await evaluator.evaluate(events, budget, by_group.keys())
+        if not evaluated.result.over_budget_groups:
+            await self._enrich(connection, evaluated, by_group)
+
+    async def _enrich(
+        self,
+        connection: Connection,
+        evaluated: EvaluatedSlice,
+        by_group: Mapping[Group, Sequence[Subscription]],
+    ) -> None:
+        """Load what records show beside their rows, unless the caller has changed meanwhile."""
+        generation, events = self._progress.generation, evaluated.events
+
+        def needs(groups: Iterable[Group]) -> Iterable[EnrichmentNeed]:
+            return (
+                (one.expand_viewer, one.bound_manage_rule)
+                for group in groups
+                for one in by_group[group]
+            )
+
+        check = CallerCheck(
+            self._registry.callers,
+            generation,
+            events=events,
+            find_connections=lambda _viewers, _groups: [connection],
+        )
+        evaluated.enrichment = enrichment = await generation.evaluator.try_enrich(
+            events, evaluated.result, needs, check
+        )
+        evaluated.caller_check = check.result
+        evaluated.is_caller_outdated = connection in check.outdated_connections
+        seconds = enrichment.related_records.load_seconds
+        evaluated.budget.spend(seconds)
+        viewers = (
+            one.expand_viewer for one in connection.subscriptions.values() if one.expand_viewer
+        )
+        generation.renderer.record_expand_seconds(viewers, seconds, len(events))
+        if outdated := check.outdated_connections.get(connection):
+            generation.evaluator.withhold_expands(events, evaluated.result, enrichment, outdated)
+
+    def apply_caller_changes(
+        self, connection: Connection, account_events: Sequence[Event], action: Action
+    ) -> None:
+        """Apply the events of one action that concern the connection's caller."""
+        for event in account_events:
+            if event.action == action:
+                self._registry.apply_caller_change(connection, event)
