@@ -84,11 +84,11 @@ class BodyReader:
         parse: Callable[[str, bytes, bytes], _Content],
         *,
         max_bytes: int = MAX_BODY_BYTES,
-    ) -> _Content:
-        """Read the body and return what ``parse`` returns for it.
+    ) -> _Content | None:
+        """Read the body and return what ``parse`` returns for it; None if there is no body.
 
         Args:
-            request: With a body.
+            request: Not read yet.
             address: Of the client; limits count by its network.
             parse: Called with content type, body and query string; for a large body in a thread.
             max_bytes: Maximum size of the body.
@@ -96,50 +96,54 @@ class BodyReader:
         Raises:
             RequestRefusedError: The body is too large, broken or too slow, or a limit is reached.
         """
+        if not request.body_exists or request.content_length == 0:
+            return None
         content_type = request.headers.get("Content-Type", "")
         query = request.rel_url.raw_query_string.encode()
-        network = client_network(address)
-        body = _BodyBuffer()
-        large_bytes = small_bytes = 0
+        body = _BodyBuffer(client_network(address))
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                async for chunk in request.content.iter_any():
-                    body.append(chunk)
-                    if body.size_bytes > max_bytes:
-                        raise RequestRefusedError(BODY_TOO_LARGE)
-                    if body.size_bytes > LARGE_BODY_BYTES:
-                        self._large.add(network, body.size_bytes - large_bytes)
-                        large_bytes = body.size_bytes
-                        async with self._chunk_lock.acquire(network):
-                            await asyncio.sleep(0)
-                    else:
-                        self._small.add(network, len(chunk))
-                        small_bytes = body.size_bytes
-            if not large_bytes:
+                await self._receive(request, body, max_bytes)
+            if not body.large_bytes:
                 return parse(content_type, body.join_and_clear(), query)
             # Shielded: the thread keeps the bytes until it ends, so they stay counted until then,
-            # also if the client disconnects. From here the task subtracts them.
+            # also if the client disconnects. From here the task frees them.
             work = partial(_parse_and_release, parse, content_type, body, query)
-            parsing = asyncio.create_task(self._parse_in_thread(work, network, large_bytes))
-            large_bytes, body = 0, _BodyBuffer()
+            parsing = asyncio.create_task(self._parse_in_thread(work, body))
+            body = _BodyBuffer(body.network)
             return await asyncio.shield(parsing)
         except TimeoutError as error:
             raise RequestRefusedError(REQUEST_TIMEOUT) from error
         except web.RequestPayloadError as error:
             raise RequestRefusedError(BAD_REQUEST) from error
         finally:
-            body.clear()
-            self._large.subtract(network, large_bytes)
-            self._small.subtract(network, small_bytes)
+            self._free(body)
 
-    async def _parse_in_thread(
-        self, parse: Callable[[], _Content], network: str, size_bytes: int
-    ) -> _Content:
+    async def _receive(self, request: web.Request, body: _BodyBuffer, max_bytes: int) -> None:
+        async for chunk in request.content.iter_any():
+            body.append(chunk)
+            if body.size_bytes > max_bytes:
+                raise RequestRefusedError(BODY_TOO_LARGE)
+            if body.size_bytes > LARGE_BODY_BYTES:
+                self._large.add(body.network, body.size_bytes - body.large_bytes)
+                body.large_bytes = body.size_bytes
+                async with self._chunk_lock.acquire(body.network):
+                    await asyncio.sleep(0)
+            else:
+                self._small.add(body.network, len(chunk))
+                body.small_bytes = body.size_bytes
+
+    async def _parse_in_thread(self, parse: Callable[[], _Content], body: _BodyBuffer) -> _Content:
         try:
-            async with self._parse_lock.acquire(network):
+            async with self._parse_lock.acquire(body.network):
                 return await asyncio.to_thread(parse)
         finally:
-            self._large.subtract(network, size_bytes)
+            self._free(body)
+
+    def _free(self, body: _BodyBuffer) -> None:
+        body.clear()
+        self._large.subtract(body.network, body.large_bytes)
+        self._small.subtract(body.network, body.small_bytes)
 
 
 class _ByteQuota:
@@ -179,8 +183,11 @@ class _BodyBuffer:
     One growing block would be reallocated again and again, which fragments the process's memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, network: str) -> None:
+        self.network = network
         self.size_bytes = 0
+        self.large_bytes = self.small_bytes = 0
+        """Counted in the network's quotas."""
         self._chunks: list[bytes] = []
         self._open_chunk = bytearray()
         """Collects small chunks: a client may send a body byte by byte."""

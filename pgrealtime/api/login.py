@@ -159,8 +159,6 @@ class LoginRoutes:
         self, request: web.Request, parse: Callable[[str, bytes, bytes], _Content]
     ) -> _Content | None:
         """Return the parsed body, None if there is none."""
-        if not request.body_exists or request.content_length == 0:
-            return None
         address = client_address(request, self._server.trusted_proxies)
         reader = request.app[BODY_READER_KEY]
         return await reader.read(request, address, parse, max_bytes=_MAX_BODY_BYTES)

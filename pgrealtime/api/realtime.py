@@ -124,9 +124,8 @@ class RealtimeRoutes:
         Guests, where they aren't allowed, are refused after the body was checked.
         """
         address = client_address(request, self._trusted_proxies)
-        call = SubscribeCall()
-        if request.body_exists and request.content_length != 0:
-            call = await request.app[BODY_READER_KEY].read(request, address, parse_subscribe_call)
+        reader = request.app[BODY_READER_KEY]
+        call = await reader.read(request, address, parse_subscribe_call) or SubscribeCall()
         if faults := find_call_faults(call):
             raise RequestRefusedError(invalid_members(faults))
         caller = await self._authenticator.authenticate_subscriber(

@@ -114,23 +114,23 @@ class AccountLoader:
             DatabaseUnreachableError: No connection, or no answer in time.
             SetupError: The table can't be read as configured.
         """
-        wanted = canonical_id(record_id, users.collection.key.type)
-        if wanted is None:
+        key = canonical_id(record_id, users.collection.key.type)
+        if key is None:
             return None
-        batch = self._join_batch(users, wanted)
+        batch = self._join_batch(users, key)
         assert batch.task is not None
         # Shielded: a cancelled caller must not cancel the query that others await.
-        return (await asyncio.shield(batch.task)).get(wanted)
+        return (await asyncio.shield(batch.task)).get(key)
 
     async def load_whole_row(self, users: UserCollection, record_id: str) -> Account | None:
         """As ``load``, with the whole row, in a separate query."""
         columns = [column.name for column in users.collection.table.columns]
-        wanted = canonical_id(record_id, users.collection.key.type)
+        key = canonical_id(record_id, users.collection.key.type)
         try:
-            found = {} if wanted is None else await self._select_by_id(users, [wanted], columns)
+            found = {} if key is None else await self._select_by_id(users, [key], columns)
         except (psycopg.DataError, UnicodeEncodeError):
             return None
-        return found.get(wanted or "")
+        return found.get(key or "")
 
     async def find_by_value(
         self, users: UserCollection, column: Column, value: str

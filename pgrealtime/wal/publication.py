@@ -163,7 +163,7 @@ def _differences(
     if missing := wanted - found.tables:
         yield f"It lacks {_quoted_list(missing)}."
     if superfluous := found.tables - wanted:
-        yield f"It has {_quoted_list(superfluous)} that nobody asked for."
+        yield f"It has {_quoted_list(superfluous)}, which the configuration doesn't have."
     if narrowed := found.partial_tables & wanted:
         yield f"It leaves out rows or columns of {_quoted_list(narrowed)}."
     if found.is_via_root:

@@ -228,7 +228,7 @@ async def read_server_facts(connection: DatabaseConnection) -> ServerFacts:
         raise SetupError(
             "the server is a standby",
             detail="A standby's snapshots leave out running transactions, so that what a new"
-            " subscriber sees and what it hears can't be joined without a gap.",
+            " subscriber sees and what it receives can't be joined without a gap.",
             hint="Let the URL lead to the primary, for instance by target_session_attrs=primary"
             " over all hosts.",
             code="standby",

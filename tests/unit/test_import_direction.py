@@ -100,7 +100,10 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "hub": (*_FLOOR, *_BELOW_HUB),
     # Answers are trimmed by the same "fields" as records.
-    "api": (*_FLOOR, "collections", "protocol", "records", "auth", "reads", "hub", "observe"),
+    "api": (
+        *(*_FLOOR, "protocol", "records", "auth", "reads", "observe.metrics"),
+        *("hub.hub", "hub.connections.connection"),
+    ),
     "explain": (
         *(*_FLOOR, "catalog", "collections", "postgres", "protocol", "auth", "rules"),
         *("rule_queries", "hub.evaluation", "observe.redact"),

@@ -40,6 +40,8 @@ def request(loop: Loop, taken: Counter[int]) -> web.Request:
             yield b"x" * (LARGE_BODY_BYTES // _FIRST + 1)
 
     made: Any = SimpleNamespace(
+        body_exists=True,
+        content_length=None,
         headers={},
         rel_url=SimpleNamespace(raw_query_string=""),
         content=SimpleNamespace(iter_any=pieces),

@@ -137,7 +137,7 @@ EXACT = Publication(
         ),
         pytest.param(
             replace(EXACT, tables=EXACT.tables | {TableName("public", "more")}),
-            'It has "public.more" that nobody asked for.',
+            'It has "public.more", which the configuration doesn\'t have.',
             id="has one more",
         ),
         pytest.param(
