@@ -1,1 +1,1 @@
-"""What pg_catalog says about the tables: read by ``introspect``, held by ``model``."""
+"""Tables, types and privileges from ``pg_catalog``, and SQL for their names."""

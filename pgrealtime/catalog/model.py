@@ -19,7 +19,7 @@ class ReplicaIdentity(Enum):
 
 
 class TypeKind(Enum):
-    """``pg_type.typtype``, with arrays told apart (``typcategory`` A)."""
+    """``pg_type.typtype``, and ``ARRAY`` for types of ``typcategory`` A."""
 
     BASE = "b"
     COMPOSITE = "c"

@@ -1,1 +1,1 @@
-"""Collections: a configured table as PocketBase means it."""
+"""Collections: configured tables as PocketBase's clients see them."""

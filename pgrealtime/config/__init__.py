@@ -1,1 +1,1 @@
-"""Reads and checks the configuration, whole, before anything opens."""
+"""Reads and validates the whole configuration, before anything is opened."""

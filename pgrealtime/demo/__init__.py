@@ -1,1 +1,1 @@
-"""``pgrealtime demo``: a throwaway PostgreSQL, an application that writes, a page to watch."""
+"""The command ``demo``: a throwaway PostgreSQL, an application that writes, a page to watch."""

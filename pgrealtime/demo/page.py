@@ -86,7 +86,7 @@ class Page:
         self._html = files("pgrealtime.demo").joinpath("page.html").read_text(encoding="utf-8")
 
     def add_to(self, app: web.Application) -> None:
-        """Add the routes beside the API's, so that the page has the API's origin."""
+        """Add the routes to the API's application, so that the page has the API's origin."""
         app.middlewares.append(reject_other_origins)
         app.add_routes(
             [

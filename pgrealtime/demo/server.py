@@ -59,7 +59,7 @@ async def throwaway_server(*, embedded: bool) -> AsyncIterator[ThrowawayServer]:
         stdin=PIPE,
         stdout=PIPE,
         env=clean_environment(),
-        # Out of reach of the terminal's Ctrl-C: the server ends after those who use it.
+        # The terminal's Ctrl-C doesn't reach it: the server ends after the service that uses it.
         start_new_session=True,
     )
     server: ThrowawayServer | None = None

@@ -1,4 +1,4 @@
-"""Tells one history of a server from another: epochs, and transactions sent again. Pure."""
+"""Distinguishes a server's histories: by epochs, and by transactions sent again. Pure."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Logs and metrics: set up once, at the edge."""
+"""Logs and metrics."""

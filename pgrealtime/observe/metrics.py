@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias, TypeVar
 
 from msgspec import Struct
 from prometheus_client import (
@@ -20,6 +20,8 @@ from prometheus_client.registry import Collector
 from pgrealtime import __version__
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+_Family = TypeVar("_Family", GaugeMetricFamily, CounterMetricFamily)
+
 _PREFIX = "pgrealtime_"
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
@@ -93,121 +95,89 @@ class _CombinedCollector(Collector):
 
 
 def _families(values: MetricValues) -> Iterable[Metric]:
-    versions = {"version": __version__, "python": platform.python_version()}
-    yield _gauge("build_info", "What runs.", tuple(versions), [(tuple(versions.values()), 1)])
-    yield _gauge("connections", "Open connections.", (), _unlabelled(values.connections))
+    versions = (__version__, platform.python_version())
+    yield _gauge("build_info", "What runs.", {versions: 1}, "version", "python")
+    yield _gauge("connections", "Open connections.", values.connections)
     yield _gauge(
         "subscriptions",
         "Topics of open connections that something can match.",
-        ("collection",),
-        _labelled(values.subscription_counts),
+        values.subscription_counts,
+        "collection",
     )
+    yield _counter("events_sent", "Events written to connections.", values.events_sent)
     yield _counter(
-        "events_sent", "Events written to connections.", (), _unlabelled(values.events_sent)
-    )
-    yield _counter(
-        "connections_closed",
-        "Connections that ended.",
-        ("reason",),
-        _labelled(values.closed_connections),
+        "connections_closed", "Connections that ended.", values.closed_connections, "reason"
     )
     yield _counter(
         "gaps",
         "Connections that were told of a gap, or ended for one.",
-        ("reason",),
-        _labelled(values.gaps_notified),
+        values.gaps_notified,
+        "reason",
     )
     yield _counter(
-        "resumes",
-        "Connections that came back with a position.",
-        ("result",),
-        _labelled(values.resume_outcomes),
+        "resumes", "Connections that came back with a position.", values.resume_outcomes, "result"
     )
     yield _counter(
         "expensive_filters_refused",
         "Calls that were refused because they had too many options of one kind.",
-        (),
-        _unlabelled(values.refused_subscribe_calls),
+        values.refused_subscribe_calls,
     )
     yield _counter(
         "incomplete_records",
         "Records that were shown to somebody without a column that a later change had written.",
-        ("collection",),
-        _labelled(values.incomplete_records),
+        values.incomplete_records,
+        "collection",
     )
     yield _counter(
         "rule_query_errors",
         "Statements about rules that failed, and questions that were not sent.",
-        ("collection", "reason"),
-        values.rule_query_errors.items(),
+        values.rule_query_errors,
+        *("collection", "reason"),
     )
-    yield _counter(
-        "auth_checks", "Callers, by their tokens.", ("result",), _labelled(values.auth_checks)
-    )
+    yield _counter("auth_checks", "Callers, by their tokens.", values.auth_checks, "result")
     yield _counter(
         "logins",
         "Attempts to sign in by a password: ok, or the code of the refusal.",
-        ("result",),
-        _labelled(values.login_results),
+        values.login_results,
+        "result",
     )
-    yield _counter(
-        "replication_changes",
-        "Changes taken from the stream.",
-        (),
-        _unlabelled(values.changes_received),
-    )
+    yield _counter("replication_changes", "Changes taken from the stream.", values.changes_received)
     yield _counter(
         "replication_breaks",
         "How often the stream broke, or could not be opened.",
-        ("code",),
-        _labelled(values.stream_breaks),
+        values.stream_breaks,
+        "code",
     )
-    yield _gauge(
-        "changelog_bytes", "Changes that are held.", (), _unlabelled(values.changelog_bytes)
-    )
+    yield _gauge("changelog_bytes", "Changes that are held.", values.changelog_bytes)
     yield _gauge(
         "replication_connected",
         "Whether changes are being read.",
-        (),
-        _unlabelled(int(values.is_replication_connected)),
+        int(values.is_replication_connected),
     )
     if values.lag_bytes is not None:
-        yield _gauge(
-            "replication_lag_bytes",
-            "WAL that was written and is not yet confirmed.",
-            (),
-            _unlabelled(values.lag_bytes),
-        )
+        help_text = "WAL that was written and is not yet confirmed."
+        yield _gauge("replication_lag_bytes", help_text, values.lag_bytes)
     if values.retained_bytes is not None:
-        yield _gauge(
-            "slot_retained_bytes",
-            "WAL that the server keeps for the slot.",
-            (),
-            _unlabelled(values.retained_bytes),
-        )
+        help_text = "WAL that the server keeps for the slot."
+        yield _gauge("slot_retained_bytes", help_text, values.retained_bytes)
 
 
-_Samples: TypeAlias = Iterable[tuple[Sequence[str], int]]
-"""Label values and value of each sample."""
+_Samples: TypeAlias = int | Mapping[str, int] | Mapping[tuple[str, str], int]
+"""The value of a metric without labels, or a value for each label or labels."""
 
 
-def _unlabelled(value: int) -> _Samples:
-    return [((), value)]
+def _gauge(name: str, help_text: str, samples: _Samples, *labels: str) -> Metric:
+    return _with_samples(GaugeMetricFamily(_PREFIX + name, help_text, labels=labels), samples)
 
 
-def _labelled(values: Mapping[str, int]) -> _Samples:
-    return [((label,), value) for label, value in values.items()]
+def _counter(name: str, help_text: str, samples: _Samples, *labels: str) -> Metric:
+    return _with_samples(CounterMetricFamily(_PREFIX + name, help_text, labels=labels), samples)
 
 
-def _gauge(name: str, help_text: str, labels: tuple[str, ...], values: _Samples) -> Metric:
-    family = GaugeMetricFamily(_PREFIX + name, help_text, labels=labels)
-    for label, value in values:
-        family.add_metric(label, value)
-    return family
-
-
-def _counter(name: str, help_text: str, labels: tuple[str, ...], values: _Samples) -> Metric:
-    family = CounterMetricFamily(_PREFIX + name, help_text, labels=labels)
-    for label, value in values:
-        family.add_metric(label, value)
+def _with_samples(family: _Family, samples: _Samples) -> _Family:
+    if isinstance(samples, int):
+        family.add_metric((), samples)
+        return family
+    for labels, value in samples.items():
+        family.add_metric((labels,) if isinstance(labels, str) else labels, value)
     return family

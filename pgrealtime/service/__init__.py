@@ -1,1 +1,1 @@
-"""Builds the program from its configuration, replaces parts while it runs, stops it in order."""
+"""Builds the service from its configuration, reloads it while it runs, and stops it in order."""

@@ -19,7 +19,7 @@ from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.rule_queries.executor import QueryExecutor
 
 _QUERY_TIMEOUT_SECONDS = 1.0
-"""For PostgreSQL's answer. Whoever scrapes has a timeout of their own, often 10 s or less."""
+"""For PostgreSQL's answer. A scraper's own timeout is often 10 s or less."""
 
 _SLOT_LAG_QUERY = """
 SELECT pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_lsn(), confirmed_flush_lsn)::int8,

@@ -329,7 +329,7 @@ def _verdict(expression: ExpressionNode, absent: _AbsentValue) -> bool | None:
 
 
 def _comparison_verdict(cmp: ComparisonNode, absent: _AbsentValue) -> bool | None:
-    """Return the verdict of a comparison that reads no row; None if it can't be told here."""
+    """Return the verdict of a comparison that reads no row; None if that isn't known here."""
     left, right = _static_text(cmp.left, absent), _static_text(cmp.right, absent)
     if left is None or right is None:
         return None
