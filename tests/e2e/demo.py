@@ -50,13 +50,13 @@ def uid_of(pid: int) -> int:
     return Path(f"/proc/{pid}").stat().st_uid
 
 
-def keeper_of(process: Process) -> int:
+def supervisor_of(process: Process) -> int:
     """The child that keeps the server."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    [keeper] = [
-        int(pid) for pid in children if b"keeper" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    [supervisor] = [
+        int(pid) for pid in children if b"supervisor" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
-    return keeper
+    return supervisor
 
 
 class Demo:

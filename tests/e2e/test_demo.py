@@ -30,9 +30,9 @@ from tests.e2e.demo import (
     copy_checkout,
     demo,
     eventually,
-    keeper_of,
     processes_in,
     run,
+    supervisor_of,
     uid_of,
 )
 from tests.e2e.sdk import sdk
@@ -360,7 +360,7 @@ async def test_killed_it_leaves_nothing_either(running: Demo) -> None:
 
 
 async def test_killed_while_it_starts_it_leaves_nothing(open_folder: Path) -> None:
-    """Whatever the keeper is at when its input ends, it gets to the end."""
+    """Whatever the supervisor is at when its input ends, it gets to the end."""
     environment = {**os.environ, "TMPDIR": str(open_folder)}
 
     async def kill(process: asyncio.subprocess.Process) -> None:
@@ -373,16 +373,16 @@ async def test_killed_while_it_starts_it_leaves_nothing(open_folder: Path) -> No
     await eventually(lambda: not any(open_folder.iterdir()) and not processes_in(open_folder))
 
 
-async def test_without_its_keeper_it_ends_and_removes_the_server_itself(running: Demo) -> None:
-    os.kill(keeper_of(running.process), signal.SIGKILL)
+async def test_without_its_supervisor_it_ends_and_removes_the_server_itself(running: Demo) -> None:
+    os.kill(supervisor_of(running.process), signal.SIGKILL)
     async with asyncio.timeout(END_SECONDS):
         assert await running.process.wait() != 0
     assert running.is_gone()
 
 
 async def test_the_next_start_removes_what_two_kills_left(running: Demo) -> None:
-    keeper = keeper_of(running.process)
-    os.kill(keeper, signal.SIGKILL)
+    supervisor = supervisor_of(running.process)
+    os.kill(supervisor, signal.SIGKILL)
     await running.end(signal.SIGKILL)
     assert not running.is_gone()
     (running.directory / "data" / "PG_VERSION").unlink()  # and half of it is removed already
@@ -411,7 +411,7 @@ async def test_a_taken_port_is_said_at_once() -> None:
 async def test_without_a_place_to_write_it_says_so() -> None:
     code = (
         "import tempfile; tempfile._candidate_tempdir_list = lambda: ['/proc'];"
-        "import sys; from pgrealtime.demo.keeper import main; sys.exit(main(['--embedded']))"
+        "import sys; from pgrealtime.demo.supervisor import main; sys.exit(main(['--embedded']))"
     )
     status, printed = await run(sys.executable, "-c", code)
     assert status == 1

@@ -321,7 +321,7 @@ def test_pure_code_touches_nothing_outside() -> None:
         ("service.reload", "cli.main", False),
         ("service.build", "explain.explain", False),
         ("explain.explain", "service.build", False),
-        ("demo.show", "cli.main", False),
+        ("demo.run", "cli.main", False),
         ("cellar.door", "lsn", False),
     ],
 )

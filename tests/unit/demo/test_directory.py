@@ -1,4 +1,4 @@
-"""Which folders a start removes, and which it leaves alone."""
+"""Which directories a start of the demo removes, and which it leaves alone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_what_was_left_behind_goes_whatever_is_missing_of_it(parent: Path) -> No
 
 
 def test_what_is_not_ours_stays(parent: Path) -> None:
-    """Another's folder, a link that leads elsewhere, any other name."""
+    """Another user's directory, a link that leads elsewhere, any other name."""
     elsewhere = parent / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "precious").write_text("x")
@@ -63,7 +63,7 @@ def test_what_is_not_ours_stays(parent: Path) -> None:
 
 
 def test_a_process_that_only_got_the_server_s_number_is_not_ended(parent: Path) -> None:
-    """The pid in postmaster.pid may be anybody's by now: here it is ours."""
+    """The pid in postmaster.pid may be another process's by now: here it is the test's."""
     left = parent / f"{PREFIX}old"
     (left / "data").mkdir(parents=True)
     (left / "data" / "postmaster.pid").write_text(f"{os.getpid()}\n")

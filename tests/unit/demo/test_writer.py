@@ -1,4 +1,4 @@
-"""What the busy colleague does next, without a database."""
+"""Which operation the demo's writer runs next, without a database."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _rows() -> dict[str, Any]:
 
 
 def _do(rows: dict[str, Any], step: Operation, new_id: str) -> None:
-    """Do to the rows what the statement does to the tables."""
+    """Apply an operation to the rows as its statement does to the tables."""
     tasks, values = rows["tasks"], step.arguments
     match step.statement_name:
         case "add":
@@ -50,7 +50,7 @@ def test_it_can_go_on_for_ever_without_filling_the_page() -> None:
 
 
 def test_it_never_decides_who_takes_part() -> None:
-    """What the page's three buttons are about is left to whoever presses them."""
+    """The operations of the page's buttons are left to its user."""
     rows, random = _rows(), Random(1)
     for number in range(500):
         step = next_operation(rows, random)

@@ -1,4 +1,4 @@
-"""What a reload takes reaches everybody who has a part of it: all of it, or nothing."""
+"""A reload applies a configuration to all parts of the service, or to none."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SECRET = "made up for the tests, and long enough"
 
 
 def _with_key(table: Table) -> Table:
-    """The table with what the catalogue says of its primary key, and one more column."""
+    """Return the table with a primary key and one more column."""
     key, *others = table.columns
     others.append(replace(others[0], name="role", number=len(table.columns) + 1))
     columns = (replace(key, not_null=True), *others)
@@ -56,7 +56,7 @@ def configured(
     auth: Mapping[str, object] | None = None,
     **sections: object,
 ) -> Config:
-    """The room's collections, with some keys changed."""
+    """Return a configuration of the test collections, with some keys changed."""
     everyone = {"list_rule": "", "view_rule": ""}
     collections = {
         "posts": {"table": "public.posts", **everyone, **(posts or {})},
@@ -78,7 +78,7 @@ def configured(
 
 @dataclass
 class Running:
-    """A service without a database, and what it is to be next."""
+    """A service without a database, with the configuration and schema that it reads next."""
 
     room: Room
     rooms: ReloadTargets
@@ -95,7 +95,7 @@ def _no_stream(*_: object) -> NoReturn:
     raise AssertionError("the tables are the same")
 
 
-async def _no_rehearsal(_world: AppliedConfig) -> None:
+async def _no_dry_run(_world: AppliedConfig) -> None:
     _no_stream()
 
 
@@ -138,7 +138,7 @@ async def running() -> AsyncIterator[Running]:
             ),
             read_catalog=read_catalog,
             open_stream=_no_stream,
-            check_stream=_no_rehearsal,
+            check_stream=_no_dry_run,
             schema_mismatch=asyncio.Event(),
         )
         made = Running(room, rooms, reloading, config, CATALOG)
@@ -337,7 +337,7 @@ async def test_what_needs_a_restart_is_said() -> None:
 
 
 def test_a_collection_that_its_table_does_not_fit_any_more_is_locked() -> None:
-    """By every rule, whichever of them is concerned; the others go on."""
+    """By every rule, whichever of them is invalid; the other collections stay as they are."""
     table = TABLES[POSTS]
     renamed = replace(table, columns=(table.columns[0], replace(table.columns[1], name="name")))
     catalog = replace(CATALOG, tables={**TABLES, POSTS: renamed})
@@ -359,7 +359,7 @@ async def _nothing(*_: object) -> None:
 
 
 def _with_title(oid: int) -> Catalog:
-    """The catalogue once the title of posts has another type."""
+    """Return the catalogue after the title of posts got another type."""
     posts = TABLES[POSTS]
     columns = tuple(
         replace(one, type=replace(one.type, oid=oid)) if one.name == "title" else one
@@ -369,7 +369,7 @@ def _with_title(oid: int) -> Catalog:
 
 
 def _title(service: Running) -> int:
-    """The type by which the title of posts is judged."""
+    """Return the type in which the title of posts is evaluated."""
     column = service.room.hub._progress.generation.collections["posts"].table.find_column("title")
     assert column is not None
     return column.type.oid
@@ -393,7 +393,7 @@ async def watching(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
 async def test_the_schema_of_now_is_in_force_when_it_was_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """At once, whenever the catalogue would have been looked at."""
+    """At once, not at the next interval."""
     async with watching(monkeypatch) as service:
         service.catalog = _with_title(4711)
         began = time.monotonic()
@@ -417,7 +417,7 @@ async def test_who_asks_for_the_schema_hears_that_it_can_not_be_read(
 async def test_a_look_that_began_before_it_was_asked_for_does_not_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It may have read what was there before the row."""
+    """It may have read the schema from before the row."""
     reading, go_on = asyncio.Event(), asyncio.Event()
 
     async def read(_config: Config) -> Catalog:
