@@ -7,7 +7,7 @@ module that knows all parts; each part receives what it needs as arguments.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +39,8 @@ from pgrealtime.rule_queries.executor import QueryExecutor
 from pgrealtime.rules.rule_set import caller_columns_read_by_rules, rule_problems
 from pgrealtime.service.applied_config import AppliedConfig
 from pgrealtime.service.listen import serve_admin, serve_public
-from pgrealtime.service.reload import Reloader, ReloadTargets, report_unreadable_tables
+from pgrealtime.service.parts import ServiceParts
+from pgrealtime.service.reload import Reloader, report_unreadable_tables
 from pgrealtime.service.status import StatusReader
 from pgrealtime.service.streams import StreamOpener
 
@@ -84,15 +85,34 @@ async def run_service(
         pool = await stack.enter_async_context(open_query_pool(config.database))
         applied = await _apply_at_start(config, pool)
         await report_unreadable_tables(pool, applied.collections)
-        parts = _build_parts(config, applied, pool, read_config or partial(_unchanged, config))
+        streams, metrics, schema_mismatch = StreamOpener(config), Metrics(), asyncio.Event()
+        parts = _build_parts(
+            config,
+            applied,
+            pool,
+            streams,
+            on_schema_mismatch=schema_mismatch.set,
+            refresh_schema=lambda: reloader.wait_for_schema_refresh(),  # noqa: PLW0108 (made below)
+            on_statement_seconds=metrics.observe_rule_query,
+        )
+        reloader = Reloader(
+            applied,
+            parts,
+            read_config=read_config or partial(_unchanged, config),
+            read_catalog=partial(read_configured_catalog, pool=pool),
+            open_stream=streams.open,
+            check_stream=streams.check,
+            schema_mismatch=schema_mismatch,
+        )
         stack.callback(parts.login.close)
-        await stack.enter_async_context(background_tasks(_coroutines(parts)))
-        await stack.enter_async_context(serve_admin(config.admin, parts.status, parts.metrics))
+        await stack.enter_async_context(background_tasks(_coroutines(parts, reloader)))
+        status = StatusReader(parts)
+        await stack.enter_async_context(serve_admin(config.admin, status, metrics))
         app = _build_app(config, parts)
         if extend_app is not None:
             extend_app(app)
         port = await stack.enter_async_context(serve_public(app, parts.hub, config.server))
-        yield RunningService(port, parts.hub, parts.reloader)
+        yield RunningService(port, parts.hub, reloader)
 
 
 async def _apply_at_start(config: Config, pool: QueryPool) -> AppliedConfig:
@@ -112,34 +132,19 @@ def _unchanged(config: Config) -> ParsedConfig:
     return ParsedConfig(config=config, locations=ConfigLocations(source="configuration"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Parts:
-    """The parts that the service starts and stops."""
-
-    hub: Hub
-    executor: QueryExecutor
-    replication_reader: ReplicationReader
-    authenticator: Authenticator
-    login: LoginService
-    own_records: OwnRecordRenderer
-    reloader: Reloader
-    status: StatusReader
-    metrics: Metrics
-
-
 def _build_parts(
     config: Config,
     applied: AppliedConfig,
     pool: QueryPool,
-    read_config: Callable[[], ParsedConfig],
-) -> _Parts:
+    streams: StreamOpener,
+    *,
+    on_schema_mismatch: Callable[[], None],
+    refresh_schema: Callable[[], Awaitable[bool]],
+    on_statement_seconds: Callable[[float], None],
+) -> ServiceParts:
     collections = applied.collections
-    schema_mismatch = asyncio.Event()
-    metrics = Metrics()
     executor = QueryExecutor(
-        pool,
-        on_schema_mismatch=schema_mismatch.set,
-        on_statement_seconds=metrics.observe_rule_query,
+        pool, on_schema_mismatch=on_schema_mismatch, on_statement_seconds=on_statement_seconds
     )
     changelog = MemoryChangelog(
         LSN(0), max_bytes=config.changelog.max_size, max_age_seconds=config.changelog.max_age
@@ -150,13 +155,12 @@ def _build_parts(
         collections,
         _hub_settings(config, applied),
         callbacks=HubCallbacks(
-            on_schema_mismatch=schema_mismatch.set,
+            on_schema_mismatch=on_schema_mismatch,
             wait_for_changelog=lambda lsn: reader.wait_for_changelog(lsn),  # noqa: PLW0108 (made below)
-            refresh_schema=lambda: reloader.wait_for_schema_refresh(),  # noqa: PLW0108 (likewise)
+            refresh_schema=refresh_schema,
         ),
     )
     intake = Intake(changelog, hub, max_size=config.changelog.max_size)
-    streams = StreamOpener(config)
     reader = ReplicationReader(
         partial(streams.open, applied),
         intake,
@@ -164,55 +168,25 @@ def _build_parts(
         advance_slot=streams.advance_slot,
         is_durable=config.replication.slot.durable,
     )
-    accounts = AccountLoader(pool, on_schema_mismatch=schema_mismatch.set)
-    login = LoginService(config.auth.login, accounts)
-    authenticator = Authenticator(
-        config.auth,
-        collections,
-        accounts,
-        logins=applied.logins,
-        rule_columns=caller_columns_read_by_rules(collections),
-    )
-    own_records = OwnRecordRenderer(
-        executor, collections, nulls=config.records.nulls, hidden=config.records.hidden
-    )
-    reloader = Reloader(
-        applied,
-        ReloadTargets(
-            replication_reader=reader,
-            intake=intake,
-            hub=hub,
-            authenticator=authenticator,
-            login=login,
-            own_records=own_records,
-            pool=pool,
-        ),
-        read_config=read_config,
-        read_catalog=partial(read_configured_catalog, pool=pool),
-        open_stream=streams.open,
-        check_stream=streams.check,
-        schema_mismatch=schema_mismatch,
-    )
-    status = StatusReader(
-        hub=hub,
-        replication_reader=reader,
-        intake=intake,
-        changelog=changelog,
-        executor=executor,
-        authenticator=authenticator,
-        login=login,
+    accounts = AccountLoader(pool, on_schema_mismatch=on_schema_mismatch)
+    return ServiceParts(
         pool=pool,
-    )
-    return _Parts(
-        hub=hub,
         executor=executor,
+        changelog=changelog,
+        intake=intake,
         replication_reader=reader,
-        authenticator=authenticator,
-        login=login,
-        own_records=own_records,
-        reloader=reloader,
-        status=status,
-        metrics=metrics,
+        hub=hub,
+        authenticator=Authenticator(
+            config.auth,
+            collections,
+            accounts,
+            logins=applied.logins,
+            rule_columns=caller_columns_read_by_rules(collections),
+        ),
+        login=LoginService(config.auth.login, accounts),
+        own_records=OwnRecordRenderer(
+            executor, collections, nulls=config.records.nulls, hidden=config.records.hidden
+        ),
     )
 
 
@@ -229,21 +203,21 @@ def _hub_settings(config: Config, applied: AppliedConfig) -> HubSettings:
     )
 
 
-def _build_app(config: Config, parts: _Parts) -> web.Application:
+def _build_app(config: Config, parts: ServiceParts) -> web.Application:
     app = build_app(parts.hub, parts.authenticator, config)
     routes = LoginRoutes(parts.login, parts.authenticator, config.server, parts.own_records)
     routes.add_to(app.router)
     return app
 
 
-def _coroutines(parts: _Parts) -> tuple[Coroutine[Any, Any, None], ...]:
+def _coroutines(parts: ServiceParts, reloader: Reloader) -> tuple[Coroutine[Any, Any, None], ...]:
     return (
         parts.replication_reader.run(),
         parts.replication_reader.expire(),
         parts.hub.run(),
         parts.hub.run_timers(),
         parts.authenticator.run(),
-        parts.reloader.watch_schema(),
+        reloader.watch_schema(),
         _watch_standbys(parts.executor, parts.hub),
     )
 

@@ -10,14 +10,12 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import psycopg
 import structlog
 
-from pgrealtime.auth.authenticator import Authenticator, issuer_key_problems, key_sources_of
-from pgrealtime.auth.login import LoginService
+from pgrealtime.auth.authenticator import issuer_key_problems, key_sources_of
 from pgrealtime.catalog.model import Catalog, Table
 from pgrealtime.catalog.privileges import read_privilege_errors
 from pgrealtime.changes import TableName
@@ -27,13 +25,10 @@ from pgrealtime.collections.streamed_tables import collection_name_of, reachable
 from pgrealtime.config.load import ParsedConfig
 from pgrealtime.config.model import Config
 from pgrealtime.errors import ConfigError, PgRealtimeError
-from pgrealtime.feed.intake import Intake
-from pgrealtime.feed.reader import ReplicationReader
-from pgrealtime.hub.hub import Hub
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.reads.own_record import OwnRecordRenderer
 from pgrealtime.rules.rule_set import caller_columns_read_by_rules
 from pgrealtime.service.applied_config import AppliedConfig, fit_to_schema
+from pgrealtime.service.parts import ServiceParts
 from pgrealtime.service.published_tables import PublicationWatch
 from pgrealtime.wal.stream import WalStream
 
@@ -49,19 +44,6 @@ _RELOADABLE_SECTIONS = ("collections", "auth")
 
 ReadCatalog: TypeAlias = Callable[[Config], Awaitable[Catalog]]
 OpenStream: TypeAlias = Callable[[AppliedConfig], AbstractAsyncContextManager[WalStream]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReloadTargets:
-    """The parts that receive the new configuration."""
-
-    replication_reader: ReplicationReader
-    intake: Intake
-    hub: Hub
-    authenticator: Authenticator
-    login: LoginService
-    own_records: OwnRecordRenderer
-    pool: QueryPool
 
 
 class _SchemaRead:
@@ -82,7 +64,7 @@ class Reloader:
 
     Args:
         applied: In force at the start.
-        targets: Receive what is applied.
+        parts: Receive what is applied.
         read_config: Reads the configuration again.
         read_catalog: Reads the tables that a configuration names.
         open_stream: Opens a stream of the tables in force.
@@ -94,7 +76,7 @@ class Reloader:
     def __init__(
         self,
         applied: AppliedConfig,
-        targets: ReloadTargets,
+        parts: ServiceParts,
         *,
         read_config: Callable[[], ParsedConfig],
         read_catalog: ReadCatalog,
@@ -103,7 +85,7 @@ class Reloader:
         schema_mismatch: asyncio.Event,
     ) -> None:
         self._applied = applied
-        self._targets = targets
+        self._parts = parts
         self._read_config = read_config
         self._read_catalog = read_catalog
         self._open_stream = open_stream
@@ -112,7 +94,7 @@ class Reloader:
         self._streamed_tables = applied.streamed_tables
         """Of the current stream; differs from ``applied`` while the stream can't be switched."""
         publication = applied.config.replication.publication
-        self._publication = PublicationWatch(targets.pool, publication)
+        self._publication = PublicationWatch(parts.pool, publication)
         self._lock = asyncio.Lock()
         self._current_read, self._next_read = _SchemaRead(), _SchemaRead()
         self._refresh_requested = asyncio.Event()
@@ -133,7 +115,7 @@ class Reloader:
                 _log_rejected(error)
                 return False
             await self._check_publication()
-            await report_unreadable_tables(self._targets.pool, self._applied.collections)
+            await report_unreadable_tables(self._parts.pool, self._applied.collections)
             if waiting := _sections_needing_restart(parsed.require_valid(), self._applied.config):
                 log.warning("config.restart_needed", sections=waiting)
             log.info(
@@ -211,16 +193,16 @@ class Reloader:
             if read.is_applied:
                 with suppress(psycopg.Error):  # reported by the next query
                     tables = reachable_tables(self._applied.collections)
-                    await self._targets.pool.configure_row_security(tables.values())
+                    await self._parts.pool.configure_row_security(tables.values())
             await self._check_publication()
 
     async def _check_publication(self) -> None:
         """Announce a gap of the tables that the publication doesn't send, or sends again."""
-        stream = self._targets.replication_reader.stream
+        stream = self._parts.replication_reader.stream
         if stream is None or stream.plugin != "pgoutput":
             return
         if changed := await self._publication.check(list(self._streamed_tables.values())):
-            self._targets.intake.append_gap("schema", changed)
+            self._parts.intake.append_gap("schema", changed)
 
     # -- applying
 
@@ -233,32 +215,32 @@ class Reloader:
         Raises:
             PgRealtimeError: Its tables can't be streamed; everything is as it was.
         """
-        before, targets = self._applied, self._targets
+        before, parts = self._applied, self._parts
         known = _table_identities(self._streamed_tables)
         wanted = _table_identities(applied.streamed_tables)
         if wanted != known:
             await self._switch_stream(applied)
         # Queries that are running use the old collections: allow the tables of both.
-        targets.pool.enable_row_security_for(
+        parts.pool.enable_row_security_for(
             {*reachable_tables(before.collections), *reachable_tables(applied.collections)}
         )
-        await self._update_targets(applied)
+        await self._update_parts(applied)
         if applied.streamed_tables != before.streamed_tables:
             # A statement prepared before a column's type changed fails from then on.
-            await targets.pool.drain()
+            await parts.pool.drain()
         self._applied = applied
         if replaced := _tables_with_gap(before, applied, known, wanted):
-            targets.intake.append_gap("schema", replaced)
+            parts.intake.append_gap("schema", replaced)
         # Events wait for this; switching the stream takes longer, and they don't need it.
         self._current_read.complete()
         if applied.streamed_tables != self._streamed_tables:
             await self._try_switch_stream(applied)
 
-    async def _update_targets(self, applied: AppliedConfig) -> None:
-        auth, collections, targets = applied.config.auth, applied.collections, self._targets
-        targets.login.replace_settings(auth.login)
-        targets.own_records.replace_collections(collections)
-        targets.authenticator.replace_settings(
+    async def _update_parts(self, applied: AppliedConfig) -> None:
+        auth, collections, parts = applied.config.auth, applied.collections, self._parts
+        parts.login.replace_settings(auth.login)
+        parts.own_records.replace_collections(collections)
+        parts.authenticator.replace_settings(
             key_sources_of(auth),
             auth.login,
             collections,
@@ -266,16 +248,16 @@ class Reloader:
             rule_columns=caller_columns_read_by_rules(collections),
             allow_guests=auth.allow_guests,
         )
-        await targets.hub.replace_generation(
+        await parts.hub.replace_generation(
             collections,
-            targets.authenticator.revalidate_caller,
+            parts.authenticator.revalidate_caller,
             logins=applied.logins,
             allows_guests=auth.allow_guests,
         )
 
     async def _switch_stream(self, applied: AppliedConfig) -> None:
         await self._check_stream(applied)
-        await self._targets.replication_reader.switch(
+        await self._parts.replication_reader.switch(
             lambda: self._open_stream(applied), applied.streamed_tables
         )
         self._streamed_tables = applied.streamed_tables

@@ -8,15 +8,8 @@ from typing import Any
 import psycopg
 from psycopg_pool import PoolTimeout
 
-from pgrealtime.auth.authenticator import Authenticator
-from pgrealtime.auth.login import LoginService
-from pgrealtime.changelog.memory import MemoryChangelog
-from pgrealtime.feed.intake import Intake
-from pgrealtime.feed.reader import ReplicationReader
-from pgrealtime.hub.hub import Hub
 from pgrealtime.observe.metrics import MetricValues
-from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.rule_queries.executor import QueryExecutor
+from pgrealtime.service.parts import ServiceParts
 
 _QUERY_TIMEOUT_SECONDS = 1.0
 """For PostgreSQL's answer. A scraper's own timeout is often 10 s or less."""
@@ -32,48 +25,30 @@ WHERE slot_name = %s AND confirmed_flush_lsn IS NOT NULL AND restart_lsn IS NOT 
 class StatusReader:
     """Reads the counters of the parts, and asks PostgreSQL about the slot."""
 
-    def __init__(
-        self,
-        *,
-        hub: Hub,
-        replication_reader: ReplicationReader,
-        intake: Intake,
-        changelog: MemoryChangelog,
-        executor: QueryExecutor,
-        authenticator: Authenticator,
-        login: LoginService,
-        pool: QueryPool,
-    ) -> None:
-        self._hub = hub
-        self._replication_reader = replication_reader
-        self._intake = intake
-        self._changelog = changelog
-        self._executor = executor
-        self._authenticator = authenticator
-        self._login = login
-        self._pool = pool
+    def __init__(self, parts: ServiceParts) -> None:
+        self._parts = parts
 
     async def read_metrics(self) -> MetricValues:
         """Return the counters and gauges of this moment."""
         lag_bytes, retained_bytes = await self._read_slot_lag()
-        hub, counts = self._hub, self._hub.counters
+        hub, counters = self._parts.hub, self._parts.hub.counters
         return MetricValues(
             connections=len(hub.connections),
             subscription_counts=hub.subscription_counts,
-            events_sent=counts.events_sent_to_closed
+            events_sent=counters.events_sent_to_closed
             + sum(one.events_sent for one in hub.connections),
-            closed_connections=counts.closed_connections,
+            closed_connections=counters.closed_connections,
             gaps_notified=hub.gaps_notified,
-            resume_outcomes=counts.resume_outcomes,
-            refused_subscribe_calls=counts.refused_subscribe_calls,
-            incomplete_records=counts.incomplete_records,
-            rule_query_errors=self._executor.unanswered_counts,
-            auth_checks=self._authenticator.checks_by_result,
-            login_results=self._login.attempts_by_result,
-            changes_received=self._intake.changes_received,
-            stream_breaks=self._replication_reader.stream_breaks,
-            changelog_bytes=self._changelog.size_bytes,
-            is_replication_connected=self._replication_reader.stream is not None,
+            resume_outcomes=counters.resume_outcomes,
+            refused_subscribe_calls=counters.refused_subscribe_calls,
+            incomplete_records=counters.incomplete_records,
+            rule_query_errors=self._parts.executor.unanswered_counts,
+            auth_checks=self._parts.authenticator.checks_by_result,
+            login_results=self._parts.login.attempts_by_result,
+            changes_received=self._parts.intake.changes_received,
+            stream_breaks=self._parts.replication_reader.stream_breaks,
+            changelog_bytes=self._parts.changelog.size_bytes,
+            is_replication_connected=self._parts.replication_reader.stream is not None,
             lag_bytes=lag_bytes,
             retained_bytes=retained_bytes,
         )
@@ -81,16 +56,16 @@ class StatusReader:
     async def not_ready_reasons(self) -> list[str]:
         """Return why no traffic should be sent here; empty if it may be."""
         found = []
-        if self._hub.is_closing:
+        if self._parts.hub.is_closing:
             found.append("shutting_down")
-        if not self._hub.is_stream_up:
+        if not self._parts.hub.is_stream_up:
             found.append("stream_away")
-        if await self._fetch_row("SELECT 1") is None or self._executor.outage.is_ongoing:
+        if await self._fetch_row("SELECT 1") is None or self._parts.executor.outage.is_ongoing:
             found.append("database_away")
         return found
 
     async def _read_slot_lag(self) -> tuple[int | None, int | None]:
-        stream = self._replication_reader.stream
+        stream = self._parts.replication_reader.stream
         row = None if stream is None else await self._fetch_row(_SLOT_LAG_QUERY, stream.slot_name)
         return (None, None) if row is None else (int(row[0]), int(row[1]))
 
@@ -98,7 +73,7 @@ class StatusReader:
         try:
             async with (
                 asyncio.timeout(_QUERY_TIMEOUT_SECONDS),
-                self._pool.connection(_QUERY_TIMEOUT_SECONDS) as connection,
+                self._parts.pool.connection(_QUERY_TIMEOUT_SECONDS) as connection,
             ):
                 cursor = await connection.execute(query.encode(), params or None)
                 row: tuple[Any, ...] | None = await cursor.fetchone()

@@ -77,7 +77,7 @@ class World:
         if person == ROOT:
             claims["role"] = "root"
         token = jwt.encode(claims, SECRET, algorithm="HS256")
-        return await self.service.reloader._targets.authenticator.authenticate_subscriber(
+        return await self.service.reloader._parts.authenticator.authenticate_subscriber(
             f"Bearer {token}"
         )
 
@@ -281,9 +281,7 @@ class History:
         )
 
     def _count_decoder_failures(self) -> int:
-        return self.world.service.reloader._targets.replication_reader.stream_breaks[
-            "decoder_failed"
-        ]
+        return self.world.service.reloader._parts.replication_reader.stream_breaks["decoder_failed"]
 
     # --- steps
 

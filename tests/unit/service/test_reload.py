@@ -30,7 +30,8 @@ from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.reads.own_record import OwnRecordRenderer
 from pgrealtime.rule_queries.executor import QueryExecutor
 from pgrealtime.service.applied_config import AppliedConfig, fit_to_schema
-from pgrealtime.service.reload import Reloader, ReloadTargets
+from pgrealtime.service.parts import ServiceParts
+from pgrealtime.service.reload import Reloader
 from tests.unit.hub.room import COLLECTIONS, NOTES, PEOPLE, POSTS, Room, insert, open_room, update
 
 SECRET = "made up for the tests, and long enough"
@@ -81,7 +82,7 @@ class Running:
     """A service without a database, with the configuration and schema that it reads next."""
 
     room: Room
-    rooms: ReloadTargets
+    parts: ServiceParts
     reloading: Reloader
     config: Config
     catalog: Catalog
@@ -114,7 +115,10 @@ async def running() -> AsyncIterator[Running]:
         accounts = AccountLoader(pool)
         login = LoginService(config.auth.login, accounts)
         intake = Intake(room.changelog, room.hub, max_size=1000)
-        rooms = ReloadTargets(
+        executor = QueryExecutor(pool)
+        parts = ServiceParts(
+            executor=executor,
+            changelog=room.changelog,
             replication_reader=ReplicationReader(
                 _no_stream, intake, tables=world.streamed_tables, advance_slot=_no_slot
             ),
@@ -122,7 +126,7 @@ async def running() -> AsyncIterator[Running]:
             hub=room.hub,
             authenticator=Authenticator(config.auth, collections, accounts, logins=logins),
             login=login,
-            own_records=OwnRecordRenderer(QueryExecutor(pool), collections, nulls="null"),
+            own_records=OwnRecordRenderer(executor, collections, nulls="null"),
             pool=pool,
         )
         made: Running
@@ -132,7 +136,7 @@ async def running() -> AsyncIterator[Running]:
 
         reloading = Reloader(
             world,
-            rooms,
+            parts,
             read_config=lambda: ParsedConfig(
                 config=made.config, locations=ConfigLocations(source="test.yaml")
             ),
@@ -141,7 +145,7 @@ async def running() -> AsyncIterator[Running]:
             check_stream=_no_dry_run,
             schema_mismatch=asyncio.Event(),
         )
-        made = Running(room, rooms, reloading, config, CATALOG)
+        made = Running(room, parts, reloading, config, CATALOG)
         try:
             yield made
         finally:
@@ -182,7 +186,7 @@ async def test_who_signs_in_is_judged_and_shown_by_the_new_rules() -> None:
 
     async def may_sign_in(service: Running) -> bool:
         people = COLLECTIONS["people"]
-        return await service.rooms.own_records.may_sign_in(
+        return await service.parts.own_records.may_sign_in(
             people, row, Caller(), query={}, headers={}, context="password"
         )
 
@@ -197,11 +201,11 @@ async def test_who_signs_in_is_judged_and_shown_by_the_new_rules() -> None:
 
 async def test_the_login_takes_its_new_settings() -> None:
     async def outcome(service: Running) -> str:
-        users = service.rooms.authenticator.find_user_collection("people")
+        users = service.parts.authenticator.find_user_collection("people")
         assert users is not None
         attempt = LoginAttempt(identity="ann", password="x")
         try:
-            await service.rooms.login.log_in(users, attempt, "10.0.0.1")
+            await service.parts.login.log_in(users, attempt, "10.0.0.1")
         except AuthError as error:
             return error.error_code
         return ""
@@ -218,7 +222,7 @@ async def test_the_login_takes_its_new_settings() -> None:
 
 async def test_how_people_log_in_and_what_is_read_of_them_is_taken_from_the_collections() -> None:
     async with running() as service:
-        authenticator = service.rooms.authenticator
+        authenticator = service.parts.authenticator
         before = authenticator.find_user_collection("people")
         other = {"login": {**LOGIN, "identity": ["id"]}}
         rule = "@request.auth.role = title"
@@ -237,7 +241,7 @@ async def test_a_new_password_ends_the_login_s_tokens_after_a_reload_too(
 ) -> None:
     """And any other change of the row doesn't."""
     async with running() as service:
-        users = service.rooms.authenticator.find_user_collection("people")
+        users = service.parts.authenticator.find_user_collection("people")
         assert users is not None
         ann = Caller(
             AuthRecord(collection_id=users.collection.id, collection_name="people", id="ann"),
@@ -264,7 +268,7 @@ async def test_policies_count_all_through_a_reload(monkeypatch: pytest.MonkeyPat
     counted: list[bool] = []
 
     async with running() as service:
-        pool, hub = service.rooms.pool, service.rooms.hub
+        pool, hub = service.parts.pool, service.parts.hub
         use = hub.replace_generation
 
         async def noting(*args: Any, **more: Any) -> None:
@@ -287,7 +291,7 @@ async def test_tokens_count_by_the_issuers_of_now() -> None:
     claims = {"sub": "root", "role": "admin", "exp": time.time() + 60}
     token = jwt.encode(claims, SECRET, "HS256")
     async with running() as service:
-        authenticate = service.rooms.authenticator.authenticate
+        authenticate = service.parts.authenticator.authenticate
         assert (await authenticate(token)).principal == GUEST
         assert await service.reload(configured(auth={"issuers": [issuer]}))
         assert isinstance((await authenticate(token)).principal, Superuser)
@@ -299,7 +303,7 @@ async def test_guests_are_ended_where_they_are_not_allowed_any_more() -> None:
     async with running() as service:
         connection, sink = service.room.connect()
         await service.room.subscribe(connection, "posts/*")
-        admit = service.rooms.authenticator.authenticate_subscriber
+        admit = service.parts.authenticator.authenticate_subscriber
         assert (await admit(None)).principal == GUEST
         assert await service.reload(configured(auth={"allow_guests": False}))
         await sink.wait_until("ended")
@@ -378,8 +382,8 @@ def _title(service: Running) -> int:
 @asynccontextmanager
 async def watching(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
     async with running() as service:
-        monkeypatch.setattr(service.rooms.replication_reader, "switch", _nothing)
-        monkeypatch.setattr(service.rooms.pool, "drain", _nothing)
+        monkeypatch.setattr(service.parts.replication_reader, "switch", _nothing)
+        monkeypatch.setattr(service.parts.pool, "drain", _nothing)
         monkeypatch.setattr(service.reloading, "_check_stream", _nothing)
         watch = asyncio.create_task(service.reloading.watch_schema())
         try:

@@ -1,0 +1,30 @@
+"""The parts of the running service; ``build`` makes, ``reload`` updates, ``status`` reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pgrealtime.auth.authenticator import Authenticator
+from pgrealtime.auth.login import LoginService
+from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.feed.intake import Intake
+from pgrealtime.feed.reader import ReplicationReader
+from pgrealtime.hub.hub import Hub
+from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.reads.own_record import OwnRecordRenderer
+from pgrealtime.rule_queries.executor import QueryExecutor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceParts:
+    """The parts that live as long as the service."""
+
+    pool: QueryPool
+    executor: QueryExecutor
+    changelog: MemoryChangelog
+    intake: Intake
+    replication_reader: ReplicationReader
+    hub: Hub
+    authenticator: Authenticator
+    login: LoginService
+    own_records: OwnRecordRenderer
