@@ -1,37 +1,23 @@
 """Surveys a database and writes a first configuration for its tables, all rules locked.
 
-Called by the command ``init``. What to write is decided in ``drafts``; here it becomes YAML.
+Called by the command ``init``. ``drafts`` decides what to write, ``render`` makes YAML of it.
 """
 
 from __future__ import annotations
 
-import math
-import re
 import shlex
 import sys
-import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from psycopg import AsyncConnection
 
 from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.catalog.model import Catalog, ReplicaIdentity, Table
-from pgrealtime.catalog.naming import quote_table_name
 from pgrealtime.catalog.privileges import read_privilege_errors
 from pgrealtime.changes import TableName
-from pgrealtime.cli.init.drafts import (
-    CollectionDraft,
-    ConfigDraft,
-    TableFault,
-    draft_config,
-    may_have_credential_ids,
-)
-from pgrealtime.cli.init.suggest import SIGNED_IN_RULE
-from pgrealtime.config.model import RelationConfig
+from pgrealtime.cli.init.model import SchemaSurvey, TableFault
+from pgrealtime.cli.init.render import render_config
 from pgrealtime.errors import SetupError
 from pgrealtime.postgres.connect import connect_once
 from pgrealtime.spelling import did_you_mean
@@ -59,19 +45,6 @@ LEFT JOIN pg_catalog.pg_depend d
 LEFT JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
 WHERE c.oid = ANY (%(oids)s::pg_catalog.oid[])
 """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchemaSurvey:
-    """The tables of the schemas, and what the role may do with them."""
-
-    catalog: Catalog
-    extensions: Mapping[TableName, str]
-    """Extension of each table that belongs to one."""
-    row_estimates: Mapping[TableName, int]
-    """By PostgreSQL's statistics; none for a table that was never analyzed."""
-    unreadable: Mapping[TableName, TableFault]
-    """Tables that the role may not read, or not in full."""
 
 
 async def write_config(path: str, url: str, schemas: Sequence[str]) -> None:
@@ -165,259 +138,3 @@ async def _survey_schemas(connection: AsyncConnection[Any], schemas: Sequence[st
         },
         unreadable={name: TableFault(error.message, error.hint) for name, error in refused.items()},
     )
-
-
-# -- the text
-
-_LINE_WIDTH = 100
-
-
-def render_config(survey: SchemaSurvey, *, is_url_known: bool) -> str:
-    """Return the configuration as YAML with comments.
-
-    Args:
-        survey: The tables.
-        is_url_known: Whether the database was given by a URL, not by libpq's variables.
-    """
-    config_draft = draft_config(
-        survey.catalog, extensions=survey.extensions, unreadable=survey.unreadable
-    )
-    lines = [
-        *_HEADER,
-        "version: 1",
-        "",
-        "database:",
-        f'  url: "{"${DATABASE_URL}" if is_url_known else "${DATABASE_URL:-}"}"',
-        f"  schemas: [{', '.join(_yaml_value(name) for name in survey.catalog.schemas)}]",
-        "",
-        *_auth_lines(config_draft),
-        *_collections_lines(config_draft, survey),
-        *_omitted_lines(config_draft),
-    ]
-    return "\n".join(lines).rstrip("\n") + "\n"
-
-
-_HEADER = (
-    "# Made by pgrealtime init from the tables that were there. It is yours now: edit it.",
-    "#",
-    "# All rules are locked: nobody but a superuser receives anything. Lines that begin with # and",
-    "# no blank are suggestions: read each, change it, and take the # away to make it count.",
-    "# list_rule is for subscriptions to all records of a collection, view_rule for those to one.",
-    "# All keys that there are: config/pgrealtime.yaml of pgrealtime.",
-)
-
-
-def _auth_lines(draft: ConfigDraft) -> Iterator[str]:
-    auths = [d.name for d in draft.drafts if d.config.type == "auth" and not d.faults]
-    yield "auth:"
-    yield "  allow_guests: true"
-    yield "  # Whose tokens count. Without it everybody is a guest, and @request.auth.id is empty."
-    yield (
-        '  #issuers: [{name: app, algorithms: [HS256], secret: "${APP_JWT_SECRET}",'
-        f" collection: {_yaml_value(auths[0] if auths else 'users')}}}]"
-    )
-    if any(d.config.login.password_hash and not d.faults for d in draft.drafts):
-        yield "  # Lets people sign in here, by the hashes that login names below:"
-        yield '  #login: {enabled: true, secret: "${LOGIN_SECRET}"}'
-    yield ""
-
-
-def _collections_lines(config_draft: ConfigDraft, survey: SchemaSurvey) -> Iterator[str]:
-    if not config_draft.drafts:
-        yield "# There is no table yet that could be served."
-        yield "collections: {}"
-        yield ""
-        return
-    # If all that follows is commented out, the key would be null.
-    is_any_served = any(not draft.faults for draft in config_draft.drafts)
-    yield "collections:" if is_any_served else "#collections:"
-    for draft in config_draft.drafts:
-        yield from (f"  {line}".rstrip() for line in _collection_lines(draft, survey))
-        yield ""
-
-
-def _collection_lines(draft: CollectionDraft, survey: SchemaSurvey) -> Iterator[str]:
-    yield from _comment_lines(_table_summary(draft, survey))
-    if draft.faults:
-        yield from _comment_lines("Not served:")
-        for fault in draft.faults:
-            yield from _comment_lines(f"{fault.reason}.", indent="  ")
-            yield from _fix_lines(fault.fix)
-        yield from map(_commented_out, _setting_lines(draft))
-        return
-    yield from _replica_identity_lines(draft.table)
-    yield from _setting_lines(draft)
-
-
-def _table_summary(draft: CollectionDraft, survey: SchemaSurvey) -> str:
-    table = draft.table
-    rows = survey.row_estimates.get(table.name)
-    facts = ["not analyzed yet" if rows is None else f"about {rows:,} row{'s' * (rows != 1)}"]
-    if table.primary_key:
-        facts.append(f"primary key {', '.join(table.primary_key)}")
-    if table.leaves:
-        facts.append(f"{len(table.leaves)} partition{'s' * (len(table.leaves) != 1)}")
-    return f"{table.name}: {', '.join(facts)}."
-
-
-_LOGGED_BY_IDENTITY = {
-    ReplicaIdentity.DEFAULT: "the key alone",
-    ReplicaIdentity.INDEX: "the columns of an index alone",
-}
-
-
-def _replica_identity_lines(table: Table) -> Iterator[str]:
-    if table.replica_identity is ReplicaIdentity.FULL:
-        yield from _comment_lines("REPLICA IDENTITY FULL: deletes are judged by the whole row.")
-        return
-    logged = _LOGGED_BY_IDENTITY.get(table.replica_identity, "nothing")
-    kind = table.replica_identity.name
-    yield from _comment_lines(
-        f"REPLICA IDENTITY {kind}: of a deleted row {logged} is known, and an update brings no"
-        " long value that it leaves alone. For rules that need more:"
-    )
-    for name in table.leaves or (table.name,):
-        table_name = _escape_unprintable(quote_table_name(name))
-        yield f"#   ALTER TABLE {table_name} REPLICA IDENTITY FULL;"
-
-
-def _fix_lines(fix: str) -> Iterator[str]:
-    if fix.endswith(";"):
-        for statement in re.split("(?<=;) (?=ALTER|GRANT)", fix):
-            yield f"#   {_escape_unprintable(statement)}"
-    elif fix:
-        yield from _comment_lines(f"{fix.removesuffix('.')}.", indent="  ")
-
-
-def _setting_lines(draft: CollectionDraft) -> Iterator[str]:
-    config = draft.config
-    yield f"{_yaml_key(draft.name)}:"
-    yield f"  table: {_yaml_value(config.table)}"
-    if config.type != "base":
-        yield f"  type: {config.type}"
-    if config.id:
-        yield f"  id: {_yaml_value(config.id)}"
-    yield from _fields_lines(draft)
-    yield from _relations_lines(draft)
-    yield from _login_lines(draft)
-    if draft.suggested_rule:
-        if draft.suggested_rule == SIGNED_IN_RULE:
-            yield "  # Nothing tells whose the rows are; this is everybody who is signed in:"
-        yield _commented_out(f"  list_rule: {_yaml_value(draft.suggested_rule)}")
-        yield _commented_out(f"  view_rule: {_yaml_value(draft.suggested_rule)}")
-    elif may_have_credential_ids(draft) and not draft.faults:
-        yield "  # By their names its ids let people in: whoever hears of one can use it."
-
-
-def _fields_lines(draft: CollectionDraft) -> Iterator[str]:
-    fields = draft.config.fields
-    if fields.include == ("*",) and not fields.hide and not fields.rename:
-        return
-    yield "  fields:"
-    if fields.include != ("*",):
-        yield "    # Without those that are foreign keys of a type that ids can't be."
-        yield f"    include: {_yaml_list(fields.include)}"
-    if fields.hide:
-        yield "    # By their names they are secrets: for superusers only."
-        yield f"    hide: {_yaml_list(fields.hide)}"
-    if fields.rename:
-        renames = ", ".join(
-            f"{_yaml_key(name)}: {_yaml_value(to)}" for name, to in fields.rename.items()
-        )
-        yield f"    rename: {{{renames}}}"
-
-
-def _relations_lines(draft: CollectionDraft) -> Iterator[str]:
-    relations = draft.config.relations
-    if relations:
-        yield "  relations:"
-    for name, relation in relations.items():
-        if not relation.through:
-            yield "    # Its foreign keys lead to several collections; one of them counts."
-        yield f"    {_yaml_key(name)}: {_relation_mapping(relation)}"
-    if draft.guessed_relations:
-        yield "  # By their names; no foreign key says so:"
-    guessed = [
-        f"{_yaml_key(name)}: {_relation_mapping(one)}"
-        for name, one in draft.guessed_relations.items()
-    ]
-    if guessed and not relations:
-        yield _commented_out(f"  relations: {{{', '.join(guessed)}}}")  # taken or left by one line
-    elif guessed:
-        yield from (_commented_out(f"    {one}") for one in guessed)
-
-
-def _relation_mapping(relation: RelationConfig) -> str:
-    keys = ("collection", "through", "source", "target")
-    pairs = [
-        f"{key}: {_yaml_value(getattr(relation, key))}" for key in keys if getattr(relation, key)
-    ]
-    return f"{{{', '.join(pairs)}}}"
-
-
-def _login_lines(draft: CollectionDraft) -> Iterator[str]:
-    login = draft.config.login
-    if not login.password_hash:
-        if draft.lacks_identity:
-            yield "  # Nobody can log in by a password: no unique column tells people apart."
-        return
-    if draft.config.auth_rule:
-        yield "  # Who may log in at all:"
-        yield f"  auth_rule: {_yaml_value(draft.config.auth_rule)}"
-    token_key = f", token_key: {_yaml_value(login.token_key)}" if login.token_key else ""
-    yield (
-        f"  login: {{identity: {_yaml_list(login.identity)},"
-        f" password_hash: {_yaml_value(login.password_hash)}{token_key}}}"
-    )
-
-
-def _omitted_lines(draft: ConfigDraft) -> Iterator[str]:
-    if draft.omitted:
-        yield "# Left out:"
-        for name, reason in draft.omitted.items():
-            yield from _comment_lines(f"{name}: {reason}", indent="  ")
-
-
-# -- YAML
-
-
-def _commented_out(line: str) -> str:
-    """Return the setting as a comment; without its "#" it has the right indentation."""
-    setting = line.lstrip(" ")
-    return f"{' ' * (len(line) - len(setting))}#{setting}"
-
-
-_BLANK_OR_BREAK = re.compile(r"\s+")
-
-
-def _comment_lines(text: str, indent: str = "") -> Iterator[str]:
-    """Yield the lines of a comment; characters that can't be printed are escaped as in Python."""
-    width = _LINE_WIDTH - 4 - len(indent)
-    shown = _escape_unprintable(_BLANK_OR_BREAK.sub(" ", text))
-    yield from (f"# {indent}{line}" for line in textwrap.wrap(shown, width, break_on_hyphens=False))
-
-
-def _escape_unprintable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _yaml_key(text: str) -> str:
-    """Return the text as a YAML key. Variables aren't substituted in keys."""
-    style = None if text.isprintable() else '"'
-    dumped = yaml.safe_dump(
-        [text],
-        default_flow_style=True,
-        default_style=style,
-        allow_unicode=text.isprintable(),
-        width=math.inf,
-    )
-    return dumped.strip()[1:-1]
-
-
-def _yaml_value(text: str) -> str:
-    """Return the text as a YAML value, with ``${`` escaped from substitution."""
-    return _yaml_key(text.replace("${", "$${"))
-
-
-def _yaml_list(texts: Iterable[str]) -> str:
-    return f"[{', '.join(_yaml_value(text) for text in texts)}]"

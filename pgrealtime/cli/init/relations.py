@@ -1,0 +1,147 @@
+"""Adds the relations to drafts that foreign keys alone don't give."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
+
+from pgrealtime.catalog.model import ForeignKey, Table
+from pgrealtime.changes import TableName
+from pgrealtime.cli.init.model import CollectionDraft
+from pgrealtime.cli.init.names import (
+    config_table_name,
+    field_name,
+    unused_name,
+    valid_name,
+)
+from pgrealtime.collections.field_kinds import (
+    RESERVED_MEMBERS,
+    field_kind_of,
+)
+from pgrealtime.collections.model import FieldKind
+from pgrealtime.config.model import (
+    FieldsConfig,
+    RelationConfig,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _JunctionTable:
+    """A table that only pairs rows of two tables."""
+
+    table: Table
+    source: ForeignKey
+    source_collection: str
+    """The collection that ``source`` references."""
+    target: ForeignKey
+    target_collection: str
+
+
+def junction_table_of(
+    table: Table, served: Mapping[TableName, CollectionDraft]
+) -> _JunctionTable | None:
+    """Return the junction if the table's key is two foreign keys to served collections."""
+    names = table.primary_key or tuple(column.name for column in table.columns)
+    ends = [_referenced_drafts(table, name, served)[:1] for name in names]
+    match ends:
+        case [[one], [other]]:
+            return _orient_junction(table, one, other)
+        case _:
+            return None
+
+
+def _referenced_drafts(
+    table: Table, column: str, served: Mapping[TableName, CollectionDraft]
+) -> list[tuple[ForeignKey, CollectionDraft]]:
+    """Return the foreign keys of the column alone, with the drafts whose key they reference."""
+    return [
+        (key, draft)
+        for key in table.foreign_keys
+        if key.columns == (column,)
+        and (draft := served.get(key.target)) is not None
+        and key.target_columns == (draft.key_name,)
+    ]
+
+
+def _orient_junction(
+    table: Table, one: tuple[ForeignKey, CollectionDraft], other: tuple[ForeignKey, CollectionDraft]
+) -> _JunctionTable:
+    """Choose the collection that shows the pairs.
+
+    The one that the table is named after; or else the one that isn't an auth collection.
+    """
+
+    def claim(draft: CollectionDraft) -> tuple[bool, bool]:
+        return bool(_suffix_after(table, draft.name)), draft.config.type != "auth"
+
+    if claim(other[1]) > claim(one[1]):
+        one, other = other, one
+    return _JunctionTable(table, one[0], one[1].name, other[0], other[1].name)
+
+
+def _suffix_after(table: Table, name: str) -> str:
+    """Return what follows a collection's name in the table's: "tags" of post_tags for posts."""
+    for beginning in (name, name.removesuffix("s")):
+        if table.name.name.casefold().startswith(f"{beginning}_".casefold()):
+            return table.name.name[len(beginning) + 1 :]
+    return ""
+
+
+def with_junctions(
+    served: Mapping[TableName, CollectionDraft],
+    pairs: Mapping[TableName, _JunctionTable],
+    left_out: dict[TableName, str],
+) -> Mapping[str, CollectionDraft]:
+    """Return the drafts, by name, with the relations that foreign keys alone don't give."""
+    found = {draft.name: _with_chosen_foreign_keys(draft, served) for draft in served.values()}
+    for name, pair in pairs.items():
+        draft = found[pair.source_collection]
+        taken = {field_name(draft, column) for column in draft.table.columns}
+        taken |= {"id", *RESERVED_MEMBERS, *draft.config.relations}
+        shown = unused_name(
+            valid_name(_suffix_after(pair.table, draft.name) or name.name, "pairs"), taken
+        )
+        relation = RelationConfig(
+            collection=pair.target_collection,
+            through=config_table_name(name),
+            source=pair.source.columns[0],
+            target=pair.target.columns[0],
+        )
+        relations = {**draft.config.relations, shown: relation}
+        config = draft.config.model_copy(update={"relations": relations})
+        found[draft.name] = replace(draft, config=config)
+        left_out[name] = f"its pairs are shown as {draft.name}.{shown}"
+    return found
+
+
+def _with_chosen_foreign_keys(
+    draft: CollectionDraft, served: Mapping[TableName, CollectionDraft]
+) -> CollectionDraft:
+    """Choose among foreign keys of one column; leave out columns whose type can't hold ids."""
+    relations: dict[str, RelationConfig] = {}
+    unfit: set[str] = set()
+    for column in draft.table.columns:
+        targets = sorted(
+            {other.name for _, other in _referenced_drafts(draft.table, column.name, served)}
+        )
+        if column.name == draft.key_name or not targets:
+            continue
+        if field_kind_of(column.type)[0] not in (FieldKind.TEXT, FieldKind.NUMBER):
+            unfit.add(column.name)
+        elif len(targets) > 1:
+            relations[field_name(draft, column)] = RelationConfig(collection=targets[0])
+    config = draft.config.model_copy(update={"relations": relations})
+    if unfit:
+        config = config.model_copy(update={"fields": _fields_without(draft, unfit)})
+    return replace(draft, config=config)
+
+
+def _fields_without(draft: CollectionDraft, unfit: Container[str]) -> FieldsConfig:
+    kept = [column for column in draft.table.columns if column.name not in unfit]
+    fields = draft.config.fields
+    hide = {field_name(draft, column) for column in kept}
+    return FieldsConfig(
+        include=tuple(column.name for column in kept),
+        hide=tuple(name for name in fields.hide if name in hide),
+        rename={name: to for name, to in fields.rename.items() if name not in unfit},
+    )
