@@ -30,40 +30,16 @@ RecordVersion: TypeAlias = tuple[str, str, int]
 class ChangedRecord(Protocol):
     """A record as a change left it, or found it: an event of the hub."""
 
-    @property
-    def collection(self) -> Collection:
-        """Whose record it is."""
-        ...
-
-    @property
-    def record_id(self) -> str:
-        """Its key, as the stream has it."""
-        ...
-
-    @property
-    def row(self) -> Row:
-        """The row image it is shown with: the old one of a delete, else the new one."""
-        ...
-
-    @property
-    def action(self) -> Action:
-        """What the change did to it."""
-        ...
-
-    @property
-    def cursor(self) -> Cursor:
-        """Of the change."""
-        ...
-
-    @property
-    def xid(self) -> Xid:
-        """Of the transaction."""
-        ...
-
-    @property
-    def transaction_changes(self) -> Sequence[Change]:
-        """All changes of the transaction; that at ``cursor.ordinal``, from 1, is the record's."""
-        ...
+    collection: Collection
+    record_id: str
+    """Its key, as the stream has it."""
+    row: Row
+    """The row image that it is shown with: the old one of a delete, else the new one."""
+    action: Action
+    cursor: Cursor
+    xid: Xid
+    transaction_changes: tuple[Change, ...]
+    """All changes of the transaction; that at ``cursor.ordinal``, from 1, is the record's."""
 
 
 class RecordNode:

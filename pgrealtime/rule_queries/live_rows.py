@@ -39,22 +39,12 @@ _UNREADABLE_SECONDS = 5.0
 
 
 class IncompleteRow(Protocol):
-    """A row image that lacks columns; an event of the hub."""
+    """A row image that lacks columns: an event of the hub."""
 
-    @property
-    def collection(self) -> Collection:
-        """Whose row it is."""
-        ...
-
-    @property
-    def record_id(self) -> str:
-        """Its key, as the stream has it."""
-        ...
-
-    @property
-    def xid(self) -> Xid:
-        """The transaction that wrote it."""
-        ...
+    collection: Collection
+    record_id: str
+    """Its key, as the stream has it."""
+    xid: Xid
 
     @property
     def missing_columns(self) -> frozenset[str]:
