@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection as Sized
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,6 +10,9 @@ from datetime import datetime
 import psycopg
 
 from pgrealtime.changes import Row
+from pgrealtime.hub.connections.connection import Group
+from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.hub.events.event import Event
 from pgrealtime.rules.engine.batch_query import Question
 from pgrealtime.rules.engine.before_state import BeforeState
 from pgrealtime.rules.engine.evaluation import Evaluation
@@ -75,3 +79,19 @@ def evaluate_rows(
             put(connection, question)
         evaluation.resume()
     return [set(evaluation.hits(number)) for number in range(len(rows))]
+
+
+def evaluate_in_process(
+    matcher: Matcher,
+    events: Sequence[Event],
+    now: datetime,
+    only_groups: Sized[Group] | None = None,
+    *,
+    has_remote_filter: bool = False,
+) -> Evaluation[int, Group]:
+    """Return an evaluation of events whose steps in the process are all done."""
+    evaluation = matcher.start_evaluation(
+        events, now, only_groups, has_remote_filter=has_remote_filter
+    )
+    evaluation.run_in_process(lambda: False)
+    return evaluation

@@ -18,9 +18,8 @@ from pgrealtime.expand.plan import ExpandViewer
 from pgrealtime.hub.catchup.tasks import CatchUpTasks
 from pgrealtime.hub.connections.connection import LIVE, Connection, Group
 from pgrealtime.hub.delivery.compose import ComposedMessages, MessageComposer, enqueue_messages
-from pgrealtime.hub.delivery.render import NO_ENRICHMENT, Enrichment, needs_of_groups
+from pgrealtime.hub.delivery.enrichment import NO_ENRICHMENT, Enrichment, needs_of_groups
 from pgrealtime.hub.entry_checks import EntryChecks
-from pgrealtime.hub.evaluation.evaluator import raise_location
 from pgrealtime.hub.evaluation.slice_result import EvaluationGap, SliceResult, gap_xids
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.slices import (
@@ -36,6 +35,7 @@ from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.hub.state.registry import ConnectionRegistry
 from pgrealtime.hub.state.visibility import VisibilityTracker
 from pgrealtime.lsn import END_ORDINAL, Cursor
+from pgrealtime.observe.redact import raise_location
 
 log = structlog.get_logger(__name__)
 
@@ -250,15 +250,15 @@ class Dispatcher:
         Connections fall behind whose expands are slow, or whose callers have changed in the
         database since the slice.
         """
-        evaluator = self._progress.generation.evaluator
-        if not evaluator.needs_enrichment(slice_.events, result):
+        enricher = self._progress.generation.enricher
+        if not enricher.needs_enrichment(slice_.events, result):
             return NO_ENRICHMENT
         check = self._caller_check_for(slice_, result)
         # LIVE callers whose rows the slice deletes receive it as who they were. A connection that
         # catches up could not: the stream has made it a guest's, and it is notified of a gap.
         deleted = (event for event in slice_.account_events if event.action == "delete")
         is_shared = not any(self._live_connections_of(event) for event in deleted)
-        enrichment = await evaluator.enrich(
+        enrichment = await enricher.enrich(
             slice_.events, result, needs_of_groups, check, is_shared=is_shared
         )
         late = _connections_with_viewers(result.hits, enrichment.excluded_viewers)

@@ -11,7 +11,7 @@ import structlog
 from pgrealtime.changelog.base import Entry
 from pgrealtime.changes import Transaction
 from pgrealtime.errors import PgRealtimeError
-from pgrealtime.hub.evaluation.evaluator import HubQueries
+from pgrealtime.hub.evaluation.queries import HubQueries
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.hub.state.visibility import VisibilityTracker
 

@@ -24,7 +24,7 @@ from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.connections.output import ResponseWriter
 from pgrealtime.hub.dispatcher import Dispatcher
 from pgrealtime.hub.entry_checks import EntryChecks
-from pgrealtime.hub.evaluation.evaluator import HubQueries
+from pgrealtime.hub.evaluation.queries import HubQueries
 from pgrealtime.hub.events.slices import GapNotice
 from pgrealtime.hub.state.epochs import ResumableEpochs
 from pgrealtime.hub.state.gaps import GapNotifier

@@ -125,3 +125,9 @@ def _traceback_lines(error: BaseException, *, seen: set[int]) -> Iterator[str]:
             yield f"  [{number}]\n"
             for line in _traceback_lines(inner, seen=seen):
                 yield "".join(f"  {part}" for part in line.splitlines(keepends=True))
+
+
+def raise_location(error: BaseException) -> str:
+    """Return the file and line that raised an error: its message and traceback may show a row."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno}"

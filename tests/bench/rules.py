@@ -37,6 +37,7 @@ from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.protocol.topic import Topic
 from pgrealtime.records.encode import View
 from pgrealtime.rule_queries.executor import QueryExecutor
+from tests.engine_driving import evaluate_in_process
 
 MATCHES = 10
 """Subscribers that a change matches at each size, where the rule has a way to them."""
@@ -282,7 +283,7 @@ def timed(matcher: Matcher, case: Case, size: int) -> tuple[float, float]:
         hits = 0
         start = time.perf_counter()
         for at in range(0, len(changes), BATCH):
-            evaluation = matcher.evaluate_in_process(changes[at : at + BATCH], now)
+            evaluation = evaluate_in_process(matcher, changes[at : at + BATCH], now)
             hits += sum(len(row.hits) for row in evaluation.rows.values())
         best = min(best, time.perf_counter() - start)
     return best / len(changes) * 1e6, hits / len(changes)
@@ -339,7 +340,7 @@ async def relations(url: str, sizes: Sequence[int]) -> list[str]:
             for _ in range(30):
                 trips.append(await round_trip(pool))
                 start = time.perf_counter()
-                judging = matcher.evaluate_in_process(changes, datetime.now(UTC))
+                judging = evaluate_in_process(matcher, changes, datetime.now(UTC))
                 await probe.answer_questions(judging)
                 costs.append((time.perf_counter() - start) / len(changes) * 1e6)
                 hits = sum(len(row.hits) for row in judging.rows.values())

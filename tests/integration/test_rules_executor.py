@@ -32,6 +32,7 @@ from pgrealtime.rule_queries.slow_queries import SLICE_FILTER_SECONDS, TimeBudge
 from pgrealtime.rules.engine.batch_query import KeyQuestion, PairQuestion
 from pgrealtime.rules.engine.formula import each_test_call
 from pgrealtime.rules.engine.test import Test
+from tests.engine_driving import evaluate_in_process
 from tests.rules_world import World
 from tests.unit.hub.room import MemorySink
 
@@ -68,8 +69,8 @@ class Desk:
         """Return, per event, whose rule admits it."""
         heard: list[set[Subscription]] = [set() for _ in events]
         for costly in (False, True):
-            judging = self.matcher.evaluate_in_process(
-                events, datetime.now(UTC), has_remote_filter=costly
+            judging = evaluate_in_process(
+                self.matcher, events, datetime.now(UTC), has_remote_filter=costly
             )
             await self.probe.answer_questions(judging)
             for index, found in enumerate(heard):
@@ -287,8 +288,8 @@ async def test_what_is_late_while_others_wait_is_undecided_and_can_be_asked_agai
     made = [Subscription(one, parse_topic(topic), VIEW, "") for topic in topics]
     record = AuthRecord(collection_id="x", collection_name="users", id="u1")
     assert [desk.matcher.add(each, record) for each in made] == [""] * 3
-    judging = desk.matcher.evaluate_in_process(
-        [desk.event(project="px")], datetime.now(UTC), has_remote_filter=True
+    judging = evaluate_in_process(
+        desk.matcher, [desk.event(project="px")], datetime.now(UTC), has_remote_filter=True
     )
     assert {type(inquiry) for inquiry in judging.questions()} == {PairQuestion, KeyQuestion}
     budget = TimeBudget(is_limited=True)

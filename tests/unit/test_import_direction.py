@@ -30,8 +30,9 @@ _BELOW_HUB = (
     *("catalog.model", "catalog.assumptions", "collections", "protocol", "records", "rules"),
     *("rule_queries", "expand"),
     *("auth.principal", "auth.record", "changelog.base", "changelog.row_history"),
+    "observe.redact",
 )
-"""What the hub stands on besides. Its own order: events, connections, delivery, evaluation, state,
+"""What the hub stands on besides. Its own order: events, connections, evaluation, delivery, state,
 catchup, and the modules at its root."""
 
 _ALLOWED: dict[str, tuple[str, ...]] = {
@@ -88,8 +89,8 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
         *("auth.principal", "auth.record"),
     ),
     "hub.connections": (*_FLOOR, *_BELOW_HUB, "hub.events"),
-    "hub.delivery": (*_FLOOR, *_BELOW_HUB, "hub.events", "hub.connections"),
-    "hub.evaluation": (*_FLOOR, *_BELOW_HUB, "hub.events", "hub.connections", "hub.delivery"),
+    "hub.evaluation": (*_FLOOR, *_BELOW_HUB, "hub.events", "hub.connections"),
+    "hub.delivery": (*_FLOOR, *_BELOW_HUB, "hub.events", "hub.connections", "hub.evaluation"),
     "hub.state": (
         *(*_FLOOR, *_BELOW_HUB),
         *("hub.events", "hub.connections", "hub.delivery", "hub.evaluation"),
@@ -308,6 +309,7 @@ def test_pure_code_touches_nothing_outside() -> None:
         ("rule_queries.executor", "hub.events.event", False),
         ("expand.load", "hub.events.event", False),
         ("expand.load", "rule_queries.session", True),
+        ("hub.evaluation.evaluator", "hub.delivery.enrichment", False),
         ("hub.state.registry", "hub.evaluation.matcher", True),
         ("hub.state.registry", "hub.catchup.tasks", False),
         ("hub.connections.connection", "hub.state.callers", False),

@@ -11,7 +11,7 @@ from pgrealtime.changes import Action
 from pgrealtime.errors import ChangelogError
 from pgrealtime.hub.connections.connection import Connection, Group, Subscription
 from pgrealtime.hub.delivery.compose import subscriptions_by_group
-from pgrealtime.hub.delivery.render import NO_ENRICHMENT, Enrichment, EnrichmentNeed
+from pgrealtime.hub.delivery.enrichment import NO_ENRICHMENT, Enrichment, EnrichmentNeed
 from pgrealtime.hub.evaluation.filter_budget import FilterBudget
 from pgrealtime.hub.evaluation.slice_result import SliceResult, gap_xids
 from pgrealtime.hub.events.event import Event
@@ -183,7 +183,7 @@ class SliceReader:
             events=events,
             find_connections=lambda _viewers, _groups: [connection],
         )
-        evaluated.enrichment = enrichment = await generation.evaluator.try_enrich(
+        evaluated.enrichment = enrichment = await generation.enricher.try_enrich(
             events, evaluated.result, needs, check
         )
         evaluated.caller_check = check.result
@@ -193,9 +193,9 @@ class SliceReader:
         viewers = (
             one.expand_viewer for one in connection.subscriptions.values() if one.expand_viewer
         )
-        generation.renderer.record_expand_seconds(viewers, seconds, len(events))
+        generation.enricher.record_expand_seconds(viewers, seconds, len(events))
         if outdated := check.outdated_connections.get(connection):
-            generation.evaluator.withhold_expands(events, evaluated.result, enrichment, outdated)
+            generation.enricher.withhold_expands(events, evaluated.result, enrichment, outdated)
 
     def apply_caller_changes(
         self, connection: Connection, account_events: Sequence[Event], action: Action

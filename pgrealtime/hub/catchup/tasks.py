@@ -20,7 +20,6 @@ from pgrealtime.hub.catchup.slice_reader import EvaluatedSlice, SliceReader
 from pgrealtime.hub.connections.batch import MessageBatch
 from pgrealtime.hub.connections.connection import NO_MESSAGE_KEYS, Connection
 from pgrealtime.hub.delivery.compose import ConnectionMessages, compose_for_connection
-from pgrealtime.hub.evaluation.evaluator import raise_location
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.slices import SLICE_CHANGES, GapNotice
 from pgrealtime.hub.state.caller_check import CallerCheckResult, may_account_have_changed
@@ -31,6 +30,7 @@ from pgrealtime.hub.state.registry import ConnectionRegistry
 from pgrealtime.hub.state.settings import HubSettings
 from pgrealtime.hub.state.visibility import VisibilityTracker
 from pgrealtime.lsn import LSN, Cursor
+from pgrealtime.observe.redact import raise_location
 
 log = structlog.get_logger(__name__)
 

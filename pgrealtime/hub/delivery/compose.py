@@ -20,8 +20,8 @@ from pgrealtime.hub.connections.connection import (
     Subscription,
 )
 from pgrealtime.hub.connections.group import MANY_CONNECTIONS
+from pgrealtime.hub.delivery.enrichment import Enrichment
 from pgrealtime.hub.delivery.render import (
-    Enrichment,
     EventRendering,
     RecordRenderer,
     event_rendering,

@@ -7,9 +7,10 @@ filter exceeds it is isolated: it reads on from the changelog by itself, with a 
 
 from __future__ import annotations
 
-from pgrealtime.fairness import FairLock
+from pgrealtime.fairness import FairLock, YieldTimer
 from pgrealtime.hub.connections.connection import Group
 from pgrealtime.rule_queries.slow_queries import SLICE_FILTER_SECONDS, TimeBudget
+from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.work_budget import FilterWorkBudget
 
 SHARED_FILTER_SECONDS = 0.1
@@ -65,3 +66,15 @@ class FilterBudget(TimeBudget):
         return FilterBudget(
             is_limited=True, work_budget=self.work_budget, max_seconds=SHARED_FILTER_SECONDS
         )
+
+    async def run_in_process(self, evaluation: Evaluation[int, Group]) -> None:
+        """Do the steps of an evaluation that ask nothing of PostgreSQL, yielding to the loop."""
+        if self.work_lock is None:
+            timer = YieldTimer()
+            while not evaluation.run_in_process(timer.is_due):
+                await timer.pause()
+            return
+        is_done = False
+        while not is_done:
+            async with self.work_lock.acquire_for_loop_work(self.network) as timer:
+                is_done = evaluation.run_in_process(timer.is_due)

@@ -21,9 +21,11 @@ from pgrealtime.errors import RuleError
 from pgrealtime.expand.plan import ExpandViewer
 from pgrealtime.fairness import FairLock
 from pgrealtime.hub.connections.connection import Subscription
+from pgrealtime.hub.delivery.enrichment import SliceEnricher
 from pgrealtime.hub.delivery.render import RecordRenderer
-from pgrealtime.hub.evaluation.evaluator import HubQueries, SliceEvaluator
+from pgrealtime.hub.evaluation.evaluator import SliceEvaluator
 from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.hub.evaluation.queries import HubQueries
 from pgrealtime.hub.evaluation.quotas import FILTER_CHARACTERS_PER_CONNECTION
 from pgrealtime.hub.evaluation.toast import RowCompleter
 from pgrealtime.hub.events.event import Event
@@ -50,6 +52,7 @@ class Generation:
         matcher: The groups of subscriptions.
         renderer: Renders events as messages.
         evaluator: Finds the groups that receive an event.
+        enricher: Loads what records show beside their rows.
         shape_checker: Checks that rows have the shape that the collections were made for.
         catalog_assumptions: What must hold in the catalogue where the stream doesn't say.
         row_history: As given.
@@ -73,17 +76,20 @@ class Generation:
         self.shape_checker = ShapeChecker(collections, time.monotonic)
         self.catalog_assumptions = TableDefinitions(collections)
         self.renderer = RecordRenderer(
-            executor,
             collections,
             matcher.compiler,
             nulls=nulls,
             hidden=hidden_fields,
             on_schema_mismatch=on_schema_mismatch,
-            row_history=row_history,
         )
-        completion = RowCompleter(executor, row_history)
-        self.evaluator = SliceEvaluator(
-            executor, matcher, self.renderer, completion, incomplete_records
+        self.evaluator = SliceEvaluator(executor, matcher, RowCompleter(executor, row_history))
+        self.enricher = SliceEnricher(
+            executor,
+            collections,
+            matcher,
+            self.renderer.render_node,
+            row_history=row_history,
+            omitted_column_counts=incomplete_records,
         )
         self.subscription_counts: Counter[str] = Counter()
         self._on_schema_mismatch = on_schema_mismatch
@@ -167,7 +173,7 @@ class Generation:
             self._report_rule_error(topic.collection, error)
             return error.message
         if subscription.group is not None:
-            self.renderer.expanding_count += subscription.expand_viewer is not None
+            self.enricher.expanding_count += subscription.expand_viewer is not None
             self.subscription_counts[collection.name] += 1
         return reason
 
@@ -183,7 +189,7 @@ class Generation:
     def unbind_subscription(self, subscription: Subscription) -> None:
         """Take a subscription out of the group that ``bind_subscription`` put it in, if any."""
         if subscription.group is not None:
-            self.renderer.expanding_count -= subscription.expand_viewer is not None
+            self.enricher.expanding_count -= subscription.expand_viewer is not None
             self.subscription_counts[subscription.group.specialization.collection.name] -= 1
             self.matcher.remove(subscription)
 

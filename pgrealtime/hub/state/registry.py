@@ -23,7 +23,6 @@ from pgrealtime.hub.connections.connection import (
 )
 from pgrealtime.hub.connections.output import ResponseWriter
 from pgrealtime.hub.connections.send_budget import SendBudget
-from pgrealtime.hub.evaluation.evaluator import raise_location
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.state.callers import CallerTracker
 from pgrealtime.hub.state.epochs import ResumableEpochs
@@ -32,6 +31,7 @@ from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.hub.state.settings import HubSettings
 from pgrealtime.hub.state.totals import HubCounters
 from pgrealtime.lsn import Cursor
+from pgrealtime.observe.redact import raise_location
 
 log = structlog.get_logger(__name__)
 

@@ -23,6 +23,7 @@ from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.protocol.topic import parse_topic
 from pgrealtime.records.encode import View
 from pgrealtime.rules.engine.batch_query import PairQuestion
+from tests.engine_driving import evaluate_in_process
 from tests.unit.hub.room import COLLECTIONS, MemorySink
 from tests.unit.rules.schema import COLLECTIONS as RELATED
 
@@ -65,7 +66,7 @@ def hearing(there: Matcher, record_id: str, title: str = "t") -> set[Subscriptio
     """Who hears of a change."""
     row: Row = {"id": record_id, "title": title}
     event = Event(COLLECTIONS["posts"], "update", record_id, row, Cursor(LSN(8), 1), Xid(3))
-    evaluation = there.evaluate_in_process([event], NOW)
+    evaluation = evaluate_in_process(there, [event], NOW)
     assert evaluation.questions() == []
     return {
         one for group in evaluation.hits(0) for audience in group.render_groups for one in audience
@@ -291,7 +292,7 @@ def test_a_row_that_lacks_a_column_is_denied_to_rules_that_read_it(more: Row) ->
     put(there, "posts/*")
     row = {"id": "a", **more}
     event = Event(COLLECTIONS["posts"], "update", "a", row, Cursor(LSN(8), 1), Xid(3))
-    judging = there.evaluate_in_process([event], NOW)
+    judging = evaluate_in_process(there, [event], NOW)
 
     assert not judging.hits(0)
 
@@ -308,9 +309,9 @@ def test_events_don_t_find_filters_of_isolated_connections(collection: str) -> N
     def asked() -> int:
         row: Row = dict.fromkeys((c.name for c in RELATED["posts"].table.columns), "1")
         event = Event(RELATED["posts"], "update", "a", row, Cursor(LSN(8), 1), Xid(3))
-        judging = there.evaluate_in_process([event], NOW, has_remote_filter=True)
-        alone = there.evaluate_in_process(
-            [event], NOW, [made.group] if made.group else [], has_remote_filter=True
+        judging = evaluate_in_process(there, [event], NOW, has_remote_filter=True)
+        alone = evaluate_in_process(
+            there, [event], NOW, [made.group] if made.group else [], has_remote_filter=True
         )
         assert len(alone.questions()) == 1
         return sum(len(i.pairs) for i in judging.questions() if isinstance(i, PairQuestion))

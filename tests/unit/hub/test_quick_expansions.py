@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection as Sized
 
 import pytest
 
 from pgrealtime.auth.principal import GUEST
+from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.row_history import RowHistory
 from pgrealtime.expand.load import CheckViewers, ExpandRequest, LoadLiveRows, RelatedRecords
 from pgrealtime.expand.plan import ExpandPlan, ExpandViewer
 from pgrealtime.hub.connections.connection import Connection, Group, Subscription
 from pgrealtime.hub.connections.group import MANY_CONNECTIONS
-from pgrealtime.hub.delivery.render import RecordRenderer, needs_of_groups
+from pgrealtime.hub.delivery.enrichment import SliceEnricher, needs_of_groups
 from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.hub.evaluation.slice_result import SliceResult
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.protocol.topic import parse_topic
 from pgrealtime.records.encode import View
+from pgrealtime.rule_queries.session import ReadSession
 from tests.unit.hub.room import COLLECTIONS, GivenDatabase, MemorySink
 
 EVENT = Event(COLLECTIONS["posts"], "update", "p", {"id": "p"}, Cursor(LSN(8), 1), Xid(3))
@@ -59,13 +65,14 @@ def expansions() -> Expansions:
 
 
 @pytest.fixture
-def display(expansions: Expansions) -> RecordRenderer:
-    made = RecordRenderer(
+def enricher(expansions: Expansions) -> SliceEnricher:
+    made = SliceEnricher(
         GivenDatabase(),
         COLLECTIONS,
-        Matcher(COLLECTIONS).compiler,
-        nulls="zero",
-        on_schema_mismatch=lambda: None,
+        Matcher(COLLECTIONS),
+        lambda _node, _view, _expand: b"{}",
+        row_history=RowHistory(MemoryChangelog(LSN(0), max_bytes=0, max_age_seconds=0)),
+        omitted_column_counts=Counter(),
     )
     made.expanding_count = 1
     made._related_loader = expansions  # type: ignore[assignment]
@@ -98,39 +105,46 @@ def viewer_of(plan: ExpandPlan) -> ExpandViewer:
     )
 
 
-async def late_of(display: RecordRenderer, group: Group) -> frozenset[ExpandViewer]:
-    beside = await display.enrich([EVENT], [[group]], needs_of_groups, is_shared=True)
-    return beside.excluded_viewers
+async def late_of(enricher: SliceEnricher, group: Group) -> frozenset[ExpandViewer]:
+    async def check(
+        _session: ReadSession, _viewers: Sized[ExpandViewer], _groups: Sized[Group]
+    ) -> frozenset[Group]:
+        return frozenset()
+
+    enrichment = await enricher.enrich(
+        [EVENT], SliceResult([[group]]), needs_of_groups, check, is_shared=True
+    )
+    return enrichment.excluded_viewers
 
 
 async def test_what_few_ask_for_is_tried_where_nobody_waits_first(
-    display: RecordRenderer, expansions: Expansions, group: Callable[[ExpandViewer, int], Group]
+    enricher: SliceEnricher, expansions: Expansions, group: Callable[[ExpandViewer, int], Group]
 ) -> None:
     """Once it was quick there all who ask the same are served together, until it is late."""
     plan = ExpandPlan((), {}, ())
     one, other = viewer_of(plan), viewer_of(plan)
-    assert await late_of(display, group(one, 1)) == {one}
-    display.record_expand_seconds([one], 0.0, 1)  # none of its events was of interest
-    display.record_expand_seconds([one], 0.006, 1)
-    assert await late_of(display, group(one, 1)) == {one}
+    assert await late_of(enricher, group(one, 1)) == {one}
+    enricher.record_expand_seconds([one], 0.0, 1)  # none of its events was of interest
+    enricher.record_expand_seconds([one], 0.006, 1)
+    assert await late_of(enricher, group(one, 1)) == {one}
     assert expansions.limited == []
 
-    display.record_expand_seconds([one], 0.005, 1)
-    assert await late_of(display, group(other, MANY_CONNECTIONS - 1)) == frozenset()
+    enricher.record_expand_seconds([one], 0.005, 1)
+    assert await late_of(enricher, group(other, MANY_CONNECTIONS - 1)) == frozenset()
     assert expansions.limited == [other]
 
     expansions.is_late = True
-    assert await late_of(display, group(one, 1)) == {one}
+    assert await late_of(enricher, group(one, 1)) == {one}
     assert expansions.limited == [other, one]
-    assert await late_of(display, group(other, 1)) == {other}
+    assert await late_of(enricher, group(other, 1)) == {other}
     assert expansions.limited == [other, one]
     assert expansions.shared == []
 
 
 async def test_what_many_ask_for_is_made_for_all_at_once(
-    display: RecordRenderer, expansions: Expansions, group: Callable[[ExpandViewer, int], Group]
+    enricher: SliceEnricher, expansions: Expansions, group: Callable[[ExpandViewer, int], Group]
 ) -> None:
     viewer = viewer_of(ExpandPlan((), {}, ()))
-    assert await late_of(display, group(viewer, MANY_CONNECTIONS)) == frozenset()
+    assert await late_of(enricher, group(viewer, MANY_CONNECTIONS)) == frozenset()
     assert expansions.shared == [viewer]
     assert expansions.limited == []

@@ -1,0 +1,337 @@
+"""What records show beside their rows: related records, e-mail addresses, columns read live.
+
+The dispatcher enriches a slice for all LIVE connections once it is evaluated, and each connection
+that catches up enriches what it reads by itself. The renderer shows the result. Whatever cannot be
+loaded is recorded in the slice's result, and clients are notified of it; no event is held back.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection as Sized
+from datetime import UTC, datetime
+from itertools import islice
+from typing import NamedTuple, TypeAlias
+from weakref import WeakSet
+
+import structlog
+from msgspec import Struct
+
+from pgrealtime.changelog.row_history import RowHistory
+from pgrealtime.collections.model import Collections
+from pgrealtime.collections.streamed_tables import reachable_tables
+from pgrealtime.expand.load import ExpandRequest, RelatedRecordLoader, RelatedRecords
+from pgrealtime.expand.plan import ExpandPlan, ExpandViewer, junction_hops
+from pgrealtime.expand.render import RenderRecord
+from pgrealtime.hub.connections.connection import LIVE, Group
+from pgrealtime.hub.connections.group import MANY_CONNECTIONS
+from pgrealtime.hub.delivery.live_row_events import CheckCallers, LiveRowEvent, LiveRowEvents
+from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.hub.evaluation.queries import HubQueries
+from pgrealtime.hub.evaluation.slice_result import SliceResult, collection_names
+from pgrealtime.hub.events.event import Event
+from pgrealtime.observe.redact import raise_location
+from pgrealtime.rules.engine.before_state import BeforeStates
+from pgrealtime.rules.engine.evaluation import Evaluation
+from pgrealtime.rules.engine.plan import BoundPredicate
+from pgrealtime.rules.language.parameter_values import macro_values_at
+
+log = structlog.get_logger(__name__)
+
+_EXPAND_SECONDS = 0.01
+"""Seconds that the ``expand`` of few connections may take of a slice that all wait for, beside
+``_EXPAND_SECONDS_PER_CHANGE`` for each of its events."""
+_EXPAND_SECONDS_PER_CHANGE = 0.001
+
+EnrichmentNeed: TypeAlias = tuple[ExpandViewer | None, BoundPredicate | None]
+"""What a subscription needs beside rows: related records for a viewer, a manage rule's verdict."""
+
+FindEnrichmentNeeds: TypeAlias = Callable[[Iterable[Group]], Iterable[EnrichmentNeed]]
+"""Returns the needs of the subscriptions of some groups."""
+
+
+class Enrichment(Struct):
+    """What the records of a slice's events show beside their rows."""
+
+    manage_evaluation: Evaluation[int, BoundPredicate]
+    """By index of the event, the manage rules that its row satisfies."""
+    related_records: RelatedRecords
+    live_row_events: Mapping[int, LiveRowEvent] = {}
+    """By index of the event; only of events whose rows lack columns."""
+    excluded_viewers: frozenset[ExpandViewer] = frozenset()
+    """Viewers whose related records would take too long: their connections must fall behind."""
+
+
+NO_ENRICHMENT = Enrichment(Evaluation(macro_values_at(datetime.now(UTC))), RelatedRecords())
+
+
+class _Needs(NamedTuple):
+    """What the receivers of a slice's events need."""
+
+    event_indexes: Sequence[int]
+    """Of the events that any group receives."""
+    expands: list[ExpandRequest]
+    manage_evaluation: Evaluation[int, BoundPredicate]
+    managed_indexes: frozenset[int]
+    """Of the events for which manage rules are evaluated."""
+
+
+class SliceEnricher:
+    """Enriches events by one generation's collections.
+
+    Args:
+        queries: Reads related records and live rows, answers rules about them.
+        collections: All collections of the generation.
+        matcher: Evaluates live rows.
+        render_record: Renders related records.
+        row_history: Finds later changes of junction tables.
+        omitted_column_counts: By collection, counts records that some group is shown without a
+            column; incremented here.
+
+    Attributes:
+        expanding_count: Subscriptions with ``expand``; written by the generation.
+    """
+
+    def __init__(
+        self,
+        queries: HubQueries,
+        collections: Collections,
+        matcher: Matcher,
+        render_record: RenderRecord,
+        *,
+        row_history: RowHistory,
+        omitted_column_counts: Counter[str],
+    ) -> None:
+        self._queries = queries
+        self._matcher = matcher
+        self._related_loader = RelatedRecordLoader(queries, collections, render_record, row_history)
+        self._omitted_column_counts = omitted_column_counts
+        self._before_states = BeforeStates(reachable_tables(collections))
+        self._enriched_collections = frozenset(
+            one.name
+            for one in collections.values()
+            if one.manage_rule is not None or junction_hops(collections, one)
+        )
+        """Names of collections whose records show more than their rows even without ``expand``."""
+        self.expanding_count = 0
+        self._quick_plans: WeakSet[ExpandPlan] = WeakSet()
+        """The ``expand`` options that were quick when no other connection waited, and not over
+        their time since."""
+
+    def needs_enrichment(self, events: Sequence[Event], result: SliceResult) -> bool:
+        """Whether records may show anything beside the events' rows, or rows lack columns."""
+        return (
+            bool(result.partial_row_indexes)
+            or bool(self.expanding_count)
+            or (
+                bool(self._enriched_collections)
+                and any(event.collection.name in self._enriched_collections for event in events)
+            )
+        )
+
+    async def try_enrich(
+        self,
+        events: Sequence[Event],
+        result: SliceResult,
+        find_needs: FindEnrichmentNeeds,
+        check_callers: CheckCallers,
+    ) -> Enrichment:
+        """Return the enrichment for one connection; if it fails, all events count as failed."""
+        try:
+            return await self.enrich(events, result, find_needs, check_callers)
+        except Exception as error:  # noqa: BLE001 (a defect ends no connection: it becomes a gap)
+            log.error("enrichment.failed", error=type(error).__name__, at=raise_location(error))  # noqa: TRY400 (a traceback may show a row)
+            result.failed_collections |= collection_names(events)
+            result.gap_indexes = range(len(events))
+            return NO_ENRICHMENT
+
+    async def enrich(
+        self,
+        events: Sequence[Event],
+        result: SliceResult,
+        find_needs: FindEnrichmentNeeds,
+        check_callers: CheckCallers,
+        *,
+        is_shared: bool = False,
+    ) -> Enrichment:
+        """Return the enrichment, and record in the result which events lack a part of it.
+
+        Args:
+            events: The slice's.
+            result: Their evaluation.
+            find_needs: Finds the needs of those for whom this is done.
+            check_callers: Finds those who must not be shown what is read live.
+            is_shared: Whether all connections wait. Then an ``expand`` that fewer than
+                ``MANY_CONNECTIONS`` use is loaded only if it was quick before, and in a short
+                time; otherwise its viewers are excluded.
+        """
+        if not self.needs_enrichment(events, result):
+            return NO_ENRICHMENT
+        needs = self._collect_needs(events, result.hits, find_needs)
+        unanswered = await self._queries.answer_questions(needs.manage_evaluation)
+        live_rows = LiveRowEvents(self._matcher, events, result.hits, check_callers)
+        related, excluded = await self._load_related(
+            events, result, needs, live_rows, is_shared=is_shared
+        )
+        if unanswered:
+            related.failed.update(
+                (index, None) for index in needs.event_indexes if index in needs.managed_indexes
+            )
+        enrichment = Enrichment(needs.manage_evaluation, related, excluded_viewers=excluded)
+        if result.partial_row_indexes or related.live_junction_ids:
+            for index in {*result.partial_row_indexes, *related.live_junction_ids}:
+                self._count_omitted_columns(
+                    events[index], result.hits[index], live_rows.checked.get(index)
+                )
+            for index, one in live_rows.checked.items():
+                one.live_junction_ids = related.live_junction_ids.get(index)
+            enrichment.live_row_events = live_rows.checked
+        if related.failed:
+            result.record_failed_enrichment(events, related.failed)
+        return enrichment
+
+    def _collect_needs(
+        self,
+        events: Sequence[Event],
+        hits: Sequence[Iterable[Group]],
+        find_needs: FindEnrichmentNeeds,
+    ) -> _Needs:
+        """Collect what the receivers need, and add the rows to evaluate manage rules for."""
+        evaluation: Evaluation[int, BoundPredicate] = Evaluation(
+            macro_values_at(datetime.now(UTC)), frozenset(event.xid for event in events)
+        )
+        expands: list[ExpandRequest] = []
+        managed: set[int] = set()
+        self._before_states.begin_batch()
+        received = [index for index, groups in enumerate(hits) if groups]
+        for index in received:
+            event = events[index]
+            needs = list(find_needs(hits[index]))
+            expands += ((index, viewer) for viewer, _ in needs if viewer is not None)
+            if event.collection.manage_rule is not None and event.hides_email:
+                before_state = (
+                    self._before_states.state_before(event.transaction_changes)
+                    if event.action == "delete"
+                    else None
+                )
+                predicates = {one for _, one in needs if one is not None}
+                managed.add(index)
+                evaluation.add(index, event.collection, event.row, predicates, before_state)
+        return _Needs(received, expands, evaluation, frozenset(managed))
+
+    async def _load_related(
+        self,
+        events: Sequence[Event],
+        result: SliceResult,
+        needs: _Needs,
+        live_rows: LiveRowEvents,
+        *,
+        is_shared: bool,
+    ) -> tuple[RelatedRecords, frozenset[ExpandViewer]]:
+        """Load related records and live rows; return the viewers who are excluded as well."""
+        partial = [index for index in result.partial_row_indexes if result.hits[index]]
+        shared, rare = needs.expands, list[ExpandRequest]()
+        if is_shared and shared:
+            plans = _widely_used_plans(result.hits)
+            rare = [one for one in needs.expands if one[1].plan not in plans]
+            shared = [one for one in needs.expands if one[1].plan in plans]
+        related = await self._related_loader.load_for_events(
+            events,
+            needs.event_indexes,
+            shared,
+            partial,
+            load_live_rows=live_rows.load,
+            check_viewers=live_rows.check,
+        )
+        excluded = frozenset[ExpandViewer]()
+        if rare:
+            excluded = await self._load_rare_expands(events, rare, partial, live_rows, related)
+        return related, excluded
+
+    async def _load_rare_expands(
+        self,
+        events: Sequence[Event],
+        requests: Sequence[ExpandRequest],
+        partial_row_indexes: Sequence[int],
+        live_rows: LiveRowEvents,
+        related: RelatedRecords,
+    ) -> frozenset[ExpandViewer]:
+        """Add to ``related`` the expands that were quick before; return the other viewers."""
+        quick = [one for one in requests if one[1].plan in self._quick_plans]
+        excluded = frozenset(
+            viewer for _, viewer in requests if viewer.plan not in self._quick_plans
+        )
+        if not quick:
+            return excluded
+        found = await self._related_loader.load_expands_within(
+            _EXPAND_SECONDS + _EXPAND_SECONDS_PER_CHANGE * len(events),
+            events,
+            quick,
+            partial_row_indexes,
+            check_viewers=live_rows.check,
+        )
+        if found is None:
+            self._quick_plans.difference_update({viewer.plan for _, viewer in quick})
+            return excluded.union(viewer for _, viewer in quick)
+        related.expand_json |= found.expand_json
+        related.failed |= found.failed
+        return excluded
+
+    def record_expand_seconds(
+        self, viewers: Iterable[ExpandViewer], seconds: float, event_count: int
+    ) -> None:
+        """Record how long the expands of some events took a connection that catches up.
+
+        If they took less than half the time that they may take of a slice that all wait for, they
+        are loaded there from now on, also for other viewers with the same ``expand``.
+        """
+        if 0 < seconds < (_EXPAND_SECONDS + _EXPAND_SECONDS_PER_CHANGE * event_count) / 2:
+            self._quick_plans.update(viewer.plan for viewer in viewers)
+
+    def withhold_expands(
+        self,
+        events: Sequence[Event],
+        result: SliceResult,
+        enrichment: Enrichment,
+        viewers: Sized[ExpandViewer],
+    ) -> None:
+        """Remove the related records of some viewers, and record which events lack them."""
+        expands = enrichment.related_records.expand_json
+        # An event without related records lacks nothing.
+        withheld = [
+            (index, viewer)
+            for (index, viewer), expand in expands.items()
+            if viewer in viewers and expand not in {None, b"{}"}
+        ]
+        for one in withheld:
+            del expands[one]
+        if withheld:
+            result.record_failed_enrichment(events, withheld)
+
+    def _count_omitted_columns(
+        self, event: Event, groups: Iterable[Group], live_row_event: LiveRowEvent | None
+    ) -> None:
+        seeing = () if live_row_event is None else live_row_event.groups
+        if any(group not in seeing for group in groups):
+            self._omitted_column_counts[event.collection.name] += 1
+
+
+def needs_of_groups(groups: Iterable[Group]) -> Iterable[EnrichmentNeed]:
+    """Yield the needs of all subscriptions of the groups."""
+    for group in groups:
+        for render_group in group.render_groups:
+            _topic, _view, viewer, manage_predicate = render_group.render_key
+            yield viewer, manage_predicate
+
+
+def _widely_used_plans(hits: Iterable[Iterable[Group]]) -> set[ExpandPlan]:
+    """Return the ``expand`` options that many LIVE connections use on the events."""
+    counts: Counter[ExpandPlan] = Counter()
+    for group in {group for groups in hits for group in groups}:
+        for render_group in group.render_groups:
+            viewer = render_group.render_key[2]
+            if viewer is not None and counts[viewer.plan] < MANY_CONNECTIONS:
+                live = (None for one in render_group if one.connection.state is LIVE)
+                counts[viewer.plan] += sum(1 for _ in islice(live, MANY_CONNECTIONS))
+    return {plan for plan, count in counts.items() if count >= MANY_CONNECTIONS}

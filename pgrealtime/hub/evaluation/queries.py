@@ -1,0 +1,63 @@
+"""What the hub asks PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Collection as Sized
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from pgrealtime.catalog.assumptions import CatalogAssumptions
+from pgrealtime.hub.events.event import Event
+from pgrealtime.lsn import Xid
+from pgrealtime.rule_queries.live_rows import LiveRow
+from pgrealtime.rule_queries.rounds import PendingEvaluation
+from pgrealtime.rule_queries.session import ReadSession
+from pgrealtime.rule_queries.slow_queries import TimeBudget
+
+
+class HubQueries(Protocol):
+    """The queries of the hub, its evaluator and its enricher (``rule_queries.executor``)."""
+
+    async def fetch_snapshot(self) -> tuple[str, str, bool]:
+        """Return the row of ``SNAPSHOT_QUERY``."""
+        ...
+
+    async def answer_questions(
+        self, evaluation: PendingEvaluation, budget: TimeBudget | None = None
+    ) -> frozenset[str]:
+        """Answer an evaluation's questions, round by round, until it has none left.
+
+        Args:
+            evaluation: Receives the answers.
+            budget: Questions left when it is spent stay open; None is no bound.
+
+        Returns:
+            The names of the collections whose questions could not be asked at all.
+        """
+        ...
+
+    async def verify_assumptions(self, assumptions: CatalogAssumptions) -> bool:
+        """Return whether the catalogue still confirms what rows of the stream are taken for.
+
+        Raises:
+            DatabaseUnreachableError: There was no answer.
+        """
+        ...
+
+    def read_session(
+        self, xids: Sized[Xid], max_seconds: float | None = None
+    ) -> AbstractAsyncContextManager[ReadSession]:
+        """Open a snapshot that sees the transactions, for several queries."""
+        ...
+
+    async def fetch_live_rows(
+        self, events: Sequence[Event]
+    ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
+        """Return the columns that the events' rows lack, as the tables hold them now.
+
+        Returns:
+            The rows by collection name and id, and the names of the collections that could not be
+            read.
+        """
+        ...
