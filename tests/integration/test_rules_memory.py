@@ -1,4 +1,4 @@
-"""What is decided in the process is what Postgres decides, type by type and collation by collation.
+"""Verdicts in the process are those of PostgreSQL, for all types and collations.
 
 The oracle is the reference query over the same row images, on a real server.
 """
@@ -176,7 +176,7 @@ unlike = st.one_of(st.none(), st.text(LETTERS, max_size=6))
 
 
 def rows(names: Sequence[str]) -> st.SearchStrategy[dict[str, str | None]]:
-    """Rows whose columns, those of ``names`` most often, hold something interesting."""
+    """Return rows with values of interest in the columns ``names``."""
     free = {"text_c", "text_icu", "text_tr", "text_nd", "code", "owner"}
     fixed: dict[str, st.SearchStrategy[str | None]] = {
         name: st.one_of(st.none(), st.sampled_from(VALUES[name]), *([unlike] * (name in free)))
@@ -185,8 +185,8 @@ def rows(names: Sequence[str]) -> st.SearchStrategy[dict[str, str | None]]:
     return st.fixed_dictionaries({"id": st.sampled_from(["r1", "u1", "5", "É"]), **fixed})
 
 
-class Judge:
-    """The table of many types, and both ways to decide about its rows."""
+class Evaluators:
+    """A table of many types, with both evaluations of rules about its rows."""
 
     def __init__(self, url: str) -> None:
         pins = "-c DateStyle=ISO -c TimeZone=UTC -c extra_float_digits=1 -c search_path=pg_catalog"
@@ -225,16 +225,16 @@ class Judge:
         return [
             rest
             | {
-                name: None if (raw := result.get_value(place, n)) is None else raw.decode()
+                name: None if (raw := result.get_value(number, n)) is None else raw.decode()
                 for n, name in enumerate(columns)
             }
-            for place in range(result.ntuples)
+            for number in range(result.ntuples)
         ]
 
-    def asked(
+    def by_postgres(
         self, rule: str, request: RuleRequest, images: Images, now: datetime
     ) -> set[int] | None:
-        """Return the rows that Postgres admits, None if it can't say."""
+        """Return the numbers of the rows that PostgreSQL admits, None if the rule denies all."""
         made = reference_query(self.collections, self.collection, rule, request)
         if not isinstance(made, ReferenceQuery):
             return None
@@ -242,18 +242,18 @@ class Judge:
         found = self.connection.execute(question.sql.encode(), question.params).fetchall()
         return {index for (index,) in found}
 
-    def decided(
+    def in_process(
         self, rule: str, request: RuleRequest, images: Images, now: datetime
     ) -> list[bool | None] | None:
-        """Return what the process decides; None where it leaves that to Postgres."""
+        """Return the verdicts of the process; None where it leaves the verdict to PostgreSQL."""
         auth = self.collections["users"]
         where = resolve_rule(rule, self.collections, self.collection, auth).where
         found = condition_parameters(where)
         free: list[Parameter] = [p for p in found if not isinstance(p, LiteralParameter)]
         order: dict[Parameter | CallerColumn, int] = {p: n for n, p in enumerate(free)}
-        shapes = {p: parameter_class(parameter_value(p, request, now)) for p in found}
+        classes = {p: parameter_class(parameter_value(p, request, now)) for p in found}
         test = compile_condition(
-            where, CompileContext(parameter_classes=shapes, argument_index=order)
+            where, CompileContext(parameter_classes=classes, argument_index=order)
         )
         if test is None:
             return None
@@ -287,19 +287,19 @@ async def _collections(url: str) -> Collections:
 
 
 @pytest.fixture(params=["the server's locale", "Turkish"])
-def judge(database_url: str, request: pytest.FixtureRequest) -> Iterator[Judge]:
-    """In a database whose default collation is the server's, or one that spells I differently."""
+def evaluators(database_url: str, request: pytest.FixtureRequest) -> Iterator[Evaluators]:
+    """Evaluators in a database of the server's collation, and of one that folds I differently."""
     if request.param == "Turkish":
-        with turkish(database_url) as url, Judge(url) as made:
+        with turkish(database_url) as url, Evaluators(url) as made:
             yield made
     else:
-        with Judge(database_url) as made:
+        with Evaluators(database_url) as made:
             yield made
 
 
 @contextmanager
 def turkish(url: str) -> Iterator[str]:
-    """A database beside the given one."""
+    """Create a database with a Turkish collation; drop it at the end."""
     name = f"{url.rpartition('/')[2]}_tr"
     with psycopg.connect(url, autocommit=True) as admin:
         admin.execute(
@@ -327,19 +327,19 @@ requests = st.builds(
 )
 
 
-def compare(judge: Judge, rule: str, request: RuleRequest, images: Images) -> str:
-    """Fail if the two differ; return how it went."""
+def compare(evaluators: Evaluators, rule: str, request: RuleRequest, images: Images) -> str:
+    """Fail if the two evaluations differ; return how much was evaluated in the process."""
     now = datetime.now(UTC)
-    decided = judge.decided(rule, request, images, now)
+    decided = evaluators.in_process(rule, request, images, now)
     if decided is None:
         return "left to Postgres"
     try:
-        asked = judge.asked(rule, request, images, now)
+        asked = evaluators.by_postgres(rule, request, images, now)
     except psycopg.Error:
         asked = set()
         for index, image in enumerate(images):
             try:
-                if judge.asked(rule, request, [image], now):
+                if evaluators.by_postgres(rule, request, [image], now):
                     asked.add(index)
             except psycopg.Error:
                 decided[index] = decided[index] or None
@@ -357,17 +357,17 @@ def compare(judge: Judge, rule: str, request: RuleRequest, images: Images) -> st
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
-def test_any_rule_is_decided_as_postgres_does(judge: Judge, data: st.DataObject) -> None:
-    """Whatever types, operators, classes and collations meet."""
+def test_any_rule_is_decided_as_postgres_does(evaluators: Evaluators, data: st.DataObject) -> None:
+    """For all types, operators, parameter classes and collations."""
     rule = data.draw(rules)
     names = [name for name in VALUES if name in rule] or ["text_c"]
     given_rows = data.draw(st.lists(rows(names), min_size=1, max_size=20))
-    images = judge.images(given_rows)
+    images = evaluators.images(given_rows)
 
-    event(compare(judge, rule, data.draw(requests), images))
+    event(compare(evaluators, rule, data.draw(requests), images))
 
 
-def test_each_field_is_compared_as_postgres_does(judge: Judge) -> None:
+def test_each_field_is_compared_as_postgres_does(evaluators: Evaluators) -> None:
     """Each operator, with some constants of all kinds, for every value of the field's pool."""
     seed = secrets.randbits(32)
     print(f"seed {seed}")  # noqa: T201 (shown if it fails)
@@ -378,28 +378,28 @@ def test_each_field_is_compared_as_postgres_does(judge: Judge) -> None:
     ]
     request = RuleRequest(query={"q": "a"})
     for name, pool in VALUES.items():
-        images = judge.images([{"id": "r1", name: value} for value in [None, *pool]])
+        images = evaluators.images([{"id": "r1", name: value} for value in [None, *pool]])
         for path in (one for one in FIELDS if re.split("[:.]", one)[0] == name):
             signs = [*OPERATORS, *(f"?{op}" for op in OPERATORS if ":each" in path)]
             wholes = [f"{path} {op} {one}" for op in signs for one in chance.sample(constants, 3)]
-            went = {compare(judge, rule, request, images) for rule in wholes}
+            went = {compare(evaluators, rule, request, images) for rule in wholes}
             assert "left to Postgres" not in went, path
 
 
-def test_an_array_is_counted_by_its_own_delimiter(judge: Judge) -> None:
-    """Boxes have commas within."""
+def test_an_array_is_counted_by_its_own_delimiter(evaluators: Evaluators) -> None:
+    """The text form of a box contains commas."""
     boxes = (None, "{}", "{(1,1),(0,0)}", "{(1,1),(0,0);NULL}")
-    images = judge.images([{"id": "r1", "boxes": value} for value in boxes])
-    went = {compare(judge, f"boxes:length = {n}", RuleRequest(), images) for n in range(4)}
+    images = evaluators.images([{"id": "r1", "boxes": value} for value in boxes])
+    went = {compare(evaluators, f"boxes:length = {n}", RuleRequest(), images) for n in range(4)}
     assert "left to Postgres" not in went
 
 
-def test_json_is_compared_whatever_the_order_of_its_keys(judge: Judge) -> None:
+def test_json_is_compared_whatever_the_order_of_its_keys(evaluators: Evaluators) -> None:
     """Jsonb orders the keys of an object its own way; the text of a rule has its author's."""
-    images = judge.images([{"id": "r1", "doc": value} for value in VALUES["doc"]])
+    images = evaluators.images([{"id": "r1", "doc": value} for value in VALUES["doc"]])
     given = '{"bb":1,"a":[2]}'
     request = RuleRequest(query={"q": given})
     for rule in (
         f"doc {op} {one}" for op in ("=", "!=") for one in (f"'{given}'", "@request.query.q")
     ):
-        assert compare(judge, rule, request, images) == "decided"
+        assert compare(evaluators, rule, request, images) == "decided"

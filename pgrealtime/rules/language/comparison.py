@@ -236,21 +236,27 @@ def _plan_equality(op: Op, left: _Side, right: _Side) -> ValueComparison:
     else:
         kind = ComparisonKind.TRUTH if other.is_isset else ComparisonKind.NOT_DISTINCT
     if kind is ComparisonKind.TRUTH:
-        operands = _unconverted(left), _unconverted(right)
+        planned = _unconverted(left), _unconverted(right)
     else:
-        operands = _comparable(left, right)
-    one_operand, other_operand = (
-        replace(
-            operand,
-            is_empty_text=side.traits.is_empty and not is_null_safe,
-            is_json_text=isinstance(opposite.term, JsonValue)
-            and side.parameter_class in _JSON_SPELLED_CLASSES,
-        )
-        for operand, side, opposite in zip(operands, (left, right), (right, left), strict=True)
-    )
+        planned = _comparable(left, right)
+    if not is_null_safe:
+        planned = _empty_as_text(planned[0], left), _empty_as_text(planned[1], right)
     return ValueComparison(
-        kind=kind, op=op, left=one_operand, right=other_operand, is_null_safe=is_null_safe
+        kind=kind,
+        op=op,
+        left=_constant_as_json(planned[0], left, right),
+        right=_constant_as_json(planned[1], right, left),
+        is_null_safe=is_null_safe,
     )
+
+
+def _empty_as_text(planned: PlannedOperand, side: _Side) -> PlannedOperand:
+    return replace(planned, is_empty_text=True) if side.traits.is_empty else planned
+
+
+def _constant_as_json(planned: PlannedOperand, side: _Side, other: _Side) -> PlannedOperand:
+    is_spelled = side.parameter_class in _JSON_SPELLED_CLASSES and isinstance(other.term, JsonValue)
+    return replace(planned, is_json_text=True) if is_spelled else planned
 
 
 _JSON_SPELLED_CLASSES = frozenset({ParameterClass.TEXT, ParameterClass.DANGLING_ESCAPE})

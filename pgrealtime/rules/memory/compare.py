@@ -105,7 +105,7 @@ def nearest_double(value: SqliteValue) -> SqliteValue:
     """Return the nearest double of a number; anything else as it is.
 
     Raises:
-        UndecidedError: There is none: Postgres reports an error.
+        UndecidedError: There is none: PostgreSQL reports an error.
     """
     if value is None or isinstance(value, str | float):
         return value

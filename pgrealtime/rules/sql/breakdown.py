@@ -337,7 +337,7 @@ def _is_hidden(term: Term) -> bool:
 def _fields_read(term: Term) -> Iterator[Field]:
     if isinstance(term, FieldValue | JsonValue):
         yield term.field
-    place = row_path_of(term)
-    for step in () if place is None else place.steps:
+    path = row_path_of(term)
+    for step in () if path is None else path.steps:
         if not isinstance(step, ToEach):
             yield step.field

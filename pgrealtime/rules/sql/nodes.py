@@ -21,6 +21,9 @@ from pgrealtime.changes import TableName
 
 Sql: TypeAlias = exp.Expr
 
+ROW_ALIAS = "r"
+"""Alias of the row image that a condition is about, in every statement."""
+
 TEXT = "text"
 DOUBLE = "double precision"
 BIGINT = "bigint"
@@ -288,7 +291,3 @@ def _parenthesized(node: Sql) -> Sql:
 
 def _escape_percent(text: str) -> str:
     return text.replace("%", "%%")
-
-
-ROW_ALIAS = "r"
-"""Alias of the judged row, unless the caller has another."""

@@ -92,10 +92,10 @@ def translate_operand(term: Term, scope: Scope, *, is_strict: bool = True) -> Sq
 
 
 def _parameter_operand(parameter: Parameter, scope: Scope) -> SqlOperand:
-    shape = scope.translation.parameter_classes[parameter]
-    if shape is ParameterClass.ABSENT:
+    class_ = scope.translation.parameter_classes[parameter]
+    if class_ is ParameterClass.ABSENT:
         return _keyword_operand(None)
-    if shape.is_number:
+    if class_.is_number:
         return SqlOperand(
             number=bound_number(parameter, scope),
             make_text=lambda: scope.translation.bind(parameter, SqlForm.TEXT),
