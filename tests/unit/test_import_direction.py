@@ -60,9 +60,14 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "wal": (*_FLOOR, "catalog.model", "catalog.naming", "postgres.url", "observe.redact"),
     "feed": (*_FLOOR, "catalog.model", "wal", "changelog", "observe"),
     "records": (*_FLOOR, "catalog.model", "collections"),
-    "rules.language": (*_FLOOR, "catalog.model", "collections", "auth.principal"),
-    "rules.sql": (*_FLOOR, "catalog.model", "collections", "auth.principal", "rules.language"),
-    "rules.memory": (*_FLOOR, "catalog.model", "collections", "rules.language"),
+    "rules.language": ("errors", "spelling", "collections.model", "auth.principal"),
+    "rules.sql": (
+        *("errors", "changes", "catalog.model", "collections.model", "auth.principal"),
+        "rules.language",
+    ),
+    "rules.memory": (
+        *("changes", "text_forms", "catalog.model", "collections.model", "rules.language"),
+    ),
     "rules.engine": _ENGINE,
     # From text to plan without index and evaluation; the index without questions.
     "rules.engine.compiler": (
@@ -286,6 +291,16 @@ def test_every_name_in_the_picture_is_there() -> None:
     named.update(name for allowed in _ALLOWED.values() for name in allowed)
     modules = {_name_of(path) for path in _PACKAGE.rglob("*.py")}
     assert named - modules == set()
+
+
+def test_language_and_memory_know_no_sql() -> None:
+    """A rule is parsed, resolved and evaluated in the process without sqlglot."""
+    rooms = ("rules.language", "rules.memory")
+    assert [
+        str(edge)
+        for edge in _all_edges()
+        if any(_is_in(edge.source, room) for room in rooms) and _is_in(edge.target, "sqlglot")
+    ] == []
 
 
 def test_pure_code_touches_nothing_outside() -> None:
