@@ -43,16 +43,7 @@ log = structlog.get_logger(__name__)
 class Dispatcher:
     """Delivers the changelog to the LIVE connections.
 
-    Args:
-        changelog: Filled by the feed.
-        progress: Written by the dispatcher, and by ``hub.hub`` when a history or a generation
-            begins.
-        registry: The open connections.
-        visibility: Knows which delivered transactions are not visible yet.
-        entry_checks: Holds entries back until they may be evaluated.
-        gap_notifier: Notifies of what cannot be delivered.
-        catch_up: Serves connections that fall behind.
-        clock: Monotonic seconds.
+    It writes ``progress``; ``hub.hub`` does when a history or a generation begins.
 
     Attributes:
         progressed: Set whenever the head has moved; a waiter clears it first.
@@ -283,12 +274,7 @@ class Dispatcher:
         )
 
     def _isolate(self, late: Iterable[Connection], slow: Iterable[Connection]) -> None:
-        """Go on without connections that delay the others.
-
-        Args:
-            late: Those that are not served with this slice.
-            slow: Those among them that took the time.
-        """
+        """Go on without connections that are late; ``slow`` are those that took the time."""
         isolated = self._catch_up.isolated
         for connection in slow:
             isolated.isolate_with_backoff(connection)

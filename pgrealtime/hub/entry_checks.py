@@ -26,13 +26,6 @@ _CATALOG_RETRY_SECONDS = 1.0
 class EntryChecks:
     """Decides which entries may be evaluated with the generation in force.
 
-    Args:
-        executor: Queries the catalogue.
-        progress: The dispatcher's.
-        visibility: Waits until transactions are visible.
-        refresh_schema: Returns once the current schema, or a later one, is in force; False if it
-            could not be read. None if nothing reads it.
-
     Attributes:
         waits_for_visibility: Whether entries wait until their transactions are visible. With
             synchronous standbys a commit is in the WAL before it is visible.

@@ -56,19 +56,7 @@ class HubCallbacks:
 
 
 class Hub:
-    """Connects the changelog and the connections.
-
-    Args:
-        changelog: Filled by the feed.
-        executor: Queries the database.
-        collections: The first generation's.
-        settings: The operator's.
-        callbacks: To feed and reload.
-        clock: Monotonic seconds.
-
-    Attributes:
-        counters: For metrics.
-    """
+    """Delivers the changelog to connections, by ``collections`` until the first reload."""
 
     def __init__(
         self,

@@ -42,14 +42,7 @@ _LOGGED_TOPIC_CHARACTERS = 200
 class SubscribeCalls:
     """Carries out subscribe calls, of one connection one at a time.
 
-    Args:
-        changelog: Its head says whether a submitted position may be of another process.
-        progress: The dispatcher's.
-        registry: The open connections.
-        visibility: Fetches the snapshot from which new topics begin.
-        catch_up: Serves the connection after its call.
-        same_address: Whether a call must come from the address of its connection.
-        clock: Monotonic seconds.
+    With ``same_address`` a call must come from the address of its connection.
     """
 
     def __init__(
@@ -281,15 +274,8 @@ class SubscribeCalls:
     ) -> Generator[None]:
         """Replace the connection's subscriptions by those of the topics, one a step.
 
-        Args:
-            connection: The connection.
-            previous: Its subscriptions before the call; their read points go on.
-            topics: Of the call.
-            caller: Of the call.
-            read_point: Of topics that it did not have before.
-
-        Raises:
-            SubscriptionLimitError: There are too many of a kind; some are installed then.
+        A topic that it had before keeps its read point; the others have ``read_point``. If there
+        are too many of a kind it raises ``SubscriptionLimitError``, and some are installed.
         """
         yield from self._unbind_steps(connection)
         unmatchable: defaultdict[str, list[str]] = defaultdict(list)

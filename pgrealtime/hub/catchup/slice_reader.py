@@ -68,14 +68,7 @@ class EvaluatedSlice(Struct):
 
 
 class SliceReader:
-    """Reads slices from the changelog at connections' own cursors.
-
-    Args:
-        changelog: Read.
-        progress: The dispatcher's.
-        registry: Applies changes of callers.
-        visibility: Waits until the cause of a gap is visible.
-    """
+    """Reads slices from the changelog at connections' own cursors."""
 
     def __init__(
         self,

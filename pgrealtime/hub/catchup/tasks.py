@@ -54,15 +54,6 @@ class _CatchUpState(Struct):
 class CatchUpTasks:
     """One task for each connection that catches up.
 
-    Args:
-        changelog: Read by each connection at its own cursor.
-        progress: The dispatcher's.
-        registry: Closes connections and applies changes of their callers.
-        visibility: Waits until transactions are visible.
-        gap_notifier: Notifies of what cannot be delivered.
-        settings: How many are served at the same time, and when a slow one is dropped.
-        clock: Monotonic seconds.
-
     Attributes:
         isolated: The connections whose filters are slow.
     """
@@ -300,11 +291,7 @@ class CatchUpTasks:
     ) -> None:
         """Write the messages of the first events, then gaps, and move the cursor behind both.
 
-        Args:
-            connection: The connection.
-            evaluated: The events.
-            messages: All messages of the events before ``messages.stop_index``.
-            key: Under which they are stored for other connections; None if they differ for others.
+        They are stored under the key for other connections, unless they may differ for these.
         """
         events, stop = evaluated.events, messages.stop_index
         is_whole = stop == len(events)

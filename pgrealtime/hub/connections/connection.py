@@ -251,10 +251,6 @@ class Connection(ConnectionOutput):
         """Whether it reads on from the changelog."""
         return self.state is ConnectionState.CATCHING_UP
 
-    def is_caller_invalid(self) -> bool:
-        """Whether its caller is not known any more."""
-        return self.state is ConnectionState.CALLER_INVALID
-
     def may_close(self, now: float) -> bool:
         """Whether closing it cannot fall between PB_CONNECT and the answer to its first call."""
         if self.first_call_answered_at is None:
@@ -269,14 +265,7 @@ class Connection(ConnectionOutput):
             raise RuntimeError(f"no such transition of a connection that is {self.state.value}")
 
     def connect(self, epoch: str, head: Cursor, resumption: Resumption | None, now: float) -> None:
-        """CONNECTING -> UNSUBSCRIBED: send PB_CONNECT, now that there is a replication stream.
-
-        Args:
-            epoch: Of the stream's positions.
-            head: The dispatcher's.
-            resumption: Of the submitted position; None if there is none.
-            now: See the class.
-        """
+        """CONNECTING -> UNSUBSCRIBED: send PB_CONNECT, now that there is a replication stream."""
         self._require(ConnectionState.CONNECTING)
         self.state = ConnectionState.UNSUBSCRIBED
         self.epoch = epoch
@@ -308,9 +297,7 @@ class Connection(ConnectionOutput):
     def start_at(self, head: Cursor, *, loses_position: bool) -> None:
         """Begin delivery at the head; only in a call that finds it without topics.
 
-        Args:
-            head: The dispatcher's.
-            loses_position: Whether the submitted position turned out not to be the stream's.
+        It loses its position if that turned out not to be one of this stream.
         """
         if loses_position:
             self.pending_gap_reason, self.is_resuming = "unknown", False
@@ -319,11 +306,8 @@ class Connection(ConnectionOutput):
     def accept_call(self, topics: Mapping[str, Topic], read_point: ReadPoint | None) -> None:
         """Take over what a call says beside subscriptions and caller, which are set already.
 
-        CALLER_INVALID -> SUBSCRIBING: the call authenticated the caller anew.
-
-        Args:
-            topics: By their text.
-            read_point: The snapshot in which the caller's row was read.
+        CALLER_INVALID -> SUBSCRIBING: the call authenticated the caller anew, whose row was read
+        at ``read_point``.
         """
         self._require(*_CALL_STATES, ConnectionState.CALLER_INVALID)
         self.caller_read_point = read_point
@@ -355,11 +339,9 @@ class Connection(ConnectionOutput):
         return False
 
     def mark_answered(self, now: float, *, close_reason: str = "") -> None:
-        """Note that its first call was answered; later calls change nothing.
+        """Note that its first call was answered, and why it must be closed after that, if it must.
 
-        Args:
-            now: See the class.
-            close_reason: Why it must be closed after that answer, or empty.
+        Later calls change nothing.
         """
         if self.first_call_answered_at is None:
             self.first_call_answered_at = now
@@ -383,11 +365,7 @@ class Connection(ConnectionOutput):
         self.cursor = head
 
     def invalidate_caller(self, delivered: Cursor) -> None:
-        """-> CALLER_INVALID: deliver nothing more.
-
-        Args:
-            delivered: What was delivered if it is LIVE; it resumes from there.
-        """
+        """-> CALLER_INVALID: deliver nothing more; if it was LIVE, it has received ``delivered``."""
         self._require(*_OPEN_STATES)
         if self.state is LIVE:
             self.cursor = delivered

@@ -47,13 +47,7 @@ def encode_position(epoch: str, cursor: Cursor) -> bytes:
 
 
 class ConnectionOutput:
-    """Encodes and writes the messages of one connection, its base class.
-
-    Args:
-        client_id: The first part of each message's id.
-        writer: The transport.
-        epoch: Of the stream's positions.
-        now: Monotonic seconds.
+    """Encodes and writes the messages of one connection; the base class of ``Connection``.
 
     Attributes:
         is_resumable: Whether ids carry positions. Other clients receive PocketBase's bytes.

@@ -53,7 +53,7 @@ class SendBudget:
         self._slow: dict[Connection, int] = {}
         """Slow connections, and the bytes in their send buffers as last read."""
         self._waiting_bytes = 0
-        """The sum of ``_slow``."""
+        """The sum of ``_slow``; what clients have read since, 20 ms at most, isn't deducted yet."""
         self._refreshed_at = clock()
         self.oversized_lock = asyncio.Lock()
         """Queues messages that are larger than a connection's limit and not admitted yet.
@@ -61,14 +61,6 @@ class SendBudget:
         ``CatchUpTasks`` holds it from before ``wait_for_room`` until the message is written:
         ``wait_for_room`` reserves nothing, and two that wait at once could each use the room the
         other waits for, or each drop a connection for it."""
-
-    @property
-    def waiting_bytes(self) -> int:
-        """Bytes in the send buffers of slow connections.
-
-        As last read; what clients have read since then, 20 ms or longer ago, isn't deducted yet.
-        """
-        return self._waiting_bytes
 
     def limit_bytes(self) -> int:
         """Return how many bytes may wait for one connection now.

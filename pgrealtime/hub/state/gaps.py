@@ -18,11 +18,6 @@ from pgrealtime.protocol.frame import resync_tail
 class GapNotifier:
     """Sends PB_RESYNC for a gap, or closes connections whose clients don't know it.
 
-    Args:
-        progress: The dispatcher's.
-        registry: Closes connections.
-        clock: Monotonic seconds.
-
     Attributes:
         notified: By the gap's reason, how many times a connection was notified or closed for it.
     """
@@ -94,10 +89,7 @@ class GapNotifier:
         A connection whose caller's row may have changed in the gap is closed too: on reconnecting
         its client authenticates anew, and until then nothing is delivered.
 
-        Args:
-            connection: The connection.
-            gap: The gap.
-            keeps_position: Whether its position stays, since another gap is sent next.
+        With ``keeps_position`` its position stays, since another gap is sent next.
         """
         is_affected = self._affects(connection, gap)
         knows_gaps = connection.is_resumable or connection.has_resync_topic

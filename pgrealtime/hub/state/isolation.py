@@ -30,10 +30,6 @@ class IsolatedConnections:
     ``Connection.is_isolated`` says which; the matcher sets it, and these methods alone have it set.
     A connection rejoins the others once it has caught up, unless its filters were slow even when it
     was alone: then not before its breaker closes.
-
-    Args:
-        progress: The dispatcher's.
-        clock: Monotonic seconds.
     """
 
     def __init__(self, progress: DispatchProgress, clock: Callable[[], float]) -> None:

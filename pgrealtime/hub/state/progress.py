@@ -15,10 +15,6 @@ if TYPE_CHECKING:
 class DispatchProgress:
     """The dispatcher's head, the generation in force and the revision.
 
-    Args:
-        head: The changelog's.
-        generation: The first one.
-
     Attributes:
         head: Everything up to here was delivered to the LIVE connections.
         evaluation_target: Everything up to here was evaluated for them, or is being evaluated.

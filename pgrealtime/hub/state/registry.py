@@ -42,16 +42,9 @@ _ID_LENGTH = 40
 class ConnectionRegistry:
     """The open connections by id.
 
-    Args:
-        progress: The dispatcher's.
-        epochs: Resolve submitted positions.
-        settings: The limits, and how callers log in.
-        counters: Where closed connections are counted.
-        clock: Monotonic seconds.
-
     Attributes:
         callers: The connections by account.
-        counters: As given.
+        counters: Where closed connections are counted.
         send_budget: What may wait in their send buffers.
         is_stream_up: Whether the replication stream is being read. While it is not, PB_CONNECT is
             held back and subscribe calls are refused.
@@ -183,10 +176,7 @@ class ConnectionRegistry:
     def invalidate_caller(self, connection: Connection, reason: str, delivered: Cursor) -> None:
         """Close a connection whose caller is not known any more, and deliver nothing until then.
 
-        Args:
-            connection: The connection.
-            reason: Why it is closed.
-            delivered: What it has received if it is LIVE. Its client may resume from there.
+        If it is LIVE, its client may resume after ``delivered``.
         """
         connection.invalidate_caller(delivered)
         self.request_close(connection, reason)

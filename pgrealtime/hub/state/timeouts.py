@@ -21,14 +21,7 @@ _SHUTDOWN_PAUSE_SECONDS = 0.05
 
 
 class ConnectionTimeouts:
-    """Closes connections that are due.
-
-    Args:
-        progress: The dispatcher's.
-        registry: The open connections.
-        limits: The operator's.
-        clock: Monotonic seconds.
-    """
+    """Closes connections that are due."""
 
     def __init__(
         self,

@@ -35,10 +35,8 @@ _WATCH_INTERVAL_SECONDS = 0.5
 class VisibilityTracker:
     """The delivered transactions that were not seen to be visible yet.
 
-    Args:
-        run_query: Runs ``SNAPSHOT_QUERY`` and returns its row.
-        progress: The dispatcher's; what was read before its revision changed is dropped.
-        clock: Monotonic seconds.
+    What was read before the revision changed is dropped. ``run_query`` runs ``SNAPSHOT_QUERY`` and
+    returns its row.
     """
 
     def __init__(
@@ -152,11 +150,7 @@ def _retrieve_exception(task: asyncio.Task[ReadPoint]) -> None:
 
 
 class SnapshotSource:
-    """Fetches snapshots; callers that come while one is being fetched share the next.
-
-    Args:
-        run_query: Runs ``SNAPSHOT_QUERY`` and returns its row.
-    """
+    """Fetches snapshots; callers that come while one is being fetched share the next."""
 
     def __init__(self, run_query: Callable[[], Awaitable[tuple[str, str, bool]]]) -> None:
         self._run_query = run_query
