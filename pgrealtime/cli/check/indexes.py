@@ -16,7 +16,7 @@ from psycopg import AsyncConnection
 from pgrealtime.catalog.model import Table
 from pgrealtime.catalog.naming import quote_identifier, quote_table_name
 from pgrealtime.changes import TableName
-from pgrealtime.cli.check.warnings import parsed_rules, reference_queries
+from pgrealtime.cli.check.rules import parsed_rules, reference_queries
 from pgrealtime.collections.model import Collection, Collections, Field
 from pgrealtime.errors import ConfigProblem, RuleError
 from pgrealtime.rules.language import predicate

@@ -125,8 +125,7 @@ def _sort_rank(table: Table, auths: Container[TableName]) -> int:
     return USER_TABLES.index(name) if name in USER_TABLES else len(USER_TABLES)
 
 
-# -- accounts
-
+# -- drafts of single tables
 
 _ACTIVE_FLAGS = ("is_active", "isactive", "active", "is_enabled", "enabled")
 _BLOCKED_FLAGS = (
@@ -146,9 +145,6 @@ def _auth_rule(draft: CollectionDraft) -> str:
     active = [f"{flags[name]} = true" for name in _ACTIVE_FLAGS if name in flags]
     blocked = [f"{flags[name]} = false" for name in _BLOCKED_FLAGS if name in flags]
     return " && ".join(active + blocked)
-
-
-# -- drafts of single tables
 
 
 def _draft_collections(tables: Sequence[Table]) -> list[CollectionDraft]:
