@@ -365,7 +365,7 @@ class Connection(ConnectionOutput):
         self.cursor = head
 
     def invalidate_caller(self, delivered: Cursor) -> None:
-        """-> CALLER_INVALID: deliver nothing more; if it was LIVE, it has received ``delivered``."""
+        """-> CALLER_INVALID: deliver nothing more; a LIVE one has received ``delivered``."""
         self._require(*_OPEN_STATES)
         if self.state is LIVE:
             self.cursor = delivered
