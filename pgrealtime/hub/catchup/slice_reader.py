@@ -10,7 +10,7 @@ from pgrealtime.changelog.base import Changelog
 from pgrealtime.changes import Action
 from pgrealtime.errors import ChangelogError
 from pgrealtime.hub.connections.connection import Connection, Group, Subscription
-from pgrealtime.hub.delivery.compose import subscriptions_by_group
+from pgrealtime.hub.delivery.connection_messages import subscriptions_by_group
 from pgrealtime.hub.delivery.enrichment import NO_ENRICHMENT, Enrichment, EnrichmentNeed
 from pgrealtime.hub.evaluation.filter_budget import FilterBudget
 from pgrealtime.hub.evaluation.slice_result import SliceResult, gap_xids

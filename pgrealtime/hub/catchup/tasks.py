@@ -19,7 +19,7 @@ from pgrealtime.hub.catchup.replay_cache import CatchUpCache, CatchUpCacheKey, c
 from pgrealtime.hub.catchup.slice_reader import EvaluatedSlice, SliceReader
 from pgrealtime.hub.connections.batch import MessageBatch
 from pgrealtime.hub.connections.connection import NO_MESSAGE_KEYS, Connection
-from pgrealtime.hub.delivery.compose import ConnectionMessages, compose_for_connection
+from pgrealtime.hub.delivery.connection_messages import ConnectionMessages, compose_for_connection
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.slices import SLICE_CHANGES, GapNotice
 from pgrealtime.hub.state.caller_check import CallerCheckResult, may_account_have_changed

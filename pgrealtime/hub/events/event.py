@@ -1,4 +1,7 @@
-"""What a transaction means to subscribers: changes become PocketBase's create, update, delete."""
+"""What a transaction means to subscribers: row changes become creates, updates and deletes.
+
+``slices`` makes events of the changelog's transactions; evaluation and delivery work on them.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,14 @@ from pgrealtime.lsn import Cursor, Xid
 
 
 class Event(Struct, gc=False):
-    """One record's change, not yet judged.
+    """One record's change, as clients receive it.
 
     Attributes:
-        row: The image it is judged on and shown with: new for create and update, old for delete.
-        cursor: Of the change that it belongs to; a changed key makes two events of one change.
-        transaction_changes: All of its transaction: a delete is judged by what was there before
-            them.
+        row: The image that rules are evaluated on and that is rendered: the new one for create and
+            update, the old one for delete. The evaluator may complete it.
+        cursor: Of the change; a changed key makes two events of one change.
+        transaction_changes: All changes of its transaction. Rules are evaluated on a delete as
+            tables were before them.
     """
 
     collection: Collection
@@ -41,27 +45,27 @@ class Event(Struct, gc=False):
 
     @property
     def missing_columns(self) -> frozenset[str]:
-        """Columns that the image lacks: left out of the WAL, or not the table's any more.
+        """Columns that the row lacks: left out of the WAL, or no longer in the table.
 
-        By name: a table that was altered since the catalogue was read has others instead.
+        By name: the table may have been altered since the catalogue was read.
         """
         return self.collection.column_names.difference(self.row)
 
     @property
     def hides_email(self) -> bool:
-        """Whether not everybody is shown the record's e-mail address; of auth collections."""
+        """Whether the record's e-mail address is hidden by default; of auth collections."""
         visibility = self.collection.fields_by_name.get("emailVisibility")
         column = visibility.column if visibility is not None else None
         return column is None or self.row.get(column.name) != "t"
 
-
-def account_of_event(event: Event) -> AccountKey:
-    """Return the account whose row an event of an auth collection is about."""
-    return event.collection.name, unpadded_id(event.collection, event.record_id)
+    @property
+    def account(self) -> AccountKey:
+        """The account whose row this is, if the collection is an auth collection."""
+        return self.collection.name, unpadded_id(self.collection, self.record_id)
 
 
 class Truncation(Struct, frozen=True):
-    """A collection whose table was truncated: no rows are told, so it is a gap."""
+    """A truncated table. The WAL doesn't say which rows it held, so it is a gap."""
 
     collection: Collection
     cursor: Cursor
@@ -70,15 +74,15 @@ class Truncation(Struct, frozen=True):
 def transaction_events(
     transaction: Transaction, collections: Collections, skipped_changes: int = 0
 ) -> Iterator[Event | Truncation]:
-    """Yield what the transaction did to collections, in order.
+    """Yield the events of a transaction in order.
 
     Args:
-        transaction: The whole.
-        collections: What it is told of.
-        skipped_changes: Changes that are left out at the beginning.
+        transaction: The transaction.
+        collections: Changes of other tables make no events.
+        skipped_changes: How many of the first changes to leave out.
     """
     changes = transaction.changes
-    for ordinal in range(skipped_changes + 1, len(changes) + 1):  # a copy of the rest may be long
+    for ordinal in range(skipped_changes + 1, len(changes) + 1):  # a slice of changes may be large
         change = changes[ordinal - 1]
         collection = collections.find_by_table(change.table)
         if collection is None:
@@ -91,7 +95,7 @@ def transaction_events(
             case Update(new=row, old=old):
                 before = old.row.get(key)
                 if before is not None and before != row.get(key):
-                    # PocketBase has no changed ids: to a client the one went, the other came.
+                    # Ids don't change in PocketBase: to a client these are two records.
                     yield _row_event(collection, "delete", old.row, cursor, transaction)
                     yield _row_event(collection, "create", row, cursor, transaction)
                 else:

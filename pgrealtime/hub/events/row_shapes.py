@@ -1,6 +1,8 @@
-"""Whether rows are what the catalogue says of their tables.
+"""Whether the stream's rows have the shapes for which the collections in force were built.
 
-A row may be of an earlier or a later definition than the one that rules and records are made for.
+A row may have been written under an earlier or a later definition of its table than the catalogue
+had when it was read. ``slices`` makes gaps of transactions that don't fit. Before the hub evaluates
+those that may not fit, it has the catalogue read again, or queries it.
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ from pgrealtime.collections.model import Collections
 from pgrealtime.collections.streamed_tables import reachable_tables
 
 _MAX_SHAPES = 10_000
+"""Shapes that are remembered; beyond, all are forgotten and decided again."""
 _REREAD_SECONDS = 5.0
-"""A catalogue that could not be read isn't read again before that: events wait for it."""
+"""Seconds before a catalogue that could not be read is read again: events wait for it meanwhile."""
 
 
 class ShapeChecker:
-    """The shapes that were seen since the collections came into force.
+    """Decides which row shapes fit one generation's collections, each shape once.
 
     Args:
-        collections: Those in force; rows of the junctions between them count as well.
+        collections: All collections of the generation; the junction tables between them are checked
+            as well.
         clock: Monotonic seconds.
     """
 
@@ -32,30 +36,31 @@ class ShapeChecker:
         self._fitting_shapes: set[RowShape] = set()
         self._unfit_shapes: set[RowShape] = set()
         self._reread_times: dict[RowShape, float] = {}
-        """Those that would fit if nothing has changed, and until when nobody asks again."""
+        """Shapes that match the catalogue as it was read, which could not be read again: until when
+        that is not tried again."""
         self._clock = clock
 
     def needs_catalog_read(self, transaction: Transaction) -> bool:
-        """Whether the catalogue must be read before anything is made of the transaction's rows."""
+        """Whether the catalogue must be read again before the transaction's rows are used."""
         shapes = transaction.row_shapes
         if self._fitting_shapes.issuperset(shapes):
             return False
         return any(self._shape_needs_catalog_read(shape) for shape in shapes)
 
     def fits(self, transaction: Transaction) -> bool:
-        """Whether its rows can be judged and shown by the collections in force."""
+        """Whether the transaction's rows can be evaluated and rendered by these collections."""
         shapes = transaction.row_shapes
         return self._fitting_shapes.issuperset(shapes) or all(map(self._shape_fits, shapes))
 
     def decide_without_waiting(
         self, transaction: Transaction, *, is_catalog_read: bool, is_catalog_stale: bool = False
     ) -> None:
-        """Take note that waiting can't tell more about the transaction's rows.
+        """Decide about a transaction's shapes by what is known: waiting would add nothing.
 
         Args:
-            transaction: One that was doubtful.
-            is_catalog_read: Whether the catalogue was read since it became visible.
-            is_catalog_stale: Whether it is known to say something else than what is in force.
+            transaction: One for which ``needs_catalog_read`` was True.
+            is_catalog_read: Whether the catalogue was read since the transaction became visible.
+            is_catalog_stale: Whether the catalogue is known to differ from the collections.
         """
         for shape in transaction.row_shapes:
             is_open = self._shape_needs_catalog_read(shape) or shape in self._reread_times
@@ -106,10 +111,10 @@ class ShapeChecker:
             self._reread_times.clear()
 
     def _matches_catalog(self, shape: RowShape) -> bool:
-        """Whether the catalogue has such rows, apart from columns only added or only dropped.
+        """Whether the catalogue's table has such rows, but for columns added or columns dropped.
 
-        A name that is unknown beside one that is missing may be a column renamed; and a partition
-        that isn't there was detached, its rows are no longer the table's.
+        An unknown column together with a missing one may be a rename: such a shape doesn't match.
+        Nor do the rows of a detached partition, which are no longer the table's.
         """
         table = self._tables.get(shape.table)
         if table is None:
@@ -127,10 +132,10 @@ class ShapeChecker:
 
 
 class TableDefinitions:
-    """What is taken for known of the collections' tables.
+    """What the rows of the collections' tables are taken for without any decoder saying so.
 
     Args:
-        collections: Those in force.
+        collections: All collections of the generation.
     """
 
     def __init__(self, collections: Collections) -> None:
@@ -143,7 +148,11 @@ class TableDefinitions:
         }
 
     def assumptions_for(self, entries: Iterable[Entry]) -> CatalogAssumptions | None:
-        """Return what must be so for the rows to be what they seem; None if the stream says it."""
+        """Return what the catalogue must confirm before the entries' rows are used, if anything.
+
+        wal2json doesn't describe tables: it names partitions, which may have been detached. No
+        decoder describes composite types.
+        """
         if not (self._partition_roots or self._composite_attributes):
             return None
         leaves: dict[TableName, int] = {}
@@ -158,7 +167,7 @@ class TableDefinitions:
 
 
 def _composite_types(types: Iterable[Type]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Yield the composites among the types, and among what those are made of."""
+    """Yield oid and attribute names of the composite types among these and their parts."""
     for one in types:
         if one.attributes:
             yield one.oid, tuple(name for name, _ in one.attributes)

@@ -1,4 +1,8 @@
-"""Stretches of the stream that are judged and handed out together."""
+"""Divides the stream into slices: runs of events that are evaluated and delivered together.
+
+The dispatcher and each connection that catches up read changelog entries from their cursor on and
+divide them here, each by the changes of its own callers.
+"""
 
 from __future__ import annotations
 
@@ -10,51 +14,52 @@ from pgrealtime.auth.principal import AccountKey
 from pgrealtime.changelog.base import Entry, Gap, Watermark
 from pgrealtime.changes import OversizedTransaction, TableName, Transaction
 from pgrealtime.collections.model import Collections
-from pgrealtime.hub.events.event import Event, Truncation, account_of_event, transaction_events
+from pgrealtime.hub.events.event import Event, Truncation, transaction_events
 from pgrealtime.lsn import END_ORDINAL, Cursor, Xid
 
 SLICE_CHANGES = 250
-"""Changes judged together, and messages handed to a subscription together: large enough to join
-frames, small enough to share the loop and for a send buffer to overrun by."""
+"""Changes evaluated together, and messages delivered to a subscription together: enough to join
+writes, few enough to share the event loop and to exceed a send buffer by."""
 
 LIVE_SLICE_CHANGES = 4000
-"""Changes delivered together if nobody gets more than ``SLICE_CHANGES`` messages by it. Where each
-concerns few of many connections that is what joins frames: a write to a socket costs 5 us, a
-message in it
-0.5 us. Only a backlog brings so many, and whoever is in it waits longer than for this."""
+"""Changes delivered together if no group receives more than ``SLICE_CHANGES`` messages of them.
+Where each of many connections receives little, this is what joins their writes: a write to a socket
+costs 5 us, one more message in it 0.5 us. Only a backlog has so many changes, and waits for longer
+than a slice takes."""
 
 
 class GapNotice(Struct, frozen=True):
-    """A gap as clients are told of it."""
+    """A gap that clients are notified of."""
 
     collections: frozenset[str] | None
     """Names; None is all."""
     reason: str
     cursor: Cursor
     xid: Xid | None = None
-    """Of the transaction that caused it; None if that is over and visible for long."""
+    """Of the transaction that caused it; None if that is known to be visible."""
 
     def affects(self, collection_name: str) -> bool:
-        """Whether something of the collection of that name may be missing."""
+        """Whether changes of the collection may be missing."""
         return self.collections is None or collection_name in self.collections
 
 
 class Slice(Struct):
-    """A stretch of the stream: events, then perhaps a gap; everything up to ``upto``."""
+    """Events, then perhaps a gap: all of the stream up to ``end_cursor``."""
 
     events: list[Event]
     gap: GapNotice | None
     end_cursor: Cursor
     account_events: list[Event] = []
     """Those of the events that may change callers. One that does change a caller of the reader is
-    the first of the slice if it is an update, and part of its last change if it is a delete."""
+    the first event of its slice if it is an update, and in the last change if it is a delete."""
 
 
 class _SliceBuilder:
-    """A slice in the making.
+    """A slice that is being filled.
 
-    A row that comes changes no caller: nobody could be it before. One that changes begins a slice,
-    for it is judged with its own news; one that goes ends it.
+    An update of a caller's row begins a slice, which is evaluated with the new caller. A delete
+    ends one: what follows is evaluated without the caller. An insert changes no caller, since
+    nobody could sign in by the row before.
     """
 
     __slots__ = ("account_events", "changed_account", "events", "max_events")
@@ -64,25 +69,26 @@ class _SliceBuilder:
         self.account_events: list[Event] = []
         self.max_events = max_events
         self.changed_account: AccountKey | None = None
-        """Whom the first event changes: before the slice is handed out nobody can say whether
-        another event changes that caller again."""
+        """The account that the first event changes. Until the slice is delivered the reader can't
+        say whether another event changes that caller again, so it is taken to."""
 
     def may_change_caller(self, event: Event, changes_a_caller: Callable[[Event], bool]) -> bool:
-        return self.changed_account == account_of_event(event) or changes_a_caller(event)
+        return self.changed_account == event.account or changes_a_caller(event)
 
     def must_end_before(self, event: Event, *, is_full: bool) -> bool:
-        """Whether the event, a turn or not, belongs to the next slice; no change is torn apart."""
-        events = self.events
-        is_apart = bool(events) and event.cursor != events[-1].cursor
-        return is_apart and (is_full or event.action == "update")
+        """Whether an event that changes a caller, or is one too many, begins the next slice.
+
+        No change is divided: a changed key makes two events of it.
+        """
+        is_next_change = bool(self.events) and event.cursor != self.events[-1].cursor
+        return is_next_change and (is_full or event.action == "update")
 
     def add_account_event(self, event: Event, *, is_caller_change: bool) -> None:
-        """Take note of an event about a person."""
         self.account_events.append(event)
         if is_caller_change and event.action == "delete":
-            self.max_events = 0  # what follows is judged without this caller
+            self.max_events = 0
         elif is_caller_change:
-            self.changed_account = account_of_event(event)
+            self.changed_account = event.account
 
     def build(self, gap: GapNotice | None, end_cursor: Cursor) -> Slice:
         return Slice(self.events, gap, end_cursor, self.account_events)
@@ -97,60 +103,58 @@ def split_into_slices(
     *,
     fits: Callable[[Transaction], bool],
 ) -> Iterator[Slice]:
-    """Cut entries into slices that begin after the cursor.
+    """Divide entries into slices that begin after a cursor.
 
     Args:
-        entries: In the order of the stream.
-        after: What the reader has.
-        collections: What is shown of them.
-        changes_a_caller: Whether an event about a person changes a caller of the reader. The slice
-            before must have been handed out when the next one is asked for.
-        max_events: Of a slice's events, unless one change has more.
-        fits: Whether a transaction's rows are what the collections are made for. If they aren't,
-            they can't be judged or shown: what is left of the transaction is a gap.
+        entries: In stream order.
+        after: The reader's cursor.
+        collections: Changes of other tables make no events.
+        changes_a_caller: Whether an update or delete of an account's row changes a caller of the
+            reader. A slice must be delivered before the next one is taken from the iterator.
+        max_events: Of one slice, unless a single change makes more.
+        fits: Whether a transaction's rows have the shapes that the collections were built for. If
+            not, they can't be evaluated or rendered: what is left of the transaction is a gap.
     """
     if not entries:
-        # All that the commit changed lies behind; to its very end there is nothing to read.
+        # Nothing is left of the commit at the cursor.
         yield Slice([], None, Cursor(after.lsn, END_ORDINAL))
         return
-    cut = _SliceBuilder(max_events)
-    upto = after
+    builder = _SliceBuilder(max_events)
+    end_cursor = after
     for entry in entries:
-        if isinstance(entry, Transaction) and fits(entry):
-            behind = after.ordinal if after.lsn == entry.end_lsn else 0
-            for event in transaction_events(entry, collections, behind):
-                if isinstance(event, Truncation):
-                    names = frozenset({event.collection.name})
-                    gap = GapNotice(names, "truncate", event.cursor, entry.xid)
-                    yield cut.build(gap, event.cursor)
-                    cut = _SliceBuilder(max_events)
-                    continue
-                is_person = event.collection.type == "auth" and event.action != "create"
-                is_turn = is_person and cut.may_change_caller(event, changes_a_caller)
-                is_full = len(cut.events) >= cut.max_events
-                if (is_turn or is_full) and cut.must_end_before(event, is_full=is_full):
-                    yield cut.build(None, cut.events[-1].cursor)
-                    cut = _SliceBuilder(max_events)
-                cut.events.append(event)
-                if is_person:
-                    cut.add_account_event(event, is_caller_change=is_turn)
-            upto = Cursor(entry.end_lsn, END_ORDINAL)
-        elif isinstance(entry, Watermark):
-            upto = Cursor(entry.end_lsn, END_ORDINAL)
-        else:
-            upto = Cursor(entry.end_lsn, END_ORDINAL)
-            yield cut.build(_gap_notice(entry, after, collections, upto), upto)
-            cut = _SliceBuilder(max_events)
-    if upto > after:
-        yield cut.build(None, upto)
+        end_cursor = Cursor(entry.end_lsn, END_ORDINAL)
+        if isinstance(entry, Watermark):
+            continue
+        if not isinstance(entry, Transaction) or not fits(entry):
+            yield builder.build(_gap_notice(entry, after, collections, end_cursor), end_cursor)
+            builder = _SliceBuilder(max_events)
+            continue
+        for event in transaction_events(entry, collections, _read_changes(entry, after)):
+            if isinstance(event, Truncation):
+                names = frozenset({event.collection.name})
+                gap = GapNotice(names, "truncate", event.cursor, entry.xid)
+                yield builder.build(gap, event.cursor)
+                builder = _SliceBuilder(max_events)
+                continue
+            is_account = event.collection.type == "auth" and event.action != "create"
+            is_caller_change = is_account and builder.may_change_caller(event, changes_a_caller)
+            is_full = len(builder.events) >= builder.max_events
+            if (is_caller_change or is_full) and builder.must_end_before(event, is_full=is_full):
+                yield builder.build(None, builder.events[-1].cursor)
+                builder = _SliceBuilder(max_events)
+            builder.events.append(event)
+            if is_account:
+                builder.add_account_event(event, is_caller_change=is_caller_change)
+    if end_cursor > after:
+        yield builder.build(None, end_cursor)
 
 
 def slice_prefix(whole: Slice, event_count: int) -> Slice:
-    """Return a slice's beginning, which is all of it if it is short.
+    """Return the beginning of a slice, without its gap unless it is the whole slice.
 
     Args:
         whole: The slice.
-        event_count: How many events; more if a change would be torn apart. At least 1.
+        event_count: How many events, at least 1; more if a change would be divided.
     """
     events = whole.events
     while (
@@ -159,33 +163,38 @@ def slice_prefix(whole: Slice, event_count: int) -> Slice:
         event_count += 1
     if event_count >= len(events):
         return whole
-    upto = events[event_count - 1].cursor
-    people = [event for event in whole.account_events if event.cursor <= upto]
-    return Slice(events[:event_count], None, upto, people)
+    end_cursor = events[event_count - 1].cursor
+    account_events = [event for event in whole.account_events if event.cursor <= end_cursor]
+    return Slice(events[:event_count], None, end_cursor, account_events)
 
 
 def delivery_ranges(events: Sequence[Event], hits: Sequence[Iterable[Hashable]]) -> Iterator[range]:
-    """Cut a judged slice: no group receives much more than ``SLICE_CHANGES`` messages at once.
+    """Divide an evaluated slice so that no group receives many more than ``SLICE_CHANGES`` at once.
 
     Args:
-        events: Of the slice.
-        hits: Per event the groups that hear of it.
+        events: The slice's.
+        hits: Per event, the groups that receive it.
 
     Yields:
-        The events' places; at least once, and no change is torn apart.
+        Indexes of events, at least one range; no change is divided.
     """
     first = 0
     if len(events) > SLICE_CHANGES:
         counts: dict[Hashable, int] = {}
         is_full = False
-        for place, groups in enumerate(hits):
-            if is_full and events[place].cursor != events[place - 1].cursor:
-                yield range(first, place)
-                first, is_full, counts = place, False, {}
+        for index, groups in enumerate(hits):
+            if is_full and events[index].cursor != events[index - 1].cursor:
+                yield range(first, index)
+                first, is_full, counts = index, False, {}
             for group in groups:
                 counts[group] = count = counts.get(group, 0) + 1
                 is_full = is_full or count >= SLICE_CHANGES
     yield range(first, len(events))
+
+
+def _read_changes(transaction: Transaction, after: Cursor) -> int:
+    """Return how many of the transaction's changes a reader at the cursor has read."""
+    return after.ordinal if after.lsn == transaction.end_lsn else 0
 
 
 def _gap_notice(
@@ -195,9 +204,9 @@ def _gap_notice(
     cursor: Cursor,
 ) -> GapNotice:
     if isinstance(entry, Transaction):
-        behind = after.ordinal if after.lsn == entry.end_lsn else 0
-        left = frozenset(change.table for change in entry.changes[behind:])
-        return GapNotice(_collection_names(left, collections), "schema", cursor, entry.xid)
+        unread = entry.changes[_read_changes(entry, after) :]
+        tables = frozenset(change.table for change in unread)
+        return GapNotice(_collection_names(tables, collections), "schema", cursor, entry.xid)
     names = _collection_names(entry.tables, collections)
     if isinstance(entry, OversizedTransaction):
         return GapNotice(names, "too_large", cursor, entry.xid)

@@ -19,7 +19,7 @@ from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection
 from pgrealtime.config.model import CollectionLoginConfig
 from pgrealtime.hub.connections.connection import Connection
-from pgrealtime.hub.events.event import Event, account_of_event
+from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor
 from pgrealtime.snapshot import ReadPoint
 
@@ -109,7 +109,7 @@ class CallerTracker:
 
     def connections_of(self, event: Event) -> Sized[Connection]:
         """Return the connections whose caller's row the event is about."""
-        return self._connections_by_account.get(account_of_event(event), {}).keys()
+        return self._connections_by_account.get(event.account, {}).keys()
 
     def caller_after(self, event: Event, caller: Caller, read_point: ReadPoint | None) -> Caller:
         """Return the caller after an event; the same object if the event doesn't change it.
@@ -120,7 +120,7 @@ class CallerTracker:
             read_point: The snapshot in which its row was read. A transaction that was visible in it
                 changes nothing: the row may be newer.
         """
-        if account_of(caller) != account_of_event(event):
+        if account_of(caller) != event.account:
             return caller
         if read_point is not None and not read_point.predates(event.xid, event.cursor.lsn):
             return caller
@@ -145,7 +145,7 @@ class CallerTracker:
 
     def remember_change(self, event: Event) -> None:
         """Remember the event for calls whose callers were read before it."""
-        account = account_of_event(event)
+        account = event.account
         size = sum(len(value) for value in event.row.values() if value is not None)
         # Without its transaction's changes: the changelog may have discarded those meanwhile.
         self._recent_changes.setdefault(account, deque()).append(
