@@ -20,10 +20,9 @@ from pgrealtime.caches import WeightedCache
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.errors import RuleError
-from pgrealtime.rules.engine.formula import TestCall
+from pgrealtime.rules.engine.formula import TestCall, split_condition
 from pgrealtime.rules.engine.index_keys import KeyRegistry
 from pgrealtime.rules.engine.plan import BoundPredicate, Plan
-from pgrealtime.rules.engine.split import split_condition
 from pgrealtime.rules.engine.test import Test, caller_columns, reads_caller_row
 from pgrealtime.rules.language.parameter_values import parameter_value
 from pgrealtime.rules.language.parameters import (

@@ -6,11 +6,26 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from pgrealtime.rules.engine.test import Test
+from pgrealtime.rules.language.predicate import (
+    CallerRow,
+    CollectionRows,
+    Comparison,
+    Condition,
+    Conjunction,
+    Disjunction,
+    GeoDistance,
+    NestedRule,
+    RowPath,
+    Strftime,
+    Term,
+    ToOne,
+    row_path_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +59,15 @@ class AnyOf:
 Formula: TypeAlias = bool | TestCall | AllOf | AnyOf
 
 
-def each_test_call(formula: Formula) -> Iterator[TestCall]:
-    """Yield the calls of tests, from left to right."""
+def each_test_call(formula: Formula) -> tuple[TestCall, ...]:
+    """Return the calls of tests, from left to right."""
     match formula:
         case TestCall():
-            yield formula
+            return (formula,)
         case AllOf(operands) | AnyOf(operands):
-            for operand in operands:
-                yield from each_test_call(operand)
+            return tuple(call for operand in operands for call in each_test_call(operand))
         case bool():
-            return
+            return ()
 
 
 def map_test_calls(formula: Formula, replace: Callable[[TestCall], Formula]) -> Formula:
@@ -93,3 +107,91 @@ def _flattened(
         else:
             found.append(operand)
     return connective(tuple(found)) if len(found) > 1 else found[0] if found else neutral
+
+
+def split_condition(condition: Condition, compile_part: Callable[[Condition], Formula]) -> Formula:
+    """Return the condition as a formula over parts that share no join.
+
+    Args:
+        condition: In one scope of joins.
+        compile_part: Compiles a part; called once for each, from left to right.
+    """
+    match condition:
+        case Comparison() | NestedRule():
+            return compile_part(condition)
+        case Disjunction(parts):
+            return disjunction(split_condition(part, compile_part) for part in parts)
+        case Conjunction(parts):
+            groups = _group_by_shared_joins(_flatten_conjunction(parts))
+            return conjunction(
+                split_condition(group[0], compile_part)
+                if len(group) == 1
+                else compile_part(Conjunction(tuple(group)))
+                for group in groups
+            )
+
+
+def _flatten_conjunction(parts: Sequence[Condition]) -> Iterator[Condition]:
+    for part in parts:
+        if isinstance(part, Conjunction):
+            yield from _flatten_conjunction(part.conditions)
+        else:
+            yield part
+
+
+def _group_by_shared_joins(conditions: Iterator[Condition]) -> list[list[Condition]]:
+    """Return the conditions in groups: those that share a join, directly or through others."""
+    groups: list[tuple[set[RowPath], list[Condition]]] = []
+    for condition in conditions:
+        joins, members = set(_joins_of_condition(condition)), [condition]
+        separate = []
+        for group in groups:
+            if joins.isdisjoint(group[0]):
+                separate.append(group)
+            else:
+                joins |= group[0]
+                members = group[1] + members
+        groups = [*separate, (joins, members)]
+    return [members for _, members in groups]
+
+
+def _joins_of_condition(condition: Condition) -> Iterator[RowPath]:
+    """Yield every join of the condition's own scope."""
+    match condition:
+        case Comparison(left, _, _, right):
+            for term in (left, right):
+                yield from _joins_of_term(term)
+        case Conjunction(parts) | Disjunction(parts):
+            for part in parts:
+                yield from _joins_of_condition(part)
+        case NestedRule(path, _):
+            yield from _joins_of_path(path)
+
+
+def _joins_of_term(term: Term) -> Iterator[RowPath]:
+    match term:
+        case GeoDistance(arguments):
+            for argument in arguments:
+                yield from _joins_of_term(argument)
+        case Strftime(time=time):
+            if time is not None:
+                yield from _joins_of_term(time)
+        case _:
+            path = row_path_of(term)
+            if path is not None:
+                yield from _joins_of_path(path)
+
+
+def _joins_of_path(path: RowPath) -> Iterator[RowPath]:
+    """Yield the joins of a path, except those that give exactly one row of the caller.
+
+    The caller's own row, and what it points to by single relations, is the same in every
+    combination of joined rows: comparisons that share it are independent all the same.
+    """
+    if isinstance(path.root, CollectionRows):
+        yield RowPath(path.root)
+    is_one_row = isinstance(path.root, CallerRow)
+    for length, step in enumerate(path.steps, start=1):
+        is_one_row = is_one_row and isinstance(step, ToOne)
+        if not is_one_row:
+            yield RowPath(path.root, path.steps[:length])

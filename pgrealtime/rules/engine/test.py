@@ -19,14 +19,10 @@ from pgrealtime.rules.language.parameters import (
 )
 from pgrealtime.rules.language.predicate import (
     CallerRow,
-    Comparison,
     Condition,
-    Conjunction,
-    Disjunction,
     EachValue,
     FieldValue,
     JsonValue,
-    NestedRule,
     Predicate,
     RowPath,
     Strftime,
@@ -35,6 +31,7 @@ from pgrealtime.rules.language.predicate import (
     columns_read,
     condition_parameters,
     row_path_of,
+    row_paths,
     terms,
 )
 from pgrealtime.rules.memory.conditions import CompiledCondition, compile_condition
@@ -155,7 +152,7 @@ def _macros_read(condition: Condition) -> tuple[Macro, ...]:
 
 def reads_caller_row(condition: Condition) -> bool:
     """Whether it reads the caller's own row, or anything reached from it."""
-    return any(isinstance(path.root, CallerRow) for path in _row_paths(condition))
+    return any(isinstance(path.root, CallerRow) for path in row_paths(condition))
 
 
 def caller_columns(condition: Condition) -> Sequence[CallerColumn]:
@@ -182,17 +179,3 @@ def _root_fields_read(term: Term, path: RowPath) -> Iterator[Field]:
             yield field
         case _:
             return
-
-
-def _row_paths(condition: Condition) -> Iterator[RowPath]:
-    """Yield every path that is read, in nested rules too."""
-    match condition:
-        case Comparison():
-            paths = (row_path_of(term) for term in terms(condition))
-            yield from (path for path in paths if path is not None)
-        case Conjunction(parts) | Disjunction(parts):
-            for part in parts:
-                yield from _row_paths(part)
-        case NestedRule(path, where):
-            yield path
-            yield from _row_paths(where)

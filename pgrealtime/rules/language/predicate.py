@@ -294,20 +294,23 @@ class DenyAll:
 # --- walking
 
 
-def comparisons(condition: Condition) -> Iterator[Comparison]:
-    """Yield every comparison, those of nested rules included, from left to right."""
+def comparisons(condition: Condition) -> tuple[Comparison, ...]:
+    """Return every comparison, those of nested rules included, from left to right."""
     match condition:
         case Comparison():
-            yield condition
+            return (condition,)
         case Conjunction(parts) | Disjunction(parts):
-            for part in parts:
-                yield from comparisons(part)
+            return tuple(found for part in parts for found in comparisons(part))
         case NestedRule(_, where):
-            yield from comparisons(where)
+            return comparisons(where)
 
 
-def terms(condition: Condition) -> Iterator[Term]:
-    """Yield every operand, each followed by its arguments."""
+def terms(condition: Condition) -> tuple[Term, ...]:
+    """Return every operand, each followed by its arguments."""
+    return tuple(_each_term(condition))
+
+
+def _each_term(condition: Condition) -> Iterator[Term]:
     for comparison in comparisons(condition):
         for term in (comparison.left, comparison.right):
             yield term
@@ -315,6 +318,18 @@ def terms(condition: Condition) -> Iterator[Term]:
                 yield term.time
             if isinstance(term, GeoDistance):
                 yield from term.args
+
+
+def row_paths(condition: Condition) -> tuple[RowPath, ...]:
+    """Return every path that is read, in nested rules too."""
+    match condition:
+        case Comparison():
+            paths = (row_path_of(term) for term in terms(condition))
+            return tuple(path for path in paths if path is not None)
+        case Conjunction(parts) | Disjunction(parts):
+            return tuple(path for part in parts for path in row_paths(part))
+        case NestedRule(path, where):
+            return (path, *row_paths(where))
 
 
 def condition_parameters(condition: Condition) -> tuple[Parameter, ...]:

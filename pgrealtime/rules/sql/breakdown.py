@@ -224,7 +224,7 @@ def fragment_queries(
     if isinstance(fragment, Clause):
         values = _OperandValues(collections, collection, request, row, now)
         # The conditions that a filter adds by itself follow its own.
-        first = next(comparisons(predicate.where))
+        first = comparisons(predicate.where)[0]
         operands = (
             *values.operand_value(fragment.left, first.left),
             *values.operand_value(fragment.right, first.right),

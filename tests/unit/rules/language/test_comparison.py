@@ -30,7 +30,7 @@ def _plan(rule: str) -> ComparisonPlan:
         parameter: parameter_class(parameter_value(parameter, REQUEST, NOW))
         for parameter in condition_parameters(where)
     }
-    return plan_comparison(next(comparisons(where)), classes)
+    return plan_comparison(comparisons(where)[0], classes)
 
 
 @pytest.mark.parametrize(
