@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pgrealtime.cli.event_loop import run_coroutine
+from pgrealtime.cli.options import run_coroutine
 from pgrealtime.cli.report import report_errors
 from pgrealtime.demo.run import run_demo
 

@@ -9,10 +9,10 @@ import click
 from pgrealtime import __version__
 
 _COMMANDS = {
-    "check": "pgrealtime.cli.check.command",
+    "check": "pgrealtime.cli.check.check",
     "demo": "pgrealtime.cli.demo",
     "explain": "pgrealtime.cli.explain",
-    "init": "pgrealtime.cli.init.command",
+    "init": "pgrealtime.cli.init.init",
     "listen": "pgrealtime.cli.listen",
     "run": "pgrealtime.cli.run",
     "slot": "pgrealtime.cli.slot",

@@ -1,8 +1,11 @@
-"""Options and arguments that several commands have."""
+"""Options and arguments that several commands have, and how they run a coroutine."""
 
 from __future__ import annotations
 
+import asyncio
 import sys
+from collections.abc import Coroutine
+from typing import Any
 
 import click
 
@@ -33,3 +36,15 @@ def split_user(user: str) -> tuple[str, str]:
     if not (collection and record_id):
         raise click.UsageError("a user is COLLECTION/ID, such as users/ann")
     return collection, record_id
+
+
+def run_coroutine(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine in a new event loop."""
+    try:
+        import uvloop  # noqa: PLC0415 (there is none for Windows and PyPy)
+    except ImportError:
+        factory = None
+    else:
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(coroutine)

@@ -7,8 +7,7 @@ from functools import partial
 
 import click
 
-from pgrealtime.cli.event_loop import run_coroutine
-from pgrealtime.cli.options import config_option
+from pgrealtime.cli.options import config_option, run_coroutine
 from pgrealtime.cli.report import report_errors
 from pgrealtime.config.load import read_config
 from pgrealtime.service.process import serve

@@ -5,14 +5,21 @@ Called by the command ``check``. A problem hides others only where those depend 
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+
+import click
 
 from pgrealtime.auth.authenticator import issuer_key_problems
 from pgrealtime.cli.check.database import Findings, check_database, count_text
 from pgrealtime.cli.check.warnings import config_warnings
+from pgrealtime.cli.options import config_option
+from pgrealtime.cli.report import report_errors
 from pgrealtime.collections.names import check_names
-from pgrealtime.config.load import ParsedConfig
+from pgrealtime.config.load import ParsedConfig, read_config
 from pgrealtime.config.model import Config
 from pgrealtime.errors import ConfigError, ConfigProblem, PgRealtimeError, describe_problem
 from pgrealtime.rules.rule_set import rule_texts, syntax_problems
@@ -76,3 +83,21 @@ def _in_file_order(problems: Iterable[ConfigProblem]) -> tuple[ConfigProblem, ..
 def _summarize_config(config: Config) -> str:
     rules = sum(1 for one in config.collections.values() for _ in rule_texts(one))
     return f"{count_text(len(config.collections), 'collection')}, {count_text(rules, 'rule')}"
+
+
+@click.command()
+@config_option
+@click.option("--no-database", is_flag=True, help="Look at the configuration alone.")
+def check(path: str, *, no_database: bool) -> None:
+    """Say everything that would keep the service from running."""
+    with report_errors():
+        parsed = read_config(path, os.environ)
+        print_progress = partial(click.echo, err=True)
+        result = asyncio.run(
+            run_check(parsed, with_database=not no_database, report_progress=print_progress)
+        )
+        if result.errors:
+            raise ExceptionGroup("the check failed", result.errors)
+    for warning in result.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo("\n".join(("ok", *result.summary_lines)))

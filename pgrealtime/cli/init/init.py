@@ -5,12 +5,15 @@ Called by the command ``init``. ``drafts`` decides what to write, ``render`` mak
 
 from __future__ import annotations
 
+import asyncio
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 from psycopg import AsyncConnection
 
 from pgrealtime.catalog.introspect import read_catalog
@@ -18,6 +21,8 @@ from pgrealtime.catalog.privileges import read_privilege_errors
 from pgrealtime.changes import TableName
 from pgrealtime.cli.init.model import SchemaSurvey, TableFault
 from pgrealtime.cli.init.render import render_config
+from pgrealtime.cli.options import config_option
+from pgrealtime.cli.report import report_errors
 from pgrealtime.errors import SetupError
 from pgrealtime.postgres.connect import connect_once
 from pgrealtime.spelling import did_you_mean
@@ -138,3 +143,28 @@ async def _survey_schemas(connection: AsyncConnection[Any], schemas: Sequence[st
         },
         unreadable={name: TableFault(error.message, error.hint) for name, error in refused.items()},
     )
+
+
+@click.command()
+@config_option
+@click.option(
+    "--url",
+    envvar=["PGREALTIME_DATABASE__QUERY_URL", "DATABASE_URL"],
+    default="",
+    help="Of the database, by the login that rules are asked with; also in"
+    " PGREALTIME_DATABASE__QUERY_URL or DATABASE_URL. Without one libpq's PG* variables count.",
+)
+@click.option(
+    "--schema",
+    "schemas",
+    multiple=True,
+    default=["public"],
+    show_default=True,
+    help="Whose tables are to be served; may be given several times.",
+)
+def init(path: str, url: str, schemas: tuple[str, ...]) -> None:
+    """Write a configuration for the tables that are there, all rules locked."""
+    with report_errors():
+        asyncio.run(write_config(path, url, tuple(dict.fromkeys(schemas))))
+    lacks_url = bool(url) and not os.environ.get("DATABASE_URL")
+    click.echo(next_steps_text(path, lacks_url=lacks_url), err=path == STDOUT)
