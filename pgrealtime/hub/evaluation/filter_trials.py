@@ -10,53 +10,38 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection as Sized
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
-from typing import Generic, Protocol, TypeVar
 from weakref import WeakSet
 
+from pgrealtime.hub.connections.connection import Group
 from pgrealtime.hub.connections.group import MANY_CONNECTIONS
 from pgrealtime.rules.engine.plan import Specialization
 
 
-class FilterGroup(Hashable, Protocol):
-    """Subscriptions with the same filter and values (``hub.connections.group``)."""
-
-    @property
-    def specialization(self) -> Specialization:
-        """The filter. Filters that differ only in values are one."""
-        ...
-
-    @property
-    def shared_subscription_count(self) -> int:
-        """How many of its subscriptions are evaluated with those of other connections."""
-        ...
-
-
-G = TypeVar("G", bound=FilterGroup)
-
-
-class FilterTrials(Generic[G]):
+class FilterTrials:
     """The groups that are evaluated for all and whose filters ask PostgreSQL, by filter.
+
+    A filter is a ``Specialization``: filters that differ only in values are one.
 
     The matcher adds and removes groups; the evaluator and ``IsolatedConnections`` record how long
     filters took.
     """
 
     def __init__(self) -> None:
-        self._groups: defaultdict[Specialization, dict[G, None]] = defaultdict(dict)
+        self._groups: defaultdict[Specialization, dict[Group, None]] = defaultdict(dict)
         self._quick_filters: WeakSet[Specialization] = WeakSet()
         self._untried_filters: defaultdict[str, dict[Specialization, None]] = defaultdict(dict)
         """By collection, those of ``_groups`` that aren't quick."""
 
-    def add(self, group: G) -> None:
+    def add(self, group: Group) -> None:
         """Add a group that is evaluated for all from now on."""
         specialization = group.specialization
         self._groups[specialization][group] = None
         if specialization not in self._quick_filters:
             self._untried_filters[specialization.collection.name][specialization] = None
 
-    def remove(self, group: G) -> None:
+    def remove(self, group: Group) -> None:
         """Remove a group that is evaluated for all no longer."""
         specialization = group.specialization
         groups = self._groups[specialization]
@@ -83,7 +68,7 @@ class FilterTrials(Generic[G]):
         """Whether there is any filter that must not be evaluated for all."""
         return any(self._untried_filters.values())
 
-    def untried_groups(self, collection_names: Iterable[str]) -> Iterator[G]:
+    def untried_groups(self, collection_names: Iterable[str]) -> Iterator[Group]:
         """Yield the groups whose filters must not be evaluated for all.
 
         Args:
@@ -96,7 +81,7 @@ class FilterTrials(Generic[G]):
                     yield from groups
 
 
-def _are_widely_used(groups: Sized[FilterGroup]) -> bool:
+def _are_widely_used(groups: Sized[Group]) -> bool:
     return len(groups) >= MANY_CONNECTIONS or any(
         count >= MANY_CONNECTIONS
         for count in accumulate(group.shared_subscription_count for group in groups)

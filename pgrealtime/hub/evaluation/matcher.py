@@ -53,7 +53,7 @@ class Matcher:
     def __init__(self, collections: Collections) -> None:
         self._collections = collections
         self.compiler = RuleCompiler(collections)
-        self.trials: FilterTrials[Group] = FilterTrials()
+        self.trials = FilterTrials()
         self._before_states = BeforeStates(reachable_tables(collections))
         self._tables: dict[str, GroupTable] = {}
         """By name of the collection; no table is empty."""

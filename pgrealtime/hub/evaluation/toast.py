@@ -10,8 +10,8 @@ in stream order. The evaluator completes rows before it evaluates them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 from pgrealtime.changelog.row_history import RowHistory, RowWrite, TableHistory
 from pgrealtime.changes import TableName, Update
@@ -25,14 +25,10 @@ from pgrealtime.rule_queries.live_rows import LiveRow
 _NO_COLUMNS: frozenset[str] = frozenset()
 
 
-class LiveRowQueries(Protocol):
-    """The one query that this needs of ``HubQueries``."""
-
-    async def fetch_live_rows(
-        self, events: Sequence[Event]
-    ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
-        """As of ``HubQueries``; every snapshot sees the events' transactions."""
-        ...
+FetchLiveRows: TypeAlias = Callable[
+    [Sequence[Event]], Awaitable[tuple[dict[tuple[str, str], LiveRow], frozenset[str]]]
+]
+"""Reads live rows in snapshots that see the events' transactions (``HubQueries``)."""
 
 
 class CompletionResult(NamedTuple):
@@ -82,18 +78,18 @@ class RowCompleter:
     """Completes the rows of events.
 
     Args:
-        queries: Reads live rows.
+        fetch_live_rows: Reads live rows.
         row_history: Finds later changes of the rows.
     """
 
-    def __init__(self, queries: LiveRowQueries, row_history: RowHistory) -> None:
-        self._queries = queries
+    def __init__(self, fetch_live_rows: FetchLiveRows, row_history: RowHistory) -> None:
+        self._fetch_live_rows = fetch_live_rows
         self._row_history = row_history
         self._later_writes = LaterWrites()
 
     async def complete(self, events: Sequence[Event]) -> CompletionResult:
         """Fill in the columns that can be proved; the others stay missing."""
-        live_rows, unreadable = await self._queries.fetch_live_rows(events)
+        live_rows, unreadable = await self._fetch_live_rows(events)
         undated: dict[tuple[str, str], _UndatedLiveRow] = {}
         dropped: defaultdict[str, frozenset[str]] = defaultdict(frozenset)
         for event in events:

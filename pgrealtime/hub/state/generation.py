@@ -82,7 +82,9 @@ class Generation:
             hidden=hidden_fields,
             on_schema_mismatch=on_schema_mismatch,
         )
-        self.evaluator = SliceEvaluator(executor, matcher, RowCompleter(executor, row_history))
+        self.evaluator = SliceEvaluator(
+            executor, matcher, RowCompleter(executor.fetch_live_rows, row_history)
+        )
         self.enricher = SliceEnricher(
             executor,
             collections,

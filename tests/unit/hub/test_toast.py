@@ -77,7 +77,7 @@ class Table:
 
     async def title(self, event: Event) -> str | None:
         """What the event's row has as title once it was completed; None for nothing."""
-        toast = RowCompleter(self, RowHistory(self.changelog, self.reach))
+        toast = RowCompleter(self.fetch_live_rows, RowHistory(self.changelog, self.reach))
         await toast.complete([event])
         return event.row.get("title")
 
@@ -215,7 +215,9 @@ async def test_a_row_that_is_written_again_and_again_costs_a_reader_behind_it_li
     for entry in updates:
         world.changelog.append(entry)
     events = [first_event(entry) for entry in updates[:250]]
-    await RowCompleter(world, RowHistory(world.changelog, world.reach)).complete(events)
+    await RowCompleter(world.fetch_live_rows, RowHistory(world.changelog, world.reach)).complete(
+        events
+    )
 
     assert {event.row["title"] for event in events} == {"live"}
     assert looked < 2000
@@ -232,7 +234,9 @@ async def test_a_write_ends_what_is_known_of_the_events_before_it_and_of_no_othe
     for entry in entries:
         world.changelog.append(entry)
     events = [first_event(entry) for entry in (entries[0], *entries[2:])]
-    await RowCompleter(world, RowHistory(world.changelog, world.reach)).complete(events)
+    await RowCompleter(world.fetch_live_rows, RowHistory(world.changelog, world.reach)).complete(
+        events
+    )
 
     assert [event.row.get("title") for event in events] == [None, "live", "live"]
 
