@@ -30,10 +30,9 @@ from pgrealtime.hub.state.epochs import ResumableEpochs
 from pgrealtime.hub.state.gaps import GapNotifier
 from pgrealtime.hub.state.generation import Generation
 from pgrealtime.hub.state.progress import DispatchProgress
-from pgrealtime.hub.state.registry import ConnectionRegistry
+from pgrealtime.hub.state.registry import ConnectionRegistry, HubCounters
 from pgrealtime.hub.state.settings import HubSettings
 from pgrealtime.hub.state.timeouts import ConnectionTimeouts
-from pgrealtime.hub.state.totals import HubCounters
 from pgrealtime.hub.state.visibility import VisibilityTracker
 from pgrealtime.hub.subscribe import SubscribeCalls
 from pgrealtime.lsn import Cursor

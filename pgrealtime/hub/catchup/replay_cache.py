@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from pgrealtime.hub.connections.batch import MessageBatch
+from pgrealtime.hub.connections.output import MessageBatch
 from pgrealtime.hub.evaluation.filter_budget import FilterBudget
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import Cursor

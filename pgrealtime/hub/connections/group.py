@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from pgrealtime.expand.plan import ExpandViewer
-from pgrealtime.hub.connections.batch import MessageBatch
+from pgrealtime.hub.connections.output import MessageBatch
 from pgrealtime.hub.events.event import Event
 from pgrealtime.records.encode import View
 from pgrealtime.rules.engine.plan import BoundPredicate

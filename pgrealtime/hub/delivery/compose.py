@@ -14,7 +14,6 @@ from time import perf_counter
 from msgspec import Struct
 
 from pgrealtime.fairness import YieldTimer
-from pgrealtime.hub.connections.batch import MessageBatch
 from pgrealtime.hub.connections.connection import (
     LIVE,
     Connection,
@@ -23,6 +22,7 @@ from pgrealtime.hub.connections.connection import (
     Subscription,
 )
 from pgrealtime.hub.connections.group import MANY_CONNECTIONS
+from pgrealtime.hub.connections.output import MessageBatch
 from pgrealtime.hub.delivery.enrichment import Enrichment
 from pgrealtime.hub.delivery.render import EventRendering, RecordRenderer, event_rendering
 from pgrealtime.hub.events.event import Event

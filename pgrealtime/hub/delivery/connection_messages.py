@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from msgspec import Struct
 
 from pgrealtime.fairness import BackgroundYieldTimer, YieldTimer
-from pgrealtime.hub.connections.batch import MessageBatch
 from pgrealtime.hub.connections.connection import (
     NO_MESSAGE_KEYS,
     Connection,
@@ -15,6 +14,7 @@ from pgrealtime.hub.connections.connection import (
     MessageKey,
     Subscription,
 )
+from pgrealtime.hub.connections.output import MessageBatch
 from pgrealtime.hub.delivery.enrichment import Enrichment
 from pgrealtime.hub.delivery.render import EventRendering, RecordRenderer, event_rendering
 from pgrealtime.hub.events.event import Event

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import secrets
 import string
+from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Collection as Sized
 from contextlib import contextmanager
 
 import structlog
+from msgspec import Struct, field
 
 from pgrealtime.errors import SubscriptionLimitError
 from pgrealtime.hub.connections.connection import (
@@ -29,7 +31,6 @@ from pgrealtime.hub.state.epochs import ResumableEpochs
 from pgrealtime.hub.state.generation import Generation
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.hub.state.settings import HubSettings
-from pgrealtime.hub.state.totals import HubCounters
 from pgrealtime.lsn import Cursor
 from pgrealtime.observe.redact import raise_location
 
@@ -280,3 +281,24 @@ class ConnectionRegistry:
         """Close a connection whose caller has become a guest, where guests may have no topics."""
         if not self.callers.may_keep_topics(connection):
             self.invalidate_caller(connection, "guest", delivered)
+
+
+class HubCounters(Struct):
+    """Totals since the start.
+
+    Attributes:
+        closed_connections: Closed connections by reason; ``client`` if the client closed it.
+        events_sent_to_closed: Events that those were sent.
+        resume_outcomes: First calls of connections that submitted a position: ``resumed``, or the
+            reason of the gap.
+        refused_subscribe_calls: Calls with too many subscriptions of a kind for a connection or an
+            address.
+        incomplete_records: By collection, records that were sent to some subscribers without a
+            column: its value then is not known any more, and they may not see its value now.
+    """
+
+    closed_connections: Counter[str] = field(default_factory=Counter)
+    events_sent_to_closed: int = 0
+    resume_outcomes: Counter[str] = field(default_factory=Counter)
+    refused_subscribe_calls: int = 0
+    incomplete_records: Counter[str] = field(default_factory=Counter)

@@ -18,7 +18,7 @@ from pgrealtime.hub.catchup.replay_cache import (
     CatchUpCacheKey,
     catch_up_cache_key,
 )
-from pgrealtime.hub.connections.batch import MessageBatch
+from pgrealtime.hub.connections.output import MessageBatch
 from pgrealtime.hub.evaluation.filter_budget import FilterBudget
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor
