@@ -3,7 +3,7 @@
 A ``TimeBudget`` bounds all questions that others wait for. A question of a rule or filter that runs
 into the operator's ``statement_timeout`` again and again is not asked for a while
 (``CircuitBreakers``). The question loop (``rounds``) and the read sessions obey both; the hub
-derives the budget of clients' filters from ``TimeBudget`` (``hub.evaluation.filter_budget``) and
+derives the budget of clients' filters from ``TimeBudget`` (``hub.evaluation.filter_limits``) and
 keeps breakers of its own for connections (``hub.state.isolation``).
 """
 

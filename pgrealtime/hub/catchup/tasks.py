@@ -15,11 +15,16 @@ from msgspec import Struct
 
 from pgrealtime.auth.principal import account_of
 from pgrealtime.changelog.base import Changelog
-from pgrealtime.hub.catchup.replay_cache import CatchUpCache, CatchUpCacheKey, catch_up_cache_key
-from pgrealtime.hub.catchup.slice_reader import EvaluatedSlice, SliceReader
+from pgrealtime.hub.catchup.slice_reader import (
+    CatchUpCache,
+    CatchUpCacheKey,
+    EvaluatedSlice,
+    SliceReader,
+    catch_up_cache_key,
+)
 from pgrealtime.hub.connections.connection import NO_MESSAGE_KEYS, Connection
 from pgrealtime.hub.connections.output import MessageBatch
-from pgrealtime.hub.delivery.connection_messages import ConnectionMessages, compose_for_connection
+from pgrealtime.hub.delivery.compose import ConnectionMessages, compose_for_connection
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.slices import SLICE_CHANGES, GapNotice
 from pgrealtime.hub.state.caller_check import CallerCheckResult, may_account_have_changed

@@ -19,7 +19,7 @@ from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, unpadded_id
 from pgrealtime.expand.plan import ExpandViewer
 from pgrealtime.hub.connections.connection import Group
-from pgrealtime.hub.evaluation.filter_budget import FilterBudget
+from pgrealtime.hub.evaluation.filter_limits import FilterBudget
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.events.event import Event
 from pgrealtime.rule_queries.session import ReadSession, fetch_rows_by_id

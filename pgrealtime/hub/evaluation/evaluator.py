@@ -17,7 +17,7 @@ import structlog
 
 from pgrealtime.hub.connections.connection import Group
 from pgrealtime.hub.connections.group import MANY_CONNECTIONS
-from pgrealtime.hub.evaluation.filter_budget import FilterBudget
+from pgrealtime.hub.evaluation.filter_limits import FilterBudget
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.hub.evaluation.queries import HubQueries
 from pgrealtime.hub.evaluation.slice_result import SliceResult, collection_names

@@ -8,7 +8,7 @@ import structlog
 
 from pgrealtime.fairness import FairLock
 from pgrealtime.hub.connections.connection import Connection, Group
-from pgrealtime.hub.evaluation.filter_budget import WORK_PER_FILTER, FilterBudget
+from pgrealtime.hub.evaluation.filter_limits import WORK_PER_FILTER, FilterBudget
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.rule_queries.slow_queries import SLICE_FILTER_SECONDS, CircuitBreakers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pgrealtime.changes import Change, Insert, Key, Update
-from pgrealtime.hub.evaluation.later_writes import LaterWrites
+from pgrealtime.hub.evaluation.toast import LaterWrites
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor, Xid
 from tests.unit.hub.room import COLLECTIONS, POSTS

@@ -12,14 +12,14 @@ import pytest
 
 from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
 from pgrealtime.changes import Delete, Insert, Truncate, WholeRow
-from pgrealtime.hub.catchup.replay_cache import (
+from pgrealtime.hub.catchup.slice_reader import (
     CachedSlice,
     CatchUpCache,
     CatchUpCacheKey,
     catch_up_cache_key,
 )
 from pgrealtime.hub.connections.output import MessageBatch
-from pgrealtime.hub.evaluation.filter_budget import FilterBudget
+from pgrealtime.hub.evaluation.filter_limits import FilterBudget
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor
 from tests.unit.hub.room import NOTES, PEOPLE, POSTS, MemorySink, Room, insert, open_room
