@@ -1,4 +1,7 @@
-"""Prints a command's errors in PostgreSQL's form, and exits with the code that tells their kind."""
+"""Prints a command's errors as PostgreSQL does (message, DETAIL, HINT), and exits with a code.
+
+Every command runs in ``report_errors``. The exit code tells the kind of the first error.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ from pgrealtime.errors import (
 
 EXIT_FAILED = 1
 EXIT_SETUP = 2
+"""Something beside the configuration has to be set up; click exits with it for a usage error."""
 EXIT_NOT_DELIVERED = 3
+"""Of ``explain``: the caller would not receive the event."""
+# The others are those of sysexits.h.
 EXIT_UNREACHABLE = 69
 EXIT_NOT_PERMITTED = 77
 EXIT_CONFIGURATION = 78
@@ -32,7 +38,7 @@ _NOT_PERMITTED_CODES = ("replication_attribute_missing", "plugin_refused", "sele
 def report_errors(locations: ConfigLocations | None = None) -> Iterator[None]:
     """Print the program's own errors instead of a traceback, and exit with the first one's code.
 
-    Any other error is a bug and keeps its traceback, also in a group with errors of our own.
+    Any other error is a bug: it is raised again, as is a group that contains one.
 
     Args:
         locations: Adds file and line to problems of the configuration.
@@ -61,7 +67,7 @@ def _flatten_errors(error: Exception) -> Iterator[Exception]:
 
 
 def exit_code(error: PgRealtimeError) -> int:
-    """Return the exit code of an error: that of sysexits.h where it has one."""
+    """Return the exit code of an error."""
     match error:
         case ConfigError() | RuleError():
             return EXIT_CONFIGURATION

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from pgrealtime.cli.check.rules import path_text, replace_spans
+from pgrealtime.cli.check.rules import identifier_text, replace_spans
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
 from pgrealtime.errors import ConfigProblem
 from pgrealtime.rules.language import predicate, syntax
@@ -35,7 +35,7 @@ class _AbsentValue:
     """A path of the row that is empty, too."""
 
     def covers(self, operand: OperandNode) -> bool:
-        text = path_text(operand)
+        text = identifier_text(operand)
         if text == self.row_field:
             return text != ""
         return text.startswith(self.prefix) and (self.prefix.endswith(".") or text == self.prefix)
@@ -85,7 +85,11 @@ def _with_empty_field(absent: _AbsentValue, cmp: ComparisonNode, field: str) -> 
 def _absent_values(expression: ExpressionNode) -> Iterator[_AbsentValue]:
     yield _GUEST
     sides = (side for cmp in syntax.comparison_nodes(expression) for side in (cmp.left, cmp.right))
-    given = (path_text(side) for side in sides if path_text(side).startswith(_OPTION_PREFIXES))
+    given = (
+        identifier_text(side)
+        for side in sides
+        if identifier_text(side).startswith(_OPTION_PREFIXES)
+    )
     for text in dict.fromkeys(text for text in given if ":" not in text):
         yield _AbsentValue(text, text, f"who leaves out {text}")
 
@@ -94,7 +98,7 @@ def _path_compared_with(cmp: ComparisonNode, absent: _AbsentValue) -> str | None
     """Return the row's path that is compared with the absent value; None if there is none."""
     is_equality = cmp.op is Op.EQ or (cmp.op is Op.NE and absent is _GUEST)
     for own, other in ((cmp.left, cmp.right), (cmp.right, cmp.left)):
-        text = path_text(other)
+        text = identifier_text(other)
         is_of_row = text.startswith("@collection.") or text[:1] not in ("", "@")
         if is_equality and absent.covers(own) and is_of_row and text not in _KEYWORDS:
             return text

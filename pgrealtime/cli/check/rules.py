@@ -1,4 +1,4 @@
-"""The rules that warnings are about: parsed, as plain queries, and edited."""
+"""Parses list and view rules, edits their text and builds queries, for warnings of ``check``."""
 
 from __future__ import annotations
 
@@ -10,35 +10,31 @@ from pgrealtime.config.model import CollectionConfig
 from pgrealtime.errors import RuleError
 from pgrealtime.rules.language import syntax
 from pgrealtime.rules.language.request import RuleRequest
-from pgrealtime.rules.language.syntax import (
-    ExpressionNode,
-    IdentifierNode,
-    OperandNode,
-)
+from pgrealtime.rules.language.syntax import ExpressionNode, IdentifierNode, OperandNode
 from pgrealtime.rules.sql.reference import ReferenceQuery, reference_query
 
 _SUBSCRIPTION_RULES = ("list_rule", "view_rule")
 
 
 def parsed_rules(owner: Collection | CollectionConfig) -> Iterator[tuple[str, str, ExpressionNode]]:
-    """Yield key, text and syntax tree of each list or view rule that has a text and is valid."""
+    """Yield key, text and syntax tree of each list or view rule that is not empty and parses."""
     for key in _SUBSCRIPTION_RULES:
         rule = getattr(owner, key)
         if rule:
             try:
                 yield key, rule, syntax.parse_expression(rule)
             except RuleError:
-                continue  # an error, and reported as one
+                continue  # ``syntax_problems`` reports it
 
 
 def replace_spans(text: str, replacements: Iterable[tuple[int, int, str]]) -> str:
-    """Return the text with spans (start, end, new text) replaced."""
+    """Return the text with spans (start, end, new text) replaced; spans must not overlap."""
     for start, end, new in sorted(replacements, reverse=True):
         text = text[:start] + new + text[end:]
     return text
 
 
-def path_text(operand: OperandNode) -> str:
+def identifier_text(operand: OperandNode) -> str:
     """Return the text of an identifier; empty for any other operand."""
     return operand.text if isinstance(operand, IdentifierNode) else ""
 
@@ -46,16 +42,16 @@ def path_text(operand: OperandNode) -> str:
 def reference_queries(
     collections: Collections, collection: Collection, key: str
 ) -> Iterator[ReferenceQuery]:
-    """Yield the rule's plain query for a caller of each auth collection."""
+    """Yield the reference query of a rule, valid and not empty, for a caller of each kind."""
     rule = getattr(collection, key)
     for principal in _sample_principals(collections):
-        predicate = reference_query(collections, collection, rule, RuleRequest(principal=principal))
-        if isinstance(predicate, ReferenceQuery):
-            yield predicate
+        query = reference_query(collections, collection, rule, RuleRequest(principal=principal))
+        if isinstance(query, ReferenceQuery):
+            yield query
 
 
 def _sample_principals(collections: Collections) -> Iterator[Principal]:
-    """Yield a caller of each auth collection, with an id that the type of its key allows."""
+    """Yield a caller of each auth collection, or of a fictitious one where there is none."""
     ids = {"uuid": "00000000-0000-0000-0000-000000000001"}
     auths = [collection for collection in collections.values() if collection.type == "auth"]
     for auth in auths:

@@ -14,7 +14,12 @@ from urllib.parse import urlsplit
 from pgrealtime.catalog.model import Column
 from pgrealtime.catalog.naming import quote_identifier, quote_table_name
 from pgrealtime.cli.check.absent_values import absent_value_warnings
-from pgrealtime.cli.check.rules import parsed_rules, path_text, reference_queries, replace_spans
+from pgrealtime.cli.check.rules import (
+    identifier_text,
+    parsed_rules,
+    reference_queries,
+    replace_spans,
+)
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
 from pgrealtime.config.model import Config
 from pgrealtime.errors import ConfigProblem, RuleError
@@ -131,17 +136,17 @@ def _match_all_warnings(
         for cmp in syntax.comparison_nodes(expression)
         if not cmp.is_any
         and cmp.op not in {Op.NE, Op.NOT_LIKE}
-        and any(path_text(side).startswith("@collection.") for side in (cmp.left, cmp.right))
+        and any(identifier_text(side).startswith("@collection.") for side in (cmp.left, cmp.right))
     ]
     if found:
         first = found[0]
-        side = first.left if path_text(first.left).startswith("@collection.") else first.right
+        side = first.left if identifier_text(first.left).startswith("@collection.") else first.right
         insertions = [
             (_operator_position(rule, cmp), _operator_position(rule, cmp), "?") for cmp in found
         ]
         yield ConfigProblem(
             path,
-            f'every row of "{path_text(side).split(".")[1]}" must fit,'
+            f'every row of "{identifier_text(side).split(".")[1]}" must fit,'
             " where one is meant as a rule",
             f"write: {replace_spans(rule, insertions)}",
         )

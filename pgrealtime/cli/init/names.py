@@ -1,4 +1,4 @@
-"""Names collections and fields after tables and columns."""
+"""Derives names of collections and fields from those of tables and columns, for ``init``. Pure."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from itertools import count
 from pgrealtime.catalog.model import Column, Table
 from pgrealtime.catalog.naming import quote_identifier
 from pgrealtime.changes import TableName
-from pgrealtime.cli.init.accounts import (
-    EMAIL_COLUMNS,
-    text_column,
-)
+from pgrealtime.cli.init.accounts import EMAIL_COLUMNS, text_column
 from pgrealtime.cli.init.model import CollectionDraft
 from pgrealtime.collections.field_kinds import (
     AUTH_FIELD_KINDS,
@@ -23,22 +20,21 @@ from pgrealtime.collections.field_kinds import (
 from pgrealtime.collections.names import name_problem
 
 _INVALID_CHARACTERS = re.compile(r"[^A-Za-z0-9]+")
-
-
 _VIA_PATTERN = re.compile("_via_", re.IGNORECASE)
+"""PocketBase's mark of a back relation: no name may contain it."""
 
 
 def valid_name(name: str, fallback: str) -> str:
-    """Return the name itself if rules can contain it, or else the most similar one."""
+    """Return the name if it is valid in a rule; else without accents and invalid characters."""
     if name_problem(name) is None:
         return name
     letters = unicodedata.normalize("NFKD", name)
-    fit = _INVALID_CHARACTERS.sub(
+    valid = _INVALID_CHARACTERS.sub(
         "_", "".join(c for c in letters if not unicodedata.combining(c))
     ).strip("_")
-    while _VIA_PATTERN.search(fit):
-        fit = _VIA_PATTERN.sub("_by_", fit)
-    return fit or fallback
+    while _VIA_PATTERN.search(valid):
+        valid = _VIA_PATTERN.sub("_by_", valid)
+    return valid or fallback
 
 
 def unused_name(name: str, taken: Container[str]) -> str:
@@ -51,7 +47,7 @@ def unused_name(name: str, taken: Container[str]) -> str:
 def name_collections(tables: Iterable[Table]) -> Iterator[tuple[str, Table]]:
     """Yield each table with its collection's name.
 
-    Names differ by more than case, which ``@collection`` ignores.
+    Names are unique without regard to case, because ``@collection.NAME`` ignores case.
     """
     taken = {"_superusers"}  # PocketBase's own
     for table in tables:
@@ -65,31 +61,31 @@ def name_collections(tables: Iterable[Table]) -> Iterator[tuple[str, Table]]:
 
 
 def field_renames(table: Table, key_name: str, *, is_auth: bool) -> dict[str, str]:
-    """Return the field names of the columns that can't be shown under their own.
+    """Return the field names of the columns whose field doesn't have its default name.
 
-    A name that two columns could have goes to the column of that name.
+    If two columns compete for a name, the column that has this name keeps it.
     """
     others = [column for column in table.columns if column.name != key_name]
     email = text_column(table, EMAIL_COLUMNS) if is_auth else None
     taken = {"id", *RESERVED_MEMBERS}
     renames: dict[str, str] = {}
-    unnamed: list[Column] = []
+    needing_names: list[Column] = []
     for column in others:
-        usual = _default_field_name(column, table, is_auth=is_auth)
+        default_name = _default_field_name(column, table, is_auth=is_auth)
         if (
-            usual not in taken
-            and name_problem(usual) is None
-            and _fits_auth_kind(usual, column, is_auth=is_auth)
+            default_name not in taken
+            and name_problem(default_name) is None
+            and _fits_auth_kind(default_name, column, is_auth=is_auth)
         ):
-            taken.add(usual)
+            taken.add(default_name)
         else:
-            unnamed.append(column)
+            needing_names.append(column)
     if email in others and email.name != "email" and "email" not in taken:
-        unnamed = [column for column in unnamed if column != email]
+        needing_names = [column for column in needing_names if column != email]
         renames[email.name] = "email"
         taken.add("email")
-    for column in unnamed:
-        # Not a name that the server itself reads.
+    for column in needing_names:
+        # Not a name that has a meaning in an auth collection, such as "verified".
         name = unused_name(
             valid_name(column.name, "column"),
             taken | (AUTH_FIELD_KINDS.keys() if is_auth else set()),
@@ -100,6 +96,7 @@ def field_renames(table: Table, key_name: str, *, is_auth: bool) -> dict[str, st
 
 
 def _default_field_name(column: Column, table: Table, *, is_auth: bool) -> str:
+    """Return the field name of a column that the configuration doesn't rename."""
     if (
         is_auth
         and column.name == "email_visibility"
@@ -117,11 +114,11 @@ def _fits_auth_kind(name: str, column: Column, *, is_auth: bool) -> bool:
 
 def field_name(draft: CollectionDraft, column: Column) -> str:
     """Return the name of a column's field in a draft."""
-    usual = _default_field_name(column, draft.table, is_auth=draft.config.type == "auth")
+    default_name = _default_field_name(column, draft.table, is_auth=draft.config.type == "auth")
     return (
         "id"
         if column.name == draft.key_name
-        else draft.config.fields.rename.get(column.name, usual)
+        else draft.config.fields.rename.get(column.name, default_name)
     )
 
 

@@ -1,7 +1,8 @@
-"""The open connections: opens, connects and closes them, and applies changes of their callers.
+"""Holds the open connections: adds them, sends PB_CONNECT, closes them, and applies caller changes.
 
-Feed and API reach it through ``hub.hub``; the dispatcher, catching up, subscribe calls, gaps and
-timeouts close connections here and nowhere else.
+The API adds a connection when its response head is sent, feed says when the replication stream is
+up; both call ``hub.hub``. All code that ends a connection calls a method of ``ConnectionRegistry``.
+Everything here runs on the event loop's thread and awaits nothing.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ class ConnectionRegistry:
     """The open connections by id.
 
     Attributes:
-        callers: The connections by account.
-        counters: Where closed connections are counted.
-        send_budget: What may wait in their send buffers.
+        callers: The index from an account (a row of a users table) to its connections.
+        counters: Totals, for metrics.
+        send_budget: The limit of bytes in send buffers, of each connection and of all together.
         is_stream_up: Whether the replication stream is being read. While it is not, PB_CONNECT is
             held back and subscribe calls are refused.
         is_closing: Whether new connections get no PB_CONNECT any more.
-        subscriptions_with_read_point: Those added late that must not repeat what their connection
-            has received for other topics.
+        subscriptions_with_read_point: Subscriptions added to a connection that already receives
+            events: of a transaction that their snapshot sees nothing is sent for them.
     """
 
     def __init__(
@@ -99,7 +100,13 @@ class ConnectionRegistry:
         address: str,
         submitted_positions: tuple[str | None, str | None],
     ) -> Connection:
-        """Add a connection whose response head was sent, and connect it if there is a stream."""
+        """Add a connection whose response head was sent; send PB_CONNECT if the stream is up.
+
+        Args:
+            writer: Writes the response body.
+            address: Of the client.
+            submitted_positions: ``Last-Event-ID`` and the query parameter, as the client sent them.
+        """
         connection = Connection(
             "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH)),
             writer,
@@ -111,8 +118,9 @@ class ConnectionRegistry:
         )
         self._connections[connection.id] = connection
         if len(self._connections) > self._max_connections:
-            # An EventSource never retries after a status other than 200: accept it, and let the
-            # connect timeout close it.
+            # An EventSource never retries after a status other than 200: the response stays open
+            # without PB_CONNECT. It gets one if a place is free when the stream starts again, else
+            # the connect timeout closes it.
             log.warning("connection.refused", limit=self._max_connections)
         elif self.is_stream_up and not self.is_closing:
             self._connect(connection)
@@ -134,7 +142,11 @@ class ConnectionRegistry:
     # --- closing ----------------------------------------------------------------------------
 
     def when_removed(self, callback: Callable[[Connection], None]) -> None:
-        """Call back with each connection that is removed, before its subscriptions go."""
+        """Call back with each connection that is removed, before its subscriptions are unbound.
+
+        Args:
+            callback: Idempotent: it is called again if a connection is removed twice.
+        """
         self._removal_callbacks.append(callback)
 
     def remove(self, connection: Connection, reason: str) -> None:
@@ -151,12 +163,12 @@ class ConnectionRegistry:
             log.debug("connection.closed", connection=connection.id, events=connection.events_sent)
 
     def close(self, connection: Connection, reason: str) -> None:
-        """End a connection's response in order. Idempotent."""
+        """Remove a connection, and end its response after the bytes written so far. Idempotent."""
         if connection.is_closed():
             return
         log.debug("connection.ended", connection=connection.id, reason=reason)
         try:
-            # First: the writer may report at once that its client has gone.
+            # Before the writer is closed: it may report at once that its client has gone.
             self.remove(connection, reason)
         finally:
             connection.writer.close()
@@ -169,33 +181,37 @@ class ConnectionRegistry:
         self.remove(connection, "stalled")
 
     def request_close(self, connection: Connection, reason: str) -> None:
-        """Close a connection as soon as its client can bear that."""
+        """Close a connection now, or by ``ConnectionTimeouts`` once ``may_close`` allows it."""
         connection.request_close(reason)
         if connection.may_close(self._clock()):
             self.close(connection, reason)
 
     def invalidate_caller(self, connection: Connection, reason: str, delivered: Cursor) -> None:
-        """Close a connection whose caller is not known any more, and deliver nothing until then.
+        """Stop delivering to a connection whose caller's row is deleted or unknown, and close it.
 
-        If it is LIVE, its client may resume after ``delivered``.
+        Args:
+            connection: Closed at once or soon.
+            reason: Of closing it.
+            delivered: What it has received if it is LIVE; its client can resume from there.
         """
         connection.invalidate_caller(delivered)
         self.request_close(connection, reason)
 
     @contextmanager
     def closing_on_error(self, connection: Connection) -> Iterator[None]:
-        """Close one connection for an error in what is done for it; the others are not affected.
+        """Close the connection if the block raises; other connections are not affected.
 
-        Its client reconnects, and loads anew or resumes from its position: silence would be a gap.
+        An open connection that misses events would be a gap that nobody is notified of. A client
+        whose response ends reconnects, and resumes from its position or loads its data again.
         """
         try:
             yield
         except SubscriptionLimitError as error:
-            # With another caller or configuration its topics are too many, and there is no call to
-            # refuse.
+            # Rebinding exceeded a limit, because caller or configuration changed. There is no
+            # subscribe call that could be refused.
             log.info("connection.refused", connection=connection.id, limit=error.limit_name)
             self.close(connection, "limit")
-        except Exception as error:  # noqa: BLE001 (a fault of ours, or a value that nobody foresaw)
+        except Exception as error:  # noqa: BLE001 (a bug, or an unexpected value)
             self.close_failed(connection, error)
 
     def close_failed(self, connection: Connection, error: Exception) -> None:
@@ -216,36 +232,37 @@ class ConnectionRegistry:
     # --- callers and subscriptions ------------------------------------------------------------
 
     def unbind(self, subscription: Subscription, generation: Generation) -> None:
-        """Take a subscription out of its group for good."""
+        """Remove a subscription from its group, and its read point."""
         generation.unbind_subscription(subscription)
         self.subscriptions_with_read_point.pop(subscription, None)
 
     def add_read_point(self, subscription: Subscription) -> None:
-        """Count a subscription among those with a read point, if it has one."""
+        """Add a subscription to ``subscriptions_with_read_point``, if it has one."""
         if subscription.read_point is not None:
             self.subscriptions_with_read_point[subscription] = None
 
     def clear_passed_read_points(self) -> None:
-        """Remove read points that no later transaction can be visible in."""
+        """Remove the read points that the head has passed: they see no later transaction."""
         head = self._progress.head.lsn
         for subscription in list(self.subscriptions_with_read_point):
             read_point, connection = subscription.read_point, subscription.connection
             if (read_point is None or head > read_point.insert_lsn) and connection.state is LIVE:
                 subscription.set_read_point(None)
-                # The caller's row was read before: every further change of it is newer.
+                # The caller's row was read before the topics' snapshot, so that every change of it
+                # from here on is newer than what was read.
                 connection.forget_caller_read_point()
                 del self.subscriptions_with_read_point[subscription]
 
     def clear_read_points(self) -> None:
-        """Remove all read points: in another history their transaction ids are assigned again."""
+        """Remove all read points: a restored server assigns their transaction ids again."""
         for subscription in self.subscriptions_with_read_point:
             subscription.set_read_point(None)
         self.subscriptions_with_read_point.clear()
 
     def rebind(self) -> None:
-        """Bind all callers and subscriptions by the generation in force, which has none yet.
+        """Bind all callers and subscriptions in a new generation, which has none yet.
 
-        A connection whose topics are too many now is closed.
+        Connections that exceed a limit now are closed, and guests where they may have no topics.
         """
         for connection in list(self._connections.values()):
             for subscription in connection.subscriptions.values():
@@ -271,6 +288,7 @@ class ConnectionRegistry:
             for subscription in connection.subscriptions.values():
                 generation.unbind_subscription(subscription)
                 generation.bind_subscription(subscription, caller)
+            # An account's deletion is delivered before it applies, other changes apply first.
             delivered = event.cursor if event.action == "delete" else self._progress.head
             if caller.is_stale:
                 self.invalidate_caller(connection, "caller_lost", delivered)
@@ -288,13 +306,13 @@ class HubCounters(Struct):
 
     Attributes:
         closed_connections: Closed connections by reason; ``client`` if the client closed it.
-        events_sent_to_closed: Events that those were sent.
-        resume_outcomes: First calls of connections that submitted a position: ``resumed``, or the
-            reason of the gap.
+        events_sent_to_closed: Events sent to connections that are closed now.
+        resume_outcomes: First subscribe calls of connections that submitted a position, by
+            ``resumed`` or the reason of the gap.
         refused_subscribe_calls: Calls with too many subscriptions of a kind for a connection or an
             address.
-        incomplete_records: By collection, records that were sent to some subscribers without a
-            column: its value then is not known any more, and they may not see its value now.
+        incomplete_records: By collection, records sent to some subscribers without a column: the
+            WAL doesn't carry its old value, and their rule may not admit the row as it is now.
     """
 
     closed_connections: Counter[str] = field(default_factory=Counter)
