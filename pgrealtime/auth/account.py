@@ -14,7 +14,7 @@ import psycopg
 from psycopg import sql
 from psycopg_pool import PoolTimeout
 
-from pgrealtime.auth.principal import AuthRecord, ReadPointText
+from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.auth.record import auth_record_of, token_key_of
 from pgrealtime.catalog.keys import canonical_id
 from pgrealtime.catalog.model import Column
@@ -26,6 +26,7 @@ from pgrealtime.errors import DatabaseUnreachableError, SetupError
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.postgres.rows import fetch_texts, rows_by_key_statement
+from pgrealtime.snapshot import ReadPoint, parse_read_point
 
 _BATCH_IDS = 500
 """Ids per query. Clients that all reconnect at once cause queries of this size."""
@@ -64,7 +65,7 @@ class Account:
     record: AuthRecord
     row: Row = field(repr=False)
     """In the stream's text forms. Has secrets, so it is never printed."""
-    read_point: ReadPointText | None = None
+    read_point: ReadPoint | None = None
     """When the row was read; None if it was read by identity."""
 
     @property
@@ -241,7 +242,7 @@ _INSERT_LSN = sql.SQL("pg_catalog.pg_current_wal_insert_lsn()")
 
 
 def _account_with_read_point(users: UserCollection, row: Row) -> Account:
-    read_point = ReadPointText(row.pop(_SNAPSHOT_KEY) or "", row.pop(_INSERT_LSN_KEY) or "")
+    read_point = parse_read_point(row.pop(_SNAPSHOT_KEY) or "", row.pop(_INSERT_LSN_KEY) or "")
     return replace(_account_of_row(users, row), read_point=read_point)
 
 
@@ -258,7 +259,7 @@ def _retrieve_exception(task: asyncio.Task[Mapping[str, Account]]) -> None:
 def statement_by_id(users: UserCollection, columns: Sequence[str]) -> sql.Composed:
     """Return the query for users by id; its parameter ``ids`` is a list of canonical texts.
 
-    The columns are followed by snapshot and WAL insert LSN (``ReadPointText``).
+    The columns are followed by snapshot and WAL insert LSN (``ReadPoint``).
     """
     collection = users.collection
     return rows_by_key_statement(collection.table, collection.key, columns, _SNAPSHOT, _INSERT_LSN)

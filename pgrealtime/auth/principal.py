@@ -1,13 +1,15 @@
 """Who makes a request: guest, auth record or superuser, and how long that is valid.
 
 Made by ``auth.authenticator``, changed by the stream (``auth.record.update_caller``), read by rules
-and records. Imports nothing of this program.
+and records.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
+
+from pgrealtime.snapshot import ReadPoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +51,6 @@ def is_same_principal(first: Principal, second: Principal) -> bool:
             return first == second
 
 
-class ReadPointText(NamedTuple):
-    """When a row was read, in PostgreSQL's text forms. A newer commit may have changed it."""
-
-    snapshot: str
-    """``pg_current_snapshot()`` of the statement that read it."""
-    insert_lsn: str
-    """``pg_current_wal_insert_lsn()``, read in the same statement after the snapshot."""
-
-
 @dataclass(frozen=True, slots=True)
 class Caller:
     """A principal with what decides how long it is valid."""
@@ -72,8 +65,9 @@ class Caller:
     trust_digest: bytes | None = field(default=None, repr=False, compare=False)
     """Digest of the configured key that verified the token and of the claims required with it.
     When no issuer has this digest any more, the caller becomes a guest. None for guests."""
-    read_point: ReadPointText | None = field(default=None, repr=False, compare=False)
-    """When the principal's row was read; None if there is no row."""
+    read_point: ReadPoint | None = field(default=None, repr=False, compare=False)
+    """Of the statement that read the principal's row; None if there is no row. What that statement
+    could not see may have changed the row."""
     row_values: tuple[tuple[str, str | None], ...] = field(default=(), repr=False)
     """Name and text of further columns of the row that rules read as ``@request.auth``."""
     is_stale: bool = False

@@ -28,7 +28,7 @@ from pgrealtime.hub.state.visibility import VisibilityTracker
 from pgrealtime.lsn import LSN, Cursor
 from pgrealtime.protocol.topic import Topic
 from pgrealtime.records.encode import View
-from pgrealtime.snapshot import ReadPoint, parse_read_point
+from pgrealtime.snapshot import ReadPoint
 
 log = structlog.get_logger(__name__)
 
@@ -189,13 +189,10 @@ class SubscribeCalls:
             SubscriptionLimitError: Likewise.
         """
         before = connection.subscriptions
-        caller_read_point = (
-            None if caller.read_point is None else parse_read_point(*caller.read_point)
-        )
         try:
             while True:
                 epoch = connection.epoch
-                current = self._current_caller(connection, caller, caller_read_point)
+                current = self._current_caller(connection, caller)
                 steps = self._replace_steps(connection, before, topics, current, read_point)
                 if await self._run_in_chunks(connection, steps):
                     break
@@ -212,7 +209,7 @@ class SubscribeCalls:
             raise
         if topics:
             self._count_resume_outcome(connection)
-        connection.accept_call(topics, caller_read_point)
+        connection.accept_call(topics, caller.read_point)
         self._registry.callers.set_caller(connection, current)
 
     def _count_resume_outcome(self, connection: Connection) -> None:
@@ -220,9 +217,7 @@ class SubscribeCalls:
         if connection.first_call_answered_at is None and (connection.is_resuming or reason):
             self._registry.counters.resume_outcomes[reason or "resumed"] += 1
 
-    def _current_caller(
-        self, connection: Connection, caller: Caller, read_point: ReadPoint | None
-    ) -> Caller:
+    def _current_caller(self, connection: Connection, caller: Caller) -> Caller:
         """Return the caller as of the connection's cursor and the configuration in force.
 
         Both may have changed since the caller was authenticated.
@@ -232,7 +227,7 @@ class SubscribeCalls:
         """
         callers = self._registry.callers
         try:
-            caller = callers.caller_at(caller, read_point, connection.cursor)
+            caller = callers.caller_at(caller, connection.cursor)
         except LookupError as error:
             raise SubscriptionError("the caller's row may have changed", code="stream_away") from (
                 error

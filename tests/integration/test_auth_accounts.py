@@ -24,7 +24,6 @@ from pgrealtime.config.model import AuthConfig, IssuerConfig
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
 from pgrealtime.lsn import Xid, parse_lsn
 from pgrealtime.postgres.pool import DatabaseConnection, QueryPool
-from pgrealtime.snapshot import parse_read_point
 
 SECRET = "a-secret-of-thirty-two-characters"
 ISSUER = IssuerConfig(name="app", secret=SECRET)
@@ -378,7 +377,7 @@ async def test_a_user_is_as_of_a_snapshot_that_tells_old_news_from_new(
     assert account is not None
     assert account.read_point is not None
 
-    known = parse_read_point(*account.read_point)
+    known = account.read_point
     seen, unseen, lsn = Xid(int(before[0])), [Xid(int(during[0])), Xid(int(after[0]))], during[1]
     assert known.insert_lsn >= parse_lsn(lsn)
     assert not known.predates(seen, known.insert_lsn)

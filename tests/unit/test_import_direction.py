@@ -54,7 +54,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "observe": _FLOOR,
     "collections": (*_FLOOR, "catalog"),
     "collections.load": (*_FLOOR, "catalog", "collections", "postgres", "observe.redact"),
-    "auth.principal": (),
+    "auth.principal": ("lsn", "snapshot"),
     "auth.record": (*_FLOOR, "catalog", "collections", "auth.principal"),
     "auth": (*_FLOOR, "catalog", "collections", "postgres", "observe.redact"),
     "wal": (*_FLOOR, "catalog.model", "catalog.naming", "postgres.url", "observe.redact"),

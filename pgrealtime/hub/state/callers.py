@@ -173,17 +173,17 @@ class CallerTracker:
         self._remembered_characters = 0
         self._forgotten_upto = upto
 
-    def caller_at(self, caller: Caller, read_point: ReadPoint | None, cursor: Cursor) -> Caller:
+    def caller_at(self, caller: Caller, cursor: Cursor) -> Caller:
         """Return the caller as of a cursor.
 
         Args:
-            caller: As it was authenticated.
-            read_point: The snapshot in which its row was read; None if it has none.
+            caller: As it was authenticated, with the read point of its row.
             cursor: Its connection's. Later changes are applied as the connection reads them.
 
         Raises:
             LookupError: Its row was read too long ago, or a change since lacks columns.
         """
+        read_point = caller.read_point
         if read_point is None:
             return caller
         if read_point.insert_lsn < self._forgotten_upto:
