@@ -59,13 +59,13 @@ class FairQueue:
     def __len__(self) -> int:
         return sum(map(len, self._waiters.values()))
 
-    def count(self, key: str) -> int:
+    def count_waiting(self, key: str) -> int:
         """Return how many tasks wait under the key."""
         return len(self._waiters.get(key, ()))
 
     def longest_key(self) -> str | None:
         """Return the key with the most waiting tasks, None if none waits."""
-        return max(self._waiters, key=self.count, default=None)
+        return max(self._waiters, key=self.count_waiting, default=None)
 
     async def wait(self, key: str, release: Callable[[], None]) -> None:
         """Wait until ``wake_next`` wakes this task.

@@ -29,7 +29,7 @@ class Follower:
 
     @property
     def head(self) -> Cursor:
-        return self._changelog.head
+        return self._changelog.end_cursor
 
     def wake(self) -> None:
         self._heard.set()

@@ -68,8 +68,10 @@ def build_app(hub: Hub, authenticator: Authenticator, config: Config) -> web.App
     health = HealthRoute(authenticator, config.server)
     path = config.server.base_path
     app.on_shutdown.append(realtime.close_streams)
-    app.router.add_get(f"{path}/api/realtime", realtime.connect)
-    app.router.add_post(f"{path}/api/realtime", realtime.subscribe, expect_handler=_handle_expect)
+    app.router.add_get(f"{path}/api/realtime", realtime.handle_connect)
+    app.router.add_post(
+        f"{path}/api/realtime", realtime.handle_subscribe, expect_handler=_handle_expect
+    )
     app.router.add_get(f"{path}/api/health", health.get_health)
     return app
 

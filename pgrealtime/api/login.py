@@ -19,10 +19,10 @@ from pgrealtime.api.error_responses import (
 )
 from pgrealtime.api.json_response import query_values, respond_json
 from pgrealtime.api.login_body import (
-    LoginCall,
+    LoginBody,
     check_body_readable,
-    check_login_call,
-    parse_login_call,
+    check_login_body,
+    parse_login_body,
 )
 from pgrealtime.auth.account import UserCollection
 from pgrealtime.auth.authenticator import AuthenticatedCaller, Authenticator, caller_of_account
@@ -87,7 +87,7 @@ class LoginRoutes:
         self._server = server
         self._own_records = own_records
 
-    def add_to(self, router: web.UrlDispatcher) -> None:
+    def add_routes(self, router: web.UrlDispatcher) -> None:
         """Add the routes."""
         path = f"{self._server.base_path}/api/collections/{{collection}}"
         router.add_get(f"{path}/auth-methods", self.auth_methods)
@@ -119,8 +119,8 @@ class LoginRoutes:
         users = self._requested_auth_users(request)
         if not users.login.password_hash:
             raise RequestRefusedError(_PASSWORD_AUTH_DISABLED)
-        call = await self._read_body(request, parse_login_call) or LoginCall()
-        check_login_call(call, users.login.identity)
+        call = await self._read_body(request, parse_login_body) or LoginBody()
+        check_login_body(call, users.login.identity)
         attempt = LoginAttempt(
             identity=call.identity, password=call.password, identity_field=call.identity_field
         )

@@ -1,4 +1,4 @@
-"""The body of a login: from bytes to a checked ``LoginCall``. Used by ``api.login``."""
+"""The body of a login: from bytes to a checked ``LoginBody``. Used by ``api.login``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _INVALID_VALUE: Final = MemberFault(
 
 
 @dataclass(frozen=True, slots=True)
-class LoginCall:
+class LoginBody:
     """A login as submitted, unchecked. One without a body has the defaults."""
 
     identity: str = ""
@@ -53,7 +53,7 @@ _ATTRIBUTE_BY_MEMBER: Final = {
 }
 
 
-def parse_login_call(content_type: str, body: bytes, query: bytes) -> LoginCall:
+def parse_login_body(content_type: str, body: bytes, query: bytes) -> LoginBody:
     """Parse a body; for the arguments see ``form_json.open_body``.
 
     Raises:
@@ -62,9 +62,9 @@ def parse_login_call(content_type: str, body: bytes, query: bytes) -> LoginCall:
     try:
         match open_body(content_type, body, query):
             case JsonReader() as reader:
-                return LoginCall(**_members_from_json(reader, fold_name))
+                return LoginBody(**_members_from_json(reader, fold_name))
             case list() as pairs:
-                return LoginCall(**_members_from_form(pairs))
+                return LoginBody(**_members_from_form(pairs))
             case None:
                 raise RequestRefusedError(_UNSUPPORTED_CONTENT_TYPE)
     except (JsonError, FormError) as error:
@@ -124,7 +124,7 @@ def _members_from_form(pairs: list[FormPair]) -> dict[str, str]:
     return found
 
 
-def check_login_call(call: LoginCall, identity_fields: Collection[str]) -> None:
+def check_login_body(call: LoginBody, identity_fields: Collection[str]) -> None:
     """Check the members of a call; the collection logs in by ``identity_fields``.
 
     Raises:

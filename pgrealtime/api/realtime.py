@@ -23,7 +23,7 @@ from pgrealtime.api.sse_transport import (
     make_sse_transport,
     take_over_connection,
 )
-from pgrealtime.api.subscribe_body import SubscribeCall, find_call_faults, parse_subscribe_call
+from pgrealtime.api.subscribe_body import SubscribeBody, find_call_faults, parse_subscribe_body
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.principal import Caller, Guest
 from pgrealtime.config.model import RealtimeConfig, ServerConfig
@@ -70,7 +70,7 @@ class RealtimeRoutes:
         self._transports: set[SseTransport] = set()
         self._all_closed = asyncio.Event()
 
-    async def connect(self, request: web.Request) -> web.StreamResponse:
+    async def handle_connect(self, request: web.Request) -> web.StreamResponse:
         """Send the head, open a connection of the hub and detach the socket from aiohttp.
 
         Raises:
@@ -117,7 +117,7 @@ class RealtimeRoutes:
         for transport in self._transports:
             transport.abort()
 
-    async def subscribe(self, request: web.Request) -> web.StreamResponse:
+    async def handle_subscribe(self, request: web.Request) -> web.StreamResponse:
         """Carry out a subscribe call.
 
         Errors have PocketBase's order: body, its members, client id, address, authorization.
@@ -125,28 +125,28 @@ class RealtimeRoutes:
         """
         address = client_address(request, self._trusted_proxies)
         reader = request.app[BODY_READER_KEY]
-        call = await reader.read(request, address, parse_subscribe_call) or SubscribeCall()
+        call = await reader.read(request, address, parse_subscribe_body) or SubscribeBody()
         if faults := find_call_faults(call):
             raise RequestRefusedError(invalid_members(faults))
         caller = await self._authenticator.authenticate_subscriber(
             request.headers.get("Authorization")
         )
         try:
-            await self._hub.subscribe(call.client_id, call.subscriptions, caller, address)
+            await self._hub.subscribe(call.client_id, call.topic_texts, caller, address)
         except SubscriptionLimitError as error:
             raise RequestRefusedError(_limit_response(error, call)) from error
         headers = self._outcome_header(call, caller) if OUTCOME_HEADER in request.headers else {}
         return web.Response(status=204, headers=headers)
 
-    def _outcome_header(self, call: SubscribeCall, caller: Caller) -> dict[str, str]:
+    def _outcome_header(self, call: SubscribeBody, caller: Caller) -> dict[str, str]:
         unmatchable = self._hub.unmatchable_topics(call.client_id)
-        indexes = [str(n) for n, name in enumerate(call.subscriptions) if name in unmatchable]
+        indexes = [str(n) for n, name in enumerate(call.topic_texts) if name in unmatchable]
         kind = "guest" if isinstance(caller.principal, Guest) else "known"
         return {OUTCOME_HEADER: f"caller={kind}; mute={','.join(indexes)}"}
 
 
-def _limit_response(error: SubscriptionLimitError, call: SubscribeCall) -> ErrorResponse:
-    index = str(call.subscriptions.index(error.topic))
+def _limit_response(error: SubscriptionLimitError, call: SubscribeBody) -> ErrorResponse:
+    index = str(call.topic_texts.index(error.topic))
     fault = limit_reached(error.limit_name, error.maximum)
     return invalid_members({"subscriptions": {index: fault}})
 

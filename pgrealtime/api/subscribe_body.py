@@ -1,4 +1,4 @@
-"""The body of a subscribe call: from bytes to a checked ``SubscribeCall``, for ``api.realtime``."""
+"""The body of a subscribe call: from bytes to a checked ``SubscribeBody``, for ``api.realtime``."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _MAX_SUBSCRIPTION_BYTES: Final = 2500
 
 
 @dataclass(frozen=True, slots=True)
-class SubscribeCall:
+class SubscribeBody:
     """A subscribe call as submitted, unchecked. One without a body has the defaults."""
 
     client_id: str = ""
-    subscriptions: tuple[str, ...] = ()
+    topic_texts: tuple[str, ...] = ()
 
 
-def parse_subscribe_call(content_type: str, body: bytes, query: bytes) -> SubscribeCall:
+def parse_subscribe_body(content_type: str, body: bytes, query: bytes) -> SubscribeBody:
     """Parse a body; for the arguments see ``form_json.open_body``.
 
     Raises:
         SubscriptionError: It can't be read (``body_unreadable``). The client isn't told why.
     """
-    builder = _SubscribeCallBuilder()
+    builder = _SubscribeBodyBuilder()
     try:
         match open_body(content_type, body, query):
             case JsonReader() as reader:
@@ -49,15 +49,15 @@ def parse_subscribe_call(content_type: str, body: bytes, query: bytes) -> Subscr
                 raise SubscriptionError("the content type isn't known", code="body_unreadable")
     except (JsonError, FormError) as error:
         raise SubscriptionError("the body can't be read", code="body_unreadable") from error
-    return SubscribeCall(builder.client_id, tuple(builder.subscriptions))
+    return SubscribeBody(builder.client_id, tuple(builder.topic_texts))
 
 
 @dataclass(slots=True)
-class _SubscribeCallBuilder:
+class _SubscribeBodyBuilder:
     """A call being read: later members overwrite earlier ones."""
 
     client_id: str = ""
-    subscriptions: list[str] = field(default_factory=list)
+    topic_texts: list[str] = field(default_factory=list)
 
     def read_form(self, pairs: list[FormPair]) -> None:
         """Read repeated keys, then each ``@jsonPayload``, whose names must match exactly.
@@ -66,7 +66,7 @@ class _SubscribeCallBuilder:
         """
         ids = [value.decode(errors="replace") for name, value in pairs if name == b"clientId"]
         self.client_id = ids[0] if ids else ""
-        self.subscriptions = [
+        self.topic_texts = [
             value.decode(errors="replace") for name, value in pairs if name == b"subscriptions"
         ]
         for reader in json_payloads(pairs):
@@ -80,7 +80,7 @@ class _SubscribeCallBuilder:
             normalize_name: Returns a member's name in the form in which names are compared.
         """
         if reader.consume_null():
-            self.client_id, self.subscriptions = "", []
+            self.client_id, self.topic_texts = "", []
             return
         seen: set[str] = set()
         for name in reader.members():
@@ -90,7 +90,7 @@ class _SubscribeCallBuilder:
             if member == normalize_name("clientId"):
                 self.client_id = read_string_or_empty(reader)
             elif member == normalize_name("subscriptions"):
-                self.subscriptions = _read_strings_or_empty(reader)
+                self.topic_texts = _read_strings_or_empty(reader)
             else:
                 reader.skip()
                 continue
@@ -103,18 +103,18 @@ def _read_strings_or_empty(reader: JsonReader) -> list[str]:
     return [read_string_or_empty(reader) for _ in reader.elements()]
 
 
-def find_call_faults(call: SubscribeCall) -> MemberFaults:
+def find_call_faults(call: SubscribeBody) -> MemberFaults:
     """Return the invalid members of a call, empty if there are none. Lengths are in bytes."""
     faults: dict[str, MemberFault | MemberFaults] = {}
     if not call.client_id:
         faults["clientId"] = BLANK_MEMBER
     elif len(call.client_id.encode()) > _MAX_CLIENT_ID_BYTES:
         faults["clientId"] = length_out_of_range(1, _MAX_CLIENT_ID_BYTES)
-    if len(call.subscriptions) > _MAX_SUBSCRIPTIONS:
+    if len(call.topic_texts) > _MAX_SUBSCRIPTIONS:
         faults["subscriptions"] = length_too_long(_MAX_SUBSCRIPTIONS)
     elif too_long := {
         str(index): length_too_long(_MAX_SUBSCRIPTION_BYTES)
-        for index, text in enumerate(call.subscriptions)
+        for index, text in enumerate(call.topic_texts)
         if len(text.encode()) > _MAX_SUBSCRIPTION_BYTES
     }:
         faults["subscriptions"] = too_long

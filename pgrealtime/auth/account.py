@@ -49,7 +49,7 @@ class UserCollection:
     """Further columns that rules read."""
 
     @property
-    def columns(self) -> tuple[str, ...]:
+    def column_names(self) -> tuple[str, ...]:
         """The columns that are read to make a caller: the key first, each once."""
         fields = (self.collection.fields_by_name.get(name) for name in _PLAIN_FIELDS)
         plain = (f.column.name for f in fields if f is not None and f.column is not None)
@@ -109,7 +109,7 @@ class AccountLoader:
         self._query_locks: dict[int, asyncio.Lock] = {}
 
     async def load(self, users: UserCollection, record_id: str) -> Account | None:
-        """Return the user with that id and ``UserCollection.columns``, None if there is none.
+        """Return the user with that id and ``UserCollection.column_names``, None if there is none.
 
         Raises:
             DatabaseUnreachableError: No connection, or no answer in time.
@@ -186,7 +186,7 @@ class AccountLoader:
             if self._open_batches.get(users_id) is batch:
                 del self._open_batches[users_id]
             try:
-                return await self._select_by_id(batch.users, batch.ids, batch.users.columns)
+                return await self._select_by_id(batch.users, batch.ids, batch.users.column_names)
             except (psycopg.DataError, UnicodeEncodeError):
                 # One of the ids can't be encoded in the database's encoding. It has no row; the
                 # other ids must be read all the same.
@@ -198,7 +198,7 @@ class AccountLoader:
         found: dict[str, Account] = {}
         for one in ids:
             try:
-                found |= await self._select_by_id(users, [one], users.columns)
+                found |= await self._select_by_id(users, [one], users.column_names)
             except (psycopg.DataError, UnicodeEncodeError):
                 continue
         return found

@@ -276,7 +276,7 @@ class Authenticator:
     async def _authenticate_login_token(self, token: Token) -> AuthenticatedCaller:
         """Verify a token of our login: its key is partly in the user's row, which is read first."""
         claims = login_claims(token)
-        users = self.find_user_collection(claims.collection)
+        users = self.find_user_collection(claims.collection_name_or_id)
         if users is None or not users.login.password_hash:
             raise AuthError("the token's users don't log in here", code="account_unknown")
         expires_at = check_times(token.claims, now=self._unix_clock())

@@ -100,7 +100,7 @@ class PasswordVerifier:
             return
         error = AuthError("too many passwords are being checked", code="login_refused")
         longest = self._waiting.longest_key() or network
-        if self._waiting.count(longest) < self._waiting.count(network) + 2:
+        if self._waiting.count_waiting(longest) < self._waiting.count_waiting(network) + 2:
             raise error
         self._waiting.fail_last(longest, error)
 

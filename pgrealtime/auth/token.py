@@ -178,7 +178,7 @@ def id_from_claim(claims: Claims, claim: str) -> str | None:
 class LoginClaims:
     """The user of a token of our login, or of a PocketBase with the same secrets."""
 
-    collection: str
+    collection_name_or_id: str
     """Id or name of the auth collection."""
     record_id: str
 

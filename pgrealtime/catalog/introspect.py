@@ -269,7 +269,7 @@ def _column_maker(type_of: Callable[[int], Type]) -> Callable[[_CatalogRow], Col
     def make(row: _CatalogRow) -> Column:
         return Column(
             name=row["name"],
-            number=row["number"],
+            attribute_number=row["number"],
             type=type_of(row["type"]),
             type_modifier=row["type_modifier"],
             not_null=row["not_null"],
@@ -284,9 +284,9 @@ def _column_maker(type_of: Callable[[int], Type]) -> Callable[[_CatalogRow], Col
 def _foreign_key(row: _CatalogRow) -> ForeignKey:
     return ForeignKey(
         name=row["name"],
-        columns=tuple(row["columns"]),
+        column_names=tuple(row["columns"]),
         target=TableName(row["schema"], row["target"]),
-        target_columns=tuple(row["target_columns"]),
+        target_column_names=tuple(row["target_columns"]),
     )
 
 

@@ -63,7 +63,7 @@ class Column:
     """A column, as the table defines it."""
 
     name: str
-    number: int
+    attribute_number: int
     """``attnum``, 1-based; dropped columns leave holes."""
     type: Type
     type_modifier: int = -1
@@ -78,12 +78,12 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForeignKey:
-    """A foreign key: ``columns`` here point to ``target_columns`` there, pairwise."""
+    """A foreign key: ``column_names`` here point to ``target_column_names`` there, pairwise."""
 
     name: str
-    columns: tuple[str, ...]
+    column_names: tuple[str, ...]
     target: TableName
-    target_columns: tuple[str, ...]
+    target_column_names: tuple[str, ...]
 
 
 class TableKind(Enum):

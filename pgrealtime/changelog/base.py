@@ -40,7 +40,7 @@ class Changelog(Protocol):
         ...
 
     @property
-    def head(self) -> Cursor:
+    def end_cursor(self) -> Cursor:
         """The cursor after the last entry."""
         ...
 

@@ -51,7 +51,7 @@ class MemoryChangelog:
         return self._floor
 
     @property
-    def head(self) -> Cursor:
+    def end_cursor(self) -> Cursor:
         """The cursor after the last entry."""
         return self._head
 

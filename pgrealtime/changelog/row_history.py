@@ -140,7 +140,7 @@ class TableHistory:
             return self._indexed_after <= after
 
     async def _extend_forward(self) -> None:
-        while entries := self._read(self._indexed_upto, self._changelog.head):
+        while entries := self._read(self._indexed_upto, self._changelog.end_cursor):
             for write, values in self._writes_in(entries):
                 self._write_order.extend((write.end_lsn, value) for value in values)
                 for value in values:
@@ -262,7 +262,7 @@ class RowHistory:
 
         Called when collections come into force: tables and key columns may be others.
         """
-        before, now = self._streamed_since, self._changelog.head.lsn
+        before, now = self._streamed_since, self._changelog.end_cursor.lsn
         # At first the changelog has nothing of the time before.
         new = now if before else LSN(0)
         self._streamed_since = {table: before.get(table, new) for table in tables}
@@ -309,7 +309,7 @@ class RowHistory:
         every change that those rows can show. Waits as long as ``reach`` does; False means that
         changes may still be to come, and callers then treat what they read as unproved.
         """
-        if self._changelog.head.lsn >= lsn:
+        if self._changelog.end_cursor.lsn >= lsn:
             return True
         return self._wait_for_lsn is not None and await self._wait_for_lsn(lsn)
 

@@ -15,7 +15,7 @@ from pgrealtime.cli.options import config_option, read_token, split_user
 from pgrealtime.cli.report import EXIT_NOT_DELIVERED, report_errors
 from pgrealtime.config.load import read_config
 from pgrealtime.explain.caller import BearerToken, CallerSpec, NamedUser
-from pgrealtime.explain.explain import explain as explain_record
+from pgrealtime.explain.explain import explain_delivery as explain_record
 from pgrealtime.observe.log import configure_logging
 from pgrealtime.protocol.topic import parse_topic
 

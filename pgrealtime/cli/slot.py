@@ -37,7 +37,7 @@ def list_(path: str) -> None:
 def drop(path: str, *, name: str) -> None:
     """Drop a slot: what it has yet to send is missed."""
     with report_errors():
-        asyncio.run(drop_slot(read_config(path, os.environ).require_valid(), name))
+        asyncio.run(drop_named_slot(read_config(path, os.environ).require_valid(), name))
     click.echo(f"dropped {name}")
 
 
@@ -58,12 +58,12 @@ def _slot_line(slot: slot_status.SlotStatus) -> str:
     kind = "temporary" if slot.is_temporary else "durable"
     mebibytes = slot.retained_bytes / (1 << 20)
     return (
-        f'{slot.name}: {kind}, {slot.plugin or "physical"}, database "{slot.database}", {state},'
-        f" {mebibytes:,.1f} MiB of WAL retained"
+        f'{slot.name}: {kind}, {slot.plugin or "physical"}, database "{slot.database_name}",'
+        f" {state}, {mebibytes:,.1f} MiB of WAL retained"
     )
 
 
-async def drop_slot(config: Config, name: str) -> None:
+async def drop_named_slot(config: Config, name: str) -> None:
     """Drop one of the slots that ``list_slots`` returns.
 
     Raises:

@@ -149,7 +149,7 @@ class _CollectionBuilder:
             message = f"a {field.kind.value} column holds no ids"
             self._report(f"relations.{field.name}", message)
             return field
-        return replace(field, kind=FieldKind.RELATION, relation=Relation(collection=target))
+        return replace(field, kind=FieldKind.RELATION, relation=Relation(collection_name=target))
 
     def _foreign_key_target(self, column: Column) -> str | None:
         """Return the collection whose key a foreign key of this column alone references."""
@@ -157,9 +157,9 @@ class _CollectionBuilder:
             other.name
             for other in self.all_resolved.values()
             for foreign_key in self.resolved.table.foreign_keys
-            if foreign_key.columns == (column.name,)
+            if foreign_key.column_names == (column.name,)
             and foreign_key.target == other.table.name
-            and foreign_key.target_columns == (other.key.name,)
+            and foreign_key.target_column_names == (other.key.name,)
         )
         if len(set(targets)) > 1:
             path = f"relations.{self.resolved.field_name(column)}"
@@ -204,7 +204,7 @@ class _CollectionBuilder:
             type=target.type,
             is_multiple=True,
             is_hidden=name in self.resolved.config.fields.hide,
-            relation=Relation(collection=relation.collection, junction=junction),
+            relation=Relation(collection_name=relation.collection, junction=junction),
         )
 
     def _junction_column(
@@ -218,10 +218,10 @@ class _CollectionBuilder:
                 self.problems.append(unknown_column_problem(path, table, configured))
             return column
         found = [
-            foreign_key.columns[0]
+            foreign_key.column_names[0]
             for foreign_key in table.foreign_keys
             if foreign_key.target == referenced.table.name
-            and foreign_key.target_columns == (referenced.key.name,)
+            and foreign_key.target_column_names == (referenced.key.name,)
         ]
         if len(found) != 1:
             count = "no" if not found else "more than one"

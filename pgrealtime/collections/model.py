@@ -51,7 +51,7 @@ class Junction:
 class Relation:
     """The target of a relation field."""
 
-    collection: str
+    collection_name: str
     """Name of the collection pointed to."""
     junction: Junction | None = None
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, LiteralString, TypeAlias
+from typing import Any, Final, LiteralString
 
 from psycopg import AsyncClientCursor, AsyncConnection
-
-DatabaseConnection: TypeAlias = AsyncConnection[Any]
 
 _ROWS_QUERY: LiteralString = """
 SELECT json_build_object(
@@ -43,7 +41,7 @@ class Operation:
 
     statement_name: str
     """A key of ``STATEMENTS``."""
-    arguments: Mapping[str, object]
+    params: Mapping[str, object]
     """Values of the statement's parameters; others are ignored."""
 
 
@@ -64,10 +62,10 @@ class Application:
         connection: In autocommit.
     """
 
-    def __init__(self, connection: DatabaseConnection) -> None:
+    def __init__(self, connection: AsyncConnection[Any]) -> None:
         self._connection = connection
 
-    async def fetch_rows(self) -> dict[str, Any]:
+    async def fetch_tables(self) -> dict[str, Any]:
         """Return all rows by table, the users as ``people``, named as in the records."""
         cursor = await self._connection.execute(_ROWS_QUERY)
         row = await cursor.fetchone()
@@ -84,7 +82,7 @@ class Application:
         """
         statement = STATEMENTS[operation.statement_name]
         async with AsyncClientCursor(self._connection) as cursor:
-            text = cursor.mogrify(statement, operation.arguments)
-            await cursor.execute(statement + " RETURNING id::text", operation.arguments)
+            text = cursor.mogrify(statement, operation.params)
+            await cursor.execute(statement + " RETURNING id::text", operation.params)
             row = await cursor.fetchone()
         return OperationResult(sql=f"{text};", row_id=None if row is None else row[0])

@@ -85,7 +85,7 @@ class Page:
         self._random = random
         self._html = files("pgrealtime.demo").joinpath("page.html").read_text(encoding="utf-8")
 
-    def add_to(self, app: web.Application) -> None:
+    def add_routes(self, app: web.Application) -> None:
         """Add the routes to the API's application, so that the page has the API's origin."""
         app.middlewares.append(reject_other_origins)
         app.add_routes(
@@ -104,7 +104,7 @@ class Page:
 
     async def get_state(self, _request: web.Request) -> web.Response:
         """Return all rows, a token for each user, and the rules."""
-        rows = await self._application.fetch_rows()
+        rows = await self._application.fetch_tables()
         for person in rows["people"]:
             person["token"] = sign_token(self._secret, {"sub": person["id"]})
         return web.json_response(
@@ -123,7 +123,7 @@ class Page:
         values = await _json_object(request)
         self._writer.defer()
         if values.get("do") == "add":
-            rows = await self._application.fetch_rows()
+            rows = await self._application.fetch_tables()
             values["title"] = new_task_title(rows, str(values.get("id")), self._random)
         try:
             result = await self._application.execute(Operation(str(values.get("do")), values))

@@ -17,8 +17,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import as_file, files
 from random import Random
+from typing import Any
 
 import psycopg
+from psycopg import AsyncConnection
 
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.collections.build import build_collections
@@ -26,7 +28,7 @@ from pgrealtime.collections.names import configured_table_names
 from pgrealtime.collections.streamed_tables import streamed_tables
 from pgrealtime.config.load import load_config
 from pgrealtime.config.model import Config
-from pgrealtime.demo.application import Application, DatabaseConnection
+from pgrealtime.demo.application import Application
 from pgrealtime.demo.os_account import is_libpq_variable
 from pgrealtime.demo.page import Page
 from pgrealtime.demo.server import ThrowawayServer, throwaway_server
@@ -89,7 +91,7 @@ async def _run_until_cancelled(
             server=f"PostgreSQL {server.version}",
             random=random,
         )
-        async with run_service(config, extend_app=page.add_to) as service:
+        async with run_service(config, extend_app=page.add_routes) as service:
             url = f"http://{_HOST}:{service.port}/"
             print_line(_welcome_text(server, url, time.monotonic() - started))
             if open_browser and _has_display():
@@ -141,7 +143,7 @@ def _demo_config(url: str, port: int, secret: str) -> Config:
 
 
 @asynccontextmanager
-async def _connect(url: str) -> AsyncIterator[DatabaseConnection]:
+async def _connect(url: str) -> AsyncIterator[AsyncConnection[Any]]:
     try:
         connection = await psycopg.AsyncConnection.connect(url, autocommit=True)
     except psycopg.OperationalError as error:
@@ -152,7 +154,7 @@ async def _connect(url: str) -> AsyncIterator[DatabaseConnection]:
         yield connection
 
 
-async def _create_tables(connection: DatabaseConnection, config: Config) -> None:
+async def _create_tables(connection: AsyncConnection[Any], config: Config) -> None:
     """Create the application's tables, and the publication that pgoutput needs of them."""
     tables = files("pgrealtime.demo").joinpath("demo.sql").read_bytes()
     await connection.execute(tables)

@@ -117,5 +117,5 @@ class Writer:
                 continue
             # A button may have removed the row meanwhile.
             with suppress(psycopg.IntegrityError):
-                rows = await self._application.fetch_rows()
+                rows = await self._application.fetch_tables()
                 await self._application.execute(next_operation(rows, self._random))

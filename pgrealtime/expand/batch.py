@@ -148,7 +148,7 @@ class LoadBatch:
             bound = traversal.predicates
             for child in traversal.children or ():
                 evaluation.add(
-                    child.version, child.collection, child.row, bound, child.before_state
+                    child.record_version, child.collection, child.row, bound, child.before_state
                 )
                 if yield_timer.is_due():
                     await yield_timer.pause()
@@ -298,10 +298,10 @@ def _attach_visible_children(
     shown: list[RecordNode] = []
     new_nodes: _Level = []
     for child in traversal.children:
-        satisfied = evaluation.hits(child.version)
+        satisfied = evaluation.hits(child.record_version)
         if view not in satisfied:
             continue
-        key = viewer, branch, child.version
+        key = viewer, branch, child.record_version
         if key not in visible_nodes:
             visible_nodes[key] = child
             child.sees_email = (

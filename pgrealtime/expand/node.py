@@ -83,7 +83,7 @@ class RecordNode:
         self.children: dict[str, list[RecordNode] | None] = {}
 
     @property
-    def version(self) -> RecordVersion:
+    def record_version(self) -> RecordVersion:
         """Its collection, its id and the state it is read in."""
         return self.collection.name, self.record_id, id(self.before_state)
 

@@ -252,7 +252,7 @@ class ExpandCompiler:
             field = None if owner is None else owner.fields_by_name.get(back[2])
             if owner is None or field is None or field.relation is None:
                 return None
-            if field.relation.collection != source.name:
+            if field.relation.collection_name != source.name:
                 return None
             return RelationHop(
                 name=name, field=field, owner=owner, source=source, target=owner, is_back=True
@@ -265,7 +265,7 @@ class ExpandCompiler:
 
 def _forward_hop(collections: Collections, source: Collection, field: Field) -> RelationHop:
     assert field.relation is not None
-    target = collections[field.relation.collection]
+    target = collections[field.relation.collection_name]
     return RelationHop(name=field.name, field=field, owner=source, source=source, target=target)
 
 

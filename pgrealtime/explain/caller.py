@@ -30,9 +30,9 @@ class BearerToken:
 class NamedUser:
     """A record of an auth collection, as if it had sent a valid token."""
 
-    collection: str
+    collection_name_or_id: str
     """Name or id."""
-    id: str
+    record_id: str
 
 
 CallerSpec: TypeAlias = BearerToken | NamedUser | Guest | Superuser
@@ -89,15 +89,15 @@ def _describe_caller(caller: Caller) -> str:
 async def _resolve_user(
     authenticator: Authenticator, accounts: AccountLoader, spec: NamedUser
 ) -> Caller:
-    users = authenticator.find_user_collection(spec.collection)
+    users = authenticator.find_user_collection(spec.collection_name_or_id)
     if users is None or users.collection.type != "auth":
         raise AuthError(
-            f'there is no auth collection "{spec.collection}"',
+            f'there is no auth collection "{spec.collection_name_or_id}"',
             hint="Set type: auth for the collection that --user names.",
             code="user_unknown",
         )
-    account = await accounts.load(users, spec.id)
+    account = await accounts.load(users, spec.record_id)
     if account is None:
         name = users.collection.name
-        raise AuthError(f'"{name}" has no record "{spec.id}"', code="user_unknown")
+        raise AuthError(f'"{name}" has no record "{spec.record_id}"', code="user_unknown")
     return caller_of_account(account, None)

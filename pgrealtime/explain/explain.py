@@ -69,7 +69,7 @@ class Explanation:
     """Safe to print on a terminal; the last one is the verdict."""
 
 
-async def explain(
+async def explain_delivery(
     config: Config,
     caller_spec: CallerSpec,
     topic: str,
@@ -169,7 +169,7 @@ class _Explainer:
     async def explain_record(self, session: ExplainSession, record_id: str) -> str:
         """Return why the caller doesn't receive the record's events; empty if it does."""
         topic = self._topic
-        collection = self._collections.find(topic.collection)
+        collection = self._collections.find(topic.collection_name_or_id)
         if collection is None:
             return self._explain_no_collection()
         self._add_lines("topic", *topic_lines(topic, collection))
@@ -186,7 +186,7 @@ class _Explainer:
         return await self._explain_row(session, collection, row)
 
     def _explain_no_collection(self) -> str:
-        name = self._topic.collection
+        name = self._topic.collection_name_or_id
         meant = nearest_name(name, self._collections)
         self._add_lines(
             "topic",

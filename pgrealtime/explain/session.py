@@ -43,7 +43,7 @@ async def open_explain_session(pool: QueryPool) -> AsyncIterator[ExplainSession]
             transaction = BudgetedTransaction(pool, connection, (), keeps_snapshot=True)
             await transaction.begin()
             yield ExplainSession(transaction)
-            await transaction.end()
+            await transaction.finish()
     except (psycopg.OperationalError, PoolTimeout) as error:
         raise DatabaseUnreachableError(
             "the database doesn't answer", detail=message_without_values(error)
@@ -64,7 +64,7 @@ class ExplainSession:
         except psycopg.Error as error:
             if self._transaction.is_broken:
                 raise
-            await self._transaction.restart()
+            await self._transaction.recover()
             # Without what may show a value of the row.
             return ConditionVerdict(None, message_without_values(error))
 

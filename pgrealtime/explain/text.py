@@ -162,7 +162,7 @@ def row_lines(
 ) -> Iterator[str]:
     """Yield that the record exists, and the columns that rule and filter read."""
     yield f"{collection.name}/{row[collection.key.name]} is there"
-    for name in compiled.columns if isinstance(compiled, ReferenceQuery) else ():
+    for name in compiled.column_names if isinstance(compiled, ReferenceQuery) else ():
         yield f"{_field_name(collection, name)} is {_format_cell(collection, name, row[name])}"
 
 
@@ -196,7 +196,7 @@ def sql_lines(query: SqlQuery, compiled: ReferenceQuery) -> Iterator[str]:
     """Yield the statement and its parameters."""
     hidden = {
         f"c{at}"
-        for at, name in enumerate(compiled.columns)
+        for at, name in enumerate(compiled.column_names)
         if _is_hidden(compiled.collection, name)
     }
     yield query.sql

@@ -21,7 +21,7 @@ def epoch_of(system: SystemIdentity, tables: Iterable[TableName], restore_count:
         restore_count: How often the history changed while the system identity didn't.
     """
     names = sorted(f"{table.schema}\0{table.name}" for table in tables)
-    text = "\n".join([system.system_id, str(system.timeline), system.database, *names])
+    text = "\n".join([system.system_id, str(system.timeline), system.database_name, *names])
     for _ in range(restore_count + 1):
         text = hashlib.blake2s(text.encode(), digest_size=3).hexdigest()
     return text
@@ -70,7 +70,7 @@ class RepeatCheck:
         """Expect no repeat of what was appended so far: of another history, or other tables."""
         self._last = None
 
-    def record(self, entry: Transaction | OversizedTransaction) -> None:
+    def remember(self, entry: Transaction | OversizedTransaction) -> None:
         """Remember a transaction that was appended."""
         self._last = _identity_of(entry)
 

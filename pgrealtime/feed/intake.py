@@ -72,9 +72,9 @@ class Intake:
         self._appended_at = time.monotonic()
 
     @property
-    def head_lsn(self) -> LSN:
+    def end_lsn(self) -> LSN:
         """The end of the last entry."""
-        return self._changelog.head.lsn
+        return self._changelog.end_cursor.lsn
 
     @property
     def floor_lsn(self) -> LSN:
@@ -101,7 +101,7 @@ class Intake:
     def append_gap(self, reason: str, tables: frozenset[TableName]) -> None:
         """Append a gap: changes of the tables may be missing up to here."""
         # Behind the last commit and before any later one: a commit record alone has more bytes.
-        end_lsn = LSN(self.head_lsn + 1)
+        end_lsn = LSN(self.end_lsn + 1)
         self._append(Gap(end_lsn, reason, tables), time.monotonic())
         _log_gap(reason, tables)
         self.follower.wake()
@@ -113,7 +113,7 @@ class Intake:
 
     def append_watermark(self, lsn: LSN, now: float, *, min_interval_seconds: float) -> bool:
         """Record that no table had a commit up to an LSN; return whether that was due."""
-        if lsn <= self.head_lsn or now - self._appended_at < min_interval_seconds:
+        if lsn <= self.end_lsn or now - self._appended_at < min_interval_seconds:
             return False
         self._append(Watermark(lsn), now)
         self.follower.wake()

@@ -169,7 +169,7 @@ class ReplicationReader:
             The stream's epoch.
         """
         epoch = self._epoch_of(stream)
-        head_lsn = self._intake.head_lsn
+        head_lsn = self._intake.end_lsn
         # Only a durable slot begins before the head: at what it was last confirmed. A restored
         # server's WAL may end before what was read from it.
         begins_within = stream.start_lsn <= head_lsn and self._read_upto <= stream.initial_wal_end
@@ -364,15 +364,15 @@ class ReplicationReader:
     async def _append_new(self, batch: Iterable[Transaction | OversizedTransaction]) -> None:
         """Append the transactions that the changelog doesn't have; verify the others."""
         for entry in batch:
-            is_new = entry.end_lsn > self._intake.head_lsn
+            is_new = entry.end_lsn > self._intake.end_lsn
             self._repeats.verify(entry, is_new=is_new)
             if is_new:
                 await self._intake.append(entry)
-                self._repeats.record(entry)
+                self._repeats.remember(entry)
 
     # -- acknowledging
 
-    async def expire(self) -> None:
+    async def expire_periodically(self) -> None:
         """Remove old entries from the changelog, and WAL behind them from the server, for ever."""
         while True:
             await asyncio.sleep(_EXPIRE_SECONDS)
@@ -384,7 +384,7 @@ class ReplicationReader:
 
     def _append_watermark(self, stream: WalStream, now: float) -> None:
         """Let a durable slot advance while the WAL grows by other tables' commits alone."""
-        quiet_until = stream.empty_until(self._intake.head_lsn)
+        quiet_until = stream.empty_until(self._intake.end_lsn)
         if self._intake.append_watermark(quiet_until, now, min_interval_seconds=_MARK_SECONDS):
             self._read_upto = max(self._read_upto, quiet_until)
 
@@ -418,7 +418,7 @@ class ReplicationReader:
         return True
 
     def _complete_upto(self) -> LSN:
-        head_lsn = self._intake.head_lsn
+        head_lsn = self._intake.end_lsn
         if self.stream is None:
             return head_lsn
         # What ends before a stream begins is in the changelog, or is a gap in it; the last commit

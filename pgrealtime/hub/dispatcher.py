@@ -69,7 +69,7 @@ class Dispatcher:
         self._gap_notifier = gap_notifier
         self._catch_up = catch_up
         self._clock = clock
-        self._delivered_upto = changelog.head
+        self._delivered_upto = changelog.end_cursor
         """Where the messages end that were delivered last; the head may be before that."""
         self._checked_upto: Cursor | None = None
         """Where the entries end that may be evaluated, of those being dispatched."""
@@ -95,7 +95,7 @@ class Dispatcher:
     def _has_undispatched(self) -> bool:
         """Whether the changelog has entries after the head; ``_dispatch`` finds why it raises."""
         try:
-            return self._progress.head < self._changelog.head
+            return self._progress.head < self._changelog.end_cursor
         except Exception:  # noqa: BLE001 (see _dispatch)
             return True
 
@@ -108,7 +108,7 @@ class Dispatcher:
             log.error("dispatch.failed", error=type(error).__name__, at=raise_location(error))  # noqa: TRY400 (at says where)
             if self._progress.revision == revision:
                 # Entries after that may not be visible yet, or have another schema.
-                self._let_all_fall_behind(self._checked_upto or self._changelog.head)
+                self._let_all_fall_behind(self._checked_upto or self._changelog.end_cursor)
         finally:
             self._checked_upto = None
 
@@ -138,7 +138,7 @@ class Dispatcher:
 
     def restart(self) -> None:
         """Begin at the changelog's head; another history was begun."""
-        self._delivered_upto = self._changelog.head
+        self._delivered_upto = self._changelog.end_cursor
         self._account_deletions = ()
 
     def settle(self) -> None:
@@ -154,7 +154,9 @@ class Dispatcher:
     async def _dispatch_entries(self) -> None:
         progress, registry = self._progress, self._registry
         revision, generation = progress.revision, progress.generation
-        entries = self._changelog.read(progress.head, self._changelog.head, LIVE_SLICE_CHANGES)
+        entries = self._changelog.read(
+            progress.head, self._changelog.end_cursor, LIVE_SLICE_CHANGES
+        )
         self._visibility.record_delivered(entries)
         entries = await self._entry_checks.leading_valid(entries)
         if progress.revision != revision:
@@ -408,7 +410,7 @@ class Dispatcher:
     def _fall_behind(self, connection: Connection) -> None:
         """Let a LIVE connection read on from the head, which is before what is being delivered."""
         connection.fall_behind(self._progress.head)
-        self._catch_up.start(connection)
+        self._catch_up.start_task(connection)
 
 
 def _connections_of(groups: Iterable[Group]) -> dict[Connection, None]:

@@ -76,7 +76,7 @@ class Hub:
         self._on_schema_mismatch = callbacks.on_schema_mismatch
         self._row_history = RowHistory(changelog, callbacks.wait_for_changelog)
         self._progress = progress = DispatchProgress(
-            changelog.head, self._make_generation(collections)
+            changelog.end_cursor, self._make_generation(collections)
         )
         self._epochs = ResumableEpochs(settings.epoch, changelog, can_resume=settings.can_resume)
         self._visibility = VisibilityTracker(executor.fetch_snapshot, progress, clock)
@@ -167,7 +167,7 @@ class Hub:
 
     def _begin_history(self, epoch: str) -> None:
         """Begin another history: earlier positions, snapshots and results are void."""
-        head = self._changelog.head
+        head = self._changelog.end_cursor
         self._epochs.start_epoch(epoch)
         self._progress.begin_history(head)
         self._dispatcher.restart()

@@ -115,7 +115,7 @@ class SubscribeCalls:
         return frozenset(
             name
             for name, one in connection.subscriptions.items()
-            if one.group is None and not one.topic.collection.startswith("PB_")
+            if one.group is None and not one.topic.collection_name_or_id.startswith("PB_")
         )
 
     async def _replace_topics(
@@ -140,7 +140,7 @@ class SubscribeCalls:
             yield is_first
         finally:
             if connection.end_call(self._progress.head):
-                self._catch_up.start(connection)
+                self._catch_up.start_task(connection)
 
     async def _fetch_read_point(
         self, connection: Connection, topic_texts: list[str], *, is_first: bool
@@ -156,7 +156,7 @@ class SubscribeCalls:
             return None
         loses_position = False
         if is_first and connection.is_resuming:
-            if connection.cursor <= self._changelog.head:
+            if connection.cursor <= self._changelog.end_cursor:
                 return None
             # The position is another process's that is ahead of this one, or it was sent before
             # the database was restored. The end of the WAL tells which.

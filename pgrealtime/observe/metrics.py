@@ -29,7 +29,7 @@ _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 class MetricValues(Struct, kw_only=True):
     """Counters and gauges of one moment. The configuration or the program bounds all labels."""
 
-    connections: int
+    open_connections: int
     subscription_counts: Mapping[str, int]
     """By collection."""
     events_sent: int
@@ -97,7 +97,7 @@ class _CombinedCollector(Collector):
 def _families(values: MetricValues) -> Iterable[Metric]:
     versions = (__version__, platform.python_version())
     yield _gauge("build_info", "What runs.", {versions: 1}, "version", "python")
-    yield _gauge("connections", "Open connections.", values.connections)
+    yield _gauge("connections", "Open connections.", values.open_connections)
     yield _gauge(
         "subscriptions",
         "Topics of open connections that something can match.",

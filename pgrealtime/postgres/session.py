@@ -40,13 +40,13 @@ def is_connection_error(error: Exception) -> bool:
 
 
 class ReadTransaction:
-    """One read-only transaction on a connection; ``restart`` goes on after an error.
+    """One read-only transaction on a connection; ``recover`` goes on after an error.
 
     Args:
         pool: Gives the statements that begin a transaction.
         connection: From ``QueryPool.session``, outside a transaction.
         xids: Transactions that the snapshot must see.
-        keeps_snapshot: Whether ``restart`` goes on in the same snapshot, by a savepoint, and not in
+        keeps_snapshot: Whether ``recover`` goes on in the same snapshot, by a savepoint, and not in
             a younger one. Then there is nothing to wait for: ``snapshot`` and ``insert_lsn`` are
             not read, and ``xids`` must be empty.
 
@@ -105,7 +105,7 @@ class ReadTransaction:
             self.snapshot, self.insert_lsn = parse_snapshot(row[0]), parse_lsn(row[1])
             if all(self.snapshot.sees(xid) for xid in self._xids):
                 return
-            await self.end()
+            await self.finish()
             if time.monotonic() > deadline:
                 raise TimeoutError("a commit stays invisible")
             await asyncio.sleep(_VISIBILITY_RETRY_SECONDS)
@@ -123,7 +123,7 @@ class ReadTransaction:
         cursor = await self._connection.execute(statement.encode(), params)
         return await cursor.fetchall()
 
-    async def end(self) -> None:
+    async def finish(self) -> None:
         """Leave the transaction, whatever state it is in; one that failed is rolled back.
 
         A SELECT may write WAL, as it prunes pages. After a COMMIT the server flushes that soon,
@@ -132,10 +132,10 @@ class ReadTransaction:
         """
         await self._connection.execute("COMMIT")
 
-    async def restart(self) -> None:
+    async def recover(self) -> None:
         """Go on after an error, in a younger snapshot or, if it is kept, in the same one."""
         if self._keeps_snapshot:
             await self._connection.execute("ROLLBACK TO SAVEPOINT question")
         else:
-            await self.end()
+            await self.finish()
             await self.begin()

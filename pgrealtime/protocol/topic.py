@@ -37,7 +37,7 @@ class Topic:
 
     text: str
     """As submitted; the event name of its messages."""
-    collection: str
+    collection_name_or_id: str
     """Name or id, exact and case sensitive."""
     record_id: str | None
     """None for the whole collection (``COLL/*``, ``COLL``). May hold slashes, never a ``?``."""
@@ -50,14 +50,14 @@ class Topic:
 def parse_topic(text: str) -> Topic:
     """Parse a topic; never raises: an invalid one matches nothing."""
     if _LINE_BREAK.search(text):
-        return Topic(text=text, collection="", record_id=None, query={}, headers={})
+        return Topic(text=text, collection_name_or_id="", record_id=None, query={}, headers={})
     path, _, _ = text.partition("?")
     collection, slash, record_id = path.partition("/")
     options = _options_text(text)
     query, headers = _read_options(options) if options else ({}, {})
     return Topic(
         text=text,
-        collection=collection,
+        collection_name_or_id=collection,
         record_id=record_id if slash and record_id != _WILDCARD else None,
         query=query,
         headers=headers,

@@ -148,7 +148,7 @@ class QueryExecutor:
                         budget.spend(time.perf_counter() - began)
                     self.outage.record_answer()
                     await self._rounds.answer(transaction, evaluation, questions)
-                    await transaction.end()
+                    await transaction.finish()
             except TimeoutError as error:
                 if begin_timeout.expired():
                     budget.exhaust()
@@ -193,7 +193,7 @@ class QueryExecutor:
             budget.spend(time.perf_counter() - began)
             self.outage.record_answer()
             yield ReadSession(transaction, self._rounds, self._unanswered)
-            await transaction.end()
+            await transaction.finish()
 
     async def fetch_live_rows(
         self, images: Sequence[IncompleteRow]

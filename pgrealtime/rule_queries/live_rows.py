@@ -55,7 +55,7 @@ class IncompleteRow(Protocol):
 class LiveRow(NamedTuple):
     """What a table holds now for a key."""
 
-    xid: int
+    writer_xid: int
     """32-bit id of the (sub)transaction that wrote this version."""
     row: Row
     """The columns that were asked for."""
@@ -176,7 +176,7 @@ class LiveRowReader:
             transaction = ReadTransaction(self._pool, connection, {image.xid for image in images})
             await transaction.begin()
             found = await transaction.fetch_texts(statement, {"ids": ids})
-            await transaction.end()
+            await transaction.finish()
         rows: dict[str, LiveRow] = {}
         for key, *values, xmin in found:
             row: Row = dict(zip(columns, values, strict=True))

@@ -217,7 +217,7 @@ class QuestionRounds:
         except Exception as error:  # noqa: BLE001 (see above)
             self._unanswered.counts[name, "error"] += 1
             self._unanswered.log_once(name, type(error).__name__)
-            await transaction.restart()
+            await transaction.recover()
             return False
         self._unanswered.counts[name, "unknown_rows"] += 1
         self._unanswered.log_once(
@@ -266,4 +266,4 @@ class QuestionRounds:
             seconds = self.breakers.record_timeout(question.subject, is_tolerated=is_tolerated)
             if seconds:
                 self._unanswered.log_suspension(name, seconds)
-        await transaction.restart()
+        await transaction.recover()

@@ -88,7 +88,7 @@ class ReadSession:
                 if transaction.budget.is_limited and isinstance(error, TIMEOUT_ERRORS):
                     raise TimeoutError from error
                 self._unanswered.log_error("", error)
-                await transaction.restart()
+                await transaction.recover()
                 if isinstance(error, psycopg.errors.InsufficientPrivilege):
                     return None  # as the operator wants it, or reported at start
                 if is_last or not isinstance(error, TIMEOUT_ERRORS):

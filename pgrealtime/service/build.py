@@ -101,10 +101,10 @@ async def run_service(
             read_config=read_config or partial(_unchanged, config),
             read_catalog=partial(read_configured_catalog, pool=pool),
             open_stream=streams.open,
-            check_stream=streams.check,
+            check_stream=streams.check_reopenable,
             schema_mismatch=schema_mismatch,
         )
-        stack.callback(parts.login.close)
+        stack.callback(parts.login_service.close)
         await stack.enter_async_context(background_tasks(_coroutines(parts, reloader)))
         status = StatusReader(parts)
         await stack.enter_async_context(serve_admin(config.admin, status, metrics))
@@ -183,7 +183,7 @@ def _build_parts(
             logins=applied.logins,
             rule_columns=caller_columns_read_by_rules(collections),
         ),
-        login=LoginService(config.auth.login, accounts),
+        login_service=LoginService(config.auth.login, accounts),
         own_records=OwnRecordRenderer(
             executor, collections, nulls=config.records.nulls, hidden=config.records.hidden
         ),
@@ -205,15 +205,15 @@ def _hub_settings(config: Config, applied: AppliedConfig) -> HubSettings:
 
 def _build_app(config: Config, parts: ServiceParts) -> web.Application:
     app = build_app(parts.hub, parts.authenticator, config)
-    routes = LoginRoutes(parts.login, parts.authenticator, config.server, parts.own_records)
-    routes.add_to(app.router)
+    routes = LoginRoutes(parts.login_service, parts.authenticator, config.server, parts.own_records)
+    routes.add_routes(app.router)
     return app
 
 
 def _coroutines(parts: ServiceParts, reloader: Reloader) -> tuple[Coroutine[Any, Any, None], ...]:
     return (
         parts.replication_reader.run(),
-        parts.replication_reader.expire(),
+        parts.replication_reader.expire_periodically(),
         parts.hub.run(),
         parts.hub.run_timers(),
         parts.authenticator.run(),

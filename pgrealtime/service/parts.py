@@ -26,5 +26,5 @@ class ServiceParts:
     replication_reader: ReplicationReader
     hub: Hub
     authenticator: Authenticator
-    login: LoginService
+    login_service: LoginService
     own_records: OwnRecordRenderer

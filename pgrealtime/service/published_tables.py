@@ -30,7 +30,7 @@ class PublicationWatch:
         self._publication = publication
         self._incomplete: frozenset[TableName] = frozenset()
 
-    async def check(self, tables: Collection[Table]) -> frozenset[TableName]:
+    async def find_tables_with_gap(self, tables: Collection[Table]) -> frozenset[TableName]:
         """Return the tables with a gap: those that became incomplete, or complete again.
 
         Also a table that is complete again has a gap, for clients that loaded it in between.

@@ -43,7 +43,7 @@ _RELOADABLE_SECTIONS = ("collections", "auth")
 """Sections that a reload applies; the others need a restart."""
 
 ReadCatalog: TypeAlias = Callable[[Config], Awaitable[Catalog]]
-OpenStream: TypeAlias = Callable[[AppliedConfig], AbstractAsyncContextManager[WalStream]]
+OpenStreamFor: TypeAlias = Callable[[AppliedConfig], AbstractAsyncContextManager[WalStream]]
 
 
 class _SchemaRead:
@@ -53,7 +53,7 @@ class _SchemaRead:
         self.is_applied = False
         self.completed = asyncio.Event()
 
-    def complete(self) -> None:
+    def mark_applied(self) -> None:
         """Report that the schema is in force."""
         self.is_applied = True
         self.completed.set()
@@ -80,7 +80,7 @@ class Reloader:
         *,
         read_config: Callable[[], ParsedConfig],
         read_catalog: ReadCatalog,
-        open_stream: OpenStream,
+        open_stream: OpenStreamFor,
         check_stream: Callable[[AppliedConfig], Awaitable[None]],
         schema_mismatch: asyncio.Event,
     ) -> None:
@@ -201,7 +201,9 @@ class Reloader:
         stream = self._parts.replication_reader.stream
         if stream is None or stream.plugin != "pgoutput":
             return
-        if changed := await self._publication.check(list(self._streamed_tables.values())):
+        if changed := await self._publication.find_tables_with_gap(
+            list(self._streamed_tables.values())
+        ):
             self._parts.intake.append_gap("schema", changed)
 
     # -- applying
@@ -232,13 +234,13 @@ class Reloader:
         if replaced := _tables_with_gap(before, applied, known, wanted):
             parts.intake.append_gap("schema", replaced)
         # Events wait for this; switching the stream takes longer, and they don't need it.
-        self._current_read.complete()
+        self._current_read.mark_applied()
         if applied.streamed_tables != self._streamed_tables:
             await self._try_switch_stream(applied)
 
     async def _update_parts(self, applied: AppliedConfig) -> None:
         auth, collections, parts = applied.config.auth, applied.collections, self._parts
-        parts.login.replace_settings(auth.login)
+        parts.login_service.replace_settings(auth.login)
         parts.own_records.replace_collections(collections)
         parts.authenticator.replace_settings(
             key_sources_of(auth),

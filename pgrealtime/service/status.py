@@ -33,7 +33,7 @@ class StatusReader:
         lag_bytes, retained_bytes = await self._read_slot_lag()
         hub, counters = self._parts.hub, self._parts.hub.counters
         return MetricValues(
-            connections=len(hub.connections),
+            open_connections=len(hub.connections),
             subscription_counts=hub.subscription_counts,
             events_sent=counters.events_sent_to_closed
             + sum(one.events_sent for one in hub.connections),
@@ -44,7 +44,7 @@ class StatusReader:
             incomplete_records=counters.incomplete_records,
             rule_query_errors=self._parts.executor.unanswered_counts,
             auth_checks=self._parts.authenticator.checks_by_result,
-            login_results=self._parts.login.attempts_by_result,
+            login_results=self._parts.login_service.attempts_by_result,
             changes_received=self._parts.intake.changes_received,
             stream_breaks=self._parts.replication_reader.stream_breaks,
             changelog_bytes=self._parts.changelog.size_bytes,

@@ -45,7 +45,7 @@ class StreamOpener:
             on_wait=_log_slot_wait,
         )
 
-    async def check(self, applied: AppliedConfig) -> None:
+    async def check_reopenable(self, applied: AppliedConfig) -> None:
         """Check that the durable slot could be reopened with other tables.
 
         Does nothing for a temporary slot: its successor is opened before the stream is replaced.

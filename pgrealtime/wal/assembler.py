@@ -20,7 +20,7 @@ from pgrealtime.changes import (
 )
 from pgrealtime.errors import UnexpectedMessageError
 from pgrealtime.lsn import Xid
-from pgrealtime.wal.message import Begin, Commit, Message, RowChange, Truncated
+from pgrealtime.wal.message import Begin, Commit, Message, RowChange, TruncateMessage
 
 RecordKeys = Mapping[TableName, tuple[str, ...]]
 """By table the columns that identify a record; a move between partitions leaves them unchanged."""
@@ -51,7 +51,7 @@ class TransactionAssembler:
         """Deletes in partitions: index in ``_changes``, and the leaf."""
 
     @property
-    def is_open(self) -> bool:
+    def is_in_transaction(self) -> bool:
         """Whether a transaction has begun and not committed."""
         return self._xid is not None
 
@@ -89,14 +89,14 @@ class TransactionAssembler:
             case Begin(xid=xid) if self._xid is None:
                 self._xid, self._size_bytes = xid, payload_bytes
                 return None
-            case Truncated(tables=tables) if self._xid is not None:
+            case TruncateMessage(tables=tables) if self._xid is not None:
                 if self._size_bytes > self._max_bytes:
                     self._drop_rows().update(tables)
                 else:
                     self._add_truncates(tables)
                 return None
             case _:
-                place = "inside" if self.is_open else "outside"
+                place = "inside" if self.is_in_transaction else "outside"
                 raise UnexpectedMessageError(f"{type(message).__name__} came {place} a transaction")
 
     def _drop_rows(self) -> set[TableName]:

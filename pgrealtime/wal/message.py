@@ -30,7 +30,7 @@ class RowChange(Struct, frozen=True, gc=False):
     shape: RowShape | None = None
 
 
-class Truncated(Struct, frozen=True, gc=False):
+class TruncateMessage(Struct, frozen=True, gc=False):
     """One statement truncated tables; they have the root tables' names."""
 
     tables: tuple[TableName, ...]
@@ -44,7 +44,7 @@ class Commit(Struct, frozen=True, gc=False):
     """Microseconds since the Unix epoch, by the server's clock."""
 
 
-Message: TypeAlias = Begin | RowChange | Truncated | Commit
+Message: TypeAlias = Begin | RowChange | TruncateMessage | Commit
 
 
 class Decoder(Protocol):

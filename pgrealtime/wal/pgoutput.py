@@ -45,7 +45,7 @@ from pgrealtime.wal.message import (
     Message,
     RowChange,
     StreamedTable,
-    Truncated,
+    TruncateMessage,
     streamed_tables_by_name,
 )
 from pgrealtime.wal.wire import UNIX_EPOCH_OFFSET
@@ -181,12 +181,12 @@ class PgoutputDecoder:
         change = Delete(source.root, old)
         return RowChange(change, source.leaf, relation.overhead_bytes, relation.shape)
 
-    def _truncate(self, data: bytes) -> Truncated | None:
+    def _truncate(self, data: bytes) -> TruncateMessage | None:
         count, _ = _TRUNCATE.unpack_from(data)
         oids = struct.unpack_from(f"!{count}I", data, _TRUNCATE.size)
         known = (self._relations.get(oid) for oid in oids)
         tables = tuple(relation.streamed_table.root for relation in known if relation is not None)
-        return Truncated(tables) if tables else None
+        return TruncateMessage(tables) if tables else None
 
     def _relation_of(self, data: bytes) -> _Relation | None:
         (oid,) = _RELATION_ID.unpack_from(data)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import psycopg
+from psycopg import AsyncConnection
 from psycopg.conninfo import make_conninfo
 from psycopg.sql import SQL
 
@@ -26,8 +27,6 @@ from pgrealtime.errors import (
 from pgrealtime.lsn import LSN, parse_lsn
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.url import parse_database_url
-
-DatabaseConnection: TypeAlias = psycopg.AsyncConnection[tuple[Any, ...]]
 
 _PINNED_SETTINGS = SQL(
     "SET search_path = pg_catalog; SET DateStyle = ISO; SET TimeZone = UTC;"
@@ -50,7 +49,7 @@ class SystemIdentity:
 
     system_id: str
     timeline: int
-    database: str
+    database_name: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +71,7 @@ class ServerFacts:
 
 
 @asynccontextmanager
-async def open_replication_connection(url: str) -> AsyncIterator[DatabaseConnection]:
+async def open_replication_connection(url: str) -> AsyncIterator[AsyncConnection[Any]]:
     """Open a replication connection to the database; close it on exit.
 
     Raises:
@@ -112,13 +111,13 @@ def translate_driver_errors() -> Iterator[None]:
         ) from error
 
 
-async def open_ordinary_connection(url: str) -> DatabaseConnection:
+async def open_ordinary_connection(url: str) -> AsyncConnection[Any]:
     """Open an ordinary connection in autocommit, for queries besides the stream.
 
     Raises:
         psycopg.Error: Untranslated.
     """
-    connection: DatabaseConnection = await psycopg.AsyncConnection.connect(
+    connection: AsyncConnection[Any] = await psycopg.AsyncConnection.connect(
         _conninfo(url), autocommit=True
     )
     return connection
@@ -187,16 +186,16 @@ def wal_level_error(wal_level: str) -> SetupError:
     )
 
 
-async def identify_system(connection: DatabaseConnection) -> tuple[SystemIdentity, LSN]:
+async def identify_system(connection: AsyncConnection[Any]) -> tuple[SystemIdentity, LSN]:
     """Return the identity of the connected server, and the flush LSN of its WAL."""
     row = await (await connection.execute("IDENTIFY_SYSTEM")).fetchone()
     assert row is not None
     system_id, timeline, flushed, database = row
-    system = SystemIdentity(system_id=system_id, timeline=int(timeline), database=database)
+    system = SystemIdentity(system_id=system_id, timeline=int(timeline), database_name=database)
     return system, parse_lsn(flushed)
 
 
-async def read_server_facts(connection: DatabaseConnection) -> ServerFacts:
+async def read_server_facts(connection: AsyncConnection[Any]) -> ServerFacts:
     """Return the server's facts.
 
     Raises:

@@ -9,9 +9,10 @@ import asyncio
 import secrets
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import psycopg
+from psycopg import AsyncConnection
 from psycopg import errors as pg
 
 from pgrealtime.catalog.model import Table
@@ -29,7 +30,7 @@ from pgrealtime.errors import (
 from pgrealtime.lsn import LSN, parse_lsn
 from pgrealtime.wal import slot_status
 from pgrealtime.wal.publication import Publication, check_publication, check_tables
-from pgrealtime.wal.server import DatabaseConnection, ServerFacts, open_ordinary_connection
+from pgrealtime.wal.server import ServerFacts, open_ordinary_connection
 
 Plugin: TypeAlias = Literal["wal2json", "pgoutput"]
 
@@ -61,7 +62,7 @@ class Slot:
 
 
 async def acquire_slot(
-    connection: DatabaseConnection,
+    connection: AsyncConnection[Any],
     url: str,
     config: ReplicationConfig,
     *,
@@ -105,7 +106,7 @@ async def acquire_slot(
 
 
 async def dry_run_slot(
-    connection: DatabaseConnection,
+    connection: AsyncConnection[Any],
     url: str,
     config: ReplicationConfig,
     *,
@@ -129,7 +130,7 @@ async def dry_run_slot(
 
 
 async def _reuse_durable_slot(
-    connection: DatabaseConnection, config: ReplicationConfig, facts: ServerFacts
+    connection: AsyncConnection[Any], config: ReplicationConfig, facts: ServerFacts
 ) -> Slot | None:
     """Return the durable slot, None if there is none; drop one that was invalidated.
 
@@ -158,7 +159,7 @@ def _plugin_of(slot: slot_status.SlotStatus) -> Plugin:
 
 
 async def find_durable_slot(
-    connection: DatabaseConnection, config: ReplicationConfig, facts: ServerFacts
+    connection: AsyncConnection[Any], config: ReplicationConfig, facts: ServerFacts
 ) -> slot_status.SlotStatus | None:
     """Return the checked slot with the configured name, None if there is none.
 
@@ -177,7 +178,7 @@ async def find_durable_slot(
 
 
 async def _check_publication(
-    connection: DatabaseConnection,
+    connection: AsyncConnection[Any],
     config: ReplicationConfig,
     tables: Collection[Table],
     facts: ServerFacts,
@@ -214,7 +215,7 @@ def _check_encoding(plugin: Plugin, facts: ServerFacts) -> None:
     )
 
 
-async def read_publication(connection: DatabaseConnection, name: str) -> Publication | None:
+async def read_publication(connection: AsyncConnection[Any], name: str) -> Publication | None:
     """Return the publication of that name, None if the database has none."""
     row = await (
         await connection.execute(
@@ -253,7 +254,7 @@ async def read_publication(connection: DatabaseConnection, name: str) -> Publica
 
 
 async def create_slot(
-    connection: DatabaseConnection,
+    connection: AsyncConnection[Any],
     url: str,
     plugin: Plugin,
     config: ReplicationConfig,
@@ -292,7 +293,7 @@ async def create_slot(
 
 
 async def _run_create(
-    connection: DatabaseConnection, command: str, plugin: Plugin, timeout_seconds: float
+    connection: AsyncConnection[Any], command: str, plugin: Plugin, timeout_seconds: float
 ) -> LSN | PgRealtimeError:
     try:
         # The timeout cancels the command on the server too, so that no slot is left.
@@ -363,7 +364,7 @@ async def _watch_wait(
             continue  # only the report fails; creating the slot raises its own errors
 
 
-async def _read_wait(connection: DatabaseConnection, backend_pid: int) -> SlotWait:
+async def _read_wait(connection: AsyncConnection[Any], backend_pid: int) -> SlotWait:
     row = await (
         await connection.execute(
             "SELECT pg_catalog.pg_blocking_pids(%s),"
@@ -378,7 +379,7 @@ async def _read_wait(connection: DatabaseConnection, backend_pid: int) -> SlotWa
 
 
 async def start_replication(
-    connection: DatabaseConnection, slot: Slot, options: dict[str, str]
+    connection: AsyncConnection[Any], slot: Slot, options: dict[str, str]
 ) -> None:
     """Start streaming from the slot; afterwards the connection can run no other command.
 

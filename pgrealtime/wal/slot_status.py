@@ -40,7 +40,7 @@ class SlotStatus:
     name: str
     plugin: str
     """Empty for a physical slot."""
-    database: str
+    database_name: str
     is_temporary: bool
     active_pid: int | None
     """Of the walsender that reads it; None if none does."""
@@ -61,7 +61,7 @@ def _slot_status(row: Sequence[Any]) -> SlotStatus:
     return SlotStatus(
         name=name,
         plugin=plugin,
-        database=database,
+        database_name=database,
         is_temporary=temporary,
         active_pid=pid,
         wal_status=status or "",
@@ -127,12 +127,13 @@ def check_slot(
 
 def _check_readable(config: ReplicationConfig, status: SlotStatus, database: str) -> None:
     wanted = ("wal2json", "pgoutput") if config.plugin == "auto" else (config.plugin,)
-    if status.plugin in wanted and status.database == database and not status.is_temporary:
+    if status.plugin in wanted and status.database_name == database and not status.is_temporary:
         return
     kind = f"of {status.plugin}" if status.plugin else "a physical one"
     raise SetupError(
         f'slot "{status.name}" is not one to read from',
-        detail=f"It is {kind}{f' in database {status.database}' if status.database else ''}"
+        detail=f"It is {kind}"
+        f"{f' in database {status.database_name}' if status.database_name else ''}"
         f"{', and temporary' if status.is_temporary else ''}.",
         hint="Give replication.slot.name another name; or, if nobody needs that slot, drop it:"
         f" pgrealtime slot drop {status.name}",

@@ -13,10 +13,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from enum import Enum
+from typing import Any
 
 import psycopg
+from psycopg import AsyncConnection, pq
 from psycopg import errors as pg
-from psycopg import pq
 
 from pgrealtime.catalog.model import Table
 from pgrealtime.changes import OversizedTransaction, Transaction
@@ -34,7 +35,7 @@ from pgrealtime.wal import slot as slots
 from pgrealtime.wal.assembler import RecordKeys, TransactionAssembler, default_record_keys
 from pgrealtime.wal.feedback import CONFIRM_SECONDS, Feedback
 from pgrealtime.wal.message import Commit, Decoder
-from pgrealtime.wal.server import DatabaseConnection, ServerFacts, SystemIdentity
+from pgrealtime.wal.server import ServerFacts, SystemIdentity
 from pgrealtime.wal.slot import Plugin, Slot, SlotWait
 from pgrealtime.wal.visible_lsn import may_match_standby_names, watch_visible_lsn
 from pgrealtime.wal.wire import PrimaryKeepalive, StandbyStatusUpdate, format_status, parse_message
@@ -82,7 +83,7 @@ class WalStream:
 
     def __init__(
         self,
-        connection: DatabaseConnection,
+        connection: AsyncConnection[Any],
         slot: Slot,
         decoder: Decoder,
         *,
@@ -181,7 +182,7 @@ class WalStream:
         """Advance the slot no further than there until the next call."""
         self._feedback.limit_confirmation(lsn)
 
-    def start(self) -> None:
+    def start_reading(self) -> None:
         """Start reading; called by ``open_stream``."""
         self._pgconn.nonblocking = 1
         self._tick()
@@ -286,7 +287,7 @@ class WalStream:
 
     def _handle_keepalive(self, keepalive: PrimaryKeepalive) -> None:
         self.wal_end = max(self.wal_end, keepalive.wal_end)
-        if self._assembler.is_open:
+        if self._assembler.is_in_transaction:
             self._feedback.record_received(keepalive.wal_end)
         else:
             self._feedback.record_quiet(keepalive.wal_end)
@@ -441,7 +442,7 @@ async def open_stream(
             max_transaction_bytes=max_transaction_bytes,
             record_keys=record_keys,
         )
-        stream.start()
+        stream.start_reading()
         try:
             async with _confirming_visible_only(stream, url, facts):
                 yield stream

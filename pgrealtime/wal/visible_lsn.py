@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psycopg
+from psycopg import AsyncConnection
 
 from pgrealtime.lsn import LSN, parse_lsn
-from pgrealtime.wal.server import DatabaseConnection, open_ordinary_connection
+from pgrealtime.wal.server import open_ordinary_connection
 
 _POLL_SECONDS = 1.0
 
@@ -44,7 +45,7 @@ async def watch_visible_lsn(url: str, notify: Callable[[LSN], None]) -> NoReturn
             await asyncio.sleep(_POLL_SECONDS)
 
 
-async def _next_visible_lsn(connection: DatabaseConnection) -> LSN:
+async def _next_visible_lsn(connection: AsyncConnection[Any]) -> LSN:
     """Return the present WAL insert LSN, once all commits before it are visible."""
     # A transaction with a commit record before that LSN already had its id, so its id is below the
     # next id to be assigned, which is read afterwards. (The snapshot's xmax would not do: it is

@@ -35,7 +35,7 @@ from pgrealtime.wal.message import (
     Message,
     RowChange,
     StreamedTable,
-    Truncated,
+    TruncateMessage,
     streamed_tables_by_name,
 )
 
@@ -210,7 +210,7 @@ class Wal2JsonDecoder:
                 return None if table is None else _delete(line, table)
             case _Truncate():
                 table = self._tables.get((line.schema, line.table))
-                return None if table is None else Truncated((table.streamed_table.root,))
+                return None if table is None else TruncateMessage((table.streamed_table.root,))
             case _LogicalMessage():
                 return None
 

@@ -86,7 +86,7 @@ class World:
             self.changelog.append(one)
         self.hub.wake()
         async with asyncio.timeout(DEADLINE):
-            while self.hub.head < self.changelog.head:
+            while self.hub.head < self.changelog.end_cursor:
                 self.hub.progressed.clear()
                 await self.hub.progressed.wait()
             while any(map(self._is_behind, self.hub.connections)):

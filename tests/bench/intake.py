@@ -135,7 +135,7 @@ async def drain_by_us(url: str, slot: Slot, table: Table, changes: int) -> Run:
             max_pause_seconds=SETTINGS.max_pause,
             max_transaction_bytes=1 << 30,
         )
-        stream.start()
+        stream.start_reading()
         async for batch in stream:
             seen += sum(len(one.changes) for one in batch if isinstance(one, Transaction))
             if seen >= changes:

@@ -35,7 +35,7 @@ def posts() -> Collection:
         data_type = Type(
             oid=number, schema="pg_catalog", name=type_name, kind=TypeKind.BASE, category="S"
         )
-        column = Column(name=name, number=number, type=data_type)
+        column = Column(name=name, attribute_number=number, type=data_type)
         fields.append(Field(name=name, column=column, kind=kind, type=data_type))
     key = fields[0].column
     assert key is not None

@@ -69,7 +69,7 @@ RELATIONS = {
 def collection(name: str, rule: str) -> Collection:
     """A collection over a table in the schema ``bench``."""
     columns = tuple(
-        Column(name=column, number=n, type=type_)
+        Column(name=column, attribute_number=n, type=type_)
         for n, (column, type_) in enumerate(COLUMNS[name].items(), 1)
     )
     table = Table(
@@ -89,7 +89,7 @@ def collection(name: str, rule: str) -> Collection:
             is_multiple=column.type is TEXTS,
             is_select=column.type is TEXTS,
             relation=(
-                Relation(collection=RELATIONS[name, column.name])
+                Relation(collection_name=RELATIONS[name, column.name])
                 if (name, column.name) in RELATIONS
                 else None
             ),
@@ -213,7 +213,9 @@ def subscriptions(case: Case, size: int) -> Iterator[tuple[Subscription, AuthRec
         query = {"n": str(n // people)}
         if text := case.filter(n, size):
             query["filter"] = text
-        topic = Topic(text="posts/*", collection="posts", record_id=None, query=query, headers={})
+        topic = Topic(
+            text="posts/*", collection_name_or_id="posts", record_id=None, query=query, headers={}
+        )
         person = AuthRecord(collection_id="pbc_users", collection_name="users", id=f"u{n % people}")
         yield Subscription(connection, topic, VIEW, ""), person
 

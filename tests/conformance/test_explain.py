@@ -16,7 +16,7 @@ from pgrealtime.auth.principal import GUEST, Superuser
 from pgrealtime.config.model import CollectionConfig, Config, DatabaseConfig
 from pgrealtime.errors import RuleError
 from pgrealtime.explain.caller import CallerSpec, NamedUser
-from pgrealtime.explain.explain import explain
+from pgrealtime.explain.explain import explain_delivery
 from pgrealtime.rules.sql.breakdown import ClauseGroup, RuleFragment, fragment_queries, split_rule
 from tests.conformance.rules_corpus import CORPUS, Case, Corpus, cases, configured, expected, load
 
@@ -77,7 +77,7 @@ async def test_explain_says_what_was_recorded(database_url: str) -> None:
     wrong: list[str] = []
     asked_for = 0
     for case, record_id, is_shown in _sampled():
-        told = await explain(
+        told = await explain_delivery(
             _config(database_url, case), _who(case["auth"]), _topic(case), record_id
         )
         asked_for += 1

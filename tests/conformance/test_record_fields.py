@@ -181,7 +181,7 @@ async def test_excerpts_are_pocketbases(seed: int, folder: Path) -> None:
 
 def shown(stored: str) -> Json:
     json_type = Type(oid=114, schema="pg_catalog", name="json", kind=TypeKind.BASE, category="U")
-    column = Column(name="j", number=1, type=json_type)
+    column = Column(name="j", attribute_number=1, type=json_type)
     convert = choose_converter(Field(name="j", column=column, kind=FieldKind.JSON, type=json_type))
     assert convert is not None
     return convert(stored)

@@ -11,7 +11,7 @@ import yaml
 from pgrealtime.auth.principal import GUEST
 from pgrealtime.config.load import parse_config
 from pgrealtime.explain.caller import BearerToken, CallerSpec
-from pgrealtime.explain.explain import explain
+from pgrealtime.explain.explain import explain_delivery
 from tests.e2e.listener import Listener, listener
 from tests.e2e.service import service, token
 
@@ -99,7 +99,7 @@ async def test_the_service_does_what_explain_says(database_url: str, tmp_path: P
     for caller, bearer in TOKENS.items():
         for topic in topics:
             for record_id in ("1", "2", "3"):
-                told = await explain(config, who(bearer), topic, record_id)
+                told = await explain_delivery(config, who(bearer), topic, record_id)
                 assert not any(line.startswith("BUG") for line in told.lines), told.lines
                 if told.is_delivered:
                     said[caller].add((topic, record_id))

@@ -202,7 +202,7 @@ class History:
         self._witnesses: list[Client] = []
         self._alters = 0
         self._under_way: set[asyncio.Task[None]] = set()
-        self._start = world.service.hub._changelog.head
+        self._start = world.service.hub._changelog.end_cursor
         self._decoder_failures = self._count_decoder_failures()
         world.forget_slowness()
         self._unasked = world.probe.unanswered_counts.copy()
@@ -248,7 +248,8 @@ class History:
             findings.counts[f"questions: {why}"] += count
         changelog = world.service.hub._changelog
         learn_cursors(
-            world.ledger, changelog.read(max(self._start, changelog.floor), changelog.head, 1 << 30)
+            world.ledger,
+            changelog.read(max(self._start, changelog.floor), changelog.end_cursor, 1 << 30),
         )
         for client in (witness, *self.clients):
             Audit(world.ledger, client, self.first, findings).run()

@@ -198,7 +198,7 @@ async def test_a_lookup_reads_the_index(database_url: str, pool: QueryPool, key_
     one = str(UUID(int=1)) if key_type == "uuid" else "17"
     async with pool.connection() as connection:
         cursor = await connection.execute(
-            sql.SQL("EXPLAIN ") + statement_by_id(users, users.columns), {"ids": [one]}
+            sql.SQL("EXPLAIN ") + statement_by_id(users, users.column_names), {"ids": [one]}
         )
         plan = "\n".join(line for (line,) in await cursor.fetchall())
 

@@ -300,7 +300,7 @@ async def serving(url: str, config: Config) -> AsyncIterator[Ours]:
         app.on_response_prepare.append(surface.add_headers)
         records = OwnRecordRenderer(QueryExecutor(pool), collections, nulls=config.records.nulls)
         routes = LoginRoutes(login, authenticator, config.server, records)
-        routes.add_to(app.router)
+        routes.add_routes(app.router)
         runner = web.AppRunner(app)
         await runner.setup()
         try:

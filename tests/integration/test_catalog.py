@@ -58,10 +58,10 @@ async def test_a_plain_table_is_read_whole(connection: AsyncConnection[Any]) -> 
         name=TableName("public", "posts"),
         kind=TableKind.TABLE,
         columns=(
-            Column(name="id", number=1, type=int8, not_null=True),
+            Column(name="id", attribute_number=1, type=int8, not_null=True),
             Column(
                 name="title",
-                number=2,
+                attribute_number=2,
                 type=varchar,
                 type_modifier=44,
                 not_null=True,
@@ -155,7 +155,8 @@ async def test_columns_tell_what_the_stream_and_comparisons_need(
         """,
     )
     assert [
-        (one.name, one.number, one.is_deterministic, one.is_generated) for one in table.columns
+        (one.name, one.attribute_number, one.is_deterministic, one.is_generated)
+        for one in table.columns
     ] == [
         ("id", 2, True, False),
         ("a", 3, False, False),
@@ -183,18 +184,21 @@ async def test_keys_are_read_in_their_own_column_order(connection: AsyncConnecti
     assert table.foreign_keys == (
         ForeignKey(
             name="many",
-            columns=("y", "x"),
+            column_names=("y", "x"),
             target=TableName("public", "parent"),
-            target_columns=("b", "a"),
+            target_column_names=("b", "a"),
         ),
         ForeignKey(
-            name="one", columns=("z",), target=TableName("public", "parent"), target_columns=("c",)
+            name="one",
+            column_names=("z",),
+            target=TableName("public", "parent"),
+            target_column_names=("c",),
         ),
         ForeignKey(
             name="self",
-            columns=("z", "x"),
+            column_names=("z", "x"),
             target=TableName("public", "child"),
-            target_columns=("z", "x"),
+            target_column_names=("z", "x"),
         ),
     )
 
@@ -341,7 +345,7 @@ async def test_a_foreign_key_of_or_to_a_partitioned_table_is_one(
         CREATE TABLE b1 PARTITION OF b FOR VALUES FROM (0) TO (10);
     """
     table = await table_of(connection, "b", ddl)
-    assert [(key.columns, key.target.name) for key in table.foreign_keys] == [(("a",), "a")]
+    assert [(key.column_names, key.target.name) for key in table.foreign_keys] == [(("a",), "a")]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from pgrealtime.auth.principal import GUEST, Superuser
 from pgrealtime.config.load import parse_config
 from pgrealtime.errors import AuthError, ConfigError, SetupError
 from pgrealtime.explain.caller import BearerToken, CallerSpec, NamedUser
-from pgrealtime.explain.explain import Explanation, explain
+from pgrealtime.explain.explain import Explanation, explain_delivery
 
 _ROOT = Path(__file__).parents[2]
 _SECRET = "a secret of these tests of more than thirty-two bytes"
@@ -88,7 +88,7 @@ class World:
         config = parse_config(self.settings(rule, **settings), {})
         if record is None and topic.partition("?")[0].endswith("*"):
             record = "1"
-        explanation = await explain(config, who, topic, record, with_sql=with_sql)
+        explanation = await explain_delivery(config, who, topic, record, with_sql=with_sql)
         assert not any(line.startswith("BUG") for line in explanation.lines), explanation.lines
         assert explanation.is_delivered is (explanation.lines[-1] == "delivered")
         return explanation
@@ -261,14 +261,14 @@ async def test_a_clause_that_gets_no_answer_in_time_is_denied(world: World) -> N
     settings["database"]["statement_timeout"] = "300ms"
     with psycopg.connect(world.url) as other:
         other.execute("LOCK TABLE members")
-        told = await explain(parse_config(settings, {}), GUEST, "posts/*", "1")
+        told = await explain_delivery(parse_config(settings, {}), GUEST, "posts/*", "1")
 
     lines = block(told, "list_rule")
     assert lines[1].startswith("denied   all of:")
     assert lines[2].partition(": ")[2].startswith("canceling statement due to ")
     assert "true     public = false" in lines
     assert told.lines[-1] == 'not delivered: members_via_post.role ?= "owner"'
-    assert (await explain(parse_config(settings, {}), GUEST, "posts/*", "1")).is_delivered
+    assert (await explain_delivery(parse_config(settings, {}), GUEST, "posts/*", "1")).is_delivered
 
 
 async def test_a_clause_that_only_some_callers_may_use_is_named(world: World) -> None:
@@ -580,7 +580,7 @@ async def test_a_table_that_may_not_be_read_is_not_permitted(world: World) -> No
             settings = world.settings("")
             settings["database"]["url"] = world.url.replace("postgres@", f"{role}@")
             with pytest.raises(SetupError) as refused:
-                await explain(parse_config(settings, {}), GUEST, "posts/1", None)
+                await explain_delivery(parse_config(settings, {}), GUEST, "posts/1", None)
         finally:
             connection.execute(f"DROP ROLE {role}".encode())
 

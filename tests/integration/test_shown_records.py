@@ -126,7 +126,7 @@ class Stage:
 
     async def settled(self) -> None:
         async with asyncio.timeout(DEADLINE):
-            while self.hub.head < self.changelog.head:
+            while self.hub.head < self.changelog.end_cursor:
                 self.hub.progressed.clear()
                 await self.hub.progressed.wait()
 

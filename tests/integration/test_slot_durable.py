@@ -99,10 +99,10 @@ async def reading_of(
     follower = Follower(changelog, DEADLINE_SECONDS)
     intake = Intake(changelog, follower, max_size=1 << 30)
     reader = ReplicationReader(opening, intake, tables=[OLD], advance_slot=advance)
-    running = [asyncio.create_task(reader.run()), asyncio.create_task(reader.expire())]
+    running = [asyncio.create_task(reader.run()), asyncio.create_task(reader.expire_periodically())]
     try:
         await follower.until(lambda: bool(follower.said))
-        yield Reading(reader, intake, changelog, follower, changelog.head)
+        yield Reading(reader, intake, changelog, follower, changelog.end_cursor)
     finally:
         for task in running:
             task.cancel()
@@ -162,7 +162,7 @@ async def test_slot_moves_behind_what_clients_can_still_ask_for(
             begun = await confirmed(connection, config)
             await connection.execute("INSERT INTO old VALUES (1)")
             await room.follower.until(lambda: room.inserted(OLD) == [1])
-            one = room.changelog.head.lsn
+            one = room.changelog.end_cursor.lsn
             await asyncio.sleep(3)  # a temporary slot would have moved after a second
             assert await confirmed(connection, config) == begun
         async with reading(database_url, config, connection, max_age=0.2) as room:
@@ -187,15 +187,15 @@ async def test_a_gap_that_is_let_go_takes_no_commit_along(database_url: str) -> 
             await other.execute("INSERT INTO old VALUES (2)")
             await connection.execute("INSERT INTO old VALUES (1)")
             await room.follower.until(lambda: room.inserted(OLD) == [1])
-            end = room.changelog.head.lsn
+            end = room.changelog.end_cursor.lsn
             room.intake.append_gap("schema", frozenset({NEW}))
             told_at = time.monotonic()
             while time.monotonic() == told_at:
                 pass
             await other.commit()
-            await room.follower.until(lambda: room.changelog.head.lsn > end + 1)
+            await room.follower.until(lambda: room.changelog.end_cursor.lsn > end + 1)
             assert room.reader.stream is not None
-            room.changelog.expire(told_at + max_age, room.changelog.head)
+            room.changelog.expire(told_at + max_age, room.changelog.end_cursor)
             assert room.changelog.floor.lsn == end + 1
             async with asyncio.timeout(DEADLINE_SECONDS):
                 while await confirmed(connection, config) < end:
@@ -229,7 +229,7 @@ async def test_slot_moves_where_only_others_write(
                     config.slot.name,
                 )
                 await connection.execute(f"INSERT INTO old VALUES ({number})".encode())
-            await room.follower.until(lambda: room.changelog.head.lsn > 0)
+            await room.follower.until(lambda: room.changelog.end_cursor.lsn > 0)
             assert "lost" not in room.follower.said
 
 
@@ -295,7 +295,7 @@ async def test_what_the_decoder_fails_at_for_ever_is_passed_over_and_a_gap(
                 await connection.execute("INSERT INTO old VALUES (2)")
             await connection.execute(publish)
             await room.follower.until(lambda: _gaps(room) == ["slot_lost"])
-            room.begun = room.changelog.head
+            room.begun = room.changelog.end_cursor
             await connection.execute("INSERT INTO old VALUES (3)")
             await room.follower.until(lambda: room.inserted(OLD) == [3])
             failures = room.follower.said.count("lost")
@@ -304,7 +304,7 @@ async def test_what_the_decoder_fails_at_for_ever_is_passed_over_and_a_gap(
 
 
 def _gaps(room: Reading) -> list[str]:
-    entries = room.changelog.read(room.begun, room.changelog.head, 100)
+    entries = room.changelog.read(room.begun, room.changelog.end_cursor, 100)
     return [entry.reason for entry in entries if isinstance(entry, Gap)]
 
 
@@ -361,7 +361,7 @@ async def test_tables_that_could_not_be_had_are_not_read_later_either(
             await other
             await connection.execute("INSERT INTO new VALUES (1)")
             await connection.execute("INSERT INTO old VALUES (1)")
-            await room.follower.until(lambda: room.changelog.head > room.begun)
+            await room.follower.until(lambda: room.changelog.end_cursor > room.begun)
             heard = room.inserted(OLD), room.inserted(NEW)
             said = room.follower.said
 
@@ -491,7 +491,7 @@ async def test_lost_slot_is_made_anew_and_the_gap_is_told(plain: OwnServer) -> N
         await room.follower.until(lambda: room.follower.said.count("lost") == 1)
         await room.follower.until(lambda: len(room.follower.said) == 3)
         assert _gaps(room) == ["slot_lost"]
-        room.begun = room.changelog.head
+        room.begun = room.changelog.end_cursor
         await connection.execute("INSERT INTO old VALUES (2)")
         await room.follower.until(lambda: room.inserted(OLD) == [2])
 

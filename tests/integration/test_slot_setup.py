@@ -167,7 +167,7 @@ async def test_role_without_replication_is_told_with_what_mends_it(plain: OwnSer
     with psycopg.connect(plain.url, autocommit=True) as connection:
         connection.execute(error.hint.removeprefix("Run as a superuser: ").encode())
         async with opened(url, superuser=plain.url) as stream:
-            assert stream.system.database == "postgres"
+            assert stream.system.database_name == "postgres"
         connection.execute('DROP ROLE "Reader"')
 
 

@@ -40,7 +40,7 @@ class Reading:
 
     def inserted(self, table: TableName) -> list[int]:
         """The ids that the changelog has of a table, in its order."""
-        entries = self.changelog.read(self.begun, self.changelog.head, 1 << 30)
+        entries = self.changelog.read(self.begun, self.changelog.end_cursor, 1 << 30)
         assert not any(isinstance(entry, Gap) for entry in entries)
         return [
             int(change.new["id"] or "")
@@ -68,7 +68,7 @@ async def reading(opening: Opening, tables: Sequence[Table]) -> AsyncIterator[Re
     running = asyncio.create_task(reader.run())
     try:
         await follower.until(lambda: bool(follower.said))
-        yield Reading(reader, intake, changelog, follower, changelog.head)
+        yield Reading(reader, intake, changelog, follower, changelog.end_cursor)
     finally:
         running.cancel()
         await asyncio.wait([running])
@@ -191,7 +191,7 @@ async def test_a_stream_that_breaks_during_the_switch_is_a_gap(database_url: str
             room.reader.stream.stop()
             await room.reader.switch(opening([old, new]), [OLD, NEW])
             await room.follower.until(lambda: len(room.follower.said) == 3)
-            room.begun = room.changelog.head
+            room.begun = room.changelog.end_cursor
             await connection.execute("INSERT INTO new VALUES (1)")
             await room.follower.until(lambda: room.inserted(NEW) == [1])
             first, *others = room.follower.said

@@ -128,11 +128,11 @@ def _is_never_empty(term: predicate.Term, collections: Collections) -> bool:
     ):
         return False
     row_path = term.row_path
-    owners = [collections[prefix.collection] for prefix in _path_prefixes(row_path)]
+    owners = [collections[prefix.collection_name] for prefix in _path_prefixes(row_path)]
     return all(
         isinstance(step, predicate.ToOne) and _is_column_never_empty(owner, step.field)
         for owner, step in zip(owners, row_path.steps, strict=True)
-    ) and _is_column_never_empty(collections[row_path.collection], term.field)
+    ) and _is_column_never_empty(collections[row_path.collection_name], term.field)
 
 
 def _path_prefixes(row_path: predicate.RowPath) -> Iterator[predicate.RowPath]:
@@ -144,7 +144,7 @@ def _is_column_never_empty(owner: Collection, field: Field) -> bool:
     column = field.column
     if column is None or not column.not_null:
         return False
-    is_foreign = any(key.columns == (column.name,) for key in owner.table.foreign_keys)
+    is_foreign = any(key.column_names == (column.name,) for key in owner.table.foreign_keys)
     return column == owner.key or is_foreign or field.kind is not FieldKind.TEXT
 
 

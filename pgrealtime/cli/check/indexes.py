@@ -128,7 +128,7 @@ def _relation_indexes(
         row_path = predicate.row_path_of(term)
         for step in () if row_path is None else row_path.steps:
             match step:
-                case predicate.BackRelation(collection=name, field=field):
+                case predicate.BackRelation(collection_name=name, field=field):
                     yield _back_relation_index(field, collections[name].table)
                 case predicate.ToOne() | predicate.ToEach() | predicate.EachValue():
                     continue
@@ -161,7 +161,7 @@ def _collection_indexes(
                 and not row_path.steps
                 and column is not None
             ):
-                yield _NeededIndex(collections[row_path.collection].table, column.name)
+                yield _NeededIndex(collections[row_path.collection_name].table, column.name)
 
 
 async def _fully_scanned_tables(

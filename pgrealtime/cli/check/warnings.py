@@ -187,7 +187,7 @@ def _precision_warnings(
                 continue
             row_path = predicate.row_path_of(one)
             assert row_path is not None
-            table = collections[row_path.collection].table.name
+            table = collections[row_path.collection_name].table.name
             message = f'"{column}" is a float: numbers beyond 2^53 that differ may be equal to it'
             type_ = "numeric[]" if isinstance(one, predicate.EachTerm) else "numeric"
             hint = (
@@ -254,7 +254,7 @@ def _delete_warnings(collections: Collections, collection: Collection) -> Iterat
         read = {
             name
             for predicate in reference_queries(collections, collection, key)
-            for name in predicate.columns
+            for name in predicate.column_names
         }
         lacking = [
             column

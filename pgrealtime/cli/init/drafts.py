@@ -179,7 +179,7 @@ def _draft_collection(name: str, table: Table, *, is_auth: bool) -> CollectionDr
 
 
 def _columns_to_hide(draft: CollectionDraft) -> Iterator[Column]:
-    pointing = {name for key in draft.table.foreign_keys for name in key.columns}
+    pointing = {name for key in draft.table.foreign_keys for name in key.column_names}
     config = draft.config
     for column in draft.table.columns:
         is_in_no_record = column.name in config.login.secret_columns or (

@@ -57,9 +57,9 @@ def _referenced_drafts(
     return [
         (key, draft)
         for key in table.foreign_keys
-        if key.columns == (column,)
+        if key.column_names == (column,)
         and (draft := served.get(key.target)) is not None
-        and key.target_columns == (draft.key_name,)
+        and key.target_column_names == (draft.key_name,)
     ]
 
 
@@ -104,8 +104,8 @@ def with_junctions(
         relation = RelationConfig(
             collection=pair.target_collection,
             through=config_table_name(name),
-            source=pair.source.columns[0],
-            target=pair.target.columns[0],
+            source=pair.source.column_names[0],
+            target=pair.target.column_names[0],
         )
         relations = {**draft.config.relations, shown: relation}
         config = draft.config.model_copy(update={"relations": relations})

@@ -89,7 +89,7 @@ class RuleSuggestions:
             if other.type != "auth" and not _SHARING_WORDS.isdisjoint(split_words(other.name)):
                 for one in other.fields:
                     if one.relation is not None and _is_single_relation(one):
-                        sharing[one.relation.collection].append((other, one))
+                        sharing[one.relation.collection_name].append((other, one))
         object.__setattr__(self, "_sharing_collections", sharing)
 
     def suggest_rule(self, name: str) -> str:
@@ -148,7 +148,7 @@ class RuleSuggestions:
     def _parents(self, collection: Collection) -> list[tuple[Field, Collection]]:
         """Return the collections that rows refer to, those of NOT NULL columns first."""
         parents = [
-            (one, self.collections[one.relation.collection])
+            (one, self.collections[one.relation.collection_name])
             for one in collection.fields
             if one.relation is not None and _is_single_relation(one)
         ]
@@ -168,9 +168,9 @@ class RuleSuggestions:
         """Yield the key itself if it is also an account's, as of profiles and settings."""
         for key in collection.table.foreign_keys:
             other = self.collections.find_by_table(key.target)
-            if other is None or key.columns != (collection.key.name,) or other.type != "auth":
+            if other is None or key.column_names != (collection.key.name,) or other.type != "auth":
                 continue
-            if key.target_columns == (other.key.name,):
+            if key.target_column_names == (other.key.name,):
                 yield _OwnerPath("id", other.name, is_never_empty=True)
 
     def _field_owner_paths(self, collection: Collection) -> list[_OwnerPath]:
@@ -179,13 +179,13 @@ class RuleSuggestions:
             for one in collection.fields
             if one.relation is not None
             and _is_single_relation(one)
-            and self.collections[one.relation.collection].type == "auth"
+            and self.collections[one.relation.collection_name].type == "auth"
         ]
         owners = [one for one in relations if _ACTOR_WORDS.isdisjoint(split_words(one.name))]
         return [
             _OwnerPath(
                 one.name,
-                one.relation.collection,
+                one.relation.collection_name,
                 is_never_empty=one.column is not None and one.column.not_null,
             )
             for one in owners or relations
@@ -200,8 +200,8 @@ class RuleSuggestions:
             is_shared = not _SHARING_WORDS.isdisjoint(
                 split_words(one.name)
             ) and _RULE_FIELD_PATTERN.fullmatch(one.name)
-            if is_shared and self.collections[one.relation.collection].type == "auth":
-                yield _OwnerPath(one.name, one.relation.collection, is_multiple=True)
+            if is_shared and self.collections[one.relation.collection_name].type == "auth":
+                yield _OwnerPath(one.name, one.relation.collection_name, is_multiple=True)
 
     def _membership_owner_paths(self, collection: Collection) -> Iterator[_OwnerPath]:
         """Yield the accounts in rows of other collections that give access, such as memberships."""

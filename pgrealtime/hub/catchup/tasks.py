@@ -93,7 +93,7 @@ class CatchUpTasks:
         evaluated, or (True) because they must stay isolated."""
         registry.when_removed(self._stop)
 
-    def start(self, connection: Connection) -> None:
+    def start_task(self, connection: Connection) -> None:
         """Start the task of a connection that is catching up, if it has none."""
         if connection not in self._tasks:
             self._tasks[connection] = asyncio.create_task(
@@ -131,7 +131,7 @@ class CatchUpTasks:
             self._caught_up.setdefault(connection, False)
         elif connection.cursor < progress.head:
             self._tasks.pop(connection, None)
-            self.start(connection)
+            self.start_task(connection)
         elif self.isolated.try_rejoin(connection):
             self._caught_up.pop(connection, None)
             connection.go_live()

@@ -117,7 +117,7 @@ class SendBudget:
         """
         return max(self._slow, key=self._slow.__getitem__, default=None)
 
-    def remove(self, connection: Connection) -> None:
+    def deduct_aborted(self, connection: Connection) -> None:
         """Deduct an aborted connection, whose send buffer was discarded.
 
         Not one that was closed in order: the bytes in its send buffer are still sent, and count

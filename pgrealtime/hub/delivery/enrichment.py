@@ -242,7 +242,7 @@ class SliceEnricher:
             shared,
             partial,
             load_live_rows=live_rows.load,
-            check_viewers=live_rows.check,
+            check_viewers=live_rows.check_callers,
         )
         excluded = frozenset[ExpandViewer]()
         if rare:
@@ -269,7 +269,7 @@ class SliceEnricher:
             events,
             quick,
             partial_row_indexes,
-            check_viewers=live_rows.check,
+            check_viewers=live_rows.check_callers,
         )
         if found is None:
             self._quick_plans.difference_update({viewer.plan for _, viewer in quick})

@@ -75,7 +75,7 @@ class LiveRowEvents:
         self._unchecked.clear()
         self._unchecked.update(await self._load(session, event_indexes))
 
-    async def check(self, session: ReadSession, viewers: Sized[ExpandViewer]) -> None:
+    async def check_callers(self, session: ReadSession, viewers: Sized[ExpandViewer]) -> None:
         """Check the callers of the viewers, and of the groups that would see live rows."""
         groups = frozenset[Group]().union(*(one.groups for one in self._unchecked.values()))
         withheld = await self._check_callers(session, viewers, groups)

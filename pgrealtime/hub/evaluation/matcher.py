@@ -79,7 +79,7 @@ class Matcher:
             SubscriptionLimitError: The connection, or its network, asks for too much.
         """
         topic = subscription.topic
-        collection = self._collections.find(topic.collection)
+        collection = self._collections.find(topic.collection_name_or_id)
         if collection is None:
             return ""
         check_topic(subscription)

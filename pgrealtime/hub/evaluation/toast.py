@@ -101,7 +101,7 @@ class RowCompleter:
             dropped[event.collection.name] |= missing.difference(live_row.row)
             columns = missing.intersection(live_row.row)
             columns -= self._later_writes.columns_written_later(event)
-            if live_row.xid == event.xid:
+            if live_row.writer_xid == event.xid:
                 _fill_columns(event, live_row, columns)
             elif columns:
                 row = undated.setdefault(record, _UndatedLiveRow(event, live_row))
@@ -125,7 +125,7 @@ class RowCompleter:
             history = histories.get(row.collection.table.name)
             writes = [] if history is None else history.writes(row.record_id, row.first_commit_lsn)
             written_at = max(
-                (write.end_lsn for write in writes if write.xid == row.live_row.xid),
+                (write.end_lsn for write in writes if write.xid == row.live_row.writer_xid),
                 default=LSN(0),
             )
             earlier = [one for one in row.events if one.event.cursor.lsn < written_at]

@@ -59,12 +59,12 @@ class Event(Struct, gc=False):
         return column is None or self.row.get(column.name) != "t"
 
     @property
-    def account(self) -> AccountKey:
+    def account_key(self) -> AccountKey:
         """The account whose row this is, if the collection is an auth collection."""
         return self.collection.name, unpadded_id(self.collection, self.record_id)
 
 
-class Truncation(Struct, frozen=True):
+class TruncatedCollection(Struct, frozen=True):
     """A truncated table. The WAL doesn't say which rows it held, so it is a gap."""
 
     collection: Collection
@@ -73,7 +73,7 @@ class Truncation(Struct, frozen=True):
 
 def transaction_events(
     transaction: Transaction, collections: Collections, skipped_changes: int = 0
-) -> Iterator[Event | Truncation]:
+) -> Iterator[Event | TruncatedCollection]:
     """Yield the events of a transaction in order.
 
     Args:
@@ -103,7 +103,7 @@ def transaction_events(
             case Delete(old=old):
                 yield _row_event(collection, "delete", old.row, cursor, transaction)
             case Truncate():
-                yield Truncation(collection, cursor)
+                yield TruncatedCollection(collection, cursor)
 
 
 def _row_event(

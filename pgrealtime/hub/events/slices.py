@@ -14,7 +14,7 @@ from pgrealtime.auth.principal import AccountKey
 from pgrealtime.changelog.base import Entry, Gap, Watermark
 from pgrealtime.changes import OversizedTransaction, TableName, Transaction
 from pgrealtime.collections.model import Collections
-from pgrealtime.hub.events.event import Event, Truncation, transaction_events
+from pgrealtime.hub.events.event import Event, TruncatedCollection, transaction_events
 from pgrealtime.lsn import END_ORDINAL, Cursor, Xid
 
 SLICE_CHANGES = 250
@@ -73,7 +73,7 @@ class _SliceBuilder:
         say whether another event changes that caller again, so it is taken to."""
 
     def may_change_caller(self, event: Event, changes_a_caller: Callable[[Event], bool]) -> bool:
-        return self.changed_account == event.account or changes_a_caller(event)
+        return self.changed_account == event.account_key or changes_a_caller(event)
 
     def must_end_before(self, event: Event, *, is_full: bool) -> bool:
         """Whether an event that changes a caller, or is one too many, begins the next slice.
@@ -88,7 +88,7 @@ class _SliceBuilder:
         if is_caller_change and event.action == "delete":
             self.max_events = 0
         elif is_caller_change:
-            self.changed_account = event.account
+            self.changed_account = event.account_key
 
     def build(self, gap: GapNotice | None, end_cursor: Cursor) -> Slice:
         return Slice(self.events, gap, end_cursor, self.account_events)
@@ -130,7 +130,7 @@ def split_into_slices(
             builder = _SliceBuilder(max_events)
             continue
         for event in transaction_events(entry, collections, _read_changes(entry, after)):
-            if isinstance(event, Truncation):
+            if isinstance(event, TruncatedCollection):
                 names = frozenset({event.collection.name})
                 gap = GapNotice(names, "truncate", event.cursor, entry.xid)
                 yield builder.build(gap, event.cursor)

@@ -109,7 +109,7 @@ class CallerTracker:
 
     def connections_of(self, event: Event) -> Sized[Connection]:
         """Return the connections whose caller's row the event is about."""
-        return self._connections_by_account.get(event.account, {}).keys()
+        return self._connections_by_account.get(event.account_key, {}).keys()
 
     def caller_after(self, event: Event, caller: Caller, read_point: ReadPoint | None) -> Caller:
         """Return the caller after an event; the same object if the event doesn't change it.
@@ -120,7 +120,7 @@ class CallerTracker:
             read_point: The snapshot in which its row was read. A transaction that was visible in it
                 changes nothing: the row may be newer.
         """
-        if account_of(caller) != event.account:
+        if account_of(caller) != event.account_key:
             return caller
         if read_point is not None and not read_point.predates(event.xid, event.cursor.lsn):
             return caller
@@ -145,7 +145,7 @@ class CallerTracker:
 
     def remember_change(self, event: Event) -> None:
         """Remember the event for calls whose callers were read before it."""
-        account = event.account
+        account = event.account_key
         size = sum(len(value) for value in event.row.values() if value is not None)
         # Without its transaction's changes: the changelog may have discarded those meanwhile.
         self._recent_changes.setdefault(account, deque()).append(

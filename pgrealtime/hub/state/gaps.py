@@ -73,7 +73,7 @@ class GapNotifier:
     def _subscribed_collections(self, connection: Connection) -> set[str]:
         """Return the names of the collections of the connection's topics."""
         collections = self._progress.generation.collections
-        topics = (s.topic.collection for s in connection.subscriptions.values())
+        topics = (s.topic.collection_name_or_id for s in connection.subscriptions.values())
         return {c.name for c in map(collections.find, topics) if c is not None}
 
     def _affects(self, connection: Connection, gap: GapNotice) -> bool:

@@ -134,7 +134,7 @@ class Generation:
 
     def _precompile(self, topic: Topic, caller: Caller, *, may_compile_filter: bool) -> None:
         """Compile what ``bind_subscription`` will need; an invalid rule is its to report."""
-        collection = self.collections.find(topic.collection)
+        collection = self.collections.find(topic.collection_name_or_id)
         if collection is None:
             return
         if "expand" in topic.query:
@@ -158,9 +158,9 @@ class Generation:
         """
         topic = subscription.topic
         subscription.set_own_record("")
-        collection = self.collections.find(topic.collection)
+        collection = self.collections.find(topic.collection_name_or_id)
         if collection is None:
-            is_ours = topic.collection.startswith("PB_")
+            is_ours = topic.collection_name_or_id.startswith("PB_")
             return "" if is_ours else "there is no such collection"
         principal = caller.principal
         if isinstance(principal, AuthRecord) and principal.collection_id == collection.id:
@@ -172,7 +172,7 @@ class Generation:
             )
             reason = self.matcher.add(subscription, principal, own)
         except RuleError as error:
-            self._report_rule_error(topic.collection, error)
+            self._report_rule_error(topic.collection_name_or_id, error)
             return error.message
         if subscription.group is not None:
             self.enricher.expanding_count += subscription.expand_viewer is not None
@@ -181,7 +181,7 @@ class Generation:
 
     def compile_expand_viewer(self, topic: Topic, caller: Caller) -> ExpandViewer | None:
         """Return the viewer of related records for a topic and caller; None without ``expand``."""
-        collection = self.collections.find(topic.collection)
+        collection = self.collections.find(topic.collection_name_or_id)
         if collection is None:
             return None
         return self.renderer.compile_expand(

@@ -177,7 +177,7 @@ class ConnectionRegistry:
         """Drop a connection that reads too slowly, with what is buffered for it."""
         log.warning("connection.dropped", connection=connection.id, reason="stalled")
         connection.writer.abort()
-        self.send_budget.remove(connection)
+        self.send_budget.deduct_aborted(connection)
         self.remove(connection, "stalled")
 
     def request_close(self, connection: Connection, reason: str) -> None:

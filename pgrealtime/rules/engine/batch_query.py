@@ -76,7 +76,7 @@ class PairQuestion:
             params |= {"n": list(range(len(self.pairs))), "at": row_numbers}
         if not self.overlays:
             return SqlQuery(_pairs_sql(self.test), params)
-        images = RowImages(find_columns(table, predicate.columns), rows)
+        images = RowImages(find_columns(table, predicate.column_names), rows)
         replaced = with_overlays([predicate.condition], self.overlays, params, images)
         if replaced is None:
             return None
@@ -160,7 +160,7 @@ class KeyQuestion:
         if not self.overlays:
             keys_sql = _wanted_keys_sql if has_wanted_keys else _all_keys_sql
             return SqlQuery(keys_sql(self.remote_key), params)
-        images = RowImages(find_columns(table, values.columns), self.rows)
+        images = RowImages(find_columns(table, values.column_names), self.rows)
         replaced = with_overlays([values.select], self.overlays, params, images)
         if replaced is None:
             return None

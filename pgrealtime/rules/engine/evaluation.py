@@ -148,7 +148,7 @@ class Evaluation(Generic[K, M]):
                 overlays = row.overlays(sql_values.tables)
                 topic = (remote_key, is_all), tuple(map(id, overlays))
                 _, images = gathered.setdefault(topic, (overlays, {}))
-                images.setdefault(column_texts(row.row, sql_values.columns), []).append(row)
+                images.setdefault(column_texts(row.row, sql_values.column_names), []).append(row)
         for ((remote_key, is_all), _), (overlays, images) in gathered.items():
             question = KeyQuestion(
                 remote_key=remote_key,
@@ -174,7 +174,7 @@ class Evaluation(Generic[K, M]):
                 overlays = row.overlays(test.sql_predicate.tables)
                 topic = test, tuple(map(id, overlays))
                 _, pairs = gathered.setdefault(topic, (overlays, {}))
-                image = column_texts(row.row, test.sql_predicate.columns)
+                image = column_texts(row.row, test.sql_predicate.column_names)
                 pairs.setdefault((image, arguments), []).append(row)
         for (test, _), (overlays, pairs) in gathered.items():
             distinct = list(pairs)

@@ -313,7 +313,7 @@ class PredicateIndex(Generic[M]):
             if not missing_columns.isdisjoint(reader.columns):
                 yield entries
         for remote_key, remote in self.remote_entries.items():
-            if not missing_columns.isdisjoint(remote_key.sql_values.columns):
+            if not missing_columns.isdisjoint(remote_key.sql_values.column_names):
                 yield remote
 
 

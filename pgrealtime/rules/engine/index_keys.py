@@ -37,7 +37,7 @@ class RowKeyReader:
 
     def __init__(self, key_comparison: KeyComparison, serial: int, *, has_single_key: bool) -> None:
         self.read_keys: Callable[[Row], Sequence[SqliteValue]] = key_comparison.read_row_keys
-        self.columns = key_comparison.columns
+        self.columns = key_comparison.column_names
         self.serial = serial
         self.has_single_key = has_single_key
 

@@ -37,7 +37,7 @@ class Specialization:
     """What must be true; True for every row."""
     value_positions: tuple[int, ...]
     """Which of the plan's values tell callers apart."""
-    columns: frozenset[str]
+    column_names: frozenset[str]
     """Columns of the row that the plan reads."""
     paths: tuple[IndexPath, ...]
     """How a row finds callers."""
@@ -98,7 +98,7 @@ class Plan:
         self._collection = collection
         self._formula = conjunction((rule, filter_))
         self._filter_tests = _tests_of(filter_) - _tests_of(rule)
-        self._columns = frozenset[str]().union(*(t.columns for t in _tests_of(self._formula)))
+        self._columns = frozenset[str]().union(*(t.column_names for t in _tests_of(self._formula)))
         self._reads_caller = reads_caller
         self._registry = registry
         self._row_independent_calls = [
@@ -146,7 +146,7 @@ class Plan:
             collection=self._collection,
             formula=formula,
             value_positions=tuple(used),
-            columns=self._columns,
+            column_names=self._columns,
             paths=paths,
             paths_by_key=_by_entries_key(paths, formula),
             filter_tests=filter_tests,

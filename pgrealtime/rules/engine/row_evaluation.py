@@ -152,7 +152,7 @@ class RowEvaluation(Generic[M]):
         """Ask for the index's remote keys, except where no member's guards can hold."""
         missing = self.missing_columns
         for remote_key, remote in index.remote_entries.items():
-            is_known = not missing or missing.isdisjoint(remote_key.sql_values.columns)
+            is_known = not missing or missing.isdisjoint(remote_key.sql_values.column_names)
             if is_known and any(
                 self._guards_verdict(guards) is not False for guards in remote.guard_counts
             ):
@@ -224,7 +224,7 @@ class RowEvaluation(Generic[M]):
         specialization = member.specialization
         return bool(self._undecided_in_process) and any(
             call.test in specialization.filter_tests
-            and (call.test, self.arguments(call, member.values)) in self._undecided_in_process
+            and (call.test, self.arguments_of(call, member.values)) in self._undecided_in_process
             for call in self.unknown_test_calls(specialization.formula, member.values)
         )
 
@@ -279,7 +279,7 @@ class RowEvaluation(Generic[M]):
         return (
             not missing
             or self.is_missing_column_unknown
-            or missing.isdisjoint(member.specialization.columns)
+            or missing.isdisjoint(member.specialization.column_names)
         )
 
     def _record_verdict(self, member: M, verdict: bool | None) -> None:  # noqa: FBT001 (the result)
@@ -318,7 +318,7 @@ class RowEvaluation(Generic[M]):
             case bool():
                 return formula
 
-    def arguments(self, call: TestCall, values: Sequence[Scalar]) -> tuple[Scalar, ...]:
+    def arguments_of(self, call: TestCall, values: Sequence[Scalar]) -> tuple[Scalar, ...]:
         """Return a test's arguments: those of the caller's values that it takes, then macros."""
         own = tuple([values[at] for at in call.argument_positions])
         macros = call.test.macros
@@ -327,16 +327,16 @@ class RowEvaluation(Generic[M]):
     def _test_verdict(self, call: TestCall, values: Sequence[Scalar]) -> bool | None:
         test = call.test
         if call.argument_positions:
-            return self._run_test(test, self.arguments(call, values))
+            return self._run_test(test, self.arguments_of(call, values))
         known = self._guard_verdicts.get(test)
         if known is None:
-            known = self._run_test(test, self.arguments(call, values))
+            known = self._run_test(test, self.arguments_of(call, values))
             if known is not None:
                 self._guard_verdicts[test] = known
         return known
 
     def _run_test(self, test: Test, arguments: tuple[Scalar, ...]) -> bool | None:
-        if self.missing_columns and not self.missing_columns.isdisjoint(test.columns):
+        if self.missing_columns and not self.missing_columns.isdisjoint(test.column_names):
             return None if self.is_missing_column_unknown else False
         if test.in_process is not None and (test, arguments) not in self._undecided_in_process:
             try:
@@ -369,18 +369,18 @@ class RowEvaluation(Generic[M]):
         """Yield the tests that PostgreSQL must decide, with their arguments."""
         for guard in {guard: None for _, guards, _ in self._open_guards for guard in guards}:
             for call in self.unknown_test_calls(guard, ()):
-                yield call.test, self.arguments(call, ())
+                yield call.test, self.arguments_of(call, ())
         for member in self._open_members:
             for call in self.unknown_test_calls(member.specialization.formula, member.values):
-                yield call.test, self.arguments(call, member.values)
+                yield call.test, self.arguments_of(call, member.values)
 
     def can_be_answered(self, test: Test) -> bool:
         """Whether PostgreSQL can decide the test: the image has its columns, and it has SQL."""
         missing = self.missing_columns
-        if missing and not missing.isdisjoint(test.columns):
+        if missing and not missing.isdisjoint(test.column_names):
             return False
         try:
-            return missing.isdisjoint(test.sql_predicate.columns)
+            return missing.isdisjoint(test.sql_predicate.column_names)
         except RuleError:
             return False
 
@@ -401,7 +401,7 @@ class RowEvaluation(Generic[M]):
                 for member in entries.get(key):
                     implied = member.specialization.paths_by_key[remote_key].implied_test_call
                     if implied is not None:
-                        self.answers[implied.test, self.arguments(implied, member.values)] = True
+                        self.answers[implied.test, self.arguments_of(implied, member.values)] = True
                     self._evaluate_member(member, remote_key)
 
     def indexed_keys(self, remote_key: RemoteKey) -> Iterator[str]:

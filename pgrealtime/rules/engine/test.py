@@ -53,7 +53,7 @@ class Test:
         macros: Its parameters that differ per batch.
         memory_context: The parameter classes and argument order of ``in_process``.
         in_process: Evaluates it here; None if only PostgreSQL can.
-        columns: The columns of the row that it reads.
+        column_names: The columns of the row that it reads.
 
     Args:
         collections: All collections.
@@ -96,8 +96,8 @@ class Test:
         self.in_process: CompiledCondition | None = compile_condition(
             condition, self.memory_context
         )
-        self.columns = (
-            frozenset(self.sql_predicate.columns)
+        self.column_names = (
+            frozenset(self.sql_predicate.column_names)
             if self.in_process is None
             else columns_read(condition)
         )
@@ -110,7 +110,7 @@ class Test:
             RuleUnsupportedError: PostgreSQL can't evaluate it exactly either.
         """
         return translate_predicate(
-            Predicate(collection=self.collection.name, where=self.condition),
+            Predicate(collection_name=self.collection.name, where=self.condition),
             self.collections,
             self.parameter_classes,
             auth_collection=self._auth_collection,
@@ -120,7 +120,7 @@ class Test:
     @property
     def is_row_independent(self) -> bool:
         """Whether the verdict depends on the caller alone, not on the row nor on the time."""
-        return self.in_process is not None and not self.columns and not self.macros
+        return self.in_process is not None and not self.column_names and not self.macros
 
 
 def _caller_parameters(

@@ -22,21 +22,21 @@ from pgrealtime.rules.language.syntax import Op
 class ScopeRow:
     """The row that the rule, or the ``NestedRule`` around, is about."""
 
-    collection: str
+    collection_name: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallerRow:
     """The caller's own row, found by ``@request.auth.id``."""
 
-    collection: str
+    collection_name: str
 
 
 @dataclass(frozen=True, slots=True)
 class CollectionRows:
     """Every row of a collection: ``@collection.name`` or ``@collection.name:alias``."""
 
-    collection: str
+    collection_name: str
     alias: str | None
 
 
@@ -48,7 +48,7 @@ class ToOne:
     """From a row to the row that its single relation names."""
 
     field: Field
-    collection: str
+    collection_name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +62,14 @@ class EachValue:
 class ToEach:
     """From one of those ids to the row that it names."""
 
-    collection: str
+    collection_name: str
 
 
 @dataclass(frozen=True, slots=True)
 class BackRelation:
-    """From a row to the rows of ``collection`` whose relation ``field`` points to it."""
+    """From a row to the rows of the collection whose relation ``field`` points to it."""
 
-    collection: str
+    collection_name: str
     field: Field
     is_unique: bool
     """At most one row can point to it."""
@@ -99,12 +99,12 @@ class RowPath:
         )
 
     @property
-    def collection(self) -> str:
+    def collection_name(self) -> str:
         """The collection of the rows at its end; of values, that of the rows that hold them."""
         for step in reversed(self.steps):
             if not isinstance(step, EachValue):
-                return step.collection
-        return self.root.collection
+                return step.collection_name
+        return self.root.collection_name
 
     def extended_by(self, *steps: PathStep) -> RowPath:
         """Return the path with these steps added."""
@@ -272,9 +272,9 @@ Condition: TypeAlias = Comparison | Conjunction | Disjunction | NestedRule
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicate:
-    """A rule or filter about a row of ``collection``: one scope of joins."""
+    """A rule or filter about a row of the collection: one scope of joins."""
 
-    collection: str
+    collection_name: str
     where: Condition
 
 

@@ -146,7 +146,7 @@ def _make_predicate(collection: Collection, where: Condition) -> Predicate:
         comparison.op in {Op.LIKE, Op.NOT_LIKE} and isinstance(comparison.right, AbsentEach)
         for comparison in comparisons(where)
     )
-    return Predicate(collection=collection.name, where=_ALWAYS_FALSE if is_broken else where)
+    return Predicate(collection_name=collection.name, where=_ALWAYS_FALSE if is_broken else where)
 
 
 _ALWAYS_FALSE = Comparison(Keyword(False), Op.EQ, True, Keyword(True))
@@ -204,7 +204,7 @@ class _Resolver:
         """Return the list rules of the rows joined so far; a missing row needs to meet none."""
         conditions: list[Condition] = []
         for path in self._joined_paths:
-            collection = self._collections[path.collection]
+            collection = self._collections[path.collection_name]
             if not collection.list_rule:
                 continue
             inner = _Resolver(self._collections, collection, self._auth_collection, is_filter=False)
@@ -390,7 +390,7 @@ class _Resolver:
         """
         path = start
         for index, part in enumerate(parts[:-1]):
-            collection = self._collections[path.collection]
+            collection = self._collections[path.collection_name]
             field = self._find_field(collection, part)
             rest = parts[index + 1 :]
             if field is not None and field.kind in {FieldKind.JSON, FieldKind.GEO_POINT}:
@@ -408,7 +408,7 @@ class _Resolver:
                 self._refuse(f'field "{part}" is no relation')
             if not field.is_multiple and rest == ["id"]:
                 return FieldValue(path, self._check_supported(field))
-            target = self._collections[field.relation.collection].name
+            target = self._collections[field.relation.collection_name].name
             steps = (
                 (EachValue(field), ToEach(target)) if field.is_multiple else (ToOne(field, target),)
             )
@@ -426,7 +426,7 @@ class _Resolver:
             if is_missing_null:
                 return None
             return self._refuse_unknown("field", part, _path_names(self._collections, collection))
-        if field.relation is None or field.relation.collection != collection.name:
+        if field.relation is None or field.relation.collection_name != collection.name:
             if is_missing_null and field.relation is not None:
                 return None
             self._refuse(f'"{part}" doesn\'t point to "{collection.name}"')
@@ -450,7 +450,7 @@ class _Resolver:
     def _last_field(self, path: RowPath, part: str, *, is_missing_null: bool) -> Term:
         """Return the field that ends a path, with its modifier."""
         name, modifier = self._split_modifier(part)
-        collection = self._collections[path.collection]
+        collection = self._collections[path.collection_name]
         field = self._find_field(collection, name)
         if field is None:
             if collection.type == "auth" and name in {"password", "tokenKey"}:
@@ -521,9 +521,9 @@ class _Resolver:
         """
         if self._is_filter and path not in self._joined_paths:
             for joined in path.joined_rows():
-                if self._collections[joined.collection].list_rule is None:
+                if self._collections[joined.collection_name].list_rule is None:
                     self._refuse(
-                        f'collection "{joined.collection}" can\'t be listed', RuleNameError
+                        f'collection "{joined.collection_name}" can\'t be listed', RuleNameError
                     )
                 self._joined_paths.setdefault(joined)
         return path
@@ -564,6 +564,6 @@ def _path_names(collections: Collections, collection: Collection) -> list[str]:
         f"{source.name}_via_{field.name}"
         for source in collections.values()
         for field in source.fields
-        if field.relation is not None and field.relation.collection == collection.name
+        if field.relation is not None and field.relation.collection_name == collection.name
     ]
     return [field.name for field in collection.fields] + back

@@ -128,7 +128,7 @@ def _compile_verdict(
 def _compile_comparison(
     comparison: Comparison, scope: ListScope, checks: list[_ForAll]
 ) -> _VerdictFunction:
-    plan = plan_comparison(comparison, scope.context.parameter_classes)
+    plan = plan_comparison(comparison, scope.compile_context.parameter_classes)
     shared = _compile_values(plan.shared, scope, scope)
     if plan.searched is None:
         return shared
@@ -139,7 +139,7 @@ def _compile_comparison(
     for planned in (plan.searched.left, plan.searched.right):
         if planned.is_searched:
             first = MAX_SHARED_LISTS + len(own_scopes)
-            own_scopes.append(ListScope(scope.context, first_item_index=first))
+            own_scopes.append(ListScope(scope.compile_context, first_item_index=first))
         scopes.append(own_scopes[-1] if planned.is_searched else scope)
     searched = _compile_values(plan.searched, *scopes)
     readers = [read for own in own_scopes for read in own.list_readers.values()]
@@ -204,7 +204,7 @@ def _compile_two_operands(
     one, other = compile_planned(plan.left, left_scope), compile_planned(plan.right, right_scope)
     a, b = one.read_value, other.read_value
     if plan.kind is ComparisonKind.ORDER:
-        if not left_scope.context.is_utf8 and float not in {one.only_type, other.only_type}:
+        if not left_scope.compile_context.is_utf8 and float not in {one.only_type, other.only_type}:
             raise NotInProcessError
         op = plan.op
         return lambda row, args, items: compare_order(op, a(row, args, items), b(row, args, items))
@@ -247,7 +247,7 @@ def _pattern_reader(plan: ValueComparison, scope: ListScope) -> ValueReader:
             return constant_reader(None)
         case Pattern.BOUND:
             assert isinstance(term, ParameterTerm)
-            return argument_reader(term.parameter, SqlForm.PATTERN, scope.context)
+            return argument_reader(term.parameter, SqlForm.PATTERN, scope.compile_context)
         case Pattern.TEXT:
             return compile_operand(term, scope).read_text
         case Pattern.WRAPPED:

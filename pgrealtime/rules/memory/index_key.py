@@ -60,7 +60,7 @@ class KeyComparison:
     is_exact: bool
     """The comparison is true if and only if a value matches; else it is only not true if none
     does."""
-    columns: frozenset[str]
+    column_names: frozenset[str]
     """Columns of the row that are read."""
 
 
@@ -93,7 +93,7 @@ def key_comparison(comparison: Comparison, context: CompileContext) -> KeyCompar
         read_caller_key=lambda args: _as_hash_key(read_caller_key({}, args, ())),
         op=op,
         is_exact=isinstance(right, ParameterTerm) and (comparison.is_any or not is_multiple(left)),
-        columns=columns_read(comparison),
+        column_names=columns_read(comparison),
     )
 
 
@@ -133,7 +133,7 @@ def _key_readers(plan: ValueComparison, scope: ListScope) -> tuple[ValueReader, 
     is_order = plan.kind is ComparisonKind.ORDER
     if one.only_type is not other.only_type and (is_order or one.only_type is not None):
         return None
-    if is_order and one.only_type is str and not scope.context.is_utf8:
+    if is_order and one.only_type is str and not scope.compile_context.is_utf8:
         return None
     return one.read_value, other.read_value
 

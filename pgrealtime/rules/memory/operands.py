@@ -99,7 +99,7 @@ def is_caller_row(path: RowPath) -> bool:
 class ListScope:
     """The lists whose items the comparisons of a condition share, as joins are shared in SQL."""
 
-    context: CompileContext
+    compile_context: CompileContext
     list_readers: dict[RowPath, ItemsReader] = field(default_factory=dict)
     first_item_index: int = 0
 
@@ -154,7 +154,7 @@ def compile_planned(planned: PlannedOperand, scope: ListScope) -> MemoryOperand:
     operand = compile_operand(planned.term, scope)
     if planned.is_json_text:
         assert operand.parameter is not None
-        spelled = argument_reader(operand.parameter, SqlForm.JSON, scope.context)
+        spelled = argument_reader(operand.parameter, SqlForm.JSON, scope.compile_context)
         operand = replace(operand, read_value=spelled)
     match planned.conversion:
         case Conversion.NUMBER:
@@ -174,23 +174,23 @@ def compile_operand(term: Term, scope: ListScope) -> MemoryOperand:
     """
     match term:
         case ParameterTerm(parameter):
-            return _parameter_operand(parameter, scope.context)
+            return _parameter_operand(parameter, scope.compile_context)
         case Keyword(flag):
             if flag is None:
                 return MemoryOperand.of_text(constant_reader(None))
             number, text = constant_reader(int(flag)), constant_reader(str(int(flag)))
             return MemoryOperand(read_value=number, read_text=text, only_type=float)
         case FieldValue(path, field_, modifier):
-            columns = _ColumnReaders(path, scope.context)
+            columns = _ColumnReaders(path, scope.compile_context)
             return _field_with_modifier(columns, field_, modifier)
         case SecretTerm(path, _) if path.is_scope_row:  # lower case already
             return MemoryOperand.of_text(constant_reader(PASSWORD_HASH_PREFIX))
         case JsonValue(path, field_, keys, is_lower):
             return _json_operand(
-                _ColumnReaders(path, scope.context), field_, keys, is_lower=is_lower
+                _ColumnReaders(path, scope.compile_context), field_, keys, is_lower=is_lower
             )
         case EachTerm(path):
-            at = scope.item_index(path, _items_reader(path, scope.context))
+            at = scope.item_index(path, _items_reader(path, scope.compile_context))
             if at >= MAX_SHARED_LISTS and scope.first_item_index == 0:
                 raise NotInProcessError
             if term.kind is FieldKind.NUMBER:

@@ -60,7 +60,7 @@ def matching_pairs_sql(
         condition: The predicate's, perhaps reading other relations.
         overlay_ctes: These relations.
     """
-    rows, ordinal = _row_images(table, predicate.columns)
+    rows, ordinal = _row_images(table, predicate.column_names)
     if not pair_parameters:
         rows_only = exp.Select(
             expressions=[nodes.column(ROW_ALIAS, ordinal)],
@@ -118,7 +118,7 @@ def matching_keys_sql(
         has_wanted_keys: Whether only the keys in the array ``wanted`` are returned. ``limit``
             bounds how many of one row are.
     """
-    rows, ordinal = _row_images(table, values.columns)
+    rows, ordinal = _row_images(table, values.column_names)
     inner = select.copy()
     assert isinstance(inner, exp.Select)
     if has_wanted_keys:

@@ -281,7 +281,7 @@ class _OperandValues:
         classes = {one: parameter_class(self._parameter_value(one)) for one in parameters}
         values = _translate_values(term, self.collections, classes)
         params: dict[str, object] = {"i": [0]}
-        for at, column in enumerate(values.columns):
+        for at, column in enumerate(values.column_names):
             params[f"c{at}"] = [self.row[column]]
         for key, binding in values.bindings.items():
             assert not isinstance(binding.parameter, CallerColumn)  # the caller's row is read
@@ -307,7 +307,7 @@ def _translate_values(
 def _shown_values_sql(values: SqlValues, collection: Collection) -> str:
     values.select.set("distinct", exp.Distinct())
     values.select.set("limit", exp.Limit(expression=nodes.number(MAX_SHOWN_VALUES + 1)))
-    columns = find_columns(collection.table, values.columns)
+    columns = find_columns(collection.table, values.column_names)
     names = [nodes.quoted_name("value"), nodes.quoted_name("is_number")]
     found = exp.Lateral(
         this=exp.Subquery(this=values.select),
@@ -315,7 +315,7 @@ def _shown_values_sql(values: SqlValues, collection: Collection) -> str:
     )
     select = exp.Select(
         expressions=[nodes.column("found", "value"), nodes.column("found", "is_number")],
-        from_=exp.From(this=images_table(columns, unused_column_name(values.columns))),
+        from_=exp.From(this=images_table(columns, unused_column_name(values.column_names))),
         joins=[exp.Join(this=found, kind="CROSS")],
     )
     return select.sql(dialect="postgres", copy=False)

@@ -58,7 +58,7 @@ class SqlPredicate:
     """Boolean, about the row called ``ROW_ALIAS``; NULL admits no more than FALSE."""
     bindings: Mapping[str, Binding]
     """Placeholder to its content."""
-    columns: tuple[str, ...]
+    column_names: tuple[str, ...]
     """Columns of the row that it reads."""
     tables: frozenset[TableName]
     """Other tables that it reads."""
@@ -101,7 +101,7 @@ def translate_predicate(
     return SqlPredicate(
         condition=condition,
         bindings=translation.bindings,
-        columns=tuple(translation.columns),
+        column_names=tuple(translation.column_names),
         tables=frozenset(translation.tables),
     )
 
@@ -113,7 +113,7 @@ class SqlValues:
     select: exp.Select
     """Its first column are texts; a value may come more than once."""
     bindings: Mapping[str, Binding]
-    columns: tuple[str, ...]
+    column_names: tuple[str, ...]
     tables: frozenset[TableName]
 
     @classmethod
@@ -121,9 +121,9 @@ class SqlValues:
         """Return the values of an expression over the joins of a scope."""
         translation = scope.translation
         return cls(
-            select=scope.select(text, where),
+            select=scope.build_select(text, where),
             bindings=translation.bindings,
-            columns=tuple(translation.columns),
+            column_names=tuple(translation.column_names),
             tables=frozenset(translation.tables),
         )
 
@@ -335,7 +335,7 @@ def _native_id_equality(left: _Side, right: _Side) -> Sql | None:
                 if translation.parameter_classes[parameter].is_number:
                     continue
                 assert field.column is not None
-                column = side.scope.column(path, field.column.name)
+                column = side.scope.column_at(path, field.column.name)
                 return nodes.binary(exp.EQ, column, translation.bind(parameter, form))
             case _:
                 continue

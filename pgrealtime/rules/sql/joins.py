@@ -62,7 +62,7 @@ class Translation:
     """Columns of the caller's own row are bound as parameters, and not read from its table."""
     bindings: dict[str, Binding] = field(default_factory=dict)
     """Placeholder to its content."""
-    columns: dict[str, None] = field(default_factory=dict)
+    column_names: dict[str, None] = field(default_factory=dict)
     """Columns read of the row image, in order of first use."""
     tables: dict[TableName, None] = field(default_factory=dict)
     """Other tables that are read."""
@@ -136,20 +136,20 @@ class Scope:
         """Return a scope about the same row with no joins yet."""
         return Scope(self.translation, self.scope_row_alias, is_row_image=self.is_row_image)
 
-    def collection(self, path: RowPath) -> Collection:
+    def collection_at(self, path: RowPath) -> Collection:
         """Return the collection of the rows at the path."""
-        return self.translation.collections[path.collection]
+        return self.translation.collections[path.collection_name]
 
-    def column(self, path: RowPath, column_name: str) -> Sql:
+    def column_at(self, path: RowPath, column_name: str) -> Sql:
         """Return a column of the row at the path."""
         if path.is_scope_row and self.is_row_image:
-            self.translation.columns.setdefault(column_name)
+            self.translation.column_names.setdefault(column_name)
         if (
             self.translation.is_caller_row_bound
             and isinstance(path.root, CallerRow)
             and not path.steps
         ):
-            return self._caller_column(self.collection(path), column_name)
+            return self._caller_column(self.collection_at(path), column_name)
         return nodes.column(self.join_row(path), column_name)
 
     def _caller_column(self, collection: Collection, column_name: str) -> Sql:
@@ -176,12 +176,12 @@ class Scope:
         )
         return exp.Exists(this=select)
 
-    def row_id(self, path: RowPath) -> TypedSql:
+    def row_id_at(self, path: RowPath) -> TypedSql:
         """Return the id of the row at the path, NULL where there is no row."""
-        return self._typed_column(path, self.collection(path).key)
+        return self._typed_column(path, self.collection_at(path).key)
 
     def _typed_column(self, path: RowPath, column: Column) -> TypedSql:
-        return TypedSql(self.column(path, column.name), column.type, column.is_deterministic)
+        return TypedSql(self.column_at(path, column.name), column.type, column.is_deterministic)
 
     def each_value(self, path: RowPath) -> TypedSql:
         """Return one of the values of a multiple field; the path ends with ``EachValue``."""
@@ -216,9 +216,9 @@ class Scope:
 
     def exists(self, where: Sql) -> Sql:
         """Return EXISTS over the joins made so far."""
-        return exp.Exists(this=self.select(nodes.number(1), where))
+        return exp.Exists(this=self.build_select(nodes.number(1), where))
 
-    def select(self, expression: Sql, where: Sql) -> exp.Select:
+    def build_select(self, expression: Sql, where: Sql) -> exp.Select:
         """Return a SELECT over the joins made so far: LEFT JOINs of a relation of one row."""
         one = exp.Subquery(
             this=exp.Select(expressions=[nodes.number(1)]),
@@ -240,7 +240,7 @@ class Scope:
         return self._join_step(path, before, path.steps[-1])
 
     def _join_root(self, path: RowPath) -> str:
-        collection = self.collection(path)
+        collection = self.collection_at(path)
         match path.root:
             case CallerRow():
                 return self._left_join(collection, lambda alias: self._is_caller(alias, collection))
@@ -280,14 +280,14 @@ class Scope:
         if junction is not None:
             self._add_join(
                 self._table(junction.table, alias),
-                nodes.equal_keys(typed_column(alias, junction.source), self.row_id(parent)),
+                nodes.equal_keys(typed_column(alias, junction.source), self.row_id_at(parent)),
             )
             self._each_values[path] = typed_column(alias, junction.target)
             return alias
         assert field.column is not None
         element = field.type.base.element
         assert element is not None
-        unnest = exp.Unnest(expressions=[self.column(parent, field.column.name)])
+        unnest = exp.Unnest(expressions=[self.column_at(parent, field.column.name)])
         columns = exp.TableAlias(
             this=nodes.quoted_name(alias), columns=[nodes.quoted_name("value")]
         )
@@ -297,7 +297,7 @@ class Scope:
         return alias
 
     def _join_back(self, parent: RowPath, source: Collection, field: Field) -> str:
-        key = self.row_id(parent)
+        key = self.row_id_at(parent)
         junction = junction_columns(field)
         if junction is not None:
             pairs = self.translation.new_alias()

@@ -137,7 +137,7 @@ def _whole_field(path: RowPath, field: Field, scope: Scope, *, is_strict: bool) 
     if field.is_multiple:
         return SqlOperand.of_text(_list_text(path, field, scope))
     assert field.column is not None
-    column = scope.column(path, field.column.name)
+    column = scope.column_at(path, field.column.name)
     match field.kind:
         case FieldKind.NUMBER:
             return _number_operand(column, field.type, scope)
@@ -169,7 +169,7 @@ def _null_without_row(path: RowPath, scope: Scope, text: Sql) -> Sql:
     """Return the text where the path has a row, else NULL."""
     if path.is_scope_row:
         return text
-    return nodes.case((nodes.is_null(scope.row_id(path).node), nodes.null()), default=text)
+    return nodes.case((nodes.is_null(scope.row_id_at(path).node), nodes.null()), default=text)
 
 
 def _number_operand(column: Sql, type_: Type, scope: Scope) -> SqlOperand:
@@ -253,7 +253,7 @@ def _list_text(path: RowPath, field: Field, scope: Scope) -> Sql:
             path, scope, nodes.coalesce(nodes.cast(ids, nodes.TEXT), nodes.string("[]"))
         )
     assert field.column is not None
-    column = scope.column(path, field.column.name)
+    column = scope.column_at(path, field.column.name)
     element = field.type.base.element
     assert element is not None
     is_native = field.kind in {FieldKind.NUMBER, FieldKind.BOOL, FieldKind.JSON}
@@ -266,7 +266,7 @@ def _junction_ids(junction: JunctionColumns, path: RowPath, scope: Scope) -> Sql
     alias = scope.translation.new_alias()
     scope.translation.tables.setdefault(junction.table)
     ids = nodes.bytewise_text(typed_column(alias, junction.target))
-    own = nodes.equal_keys(typed_column(alias, junction.source), scope.row_id(path))
+    own = nodes.equal_keys(typed_column(alias, junction.source), scope.row_id_at(path))
     select = exp.Select(
         expressions=[ids],
         from_=exp.From(this=nodes.table(junction.table, alias)),
@@ -289,7 +289,7 @@ def _length(path: RowPath, field: Field, scope: Scope) -> Sql:
         values = _junction_ids(junction, path, scope)
     else:
         assert field.column is not None
-        values = scope.column(path, field.column.name)
+        values = scope.column_at(path, field.column.name)
     return nodes.coalesce(nodes.call("cardinality", values), nodes.number(0))
 
 
@@ -303,7 +303,7 @@ def _lower(text: Sql) -> Sql:
 def _json_operand(term: JsonValue, scope: Scope) -> SqlOperand:
     column = term.field.column
     assert column is not None
-    raw = scope.column(term.row_path, column.name)
+    raw = scope.column_at(term.row_path, column.name)
     if term.field.kind is FieldKind.GEO_POINT and not term.field.is_stored_as_json:
         number = _coordinate(raw, term.keys[0], term.field.type)
         # PocketBase's points are JSON, whose whole numbers have no point.

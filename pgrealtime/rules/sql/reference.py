@@ -58,7 +58,7 @@ class ReferenceQuery:
     """The text of ``sql_query``, printed once."""
 
     @property
-    def columns(self) -> tuple[str, ...]:
+    def column_names(self) -> tuple[str, ...]:
         """The columns of a row image that it reads."""
         return _columns_of(self.sql_predicates)
 
@@ -91,7 +91,7 @@ class ReferenceQuery:
             return None
         redirected, views = made
         return SqlQuery(
-            _matching_rows_sql(self.collection, self.columns, redirected, views), params
+            _matching_rows_sql(self.collection, self.column_names, redirected, views), params
         )
 
     def truth_query(self, row: Row, now: datetime) -> SqlQuery:
@@ -100,15 +100,15 @@ class ReferenceQuery:
         Its result is one value: TRUE, FALSE, or NULL, which admits no more than FALSE.
         """
         conditions = [part.condition for part in self.sql_predicates]
-        columns = find_columns(self.collection.table, self.columns)
+        columns = find_columns(self.collection.table, self.column_names)
         select = exp.Select(
             expressions=[all_of(*conditions)],
-            from_=exp.From(this=images_table(columns, unused_column_name(self.columns))),
+            from_=exp.From(this=images_table(columns, unused_column_name(self.column_names))),
         )
         return SqlQuery(select.sql(dialect="postgres", copy=False), self._params([row], now))
 
     def _params(self, rows: Sequence[Row], now: datetime) -> dict[str, object]:
-        columns = self.columns
+        columns = self.column_names
         known = [
             (index, row)
             for index, row in enumerate(rows)
@@ -253,7 +253,7 @@ def _sql_params(
 
 
 def _columns_of(predicates: Sequence[SqlPredicate]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for one in predicates for name in one.columns))
+    return tuple(dict.fromkeys(name for one in predicates for name in one.column_names))
 
 
 def _matching_rows_sql(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgrealtime.api.error_responses import encode_error_response, invalid_members
-from pgrealtime.api.subscribe_body import SubscribeCall, find_call_faults, parse_subscribe_call
+from pgrealtime.api.subscribe_body import SubscribeBody, find_call_faults, parse_subscribe_body
 from pgrealtime.errors import SubscriptionError
 
 JSON = "application/json"
@@ -25,32 +25,32 @@ def part(name: str, value: str, more: str = "") -> str:
 @pytest.mark.parametrize(
     ("content_type", "body", "call"),
     [
-        (JSON, '{"clientId":"c","subscriptions":["a","b"]}', SubscribeCall("c", ("a", "b"))),
-        ("application/jsonx", '{"clientId":"c"}', SubscribeCall("c")),
-        (JSON, '{"clientId":"c"} trailing', SubscribeCall("c")),
-        (JSON, ' \n{"clientId":"c"},', SubscribeCall("c")),
-        (JSON, '{"clientId":"c","x":{"y":[1,{}]}}', SubscribeCall("c")),
-        (JSON, '{"CLIENTID":"c","Subscriptions":["a"]}', SubscribeCall("c", ("a",))),
-        (JSON, '{"client_id":"c","sub-scriptions":["a"]}', SubscribeCall("c", ("a",))),
-        (JSON, "null", SubscribeCall()),
-        (JSON, "nullx", SubscribeCall()),
-        (JSON, '{"clientId":null,"subscriptions":null}', SubscribeCall()),
-        (JSON, '{"clientId":"c","subscriptions":[null,""]}', SubscribeCall("c", ("", ""))),
-        (JSON, '{"clientId":"\\u0063\\n"}', SubscribeCall("c\n")),
+        (JSON, '{"clientId":"c","subscriptions":["a","b"]}', SubscribeBody("c", ("a", "b"))),
+        ("application/jsonx", '{"clientId":"c"}', SubscribeBody("c")),
+        (JSON, '{"clientId":"c"} trailing', SubscribeBody("c")),
+        (JSON, ' \n{"clientId":"c"},', SubscribeBody("c")),
+        (JSON, '{"clientId":"c","x":{"y":[1,{}]}}', SubscribeBody("c")),
+        (JSON, '{"CLIENTID":"c","Subscriptions":["a"]}', SubscribeBody("c", ("a",))),
+        (JSON, '{"client_id":"c","sub-scriptions":["a"]}', SubscribeBody("c", ("a",))),
+        (JSON, "null", SubscribeBody()),
+        (JSON, "nullx", SubscribeBody()),
+        (JSON, '{"clientId":null,"subscriptions":null}', SubscribeBody()),
+        (JSON, '{"clientId":"c","subscriptions":[null,""]}', SubscribeBody("c", ("", ""))),
+        (JSON, '{"clientId":"\\u0063\\n"}', SubscribeBody("c\n")),
         (URLENCODED, "clientId=c&subscriptions=a%2F*&subscriptions=b+c", None),
-        (URLENCODED, "clientId=c&clientId=d", SubscribeCall("c")),
-        (URLENCODED, "clientId=c&subscriptions[]=a", SubscribeCall("c")),
-        (URLENCODED, "clientid=c", SubscribeCall()),
-        (URLENCODED, "clientId=c&subscriptions=%ff", SubscribeCall("c", ("\ufffd",))),
-        (URLENCODED + "x", "clientId=c", SubscribeCall()),
-        (URLENCODED + "; charset=utf-8", "clientId=c", SubscribeCall("c")),
-        (URLENCODED, 'a=1&@jsonPayload={"clientId":"c"}', SubscribeCall("c")),
-        (URLENCODED, 'clientId=c&@jsonPayload={"CLIENTID":"d"}', SubscribeCall("c")),
-        (URLENCODED, "clientId=c&@jsonPayload=null", SubscribeCall()),
+        (URLENCODED, "clientId=c&clientId=d", SubscribeBody("c")),
+        (URLENCODED, "clientId=c&subscriptions[]=a", SubscribeBody("c")),
+        (URLENCODED, "clientid=c", SubscribeBody()),
+        (URLENCODED, "clientId=c&subscriptions=%ff", SubscribeBody("c", ("\ufffd",))),
+        (URLENCODED + "x", "clientId=c", SubscribeBody()),
+        (URLENCODED + "; charset=utf-8", "clientId=c", SubscribeBody("c")),
+        (URLENCODED, 'a=1&@jsonPayload={"clientId":"c"}', SubscribeBody("c")),
+        (URLENCODED, 'clientId=c&@jsonPayload={"CLIENTID":"d"}', SubscribeBody("c")),
+        (URLENCODED, "clientId=c&@jsonPayload=null", SubscribeBody()),
         (
             URLENCODED,
             'clientId=c&subscriptions=a&@jsonPayload={"subscriptions":["b"]}',
-            SubscribeCall("c", ("b",)),
+            SubscribeBody("c", ("b",)),
         ),
         (
             MULTIPART,
@@ -58,26 +58,26 @@ def part(name: str, value: str, more: str = "") -> str:
             + part("subscriptions", "a")
             + part("subscriptions", "b")
             + "--B--",
-            SubscribeCall("c", ("a", "b")),
+            SubscribeBody("c", ("a", "b")),
         ),
         (
             MULTIPART,
             "preamble\r\n" + part("clientId", "c") + "--B--\r\nepilogue",
-            SubscribeCall("c"),
+            SubscribeBody("c"),
         ),
-        (MULTIPART, part("clientId", "a\r\n--Bx\r\nb") + "--B--", SubscribeCall("a\r\n--Bx\r\nb")),
-        (MULTIPART, part("clientId", "c").replace("\r\n", "\n") + "--B--\n", SubscribeCall("c")),
-        (MULTIPART, part("clientId", "c", '; filename="f"') + "--B--", SubscribeCall()),
-        (MULTIPART, part("clientId", "c", '; filename=""') + "--B--", SubscribeCall("c")),
-        (MULTIPART, part("@jsonPayload", '{"clientId":"c"}') + "--B--", SubscribeCall("c")),
-        ('multipart/form-data ; Boundary="B"', part("clientId", "c") + "--B--", SubscribeCall("c")),
+        (MULTIPART, part("clientId", "a\r\n--Bx\r\nb") + "--B--", SubscribeBody("a\r\n--Bx\r\nb")),
+        (MULTIPART, part("clientId", "c").replace("\r\n", "\n") + "--B--\n", SubscribeBody("c")),
+        (MULTIPART, part("clientId", "c", '; filename="f"') + "--B--", SubscribeBody()),
+        (MULTIPART, part("clientId", "c", '; filename=""') + "--B--", SubscribeBody("c")),
+        (MULTIPART, part("@jsonPayload", '{"clientId":"c"}') + "--B--", SubscribeBody("c")),
+        ('multipart/form-data ; Boundary="B"', part("clientId", "c") + "--B--", SubscribeBody("c")),
     ],
 )
-def test_readable_body(content_type: str, body: str, call: SubscribeCall | None) -> None:
+def test_readable_body(content_type: str, body: str, call: SubscribeBody | None) -> None:
     """Protocol 3.1."""
-    wanted = call or SubscribeCall("c", ("a/*", "b c"))
+    wanted = call or SubscribeBody("c", ("a/*", "b c"))
 
-    assert parse_subscribe_call(content_type, body.encode(), b"") == wanted
+    assert parse_subscribe_body(content_type, body.encode(), b"") == wanted
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_readable_body(content_type: str, body: str, call: SubscribeCall | None)
 def test_unreadable_body(content_type: str, body: str) -> None:
     """One code whatever the reason (protocol, 3.1)."""
     with pytest.raises(SubscriptionError) as refusal:
-        parse_subscribe_call(content_type, body.encode(errors="surrogateescape"), b"")
+        parse_subscribe_body(content_type, body.encode(errors="surrogateescape"), b"")
 
     assert refusal.value.error_code == "body_unreadable"
 
@@ -136,13 +136,13 @@ def test_url_counts_for_forms_and_not_for_json() -> None:
     query = b"clientId=u&subscriptions=q"
     form = part("clientId", "c") + part("subscriptions", "a") + "--B--"
 
-    assert parse_subscribe_call(JSON, b"{}", query) == SubscribeCall()
-    assert parse_subscribe_call(URLENCODED, b"subscriptions=a", query) == SubscribeCall(
+    assert parse_subscribe_body(JSON, b"{}", query) == SubscribeBody()
+    assert parse_subscribe_body(URLENCODED, b"subscriptions=a", query) == SubscribeBody(
         "u", ("a", "q")
     )
-    assert parse_subscribe_call(MULTIPART, form.encode(), query) == SubscribeCall("u", ("q", "a"))
+    assert parse_subscribe_body(MULTIPART, form.encode(), query) == SubscribeBody("u", ("q", "a"))
     with pytest.raises(SubscriptionError):
-        parse_subscribe_call(URLENCODED, b"clientId=c", b"a;b")
+        parse_subscribe_body(URLENCODED, b"clientId=c", b"a;b")
 
 
 @given(client=st.text(), subscriptions=st.lists(st.text()), ascii_only=st.booleans())
@@ -153,7 +153,7 @@ def test_json_body_says_what_was_put_in(
 ) -> None:
     body = json.dumps({"clientId": client, "subscriptions": subscriptions}, ensure_ascii=ascii_only)
 
-    assert parse_subscribe_call(JSON, body.encode(), b"") == SubscribeCall(
+    assert parse_subscribe_body(JSON, body.encode(), b"") == SubscribeBody(
         client, tuple(subscriptions)
     )
 
@@ -175,19 +175,19 @@ def too_long(most: int) -> str:
 @pytest.mark.parametrize(
     ("call", "data"),
     [
-        (SubscribeCall("c" * 255, ("a" * 2500,) * 1000), "{}"),
-        (SubscribeCall("   "), "{}"),
-        (SubscribeCall(), f'{{"clientId":{BLANK}}}'),
-        (SubscribeCall("c" * 256), f'{{"clientId":{OUT_OF_RANGE}}}'),
-        (SubscribeCall("é" * 128), f'{{"clientId":{OUT_OF_RANGE}}}'),
-        (SubscribeCall("c", ("a" * 2501,) * 1001), f'{{"subscriptions":{too_long(1000)}}}'),
+        (SubscribeBody("c" * 255, ("a" * 2500,) * 1000), "{}"),
+        (SubscribeBody("   "), "{}"),
+        (SubscribeBody(), f'{{"clientId":{BLANK}}}'),
+        (SubscribeBody("c" * 256), f'{{"clientId":{OUT_OF_RANGE}}}'),
+        (SubscribeBody("é" * 128), f'{{"clientId":{OUT_OF_RANGE}}}'),
+        (SubscribeBody("c", ("a" * 2501,) * 1001), f'{{"subscriptions":{too_long(1000)}}}'),
         (
-            SubscribeCall("", ("ok", "é" * 1300)),
+            SubscribeBody("", ("ok", "é" * 1300)),
             f'{{"clientId":{BLANK},"subscriptions":{{"1":{too_long(2500)}}}}}',
         ),
     ],
 )
-def test_all_faults_are_reported_at_once(call: SubscribeCall, data: str) -> None:
+def test_all_faults_are_reported_at_once(call: SubscribeBody, data: str) -> None:
     """Protocol 3.2; lengths are of the UTF-8."""
     body = encode_error_response(invalid_members(find_call_faults(call)), "en").decode()
 
@@ -196,7 +196,7 @@ def test_all_faults_are_reported_at_once(call: SubscribeCall, data: str) -> None
 
 def test_blank_client_in_chinese_is_the_documents() -> None:
     assert encode_error_response(
-        invalid_members(find_call_faults(SubscribeCall())), "zh"
+        invalid_members(find_call_faults(SubscribeBody())), "zh"
     ).decode() == (
         '{"data":{"clientId":{"code":"validation_required","message":"缺少必填值。"}},'
         '"message":"处理请求时出错。","status":400}'
@@ -224,7 +224,7 @@ def test_large_headers_of_a_part_take_no_longer_than_their_length(
     """A part with too many parameters has no name, a body with too many headers is refused."""
     started = time.process_time()
     try:
-        read = parse_subscribe_call(MULTIPART, HEADER.format(more).encode(), b"").client_id
+        read = parse_subscribe_body(MULTIPART, HEADER.format(more).encode(), b"").client_id
     except SubscriptionError:
         read = None
 
@@ -235,10 +235,10 @@ def test_large_headers_of_a_part_take_no_longer_than_their_length(
 def test_payloads_of_a_form_hold_no_more_than_one_text() -> None:
     """Else a form of 32 MB would be a minute of computation."""
     payload = part("@jsonPayload", '{"x":[' + "1," * 110_000 + "1]}")
-    assert parse_subscribe_call(MULTIPART, f"{payload}--B--".encode(), b"") == SubscribeCall()
+    assert parse_subscribe_body(MULTIPART, f"{payload}--B--".encode(), b"") == SubscribeBody()
 
     with pytest.raises(SubscriptionError):
-        parse_subscribe_call(MULTIPART, f"{payload * 2}--B--".encode(), b"")
+        parse_subscribe_body(MULTIPART, f"{payload * 2}--B--".encode(), b"")
 
 
 @pytest.mark.parametrize("text", ["[" * 9_000_000, '{"a":' * 5_000_000, "[1," * 9_000_000])
@@ -246,6 +246,6 @@ def test_large_nonsense_is_given_up_early(text: str) -> None:
     """The time of parsing a body is bounded."""
     started = time.process_time()
     with pytest.raises(SubscriptionError):
-        parse_subscribe_call(JSON, text.encode(), b"")
+        parse_subscribe_body(JSON, text.encode(), b"")
 
     assert time.process_time() - started < 2

@@ -20,7 +20,7 @@ CHAR = Type(oid=1042, schema="pg_catalog", name="bpchar", kind=TypeKind.BASE, ca
 
 
 def column(name: str, number: int, type_: Type = TEXT) -> Column:
-    return Column(name=name, number=number, type=type_)
+    return Column(name=name, attribute_number=number, type=type_)
 
 
 def users(key_type: Type = TEXT, verified: Type = BOOL) -> Collection:

@@ -28,14 +28,14 @@ def changelog(*end_lsns: int, max_size: int = 1000, max_age: float = 60.0) -> Me
 
 
 def read(log: MemoryChangelog, after: Cursor, *, limit: int = 1000) -> list[int]:
-    return [entry.end_lsn for entry in log.read(after, log.head, limit)]
+    return [entry.end_lsn for entry in log.read(after, log.end_cursor, limit)]
 
 
 def test_what_was_appended_is_read_in_order() -> None:
     log = changelog(10, 20, 30)
 
     assert read(log, Cursor(LSN(0), END_ORDINAL)) == [10, 20, 30]
-    assert log.head == Cursor(LSN(30), END_ORDINAL)
+    assert log.end_cursor == Cursor(LSN(30), END_ORDINAL)
 
 
 def test_reading_begins_after_the_cursor() -> None:
@@ -80,7 +80,7 @@ def test_bytes_are_bounded_and_the_oldest_goes_first() -> None:
     assert log.size_bytes == 20
     assert log.floor == Cursor(LSN(10), END_ORDINAL)
     with pytest.raises(ChangelogError) as refused:
-        log.read(Cursor(LSN(5), END_ORDINAL), log.head, 10)
+        log.read(Cursor(LSN(5), END_ORDINAL), log.end_cursor, 10)
     assert refused.value.error_code == "changelog_trimmed"
     assert read(log, log.floor) == [20, 30]
 
@@ -92,7 +92,7 @@ def test_age_is_bounded_but_nothing_undelivered_is_trimmed() -> None:
 
     log.expire(now=61.5, upto=Cursor(LSN(10), END_ORDINAL))
     assert log.floor == Cursor(LSN(10), END_ORDINAL)
-    log.expire(now=61.5, upto=log.head)
+    log.expire(now=61.5, upto=log.end_cursor)
     assert read(log, log.floor) == [30]
 
 
@@ -106,7 +106,7 @@ def test_bytes_after_counts_what_a_reader_has_yet_to_read() -> None:
 
     assert log.bytes_after(Cursor(LSN(0), END_ORDINAL)) == 30
     assert log.bytes_after(Cursor(LSN(20), END_ORDINAL)) == 10
-    assert log.bytes_after(log.head) == 0
+    assert log.bytes_after(log.end_cursor) == 0
 
 
 def test_gaps_stand_in_order_between_transactions() -> None:
@@ -122,7 +122,7 @@ def test_a_restart_forgets_everything_and_begins_at_a_lower_position() -> None:
     log.restart(LSN(5))
     log.append(transaction(8))
 
-    assert (log.floor, log.head) == (Cursor(LSN(5), END_ORDINAL), Cursor(LSN(8), END_ORDINAL))
+    assert (log.floor, log.end_cursor) == (Cursor(LSN(5), END_ORDINAL), Cursor(LSN(8), END_ORDINAL))
     assert read(log, log.floor) == [8]
     assert log.size_bytes == 10
 

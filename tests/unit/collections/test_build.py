@@ -80,7 +80,7 @@ def table(
         columns=tuple(
             Column(
                 name=column,
-                number=number,
+                attribute_number=number,
                 type=base_type(type_) if isinstance(type_, str) else type_,
                 not_null=column in key,
             )
@@ -96,9 +96,9 @@ def table(
 def points(column: str, target: str, target_column: str = "id") -> ForeignKey:
     return ForeignKey(
         name=f"{column}_fkey",
-        columns=(column,),
+        column_names=(column,),
         target=TableName("public", target),
-        target_columns=(target_column,),
+        target_column_names=(target_column,),
     )
 
 
@@ -361,7 +361,10 @@ def test_foreign_keys_between_collections_are_relations() -> None:
         "posts"
     ]
     author = field_of(posts, "author_id")
-    assert (author.kind, author.relation) == (FieldKind.RELATION, Relation(collection="people"))
+    assert (author.kind, author.relation) == (
+        FieldKind.RELATION,
+        Relation(collection_name="people"),
+    )
 
 
 def test_foreign_keys_to_no_collection_or_no_id_are_plain_columns() -> None:
@@ -379,7 +382,7 @@ def test_an_array_of_ids_is_a_relation_if_the_configuration_says_so() -> None:
     }
     reviewers = field_of(built(config, POSTS, USERS)["posts"], "reviewers")
     assert (reviewers.kind, reviewers.is_multiple) == (FieldKind.RELATION, True)
-    assert reviewers.relation == Relation(collection="users")
+    assert reviewers.relation == Relation(collection_name="users")
 
 
 def test_a_junction_table_is_a_relation_and_finds_its_columns_by_itself() -> None:
@@ -399,7 +402,7 @@ def test_a_junction_table_is_a_relation_and_finds_its_columns_by_itself() -> Non
         is_multiple=True,
         is_hidden=True,
         relation=Relation(
-            collection="users",
+            collection_name="users",
             junction=Junction(table=LIKES, source_column="post_id", target_column="user_id"),
         ),
     )

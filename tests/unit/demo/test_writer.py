@@ -20,7 +20,7 @@ def _rows() -> dict[str, Any]:
 
 def _do(rows: dict[str, Any], step: Operation, new_id: str) -> None:
     """Apply an operation to the rows as its statement does to the tables."""
-    tasks, values = rows["tasks"], step.arguments
+    tasks, values = rows["tasks"], step.params
     match step.statement_name:
         case "add":
             tasks.append({"id": new_id, "project": values["id"], "title": values["title"]})
@@ -56,7 +56,7 @@ def test_it_never_decides_who_takes_part() -> None:
         step = next_operation(rows, random)
         assert step.statement_name not in ("publish", "join", "leave")
         if step.statement_name == "assign":
-            assert step.arguments["user"] == "ann"
+            assert step.params["user"] == "ann"
         _do(rows, step, str(number))
 
 

@@ -21,9 +21,9 @@ TEXTS = Type(
     element=TEXT,
 )
 COLUMNS = (
-    Column(name="id", number=1, type=TEXT),
-    Column(name="post", number=2, type=TEXT),
-    Column(name="posts", number=3, type=TEXTS),
+    Column(name="id", attribute_number=1, type=TEXT),
+    Column(name="post", attribute_number=2, type=TEXT),
+    Column(name="posts", attribute_number=3, type=TEXTS),
 )
 TABLE = Table(
     oid=1,

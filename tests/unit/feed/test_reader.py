@@ -69,11 +69,11 @@ def test_a_gap_that_is_told_takes_nothing_from_who_has_yet_to_read_it() -> None:
     intake.append_gap("schema", frozenset({POSTS}))
 
     gap = Gap(LSN(21), "schema", frozenset({POSTS}))
-    assert changelog.read(follower.head, changelog.head, 10) == [large(10), large(20), gap]
+    assert changelog.read(follower.head, changelog.end_cursor, 10) == [large(10), large(20), gap]
 
 
 def reader_of(changelog: MemoryChangelog) -> ReplicationReader:
-    intake = Intake(changelog, Behind(changelog.head), max_size=100)
+    intake = Intake(changelog, Behind(changelog.end_cursor), max_size=100)
     return ReplicationReader(no_stream, intake, tables=[POSTS], advance_slot=not_asked)
 
 
@@ -118,7 +118,7 @@ async def test_what_a_decoder_fails_at_is_passed_over_whatever_the_server_says_o
     changelog = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
     reader = ReplicationReader(
         no_stream,
-        Intake(changelog, Behind(changelog.head), max_size=100),
+        Intake(changelog, Behind(changelog.end_cursor), max_size=100),
         tables=[POSTS],
         advance_slot=advance,
     )
@@ -131,7 +131,7 @@ async def test_what_a_decoder_fails_at_is_passed_over_whatever_the_server_says_o
 
 # Streams that break, restored servers, and switches to other tables
 
-HERE = SystemIdentity(system_id="1", timeline=1, database="app")
+HERE = SystemIdentity(system_id="1", timeline=1, database_name="app")
 DEADLINE = 10.0
 
 
@@ -222,7 +222,7 @@ async def reading(
 
 
 def ends(changelog: MemoryChangelog) -> list[int]:
-    entries = changelog.read(changelog.floor, changelog.head, 1 << 20)
+    entries = changelog.read(changelog.floor, changelog.end_cursor, 1 << 20)
     return [entry.end_lsn for entry in entries if isinstance(entry, Transaction)]
 
 
@@ -237,7 +237,7 @@ async def test_a_restored_server_begins_another_history() -> None:
         before.breaks()
         await follower.until(lambda: len(follower.said) == 3)
         assert ends(changelog) == []
-        assert changelog.head == Cursor(LSN(100), END_ORDINAL)
+        assert changelog.end_cursor == Cursor(LSN(100), END_ORDINAL)
         restored.give(large(160))
         await follower.until(lambda: ends(changelog) == [160])
 
@@ -302,7 +302,7 @@ async def test_what_was_only_marked_as_quiet_belongs_to_a_history_as_well() -> N
         await follower.until(lambda: ends(changelog) == [200])
         before.quiet = LSN(300)
         reader._append_watermark(cast("WalStream", before), time.monotonic() + 60)
-        assert changelog.head == Cursor(LSN(300), END_ORDINAL)
+        assert changelog.end_cursor == Cursor(LSN(300), END_ORDINAL)
         before.breaks()
         await follower.until(lambda: len(follower.said) == 3)
         restored.give(large(200), large(250))

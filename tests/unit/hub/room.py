@@ -49,7 +49,9 @@ DEADLINE = 5.0
 
 
 def _collection(name: TableName) -> Collection:
-    columns = tuple(Column(name=n, number=i, type=TEXT) for i, n in enumerate(("id", "title"), 1))
+    columns = tuple(
+        Column(name=n, attribute_number=i, type=TEXT) for i, n in enumerate(("id", "title"), 1)
+    )
     table = Table(
         oid=1,
         name=name,
@@ -75,7 +77,8 @@ def _collection(name: TableName) -> Collection:
 def _people() -> Collection:
     """An auth collection whose addresses only their owners see."""
     columns = tuple(
-        Column(name=n, number=i, type=TEXT) for i, n in enumerate(("id", "email", "key"), 1)
+        Column(name=n, attribute_number=i, type=TEXT)
+        for i, n in enumerate(("id", "email", "key"), 1)
     )
     table = Table(
         oid=2,
@@ -335,7 +338,7 @@ class Room:
     async def settled(self) -> None:
         """Wait until the hub has delivered all there is."""
         async with asyncio.timeout(DEADLINE):
-            while self.hub.head < self.changelog.head:
+            while self.hub.head < self.changelog.end_cursor:
                 self.hub.progressed.clear()
                 await self.hub.progressed.wait()
 

@@ -158,7 +158,7 @@ async def serve(reader: Reader) -> None:
 
 
 async def is_calm(world: World, readers: list[Reader]) -> bool:
-    if world.running() or world.decode() or world.hub.head < world.changelog.head:
+    if world.running() or world.decode() or world.hub.head < world.changelog.end_cursor:
         return False
     for reader in readers:
         unstick(world, reader)

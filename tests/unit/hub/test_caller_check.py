@@ -117,7 +117,9 @@ def test_an_option_knows_what_its_records_are_read_from(rule: str) -> None:
     posts = replace(
         COLLECTIONS["posts"],
         fields=tuple(
-            replace(one, relation=Relation(collection="people")) if one.name == "title" else one
+            replace(one, relation=Relation(collection_name="people"))
+            if one.name == "title"
+            else one
             for one in COLLECTIONS["posts"].fields
         ),
     )
@@ -158,7 +160,7 @@ def through(table: TableName, collection: Collection, to: str) -> Collection:
         kind=FieldKind.RELATION,
         type=TEXT,
         is_multiple=True,
-        relation=Relation(collection=to, junction=junction),
+        relation=Relation(collection_name=to, junction=junction),
     )
     return replace(collection, fields=(*collection.fields, made))
 
@@ -178,7 +180,7 @@ async def test_ids_with_padding_are_not_looked_up() -> None:
     async with open_room() as room:
         people = COLLECTIONS["people"]
         history = RowHistory(room.changelog)
-        after = room.changelog.head.lsn
+        after = room.changelog.end_cursor.lsn
         room.commit(changed("bob"))
         assert await history.table_history(PEOPLE, "id", after) is not None
         key = replace(people.key, type=replace(people.key.type, name="bpchar"))

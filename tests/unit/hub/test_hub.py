@@ -411,7 +411,7 @@ async def test_a_connection_that_takes_nothing_is_dropped() -> None:
 async def gap_of(room: Room, *topics: str, resumable: bool) -> tuple[str, dict[str, object]]:
     connection, sink = room.connect(position="" if resumable else None)
     await room.subscribe(connection, *topics)
-    room.changelog.append(Gap(LSN(room.changelog.head.lsn + 50), "slot_lost"))
+    room.changelog.append(Gap(LSN(room.changelog.end_cursor.lsn + 50), "slot_lost"))
     room.hub.wake()
     await room.settled()
     if not resumable and "PB_RESYNC" not in topics:

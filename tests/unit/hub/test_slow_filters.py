@@ -73,7 +73,7 @@ class Filters(GivenDatabase):
 
     async def _answer(self, inquiry: Question, budget: TimeBudget) -> None:
         assert isinstance(inquiry, PairQuestion)
-        if "title" in inquiry.test.columns:
+        if "title" in inquiry.test.column_names:
             self.put.append(budget.is_limited)
             budget.spend(self.first.pop(0) if self.first else self.seconds)
             if self.gates_all or not budget.is_limited:

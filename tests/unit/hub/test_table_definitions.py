@@ -36,7 +36,7 @@ ARRAY = replace(TEXT, oid=903, kind=TypeKind.ARRAY, element=DOMAIN)
 def collections(*, leaves: tuple[TableName, ...] = (), of: Type = TEXT) -> Collections:
     """Posts in partitions, and notes with a title of a type."""
     posts, notes = COLLECTIONS["posts"], COLLECTIONS["notes"]
-    columns = (*notes.table.columns[:1], Column(name="place", number=9, type=of))
+    columns = (*notes.table.columns[:1], Column(name="place", attribute_number=9, type=of))
     return Collections(
         (
             replace(posts, table=replace(posts.table, oid=7, leaves=leaves)),

@@ -40,13 +40,16 @@ def of(*shapes: RowShape) -> Transaction:
 def collections(title: int = OID, *, leaves: tuple[TableName, ...] = ()) -> Collections:
     """Posts whose title is of a type."""
     columns = (
-        Column(name="id", number=1, type=TYPE),
-        Column(name="title", number=2, type=replace(TYPE, oid=title)),
-        Column(name="size", number=3, type=TYPE, is_generated=True),
+        Column(name="id", attribute_number=1, type=TYPE),
+        Column(name="title", attribute_number=2, type=replace(TYPE, oid=title)),
+        Column(name="size", attribute_number=3, type=TYPE, is_generated=True),
     )
     posts = COLLECTIONS["posts"]
     table = replace(posts.table, columns=columns, leaves=leaves)
-    ends = (Column(name=name, number=n, type=TYPE) for n, name in enumerate(("post", "note"), 1))
+    ends = (
+        Column(name=name, attribute_number=n, type=TYPE)
+        for n, name in enumerate(("post", "note"), 1)
+    )
     links = replace(posts.table, name=LINKS, columns=tuple(ends))
     notes = Field(
         name="notes",
@@ -55,7 +58,7 @@ def collections(title: int = OID, *, leaves: tuple[TableName, ...] = ()) -> Coll
         type=TYPE,
         is_multiple=True,
         relation=Relation(
-            collection="notes",
+            collection_name="notes",
             junction=Junction(table=links, source_column="post", target_column="note"),
         ),
     )

@@ -69,7 +69,7 @@ class Table:
         self.asked.append(lsn)
         for entry in self.to_come:
             self.changelog.append(entry)
-        return self.changelog.head.lsn >= lsn
+        return self.changelog.end_cursor.lsn >= lsn
 
     def entry(self, xid: int, *changes: Change) -> Transaction:
         self._end += 100

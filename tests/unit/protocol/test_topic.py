@@ -32,7 +32,11 @@ def test_three_forms_are_known(text: str, collection: str, record_id: str | None
     """Protocol 4.1: the whole collection in two spellings, and one record."""
     topic = parse_topic(text)
 
-    assert (topic.text, topic.collection, topic.record_id) == (text, collection, record_id)
+    assert (topic.text, topic.collection_name_or_id, topic.record_id) == (
+        text,
+        collection,
+        record_id,
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,8 +68,8 @@ def test_other_spellings_match_nothing(text: str) -> None:
     """Recording ``topic_spelling``, and line breaks, which would tear the frame (4.6)."""
     topic = parse_topic(text)
 
-    whole = topic.collection == "projects" and topic.record_id is None
-    this_one = topic.collection == "projects" and topic.record_id == "projectopen0001"
+    whole = topic.collection_name_or_id == "projects" and topic.record_id is None
+    this_one = topic.collection_name_or_id == "projects" and topic.record_id == "projectopen0001"
     assert not whole
     assert not this_one
 
@@ -172,7 +176,7 @@ def test_fault_keeps_what_came_before(written: str) -> None:
     options = '{"headers":{"h":"1"},"query":{"a":"1","x":' + written + ',"z":"2"}}'
     topic = parse_topic("p/*?options=" + quote(options))
 
-    assert topic.collection == "p"
+    assert topic.collection_name_or_id == "p"
     assert topic.headers == {"h": "1"}
     assert topic.query["a"] == "1"
     assert "z" not in topic.query
@@ -225,10 +229,10 @@ def test_any_text_is_a_topic(text: str) -> None:
 
     assert isinstance(topic, Topic)
     assert topic.text == text
-    assert "?" not in topic.collection + (topic.record_id or "")
+    assert "?" not in topic.collection_name_or_id + (topic.record_id or "")
 
 
 @given(st.text(string.ascii_letters + string.digits + "_.-", min_size=1))
 def test_collection_topic_is_its_own_name(name: str) -> None:
-    assert parse_topic(name).collection == name
-    assert parse_topic(f"{name}/*").collection == name
+    assert parse_topic(name).collection_name_or_id == name
+    assert parse_topic(f"{name}/*").collection_name_or_id == name

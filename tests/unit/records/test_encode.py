@@ -39,14 +39,14 @@ def field(name: str, kind: FieldKind, type_name: str = "text", **more: Any) -> F
     data_type = base_type(type_name)
     if more.get("is_multiple"):
         data_type = array_of(data_type)
-    column = Column(name=more.pop("column", name), number=1, type=data_type)
+    column = Column(name=more.pop("column", name), attribute_number=1, type=data_type)
     return Field(name=name, column=column, kind=kind, type=data_type, **more)
 
 
 def collection(
     *fields: Field, name: str = "posts", id_: str = "pbc_posts0000001", type_: str = "base"
 ) -> Collection:
-    key = Column(name="id", number=1, type=TEXT)
+    key = Column(name="id", attribute_number=1, type=TEXT)
     return Collection(
         name=name,
         id=id_,
@@ -69,8 +69,13 @@ POSTS = collection(
     field("tags", FieldKind.TEXT, is_multiple=True, is_select=True),
     field("doc", FieldKind.FILE),
     field("pics", FieldKind.FILE, is_multiple=True),
-    field("author", FieldKind.RELATION, relation=Relation(collection="members")),
-    field("editors", FieldKind.RELATION, is_multiple=True, relation=Relation(collection="members")),
+    field("author", FieldKind.RELATION, relation=Relation(collection_name="members")),
+    field(
+        "editors",
+        FieldKind.RELATION,
+        is_multiple=True,
+        relation=Relation(collection_name="members"),
+    ),
     field("link", FieldKind.TEXT),
     field("mail", FieldKind.TEXT),
     field("secret", FieldKind.TEXT, is_hidden=True),
@@ -248,7 +253,7 @@ def test_junction_relations_and_expand_are_given_beside_the_row() -> None:
         kind=FieldKind.RELATION,
         type=TEXT,
         is_multiple=True,
-        relation=Relation(collection="members"),
+        relation=Relation(collection_name="members"),
     )
     posts = collection(editors, field("zip", FieldKind.TEXT))
     encode = compile_encoder(posts, nulls="null", view=View())

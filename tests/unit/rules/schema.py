@@ -40,13 +40,13 @@ def field(
     type_ = _TEXTS if is_multiple else _TYPES[kind]
     return Field(
         name=name,
-        column=Column(name=name, number=1, type=type_),
+        column=Column(name=name, attribute_number=1, type=type_),
         kind=kind,
         type=type_,
         is_multiple=is_multiple,
         is_hidden=is_hidden,
         is_select=is_select,
-        relation=None if to is None else Relation(collection=to),
+        relation=None if to is None else Relation(collection_name=to),
     )
 
 

@@ -40,7 +40,7 @@ SECRET = "made up for the tests, and long enough"
 def _with_key(table: Table) -> Table:
     """Return the table with a primary key and one more column."""
     key, *others = table.columns
-    others.append(replace(others[0], name="role", number=len(table.columns) + 1))
+    others.append(replace(others[0], name="role", attribute_number=len(table.columns) + 1))
     columns = (replace(key, not_null=True), *others)
     return replace(table, columns=columns, unique_keys=(("id",),))
 
@@ -125,7 +125,7 @@ async def running() -> AsyncIterator[Running]:
             intake=intake,
             hub=room.hub,
             authenticator=Authenticator(config.auth, collections, accounts, logins=logins),
-            login=login,
+            login_service=login,
             own_records=OwnRecordRenderer(executor, collections, nulls="null"),
             pool=pool,
         )
@@ -205,7 +205,7 @@ async def test_the_login_takes_its_new_settings() -> None:
         assert users is not None
         attempt = LoginAttempt(identity="ann", password="x")
         try:
-            await service.parts.login.log_in(users, attempt, "10.0.0.1")
+            await service.parts.login_service.log_in(users, attempt, "10.0.0.1")
         except AuthError as error:
             return error.error_code
         return ""

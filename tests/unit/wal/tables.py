@@ -24,7 +24,9 @@ def table(
         oid=oid,
         name=TableName("public", name),
         kind=TableKind.PARTITIONED if leaves else TableKind.TABLE,
-        columns=tuple(Column(name=n, number=i, type=TEXT) for i, n in enumerate(names, 1)),
+        columns=tuple(
+            Column(name=n, attribute_number=i, type=TEXT) for i, n in enumerate(names, 1)
+        ),
         primary_key=tuple(key.split()),
         replica_identity=identity,
         replica_identity_columns=names if whole else tuple(key.split()),

@@ -19,7 +19,7 @@ from pgrealtime.changes import (
 from pgrealtime.errors import UnexpectedMessageError
 from pgrealtime.lsn import LSN, Xid
 from pgrealtime.wal.assembler import TransactionAssembler
-from pgrealtime.wal.message import Begin, Commit, Message, RowChange, Truncated
+from pgrealtime.wal.message import Begin, Commit, Message, RowChange, TruncateMessage
 
 POSTS = TableName("public", "posts")
 TAGS = TableName("public", "tags")
@@ -54,10 +54,10 @@ def test_transaction_is_returned_on_commit_and_not_before() -> None:
     target = assembler()
 
     assert target.feed(BEGIN, 3) is None
-    assert target.is_open
+    assert target.is_in_transaction
     assert target.feed(RowChange(INSERT, None), 10) is None
     assert target.feed(COMMIT, 4) == whole(INSERT, size=17)
-    assert not target.is_open
+    assert not target.is_in_transaction
 
 
 def test_transaction_without_changes_is_dropped() -> None:
@@ -78,7 +78,7 @@ def test_nothing_of_one_transaction_is_in_the_next() -> None:
     [
         pytest.param((COMMIT,), id="commit without begin"),
         pytest.param((RowChange(INSERT, None),), id="change without begin"),
-        pytest.param((Truncated((POSTS,)),), id="truncate without begin"),
+        pytest.param((TruncateMessage((POSTS,)),), id="truncate without begin"),
         pytest.param((BEGIN, BEGIN), id="begin twice"),
         pytest.param((BEGIN, COMMIT, COMMIT), id="commit twice"),
     ],
@@ -96,7 +96,7 @@ def test_transaction_beyond_the_bound_leaves_only_its_tables() -> None:
     target = assembler(max_size=25)
     target.feed(BEGIN, 1)
     target.feed(RowChange(INSERT, None), 20)
-    target.feed(Truncated((TAGS,)), 20)
+    target.feed(TruncateMessage((TAGS,)), 20)
     assert target._changes == []
     target.feed(RowChange(Insert(PARTS, {"id": "1"}), NORTH), 20)
 
@@ -138,14 +138,17 @@ def test_transaction_after_an_oversized_one_is_whole_again() -> None:
 def test_one_statement_truncates_a_partitioned_table_once() -> None:
     """wal2json has a line for each leaf, pgoutput one message with all."""
     assert feed(
-        Truncated((PARTS,)), Truncated((PARTS,)), Truncated((TAGS,)), Truncated((PARTS,))
+        TruncateMessage((PARTS,)),
+        TruncateMessage((PARTS,)),
+        TruncateMessage((TAGS,)),
+        TruncateMessage((PARTS,)),
     ) == whole(Truncate(PARTS), Truncate(TAGS), size=6)
 
 
 def test_truncates_apart_are_told_apart() -> None:
-    assert feed(Truncated((POSTS,)), RowChange(INSERT, None), Truncated((POSTS, TAGS))) == whole(
-        Truncate(POSTS), INSERT, Truncate(POSTS), Truncate(TAGS), size=5
-    )
+    assert feed(
+        TruncateMessage((POSTS,)), RowChange(INSERT, None), TruncateMessage((POSTS, TAGS))
+    ) == whole(Truncate(POSTS), INSERT, Truncate(POSTS), Truncate(TAGS), size=5)
 
 
 def gone(row: Row, leaf: TableName) -> RowChange:

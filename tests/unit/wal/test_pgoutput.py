@@ -10,7 +10,7 @@ import pytest
 from pgrealtime.changes import Delete, Insert, Key, RowShape, TableName, Update, WholeRow
 from pgrealtime.errors import UnexpectedMessageError
 from pgrealtime.lsn import LSN, Xid
-from pgrealtime.wal.message import Begin, Commit, RowChange, Truncated
+from pgrealtime.wal.message import Begin, Commit, RowChange, TruncateMessage
 from pgrealtime.wal.pgoutput import PgoutputDecoder, start_replication_options
 from tests.unit.wal.tables import table
 
@@ -156,7 +156,7 @@ def test_leaf_goes_by_its_root_in_the_roots_column_order() -> None:
 def test_truncate_names_the_tables_that_are_ours() -> None:
     made = decoder(relation(), relation("other", oid=8))
 
-    assert made.decode(struct.pack("!cIBII", b"T", 2, 0, OID, 8)) == Truncated((T,))
+    assert made.decode(struct.pack("!cIBII", b"T", 2, 0, OID, 8)) == TruncateMessage((T,))
     assert made.decode(struct.pack("!cIBI", b"T", 1, 0, 8)) is None
 
 

@@ -9,7 +9,7 @@ from pgrealtime.catalog.model import ReplicaIdentity
 from pgrealtime.changes import Delete, Insert, Key, OldImage, RowShape, TableName, Update, WholeRow
 from pgrealtime.errors import UnexpectedMessageError
 from pgrealtime.lsn import Xid, parse_lsn
-from pgrealtime.wal.message import Begin, Commit, Message, RowChange, Truncated
+from pgrealtime.wal.message import Begin, Commit, Message, RowChange, TruncateMessage
 from pgrealtime.wal.wal2json import Wal2JsonDecoder, start_replication_options
 from tests.unit.wal.tables import table
 
@@ -163,7 +163,7 @@ def test_leaf_goes_by_its_root_in_the_roots_column_order() -> None:
 
 
 def test_truncate_names_the_table() -> None:
-    assert decode(line("T")) == Truncated((T,))
+    assert decode(line("T")) == TruncateMessage((T,))
 
 
 @pytest.mark.parametrize(

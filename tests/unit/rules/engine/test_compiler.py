@@ -89,7 +89,7 @@ def test_combinations_of_items_are_counted_before_they_are_gone_through() -> Non
 
 
 def _has_lists(call: TestCall) -> bool:
-    return "tags" in call.test.columns
+    return "tags" in call.test.column_names
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_texts_are_put_in_order_by_postgres_where_bytes_are_no_code_points() -> 
 
     assert isinstance(bound, BoundPredicate)
     decided = {
-        call.test.in_process is not None: call.test.columns
+        call.test.in_process is not None: call.test.column_names
         for call in each_test_call(bound.specialization.formula)
     }
     assert decided == {False: {"title"}, True: {"views"}}

@@ -162,7 +162,7 @@ def test_columns_and_tables_that_are_read_are_told() -> None:
         RuleRequest(query={"filter": "title ~ 'y'"}),
     )
     assert isinstance(asked, ReferenceQuery)
-    assert asked.columns == ("author", "views", "title")
+    assert asked.column_names == ("author", "views", "title")
     assert asked.tables == {USERS.table.name}
 
 
