@@ -80,8 +80,8 @@ class ConfigError(PgRealtimeError):
 
 def describe_problem(source_name: str, problem: ConfigProblem) -> str:
     """Return the problem as text, with file and line."""
-    place = source_name if problem.line is None else f"{source_name}:{problem.line}"
-    text = f"{place}: {problem.path}: {problem.message}"
+    location = source_name if problem.line is None else f"{source_name}:{problem.line}"
+    text = f"{location}: {problem.path}: {problem.message}"
     if problem.hint:
         text += f" ({problem.hint})"
     return f"{text}\n{problem.marked_text}" if problem.marked_text else text

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 
 def nearest_name(name: str, candidates: Iterable[str]) -> str | None:
     """Return the most similar name, ignoring case; None if none is similar."""
-    folded = {one.casefold(): one for one in candidates}
+    folded = {candidate.casefold(): candidate for candidate in candidates}
     close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)
     return folded[close[0]] if close else None
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return a hint with the most similar name; empty if none is similar."""
-    meant = nearest_name(name, candidates)
-    return f'perhaps you meant "{meant}"' if meant is not None else ""
+    suggestion = nearest_name(name, candidates)
+    return f'perhaps you meant "{suggestion}"' if suggestion is not None else ""

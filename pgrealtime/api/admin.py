@@ -46,5 +46,5 @@ def build_admin_app(
 
 
 def _is_authorized(request: web.Request, token: str) -> bool:
-    given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
-    return not token or hmac.compare_digest(given, b"Bearer " + token.encode())
+    authorization = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+    return not token or hmac.compare_digest(authorization, b"Bearer " + token.encode())

@@ -60,10 +60,10 @@ connection, and the client might lose the response."""
 
 def build_app(hub: Hub, authenticator: Authenticator, config: Config) -> web.Application:
     """Return the application, to be served by ``build_runner``, which sets its limits."""
-    surface = ResponseMiddleware(config.server)
-    app = web.Application(middlewares=[redirect.redirect_to_clean_path, surface.handle])
+    middleware = ResponseMiddleware(config.server)
+    app = web.Application(middlewares=[redirect.redirect_to_clean_path, middleware.handle])
     app[BODY_READER_KEY] = BodyReader()
-    app.on_response_prepare.append(surface.add_headers)
+    app.on_response_prepare.append(middleware.add_headers)
     realtime = RealtimeRoutes(hub, authenticator, config.server, config.realtime)
     health = HealthRoute(authenticator, config.server)
     path = config.server.base_path

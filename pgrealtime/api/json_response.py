@@ -23,12 +23,12 @@ def respond_json(request: web.Request, members: Mapping[str, Json]) -> web.Respo
     if fields is None:
         raise RequestRefusedError(BAD_REQUEST)
     projection_of = compile_projections(fields)
-    shown = {
+    selected = {
         name: project(value)
         for name, value in members.items()
         if (project := projection_of(name)) is not None
     }
-    return web.Response(body=msgspec.json.encode(shown), content_type="application/json")
+    return web.Response(body=msgspec.json.encode(selected), content_type="application/json")
 
 
 def query_values(request: web.Request) -> dict[str, str]:

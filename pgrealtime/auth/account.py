@@ -196,9 +196,9 @@ class AccountLoader:
         self, users: UserCollection, ids: Iterable[str]
     ) -> Mapping[str, Account]:
         found: dict[str, Account] = {}
-        for one in ids:
+        for record_id in ids:
             try:
-                found |= await self._select_by_id(users, [one], users.column_names)
+                found |= await self._select_by_id(users, [record_id], users.column_names)
             except (psycopg.DataError, UnicodeEncodeError):
                 continue
         return found

@@ -161,13 +161,13 @@ class LoginService:
 
     async def _dummy_hash(self, users: UserCollection) -> StoredHash:
         """Return the hash that is checked where an account has none, from a sample of the table."""
-        place = _hash_column_of(users)
-        if place not in self._dummy_hashes:
+        hash_column = _hash_column_of(users)
+        if hash_column not in self._dummy_hashes:
             hashes = await self._accounts.sample_password_hashes(users)
             if not hashes:
                 return dummy_hash_for(())
-            self._dummy_hashes.setdefault(place, dummy_hash_for(hashes))
-        return self._dummy_hashes[place]
+            self._dummy_hashes.setdefault(hash_column, dummy_hash_for(hashes))
+        return self._dummy_hashes[hash_column]
 
     def _log_unreadable_hash(self, users: UserCollection, stored: str) -> None:
         """Log once per collection and scheme that its hashes can't be checked."""
@@ -224,9 +224,11 @@ class LoginService:
         """
         found: Account | None = None
         for name in _identity_fields_to_try(users.login, attempt):
-            shown = users.collection.fields_by_name.get(name)
-            if shown is not None and shown.column is not None:
-                account = await self._accounts.find_by_value(users, shown.column, attempt.identity)
+            identity_field = users.collection.fields_by_name.get(name)
+            if identity_field is not None and identity_field.column is not None:
+                account = await self._accounts.find_by_value(
+                    users, identity_field.column, attempt.identity
+                )
                 found = found or account
         return found
 

@@ -102,8 +102,10 @@ def _row_of_record(collection: Collection, record: AuthRecord) -> Row:
         "emailVisibility": "t" if record.email_visibility else "f",
         "verified": "t" if record.verified else "f",
     }
-    shown = ((collection.fields_by_name.get(name), value) for name, value in values.items())
-    columns = {f.column.name: value for f, value in shown if f is not None and f.column is not None}
+    fields = ((collection.fields_by_name.get(name), value) for name, value in values.items())
+    columns = {
+        f.column.name: value for f, value in fields if f is not None and f.column is not None
+    }
     return {collection.key.name: record.id, **columns}
 
 

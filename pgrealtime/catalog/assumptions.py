@@ -51,9 +51,9 @@ class CatalogAssumptions(Struct, frozen=True):
 
     def is_confirmed_by(self, roots: list[int | None], attributes: list[str]) -> bool:
         """Whether the statement's row says the same."""
-        told = [
+        expected = [
             f"{oid} {name}"
             for oid, names in sorted(self.composite_attributes.items())
             for name in names
         ]
-        return roots == [*self.partition_roots.values()] and attributes == told
+        return roots == [*self.partition_roots.values()] and attributes == expected

@@ -76,23 +76,23 @@ async def has_row_security(connection: AsyncConnection[Any], tables: Iterable[Ta
 
 
 def _grant_error(name: TableName, role: str) -> SetupError:
-    schema, to = quote_identifier(name.schema), quote_identifier(role)
+    schema, grantee = quote_identifier(name.schema), quote_identifier(role)
     return SetupError(
         f'role "{role}" may not read "{name}"',
-        hint=f"GRANT USAGE ON SCHEMA {schema} TO {to};"
-        f" GRANT SELECT ON {quote_table_name(name)} TO {to};",
+        hint=f"GRANT USAGE ON SCHEMA {schema} TO {grantee};"
+        f" GRANT SELECT ON {quote_table_name(name)} TO {grantee};",
         code="select_not_granted",
     )
 
 
 def _policy_error(name: TableName, role: str) -> SetupError:
-    to = quote_identifier(role)
+    grantee = quote_identifier(role)
     return SetupError(
         f'row security hides rows of "{name}" from role "{role}"',
         detail="Rules would be decided without the rows that its policies hide, so that queries on"
         " the table are refused instead.",
-        hint=f"Run as a superuser: ALTER ROLE {to} BYPASSRLS;"
+        hint=f"Run as a superuser: ALTER ROLE {grantee} BYPASSRLS;"
         f" or as the table's owner: CREATE POLICY pgrealtime ON {quote_table_name(name)} FOR SELECT"
-        f" TO {to} USING (true);",
+        f" TO {grantee} USING (true);",
         code="row_security",
     )

@@ -156,10 +156,10 @@ class TableHistory:
         Nothing is stored before all of it was read: ``ChangelogError`` leaves the index as it was.
         """
         found: list[tuple[RowWrite, Sequence[str]]] = []
-        at = after
-        while entries := self._read(at, Cursor(self._indexed_after, END_ORDINAL)):
+        position = after
+        while entries := self._read(position, Cursor(self._indexed_after, END_ORDINAL)):
             found += self._writes_in(entries)
-            at = entries[-1].end_lsn
+            position = entries[-1].end_lsn
             await asyncio.sleep(0)
         for write, values in reversed(found):
             self._write_order.extendleft((write.end_lsn, value) for value in values)

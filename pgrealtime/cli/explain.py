@@ -72,8 +72,8 @@ def _with_options(topic: str, filter_: str | None, options: str | None) -> str:
         return topic
     if "?" in topic or None not in {filter_, options}:
         raise click.UsageError("options are given once: in the topic, by --options or by --filter")
-    given = options if options is not None else json.dumps({"query": {"filter": filter_}})
-    return f"{topic}?options={quote(given, safe='', errors='replace')}"
+    options_text = options if options is not None else json.dumps({"query": {"filter": filter_}})
+    return f"{topic}?options={quote(options_text, safe='', errors='replace')}"
 
 
 def _caller_spec(

@@ -47,13 +47,17 @@ def report_errors(locations: ConfigLocations | None = None) -> Iterator[None]:
         yield
     except (PgRealtimeError, ExceptionGroup) as error:
         errors = list(_flatten_errors(error))
-        ours = [one for one in errors if isinstance(one, PgRealtimeError)]
+        ours = [reported for reported in errors if isinstance(reported, PgRealtimeError)]
         if len(ours) < len(errors):
             raise
     else:
         return
-    for one in ours:
-        located = locations.locate(one) if locations and isinstance(one, ConfigError) else one
+    for reported in ours:
+        located = (
+            locations.locate(reported)
+            if locations and isinstance(reported, ConfigError)
+            else reported
+        )
         click.echo(str(located), err=True)
     sys.exit(exit_code(ours[0]))
 

@@ -77,10 +77,10 @@ async def drop_named_slot(config: Config, name: str) -> None:
             if status.name == name:
                 await slot_status.drop_slot(connection, status)
                 return
-    meant = nearest_name(name, [status.name for status in statuses])
+    suggestion = nearest_name(name, [status.name for status in statuses])
     raise SetupError(
         f'there is no slot "{name}" of this configuration',
         detail=f'Its slots are named "{config.replication.slot.name}", with or without a suffix.',
-        hint="" if meant is None else f'Perhaps you meant "{meant}".',
+        hint="" if suggestion is None else f'Perhaps you meant "{suggestion}".',
         code="slot_unknown",
     )

@@ -73,12 +73,12 @@ def _signing_issuer(config: AuthConfig, collection: str) -> IssuerConfig:
     for issuer in signing:
         if issuer.collection == collection:
             return issuer
-    meant = nearest_name(collection, {issuer.collection for issuer in signing})
+    suggestion = nearest_name(collection, {issuer.collection for issuer in signing})
     raise AuthError(
         f'no issuer of the configuration can sign tokens of "{collection}"',
         detail="Only one with a secret can; a public key or a JWKS can but check.",
         hint="Add one to auth.issuers, or sign in and use the token that you get."
-        if meant is None
-        else f'Perhaps you meant "{meant}".',
+        if suggestion is None
+        else f'Perhaps you meant "{suggestion}".',
         code="token_unsigned",
     )

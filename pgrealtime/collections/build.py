@@ -58,7 +58,8 @@ def build_with_problems(
     problems = [*check_names(configured)]
     resolved = resolve_tables(configured, catalog, problems)
     built = tuple(
-        _CollectionBuilder(one, resolved, catalog, problems).build() for one in resolved.values()
+        _CollectionBuilder(table, resolved, catalog, problems).build()
+        for table in resolved.values()
     )
     return Collections(built, server_encoding=catalog.server_encoding), tuple(problems)
 

@@ -199,14 +199,14 @@ class IssuerConfig(Section):
 
     @model_validator(mode="after")
     def _require_one_key_source(self) -> Self:
-        given = [key for key in ("secret", "public_key", "jwks_url") if getattr(self, key)]
-        if len(given) != 1:
-            found = " and ".join(given) or "none"
+        configured = [key for key in ("secret", "public_key", "jwks_url") if getattr(self, key)]
+        if len(configured) != 1:
+            found = " and ".join(configured) or "none"
             raise ValueError(f"give one of secret, public_key and jwks_url; there is {found}")
         # A public key is no secret: anyone could sign with it as an HMAC key.
-        unfit = [a for a in self.algorithms if (a == "HS256") != (given == ["secret"])]
+        unfit = [a for a in self.algorithms if (a == "HS256") != (configured == ["secret"])]
         if unfit:
-            raise ValueError(f"{given[0]} can't check {', '.join(unfit)}")
+            raise ValueError(f"{configured[0]} can't check {', '.join(unfit)}")
         if self.previous_secret and not self.secret:
             raise ValueError("previous_secret belongs to secret")
         return self

@@ -52,10 +52,10 @@ def validate_tree(
         return None, invalid, dropped
 
 
-def _overlaps(one: KeyPath, other: KeyPath) -> bool:
+def _overlaps(first: KeyPath, second: KeyPath) -> bool:
     """Whether one path is the other, or leads into it."""
-    shared = min(len(one), len(other))
-    return one[:shared] == other[:shared]
+    shared = min(len(first), len(second))
+    return first[:shared] == second[:shared]
 
 
 def _droppable_path(detail: ErrorDetails) -> KeyPath:

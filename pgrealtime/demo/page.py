@@ -79,7 +79,7 @@ class Page:
     ) -> None:
         self._application = application
         self._writer = writer
-        self._rules = {name: one.list_rule for name, one in collections.items()}
+        self._rules = {name: collection.list_rule for name, collection in collections.items()}
         self._secret = secret
         self._server = server
         self._random = random

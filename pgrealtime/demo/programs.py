@@ -57,10 +57,14 @@ def find_programs(account: OsAccount | None, directory: Path, *, embedded: bool)
     local = (
         []
         if embedded
-        else [found for place in _candidate_folders() if (found := _inspect_folder(place, account))]
+        else [
+            programs
+            for folder in _candidate_folders()
+            if (programs := _inspect_folder(folder, account))
+        ]
     )
     if local:
-        return max(local, key=lambda found: found.preference)
+        return max(local, key=lambda programs: programs.preference)
     if wheel := _find_in_wheel(account, directory):
         return wheel
     raise SetupError(
@@ -75,11 +79,11 @@ def find_programs(account: OsAccount | None, directory: Path, *, embedded: bool)
 def _candidate_folders() -> Iterator[Path]:
     """Yield folders that may hold a server, each once."""
     seen: set[Path] = set()
-    for place in (
+    for folder in (
         *_folders_on_path(),
-        *(found for glob in _FOLDER_GLOBS for found in Path("/").glob(glob[1:])),
+        *(path for glob in _FOLDER_GLOBS for path in Path("/").glob(glob[1:])),
     ):
-        real = place.resolve()
+        real = folder.resolve()
         if real not in seen:
             seen.add(real)
             yield real

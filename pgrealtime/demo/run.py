@@ -62,11 +62,11 @@ async def run_demo(
     for name in filter(is_libpq_variable, list(os.environ)):
         del os.environ[name]  # they lead libpq to other databases
     async with asyncio.TaskGroup() as group:
-        showing = group.create_task(
+        page_task = group.create_task(
             _run_until_cancelled(port, print_line, embedded=embedded, open_browser=open_browser)
         )
         await stop.wait()
-        showing.cancel()
+        page_task.cancel()
     print_line("\nStopped. Nothing is left of it.")
 
 

@@ -62,9 +62,9 @@ def next_operation(rows: Mapping[str, Any], random: Random) -> Operation:
     if done and len(tasks) >= _MAX_TASKS:
         return Operation("drop", {"id": random.choice(done)["id"]})
     task = random.choice(tasks)
-    people = [one["user"] for one in rows["members"] if one["project"] == project]
-    if people and random.random() < _ASSIGN_PROBABILITY:
-        return Operation("assign", {"id": task["id"], "user": random.choice(people)})
+    user_ids = [member["user"] for member in rows["members"] if member["project"] == project]
+    if user_ids and random.random() < _ASSIGN_PROBABILITY:
+        return Operation("assign", {"id": task["id"], "user": random.choice(user_ids)})
     return Operation("finish", {"id": task["id"], "done": not task["done"]})
 
 

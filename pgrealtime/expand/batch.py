@@ -73,7 +73,7 @@ class _Traversal:
         """The view and the manage predicate of the records there."""
         name, viewer = self.target.name, self.viewer
         bound = (viewer.view_predicates.get(name), viewer.manage_predicates.get(name))
-        return [one for one in bound if one is not None]
+        return [predicate for predicate in bound if predicate is not None]
 
 
 _Level: TypeAlias = list[tuple[RecordNode, ExpandViewer, Mapping[str, ExpandBranch]]]
@@ -141,7 +141,9 @@ class LoadBatch:
             for node, viewer, branches in level
             for branch in branches.values()
         ]
-        await self._load_targets([one for one in traversals if one.may_query_target])
+        await self._load_targets(
+            [traversal for traversal in traversals if traversal.may_query_target]
+        )
         evaluation: Evaluation[RecordVersion, BoundPredicate] = Evaluation(self._macro_values)
         yield_timer = YieldTimer()
         for traversal in traversals:
@@ -159,30 +161,34 @@ class LoadBatch:
             if yield_timer.is_due():
                 await yield_timer.pause()
         await self.load_junction_ids(node for node, _, _ in new_nodes)
-        return [one for one in new_nodes if one[2]]
+        return [new_node for new_node in new_nodes if new_node[2]]
 
     async def _load_targets(self, traversals: Sequence[_Traversal]) -> None:
         """Set ids and children of traversals, also children that the viewer doesn't see."""
-        seeing = [one for one in traversals if one.may_see_target]
-        await self._load_relation_ids((one.branch.hop, one.node) for one in seeing)
+        permitted = [traversal for traversal in traversals if traversal.may_see_target]
+        await self._load_relation_ids(
+            (traversal.branch.hop, traversal.node) for traversal in permitted
+        )
         yield_timer = YieldTimer()
-        for one in traversals:
-            hop = one.branch.hop
-            one.ids = self._target_ids(hop, one.node) if one.may_see_target else []
-            if one.ids is None and self._live_target_ids(hop, one.node) is not None:
-                self._record_unknown_state(one)
+        for traversal in traversals:
+            hop = traversal.branch.hop
+            traversal.ids = (
+                self._target_ids(hop, traversal.node) if traversal.may_see_target else []
+            )
+            if traversal.ids is None and self._live_target_ids(hop, traversal.node) is not None:
+                self._record_unknown_state(traversal)
             if yield_timer.is_due():
                 await yield_timer.pause()
-        await self._load_rows(seeing)
-        for one in traversals:
-            if one.ids is not None:
-                one.children = self._child_nodes(one, one.ids)
+        await self._load_rows(permitted)
+        for traversal in traversals:
+            if traversal.ids is not None:
+                traversal.children = self._child_nodes(traversal, traversal.ids)
 
     def _child_nodes(self, traversal: _Traversal, ids: Ids) -> list[RecordNode]:
         """Return the records of these ids, without those of which only the key is known."""
         target, before_state = traversal.target, traversal.node.before_state
         children: list[RecordNode] = []
-        for record_id in (unpadded_id(target, one) for one in ids):
+        for record_id in (unpadded_id(target, related_id) for related_id in ids):
             row, is_known = self._row_in_state(target, record_id, before_state)
             if not is_known:
                 self._record_unknown_state(traversal)
@@ -265,23 +271,25 @@ class LoadBatch:
         )
         if pairs is None:
             return dict.fromkeys(source_ids)
-        found: dict[str, set[str]] = {one: set() for one in source_ids}
+        found: dict[str, set[str]] = {source_id: set() for source_id in source_ids}
         for source, target in pairs:
             if source and target:
                 found[source].add(target)
-        return {one: sorted(targets, key=id_sort_key) for one, targets in found.items()}
+        return {source_id: sorted(targets, key=id_sort_key) for source_id, targets in found.items()}
 
     async def _load_rows(self, traversals: Iterable[_Traversal]) -> None:
         wanted: dict[str, tuple[Collection, dict[str, None]]] = {}
-        for one in traversals:
-            name, known = one.target.name, self._rows[one.target.name]
-            _, ids = wanted.setdefault(name, (one.target, {}))
-            ids.update((record_id, None) for record_id in one.ids or () if record_id not in known)
+        for traversal in traversals:
+            name, known = traversal.target.name, self._rows[traversal.target.name]
+            _, ids = wanted.setdefault(name, (traversal.target, {}))
+            ids.update(
+                (record_id, None) for record_id in traversal.ids or () if record_id not in known
+            )
         for name, (collection, ids) in wanted.items():
-            some = [*ids][: max(0, _MAX_ROWS - self._row_count)]
-            self._row_count += len(some)
-            if some:
-                self._rows[name] |= await fetch_rows_by_id(self._session, collection, some) or {}
+            chunk = [*ids][: max(0, _MAX_ROWS - self._row_count)]
+            self._row_count += len(chunk)
+            if chunk:
+                self._rows[name] |= await fetch_rows_by_id(self._session, collection, chunk) or {}
 
 
 def _attach_visible_children(
@@ -295,7 +303,7 @@ def _attach_visible_children(
         traversal.node.children[branch.hop.name] = None
         return []
     view, manage = viewer.view_predicates[name], viewer.manage_predicates.get(name)
-    shown: list[RecordNode] = []
+    visible: list[RecordNode] = []
     new_nodes: _Level = []
     for child in traversal.children:
         satisfied = evaluation.hits(child.record_version)
@@ -310,6 +318,6 @@ def _attach_visible_children(
                 or manage in satisfied
             )
             new_nodes.append((child, viewer, branch.branches))
-        shown.append(visible_nodes[key])
-    traversal.node.children[branch.hop.name] = shown
+        visible.append(visible_nodes[key])
+    traversal.node.children[branch.hop.name] = visible
     return new_nodes

@@ -90,7 +90,9 @@ def _visible_changes(
     """Return later transactions' changes of the links; None if some aren't known."""
     found: list[Change] = []
     ids = {record.record_id, unpadded_id(record.collection, record.record_id)}
-    writes = [write for one in ids for write in table_history.writes(one, record.cursor.lsn)]
+    writes = [
+        write for record_id in ids for write in table_history.writes(record_id, record.cursor.lsn)
+    ]
     for write in writes:
         if write.xid is not None and not snapshot.sees(write.xid):
             continue

@@ -125,7 +125,8 @@ class RelatedRecordLoader:
         self._sessions = sessions
         self._tables = reachable_tables(collections)
         self._junction_hops: JunctionHops = {
-            one.name: junction_hops(collections, one) for one in collections.values()
+            collection.name: junction_hops(collections, collection)
+            for collection in collections.values()
         }
         self._link_history = (
             None if row_history is None else LinkHistory(row_history, self._junction_hops)
@@ -280,7 +281,9 @@ class RelatedRecordLoader:
         states = {index: self._before_state(record) for index, record in records.items()}
         later: dict[int, LaterLinkChanges] = {}
         if self._link_history is not None:
-            linked = {index: one for index, one in records.items() if self._has_junctions(one)}
+            linked = {
+                index: changed for index, changed in records.items() if self._has_junctions(changed)
+            }
             later = await self._link_history.later_changes(session, linked)
 
         def make_node(index: int) -> RecordNode:

@@ -141,7 +141,9 @@ class ExpandCompiler:
         self._collections = collections
         self._compiler = compiler
         self._is_strict = hidden == "strict"
-        self._by_folded_name = {name.casefold(): one for name, one in collections.items()}
+        self._by_folded_name = {
+            name.casefold(): collection for name, collection in collections.items()
+        }
         self._cached_plan = lru_cache(maxsize=max_plans)(self._compile_plan)
         self._viewers: WeakValueDictionary[object, ExpandViewer] = WeakValueDictionary()
 
@@ -219,7 +221,9 @@ class ExpandCompiler:
             return None
         hops = [hop for path in paths for hop in path.hops]
         targets = tuple({hop.target.name: hop.target for hop in hops}.values())
-        rules = [rule for one in targets for rule in (one.view_rule, one.manage_rule) if rule]
+        rules = [
+            rule for target in targets for rule in (target.view_rule, target.manage_rule) if rule
+        ]
         return ExpandPlan(
             paths=paths,
             branches=merge_paths([path.hops for path in paths]),
@@ -227,8 +231,8 @@ class ExpandCompiler:
             depends_on_caller=any("@request.auth" in rule for rule in rules),
             lookup_columns=frozenset(
                 column
-                for one in (*targets, *(hop.owner for hop in hops))
-                for column in _lookup_columns(one)
+                for source in (*targets, *(hop.owner for hop in hops))
+                for column in _lookup_columns(source)
             ),
         )
 
@@ -294,6 +298,6 @@ def merge_paths(paths: Iterable[Sequence[RelationHop]]) -> Mapping[str, ExpandBr
         if hops:
             by_first.setdefault(hops[0].name, []).append(hops)
     return {
-        name: ExpandBranch(some[0][0], merge_paths(hops[1:] for hops in some))
-        for name, some in by_first.items()
+        name: ExpandBranch(rest[0][0], merge_paths(hops[1:] for hops in rest))
+        for name, rest in by_first.items()
     }

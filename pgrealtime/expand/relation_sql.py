@@ -51,7 +51,7 @@ class RelationQuery:
     def valid_ids(self, ids: Iterable[str]) -> list[str]:
         """Return the ids that can be cast to the column's type without an error."""
         type_ = self.match_column.type.base.element or self.match_column.type
-        return [one for one in ids if canonical_id(one, type_) is not None]
+        return [text for text in ids if canonical_id(text, type_) is not None]
 
     @property
     def statement(self) -> sql.Composed:
@@ -60,16 +60,16 @@ class RelationQuery:
         type_ = element or self.match_column.type
         native = native_key_type(type_)
         match: sql.Composable = identifier("t", self.match_column.name)
-        asked = sql.SQL("k.id::pg_catalog.{}").format(identifier(native or "text"))
+        source_id = sql.SQL("k.id::pg_catalog.{}").format(identifier(native or "text"))
         if not self.match_column.is_deterministic:  # its collation would match other ids too
-            asked = sql.SQL('{} COLLATE pg_catalog."C"').format(asked)
+            source_id = sql.SQL('{} COLLATE pg_catalog."C"').format(source_id)
         if element is None:
-            shape = "{match} OPERATOR(pg_catalog.=) {asked}"
+            shape = "{match} OPERATOR(pg_catalog.=) {source_id}"
         elif native and element.domain_of is None and self.match_column.is_deterministic:
             # No operator has arrays of both a domain and its base.
-            shape = "{match} OPERATOR(pg_catalog.@>) ARRAY[{asked}]"
+            shape = "{match} OPERATOR(pg_catalog.@>) ARRAY[{source_id}]"
         else:
-            shape = "{asked} OPERATOR(pg_catalog.=) ANY ({match})"
+            shape = "{source_id} OPERATOR(pg_catalog.=) ANY ({match})"
         if native is None:
             match = sql.SQL("{}::pg_catalog.text{}").format(match, sql.SQL("[]" if element else ""))
         return sql.SQL(
@@ -79,7 +79,7 @@ class RelationQuery:
         ).format(
             result=identifier("t", self.result_column.name),
             table=identifier(*self.table.name),
-            condition=sql.SQL(shape).format(match=match, asked=asked),
+            condition=sql.SQL(shape).format(match=match, source_id=source_id),
             limit=sql.Literal(self.limit),
         )
 
@@ -100,11 +100,11 @@ def relation_query(hop: RelationHop) -> RelationQuery:
             is_collection_table=True,
             limit=limit,
         )
-    here, there = junction.source_column, junction.target_column
+    source_column, target_column = junction.source_column, junction.target_column
     return RelationQuery(
         table=junction.table,
-        match_column=_column(junction.table, there if hop.is_back else here),
-        result_column=_column(junction.table, here if hop.is_back else there),
+        match_column=_column(junction.table, target_column if hop.is_back else source_column),
+        result_column=_column(junction.table, source_column if hop.is_back else target_column),
         source=hop.source,
         is_collection_table=False,
         limit=limit,

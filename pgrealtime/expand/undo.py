@@ -100,4 +100,4 @@ def is_whole_row(table: Table, row: Row) -> bool:
 
     Generated columns don't count: pgoutput leaves them out of every image.
     """
-    return all(one.name in row or one.is_generated for one in table.columns)
+    return all(column.name in row or column.is_generated for column in table.columns)

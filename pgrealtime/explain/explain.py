@@ -187,10 +187,11 @@ class _Explainer:
 
     def _explain_no_collection(self) -> str:
         name = self._topic.collection_name_or_id
-        meant = nearest_name(name, self._collections)
+        suggestion = nearest_name(name, self._collections)
         self._add_lines(
             "topic",
-            f'there is no collection "{name}"' + (f'; perhaps "{meant}"' if meant else ""),
+            f'there is no collection "{name}"'
+            + (f'; perhaps "{suggestion}"' if suggestion else ""),
             "such a subscription is accepted and stays silent, as in PocketBase",
         )
         return "the topic names nothing"
@@ -209,13 +210,15 @@ class _Explainer:
         plain = await self._reference_verdict(session, made, row)
         engine = await self._is_delivered_by_engine(session, collection, row)
         self._add_lines("note", CAVEAT)
-        said = [
+        verdicts = [
             plain,
             ConditionVerdict(engine),
             *(part.verdict for part in by_parts if part.verdict.failure),
         ]
         parts = all(part.verdict.value for part in by_parts)
-        if not any(one.failure for one in said) and {bool(plain.value), parts} != {engine}:
+        if not any(verdict.failure for verdict in verdicts) and {bool(plain.value), parts} != {
+            engine
+        }:
             self._add_lines(
                 "BUG", *disagreement_lines(plain=bool(plain.value), engine=engine, parts=parts)
             )

@@ -66,7 +66,7 @@ def deciding_fragments(evaluated: EvaluatedFragment) -> list[EvaluatedFragment]:
         return [evaluated]
     if evaluated.is_conjunction:
         return deciding_fragments(failing[0])
-    return [one for part in failing for one in deciding_fragments(part)]
+    return [fragment for part in failing for fragment in deciding_fragments(part)]
 
 
 def describe_fragments(parts: Iterable[EvaluatedFragment]) -> str:
@@ -88,7 +88,9 @@ def fragment_lines(evaluated: EvaluatedFragment, indent: str = "") -> Iterator[s
     else:
         yield start + evaluated.display_text
         if evaluated.operand_values:
-            yield below + "; ".join(f"{side} is {told}" for side, told in evaluated.operand_values)
+            yield below + "; ".join(
+                f"{side} is {value}" for side, value in evaluated.operand_values
+            )
     if evaluated.verdict.failure:
         yield f"{below}{evaluated.verdict.failure}"
     elif (
@@ -173,8 +175,8 @@ def _field_name(collection: Collection, column: str) -> str:
 
 def _is_hidden(collection: Collection, column: str) -> bool:
     """Whether records show the column not at all, or not to every subscriber."""
-    shown_as = [f for f in collection.fields if f.column and f.column.name == column]
-    return not shown_as or any(f.is_hidden or f.is_secret for f in shown_as)
+    fields = [f for f in collection.fields if f.column and f.column.name == column]
+    return not fields or any(f.is_hidden or f.is_secret for f in fields)
 
 
 def _format_cell(collection: Collection, column: str, text: str | None) -> str:
@@ -195,8 +197,8 @@ def _format_cell(collection: Collection, column: str, text: str | None) -> str:
 def sql_lines(query: SqlQuery, compiled: ReferenceQuery) -> Iterator[str]:
     """Yield the statement and its parameters."""
     hidden = {
-        f"c{at}"
-        for at, name in enumerate(compiled.column_names)
+        f"c{index}"
+        for index, name in enumerate(compiled.column_names)
         if _is_hidden(compiled.collection, name)
     }
     yield query.sql

@@ -284,13 +284,13 @@ class ReplicationReader:
             self._open_stream, self._tables = open_stream, tables
             if not self._is_reading:
                 return  # run() opens one of these itself
-            took_over = asyncio.Event()
+            has_taken_over = asyncio.Event()
             self._successor = _Successor(
-                stream=stream, exit_stack=opened.pop_all(), has_taken_over=took_over
+                stream=stream, exit_stack=opened.pop_all(), has_taken_over=has_taken_over
             )
             if self._read_timeout is not None:
                 self._read_timeout.reschedule(asyncio.get_running_loop().time())
-            await took_over.wait()
+            await has_taken_over.wait()
 
     def _on_stream_continued(self, stream: WalStream) -> None:
         self._epoch, self.stream = self._epoch_of(stream), stream
@@ -352,9 +352,9 @@ class ReplicationReader:
         self, stream: WalStream, *, must_poll: bool
     ) -> list[Transaction | OversizedTransaction]:
         """Return the next transactions; nothing if others are waited for and none come soon."""
-        patience = _POLL_SECONDS if must_poll or self._repeats.is_pending else None
+        wait_seconds = _POLL_SECONDS if must_poll or self._repeats.is_pending else None
         try:
-            async with asyncio.timeout(patience) as self._read_timeout:
+            async with asyncio.timeout(wait_seconds) as self._read_timeout:
                 return await anext(stream)
         except TimeoutError:
             return []

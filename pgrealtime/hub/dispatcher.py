@@ -212,7 +212,7 @@ class Dispatcher:
                 "replication.gap", reason=gap.reason, collections=sorted(gap.collections or ())
             )
         collections = self._progress.generation.collections.items()
-        if any(one.type == "auth" and gap.affects(name) for name, one in collections):
+        if any(collection.type == "auth" and gap.affects(name) for name, collection in collections):
             callers.forget_changes_upto(gap.cursor.lsn)
 
     def _apply_to_live_callers(self, account_events: Sequence[Event], action: Action) -> None:
@@ -223,7 +223,7 @@ class Dispatcher:
 
     def _live_connections_of(self, account_event: Event) -> list[Connection]:
         found = self._registry.callers.connections_of(account_event)
-        return [one for one in found if one.state is LIVE]
+        return [connection for connection in found if connection.state is LIVE]
 
     async def _evaluate(self, slice_: Slice) -> SliceResult:
         """Evaluate a slice, without the connections whose filters are slow or may be."""
@@ -266,7 +266,7 @@ class Dispatcher:
 
         def connections(viewers: Sized[ExpandViewer], groups: Sized[Group]) -> Iterable[Connection]:
             found = {*_connections_with_viewers(result.hits, viewers), *_connections_of(groups)}
-            return (one for one in found if one.state is LIVE)
+            return (connection for connection in found if connection.state is LIVE)
 
         return CallerCheck(
             self._registry.callers,
@@ -336,12 +336,12 @@ class Dispatcher:
             The index of the first event that is left.
         """
         events = slice_.events
-        touched = enqueue_messages(composed, events)
+        receivers = enqueue_messages(composed, events)
         stop = composed.stop_index
         is_last = stop == len(events)
         end_cursor = slice_.end_cursor if is_last else events[stop - 1].cursor
         evaluation_gap = result.gap_in(events, range(first_index, stop), composed.failed_indexes)
-        self._flush(touched, events, evaluation_gap)
+        self._flush(receivers, events, evaluation_gap)
         if stop:
             self._delivered_upto = events[stop - 1].cursor
         if is_last:
@@ -350,9 +350,9 @@ class Dispatcher:
             ]
         gap = slice_.gap if is_last else None
         if gap is not None or evaluation_gap is not None:
-            touched = self._registry.live_connections()
-            self._notify(touched, gap, evaluation_gap, end_cursor)
-        self._write_cursor_events(touched, end_cursor)
+            receivers = self._registry.live_connections()
+            self._notify(receivers, gap, evaluation_gap, end_cursor)
+        self._write_cursor_events(receivers, end_cursor)
         return stop
 
     def _notify(
@@ -374,14 +374,14 @@ class Dispatcher:
 
     def _flush(
         self,
-        touched: Sequence[Connection],
+        receivers: Sequence[Connection],
         events: Sequence[Event],
         evaluation_gap: EvaluationGap | None,
     ) -> None:
         """Write what is queued for connections; those whose send buffer is full fall behind."""
         now, budget = self._clock(), self._registry.send_budget
         limit = budget.limit_bytes()
-        for connection in touched:
+        for connection in receivers:
             try:
                 size, buffered = connection.queued_bytes(), connection.writer.buffered_bytes()
                 is_larger = buffered + size > limit
@@ -415,9 +415,12 @@ class Dispatcher:
 
 def _connections_of(groups: Iterable[Group]) -> dict[Connection, None]:
     members = (
-        one for group in groups for render_group in group.render_groups for one in render_group
+        subscription
+        for group in groups
+        for render_group in group.render_groups
+        for subscription in render_group
     )
-    return {one.connection: None for one in members}
+    return {subscription.connection: None for subscription in members}
 
 
 def _connections_with_viewers(
@@ -432,4 +435,6 @@ def _connections_with_viewers(
         for render_group in group.render_groups
         if render_group.render_key[2] in viewers
     }
-    return {one.connection for render_group in render_groups for one in render_group}
+    return {
+        subscription.connection for render_group in render_groups for subscription in render_group
+    }

@@ -266,7 +266,7 @@ class Hub:
             logins: By collection name, the columns that make a caller of a row.
             allows_guests: Whether guests keep their topics.
         """
-        in_force = asyncio.get_running_loop().create_future()
+        replaced = asyncio.get_running_loop().create_future()
 
         def replace() -> None:
             try:
@@ -276,13 +276,13 @@ class Hub:
                 self._progress.replace_generation(self._make_generation(collections))
                 self._registry.rebind()
             except Exception as error:  # noqa: BLE001 (raised where it is awaited)
-                if not in_force.done():
-                    in_force.set_exception(error)
-            if not in_force.done():
-                in_force.set_result(None)
+                if not replaced.done():
+                    replaced.set_exception(error)
+            if not replaced.done():
+                replaced.set_result(None)
 
         self._progress.when_idle(replace)
-        await in_force
+        await replaced
 
     async def run(self) -> None:
         """Deliver the changelog to the LIVE connections, for ever."""

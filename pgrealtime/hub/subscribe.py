@@ -114,8 +114,9 @@ class SubscribeCalls:
             return frozenset()
         return frozenset(
             name
-            for name, one in connection.subscriptions.items()
-            if one.group is None and not one.topic.collection_name_or_id.startswith("PB_")
+            for name, subscription in connection.subscriptions.items()
+            if subscription.group is None
+            and not subscription.topic.collection_name_or_id.startswith("PB_")
         )
 
     async def _replace_topics(
@@ -251,9 +252,9 @@ class SubscribeCalls:
                 return True
             is_done = False
             while not is_done:
-                async with self._work_lock.acquire_for_loop_work(connection.network) as turn:
+                async with self._work_lock.acquire_for_loop_work(connection.network) as yield_timer:
                     if not connection.is_closed() and self._progress.revision == revision:
-                        is_done = not any(turn.is_due() for _ in steps)
+                        is_done = not any(yield_timer.is_due() for _ in steps)
                 _require_open(connection)
                 if self._progress.revision != revision:
                     return False
@@ -276,8 +277,10 @@ class SubscribeCalls:
         unmatchable: defaultdict[str, list[str]] = defaultdict(list)
         for name, topic in topics.items():
             subscription = Subscription(connection, topic, View(), "")
-            kept = previous.get(name)
-            subscription.set_read_point(kept.read_point if kept else read_point)
+            previous_subscription = previous.get(name)
+            subscription.set_read_point(
+                previous_subscription.read_point if previous_subscription else read_point
+            )
             self._registry.add_read_point(subscription)
             # Before it is bound: a refusal unbinds all that the connection has.
             connection.add_subscription(name, subscription)

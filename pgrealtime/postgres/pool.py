@@ -53,8 +53,8 @@ class QueryConnection(DatabaseConnection):
         Raises:
             psycopg.OperationalError: No answer came.
         """
-        patience = self.answer_seconds + _GRACE_SECONDS
-        hang_up = asyncio.get_running_loop().call_later(patience, self._shut_down_socket)
+        wait_seconds = self.answer_seconds + _GRACE_SECONDS
+        hang_up = asyncio.get_running_loop().call_later(wait_seconds, self._shut_down_socket)
         try:
             return await super().wait(gen, *args, **more)
         finally:

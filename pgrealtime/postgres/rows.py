@@ -52,7 +52,7 @@ def rows_by_key_statement(
         "SELECT {selected} FROM {table} t"
         " WHERE {key} OPERATOR(pg_catalog.=) ANY (%(ids)s::pg_catalog.text[]::{type}[])"
     ).format(
-        selected=sql.SQL(", ").join([*(identifier("t", one) for one in columns), *extra]),
+        selected=sql.SQL(", ").join([*(identifier("t", column) for column in columns), *extra]),
         table=identifier(*table.name),
         key=name,
         type=type_,

@@ -17,18 +17,18 @@ def parse_database_url(url: str) -> dict[str, Any]:
         SetupError: Code ``database_url_invalid``.
     """
     try:
-        given = conninfo_to_dict(url)
-        timeout_from_conninfo(given)  # else looked at while connecting
+        parameters = conninfo_to_dict(url)
+        timeout_from_conninfo(parameters)  # else looked at while connecting
     except psycopg.ProgrammingError:
         raise _invalid_url_error() from None  # the driver's message quotes what may be a password
     # To libpq a password ends at its first "@", so the rest of it would be shown as the name of a
     # host that isn't found. A host that begins with "@" is an abstract socket.
-    if any("@" in host[1:] for host in str(given.get("host", "")).split(",")):
+    if any("@" in host[1:] for host in str(parameters.get("host", "")).split(",")):
         raise _invalid_url_error()
     # The primary is meant. libpq would test whether the session may write, and ours never may.
-    if given.get("target_session_attrs") == "read-write":
-        given["target_session_attrs"] = "primary"
-    return given
+    if parameters.get("target_session_attrs") == "read-write":
+        parameters["target_session_attrs"] = "primary"
+    return parameters
 
 
 def _invalid_url_error() -> SetupError:

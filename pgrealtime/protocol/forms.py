@@ -95,22 +95,22 @@ def parse_media_type(text: str) -> MediaType:
         raise FormError("not a media type")
     parameters: dict[str, str] = {}
     end = len(text.rstrip().removesuffix(";").rstrip())
-    at = len(base)
+    offset = len(base)
     for _ in range(_MAX_PARAMETERS):
-        if at >= end:
+        if offset >= end:
             return MediaType(name, _resolve_extended_parameters(parameters))
-        key, value, at = _next_parameter(text, at)
+        key, value, offset = _next_parameter(text, offset)
         if parameters.setdefault(key, value) != value:
             raise FormError("repeated parameter")
     raise FormError("too many parameters")
 
 
-def _next_parameter(text: str, at: int) -> tuple[str, str, int]:
+def _next_parameter(text: str, offset: int) -> tuple[str, str, int]:
     """Return name and value of the parameter after the semicolon, and the offset after them.
 
     Matches at an offset instead of cutting the text: a part's header may be as long as a body.
     """
-    start = _PARAMETER.match(text, at)
+    start = _PARAMETER.match(text, offset)
     key = _TOKEN.match(text, start.end()) if start else None
     if key is None:
         raise FormError("broken parameter")
@@ -271,10 +271,10 @@ def _read_content(multipart: _MultipartBody) -> bytes:
     raise FormError("broken off in a part")
 
 
-def _is_delimiter_at(body: bytes, at: int, delimiter: bytes) -> bool:
+def _is_delimiter_at(body: bytes, offset: int, delimiter: bytes) -> bool:
     """Whether the delimiter is at the offset and not the beginning of a longer word."""
-    after = at + len(delimiter)
-    if body[at:after] != delimiter:
+    after = offset + len(delimiter)
+    if body[offset:after] != delimiter:
         return False
     return body[after : after + 1] in (b"", b" ", b"\t", b"\r", b"\n") or (
         body[after : after + 2] == b"--"

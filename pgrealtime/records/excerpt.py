@@ -122,11 +122,11 @@ class _TextExtractor:
         self._is_in_head = True
 
     def extract(self, html: str) -> None:
-        at = 0
-        while at < len(html) and self._characters_left >= 0:
-            token = _TOKEN.match(html, at)
+        offset = 0
+        while offset < len(html) and self._characters_left >= 0:
+            token = _TOKEN.match(html, offset)
             assert token is not None
-            at = token.end()
+            offset = token.end()
             if token["text"] is not None:
                 self._add_text(unescape(token["text"]))
             elif not token["closed"]:
@@ -134,12 +134,12 @@ class _TextExtractor:
             elif token["end"]:
                 self._end_element(token["name"].lower())
             else:
-                at = self._start_element(token["name"].lower(), html, at)
+                offset = self._start_element(token["name"].lower(), html, offset)
 
     def _is_open(self, names: frozenset[str]) -> bool:
         return any(self._open_counts[name] for name in names)
 
-    def _start_element(self, name: str, html: str, at: int) -> int:
+    def _start_element(self, name: str, html: str, offset: int) -> int:
         """Open the element; return the offset to continue at, after its content if that is raw."""
         is_foreign = self._is_open(_FOREIGN)
         if is_foreign and name in _FOREIGN_BREAKOUT:
@@ -147,20 +147,20 @@ class _TextExtractor:
             is_foreign = False
         if name in _STRUCTURE or (name in _IN_TABLE and not self._is_open(_TABLE)):
             self._is_in_head = self._is_in_head and name != "body"
-            return at
+            return offset
         self._is_in_head = self._is_in_head and name in _IN_HEAD
         self._separate_block(name)
         if name in _VOID:
             self._separate_block(name)
-            return at
+            return offset
         is_unseen = name in _HIDDEN or self._bytes_left < 0
         self._open_elements.append((name, is_unseen))
         self._open_counts[name] += 1
         self._hidden_depth += is_unseen
         if is_foreign or (name not in _RAW and name not in _ESCAPABLE_RAW):
-            return at
-        end = _end_of_raw(name, html, at)
-        content = html[at:end]
+            return offset
+        end = _end_of_raw(name, html, offset)
+        content = html[offset:end]
         self._add_text(unescape(content) if name in _ESCAPABLE_RAW else content)
         return end
 
@@ -205,8 +205,8 @@ class _TextExtractor:
             self._ends_with_blank = text[-1] == " "
 
 
-def _end_of_raw(name: str, html: str, at: int) -> int:
+def _end_of_raw(name: str, html: str, offset: int) -> int:
     if name == "plaintext":
         return len(html)
-    end = re.compile(rf"</{name}(?=[\s/>])", re.IGNORECASE).search(html, at)
+    end = re.compile(rf"</{name}(?=[\s/>])", re.IGNORECASE).search(html, offset)
     return end.start() if end else len(html)

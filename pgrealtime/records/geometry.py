@@ -97,10 +97,10 @@ class _EwkbReader:
         self._byte_order = "<" if self._data[self._offset] else ">"
         self._offset += 1
         kind = self._read_integer()
-        shown = 3 if kind & _HAS_Z else 2
-        stored = shown + bool(kind & _HAS_M)
+        dimensions = 3 if kind & _HAS_Z else 2
+        stored = dimensions + bool(kind & _HAS_M)
         srid = self._read_integer() if kind & _HAS_SRID else _WGS84
-        return kind & 0xFFFF, (shown, stored), _crs_member(srid)
+        return kind & 0xFFFF, (dimensions, stored), _crs_member(srid)
 
     def _read_integer(self) -> int:
         (value,) = struct.unpack_from(f"{self._byte_order}I", self._data, self._offset)

@@ -99,9 +99,9 @@ class LiveRowReader:
             by_collection[image.collection.name].append(image)
         found: dict[tuple[str, str], LiveRow] = {}
         unread: set[str] = set()
-        for name, some in by_collection.items():
+        for name, images_of_one in by_collection.items():
             try:
-                rows = await self._fetch_with_retries(some)
+                rows = await self._fetch_with_retries(images_of_one)
             except (psycopg.Error, PoolTimeout, TimeoutError) as error:
                 log.warning("live_row.failed", collection=name, error=message_without_values(error))
                 self._unanswered.counts[name, "rows_unread"] += 1

@@ -134,7 +134,11 @@ async def fetch_rows_by_id(
     """
     names = [column.name for column in collection.table.columns]
     key = collection.key
-    canonical = [one for one in (canonical_id(given, key.type) for given in ids) if one is not None]
+    canonical = [
+        text
+        for text in (canonical_id(record_id, key.type) for record_id in ids)
+        if text is not None
+    ]
     found = await session.fetch_texts(
         rows_by_key_statement(collection.table, key, names), {"ids": canonical}
     )

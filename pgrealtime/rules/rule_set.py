@@ -62,7 +62,7 @@ def caller_columns_read_by_rules(collections: Collections) -> Mapping[str, tuple
     """
     read: dict[str, set[str]] = {}
     for collection in collections.values():
-        for auth in (one for one in collections.values() if one.type == "auth"):
+        for auth in (each for each in collections.values() if each.type == "auth"):
             for rule in {text for _, text in rule_texts(collection)}:
                 try:
                     where = resolve_rule(rule, collections, collection, auth).where

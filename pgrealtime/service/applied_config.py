@@ -38,7 +38,11 @@ class AppliedConfig:
     def locked_tables(self) -> set[TableName]:
         """The tables of locked collections: no subscriber receives their events."""
         locked = {collection_name_of(problem) for problem in self.problems}
-        return {one.table.name for one in self.collections.values() if one.name in locked}
+        return {
+            collection.table.name
+            for collection in self.collections.values()
+            if collection.name in locked
+        }
 
     @property
     def streamed_tables(self) -> Mapping[TableName, Table]:
@@ -48,7 +52,7 @@ class AppliedConfig:
     @property
     def logins(self) -> Mapping[str, CollectionLoginConfig]:
         """The login settings, by collection name."""
-        return {name: one.login for name, one in self.config.collections.items()}
+        return {name: collection.login for name, collection in self.config.collections.items()}
 
 
 def fit_to_schema(config: Config, catalog: Catalog) -> AppliedConfig:
@@ -61,7 +65,8 @@ def fit_to_schema(config: Config, catalog: Catalog) -> AppliedConfig:
     problems = (*problems, *rule_problems(collections))
     with_problem = {collection_name_of(problem) for problem in problems}
     locked = tuple(
-        _locked(one) if one.name in with_problem else one for one in collections.values()
+        _locked(collection) if collection.name in with_problem else collection
+        for collection in collections.values()
     )
     return AppliedConfig(
         config=config,

@@ -36,7 +36,7 @@ class StatusReader:
             open_connections=len(hub.connections),
             subscription_counts=hub.subscription_counts,
             events_sent=counters.events_sent_to_closed
-            + sum(one.events_sent for one in hub.connections),
+            + sum(connection.events_sent for connection in hub.connections),
             closed_connections=counters.closed_connections,
             gaps_notified=hub.gaps_notified,
             resume_outcomes=counters.resume_outcomes,

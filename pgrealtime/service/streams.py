@@ -35,12 +35,14 @@ class StreamOpener:
 
     def open(self, applied: AppliedConfig) -> AbstractAsyncContextManager[WalStream]:
         """Open a stream of the tables in force."""
-        shown = applied.readable_collections.values()
+        collections = applied.readable_collections.values()
         return open_stream(
             self._url,
             self._replication,
             list(applied.streamed_tables.values()),
-            record_keys={collection.table.name: (collection.key.name,) for collection in shown},
+            record_keys={
+                collection.table.name: (collection.key.name,) for collection in collections
+            },
             max_transaction_bytes=self._max_transaction_bytes,
             on_wait=_log_slot_wait,
         )

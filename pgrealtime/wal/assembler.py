@@ -96,8 +96,8 @@ class TransactionAssembler:
                     self._add_truncates(tables)
                 return None
             case _:
-                place = "inside" if self.is_in_transaction else "outside"
-                raise UnexpectedMessageError(f"{type(message).__name__} came {place} a transaction")
+                where = "inside" if self.is_in_transaction else "outside"
+                raise UnexpectedMessageError(f"{type(message).__name__} came {where} a transaction")
 
     def _drop_rows(self) -> set[TableName]:
         """Drop the rows of a transaction that is too large; return the set of its tables."""

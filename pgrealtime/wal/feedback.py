@@ -76,8 +76,8 @@ class Feedback:
 
     def release(self, lsn: LSN) -> None:
         """Record that nothing up to there is needed any more, as far as it was received."""
-        quiet = self._handed_out if self._quiet_until is None else self._quiet_until[0]
-        self._confirmed = max(self._confirmed, min(lsn, max(self._handed_out, quiet)))
+        quiet_lsn = self._handed_out if self._quiet_until is None else self._quiet_until[0]
+        self._confirmed = max(self._confirmed, min(lsn, max(self._handed_out, quiet_lsn)))
 
     def empty_until(self, end_lsn: LSN) -> LSN:
         """Return up to where nothing of ours follows the transaction that ends at ``end_lsn``."""
@@ -104,9 +104,9 @@ class Feedback:
         """The LSN to which the slot may be advanced now."""
         position = self._confirmed
         if self._quiet_until is not None and not self._is_durable:
-            quiet, needed = self._quiet_until
+            quiet_lsn, needed = self._quiet_until
             if self._confirmed >= needed:
-                position = max(quiet, position)
+                position = max(quiet_lsn, position)
         return position if self._confirm_limit is None else min(position, self._confirm_limit)
 
     def due(self, now: float) -> tuple[StandbyStatusUpdate, ...]:

@@ -112,18 +112,20 @@ class PgoutputDecoder:
 
     def _relation(self, data: bytes) -> None:
         (oid,) = _RELATION_ID.unpack_from(data)
-        schema, at = _read_string(data, _AFTER_RELATION_ID)
-        name, at = _read_string(data, at)
-        (count,) = _COLUMN_COUNT.unpack_from(data, at + 1)  # after the replica identity's letter
-        at += 1 + _COLUMN_COUNT.size
+        schema, offset = _read_string(data, _AFTER_RELATION_ID)
+        name, offset = _read_string(data, offset)
+        (count,) = _COLUMN_COUNT.unpack_from(
+            data, offset + 1
+        )  # after the replica identity's letter
+        offset += 1 + _COLUMN_COUNT.size
         names: list[str] = []
         types: list[int] = []
         key: list[str] = []
         for _ in range(count):
-            is_key = data[at] & 1
-            column, at = _read_string(data, at + 1)
-            types.append(_COLUMN_TYPE.unpack_from(data, at)[0])
-            at += _COLUMN_TYPE.size
+            is_key = data[offset] & 1
+            column, offset = _read_string(data, offset + 1)
+            types.append(_COLUMN_TYPE.unpack_from(data, offset)[0])
+            offset += _COLUMN_TYPE.size
             names.append(column)
             if is_key:
                 key.append(column)
@@ -134,12 +136,12 @@ class PgoutputDecoder:
         else:
             overhead = _ROW_BYTES + _VALUE_BYTES * count
             before = self._relations.get(oid)
-            is_again = before is not None and source.leaf is not None
+            is_redescribed = before is not None and source.leaf is not None
             shape = RowShape(
                 source.root,
                 source.leaf,
                 tuple(zip(names, types, strict=True)),
-                before.shape.description_count + 1 if before is not None and is_again else 0,
+                before.shape.description_count + 1 if before is not None and is_redescribed else 0,
             )
             self._relations[oid] = _Relation(source, tuple(names), tuple(key), overhead, shape)
 
@@ -156,10 +158,10 @@ class PgoutputDecoder:
         relation = self._relation_of(data)
         if relation is None:
             return None
-        source, at, old = relation.streamed_table, _AFTER_RELATION_ID, None
-        if data[at] != _NEW_IMAGE:
-            old, at = _read_old_image(data, at, relation)
-        new, _ = _read_row(data, at + 1, relation.column_names)
+        source, offset, old = relation.streamed_table, _AFTER_RELATION_ID, None
+        if data[offset] != _NEW_IMAGE:
+            old, offset = _read_old_image(data, offset, relation)
+        new, _ = _read_row(data, offset + 1, relation.column_names)
         if old is None:
             # The WAL has the identity only if it changed.
             old = Key({name: new[name] for name in relation.identity_names})
@@ -210,43 +212,43 @@ def _ignore(_data: bytes) -> None:
     return None
 
 
-def _read_string(data: bytes, at: int) -> tuple[str, int]:
-    end = data.index(0, at)
-    return data[at:end].decode(), end + 1
+def _read_string(data: bytes, offset: int) -> tuple[str, int]:
+    end = data.index(0, offset)
+    return data[offset:end].decode(), end + 1
 
 
-def _read_old_image(data: bytes, at: int, relation: _Relation) -> tuple[OldImage, int]:
-    row, end = _read_row(data, at + 1, relation.column_names)
+def _read_old_image(data: bytes, offset: int, relation: _Relation) -> tuple[OldImage, int]:
+    row, end = _read_row(data, offset + 1, relation.column_names)
     source = relation.streamed_table
-    if data[at] == _OLD_IMAGE:
+    if data[offset] == _OLD_IMAGE:
         return WholeRow(_in_root_order(row, source)), end
-    if data[at] == _KEY_IMAGE:
+    if data[offset] == _KEY_IMAGE:
         # The other columns are sent as NULL, whatever their values.
         return Key(
             _in_root_order({name: row[name] for name in relation.identity_names}, source)
         ), end
-    raise ValueError(data[at])
+    raise ValueError(data[offset])
 
 
-def _read_row(data: bytes, at: int, names: tuple[str, ...]) -> tuple[Row, int]:
+def _read_row(data: bytes, offset: int, names: tuple[str, ...]) -> tuple[Row, int]:
     """Return the row at the offset, without unchanged TOASTed values, and the offset after it."""
-    (count,) = _COLUMN_COUNT.unpack_from(data, at)
+    (count,) = _COLUMN_COUNT.unpack_from(data, offset)
     if count != len(names):
         raise ValueError(count)
-    at += _COLUMN_COUNT.size
+    offset += _COLUMN_COUNT.size
     row: Row = {}
     for name in names:
-        kind = data[at]
-        at += 1
+        kind = data[offset]
+        offset += 1
         if kind == _TEXT:
-            start = at + 4
-            at = start + _LENGTH.unpack_from(data, at)[0]
-            row[name] = data[start:at].decode()
+            start = offset + 4
+            offset = start + _LENGTH.unpack_from(data, offset)[0]
+            row[name] = data[start:offset].decode()
         elif kind == _NULL:
             row[name] = None
         elif kind != _UNCHANGED:
             raise ValueError(kind)
-    return row, at
+    return row, offset
 
 
 def _in_root_order(row: Row, table: StreamedTable) -> Row:

@@ -282,11 +282,11 @@ async def create_slot(
     options = "(SNAPSHOT 'nothing', FAILOVER true)" if slot.failover else "NOEXPORT_SNAPSHOT"
     command = f'CREATE_REPLICATION_SLOT "{name}" {kind}LOGICAL {plugin} {options}'
     async with asyncio.TaskGroup() as group:
-        watch = group.create_task(
+        watch_task = group.create_task(
             _watch_wait(url, connection.info.backend_pid, on_wait), name="slot-wait"
         )
         outcome = await _run_create(connection, command, plugin, config.slot.create_timeout)
-        watch.cancel()
+        watch_task.cancel()
     if isinstance(outcome, PgRealtimeError):
         raise outcome
     return Slot(name=name, plugin=plugin, start_lsn=outcome, is_durable=slot.durable)

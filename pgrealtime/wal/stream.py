@@ -233,13 +233,13 @@ class WalStream:
 
     def _on_readable(self) -> None:
         with self._ending_on_error():
-            count, is_dry = self._drain()
+            count, is_drained = self._drain()
             self._send(self._feedback.due(self._loop.time()))
             if self._batch:
                 self._wakeup.set()
             if self._batch_bytes > _MAX_BATCH_BYTES:
                 self._pause_reading()
-            elif not is_dry:
+            elif not is_drained:
                 self._throttle(0)
             elif count >= _LOAD_MESSAGES:
                 self._throttle(_THROTTLE_SECONDS)
@@ -259,13 +259,13 @@ class WalStream:
                 length, data = pgconn.get_copy_data(1)
             if length < 0:
                 raise _end_of_stream_error(pgconn)
-            is_dry = count == before
-            if is_dry or self._loop.time() > until or self._batch_bytes > _MAX_BATCH_BYTES:
+            is_drained = count == before
+            if is_drained or self._loop.time() > until or self._batch_bytes > _MAX_BATCH_BYTES:
                 break
         if count:
             self._silent_ticks = 0
             self.last_received_at = time.monotonic()
-        return count, is_dry
+        return count, is_drained
 
     def _handle_payload(self, data: memoryview) -> None:
         received = parse_message(data)
@@ -385,12 +385,12 @@ def _translate_error(error: psycopg.Error) -> PgRealtimeError:
         case _ if error.sqlstate is None or error.sqlstate.startswith(("57", "08")):
             return StreamInterruptedError("the connection to the server was lost", detail=detail)
         case _:
-            said = error.diag.message_primary if is_free_of_row_values(error.sqlstate) else None
+            message = error.diag.message_primary if is_free_of_row_values(error.sqlstate) else None
             code = f"SQLSTATE {error.sqlstate}"
             return StreamInterruptedError(
                 "the decoder failed on the server",
                 # The context has the LSN.
-                detail="\n".join(filter(None, (said or code, error.diag.context))),
+                detail="\n".join(filter(None, (message or code, error.diag.context))),
                 code="decoder_failed",
             )
 
@@ -489,14 +489,14 @@ async def _confirming_visible_only(
         yield
         return
     stream.limit_confirmation(stream.start_lsn)
-    watch = asyncio.create_task(
+    watch_task = asyncio.create_task(
         watch_visible_lsn(url, stream.limit_confirmation), name="visible-lsn"
     )
     try:
         yield
     finally:
-        watch.cancel()
-        await asyncio.wait((watch,))
+        watch_task.cancel()
+        await asyncio.wait((watch_task,))
 
 
 def make_decoder(

@@ -81,7 +81,7 @@ def _in_file_order(problems: Iterable[ConfigProblem]) -> tuple[ConfigProblem, ..
 
 
 def _summarize_config(config: Config) -> str:
-    rules = sum(1 for one in config.collections.values() for _ in rule_texts(one))
+    rules = sum(1 for collection in config.collections.values() for _ in rule_texts(collection))
     return f"{count_text(len(config.collections), 'collection')}, {count_text(rules, 'rule')}"
 
 

@@ -110,7 +110,7 @@ async def _check_schema(config: Config, parsed: ParsedConfig) -> _SchemaCheck:
         warnings: list[ConfigProblem] = []
         if not problems:  # otherwise warnings would be about collections that aren't meant
             warnings += collection_warnings(collections)
-            warnings += [one async for one in index_warnings(connection, collections)]
+            warnings += [warning async for warning in index_warnings(connection, collections)]
         warnings += await _timeout_warnings(connection, database)
         tables = reachable_tables(collections).values()
         errors = await read_privilege_errors(connection, tables)
@@ -203,7 +203,7 @@ def _describe_server(connection: AsyncConnection[Any]) -> str:
 
 def _summarize_collections(collections: Collections) -> str:
     fields = sum(len(collection.fields) for collection in collections.values())
-    rules = sum(1 for one in collections.values() for _ in rule_texts(one))
+    rules = sum(1 for served in collections.values() for _ in rule_texts(served))
     counts = ((len(collections), "collection"), (fields, "field"), (rules, "rule"))
     return ", ".join(count_text(count, noun) for count, noun in counts)
 

@@ -97,7 +97,9 @@ def _index_hints(
     conditions: Sequence[predicate.Condition], collections: Collections
 ) -> Mapping[TableName, str]:
     """Return the SQL of an index that would find rows of ``@collection``, by table without one."""
-    found = [index for one in conditions for index in _collection_indexes(one, collections)]
+    found = [
+        index for condition in conditions for index in _collection_indexes(condition, collections)
+    ]
     served = {index.table.name for index in found if index.is_present}
     return {i.table.name: str(i) for i in reversed(found) if i.table.name not in served}
 
@@ -109,7 +111,11 @@ def _resolved_conditions(
     rule: str, collections: Collections, collection: Collection
 ) -> Iterator[predicate.Condition]:
     """Yield the rule's condition as resolved for each auth collection and for guests."""
-    auths = [one for one in collections.values() if one.type == "auth"]
+    auths = [
+        auth_collection
+        for auth_collection in collections.values()
+        if auth_collection.type == "auth"
+    ]
     for auth in (*auths, None):
         try:
             yield resolve_rule(rule, collections, collection, auth).where
@@ -150,10 +156,10 @@ def _collection_indexes(
     Values of two rows are compared as texts, which no index of a column serves.
     """
     for cmp in predicate.comparisons(condition):
-        for term, other in ((cmp.left, cmp.right), (cmp.right, cmp.left)):
+        for term, other_term in ((cmp.left, cmp.right), (cmp.right, cmp.left)):
             if cmp.op is not Op.EQ or not isinstance(term, predicate.FieldValue):
                 continue
-            if isinstance(other, predicate.FieldValue):
+            if isinstance(other_term, predicate.FieldValue):
                 continue
             row_path, column = term.row_path, term.field.column
             if (
@@ -168,9 +174,9 @@ async def _fully_scanned_tables(
     connection: AsyncConnection[Any], predicates: Iterable[ReferenceQuery]
 ) -> Sequence[TableName]:
     found: list[TableName] = []
-    for one in predicates:
-        row = dict.fromkeys(column.name for column in one.collection.table.columns)
-        query = one.sql_query([row], datetime.now(UTC))
+    for reference in predicates:
+        row = dict.fromkeys(column.name for column in reference.collection.table.columns)
+        query = reference.sql_query([row], datetime.now(UTC))
         statement = f"EXPLAIN (FORMAT JSON, VERBOSE) {query.sql}".encode()
         try:
             async with connection.transaction(force_rollback=True):

@@ -40,8 +40,8 @@ from pgrealtime.spelling import did_you_mean
 def config_warnings(config: Config) -> Iterator[ConfigProblem]:
     """Yield the warnings that need no database."""
     if not config.collections:
-        mend = "pgrealtime init makes them of the tables that are there"
-        yield ConfigProblem("collections", "there are none: nobody hears of anything", mend)
+        hint = "pgrealtime init makes them of the tables that are there"
+        yield ConfigProblem("collections", "there are none: nobody hears of anything", hint)
     yield from _issuer_warnings(config)
     yield from _issuer_key_warnings(config)
     for name, collection in config.collections.items():
@@ -63,7 +63,7 @@ def collection_warnings(collections: Collections) -> Iterator[ConfigProblem]:
 
 
 def _issuer_warnings(config: Config) -> Iterator[ConfigProblem]:
-    auths = [name for name, one in config.collections.items() if one.type == "auth"]
+    auths = [name for name, collection in config.collections.items() if collection.type == "auth"]
     for n, issuer in enumerate(config.auth.issuers):
         path, name = f"auth.issuers.{n}.collection", issuer.collection
         if name in auths:
@@ -177,19 +177,19 @@ def _precision_warnings(
     found: dict[tuple[str, str], ConfigProblem] = {}
     for comparison in _comparisons(rule, collections, collection):
         sides = comparison.left, comparison.right
-        for one, other in (sides, sides[::-1]):
-            column = _double_column(one)
+        for term, other_term in (sides, sides[::-1]):
+            column = _double_column(term)
             if (
                 column is None
                 or comparison.op in {Op.LIKE, Op.NOT_LIKE}
-                or not _may_exceed_double(other)
+                or not _may_exceed_double(other_term)
             ):
                 continue
-            row_path = predicate.row_path_of(one)
+            row_path = predicate.row_path_of(term)
             assert row_path is not None
             table = collections[row_path.collection_name].table.name
             message = f'"{column}" is a float: numbers beyond 2^53 that differ may be equal to it'
-            type_ = "numeric[]" if isinstance(one, predicate.EachTerm) else "numeric"
+            type_ = "numeric[]" if isinstance(term, predicate.EachTerm) else "numeric"
             hint = (
                 f"ALTER TABLE {quote_table_name(table)}"
                 f" ALTER COLUMN {quote_identifier(column)} TYPE {type_};"
@@ -202,7 +202,7 @@ def _comparisons(
     rule: str, collections: Collections, collection: Collection
 ) -> Iterator[predicate.Comparison]:
     """Yield the rule's comparisons as resolved for guests and for each auth collection."""
-    for auth in (None, *(one for one in collections.values() if one.type == "auth")):
+    for auth in (None, *(each for each in collections.values() if each.type == "auth")):
         try:
             yield from predicate.comparisons(
                 resolve_rule(rule, collections, collection, auth).where

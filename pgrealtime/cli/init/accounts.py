@@ -91,10 +91,10 @@ def looks_secret(column: Column) -> bool:
     kind, _ = field_kind_of(column.type)
     words = split_words(column.name)
     # Not password_changed_at, has_password or token_count.
-    is_about = kind in (FieldKind.DATE, FieldKind.BOOL) or (
+    is_metadata = kind in (FieldKind.DATE, FieldKind.BOOL) or (
         kind is FieldKind.NUMBER and len(words) > 1
     )
-    return _SECRET_PATTERN.search("_".join(words)) is not None and not is_about
+    return _SECRET_PATTERN.search("_".join(words)) is not None and not is_metadata
 
 
 _CREDENTIAL_WORDS = {"session", "sessions", "token", "tokens"}

@@ -266,13 +266,15 @@ def _drop_inconsistent(
         for problem in problems:
             faults[problem.path.split(".")[1]].append(TableFault(problem.message, problem.hint))
         unfit |= {n: replace(served[n], faults=tuple(found)) for n, found in faults.items()}
-        kept = {name: draft for name, draft in served.items() if name not in unfit}
-        served = {name: _without_relations_to(draft, unfit) for name, draft in kept.items()}
+        remaining = {name: draft for name, draft in served.items() if name not in unfit}
+        served = {name: _without_relations_to(draft, unfit) for name, draft in remaining.items()}
 
 
 def _without_relations_to(draft: CollectionDraft, removed: Container[str]) -> CollectionDraft:
     relations = draft.config.relations
-    left = {name: said for name, said in relations.items() if said.collection not in removed}
+    left = {
+        name: relation for name, relation in relations.items() if relation.collection not in removed
+    }
     return replace(draft, config=draft.config.model_copy(update={"relations": left}))
 
 
@@ -284,8 +286,8 @@ def _with_suggested_rules(
 ) -> Mapping[str, CollectionDraft]:
     collections = _build_drafts(served, catalog)
     guessed = {
-        name: {shown: RelationConfig(collection=to)}
-        for name, (shown, to) in RuleSuggestions(collections).guess_owner_fields()
+        name: {owner_field: RelationConfig(collection=target)}
+        for name, (owner_field, target) in RuleSuggestions(collections).guess_owner_fields()
     }
     drafts = {
         name: replace(draft, guessed_relations=guessed.get(name, {}))

@@ -44,8 +44,8 @@ def junction_table_of(
     names = table.primary_key or tuple(column.name for column in table.columns)
     ends = [_referenced_drafts(table, name, served)[:1] for name in names]
     match ends:
-        case [[one], [other]]:
-            return _orient_junction(table, one, other)
+        case [[first], [second]]:
+            return _orient_junction(table, first, second)
         case _:
             return None
 
@@ -64,7 +64,9 @@ def _referenced_drafts(
 
 
 def _orient_junction(
-    table: Table, one: tuple[ForeignKey, CollectionDraft], other: tuple[ForeignKey, CollectionDraft]
+    table: Table,
+    first: tuple[ForeignKey, CollectionDraft],
+    second: tuple[ForeignKey, CollectionDraft],
 ) -> _JunctionTable:
     """Choose the collection that shows the pairs.
 
@@ -74,9 +76,9 @@ def _orient_junction(
     def claim(draft: CollectionDraft) -> tuple[bool, bool]:
         return bool(_suffix_after(table, draft.name)), draft.config.type != "auth"
 
-    if claim(other[1]) > claim(one[1]):
-        one, other = other, one
-    return _JunctionTable(table, one[0], one[1].name, other[0], other[1].name)
+    if claim(second[1]) > claim(first[1]):
+        first, second = second, first
+    return _JunctionTable(table, first[0], first[1].name, second[0], second[1].name)
 
 
 def _suffix_after(table: Table, name: str) -> str:
@@ -90,7 +92,7 @@ def _suffix_after(table: Table, name: str) -> str:
 def with_junctions(
     served: Mapping[TableName, CollectionDraft],
     pairs: Mapping[TableName, _JunctionTable],
-    left_out: dict[TableName, str],
+    omitted: dict[TableName, str],
 ) -> Mapping[str, CollectionDraft]:
     """Return the drafts, by name, with the relations that foreign keys alone don't give."""
     found = {draft.name: _with_chosen_foreign_keys(draft, served) for draft in served.values()}
@@ -98,7 +100,7 @@ def with_junctions(
         draft = found[pair.source_collection]
         taken = {field_name(draft, column) for column in draft.table.columns}
         taken |= {"id", *RESERVED_MEMBERS, *draft.config.relations}
-        shown = unused_name(
+        junction_field = unused_name(
             valid_name(_suffix_after(pair.table, draft.name) or name.name, "pairs"), taken
         )
         relation = RelationConfig(
@@ -107,10 +109,10 @@ def with_junctions(
             source=pair.source.column_names[0],
             target=pair.target.column_names[0],
         )
-        relations = {**draft.config.relations, shown: relation}
+        relations = {**draft.config.relations, junction_field: relation}
         config = draft.config.model_copy(update={"relations": relations})
         found[draft.name] = replace(draft, config=config)
-        left_out[name] = f"its pairs are shown as {draft.name}.{shown}"
+        omitted[name] = f"its pairs are shown as {draft.name}.{junction_field}"
     return found
 
 
@@ -137,11 +139,11 @@ def _with_chosen_foreign_keys(
 
 
 def _fields_without(draft: CollectionDraft, unfit: Container[str]) -> FieldsConfig:
-    kept = [column for column in draft.table.columns if column.name not in unfit]
+    columns = [column for column in draft.table.columns if column.name not in unfit]
     fields = draft.config.fields
-    hide = {field_name(draft, column) for column in kept}
+    hide = {field_name(draft, column) for column in columns}
     return FieldsConfig(
-        include=tuple(column.name for column in kept),
+        include=tuple(column.name for column in columns),
         hide=tuple(name for name in fields.hide if name in hide),
-        rename={name: to for name, to in fields.rename.items() if name not in unfit},
+        rename={name: new_name for name, new_name in fields.rename.items() if name not in unfit},
     )

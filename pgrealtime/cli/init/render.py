@@ -170,7 +170,8 @@ def _fields_lines(draft: CollectionDraft) -> Iterator[str]:
         yield f"    hide: {_yaml_list(fields.hide)}"
     if fields.rename:
         renames = ", ".join(
-            f"{_yaml_key(name)}: {_yaml_value(to)}" for name, to in fields.rename.items()
+            f"{_yaml_key(name)}: {_yaml_value(new_name)}"
+            for name, new_name in fields.rename.items()
         )
         yield f"    rename: {{{renames}}}"
 
@@ -186,13 +187,13 @@ def _relations_lines(draft: CollectionDraft) -> Iterator[str]:
     if draft.guessed_relations:
         yield "  # By their names; no foreign key says so:"
     guessed = [
-        f"{_yaml_key(name)}: {_relation_mapping(one)}"
-        for name, one in draft.guessed_relations.items()
+        f"{_yaml_key(name)}: {_relation_mapping(guess)}"
+        for name, guess in draft.guessed_relations.items()
     ]
     if guessed and not relations:
         yield _commented_out(f"  relations: {{{', '.join(guessed)}}}")  # taken or left by one line
     elif guessed:
-        yield from (_commented_out(f"    {one}") for one in guessed)
+        yield from (_commented_out(f"    {line}") for line in guessed)
 
 
 def _relation_mapping(relation: RelationConfig) -> str:
@@ -238,8 +239,10 @@ _BLANK_OR_BREAK = re.compile(r"\s+")
 def _comment_lines(text: str, indent: str = "") -> Iterator[str]:
     """Yield the lines of a comment; characters that can't be printed are escaped as in Python."""
     width = _LINE_WIDTH - 4 - len(indent)
-    shown = _escape_unprintable(_BLANK_OR_BREAK.sub(" ", text))
-    yield from (f"# {indent}{line}" for line in textwrap.wrap(shown, width, break_on_hyphens=False))
+    printable = _escape_unprintable(_BLANK_OR_BREAK.sub(" ", text))
+    yield from (
+        f"# {indent}{line}" for line in textwrap.wrap(printable, width, break_on_hyphens=False)
+    )
 
 
 def _escape_unprintable(text: str) -> str:

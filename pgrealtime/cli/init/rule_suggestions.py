@@ -87,9 +87,9 @@ class RuleSuggestions:
         sharing = defaultdict(list)
         for other in self.collections.values():
             if other.type != "auth" and not _SHARING_WORDS.isdisjoint(split_words(other.name)):
-                for one in other.fields:
-                    if one.relation is not None and _is_single_relation(one):
-                        sharing[one.relation.collection_name].append((other, one))
+                for field_ in other.fields:
+                    if field_.relation is not None and _is_single_relation(field_):
+                        sharing[field_.relation.collection_name].append((other, field_))
         object.__setattr__(self, "_sharing_collections", sharing)
 
     def suggest_rule(self, name: str) -> str:
@@ -107,17 +107,17 @@ class RuleSuggestions:
         public = _public_field(collection)
         if not paths:
             return f"{public} = true" if public else SIGNED_IN_RULE
-        mine = " || ".join(map(str, paths))
+        owned = " || ".join(map(str, paths))
         guard = self._guard(paths)
         if guard:
-            mine = f"{guard} && {_parenthesized(mine) if len(paths) > 1 else mine}"
+            owned = f"{guard} && {_parenthesized(owned) if len(paths) > 1 else owned}"
         if public:
-            return f"{public} = true || {_parenthesized(mine) if guard else mine}"
-        return mine
+            return f"{public} = true || {_parenthesized(owned) if guard else owned}"
+        return owned
 
     def _guard(self, owner_paths: Sequence[_OwnerPath]) -> str:
         """Return the condition that excludes guests, and accounts of other auth collections."""
-        if sum(one.type == "auth" for one in self.collections.values()) > 1:
+        if sum(collection.type == "auth" for collection in self.collections.values()) > 1:
             return f'@request.auth.collectionName = "{owner_paths[0].auth_collection}"'
         return "" if all(path.is_never_empty for path in owner_paths) else SIGNED_IN_RULE
 
@@ -127,30 +127,30 @@ class RuleSuggestions:
         return [path for path in found if path.auth_collection == found[0].auth_collection]
 
     def _nearest_owner_paths(self, collection: Collection) -> list[_OwnerPath]:
-        reached = {collection.name}
-        at: list[tuple[Collection, tuple[Field, ...]]] = [(collection, ())]
+        visited = {collection.name}
+        frontier: list[tuple[Collection, tuple[Field, ...]]] = [(collection, ())]
         for _ in range(_MAX_RELATION_STEPS):
-            for here, steps in at:
-                paths = list(self._direct_owner_paths(here))
+            for current, steps in frontier:
+                paths = list(self._direct_owner_paths(current))
                 for step in reversed(steps):
                     paths = [path.via_relation(step) for path in paths]
                 if paths:
                     return paths
-            further = [(self._parents(here), steps) for here, steps in at]
-            at = []
-            for parents, steps in further:
+            next_frontier = [(self._parents(current), steps) for current, steps in frontier]
+            frontier = []
+            for parents, steps in next_frontier:
                 for step, parent in parents:
-                    if parent.name not in reached:
-                        reached.add(parent.name)
-                        at.append((parent, (*steps, step)))
+                    if parent.name not in visited:
+                        visited.add(parent.name)
+                        frontier.append((parent, (*steps, step)))
         return []
 
     def _parents(self, collection: Collection) -> list[tuple[Field, Collection]]:
         """Return the collections that rows refer to, those of NOT NULL columns first."""
         parents = [
-            (one, self.collections[one.relation.collection_name])
-            for one in collection.fields
-            if one.relation is not None and _is_single_relation(one)
+            (field_, self.collections[field_.relation.collection_name])
+            for field_ in collection.fields
+            if field_.relation is not None and _is_single_relation(field_)
         ]
         return sorted(parents, key=lambda found: not (found[0].column and found[0].column.not_null))
 
@@ -175,39 +175,41 @@ class RuleSuggestions:
 
     def _field_owner_paths(self, collection: Collection) -> list[_OwnerPath]:
         relations = [
-            one
-            for one in collection.fields
-            if one.relation is not None
-            and _is_single_relation(one)
-            and self.collections[one.relation.collection_name].type == "auth"
+            field_
+            for field_ in collection.fields
+            if field_.relation is not None
+            and _is_single_relation(field_)
+            and self.collections[field_.relation.collection_name].type == "auth"
         ]
-        owners = [one for one in relations if _ACTOR_WORDS.isdisjoint(split_words(one.name))]
+        owners = [
+            field_ for field_ in relations if _ACTOR_WORDS.isdisjoint(split_words(field_.name))
+        ]
         return [
             _OwnerPath(
-                one.name,
-                one.relation.collection_name,
-                is_never_empty=one.column is not None and one.column.not_null,
+                field_.name,
+                field_.relation.collection_name,
+                is_never_empty=field_.column is not None and field_.column.not_null,
             )
-            for one in owners or relations
-            if one.relation is not None
+            for field_ in owners or relations
+            if field_.relation is not None
         ]
 
     def _junction_owner_paths(self, collection: Collection) -> Iterator[_OwnerPath]:
         """Yield the accounts that a junction table gives access."""
-        for one in collection.fields:
-            if one.relation is None or one.relation.junction is None:
+        for field_ in collection.fields:
+            if field_.relation is None or field_.relation.junction is None:
                 continue
             is_shared = not _SHARING_WORDS.isdisjoint(
-                split_words(one.name)
-            ) and _RULE_FIELD_PATTERN.fullmatch(one.name)
-            if is_shared and self.collections[one.relation.collection_name].type == "auth":
-                yield _OwnerPath(one.name, one.relation.collection_name, is_multiple=True)
+                split_words(field_.name)
+            ) and _RULE_FIELD_PATTERN.fullmatch(field_.name)
+            if is_shared and self.collections[field_.relation.collection_name].type == "auth":
+                yield _OwnerPath(field_.name, field_.relation.collection_name, is_multiple=True)
 
     def _membership_owner_paths(self, collection: Collection) -> Iterator[_OwnerPath]:
         """Yield the accounts in rows of other collections that give access, such as memberships."""
-        for other, one in self._sharing_collections.get(collection.name, ()):
+        for other, field_ in self._sharing_collections.get(collection.name, ()):
             for owner in self._field_owner_paths(other):
-                path = f"{other.name}_via_{one.name}.{owner.path}"
+                path = f"{other.name}_via_{field_.name}.{owner.path}"
                 yield _OwnerPath(path, owner.auth_collection, is_multiple=True)
 
     def guess_owner_fields(self) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -215,22 +217,26 @@ class RuleSuggestions:
 
         Only for collections without any path to their owners.
         """
-        auths = [one for one in self.collections.values() if one.type == "auth"]
+        auths = [
+            collection for collection in self.collections.values() if collection.type == "auth"
+        ]
         for collection in self.collections.values() if auths else ():
             if self._owner_paths(collection):
                 continue
-            by_column = {one.column.name: one for one in collection.fields if one.column}
+            by_column = {
+                field_.column.name: field_ for field_ in collection.fields if field_.column
+            }
             for name in _OWNER_COLUMNS:
-                one = by_column.get(name)
-                if one and _may_hold_id(one) and one.type.base == auths[0].key.type.base:
-                    yield collection.name, (one.name, auths[0].name)
+                field_ = by_column.get(name)
+                if field_ and _may_hold_id(field_) and field_.type.base == auths[0].key.type.base:
+                    yield collection.name, (field_.name, auths[0].name)
                     break
 
 
 def _is_single_relation(field_: Field) -> bool:
     """Whether the field is a relation to one record, under a name that rules can use."""
-    is_sayable = _RULE_FIELD_PATTERN.fullmatch(field_.name) is not None
-    return field_.relation is not None and field_.column is not None and is_sayable
+    is_valid_name = _RULE_FIELD_PATTERN.fullmatch(field_.name) is not None
+    return field_.relation is not None and field_.column is not None and is_valid_name
 
 
 def _may_hold_id(field_: Field) -> bool:
@@ -241,9 +247,9 @@ def _may_hold_id(field_: Field) -> bool:
 def _public_field(collection: Collection) -> str:
     """Return the name of the field that makes a row public; empty if there is none."""
     flags = {
-        one.name
-        for one in collection.fields
-        if one.kind is FieldKind.BOOL and not one.is_multiple and collection.type != "auth"
+        field_.name
+        for field_ in collection.fields
+        if field_.kind is FieldKind.BOOL and not field_.is_multiple and collection.type != "auth"
     }
     return next((name for name in _PUBLIC_FIELDS if name in flags), "")
 

@@ -177,9 +177,9 @@ class SliceReader:
 
         def needs(groups: Iterable[Group]) -> Iterable[EnrichmentNeed]:
             return (
-                (one.expand_viewer, one.bound_manage_rule)
+                (subscription.expand_viewer, subscription.bound_manage_rule)
                 for group in groups
-                for one in by_group[group]
+                for subscription in by_group[group]
             )
 
         check = CallerCheck(
@@ -196,7 +196,7 @@ class SliceReader:
         seconds = enrichment.related_records.load_seconds
         evaluated.budget.spend(seconds)
         viewers = (
-            one.expand_viewer for one in connection.subscriptions.values() if one.expand_viewer
+            own.expand_viewer for own in connection.subscriptions.values() if own.expand_viewer
         )
         generation.enricher.record_expand_seconds(viewers, seconds, len(events))
         if outdated := check.outdated_connections.get(connection):

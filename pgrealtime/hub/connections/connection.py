@@ -254,8 +254,8 @@ class Connection(ConnectionOutput):
     def may_close(self, now: float) -> bool:
         """Whether closing it cannot fall between PB_CONNECT and the answer to its first call."""
         if self.first_call_answered_at is None:
-            is_called = self.lock.locked()
-            return not is_called and now - self.connected_at >= _CLOSE_DELAY_SECONDS
+            is_in_call = self.lock.locked()
+            return not is_in_call and now - self.connected_at >= _CLOSE_DELAY_SECONDS
         return now - self.first_call_answered_at >= _CLOSE_DELAY_SECONDS
 
     # --- transitions ------------------------------------------------------------------------

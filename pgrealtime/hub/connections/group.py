@@ -64,7 +64,7 @@ class MemberRenderGroup(Generic[MemberT]):
         """Return the subscriptions whose own record it is: they receive its email."""
         if self._by_owner is not None:
             return self._by_owner.get(record_id, ())
-        return [one for one in self if one.own_record_id == record_id]
+        return [subscription for subscription in self if subscription.own_record_id == record_id]
 
     def add(self, subscription: MemberT) -> None:
         """Add a subscription with the same render key."""

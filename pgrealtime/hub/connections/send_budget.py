@@ -130,6 +130,6 @@ class SendBudget:
         self._refreshed_at = self._clock()
         found = {connection: connection.writer.buffered_bytes() for connection in self._slow}
         self._slow = {
-            one: waiting for one, waiting in found.items() if waiting >= self.counted_from_bytes
+            slow: waiting for slow, waiting in found.items() if waiting >= self.counted_from_bytes
         }
         self._waiting_bytes = sum(self._slow.values())

@@ -130,13 +130,15 @@ class MessageComposer:
                     return index
                 self._change_message_count = self._change_bytes = 0
             rendering = event_rendering(event, index, self._enrichment)
-            receivers = [one for group in self._hits[index] for one in group.render_groups]
+            receivers = [
+                render_group for group in self._hits[index] for render_group in group.render_groups
+            ]
             if rendering.live_row_rendering is not None:
                 self._live_row_render_groups = frozenset(
-                    one
+                    receiver
                     for group in self._hits[index]
                     if group in rendering.live_row_groups
-                    for one in group.render_groups
+                    for receiver in group.render_groups
                 )
             for count, render_group in enumerate(receivers):
                 if self._change_bytes > _CHANGE_BYTES:
@@ -161,7 +163,7 @@ class MessageComposer:
             render_groups: All its receivers.
             composed_count: For how many of them it is composed already.
         """
-        topic_counts = Counter(one.connection for group in render_groups for one in group)
+        topic_counts = Counter(member.connection for group in render_groups for member in group)
         excluded = self._composed.excluded_connections
         average_bytes = self._change_bytes // max(self._change_message_count, 1)
         for connection, count in topic_counts.items():
@@ -169,11 +171,13 @@ class MessageComposer:
                 excluded.add(connection)
 
         def fewest_topics(render_group: RenderGroup) -> int:
-            return min((topic_counts[one.connection] for one in render_group), default=0)
+            return min(
+                (topic_counts[subscription.connection] for subscription in render_group), default=0
+            )
 
         # If not all fit, it is probably for connections with many topics that they don't.
         for render_group in sorted(render_groups[composed_count:], key=fewest_topics):
-            connections = [one.connection for one in render_group]
+            connections = [member.connection for member in render_group]
             if excluded.issuperset(connections):
                 continue
             if self._change_bytes > _COMPOSED_BYTES:
@@ -193,7 +197,11 @@ class MessageComposer:
         self, rendering: EventRendering, render_group: RenderGroup
     ) -> None:
         """Add a record with ``fields``, whose cost the client determines, if there is time."""
-        connections = [one.connection for one in render_group if one.connection.state is LIVE]
+        connections = [
+            subscription.connection
+            for subscription in render_group
+            if subscription.connection.state is LIVE
+        ]
         if not connections:
             return  # those that catch up compose it themselves
         if len(connections) >= MANY_CONNECTIONS:
@@ -251,7 +259,9 @@ def enqueue_messages(composed: ComposedMessages, events: Sequence[Event]) -> lis
     Returns:
         The connections that received anything, and those that are excluded.
     """
-    touched: list[Connection] = [one for one in composed.excluded_connections if one.state is LIVE]
+    receivers: list[Connection] = [
+        connection for connection in composed.excluded_connections if connection.state is LIVE
+    ]
     for render_group in composed.render_groups:
         shared, render_group.batch, render_group.composed_in = render_group.batch, None, None
         if shared is None or not shared.event_indexes:
@@ -264,8 +274,8 @@ def enqueue_messages(composed: ComposedMessages, events: Sequence[Event]) -> lis
                 shared, subscription, events, composed.own_record_batches
             )
             if batch.event_indexes and connection.enqueue(batch):
-                touched.append(connection)
-    return touched
+                receivers.append(connection)
+    return receivers
 
 
 def _batch_for_subscription(

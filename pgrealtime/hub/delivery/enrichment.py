@@ -109,9 +109,9 @@ class SliceEnricher:
         self._omitted_column_counts = omitted_column_counts
         self._before_states = BeforeStates(reachable_tables(collections))
         self._enriched_collections = frozenset(
-            one.name
-            for one in collections.values()
-            if one.manage_rule is not None or junction_hops(collections, one)
+            collection.name
+            for collection in collections.values()
+            if collection.manage_rule is not None or junction_hops(collections, collection)
         )
         """Names of collections whose records show more than their rows even without ``expand``."""
         self.expanding_count = 0
@@ -184,8 +184,8 @@ class SliceEnricher:
                 self._count_omitted_columns(
                     events[index], result.hits[index], live_rows.checked.get(index)
                 )
-            for index, one in live_rows.checked.items():
-                one.live_junction_ids = related.live_junction_ids.get(index)
+            for index, live_row in live_rows.checked.items():
+                live_row.live_junction_ids = related.live_junction_ids.get(index)
             enrichment.live_row_events = live_rows.checked
         if related.failed:
             result.record_failed_enrichment(events, related.failed)
@@ -215,7 +215,7 @@ class SliceEnricher:
                     if event.action == "delete"
                     else None
                 )
-                predicates = {one for _, one in needs if one is not None}
+                predicates = {predicate for _, predicate in needs if predicate is not None}
                 managed.add(index)
                 evaluation.add(index, event.collection, event.row, predicates, before_state)
         return _Needs(received, expands, evaluation, frozenset(managed))
@@ -234,8 +234,8 @@ class SliceEnricher:
         shared, rare = needs.expands, list[ExpandRequest]()
         if is_shared and shared:
             plans = _widely_used_plans(result.hits)
-            rare = [one for one in needs.expands if one[1].plan not in plans]
-            shared = [one for one in needs.expands if one[1].plan in plans]
+            rare = [request for request in needs.expands if request[1].plan not in plans]
+            shared = [request for request in needs.expands if request[1].plan in plans]
         related = await self._related_loader.load_for_events(
             events,
             needs.event_indexes,
@@ -258,7 +258,7 @@ class SliceEnricher:
         related: RelatedRecords,
     ) -> frozenset[ExpandViewer]:
         """Add to ``related`` the expands that were quick before; return the other viewers."""
-        quick = [one for one in requests if one[1].plan in self._quick_plans]
+        quick = [request for request in requests if request[1].plan in self._quick_plans]
         excluded = frozenset(
             viewer for _, viewer in requests if viewer.plan not in self._quick_plans
         )
@@ -304,16 +304,16 @@ class SliceEnricher:
             for (index, viewer), expand in expands.items()
             if viewer in viewers and expand not in {None, b"{}"}
         ]
-        for one in withheld:
-            del expands[one]
+        for expand_key in withheld:
+            del expands[expand_key]
         if withheld:
             result.record_failed_enrichment(events, withheld)
 
     def _count_omitted_columns(
         self, event: Event, groups: Iterable[Group], live_row_event: LiveRowEvent | None
     ) -> None:
-        seeing = () if live_row_event is None else live_row_event.groups
-        if any(group not in seeing for group in groups):
+        complete_groups = () if live_row_event is None else live_row_event.groups
+        if any(group not in complete_groups for group in groups):
             self._omitted_column_counts[event.collection.name] += 1
 
 
@@ -332,6 +332,8 @@ def _widely_used_plans(hits: Iterable[Iterable[Group]]) -> set[ExpandPlan]:
         for render_group in group.render_groups:
             viewer = render_group.render_key[2]
             if viewer is not None and counts[viewer.plan] < MANY_CONNECTIONS:
-                live = (None for one in render_group if one.connection.state is LIVE)
+                live = (
+                    None for subscription in render_group if subscription.connection.state is LIVE
+                )
                 counts[viewer.plan] += sum(1 for _ in islice(live, MANY_CONNECTIONS))
     return {plan for plan, count in counts.items() if count >= MANY_CONNECTIONS}

@@ -77,10 +77,12 @@ class LiveRowEvents:
 
     async def check_callers(self, session: ReadSession, viewers: Sized[ExpandViewer]) -> None:
         """Check the callers of the viewers, and of the groups that would see live rows."""
-        groups = frozenset[Group]().union(*(one.groups for one in self._unchecked.values()))
+        groups = frozenset[Group]().union(
+            *(live_row.groups for live_row in self._unchecked.values())
+        )
         withheld = await self._check_callers(session, viewers, groups)
-        for one in self._unchecked.values():
-            one.groups -= withheld
+        for live_row in self._unchecked.values():
+            live_row.groups -= withheld
         self.checked.update(self._unchecked)
         self._unchecked.clear()
 
@@ -88,15 +90,15 @@ class LiveRowEvents:
         self, session: ReadSession, event_indexes: Sized[int]
     ) -> dict[int, LiveRowEvent]:
         rows = await _fetch_rows(session, [self._events[index] for index in event_indexes])
-        found = [
+        loaded = [
             (index, event, row)
             for index, event in ((index, self._events[index]) for index in event_indexes)
             if (row := rows.get((event.collection.name, event.record_id))) is not None
             and event.action != "delete"
         ]
-        budget = FilterBudget.for_slice(len(found))
+        budget = FilterBudget.for_slice(len(loaded))
         evaluation = self._matcher.start_evaluation_of_pairs(
-            [(replace(event, row=row), self._hits[index]) for index, event, row in found],
+            [(replace(event, row=row), self._hits[index]) for index, event, row in loaded],
             datetime.now(UTC),
             budget.work_budget,
         )
@@ -106,8 +108,8 @@ class LiveRowEvents:
             index: LiveRowEvent(
                 replace(event, row=_without_email(event, row) | event.row), frozenset(groups)
             )
-            for place, (index, event, row) in enumerate(found)
-            if (groups := evaluation.hits(place))
+            for row_key, (index, event, row) in enumerate(loaded)
+            if (groups := evaluation.hits(row_key))
         }
 
 

@@ -83,9 +83,9 @@ class UnindexedFilters:
             SubscriptionLimitError: The connection, or its network, has too many; not counted.
         """
         connection_groups = {
-            one.group
-            for one in _submitted_before(subscription)
-            if one.group and one.group.is_unindexed
+            earlier.group
+            for earlier in _submitted_before(subscription)
+            if earlier.group and earlier.group.is_unindexed
         }
         if (
             group not in connection_groups
@@ -122,18 +122,18 @@ def _limit_error(subscription: Subscription, limit: str, maximum: int) -> Subscr
 def _submitted_before(subscription: Subscription) -> Iterator[Subscription]:
     """Yield the connection's subscriptions that were submitted before this one."""
     subscriptions = subscription.connection.subscriptions.values()
-    return takewhile(lambda one: one is not subscription, subscriptions)
+    return takewhile(lambda earlier: earlier is not subscription, subscriptions)
 
 
 def _remote_filters_before(subscription: Subscription) -> int:
     return sum(
-        one.group is not None and one.group.specialization.has_remote_filter
-        for one in _submitted_before(subscription)
+        earlier.group is not None and earlier.group.specialization.has_remote_filter
+        for earlier in _submitted_before(subscription)
     )
 
 
 def _filter_characters_upto(subscription: Subscription) -> int:
-    texts = {one.topic.query.get("filter", "") for one in _submitted_before(subscription)}
+    texts = {earlier.topic.query.get("filter", "") for earlier in _submitted_before(subscription)}
     texts.add(subscription.topic.query["filter"])
     return sum(map(len, texts))
 
@@ -141,8 +141,8 @@ def _filter_characters_upto(subscription: Subscription) -> int:
 def _other_views_before(subscription: Subscription) -> int:
     """Return how many other views than its own were submitted before the first of its own."""
     own, others = _view_options(subscription.topic), {_PLAIN_VIEW}
-    for one in _submitted_before(subscription):
-        view = _view_options(one.topic)
+    for earlier in _submitted_before(subscription):
+        view = _view_options(earlier.topic)
         if view == own or len(others) > VIEWS_PER_CONNECTION:
             break
         others.add(view)

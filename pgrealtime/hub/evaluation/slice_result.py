@@ -87,8 +87,14 @@ class SliceResult(Struct):
             groups = self.hits[index]
             if None in viewers:
                 unprovable.update(groups)
-            pairs = ((group, one.render_key[2]) for group in groups for one in group.render_groups)
-            incomplete.update((group, one) for group, one in pairs if one and one in viewers)
+            served = (
+                (group, render_group.render_key[2])
+                for group in groups
+                for render_group in group.render_groups
+            )
+            incomplete.update(
+                (group, viewer) for group, viewer in served if viewer and viewer in viewers
+            )
         self.unprovable_groups |= unprovable
         self.incomplete_expands |= incomplete
         self.unproven_indexes = [*self.unproven_indexes, *viewers_by_index]

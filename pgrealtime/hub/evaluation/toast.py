@@ -128,7 +128,7 @@ class RowCompleter:
                 (write.end_lsn for write in writes if write.xid == row.live_row.writer_xid),
                 default=LSN(0),
             )
-            earlier = [one for one in row.events if one.event.cursor.lsn < written_at]
+            earlier = [event for event in row.events if event.event.cursor.lsn < written_at]
             writes = [write for write in writes if write.end_lsn <= written_at]
             await _fill_unwritten_columns(earlier, row.live_row, writes, timer)
             row.events = row.events[len(earlier) :]
@@ -179,7 +179,7 @@ async def _fill_unwritten_columns(
         timer: Yields to the loop: a row may be written any number of times.
     """
     writes = list(later_writes)
-    unwritten = frozenset[str]().union(*(one.provable_columns for one in events))
+    unwritten = frozenset[str]().union(*(row_event.provable_columns for row_event in events))
     for event, columns in reversed(events):
         while unwritten and writes and writes[-1].end_lsn > event.cursor.lsn:
             unwritten -= columns_written(writes.pop(), event.collection, unwritten)

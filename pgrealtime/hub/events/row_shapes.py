@@ -168,8 +168,12 @@ class TableDefinitions:
 
 def _composite_types(types: Iterable[Type]) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Yield oid and attribute names of the composite types among these and their parts."""
-    for one in types:
-        if one.attributes:
-            yield one.oid, tuple(name for name, _ in one.attributes)
-        inner = (one.element, one.domain_of, *(of for _, of in one.attributes))
-        yield from _composite_types(of for of in inner if of is not None)
+    for type_ in types:
+        if type_.attributes:
+            yield type_.oid, tuple(name for name, _ in type_.attributes)
+        inner = (
+            type_.element,
+            type_.domain_of,
+            *(inner_type for _, inner_type in type_.attributes),
+        )
+        yield from _composite_types(inner_type for inner_type in inner if inner_type is not None)

@@ -91,7 +91,9 @@ class CallerCheck:
             groups must be served separately.
         """
         asking = {
-            one for one in viewers if one.plan.depends_on_caller or one.own_record is not None
+            viewer
+            for viewer in viewers
+            if viewer.plan.depends_on_caller or viewer.own_record is not None
         }
         asking_groups = frozenset(group for group in groups if _depends_on_caller(group))
         if not (asking or asking_groups) or not self._events:
@@ -105,29 +107,34 @@ class CallerCheck:
         changed = await self._find_changed(
             session, asking, asking_groups, is_changelog_complete=is_complete
         )
-        for connection, now in changed.items():
-            viewers_lost = frozenset(
-                one.expand_viewer
-                for one in connection.subscriptions.values()
-                if one.expand_viewer in asking
-                and (
-                    now is None
-                    or one.expand_viewer
-                    is not self._generation.compile_expand_viewer(one.topic, now)
-                )
-            )
+        for connection, caller in changed.items():
+            viewers_lost = self._viewers_lost(connection, caller, asking)
             if viewers_lost or asking_groups:
                 known = self.outdated_connections.get(connection, frozenset())
                 self.outdated_connections[connection] = known | viewers_lost
-        left = (one for one in self._find_connections((), asking_groups) if one not in changed)
-        if not changed or next(iter(left), None) is not None:
-            return frozenset()
-        return asking_groups
+        receivers = self._find_connections((), asking_groups)
+        is_all_changed = bool(changed) and all(connection in changed for connection in receivers)
+        return asking_groups if is_all_changed else frozenset()
+
+    def _viewers_lost(
+        self, connection: Connection, caller: Caller | None, viewers: set[ExpandViewer]
+    ) -> frozenset[ExpandViewer]:
+        """Return those of the viewers that the connection's changed caller no longer is."""
+        return frozenset(
+            subscription.expand_viewer
+            for subscription in connection.subscriptions.values()
+            if subscription.expand_viewer in viewers
+            and (
+                caller is None
+                or subscription.expand_viewer
+                is not self._generation.compile_expand_viewer(subscription.topic, caller)
+            )
+        )
 
     async def _may_be_written(self, viewers: Iterable[ExpandViewer], after: LSN) -> bool:
         """Whether rows that viewers are shown may have been written in commits after an LSN."""
         lookups = frozenset[LookupColumn]().union(
-            *(one.lookup_columns for one in {v.plan for v in viewers})
+            *(plan.lookup_columns for plan in {viewer.plan for viewer in viewers})
         )
         for lookup in lookups:
             history = await self._row_history.table_history(*lookup, after)
@@ -163,7 +170,7 @@ class CallerCheck:
             elif is_changelog_complete and not history.has_writes(before):
                 continue
             accounts: dict[AccountKey, list[Connection]] = {}
-            turn = YieldTimer()
+            yield_timer = YieldTimer()
             for connection in self._find_connections(viewers, groups):
                 account = account_of(connection.caller)
                 if account is None or account[0] != collection.name:
@@ -172,8 +179,8 @@ class CallerCheck:
                     self._row_history, collection, account, before
                 ):
                     accounts.setdefault(account, []).append(connection)
-                if turn.is_due():
-                    await turn.pause()
+                if yield_timer.is_due():
+                    await yield_timer.pause()
             changed |= await self._find_changed_accounts(session, collection, accounts)
         return changed
 
@@ -190,7 +197,7 @@ class CallerCheck:
             session, collection, (record_id for _, record_id in connections_by_account)
         )
         changed: dict[Connection, Caller | None] = {}
-        turn = YieldTimer()
+        yield_timer = YieldTimer()
         for account, connections in connections_by_account.items():
             row = None if rows is None else rows.get(account[1])
             for connection in connections:
@@ -199,8 +206,8 @@ class CallerCheck:
                     now = self._caller_tracker.caller_from_row(connection.caller, collection, row)
                 if now is None or now != connection.caller:
                     changed[connection] = now
-            if turn.is_due():
-                await turn.pause()
+            if yield_timer.is_due():
+                await yield_timer.pause()
         return changed
 
 

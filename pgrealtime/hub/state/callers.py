@@ -103,8 +103,9 @@ class CallerTracker:
     def changes_a_caller(self, event: Event) -> bool:
         """Whether the event changes the caller of any connection."""
         return any(
-            self.caller_after(event, one.caller, one.caller_read_point) is not one.caller
-            for one in self.connections_of(event)
+            self.caller_after(event, connection.caller, connection.caller_read_point)
+            is not connection.caller
+            for connection in self.connections_of(event)
         )
 
     def connections_of(self, event: Event) -> Sized[Connection]:

@@ -58,25 +58,25 @@ class ResumableEpochs:
             head: The dispatcher's.
         """
         last_event_id, position = submitted
-        asked = _parse_submitted_position(last_event_id)
-        if asked is None and position is None:
+        parsed = _parse_submitted_position(last_event_id)
+        if parsed is None and position is None:
             return None
-        given = last_event_id if asked is not None else position
-        if not given:
+        id_text = last_event_id if parsed is not None else position
+        if not id_text:
             return Resumption(head, encode_position(self.epoch, head))
-        asked = asked or _parse_submitted_position(position)
+        parsed = parsed or _parse_submitted_position(position)
         # Until something was delivered the id stays the submitted position, also after a gap: a
         # client that breaks off now submits it again and is notified again.
-        text = given.rpartition(".")[2][:_MAX_POSITION_LENGTH]
-        sent = text.encode() if asked else encode_position(self.epoch, head)
-        is_ours = asked is not None and asked.cursor >= self._resumable_from.get(
-            asked.epoch, _UNREACHABLE_CURSOR
+        text = id_text.rpartition(".")[2][:_MAX_POSITION_LENGTH]
+        sent = text.encode() if parsed else encode_position(self.epoch, head)
+        is_ours = parsed is not None and parsed.cursor >= self._resumable_from.get(
+            parsed.epoch, _UNREACHABLE_CURSOR
         )
-        if asked is None or not is_ours or not self._can_resume:
+        if parsed is None or not is_ours or not self._can_resume:
             return Resumption(head, sent, gap_reason="unknown")
-        if asked.cursor < self._changelog.floor:
+        if parsed.cursor < self._changelog.floor:
             return Resumption(head, sent, gap_reason="expired")
-        return Resumption(asked.cursor, sent, is_resuming=True)
+        return Resumption(parsed.cursor, sent, is_resuming=True)
 
 
 def _parse_submitted_position(text: str | None) -> Position | None:

@@ -50,9 +50,11 @@ class GapNotifier:
         ):
             gaps.insert(0, GapNotice(missed, "unknown", end_cursor))
         are_both_sent = len(gaps) > 1 and self._affects(connection, gaps[-1])
-        for one in gaps:
+        for notice in gaps:
             if not connection.is_closed():
-                self.notify(connection, one, keeps_position=are_both_sent and one is not gaps[-1])
+                self.notify(
+                    connection, notice, keeps_position=are_both_sent and notice is not gaps[-1]
+                )
 
     def position_limit(
         self, connection: Connection, evaluation_gap: EvaluationGap | None

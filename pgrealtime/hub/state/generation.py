@@ -123,12 +123,12 @@ class Generation:
         left = FILTER_CHARACTERS_PER_CONNECTION
         rest = iter(topic_texts)
         while len(topics) < len(topic_texts):
-            async with work_lock.acquire_for_loop_work(network) as turn:
+            async with work_lock.acquire_for_loop_work(network) as yield_timer:
                 for name in rest:
                     topic = topics[name] = parse_topic(name)
                     left -= len(topic.query.get("filter", ""))
                     self._precompile(topic, caller, may_compile_filter=left >= 0)
-                    if turn.is_due():
+                    if yield_timer.is_due():
                         break
         return topics
 

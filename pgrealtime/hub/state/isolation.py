@@ -51,10 +51,10 @@ class IsolatedConnections:
         collections = {event.collection.name for event in events}
         groups = self._progress.generation.matcher.trials.untried_groups(collections)
         return {
-            one.connection: None
+            subscription.connection: None
             for group in groups
             for render_group in group.render_groups
-            for one in render_group
+            for subscription in render_group
         }
 
     def isolate_with_backoff(self, connection: Connection) -> None:
@@ -120,14 +120,15 @@ class IsolatedConnections:
         if not self._progress.generation.matcher.has_remote_filters:
             return
         collections = {event.collection.name for event in events}
-        groups = (one.group for one in connection.subscriptions.values())
-        filters = {
-            group.specialization
-            for group in groups
-            if group and group.specialization.has_remote_filter
-        }
+        groups = (subscription.group for subscription in connection.subscriptions.values())
         self._progress.generation.matcher.trials.record_quick(
-            one for one in filters if one.collection.name in collections
+            {
+                group.specialization
+                for group in groups
+                if group
+                and group.specialization.has_remote_filter
+                and group.specialization.collection.name in collections
+            }
         )
 
     def _record_timeout(self, connection: Connection, *, is_tolerated: bool) -> None:

@@ -90,7 +90,7 @@ class ConnectionRegistry:
 
     def live_connections(self) -> list[Connection]:
         """Return the connections that are LIVE now."""
-        return [one for one in self._connections.values() if one.state is LIVE]
+        return [connection for connection in self._connections.values() if connection.state is LIVE]
 
     # --- opening ----------------------------------------------------------------------------
 

@@ -68,8 +68,8 @@ class PairQuestion:
         params = image_params(rows)
         for name, binding in predicate.bindings.items():
             if name in argument_of:
-                at = argument_of[name]
-                params[name] = [to_sql_value(args[at], binding.form) for _, args in self.pairs]
+                i = argument_of[name]
+                params[name] = [to_sql_value(args[i], binding.form) for _, args in self.pairs]
             else:
                 params[name] = _shared_value(binding, macro_values)
         if argument_of:
@@ -102,7 +102,7 @@ class PairQuestion:
             pairs = [self.pairs[position] for position in positions]
             part = PairQuestion(test=self.test, pairs=pairs, overlays=self.overlays)
             yield part
-            self.matching_positions.update(positions[at] for at in part.matching_positions)
+            self.matching_positions.update(positions[i] for i in part.matching_positions)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -72,7 +72,7 @@ class BeforeStates:
         self._batch_number += 1
         if self._states:
             oldest = self._batch_number - _BATCHES_BEFORE_EVICTION
-            self._states = {at: known for at, known in self._states.items() if known[1] >= oldest}
+            self._states = {key: known for key, known in self._states.items() if known[1] >= oldest}
 
     def state_before(self, changes: tuple[Change, ...]) -> BeforeState:
         """Return the state before the transaction of these changes."""

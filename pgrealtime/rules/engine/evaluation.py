@@ -124,7 +124,7 @@ class Evaluation(Generic[K, M]):
                 row_keys.append(row_key)
                 members.update(found)
                 unreached.update((id(entries), entries) for entries in row.unreached_entries)
-        return row_keys, frozenset(members.union(*(one.all() for one in unreached.values())))
+        return row_keys, frozenset(members.union(*(remote.all() for remote in unreached.values())))
 
     # --- questions and answers
 
@@ -141,15 +141,15 @@ class Evaluation(Generic[K, M]):
 
     def _make_key_questions(self) -> Iterator[tuple[KeyQuestion, _RowsByImage[M]]]:
         """Ask for open keys: one question per remote key and before state."""
-        gathered: dict[_Topic[tuple[RemoteKey, bool]], _Gathered[ColumnTexts, M]] = {}
+        images_by_topic: dict[_Topic[tuple[RemoteKey, bool]], _Gathered[ColumnTexts, M]] = {}
         for row in self.rows.values():
             for remote_key, is_all in row.open_keys.items():
                 sql_values = remote_key.sql_values
                 overlays = row.overlays(sql_values.tables)
                 topic = (remote_key, is_all), tuple(map(id, overlays))
-                _, images = gathered.setdefault(topic, (overlays, {}))
+                _, images = images_by_topic.setdefault(topic, (overlays, {}))
                 images.setdefault(column_texts(row.row, sql_values.column_names), []).append(row)
-        for ((remote_key, is_all), _), (overlays, images) in gathered.items():
+        for ((remote_key, is_all), _), (overlays, images) in images_by_topic.items():
             question = KeyQuestion(
                 remote_key=remote_key,
                 rows=list(images),
@@ -162,7 +162,7 @@ class Evaluation(Generic[K, M]):
 
     def _make_pair_questions(self) -> Iterator[tuple[PairQuestion, _RowsByImage[M]]]:
         """Ask for open tests: one question per test, before state and so many pairs."""
-        gathered: dict[_Topic[Test], _Gathered[tuple[ColumnTexts, Arguments], M]] = {}
+        pairs_by_topic: dict[_Topic[Test], _Gathered[tuple[ColumnTexts, Arguments], M]] = {}
         for row in self.rows.values():
             if not row.has_open_tests:
                 continue
@@ -173,15 +173,15 @@ class Evaluation(Generic[K, M]):
                     continue
                 overlays = row.overlays(test.sql_predicate.tables)
                 topic = test, tuple(map(id, overlays))
-                _, pairs = gathered.setdefault(topic, (overlays, {}))
+                _, pairs = pairs_by_topic.setdefault(topic, (overlays, {}))
                 image = column_texts(row.row, test.sql_predicate.column_names)
                 pairs.setdefault((image, arguments), []).append(row)
-        for (test, _), (overlays, pairs) in gathered.items():
+        for (test, _), (overlays, pairs) in pairs_by_topic.items():
             distinct = list(pairs)
             for start in range(0, len(distinct), _MAX_PAIRS_PER_QUESTION):
-                some = distinct[start : start + _MAX_PAIRS_PER_QUESTION]
-                question = PairQuestion(test=test, pairs=some, overlays=overlays)
-                yield question, [pairs[pair] for pair in some]
+                chunk = distinct[start : start + _MAX_PAIRS_PER_QUESTION]
+                question = PairQuestion(test=test, pairs=chunk, overlays=overlays)
+                yield question, [pairs[pair] for pair in chunk]
 
     def resume(self) -> None:
         """Go on with the answers. What has none is denied, unless its question was postponed."""
@@ -197,11 +197,11 @@ class Evaluation(Generic[K, M]):
         for question, rows_by_pair in self._pair_questions:
             if question.is_postponed:
                 continue
-            for at, ((_, arguments), rows) in enumerate(
+            for position, ((_, arguments), rows) in enumerate(
                 zip(question.pairs, rows_by_pair, strict=True)
             ):
                 for row in rows:
-                    row.answers[question.test, arguments] = at in question.matching_positions
+                    row.answers[question.test, arguments] = position in question.matching_positions
 
     def _accept_key_answers(self) -> None:
         for question, rows_by_image in self._key_questions:
@@ -225,5 +225,5 @@ _RowsByImage: TypeAlias = list[list[RowEvaluation[M]]]
 
 def _indexed_keys(remote_key: RemoteKey, rows: Iterable[Sequence[RowEvaluation[M]]]) -> list[str]:
     """Return the distinct keys that the index has members for."""
-    keys = (key for some in rows for row in some for key in row.indexed_keys(remote_key))
+    keys = (key for equal in rows for row in equal for key in row.indexed_keys(remote_key))
     return list(dict.fromkeys(keys))

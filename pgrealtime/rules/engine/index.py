@@ -64,34 +64,34 @@ class KeyEntries(Generic[M]):
 
     def add(self, key: Hashable, member: M) -> bool:
         """Add a member under a key; return whether the key is new."""
-        found = self._by_key.get(key)
-        if found is None:
+        entry = self._by_key.get(key)
+        if entry is None:
             self._by_key[key] = member
-        elif isinstance(found, dict):
-            found[member] = None
-        elif found is not member:
-            self._by_key[key] = {found: None, member: None}
-        return found is None
+        elif isinstance(entry, dict):
+            entry[member] = None
+        elif entry is not member:
+            self._by_key[key] = {entry: None, member: None}
+        return entry is None
 
     def remove(self, key: Hashable, member: M) -> bool:
         """Remove a member; return whether its key is gone."""
-        found = self._by_key.get(key)
-        if isinstance(found, dict):
-            found.pop(member, None)
-            if len(found) == 1:
-                (self._by_key[key],) = found
+        entry = self._by_key.get(key)
+        if isinstance(entry, dict):
+            entry.pop(member, None)
+            if len(entry) == 1:
+                (self._by_key[key],) = entry
             return False
-        if found is member:
+        if entry is member:
             del self._by_key[key]
             return True
         return False
 
     def get(self, key: Hashable) -> Iterable[M]:
         """Return the members under a key."""
-        found = self._by_key.get(key)
-        if found is None:
+        entry = self._by_key.get(key)
+        if entry is None:
             return ()
-        return found if isinstance(found, dict) else (found,)
+        return entry if isinstance(entry, dict) else (entry,)
 
     def all(self) -> Iterator[M]:
         """Yield all members."""
@@ -99,12 +99,12 @@ class KeyEntries(Generic[M]):
 
     def all_except(self, key: Hashable | None) -> Iterator[M]:
         """Yield all members except those under a key."""
-        for other, found in self._by_key.items():
-            if other != key:
-                if isinstance(found, dict):
-                    yield from found
+        for entry_key, entry in self._by_key.items():
+            if entry_key != key:
+                if isinstance(entry, dict):
+                    yield from entry
                 else:
-                    yield found
+                    yield entry
 
 
 class RangeEntries(KeyEntries[M]):

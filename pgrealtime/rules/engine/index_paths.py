@@ -174,11 +174,11 @@ def _paths_of_conjunction(operands: Sequence[Formula], registry: KeyRegistry) ->
     alternatives = [index_paths(operand, registry) for operand in dependent]
     used = _composite_key_parts(alternatives)
     if used:
-        chosen = [_composite_path([alternatives[at][0] for at in used])]
+        chosen = [_composite_path([alternatives[i][0] for i in used])]
     else:
-        used = [min(range(len(alternatives)), key=lambda at: _cost(alternatives[at]))]
+        used = [min(range(len(alternatives)), key=lambda i: _cost(alternatives[i]))]
         chosen = alternatives[used[0]]
-    rest = [operand for at, operand in enumerate(dependent) if at not in used]
+    rest = [operand for i, operand in enumerate(dependent) if i not in used]
     return [
         replace(path, guards=path.guards + guards, residual=conjunction([path.residual, *rest]))
         for path in chosen
@@ -188,9 +188,9 @@ def _paths_of_conjunction(operands: Sequence[Formula], registry: KeyRegistry) ->
 def _composite_key_parts(alternatives: Sequence[Sequence[IndexPath]]) -> list[int]:
     """Return which operands make one key together: of different columns, and not too many."""
     found: dict[RowKeyReader, int] = {}
-    for at, paths in enumerate(alternatives):
+    for index, paths in enumerate(alternatives):
         if _is_single_key_path(paths):
-            found.setdefault(paths[0].row_key_readers[0], at)
+            found.setdefault(paths[0].row_key_readers[0], index)
     return list(found.values())[:_MAX_COMPOSITE_KEYS]
 
 
@@ -239,10 +239,13 @@ def _paths_of_condition(
         case Conjunction(parts):
             alternatives = [
                 paths
-                for at, part in enumerate(parts)
+                for i, part in enumerate(parts)
                 if (
                     paths := _paths_of_condition(
-                        part, [*other_conjuncts, *parts[:at], *parts[at + 1 :]], test_call, registry
+                        part,
+                        [*other_conjuncts, *parts[:i], *parts[i + 1 :]],
+                        test_call,
+                        registry,
                     )
                 )
             ]
@@ -307,9 +310,9 @@ def _caller_key_reader(
 ) -> CallerKeyReader:
     """Return the reader over a caller's values, given one over a test's arguments."""
     if len(argument_positions) == 1:
-        (at,) = argument_positions
-        return lambda values: read_key((values[at],))
-    return lambda values: read_key([values[at] for at in argument_positions])
+        (i,) = argument_positions
+        return lambda values: read_key((values[i],))
+    return lambda values: read_key([values[i] for i in argument_positions])
 
 
 def _remote_key_path(
@@ -333,13 +336,13 @@ def _remote_key_path(
     form = _key_form(term, test.parameter_classes[other.parameter])
     if plan.kind is not ComparisonKind.EQUAL or form is None:
         return None
-    shared = [one for one in other_conjuncts if not _is_caller_dependent(one)]
+    shared = [conjunct for conjunct in other_conjuncts if not _is_caller_dependent(conjunct)]
     where = None if not shared else shared[0] if len(shared) == 1 else Conjunction(tuple(shared))
-    at = test_call.argument_positions[test.caller_parameters.index(other.parameter)]
+    i = test_call.argument_positions[test.caller_parameters.index(other.parameter)]
     return IndexPath(
         kind=LookupKind.REMOTE,
         remote_key=registry.remote_key(test, term, where, is_numeric=form is SqlForm.NUMBER),
-        caller_key_readers=(lambda values: _to_key(values[at], form, is_double=is_double(term)),),
+        caller_key_readers=(lambda values: _to_key(values[i], form, is_double=is_double(term)),),
         residual=True if comparison.is_any or not is_multiple(term) else test_call,
     )
 

@@ -123,7 +123,7 @@ class Plan:
             if specialization.formula is False:
                 return None
             self._specializations[verdicts] = specialization
-        own_values = tuple([values[at] for at in specialization.value_positions])
+        own_values = tuple([values[i] for i in specialization.value_positions])
         return BoundPredicate(specialization, own_values)
 
     def _make_specialization(self, verdicts: Mapping[TestCall, bool | None]) -> Specialization:
@@ -134,11 +134,11 @@ class Plan:
             return call if verdict is None else verdict
 
         def renumbered(call: TestCall) -> Formula:
-            return TestCall(call.test, tuple([renumbering[at] for at in call.argument_positions]))
+            return TestCall(call.test, tuple([renumbering[i] for i in call.argument_positions]))
 
         formula = map_test_calls(self._formula, known_verdict)
-        used = sorted({at for call in each_test_call(formula) for at in call.argument_positions})
-        renumbering = {at: number for number, at in enumerate(used)}
+        used = sorted({i for call in each_test_call(formula) for i in call.argument_positions})
+        renumbering = {i: number for number, i in enumerate(used)}
         formula = map_test_calls(formula, renumbered)
         filter_tests = self._filter_tests & _tests_of(formula)
         paths = tuple(index_paths(formula, self._registry))
@@ -179,6 +179,6 @@ def _row_independent_verdict(call: TestCall, values: Sequence[Scalar]) -> bool |
     in_process = call.test.in_process
     assert in_process is not None
     try:
-        return in_process({}, [values[at] for at in call.argument_positions])
+        return in_process({}, [values[i] for i in call.argument_positions])
     except Exception:  # noqa: BLE001 (as in RowEvaluation: PostgreSQL decides)
         return None

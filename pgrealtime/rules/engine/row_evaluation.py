@@ -320,7 +320,7 @@ class RowEvaluation(Generic[M]):
 
     def arguments_of(self, call: TestCall, values: Sequence[Scalar]) -> tuple[Scalar, ...]:
         """Return a test's arguments: those of the caller's values that it takes, then macros."""
-        own = tuple([values[at] for at in call.argument_positions])
+        own = tuple([values[i] for i in call.argument_positions])
         macros = call.test.macros
         return own + tuple([self.macro_values[macro] for macro in macros]) if macros else own
 

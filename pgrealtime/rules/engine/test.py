@@ -90,7 +90,7 @@ class Test:
         arguments = (*self.caller_parameters, *self.macros)
         self.memory_context = CompileContext(
             parameter_classes=parameter_classes,
-            argument_index={parameter: at for at, parameter in enumerate(arguments)},
+            argument_index={parameter: index for index, parameter in enumerate(arguments)},
             is_utf8=is_utf8,
         )
         self.in_process: CompiledCondition | None = compile_condition(

@@ -207,10 +207,10 @@ def _side_of_search(side: _Side, *, is_searched: bool) -> _Side:
     if is_searched:
         counted = replace(side.traits, is_nonempty=False)
         return replace(side, traits=counted, wildcards=_Wildcards.AROUND, is_searched=True)
-    is_something = side.traits.is_nonempty or (
+    is_nonempty = side.traits.is_nonempty or (
         side.traits.null_fallback is not NullFallback.AUTO and side.traits.has_constants
     )
-    counted = replace(side.traits, null_fallback=NullFallback.AUTO, is_nonempty=is_something)
+    counted = replace(side.traits, null_fallback=NullFallback.AUTO, is_nonempty=is_nonempty)
     return replace(side, traits=counted)
 
 
@@ -221,20 +221,22 @@ def _plan_values(op: Op, left: _Side, right: _Side) -> ValueComparison:
         case Op.EQ | Op.NE:
             return _plan_equality(op, left, right)
         case Op.LT | Op.LE | Op.GT | Op.GE:
-            one, other = _comparable(left, right)
-            return ValueComparison(kind=ComparisonKind.ORDER, op=op, left=one, right=other)
+            planned_left, planned_right = _comparable(left, right)
+            return ValueComparison(
+                kind=ComparisonKind.ORDER, op=op, left=planned_left, right=planned_right
+            )
 
 
 def _plan_equality(op: Op, left: _Side, right: _Side) -> ValueComparison:
     """Return the first meaning of ``=`` and ``!=`` that applies."""
-    one, other = left.traits, right.traits
-    is_null_safe = NullFallback.DISABLED in {one.null_fallback, other.null_fallback}
-    if not is_null_safe and not (one.is_nonempty or other.is_nonempty):
+    left_traits, right_traits = left.traits, right.traits
+    is_null_safe = NullFallback.DISABLED in {left_traits.null_fallback, right_traits.null_fallback}
+    if not is_null_safe and not (left_traits.is_nonempty or right_traits.is_nonempty):
         return _plan_equality_of_unknown(op, left, right)
     if op is Op.EQ and not is_null_safe:
         kind = ComparisonKind.EQUAL
     else:
-        kind = ComparisonKind.TRUTH if other.is_isset else ComparisonKind.NOT_DISTINCT
+        kind = ComparisonKind.TRUTH if right_traits.is_isset else ComparisonKind.NOT_DISTINCT
     if kind is ComparisonKind.TRUTH:
         planned = _unconverted(left), _unconverted(right)
     else:
@@ -270,30 +272,30 @@ def _plan_equality_of_unknown(op: Op, left: _Side, right: _Side) -> ValueCompari
         kind = ComparisonKind.CONSTANT if all(is_empty) else ComparisonKind.BLANK
         if is_empty[0]:
             left, right = right, left
-        one, other = _unconverted(left), _unconverted(right)
+        planned_left, planned_right = _unconverted(left), _unconverted(right)
     else:
         kind = ComparisonKind.COALESCED
-        one, other = _of_one_precision(_unconverted(left), _unconverted(right))
-    return ValueComparison(kind=kind, op=op, left=one, right=other)
+        planned_left, planned_right = _of_one_precision(_unconverted(left), _unconverted(right))
+    return ValueComparison(kind=kind, op=op, left=planned_left, right=planned_right)
 
 
 def _comparable(left: _Side, right: _Side) -> tuple[PlannedOperand, PlannedOperand]:
     """Return both sides with SQLite's affinities applied: numeric before text before none."""
-    one, other = _unconverted(left), _unconverted(right)
+    planned_left, planned_right = _unconverted(left), _unconverted(right)
     match left.traits.affinity, right.traits.affinity:
         case (Affinity.NUMERIC, Affinity.NUMERIC) | (Affinity.TEXT, Affinity.TEXT):
             pass
         case Affinity.NUMERIC, _:
-            other = replace(other, conversion=Conversion.NUMBER)
+            planned_right = replace(planned_right, conversion=Conversion.NUMBER)
         case _, Affinity.NUMERIC:
-            one = replace(one, conversion=Conversion.NUMBER)
+            planned_left = replace(planned_left, conversion=Conversion.NUMBER)
         case Affinity.TEXT, Affinity.NONE:
-            other = replace(other, conversion=Conversion.TEXT)
+            planned_right = replace(planned_right, conversion=Conversion.TEXT)
         case Affinity.NONE, Affinity.TEXT:
-            one = replace(one, conversion=Conversion.TEXT)
+            planned_left = replace(planned_left, conversion=Conversion.TEXT)
         case _:
             pass
-    return _of_one_precision(one, other)
+    return _of_one_precision(planned_left, planned_right)
 
 
 def _unconverted(side: _Side) -> PlannedOperand:
@@ -301,18 +303,18 @@ def _unconverted(side: _Side) -> PlannedOperand:
 
 
 def _of_one_precision(
-    one: PlannedOperand, other: PlannedOperand
+    left: PlannedOperand, right: PlannedOperand
 ) -> tuple[PlannedOperand, PlannedOperand]:
     """Return both with numbers that can be compared: exact ones, unless one side is a double."""
-    is_one_double, is_other_double = (
+    is_left_double, is_right_double = (
         is_double(operand.term) and operand.conversion is not Conversion.TEXT
-        for operand in (one, other)
+        for operand in (left, right)
     )
-    if is_one_double is is_other_double:
-        return one, other
+    if is_left_double is is_right_double:
+        return left, right
     return (
-        replace(one, is_made_double=not is_one_double),
-        replace(other, is_made_double=not is_other_double),
+        replace(left, is_made_double=not is_left_double),
+        replace(right, is_made_double=not is_right_double),
     )
 
 

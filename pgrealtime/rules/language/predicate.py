@@ -384,8 +384,10 @@ def map_parameters(condition: Condition, replaced: Callable[[Parameter], Paramet
                 return ParameterTerm(replaced(parameter))
             case Strftime(time=time) if time is not None:
                 return replace(term, time=map_term(time))
-            case GeoDistance((one, two, three, four)):
-                return GeoDistance((map_term(one), map_term(two), map_term(three), map_term(four)))
+            case GeoDistance((lon_a, lat_a, lon_b, lat_b)):
+                return GeoDistance(
+                    (map_term(lon_a), map_term(lat_a), map_term(lon_b), map_term(lat_b))
+                )
             case _:
                 return term
 

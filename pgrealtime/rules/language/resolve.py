@@ -271,8 +271,8 @@ class _Resolver:
                 isinstance(arg, LiteralNode) and isinstance(arg.value, str)
             ):
                 self._refuse("arguments of geoDistance are identifiers or numbers")
-        one, two, three, four = (self._resolve_operand(arg) for arg in call.args)
-        return GeoDistance((one, two, three, four))
+        lon_a, lat_a, lon_b, lat_b = (self._resolve_operand(arg) for arg in call.args)
+        return GeoDistance((lon_a, lat_a, lon_b, lat_b))
 
     def _strftime(self, call: CallNode) -> Term:
         if not 1 <= len(call.args) <= MAX_STRFTIME_ARGUMENTS:
@@ -484,8 +484,8 @@ class _Resolver:
     def _require_visible_email(self, path: RowPath, collection: Collection) -> None:
         """Add the condition that an address which a filter reads is shown by its owner."""
         visible = collection.fields_by_name.get("emailVisibility")
-        shown: Term = Keyword(False) if visible is None else FieldValue(path, visible)
-        self._email_conditions.append(Comparison(shown, Op.EQ, True, Keyword(True)))
+        visible_term: Term = Keyword(False) if visible is None else FieldValue(path, visible)
+        self._email_conditions.append(Comparison(visible_term, Op.EQ, True, Keyword(True)))
 
     # --- names
 
@@ -545,10 +545,10 @@ class _Resolver:
         operand = self._current_operand
         raise error(message, start=operand.start, end=operand.end, hint=hint)
 
-    def _refuse_unknown(self, what: str, name: str, known: Iterable[str]) -> NoReturn:
-        meant = nearest_name(name, known) if len(name) <= _MAX_SUGGESTION_LENGTH else None
-        hint = "" if meant is None else f'Perhaps you meant "{meant}".'
-        self._refuse(f'there is no {what} "{name}"', RuleNameError, hint=hint)
+    def _refuse_unknown(self, noun: str, name: str, known: Iterable[str]) -> NoReturn:
+        suggestion = nearest_name(name, known) if len(name) <= _MAX_SUGGESTION_LENGTH else None
+        hint = "" if suggestion is None else f'Perhaps you meant "{suggestion}".'
+        self._refuse(f'there is no {noun} "{name}"', RuleNameError, hint=hint)
 
 
 def _has_countable_values(field: Field) -> bool:

@@ -117,12 +117,12 @@ def sqlite_float_text(number: float) -> str:
         return "Inf" if number > 0 else "-Inf"
     if number == 0:
         return "0.0"
-    shown = Decimal(f"{number:.14e}")
-    if float(shown) != number:
-        shown = _TO_17_DIGITS.plus(_TO_18_DIGITS.create_decimal(number))
-    if _MIN_PLAIN_EXPONENT < shown.adjusted() < _MAX_PLAIN_EXPONENT:
-        return _with_decimal_point(f"{shown:f}")
-    digits, exponent = f"{shown:.16e}".split("e")
+    rounded = Decimal(f"{number:.14e}")
+    if float(rounded) != number:
+        rounded = _TO_17_DIGITS.plus(_TO_18_DIGITS.create_decimal(number))
+    if _MIN_PLAIN_EXPONENT < rounded.adjusted() < _MAX_PLAIN_EXPONENT:
+        return _with_decimal_point(f"{rounded:f}")
+    digits, exponent = f"{rounded:.16e}".split("e")
     return f"{_with_decimal_point(digits)}e{int(exponent):+03d}"
 
 
@@ -240,11 +240,11 @@ def compact_json(node: object, *, is_sorted: bool = False) -> str:
             members = list(node.items() if isinstance(node, dict) else node)
             if is_sorted:
                 members = sorted(dict(members).items(), key=_jsonb_key_order)
-            shown = (
+            spaced = (
                 f"{compact_json(name)}:{compact_json(item, is_sorted=is_sorted)}"
                 for name, item in members
             )
-            return "{" + ",".join(shown) + "}"
+            return "{" + ",".join(spaced) + "}"
         case list():
             return "[" + ",".join(compact_json(item, is_sorted=is_sorted) for item in node) + "]"
         case JsonNumber():

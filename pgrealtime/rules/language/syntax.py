@@ -387,20 +387,20 @@ class _Parser:
 
     def _count_brackets(self, begin: int, limit: int) -> None:
         opened: list[int] = []
-        at = begin
-        while found := _BRACKET.search(self._text, at, limit):
-            at = found.end()
-            if found[0] == "(":
-                opened.append(found.start())
-            elif found[0] == ")":
-                self._closing_brackets[opened.pop()] = found.start()
+        position = begin
+        while bracket := _BRACKET.search(self._text, position, limit):
+            position = bracket.end()
+            if bracket[0] == "(":
+                opened.append(bracket.start())
+            elif bracket[0] == ")":
+                self._closing_brackets[opened.pop()] = bracket.start()
                 if not opened:
                     return
             else:
-                text = _TEXT.match(self._text, found.start(), limit)
+                text = _TEXT.match(self._text, bracket.start(), limit)
                 if text is None:
-                    self._fail("unterminated text", found.start(), limit)
-                at = text.end()
+                    self._fail("unterminated text", bracket.start(), limit)
+                position = text.end()
         self._fail("a bracket is not closed", opened[-1], limit)
 
     def _fail(self, message: str, start: int, end: int) -> NoReturn:

@@ -36,18 +36,18 @@ class UndecidedError(Exception):
 # --- equality and order
 
 
-def equals(one: SqliteValue, other: SqliteValue) -> bool | None:
+def equals(left: SqliteValue, right: SqliteValue) -> bool | None:
     """Return ``=``: unknown if a side is NULL, false if one is a number and the other a text."""
-    if one is None or other is None:
+    if left is None or right is None:
         return None
-    return is_not_distinct(one, other)
+    return is_not_distinct(left, right)
 
 
-def is_not_distinct(one: SqliteValue, other: SqliteValue) -> bool:
+def is_not_distinct(left: SqliteValue, right: SqliteValue) -> bool:
     """Return ``IS``: NULL is NULL, and NaN is NaN."""
-    if isinstance(one, str) or one is None or isinstance(other, str) or other is None:
-        return one == other
-    return one == other or (_is_nan(one) and _is_nan(other))
+    if isinstance(left, str) or left is None or isinstance(right, str) or right is None:
+        return left == right
+    return left == right or (_is_nan(left) and _is_nan(right))
 
 
 def is_blank(value: SqliteValue) -> bool:
@@ -55,17 +55,17 @@ def is_blank(value: SqliteValue) -> bool:
     return value is None or value == ""
 
 
-def compare_order(op: Op, one: SqliteValue, other: SqliteValue) -> bool | None:
+def compare_order(op: Op, left: SqliteValue, right: SqliteValue) -> bool | None:
     """Return an order: texts by code points, NaN above all numbers, numbers below texts."""
-    if one is None or other is None:
+    if left is None or right is None:
         return None
-    if isinstance(one, str) or isinstance(other, str):
-        if isinstance(one, str) and isinstance(other, str):
-            return _satisfies_order(op, one < other, one == other)
-        return (op in _LESS_OPERATORS) == isinstance(other, str)
-    if _is_nan(one) or _is_nan(other):
-        return _satisfies_order(op, not _is_nan(one), _is_nan(one) and _is_nan(other))
-    return _satisfies_order(op, one < other, one == other)
+    if isinstance(left, str) or isinstance(right, str):
+        if isinstance(left, str) and isinstance(right, str):
+            return _satisfies_order(op, left < right, left == right)
+        return (op in _LESS_OPERATORS) == isinstance(right, str)
+    if _is_nan(left) or _is_nan(right):
+        return _satisfies_order(op, not _is_nan(left), _is_nan(left) and _is_nan(right))
+    return _satisfies_order(op, left < right, left == right)
 
 
 def _is_nan(number: Number) -> bool:

@@ -117,10 +117,14 @@ def _compile_verdict(
             return _compile_comparison(condition, scope, checks)
         case Conjunction(parts):
             verdicts = [_compile_verdict(part, scope, checks) for part in parts]
-            return lambda row, args, items: all(one(row, args, items) is True for one in verdicts)
+            return lambda row, args, items: all(
+                verdict(row, args, items) is True for verdict in verdicts
+            )
         case Disjunction(parts):
             verdicts = [_compile_verdict(part, scope, checks) for part in parts]
-            return lambda row, args, items: any(one(row, args, items) is True for one in verdicts)
+            return lambda row, args, items: any(
+                verdict(row, args, items) is True for verdict in verdicts
+            )
         case NestedRule():
             raise NotInProcessError
 
@@ -201,10 +205,11 @@ def _compile_values(
 def _compile_two_operands(
     plan: ValueComparison, left_scope: ListScope, right_scope: ListScope
 ) -> _VerdictFunction:
-    one, other = compile_planned(plan.left, left_scope), compile_planned(plan.right, right_scope)
-    a, b = one.read_value, other.read_value
+    left, right = compile_planned(plan.left, left_scope), compile_planned(plan.right, right_scope)
+    a, b = left.read_value, right.read_value
     if plan.kind is ComparisonKind.ORDER:
-        if not left_scope.compile_context.is_utf8 and float not in {one.only_type, other.only_type}:
+        is_number = float in {left.only_type, right.only_type}
+        if not is_number and not left_scope.compile_context.is_utf8:
             raise NotInProcessError
         op = plan.op
         return lambda row, args, items: compare_order(op, a(row, args, items), b(row, args, items))

@@ -127,15 +127,15 @@ def _is_indexable(plan: ValueComparison, context: CompileContext) -> bool:
 
 def _key_readers(plan: ValueComparison, scope: ListScope) -> tuple[ValueReader, ValueReader] | None:
     """Return what reads either side's key; None if values of different types could be equal."""
-    one, other = compile_planned(plan.left, scope), compile_planned(plan.right, scope)
+    left, right = compile_planned(plan.left, scope), compile_planned(plan.right, scope)
     if plan.kind is ComparisonKind.COALESCED:
-        return empty_text_for_null(one.read_value), empty_text_for_null(other.read_value)
+        return empty_text_for_null(left.read_value), empty_text_for_null(right.read_value)
     is_order = plan.kind is ComparisonKind.ORDER
-    if one.only_type is not other.only_type and (is_order or one.only_type is not None):
+    if left.only_type is not right.only_type and (is_order or left.only_type is not None):
         return None
-    if is_order and one.only_type is str and not scope.compile_context.is_utf8:
+    if is_order and left.only_type is str and not scope.compile_context.is_utf8:
         return None
-    return one.read_value, other.read_value
+    return left.read_value, right.read_value
 
 
 def _row_keys_reader(

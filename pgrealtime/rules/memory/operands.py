@@ -154,8 +154,8 @@ def compile_planned(planned: PlannedOperand, scope: ListScope) -> MemoryOperand:
     operand = compile_operand(planned.term, scope)
     if planned.is_json_text:
         assert operand.parameter is not None
-        spelled = argument_reader(operand.parameter, SqlForm.JSON, scope.compile_context)
-        operand = replace(operand, read_value=spelled)
+        json_reader = argument_reader(operand.parameter, SqlForm.JSON, scope.compile_context)
+        operand = replace(operand, read_value=json_reader)
     match planned.conversion:
         case Conversion.NUMBER:
             operand = _convert_to_number(operand)
@@ -190,12 +190,12 @@ def compile_operand(term: Term, scope: ListScope) -> MemoryOperand:
                 _ColumnReaders(path, scope.compile_context), field_, keys, is_lower=is_lower
             )
         case EachTerm(path):
-            at = scope.item_index(path, _items_reader(path, scope.compile_context))
-            if at >= MAX_SHARED_LISTS and scope.first_item_index == 0:
+            index = scope.item_index(path, _items_reader(path, scope.compile_context))
+            if index >= MAX_SHARED_LISTS and scope.first_item_index == 0:
                 raise NotInProcessError
             if term.kind is FieldKind.NUMBER:
-                return _number_operand(*(_item_reader(at, convert) for convert in (int, str)))
-            return MemoryOperand.of_text(_item_reader(at, str))
+                return _number_operand(*(_item_reader(index, convert) for convert in (int, str)))
+            return MemoryOperand.of_text(_item_reader(index, str))
         case _:
             raise NotInProcessError
 
@@ -261,16 +261,16 @@ def argument_reader(parameter: Parameter, form: SqlForm, context: CompileContext
         parameter_class = context.parameter_classes[parameter]
         is_number = parameter_class.is_number or parameter_class is ParameterClass.NUMERIC_TEXT
         return constant_reader(exact_number(parameter.value) if is_number else None)
-    at = context.argument_index[parameter]
+    index = context.argument_index[parameter]
     if form is SqlForm.NUMBER:
         return lambda _row, args, _items: (
-            None if (content := args[at]) is None else exact_number(content)
+            None if (content := args[index]) is None else exact_number(content)
         )
     if form is SqlForm.TEXT:
         return lambda _row, args, _items: (
-            value if isinstance(value := args[at], str) else to_sql_value(value, form)
+            value if isinstance(value := args[index], str) else to_sql_value(value, form)
         )
-    return lambda _row, args, _items: to_sql_value(args[at], form)
+    return lambda _row, args, _items: to_sql_value(args[index], form)
 
 
 _INTEGERS = frozenset({"int2", "int4", "int8"})
@@ -309,10 +309,10 @@ class _ColumnReaders:
         name = field_.column.name
         if self._is_scope_row:
             return lambda row, _args: row[name]
-        at = self._argument_index[CallerColumn(name)]
+        index = self._argument_index[CallerColumn(name)]
 
         def read_caller_column(_row: Row, args: Arguments) -> str | None:
-            text = args[at]
+            text = args[index]
             assert text is None or isinstance(text, str)
             return text
 
@@ -427,7 +427,7 @@ def _item_count_reader(columns: _ColumnReaders, field_: Field) -> ValueReader:
         text = read_column(row, args)
         if text is None:
             return 0
-        return len(convert_text_form(lambda given: array_items(given, delimiter), text))
+        return len(convert_text_form(lambda array_text: array_items(array_text, delimiter), text))
 
     return count
 

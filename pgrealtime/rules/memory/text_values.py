@@ -181,11 +181,11 @@ def array_json_converter(item_json: Callable[[str], str]) -> Callable[[str], str
     """
 
     def dump(items: Sequence[Element]) -> str:
-        shown = (
+        dumped = (
             dump(item) if isinstance(item, list) else "null" if item is None else item_json(item)
             for item in items
         )
-        return f"[{','.join(shown)}]"
+        return f"[{','.join(dumped)}]"
 
     cached_dump = lru_cache(maxsize=4)(lambda text: dump(parse_array(text)))
 

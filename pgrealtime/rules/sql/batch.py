@@ -38,8 +38,8 @@ def image_params(rows: Iterable[Sequence[str | None]]) -> dict[str, object]:
     """Return the parameters that hold the row images."""
     rows = list(rows)
     params: dict[str, object] = {"i": list(range(len(rows)))}
-    for at, texts in enumerate(zip(*rows, strict=True)):
-        params[f"c{at}"] = list(texts)
+    for i, texts in enumerate(zip(*rows, strict=True)):
+        params[f"c{i}"] = list(texts)
     return params
 
 

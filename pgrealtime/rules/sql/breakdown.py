@@ -278,11 +278,13 @@ class _OperandValues:
     def _values_query(self, term: Term) -> SqlQuery:
         """Return the query for the values, at most ``MAX_SHOWN_VALUES`` and one more."""
         parameters = condition_parameters(Comparison(term, Op.EQ, True, Keyword(None)))
-        classes = {one: parameter_class(self._parameter_value(one)) for one in parameters}
+        classes = {
+            parameter: parameter_class(self._parameter_value(parameter)) for parameter in parameters
+        }
         values = _translate_values(term, self.collections, classes)
         params: dict[str, object] = {"i": [0]}
-        for at, column in enumerate(values.column_names):
-            params[f"c{at}"] = [self.row[column]]
+        for i, column in enumerate(values.column_names):
+            params[f"c{i}"] = [self.row[column]]
         for key, binding in values.bindings.items():
             assert not isinstance(binding.parameter, CallerColumn)  # the caller's row is read
             params[key] = to_sql_value(self._parameter_value(binding.parameter), binding.form)

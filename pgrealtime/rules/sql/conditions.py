@@ -201,8 +201,8 @@ class _Side:
         operand = translate_operand(self.planned.term, self.scope, is_strict=is_strict)
         if self.planned.is_json_text:
             assert operand.parameter is not None
-            spelled = self.scope.translation.bind(operand.parameter, SqlForm.JSON)
-            operand = replace(operand, text=spelled)
+            json_text = self.scope.translation.bind(operand.parameter, SqlForm.JSON)
+            operand = replace(operand, text=json_text)
         match self.planned.conversion:
             case Conversion.NUMBER:
                 operand = convert_to_number(operand, self.scope)
@@ -342,34 +342,34 @@ def _native_id_equality(left: _Side, right: _Side) -> Sql | None:
     return None
 
 
-def _equal(one: SqlOperand, other: SqlOperand) -> Sql:
+def _equal(left: SqlOperand, right: SqlOperand) -> Sql:
     """Return ``=``: unknown if a side is NULL, false if one is a number and the other a text."""
-    if numbers := _only_numbers(one, other):
+    if numbers := _only_numbers(left, right):
         return nodes.binary(exp.EQ, *numbers)
-    if _only_texts(one, other):
-        return _text_equal(exp.EQ, one, other)
+    if _only_texts(left, right):
+        return _text_equal(exp.EQ, left, right)
     return nodes.case(
-        *_cases_of_same_type(one, other, exp.EQ),
-        (all_of(_is_not_null(one), _is_not_null(other)), nodes.boolean(False)),
+        *_cases_of_same_type(left, right, exp.EQ),
+        (all_of(_is_not_null(left), _is_not_null(right)), nodes.boolean(False)),
     )
 
 
-def _is_not_distinct(one: SqlOperand, other: SqlOperand) -> Sql:
+def _is_not_distinct(left: SqlOperand, right: SqlOperand) -> Sql:
     """Return ``IS``: NULL is NULL."""
     pairs = []
-    if one.number is not None or other.number is not None:
-        pairs.append(_parts_not_distinct(one.number, other.number))
-    if one.text is not None and other.text is not None:
-        pairs.append(_text_equal(exp.NullSafeEQ, one, other))
-    elif one.text is not None or other.text is not None:
-        pairs.append(_parts_not_distinct(one.text, other.text))
+    if left.number is not None or right.number is not None:
+        pairs.append(_parts_not_distinct(left.number, right.number))
+    if left.text is not None and right.text is not None:
+        pairs.append(_text_equal(exp.NullSafeEQ, left, right))
+    elif left.text is not None or right.text is not None:
+        pairs.append(_parts_not_distinct(left.text, right.text))
     return all_of(*pairs)
 
 
-def _parts_not_distinct(one: Sql | None, other: Sql | None) -> Sql:
-    if one is not None and other is not None:
-        return nodes.binary(exp.NullSafeEQ, one, other)
-    part = other if one is None else one
+def _parts_not_distinct(left: Sql | None, right: Sql | None) -> Sql:
+    if left is not None and right is not None:
+        return nodes.binary(exp.NullSafeEQ, left, right)
+    part = right if left is None else left
     assert part is not None
     return nodes.is_null(part)
 
@@ -395,12 +395,12 @@ def _empty_text_for_null(operand: SqlOperand) -> SqlOperand:
     return replace(operand, text=text)
 
 
-def _text_equal(kind: type[exp.Binary], one: SqlOperand, other: SqlOperand) -> Sql:
+def _text_equal(kind: type[exp.Binary], left: SqlOperand, right: SqlOperand) -> Sql:
     """Return equality of texts: with a constant in the column's collation, as its indexes have."""
-    assert one.text is not None
-    assert other.text is not None
-    is_constant = one.parameter is not None or other.parameter is not None
-    return nodes.binary(kind, one.text if is_constant else nodes.collate_c(one.text), other.text)
+    assert left.text is not None
+    assert right.text is not None
+    is_constant = left.parameter is not None or right.parameter is not None
+    return nodes.binary(kind, left.text if is_constant else nodes.collate_c(left.text), right.text)
 
 
 # --- order
@@ -414,50 +414,50 @@ _ORDER_OPERATORS: Mapping[Op, type[exp.Binary]] = {
 }
 
 
-def _order(op: Op, one: SqlOperand, other: SqlOperand) -> Sql:
+def _order(op: Op, left: SqlOperand, right: SqlOperand) -> Sql:
     """Return an order: texts by bytes, and any number below any text."""
     kind = _ORDER_OPERATORS[op]
-    if numbers := _only_numbers(one, other):
+    if numbers := _only_numbers(left, right):
         return nodes.binary(kind, *numbers)
-    if texts := _only_texts(one, other):
+    if texts := _only_texts(left, right):
         return nodes.binary(kind, nodes.collate_c(texts[0]), texts[1])
     is_less = op in {Op.LT, Op.LE}
     return nodes.case(
-        *_cases_of_same_type(one, other, kind),
-        *_case_of_both(one.number, other.text, nodes.boolean(is_less)),
-        *_case_of_both(one.text, other.number, nodes.boolean(not is_less)),
+        *_cases_of_same_type(left, right, kind),
+        *_case_of_both(left.number, right.text, nodes.boolean(is_less)),
+        *_case_of_both(left.text, right.number, nodes.boolean(not is_less)),
     )
 
 
-def _only_numbers(one: SqlOperand, other: SqlOperand) -> tuple[Sql, Sql] | None:
+def _only_numbers(left: SqlOperand, right: SqlOperand) -> tuple[Sql, Sql] | None:
     """Return both numbers, if neither side can be a text."""
-    if one.text is not None or other.text is not None:
+    if left.text is not None or right.text is not None:
         return None
-    assert one.number is not None
-    assert other.number is not None
-    return one.number, other.number
+    assert left.number is not None
+    assert right.number is not None
+    return left.number, right.number
 
 
-def _only_texts(one: SqlOperand, other: SqlOperand) -> tuple[Sql, Sql] | None:
+def _only_texts(left: SqlOperand, right: SqlOperand) -> tuple[Sql, Sql] | None:
     """Return both texts, if neither side can be a number."""
-    if one.number is not None or other.number is not None:
+    if left.number is not None or right.number is not None:
         return None
-    assert one.text is not None
-    assert other.text is not None
-    return one.text, other.text
+    assert left.text is not None
+    assert right.text is not None
+    return left.text, right.text
 
 
 def _cases_of_same_type(
-    one: SqlOperand, other: SqlOperand, kind: type[exp.Binary]
+    left: SqlOperand, right: SqlOperand, kind: type[exp.Binary]
 ) -> list[tuple[Sql, Sql]]:
     """Return the cases of CASE for two numbers and for two texts, as far as there can be any."""
     cases: list[tuple[Sql, Sql]] = []
-    if one.number is not None and other.number is not None:
-        compared = nodes.binary(kind, one.number, other.number)
-        cases += _case_of_both(one.number, other.number, compared)
-    if one.text is not None and other.text is not None:
-        text = nodes.collate_c(one.text)
-        cases += _case_of_both(text, other.text, nodes.binary(kind, text, other.text))
+    if left.number is not None and right.number is not None:
+        compared = nodes.binary(kind, left.number, right.number)
+        cases += _case_of_both(left.number, right.number, compared)
+    if left.text is not None and right.text is not None:
+        text = nodes.collate_c(left.text)
+        cases += _case_of_both(text, right.text, nodes.binary(kind, text, right.text))
     return cases
 
 

@@ -89,12 +89,14 @@ def convert_to_text(operand: SqlOperand) -> SqlOperand:
 
 def _split_numeric_text(text: Sql) -> tuple[Sql, Sql]:
     """Return the number of a text that looks like one, and the text if it doesn't."""
-    looks = nodes.matches_regex(text, NUMERIC_TEXT_REGEX)
+    is_numeric = nodes.matches_regex(text, NUMERIC_TEXT_REGEX)
     is_short = nodes.binary(
         exp.LT, nodes.call("length", text), nodes.number(MAX_NUMERIC_TEXT_LENGTH)
     )
-    number = nodes.case((is_short, nodes.case((looks, nodes.cast(text, nodes.NUMERIC)))))
-    rest = nodes.case((is_short, nodes.case((looks, nodes.null()), default=text)), default=text)
+    number = nodes.case((is_short, nodes.case((is_numeric, nodes.cast(text, nodes.NUMERIC)))))
+    rest = nodes.case(
+        (is_short, nodes.case((is_numeric, nodes.null()), default=text)), default=text
+    )
     return number, rest
 
 
@@ -115,10 +117,10 @@ def double_or_null(operand: SqlOperand, scope: Scope, *, is_double: bool) -> Sql
     if is_double:
         return number
 
-    def body(given: Sql) -> Sql:
+    def body(value: Sql) -> Sql:
         limit = nodes.cast(nodes.string("1e300"), nodes.NUMERIC)
-        not_tiny = nodes.call("round", given, nodes.number(300))
-        return nodes.case((is_magnitude_below(given, limit), nodes.cast(not_tiny, nodes.DOUBLE)))
+        not_tiny = nodes.call("round", value, nodes.number(300))
+        return nodes.case((is_magnitude_below(value, limit), nodes.cast(not_tiny, nodes.DOUBLE)))
 
     return scope.translation.let(nodes.cast(number, nodes.NUMERIC), body)
 
@@ -132,14 +134,14 @@ _MAX_DOUBLE_IN_INT64 = 9223372036854774784
 def number_text_sql(translation: Translation, number: Sql) -> Sql:
     """Return a number column's text: a whole number is an integer to SQLite, without a point."""
 
-    def body(given: Sql) -> Sql:
-        whole = nodes.cast(nodes.cast(given, nodes.BIGINT), nodes.TEXT)
-        is_whole = nodes.binary(exp.EQ, given, nodes.call("trunc", given))
+    def body(value: Sql) -> Sql:
+        whole = nodes.cast(nodes.cast(value, nodes.BIGINT), nodes.TEXT)
+        is_whole = nodes.binary(exp.EQ, value, nodes.call("trunc", value))
         is_integer = nodes.case(
-            (is_magnitude_below(given, _MAX_DOUBLE_IN_INT64), is_whole),
+            (is_magnitude_below(value, _MAX_DOUBLE_IN_INT64), is_whole),
             default=nodes.boolean(False),
         )
-        return nodes.case((is_integer, whole), default=float_text_sql(translation, given))
+        return nodes.case((is_integer, whole), default=float_text_sql(translation, value))
 
     return translation.let(number, body)
 
@@ -147,15 +149,15 @@ def number_text_sql(translation: Translation, number: Sql) -> Sql:
 def float_text_sql(translation: Translation, number: Sql) -> Sql:
     """Return a float's text, as ``sqlite_values.sqlite_float_text`` does."""
 
-    def body(given: Sql) -> Sql:
-        is_negative = nodes.binary(exp.LT, given, nodes.number(0))
+    def body(value: Sql) -> Sql:
+        is_negative = nodes.binary(exp.LT, value, nodes.number(0))
         infinite = nodes.case((is_negative, nodes.string("-Inf")), default=nodes.string("Inf"))
         return nodes.case(
-            (nodes.is_null(given), nodes.null()),
-            (nodes.binary(exp.EQ, given, nodes.number(0)), nodes.string("0.0")),
+            (nodes.is_null(value), nodes.null()),
+            (nodes.binary(exp.EQ, value, nodes.number(0)), nodes.string("0.0")),
             (
-                is_magnitude_below(given, nodes.string("Infinity")),
-                translation.let(_float_digits(given), _digits_as_text),
+                is_magnitude_below(value, nodes.string("Infinity")),
+                translation.let(_float_digits(value), _digits_as_text),
             ),
             default=infinite,
         )
@@ -182,9 +184,9 @@ def _float_digits(number: Sql) -> Sql:
     # Beyond this a number rounded to 15 digits may be none any more.
     is_safe = is_magnitude_below(number, nodes.string("1e308"))
     is_short = nodes.case((is_safe, reads_back), default=nodes.boolean(False))
-    spelt = nodes.call("to_char", number, nodes.string(_DIGITS_18))
+    printed = nodes.call("to_char", number, nodes.string(_DIGITS_18))
     mantissa, exponent = (
-        nodes.call("split_part", spelt, nodes.string("e"), nodes.number(part)) for part in (1, 2)
+        nodes.call("split_part", printed, nodes.string("e"), nodes.number(part)) for part in (1, 2)
     )
     rounded = nodes.cast(
         nodes.call("round", nodes.cast(mantissa, "numeric"), nodes.number(16)), nodes.TEXT
@@ -202,9 +204,9 @@ def _digits_as_text(digits: Sql) -> Sql:
     plain = nodes.case(
         (has_no_point, nodes.concatenate(decimal, nodes.string(".0"))), default=decimal
     )
-    spelt = nodes.call("ltrim", nodes.call("to_char", digits, nodes.string(_DIGITS_17)))
+    printed = nodes.call("ltrim", nodes.call("to_char", digits, nodes.string(_DIGITS_17)))
     wide = nodes.call(
-        "regexp_replace", spelt, nodes.string(r"(\.[0-9]+?)0*e"), nodes.string(r"\1e")
+        "regexp_replace", printed, nodes.string(r"(\.[0-9]+?)0*e"), nodes.string(r"\1e")
     )
     return nodes.case(
         (is_magnitude_below(digits, nodes.string("0.0001")), wide),

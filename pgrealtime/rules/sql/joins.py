@@ -220,13 +220,13 @@ class Scope:
 
     def build_select(self, expression: Sql, where: Sql) -> exp.Select:
         """Return a SELECT over the joins made so far: LEFT JOINs of a relation of one row."""
-        one = exp.Subquery(
+        row = exp.Subquery(
             this=exp.Select(expressions=[nodes.number(1)]),
             alias=exp.TableAlias(this=nodes.quoted_name("one")),
         )
         return exp.Select(
             expressions=[nodes.copy_if_attached(expression)],
-            from_=exp.From(this=one),
+            from_=exp.From(this=row),
             joins=[nodes.copy_if_attached(join) for join in self._joins],
             where=exp.Where(this=nodes.copy_if_attached(where)),
         )

@@ -151,11 +151,11 @@ def one_row_select(columns: Mapping[str, Sql]) -> exp.Select:
 
     OFFSET 0 keeps the planner from computing a column's expression anew wherever it is used.
     """
-    shown = [
+    projections = [
         exp.Alias(this=copy_if_attached(node), alias=quoted_name(key))
         for key, node in columns.items()
     ]
-    return exp.Select(expressions=shown, offset=exp.Offset(expression=number(0)))
+    return exp.Select(expressions=projections, offset=exp.Offset(expression=number(0)))
 
 
 def is_null(node: Sql) -> Sql:
@@ -212,18 +212,22 @@ def equal_keys(left: TypedSql, right: TypedSql) -> Sql:
 
 
 def _native_equality(left: TypedSql, right: TypedSql) -> Sql | None:
-    one, other = left.type.base, right.type.base
-    if one.oid == other.oid and one.schema != "pg_catalog" and one.kind is TypeKind.BASE:
-        operator = f"{quoted_name(one.schema).sql('postgres')}.="
+    left_type, right_type = left.type.base, right.type.base
+    if (
+        left_type.oid == right_type.oid
+        and left_type.schema != "pg_catalog"
+        and left_type.kind is TypeKind.BASE
+    ):
+        operator = f"{quoted_name(left_type.schema).sql('postgres')}.="
         return exp.Operator(
             this=copy_if_attached(left.node),
             operator=operator,
             expression=copy_if_attached(right.node),
         )
-    if one.oid == other.oid and one.kind is TypeKind.ENUM:
+    if left_type.oid == right_type.oid and left_type.kind is TypeKind.ENUM:
         return binary(exp.EQ, cast_to_base_type(left), cast_to_base_type(right))
-    if one.oid == other.oid or any(
-        {one.name, other.name} <= family for family in _OPERATOR_FAMILIES
+    if left_type.oid == right_type.oid or any(
+        {left_type.name, right_type.name} <= family for family in _OPERATOR_FAMILIES
     ):
         return binary(exp.EQ, left.node, right.node)
     return None

@@ -185,8 +185,8 @@ def _number_operand(column: Sql, type_: Type, scope: Scope) -> SqlOperand:
             make_text=lambda: nodes.cast(nodes.call("trim_scale", column), nodes.TEXT),
         )
     # A real is printed with fewer digits than its double has, and means what is printed.
-    shown = nodes.cast(column, nodes.TEXT) if base == "float4" else column
-    number = nodes.cast(shown, nodes.DOUBLE)
+    printed = nodes.cast(column, nodes.TEXT) if base == "float4" else column
+    number = nodes.cast(printed, nodes.DOUBLE)
 
     def show() -> Sql:
         of = scope.compute_once(
@@ -221,14 +221,14 @@ def _date_column_text(column: Sql, type_: Type) -> Sql:
     Years before 1 are counted as in records: 1 BC is 0000, 44 BC is -0043.
     """
     in_utc = utc_timestamp(column, type_)
-    shown = nodes.call("to_char", in_utc, nodes.string(f"YYYY{_DAY_AND_TIME}"))
+    printed = nodes.call("to_char", in_utc, nodes.string(f"YYYY{_DAY_AND_TIME}"))
     year = nodes.cast(nodes.call("to_char", in_utc, nodes.string("YYYY")), "int")
     counted = nodes.call(
         "to_char", nodes.binary(exp.Sub, nodes.number(1), year), nodes.string("FM0000")
     )
     early = nodes.concatenate(counted, nodes.call("to_char", in_utc, nodes.string(_DAY_AND_TIME)))
     is_early = nodes.binary(exp.LT, in_utc, nodes.cast(nodes.string("0001-01-01"), nodes.TIMESTAMP))
-    finite = nodes.case((is_early, early), default=shown)
+    finite = nodes.case((is_early, early), default=printed)
     return nodes.case(
         (nodes.call("isfinite", column), finite), default=nodes.cast(column, nodes.TEXT)
     )
@@ -282,8 +282,8 @@ def _length(path: RowPath, field: Field, scope: Scope) -> Sql:
     """Return the number of values; 0 where there is no row."""
     if not field.is_multiple:
         whole = _whole_field(path, field, scope, is_strict=False)
-        is_something = nodes.binary(exp.NEQ, whole.as_text, nodes.string(""))
-        return nodes.case((is_something, nodes.number(1)), default=nodes.number(0))
+        is_nonempty = nodes.binary(exp.NEQ, whole.as_text, nodes.string(""))
+        return nodes.case((is_nonempty, nodes.number(1)), default=nodes.number(0))
     junction = junction_columns(field)
     if junction is not None:
         values = _junction_ids(junction, path, scope)
@@ -375,17 +375,17 @@ def _json_text(node: Sql) -> Sql:
 
 def _json_as_text(translation: Translation, of: Callable[[str], Sql]) -> Sql:
     """Return the value as text. A number without a point is an integer to SQLite."""
-    spelt = nodes.cast(of("v"), nodes.TEXT)
-    point = nodes.call("strpos", spelt, nodes.string("."))
+    compact = nodes.cast(of("v"), nodes.TEXT)
+    point = nodes.call("strpos", compact, nodes.string("."))
     is_whole = nodes.binary(exp.EQ, point, nodes.number(0))
     is_integer = nodes.case(
         (is_whole, is_magnitude_below(of("n"), INT64_END)), default=nodes.boolean(False)
     )
     double = nodes.cast(of("n"), nodes.DOUBLE)
-    digits = nodes.case((is_integer, spelt), default=float_text_sql(translation, double))
+    digits = nodes.case((is_integer, compact), default=float_text_sql(translation, double))
     flag = nodes.cast(nodes.cast(of("n"), "int"), nodes.TEXT)
-    shown = _case_by_json_type(of("v"), {"number": digits, "boolean": flag})
-    return nodes.coalesce(of("t"), shown)
+    printed = _case_by_json_type(of("v"), {"number": digits, "boolean": flag})
+    return nodes.coalesce(of("t"), printed)
 
 
 def _case_by_json_type(node: Sql, results: Mapping[str, Sql]) -> Sql:
@@ -479,9 +479,9 @@ def _geo_distance(term: GeoDistance, scope: Scope) -> Sql:
 def _radians(term: Term, scope: Scope) -> Sql:
     """Return the angle; NULL if it is infinite, since PostgreSQL has no cosine of that."""
 
-    def body(given: Sql) -> Sql:
-        is_finite = is_magnitude_below(given, nodes.string("Infinity"))
-        return nodes.case((is_finite, nodes.call("radians", given)))
+    def body(value: Sql) -> Sql:
+        is_finite = is_magnitude_below(value, nodes.string("Infinity"))
+        return nodes.case((is_finite, nodes.call("radians", value)))
 
     degrees = translate_operand(term, scope)
     return scope.translation.let(double_or_null(degrees, scope, is_double=is_double(term)), body)

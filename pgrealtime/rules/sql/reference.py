@@ -115,8 +115,8 @@ class ReferenceQuery:
             if all(column in row for column in columns)
         ]
         params: dict[str, object] = {"i": [index for index, _ in known]}
-        for at, column in enumerate(columns):
-            params[f"c{at}"] = [row[column] for _, row in known]
+        for i, column in enumerate(columns):
+            params[f"c{i}"] = [row[column] for _, row in known]
         for part in self.sql_predicates:
             params |= _sql_params(part.bindings, self.request, now)
         return params
@@ -253,7 +253,7 @@ def _sql_params(
 
 
 def _columns_of(predicates: Sequence[SqlPredicate]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for one in predicates for name in one.column_names))
+    return tuple(dict.fromkeys(name for predicate in predicates for name in predicate.column_names))
 
 
 def _matching_rows_sql(

@@ -36,7 +36,7 @@ def unused_column_name(column_names: Collection[str]) -> str:
 def images_table(columns: Sequence[Column], ordinal: str) -> Sql:
     """Return the row images as a derived table with the names and types of the table's columns."""
     raw = "k"
-    names = [f"c{at}" for at in range(len(columns))]
+    names = [f"c{i}" for i in range(len(columns))]
     select = exp.Select(
         expressions=[nodes.column(raw, ordinal), *typed_columns(raw, names, columns)],
         from_=exp.From(
@@ -158,14 +158,14 @@ def with_overlays(
     """
     if not all(_covers(overlay, conditions) for overlay in overlays):
         return None
-    reach = None if row_images is None else _ReachableRows(conditions, overlays, row_images)
+    reachable = None if row_images is None else _ReachableRows(conditions, overlays, row_images)
     names: dict[TableName, str] = {}
     views: list[exp.CTE] = []
     for index, overlay in enumerate(overlays):
         if read := _columns_read(conditions, overlay.table):
             names[overlay.table.name] = f"before{index}"
-            near = overlay if reach is None else reach.restrict(overlay)
-            views.append(_overlay_cte(f"before{index}", near, read, params))
+            restricted = overlay if reachable is None else reachable.restrict(overlay)
+            views.append(_overlay_cte(f"before{index}", restricted, read, params))
     return [_redirect_tables(condition, names) for condition in conditions], views
 
 
@@ -242,16 +242,18 @@ class _ReachableRows:
             if found is None:
                 return overlay
             column, values = found
-            by = overlay.old_images_by(column)
-            old_images |= {id(row): row for value in values for row in by.get(value, ())}
+            rows_by_value = overlay.old_images_by(column)
+            old_images |= {id(row): row for value in values for row in rows_by_value.get(value, ())}
             if column not in overlay.table.primary_key:
                 changed_rows = None  # a live row of any key can have the value by now
             elif changed_rows is not None:
-                by = overlay.changed_rows_by(column)
-                changed_rows |= {id(row): row for value in values for row in by.get(value, ())}
-        reached = overlay.changed_rows if changed_rows is None else list(changed_rows.values())
+                rows_by_value = overlay.changed_rows_by(column)
+                changed_rows |= {
+                    id(row): row for value in values for row in rows_by_value.get(value, ())
+                }
+        changed = overlay.changed_rows if changed_rows is None else list(changed_rows.values())
         return replace(
-            overlay, old_images=list(old_images.values()), changed_rows=reached, _cache={}
+            overlay, old_images=list(old_images.values()), changed_rows=changed, _cache={}
         )
 
     def _reachable_values(self, alias: str) -> tuple[str, AbstractSet[str]] | None:
@@ -270,23 +272,23 @@ class _ReachableRows:
     def _column_values(self, alias: str, name: str) -> tuple[Column, AbstractSet[str]] | None:
         """Return a column, and all values that it can have in the rows of that alias."""
         if alias == nodes.quoted_name(ROW_ALIAS).name:
-            for at, column in enumerate(self._row_images.columns):
+            for index, column in enumerate(self._row_images.columns):
                 if nodes.quoted_name(column.name).name == name:
-                    cells = (row[at] for row in self._row_images.rows)
+                    cells = (row[index] for row in self._row_images.rows)
                     return column, {text for text in cells if text is not None}
             return None
         overlay = self._overlays.get(alias)
-        reached = None if overlay is None else self._reachable_values(alias)
-        if overlay is None or reached is None:
+        key_values = None if overlay is None else self._reachable_values(alias)
+        if overlay is None or key_values is None:
             return None
-        key, values = reached
+        key, values = key_values
         wanted = _find_column(overlay.table.columns, name)
         if wanted is None or overlay.table.primary_key != (key,):
             return None
         if not values <= overlay.changed_rows_by(key).keys():
             return None  # rows that the transaction didn't change are reached too
-        by = overlay.old_images_by(key)
-        cells = (row[wanted.name] for value in values for row in by.get(value, ()))
+        rows_by_key = overlay.old_images_by(key)
+        cells = (row[wanted.name] for value in values for row in rows_by_key.get(value, ()))
         return wanted, {text for text in cells if text is not None}
 
 
@@ -311,13 +313,13 @@ def _find_column(columns: Iterable[Column], name: str) -> Column | None:
     return next((column for column in columns if nodes.quoted_name(column.name).name == name), None)
 
 
-def _is_equal_by_text(one: Column, other: Column) -> bool:
-    types = one.type.base, other.type.base
+def _is_equal_by_text(left: Column, right: Column) -> bool:
+    types = left.type.base, right.type.base
     return (
-        one.is_deterministic
-        and other.is_deterministic
-        and all(of.schema == "pg_catalog" for of in types)
-        and any({of.name for of in types} <= family for family in _TEXT_COMPARABLE_TYPES)
+        left.is_deterministic
+        and right.is_deterministic
+        and all(type_.schema == "pg_catalog" for type_ in types)
+        and any({type_.name for type_ in types} <= family for family in _TEXT_COMPARABLE_TYPES)
     )
 
 
@@ -340,7 +342,7 @@ def _overlay_cte(
     name: str, overlay: Overlay, columns: Sequence[Column], params: dict[str, object]
 ) -> exp.CTE:
     """Return the table as it was, and add the old images to the statement's parameters."""
-    column_names = [f"{name}_c{at}" for at in range(len(columns))]
+    column_names = [f"{name}_c{i}" for i in range(len(columns))]
     for key, column in zip(column_names, columns, strict=True):
         params[key] = [row[column.name] for row in overlay.old_images]
     old = exp.Select(
@@ -362,7 +364,7 @@ def _overlay_cte(
 def _is_changed_row(name: str, overlay: Overlay, params: dict[str, object]) -> Sql:
     """Return whether the row ``t`` of the live table is one that the transaction changed."""
     keys = find_columns(overlay.table, overlay.table.primary_key)
-    key_names = [f"{name}_k{at}" for at in range(len(keys))]
+    key_names = [f"{name}_k{i}" for i in range(len(keys))]
     equalities: list[Sql] = []
     for key_name, column in zip(key_names, keys, strict=True):
         params[key_name] = [row[column.name] for row in overlay.changed_rows]

@@ -100,20 +100,21 @@ def translate_time(
     rest = list(modifiers)
     base = rest.pop(0).lower() if rest and rest[0].lower() in _NUMBER_MODIFIERS else ""
     start = _time_value_timestamp(scope, time, number, text, base)
-    given = scope.translation.let
+    let = scope.translation.let
     if not rest:
-        return given(
-            start, lambda one: _null_unless_within(one, "4714-11-24 12:00:00 BC", "10000-01-01")
+        return let(
+            start,
+            lambda moment: _null_unless_within(moment, "4714-11-24 12:00:00 BC", "10000-01-01"),
         )
     cycles = nodes.call("make_interval", *[nodes.number(0)] * 3, nodes.number(_SHIFTED_BY_DAYS))
     start = nodes.binary(exp.Add, start, cycles)
     for modifier in map(str.lower, rest):
-        start = given(start, partial(_apply_modifier, modifier=modifier))
+        start = let(start, partial(_apply_modifier, modifier=modifier))
         if modifier.rstrip("s").endswith(_CALENDAR_UNITS):
-            start = given(
-                start, lambda one: _null_unless_within(one, _SHIFTED_FIRST_YEAR, _SHIFTED_END)
+            start = let(
+                start, lambda moment: _null_unless_within(moment, _SHIFTED_FIRST_YEAR, _SHIFTED_END)
             )
-    start = given(start, lambda one: _null_unless_within(one, _SHIFTED_FIRST, _SHIFTED_END))
+    start = let(start, lambda moment: _null_unless_within(moment, _SHIFTED_FIRST, _SHIFTED_END))
     return nodes.binary(exp.Sub, start, cycles)
 
 
@@ -131,7 +132,7 @@ def _time_value_timestamp(
         ):
             null = nodes.null(nodes.TIMESTAMP)
             return null if is_number_wanted else _parse_time_text(scope, text)
-    from_number = scope.translation.let(number, lambda given: _number_timestamp(given, base))
+    from_number = scope.translation.let(number, lambda value: _number_timestamp(value, base))
     if is_number_wanted:
         return from_number
     return nodes.coalesce(from_number, _parse_time_text(scope, _with_now(scope, text)))
@@ -176,8 +177,8 @@ def _time_text_timestamp(text: Sql) -> Sql:
         # More than 999 milliseconds aren't rounded to the next second.
         _round_to_milliseconds(nodes.call("least", second, last)),
     )
-    spelt = nodes.binary(exp.Sub, nodes.binary(exp.Add, first, since), zone)
-    return nodes.case((nodes.matches_regex(text, _TIME_VALUE), spelt))
+    parsed = nodes.binary(exp.Sub, nodes.binary(exp.Add, first, since), zone)
+    return nodes.case((nodes.matches_regex(text, _TIME_VALUE), parsed))
 
 
 def _round_to_milliseconds(seconds: Sql) -> Sql:
@@ -322,7 +323,7 @@ def format_time(scope: Scope, timestamp: Sql, layout: str, modifiers: Sequence[s
     has_subseconds = any(modifier.lower() in _SUBSECOND_MODIFIERS for modifier in modifiers)
     return scope.translation.let(
         timestamp,
-        lambda given: _concatenate_format(scope, given, layout, has_subseconds=has_subseconds),
+        lambda value: _concatenate_format(scope, value, layout, has_subseconds=has_subseconds),
     )
 
 
@@ -340,8 +341,8 @@ def _concatenate_format(scope: Scope, start: Sql, layout: str, *, has_subseconds
             if made is None:
                 return nodes.null()
             pieces.append(made)
-    shown = nodes.concatenate(*pieces) if pieces else nodes.string("")
-    return nodes.case((nodes.is_null(start), nodes.null()), default=shown)
+    text = nodes.concatenate(*pieces) if pieces else nodes.string("")
+    return nodes.case((nodes.is_null(start), nodes.null()), default=text)
 
 
 _TO_CHAR_LETTERS = {
