@@ -100,28 +100,28 @@ def _members_from_json(reader: JsonReader, normalize_name: Callable[[str], str])
     if reader.consume_null():
         return {}
     known = {normalize_name(name): attribute for name, attribute in _ATTRIBUTE_BY_MEMBER.items()}
-    found: dict[str, str] = {}
+    members: dict[str, str] = {}
     for name in reader.members():
         attribute = known.get(normalize_name(name))
         if attribute is None:
             reader.skip()
-        elif attribute in found:
+        elif attribute in members:
             raise JsonError("repeated member")
         else:
-            found[attribute] = read_string_or_empty(reader)
-    return found
+            members[attribute] = read_string_or_empty(reader)
+    return members
 
 
 def _members_from_form(pairs: list[FormPair]) -> dict[str, str]:
     """Return the first value of each key, overwritten by ``@jsonPayload``; its null resets all."""
-    found: dict[str, str] = {}
+    members: dict[str, str] = {}
     for name, value in pairs:
         attribute = _ATTRIBUTE_BY_MEMBER.get(name.decode(errors="replace"))
         if attribute is not None:
-            found.setdefault(attribute, value.decode(errors="replace"))
+            members.setdefault(attribute, value.decode(errors="replace"))
     for reader in json_payloads(pairs):
-        found = {} if reader.consume_null() else found | _members_from_json(reader, str)
-    return found
+        members = {} if reader.consume_null() else members | _members_from_json(reader, str)
+    return members
 
 
 def check_login_body(call: LoginBody, identity_fields: Collection[str]) -> None:

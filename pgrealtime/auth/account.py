@@ -128,10 +128,10 @@ class AccountLoader:
         columns = [column.name for column in users.collection.table.columns]
         key = canonical_id(record_id, users.collection.key.type)
         try:
-            found = {} if key is None else await self._select_by_id(users, [key], columns)
+            accounts = {} if key is None else await self._select_by_id(users, [key], columns)
         except (psycopg.DataError, UnicodeEncodeError):
             return None
-        return found.get(key or "")
+        return accounts.get(key or "")
 
     async def find_by_value(
         self, users: UserCollection, column: Column, value: str
@@ -195,13 +195,13 @@ class AccountLoader:
     async def _select_one_by_one(
         self, users: UserCollection, ids: Iterable[str]
     ) -> Mapping[str, Account]:
-        found: dict[str, Account] = {}
+        accounts: dict[str, Account] = {}
         for record_id in ids:
             try:
-                found |= await self._select_by_id(users, [record_id], users.column_names)
+                accounts |= await self._select_by_id(users, [record_id], users.column_names)
             except (psycopg.DataError, UnicodeEncodeError):
                 continue
-        return found
+        return accounts
 
     async def _select_by_id(
         self, users: UserCollection, ids: Iterable[str], columns: Sequence[str]

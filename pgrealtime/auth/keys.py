@@ -100,9 +100,9 @@ class JwksKeySource:
 
     async def keys_for(self, token: Token) -> Sequence[VerificationKey]:
         """Return the matching keys, after a fetch if none matches (one a minute at most)."""
-        found = self._matching_keys(token)
-        if found or token.algorithm not in self._issuer.accepted_algorithms:
-            return found
+        keys = self._matching_keys(token)
+        if keys or token.algorithm not in self._issuer.accepted_algorithms:
+            return keys
         if self._clock() >= self._next_unknown_kid_fetch_at:
             self._next_unknown_kid_fetch_at = self._clock() + _UNKNOWN_KID_SECONDS
             self._start_or_join_fetch()

@@ -222,15 +222,15 @@ class LoginService:
 
         All fields are queried even so: the number of queries would show in the time.
         """
-        found: Account | None = None
+        found_account: Account | None = None
         for name in _identity_fields_to_try(users.login, attempt):
             identity_field = users.collection.fields_by_name.get(name)
             if identity_field is not None and identity_field.column is not None:
                 account = await self._accounts.find_by_value(
                     users, identity_field.column, attempt.identity
                 )
-                found = found or account
-        return found
+                found_account = found_account or account
+        return found_account
 
     def _make_token(self, account: Account) -> str:
         key = account.token_key

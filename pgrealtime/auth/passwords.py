@@ -81,24 +81,24 @@ _MAX_SCRYPT_BYTES = 2 * 2**30
 def parse_hash(text: str) -> StoredHash | None:
     """Return the hash; None if its scheme is unknown or its cost exceeds the limits."""
     for scheme in Scheme:
-        found = scheme.value.fullmatch(text)
-        if found is not None:
-            return StoredHash(scheme, text) if _is_within_cost_limits(scheme, found) else None
+        match = scheme.value.fullmatch(text)
+        if match is not None:
+            return StoredHash(scheme, text) if _is_within_cost_limits(scheme, match) else None
     return None
 
 
-def _is_within_cost_limits(scheme: Scheme, found: re.Match[str]) -> bool:
+def _is_within_cost_limits(scheme: Scheme, match: re.Match[str]) -> bool:
     match scheme:
         case Scheme.BCRYPT | Scheme.BCRYPT_SHA256:
-            return int(found["cost"]) <= _MAX_BCRYPT_COST
+            return int(match["cost"]) <= _MAX_BCRYPT_COST
         case Scheme.ARGON2:
-            memory, lanes = int(found["memory"]) * 1024, int(found["lanes"])
+            memory, lanes = int(match["memory"]) * 1024, int(match["lanes"])
             is_small = memory <= _MAX_MEMORY_BYTES and lanes <= _MAX_ARGON2_LANES
-            return is_small and memory * int(found["time"]) <= _MAX_ARGON2_BYTES
+            return is_small and memory * int(match["time"]) <= _MAX_ARGON2_BYTES
         case Scheme.PBKDF2_SHA256 | Scheme.PBKDF2_SHA1:
-            return int(found["rounds"]) <= _MAX_PBKDF2_ROUNDS
+            return int(match["rounds"]) <= _MAX_PBKDF2_ROUNDS
         case Scheme.SCRYPT:
-            n, r, p = int(found["n"]), int(found["r"]), int(found["p"])
+            n, r, p = int(match["n"]), int(match["r"]), int(match["p"])
             return (
                 _scrypt_memory_bytes(n, r, p) <= _MAX_MEMORY_BYTES
                 and 128 * n * r * p <= _MAX_SCRYPT_BYTES
@@ -115,8 +115,8 @@ def scheme_name_of(text: str) -> str:
 
     Only known names are returned, because the text may be a password in the clear.
     """
-    found = _SCHEME_NAMES.match(text)
-    return "unknown" if found is None else found[0].strip("$")
+    match = _SCHEME_NAMES.match(text)
+    return "unknown" if match is None else match[0].strip("$")
 
 
 _SCHEME_NAMES = re.compile(
@@ -173,13 +173,13 @@ def _verify_scrypt(secret: bytes, text: str) -> bool:
 
 def dummy_hash_like(stored: StoredHash) -> StoredHash:
     """Return a hash of the same scheme and cost that matches no known password."""
-    found = stored.scheme.value.fullmatch(stored.text)
-    assert found is not None  # parse_hash made it
-    padding = "=" * found["digest"].count("=")
+    match = stored.scheme.value.fullmatch(stored.text)
+    assert match is not None  # parse_hash made it
+    padding = "=" * match["digest"].count("=")
     is_bcrypt = stored.scheme in {Scheme.BCRYPT, Scheme.BCRYPT_SHA256}
     blank = "." if is_bcrypt else "A"
     return StoredHash(
-        stored.scheme, found["head"] + blank * (len(found["digest"]) - len(padding)) + padding
+        stored.scheme, match["head"] + blank * (len(match["digest"]) - len(padding)) + padding
     )
 
 
@@ -204,9 +204,9 @@ def has_cost_of(text: str, other: StoredHash) -> bool:
 
 def _cost_parameters(stored: StoredHash) -> tuple[object, ...]:
     """Return what determines the time of a check."""
-    found = stored.scheme.value.fullmatch(stored.text)
-    assert found is not None  # parse_hash made it
-    parameters = found.groupdict().items()
+    match = stored.scheme.value.fullmatch(stored.text)
+    assert match is not None  # parse_hash made it
+    parameters = match.groupdict().items()
     return stored.scheme, *(item for item in parameters if item[0] not in _GROUPS_WITHOUT_COST)
 
 

@@ -101,11 +101,11 @@ class TableHistory:
             value: What the row has in the column, before or after the write.
             after: The end LSN of a transaction; its own writes and earlier ones are left out.
         """
-        found = _writes_after(self._writes.get(value, ()), after)
+        writes = _writes_after(self._writes.get(value, ()), after)
         of_any = _writes_after(self._unknown_row_writes, after)
         if after < self._indexed_after:
             of_any.insert(0, RowWrite(self._indexed_after, None, None))
-        return sorted([*found, *of_any], key=_lsn_of) if of_any else found
+        return sorted([*writes, *of_any], key=_lsn_of) if of_any else writes
 
     def has_writes(self, after: LSN) -> bool:
         """Whether a write may end after an LSN: ``writes`` isn't empty for every value.
@@ -155,13 +155,13 @@ class TableHistory:
 
         Nothing is stored before all of it was read: ``ChangelogError`` leaves the index as it was.
         """
-        found: list[tuple[RowWrite, Sequence[str]]] = []
+        earlier: list[tuple[RowWrite, Sequence[str]]] = []
         position = after
         while entries := self._read(position, Cursor(self._indexed_after, END_ORDINAL)):
-            found += self._writes_in(entries)
+            earlier += self._writes_in(entries)
             position = entries[-1].end_lsn
             await asyncio.sleep(0)
-        for write, values in reversed(found):
+        for write, values in reversed(earlier):
             self._write_order.extendleft((write.end_lsn, value) for value in values)
             for value in values:
                 self._writes[value].appendleft(write)
@@ -216,9 +216,9 @@ def _lsn_of(write: RowWrite) -> LSN:
 
 def _writes_after(writes: Sequence[RowWrite], after: LSN) -> list[RowWrite]:
     """Return the writes after an LSN, most often few of many: from the end back."""
-    found = list(takewhile(lambda write: write.end_lsn > after, reversed(writes)))
-    found.reverse()
-    return found
+    later = list(takewhile(lambda write: write.end_lsn > after, reversed(writes)))
+    later.reverse()
+    return later
 
 
 def column_values(change: Change, column: str) -> Sequence[str]:

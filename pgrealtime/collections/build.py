@@ -218,15 +218,15 @@ class _CollectionBuilder:
                 path = f"collections.{self.resolved.name}.{key}"
                 self.problems.append(unknown_column_problem(path, table, configured))
             return column
-        found = [
+        columns = [
             foreign_key.column_names[0]
             for foreign_key in table.foreign_keys
             if foreign_key.target == referenced.table.name
             and foreign_key.target_column_names == (referenced.key.name,)
         ]
-        if len(found) != 1:
-            count = "no" if not found else "more than one"
+        if len(columns) != 1:
+            count = "no" if not columns else "more than one"
             message = f'{count} foreign key of "{table.name}" points to "{referenced.name}"'
             self._report(key, message, "name the column")
             return None
-        return table.find_column(found[0])
+        return table.find_column(columns[0])

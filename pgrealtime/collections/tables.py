@@ -62,13 +62,13 @@ def resolve_tables(
     configured: Mapping[str, CollectionConfig], catalog: Catalog, problems: list[ConfigProblem]
 ) -> Mapping[str, ResolvedTable]:
     """Return the collections whose table and key are found; append every problem to the list."""
-    found = {
+    tables = {
         name: resolved
         for name, config in configured.items()
         if (resolved := _resolve_table(name, config, catalog, problems)) is not None
     }
-    problems += _duplicate_table_problems(found.values())
-    return found
+    problems += _duplicate_table_problems(tables.values())
+    return tables
 
 
 def _resolve_table(
@@ -93,9 +93,11 @@ def find_table(text: str, catalog: Catalog) -> Table | ConfigProblem:
     """Return the table that a text names, or a problem without path."""
     schemas = catalog.schemas or tuple(dict.fromkeys(name.schema for name in catalog.tables))
     candidates = candidate_tables(text, schemas)
-    found = next((catalog.tables[name] for name in candidates if name in catalog.tables), None)
-    if found is not None:
-        return found
+    catalog_table = next(
+        (catalog.tables[name] for name in candidates if name in catalog.tables), None
+    )
+    if catalog_table is not None:
+        return catalog_table
     known = {table.name: str(table) for table in catalog.tables}
     hint = did_you_mean(text, known.values())
     if not hint and candidates:

@@ -53,8 +53,8 @@ class ConfigLocations:
     def _locate_problem(self, problem: ConfigProblem) -> ConfigProblem:
         if problem.line is not None:
             return problem
-        found = self.problem_at(tuple(problem.path.split(".")), problem.message, problem.hint)
-        return replace(found, marked_text=problem.marked_text)
+        located = self.problem_at(tuple(problem.path.split(".")), problem.message, problem.hint)
+        return replace(located, marked_text=problem.marked_text)
 
     def problem_at(self, path: KeyPath, message: str, hint: str = "") -> ConfigProblem:
         """Return a problem at a path, with its line or its variable."""
@@ -152,17 +152,17 @@ def _parse_document(
     fill_in = VariableSubstitution(environ)
     tree = fill_in(document.value)
     assert isinstance(tree, dict)
-    found = list(fill_in.problems)
-    variables = _apply_overrides(tree, environment_overrides(environ), found)
-    replace_secret_files(tree, (), read_file, found)
+    document_problems = list(fill_in.problems)
+    variables = _apply_overrides(tree, environment_overrides(environ), document_problems)
+    replace_secret_files(tree, (), read_file, document_problems)
     origin = ConfigLocations(source=source, lines=document.lines, variables=variables)
-    unusable = {path for path, _ in found}
+    unusable = {path for path, _ in document_problems}
     for path in unusable:
         remove_key(tree, path)
     config, invalid, dropped = validate_tree(tree, unusable)
     problems = (
         *document.problems,
-        *(origin.problem_at(path, message) for path, message in found),
+        *(origin.problem_at(path, message) for path, message in document_problems),
         *(origin.problem_at(path, message, hint) for path, message, hint in invalid),
     )
     return ParsedConfig(

@@ -201,8 +201,8 @@ class IssuerConfig(Section):
     def _require_one_key_source(self) -> Self:
         configured = [key for key in ("secret", "public_key", "jwks_url") if getattr(self, key)]
         if len(configured) != 1:
-            found = " and ".join(configured) or "none"
-            raise ValueError(f"give one of secret, public_key and jwks_url; there is {found}")
+            names = " and ".join(configured) or "none"
+            raise ValueError(f"give one of secret, public_key and jwks_url; there is {names}")
         # A public key is no secret: anyone could sign with it as an HMAC key.
         unfit = [a for a in self.algorithms if (a == "HS256") != (configured == ["secret"])]
         if unfit:

@@ -131,7 +131,7 @@ class VariableSubstitution:
         """Return the value with the variables of every text in it substituted."""
         match value:
             case str():
-                return _VARIABLE.sub(lambda found: self._replace(found, path), value)
+                return _VARIABLE.sub(lambda match: self._replace(match, path), value)
             case dict():
                 return {key: self(inner, (*path, key)) for key, inner in value.items()}
             case list():
@@ -139,20 +139,20 @@ class VariableSubstitution:
             case _:
                 return value
 
-    def _replace(self, found: re.Match[str], path: KeyPath) -> str:
-        if found["escaped"]:
-            return found["escaped"]
-        if found["broken"]:
+    def _replace(self, match: re.Match[str], path: KeyPath) -> str:
+        if match["escaped"]:
+            return match["escaped"]
+        if match["broken"]:
             self.problems.append((path, 'a "${" that isn\'t ${VAR}; write "$${" for the text'))
-            return found[0]
-        name, operator, operand = found["name"], found["operator"], found["operand"]
+            return match[0]
+        name, operator, operand = match["name"], match["operator"], match["operand"]
         current = self.environ.get(name)
         if operator == "-":
             return current or operand
         if current is None or (operator == "?" and not current):
             reason = operand or f"environment variable {name} is not set"
             self.problems.append((path, reason))
-            return found[0]
+            return match[0]
         return current
 
 

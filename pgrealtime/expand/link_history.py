@@ -52,7 +52,7 @@ class LinkHistory:
             return {}
         is_complete = await self._row_history.wait_for_lsn(session.insert_lsn)
         first = LSN(min(record.cursor.lsn for record in records.values()))
-        found: dict[int, LaterLinkChanges] = {}
+        later: dict[int, LaterLinkChanges] = {}
         yield_timer = YieldTimer()
         for index, record in records.items():
             if yield_timer.is_due():
@@ -67,8 +67,8 @@ class LinkHistory:
                 if changes is None or changes:
                     by_relation[hop.relation_key] = changes
             if by_relation:
-                found[index] = by_relation
-        return found
+                later[index] = by_relation
+        return later
 
     async def _changes_of_hop(
         self, hop: RelationHop, record: ChangedRecord, first: LSN, snapshot: Snapshot
@@ -88,7 +88,7 @@ def _visible_changes(
     table_history: TableHistory, record: ChangedRecord, snapshot: Snapshot
 ) -> list[Change] | None:
     """Return later transactions' changes of the links; None if some aren't known."""
-    found: list[Change] = []
+    changes: list[Change] = []
     ids = {record.record_id, unpadded_id(record.collection, record.record_id)}
     writes = [
         write for record_id in ids for write in table_history.writes(record_id, record.cursor.lsn)
@@ -98,8 +98,8 @@ def _visible_changes(
             continue
         if write.change is None or isinstance(write.change, Truncate):
             return None
-        found.append(write.change)
-    return found
+        changes.append(write.change)
+    return changes
 
 
 class TransactionLinkChanges:
@@ -140,13 +140,13 @@ class TransactionLinkChanges:
         if next_change is None:
             return ()
         links = self._ordinals(record, table, column)
-        found = _ordinals_after(links.get(record.record_id, ()), next_change)
+        ordinals = _ordinals_after(links.get(record.record_id, ()), next_change)
         unknown = _ordinals_after(links.get(_UNKNOWN_VALUE, ()), next_change)
         # A truncation of the event's own table counts as a change that may be the row's: links made
         # after it may be those of another row with this id.
-        if unknown or (found and next_change in any_row[:1]):
+        if unknown or (ordinals and next_change in any_row[:1]):
             return None
-        return [record.transaction_changes[ordinal - 1] for ordinal in found]
+        return [record.transaction_changes[ordinal - 1] for ordinal in ordinals]
 
     def _ordinals(
         self, record: ChangedRecord, table: TableName, column: str
@@ -171,14 +171,14 @@ class _ChangeOrdinals:
         self._by_column: dict[tuple[TableName, str], dict[str, list[int]]] = {}
 
     def by_value(self, table: TableName, column: str) -> Mapping[str, Sequence[int]]:
-        found = self._by_column.get((table, column))
-        if found is None:
-            found = self._by_column[table, column] = {}
+        ordinals = self._by_column.get((table, column))
+        if ordinals is None:
+            ordinals = self._by_column[table, column] = {}
             for ordinal, change in enumerate(self._changes, start=1):
                 if change.table == table:
                     for value in column_values(change, column) or (_UNKNOWN_VALUE,):
-                        found.setdefault(value, []).append(ordinal)
-        return found
+                        ordinals.setdefault(value, []).append(ordinal)
+        return ordinals
 
 
 def _ordinals_after(ordinals: Sequence[int], ordinal: int) -> Sequence[int]:

@@ -247,34 +247,34 @@ class RelatedRecordLoader:
             PoolTimeout: There was no connection.
             TimeoutError: It took too long.
         """
-        found = RelatedRecords()
+        related = RelatedRecords()
         records = batch.records
         xids: frozenset[Xid] = frozenset(record.xid for record in records.values())
         began = time.perf_counter()
         async with asyncio.timeout(_MAX_BATCH_SECONDS):
             async with self._sessions.read_session(xids, batch.max_seconds) as session:
-                roots = await self._load_in(session, batch, records, found)
+                roots = await self._load_in(session, batch, records, related)
                 began_check = time.perf_counter()
                 if batch.check_viewers is not None:
                     await batch.check_viewers(session, {viewer for _, viewer in batch.requests})
                 # Not what the viewers asked for, so it doesn't count as theirs.
                 began += time.perf_counter() - began_check
             partial_rows = frozenset(batch.partial_row_indexes)
-            found.failed.update(
+            related.failed.update(
                 (index, viewer)
                 for index, viewer in batch.requests
                 if index in partial_rows and _lacks_relation_column(viewer, batch.events[index].row)
             )
             deadline = None if batch.max_seconds is None else began + batch.max_seconds
-            await self._render_all(batch.requests, roots, found, deadline)
-        return found
+            await self._render_all(batch.requests, roots, related, deadline)
+        return related
 
     async def _load_in(
         self,
         session: ReadSession,
         batch: _EventBatch,
         records: Mapping[int, ChangedRecord],
-        found: RelatedRecords,
+        related: RelatedRecords,
     ) -> _Roots:
         """Load all that is wanted in one snapshot; return the nodes that are expanded."""
         loading = LoadBatch(session, self._junction_hops)
@@ -299,21 +299,21 @@ class RelatedRecordLoader:
         nodes = {index: make_node(index) for index in batch.junction_indexes}
         await loading.load_junction_ids(nodes.values())
         for index, node in nodes.items():
-            found.junction_ids[index] = node.junction_ids
+            related.junction_ids[index] = node.junction_ids
             if live_ids := loading.live_junction_ids(node):
-                found.live_junction_ids[index] = live_ids
-        unknown = {*found.live_junction_ids, *batch.partial_row_indexes}
+                related.live_junction_ids[index] = live_ids
+        unknown = {*related.live_junction_ids, *batch.partial_row_indexes}
         if batch.load_live_rows is not None and unknown:
             await batch.load_live_rows(session, unknown)
         if session.has_failed:
-            found.failed |= batch.all_failed().difference(batch.requests)
+            related.failed |= batch.all_failed().difference(batch.requests)
         roots = [(make_node(index), viewer) for index, viewer in batch.requests]
         began = time.perf_counter()
         await loading.load_expands(roots)
-        found.load_seconds = time.perf_counter() - began
+        related.load_seconds = time.perf_counter() - began
         if session.has_failed:
-            found.failed.update(batch.requests)
-        found.failed.update(
+            related.failed.update(batch.requests)
+        related.failed.update(
             request
             for request, (root, viewer) in zip(batch.requests, roots, strict=True)
             if (root.state_key, viewer) in loading.unknown_states
@@ -324,7 +324,7 @@ class RelatedRecordLoader:
         self,
         requests: Sequence[ExpandRequest],
         roots: _Roots,
-        found: RelatedRecords,
+        related: RelatedRecords,
         deadline: float | None,
     ) -> None:
         """Write the JSON of ``expand`` for each request.
@@ -339,10 +339,10 @@ class RelatedRecordLoader:
                 raise TimeoutError
             max_bytes = min(_MAX_RECORD_BYTES, max(bytes_left, _GUARANTEED_RECORD_BYTES))
             expand, size = self._try_render_expand(root, viewer, max_bytes)
-            found.expand_json[request] = expand
+            related.expand_json[request] = expand
             if size > _GUARANTEED_RECORD_BYTES:
                 bytes_left -= size
-            found.load_seconds += time.perf_counter() - began
+            related.load_seconds += time.perf_counter() - began
             if yield_timer.is_due():
                 await yield_timer.pause()
 

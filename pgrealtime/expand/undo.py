@@ -25,16 +25,16 @@ def ids_before_overlay(
     """
     if not overlay.has_columns((query.match_column.name, query.result_column.name)):
         return None
-    found = set(target_ids)
+    ids = set(target_ids)
     for row in overlay.changed_rows:
         # A record has one row, wherever it points now; a junction table has one per pair.
         if query.is_collection_table or source_id in query.source_ids(row):
-            found.discard(row.get(query.result_column.name) or "")
+            ids.discard(row.get(query.result_column.name) or "")
     for row in overlay.old_images:
         target = row.get(query.result_column.name)
         if target and source_id in query.source_ids(row):
-            found.add(target)
-    return found
+            ids.add(target)
+    return ids
 
 
 def ids_before_changes(
@@ -51,21 +51,21 @@ def ids_before_changes(
     Returns:
         None if they aren't known, because a row image lacks a column.
     """
-    found = set(target_ids)
+    ids = set(target_ids)
     match, result = query.match_column.name, query.result_column.name
     for change in reversed(changes):
         after, before = _images_after_and_before(change)
         if any(not (match in row and result in row) for row in (*after, *before)):
             return None
-        found.difference_update(
+        ids.difference_update(
             row[result] or "" for row in after if source_id in query.source_ids(row)
         )
-        found.update(
+        ids.update(
             row[result] or ""
             for row in before
             if row[result] and source_id in query.source_ids(row)
         )
-    return found
+    return ids
 
 
 def _images_after_and_before(change: Change) -> tuple[Sequence[Row], Sequence[Row]]:
@@ -87,12 +87,12 @@ def rows_before_overlay(collection: Collection, overlay: Overlay) -> dict[str, R
     An image may have the key alone: see ``is_whole_row``.
     """
     key = collection.key.name
-    found: dict[str, Row | None] = {}
+    rows: dict[str, Row | None] = {}
     for row in overlay.changed_rows:
-        found[unpadded_id(collection, row.get(key) or "")] = None
+        rows[unpadded_id(collection, row.get(key) or "")] = None
     for row in filter(None, overlay.old_images):
-        found[unpadded_id(collection, row.get(key) or "")] = row
-    return found
+        rows[unpadded_id(collection, row.get(key) or "")] = row
+    return rows
 
 
 def is_whole_row(table: Table, row: Row) -> bool:

@@ -320,10 +320,8 @@ class _Explainer:
                 question = compiled.sql_query([row], self._now)
                 if self._with_sql:
                     self._add_lines("sql", *sql_lines(question, compiled))
-                found = await session.fetch_rows(question)
-                return (
-                    found if isinstance(found, ConditionVerdict) else ConditionVerdict(bool(found))
-                )
+                rows = await session.fetch_rows(question)
+                return rows if isinstance(rows, ConditionVerdict) else ConditionVerdict(bool(rows))
 
     async def _is_delivered_by_engine(
         self, session: ExplainSession, collection: Collection, row: Row

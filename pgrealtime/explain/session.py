@@ -114,12 +114,12 @@ class ExplainSession:
             case KnownValue(value):
                 return format_value(value)
             case SqlQuery() as question:
-                found = await self.fetch_rows(question)
-        if isinstance(found, ConditionVerdict):
-            return f"not to be had ({found.failure})"
+                rows = await self.fetch_rows(question)
+        if isinstance(rows, ConditionVerdict):
+            return f"not to be had ({rows.failure})"
         values = sorted(
             _format_operand_value(text, is_number, is_flag=operand.is_boolean)
-            for text, is_number in found
+            for text, is_number in rows
         )
         more = ["and more"] if len(values) > MAX_SHOWN_VALUES else []
         return ", ".join([*values[:MAX_SHOWN_VALUES], *more])

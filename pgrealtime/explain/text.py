@@ -169,8 +169,8 @@ def row_lines(
 
 
 def _field_name(collection: Collection, column: str) -> str:
-    found = (f.name for f in collection.fields if f.column and f.column.name == column)
-    return next(found, column)
+    names = (f.name for f in collection.fields if f.column and f.column.name == column)
+    return next(names, column)
 
 
 def _is_hidden(collection: Collection, column: str) -> bool:

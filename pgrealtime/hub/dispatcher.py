@@ -222,8 +222,8 @@ class Dispatcher:
                     self._registry.apply_caller_change(connection, event)
 
     def _live_connections_of(self, account_event: Event) -> list[Connection]:
-        found = self._registry.callers.connections_of(account_event)
-        return [connection for connection in found if connection.state is LIVE]
+        connections = self._registry.callers.connections_of(account_event)
+        return [connection for connection in connections if connection.state is LIVE]
 
     async def _evaluate(self, slice_: Slice) -> SliceResult:
         """Evaluate a slice, without the connections whose filters are slow or may be."""
@@ -265,8 +265,8 @@ class Dispatcher:
         """Return the check for LIVE connections whose callers have changed in the database."""
 
         def connections(viewers: Sized[ExpandViewer], groups: Sized[Group]) -> Iterable[Connection]:
-            found = {*_connections_with_viewers(result.hits, viewers), *_connections_of(groups)}
-            return (connection for connection in found if connection.state is LIVE)
+            receivers = {*_connections_with_viewers(result.hits, viewers), *_connections_of(groups)}
+            return (connection for connection in receivers if connection.state is LIVE)
 
         return CallerCheck(
             self._registry.callers,

@@ -97,7 +97,7 @@ class LiveRowReader:
         by_collection: defaultdict[str, list[IncompleteRow]] = defaultdict(list)
         for image in images:
             by_collection[image.collection.name].append(image)
-        found: dict[tuple[str, str], LiveRow] = {}
+        live_rows: dict[tuple[str, str], LiveRow] = {}
         unread: set[str] = set()
         for name, images_of_one in by_collection.items():
             try:
@@ -107,8 +107,8 @@ class LiveRowReader:
                 self._unanswered.counts[name, "rows_unread"] += 1
                 unread.add(name)
             else:
-                found.update({(name, record_id): row for record_id, row in rows.items()})
-        return found, frozenset(unread)
+                live_rows.update({(name, record_id): row for record_id, row in rows.items()})
+        return live_rows, frozenset(unread)
 
     async def _fetch_with_retries(self, images: Sequence[IncompleteRow]) -> dict[str, LiveRow]:
         """Read rows of one collection; retry where another attempt may succeed.
@@ -175,10 +175,10 @@ class LiveRowReader:
         async with self._pool.session() as connection:
             transaction = ReadTransaction(self._pool, connection, {image.xid for image in images})
             await transaction.begin()
-            found = await transaction.fetch_texts(statement, {"ids": ids})
+            texts = await transaction.fetch_texts(statement, {"ids": ids})
             await transaction.finish()
         rows: dict[str, LiveRow] = {}
-        for key, *values, xmin in found:
+        for key, *values, xmin in texts:
             row: Row = dict(zip(columns, values, strict=True))
             rows[key or ""] = LiveRow(
                 int(xmin or 0), row, transaction.snapshot, transaction.insert_lsn

@@ -139,14 +139,14 @@ async def fetch_rows_by_id(
         for text in (canonical_id(record_id, key.type) for record_id in ids)
         if text is not None
     ]
-    found = await session.fetch_texts(
+    texts = await session.fetch_texts(
         rows_by_key_statement(collection.table, key, names), {"ids": canonical}
     )
-    if found is None:
+    if texts is None:
         return None
     rows: dict[str, Row] = {}
     yield_timer = YieldTimer()
-    for values in found:
+    for values in texts:
         row: Row = dict(zip(names, values, strict=True))
         rows[unpadded_id(collection, row[key.name] or "")] = row
         if yield_timer.is_due():

@@ -38,21 +38,21 @@ class PublicationWatch:
         """
         try:
             async with self._pool.connection() as connection:
-                found = await read_publication(connection, self._publication)
+                publication = await read_publication(connection, self._publication)
                 server_version = connection.info.server_version
         except psycopg.Error:
             return frozenset()
-        before, self._incomplete = self._incomplete, tables_not_fully_published(found, tables)
+        before, self._incomplete = self._incomplete, tables_not_fully_published(publication, tables)
         if self._incomplete == before:
             return frozenset()
-        self._log_problems(found, tables, server_version)
+        self._log_problems(publication, tables, server_version)
         return before | self._incomplete
 
     def _log_problems(
-        self, found: Publication | None, tables: Collection[Table], server_version: int
+        self, publication: Publication | None, tables: Collection[Table], server_version: int
     ) -> None:
         try:
-            check_publication(self._publication, found, tables, server_version)
+            check_publication(self._publication, publication, tables, server_version)
         except SetupError as error:
             log.error(  # noqa: TRY400 (the traceback says nothing more)
                 "publication.rejected",

@@ -55,14 +55,14 @@ class StatusReader:
 
     async def not_ready_reasons(self) -> list[str]:
         """Return why no traffic should be sent here; empty if it may be."""
-        found = []
+        reasons = []
         if self._parts.hub.is_closing:
-            found.append("shutting_down")
+            reasons.append("shutting_down")
         if not self._parts.hub.is_stream_up:
-            found.append("stream_away")
+            reasons.append("stream_away")
         if await self._fetch_row("SELECT 1") is None or self._parts.executor.outage.is_ongoing:
-            found.append("database_away")
-        return found
+            reasons.append("database_away")
+        return reasons
 
     async def _read_slot_lag(self) -> tuple[int | None, int | None]:
         stream = self._parts.replication_reader.stream

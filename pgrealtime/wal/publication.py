@@ -111,7 +111,7 @@ def _streaming_problem(
 
 
 def check_publication(
-    name: str, found: Publication | None, tables: Collection[Table], server_version: int
+    name: str, publication: Publication | None, tables: Collection[Table], server_version: int
 ) -> None:
     """Check that a publication has exactly these tables and the options that are needed.
 
@@ -119,7 +119,7 @@ def check_publication(
         SetupError: With the SQL that creates it anew.
     """
     create = publication_sql(name, tables, server_version)
-    if found is None:
+    if publication is None:
         raise SetupError(
             f'publication "{name}" does not exist',
             hint=f"Run as the owner of the tables or a superuser: {create}",
@@ -129,7 +129,7 @@ def check_publication(
     needs_generated = server_version >= GENERATED_COLUMNS_VERSION and _has_generated_column(
         table for table in tables if table.replica_identity is ReplicaIdentity.FULL
     )
-    detail = " ".join(_differences(found, wanted, needs_generated=needs_generated))
+    detail = " ".join(_differences(publication, wanted, needs_generated=needs_generated))
     if detail:
         raise SetupError(
             f'publication "{name}" is not what is needed',
@@ -141,36 +141,36 @@ def check_publication(
 
 
 def tables_not_fully_published(
-    found: Publication | None, tables: Iterable[Table]
+    publication: Publication | None, tables: Iterable[Table]
 ) -> frozenset[TableName]:
     """Return the tables of which some changes are not published."""
-    if found is None or found.is_via_root or not found.publishes_all_actions:
+    if publication is None or publication.is_via_root or not publication.publishes_all_actions:
         return frozenset(table.name for table in tables)
-    whole = found.tables - found.partial_tables
+    whole = publication.tables - publication.partial_tables
     return frozenset(
         table.name for table in tables if not whole.issuperset(table.leaves or (table.name,))
     )
 
 
 def _differences(
-    found: Publication, wanted: frozenset[TableName], *, needs_generated: bool
+    publication: Publication, wanted: frozenset[TableName], *, needs_generated: bool
 ) -> Iterable[str]:
-    if found.includes_future_tables:
+    if publication.includes_future_tables:
         yield (
             "It is for all tables, or all of a schema: one without a key would have its updates"
             " refused."
         )
-    if missing := wanted - found.tables:
+    if missing := wanted - publication.tables:
         yield f"It lacks {_quoted_list(missing)}."
-    if superfluous := found.tables - wanted:
+    if superfluous := publication.tables - wanted:
         yield f"It has {_quoted_list(superfluous)}, which the configuration doesn't have."
-    if narrowed := found.partial_tables & wanted:
+    if narrowed := publication.partial_tables & wanted:
         yield f"It leaves out rows or columns of {_quoted_list(narrowed)}."
-    if found.is_via_root:
+    if publication.is_via_root:
         yield "publish_via_partition_root is on, which hides moves between partitions."
-    if not found.publishes_all_actions:
+    if not publication.publishes_all_actions:
         yield "It doesn't publish all of insert, update, delete, truncate."
-    if needs_generated and not found.has_generated_columns:
+    if needs_generated and not publication.has_generated_columns:
         yield "It leaves out generated columns of whole rows: updates of them would be refused."
 
 

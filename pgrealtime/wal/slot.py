@@ -81,10 +81,10 @@ async def acquire_slot(
         SlotBusyError: As ``create_slot``.
     """
     check_tables(tables)
-    if config.slot.durable and (found := await _reuse_durable_slot(connection, config, facts)):
-        if found.plugin == "pgoutput":
+    if config.slot.durable and (durable := await _reuse_durable_slot(connection, config, facts)):
+        if durable.plugin == "pgoutput":
             await _check_publication(connection, config, tables, facts)
-        return found, ""
+        return durable, ""
     refusal: SetupError | None = None
     if config.plugin != "pgoutput":
         try:
@@ -121,8 +121,8 @@ async def dry_run_slot(
         PgRealtimeError: Why the stream could not be opened.
     """
     plugin = config.plugin
-    if config.slot.durable and (found := await find_durable_slot(connection, config, facts)):
-        plugin = _plugin_of(found)
+    if config.slot.durable and (status := await find_durable_slot(connection, config, facts)):
+        plugin = _plugin_of(status)
     temporary = {"durable": False, "failover": False, "create_timeout": create_timeout_seconds}
     slot = config.slot.model_copy(update=temporary)
     config = config.model_copy(update={"slot": slot, "plugin": plugin})
@@ -138,18 +138,18 @@ async def _reuse_durable_slot(
         SetupError: Another slot has that name, or none may be created.
         SlotBusyError: The invalidated slot is in use.
     """
-    found = await find_durable_slot(connection, config, facts)
-    if found is None:
+    status = await find_durable_slot(connection, config, facts)
+    if status is None:
         return None
-    if found.is_lost:
-        await slot_status.drop_slot(connection, found)
+    if status.is_lost:
+        await slot_status.drop_slot(connection, status)
         return None
-    if config.slot.failover and not found.has_failover:
-        await slot_status.enable_failover(connection, found)
+    if config.slot.failover and not status.has_failover:
+        await slot_status.enable_failover(connection, status)
     return Slot(
-        name=found.name,
-        plugin=_plugin_of(found),
-        start_lsn=found.confirmed_flush_lsn,
+        name=status.name,
+        plugin=_plugin_of(status),
+        start_lsn=status.confirmed_flush_lsn,
         is_durable=True,
     )
 
@@ -166,15 +166,15 @@ async def find_durable_slot(
     Raises:
         SetupError: As ``slot_status.check_slot``.
     """
-    found = await slot_status.find_slot(connection, config.slot.name)
+    status = await slot_status.find_slot(connection, config.slot.name)
     slot_status.check_slot(
         config,
-        found,
+        status,
         database=connection.info.dbname,
         server_version=facts.version,
         max_slot_wal_keep_mb=facts.max_slot_wal_keep_mb,
     )
-    return found
+    return status
 
 
 async def _check_publication(
@@ -183,8 +183,8 @@ async def _check_publication(
     tables: Collection[Table],
     facts: ServerFacts,
 ) -> None:
-    found = await read_publication(connection, config.publication)
-    check_publication(config.publication, found, tables, facts.version)
+    publication = await read_publication(connection, config.publication)
+    check_publication(config.publication, publication, tables, facts.version)
 
 
 def _no_decoder_error(wal2json: SetupError, pgoutput: SetupError) -> SetupError:

@@ -59,19 +59,19 @@ def absent_value_warnings(
     An empty value is equal to an empty value, as in PocketBase.
     """
     for absent in _absent_values(expression):
-        found = [
+        absent_values = [
             (cmp, field)
             for cmp in syntax.comparison_nodes(expression)
             if (field := _path_compared_with(cmp, absent)) is not None
             and (cmp.op is Op.NE or _may_be_empty(rule, cmp, collections, collection))
             and _may_decide(cmp, expression, _with_empty_field(absent, cmp, field))
         ]
-        if found:
-            cmp, field = found[0]
+        if absent_values:
+            cmp, field = absent_values[0]
             what = "with" if cmp.op is Op.NE else "without"
             guarded = [
                 (cmp.start, cmp.end, f'({absent.guard} != "" && {rule[cmp.start : cmp.end]})')
-                for cmp, _ in found
+                for cmp, _ in absent_values
             ]
             message = f'{absent.caller_description} may see every record {what} "{field}"'
             yield ConfigProblem(path, message, f"write: {replace_spans(rule, guarded)}")

@@ -64,7 +64,7 @@ async def check_database(
         schema = await _check_schema(config, parsed)
     except PgRealtimeError as error:
         return Findings(errors=(error,))
-    found = schema.findings
+    findings = schema.findings
     try:
         system, slot, plugin_reason = await dry_run_stream(
             config.database.url,
@@ -73,14 +73,16 @@ async def check_database(
             on_wait=lambda wait: report_progress(_describe_wait(wait)),
         )
     except PgRealtimeError as error:
-        return replace(found, errors=(*found.errors, error))
+        return replace(findings, errors=(*findings.errors, error))
     if system.system_id != schema.system_id:
-        return replace(found, errors=(*found.errors, _different_servers_error()))
+        return replace(findings, errors=(*findings.errors, _different_servers_error()))
     if schema.is_standby:
-        return replace(found, errors=(*found.errors, _standby_error()))
+        return replace(findings, errors=(*findings.errors, _standby_error()))
     reason = f" ({plugin_reason})" if plugin_reason else ""
     server_line = f"{schema.server_description}, {slot.plugin}{reason}"
-    return replace(found, summary_lines=(_summarize_collections(schema.collections), server_line))
+    return replace(
+        findings, summary_lines=(_summarize_collections(schema.collections), server_line)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

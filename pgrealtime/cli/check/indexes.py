@@ -97,11 +97,11 @@ def _index_hints(
     conditions: Sequence[predicate.Condition], collections: Collections
 ) -> Mapping[TableName, str]:
     """Return the SQL of an index that would find rows of ``@collection``, by table without one."""
-    found = [
+    indexes = [
         index for condition in conditions for index in _collection_indexes(condition, collections)
     ]
-    served = {index.table.name for index in found if index.is_present}
-    return {i.table.name: str(i) for i in reversed(found) if i.table.name not in served}
+    served = {index.table.name for index in indexes if index.is_present}
+    return {i.table.name: str(i) for i in reversed(indexes) if i.table.name not in served}
 
 
 _NO_INDEX_HINT = "no index serves this rule: go by a relation to it instead of @collection"
@@ -173,7 +173,7 @@ def _collection_indexes(
 async def _fully_scanned_tables(
     connection: AsyncConnection[Any], predicates: Iterable[ReferenceQuery]
 ) -> Sequence[TableName]:
-    found: list[TableName] = []
+    tables: list[TableName] = []
     for reference in predicates:
         row = dict.fromkeys(column.name for column in reference.collection.table.columns)
         query = reference.sql_query([row], datetime.now(UTC))
@@ -183,10 +183,10 @@ async def _fully_scanned_tables(
                 await connection.execute(_PREFER_INDEXES_SQL)
                 cursor = await connection.execute(statement, query.params)
                 for (plan,) in await cursor.fetchall():
-                    found += _full_scans(plan[0]["Plan"])
+                    tables += _full_scans(plan[0]["Plan"])
         except psycopg.Error:
             continue  # reported as an error of its own
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(tables))
 
 
 def _full_scans(node: dict[str, Any]) -> Iterator[TableName]:

@@ -131,7 +131,7 @@ def _match_all_warnings(
     ``!=`` and ``!~`` are not reported: over all rows they mean that no row is equal, which is what
     one expects.
     """
-    found = [
+    operands = [
         cmp
         for cmp in syntax.comparison_nodes(expression)
         if not cmp.is_any
@@ -142,7 +142,7 @@ def _match_all_warnings(
         first = found[0]
         side = first.left if identifier_text(first.left).startswith("@collection.") else first.right
         insertions = [
-            (_operator_position(rule, cmp), _operator_position(rule, cmp), "?") for cmp in found
+            (_operator_position(rule, cmp), _operator_position(rule, cmp), "?") for cmp in operands
         ]
         yield ConfigProblem(
             path,
@@ -174,7 +174,7 @@ def _precision_warnings(
             if exact_number(operand.value) != Decimal(text):
                 message = f"{text} has more digits than double precision, which it becomes"
                 yield ConfigProblem(path, message, f'write it as a text: "{text}"')
-    found: dict[tuple[str, str], ConfigProblem] = {}
+    problems: dict[tuple[str, str], ConfigProblem] = {}
     for comparison in _comparisons(rule, collections, collection):
         sides = comparison.left, comparison.right
         for term, other_term in (sides, sides[::-1]):
@@ -194,8 +194,8 @@ def _precision_warnings(
                 f"ALTER TABLE {quote_table_name(table)}"
                 f" ALTER COLUMN {quote_identifier(column)} TYPE {type_};"
             )
-            found[str(table), column] = ConfigProblem(path, message, hint)
-    yield from found.values()
+            problems[str(table), column] = ConfigProblem(path, message, hint)
+    yield from problems.values()
 
 
 def _comparisons(

@@ -49,14 +49,14 @@ def auth_tables(tables: Iterable[Table]) -> frozenset[TableName]:
     Those with an e-mail address and a password; if there is none, the one that is named so.
     """
     tables = list(tables)
-    found = {
+    chosen = {
         t.name for t in tables if text_column(t, EMAIL_COLUMNS) and text_column(t, PASSWORD_COLUMNS)
     }
-    if not found:
+    if not chosen:
         named = {t.name.name.lower(): t.name for t in reversed(tables)}
-        found = {named[name] for name in USER_TABLES if name in named}
-        found = set(sorted(found, key=lambda name: USER_TABLES.index(name.name.lower()))[:1])
-    return frozenset(found)
+        chosen = {named[name] for name in USER_TABLES if name in named}
+        chosen = set(sorted(chosen, key=lambda name: USER_TABLES.index(name.name.lower()))[:1])
+    return frozenset(chosen)
 
 
 def login_config(table: Table, renames: Mapping[str, str], key_name: str) -> CollectionLoginConfig:
@@ -75,8 +75,8 @@ def login_config(table: Table, renames: Mapping[str, str], key_name: str) -> Col
 
 def login_identity(table: Table) -> tuple[str, ...]:
     """Return the unique column to log in with: the e-mail address, or else a user name."""
-    found = [text_column(table, names) for names in (EMAIL_COLUMNS, _USERNAME_COLUMNS)]
-    names = (column.name for column in found if column is not None)
+    columns = [text_column(table, names) for names in (EMAIL_COLUMNS, _USERNAME_COLUMNS)]
+    names = (column.name for column in columns if column is not None)
     return tuple(name for name in names if (name,) in table.unique_keys)[:1]
 
 

@@ -95,9 +95,9 @@ def with_junctions(
     omitted: dict[TableName, str],
 ) -> Mapping[str, CollectionDraft]:
     """Return the drafts, by name, with the relations that foreign keys alone don't give."""
-    found = {draft.name: _with_chosen_foreign_keys(draft, served) for draft in served.values()}
+    drafts = {draft.name: _with_chosen_foreign_keys(draft, served) for draft in served.values()}
     for name, pair in pairs.items():
-        draft = found[pair.source_collection]
+        draft = drafts[pair.source_collection]
         taken = {field_name(draft, column) for column in draft.table.columns}
         taken |= {"id", *RESERVED_MEMBERS, *draft.config.relations}
         junction_field = unused_name(
@@ -111,9 +111,9 @@ def with_junctions(
         )
         relations = {**draft.config.relations, junction_field: relation}
         config = draft.config.model_copy(update={"relations": relations})
-        found[draft.name] = replace(draft, config=config)
+        drafts[draft.name] = replace(draft, config=config)
         omitted[name] = f"its pairs are shown as {draft.name}.{junction_field}"
-    return found
+    return drafts
 
 
 def _with_chosen_foreign_keys(

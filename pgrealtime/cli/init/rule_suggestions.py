@@ -123,8 +123,8 @@ class RuleSuggestions:
 
     def _owner_paths(self, collection: Collection) -> list[_OwnerPath]:
         """Return the shortest paths to accounts, all of one auth collection."""
-        found = self._nearest_owner_paths(collection)
-        return [path for path in found if path.auth_collection == found[0].auth_collection]
+        paths = self._nearest_owner_paths(collection)
+        return [path for path in paths if path.auth_collection == paths[0].auth_collection]
 
     def _nearest_owner_paths(self, collection: Collection) -> list[_OwnerPath]:
         visited = {collection.name}
@@ -152,7 +152,9 @@ class RuleSuggestions:
             for field_ in collection.fields
             if field_.relation is not None and _is_single_relation(field_)
         ]
-        return sorted(parents, key=lambda found: not (found[0].column and found[0].column.not_null))
+        return sorted(
+            parents, key=lambda parent: not (parent[0].column and parent[0].column.not_null)
+        )
 
     def _direct_owner_paths(self, collection: Collection) -> Iterator[_OwnerPath]:
         """Yield the paths to the account itself, to owners, and to those the row is shared with."""

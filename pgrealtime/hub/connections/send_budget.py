@@ -128,8 +128,10 @@ class SendBudget:
     def _refresh(self) -> None:
         """Read the send buffers of slow connections again; those that shrank are slow no more."""
         self._refreshed_at = self._clock()
-        found = {connection: connection.writer.buffered_bytes() for connection in self._slow}
+        buffered = {connection: connection.writer.buffered_bytes() for connection in self._slow}
         self._slow = {
-            slow: waiting for slow, waiting in found.items() if waiting >= self.counted_from_bytes
+            slow: waiting
+            for slow, waiting in buffered.items()
+            if waiting >= self.counted_from_bytes
         }
         self._waiting_bytes = sum(self._slow.values())

@@ -264,18 +264,18 @@ class SliceEnricher:
         )
         if not quick:
             return excluded
-        found = await self._related_loader.load_expands_within(
+        loaded = await self._related_loader.load_expands_within(
             _EXPAND_SECONDS + _EXPAND_SECONDS_PER_CHANGE * len(events),
             events,
             quick,
             partial_row_indexes,
             check_viewers=live_rows.check_callers,
         )
-        if found is None:
+        if loaded is None:
             self._quick_plans.difference_update({viewer.plan for _, viewer in quick})
             return excluded.union(viewer for _, viewer in quick)
-        related.expand_json |= found.expand_json
-        related.failed |= found.failed
+        related.expand_json |= loaded.expand_json
+        related.failed |= loaded.failed
         return excluded
 
     def record_expand_seconds(

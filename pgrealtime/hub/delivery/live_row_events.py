@@ -121,9 +121,9 @@ async def _fetch_rows(session: ReadSession, events: Iterable[Event]) -> dict[tup
         ids_by_collection.setdefault(collection.name, (collection, {}))[1][event.record_id] = None
     rows: dict[tuple[str, str], Row] = {}
     for name, (collection, ids) in ids_by_collection.items():
-        found = await fetch_rows_by_id(session, collection, ids) or {}
+        fetched = await fetch_rows_by_id(session, collection, ids) or {}
         for record_id in ids:
-            row = found.get(unpadded_id(collection, record_id))
+            row = fetched.get(unpadded_id(collection, record_id))
             if row is not None:
                 rows[name, record_id] = row
     return rows

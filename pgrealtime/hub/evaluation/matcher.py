@@ -89,11 +89,11 @@ class Matcher:
         check_remote_filters(subscription, bound.specialization)
         tables = self._tables_for(bound.specialization)
         table = tables.get(collection.name) or GroupTable()
-        found = table.find(bound, topic.record_id)
-        group = found or Group(bound, topic.record_id)
+        known_group = table.find(bound, topic.record_id)
+        group = known_group or Group(bound, topic.record_id)
         if group.is_unindexed:
             self._unindexed_filters.add(subscription, group)
-        if found is None:
+        if known_group is None:
             table.add(group)
             tables[collection.name] = table
         group.add(subscription)

@@ -142,9 +142,9 @@ class TableDefinitions:
         tables = [collection.table for collection in collections.values()]
         self._partition_roots = {leaf: table.oid for table in tables for leaf in table.leaves}
         self._composite_attributes = {
-            table.name: found
+            table.name: attributes
             for table in tables
-            if (found := dict(_composite_types(column.type for column in table.columns)))
+            if (attributes := dict(_composite_types(column.type for column in table.columns)))
         }
 
     def assumptions_for(self, entries: Iterable[Entry]) -> CatalogAssumptions | None:

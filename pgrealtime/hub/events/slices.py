@@ -218,5 +218,5 @@ def _collection_names(
 ) -> frozenset[str] | None:
     if tables is None:
         return None
-    found = (collections.find_by_table(table) for table in tables)
-    return frozenset(collection.name for collection in found if collection is not None)
+    served = (collections.find_by_table(table) for table in tables)
+    return frozenset(collection.name for collection in served if collection is not None)

@@ -42,8 +42,8 @@ class BeforeState:
             return ()
         if self._changed_tables is None:
             self._changed_tables = frozenset(change.table for change in self._changes)
-        found = (self._overlay_of(name) for name in sorted(self._changed_tables & wanted))
-        return tuple(overlay for overlay in found if overlay is not None)
+        overlays = (self._overlay_of(name) for name in sorted(self._changed_tables & wanted))
+        return tuple(overlay for overlay in overlays if overlay is not None)
 
     def _overlay_of(self, name: TableName) -> Overlay | None:
         if name not in self._overlays:

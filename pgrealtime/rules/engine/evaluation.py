@@ -119,10 +119,10 @@ class Evaluation(Generic[K, M]):
         members: set[M] = set()
         unreached: dict[int, KeyEntries[M]] = {}
         for row_key, row in self.rows.items():
-            found = row.members_missing_columns
-            if found or row.unreached_entries:
+            affected = row.members_missing_columns
+            if affected or row.unreached_entries:
                 row_keys.append(row_key)
-                members.update(found)
+                members.update(affected)
                 unreached.update((id(entries), entries) for entries in row.unreached_entries)
         return row_keys, frozenset(members.union(*(remote.all() for remote in unreached.values())))
 

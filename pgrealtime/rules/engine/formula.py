@@ -97,16 +97,16 @@ def _flattened(
     connective: type[AllOf | AnyOf], operands: Iterable[Formula], *, neutral: bool
 ) -> Formula:
     """Join operands; ``neutral`` is the constant that changes nothing, the other one decides."""
-    found: list[Formula] = []
+    flat: list[Formula] = []
     for operand in operands:
         if isinstance(operand, bool):
             if operand is not neutral:
                 return operand
         elif isinstance(operand, connective):
-            found.extend(operand.operands)
+            flat.extend(operand.operands)
         else:
-            found.append(operand)
-    return connective(tuple(found)) if len(found) > 1 else found[0] if found else neutral
+            flat.append(operand)
+    return connective(tuple(flat)) if len(flat) > 1 else flat[0] if flat else neutral
 
 
 def split_condition(condition: Condition, compile_part: Callable[[Condition], Formula]) -> Formula:

@@ -153,8 +153,8 @@ def index_paths(formula: Formula, registry: KeyRegistry) -> list[IndexPath]:
         return [IndexPath(kind=LookupKind.ALL, guards=() if formula is True else (formula,))]
     match formula:
         case TestCall(test):
-            found = _paths_of_condition(test.condition, [], formula, registry)
-            return found or [IndexPath(kind=LookupKind.ALL, residual=formula)]
+            paths = _paths_of_condition(test.condition, [], formula, registry)
+            return paths or [IndexPath(kind=LookupKind.ALL, residual=formula)]
         case AnyOf(operands):
             return [path for operand in operands for path in index_paths(operand, registry)]
         case AllOf(operands):
@@ -187,11 +187,11 @@ def _paths_of_conjunction(operands: Sequence[Formula], registry: KeyRegistry) ->
 
 def _composite_key_parts(alternatives: Sequence[Sequence[IndexPath]]) -> list[int]:
     """Return which operands make one key together: of different columns, and not too many."""
-    found: dict[RowKeyReader, int] = {}
+    index_by_reader: dict[RowKeyReader, int] = {}
     for index, paths in enumerate(alternatives):
         if _is_single_key_path(paths):
-            found.setdefault(paths[0].row_key_readers[0], index)
-    return list(found.values())[:_MAX_COMPOSITE_KEYS]
+            index_by_reader.setdefault(paths[0].row_key_readers[0], index)
+    return list(index_by_reader.values())[:_MAX_COMPOSITE_KEYS]
 
 
 def _is_single_key_path(paths: Sequence[IndexPath]) -> bool:
@@ -242,24 +242,21 @@ def _paths_of_condition(
                 for i, part in enumerate(parts)
                 if (
                     paths := _paths_of_condition(
-                        part,
-                        [*other_conjuncts, *parts[:i], *parts[i + 1 :]],
-                        test_call,
-                        registry,
+                        part, [*other_conjuncts, *parts[:i], *parts[i + 1 :]], test_call, registry
                     )
                 )
             ]
             return min(alternatives, key=_cost) if alternatives else None
         case Disjunction(parts):
-            found: list[IndexPath] = []
+            part_paths: list[IndexPath] = []
             for part in parts:
                 paths = _paths_of_condition(part, other_conjuncts, test_call, registry)
                 if paths is None:
                     return None
-                found += (
+                part_paths += (
                     replace(path, residual=test_call, implied_test_call=None) for path in paths
                 )
-            return found
+            return part_paths
         case NestedRule():
             return None
 

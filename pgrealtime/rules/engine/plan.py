@@ -156,18 +156,18 @@ class Plan:
 
 
 def _by_entries_key(paths: Sequence[IndexPath], formula: Formula) -> dict[Hashable, IndexPath]:
-    found: dict[Hashable, IndexPath] = {}
+    paths_by_key: dict[Hashable, IndexPath] = {}
     for path in paths:
-        known = found.setdefault(path.entries_key, path)
+        known = paths_by_key.setdefault(path.entries_key, path)
         if (known.guards, known.residual, known.implied_test_call) != (
             path.guards,
             path.residual,
             path.implied_test_call,
         ):
-            found[path.entries_key] = replace(
+            paths_by_key[path.entries_key] = replace(
                 path, guards=(), residual=formula, implied_test_call=None
             )
-    return found
+    return paths_by_key
 
 
 def _tests_of(formula: Formula) -> frozenset[Test]:

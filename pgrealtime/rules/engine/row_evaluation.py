@@ -135,8 +135,8 @@ class RowEvaluation(Generic[M]):
                 continue
             untested: list[M] = []
             for member in members:
-                found = member.specialization.paths_by_key[entries_key]
-                if found.residual is True and not found.guards and not missing:
+                path = member.specialization.paths_by_key[entries_key]
+                if path.residual is True and not path.guards and not missing:
                     hits[member] = None
                 else:
                     untested.append(member)
@@ -411,8 +411,8 @@ class RowEvaluation(Generic[M]):
 
     def _remote_entries(self, remote_key: RemoteKey) -> list[KeyEntries[M]]:
         """Return the members under a remote key; they may have been removed since it was asked."""
-        found = (index.remote_entries.get(remote_key) for index in self._searched_indexes)
-        return [entries for entries in found if entries is not None]
+        known = (index.remote_entries.get(remote_key) for index in self._searched_indexes)
+        return [entries for entries in known if entries is not None]
 
     @property
     def undecided_members(self) -> Iterator[M]:
@@ -433,10 +433,10 @@ class RowEvaluation(Generic[M]):
         """
         if not self.missing_columns or not self.is_missing_column_unknown:
             return frozenset()
-        found = dict(self._open_members)
+        members = dict(self._open_members)
         for index, guards, is_exact in self._open_guards:
-            found.update(index.unindexed.get((guards, is_exact), {}))
-        return found.keys() - self.hits.keys()
+            members.update(index.unindexed.get((guards, is_exact), {}))
+        return members.keys() - self.hits.keys()
 
     def overlays(self, tables: Iterable[TableName]) -> tuple[Overlay, ...]:
         """Return the former state of those tables that the row's transaction changed."""

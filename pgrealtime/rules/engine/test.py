@@ -127,13 +127,13 @@ def _caller_parameters(
     condition: Condition, *, is_caller_row_bound: bool
 ) -> Iterator[Parameter | CallerColumn]:
     """Yield the parameters of a condition that differ per caller."""
-    found = [
+    parameters = [
         parameter
         for parameter in condition_parameters(condition)
         if not isinstance(parameter, (LiteralParameter, Macro))
     ]
-    yield from found
-    if reads_caller_row(condition) and CALLER_ID_PARAMETER not in found:
+    yield from parameters
+    if reads_caller_row(condition) and CALLER_ID_PARAMETER not in parameters:
         yield CALLER_ID_PARAMETER
     if is_caller_row_bound:
         yield from caller_columns(condition)

@@ -300,7 +300,7 @@ def comparisons(condition: Condition) -> tuple[Comparison, ...]:
         case Comparison():
             return (condition,)
         case Conjunction(parts) | Disjunction(parts):
-            return tuple(found for part in parts for found in comparisons(part))
+            return tuple(comparison for part in parts for comparison in comparisons(part))
         case NestedRule(_, where):
             return comparisons(where)
 
@@ -334,8 +334,8 @@ def row_paths(condition: Condition) -> tuple[RowPath, ...]:
 
 def condition_parameters(condition: Condition) -> tuple[Parameter, ...]:
     """Return the distinct parameters in order of appearance."""
-    found = (term.parameter for term in terms(condition) if isinstance(term, ParameterTerm))
-    return tuple(dict.fromkeys(found))
+    parameters = (term.parameter for term in terms(condition) if isinstance(term, ParameterTerm))
+    return tuple(dict.fromkeys(parameters))
 
 
 def columns_read(condition: Condition) -> frozenset[str]:

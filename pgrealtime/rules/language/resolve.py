@@ -321,9 +321,9 @@ class _Resolver:
 
     def _find_collection(self, name_or_id: str) -> Collection | None:
         """Return the collection of that id or name; PocketBase ignores the name's case here."""
-        found = self._collections.find(name_or_id)
-        if found is not None:
-            return found
+        collection = self._collections.find(name_or_id)
+        if collection is not None:
+            return collection
         wanted = name_or_id.lower()
         return next((c for c in self._collections.values() if c.name.lower() == wanted), None)
 
@@ -419,9 +419,9 @@ class _Resolver:
         self, collection: Collection, part: str, *, is_missing_null: bool
     ) -> BackRelation | None:
         """Return the step over ``collection_via_field``; None if it is unknown and that is NULL."""
-        found = _BACK_RELATION.fullmatch(part)
-        source = None if found is None else self._find_collection(found[1])
-        field = None if found is None or source is None else self._find_field(source, found[2])
+        match = _BACK_RELATION.fullmatch(part)
+        source = None if match is None else self._find_collection(match[1])
+        field = None if match is None or source is None else self._find_field(source, match[2])
         if source is None or field is None:
             if is_missing_null:
                 return None

@@ -193,7 +193,7 @@ def like_pattern(value: str | float) -> str:
     if _UNESCAPED_PERCENT.search(text) is not None:
         return text
     # A backslash before each of \ % _ that has none before it yet.
-    escaped = re.sub(r"\\([\\%_])|([\\%_])", lambda found: "\\" + (found[1] or found[2]), text)
+    escaped = re.sub(r"\\([\\%_])|([\\%_])", lambda match: "\\" + (match[1] or match[2]), text)
     return f"%{escaped}%"
 
 

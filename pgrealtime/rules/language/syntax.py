@@ -115,9 +115,9 @@ def parse_expression(text: str) -> ExpressionNode:
         RuleSyntaxError: The text is not of the language, an empty one included.
         RuleUnsupportedError: It nests deeper than MAX_DEPTH.
     """
-    if found := _SURROGATE.search(text):
+    if match := _SURROGATE.search(text):
         # PostgreSQL has no such text. YAML can contain one, a topic can't.
-        raise RuleSyntaxError("half a character", start=found.start(), end=found.end())
+        raise RuleSyntaxError("half a character", start=match.start(), end=match.end())
     return _Parser(text).parse()
 
 
@@ -323,7 +323,7 @@ class _Parser:
         quoted = self._match(_TEXT, limit)
         if not quoted:
             self._fail("unterminated text", begin, limit)
-        value = _ESCAPE.sub(lambda found: _ESCAPED_CHARACTERS[found[1]], quoted[1:-1])
+        value = _ESCAPE.sub(lambda match: _ESCAPED_CHARACTERS[match[1]], quoted[1:-1])
         return LiteralNode(value, begin, self._position)
 
     def _parse_call(self, name: str, begin: int, limit: int, depth: int) -> CallNode:
@@ -362,11 +362,11 @@ class _Parser:
         self._match(_BLANK, limit)
 
     def _match(self, pattern: re.Pattern[str], limit: int) -> str:
-        found = pattern.match(self._text, self._position, limit)
-        if found is None:
+        match = pattern.match(self._text, self._position, limit)
+        if match is None:
             return ""
-        self._position = found.end()
-        return found[0]
+        self._position = match.end()
+        return match[0]
 
     def _group_end(self, begin: int, limit: int) -> int:
         """Return the position of the bracket that closes the one at ``begin``.

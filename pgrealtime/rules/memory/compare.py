@@ -189,10 +189,10 @@ def _compile_pattern(pattern: str) -> Callable[[str], bool]:
             return False
         start = first.length
         for segment in middle:
-            found = segment.find(text, start, end)
-            if found < 0:
+            position = segment.find(text, start, end)
+            if position < 0:
                 return False
-            start = found + segment.length
+            start = position + segment.length
         return True
 
     return matches
@@ -254,11 +254,11 @@ class _Segment:
         last = end - self.length + offset + len(run)
         position = start
         while True:
-            found = text.find(run, position + offset, last)
-            if found < 0:
+            run_position = text.find(run, position + offset, last)
+            if run_position < 0:
                 return -1
             WORK_BUDGET.spend(len(run) / _CHARACTERS_PER_UNIT)
-            position = found - offset
+            position = run_position - offset
             if self._other_runs_match(text, position):
                 return position
             position += 1

@@ -118,10 +118,10 @@ def _convert_date(text: str) -> str:
 
 
 def _convert_timestamp(text: str) -> str:
-    found = _TIMESTAMP_TEXT.fullmatch(text)
-    if found is None:
+    match = _TIMESTAMP_TEXT.fullmatch(text)
+    if match is None:
         raise UndecidedError
-    return f"{found[1]}.{found[2] or '':0<3.3}Z"
+    return f"{match[1]}.{match[2] or '':0<3.3}Z"
 
 
 def _convert_timestamptz(text: str) -> str:

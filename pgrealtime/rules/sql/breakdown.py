@@ -311,14 +311,14 @@ def _shown_values_sql(values: SqlValues, collection: Collection) -> str:
     values.select.set("limit", exp.Limit(expression=nodes.number(MAX_SHOWN_VALUES + 1)))
     columns = find_columns(collection.table, values.column_names)
     names = [nodes.quoted_name("value"), nodes.quoted_name("is_number")]
-    found = exp.Lateral(
+    lateral = exp.Lateral(
         this=exp.Subquery(this=values.select),
         alias=exp.TableAlias(this=nodes.quoted_name("found"), columns=names),
     )
     select = exp.Select(
         expressions=[nodes.column("found", "value"), nodes.column("found", "is_number")],
         from_=exp.From(this=images_table(columns, unused_column_name(values.column_names))),
-        joins=[exp.Join(this=found, kind="CROSS")],
+        joins=[exp.Join(this=lateral, kind="CROSS")],
     )
     return select.sql(dialect="postgres", copy=False)
 

@@ -154,10 +154,10 @@ class Scope:
 
     def _caller_column(self, collection: Collection, column_name: str) -> Sql:
         """Return a bound column of the caller's own row."""
-        found = collection.table.find_column(column_name)
-        assert found is not None
-        parameter = CALLER_ID_PARAMETER if found == collection.key else CallerColumn(column_name)
-        return nodes.cast_to_type(self.translation.bind(parameter, SqlForm.TEXT), found.type)
+        column = collection.table.find_column(column_name)
+        assert column is not None
+        parameter = CALLER_ID_PARAMETER if column == collection.key else CallerColumn(column_name)
+        return nodes.cast_to_type(self.translation.bind(parameter, SqlForm.TEXT), column.type)
 
     def caller_row_exists(self, collection: Collection) -> Sql:
         """Return EXISTS of the caller's own row in its table.

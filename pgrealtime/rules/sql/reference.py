@@ -233,8 +233,8 @@ def auth_collection_of(collections: Collections, request: RuleRequest) -> Collec
     """Return the collection of the caller's record; None for others, or if there is none."""
     match request.principal:
         case AuthRecord() as record:
-            found = collections.find(record.collection_name)
-            return collections.find(record.collection_id) if found is None else found
+            collection = collections.find(record.collection_name)
+            return collections.find(record.collection_id) if collection is None else collection
         case _:
             return None
 

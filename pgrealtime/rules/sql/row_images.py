@@ -238,10 +238,10 @@ class _ReachableRows:
         old_images: dict[int, Row] = {}
         changed_rows: dict[int, Row] | None = {}
         for alias in self._aliases[overlay.table.name]:
-            found = self._reachable_values(alias)
-            if found is None:
+            reachable = self._reachable_values(alias)
+            if reachable is None:
                 return overlay
-            column, values = found
+            column, values = reachable
             rows_by_value = overlay.old_images_by(column)
             old_images |= {id(row): row for value in values for row in rows_by_value.get(value, ())}
             if column not in overlay.table.primary_key:
@@ -263,10 +263,10 @@ class _ReachableRows:
             return None
         own_name, source, source_name = link
         own = _find_column(self._overlays[alias].table.columns, own_name)
-        found = self._column_values(source, source_name)
-        if own is None or found is None:
+        source_values = self._column_values(source, source_name)
+        if own is None or source_values is None:
             return None
-        column, values = found
+        column, values = source_values
         return (own.name, values) if _is_equal_by_text(own, column) else None
 
     def _column_values(self, alias: str, name: str) -> tuple[Column, AbstractSet[str]] | None:

@@ -151,8 +151,8 @@ def _parse_time_text(scope: Scope, text: Sql) -> Sql:
 
 def _time_text_timestamp(text: Sql) -> Sql:
     def part(regex: str, default: str) -> Sql:
-        found = nodes.call("substring", text, nodes.string(regex))
-        return nodes.coalesce(found, nodes.string(default))
+        digits = nodes.call("substring", text, nodes.string(regex))
+        return nodes.coalesce(digits, nodes.string(default))
 
     year = nodes.cast(part(r"^([0-9]{4})-", "2000"), "int")
     month = nodes.cast(part(r"^[0-9]{4}-([0-9]{2})", "01"), "int")
