@@ -85,20 +85,20 @@ def _with_empty_field(absent: _AbsentValue, cmp: ComparisonNode, field: str) -> 
 def _absent_values(expression: ExpressionNode) -> Iterator[_AbsentValue]:
     yield _GUEST
     sides = (side for cmp in syntax.comparison_nodes(expression) for side in (cmp.left, cmp.right))
-    given = (
+    option_paths = (
         identifier_text(side)
         for side in sides
         if identifier_text(side).startswith(_OPTION_PREFIXES)
     )
-    for text in dict.fromkeys(text for text in given if ":" not in text):
+    for text in dict.fromkeys(text for text in option_paths if ":" not in text):
         yield _AbsentValue(text, text, f"who leaves out {text}")
 
 
 def _path_compared_with(cmp: ComparisonNode, absent: _AbsentValue) -> str | None:
     """Return the row's path that is compared with the absent value; None if there is none."""
     is_equality = cmp.op is Op.EQ or (cmp.op is Op.NE and absent is _GUEST)
-    for own, other in ((cmp.left, cmp.right), (cmp.right, cmp.left)):
-        text = identifier_text(other)
+    for own, other_side in ((cmp.left, cmp.right), (cmp.right, cmp.left)):
+        text = identifier_text(other_side)
         is_of_row = text.startswith("@collection.") or text[:1] not in ("", "@")
         if is_equality and absent.covers(own) and is_of_row and text not in _KEYWORDS:
             return text

@@ -131,18 +131,19 @@ def _match_all_warnings(
     ``!=`` and ``!~`` are not reported: over all rows they mean that no row is equal, which is what
     one expects.
     """
-    operands = [
+    comparisons = [
         cmp
         for cmp in syntax.comparison_nodes(expression)
         if not cmp.is_any
         and cmp.op not in {Op.NE, Op.NOT_LIKE}
         and any(identifier_text(side).startswith("@collection.") for side in (cmp.left, cmp.right))
     ]
-    if found:
-        first = found[0]
+    if comparisons:
+        first = comparisons[0]
         side = first.left if identifier_text(first.left).startswith("@collection.") else first.right
         insertions = [
-            (_operator_position(rule, cmp), _operator_position(rule, cmp), "?") for cmp in operands
+            (_operator_position(rule, cmp), _operator_position(rule, cmp), "?")
+            for cmp in comparisons
         ]
         yield ConfigProblem(
             path,

@@ -248,12 +248,15 @@ def catch_up_cache_key(connection: Connection, revision: int) -> CatchUpCacheKey
     """
     if len(connection.subscriptions) != 1:
         return None
-    (one,) = connection.subscriptions.values()
-    if one.group is None or one.own_record_id:
+    (subscription,) = connection.subscriptions.values()
+    if subscription.group is None or subscription.own_record_id:
         return None
-    if one.read_point is not None and connection.cursor.lsn <= one.read_point.insert_lsn:
+    if (
+        subscription.read_point is not None
+        and connection.cursor.lsn <= subscription.read_point.insert_lsn
+    ):
         return None
-    return CatchUpCacheKey(revision, connection.cursor, one.group, one.render_key)
+    return CatchUpCacheKey(revision, connection.cursor, subscription.group, subscription.render_key)
 
 
 class CatchUpCache:

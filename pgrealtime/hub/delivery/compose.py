@@ -346,15 +346,15 @@ async def compose_for_connection(
             if not first:
                 return ConnectionMessages(batch, 0, failed, sent)
             return ConnectionMessages(
-                batch.messages_before(first), first, [one for one in failed if one < first]
+                batch.messages_before(first), first, [i for i in failed if i < first]
             )
         if rendering is None or rendering.event_index != index:
             rendering = event_rendering(event, index, enrichment)
-        shown = rendering
-        if shown.live_row_rendering is not None and subscription.group in shown.live_row_groups:
-            shown = shown.live_row_rendering
+        content = rendering
+        if content.live_row_rendering is not None and subscription.group in content.live_row_groups:
+            content = content.live_row_rendering
         is_own = subscription.own_record_id == event.record_id
-        if tail := renderer.render_message(shown, subscription.render_key, is_own_record=is_own):
+        if tail := renderer.render_message(content, subscription.render_key, is_own_record=is_own):
             batch.add(index, tail)
             if not first:
                 sent.add(message_key)

@@ -122,16 +122,16 @@ class FilterTrials:
 
     def record_quick(self, specializations: Iterable[Specialization]) -> None:
         """Record that filters were quick when no other connection waited."""
-        for one in specializations:
-            self._quick_filters.add(one)
-            self._untried_filters[one.collection.name].pop(one, None)
+        for specialization in specializations:
+            self._quick_filters.add(specialization)
+            self._untried_filters[specialization.collection.name].pop(specialization, None)
 
     def record_over_budget(self, specializations: Iterable[Specialization]) -> None:
         """Record that filters exceeded a slice's budget, or were evaluated with one that did."""
-        for one in specializations:
-            self._quick_filters.discard(one)
-            if one in self._groups:
-                self._untried_filters[one.collection.name][one] = None
+        for specialization in specializations:
+            self._quick_filters.discard(specialization)
+            if specialization in self._groups:
+                self._untried_filters[specialization.collection.name][specialization] = None
 
     @property
     def has_untried(self) -> bool:

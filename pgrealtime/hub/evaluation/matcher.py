@@ -310,14 +310,14 @@ class GroupTable:
         """Return the group with that predicate and record, if there is one."""
         if record_id is None:
             return self._by_specialization.get(bound.specialization, {}).get(bound.values)
-        found = self.by_record_id.get(record_id)
-        if isinstance(found, GroupTable):
-            return found.find(bound, None)
-        if found is not None and (found.specialization, found.values) == (
+        entry = self.by_record_id.get(record_id)
+        if isinstance(entry, GroupTable):
+            return entry.find(bound, None)
+        if entry is not None and (entry.specialization, entry.values) == (
             bound.specialization,
             bound.values,
         ):
-            return found
+            return entry
         return None
 
     def add(self, group: Group) -> None:
@@ -325,14 +325,14 @@ class GroupTable:
         if group.record_id is None:
             self._insert(group)
             return
-        found = self.by_record_id.get(group.record_id)
-        if found is None:
+        entry = self.by_record_id.get(group.record_id)
+        if entry is None:
             self.by_record_id[group.record_id] = group
-        elif isinstance(found, GroupTable):
-            found._insert(group)  # noqa: SLF001 (of this class)
+        elif isinstance(entry, GroupTable):
+            entry._insert(group)  # noqa: SLF001 (of this class)
         else:
             self.by_record_id[group.record_id] = table = GroupTable()
-            table._insert(found)
+            table._insert(entry)
             table._insert(group)
 
     def _insert(self, group: Group) -> None:
@@ -345,10 +345,10 @@ class GroupTable:
         if group.record_id is None:
             self._delete(group)
             return
-        found = self.by_record_id[group.record_id]
-        if isinstance(found, GroupTable):
-            found._delete(group)  # noqa: SLF001 (of this class)
-        if found is group or not found:
+        entry = self.by_record_id[group.record_id]
+        if isinstance(entry, GroupTable):
+            entry._delete(group)  # noqa: SLF001 (of this class)
+        if entry is group or not entry:
             del self.by_record_id[group.record_id]
 
     def _delete(self, group: Group) -> None:
@@ -373,14 +373,14 @@ class GroupTable:
 
     def _table_indexing(self, group: Group) -> GroupTable | None:
         """Return the table whose index holds the group; None if it is a record's only one."""
-        found = self if group.record_id is None else self.by_record_id[group.record_id]
-        return found if isinstance(found, GroupTable) else None
+        table = self if group.record_id is None else self.by_record_id[group.record_id]
+        return table if isinstance(table, GroupTable) else None
 
     def add_candidates(self, row: RowEvaluation[Group], event: Event) -> None:
         """Give the evaluation of an event's row the groups that it may concern."""
         row.add_candidates(self.index)
-        found = self.by_record_id.get(event.record_id)
-        if isinstance(found, GroupTable):
-            row.add_candidates(found.index)
-        elif found is not None and found.shared_subscription_count:
-            row.add_untested((found,))
+        entry = self.by_record_id.get(event.record_id)
+        if isinstance(entry, GroupTable):
+            row.add_candidates(entry.index)
+        elif entry is not None and entry.shared_subscription_count:
+            row.add_untested((entry,))

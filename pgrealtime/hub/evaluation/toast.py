@@ -274,7 +274,7 @@ def _last_writes(
         if isinstance(change, (Insert, Update)) and change.table == collection.table.name
     ]
     counts = Counter(record_id for _, record_id, _ in written)
-    found: dict[str, dict[str, int]] = {}
+    last_writes: dict[str, dict[str, int]] = {}
     for ordinal, record_id, change in written:
         if counts[record_id] > 1:
             is_same_row = isinstance(change, Update) and change.old.row.get(key) == record_id
@@ -283,5 +283,5 @@ def _last_writes(
                 if is_same_row
                 else collection.column_names
             )
-            found.setdefault(record_id, {}).update(dict.fromkeys(columns, ordinal))
-    return found
+            last_writes.setdefault(record_id, {}).update(dict.fromkeys(columns, ordinal))
+    return last_writes
