@@ -111,10 +111,7 @@ class SliceEvaluator:
                 work_budget=budget.work_budget,
                 deferred_groups=deferred,
             )
-            await budget.run_in_process(filters)
-            result.undecided_collections |= await self._queries.answer_questions(filters, budget)
-            result.hits = _merge_hits(result.hits, _hits_per_event(filters, len(events)))
-            result.over_budget_groups = filters.undecided_members
+            await self._add_filters(filters, result, budget)
             if lacks_columns:
                 result.record_unprovable(filters)
             if result.over_budget_groups and only_groups is None:
@@ -127,6 +124,15 @@ class SliceEvaluator:
             result.expensive_groups |= budget.work_budget.costly_members.keys()
         result.unprovable_groups -= result.over_budget_groups
         return result
+
+    async def _add_filters(
+        self, filters: Evaluation[int, Group], result: SliceResult, budget: FilterBudget
+    ) -> None:
+        """Add what the filters decide that are evaluated last, as far as the budget allows."""
+        await budget.run_in_process(filters)
+        result.undecided_collections |= await self._queries.answer_questions(filters, budget)
+        result.hits = _merge_hits(result.hits, _hits_per_event(filters, len(result.hits)))
+        result.over_budget_groups = filters.undecided_members
 
     def _partial_row_indexes(self, events: list[Event]) -> list[int]:
         """Return the indexes of events with subscriptions whose rows lack columns.

@@ -29,7 +29,7 @@ from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import BoundPredicate, Specialization
 from pgrealtime.rules.engine.row_evaluation import RowEvaluation
 from pgrealtime.rules.engine.work_budget import FilterWorkBudget
-from pgrealtime.rules.language.parameter_values import macro_values_at
+from pgrealtime.rules.language.parameter_values import MacroValues, macro_values_at
 from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.sqlite_values import Scalar
@@ -210,22 +210,9 @@ class Matcher:
                 deferred = () if deferred_groups is None else deferred_groups.get(index, ())
                 if table is None and not deferred:
                     continue
-                # A delete may hold the replica identity alone: rules that read other columns deny
-                # it (the command check warns of that), and no connection is notified of a gap.
-                is_delete = event.action == "delete"
-                row: RowEvaluation[Group] = RowEvaluation(
-                    event.row,
-                    event.missing_columns,
-                    evaluation.macro_values,
-                    self._before_states.state_before(event.transaction_changes)
-                    if is_delete
-                    else None,
-                    work_budget,
-                    is_missing_column_unknown=not is_delete,
-                )
-                row.deferred_members = (
-                    {} if deferred_groups is None and work_budget is not None else None
-                )
+                row = self._start_row(event, evaluation.macro_values, work_budget)
+                if deferred_groups is None and work_budget is not None:
+                    row.deferred_members = {}
                 evaluation.rows[index] = row
                 evaluation.xids.add(event.xid)
                 if deferred:
@@ -240,6 +227,28 @@ class Matcher:
 
         evaluation.steps = steps()
         return evaluation
+
+    def _start_row(
+        self,
+        event: Event,
+        macro_values: MacroValues,
+        work_budget: FilterWorkBudget[Group] | None,
+    ) -> RowEvaluation[Group]:
+        """Return the evaluation of an event's row, without any group yet.
+
+        A delete may hold the replica identity alone: rules that read other columns deny it (the
+        command check warns of that), and no connection is notified of a gap.
+        """
+        is_delete = event.action == "delete"
+        changes = event.transaction_changes
+        return RowEvaluation(
+            event.row,
+            event.missing_columns,
+            macro_values,
+            self._before_states.state_before(changes) if is_delete else None,
+            work_budget,
+            is_missing_column_unknown=not is_delete,
+        )
 
     def start_evaluation_of_pairs(
         self,

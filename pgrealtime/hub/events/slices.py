@@ -55,43 +55,64 @@ class Slice(Struct):
 
 
 class _SliceBuilder:
-    """A slice that is being filled.
+    """Fills slices with events, one after the other.
 
     An update of a caller's row begins a slice, which is evaluated with the new caller. A delete
     ends one: what follows is evaluated without the caller. An insert changes no caller, since
     nobody could sign in by the row before.
     """
 
-    __slots__ = ("account_events", "changed_account", "events", "max_events")
+    __slots__ = (
+        "_account_events",
+        "_changed_account",
+        "_changes_a_caller",
+        "_events",
+        "_is_full",
+        "_max_events",
+    )
 
-    def __init__(self, max_events: int) -> None:
-        self.events: list[Event] = []
-        self.account_events: list[Event] = []
-        self.max_events = max_events
-        self.changed_account: AccountKey | None = None
+    def __init__(self, max_events: int, changes_a_caller: Callable[[Event], bool]) -> None:
+        self._max_events = max_events
+        self._changes_a_caller = changes_a_caller
+        self._begin()
+
+    def _begin(self) -> None:
+        self._events: list[Event] = []
+        self._account_events: list[Event] = []
+        self._is_full = False
+        self._changed_account: AccountKey | None = None
         """The account that the first event changes. Until the slice is delivered the reader can't
         say whether another event changes that caller again, so it is taken to."""
 
-    def may_change_caller(self, event: Event, changes_a_caller: Callable[[Event], bool]) -> bool:
-        return self.changed_account == event.account_key or changes_a_caller(event)
-
-    def must_end_before(self, event: Event, *, is_full: bool) -> bool:
-        """Whether an event that changes a caller, or is one too many, begins the next slice.
+    def add(self, event: Event) -> Slice | None:
+        """Add an event; return the slice that ends before it, if one does.
 
         No change is divided: a changed key makes two events of it.
         """
-        is_next_change = bool(self.events) and event.cursor != self.events[-1].cursor
-        return is_next_change and (is_full or event.action == "update")
-
-    def add_account_event(self, event: Event, *, is_caller_change: bool) -> None:
-        self.account_events.append(event)
+        ended = None
+        is_account = event.collection.type == "auth" and event.action != "create"
+        is_caller_change = is_account and (
+            self._changed_account == event.account_key or self._changes_a_caller(event)
+        )
+        if self._is_full or is_caller_change:
+            is_next_change = bool(self._events) and event.cursor != self._events[-1].cursor
+            if is_next_change and (self._is_full or event.action == "update"):
+                ended = self.end(None, self._events[-1].cursor)
+        self._events.append(event)
+        self._is_full = self._is_full or len(self._events) >= self._max_events
+        if is_account:
+            self._account_events.append(event)
         if is_caller_change and event.action == "delete":
-            self.max_events = 0
+            self._is_full = True
         elif is_caller_change:
-            self.changed_account = event.account_key
+            self._changed_account = event.account_key
+        return ended
 
-    def build(self, gap: GapNotice | None, end_cursor: Cursor) -> Slice:
-        return Slice(self.events, gap, end_cursor, self.account_events)
+    def end(self, gap: GapNotice | None, end_cursor: Cursor) -> Slice:
+        """Return the slice that ends here, and begin the next one."""
+        slice_ = Slice(self._events, gap, end_cursor, self._account_events)
+        self._begin()
+        return slice_
 
 
 def split_into_slices(
@@ -119,34 +140,24 @@ def split_into_slices(
         # Nothing is left of the commit at the cursor.
         yield Slice([], None, Cursor(after.lsn, END_ORDINAL))
         return
-    builder = _SliceBuilder(max_events)
+    builder = _SliceBuilder(max_events, changes_a_caller)
     end_cursor = after
     for entry in entries:
         end_cursor = Cursor(entry.end_lsn, END_ORDINAL)
         if isinstance(entry, Watermark):
             continue
         if not isinstance(entry, Transaction) or not fits(entry):
-            yield builder.build(_gap_notice(entry, after, collections, end_cursor), end_cursor)
-            builder = _SliceBuilder(max_events)
+            yield builder.end(_gap_notice(entry, after, collections, end_cursor), end_cursor)
             continue
         for event in transaction_events(entry, collections, _read_changes(entry, after)):
             if isinstance(event, TruncatedCollection):
                 names = frozenset({event.collection.name})
                 gap = GapNotice(names, "truncate", event.cursor, entry.xid)
-                yield builder.build(gap, event.cursor)
-                builder = _SliceBuilder(max_events)
-                continue
-            is_account = event.collection.type == "auth" and event.action != "create"
-            is_caller_change = is_account and builder.may_change_caller(event, changes_a_caller)
-            is_full = len(builder.events) >= builder.max_events
-            if (is_caller_change or is_full) and builder.must_end_before(event, is_full=is_full):
-                yield builder.build(None, builder.events[-1].cursor)
-                builder = _SliceBuilder(max_events)
-            builder.events.append(event)
-            if is_account:
-                builder.add_account_event(event, is_caller_change=is_caller_change)
+                yield builder.end(gap, event.cursor)
+            elif ended := builder.add(event):
+                yield ended
     if end_cursor > after:
-        yield builder.build(None, end_cursor)
+        yield builder.end(None, end_cursor)
 
 
 def slice_prefix(whole: Slice, event_count: int) -> Slice:
