@@ -90,11 +90,13 @@ class _CombinedCollector(Collector):
         self._values = values
 
     def collect(self) -> Iterable[Metric]:
-        yield from _families(self._values)
+        yield from _hub_families(self._values)
+        yield from _query_families(self._values)
+        yield from _stream_families(self._values)
         yield from self._registry.collect()
 
 
-def _families(values: MetricValues) -> Iterable[Metric]:
+def _hub_families(values: MetricValues) -> Iterable[Metric]:
     versions = (__version__, platform.python_version())
     yield _gauge("build_info", "What runs.", {versions: 1}, "version", "python")
     yield _gauge("connections", "Open connections.", values.open_connections)
@@ -128,6 +130,9 @@ def _families(values: MetricValues) -> Iterable[Metric]:
         values.incomplete_records,
         "collection",
     )
+
+
+def _query_families(values: MetricValues) -> Iterable[Metric]:
     yield _counter(
         "rule_query_errors",
         "Statements about rules that failed, and questions that were not sent.",
@@ -141,6 +146,9 @@ def _families(values: MetricValues) -> Iterable[Metric]:
         values.login_results,
         "result",
     )
+
+
+def _stream_families(values: MetricValues) -> Iterable[Metric]:
     yield _counter("replication_changes", "Changes taken from the stream.", values.changes_received)
     yield _counter(
         "replication_breaks",

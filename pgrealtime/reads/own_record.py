@@ -107,11 +107,14 @@ class OwnRecordRenderer:
             return False
         if isinstance(bound, DenyAll):
             return False
-        version: RecordVersion = current.name, "", 0
+        return await self._matches(current, row, bound)
+
+    async def _matches(self, collection: Collection, row: Row, bound: BoundPredicate) -> bool:
+        version: RecordVersion = collection.name, "", 0
         evaluation: Evaluation[RecordVersion, BoundPredicate] = Evaluation(
             macro_values_at(datetime.now(UTC))
         )
-        evaluation.add(version, current, row, [bound])
+        evaluation.add(version, collection, row, [bound])
         try:
             async with self._sessions.read_session(frozenset()) as session:
                 await session.answer_questions(evaluation)
