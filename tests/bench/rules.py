@@ -342,10 +342,10 @@ async def relations(url: str, sizes: Sequence[int]) -> list[str]:
             for _ in range(30):
                 trips.append(await round_trip(pool))
                 start = time.perf_counter()
-                judging = evaluate_in_process(matcher, changes, datetime.now(UTC))
-                await probe.answer_questions(judging)
+                evaluation = evaluate_in_process(matcher, changes, datetime.now(UTC))
+                await probe.answer_questions(evaluation)
                 costs.append((time.perf_counter() - start) / len(changes) * 1e6)
-                hits = sum(len(row.hits) for row in judging.rows.values())
+                hits = sum(len(row.hits) for row in evaluation.rows.values())
             assert not probe.unanswered_counts
             cost, trip = median(costs), median(trips)
             shown.append(f"{cost:8.1f} us {hits / len(changes):5.1f} hits, SELECT 1 {trip:.0f} us")

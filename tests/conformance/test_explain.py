@@ -77,12 +77,14 @@ async def test_explain_says_what_was_recorded(database_url: str) -> None:
     wrong: list[str] = []
     asked_for = 0
     for case, record_id, is_shown in _sampled():
-        told = await explain_delivery(
+        explanation = await explain_delivery(
             _config(database_url, case), _who(case["auth"]), _topic(case), record_id
         )
         asked_for += 1
-        if told.is_delivered is not is_shown or any(line.startswith("BUG") for line in told.lines):
-            wrong.append("\n".join([case["id"], *told.lines]))
+        if explanation.is_delivered is not is_shown or any(
+            line.startswith("BUG") for line in explanation.lines
+        ):
+            wrong.append("\n".join([case["id"], *explanation.lines]))
 
     assert wrong == []
     assert asked_for > 120

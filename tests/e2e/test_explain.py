@@ -99,9 +99,11 @@ async def test_the_service_does_what_explain_says(database_url: str, tmp_path: P
     for caller, bearer in TOKENS.items():
         for topic in topics:
             for record_id in ("1", "2", "3"):
-                told = await explain_delivery(config, who(bearer), topic, record_id)
-                assert not any(line.startswith("BUG") for line in told.lines), told.lines
-                if told.is_delivered:
+                explanation = await explain_delivery(config, who(bearer), topic, record_id)
+                assert not any(line.startswith("BUG") for line in explanation.lines), (
+                    explanation.lines
+                )
+                if explanation.is_delivered:
                     said[caller].add((topic, record_id))
 
     assert said == shown

@@ -140,8 +140,8 @@ class CountingSession(ReadSession):
         self._counts[-1] += 1
         return await self._reading.fetch_texts(statement, params)
 
-    async def answer_questions(self, asked: PendingEvaluation) -> None:
-        await self._reading.answer_questions(asked)
+    async def answer_questions(self, evaluation: PendingEvaluation) -> None:
+        await self._reading.answer_questions(evaluation)
 
 
 @dataclass

@@ -129,9 +129,9 @@ def filtered(text: str) -> str:
 
 
 async def test_the_clause_that_decided_is_named(world: World) -> None:
-    told = await world.ask('public = false && author = "bob" && views = 5', ANN)
+    explanation = await world.ask('public = false && author = "bob" && views = 5', ANN)
 
-    assert block(told, "list_rule") == [
+    assert block(explanation, "list_rule") == [
         'public = false && author = "bob" && views = 5',
         "false    all of:",
         "true     public = false",
@@ -141,21 +141,23 @@ async def test_the_clause_that_decided_is_named(world: World) -> None:
         "true     views = 5",
         "views is 5",
     ]
-    assert told.lines[-1] == 'not delivered: author = "bob"'
+    assert explanation.lines[-1] == 'not delivered: author = "bob"'
 
 
 async def test_of_alternatives_each_is_named_by_what_it_lacks(world: World) -> None:
-    told = await world.ask(_OWN, BOB)
+    explanation = await world.ask(_OWN, BOB)
 
-    assert told.lines[-1] == "not delivered: none of: public = true; author = @request.auth.id"
-    assert 'author is "ann"; @request.auth.id is "bob"' in block(told, "list_rule")
+    assert (
+        explanation.lines[-1] == "not delivered: none of: public = true; author = @request.auth.id"
+    )
+    assert 'author is "ann"; @request.auth.id is "bob"' in block(explanation, "list_rule")
 
 
 async def test_what_is_delivered_is_shown_clause_by_clause_too(world: World) -> None:
-    told = await world.ask(_OWN, ANN)
+    explanation = await world.ask(_OWN, ANN)
 
-    assert told.lines[-1] == "delivered"
-    assert [line.split("  ")[0] for line in block(told, "list_rule")[1:]] == [
+    assert explanation.lines[-1] == "delivered"
+    assert [line.split("  ")[0] for line in block(explanation, "list_rule")[1:]] == [
         *("true", "false", "public is false"),
         *("true", "true", '@request.auth.id is "ann"'),
         *("true", 'author is "ann"; @request.auth.id is "ann"'),
@@ -178,16 +180,16 @@ async def test_a_topic_of_one_record_has_the_view_rule(world: World) -> None:
     view = 'title = "Draft"'
 
     assert await world.verdict(None, GUEST, "posts/1", view=view) == "delivered"
-    told = await world.ask("", GUEST, "posts/2", view=view)
-    assert block(told, "view_rule")[0] == view
-    assert told.lines[-1] == f"not delivered: {view}"
+    explanation = await world.ask("", GUEST, "posts/2", view=view)
+    assert block(explanation, "view_rule")[0] == view
+    assert explanation.lines[-1] == f"not delivered: {view}"
 
 
 async def test_a_comparison_with_null_is_unknown_and_admits_nobody(world: World) -> None:
-    told = await world.ask("views > 3", GUEST, "posts/*", "2")
+    explanation = await world.ask("views > 3", GUEST, "posts/*", "2")
 
-    assert block(told, "list_rule")[1:] == ["unknown  views > 3", "views is null"]
-    assert told.lines[-1] == "not delivered: views > 3"
+    assert block(explanation, "list_rule")[1:] == ["unknown  views > 3", "views is null"]
+    assert explanation.lines[-1] == "not delivered: views > 3"
 
 
 async def test_any_asks_for_one_related_row_and_all_for_every_one(world: World) -> None:
@@ -205,9 +207,9 @@ async def test_any_asks_for_one_related_row_and_all_for_every_one(world: World) 
 async def test_clauses_of_different_related_rows_are_told_apart(world: World) -> None:
     """Both are true, of no one member: bob is one, and an owner there is."""
     rule = 'members_via_post.person ?= @request.auth.id && members_via_post.role ?= "owner"'
-    told = await world.ask(rule, BOB)
+    explanation = await world.ask(rule, BOB)
 
-    assert block(told, "list_rule")[1:] == [
+    assert block(explanation, "list_rule")[1:] == [
         "false    all of:",
         "each is true of some related row, but no one row makes all of them true",
         "true     members_via_post.person ?= @request.auth.id",
@@ -215,7 +217,7 @@ async def test_clauses_of_different_related_rows_are_told_apart(world: World) ->
         'true     members_via_post.role ?= "owner"',
         'members_via_post.role is "guest", "owner"',
     ]
-    assert told.lines[-1] == f"not delivered: {rule}"
+    assert explanation.lines[-1] == f"not delivered: {rule}"
     assert await world.verdict(rule, ANN) == "delivered"
 
 
@@ -224,17 +226,17 @@ async def test_many_values_are_cut(world: World) -> None:
         connection.execute(
             "INSERT INTO members SELECT n, 1, 'ann', 'r' || n FROM generate_series(10, 30) n"
         )
-    told = await world.ask('members_via_post.role ?= "x"', GUEST)
+    explanation = await world.ask('members_via_post.role ?= "x"', GUEST)
 
-    (values,) = block(told, "list_rule")[2:]
+    (values,) = block(explanation, "list_rule")[2:]
     assert values.endswith(", and more")
     assert values.count('"') == 10
 
 
 async def test_numbers_and_texts_in_json_look_different(world: World) -> None:
-    told = await world.ask('doc.n = "5" || doc.s = 5 || doc.t != null', GUEST)
+    explanation = await world.ask('doc.n = "5" || doc.s = 5 || doc.t != null', GUEST)
 
-    assert block(told, "list_rule")[3:8:2] == ["doc.n is 5", 'doc.s is "5"', "doc.t is null"]
+    assert block(explanation, "list_rule")[3:8:2] == ["doc.n is 5", 'doc.s is "5"', "doc.t is null"]
 
 
 async def test_an_empty_relation_is_told_as_the_row_holds_it(world: World) -> None:
@@ -242,16 +244,16 @@ async def test_an_empty_relation_is_told_as_the_row_holds_it(world: World) -> No
     with psycopg.connect(world.url) as connection:
         connection.execute("UPDATE posts SET author = NULL WHERE id = 1")
 
-    told = await world.ask('author = ""', GUEST)
+    explanation = await world.ask('author = ""', GUEST)
 
-    assert block(told, "list_rule")[1:] == ['true     author = ""', "author is null"]
+    assert block(explanation, "list_rule")[1:] == ['true     author = ""', "author is null"]
 
 
 async def test_columns_of_the_callers_own_row_are_told(world: World) -> None:
-    told = await world.ask('@request.auth.role = "editor"', BOB)
+    explanation = await world.ask('@request.auth.role = "editor"', BOB)
 
-    assert block(told, "list_rule")[2] == '@request.auth.role is "reader"'
-    assert told.lines[-1] == 'not delivered: @request.auth.role = "editor"'
+    assert block(explanation, "list_rule")[2] == '@request.auth.role is "reader"'
+    assert explanation.lines[-1] == 'not delivered: @request.auth.role = "editor"'
     assert await world.verdict('@request.auth.role = "editor"', ANN) == "delivered"
 
 
@@ -261,13 +263,13 @@ async def test_a_clause_that_gets_no_answer_in_time_is_denied(world: World) -> N
     settings["database"]["statement_timeout"] = "300ms"
     with psycopg.connect(world.url) as other:
         other.execute("LOCK TABLE members")
-        told = await explain_delivery(parse_config(settings, {}), GUEST, "posts/*", "1")
+        explanation = await explain_delivery(parse_config(settings, {}), GUEST, "posts/*", "1")
 
-    lines = block(told, "list_rule")
+    lines = block(explanation, "list_rule")
     assert lines[1].startswith("denied   all of:")
     assert lines[2].partition(": ")[2].startswith("canceling statement due to ")
     assert "true     public = false" in lines
-    assert told.lines[-1] == 'not delivered: members_via_post.role ?= "owner"'
+    assert explanation.lines[-1] == 'not delivered: members_via_post.role ?= "owner"'
     assert (await explain_delivery(parse_config(settings, {}), GUEST, "posts/*", "1")).is_delivered
 
 
@@ -292,24 +294,24 @@ async def test_a_question_that_postgres_refuses_is_denied_and_quotes_nothing(wor
     """A json member with U+0000 can't be read; what Postgres says of values isn't passed on."""
     with psycopg.connect(world.url) as connection:
         connection.execute("""ALTER TABLE posts ADD bad json DEFAULT '{"k": "\\u0000"}'""")
-    told = await world.ask("public = false && bad.k = 1", GUEST)
+    explanation = await world.ask("public = false && bad.k = 1", GUEST)
 
-    lines = block(told, "list_rule")
+    lines = block(explanation, "list_rule")
     assert lines[1:3] == ["denied   all of:", "SQLSTATE 22P05"]
     assert lines[-3:-1] == ["denied   bad.k = 1", "bad.k is not to be had (SQLSTATE 22P05)"]
-    assert told.lines[-1] == "not delivered: bad.k = 1"
+    assert explanation.lines[-1] == "not delivered: bad.k = 1"
 
 
 # -- callers
 
 
 async def test_a_token_tells_who_it_is_and_until_when(world: World) -> None:
-    told = await world.ask(_OWN, token("ann"))
+    explanation = await world.ask(_OWN, token("ann"))
 
-    (who,) = block(told, "who")
+    (who,) = block(explanation, "who")
     assert who.startswith("users/ann (token good until 2")
     assert who.endswith(" UTC)")
-    assert told.is_delivered
+    assert explanation.is_delivered
 
 
 @pytest.mark.parametrize(
@@ -325,26 +327,28 @@ async def test_a_token_tells_who_it_is_and_until_when(world: World) -> None:
 async def test_a_refused_token_says_why_and_is_a_guest(
     world: World, bearer: BearerToken, code: str
 ) -> None:
-    told = await world.ask(_OWN, bearer)
+    explanation = await world.ask(_OWN, bearer)
 
-    who, why = block(told, "who")
+    who, why = block(explanation, "who")
     assert who == "guest"
     assert why.startswith(f"the token is refused: {code}: ")
-    assert not told.is_delivered
-    assert bearer.token not in "\n".join(told.lines)
+    assert not explanation.is_delivered
+    assert bearer.token not in "\n".join(explanation.lines)
 
 
 async def test_a_token_of_a_superuser_passes(world: World) -> None:
-    told = await world.ask(None, token("root", role="admin"))
+    explanation = await world.ask(None, token("root", role="admin"))
 
-    assert block(told, "who")[0].startswith("superuser (token good until ")
-    assert told.is_delivered
+    assert block(explanation, "who")[0].startswith("superuser (token good until ")
+    assert explanation.is_delivered
 
 
 async def test_guests_that_may_not_subscribe_hear_nothing(world: World) -> None:
-    told = await world.ask("", token("ann", lifetime=-1), auth={"allow_guests": False})
+    explanation = await world.ask("", token("ann", lifetime=-1), auth={"allow_guests": False})
 
-    assert told.lines[-1] == "not delivered: guests may not subscribe here (auth.allow_guests)"
+    assert (
+        explanation.lines[-1] == "not delivered: guests may not subscribe here (auth.allow_guests)"
+    )
     assert await world.verdict("", ANN, auth={"allow_guests": False}) == "delivered"
 
 
@@ -359,13 +363,13 @@ async def test_a_user_that_is_not_there_is_an_error(world: World) -> None:
 
 
 async def test_a_topic_that_names_nothing_is_silent(world: World) -> None:
-    told = await world.ask("", GUEST, "post/*")
+    explanation = await world.ask("", GUEST, "post/*")
 
-    assert block(told, "topic") == [
+    assert block(explanation, "topic") == [
         'there is no collection "post"; perhaps "posts"',
         "such a subscription is accepted and stays silent, as in PocketBase",
     ]
-    assert told.lines[-1] == "not delivered: the topic names nothing"
+    assert explanation.lines[-1] == "not delivered: the topic names nothing"
 
 
 @pytest.mark.parametrize("record", ["9", "abc", "007", "99999999999999999999", "x\0y"])
@@ -383,36 +387,36 @@ async def test_a_topic_of_another_record_is_told(world: World) -> None:
 
 async def test_hidden_fields_decide_and_are_not_shown(world: World) -> None:
     rule = 'secret = "open" || author.pin = "1" || @request.auth.pin = "2"'
-    told = await world.ask(rule, BOB, with_sql=True)
+    explanation = await world.ask(rule, BOB, with_sql=True)
 
-    assert "secret is [hidden]" in block(told, "record")
-    assert "secret is [hidden]" in block(told, "list_rule")
-    assert "author.pin is [hidden]" in block(told, "list_rule")
-    assert "@request.auth.pin is [hidden]" in block(told, "list_rule")
+    assert "secret is [hidden]" in block(explanation, "record")
+    assert "secret is [hidden]" in block(explanation, "list_rule")
+    assert "author.pin is [hidden]" in block(explanation, "list_rule")
+    assert "@request.auth.pin is [hidden]" in block(explanation, "list_rule")
     for value in ("hush", "4711", "0815"):
-        assert value not in "\n".join(told.lines)
+        assert value not in "\n".join(explanation.lines)
 
 
 async def test_a_terminal_gets_no_orders_from_a_row(world: World) -> None:
     with psycopg.connect(world.url) as connection:
         connection.execute("UPDATE posts SET title = E'\\x1b[2J\\u009b1m\\u202e' WHERE id = 1")
-    told = await world.ask('title = "x\u202e"', GUEST)
+    explanation = await world.ask('title = "x\u202e"', GUEST)
 
-    assert all(line.isprintable() for line in told.lines)
-    assert r'title is "\u001b[2J\x9b1m\u202e"' in block(told, "record")
+    assert all(line.isprintable() for line in explanation.lines)
+    assert r'title is "\u001b[2J\x9b1m\u202e"' in block(explanation, "record")
 
 
 # -- filters and options
 
 
 async def test_a_filter_has_its_say_after_the_rule(world: World) -> None:
-    told = await world.ask("", GUEST, filtered('title ~ "news" || views > 5'))
+    explanation = await world.ask("", GUEST, filtered('title ~ "news" || views > 5'))
 
-    assert block(told, "filter")[1:] == [
+    assert block(explanation, "filter")[1:] == [
         *("false    any of:", 'false    title ~ "news"', 'title is "Draft"'),
         *("false    views > 5", "views is 5"),
     ]
-    assert told.lines[-1] == 'not delivered: the filter: none of: title ~ "news"; views > 5'
+    assert explanation.lines[-1] == 'not delivered: the filter: none of: title ~ "news"; views > 5'
     assert await world.verdict("", GUEST, filtered('title ~ "draf"')) == "delivered"
 
 
@@ -426,10 +430,10 @@ async def test_a_filter_has_its_say_after_the_rule(world: World) -> None:
     ],
 )
 async def test_a_refused_filter_says_why(world: World, text: str, message: str) -> None:
-    told = await world.ask("", GUEST, filtered(text))
+    explanation = await world.ask("", GUEST, filtered(text))
 
-    assert block(told, "filter")[1:3] == [f"refused: {message}", text.strip()]
-    assert told.lines[-1] == f"not delivered: the filter is refused: {message}"
+    assert block(explanation, "filter")[1:3] == [f"refused: {message}", text.strip()]
+    assert explanation.lines[-1] == f"not delivered: the filter is refused: {message}"
 
 
 async def test_a_filter_sees_related_rows_by_their_list_rule(world: World) -> None:
@@ -446,9 +450,9 @@ async def test_a_compact_filter_at_its_limit_is_taken_apart(world: World) -> Non
     text += "||title='" + "x" * (3500 - len(text) - len("||title=''")) + "'"
     assert len(text) == 3500
 
-    told = await world.ask("", GUEST, filtered(text))
-    assert not any(line.startswith("denied") for line in block(told, "filter"))
-    assert told.lines[-1] == (
+    explanation = await world.ask("", GUEST, filtered(text))
+    assert not any(line.startswith("denied") for line in block(explanation, "filter"))
+    assert explanation.lines[-1] == (
         "not delivered: the filter: none of: views = 6; views = 6; views = 6; 97 more"
     )
 
@@ -456,23 +460,23 @@ async def test_a_compact_filter_at_its_limit_is_taken_apart(world: World) -> Non
 async def test_the_options_are_what_rules_read(world: World) -> None:
     rule = '@request.query.key = "k" && @request.headers.x_team:isset = true'
     options = quote('{"query": {"key": "k"}, "headers": {"X-Team": "a"}}')
-    told = await world.ask(rule, GUEST, f"posts/*?options={options}")
+    explanation = await world.ask(rule, GUEST, f"posts/*?options={options}")
 
-    assert told.is_delivered
-    assert block(told, "topic")[1:] == [
+    assert explanation.is_delivered
+    assert block(explanation, "topic")[1:] == [
         '@request.query.key is "k"',
         '@request.headers.x_team is "a"',
     ]
-    assert "@request.headers.x_team:isset is true" in block(told, "list_rule")
+    assert "@request.headers.x_team:isset is true" in block(explanation, "list_rule")
     lacking = await world.ask(rule, GUEST)
     assert "@request.query.key is null" in block(lacking, "list_rule")
 
 
 async def test_the_statement_is_told_on_demand(world: World) -> None:
-    told = await world.ask(_OWN, ANN, with_sql=True)
+    explanation = await world.ask(_OWN, ANN, with_sql=True)
 
-    assert block(told, "sql")[0].startswith("SELECT ")
-    assert "p0 = 'ann'" in block(told, "sql")
+    assert block(explanation, "sql")[0].startswith("SELECT ")
+    assert "p0 = 'ann'" in block(explanation, "sql")
     assert block(await world.ask(_OWN, ANN), "sql") == []
 
 

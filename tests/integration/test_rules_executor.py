@@ -69,13 +69,13 @@ class Desk:
         """Return, per event, whose rule admits it."""
         heard: list[set[Subscription]] = [set() for _ in events]
         for costly in (False, True):
-            judging = evaluate_in_process(
+            evaluation = evaluate_in_process(
                 self.matcher, events, datetime.now(UTC), has_remote_filter=costly
             )
-            await self.probe.answer_questions(judging)
+            await self.probe.answer_questions(evaluation)
             for index, found in enumerate(heard):
                 found.update(
-                    s for group in judging.hits(index) for a in group.render_groups for s in a
+                    s for group in evaluation.hits(index) for a in group.render_groups for s in a
                 )
         return heard
 
@@ -288,10 +288,10 @@ async def test_what_is_late_while_others_wait_is_undecided_and_can_be_asked_agai
     made = [Subscription(one, parse_topic(topic), VIEW, "") for topic in topics]
     record = AuthRecord(collection_id="x", collection_name="users", id="u1")
     assert [desk.matcher.add(each, record) for each in made] == [""] * 3
-    judging = evaluate_in_process(
+    evaluation = evaluate_in_process(
         desk.matcher, [desk.event(project="px")], datetime.now(UTC), has_remote_filter=True
     )
-    assert {type(inquiry) for inquiry in judging.questions()} == {PairQuestion, KeyQuestion}
+    assert {type(question) for question in evaluation.questions()} == {PairQuestion, KeyQuestion}
     budget = TimeBudget(is_limited=True)
     async with (
         QueryPool(desk.world.url, statement_timeout=theirs) as pool,
@@ -300,19 +300,19 @@ async def test_what_is_late_while_others_wait_is_undecided_and_can_be_asked_agai
         probe = QueryExecutor(pool)
         await locker.execute("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
         async with asyncio.timeout(DEADLINE):
-            assert await probe.answer_questions(judging, budget) == frozenset()
+            assert await probe.answer_questions(evaluation, budget) == frozenset()
 
     assert budget.is_spent()
-    assert judging.undecided_members == {each.group for each in made}
-    assert not judging.hits(0)
+    assert evaluation.undecided_members == {each.group for each in made}
+    assert not evaluation.hits(0)
     assert not probe.unanswered_counts
     assert not any(probe._rounds.breakers.has_timed_out(about) for about in abouts(made))
-    await probe.answer_questions(judging, budget)  # whose connections are closed: it isn't asked
-    assert judging.undecided_members == {each.group for each in made}
-    await desk.probe.answer_questions(judging, TimeBudget())
+    await probe.answer_questions(evaluation, budget)  # whose connections are closed: it isn't asked
+    assert evaluation.undecided_members == {each.group for each in made}
+    await desk.probe.answer_questions(evaluation, TimeBudget())
 
-    assert judging.hits(0) == {each.group for each in made}
-    assert not judging.undecided_members
+    assert evaluation.hits(0) == {each.group for each in made}
+    assert not evaluation.undecided_members
 
 
 def filtered(text: str) -> str:

@@ -120,9 +120,9 @@ def ask(collections: Collections, asking: psycopg.Connection) -> Ask:
                 return "1 2 3"
             case DenyAll(reason):
                 return reason
-            case ReferenceQuery() as asked:
+            case ReferenceQuery() as query:
                 rows = _docs(asking)
-                return _answer(asking, asked.sql_query(rows, datetime.now(UTC)), rows)
+                return _answer(asking, query.sql_query(rows, datetime.now(UTC)), rows)
 
     return shown
 
@@ -284,12 +284,12 @@ def test_row_without_a_column_that_is_read_is_not_admitted(
     collections: Collections, asking: psycopg.Connection
 ) -> None:
     """What the WAL left out is unknown, and unknown is denied; other columns don't matter."""
-    asked = _decided(collections, "code != 'zz'")
-    assert isinstance(asked, ReferenceQuery)
+    query = _decided(collections, "code != 'zz'")
+    assert isinstance(query, ReferenceQuery)
     whole, unread, lacking = _docs(asking)
     del unread["price"], lacking["code"]
 
-    question = asked.sql_query([lacking, unread, whole], datetime.now(UTC))
+    question = query.sql_query([lacking, unread, whole], datetime.now(UTC))
     found = asking.execute(question.sql.encode(), question.params).fetchall()
 
     assert sorted(found) == [(1,), (2,)]
@@ -301,8 +301,8 @@ def test_delete_is_judged_with_related_rows_as_they_were(
     """Rows that the transaction changed or deleted count as before; those it inserted don't."""
     people = collections["people"].table
     docs = _docs(asking)
-    asked = _decided(collections, "owner.handle = 'before' || owner.people_via_boss.id ?!= ''")
-    assert isinstance(asked, ReferenceQuery)
+    query = _decided(collections, "owner.handle = 'before' || owner.people_via_boss.id ?!= ''")
+    assert isinstance(query, ReferenceQuery)
     before: Row = {
         "id": _BOB,
         "handle": "before",
@@ -312,21 +312,21 @@ def test_delete_is_judged_with_related_rows_as_they_were(
     }
     overlay = Overlay(table=people, old_images=[before], changed_rows=[{"id": _BOB}])
 
-    question = asked.sql_query_before(docs, datetime.now(UTC), [overlay])
+    question = query.sql_query_before(docs, datetime.now(UTC), [overlay])
 
     assert question is not None
     assert _answer(asking, question, docs) == "2"
-    assert asked.sql_query(docs, datetime.now(UTC)) != question
+    assert query.sql_query(docs, datetime.now(UTC)) != question
 
 
 def test_delete_is_undecidable_without_the_old_image(
     collections: Collections, asking: psycopg.Connection
 ) -> None:
     """Without REPLICA IDENTITY FULL a touched related row is unknown: nothing is admitted."""
-    asked = _decided(collections, "owner.handle != 'x'")
-    assert isinstance(asked, ReferenceQuery)
+    query = _decided(collections, "owner.handle != 'x'")
+    assert isinstance(query, ReferenceQuery)
     overlay = Overlay(
         table=collections["people"].table, old_images=[{"id": _BOB}], changed_rows=[{"id": _BOB}]
     )
 
-    assert asked.sql_query_before(_docs(asking), datetime.now(UTC), [overlay]) is None
+    assert query.sql_query_before(_docs(asking), datetime.now(UTC), [overlay]) is None

@@ -334,21 +334,21 @@ def compare(evaluators: Evaluators, rule: str, request: RuleRequest, images: Ima
     if decided is None:
         return "left to Postgres"
     try:
-        asked = evaluators.by_postgres(rule, request, images, now)
+        query = evaluators.by_postgres(rule, request, images, now)
     except psycopg.Error:
-        asked = set()
+        query = set()
         for index, image in enumerate(images):
             try:
                 if evaluators.by_postgres(rule, request, [image], now):
-                    asked.add(index)
+                    query.add(index)
             except psycopg.Error:
                 decided[index] = decided[index] or None
                 assert decided[index] is None, f"Postgres fails at {image}, we don't"
-    assert asked is not None
+    assert query is not None
     for index, verdict in enumerate(decided):
         if verdict is not None:
             shown = {name: value for name, value in images[index].items() if value is not None}
-            assert verdict == (index in asked), f"{rule} on {shown}: Postgres says {not verdict}"
+            assert verdict == (index in query), f"{rule} on {shown}: Postgres says {not verdict}"
     return "decided" if None not in decided else "partly decided"
 
 

@@ -221,8 +221,8 @@ class NoRows(ReadSession):
     ) -> list[tuple[str | None, ...]]:
         return []
 
-    async def answer_questions(self, asked: PendingEvaluation) -> None:
-        assert not asked.questions(), "nothing to ask"
+    async def answer_questions(self, evaluation: PendingEvaluation) -> None:
+        assert not evaluation.questions(), "nothing to ask"
 
 
 class GivenDatabase:
@@ -261,9 +261,9 @@ class GivenDatabase:
                 await self._asked.acquire()
 
     async def answer_questions(
-        self, judging: PendingEvaluation, _budget: TimeBudget | None = None
+        self, evaluation: PendingEvaluation, _budget: TimeBudget | None = None
     ) -> frozenset[str]:
-        assert not judging.questions(), "nothing to ask"
+        assert not evaluation.questions(), "nothing to ask"
         if self.fault is not None:
             raise self.fault
         return self.undecided

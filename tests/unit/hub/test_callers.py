@@ -31,11 +31,11 @@ from tests.unit.hub.room import (
 )
 
 
-def caller(name: str = "ann", key: str = "k1", reading: ReadPoint | None = None) -> Caller:
+def caller(name: str = "ann", key: str = "k1", read_point: ReadPoint | None = None) -> Caller:
     record = AuthRecord(
         collection_id="pbc_people", collection_name="people", id=name, email=f"{name}@x"
     )
-    return Caller(record, token_key_digest=digest_token_key(key), read_point=reading)
+    return Caller(record, token_key_digest=digest_token_key(key), read_point=read_point)
 
 
 def row(name: str, key: str = "k1") -> Row:
@@ -145,7 +145,7 @@ async def test_others_keep_what_they_are() -> None:
 async def test_what_changed_between_look_up_and_answer_is_not_lost() -> None:
     """The key changes when the caller was looked up, and is told before it is registered."""
     async with open_room() as room:
-        who = caller(reading=parse_read_point("50:50:", "0/64"))
+        who = caller(read_point=parse_read_point("50:50:", "0/64"))
         room.commit(changed(key="k2"), xid=60)
         await room.settled()
         connection, sink = await listening(room, "people/*", who=who)
@@ -157,7 +157,7 @@ async def test_what_changed_between_look_up_and_answer_is_not_lost() -> None:
 
 async def test_a_deletion_between_look_up_and_answer_is_not_lost() -> None:
     async with open_room() as room:
-        who = caller(reading=parse_read_point("50:50:", "0/64"))
+        who = caller(read_point=parse_read_point("50:50:", "0/64"))
         room.commit(gone(), Insert(PEOPLE, row("ann")), xid=60)
         await room.settled()
         connection, _ = await listening(room, "people/*", who=who)
@@ -172,7 +172,7 @@ async def test_what_changes_while_the_call_waits_is_not_lost() -> None:
         connection, sink = room.connect()
         call = asyncio.create_task(
             room.subscribe(
-                connection, "people/*", caller=caller(reading=parse_read_point("50:50:", "0/64"))
+                connection, "people/*", caller=caller(read_point=parse_read_point("50:50:", "0/64"))
             )
         )
         await room.database.asked_again(1)
@@ -198,7 +198,7 @@ def test_a_caller_is_as_of_its_connection_s_place_and_not_a_change_later() -> No
     known = parse_read_point("1:1:", "0/1")
 
     def at(lsn: int, ordinal: int) -> str:
-        who = identities.caller_at(caller(reading=known), Cursor(LSN(lsn), ordinal)).principal
+        who = identities.caller_at(caller(read_point=known), Cursor(LSN(lsn), ordinal)).principal
         return who.email if isinstance(who, AuthRecord) else "guest"
 
     assert [at(100, END_ORDINAL), at(200, 2)] == ["ann@x"] * 2
@@ -214,7 +214,7 @@ async def test_a_call_in_the_middle_of_a_slice_begins_with_the_rights_of_before_
         room.database.snapshot_text = "50:50:"
         room.commit(Insert(POSTS, {"id": "held up"}), changed(), changed(key="k2"), xid=60)
         await room.database.is_holding.wait()
-        who = caller(reading=parse_read_point("50:50:", "0/64"))
+        who = caller(read_point=parse_read_point("50:50:", "0/64"))
         connection, sink = await listening(room, "people/*", who=who)
         assert connection.caller == who
         room.database.rows_gate.set()
@@ -227,7 +227,7 @@ async def test_what_the_look_up_saw_already_does_not_undo_it() -> None:
     """Two new passwords, then a login with the second, while the stream is still at the first."""
     async with open_room() as room:
         room.database.snapshot_text, room.database.insert_lsn = "70:70:", "0/5000"
-        who = caller(key="k3", reading=parse_read_point("70:70:", "0/5000"))
+        who = caller(key="k3", read_point=parse_read_point("70:70:", "0/5000"))
         connection, sink = await listening(room, "people/*", "posts/*", who=who)
         room.commit(changed(key="k2"), xid=60)
         room.commit(changed(key="k3"), xid=61)
@@ -247,9 +247,11 @@ async def test_a_caller_looked_up_before_a_gap_is_looked_up_again() -> None:
         await room.settled()
 
         with pytest.raises(SubscriptionError) as caught:
-            await listening(room, "people/*", who=caller(reading=parse_read_point("1:1:", "0/1")))
+            await listening(
+                room, "people/*", who=caller(read_point=parse_read_point("1:1:", "0/1"))
+            )
         assert caught.value.error_code == "stream_away"
-        await listening(room, "people/*", who=caller(reading=parse_read_point("1:1:", "0/FFFF")))
+        await listening(room, "people/*", who=caller(read_point=parse_read_point("1:1:", "0/FFFF")))
 
 
 # Connections at a position of their own
@@ -314,7 +316,7 @@ async def test_who_resumes_is_who_it_is_now() -> None:
         await room.settled()
 
         again, heard_again = room.connect(position=last)
-        who = caller(key="k3", reading=parse_read_point("70:70:", "0/FFFF"))
+        who = caller(key="k3", read_point=parse_read_point("70:70:", "0/FFFF"))
         await room.subscribe(again, "people/*", caller=who)
         assert await heard(heard_again, 2) == [("update", "ann", True), ("update", "ann", True)]
         room.commit(gone(key="k3"), xid=80)
@@ -363,7 +365,7 @@ async def test_who_may_be_another_after_a_gap_hears_nothing_until_it_is_ended(
         told = [event for _, event, _ in sink.events() if event != "PB_CURSOR"]
         assert told == ["PB_CONNECT", "people/*", "PB_RESYNC"]
         again, heard_again = room.connect(position=sink.events()[-1][0])
-        who = caller(reading=parse_read_point("9999:9999:", "0/FFFF"))
+        who = caller(read_point=parse_read_point("9999:9999:", "0/FFFF"))
         await room.subscribe(again, "people/*", caller=who)
         assert await heard(heard_again, 1) == [("update", "ann", True)]
 
@@ -378,7 +380,7 @@ async def test_a_refused_call_gives_nobody_back_whom_a_gap_took_away() -> None:
         await room.settled()
         with pytest.raises(SubscriptionError):
             await room.subscribe(
-                connection, "people/*", caller=caller(reading=parse_read_point("1:1:", "0/1"))
+                connection, "people/*", caller=caller(read_point=parse_read_point("1:1:", "0/1"))
             )
         room.commit(changed())
         await sink.wait_until("ended")
@@ -394,10 +396,10 @@ async def test_who_was_looked_up_before_a_gap_over_people_s_rows_is_looked_up_ag
         room.hub.wake()
         await room.settled()
         connection, _ = room.connect()
-        before = caller(reading=parse_read_point("1:1:", f"0/{end:X}"))
+        before = caller(read_point=parse_read_point("1:1:", f"0/{end:X}"))
         with pytest.raises(SubscriptionError):
             await room.subscribe(connection, "posts/*", caller=before)
-        after = caller(reading=parse_read_point("9999:9999:", f"0/{end + 1:X}"))
+        after = caller(read_point=parse_read_point("9999:9999:", f"0/{end + 1:X}"))
         await room.subscribe(connection, "posts/*", caller=after)
 
 
@@ -441,6 +443,6 @@ def test_what_is_remembered_of_people_is_little() -> None:
     known = parse_read_point("1:1:", "0/5F")
     with pytest.raises(LookupError):
         identities.caller_at(
-            caller(reading=parse_read_point("1:1:", "0/5E")), Cursor(LSN(200), END_ORDINAL)
+            caller(read_point=parse_read_point("1:1:", "0/5E")), Cursor(LSN(200), END_ORDINAL)
         )
-    assert identities.caller_at(caller(reading=known), Cursor(LSN(200), END_ORDINAL)) == Caller()
+    assert identities.caller_at(caller(read_point=known), Cursor(LSN(200), END_ORDINAL)) == Caller()

@@ -292,9 +292,9 @@ def test_a_row_that_lacks_a_column_is_denied_to_rules_that_read_it(more: Row) ->
     put(there, "posts/*")
     row = {"id": "a", **more}
     event = Event(COLLECTIONS["posts"], "update", "a", row, Cursor(LSN(8), 1), Xid(3))
-    judging = evaluate_in_process(there, [event], NOW)
+    evaluation = evaluate_in_process(there, [event], NOW)
 
-    assert not judging.hits(0)
+    assert not evaluation.hits(0)
 
 
 @pytest.mark.parametrize("collection", ["posts/*", "posts/a"])
@@ -309,12 +309,12 @@ def test_events_don_t_find_filters_of_isolated_connections(collection: str) -> N
     def asked() -> int:
         row: Row = dict.fromkeys((c.name for c in RELATED["posts"].table.columns), "1")
         event = Event(RELATED["posts"], "update", "a", row, Cursor(LSN(8), 1), Xid(3))
-        judging = evaluate_in_process(there, [event], NOW, has_remote_filter=True)
+        evaluation = evaluate_in_process(there, [event], NOW, has_remote_filter=True)
         alone = evaluate_in_process(
             there, [event], NOW, [made.group] if made.group else [], has_remote_filter=True
         )
         assert len(alone.questions()) == 1
-        return sum(len(i.pairs) for i in judging.questions() if isinstance(i, PairQuestion))
+        return sum(len(i.pairs) for i in evaluation.questions() if isinstance(i, PairQuestion))
 
     assert asked() == 2
     there.set_isolated(mine, is_isolated=True)

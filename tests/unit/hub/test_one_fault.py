@@ -106,14 +106,14 @@ class Database(GivenDatabase):
     """Says of whatever it is asked that it is so."""
 
     async def answer_questions(
-        self, judging: PendingEvaluation, budget: TimeBudget | None = None
+        self, evaluation: PendingEvaluation, budget: TimeBudget | None = None
     ) -> frozenset[str]:
         del budget
-        while inquiries := judging.questions():
-            for inquiry in inquiries:
-                assert isinstance(inquiry, PairQuestion)
-                inquiry.accept([(place,) for place in range(len(inquiry.pairs))])
-            judging.resume()
+        while questions := evaluation.questions():
+            for question in questions:
+                assert isinstance(question, PairQuestion)
+                question.accept([(place,) for place in range(len(question.pairs))])
+            evaluation.resume()
         return frozenset()
 
 
@@ -249,14 +249,14 @@ class _FaultyOnce(GivenDatabase):
         self._is_over = False
 
     async def answer_questions(
-        self, judging: PendingEvaluation, budget: TimeBudget | None = None
+        self, evaluation: PendingEvaluation, budget: TimeBudget | None = None
     ) -> frozenset[str]:
         if not self._is_over:
             self.is_asked.set()
             await self.may_raise.wait()
             self._is_over = True
             raise InjectedError
-        return await super().answer_questions(judging, budget)
+        return await super().answer_questions(evaluation, budget)
 
 
 async def test_after_a_fault_nothing_is_handed_out_before_readers_see_it() -> None:

@@ -59,27 +59,27 @@ class Filters(GivenDatabase):
         """Of each slow question whether others waited for it."""
 
     async def answer_questions(
-        self, judging: PendingEvaluation, budget: TimeBudget | None = None
+        self, evaluation: PendingEvaluation, budget: TimeBudget | None = None
     ) -> frozenset[str]:
-        while inquiries := judging.questions():
+        while questions := evaluation.questions():
             assert budget is not None
-            for inquiry in inquiries:
-                await self._answer(inquiry, budget)
-                inquiry.is_postponed = budget.is_spent()
-            judging.resume()
+            for question in questions:
+                await self._answer(question, budget)
+                question.is_postponed = budget.is_spent()
+            evaluation.resume()
             if budget.is_spent():
                 break
         return frozenset()
 
-    async def _answer(self, inquiry: Question, budget: TimeBudget) -> None:
-        assert isinstance(inquiry, PairQuestion)
-        if "title" in inquiry.test.column_names:
+    async def _answer(self, question: Question, budget: TimeBudget) -> None:
+        assert isinstance(question, PairQuestion)
+        if "title" in question.test.column_names:
             self.put.append(budget.is_limited)
             budget.spend(self.first.pop(0) if self.first else self.seconds)
             if self.gates_all or not budget.is_limited:
                 self.is_waiting.set()
                 await self.open_gate.wait()
-        inquiry.accept([(place,) for place in range(len(inquiry.pairs))])
+        question.accept([(place,) for place in range(len(question.pairs))])
 
 
 class Clock:

@@ -109,18 +109,18 @@ class Database(GivenDatabase):
         return row
 
     async def answer_questions(
-        self, judging: PendingEvaluation, budget: TimeBudget | None = None
+        self, evaluation: PendingEvaluation, budget: TimeBudget | None = None
     ) -> frozenset[str]:
-        while inquiries := judging.questions():
-            for inquiry in inquiries:
+        while questions := evaluation.questions():
+            for question in questions:
                 await self._world.moment()
                 if budget is not None:
                     budget.spend(self._world.rng.choice([0.0, 0.0, self._world.slowness]))
-                    inquiry.is_postponed = budget.is_spent()
-                assert isinstance(inquiry, PairQuestion)
-                if not inquiry.is_postponed:
-                    inquiry.accept([(place,) for place in range(len(inquiry.pairs))])
-            judging.resume()
+                    question.is_postponed = budget.is_spent()
+                assert isinstance(question, PairQuestion)
+                if not question.is_postponed:
+                    question.accept([(place,) for place in range(len(question.pairs))])
+            evaluation.resume()
             if budget is not None and budget.is_spent():
                 break
         return frozenset()

@@ -62,10 +62,10 @@ def test_joins_are_counted_those_for_counter_examples_included() -> None:
     text = _of_reviewers(most + 1)
     with pytest.raises(RuleUnsupportedError, match="more than 300 joins"):
         check_rule(COLLECTIONS, POSTS, text)
-    asked = RuleRequest(query={"filter": text})
+    request = RuleRequest(query={"filter": text})
     for refused in (
-        reference_query(COLLECTIONS, POSTS, "", asked),
-        COMPILER.bind_caller(POSTS, "", asked),
+        reference_query(COLLECTIONS, POSTS, "", request),
+        COMPILER.bind_caller(POSTS, "", request),
     ):
         assert isinstance(refused, DenyAll)
         assert "more than 300 joins" in refused.reason

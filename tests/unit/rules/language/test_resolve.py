@@ -337,8 +337,8 @@ def test_rule_that_fails_for_one_kind_of_subscriber_admits_none_of_them() -> Non
     rule = "@request.auth.level.x = 1 || id != ''"
 
     check_rule(COLLECTIONS, POSTS, rule)
-    asked = reference_query(COLLECTIONS, POSTS, rule, RuleRequest(principal=ann))
-    assert isinstance(asked, DenyAll)
+    query = reference_query(COLLECTIONS, POSTS, rule, RuleRequest(principal=ann))
+    assert isinstance(query, DenyAll)
     assert isinstance(reference_query(COLLECTIONS, POSTS, rule, RuleRequest()), ReferenceQuery)
 
 

@@ -36,9 +36,9 @@ ANN = AuthRecord(collection_id="pbc_users", collection_name="users", id="uann")
 
 def _sql(rule: str, request: RuleRequest | None = None) -> str:
     request = request or RuleRequest(principal=ANN)
-    asked = reference_query(COLLECTIONS, POSTS, rule, request)
-    assert isinstance(asked, ReferenceQuery)
-    return asked.sql
+    query = reference_query(COLLECTIONS, POSTS, rule, request)
+    assert isinstance(query, ReferenceQuery)
+    return query.sql
 
 
 _SOURCES = sorted(Path(pgrealtime.rules.__file__).parent.rglob("*.py"))
@@ -62,9 +62,9 @@ def test_no_value_of_a_rule_is_in_the_text() -> None:
     """Literals, request values and JSON keys are always bound by placeholders."""
     request = RuleRequest(principal=ANN, query={"q": "quux'--", "filter": "title != 'fi%lt'"})
     rule = "title ~ 'lit%eral' && views > 4711 && data.somekey = @request.query.q && id = @now"
-    asked = reference_query(COLLECTIONS, POSTS, rule, request)
-    assert isinstance(asked, ReferenceQuery)
-    question = asked.sql_query([], datetime.now(UTC))
+    query = reference_query(COLLECTIONS, POSTS, rule, request)
+    assert isinstance(query, ReferenceQuery)
+    question = query.sql_query([], datetime.now(UTC))
     for secret in ("lit", "4711", "somekey", "quux", "fi%", "uann"):
         assert secret not in question.sql
     given = [content for content in question.params.values() if content is not None]
@@ -155,15 +155,15 @@ def test_every_column_is_one_of_the_row_it_is_asked_of(rule: str) -> None:
 
 def test_columns_and_tables_that_are_read_are_told() -> None:
     """A row image must have the columns; the tables need overlays on deletes."""
-    asked = reference_query(
+    query = reference_query(
         COLLECTIONS,
         POSTS,
         "author.name = 'x' || views > 1",
         RuleRequest(query={"filter": "title ~ 'y'"}),
     )
-    assert isinstance(asked, ReferenceQuery)
-    assert asked.column_names == ("author", "views", "title")
-    assert asked.tables == {USERS.table.name}
+    assert isinstance(query, ReferenceQuery)
+    assert query.column_names == ("author", "views", "title")
+    assert query.tables == {USERS.table.name}
 
 
 def test_absent_parameters_are_folded_into_the_text() -> None:
@@ -196,10 +196,10 @@ def _repeated(part: str) -> str:
 def test_any_filter_is_small_in_sql_and_quickly_made(text: str) -> None:
     """A client's filter is translated or refused within bounded time and memory."""
     before = time.perf_counter()
-    asked = reference_query(COLLECTIONS, POSTS, "", RuleRequest(query={"filter": text}))
+    query = reference_query(COLLECTIONS, POSTS, "", RuleRequest(query={"filter": text}))
     assert time.perf_counter() - before < 10
-    assert isinstance(asked, DenyAll | ReferenceQuery)
-    assert isinstance(asked, DenyAll) or len(asked.sql) < 300_000
+    assert isinstance(query, DenyAll | ReferenceQuery)
+    assert isinstance(query, DenyAll) or len(query.sql) < 300_000
 
 
 def _loosened(collection: Collection) -> Collection:
@@ -286,9 +286,9 @@ def test_every_text_comparison_is_of_bytes(left: str) -> None:
         for op in ("=", ("!=", "?=", "<", "?>=", "~", "!~", "?!=")[place % 7]):
             rule = f"{left} {op} {right}"
             request = RuleRequest(principal=ANN, query={"q": "x"})
-            asked = reference_query(_LOOSE, _LOOSE["posts"], rule, request)
-            assert isinstance(asked, ReferenceQuery), rule
-            for part in asked.sql_predicates:
+            query = reference_query(_LOOSE, _LOOSE["posts"], rule, request)
+            assert isinstance(query, ReferenceQuery), rule
+            for part in query.sql_predicates:
                 for comparison in part.condition.find_all(*_COMPARISONS):
                     assert _is_bytewise(comparison), f"{rule}: {comparison.sql('postgres')}"
 
