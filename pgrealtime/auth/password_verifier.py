@@ -75,7 +75,7 @@ class PasswordVerifier:
         if self._free_threads:
             self._free_threads -= 1
         else:
-            self._refuse_if_crowded(network)
+            self._make_room(network)
             await self._waiting.wait(network, self._release_thread)
         loop = asyncio.get_running_loop()
         work = loop.run_in_executor(self._threads, self._verify_in_thread, password, stored)
@@ -85,7 +85,7 @@ class PasswordVerifier:
         # taken until the thread is free, or disconnecting would admit any number of checks.
         return await asyncio.shield(work)
 
-    def _refuse_if_crowded(self, network: str) -> None:
+    def _make_room(self, network: str) -> None:
         """Make room for one more waiting check where too many wait.
 
         The last check of the network with most of them is refused, or this one unless that

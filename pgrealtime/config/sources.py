@@ -218,7 +218,7 @@ def apply_override(
     *outer, last = override.path
     for part in outer:
         key = _existing_key(node, part)
-        node = _descend(node, key)
+        node = _child_node(node, key)
         path = (*path, key)
     key = _existing_key(node, last)
     path = (*path, key)
@@ -240,7 +240,7 @@ def _existing_key(node: object, part: str | int) -> str | int:
     return part
 
 
-def _descend(node: object, key: str | int) -> object:
+def _child_node(node: object, key: str | int) -> object:
     match node, key:
         case dict(), str():
             if node.get(key) is None:

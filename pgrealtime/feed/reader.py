@@ -147,7 +147,7 @@ class ReplicationReader:
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
     def _on_stream_started(self, stream: WalStream) -> None:
-        self._epoch = self._place_in_changelog(stream)
+        self._epoch = self._join_to_changelog(stream)
         self._system, self.stream = stream.system, stream
         log.info(
             "replication.started",
@@ -162,7 +162,7 @@ class ReplicationReader:
             self._reopening.set_result(None)
         self._reopening = None
 
-    def _place_in_changelog(self, stream: WalStream) -> str:
+    def _join_to_changelog(self, stream: WalStream) -> str:
         """Decide whether a stream continues the changelog, leaves a gap, or restarts it.
 
         Returns:

@@ -108,11 +108,11 @@ class Dispatcher:
             log.error("dispatch.failed", error=type(error).__name__, at=raise_location(error))  # noqa: TRY400 (at says where)
             if self._progress.revision == revision:
                 # Entries after that may not be visible yet, or have another schema.
-                self._let_all_fall_behind(self._checked_upto or self._changelog.end_cursor)
+                self._fall_behind_all(self._checked_upto or self._changelog.end_cursor)
         finally:
             self._checked_upto = None
 
-    def _let_all_fall_behind(self, upto: Cursor) -> None:
+    def _fall_behind_all(self, upto: Cursor) -> None:
         """Let every connection read by itself what was not delivered up to a cursor.
 
         An error there closes the connection whose task it is, and no other.

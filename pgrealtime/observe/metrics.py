@@ -112,7 +112,7 @@ def _hub_families(values: MetricValues) -> Iterable[Metric]:
     )
     yield _counter(
         "gaps",
-        "Connections that were told of a gap, or ended for one.",
+        "Connections that were notified of a gap, or closed for one.",
         values.gaps_notified,
         "reason",
     )
@@ -126,7 +126,7 @@ def _hub_families(values: MetricValues) -> Iterable[Metric]:
     )
     yield _counter(
         "incomplete_records",
-        "Records that were shown to somebody without a column that a later change had written.",
+        "Records that were sent without a column that a later change had written.",
         values.incomplete_records,
         "collection",
     )

@@ -124,7 +124,7 @@ class JsonReader:
         Raises:
             JsonError: Not an object, invalid, or a repeated name.
         """
-        self._enter(b"{")
+        self._open_bracket(b"{")
         seen: set[str] = set()
         while self._advance_to_next(b"}", first=not seen):
             name = self.read_string()
@@ -133,7 +133,7 @@ class JsonReader:
             seen.add(name)
             self._is_colon_due = True
             yield name
-        self._leave()
+        self._close_bracket()
 
     def elements(self) -> Iterator[None]:
         """Iterate over an array; the caller must read one value at each step.
@@ -141,12 +141,12 @@ class JsonReader:
         Raises:
             JsonError: Not an array, or invalid.
         """
-        self._enter(b"[")
+        self._open_bracket(b"[")
         first = True
         while self._advance_to_next(b"]", first=first):
             first = False
             yield
-        self._leave()
+        self._close_bracket()
 
     def skip(self) -> None:
         """Consume a value of any kind and depth, checking its syntax without building it."""
@@ -190,14 +190,14 @@ class JsonReader:
                 return word
         raise JsonError("unknown word")
 
-    def _enter(self, bracket: bytes) -> None:
+    def _open_bracket(self, bracket: bytes) -> None:
         self._count_token()
         self._expect(bracket)
         self._depth += 1
         if self._depth > _MAX_DEPTH:
             raise JsonError("nested too deeply")
 
-    def _leave(self) -> None:
+    def _close_bracket(self) -> None:
         self._offset += 1
         self._depth -= 1
 

@@ -275,7 +275,7 @@ def _plan_equality_of_unknown(op: Op, left: _Side, right: _Side) -> ValueCompari
         planned_left, planned_right = _unconverted(left), _unconverted(right)
     else:
         kind = ComparisonKind.COALESCED
-        planned_left, planned_right = _of_one_precision(_unconverted(left), _unconverted(right))
+        planned_left, planned_right = _with_equal_precision(_unconverted(left), _unconverted(right))
     return ValueComparison(kind=kind, op=op, left=planned_left, right=planned_right)
 
 
@@ -295,14 +295,14 @@ def _comparable(left: _Side, right: _Side) -> tuple[PlannedOperand, PlannedOpera
             planned_left = replace(planned_left, conversion=Conversion.TEXT)
         case _:
             pass
-    return _of_one_precision(planned_left, planned_right)
+    return _with_equal_precision(planned_left, planned_right)
 
 
 def _unconverted(side: _Side) -> PlannedOperand:
     return PlannedOperand(term=side.term, is_searched=side.is_searched)
 
 
-def _of_one_precision(
+def _with_equal_precision(
     left: PlannedOperand, right: PlannedOperand
 ) -> tuple[PlannedOperand, PlannedOperand]:
     """Return both with numbers that can be compared: exact ones, unless one side is a double."""
