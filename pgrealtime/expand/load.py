@@ -297,11 +297,7 @@ class RelatedRecordLoader:
             )
 
         nodes = {index: make_node(index) for index in batch.junction_indexes}
-        await loading.load_junction_ids(nodes.values())
-        for index, node in nodes.items():
-            related.junction_ids[index] = node.junction_ids
-            if live_ids := loading.live_junction_ids(node):
-                related.live_junction_ids[index] = live_ids
+        await _load_junction_ids(loading, nodes, related)
         unknown = {*related.live_junction_ids, *batch.partial_row_indexes}
         if batch.load_live_rows is not None and unknown:
             await batch.load_live_rows(session, unknown)
@@ -376,6 +372,17 @@ class RelatedRecordLoader:
             )
             return None, 0
         return expand, len(expand or b"")
+
+
+async def _load_junction_ids(
+    loading: LoadBatch, nodes: Mapping[int, RecordNode], related: RelatedRecords
+) -> None:
+    """Load the ids in junction tables of events' records."""
+    await loading.load_junction_ids(nodes.values())
+    for index, node in nodes.items():
+        related.junction_ids[index] = node.junction_ids
+        if live_ids := loading.live_junction_ids(node):
+            related.live_junction_ids[index] = live_ids
 
 
 def _lacks_relation_column(viewer: ExpandViewer, row: Row) -> bool:
