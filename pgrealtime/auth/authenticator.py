@@ -278,7 +278,9 @@ class Authenticator:
         claims = login_claims(token)
         users = self.find_user_collection(claims.collection_name_or_id)
         if users is None or not users.login.password_hash:
-            raise AuthError("the token's users don't log in here", code="account_unknown")
+            raise AuthError(
+                "the collection of the token's user has no login", code="account_unknown"
+            )
         expires_at = check_times(token.claims, now=self._unix_clock())
         account = _require_account(await self._accounts.load(users, claims.record_id))
         if account.token_key is None:

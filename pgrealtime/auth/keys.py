@@ -188,10 +188,10 @@ def parse_jwks(text: bytes, issuer: IssuerConfig) -> tuple[VerificationKey, ...]
         entries = msgspec.json.decode(text)["keys"]
         keys = [_parse_jwk(entry, issuer) for entry in entries]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise AuthError("the answer is no key set", code="key_invalid") from error
+        raise AuthError("the response is not a key set", code="key_invalid") from error
     usable = tuple(key for key in keys if key is not None)
     if not usable:
-        raise AuthError("the key set has no key that can be used", code="key_invalid")
+        raise AuthError("the key set has no usable key", code="key_invalid")
     return usable
 
 
@@ -221,7 +221,7 @@ def _key_with_algorithm(public_key: object) -> VerificationKey:
         case RSAPublicKey(key_size=bits) if bits >= _MIN_RSA_BITS:
             return VerificationKey("RS256", public_key)
         case RSAPublicKey():
-            raise AuthError("an RSA key needs 2048 bits at least", code="key_invalid")
+            raise AuthError("an RSA key must have at least 2048 bits", code="key_invalid")
         case EllipticCurvePublicKey(curve=SECP256R1()):
             return VerificationKey("ES256", public_key)
         case Ed25519PublicKey():
@@ -236,7 +236,7 @@ def _require_accepted(key: VerificationKey, issuer: IssuerConfig) -> Verificatio
     accepted: tuple[Algorithm, ...] = issuer.accepted_algorithms
     if key.algorithm not in accepted:
         raise AuthError(
-            f"a key for {key.algorithm}, where {', '.join(accepted)} is asked for",
+            f"a key for {key.algorithm}, where {', '.join(accepted)} is required",
             code="key_invalid",
         )
     return key

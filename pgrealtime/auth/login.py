@@ -151,7 +151,7 @@ class LoginService:
         if not verdict or account is None:
             if verdict is None and stored is not None:
                 self._log_unreadable_hash(users, stored)
-            raise AuthError("no such user, or another password", code="login_failed")
+            raise AuthError("unknown user or wrong password", code="login_failed")
         self._attempt_limiter.reset(by_identity)
         self._attempt_limiter.reset(by_account)
         if stored is not None and not has_cost_of(stored, dummy_hash):

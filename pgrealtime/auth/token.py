@@ -85,7 +85,7 @@ def parse_token(authorization: str | None) -> Token:
         parts = _JWS.decode_complete(text, options={"verify_signature": False})
         claims = msgspec.json.decode(parts["payload"])
     except (jwt.InvalidTokenError, ValueError, RecursionError) as error:
-        raise AuthError("the token is no JSON web token", code="token_malformed") from error
+        raise AuthError("the token is not a JSON Web Token", code="token_malformed") from error
     algorithm = parts["header"].get("alg")
     if algorithm not in _ALGORITHMS or not isinstance(claims, dict):
         raise AuthError(
@@ -105,7 +105,9 @@ def check_signature(token: Token, key: VerificationKey) -> None:
     try:
         _JWS.decode_complete(token.text, key.material, algorithms=[key.algorithm])
     except (jwt.PyJWTError, ValueError) as error:
-        raise AuthError("the token has another signature", code="token_signature") from error
+        raise AuthError(
+            "the signature of the token is not valid", code="token_signature"
+        ) from error
 
 
 def check_times(claims: Claims, *, now: float, leeway: float = 0.0) -> float | None:
@@ -123,7 +125,7 @@ def check_times(claims: Claims, *, now: float, leeway: float = 0.0) -> float | N
     if expires is not None and not now < expires + leeway:
         raise AuthError("the token has expired", code="token_expired")
     if any(time is not None and time > now + leeway for time in (starts, issued)):
-        raise AuthError("the token does not hold yet", code="token_early")
+        raise AuthError("the token is not valid yet", code="token_early")
     return None if expires is None else expires + leeway
 
 
@@ -132,7 +134,7 @@ def _time_claim(claims: Claims, name: str) -> float | None:
         return None
     value = claims[name]
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise AuthError(f'"{name}" of the token is no number', code="token_malformed")
+        raise AuthError(f'"{name}" of the token is not a number', code="token_malformed")
     return float(max(-_MAX_UNIX_SECONDS, min(value, _MAX_UNIX_SECONDS)))
 
 

@@ -89,8 +89,8 @@ def _policy_error(name: TableName, role: str) -> SetupError:
     grantee = quote_identifier(role)
     return SetupError(
         f'row security hides rows of "{name}" from role "{role}"',
-        detail="Rules would be decided without the rows that its policies hide, so that queries on"
-        " the table are refused instead.",
+        detail="Rules would be evaluated without the rows that its policies hide, so that queries"
+        " on the table are refused instead.",
         hint=f"Run as a superuser: ALTER ROLE {grantee} BYPASSRLS;"
         f" or as the table's owner: CREATE POLICY pgrealtime ON {quote_table_name(name)} FOR SELECT"
         f" TO {grantee} USING (true);",

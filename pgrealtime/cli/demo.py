@@ -10,11 +10,13 @@ from pgrealtime.demo.run import run_demo
 
 
 @click.command()
-@click.option("--port", default=8090, show_default=True, help="Of the page; 0 takes a free one.")
-@click.option("--embedded", is_flag=True, help="Leave a PostgreSQL of this machine alone.")
-@click.option("--no-browser", is_flag=True, help="Only print the page's address.")
+@click.option(
+    "--port", default=8090, show_default=True, help="Port of the page; 0 is any free one."
+)
+@click.option("--embedded", is_flag=True, help="Use no PostgreSQL of this machine.")
+@click.option("--no-browser", is_flag=True, help="Print the page's address only.")
 def demo(*, port: int, embedded: bool, no_browser: bool) -> None:
-    """Show what it does: a throwaway PostgreSQL, an application, a page to watch."""
+    """Run a demonstration: a throwaway PostgreSQL, an application that writes, a page to watch."""
     with report_errors():
         run_coroutine(
             run_demo(

@@ -23,14 +23,14 @@ from pgrealtime.protocol.topic import parse_topic
 @click.command()
 @config_option
 @click.argument("topic")
-@click.option("--record", metavar="ID", help="The record, where the topic is of all: posts/*.")
+@click.option("--record", metavar="ID", help="The record, if the topic is for all: posts/*.")
 @click.option("--token", metavar="JWT", help="The caller's token; - reads it from standard input.")
-@click.option("--user", metavar="COLLECTION/ID", help="The caller is this record.")
+@click.option("--user", metavar="COLLECTION/ID", help="The caller is this user.")
 @click.option("--guest", is_flag=True, help="The caller has no token.")
 @click.option("--superuser", is_flag=True, help="The caller passes every rule.")
 @click.option("--filter", "filter_", metavar="TEXT", help="The client's filter.")
 @click.option("--options", metavar="JSON", help="All of the topic's options.")
-@click.option("-v", "--sql", "with_sql", is_flag=True, help="Tell the statement too.")
+@click.option("-v", "--sql", "with_sql", is_flag=True, help="Print the statements too.")
 def explain(
     path: str,
     *,
@@ -44,14 +44,14 @@ def explain(
     options: str | None,
     with_sql: bool,
 ) -> None:
-    """Say whether a caller hears of a record, and why: clause by clause of the rule.
+    """Print whether a caller receives events of a record, and the value of each clause of the rule.
 
-    TOPIC is what the client subscribes to, such as posts/* or posts/ID. Exits with 3 when the
-    answer is no.
+    TOPIC is what the client subscribes to, such as posts/* or posts/ID. Exits with 3 if the caller
+    doesn't receive them.
     """
     text = _with_options(topic, filter_, options)
     if record is None and parse_topic(text).record_id is None:
-        raise click.UsageError("the topic is of all records: name one by --record")
+        raise click.UsageError("the topic is for all records: name one with --record")
     caller_spec = _caller_spec(token, user, guest=guest, superuser=superuser)
     with report_errors():
         parsed = read_config(path, os.environ)
@@ -71,7 +71,7 @@ def _with_options(topic: str, filter_: str | None, options: str | None) -> str:
     if filter_ is None and options is None:
         return topic
     if "?" in topic or None not in {filter_, options}:
-        raise click.UsageError("options are given once: in the topic, by --options or by --filter")
+        raise click.UsageError("give options once: in the topic, with --options or with --filter")
     options_text = options if options is not None else json.dumps({"query": {"filter": filter_}})
     return f"{topic}?options={quote(options_text, safe='', errors='replace')}"
 
@@ -80,7 +80,7 @@ def _caller_spec(
     token: str | None, user: str | None, *, guest: bool, superuser: bool
 ) -> CallerSpec:
     if [token is not None, user is not None, guest, superuser].count(True) != 1:
-        raise click.UsageError("one caller is wanted: --token, --user, --guest or --superuser")
+        raise click.UsageError("give exactly one of --token, --user, --guest and --superuser")
     if token is not None:
         return BearerToken(read_token(token))
     if user is None:

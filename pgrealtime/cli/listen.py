@@ -24,7 +24,7 @@ from pgrealtime.errors import SubscriptionError
 
 _CONNECT_SECONDS = 10.0
 _SILENCE_SECONDS = 120.0
-"""A connection without a byte for so long, heartbeats included, counts as lost."""
+"""A connection without a byte for so long, heartbeats included, is treated as lost."""
 
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 10.0
@@ -38,20 +38,20 @@ _REACHABLE_HOSTS = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}  # no
 """Address that the service listens on -> host of a URL that reaches it."""
 
 _HINTS: dict[int, str] = {
-    HTTPStatus.UNAUTHORIZED: "Guests aren't let in (auth.allow_guests): give a token that holds.",
-    HTTPStatus.NOT_FOUND: "Perhaps the service has a base path: --url http://HOST:PORT/PATH.",
+    HTTPStatus.UNAUTHORIZED: "Guests may not subscribe (auth.allow_guests): give a valid token.",
+    HTTPStatus.NOT_FOUND: "The service may have a base path: --url http://HOST:PORT/PATH.",
 }
 
 
 @click.command()
 @config_option
 @click.argument("topics", nargs=-1, required=True, metavar="TOPIC...")
-@click.option("--url", help="Of the service; by default where the configuration lets it listen.")
+@click.option("--url", help="URL of the service; by default the configured host and port.")
 @click.option(
-    "--token", default="", metavar="JWT", help="Whom to listen as; - reads it from standard input."
+    "--token", default="", metavar="JWT", help="The caller's token; - reads it from standard input."
 )
-@click.option("--user", metavar="COLLECTION/ID", help="The same, by a token made for it.")
-@click.option("--count", type=click.IntRange(min=1), help="End after so many events.")
+@click.option("--user", metavar="COLLECTION/ID", help="The caller, with a token signed for it.")
+@click.option("--count", type=click.IntRange(min=1), help="Exit after this many events.")
 def listen(
     path: str,
     *,
@@ -64,7 +64,7 @@ def listen(
     """Subscribe in the terminal: a line per event, until Ctrl-C.
 
     TOPIC is what a client subscribes to, such as posts/* or posts/ID. After a lost connection it
-    goes on where it was.
+    reconnects and resumes from the last position.
     """
     if token and user:
         raise click.UsageError("give --token or --user, not both")
@@ -166,16 +166,16 @@ async def receive_events(
                 async for count in listener.receive(http):
                     if count == max_events:
                         return
-                lost = "the connection has ended"
+                lost = "the connection was closed"
             except (ClientError, TimeoutError, ValueError) as error:
-                lost = str(error) or "the connection is silent"
+                lost = str(error) or "the connection timed out"
             except SubscriptionError as error:
                 if not listener.has_subscribed:
                     raise
                 lost = error.message
             if not listener.has_subscribed:
                 raise _unreachable_error(target.url, lost)
-            write_status(f"{lost}; once more in {listener.pause_seconds:g} s")
+            write_status(f"{lost}; reconnecting in {listener.pause_seconds:g} s")
             await asyncio.sleep(listener.pause_seconds)
             listener.pause_seconds = min(listener.pause_seconds * 2, _LONGEST_PAUSE_SECONDS)
 
@@ -234,12 +234,12 @@ class _Listener:
         """Report a refused token and topics without events. Older services send no outcome."""
         outcomes = dict(part.split("=", 1) for part in outcome.split("; ") if "=" in part)
         if self._target.token and outcomes.get("caller") == "guest":
-            self._write_status("the token is refused: this is what a guest hears")
+            self._write_status("the token is refused: the caller is a guest")
         for index in filter(None, outcomes.get("mute", "").split(",")):
             topic = self._target.topics[int(index)]
             self._write_status(
-                f"{topic} brings nothing: there is no such collection, or none of it is for this"
-                " caller, or its options can't be used"
+                f"{topic} receives nothing: there is no such collection, its rule admits nothing"
+                " for this caller, or its options are invalid"
             )
 
 
@@ -255,21 +255,21 @@ def _event_line(event: ServerSentEvent) -> str:
 
 def _describe_gap(gap: dict[str, Any]) -> str:
     collections = ", ".join(gap["collections"]) or "everything"
-    return f"changes were missed ({gap['reason']}): load {collections} anew"
+    return f"gap ({gap['reason']}): reload {collections}"
 
 
 def _unreachable_error(url: str, reason: str) -> SubscriptionError:
     return SubscriptionError(
-        f'nothing that could be listened to answers at "{url}"',
+        f'no service answers at "{url}"',
         detail=f"{reason[0].upper()}{reason[1:]}.",
-        hint="Start the service with pgrealtime run, or name its address by --url.",
+        hint="Start the service with pgrealtime run, or give its address with --url.",
         code="service_unreachable",
     )
 
 
 def _refused_error(url: str, status: int, body: str) -> SubscriptionError:
     return SubscriptionError(
-        f'"{url}" answers with {status}',
+        f'"{url}" answered with status {status}',
         detail=body[:_MAX_BODY_CHARACTERS],
         hint=_HINTS.get(status, ""),
     )

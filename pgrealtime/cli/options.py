@@ -17,7 +17,7 @@ config_option = click.option(
     default="pgrealtime.yaml",
     show_default=True,
     metavar="FILE",
-    help="The configuration; also in PGREALTIME_CONFIG.",
+    help="Configuration file; also read from PGREALTIME_CONFIG.",
 )
 
 

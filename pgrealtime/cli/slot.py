@@ -19,23 +19,23 @@ from pgrealtime.wal import slot_status
 
 @click.group()
 def slot() -> None:
-    """Tell of our slots on the server, or drop one that is left."""
+    """List or drop the replication slots of this configuration."""
 
 
 @slot.command("list")
 @config_option
 def list_(path: str) -> None:
-    """Print a line per slot: who reads it, and how much WAL it retains."""
+    """Print a line per slot: its state, and how much WAL it retains."""
     with report_errors():
         lines = asyncio.run(list_slots(read_config(path, os.environ).require_valid()))
-    click.echo("\n".join(lines) or "there are none")
+    click.echo("\n".join(lines) or "there are no slots")
 
 
 @slot.command()
 @config_option
 @click.argument("name")
 def drop(path: str, *, name: str) -> None:
-    """Drop a slot: what it has yet to send is missed."""
+    """Drop a slot. Changes that it has not sent yet are lost to subscribers."""
     with report_errors():
         asyncio.run(drop_named_slot(read_config(path, os.environ).require_valid(), name))
     click.echo(f"dropped {name}")
@@ -53,8 +53,10 @@ async def list_slots(config: Config) -> list[str]:
 
 
 def _slot_line(slot: slot_status.SlotStatus) -> str:
-    reader = "nobody reads it" if slot.active_pid is None else f"read by pid {slot.active_pid}"
-    state = f"lost ({slot.invalidation_reason or 'its WAL is gone'})" if slot.is_lost else reader
+    reader = "inactive" if slot.active_pid is None else f"active for PID {slot.active_pid}"
+    state = (
+        f"lost ({slot.invalidation_reason or 'its WAL was removed'})" if slot.is_lost else reader
+    )
     kind = "temporary" if slot.is_temporary else "durable"
     mebibytes = slot.retained_bytes / (1 << 20)
     return (

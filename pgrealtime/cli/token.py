@@ -19,13 +19,15 @@ from pgrealtime.spelling import nearest_name
 
 @click.group()
 def token() -> None:
-    """Make a token for development."""
+    """Sign tokens for development."""
 
 
 @token.command()
 @config_option
 @click.argument("user", metavar="COLLECTION/ID")
-@click.option("--lifetime", default="1h", show_default=True, help="Such as 5m, 12h, 5d.")
+@click.option(
+    "--lifetime", default="1h", show_default=True, help="Lifetime, such as 5m, 12h or 5d."
+)
 def make(path: str, *, user: str, lifetime: str) -> None:
     """Print a token that names a record, signed with an issuer's secret."""
     try:
@@ -76,8 +78,8 @@ def _signing_issuer(config: AuthConfig, collection: str) -> IssuerConfig:
     suggestion = nearest_name(collection, {issuer.collection for issuer in signing})
     raise AuthError(
         f'no issuer of the configuration can sign tokens of "{collection}"',
-        detail="Only one with a secret can; a public key or a JWKS can but check.",
-        hint="Add one to auth.issuers, or sign in and use the token that you get."
+        detail="Only an issuer with a secret can; a public key or a JWKS only verifies tokens.",
+        hint="Add one to auth.issuers, or log in and use the token of the response."
         if suggestion is None
         else f'Perhaps you meant "{suggestion}".',
         code="token_unsigned",

@@ -194,7 +194,7 @@ def _key_problems(table: Table, key: Column, path: str) -> list[ConfigProblem]:
     if key.name not in table.replica_identity_columns:
         message = (
             f'the replica identity of "{table.name}" lacks "{key.name}": '
-            "deletes would not say of what record"
+            "deletes would not identify the record"
         )
         return [ConfigProblem(path, message, _alter_leaf_tables(table, "REPLICA IDENTITY FULL"))]
     return []

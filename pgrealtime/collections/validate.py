@@ -67,7 +67,7 @@ def login_problems(resolved: ResolvedTable, field_names: set[str]) -> Iterator[C
         if login.secret_columns:
             yield resolved.problem("login", "nobody logs in to a base collection", hint)
         if config.manage_rule is not None:
-            message = "a base collection holds nobody's address"
+            message = "a base collection has no e-mail addresses to show"
             yield resolved.problem("manage_rule", message, hint)
         if config.auth_rule != "":
             yield resolved.problem("auth_rule", "nobody logs in to a base collection", hint)

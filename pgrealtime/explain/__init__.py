@@ -1,1 +1,1 @@
-"""Would this caller receive an event of this record, and why."""
+"""Explains whether a caller receives events of a record, and why."""

@@ -1,4 +1,4 @@
-"""Resolves the caller that ``explain`` is asked about, as the service would."""
+"""Resolves the caller given to ``explain`` as the service would authenticate it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAX_TIMESTAMP = 253_402_300_799.0
 
 @dataclass(frozen=True, slots=True)
 class BearerToken:
-    """The caller that sends a token."""
+    """A caller identified by a token."""
 
     token: str = field(repr=False)
 
@@ -69,15 +69,15 @@ async def _resolve_token(authenticator: Authenticator, token: str) -> tuple[Call
     except AuthError as refusal:
         return Caller(), ["guest", f"the token is refused: {refusal.error_code}: {refusal.message}"]
     if caller.expires_at is None:
-        return caller, [f"{_describe_caller(caller)} (token without an end)"]
+        return caller, [f"{_describe_caller(caller)} (token does not expire)"]
     end = datetime.fromtimestamp(min(caller.expires_at, _MAX_TIMESTAMP), UTC)
-    return caller, [f"{_describe_caller(caller)} (token good until {end:%Y-%m-%d %H:%M:%S} UTC)"]
+    return caller, [f"{_describe_caller(caller)} (token valid until {end:%Y-%m-%d %H:%M:%S} UTC)"]
 
 
 def _describe_caller(caller: Caller) -> str:
     match caller.principal:
         case AuthRecord(collection_name=name, id=record_id) if caller.read_point is None:
-            return f"{name}/{record_id}, by the token alone"
+            return f"{name}/{record_id}, from the token alone"
         case AuthRecord(collection_name=name, id=record_id):
             return f"{name}/{record_id}"
         case Superuser():

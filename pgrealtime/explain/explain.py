@@ -1,8 +1,8 @@
 """Explains whether a caller would receive an event of a record on a topic, and why.
 
-``cli`` calls ``explain``. The verdict is the rule engine's, as in the service, and must equal that
-of the reference query. Each part of a rule is evaluated as a rule of its own. All of it is asked of
-one snapshot, read only.
+``cli.explain`` calls ``explain``. The verdict is the rule engine's, as in the service, and must
+equal that of the reference query. Each part of a rule is also evaluated as a rule of its own. All
+statements run in one read-only snapshot.
 """
 
 from __future__ import annotations
@@ -80,16 +80,16 @@ async def explain_delivery(
     """Evaluate a record as it is now for a caller's subscription.
 
     Args:
-        config: The service's.
+        config: Configuration of the service.
         caller_spec: The subscriber.
         topic: As submitted, with its options.
-        record_id: The record's; None if the topic names it.
-        with_sql: Whether the lines show the statements too, without the values of hidden fields.
+        record_id: Id of the record; None if the topic names it.
+        with_sql: Whether the lines include the statements, without the values of hidden fields.
 
     Raises:
-        ConfigError: The service wouldn't start with this configuration.
+        ConfigError: The configuration is invalid.
         DatabaseUnreachableError: The database doesn't answer.
-        AuthError: Code ``user_unknown``: there is no such user.
+        AuthError: Code ``user_unknown``: the collection or the user does not exist.
         SetupError: A table can't be read.
     """
     # A command must fail at once where the service would wait for its database.
@@ -100,15 +100,15 @@ async def explain_delivery(
         )
         if problems := tuple(rule_problems(collections)):
             raise ConfigError(problems)
-        with suppress(psycopg.Error):  # said where the record is read
+        with suppress(psycopg.Error):  # reading the record reports it
             await pool.configure_row_security(reachable_tables(collections).values())
         caller, lines = await resolve_caller(config, collections, pool, caller_spec)
         parsed_topic = parse_topic(topic)
         wanted_id = parsed_topic.record_id if record_id is None else record_id
         explainer = _Explainer(collections, caller, parsed_topic, with_sql=with_sql)
-        explainer.lines = list(_labelled_lines("who", *lines))
+        explainer.lines = list(_labelled_lines("caller", *lines))
         if isinstance(caller.principal, Guest) and not config.auth.allow_guests:
-            reason = "guests may not subscribe here (auth.allow_guests)"
+            reason = "guests may not subscribe (auth.allow_guests)"
         else:
             async with open_explain_session(pool) as session:
                 reason = await explainer.explain_record(session, wanted_id or "")
@@ -131,11 +131,11 @@ class _IndexMember:
 
 @dataclass(frozen=True, slots=True)
 class _RuleOutcome:
-    """The verdict of the rule or the filter, by its parts."""
+    """The verdict of the rule or the filter, evaluated by parts."""
 
     verdict: ConditionVerdict
     reason: str = ""
-    """Why it isn't true of the row."""
+    """Why the verdict is not TRUE; empty if it is."""
 
 
 def _rule_outcome(evaluated: EvaluatedFragment, prefix: str = "") -> _RuleOutcome:
@@ -147,7 +147,7 @@ def _rule_outcome(evaluated: EvaluatedFragment, prefix: str = "") -> _RuleOutcom
 
 
 class _Explainer:
-    """Explains one record to one caller of one topic.
+    """Explains whether one caller receives events of one record on one topic.
 
     Attributes:
         lines: The lines so far.
@@ -182,7 +182,7 @@ class _Explainer:
         found_id = row[collection.key.name]
         if topic.record_id not in {None, found_id}:
             self._add_lines("record", f"{collection.name}/{found_id}")
-            return f'the topic is about "{topic.record_id}", the record is "{found_id}"'
+            return f'the topic is for record "{topic.record_id}", not for "{found_id}"'
         return await self._explain_row(session, collection, row)
 
     def _explain_no_collection(self) -> str:
@@ -192,12 +192,12 @@ class _Explainer:
             "topic",
             f'there is no collection "{name}"'
             + (f'; perhaps "{suggestion}"' if suggestion else ""),
-            "such a subscription is accepted and stays silent, as in PocketBase",
+            "such a subscription is accepted and receives nothing, as in PocketBase",
         )
-        return "the topic names nothing"
+        return "the topic names no collection"
 
     async def _explain_row(self, session: ExplainSession, collection: Collection, row: Row) -> str:
-        """Evaluate by parts, by the reference query and by the engine, and compare the three."""
+        """Evaluate by parts, with the reference query and with the engine; report a difference."""
         is_whole = self._topic.record_id is None
         key = "list_rule" if is_whole else "view_rule"
         rule = collection.list_rule if is_whole else collection.view_rule
@@ -286,7 +286,7 @@ class _Explainer:
                 is_filter=is_filter,
             )
         except RuleError as error:
-            truth = ConditionVerdict(None, f"can't be used by this caller: {error.message}")
+            truth = ConditionVerdict(None, f"can't be evaluated for this caller: {error.message}")
         else:
             truth = await session.fetch_verdict(made.reference_query.truth_query(row, self._now))
             sides = tuple(
@@ -326,7 +326,7 @@ class _Explainer:
     async def _is_delivered_by_engine(
         self, session: ExplainSession, collection: Collection, row: Row
     ) -> bool:
-        """Return the rule engine's verdict, which the service obeys."""
+        """Return the rule engine's verdict, which decides in the service."""
         own = self._caller.own_row
         bound = Matcher(self._collections).bind_topic(
             collection, self._topic, self._caller.principal, own

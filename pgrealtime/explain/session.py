@@ -1,8 +1,8 @@
-"""How ``explain`` asks PostgreSQL: in one snapshot, read only, each statement bounded in time.
+"""Runs the statements of ``explain`` in one read-only snapshot, each with a time limit.
 
-The rule engine's questions go through the same rounds as in the service; the plain query and the
-parts of a rule are asked besides. A statement that fails is rolled back to a savepoint, so that the
-others are still asked of the same snapshot.
+The rule engine's questions go through the same rounds as in the service; the reference query and
+the parts of a rule are queried separately. A statement that fails is rolled back to a savepoint, so
+that later statements still use the same snapshot.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from pgrealtime.rules.sql.reference import SqlQuery
 
 @asynccontextmanager
 async def open_explain_session(pool: QueryPool) -> AsyncIterator[ExplainSession]:
-    """Open a snapshot to ask in.
+    """Open a read-only snapshot for the statements of one explanation.
 
     Raises:
-        DatabaseUnreachableError: There is no connection, or it breaks.
+        DatabaseUnreachableError: No connection can be made, or it is lost.
     """
     try:
         async with pool.session() as connection:
@@ -51,7 +51,7 @@ async def open_explain_session(pool: QueryPool) -> AsyncIterator[ExplainSession]
 
 
 class ExplainSession:
-    """Asks in one snapshot, in which it goes on when a question fails."""
+    """Runs statements in one snapshot; a statement that fails does not end it."""
 
     def __init__(self, transaction: BudgetedTransaction) -> None:
         self._transaction = transaction
@@ -97,7 +97,7 @@ class ExplainSession:
             raise SetupError(
                 f'"{collection.table.name}" can\'t be read',
                 detail=message_without_values(error),
-                hint="pgrealtime check says what is missing.",
+                hint="Run pgrealtime check to see what is missing.",
                 code="select_not_granted",
             ) from error
         return dict(zip(names, rows[0], strict=True)) if rows else None
@@ -116,7 +116,7 @@ class ExplainSession:
             case SqlQuery() as question:
                 rows = await self.fetch_rows(question)
         if isinstance(rows, ConditionVerdict):
-            return f"not to be had ({rows.failure})"
+            return f"not available ({rows.failure})"
         values = sorted(
             _format_operand_value(text, is_number, is_flag=operand.is_boolean)
             for text, is_number in rows

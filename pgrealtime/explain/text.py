@@ -1,4 +1,4 @@
-"""Writes what ``explain`` found as lines of text; says which part of a rule decided. Pure."""
+"""Formats the result of ``explain`` as text and finds the parts of a rule that decide. Pure."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pgrealtime.rules.sql.reference import ReferenceQuery, SqlQuery
 
 _MAX_VALUE_CHARACTERS = 80
 HIDDEN_TEXT = "[hidden]"
-"""Stands for values that records don't show to every subscriber."""
+"""Printed instead of values that records don't show to every subscriber."""
 CAVEAT = (
-    "judged by what the tables hold now, perhaps not what they held then;"
+    "evaluated with the present content of the tables, which may have changed since the event;"
     " @request.query and @request.headers are as in the topic's options"
 )
 _MAX_NAMED_FRAGMENTS = 3
@@ -125,10 +125,10 @@ def escape_unprintable(line: str) -> str:
 
 def disagreement_lines(*, plain: bool, engine: bool, parts: bool) -> Iterator[str]:
     """Yield the report that three evaluations differ that must agree."""
-    yield "three ways to decide must agree and don't; please report this with the schema:"
+    yield "three evaluations differ that must agree; please report this with the schema:"
     for name, verdict in (("plain query", plain), ("engine", engine), ("parts", parts)):
         yield f"  {name}: {'delivered' if verdict else 'not delivered'}"
-    yield "the verdict below is the engine's: it is what the service does"
+    yield "the verdict below is the engine's, which the service uses"
 
 
 def refusal_lines(text: str, error: RuleError) -> Iterator[str]:
@@ -153,7 +153,7 @@ def rule_lines(rule: str | None, *, is_superuser: bool) -> list[str]:
         case None:
             lines = ["missing: superusers only"]
         case "":
-            lines = ["empty: everyone"]
+            lines = ["empty: every caller"]
         case _:
             lines = rule.splitlines()
     return [*lines, "superusers pass it"] if is_superuser else lines
@@ -163,7 +163,7 @@ def row_lines(
     collection: Collection, row: Row, compiled: AdmitAll | DenyAll | ReferenceQuery
 ) -> Iterator[str]:
     """Yield that the record exists, and the columns that rule and filter read."""
-    yield f"{collection.name}/{row[collection.key.name]} is there"
+    yield f"{collection.name}/{row[collection.key.name]} exists"
     for name in compiled.column_names if isinstance(compiled, ReferenceQuery) else ():
         yield f"{_field_name(collection, name)} is {_format_cell(collection, name, row[name])}"
 

@@ -100,8 +100,8 @@ class RepeatCheck:
     def _fail(self) -> None:
         self._has_failed = True
         raise StreamInterruptedError(
-            "the server's history is another",
-            detail="It doesn't have a transaction that was read from it, as after a restore.",
+            "the server has another history",
+            detail="It lacks a transaction that was read from it, as after a restore.",
         )
 
 

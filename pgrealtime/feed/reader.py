@@ -277,9 +277,9 @@ class ReplicationReader:
             stream = await opened.enter_async_context(open_stream())
             if self.stream is not None and self.stream.system != stream.system:
                 raise StreamInterruptedError(
-                    "the database is another by now",
-                    detail="The stream of now and one opened beside it lead to different servers"
-                    " or histories, so that neither goes on from the other.",
+                    "the URL connects to another database now",
+                    detail="The current stream and the one opened to replace it have different"
+                    " servers or histories, so that neither continues the other.",
                 )
             self._open_stream, self._tables = open_stream, tables
             if not self._is_reading:

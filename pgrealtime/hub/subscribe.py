@@ -123,7 +123,7 @@ class SubscribeCalls:
         self, connection: Connection, topic_texts: list[str], caller: Caller
     ) -> None:
         if not self._registry.is_stream_up:
-            raise SubscriptionError("the stream is away", code="stream_away")
+            raise SubscriptionError("the stream is interrupted", code="stream_away")
         with self._delivery_paused(connection) as is_first:
             topics = await self._progress.generation.parse_topics(
                 topic_texts, caller, self._work_lock, connection.network

@@ -68,7 +68,7 @@ class Metrics:
         ProcessCollector(registry=self._registry)
         self._rule_query_seconds = Histogram(
             _PREFIX + "rule_query_seconds",
-            "Statements that asked about rules and filters, of many rows and subscribers each.",
+            "Statements that evaluated rules and filters, each for many rows and subscribers.",
             buckets=_BUCKETS,
             registry=self._registry,
         )
@@ -98,11 +98,13 @@ class _CombinedCollector(Collector):
 
 def _hub_families(values: MetricValues) -> Iterable[Metric]:
     versions = (__version__, platform.python_version())
-    yield _gauge("build_info", "What runs.", {versions: 1}, "version", "python")
+    yield _gauge(
+        "build_info", "Versions of pgrealtime and Python.", {versions: 1}, "version", "python"
+    )
     yield _gauge("connections", "Open connections.", values.open_connections)
     yield _gauge(
         "subscriptions",
-        "Topics of open connections that something can match.",
+        "Subscriptions of open connections that an event can match.",
         values.subscription_counts,
         "collection",
     )
@@ -117,11 +119,14 @@ def _hub_families(values: MetricValues) -> Iterable[Metric]:
         "reason",
     )
     yield _counter(
-        "resumes", "Connections that came back with a position.", values.resume_outcomes, "result"
+        "resumes",
+        "Connections that submitted a position to resume from.",
+        values.resume_outcomes,
+        "result",
     )
     yield _counter(
         "expensive_filters_refused",
-        "Calls that were refused because they had too many options of one kind.",
+        "Subscribe calls that were refused because of too many options of one kind.",
         values.refused_subscribe_calls,
     )
     yield _counter(
@@ -135,35 +140,39 @@ def _hub_families(values: MetricValues) -> Iterable[Metric]:
 def _query_families(values: MetricValues) -> Iterable[Metric]:
     yield _counter(
         "rule_query_errors",
-        "Statements about rules that failed, and questions that were not sent.",
+        "Rule statements that failed or were not sent.",
         values.rule_query_errors,
         *("collection", "reason"),
     )
-    yield _counter("auth_checks", "Callers, by their tokens.", values.auth_checks, "result")
+    yield _counter(
+        "auth_checks", "Authentications of callers by token.", values.auth_checks, "result"
+    )
     yield _counter(
         "logins",
-        "Attempts to sign in by a password: ok, or the code of the refusal.",
+        "Password logins: ok, or the error code.",
         values.login_results,
         "result",
     )
 
 
 def _stream_families(values: MetricValues) -> Iterable[Metric]:
-    yield _counter("replication_changes", "Changes taken from the stream.", values.changes_received)
+    yield _counter(
+        "replication_changes", "Changes received from the stream.", values.changes_received
+    )
     yield _counter(
         "replication_breaks",
-        "How often the stream broke, or could not be opened.",
+        "Times that the stream was interrupted or could not be opened.",
         values.stream_breaks,
         "code",
     )
-    yield _gauge("changelog_bytes", "Changes that are held.", values.changelog_bytes)
+    yield _gauge("changelog_bytes", "Size of the changes in the changelog.", values.changelog_bytes)
     yield _gauge(
         "replication_connected",
-        "Whether changes are being read.",
+        "Whether changes are being received.",
         int(values.is_replication_connected),
     )
     if values.lag_bytes is not None:
-        help_text = "WAL that was written and is not yet confirmed."
+        help_text = "WAL that was written and is not confirmed yet."
         yield _gauge("replication_lag_bytes", help_text, values.lag_bytes)
     if values.retained_bytes is not None:
         help_text = "WAL that the server keeps for the slot."

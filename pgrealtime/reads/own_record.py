@@ -119,7 +119,7 @@ class OwnRecordRenderer:
             async with self._sessions.read_session(frozenset()) as session:
                 await session.answer_questions(evaluation)
         except (psycopg.Error, PoolTimeout, TimeoutError) as error:
-            raise DatabaseUnreachableError("the rule can't be asked now") from error
+            raise DatabaseUnreachableError("the rule can't be evaluated now") from error
         return bound in evaluation.hits(version)
 
     async def render_record(

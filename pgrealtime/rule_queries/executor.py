@@ -97,7 +97,7 @@ class QueryExecutor:
             return await self._pool.fetch_row(query)
         except (psycopg.Error, PoolTimeout) as error:
             raise DatabaseUnreachableError(
-                "the database gave no answer", detail=message_without_values(error)
+                "the database did not answer", detail=message_without_values(error)
             ) from error
 
     async def has_synchronous_standbys(self) -> bool:

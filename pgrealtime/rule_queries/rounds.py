@@ -221,7 +221,7 @@ class QuestionRounds:
             return False
         self._unanswered.counts[name, "unknown_rows"] += 1
         self._unanswered.log_once(
-            name, "rows it reads were touched by the transaction and aren't known"
+            name, "it reads rows that the transaction changed, whose earlier state is unknown"
         )
         return True
 

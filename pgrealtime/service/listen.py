@@ -71,7 +71,7 @@ async def _start_listening(site: web.TCPSite, section: str) -> None:
         await site.start()
     except OSError as error:
         raise PgRealtimeError(
-            f"{section}.port can't be listened on",
+            f"can't listen on {section}.port",
             detail=str(error.strerror or error),
             hint=_port_hint(error, section),
             code="port_unavailable",
@@ -81,8 +81,8 @@ async def _start_listening(site: web.TCPSite, section: str) -> None:
 def _port_hint(error: OSError, section: str) -> str:
     match error.errno:
         case errno.EADDRINUSE:
-            return f"Give {section}.port another number, or end what has it."
+            return f"Give {section}.port another number, or end the process that uses it."
         case errno.EACCES:
-            return f"Give {section}.port a number from 1024 on, or the process the right to lower."
+            return f"Give {section}.port a number from 1024 on, or the process the right to use it."
         case _:
-            return f"Let {section}.host be an address of this machine."
+            return f"Set {section}.host to an address of this machine."

@@ -71,7 +71,7 @@ class Feedback:
                 that it never sent.
         """
         if end_lsn > self._handed_out:
-            raise ValueError(f"nothing was handed out beyond {self._handed_out}, got {end_lsn}")
+            raise ValueError(f"nothing was received beyond {self._handed_out}, got {end_lsn}")
         self._confirmed = max(self._confirmed, end_lsn)
 
     def release(self, lsn: LSN) -> None:

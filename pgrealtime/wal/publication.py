@@ -132,7 +132,7 @@ def check_publication(
     detail = " ".join(_differences(publication, wanted, needs_generated=needs_generated))
     if detail:
         raise SetupError(
-            f'publication "{name}" is not what is needed',
+            f'publication "{name}" does not match the configured tables',
             detail=detail,
             hint="Run as the owner of the tables or a superuser:"
             f" BEGIN; DROP PUBLICATION {quote_identifier(name)}; {create} COMMIT;",

@@ -103,7 +103,7 @@ def translate_driver_errors() -> Iterator[None]:
         yield
     except psycopg.OperationalError as error:
         raise DatabaseUnreachableError(
-            "the server went away while the stream was set up", detail=str(error).strip()
+            "the connection was lost while the stream was set up", detail=str(error).strip()
         ) from error
     except psycopg.Error as error:
         raise WalError(
@@ -228,8 +228,8 @@ async def read_server_facts(connection: AsyncConnection[Any]) -> ServerFacts:
             "the server is a standby",
             detail="A standby's snapshots leave out running transactions, so that what a new"
             " subscriber sees and what it receives can't be joined without a gap.",
-            hint="Let the URL lead to the primary, for instance by target_session_attrs=primary"
-            " over all hosts.",
+            hint="Connect to the primary, for example with all hosts and"
+            " target_session_attrs=primary.",
             code="standby",
         )
     if facts.wal_level != "logical":

@@ -303,7 +303,7 @@ async def _run_create(
             row = await cursor.fetchone()
     except TimeoutError:
         return SlotBusyError(
-            f"no slot could be made within {timeout_seconds:g} s",
+            f"no slot could be created within {timeout_seconds:g} s",
             detail="Making one waits for all transactions that have written and are open,"
             " prepared ones too, in every database of the server.",
             hint="Look for old ones in pg_stat_activity (xact_start) and pg_prepared_xacts.",
@@ -338,15 +338,15 @@ def _create_error(error: psycopg.Error, plugin: Plugin) -> PgRealtimeError:
             return SlotBusyError(
                 "all replication slots of the server are in use",
                 detail=detail,
-                hint="Drop a slot that nobody reads, or raise max_replication_slots (restart).",
+                hint="Drop an unused slot, or raise max_replication_slots (restart).",
                 code="slots_exhausted",
             )
         case pg.OperationalError():
             return DatabaseUnreachableError(
-                "the server went away while the slot was made", detail=detail
+                "the connection was lost while the slot was created", detail=detail
             )
         case _:
-            return WalError("the slot can't be made", detail=detail, code="slot_create_failed")
+            return WalError("the slot can't be created", detail=detail, code="slot_create_failed")
 
 
 async def _watch_wait(
@@ -406,12 +406,12 @@ def _start_error(error: psycopg.Error, slot: Slot) -> PgRealtimeError:
         case pg.InsufficientPrivilege() | pg.UndefinedFile():
             return _create_error(error, slot.plugin)
         case pg.UndefinedObject() | pg.ObjectNotInPrerequisiteState():
-            return SlotLostError(f'slot "{slot.name}" can\'t be read any more', detail=detail)
+            return SlotLostError(f'slot "{slot.name}" can no longer be read', detail=detail)
         case pg.ObjectInUse():
-            return SlotBusyError(f'slot "{slot.name}" is being read by another', detail=detail)
+            return SlotBusyError(f'slot "{slot.name}" is active for another process', detail=detail)
         case pg.OperationalError():
             return DatabaseUnreachableError(
-                "the server went away while the stream was started", detail=detail
+                "the connection was lost while the stream was started", detail=detail
             )
         case _:
             return WalError("the stream can't be started", detail=detail, code="stream_start")

@@ -109,8 +109,8 @@ def check_slot(
     if max_slot_wal_keep_mb < 0 and not config.slot.allow_unlimited_wal:
         raise SetupError(
             "a durable slot could fill the server's disk",
-            detail="The server keeps all WAL that the slot has yet to send, also while nobody"
-            " reads it, and max_slot_wal_keep_size sets no bound.",
+            detail="The server retains the WAL that the slot has not sent yet, also while no"
+            " process reads it, and max_slot_wal_keep_size sets no limit.",
             hint="Run as a superuser: ALTER SYSTEM SET max_slot_wal_keep_size = '10GB'; SELECT"
             " pg_reload_conf(); or set replication.slot.allow_unlimited_wal: true.",
             code="wal_unlimited",
@@ -129,13 +129,13 @@ def _check_readable(config: ReplicationConfig, status: SlotStatus, database: str
     wanted = ("wal2json", "pgoutput") if config.plugin == "auto" else (config.plugin,)
     if status.plugin in wanted and status.database_name == database and not status.is_temporary:
         return
-    kind = f"of {status.plugin}" if status.plugin else "a physical one"
+    kind = f"of {status.plugin}" if status.plugin else "a physical slot"
     raise SetupError(
-        f'slot "{status.name}" is not one to read from',
+        f'slot "{status.name}" can\'t be used',
         detail=f"It is {kind}"
         f"{f' in database {status.database_name}' if status.database_name else ''}"
         f"{', and temporary' if status.is_temporary else ''}.",
-        hint="Give replication.slot.name another name; or, if nobody needs that slot, drop it:"
+        hint="Give replication.slot.name another name; or, if that slot is not needed, drop it:"
         f" pgrealtime slot drop {status.name}",
         code="slot_unfit",
     )

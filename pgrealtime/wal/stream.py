@@ -226,7 +226,7 @@ class WalStream:
             StreamInterruptedError(
                 f"delivery was held up for {self._max_pause_seconds:g} s",
                 detail="A reader that doesn't read can hold up the server's checkpoints, so the"
-                " connection was given up.",
+                " connection was closed.",
                 code="delivery_held_up",
             )
         )
@@ -313,7 +313,7 @@ class WalStream:
         self._silent_ticks += 1
         if self._silent_ticks * self._tick_seconds > self._silence_seconds:
             raise StreamInterruptedError(
-                f"the server has said nothing for {self._silence_seconds:g} s"
+                f"the server has sent nothing for {self._silence_seconds:g} s"
             )
 
     def _send(self, updates: tuple[StandbyStatusUpdate, ...]) -> None:
@@ -381,7 +381,7 @@ def _translate_error(error: psycopg.Error) -> PgRealtimeError:
     detail = str(error).strip()
     match error:
         case pg.ObjectNotInPrerequisiteState():
-            return SlotLostError("the slot can't be read any more", detail=detail)
+            return SlotLostError("the slot can no longer be read", detail=detail)
         case _ if error.sqlstate is None or error.sqlstate.startswith(("57", "08")):
             return StreamInterruptedError("the connection to the server was lost", detail=detail)
         case _:

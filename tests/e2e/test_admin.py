@@ -203,8 +203,8 @@ async def test_metrics_are_for_who_has_the_token_and_probes_for_everybody(
 @pytest.mark.parametrize(
     ("host", "hint"),
     [
-        ("127.0.0.1", "Give admin.port another number, or end what has it."),
-        ("192.0.2.1", "Let admin.host be an address of this machine."),
+        ("127.0.0.1", "Give admin.port another number, or end the process that uses it."),
+        ("192.0.2.1", "Set admin.host to an address of this machine."),
     ],
     ids=["port", "host"],
 )

@@ -158,18 +158,18 @@ async def test_what_was_missed_is_told(database_url: str, tmp_path: Path) -> Non
         await running.stop()
         await running.write.execute("INSERT INTO posts (id, title) VALUES ('missed', 'x')")
         await running.start()
-        told = await until_told(client, "changes were missed")
+        told = await until_told(client, "gap")
         await running.write.execute("INSERT INTO posts (id, title) VALUES ('heard', 'x')")
         assert [record["id"] for _, _, record in await heard(client)] == ["heard"]
-    assert told == "changes were missed (expired): load everything anew\n"
+    assert told == "gap (expired): reload everything\n"
 
 
 @pytest.mark.parametrize(
     ("topic", "path", "said"),
     [
         ("posts/*", ":1", "service_unreachable"),
-        ("posts/*", "/elsewhere", "answers with 404"),
-        ("x" * 2501, "", "answers with 400"),
+        ("posts/*", "/elsewhere", "answered with status 404"),
+        ("x" * 2501, "", "answered with status 400"),
     ],
 )
 async def test_refusals_are_told(

@@ -503,12 +503,12 @@ def test_a_query_url_to_another_server_is_told(replica_server: str, operator: Op
     outcome = operator.check(PGREALTIME_DATABASE__QUERY_URL=replica_server)
     assert outcome.code == 2
     assert outcome.err.startswith(
-        "different_servers: database.url and database.query_url lead to different servers\n"
+        "different_servers: database.url and database.query_url connect to different servers\n"
     )
 
 
 def test_a_query_url_to_a_standby_is_told(operator: Operator) -> None:
-    """Rules would be asked of rows that have yet to come there."""
+    """Rules would be evaluated on rows that the standby has not received yet."""
     with own_server() as primary:
         with psycopg.connect(primary.url) as connection:
             connection.execute(_SCHEMA)
@@ -524,10 +524,10 @@ def test_a_query_url_to_a_standby_is_told(operator: Operator) -> None:
     assert outcome == Outcome(
         2,
         "",
-        "standby: database.query_url leads to a standby\n"
-        "DETAIL: Rules would be asked of rows that have yet to come there.\n"
-        "HINT: Let it lead to the primary, for instance by target_session_attrs=primary over all"
-        " hosts.\n",
+        "standby: database.query_url connects to a standby\n"
+        "DETAIL: Rules would be evaluated on rows that the standby has not received yet.\n"
+        "HINT: Connect to the primary, for example with all hosts and"
+        " target_session_attrs=primary.\n",
     )
 
 

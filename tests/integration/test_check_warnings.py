@@ -76,8 +76,8 @@ def test_a_file_that_serves_nothing_is_told_so(operator: Operator) -> None:
     assert warnings(operator.check("")) == [
         (
             "collections",
-            "there are none: nobody hears of anything",
-            "pgrealtime init makes them of the tables that are there",
+            "there are none: no subscriber receives anything",
+            "pgrealtime init writes them from the existing tables",
         )
     ]
 
@@ -210,7 +210,7 @@ def test_a_rule_that_reads_a_whole_table_for_every_change(
     """The index it names is the one that ends it."""
     ((path, message, mend),) = warnings(check(operator, collections(rule)))
     assert path == "collections.posts.list_rule"
-    assert message == f'all of "public.{table}" is read for every change'
+    assert message == f'each change reads the whole table "public.{table}"'
     assert mend == index
     run(operator, mend)
     assert warnings(check(operator, collections(rule))) == []
@@ -223,7 +223,7 @@ def test_a_relation_whose_pairs_are_all_read_for_every_change(operator: Operator
     rule = f"{SOMEBODY} && fans.id ?= {MINE}"
     ((path, message, mend),) = warnings(check(operator, collections(rule)))
     assert path == "collections.posts.relations.fans"
-    assert message == 'all of "public.likes" is read for every change'
+    assert message == 'each change reads the whole table "public.likes"'
     run(operator, mend)
     assert warnings(check(operator, collections(rule))) == []
 
@@ -237,8 +237,8 @@ def test_an_index_that_does_not_serve_a_rule_ends_no_warning(operator: Operator,
     """Also where Postgres goes through all of it by that index, or by a bitmap of all of it."""
     run(operator, "CREATE INDEX ON members (post); CREATE INDEX ON members (person)")
     ((_, message, mend),) = warnings(check(operator, collections(f"{SOMEBODY} && {rule}")))
-    assert message == 'all of "public.members" is read for every change'
-    assert mend == "no index serves this rule: go by a relation to it instead of @collection"
+    assert message == 'each change reads the whole table "public.members"'
+    assert mend == "no index can serve this rule: use a relation instead of @collection"
 
 
 def test_rows_that_are_found_by_their_keys_cause_no_warning(operator: Operator) -> None:
@@ -255,8 +255,9 @@ def test_a_rule_that_reads_what_a_deleted_row_does_not_tell(operator: Operator) 
     ((path, message, mend),) = warnings(check(operator, configured))
     assert path == "collections.posts.list_rule"
     assert message == (
-        'nobody hears of deletes: the old row of "public.posts" lacks "title", "open";'
-        ' updates that leave a long "title" alone may be told as gaps, when others follow at once'
+        'no subscriber receives deletes: the old row of "public.posts" lacks "title", "open";'
+        ' an update that leaves a long "title" unchanged may be reported as a gap if other changes'
+        " follow at once"
     )
     run(operator, mend)
     assert warnings(check(operator, configured)) == []
@@ -315,7 +316,7 @@ def test_a_comparison_of_doubles_with_wider_numbers(
         else [
             (
                 "collections.posts.list_rule",
-                f'"{column}" is a float: numbers beyond 2^53 that differ may be equal to it',
+                f'"{column}" is a float: different numbers beyond 2^53 may equal it',
                 f'ALTER TABLE "public"."{table}" ALTER COLUMN "{column}" TYPE {type_};',
             )
         ]
@@ -329,8 +330,8 @@ def test_a_number_with_more_digits_than_its_literal_keeps(operator: Operator) ->
     assert warnings(check(operator, collections(rule))) == [
         (
             "collections.posts.list_rule",
-            "0.12345678901234567890 has more digits than double precision, which it becomes",
-            'write it as a text: "0.12345678901234567890"',
+            "0.12345678901234567890 has more digits than double precision can hold",
+            'write it as text: "0.12345678901234567890"',
         )
     ]
 
@@ -339,8 +340,8 @@ def test_a_number_with_more_digits_than_its_literal_keeps(operator: Operator) ->
 
 
 ROWLESS = (
-    'there is no collection "{}": its users are who their tokens say, also after they were changed'
-    " or deleted"
+    'there is no collection "{}": callers are identified by their tokens alone, also after their'
+    " records are changed or deleted"
 )
 
 
@@ -390,13 +391,13 @@ def test_keys_that_can_be_found_out_or_replaced_are_told(operator: Operator) -> 
         "auth.issuers.0.secret": "it is shorter than 32 bytes",
         "auth.issuers.0.previous_secret": "it is shorter than 32 bytes",
         "auth.login.secret": "it is shorter than 32 bytes",
-        "auth.issuers.2.jwks_url": "keys that come over plain http can be replaced on their way",
-        "auth.issuers.7.jwks_url": "keys that come over plain http can be replaced on their way",
+        "auth.issuers.2.jwks_url": "keys fetched over plain http can be replaced in transit",
+        "auth.issuers.7.jwks_url": "keys fetched over plain http can be replaced in transit",
     }
     assert {path: hint.rpartition("; ")[2] for path, _, hint in found} == {
-        "auth.issuers.0.secret": "previous_secret keeps the old tokens good",
-        "auth.issuers.0.previous_secret": "leave it out soon",
-        "auth.login.secret": "it signs everybody out",
+        "auth.issuers.0.secret": "previous_secret keeps old tokens valid",
+        "auth.issuers.0.previous_secret": "remove it once the old tokens have expired",
+        "auth.login.secret": "all tokens become invalid",
         "auth.issuers.2.jwks_url": "https",
         "auth.issuers.7.jwks_url": "https",
     }

@@ -170,7 +170,7 @@ async def test_a_missing_rule_is_for_superusers_and_an_empty_one_for_everyone(wo
 
     assert block(missing, "list_rule") == ["missing: superusers only"]
     assert missing.lines[-1] == "not delivered: list_rule is missing: superusers only"
-    assert block(empty, "list_rule") == ["empty: everyone"]
+    assert block(empty, "list_rule") == ["empty: every caller"]
     assert empty.lines[-1] == "delivered"
     assert await world.verdict(None, Superuser("")) == "delivered"
     assert await world.verdict('title = "x"', Superuser("")) == "delivered"
@@ -280,11 +280,11 @@ async def test_a_clause_that_only_some_callers_may_use_is_named(world: World) ->
 
     assert block(user, "list_rule")[1:] == [
         "denied   all of:",
-        'can\'t be used by this caller: field "name" is no relation',
+        'can\'t be evaluated for this caller: field "name" is not a relation',
         "true     public = false",
         "public is false",
         'denied   @request.auth.name.first != "x"',
-        'can\'t be used by this caller: field "name" is no relation',
+        'can\'t be evaluated for this caller: field "name" is not a relation',
     ]
     assert user.lines[-1] == 'not delivered: @request.auth.name.first != "x"'
     assert await world.verdict(rule, GUEST) == "delivered"
@@ -298,7 +298,7 @@ async def test_a_question_that_postgres_refuses_is_denied_and_quotes_nothing(wor
 
     lines = block(explanation, "list_rule")
     assert lines[1:3] == ["denied   all of:", "SQLSTATE 22P05"]
-    assert lines[-3:-1] == ["denied   bad.k = 1", "bad.k is not to be had (SQLSTATE 22P05)"]
+    assert lines[-3:-1] == ["denied   bad.k = 1", "bad.k is not available (SQLSTATE 22P05)"]
     assert explanation.lines[-1] == "not delivered: bad.k = 1"
 
 
@@ -308,8 +308,8 @@ async def test_a_question_that_postgres_refuses_is_denied_and_quotes_nothing(wor
 async def test_a_token_tells_who_it_is_and_until_when(world: World) -> None:
     explanation = await world.ask(_OWN, token("ann"))
 
-    (who,) = block(explanation, "who")
-    assert who.startswith("users/ann (token good until 2")
+    (who,) = block(explanation, "caller")
+    assert who.startswith("users/ann (token valid until 2")
     assert who.endswith(" UTC)")
     assert explanation.is_delivered
 
@@ -329,7 +329,7 @@ async def test_a_refused_token_says_why_and_is_a_guest(
 ) -> None:
     explanation = await world.ask(_OWN, bearer)
 
-    who, why = block(explanation, "who")
+    who, why = block(explanation, "caller")
     assert who == "guest"
     assert why.startswith(f"the token is refused: {code}: ")
     assert not explanation.is_delivered
@@ -339,16 +339,14 @@ async def test_a_refused_token_says_why_and_is_a_guest(
 async def test_a_token_of_a_superuser_passes(world: World) -> None:
     explanation = await world.ask(None, token("root", role="admin"))
 
-    assert block(explanation, "who")[0].startswith("superuser (token good until ")
+    assert block(explanation, "caller")[0].startswith("superuser (token valid until ")
     assert explanation.is_delivered
 
 
 async def test_guests_that_may_not_subscribe_hear_nothing(world: World) -> None:
     explanation = await world.ask("", token("ann", lifetime=-1), auth={"allow_guests": False})
 
-    assert (
-        explanation.lines[-1] == "not delivered: guests may not subscribe here (auth.allow_guests)"
-    )
+    assert explanation.lines[-1] == "not delivered: guests may not subscribe (auth.allow_guests)"
     assert await world.verdict("", ANN, auth={"allow_guests": False}) == "delivered"
 
 
@@ -367,9 +365,9 @@ async def test_a_topic_that_names_nothing_is_silent(world: World) -> None:
 
     assert block(explanation, "topic") == [
         'there is no collection "post"; perhaps "posts"',
-        "such a subscription is accepted and stays silent, as in PocketBase",
+        "such a subscription is accepted and receives nothing, as in PocketBase",
     ]
-    assert explanation.lines[-1] == "not delivered: the topic names nothing"
+    assert explanation.lines[-1] == "not delivered: the topic names no collection"
 
 
 @pytest.mark.parametrize("record", ["9", "abc", "007", "99999999999999999999", "x\0y"])
@@ -382,7 +380,7 @@ async def test_a_record_that_is_not_there_is_told(world: World, record: str) -> 
 async def test_a_topic_of_another_record_is_told(world: World) -> None:
     verdict = await world.verdict("", GUEST, "posts/1", "2", view="")
 
-    assert verdict == 'not delivered: the topic is about "1", the record is "2"'
+    assert verdict == 'not delivered: the topic is for record "1", not for "2"'
 
 
 async def test_hidden_fields_decide_and_are_not_shown(world: World) -> None:
@@ -426,7 +424,7 @@ async def test_a_filter_has_its_say_after_the_rule(world: World) -> None:
         ("title = ", "incomplete expression"),
         ('secret = "hush"', 'field "secret" is hidden'),
         ('author.name = "Ann"', 'collection "users" can\'t be listed'),
-        ("title = @request.auth.id", '"@request." is not for client filters'),
+        ("title = @request.auth.id", '"@request." can\'t be used in client filters'),
     ],
 )
 async def test_a_refused_filter_says_why(world: World, text: str, message: str) -> None:

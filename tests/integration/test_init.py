@@ -221,7 +221,7 @@ def test_every_table_is_described(operator: Operator) -> None:
     assert "# public.tags: about 1,234 rows, primary key id." in text
     assert "# public.parts: not analyzed yet, primary key id, 2 partitions." in text
     assert 'ALTER TABLE "public"."parts_2" REPLICA IDENTITY FULL;' in mending(text)
-    assert "REPLICA IDENTITY FULL: deletes are judged by the whole row." in text
+    assert "REPLICA IDENTITY FULL: rules see the whole row of a delete." in text
 
 
 def test_mended_and_unlocked_it_is_accepted_too(operator: Operator) -> None:
@@ -239,7 +239,7 @@ def test_mended_and_unlocked_it_is_accepted_too(operator: Operator) -> None:
     assert [
         warning
         for warning in outcome.err.splitlines()
-        if not re.search('all of ".*" is read for every change', warning)
+        if not re.search('each change reads the whole table ".*"', warning)
     ] == []
 
 
@@ -360,7 +360,7 @@ def test_each_table_gets_a_rule_that_fits_what_it_has(database_url: str, tmp_pat
     assert made["drafts"]["relations"] == {"user_id": {"collection": "people"}}
     assert outcome.code == 0, outcome.err
     # An index would help; no guest may see what has no owner.
-    index = 'all of "public.memberships" is read for every change'
+    index = 'each change reads the whole table "public.memberships"'
     assert outcome.err.count("warning: ") == outcome.err.count(index) == 2
 
 
@@ -427,7 +427,7 @@ def test_who_is_signed_in_is_not_let_in_to_others_sessions(
     text = unlocked(initiated(operator_of(database_url, tmp_path, DJANGO)))
     made = collections_of(text)
     assert made["django_session"] == {"table": "public.django_session"}
-    assert "its ids let people in" in text
+    assert "its ids are credentials" in text
     assert made["authtoken_token"]["list_rule"] == "user_id = @request.auth.id"
     assert made["posts"]["list_rule"] == '@request.auth.id != ""'
 
@@ -447,7 +447,7 @@ def test_without_anything_unique_nobody_logs_in_and_the_file_says_why(
     schema = "CREATE TABLE users (id int PRIMARY KEY, email text, password text, banned boolean)"
     text = initiated(operator_of(database_url, tmp_path, schema))
     assert collections_of(text)["users"] == {"table": "public.users", "type": "auth"}
-    assert "no unique column tells people apart" in text
+    assert "no unique column identifies a user" in text
 
 
 def test_each_suggestion_can_be_taken_without_the_others(database_url: str, tmp_path: Path) -> None:
@@ -565,7 +565,7 @@ def test_with_libpq_s_variables_the_file_leaves_the_url_to_them(operator: Operat
 
 def test_it_says_what_to_do_next(operator: Operator) -> None:
     assert operator.run("init", "-c", "my file.yaml").out.splitlines() == [
-        "1. Unlock rules in my file.yaml: read a suggestion, change it, take its # away.",
+        "1. Unlock rules in my file.yaml: read a suggestion, change it, remove its #.",
         "2. pgrealtime check -c 'my file.yaml'",
         "3. pgrealtime run -c 'my file.yaml'",
     ]
@@ -574,7 +574,7 @@ def test_it_says_what_to_do_next(operator: Operator) -> None:
 def test_a_url_of_the_command_line_is_to_be_put_where_the_file_looks(operator: Operator) -> None:
     outcome = operator.run("init", "--url", operator.url, DATABASE_URL="")
     assert outcome.code == 0, outcome.err
-    assert "Put the URL into DATABASE_URL" in outcome.out
+    assert "Set DATABASE_URL to the URL" in outcome.out
     assert operator.run("check").code == 0
 
 
@@ -584,7 +584,7 @@ def test_no_file_is_overwritten(operator: Operator) -> None:
     outcome = operator.run("init", DATABASE_URL="postgresql://postgres@127.0.0.1:1/none")
 
     assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err.startswith('file_not_written: "pgrealtime.yaml" is there already\nHINT: ')
+    assert outcome.err.startswith('file_not_written: "pgrealtime.yaml" already exists\nHINT: ')
     assert operator.file.read_text(encoding="utf-8") == "mine"
 
 

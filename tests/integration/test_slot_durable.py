@@ -444,7 +444,7 @@ async def test_unlimited_wal_is_refused_with_what_bounds_it(plain: OwnServer) ->
 @pytest.mark.parametrize(
     ("making", "said"),
     [
-        ("pg_create_physical_replication_slot('standing')", "a physical one"),
+        ("pg_create_physical_replication_slot('standing')", "a physical slot"),
         ("pg_create_logical_replication_slot('standing', 'test_decoding')", "of test_decoding"),
         ("pg_create_logical_replication_slot('standing', 'pgoutput')", "of pgoutput"),
     ],
@@ -548,14 +548,14 @@ def _pgrealtime(folder: Path, url: str, *arguments: str) -> tuple[int, str, str]
 
 def test_slots_are_listed_and_dropped(plain: OwnServer, tmp_path: Path) -> None:
     listed = tmp_path, plain.url, "slot", "list"
-    assert _pgrealtime(*listed) == (0, "there are none\n", "")
+    assert _pgrealtime(*listed) == (0, "there are no slots\n", "")
     with psycopg.connect(plain.url, autocommit=True) as connection:
         for name in ("standing", "standing_1", "elsewhere"):
             connection.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", [name])
         code, told, _ = _pgrealtime(*listed)
         assert code == 0
         assert [line.partition(":")[0] for line in told.splitlines()] == ["standing", "standing_1"]
-        assert 'durable, wal2json, database "postgres", nobody reads it' in told
+        assert 'durable, wal2json, database "postgres", inactive' in told
         assert _pgrealtime(tmp_path, plain.url, "slot", "drop", "standing")[0] == 0
         code, _, errors = _pgrealtime(tmp_path, plain.url, "slot", "drop", "elsewhere")
         assert (code, errors.partition(":")[0]) == (2, "slot_unknown")

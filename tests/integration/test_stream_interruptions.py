@@ -229,7 +229,7 @@ async def test_keeping_what_did_not_come_on_this_stream_is_refused(
         async with reading(database_url, connection, plugin) as stream:
             await finish(connection)
             batch = await anext(stream)
-            with pytest.raises(ValueError, match="nothing was handed out"):
+            with pytest.raises(ValueError, match="nothing was received beyond"):
                 stream.confirm(type(batch[-1].end_lsn)(batch[-1].end_lsn + 1))
 
 
@@ -285,4 +285,4 @@ async def test_a_server_that_says_nothing_any_more_is_given_up(
             _, error = await _end(stream)
 
     assert isinstance(error, StreamInterruptedError)
-    assert error.message == "the server has said nothing for 3 s"
+    assert error.message == "the server has sent nothing for 3 s"

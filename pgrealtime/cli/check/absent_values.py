@@ -41,7 +41,7 @@ class _AbsentValue:
         return text.startswith(self.prefix) and (self.prefix.endswith(".") or text == self.prefix)
 
 
-_GUEST = _AbsentValue("@request.auth.", "@request.auth.id", "a guest")
+_GUEST = _AbsentValue("@request.auth.", "@request.auth.id", "guests")
 
 
 _OPTION_PREFIXES = ("@request.query.", "@request.headers.")
@@ -91,7 +91,7 @@ def _absent_values(expression: ExpressionNode) -> Iterator[_AbsentValue]:
         if identifier_text(side).startswith(_OPTION_PREFIXES)
     )
     for text in dict.fromkeys(text for text in option_paths if ":" not in text):
-        yield _AbsentValue(text, text, f"who leaves out {text}")
+        yield _AbsentValue(text, text, f"callers that omit {text}")
 
 
 def _path_compared_with(cmp: ComparisonNode, absent: _AbsentValue) -> str | None:

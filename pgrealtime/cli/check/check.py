@@ -32,7 +32,7 @@ class CheckResult:
     errors: tuple[PgRealtimeError, ...]
     summary_lines: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    """What runs, but hardly as it is meant, with what mends it."""
+    """Warnings: what runs but probably not as intended, each with a fix."""
 
 
 async def run_check(
@@ -41,7 +41,7 @@ async def run_check(
     with_database: bool,
     report_progress: Callable[[str], None] = lambda _: None,
 ) -> CheckResult:
-    """Check the configuration, its rules and, unless told otherwise, the database.
+    """Check the configuration, its rules and, unless disabled, the database.
 
     Args:
         parsed: The configuration file with the problems found so far.
@@ -87,9 +87,9 @@ def _summarize_config(config: Config) -> str:
 
 @click.command()
 @config_option
-@click.option("--no-database", is_flag=True, help="Look at the configuration alone.")
+@click.option("--no-database", is_flag=True, help="Check the configuration only.")
 def check(path: str, *, no_database: bool) -> None:
-    """Say everything that would keep the service from running."""
+    """Report every problem that would keep the service from running."""
     with report_errors():
         parsed = read_config(path, os.environ)
         print_progress = partial(click.echo, err=True)

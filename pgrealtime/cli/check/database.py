@@ -110,7 +110,7 @@ async def _check_schema(config: Config, parsed: ParsedConfig) -> _SchemaCheck:
         collections, problems = _build_collections(config, catalog, parsed)
         system_id, is_standby = await _fetch_row(connection, _SYSTEM_QUERY)
         warnings: list[ConfigProblem] = []
-        if not problems:  # otherwise warnings would be about collections that aren't meant
+        if not problems:  # otherwise warnings could be about other tables than intended
             warnings += collection_warnings(collections)
             warnings += [warning async for warning in index_warnings(connection, collections)]
         warnings += await _timeout_warnings(connection, database)
@@ -155,9 +155,9 @@ async def _timeout_warnings(
     return [
         ConfigProblem(
             "database.statement_timeout",
-            f'sessions of role "{role}" begin with {name} = {milliseconds} ms, less than this',
+            f'sessions of role "{role}" start with {name} = {milliseconds} ms, which is shorter',
             f"ALTER ROLE {quote_identifier(role)} RESET {name};"
-            " or the database's, whichever sets it",
+            " or the setting of the database, if that is where it is set",
         )
         for role, name, milliseconds in await cursor.fetchall()
         if 0 < milliseconds < statement_timeout_ms
@@ -175,24 +175,25 @@ def _describe_wait(wait: SlotWait) -> str:
     open_transactions = [f"process {pid}" for pid in wait.pids] or [
         f'prepared "{gid}"' for gid in wait.prepared
     ]
-    return f"waiting for the open transaction of {', '.join(open_transactions) or 'somebody'}"
+    return (
+        f"waiting for the open transaction of {', '.join(open_transactions) or 'another session'}"
+    )
 
 
 def _different_servers_error() -> SetupError:
     return SetupError(
-        "database.url and database.query_url lead to different servers",
+        "database.url and database.query_url connect to different servers",
         detail="Their system identifiers differ.",
-        hint="Both must reach the same primary; query_url may do so through a pooler.",
+        hint="Both must connect to the same primary; query_url may go through a pooler.",
         code="different_servers",
     )
 
 
 def _standby_error() -> SetupError:
     return SetupError(
-        "database.query_url leads to a standby",
-        detail="Rules would be asked of rows that have yet to come there.",
-        hint="Let it lead to the primary, for instance by target_session_attrs=primary over all"
-        " hosts.",
+        "database.query_url connects to a standby",
+        detail="Rules would be evaluated on rows that the standby has not received yet.",
+        hint="Connect to the primary, for example with all hosts and target_session_attrs=primary.",
         code="standby",
     )
 

@@ -82,7 +82,7 @@ async def index_warnings(
 
 
 def _full_scan_warning(path: str, table: TableName, fix: str) -> ConfigProblem:
-    return ConfigProblem(f"collections.{path}", f'all of "{table}" is read for every change', fix)
+    return ConfigProblem(f"collections.{path}", f'each change reads the whole table "{table}"', fix)
 
 
 def _junction_indexes(collection: Collection) -> Iterator[tuple[Field, _NeededIndex]]:
@@ -104,7 +104,7 @@ def _index_hints(
     return {i.table.name: str(i) for i in reversed(indexes) if i.table.name not in served}
 
 
-_NO_INDEX_HINT = "no index serves this rule: go by a relation to it instead of @collection"
+_NO_INDEX_HINT = "no index can serve this rule: use a relation instead of @collection"
 
 
 def _resolved_conditions(

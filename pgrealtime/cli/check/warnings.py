@@ -1,6 +1,6 @@
 """Warnings of ``pgrealtime check``: what is valid, but hardly what the operator means.
 
-Each has the SQL, the rule or the setting that mends it as its hint.
+Each has the SQL, the rule or the setting that fixes it as its hint.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from pgrealtime.spelling import did_you_mean
 def config_warnings(config: Config) -> Iterator[ConfigProblem]:
     """Yield the warnings that need no database."""
     if not config.collections:
-        hint = "pgrealtime init makes them of the tables that are there"
-        yield ConfigProblem("collections", "there are none: nobody hears of anything", hint)
+        hint = "pgrealtime init writes them from the existing tables"
+        yield ConfigProblem("collections", "there are none: no subscriber receives anything", hint)
     yield from _issuer_warnings(config)
     yield from _issuer_key_warnings(config)
     for name, collection in config.collections.items():
@@ -50,7 +50,7 @@ def config_warnings(config: Config) -> Iterator[ConfigProblem]:
 
 
 def collection_warnings(collections: Collections) -> Iterator[ConfigProblem]:
-    """Yield the warnings about valid rules that the tables' columns and keys give reason for."""
+    """Yield the warnings about valid rules, found from the tables' columns and keys."""
     for collection in collections.values():
         for key, rule, expression in parsed_rules(collection):
             path = f"collections.{collection.name}.{key}"
@@ -72,14 +72,14 @@ def _issuer_warnings(config: Config) -> Iterator[ConfigProblem]:
             hint = f"set type: auth of collections.{name}"
             yield ConfigProblem(path, f'collection "{name}" is not of type auth', hint)
             continue
-        mend = did_you_mean(name, auths) or (
+        hint = did_you_mean(name, auths) or (
             f"with a table of users: collections: {{{name}: {{table: SCHEMA.TABLE, type: auth}}}}"
         )
         yield ConfigProblem(
             path,
-            f'there is no collection "{name}": its users are who their tokens say, also after'
-            " they were changed or deleted",
-            mend,
+            f'there is no collection "{name}": callers are identified by their tokens alone,'
+            " also after their records are changed or deleted",
+            hint,
         )
 
 
@@ -89,26 +89,32 @@ found offline by anyone who has one token."""
 
 
 def _issuer_key_warnings(config: Config) -> Iterator[ConfigProblem]:
-    """Yield secrets that can be guessed, and key URLs whose answer can be replaced on the way."""
-    made = "openssl rand -base64 48 makes one"
-    secrets = [("auth.login.secret", config.auth.login.secret, f"{made}; it signs everybody out")]
+    """Yield secrets that can be guessed, and key URLs whose response can be replaced in transit."""
+    made = "openssl rand -base64 48 generates one"
+    secrets = [
+        ("auth.login.secret", config.auth.login.secret, f"{made}; all tokens become invalid")
+    ]
     for n, issuer in enumerate(config.auth.issuers):
         path = f"auth.issuers.{n}"
         secrets += [
-            (f"{path}.secret", issuer.secret, f"{made}; previous_secret keeps the old tokens good"),
-            (f"{path}.previous_secret", issuer.previous_secret, "leave it out soon"),
+            (f"{path}.secret", issuer.secret, f"{made}; previous_secret keeps old tokens valid"),
+            (
+                f"{path}.previous_secret",
+                issuer.previous_secret,
+                "remove it once the old tokens have expired",
+            ),
         ]
         if issuer.jwks_url.startswith("http:") and not _is_local_url(issuer.jwks_url):
             yield ConfigProblem(
                 f"{path}.jwks_url",
-                "keys that come over plain http can be replaced on their way",
+                "keys fetched over plain http can be replaced in transit",
                 "https",
             )
     for path, secret, hint in secrets:
         if 0 < len(secret.encode()) < _SECRET_BYTES:
             yield ConfigProblem(
                 path,
-                f"it is shorter than {_SECRET_BYTES} bytes: it can be found out from one token",
+                f"it is shorter than {_SECRET_BYTES} bytes: it can be guessed from one token",
                 hint,
             )
 
@@ -126,7 +132,7 @@ def _is_local_url(url: str) -> bool:
 def _match_all_warnings(
     path: str, rule: str, expression: ExpressionNode
 ) -> Iterator[ConfigProblem]:
-    """Yield comparisons with ``@collection`` that every row must satisfy, for want of a "?".
+    """Yield comparisons with ``@collection`` that every row must satisfy, because "?" is missing.
 
     ``!=`` and ``!~`` are not reported: over all rows they mean that no row is equal, which is what
     one expects.
@@ -147,8 +153,8 @@ def _match_all_warnings(
         ]
         yield ConfigProblem(
             path,
-            f'every row of "{identifier_text(side).split(".")[1]}" must fit,'
-            " where one is meant as a rule",
+            f'every row of "{identifier_text(side).split(".")[1]}" must match;'
+            " usually one matching row is meant",
             f"write: {replace_spans(rule, insertions)}",
         )
 
@@ -173,8 +179,8 @@ def _precision_warnings(
         if isinstance(operand, LiteralNode) and not isinstance(operand.value, str):
             text = rule[operand.start : operand.end]
             if exact_number(operand.value) != Decimal(text):
-                message = f"{text} has more digits than double precision, which it becomes"
-                yield ConfigProblem(path, message, f'write it as a text: "{text}"')
+                message = f"{text} has more digits than double precision can hold"
+                yield ConfigProblem(path, message, f'write it as text: "{text}"')
     problems: dict[tuple[str, str], ConfigProblem] = {}
     for comparison in _comparisons(rule, collections, collection):
         sides = comparison.left, comparison.right
@@ -189,7 +195,7 @@ def _precision_warnings(
             row_path = predicate.row_path_of(term)
             assert row_path is not None
             table = collections[row_path.collection_name].table.name
-            message = f'"{column}" is a float: numbers beyond 2^53 that differ may be equal to it'
+            message = f'"{column}" is a float: different numbers beyond 2^53 may equal it'
             type_ = "numeric[]" if isinstance(term, predicate.EachTerm) else "numeric"
             hint = (
                 f"ALTER TABLE {quote_table_name(table)}"
@@ -264,11 +270,13 @@ def _delete_warnings(collections: Collections, collection: Collection) -> Iterat
         ]
         if lacking:
             missing = _quoted_list(lacking)
-            message = f'nobody hears of deletes: the old row of "{table.name}" lacks {missing}'
+            message = (
+                f'no subscriber receives deletes: the old row of "{table.name}" lacks {missing}'
+            )
             if long := [column for column in lacking if column.is_toastable]:
                 message += (
-                    f"; updates that leave a long {_quoted_list(long)} alone may be told as gaps,"
-                    " when others follow at once"
+                    f"; an update that leaves a long {_quoted_list(long)} unchanged may be reported"
+                    " as a gap if other changes follow at once"
                 )
             yield ConfigProblem(
                 f"collections.{collection.name}.{key}",
@@ -278,7 +286,7 @@ def _delete_warnings(collections: Collections, collection: Collection) -> Iterat
                     for name in table.leaves or [table.name]
                 ),
             )
-            return  # one statement mends it for both rules
+            return  # one statement fixes it for both rules
 
 
 def _quoted_list(columns: Iterable[Column]) -> str:

@@ -193,7 +193,7 @@ def _columns_to_hide(draft: CollectionDraft) -> Iterator[Column]:
 def _choose_key(table: Table) -> tuple[str, str]:
     """Return the column to show as id, and the value of the setting ``id``.
 
-    If no column is suitable, return the one that will be there once the table is mended.
+    If no column is suitable, return the one that will be there once the fix is applied.
     """
     if len(table.primary_key) == 1:
         return table.primary_key[0], ""

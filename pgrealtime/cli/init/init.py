@@ -56,15 +56,15 @@ async def write_config(path: str, url: str, schemas: Sequence[str]) -> None:
     """Write a configuration for the tables of the schemas.
 
     Args:
-        path: The file, which must not be there yet; ``-`` is the standard output.
-        url: Of the database; empty takes libpq's PG* variables.
+        path: The file, which must not exist; ``-`` is the standard output.
+        url: Of the database; empty uses libpq's PG* variables.
         schemas: Of two tables with one name, that of the earlier schema keeps it.
 
     Raises:
         DatabaseUnreachableError: The server doesn't answer, or refuses the login.
         SetupError: Code ``schema_missing`` or ``file_not_written``.
     """
-    if path != STDOUT and Path(path).exists():  # noqa: ASYNC240 (nobody else is waiting)
+    if path != STDOUT and Path(path).exists():  # noqa: ASYNC240 (nothing else runs in the loop)
         raise _exists_error(path)
     async with connect_once(url) as connection:
         schema = await _survey_schemas(connection, schemas)
@@ -86,12 +86,8 @@ def next_steps_text(path: str, *, lacks_url: bool) -> str:
     option = {STDOUT: " -c FILE", _DEFAULT_FILE: ""}.get(path, f" -c {shlex.quote(path)}")
     return "\n".join(
         (
-            f"1. Unlock rules in {file}: read a suggestion, change it, take its # away.",
-            *(
-                ["   Put the URL into DATABASE_URL; the file only refers to it."]
-                if lacks_url
-                else []
-            ),
+            f"1. Unlock rules in {file}: read a suggestion, change it, remove its #.",
+            *(["   Set DATABASE_URL to the URL; the file only refers to it."] if lacks_url else []),
             f"2. pgrealtime check{option}",
             f"3. pgrealtime run{option}",
         )
@@ -100,8 +96,8 @@ def next_steps_text(path: str, *, lacks_url: bool) -> str:
 
 def _exists_error(path: str) -> SetupError:
     return SetupError(
-        f'"{path}" is there already',
-        hint="Name another file by --config; --config - prints what would be written.",
+        f'"{path}" already exists',
+        hint="Name another file with --config; --config - prints the configuration.",
         code="file_not_written",
     )
 
@@ -116,7 +112,7 @@ def _create_file(path: str, text: str) -> None:
         raise SetupError(
             f'"{path}" can\'t be written',
             detail=f"{error.strerror}.",
-            hint="Name another file by --config.",
+            hint="Name another file with --config.",
             code="file_not_written",
         ) from error
 
@@ -151,8 +147,8 @@ async def _survey_schemas(connection: AsyncConnection[Any], schemas: Sequence[st
     "--url",
     envvar=["PGREALTIME_DATABASE__QUERY_URL", "DATABASE_URL"],
     default="",
-    help="Of the database, by the login that rules are asked with; also in"
-    " PGREALTIME_DATABASE__QUERY_URL or DATABASE_URL. Without one libpq's PG* variables count.",
+    help="URL of the database, with the role that evaluates rules; also read from"
+    " PGREALTIME_DATABASE__QUERY_URL or DATABASE_URL. Without it libpq's PG* variables apply.",
 )
 @click.option(
     "--schema",
@@ -160,10 +156,10 @@ async def _survey_schemas(connection: AsyncConnection[Any], schemas: Sequence[st
     multiple=True,
     default=["public"],
     show_default=True,
-    help="Whose tables are to be served; may be given several times.",
+    help="Schema whose tables are served; may be repeated.",
 )
 def init(path: str, url: str, schemas: tuple[str, ...]) -> None:
-    """Write a configuration for the tables that are there, all rules locked."""
+    """Write a configuration for the existing tables, with all rules locked."""
     with report_errors():
         asyncio.run(write_config(path, url, tuple(dict.fromkeys(schemas))))
     lacks_url = bool(url) and not os.environ.get("DATABASE_URL")

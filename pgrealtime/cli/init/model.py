@@ -1,4 +1,4 @@
-"""The drafts that ``init`` makes of tables."""
+"""Drafts of collections, which ``init`` derives from tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pgrealtime.config.model import (
 
 @dataclass(frozen=True, slots=True)
 class TableFault:
-    """Why a table can't be served as it is, and what mends it."""
+    """Why a table can't be served as it is, and how to fix it."""
 
     reason: str
     """Lower case, no full stop."""

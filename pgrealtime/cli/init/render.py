@@ -46,12 +46,12 @@ def render_config(survey: SchemaSurvey, *, is_url_known: bool) -> str:
 
 
 _HEADER = (
-    "# Made by pgrealtime init from the tables that were there. It is yours now: edit it.",
+    "# Written by pgrealtime init from the existing tables. Edit it as needed.",
     "#",
-    "# All rules are locked: nobody but a superuser receives anything. Lines that begin with # and",
-    "# no blank are suggestions: read each, change it, and take the # away to make it count.",
+    "# All rules are locked: only superusers receive events. Lines that begin with # and no space",
+    "# are suggestions: read each, change it, and remove the # to enable it.",
     "# list_rule is for subscriptions to all records of a collection, view_rule for those to one.",
-    "# All keys that there are: config/pgrealtime.yaml of pgrealtime.",
+    "# config/pgrealtime.yaml of pgrealtime lists all keys.",
 )
 
 
@@ -59,20 +59,20 @@ def _auth_lines(draft: ConfigDraft) -> Iterator[str]:
     auths = [d.name for d in draft.drafts if d.config.type == "auth" and not d.faults]
     yield "auth:"
     yield "  allow_guests: true"
-    yield "  # Whose tokens count. Without it everybody is a guest, and @request.auth.id is empty."
+    yield "  # Accepted tokens. Without issuers every caller is a guest: @request.auth.id is empty."
     yield (
         '  #issuers: [{name: app, algorithms: [HS256], secret: "${APP_JWT_SECRET}",'
         f" collection: {_yaml_value(auths[0] if auths else 'users')}}}]"
     )
     if any(d.config.login.password_hash and not d.faults for d in draft.drafts):
-        yield "  # Lets people sign in here, by the hashes that login names below:"
+        yield "  # Password logins, checked against the hashes that login below names:"
         yield '  #login: {enabled: true, secret: "${LOGIN_SECRET}"}'
     yield ""
 
 
 def _collections_lines(config_draft: ConfigDraft, survey: SchemaSurvey) -> Iterator[str]:
     if not config_draft.drafts:
-        yield "# There is no table yet that could be served."
+        yield "# There is no table that could be served."
         yield "collections: {}"
         yield ""
         return
@@ -109,20 +109,20 @@ def _table_summary(draft: CollectionDraft, survey: SchemaSurvey) -> str:
 
 
 _LOGGED_BY_IDENTITY = {
-    ReplicaIdentity.DEFAULT: "the key alone",
-    ReplicaIdentity.INDEX: "the columns of an index alone",
+    ReplicaIdentity.DEFAULT: "only the key",
+    ReplicaIdentity.INDEX: "only the columns of an index",
 }
 
 
 def _replica_identity_lines(table: Table) -> Iterator[str]:
     if table.replica_identity is ReplicaIdentity.FULL:
-        yield from _comment_lines("REPLICA IDENTITY FULL: deletes are judged by the whole row.")
+        yield from _comment_lines("REPLICA IDENTITY FULL: rules see the whole row of a delete.")
         return
     logged = _LOGGED_BY_IDENTITY.get(table.replica_identity, "nothing")
     kind = table.replica_identity.name
     yield from _comment_lines(
-        f"REPLICA IDENTITY {kind}: of a deleted row {logged} is known, and an update brings no"
-        " long value that it leaves alone. For rules that need more:"
+        f"REPLICA IDENTITY {kind}: a delete logs {logged} of the row, and an update omits long"
+        " values that it leaves unchanged. For rules that need more:"
     )
     for name in table.leaves or (table.name,):
         table_name = _escape_unprintable(quote_table_name(name))
@@ -150,11 +150,11 @@ def _setting_lines(draft: CollectionDraft) -> Iterator[str]:
     yield from _login_lines(draft)
     if draft.suggested_rule:
         if draft.suggested_rule == SIGNED_IN_RULE:
-            yield "  # Nothing tells whose the rows are; this is everybody who is signed in:"
+            yield "  # No column names the owner of a row; this admits every authenticated caller:"
         yield _commented_out(f"  list_rule: {_yaml_value(draft.suggested_rule)}")
         yield _commented_out(f"  view_rule: {_yaml_value(draft.suggested_rule)}")
     elif may_have_credential_ids(draft) and not draft.faults:
-        yield "  # By their names its ids let people in: whoever hears of one can use it."
+        yield "  # By their names its ids are credentials: a receiver can use them."
 
 
 def _fields_lines(draft: CollectionDraft) -> Iterator[str]:
@@ -163,10 +163,10 @@ def _fields_lines(draft: CollectionDraft) -> Iterator[str]:
         return
     yield "  fields:"
     if fields.include != ("*",):
-        yield "    # Without those that are foreign keys of a type that ids can't be."
+        yield "    # Without foreign keys whose type can't be an id."
         yield f"    include: {_yaml_list(fields.include)}"
     if fields.hide:
-        yield "    # By their names they are secrets: for superusers only."
+        yield "    # Secrets, as their names suggest: for superusers only."
         yield f"    hide: {_yaml_list(fields.hide)}"
     if fields.rename:
         renames = ", ".join(
@@ -182,16 +182,18 @@ def _relations_lines(draft: CollectionDraft) -> Iterator[str]:
         yield "  relations:"
     for name, relation in relations.items():
         if not relation.through:
-            yield "    # Its foreign keys lead to several collections; one of them counts."
+            yield "    # Its foreign keys point to several collections; only one can be used."
         yield f"    {_yaml_key(name)}: {_relation_mapping(relation)}"
     if draft.guessed_relations:
-        yield "  # By their names; no foreign key says so:"
+        yield "  # Guessed from the names; there is no foreign key:"
     guessed = [
         f"{_yaml_key(name)}: {_relation_mapping(guess)}"
         for name, guess in draft.guessed_relations.items()
     ]
     if guessed and not relations:
-        yield _commented_out(f"  relations: {{{', '.join(guessed)}}}")  # taken or left by one line
+        yield _commented_out(
+            f"  relations: {{{', '.join(guessed)}}}"
+        )  # one line, so that one # enables all
     elif guessed:
         yield from (_commented_out(f"    {line}") for line in guessed)
 
@@ -208,10 +210,10 @@ def _login_lines(draft: CollectionDraft) -> Iterator[str]:
     login = draft.config.login
     if not login.password_hash:
         if draft.lacks_identity:
-            yield "  # Nobody can log in by a password: no unique column tells people apart."
+            yield "  # No login by password: no unique column identifies a user."
         return
     if draft.config.auth_rule:
-        yield "  # Who may log in at all:"
+        yield "  # Which users may log in:"
         yield f"  auth_rule: {_yaml_value(draft.config.auth_rule)}"
     token_key = f", token_key: {_yaml_value(login.token_key)}" if login.token_key else ""
     yield (

@@ -193,5 +193,5 @@ class CallerTracker:
             if event.cursor <= cursor:
                 caller = self.caller_after(event, caller, read_point)
         if caller.is_stale:
-            raise LookupError("the caller's row changed in what the stream doesn't have")
+            raise LookupError("the caller's row may have changed in a gap")
         return caller

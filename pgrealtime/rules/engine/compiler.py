@@ -156,7 +156,7 @@ class RuleCompiler:
             shared_rule = self._cached_rule(collection.name, rule_text, auth_name)
         except RuleError as error:
             check_rule(self._collections, collection, rule_text)
-            return DenyAll(f"the rule doesn't hold for this caller: {error}")
+            return DenyAll(f"the rule can't be evaluated for this caller: {error}")
         text = request.query.get("filter", "") if is_filtered else ""
         try:
             if text:

@@ -133,7 +133,7 @@ def _refuse_superuser_identifiers(text: str) -> None:
         if banned in text:
             start = text.index(banned)
             raise RuleNameError(
-                f'"{banned}" is not for client filters', start=start, end=start + len(banned)
+                f'"{banned}" can\'t be used in client filters', start=start, end=start + len(banned)
             )
 
 
@@ -316,7 +316,7 @@ class _Resolver:
         if collection is None:
             self._refuse_unknown("collection", name, self._collections)
         if alias and self._aliases.setdefault(alias, collection.name) != collection.name:
-            self._refuse(f'alias "{alias}" stands for two collections', RuleUnsupportedError)
+            self._refuse(f'alias "{alias}" names two collections', RuleUnsupportedError)
         return self._record_joins(RowPath(CollectionRows(collection.name, alias or None)))
 
     def _find_collection(self, name_or_id: str) -> Collection | None:
@@ -362,7 +362,7 @@ class _Resolver:
         """Return a value of the request, which is known when the subscription is made."""
         last, modifier = self._split_modifier(parts[-1])
         if modifier not in {"", "isset", "lower"}:
-            self._refuse(f'":{modifier}" is not for "@request.{parts[0]}"')
+            self._refuse(f'":{modifier}" can\'t be used with "@request.{parts[0]}"')
         field = self._collection.fields_by_name.get(last)
         plain = RequestValue(
             (*parts[:-1], last),
@@ -405,7 +405,7 @@ class _Resolver:
                 path = self._record_joins(path.extended_by(back))
                 continue
             if field.relation is None:
-                self._refuse(f'field "{part}" is no relation')
+                self._refuse(f'field "{part}" is not a relation')
             if not field.is_multiple and rest == ["id"]:
                 return FieldValue(path, self._check_supported(field))
             target = self._collections[field.relation.collection_name].name

@@ -148,7 +148,7 @@ def reference_query(
                 predicates.append(resolve_rule(rule, collections, collection, auth))
             except RuleError as error:
                 check_rule(collections, collection, rule)
-                return DenyAll(f"the rule doesn't hold for this caller: {error}")
+                return DenyAll(f"the rule can't be evaluated for this caller: {error}")
     text = request.query.get("filter", "")
     try:
         if filter_text(request.query, is_superuser=is_superuser):

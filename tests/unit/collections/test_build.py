@@ -570,7 +570,7 @@ def test_a_junction_from_a_table_to_itself_must_be_told_its_columns() -> None:
             ConfigProblem(
                 "id",
                 'the replica identity of "public.posts" lacks "id":'
-                " deletes would not say of what record",
+                " deletes would not identify the record",
                 'ALTER TABLE "public"."posts_1" REPLICA IDENTITY FULL;',
             ),
         ),
@@ -723,7 +723,7 @@ def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
         (
             {"manage_rule": "title = 'x'"},
             ConfigProblem(
-                "manage_rule", "a base collection holds nobody's address", "set type: auth"
+                "manage_rule", "a base collection has no e-mail addresses to show", "set type: auth"
             ),
         ),
         (

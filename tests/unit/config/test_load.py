@@ -419,7 +419,7 @@ def test_who_allows_no_guests_names_somebody_else(who: Mapping[str, Any]) -> Non
     with pytest.raises(ConfigError) as caught:
         parse_config({"auth": {"allow_guests": False}})
     (problem,) = caught.value.problems
-    assert (problem.path, "nobody can subscribe" in problem.message) == ("auth", True)
+    assert (problem.path, "no caller can subscribe" in problem.message) == ("auth", True)
 
 
 def test_no_secret_is_ever_printed(tmp_path: Path) -> None:

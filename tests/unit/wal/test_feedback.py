@@ -141,7 +141,7 @@ def test_keeping_what_never_came_is_refused() -> None:
     feedback = machine()
     feedback.record_received(LSN(400))
 
-    with pytest.raises(ValueError, match="nothing was handed out"):
+    with pytest.raises(ValueError, match="nothing was received beyond"):
         feedback.confirm(LSN(300))
 
 
