@@ -22,7 +22,7 @@ class Snapshot:
         """Whether the stream's 32-bit top-level transaction is visible in this snapshot.
 
         The id is extended by its signed 32-bit distance to xmin, so no epoch need be kept. It
-        may lie at or beyond xmax: a commit can be decoded before anybody sees it.
+        may lie at or beyond xmax: a commit can be decoded before any snapshot sees it.
         """
         distance = (xid - self.xmin) % _XID_RANGE
         whole = self.xmin + (distance if distance < _XID_HALF_RANGE else distance - _XID_RANGE)

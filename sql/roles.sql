@@ -1,6 +1,6 @@
--- The two logins of pgrealtime: one reads the replication stream, one is asked about rules.
--- Run it in the database that is to be served, as a superuser or whatever your service gives you
--- in place of one. Safe to run again.
+-- The two logins of pgrealtime: one reads the replication stream, one evaluates rules.
+-- Run it in the database to be served, as a superuser or the substitute for one that your
+-- provider has. Safe to run again.
 --
 --   psql -d app -f sql/roles.sql
 --
@@ -13,11 +13,11 @@
 --
 -- Rules must see every row. If row security hides some of a served table, run as a superuser:
 --   ALTER ROLE pgrealtime_query BYPASSRLS;
--- or, where nobody may, as the owner of each such table:
+-- or, without a superuser, as the owner of each such table:
 --   CREATE POLICY pgrealtime ON tasks FOR SELECT TO pgrealtime_query USING (true);
 --
--- Who has REPLICATION reads every change of every table, whatever its grants and policies: keep
--- that login as you keep a superuser's.
+-- A role with REPLICATION reads every change of every table, whatever the grants and policies:
+-- protect that login like a superuser's.
 DO $$
 DECLARE
   stream_role text :=
@@ -35,7 +35,7 @@ BEGIN
   END LOOP;
 
   EXECUTE format('ALTER ROLE %I REPLICATION', stream_role);
-  -- A belt only, since SQL can switch it off: what the role may write is decided by grants.
+  -- A precaution only, since SQL can switch it off: grants decide what the role may write.
   EXECUTE format('ALTER ROLE %I SET default_transaction_read_only = on', query_role);
 
   IF EXISTS (SELECT FROM pg_catalog.pg_roles

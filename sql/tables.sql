@@ -7,10 +7,10 @@
 -- Name all tables of the configuration and all that rules reach through relations, junction tables
 -- included. Names are as in SQL: upper case and odd characters in double quotes.
 --
--- Without FULL a delete is known by its primary key only, and a large value that an update left
--- alone isn't known at all: rules that need more are then decided by the row as it is now, or deny.
--- FULL makes updates and deletes write the whole old row to the WAL. On PostgreSQL 18 it doesn't go
--- together with a generated column that a publication of the table leaves out.
+-- Without FULL a delete logs the primary key only, and an update does not log a large value that it
+-- leaves unchanged: rules that need more are then evaluated with the present row, or deny.
+-- FULL makes updates and deletes write the whole old row to the WAL. On PostgreSQL 18 it can't be
+-- combined with a generated column that a publication of the table leaves out.
 DO $$
 DECLARE
   query_role text :=

@@ -1,1 +1,1 @@
-"""Who is asking: principals, the tokens that prove them, the rows behind them."""
+"""Authentication of callers: principals, tokens, passwords, and the users' rows."""

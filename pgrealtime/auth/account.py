@@ -171,7 +171,7 @@ class AccountLoader:
 
     def _join_batch(self, users: UserCollection, record_id: str) -> _AccountBatch:
         # Keyed by id(): hashing a collection hashes its whole table. The batch keeps the object
-        # alive, so the id isn't reused meanwhile.
+        # alive, so the id isn't reused while it is a key.
         key = id(users)
         batch = self._open_batches.get(key)
         if batch is None or len(batch.ids) >= _BATCH_IDS:

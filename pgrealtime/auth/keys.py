@@ -30,7 +30,7 @@ _REFRESH_SECONDS = 600.0
 """How long a key that the issuer has withdrawn is accepted at most."""
 _RETRY_SECONDS = 15.0
 _UNKNOWN_KID_SECONDS = 60.0
-"""Between two fetches because of an unknown ``kid``, which anybody can put into a token."""
+"""Minimum time between two fetches for an unknown ``kid``, which any client can invent."""
 _FETCH_TIMEOUT_SECONDS = 5.0
 _MAX_JWKS_BYTES = 1 << 20
 _MIN_RSA_BITS = 2048
@@ -196,7 +196,7 @@ def parse_jwks(text: bytes, issuer: IssuerConfig) -> tuple[VerificationKey, ...]
 
 
 _ALGORITHM_BY_KEY_TYPE: dict[object, Algorithm] = {"RSA": "RS256", "EC": "ES256", "OKP": "EdDSA"}
-"""Without ``oct``, a shared secret: once it is published, anybody can sign with it."""
+"""Without ``oct``, a shared secret: once published, it lets every client sign tokens."""
 
 
 def _parse_jwk(entry: Any, issuer: IssuerConfig) -> VerificationKey | None:

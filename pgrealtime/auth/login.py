@@ -189,7 +189,7 @@ class LoginService:
             authenticated: With the token; any other token is returned unchanged.
 
         Raises:
-            AuthError: Code ``account_unknown``: the user was deleted meanwhile.
+            AuthError: Code ``account_unknown``: the user has been deleted.
             DatabaseUnreachableError: The users table can't be read now.
             SetupError: The users table can't be read as configured.
         """

@@ -10,7 +10,7 @@ RateKey: TypeAlias = tuple[str, ...]
 
 _MAX_KEYS = 20_000
 """Keys remembered, some megabytes. Beyond, the one unused for longest is forgotten: an attacker
-needs as many networks or identities to reset a key of somebody else."""
+needs as many networks or identities to reset the key of another account."""
 
 
 class RateLimiter:

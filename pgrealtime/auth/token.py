@@ -59,7 +59,7 @@ class VerificationKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """A parsed token, not verified: anybody may have made it."""
+    """A parsed token, not verified: it may be forged."""
 
     text: str = field(repr=False)
     algorithm: Algorithm

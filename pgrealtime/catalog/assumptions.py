@@ -23,7 +23,7 @@ _NO_ATTRIBUTES = sql.SQL("SELECT ''::pg_catalog.text WHERE false")
 
 
 class CatalogAssumptions(Struct, frozen=True):
-    """What rows are taken for."""
+    """Partition roots and attributes of composite types that the decoding of rows relies on."""
 
     partition_roots: Mapping[TableName, int]
     """Partitions, with the oids of their roots."""
@@ -31,9 +31,9 @@ class CatalogAssumptions(Struct, frozen=True):
     """The attributes of composite types, by the types' oids."""
 
     def statement(self) -> sql.Composed:
-        """Return the query whose one row ``is_confirmed_by`` takes.
+        """Return the query whose single row is passed to ``is_confirmed_by``.
 
-        It is put once for each batch of rows: all there is to plan is the attributes' part.
+        It runs once for each batch of rows; only the part with the attributes needs planning.
         """
         roots = [
             _PARTITION_ROOT.format(leaf=sql.Literal(sql.Identifier(*leaf).as_string()))
@@ -50,7 +50,7 @@ class CatalogAssumptions(Struct, frozen=True):
         )
 
     def is_confirmed_by(self, roots: list[int | None], attributes: list[str]) -> bool:
-        """Whether the statement's row says the same."""
+        """Whether the row that ``statement`` returned equals the assumptions."""
         expected = [
             f"{oid} {name}"
             for oid, names in sorted(self.composite_attributes.items())

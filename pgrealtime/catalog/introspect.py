@@ -195,7 +195,7 @@ class _Fetch:
 @dataclass(frozen=True, slots=True)
 class _Index:
     columns: tuple[str | None, ...]
-    """None stands for an expression."""
+    """None is an expression."""
     is_primary: bool
     is_unique: bool
     is_immediate: bool

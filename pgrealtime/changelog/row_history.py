@@ -47,7 +47,7 @@ LookupColumn: TypeAlias = tuple[TableName, str]
 
 
 class RowWrite(NamedTuple):
-    """A change of a row, or an entry that may stand for one (a truncation, missing changes)."""
+    """A change of a row, or an entry that may hide one (a truncation, missing changes)."""
 
     end_lsn: LSN
     """Where its transaction ends."""
@@ -324,7 +324,7 @@ class RowHistory:
     async def trim_periodically(self) -> None:
         """Discard every few seconds what the changelog has discarded; runs until cancelled.
 
-        Without it an index that nobody asks any more would keep its changes in memory.
+        Without it an index that is no longer used would keep its changes in memory.
         """
         while True:
             await asyncio.sleep(_TRIM_SECONDS)

@@ -1,4 +1,4 @@
-"""Says which kind of field a column's type gives, and which names have a meaning of their own."""
+"""The kind of field of each column type, and the field names with a fixed meaning."""
 
 from __future__ import annotations
 

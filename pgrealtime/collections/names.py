@@ -1,4 +1,4 @@
-"""Checks the names of configured collections, and says which tables they may mean.
+"""Checks the names of configured collections, and returns the tables that they may refer to.
 
 Needs no catalogue; ``check --no-database`` runs this part alone.
 """

@@ -1,4 +1,4 @@
-"""Finds the table and the key column of each configured collection, and says why they don't serve.
+"""Finds the table and the key column of each configured collection, and reports what is wrong.
 
 The first step of ``build``.
 """

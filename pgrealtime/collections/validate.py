@@ -1,4 +1,4 @@
-"""Checks what a configured collection says of its fields and its login against its table.
+"""Checks the fields and the login of a configured collection against its table.
 
 Called by ``build`` for each collection, once its fields are known.
 """

@@ -111,7 +111,7 @@ class ReplicationConfig(Section):
     publication: str = Field(default="pgrealtime", min_length=1, max_length=63)
     """For pgoutput: lists the tables. The operator creates it with SQL that ``check`` prints."""
     max_pause: Seconds = 2.0
-    """How long reading pauses while delivery is held up; then the stream is given up: a gap."""
+    """How long reading may pause while delivery is blocked; then the stream is closed: a gap."""
 
 
 class ChangelogConfig(Section):
@@ -183,7 +183,7 @@ class IssuerConfig(Section):
     """Empty accepts what the key can verify: HS256 for a secret, the others for a public key."""
     secret: Secret = ""
     previous_secret: Secret = ""
-    """Still accepted; for changing the secret without signing everybody out."""
+    """Still accepted, so that the secret can be changed without invalidating tokens."""
     public_key: Secret = ""
     """PEM. Not secret, but may be kept in a file, too."""
     jwks_url: str = Field(default="", pattern=r"^(https?://\S+)?$")
@@ -222,7 +222,7 @@ class LoginConfig(Section):
 
     enabled: bool = False
     secret: Secret = ""
-    """Signs tokens, together with each user's token key; changing it signs everyone out."""
+    """Signs tokens, together with each user's token key; changing it invalidates all tokens."""
     token_lifetime: Seconds = 432_000.0
     attempts_per_minute: int = Field(default=10, ge=1)
     """Failed ones, per address (IPv6: per /64) and account, whatever the spelling of its name."""

@@ -1,4 +1,4 @@
-"""The demo's application: reads and writes its tables by plain SQL; knows nothing of pgrealtime."""
+"""The demo's application: reads and writes its tables by plain SQL; doesn't use pgrealtime."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
--- The application that `pgrealtime demo` plays with: people, what they plan, and who takes part.
--- Ordinary tables; nothing in here knows of pgrealtime but the REPLICA IDENTITY at the end.
+-- The tables of the application in `pgrealtime demo`: users, their projects, members and tasks.
+-- They are ordinary tables; only the REPLICA IDENTITY at the end is there for pgrealtime.
 CREATE TABLE users (
   id     text PRIMARY KEY,
   name   text NOT NULL,

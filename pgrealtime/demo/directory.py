@@ -78,7 +78,7 @@ def remove_stale_directories(parent: Path, owners: Collection[int]) -> None:
         owners: User ids whose directories may be removed.
     """
     for path in (*parent.glob(f"{PREFIX}*"), *parent.glob(f"{_UNLOCKED_PREFIX}*")):
-        with suppress(OSError):  # of another user, in use, or removed meanwhile
+        with suppress(OSError):  # of another user, in use, or already removed
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 if os.fstat(fd).st_uid in owners and _is_abandoned(path, fd):

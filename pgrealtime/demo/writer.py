@@ -115,7 +115,7 @@ class Writer:
             await self._may_write.wait()
             if loop.time() < self._deferred_until:
                 continue
-            # A button may have removed the row meanwhile.
+            # The page may have removed the row since it was chosen.
             with suppress(psycopg.IntegrityError):
                 rows = await self._application.fetch_tables()
                 await self._application.execute(next_operation(rows, self._random))

@@ -60,7 +60,7 @@ class _Traversal:
 
     @property
     def may_query_target(self) -> bool:
-        """Whether the viewer may look for records there at all."""
+        """Whether the viewer may query the target collection."""
         return self.target.name in self.viewer.view_predicates
 
     @property

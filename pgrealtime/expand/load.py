@@ -1,4 +1,4 @@
-"""Loads what records show beside their rows: related records, and ids in junction tables.
+"""Loads related records, and ids in junction tables, for the records of events.
 
 The hub's renderer calls it once for all events of a slice, ``reads`` for one row. It makes nodes of
 the events' records, has ``batch`` find what they lead to, and ``render`` write it. Nothing here
@@ -45,7 +45,7 @@ _GUARANTEED_RECORD_BYTES = 64 * 2**10
 """JSON that each record may have even if the batch's bytes are used up, so that a client that
 expands much doesn't take it from those that expand little."""
 _MAX_BATCH_SECONDS = 5.0
-"""For one batch in all. Events wait meanwhile, also those of other clients."""
+"""Limit for one whole batch. The events of all live connections wait for it."""
 
 ExpandRequest: TypeAlias = tuple[int, ExpandViewer]
 """The index of an event, and for which viewer its record is expanded."""
@@ -60,7 +60,7 @@ JunctionIds: TypeAlias = Mapping[str, Sequence[str]]
 
 @dataclass(slots=True)
 class RelatedRecords:
-    """What is shown of events beside their rows, by event index."""
+    """Related records and junction ids of events, by event index."""
 
     junction_ids: dict[int, JunctionIds] = field(default_factory=dict)
     live_junction_ids: dict[int, JunctionIds] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class RelatedRecords:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _EventBatch:
-    """What is wanted of some events."""
+    """Which related records and ids to load for some events."""
 
     events: Sequence[ChangedRecord]
     requests: Sequence[ExpandRequest]
@@ -89,7 +89,7 @@ class _EventBatch:
 
     @property
     def records(self) -> dict[int, ChangedRecord]:
-        """The records that anything is wanted of, by event index."""
+        """The records to load related data for, by event index."""
         expanded = (index for index, _ in self.requests)
         indexes = [*self.junction_indexes, *expanded, *self.partial_row_indexes]
         return {index: self.events[index] for index in indexes}
@@ -143,7 +143,7 @@ class RelatedRecordLoader:
         load_live_rows: LoadLiveRows | None = None,
         check_viewers: CheckViewers | None = None,
     ) -> RelatedRecords:
-        """Return what is wanted of events, as far as it can be loaded in time.
+        """Return the related data of events, as far as it can be loaded in time.
 
         Args:
             events: The slice's.
@@ -240,7 +240,7 @@ class RelatedRecordLoader:
         return bool(self._junction_hops[record.collection.name])
 
     async def _load(self, batch: _EventBatch) -> RelatedRecords:
-        """Load and write all that is wanted.
+        """Load and write everything requested.
 
         Raises:
             psycopg.Error: The connection broke.
@@ -276,7 +276,7 @@ class RelatedRecordLoader:
         records: Mapping[int, ChangedRecord],
         related: RelatedRecords,
     ) -> _Roots:
-        """Load all that is wanted in one snapshot; return the nodes that are expanded."""
+        """Load everything requested in one snapshot; return the nodes that are expanded."""
         loading = LoadBatch(session, self._junction_hops)
         states = {index: self._before_state(record) for index, record in records.items()}
         later: dict[int, LaterLinkChanges] = {}

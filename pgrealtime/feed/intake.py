@@ -58,7 +58,7 @@ class Intake:
         changelog: Written by this object alone.
         follower: Woken for each entry.
         max_size: Bytes that may wait in the changelog for the follower. Beyond them ``append``
-            waits, and the stream behind it gives up after its ``max_pause``: a gap.
+            waits, and the stream is closed after its ``max_pause``: a gap.
 
     Attributes:
         changes_received: Changes appended so far.

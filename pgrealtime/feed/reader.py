@@ -39,7 +39,7 @@ _REOPEN_SECONDS = 5.0
 _MAX_DECODER_FAILURES = 5
 """Decoder failures in a row at the same LSN before the slot is advanced: some seconds."""
 _POLL_SECONDS = 0.02
-"""Between two looks at how far a stream has read, while a successor or a repeat is waited for."""
+"""Interval at which a stream's position is polled while a successor or a repeat is awaited."""
 
 _LSN_WAIT_SECONDS = 1.0
 _LSN_POLL_SECONDS = 0.003
@@ -106,7 +106,7 @@ class ReplicationReader:
         self._failure_count = 0
         """Decoder failures in a row at that LSN."""
         self._timed_out_lsn = LSN(0)
-        """The LSN that ``wait_for_changelog`` last waited for in vain."""
+        """The LSN for which ``wait_for_changelog`` last timed out."""
         self._switch_lock = asyncio.Lock()
         self._is_reading = False
         self._successor: _Successor | None = None
@@ -127,7 +127,7 @@ class ReplicationReader:
                 async with AsyncExitStack() as opened:
                     stream = await opened.enter_async_context(open_stream())
                     if self._open_stream is not open_stream:
-                        # switch() asked for other tables meanwhile: close this one first.
+                        # switch() was called with other tables since: close this one first.
                         self._reopen_deadline = time.monotonic() + _REOPEN_SECONDS
                         continue
                     self._on_stream_started(stream)
@@ -260,7 +260,7 @@ class ReplicationReader:
         self._reopen_deadline = time.monotonic() + _REOPEN_SECONDS
         if self.stream is not None:
             self.stream.stop()
-        # Otherwise run() is opening a stream, or will; it notices that another one is wanted.
+        # Otherwise run() is opening a stream, or will; it sees that another one is required.
         try:
             await self._reopening
         except PgRealtimeError:
@@ -401,8 +401,8 @@ class ReplicationReader:
     async def wait_for_changelog(self, lsn: LSN) -> bool:
         """Wait until the changelog has all commits up to an LSN; return whether it does.
 
-        The caller holds up events. So this waits a second at most, and after a wait in vain not at
-        all until the stream has reached that LSN.
+        Events wait while the caller waits. So this waits a second at most, and after a timeout not
+        at all until the stream has reached that LSN.
         """
         lsn = _end_of_record(lsn)
         if self._complete_upto() < self._timed_out_lsn:

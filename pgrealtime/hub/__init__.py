@@ -1,1 +1,1 @@
-"""Who receives which event. Knows nothing of the replication slot."""
+"""Delivers events to subscribers. Doesn't know the replication slot."""

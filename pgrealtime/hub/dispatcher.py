@@ -238,7 +238,7 @@ class Dispatcher:
         return result
 
     async def _enrich(self, slice_: Slice, result: SliceResult) -> Enrichment:
-        """Load what records show beside their rows.
+        """Load related data of the records.
 
         Connections fall behind whose expands are slow, or whose callers have changed in the
         database since the slice.
@@ -276,7 +276,7 @@ class Dispatcher:
         )
 
     def _isolate(self, late: Iterable[Connection], slow: Iterable[Connection]) -> None:
-        """Go on without connections that are late; ``slow`` are those that took the time."""
+        """Continue without connections that are late; the filters of ``slow`` took the time."""
         isolated = self._catch_up.isolated
         for connection in slow:
             isolated.isolate_with_backoff(connection)

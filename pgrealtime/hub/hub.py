@@ -160,7 +160,7 @@ class Hub:
         self._registry.is_stream_up = False
 
     def stream_continued(self, epoch: str) -> None:
-        """Go on under another epoch: another stream goes on exactly where the last one ended."""
+        """Continue under another epoch: a new stream continues exactly where the last one ended."""
         self._epochs.continue_epoch(epoch, self._progress.head)
         for connection in self._registry.connections:
             connection.continue_epoch(epoch)

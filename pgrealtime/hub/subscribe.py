@@ -1,6 +1,6 @@
 """Carries out subscribe calls: the API passes them on through ``hub.hub``.
 
-A call replaces a connection's topics and its caller. Meanwhile the connection receives nothing;
+A call replaces a connection's topics and its caller. During it the connection receives nothing;
 after it, it catches up from its cursor. The work is done in chunks, for a call may bring a thousand
 topics and the loop is shared with all other connections.
 """
@@ -181,9 +181,9 @@ class SubscribeCalls:
     ) -> None:
         """Replace the subscriptions, or restore those before if that fails.
 
-        The loop is yielded in between. Meanwhile the connection is not LIVE and its cursor stays,
+        The loop is yielded in between. During that the connection is not LIVE and its cursor stays,
         so no event is delivered for some of its topics only. If another generation or history
-        begins meanwhile, all is done again.
+        begins before the end, all is done again.
 
         Raises:
             SubscriptionError: As ``subscribe`` says.
@@ -241,10 +241,10 @@ class SubscribeCalls:
         A few steps run at once. Longer work is done for one call at a time.
 
         Returns:
-            Whether all were run; False if another generation or history has begun meanwhile.
+            Whether all were run; False if another generation or history has begun since.
 
         Raises:
-            SubscriptionError: ``client_unknown``: the connection was closed meanwhile.
+            SubscriptionError: ``client_unknown``: the connection has been closed.
         """
         revision = self._progress.revision
         with closing(steps):

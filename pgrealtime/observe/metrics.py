@@ -1,4 +1,4 @@
-"""The metrics in Prometheus' text format. Other packages count; here metrics get their names."""
+"""The metrics in Prometheus' text format. Other packages count; this one names the metrics."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ async def _wait_for_server(conninfo: str, database: DatabaseConfig) -> None:
             if time.monotonic() >= deadline:
                 hint = f"Check {key}; it has to lead to the primary."
                 raise _unreachable_error(error, hint) from error
-            # A wrong password can't be told from a server that is still starting: log the detail.
+            # A wrong password and a server that is still starting look the same: log the detail.
             if (detail := str(error).strip()) != logged_detail:
                 log.warning("database.waiting", wait_for=database.wait_for, detail=detail)
                 logged_detail = detail

@@ -40,13 +40,13 @@ def is_connection_error(error: Exception) -> bool:
 
 
 class ReadTransaction:
-    """One read-only transaction on a connection; ``recover`` goes on after an error.
+    """One read-only transaction on a connection; ``recover`` continues after an error.
 
     Args:
         pool: Gives the statements that begin a transaction.
         connection: From ``QueryPool.session``, outside a transaction.
         xids: Transactions that the snapshot must see.
-        keeps_snapshot: Whether ``recover`` goes on in the same snapshot, by a savepoint, and not in
+        keeps_snapshot: Whether ``recover`` continues in the same snapshot, by a savepoint, and not in
             a younger one. Then there is nothing to wait for: ``snapshot`` and ``insert_lsn`` are
             not read, and ``xids`` must be empty.
 
@@ -133,7 +133,7 @@ class ReadTransaction:
         await self._connection.execute("COMMIT")
 
     async def recover(self) -> None:
-        """Go on after an error, in a younger snapshot or, if it is kept, in the same one."""
+        """Continue after an error, in a younger snapshot or, if it is kept, in the same one."""
         if self._keeps_snapshot:
             await self._connection.execute("ROLLBACK TO SAVEPOINT question")
         else:

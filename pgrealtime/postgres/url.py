@@ -18,7 +18,7 @@ def parse_database_url(url: str) -> dict[str, Any]:
     """
     try:
         parameters = conninfo_to_dict(url)
-        timeout_from_conninfo(parameters)  # else looked at while connecting
+        timeout_from_conninfo(parameters)  # otherwise checked only while connecting
     except psycopg.ProgrammingError:
         raise _invalid_url_error() from None  # the driver's message quotes what may be a password
     # To libpq a password ends at its first "@", so the rest of it would be shown as the name of a

@@ -22,7 +22,7 @@ Nulls = Literal["null", "zero"]
 
 _NO_RELATED_IDS: Mapping[str, Sequence[str]] = MappingProxyType({})
 _ABSENT: Final = Raw()
-"""Stands for a missing value; compared by identity."""
+"""Marks a missing value; compared by identity."""
 
 _encode_json: Final = msgspec.json.Encoder().encode
 

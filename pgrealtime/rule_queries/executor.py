@@ -125,8 +125,8 @@ class QueryExecutor:
                 but the timeout of each statement.
 
         Returns:
-            The collections of which no row could be asked about. That is not the fault of their
-            rules, so subscribers who depend on those may miss something.
+            The collections whose rows could not be evaluated at all. That is not the fault of their
+            rules, so their subscribers may miss events.
         """
         budget = budget or TimeBudget()
         for retry_delay in self.outage.retry_delays():

@@ -1,6 +1,6 @@
 """Answers the questions of an evaluation in one transaction, round by round.
 
-The rule engine says what it must know (``Evaluation.questions``), goes on with the answers
+The rule engine says what it must know (``Evaluation.questions``), continues with the answers
 (``resume``), and may then ask more. Whatever evaluates rules puts its questions through
 ``QuestionRounds``: the executor and the read sessions of the service, and ``explain``.
 """
@@ -48,7 +48,7 @@ class PendingEvaluation(Protocol):
         ...
 
     def resume(self) -> None:
-        """Go on once the questions have been asked."""
+        """Continue once the questions have been asked."""
         ...
 
 
@@ -252,10 +252,10 @@ class QuestionRounds:
     async def _handle_error(
         self, transaction: BudgetedTransaction, question: Question, error: psycopg.Error
     ) -> None:
-        """Count what a statement failed with, and go on in another transaction."""
+        """Count the error of a statement, and continue in another transaction."""
         name, is_timeout = question.collection_name, isinstance(error, TIMEOUT_ERRORS)
         if is_timeout and transaction.budget.is_limited:
-            # Not a timeout of the subject: it is asked again with a budget of its own.
+            # Not a timeout of the subject: it is retried with a budget of its own.
             transaction.budget.exhaust()
             return
         self._unanswered.counts[name, "timeout" if is_timeout else "error"] += 1

@@ -1,4 +1,4 @@
-"""A snapshot in which rows are read and rules are asked, for what is shown beside an event's row.
+"""A snapshot in which rows are read and rules evaluated, for the related data of an event's row.
 
 Related records, live rows and callers' own rows are read in one ``ReadSession``, so that all of
 them are of one moment. ``QueryExecutor.read_session`` opens it.
@@ -71,7 +71,7 @@ class ReadSession:
         """Return a query's rows in the stream's text forms; None if it fails.
 
         A query that times out is run once more, unless one failed before in this session: a lock
-        may be gone by then.
+        may be gone the second time.
 
         Raises:
             psycopg.Error: The connection broke.

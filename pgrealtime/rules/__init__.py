@@ -1,1 +1,1 @@
-"""Who may see a row: the rule language, its SQL, its evaluation in memory, the engine."""
+"""The rules: their language, SQL, evaluation in memory, and the engine that applies them."""

@@ -1,4 +1,4 @@
-"""The configuration in force, and the collections that it makes of the database's schema."""
+"""The configuration in force, and the collections built from it and the database's schema."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class AppliedConfig:
 
     @property
     def readable_collections(self) -> Collections:
-        """The collections whose changes the stream brings."""
+        """The collections whose changes are streamed."""
         return readable_collections(self.collections, self.problems)
 
     @property
@@ -56,7 +56,7 @@ class AppliedConfig:
 
 
 def fit_to_schema(config: Config, catalog: Catalog) -> AppliedConfig:
-    """Return what a configuration makes of a schema that it may no longer fit.
+    """Return the collections of a configuration for a schema that it may no longer fit.
 
     A collection with a problem, of its table or of a rule, is locked: what can't be decided is
     denied. The other collections stay as they are.

@@ -223,7 +223,7 @@ def _coroutines(parts: ServiceParts, reloader: Reloader) -> tuple[Coroutine[Any,
 
 
 async def _watch_standbys(executor: QueryExecutor, hub: Hub) -> None:
-    """Let events wait until their commits are visible, while there are synchronous standbys.
+    """Delay events until their commits are visible, while there are synchronous standbys.
 
     With synchronous replication a commit is in the WAL before its transaction becomes visible.
     """

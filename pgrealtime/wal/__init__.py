@@ -1,1 +1,1 @@
-"""From the replication slot to whole transactions. Has never heard of subscriptions."""
+"""From the replication slot to whole transactions. Doesn't know subscriptions."""

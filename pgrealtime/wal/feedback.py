@@ -43,7 +43,7 @@ class Feedback:
         self._handed_out = self._confirmed = self._sent_flush = start
         self._quiet_until: tuple[LSN, LSN] | None = None
         """A position before which everything was received, and the end of the last transaction
-        handed out by then, which must be confirmed before the slot may be advanced to it."""
+        returned by then, which must be confirmed before the slot may be advanced to it."""
         self._next_status_at = now
         self._next_confirm_at = self._next_request_at = now
         self._is_reply_requested = False

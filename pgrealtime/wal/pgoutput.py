@@ -1,4 +1,4 @@
-r"""Decodes pgoutput's messages (protocol 1, text) to messages of ours, for ``wal.stream``. Pure.
+r"""Decodes pgoutput's messages (protocol 1, text) to those of ``wal.message``. Pure.
 
 Source: PostgreSQL documentation, "Logical Replication Message Formats". Values are PostgreSQL's
 text output in client_encoding (UTF8), so none is converted. Integers are big-endian, strings end

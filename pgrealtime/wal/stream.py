@@ -132,7 +132,7 @@ class WalStream:
         self._silence_seconds = facts.wal_sender_timeout or _DEFAULT_SILENCE_SECONDS
         self._silent_ticks = 0
         """Counted in ticks, not seconds: after the process was stopped for a while, what arrived
-        meanwhile must be read before the server counts as silent."""
+        in that time must be read before the server counts as silent."""
         self._read_state = _ReadState.ENDED
         self._batch: TransactionBatch = []
         self._batch_bytes = 0

@@ -193,7 +193,7 @@ class Wal2JsonDecoder:
             line = _decode_any_line(payload)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _unreadable_line_error() from error
-        # The commonest class first: each one tried in vain costs as much as reading a column.
+        # The commonest class first: each failed attempt costs as much as reading a column.
         match line:
             case _Insert():
                 table = self._tables.get((line.schema, line.table))

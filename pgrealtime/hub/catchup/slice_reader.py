@@ -172,7 +172,7 @@ class SliceReader:
         evaluated: EvaluatedSlice,
         by_group: Mapping[Group, Sequence[Subscription]],
     ) -> None:
-        """Load what records show beside their rows, unless the caller has changed meanwhile."""
+        """Load related data of the records, unless the caller has changed since."""
         generation, events = self._progress.generation, evaluated.events
 
         def needs(groups: Iterable[Group]) -> Iterable[EnrichmentNeed]:

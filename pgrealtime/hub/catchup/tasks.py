@@ -150,7 +150,7 @@ class CatchUpTasks:
             state = _CatchUpState()
             while await self._deliver_next(connection, state):
                 if connection.writer.buffered_bytes() >= self._send_budget.counted_from_bytes:
-                    state.unsent = None  # it would hold a transaction in memory meanwhile
+                    state.unsent = None  # it would keep a transaction in memory during the wait
                 await connection.writer.drain()
                 if state.oversized_message_bytes:
                     await self._deliver_oversized(connection, state)

@@ -113,7 +113,7 @@ class Subscription:
 
     @property
     def render_key(self) -> RenderKey:
-        """What decides the bytes of its messages, beside its group and its own record."""
+        """What, with its group and its own record, determines the bytes of its messages."""
         return self.topic_bytes, self.view, self.expand_viewer, self.bound_manage_rule
 
     def set_own_record(self, record_id: str) -> None:
@@ -154,7 +154,7 @@ class Resumption(NamedTuple):
     gap_reason: str = ""
     """Why changes are missing before ``cursor``; empty if none are."""
     is_resuming: bool = False
-    """Whether delivery goes on from the submitted position."""
+    """Whether delivery resumes from the submitted position."""
 
 
 class Connection(ConnectionOutput):
@@ -177,7 +177,7 @@ class Connection(ConnectionOutput):
         cursor: Everything up to here was delivered to it. While LIVE it is stale: the dispatcher's
             head holds.
         pending_gap_reason: Reason of a gap to announce once the first call was accepted, or empty.
-        is_resuming: Whether it goes on from a submitted position and has had no call since.
+        is_resuming: Whether it resumes from a submitted position and has had no call since.
         is_isolated: Whether its filters are evaluated for it alone because they were slow. Set by
             the matcher, whose groups depend on it.
         close_reason: Why it is to be closed as soon as its client can bear that, or empty.
@@ -304,7 +304,7 @@ class Connection(ConnectionOutput):
         self.cursor = head
 
     def accept_call(self, topics: Mapping[str, Topic], read_point: ReadPoint | None) -> None:
-        """Take over what a call says beside subscriptions and caller, which are set already.
+        """Apply the rest of an accepted call; subscriptions and caller are set already.
 
         CALLER_INVALID -> SUBSCRIBING: the call authenticated the caller anew, whose row was read
         at ``read_point``.
@@ -387,7 +387,7 @@ class Connection(ConnectionOutput):
         return bool(self.subscriptions) or self.state is ConnectionState.SUBSCRIBING
 
     def continue_epoch(self, epoch: str) -> None:
-        """Write positions of another epoch from now on, in which the stream goes on."""
+        """Write positions of another epoch from now on, in which the stream continues."""
         self.epoch = epoch
 
     def request_close(self, reason: str) -> None:

@@ -1,6 +1,6 @@
 """Composes the messages of a slice once per render group, in bounded parts.
 
-The dispatcher composes a part, enqueues its batches on the LIVE connections, and goes on with the
+The dispatcher composes a part, enqueues its batches on the LIVE connections, and continues with the
 next part. What is too much for one connection, or takes too long for one, it leaves out: such
 connections read on from the changelog, and ``compose_for_connection`` composes for each alone.
 """
@@ -40,7 +40,7 @@ _CHANGE_BYTES = 1024 * 1024
 would receive of it."""
 
 _FIELDS_SECONDS = 0.02
-"""Seconds that records with ``fields`` may take of a slice, beside ``_FIELDS_SECONDS_PER_CHANGE``
+"""Seconds that records with ``fields`` may take of a slice, plus ``_FIELDS_SECONDS_PER_CHANGE``
 for each of its events."""
 _FIELDS_SECONDS_PER_CHANGE = 0.002
 _EXPENSIVE_RECORD_SECONDS = 0.002
@@ -75,7 +75,7 @@ class MessageComposer:
         renderer: Renders each message.
         events: The slice's.
         hits: Per event, the groups that receive it.
-        enrichment: What the records show beside their rows.
+        enrichment: Related data of the records.
         send_buffer_bytes: What one connection may be sent of one change.
     """
 

@@ -1,4 +1,4 @@
-"""What records show beside their rows: related records, e-mail addresses, columns read live.
+"""Loads related data of records: expanded records, e-mail addresses, columns read live.
 
 The dispatcher enriches a slice for all LIVE connections once it is evaluated, and each connection
 that catches up enriches what it reads by itself. The renderer shows the result. Whatever cannot be
@@ -40,19 +40,19 @@ from pgrealtime.rules.language.parameter_values import macro_values_at
 log = structlog.get_logger(__name__)
 
 _EXPAND_SECONDS = 0.01
-"""Seconds that the ``expand`` of few connections may take of a slice that all wait for, beside
+"""Seconds that the ``expand`` of few connections may take of a slice that all wait for, plus
 ``_EXPAND_SECONDS_PER_CHANGE`` for each of its events."""
 _EXPAND_SECONDS_PER_CHANGE = 0.001
 
 EnrichmentNeed: TypeAlias = tuple[ExpandViewer | None, BoundPredicate | None]
-"""What a subscription needs beside rows: related records for a viewer, a manage rule's verdict."""
+"""What a subscription needs loaded: related records for a viewer, a manage rule's verdict."""
 
 FindEnrichmentNeeds: TypeAlias = Callable[[Iterable[Group]], Iterable[EnrichmentNeed]]
 """Returns the needs of the subscriptions of some groups."""
 
 
 class Enrichment(Struct):
-    """What the records of a slice's events show beside their rows."""
+    """Related data of the records of a slice's events."""
 
     manage_evaluation: Evaluation[int, BoundPredicate]
     """By index of the event, the manage rules that its row satisfies."""
@@ -120,7 +120,7 @@ class SliceEnricher:
         their time since."""
 
     def needs_enrichment(self, events: Sequence[Event], result: SliceResult) -> bool:
-        """Whether records may show anything beside the events' rows, or rows lack columns."""
+        """Whether records may need related data, or rows lack columns."""
         return (
             bool(result.partial_row_indexes)
             or bool(self.expanding_count)

@@ -1,1 +1,1 @@
-"""Who receives an event."""
+"""Decides which groups of subscriptions receive an event."""

@@ -69,7 +69,7 @@ class SliceEvaluator:
         """Return the receivers of a slice's events, evaluated for all connections.
 
         At most ``SLICE_CHANGES`` are evaluated at once, so that the loop's other tasks run in
-        between. Whatever is raised is left to the caller, who makes each connection evaluate alone.
+        between. Exceptions propagate to the caller, which lets each connection evaluate alone.
         """
         budget = FilterBudget.for_slice(len(events))
         whole: SliceResult | None = None

@@ -259,7 +259,7 @@ class Matcher:
         """Return an evaluation of rows, each against groups of its own, without the index.
 
         Groups whose filters ask PostgreSQL more than their rules do never match. The callers are
-        those of the event, though the row may be later: whoever delivers by this checks them.
+        those of the event, though the row may be later: code that delivers by it checks them.
 
         Args:
             rows: Each as an event, with the groups to evaluate; the result is by their positions.

@@ -166,7 +166,7 @@ def gap_xids(
         gap: The slice's own gap, if any.
         events: The slice's.
         result: Their evaluation.
-        subscription_counts: By name; gaps of collections without subscriptions notify nobody.
+        subscription_counts: By name; gaps of collections without subscriptions are not reported.
     """
     missed = (events[index] for index in result.gap_indexes)
     xids = {event.xid for event in missed if subscription_counts.get(event.collection.name)}

@@ -1,4 +1,4 @@
-"""Fills in columns that the WAL left out, where the table proves what they were at the event.
+"""Fills in columns that the WAL left out, if the table proves their values at the event.
 
 The WAL doesn't carry an unchanged TOASTed value, nor, with some decoders, a generated column. The
 table holds it, perhaps as a later transaction left it, which not every receiver may see. A column

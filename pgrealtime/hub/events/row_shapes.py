@@ -19,7 +19,7 @@ from pgrealtime.collections.streamed_tables import reachable_tables
 _MAX_SHAPES = 10_000
 """Shapes that are remembered; beyond, all are forgotten and decided again."""
 _REREAD_SECONDS = 5.0
-"""Seconds before a catalogue that could not be read is read again: events wait for it meanwhile."""
+"""Seconds until a catalogue that could not be read is read again. Events wait for that."""
 
 
 class ShapeChecker:

@@ -59,7 +59,7 @@ class _SliceBuilder:
 
     An update of a caller's row begins a slice, which is evaluated with the new caller. A delete
     ends one: what follows is evaluated without the caller. An insert changes no caller, since
-    nobody could sign in by the row before.
+    no caller could log in with the row before.
     """
 
     __slots__ = (

@@ -1,7 +1,7 @@
 """Checks whether callers have changed in the database when rows are read live for them.
 
 An event shows its own record as of its change, but related records, and columns that the WAL left
-out, as they are on delivery. By then the database may be ahead of the stream: a user was banned,
+out, as they are on delivery. The database may be ahead of the stream: a user was banned,
 then a row was written that banned users may not see. So wherever such rows may have been written
 after the event, the callers' own rows are read in the same snapshot.
 """

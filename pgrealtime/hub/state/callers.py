@@ -92,7 +92,7 @@ class CallerTracker:
         self._logins, self._revalidate, self._allows_guests = logins, revalidate, allows_guests
 
     def revalidate(self, caller: Caller) -> Caller:
-        """Return what the configuration in force makes of a known caller."""
+        """Return a known caller as the configuration in force resolves it."""
         return caller if self._revalidate is None else self._revalidate(caller)
 
     def may_keep_topics(self, connection: Connection) -> bool:
@@ -148,7 +148,7 @@ class CallerTracker:
         """Remember the event for calls whose callers were read before it."""
         account = event.account_key
         size = sum(len(value) for value in event.row.values() if value is not None)
-        # Without its transaction's changes: the changelog may have discarded those meanwhile.
+        # Without its transaction's changes: the changelog may have discarded those.
         self._recent_changes.setdefault(account, deque()).append(
             replace(event, transaction_changes=())
         )

@@ -1,4 +1,4 @@
-"""Resolves the positions that clients submit: the epochs from which the changelog can go on."""
+"""Resolves the positions that clients submit: the epochs that the changelog can continue."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNREACHABLE_CURSOR = Cursor(LSN(1 << 64), 0)
 
 
 class ResumableEpochs:
-    """The stream's epoch, and the one before it if the stream went on from that.
+    """The stream's epoch, and the one before it if the stream continued from that.
 
     Args:
         epoch: Of the stream's positions.
@@ -41,7 +41,7 @@ class ResumableEpochs:
         self._past_epochs = {epoch}
 
     def continue_epoch(self, epoch: str, head: Cursor) -> None:
-        """Go on from the head under another epoch: nothing was missed or repeated."""
+        """Continue from the head under another epoch: nothing was missed or repeated."""
         if epoch == self.epoch:
             return  # the same tables with other columns
         since = head if epoch in self._past_epochs else _START

@@ -52,7 +52,7 @@ class Generation:
         matcher: The groups of subscriptions.
         renderer: Renders events as messages.
         evaluator: Finds the groups that receive an event.
-        enricher: Loads what records show beside their rows.
+        enricher: Loads related data of records.
         shape_checker: Checks that rows have the shape that the collections were made for.
         catalog_assumptions: What must hold in the catalogue where the stream doesn't say.
         row_history: As given.

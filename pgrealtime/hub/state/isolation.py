@@ -20,8 +20,8 @@ _QUICK_SECONDS = SLICE_FILTER_SECONDS / 2
 """What a connection's filters take at most to be evaluated with those of others. All share the time
 of a slice, and a filter that takes most of it alone would exceed it there again and again."""
 _WORK_ISOLATED = 5_000.0
-"""Units of work, a microsecond each, that one filter may take for one row while nobody waits; then
-PostgreSQL is asked."""
+"""Units of work, a microsecond each, that an isolated filter may take for one row; then PostgreSQL
+evaluates it."""
 
 
 class IsolatedConnections:

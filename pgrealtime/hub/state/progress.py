@@ -19,10 +19,10 @@ class DispatchProgress:
         head: Everything up to here was delivered to the LIVE connections.
         evaluation_target: Everything up to here was evaluated for them, or is being evaluated.
         generation: In force.
-        revision: Counts generations and histories. Whoever awaits compares it with the one read
-            before, and drops results of an older one.
+        revision: Counts generations and histories. Code that awaits compares it with the one read
+            before, and discards results of an older one.
         is_evaluating: Whether a slice is being evaluated. The groups of a connection that becomes
-            LIVE meanwhile are not among those evaluated.
+            LIVE during that time are not among those evaluated.
     """
 
     def __init__(self, head: Cursor, generation: Generation) -> None:

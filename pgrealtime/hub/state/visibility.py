@@ -96,7 +96,7 @@ class VisibilityTracker:
         while xids and self._progress.revision == revision:
             try:
                 snapshot = (await self._snapshots.fetch()).snapshot
-            except Exception as error:  # noqa: BLE001 (nothing may be handed out before)
+            except Exception as error:  # noqa: BLE001 (no event may be delivered before)
                 reason = error.message if isinstance(error, PgRealtimeError) else repr(type(error))
                 log.warning("visibility.unknown", error=reason)
                 await asyncio.sleep(_FAILED_RETRY_SECONDS)

@@ -1,6 +1,6 @@
 """Related tables before a transaction: PostgreSQL evaluates the rows that it deleted against them.
 
-By then the rows that a deleted row pointed to may be gone or changed as well. The matcher and the
+After it the rows that a deleted row pointed to may be gone or changed as well. The matcher and the
 renderer keep ``BeforeStates``; ``Evaluation`` puts the overlays into its questions.
 """
 

@@ -86,7 +86,7 @@ class Evaluation(Generic[K, M]):
         evaluated.evaluate_members(members)
 
     def run_in_process(self, should_yield: Callable[[], bool]) -> bool:
-        """Go on with ``steps``; must have returned True before questions are asked.
+        """Continue with ``steps``; must have returned True before questions are asked.
 
         Args:
             should_yield: Whether the event loop is to run in between.
@@ -131,7 +131,7 @@ class Evaluation(Generic[K, M]):
     def questions(self) -> list[Question]:
         """Return what PostgreSQL must be asked now; nothing if all verdicts are final.
 
-        ``resume`` goes on once they have been answered, given up or postponed.
+        ``resume`` continues once they have been answered, abandoned or postponed.
         """
         self._key_questions = list(self._make_key_questions())
         self._pair_questions = list(self._make_pair_questions())
@@ -184,7 +184,7 @@ class Evaluation(Generic[K, M]):
                 yield question, [pairs[pair] for pair in chunk]
 
     def resume(self) -> None:
-        """Go on with the answers. What has none is denied, unless its question was postponed."""
+        """Continue with the answers. What has none is denied, unless its question was postponed."""
         self._accept_pair_answers()
         for row in self.rows.values():
             if row.open_keys:

@@ -318,7 +318,7 @@ class PredicateIndex(Generic[M]):
 
 
 class _UndecidedKey(Enum):
-    """Stands for a key that only PostgreSQL can compute."""
+    """Marks a key that only PostgreSQL can compute."""
 
     VALUE = auto()
 

@@ -66,7 +66,7 @@ class ComparisonKind(Enum):
 
 
 class Conversion(Enum):
-    """What SQLite's affinity makes of an operand before it is compared."""
+    """How SQLite's affinity converts an operand before it is compared."""
 
     NONE = auto()
     NUMBER = auto()

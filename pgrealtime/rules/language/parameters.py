@@ -126,7 +126,7 @@ class SqlForm(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """What a placeholder stands for."""
+    """The parameter and form that a placeholder is bound to."""
 
     parameter: Parameter | CallerColumn
     form: SqlForm

@@ -19,7 +19,7 @@ Scalar: TypeAlias = str | float | int | None
 """A parameter's value: None is absent or NULL, a bool counts as the integer it is in SQLite."""
 
 PASSWORD_HASH_PREFIX = "$2a$"  # noqa: S105 (of any hash)
-"""Stands for a secret that the table doesn't hold: the beginning of every password hash."""
+"""Replaces a secret that the table doesn't hold: the beginning of every password hash."""
 INT64_END = 1 << 63
 """From here on SQLite keeps whole numbers as floats too."""
 
@@ -74,7 +74,7 @@ def _exact_number_of_text(text: str) -> Number:
 
 
 def double_or_exact_integer(number_text: str, double: float) -> float:
-    """Return the double that PocketBase makes of a number, or the integer if no double is it.
+    """Return the double that PocketBase reads a number as, or the integer if no double equals it.
 
     A rule that names an id must not mean the neighbouring one.
     """

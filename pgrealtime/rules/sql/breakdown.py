@@ -177,7 +177,7 @@ class OperandValue:
     value: KnownValue | HiddenValue | SqlQuery
     """A query's result has a row for each related row: the text, and whether it is a number."""
     is_boolean: bool = False
-    """1 and 0 stand for true and false."""
+    """Whether 1 and 0 mean true and false."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

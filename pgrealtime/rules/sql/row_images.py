@@ -89,7 +89,7 @@ class Overlay:
     table: Table
     old_images: Sequence[Row]
     """The first old image of each row that the transaction updated or deleted, as far as it is
-    known; an empty one stands for the rows that a TRUNCATE removed."""
+    known; an empty one represents the rows that a TRUNCATE removed."""
     changed_rows: Sequence[Row]
     """Those rows and the inserted ones, with the columns of the primary key at least."""
     _cache: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)

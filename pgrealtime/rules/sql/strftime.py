@@ -85,7 +85,7 @@ def translate_time(
     text: Sql | None,
     modifiers: Sequence[str],
 ) -> Sql:
-    """Return the time that a time value and its modifiers stand for, or NULL.
+    """Return the time that a time value and its modifiers denote, or NULL.
 
     Args:
         scope: The scope whose joins are read.
