@@ -1,4 +1,4 @@
-"""What evaluated rows presume of the catalogue, and the query that confirms it."""
+"""Catalogue facts that the decoding of rows relies on, and the query that confirms them."""
 
 from __future__ import annotations
 

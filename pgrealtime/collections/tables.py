@@ -115,7 +115,7 @@ def unknown_column_problem(path: str, table: Table, name: str) -> ConfigProblem:
 
 
 def _table_problems(table: Table, path: str) -> Iterator[ConfigProblem]:
-    """Yield why the stream would lack changes of the table, with the SQL that mends it."""
+    """Yield why the stream would lack changes of the table, with the SQL that fixes it."""
     name = table.name
     if table.kind in _UNSERVED_TABLE_KINDS:
         yield ConfigProblem(

@@ -126,7 +126,7 @@ def escape_unprintable(line: str) -> str:
 def disagreement_lines(*, plain: bool, engine: bool, parts: bool) -> Iterator[str]:
     """Yield the report that three evaluations differ that must agree."""
     yield "three evaluations differ that must agree; please report this with the schema:"
-    for name, verdict in (("plain query", plain), ("engine", engine), ("parts", parts)):
+    for name, verdict in (("reference query", plain), ("engine", engine), ("parts", parts)):
         yield f"  {name}: {'delivered' if verdict else 'not delivered'}"
     yield "the verdict below is the engine's, which the service uses"
 

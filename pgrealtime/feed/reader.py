@@ -2,7 +2,7 @@
 
 The service runs one reader; it hands transactions to the intake, which fills the changelog. Which
 WAL the server keeps depends on the slot. A temporary slot is confirmed as soon as a transaction is
-in the changelog. A durable slot stands behind the changelog: it is confirmed up to where the
+in the changelog. A durable slot lags behind the changelog: it is confirmed up to where the
 changelog begins, and the server sends the rest again after a break, in this process or the next.
 """
 

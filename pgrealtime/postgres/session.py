@@ -46,8 +46,8 @@ class ReadTransaction:
         pool: Gives the statements that begin a transaction.
         connection: From ``QueryPool.session``, outside a transaction.
         xids: Transactions that the snapshot must see.
-        keeps_snapshot: Whether ``recover`` continues in the same snapshot, by a savepoint, and not in
-            a younger one. Then there is nothing to wait for: ``snapshot`` and ``insert_lsn`` are
+        keeps_snapshot: Whether ``recover`` continues in the same snapshot, by a savepoint, not in a
+            younger one. Then there is nothing to wait for: ``snapshot`` and ``insert_lsn`` are
             not read, and ``xids`` must be empty.
 
     Attributes:

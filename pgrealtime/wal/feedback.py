@@ -40,10 +40,10 @@ class Feedback:
         self._is_durable = is_durable
         self._interval = interval
         self._received = start
-        self._handed_out = self._confirmed = self._sent_flush = start
+        self._transaction_end = self._confirmed = self._sent_flush = start
         self._quiet_until: tuple[LSN, LSN] | None = None
         """A position before which everything was received, and the end of the last transaction
-        returned by then, which must be confirmed before the slot may be advanced to it."""
+        received by then, which must be confirmed before the slot may be advanced to it."""
         self._next_status_at = now
         self._next_confirm_at = self._next_request_at = now
         self._is_reply_requested = False
@@ -53,15 +53,15 @@ class Feedback:
         """Record that the stream was received up to there."""
         self._received = max(self._received, lsn)
 
-    def record_handed_out(self, end_lsn: LSN) -> None:
+    def record_transaction(self, end_lsn: LSN) -> None:
         """Record that a transaction, which the consumer must confirm, was received."""
         self.record_received(end_lsn)
-        self._handed_out = end_lsn
+        self._transaction_end = end_lsn
 
     def record_quiet(self, lsn: LSN) -> None:
         """Record that no transaction is open and nothing of ours before there is outstanding."""
         self.record_received(lsn)
-        self._quiet_until = lsn, self._handed_out
+        self._quiet_until = lsn, self._transaction_end
 
     def confirm(self, end_lsn: LSN) -> None:
         """Record that the consumer keeps the transactions up to there.
@@ -70,14 +70,14 @@ class Feedback:
             ValueError: They were not received on this connection. The server would remove WAL
                 that it never sent.
         """
-        if end_lsn > self._handed_out:
-            raise ValueError(f"nothing was received beyond {self._handed_out}, got {end_lsn}")
+        if end_lsn > self._transaction_end:
+            raise ValueError(f"nothing was received beyond {self._transaction_end}, got {end_lsn}")
         self._confirmed = max(self._confirmed, end_lsn)
 
     def release(self, lsn: LSN) -> None:
         """Record that nothing up to there is needed any more, as far as it was received."""
-        quiet_lsn = self._handed_out if self._quiet_until is None else self._quiet_until[0]
-        self._confirmed = max(self._confirmed, min(lsn, max(self._handed_out, quiet_lsn)))
+        quiet_lsn = self._transaction_end if self._quiet_until is None else self._quiet_until[0]
+        self._confirmed = max(self._confirmed, min(lsn, max(self._transaction_end, quiet_lsn)))
 
     def empty_until(self, end_lsn: LSN) -> LSN:
         """Return up to where nothing of ours follows the transaction that ends at ``end_lsn``."""

@@ -279,7 +279,7 @@ class WalStream:
         if done is not None:
             self._batch.append(done)
             self._batch_bytes += done.size_bytes if isinstance(done, Transaction) else 0
-            self._feedback.record_handed_out(done.end_lsn)
+            self._feedback.record_transaction(done.end_lsn)
             self.wal_end = max(self.wal_end, done.end_lsn)
         elif isinstance(message, Commit):
             self._feedback.record_quiet(message.end_lsn)

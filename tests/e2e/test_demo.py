@@ -173,7 +173,7 @@ async def _press(page: Page, name: str) -> None:
     before = await page.locator(".change.mine").count()
     await page.get_by_role("button", name=name).click()
     await expect(page.locator(".change.mine")).to_have_count(before + 1)
-    await expect(page.locator("#outcome")).to_contain_text("heard of it")
+    await expect(page.locator("#outcome")).to_contain_text("received it")
 
 
 async def _heard(page: Page) -> list[bool]:

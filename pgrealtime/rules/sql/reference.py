@@ -1,4 +1,4 @@
-"""The plain query per caller: the oracle that the tests compare every faster evaluation with.
+"""The reference query, one per caller: the oracle that tests compare each faster evaluation with.
 
 One statement: the rule and the filter about row images, which are bound as arrays of texts. It
 takes the whole predicate, unsplit, so that it shares no code with the engine's split. Also used to

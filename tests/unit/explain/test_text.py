@@ -26,7 +26,7 @@ def test_a_disagreement_is_said_loudly() -> None:
 
     assert "please report" in lines[0]
     assert lines[1:4] == [
-        "  plain query: delivered",
+        "  reference query: delivered",
         "  engine: not delivered",
         "  parts: delivered",
     ]

@@ -45,7 +45,7 @@ def test_status_is_due_at_once_when_the_server_asks() -> None:
 def test_slot_moves_by_a_flush_directly_followed_by_none() -> None:
     """A standing flush would make us a synchronous standby, or hold up the server's shutdown."""
     feedback = machine()
-    feedback.record_handed_out(LSN(200))
+    feedback.record_transaction(LSN(200))
     feedback.confirm(LSN(200))
 
     assert feedback.due(CONFIRM_SECONDS) == (
@@ -58,7 +58,7 @@ def test_slot_moves_by_a_flush_directly_followed_by_none() -> None:
 def test_move_claims_nothing_beyond_itself() -> None:
     """A commit with synchronous_commit = remote_write may be waiting for what we only received."""
     feedback = machine()
-    feedback.record_handed_out(LSN(200))
+    feedback.record_transaction(LSN(200))
     feedback.confirm(LSN(200))
     feedback.record_received(LSN(300))
 
@@ -71,7 +71,7 @@ def test_move_claims_nothing_beyond_itself() -> None:
 def test_slot_moves_no_further_than_its_bound() -> None:
     feedback = machine()
     feedback.limit_confirmation(LSN(150))
-    feedback.record_handed_out(LSN(200))
+    feedback.record_transaction(LSN(200))
     feedback.confirm(LSN(200))
     assert feedback.confirmable_lsn == LSN(150)
 
@@ -81,8 +81,8 @@ def test_slot_moves_no_further_than_its_bound() -> None:
 
 def test_slot_does_not_move_over_what_is_only_received() -> None:
     feedback = machine()
-    feedback.record_handed_out(LSN(200))
-    feedback.record_handed_out(LSN(300))
+    feedback.record_transaction(LSN(200))
+    feedback.record_transaction(LSN(300))
     feedback.confirm(LSN(200))
 
     assert feedback.confirmable_lsn == LSN(200)
@@ -98,7 +98,7 @@ def test_slot_moves_with_keepalives_while_nothing_is_ours() -> None:
 
 def test_keepalive_counts_once_all_before_it_is_kept() -> None:
     feedback = machine()
-    feedback.record_handed_out(LSN(200))
+    feedback.record_transaction(LSN(200))
     feedback.record_quiet(LSN(500))
     assert feedback.confirmable_lsn == START
 
@@ -108,9 +108,9 @@ def test_keepalive_counts_once_all_before_it_is_kept() -> None:
 
 def test_later_transaction_does_not_undo_an_earlier_keepalive() -> None:
     feedback = machine()
-    feedback.record_handed_out(LSN(200))
+    feedback.record_transaction(LSN(200))
     feedback.record_quiet(LSN(500))
-    feedback.record_handed_out(LSN(600))
+    feedback.record_transaction(LSN(600))
     feedback.confirm(LSN(200))
 
     assert feedback.confirmable_lsn == LSN(500)
@@ -119,7 +119,7 @@ def test_later_transaction_does_not_undo_an_earlier_keepalive() -> None:
 def test_moves_are_spaced_out() -> None:
     feedback = machine()
     for end in (LSN(200), LSN(300)):
-        feedback.record_handed_out(end)
+        feedback.record_transaction(end)
         feedback.confirm(end)
         feedback.due(CONFIRM_SECONDS)
 
@@ -129,7 +129,7 @@ def test_moves_are_spaced_out() -> None:
 
 def test_last_word_moves_the_slot_to_what_is_kept() -> None:
     feedback = machine()
-    feedback.record_handed_out(LSN(200))
+    feedback.record_transaction(LSN(200))
     feedback.confirm(LSN(200))
 
     assert feedback.final_updates() == (StandbyStatusUpdate(LSN(200), LSN(200)),)
@@ -161,7 +161,7 @@ def test_no_order_of_events_moves_the_slot_over_something_unkept(
             case "handed":
                 position += step
                 unkept.append(position)
-                feedback.record_handed_out(LSN(position))
+                feedback.record_transaction(LSN(position))
             case "quiet":
                 position += step
                 feedback.record_quiet(LSN(position))
