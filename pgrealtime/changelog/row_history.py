@@ -38,8 +38,8 @@ _TRIM_SECONDS = 5.0
 
 WaitForLSN: TypeAlias = Callable[[LSN], Awaitable[bool]]
 """Waits until the changelog has every transaction that commits up to an LSN. Returns True once it
-has them, False if it doesn't have them in time; ``ReplicationReader.reach`` waits one second at
-most."""
+has them, False if it doesn't have them in time: ``ReplicationReader.wait_for_changelog`` waits one
+second at most."""
 
 
 LookupColumn: TypeAlias = tuple[TableName, str]
@@ -305,9 +305,10 @@ class RowHistory:
     async def wait_for_lsn(self, lsn: LSN) -> bool:
         """Return whether the changelog has every transaction that commits up to an LSN.
 
-        Callers pass where the WAL ended when they read the live rows: after True, ``of`` returns
-        every change that those rows can show. Waits as long as ``reach`` does; False means that
-        changes may still be to come, and callers then treat what they read as unproved.
+        Callers pass where the WAL ended when they read the live rows: after True,
+        ``table_history`` returns every change that those rows can show. Waits as ``WaitForLSN``
+        does; False means that changes may still be to come, and callers then treat what they read
+        as unproved.
         """
         if self._changelog.end_cursor.lsn >= lsn:
             return True

@@ -1,7 +1,8 @@
 """Loads related records for a batch of nodes, level by level, in one snapshot.
 
-All that viewers and records want of one relation is one query, of one collection's rows another,
-and a rule is asked once for all viewers for which it is the same. ``load`` makes the nodes.
+One query loads what all viewers and records need of one relation, another the rows of one
+collection, and a rule is evaluated once for all viewers for which it is the same. ``load`` makes
+the nodes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Loads related records, and ids in junction tables, for the records of events.
 
-The hub's renderer calls it once for all events of a slice, ``reads`` for one row. It makes nodes of
-the events' records, has ``batch`` find what they lead to, and ``render`` write it. Nothing here
-holds an event back: what can't be loaded is left out and reported as failed.
+``hub.delivery.enrichment`` calls it once for all events of a slice, ``reads`` for one row. It makes
+nodes of the events' records, ``batch`` loads what they lead to, and ``render`` writes it. Nothing
+here holds an event back: what can't be loaded is left out and reported as failed.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class RelatedRecordLoader:
     ) -> RelatedRecords | None:
         """Return what is expanded for some viewers, or None if that takes too long or fails.
 
-        The connections of those viewers are then served apart, where no other waits for them.
+        The connections of those viewers then catch up by themselves, and no other waits for them.
 
         Args:
             max_seconds: For all of it.

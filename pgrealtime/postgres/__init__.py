@@ -1,1 +1,1 @@
-"""Connects to PostgreSQL and reads rows, whatever is asked."""
+"""Connections to PostgreSQL, the query pool, and reads of rows by key."""

@@ -1,1 +1,1 @@
-"""Asks PostgreSQL about rules and rows, bounded in time."""
+"""Runs queries about rules and rows in PostgreSQL, with time limits."""

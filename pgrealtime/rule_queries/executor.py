@@ -1,4 +1,4 @@
-"""Everything that the hub asks PostgreSQL: rules, live rows, snapshots. Read only, bounded in time.
+"""Runs the hub's queries: rules, live rows, snapshots. Read only, with time limits.
 
 It opens the transactions and repeats what failed with the connection; ``rounds`` asks the questions
 of rules in them, ``session`` is such a transaction for several questions, and ``live_rows`` reads

@@ -1,6 +1,6 @@
 """Reads rows as they are now, to complete row images from which the WAL left out columns.
 
-``hub.live_reads.toast`` decides which of the columns read are what they were at the event.
+``hub.evaluation.toast`` decides which of the columns read are what they were at the event.
 """
 
 from __future__ import annotations

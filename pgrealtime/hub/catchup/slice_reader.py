@@ -52,7 +52,7 @@ class EvaluatedSlice(Struct):
         budget: What the evaluation took.
         revision: By which it was evaluated.
         subscriptions: For which it was evaluated.
-        caller_check: What was found out about its caller, if rows were read live.
+        caller_check: Result of the check of its caller, if rows were read live.
         is_caller_outdated: Whether its caller has changed in the database.
     """
 
@@ -97,7 +97,7 @@ class SliceReader:
     async def read(
         self, connection: Connection, max_events: int, budget: FilterBudget
     ) -> EvaluatedSlice:
-        """Evaluate what follows the connection's cursor, and make its caller the one of then.
+        """Evaluate the events after the connection's cursor; update its caller to that position.
 
         Nothing beyond the dispatcher's evaluation target is read: each event is evaluated either
         there or here.

@@ -22,7 +22,7 @@ whatever it takes. If they were isolated, each would do it for itself."""
 
 
 class GroupMember(Protocol):
-    """What groups know of a subscription."""
+    """The part of a subscription that groups use."""
 
     own_record_id: str
 

@@ -1,1 +1,1 @@
-"""What is sent of an event."""
+"""Composes and renders the messages of events."""

@@ -160,8 +160,8 @@ class SliceEnricher:
         Args:
             events: The slice's.
             result: Their evaluation.
-            find_needs: Finds the needs of those for whom this is done.
-            check_callers: Finds those who must not be shown what is read live.
+            find_needs: Finds the needs of the receivers.
+            check_callers: Finds the receivers that must not receive what is read live.
             is_shared: Whether all connections wait. Then an ``expand`` that fewer than
                 ``MANY_CONNECTIONS`` use is loaded only if it was quick before, and in a short
                 time; otherwise its viewers are excluded.

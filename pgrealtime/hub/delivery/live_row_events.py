@@ -1,4 +1,4 @@
-"""Events whose rows lack columns, completed with live rows for those who may see the live rows.
+"""Events whose rows lack columns, completed with live rows for groups that may see the live rows.
 
 A column that the WAL left out, and whose value at the event can't be proved (``evaluation.toast``),
 is shown only to groups whose rules admit the live row: they may know what it holds. To all others

@@ -1,4 +1,4 @@
-"""Renders events as messages: each record once for all who see the same of it.
+"""Renders events as messages: each record once for all subscribers that receive the same bytes.
 
 ``compose`` asks for the message of an event and a render key. A renderer belongs to one generation
 of collections, and makes the views and viewers of its subscriptions as well.
@@ -99,7 +99,7 @@ class RecordRenderer:
     def compile_expand(
         self, collection: Collection, request: RuleRequest, own_row: Row | None
     ) -> ExpandViewer | None:
-        """Return who a subscriber is to related records; None without ``expand``."""
+        """Return a subscriber as a viewer of related records; None without ``expand``."""
         return self._expand_compiler.compile_expand(collection, request, own_row)
 
     def set_subscription_view(

@@ -1,4 +1,4 @@
-"""Limits what clients' filters may take of this process and of PostgreSQL.
+"""Limits the time of this process and of PostgreSQL that clients' filters take.
 
 While others wait for a slice, all filters together have one ``FilterBudget``. A connection whose
 filter exceeds it is isolated: it reads on from the changelog by itself, with a budget of its own

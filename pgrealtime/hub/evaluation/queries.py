@@ -1,4 +1,4 @@
-"""What the hub asks PostgreSQL."""
+"""The interface through which the hub queries PostgreSQL."""
 
 from __future__ import annotations
 

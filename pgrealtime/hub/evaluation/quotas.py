@@ -1,4 +1,4 @@
-"""What the subscriptions of one connection, and of one network, may ask for.
+"""Limits the subscriptions of one connection, and of one network.
 
 The matcher checks these when it adds a subscription. Only subscriptions that the connection
 submitted before count, so that the same topics are refused whether they are new or bound again

@@ -1,1 +1,1 @@
-"""What a transaction means to subscribers."""
+"""Turns transactions into events, and divides them into slices."""

@@ -1,4 +1,4 @@
-"""What a transaction means to subscribers: row changes become creates, updates and deletes.
+"""Turns the row changes of a transaction into events: creates, updates and deletes.
 
 ``slices`` makes events of the changelog's transactions; evaluation and delivery work on them.
 """

@@ -1,9 +1,9 @@
 """Checks whether callers have changed in the database when rows are read live for them.
 
 An event shows its own record as of its change, but related records, and columns that the WAL left
-out, as they are on delivery. The database may be ahead of the stream: a user was banned,
-then a row was written that banned users may not see. So wherever such rows may have been written
-after the event, the callers' own rows are read in the same snapshot.
+out, as they are on delivery. The database may then be ahead of the stream: a user was banned, then
+a row was written that banned users may not see. So wherever such rows may have been written after
+the event, the callers' own rows are read in the same snapshot.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Related tables before a transaction: PostgreSQL evaluates the rows that it deleted against them.
 
 After it the rows that a deleted row pointed to may be gone or changed as well. The matcher and the
-renderer keep ``BeforeStates``; ``Evaluation`` puts the overlays into its questions.
+enricher keep ``BeforeStates``; ``Evaluation`` puts the overlays into its questions.
 """
 
 from __future__ import annotations
