@@ -1,4 +1,4 @@
-"""Lives many histories and prints what was counted: ``python -m tests.histories --help``."""
+"""Runs many histories and prints what was counted: ``python -m tests.histories --help``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tests.histories.history import History, open_world, scene_of
 
 
 async def live(
-    url: str, seed: str, histories: range, faults: float, *, tell: bool
+    url: str, seed: str, histories: range, faults: float, *, prints_stories: bool
 ) -> tuple[Counter[str], list[str]]:
-    """Live some histories of a world; return what was counted and what was wrong."""
+    """Run some histories of a world; return what was counted and what was wrong."""
     scene = scene_of(seed)
     counts: Counter[str] = Counter()
     wrong: list[str] = []
@@ -35,7 +35,7 @@ async def live(
                 counts[f"FAULT {type(error).__name__}"] += 1
                 break
             counts.update(findings.counts)
-            if tell:
+            if prints_stories:
                 print(*findings.stories, sep="\n", flush=True)
             wrong += [f"{seed}:{number} {scene.plugin} {fault}" for fault in findings.faults]
         counts.update(world.findings.counts)
@@ -52,14 +52,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", default="", help="WORLD or WORLD:HISTORY, as printed")
     parser.add_argument("--times", type=int, default=1, help="live the given seed so many times")
     parser.add_argument("--show", type=int, default=5, help="faults of a kind that are printed")
-    parser.add_argument("--story", action="store_true", help="all that concerned clients heard")
+    parser.add_argument(
+        "--story", action="store_true", help="all that the clients concerned received"
+    )
     parser.add_argument("--log", action="store_true", help="what the program says")
     parser.add_argument("--progress", action="store_true", help="say how far it is")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Run until so many histories were lived or the time is over."""
+    """Run until so many histories are done or the time is over."""
     options = _options()
     logging.disable(logging.CRITICAL)
     level = logging.INFO if options.log else logging.CRITICAL
@@ -84,7 +86,7 @@ def main() -> None:
         url = f"postgresql://postgres@127.0.0.1:{options.port}/{name}"
         try:
             counts, wrong = asyncio.run(
-                live(url, seed, histories, options.faults, tell=options.story)
+                live(url, seed, histories, options.faults, prints_stories=options.story)
             )
         finally:
             drop_database(admin, name)

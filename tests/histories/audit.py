@@ -1,4 +1,4 @@
-"""Compares what clients were sent with what they may see and are owed."""
+"""Compares what clients were sent with what they may see and must receive."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from tests.histories.ledger import (
     outcomes,
 )
 from tests.histories.reader import Client, Message, Stream, Topic
-from tests.histories.scene import DOCS, FILLER, Values, Who, sees_user
+from tests.histories.scene import DOCS, FILLER, CallerState, Values, sees_user
 
 _OWN = ("PB_CONNECT", "PB_CURSOR", "PB_RESYNC")
 _END_SECONDS = 4.0
-"""A connection isn't ended within a second of its first answer, and then at the next tick."""
+"""A connection stays open for a second after its first answer, and ends at the next tick."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A broken promise."""
+    """A violated guarantee."""
 
     kind: str
     text: str
@@ -41,10 +41,10 @@ class Fault:
 
 @dataclass(slots=True)
 class Findings:
-    """What an audit found.
+    """The results of audits.
 
     Attributes:
-        counts: Of what was owed, heard, left out, told and so on.
+        counts: Numbers of events owed, received, left out, notified as gaps and so on.
     """
 
     faults: list[Fault] = field(default_factory=list)
@@ -52,13 +52,13 @@ class Findings:
     stories: list[str] = field(default_factory=list)
 
     def fault(self, kind: str, *about: object) -> None:
-        """Note a broken promise."""
+        """Record a violated guarantee."""
         self.counts[f"FAULT {kind}"] += 1
         self.faults.append(Fault(kind, " | ".join(map(str, about))))
 
 
 def learn_cursors(ledger: Ledger, entries: Iterable[Entry]) -> None:
-    """Take the places of changes in the stream from the changelog, since ids are made of them."""
+    """Set the cursors of versions from the changelog, since message ids are made of them."""
     commit = 0
     for entry in entries:
         if not isinstance(entry, Transaction):
@@ -73,12 +73,12 @@ def learn_cursors(ledger: Ledger, entries: Iterable[Entry]) -> None:
 
 
 def _versions_of(ledger: Ledger, change: Change, commit: int) -> list[Version]:
-    """Return what a change of the stream is in the books; nothing if it isn't there.
+    """Return the ledger's versions that a change of the stream made, none if there is none.
 
     Args:
-        ledger: The books.
-        change: Of the stream.
-        commit: That of the change before.
+        ledger: All that was written.
+        change: A change of the stream.
+        commit: The commit of the change before.
     """
     table = change.table.name
     if isinstance(change, Truncate):
@@ -100,7 +100,7 @@ def _versions_of(ledger: Ledger, change: Change, commit: int) -> list[Version]:
 
 
 def version_of(ledger: Ledger, topic: Topic, message: Message) -> Version | None:
-    """Return the version that a message tells of."""
+    """Return the version that a message is the event of."""
     record, action = message.data["record"], message.data["action"]
     mark = record.get("mark")
     for one in reversed(ledger.rows.get((topic.collection, str(record.get("id"))), ())):
@@ -110,7 +110,7 @@ def version_of(ledger: Ledger, topic: Topic, message: Message) -> Version | None
 
 
 @dataclass(slots=True)
-class _Heard:
+class _Received:
     """A received message of a chain."""
 
     place: int
@@ -123,7 +123,7 @@ class _Gap:
     """A PB_RESYNC of a chain.
 
     Attributes:
-        reach: Up to where it speaks; None if it has no id.
+        reach: The cursor up to which it covers changes; None if it has no id.
     """
 
     place: int
@@ -131,7 +131,7 @@ class _Gap:
     reach: Cursor | None
 
     def claims(self, version: Version) -> bool | None:
-        """Whether it speaks of the version; None if nobody knows."""
+        """Return whether it covers the version; None if that is unknown."""
         names = self.message.data["collections"]
         if names and version.table not in names:
             return False
@@ -140,11 +140,12 @@ class _Gap:
         return self.reach >= version.cursor
 
 
-def _gaps_in(chain: Sequence[_Heard]) -> list[_Gap]:
-    """Return the gaps that were told.
+def _gaps_in(chain: Sequence[_Received]) -> list[_Gap]:
+    """Return the gaps that the chain was notified of.
 
-    One that is told together with another at the end of the same stretch leaves the id where it
-    was, since who breaks off in between has to be told again, and speaks up to that other's.
+    A gap that is sent together with another one at the end of a slice repeats the id before it,
+    since a client that disconnects in between must receive it again. It covers changes up to the
+    cursor of that other gap.
     """
     found: list[_Gap] = []
     for one, before in zip(reversed(chain), [*reversed(chain[:-1]), None], strict=True):
@@ -159,26 +160,26 @@ def _gaps_in(chain: Sequence[_Heard]) -> list[_Gap]:
     return found[::-1]
 
 
-def _untaken(chain: Sequence[_Heard]) -> list[_Heard]:
-    """Return what the last connection of a chain was sent when its client had left.
+def _untaken(chain: Sequence[_Received]) -> list[_Received]:
+    """Return what the last connection of a chain was sent after its client had disconnected.
 
-    A gap that follows events of its own stretch is among it, if the client left in between.
+    That includes a gap after the events of its own slice, if the client disconnected in between.
     """
     if not chain:
         return []
     stream, place = chain[-1].stream, chain[-1].place + 1
     rest = stream.messages[len(stream.received) :]
-    return [_Heard(place + at, message, stream) for at, message in enumerate(rest)]
+    return [_Received(place + at, message, stream) for at, message in enumerate(rest)]
 
 
 class Audit:
-    """Of one client.
+    """Checks what one client received.
 
     Args:
         ledger: What was written.
-        client: Who heard of it.
+        client: The client.
         first: The number of the first commit that counts.
-        findings: Where faults are noted.
+        findings: Receives the faults.
     """
 
     def __init__(self, ledger: Ledger, client: Client, first: int, findings: Findings) -> None:
@@ -254,14 +255,16 @@ class Audit:
         if not isinstance(record, dict):
             self._fault("no record", message.data)
             return
-        is_told = self._is_told_after(stream, message, version)
-        self._check_values(topic, version, message, record, is_told=is_told)
+        is_notified = self._is_notified_after(stream, message, version)
+        self._check_values(topic, version, message, record, is_notified=is_notified)
         if (
             topic.expand
             and version.table in DOCS
             and (not topic.fields or "expand" in topic.fields)
         ):
-            self._check_expand(topic, version, message, record.get("expand", {}), is_told=is_told)
+            self._check_expand(
+                topic, version, message, record.get("expand", {}), is_notified=is_notified
+            )
 
     def _outcomes(self, holds: Condition, version: Version, last: int) -> set[bool]:
         return outcomes(self._ledger, holds, version, self._client.person, last)
@@ -273,7 +276,7 @@ class Audit:
         message: Message,
         record: Mapping[str, Any],
         *,
-        is_told: bool,
+        is_notified: bool,
     ) -> None:
         table = version.table
         columns = COLUMNS[table] - {"note"}
@@ -288,11 +291,11 @@ class Audit:
             if table == "users" and name == "email":
                 self._check_email(version, message, record)
             elif name not in record:
-                self._note_left_out(version, name, message, is_told=is_told)
+                self._note_left_out(version, name, message, is_notified=is_notified)
             elif record[name] != version.values[name]:
                 self._check_other(topic, version, message, name, record[name])
         if table in DOCS and (not topic.fields or "liked_by" in topic.fields):
-            self._check_links(topic, version, message, record, is_told=is_told)
+            self._check_links(topic, version, message, record, is_notified=is_notified)
 
     def _check_hidden(self, version: Version, message: Message) -> None:
         if not self._is_superuser():
@@ -302,26 +305,26 @@ class Audit:
         return self._client.person == "root"
 
     def _note_left_out(
-        self, version: Version, name: str, message: Message, *, is_told: bool
+        self, version: Version, name: str, message: Message, *, is_notified: bool
     ) -> None:
         if name in version.in_wal:
             self._fault("withheld", version, name)
         elif version.action != "delete":
             self._into.counts[f"left out: {_how(name)}"] += 1
             if (
-                not is_told
+                not is_notified
                 and not self._is_proof_lost(version, message)
                 and next(self._later(version, message.begun), None) is None
             ):
                 self._fault("left out though nothing is newer", version, name, message.event)
 
     def _is_proof_lost(self, version: Version, message: Message) -> bool:
-        """Whether the stream may not have come in time to what a proof needs.
+        """Return whether the stream may have been too late at a position that a proof needs.
 
-        Events don't wait for that for long, and what can't be proved is left out: while the stream
-        is away, or for a moment after the table was altered; and when a transaction is open, whose
-        WAL the server may not flush before the next commit. Which WAL was flushed when nobody else
-        knows, nor when the program had the stream back.
+        Events wait only shortly for that, and what can't be proved is left out: while the stream is
+        disconnected, for a moment after the table was altered, and while a transaction is open,
+        whose WAL the server need not flush before the next commit. Neither the time of that flush
+        is known here nor when the program had the stream back.
         """
         return any(
             one.kind in ("walsender", "decoder")
@@ -334,8 +337,8 @@ class Audit:
             for one in self._ledger.happenings
         )
 
-    def _is_told_after(self, stream: Stream, message: Message, version: Version) -> bool:
-        """Whether the stream says, from that message on, that the collection must be loaded."""
+    def _is_notified_after(self, stream: Stream, message: Message, version: Version) -> bool:
+        """Return whether the stream notifies a gap of the collection, from that message on."""
         place = stream.messages.index(message)
         return stream.is_ended or any(
             one.event == "PB_RESYNC"
@@ -348,9 +351,10 @@ class Audit:
             if "email" in version.in_wal and version.values["emailVisibility"]:
                 self._fault("withheld", version, "email")
             return
-        people = self._ledger.people_at(self._client.person, version.commit, message.begun)
+        callers = self._ledger.callers_between(self._client.person, version.commit, message.begun)
         may = version.values["emailVisibility"] or any(
-            who.is_superuser or who.role == "admin" or who.id == version.record_id for who in people
+            caller.is_superuser or caller.role == "admin" or caller.id == version.record_id
+            for caller in callers
         )
         if not may or record["email"] != version.values["email"]:
             self._fault("LEAK of an address", version, message.event)
@@ -358,7 +362,7 @@ class Audit:
     def _check_other(
         self, topic: Topic, version: Version, message: Message, name: str, value: object
     ) -> None:
-        """A value that isn't the version's must be of a later one that the person may see."""
+        """Check that a value that isn't the version's is of a later one that the caller may see."""
         if name in version.in_wal:
             self._fault("wrong value", version, name, _short(value), _short(version.values[name]))
             return
@@ -396,7 +400,7 @@ class Audit:
         message: Message,
         record: Mapping[str, Any],
         *,
-        is_told: bool,
+        is_notified: bool,
     ) -> None:
         states = list(moments(self._ledger, version, message.begun))
         if version.is_rename or version.action == "delete":
@@ -405,7 +409,7 @@ class Audit:
         if "liked_by" not in record:
             if (
                 self._ledger.is_untouched_since(version, message.begun)
-                and not is_told
+                and not is_notified
                 and not self._is_proof_lost(version, message)
                 and version.action != "delete"
             ):
@@ -426,13 +430,13 @@ class Audit:
             for at, one in zip(states, possible, strict=True)
             if one == shown
         ]
-        people = self._ledger.people_at(self._client.person, version.commit, message.begun)
+        callers = self._ledger.callers_between(self._client.person, version.commit, message.begun)
         is_seen = any(
             row is not None
             and row.action in ("create", "update")
             and any(
-                holds(row.table, row.values, who, at)
-                for who in people
+                holds(row.table, row.values, caller, at)
+                for caller in callers
                 for at in states
                 if at.commit >= row.commit
             )
@@ -452,7 +456,7 @@ class Audit:
         message: Message,
         expand: Mapping[str, Any],
         *,
-        is_told: bool,
+        is_notified: bool,
     ) -> None:
         begun = message.begun
         for name, of in (("owner", "users"), ("team", "teams")):
@@ -461,7 +465,7 @@ class Audit:
             if shown is None:
                 if target and name in version.in_wal and self._is_owed(of, target, version, begun):
                     self._into.counts["left out: expand"] += 1
-                    if not is_told:
+                    if not is_notified:
                         self._fault("expand missing", version, name, target, topic.text)
                 continue
             if version.action != "delete" and shown.get("id") != target:
@@ -474,18 +478,18 @@ class Audit:
         """Return the versions of a related record that could be read for an event."""
         first = version.commit - (version.action == "delete")
         spans = [self._ledger.version(of, target, at) for at in range(first, last + 1)]
-        if version.action == "delete":  # which shows what there was at that very change
+        if version.action == "delete":  # it shows the state at that very change
             written = self._ledger.rows.get((of, target), ())
             spans += [one for one in written if one.commit == version.commit]
         return list({id(one): one for one in spans if one is not None}.values())
 
     def _is_owed(self, of: str, target: str, version: Version, last: int) -> bool:
-        """Whether the related record was there and to be seen all the time, and the same."""
+        """Return whether the related record existed, was visible and unchanged all the time."""
         live = self._live(of, target, version, last)
         if version.action == "delete" or len(live) != 1 or live[0].action == "delete":
             return False
-        people = self._ledger.people_at(self._client.person, version.commit, last)
-        return all(_sees(of, live[0].values, who) for who in people)
+        callers = self._ledger.callers_between(self._client.person, version.commit, last)
+        return all(_sees(of, live[0].values, caller) for caller in callers)
 
     def _check_related(
         self, of: str, version: Version, last: int, shown: Mapping[str, Any]
@@ -495,48 +499,48 @@ class Audit:
         if found is None or found not in live:
             self._fault("STALE expand", version, _short(shown), [str(one) for one in live])
             return
-        people = self._ledger.people_at(self._client.person, version.commit, last)
+        callers = self._ledger.callers_between(self._client.person, version.commit, last)
         if version.action == "delete":
-            people |= self._ledger.people_at(self._client.person, version.commit - 1, last)
-        if not any(_sees(of, found.values, who) for who in people):
+            callers |= self._ledger.callers_between(self._client.person, version.commit - 1, last)
+        if not any(_sees(of, found.values, caller) for caller in callers):
             self._fault("LEAK by expand", version, found, f"sent after {last}")
         for name in COLUMNS[of] & set(shown):
             if shown[name] != found.values[name]:
                 self._fault("wrong value in expand", version, name, _short(shown[name]))
-        if "email" in shown and not _may_have_address(found, people):
+        if "email" in shown and not _may_have_address(found, callers):
             self._fault("LEAK of an address by expand", version, found)
         if found.commit <= version.commit or version.action == "delete":
             return
-        # Written since: it is shown to who has the right to it still.
-        later = self._ledger.people_at(self._client.person, found.commit, last)
-        if not any(_sees(of, found.values, who) for who in later) or (
+        # Written since: it is shown to callers that still have the right.
+        later = self._ledger.callers_between(self._client.person, found.commit, last)
+        if not any(_sees(of, found.values, caller) for caller in later) or (
             "email" in shown and not _may_have_address(found, later)
         ):
             self._fault("LEAK by expand, of a later version", version, found, f"sent after {last}")
 
-    # --- what was received, and what was owed
+    # --- what was received, and what had to be
 
     def _check_chain(self, streams: Sequence[Stream], *, is_whole: bool) -> None:
         if not streams or streams[0].upto is None:
             return
         chain = [
-            _Heard(place, message, stream)
+            _Received(place, message, stream)
             for place, (message, stream) in enumerate(
                 (message, stream) for stream in streams for message in stream.received
             )
         ]
-        heard = self._heard(chain)
+        received = self._received(chain)
         self._check_repeats(chain)
         gaps = _gaps_in([*chain, *_untaken(chain)])
         self._class_gaps(gaps)
         ended = self._ledger.begun
         if not is_whole:
-            told = [
+            events = [
                 version.commit
                 for one in chain
                 if (version := self._version(one.message)) is not None
             ]
-            ended = max(told, default=0) - 1
+            ended = max(events, default=0) - 1
         for text, topic in self._client.by_text.items():
             for version in self._ledger.log:
                 if version.commit <= streams[0].upto or version.commit > ended:
@@ -545,13 +549,13 @@ class Audit:
                     "",
                     version.record_id,
                 ):
-                    self._check_owed(text, version, chain, heard, gaps)
+                    self._check_owed(text, version, chain, received, gaps)
 
     def _version(self, message: Message) -> Version | None:
         topic = self._client.by_text.get(message.event)
         return None if topic is None else version_of(self._ledger, topic, message)
 
-    def _heard(self, chain: Sequence[_Heard]) -> dict[tuple[str, int], int]:
+    def _received(self, chain: Sequence[_Received]) -> dict[tuple[str, int], int]:
         found: dict[tuple[str, int], int] = {}
         for one in chain:
             version = self._version(one.message)
@@ -559,8 +563,8 @@ class Audit:
                 found.setdefault((one.message.event, id(version)), one.place)
         return found
 
-    def _check_repeats(self, chain: Sequence[_Heard]) -> None:
-        """What lies before the position that a stream goes on from isn't sent again."""
+    def _check_repeats(self, chain: Sequence[_Received]) -> None:
+        """Check that nothing before the position that a stream resumes from is sent again."""
         position, stream, start = None, None, None
         for one in chain:
             if one.stream is not stream:
@@ -579,8 +583,8 @@ class Audit:
         self,
         text: str,
         version: Version,
-        chain: Sequence[_Heard],
-        heard: Mapping[tuple[str, int], int],
+        chain: Sequence[_Received],
+        received: Mapping[tuple[str, int], int],
         gaps: Sequence[_Gap],
     ) -> None:
         counts = self._into.counts
@@ -595,10 +599,10 @@ class Audit:
         )
         last = self._ledger.begun if passed is None else passed.message.begun
         if version.action == "truncate":
-            self._check_told_in_time(version, text, gaps, None)
-            if self._covered(version, gaps) is None and self._is_told_of_gaps():
-                told = [one.message for one in gaps if one.message.begun >= version.commit]
-                self._fault("truncate untold", version, text, told)
+            self._check_gap_is_timely(version, text, gaps, None)
+            if self._covered(version, gaps) is None and self._receives_gaps():
+                events = [one.message for one in gaps if one.message.begun >= version.commit]
+                self._fault("truncate not notified", version, text, events)
             return
         reads = self._reads(text, version)
         if version.action == "delete" and not reads <= version.in_wal:
@@ -606,31 +610,31 @@ class Audit:
         if self._outcomes(self._conditions[text], version, last) != {True}:
             return
         counts["owed"] += 1
-        place = heard.get((text, id(version)))
-        self._check_told_in_time(version, text, gaps, place)
+        place = received.get((text, id(version)))
+        self._check_gap_is_timely(version, text, gaps, place)
         covered = self._covered(version, gaps)
         if covered is None and self._is_covered_by_end(version, chain):
             covered = len(chain)
         if not reads <= version.in_wal:
             counts["owed unproved"] += 1
-            counts["heard unproved"] += place is not None
+            counts["received unproved"] += place is not None
         known = [one for one in (place, covered) if one is not None]
         is_passed = passed is not None and bool(known) and passed.place < min(known)
-        # A gap that is told later speaks of more than what was denied here.
+        # A gap that is notified later covers more than what was denied here.
         is_late = (not known or is_passed) and self._is_timed_out(reads, version, last)
-        how = "heard" if place is not None else "told as gap" if known else "lost"
+        how = "received" if place is not None else "notified as gap" if known else "lost"
         counts["denied by a time-out" if is_late else how] += 1
         if is_late:
             return
         if not known:
             kind = "" if reads <= version.in_wal else " (unproved)"
-            self._fault(f"owed and not heard{kind}", version, text, self._why(text))
+            self._fault(f"owed and not received{kind}", version, text, self._why(text))
         elif passed is not None and is_passed:
             kind = "" if reads <= version.in_wal else " (unproved)"
             self._fault(f"an id claims too much{kind}", version, text, passed.message.id)
 
     def _reads(self, text: str, version: Version) -> frozenset[str]:
-        """Return the columns that decide whether the version is heard of."""
+        """Return the columns that decide whether the version is received."""
         topic = self._client.by_text[text]
         found = frozenset[str]() if topic.filter is None else topic.filter.reads
         if self._is_superuser():
@@ -641,9 +645,9 @@ class Audit:
         return found if rule is None else found | rule.reads
 
     def _is_timed_out(self, reads: frozenset[str], version: Version, last: int) -> bool:
-        """Whether a rule's question about other tables ran into statement_timeout.
+        """Return whether a rule's query of other tables ran into statement_timeout.
 
-        That denies, says the configuration: it may be the rule that is slow.
+        That denies, as the configuration documents: the rule itself may be slow.
         """
         return bool(reads & {"team", "id"}) and any(
             one.kind == "lock"
@@ -659,7 +663,7 @@ class Audit:
         return f"rule {rule.text if rule else ''}; {kinds}"
 
     def story(self) -> list[str]:
-        """Tell what the client was sent, and what happened to the person, for who looks into it."""
+        """Return what the client was sent and what happened to its user, to analyse a fault."""
         lines = [f"--- {self._client}"]
         lines += [
             f"person: {version} role={version.values['role']!r}"
@@ -671,16 +675,16 @@ class Audit:
                 f" of {len(stream.messages)} ended={stream.is_ended}"
             )
             for message in stream.messages:
-                told = self._version(message)
-                what = _short(message.data) if told is None else f"{told} {told.cursor}"
+                events = self._version(message)
+                what = _short(message.data) if events is None else f"{events} {events.cursor}"
                 lines.append(f"  {message.begun} {message.event[:24]} {what} {message.id[-32:]}")
         return lines
 
-    def _is_told_of_gaps(self) -> bool:
+    def _receives_gaps(self) -> bool:
         return self._client.kind != "plain"
 
     def _covered(self, version: Version, gaps: Sequence[_Gap]) -> int | None:
-        """Return the place of the first gap after which readers found what became of a version."""
+        """Return the index of the first gap after which readers see the version's result."""
         return next(
             (
                 gap.place
@@ -690,28 +694,28 @@ class Audit:
             None,
         )
 
-    def _check_told_in_time(
+    def _check_gap_is_timely(
         self, version: Version, text: str, gaps: Sequence[_Gap], place: int | None
     ) -> None:
-        """The gap that stands for a version is told once readers see that.
+        """Check that the gap of a version is sent only when readers see the version's commit.
 
-        Versions that were heard before it are none of its causes.
+        Versions received before the gap are none of its causes.
         """
         first = next((gap for gap in gaps if gap.claims(version)), None)
         if first is None or (place is not None and place < first.place):
             return
         if first.message.visible < version.commit:
-            self._fault("a gap told before it can be seen", version, text, first.message)
+            self._fault("a gap notified before its cause is visible", version, text, first.message)
 
-    def _is_covered_by_end(self, version: Version, chain: Sequence[_Heard]) -> bool:
-        """Whether a connection that can't be told was ended for it; a second may pass before."""
+    def _is_covered_by_end(self, version: Version, chain: Sequence[_Received]) -> bool:
+        """Return whether a client without gap messages was disconnected instead, in time."""
         stream = chain[-1].stream
-        if self._is_told_of_gaps() or not stream.is_ended:
+        if self._receives_gaps() or not stream.is_ended:
             return False
         later = [
             one.message.at
             for one in chain
-            if (told := self._version(one.message)) is not None and told.commit > version.commit
+            if (events := self._version(one.message)) is not None and events.commit > version.commit
         ]
         return stream.ended_at - min(later, default=stream.ended_at) < _END_SECONDS
 
@@ -722,7 +726,7 @@ class Audit:
             cause = self._cause_of(reason, names, message.begun)
             self._into.counts[f"gap {reason}: {cause}"] += 1
             if cause == "nothing":
-                self._fault("a gap told for nothing", message, self._client)
+                self._fault("a gap without a cause", message, self._client)
 
     def _cause_of(self, reason: str, names: Sequence[str], begun: int) -> str:
         if reason == "schema" and names:
@@ -751,23 +755,23 @@ class Audit:
         return "nothing"
 
     def _written_with(self, names: Iterable[str]) -> set[str]:
-        """Return the tables that transactions wrote which wrote some of these, too."""
+        """Return these tables and all that were written in a transaction with one of them."""
         tables: dict[int, set[str]] = defaultdict(set)
         for version in self._ledger.log:
             tables[version.commit].add(version.table)
         return set(names).union(*(some for some in tables.values() if not some.isdisjoint(names)))
 
     def _has_lost_sight(self, names: Sequence[str], begun: int) -> bool:
-        """Whether the person expands what it sees by who it was, and became somebody else."""
+        """Return whether the client requests expand, and its user's rights changed."""
         is_expanding = any(
             topic.expand and (not names or topic.collection in names)
             for topic in self._client.topics
         )
-        people = self._ledger.people_at(self._client.person, self._first + 1, begun)
-        return is_expanding and len(people) > 1
+        callers = self._ledger.callers_between(self._client.person, self._first + 1, begun)
+        return is_expanding and len(callers) > 1
 
     def _has_unproved(self, names: Sequence[str], begun: int) -> bool:
-        """Whether something of the collections can't be judged or shown as it was."""
+        """Return whether an event of the collections can't be evaluated or shown as of its time."""
         for topic in self._client.topics:
             rule = self._rule(topic)
             reads = (rule.reads if rule else frozenset()) | (
@@ -781,16 +785,17 @@ class Audit:
                 if not reads <= version.in_wal or (topic.expand and self._has_lost_rows(version)):
                     return True
             if topic.expand and topic.collection in (names or (topic.collection,)):
-                # Who is behind isn't shown related records of after that.
-                people = {
-                    self._ledger.who(self._client.person, n) for n in range(self._first, begun + 1)
+                # A client that catches up isn't shown related records of later versions.
+                callers = {
+                    self._ledger.caller_at(self._client.person, n)
+                    for n in range(self._first, begun + 1)
                 }
-                if len(people) > 1:
+                if len(callers) > 1:
                     return True
         return False
 
     def _has_lost_rows(self, version: Version) -> bool:
-        """Whether what a deleted record led to was written with it, and the old row isn't kept."""
+        """Return whether a deleted record's related row was written with it, without old image."""
         if version.action != "delete" or self._ledger.scene.identity("users") == "full":
             return False
         return any(
@@ -802,15 +807,16 @@ class Audit:
         self._into.fault(kind, *about, f"[{self._client}]")
 
 
-def _sees(of: str, row: Values, who: Who) -> bool:
-    if who.is_superuser:
+def _sees(of: str, row: Values, caller: CallerState) -> bool:
+    if caller.is_superuser:
         return True
-    return sees_user(row, who) if of == "users" else bool(row["open"])
+    return sees_user(row, caller) if of == "users" else bool(row["open"])
 
 
-def _may_have_address(row: Version, people: Iterable[Who]) -> bool:
+def _may_have_address(row: Version, callers: Iterable[CallerState]) -> bool:
     return bool(row.values.get("emailVisibility", True)) or any(
-        who.is_superuser or who.role == "admin" or who.id == row.record_id for who in people
+        caller.is_superuser or caller.role == "admin" or caller.id == row.record_id
+        for caller in callers
     )
 
 

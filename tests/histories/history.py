@@ -37,13 +37,13 @@ from tests.histories.scene import (
 from tests.histories.writer import Connection, Writer
 
 CALM_SECONDS = 30.0
-"""For everybody to have everything when nothing happens any more."""
+"""For every client to receive everything after the last step."""
 HISTORY_SECONDS = 120.0
 """For all of a history, on however slow a machine."""
 _LOCK_SECONDS = 0.8
 """Longer than a statement of the program may take."""
 _REACH_SECONDS = 4.0
-"""For the stream to reach a position that a proof needs; less than an expand may take in all."""
+"""For the stream to reach a position that a proof needs; shorter than the limit of an expand."""
 KILL = (
     "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity"
     " WHERE datname = current_database() AND application_name LIKE 'pgrealtime%%'"
@@ -65,12 +65,12 @@ class World:
     service: RunningService
     ledger: Ledger
     connections: tuple[Connection, Connection]
-    looking: psycopg.Connection
+    reader_connection: psycopg.Connection
     histories: int = 0
     findings: Findings = field(default_factory=Findings)
 
     async def admit(self, person: Person) -> Caller:
-        """Recognise a person by a token."""
+        """Return the caller that a token of this user makes."""
         if not person:
             return Caller()
         claims = {"sub": person, "exp": time.time() + 3600}
@@ -82,38 +82,38 @@ class World:
         )
 
     @property
-    def probe(self) -> QueryExecutor:
-        """What the program asks the database with."""
-        probe = self.service.hub._executor
-        assert isinstance(probe, QueryExecutor)
-        return probe
+    def executor(self) -> QueryExecutor:
+        """The executor of the program's queries."""
+        executor = self.service.hub._executor
+        assert isinstance(executor, QueryExecutor)
+        return executor
 
     def forget_slowness(self) -> None:
-        """Let the program forget what was slow, so that no history depends on those before."""
-        self.probe._rounds.breakers = CircuitBreakers(time.monotonic)
-        self.probe._live_rows._unreadable_until.clear()
+        """Reset what the program measured as slow: histories must not depend on earlier ones."""
+        self.executor._rounds.breakers = CircuitBreakers(time.monotonic)
+        self.executor._live_rows._unreadable_until.clear()
 
     def look(self) -> int:
         """Return the last commit that readers see."""
-        row = self.looking.execute("SELECT max(n) FROM ledger").fetchone()
+        row = self.reader_connection.execute("SELECT max(n) FROM ledger").fetchone()
         assert row is not None
         return int(row[0] or 0)
 
     def client(self, person: Person, kind: Kind, *topics: Topic) -> Client:
         """Return a client that isn't connected yet."""
-        everybody = (*topics, Topic(collection="fence"))
+        subscribed = (*topics, Topic(collection="fence"))
         return Client(
             self.service.hub,
             self.ledger,
             person=person,
             kind=kind,
-            topics=tuple({topic.text: topic for topic in everybody}.values()),
+            topics=tuple({topic.text: topic for topic in subscribed}.values()),
             admit=self.admit,
             look=self.look,
         )
 
     async def check_books(self, writer: Writer) -> None:
-        """Compare what the ledger says of who may see what with what Postgres says."""
+        """Compare the ledger's verdicts on what each user may see with PostgreSQL's."""
         at = self.ledger.at(self.ledger.begun)
         for docs in DOCS:
             for is_list in (True, False):
@@ -129,16 +129,18 @@ class World:
                     .encode(),
                     [writer.users, writer.docs[docs]],
                 )
-                told = set(await cursor.fetchall())
-                people = [self.ledger.who(one, self.ledger.begun) for one in ("", *writer.users)]
+                evaluated = set(await cursor.fetchall())
+                callers = [
+                    self.ledger.caller_at(one, self.ledger.begun) for one in ("", *writer.users)
+                ]
                 books = {
-                    (row["mark"], who.id)
+                    (row["mark"], caller.id)
                     for record_id in writer.docs[docs]
                     if (row := self.ledger.row(docs, record_id, self.ledger.begun)) is not None
-                    for who in people
-                    if rule.admits(docs, row, who, at)
+                    for caller in callers
+                    if rule.admits(docs, row, caller, at)
                 }
-                assert told == books, (rule, told ^ books)
+                assert evaluated == books, (rule, evaluated ^ books)
 
 
 @asynccontextmanager
@@ -151,19 +153,19 @@ async def open_world(scene: Scene, url: str) -> AsyncIterator[World]:
             )
             for _ in range(2)
         ]
-        looking = stack.enter_context(psycopg.connect(url, autocommit=True))
-        # On a busy machine the stream takes longer than events would be kept waiting for it.
+        reader_connection = stack.enter_context(psycopg.connect(url, autocommit=True))
+        # On a busy machine the stream takes longer than events may wait for it.
         stack.enter_context(patch.object(reader, "_LSN_WAIT_SECONDS", _REACH_SECONDS))
         await first.execute(schema(scene).encode())
         slot = f"h_{url.rpartition('/')[2]}"
         service = await stack.enter_async_context(run_service(configuration(scene, url, slot)))
-        yield World(scene, url, service, Ledger(scene), (first, second), looking)
+        yield World(scene, url, service, Ledger(scene), (first, second), reader_connection)
     if scene.is_durable:
         await drop_slot(url, slot)
 
 
 async def drop_slot(url: str, slot: str) -> None:
-    """Drop the slot that outlives the program."""
+    """Drop the slot, which outlives the program."""
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         for _ in range(50):
             try:
@@ -178,13 +180,13 @@ Move: TypeAlias = Callable[[], Awaitable[None]]
 
 
 class History:
-    """What happens with fresh rows, people and readers in a world.
+    """One history: fresh rows, users and readers in a world.
 
     Args:
-        world: Where.
-        seed: Decides everything but what takes how long.
-        faults: How likely each step is to be a fault.
-        skip: Steps to leave out; the others stay what they are.
+        world: Database and program.
+        seed: Decides everything except durations.
+        faults: Probability that a step is a fault.
+        skip: Steps to leave out; the others stay the same.
     """
 
     def __init__(
@@ -205,10 +207,10 @@ class History:
         self._start = world.service.hub._changelog.end_cursor
         self._decoder_failures = self._count_decoder_failures()
         world.forget_slowness()
-        self._unasked = world.probe.unanswered_counts.copy()
+        self._unasked = world.executor.unanswered_counts.copy()
 
     async def run(self) -> Findings:
-        """Live it, and return what is wrong."""
+        """Run all steps, and return what is wrong."""
         rng = self.rng
         async with asyncio.timeout(HISTORY_SECONDS), self.audited() as findings:
             self.clients = [self._random_client() for _ in range(rng.choice([4, 5, 6]))]
@@ -223,7 +225,7 @@ class History:
 
     @asynccontextmanager
     async def audited(self) -> AsyncIterator[Findings]:
-        """Write the first rows; at the end bring everything to rest and find what is wrong."""
+        """Write the first rows; at the end wait until all is delivered, and audit it."""
         world, findings = self.world, Findings()
         topics = [Topic(collection=name) for name in ("users", "teams", "members", *DOCS)]
         witness = world.client(ROOT, "position", *topics)
@@ -241,10 +243,10 @@ class History:
         if failures := self._count_decoder_failures() - self._decoder_failures:
             # After an ALTER PostgreSQL's decoder may fail each time at one place of the WAL that a
             # durable slot is sent again ("could not open toast relation", "pfree called with
-            # invalid pointer"). That place is passed over, with what follows it.
+            # invalid pointer"). The stream skips that position and what follows it.
             world.ledger.happens("decoder")
             findings.counts["failures of the server's decoder"] += failures
-        for (_, why), count in (world.probe.unanswered_counts - self._unasked).items():
+        for (_, why), count in (world.executor.unanswered_counts - self._unasked).items():
             findings.counts[f"questions: {why}"] += count
         changelog = world.service.hub._changelog
         learn_cursors(
@@ -261,7 +263,7 @@ class History:
     def _random_client(self) -> Client:
         rng = self.rng
         person = rng.choice(["", *self.writer.users, *self.writer.users, ROOT])
-        kind: Kind = rng.choice(["position", "position", "cursor", "cursor", "told", "plain"])
+        kind: Kind = rng.choice(["position", "position", "cursor", "cursor", "resync", "plain"])
         topics = [self._random_topic() for _ in range(rng.choice([1, 2, 3]))]
         return self.world.client(person, kind, *topics)
 
@@ -358,25 +360,25 @@ class History:
         await fault()
 
     async def kill_queries(self) -> None:
-        """End the connections on which the program asks."""
+        """End the connections that the program queries with."""
         self.world.ledger.happens("queries")
         await self.world.connections[0].execute(KILL.encode(), ["client backend"])
 
     async def kill_walsender(self) -> None:
-        """End the stream."""
+        """End the replication connection."""
         if self.world.scene.is_durable or not self._under_way:
             await self.writer.finish()  # making a slot waits for it
             self.world.ledger.happens("walsender")
             await self.world.connections[0].execute(KILL.encode(), ["walsender"])
 
     async def kill_everything(self) -> None:
-        """End all of the program's connections, without waiting for it."""
+        """End all of the program's connections, without waiting until they are gone."""
         self.world.ledger.happens("walsender")
         self.world.ledger.happens("queries")
         await self.world.connections[0].execute(KILL_ALL)
 
     async def lock(self, docs: str = "") -> None:
-        """Let a table be locked for longer than a question may take, while others are written."""
+        """Lock a table for longer than a query may take, while others are written."""
         docs = docs or self.rng.choice([*DOCS, "teams", "teams", "members", *LIKES.values()])
         if self.writer.is_open or docs in self.writer.locked:
             return
@@ -407,7 +409,7 @@ class History:
             return
         if self.world.scene.is_durable:
             # A slot that is read again from before an ALTER can crash PostgreSQL 17's walsender
-            # (signal 11), and so the server with all who use it.
+            # (signal 11), and so the server with all its clients.
             return
         self._alters += 1
         name = f"x{self.world.histories}_{self._alters}"
@@ -449,11 +451,11 @@ class History:
             before = [len(client.streams[-1].messages) for client in clients]
             await self.writer.fence(name)
             is_fence = partial(_is_of, "fence/*", name)
-            heard = [
-                await client.hear(is_fence, since)
+            received = [
+                await client.wait_received(is_fence, since)
                 for client, since in zip(clients, before, strict=True)
             ]
-            if all(heard):
+            if all(received):
                 return
 
 
@@ -462,5 +464,5 @@ def _is_of(event: str, record_id: str, message: Message) -> bool:
 
 
 def scene_of(seed: str) -> Scene:
-    """The scene of a world's seed."""
+    """Return the scene of a world's seed."""
     return random_scene(random.Random(seed))

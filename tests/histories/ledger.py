@@ -1,4 +1,4 @@
-"""The writer's books: every version of every row, in the order of commits, and who may see it."""
+"""The ledger of the writer: every version of every row, in commit order, and who may see it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Literal, TypeAlias
 
 from pgrealtime.lsn import Cursor
-from tests.histories.scene import DOCS, LIKES, Rule, Scene, Values, Who, sees_user
+from tests.histories.scene import DOCS, LIKES, CallerState, Rule, Scene, Values, sees_user
 
 Action: TypeAlias = Literal["create", "update", "delete", "truncate"]
 HappeningKind: TypeAlias = Literal[
@@ -27,15 +27,16 @@ _KEYS = {"default": frozenset({"id"}), "index": frozenset({"id", "kind"})}
 
 @dataclass(eq=False, slots=True)
 class Version:
-    """What one statement made of one row.
+    """The state that one statement gave one row.
 
     Attributes:
-        values: The row; of one that is deleted as it was.
+        values: The row; the last state of a deleted one.
         in_wal: The columns that the stream has of it.
-        commit: Its number; 0 while the transaction is open.
-        is_last: Whether the transaction left the row like this.
-        cursor: Of its event, if it is known.
-        is_rename: Whether a changed key deletes it: the next version is of the same change.
+        commit: The commit's number; 0 while the transaction is open.
+        is_last: Whether it is the row's state at the end of the transaction.
+        cursor: The event's cursor, if it is known.
+        is_rename: Whether it is the delete of a changed key: the next version is of the same
+            change.
     """
 
     table: str
@@ -56,11 +57,11 @@ class Version:
 
 @dataclass(slots=True)
 class Happening:
-    """Something beside rows that may make a gap, or keep a proof away.
+    """A cause of gaps or missing proofs other than changes of rows.
 
     Attributes:
-        since: The last commit that was begun when it began.
-        upto: The last one that was begun when it was over; None while it goes on.
+        since: The last commit sent before it began.
+        upto: The last commit sent before it was over; None while it goes on.
     """
 
     kind: HappeningKind
@@ -74,8 +75,8 @@ class Ledger:
     """All that was written.
 
     Attributes:
-        begun: The last commit that was sent.
-        done: The last commit that was answered.
+        begun: The number of the last commit that was sent.
+        done: The number of the last commit that was acknowledged.
     """
 
     scene: Scene
@@ -85,20 +86,20 @@ class Ledger:
     rows: dict[tuple[str, str], list[Version]] = field(default_factory=lambda: defaultdict(list))
     by_mark: dict[str, Version] = field(default_factory=dict)
     log: list[Version] = field(default_factory=list)
-    """In order."""
+    """All versions in order."""
     happenings: list[Happening] = field(default_factory=list)
     likers: dict[tuple[str, str], set[str]] = field(default_factory=lambda: defaultdict(set))
-    """Who ever liked a record."""
+    """The users that ever liked a record."""
     _touched: dict[int, set[tuple[str, str]]] = field(default_factory=lambda: defaultdict(set))
     _states: dict[tuple[int, int], State] = field(default_factory=dict)
 
     def mark(self) -> str:
-        """Return a text that is nowhere else."""
+        """Return a new unique text."""
         self.marks += 1
         return f"v{self.marks}"
 
     def begin_commit(self, versions: Iterable[Version]) -> int:
-        """Note a transaction whose COMMIT is about to be sent; return its number."""
+        """Record a transaction whose COMMIT is about to be sent; return its number."""
         self.begun += 1
         last: dict[tuple[str, str], Version] = {}
         for order, version in enumerate(versions):
@@ -118,13 +119,13 @@ class Ledger:
         return self.begun
 
     def happens(self, kind: HappeningKind, table: str = "") -> Happening:
-        """Note the beginning of what may make a gap."""
+        """Record the beginning of a possible cause of gaps."""
         happening = Happening(kind, table, self.begun)
         self.happenings.append(happening)
         return happening
 
     def is_touched(self, table: str, record_id: str, commit: int) -> bool:
-        """Whether the commit wrote the row."""
+        """Return whether the commit wrote the row."""
         return (table, record_id) in self._touched.get(commit, ())
 
     def version(self, table: str, record_id: str, commit: int, without: int = 0) -> Version | None:
@@ -134,7 +135,7 @@ class Ledger:
             table: The table.
             record_id: The row's id.
             commit: The moment.
-            without: A commit whose changes of the row are undone, with all since.
+            without: A commit whose changes of the row, and all later ones, don't count.
         """
         upto = commit
         if without and without <= commit and self.is_touched(table, record_id, without):
@@ -147,9 +148,10 @@ class Ledger:
         return found
 
     def likes_at(self, version: Version) -> frozenset[str]:
-        """Return who liked a record as a version of it left it, amid its transaction.
+        """Return the users that liked a record at one of its versions, within its transaction.
 
-        Links that are made before the transaction's next change of the record are the version's.
+        Links that are made before the transaction's next change of the record belong to the
+        version.
         """
         versions = self.rows[version.table, version.record_id]
         later = (one for one in versions if one.commit == version.commit)
@@ -164,7 +166,7 @@ class Ledger:
         return frozenset(found)
 
     def is_untouched_since(self, version: Version, commit: int) -> bool:
-        """Whether neither the record nor who likes it was written after a version."""
+        """Return whether neither the record nor its likes were written after a version."""
         place = version.commit, version.order
         keys = [(version.table, version.record_id)] + [
             (LIKES[version.table], f"{version.record_id}|{user}")
@@ -188,28 +190,27 @@ class Ledger:
             self._states[key] = State(self, commit, without)
         return self._states[key]
 
-    def who(self, person: Person, commit: int) -> Who:
-        """Return who the person was."""
+    def caller_at(self, person: Person, commit: int) -> CallerState:
+        """Return the user's identity at a commit."""
         if person == ROOT:
-            return Who(ROOT, "", is_superuser=True)
+            return CallerState(ROOT, "", is_superuser=True)
         row = self.row("users", person, commit) if person else None
-        return Who() if row is None else Who(person, row["role"])
+        return CallerState() if row is None else CallerState(person, row["role"])
 
-    def people_at(self, person: Person, first: int, last: int) -> set[Who]:
-        """Return whoever the person was from one commit to another.
+    def callers_between(self, person: Person, first: int, last: int) -> set[CallerState]:
+        """Return every identity that the user had from one commit to another.
 
-        A commit that changes the person does so at its place among the changes, and may do so
-        more than once.
+        A commit that changes the user does so at one of its changes, and may do so more than once.
         """
         start = first - 1 if self.is_touched("users", person, first) else first
-        people = {self.who(person, commit) for commit in range(start, last + 1)}
+        callers = {self.caller_at(person, commit) for commit in range(start, last + 1)}
         if person and person != ROOT:
-            people.update(
-                Who() if one.action == "delete" else Who(person, one.values["role"])
+            callers.update(
+                CallerState() if one.action == "delete" else CallerState(person, one.values["role"])
                 for one in self.rows.get(("users", person), ())
                 if first <= one.commit <= last
             )
-        return people
+        return callers
 
     def columns_in_wal(self, table: str, action: Action, changed: Iterable[str]) -> frozenset[str]:
         """Return the columns that the stream brings of a change.
@@ -259,7 +260,7 @@ COLUMNS: Mapping[str, frozenset[str]] = {
 
 @dataclass(slots=True)
 class State:
-    """The tables at a moment, as rules ask about them."""
+    """The tables at one moment, as rules read them."""
 
     ledger: Ledger
     commit: int
@@ -274,12 +275,12 @@ class State:
         )
 
     def is_open(self, team: str) -> bool:
-        """Whether there is the team, and it is open."""
+        """Whether the team exists and is open."""
         row = self.ledger.row("teams", team, self.commit, self.without)
         return row is not None and bool(row["open"])
 
     def likes(self, docs: str, record_id: str) -> frozenset[str]:
-        """Who likes the record."""
+        """Return the users that like the record."""
         return frozenset(
             user
             for user in self.ledger.likers.get((docs, record_id), ())
@@ -288,27 +289,27 @@ class State:
         )
 
     def is_there(self, user: str) -> bool:
-        """Whether there is the user."""
+        """Whether the user exists."""
         return self.ledger.row("users", user, self.commit, self.without) is not None
 
 
-Condition: TypeAlias = Callable[[str, Values, Who, State], bool]
+Condition: TypeAlias = Callable[[str, Values, CallerState, State], bool]
 
 
 @lru_cache(maxsize=64)
 def condition(table: str, rule: Rule | None, filter_: Rule | None) -> Condition:
-    """Return what must hold for somebody to hear of a row of the table."""
+    """Return the condition for a user to receive an event of the table."""
 
-    def holds(docs: str, row: Values, who: Who, at: State) -> bool:
-        if filter_ is not None and not filter_.admits(docs, row, who, at):
+    def holds(docs: str, row: Values, caller: CallerState, at: State) -> bool:
+        if filter_ is not None and not filter_.admits(docs, row, caller, at):
             return False
-        if who.is_superuser:
+        if caller.is_superuser:
             return True
         if table == "users":
-            return sees_user(row, who)
+            return sees_user(row, caller)
         if table == "teams":
             return bool(row["open"])
-        return table == "fence" or (rule is not None and rule.admits(docs, row, who, at))
+        return table == "fence" or (rule is not None and rule.admits(docs, row, caller, at))
 
     return holds
 
@@ -316,26 +317,26 @@ def condition(table: str, rule: Rule | None, filter_: Rule | None) -> Condition:
 def outcomes(
     ledger: Ledger, holds: Condition, version: Version, person: Person, last: int
 ) -> set[bool]:
-    """Return whatever may be decided about a version from its commit to another.
+    """Return all verdicts that a version may get from its commit to another.
 
-    The row is judged as that version left it (one that is deleted as it was), who asks and what is
-    related as of the commit or of any later moment.
+    The row is evaluated as that version left it (before its delete, if it is one); the caller and
+    related rows as of the commit or of any later moment.
     """
-    people = ledger.people_at(person, version.commit, max(last, version.commit))
+    callers = ledger.callers_between(person, version.commit, max(last, version.commit))
     return {
-        holds(version.table, version.values, who, at)
+        holds(version.table, version.values, caller, at)
         for at in moments(ledger, version, last)
-        for who in people
+        for caller in callers
     }
 
 
 def moments(ledger: Ledger, version: Version, last: int) -> Iterator[State]:
-    """The moments at which what is related to a version may be read."""
+    """Yield the moments at which rows related to a version may be read."""
     if version.action != "delete":
         for commit in range(version.commit, max(last, version.commit) + 1):
             yield ledger.at(commit)
         return
-    # What the transaction found: its own changes don't count.
+    # The state before the transaction: its own changes don't count.
     yield ledger.at(version.commit - 1)
     for commit in range(version.commit, max(last, version.commit) + 1):
         yield ledger.at(commit, version.commit)

@@ -1,4 +1,4 @@
-"""Clients in memory: what was written to each, what it took of that, and with what it came back."""
+"""Clients in memory: what was written to each, what it read of that, and where it resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pgrealtime.lsn import Cursor, parse_position
 from tests.histories.ledger import ROOT, Ledger, Person
 from tests.histories.scene import Rule
 
-Kind: TypeAlias = Literal["position", "cursor", "told", "plain"]
+Kind: TypeAlias = Literal["position", "cursor", "resync", "plain"]
 """With ids; with PB_CURSOR, as the SDK does; without ids but with PB_RESYNC; without any."""
 
 _PAUSE = 0.05
@@ -27,19 +27,19 @@ _PAUSE = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topic:
-    """What is asked for, taken apart."""
+    """A topic in its parts."""
 
     collection: str
     record_id: str = ""
-    """Empty is all of the collection."""
+    """Empty for all of the collection."""
     filter: Rule | None = None
     fields: tuple[str, ...] = ()
-    """Empty is all of them."""
+    """Empty for all fields."""
     expand: bool = False
 
     @property
     def text(self) -> str:
-        """As it is submitted."""
+        """The topic as it is submitted."""
         query: dict[str, str] = {}
         if self.filter is not None:
             query["filter"] = self.filter.text
@@ -53,12 +53,12 @@ class Topic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """What a client was sent.
+    """A message that a client was sent.
 
     Attributes:
-        position: That of the id; None if it has none.
-        begun: The last commit that was begun when it was written.
-        at: When that was, monotonic seconds.
+        position: The position in its id; None if it has none.
+        begun: The last commit sent before the message was written.
+        at: The time of that, in monotonic seconds.
         visible: The last commit that readers saw then; of gaps only.
     """
 
@@ -77,10 +77,10 @@ class Stream:
 
     Attributes:
         messages: What was written to it.
-        after: The last commit that was answered before it subscribed.
-        upto: The last one that was begun when its call was answered; None if it never was.
-        taken: How many messages the client took before it left.
-        goes_on: Whether it came with a position.
+        after: The last commit acknowledged before it subscribed.
+        upto: The last one sent before its call was answered; None if it never was.
+        taken: How many messages the client read before it left.
+        goes_on: Whether it resumed from a position.
     """
 
     goes_on: bool
@@ -89,17 +89,17 @@ class Stream:
     upto: int | None = None
     taken: int | None = None
     is_ended: bool = False
-    """By the program."""
+    """Whether the program ended it."""
     ended_at: float = 0.0
 
     @property
     def received(self) -> list[Message]:
-        """What the client has of it."""
+        """The messages that the client has read of it."""
         return self.messages[: self.taken]
 
 
 class _Sink:
-    """Takes everything at once, or nothing while it is stuck."""
+    """A sink that accepts everything at once, or nothing while it is stuck."""
 
     def __init__(self, client: Client, stream: Stream) -> None:
         self._client, self._stream = client, stream
@@ -140,12 +140,12 @@ class _Sink:
 
 
 class Client:
-    """A subscriber that comes back whenever it has to.
+    """A subscriber that reconnects whenever it has to.
 
     Args:
-        hub: Whose connections it has.
-        ledger: Tells what was written when.
-        admit: Recognises the person.
+        hub: The hub that it connects to.
+        ledger: Knows which commits were sent and acknowledged.
+        admit: Makes the caller of a user.
         look: Returns the last commit that readers see, at once.
     """
 
@@ -179,7 +179,7 @@ class Client:
         return self.kind in ("position", "cursor")
 
     def take(self, stream: Stream, data: bytes) -> None:
-        """Note what is written to it."""
+        """Record what is written to it."""
         for text in data.decode().split("\n\n"):
             lines = dict(line.split(":", 1) for line in text.split("\n") if ":" in line[1:])
             if "event" not in lines:
@@ -209,7 +209,7 @@ class Client:
 
     @property
     def is_served(self) -> bool:
-        """Whether it has a connection whose topics count."""
+        """Whether it has a connection whose subscriptions are in force."""
         return (
             self._connection is not None
             and bool(self.streams)
@@ -232,7 +232,7 @@ class Client:
         await asyncio.sleep(_PAUSE)
 
     async def _open(self) -> None:
-        self._leave(None)  # what the program has ended: it knows all that it took of that
+        self._leave(None)  # ended by the program: the client has all that it read of it
         goes_on = self.resumes and bool(self._last_id)
         stream = Stream(goes_on)
         sink = self._sink = _Sink(self, stream)
@@ -249,26 +249,26 @@ class Client:
                 await sink.arrived.wait()
         stream.after = self.ledger.done
         caller = await self._admit(self.person)
-        own = {"cursor": ("PB_CURSOR", "PB_RESYNC"), "told": ("PB_RESYNC",)}.get(self.kind, ())
+        own = {"cursor": ("PB_CURSOR", "PB_RESYNC"), "resync": ("PB_RESYNC",)}.get(self.kind, ())
         texts = [topic.text for topic in self.topics]
         await self._hub.subscribe(connection.id, [*texts, *own], caller, "127.0.0.1")
         stream.upto = self.ledger.begun
 
     def stall(self) -> None:
-        """Take nothing more for now."""
+        """Stop reading for now."""
         if self._sink is not None:
             self._sink.is_stuck = True
 
     def go_on(self) -> None:
-        """Take what waits."""
+        """Read what waits."""
         if self._sink is not None:
             self._sink.free()
 
     async def break_off(self, choose: Callable[[int], int]) -> None:
-        """Lose the connection, with some of what was sent under way.
+        """Lose the connection, with some of what was sent still on its way.
 
         Args:
-            choose: Of how many messages that may be lost, how many are.
+            choose: Given the number of messages that may be lost, returns how many are.
         """
         if self._task is not None and not self._task.done():
             return
@@ -282,7 +282,7 @@ class Client:
     def _leave(self, taken: int | None) -> None:
         if self._connection is not None:
             if self._connection.close_reason and not self.streams[-1].is_ended:
-                # It was about to be ended, as soon as its client could bear that.
+                # The program was about to end it, after the minimum time of a connection.
                 self.streams[-1].is_ended, self.streams[-1].ended_at = True, time.monotonic()
             self._hub.remove_connection(self._connection)
             self._connection = None
@@ -299,15 +299,15 @@ class Client:
                 elif self.resumes and message.event != "PB_CONNECT":
                     raise AssertionError(f"no position: {message}")
 
-    async def hear(self, is_it: Callable[[Message], bool], since: int) -> bool:
-        """Wait for a message on the connection of now.
+    async def wait_received(self, is_it: Callable[[Message], bool], since: int) -> bool:
+        """Wait for a message on the current connection.
 
         Args:
-            is_it: Which one.
-            since: How many messages there were when it was caused.
+            is_it: Selects the message.
+            since: The number of messages when it was caused.
 
         Returns:
-            Whether it came before the end, and before a gap that it may be in.
+            Whether it came before the end, and before a gap that may cover it.
         """
         stream, sink = self.streams[-1], self._sink
         assert sink is not None
@@ -325,14 +325,14 @@ class Client:
             await sink.arrived.wait()
 
     async def close(self) -> None:
-        """Leave for good."""
+        """Disconnect for good."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
         self._leave(None)
 
     def mind_end(self) -> None:
-        """Come back if the program ended the connection."""
+        """Reconnect if the program ended the connection."""
         if self.streams and self.streams[-1].is_ended and (self._task is None or self._task.done()):
             self._leave(None)
             self.connect()

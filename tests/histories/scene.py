@@ -1,6 +1,6 @@
 """Tables, rules and filters of random histories, each rule in three forms that must agree.
 
-The text is the program's; the SQL is asked of Postgres and the function of the writer's books.
+The program has the text, PostgreSQL evaluates the SQL, and the ledger calls the function.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ IDENTITIES: tuple[Identity, ...] = ("default", "index", "full")
 DOCS = tuple(f"docs_{identity}" for identity in IDENTITIES)
 LIKES = {docs: f"likes_{docs}" for docs in DOCS}
 FILLER = "x" * 2100
-"""With it a value is TOASTed."""
+"""A text long enough to be TOASTed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Who:
-    """A person at a moment: a guest has no id."""
+class CallerState:
+    """A caller's identity at one moment: a guest has no id."""
 
     id: str = ""
     role: str = ""
@@ -34,22 +34,22 @@ class Who:
 
 
 class At(Protocol):
-    """The tables at a moment, as far as rules ask."""
+    """The tables at one moment, as rules read them."""
 
     def is_member(self, team: str, user: str) -> bool:
         """Whether the user is a member of the team."""
         ...
 
     def is_open(self, team: str) -> bool:
-        """Whether there is the team, and it is open."""
+        """Whether the team exists and is open."""
         ...
 
     def likes(self, docs: str, record_id: str) -> frozenset[str]:
-        """Who likes the record."""
+        """Return the users that like the record."""
         ...
 
     def is_there(self, user: str) -> bool:
-        """Whether there is the user."""
+        """Whether the user exists."""
         ...
 
 
@@ -59,13 +59,15 @@ class Rule:
 
     text: str
     sql: str
-    """Of the row ``r``, the person ``p`` and the collection's junction table ``{likes}``."""
+    """With ``r`` for the row, ``p`` for the user and ``{likes}`` for the junction table."""
     reads: frozenset[str]
-    admits: Callable[[str, Values, Who, At], bool]
-    """Of the collection's name, the row, the person and the moment."""
+    admits: Callable[[str, Values, CallerState, At], bool]
+    """Takes the collection's name, the row, the identity and the tables."""
 
 
-def _rule(text: str, sql: str, reads: str, admits: Callable[[str, Values, Who, At], bool]) -> Rule:
+def _rule(
+    text: str, sql: str, reads: str, admits: Callable[[str, Values, CallerState, At], bool]
+) -> Rule:
     return Rule(text=text, sql=sql, reads=frozenset(reads.split()), admits=admits)
 
 
@@ -154,20 +156,20 @@ FILTERS = {
         lambda _d, r, _w, a: a.is_open(r["team"]),
     ),
 }
-"""What clients may ask for."""
+"""The filters that clients may submit."""
 
 USERS_RULE = 'shown = true || (@request.auth.id != "" && id = @request.auth.id)'
 TEAMS_RULE = "open = true"
 
 
-def sees_user(row: Values, who: Who) -> bool:
-    """Whether USERS_RULE admits the row."""
-    return bool(row["shown"]) or (who.id != "" and row["id"] == who.id)
+def sees_user(row: Values, caller: CallerState) -> bool:
+    """Return whether USERS_RULE admits the row."""
+    return bool(row["shown"]) or (caller.id != "" and row["id"] == caller.id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """What a stretch of histories has in common: one database, one running program.
+    """What histories of one world share: schema, rules and configuration.
 
     Attributes:
         rules: By collection, the names of the list rule and the view rule.
@@ -184,7 +186,7 @@ class Scene:
         return RULES[self.rules[collection][0 if is_list else 1]]
 
     def identity(self, table: str) -> Identity:
-        """What the table logs of old rows."""
+        """Return the replica identity of the table."""
         return self.users_identity if table == "users" else _IDENTITY.get(table, "full")
 
 
@@ -192,7 +194,7 @@ _IDENTITY: Mapping[str, Identity] = dict(zip(DOCS, IDENTITIES, strict=True))
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """Any scene."""
+    """Return a random scene."""
     names = list(RULES)
     rules = {}
     for docs in DOCS:
@@ -208,7 +210,7 @@ def random_scene(rng: random.Random) -> Scene:
 
 
 TABLES = ("users", "teams", "members", "fence", *DOCS, *LIKES.values())
-"""All that is streamed."""
+"""All streamed tables."""
 
 
 def schema(scene: Scene) -> str:
@@ -250,7 +252,7 @@ CREATE TABLE {LIKES[name]} (doc text NOT NULL, usr text NOT NULL, PRIMARY KEY (d
 
 
 def configuration(scene: Scene, url: str, slot: str) -> Config:
-    """What the program runs with."""
+    """Return the program's configuration."""
     collections: dict[str, Any] = {
         "users": {
             "table": "users",

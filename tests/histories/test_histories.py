@@ -1,7 +1,7 @@
-"""No value reaches who was at no time allowed to see the row with it, and nothing is missed unsaid.
+"""No value reaches a client that could not see its row, and every missing event is notified.
 
-Random histories, each audited: ``PGREALTIME_TEST_SEED=WORLD:HISTORY`` lives one of them again,
-``python -m tests.histories`` as many as one likes.
+Random histories, each audited: ``PGREALTIME_TEST_SEED=WORLD:HISTORY`` repeats one of them, ``python
+-m tests.histories`` runs any number.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.stream_reading import PLUGINS, Plugin
 HISTORIES = int(os.environ.get("PGREALTIME_TEST_HISTORIES", "200"))
 _OF_A_WORLD = 25
 FAULTS = float(os.environ.get("PGREALTIME_TEST_FAULTS", "0.03"))
-"""Share of the steps that break something, in half of the random histories."""
+"""Share of the steps that are faults, in half of the random histories."""
 
 
 def check(faults: list[Fault], seed: str, stories: list[str]) -> None:
@@ -39,7 +39,7 @@ def check(faults: list[Fault], seed: str, stories: list[str]) -> None:
 
 @pytest.mark.parametrize("faults", [0.0, FAULTS], ids=["calm", "with faults"])
 async def test_random_histories(make_database: MakeDatabase, faults: float) -> None:
-    """Each run lives others; a failure shows the seed."""
+    """Each run takes other histories; a failure shows the seed."""
     given, _, number = os.environ.get("PGREALTIME_TEST_SEED", "").partition(":")
     lived = 0
     while lived < HISTORIES / 2:
@@ -96,7 +96,7 @@ class Stage:
 
 @asynccontextmanager
 async def stage(url: str, of: Scene) -> AsyncIterator[Stage]:
-    """Live what the block does; everything in it is audited."""
+    """Run the block's steps as a history, and audit it."""
     async with open_world(of, url) as world:
         history = History(world, "written")
         async with history.audited() as findings:
@@ -110,10 +110,10 @@ SECRET_TEXT = f"secret-x-{FILLER}"
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
-async def test_a_value_of_a_later_version_is_kept_from_who_may_not_see_that(
+async def test_a_later_version_s_value_is_withheld_from_clients_that_may_not_see_it(
     database_url: str, plugin: Plugin
 ) -> None:
-    """Commit 1 leaves the TOASTed text alone, commit 2 makes it a secret of a closed row."""
+    """Commit 1 leaves the TOASTed text unchanged, commit 2 makes it a secret of a closed row."""
     async with stage(database_url, scene(plugin)) as here:
         for docs in DOCS:
             await here.update(docs, public=True, body=TEXT)
@@ -133,10 +133,13 @@ async def test_a_value_of_a_later_version_is_kept_from_who_may_not_see_that(
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
-async def test_a_later_value_is_kept_from_who_had_lost_their_rights_by_then(
+async def test_a_later_value_is_withheld_from_clients_that_lost_their_rights_by_then(
     database_url: str, plugin: Plugin
 ) -> None:
-    """Who is behind is still judged as an administrator, the row of now is not of that time."""
+    """A connection that catches up is still evaluated as an administrator.
+
+    The current row is of a later time.
+    """
     of = replace(scene(plugin, "role"), send_buffer=300)
     async with stage(database_url, of) as here:
         user = here.writer.users[0]
@@ -155,15 +158,15 @@ async def test_a_later_value_is_kept_from_who_had_lost_their_rights_by_then(
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
-async def test_updates_under_savepoints_and_in_quick_commits_are_heard_or_told(
+async def test_updates_under_savepoints_and_in_quick_commits_are_received_or_gaps(
     database_url: str, plugin: Plugin
 ) -> None:
-    """The rule reads a column that the updates leave alone."""
+    """The rule reads a column that the updates leave unchanged."""
     async with stage(database_url, scene(plugin, "body")) as here:
         for docs in DOCS:
             await here.update(docs, body=TEXT)
         await here.listen("", "position", *ALL)
-        await here.listen("", "told", *ALL)
+        await here.listen("", "resync", *ALL)
         for number in range(10):
             for docs in DOCS:
                 title = {"title": f"a-{number}"}
@@ -181,7 +184,10 @@ async def test_updates_under_savepoints_and_in_quick_commits_are_heard_or_told(
 async def test_a_live_row_that_could_not_be_read_is_read_again(
     database_url: str, plugin: Plugin
 ) -> None:
-    """An unrelated column was dropped a moment ago; a lock is held longer than statements last."""
+    """An unrelated column was dropped a moment ago.
+
+    A lock is held longer than statement_timeout.
+    """
     async with stage(database_url, scene(plugin, "body")) as here:
         for docs in DOCS:
             await here.update(docs, body=TEXT)
@@ -198,10 +204,8 @@ async def test_a_live_row_that_could_not_be_read_is_read_again(
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
-async def test_what_is_read_beside_rows_survives_broken_connections(
-    database_url: str, plugin: Plugin
-) -> None:
-    """``expand`` and the ids of a junction table are there, or a gap is told."""
+async def test_enrichment_survives_broken_connections(database_url: str, plugin: Plugin) -> None:
+    """``expand`` and the ids of a junction table are shown, or a gap is notified."""
     async with stage(database_url, scene(plugin)) as here:
         topics = [Topic(collection=docs, expand=True) for docs in DOCS]
         await here.listen(ROOT, "position", *topics)
@@ -213,10 +217,10 @@ async def test_what_is_read_beside_rows_survives_broken_connections(
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
-async def test_no_id_claims_what_was_neither_delivered_nor_told(
+async def test_no_id_claims_what_was_neither_delivered_nor_notified(
     database_url: str, plugin: Plugin
 ) -> None:
-    """The audit looks at each id: who broke off there would have lost nothing."""
+    """The audit checks each id: a client that disconnects there misses nothing when it resumes."""
     async with stage(database_url, scene(plugin, "team")) as here:
         readers = [await here.listen("", kind, *ALL) for kind in ("position", "cursor")]
         team = here.writer.teams[0]
@@ -234,13 +238,13 @@ async def test_no_id_claims_what_was_neither_delivered_nor_told(
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
-async def test_a_truncate_is_told_once_the_table_is_empty_to_readers(
+async def test_a_truncate_is_notified_once_the_table_is_empty_to_readers(
     database_url: str, plugin: Plugin
 ) -> None:
-    """Who reloads at once finds no old rows."""
+    """A client that reloads at once finds no old rows."""
     async with stage(database_url, scene(plugin)) as here:
         await here.listen("", "cursor", *ALL)
-        await here.listen("", "told", *ALL)
+        await here.listen("", "resync", *ALL)
         for _ in range(10):
             for docs in DOCS:
                 await here.writer.commit(partial(here.writer.truncate, docs=docs))
@@ -252,7 +256,7 @@ async def test_a_truncate_is_told_once_the_table_is_empty_to_readers(
 async def test_a_stream_that_is_ended_while_it_is_opened_is_opened_again(
     database_url: str, plugin: Plugin, *, is_durable: bool
 ) -> None:
-    """Whatever step of it an administrator's command meets."""
+    """Whatever step an administrator's pg_terminate_backend interrupts."""
     async with stage(database_url, scene(plugin, is_durable=is_durable)) as here:
         await here.listen("", "cursor", *ALL)
         for number in range(60):
@@ -274,5 +278,5 @@ async def test_a_durable_slot_makes_no_gap_of_a_lost_stream(
             await here.history.kill_walsender()
             for docs in DOCS:
                 await here.update(docs, title=f"b-{number}")
-        told = [message.event for stream in reader.streams for message in stream.messages]
-        assert "PB_RESYNC" not in told
+        names = [message.event for stream in reader.streams for message in stream.messages]
+        assert "PB_RESYNC" not in names

@@ -1,4 +1,4 @@
-"""Random transactions, noted in the ledger when they commit."""
+"""Random transactions, recorded in the ledger when they commit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Draft:
     statements: list[str] = field(default_factory=list)
     versions: list[Version] = field(default_factory=list)
     rows: dict[tuple[str, str], Values | None] = field(default_factory=dict)
-    """What it made of rows so far."""
+    """The rows that the transaction changed, in their current state."""
     truncated: list[str] = field(default_factory=list)
     sent: int = 0
     """Statements that were executed."""
@@ -35,10 +35,10 @@ class Writer:
     """Writes the rows of one history.
 
     Args:
-        ledger: Where it is noted.
-        connections: Two: one of a transaction that stays open, one for others meanwhile.
-        rng: Decides.
-        prefix: Of all ids of the history.
+        ledger: Records what is written.
+        connections: Two: one for a transaction that stays open, one for all others.
+        rng: Source of randomness.
+        prefix: Begins all ids of the history.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Writer:
         self.teams = [f"{prefix}t{n}" for n in range(2)]
         self.docs: dict[str, list[str]] = {docs: [] for docs in DOCS}
         self.locked: set[str] = set()
-        """Tables that somebody else has locked."""
+        """Tables that another connection has locked."""
         self.commits = 0
         self._connections = connections
         self._open: Draft | None = None
@@ -58,7 +58,7 @@ class Writer:
     # --- transactions
 
     async def prepare(self) -> None:
-        """Write what a history begins with."""
+        """Write the rows that a history begins with."""
         draft = Draft()
         for user in self.users:
             self._insert_user(draft, user)
@@ -108,14 +108,14 @@ class Writer:
         self.commits += 1
 
     async def fence(self, name: str) -> Version:
-        """Write the row that says that all before it has come."""
+        """Write the row whose event marks that all before it has arrived."""
         draft = Draft()
         self._put(draft, f"INSERT INTO fence VALUES ('{name}')", "fence", {"id": name})
         await self._run(lambda: draft)
         return draft.versions[0]
 
     async def run(self, statement: str) -> None:
-        """Execute what changes no row."""
+        """Execute a statement that changes no row."""
         await self._connections[0].execute(statement.encode())
 
     @property
@@ -207,13 +207,13 @@ class Writer:
         return self.rng.choice(found) if found else None
 
     def _put(self, draft: Draft, statement: str, table: str, values: Values) -> None:
-        """Note a statement that inserts a row."""
+        """Record a statement that inserts a row."""
         wal = self.ledger.columns_in_wal(table, "create", ())
         self._note_version(draft, Version(table, values["id"], "create", values, wal))
         draft.statements.append(statement)
 
     def _remove(self, draft: Draft, statement: str, table: str, values: Values) -> None:
-        """Note a statement that deletes a row."""
+        """Record a statement that deletes a row."""
         wal = self.ledger.columns_in_wal(table, "delete", ())
         self._note_version(draft, Version(table, values["id"], "delete", values, wal))
         draft.statements.append(statement)
@@ -224,7 +224,7 @@ class Writer:
         draft.rows[version.table, version.record_id] = None if is_gone else version.values
 
     def update(self, draft: Draft, table: str, record_id: str, sets: Values) -> None:
-        """Note a statement that changes a row's columns; it always has another mark."""
+        """Record a statement that changes a row's columns; it always sets another mark."""
         row = self._row(draft, table, record_id)
         assert row is not None
         sets = {"mark": self.ledger.mark(), **sets}
@@ -234,7 +234,7 @@ class Writer:
         if values["id"] == record_id:
             self._note_version(draft, Version(table, record_id, "update", values, wal))
             return
-        # To a client one record went and another came.
+        # For a client one record was deleted and another created.
         old = self.ledger.columns_in_wal(table, "delete", ())
         self._note_version(draft, Version(table, record_id, "delete", row, old, is_rename=True))
         self._note_version(draft, Version(table, values["id"], "create", values, wal))
@@ -247,7 +247,7 @@ class Writer:
         return f"{self.rng.choice(KINDS)}-{mark}-{FILLER}"
 
     def insert_doc(self, draft: Draft, docs: str) -> None:
-        """Note a statement that makes a document."""
+        """Record a statement that creates a document."""
         if docs in self.locked:
             return
         mark, rng = self.ledger.mark(), self.rng
@@ -299,7 +299,7 @@ class Writer:
             self._update_doc(draft, docs, record_id)
 
     def _rename_doc(self, draft: Draft) -> None:
-        """Change a primary key: to a client one record went and another came."""
+        """Change a primary key: for a client one record is deleted and another created."""
         docs = self.rng.choice(DOCS)
         record_id = self._pick(draft, docs, self.docs[docs])
         row = self._row(draft, docs, record_id or "")
@@ -320,7 +320,7 @@ class Writer:
         self._remove(draft, f"DELETE FROM {table} WHERE id = '{record_id}'", table, row)
 
     def truncate(self, draft: Draft, docs: str) -> None:
-        """Note a statement that empties a collection."""
+        """Record a statement that empties a collection."""
         if docs in self.locked:
             return
         for (table, record_id), versions in self.ledger.rows.items():
@@ -407,7 +407,7 @@ class Writer:
 
 
 def _generated(row: dict[str, Any]) -> Values:
-    """Compute what Postgres does."""
+    """Compute the generated columns as PostgreSQL does."""
     if "body" not in row:
         return row
     return {**row, "gen": row["body"].split("-")[1], "is_open": row["body"].startswith("open")}
