@@ -1,8 +1,8 @@
-"""A process of hostile clients: each does the worst of its kind, again and again, at a steady pace.
+"""A process of hostile clients: each kind of attack runs again and again, at a steady pace.
 
 It is the child of ``hostile``, which names the port and the kinds (all, if none); it ends when its
-standard input is closed. Each kind comes from an address of its own in 127.0.0.0/8, so that bounds
-per address tell attackers from others.
+standard input is closed. Each kind comes from an address of its own in 127.0.0.0/8, so that limits
+per address separate attackers from other clients.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _FILTERS = (
     f'html ~ "{"%_a" * 200}b"',
     f'html ~ "{"_%" * 250}"',
     " || ".join(f'html~"{n}x%y"' for n in range(60)),
-    # Questions for PostgreSQL, different in each subscription.
+    # Queries for PostgreSQL, different in each subscription.
     "owner.name ~ '%{n}%' || owner.pages_via_owner.html ~ '%{n}%{n}%'",
     "@collection.pages.html ~ '%{n}%' && @collection.users.name ?~ '{n}'",
 )
-"""Each at a bound that it is still accepted at: a topic has 2,500 characters."""
+"""Each just below a limit: a topic has at most 2,500 characters."""
 _FIELDS = ",".join(["*"] + [f"html:excerpt({n},true)" for n in range(100, 160)])
 _EXPAND = "owner.pages_via_owner.owner.pages_via_owner.owner.pages_via_owner"
 
@@ -71,7 +71,7 @@ async def _again(
 
 
 async def filters(port: int, done: Counter[str]) -> None:
-    """Subscribe with filters that are dear, hear some changes, go."""
+    """Subscribe with expensive filters, receive some changes, disconnect."""
     async with contextlib.AsyncExitStack() as stack:
         for text in _FILTERS:
             client = await stack.enter_async_context(_stream(port, 2))
@@ -81,7 +81,7 @@ async def filters(port: int, done: Counter[str]) -> None:
 
 
 async def stalled(port: int, done: Counter[str]) -> None:
-    """Ask a thousand times for each change, and read none of it."""
+    """Submit a thousand topics that match each change, and read nothing."""
     async with _stream(port, 3) as client:
         names = [_topic("pages/*", fields=f"*,n{n % 90}", n=str(n)) for n in range(1000)]
         await _subscribe(port, 3, client, names, done)
@@ -114,7 +114,7 @@ async def bodies(port: int, done: Counter[str]) -> None:
 
 
 async def logins(port: int, done: Counter[str]) -> None:
-    """Guess passwords of known and unknown people."""
+    """Guess passwords of known and unknown users."""
     for n in range(10):
         body = json.dumps({"identity": f"ann{' ' * n}@example.com", "password": "x" * 70})
         status = await _post(port, 5, "/api/collections/users/auth-with-password", body.encode())
@@ -122,7 +122,7 @@ async def logins(port: int, done: Counter[str]) -> None:
 
 
 async def topics(port: int, done: Counter[str]) -> None:
-    """Make the longest lists of topics."""
+    """Submit the longest lists of topics."""
     async with _stream(port, 6) as client:
         for turn in range(5):
             names = [f"pages/{turn}-{n}-{'x' * 350}" for n in range(1000)]
@@ -131,7 +131,7 @@ async def topics(port: int, done: Counter[str]) -> None:
 
 
 async def fields(port: int, done: Counter[str]) -> None:
-    """Ask for long excerpts and deep expands, all different."""
+    """Request long excerpts and deep expands, all different."""
     async with _stream(port, 7) as client:
         names = [_topic("pages/*", fields=f"{_FIELDS},n{n}", expand=_EXPAND) for n in range(90)]
         await _subscribe(port, 7, client, names, done)
@@ -154,7 +154,7 @@ async def _connect(port: int, host: int) -> tuple[asyncio.StreamReader, asyncio.
 
 @contextlib.asynccontextmanager
 async def _stream(port: int, host: int) -> AsyncIterator[str]:
-    """Open an event stream; gives its client id. Only 2 MB of what comes afterwards are read."""
+    """Open an event stream; yield its client id. Only 2 MB of what follows are read."""
     reader, writer = await _connect(port, host)
     try:
         writer.write(b"GET /api/realtime HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -1,10 +1,11 @@
-"""What showing a related record costs: deliveries per second with ``expand``, against without.
+"""The cost of showing a related record: deliveries per second with ``expand``, against without.
 
     python -m tests.bench.expand postgresql://postgres@127.0.0.1:5432/postgres
 
-As ``fanout``: everybody sees everything, live writes of one row a commit. Each note has one of a
-hundred owners; in every second round all streams ask for that record too. All of them see the same,
-so that a record is fetched and judged for all at once. Fails if less than half is delivered so.
+As ``fanout``: every connection receives everything, live writes of one row a commit. Each note has
+one of a hundred owners; in every second round all streams request that record too. All of them see
+the same, so a record is loaded and evaluated once for all. Fails if less than half as many are
+delivered.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _CASES = {"without": TOPIC, "with": f"{TOPIC}?options={_OPTIONS}"}
 
 
 def main() -> None:
-    """Print a line per round and the ratio; exit with 1 below the least."""
+    """Print a line per round and the ratio; exit with 1 below the minimum."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url")
     parser.add_argument("--connections", type=int, default=1000)
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 async def compare(arguments: argparse.Namespace) -> float:
-    """Run the rounds in turns; return the median of their ratios."""
+    """Alternate the rounds; return the median of their ratios."""
     allow_many_files()
     with psycopg.connect(arguments.url) as admin:
         print(described(admin))
@@ -86,7 +87,7 @@ def _round(server: Server, topic: str, arguments: argparse.Namespace, name: str)
 
 
 async def _check(server: Server) -> None:
-    """See that what is asked for is shown, before it is measured."""
+    """Check that the related record is shown before measuring."""
     async with listener(Address(host="127.0.0.1", port=server.port), _CASES["with"]) as one:
         server.writer().write([user_id(1)])
         (message,) = await one.take(1)

@@ -1,10 +1,10 @@
-"""Deliveries per second when everybody may see everything: live writes, one row a commit.
+"""Deliveries per second when every connection receives everything: live writes, one row a commit.
 
     python -m tests.bench.fanout postgresql://postgres@127.0.0.1:5432/postgres
 
 The same writers create notes in both servers, each as fast as its commit allows, while the same
-process listens on all streams. Rounds take turns; a rate is all deliveries over the time from the
-first write to the last delivery.
+process reads all streams. Rounds alternate; a rate is all deliveries over the time from the first
+write to the last delivery.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _DEADLINE = 300.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """What came of one."""
+    """Results of one round."""
 
     deliveries: float
     """Per second."""
     microseconds: float
-    """Of the server's processor, per delivery."""
+    """CPU time of the server, per delivery."""
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 async def compare(arguments: argparse.Namespace) -> None:
-    """Run the rounds in turns."""
+    """Alternate the rounds."""
     allow_many_files()
     with psycopg.connect(arguments.url) as admin:
         print(described(admin))

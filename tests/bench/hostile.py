@@ -1,11 +1,10 @@
-"""What honest connections feel of hostile ones: p99 beside every attack at its bound, and alone.
+"""The effect of hostile connections on honest ones: p99 under every attack at its limit, and alone.
 
     python -m tests.bench.hostile postgresql://postgres@127.0.0.1:5432/postgres --minutes 20
 
-Honest connections hear notes at a steady pace; in every other round hostile clients work beside
-them (``attacking`` has the kinds) while large pages change that the hostile ones subscribed to.
-
-Fails if the median of the rounds' ratios of p99 is above ``--most``, if a note is missed, or if the
+Honest connections receive notes at a steady pace; in every other round hostile clients run too
+(``attacking`` has the kinds) while large pages change that the hostile ones subscribed to. Fails if
+the median of the rounds' ratios of p99 is above ``--most``, if a note is missed, or if the
 process's memory passes ``--megabytes``.
 """
 
@@ -67,7 +66,7 @@ _CHANGES_PER_SECOND = 5.0
 
 
 def main() -> None:
-    """Print a line per round, and what it comes to."""
+    """Print a line per round, and the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url", help="a superuser's, on any database")
     parser.add_argument("--minutes", type=float, default=20.0, help="beside attackers, in all")
@@ -81,7 +80,7 @@ def main() -> None:
 
 
 async def compare(arguments: argparse.Namespace) -> bool:
-    """Run the rounds; return whether all is as it should be."""
+    """Run the rounds; return whether all limits are met."""
     allow_many_files()
     with psycopg.connect(arguments.url) as admin:
         print(described(admin))
@@ -137,13 +136,13 @@ def _rounds(server: PgRealtime, arguments: argparse.Namespace) -> bool:
         for number in range(arguments.rounds):
             alone = _p99(server, arguments, min(seconds, 30.0))
             before = max(sizes)
-            with _attacked(server, arguments.kinds) as told:
-                beside = _p99(server, arguments, seconds)
-            ratios.append(beside / alone)
+            with _attacked(server, arguments.kinds) as counted:
+                attacked = _p99(server, arguments, seconds)
+            ratios.append(attacked / alone)
             print(
-                f"round {number + 1}: p99 {alone:.2f} ms alone, {beside:.2f} ms beside attackers,"
+                f"round {number + 1}: p99 {alone:.2f} ms alone, {attacked:.2f} ms beside attackers,"
                 f" ratio {ratios[-1]:.2f}; at most {max(sizes) / 1024:,.0f} MB"
-                f" ({before / 1024:,.0f} before); {load()}\n   {told[0]}",
+                f" ({before / 1024:,.0f} before); {load()}\n   {counted[0]}",
                 flush=True,
             )
     ratio, megabytes = statistics.median(ratios), max(sizes) / 1024
@@ -155,7 +154,10 @@ def _rounds(server: PgRealtime, arguments: argparse.Namespace) -> bool:
 
 
 def _p99(server: PgRealtime, arguments: argparse.Namespace, seconds: float) -> float:
-    """Milliseconds from a note's writing to its arrival; each must arrive at all connections."""
+    """Return milliseconds from a note's write to its arrival.
+
+    Each must arrive at all connections.
+    """
     sent: list[int] = []
     writer = server.writer()
     with listeners() as opened:
@@ -174,8 +176,8 @@ def _p99(server: PgRealtime, arguments: argparse.Namespace, seconds: float) -> f
 
 @contextmanager
 def _attacked(server: PgRealtime, kinds: Sequence[str]) -> Iterator[list[str]]:
-    """Let hostile clients work, and pages change; afterwards the list has what they counted."""
-    told: list[str] = []
+    """Run hostile clients while pages change; afterwards the list has what they counted."""
+    counted: list[str] = []
     ended = threading.Event()
     changing = threading.Thread(target=_change_pages, args=(server.url, ended))
     with pinned(CLIENT_CORE):
@@ -187,12 +189,12 @@ def _attacked(server: PgRealtime, kinds: Sequence[str]) -> Iterator[list[str]]:
     changing.start()
     with process:
         try:
-            yield told
+            yield counted
         finally:
             ended.set()
             changing.join()
             output, _ = process.communicate()
-            told.append(json.dumps(json.loads(output or b"{}")))
+            counted.append(json.dumps(json.loads(output or b"{}")))
 
 
 def _change_pages(url: str, ended: threading.Event) -> None:
@@ -203,7 +205,7 @@ def _change_pages(url: str, ended: threading.Event) -> None:
 
 @contextmanager
 def _watched(pid: int) -> Iterator[list[int]]:
-    """Note the process's memory all the time, in kilobytes."""
+    """Record the process's memory continuously, in kilobytes."""
     sizes = [resident_kilobytes(pid)]
     ended = threading.Event()
 

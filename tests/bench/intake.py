@@ -4,8 +4,8 @@
 
 WAL is made once per size of transaction, half of it inserts and half updates. Then, round after
 round, each reader drains a copy of the slot that was made before: pg_recvlogical writes to
-/dev/null, ours takes the batches and keeps nothing. They take turns, both pay for their connection,
-and the ratio is the median of the ratios within a round.
+/dev/null, ours takes the batches and keeps nothing. They alternate, both times include the
+connection, and the result is the median of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -78,13 +78,13 @@ class Run:
 
 @contextmanager
 def copied(admin: Connection, origin: str) -> Iterator[str]:
-    """A copy of the slot, dropped in the end."""
+    """Copy the slot; drop the copy at the end."""
     name = f"{origin}_copy"
     admin.execute("SELECT pg_copy_logical_replication_slot(%s, %s)", (origin, name))
     try:
         yield name
     finally:
-        # Its walsender may not have noticed yet that the client is gone.
+        # Its walsender may not have detected yet that the client is gone.
         admin.execute(
             "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots"
             " WHERE slot_name = %s AND active_pid IS NOT NULL",
@@ -166,7 +166,7 @@ def main() -> None:
 
 
 def measure(admin: Connection, url: str, size: int, changes: int, rounds: int) -> None:
-    """Make the WAL, let everybody drain it in turns, print a line per plugin."""
+    """Make the WAL, let both readers drain it alternately, print a line per plugin."""
     admin.execute("DROP PUBLICATION IF EXISTS intake")
     admin.execute("DROP PROCEDURE IF EXISTS pg_temp.write")
     admin.execute(SCHEMA)

@@ -1,10 +1,10 @@
-"""From just before a write is sent until a client has its event, beside the write's own round trip.
+"""Time from just before a write is sent until a client has its event, and the write's round trip.
 
     python -m tests.bench.latency postgresql://postgres@127.0.0.1:5432/postgres
 
-One writer at a steady pace, one row a commit, everybody may see everything. With many connections
-an arrival at any of them counts. Rounds take turns with PocketBase's under the same load; a figure
-is the median of the rounds' own.
+One writer at a steady pace, one row a commit; every connection receives everything. With many
+connections each arrival counts. Rounds alternate with PocketBase's under the same load; a figure is
+the median of the rounds' own.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 async def compare(arguments: argparse.Namespace) -> None:
-    """Run the rounds in turns."""
+    """Alternate the rounds."""
     allow_many_files()
     with psycopg.connect(arguments.url) as admin:
         print(described(admin))
@@ -82,7 +82,7 @@ async def compare(arguments: argparse.Namespace) -> None:
 
 
 def measure(server: Server, connections: int, pace: int, writes: int) -> Latency:
-    """Open the streams, write at the pace, and see when what came."""
+    """Open the streams, write at the pace, and record the arrivals."""
     with listeners() as opened:
         opened.open(server.port, [[TOPIC]] * connections)
         opened.aim(connections * _WARM_UP)

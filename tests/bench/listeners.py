@@ -1,4 +1,4 @@
-"""The parent's end of ``listening``: opens streams in a process of its own, aims, waits."""
+"""The parent's side of ``listening``: opens streams in a child process, sets targets, waits."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.bench.machine import CLIENT_CORE, pinned
 
 
 class LostStreamsError(Exception):
-    """A server ended streams, or didn't deliver everything in time: no figure comes of that."""
+    """A server ended streams, or didn't deliver in time: the round has no result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """How long it took."""
+    """The time that opening and subscribing took."""
 
     connect_seconds: float
     subscribe_seconds: float
@@ -40,7 +40,7 @@ class Listeners:
         return Opened(**self._ask("open", port=port, topics=topics, tokens=list(tokens)))
 
     def aim(self, messages: int, *, notes: bool = False) -> None:
-        """Count anew, up to so many messages on all streams together."""
+        """Reset the counter, and expect so many messages on all streams together."""
         self._ask("aim", messages=messages, notes=notes)
 
     def wait(self, seconds: float) -> int:
@@ -55,7 +55,7 @@ class Listeners:
         return int(came["at"])
 
     def settle(self, messages: int, seconds: float) -> None:
-        """Wait for so many messages since ``aim``, whatever was aimed at then.
+        """Wait for so many messages since ``aim``, whatever the target was then.
 
         Raises:
             LostStreamsError: Not all came, or streams ended.

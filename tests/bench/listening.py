@@ -1,8 +1,8 @@
-"""A process that holds many event streams open and counts what comes: the same for every server.
+"""A process that holds many event streams open and counts messages, the same for every server.
 
-It is the child of ``listeners.Listeners``, told what to do by lines of JSON on its standard input.
-One thread, one epoll, one receive and one count of blank lines per readable socket: cheap enough
-not to be what is measured. Nothing is parsed once the streams are open.
+It is the child of ``listeners.Listeners``, which sends commands as lines of JSON to its standard
+input. One thread, one epoll, one receive and one count of blank lines per readable socket: cheap
+enough not to affect the measurement. Nothing is parsed once the streams are open.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Stream:
 
     Attributes:
         seen: Messages so far.
-        is_amid: Whether the last byte was a line feed, so that a blank line may go on.
+        is_amid: Whether the last byte was a line feed, so that a blank line may be split.
     """
 
     __slots__ = ("client_id", "is_amid", "seen", "socket")
@@ -43,7 +43,7 @@ class Stream:
 
 
 class Listening:
-    """The streams, and what they have seen since ``aim``."""
+    """The streams, and the messages counted since ``aim``."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -55,7 +55,7 @@ class Listening:
         self._reached_at = 0
         self._arrivals: list[tuple[int, int, int]] | None = None
 
-    # --- what the parent asks for ---------------------------------------------------------
+    # --- commands of the parent ---------------------------------------------------------
 
     def open(
         self, port: int, topics: Sequence[Sequence[str]], tokens: Sequence[str]
@@ -79,7 +79,10 @@ class Listening:
         return {"connect_seconds": connected - began, "subscribe_seconds": subscribed - connected}
 
     def aim(self, messages: int, *, notes: bool) -> dict[str, int]:
-        """Count anew, up to so many messages; ``notes`` keeps when each of them came."""
+        """Reset the counter, and expect so many messages.
+
+        ``notes`` keeps when each of them came.
+        """
         self._total, self._goal, self._reached_at = 0, messages, 0
         self._arrivals = [] if notes else None
         for stream in self._streams.values():
@@ -87,14 +90,14 @@ class Listening:
         return {}
 
     def expect(self, messages: int) -> dict[str, int]:
-        """Aim at so many, counted since ``aim``."""
+        """Set the target to so many, counted since ``aim``."""
         self._goal = messages
         if self._total >= messages:
             self._reached_at = time.monotonic_ns()
         return {}
 
     def wait(self, seconds: float) -> dict[str, int]:
-        """Return once all that was aimed at has come, or the time is over."""
+        """Return once the target is reached, or the time is over."""
         deadline = time.monotonic() + seconds
         while self._total < self._goal and time.monotonic() < deadline:
             self.receive(0.1)
@@ -176,7 +179,7 @@ def _call(port: int, client_id: str, topics: Sequence[str], token: str) -> bytes
 
 
 def _send_all(port: int, requests: Sequence[bytes]) -> None:
-    """Send them over a few connections, each waiting for its answer."""
+    """Send requests over a few connections, each waiting for its answer."""
     callers = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(_CALLERS)]
     for first in range(0, len(requests), _CALLERS):
         busy = list(zip(callers, requests[first : first + _CALLERS], strict=False))

@@ -1,12 +1,11 @@
-"""What signing in tells a stranger by its time, and what it costs those who listen meanwhile.
+"""Whether the time of a login reveals accounts, and what logins cost connected clients.
 
     python -m tests.bench.login postgresql://postgres@127.0.0.1:5432/postgres
 
-Unknown users and wrong passwords in turns, over one connection each; then live events at a steady
-pace without and with logins beside them, as fast as they are answered, in rounds that take turns.
-
+Unknown users and wrong passwords alternate, over one connection each; then live events at a steady
+pace without and with concurrent logins, as fast as they are answered, in rounds that alternate.
 Fails if the medians of both refusals differ by more than the middle half of one of them is wide, or
-if events beside logins have more than twice the p99 of those without (the median of the rounds).
+if events during logins have more than twice the p99 of those without (the median of the rounds).
 """
 
 from __future__ import annotations
@@ -42,9 +41,9 @@ _COST = 10
 _CALLERS = 4
 _DEADLINE = 120.0
 _BATCH = 50
-"""Writes between two looks whether the logins are done."""
+"""Writes between two checks whether the logins are done."""
 _WARMING = 20
-"""Writes before, which don't count."""
+"""Writes before the measurement, which don't count."""
 _MOST = 2.0
 _SCHEMA = """
 CREATE TABLE users (id text PRIMARY KEY, email text UNIQUE, password_hash text);
@@ -68,12 +67,12 @@ def main() -> None:
 
 
 async def compare(arguments: argparse.Namespace) -> bool:
-    """Run both; return whether they are as they should be."""
+    """Run both comparisons; return whether they are within the limits."""
     with psycopg.connect(arguments.url) as admin:
         print(described(admin))
     async with _running(arguments.url) as server:
         is_silent = await asyncio.to_thread(_strangers, server, arguments.tries)
-        is_light = await asyncio.to_thread(_beside_events, server, arguments)
+        is_light = await asyncio.to_thread(_is_light, server, arguments)
     return is_silent and is_light
 
 
@@ -114,7 +113,7 @@ async def _running(url: str) -> AsyncIterator[PgRealtime]:
 
 def _strangers(server: PgRealtime, tries: int) -> bool:
     caller = _Caller(server.port)
-    assert caller.log_in("ann@example.com", _PASSWORD)  # the decoy is of the last scheme that held
+    assert caller.log_in("ann@example.com", _PASSWORD)  # sets the dummy hash
     unknown: list[float] = []
     wrong: list[float] = []
     for n in range(tries):
@@ -130,18 +129,18 @@ def _strangers(server: PgRealtime, tries: int) -> bool:
     return abs(medians[0] - medians[1]) <= spread[2] - spread[0]
 
 
-def _beside_events(server: PgRealtime, arguments: argparse.Namespace) -> bool:
+def _is_light(server: PgRealtime, arguments: argparse.Namespace) -> bool:
     ratios: list[float] = []
     logins = arguments.logins // arguments.rounds
     for number in range(arguments.rounds):
         # As many events without as with.
-        beside = _latencies(server, arguments, logins=logins, batches=1)
-        alone = _latencies(server, arguments, logins=0, batches=len(beside.sent) // _BATCH)
-        ratios.append(beside.p99 / alone.p99)
+        during = _latencies(server, arguments, logins=logins, batches=1)
+        alone = _latencies(server, arguments, logins=0, batches=len(during.sent) // _BATCH)
+        ratios.append(during.p99 / alone.p99)
         print(
             f"round {number + 1}: p50 {alone.p50:.2f} ms, p99 {alone.p99:.2f} ms alone;"
-            f" p50 {beside.p50:.2f} ms, p99 {beside.p99:.2f} ms beside {logins} logins"
-            f" ({logins / beside.seconds:.0f}/s); ratio {ratios[-1]:.2f}; {load()}"
+            f" p50 {during.p50:.2f} ms, p99 {during.p99:.2f} ms beside {logins} logins"
+            f" ({logins / during.seconds:.0f}/s); ratio {ratios[-1]:.2f}; {load()}"
         )
     ratio = statistics.median(ratios)
     print(f"p99 beside logins against without: {ratio:.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
@@ -149,8 +148,8 @@ def _beside_events(server: PgRealtime, arguments: argparse.Namespace) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Heard:
-    """What a phase came to."""
+class _Phase:
+    """Results of a phase."""
 
     sent: list[int]
     p50: float
@@ -160,8 +159,11 @@ class _Heard:
 
 def _latencies(
     server: PgRealtime, arguments: argparse.Namespace, *, logins: int, batches: int
-) -> _Heard:
-    """Write so many batches, and on until the logins are done; each is one commit to all."""
+) -> _Phase:
+    """Write so many batches, and on until the logins are done.
+
+    Each is one commit that all receive.
+    """
     callers = [
         threading.Thread(target=_log_in_many, args=(server.port, logins // _CALLERS))
         for _ in range(_CALLERS if logins else 0)
@@ -185,7 +187,7 @@ def _latencies(
         p50, p99 = opened.latencies(sent, [0.5, 0.99])
     for caller in callers:
         caller.join()
-    return _Heard(sent=sent, p50=p50, p99=p99, seconds=seconds)
+    return _Phase(sent=sent, p50=p50, p99=p99, seconds=seconds)
 
 
 def _log_in_many(port: int, times: int) -> None:
@@ -208,7 +210,7 @@ class _Caller:
         return time.perf_counter() - began
 
     def log_in(self, identity: str, password: str) -> bool:
-        """Whether it was let in."""
+        """Return whether the login was accepted."""
         body = json.dumps({"identity": identity, "password": password}).encode()
         head = (
             "POST /api/collections/users/auth-with-password HTTP/1.1\r\n"

@@ -1,4 +1,4 @@
-"""The machine under the figures: what is printed beside them, and which core does what."""
+"""The machine that figures depend on: its description, and the assignment of cores."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import psycopg
 
 CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE = CORES[0]
-"""The server being measured has it for itself."""
+"""Reserved for the server being measured."""
 CLIENT_CORE = CORES[-1]
-"""Writers, listeners, and PostgreSQL where there is one."""
+"""For writers, subscribers, and PostgreSQL where there is one."""
 
 
 @contextmanager
 def pinned(core: int) -> Iterator[None]:
-    """Start on that core whatever is started within the block."""
+    """Pin processes that are started within the block to that core."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
     try:
@@ -38,7 +38,7 @@ def allow_many_files() -> int:
 
 
 def described(admin: psycopg.Connection) -> str:
-    """Return two lines: versions and machine, and how busy it was."""
+    """Return two lines: versions and machine, and its load."""
     (postgres,) = admin.execute("SHOW server_version").fetchone() or ("",)
     packages = ", ".join(f"{name} {version(name)}" for name in ("aiohttp", "psycopg", "uvloop"))
     return (
@@ -49,12 +49,12 @@ def described(admin: psycopg.Connection) -> str:
 
 
 def load() -> str:
-    """Return what else the machine was doing, to be printed beside a figure."""
+    """Return the machine's other load, to be printed next to a figure."""
     return f"load {os.getloadavg()[0]:.1f}"
 
 
 def resident_kilobytes(pid: int) -> int:
-    """Return the memory of the process that is in use, shared pages by their share."""
+    """Return the process's memory (proportional set size)."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1])

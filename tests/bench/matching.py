@@ -1,10 +1,10 @@
-"""Changes per second when each concerns one of many: the rule ``owner = @request.auth.id``.
+"""Changes per second when each matches one of many: the rule ``owner = @request.auth.id``.
 
     python -m tests.bench.matching postgresql://postgres@127.0.0.1:5432/postgres
 
-A thousand people have one stream each, then five each, and every note concerns one of them. The
-same writers write to both servers, in commits of 100 notes and of one; rounds take turns. A rate is
-all changes over the time from the first write to the last delivery.
+A thousand users have one stream each, then five each, and every note matches one of them. The same
+writers write to both servers, in commits of 100 notes and of one; rounds alternate. A rate is all
+changes over the time from the first write to the last delivery.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 async def compare(arguments: argparse.Namespace) -> None:
-    """Run the rounds in turns."""
+    """Alternate the rounds."""
     allow_many_files()
     with psycopg.connect(arguments.url) as admin:
         print(described(admin))
@@ -61,7 +61,7 @@ async def compare(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace, connections: int, ours: Server, theirs: Server) -> None:
     for size in (MOST_IN_A_COMMIT, 1):
-        # Connections are made anew: those that hear nothing are ended after five minutes.
+        # Connections are made anew: those that receive nothing are ended after five minutes.
         with listeners() as at_ours, listeners() as at_theirs:
             for server, opened in ((ours, at_ours), (theirs, at_theirs)):
                 opened.open(server.port, [[TOPIC]] * connections, server.tokens)

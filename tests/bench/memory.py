@@ -27,16 +27,16 @@ _TOPICS = ([TOPIC], [f"notes/note{number:011d}" for number in range(10)])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Some connections more."""
+    """A number of connections added at once."""
 
     connections: int
     kilobytes: int
-    """That the process has grown by."""
+    """Growth of the process."""
     connect_seconds: float
     subscribe_seconds: float
 
     def __add__(self, other: Step) -> Step:
-        """Take both for one step."""
+        """Return both steps as one."""
         return Step(
             connections=self.connections + other.connections,
             kilobytes=self.kilobytes + other.kilobytes,
@@ -46,7 +46,7 @@ class Step:
 
     @property
     def kilobytes_each(self) -> float:
-        """What a connection takes."""
+        """Memory of one connection."""
         return self.kilobytes / self.connections
 
     @property

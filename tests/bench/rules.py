@@ -1,8 +1,9 @@
-"""What a change costs to decide, by the number of subscriptions: `python -m tests.bench.rules`.
+"""CPU time per change by the number of subscriptions: `python -m tests.bench.rules`.
 
 Microseconds per change at 1,000 to 1,000,000 subscriptions of which about as many match at every
-size, and bytes per subscription. The relation rule needs a server (PGREALTIME_TEST_PG_PORT). Fails
-where a gate isn't held: 100,000 subscriptions cost at most 1.5 times what 1,000 do; a change
+size, and bytes per subscription. The relation rule needs a server (PGREALTIME_TEST_PG_PORT).
+
+Fails where a gate isn't met: 100,000 subscriptions cost at most 1.5 times what 1,000 do; a change
 under the relation rule at most a third of one round trip; a subscription takes at most 400 bytes.
 """
 
@@ -40,7 +41,7 @@ from pgrealtime.rule_queries.executor import QueryExecutor
 from tests.engine_driving import evaluate_in_process
 
 MATCHES = 10
-"""Subscribers that a change matches at each size, where the rule has a way to them."""
+"""Subscribers that a change matches at each size, for rules with an index path."""
 BATCH = 100
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 GATE, MEMORY = 1.5, 400
@@ -110,15 +111,15 @@ def collection(name: str, rule: str) -> Collection:
 
 @dataclass(frozen=True)
 class Case:
-    """A rule, who subscribes and what changes."""
+    """A rule, its subscribers and the changes."""
 
     name: str
     rule: str
     filter: Callable[[int, int], str]
-    """Of the n-th of so many subscribers."""
+    """The filter of the n-th of so many subscribers."""
     has_path: bool = True
     is_counted: bool = True
-    """Whether templates are few, so that the bytes are the subscriptions'."""
+    """Whether there are few templates, so that the bytes are the subscriptions' own."""
     matches: int = MATCHES
     """Subscribers with the same values."""
 
@@ -136,7 +137,7 @@ SIGNS = ("!=", "!~", ">", ">=", "?!=", "?>")
 
 
 def many(n: int, size: int) -> str:
-    """One of 10,000 forms, true of every change; neighbours share one."""
+    """Return one of 10,000 forms, true for every change; neighbours share one."""
     parts = []
     form = n * FORMS // size
     for _ in range(3):
@@ -206,36 +207,36 @@ VIEW = View(sees_hidden=False, sees_email=False, fields=None)
 
 
 def subscriptions(case: Case, size: int) -> Iterator[tuple[Subscription, AuthRecord]]:
-    """Subscribers of whom about ``MATCHES`` share each value."""
-    people = max(1, size // case.matches)
+    """Return subscribers of whom about ``MATCHES`` share each value."""
+    users = max(1, size // case.matches)
     connection = Connection("c", Nowhere(), address="", epoch="", cursor=Cursor(LSN(0), 0), now=0.0)
     for n in range(size):
-        query = {"n": str(n // people)}
+        query = {"n": str(n // users)}
         if text := case.filter(n, size):
             query["filter"] = text
         topic = Topic(
             text="posts/*", collection_name_or_id="posts", record_id=None, query=query, headers={}
         )
-        person = AuthRecord(collection_id="pbc_users", collection_name="users", id=f"u{n % people}")
+        person = AuthRecord(collection_id="pbc_users", collection_name="users", id=f"u{n % users}")
         yield Subscription(connection, topic, VIEW, ""), person
 
 
-def events(people: int, chance: Random, count: int) -> list[Event]:
-    """Changes whose author, reviewer and members are among so many people."""
+def events(users: int, chance: Random, count: int) -> list[Event]:
+    """Return changes whose author, reviewer and members are among so many users."""
     posts = collection("posts", "")
 
-    def somebody() -> str:
-        return f"u{chance.randrange(people)}"
+    def random_user() -> str:
+        return f"u{chance.randrange(users)}"
 
     rows: list[Row] = [
         {
             "id": f"r{n}",
-            "author": somebody(),
-            "reviewer": somebody(),
+            "author": random_user(),
+            "reviewer": random_user(),
             "project": f"p{chance.randrange(1000)}",
             "status": "published",
-            "title": f"t{chance.randrange(people)}",
-            "members": "{" + ",".join(somebody() for _ in range(3)) + "}",
+            "title": f"t{chance.randrange(users)}",
+            "members": "{" + ",".join(random_user() for _ in range(3)) + "}",
         }
         for n in range(count)
     ]
@@ -246,7 +247,7 @@ def events(people: int, chance: Random, count: int) -> list[Event]:
 
 
 def filled(case: Case, size: int) -> tuple[Matcher, float]:
-    """The matcher with everybody in it, and bytes per subscription beside the subscription.
+    """Return the matcher with all subscribers, and its bytes per subscription.
 
     Bytes are counted up to 100,000 subscriptions: counting takes longer than adding.
     """
@@ -274,7 +275,7 @@ KEPT: list[object] = []
 
 
 def timed(matcher: Matcher, case: Case, size: int) -> tuple[float, float]:
-    """Microseconds per change, best of some runs, and hits per change."""
+    """Return microseconds per change, best of some runs, and hits per change."""
     chance = Random(7)
     changes = events(max(1, size // case.matches), chance, BATCH * 5)
     now = datetime.now(UTC)
@@ -292,7 +293,7 @@ def timed(matcher: Matcher, case: Case, size: int) -> tuple[float, float]:
 
 
 def measure(sizes: Sequence[int]) -> Iterator[str]:
-    """Print a line per rule; yield what doesn't hold."""
+    """Print a line per rule; yield the gates that aren't met."""
     for case in CASES:
         shown: list[str] = []
         times: dict[int, float] = {}
@@ -328,13 +329,13 @@ ANALYZE bench.members, bench.projects;
 
 
 async def relations(url: str, sizes: Sequence[int]) -> list[str]:
-    """Measure the relation rule against a round trip; return what doesn't hold."""
+    """Measure the relation rule against a round trip; return the gates that aren't met."""
     faults: list[str] = []
     async with QueryPool(url, max_size=1) as pool:
         shown: list[str] = []
         for size in sizes:
             matcher, _ = filled(RELATION, size)
-            probe = QueryExecutor(pool)
+            executor = QueryExecutor(pool)
             changes = events(size // MATCHES, Random(7), BATCH)
             trips: list[float] = []
             costs: list[float] = []
@@ -343,10 +344,10 @@ async def relations(url: str, sizes: Sequence[int]) -> list[str]:
                 trips.append(await round_trip(pool))
                 start = time.perf_counter()
                 evaluation = evaluate_in_process(matcher, changes, datetime.now(UTC))
-                await probe.answer_questions(evaluation)
+                await executor.answer_questions(evaluation)
                 costs.append((time.perf_counter() - start) / len(changes) * 1e6)
                 hits = sum(len(row.hits) for row in evaluation.rows.values())
-            assert not probe.unanswered_counts
+            assert not executor.unanswered_counts
             cost, trip = median(costs), median(trips)
             shown.append(f"{cost:8.1f} us {hits / len(changes):5.1f} hits, SELECT 1 {trip:.0f} us")
             if cost > trip / 3:
@@ -358,7 +359,7 @@ async def relations(url: str, sizes: Sequence[int]) -> list[str]:
 
 
 async def round_trip(pool: QueryPool) -> float:
-    """Microseconds of one ``SELECT 1``, the mean of a few."""
+    """Return microseconds of one ``SELECT 1``, the mean of a few."""
     async with pool.connection() as connection:
         start = time.perf_counter()
         for _ in range(5):
@@ -368,7 +369,7 @@ async def round_trip(pool: QueryPool) -> float:
 
 
 def main() -> None:
-    """Measure everything, print it, and fail if a gate isn't held."""
+    """Measure everything, print it, and fail if a gate isn't met."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--largest", type=int, default=SIZES[-1], help="subscriptions at most")
     sizes = [size for size in SIZES if size <= parser.parse_args().largest]

@@ -1,7 +1,7 @@
-"""The two that are compared: pgrealtime beside PostgreSQL, and PocketBase; the same notes in both.
+"""The two servers that are compared: pgrealtime with PostgreSQL, and PocketBase; the same notes.
 
-Each has its core to itself. PocketBase's holds its database too; pgrealtime's PostgreSQL shares the
-other core with the writers and the listeners.
+Each has a core to itself. PocketBase's core includes its database; pgrealtime's PostgreSQL shares
+the other core with the writers and the subscribers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _ROOT = SuperuserAccount(email="root@example.com", password="benchmarks only")
 
 
 class Writer(Protocol):
-    """Creates notes; one call is one commit, and returns when it is done."""
+    """Creates notes; one call is one commit, and returns when it is acknowledged."""
 
     def write(self, owners: Sequence[str]) -> None:
         """Create a note per owner."""
@@ -61,11 +61,11 @@ class Writer(Protocol):
 
 
 class Server(Protocol):
-    """What a benchmark measures."""
+    """The interface that a benchmark measures."""
 
     @property
     def name(self) -> str:
-        """What it is called in the tables."""
+        """Its name in the tables."""
         ...
 
     @property
@@ -184,13 +184,13 @@ def _note(number: int, owner: str) -> dict[str, object]:
 async def pgrealtime(
     url: str, *, rule: str, users: int = 0, owners_are_shown: bool = False
 ) -> AsyncIterator[PgRealtime]:
-    """Run it on a database of its own on the given server, dropped in the end.
+    """Start it with a database of its own on the given server, dropped at the end.
 
     Args:
-        url: Of the server, as a superuser.
+        url: URL of the server, as a superuser.
         rule: The notes' list and view rule.
-        users: How many there are.
-        owners_are_shown: Whether a note's owner is a relation, and everybody may see users.
+        users: Number of users.
+        owners_are_shown: Whether a note's owner is a relation, and every caller may see users.
     """
     owner = {"relations": {"owner": {"collection": "users"}}} if owners_are_shown else {}
     shown = {"view_rule": ""} if owners_are_shown else {}
@@ -225,11 +225,11 @@ async def pgrealtime(
 
 @asynccontextmanager
 async def pocketbase(*, rule: str, users: int = 0) -> AsyncIterator[PocketBase]:
-    """Run it on a directory of its own.
+    """Start it with a directory of its own.
 
     Args:
         rule: The notes' list and view rule.
-        users: How many there are.
+        users: Number of users.
     """
     with tempfile.TemporaryDirectory() as directory:
         template = Path(directory) / "template"
@@ -253,7 +253,7 @@ async def pocketbase(*, rule: str, users: int = 0) -> AsyncIterator[PocketBase]:
 
 
 def _fixtures(rule: str, users: int) -> Fixtures:
-    people = FixtureCollection(
+    user_collection = FixtureCollection(
         id="_pb_users_auth_", name="users", type="auth", list_rule=None, view_rule=None, fields=()
     )
     fields = tuple(FixtureField(name=name, type="text") for name in ("owner", "title", "body"))
@@ -273,12 +273,12 @@ def _fixtures(rule: str, users: int) -> Fixtures:
         )
         for number in range(users)
     )
-    return Fixtures(superuser=_ROOT, accounts={}, collections=(people, notes), rows=rows)
+    return Fixtures(superuser=_ROOT, accounts={}, collections=(user_collection, notes), rows=rows)
 
 
 @contextmanager
 def own_database(url: str) -> Iterator[str]:
-    """Make a database on the server, dropped in the end; its URL."""
+    """Create a database on the server, dropped at the end; yield its URL."""
     name = f"bench_{secrets.token_hex(4)}"
     with psycopg.connect(url, autocommit=True) as admin:
         admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
@@ -289,7 +289,7 @@ def own_database(url: str) -> Iterator[str]:
 
 
 def _pin_sessions(database: str) -> None:
-    """Keep the sessions of this database off the server's core, where the machine lets us."""
+    """Keep the sessions of this database off the server's core, where the machine permits it."""
     with psycopg.connect(database) as connection:
         mine = "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
         for (pid,) in connection.execute(mine):

@@ -1,4 +1,4 @@
-"""The benchmarks still run; what they say on a busy machine is nobody's business here."""
+"""The benchmarks still run; their figures on a busy machine don't matter here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# These have in them all that the others are made of.
+# These contain all that the others consist of.
 SMALL = {
     "fanout": "--connections 5 --writes 20 --their-writes 20 --rounds 1",
     "expand": "--connections 5 --writes 20 --rounds 1 --least 0",
@@ -21,7 +21,7 @@ SMALL = {
 
 @pytest.mark.parametrize(("name", "arguments"), SMALL.items(), ids=list(SMALL))
 async def test_benchmark_comes_to_its_end(name: str, arguments: str, database_url: str) -> None:
-    """Everything arrives that it waits for, from both servers."""
+    """Everything that it waits for arrives, from both servers."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", f"tests.bench.{name}", database_url, *arguments.split()),
         cwd=Path(__file__).parents[2],

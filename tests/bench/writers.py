@@ -1,10 +1,10 @@
-"""What an INSERT costs its writer while thousands listen, against nobody listening.
+"""The cost of an INSERT for its writer with thousands of subscribers, against none.
 
     python -m tests.bench.writers postgresql://postgres@127.0.0.1:5432/postgres
 
-pgrealtime runs in both cases, so that what differs are the connections. Each note concerns a few
-of them (``owner = @request.auth.id``); rounds take turns. For PocketBase a create is the same
-thing, and there the writer waits while subscribers are looked through.
+pgrealtime runs in both cases, so that only the connections differ. Each note matches a few of them
+(``owner = @request.auth.id``); rounds alternate. For PocketBase a create is the same thing, and
+there the writer waits while subscriptions are searched.
 """
 
 from __future__ import annotations
@@ -49,16 +49,18 @@ async def compare(arguments: argparse.Namespace) -> None:
 
 def _compare(server: Server, arguments: argparse.Namespace, writes: int) -> None:
     alone: list[float] = []
-    heard: list[float] = []
+    subscribed: list[float] = []
     for _ in range(arguments.rounds):
         alone.append(_p50(server, writes, arguments.pace))
         with listeners() as opened:
             opened.open(server.port, [[TOPIC]] * arguments.connections, server.tokens)
-            heard.append(_p50(server, writes, arguments.pace))
-    ratios = sorted(with_them / without for with_them, without in zip(heard, alone, strict=True))
+            subscribed.append(_p50(server, writes, arguments.pace))
+    ratios = sorted(
+        with_them / without for with_them, without in zip(subscribed, alone, strict=True)
+    )
     print(
         f"{server.name:10} p50 of a write: {statistics.median(alone):.2f} ms alone,"
-        f" {statistics.median(heard):.2f} ms with {arguments.connections} connections; ratio"
+        f" {statistics.median(subscribed):.2f} ms with {arguments.connections} connections; ratio"
         f" {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}); {load()}"
     )
 

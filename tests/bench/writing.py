@@ -13,21 +13,21 @@ from tests.bench.servers import Server, Writer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paced:
-    """Writes at a steady pace."""
+    """Results of writing at a steady pace."""
 
     sent: Sequence[int]
-    """When each was begun, in nanoseconds of the monotonic clock."""
+    """When each write was begun, in nanoseconds of the monotonic clock."""
     round_trips: Sequence[float]
     """Milliseconds until each was acknowledged, ascending."""
 
 
 def flat_out(server: Server, commits: Sequence[Sequence[str]], *, writers: int) -> int:
-    """Let some writers share the commits, each as fast as it can; return the nanosecond it began.
+    """Let some writers share the commits, each as fast as it can; return the start in nanoseconds.
 
     Args:
-        server: Where to.
+        server: Receives the writes.
         commits: The owners of each commit's notes.
-        writers: That work at a time.
+        writers: Number of concurrent writers.
     """
     shares = [(server.writer(), commits[place::writers]) for place in range(writers)]
     with ThreadPoolExecutor(writers) as pool:
@@ -48,14 +48,14 @@ def paced(
 ) -> Paced:
     """Write one note per commit, beginning each when its time has come.
 
-    One that is late because the one before took so long counts from when it began, which is kind
-    to a server that holds up its writers.
+    A write that is late because the one before took so long counts from when it began, which
+    favours a server that delays its writers.
 
     Args:
-        server: Where to.
-        owners: Of the notes.
+        server: Receives the writes.
+        owners: Owners of the notes.
         per_second: The pace.
-        writer: That has written before; the first statement of a new session is a slow one.
+        writer: One that has written before; the first statement of a new session is slow.
     """
     writer = writer or server.writer()
     sent: list[int] = []
