@@ -1,4 +1,4 @@
-"""Whether what came is what was recorded: placeholders, bytes, JSON values, multisets."""
+"""Compares what came with what was recorded: placeholders, bytes, JSON values, multisets."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ PATTERNS = {
     "ts": r"\d{4}-\d{2}-\d{2} \d{2}:\d{2}:\d{2}\.\d{3}Z",
     "jwt": r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+",
 }
-"""What stands for a value nobody knows beforehand."""
+"""What the placeholders of values that vary from run to run match."""
 
 
 def expand(text: str, variables: Mapping[str, str]) -> str:
-    """Return the text with the remembered values in place, ready to be sent.
+    """Return the text with the remembered values inserted, ready to be sent.
 
     Raises:
-        KeyError: A value that was not remembered.
+        KeyError: A value was not remembered.
     """
     return PLACEHOLDER.sub(lambda found: variables[found[1]], text)
 
 
 def pattern(text: str, variables: Mapping[str, str]) -> re.Pattern[str]:
-    """Return an expression for the texts that an expected text stands for."""
+    """Return an expression for the texts that an expected text matches."""
     parts: list[str] = []
     end = 0
     for found in PLACEHOLDER.finditer(text):
@@ -39,7 +39,7 @@ def pattern(text: str, variables: Mapping[str, str]) -> re.Pattern[str]:
 
 
 def is_text_as_expected(expected: str, actual: bytes, variables: Mapping[str, str]) -> bool:
-    """Whether the bytes are the expected text in UTF-8."""
+    """Return whether the bytes are the expected text in UTF-8."""
     try:
         text = actual.decode("utf-8")
     except UnicodeDecodeError:
@@ -48,7 +48,7 @@ def is_text_as_expected(expected: str, actual: bytes, variables: Mapping[str, st
 
 
 def is_json_as_expected(expected: str, actual: bytes, variables: Mapping[str, str]) -> bool:
-    """Whether both are JSON of equal value, member order and white space aside."""
+    """Return whether both are JSON of equal value, ignoring member order and white space."""
     try:
         value = json.loads(actual)
     except ValueError:
@@ -82,7 +82,10 @@ def _is_value_as_expected(expected: Any, actual: Any, variables: Mapping[str, st
 def is_message_as_expected(
     expected: str, actual: bytes, variables: Mapping[str, str], how: Literal["bytes", "json"]
 ) -> bool:
-    """Whether an event is the expected one; with ``json`` only its data may be spelt otherwise."""
+    """Return whether an event is the expected one.
+
+    With ``json`` its data may be spelt otherwise.
+    """
     if how == "bytes":
         return is_text_as_expected(expected, actual, variables)
     wanted_head, _, wanted_data = expected.partition("\ndata:")
@@ -102,7 +105,7 @@ def are_messages_as_expected(
     how: Literal["bytes", "json"],
     order: Literal["given", "any"],
 ) -> bool:
-    """Whether the events are the expected ones, in the given order or as a multiset."""
+    """Return whether the events are the expected ones, in the given order or as a multiset."""
     if len(expected) != len(actual):
         return False
     if order == "given":

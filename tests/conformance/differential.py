@@ -1,4 +1,4 @@
-"""Does one scenario to two servers at once and compares what their clients hear."""
+"""Runs one scenario on two servers at once and compares what their clients receive."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ EVENT_SECONDS = 10.0
 """How long the beacon may take."""
 
 STRAY_SECONDS = 0.3
-"""PocketBase promises no order: an event may come after the beacon that was written later."""
+"""How long to wait for stray events: PocketBase doesn't promise that they precede the beacon."""
 
 
 class DifferenceError(AssertionError):
-    """The two servers told their clients different things."""
+    """The clients of the two servers received different events."""
 
 
 @dataclass(slots=True)
@@ -52,24 +52,24 @@ class Side:
 
     @classmethod
     async def of(cls, name: str, target: Target, fixtures: Fixtures) -> Side:
-        """Log everybody in."""
+        """Log every account in."""
         side = cls(name, target, fixtures)
         for account in fixtures.accounts:
             await side.login(account)
         return side
 
     async def login(self, account: str) -> None:
-        """Get the account a new token."""
+        """Get a new token for the account."""
         self.tokens[account] = await self.target.login(self.fixtures.accounts[account], None)
 
     async def write(self, write: Write) -> None:
-        """Commit it. A new password means new tokens, whoever made the old ones."""
+        """Commit a change; after a new password get new tokens."""
         await self.target.write(write)
         if write.op == "set_password":
             await self.login(next(name for name in PEOPLE if person_id(name) == write.id))
 
     async def open(self, conn: str) -> None:
-        """Open a connection, in place of the one of that name if there is one."""
+        """Open a connection, replacing the one of that name if there is one."""
         if conn in self.streams:
             await self.streams.pop(conn).close()
         request = Request(method="GET", path="/api/realtime", headers={})
@@ -90,19 +90,19 @@ class Side:
         answer = await send(request, self.target.address)
         return answer.head.status, answer.body
 
-    async def heard(self, beacon: int) -> dict[str, Counter[str]]:
-        """Light the beacon; return what each connection heard before it."""
+    async def received(self, beacon: int) -> dict[str, Counter[str]]:
+        """Write the beacon; return what each connection received before it."""
         await self.target.write(
             Write(op="update", collection=BEACON, id=BEACON_ID, data={"count": beacon})
         )
-        return {conn: await self._heard(conn, beacon) for conn in self.streams}
+        return {conn: await self._received(conn, beacon) for conn in self.streams}
 
-    async def _heard(self, conn: str, beacon: int) -> Counter[str]:
+    async def _received(self, conn: str, beacon: int) -> Counter[str]:
         events: Counter[str] = Counter()
         while True:
             messages = await self.streams[conn].take(1, EVENT_SECONDS)
             if not messages:
-                raise DifferenceError(f"{self.name}: {conn} never heard beacon {beacon}")
+                raise DifferenceError(f"{self.name}: {conn} never received beacon {beacon}")
             event = self._comparable(conn, messages[0])
             if event.startswith(f"event:{BEACON}/*\n"):
                 assert f'"count":{beacon},' in event, event
@@ -110,7 +110,7 @@ class Side:
             events[event] += 1
 
     async def strays(self, conn: str) -> Counter[str]:
-        """What comes after the beacon."""
+        """Return what came after the beacon."""
         await self.streams[conn].wait_messages(1_000_000, STRAY_SECONDS)
         messages = await self.streams[conn].take(len(self.streams[conn].waiting), 0)
         return Counter(self._comparable(conn, message) for message in messages)
@@ -138,10 +138,11 @@ class Duel:
         self._beacon = 0
 
     async def run(self, scenario: Scenario) -> int:
-        """Do everything to both; return how many events both sent, beacons apart.
+        """Apply every action to both; return how many events both sent, not counting beacons.
 
         Raises:
-            DifferenceError: Says what was done last, and what each connection heard where.
+            DifferenceError: Names the last action, and what each connection received from which
+                server.
         """
         events = 0
         try:
@@ -177,14 +178,14 @@ class Duel:
     async def _compare(self, action: Write) -> int:
         self._beacon += 1
         original, ours = self._sides
-        wanted, found = await original.heard(self._beacon), await ours.heard(self._beacon)
+        wanted, found = await original.received(self._beacon), await ours.received(self._beacon)
         for conn in wanted:
             if wanted[conn] != found[conn]:
                 wanted[conn] += await original.strays(conn)
                 found[conn] += await ours.strays(conn)
             if wanted[conn] != found[conn]:
                 raise DifferenceError(
-                    f"{action}\n{conn} didn't hear: {[*(wanted[conn] - found[conn]).elements()]}"
-                    f"\n{conn} heard too much: {[*(found[conn] - wanted[conn]).elements()]}"
+                    f"{action}\n{conn} lacks: {[*(wanted[conn] - found[conn]).elements()]}"
+                    f"\n{conn} has too much: {[*(found[conn] - wanted[conn]).elements()]}"
                 )
         return sum(events.total() for events in wanted.values())

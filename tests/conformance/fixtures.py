@@ -1,4 +1,7 @@
-"""The data every recording starts from: collections, rows and accounts as PocketBase names them."""
+"""The data that every recording starts from.
+
+Collections, rows and accounts, named as in PocketBase.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +39,9 @@ class FixtureField(_Part, frozen=True, kw_only=True):
     hidden: bool = False
     max_select: int = 1
     values: tuple[str, ...] = ()
-    """Of a select: its options."""
+    """The options of a select."""
     collection_id: str = ""
-    """Of a relation: where it points."""
+    """The target collection of a relation."""
     cascade_delete: bool = False
     on_create: bool = False
     on_update: bool = False
@@ -66,11 +69,11 @@ class FixtureRow(_Part, frozen=True, kw_only=True):
     collection: str
     data: dict[str, Any]
     raw: bool = False
-    """Stored as it is: no upload, no validation."""
+    """True if the row is stored as it is: no upload, no validation."""
 
 
 class Account(_Part, frozen=True, kw_only=True):
-    """Somebody who can log in."""
+    """A user that can log in."""
 
     collection: str
     identity: str
@@ -89,7 +92,7 @@ SUPERUSERS = "_superusers"
 
 
 class Fixtures(_Part, frozen=True, kw_only=True):
-    """All of it."""
+    """All collections, rows and accounts of a recording."""
 
     superuser: SuperuserAccount
     accounts: dict[str, Account]
@@ -97,11 +100,11 @@ class Fixtures(_Part, frozen=True, kw_only=True):
     rows: tuple[FixtureRow, ...]
 
     def collection(self, name_or_id: str) -> FixtureCollection:
-        """The collection of that name or id."""
+        """Return the collection of that name or id."""
         return next(c for c in self.collections if name_or_id in {c.name, c.id})
 
     def account_id(self, account: Account) -> str:
-        """The id of the account's record."""
+        """Return the id of the account's record."""
         return next(
             str(row.data["id"])
             for row in self.rows

@@ -1,7 +1,7 @@
-"""A raw HTTP/1.1 client: bytes go out as given, bytes come back uninterpreted.
+"""A raw HTTP/1.1 client: bytes are sent as given and returned uninterpreted.
 
-A library would lower-case names, join headers, reconnect and decode behind our back; a recording
-is about exactly these things.
+A library would lower-case names, join headers, reconnect and decode; the recordings are about
+exactly these things.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ BODILESS_STATUS = frozenset({204, 304})
 
 
 class ProtocolError(Exception):
-    """The server sent what is no HTTP/1.1 answer."""
+    """The server's answer is no valid HTTP/1.1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """Where a server listens."""
+    """Host and port of a server."""
 
     host: str
     port: int
@@ -46,7 +46,7 @@ class Request:
 
         Args:
             host: Value of ``Host``.
-            close: Whether to ask for the end of the connection after the answer.
+            close: Whether to request that the server closes the connection after the answer.
         """
         given = {name.lower() for name in self.headers}
         lines = [f"{self.method} {self.path} HTTP/1.1"]
@@ -77,7 +77,7 @@ class Head:
     """Names in lower case, in order, repeated ones apart."""
 
     def header(self, name: str) -> str | None:
-        """The values of the header joined with ``", "``, or None if it is absent."""
+        """Return the values of the header joined with ``", "``, or None if it is absent."""
         values = [value for key, value in self.headers if key == name]
         return ", ".join(values) if values else None
 
@@ -93,7 +93,7 @@ class Answer:
     head: Head
     body: bytes
     surplus: bytes = b""
-    """What came after the end of the answer; a right server sends nothing there."""
+    """What came after the end of the answer; a correct server sends nothing there."""
 
 
 class Hold(Enum):
@@ -127,7 +127,7 @@ async def send(request: Request, to: Address, *, complete: bool = True) -> Answe
 
 
 async def send_and_hold(request: Request, to: Address, *, quiet_seconds: float) -> Answer:
-    """Send a request whose answer is only a head, and see the connection stay open.
+    """Send a request whose answer is a head only, and check that the connection stays open.
 
     Raises:
         ProtocolError: Anything followed the head, or the server ended the connection.
@@ -213,7 +213,7 @@ class End(Enum):
 
 
 class MessageSplitter:
-    """Cuts the body of an event stream into messages, each with its closing blank line."""
+    """Splits the body of an event stream into messages, each with its closing blank line."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -224,10 +224,10 @@ class MessageSplitter:
         return self._rest
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Take bytes of the body; return the messages they complete.
+        """Process bytes of the body; return the messages that they complete.
 
         A line ``:`` before a message is pgrealtime's keep-alive and left out. Inside a message it
-        would be an error, so there it stays and spoils the comparison.
+        would be an error, so it stays there and makes the comparison fail.
         """
         self._rest += data
         messages: list[bytes] = []
@@ -279,29 +279,32 @@ class EventStream:
         return self._splitter.rest
 
     async def wait_messages(self, count: int, seconds: float) -> tuple[bytes, ...]:
-        """The first ``count`` messages without taking them; fewer if time or the stream ends."""
+        """Return the first ``count`` messages without taking them.
+
+        Fewer if time or the stream ends.
+        """
         await self._wait(lambda: len(self._messages) >= count, seconds)
         return self.waiting[:count]
 
     async def take(self, count: int, seconds: float) -> tuple[bytes, ...]:
-        """The next ``count`` messages; fewer if time or the stream ends."""
+        """Return the next ``count`` messages; fewer if time or the stream ends."""
         messages = await self.wait_messages(count, seconds)
         for _ in messages:
             self._messages.popleft()
         return messages
 
     async def wait_end(self, seconds: float) -> End | None:
-        """How the stream ended, or None if it is still open after ``seconds``."""
+        """Return how the stream ended, or None if it is still open after ``seconds``."""
         await self._wait(lambda: False, seconds)
         return self._end
 
     async def wait_noise(self, seconds: float) -> bool:
-        """Whether a byte of a message or the end arrived within ``seconds``."""
+        """Return whether a byte of a message or the end arrived within ``seconds``."""
         await self._wait(lambda: bool(self._messages or self.rest), seconds)
         return bool(self._messages or self.rest or self._end)
 
     async def close(self) -> None:
-        """Leave as a client does: close the socket."""
+        """Close the socket, as a client does."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._writer.close()

@@ -1,6 +1,6 @@
-"""The fixtures as somebody would have them in PostgreSQL who has never heard of PocketBase.
+"""The fixtures as PostgreSQL tables, designed without PocketBase in mind.
 
-Pure: what it returns is SQL to be run. Table and column names are PocketBase's except for
+Pure: it returns SQL to be executed. Table and column names are PocketBase's except for
 ``email_visibility``, ``password_hash`` and ``token_key``.
 """
 
@@ -25,10 +25,10 @@ AUTH_FIELDS = (
     FixtureField(name="emailVisibility", type="bool"),
     FixtureField(name="verified", type="bool"),
 )
-"""What every auth collection has besides its own fields, its secrets apart."""
+"""The fields of every auth collection in addition to its own, without its secrets."""
 
 HASH_ROUNDS = 4
-"""bcrypt's cost: the least there is, since these passwords are printed in the fixtures."""
+"""bcrypt's lowest cost, since these passwords are printed in the fixtures."""
 
 _TYPES = {
     "number": "double precision",
@@ -37,17 +37,20 @@ _TYPES = {
     "autodate": "timestamptz",
     "geoPoint": "point",
 }
-"""Of single values; everything else is text, and several values are an array of text."""
+"""Of single values; all others are text, and several values are an array of text."""
 
 _ZEROS: dict[str, Any] = {"number": 0, "bool": False, "geoPoint": {"lon": 0, "lat": 0}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Style:
-    """What an operator's schema may be like in one way or another."""
+    """Options in which operators' schemas differ."""
 
     empty: Literal["null", "zero"]
-    """What stands for a value not given. Dates, single relations and JSON are NULL in any case."""
+    """The representation of a value not given.
+
+    Dates, single relations and JSON are NULL in any case.
+    """
     json_type: Literal["json", "jsonb"]
     """``jsonb`` reorders members and respells numbers, ``json`` keeps the text."""
 
@@ -60,7 +63,10 @@ class NaturalSchema:
         self._style = style
 
     def create(self) -> Iterator[Statement]:
-        """The tables with their rows; foreign keys last, so that the order of rows is free."""
+        """Return the SQL of the tables and rows.
+
+        Foreign keys last, so that the order of rows is free.
+        """
         yield sql.SQL("CREATE EXTENSION pgcrypto").format(), {}
         for collection in self._fixtures.collections:
             yield self._create_table(collection), {}
@@ -75,7 +81,7 @@ class NaturalSchema:
                     yield self._foreign_key(collection, field), {}
 
     def write(self, write: Write) -> Statement:
-        """The SQL of one change."""
+        """Return the SQL of one change."""
         collection = self._fixtures.collection(write.collection)
         match write.op:
             case "create":
@@ -183,17 +189,17 @@ class NaturalSchema:
 
 
 def fields_of(collection: FixtureCollection) -> tuple[FixtureField, ...]:
-    """The fields beside the id and the secrets, an auth collection's given ones included."""
+    """Return the fields without id and secrets, including an auth collection's given ones."""
     return (AUTH_FIELDS if collection.type == "auth" else ()) + collection.fields
 
 
 def column_name(field: FixtureField) -> str:
-    """The column of a field."""
+    """Return the column of a field."""
     return "email_visibility" if field.name == "emailVisibility" else field.name
 
 
 def _parameter(field: FixtureField, value: Any) -> Any:
-    """The value as psycopg sends it: text, or a list of texts; the statement casts it."""
+    """Return the value as psycopg sends it: text, or a list of texts; the statement casts it."""
     match field.type:
         case "json":
             return None if value is None else json.dumps(value, separators=(",", ":"))

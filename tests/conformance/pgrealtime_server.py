@@ -1,4 +1,4 @@
-"""pgrealtime as its users run it: a process beside a database, configured by one YAML file."""
+"""pgrealtime as operators run it: a process with a database, configured by one YAML file."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tests.conformance.target import RefusedError, UnsupportedStepError
 from tests.conformance.transcript import Write
 
 TOKEN_SECONDS = 5 * 24 * 3600
-"""PocketBase's stock lifetime of a token."""
+"""PocketBase's default lifetime of a token."""
 
 IDLE_SECONDS = 300.0
 LIFE_SECONDS = 1800.0
-"""PocketBase's two limits of a connection."""
+"""PocketBase's two time limits of a connection."""
 
 SUPERUSER_ROLE = "service"
 
@@ -41,28 +41,31 @@ RULES = {
     "manageRule": "manage_rule",
     "authRule": "auth_rule",
 }
-"""PocketBase's names to ours."""
+"""PocketBase's names of rules to those of the configuration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What a run needs to be different from the usual."""
+    """What a run needs different from the default."""
 
     time_scale: float = 1.0
     """Factor on the two limits of a connection."""
     heartbeat: str = "200ms"
-    """Short, so that a recording meets some: they must disturb nothing and keep nothing open."""
+    """Short, so that a recording meets some.
+
+    They must neither disturb messages nor keep a connection open.
+    """
     login_through_api: bool = False
     """Whether accounts get their tokens from pgrealtime itself rather than from another issuer."""
 
 
 def command() -> str:
-    """The installed command."""
+    """Return the installed command."""
     return str(Path(sysconfig.get_path("scripts")) / "pgrealtime")
 
 
 class PgRealtimeServer:
-    """A running pgrealtime and a connection to write with; fulfils ``ListenTarget``."""
+    """A running pgrealtime and a connection to write with; implements ``Target``."""
 
     def __init__(
         self,
@@ -79,12 +82,12 @@ class PgRealtimeServer:
 
         Args:
             fixtures: What the database was filled with.
-            schema: How.
+            schema: Its tables.
             connection: To the database, in autocommit.
             config: The configuration file.
             address: Where the server will listen.
             issuers: Collection to the secret its tokens are signed with.
-            setting: What differs from the usual.
+            setting: Differences from the default.
         """
         self._fixtures = fixtures
         self._schema = schema
@@ -93,7 +96,7 @@ class PgRealtimeServer:
         self._address = address
         self._issuers = dict(issuers)
         self._tables: dict[str, str] = {}
-        """Of collections that were renamed: what they were called in the fixtures."""
+        """The names in the fixtures of collections that were renamed since."""
         self._setting = setting
         self._process: ServerProcess | None = None
 
@@ -103,11 +106,11 @@ class PgRealtimeServer:
 
     @property
     def output(self) -> str:
-        """What the process has printed."""
+        """Return what the process has printed."""
         return "" if self._process is None else self._process.output()
 
     async def start(self) -> None:
-        """Start; return when it answers."""
+        """Start the process; return when it answers."""
         arguments = [command(), "run", "-c", str(self._config)]
         self._process = await ServerProcess.start(arguments, self._config.with_suffix(".log"))
         await self._process.wait_healthy(self._address)
@@ -198,15 +201,15 @@ async def running(
     style: Style,
     setting: Setting,
 ) -> AsyncIterator[PgRealtimeServer]:
-    """A server beside an empty database that is filled first.
+    """Start a server with an empty database that is filled first.
 
     Args:
-        fixtures: What to fill the database with.
-        collections: The names of those that are configured; the others are tables like any.
+        fixtures: Contents of the database.
+        collections: The names of those that are configured; the others are ordinary tables.
         database_url: An empty database.
-        directory: Where the configuration and the output go.
-        style: What the tables are like.
-        setting: What differs from the usual.
+        directory: Receives the configuration and the output.
+        style: Options of the tables.
+        setting: Differences from the default.
     """
     schema = NaturalSchema(fixtures, style)
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
@@ -247,9 +250,9 @@ async def running(
 
 
 def touched(text: str, fixtures: Fixtures) -> list[str]:
-    """The collections that a text names or that those point to, in the fixtures' order.
+    """Return the collections that a text names or that those reference, in the fixtures' order.
 
-    Accounts are named as well, so that whoever logs in has a row to be looked up.
+    Accounts are named as well, so that each user that logs in has a row.
     """
     words = set(re.findall(r"\w+", text))
     words |= {fixtures.accounts[word].collection for word in words & fixtures.accounts.keys()}
@@ -300,7 +303,7 @@ def _collection(name: str, fixtures: Fixtures) -> dict[str, Any]:
             "hide": [field.name for field in fields if field.hidden],
             "types": {field.name: "file" for field in fields if field.type == "file"},
         },
-        # Foreign keys tell of the single relations; nothing in a schema tells of a list of ids.
+        # Foreign keys define the single relations; nothing in a schema defines a list of ids.
         "relations": {
             field.name: {"collection": fixtures.collection(field.collection_id).name}
             for field in fields

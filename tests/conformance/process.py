@@ -24,10 +24,10 @@ class ServerDiedError(Exception):
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of 127.0.0.1 that is not in use at the moment."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
 
 
 class ServerProcess:
@@ -54,11 +54,11 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process, for whoever measures it."""
+        """The process id, for measurements."""
         return self._process.pid
 
     async def wait_healthy(self, address: Address, base_path: str = "") -> None:
-        """Return once ``/api/health`` answers 200, under the path that everything may be under.
+        """Return once ``/api/health`` answers 200, under the path prefix, if there is one.
 
         Raises:
             ServerDiedError: The process ended, or said nothing for too long.
@@ -80,24 +80,24 @@ class ServerProcess:
             raise ServerDiedError(f"no answer in {START_SECONDS} s\n{self.output()}") from error
 
     def output(self) -> str:
-        """What the process has printed so far."""
+        """Return what the process has printed so far."""
         return self._log.read_text(errors="replace")
 
     def logged(self, event: str) -> list[dict[str, Any]]:
-        """The lines of the log with that event; only a program that logs JSON has any."""
+        """Return the lines of the log with that event; only a program that logs JSON has any."""
         whole = self.output().split("\n")[:-1]  # the last line may be half written
         lines = (line for line in whole if line.startswith("{"))
         return [said for line in lines if (said := json.loads(line)).get("event") == event]
 
     async def wait_logged(self, event: str, times: int = 1) -> dict[str, Any]:
-        """Return the line that says something for so many times, once it does."""
+        """Return the log line with that event that makes so many, once it is written."""
         async with asyncio.timeout(LOG_SECONDS):
             while len(said := self.logged(event)) < times:
-                await asyncio.sleep(POLL_SECONDS)  # a file tells nobody that it grew
+                await asyncio.sleep(POLL_SECONDS)  # a file signals no growth
         return said[times - 1]
 
     async def reload(self) -> bool:
-        """SIGHUP; return once the program has taken the configuration, or said that it doesn't."""
+        """Send SIGHUP; return once the program has accepted the configuration, or refused it."""
 
         def answers() -> list[int]:
             return [len(self.logged(f"config.{word}")) for word in ("reloaded", "rejected")]
@@ -110,7 +110,7 @@ class ServerProcess:
         return now[1] == before[1]
 
     async def stop(self) -> None:
-        """SIGTERM, and SIGKILL if that doesn't end it in time."""
+        """Send SIGTERM, and SIGKILL if that doesn't end it in time."""
         if self._process.returncode is not None:
             return
         self._process.send_signal(signal.SIGTERM)

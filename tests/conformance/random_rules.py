@@ -1,4 +1,4 @@
-"""Random rules over the corpus' collections: every construct, sense or nonsense."""
+"""Random rules over the corpus' collections, with every construct, meaningful or not."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ LITERALS = (
     *("2024", "2024.0", "-2024", "1710028800", "12", "3", "9007199254740993", "0.5", "-0.0"),
     *("'9007199254740993'", "'9007199254740993.0'", "'9223372036854775808'", "'%20%'", "'2_24'"),
 )
-"""Texts that look like numbers and such that only nearly do, and numbers of every spelling."""
+"""Texts that look like numbers or nearly do, and numbers of every spelling."""
 _REQUEST = (
     "id name email team groups groups.name groups:each verified level team.name prefs.theme"
     " badges:length nope id:lower posts_via_author.title joined"
@@ -162,7 +162,7 @@ class RandomRules:
         return self.pick(*names) + self.pick(":lower", ":length", ":each", "")
 
     def near_rule(self) -> str:
-        """Return a text that may be of the language or just not."""
+        """Return a text at the edge of the language, valid or not."""
         if self._random.random() < 0.5:
             words = [self.pick(*TOKENS) + self.pick("", " ") for _ in range(self._upto(8))]
             return "".join(words)

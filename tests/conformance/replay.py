@@ -56,7 +56,7 @@ CLOCK_SLACK_SECONDS = 1.0
 
 
 class MismatchError(AssertionError):
-    """The target did not do what was recorded."""
+    """The target deviated from the recording."""
 
 
 class Replay:
@@ -73,8 +73,8 @@ class Replay:
         """Prepare a run.
 
         Args:
-            conversation: What was recorded.
-            accounts: Who can log in, by short name.
+            conversation: The recording.
+            accounts: The accounts that can log in, by short name.
             target: A server with the fixtures freshly loaded.
             time_scale: Factor on every waiting time, for a target whose limits are scaled alike.
         """

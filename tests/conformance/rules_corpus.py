@@ -1,7 +1,7 @@
-"""Asks the rules corpus of pgrealtime's reference query, on a real database.
+"""Evaluates the rules corpus with pgrealtime's reference query and engine, on a real database.
 
-A corpus is a folder with ``cases.json``; the data is always that of ``tests/rules-corpus``. See its
-README for what a case says.
+A corpus is a folder with ``cases.json``; the data is always that of ``tests/rules-corpus``. Its
+README documents the cases.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ async def load(database_url: str) -> Corpus:
 
 
 def configured(described: Mapping[str, Any]) -> CollectionConfig:
-    """Return a collection of ``schema.json`` as it is configured here, for everyone."""
+    """Return a collection of ``schema.json`` as it is configured here, readable by every caller."""
     fields = described["fields"]
     return CollectionConfig(
         table=f"public.{described['name']}",
@@ -235,13 +235,13 @@ def expected(case: Case) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How the cases went."""
+    """Results of a corpus run."""
 
     right: tuple[str, ...]
     refused: tuple[str, ...]
-    """Refused although PocketBase decides them."""
+    """Cases that are refused although PocketBase decides them."""
     wrong: tuple[str, ...]
-    """Told in a line each."""
+    """Cases with another verdict, one line each."""
 
     def __str__(self) -> str:
         counts = f"{len(self.right)} right, {len(self.refused)} refused, {len(self.wrong)} wrong"
@@ -249,10 +249,10 @@ class Report:
 
 
 def of_way(asked: Iterable[Case], way: Way) -> Iterator[Case]:
-    """Yield the cases that say something about the way.
+    """Yield the cases that apply to the way of evaluation.
 
-    That a rule is refused when it is set is nobody's business afterwards; the subscriber's own row
-    matters to few.
+    A refusal happens when the rule is set, before any evaluation; the subscriber's own row matters
+    to few cases.
     """
     for case in asked:
         is_set = way is Way.REFERENCE or expected(case) is not None
@@ -260,8 +260,8 @@ def of_way(asked: Iterable[Case], way: Way) -> Iterator[Case]:
             yield case
 
 
-def judge(corpus: Corpus, asked: Iterable[Case], way: Way = Way.REFERENCE) -> Report:
-    """Ask every case."""
+def evaluate_cases(corpus: Corpus, asked: Iterable[Case], way: Way = Way.REFERENCE) -> Report:
+    """Evaluate every case."""
     right: list[str] = []
     refused: list[str] = []
     wrong: list[str] = []

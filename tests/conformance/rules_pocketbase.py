@@ -1,4 +1,4 @@
-"""The real PocketBase with the rules corpus in it, to be asked any rule."""
+"""The real PocketBase with the rules corpus loaded, which evaluates any rule."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ID = {
 
 
 class CorpusPocketBase:
-    """Answers rules by list requests."""
+    """Evaluates rules by list requests."""
 
     def __init__(self, api: PocketBaseApi) -> None:
         self._api = api
@@ -43,7 +43,10 @@ class CorpusPocketBase:
     async def show(
         self, collection: str, rule: str | None, auth: str, query: Mapping[str, str]
     ) -> tuple[str, ...] | None:
-        """Return the ids that a subscriber sees, none after an error; None if the rule is bad."""
+        """Return the ids that a subscriber sees, none after an error.
+
+        None if the rule is invalid.
+        """
         try:
             await self.set_rule(collection, rule)
         except RefusedError:
@@ -61,7 +64,7 @@ class CorpusPocketBase:
         """Make it the collection's list rule.
 
         Raises:
-            RequestRefusedError: PocketBase doesn't take it.
+            RequestRefusedError: PocketBase refuses it.
         """
         if collection not in self._rules or self._rules[collection] != rule:
             path = f"/api/collections/{collection}"
@@ -153,7 +156,7 @@ def _field(described: Mapping[str, Any]) -> dict[str, Any]:
 async def _store(
     api: PocketBaseApi, table: Mapping[str, Any], row: Mapping[str, Any], *, with_relations: bool
 ) -> None:
-    """Create the row without its relations, or add them once all rows are there."""
+    """Create the row without its relations, or add them once all rows exist."""
     kinds = {one["name"]: one["type"] for one in table["fields"]}
     body = {
         name: _json_text(value) if kinds[name] == "json" else value
@@ -170,9 +173,9 @@ async def _store(
 
 
 def _json_text(value: Any) -> str:
-    """Return the JSON as Postgres keeps it, so that both have the same containers as texts.
+    """Return the JSON as PostgreSQL keeps it, so that both have the same containers as texts.
 
-    PocketBase stores a text that is JSON as it stands; what comes as JSON it would order anew.
+    PocketBase stores a text that is JSON unchanged; values sent as JSON it would reorder.
     """
     return json.dumps(_ordered(value), separators=(",", ":"), ensure_ascii=False)
 

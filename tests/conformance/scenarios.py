@@ -1,7 +1,7 @@
-"""Random worlds and what happens in them: pure, and the same for the same seed.
+"""Random worlds and scenarios: pure, and the same for the same seed.
 
-A world is a schema with rules and rows; a scenario is a few connections and a row of actions. The
-scenarios of a world follow each other on the same data.
+A world is a schema with rules and rows; a scenario is a few connections and a sequence of actions.
+The scenarios of a world run one after another on the same data.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from tests.conformance.fixtures import (
 from tests.conformance.transcript import Write
 
 BEACON = "beacon"
-"""A collection everybody hears; an event of it says that everything before it has been told."""
+"""A collection that every connection receives.
+
+Its event marks that all earlier ones were delivered.
+"""
 
 BEACON_ID = "beaconrecord001"
 
@@ -37,11 +40,11 @@ BOOKS = ("books0", "books1", "books2")
 PEOPLE = ("anna", "ben", "cleo", "dora")
 
 STRANGER = "evan"
-"""A person no record points to, so that deleting him deletes one row and no more."""
+"""A user that no record references, so that deleting it deletes one row and no more."""
 
 
 class Ability(Enum):
-    """What a world may be made to ask for beside the plainest things."""
+    """An optional feature that a world may use."""
 
     AUTH_PATHS = "rules read other fields of the caller's record than the six plain ones"
     ACCOUNT_CHANGES = "records of people change and go while they listen"
@@ -86,7 +89,7 @@ _RELATIONS = {
     "teams": (("members", "people"), ("books2_via_team", "books2"), ("people_via_teams", "")),
     "notes": (("book", "books0"), ("author", "")),
 }
-"""Names that a path may go on with, and where they lead."""
+"""Names that a path may continue with, and their targets."""
 _QUERY_VALUES = ("", "alpha", "a", "5", "100", "red")
 
 
@@ -114,7 +117,7 @@ Action: TypeAlias = Subscribe | Reconnect | Write
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """What happens, one after another."""
+    """Actions in order."""
 
     connections: tuple[str, ...]
     actions: tuple[Action, ...]
@@ -183,7 +186,7 @@ _OWN: tuple[_Maker, ...] = (
     lambda r: f"team.open {_op(r, '= !=')} {r.choice(('true', 'false'))}",
     lambda r: f"title {_op(r, '= != ~')} kind",
 )
-"""What a rule and a filter may say."""
+"""Terms that a rule and a filter may contain."""
 
 _FOREIGN: tuple[_Maker, ...] = (
     lambda r: f"author {_op(r, '= !=')} @request.auth.id",
@@ -206,26 +209,26 @@ _FOREIGN: tuple[_Maker, ...] = (
     lambda r: f"@collection.teams.name {_op(r, '?= ?~')} {_text(r)}",
     lambda r: f"notes_via_book.text {_op(r, '= ?= ?~ !=')} {r.choice(('', _text(r))) or _text(r)}",
 )
-"""What only a rule may say."""
+"""Terms that only a rule may contain."""
 
 _AUTH_PATHS: tuple[_Maker, ...] = (
     lambda r: f"@request.auth.role {_op(r, '= != ~')} '{r.choice(_ROLES)}'",
     lambda r: f"@request.auth.role {_op(r, '= !=')} kind",
     lambda r: f"@request.auth.teams_via_members.name {_op(r, '?= ?~')} {_text(r)}",
 )
-"""What reads the caller's record in the database."""
+"""Terms that read the caller's record in the database."""
 
 
 # -- worlds
 
 
 def person_id(name: str) -> str:
-    """The record id of a person."""
+    """Return the record id of a user."""
     return f"person{name}0000000000"[:15]
 
 
 def account_of(name: str) -> Account:
-    """The account of a person or of ``root``."""
+    """Return the account of a user or of ``root``."""
     if name == "root":
         return Account(collection=SUPERUSERS, identity=ROOT.email, password=ROOT.password)
     return Account(collection="people", identity=f"{name}@example.com", password=PASSWORD)
@@ -236,7 +239,7 @@ def _plain(name: str, **kind: Any) -> FixtureField:
 
 
 CREATED = _plain("created", type="autodate", on_create=True, hidden=True)
-"""What the order of back relations hangs on here; for superusers to see, at either's own time."""
+"""Decides the order of back relations; visible to superusers, with each server's own time."""
 
 _BOOK_FIELDS = (
     _plain("title", type="text"),
@@ -257,7 +260,7 @@ _BOOK_FIELDS = (
 
 @dataclass(slots=True)
 class World:
-    """Rules and rows, and which records there are while scenarios run."""
+    """Rules and rows, and the records that exist while scenarios run."""
 
     random: Random
     abilities: frozenset[Ability] = ALL
@@ -290,7 +293,7 @@ class World:
         )
 
     def scenario(self, length: int = 16) -> Scenario:
-        """The next thing to happen, on the data that the earlier ones left."""
+        """Return the next scenario, on the data that the earlier ones left."""
         connections = tuple("ABCD"[: self.random.randint(2, 4)])
         accounts = {name: self._account() for name in connections}
         actions: list[Action] = [
@@ -452,7 +455,7 @@ class World:
         return self.random.sample(values, self.random.randint(0, len(values)))
 
     def _new_id(self) -> str:
-        """Return an id that says nothing of when it was made."""
+        """Return an id that reveals nothing of its time of creation."""
         return "".join(self.random.choices(ascii_lowercase, k=15))
 
     # -- what happens
@@ -510,7 +513,7 @@ class World:
         return {"query": query}
 
     def _expand(self, name: str) -> str:
-        """A few paths, some of which lead nowhere."""
+        """Return a few paths, some of which lead nowhere."""
         paths: list[str] = []
         for _ in range(self.random.randint(1, 3)):
             at = name

@@ -1,4 +1,4 @@
-"""What a server under test must let the harness do besides being spoken to."""
+"""The operations on a server under test that the harness needs, besides HTTP requests."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class RefusedError(Exception):
 
 
 class Target(Protocol):
-    """A running server with the data of the fixtures, and the hands to change them."""
+    """A running server with the data of the fixtures, and the operations that change them."""
 
     @property
     def address(self) -> Address:
-        """Where it listens."""
+        """Where the server listens."""
         ...
 
     async def login(self, account: Account, lifetime_seconds: float | None) -> str:

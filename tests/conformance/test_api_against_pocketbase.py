@@ -1,4 +1,4 @@
-"""Generated requests put to the real PocketBase and to our HTTP surface: the same comes back."""
+"""Generated requests to the real PocketBase and to our HTTP surface: the answers are the same."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ routerAdd("GET", "/echo/{id}", (e) => {
   return e.json(200, client.subscriptions())
 })
 """
-"""A hook of PocketBase's own kind that shows which topics and options it made of a call."""
+"""A PocketBase hook that shows which topics and options it parsed from a call."""
 
 CLIENT = "CLIENTID"
-"""Stands for each server's own client id."""
+"""A placeholder for each server's own client id."""
 
 EXAMPLES = settings(
     max_examples=400,
@@ -52,7 +52,7 @@ class Pair:
     our_id: str
 
     async def ask(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Outcome:
-        """Put the request to both."""
+        """Send the request to both."""
         theirs, ours = [
             await send(
                 Request(
@@ -71,20 +71,20 @@ class Pair:
         )
 
     async def their_topics(self) -> dict[str, Any]:
-        """Topic to ``query`` and ``headers``, as PocketBase has them."""
+        """Return ``query`` and ``headers`` by topic, as PocketBase has them."""
         request = Request(method="GET", path=f"/echo/{self.their_id}", headers={})
         topics: dict[str, Any] = json.loads((await send(request, self.pocketbase)).body)
         return {name.replace(self.their_id, CLIENT): topic for name, topic in topics.items()}
 
     def our_topics(self) -> set[str]:
-        """The topics the hub has."""
+        """Return the topics that the hub has."""
         (connection,) = (c for c in self.room.hub.connections if c.id == self.our_id)
         return {name.replace(self.our_id, CLIENT) for name in connection.subscriptions}
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Status and body from each."""
+    """Status and body from each server."""
 
     theirs: tuple[int, bytes]
     ours: tuple[int, bytes]
@@ -213,7 +213,7 @@ QUERIES = st.sampled_from(
 async def test_subscribe_bodies_are_taken_alike(
     pair: Pair, typed: tuple[str, str], query: str
 ) -> None:
-    """Which bodies can be read, what is wrong with the others, and which topics result."""
+    """Covers which bodies can be parsed, the errors of the others, and the resulting topics."""
     content_type, text = typed
     body = text.encode(errors="surrogateescape")
     assume(not content_type.startswith(("text/xml", "application/xml")))
@@ -248,9 +248,9 @@ def topics(draw: st.DrawFn) -> str:
 @EXAMPLES
 @given(names=st.lists(topics(), min_size=1, max_size=20))
 async def test_options_are_read_alike(pair: Pair, names: list[str]) -> None:
-    """Protocol 5: what rules see of a subscription, after any damage to its text."""
+    """Protocol 5: what rules see of a subscription, however its text was damaged."""
     names = [name.encode(errors="replace").decode() for name in names]
-    # A topic with a line break tears PocketBase's frame; ours has no options then (4.6). What
+    # A topic with a line break breaks PocketBase's message; ours has no options then (4.6). What
     # doesn't begin with the name of a collection may have any, it matches nothing.
     names = [name for name in names if re.fullmatch(r"\w+([/?#][^\r\n]*)?", name, re.ASCII)]
     body = json.dumps({"clientId": CLIENT, "subscriptions": names}).encode()
@@ -333,7 +333,7 @@ async def test_raw_requests_are_answered_alike(pair: Pair, request_text: str) ->
 
 
 async def answer_to(address: Address, data: bytes) -> bytes:
-    """What comes until the server is quiet."""
+    """Return what the server sends until it is quiet."""
     reader, writer = await asyncio.open_connection(address.host, address.port)
     writer.write(data)
     answer = b""
@@ -352,7 +352,7 @@ async def answer_to(address: Address, data: bytes) -> bytes:
 
 
 def comparable(answer: bytes) -> tuple[list[bytes], bytes]:
-    """Return the head's lines in order of name, and the body, without moment and ids."""
+    """Return the head's lines in order of name, and the body, without times and ids."""
     head, _, body = answer.partition(b"\r\n\r\n")
     status, *fields = head.split(b"\r\n")
     if status.startswith(b"HTTP/1.1 100 "):

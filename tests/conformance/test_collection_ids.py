@@ -1,4 +1,4 @@
-"""Clients may subscribe by a collection's id: ours are those that PocketBase would give."""
+"""Clients may subscribe by a collection's id: it is the one that PocketBase would derive."""
 
 from __future__ import annotations
 

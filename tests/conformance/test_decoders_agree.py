@@ -1,4 +1,4 @@
-"""wal2json and pgoutput tell the same transactions of the same workload."""
+"""wal2json and pgoutput decode the same transactions from the same workload."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ RECORD_KEYS: RecordKeys = {TableName("public", "parts"): ("id",)}
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
-async def test_both_decoders_tell_the_same_transactions(database_url: str, workload: str) -> None:
-    """Which decoder a server allows makes no difference to subscribers."""
+async def test_both_decoders_return_the_same_transactions(database_url: str, workload: str) -> None:
+    """The decoder that a server permits makes no difference to subscribers."""
     async with writer(database_url) as connection:
         for statement in statements(SCHEMA):
             await connection.execute(statement.encode())
@@ -51,8 +51,8 @@ async def test_both_decoders_tell_the_same_transactions(database_url: str, workl
     assert len(wal2json) > 3
     assert [_comparable(one) for one in wal2json] == [_comparable(one) for one in pgoutput]
     assert [_rows_in_order(one) for one in wal2json] == [_rows_in_order(one) for one in pgoutput]
-    for told, described in zip(wal2json, pgoutput, strict=True):
-        assert _types(told) <= _types(described)
+    for named, described in zip(wal2json, pgoutput, strict=True):
+        assert _types(named) <= _types(described)
 
 
 def _comparable(one: Transaction | OversizedTransaction) -> Transaction:
@@ -62,7 +62,7 @@ def _comparable(one: Transaction | OversizedTransaction) -> Transaction:
 
 
 def _types(one: Transaction | OversizedTransaction) -> set[tuple[object, ...]]:
-    """The columns' types; wal2json names only the columns that it has values of."""
+    """Return the columns' types; wal2json names only the columns that it has values of."""
     assert isinstance(one, Transaction)
     return {
         (shape.table, shape.leaf, name, oid)
@@ -73,7 +73,7 @@ def _types(one: Transaction | OversizedTransaction) -> set[tuple[object, ...]]:
 
 
 def _shared(change: Insert | Update | Delete | Truncate) -> Insert | Update | Delete | Truncate:
-    """The change without what the server imposes."""
+    """Return the change without what the server makes different."""
     imposed = IMPOSED.get(change.table, ())
     match change:
         case Insert(table, new):
@@ -99,7 +99,7 @@ def _old_without(old: OldImage, columns: tuple[str, ...]) -> OldImage:
 
 
 def _rows_in_order(one: Transaction | OversizedTransaction) -> list[list[str]]:
-    """Column names as they stand: equality of dicts doesn't look at their order."""
+    """Return column names in order, which the equality of dicts ignores."""
     return [
         [*row]
         for change in _comparable(one).changes

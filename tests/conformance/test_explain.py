@@ -1,4 +1,4 @@
-"""``pgrealtime explain`` against what PocketBase was recorded to show."""
+"""``pgrealtime explain`` compared with what PocketBase was recorded to show."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pgrealtime.rules.sql.breakdown import ClauseGroup, RuleFragment, fragment_q
 from tests.conformance.rules_corpus import CORPUS, Case, Corpus, cases, configured, expected, load
 
 _EVERY = 20
-"""Of the cases, those that are explained whole: each takes some twenty statements."""
+"""One in so many cases is explained whole: each takes some twenty statements."""
 
 
 def _config(url: str, case: Case) -> Config:
@@ -36,7 +36,7 @@ def _config(url: str, case: Case) -> Config:
     return Config(version=1, database=database, collections=shown)
 
 
-def _who(auth: str) -> CallerSpec:
+def _caller(auth: str) -> CallerSpec:
     match auth.split("/"):
         case ["guest"]:
             return GUEST
@@ -54,7 +54,7 @@ def _topic(case: Case) -> str:
 
 
 def _sampled() -> Iterator[tuple[Case, str, bool]]:
-    """Yield cases with one record that is shown and one that isn't, as far as there are."""
+    """Yield cases with one record that is shown and one that isn't, where there are such."""
     for n, case in enumerate(cases(CORPUS)):
         wanted = expected(case)
         if n % _EVERY or wanted is None:
@@ -71,14 +71,14 @@ def _ids(collection: str) -> list[str]:
 
 @pytest.mark.timeout(600)
 async def test_explain_says_what_was_recorded(database_url: str) -> None:
-    """The verdict is PocketBase's, and reference, engine and the parts agree on it."""
+    """The verdict is PocketBase's; reference, engine and the clauses agree on it."""
     corpus = await load(database_url)
     corpus.connection.close()
     wrong: list[str] = []
     asked_for = 0
     for case, record_id, is_shown in _sampled():
         explanation = await explain_delivery(
-            _config(database_url, case), _who(case["auth"]), _topic(case), record_id
+            _config(database_url, case), _caller(case["auth"]), _topic(case), record_id
         )
         asked_for += 1
         if explanation.is_delivered is not is_shown or any(
@@ -92,10 +92,10 @@ async def test_explain_says_what_was_recorded(database_url: str) -> None:
 
 @pytest.mark.timeout(600)
 async def test_parts_say_together_what_the_rule_says(database_url: str) -> None:
-    """A part alone means what it means in its rule.
+    """A clause evaluated alone means what it means in its rule.
 
-    But for conjunctions of ``?`` comparisons, which no one related row may satisfy although each
-    is satisfied by some: there all parts are true and the whole isn't.
+    The exception are conjunctions of ``?`` comparisons: each may be satisfied by another related
+    row, so all clauses are true and the whole isn't.
     """
     corpus = await load(database_url)
     odd: list[str] = []
@@ -115,7 +115,7 @@ async def test_parts_say_together_what_the_rule_says(database_url: str) -> None:
 
 
 def _verdicts(corpus: Corpus) -> Iterator[tuple[bool, list[bool], ClauseGroup, Case]]:
-    """Yield what a join and each of its parts is of a row, for a sample of the cases."""
+    """Yield verdicts of a join and of each of its clauses on a row, for a sample of the cases."""
     compound = [case for case in cases(CORPUS) if _joined(case["rule"])]
     for case in compound[::_EVERY]:
         for row in corpus.rows[case["collection"]]:

@@ -1,4 +1,4 @@
-"""The harness itself: it understands the recordings' notation, and it notices what is wrong."""
+"""Tests of the harness: it understands the recordings' notation, and it detects deviations."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ FIXTURES = load_fixtures(RECORDINGS / "fixtures.json")
 # -- comparing
 
 
-def test_remembered_values_stand_in_what_is_sent() -> None:
+def test_remembered_values_are_inserted_into_what_is_sent() -> None:
     assert expand('{"id":"{{A.clientId}}"}', {"A.clientId": "x1"}) == '{"id":"x1"}'
 
 
-def test_a_value_nobody_remembered_is_an_error() -> None:
+def test_a_value_not_remembered_is_an_error() -> None:
     with pytest.raises(KeyError):
         expand("{{B.clientId}}", {})
 
@@ -233,7 +233,7 @@ async def test_a_wrong_answer_is_noticed(
     number: int,
     spoil: Callable[[Step], Step],
 ) -> None:
-    """A recording altered in one place fails in just that place against the real PocketBase."""
+    """A recording altered in one place fails at just that place against the real PocketBase."""
     monkeypatch.setattr("tests.conformance.replay.ANSWER_SECONDS", 1.0)
     conversation = load_conversation(RECORDINGS / f"{name}.json")
     steps = list(conversation.steps)
@@ -265,12 +265,12 @@ async def _duel(worlds: Iterable[World], tmp_path: Path) -> int:
 
 
 async def test_two_pocketbases_differ_in_nothing(tmp_path: Path) -> None:
-    """The differential test has no false alarms: nothing random is left in what it compares."""
+    """The differential test has no false alarms: what it compares contains nothing random."""
     assert await _duel([World(Random(7)), World(Random(7))], tmp_path) > 20
 
 
 async def test_other_rules_are_noticed(tmp_path: Path) -> None:
-    """Two servers that differ in rules alone are told apart."""
+    """Two servers that differ only in rules give different events."""
     altered = World(Random(7))
     collections = tuple(
         msgspec.structs.replace(c, list_rule="", view_rule="") if c.name in BOOKS else c

@@ -1,10 +1,9 @@
-"""Random scenarios, done to the real PocketBase and to pgrealtime at the same time.
+"""Random scenarios, run on the real PocketBase and on pgrealtime at the same time.
 
 The seeds are fresh in every run and part of the test's name. ``PGREALTIME_SEED`` repeats a run from
-there, ``PGREALTIME_SCENARIOS`` makes it longer.
-
-People come with tokens of our login where the seed is odd, and of an issuer where it is even. A new
-password ends the former, as PocketBase's, and none of the latter: PocketBase has no such tokens.
+there, ``PGREALTIME_SCENARIOS`` makes it longer. Users have tokens of pgrealtime's login where the
+seed is odd, and of another issuer where it is even. A new password invalidates the former, as in
+PocketBase, and not the latter, which PocketBase doesn't have.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ NOT_YET: dict[Ability, str] = {}
 """What worlds leave out, with the reason."""
 
 STYLE = Style(empty="zero", json_type="json")
-"""PocketBase has no NULLs in its columns: rules over real ones have no counterpart there."""
+"""PocketBase has no NULLs in its columns, so rules over NULLs have no counterpart there."""
 
 
 def _story(world: World, scenario: Scenario) -> str:
@@ -63,13 +62,13 @@ def _story(world: World, scenario: Scenario) -> str:
 async def duelling(
     fixtures: Fixtures, database_url: str, directory: Path, *, has_own_tokens: bool
 ) -> AsyncIterator[tuple[Duel, PgRealtimeServer]]:
-    """Both servers with the same data.
+    """Start both servers with the same data.
 
     Args:
         fixtures: The data.
         database_url: An empty database.
         directory: An empty folder.
-        has_own_tokens: Whether people log in at pgrealtime, rather than at another issuer.
+        has_own_tokens: Whether users log in at pgrealtime, rather than at another issuer.
     """
     for name in ("template", "ours"):
         (directory / name).mkdir()
@@ -93,10 +92,10 @@ async def duelling(
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-async def test_clients_of_both_servers_hear_the_same(
+async def test_clients_of_both_servers_receive_the_same(
     seed: int, database_url: str, tmp_path: Path
 ) -> None:
-    """Whatever the rules, options and writes: every client hears PocketBase's bytes."""
+    """Whatever the rules, options and writes, every client receives PocketBase's bytes."""
     has_own_tokens = seed % 2 == 1
     left_out = NOT_YET.keys() | (set() if has_own_tokens else {Ability.NEW_PASSWORDS})
     world = World(Random(seed), ALL - left_out)
@@ -117,7 +116,7 @@ async def test_clients_of_both_servers_hear_the_same(
 async def test_a_new_password_ends_the_tokens_that_pocketbase_has(
     *, has_own_tokens: bool, database_url: str, tmp_path: Path
 ) -> None:
-    """Those of an issuer go on, hence worlds in which people have them know no new passwords."""
+    """Tokens of another issuer stay valid, so worlds that use them change no passwords."""
     fixtures = World(Random(0)).fixtures
     collections = tuple(
         msgspec.structs.replace(c, list_rule="id = @request.auth.id") if c.name == "people" else c
@@ -131,7 +130,7 @@ async def test_a_new_password_ends_the_tokens_that_pocketbase_has(
     actions = (listening, written, changed, written, listening, written)
     goes_on = pytest.raises(
         DifferenceError,
-        match=r"set_password.*\nA didn't hear: \[\]\nA heard too much: \['event:people/\*",
+        match=r"set_password.*\nA lacks: \[\]\nA has too much: \['event:people/\*",
     )
     both = duelling(fixtures, database_url, tmp_path, has_own_tokens=has_own_tokens)
     async with both as (duel, _):

@@ -1,7 +1,7 @@
-"""Options of subscriptions, one by one: guest, user and superuser hear what PocketBase lets them.
+"""Each option of subscriptions, for a guest, a user and a superuser: the events are PocketBase's.
 
-Random scenarios ask combinations (``test_live_differential``); here are the corners of protocol
-pages 5.6 and 6.5 that chance seldom meets.
+Random scenarios draw combinations (``test_live_differential``); here are the special cases of
+protocol 5.6 and 6.5 that random draws rarely reach.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ BOOK: dict[str, Any] = {
 
 
 WRITTEN = "awrittenlast001"
-"""Last among records that point to one all the same."""
+"""Written last, since the other records reference it."""
 
 
 def _writes() -> list[Action]:
@@ -252,7 +252,7 @@ SPELLINGS = [
         )
     ),
 ]
-"""Of topics: which are a collection's, and whose options are read."""
+"""Spellings of topics: which ones name a collection, and whose options are read."""
 
 
 def _spellings() -> tuple[str, ...]:
@@ -263,7 +263,7 @@ def _spellings() -> tuple[str, ...]:
 async def test_every_option_does_what_it_does_in_pocketbase(
     database_url: str, tmp_path: Path, topics: tuple[str, ...]
 ) -> None:
-    """To the byte, but for the order of picked members, which is random there."""
+    """To the byte, except for the order of picked members, which is random in PocketBase."""
     fixtures = _fixtures()
     for directory in ("template", "ours"):
         (tmp_path / directory).mkdir()

@@ -1,4 +1,4 @@
-"""What the real PocketBase makes of ``fields``, excerpts and stored JSON, and what we make of it.
+"""``fields``, excerpts and stored JSON, compared with the real PocketBase.
 
 Expressions and HTML are drawn at random; the seed is part of the test's name, and
 ``PGREALTIME_SEED`` repeats it.
@@ -84,7 +84,10 @@ HTML = [
     *("<select><option>o</select>", "<textarea><b>&amp;</textarea>", "<iframe>z</iframe>"),
     *("<table><tr><td>x</td><td>y</table>", "<blockquote>", "</blockquote>", "<body>"),
 ]
-"""Well or badly nested, but no formatting tag left open over a block's end: see ``excerpt``."""
+"""Well or badly nested, but without a formatting tag left open over a block's end.
+
+See ``excerpt``.
+"""
 
 
 def expression(random: Random) -> str:
@@ -121,13 +124,13 @@ async def template(directory: Path, rows: list[FixtureRow]) -> PocketBaseTemplat
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With an empty folder ``template`` in it."""
+    """Return a folder with an empty folder ``template`` in it."""
     (tmp_path / "template").mkdir()
     return tmp_path
 
 
 async def get(server: PocketBaseServer, path: str) -> Any:
-    """Return the answer a guest gets, None if it is a refusal."""
+    """Return the answer to a guest, None if it is a refusal."""
     request = Request(method="GET", path=f"/api/collections/docs/records{path}", headers={})
     answer = await send(request, server.address)
     return answer.body if answer.head.status == 200 else None
@@ -135,7 +138,7 @@ async def get(server: PocketBaseServer, path: str) -> Any:
 
 @pytest.mark.parametrize("seed", [SEED])
 async def test_fields_pick_what_pocketbase_picks(seed: int, folder: Path) -> None:
-    """Any expression, readable or not; what REST refuses, realtime ignores as a whole."""
+    """For any expression, valid or not; what REST refuses, realtime ignores as a whole."""
     random = Random(seed)
     made = await template(folder / "template", [row(1, **MEMBERS)])
     async with made.running(folder / "running") as server:
@@ -156,7 +159,7 @@ async def test_fields_pick_what_pocketbase_picks(seed: int, folder: Path) -> Non
 
 @pytest.mark.parametrize("seed", [SEED])
 async def test_excerpts_are_pocketbases(seed: int, folder: Path) -> None:
-    """Editor's HTML, well or badly nested, at any length, with and without dots."""
+    """For HTML of an editor, well or badly nested, at any length, with and without dots."""
     random = Random(seed)
     texts = [html(random) for _ in range(400)]
     rows = [row(number, t=text) for number, text in enumerate(texts)]
@@ -188,7 +191,7 @@ def shown(stored: str) -> Json:
 
 
 async def test_stored_json_is_written_as_pocketbase_writes_it(folder: Path) -> None:
-    """Blanks gone, strings anew, numbers and repeated members as they are; half a pair U+FFFD."""
+    """Blanks go, strings are escaped anew, numbers stay, half a surrogate pair is U+FFFD."""
     rows = [row(number, j=text) for number, text in enumerate(JSON_TEXTS)]
     made = await template(folder / "template", rows)
     async with made.running(folder / "running") as server:

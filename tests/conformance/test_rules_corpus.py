@@ -1,4 +1,4 @@
-"""What PocketBase was recorded to show, shown by reference query and engine on real PostgreSQL."""
+"""Reference query and engine show, on a real PostgreSQL, what PocketBase was recorded to show."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.rules_corpus import CORPUS, Way, cases, judge, load
+from tests.conformance.rules_corpus import CORPUS, Way, cases, evaluate_cases, load
 
 REFUSED: frozenset[str] = frozenset()
 """Cases that may be refused although PocketBase decides them: none."""
@@ -23,10 +23,10 @@ every_way = pytest.mark.parametrize("way", Way, ids=lambda way: way.name.lower()
 @every_way
 @pytest.mark.timeout(600)
 async def test_what_differed_once_is_decided_as_recorded(database_url: str, way: Way) -> None:
-    """Each was wrong before it was mended."""
+    """Each case differed from PocketBase once, and was corrected."""
     corpus = await load(database_url)
     try:
-        report = judge(corpus, cases(FOUND), way)
+        report = evaluate_cases(corpus, cases(FOUND), way)
     finally:
         corpus.connection.close()
 
@@ -36,14 +36,14 @@ async def test_what_differed_once_is_decided_as_recorded(database_url: str, way:
 @every_way
 @pytest.mark.timeout(600)
 async def test_every_recorded_case_is_decided_as_recorded(database_url: str, way: Way) -> None:
-    """Whoever PocketBase shows a record to sees it here too, and nobody else does.
+    """A record is visible to exactly the subscribers that PocketBase shows it to.
 
     ``PGREALTIME_RULES_CORPUS`` names another folder with a ``cases.json`` over the same data.
     """
     folder = os.environ.get("PGREALTIME_RULES_CORPUS")
     corpus = await load(database_url)
     try:
-        report = judge(corpus, cases(Path(folder) if folder else CORPUS), way)
+        report = evaluate_cases(corpus, cases(Path(folder) if folder else CORPUS), way)
     finally:
         corpus.connection.close()
     print(f"\nrules corpus: {report}")  # noqa: T201 (the counts are wanted even when all is well)

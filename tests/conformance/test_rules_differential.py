@@ -1,6 +1,6 @@
-"""Random rules, asked of the real PocketBase, of the reference and of the engine: the same rows.
+"""Random rules give the same rows in the real PocketBase, the reference query and the engine.
 
-The seed is fresh in every run and told by a failure. ``PGREALTIME_SEED`` repeats a run,
+The seed is fresh in every run and named by a failure. ``PGREALTIME_SEED`` repeats a run,
 ``PGREALTIME_RULES`` and ``PGREALTIME_FUNCTION_RULES`` make it longer.
 """
 
@@ -23,7 +23,7 @@ from tests.conformance.rules_corpus import Answer, Case, Corpus, Refused, Way, l
 from tests.conformance.rules_pocketbase import CorpusPocketBase
 
 FUNCTIONS = int(os.environ.get("PGREALTIME_FUNCTION_RULES") or 200)
-"""Comparisons of functions in which engine and reference are asked."""
+"""Comparisons of functions that engine and reference evaluate."""
 SEED = int(os.environ.get("PGREALTIME_SEED") or secrets.randbelow(10**9))
 RULES = int(os.environ.get("PGREALTIME_RULES") or 40)
 
@@ -58,7 +58,7 @@ async def corpus(database_url: str) -> AsyncIterator[Corpus]:
 def _differing(
     corpus: Corpus, case: Mapping[str, object], shown: tuple[str, ...] | None
 ) -> list[tuple[Way, Answer]]:
-    """Return the ways that show something else; what is refused openly is no wrong answer."""
+    """Return the ways that show something else; an explicit refusal is no wrong answer."""
     answers = [(way, corpus.answer(case, way)) for way in Way]
     return [(way, answer) for way, answer in answers if not _is_same(answer, shown)]
 
@@ -75,7 +75,7 @@ def _is_same(answer: Answer, shown: tuple[str, ...] | None) -> bool:
 async def test_random_rules_show_what_pocketbase_shows(
     corpus: Corpus, pocketbase: CorpusPocketBase
 ) -> None:
-    """Every construct with every other: the same rows for the same subscriber, or the same no."""
+    """Constructs in all combinations give a subscriber the same rows, or the same refusal."""
     made = RandomRules(SEED)
     for _ in range(RULES):
         collection = made.pick("posts", "posts", "posts", "users", "teams", "comments")
@@ -95,14 +95,15 @@ async def test_random_rules_show_what_pocketbase_shows(
 async def test_functions_compared_with_any_literal_show_what_pocketbase_shows(
     corpus: Corpus, pocketbase: CorpusPocketBase
 ) -> None:
-    """On either side, in rules and in filters, with texts that look like numbers and nearly so.
+    """In rules and filters, on either side, with texts that look like numbers or nearly do.
 
-    What it is now both answer a few milliseconds apart, so one that says so is asked a few times.
+    The servers read the clock a few milliseconds apart, so comparisons with the current time are
+    evaluated a few times.
     """
     made = RandomRules(SEED)
     for _ in range(RULES):
         case = _function_case(made)
-        for name in LIST_RULES:  # what a filter joins is listed by its own
+        for name in LIST_RULES:  # rows that a filter joins obey their own list rule
             await pocketbase.set_rule(name, "")
         for left in reversed(range(5 if "'now'" in str(case) else 1)):
             shown = await pocketbase.show(
@@ -116,14 +117,14 @@ async def test_functions_compared_with_any_literal_show_what_pocketbase_shows(
 
 @pytest.mark.timeout(600 + FUNCTIONS)
 async def test_functions_compared_with_any_literal_mean_one_thing(corpus: Corpus) -> None:
-    """The engine says what the reference says; what one refuses the other does."""
+    """Engine and reference agree, also in what they refuse."""
     made = RandomRules(SEED)
     for _ in range(FUNCTIONS):
         case = _function_case(made)
         now = datetime.now(UTC)
         answers = [corpus.answer(case, way, now) for way in Way]
-        told = [str(one.error) if isinstance(one, Refused) else one for one in answers]
-        assert told == told[:1] * len(told), (SEED, case, told)
+        texts = [str(one.error) if isinstance(one, Refused) else one for one in answers]
+        assert texts == texts[:1] * len(texts), (SEED, case, texts)
 
 
 def _function_case(made: RandomRules) -> Case:
@@ -143,7 +144,7 @@ def _function_case(made: RandomRules) -> Case:
 async def test_random_texts_are_rules_where_pocketbase_takes_them(
     corpus: Corpus, pocketbase: CorpusPocketBase
 ) -> None:
-    """Texts on the edge of the language are accepted or refused alike, and mean the same."""
+    """Texts at the edge of the language are accepted or refused alike, and mean the same."""
     made = RandomRules(SEED)
     for _ in range(RULES):
         text = made.near_rule()

@@ -1,8 +1,8 @@
-"""What PocketBase was recorded to send to subscribers, sent by the running service to real ones.
+"""The running service sends its subscribers what PocketBase was recorded to send.
 
-Rules are swapped under connections that stay open. For every rule each subscriber of its cases
-listens at once, told apart by topic; then every record is updated, and a row that everyone hears of
-says that all has arrived.
+Rules are replaced under connections that stay open. For every rule each subscriber of its cases is
+connected at once, with a topic per case; then every record is updated, and the event of a row that
+every connection receives marks the end.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ SENTINEL = "sentinels/*"
 DEADLINE = 30.0
 
 Rules: TypeAlias = Mapping[str, str | None]
-"""Collection to its rule; the others are for everyone."""
+"""Rules by collection; the others are readable by every caller."""
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Rules that are in force together, and the cases that ask about them."""
+    """Rules that are in force together, and the cases that they decide."""
 
     rules: Rules
     asked: Sequence[Case]
 
 
 def rounds(asked: Sequence[Case]) -> Iterator[Round]:
-    """Put the cases together that can be asked at once: one rule per collection.
+    """Group the cases that can be evaluated at once: one rule per collection.
 
-    Cases that say what the rules of the other collections were have rounds of their own.
+    Cases that define the rules of other collections have rounds of their own.
     """
     alone: defaultdict[str, list[Case]] = defaultdict(list)
     by_rule: defaultdict[str, defaultdict[str | None, list[Case]]] = defaultdict(
@@ -77,14 +77,17 @@ def rounds(asked: Sequence[Case]) -> Iterator[Round]:
 
 
 def topic(case: Case) -> str:
-    """The case's subscription: different ones have different options, hence different names."""
+    """Return the case's subscription.
+
+    Different cases have different options, so different topics.
+    """
     options = {key: case[key] for key in ("query", "headers") if case[key]}
     text = quote(json.dumps(options, ensure_ascii=False))
     return f"{case['collection']}/*" + (f"?options={text}" if options else "")
 
 
 TOPICS_AT_ONCE = 50
-"""Of one connection: as many filters as it may have that Postgres must be asked for."""
+"""Topics of one connection: as many filters as may need PostgreSQL."""
 
 
 @dataclass
@@ -95,7 +98,7 @@ class Subscriber:
     token: str
     listeners: list[Listener] = field(default_factory=list)
     shares: list[list[str]] = field(default_factory=list)
-    """The topics of each, and the sentinel's."""
+    """The topics of each connection, and the sentinel's."""
 
     async def listen(self, topics: Sequence[str]) -> None:
         names = list(dict.fromkeys(topics))
@@ -112,15 +115,15 @@ class Subscriber:
                 self.shares[place] = wanted
                 assert await one.subscribe(*wanted, token=self.token) == 204
 
-    async def heard(self) -> dict[str, list[str]]:
-        """Topic to the ids of the records that came before the sentinel."""
+    async def received(self) -> dict[str, list[str]]:
+        """Return the ids of the records that came before the sentinel, by topic."""
         found: defaultdict[str, list[str]] = defaultdict(list)
         for one in self.listeners:
-            async for name, record_id in self._heard_by(one):
+            async for name, record_id in self._received_by(one):
                 found[name].append(record_id)
         return found
 
-    async def _heard_by(self, one: Listener) -> AsyncIterator[tuple[str, str]]:
+    async def _received_by(self, one: Listener) -> AsyncIterator[tuple[str, str]]:
         while True:
             messages = await one.take(1, DEADLINE)
             assert messages, "the connection ended, or a sentinel didn't come"
@@ -131,8 +134,8 @@ class Subscriber:
             yield messages[0].event, data["record"]["id"]
 
 
-class Room:
-    """The running service over the corpus's data, its rules, and everybody who listens."""
+class RunningCorpus:
+    """The running service over the corpus's data, its rules, and all subscribers."""
 
     def __init__(self, database_url: str) -> None:
         self._url = database_url
@@ -164,7 +167,7 @@ class Room:
         return whole.model_copy(update={"collections": {**whole.collections, **shown}})
 
     async def use(self, rules: Rules) -> bool:
-        """Put rules into force; False if they are refused."""
+        """Put rules into force; return False if they are refused."""
         self.config = self._with_rules(rules)
         return await self.service.reload()
 
@@ -189,11 +192,11 @@ def token(auth: str) -> str:
 
 
 @asynccontextmanager
-async def open_room(database_url: str, auths: Sequence[str]) -> AsyncIterator[Room]:
+async def open_room(database_url: str, auths: Sequence[str]) -> AsyncIterator[RunningCorpus]:
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as loading:
         await loading.execute((CORPUS / "schema.sql").read_bytes())
         await loading.execute("CREATE TABLE sentinels (id text PRIMARY KEY)")
-    room = Room(database_url)
+    room = RunningCorpus(database_url)
     async with AsyncExitStack() as stack:
         room.service = await stack.enter_async_context(
             run_service(room.config, read_config=room.reading)
@@ -208,8 +211,10 @@ async def open_room(database_url: str, auths: Sequence[str]) -> AsyncIterator[Ro
         yield room
 
 
-async def ask(room: Room, connection: psycopg.AsyncConnection[Any], one: Round) -> list[str]:
-    """Ask all cases of a round; return what is wrong, in a line each."""
+async def ask(
+    room: RunningCorpus, connection: psycopg.AsyncConnection[Any], one: Round
+) -> list[str]:
+    """Evaluate all cases of a round; return what is wrong, one line each."""
     asked: defaultdict[str, dict[str, list[Case]]] = defaultdict(lambda: defaultdict(list))
     for case in one.asked:
         asked[case["auth"]][topic(case)].append(case)
@@ -225,21 +230,21 @@ async def ask(room: Room, connection: psycopg.AsyncConnection[Any], one: Round) 
     await connection.execute(statement)
     wrong = []
     for auth, subscriber in room.subscribers.items():
-        heard = await subscriber.heard()
+        received = await subscriber.received()
         for name, group in asked[auth].items():
-            got = tuple(sorted(heard[name]))
+            got = tuple(sorted(received[name]))
             wrong += [
                 f"{case['id']} {case['rule']!r} as {auth} wanted {expected(case)}, got {got}"
                 for case in group
                 if got != expected(case)
             ]
-        assert heard.keys() <= asked[auth].keys()
+        assert received.keys() <= asked[auth].keys()
     return wrong
 
 
 @pytest.mark.timeout(600)
 async def test_every_recorded_case_reaches_its_subscriber_over_sse(database_url: str) -> None:
-    """Every record is updated; exactly the recorded ids arrive at each subscriber."""
+    """Every record is updated; each subscriber receives exactly the recorded ids."""
     began = time.monotonic()
     asked = [case for case in cases(Path(OTHER) if OTHER else CORPUS) if case.get("sse")]
     auths = sorted({case["auth"] for case in asked})
@@ -268,7 +273,7 @@ async def test_every_recorded_case_reaches_its_subscriber_over_sse(database_url:
 
 
 def rounds_of_one(together: Round) -> Iterator[Round]:
-    """The same cases with one rule at a time, to find out which is refused."""
+    """Yield the same cases with one rule at a time, to find out which is refused."""
     for name in {case["collection"] for case in together.asked}:
         own = [case for case in together.asked if case["collection"] == name]
         others = together.rules if "others" in own[0] else {name: own[0]["rule"]}

@@ -22,10 +22,13 @@ from tests.conformance.transcript import Conversation, load_conversation
 OWN_RECORDINGS = Path(__file__).parent.parent / "transcripts"
 
 MORE = Path(__file__).parent / "more_transcripts"
-"""Conversations written for what no recording shows; that PocketBase holds them is tested here."""
+"""Conversations written by hand for what no recording shows.
+
+PocketBase is tested against them here.
+"""
 
 OTHER = os.environ.get("PGREALTIME_TRANSCRIPTS")
-"""Another folder to replay instead; without a fixtures.json it builds on ours."""
+"""Another folder to replay instead; without a fixtures.json it builds on the one here."""
 
 FOLDERS = [Path(OTHER)] if OTHER else [OWN_RECORDINGS, MORE]
 
@@ -65,7 +68,7 @@ async def template(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Po
 async def test_pocketbase_itself_answers_as_recorded(
     conversation: Conversation, template: PocketBaseTemplate, tmp_path: Path
 ) -> None:
-    """The harness is right: what it demands of pgrealtime, the original fulfils."""
+    """The harness is correct: PocketBase itself passes what it requires of pgrealtime."""
     async with template.running(tmp_path / "run") as server:
         await Replay(conversation, _fixtures().accounts, server).run()
 
@@ -73,21 +76,23 @@ async def test_pocketbase_itself_answers_as_recorded(
 # -- pgrealtime
 
 TIME_SCALE = 1 / 50
-"""Of the slow recordings: PocketBase's five minutes are six seconds."""
+"""Of the slow recordings: PocketBase's five minutes become six seconds."""
 
 STYLE = Style(empty="null", json_type="json")
-"""An existing database has NULLs; and PocketBase keeps the text of JSON as it was written."""
+"""An existing database has NULLs, and PocketBase keeps the text of JSON as it was written."""
 
 OWN_TOKENS = re.compile(r'/auth-(with-password|refresh)|"password')
-"""Recordings that speak to the login endpoints also get their tokens there; and those in which
-somebody gets another password, which ends no tokens of other issuers."""
+"""Recordings that need tokens of pgrealtime's own login.
+
+They use the login endpoints, or change a password, which invalidates no tokens of other issuers.
+"""
 
 
 @pytest.mark.parametrize("conversation", _conversations(), ids=lambda one: one.name)
 async def test_pgrealtime_answers_as_pocketbase_did(
     conversation: Conversation, database_url: str, tmp_path: Path
 ) -> None:
-    """A client can't tell it from PocketBase."""
+    """A client can't distinguish it from PocketBase."""
     scale = TIME_SCALE if "slow" in conversation.tags else 1.0
     fixtures = _fixtures()
     text = msgspec.json.encode(conversation).decode()

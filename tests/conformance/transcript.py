@@ -1,4 +1,4 @@
-"""The recordings as typed values: read strictly, so that no member is silently left unchecked."""
+"""The recordings as typed values: read strictly, so that no member is silently ignored."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Write(_Step, tag="write", frozen=True, kw_only=True):
     data: dict[str, Any] = {}
     """Members by name; an update changes only these."""
     password: str = ""
-    """The new password of ``set_password``; made up if neither here nor in ``data``."""
+    """The new password of ``set_password``; invented if neither here nor in ``data``."""
 
 
 class Transaction(_Step, tag="transaction", frozen=True, kw_only=True):

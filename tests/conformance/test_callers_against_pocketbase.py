@@ -1,8 +1,8 @@
-"""People whose records change while they listen, and what is hidden from them.
+"""Callers whose records change while they are connected, and what is hidden from them.
 
-Asked of the real PocketBase and of pgrealtime, step by step: new addresses and token keys, a user
-who goes and comes back, changes of several records in one commit, callers that take over a
-connection, hidden relations.
+Compared with the real PocketBase step by step: new addresses and token keys, a user deleted and
+created again, changes of several records in one commit, callers that take over a connection, hidden
+relations.
 """
 
 from __future__ import annotations
@@ -163,14 +163,14 @@ class Both:
     events: int = 0
 
     async def subscribe(self, conn: str, account: str | None) -> int:
-        """All topics; return the status, which is the same from both."""
+        """Submit all topics; return the status, which is the same from both."""
         action = Subscribe(conn=conn, account=account, topics=TOPICS)
         theirs = await self.original.subscribe(action)
         assert await self.ours.subscribe(action) == theirs, action
         return theirs[0]
 
     async def log_in(self, name: str, identity: str = "") -> None:
-        """Get new tokens for somebody, from each server its own."""
+        """Get new tokens for a user, from each server its own."""
         collection = ACCOUNTS[name].collection
         for side in (self.original, self.ours):
             api = PocketBaseApi(side.target.address)
@@ -178,7 +178,7 @@ class Both:
             side.tokens[name] = await api.login(collection, email, PASSWORD)
 
     async def write(self, *writes: Write) -> None:
-        """One after the other, each heard alike."""
+        """Make the changes one after the other, and compare the events of each."""
         for write in writes:
             await self.original.target.write(write)
             await self.ours.target.write(write)
@@ -203,8 +203,8 @@ class Both:
 
     async def _compare(self, step: str) -> None:
         self.beacon += 1
-        theirs = await self.original.heard(self.beacon)
-        found = await self.ours.heard(self.beacon)
+        theirs = await self.original.received(self.beacon)
+        found = await self.ours.received(self.beacon)
         for conn in theirs:
             if theirs[conn] != found[conn]:
                 theirs[conn] += await self.original.strays(conn)
@@ -215,7 +215,7 @@ class Both:
 
 
 def _columns(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What PocketBase writes for these members: a new address brings a new token key."""
+    """Return what PocketBase writes for these members: a new address brings a new token key."""
     columns = {("token_key" if name == "tokenKey" else name): data[name] for name in data}
     return ({"token_key": _key()} if "email" in data else {}) | columns
 
@@ -230,7 +230,7 @@ def _update(collection: str, id_: str, **data: Any) -> Write:
 
 @pytest_asyncio.fixture
 async def both(database_url: str, tmp_path: Path) -> AsyncIterator[Both]:
-    """Everybody listens: a guest, three people, one of the staff, a superuser."""
+    """Open connections for a guest, three users, a member of staff and a superuser."""
     for directory in ("template", "ours"):
         (tmp_path / directory).mkdir()
     template = await PocketBaseTemplate.build(FIXTURES, tmp_path / "template")
@@ -271,8 +271,11 @@ EVERYTHING = [
 ]
 
 
-async def test_what_people_hear_of_their_own_records_is_pocketbases(both: Both) -> None:
-    """Role, verification, address, token key, password: who hears what, and then as whom."""
+async def test_what_users_receive_of_their_own_records_is_pocketbases(both: Both) -> None:
+    """Role, verification, address, token key and password change.
+
+    Events and identities are PocketBase's.
+    """
     await both.write(*EVERYTHING, _update("people", ANN, role="admin"), *EVERYTHING)
     await both.write(
         *(_update("people", ANN, verified=verified) for verified in (True, False, True)),
@@ -297,8 +300,8 @@ async def test_what_people_hear_of_their_own_records_is_pocketbases(both: Both) 
     assert both.events > 500
 
 
-async def test_changes_of_one_commit_make_the_same_of_everybody(both: Both) -> None:
-    """The caller's record beside what the rules ask of it, and a key that comes last."""
+async def test_changes_of_one_commit_change_callers_as_in_pocketbase(both: Both) -> None:
+    """The caller's record changes together with rows that rules read, and its key comes last."""
     await both.commit(("people", ANN, {"role": "admin"}), ("items", ITEM, {"title": "x"}))
     await both.commit(("people", ANN, {"role": ""}), ("items", ITEM, {"owner": BEN}))
     await both.commit(("people", ANN, {"score": 3}), ("people", ANN, {"score": 4}))
@@ -310,7 +313,7 @@ async def test_changes_of_one_commit_make_the_same_of_everybody(both: Both) -> N
     assert both.events > 100
 
 
-async def test_a_user_who_goes_and_comes_back_is_nobody_until_signing_in(both: Both) -> None:
+async def test_a_user_deleted_and_created_again_is_a_guest_until_signing_in(both: Both) -> None:
     back = {"name": "cat", "email": "cat@example.com", "password": PASSWORD, "verified": True}
     await both.write(Write(op="delete", collection="people", id=CAT))
     assert await both.subscribe("cat", "cat") == 204  # as a guest
@@ -325,7 +328,10 @@ async def test_a_user_who_goes_and_comes_back_is_nobody_until_signing_in(both: B
 
 
 async def test_a_connection_is_taken_over_as_in_pocketbase(both: Both) -> None:
-    """By the same record alone, once it has one; whoever is refused changes nothing."""
+    """Only the same record may take over a connection that has one.
+
+    A refused call changes nothing.
+    """
     answers = {
         (conn, account): await both.subscribe(conn, account)
         for conn in ("ann", "sam", "root", "None")
