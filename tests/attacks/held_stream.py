@@ -1,4 +1,7 @@
-"""A database and a hub whose stream goes as far as a test lets it: the world is ahead of it."""
+"""A database, and a hub whose stream advances only as a test permits.
+
+The database is ahead of it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ from tests.unit.hub.room import DEADLINE, MemorySink
 
 @dataclass
 class World:
-    """A database, and a hub whose stream goes as far as a test lets it."""
+    """A database, and a hub whose stream advances only as a test permits."""
 
     connection: psycopg.AsyncConnection[Any]
     accounts: AccountLoader
@@ -42,24 +45,26 @@ class World:
     changelog: MemoryChangelog
     sinks: dict[str, MemorySink] = field(default_factory=dict)
     topics: dict[str, str] = field(default_factory=dict)
-    """What each listens to."""
+    """The topics that each connection subscribes to."""
 
     async def user(self, record_id: str) -> Caller:
-        """Recognise somebody of the collection "users" by the row of now."""
+        """Return a caller of the collection "users", made of the current row."""
         asked = caller_columns_read_by_rules(self.collections).get("users", ())
         users = UserCollection(collection=self.collections["users"], rule_columns=asked)
         account = await self.accounts.load(users, record_id)
         assert account is not None
         return caller_of_account(account, None)
 
-    async def listen(self, name: str, topic: str, who: Caller, position: str | None = None) -> None:
-        """Connect and subscribe under a name; with a position, go on from there."""
+    async def listen(
+        self, name: str, topic: str, caller: Caller, position: str | None = None
+    ) -> None:
+        """Connect and subscribe under a name; with a position, resume from there."""
         sink = self.sinks[name] = MemorySink()
         self.topics[name] = topic
         connection = self.hub.open_connection(
             sink, address="", last_event_id=None, position=position
         )
-        await self.hub.subscribe(connection.id, [topic], who, "")
+        await self.hub.subscribe(connection.id, [topic], caller, "")
 
     async def write(self, statement: str, *changes: Insert | Update | Delete) -> Transaction:
         """Commit; return the transaction as the stream would bring it."""
@@ -81,7 +86,7 @@ class World:
         return str(row[0])
 
     async def stream(self, *entries: Entry) -> None:
-        """Let the stream bring them, to who reads on alone as well."""
+        """Append the entries; wait until they are delivered, also to connections that catch up."""
         for one in entries:
             self.changelog.append(one)
         self.hub.wake()
@@ -98,7 +103,7 @@ class World:
         return connection.is_catching_up() and connection.cursor < self.hub.head and not is_stuck
 
     def data(self, name: str) -> list[str]:
-        """What the connection was sent, PB_CONNECT aside."""
+        """Return what the connection was sent, without PB_CONNECT."""
         return [data for _, event, data in self.sinks[name].events() if event != "PB_CONNECT"]
 
 
@@ -106,7 +111,7 @@ class World:
 async def world_of(
     url: str, schema: str, configured: Mapping[str, CollectionConfig], **hub: Any
 ) -> AsyncIterator[World]:
-    """Make the tables, and a hub over them; ``hub`` are its settings."""
+    """Make the tables and a hub over them; ``hub`` are its settings."""
     async with (
         await psycopg.AsyncConnection.connect(url, autocommit=True) as connection,
         QueryPool(url, max_size=3, statement_timeout=30.0) as pool,

@@ -1,4 +1,4 @@
-"""Request bodies that are large, unfinished or dear to read, many at a time."""
+"""Request bodies that are large, unfinished or expensive to parse, many at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOO_MANY = b'{"data":{},"message":"Too Many Requests.","status":429}'
 
 
 async def opened(service: Served, name: str) -> tuple[EventStream, str]:
-    """An event stream, and its client id."""
+    """Open an event stream; yield it with its client id."""
     get = Request(method="GET", path="/api/realtime", headers={})
     stream = await EventStream.open(get, service.address, name)
     (connect,) = await stream.take(1, DEADLINE)
@@ -45,7 +45,7 @@ async def subscribe(service: Served, client_id: str, *topics: str) -> int:
 async def unfinished(
     service: Served, count: int, size: int
 ) -> AsyncIterator[list[asyncio.StreamReader]]:
-    """So many calls, each of which has sent so much of its body and sends no more."""
+    """Open calls that have each sent a part of their body and send no more."""
     readers, writers = [], []
     head = HEAD + b"Content-Length: %d\r\n\r\n" % (size + 1)
 
@@ -63,7 +63,10 @@ async def unfinished(
 
 
 async def test_unfinished_bodies_fill_no_more_than_there_is_for_an_address() -> None:
-    """Further large bodies are refused in the API's form; small calls are served meanwhile."""
+    """Further large bodies are refused in the API's error format.
+
+    Small calls are served meanwhile.
+    """
     body_reader = BodyReader(max_large_bytes_per_network=4 * MIB, max_large_bytes=100 * MIB)
     async with served(body_reader=body_reader) as service:
         stream, client_id = await opened(service, "honest")
@@ -87,7 +90,7 @@ async def test_unfinished_bodies_fill_no_more_than_there_is_for_an_address() -> 
 
 
 async def test_small_bodies_of_one_address_are_bounded_apart() -> None:
-    """However many connections send them; they take no room from large ones."""
+    """However many connections send them, they spend nothing of the budget for large bodies."""
     body_reader = BodyReader(max_large_bytes_per_network=4 * MIB, max_small_bytes_per_network=MIB)
     async with (
         served(body_reader=body_reader) as service,
@@ -158,10 +161,10 @@ async def test_what_was_refused_or_read_holds_no_room() -> None:
             await until(lambda: body_reader.large_bytes == 0)
 
 
-async def test_who_hangs_up_makes_no_room_before_the_thread_is_free(
+async def test_an_aborted_call_frees_its_budget_only_with_its_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Or many could be read at a time, and their bytes be counted no more."""
+    """A body counts until its parsing ends; otherwise many could be parsed at a time, uncounted."""
     may_go, begun = threading.Event(), threading.Semaphore(0)
 
     def slow(*_: object) -> NoReturn:
@@ -188,7 +191,7 @@ async def test_who_hangs_up_makes_no_room_before_the_thread_is_free(
 
 
 async def test_bodies_that_can_not_be_read_leave_nothing_in_memory() -> None:
-    """Whenever the garbage collector comes: it counts objects, of which a body is one."""
+    """Memory is freed without the garbage collector, which counts objects: a body is one."""
     body = b"[" + b"1," * MIB
     headers = {"Content-Type": "application/json"}
     request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
@@ -209,13 +212,13 @@ async def test_bodies_that_can_not_be_read_leave_nothing_in_memory() -> None:
 
 
 async def test_many_calls_with_long_filters_hold_up_no_events() -> None:
-    """Twenty calls, each with two filters not compiled before, while rows are delivered.
+    """Twenty calls, each with two uncompiled filters, don't delay the delivery of rows.
 
-    Others of the loop have their turn after each filter, not after all that came at once.
+    The event loop runs other tasks after each filter, not after all calls that came at once.
     """
 
     def topic(number: int) -> str:
-        """A filter of another shape for each number: one of the same shape is compiled already."""
+        """Return a filter of another shape for each number; equal shapes are compiled once."""
         joins = (("&&", "||")[number >> bit & 1] for bit in range(70))
         terms = "".join(f"(title~'{n}'||id>'b'){join}" for n, join in enumerate(joins))
         options = json.dumps({"query": {"filter": f"{terms}id!='c'"}}, separators=(",", ":"))

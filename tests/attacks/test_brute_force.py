@@ -1,4 +1,7 @@
-"""Guessing passwords: other spellings of an identity allow no more attempts, times show nothing."""
+"""Password guessing: other spellings of an identity permit no more attempts.
+
+Times reveal nothing.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ async def outcome(
     password: str,
     address: str = "10.0.0.1",
 ) -> str:
-    """``right``, or the code of the refusal."""
+    """Return ``right``, or the code of the refusal."""
     try:
         await login.log_in(users, LoginAttempt(identity=identity, password=password), address)
     except AuthError as error:
@@ -88,10 +91,10 @@ SPELLINGS: list[tuple[str, Callable[[int], str]]] = [
 async def test_other_spellings_of_a_name_bring_no_more_guesses(
     database_url: str, ddl: str, spelled: Callable[[int], str]
 ) -> None:
-    """The column's type takes them for the same name, so they are attempts at the same account.
+    """Spellings that the column's type takes for equal are attempts at the same account.
 
     Attempts beyond the limit fail as a wrong password does: anything else would show that the new
-    spelling is an account's.
+    spelling belongs to an account.
     """
     async with logging_in(database_url, ddl) as (login, users):
         assert await outcome(login, users, spelled(1), "right") == "right"
@@ -116,7 +119,7 @@ async def test_the_right_password_gives_all_attempts_back(database_url: str) -> 
 async def test_the_owner_of_an_ipv6_network_has_the_attempts_of_one_address(
     database_url: str,
 ) -> None:
-    """A client of IPv6 has all addresses of its /64; the next network is another client's."""
+    """An IPv6 client controls all addresses of its /64; the next network is another client's."""
     async with logging_in(database_url, TABLE.format("text")) as (login, users):
         there = [f"2001:0db8:0000:0001:0000:0000:0000:{n:04x}" for n in range(1, LIMIT + 2)]
         guesses = [await outcome(login, users, "ann", "wrong", one) for one in there]
@@ -134,7 +137,7 @@ SLOW = "pbkdf2_sha256$1200000$salt$" + "A" * 43 + "="
 async def test_the_very_first_attempt_takes_an_unknown_user_as_long_as_a_known_one(
     database_url: str, hashes: tuple[str, str]
 ) -> None:
-    """Before the first successful login: another scheme's dummy would show who has an account."""
+    """Before any successful login another scheme's dummy hash would show which accounts exist."""
     spent: dict[str, list[float]] = {"ann": [], "eve": []}
     with psycopg.connect(database_url, autocommit=True) as connection:
         for _ in range(3):
@@ -149,10 +152,10 @@ async def test_the_very_first_attempt_takes_an_unknown_user_as_long_as_a_known_o
     assert known / 2 < unknown < known * 2
 
 
-async def test_who_signs_in_does_not_change_how_long_an_unknown_user_takes(
+async def test_a_login_does_not_change_how_long_an_unknown_user_takes(
     database_url: str,
 ) -> None:
-    """Or a user with an uncommon hash could find out who has an account."""
+    """Otherwise a user with an uncommon hash could find out which accounts exist."""
 
     async def spent(login: LoginService, users: UserCollection, name: str) -> float:
         started = time.process_time()
@@ -165,8 +168,8 @@ async def test_who_signs_in_does_not_change_how_long_an_unknown_user_takes(
         assert await spent(login, users, "eve") > usual / 2
 
 
-async def test_a_hash_that_cannot_be_read_is_told_once_and_not_shown(database_url: str) -> None:
-    """Its owner would wonder for ever; the log must not have the hash."""
+async def test_a_hash_that_cannot_be_read_is_logged_once_and_not_shown(database_url: str) -> None:
+    """The operator must learn why the login fails; the log must not contain the hash."""
     hashes = ("md5$salt$5f4dcc3b5aa765d61d8327deb882cf99", "!unusable")
     with capture_logs() as lines:
         async with logging_in(database_url, TABLE.format("text"), *hashes) as (login, users):

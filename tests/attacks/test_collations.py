@@ -1,8 +1,8 @@
-"""Texts that a collation takes for equal are told apart by rules, relations and filters.
+"""Texts that a collation takes for equal are different to rules, relations and filters.
 
-Twice the same rows: in columns that compare bytes, and in columns of a nondeterministic collation,
-to which ``ádmin``, ``ADMIN`` and ``admin`` are one, and an invisible hyphen nothing. Whatever is
-asked, of the reference query or of the engine, both have the same answer.
+The same rows twice: in columns that compare bytes, and in columns of a nondeterministic collation,
+to which ``ádmin``, ``ADMIN`` and ``admin`` are equal and an invisible hyphen is ignored. Reference
+query and engine give the same answer for both.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ OPERATORS = ("=", "=", "=", "!=", "?=", "?=", "?!=", "<", ">=", "~", "!~", "?~",
 
 @dataclass(frozen=True)
 class Twin:
-    """One of the two schemas; its rows are those of the other."""
+    """One of two schemas that hold the same rows."""
 
     connection: psycopg.Connection
     collections: Collections
@@ -176,7 +176,7 @@ async def _collections(url: str, schema: str) -> Collections:
 
 
 def _rows(chance: Random) -> dict[str, list[tuple[object, ...]]]:
-    """Return rows whose keys differ to both collations, and whose other columns don't."""
+    """Return rows whose keys differ in both collations, and whose other columns don't."""
 
     def some() -> list[str]:
         return chance.choices(WORDS, k=chance.randint(0, 3))
@@ -281,7 +281,7 @@ NAMED = (
 
 
 def test_no_rule_takes_one_name_for_another(twins: tuple[Twin, Twin, Random]) -> None:
-    """Relations, items, joins, junction tables and keys that Postgres names."""
+    """Covers relations, items, joins, junction tables and keys that PostgreSQL returns."""
     asked = requests(twins[0])
     faults = [fault for rule in NAMED if (fault := differing(twins, rule, asked))]
     assert not faults, "\n".join(faults)
@@ -307,10 +307,10 @@ def test_random_rules_mean_the_same_under_any_collation(twins: tuple[Twin, Twin,
 @pytest.mark.parametrize(
     ("table", "match"), [("notes", "post"), ("notes", "about"), ("posts", "label")]
 )
-def test_no_record_is_expanded_in_anothers_place(
+def test_no_record_is_expanded_instead_of_another(
     twins: tuple[Twin, Twin, Random], table: str, match: str
 ) -> None:
-    """What points to a record is looked for by the very id."""
+    """Records that reference another are found by its exact id."""
 
     def linked(twin: Twin) -> list[tuple[str, str]]:
         owner = twin.collections[table]

@@ -1,8 +1,8 @@
-"""A caller is one that existed: whatever is asked of the database binds the row known of it.
+"""Queries to the database bind the caller's row as the stream has it, not as it is by now.
 
-Between a commit and the stream's reaching it the database knows more than a connection's caller. A
-user who is deleted there has an id and no columns, which is neither that user nor a guest; one
-whose role was changed there has it a change too early.
+Between a commit and its arrival in the stream the database is ahead of a connection's caller. There
+a deleted user has an id and no columns, which is neither that user nor a guest, and a changed role
+takes effect too early.
 """
 
 from __future__ import annotations
@@ -52,14 +52,17 @@ SIGNED_IN = "@request.auth.id != '' && "
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A rule that shuts out the bad user and guests, and where it is asked."""
+    """A rule that excludes the bad user and guests, and where it is evaluated."""
 
     rule: str
     place: str
     """Collection and rule."""
     topic: str = "posts/*"
     is_of_columns: bool = True
-    """Columns of the caller's own row decide, or what they point to; else rows that point to it."""
+    """True if columns of the caller's row decide, or rows that it references.
+
+    False if rows that reference it.
+    """
 
 
 ROLE = SIGNED_IN + "@request.auth.role != 'banned'"
@@ -137,10 +140,10 @@ def configured(case: Case) -> dict[str, CollectionConfig]:
     return {name: CollectionConfig.model_validate(one) for name, one in raw.items()}
 
 
-def heard(world: World, name: str, record_id: str) -> str:
-    """What the connection was shown of the event of a record: nothing is empty.
+def received(world: World, name: str, record_id: str) -> str:
+    """Return what the connection was shown of a record's event, empty for nothing.
 
-    Related records that are withheld are what it is told of with a gap.
+    Withheld related records appear as the gap that it is notified of.
     """
     for data in map(json.loads, world.data(name)):
         record: Mapping[str, Any] = data.get("record", {})
@@ -159,13 +162,13 @@ NEW = Update(SECRETS, {"id": "s", "body": "NEW", "level": "5"}, WholeRow({"id": 
 
 
 def user(record_id: str, **more: str) -> Row:
-    """The image of a user's row; of the members, unless more is said."""
+    """Return the image of a user's row, a member unless more is given."""
     given: Row = {"id": record_id, "email": "e@x", "role": "member", "level": "1"}
     return given | {"team": "open", "teams": "{open}"} | more
 
 
 async def event_of(world: World, case: Case, name: str) -> Transaction:
-    """Commit something that the topic is about; its record's id is the name."""
+    """Commit a change that the topic matches; its record's id is the name."""
     if case.topic != "users/*":
         row: Row = {"id": name, "secret": "s"}
         return await world.write(f"INSERT INTO posts VALUES ('{name}', 's')", Insert(POSTS, row))
@@ -178,16 +181,16 @@ def name_of(case: Case, number: int) -> str:
 
 
 @pytest.mark.parametrize("name", CASES)
-async def test_who_is_deleted_is_shown_no_more_than_before(database_url: str, name: str) -> None:
-    """Neither before the deletion, nor between it and the stream's reaching it, nor after."""
+async def test_a_deleted_caller_is_shown_no_more_than_before(database_url: str, name: str) -> None:
+    """That holds before the deletion, until the stream reaches it, and after it."""
     case = CASES[name]
     async with world_of(database_url, SCHEMA, configured(case)) as world:
-        for who in (BAD, GOOD):
-            await world.listen(who, case.topic, await world.user(who))
+        for user_id in (BAD, GOOD):
+            await world.listen(user_id, case.topic, await world.user(user_id))
         await world.listen("", case.topic, Caller())
         before = await event_of(world, case, name_of(case, 1))
         await world.stream(before)
-        found = {who: heard(world, who, name_of(case, 1)) for who in (BAD, GOOD, "")}
+        found = {user_id: received(world, user_id, name_of(case, 1)) for user_id in (BAD, GOOD, "")}
         assert found[GOOD] == "all"
         assert found[BAD] == found[""] != "all"
         for sink in world.sinks.values():
@@ -200,14 +203,14 @@ async def test_who_is_deleted_is_shown_no_more_than_before(database_url: str, na
             Delete(USERS, WholeRow(user(GOOD))),
         )
         await world.stream(between)
-        seen = {who: heard(world, who, name_of(case, 2)) for who in (BAD, "")}
+        seen = {user_id: received(world, user_id, name_of(case, 2)) for user_id in (BAD, "")}
         assert seen[BAD] in {found[""], "withheld"}
         assert seen[""] == found[""]
         for sink in world.sinks.values():
             sink.forget()
 
         await world.stream(gone, await event_of(world, case, name_of(case, 3)))
-        after = [heard(world, who, name_of(case, 3)) for who in (BAD, GOOD, "")]
+        after = [received(world, user_id, name_of(case, 3)) for user_id in (BAD, GOOD, "")]
         assert after == [found[""]] * 3
 
 
@@ -215,15 +218,15 @@ async def test_who_is_deleted_is_shown_no_more_than_before(database_url: str, na
 async def test_rights_change_at_their_own_change_of_the_stream(
     database_url: str, name: str
 ) -> None:
-    """The database has the other role already.
+    """A caller's rights change when the stream brings its row's change, not when that commits.
 
-    Who gets rights has them no change too early, and who loses them hears what was before; what is
-    read as it is by now is withheld from both.
+    A caller that gains rights has them no change too early, and one that loses them receives the
+    changes before. What is read in its current state is withheld from both.
     """
     case = CASES[name]
     async with world_of(database_url, SCHEMA, configured(case)) as world:
-        for who in (BAD, GOOD):
-            await world.listen(who, case.topic, await world.user(who))
+        for user_id in (BAD, GOOD):
+            await world.listen(user_id, case.topic, await world.user(user_id))
         await world.listen("", case.topic, Caller())
         before = await event_of(world, case, name_of(case, 1))
         banned = {"role": "banned", "level": "9", "team": "closed", "teams": "{closed}"}
@@ -235,40 +238,46 @@ async def test_rights_change_at_their_own_change_of_the_stream(
             Update(USERS, user(GOOD, **banned), WholeRow(user(GOOD))),
         )
         await world.stream(before)
-        least = heard(world, "", name_of(case, 1))
+        least = received(world, "", name_of(case, 1))
         if case.topic == EXPANDED:
-            assert [heard(world, who, "p1") for who in (GOOD, BAD)] == ["withheld", least]
+            assert [received(world, user_id, "p1") for user_id in (GOOD, BAD)] == [
+                "withheld",
+                least,
+            ]
             assert [c.close_reason for c in world.hub.connections] == ["", "gap", ""]
             return
-        assert heard(world, GOOD, name_of(case, 1)) == "all"
-        assert heard(world, BAD, name_of(case, 1)) == least != "all"
+        assert received(world, GOOD, name_of(case, 1)) == "all"
+        assert received(world, BAD, name_of(case, 1)) == least != "all"
         for sink in world.sinks.values():
             sink.forget()
 
         await world.stream(swapped, await event_of(world, case, name_of(case, 2)))
-        assert heard(world, BAD, name_of(case, 2)) == "all"
-        assert heard(world, GOOD, name_of(case, 2)) == least
+        assert received(world, BAD, name_of(case, 2)) == "all"
+        assert received(world, GOOD, name_of(case, 2)) == least
 
 
 @pytest.mark.parametrize(
     "name", ["a list rule", "expand", "addresses", "what a column points to", "a generated column"]
 )
-async def test_a_reload_that_asks_for_more_makes_nobody_else_of_a_caller(
+async def test_a_reload_that_reads_more_columns_changes_no_caller(
     database_url: str, name: str
 ) -> None:
-    """Who was recognised before lacks the columns: the row of now is read, and has to be there."""
+    """An earlier caller lacks the columns that new rules read.
+
+    The current row is read, and must exist.
+    """
     case = CASES[name]
     plain = configured(replace(case, rule="" if "manage" not in case.place else "id = 'nobody'"))
     async with world_of(database_url, SCHEMA, plain) as world:
-        for who in (BAD, GOOD):
-            await world.listen(who, case.topic, await world.user(who))
+        for user_id in (BAD, GOOD):
+            await world.listen(user_id, case.topic, await world.user(user_id))
         await world.listen("", case.topic, Caller())
         collections = build_collections(
             configured(case), await read_catalog(world.connection, schemas=["public"])
         )
         await world.hub.replace_generation(collections, lambda caller: caller)
         await world.stream(await event_of(world, case, name_of(case, 1)))
-        found = {who: heard(world, who, name_of(case, 1)) for who in (BAD, GOOD, "")}
+        found = {user_id: received(world, user_id, name_of(case, 1)) for user_id in (BAD, GOOD, "")}
         assert found[GOOD] == "all"
         assert found[BAD] == found[""] != "all"
         for sink in world.sinks.values():
@@ -277,20 +286,23 @@ async def test_a_reload_that_asks_for_more_makes_nobody_else_of_a_caller(
         between = await event_of(world, case, name_of(case, 2))
         await world.write(f"DELETE FROM users WHERE id IN ('{BAD}', '{GOOD}')")
         await world.stream(between)
-        heard_since = {heard(world, who, name_of(case, 2)) for who in (BAD, GOOD, "")}
+        heard_since = {received(world, user_id, name_of(case, 2)) for user_id in (BAD, GOOD, "")}
         assert heard_since <= {found[""], "withheld"}
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.is_of_columns])
-async def test_who_may_have_changed_in_a_gap_is_shown_nothing_more(
+async def test_a_caller_that_may_have_changed_in_a_gap_is_shown_nothing_more(
     database_url: str, name: str
 ) -> None:
-    """A connection isn't ended within a second of its first answer: it hears nothing till then."""
+    """A connection stays open for a second after its first answer.
+
+    It receives nothing in that time.
+    """
     case = CASES[name]
     async with world_of(database_url, SCHEMA, configured(case)) as world:
         await world.listen(GOOD, case.topic, await world.user(GOOD))
         await world.stream(await event_of(world, case, name_of(case, 1)))
-        assert heard(world, GOOD, name_of(case, 1)) == "all"
+        assert received(world, GOOD, name_of(case, 1)) == "all"
         world.sinks[GOOD].forget()
 
         lost = await world.write(
@@ -301,17 +313,17 @@ async def test_who_may_have_changed_in_a_gap_is_shown_nothing_more(
         await world.stream(
             Gap(lost.end_lsn, "slot_lost"), await event_of(world, case, name_of(case, 2))
         )
-        assert heard(world, GOOD, name_of(case, 2)) == ""
+        assert received(world, GOOD, name_of(case, 2)) == ""
         assert [connection.close_reason for connection in world.hub.connections] == ["gap"]
         await world.listen("again", case.topic, await world.user(GOOD))
         await world.listen("", case.topic, Caller())
         await world.stream(await event_of(world, case, name_of(case, 3)))
-        least = heard(world, "", name_of(case, 3))
-        assert heard(world, "again", name_of(case, 3)) == least != "all"
+        least = received(world, "", name_of(case, 3))
+        assert received(world, "again", name_of(case, 3)) == least != "all"
 
 
-async def test_who_is_gone_hears_nothing_more_where_there_are_no_guests(database_url: str) -> None:
-    """Neither what only guests may hear: they may have no topics."""
+async def test_a_deleted_caller_receives_nothing_more_without_guests(database_url: str) -> None:
+    """Nor what only guests may receive: without guests there are no topics for it."""
     async with world_of(
         database_url,
         SCHEMA,
@@ -325,25 +337,25 @@ async def test_who_is_gone_hears_nothing_more_where_there_are_no_guests(database
             f"DELETE FROM users WHERE id = '{GOOD}'", Delete(USERS, WholeRow(user(GOOD)))
         )
         await world.stream(deleted, await event_of(world, case, "p2"))
-        assert [heard(world, GOOD, name) for name in ("p1", "p2")] == ["all", ""]
+        assert [received(world, GOOD, name) for name in ("p1", "p2")] == ["all", ""]
         assert [connection.close_reason for connection in world.hub.connections] == ["guest"]
 
 
 EXPANDING = [name for name, case in CASES.items() if case.topic == EXPANDED and case.is_of_columns]
 
 
-@pytest.mark.parametrize("is_told", [True, False], ids=["told", "not told"])
+@pytest.mark.parametrize("is_notified", [True, False], ids=["notified", "not notified"])
 @pytest.mark.parametrize("name", EXPANDING)
-async def test_who_is_behind_is_not_shown_what_was_written_after_a_right_was_lost(
-    database_url: str, name: str, *, is_told: bool
+async def test_a_connection_behind_is_not_shown_what_was_written_after_a_right_was_lost(
+    database_url: str, name: str, *, is_notified: bool
 ) -> None:
-    """Related rows are read as they are by then: by who has the right still, and not by others."""
+    """Related rows are read in their current state, for callers that still have the right."""
     case = CASES[name]
     last = f'"p{SLICE_CHANGES + 2}"'.encode()
     limits = RealtimeConfig(send_buffer=1000)
     async with world_of(database_url, SCHEMA, configured(case), limits=limits) as world:
-        for who in (GOOD, OTHER):
-            await world.listen(who, case.topic, await world.user(who), "")
+        for user_id in (GOOD, OTHER):
+            await world.listen(user_id, case.topic, await world.user(user_id), "")
         changed = Update(SECRETS, {"id": "s", "body": "body", "level": "5"}, WholeRow({"id": "s"}))
         again = "UPDATE secrets SET level = 5"  # so that the callers' own rows are looked up
         await world.stream(await event_of(world, case, "p1"), await world.write(again, changed))
@@ -363,14 +375,14 @@ async def test_who_is_behind_is_not_shown_what_was_written_after_a_right_was_los
             changes = [Update(USERS, user(OTHER), WholeRow(user(OTHER)))]
         kept = await world.write("UPDATE users SET email = 'e@x'", *changes)
         new = await world.write("UPDATE secrets SET body = 'NEW'", NEW)
-        if is_told:
+        if is_notified:
             await world.stream(lost, kept, new)
 
         world.sinks[OTHER].unstick()
         await world.sinks[OTHER].wait_for_bytes(last)
         assert b"NEW" in world.sinks[OTHER].data
         assert b"PB_RESYNC" not in world.sinks[OTHER].data
-        # Who stands where another stood a moment ago is given the same, if it may see that.
+        # A connection at the position of an earlier one receives the same, if it may see that.
         world.sinks[GOOD].unstick()
         await world.sinks[GOOD].wait_for_bytes(last)
         assert b"NEW" not in world.sinks[GOOD].data
@@ -378,9 +390,9 @@ async def test_who_is_behind_is_not_shown_what_was_written_after_a_right_was_los
 
 
 async def live(world: World, case: Case, *people: str) -> None:
-    """Let people listen, until what they expand is found out for all LIVE connections together."""
-    for who in people:
-        await world.listen(who, case.topic, await world.user(who), "")
+    """Open connections, until what they expand is loaded for all LIVE connections together."""
+    for user_id in people:
+        await world.listen(user_id, case.topic, await world.user(user_id), "")
     for number in range(3):
         await world.stream(await event_of(world, case, f"before {number}"))
     assert all(one.state is LIVE for one in world.hub.connections)
@@ -395,7 +407,7 @@ LOSSES = {
 
 
 def lost(how: str) -> Update | Delete:
-    """The change of that statement."""
+    """Return the change that the statement makes."""
     if how == "deleted":
         return Delete(USERS, WholeRow(user(GOOD)))
     after = user(GOOD, role="banned", level="9", team="closed")
@@ -404,13 +416,14 @@ def lost(how: str) -> Update | Delete:
 
 @pytest.mark.parametrize("how", LOSSES)
 @pytest.mark.parametrize("name", EXPANDING)
-@pytest.mark.parametrize("is_told", [True, False], ids=["told at once", "not told"])
-async def test_who_lost_a_right_since_a_change_is_shown_nothing_written_since(
-    database_url: str, name: str, how: str, *, is_told: bool
+@pytest.mark.parametrize("is_notified", [True, False], ids=["notified at once", "not notified"])
+async def test_a_caller_that_lost_a_right_is_shown_nothing_written_since(
+    database_url: str, name: str, how: str, *, is_notified: bool
 ) -> None:
-    """A related row is read as it is by now, and so is the row of who it is shown to.
+    """A related row and the caller's own row are both read in their current state.
 
-    Others who are LIVE are shown it in the same slice; whoever lost the right is told a gap.
+    Other LIVE connections are shown it in the same slice; a connection whose caller lost the right
+    is notified of a gap.
     """
     case = CASES[name]
     async with world_of(database_url, SCHEMA, configured(case)) as world:
@@ -418,33 +431,33 @@ async def test_who_lost_a_right_since_a_change_is_shown_nothing_written_since(
         before = await event_of(world, case, "p1")
         loss = await world.write(LOSSES[how], lost(how))
         new = await world.write("UPDATE secrets SET body = 'NEW'", NEW)
-        rest = [] if is_told else [loss, new]
-        await world.stream(before, *([loss, new] if is_told else []))
+        rest = [] if is_notified else [loss, new]
+        await world.stream(before, *([loss, new] if is_notified else []))
         assert b"NEW" in world.sinks[OTHER].data
         assert b"PB_RESYNC" not in world.sinks[OTHER].data
-        # What PostgreSQL is asked of the row of somebody who is gone, it denies.
-        is_denied = heard(world, GOOD, "p1") == "the rest"
+        # A query that needs the row of a deleted caller denies.
+        is_denied = received(world, GOOD, "p1") == "the rest"
         assert is_denied == (how == "deleted" and "points to" in name)
-        assert is_denied or heard(world, GOOD, "p1") == "withheld"
+        assert is_denied or received(world, GOOD, "p1") == "withheld"
         assert (b"PB_RESYNC" in world.sinks[GOOD].data) != is_denied
 
         await world.stream(*rest, await event_of(world, case, "p2"))
-        assert heard(world, GOOD, "p2") == "the rest"
+        assert received(world, GOOD, "p2") == "the rest"
         assert b"NEW" not in world.sinks[GOOD].data
 
 
-@pytest.mark.parametrize("is_told", [True, False], ids=["told", "not told"])
+@pytest.mark.parametrize("is_notified", [True, False], ids=["notified", "not notified"])
 @pytest.mark.parametrize("order", [(OTHER, GOOD), (GOOD, OTHER)], ids=["seeing", "denied"])
 async def test_nor_columns_that_another_one_was_shown_a_moment_ago(
-    database_url: str, order: Sequence[str], *, is_told: bool
+    database_url: str, order: Sequence[str], *, is_notified: bool
 ) -> None:
-    """Who stands where another stood is given the same, if it may see that and needn't see more."""
+    """Cached columns are reused only for callers that may see them and need no others."""
     case = Case(rule=ROLE, place="secrets.list_rule", topic="secrets/*")
     limits, last = RealtimeConfig(send_buffer=1000), f'"level":{SLICE_CHANGES + 19}'.encode()
     async with world_of(database_url, SCHEMA, configured(case), limits=limits) as world:
-        for who in (GOOD, OTHER):
-            await world.listen(who, case.topic, await world.user(who), "")
-            world.sinks[who].is_stuck = True
+        for user_id in (GOOD, OTHER):
+            await world.listen(user_id, case.topic, await world.user(user_id), "")
+            world.sinks[user_id].is_stuck = True
         row: Row = {"id": "s", "level": "6"}
         for level in range(6, SLICE_CHANGES + 20):
             row = {"id": "s", "level": str(level)}
@@ -452,22 +465,22 @@ async def test_nor_columns_that_another_one_was_shown_a_moment_ago(
             await world.stream(await world.write(f"UPDATE secrets SET level = {level}", change))
         loss = await world.write(LOSSES["banned"], lost("banned"))
         new = await world.write("UPDATE secrets SET body = 'NEW'", NEW)
-        if is_told:
+        if is_notified:
             await world.stream(loss, new)
-        for who in order:
-            world.sinks[who].unstick()
-            await world.sinks[who].wait_for_bytes(last)
+        for user_id in order:
+            world.sinks[user_id].unstick()
+            await world.sinks[user_id].wait_for_bytes(last)
         assert b"NEW" not in world.sinks[GOOD].data
         assert world.sinks[OTHER].data.count(b"NEW") > SLICE_CHANGES
 
 
 @pytest.mark.parametrize("how", LOSSES)
 async def test_nor_columns_that_the_wal_left_out(database_url: str, how: str) -> None:
-    """Of a row that was written again, that which is shown to who may see it as it is by now."""
+    """Those of a row that was written again are shown to callers that may see its current state."""
     case = Case(rule=ROLE, place="secrets.list_rule", topic="secrets/*")
     async with world_of(database_url, SCHEMA, configured(case)) as world:
-        for who in (GOOD, OTHER):
-            await world.listen(who, case.topic, await world.user(who), "")
+        for user_id in (GOOD, OTHER):
+            await world.listen(user_id, case.topic, await world.user(user_id), "")
         row: Row = {"id": "s", "level": "6"}
         before = await world.write(
             "UPDATE secrets SET level = 6", Update(SECRETS, row, WholeRow({"id": "s"}))
@@ -478,7 +491,7 @@ async def test_nor_columns_that_the_wal_left_out(database_url: str, how: str) ->
             "UPDATE secrets SET body = 'NEW'", Update(SECRETS, image, WholeRow(image))
         )
         await world.stream(before)
-        shown = {who: world.data(who)[0] for who in (GOOD, OTHER)}
+        shown = {user_id: world.data(user_id)[0] for user_id in (GOOD, OTHER)}
         assert json.loads(shown[OTHER])["record"]["body"] == "NEW"
         assert "body" not in json.loads(shown[GOOD])["record"]
 
@@ -490,7 +503,7 @@ async def test_nor_columns_that_the_wal_left_out(database_url: str, how: str) ->
 async def test_the_own_commit_of_a_change_is_no_reason_to_withhold_anything(
     database_url: str,
 ) -> None:
-    """What else a commit changed nobody can read before it: it is shown as at the change."""
+    """No reader sees the rest of a commit before it, so it is shown as at the change."""
     case = CASES["expand"]
     async with world_of(database_url, SCHEMA, configured(case)) as world:
         await live(world, case, GOOD)
@@ -501,12 +514,12 @@ async def test_the_own_commit_of_a_change_is_no_reason_to_withhold_anything(
             lost("deleted"),
         )
         await world.stream(both, await world.write("SELECT 1"))
-        assert heard(world, GOOD, "p1") == "all"
+        assert received(world, GOOD, "p1") == "all"
         assert b"PB_RESYNC" not in world.sinks[GOOD].data
 
 
 @pytest.mark.parametrize("how", LOSSES)
-async def test_what_is_written_later_is_shown_to_nobody_who_lost_a_right_in_that_commit(
+async def test_what_is_written_later_is_not_shown_to_callers_that_lost_a_right_in_that_commit(
     database_url: str, how: str
 ) -> None:
     case = CASES["expand"]
@@ -518,14 +531,14 @@ async def test_what_is_written_later_is_shown_to_nobody_who_lost_a_right_in_that
         )
         new = await world.write("UPDATE secrets SET body = 'NEW'", NEW)
         await world.stream(both, new)
-        assert heard(world, GOOD, "p1") == "withheld"
+        assert received(world, GOOD, "p1") == "withheld"
         assert b"NEW" not in world.sinks[GOOD].data
 
 
 async def test_a_slice_that_ends_within_a_commit_proves_nothing_of_the_rest_of_it(
     database_url: str,
 ) -> None:
-    """The same commit writes what is shown and, after that, takes the right away."""
+    """The same commit writes what is shown and, after that, removes the right to see it."""
     case = CASES["expand"]
     async with world_of(database_url, SCHEMA, configured(case)) as world:
         await live(world, case, GOOD)
@@ -534,16 +547,16 @@ async def test_a_slice_that_ends_within_a_commit_proves_nothing_of_the_rest_of_i
             f"UPDATE secrets SET body = 'NEW'; {LOSSES['banned']}", NEW, lost("banned")
         )
         await world.stream(before, both)
-        assert heard(world, GOOD, "p1") == "withheld"
+        assert received(world, GOOD, "p1") == "withheld"
         assert b"NEW" not in world.sinks[GOOD].data
 
 
 @pytest.mark.parametrize("fault", ["no answer", "no connection"])
 @pytest.mark.parametrize("of", ["expand", "columns"])
-async def test_who_callers_are_that_cannot_be_read_is_a_gap_for_them_alone(
+async def test_caller_rows_that_cannot_be_read_are_a_gap_for_those_callers_alone(
     database_url: str, monkeypatch: pytest.MonkeyPatch, of: str, fault: str
 ) -> None:
-    """Guests were shown nothing that hangs on who they are."""
+    """Guests are shown nothing that depends on a caller's row."""
 
     async def fail(*_args: object) -> None:
         if fault == "no connection":
@@ -576,7 +589,7 @@ async def test_who_callers_are_that_cannot_be_read_is_a_gap_for_them_alone(
 async def test_what_a_caller_is_in_the_database_counts_by_what_is_asked_of_it(
     database_url: str,
 ) -> None:
-    """A change that no rule of a related record asks about withholds nothing."""
+    """A change of a column that no rule of a related record reads withholds nothing."""
     case = CASES["expand"]
     async with world_of(database_url, SCHEMA, configured(case)) as world:
         await world.listen(GOOD, case.topic, await world.user(GOOD), "")
@@ -588,10 +601,10 @@ async def test_what_a_caller_is_in_the_database_counts_by_what_is_asked_of_it(
         assert b"PB_RESYNC" not in world.sinks[GOOD].data
 
 
-async def test_who_is_behind_its_deletion_is_told_what_it_may_have_missed_before(
+async def test_a_connection_behind_its_callers_deletion_is_notified_of_earlier_gaps(
     database_url: str,
 ) -> None:
-    """By the rights that it had then: a guest had nothing to miss."""
+    """The gap is decided by the rights that the caller had then: a guest had nothing to miss."""
     case = Case(rule=SIGNED_IN + "secret = 's'", place="posts.list_rule")
     limits = RealtimeConfig(send_buffer=1)
     async with world_of(database_url, SCHEMA, configured(case), limits=limits) as world:
@@ -602,7 +615,7 @@ async def test_who_is_behind_its_deletion_is_told_what_it_may_have_missed_before
         sink.is_stuck = True
         for number in (2, 3):
             await world.stream(await event_of(world, case, f"p{number}"))
-        # What the rule reads isn't in the image, and the row is gone.
+        # The image lacks what the rule reads, and the row was deleted.
         unproved = await world.write(
             "DELETE FROM posts WHERE id = 'p1'", Update(POSTS, {"id": "p1"}, WholeRow({"id": "p1"}))
         )
@@ -612,16 +625,16 @@ async def test_who_is_behind_its_deletion_is_told_what_it_may_have_missed_before
         await world.stream(unproved, deleted)
         sink.unstick()
         await sink.wait_for_bytes(b"PB_RESYNC")
-        assert heard(world, GOOD, "p3") == "all"
+        assert received(world, GOOD, "p3") == "all"
 
 
 @pytest.mark.parametrize("column", ["verified", "email"])
-async def test_a_caller_that_the_stream_cannot_tell_of_comes_back(
+async def test_a_caller_that_the_stream_cannot_update_must_reconnect(
     database_url: str, column: str
 ) -> None:
-    """A generated column is in no image: what a caller is made of must be looked up anew.
+    """No image has a generated column, so a caller that depends on one must be loaded again.
 
-    Until its client is back it hears nothing, and its position stays.
+    Until its client has reconnected it receives nothing, and its position stays.
     """
     rule = SIGNED_IN + {"verified": "@request.auth.verified = true", "email": "id != ''"}[column]
     made = {
@@ -633,18 +646,18 @@ async def test_a_caller_that_the_stream_cannot_tell_of_comes_back(
     async with world_of(database_url, schema, configured(case)) as world:
         await world.listen(GOOD, case.topic, await world.user(GOOD), "")
         await world.stream(await event_of(world, case, "p1"))
-        assert heard(world, GOOD, "p1") == "all"
+        assert received(world, GOOD, "p1") == "all"
         row = {name: value for name, value in user(GOOD, role="banned").items() if name != column}
         changed = Update(USERS, row, WholeRow(row))
         statement = f"UPDATE users SET role = 'banned' WHERE id = '{GOOD}'"
         await world.stream(await world.write(statement, changed), await event_of(world, case, "p2"))
         await world.stream(await event_of(world, case, "public 1"))
-        assert heard(world, GOOD, "p2") == heard(world, GOOD, "public 1") == ""
+        assert received(world, GOOD, "p2") == received(world, GOOD, "public 1") == ""
         assert [connection.close_reason for connection in world.hub.connections] == ["caller_lost"]
         position = world.sinks[GOOD].events()[-1][0]
         await world.listen("again", case.topic, await world.user(GOOD), position)
         await world.stream(await event_of(world, case, "p3"))
         await world.stream(await event_of(world, case, "public 2"))
         await world.sinks["again"].wait_for_bytes(b'"public 2"')
-        names = [name for name in ("p2", "public 1", "p3") if heard(world, "again", name)]
+        names = [name for name in ("p2", "public 1", "p3") if received(world, "again", name)]
         assert names == (["p2", "public 1", "p3"] if column == "email" else ["public 1"])

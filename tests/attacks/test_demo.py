@@ -1,4 +1,4 @@
-"""The demo's page hands out everybody's tokens: to nobody but whoever sits before the machine."""
+"""The demo's page contains every user's token, so only the local machine's page may load it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def ask(
 
 @pytest.mark.timeout(120)
 async def test_the_demo_is_for_its_own_page_alone() -> None:
-    """No token and no write for another origin, nor for a name that was made to lead here."""
+    """Another origin gets no token and no write; neither does a host name that resolves here."""
     async with demo() as running:
         own, port = running.url, urlsplit(running.url).port
         step = {"do": "add", "id": "1"}
@@ -37,7 +37,7 @@ async def test_the_demo_is_for_its_own_page_alone() -> None:
             {"Origin": "null"},
             {"Origin": f"http://127.0.0.1:{(port or 0) + 1}"},
             {"Origin": f"https://127.0.0.1:{port}"},
-            {"Origin": f"http://localhost:{port}"},  # to the browser another origin
+            {"Origin": f"http://localhost:{port}"},  # another origin for the browser
             {"Host": f"evil.example:{port}"},
             {"Host": f"evil.example:{port}", "Origin": f"http://evil.example:{port}"},
             {"Host": f"127.0.0.1.evil.example:{port}"},

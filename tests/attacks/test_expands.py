@@ -1,4 +1,4 @@
-"""An ``expand`` that takes long waits for itself: others go on."""
+"""A slow ``expand`` delays its own connection only."""
 
 from __future__ import annotations
 
@@ -33,13 +33,11 @@ COLLECTIONS: dict[str, dict[str, Any]] = {
 TOPIC = f"pages/*?options={quote(json.dumps({'query': {'expand': 'owner.pages_via_owner'}}))}"
 
 
-async def test_what_few_expand_is_waited_for_by_nobody_else(
-    database_url: str, tmp_path: Path
-) -> None:
-    """A lock on the related table stands for whatever takes long; it ended everybody's patience.
+async def test_a_slow_expand_delays_no_other_connection(database_url: str, tmp_path: Path) -> None:
+    """A slow expand, here one that waits for a lock, does not delay connections without it.
 
-    Slices that all connections wait for give such an expand twenty milliseconds. Who asked for it
-    hears everything, in order and with the related records, once they can be had.
+    Slices that all connections wait for give such an expand twenty milliseconds. A connection that
+    requested it receives everything in order, with the related records, once they can be loaded.
     """
     async with AsyncExitStack() as stack:
         running = await stack.enter_async_context(
@@ -58,8 +56,8 @@ async def test_what_few_expand_is_waited_for_by_nobody_else(
             for n in range(1, 4):
                 await running.write.execute("UPDATE pages SET n = -n WHERE id = %s", [f"p{n}"])
                 await running.write.execute("INSERT INTO notes VALUES (%s)", [f"n{n}"])
-            heard = await honest.take(3, 4)
-            assert [message.data["record"]["id"] for message in heard] == ["n1", "n2", "n3"]
+            received = await honest.take(3, 4)
+            assert [message.data["record"]["id"] for message in received] == ["n1", "n2", "n3"]
         pages = [message.data["record"] for message in await waiting.take(3, 30)]
     assert [page["id"] for page in pages] == ["p1", "p2", "p3"]
     owners = [page["expand"]["owner"] for page in pages]

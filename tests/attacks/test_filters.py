@@ -1,4 +1,4 @@
-"""Filters and views at the worst that a client may write wait for themselves: others go on."""
+"""The most expensive filters and views that a client may submit delay only their own connection."""
 
 from __future__ import annotations
 
@@ -28,45 +28,45 @@ def topic(**query: str) -> str:
 
 
 def items(guest: int) -> list[str]:
-    """Every item against every item, many times over; the last part is true."""
+    """Compare every item with every item, many times over; the last part is true."""
     pairs = " || ".join(f"tags:each > names:each && tags:each = 'x{guest}{n}'" for n in range(15))
     return [topic(filter=f"({pairs} || names:each ?~ 'n1') && tags:each != 'y{guest}'")]
 
 
 def patterns(guest: int) -> list[str]:
-    """Each place of a long text nearly fits."""
+    """Match a pattern that nearly fits at each position of a long text."""
     nearly = f"%{'a_' * 700}b{guest}%"
     return [topic(filter=f"html ~ '{nearly}{n}' || id != '{n}'") for n in range(20)]
 
 
 def columns(guest: int) -> list[str]:
-    """A column's value is the pattern."""
+    """Match a column's value as the pattern."""
     return [topic(filter=f"html ~ html || id = '{guest}{n}'") for n in range(40)]
 
 
 def views(guest: int) -> list[str]:
-    """A hundred excerpts of nine kilobytes of HTML, all different."""
+    """Request a hundred excerpts of nine kilobytes of HTML, all different."""
     limits = range(1000 + 100 * guest, 1100 + 100 * guest)
     return [topic(fields=f"id,html:excerpt({limit},true)") for limit in limits]
 
 
 async def waits(client: Listener, write: Callable[[int], Any], rows: range) -> list[float]:
-    """How long each row took to reach the listener, one after the other."""
+    """Return how long each row took to reach the subscriber, one after the other."""
     found = []
     for n in rows:
         began = time.monotonic()
         await write(n)
-        (heard,) = await client.take(1, 60)
-        assert heard.data["record"]["id"] == f"r{n}"
+        (received,) = await client.take(1, 60)
+        assert received.data["record"]["id"] == f"r{n}"
         found.append(time.monotonic() - began)
     return found
 
 
 @pytest.mark.parametrize("attack", [items, patterns, columns, views])
-async def test_others_hear_in_time_and_the_attackers_hear_all_in_order(
+async def test_others_receive_in_time_and_the_attackers_receive_all_in_order(
     database_url: str, tmp_path: Path, attack: Callable[[int], list[str]]
 ) -> None:
-    """Before there were bounds a row took up to eighteen seconds for everybody."""
+    """Without time limits a row took up to eighteen seconds for every connection."""
     async with AsyncExitStack() as stack:
         running = await stack.enter_async_context(
             service(database_url, tmp_path, schema=SCHEMA, collections=COLLECTIONS)
@@ -86,12 +86,12 @@ async def test_others_hear_in_time_and_the_attackers_hear_all_in_order(
             await stack.enter_async_context(listener(running.address, *attack(n)))
             for n in range(GUESTS)
         ]
-        beside = await waits(honest, write, range(3, 3 + ROWS))
+        attacked = await waits(honest, write, range(3, 3 + ROWS))
         async with asyncio.timeout(100):
             topics = len(attack(0))
-            heard = await guests[0].take(topics, 90)
+            received = await guests[0].take(topics, 90)
 
-    assert max(beside) < 2
-    assert sum(beside) / ROWS < 0.5 + 5 * max(alone)
-    ids = [message.data["record"]["id"] for message in heard]
+    assert max(attacked) < 2
+    assert sum(attacked) / ROWS < 0.5 + 5 * max(alone)
+    ids = [message.data["record"]["id"] for message in received]
     assert ids == ["r3"] * topics

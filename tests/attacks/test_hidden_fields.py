@@ -1,4 +1,7 @@
-"""Hidden fields are for superusers: nothing that a client may name leads to them or over them."""
+"""Hidden fields are for superusers.
+
+No name in a client's request reads one or leads through one.
+"""
 
 from __future__ import annotations
 
@@ -62,11 +65,11 @@ ROOT = Caller(Superuser("root"))
 POST: Row = {"id": "p1", "author": "ann", "reviewer": "ann", "watchers": "{ann}", "seen": None}
 
 
-async def told(world: World, *topics: str, who: Caller | None = None) -> list[list[str]]:
-    """What each of the topics brings of a new post, its name aside."""
+async def received(world: World, *topics: str, caller: Caller | None = None) -> list[list[str]]:
+    """Return what each of the topics receives of a new post, without its topic."""
     world.sinks.clear()
     for n, one in enumerate(topics):
-        await world.listen(f"{n}", one, who or Caller())
+        await world.listen(f"{n}", one, caller or Caller())
     await world.write("DELETE FROM posts WHERE id = 'p1'")
     statement = "INSERT INTO posts VALUES ('p1', 'ann', 'ann', '{ann}', NULL)"
     await world.stream(await world.write(statement, Insert(TableName("public", "posts"), POST)))
@@ -88,19 +91,19 @@ PATHS = {
     "reviewer.posts_via_reviewer.author": "reviewer.posts_via_reviewer.nosuch",
     " author . boss ": " nosuch . boss ",
 }
-"""What somebody may write as expand, and the same with names that nobody has."""
+"""Values of expand that a client may send, and the same with names that don't exist."""
 
 
 @pytest.mark.parametrize("fields", [None, "*,expand.*", "expand.author.name,expand.reviewer.*"])
 async def test_a_hidden_relation_expands_as_one_that_does_not_exist(
     database_url: str, fields: str | None
 ) -> None:
-    """To the byte; a superuser has them all."""
+    """The record is the same to the byte; superusers receive all relations."""
     more = {} if fields is None else {"fields": fields}
     texts = [topic(expand=text, **more) for pair in PATHS.items() for text in pair]
     async with world_of(database_url, SCHEMA, configured()) as world:
-        found = await told(world, *texts)
-        roots = await told(world, *texts, who=ROOT)
+        found = await received(world, *texts)
+        roots = await received(world, *texts, caller=ROOT)
 
     assert all(len(events) == 1 for events in found + roots)
     assert found[::2] == found[1::2]
@@ -114,9 +117,12 @@ async def test_a_hidden_relation_expands_as_one_that_does_not_exist(
 
 
 async def test_pocketbase_s_way_is_a_choice(database_url: str) -> None:
-    """There a hidden relation expands for everybody; the conformance suite compares its bytes."""
+    """PocketBase expands a hidden relation for every caller.
+
+    The conformance suite compares its bytes.
+    """
     async with world_of(database_url, SCHEMA, configured(), hidden_fields="pocketbase") as world:
-        found = await told(world, *(topic(expand=text) for text in PATHS))
+        found = await received(world, *(topic(expand=text) for text in PATHS))
 
     shown: list[dict[str, Any]] = [json.loads(event)["record"] for (event,) in found]
     assert shown[0]["expand"]["author"]["name"] == "Ann"
@@ -157,10 +163,10 @@ FILTERS = [
 
 @pytest.mark.parametrize("hidden", ["strict", "pocketbase"])
 async def test_no_filter_asks_about_a_hidden_field(database_url: str, hidden: str) -> None:
-    """It is refused as one with an unknown name, whether it would be true or not."""
+    """The filter is refused like one with an unknown name, whether it would be true or not."""
     texts = [topic(filter=text) for text in (*FILTERS, "reviewer.name = 'Ann'", "nosuch = 1")]
     async with world_of(database_url, SCHEMA, configured(), hidden_fields=hidden) as world:
-        *refused, control, unknown = await told(world, *texts)
+        *refused, control, unknown = await received(world, *texts)
 
     assert len(control) == 1
     assert [one for one, events in zip(FILTERS, refused, strict=True) if events] == []
@@ -174,7 +180,7 @@ async def test_no_choice_of_fields_shows_a_hidden_one(database_url: str) -> None
     texts = ["*", "author", "labels,watchers", "*,author:excerpt(9)", "expand.reviewer.role"]
     queries = [topic(fields=text, expand="reviewer") for text in texts]
     async with world_of(database_url, SCHEMA, configured()) as world:
-        found = await told(world, *queries)
+        found = await received(world, *queries)
 
     for (event,) in found:
         record = json.loads(event)["record"]

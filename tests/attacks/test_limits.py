@@ -1,4 +1,7 @@
-"""Subscriptions that can't be served are refused in the answer: nobody is mute, nobody is muted."""
+"""Subscriptions that can't be served are refused in the answer.
+
+No subscription is silently dropped.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def topic(name: str = "pages/*", **query: str) -> str:
 
 
 async def call(running: Service, client: Listener, topics: list[str], language: str) -> Any:
-    """The answer's body."""
+    """Return the answer's body."""
     body = json.dumps({"clientId": client.client_id, "subscriptions": topics}).encode()
     headers = {"Content-Type": "application/json", "Accept-Language": language}
     answer = await send(ANYBODY.request("POST", headers, body), running.address)
@@ -80,7 +83,7 @@ async def test_a_call_with_too_many_is_refused_and_changes_nothing(
         chinese = await call(running, client, ["owners/*", *topics], "zh")
         await running.write.execute("INSERT INTO owners VALUES ('o', 'O')")
         await running.write.execute("INSERT INTO pages VALUES ('p', 'xyz')")
-        (heard,) = await client.take(1)
+        (received,) = await client.take(1)
         fits = await client.subscribe("owners/*", *topics[:-1])
 
     most = answer["data"]["subscriptions"][str(len(topics))]["params"]["max"]
@@ -98,13 +101,13 @@ async def test_a_call_with_too_many_is_refused_and_changes_nothing(
         },
     }
     assert str(most) in chinese["data"]["subscriptions"][str(len(topics))]["message"]
-    assert (heard.event, fits) == ("pages/*", 204)
+    assert (received.event, fits) == ("pages/*", 204)
 
 
-async def test_one_address_mutes_nobody_else_with_filters_that_no_index_serves(
+async def test_one_address_displaces_no_other_with_filters_that_no_index_serves(
     database_url: str, tmp_path: Path
 ) -> None:
-    """It is refused beyond its share; everybody else's calls count for themselves."""
+    """One address is refused beyond its share; the calls of others count for themselves."""
     greedy, modest = Caller(source_ip="127.0.0.2"), Caller(source_ip="127.0.0.3")
     asked = iter(topic(filter=f"title~'{n}!'") for n in range(UNINDEXED_FILTERS_PER_ADDRESS + 50))
     async with service(database_url, tmp_path, schema=SCHEMA, collections=COLLECTIONS) as running:
@@ -118,10 +121,10 @@ async def test_one_address_mutes_nobody_else_with_filters_that_no_index_serves(
             mine = topic(filter="title~'mine'")
             async with listener(running.address, mine, caller=modest) as other:
                 await running.write.execute("INSERT INTO pages VALUES ('p', 'mine')")
-                (heard,) = await other.take(1)
+                (received,) = await other.take(1)
         finally:
             for client in clients:
                 await client.__aexit__(None, None, None)
 
     assert answers == [204] * 20 + [400]
-    assert heard.event == mine
+    assert received.event == mine

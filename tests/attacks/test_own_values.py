@@ -1,4 +1,4 @@
-"""What a person writes into their own row ends nothing: not the process, not their connection."""
+"""Values that a user writes into the own row end neither the process nor a connection."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ VALUES = [
 async def test_a_value_that_no_index_can_hold_concerns_its_owner_alone(
     database_url: str, tmp_path: Path, column: str, value: str
 ) -> None:
-    """While connected, and before: the rule is asked for that one person, and others go on."""
+    """While connected and before.
+
+    The rule is evaluated for that one user, and others are unaffected.
+    """
     collections: dict[str, dict[str, Any]] = {
         "users": {"table": "users", "type": "auth"},
         "posts": {"table": "posts", "list_rule": f"{column} = @request.auth.{column}"},
@@ -62,9 +65,9 @@ async def test_a_value_that_no_index_can_hold_concerns_its_owner_alone(
         async with listener(running.address, "posts/*", token=token("ann")) as late:
             await running.write.execute(update.encode(), [plain])
             await post("back", plain)
-            heard = [m.data["record"]["id"] for m in await late.take(1)]
+            received = [m.data["record"]["id"] for m in await late.take(1)]
         first = await ann.take(1)
         if first[0].data["record"]["id"] == "while":  # Postgres says which are equal
             first = await ann.take(1)
 
-        assert heard == [first[0].data["record"]["id"]] == ["back"]
+        assert received == [first[0].data["record"]["id"]] == ["back"]

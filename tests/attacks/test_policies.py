@@ -1,4 +1,4 @@
-"""Row security that hides rows from rules: a rule is refused, never answered without them."""
+"""Row security that hides rows from rules: the rule is refused, never evaluated without them."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ COLLECTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def role(database_url: str) -> Iterator[str]:
-    """A login that row security holds for, and that may read all tables."""
+    """A login role that row security applies to, and that may read all tables."""
     name = f"reader_{uuid4().hex[:12]}"
-    who = sql.Identifier(name)
+    role_name = sql.Identifier(name)
     with psycopg.connect(database_url, autocommit=True) as connection:
-        connection.execute(sql.SQL("CREATE ROLE {} LOGIN").format(who))
+        connection.execute(sql.SQL("CREATE ROLE {} LOGIN").format(role_name))
         connection.execute(
-            sql.SQL("ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO {}").format(who)
+            sql.SQL("ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO {}").format(role_name)
         )
         yield name
-        connection.execute(sql.SQL("DROP OWNED BY {}").format(who))
-        connection.execute(sql.SQL("DROP ROLE {}").format(who))
+        connection.execute(sql.SQL("DROP OWNED BY {}").format(role_name))
+        connection.execute(sql.SQL("DROP ROLE {}").format(role_name))
 
 
-async def test_a_policy_that_comes_to_hide_rows_shows_nobody_more(
+async def test_a_policy_that_comes_to_hide_rows_admits_no_more_callers(
     database_url: str, role: str, tmp_path: Path
 ) -> None:
-    """A rule that something isn't there would hold for a row that is hidden."""
+    """A rule that requires the absence of a row would be true for a hidden row."""
     sections = {"database": {"query_url": make_conninfo(database_url, user=role)}}
     async with (
         service(
@@ -79,7 +79,7 @@ async def test_a_policy_that_comes_to_hide_rows_shows_nobody_more(
 async def test_a_reload_denies_nothing_that_a_policy_shows(
     database_url: str, role: str, tmp_path: Path
 ) -> None:
-    """Which tables are asked about is found out anew, under events that go on."""
+    """The tables that rules read are determined anew, while events are delivered."""
     sections = {"database": {"query_url": make_conninfo(database_url, user=role)}}
     written = 0
     async with (
@@ -99,6 +99,6 @@ async def test_a_reload_denies_nothing_that_a_policy_shows(
             await running.write.execute("INSERT INTO posts VALUES (%s, 'a')", (f"post{written}",))
             written += 1
             await asyncio.sleep(0.001)
-        heard = await guest.take(written)
+        received = await guest.take(written)
 
-    assert [one.data["record"]["id"] for one in heard] == [f"post{n}" for n in range(written)]
+    assert [one.data["record"]["id"] for one in received] == [f"post{n}" for n in range(written)]

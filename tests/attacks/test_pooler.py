@@ -1,4 +1,4 @@
-"""Rules behind PgBouncer in transaction mode, beside a client that leaves settings in sessions."""
+"""Rules through PgBouncer in transaction mode, while another client changes session settings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LEFT_BEHIND: tuple[LiteralString, ...] = (
     "CREATE TEMPORARY TABLE IF NOT EXISTS pg_class (relname text)",
     "CREATE TEMPORARY TABLE IF NOT EXISTS pg_settings (name text, setting text)",
 )
-"""What a careless or hostile application leaves in the sessions that it shares with us."""
+"""Settings that a careless or hostile application leaves in the sessions that it shares with us."""
 
 EVIL = """
 CREATE SCHEMA evil;
@@ -62,7 +62,7 @@ INSERT INTO members VALUES ('m1', '1', 'ann');
 """
 
 ENOUGH = 8
-"""More often than the driver asks a statement without preparing it."""
+"""More often than the driver executes a statement without preparing it."""
 
 EXPANDED = f"tasks/*?options={quote(json.dumps({'query': {'expand': 'project'}}))}"
 
@@ -100,10 +100,10 @@ async def pool_behind(url: str) -> AsyncIterator[QueryPool]:
 
 
 @pytest.mark.parametrize("prepared", [200, 0], ids=["default", "before-1.21"])
-async def test_rules_behind_a_pooler_are_judged_by_our_settings(
+async def test_rules_behind_a_pooler_are_evaluated_with_our_settings(
     database_url: str, tmp_path: Path, prepared: int
 ) -> None:
-    """Events, expand and logins by token, each kind more often than a statement is prepared."""
+    """Events, expand and logins by token, each more often than a statement stays unprepared."""
     with pgbouncer(database_url, sessions=SESSIONS, prepared=prepared) as pooled:
         sections = {"database": {"query_url": pooled}}
         async with (
@@ -116,9 +116,9 @@ async def test_rules_behind_a_pooler_are_judged_by_our_settings(
             for n in range(ENOUGH):
                 await leave_settings(pooled)
                 await running.write.execute("INSERT INTO tasks VALUES (%s, '1')", (f"t{n}",))
-                (heard,) = await ann.take(1)
-                assert heard.data["record"]["id"] == f"t{n}"
-                assert heard.data["record"]["expand"]["project"]["name"] == "one"
+                (received,) = await ann.take(1)
+                assert received.data["record"]["id"] == f"t{n}"
+                assert received.data["record"]["expand"]["project"]["name"] == "one"
                 await leave_settings(pooled)
                 async with listener(running.address, "tasks/*", token=token("ann")):
                     pass  # a lookup of the user, and a snapshot
@@ -132,7 +132,7 @@ async def test_rules_behind_a_pooler_are_judged_by_our_settings(
 
 
 async def test_every_statement_behind_a_pooler_has_its_settings(database_url: str) -> None:
-    """Whatever was left in the session, and nothing of ours stays in it."""
+    """Whatever was left in the session applies no more, and nothing of ours stays in it."""
     names = (
         *("search_path", "row_security", "DateStyle", "TimeZone", "IntervalStyle", "array_nulls"),
         *("extra_float_digits", "bytea_output", "standard_conforming_strings", "lock_timeout"),
@@ -168,7 +168,10 @@ async def test_every_statement_behind_a_pooler_has_its_settings(database_url: st
 
 
 async def test_a_role_taken_in_a_shared_session_is_not_ours(database_url: str) -> None:
-    """SET ROLE of another client stays in the session; ours asks as whom it logged in."""
+    """Another client's SET ROLE stays in the session.
+
+    Queries of ours run as the role that logged in.
+    """
     with (
         psycopg.connect(database_url, autocommit=True) as admin,
         pgbouncer(database_url, sessions=1) as pooled,

@@ -1,4 +1,4 @@
-"""What a row holds later is never in an event of before, for those who may not see it later."""
+"""An event never contains a later version's values, for callers that may not see that version."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROUNDS = 30
 
 
 async def write(running: Service, n: int, way: str) -> None:
-    """Change a title, then, in another commit, make the row somebody's own and put a secret in."""
+    """Change a title; then, in another commit, make the row private and put a secret into it."""
     title = f"UPDATE docs SET title = 'new' WHERE id = '{n}'"
     secret = f"UPDATE docs SET public = false, body = repeat('SECRET', 2000) WHERE id = '{n}'"
     if way == "back to back":
@@ -44,11 +44,11 @@ async def write(running: Service, n: int, way: str) -> None:
         await running.write.execute(secret.encode())
 
 
-async def until_end(heard: Listener) -> list[Message]:
-    """What is heard before the row that is inserted last."""
+async def until_end(received: Listener) -> list[Message]:
+    """Return what is received before the row that is inserted last."""
     found: list[Message] = []
     while True:
-        (message,) = await heard.take(1)
+        (message,) = await received.take(1)
         if message.event.startswith("ends"):
             return [one for one in found if one.event != "PB_CURSOR"]
         found.append(message)
@@ -72,7 +72,7 @@ def records(messages: list[Message]) -> list[dict[str, Any]]:
 async def test_a_secret_of_a_later_version_is_in_no_event_of_before(
     database_url: str, tmp_path: Path, plugin: str, more: str, way: str
 ) -> None:
-    """Whether the event comes at once, or to somebody who comes back later with a position."""
+    """That holds for events delivered at once, and for connections that resume later."""
     async with (
         service(
             database_url,
@@ -95,9 +95,9 @@ async def test_a_secret_of_a_later_version_is_in_no_event_of_before(
         async with listener(running.address, "docs/*", "ends/*", caller=back) as returned:
             later = await until_end(returned)
 
-        for heard in (live, later):
-            assert [one for one in heard if "SECRET" in str(one.data)] == []
-            titles = [one["title"] for one in records(heard)]
+        for received in (live, later):
+            assert [one for one in received if "SECRET" in str(one.data)] == []
+            titles = [one["title"] for one in records(received)]
             assert titles == ["new"] * ROUNDS
         whole = records(await until_end(owner))
         assert len(whole) == 2 * ROUNDS
@@ -139,7 +139,7 @@ EXPANDING = 'posts/*?options={"query":{"expand":"tags"}}'
 async def test_a_link_that_a_later_version_has_is_in_no_event_of_before(
     database_url: str, tmp_path: Path, plugin: str, way: str
 ) -> None:
-    """Ids of a junction table are part of the record, and what is expanded goes by them."""
+    """Ids of a junction table are part of the record, and expand follows them."""
     async with (
         service(
             database_url,
@@ -176,9 +176,9 @@ async def test_a_link_that_a_later_version_has_is_in_no_event_of_before(
         async with listener(running.address, EXPANDING, "ends/*", caller=back) as returned:
             later = await until_end(returned)
 
-        for heard in (live, later):
-            assert [one for one in heard if "SECRET" in str(one.data)] == []
-            shown = [(one["title"], one["tags"]) for one in records(heard)]
+        for received in (live, later):
+            assert [one for one in received if "SECRET" in str(one.data)] == []
+            shown = [(one["title"], one["tags"]) for one in records(received)]
             assert shown == [("new", ["open"])] * (ROUNDS + 1)
-            expanded = [one["expand"]["tags"][0]["id"] for one in records(heard)]
+            expanded = [one["expand"]["tags"][0]["id"] for one in records(received)]
             assert expanded == ["open"] * (ROUNDS + 1)

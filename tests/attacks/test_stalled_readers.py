@@ -1,4 +1,4 @@
-"""Guests who submit all the topics they may and then read nothing."""
+"""Guests that submit the maximum of topics and then read nothing."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ OPEN = {"posts": {"table": "posts", "list_rule": "", "view_rule": ""}}
 GUESTS = 12
 TOPICS = 400
 LARGE = 60_000
-"""Bytes of the row that all topics hear of: 290 MB of messages."""
+"""Bytes of the row that all topics receive: 290 MB of messages."""
 MEGABYTES = 60
-"""What the process may gain by it."""
+"""How much the process may grow by them."""
 SECONDS = 1.5
-"""How much later than without the guests another connection may hear of a row, on a busy machine;
-all that was written at once took many times as long."""
+"""How much later than without the guests another connection may receive a row, on a busy machine.
+
+Without bounds, when everything was written at once, it took many times as long.
+"""
 
 
 async def subscribe(running: Service, client_id: str, topics: list[str]) -> None:
@@ -42,7 +44,7 @@ def client_id_in(text: bytes) -> str:
 
 
 async def stalled_guest(running: Service, number: int, stack: ExitStack) -> None:
-    """Subscribe, and read no more after that; the kernel takes little for it."""
+    """Subscribe, and read no more after that; the kernel buffers little for it."""
     guest = stack.enter_context(socket.socket())
     guest.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     guest.setblocking(False)
@@ -57,8 +59,10 @@ async def stalled_guest(running: Service, number: int, stack: ExitStack) -> None
     await subscribe(running, client_id_in(text), [f"posts/*?options={one}" for one in options])
 
 
-async def heard_after(running: Service, stream: EventStream, row: str, size: int) -> float:
-    """Insert a row and return the seconds until the connection has heard of it."""
+async def seconds_until_received(
+    running: Service, stream: EventStream, row: str, size: int
+) -> float:
+    """Insert a row and return the seconds until the connection has received it."""
     began = time.monotonic()
     await running.write.execute(
         "INSERT INTO posts (id, title) VALUES (%s, repeat('x', %s))", [row, size]
@@ -70,24 +74,30 @@ async def heard_after(running: Service, stream: EventStream, row: str, size: int
 
 
 @pytest.mark.timeout(90)
-async def test_a_thousand_topics_of_who_reads_nothing_hold_up_nobody_and_fill_no_memory(
+async def test_a_thousand_topics_of_guests_that_read_nothing_delay_no_other_and_fill_no_memory(
     database_url: str, tmp_path: Path
 ) -> None:
-    """The bound of what waits for a connection holds within one change, and for all together."""
+    """The limits of send buffers, per connection and in all, hold even within one change."""
     async with service(database_url, tmp_path, collections=OPEN) as running:
         request = Request(method="GET", path="/api/realtime", headers={})
         stream = await EventStream.open(request, running.address, "honest")
         (connect,) = await stream.take(1, 10.0)
         await subscribe(running, client_id_in(connect), ["posts/*"])
-        alone = [await heard_after(running, stream, f"alone-{n}", LARGE) for n in range(5)]
+        alone = [
+            await seconds_until_received(running, stream, f"alone-{n}", LARGE) for n in range(5)
+        ]
         with ExitStack() as stack:
             for number in range(GUESTS):
                 await stalled_guest(running, number, stack)
             before = resident_kilobytes(running.process.pid)
-            beside = [await heard_after(running, stream, f"row-{n}", LARGE) for n in range(3)]
-            beside += [await heard_after(running, stream, f"small-{n}", 10) for n in range(5)]
+            attacked = [
+                await seconds_until_received(running, stream, f"row-{n}", LARGE) for n in range(3)
+            ]
+            attacked += [
+                await seconds_until_received(running, stream, f"small-{n}", 10) for n in range(5)
+            ]
             gained = resident_kilobytes(running.process.pid) - before
         await stream.close()
 
-    assert max(beside) < 5 * max(alone) + SECONDS
+    assert max(attacked) < 5 * max(alone) + SECONDS
     assert gained < MEGABYTES * 1024

@@ -1,8 +1,8 @@
-"""Numbers that no double holds are told apart, wherever a rule or a filter compares them.
+"""Numbers that no double represents stay distinct, wherever a rule or a filter compares them.
 
-Users whose ids are neighbours beyond 2^53, or that differ in the last of thirty digits, each with
-a row of their own. Asked of the reference query and of the engine: by its index, by the process and
-by what Postgres names, with the subscriber's own row at hand and without.
+Users have ids that are neighbours beyond 2^53, or that differ in the last of thirty digits, each
+with a row of their own. Reference query and engine are compared: by its index, in the process and
+by PostgreSQL, with the subscriber's own row at hand and without.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ IDS = [
 
 
 def wide(user: int) -> int:
-    """The user's number of 29 digits."""
+    """Return the user's number of 29 digits."""
     return user * 10**10 + 1
 
 
 def fine(user: int) -> str:
-    """A number of as many digits, most of them behind its point."""
+    """Return a number of as many digits, most of them after its point."""
     return f"{user}.00000000000000000001"
 
 
@@ -178,7 +178,7 @@ OWN = (
     "@collection.users.n30 ?= own30 && @collection.users.id ?= @request.auth.id",
     "x = @request.auth.id || (own8 < 0 && own8 = @request.auth.id)",
 )
-"""Rules that show everybody the row of its own and no other."""
+"""Rules that show each user the own row and no other."""
 OTHERS = (
     "own8 != @request.auth.id",
     "own8 != @request.auth.n8",
@@ -189,11 +189,11 @@ OTHERS = (
     "doc.own != @request.auth.n8",
     "members_via_post.user8 != @request.auth.id",
 )
-"""Rules that show everybody all rows but its own."""
+"""Rules that show each user all rows but the own one."""
 
 
 def admitted(world: World, rule: str, text: str) -> dict[str, dict[int, set[int]]]:
-    """Return, by who is asked and for each user, the rows that rule and filter admit."""
+    """Return, per way of evaluation and user, the rows that rule and filter admit."""
     now = datetime.now(UTC)
     posts = world.collections["posts"]
     ways: dict[str, dict[int, set[int]]] = {"the reference": {}}
@@ -236,13 +236,13 @@ def _check(world: World, rule: str, text: str = "", *, is_own: bool = True) -> N
             assert rows == wanted, (rule, text, way, user, [world.posts[n] for n in rows ^ wanted])
 
 
-def test_nobody_gets_the_rows_of_a_neighbour_by_number(world: World) -> None:
-    """A rule that compares identities shows each its own row, whatever the types and the way."""
+def test_no_user_receives_the_rows_of_a_neighbour_by_number(world: World) -> None:
+    """A rule that compares identities shows each user the own row, whatever the types."""
     for rule in OWN:
         _check(world, rule)
 
 
-def test_everybody_else_is_told_apart_as_exactly(world: World) -> None:
+def test_a_rule_for_all_others_is_as_exact(world: World) -> None:
     for rule in OTHERS:
         _check(world, rule, is_own=False)
 
@@ -266,5 +266,5 @@ def test_everybody_else_is_told_apart_as_exactly(world: World) -> None:
     ],
 )
 def test_a_filter_names_one_number(world: World, text: str) -> None:
-    """A literal means the number that it spells, also where no double is that number."""
+    """A literal means the number that it spells, also where no double equals it."""
     _check(world, "label != ''", text)

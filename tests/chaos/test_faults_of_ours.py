@@ -1,4 +1,4 @@
-"""What runs all the time fails: the program ends, says why, and lets its clients go."""
+"""A task that should never end fails: the program ends, logs why, and closes its connections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.e2e.listener import listener
 
 
 class UnforeseenError(Exception):
-    """Nobody thought of it."""
+    """An error that no code expects."""
 
 
 async def fail(*_: object) -> None:
@@ -33,7 +33,10 @@ async def fail(*_: object) -> None:
 async def test_a_part_that_fails_ends_the_program_and_its_connections_in_an_orderly_way(
     database_url: str, monkeypatch: pytest.MonkeyPatch, of: type, name: str
 ) -> None:
-    """A program that goes on without it would be silent; one that hangs is never restarted."""
+    """Without the failed task the program would be silent.
+
+    A program that hangs is never restarted.
+    """
     monkeypatch.setattr(of, name, fail)
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as write:
         await write.execute("CREATE TABLE posts (id text PRIMARY KEY)")
@@ -53,9 +56,9 @@ async def test_a_part_that_fails_ends_the_program_and_its_connections_in_an_orde
                 await asyncio.Event().wait()
 
         async def follow(port: int) -> End | None:
-            async with listener(Address(host="127.0.0.1", port=port), "posts/*") as heard:
+            async with listener(Address(host="127.0.0.1", port=port), "posts/*") as received:
                 await write.execute("INSERT INTO posts VALUES ('a')")
-                return await heard.stream.wait_end(20)
+                return await received.stream.wait_end(20)
 
         async with asyncio.timeout(30):
             with pytest.raises(ExceptionGroup) as failed:

@@ -1,4 +1,7 @@
-"""Anything is killed at any moment under a numbered writer: nobody misses a number unknowingly."""
+"""Any process is killed at any moment during numbered writes.
+
+No client misses a number unknowingly.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,10 @@ from tests.own_server import OwnServer, own_server
 
 SECONDS = float(os.environ.get("PGREALTIME_TEST_SECONDS", "30"))
 CALM_SECONDS = 60.0
-"""For everybody to have everything when nothing is killed any more."""
+"""For every client to have every number after the last kill."""
 
 _FEWEST = 6
-"""Blows, on however slow a machine."""
+"""Kills of a run, on however slow a machine."""
 
 COLLECTIONS = {"numbers": {"table": "numbers", "list_rule": "", "view_rule": ""}}
 SCHEMA = "CREATE TABLE numbers (id bigint PRIMARY KEY, filler text)"
@@ -46,13 +49,13 @@ def server() -> Iterator[OwnServer]:
 
 
 class Database:
-    """The table as anybody may read and write it, however often the server goes."""
+    """The table as clients read and write it, whenever the server restarts."""
 
     def __init__(self, url: str) -> None:
         self._url = url
 
     async def run(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
-        """Run a statement; wait for the server if it is away."""
+        """Run a statement; wait for the server if it is down."""
         while True:
             with suppress(psycopg.OperationalError):
                 return await self.try_to_run(statement, *values)
@@ -67,7 +70,7 @@ class Database:
         return {n for (n,) in await self.run("SELECT id FROM numbers")}
 
     async def write(self, rng: random.Random) -> None:
-        """Commit one number after another, or a few at once, for ever."""
+        """Commit one number after another, or a few at once, without end."""
         n = 1
         while True:
             with suppress(psycopg.OperationalError):
@@ -82,14 +85,14 @@ class Database:
 
 
 class Follower:
-    """A client that comes back for ever and reads the table whenever it has to."""
+    """A client that reconnects without end and reads the table whenever it has to."""
 
     def __init__(self, name: str, address: Address, database: Database, *, resumes: bool) -> None:
         self.name = name
         self.known: set[int] = set()
-        """Read or heard."""
+        """Numbers that were read or received."""
         self.resyncs = self.connections = 0
-        self._heard: set[int] = set()
+        self._received: set[int] = set()
         self._address = address
         self._database = database
         self._resumes = resumes
@@ -126,12 +129,12 @@ class Follower:
                 return
             self.connections += 1
             if not (self._resumes and self._position):
-                # What it has from before counts for nothing: a page that is loaded anew.
+                # Earlier numbers don't count: the page is loaded anew.
                 self.known = await self._database.numbers()
             self._note(message)
         last = 0
         while taken := await stream.take(1, 120):
-            last = await self._hear(parse(taken[0]), last)
+            last = await self._receive(parse(taken[0]), last)
 
     async def _subscribe(self, client_id: str) -> int:
         body = json.dumps({"clientId": client_id, "subscriptions": ["numbers/*"]}).encode()
@@ -140,23 +143,23 @@ class Follower:
         async with asyncio.timeout(20):
             return (await send(request, self._address)).head.status
 
-    async def _hear(self, message: Message, last: int) -> int:
+    async def _receive(self, message: Message, last: int) -> int:
         if message.event == "PB_RESYNC":
             self.resyncs += 1
             self.known |= await self._database.numbers()
         elif message.event == "numbers/*":
             number = int(message.data["record"]["id"])
-            assert number > last, f"{self.name} heard {number} after {last}"
+            assert number > last, f"{self.name} received {number} after {last}"
             if self._resumes:
-                assert number not in self._heard, f"{self.name} heard {number} again"
-            self._heard.add(number)
+                assert number not in self._received, f"{self.name} received {number} again"
+            self._received.add(number)
             self.known.add(number)
             last = number
         self._note(message)
         return last
 
     def _note(self, message: Message) -> None:
-        """Whatever the message says is done: from here it goes on."""
+        """Apply the message; its position is where the client resumes."""
         if self._resumes:
             self._position = message.id
 
@@ -168,7 +171,7 @@ def blows(
     running: Service,
     followers: list[Follower],
 ) -> list[Blow]:
-    """What may happen to anybody."""
+    """Return the kills that may happen."""
 
     async def kill_program() -> None:
         os.kill(running.process.pid, signal.SIGKILL)
@@ -206,12 +209,12 @@ def blows(
 
 
 @pytest.mark.parametrize("durable", [False, True], ids=["temporary", "durable"])
-async def test_nobody_misses_a_number_unknowingly_whatever_is_killed(
+async def test_no_client_misses_a_number_unknowingly_whatever_is_killed(
     server: OwnServer, tmp_path: Path, *, durable: bool
 ) -> None:
-    """What a client read after a 204 or a gap, and what it heard, is every number.
+    """What a client read after a 204 or a gap, and what it received, is every number.
 
-    With a durable slot who resumes hears every number itself: there is no gap.
+    With a durable slot a client that resumes receives every number itself: there is no gap.
     """
     seed = int(os.environ.get("PGREALTIME_TEST_SEED", random.randrange(1 << 32)))
     print(f"PGREALTIME_TEST_SEED={seed}")  # noqa: T201 (pytest shows it with the failure)
@@ -246,8 +249,10 @@ async def test_nobody_misses_a_number_unknowingly_whatever_is_killed(
             for task in following:
                 task.cancel()
 
-    told = {follower.name: (follower.connections, follower.resyncs) for follower in followers}
-    print(len(written), struck, told)  # noqa: T201 (as above)
+    connects_and_resyncs = {
+        follower.name: (follower.connections, follower.resyncs) for follower in followers
+    }
+    print(len(written), struck, connects_and_resyncs)  # noqa: T201 (as above)
     resyncs = sum(follower.resyncs for follower in followers)
     if durable:
         assert resyncs == 0
@@ -256,7 +261,7 @@ async def test_nobody_misses_a_number_unknowingly_whatever_is_killed(
 
 
 async def everybody_has(written: set[int], followers: list[Follower]) -> None:
-    """Return when they have all of it; what is lost will not come by waiting."""
+    """Return when all clients have every number; waiting longer brings no lost one."""
     deadline = time.monotonic() + CALM_SECONDS
     while lacking := {f.name: sorted(written - f.known) for f in followers if written - f.known}:
         assert time.monotonic() < deadline, lacking

@@ -1,4 +1,4 @@
-"""A server's files are put back as they were before: clients are told, and miss nothing."""
+"""A server's files are replaced by an older copy: clients are notified, and miss nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FILL = "INSERT INTO others SELECT repeat('x', 1000) FROM generate_series(1, 1000
 
 BEFORE = range(1, 4)
 LOST = range(101, 105)
-"""Written after the copy was made, delivered, and gone with the restore."""
+"""Numbers written after the copy was made, delivered, and undone by the restore."""
 AFTER = 999
 
 
@@ -43,7 +43,7 @@ async def write(server: OwnServer, numbers: Iterable[int]) -> None:
 
 
 async def fill(server: OwnServer) -> None:
-    """Write what nobody listens to, more of it than all numbers are."""
+    """Write to a table that no client subscribes to, more than all numbers take."""
     async with await psycopg.AsyncConnection.connect(server.url, autocommit=True) as connection:
         await connection.execute(FILL)
 
@@ -60,8 +60,8 @@ def copy_files(server: OwnServer) -> None:
 
 
 def put_back(server: OwnServer) -> None:
-    """Start the server with the files that were copied."""
-    # At once: it would wait for the program, which is stopped, to say what it has.
+    """Start the server with the files of the copy."""
+    # Immediate mode: otherwise it would wait for the stopped program's status update.
     server.control("stop", "--mode=immediate")
     shutil.rmtree(server.folder / "data")
     _copy(server.folder / "copy", server.folder / "data")
@@ -74,7 +74,7 @@ def _copy(source: Path, target: Path) -> None:
 
 @asynccontextmanager
 async def stopped(running: Service) -> AsyncIterator[None]:
-    """The program does nothing meanwhile, and comes to the server only after that."""
+    """Stop the program with SIGSTOP; it reaches the server again only afterwards."""
     os.kill(running.process.pid, signal.SIGSTOP)
     try:
         yield
@@ -82,8 +82,8 @@ async def stopped(running: Service) -> AsyncIterator[None]:
         os.kill(running.process.pid, signal.SIGCONT)
 
 
-async def heard(to: Listener, last: int | str) -> list[int | str]:
-    """What somebody hears up to a number or gap: numbers, and the reasons of gaps."""
+async def received(to: Listener, last: int | str) -> list[int | str]:
+    """Return what a client receives up to a number or gap: numbers, and the reasons of gaps."""
     found: list[int | str] = []
     while not found or found[-1] != last:
         taken = await to.take(1)
@@ -109,10 +109,10 @@ async def heard(to: Listener, last: int | str) -> list[int | str]:
         pytest.param("wal2json", 20, False, id="more"),
     ],
 )
-async def test_who_read_what_a_restore_took_back_is_told(
+async def test_clients_that_read_what_a_restore_undid_are_notified(
     server: OwnServer, tmp_path: Path, plugin: str, written: int, *, fills: bool
 ) -> None:
-    """Identifier, timeline and slot are the same, and positions may be used again.
+    """System identifier, timeline and slot are the same, and WAL positions may be used again.
 
     The program sees the server only when the other history has been written.
     """
@@ -136,25 +136,25 @@ async def test_who_read_what_a_restore_took_back_is_told(
             listener(running.address, "numbers/*") as plain,
         ):
             await write(server, BEFORE)
-            assert await heard(follower, BEFORE[-1]) == [*BEFORE]
+            assert await received(follower, BEFORE[-1]) == [*BEFORE]
             copy_files(server)
             await write(server, LOST)
-            assert await heard(follower, LOST[-1]) == [*LOST]
+            assert await received(follower, LOST[-1]) == [*LOST]
             (cursor,) = await follower.take(1)
             async with stopped(running):
                 put_back(server)
                 if fills:
                     await fill(server)
                 await write(server, others)
-            assert await heard(follower, "unknown") == ["unknown"]
+            assert await received(follower, "unknown") == ["unknown"]
             await write(server, [AFTER])
-            # What was there at the copy may come again: who was told of a gap loads all anew.
-            after = [one for one in await heard(follower, AFTER) if one not in BEFORE]
+            # What the copy contains may come again: clients reload everything after a gap.
+            after = [one for one in await received(follower, AFTER) if one not in BEFORE]
             assert await plain.stream.wait_end(20) is End.ORDERLY
         back = Caller(headers={"Last-Event-ID": cursor.id})
         async with listener(running.address, *topics, caller=back) as again:
             await write(server, [AFTER + 1])
-            resumed = await heard(again, AFTER + 1)
+            resumed = await received(again, AFTER + 1)
 
     assert after == [*others, AFTER]
     assert resumed == ["unknown", AFTER + 1]

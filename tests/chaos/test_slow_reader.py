@@ -1,4 +1,4 @@
-"""A client that never reads costs nobody else anything, and costs the server a bounded amount."""
+"""A client that never reads affects no other client, and costs the server bounded memory."""
 
 from __future__ import annotations
 
@@ -19,19 +19,24 @@ from tests.e2e.service import Service, service
 EVENTS = 200_000
 IN_A_COMMIT = 500
 MEGABYTE = 1024
-"""In kilobytes, as memory is read."""
+"""In kilobytes, the unit in which memory is read."""
 
 OPEN = {"posts": {"table": "posts", "list_rule": "", "view_rule": ""}}
 LIMITS = {
     "changelog": {"max_size": "4MiB"},
     "realtime": {"send_buffer": "1MiB", "stall_timeout": "5m"},
 }
-"""A changelog that is full before a fifth has come, so that its filling isn't taken for growth; and
-nobody is dropped for not reading, which is what this is about."""
+"""A changelog that fills before a fifth of the events, so that its growth isn't measured.
+
+No connection is dropped for not reading, which is what this test is about.
+"""
 
 GROWTH = 16 * MEGABYTE
-"""What the server may gain from a fifth of the events to their end; 2 MB were seen. What waits for
-the sleeper by then would be 50 MB as bytes, and several times that as objects."""
+"""How much the server may grow from a fifth of the events to their end; 2 MB were seen.
+
+What waits for the client that never reads would be 50 MB as bytes, and several times that as
+objects.
+"""
 
 _NUMBER = re.compile(rb'"n":(\d+)')
 
@@ -52,7 +57,7 @@ async def open_reader(running: Service) -> EventStream:
 
 
 async def open_sleeper(running: Service) -> socket.socket:
-    """Subscribe, and read no more after that; the kernel takes little for it."""
+    """Subscribe, and read no more after that; the kernel buffers little for it."""
     sleeper = socket.socket()
     sleeper.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sleeper.setblocking(False)
@@ -106,10 +111,10 @@ async def read_all(running: Service, stream: EventStream) -> list[int]:
 
 
 @pytest.mark.timeout(180)
-async def test_memory_stays_flat_beside_a_client_that_never_reads(
+async def test_memory_stays_flat_with_a_client_that_never_reads(
     database_url: str, tmp_path: Path
 ) -> None:
-    """200,000 events: one connection takes none of them, another gets them all in order."""
+    """200,000 events: one connection reads none of them, another one receives them all in order."""
     async with service(database_url, tmp_path, sections=LIMITS, collections=OPEN) as running:
         with closing(await open_sleeper(running)):
             stream = await open_reader(running)

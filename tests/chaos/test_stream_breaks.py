@@ -1,4 +1,7 @@
-"""The stream from the database breaks: nobody is left guessing, and nothing stays broken."""
+"""The replication stream breaks.
+
+Clients are notified of what is missing, and the program recovers.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,8 @@ def server() -> Iterator[OwnServer]:
         yield running
 
 
-async def numbers(heard: Listener, count: int) -> list[int]:
-    return [message.data["record"]["n"] for message in await heard.take(count)]
+async def numbers(received: Listener, count: int) -> list[int]:
+    return [message.data["record"]["n"] for message in await received.take(count)]
 
 
 async def insert(write: psycopg.AsyncConnection[tuple[object, ...]], n: int) -> None:
@@ -38,30 +41,33 @@ async def insert(write: psycopg.AsyncConnection[tuple[object, ...]], n: int) -> 
     )
 
 
-async def test_a_killed_walsender_is_a_gap_that_is_told_and_then_over(
+async def test_a_killed_walsender_is_a_notified_gap_and_then_over(
     database_url: str, tmp_path: Path
 ) -> None:
-    """A temporary slot goes with its connection: what was committed meanwhile can't be known."""
+    """A temporary slot is dropped with its connection.
+
+    What was committed meanwhile can't be known.
+    """
     async with (
         service(database_url, tmp_path, collections=OPEN) as running,
-        listener(running.address, "posts/*", "PB_RESYNC") as told,
+        listener(running.address, "posts/*", "PB_RESYNC") as notified,
         listener(running.address, "posts/*") as plain,
     ):
         await insert(running.write, 1)
-        assert await numbers(told, 1) == await numbers(plain, 1) == [1]
+        assert await numbers(notified, 1) == await numbers(plain, 1) == [1]
         await running.write.execute(KILL_WALSENDERS)
-        (gap,) = await told.take(1)
+        (gap,) = await notified.take(1)
         assert gap.event == "PB_RESYNC"
         assert gap.data == {"collections": [], "reason": "slot_lost"}
         assert await plain.stream.wait_end(20) is End.ORDERLY
         await insert(running.write, 2)
-        assert await numbers(told, 1) == [2]
+        assert await numbers(notified, 1) == [2]
 
 
 async def test_the_sdk_comes_back_by_itself_after_a_restart_of_the_database(
     server: OwnServer, tmp_path: Path
 ) -> None:
-    """Nothing dies for good: the program waits for the server, the SDK for the program."""
+    """The program waits for the server and the SDK for the program, without an operator."""
     async with (
         service(server.url, tmp_path, collections=OPEN) as running,
         sdk(running.url) as client,
@@ -85,7 +91,7 @@ async def test_the_sdk_comes_back_by_itself_after_a_restart_of_the_database(
 async def test_while_the_stream_is_away_new_clients_wait_and_calls_are_refused(
     server: OwnServer, tmp_path: Path
 ) -> None:
-    """A 204 is a promise, and PB_CONNECT makes the SDK ask for one."""
+    """A 204 promises delivery, and PB_CONNECT makes the SDK send its call."""
     async with (
         service(server.url, tmp_path, collections=OPEN) as running,
         listener(running.address, "posts/*", "PB_RESYNC") as early,
@@ -106,7 +112,7 @@ async def status_of_a_first_call(address: Address) -> int:
         return await late.subscribe("posts/*")
 
 
-async def test_a_truncated_table_and_a_transaction_too_large_are_told_as_gaps(
+async def test_a_truncated_table_and_a_transaction_too_large_are_notified_gaps(
     database_url: str, tmp_path: Path
 ) -> None:
     async with (
@@ -116,7 +122,7 @@ async def test_a_truncated_table_and_a_transaction_too_large_are_told_as_gaps(
             collections=OPEN,
             sections={"changelog": {"max_size": "64KiB"}},
         ) as running,
-        listener(running.address, "posts/*", "PB_RESYNC") as told,
+        listener(running.address, "posts/*", "PB_RESYNC") as notified,
     ):
         await running.write.execute("TRUNCATE posts CASCADE")
         await running.write.execute(
@@ -124,7 +130,7 @@ async def test_a_truncated_table_and_a_transaction_too_large_are_told_as_gaps(
             " FROM generate_series(1, 2000) i"
         )
         await insert(running.write, 7)
-        gaps = await told.take(2)
+        gaps = await notified.take(2)
         assert [gap.data["reason"] for gap in gaps] == ["truncate", "too_large"]
         assert [gap.data["collections"] for gap in gaps] == [["posts"], ["posts"]]
-        assert await numbers(told, 1) == [7]
+        assert await numbers(notified, 1) == [7]

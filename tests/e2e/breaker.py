@@ -1,8 +1,8 @@
 """A TCP proxy that cuts connections at random bytes, as networks do.
 
-With one exception: a stream isn't cut between its PB_CONNECT and the answer to the call that
-follows. There the official SDK cancels its call, takes that for success and never connects again,
-whatever the server does.
+One exception: a stream isn't cut between its PB_CONNECT and the answer to the call that follows.
+There the official SDK cancels its call, takes that for success and never connects again, whatever
+the server does.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from contextlib import asynccontextmanager, suppress
 from tests.conformance.http_client import Address
 
 CALL_SECONDS = 5.0
-"""How long a stream is spared for the sake of a call that doesn't come."""
+"""How long a stream isn't cut while its call doesn't come."""
 
 NOTICE_SECONDS = 0.1
 """How long a client has to notice that its call was answered."""
 
 
 class Breaker:
-    """Forwards one client to a server; cuts connections after a random number of bytes from there.
+    """Forwards one client to a server; cuts connections after a random number of bytes.
 
     Args:
         target: The server.
-        rng: Says where to cut.
+        rng: Decides where to cut.
     """
 
     def __init__(self, target: Address, rng: random.Random) -> None:
@@ -37,7 +37,7 @@ class Breaker:
         """Set once a call was answered after the last PB_CONNECT."""
         self.breaks = 0
         self.longest = 0
-        """Bytes a connection may bring from now on at most before it is cut; 0 cuts none."""
+        """Maximum of bytes that a new connection brings before it is cut; 0 cuts none."""
         self.url = ""
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -90,7 +90,7 @@ _GREETING = re.compile(rb"PB_CONNECT\n.*\n\n")
 
 
 class _Up:
-    """What goes to the server on one connection."""
+    """What one connection sends to the server."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -114,7 +114,7 @@ async def _noticed(answered: asyncio.Event) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(CALL_SECONDS):
             await answered.wait()
-    await asyncio.sleep(NOTICE_SECONDS)  # the client's own time; nothing tells of it
+    await asyncio.sleep(NOTICE_SECONDS)  # the client's own time, which nothing signals
 
 
 @asynccontextmanager

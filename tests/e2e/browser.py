@@ -24,7 +24,7 @@ _QUIET = (
 
 @asynccontextmanager
 async def chromium() -> AsyncIterator[Browser]:
-    """The installed Chromium with a profile of its own, asking nobody but the test's servers."""
+    """Start the installed Chromium with its own profile; it contacts only the test's servers."""
     program = shutil.which("chromium")
     if program is None:
         lacking("Chromium is missing; sh tests/run.sh installs it")
@@ -38,7 +38,7 @@ async def chromium() -> AsyncIterator[Browser]:
 
 @asynccontextmanager
 async def pages() -> AsyncIterator[str]:
-    """Serve ``browser_page.html`` and its scripts; gives the origin."""
+    """Serve ``browser_page.html`` and its scripts; yield the origin."""
     if not _SDK.exists():
         lacking("the client libraries are missing; sh tests/run.sh installs them")
     files = {
@@ -66,7 +66,7 @@ async def pages() -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def page_client(browser: Browser, origin: str) -> AsyncIterator[tuple[Sdk, Any]]:
-    """Open the page; gives what it reports, and the page."""
+    """Open the page; yield what it reports, and the page."""
     context = await browser.new_context()
     page = await context.new_page()
 
@@ -85,7 +85,7 @@ async def page_client(browser: Browser, origin: str) -> AsyncIterator[tuple[Sdk,
 
 @asynccontextmanager
 async def native_page(browser: Browser, origin: str, url: str, *topics: str) -> AsyncIterator[Sdk]:
-    """A plain EventSource in a page of the origin; it takes no commands."""
+    """Open a plain EventSource in a page of the origin; it takes no commands."""
     async with page_client(browser, origin) as (client, page):
         await page.evaluate("([url, topics]) => listen(url, topics)", [url, list(topics)])
         yield client
@@ -93,7 +93,7 @@ async def native_page(browser: Browser, origin: str, url: str, *topics: str) -> 
 
 @asynccontextmanager
 async def sdk_page(browser: Browser, origin: str, url: str) -> AsyncIterator[Sdk]:
-    """The official SDK in a page of the origin."""
+    """Open the official SDK in a page of the origin."""
     async with page_client(browser, origin) as (client, page):
         await page.evaluate("url => useSdk(url)", url)
         yield client

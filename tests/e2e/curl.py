@@ -1,4 +1,4 @@
-"""curl as a client: the program that everybody has at hand."""
+"""curl as a client, the program that nearly every machine has."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Stream:
         return line.decode().rstrip("\r\n")
 
     async def data_of(self, event: str) -> Any:
-        """Pass over lines up to an event of the name; return its data."""
+        """Skip lines up to an event of the name; return its data."""
         while await self.line() != f"event:{event}":
             pass
         return json.loads((await self.line()).removeprefix("data:"))
 
     async def client_id(self) -> str:
-        """The id that subscribe calls need."""
+        """Return the id that subscribe calls need."""
         found: str = (await self.data_of("PB_CONNECT"))["clientId"]
         return found
 

@@ -1,4 +1,4 @@
-"""``pgrealtime demo`` as somebody starts it: what it prints, and what it leaves behind."""
+"""Runs ``pgrealtime demo`` as a user does: what it prints, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ EMBEDDED = ("--port", "0", "--no-browser", "--embedded")
 
 
 async def eventually(claim: Callable[[], bool], seconds: float = END_SECONDS) -> None:
-    """Return once the claim holds; what other processes do can't be awaited otherwise."""
+    """Return once the condition holds; the state of other processes can't be awaited otherwise."""
     async with asyncio.timeout(seconds):
         while not claim():
             await asyncio.sleep(_POLL_SECONDS)
 
 
 def processes_in(folder: Path) -> list[int]:
-    """The processes that work in a folder: a PostgreSQL server and its children do."""
+    """Return the processes whose working directory is in a folder, as a PostgreSQL server's are."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/cwd"):
         try:
@@ -46,12 +46,12 @@ def processes_in(folder: Path) -> list[int]:
 
 
 def uid_of(pid: int) -> int:
-    """Whose process that is."""
+    """Return the user that the process runs as."""
     return Path(f"/proc/{pid}").stat().st_uid
 
 
 def supervisor_of(process: Process) -> int:
-    """The child that keeps the server."""
+    """Return the child process that supervises the server."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     [supervisor] = [
         int(pid) for pid in children if b"supervisor" in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -60,7 +60,7 @@ def supervisor_of(process: Process) -> int:
 
 
 class Demo:
-    """A demo that has said where it is."""
+    """A demo that has printed its address."""
 
     def __init__(self, process: Process, printed: str) -> None:
         self.process = process
@@ -75,16 +75,16 @@ class Demo:
         return found[1]
 
     def is_gone(self) -> bool:
-        """Whether neither its folder nor its server is left."""
+        """Return whether neither its folder nor its server is left."""
         return not self.directory.exists() and not processes_in(self.directory)
 
     async def state(self) -> dict[str, Any]:
-        """What the page asks for first."""
+        """Return the state that the page loads first."""
         state: dict[str, Any] = json.loads(await self.get("/demo/state"))
         return state
 
     async def get(self, path: str) -> str:
-        """Return what a path answers."""
+        """Return the answer to a GET of the path."""
 
         def read() -> str:
             with urlopen(f"{self.url}{path}", timeout=END_SECONDS) as answer:
@@ -115,7 +115,7 @@ async def demo(
         arguments: Of the command.
         start: Instead of the installed command.
         environment: Instead of this process's.
-        started: Told of the process before it has said anything.
+        started: Called with the process before it has printed anything.
     """
     process = await asyncio.create_subprocess_exec(
         *(start or [command(), "demo"]),
@@ -172,7 +172,7 @@ async def run(*start: str, environment: Mapping[str, str] | None = None) -> tupl
 
 
 def copy_checkout(target: Path) -> Path:
-    """Copy what a clone has and the demo needs, readable by everybody."""
+    """Copy the files of a clone that the demo needs, readable by every user."""
     root = Path(__file__).parents[2]
     for name in ("pgrealtime", "config", "sql", ".ci"):
         ignored = shutil.ignore_patterns("__pycache__")

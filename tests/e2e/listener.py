@@ -15,7 +15,7 @@ DEADLINE = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message, taken apart."""
+    """One message, split into its fields."""
 
     id: str
     event: str
@@ -29,7 +29,7 @@ def parse(raw: bytes) -> Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """How somebody calls: from where, through which path, with which headers."""
+    """How a client connects: its address, path and headers."""
 
     base_path: str = ""
     source_ip: str | None = None

@@ -1,4 +1,4 @@
-"""Rows that are numbered in commit order: whoever misses one, or hears one twice, shows it."""
+"""Rows numbered in commit order, which reveal missing and repeated events."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tests.e2e.sdk import Sdk
 from tests.e2e.service import Service
 
 OPEN = {"posts": {"table": "posts", "list_rule": "", "view_rule": ""}}
-"""The posts of ``service.SCHEMA``, for everybody."""
+"""The posts of ``service.SCHEMA``, readable by every caller."""
 
 
 def fresh_seed() -> int:
-    """Where connections break is new each time; a failure shows the seed."""
+    """Return a new seed for where connections are cut; a failure shows it."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")  # noqa: T201 (pytest shows it with the failure)
     return seed
@@ -31,7 +31,7 @@ async def write_numbered(running: Service, count: int, pause: float) -> int:
             [n + 1, n + size],
         )
         n += size
-        await asyncio.sleep(pause)  # paces the writer; nothing waits for it to have passed
+        await asyncio.sleep(pause)  # limits the writer's pace
     return n
 
 

@@ -45,14 +45,14 @@ class Driver:
     async def subscribe(
         self, collection: str, topic: str, options: dict[str, Any] | None = None
     ) -> None:
-        async def hear(message: dict[str, Any]) -> None:
+        async def on_event(message: dict[str, Any]) -> None:
             report(report="event", **message)
 
         of = self._client.collection(collection)
         if topic == "*":
-            ending = await of.subscribe_all(hear, options)
+            ending = await of.subscribe_all(on_event, options)
         else:
-            ending = await of.subscribe(hear, topic, options)
+            ending = await of.subscribe(on_event, topic, options)
         self._endings[f"{collection}/{topic}"] = ending
 
     async def cursor(self) -> None:
@@ -68,7 +68,7 @@ class Driver:
 
 
 async def main() -> None:
-    """Obey until standard input ends."""
+    """Execute commands until standard input ends."""
     driver = Driver(sys.argv[1])
     reader = asyncio.StreamReader()
     protocol = asyncio.StreamReaderProtocol(reader)

@@ -14,7 +14,7 @@ from typing import Any
 import pocketbase  # type: ignore[import-not-found]  # installed beside the others, not in .venv
 
 MISSED_SECONDS = 3.0
-"""Within which a connection of ours has its PB_CONNECT, on any machine."""
+"""After so long a connection without PB_CONNECT has missed it, on any machine."""
 
 
 def report(**what: Any) -> None:
@@ -24,7 +24,7 @@ def report(**what: Any) -> None:
 
 
 def on_answer(response: Any, data: Any, _: Any) -> Any:
-    """Tell of subscribe calls: ``subscribe`` returns before the first is made."""
+    """Report subscribe calls: ``subscribe`` returns before the first is made."""
     if response.url.path.endswith("/api/realtime"):
         report(report="submitted", status=response.status_code)
     return data
@@ -44,7 +44,7 @@ class Driver:
         self._client.collection(collection).auth_with_password(identity, password)
 
     def subscribe(self, collection: str, topic: str) -> None:
-        def hear(message: Any) -> None:
+        def on_event(message: Any) -> None:
             record = message.record
             report(
                 report="event",
@@ -54,21 +54,21 @@ class Driver:
 
         of = self._client.collection(collection)
         if topic == "*":
-            of.subscribe(hear)
+            of.subscribe(on_event)
         else:
-            of.subscribe_one(topic, hear)
+            of.subscribe_one(topic, on_event)
         self._see_connected()
 
     def _see_connected(self) -> None:
-        """Connect anew where the client missed its PB_CONNECT, for which it then waits for ever.
+        """Reconnect where the client missed its PB_CONNECT, for which it then waits for ever.
 
-        It opens its stream in a thread before it listens for that event.
+        It opens its stream in a thread before it registers for that event.
         """
         realtime = self._client.realtime
         for _ in range(5):
             until = time.monotonic() + MISSED_SECONDS
             while not realtime.client_id and time.monotonic() < until:
-                time.sleep(0.01)  # the client tells nobody
+                time.sleep(0.01)  # the client reports nothing
             if realtime.client_id:
                 return
             realtime._connect()
@@ -78,7 +78,7 @@ class Driver:
 
 
 def main() -> None:
-    """Obey until standard input ends."""
+    """Execute commands until standard input ends."""
     driver = Driver(sys.argv[1])
     for line in sys.stdin:
         command = json.loads(line)

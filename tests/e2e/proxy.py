@@ -19,7 +19,7 @@ Program: TypeAlias = Literal["nginx", "caddy", "haproxy"]
 PROGRAMS: tuple[Program, ...] = ("nginx", "caddy", "haproxy")
 
 PREFIX = "/realtime"
-"""The path that the files put pgrealtime under."""
+"""The path prefix under which the files serve pgrealtime."""
 
 _FILES = Path(__file__).parents[2] / "config" / "proxy"
 _START_SECONDS = 10.0
@@ -27,16 +27,16 @@ _START_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Set:
-    """What a program needs: its file, what in it differs from one machine to another, the rest.
+    """A proxy's file, the replacements that fit it to the test's machine, and the rest.
 
-    The rest is what a distribution's own files say around ours: paths, the user, the foreground.
+    The rest is what a distribution's own files contain: paths, the user, the foreground mode.
     """
 
     file: str
     listen: tuple[str, str]
-    """Text of the file, and what stands for it in a test; ``{port}`` is the proxy's."""
+    """A text of the file and its replacement; ``{port}`` is the proxy's port."""
     rest: str
-    """Configuration around ours; ``{file}`` is ours, ``{dir}`` a directory to write to."""
+    """Surrounding configuration; ``{file}`` is the file, ``{dir}`` a directory to write to."""
     arguments: Sequence[str]
 
 
@@ -102,7 +102,7 @@ class Proxy:
 
     @property
     def output(self) -> str:
-        """What it has printed."""
+        """Return what it has printed."""
         return "" if self._process is None else self._process.output()
 
     async def start(self) -> None:
@@ -138,13 +138,13 @@ async def proxy(
     *,
     edits: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Proxy]:
-    """Run the program in front of a server, with its file as it stands but for the ports.
+    """Run the program in front of a server, with its file unchanged except for the ports.
 
     Args:
-        program: Which.
+        program: The proxy's program.
         to: The server.
-        directory: For what it writes.
-        edits: Further texts of its file and what stands for them, such as shorter times.
+        directory: Receives what it writes.
+        edits: Further texts of its file and their replacements, such as shorter times.
     """
     executable = shutil.which(program, path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
     if executable is None:

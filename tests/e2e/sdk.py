@@ -1,4 +1,4 @@
-"""Published clients as processes that tests talk to: the official JavaScript SDK, those of PyPI."""
+"""Published clients as child processes: the official JavaScript SDK and those of PyPI."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class SdkError(Exception):
 
 
 class Sdk:
-    """One client somewhere else, which obeys commands and reports what it hears.
+    """One client in another process, which executes commands and reports what it receives.
 
     Args:
-        send: Brings a command there.
+        send: Sends a command.
     """
 
     def __init__(self, send: Callable[[Mapping[str, Any]], Awaitable[None]]) -> None:
@@ -50,7 +50,7 @@ class Sdk:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """The events so far."""
+        """Return the events so far."""
         return self.of("event")
 
     @property
@@ -60,7 +60,7 @@ class Sdk:
         return any(report["id"] == closed for report in self.of("break"))
 
     def of(self, kind: str) -> list[dict[str, Any]]:
-        """The reports of a kind so far."""
+        """Return the reports of a kind so far."""
         return [report for report in self.reports if report["report"] == kind]
 
     async def do(self, command: str, **arguments: Any) -> None:
@@ -93,7 +93,7 @@ class Sdk:
         return found
 
     def take(self, said: dict[str, Any]) -> None:
-        """Take what it says: an answer to a command, or a report."""
+        """Process its output: an answer to a command, or a report."""
         answer = self._answers.pop(said.get("number", 0), None)
         if answer is None:
             self.reports.append(said)
@@ -160,7 +160,7 @@ async def _running(
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         env=environment,
-        cwd=_HERE,  # where the text of a module finds its imports
+        cwd=_HERE,  # the module's imports are resolved from here
         limit=1 << 24,
     )
     client = Sdk(partial(_write, process))

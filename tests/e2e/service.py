@@ -1,4 +1,4 @@
-"""The program as an operator runs it: a process beside a database, one YAML file."""
+"""The program as an operator runs it: a process, a database, and one YAML file."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ ALTER TABLE users REPLICA IDENTITY FULL;
 ALTER TABLE posts REPLICA IDENTITY FULL;
 INSERT INTO users (id, name) VALUES ('ann', 'Ann'), ('bob', 'Bob');
 """
-"""A small application: people, and posts that are public or their author's."""
+"""A small application: users, and posts that are public or their author's."""
 
 MINE_OR_PUBLIC = 'public = true || (author != "" && author = @request.auth.id)'
 
 
 def token(user: str, *, lifetime: float = 3600.0, **claims: object) -> str:
-    """A token of the configured issuer."""
+    """Return a token of the configured issuer."""
     made = {"sub": user, "exp": time.time() + lifetime, **claims}
     return jwt.encode(made, SECRET, algorithm="HS256")
 
 
 class Service:
-    """A running pgrealtime; ``write`` is anybody else's connection to the database."""
+    """A running pgrealtime; ``write`` is an application's connection to the database."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ async def service(
     Args:
         database_url: An empty database.
         directory: For the configuration and the output.
-        sections: More of the configuration, such as ``{"realtime": {...}}``.
+        sections: Further sections of the configuration, such as ``{"realtime": {...}}``.
         collections: Instead of users and posts.
         schema: Instead of those of ``SCHEMA``.
     """

@@ -1,4 +1,4 @@
-"""The operator's port, over HTTP: what is counted is what happened."""
+"""The operator's port, over HTTP: the metrics agree with what happened."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ COLLECTIONS = {
 
 
 async def ask(address: Address, path: str, key: str = "") -> tuple[int, str]:
-    """The status and the body."""
+    """Return the status and the body."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     response = await send(Request(method="GET", path=path, headers=headers, body=b""), address)
     return response.head.status, response.body.decode()
 
 
 async def scrape(address: Address) -> dict[str, float]:
-    """Every sample, by its name with labels."""
+    """Return every sample, by its name with labels."""
     status, text = await ask(address, "/metrics")
     assert status == 200
     return {
@@ -47,7 +47,7 @@ async def scrape(address: Address) -> dict[str, float]:
 
 
 async def wait_for(address: Address, name: str, value: float) -> dict[str, float]:
-    """Scrape until it is so; pytest's time-out is the deadline."""
+    """Scrape until the condition holds; pytest's time-out is the deadline."""
     while (found := await scrape(address)).get(name) != value:
         pass
     return found
@@ -95,7 +95,7 @@ async def test_metrics_say_what_happened(database_url: str, tmp_path: Path) -> N
     assert during["auth_checks_total{accepted}"] == 1
     assert during["auth_checks_total{token_malformed}"] == 1
     assert during["events_sent_total"] == COSTLY + 2
-    # Afterwards those of the filters may have been told of the update too: all of them or none.
+    # Subscriptions with filters may have received the update too: all of them or none.
     assert after["events_sent_total"] - during["events_sent_total"] in {0, COSTLY}
     assert before["replication_changes_total"] == 0
     assert during["replication_changes_total"] == 3
@@ -108,7 +108,7 @@ async def test_metrics_say_what_happened(database_url: str, tmp_path: Path) -> N
 
 
 async def test_why_connections_end_is_counted(database_url: str, tmp_path: Path) -> None:
-    """Who is ended doesn't count as gone by itself."""
+    """A connection that the service ends doesn't count as closed by the client."""
     at, sections = admin()
     sections |= {"realtime": {"idle_timeout": "2s"}}
     async with (
@@ -158,7 +158,7 @@ async def _settled(at: Address) -> None:
 
 
 async def test_readiness_says_what_is_missing(database_url: str, tmp_path: Path) -> None:
-    """The process lives all the while: restarting it would help nobody."""
+    """The process stays alive: a restart would help nothing."""
     at, sections = admin()
     async with service(database_url, tmp_path, sections=sections, collections=COLLECTIONS):
         await _settled(at)
@@ -185,7 +185,7 @@ async def test_readiness_says_what_is_missing(database_url: str, tmp_path: Path)
     assert "replication_lag_bytes" not in metrics
 
 
-async def test_metrics_are_for_who_has_the_token_and_probes_for_everybody(
+async def test_metrics_need_the_token_and_health_checks_do_not(
     database_url: str, tmp_path: Path
 ) -> None:
     at, sections = admin(token="to be kept")

@@ -1,4 +1,4 @@
-"""Tables are altered while the program runs: what is committed at once after that arrives right."""
+"""Tables are altered while the program runs: rows committed right afterwards arrive correctly."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ async def serving(database_url: str, directory: Path, plugin: str) -> AsyncItera
         yield running
 
 
-async def heard(to: Listener, running: Service) -> list[Message]:
-    """What was heard of everything that is committed by now."""
+async def received(to: Listener, running: Service) -> list[Message]:
+    """Return what was received of everything that is committed by now."""
     await running.write.execute("INSERT INTO marks VALUES (gen_random_uuid()::text)")
     messages: list[Message] = []
     while not messages or messages[-1].event != "marks/*":
@@ -96,7 +96,7 @@ SHOWN = {
 async def test_rows_right_after_a_change_of_types_are_shown_by_the_new_ones(
     database_url: str, tmp_path: Path, plugin: str, *, is_one_commit: bool
 ) -> None:
-    """A row from before, and one that came after; nothing is lost or told as a gap."""
+    """One row from before and one from after; nothing is lost or a gap."""
     statements = (
         ALTER,
         f"UPDATE posts SET {NEW} WHERE id = '0'",
@@ -107,13 +107,13 @@ async def test_rows_right_after_a_change_of_types_are_shown_by_the_new_ones(
         listener(running.address, "posts/*", "marks/*", "PB_RESYNC") as guest,
     ):
         await running.write.execute("UPDATE posts SET title = title")
-        assert [shown(one, "id") for one in await heard(guest, running)] == ["0"]
+        assert [shown(one, "id") for one in await received(guest, running)] == ["0"]
         if is_one_commit:
             await running.write.execute(";".join(statements).encode())
         else:
             for statement in statements:
                 await running.write.execute(statement.encode())
-        messages = await heard(guest, running)
+        messages = await received(guest, running)
 
     for message, record_id in zip(messages, ("0", "1"), strict=True):
         assert {name: shown(message, name) for name in SHOWN} == SHOWN
@@ -130,17 +130,17 @@ async def test_rows_right_after_a_column_is_renamed_are_shown_under_its_new_name
     ):
         await running.write.execute("ALTER TABLE posts RENAME title TO headline")
         await running.write.execute("INSERT INTO posts (id, headline) VALUES ('1', 'h')")
-        (message,) = await heard(guest, running)
+        (message,) = await received(guest, running)
 
     assert shown(message, "headline") == "h"
     assert "title" not in message.data["record"]
 
 
 @either_plugin
-async def test_rows_between_two_changes_of_type_are_shown_or_told(
+async def test_rows_between_two_changes_of_type_are_shown_or_a_gap(
     database_url: str, tmp_path: Path, plugin: str
 ) -> None:
-    """The first may have been read only after the second: then it is a gap."""
+    """The catalogue may be read only after the second change: then the first row is a gap."""
     async with (
         serving(database_url, tmp_path, plugin) as running,
         listener(running.address, "posts/*", "marks/*", "PB_RESYNC") as guest,
@@ -151,21 +151,21 @@ async def test_rows_between_two_changes_of_type_are_shown_or_told(
             await running.write.execute("ALTER TABLE posts ALTER n TYPE bool USING true")
             await running.write.execute("INSERT INTO posts (id, n) VALUES ('2', false)")
         await running.write.execute("INSERT INTO posts (id, n) VALUES ('3', false)")
-        gap, after = await heard(guest, running)
+        gap, after = await received(guest, running)
 
     assert (gap.event, gap.data) == ("PB_RESYNC", {"collections": ["posts"], "reason": "schema"})
     assert (shown(after, "id"), shown(after, "n")) == ("3", False)
 
 
 @either_plugin
-async def test_rows_of_before_a_change_of_type_are_a_gap_for_who_comes_back(
+async def test_rows_before_a_change_of_type_are_a_gap_for_clients_that_resume(
     database_url: str, tmp_path: Path, plugin: str
 ) -> None:
-    """What they were shown as can't be said by the schema of now."""
+    """The schema in force can't reproduce how they were shown."""
     async with serving(database_url, tmp_path, plugin) as running:
         async with listener(running.address, "posts/*", "marks/*", "PB_CURSOR") as first:
             await running.write.execute("UPDATE posts SET title = 'a'")
-            messages = await heard(first, running)
+            messages = await received(first, running)
             (position,) = [one.id for one in messages if one.event == "posts/*"]
         await running.write.execute("UPDATE posts SET title = 'b'")
         await running.write.execute("ALTER TABLE posts ALTER data TYPE text")
@@ -175,8 +175,10 @@ async def test_rows_of_before_a_change_of_type_are_a_gap_for_who_comes_back(
         async with listener(
             running.address, "posts/*", "marks/*", "PB_RESYNC", caller=back
         ) as again:
-            assert await heard(again, running) == []  # up to the first mark, missed as well
-            gap, after = await heard(again, running)
+            assert (
+                await received(again, running) == []
+            )  # up to the first mark, which is missed as well
+            gap, after = await received(again, running)
 
     assert (gap.event, gap.data) == ("PB_RESYNC", {"collections": ["posts"], "reason": "schema"})
     assert shown(after, "data") == "x"
@@ -186,22 +188,25 @@ async def test_rows_of_before_a_change_of_type_are_a_gap_for_who_comes_back(
 async def test_rows_of_a_detached_partition_are_not_the_tables_any_more(
     database_url: str, tmp_path: Path, plugin: str
 ) -> None:
-    """Before its next row pgoutput describes it anew; for wal2json the catalogue is asked."""
+    """The decoder pgoutput describes the relation anew before its next row.
+
+    For wal2json the catalogue is queried.
+    """
     async with (
         serving(database_url, tmp_path, plugin) as running,
         listener(running.address, "places/*", "marks/*", "PB_RESYNC") as guest,
     ):
         await running.write.execute("INSERT INTO places VALUES ('a1'), ('b1')")
-        before = await heard(guest, running)
+        before = await received(guest, running)
         assert [one.data["record"]["id"] for one in before] == ["a1", "b1"]
         await running.write.execute("ALTER TABLE places DETACH PARTITION places_a")
         await running.write.execute("INSERT INTO places_a VALUES ('a secret')")
         await running.write.execute("INSERT INTO places VALUES ('b2')")
-        messages = await heard(guest, running)
+        messages = await received(guest, running)
 
-    told = {one.event for one in messages}
-    assert told <= {"PB_RESYNC", "places/*"}
-    assert "PB_RESYNC" in told
+    events = {one.event for one in messages}
+    assert events <= {"PB_RESYNC", "places/*"}
+    assert "PB_RESYNC" in events
     assert "a secret" not in str(messages)
 
 
@@ -209,7 +214,7 @@ async def test_rows_of_a_detached_partition_are_not_the_tables_any_more(
 async def test_attributes_of_a_composite_have_the_names_that_they_have_by_then(
     database_url: str, tmp_path: Path, plugin: str
 ) -> None:
-    """The stream has the values alone, and the column's type is the same one."""
+    """The stream has the values only, and the column's type stays the same."""
     async with (
         serving(database_url, tmp_path, plugin) as running,
         listener(running.address, "trips/*", "marks/*", "PB_RESYNC") as guest,
@@ -226,7 +231,7 @@ async def test_attributes_of_a_composite_have_the_names_that_they_have_by_then(
         ):
             await running.write.execute(statement.encode())
             if statement.startswith("INSERT"):
-                shown_as += [one.data["record"]["stops"] for one in await heard(guest, running)]
+                shown_as += [one.data["record"]["stops"] for one in await received(guest, running)]
 
     assert shown_as == [
         [{"north": 1, "name": "a"}],
@@ -243,18 +248,22 @@ RETYPE = "ALTER TABLE trip_people ALTER person TYPE varchar(40)"
 
 @either_plugin
 @pytest.mark.parametrize(
-    ("statements", "heard_of"),
+    ("statements", "received_ids"),
     [
         pytest.param((RETYPE,), ["t"], id="another-type"),
         pytest.param((RENAME,), [], id="renamed"),
     ],
 )
-async def test_a_deleted_record_is_judged_by_links_whose_table_was_altered(
-    database_url: str, tmp_path: Path, plugin: str, statements: tuple[str, ...], heard_of: list[str]
+async def test_a_deleted_record_is_evaluated_with_links_whose_table_was_altered(
+    database_url: str,
+    tmp_path: Path,
+    plugin: str,
+    statements: tuple[str, ...],
+    received_ids: list[str],
 ) -> None:
-    """Whom it was linked to hears of it or is told of a gap; others hear nothing of it.
+    """Users that it was linked to receive its delete or a gap; others receive nothing.
 
-    A column that the configuration names and that is gone locks the collection.
+    A configured column that no longer exists locks the collection.
     """
     through = {"collection": "people", "through": "trip_people", "source": "trip"}
     collections: dict[str, dict[str, Any]] = {
@@ -282,15 +291,15 @@ async def test_a_deleted_record_is_judged_by_links_whose_table_was_altered(
         async with running.write.transaction():
             await running.write.execute("INSERT INTO trips VALUES ('t')")
             await running.write.execute("INSERT INTO trip_people VALUES ('t', 'ann')")
-        await heard(ann, running)
+        await received(ann, running)
         await bob.take(1)
         for statement in statements:
             await running.write.execute(statement.encode())
         async with running.write.transaction():
             await running.write.execute("DELETE FROM trip_people")
             await running.write.execute("DELETE FROM trips")
-        told = await heard(ann, running)
-        others = await heard(bob, running)
+        events = await received(ann, running)
+        others = await received(bob, running)
 
-    assert [one.data["record"]["id"] for one in told if one.event == "trips/*"] == heard_of
+    assert [one.data["record"]["id"] for one in events if one.event == "trips/*"] == received_ids
     assert {one.event for one in others} <= {"marks/*", "PB_RESYNC"}

@@ -1,4 +1,4 @@
-"""Chromium, with a page that another server brought: its EventSource, its fetch, its CORS."""
+"""Chromium with a page of another origin: its EventSource, its fetch, its CORS."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.e2e.sdk import Sdk
 from tests.e2e.service import service, token
 
 AWAY_SECONDS = 4.0
-"""Long enough for an EventSource to ask meanwhile: Chromium waits for three."""
+"""Long enough for an EventSource to retry meanwhile: Chromium waits for three seconds."""
 
 
 @asynccontextmanager
@@ -29,7 +29,7 @@ async def visited() -> AsyncIterator[tuple[Browser, str]]:
         yield browser, origin
 
 
-async def test_a_page_of_any_origin_hears_what_its_user_may(
+async def test_a_page_of_any_origin_receives_what_its_user_may_see(
     database_url: str, tmp_path: Path
 ) -> None:
     """The SDK in the page: preflights with Authorization, two users in one browser, a guest."""
@@ -62,7 +62,7 @@ async def test_a_page_of_any_origin_hears_what_its_user_may(
 
 
 async def test_only_listed_origins_are_let_in(database_url: str, tmp_path: Path) -> None:
-    """The browser enforces it: to a page elsewhere the stream is closed for good."""
+    """The browser enforces it: for a page of another origin the stream is closed for good."""
     async with (
         visited() as (browser, origin),
         pages() as elsewhere,
@@ -84,7 +84,7 @@ async def test_only_listed_origins_are_let_in(database_url: str, tmp_path: Path)
     assert [report["report"] for report in unlisted.reports] == ["break"]
 
 
-async def test_the_native_reconnect_misses_nothing_and_hears_no_change_twice(
+async def test_the_native_reconnect_misses_nothing_and_receives_no_change_twice(
     database_url: str, tmp_path: Path
 ) -> None:
     """Cut at random bytes; Chromium sends Last-Event-ID by itself, three seconds later.
@@ -111,10 +111,10 @@ async def test_the_native_reconnect_misses_nothing_and_hears_no_change_twice(
     assert numbers == list(range(1, last + 1))
 
 
-async def test_two_topics_that_match_one_change_are_both_heard_over_a_break(
+async def test_two_topics_that_match_one_change_are_both_received_over_a_break(
     database_url: str, tmp_path: Path
 ) -> None:
-    """Repeated is, once per break at most, the first of the two messages of a change."""
+    """Per break at most one message is repeated: the first of a change's two."""
     async with (
         service(database_url, tmp_path, collections=OPEN) as running,
         breaker(running.address, random.Random(fresh_seed())) as cutting,
@@ -129,23 +129,23 @@ async def test_two_topics_that_match_one_change_are_both_heard_over_a_break(
             await asyncio.sleep(0.05)  # paces the writer
         cutting.longest = 0
         async with asyncio.timeout(60):
-            while not all(heard(client, name)[-1:] == [150] for name in ("posts/*", "posts/r")):
+            while not all(received(client, name)[-1:] == [150] for name in ("posts/*", "posts/r")):
                 await client.wait_for(len(client.events) + 1, seconds=60)
         breaks = cutting.breaks
 
     assert breaks >= 2
-    counts = [repeats(heard(client, name)) for name in ("posts/*", "posts/r")]
+    counts = [repeats(received(client, name)) for name in ("posts/*", "posts/r")]
     assert sum(counts) <= breaks
 
 
-def heard(client: Sdk, name: str) -> list[int]:
+def received(client: Sdk, name: str) -> list[int]:
     return [event["record"]["n"] for event in client.events if event["as"] == name]
 
 
 async def test_the_unmodified_sdk_with_five_lines_misses_nothing(
     database_url: str, tmp_path: Path
 ) -> None:
-    """As under Node; here its EventSource is the browser's and its calls are preflighted."""
+    """As with Node; here the browser provides EventSource and sends preflights."""
     async with (
         service(database_url, tmp_path, collections=OPEN) as running,
         breaker(running.address, random.Random(fresh_seed())) as cutting,
@@ -170,7 +170,7 @@ async def test_the_unmodified_sdk_with_five_lines_misses_nothing(
 async def test_a_page_survives_a_restart_of_pgrealtime_behind_a_proxy(
     program: Program, database_url: str, tmp_path: Path
 ) -> None:
-    """What the proxy says meanwhile is neither an error nor forbidden to other origins."""
+    """The proxy's answers meanwhile are neither an error nor blocked by CORS."""
     server = {"base_path": PREFIX, "trusted_proxies": ["127.0.0.1"]}
     async with (
         service(database_url, tmp_path, collections=OPEN, sections={"server": server}) as running,

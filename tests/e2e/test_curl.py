@@ -8,7 +8,9 @@ from tests.e2e.curl import curl, post
 from tests.e2e.service import service, token
 
 
-async def test_two_terminals_are_enough_to_hear_events(database_url: str, tmp_path: Path) -> None:
+async def test_two_terminals_are_enough_to_receive_events(
+    database_url: str, tmp_path: Path
+) -> None:
     """One keeps the stream open, the other subscribes with its client id and a token."""
     async with service(database_url, tmp_path) as running:
         url = f"{running.url}/api/realtime"
@@ -36,7 +38,7 @@ async def test_two_terminals_are_enough_to_hear_events(database_url: str, tmp_pa
 async def test_curl_resumes_with_the_id_of_the_last_message(
     database_url: str, tmp_path: Path
 ) -> None:
-    """The id goes into the address or into Last-Event-ID; what was missed comes first."""
+    """The id is sent in the address or as Last-Event-ID; what was missed comes first."""
     insert = "INSERT INTO posts (id, title, public) VALUES (%s, 'x', true)"
     async with service(database_url, tmp_path) as running:
         url = f"{running.url}/api/realtime"

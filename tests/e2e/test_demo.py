@@ -1,4 +1,4 @@
-"""The first minute of a stranger: one command, a page, and nothing left when it ends."""
+"""A new user's first minute: one command, a page, and nothing left when it ends."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.e2e.demo import (
 from tests.e2e.sdk import sdk
 
 PICTURES = Path(__file__).parents[1] / ".run" / "demo"
-"""For people to look at."""
+"""Screenshots for review."""
 
 MINUTE = 60.0
 
@@ -46,12 +46,12 @@ _PROGRAMS = (
     *("sh", "cat", "chmod", "cksum", "dirname", "find", "id", "mkdir", "rm", "tail", "tr"),
     "python3",
 )
-"""All that may be on the PATH of the machine with nothing."""
+"""All that may be on the PATH of the simulated minimal machine."""
 
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that every user can reach; pytest's own are closed to others."""
+    """Return a folder that every user can access; pytest's own are closed to others."""
     with TemporaryDirectory(prefix="pgrealtime-tests.") as name:
         folder = Path(name)
         folder.chmod(0o777)
@@ -68,18 +68,18 @@ async def running() -> AsyncIterator[Demo]:
 
 
 def _python_for(user: list[str]) -> str:
-    """An interpreter that this user can start and make an environment with."""
-    probe = "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))"
+    """Return an interpreter that this user can run and make an environment with."""
+    script = "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))"
     for name in ("/usr/bin/python3", "/usr/local/bin/python3", sys.executable):
         if Path(name).exists():
-            tried = subprocess.run([*user, name, "-c", probe], capture_output=True, check=False)
+            tried = subprocess.run([*user, name, "-c", script], capture_output=True, check=False)
             if tried.returncode == 0:
                 return name
     return lacking("no Python 3.11 with venv that another user can run")
 
 
 def _bare_environment(folder: Path, python: str) -> dict[str, str]:
-    """A home, a PATH without PostgreSQL, and how this machine reaches packages."""
+    """Return a home, a PATH without PostgreSQL, and how this machine downloads packages."""
     (folder / "bin").mkdir()
     for name in _PROGRAMS:
         target = python if name == "python3" else shutil.which(name)
@@ -94,7 +94,7 @@ def _bare_environment(folder: Path, python: str) -> dict[str, str]:
 async def test_one_command_leads_from_a_clone_to_the_first_event_within_a_minute(
     open_folder: Path,
 ) -> None:
-    """Python and nothing else: no PostgreSQL, nobody's settings, a home with a ruin in it."""
+    """Python only: no PostgreSQL, no settings, and a home with a broken earlier installation."""
     user: list[str] = []
     if os.geteuid() == 0:
         user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"]
@@ -149,14 +149,14 @@ async def _open(
     scheme: Literal["light", "dark"] = "light",
     size: tuple[int, int] = (1440, 900),
 ) -> Page:
-    """Open the page and let nobody but us write."""
+    """Open the page and stop the demo's own writer."""
     context = await browser.new_context(
         color_scheme=scheme, viewport={"width": size[0], "height": size[1]}
     )
     page = await context.new_page()
     await page.goto(url)
-    for who in ("Ann Chovy", "Bob Sledd", "A guest"):
-        status = page.get_by_role("status").filter(has_text=f"{who}: listening")
+    for user in ("Ann Chovy", "Bob Sledd", "A guest"):
+        status = page.get_by_role("status").filter(has_text=f"{user}: listening")
         await expect(status).to_have_count(1)
     return page
 
@@ -169,21 +169,21 @@ async def _hush(page: Page) -> None:
 
 
 async def _press(page: Page, name: str) -> None:
-    """Press a button and wait for what came of it."""
+    """Press a button and wait for its effect."""
     before = await page.locator(".change.mine").count()
     await page.get_by_role("button", name=name).click()
     await expect(page.locator(".change.mine")).to_have_count(before + 1)
     await expect(page.locator("#outcome")).to_contain_text("received it")
 
 
-async def _heard(page: Page) -> list[bool]:
-    """Whether Ann, Bob and the guest have heard of our last click."""
+async def _received(page: Page) -> list[bool]:
+    """Return whether Ann, Bob and the guest have received the last click's event."""
     cells = page.locator(".change.mine").first.locator(".cell")
     return ["heard" in (await cells.nth(n).get_attribute("class") or "") for n in range(3)]
 
 
-async def test_a_click_changes_a_row_and_those_who_may_hear_of_it_do(running: Demo) -> None:
-    """The party is Ann's secret until Bob takes part, and everybody's once it is public."""
+async def test_a_click_changes_a_row_and_reaches_the_clients_that_may_see_it(running: Demo) -> None:
+    """The party is Ann's secret until Bob takes part, and public after that."""
     said: list[str] = []
     asked: set[str] = set()
     async with chromium() as browser:
@@ -195,7 +195,7 @@ async def test_a_click_changes_a_row_and_those_who_may_hear_of_it_do(running: De
 
         before = (await running.state())["tasks"]
         await _press(page, "Tick off a party task")
-        assert await _heard(page) == [True, False, False]
+        assert await _received(page) == [True, False, False]
         after = (await running.state())["tasks"]
         [changed] = [task for task in after if task not in before]
         assert changed["project"] == "1"
@@ -208,17 +208,17 @@ async def test_a_click_changes_a_row_and_those_who_may_hear_of_it_do(running: De
         assert await page.locator("#frame").inner_text() == "Not a byte."
 
         await _press(page, "Let Bob in")
-        assert await _heard(page) == [True, True, False]
+        assert await _received(page) == [True, True, False]
         await _press(page, "Tick off a party task")
-        assert await _heard(page) == [True, True, False]
+        assert await _received(page) == [True, True, False]
         await _press(page, "Make it public")
-        assert await _heard(page) == [True, True, True]
+        assert await _received(page) == [True, True, True]
         await _press(page, "Tick off a party task")
-        assert await _heard(page) == [True, True, True]
+        assert await _received(page) == [True, True, True]
         await _press(page, "Send Bob out again")
-        assert await _heard(page) == [True, True, False]  # his own membership is his to see
+        assert await _received(page) == [True, True, False]  # his own membership is visible to him
         await _press(page, "Make it private again")
-        assert await _heard(page) == [True, False, False]
+        assert await _received(page) == [True, False, False]
 
     assert said == []
     assert asked == {running.url.removeprefix("http://")}
@@ -232,12 +232,12 @@ async def test_another_subscriber_can_be_chosen_and_comes_with_no_history(runnin
         await page.get_by_label("Subscriber 2").select_option("paige")
         status = page.get_by_role("status").filter(has_text="Paige Turner: listening")
         await expect(status).to_have_count(1)
-        assert await _heard(page) == [True, False, False]
+        assert await _received(page) == [True, False, False]
         await _press(page, "Tick off a party task")
-        assert await _heard(page) == [True, True, False]
+        assert await _received(page) == [True, True, False]
 
 
-async def test_what_happened_while_nobody_looked_is_there_on_return(running: Demo) -> None:
+async def test_what_happened_while_the_page_was_hidden_is_there_on_return(running: Demo) -> None:
     """A hidden page holds no connection, and resumes from its last position."""
     async with chromium() as browser:
         page = await _open(browser, f"{running.url}/")
@@ -261,7 +261,10 @@ async def test_what_happened_while_nobody_looked_is_there_on_return(running: Dem
 
 
 async def test_our_click_is_known_as_ours_before_the_watcher_is_subscribed(running: Demo) -> None:
-    """The page's own connection hears of all rows; on a slow machine it is the last to listen."""
+    """The page's own connection receives all rows.
+
+    On a slow machine it is the last to subscribe.
+    """
 
     async def hold_watcher(route: Route) -> None:
         token = route.request.headers.get("authorization")
@@ -300,7 +303,7 @@ _SCREENS: tuple[tuple[str, Literal["light", "dark"], tuple[int, int]], ...] = (
 
 
 async def test_it_fits_every_screen_and_everything_has_a_name(running: Demo) -> None:
-    """Nothing sticks out at the side, and a screen reader knows what each control is."""
+    """Nothing overflows sideways, and a screen reader has a name for each control."""
     async with chromium() as browser:
         for name, scheme, size in _SCREENS:
             page = await _open(browser, f"{running.url}/", scheme=scheme, size=size)
@@ -319,11 +322,14 @@ async def test_it_fits_every_screen_and_everything_has_a_name(running: Demo) -> 
             await page.close()
 
 
-# --- the configuration that people copy
+# --- the configuration that users copy
 
 
-async def test_a_project_without_members_is_nobody_s_not_everybody_s(running: Demo) -> None:
-    """What the guard in demo.yaml is for: to a guest, whose id is empty, nobody is no match."""
+async def test_a_project_without_members_is_visible_to_no_caller(running: Demo) -> None:
+    """The guard in demo.yaml is needed.
+
+    A guest's empty id would equal the empty list of members.
+    """
     people = {one["id"]: one["token"] for one in (await running.state())["people"]}
     async with (
         sdk(running.url) as guest,
@@ -354,13 +360,13 @@ async def test_a_signal_ends_it_and_nothing_is_left(running: Demo, number: signa
 
 
 async def test_killed_it_leaves_nothing_either(running: Demo) -> None:
-    """SIGKILL can't be handled: whoever keeps the server notices."""
+    """SIGKILL can't be handled: the supervisor of the server detects it."""
     await running.end(signal.SIGKILL)
     await eventually(running.is_gone)
 
 
 async def test_killed_while_it_starts_it_leaves_nothing(open_folder: Path) -> None:
-    """Whatever the supervisor is at when its input ends, it gets to the end."""
+    """Whatever the supervisor does when its input ends, it runs to the end."""
     environment = {**os.environ, "TMPDIR": str(open_folder)}
 
     async def kill(process: asyncio.subprocess.Process) -> None:

@@ -1,4 +1,4 @@
-"""What ``pgrealtime explain`` says of a record is what the running service does with it."""
+"""``pgrealtime explain`` agrees with what the running service does with a record."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def collections() -> dict[str, dict[str, Any]]:
     return made
 
 
-def who(bearer: str) -> CallerSpec:
+def caller_spec(bearer: str) -> CallerSpec:
     return BearerToken(bearer) if bearer else GUEST
 
 
-async def heard(client: Listener) -> set[tuple[str, str]]:
-    """Topics and ids of all events up to the last one, which everybody hears."""
+async def received(client: Listener) -> set[tuple[str, str]]:
+    """Return topics and ids of all events up to the last one, which every connection receives."""
     found: set[tuple[str, str]] = set()
     while True:
         (message,) = await client.take(1)
@@ -74,7 +74,7 @@ async def heard(client: Listener) -> set[tuple[str, str]]:
 
 
 async def test_the_service_does_what_explain_says(database_url: str, tmp_path: Path) -> None:
-    """For every rule, caller and record: an event arrives exactly if it is said to."""
+    """For every rule, caller and record an event arrives exactly if explain says so."""
     topics = [f"{name}/*" for name in RULES]
     schema = SCHEMA + "".join(TABLES.format(name=name) for name in RULES)
     shown: dict[str, set[tuple[str, str]]] = {}
@@ -92,14 +92,14 @@ async def test_the_service_does_what_explain_says(database_url: str, tmp_path: P
             await running.write.execute(POSTS.format(name=name).encode())
         await running.write.execute("INSERT INTO last VALUES (1)")
         for caller, client in clients.items():
-            shown[caller] = await heard(client)
+            shown[caller] = await received(client)
 
     config = parse_config(yaml.safe_load((tmp_path / "pgrealtime.yaml").read_text()), {})
     said: dict[str, set[tuple[str, str]]] = {caller: set() for caller in TOKENS}
     for caller, bearer in TOKENS.items():
         for topic in topics:
             for record_id in ("1", "2", "3"):
-                explanation = await explain_delivery(config, who(bearer), topic, record_id)
+                explanation = await explain_delivery(config, caller_spec(bearer), topic, record_id)
                 assert not any(line.startswith("BUG") for line in explanation.lines), (
                     explanation.lines
                 )

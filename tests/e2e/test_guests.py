@@ -1,4 +1,4 @@
-"""``auth.allow_guests: false``: nobody subscribes without a token that holds."""
+"""``auth.allow_guests: false``: a subscribe call needs a valid token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ routerAdd("POST", "/guarded", (e) => e.noContent(204), $apis.requireAuth())
 
 
 async def test_a_guest_is_refused_and_a_user_is_not(database_url: str, tmp_path: Path) -> None:
-    """The stream opens for all; a refused call changes nothing, and a reload can let guests in."""
+    """The stream opens for all; a refused call changes nothing, and a reload can admit guests."""
     sections = {"auth": {**AUTH, "allow_guests": False}}
     async with (
         service(database_url, tmp_path, sections=sections) as running,
@@ -32,7 +32,7 @@ async def test_a_guest_is_refused_and_a_user_is_not(database_url: str, tmp_path:
         user = await client.subscribe("posts/*", token=token("ann"))
         late = await client.subscribe(token="")
         await running.write.execute("INSERT INTO posts (id, title, public) VALUES ('p', 't', true)")
-        (heard,) = await client.take(1)
+        (received,) = await client.take(1)
 
         settings = yaml.safe_load(running._config.read_text())
         running._config.write_text(yaml.safe_dump({**settings, "auth": AUTH}))
@@ -41,11 +41,13 @@ async def test_a_guest_is_refused_and_a_user_is_not(database_url: str, tmp_path:
             after = await other.subscribe("posts/*")
 
     assert (guest, expired, user, late, after) == (401, 401, 204, 401, 204)
-    assert heard.data["record"]["id"] == "p"
+    assert received.data["record"]["id"] == "p"
 
 
-async def test_who_becomes_a_guest_is_ended(database_url: str, tmp_path: Path) -> None:
-    """With its row, or by a reload that lets no guests in any more; coming back it is refused."""
+async def test_a_connection_whose_caller_becomes_a_guest_is_ended(
+    database_url: str, tmp_path: Path
+) -> None:
+    """By the delete of its row, or by a reload that admits no guests; its next call is refused."""
     sections = {"auth": {**AUTH, "allow_guests": False}}
     insert = "INSERT INTO posts (id, title, public) VALUES (%s, 't', true)"
     async with service(database_url, tmp_path, sections=sections) as running:
@@ -55,7 +57,7 @@ async def test_who_becomes_a_guest_is_ended(database_url: str, tmp_path: Path) -
             await running.write.execute("DELETE FROM users WHERE id = 'ann'")
             assert await ann.stream.wait_end(DEADLINE) is not None
             await running.write.execute(insert, ["p"])
-            (heard,) = await bob.take(1)
+            (received,) = await bob.take(1)
         settings = yaml.safe_load(running._config.read_text())
         running._config.write_text(yaml.safe_dump({**settings, "auth": AUTH}))
         assert await running.process.reload(), running.process.output()
@@ -63,11 +65,11 @@ async def test_who_becomes_a_guest_is_ended(database_url: str, tmp_path: Path) -
             running._config.write_text(yaml.safe_dump(settings))
             assert await running.process.reload(), running.process.output()
             assert await guest.stream.wait_end(DEADLINE) is not None
-    assert heard.data["record"]["id"] == "p"
+    assert received.data["record"]["id"] == "p"
 
 
 async def test_a_guest_is_refused_in_pocketbase_s_words(database_url: str, tmp_path: Path) -> None:
-    """To the byte as a route with ``requireAuth``."""
+    """The answer is that of a route with ``requireAuth``, to the byte."""
     (tmp_path / "original" / "hooks").mkdir(parents=True)
     (tmp_path / "original" / "hooks" / "guarded.pb.js").write_text(GUARDED)
     original = PocketBaseServer(tmp_path / "original", free_port())

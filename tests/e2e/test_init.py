@@ -29,8 +29,8 @@ INSERT INTO "Order Items" VALUES (3, 4);
 """
 
 
-async def test_a_stranger_hears_the_first_event(database_url: str, tmp_path: Path) -> None:
-    """The suggestions as they stand: Ann hears of her post and not of Bob's."""
+async def test_a_new_user_receives_the_first_event(database_url: str, tmp_path: Path) -> None:
+    """With the suggestions unchanged Ann receives her post and not Bob's."""
     file = tmp_path / "pgrealtime.yaml"
     address = Address(host="127.0.0.1", port=free_port())
     environment = {

@@ -1,6 +1,7 @@
 """Tokens of an issuer that publishes its keys, checked by the running program.
 
-Guests aren't allowed here, so that the status of a subscribe call says whether a token counted.
+Guests aren't allowed here, so that the status of a subscribe call shows whether a token was
+accepted.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tests.e2e.service import service
 
 KEYS = {name: Ed25519PrivateKey.generate() for name in ("old", "new", "next")}
 UNKNOWN = 20
-"""Tokens with a ``kid`` that nobody published."""
+"""Tokens with a ``kid`` that was never published."""
 
 
 def token(kid: str, user: str = "ann", key: str = "") -> str:
@@ -33,7 +34,7 @@ def token(kid: str, user: str = "ann", key: str = "") -> str:
 
 
 class KeyServer:
-    """Publishes key sets by path, counts how often each was asked for, and can be away."""
+    """Publishes key sets by path, counts the requests for each, and can be unavailable."""
 
     def __init__(self) -> None:
         self.sets: dict[str, list[str]] = {}
@@ -85,7 +86,7 @@ def auth(server: KeyServer) -> dict[str, Any]:
 async def test_a_rotated_key_is_fetched_once_however_many_ask(
     database_url: str, tmp_path: Path
 ) -> None:
-    """A published key signs people in; an unknown one is asked for, not by every token."""
+    """A new key's tokens are accepted; an unknown key is fetched once, not for every token."""
     async with key_server() as keys:
         keys.sets["idp"] = ["old"]
         async with service(database_url, tmp_path, sections=auth(keys)) as running:
@@ -94,7 +95,7 @@ async def test_a_rotated_key_is_fetched_once_however_many_ask(
                 await running.write.execute(
                     "INSERT INTO posts (id, title, author) VALUES ('p', 't', 'ann')"
                 )
-                (heard,) = await ann.take(1)
+                (received,) = await ann.take(1)
                 forged = await ann.subscribe("posts/*", token=token("old", key="new"))
                 before = keys.asked["idp"]
 
@@ -107,7 +108,7 @@ async def test_a_rotated_key_is_fetched_once_however_many_ask(
                 ]
 
     assert (said["issuer"], said["keys"]) == ("idp", 1)
-    assert heard.data["record"]["id"] == "p"
+    assert received.data["record"]["id"] == "p"
     assert (forged, rotated, withdrawn) == (401, 204, 401)
     assert strangers == [401] * UNKNOWN
     assert (before, keys.asked["idp"]) == (1, 2)
@@ -116,7 +117,7 @@ async def test_a_rotated_key_is_fetched_once_however_many_ask(
 async def test_an_issuer_that_is_away_leaves_its_keys_in_force(
     database_url: str, tmp_path: Path
 ) -> None:
-    """The log says so, with the number of keys kept; nobody is signed out by an outage."""
+    """The log reports it with the number of keys kept; an outage signs no user out."""
     async with key_server() as keys:
         keys.sets["idp"] = ["old"]
         async with service(database_url, tmp_path, sections=auth(keys)) as running:
@@ -134,7 +135,7 @@ async def test_an_issuer_that_is_away_leaves_its_keys_in_force(
 async def test_an_issuer_that_is_away_at_the_start_is_asked_again(
     database_url: str, tmp_path: Path
 ) -> None:
-    """The program starts without; the first token after the outage counts."""
+    """The program starts without its keys; the first token after the outage is accepted."""
     async with key_server() as keys:
         keys.sets["idp"] = ["old"]
         await keys.stop()

@@ -24,11 +24,11 @@ SECONDS = 60.0
 
 @asynccontextmanager
 async def listening(directory: Path, *arguments: str) -> AsyncIterator[Process]:
-    """Run it beside the service's configuration; it is there once it says so, and ended after."""
+    """Run it with the service's configuration; it is connected once it says so, and ended after."""
     program = [command(), "listen", "-c", str(directory / "pgrealtime.yaml"), *arguments]
     process = await asyncio.create_subprocess_exec(*program, stdout=PIPE, stderr=PIPE)
     try:
-        await until_told(process, "listening to")
+        await until_printed(process, "listening to")
         yield process
     finally:
         if process.returncode is None:
@@ -36,7 +36,7 @@ async def listening(directory: Path, *arguments: str) -> AsyncIterator[Process]:
         await process.wait()
 
 
-async def until_told(process: Process, text: str) -> str:
+async def until_printed(process: Process, text: str) -> str:
     """Wait for a line about the connection."""
     assert process.stderr is not None
     async with asyncio.timeout(SECONDS):
@@ -46,8 +46,8 @@ async def until_told(process: Process, text: str) -> str:
     raise AssertionError(f"it never said: {text}")
 
 
-async def heard(process: Process) -> list[tuple[str, str, dict[str, object]]]:
-    """Topic, action and record of all events, once it has ended by itself."""
+async def received(process: Process) -> list[tuple[str, str, dict[str, object]]]:
+    """Return topic, action and record of all events, once it has ended by itself."""
     async with asyncio.timeout(SECONDS):
         output, _ = await process.communicate()
     assert process.returncode == 0
@@ -56,7 +56,7 @@ async def heard(process: Process) -> list[tuple[str, str, dict[str, object]]]:
 
 
 async def run(*arguments: str) -> tuple[int | None, str, str]:
-    """Run any command to its end; return its exit code and what it says."""
+    """Run a command to its end; return its exit code and output."""
     process = await asyncio.create_subprocess_exec(command(), *arguments, stdout=PIPE, stderr=PIPE)
     async with asyncio.timeout(SECONDS):
         output, errors = await process.communicate()
@@ -72,29 +72,34 @@ async def write(running: Service, *ids: str, author: str) -> None:
 async def test_a_refused_token_and_topics_that_bring_nothing_are_said(
     database_url: str, tmp_path: Path
 ) -> None:
-    """The service answers them with 204, as PocketBase does; nobody should wait for events then."""
+    """The service answers them with 204, as PocketBase does.
+
+    The command warns that no events will come.
+    """
     collections = {"posts": {"table": "posts", "list_rule": ""}}
     async with service(database_url, tmp_path, collections=collections):
         program = [command(), "listen", "-c", str(tmp_path / "pgrealtime.yaml")]
         topics = ["posts/*", "psots/*", "posts/1", "--token", "nonsense"]
         process = await asyncio.create_subprocess_exec(*program, *topics, stdout=PIPE, stderr=PIPE)
         try:
-            said = [await until_told(process, text) for text in ("listening", "token", "psots")]
-            said.append(await until_told(process, "posts/1"))
+            said = [await until_printed(process, text) for text in ("listening", "token", "psots")]
+            said.append(await until_printed(process, "posts/1"))
         finally:
             process.kill()
             await process.wait()
     assert [line.partition(" ")[0] for line in said] == ["listening", "the", "psots/*", "posts/1"]
 
 
-async def test_terminal_hears_what_its_user_may_see(database_url: str, tmp_path: Path) -> None:
+async def test_the_terminal_receives_what_its_user_may_see(
+    database_url: str, tmp_path: Path
+) -> None:
     async with (
         service(database_url, tmp_path) as running,
         listening(tmp_path, "posts/*", "posts/b1", "--user", "users/bob", "--count", "3") as bob,
     ):
         await write(running, "a1", author="ann")
         await write(running, "b1", "b2", author="bob")
-        events = await heard(bob)
+        events = await received(bob)
     assert [(topic, action, record["id"]) for topic, action, record in events] == [
         ("posts/*", "create", "b1"),
         ("posts/b1", "create", "b1"),
@@ -103,7 +108,9 @@ async def test_terminal_hears_what_its_user_may_see(database_url: str, tmp_path:
     assert events[0][2]["title"] == 'a "quoted" }'
 
 
-async def test_made_token_is_who_it_names(database_url: str, tmp_path: Path) -> None:
+async def test_a_made_token_authenticates_the_user_it_names(
+    database_url: str, tmp_path: Path
+) -> None:
     async with service(database_url, tmp_path) as running:
         made = ["token", "make", "-c", str(tmp_path / "pgrealtime.yaml"), "users/ann"]
         code, token, _ = await run(*made, "--lifetime", "5m")
@@ -113,7 +120,7 @@ async def test_made_token_is_who_it_names(database_url: str, tmp_path: Path) -> 
         ) as ann:
             await write(running, "b1", author="bob")
             await write(running, "a1", author="ann")
-            assert [record["id"] for _, _, record in await heard(ann)] == ["a1"]
+            assert [record["id"] for _, _, record in await received(ann)] == ["a1"]
 
 
 async def test_token_is_made_only_where_a_secret_is_known(tmp_path: Path) -> None:
@@ -142,15 +149,15 @@ async def test_nothing_is_missed_over_lost_connections(database_url: str, tmp_pa
         proxy.longest = 12_000
         last = await write_numbered(running, 202, 0.02)
         proxy.longest = 0
-        events = await heard(client)
+        events = await received(client)
         breaks = proxy.breaks
     assert breaks >= 1
     assert [record["n"] for _, _, record in events] == list(range(1, 203))
     assert last >= 202
 
 
-async def test_what_was_missed_is_told(database_url: str, tmp_path: Path) -> None:
-    """The service forgets when it ends: who comes back learns that there is a gap."""
+async def test_a_gap_is_reported(database_url: str, tmp_path: Path) -> None:
+    """The service's changelog ends with the process: a client that resumes is notified of a gap."""
     async with (
         service(database_url, tmp_path, collections=OPEN) as running,
         listening(tmp_path, "posts/*", "--count", "1") as client,
@@ -158,10 +165,10 @@ async def test_what_was_missed_is_told(database_url: str, tmp_path: Path) -> Non
         await running.stop()
         await running.write.execute("INSERT INTO posts (id, title) VALUES ('missed', 'x')")
         await running.start()
-        told = await until_told(client, "gap")
+        line = await until_printed(client, "gap")
         await running.write.execute("INSERT INTO posts (id, title) VALUES ('heard', 'x')")
-        assert [record["id"] for _, _, record in await heard(client)] == ["heard"]
-    assert told == "gap (expired): reload everything\n"
+        assert [record["id"] for _, _, record in await received(client)] == ["heard"]
+    assert line == "gap (expired): reload everything\n"
 
 
 @pytest.mark.parametrize(
@@ -172,7 +179,7 @@ async def test_what_was_missed_is_told(database_url: str, tmp_path: Path) -> Non
         ("x" * 2501, "", "answered with status 400"),
     ],
 )
-async def test_refusals_are_told(
+async def test_refusals_are_reported(
     database_url: str, tmp_path: Path, topic: str, path: str, said: str
 ) -> None:
     async with service(database_url, tmp_path) as running:

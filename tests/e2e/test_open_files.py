@@ -1,4 +1,4 @@
-"""As many connections as the operator allows, whatever the shell it was started from allows."""
+"""The number of connections is limited by the configuration, not by the shell's soft limit."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ CONNECTIONS = 200
 
 
 async def test_soft_limit_of_open_files_is_no_limit(database_url: str, tmp_path: Path) -> None:
-    """Shells and systemd say 1024, which a process may raise up to the hard limit.
+    """Shells and systemd set 1024, which a process may raise up to the hard limit.
 
-    If even that is less than what the configuration promises, the log says so at the start.
+    If even the hard limit is less than what the configuration promises, the log reports it at the
+    start.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     sections = {"realtime": {"max_connections": hard}}

@@ -1,4 +1,4 @@
-"""Behind nginx, Caddy and haproxy, with the very files that ``config/proxy`` offers."""
+"""The service behind nginx, Caddy and haproxy, with the files of ``config/proxy``."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def behind(
     server: Mapping[str, Any] = BEHIND_A_PROXY,
     **sections: Mapping[str, Any],
 ) -> AsyncIterator[tuple[Service, Proxy]]:
-    """A service and a proxy before it."""
+    """A service and a proxy in front of it."""
     sections = {"server": server, **sections}
     async with (
         service(database_url, directory, collections=OPEN, sections=sections) as running,
@@ -66,7 +66,7 @@ async def insert(running: Service, name: str) -> None:
 
 
 async def address_of(caller: Caller, through: Address) -> str:
-    """What pgrealtime takes for the caller's address; it tells superusers."""
+    """Return the caller's address in pgrealtime's view, which superusers are shown."""
     headers = {**caller.headers, "Authorization": token("root", role="admin")}
     request = Request(
         method="GET",
@@ -82,7 +82,7 @@ async def address_of(caller: Caller, through: Address) -> str:
 async def test_the_head_and_each_event_come_at_once(
     program: Program, database_url: str, tmp_path: Path
 ) -> None:
-    """Nothing waits for a buffer to fill; no heartbeat pushes, and compression was offered."""
+    """No buffer delays them, although no heartbeat is sent and compression was offered."""
     offering = Caller(base_path=PREFIX, headers={"Accept-Encoding": "gzip, br"})
     async with behind(program, database_url, tmp_path, **NO_HEARTBEAT) as (running, front):
         started = time.monotonic()
@@ -109,7 +109,7 @@ async def test_the_head_and_each_event_come_at_once(
 async def test_the_client_s_own_address_counts(
     program: Program, database_url: str, tmp_path: Path
 ) -> None:
-    """Not the proxy's, nor what the client claims; nobody subscribes for another."""
+    """Not the proxy's, nor the one that the client claims; a client subscribes for no other."""
     async with behind(program, database_url, tmp_path) as (_, front):
         known = [await address_of(caller, front.address) for caller in (ONE, OTHER, PRETENDER)]
         async with listener(front.address, caller=ONE) as client:
@@ -121,8 +121,10 @@ async def test_the_client_s_own_address_counts(
     assert (by_pretender, by_other, by_itself) == (400, 400, 204)
 
 
-async def test_who_comes_past_the_proxy_is_not_believed(database_url: str, tmp_path: Path) -> None:
-    """The header counts from trusted addresses only."""
+async def test_a_client_that_bypasses_the_proxy_is_not_trusted(
+    database_url: str, tmp_path: Path
+) -> None:
+    """The header is accepted from trusted addresses only."""
     async with service(
         database_url, tmp_path, collections=OPEN, sections={"server": BEHIND_A_PROXY}
     ) as running:
@@ -137,7 +139,10 @@ async def test_who_comes_past_the_proxy_is_not_believed(database_url: str, tmp_p
 async def test_events_come_over_http_2_as_well(
     program: Program, database_url: str, tmp_path: Path
 ) -> None:
-    """What a browser speaks once there is a certificate; here without one, by prior knowledge."""
+    """Browsers use it where there is a certificate.
+
+    Here it runs without one, by prior knowledge.
+    """
     edits = {"location /realtime/ {": "http2 on; location /realtime/ {"}
     async with (
         behind(program, database_url, tmp_path, edits=edits if program == "nginx" else {}) as (
@@ -160,7 +165,7 @@ async def test_events_come_over_http_2_as_well(
 async def test_a_client_that_leaves_is_forgotten(
     program: Program, database_url: str, tmp_path: Path
 ) -> None:
-    """The proxy passes on that it has gone, although nothing is being sent."""
+    """The proxy closes its upstream connection although nothing is being sent."""
     async with behind(program, database_url, tmp_path, **NO_HEARTBEAT) as (_, front):
         async with listener(front.address, "posts/*", caller=ONE) as client:
             pass
@@ -175,7 +180,7 @@ async def test_a_client_that_leaves_is_forgotten(
 async def test_an_orderly_end_stays_one(
     program: Program, database_url: str, tmp_path: Path
 ) -> None:
-    """The last event arrives, then the end of the body; some clients never return from a cut."""
+    """The last event arrives, then the end of the body; some clients hang after a cut."""
     async with (
         behind(program, database_url, tmp_path) as (running, front),
         listener(front.address, "posts/*", caller=ONE) as client,
@@ -193,7 +198,7 @@ async def test_an_orderly_end_stays_one(
 async def test_the_heartbeat_outlives_the_proxy_s_patience(
     program: Program, database_url: str, tmp_path: Path
 ) -> None:
-    """Times are a thirtieth of the file's 60 s and of the 25 s that are the heartbeat's default."""
+    """Times are a thirtieth of the file's 60 s and of the heartbeat's default of 25 s."""
     edits = {"60s": "2s"}
     async with (
         behind(program, database_url, tmp_path, edits=edits, realtime={"heartbeat": "830ms"}) as (
@@ -273,7 +278,7 @@ async def test_a_plain_event_source_misses_nothing_over_a_restart_of_the_proxy(
 async def test_the_sdk_comes_back_after_a_restart_of_pgrealtime(
     program: Program, database_url: str, tmp_path: Path
 ) -> None:
-    """An empty stream in between is one more attempt to it."""
+    """The SDK takes an empty stream in between for one more attempt."""
     async with (
         behind(program, database_url, tmp_path) as (running, front),
         sdk(front.url + PREFIX) as client,
@@ -295,7 +300,7 @@ async def test_the_sdk_comes_back_after_a_restart_of_pgrealtime(
 async def test_a_subscribe_call_fails_while_pgrealtime_is_away(
     program: Program, database_url: str, tmp_path: Path
 ) -> None:
-    """What a proxy answers in its place mustn't look like success to a client."""
+    """The proxy's answer must not look like success to a client."""
     async with (
         behind(program, database_url, tmp_path) as (running, front),
         listener(front.address, caller=ONE) as client,
@@ -310,7 +315,7 @@ async def test_a_subscribe_call_fails_while_pgrealtime_is_away(
 async def test_a_host_name_of_its_own_needs_no_base_path(
     program: Program, database_url: str, tmp_path: Path
 ) -> None:
-    """With the edits that the file's first lines name."""
+    """With the edits that the file's first lines describe."""
     async with (
         behind(
             program,

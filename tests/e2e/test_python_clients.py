@@ -1,7 +1,7 @@
 """The two clients of PyPI, unchanged, against the running program.
 
-What they can't do, with PocketBase too. ``pocketbase`` never comes back from a connection that was
-cut or refused, and has no options; ``pocketbase-async`` returns from a cut, not from a refusal.
+Their limits are the same with PocketBase: ``pocketbase`` never reconnects after a cut or refused
+connection, and has no options; ``pocketbase-async`` reconnects after a cut, not after a refusal.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ each_client = pytest.mark.parametrize("name", PYTHON_SDKS)
 async def application(
     database_url: str, directory: Path, **sections: dict[str, Any]
 ) -> AsyncIterator[Service]:
-    """People who log in with their password and hear of their own posts."""
+    """Users that log in with their password and receive their own posts."""
     password_hash = bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(4)).decode()
     login = {"identity": ["email"], "password_hash": "password_hash"}
     auth = {"issuers": [{"name": "app", "secret": SECRET}], "login": LOGIN}
@@ -55,13 +55,13 @@ async def subscribed(client: Sdk, count: int = 1) -> None:
     assert made[-1]["status"] == 204
 
 
-def heard(client: Sdk) -> list[tuple[str, str, str]]:
+def received(client: Sdk) -> list[tuple[str, str, str]]:
     return [(e["action"], e["record"]["id"], e["record"]["title"]) for e in client.events]
 
 
 @each_client
 @pytest.mark.parametrize("by", ["password", "a token of the issuer"])
-async def test_a_user_hears_own_rows_written_by_sql(
+async def test_a_user_receives_own_rows_written_by_sql(
     name: PythonSdk, by: str, database_url: str, tmp_path: Path
 ) -> None:
     async with (
@@ -69,10 +69,10 @@ async def test_a_user_hears_own_rows_written_by_sql(
         python_sdk(name, running.url) as client,
     ):
         if by == "password":
-            who = {"collection": "users", "identity": "ann@example.com"}
+            identity = {"collection": "users", "identity": "ann@example.com"}
             with pytest.raises(SdkError):
-                await client.do("login", **who, password="wrong")
-            await client.do("login", **who, password=PASSWORD)
+                await client.do("login", **identity, password="wrong")
+            await client.do("login", **identity, password=PASSWORD)
         else:
             await client.do("token", token=token("ann"))
         await client.do("subscribe", collection="posts", topic="*")
@@ -86,7 +86,7 @@ async def test_a_user_hears_own_rows_written_by_sql(
             await running.write.execute(statement.encode())
         await client.wait_for(4)
 
-    assert heard(client) == [
+    assert received(client) == [
         ("create", "a", "x"),
         ("update", "a", "y"),
         ("delete", "a", "y"),
@@ -95,7 +95,7 @@ async def test_a_user_hears_own_rows_written_by_sql(
 
 
 @each_client
-async def test_one_record_can_be_heard_and_left(
+async def test_one_record_can_be_subscribed_and_unsubscribed(
     name: PythonSdk, database_url: str, tmp_path: Path
 ) -> None:
     async with (
@@ -122,7 +122,7 @@ async def test_one_record_can_be_heard_and_left(
 async def test_an_orderly_end_is_followed_by_a_new_connection(
     name: PythonSdk, database_url: str, tmp_path: Path
 ) -> None:
-    """Every connection ends some time; both clients come back at once and submit everything."""
+    """Every connection ends some time; both clients reconnect at once and submit everything."""
     async with (
         application(database_url, tmp_path, realtime={"max_lifetime": "1s"}) as running,
         python_sdk(name, running.url) as client,
@@ -136,11 +136,14 @@ async def test_an_orderly_end_is_followed_by_a_new_connection(
             )
             await client.wait_for(n)
 
-    assert heard(client) == [("create", str(n), "x") for n in range(1, 4)]
+    assert received(client) == [("create", str(n), "x") for n in range(1, 4)]
 
 
 async def test_options_reach_the_rule_and_the_listener(database_url: str, tmp_path: Path) -> None:
-    """``pocketbase-async`` only; it escapes more than others and listens for just that name."""
+    """``pocketbase-async`` only.
+
+    It escapes more than other clients and dispatches by just that name.
+    """
     rule = "title = @request.query.title && note = @request.headers.x_note"
     collections = {"posts": {"table": "posts", "list_rule": rule}}
     async with (

@@ -1,4 +1,4 @@
-"""The scripts of the README, run as they stand there."""
+"""The README's scripts, run unchanged."""
 
 from __future__ import annotations
 
@@ -44,14 +44,17 @@ report({ report: "submitted" });
 
 
 def script(beginning: str) -> str:
-    """The one script of the README that begins so."""
+    """Return the README's one script that begins so."""
     (found,) = re.findall(rf"```js\n(// {re.escape(beginning)}.*?)```", README, re.DOTALL)
     return str(found)
 
 
 @asynccontextmanager
 async def bad_gateway(address: Address) -> AsyncIterator[asyncio.Event]:
-    """What a proxy says while nobody is behind it; the event says that it was heard."""
+    """Answer as a proxy does without a server behind it.
+
+    The event is set when that was received.
+    """
     asked = asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -72,7 +75,10 @@ async def bad_gateway(address: Address) -> AsyncIterator[asyncio.Event]:
 async def test_the_plain_event_source_comes_back_where_browsers_give_up(
     database_url: str, tmp_path: Path
 ) -> None:
-    """After a 502 an EventSource is closed for good; the script opens another, and resumes."""
+    """After a 502 an EventSource is closed for good.
+
+    The script opens another one, which resumes.
+    """
     code = AROUND_PLAIN + script("A plain EventSource")
     async with (
         service(database_url, tmp_path, collections=OPEN) as running,
@@ -97,7 +103,7 @@ async def test_the_plain_event_source_comes_back_where_browsers_give_up(
 async def test_the_sdk_with_the_lines_for_it_learns_what_it_missed(
     database_url: str, tmp_path: Path
 ) -> None:
-    """It comes back with its position, which another process can't know."""
+    """It reconnects with its position, which another process doesn't know."""
     code = AROUND_SDK + script("The PocketBase SDK") + THEN_SDK
     async with (
         service(database_url, tmp_path, collections=OPEN) as running,

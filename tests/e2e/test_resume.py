@@ -1,4 +1,4 @@
-"""Clients that come back with their last position miss nothing, wherever their connection broke."""
+"""Clients that resume from their last position miss nothing, wherever their connection was cut."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.e2e.service import service
 async def test_the_unmodified_sdk_with_five_lines_misses_nothing(
     library: str, database_url: str, tmp_path: Path
 ) -> None:
-    """Cut at random bytes; repeats are at most what lies between two PB_CURSOR, per break."""
+    """Cut at random bytes; per cut at most the messages between two PB_CURSOR are repeated."""
     seed = fresh_seed()
     async with (
         service(database_url, tmp_path, collections=OPEN) as running,
@@ -42,10 +42,10 @@ async def test_the_unmodified_sdk_with_five_lines_misses_nothing(
     assert repeats(numbers) <= breaks * 16
 
 
-async def test_a_plain_event_source_misses_nothing_and_hears_no_change_twice(
+async def test_a_plain_event_source_misses_nothing_and_receives_no_change_twice(
     database_url: str, tmp_path: Path
 ) -> None:
-    """The id on every message says: complete up to here."""
+    """The id of every message means: complete up to here."""
     seed = fresh_seed()
     async with (
         service(database_url, tmp_path, collections=OPEN) as running,
@@ -64,10 +64,10 @@ async def test_a_plain_event_source_misses_nothing_and_hears_no_change_twice(
     assert numbers == list(range(1, last + 1))
 
 
-async def test_two_topics_that_match_one_change_are_both_heard_over_a_break(
+async def test_two_topics_that_match_one_change_are_both_received_over_a_break(
     database_url: str, tmp_path: Path
 ) -> None:
-    """Only the second of the two messages moves the position."""
+    """Only the second of the two messages advances the position."""
     seed = fresh_seed()
     async with (
         service(database_url, tmp_path, collections=OPEN) as running,
@@ -101,7 +101,7 @@ def _numbers(events: Sequence[dict[str, Any]], name: str) -> list[int]:
 async def test_a_position_out_of_reach_is_answered_with_pb_resync(
     database_url: str, tmp_path: Path
 ) -> None:
-    """A small window: the client was away for longer than the changelog reaches back."""
+    """The changelog is small: the client was away for longer than it reaches back."""
     async with (
         service(
             database_url,
@@ -120,6 +120,6 @@ async def test_a_position_out_of_reach_is_answered_with_pb_resync(
             await running.write.execute("UPDATE posts SET n = %s", [n])
         await client.wait_for(1, "break")
         proxy.longest = 0
-        (told,) = await client.wait_for(1, "resync", seconds=60)
+        (resync,) = await client.wait_for(1, "resync", seconds=60)
 
-    assert json.loads(told["data"]) == {"collections": [], "reason": "expired"}
+    assert json.loads(resync["data"]) == {"collections": [], "reason": "expired"}

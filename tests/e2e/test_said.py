@@ -1,4 +1,4 @@
-"""What went wrong is in the log and in the metrics, with what is needed to mend it, and no more."""
+"""Failures are reported in log and metrics with what an operator needs, and no more."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def test_gaps_are_logged_with_their_tables(database_url: str, tmp_path: Pa
 
 
 async def test_a_mute_topic_is_named_without_its_options(database_url: str, tmp_path: Path) -> None:
-    """Which may hold what a client sends as headers: a token."""
+    """Options may contain what a client sends as headers, such as a token."""
     options = quote(json.dumps({"headers": {"authorization": "a-secret"}}))
     topics = [f"nobody/*?options={options}", "nothing/1"]
     async with (
@@ -77,7 +77,7 @@ async def test_a_mute_topic_is_named_without_its_options(database_url: str, tmp_
 
 
 async def test_refused_logins_are_logged_and_counted(database_url: str, tmp_path: Path) -> None:
-    """Not with what was typed: people type passwords into the wrong field.
+    """Without the input: users type passwords into the wrong field.
 
     Attempts beyond the limit are logged once a minute.
     """

@@ -17,7 +17,7 @@ from tests.e2e.service import SCHEMA, service, token
 each_library = pytest.mark.parametrize("library", EVENT_SOURCES)
 
 
-def heard(client: Sdk) -> list[tuple[str, str]]:
+def received(client: Sdk) -> list[tuple[str, str]]:
     return [(event["action"], event["record"]["id"]) for event in client.events]
 
 
@@ -25,7 +25,7 @@ PUBLICATION = "CREATE PUBLICATION pgrealtime FOR TABLE users, posts;"
 
 
 @pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
-async def test_everyone_hears_what_they_may_and_nothing_else(
+async def test_each_client_receives_what_it_may_see_and_nothing_else(
     plugin: str, database_url: str, tmp_path: Path
 ) -> None:
     """Two users and a guest; rows written by plain SQL; a commit of a thousand rows in order."""
@@ -69,7 +69,7 @@ async def test_everyone_hears_what_they_may_and_nothing_else(
     evens = [("create", f"n{i}") for i in range(2, 1001, 2)]
     odds = [("create", f"n{i}") for i in range(1, 1001, 2)]
     last = [("create", "end")]
-    assert heard(ann) == [
+    assert received(ann) == [
         ("create", "p1"),
         ("create", "p2"),
         ("update", "p1"),
@@ -78,11 +78,13 @@ async def test_everyone_hears_what_they_may_and_nothing_else(
         *evens,
         *last,
     ]
-    assert heard(bob) == [("create", "p1"), ("create", "p3"), ("delete", "p3"), *odds, *last]
-    assert heard(guest) == [("create", "p1"), *last]
+    assert received(bob) == [("create", "p1"), ("create", "p3"), ("delete", "p3"), *odds, *last]
+    assert received(guest) == [("create", "p1"), *last]
 
 
-async def test_a_rolled_back_transaction_is_never_heard(database_url: str, tmp_path: Path) -> None:
+async def test_a_rolled_back_transaction_is_never_received(
+    database_url: str, tmp_path: Path
+) -> None:
     async with service(database_url, tmp_path) as running, sdk(running.url) as guest:
         await guest.do("subscribe", collection="posts", topic="*")
         insert = "INSERT INTO posts (id, title, public) VALUES (%s, 'x', true)"
@@ -91,10 +93,10 @@ async def test_a_rolled_back_transaction_is_never_heard(database_url: str, tmp_p
         await running.write.execute(insert, ["kept"])
         await guest.wait_for(1)
 
-    assert heard(guest) == [("create", "kept")]
+    assert received(guest) == [("create", "kept")]
 
 
-async def test_one_record_is_heard_by_its_id_before_it_exists_and_after_it_went(
+async def test_one_record_is_received_by_its_id_before_it_exists_and_after_its_delete(
     database_url: str, tmp_path: Path
 ) -> None:
     async with service(database_url, tmp_path) as running, sdk(running.url) as guest:
@@ -108,7 +110,7 @@ async def test_one_record_is_heard_by_its_id_before_it_exists_and_after_it_went(
             await running.write.execute(statement.encode())
         await guest.wait_for(4)
 
-    assert heard(guest) == [
+    assert received(guest) == [
         ("create", "one"),
         ("update", "one"),
         ("delete", "one"),
@@ -200,17 +202,17 @@ async def test_options_reach_the_rule_and_the_listener(database_url: str, tmp_pa
         )
         await guest.wait_for(1)
 
-    assert heard(guest) == [("create", "3")]
+    assert received(guest) == [("create", "3")]
 
 
 async def test_filter_fields_and_expand_shape_what_a_listener_gets(
     database_url: str, tmp_path: Path
 ) -> None:
-    """One topic with different options is different topics, each with events of its own."""
-    everybody = {"list_rule": "", "view_rule": ""}
+    """A topic with different options is different topics, each with events of its own."""
+    open_rules = {"list_rule": "", "view_rule": ""}
     collections = {
-        "users": {"table": "users", "type": "auth", **everybody},
-        "posts": {"table": "posts", **everybody},
+        "users": {"table": "users", "type": "auth", **open_rules},
+        "posts": {"table": "posts", **open_rules},
     }
     async with (
         service(database_url, tmp_path, collections=collections) as running,
@@ -237,7 +239,7 @@ async def test_filter_fields_and_expand_shape_what_a_listener_gets(
     assert records("author") == [
         {"id": "1", "expand": {"author": {"name": "Ann"}}},
         {"id": "2", "expand": {"author": {"name": "Bob"}}},
-        {"id": "3", "expand": {}},  # as PocketBase: the relation exists and yields nothing
+        {"id": "3", "expand": {}},  # as in PocketBase: the relation exists and is empty
     ]
     assert records("both") == [{"id": "1"}]
 
@@ -245,7 +247,7 @@ async def test_filter_fields_and_expand_shape_what_a_listener_gets(
 async def test_one_of_two_listeners_leaves_and_the_other_goes_on(
     database_url: str, tmp_path: Path
 ) -> None:
-    """By the function that subscribe() gave: unsubscribeByTopicAndListener."""
+    """By the function that subscribe() returned: unsubscribeByTopicAndListener."""
     insert = "INSERT INTO posts (id, title, public) VALUES (%s, 'x', true)"
     async with service(database_url, tmp_path) as running, sdk(running.url) as guest:
         for name in ("first", "second"):
@@ -270,7 +272,7 @@ async def test_the_realtime_service_unsubscribes_by_topic_prefix_and_wholly(
     async with service(database_url, tmp_path) as running, sdk(running.url) as guest:
 
         async def names_of_an_update() -> list[str]:
-            """By the time the mark is heard everything before it has been."""
+            """Return what is received before the mark's event."""
             before = len(guest.events)
             async with running.write.transaction():
                 await running.write.execute("UPDATE posts SET n = n + 1 WHERE id = 'a'")
@@ -316,16 +318,16 @@ async def status_of_a_call(address: Address, client_id: str) -> int:
 
 
 async def wait_until(holds: Callable[[], bool], client: Sdk) -> None:
-    """Return once reports make the claim true."""
+    """Return once the reports satisfy the condition."""
     async with asyncio.timeout(DEADLINE):
         while not holds():
             await client.wait_for(len(client.events) + 1)
 
 
-async def test_the_sdk_tells_of_a_lost_connection_and_of_the_next(
+async def test_the_sdk_reports_a_lost_connection_and_the_next(
     database_url: str, tmp_path: Path
 ) -> None:
-    """OnDisconnect names what is still wanted; all of it is submitted anew under a new id."""
+    """OnDisconnect names the active subscriptions; all are submitted anew under a new client id."""
     async with service(database_url, tmp_path) as running, sdk(running.url) as guest:
         await guest.do("disconnects")
         await guest.do("connects")
@@ -353,7 +355,7 @@ async def test_the_sdk_tells_of_a_lost_connection_and_of_the_next(
 async def test_the_sdk_comes_back_after_a_restart_of_the_program(
     library: str, database_url: str, tmp_path: Path
 ) -> None:
-    """Over each EventSource library that people install for it."""
+    """With each EventSource library that users install for it."""
     async with service(database_url, tmp_path) as running, sdk(running.url, library) as guest:
         await guest.do("connects")
         await guest.do("subscribe", collection="posts", topic="*")
@@ -364,7 +366,7 @@ async def test_the_sdk_comes_back_after_a_restart_of_the_program(
         await running.write.execute("INSERT INTO posts (id, title, public) VALUES ('1', 'a', true)")
         await guest.wait_for(1)
 
-    assert heard(guest) == [("create", "1")]
+    assert received(guest) == [("create", "1")]
 
 
 async def test_another_user_on_the_same_connection_is_refused(
