@@ -1,4 +1,7 @@
-"""Users looked up in a real database: by any key type, on its index, in one query at most."""
+"""Users loaded from a real database.
+
+By a key of any type, through its index, in one query at most.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ INSERT INTO public."Users" VALUES
 """
 
 
-def authenticator(
+def make_authenticator(
     users: UserCollection, accounts: AccountLoader, *issuers: IssuerConfig
 ) -> Authenticator:
     auth = AuthConfig(issuers=issuers or (ISSUER,))
@@ -78,12 +81,12 @@ def authenticator(
 
 
 async def test_the_row_says_what_the_token_does_not(database_url: str, pool: QueryPool) -> None:
-    """The plain fields are the database's, whatever a token claims about them."""
+    """The plain fields come from the database, whatever a token claims about them."""
     users = await users_of(database_url, FULL)
-    door = authenticator(users, AccountLoader(pool))
+    authenticator = make_authenticator(users, AccountLoader(pool))
     claims = {"sub": "u1", "exp": 4_000_000_000, "email": "x@y", "verified": False}
 
-    assert await door.authenticate(jwt.encode(claims, SECRET)) == Caller(
+    assert await authenticator.authenticate(jwt.encode(claims, SECRET)) == Caller(
         AuthRecord(
             collection_id="_pb_users_auth_",
             collection_name="users",
@@ -94,9 +97,9 @@ async def test_the_row_says_what_the_token_does_not(database_url: str, pool: Que
         ),
         expires_at=4_000_000_000,
     )
-    assert await door.authenticate("Bearer " + jwt.encode({"sub": "u2"}, SECRET)) == Caller(
-        AuthRecord(collection_id="_pb_users_auth_", collection_name="users", id="u2")
-    )
+    assert await authenticator.authenticate(
+        "Bearer " + jwt.encode({"sub": "u2"}, SECRET)
+    ) == Caller(AuthRecord(collection_id="_pb_users_auth_", collection_name="users", id="u2"))
 
 
 async def test_a_table_of_ids_alone_is_enough(database_url: str, pool: QueryPool) -> None:
@@ -115,28 +118,31 @@ async def test_a_table_of_ids_alone_is_enough(database_url: str, pool: QueryPool
 
 
 async def test_a_deleted_user_is_a_guest(database_url: str, pool: QueryPool) -> None:
-    """Open connections turn guest with the row (protocol, 8); its token must not undo that."""
+    """A deleted row makes its open connections guests (protocol, 8).
+
+    Its token must not undo that.
+    """
     users = await users_of(database_url, FULL)
-    door = authenticator(users, AccountLoader(pool))
+    authenticator = make_authenticator(users, AccountLoader(pool))
     token = jwt.encode({"sub": "u1"}, SECRET)
-    assert (await door.authenticate(token)).principal != GUEST
+    assert (await authenticator.authenticate(token)).principal != GUEST
 
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as other:
         await other.execute('DELETE FROM public."Users"')
 
-    assert await door.authenticate(token) == Caller()
+    assert await authenticator.authenticate(token) == Caller()
 
 
 async def test_a_superuser_needs_no_row(database_url: str, pool: QueryPool) -> None:
     users = await users_of(database_url, FULL)
     issuer = ISSUER.model_copy(update={"superuser_when": {"role": "service_role"}})
-    door = authenticator(users, AccountLoader(pool), issuer)
+    authenticator = make_authenticator(users, AccountLoader(pool), issuer)
 
     named = jwt.encode({"sub": "s1", "role": "service_role"}, SECRET)
     nameless = jwt.encode({"role": "service_role"}, SECRET)
 
-    assert (await door.authenticate(named)).principal == Superuser("s1")
-    assert (await door.authenticate(nameless)).principal == Superuser("")
+    assert (await authenticator.authenticate(named)).principal == Superuser("s1")
+    assert (await authenticator.authenticate(nameless)).principal == Superuser("")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +164,7 @@ async def test_a_superuser_needs_no_row(database_url: str, pool: QueryPool) -> N
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-async def test_an_id_that_does_not_fit_the_key_is_nobodys(
+async def test_an_id_that_does_not_fit_the_key_matches_no_user(
     database_url: str,
     pool: QueryPool,
     *,
@@ -186,7 +192,7 @@ async def test_an_id_that_does_not_fit_the_key_is_nobodys(
     "key_type", ["uuid", "integer", "bigint", "text", "varchar(40)", "public.key"]
 )
 async def test_a_lookup_reads_the_index(database_url: str, pool: QueryPool, key_type: str) -> None:
-    """A login must not cost a pass over all users."""
+    """A login must not cost a scan of the whole table of users."""
     series = "md5(n::text)::uuid" if key_type == "uuid" else "n"
     users = await users_of(
         database_url,
@@ -207,7 +213,7 @@ async def test_a_lookup_reads_the_index(database_url: str, pool: QueryPool, key_
 
 
 async def test_loads_at_the_same_time_share_a_query(database_url: str, pool: QueryPool) -> None:
-    """A herd coming back after a restart asks a few queries, not one each."""
+    """Clients that reconnect together after a restart cause a few queries, not one each."""
     users = await users_of(
         database_url,
         'CREATE TABLE public."Users" (id integer PRIMARY KEY);'
@@ -225,7 +231,7 @@ async def test_loads_at_the_same_time_share_a_query(database_url: str, pool: Que
 
 
 class HeldUp(QueryPool):
-    """A pool whose answers are under way for as long as a test wants."""
+    """A pool that delays its answers until the test releases them."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url, min_size=2)
@@ -241,9 +247,10 @@ class HeldUp(QueryPool):
 
 
 async def test_a_load_is_answered_by_a_query_sent_after_it(database_url: str) -> None:
-    """Sharing a query already under way would show a user as of before the call.
+    """A load never shares a query that was sent before it.
 
-    And one whom that query didn't ask for would be nobody: a guest, with a token that holds.
+    Its answer would show the user as of before the call. A user that the query didn't ask for would
+    be missing in it, so a valid token would make a guest.
     """
     users = await users_of(
         database_url,
@@ -265,7 +272,7 @@ async def test_a_load_is_answered_by_a_query_sent_after_it(database_url: str) ->
     assert [answer and answer.record.email for answer in answers] == ["old", "new", "new", "three"]
 
 
-async def test_one_who_gives_up_does_not_take_the_answer_from_the_others(
+async def test_a_cancelled_load_leaves_the_answer_to_the_others(
     database_url: str, pool: QueryPool
 ) -> None:
     users = await users_of(database_url, FULL)
@@ -285,7 +292,7 @@ async def test_one_who_gives_up_does_not_take_the_answer_from_the_others(
 
 @pytest.fixture
 def latin1_url(database_url: str) -> Iterator[str]:
-    """A database of the test's own in which most of Unicode can't be written."""
+    """A database of the test's own whose encoding lacks most of Unicode."""
     name = f"{psycopg.conninfo.conninfo_to_dict(database_url)['dbname']}_latin1"
     with psycopg.connect(database_url, autocommit=True) as admin:
         admin.execute(
@@ -298,7 +305,7 @@ def latin1_url(database_url: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("client_encoding", ["UTF8", "LATIN1"])
-async def test_an_id_that_the_database_cannot_hold_spoils_nobodys_answer(
+async def test_an_id_that_the_database_cannot_hold_fails_no_other_load(
     latin1_url: str, client_encoding: str
 ) -> None:
     """In a LATIN1 database a kanji is an error of the server or the driver, not a missing row."""
@@ -313,14 +320,14 @@ async def test_an_id_that_the_database_cannot_hold_spoils_nobodys_answer(
 
 
 async def test_a_database_away_is_not_the_tokens_fault(database_url: str, pool: QueryPool) -> None:
-    """Answering "guest" would sign everybody out whenever the database restarts."""
+    """Answering "guest" would sign all users out whenever the database restarts."""
     users = await users_of(database_url, FULL)
     await pool.close()
-    door = authenticator(users, AccountLoader(pool))
+    authenticator = make_authenticator(users, AccountLoader(pool))
 
     with pytest.raises(DatabaseUnreachableError):
-        await door.authenticate(jwt.encode({"sub": "u1"}, SECRET))
-    assert await door.authenticate("nonsense") == Caller()
+        await authenticator.authenticate(jwt.encode({"sub": "u1"}, SECRET))
+    assert await authenticator.authenticate("nonsense") == Caller()
 
 
 async def test_a_users_table_that_cannot_be_read_says_so(
@@ -337,9 +344,9 @@ async def test_a_users_table_that_cannot_be_read_says_so(
 async def test_tokens_that_hold_nowhere_ask_the_database_nothing(
     database_url: str, pool: QueryPool
 ) -> None:
-    """Strangers must not be able to make load."""
+    """Callers without a valid token must not be able to load the database."""
     users = await users_of(database_url, FULL)
-    door = authenticator(users, AccountLoader(pool))
+    authenticator = make_authenticator(users, AccountLoader(pool))
     asked = pool.get_stats().get("requests_num", 0)
 
     for token in (
@@ -349,15 +356,18 @@ async def test_tokens_that_hold_nowhere_ask_the_database_nothing(
         jwt.encode({"sub": "u1", "exp": 1}, SECRET),
         jwt.encode({}, SECRET),
     ):
-        assert await door.authenticate(token) == Caller()
+        assert await authenticator.authenticate(token) == Caller()
 
     assert pool.get_stats().get("requests_num", 0) == asked
 
 
-async def test_a_user_is_as_of_a_snapshot_that_tells_old_news_from_new(
+async def test_a_user_is_loaded_with_the_snapshot_that_orders_its_changes(
     database_url: str, pool: QueryPool
 ) -> None:
-    """What the stream tells of changes that the look-up saw must not undo later ones."""
+    """The stream may still bring changes that the loaded row contains.
+
+    They must not undo later ones.
+    """
     users = await users_of(database_url, FULL)
     change = "UPDATE public.\"Users\" SET name = %s WHERE id = 'u1' RETURNING pg_current_xact_id()"
     async with (

@@ -1,7 +1,7 @@
-"""Logging in against the real PocketBase: the same users, the same requests, the same answers.
+"""Logins compared with the real PocketBase: same users, same requests, same answers.
 
 PocketBase's rows, password hashes and token keys included, are copied into PostgreSQL, and both
-servers have the same token secret: each must then take the other's tokens for its own.
+servers have the same token secret: each must accept the tokens of the other.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ GUARDED = {f"guarded{number}": rule for number, rule in enumerate(AUTH_RULES)}
 """Collections by name, each with one of the rules."""
 
 
-# -- two servers with the same people
+# -- two servers with the same users
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ async def _fill(server: PocketBaseServer) -> None:
 
 
 def _related(token: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """People with relations, and rules that ask for everything a login has."""
+    """Return users with relations, and rules that read everything that a login has."""
     name = {"name": "name", "type": "text"}
     note = {"name": "note", "type": "text", "hidden": True}
     return [
@@ -277,7 +277,7 @@ def config(collections: dict[str, Any] = COLLECTIONS, **login: Any) -> Config:
 
 @dataclass(frozen=True)
 class Ours:
-    """Our routes on a port, and the authenticator that the rest of the program would ask."""
+    """The HTTP routes on a port, with the authenticator that the service would use."""
 
     address: Address
     authenticator: Authenticator
@@ -335,7 +335,7 @@ def _converted(name: str, value: Any) -> Any:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def ours(postgresql_proc: NoopExecutor, original: Original) -> AsyncIterator[Ours]:
-    """A server for all tests that change nothing."""
+    """A server shared by all tests that change nothing."""
     server = f"postgresql://postgres@{postgresql_proc.host}:{postgresql_proc.port}"
     name = sql.Identifier(f"test_auth_login_{os.getpid()}")
     with psycopg.connect(f"{server}/postgres", autocommit=True) as admin:
@@ -350,16 +350,16 @@ async def ours(postgresql_proc: NoopExecutor, original: Original) -> AsyncIterat
 
 
 @pytest.fixture
-def people_url(database_url: str, original: Original) -> str:
+def users_url(database_url: str, original: Original) -> str:
     """A database of the test's own with PocketBase's users in it."""
     _fill_tables(database_url, original)
     return database_url
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def mine(people_url: str) -> AsyncIterator[Ours]:
-    """A server on it."""
-    async with serving(people_url, config()) as server:
+async def mine(users_url: str) -> AsyncIterator[Ours]:
+    """A server of the test's own on that database."""
+    async with serving(users_url, config()) as server:
         yield server
 
 
@@ -377,7 +377,7 @@ async def log_in(to: Address, collection: str = "users", body: bytes = ANN) -> s
 
 
 def claims(token: str) -> tuple[str, dict[str, Any]]:
-    """The header as text, the claims in their order."""
+    """Return the token's header as text and its claims in their order."""
     header, payload, _ = token.split(".")
     parts = [base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in (header, payload)]
     return parts[0].decode(), json.loads(parts[1])
@@ -387,7 +387,7 @@ TOKEN = re.compile(rb'"token":"([^"]+)"')
 
 
 def comparable(answer: Answer) -> tuple[int, str | None, bytes]:
-    """Status, type and body, a token in it replaced by its text without what differs by time."""
+    """Return status, type and body, with a token's text without what depends on time."""
 
     def shown(found: re.Match[bytes]) -> bytes:
         header, payload = claims(found[1].decode())
@@ -501,7 +501,7 @@ SAME_BYTES = [
 async def test_a_login_is_answered_as_by_pocketbase(
     original: Original, ours: Ours, path: str, body: bytes, headers: Mapping[str, str]
 ) -> None:
-    """To the byte, but for the moment a token ends."""
+    """The answer is the same to the byte, except for the time at which a token expires."""
     theirs = await post(original.address, path, body, headers)
 
     answer = await post(ours.address, path, body, headers)
@@ -513,7 +513,7 @@ async def test_a_login_is_answered_as_by_pocketbase(
 async def test_picked_members_are_those_of_pocketbase(
     original: Original, ours: Ours, query: str
 ) -> None:
-    """Their order is random there, so values are compared."""
+    """PocketBase's order of picked members is random, so values are compared."""
     path = f"users/auth-with-password{query}"
     theirs = json.loads((await post(original.address, path, ANN)).body)
     answer = json.loads((await post(ours.address, path, ANN)).body)
@@ -524,10 +524,13 @@ async def test_picked_members_are_those_of_pocketbase(
 
 @pytest.mark.parametrize("collection", GUARDED)
 @pytest.mark.parametrize("caller", ["nobody", "ann", "bob", "root"])
-async def test_who_is_let_in_is_let_in_by_pocketbase(
+async def test_a_login_is_admitted_if_pocketbase_admits_it(
     original: Original, ours: Ours, collection: str, caller: str
 ) -> None:
-    """By a rule about the record, and the request with its own token; a filter narrows nothing."""
+    """The auth rule decides by the record and by the request with its own token.
+
+    A filter has no effect.
+    """
     query = "?q=1&filter=id%3D%22x%22" if caller != "bob" else ""
     rows = {row["email"].partition("@")[0]: row for row in original.rows[collection]}
     tokens = {name: await _token_of(original, collection, row) for name, row in rows.items()}
@@ -576,12 +579,12 @@ EXPANDS = [
 
 
 @pytest.mark.parametrize("query", EXPANDS)
-@pytest.mark.parametrize("who", ["ann", "bob"])
+@pytest.mark.parametrize("name", ["ann", "bob"])
 async def test_related_records_are_those_of_pocketbase(
-    original: Original, ours: Ours, who: str, query: str
+    original: Original, ours: Ours, name: str, query: str
 ) -> None:
-    """Who just signed in sees of them what the view rules say of that user, of this request."""
-    body = json.dumps({"identity": f"{who}@example.com", "password": f"{who}-pass-1"}).encode()
+    """Related records obey their view rules, evaluated for the login's user and request."""
+    body = json.dumps({"identity": f"{name}@example.com", "password": f"{name}-pass-1"}).encode()
 
     async def answers(address: Address) -> list[tuple[int, Any]]:
         login = f"staff/auth-with-password?expand={query}"
@@ -595,14 +598,14 @@ async def test_related_records_are_those_of_pocketbase(
 
 
 def _without_token(answer: Answer) -> tuple[int, Any]:
-    """Status and content: the order of picked members is random in PocketBase."""
+    """Return status and content: the order of picked members is random in PocketBase."""
     content = json.loads(answer.body)
     return answer.head.status, {**content, "token": "token" in content}
 
 
 @pytest.mark.parametrize("path", ["users", "members", "locked", "projects", "nosuch", USERS])
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
-async def test_what_can_be_used_is_told_as_by_pocketbase(
+async def test_auth_methods_are_listed_as_by_pocketbase(
     original: Original, ours: Ours, method: str, path: str
 ) -> None:
     request = Request(method=method, path=f"/api/collections/{path}/auth-methods", headers={})
@@ -657,8 +660,8 @@ async def test_a_refresh_is_answered_as_by_pocketbase(
     assert comparable(await refresh(ours.address)) == comparable(await refresh(original.address))
 
 
-async def test_a_large_login_holds_up_nobody(ours: Ours) -> None:
-    """Such a body takes a second to read; whoever else is served hardly waits."""
+async def test_a_large_login_delays_no_other_request(ours: Ours) -> None:
+    """Parsing such a body takes a second; other requests hardly wait for it."""
     body = ANN[:-1] + b',"x":[' + b"1," * 190_000 + b"1]}"
     loop = asyncio.get_running_loop()
     answer = asyncio.create_task(post(ours.address, "users/auth-with-password", body))
@@ -703,7 +706,7 @@ BODIES: list[tuple[bytes, Mapping[str, str]]] = [
 async def test_a_refresh_wants_no_body_but_one_that_can_be_read(
     original: Original, ours: Ours, path: str, body: bytes, headers: Mapping[str, str]
 ) -> None:
-    """Whoever it isn't for is told that first."""
+    """The token is checked before the body: callers without one get that error first."""
     account = (path.partition("/")[0], BOB if path.startswith("members") else ANN)
 
     async def refresh(address: Address, token: str) -> tuple[int, str | None, bytes]:
@@ -717,7 +720,7 @@ async def test_a_refresh_wants_no_body_but_one_that_can_be_read(
 
 
 async def test_either_takes_the_others_tokens(original: Original, ours: Ours) -> None:
-    """Whoever moves from PocketBase keeps everybody signed in, and can go back."""
+    """Users stay signed in when an application moves from PocketBase, and when it moves back."""
     for collection, body in (("users", ANN), ("members", BOB)):
         here = await log_in(ours.address, collection, body)
         there = await log_in(original.address, collection, body)
@@ -730,7 +733,7 @@ async def test_either_takes_the_others_tokens(original: Original, ours: Ours) ->
 
 
 async def test_the_same_second_makes_the_same_token(original: Original, ours: Ours) -> None:
-    """Byte for byte: header, order of claims, key."""
+    """Tokens are equal byte for byte: header, order of claims, key."""
     for _ in range(20):
         there = await log_in(original.address)
         here = await log_in(ours.address)
@@ -761,7 +764,7 @@ async def test_a_token_that_is_not_refreshable_comes_back_as_it_is(
 async def test_a_token_of_others_never_becomes_one_of_ours(
     ours: Ours, claims: dict[str, Any]
 ) -> None:
-    """Whatever it claims: its maker decides how long its user is signed in, not this login."""
+    """Whatever a foreign token claims, its issuer decides how long the user is signed in."""
     given = {"sub": "userann00000001", "exp": SOON, "refreshable": True, **claims}
     token = jwt.encode(given, SECRET)
 
@@ -787,7 +790,7 @@ async def test_a_pocketbase_token_is_its_user_everywhere(original: Original, our
 
 
 async def test_other_tokens_of_pocketbase_are_guests(original: Original, ours: Ours) -> None:
-    """A superuser's and a file token have other secrets; neither means anybody here."""
+    """Superuser and file tokens are signed with other secrets, so they identify no user here."""
     file = await post(
         original.address,
         "/api/files/token",
@@ -799,7 +802,7 @@ async def test_other_tokens_of_pocketbase_are_guests(original: Original, ours: O
 
 
 def sign(payload: Mapping[str, Any], key: str, header: Mapping[str, Any] | None = None) -> str:
-    """A token by hand, for what PocketBase would never make."""
+    """Return a hand-made token, for what PocketBase would never issue."""
     texts = [json.dumps(dict(part)) for part in (header or {"alg": "HS256"}, payload)]
     parts = [base64.urlsafe_b64encode(text.encode()).rstrip(b"=") for text in texts]
     signature = hmac.digest(key.encode(), b".".join(parts), hashlib.sha256)
@@ -876,47 +879,48 @@ async def test_a_hand_made_token_counts_where_it_counts_for_pocketbase(
 # -- what an existing table needs
 
 
-async def test_a_new_password_ends_all_tokens(people_url: str, mine: Ours) -> None:
-    """Whoever changes a password changes the token key with it, as PocketBase does."""
+async def test_a_new_password_ends_all_tokens(users_url: str, mine: Ours) -> None:
+    """Applications change the token key with the password, as PocketBase does."""
     token = await log_in(mine.address)
-    with psycopg.connect(people_url, autocommit=True) as connection:
+    with psycopg.connect(users_url, autocommit=True) as connection:
         connection.execute("""UPDATE users SET "tokenKey" = md5('new')""")
 
     assert (await mine.authenticator.authenticate(token)).principal == GUEST
 
 
-async def test_without_a_token_key_the_password_hash_serves(people_url: str) -> None:
-    """Then changing the password alone ends the tokens."""
+async def test_without_a_token_key_the_password_hash_serves(users_url: str) -> None:
+    """Then changing the password alone invalidates the tokens."""
     collections = {
         **COLLECTIONS,
         "users": {**COLLECTIONS["users"], "login": {"password_hash": "password"}},
     }
-    async with serving(people_url, config(collections)) as server:
+    async with serving(users_url, config(collections)) as server:
         token = await log_in(server.address)
         assert (await server.authenticator.authenticate(token)).principal != GUEST
 
-        with psycopg.connect(people_url, autocommit=True) as connection:
+        with psycopg.connect(users_url, autocommit=True) as connection:
             connection.execute("UPDATE users SET password = password || 'x'")
 
         assert (await server.authenticator.authenticate(token)).principal == GUEST
 
 
 @pytest.mark.parametrize("login", [LOGIN, {"password_hash": "password"}], ids=["key", "hash"])
-async def test_a_new_hash_ends_our_own_tokens_alone(people_url: str, login: dict[str, str]) -> None:
-    """Django stores another one at a login whose cost has grown: its own tokens go on.
+async def test_a_new_hash_ends_our_own_tokens_alone(users_url: str, login: dict[str, str]) -> None:
+    """A rehashed password invalidates pgrealtime's own tokens and no other issuer's.
 
-    Both on connections that are open and for who comes back.
+    Django stores a new hash at a login when its cost setting has grown: its own tokens stay valid.
+    That holds on open connections and for new ones.
     """
     collections = {**COLLECTIONS, "users": {**COLLECTIONS["users"], "login": login}}
     foreign = jwt.encode({"sub": "userann00000001", "exp": SOON}, SECRET)
-    async with serving(people_url, config(collections)) as server:
+    async with serving(users_url, config(collections)) as server:
         own = await log_in(server.address)
         users = server.authenticator.find_user_collection("users")
         assert users is not None
         callers = [await server.authenticator.authenticate(token) for token in (own, foreign)]
         row: Row = {"id": "userann00000001", "password": "other", "tokenKey": "other"}
         kept = [update_caller(caller, users.collection, users.login, row) for caller in callers]
-        with psycopg.connect(people_url, autocommit=True) as connection:
+        with psycopg.connect(users_url, autocommit=True) as connection:
             connection.execute("""UPDATE users SET password = 'other', "tokenKey" = 'other'""")
         back = [await server.authenticator.authenticate(token) for token in (own, foreign)]
 
@@ -929,10 +933,10 @@ async def test_a_new_hash_ends_our_own_tokens_alone(people_url: str, login: dict
 
 @pytest.mark.parametrize("column", ['"tokenKey" = NULL', """"tokenKey" = ''"""])
 async def test_a_user_without_a_token_key_has_not_everybodys(
-    people_url: str, mine: Ours, column: str
+    users_url: str, mine: Ours, column: str
 ) -> None:
     """The login secret alone would sign for every such user alike."""
-    with psycopg.connect(people_url, autocommit=True) as connection:
+    with psycopg.connect(users_url, autocommit=True) as connection:
         connection.execute(sql.SQL(f"UPDATE users SET {column}"))
     claims_ = {"collectionId": USERS, "exp": SOON, "id": "userann00000001", "type": "auth"}
 
@@ -944,9 +948,9 @@ async def test_a_user_without_a_token_key_has_not_everybodys(
 
 @pytest.mark.parametrize("stored", ["NULL", "''", "'ann-pass-1'", "'!'"])
 async def test_a_user_without_a_usable_hash_cannot_log_in(
-    people_url: str, mine: Ours, stored: str
+    users_url: str, mine: Ours, stored: str
 ) -> None:
-    with psycopg.connect(people_url, autocommit=True) as connection:
+    with psycopg.connect(users_url, autocommit=True) as connection:
         connection.execute(sql.SQL(f"UPDATE users SET password = {stored}"))
 
     answer = await post(mine.address, "users/auth-with-password", ANN)
@@ -954,9 +958,9 @@ async def test_a_user_without_a_usable_hash_cannot_log_in(
     assert answer.body == b'{"data":{},"message":"Failed to authenticate.","status":400}'
 
 
-async def test_an_identity_of_two_users_is_nobodys(people_url: str, mine: Ours) -> None:
-    """Guessing which one is meant could let one in as the other."""
-    with psycopg.connect(people_url, autocommit=True) as connection:
+async def test_an_identity_of_two_users_admits_neither(users_url: str, mine: Ours) -> None:
+    """Choosing one of them could sign a caller in as the other user."""
+    with psycopg.connect(users_url, autocommit=True) as connection:
         connection.execute("ALTER TABLE users DROP CONSTRAINT users_email_key")
         connection.execute("UPDATE users SET email = 'ann@example.com'")
 
@@ -986,16 +990,16 @@ async def test_hash_and_token_key_are_in_no_answer(ours: Ours, original: Origina
     ],
 )
 async def test_case_counts_unless_the_unique_index_ignores_it(
-    people_url: str, column: str, unique: str, status: int
+    users_url: str, column: str, unique: str, status: int
 ) -> None:
     """As PocketBase does with an index COLLATE NOCASE (protocol, 9.1)."""
-    with psycopg.connect(people_url, autocommit=True) as connection:
+    with psycopg.connect(users_url, autocommit=True) as connection:
         connection.execute("ALTER TABLE users DROP CONSTRAINT users_email_key")
         connection.execute(sql.SQL(f"ALTER TABLE users ALTER email TYPE {column}"))
         connection.execute(sql.SQL(unique))
         connection.execute("UPDATE users SET email = 'Ann@Example.com' WHERE name LIKE 'Ann%'")
     collections = {"users": COLLECTIONS["users"]}
-    async with serving(people_url, config(collections)) as server:
+    async with serving(users_url, config(collections)) as server:
         exact = await post(
             server.address, "users/auth-with-password", ANN.replace(b"ann@e", b"Ann@E")
         )
@@ -1016,10 +1020,10 @@ INSERT INTO users VALUES ({id}, 'ann@example.com', crypt('ann-pass-1', gen_salt(
     ("key_type", "value"),
     [("uuid", "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"), ("bigint", "7"), ("text", "ä")],
 )
-async def test_people_of_any_table_log_in_with_hashes_of_postgres(
+async def test_users_of_any_table_log_in_with_hashes_of_postgres(
     database_url: str, key_type: str, value: str
 ) -> None:
-    """Keys of type uuid and integer; a column that isn't called email; pgcrypto's bcrypt."""
+    """Keys of type uuid and integer, another name for the address, pgcrypto's bcrypt hashes."""
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute(sql.SQL(OTHER_KEYS.format(type=key_type, id=f"'{value}'")))
     users = {
@@ -1046,8 +1050,8 @@ async def test_people_of_any_table_log_in_with_hashes_of_postgres(
 # -- guessing
 
 
-async def test_guesses_are_counted_and_the_right_password_starts_anew(people_url: str) -> None:
-    async with serving(people_url, config(attempts_per_minute=3)) as server:
+async def test_guesses_are_counted_and_the_right_password_starts_anew(users_url: str) -> None:
+    async with serving(users_url, config(attempts_per_minute=3)) as server:
 
         async def attempt(body: bytes) -> int:
             return (await post(server.address, "users/auth-with-password", body)).head.status
@@ -1065,18 +1069,18 @@ async def test_guesses_are_counted_and_the_right_password_starts_anew(people_url
 
 
 async def work_of(server: Ours, identity: str) -> float:
-    """Seconds of processor that this process, the server in it, needs to refuse a password."""
+    """Return the CPU seconds of this process, with the server in it, for refusing one password."""
     body = json.dumps({"identity": identity, "password": "guess"}).encode()
     started = time.process_time()
     await post(server.address, "users/auth-with-password", body)
     return time.process_time() - started
 
 
-async def test_an_unknown_user_takes_as_long_as_a_wrong_password(people_url: str) -> None:
-    """Otherwise anybody could ask who has an account."""
-    people = ("ann@example.com", "eve@example.com", "eve")
-    async with serving(people_url, config(attempts_per_minute=1000)) as server:
-        rounds = [[await work_of(server, one) for one in people] for _ in range(7)]
+async def test_an_unknown_user_takes_as_long_as_a_wrong_password(users_url: str) -> None:
+    """The response time must not show whether an account exists."""
+    identities = ("ann@example.com", "eve@example.com", "eve")
+    async with serving(users_url, config(attempts_per_minute=1000)) as server:
+        rounds = [[await work_of(server, one) for one in identities] for _ in range(7)]
 
     known, unknown, shapeless = (statistics.median(times) for times in zip(*rounds, strict=True))
     assert known / 1.5 < unknown < known * 1.5
@@ -1084,12 +1088,12 @@ async def test_an_unknown_user_takes_as_long_as_a_wrong_password(people_url: str
 
 
 async def test_the_decoy_follows_the_hashes_once_one_of_the_new_ones_was_right(
-    people_url: str,
+    users_url: str,
 ) -> None:
-    """A table of cheap hashes isn't given away by one dear decoy, nor the other way round."""
-    async with serving(people_url, config(attempts_per_minute=1000)) as server:
+    """The dummy hash costs as much as the table's, or its time would show which accounts exist."""
+    async with serving(users_url, config(attempts_per_minute=1000)) as server:
         before = statistics.median([await work_of(server, "eve") for _ in range(5)])
-        with psycopg.connect(people_url, autocommit=True) as connection:
+        with psycopg.connect(users_url, autocommit=True) as connection:
             connection.execute("CREATE EXTENSION pgcrypto")
             connection.execute("UPDATE users SET password = crypt('ann-pass-1', gen_salt('bf', 4))")
         await log_in(server.address)

@@ -1,4 +1,4 @@
-"""Who could see a record before it was deleted hears of it, whatever went with it."""
+"""Subscribers that could see a record before its delete receive that, also in a cascade."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ INSERT INTO task_people VALUES ('t1', 'ann'), ('t2', 'bob'), ('t3', 'ann');
 PEOPLE = {"collection": "users", "through": "task_people", "source": "task", "target": "person"}
 
 
-async def test_a_cascade_reaches_exactly_those_who_could_see_the_rows_before(
+async def test_a_cascade_reaches_exactly_the_subscribers_that_could_see_the_rows(
     database_url: str, tmp_path: Path
 ) -> None:
-    """The parent and the links of a junction go first, in the same transaction."""
+    """The parent and the junction rows are deleted first, in the same transaction."""
     rule = "project.open = true && people.id ?= @request.auth.id"
     collections: dict[str, dict[str, Any]] = {
         "users": {"table": "users", "type": "auth"},
@@ -57,11 +57,11 @@ async def test_a_cascade_reaches_exactly_those_who_could_see_the_rows_before(
             await running.write.execute(
                 "INSERT INTO task_people VALUES ('end', 'ann'), ('end', 'bob')"
             )
-        heard = {
+        received = {
             name: [(m.data["action"], m.data["record"]["id"]) for m in await one.take(2)]
             for name, one in (("ann", ann), ("bob", bob))
         }
-        assert heard == {
+        assert received == {
             "ann": [("delete", "t1"), ("create", "end")],
             "bob": [("delete", "t2"), ("create", "end")],
         }
@@ -83,7 +83,7 @@ INSERT INTO tasks VALUES ('t1', 1.00), ('t2', 2.00);
 async def test_a_cascade_is_found_by_ids_that_are_equal_and_spelt_differently(
     database_url: str, tmp_path: Path
 ) -> None:
-    """A number of Postgres keeps its zeros; what it is equal to may have others."""
+    """A numeric keeps its trailing zeros in PostgreSQL; a value equal to it may have others."""
     collections: dict[str, dict[str, Any]] = {
         "projects": {"table": "projects"},
         "tasks": {"table": "tasks", "list_rule": "project.open = true"},
@@ -94,8 +94,8 @@ async def test_a_cascade_is_found_by_ids_that_are_equal_and_spelt_differently(
     ):
         await running.write.execute("DELETE FROM projects WHERE id < 3")
         await running.write.execute("INSERT INTO tasks VALUES ('end', 3)")
-        heard = [(m.data["action"], m.data["record"]["id"]) for m in await guest.take(2)]
-        assert heard == [("delete", "t1"), ("create", "end")]
+        received = [(m.data["action"], m.data["record"]["id"]) for m in await guest.take(2)]
+        assert received == [("delete", "t1"), ("create", "end")]
 
 
 MANY = """
@@ -126,7 +126,7 @@ INSERT INTO users VALUES ('ann');
 async def test_a_deleted_row_costs_the_same_however_many_went_with_it(
     database_url: str, tmp_path: Path, rule: str
 ) -> None:
-    """Each is judged by what it led to, not by all that the transaction deleted."""
+    """A deleted row is evaluated with the rows that it referenced, not with all deleted ones."""
     collections: dict[str, dict[str, Any]] = {
         "users": {"table": "users", "type": "auth"},
         "teams": {"table": "teams"},
@@ -163,4 +163,7 @@ async def test_a_deleted_row_costs_the_same_however_many_went_with_it(
 
 
 SIZES = 2_000, 16_000
-"""Rows of each table. Were every row judged by all of them, one would cost eight times as much."""
+"""Rows of each table.
+
+If each row were evaluated with all of them, one would cost eight times as much.
+"""

@@ -1,4 +1,4 @@
-"""What ``read_catalog`` says is what PostgreSQL's own catalogue means."""
+"""``read_catalog`` agrees with PostgreSQL's own catalogue."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ async def connection(database_url: str) -> AsyncIterator[AsyncConnection[Any]]:
 
 
 async def table_of(connection: AsyncConnection[Any], name: str, ddl: str) -> Table:
-    """The table of that name in public, after the statements."""
+    """Return the table of that name in schema public, after the statements have run."""
     await connection.execute(ddl.encode())
     catalog = await read_catalog(connection, schemas=["public"])
     return catalog.tables[TableName("public", name)]
 
 
 def shape(data_type: Type) -> object:
-    """A type without what differs from server to server."""
+    """Return a type without what differs from server to server."""
     parts: list[object] = [f"{data_type.schema}.{data_type.name}", data_type.kind.name]
     if data_type.element is not None:
         parts.append(shape(data_type.element))
@@ -139,7 +139,7 @@ async def test_names_are_exact_whatever_their_characters(connection: AsyncConnec
     assert shape(catalog.tables[odd].columns[1].type) == ("My Schema.Kind", "ENUM")
 
 
-async def test_columns_tell_what_the_stream_and_comparisons_need(
+async def test_columns_have_what_the_stream_and_comparisons_need(
     connection: AsyncConnection[Any],
 ) -> None:
     table = await table_of(
@@ -206,7 +206,7 @@ async def test_keys_are_read_in_their_own_column_order(connection: AsyncConnecti
 async def test_only_indexes_that_mean_uniqueness_count_as_unique(
     connection: AsyncConnection[Any],
 ) -> None:
-    """A partial, expression or deferrable one lets two equal rows be, for a moment or for good."""
+    """A partial, expression or deferrable index permits equal rows, for a moment or for good."""
     table = await table_of(
         connection,
         "t",
@@ -255,7 +255,7 @@ async def test_the_replica_identity_is_what_the_wal_carries(
     identity: ReplicaIdentity,
     columns: Sequence[str],
 ) -> None:
-    """Judged by what test_decoding prints of a deleted row's old image."""
+    """The reference is the old image that test_decoding prints of a deleted row."""
     table = await table_of(
         connection,
         "t",
@@ -266,7 +266,10 @@ async def test_the_replica_identity_is_what_the_wal_carries(
 
 
 async def logged_columns(connection: AsyncConnection[Any], table: str) -> list[str]:
-    """The columns that the server logs of a row deleted from a table of the columns no, id, a."""
+    """Return the columns that the server logs of a deleted row.
+
+    The table has the columns no, id, a.
+    """
     await connection.execute(f"INSERT INTO {table} (no, id, a) VALUES (1, 2, 3)".encode())
     await connection.execute(
         "SELECT pg_create_logical_replication_slot('witness_' || pg_backend_pid(),"
@@ -285,7 +288,7 @@ async def logged_columns(connection: AsyncConnection[Any], table: str) -> list[s
 async def test_a_partitioned_table_has_its_leaves_and_what_all_of_them_log(
     connection: AsyncConnection[Any],
 ) -> None:
-    """Each partition has its own identity, and ALTER TABLE on the root doesn't reach it."""
+    """Each partition has its own replica identity; ALTER TABLE on the root doesn't change it."""
     table = await table_of(
         connection,
         "events",
@@ -337,7 +340,7 @@ async def test_partitions_know_their_root(connection: AsyncConnection[Any]) -> N
 async def test_a_foreign_key_of_or_to_a_partitioned_table_is_one(
     connection: AsyncConnection[Any],
 ) -> None:
-    """PostgreSQL keeps a constraint per partition beside it."""
+    """PostgreSQL keeps an additional constraint per partition."""
     ddl = """
         CREATE TABLE a (id int PRIMARY KEY) PARTITION BY RANGE (id);
         CREATE TABLE a1 PARTITION OF a FOR VALUES FROM (0) TO (10);
@@ -364,14 +367,16 @@ async def test_a_foreign_key_of_or_to_a_partitioned_table_is_one(
     ],
     ids=["table", "unlogged", "view", "materialized view", "foreign"],
 )
-async def test_what_never_streams_can_be_told_apart(
+async def test_tables_that_never_stream_are_distinguished(
     connection: AsyncConnection[Any], ddl: str, kind: TableKind, *, is_unlogged: bool
 ) -> None:
     table = await table_of(connection, "t", ddl)
     assert (table.kind, table.is_unlogged) == (kind, is_unlogged)
 
 
-async def test_the_catalogue_says_whose_it_is(connection: AsyncConnection[Any]) -> None:
+async def test_the_catalogue_has_the_server_s_version_and_encoding(
+    connection: AsyncConnection[Any],
+) -> None:
     catalog = await read_catalog(connection, schemas=["public"])
     cursor = await connection.execute(
         "SELECT current_setting('server_version_num')::int, current_setting('server_encoding')"
@@ -381,7 +386,7 @@ async def test_the_catalogue_says_whose_it_is(connection: AsyncConnection[Any]) 
 
 
 async def test_a_schema_before_pg_catalog_shadows_nothing(connection: AsyncConnection[Any]) -> None:
-    """A role's search_path may hold a pg_class of somebody else's."""
+    """A role's search_path may hold another user's table pg_class."""
     await connection.execute("CREATE SCHEMA evil; CREATE TABLE evil.pg_class (oid oid)")
     await connection.execute("SET search_path = evil, pg_catalog")
     catalog = await read_catalog(connection, schemas=["evil"])
@@ -392,7 +397,7 @@ async def test_a_schema_before_pg_catalog_shadows_nothing(connection: AsyncConne
 
 
 async def test_reading_twice_gives_the_same_values(connection: AsyncConnection[Any]) -> None:
-    """What compares unequal is a changed schema, and nothing else."""
+    """Catalogues compare unequal only if the schema changed."""
     ddl = "CREATE TABLE t (id int PRIMARY KEY, a text[], b int REFERENCES t); CREATE INDEX ON t (b)"
     first = await table_of(connection, "t", ddl)
     assert await table_of(connection, "t", "SELECT") == first

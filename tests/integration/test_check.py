@@ -1,4 +1,4 @@
-"""``pgrealtime check`` says one clear thing about each fault, and all of them at once."""
+"""``pgrealtime check`` reports each fault with one clear message, and all faults in one run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """Someone who writes a file and runs commands."""
+    """An operator's configuration file and the commands run with it."""
 
     file: Path
     url: str
@@ -84,7 +84,7 @@ class Operator:
 
 
 def _clean_environ() -> dict[str, str]:
-    """The environment without anything that a configuration could come from."""
+    """Return the environment without variables that could configure the program."""
     unwanted = ("PG", "PORT", "DATABASE_URL")
     return {name: text for name, text in os.environ.items() if not name.startswith(unwanted)}
 
@@ -98,7 +98,7 @@ def operator(database_url: str, tmp_path: Path) -> Operator:
 
 @pytest.fixture
 def role(operator: Operator) -> Iterator[str]:
-    """A login that may do nothing in particular."""
+    """A login role without privileges."""
     name = f"role_{uuid4().hex[:12]}"
     with psycopg.connect(operator.url, autocommit=True) as connection:
         connection.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(name)))
@@ -137,7 +137,7 @@ def test_the_examples_are_ok(operator: Operator, name: str) -> None:
 
 
 def test_a_check_leaves_nothing_behind(operator: Operator) -> None:
-    """No slot that would hold WAL."""
+    """In particular no slot, which would retain WAL."""
     operator.check()
     with psycopg.connect(operator.url) as connection:
         slots = connection.execute(
@@ -244,7 +244,7 @@ def test_a_wrong_command_line_is_a_usage_error(operator: Operator) -> None:
     ],
     ids=["key", "rule syntax", "rule name", "table", "column", "primary key", "public key"],
 )
-def test_a_fault_of_the_configuration_is_told_with_its_place(
+def test_a_fault_of_the_configuration_is_reported_with_its_position(
     operator: Operator, text: str, expected: str
 ) -> None:
     assert operator.check(text) == Outcome(
@@ -261,7 +261,7 @@ def test_the_sql_that_a_refusal_prints_mends_it(operator: Operator) -> None:
     assert operator.check(text).code == 0
 
 
-def test_an_unreachable_server_is_told(operator: Operator) -> None:
+def test_an_unreachable_server_is_reported(operator: Operator) -> None:
     outcome = operator.check(DATABASE_URL="postgresql://postgres@127.0.0.1:1/none")
     assert (outcome.code, outcome.out) == (69, "")
     assert outcome.err.startswith(
@@ -284,7 +284,7 @@ def test_an_unreachable_server_is_told(operator: Operator) -> None:
     ids=["no scheme", "an at sign in the password", "no number"],
 )
 @pytest.mark.parametrize("command", ["check", "run"])
-def test_a_url_that_is_none_is_told_without_printing_it(
+def test_an_invalid_url_is_reported_without_printing_it(
     operator: Operator, command: str, url: str
 ) -> None:
     operator.file.write_text(_POSTS, encoding="utf-8")
@@ -294,7 +294,9 @@ def test_a_url_that_is_none_is_told_without_printing_it(
     assert "hunter2" not in outcome.err
 
 
-def test_a_role_without_replication_is_told_what_to_run(operator: Operator, role: str) -> None:
+def test_a_role_without_replication_gets_the_statement_to_run(
+    operator: Operator, role: str
+) -> None:
     execute(operator, "GRANT SELECT ON posts TO {role}", role=role)
     url = make_conninfo(operator.url, user=role)
     assert operator.check(DATABASE_URL=url) == Outcome(
@@ -308,7 +310,9 @@ def test_a_role_without_replication_is_told_what_to_run(operator: Operator, role
     assert operator.check(DATABASE_URL=url).code == 0
 
 
-def test_a_query_role_without_rights_is_told_what_to_run(operator: Operator, role: str) -> None:
+def test_a_query_role_without_privileges_gets_the_statement_to_run(
+    operator: Operator, role: str
+) -> None:
     query_url = make_conninfo(operator.url, user=role)
     outcome = operator.check(PGREALTIME_DATABASE__QUERY_URL=query_url)
     grant = (
@@ -323,7 +327,7 @@ def test_a_query_role_without_rights_is_told_what_to_run(operator: Operator, rol
     assert operator.check(PGREALTIME_DATABASE__QUERY_URL=query_url).code == 0
 
 
-def test_row_security_that_would_hide_rows_from_rules_is_told(
+def test_row_security_that_would_hide_rows_from_rules_is_reported(
     operator: Operator, role: str
 ) -> None:
     execute(
@@ -369,7 +373,7 @@ def test_a_policy_that_shows_every_row_is_as_good_as_bypassing_all(
     assert operator.check(PGREALTIME_DATABASE__QUERY_URL=query_url).code == code
 
 
-def test_a_server_that_refuses_wal2json_is_told(operator: Operator) -> None:
+def test_a_server_that_refuses_wal2json_is_reported(operator: Operator) -> None:
     execute(
         operator,
         "ALTER DATABASE {database} SET output_plugin_libraries = 'pgoutput'",
@@ -381,7 +385,7 @@ def test_a_server_that_refuses_wal2json_is_told(operator: Operator) -> None:
     assert "HINT: Run as a superuser: ALTER SYSTEM SET output_plugin_libraries" in outcome.err
 
 
-def test_a_server_that_has_neither_decoder_ready_is_told_of_both(operator: Operator) -> None:
+def test_a_server_with_neither_decoder_ready_gets_advice_on_both(operator: Operator) -> None:
     execute(
         operator,
         "ALTER DATABASE {database} SET output_plugin_libraries = 'pgoutput'",
@@ -396,7 +400,7 @@ def test_a_server_that_has_neither_decoder_ready_is_told_of_both(operator: Opera
 async def test_the_publication_that_check_asks_for_is_the_one_that_run_takes(
     operator: Operator, tmp_path: Path
 ) -> None:
-    """A relation through a junction table needs that one's changes too."""
+    """A relation through a junction table needs the changes of that table too."""
     liked_by = {
         "through": "public.likes",
         "source": "post_id",
@@ -431,7 +435,7 @@ async def test_the_publication_that_check_asks_for_is_the_one_that_run_takes(
 
 
 def test_what_is_waited_for_is_said(operator: Operator) -> None:
-    """A slot is made when every open transaction that has written is over, wherever it is."""
+    """Creating a slot waits for all open transactions that have written, in any database."""
     operator.file.write_text(_POSTS, encoding="utf-8")
     with psycopg.connect(operator.url) as writer:
         writer.execute("CREATE TABLE of_an_open_transaction ()")
@@ -452,8 +456,11 @@ def test_what_is_waited_for_is_said(operator: Operator) -> None:
     assert str(pid) in said
 
 
-def test_a_database_without_an_encoding_is_told(operator: Operator) -> None:
-    """Not by a traceback: there the driver hands out bytes, unless it is told what to read."""
+def test_a_database_without_an_encoding_is_reported(operator: Operator) -> None:
+    """The error is no traceback.
+
+    For such a database the driver returns bytes unless it is given an encoding.
+    """
     name = f"ascii_{uuid4().hex[:12]}"
     execute(
         operator,
@@ -479,7 +486,7 @@ def test_a_database_without_an_encoding_is_told(operator: Operator) -> None:
 
 @pytest.fixture(scope="module")
 def replica_server() -> Iterator[str]:
-    """The URL of a server as it comes: with wal_level = replica."""
+    """The URL of a server with its default settings: wal_level = replica."""
     with own_server() as server:
         server.configure(wal_level="replica")
         with psycopg.connect(server.url) as connection:
@@ -487,7 +494,7 @@ def replica_server() -> Iterator[str]:
         yield server.url
 
 
-def test_a_server_that_does_not_write_logical_wal_is_told(
+def test_a_server_that_does_not_write_logical_wal_is_reported(
     replica_server: str, operator: Operator
 ) -> None:
     assert operator.check(DATABASE_URL=replica_server) == Outcome(
@@ -498,8 +505,8 @@ def test_a_server_that_does_not_write_logical_wal_is_told(
     )
 
 
-def test_a_query_url_to_another_server_is_told(replica_server: str, operator: Operator) -> None:
-    """Rules would be asked of rows that are not those of the stream."""
+def test_a_query_url_to_another_server_is_reported(replica_server: str, operator: Operator) -> None:
+    """Rules would be evaluated with rows that are not those of the stream."""
     outcome = operator.check(PGREALTIME_DATABASE__QUERY_URL=replica_server)
     assert outcome.code == 2
     assert outcome.err.startswith(
@@ -507,8 +514,8 @@ def test_a_query_url_to_another_server_is_told(replica_server: str, operator: Op
     )
 
 
-def test_a_query_url_to_a_standby_is_told(operator: Operator) -> None:
-    """Rules would be evaluated on rows that the standby has not received yet."""
+def test_a_query_url_to_a_standby_is_reported(operator: Operator) -> None:
+    """Rules would be evaluated with rows that a standby doesn't have yet."""
     with own_server() as primary:
         with psycopg.connect(primary.url) as connection:
             connection.execute(_SCHEMA)
@@ -532,7 +539,7 @@ def test_a_query_url_to_a_standby_is_told(operator: Operator) -> None:
 
 
 def test_a_table_is_refused_once(operator: Operator) -> None:
-    """Not a second time by what makes the slot."""
+    """Creating the slot doesn't report the same table a second time."""
     execute(operator, "ALTER TABLE posts REPLICA IDENTITY NOTHING")
     outcome = operator.check()
     assert outcome.code == 78
@@ -542,8 +549,8 @@ def test_a_table_is_refused_once(operator: Operator) -> None:
 # -- all at once
 
 
-def test_all_faults_are_told_in_one_run(operator: Operator, role: str) -> None:
-    """Of the file, the tables, the rules, the rights and the server: mended in one go."""
+def test_all_faults_are_reported_in_one_run(operator: Operator, role: str) -> None:
+    """Faults of the file, tables, rules, privileges and server are reported together."""
     text = """\
 server: {prot: 1}
 realtime: {heartbeat: 25}
@@ -578,7 +585,7 @@ collections:
 
 
 def test_run_refuses_what_check_refuses(operator: Operator) -> None:
-    """With the same words and codes, and without a traceback."""
+    """``run`` reports the same messages and codes, without a traceback."""
     operator.file.write_text("server: {prot: 1}\n" + _POSTS)
     outcome = operator.run("run", "-c", str(operator.file))
     assert outcome.code == 78
@@ -595,7 +602,10 @@ def test_run_refuses_what_check_refuses(operator: Operator) -> None:
 
 
 def test_run_says_at_once_for_what_it_waits(operator: Operator, role: str) -> None:
-    """For a minute, by default, though a wrong password is there from the first moment."""
+    """``run`` waits a minute by default.
+
+    It reports the cause, such as a wrong password, at once.
+    """
     operator.file.write_text("database: {wait_for: 2s}\nlogging: {format: json}\n" + _POSTS)
     execute(operator, "ALTER ROLE {role} CONNECTION LIMIT 0", role=role)
     query_url = make_conninfo(operator.url, user=role)
@@ -614,8 +624,8 @@ def test_run_says_at_once_for_what_it_waits(operator: Operator, role: str) -> No
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_run_ends_when_told_to_while_it_waits(operator: Operator, end: signal.Signals) -> None:
-    """Ctrl-C, and "docker stop", which kills after ten seconds."""
+def test_run_ends_on_a_signal_while_it_waits(operator: Operator, end: signal.Signals) -> None:
+    """Ctrl-C and "docker stop", which kills after ten seconds, end it in time."""
     operator.file.write_text("database: {wait_for: 1m}\n" + _POSTS)
     environ = {"DATABASE_URL": "postgresql://postgres@127.0.0.1:1/none"}
     with subprocess.Popen(

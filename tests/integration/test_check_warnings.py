@@ -1,4 +1,4 @@
-"""``pgrealtime check`` warns of what runs but is hardly meant, and says what mends it."""
+"""``pgrealtime check`` warns of what works but is hardly intended, and names a remedy."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def check(operator: Operator, configured: dict[str, Any], **sections: Any) -> Ou
 
 
 def warnings(outcome: Outcome) -> list[tuple[str, str, str]]:
-    """Path, message and what mends it; the check is passed in any case."""
+    """Return path, message and remedy of each warning; the check passes in any case."""
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("ok\n")
     found = [match.groups() for match in map(_WARNING.fullmatch, outcome.err.splitlines()) if match]
@@ -71,8 +71,8 @@ def warnings(outcome: Outcome) -> list[tuple[str, str, str]]:
     return [(path, message, mend) for path, message, mend in found]
 
 
-def test_a_file_that_serves_nothing_is_told_so(operator: Operator) -> None:
-    """An empty one, or one that init could put no table into, is no fault."""
+def test_a_file_that_serves_nothing_is_a_warning(operator: Operator) -> None:
+    """An empty file, or one in which init could put no table, is no error."""
     assert warnings(operator.check("")) == [
         (
             "collections",
@@ -83,7 +83,10 @@ def test_a_file_that_serves_nothing_is_told_so(operator: Operator) -> None:
 
 
 def mended_rule(operator: Operator, rule: str) -> str:
-    """Return the rule that the only warning about its text gives; that one causes none at all."""
+    """Return the rule that the only warning about its text suggests.
+
+    That rule causes no warning.
+    """
     found = warnings(check(operator, collections(rule)))
     assert {path for path, _, _ in found} == {"collections.posts.list_rule"}
     (mended,) = [mend.removeprefix("write: ") for _, _, mend in found if mend.startswith("write: ")]
@@ -207,7 +210,7 @@ def test_a_question_mark_is_asked_for_without_a_database_too(operator: Operator)
 def test_a_rule_that_reads_a_whole_table_for_every_change(
     operator: Operator, rule: str, table: str, index: str
 ) -> None:
-    """The index it names is the one that ends it."""
+    """Creating the index that it names ends the warning."""
     ((path, message, mend),) = warnings(check(operator, collections(rule)))
     assert path == "collections.posts.list_rule"
     assert message == f'each change reads the whole table "public.{table}"'
@@ -217,7 +220,7 @@ def test_a_rule_that_reads_a_whole_table_for_every_change(
 
 
 def test_a_relation_whose_pairs_are_all_read_for_every_change(operator: Operator) -> None:
-    """Records show its ids, whatever the rules ask."""
+    """Records show a relation's ids, so this holds whatever the rules read."""
     run(operator, "ALTER TABLE likes DROP CONSTRAINT likes_pkey")
     run(operator, "ALTER TABLE likes ADD PRIMARY KEY (user_id, post_id)")
     rule = f"{SOMEBODY} && fans.id ?= {MINE}"
@@ -234,7 +237,7 @@ def test_a_relation_whose_pairs_are_all_read_for_every_change(operator: Operator
     ids=["rows among themselves", "within an or"],
 )
 def test_an_index_that_does_not_serve_a_rule_ends_no_warning(operator: Operator, rule: str) -> None:
-    """Also where Postgres goes through all of it by that index, or by a bitmap of all of it."""
+    """Also if PostgreSQL scans the whole table through that index or a bitmap of it."""
     run(operator, "CREATE INDEX ON members (post); CREATE INDEX ON members (person)")
     ((_, message, mend),) = warnings(check(operator, collections(f"{SOMEBODY} && {rule}")))
     assert message == 'each change reads the whole table "public.members"'
@@ -249,7 +252,7 @@ def test_rows_that_are_found_by_their_keys_cause_no_warning(operator: Operator) 
 # -- deletes
 
 
-def test_a_rule_that_reads_what_a_deleted_row_does_not_tell(operator: Operator) -> None:
+def test_a_rule_that_reads_what_a_deleted_row_lacks(operator: Operator) -> None:
     run(operator, "ALTER TABLE posts REPLICA IDENTITY DEFAULT")
     configured = collections("open = true && title != 'x' && id != '7'")
     ((path, message, mend),) = warnings(check(operator, configured))
@@ -263,8 +266,8 @@ def test_a_rule_that_reads_what_a_deleted_row_does_not_tell(operator: Operator) 
     assert warnings(check(operator, configured)) == []
 
 
-def test_partitions_log_what_they_are_told_each(operator: Operator) -> None:
-    """ALTER TABLE on the root doesn't reach them."""
+def test_partitions_have_replica_identities_of_their_own(operator: Operator) -> None:
+    """Replica identity is set per partition: ALTER TABLE on the root doesn't change it."""
     parts = {"parts": {"table": "parts", "list_rule": "t = 'x'"}}
     ((_, _, mend),) = warnings(check(operator, parts))
     run(operator, mend)
@@ -297,7 +300,10 @@ def test_a_rule_on_the_key_needs_no_more_of_a_deleted_row(
 def test_a_comparison_of_doubles_with_wider_numbers(
     operator: Operator, rule: str, column: str | None
 ) -> None:
-    """Integers and numerics are exact among themselves, and a double can't hold them all."""
+    """Integers and numerics compare exactly with each other.
+
+    A double can't represent all of them.
+    """
     run(
         operator,
         """
@@ -324,7 +330,7 @@ def test_a_comparison_of_doubles_with_wider_numbers(
 
 
 def test_a_number_with_more_digits_than_its_literal_keeps(operator: Operator) -> None:
-    """Whole numbers keep them all, and texts do."""
+    """Integer columns keep all digits, and texts do."""
     run(operator, "ALTER TABLE posts ADD budget numeric")
     rule = "budget = 0.12345678901234567890 || budget = 9007199254740993 || budget = '0.1234567890'"
     assert warnings(check(operator, collections(rule))) == [
@@ -345,7 +351,7 @@ ROWLESS = (
 )
 
 
-def test_an_issuer_of_users_that_nobody_configured(operator: Operator) -> None:
+def test_an_issuer_of_users_without_a_collection(operator: Operator) -> None:
     def with_issuer(collection: str, **more: Any) -> list[tuple[str, str, str]]:
         issuer = {"name": "app", "secret": "x" * 32, "collection": collection}
         return warnings(check(operator, {**collections(), **more}, auth={"issuers": [issuer]}))
@@ -365,7 +371,7 @@ def test_an_issuer_of_users_that_nobody_configured(operator: Operator) -> None:
 
 
 def test_warnings_give_way_to_errors(operator: Operator) -> None:
-    """What must be mended is not to be looked for among what may be."""
+    """Errors must not have to be searched for among warnings."""
     outcome = check(operator, collections(f"author = {MINE}", view_rule="titel = 1"))
     assert outcome.code == 78
     assert "warning:" not in outcome.err
@@ -374,7 +380,7 @@ def test_warnings_give_way_to_errors(operator: Operator) -> None:
 # -- keys and time-outs
 
 
-def test_keys_that_can_be_found_out_or_replaced_are_told(operator: Operator) -> None:
+def test_keys_that_are_short_or_come_over_http_are_a_warning(operator: Operator) -> None:
     jwks = (
         *("http://keys.example/jwks", "https://keys.example/jwks"),
         *("http://127.0.0.1:1/jwks", "http://localhost:1/jwks", "http://[::1]:1/jwks"),
@@ -403,8 +409,8 @@ def test_keys_that_can_be_found_out_or_replaced_are_told(operator: Operator) -> 
     }
 
 
-def test_a_time_out_of_the_role_or_the_database_is_told(operator: Operator) -> None:
-    """Transactions bring their own, but begin under that one."""
+def test_a_time_out_of_the_role_or_the_database_is_a_warning(operator: Operator) -> None:
+    """Transactions set their own time-out, but begin under that one."""
     name = operator.url.rpartition("/")[2]
     with psycopg.connect(operator.url, autocommit=True) as connection:
         connection.execute(f'ALTER DATABASE "{name}" SET statement_timeout = 1500'.encode())

@@ -1,4 +1,4 @@
-"""The catalogue bears out what is believed of tables exactly as long as it is so."""
+"""The catalogue confirms what is assumed of a table exactly as long as its definition matches."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ LEAF = TableName("public", "Leaf 1")
         pytest.param("ALTER TYPE outside DROP ATTRIBUTE y", False, id="dropped"),
     ],
 )
-async def test_what_no_decoder_tells_is_seen_in_the_catalogue(
+async def test_changes_that_no_decoder_reports_are_seen_in_the_catalogue(
     database_url: str, statements: str, *, is_so: bool
 ) -> None:
     config = parse_config(
@@ -70,13 +70,13 @@ async def test_what_no_decoder_tells_is_seen_in_the_catalogue(
     ):
         await admin.execute(SCHEMA.encode())
         before = build_collections(config.collections, await read_catalog(admin, names=names))
-        belief = TableDefinitions(before).assumptions_for([row])
-        assert belief is not None
-        assert await QueryExecutor(pool).verify_assumptions(belief)
+        assumptions = TableDefinitions(before).assumptions_for([row])
+        assert assumptions is not None
+        assert await QueryExecutor(pool).verify_assumptions(assumptions)
         await admin.execute(statements.encode())
 
-        assert await QueryExecutor(pool).verify_assumptions(belief) is is_so
+        assert await QueryExecutor(pool).verify_assumptions(assumptions) is is_so
         after = build_collections(config.collections, await read_catalog(admin, names=names))
         again = TableDefinitions(after).assumptions_for([row])
-        assert (again == belief) is is_so
+        assert (again == assumptions) is is_so
         assert again is None or await QueryExecutor(pool).verify_assumptions(again)

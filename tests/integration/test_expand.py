@@ -1,4 +1,4 @@
-"""Related records out of tables that people have: any key type, arrays, junctions, and faults."""
+"""Related records loaded from ordinary tables: any key type, arrays, junctions, and failures."""
 
 from __future__ import annotations
 
@@ -146,10 +146,10 @@ class CountingSession(ReadSession):
 
 @dataclass
 class World:
-    """The tables as collections, and somebody to fetch from them."""
+    """The tables as collections, and a caller that fetches from them."""
 
     connection: psycopg.AsyncConnection[Any]
-    probe: QueryExecutor
+    executor: QueryExecutor
     collections: Collections
     queries: list[int] = field(default_factory=lambda: [0])
 
@@ -157,7 +157,7 @@ class World:
     async def read_session(
         self, xids: frozenset[Xid], seconds: float | None = None
     ) -> AsyncIterator[ReadSession]:
-        async with self.probe.read_session(xids, seconds) as reading:
+        async with self.executor.read_session(xids, seconds) as reading:
             yield CountingSession(reading, self.queries)
 
     @property
@@ -168,9 +168,9 @@ class World:
         make = compile_encoder(self.collections[node.collection.name], nulls="zero", view=view)
         return make(node.row, node.junction_ids, expand)
 
-    def viewer(self, collection: str, expand: str, who: Principal = GUEST) -> ExpandViewer:
+    def viewer(self, collection: str, expand: str, principal: Principal = GUEST) -> ExpandViewer:
         viewers = ExpandCompiler(self.collections, RuleCompiler(self.collections))
-        request = RuleRequest(principal=who, query={"expand": expand})
+        request = RuleRequest(principal=principal, query={"expand": expand})
         found = viewers.compile_expand(self.collections[collection], request)
         assert found is not None
         return found
@@ -182,23 +182,23 @@ class World:
         action: Action = "update",
         changes: Sequence[Change] = (),
     ) -> Event:
-        """An event with the row as it is; the last of the changes is its own."""
+        """Return an event with the row as it is; the last of the changes is its own."""
         found = self.collections[collection]
         cursor = Cursor(LSN(1), max(len(changes), 1))
         event = Event(found, action, record_id, {}, cursor, Xid(3), tuple(changes))
-        live, _ = await self.probe.fetch_live_rows([event])
+        live, _ = await self.executor.fetch_live_rows([event])
         event.row = live[collection, record_id].row
         return event
 
     async def expand(
-        self, collection: str, record_id: str, expand: str, who: Principal = GUEST
+        self, collection: str, record_id: str, expand: str, principal: Principal = GUEST
     ) -> Any:
-        """What the record shows as ``expand``; None for nothing."""
+        """Return what the record shows as ``expand``, or None if it has no such member."""
         event = await self.event(collection, record_id)
-        return await self.expand_event(event, expand, who)
+        return await self.expand_event(event, expand, principal)
 
-    async def expand_event(self, event: Event, expand: str, who: Principal = GUEST) -> Any:
-        viewer = self.viewer(event.collection.name, expand, who)
+    async def expand_event(self, event: Event, expand: str, principal: Principal = GUEST) -> Any:
+        viewer = self.viewer(event.collection.name, expand, principal)
         related = await self.expander.load_for_events([event], [], [(0, viewer)])
         found = related.expand_json.get((0, viewer))
         return None if found is None else json.loads(found)
@@ -208,7 +208,7 @@ class World:
 
 
 def replaced(collections: Collections, name: str, **more: Any) -> Collections:
-    """The collections, one of them with other rules."""
+    """Return the collections, one of them with other rules."""
     return Collections(
         tuple(replace(one, **more) if one.name == name else one for one in collections.values())
     )
@@ -228,7 +228,7 @@ async def world(database_url: str) -> AsyncIterator[World]:
 
 
 def names(records: Any) -> Any:
-    """The ids of records, in the same shape; without the padding of char(n)."""
+    """Return the ids of records in the same nesting, without the padding of char(n)."""
     if isinstance(records, list):
         return [names(record) for record in records]
     return records["id"].rstrip()
@@ -245,11 +245,11 @@ RELATIONS = {
     "notes_via_book": ["n1", "n2"],
     "covers_via_book": "c1",
 }
-"""Of book 10; a unique column leads back to one record, anything else to a list."""
+"""Of book 10; a unique column leads back to one record, any other to a list."""
 
 
 async def test_relations_of_every_kind_are_followed(world: World) -> None:
-    """By uuid, integers of different sizes, padded char, arrays, junctions, there and back."""
+    """By uuid, integers of different sizes, padded char, arrays and junctions, forward and back."""
     expand = await world.expand("books", "10", ",".join(RELATIONS))
 
     assert {name: names(found) for name, found in expand.items()} == RELATIONS
@@ -257,7 +257,10 @@ async def test_relations_of_every_kind_are_followed(world: World) -> None:
 
 @pytest.mark.parametrize("name", ["author", "team", "loose", "labels", "notes_via_book"])
 async def test_what_leads_nowhere_leaves_an_empty_expand(world: World, name: str) -> None:
-    """NULL, a dangling id, a text that is no number: ``{}`` says that there is such a relation."""
+    """NULL, a dangling id and a text that is no number give ``{}``.
+
+    The relation exists and is empty.
+    """
     await world.run("DELETE FROM public.notes")
 
     assert await world.expand("books", "11", name) == {}
@@ -288,7 +291,7 @@ async def test_several_levels_in_one_record(world: World) -> None:
 
 
 async def test_ids_in_a_junction_table_are_part_of_the_record(world: World) -> None:
-    """No row holds them: they are looked up for the records that anybody hears of."""
+    """Rows don't hold these ids: they are loaded for records that some subscriber receives."""
     events = [await world.event("books", "10"), await world.event("books", "11")]
 
     related = await world.expander.load_for_events(events, [0, 1], [])
@@ -311,7 +314,10 @@ async def test_at_most_a_thousand_records_point_to_one(world: World) -> None:
 
 
 async def test_back_relations_are_in_the_order_of_creation(world: World) -> None:
-    """As PocketBase's, which SQLite keeps so; of tables that don't tell, in that of the ids."""
+    """SQLite keeps the order of creation, so PocketBase does.
+
+    Tables that don't record it are ordered by id.
+    """
     await world.run(
         "CREATE TABLE replies (id text PRIMARY KEY, note text, created timestamptz, created_at int)"
     )
@@ -337,7 +343,10 @@ BACK_AND_FORTH = "author.books_via_author.author.books_via_author.author.books_v
 
 
 async def test_a_path_back_and_forth_is_left_out_where_it_shows_too_much(world: World) -> None:
-    """Twenty books are 8,000 of them in six steps and shown; a thousand would be a billion."""
+    """Six steps over twenty books give 8,000 records, which are shown.
+
+    A thousand books would give a billion.
+    """
     await world.run(
         f"INSERT INTO public.books (id, author) SELECT n, '{ANN}' FROM generate_series(100, 119) n"
     )
@@ -366,7 +375,7 @@ async def test_a_path_back_and_forth_is_left_out_where_it_shows_too_much(world: 
 async def test_what_a_batch_shows_in_all_is_bounded_and_what_is_small_is_always_shown(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of them may be as large as one may; many together may not."""
+    """Each record may be as large as its own limit; all of a batch together have a lower one."""
     small = len("x" * 1000)
     monkeypatch.setattr(loading, "_GUARANTEED_RECORD_BYTES", 2 * small)
     monkeypatch.setattr(loading, "_MAX_BATCH_BYTES", 50 * small)
@@ -384,53 +393,57 @@ async def test_what_a_batch_shows_in_all_is_bounded_and_what_is_small_is_always_
 
 
 async def test_a_batch_is_one_query_per_relation_and_level(world: World) -> None:
-    """However many events there are and whoever wants to see them."""
+    """Whatever the number of events and subscribers."""
     await world.run(
         "INSERT INTO public.books (id, author, team)"
         f" SELECT n, '{ANN}', 1 FROM generate_series(100, 149) n"
     )
     events = [await world.event("books", str(n)) for n in range(100, 150)]
     viewers = [
-        world.viewer("books", "author.boss,team.members,notes_via_book", who)
-        for who in (GUEST, Superuser("s"), person(ANN), person(BOB))
+        world.viewer("books", "author.boss,team.members,notes_via_book", principal)
+        for principal in (GUEST, Superuser("s"), principal_of(ANN), principal_of(BOB))
     ]
     wanted = [(place, viewer) for place in range(50) for viewer in viewers]
 
     related = await world.expander.load_for_events(events, [], wanted)
 
     assert len(related.expand_json) == 200
-    # notes' ids; people, teams | nobody's boss; members are people who are known already
+    # notes' ids; people, teams | no row's boss; members are people that are loaded already
     assert world.queries == [3]
 
 
-def person(record_id: str) -> AuthRecord:
+def principal_of(record_id: str) -> AuthRecord:
     return AuthRecord(collection_id="pbc_people", collection_name="people", id=record_id)
 
 
-async def test_who_sees_the_same_is_the_same_viewer(world: World) -> None:
-    """Their records are made once."""
+async def test_callers_that_see_the_same_share_records(world: World) -> None:
+    """Callers that see the same share encoded records."""
     viewers = ExpandCompiler(world.collections, RuleCompiler(world.collections))
 
-    def viewer(collection: str, expand: str, who: Principal, **query: str) -> ExpandViewer | None:
-        request = RuleRequest(principal=who, query={"expand": expand, **query})
+    def viewer(
+        collection: str, expand: str, principal: Principal, **query: str
+    ) -> ExpandViewer | None:
+        request = RuleRequest(principal=principal, query={"expand": expand, **query})
         return viewers.compile_expand(world.collections[collection], request)
 
-    one = viewer("books", "team", person(ANN))
-    assert viewer("books", "team", person(BOB), q="x", filter="id = 1") is one
+    one = viewer("books", "team", principal_of(ANN))
+    assert viewer("books", "team", principal_of(BOB), q="x", filter="id = 1") is one
     assert viewer("books", "team", Superuser("s")) is not one
-    assert viewer("books", "author", person(ANN)) is not viewer("books", "author", person(BOB))
+    assert viewer("books", "author", principal_of(ANN)) is not viewer(
+        "books", "author", principal_of(BOB)
+    )
     assert viewer("books", "nope", GUEST) is None
 
 
 async def test_addresses_are_shown_to_their_owners_and_managers(world: World) -> None:
-    """Protocol, 6.5, for records that are expanded."""
+    """Expanded records obey protocol, 6.5, too."""
     world.collections = replaced(
         world.collections, "people", manage_rule=f'@request.auth.id = "{BOB}" && name = "Bob"'
     )
     seen = {}
-    for who in (GUEST, person(ANN), person(BOB), Superuser("s")):
-        expand = await world.expand("books", "10", "editors", who)
-        seen[type(who).__name__, getattr(who, "id", "")] = [
+    for principal in (GUEST, principal_of(ANN), principal_of(BOB), Superuser("s")):
+        expand = await world.expand("books", "10", "editors", principal)
+        seen[type(principal).__name__, getattr(principal, "id", "")] = [
             record.get("email") for record in expand["editors"]
         ]
 
@@ -446,12 +459,12 @@ async def test_the_view_rule_is_asked_in_the_context_expand(world: World) -> Non
     rule = '@request.context = "expand" && @request.auth.id != "" && members.id ?= @request.auth.id'
     world.collections = replaced(world.collections, "teams", view_rule=rule)
 
-    assert names((await world.expand("books", "10", "team", person(ANN)))["team"]) == "2"
+    assert names((await world.expand("books", "10", "team", principal_of(ANN)))["team"]) == "2"
     assert await world.expand("books", "10", "team") == {}
 
 
 async def test_a_locked_collection_adds_nothing(world: World) -> None:
-    """Not even the empty member, nor what leads there; superusers pass."""
+    """It adds no empty member either, nor anything on the path to it; superusers see it."""
     world.collections = replaced(world.collections, "people", view_rule=None)
 
     assert await world.expand("books", "10", "author") is None
@@ -473,7 +486,9 @@ async def test_a_table_that_can_not_be_read_is_left_out(world: World) -> None:
     assert sorted(expand) == ["author", "covers_via_book"]
 
 
-async def test_who_waits_for_a_lock_is_not_waited_for(world: World, database_url: str) -> None:
+async def test_a_relation_that_waits_for_a_lock_is_left_out(
+    world: World, database_url: str
+) -> None:
     async with await psycopg.AsyncConnection.connect(database_url) as other:
         await other.execute("LOCK TABLE public.notes")
         began = time.monotonic()
@@ -488,7 +503,7 @@ async def test_without_a_database_records_go_without(world: World) -> None:
     event = await world.event("books", "10")
     viewer = world.viewer("books", "author")
     async with QueryPool("host=127.0.0.1 port=1", min_size=0, max_size=1, timeout=0.3) as pool:
-        world.probe = QueryExecutor(pool)
+        world.executor = QueryExecutor(pool)
         related = await world.expander.load_for_events([event], [0], [(0, viewer)])
 
     assert related.expand_json == {}
@@ -499,7 +514,7 @@ async def test_without_a_database_records_go_without(world: World) -> None:
 
 
 async def test_a_deleted_record_shows_what_was_there_when_it_went(world: World) -> None:
-    """What its transaction deletes afterwards is there, what it deleted before is not."""
+    """Rows that its transaction deleted later are shown, rows deleted earlier are not."""
     note = Delete(
         TableName("public", "notes"), WholeRow({"id": "n1", "book": "10", "body": "first"})
     )
@@ -547,7 +562,7 @@ HIDING: dict[str, tuple[str, Change]] = {
 async def test_what_a_delete_s_transaction_hides_of_related_records_is_said(
     world: World, name: str
 ) -> None:
-    """They were there when the record went, and nobody knows them any more."""
+    """The related rows existed when the record was deleted, and can't be loaded any more."""
     path, change = HIDING[name]
     event = await world.event("books", "10", "delete")
     event.transaction_changes = (
@@ -565,7 +580,7 @@ async def test_what_a_delete_s_transaction_hides_of_related_records_is_said(
 async def test_ids_that_a_delete_s_transaction_hides_are_left_out(
     world: World, change: Change
 ) -> None:
-    """They are none, to whoever looks now, and that isn't so."""
+    """An empty list would be wrong: the links existed when the record was deleted."""
     event = await world.event("books", "10", "delete")
     event.transaction_changes = (
         Delete(TableName("public", "books"), WholeRow(dict(event.row))),
@@ -577,10 +592,10 @@ async def test_ids_that_a_delete_s_transaction_hides_are_left_out(
     assert (related.junction_ids, 0 in related.live_junction_ids) == ({0: {}}, True)
 
 
-async def test_links_of_an_event_that_nobody_knows_any_more_are_said_to_be_missing(
+async def test_lost_links_of_an_event_are_reported_as_missing(
     world: World,
 ) -> None:
-    """They were truncated since, by what the reading sees; other paths are as they are."""
+    """The reading transaction sees that they were truncated since; other paths are unaffected."""
     changelog = MemoryChangelog(LSN(1), max_bytes=1000, max_age_seconds=300)
     changelog.append(Transaction(Xid(4), LSN(2), 0, (Truncate(TAGS),), 10))
 
@@ -602,7 +617,7 @@ async def test_links_of_an_event_that_nobody_knows_any_more_are_said_to_be_missi
 async def test_what_is_expanded_over_links_are_those_of_the_event(
     world: World, *, is_shared: bool
 ) -> None:
-    """A later transaction's link may be to what nobody who hears of the event may know of."""
+    """A link of a later transaction may lead to a row that the event's subscribers may not see."""
     changelog = MemoryChangelog(LSN(1), max_bytes=1000, max_age_seconds=300)
     later = Insert(TAGS, {"book": "10", "tag": "abcd"})
     changelog.append(Transaction(Xid(4), LSN(2), 0, (later,), 10))
@@ -629,7 +644,7 @@ async def test_what_is_expanded_over_links_are_those_of_the_event(
 async def test_taking_back_later_links_lets_others_have_their_turns(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A record that thousands are linked to has as many to take back for each of its events."""
+    """Reverting a record's later links, thousands for each event, must not block the event loop."""
     pauses = 0
 
     class Turn(fairness.YieldTimer):

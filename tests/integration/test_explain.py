@@ -1,4 +1,4 @@
-"""``pgrealtime explain`` says whether somebody hears of a record, and which clause decided."""
+"""``pgrealtime explain`` reports whether a caller receives an event, and which clause decided."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ ANN, BOB = NamedUser("users", "ann"), NamedUser("users", "bob")
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """A small application, and what it is configured with."""
+    """A small application, and the configuration that serves it."""
 
     url: str
 
@@ -78,7 +78,7 @@ class World:
     async def ask(
         self,
         rule: str | None,
-        who: CallerSpec,
+        caller: CallerSpec,
         topic: str = "posts/*",
         record: str | None = None,
         *,
@@ -88,13 +88,15 @@ class World:
         config = parse_config(self.settings(rule, **settings), {})
         if record is None and topic.partition("?")[0].endswith("*"):
             record = "1"
-        explanation = await explain_delivery(config, who, topic, record, with_sql=with_sql)
+        explanation = await explain_delivery(config, caller, topic, record, with_sql=with_sql)
         assert not any(line.startswith("BUG") for line in explanation.lines), explanation.lines
         assert explanation.is_delivered is (explanation.lines[-1] == "delivered")
         return explanation
 
-    async def verdict(self, rule: str | None, who: CallerSpec, *rest: str, **settings: Any) -> str:
-        return (await self.ask(rule, who, *rest, **settings)).lines[-1]
+    async def verdict(
+        self, rule: str | None, caller: CallerSpec, *rest: str, **settings: Any
+    ) -> str:
+        return (await self.ask(rule, caller, *rest, **settings)).lines[-1]
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def token(
 
 
 def block(explanation: Explanation, label: str) -> list[str]:
-    """The lines under a label, without it and their indentation."""
+    """Return the lines under a label, without the label and their indentation."""
     lines = dropwhile(lambda line: not line.startswith(f"{label} "), explanation.lines)
     first = next(lines, None)
     if first is None:
@@ -185,7 +187,7 @@ async def test_a_topic_of_one_record_has_the_view_rule(world: World) -> None:
     assert explanation.lines[-1] == f"not delivered: {view}"
 
 
-async def test_a_comparison_with_null_is_unknown_and_admits_nobody(world: World) -> None:
+async def test_a_comparison_with_null_is_unknown_and_denies(world: World) -> None:
     explanation = await world.ask("views > 3", GUEST, "posts/*", "2")
 
     assert block(explanation, "list_rule")[1:] == ["unknown  views > 3", "views is null"]
@@ -193,7 +195,7 @@ async def test_a_comparison_with_null_is_unknown_and_admits_nobody(world: World)
 
 
 async def test_any_asks_for_one_related_row_and_all_for_every_one(world: World) -> None:
-    """Alone a clause means what it means in its rule: of many values any, or all."""
+    """A clause evaluated alone means what it means in its rule: any, or all, of several values."""
     people = "members_via_post.person"
     some = await world.ask(f"{people} ?= @request.auth.id", BOB)
     every = await world.ask(f"{people} = @request.auth.id", BOB)
@@ -204,8 +206,8 @@ async def test_any_asks_for_one_related_row_and_all_for_every_one(world: World) 
     assert (some.is_delivered, every.is_delivered) == (True, False)
 
 
-async def test_clauses_of_different_related_rows_are_told_apart(world: World) -> None:
-    """Both are true, of no one member: bob is one, and an owner there is."""
+async def test_clauses_of_different_related_rows_are_distinguished(world: World) -> None:
+    """Both clauses are true, but of no single member: bob is one, and another one is an owner."""
     rule = 'members_via_post.person ?= @request.auth.id && members_via_post.role ?= "owner"'
     explanation = await world.ask(rule, BOB)
 
@@ -239,8 +241,8 @@ async def test_numbers_and_texts_in_json_look_different(world: World) -> None:
     assert block(explanation, "list_rule")[3:8:2] == ["doc.n is 5", 'doc.s is "5"', "doc.t is null"]
 
 
-async def test_an_empty_relation_is_told_as_the_row_holds_it(world: World) -> None:
-    """Rules take it for an empty text, and whoever looks for the reason looks at the table."""
+async def test_an_empty_relation_is_reported_as_the_row_holds_it(world: World) -> None:
+    """Rules read NULL as an empty text; the report shows NULL, as the table does."""
     with psycopg.connect(world.url) as connection:
         connection.execute("UPDATE posts SET author = NULL WHERE id = 1")
 
@@ -249,7 +251,7 @@ async def test_an_empty_relation_is_told_as_the_row_holds_it(world: World) -> No
     assert block(explanation, "list_rule")[1:] == ['true     author = ""', "author is null"]
 
 
-async def test_columns_of_the_callers_own_row_are_told(world: World) -> None:
+async def test_columns_of_the_callers_own_row_are_reported(world: World) -> None:
     explanation = await world.ask('@request.auth.role = "editor"', BOB)
 
     assert block(explanation, "list_rule")[2] == '@request.auth.role is "reader"'
@@ -258,7 +260,7 @@ async def test_columns_of_the_callers_own_row_are_told(world: World) -> None:
 
 
 async def test_a_clause_that_gets_no_answer_in_time_is_denied(world: World) -> None:
-    """As by the service; the clauses beside it have their answers."""
+    """As in the service; the other clauses get their answers."""
     settings = world.settings('public = false && members_via_post.role ?= "owner"')
     settings["database"]["statement_timeout"] = "300ms"
     with psycopg.connect(world.url) as other:
@@ -274,7 +276,7 @@ async def test_a_clause_that_gets_no_answer_in_time_is_denied(world: World) -> N
 
 
 async def test_a_clause_that_only_some_callers_may_use_is_named(world: World) -> None:
-    """A name is no relation, and to guests nothing at all."""
+    """A name is no relation, and for guests the path is NULL."""
     rule = 'public = false && @request.auth.name.first != "x"'
     user = await world.ask(rule, ANN)
 
@@ -291,7 +293,7 @@ async def test_a_clause_that_only_some_callers_may_use_is_named(world: World) ->
 
 
 async def test_a_question_that_postgres_refuses_is_denied_and_quotes_nothing(world: World) -> None:
-    """A json member with U+0000 can't be read; what Postgres says of values isn't passed on."""
+    """A json member with U+0000 can't be read; the values in PostgreSQL's message aren't shown."""
     with psycopg.connect(world.url) as connection:
         connection.execute("""ALTER TABLE posts ADD bad json DEFAULT '{"k": "\\u0000"}'""")
     explanation = await world.ask("public = false && bad.k = 1", GUEST)
@@ -305,12 +307,12 @@ async def test_a_question_that_postgres_refuses_is_denied_and_quotes_nothing(wor
 # -- callers
 
 
-async def test_a_token_tells_who_it_is_and_until_when(world: World) -> None:
+async def test_a_token_gives_its_user_and_expiry(world: World) -> None:
     explanation = await world.ask(_OWN, token("ann"))
 
-    (who,) = block(explanation, "caller")
-    assert who.startswith("users/ann (token valid until 2")
-    assert who.endswith(" UTC)")
+    (caller,) = block(explanation, "caller")
+    assert caller.startswith("users/ann (token valid until 2")
+    assert caller.endswith(" UTC)")
     assert explanation.is_delivered
 
 
@@ -329,8 +331,8 @@ async def test_a_refused_token_says_why_and_is_a_guest(
 ) -> None:
     explanation = await world.ask(_OWN, bearer)
 
-    who, why = block(explanation, "caller")
-    assert who == "guest"
+    caller, why = block(explanation, "caller")
+    assert caller == "guest"
     assert why.startswith(f"the token is refused: {code}: ")
     assert not explanation.is_delivered
     assert bearer.token not in "\n".join(explanation.lines)
@@ -343,7 +345,7 @@ async def test_a_token_of_a_superuser_passes(world: World) -> None:
     assert explanation.is_delivered
 
 
-async def test_guests_that_may_not_subscribe_hear_nothing(world: World) -> None:
+async def test_guests_that_may_not_subscribe_receive_nothing(world: World) -> None:
     explanation = await world.ask("", token("ann", lifetime=-1), auth={"allow_guests": False})
 
     assert explanation.lines[-1] == "not delivered: guests may not subscribe (auth.allow_guests)"
@@ -371,13 +373,13 @@ async def test_a_topic_that_names_nothing_is_silent(world: World) -> None:
 
 
 @pytest.mark.parametrize("record", ["9", "abc", "007", "99999999999999999999", "x\0y"])
-async def test_a_record_that_is_not_there_is_told(world: World, record: str) -> None:
+async def test_a_missing_record_is_reported(world: World, record: str) -> None:
     verdict = await world.verdict("", GUEST, "posts/*", record)
 
     assert verdict.startswith('not delivered: "posts" has no record ')
 
 
-async def test_a_topic_of_another_record_is_told(world: World) -> None:
+async def test_a_topic_of_another_record_is_reported(world: World) -> None:
     verdict = await world.verdict("", GUEST, "posts/1", "2", view="")
 
     assert verdict == 'not delivered: the topic is for record "1", not for "2"'
@@ -435,7 +437,7 @@ async def test_a_refused_filter_says_why(world: World, text: str, message: str) 
 
 
 async def test_a_filter_sees_related_rows_by_their_list_rule(world: World) -> None:
-    """Bob's membership can't be listed."""
+    """Bob's membership isn't listable, so the filter doesn't find it."""
     text = 'members_via_post.person ?= "{}"'
 
     assert await world.verdict("", GUEST, filtered(text.format("ann"))) == "delivered"
@@ -443,7 +445,7 @@ async def test_a_filter_sees_related_rows_by_their_list_rule(world: World) -> No
 
 
 async def test_a_compact_filter_at_its_limit_is_taken_apart(world: World) -> None:
-    """With blanks and brackets between its parts it would be longer than filters may be."""
+    """With blanks and brackets between its parts it would exceed the length limit of filters."""
     text = "||".join(["views=5&&views=6"] * 99)
     text += "||title='" + "x" * (3500 - len(text) - len("||title=''")) + "'"
     assert len(text) == 3500
@@ -470,7 +472,7 @@ async def test_the_options_are_what_rules_read(world: World) -> None:
     assert "@request.query.key is null" in block(lacking, "list_rule")
 
 
-async def test_the_statement_is_told_on_demand(world: World) -> None:
+async def test_the_statement_is_printed_on_demand(world: World) -> None:
     explanation = await world.ask(_OWN, ANN, with_sql=True)
 
     assert block(explanation, "sql")[0].startswith("SELECT ")
@@ -503,7 +505,7 @@ def command(file: Path, *arguments: str, given: str = "", **environ: str) -> Out
 
 
 def _clean_environ() -> dict[str, str]:
-    """The environment without anything that a configuration could come from."""
+    """Return the environment without variables that could configure the program."""
     unwanted = ("PG", "PORT", "DATABASE_URL")
     return {name: text for name, text in os.environ.items() if not name.startswith(unwanted)}
 
@@ -515,7 +517,7 @@ def file(world: World, tmp_path: Path) -> Path:
     return path
 
 
-def test_the_exit_code_tells_delivered_from_not(file: Path) -> None:
+def test_the_exit_code_distinguishes_delivered_from_not(file: Path) -> None:
     yes = command(file, "posts/*", "--record", "1", "--user", "users/ann")
     no = command(file, "posts/1", "--guest")
     by_token = command(file, "posts/1", "--token", "-", given=token("ann").token + "\n")

@@ -1,4 +1,4 @@
-"""What every other test takes for granted about the server and the databases it is given."""
+"""Preconditions of all other tests: what the given server and its databases provide."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``pgrealtime init`` makes a configuration of any schema that ``check`` accepts, all locked."""
+"""``pgrealtime init`` makes of any schema a locked configuration that ``check`` accepts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pgrealtime.config.load import read_config
 from pgrealtime.config.model import CollectionConfig
 from tests.integration.test_check import Operator
 
-PASSWORD = "sesame-4711"  # the server asks for none, and takes any
+PASSWORD = "sesame-4711"  # the server requires none, and accepts any
 
 SECRETS = {"APP_JWT_SECRET": "x" * 32, "LOGIN_SECRET": "y" * 32}
 
@@ -111,12 +111,12 @@ BOTH = ("--schema", "public", "--schema", "My CRM")
 
 
 def unlocked(text: str) -> str:
-    """The file with every suggestion taken."""
+    """Return the file with every suggestion accepted."""
     return re.sub(r"^( *)#(?=[^ #\n])", r"\1", text, flags=re.MULTILINE)
 
 
 def mending(text: str) -> list[str]:
-    """The statements that the remarks have."""
+    """Return the statements that the remarks contain."""
     return re.findall(r"^ *# +((?:ALTER|GRANT) .*;)$", text, re.MULTILINE)
 
 
@@ -200,7 +200,7 @@ def test_what_names_and_keys_need_is_written(operator: Operator) -> None:
     }
 
 
-def test_people_are_found_and_secrets_hidden(operator: Operator) -> None:
+def test_user_tables_are_found_and_secrets_hidden(operator: Operator) -> None:
     made = collections_of(initiated(operator, *BOTH))
 
     assert {name for name, one in made.items() if one.get("type") == "auth"} == {
@@ -225,11 +225,11 @@ def test_every_table_is_described(operator: Operator) -> None:
 
 
 def test_mended_and_unlocked_it_is_accepted_too(operator: Operator) -> None:
-    """The SQL of the remarks mends what it says, and the suggestions are rules that hold."""
+    """The SQL in the remarks removes their cause, and the suggested rules are valid."""
     text = initiated(operator, *BOTH)
     with psycopg.connect(operator.url, autocommit=True) as connection:
         for statement in mending(text):
-            if "\\n" not in statement:  # a line break has no place in a remark
+            if "\\n" not in statement:  # a remark can't contain a line break
                 connection.execute(statement.encode())
     outcome = operator.check(unlocked(text), **SECRETS)
 
@@ -264,7 +264,10 @@ TABLE = st.tuples(
 def test_any_names_will_do(
     database_url: str, tmp_path: Path, tables: list[tuple[str, dict[str, str], int, bool]]
 ) -> None:
-    """Of tables and columns; keys anywhere among them, and foreign keys from table to table."""
+    """Names of tables and columns are arbitrary.
+
+    Keys are anywhere among them, foreign keys in any direction.
+    """
     with psycopg.connect(database_url) as connection:
         connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
         last: tuple[str, str] | None = None
@@ -364,8 +367,8 @@ def test_each_table_gets_a_rule_that_fits_what_it_has(database_url: str, tmp_pat
     assert outcome.err.count("warning: ") == outcome.err.count(index) == 2
 
 
-def test_people_of_two_kinds_are_told_apart(operator: Operator) -> None:
-    """Their ids may be the same."""
+def test_users_of_two_tables_are_distinguished(operator: Operator) -> None:
+    """Users of two tables may have the same ids."""
     made = collections_of(unlocked(initiated(operator, *BOTH)))
 
     assert made["customers"]["list_rule"] == (
@@ -383,14 +386,14 @@ def test_names_that_speak_of_secrets(database_url: str, tmp_path: Path) -> None:
     assert made["held"]["fields"] == {"hide": secret}
 
 
-def test_nobody_is_made_a_superuser_of_pocketbase_s(database_url: str, tmp_path: Path) -> None:
-    """Not where a PocketBase was moved to Postgres, tables and all."""
+def test_no_table_becomes_pocketbase_s_superusers(database_url: str, tmp_path: Path) -> None:
+    """Also in a database into which a PocketBase was moved with all its tables."""
     schema = "CREATE TABLE _superusers (id text PRIMARY KEY, email text, password text)"
     made = collections_of(initiated(operator_of(database_url, tmp_path, schema)))
     assert list(made) == ["public__superusers"]
 
 
-def test_without_a_password_the_table_s_name_tells_people(
+def test_without_a_password_the_table_s_name_identifies_users(
     database_url: str, tmp_path: Path
 ) -> None:
     schema = "CREATE TABLE customers (id int PRIMARY KEY); CREATE TABLE users (id int PRIMARY KEY)"
@@ -400,7 +403,10 @@ def test_without_a_password_the_table_s_name_tells_people(
 
 
 def test_an_address_of_another_name_is_guarded_as_one(database_url: str, tmp_path: Path) -> None:
-    """Clients see others' only where they are public: that goes by the name ``email``."""
+    """Other users' addresses are visible only if public.
+
+    PocketBase decides that by the name ``email``.
+    """
     columns = "id int PRIMARY KEY, email_address text UNIQUE, encrypted_password text"
     operator = operator_of(database_url, tmp_path, f"CREATE TABLE users ({columns})")
     made = collections_of(initiated(operator))["users"]
@@ -420,10 +426,10 @@ CREATE TABLE visits (id int PRIMARY KEY, user_id int);
 """
 
 
-def test_who_is_signed_in_is_not_let_in_to_others_sessions(
+def test_a_signed_in_user_does_not_see_sessions_of_others(
     database_url: str, tmp_path: Path
 ) -> None:
-    """The key of a session is a cookie's value, and it is the id, which can't be hidden."""
+    """A session's primary key is its cookie's value, and an id can't be hidden."""
     text = unlocked(initiated(operator_of(database_url, tmp_path, DJANGO)))
     made = collections_of(text)
     assert made["django_session"] == {"table": "public.django_session"}
@@ -435,13 +441,13 @@ def test_who_is_signed_in_is_not_let_in_to_others_sessions(
 def test_where_addresses_may_be_shared_a_name_that_is_not_signs_in(
     database_url: str, tmp_path: Path
 ) -> None:
-    """Only who is active: the application lets in nobody else either."""
+    """Only active users sign in, as in the application itself."""
     made = collections_of(initiated(operator_of(database_url, tmp_path, DJANGO)))
     assert made["auth_user"]["login"]["identity"] == ["username"]
     assert made["auth_user"]["auth_rule"] == "is_active = true"
 
 
-def test_without_anything_unique_nobody_logs_in_and_the_file_says_why(
+def test_without_anything_unique_there_is_no_login_and_the_file_says_why(
     database_url: str, tmp_path: Path
 ) -> None:
     schema = "CREATE TABLE users (id int PRIMARY KEY, email text, password text, banned boolean)"
@@ -451,7 +457,7 @@ def test_without_anything_unique_nobody_logs_in_and_the_file_says_why(
 
 
 def test_each_suggestion_can_be_taken_without_the_others(database_url: str, tmp_path: Path) -> None:
-    """No line needs another one, which stands somewhere else."""
+    """No suggested line needs another one elsewhere in the file."""
     operator = operator_of(database_url, tmp_path, DJANGO)
     lines = initiated(operator).splitlines()
     places = [n for n, line in enumerate(lines) if re.match(r" +#\S", line)]
@@ -507,7 +513,7 @@ def test_what_the_role_may_not_read_is_not_served(operator: Operator, role: str)
 def test_the_login_that_rules_are_asked_with_is_the_one_that_has_to_read(
     operator: Operator, role: str
 ) -> None:
-    """The stream's login reads no table, and needn't."""
+    """The stream's role reads no table, and needs no privilege for it."""
     own = Operator(operator.file, make_conninfo(operator.url, user=role))
     initiated_by_both = own.run("init", PGREALTIME_DATABASE__QUERY_URL=operator.url)
     assert initiated_by_both.code == 0
@@ -521,7 +527,7 @@ def test_the_login_that_rules_are_asked_with_is_the_one_that_has_to_read(
 def test_a_partitioned_table_without_an_id_can_t_be_mended(
     database_url: str, tmp_path: Path
 ) -> None:
-    """Postgres lets it have no other unique column."""
+    """PostgreSQL permits no other unique column on it."""
     schema = "CREATE TABLE events (id int, at date, PRIMARY KEY (id, at)) PARTITION BY RANGE (at)"
     operator = operator_of(database_url, tmp_path, schema)
     text = initiated(operator)
@@ -579,7 +585,7 @@ def test_a_url_of_the_command_line_is_to_be_put_where_the_file_looks(operator: O
 
 
 def test_no_file_is_overwritten(operator: Operator) -> None:
-    """That is said before the database is asked."""
+    """The command reports that before it connects to the database."""
     operator.file.write_text("mine", encoding="utf-8")
     outcome = operator.run("init", DATABASE_URL="postgresql://postgres@127.0.0.1:1/none")
 

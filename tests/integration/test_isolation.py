@@ -1,4 +1,4 @@
-"""What can't be decided is denied, and hurts nobody else."""
+"""What can't be evaluated is denied, without an effect on other subscribers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from tests.e2e.service import Service, service
 SCHEMA = "CREATE TABLE posts (id text PRIMARY KEY); CREATE TABLE notes (id text PRIMARY KEY);"
 
 
-async def test_a_rule_that_times_out_denies_its_own_subscribers_and_nobody_else(
+async def test_a_rule_that_times_out_denies_its_own_subscribers_only(
     database_url: str, tmp_path: Path
 ) -> None:
-    """Another rule of the same collection, and other collections, go on; later events come."""
+    """Other rules of the same collection and other collections are unaffected.
+
+    Later events arrive.
+    """
     collections = {
         "posts": {
             "table": "posts",
@@ -45,8 +48,8 @@ async def test_a_rule_that_times_out_denies_its_own_subscribers_and_nobody_else(
         async with await psycopg.AsyncConnection.connect(database_url) as locker:
             await locker.execute("LOCK TABLE notes IN ACCESS EXCLUSIVE MODE")
             await running.write.execute("INSERT INTO posts VALUES ('p1'), ('p2')")
-            (heard,) = await other.take(1)
-            assert (heard.event, heard.data["record"]["id"]) == ("posts/p1", "p1")
+            (received,) = await other.take(1)
+            assert (received.event, received.data["record"]["id"]) == ("posts/p1", "p1")
             await locker.rollback()
         await running.write.execute("INSERT INTO notes VALUES ('n')")
         await running.write.execute("INSERT INTO posts VALUES ('p3')")
@@ -59,7 +62,7 @@ async def test_a_rule_that_times_out_denies_its_own_subscribers_and_nobody_else(
 async def test_a_locked_table_holds_others_up_a_few_times_and_not_once_per_row(
     database_url: str, tmp_path: Path
 ) -> None:
-    """As a migration does it; a hundred rows that can't be judged are given up together."""
+    """Migrations lock tables; a hundred rows that can't be evaluated are given up together."""
     collections = {
         "posts": {"table": "posts", "list_rule": "@collection.notes.id ?= id", "view_rule": ""},
         "notes": {"table": "notes", "list_rule": ""},
@@ -95,7 +98,7 @@ CREATE TABLE places (
 CREATE TABLE posts (id text PRIMARY KEY, place text REFERENCES places);
 INSERT INTO places VALUES ('here', 10, 20, '{"k": 1}'), ('nowhere', 10, 20, '{"k": "\\u0000"}');
 """
-"""A member of json that holds U+0000 can be stored, but not read: the whole statement fails."""
+"""A json member with U+0000 can be stored but not read: the whole statement fails."""
 
 NEAR = 'geoDistance(place.lon, place.lat, @request.query.lon, 20) < 1000 && place.meta.k != "x"'
 
@@ -108,7 +111,7 @@ def _from(lon: str, **query: str) -> str:
 async def test_a_value_that_is_out_of_range_is_denied_alone(
     database_url: str, tmp_path: Path, poison: str
 ) -> None:
-    """What one subscriber submits spoils no other's answer, of the same rule and statement."""
+    """One subscriber's value fails no other's evaluation, of the same rule and statement."""
     async with (
         _places(database_url, tmp_path) as running,
         listener(running.address, _from(poison), "places/*") as poisoner,
@@ -116,9 +119,9 @@ async def test_a_value_that_is_out_of_range_is_denied_alone(
     ):
         for n in range(5):
             await running.write.execute("INSERT INTO posts VALUES (%s, 'here')", (f"n{n}",))
-            heard = await others.take(2)
-            assert {m.event for m in heard} == {_from("10"), _from("12")}
-            assert {m.data["record"]["id"] for m in heard} == {f"n{n}"}
+            received = await others.take(2)
+            assert {m.event for m in received} == {_from("10"), _from("12")}
+            assert {m.data["record"]["id"] for m in received} == {f"n{n}"}
         await running.write.execute("INSERT INTO places VALUES ('new', 0, 0)")
 
         assert [m.event for m in await poisoner.take(1)] == ["places/*"]
@@ -128,7 +131,7 @@ async def test_a_value_that_is_out_of_range_is_denied_alone(
 async def test_a_row_that_postgres_refuses_is_denied_alone(
     database_url: str, tmp_path: Path
 ) -> None:
-    """The rows before and behind it, of the same transaction, reach everybody."""
+    """The rows before and after it, of the same transaction, reach their subscribers."""
     async with (
         _places(database_url, tmp_path) as running,
         listener(running.address, _from("10")) as one,
@@ -149,7 +152,10 @@ async def test_a_row_that_postgres_refuses_is_denied_alone(
 async def test_a_template_that_postgres_refuses_is_denied_alone(
     database_url: str, tmp_path: Path
 ) -> None:
-    """A filter that fails for every row, beside the rule alone and another filter."""
+    """One filter fails for every row.
+
+    The rule without a filter and another filter are unaffected.
+    """
     bad = _from("10", filter="place.bad.k = 1")
     good = _from("10", filter="place.meta.k = 1")
     async with (
@@ -200,7 +206,7 @@ BOMBS = [
     for name in ("name", "name:lower")
     for end in ("id", "user", "project")
 ]
-"""Never true; each is a question of its own."""
+"""Filters that are never true; each is a query of its own."""
 
 
 def _filtered(text: str) -> str:
@@ -219,7 +225,7 @@ def _bombed(database_url: str, directory: Path) -> AbstractAsyncContextManager[S
 
 
 async def _waits(running: Service, names: Iterable[str], *others: Listener) -> list[float]:
-    """Write a post for each name; return how many seconds the others waited for it."""
+    """Write a post for each name; return how many seconds the other subscribers waited for it."""
     waits = []
     for name in names:
         began = time.monotonic()
@@ -233,7 +239,10 @@ async def _waits(running: Service, names: Iterable[str], *others: Listener) -> l
 async def test_a_filter_that_is_a_bomb_costs_its_own_subscriber(
     database_url: str, tmp_path: Path
 ) -> None:
-    """Others never wait for it; its own events come when Postgres has answered, or not at all."""
+    """Other subscribers never wait for it.
+
+    Its own events come when PostgreSQL has answered, or not at all.
+    """
     async with (
         _bombed(database_url, tmp_path) as running,
         listener(running.address, _filtered(BOMBS[0]), "posts/*", "users/*") as bomber,
@@ -245,16 +254,16 @@ async def test_a_filter_that_is_a_bomb_costs_its_own_subscriber(
         await running.write.execute("INSERT INTO users VALUES ('new', '')")
 
         assert max(waits) < 1
-        heard = await bomber.take(9, 40)
-        assert [m.event for m in heard] == ["posts/*"] * 8 + ["users/*"]
-        assert [m.data["record"]["id"] for m in heard] == [*names, "new"]
+        received = await bomber.take(9, 40)
+        assert [m.event for m in received] == ["posts/*"] * 8 + ["users/*"]
+        assert [m.data["record"]["id"] for m in received] == [*names, "new"]
         assert running.process.output().count("rule.suspended") == 1
 
 
-async def test_a_bomb_of_another_shape_with_each_call_costs_nobody_else(
+async def test_slow_filters_of_a_new_shape_with_each_call_delay_no_other_connection(
     database_url: str, tmp_path: Path
 ) -> None:
-    """What is known of a filter helps little against a client that always has a new one."""
+    """Measured filters don't help against a client that submits a new one each time."""
     async with (
         _bombed(database_url, tmp_path) as running,
         listener(running.address) as bomber,
@@ -265,18 +274,18 @@ async def test_a_bomb_of_another_shape_with_each_call_costs_nobody_else(
         for n, bomb in enumerate(BOMBS[:3]):
             assert await bomber.subscribe(_filtered(bomb), "posts/*") == 204
             waits += await _waits(running, [f"{n}-{m}" for m in range(4)], other, asking)
-        heard = await bomber.take(4 * 3, 40)
+        received = await bomber.take(4 * 3, 40)
 
-        assert [m.data["record"]["id"] for m in heard if m.event == "posts/*"] == [
+        assert [m.data["record"]["id"] for m in received if m.event == "posts/*"] == [
             f"{n}-{m}" for n in range(3) for m in range(4)
         ]
         assert max(waits) < 1
 
 
-async def test_bombs_of_ever_new_connections_cost_nobody_else(
+async def test_slow_filters_of_new_connections_delay_no_other_connection(
     database_url: str, tmp_path: Path
 ) -> None:
-    """Nothing is known of a connection that has just come; so its filter is tried alone first."""
+    """A new connection has no measurements, so its filter is tried alone first."""
     async with (
         _bombed(database_url, tmp_path) as running,
         listener(running.address, "posts/*") as other,
@@ -293,7 +302,7 @@ async def test_bombs_of_ever_new_connections_cost_nobody_else(
 async def test_a_connection_s_filters_that_ask_the_database_are_numbered(
     database_url: str, tmp_path: Path
 ) -> None:
-    """A call with more is refused, and leaves what was there before."""
+    """A call with more is refused, and leaves the earlier subscriptions in place."""
     collections = {name: {"table": name, "list_rule": ""} for name in ("projects", "posts")}
     schema = """
     CREATE TABLE projects (id text PRIMARY KEY, name text);
@@ -313,12 +322,12 @@ async def test_a_connection_s_filters_that_ask_the_database_are_numbered(
         listener(running.address, topics[-1]) as modest,
     ):
         await running.write.execute("INSERT INTO posts VALUES ('one', 'p')")
-        heard = {m.event for m in await greedy.take(COSTLY + 1)}
+        received = {m.event for m in await greedy.take(COSTLY + 1)}
         assert await greedy.subscribe(*topics) == 400
         await running.write.execute("INSERT INTO posts VALUES ('two', 'p')")
         again = {m.event for m in await greedy.take(COSTLY + 1)}
 
-        assert heard == again == {*topics[1:], "posts/*"}
+        assert received == again == {*topics[1:], "posts/*"}
         assert [m.data["record"]["id"] for m in await modest.take(2)] == ["one", "two"]
         (refused,) = [
             json.loads(line)

@@ -1,4 +1,4 @@
-"""What Postgres quotes of a row in its errors isn't in our log."""
+"""Row values that PostgreSQL quotes in its errors don't reach the log."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CREATE FUNCTION own_code() RETURNS void LANGUAGE plpgsql AS
         ("SELECT own_code()", "PT404"),
     ],
 )
-def test_an_error_that_quotes_a_value_is_told_by_its_code(
+def test_an_error_that_quotes_a_value_is_logged_by_its_code(
     database_url: str, query: str, sqlstate: str
 ) -> None:
     with psycopg.connect(database_url, autocommit=True) as connection:

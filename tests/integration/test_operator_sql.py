@@ -1,4 +1,4 @@
-"""What lies in sql/ does what it says, and may be run again."""
+"""The scripts in sql/ do what they say, and may be run again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SCHEMA = """
 
 
 class Operator:
-    """Someone with psql, the files and role names of their own: roles belong to the whole server.
+    """An operator with psql, own files and own role names, since roles belong to the whole server.
 
     Args:
         url: The database to be served, as a superuser.
@@ -54,7 +54,9 @@ class Operator:
         )
         warnings: list[str] = []
         with psycopg.connect(make_conninfo(self.url, options=options)) as connection:
-            connection.add_notice_handler(lambda told: warnings.append(told.message_primary or ""))
+            connection.add_notice_handler(
+                lambda notice: warnings.append(notice.message_primary or "")
+            )
             connection.execute((_SQL / file).read_bytes())
         return warnings
 
@@ -77,7 +79,7 @@ def operator(database_url: str) -> Iterator[Operator]:
 
 
 def test_the_stream_role_may_replicate_and_the_query_role_only_logs_in(operator: Operator) -> None:
-    """The eyes that see everything are not those that rules are asked with."""
+    """The role that reads every change is not the role that evaluates rules."""
     for _ in range(2):
         assert operator.run("roles.sql") == []
     assert operator.ask(
@@ -95,7 +97,7 @@ def test_the_stream_role_may_replicate_and_the_query_role_only_logs_in(operator:
     ]
 
 
-def test_a_query_role_that_may_too_much_is_told(operator: Operator) -> None:
+def test_a_query_role_with_too_many_privileges_is_reported(operator: Operator) -> None:
     operator.run("roles.sql")
     with psycopg.connect(operator.url, autocommit=True) as connection:
         connection.execute(

@@ -1,4 +1,4 @@
-"""A person's own record, as a login answers it, out of tables that PocketBase doesn't have."""
+"""The record that a login answers with, from tables that PocketBase doesn't have."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def _collections(
 async def test_own_record_has_its_relations_and_follows_the_rules_in_force(
     database_url: str,
 ) -> None:
-    """Ids out of a junction table are in it; a reload's rules count from the next login on."""
+    """It contains ids of a junction table; a reload's rules apply from the next login on."""
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute(SCHEMA)
     open_to_all = await _collections(database_url, "name = 'two'")
@@ -85,8 +85,8 @@ async def test_own_record_has_its_relations_and_follows_the_rules_in_force(
     assert late == {"email": "ann@x", "teams": None, "expand": None}
 
 
-async def test_the_rule_in_force_says_who_may_sign_in(database_url: str) -> None:
-    """Also where it came while the password was checked against a row of before."""
+async def test_the_rule_in_force_decides_a_login(database_url: str) -> None:
+    """Also if it came into force while the password was checked against an earlier row."""
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute(SCHEMA)
     rules = (
@@ -123,8 +123,10 @@ FAILING: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("kind", FAILING)
-async def test_a_rule_that_cannot_be_answered_lets_nobody_in(database_url: str, kind: str) -> None:
-    """An error or a time-out is no answer, and the same rule lets them in while it has one."""
+async def test_a_rule_that_cannot_be_evaluated_denies_the_login(
+    database_url: str, kind: str
+) -> None:
+    """An error or a time-out denies the login; the same rule admits it once it is answered."""
     rule, fault = FAILING[kind]
     role = f"reader_{uuid4().hex[:8]}"
     with psycopg.connect(database_url, autocommit=True) as admin, admin.transaction():
@@ -157,8 +159,8 @@ async def test_a_rule_that_cannot_be_answered_lets_nobody_in(database_url: str, 
             admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
 
 
-async def test_a_database_away_lets_nobody_in_and_is_told(database_url: str) -> None:
-    """That is 503 to the client: it may come back."""
+async def test_an_unreachable_database_denies_the_login_with_503(database_url: str) -> None:
+    """The client gets 503, since a retry may succeed."""
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute(SCHEMA)
     collections = await _collections(database_url, None, auth_rule="teams.name ?= 'two'")

@@ -1,4 +1,4 @@
-"""The caller's own row among what Postgres is asked: found by its key, whatever its type."""
+"""Queries join the caller's own row by its key, whatever the key's type."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ async def collections_of(url: str, ddl: str) -> Collections:
 
 
 def asked(collections: Collections, *ids: str) -> SqlQuery:
-    """The statement about one post and the callers of these ids."""
+    """Return the statement about one post and the callers of these ids."""
     users, posts = collections["users"], collections["posts"]
-    who = AuthRecord(collection_id=users.id, collection_name="users", id=ids[0])
-    bound = RuleCompiler(collections).bind_caller(posts, RULE, RuleRequest(principal=who))
+    principal = AuthRecord(collection_id=users.id, collection_name="users", id=ids[0])
+    bound = RuleCompiler(collections).bind_caller(posts, RULE, RuleRequest(principal=principal))
     assert isinstance(bound, BoundPredicate)
     (leaf,) = each_test_call(bound.specialization.formula)
     question = PairQuestion(test=leaf.test, pairs=[((), (one,)) for one in ids]).sql_query()
@@ -78,7 +78,10 @@ def asked(collections: Collections, *ids: str) -> SqlQuery:
 async def test_a_caller_is_there_or_nothing_is_asked_about_it(
     database_url: str, key_type: str
 ) -> None:
-    """By the key's own type and index: a pass over all users for each would be a standstill."""
+    """The lookup uses the key's own type and index.
+
+    A scan of all users for each caller would take far too long.
+    """
     count = 2 if key_type == "public.mood" else 20_000
     ddl = SCHEMA.format(type=key_type, value=KEYS[key_type], count=count)
     collections = await collections_of(database_url, ddl)

@@ -1,4 +1,4 @@
-"""Rules are asked where the URL leads; a pooled connection that is dead costs nobody anything."""
+"""Rules are evaluated on the server that the URL names; a dead pooled connection fails no query."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def answer(pool: QueryPool) -> object:
 async def test_a_url_that_asks_for_a_session_that_may_write_leads_to_the_primary(
     database_url: str,
 ) -> None:
-    """As those over several hosts do; the pool's own sessions may only read."""
+    """URLs with several hosts do that; the pool's own sessions are read-only."""
     url = make_conninfo(database_url, target_session_attrs="read-write")
     async with open_query_pool(DatabaseConfig(url=url, wait_for=0)) as pool:
         assert await answer(pool) == (1,)
@@ -44,7 +44,7 @@ async def test_a_url_that_asks_for_a_session_that_may_write_leads_to_the_primary
 async def test_after_a_restart_of_the_server_the_first_question_is_answered(
     database_url: str,
 ) -> None:
-    """All of them are dead at once."""
+    """All pooled connections are dead at once."""
     async with (
         await psycopg.AsyncConnection.connect(database_url, autocommit=True) as admin,
         pool_of(database_url, 8) as pool,
@@ -62,7 +62,7 @@ async def test_after_a_restart_of_the_server_the_first_question_is_answered(
 async def test_an_answer_that_never_comes_is_an_error_and_the_next_one_comes(
     database_url: str,
 ) -> None:
-    """A network that drops everything says nothing, ever."""
+    """A network that drops every packet reports no error."""
     async with wire(database_url) as way, pool_of(way.url(database_url), 1) as pool:
         assert await answer(pool) == (1,)
         way.silence()
@@ -77,7 +77,7 @@ async def test_an_answer_that_never_comes_is_an_error_and_the_next_one_comes(
 async def test_all_connections_are_free_again_after_their_users_were_cancelled(
     database_url: str,
 ) -> None:
-    """A client that leaves during its call cancels what asks for it."""
+    """A client that disconnects during its call cancels the queries of that call."""
     async with pool_of(database_url, 2) as pool, AsyncExitStack() as stack:
         tasks = [asyncio.create_task(answer(pool)) for _ in range(50)]
         stack.callback(lambda: [task.cancel() for task in tasks])
@@ -110,7 +110,10 @@ async def _read_in_a_session(pool: QueryPool) -> None:
 async def test_what_a_question_writes_to_the_wal_is_on_its_way_to_the_stream(
     database_url: str, read: Callable[[QueryPool], Awaitable[None]]
 ) -> None:
-    """A SELECT prunes pages. What proves that a row is of now waits for all WAL to be decoded."""
+    """A SELECT prunes pages, which writes WAL.
+
+    Proving that a row is current waits until all WAL is decoded.
+    """
     async with (
         await psycopg.AsyncConnection.connect(database_url, autocommit=True) as admin,
         pool_of(database_url, 1) as pool,

@@ -1,4 +1,4 @@
-"""Columns of PostGIS' types: shown as GeoJSON, as PostGIS itself writes it, and read by rules."""
+"""Columns of PostGIS' types, shown as GeoJSON just as PostGIS writes it, and read by rules."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ WITHOUT_GEOJSON = [
 
 @pytest.fixture
 def postgis_url(database_url: str) -> str:
-    """A database with PostGIS, in a schema that is nobody's default."""
+    """A database with PostGIS in a schema that is in no default search_path."""
     with psycopg.connect(database_url, autocommit=True) as connection:
         there = connection.execute("SELECT FROM pg_available_extensions WHERE name = 'postgis'")
         if there.fetchone() is None:
@@ -76,20 +76,20 @@ def postgis_url(database_url: str) -> str:
 
 @pytest.fixture
 def table(postgis_url: str) -> Iterator[Table]:
-    """A geometry of any kind in ``v``."""
+    """A table with a geometry of any kind in ``v``."""
     with closing(Table(postgis_url, "v gis.geometry")) as one:
         yield one
 
 
 def test_geometry_is_what_postgis_says(table: Table) -> None:
-    """Every kind of shape that GeoJSON has, with and without height, measure and SRID."""
+    """Every kind of shape in GeoJSON, with and without height, measure and SRID."""
     for shape in SHAPES:
         table.insert("%s", [shape])
         assert table.member() == table.execute("SELECT gis.ST_AsGeoJSON(v) FROM t")[0][0], shape
 
 
 def test_exponents_are_written_as_everywhere_in_a_record(table: Table) -> None:
-    """The same numbers as PostGIS', in ECMAScript's spelling."""
+    """Numbers are PostGIS', in ECMAScript's notation."""
     table.insert("'POINT ZM (1e-7 1e-9 -1e20 0)'")
     assert table.member() == '{"type":"Point","coordinates":[1e-7,1e-9,-100000000000000000000]}'
     [(expected,)] = table.execute("SELECT gis.ST_AsGeoJSON(v) FROM t")
@@ -97,7 +97,7 @@ def test_exponents_are_written_as_everywhere_in_a_record(table: Table) -> None:
 
 
 def test_any_big_endian_geometry_is_read(table: Table) -> None:
-    """The server writes in its machine's order; a big-endian one's differs."""
+    """The server writes its machine's byte order, so big-endian input is made by hand."""
     for shape in SHAPES:
         table.insert("%s", [shape])
         [(text, expected)] = table.execute(
@@ -140,7 +140,7 @@ def _shape(dimensions: int) -> st.SearchStrategy[str]:
 
 
 def _closed(points: str) -> str:
-    """A ring ends where it begins and has four points at least."""
+    """Return a closed ring of at least four points."""
     first = points.partition(", ")[0]
     return f"{points}, {first}, {first}, {first}"
 
@@ -165,7 +165,7 @@ def test_any_geometry_is_what_postgis_says(table: Table) -> None:
 
 
 def test_shape_that_geojson_does_not_have_stays_text(table: Table) -> None:
-    """PostGIS refuses to show it; the record still comes, with PostgreSQL's text."""
+    """PostGIS raises an error for it; the record still shows PostgreSQL's text."""
     for shape in WITHOUT_GEOJSON:
         table.insert("%s", [shape])
         with pytest.raises(psycopg.errors.InternalError_):
@@ -174,7 +174,7 @@ def test_shape_that_geojson_does_not_have_stays_text(table: Table) -> None:
 
 
 def test_what_is_no_number_is_null_and_collections_nest(table: Table) -> None:
-    """Both valid GeoJSON, where PostGIS writes NaN, which is no JSON, or refuses."""
+    """Both are valid GeoJSON; PostGIS writes NaN, which is no JSON, or raises an error."""
     table.insert("gis.ST_MakePoint('Infinity', 1)")
     assert json.loads(table.member()) == {"type": "Point", "coordinates": [None, 1]}
     table.insert("'GEOMETRYCOLLECTION(GEOMETRYCOLLECTION(POINT(1 2)))'")
@@ -207,7 +207,7 @@ def test_what_is_no_number_is_null_and_collections_nest(table: Table) -> None:
 def test_columns_of_every_form_hold_it(
     postgis_url: str, column: str, value: str, shown: str
 ) -> None:
-    """geography, typed columns, domains, arrays (whose elements stand between colons), rows."""
+    """geography, typed columns, domains, arrays (their elements are separated by colons), rows."""
     setup = "CREATE DOMAIN place AS gis.geometry; CREATE TYPE stop AS (name text, at gis.geometry)"
     with closing(Table(postgis_url, f"v {column}", setup)) as table:
         table.execute("SET search_path = public, gis")  # to_json looks its cast's function up
@@ -295,7 +295,7 @@ def test_rules_find_no_coordinates_in_other_shapes(postgis_url: str) -> None:
 
 
 def test_rules_are_refused_a_geometry_that_is_no_geo_point(table: Table) -> None:
-    """Said when the rule is set, with what mends it."""
+    """The error is raised when the rule is set, with a remedy."""
     all_of_them = Collections((table.collection,))
     with pytest.raises(RuleUnsupportedError, match="geometry") as refused:
         check_rule(all_of_them, table.collection, "id = 1 && v ~ 2")
@@ -321,8 +321,8 @@ SELECT gis.ST_Difference('POLYGON((0 0,5 5,5 0,0 5,0 0))'::gis.geometry,
 """
 
 
-def test_coordinates_that_an_error_names_are_not_told(postgis_url: str) -> None:
-    """PostGIS raises internal errors; the decoder's are told by the same measure."""
+def test_coordinates_in_an_error_message_are_not_logged(postgis_url: str) -> None:
+    """PostGIS raises internal errors, whose text is withheld as that of the decoder's errors is."""
     with psycopg.connect(postgis_url) as connection, pytest.raises(psycopg.Error) as raised:
         connection.execute(CROSSED)
     assert "at 39.24" in str(raised.value)

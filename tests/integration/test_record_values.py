@@ -1,7 +1,7 @@
-"""Every kind of value that PostgreSQL can hold, shown as it should be in a record.
+"""Every kind of value that PostgreSQL can hold, as records show it.
 
 The expected values are PostgreSQL's own (``to_json``, ``trim_scale``, ``encode``), or those of a
-JavaScript engine where the promise is ECMAScript's way of printing a number.
+JavaScript engine where ECMAScript's notation of numbers is promised.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MakeTable: TypeAlias = Callable[..., Table]
 
 @pytest.fixture
 def make_table(database_url: str) -> Iterator[MakeTable]:
-    """Makes the table, once."""
+    """Make the table, once."""
     with ExitStack() as stack:
 
         def make(columns: str, setup: str = "", **config: Any) -> Table:
@@ -46,7 +46,7 @@ TO_JSON = "to_json(v)::text"
 
 
 class Case(NamedTuple):
-    """A type, a value of it, and the SQL that says how it should be shown."""
+    """A type, a value of it, and the SQL expression of its representation in a record."""
 
     type: str
     value: str
@@ -182,7 +182,10 @@ CREATE TYPE empty AS ();
 
 
 def compact(value: Any) -> Member:
-    """No blanks, and strings escaped as page 6.7 wants them: so Python's writer does it too."""
+    """Return JSON without blanks, with strings escaped as protocol, 6.7, requires.
+
+    Python's writer does the same.
+    """
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -207,7 +210,7 @@ def test_every_type_is_shown_as_promised(make_table: MakeTable) -> None:
 def test_json_may_be_nested_as_deep_as_postgres_lets_it(
     type_name: str, make_table: MakeTable
 ) -> None:
-    """Deeper than Python's own readers go."""
+    """That is deeper than Python's own parsers accept."""
     table = make_table(f"v {type_name}")
     deep = "[" * 3000 + '{"a b":1}' + "]" * 3000
     table.insert(f"%s::{type_name}", [deep.replace(":", " : ")])
@@ -238,7 +241,7 @@ def test_null_is_null_or_the_zero_value_of_the_kind(make_table: MakeTable) -> No
 
 
 def test_places_in_json_have_two_numbers_whatever_is_stored(make_table: MakeTable) -> None:
-    """A missing or unreadable coordinate is 0."""
+    """A missing or unreadable coordinate becomes 0."""
     table = make_table("v jsonb", fields={"types": {"v": "geoPoint"}})
     for stored, shown in [
         ('{"lat": -56.78, "lon": 12.34, "alt": 3}', '{"lon":12.34,"lat":-56.78}'),
@@ -277,7 +280,7 @@ def test_ids_are_strings_and_lists_of_ids_and_options_name_none_twice(
 
 
 def doubles() -> Iterator[float]:
-    """Every magnitude, and the edges where the printed form changes."""
+    """Return doubles of every magnitude, and those where the printed form changes."""
     random = Random(20240203)
     edges = [1e21, 1e-7, 1e-6, 999999999999999900000.0, 1e15, 1e16, 123456789012345680000.0]
     for edge in [
@@ -323,7 +326,7 @@ ONCE = settings(
 
 
 def test_any_array_of_texts_is_what_to_json_says(make_table: MakeTable) -> None:
-    """Quotes, backslashes, braces, NULL beside the text "NULL", two dimensions."""
+    """With quotes, backslashes, braces, NULL next to the text "NULL", and two dimensions."""
     table = make_table("v text[]")
     element = st.none() | TEXTS
     flat = st.lists(element, max_size=6)
@@ -368,13 +371,13 @@ def test_any_composite_is_what_to_json_says(make_table: MakeTable) -> None:
 
 
 class Spelling(str):
-    """A number as it was spelled."""
+    """A number in its original notation."""
 
     __slots__ = ()
 
 
 def written(value: Any) -> Member:
-    """As ``compact``, but each number in its spelling."""
+    """Return JSON as ``compact`` does, with each number in its original notation."""
     match value:
         case Spelling():
             return str(value)
@@ -396,7 +399,7 @@ JSON_VALUES = st.recursive(
 
 @pytest.mark.parametrize("type_name", ["json", "jsonb"])
 def test_any_json_means_the_same_without_blanks(type_name: str, make_table: MakeTable) -> None:
-    """Strings as page 6.7 wants them, no blanks between, the value untouched."""
+    """Strings as protocol, 6.7, requires, no blanks between tokens, the value unchanged."""
     table = make_table(f"v {type_name}")
 
     @ONCE

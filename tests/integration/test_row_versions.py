@@ -1,4 +1,4 @@
-"""Each change of a row is judged by the row as that change left it, however soon others follow."""
+"""Each change of a row is evaluated with the row as that change left it, whatever follows it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ END $$;
 async def test_what_the_wal_left_out_is_not_taken_from_a_later_version(
     database_url: str, tmp_path: Path, rule: str, plugin: str
 ) -> None:
-    """An unchanged TOASTed value and a generated column are in the table, of the last version."""
+    """The table holds unchanged TOASTed values and generated columns of the last version only."""
     collections = {"docs": {"table": "docs", "list_rule": rule}}
     sections = {"replication": {"plugin": plugin}}
     async with (
@@ -49,8 +49,8 @@ async def test_what_the_wal_left_out_is_not_taken_from_a_later_version(
             )
             await running.write.execute("INSERT INTO docs VALUES ('b', 'end', 'public')")
 
-        heard = [m.data["record"]["title"] for m in await guest.take(2)]
-        assert heard == ["three", "end"]
+        received = [m.data["record"]["title"] for m in await guest.take(2)]
+        assert received == ["three", "end"]
 
 
 PLAIN = """
@@ -66,7 +66,7 @@ BY_BODY = {"docs": {"table": "docs", "list_rule": "body !~ 'secret'"}}
 async def docs_by_body(
     database_url: str, directory: Path, plugin: str
 ) -> AsyncIterator[tuple[Service, Listener]]:
-    """A guest who hears of texts that hold no secret, and is told of gaps."""
+    """A guest that receives texts that hold no secret, and is notified of gaps."""
     sections = {"replication": {"plugin": plugin}}
     async with (
         service(
@@ -78,23 +78,23 @@ async def docs_by_body(
 
 
 async def until_end(running: Service, guest: Listener) -> list[str]:
-    """The titles that were heard, and "gap" where one was told."""
-    heard: list[str] = []
-    for end in ("end", "very end"):  # a gap is told after what is judged together with it
+    """Return the titles received, with "gap" for each notified gap."""
+    received: list[str] = []
+    for end in ("end", "very end"):  # a gap follows the events of its slice
         await running.write.execute("INSERT INTO docs VALUES (%s, %s, 'public')", (end, end))
-        while end not in heard:
+        while end not in received:
             (message,) = await guest.take(1)
             is_gap = message.event == "PB_RESYNC"
-            heard.append("gap" if is_gap else message.data["record"]["title"])
+            received.append("gap" if is_gap else message.data["record"]["title"])
     await running.write.execute("DELETE FROM docs WHERE title LIKE '%end'")
-    return [title for title in heard if not title.endswith("end")]
+    return [title for title in received if not title.endswith("end")]
 
 
 @pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
-async def test_updates_in_subtransactions_are_heard(
+async def test_updates_in_subtransactions_are_received(
     database_url: str, tmp_path: Path, plugin: str
 ) -> None:
-    """The row's xmin is then the subtransaction's, which no message tells of."""
+    """The row's xmin is then the subtransaction's xid, which no message contains."""
     async with docs_by_body(database_url, tmp_path, plugin) as (running, guest):
         for n in range(3):
             async with running.write.transaction(), running.write.transaction():
@@ -108,10 +108,13 @@ async def test_updates_in_subtransactions_are_heard(
 
 
 @pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
-async def test_quick_commits_on_one_row_are_all_heard(
+async def test_quick_commits_on_one_row_are_all_received(
     database_url: str, tmp_path: Path, plugin: str
 ) -> None:
-    """A newer version is there already, which has the same text: the changelog says so."""
+    """A newer version with the same text is there already.
+
+    The changelog shows that the text is unchanged.
+    """
     async with docs_by_body(database_url, tmp_path, plugin) as (running, guest):
         commits = [f"BEGIN; UPDATE docs SET title = '{n}'; COMMIT;" for n in range(200)]
         await running.write.execute("".join(commits).encode())
@@ -120,10 +123,10 @@ async def test_quick_commits_on_one_row_are_all_heard(
 
 
 @pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
-async def test_what_cannot_be_judged_any_more_is_told(
+async def test_an_event_that_can_no_longer_be_evaluated_is_a_gap(
     database_url: str, tmp_path: Path, plugin: str
 ) -> None:
-    """Of a version whose text was replaced, or whose row is gone, nobody knows what it held."""
+    """The text of a version that was overwritten or deleted is lost, so the event is a gap."""
     replaced = "UPDATE docs SET title = 'two', body = repeat('SECRET', 2000)"
     gone = "DELETE FROM docs"
     async with docs_by_body(database_url, tmp_path, plugin) as (running, guest):
@@ -136,19 +139,19 @@ async def test_what_cannot_be_judged_any_more_is_told(
                 assert await until_end(running, guest) == ["zero"]
                 commits = f"BEGIN; UPDATE docs SET title = 'one'; COMMIT; {then}"
                 await running.write.execute(commits.encode())
-                heard = await until_end(running, guest)
-                if heard == ["gap"]:
+                received = await until_end(running, guest)
+                if received == ["gap"]:
                     break
-                assert heard == ["one"]  # its row was read before the second commit
+                assert received == ["one"]  # its row was read before the second commit
             else:
                 pytest.fail("the second commit never came before the row was read")
 
 
 @pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
-async def test_a_gap_is_told_to_whom_it_may_concern_alone(
+async def test_a_gap_is_notified_only_where_the_rule_may_be_true(
     database_url: str, tmp_path: Path, plugin: str
 ) -> None:
-    """A rule that is false without the column is false."""
+    """A rule that is false whatever the column holds is false."""
     rule = "title != 'one' && body !~ 'secret'"
     collections = {"docs": {"table": "docs", "list_rule": rule}}
     sections = {"replication": {"plugin": plugin}}
@@ -167,7 +170,7 @@ async def test_a_gap_is_told_to_whom_it_may_concern_alone(
 
 
 async def test_a_row_that_took_over_an_id_is_another_row(database_url: str, tmp_path: Path) -> None:
-    """Its update leaves out its own text, not that of the row that had the id before."""
+    """Its update lacks its own text, not that of the row that had the id before."""
     async with docs_by_body(database_url, tmp_path, "pgoutput") as (running, guest):
         await running.write.execute(
             "INSERT INTO docs VALUES ('b', 'other', repeat('SECRET', 2000))"
@@ -185,27 +188,27 @@ async def test_a_row_that_took_over_an_id_is_another_row(database_url: str, tmp_
 async def test_a_column_that_was_dropped_a_moment_ago_hides_no_other(
     database_url: str, tmp_path: Path, plugin: str
 ) -> None:
-    """The catalogue that was read last still has it."""
+    """The catalogue in force still has the dropped column."""
     async with docs_by_body(database_url, tmp_path, plugin) as (running, guest):
         await running.write.execute(
             b"BEGIN; UPDATE docs SET title = 'one'; COMMIT; ALTER TABLE docs DROP COLUMN extra;"
             b"BEGIN; UPDATE docs SET title = 'two'; COMMIT"
         )
 
-        heard = await guest.take(2)
-        assert [message.data["record"]["title"] for message in heard] == ["one", "two"]
-        assert ["body" in message.data["record"] for message in heard] == [True, True]
+        received = await guest.take(2)
+        assert [message.data["record"]["title"] for message in received] == ["one", "two"]
+        assert ["body" in message.data["record"] for message in received] == [True, True]
         assert await until_end(running, guest) == []
 
 
 @pytest.mark.parametrize(
-    ("seconds", "heard"),
+    ("seconds", "received"),
     [pytest.param(0.7, ["one"], id="short"), pytest.param(2.5, ["gap"], id="long")],
 )
-async def test_a_row_that_is_locked_is_read_again_or_told(
-    database_url: str, tmp_path: Path, seconds: float, heard: list[str]
+async def test_a_locked_row_is_read_again_or_a_gap(
+    database_url: str, tmp_path: Path, seconds: float, received: list[str]
 ) -> None:
-    """Somebody holds the whole table, as ALTER TABLE does."""
+    """The whole table is locked, as ALTER TABLE does it."""
     sections = {"database": {"statement_timeout": 0.5}}
     async with (
         service(
@@ -220,13 +223,16 @@ async def test_a_row_that_is_locked_is_read_again_or_told(
         await asyncio.sleep(seconds)
         await running.write.execute("ROLLBACK")
 
-        assert await until_end(running, guest) == heard
+        assert await until_end(running, guest) == received
 
 
-async def test_what_a_column_that_is_not_known_leads_to_is_told(
+async def test_records_behind_an_unknown_column_are_a_gap(
     database_url: str, tmp_path: Path
 ) -> None:
-    """Its ids of now are shown to who may see them; what they lead to isn't the event's."""
+    """Its current ids are shown to callers that may see them.
+
+    The records behind them aren't the event's.
+    """
     schema = """
     CREATE TABLE tags (id text PRIMARY KEY);
     CREATE TABLE docs (id text PRIMARY KEY, title text NOT NULL, body text, tags text[]);
@@ -256,15 +262,18 @@ async def test_what_a_column_that_is_not_known_leads_to_is_told(
         )
 
         assert sorted(await until_end(running, guest)) == ["gap", "one", "two"]
-        heard = [one for one in await plain.take(4) if one.event == "PB_RESYNC"]
-        assert heard == []
+        received = [one for one in await plain.take(4) if one.event == "PB_RESYNC"]
+        assert received == []
 
 
 @pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
-async def test_a_related_row_of_which_only_the_key_is_known_is_told(
+async def test_a_related_row_of_which_only_the_key_is_known_is_a_gap(
     database_url: str, tmp_path: Path, plugin: str
 ) -> None:
-    """A deleted record's owner is shown as before, and by DEFAULT no such row is in the WAL."""
+    """A deleted record's owner is shown as before.
+
+    With the default replica identity its row isn't in the WAL.
+    """
     schema = """
     CREATE TABLE people (id text PRIMARY KEY, name text NOT NULL);
     CREATE TABLE docs (id text PRIMARY KEY, title text NOT NULL, owner text NOT NULL);

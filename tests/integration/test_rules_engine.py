@@ -1,4 +1,4 @@
-"""The engine admits whom the reference query of each subscriber admits.
+"""The engine admits the subscribers that the reference query admits.
 
 Rules, filters, rows, related rows and subscribers are drawn anew on each run; a failure names its
 seed.
@@ -69,8 +69,8 @@ DELETIONS = 40
 
 
 @pytest.mark.timeout(300)
-def test_random_rules_admit_whom_the_reference_admits(database_url: str) -> None:
-    """Whatever is decided in the process, by keys that PostgreSQL names or pair by pair."""
+def test_random_rules_admit_the_subscribers_that_the_reference_admits(database_url: str) -> None:
+    """Whether decided in the process, by keys that PostgreSQL returns or pair by pair."""
     start = secrets.randbits(32)
     world = World(database_url, Random(start))
     with world.connection:
@@ -82,8 +82,11 @@ def test_random_rules_admit_whom_the_reference_admits(database_url: str) -> None
 
 
 @pytest.mark.timeout(300)
-def test_deletes_are_judged_as_of_before_their_transaction(database_url: str) -> None:
-    """What the same commit did to related rows doesn't count: the reference was asked before."""
+def test_deletes_are_evaluated_as_of_before_their_transaction(database_url: str) -> None:
+    """Changes of related rows by the same commit don't count.
+
+    The reference is evaluated before it.
+    """
     start = secrets.randbits(32)
     world = World(database_url, Random(start))
     tables = reachable_tables(world.collections)
@@ -102,7 +105,7 @@ def test_deletes_are_judged_as_of_before_their_transaction(database_url: str) ->
 
 @dataclass
 class Round:
-    """Some rows and subscribers, and what the reference says of them."""
+    """Rows and subscribers, and the reference's verdicts on them."""
 
     rows: list[Row]
     now: datetime
@@ -111,7 +114,7 @@ class Round:
 
 
 def _round(world: World, rule: str) -> str:
-    """Return how engine and reference differ, or an empty text."""
+    """Return the difference between engine and reference, or an empty text."""
     made = _asked(world, rule)
     if made is None:
         return ""
@@ -122,7 +125,7 @@ def _round(world: World, rule: str) -> str:
 
 
 def _asked(world: World, rule: str) -> Round | None:
-    """Ask the reference; None if the rule is refused."""
+    """Evaluate the reference query; return None if the rule is refused."""
     chance = world.chance
     planner = RuleCompiler(world.collections)
     made = Round([world.post() for _ in range(12)], datetime.now(UTC), PredicateIndex(), {})

@@ -1,4 +1,7 @@
-"""What Postgres is asked about rules: in a snapshot that sees the commit; faults stay alone."""
+"""Questions put to PostgreSQL: in a snapshot that sees the commit.
+
+A failure stays with its pair.
+"""
 
 from __future__ import annotations
 
@@ -37,27 +40,27 @@ from tests.rules_world import World
 from tests.unit.hub.room import MemorySink
 
 SEEN = Xid(3)
-"""FrozenTransactionId's neighbour: visible to everybody."""
+"""The xid after FrozenTransactionId: visible to every snapshot."""
 DEADLINE = 10.0
 VIEW = View(sees_hidden=False, sees_email=False, fields=None)
 
 
 class Desk:
-    """Subscribers of ``posts``, a matcher with one rule, and a probe."""
+    """Subscribers of ``posts``, a matcher with one rule, and a query executor."""
 
     def __init__(self, world: World, pool: QueryPool) -> None:
         self.world = world
-        self.probe = QueryExecutor(pool)
+        self.executor = QueryExecutor(pool)
         self.matcher = Matcher(world.collections)
 
     def rule(self, text: str) -> None:
-        """Make it the list rule of posts, for whoever subscribes from now on."""
+        """Make it the list rule of posts, for later subscriptions."""
         posts = replace(self.world.collections["posts"], list_rule=text)
         others = (c for c in self.world.collections.values() if c.name != "posts")
         self.matcher = Matcher(Collections((posts, *others)))
 
     def subscribe(self, user: str) -> Subscription:
-        """Somebody subscribes to all posts."""
+        """Add a subscription to all posts."""
         cursor = Cursor(LSN(0), 0)
         connection = Connection("c", MemorySink(), address="", epoch="", cursor=cursor, now=0.0)
         made = Subscription(connection, parse_topic("posts/*"), VIEW, "")
@@ -65,22 +68,22 @@ class Desk:
         assert self.matcher.add(made, record) == ""
         return made
 
-    async def hear(self, events: Sequence[Event]) -> list[set[Subscription]]:
-        """Return, per event, whose rule admits it."""
-        heard: list[set[Subscription]] = [set() for _ in events]
+    async def admitted(self, events: Sequence[Event]) -> list[set[Subscription]]:
+        """Return, per event, the subscribers whose rule admits it."""
+        found: list[set[Subscription]] = [set() for _ in events]
         for costly in (False, True):
             evaluation = evaluate_in_process(
                 self.matcher, events, datetime.now(UTC), has_remote_filter=costly
             )
-            await self.probe.answer_questions(evaluation)
-            for index, found in enumerate(heard):
-                found.update(
+            await self.executor.answer_questions(evaluation)
+            for index, subscriptions in enumerate(found):
+                subscriptions.update(
                     s for group in evaluation.hits(index) for a in group.render_groups for s in a
                 )
-        return heard
+        return found
 
     def event(self, **columns: str | None) -> Event:
-        """An update of a post."""
+        """Return an update of a post."""
         row: Row = {**self.world.post(), **columns}
         posts = self.world.collections["posts"]
         return Event(posts, "update", row["id"] or "", row, Cursor(LSN(8), 1), SEEN)
@@ -100,19 +103,25 @@ def set_up(desk: Desk, statement: str) -> None:
 
 
 async def test_a_row_that_postgres_refuses_is_denied_alone(desk: Desk) -> None:
-    """The catalogue may be behind the stream: a text that is no integer for one of many rows."""
+    """The catalogue may be older than the stream.
+
+    One of many rows holds a text where an integer is expected.
+    """
     set_up(desk, "UPDATE projects SET owner = 'u1'; INSERT INTO projects VALUES ('px', '', 'u1')")
     desk.rule("project.owner = @request.auth.id && project.owner.level != views")
     one = desk.subscribe("u1")
     desk.subscribe("u2")
     events = [desk.event(project="px", views=views) for views in ("1000", "no number", "2000")]
 
-    assert await desk.hear(events) == [{one}, set(), {one}]
-    assert set(desk.probe.unanswered_counts) == {("posts", "error")}
+    assert await desk.admitted(events) == [{one}, set(), {one}]
+    assert set(desk.executor.unanswered_counts) == {("posts", "error")}
 
 
 async def test_what_postgres_quotes_of_a_row_is_not_logged(desk: Desk) -> None:
-    """Of a rule's query and of a live row's: the first line of the message is the value itself."""
+    """For a rule's query and a live row's query.
+
+    The first line of the message is the value itself.
+    """
     set_up(desk, "UPDATE projects SET owner = 'u1'; INSERT INTO projects VALUES ('px', '', 'u1')")
     desk.rule("project.owner = @request.auth.id && project.owner.level != views")
     desk.subscribe("u1")
@@ -122,8 +131,8 @@ async def test_what_postgres_quotes_of_a_row_is_not_logged(desk: Desk) -> None:
     numbered = replace(posts, key=views)
     event = desk.event(project="px", views="secret")
     with capture_logs() as logged:
-        await desk.hear([event])
-        await desk.probe.fetch_live_rows(
+        await desk.admitted([event])
+        await desk.executor.fetch_live_rows(
             [structs.replace(event, collection=numbered, record_id="secret")]
         )
 
@@ -134,9 +143,9 @@ async def test_what_postgres_quotes_of_a_row_is_not_logged(desk: Desk) -> None:
 async def test_which_columns_there_are_is_asked_once(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the number of those that the row lacks: events wait for it."""
+    """Whatever the number of missing columns: events wait for the answer."""
     asked: list[str] = []
-    reader = desk.probe._live_rows
+    reader = desk.executor._live_rows
     existing = reader._fetch_existing_columns
 
     async def counted(collection: Collection) -> frozenset[str]:
@@ -146,7 +155,7 @@ async def test_which_columns_there_are_is_asked_once(
     monkeypatch.setattr(reader, "_fetch_existing_columns", counted)
     set_up(desk, "ALTER TABLE posts DROP COLUMN title")
     event = structs.replace(desk.event(), row={"id": "p"})
-    _, unread = await desk.probe.fetch_live_rows([event])
+    _, unread = await desk.executor.fetch_live_rows([event])
 
     assert len(event.missing_columns) > 1
     assert (asked, unread) == (["posts"], frozenset())
@@ -166,12 +175,12 @@ async def test_a_bad_rule_keeps_no_other_from_its_answer(desk: Desk) -> None:
     record = AuthRecord(collection_id="x", collection_name="users", id="u1")
     assert desk.matcher.add(broken, record) == ""
 
-    assert await desk.hear([desk.event(project="px")]) == [{one}]
-    assert set(desk.probe.unanswered_counts) == {("posts", "error")}
+    assert await desk.admitted([desk.event(project="px")]) == [{one}]
+    assert set(desk.executor.unanswered_counts) == {("posts", "error")}
 
 
 async def test_nothing_is_asked_before_the_commit_is_visible(desk: Desk) -> None:
-    """A commit can be in the stream before anybody sees it."""
+    """The stream can bring a commit before any snapshot sees it."""
     desk.rule("project.owner = @request.auth.id")
     one = desk.subscribe("u1")
     async with await psycopg.AsyncConnection.connect(desk.world.url) as writing:
@@ -181,18 +190,21 @@ async def test_nothing_is_asked_before_the_commit_is_visible(desk: Desk) -> None
         assert found is not None
         event = desk.event(project="px")
         event.xid = Xid(found[0])
-        hearing = asyncio.create_task(desk.hear([event]))
-        # As many rounds of its own as it takes for the probe to have asked at least twice.
+        evaluating = asyncio.create_task(desk.admitted([event]))
+        # Loop until the executor has checked visibility at least twice.
         for _ in range(5):
             await writing.execute("SELECT pg_sleep(0.01)")
-        assert not hearing.done()
+        assert not evaluating.done()
         await writing.commit()
     async with asyncio.timeout(DEADLINE):
-        assert await hearing == [{one}]
+        assert await evaluating == [{one}]
 
 
-async def test_a_deleted_row_is_judged_by_what_went_with_it(desk: Desk) -> None:
-    """A cascade sends the parent's delete first; who could see the post before hears of its end."""
+async def test_a_deleted_row_is_evaluated_with_rows_deleted_with_it(desk: Desk) -> None:
+    """A cascade sends the parent's delete first.
+
+    Subscribers that could see the post receive its delete.
+    """
     set_up(desk, "INSERT INTO members VALUES ('mx', 'px', 'u1', '', 1)")
     set_up(desk, "INSERT INTO projects VALUES ('px', '', 'u2')")
     desk.rule("project.members_via_project.user ?= @request.auth.id")
@@ -210,11 +222,11 @@ async def test_a_deleted_row_is_judged_by_what_went_with_it(desk: Desk) -> None:
         Delete(tables["members"].table.name, WholeRow(member)),
     )
 
-    assert await desk.hear([went]) == [{one}]
+    assert await desk.admitted([went]) == [{one}]
 
 
 async def test_what_went_without_a_trace_is_denied_and_counted(desk: Desk) -> None:
-    """Without REPLICA IDENTITY FULL nobody knows what the related row said."""
+    """Without REPLICA IDENTITY FULL the values of the deleted related row are unknown."""
     set_up(desk, "INSERT INTO projects VALUES ('px', '', 'u1')")
     desk.rule("project.owner = @request.auth.id")
     desk.subscribe("u1")
@@ -224,12 +236,12 @@ async def test_what_went_without_a_trace_is_denied_and_counted(desk: Desk) -> No
         Delete(desk.world.collections["projects"].table.name, Key({"id": "px"})),
     )
 
-    assert await desk.hear([went]) == [set()]
-    assert desk.probe.unanswered_counts == {("posts", "unknown_rows"): 1}
+    assert await desk.admitted([went]) == [set()]
+    assert desk.executor.unanswered_counts == {("posts", "unknown_rows"): 1}
 
 
 async def test_more_values_than_are_fetched_are_asked_for_by_name(desk: Desk) -> None:
-    """A project with more members than there are subscribers names the subscribers only."""
+    """If a project has more members than there are subscribers, the query names the subscribers."""
     set_up(
         desk,
         "INSERT INTO projects VALUES ('px', '', 'u1');"
@@ -240,12 +252,12 @@ async def test_more_values_than_are_fetched_are_asked_for_by_name(desk: Desk) ->
     members = {desk.subscribe(f"w{n}") for n in (1, 1500, 3000)}
     desk.subscribe("w3001")
 
-    assert await desk.hear([desk.event(project="px")]) == [members]
-    assert not desk.probe.unanswered_counts
+    assert await desk.admitted([desk.event(project="px")]) == [members]
+    assert not desk.executor.unanswered_counts
 
 
 async def test_many_slow_filters_together_are_hurried(desk: Desk) -> None:
-    """A client's bombs cost a few time-outs and not one each; what is quick is answered still."""
+    """A client's slow filters cost a few time-outs, not one each; fast ones are still answered."""
     set_up(desk, "INSERT INTO projects VALUES ('px', '', 'u1')")
     desk.rule("")
     one = desk.subscribe("u1")
@@ -261,14 +273,14 @@ async def test_many_slow_filters_together_are_hurried(desk: Desk) -> None:
         QueryPool(desk.world.url, statement_timeout=0.8) as pool,
         await psycopg.AsyncConnection.connect(desk.world.url) as locker,
     ):
-        desk.probe = QueryExecutor(pool)
+        desk.executor = QueryExecutor(pool)
         await locker.execute("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
         began = time.monotonic()
-        (heard,) = await desk.hear([desk.event(project="px")])
+        (found,) = await desk.admitted([desk.event(project="px")])
         waited = time.monotonic() - began
 
-    assert heard == {one, made[-1]}
-    assert desk.probe.unanswered_counts[("posts", "timeout")] == 12
+    assert found == {one, made[-1]}
+    assert desk.executor.unanswered_counts[("posts", "timeout")] == 12
     assert 3.2 < waited < 6  # four of 0.8 s and eight of 0.04 s; 9.6 s unhurried
 
 
@@ -276,7 +288,7 @@ async def test_many_slow_filters_together_are_hurried(desk: Desk) -> None:
 async def test_what_is_late_while_others_wait_is_undecided_and_can_be_asked_again(
     desk: Desk, theirs: float
 ) -> None:
-    """It isn't denied, and counts for no time-out; with all the time it is answered."""
+    """It isn't denied and counts as no time-out; without the shorter limit it is answered."""
     set_up(
         desk,
         "UPDATE users SET name = 'u1' WHERE id = 'u2';INSERT INTO projects VALUES ('px', '', 'u2')",
@@ -297,19 +309,21 @@ async def test_what_is_late_while_others_wait_is_undecided_and_can_be_asked_agai
         QueryPool(desk.world.url, statement_timeout=theirs) as pool,
         await psycopg.AsyncConnection.connect(desk.world.url) as locker,
     ):
-        probe = QueryExecutor(pool)
+        executor = QueryExecutor(pool)
         await locker.execute("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
         async with asyncio.timeout(DEADLINE):
-            assert await probe.answer_questions(evaluation, budget) == frozenset()
+            assert await executor.answer_questions(evaluation, budget) == frozenset()
 
     assert budget.is_spent()
     assert evaluation.undecided_members == {each.group for each in made}
     assert not evaluation.hits(0)
-    assert not probe.unanswered_counts
-    assert not any(probe._rounds.breakers.has_timed_out(about) for about in abouts(made))
-    await probe.answer_questions(evaluation, budget)  # whose connections are closed: it isn't asked
+    assert not executor.unanswered_counts
+    assert not any(executor._rounds.breakers.has_timed_out(about) for about in abouts(made))
+    await executor.answer_questions(
+        evaluation, budget
+    )  # its connections are closed: no query is sent
     assert evaluation.undecided_members == {each.group for each in made}
-    await desk.probe.answer_questions(evaluation, TimeBudget())
+    await desk.executor.answer_questions(evaluation, TimeBudget())
 
     assert evaluation.hits(0) == {each.group for each in made}
     assert not evaluation.undecided_members

@@ -1,7 +1,8 @@
-"""Texts that nobody would write, as rules and as filters: refused with a place, or decided.
+"""Arbitrary texts as rules and filters: each is refused with a position in the text, or decided.
 
-Mutated from the rules corpus and made of nothing. Each run takes a fresh seed, which a failure
-names; ``PGREALTIME_FUZZ_SEED`` takes it again and ``PGREALTIME_FUZZ_SECONDS`` lasts longer.
+They are mutated from the rules corpus and generated from nothing. Each run takes a fresh seed,
+which a failure names; ``PGREALTIME_FUZZ_SEED`` repeats it and ``PGREALTIME_FUZZ_SECONDS`` extends
+the run.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from tests.conformance.rules_corpus import CORPUS, Case, Corpus, Refused, Way, c
 SECONDS = float(os.environ.get("PGREALTIME_FUZZ_SECONDS", "4"))
 SEED = int(os.environ.get("PGREALTIME_FUZZ_SEED", secrets.randbelow(1 << 32)))
 MARK = "zqmark"
-"""Nothing that the schema has: where it stands in SQL a text came through."""
+"""A text that is nowhere in the schema: if SQL contains it, a value was interpolated."""
 SLOWEST_SECONDS = 1.0
 LONGEST = 3500
-"""Characters of a filter, and of a rule that isn't to be waited for."""
+"""Characters of a filter, and of a rule that must be processed in bounded time."""
 LEAST = 10
-"""Texts of each outcome, without which a run has shown nothing."""
+"""Texts of each outcome that a run must have had to prove anything."""
 _KINDS = ("refused", "decided")
 
 _TOKENS = (
@@ -68,7 +69,7 @@ _TOKENS = (
 
 
 def texts(random: Random, known: list[str]) -> Iterator[str]:
-    """Yield texts, for ever."""
+    """Yield texts without end."""
     while True:
         match random.randrange(12):
             case 0:
@@ -119,7 +120,7 @@ def _fed(case: Case, text: str, *, is_filter: bool) -> Case:
 
 
 def _asked(corpus: Corpus, case: Case, way: Way) -> object:
-    """Return the answer, or what kind of value Postgres couldn't do it with."""
+    """Return the answer, or the kind of value that PostgreSQL raised an error for."""
     try:
         answer = corpus.answer(case, way)
     except (errors.DataError, errors.QueryCanceled) as error:
@@ -129,7 +130,7 @@ def _asked(corpus: Corpus, case: Case, way: Way) -> object:
 
 @pytest.mark.timeout(SECONDS + 60)
 async def test_any_text_is_refused_with_a_place_or_decided(database_url: str) -> None:
-    """In bounded time, by SQL that Postgres takes and that holds nothing of the text."""
+    """In bounded time, by SQL that PostgreSQL accepts and that contains nothing of the text."""
     corpus = await load(database_url)
     random = Random(SEED)
     all_cases = [case for case in cases(CORPUS) if expected(case) is not None]
@@ -152,10 +153,10 @@ async def test_any_text_is_refused_with_a_place_or_decided(database_url: str) ->
 
 
 def _look(corpus: Corpus, case: Case, text: str, said: str, *, is_filter: bool) -> str:
-    """Feed it to all that reads rules; return what became of it."""
+    """Process the text with all that reads rules; return the outcome."""
     made, spent = _timed(corpus, case, text, is_filter=is_filter)
     if len(text) <= LONGEST and spent >= SLOWEST_SECONDS:
-        # Once more: a full garbage collection takes as long, whatever the text.
+        # Measured again: a full garbage collection takes as long, whatever the text.
         made, spent = _timed(corpus, case, text, is_filter=is_filter)
         assert spent < SLOWEST_SECONDS, f"{spent:.1f} s: {said}"
     if isinstance(made, RuleError):

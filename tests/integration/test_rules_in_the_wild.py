@@ -1,7 +1,7 @@
-"""Rules over the schemas that people have: their keys, their types, their junction tables.
+"""Rules over the schemas of existing applications: their keys, types and junction tables.
 
-The oracle is PostgreSQL, asked by hand: each case states the ids that the rule's plain meaning
-gives for the few rows below.
+The oracle is hand-written: each case states the ids that the rule's plain meaning gives for the few
+rows below.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ _ANN = "00000000-0000-0000-0000-00000000000a"
 _BOB = "00000000-0000-0000-0000-00000000000b"
 
 Ask: TypeAlias = Callable[[str], str]
-"""Rule to the ids of the docs it shows Ann, separated by blanks."""
+"""Returns the ids of the docs that a rule shows to Ann, separated by blanks."""
 
 
 @pytest_asyncio.fixture
@@ -269,12 +269,12 @@ def _answer(connection: psycopg.Connection, question: SqlQuery, rows: Sequence[R
     ],
 )
 def test_rule_means_the_same_whatever_the_type(ask: Ask, rule: str, ids: str) -> None:
-    """uuid, bigint, enum, citext, char(n), domains, timestamps and junctions mean their text."""
+    """Values of uuid, bigint, enum, citext, char(n), domain and timestamp compare by text."""
     assert ask(rule) == ids
 
 
 def test_bytes_are_refused_when_the_rule_is_set(collections: Collections) -> None:
-    """What has no meaning in the language is said at start, with its place."""
+    """A type that the language can't compare is reported at start, with its position."""
     with pytest.raises(RuleUnsupportedError, match="bytea") as refused:
         check_rule(collections, collections["docs"], "id = '1' || secret = 'x'")
     assert (refused.value.start, refused.value.end) == (12, 18)
@@ -283,7 +283,10 @@ def test_bytes_are_refused_when_the_rule_is_set(collections: Collections) -> Non
 def test_row_without_a_column_that_is_read_is_not_admitted(
     collections: Collections, asking: psycopg.Connection
 ) -> None:
-    """What the WAL left out is unknown, and unknown is denied; other columns don't matter."""
+    """A column that the WAL left out is unknown, and unknown is denied.
+
+    Other columns don't matter.
+    """
     query = _decided(collections, "code != 'zz'")
     assert isinstance(query, ReferenceQuery)
     whole, unread, lacking = _docs(asking)
@@ -295,10 +298,13 @@ def test_row_without_a_column_that_is_read_is_not_admitted(
     assert sorted(found) == [(1,), (2,)]
 
 
-def test_delete_is_judged_with_related_rows_as_they_were(
+def test_delete_is_evaluated_with_related_rows_as_they_were(
     collections: Collections, asking: psycopg.Connection
 ) -> None:
-    """Rows that the transaction changed or deleted count as before; those it inserted don't."""
+    """Rows that the transaction changed or deleted count as before.
+
+    Those that it inserted don't count.
+    """
     people = collections["people"].table
     docs = _docs(asking)
     query = _decided(collections, "owner.handle = 'before' || owner.people_via_boss.id ?!= ''")
@@ -322,7 +328,7 @@ def test_delete_is_judged_with_related_rows_as_they_were(
 def test_delete_is_undecidable_without_the_old_image(
     collections: Collections, asking: psycopg.Connection
 ) -> None:
-    """Without REPLICA IDENTITY FULL a touched related row is unknown: nothing is admitted."""
+    """Without REPLICA IDENTITY FULL a changed related row is unknown: nothing is admitted."""
     query = _decided(collections, "owner.handle != 'x'")
     assert isinstance(query, ReferenceQuery)
     overlay = Overlay(

@@ -1,4 +1,4 @@
-"""What a database or a role is set to doesn't change what a rule means."""
+"""Settings of a database or a role don't change what a rule means."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET {} = off', current_database())
 """
 
 RULE = "@collection.docs.note ?= note && strftime('%Y', title) = null"
-"""Asks Postgres, with a NULL of the row itself and a text that looks like no number."""
+"""Reads a related table, with a NULL of the row itself and a text that looks like no number."""
 
 
 @pytest.mark.parametrize("setting", ["standard_conforming_strings", "array_nulls"])
 async def test_how_texts_are_read_is_not_left_to_the_database(
     database_url: str, tmp_path: Path, setting: str
 ) -> None:
-    """Backslashes in statements, and NULLs in the arrays that row images are handed over in."""
+    """Covers backslashes in statements, and NULLs in the arrays that pass row images."""
     collections = {"docs": {"table": "docs", "list_rule": RULE}}
     schema = SCHEMA.format(setting)
     async with (

@@ -1,4 +1,4 @@
-"""What records show beside their rows, to connections that are LIVE and to those that read on."""
+"""Enrichment of records, the same for LIVE connections and for those that catch up."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ INSERT INTO post_tags VALUES (1, 2), (1, 1), (2, 1);
 """
 
 FAR = 1 << 50
-"""Beyond the server's own positions, so that every topic hears of it."""
+"""Beyond the server's own positions, so that every topic receives it."""
 
 COLLECTIONS: dict[str, dict[str, Any]] = {
     "people": {
@@ -94,32 +94,32 @@ def update(table: TableName, record_id: str) -> Update:
     return Update(table, row, WholeRow(row))
 
 
-def caller(name: str) -> Caller:
+def caller_of(name: str) -> Caller:
     record = AuthRecord(collection_id="pbc_people", collection_name="people", id=name)
     return Caller(record)
 
 
 @dataclass
 class Stage:
-    """A hub on a real database, with a changelog that is written by hand."""
+    """A hub on a real database, with a changelog that the test writes."""
 
     hub: Hub
     changelog: MemoryChangelog
     _end: int = FAR
 
     async def listen(
-        self, *topics: str, who: Caller, position: str | None = None
+        self, *topics: str, caller: Caller, position: str | None = None
     ) -> tuple[Connection, MemorySink]:
         sink = MemorySink()
         connection = self.hub.open_connection(
             sink, address="", last_event_id=None, position=position
         )
-        await self.hub.subscribe(connection.id, topics, who, "")
+        await self.hub.subscribe(connection.id, topics, caller, "")
         return connection, sink
 
     def commit(self, *changes: Change) -> None:
         self._end += 100
-        # The first transaction of every database: seen by everybody.
+        # The first transaction of every database: visible to every snapshot.
         made = Transaction(Xid(3), LSN(self._end), 0, changes, 100)
         self.changelog.append(made)
         self.hub.wake()
@@ -181,21 +181,21 @@ TOPICS = (
 
 CALLERS = {
     "guest": Caller(),
-    "ann": caller("ann"),
-    "bob": caller("bob"),
+    "ann": caller_of("ann"),
+    "bob": caller_of("bob"),
     "root": Caller(Superuser("root")),
 }
 
 
 async def test_reading_on_shows_what_live_connections_were_shown(database_url: str) -> None:
-    """Related records, junction ids, addresses: whoever looks, and whichever way it comes."""
+    """Related records, junction ids and e-mail addresses are the same for each caller."""
     async with open_stage(database_url) as stage:
         live = {}
-        for name, who in CALLERS.items():
-            live[name] = (await stage.listen(*TOPICS, who=who))[1]
+        for name, caller in CALLERS.items():
+            live[name] = (await stage.listen(*TOPICS, caller=caller))[1]
         positions = {}
-        for name, who in CALLERS.items():
-            connection, sink = await stage.listen("PB_CURSOR", who=who, position="")
+        for name, caller in CALLERS.items():
+            connection, sink = await stage.listen("PB_CURSOR", caller=caller, position="")
             positions[name] = connection.position.decode()
             stage.hub.remove_connection(connection)
         stage.commit(*(update(POSTS, n) for n in "123"), update(PEOPLE, "bob"))
@@ -203,8 +203,8 @@ async def test_reading_on_shows_what_live_connections_were_shown(database_url: s
         stage.commit(Insert(POSTS, ROWS[POSTS]["1"]), Delete(POSTS, WholeRow(ROWS[POSTS]["2"])))
         await stage.settled()
         read_on = {}
-        for name, who in CALLERS.items():
-            _, sink = await stage.listen(*TOPICS, who=who, position=positions[name])
+        for name, caller in CALLERS.items():
+            _, sink = await stage.listen(*TOPICS, caller=caller, position=positions[name])
             await sink.wait_for(len(live[name].events()))
             read_on[name] = sink
 
@@ -216,9 +216,12 @@ async def test_reading_on_shows_what_live_connections_were_shown(database_url: s
 
 
 async def test_a_record_shows_the_ids_of_its_junction_table(database_url: str) -> None:
-    """Live rows of the junction: PocketBase keeps such a list in the record itself."""
+    """PocketBase keeps such a list in the record.
+
+    Here it comes from the junction's current rows.
+    """
     async with open_stage(database_url) as stage:
-        _, sink = await stage.listen("posts/*", who=Caller())
+        _, sink = await stage.listen("posts/*", caller=Caller())
         stage.commit(*(update(POSTS, n) for n in "123"))
         await sink.wait_for(4)
 
@@ -230,7 +233,7 @@ async def test_a_record_shows_the_ids_of_its_junction_table(database_url: str) -
     [
         ("guest", [None, None, "cid@x"]),
         ("bob", [None, "bob@x", "cid@x"]),
-        # Her own by herself: her rule is about others.
+        # Ann sees her own address as its owner: the manage rule is about others.
         ("ann", ["ann@x", "bob@x", "cid@x"]),
         ("root", ["ann@x", "bob@x", "cid@x"]),
     ],
@@ -239,7 +242,7 @@ async def test_addresses_are_shown_to_their_owners_and_managers(
     database_url: str, name: str, seen: list[str | None]
 ) -> None:
     async with open_stage(database_url) as stage:
-        _, sink = await stage.listen("people/*", who=CALLERS[name])
+        _, sink = await stage.listen("people/*", caller=CALLERS[name])
         stage.commit(*(update(PEOPLE, one) for one in ("ann", "bob", "cid")))
         await sink.wait_for(4)
 
@@ -247,10 +250,10 @@ async def test_addresses_are_shown_to_their_owners_and_managers(
 
 
 async def test_a_filter_is_part_of_managing(database_url: str) -> None:
-    """Protocol, 6.5: who manages is asked with the subscription's filter, as in PocketBase."""
+    """The manage rule is evaluated with the subscription's filter (protocol, 6.5)."""
     async with open_stage(database_url) as stage:
         topics = [topic("people/*", filter=text) for text in ('name = "Bob"', 'name != "Bob"')]
-        _, sink = await stage.listen(*topics, who=CALLERS["ann"])
+        _, sink = await stage.listen(*topics, caller=CALLERS["ann"])
         stage.commit(update(PEOPLE, "bob"), update(PEOPLE, "cid"))
         await sink.wait_for(3)
 
@@ -268,7 +271,7 @@ WHERE datname = current_database() AND wait_event_type = 'Lock' AND query ~ 'pos
 
 @asynccontextmanager
 async def locked(database_url: str) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
-    """Somebody who holds the junction table, and gives its waiters away."""
+    """Lock the junction table; yield a connection that can find and cancel the waiting queries."""
     async with (
         await psycopg.AsyncConnection.connect(database_url) as holder,
         await psycopg.AsyncConnection.connect(database_url, autocommit=True) as watch,
@@ -285,33 +288,36 @@ async def waiter(watch: psycopg.AsyncConnection[Any]) -> int:
     return int(row[0])
 
 
-def told(sink: MemorySink) -> list[str]:
+def event_names(sink: MemorySink) -> list[str]:
     return [event.partition("?")[0] for _, event, _ in sink.events()[1:]]
 
 
-async def test_what_stands_beside_a_record_is_asked_again_when_its_connection_breaks(
+async def test_enrichment_is_read_again_when_its_connection_breaks(
     database_url: str,
 ) -> None:
-    """Nobody is to blame for it, and the next connection answers."""
+    """A broken connection is no failure of the query; the next connection answers it."""
     async with open_stage(database_url) as stage:
         topics = ["posts/*", topic("posts/*", expand="tags"), "PB_RESYNC"]
-        _, sink = await stage.listen(*topics, who=Caller())
+        _, sink = await stage.listen(*topics, caller=Caller())
         async with locked(database_url) as watch:
             stage.commit(update(POSTS, "1"))
             pid = await waiter(watch)
             await watch.execute("SELECT pg_terminate_backend(%s)", (pid,))
         await sink.wait_for(3)
 
-        assert told(sink) == ["posts/*", "posts/*"]
+        assert event_names(sink) == ["posts/*", "posts/*"]
         assert [one["tags"] for one in records(sink)] == [["1", "2"], ["1", "2"]]
         assert [len(one["expand"]["tags"]) for one in records(sink) if "expand" in one] == [2]
 
 
-async def test_what_cannot_be_had_beside_a_record_is_told(database_url: str) -> None:
-    """A lock outlasts two attempts. Who isn't shown what it kept back isn't told."""
+async def test_enrichment_that_cannot_be_read_is_a_gap(database_url: str) -> None:
+    """A lock outlasts two attempts.
+
+    Only connections that would have been shown the data are notified.
+    """
     async with open_stage(database_url, seconds=0.2) as stage:
-        _, sink = await stage.listen("posts/*", "PB_RESYNC", who=Caller())
-        _, other = await stage.listen("people/*", "PB_RESYNC", who=Caller())
+        _, sink = await stage.listen("posts/*", "PB_RESYNC", caller=Caller())
+        _, other = await stage.listen("people/*", "PB_RESYNC", caller=Caller())
         async with locked(database_url):
             stage.commit(update(POSTS, "1"), update(PEOPLE, "cid"))
             await sink.wait_for(3)
@@ -319,16 +325,16 @@ async def test_what_cannot_be_had_beside_a_record_is_told(database_url: str) -> 
         await sink.wait_for(4)
         await other.wait_for(3)
 
-        assert told(sink) == ["posts/*", "PB_RESYNC", "posts/*"]
-        assert told(other) == ["people/*", "people/*"]
+        assert event_names(sink) == ["posts/*", "PB_RESYNC", "posts/*"]
+        assert event_names(other) == ["people/*", "people/*"]
 
 
-async def test_what_cannot_be_expanded_is_told_to_who_wants_it(database_url: str) -> None:
-    """Their topics may be of one group with others that expand nothing."""
+async def test_an_expand_that_fails_is_a_gap_for_topics_that_request_it(database_url: str) -> None:
+    """Their topics may share a group with topics without expand."""
     async with open_stage(database_url, seconds=0.2) as stage:
         expanding = topic("tags/*", expand="posts_via_tags")
-        _, sink = await stage.listen(expanding, "PB_RESYNC", who=Caller())
-        _, other = await stage.listen("tags/*", "PB_RESYNC", who=Caller())
+        _, sink = await stage.listen(expanding, "PB_RESYNC", caller=Caller())
+        _, other = await stage.listen("tags/*", "PB_RESYNC", caller=Caller())
         row: Row = {"id": "1", "label": "one"}
         change = Update(TableName("public", "tags"), row, WholeRow(row))
         async with locked(database_url):
@@ -338,5 +344,5 @@ async def test_what_cannot_be_expanded_is_told_to_who_wants_it(database_url: str
         await sink.wait_for(4)
         await other.wait_for(3)
 
-        assert told(sink) == ["tags/*", "PB_RESYNC", "tags/*"]
-        assert told(other) == ["tags/*", "tags/*"]
+        assert event_names(sink) == ["tags/*", "PB_RESYNC", "tags/*"]
+        assert event_names(other) == ["tags/*", "tags/*"]

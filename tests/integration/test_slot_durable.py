@@ -1,4 +1,4 @@
-"""A slot that outlives the process: what it keeps, when it moves, and what is refused."""
+"""A durable slot: what it retains, when it advances, and what is refused."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ async def reading_of(
 
 @both
 async def test_what_was_committed_without_us_comes_whole(database_url: str, plugin: Plugin) -> None:
-    """And what came before, once more, since nobody said that it isn't needed."""
+    """What was not confirmed before comes again."""
     config = durable(plugin=plugin)
     async with writer(database_url) as connection:
         await prepared(connection)
@@ -176,7 +176,7 @@ async def test_slot_moves_behind_what_clients_can_still_ask_for(
 
 
 async def test_a_gap_that_is_let_go_takes_no_commit_along(database_url: str) -> None:
-    """It lies between two commits of which the second begins where the first one ends."""
+    """The gap lies between two commits, and the second one begins where the first one ends."""
     config, max_age = durable(), 1e9
     async with (
         writer(database_url) as connection,
@@ -199,7 +199,7 @@ async def test_a_gap_that_is_let_go_takes_no_commit_along(database_url: str) -> 
             assert room.changelog.floor.lsn == end + 1
             async with asyncio.timeout(DEADLINE_SECONDS):
                 while await confirmed(connection, config) < end:
-                    await asyncio.sleep(0.01)  # moved once a second, of which nobody is told
+                    await asyncio.sleep(0.01)  # advances once a second, without a notification
         async with reading(database_url, config, connection) as room:
             room.begun = room.changelog.floor
             await room.follower.until(lambda: room.inserted(OLD) == [2])
@@ -208,7 +208,7 @@ async def test_a_gap_that_is_let_go_takes_no_commit_along(database_url: str) -> 
 async def test_slot_moves_where_only_others_write(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else it would retain all the WAL of a busy database with one quiet table."""
+    """Otherwise it would retain all the WAL of a busy database with one quiet table."""
     monkeypatch.setattr(feed_reader, "_EXPIRE_SECONDS", 0.05)
     monkeypatch.setattr(feed_reader, "_MARK_SECONDS", 0.1)
     config = durable()
@@ -236,7 +236,7 @@ async def test_slot_moves_where_only_others_write(
 async def test_other_tables_are_streamed_with_nothing_missed_or_repeated(
     database_url: str,
 ) -> None:
-    """The stream is closed and opened anew: of one slot only one can be read."""
+    """The stream is closed and reopened: a slot has one reader at a time."""
     config = durable()
     counts, is_over = [0, 0], asyncio.Event()
 
@@ -269,9 +269,9 @@ async def test_other_tables_are_streamed_with_nothing_missed_or_repeated(
                         await room.follower.until(lambda: len(room.inserted(NEW)) > known)  # noqa: B023
                 is_over.set()
             await room.follower.until(lambda: len(room.inserted(OLD)) >= sum(counts))
-            heard, of_new = room.inserted(OLD), room.inserted(NEW)
-    assert sorted(heard) == sorted(p + 2 * n for p in range(2) for n in range(counts[p]))
-    assert 0 < len(of_new) < len(heard)
+            received, of_new = room.inserted(OLD), room.inserted(NEW)
+    assert sorted(received) == sorted(p + 2 * n for p in range(2) for n in range(counts[p]))
+    assert 0 < len(of_new) < len(received)
     assert len(of_new) == len(set(of_new))
     assert "lost" not in room.follower.said
 
@@ -279,7 +279,10 @@ async def test_other_tables_are_streamed_with_nothing_missed_or_repeated(
 async def test_what_the_decoder_fails_at_for_ever_is_passed_over_and_a_gap(
     database_url: str,
 ) -> None:
-    """A publication that wasn't there for one change; up to 17 no new stream gets behind that."""
+    """A publication didn't exist at one change.
+
+    Up to PostgreSQL 17 no new stream gets past that.
+    """
     config = durable(plugin="pgoutput")
     async with writer(database_url) as connection:
         if connection.info.server_version >= 180_000:
@@ -309,7 +312,7 @@ def _gaps(room: Reading) -> list[str]:
 
 
 async def test_second_process_waits_and_takes_over(database_url: str) -> None:
-    """Without a gap: it begins where the first one said that what is before isn't needed."""
+    """Without a gap: it begins at the LSN that the first one confirmed."""
     config = durable()
     async with writer(database_url) as connection:
         await prepared(connection)
@@ -330,7 +333,7 @@ async def test_second_process_waits_and_takes_over(database_url: str) -> None:
 async def test_tables_that_could_not_be_had_are_not_read_later_either(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever asked was told that all stays as it was, also if it is the slot that went away."""
+    """The caller was informed that nothing changes, also if the slot was dropped meanwhile."""
     monkeypatch.setattr(feed_reader, "_REOPEN_SECONDS", 0.5)
     config = durable()
     is_taken, is_over = asyncio.Event(), asyncio.Event()
@@ -362,10 +365,10 @@ async def test_tables_that_could_not_be_had_are_not_read_later_either(
             await connection.execute("INSERT INTO new VALUES (1)")
             await connection.execute("INSERT INTO old VALUES (1)")
             await room.follower.until(lambda: room.changelog.end_cursor > room.begun)
-            heard = room.inserted(OLD), room.inserted(NEW)
+            received = room.inserted(OLD), room.inserted(NEW)
             said = room.follower.said
 
-    assert heard == ([1], [])
+    assert received == ([1], [])
     assert [word.partition(" ")[0] for word in said] == ["started", "lost", "started"]
     assert said[0] == said[2]
 
@@ -407,7 +410,10 @@ _DROP_SLOTS = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_sl
 
 
 async def refusal(url: str, config: ReplicationConfig) -> PgRealtimeError:
-    """What opening the stream says; and that a rehearsal says the same, and leaves nothing."""
+    """Return the error of opening the stream.
+
+    A rehearsal gives the same one and leaves nothing behind.
+    """
     async with writer(url) as connection:
         tables = await old(connection)
         before = await slots(connection)
@@ -475,8 +481,8 @@ async def test_slot_of_another_database_is_refused(plain: OwnServer) -> None:
             connection.execute("DROP DATABASE another")
 
 
-async def test_lost_slot_is_made_anew_and_the_gap_is_told(plain: OwnServer) -> None:
-    """The server dropped its WAL, as it was told to; nobody has to mend anything."""
+async def test_a_lost_slot_is_made_anew_and_the_gap_is_reported(plain: OwnServer) -> None:
+    """The server removed its WAL, as configured; no operator has to act."""
     plain.configure(max_slot_wal_keep_size="1MB", max_wal_size="32MB", min_wal_size="32MB")
     config = durable("standing", allow_unlimited_wal=False)
     async with writer(plain.url) as connection, reading(plain.url, config, connection) as room:
@@ -497,7 +503,7 @@ async def test_lost_slot_is_made_anew_and_the_gap_is_told(plain: OwnServer) -> N
 
 
 async def lasting(connection: Connection) -> list[str]:
-    """The slots that can still be read."""
+    """Return the slots that can still be read."""
     cursor = await connection.execute(
         "SELECT slot_name FROM pg_replication_slots WHERE wal_status <> 'lost'"
     )
@@ -505,7 +511,7 @@ async def lasting(connection: Connection) -> list[str]:
 
 
 async def test_standbys_have_the_slot_if_they_shall(plain: OwnServer) -> None:
-    """Also one that was made without."""
+    """Also a slot that was created without failover."""
     failover = "SELECT to_jsonb(s) ->> 'failover' FROM pg_replication_slots s"
     async with writer(plain.url) as connection:
         if connection.info.server_version < 170000:
@@ -552,10 +558,13 @@ def test_slots_are_listed_and_dropped(plain: OwnServer, tmp_path: Path) -> None:
     with psycopg.connect(plain.url, autocommit=True) as connection:
         for name in ("standing", "standing_1", "elsewhere"):
             connection.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", [name])
-        code, told, _ = _pgrealtime(*listed)
+        code, output, _ = _pgrealtime(*listed)
         assert code == 0
-        assert [line.partition(":")[0] for line in told.splitlines()] == ["standing", "standing_1"]
-        assert 'durable, wal2json, database "postgres", inactive' in told
+        assert [line.partition(":")[0] for line in output.splitlines()] == [
+            "standing",
+            "standing_1",
+        ]
+        assert 'durable, wal2json, database "postgres", inactive' in output
         assert _pgrealtime(tmp_path, plain.url, "slot", "drop", "standing")[0] == 0
         code, _, errors = _pgrealtime(tmp_path, plain.url, "slot", "drop", "elsewhere")
         assert (code, errors.partition(":")[0]) == (2, "slot_unknown")

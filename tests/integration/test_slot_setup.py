@@ -1,4 +1,4 @@
-"""What a server may lack, and what the operator is told to do about it: done, it works."""
+"""What a server may lack, and the remedy that the operator reads: once applied, it works."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def server() -> Iterator[OwnServer]:
 
 @pytest.fixture
 def plain(server: OwnServer) -> OwnServer:
-    """The server as it was made, whatever the test before set."""
+    """The server with its default settings, whatever the test before set."""
     if (server.folder / "data" / "standby.signal").exists():
         (server.folder / "data" / "standby.signal").unlink()
     server.configure()
@@ -57,7 +57,7 @@ def plain(server: OwnServer) -> OwnServer:
 async def opened(
     url: str, config: ReplicationConfig | None = None, *, superuser: str | None = None
 ) -> AsyncIterator[WalStream]:
-    """A stream of everything in public."""
+    """A stream of everything in schema public."""
     async with writer(superuser or url) as connection:
         tables = await read_tables(connection)
     async with open_stream(
@@ -69,7 +69,7 @@ async def opened(
 async def refusal(
     url: str, config: ReplicationConfig | None = None, *, superuser: str | None = None
 ) -> PgRealtimeError:
-    """The error that opening a stream gives."""
+    """Return the error that opening a stream raises."""
     with pytest.raises(PgRealtimeError) as caught:
         async with opened(url, config, superuser=superuser):
             pass
@@ -81,8 +81,10 @@ def _needs_refusal(server: OwnServer) -> None:
         pytest.skip("this minor release lets everybody use every decoder")
 
 
-async def test_refused_wal2json_is_told_with_what_allows_it(plain: OwnServer) -> None:
-    """Since the minors of August 2026 that is how a server comes."""
+async def test_refused_wal2json_is_reported_with_the_setting_that_permits_it(
+    plain: OwnServer,
+) -> None:
+    """The minor releases since August 2026 refuse it by default."""
     _needs_refusal(plain)
     plain.configure(output_plugin_libraries="pgoutput, test_decoding")
     error = await refusal(plain.url, ReplicationConfig(plugin="wal2json"))
@@ -104,7 +106,7 @@ async def test_refused_wal2json_is_told_with_what_allows_it(plain: OwnServer) ->
 async def test_a_slot_goes_with_its_connection_unless_it_shall_stay(
     plain: OwnServer, plugin: Plugin
 ) -> None:
-    """One that stays behind a process that died keeps the server's WAL for nobody."""
+    """A slot that outlives a dead process would retain WAL without a reader."""
     found = "SELECT slot_name, temporary FROM pg_replication_slots"
     async with (
         writer(plain.url) as connection,
@@ -140,8 +142,8 @@ async def test_auto_falls_back_to_pgoutput_and_says_why(plain: OwnServer) -> Non
         connection.execute("DROP PUBLICATION pgrealtime")
 
 
-async def test_missing_decoder_is_told(plain: OwnServer) -> None:
-    """58P01, as where the package isn't installed: here the server looks in an empty folder."""
+async def test_a_missing_decoder_is_reported(plain: OwnServer) -> None:
+    """58P01, as if the package weren't installed: this server looks for it in an empty folder."""
     plain.configure(
         dynamic_library_path="/nowhere",
         **(
@@ -156,7 +158,7 @@ async def test_missing_decoder_is_told(plain: OwnServer) -> None:
     assert error.error_code == "plugin_missing"
 
 
-async def test_role_without_replication_is_told_with_what_mends_it(plain: OwnServer) -> None:
+async def test_a_role_without_replication_is_reported_with_the_remedy(plain: OwnServer) -> None:
     with psycopg.connect(plain.url, autocommit=True) as connection:
         connection.execute('CREATE ROLE "Reader" LOGIN')
     url = plain.url_of("Reader")
@@ -171,7 +173,7 @@ async def test_role_without_replication_is_told_with_what_mends_it(plain: OwnSer
         connection.execute('DROP ROLE "Reader"')
 
 
-async def test_server_without_logical_wal_is_told(plain: OwnServer) -> None:
+async def test_a_server_without_logical_wal_is_reported(plain: OwnServer) -> None:
     plain.configure(wal_level="replica")
     error = await refusal(plain.url)
 
@@ -179,8 +181,8 @@ async def test_server_without_logical_wal_is_told(plain: OwnServer) -> None:
     assert error.error_code == "wal_level"
 
 
-async def test_server_without_any_replication_is_told(plain: OwnServer) -> None:
-    """With wal_level = minimal the connection itself is refused."""
+async def test_a_server_without_any_replication_is_reported(plain: OwnServer) -> None:
+    """With wal_level = minimal the server refuses the connection itself."""
     plain.configure(wal_level="minimal", max_wal_senders="0")
     error = await refusal(plain.url)
 
@@ -189,7 +191,7 @@ async def test_server_without_any_replication_is_told(plain: OwnServer) -> None:
 
 
 async def test_standby_is_refused(plain: OwnServer) -> None:
-    """Its snapshots omit running transactions, so nobody could subscribe without a gap."""
+    """Its snapshots omit running transactions, so no subscription could start without a gap."""
     async with writer(plain.url) as connection:
         tables = await read_tables(connection)
     (plain.folder / "data" / "standby.signal").touch()
@@ -201,7 +203,7 @@ async def test_standby_is_refused(plain: OwnServer) -> None:
     assert caught.value.error_code == "standby"
 
 
-async def test_no_free_slot_is_told_and_worth_a_retry(plain: OwnServer) -> None:
+async def test_no_free_slot_is_a_retryable_error(plain: OwnServer) -> None:
     plain.configure(max_replication_slots="1")
     async with opened(plain.url):
         error = await refusal(plain.url)
@@ -209,7 +211,7 @@ async def test_no_free_slot_is_told_and_worth_a_retry(plain: OwnServer) -> None:
         assert (error.error_code, error.retryable) == ("slots_exhausted", True)
 
 
-async def test_no_free_walsender_is_told_and_worth_a_retry(plain: OwnServer) -> None:
+async def test_no_free_walsender_is_a_retryable_error(plain: OwnServer) -> None:
     plain.configure(max_wal_senders="1")
     async with opened(plain.url):
         error = await refusal(plain.url)
@@ -217,7 +219,7 @@ async def test_no_free_walsender_is_told_and_worth_a_retry(plain: OwnServer) -> 
         assert (error.error_code, error.retryable) == ("walsenders_exhausted", True)
 
 
-async def test_server_that_is_away_is_told_and_worth_a_retry(plain: OwnServer) -> None:
+async def test_an_unreachable_server_is_a_retryable_error(plain: OwnServer) -> None:
     async with writer(plain.url) as connection:
         tables = await read_tables(connection)
     plain.control("stop", "--mode=fast")
@@ -228,7 +230,7 @@ async def test_server_that_is_away_is_told_and_worth_a_retry(plain: OwnServer) -
     assert caught.value.retryable
 
 
-async def test_url_that_is_none_is_told_without_its_password() -> None:
+async def test_an_invalid_url_is_reported_without_its_password() -> None:
     with pytest.raises(SetupError) as caught:
         async with open_stream(
             "host=x pass word=s3cret", ReplicationConfig(), [], max_transaction_bytes=1000
@@ -240,12 +242,12 @@ async def test_url_that_is_none_is_told_without_its_password() -> None:
 
 
 @pytest.mark.parametrize("prepared", [False, True])
-async def test_wait_for_an_open_transaction_is_told(
+async def test_the_wait_for_an_open_transaction_is_logged(
     database_url: str,
     prepared: bool,  # noqa: FBT001 (a parameter of the test)
 ) -> None:
-    """Making a slot waits for everybody who has written; the operator learns for whom."""
-    told: asyncio.Queue[SlotWait] = asyncio.Queue()
+    """Creating a slot waits for all open transactions that have written; the log names them."""
+    waits: asyncio.Queue[SlotWait] = asyncio.Queue()
     async with writer(database_url) as connection, asyncio.TaskGroup() as group:
         tables = await read_tables(connection)
         other = await psycopg.AsyncConnection.connect(database_url)
@@ -261,12 +263,12 @@ async def test_wait_for_an_open_transaction_is_told(
                 ReplicationConfig(),
                 tables,
                 max_transaction_bytes=1000,
-                on_wait=told.put_nowait,
+                on_wait=waits.put_nowait,
             ) as stream:
                 return stream.slot_name
 
         opening = group.create_task(open_it(), name="opening")
-        wait = await asyncio.wait_for(told.get(), DEADLINE_SECONDS)
+        wait = await asyncio.wait_for(waits.get(), DEADLINE_SECONDS)
         if prepared:
             assert wait.pids == ()
             assert "held" in wait.prepared
@@ -293,8 +295,10 @@ async def test_wait_is_given_up_and_leaves_nothing(database_url: str) -> None:
         assert await left.fetchall() == []
 
 
-async def test_server_that_leaves_during_set_up_is_told_in_our_words(database_url: str) -> None:
-    """A retry has to tell it from a fault in the program."""
+async def test_a_server_that_disconnects_during_set_up_is_a_retryable_error(
+    database_url: str,
+) -> None:
+    """The error must be retryable, unlike a fault in the program."""
     seen = asyncio.Event()
 
     async def open_it(tables: list[Table]) -> None:
@@ -324,7 +328,7 @@ async def test_server_that_leaves_during_set_up_is_told_in_our_words(database_ur
 
 
 async def test_slot_goes_with_the_stream(database_url: str) -> None:
-    """It can't hold the server's WAL when nobody is there to read it."""
+    """A slot without a reader would retain the server's WAL."""
     async with writer(database_url) as connection:
         async with reading(database_url, connection, "wal2json") as stream:
             found = await connection.execute(
@@ -351,9 +355,7 @@ BAD_PUBLICATIONS = {
 
 
 @pytest.mark.parametrize("definition", BAD_PUBLICATIONS.values(), ids=BAD_PUBLICATIONS)
-async def test_publication_is_mended_by_the_sql_that_is_told(
-    database_url: str, definition: str
-) -> None:
+async def test_the_reported_sql_repairs_the_publication(database_url: str, definition: str) -> None:
     config = ReplicationConfig(plugin="pgoutput")
     async with writer(database_url) as connection:
         await connection.execute(
@@ -399,7 +401,7 @@ async def test_table_that_would_lose_changes_is_refused(database_url: str, plugi
 
 
 async def test_database_in_another_encoding_is_read_by_pgoutput_only(plain: OwnServer) -> None:
-    """wal2json writes in the database's encoding, whatever the client's."""
+    """wal2json writes the database's encoding, whatever the client's."""
     url = plain.url.removesuffix("/postgres") + "/latin"
     with psycopg.connect(plain.url, autocommit=True) as connection:
         connection.execute("CREATE DATABASE latin TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'")

@@ -1,4 +1,4 @@
-"""Whatever ends or holds up the stream, nothing is lost in silence and nothing is left behind."""
+"""Whatever ends or delays the stream, every loss is reported and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.wire import wire
 TABLE = "CREATE TABLE t (id bigserial PRIMARY KEY, pad text)"
 FLOOD = "INSERT INTO t (pad) SELECT repeat('x', 1000) FROM generate_series(1, 1000)"
 FLOODS = 60
-"""So many floods are more than our queue and the sockets take."""
+"""So many floods are more than the queue and the sockets hold."""
 
 both = pytest.mark.parametrize("plugin", PLUGINS)
 
@@ -44,7 +44,7 @@ def server() -> Iterator[OwnServer]:
 
 
 async def _end(stream: WalStream) -> tuple[int, PgRealtimeError]:
-    """Read to the end: how many changes came, and what ended it."""
+    """Read to the end; return the number of changes and the error that ended it."""
     count = 0
     try:
         async with asyncio.timeout(DEADLINE_SECONDS):
@@ -66,7 +66,7 @@ async def _walsender(connection: Connection, stream: WalStream) -> int:
 
 
 @both
-async def test_ended_walsender_is_told_after_what_came_before(
+async def test_a_terminated_walsender_is_reported_after_what_came_before(
     database_url: str, plugin: Plugin
 ) -> None:
     async with writer(database_url) as connection:
@@ -85,8 +85,8 @@ async def test_ended_walsender_is_told_after_what_came_before(
                 await anext(stream)
 
 
-async def test_failing_decoder_is_told(database_url: str) -> None:
-    """Here pgoutput's publication goes; whatever it is, a new slot starts behind it."""
+async def test_a_failing_decoder_is_reported(database_url: str) -> None:
+    """Here pgoutput's publication is dropped; whatever the cause, a new slot starts after it."""
     async with writer(database_url) as connection:
         if connection.info.server_version >= 180_000:
             pytest.skip("from 18 on a missing publication is silence")
@@ -100,8 +100,8 @@ async def test_failing_decoder_is_told(database_url: str) -> None:
             assert "secret" not in str(error)
 
 
-async def test_decoder_that_fails_at_once_is_told_at_once(database_url: str) -> None:
-    """Its word may come together with the answer that the stream begins."""
+async def test_a_decoder_that_fails_at_once_is_reported_at_once(database_url: str) -> None:
+    """Its error may arrive together with the answer that starts the stream."""
     slot = {"name": f"pgrealtime_{uuid4().hex[:8]}", "durable": True, "allow_unlimited_wal": True}
     config = ReplicationConfig.model_validate({"slot": slot})
     async with writer(database_url) as connection:
@@ -119,7 +119,7 @@ async def test_decoder_that_fails_at_once_is_told_at_once(database_url: str) -> 
 
 @both
 async def test_held_up_delivery_ends_the_stream_in_time(database_url: str, plugin: Plugin) -> None:
-    """A reader that doesn't read can hold up the server's checkpoints."""
+    """A connection that isn't read can delay the server's checkpoints."""
     config = ReplicationConfig(max_pause=0.3)
     async with writer(database_url) as connection:
         await connection.execute(TABLE)
@@ -141,9 +141,9 @@ async def test_held_up_delivery_ends_the_stream_in_time(database_url: str, plugi
 async def test_delivery_held_up_for_a_while_loses_nothing(
     database_url: str, plugin: Plugin
 ) -> None:
-    """The server's patience is shorter than the pause: status updates go out all the same.
+    """Status updates are sent during a pause longer than wal_sender_timeout.
 
-    It need not be whole seconds.
+    The time-out need not be whole seconds.
     """
     config = ReplicationConfig(max_pause=DEADLINE_SECONDS)
     url = database_url + "?options=-c%20wal_sender_timeout%3D900ms"
@@ -173,7 +173,7 @@ async def _now(connection: Connection) -> str:
 
 @both
 async def test_slow_consumer_gets_everything(database_url: str, plugin: Plugin) -> None:
-    """Many pauses, none long."""
+    """Many pauses, none of them long."""
     async with writer(database_url) as connection:
         await connection.execute(TABLE)
         async with reading(database_url, connection, plugin) as stream:
@@ -223,7 +223,7 @@ async def test_cancelled_reader_leaves_nothing_behind(database_url: str, plugin:
 async def test_keeping_what_did_not_come_on_this_stream_is_refused(
     database_url: str, plugin: Plugin
 ) -> None:
-    """The server would believe it, and drop everything up to there in silence."""
+    """The server would accept that position, and remove everything before it without an error."""
     async with writer(database_url) as connection:
         await connection.execute(TABLE)
         async with reading(database_url, connection, plugin) as stream:
@@ -235,7 +235,7 @@ async def test_keeping_what_did_not_come_on_this_stream_is_refused(
 
 @pytest.fixture
 def tls_url(server: OwnServer) -> str:
-    """The URL of a server that encrypts."""
+    """The URL of a server that uses TLS."""
     openssl = shutil.which("openssl") or lacking("no openssl to make a certificate with")
     data = server.folder / "data"
     subprocess.run(
@@ -255,7 +255,7 @@ def tls_url(server: OwnServer) -> str:
 
 @both
 async def test_flood_over_tls_comes_whole(tls_url: str, plugin: Plugin) -> None:
-    """Bytes can wait inside the TLS layer, where the socket doesn't tell of them."""
+    """Bytes can wait inside the TLS layer, where the socket doesn't signal them."""
     async with writer(tls_url) as connection:
         await connection.execute(TABLE)
         async with reading(tls_url, connection, plugin) as stream:
@@ -270,7 +270,7 @@ async def test_flood_over_tls_comes_whole(tls_url: str, plugin: Plugin) -> None:
 async def test_a_server_that_says_nothing_any_more_is_given_up(
     server: OwnServer, plugin: Plugin
 ) -> None:
-    """No error comes from a network or a proxy that swallows everything."""
+    """A network or a proxy that drops everything reports no error."""
     server.configure(wal_sender_timeout="3s")
     async with (
         wire(server.url) as way,
@@ -278,7 +278,7 @@ async def test_a_server_that_says_nothing_any_more_is_given_up(
     ):
         await connection.execute(TABLE)
         async with reading(way.url(server.url), connection, plugin) as stream:
-            await asyncio.sleep(5)  # longer than that, with nothing to tell: it goes on
+            await asyncio.sleep(5)  # longer than that, with no changes: the stream goes on
             await connection.execute("INSERT INTO t (pad) VALUES ('a')")
             assert len(await anext(stream)) == 1
             way.silence()

@@ -47,28 +47,28 @@ def _numbers(one: Transaction) -> list[str | None]:
 async def test_concurrent_transactions_come_in_commit_order_and_whole(
     database_url: str, plugin: Plugin
 ) -> None:
-    """Not in the order of their ids or of their writes."""
+    """The order is not that of their ids or of their writes."""
 
-    async def write(who: int) -> None:
+    async def write(number: int) -> None:
         async with await psycopg.AsyncConnection.connect(database_url) as own:
             for n in range(30):
-                await own.execute("INSERT INTO t (who, n) VALUES (%s, %s)", (who, n))
+                await own.execute("INSERT INTO t (who, n) VALUES (%s, %s)", (number, n))
                 if n % 5 == 0:
                     await own.execute("SAVEPOINT s")
-                await own.execute("INSERT INTO t (who, n) VALUES (%s, %s)", (who, n))
+                await own.execute("INSERT INTO t (who, n) VALUES (%s, %s)", (number, n))
                 await own.commit()
 
     async with writer(database_url) as connection:
         await connection.execute(TABLE)
         async with reading(database_url, connection, plugin) as stream:
             async with asyncio.TaskGroup() as group:
-                for who in range(6):
-                    group.create_task(write(who), name=f"writer {who}")
+                for number in range(6):
+                    group.create_task(write(number), name=f"writer {number}")
             await finish(connection)
             read = await read_to_finish(stream)
     ends = [one.end_lsn for one in read]
     assert ends == sorted(set(ends))
-    heard: dict[str | None, list[str | None]] = {}
+    received: dict[str | None, list[str | None]] = {}
     for one in read:
         assert isinstance(one, Transaction)
         first, second = one.changes
@@ -76,8 +76,8 @@ async def test_concurrent_transactions_come_in_commit_order_and_whole(
         assert isinstance(second, Insert)
         assert first.new["who"] == second.new["who"]
         assert first.new["n"] == second.new["n"]
-        heard.setdefault(first.new["who"], []).append(first.new["n"])
-    assert heard == {str(who): [str(n) for n in range(30)] for who in range(6)}
+        received.setdefault(first.new["who"], []).append(first.new["n"])
+    assert received == {str(number): [str(n) for n in range(30)] for number in range(6)}
 
 
 @both
@@ -186,7 +186,7 @@ async def test_transaction_beyond_the_bound_is_named_and_the_next_is_whole(
 def test_flood_comes_whole_on_either_loop(
     database_url: str, plugin: Plugin, new_loop: object
 ) -> None:
-    """More than any buffer on the way holds, in transactions small and large."""
+    """More than all buffers between hold, in small and large transactions."""
 
     async def flood() -> list[int]:
         async with writer(database_url) as connection:

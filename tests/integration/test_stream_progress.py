@@ -1,4 +1,4 @@
-"""The server may forget what is kept, and is never held up: not its commits, not its shutdown."""
+"""The server may remove WAL that the changelog keeps; its commits and shutdown never wait."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.stream_reading import (
 TABLE = "CREATE TABLE t (id bigserial PRIMARY KEY, pad text)"
 UNSEEN = "CREATE SCHEMA elsewhere; CREATE TABLE elsewhere.u (id bigserial PRIMARY KEY)"
 BRISK = "?options=-c%20wal_sender_timeout%3D3s"
-"""Status updates each second, so that tests needn't wait for the usual ten."""
+"""Status updates each second, so that tests don't wait for the usual ten."""
 
 both = pytest.mark.parametrize("plugin", PLUGINS)
 
@@ -67,7 +67,7 @@ async def test_slot_moves_with_what_is_kept(database_url: str, plugin: Plugin) -
 
 @both
 async def test_slot_moves_while_nothing_is_ours(database_url: str, plugin: Plugin) -> None:
-    """A quiet table in a busy database would pin its WAL otherwise."""
+    """Otherwise a quiet table in a busy database would retain its WAL."""
     async with writer(database_url) as connection:
         await connection.execute(TABLE)
         await connection.execute(UNSEEN)
@@ -82,7 +82,7 @@ async def test_slot_moves_while_nothing_is_ours(database_url: str, plugin: Plugi
 
 @both
 async def test_slot_does_not_move_over_what_is_not_kept(database_url: str, plugin: Plugin) -> None:
-    """After a crash it would be gone."""
+    """After a crash it would be lost."""
     async with writer(database_url) as connection:
         await connection.execute(TABLE)
         await connection.execute(UNSEEN)
@@ -97,7 +97,7 @@ async def test_slot_does_not_move_over_what_is_not_kept(database_url: str, plugi
             batch = await anext(stream)
             for _ in range(3):
                 await connection.execute("INSERT INTO elsewhere.u DEFAULT VALUES")
-                await _heard_again(stream)
+                await _received_again(stream)
             await until_true(
                 connection,
                 "SELECT confirmed_flush_lsn < %s FROM pg_replication_slots WHERE slot_name = %s",
@@ -109,19 +109,19 @@ async def test_slot_does_not_move_over_what_is_not_kept(database_url: str, plugi
 
 
 @both
-async def test_quiet_stream_is_heard_from(database_url: str, plugin: Plugin) -> None:
-    """Health is judged by it."""
+async def test_a_quiet_stream_still_brings_keepalives(database_url: str, plugin: Plugin) -> None:
+    """The health check depends on the time of the last message."""
     async with writer(database_url) as connection:
         await connection.execute(TABLE)
         async with reading(database_url + BRISK, connection, plugin) as stream:
             for _ in range(2):
-                await _heard_again(stream)
+                await _received_again(stream)
             assert time.monotonic() - stream.last_received_at < DEADLINE_SECONDS
 
 
 @both
 async def test_stream_outlives_the_servers_patience(database_url: str, plugin: Plugin) -> None:
-    """Without our status updates the server would end a connection that is silent for so long."""
+    """Without status updates the server would end a connection after wal_sender_timeout."""
     async with writer(database_url) as connection:
         await connection.execute(TABLE)
         url = database_url + "?options=-c%20wal_sender_timeout%3D1s"
@@ -138,7 +138,7 @@ async def test_stream_outlives_the_servers_patience(database_url: str, plugin: P
 
 @both
 async def test_stream_is_never_a_synchronous_standby(server: OwnServer, plugin: Plugin) -> None:
-    """Commits would wait for us, or end their wait because of us, and count as safe with us."""
+    """Commits would wait for this stream, and count as safe because of it."""
     async with writer(server.url) as connection:
         await connection.execute("SET synchronous_commit = local")
         await connection.execute(TABLE)
@@ -155,10 +155,10 @@ async def test_stream_is_never_a_synchronous_standby(server: OwnServer, plugin: 
                     commit = asyncio.create_task(_insert(waiting, table), name="waiting commit")
                     await until_true(connection, SOMEBODY_WAITS)
                     if table == "t":
-                        batch = await anext(stream)  # decoded before anybody sees it
+                        batch = await anext(stream)  # decoded before any snapshot sees it
                         stream.confirm(batch[-1].end_lsn)
                     for _ in range(4):
-                        await _heard_again(stream)
+                        await _received_again(stream)
                         await until_true(connection, WE_ARE_ASYNCHRONOUS)
                     assert not commit.done()
                     await connection.execute(
@@ -168,7 +168,7 @@ async def test_stream_is_never_a_synchronous_standby(server: OwnServer, plugin: 
 
 
 async def _commits_wait(url: str, watching: Connection) -> None:
-    """Return once commits wait for standbys: when the checkpointer has heard of the reload."""
+    """Return once commits wait for standbys: when the checkpointer has processed the reload."""
     async with await psycopg.AsyncConnection.connect(url) as probing:
         while True:
             commit = asyncio.create_task(_insert(probing, "elsewhere.u"), name="probing commit")
@@ -179,14 +179,14 @@ async def _commits_wait(url: str, watching: Connection) -> None:
                     await watching.execute("SELECT pg_cancel_backend(%s)", (pid,))
                     await asyncio.wait_for(commit, DEADLINE_SECONDS)
                     return
-                await asyncio.sleep(0.01)  # the server tells nobody when a backend begins to wait
+                await asyncio.sleep(0.01)  # the server doesn't signal it
 
 
 SOMEBODY_WAITS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep')"
 WE_ARE_ASYNCHRONOUS = "SELECT flush_lsn IS NULL AND sync_state = 'async' FROM pg_stat_replication"
 
 
-async def _heard_again(stream: WalStream) -> None:
+async def _received_again(stream: WalStream) -> None:
     before = stream.last_received_at
     async with asyncio.timeout(DEADLINE_SECONDS):
         while stream.last_received_at <= before:

@@ -1,4 +1,4 @@
-"""What the stream tells of rows is what PostgreSQL holds."""
+"""Rows in the stream are the rows that PostgreSQL holds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "wide_key": ("k",),
     "other_table": ("id",),
 }
-UNHEARD = ("doubled", "late")
+NOT_STREAMED = ("doubled", "late")
 """Columns left out of the comparison: generated ones are absent with pgoutput before PostgreSQL 18,
 and of a column that ALTER TABLE adds no row is sent."""
 
@@ -51,7 +51,7 @@ def _key(row: Row, names: Sequence[str]) -> tuple[str | None, ...]:
 
 
 def _replay(changes: list[Change], table: str) -> dict[tuple[str | None, ...], Row]:
-    """The table's rows by key, as somebody would hold them who only heard the changes."""
+    """Return the table's rows by key, built from the changes alone."""
     names = KEYS[table]
     rows: dict[tuple[str | None, ...], Row] = {}
     for change in changes:
@@ -73,7 +73,7 @@ def _replay(changes: list[Change], table: str) -> dict[tuple[str | None, ...], R
 
 
 def _given(row: Row) -> Row:
-    return {name: value for name, value in row.items() if name not in UNHEARD}
+    return {name: value for name, value in row.items() if name not in NOT_STREAMED}
 
 
 def _check_old(known: Row, old: OldImage) -> None:
@@ -85,12 +85,12 @@ def _check_old(known: Row, old: OldImage) -> None:
 
 
 async def _rows(connection: Connection, table: str) -> dict[tuple[str | None, ...], Row]:
-    """The table's rows by key, in PostgreSQL's own text form."""
+    """Return the table's rows by key, in PostgreSQL's own text form."""
     columns = await (
         await connection.execute(
             "SELECT attname FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0"
             " AND NOT attisdropped AND attname <> ALL (%s) ORDER BY attnum",
-            (table, list(UNHEARD)),
+            (table, list(NOT_STREAMED)),
         )
     ).fetchall()
     names = [name for (name,) in columns]
@@ -104,7 +104,10 @@ async def _rows(connection: Connection, table: str) -> dict[tuple[str | None, ..
 
 
 def _texts(names: Sequence[str]) -> sql.Composed:
-    """The columns by their types' output functions, as decoders print them; a cast may differ."""
+    """Return the columns by their types' output functions, as decoders print them.
+
+    A cast may differ.
+    """
     text = sql.SQL("CASE num_nulls({0}) WHEN 0 THEN format('%s', {0}) END")
     return sql.SQL(", ").join(text.format(sql.Identifier(name)) for name in names)
 
@@ -114,23 +117,23 @@ def _texts(names: Sequence[str]) -> sql.Composed:
 async def test_replaying_the_changes_gives_the_tables(
     database_url: str, plugin: Plugin, workload: str
 ) -> None:
-    """Every row, every value, in PostgreSQL's own text; each old image is the row as it was."""
+    """Every row and value in PostgreSQL's own text; each old image is the row as it was."""
     async with writer(database_url) as connection:
         await connection.execute(PINNED)
         for statement in statements(SCHEMA):
             await connection.execute(statement.encode())
         async with reading(database_url, connection, plugin) as stream:
-            heard: list[Change] = []
+            received: list[Change] = []
             for statement in statements(workload):
-                # A leaf's truncate is told as its root's, which can't be replayed.
+                # A leaf's truncate is decoded as its root's, which can't be replayed.
                 if "TRUNCATE parts_" in statement:
                     continue
                 await connection.execute(statement.encode())
                 if connection.info.transaction_status is TransactionStatus.IDLE:
-                    heard += await changes_of(connection, stream)
+                    received += await changes_of(connection, stream)
                     # Often, because the scripts leave little behind.
                     for table in KEYS:
-                        assert _replay(heard, table) == await _rows(connection, table)
+                        assert _replay(received, table) == await _rows(connection, table)
 
 
 TYPES = {
@@ -176,7 +179,7 @@ TYPES = {
 
 @both
 async def test_each_type_comes_in_postgres_text(database_url: str, plugin: Plugin) -> None:
-    """Under the pinned settings, whatever the role's own are."""
+    """Under pinned settings, whatever the role's own are."""
     columns = {f"c{number}": name for number, name in enumerate(TYPES)}
     async with writer(database_url) as connection:
         await connection.execute(
@@ -262,7 +265,7 @@ async def test_update_of_an_untouched_key_has_the_key_as_old_image(
 
 @both
 async def test_move_between_partitions_is_one_update(database_url: str, plugin: Plugin) -> None:
-    """To a client the record stays: its page doesn't lose it for a moment."""
+    """The record stays: a client's page doesn't lose it for a moment."""
     parts = TableName("public", "parts")
     async with writer(database_url) as connection:
         await connection.execute(
@@ -306,7 +309,7 @@ async def test_truncate_names_each_table_once(database_url: str, plugin: Plugin)
 
 @both
 async def test_odd_names_select_their_own_table_only(database_url: str, plugin: Plugin) -> None:
-    """A dot, a comma or an asterisk in a name must not let other tables in, or this one out."""
+    """A dot, comma or asterisk in a name must neither select other tables nor omit this one."""
     odd = TableName("Sch.ema, \"*\\'", "We.ird, \"T'\\*\t%\u00e9")
     identifier = sql.Identifier(*odd)
     async with writer(database_url) as connection:

@@ -1,4 +1,4 @@
-"""Other tables are streamed from some commit on, and not one change is missed or repeated."""
+"""The set of streamed tables changes at some commit, and no change is missed or repeated."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Reading:
     begun: Cursor
 
     def inserted(self, table: TableName) -> list[int]:
-        """The ids that the changelog has of a table, in its order."""
+        """Return the ids of a table in the changelog, in order."""
         entries = self.changelog.read(self.begun, self.changelog.end_cursor, 1 << 30)
         assert not any(isinstance(entry, Gap) for entry in entries)
         return [
@@ -88,7 +88,7 @@ async def _tables(connection: Connection) -> tuple[Table, Table]:
 async def test_nothing_is_missed_or_repeated_over_twenty_switches_under_load(
     database_url: str,
 ) -> None:
-    """Four writers commit all along; each switch takes the second table in, or out again."""
+    """Four writers commit throughout; each switch adds or removes the second table."""
     wanted = asyncio.Event()
     counts = [0, 0, 0, 0]
 
@@ -117,16 +117,16 @@ async def test_nothing_is_missed_or_repeated_over_twenty_switches_under_load(
                 await asyncio.sleep(0.05)  # until the writers have seen that they are done
             await room.follower.until(lambda: len(room.inserted(OLD)) >= total)
 
-        heard, of_new = room.inserted(OLD), room.inserted(NEW)
+        received, of_new = room.inserted(OLD), room.inserted(NEW)
 
-    assert sorted(heard) == sorted(p + 4 * n for p in range(4) for n in range(counts[p]))
-    assert 0 < len(of_new) < len(heard)
+    assert sorted(received) == sorted(p + 4 * n for p in range(4) for n in range(counts[p]))
+    assert 0 < len(of_new) < len(received)
     assert len(of_new) == len(set(of_new))
     assert [word.split()[0] for word in room.follower.said] == ["started"] + ["continued"] * 20
 
 
-async def test_a_commit_after_the_switch_is_told_of_the_new_table(database_url: str) -> None:
-    """On return it is so, not some time later."""
+async def test_a_commit_after_the_switch_includes_the_new_table(database_url: str) -> None:
+    """The new table is streamed when the call returns, not some time later."""
     async with writer(database_url) as connection:
         old, new = await _tables(connection)
         opening = opening_at(database_url)
@@ -140,7 +140,7 @@ async def test_a_commit_after_the_switch_is_told_of_the_new_table(database_url: 
 
 
 async def test_a_quiet_database_does_not_hold_up_the_switch(database_url: str) -> None:
-    """No commit has to come for the earlier stream to have read far enough."""
+    """The earlier stream reaches its end without another commit."""
     async with writer(database_url) as connection:
         old, new = await _tables(connection)
         opening = opening_at(database_url)
@@ -153,7 +153,10 @@ async def test_a_quiet_database_does_not_hold_up_the_switch(database_url: str) -
 async def test_after_a_switch_it_is_known_at_once_how_far_the_stream_has_come(
     database_url: str,
 ) -> None:
-    """Columns that the WAL left out are proved by that; no commit has to come first."""
+    """The proof for columns that the WAL left out needs that position.
+
+    No commit has to come first.
+    """
     async with writer(database_url) as connection:
         old, new = await _tables(connection)
         opening = opening_at(database_url)
@@ -182,7 +185,7 @@ async def test_a_stream_that_cannot_be_opened_leaves_the_one_of_now(database_url
 
 
 async def test_a_stream_that_breaks_during_the_switch_is_a_gap(database_url: str) -> None:
-    """The tables wanted are read in any case, and nobody waits for ever."""
+    """The requested tables are streamed in any case, and the call doesn't wait for ever."""
     async with writer(database_url) as connection:
         old, new = await _tables(connection)
         opening = opening_at(database_url)

@@ -1,4 +1,4 @@
-"""Whoever subscribes and then reads has everything, also around commits nobody can see yet."""
+"""A client that subscribes and then reads has every row, also of commits not visible yet."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def server() -> Iterator[OwnServer]:
         yield running
 
 
-async def ids(heard: Listener, count: int) -> list[str]:
-    messages = await heard.take(count)
+async def ids(client: Listener, count: int) -> list[str]:
+    messages = await client.take(count)
     assert messages, "the connection ended"
     return [message.data["record"]["id"] for message in messages]
 
@@ -41,7 +41,10 @@ async def ids(heard: Listener, count: int) -> list[str]:
 async def waits(
     watching: psycopg.AsyncConnection[Any], commit: asyncio.Task[Any], pid: int
 ) -> bool:
-    """Return whether that backend's commit waits for a standby: in the WAL, and nobody sees it."""
+    """Return whether that backend's commit waits for a standby.
+
+    It is in the WAL, and not visible yet.
+    """
     async with asyncio.timeout(20):
         while not commit.done():
             cursor = await watching.execute(
@@ -49,7 +52,7 @@ async def waits(
             )
             if await cursor.fetchone() == ("SyncRep",):
                 return True
-            await asyncio.sleep(0.01)  # the server tells nobody when a backend begins to wait
+            await asyncio.sleep(0.01)  # the server doesn't signal it
     return False
 
 
@@ -58,7 +61,7 @@ async def commits_wait(
 ) -> asyncio.Task[Any]:
     """Return once commits wait for standbys, with one that does.
 
-    That begins when the checkpointer has heard of the reload, and it tells nobody.
+    That begins when the checkpointer has processed the reload, which the server doesn't signal.
     """
     while True:
         commit = asyncio.create_task(other.execute("INSERT INTO elsewhere VALUES (1)"))
@@ -66,7 +69,7 @@ async def commits_wait(
             return commit
 
 
-async def test_a_commit_that_waits_for_a_standby_reaches_who_subscribes_meanwhile(
+async def test_a_commit_that_waits_for_a_standby_reaches_later_subscribers(
     server: OwnServer, tmp_path: Path
 ) -> None:
     """Decoded before it is visible: the subscriber's read misses it, so its stream must not."""
@@ -82,7 +85,7 @@ async def test_a_commit_that_waits_for_a_standby_reaches_who_subscribes_meanwhil
         commit = asyncio.create_task(writer.execute("INSERT INTO posts VALUES ('waiting')"))
         assert await waits(running.write, commit, writer.info.backend_pid)
 
-        # A late call either waits or is refused; whoever gets a 204 misses nothing.
+        # A late call either waits or is refused; a client with a 204 misses nothing.
         calls = asyncio.create_task(early.subscribe("notes/*", "posts/*"))
         async with listener(running.address) as late:
             call = asyncio.create_task(late.subscribe("posts/*"))
@@ -96,7 +99,7 @@ async def test_a_commit_that_waits_for_a_standby_reaches_who_subscribes_meanwhil
             seen = [row[0] for row in await cursor.fetchall()]
             await running.write.execute("INSERT INTO posts VALUES ('after')")
 
-            # Read after the 204, or delivered: everybody has both rows.
+            # Read after the 204, or delivered: every client has both rows.
             assert seen == ["waiting"]
             assert (await ids(late, 1))[-1] in {"waiting", "after"}
             assert await ids(early, 1)
@@ -105,7 +108,7 @@ async def test_a_commit_that_waits_for_a_standby_reaches_who_subscribes_meanwhil
 async def test_subscribers_that_join_during_writes_miss_and_repeat_nothing(
     database_url: str, tmp_path: Path
 ) -> None:
-    """Six writers, fifty subscribers: read after the 204 plus events is every row, once."""
+    """Six writers, fifty subscribers: the read after the 204 plus the events is every row, once."""
     async with service(database_url, tmp_path, collections=COLLECTIONS, schema=SCHEMA) as running:
         written: list[str] = []
         is_over = asyncio.Event()
@@ -123,15 +126,15 @@ async def test_subscribers_that_join_during_writes_miss_and_repeat_nothing(
                     await asyncio.sleep(0.01)  # leaves the loop to the readers
 
         async def join() -> tuple[set[str], list[str]]:
-            async with listener(running.address, "posts/*") as heard:
+            async with listener(running.address, "posts/*") as client:
                 async with await psycopg.AsyncConnection.connect(database_url) as reader:
                     cursor = await reader.execute("SELECT id FROM posts")
                     read = {row[0] for row in await cursor.fetchall()}
-                told: list[str] = []
-                # Who comes late reads the last row, and then nothing is left to be told.
-                while "end" not in read and told[-1:] != ["end"]:
-                    told += await ids(heard, 1)
-                return read, told
+                received: list[str] = []
+                # A late subscriber reads the last row; then no event is left for it.
+                while "end" not in read and received[-1:] != ["end"]:
+                    received += await ids(client, 1)
+                return read, received
 
         async with asyncio.TaskGroup() as group:
             writers = [group.create_task(write(n)) for n in range(6)]
@@ -144,15 +147,15 @@ async def test_subscribers_that_join_during_writes_miss_and_repeat_nothing(
             await running.write.execute("INSERT INTO posts VALUES ('end')")
 
     for task in joined:
-        read, told = task.result()
-        assert read | set(told) == {*written, "end"}, "a row was neither read nor told"
-        assert len(told) == len(set(told)), "a row was told twice"
+        read, received = task.result()
+        assert read | set(received) == {*written, "end"}, "a row was neither read nor received"
+        assert len(received) == len(set(received)), "a row was received twice"
 
 
-async def test_a_paused_hub_loses_nothing_for_who_subscribes_meanwhile(
+async def test_a_paused_hub_loses_nothing_for_new_subscribers(
     database_url: str, tmp_path: Path
 ) -> None:
-    """Rules that wait for a locked table hold delivery up; commits and calls go on."""
+    """Rules that wait for a locked table pause delivery; commits and calls go on."""
     collections = {
         "posts": {"table": "posts", "list_rule": '@collection.notes.id ?= "open"'},
         "notes": {"table": "notes", "list_rule": "", "view_rule": ""},
